@@ -1,0 +1,235 @@
+"""What users import: attach HeadInfer to a model, make caches for it, detach it again."""
+
+import weakref
+from collections.abc import Callable
+from types import TracebackType
+
+import torch
+from transformers import PreTrainedModel
+
+from headinfer.device.base import Device
+from headinfer.device.cpu import CpuDevice
+from headinfer.device.cuda import CudaDevice
+from headinfer.device.simulated import SimulatedDevice
+from headinfer.engine.engine import Engine
+from headinfer.engine.stats import Stats
+from headinfer.errors import CacheStateError, OptionError, UnsupportedModelError
+from headinfer.integration.attachment import Attachment, is_attached
+from headinfer.integration.attention import AttentionFunctions
+from headinfer.integration.cache import OffloadedCache
+from headinfer.integration.support import check_supported, model_shape
+from headinfer.plan.options import Options
+from headinfer.plan.plan import Plan, resolve
+from headinfer.store.host_memory import available_host_bytes
+from headinfer.units import parse_bytes, parse_tokens
+
+PrefillProgress = Callable[[int, int], None]
+"""Told the tokens done and the tokens in all of a prompt, after each chunk."""
+
+
+class Offload:
+    """HeadInfer on one model instance, until `detach`; made by `attach`.
+
+    A context manager that detaches, also after an exception. Not for use by several threads.
+
+    Attributes:
+        plan: what was chosen for one row; each cache resolves its own for its rows and length.
+        stats: what was measured since the attachment.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        device: Device,
+        options: Options,
+        *,
+        host_memory_bytes: int | None,
+        progress: PrefillProgress | None,
+    ) -> None:
+        self.stats = Stats()
+        self._model = model
+        self._device = device
+        self._options = options
+        self._host_memory_bytes = host_memory_bytes
+        self._progress = progress
+        self._shape = model_shape(model)
+        self._engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+        self._attached = False
+        self.plan = resolve(self._shape, options, device=device.name)
+        self._attachment = Attachment(model, self)
+        self._attached = True
+
+    @property
+    def functions(self) -> AttentionFunctions:
+        """The attention and mask functions of this attachment."""
+        return self._attachment.functions
+
+    def new_cache(self, max_tokens: int | str | None = None) -> OffloadedCache:
+        """Return an empty cache to pass as `past_key_values`.
+
+        It may be used again for the next turn of the same conversation; its memory is freed when it
+        is closed or no longer referred to.
+
+        Args:
+            max_tokens: tokens to reserve host memory for, prompt and answer together; by default
+                each prompt reserves what it needs, and more follows in small segments.
+
+        Raises:
+            CacheStateError: the model was detached.
+        """
+        if not self._attached:
+            raise CacheStateError("the model was detached; attach it again for a new cache")
+        tokens = None if max_tokens is None else parse_tokens(max_tokens)
+        return OffloadedCache(self._model, self, tokens)
+
+    def detach(self) -> None:
+        """Leave the model exactly as it was; its caches are closed. May be called again."""
+        self._attached = False
+        self._attachment.remove()
+        for engine in list(self._engines):
+            engine.close()
+
+    def __enter__(self) -> "Offload":
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self,
+        _kind: type[BaseException] | None,
+        _error: BaseException | None,
+        _traceback: TracebackType | None,
+    ) -> None:
+        """Detach."""
+        self.detach()
+
+    # What follows serves the integration package, not users.
+
+    def plan_for(self, batch: int, context_tokens: int) -> Plan:
+        """Return the plan of a cache with so many rows and tokens; refuse what does not fit."""
+        return resolve(
+            self._shape,
+            self._options,
+            device=self._device.name,
+            batch=batch,
+            context_tokens=context_tokens,
+        )
+
+    def make_engine(self, plan: Plan) -> Engine:
+        """Return an engine for a cache."""
+        engine = Engine(self._device, plan, self._model.dtype, self.stats)
+        self._engines.add(engine)
+        return engine
+
+    def host_bytes_left(self) -> int:
+        """Return the bytes of host memory a cache may still take."""
+        if self._host_memory_bytes is None:
+            return available_host_bytes()
+        held = sum(engine.host_kv_bytes for engine in self._engines)
+        return min(self._host_memory_bytes - held, available_host_bytes())
+
+    def owns(self, cache: OffloadedCache) -> bool:
+        """Whether a cache was made here."""
+        return cache.state.host is self
+
+    def chunk_tokens(self, cache: OffloadedCache) -> int:
+        """Return the tokens of a chunk under a cache's plan."""
+        engine = cache.state.engine
+        return (engine.plan if engine else self.plan).chunk_tokens
+
+    def finish_compute(self) -> None:
+        """Block until the model's work on the device is done."""
+        self._device.finish_compute()
+
+    def report_prefill(self, done_tokens: int, all_tokens: int) -> None:
+        """Pass progress on."""
+        if self._progress is not None:
+            self._progress(done_tokens, all_tokens)
+
+    def after_call(self, cache: OffloadedCache) -> None:
+        """Note the memory held after a model call."""
+        stats, engines = self.stats, list(self._engines)
+        device_bytes = sum(engine.device_kv_bytes for engine in engines)
+        host_bytes = sum(engine.host_kv_bytes for engine in engines)
+        stats.peak_device_kv_bytes = max(stats.peak_device_kv_bytes, device_bytes)
+        stats.host_kv_bytes = max(stats.host_kv_bytes, host_bytes)
+        if cache.state.engine is not None:
+            standard = self._shape.standard_kv_bytes(
+                cache.get_seq_length(), cache.state.engine.plan.batch
+            )
+            stats.standard_kv_bytes = max(stats.standard_kv_bytes, standard)
+
+
+def attach(
+    model: PreTrainedModel,
+    *,
+    device_memory: str | int | None = None,
+    host_memory: str | int | None = None,
+    chunk_tokens: str | int = "auto",
+    tile_heads: str | int = "auto",
+    tile_tokens: str | int = "auto",
+    device: str = "auto",
+    overlap: bool = True,
+    progress: PrefillProgress | None = None,
+    simulated_device: SimulatedDevice | None = None,
+) -> Offload:
+    """Serve a model's attention from host memory, head by head, until detached.
+
+    Args:
+        model: a loaded causal language model, on one device, in eval mode.
+        device_memory: the most the model may use on the device, for example "24GiB": weights, KV
+            and activations; None for no limit.
+        host_memory: the most the KV caches may use in host memory; None for what is free.
+        chunk_tokens: tokens that pass through the model at once in prefill, for example "4K".
+        tile_heads: KV heads of one tile: a number, "all" or "auto".
+        tile_tokens: tokens of one tile: a count, "all" or "auto".
+        device: "auto" for where the model is; "simulated" for a device that runs on the CPU, has
+            memory of its own, and checks the order of all copies.
+        overlap: False to fetch, wait and attend one tile at a time.
+        progress: called during prefill with the tokens done and the tokens in all.
+        simulated_device: the instance to use with `device="simulated"`.
+
+    Returns:
+        The attachment; use it in a `with` statement or call its `detach`.
+
+    Raises:
+        OptionError: an option does not parse or is out of range.
+        UnsupportedModelError: the model cannot be served exactly; it was not touched.
+        MemoryPlanError: no plan fits the memory; the model was not touched.
+    """
+    options = Options.parse(
+        device_memory=device_memory,
+        chunk_tokens=chunk_tokens,
+        tile_heads=tile_heads,
+        tile_tokens=tile_tokens,
+        device=device,
+        overlap=overlap,
+    )
+    no_limit = host_memory is None or host_memory == "auto"
+    host_memory_bytes = None if no_limit else parse_bytes(host_memory or 0)
+    check_supported(model)
+    if is_attached(model):
+        raise UnsupportedModelError("this model is attached already; detach it first")
+    return Offload(
+        model,
+        _make_device(options.device, model.device, simulated_device),
+        options,
+        host_memory_bytes=host_memory_bytes,
+        progress=progress,
+    )
+
+
+def _make_device(
+    name: str, model_device: torch.device, simulated_device: SimulatedDevice | None
+) -> Device:
+    if name == "auto":
+        name = model_device.type
+    kind = "cuda" if name == "cuda" else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise OptionError("device 'cuda' was asked for, but CUDA is not available; use 'cpu'")
+    if model_device.type != kind:
+        raise OptionError(f"device is {name!r}, but the model is on {model_device}; move it first")
+    if name == "cuda":
+        return CudaDevice(model_device)
+    if name == "simulated":
+        return simulated_device or SimulatedDevice()
+    return CpuDevice()

@@ -1,0 +1,113 @@
+"""Partial attention on the CPU by torch's fused kernel, which returns the LSE.
+
+Measured on two cores, bfloat16, 8 KV heads x 4 queries x 128K tokens: 10 GB/s of keys and values,
+against 0.8 GB/s for `scaled_dot_product_attention(enable_gqa=True)`, which reads each key once for
+every query head of its group.
+"""
+
+import torch
+
+from headinfer.attend.partial import Partial, empty_partial
+from headinfer.attend.split import attend_split
+
+_FEW_ROWS = 32
+"""Up to so many folded query rows the kernel has one task a head, fewer than there may be cores."""
+
+
+class CpuKernel:
+    """The fused CPU kernel: float64, float32, bfloat16 and float16, equal key and value dims."""
+
+    name = "torch flash attention (CPU)"
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        *,
+        scale: float,
+        causal: bool = False,
+        mask: torch.Tensor | None = None,
+    ) -> Partial:
+        """Attend in one fused call where masks allow; see `Kernel.attend`."""
+        batch, kv_heads, group, q_len, _ = query.shape
+        if q_len == 0 or keys.shape[2] == 0:  # the kernel divides by zero on empty input
+            return empty_partial(query, values.shape[3])
+        if causal and q_len > 1:
+            return _by_row(query, keys, values, scale, causal=True, mask=None)
+        if mask is not None and mask.shape[1] > 1:
+            return _by_row(query, keys, values, scale, causal=False, mask=mask)
+        folded = query.reshape(batch, kv_heads, group * q_len, -1)
+        splits = torch.get_num_threads() // (batch * kv_heads)
+        if mask is None and batch == 1 and splits > 1 and folded.shape[2] <= _FEW_ROWS:
+            out, lse = attend_split(_flash, folded, keys, values, scale, splits)
+        else:
+            out, lse = _flash(folded, keys, values, scale, mask=_bias(mask, query.dtype))
+        partial = Partial(
+            out.unflatten(2, (group, q_len)), lse.unflatten(2, (group, q_len))
+        )
+        return partial if mask is None else _without_blind_rows(partial, mask)
+
+
+def _flash(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scale: float,
+    *,
+    causal: bool = False,
+    mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, keys, values, 0.0, causal, attn_mask=mask, scale=scale
+    )
+    return out, lse
+
+
+def _bias(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """Return the mask as the kernel takes it: additive, `[batch, 1, q_len or 1, kv_len]`."""
+    if mask is None:
+        return None
+    bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    return bias.masked_fill_(~mask, -torch.inf).unsqueeze(1)
+
+
+def _by_row(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scale: float,
+    *,
+    causal: bool,
+    mask: torch.Tensor | None,
+) -> Partial:
+    """Attend where queries differ in what they see, so that the group cannot be folded into them.
+
+    The heads take the kernel's batch axis and the group its head axis, over which keys are repeated
+    by a stride of 0: nothing is copied. The batch is looped over.
+    """
+    group = query.shape[2]
+    outs, lses = [], []
+    for row in range(query.shape[0]):
+        repeated = [
+            tensor[row].unsqueeze(1).expand(-1, group, -1, -1) for tensor in (keys, values)
+        ]
+        seen = None if mask is None else mask[row if mask.shape[0] > 1 else 0].unsqueeze(0)
+        out, lse = _flash(
+            query[row], *repeated, scale, causal=causal, mask=_bias(seen, query.dtype)
+        )
+        outs.append(out)
+        lses.append(lse)
+    if len(outs) == 1:
+        partial = Partial(outs[0].unsqueeze(0), lses[0].unsqueeze(0))
+    else:
+        partial = Partial(torch.stack(outs), torch.stack(lses))
+    return partial if mask is None else _without_blind_rows(partial, mask)
+
+
+def _without_blind_rows(partial: Partial, mask: torch.Tensor) -> Partial:
+    """Make queries that see nothing neutral: the kernel gives them an LSE of 0."""
+    blind = ~mask.any(dim=-1)[:, None, None, :]
+    return Partial(
+        partial.out.masked_fill(blind.unsqueeze(-1), 0.0), partial.lse.masked_fill(blind, -torch.inf)
+    )

@@ -1,0 +1,122 @@
+"""Partial attention results and their exact merge.
+
+Attention over a set of keys gives an output and the log-sum-exp (LSE) of its scores. Over the union
+of two disjoint sets the output is the mean of the two outputs weighted by exp(LSE), and the LSE is
+the logarithm of the summed exponentials. Everything here is this identity, in float32.
+
+Axes: `batch, kv_heads, group, q_len, dim`; `group` counts the query heads that share a KV head.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+@dataclass(slots=True)
+class Partial:
+    """Attention over some of the keys.
+
+    Attributes:
+        out: `[batch, kv_heads, group, q_len, value_dim]`, any floating dtype; owned by the holder.
+        lse: `[batch, kv_heads, group, q_len]`, float32 (float64 for float64 inputs), natural
+            logarithm; -inf where no key was visible, and `out` is 0 there.
+    """
+
+    out: torch.Tensor
+    lse: torch.Tensor
+
+
+class Kernel(Protocol):
+    """Computes partials; an implementation holds no state and may be shared."""
+
+    name: str
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        *,
+        scale: float,
+        causal: bool = False,
+        mask: torch.Tensor | None = None,
+    ) -> Partial:
+        """Attend `query` to all given keys that are visible.
+
+        Args:
+            query: `[batch, kv_heads, group, q_len, key_dim]`, any strides with a unit last one.
+            keys: `[batch, kv_heads, kv_len, key_dim]`, likewise; never expanded over the group.
+            values: `[batch, kv_heads, kv_len, value_dim]`, likewise.
+            scale: factor of the scores.
+            causal: query `i` sees key `j` only for `j <= i`; then `kv_len == q_len`.
+            mask: bool `[batch or 1, q_len or 1, kv_len]`, True where visible; not with `causal`.
+
+        Returns:
+            The partial over these keys.
+        """
+
+
+def empty_partial(query: torch.Tensor, value_dim: int) -> Partial:
+    """Return the neutral element of the merge: no key visible to any query.
+
+    Args:
+        query: `[batch, kv_heads, group, q_len, key_dim]`.
+        value_dim: elements of one value.
+    """
+    return Partial(
+        query.new_zeros((*query.shape[:-1], value_dim)),
+        query.new_full(query.shape[:-1], -torch.inf, dtype=accumulation_dtype(query.dtype)),
+    )
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype scores and merges use for inputs of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Accumulator:
+    """Merges partials of the same queries one by one, in place, in float32."""
+
+    def __init__(self) -> None:
+        self._merged: Partial | None = None
+        self._owned = False
+
+    def add(self, partial: Partial) -> None:
+        """Merge a partial; the first is kept as it is, so a single one passes through unrounded."""
+        if self._merged is None:
+            self._merged = partial
+            return
+        out, lse = self._owned_state()
+        total = torch.logaddexp(lse, partial.lse)
+        out.mul_(_weight(lse, total)).add_(partial.out * _weight(partial.lse, total))
+        self._merged = Partial(out, total)
+
+    def add_sinks(self, sinks: torch.Tensor) -> None:
+        """Merge attention sinks: one key with a fixed score and a zero value for each query head.
+
+        Args:
+            sinks: scores `[kv_heads, group]` of the heads being merged.
+        """
+        out, lse = self._owned_state()
+        total = torch.logaddexp(lse, sinks[None, :, :, None].to(lse.dtype))
+        out.mul_(_weight(lse, total))
+        self._merged = Partial(out, total)
+
+    def _owned_state(self) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self._merged is not None, "nothing was merged yet"
+        out, lse = self._merged.out, self._merged.lse
+        if not self._owned:
+            self._owned = True
+            out = out.to(lse.dtype, copy=True)
+        return out, lse
+
+    def result(self) -> Partial:
+        """Return what was merged."""
+        assert self._merged is not None, "nothing was merged yet"
+        return self._merged
+
+
+def _weight(lse: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    """Return exp(lse - total), 0 where no key is visible at all; one axis more for the dim."""
+    return torch.where(lse == -torch.inf, 0.0, torch.exp(lse - total)).unsqueeze(-1)

@@ -1,0 +1,84 @@
+"""The choice of a kernel: the best whose results on a small input agree with the reference."""
+
+import functools
+import logging
+
+import torch
+
+from headinfer.attend import cuda
+from headinfer.attend.cpu import CpuKernel
+from headinfer.attend.partial import Kernel
+from headinfer.attend.reference import ReferenceKernel
+
+_logger = logging.getLogger(__name__)
+
+_TOLERANCE = {
+    torch.float64: 1e-9,
+    torch.float32: 1e-3,  # loose enough for tf32-like modes; a wrong kernel is off by far more
+    torch.float16: 1e-2,
+    torch.bfloat16: 5e-2,
+}
+
+
+@functools.cache
+def select_kernel(
+    torch_device: torch.device,
+    dtype: torch.dtype,
+    key_dim: int,
+    value_dim: int,
+    softcap: float | None = None,
+) -> Kernel:
+    """Return the kernel for one kind of layer.
+
+    Args:
+        torch_device: where the tensors live.
+        dtype: of queries, keys and values.
+        key_dim: elements of one key.
+        value_dim: elements of one value.
+        softcap: bound of the scores, or None.
+    """
+    reference = ReferenceKernel(softcap)
+    if softcap is not None or key_dim != value_dim or dtype not in _TOLERANCE:
+        return reference
+    if torch_device.type == "cuda":
+        fused = cuda.candidates(torch_device, dtype, key_dim)
+    elif torch_device.type == "cpu":
+        fused = [CpuKernel()]
+    else:
+        fused = []
+    for kernel in fused:
+        if _agrees(kernel, reference, torch_device, dtype, key_dim):
+            return kernel
+        _logger.warning("%s fails its check here; another kernel is used", kernel.name)
+    return reference
+
+
+def _agrees(
+    kernel: Kernel,
+    reference: Kernel,
+    torch_device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+) -> bool:
+    """Run both kernels on small inputs: a tile for decoding, one for prefill, a causal square."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(torch_device, dtype)
+
+    for q_len, kv_len, causal in ((1, 1031, False), (33, 70, False), (33, 33, True)):
+        query = draw(1, 2, 3, q_len, head_dim)
+        keys, values = draw(1, 2, kv_len, head_dim), draw(1, 2, kv_len, head_dim)
+        scale = head_dim**-0.5
+        try:
+            ours = kernel.attend(query, keys, values, scale=scale, causal=causal)
+        except (RuntimeError, NotImplementedError, AttributeError) as error:
+            _logger.info("%s: %s", kernel.name, error)
+            return False
+        wanted = reference.attend(query, keys, values, scale=scale, causal=causal)
+        for got, want in ((ours.out, wanted.out), (ours.lse, wanted.lse)):
+            error_max = (got.double() - want.double()).abs().max().item()
+            if not error_max <= _TOLERANCE[dtype]:
+                _logger.info("%s is off by %g", kernel.name, error_max)
+                return False
+    return True

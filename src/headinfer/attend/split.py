@@ -1,0 +1,59 @@
+"""Splitting one tile along its tokens, so that few heads and queries still fill the machine.
+
+A decode tile of one head is a single task to a flash kernel. Seen as `[splits, tokens / splits,
+dim]` it is `splits` tasks, without a copy; their partials merge by LSE like any others.
+"""
+
+from typing import Protocol
+
+import torch
+
+
+class FusedCall(Protocol):
+    """A fused attention over `[batch, heads, rows, dim]` that returns its output and LSE."""
+
+    def __call__(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, /
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+def attend_split(
+    call: FusedCall,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scale: float,
+    splits: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend a single batch row in `splits` parts at once.
+
+    Args:
+        call: the kernel.
+        query: `[1, heads, rows, key_dim]`.
+        keys: `[1, heads, kv_len, key_dim]`, contiguous over tokens and dims.
+        values: `[1, heads, kv_len, value_dim]`, likewise.
+        scale: factor of the scores.
+        splits: parts; the up to `splits - 1` tokens left over are attended in a call of their own.
+
+    Returns:
+        Output `[1, heads, rows, value_dim]` in the query's dtype and LSE `[1, heads, rows]`.
+    """
+    kv_len = keys.shape[2]
+    part = kv_len // splits
+    if splits <= 1 or part == 0:
+        return call(query, keys, values, scale)
+    even = part * splits
+    out, lse = call(
+        query[0].unsqueeze(1).expand(-1, splits, -1, -1),
+        keys[0, :, :even].unflatten(1, (splits, part)),
+        values[0, :, :even].unflatten(1, (splits, part)),
+        scale,
+    )
+    if even < kv_len:
+        rest_out, rest_lse = call(query, keys[:, :, even:], values[:, :, even:], scale)
+        out = torch.cat((out, rest_out.transpose(0, 1)), dim=1)
+        lse = torch.cat((lse, rest_lse.transpose(0, 1)), dim=1)
+    total = torch.logsumexp(lse, dim=1, keepdim=True)
+    weights = torch.exp(lse - total).unsqueeze(-1)
+    merged = (out * weights).sum(dim=1, keepdim=True)
+    return merged.transpose(0, 1).to(query.dtype), total.transpose(0, 1)

@@ -1,0 +1,1 @@
+"""Streams, events, pinned memory and copies, behind one protocol with three implementations."""

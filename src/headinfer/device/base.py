@@ -1,0 +1,98 @@
+"""The protocol between the engine and a device: memory, three streams, and the waits between them.
+
+Every ordering the engine relies on is one `Edge`. A stream runs its work in order; work on two
+streams is ordered only where one waits for an event the other recorded.
+"""
+
+import enum
+from typing import Protocol
+
+import torch
+
+
+class Edge(enum.Enum):
+    """Every wait between streams: what was produced where, and who must not start before it."""
+
+    TILE_FILLED = "copy-in filled a staging buffer; compute reads it"
+    TILE_FREE = "compute has read a staging buffer; copy-in overwrites it"
+    PAGE_WRITTEN = "compute wrote new keys and values into a page; copy-out reads it"
+    PAGE_FREE = "copy-out has read a page; compute overwrites it"
+    HOST_WRITTEN = "copy-out wrote tokens into the host store; copy-in reads them"
+    HOST_SETTLED = "copies touching the host store are done; the host reads, moves or frees it"
+
+
+class Event(Protocol):
+    """A point in a stream's work."""
+
+    def synchronize(self, edge: Edge) -> None:
+        """Block the host until the point is reached."""
+
+
+class Stream(Protocol):
+    """A queue of work on the device, run in order."""
+
+    def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
+        """Enqueue a copy between contiguous tensors of equal shape and dtype, and return."""
+
+    def record(self) -> Event:
+        """Return an event that is reached when all work enqueued so far is done."""
+
+    def wait(self, event: Event, edge: Edge) -> None:
+        """Hold all work enqueued from now on until `event` is reached; the host goes on."""
+
+    def reads(self, tensor: torch.Tensor, purpose: str) -> None:
+        """State that work now enqueued by other means reads `tensor`; only checked, never done."""
+
+    def writes(self, tensor: torch.Tensor, purpose: str) -> None:
+        """State that work now enqueued by other means writes `tensor`."""
+
+
+class Device(Protocol):
+    """Where attention is computed, and the memory and streams around it.
+
+    Attributes:
+        name: "cpu", "cuda" or "simulated".
+        torch_device: where the tensors that attention reads live.
+        tiles_are_views: True when host memory is device memory: tiles are views of the store and
+            no stream is ever used.
+        compute: the stream the model runs on.
+        copy_in: the stream of host-to-device copies.
+        copy_out: the stream of device-to-host copies.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def torch_device(self) -> torch.device: ...
+
+    @property
+    def tiles_are_views(self) -> bool: ...
+
+    @property
+    def compute(self) -> Stream: ...
+
+    @property
+    def copy_in(self) -> Stream: ...
+
+    @property
+    def copy_out(self) -> Stream: ...
+
+    def host_empty(self, num_bytes: int) -> torch.Tensor:
+        """Return `num_bytes` of uninitialised host memory as uint8, ready for asynchronous copies.
+
+        The caller owns it; it is freed with its last view, which must not be before every copy
+        that touches it is done.
+        """
+
+    def device_empty(self, num_bytes: int) -> torch.Tensor:
+        """Return `num_bytes` of uninitialised device memory as uint8; freed with its last view."""
+
+    def host_access(self, tensor: torch.Tensor, *, write: bool, purpose: str) -> None:
+        """State that the host now reads or writes `tensor` itself; only checked, never done."""
+
+    def finish_compute(self) -> None:
+        """Block the host until the compute stream is done; copies may go on."""
+
+    def synchronize(self) -> None:
+        """Block the host until all work on the device is done."""

@@ -1,0 +1,36 @@
+"""The CPU as device: host memory is device memory, so no copy and no stream exists."""
+
+from typing import NoReturn
+
+import torch
+
+
+class CpuDevice:
+    """Tiles are views of the host store; the streams of the protocol must never be asked for."""
+
+    name = "cpu"
+    tiles_are_views = True
+    torch_device = torch.device("cpu")
+
+    @property
+    def compute(self) -> NoReturn:
+        """Raise: nothing is asynchronous on the CPU."""
+        raise AssertionError("the CPU device has no streams")
+
+    copy_in = compute
+    copy_out = compute
+
+    def host_empty(self, num_bytes: int) -> torch.Tensor:
+        """Return pageable memory; the system commits a page when it is first written."""
+        return torch.empty(num_bytes, dtype=torch.uint8)
+
+    device_empty = host_empty
+
+    def host_access(self, tensor: torch.Tensor, *, write: bool, purpose: str) -> None:
+        """Do nothing: all work is done when its call returns."""
+
+    def finish_compute(self) -> None:
+        """Do nothing: all work is done when its call returns."""
+
+    def synchronize(self) -> None:
+        """Do nothing: all work is done when its call returns."""

@@ -1,0 +1,130 @@
+"""CUDA: pinned host memory, two copy streams beside the model's own, and CUDA events."""
+
+import mmap
+import weakref
+from typing import Any
+
+import torch
+
+from headinfer.device.base import Edge, Event, Stream
+from headinfer.errors import MemoryPlanError, OptionError
+from headinfer.units import format_bytes
+
+_CUDA_SUCCESS = 0
+
+# A shared mapping would count against a container's shared-memory limit. Windows has neither flag.
+_PRIVATE: dict[str, int] = (
+    {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+)
+
+
+class CudaEvent:
+    """A `torch.cuda.Event` without timing."""
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self._event = torch.cuda.Event()
+        self._event.record(stream)
+
+    def synchronize(self, edge: Edge) -> None:
+        """Block the host until the event is reached."""
+        self._event.synchronize()
+
+    def hold(self, stream: torch.cuda.Stream) -> None:
+        """Make `stream` wait for the event."""
+        stream.wait_event(self._event)
+
+
+class CudaStream:
+    """One stream; `None` stands for whichever stream is current when a method is called."""
+
+    def __init__(self, device: torch.device, stream: torch.cuda.Stream | None) -> None:
+        self._device = device
+        self._stream = stream
+
+    def _current(self) -> torch.cuda.Stream:
+        return self._stream or torch.cuda.current_stream(self._device)
+
+    def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
+        """Enqueue a copy; asynchronous because the host side is pinned and both are contiguous."""
+        with torch.cuda.stream(self._current()):
+            destination.copy_(source, non_blocking=True)
+
+    def record(self) -> Event:
+        """Return an event after all work enqueued so far."""
+        return CudaEvent(self._current())
+
+    def wait(self, event: Event, edge: Edge) -> None:
+        """Hold later work on this stream until `event`."""
+        assert isinstance(event, CudaEvent)
+        event.hold(self._current())
+
+    def reads(self, tensor: torch.Tensor, purpose: str) -> None:
+        """Do nothing: CUDA does not check."""
+
+    def writes(self, tensor: torch.Tensor, purpose: str) -> None:
+        """Do nothing: CUDA does not check."""
+
+
+class CudaDevice:
+    """One CUDA GPU.
+
+    `compute` is the stream that is current when the model runs, so the engine joins whatever
+    stream the caller chose. The copy streams are the engine's own.
+
+    Raises:
+        OptionError: CUDA is not available.
+    """
+
+    name = "cuda"
+    tiles_are_views = False
+
+    def __init__(self, torch_device: torch.device) -> None:
+        if not torch.cuda.is_available():
+            raise OptionError("device 'cuda' was asked for, but CUDA is not available; use 'cpu'")
+        self.torch_device = torch_device
+        self.compute: Stream = CudaStream(torch_device, None)
+        self.copy_in: Stream = CudaStream(torch_device, torch.cuda.Stream(torch_device))
+        self.copy_out: Stream = CudaStream(torch_device, torch.cuda.Stream(torch_device))
+
+    def host_empty(self, num_bytes: int) -> torch.Tensor:
+        """Return page-locked memory of exactly `num_bytes`, rounded up to whole pages.
+
+        Mapped and registered by hand because torch's pinned allocator rounds up to a power of two,
+        which for a KV cache can double the host memory used.
+
+        Raises:
+            MemoryPlanError: the system refuses to map or to lock that much.
+        """
+        try:
+            region = mmap.mmap(-1, max(num_bytes, 1), **_PRIVATE)
+        except OSError as error:
+            raise MemoryPlanError(
+                f"cannot map {format_bytes(num_bytes)} of host memory: {error}"
+            ) from error
+        tensor = torch.frombuffer(region, dtype=torch.uint8)[:num_bytes]
+        cudart: Any = torch.cuda.cudart()
+        with torch.cuda.device(self.torch_device):
+            status = int(cudart.cudaHostRegister(tensor.data_ptr(), len(region), 0))
+        if status != _CUDA_SUCCESS:
+            raise MemoryPlanError(
+                f"cannot lock {format_bytes(num_bytes)} of host memory for the KV cache (CUDA "
+                f"error {status}); free memory or raise the limit shown by `ulimit -l`"
+            )
+        storage = tensor.untyped_storage()
+        weakref.finalize(storage, cudart.cudaHostUnregister, storage.data_ptr())
+        return tensor
+
+    def device_empty(self, num_bytes: int) -> torch.Tensor:
+        """Return memory from torch's caching allocator on this device."""
+        return torch.empty(num_bytes, dtype=torch.uint8, device=self.torch_device)
+
+    def host_access(self, tensor: torch.Tensor, *, write: bool, purpose: str) -> None:
+        """Do nothing: CUDA does not check."""
+
+    def finish_compute(self) -> None:
+        """Wait for the stream the model runs on."""
+        torch.cuda.current_stream(self.torch_device).synchronize()
+
+    def synchronize(self) -> None:
+        """Wait for all streams of this device."""
+        torch.cuda.synchronize(self.torch_device)

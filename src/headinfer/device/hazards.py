@@ -1,0 +1,94 @@
+"""Happens-before checking of memory accesses on several streams, by vector clocks.
+
+Each stream counts its operations; a clock maps stream names to counts, and an operation is ordered
+after another when its clock has reached the other's count on the other's stream. Two accesses to
+overlapping bytes, at least one of them a write, must be ordered. The method is the one of
+happens-before race detectors; what is tracked here is byte ranges of tensor storages.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+
+Clock = dict[str, int]
+
+
+class HazardError(RuntimeError):
+    """Two accesses to the same memory are not ordered; names both. A defect, never a user error."""
+
+
+def join(clock: Clock, other: Clock) -> None:
+    """Raise `clock`, in place, to the least clock after both."""
+    for stream, count in other.items():
+        clock[stream] = max(clock.get(stream, 0), count)
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """One read or write of a byte range."""
+
+    stream: str
+    count: int
+    start: int
+    end: int
+    write: bool
+    purpose: str
+
+    def __str__(self) -> str:
+        """Name the access as in "read on compute (attend ...)"."""
+        return f"{'write' if self.write else 'read'} on {self.stream} ({self.purpose})"
+
+    def precedes(self, clock: Clock) -> bool:
+        """Whether the access is ordered before an operation with `clock`."""
+        return clock.get(self.stream, 0) >= self.count
+
+
+def byte_range(tensor: torch.Tensor) -> tuple[int, int]:
+    """Return the addresses of the first byte of a contiguous tensor and of the one after its last.
+
+    Tensors with gaps must be given piece by piece, or neighbours would seem to overlap.
+    """
+    assert tensor.is_contiguous(), "a tracked access must be contiguous"
+    start = tensor.data_ptr()
+    return start, start + tensor.numel() * tensor.element_size()
+
+
+@dataclass(slots=True)
+class AccessLog:
+    """The accesses that later ones must still be ordered after."""
+
+    _by_storage: dict[int, list[Access]] = field(default_factory=dict)
+
+    def add(self, tensor: torch.Tensor, clock: Clock, stream: str, write: bool, what: str) -> None:
+        """Check an access against all before it, and remember it.
+
+        Args:
+            tensor: the contiguous bytes accessed.
+            clock: the clock of the operation, its own stream's count included.
+            stream: the operation's stream.
+            write: whether it writes.
+            what: for the message.
+
+        Raises:
+            HazardError: an earlier overlapping access is not ordered before this one.
+        """
+        if tensor.numel() == 0:
+            return
+        start, end = byte_range(tensor)
+        access = Access(stream, clock.get(stream, 0), start, end, write, what)
+        kept = []
+        for past in self._by_storage.get(tensor.untyped_storage().data_ptr(), ()):
+            overlaps = past.start < end and start < past.end
+            if overlaps and (write or past.write) and not past.precedes(clock):
+                raise HazardError(f"{access} is not ordered after the {past}")
+            covered = start <= past.start and past.end <= end
+            # Whatever must come after a covered access must come after this one too, either
+            # because this is a write that came after it, or because it is the same stream's read.
+            if not (covered and (write or (past.stream == stream and not past.write))):
+                kept.append(past)
+        kept.append(access)
+        self._by_storage[tensor.untyped_storage().data_ptr()] = kept
+
+    def forget(self, storage_address: int) -> None:
+        """Drop the accesses of a storage that is freed, so that its address can be used again."""
+        self._by_storage.pop(storage_address, None)

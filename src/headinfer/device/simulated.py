@@ -1,0 +1,204 @@
+"""A device that runs on the CPU, has memory of its own, and copies at the worst possible time.
+
+Work on the compute stream runs when it is enqueued, as the model's own operations do. Copies are
+queued and run, in a seeded random order, as early as their stream allows or as late as the waits
+on them allow: a read that nothing orders after its copy finds garbage. Independently of when things
+ran, every access is checked by vector clocks (`hazards`), so that a missing wait is an error even
+where chance let the copy run in time.
+"""
+
+import collections
+import random
+import weakref
+from collections.abc import Callable, Collection
+from typing import TypeAlias
+
+import torch
+
+from headinfer.device.base import Edge, Event, Stream
+from headinfer.device.hazards import AccessLog, Clock, join
+
+_Step: TypeAlias = Callable[[], bool]
+"""Work at the head of a queue; returns False when it must wait for another stream."""
+
+_HOST = "host"
+_POISON = 0xFF  # as float16, bfloat16 and float32 alike: NaN
+
+
+class SimulatedEvent:
+    """A point in a simulated stream."""
+
+    def __init__(self, stream: "SimulatedStream") -> None:
+        self._stream = stream
+        self._position = stream.enqueued
+        self.clock: Clock = dict(stream.clock)
+
+    @property
+    def reached(self) -> bool:
+        """Whether all work before the event has run."""
+        return self._stream.executed >= self._position
+
+    def synchronize(self, edge: Edge) -> None:
+        """Run the stream up to the event and order the host after it."""
+        device = self._stream.device
+        if edge in device.skipped_edges:
+            return
+        device.exercised_edges.add(edge)
+        self.force()
+        join(device.host_clock, self.clock)
+
+    def force(self) -> None:
+        """Run the stream up to the event, and whatever it waits for."""
+        while not self.reached:
+            self._stream.step(force=True)
+
+
+class SimulatedStream:
+    """One queue. The compute stream is `eager`: what is enqueued by other means ran at once."""
+
+    def __init__(self, device: "SimulatedDevice", name: str, *, eager: bool) -> None:
+        self.device = device
+        self.name = name
+        self.clock: Clock = {}
+        self.enqueued = 0
+        self.executed = 0
+        self._eager = eager
+        self._queue: collections.deque[Callable[[bool], bool]] = collections.deque()
+
+    def _tick(self) -> None:
+        """Start an operation: it follows all before it here, and what the host did before it."""
+        join(self.clock, self.device.host_clock)
+        self.clock[self.name] = self.clock.get(self.name, 0) + 1
+
+    def _enqueue(self, work: Callable[[bool], bool]) -> None:
+        self._queue.append(work)
+        self.enqueued += 1
+        self.device.run_some()
+
+    def step(self, *, force: bool) -> bool:
+        """Run the head of the queue; False when there is none or it waits for another stream."""
+        if not self._queue or not self._queue[0](force):
+            return False
+        self._queue.popleft()
+        self.executed += 1
+        return True
+
+    def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
+        """Queue a copy and check it against all accesses so far."""
+        assert destination.shape == source.shape
+        assert destination.dtype == source.dtype
+        self._tick()
+        purpose = f"copy of {tuple(source.shape)} as operation {self.clock[self.name]}"
+        log = self.device.log
+        log.add(source, self.clock, self.name, False, purpose)
+        log.add(destination, self.clock, self.name, True, purpose)
+
+        def work(_force: bool) -> bool:
+            destination.copy_(source)
+            return True
+
+        self._enqueue(work)
+
+    def record(self) -> Event:
+        """Return an event after all work enqueued so far."""
+        return SimulatedEvent(self)
+
+    def wait(self, event: Event, edge: Edge) -> None:
+        """Order later work after `event`; a copy stream then stops there, compute runs up to it."""
+        assert isinstance(event, SimulatedEvent)
+        if edge in self.device.skipped_edges:
+            return
+        self.device.exercised_edges.add(edge)
+        join(self.clock, event.clock)
+        if self._eager:
+            event.force()
+            return
+
+        def work(force: bool) -> bool:
+            if force:
+                event.force()
+            return event.reached
+
+        self._enqueue(work)
+
+    def reads(self, tensor: torch.Tensor, purpose: str) -> None:
+        """Check a read by work enqueued by other means."""
+        self._tick()
+        self.device.log.add(tensor, self.clock, self.name, False, purpose)
+
+    def writes(self, tensor: torch.Tensor, purpose: str) -> None:
+        """Check a write by work enqueued by other means."""
+        self._tick()
+        self.device.log.add(tensor, self.clock, self.name, True, purpose)
+
+
+class SimulatedDevice:
+    """The device behind `--device simulated`.
+
+    Args:
+        seed: of the order in which queued copies run.
+        skip: waits to leave out, to show that the checks notice.
+
+    Attributes:
+        allocated_bytes: device memory now allocated.
+        peak_bytes: the most that was ever allocated.
+        exercised_edges: the kinds of wait seen so far.
+    """
+
+    name = "simulated"
+    tiles_are_views = False
+    torch_device = torch.device("cpu")
+
+    def __init__(self, *, seed: int = 0, skip: Collection[Edge] = ()) -> None:
+        self.log = AccessLog()
+        self.host_clock: Clock = {}
+        self.skipped_edges = frozenset(skip)
+        self.exercised_edges: set[Edge] = set()
+        self.allocated_bytes = 0
+        self.peak_bytes = 0
+        self._random = random.Random(seed)
+        self._compute = SimulatedStream(self, "compute", eager=True)
+        self._copy_in = SimulatedStream(self, "copy-in", eager=False)
+        self._copy_out = SimulatedStream(self, "copy-out", eager=False)
+        self.compute: Stream = self._compute
+        self.copy_in: Stream = self._copy_in
+        self.copy_out: Stream = self._copy_out
+
+    def run_some(self) -> None:
+        """Run a random part of what is queued: often nothing, so that copies are often late."""
+        for _ in range(self._random.choice((0, 0, 1, 4))):
+            self._random.choice((self._copy_in, self._copy_out)).step(force=False)
+
+    def host_empty(self, num_bytes: int) -> torch.Tensor:
+        """Return host memory, poisoned so that a read before a write shows as NaN."""
+        tensor = torch.full((num_bytes,), _POISON, dtype=torch.uint8)
+        storage = tensor.untyped_storage()
+        weakref.finalize(storage, self.log.forget, storage.data_ptr())
+        return tensor
+
+    def device_empty(self, num_bytes: int) -> torch.Tensor:
+        """Return memory of the simulated device, poisoned likewise, and account for it."""
+        tensor = self.host_empty(num_bytes)
+        self.allocated_bytes += num_bytes
+        self.peak_bytes = max(self.peak_bytes, self.allocated_bytes)
+        weakref.finalize(tensor.untyped_storage(), self._freed, num_bytes)
+        return tensor
+
+    def _freed(self, num_bytes: int) -> None:
+        self.allocated_bytes -= num_bytes
+
+    def host_access(self, tensor: torch.Tensor, *, write: bool, purpose: str) -> None:
+        """Check an access by the host itself."""
+        self.host_clock[_HOST] = self.host_clock.get(_HOST, 0) + 1
+        self.log.add(tensor, self.host_clock, _HOST, write, purpose)
+
+    def finish_compute(self) -> None:
+        """Order the host after the compute stream, whose work ran when it was enqueued."""
+        join(self.host_clock, self._compute.clock)
+
+    def synchronize(self) -> None:
+        """Run everything and order the host after it."""
+        for stream in (self._copy_in, self._copy_out, self._compute):
+            event = SimulatedEvent(stream)
+            event.force()
+            join(self.host_clock, event.clock)

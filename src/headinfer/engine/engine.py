@@ -1,0 +1,313 @@
+"""One cache's engine: attention of one layer over its past tiles and its new tokens.
+
+The life of a layer's call: room is made for the new tokens; then, for each group of heads, the
+chunk is attended to itself, to the decode tail, and to each stored tile as it arrives; the partials
+merge by LSE; at last the new tokens go to the store.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from headinfer.attend.masks import Padding, attend_square
+from headinfer.attend.partial import Accumulator, Kernel
+from headinfer.device.base import Device, Edge
+from headinfer.engine.arena import Arena
+from headinfer.engine.pages import DirectWriter, Page, PagedWriter, Writer
+from headinfer.engine.stats import Stats
+from headinfer.engine.tiles import (
+    Buffer,
+    PrefetchedTiles,
+    StoredLayer,
+    SynchronousTiles,
+    TileSource,
+    ViewTiles,
+    head_groups,
+)
+from headinfer.errors import CacheStateError
+from headinfer.plan.memory import PAGES, STAGING_BUFFERS
+from headinfer.plan.plan import Plan
+from headinfer.store.layer import KVGeometry, LayerStore
+
+
+class Engine:
+    """The offloaded layers of one cache: their stores, the device arena, and their attention.
+
+    Not safe for use by several threads at once, like the transformers cache it serves.
+
+    Args:
+        device: where attention is computed.
+        plan: sizes; its batch must be the batch of the tokens that come.
+        dtype: of keys and values.
+        stats: where bytes are counted.
+
+    Attributes:
+        plan: as given.
+        closed: whether the memory was given back.
+    """
+
+    def __init__(self, device: Device, plan: Plan, dtype: torch.dtype, stats: Stats) -> None:
+        self.plan = plan
+        self.closed = False
+        self._device = device
+        self._stats = stats
+        self._expected_tokens = 0
+        self._layers = [
+            StoredLayer(
+                LayerStore(
+                    device,
+                    KVGeometry(
+                        plan.batch, layer.kv_heads, layer.key_dim, layer.value_dim, dtype
+                    ),
+                )
+            )
+            for layer in plan.shape.full_layers
+        ]
+        self._arena_bytes = 0
+        self._source, self._writer = self._build()
+
+    def _build(self) -> tuple[TileSource, Writer]:
+        """Choose the strategies of this device, and take their memory."""
+        device, plan, layers, stats = self._device, self.plan, self._layers, self._stats
+        if device.tiles_are_views:
+            return ViewTiles(layers, plan.tile_tokens), DirectWriter(layers)
+        pieces = STAGING_BUFFERS + PAGES * (len(layers) + 1)
+        arena = Arena(device, plan.arena_bytes, pieces=pieces)
+        self._arena_bytes = arena.num_bytes
+        buffers = [
+            Buffer(arena.take(plan.staging_bytes // STAGING_BUFFERS))
+            for _ in range(STAGING_BUFFERS)
+        ]
+        tails = [
+            [Page(arena.take(layer.store.geometry.num_bytes(plan.page_tokens))) for _ in range(PAGES)]
+            for layer in layers
+        ]
+        chunk_pages = [Page(arena.take(plan.chunk_page_bytes // PAGES)) for _ in range(PAGES)]
+        writer = PagedWriter(
+            device,
+            layers,
+            tails=tails,
+            chunk_pages=chunk_pages,
+            page_tokens=plan.page_tokens,
+            chunk_tokens=plan.chunk_tokens,
+            stats=stats,
+        )
+        source: TileSource
+        if plan.overlap:
+            source = PrefetchedTiles(
+                device,
+                layers,
+                buffers,
+                tile_heads=plan.tile_heads,
+                tile_tokens=plan.tile_tokens,
+                stats=stats,
+            )
+        else:
+            source = SynchronousTiles(device, layers, buffers[0], plan.tile_tokens, stats)
+        return source, writer
+
+    @property
+    def device_kv_bytes(self) -> int:
+        """Bytes of device memory held for KV."""
+        return self._arena_bytes
+
+    @property
+    def host_kv_bytes(self) -> int:
+        """Bytes of host memory held for KV."""
+        return sum(layer.store.num_bytes for layer in self._layers)
+
+    def tokens(self, layer_idx: int) -> int:
+        """Return the tokens a layer holds."""
+        return self._layers[layer_idx].store.tokens + self._writer.tail_tokens(layer_idx)
+
+    def expect(self, tokens: int) -> int:
+        """State that a layer will come to hold `tokens` tokens; its store is reserved when it does.
+
+        Returns:
+            The bytes of host memory that this adds to what is held.
+        """
+        self._expected_tokens = max(self._expected_tokens, tokens)
+        return sum(
+            layer.store.geometry.num_bytes(max(tokens - layer.store.capacity, 0))
+            for layer in self._layers
+        )
+
+    def attend(
+        self,
+        layer_idx: int,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        *,
+        kernel: Kernel,
+        scale: float,
+        padding: Padding | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend new tokens to the past and to themselves, and keep them.
+
+        Args:
+            layer_idx: which offloaded layer, counted among these.
+            query: `[batch, kv_heads, group, q_len, key_dim]` on the device.
+            keys: the new tokens' keys `[batch, kv_heads, q_len, key_dim]`.
+            values: their values `[batch, kv_heads, q_len, value_dim]`.
+            kernel: what computes partials.
+            scale: factor of the scores.
+            padding: of all tokens, past and new; None when there is none.
+            sinks: scores `[kv_heads, group]` of attention sinks, or None.
+
+        Returns:
+            `[batch, q_len, kv_heads, group, value_dim]` in the query's dtype, newly allocated,
+            valid on the compute stream.
+
+        Raises:
+            CacheStateError: the cache was closed, or was made for other shapes.
+        """
+        geometry = self._check(layer_idx, keys, values)
+        batch, kv_heads, group, q_len, _ = query.shape
+        out = query.new_empty(batch, q_len, kv_heads, group, geometry.value_dim)
+        self._layers[layer_idx].store.reserve(self._expected_tokens)
+        for first in range(0, q_len, self.plan.chunk_tokens):
+            part = slice(first, first + self.plan.chunk_tokens)
+            self._attend_chunk(
+                layer_idx,
+                query[:, :, :, part],
+                keys[:, :, part],
+                values[:, :, part],
+                out[:, part],
+                kernel=kernel,
+                scale=scale,
+                padding=padding,
+                sinks=sinks,
+            )
+        return out
+
+    def _attend_chunk(
+        self,
+        layer_idx: int,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        out: torch.Tensor,
+        *,
+        kernel: Kernel,
+        scale: float,
+        padding: Padding | None,
+        sinks: torch.Tensor | None,
+    ) -> None:
+        """Attend at most `plan.chunk_tokens` new tokens, into `out`."""
+        new_tokens = keys.shape[2]
+        past_tokens = self.tokens(layer_idx)
+        own_padding = _padding_of(padding, past_tokens, past_tokens + new_tokens)
+        self._writer.make_room(layer_idx, new_tokens)
+        near = self._writer.admit(layer_idx, keys, values)
+        self._source.begin(layer_idx)
+        for heads in head_groups(keys.shape[1], self.plan.tile_heads):
+            total = Accumulator()
+            queries = query[:, heads]
+            if new_tokens > 1:
+                total.add(
+                    attend_square(
+                        kernel, queries, keys[:, heads], values[:, heads],
+                        scale=scale, padding=own_padding,
+                    )
+                )
+            for span in near:
+                total.add(
+                    kernel.attend(
+                        queries, span.keys[:, heads], span.values[:, heads], scale=scale,
+                        mask=_padding_of(padding, span.start, span.start + span.tokens),
+                    )
+                )
+            for tile in self._source.tiles(heads):
+                total.add(
+                    kernel.attend(
+                        queries, tile.keys, tile.values, scale=scale,
+                        mask=_padding_of(padding, tile.start, tile.start + tile.tokens),
+                    )
+                )
+            if sinks is not None:
+                total.add_sinks(sinks[heads])
+            out[:, :, heads].copy_(total.result().out.permute(0, 3, 1, 2, 4))
+        self._writer.commit(layer_idx, keys, values)
+        self._source.end()
+
+    def _check(self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor) -> KVGeometry:
+        if self.closed:
+            raise CacheStateError("this cache was closed; make another with offload.new_cache()")
+        geometry = self._layers[layer_idx].store.geometry
+        given = (keys.shape[0], keys.shape[1], keys.shape[3], values.shape[3], keys.dtype)
+        wanted = (
+            geometry.batch, geometry.kv_heads, geometry.key_dim, geometry.value_dim, geometry.dtype
+        )
+        if given != wanted:
+            raise CacheStateError(
+                f"layer {layer_idx} was given keys and values of (batch, kv_heads, key_dim, "
+                f"value_dim, dtype) {given}, but this cache holds {wanted}; use a new cache"
+            )
+        return geometry
+
+    def crop(self, layer_idx: int, tokens: int) -> None:
+        """Remove a layer's newest `tokens` tokens, or all it has."""
+        rest = tokens - self._writer.crop(layer_idx, tokens)
+        if rest > 0:
+            self._settle()
+            store = self._layers[layer_idx].store
+            store.crop(max(store.tokens - rest, 0))
+
+    def select(self, layer_idx: int, rows: Sequence[int]) -> None:
+        """Make row `i` of a layer what row `rows[i]` was, for as many rows as the plan has."""
+        assert len(rows) == self.plan.batch
+        if list(rows) == list(range(self.plan.batch)):
+            return
+        self._settle()
+        self._writer.select(layer_idx, rows)
+        self._layers[layer_idx].store.select(rows)
+
+    def select_all(self, rows: Sequence[int], plan: Plan) -> None:
+        """Make row `i` of every layer what row `rows[i]` was, under a plan for that many rows."""
+        for layer_idx in range(len(self._layers)):
+            self._writer.flush(layer_idx)
+        self._settle()
+        for layer in self._layers:
+            layer.store.select(rows)
+            layer.written = None
+        self.plan = plan
+        # The old arena goes before the new one comes: both together would exceed either plan.
+        del self._source, self._writer
+        self._source, self._writer = self._build()
+
+    def clear(self) -> None:
+        """Forget all tokens and free the host memory; the arena stays."""
+        self._settle()
+        for layer_idx, layer in enumerate(self._layers):
+            self._writer.crop(layer_idx, self._writer.tail_tokens(layer_idx))
+            layer.store.clear()
+            layer.written = None
+        self._expected_tokens = 0
+
+    def close(self) -> None:
+        """Free all memory, once no copy touches it any more; may be called again."""
+        if self.closed:
+            return
+        self.clear()
+        self.closed = True
+        del self._source, self._writer
+        self._arena_bytes = 0
+
+    def __del__(self) -> None:
+        """Wait for the copies in flight before the memory they touch goes away."""
+        if hasattr(self, "_source"):
+            self._settle()
+
+    def _settle(self) -> None:
+        """Wait on the host until no copy touches the stores, and forget what was fetched ahead."""
+        if self._device.tiles_are_views:
+            return
+        for stream in (self._device.copy_in, self._device.copy_out):
+            stream.record().synchronize(Edge.HOST_SETTLED)
+        self._source.drop()
+
+
+def _padding_of(padding: Padding | None, start: int, end: int) -> torch.Tensor | None:
+    return None if padding is None else padding.of_tokens(start, end)

@@ -1,0 +1,253 @@
+"""How new tokens reach the store: directly, or through pages on the device and the copy-out stream.
+
+On a device with memory of its own the newest tokens of every layer stay in a page there, its decode
+tail, until the page is full and worth a transfer; a prefill chunk goes through one of two pages all
+layers share. Either way compute fills a page, copy-out empties it, and neither overtakes the other.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from headinfer.device.base import Device, Edge, Event
+from headinfer.engine.stats import Stats
+from headinfer.engine.tiles import StoredLayer
+from headinfer.store.layer import KVGeometry, Span
+
+
+class Writer(Protocol):
+    """Takes the new keys and values of a layer into the cache."""
+
+    def make_room(self, layer_idx: int, new_tokens: int) -> None:
+        """Prepare for `new_tokens` tokens; may lengthen the store."""
+
+    def admit(self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor) -> list[Span]:
+        """Begin to take new tokens, before the layer is attended.
+
+        A single new token, which sees all others and itself, becomes part of the past at once.
+
+        Args:
+            layer_idx: which layer.
+            keys: `[batch, kv_heads, new_tokens, key_dim]`.
+            values: `[batch, kv_heads, new_tokens, value_dim]`.
+
+        Returns:
+            The past tokens that are on the device and not in the store.
+        """
+
+    def commit(self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Finish taking them, after the layer is attended; may lengthen the store."""
+
+    def tail_tokens(self, layer_idx: int) -> int:
+        """Past tokens of a layer that are not in its store."""
+
+    def crop(self, layer_idx: int, tokens: int) -> int:
+        """Remove the newest `tokens` tokens as far as they are not in the store; return how many."""
+
+    def select(self, layer_idx: int, rows: Sequence[int]) -> None:
+        """Rearrange the rows of what is not in the store; as many rows as before."""
+
+    def flush(self, layer_idx: int) -> None:
+        """Send everything to the store."""
+
+
+class DirectWriter:
+    """Writes straight into the store, for a device that shares the host's memory."""
+
+    def __init__(self, layers: Sequence[StoredLayer]) -> None:
+        self._layers = layers
+
+    def make_room(self, layer_idx: int, new_tokens: int) -> None:
+        """Do nothing: the store makes room as it is written."""
+
+    def admit(self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor) -> list[Span]:
+        """Write a single token at once; nothing is outside the store."""
+        if keys.shape[2] == 1:
+            self._write(layer_idx, keys, values)
+        return []
+
+    def commit(self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Write a chunk once it is attended, so that the store still ended before it."""
+        if keys.shape[2] > 1:
+            self._write(layer_idx, keys, values)
+
+    def _write(self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        first = 0
+        for span in self._layers[layer_idx].store.extend(keys.shape[2]):
+            part = slice(first, first + span.tokens)
+            span.keys.copy_(keys[:, :, part])
+            span.values.copy_(values[:, :, part])
+            first += span.tokens
+
+    def tail_tokens(self, layer_idx: int) -> int:
+        """Return 0: all past tokens are in the store."""
+        return 0
+
+    def crop(self, layer_idx: int, tokens: int) -> int:
+        """Return 0: all past tokens are in the store."""
+        return 0
+
+    def select(self, layer_idx: int, rows: Sequence[int]) -> None:
+        """Do nothing: all past tokens are in the store."""
+
+    def flush(self, layer_idx: int) -> None:
+        """Do nothing: all past tokens are in the store."""
+
+
+class Page:
+    """Device memory for new tokens of one layer on their way to the host."""
+
+    def __init__(self, memory: torch.Tensor) -> None:
+        self._memory = memory
+        self._emptied: Event | None = None
+        self.tokens = 0
+
+    def append(
+        self,
+        device: Device,
+        geometry: KVGeometry,
+        capacity: int,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+    ) -> None:
+        """Write new tokens behind those already here, on compute."""
+        if self._emptied is not None:
+            device.compute.wait(self._emptied, Edge.PAGE_FREE)
+            self._emptied = None
+        device.compute.writes(self._memory, "new tokens into a page")
+        part = slice(self.tokens, self.tokens + keys.shape[2])
+        for page, new in zip(geometry.carve(self._memory, capacity), (keys, values), strict=True):
+            page[:, :, part].copy_(new)
+        self.tokens = part.stop
+
+    def contents(self, device: Device, geometry: KVGeometry, capacity: int, start: int) -> Span:
+        """Return the tokens here, the first of which is token `start`, for compute to read."""
+        device.compute.reads(self._memory, "attention to the decode tail")
+        keys, values = geometry.carve(self._memory, capacity)
+        return Span(start, keys[:, :, : self.tokens], values[:, :, : self.tokens])
+
+    def select(
+        self, device: Device, geometry: KVGeometry, capacity: int, rows: Sequence[int]
+    ) -> None:
+        """Rearrange the rows, on compute."""
+        device.compute.writes(self._memory, "row selection in a page")
+        for page in geometry.carve(self._memory, capacity):
+            used = page[:, :, : self.tokens]
+            used.copy_(used[list(rows)])
+
+    def write_back(
+        self, device: Device, layer: StoredLayer, capacity: int, stats: Stats
+    ) -> None:
+        """Send the tokens to the end of the store on copy-out; the page is then empty."""
+        geometry = layer.store.geometry
+        device.copy_out.wait(device.compute.record(), Edge.PAGE_WRITTEN)
+        pages = geometry.carve(self._memory, capacity)
+        first = 0
+        for span in layer.store.extend(self.tokens):
+            part = slice(first, first + span.tokens)
+            for page, host in zip(pages, (span.keys, span.values), strict=True):
+                for row in range(geometry.batch):
+                    for head in range(geometry.kv_heads):
+                        device.copy_out.copy(host[row, head], page[row, head, part])
+            first += span.tokens
+        stats.bytes_to_host += geometry.num_bytes(self.tokens)
+        self._emptied = device.copy_out.record()
+        layer.written = self._emptied
+        self.tokens = 0
+
+
+class PagedWriter:
+    """Writes into pages on the device, which copy-out brings to the store.
+
+    Args:
+        device: where the pages are.
+        layers: the stores.
+        tails: for each layer, pages of `page_tokens` tokens.
+        chunk_pages: pages of `chunk_tokens` tokens, shared by all layers.
+        page_tokens: the most tokens that go through the tail; more go through a chunk page.
+        chunk_tokens: the most tokens that are taken at once.
+        stats: where bytes are counted.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        layers: Sequence[StoredLayer],
+        *,
+        tails: Sequence[Sequence[Page]],
+        chunk_pages: Sequence[Page],
+        page_tokens: int,
+        chunk_tokens: int,
+        stats: Stats,
+    ) -> None:
+        self._device = device
+        self._layers = layers
+        self._tails = [list(pages) for pages in tails]
+        self._chunk_pages = list(chunk_pages)
+        self._page_tokens = page_tokens
+        self._chunk_tokens = chunk_tokens
+        self._stats = stats
+
+    def make_room(self, layer_idx: int, new_tokens: int) -> None:
+        """Empty the tail's page where the new tokens do not fit behind what it holds."""
+        if self._tails[layer_idx][0].tokens + new_tokens > self._page_tokens:
+            self.flush(layer_idx)
+
+    def admit(self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor) -> list[Span]:
+        """Return the tail's page, with a single new token already in it."""
+        if keys.shape[2] == 1:
+            self._append(layer_idx, keys, values)
+        layer, page = self._layers[layer_idx], self._tails[layer_idx][0]
+        if page.tokens == 0:
+            return []
+        geometry = layer.store.geometry
+        return [page.contents(self._device, geometry, self._page_tokens, layer.store.tokens)]
+
+    def commit(self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Put a few tokens into the tail, send more to the host, and empty a full page."""
+        new_tokens = keys.shape[2]
+        if 1 < new_tokens <= self._page_tokens:
+            self._append(layer_idx, keys, values)
+        elif new_tokens > 1:
+            layer = self._layers[layer_idx]
+            page = self._chunk_pages.pop(0)
+            self._chunk_pages.append(page)
+            page.append(
+                self._device, layer.store.geometry, self._chunk_tokens, keys, values
+            )
+            page.write_back(self._device, layer, self._chunk_tokens, self._stats)
+        if self._tails[layer_idx][0].tokens == self._page_tokens:
+            self.flush(layer_idx)
+
+    def _append(self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        geometry = self._layers[layer_idx].store.geometry
+        page = self._tails[layer_idx][0]
+        page.append(self._device, geometry, self._page_tokens, keys, values)
+
+    def tail_tokens(self, layer_idx: int) -> int:
+        """Return the tokens in the page being written."""
+        return self._tails[layer_idx][0].tokens
+
+    def crop(self, layer_idx: int, tokens: int) -> int:
+        """Shorten the page being written."""
+        page = self._tails[layer_idx][0]
+        removed = min(tokens, page.tokens)
+        page.tokens -= removed
+        return removed
+
+    def select(self, layer_idx: int, rows: Sequence[int]) -> None:
+        """Rearrange the page being written."""
+        page = self._tails[layer_idx][0]
+        if page.tokens:
+            geometry = self._layers[layer_idx].store.geometry
+            page.select(self._device, geometry, self._page_tokens, rows)
+
+    def flush(self, layer_idx: int) -> None:
+        """Send the page being written to the host, and go on in the other one."""
+        pages = self._tails[layer_idx]
+        if pages[0].tokens:
+            pages[0].write_back(
+                self._device, self._layers[layer_idx], self._page_tokens, self._stats
+            )
+            pages.append(pages.pop(0))

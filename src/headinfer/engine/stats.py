@@ -1,0 +1,43 @@
+"""What an attachment measured while it ran."""
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True, kw_only=True)
+class Stats:
+    """Totals since the attachment, over all its caches.
+
+    Attributes:
+        prefill_tokens: tokens that passed through the model several at a time, all rows together.
+        prefill_s: seconds spent on them.
+        decode_tokens: tokens that passed one position at a time, all rows together.
+        decode_s: seconds of the model calls spent on them.
+        decode_steps: those model calls.
+        bytes_to_device: KV bytes copied over the link to the device.
+        bytes_to_host: KV bytes copied back.
+        peak_device_kv_bytes: the most device memory the arenas held at once, by allocation.
+        host_kv_bytes: the most host memory the stores held at once.
+        standard_kv_bytes: what standard inference would have held on the device for the same
+            tokens, at the most.
+    """
+
+    prefill_tokens: int = 0
+    prefill_s: float = 0.0
+    decode_tokens: int = 0
+    decode_s: float = 0.0
+    decode_steps: int = 0
+    bytes_to_device: int = 0
+    bytes_to_host: int = 0
+    peak_device_kv_bytes: int = 0
+    host_kv_bytes: int = 0
+    standard_kv_bytes: int = 0
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        """Prefill speed; 0 before any."""
+        return self.prefill_tokens / self.prefill_s if self.prefill_s else 0.0
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        """Decode speed; 0 before any."""
+        return self.decode_tokens / self.decode_s if self.decode_s else 0.0

@@ -1,0 +1,271 @@
+"""Where attention gets its tiles from: views of the store, or buffers filled over the link.
+
+A source is asked layer by layer, `begin`, `tiles` for each group of heads in order, `end`. The
+tiles of a whole forward pass, and of the next one, are known beforehand, so `PrefetchedTiles` runs
+ahead across layers; `SynchronousTiles` is its plain twin (the paper's section 3.3 without and with
+asynchronous transfer).
+"""
+
+import collections
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from headinfer.device.base import Device, Edge, Event
+from headinfer.engine.stats import Stats
+from headinfer.store.layer import LayerStore, Span
+
+
+@dataclass(slots=True)
+class StoredLayer:
+    """A layer's past on the host.
+
+    Attributes:
+        store: the tokens.
+        written: reached when copy-out has written all of them; None when nothing was copied.
+    """
+
+    store: LayerStore
+    written: Event | None = None
+
+
+def head_groups(kv_heads: int, tile_heads: int) -> list[slice]:
+    """Return the KV heads in groups of `tile_heads`, the last one possibly smaller."""
+    return [
+        slice(first, min(first + tile_heads, kv_heads)) for first in range(0, kv_heads, tile_heads)
+    ]
+
+
+class TileSource(Protocol):
+    """Yields the stored tokens of one layer after another, tile by tile, on the device."""
+
+    def begin(self, layer_idx: int) -> None:
+        """Turn to a layer; its stored tokens stay as they are until `end`."""
+
+    def tiles(self, heads: slice) -> Iterator[Span]:
+        """Yield the tiles of one group of heads, each valid until the next is asked for.
+
+        Groups must be asked for in order, and each must be exhausted.
+        """
+
+    def end(self) -> None:
+        """Finish the layer; its stored tokens may change after this."""
+
+    def drop(self) -> None:
+        """Forget what was fetched ahead; called when stored tokens change between passes."""
+
+
+class ViewTiles:
+    """Tiles where they lie, for a device that attends host memory directly."""
+
+    def __init__(self, layers: Sequence[StoredLayer], tile_tokens: int) -> None:
+        self._layers = layers
+        self._tile_tokens = tile_tokens
+        self._store: LayerStore | None = None
+
+    def begin(self, layer_idx: int) -> None:
+        """Turn to a layer."""
+        self._store = self._layers[layer_idx].store
+
+    def tiles(self, heads: slice) -> Iterator[Span]:
+        """Yield views of the store."""
+        assert self._store is not None
+        return self._store.spans(0, self._store.tokens, max_tokens=self._tile_tokens, heads=heads)
+
+    def end(self) -> None:
+        """Finish the layer."""
+        self._store = None
+
+    def drop(self) -> None:
+        """Do nothing: nothing is fetched ahead."""
+
+
+class Buffer:
+    """A staging buffer: device memory for one tile."""
+
+    def __init__(self, memory: torch.Tensor) -> None:
+        self._memory = memory
+        self._read: Event | None = None
+
+    def fill(
+        self, device: Device, layer: StoredLayer, span: Span, stats: Stats
+    ) -> tuple[Span, Event]:
+        """Enqueue the copy of a host span on copy-in.
+
+        Returns:
+            The span on the device, and the event on copy-in when it is there.
+        """
+        if self._read is not None:
+            device.copy_in.wait(self._read, Edge.TILE_FREE)
+        if layer.written is not None:
+            device.copy_in.wait(layer.written, Edge.HOST_WRITTEN)
+        heads = span.keys.shape[1]
+        keys, values = layer.store.geometry.carve(self._memory, span.tokens, heads=heads)
+        for source, destination in ((span.keys, keys), (span.values, values)):
+            for row in range(source.shape[0]):
+                for head in range(heads):
+                    device.copy_in.copy(destination[row, head], source[row, head])
+        stats.bytes_to_device += layer.store.geometry.num_bytes(span.tokens, heads=heads)
+        return Span(span.start, keys, values), device.copy_in.record()
+
+    def hand_over(self, device: Device, filled: Event) -> None:
+        """Let compute read the tile."""
+        device.compute.wait(filled, Edge.TILE_FILLED)
+        device.compute.reads(self._memory, "attention to a tile")
+
+    def release(self, device: Device) -> None:
+        """Mark all that compute does with the tile as enqueued."""
+        self._read = device.compute.record()
+
+
+class SynchronousTiles:
+    """Fetch, wait, attend, one tile at a time: the oracle of the prefetching twin."""
+
+    def __init__(
+        self,
+        device: Device,
+        layers: Sequence[StoredLayer],
+        buffer: Buffer,
+        tile_tokens: int,
+        stats: Stats,
+    ) -> None:
+        self._device = device
+        self._layers = layers
+        self._buffer = buffer
+        self._tile_tokens = tile_tokens
+        self._stats = stats
+        self._layer: StoredLayer | None = None
+
+    def begin(self, layer_idx: int) -> None:
+        """Turn to a layer."""
+        self._layer = self._layers[layer_idx]
+
+    def tiles(self, heads: slice) -> Iterator[Span]:
+        """Yield tiles, waiting on the host for each to arrive and to be attended."""
+        layer = self._layer
+        assert layer is not None
+        spans = layer.store.spans(
+            0, layer.store.tokens, max_tokens=self._tile_tokens, heads=heads
+        )
+        for span in spans:
+            tile, filled = self._buffer.fill(self._device, layer, span, self._stats)
+            filled.synchronize(Edge.TILE_FILLED)
+            self._buffer.hand_over(self._device, filled)
+            yield tile
+            self._buffer.release(self._device)
+            self._device.synchronize()
+
+    def end(self) -> None:
+        """Finish the layer."""
+        self._layer = None
+
+    def drop(self) -> None:
+        """Do nothing: nothing is fetched ahead."""
+
+
+@dataclass(slots=True)
+class _Fetched:
+    turn: int
+    tile: Span
+    buffer: Buffer
+    filled: Event
+
+
+class PrefetchedTiles:
+    """Keeps every free buffer filling with the next tiles, across layers and passes.
+
+    A *turn* is one layer's attention; turns go round the layers. Tiles of a turn may be fetched
+    once the same layer's previous turn has ended, since only then its stored tokens are final: so
+    at most a whole round lies between what is attended and what is fetched.
+
+    Invariant: the fetched tiles, in order, are the next tiles to be asked for, unless the layers
+    were asked out of order or a store changed since (its version tells); then all are dropped.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        layers: Sequence[StoredLayer],
+        buffers: Sequence[Buffer],
+        *,
+        tile_heads: int,
+        tile_tokens: int,
+        stats: Stats,
+    ) -> None:
+        self._device = device
+        self._layers = layers
+        self._free = collections.deque(buffers)
+        self._tile_heads = tile_heads
+        self._tile_tokens = tile_tokens
+        self._stats = stats
+        self._restart(0)
+
+    def _restart(self, layer_idx: int) -> None:
+        """Begin a new order at `layer_idx`; fills in flight stay in copy-in's order."""
+        self._free.extend(fetched.buffer for fetched in getattr(self, "_fetched", ()))
+        self._fetched: collections.deque[_Fetched] = collections.deque()
+        self._first_layer = layer_idx
+        self._turn = 0  # the turn being attended, or next to be
+        self._versions: dict[int, int] = {}  # store versions of the turns being fetched
+        self._spans: Iterator[Span] = iter(())  # what is left to fetch of the newest such turn
+        self._started = 0  # turns whose fetching has started
+
+    def _layer_of(self, turn: int) -> StoredLayer:
+        return self._layers[(self._first_layer + turn) % len(self._layers)]
+
+    def _host_spans(self, layer: StoredLayer) -> Iterator[Span]:
+        store = layer.store
+        for heads in head_groups(store.geometry.kv_heads, self._tile_heads):
+            yield from store.spans(0, store.tokens, max_tokens=self._tile_tokens, heads=heads)
+
+    def _fetch_ahead(self) -> None:
+        """Fill free buffers with the tiles that come next, as far as they are known."""
+        while self._free:
+            span = next(self._spans, None)
+            if span is not None:
+                turn = self._started - 1
+                buffer = self._free.popleft()
+                tile, filled = buffer.fill(self._device, self._layer_of(turn), span, self._stats)
+                self._fetched.append(_Fetched(turn, tile, buffer, filled))
+            elif self._started < self._turn + len(self._layers):
+                layer = self._layer_of(self._started)
+                self._versions[self._started] = layer.store.version
+                self._spans = self._host_spans(layer)
+                self._started += 1
+            else:
+                return
+
+    def begin(self, layer_idx: int) -> None:
+        """Turn to a layer, and start over where it was not the one expected or has changed."""
+        layer = self._layers[layer_idx]
+        expected = self._layer_of(self._turn) is layer
+        if not expected or self._versions.get(self._turn, layer.store.version) != (
+            layer.store.version
+        ):
+            self._restart(layer_idx)
+        self._fetch_ahead()
+
+    def tiles(self, heads: slice) -> Iterator[Span]:
+        """Yield tiles as they arrive on the device, while the next ones are on their way."""
+        store = self._layer_of(self._turn).store
+        for span in store.spans(0, store.tokens, max_tokens=self._tile_tokens, heads=heads):
+            fetched = self._fetched.popleft()
+            assert fetched.turn == self._turn
+            assert fetched.tile.start == span.start
+            fetched.buffer.hand_over(self._device, fetched.filled)
+            yield fetched.tile
+            fetched.buffer.release(self._device)
+            self._free.append(fetched.buffer)
+            self._fetch_ahead()
+
+    def end(self) -> None:
+        """Finish the turn; fetching may go one turn further."""
+        self._versions.pop(self._turn, None)
+        self._turn += 1
+        self._fetch_ahead()
+
+    def drop(self) -> None:
+        """Forget what was fetched ahead."""
+        self._restart(0)

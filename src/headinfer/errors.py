@@ -1,0 +1,25 @@
+"""Errors a user of HeadInfer can cause; each says what was given, the limit, and the remedy."""
+
+
+class HeadInferError(Exception):
+    """Base of every error raised for a condition the caller can change."""
+
+
+class OptionError(HeadInferError):
+    """An option does not parse or lies outside its range."""
+
+
+class UnsupportedModelError(HeadInferError):
+    """The model, or the way it is called, cannot be served exactly."""
+
+
+class ModelLoadError(HeadInferError):
+    """The model or its tokenizer cannot be loaded."""
+
+
+class MemoryPlanError(HeadInferError):
+    """A plan does not fit the device or the host memory."""
+
+
+class CacheStateError(HeadInferError):
+    """A cache is used after it was closed, or with a model it was not made for."""

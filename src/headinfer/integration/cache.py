@@ -1,0 +1,220 @@
+"""The cache a user passes as `past_key_values`: transformers' own, with offloaded layers in it."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
+
+from headinfer.engine.engine import Engine
+from headinfer.errors import CacheStateError, MemoryPlanError
+from headinfer.integration.attention import AttentionFunctions, Pending
+from headinfer.plan.plan import Plan
+from headinfer.units import format_bytes, format_tokens
+
+
+class CacheHost(Protocol):
+    """What a cache needs of the attachment it belongs to."""
+
+    functions: AttentionFunctions
+
+    def plan_for(self, batch: int, context_tokens: int) -> Plan:
+        """Return the plan for a cache, or refuse."""
+
+    def make_engine(self, plan: Plan) -> Engine:
+        """Return an engine with its arena allocated."""
+
+    def host_bytes_left(self) -> int:
+        """Bytes of host memory a cache may still take."""
+
+    def account(self, engine: Engine, tokens: int) -> None:
+        """Note what an engine holds at the moment, and for how many tokens a row."""
+
+
+class OffloadedState:
+    """The engine behind a cache's offloaded layers; made when the first tokens come.
+
+    The layers refer to this and never to the cache, so that dropping the cache frees its memory at
+    once, without waiting for the garbage collector.
+    """
+
+    def __init__(self, host: CacheHost, max_tokens: int | None) -> None:
+        self.host = host
+        self.engine: Engine | None = None
+        self.closed = False
+        self._max_tokens = max_tokens
+
+    def tokens(self, layer_idx: int) -> int:
+        """Return the tokens an offloaded layer holds."""
+        return self.engine.tokens(layer_idx) if self.engine else 0
+
+    def prepare(self, batch: int, new_tokens: int) -> None:
+        """Make the engine for the first tokens; make sure of host memory for these and the rest.
+
+        Args:
+            batch: rows.
+            new_tokens: tokens to come in each row, in this call of the model.
+
+        Raises:
+            CacheStateError: the cache was closed, or holds another number of rows.
+            MemoryPlanError: the device or the host memory is too small.
+        """
+        if self.closed:
+            raise CacheStateError("this cache was closed; make another with offload.new_cache()")
+        held = self.tokens(0)
+        wanted = max(held + new_tokens, self._max_tokens or 0)
+        if self.engine is not None and self.engine.plan.batch != batch:
+            if held:
+                raise CacheStateError(
+                    f"this cache holds {self.engine.plan.batch} rows and was given {batch}; "
+                    "use a new cache"
+                )
+            self.engine.close()
+            self.engine = None
+        if self.engine is None:
+            plan = self.host.plan_for(batch, wanted)
+            self._check_host(plan.kv_host_bytes(wanted), wanted)
+            self.engine = self.host.make_engine(plan)
+            self.engine.expect(wanted)
+        elif (more := self.engine.expect(wanted)) > 0:
+            self._check_host(more, wanted)
+
+    def _check_host(self, needed_bytes: int, tokens: int) -> None:
+        left = self.host.host_bytes_left()
+        if needed_bytes > left:
+            raise MemoryPlanError(
+                f"the KV cache of {format_tokens(tokens)} tokens needs {format_bytes(needed_bytes)} "
+                f"more of host memory, and {format_bytes(left)} can be had; shorten the prompt or "
+                "free host memory"
+            )
+
+    def update(
+        self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take new tokens and hand them back for the attention call that follows."""
+        if self.engine is None or self.engine.tokens(layer_idx) == 0:
+            self.prepare(keys.shape[0], keys.shape[2])
+        assert self.engine is not None
+        self.host.functions.expect(Pending(self.engine, layer_idx, keys, values))
+        return keys, values
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Make row `i` of every layer what row `rows[i]` was; the number of rows may change."""
+        if self.engine is not None and self.tokens(0):
+            plan = self.host.plan_for(len(rows), self.tokens(0))
+            self.engine.select_all(rows, plan)
+
+    def close(self) -> None:
+        """Free all memory; the cache cannot be used any more."""
+        self.closed = True
+        if self.engine is not None:
+            self.engine.close()
+            self.engine = None
+
+
+class OffloadedLayer(CacheLayerMixin):  # type: ignore[misc]  # untyped base
+    """One full-attention layer of an `OffloadedCache`; `keys` and `values` stay None."""
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, state: OffloadedState, layer_idx: int) -> None:
+        super().__init__()
+        self.is_initialized = True
+        self._state = state
+        self._layer_idx = layer_idx
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Do nothing: the engine is made when tokens come."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take new tokens; returns them alone, for the attention function to find the rest."""
+        return self._state.update(self._layer_idx, key_states, value_states)
+
+    def get_seq_length(self) -> int:
+        """Return the tokens held."""
+        return self._state.tokens(self._layer_idx)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return the keys a mask covers and the first of them."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        """Return -1: there is no limit."""
+        return -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest `-tokens_to_remove` tokens.
+
+        Raises:
+            ValueError: a positive number, which older transformers took as the length to keep.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes minus the tokens to remove, not {tokens_to_remove}")
+        if self._state.engine is not None and tokens_to_remove:
+            self._state.engine.crop(self._layer_idx, -tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Rearrange the rows for beam search."""
+        if self._state.engine is not None and self.get_seq_length():
+            self._state.engine.select(self._layer_idx, beam_idx.tolist())
+
+    def reset(self) -> None:
+        """Forget all tokens; the first offloaded layer does it for all."""
+        if self._layer_idx == 0 and self._state.engine is not None:
+            self._state.engine.clear()
+
+    def offload(self) -> None:
+        """Do nothing: the layer is offloaded by its own means."""
+
+    def prefetch(self) -> None:
+        """Do nothing: the layer is prefetched by its own means."""
+
+
+class OffloadedCache(DynamicCache):  # type: ignore[misc]  # untyped base
+    """A transformers cache whose full-attention layers live in host memory, head by head.
+
+    Sliding-window layers and linear-attention layers are transformers' own. Made by
+    `Offload.new_cache`; valid for one conversation at a time, on the model it was made for.
+
+    Args:
+        model: gives the layers.
+        host: the attachment.
+        max_tokens: tokens to reserve host memory for; None to go by the prompts.
+    """
+
+    def __init__(self, model: PreTrainedModel, host: CacheHost, max_tokens: int | None) -> None:
+        super().__init__(config=model.config)
+        self.state = OffloadedState(host, max_tokens)
+        offloaded = 0
+        for position, layer in enumerate(self.layers):
+            if type(layer) is DynamicLayer:
+                self.layers[position] = OffloadedLayer(self.state, offloaded)
+                offloaded += 1
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row."""
+        batch = self.state.engine.plan.batch if self.state.engine else 1
+        self.state.select_rows([row for row in range(batch) for _ in range(repeats)])
+        for layer in self._own_layers():
+            layer.batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep some rows."""
+        if self.state.engine is not None:
+            rows = torch.arange(self.state.engine.plan.batch)[indices.cpu()]
+            self.state.select_rows(rows.tolist())
+        for layer in self._own_layers():
+            layer.batch_select_indices(indices)
+
+    def _own_layers(self) -> list[Any]:
+        return [layer for layer in self.layers if not isinstance(layer, OffloadedLayer)]
+
+    def close(self) -> None:
+        """Free host and device memory now; the cache cannot be used any more."""
+        self.state.close()

@@ -1,0 +1,206 @@
+"""What a model must be for its attention to be served exactly; all else is refused by name."""
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterator
+
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import (
+    Cache,
+    DummyLayer,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+)
+
+from headinfer.errors import UnsupportedModelError
+from headinfer.plan.shape import LayerKind, LayerShape, ModelShape
+
+HONOURED_KEYWORDS = frozenset(
+    {"dropout", "scaling", "softcap", "sliding_window", "s_aux", "is_causal"}
+)
+"""Keywords of an attention call that change its result and that we take into account."""
+
+HARMLESS_KEYWORDS = frozenset(
+    {
+        "cache_position",
+        "logits_to_keep",
+        "num_items_in_batch",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "position_embeddings",
+        "position_ids",
+        "return_dict",
+        "use_cache",
+    }
+)
+"""Keywords that reach an attention call without meaning anything to it."""
+
+_ATTENTION_CALL = "attention_interface"
+
+
+def attention_keywords(module_class: type[torch.nn.Module]) -> frozenset[str] | None:
+    """Return the keywords a module hands to the attention registry; None if it never calls it.
+
+    Read from the source of its `forward`, so that a keyword we do not know is refused before the
+    model runs. Keywords passed on from the caller are checked when the call comes.
+    """
+    try:
+        source = textwrap.dedent(inspect.getsource(inspect.unwrap(module_class.forward)))
+    except (OSError, TypeError):
+        return None
+    if _ATTENTION_CALL not in source:
+        return None
+    keywords: set[str] = set()
+    found = False
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", None) == _ATTENTION_CALL:
+            found = True
+            keywords.update(keyword.arg for keyword in node.keywords if keyword.arg)
+    return frozenset(keywords) if found else None
+
+
+def attention_modules(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """Yield the modules of a model whose attention goes through the registry."""
+    known: dict[type, bool] = {}
+    for module in model.modules():
+        kind = type(module)
+        if kind not in known:
+            known[kind] = attention_keywords(kind) is not None
+        if known[kind] and hasattr(module, "layer_idx"):
+            yield module
+
+
+def stock_cache(model: PreTrainedModel) -> DynamicCache:
+    """Return the cache transformers itself would make for a model."""
+    return DynamicCache(config=model.config)
+
+
+def layer_kind(layer: object) -> LayerKind | None:
+    """Return how a layer of transformers' own cache keeps its past; None for kinds not served."""
+    kinds: dict[type, LayerKind] = {
+        DynamicLayer: LayerKind.FULL,
+        DynamicSlidingWindowLayer: LayerKind.SLIDING,
+        LinearAttentionLayer: LayerKind.STATE,
+        DummyLayer: LayerKind.STATE,
+    }
+    return kinds.get(type(layer))
+
+
+def check_supported(model: object) -> None:
+    """Refuse a model whose attention cannot be served exactly.
+
+    Raises:
+        UnsupportedModelError: names the reason; nothing was changed.
+    """
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(f"{name} is not a transformers model")
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModelError(f"{name} is an encoder-decoder; only decoders are served")
+    if not model.can_generate():
+        raise UnsupportedModelError(
+            f"{name} is not a causal language model; load it with AutoModelForCausalLM"
+        )
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) != 1 or next(iter(devices)).type not in ("cpu", "cuda"):
+        places = ", ".join(sorted(map(str, devices))) or "no parameters"
+        raise UnsupportedModelError(f"{name} must lie on one CPU or CUDA device, not on: {places}")
+    if not model.dtype.is_floating_point:
+        raise UnsupportedModelError(f"{name} computes in {model.dtype}, not in a float type")
+    _check_layers(model, name)
+
+
+def _check_layers(model: PreTrainedModel, name: str) -> None:
+    config = model.config.get_text_config(decoder=True)
+    if getattr(config, "num_kv_shared_layers", 0) or getattr(config, "kv_sharing_modes", None):
+        raise UnsupportedModelError(f"{name} shares keys and values between layers: not served")
+    if getattr(config, "attention_chunk_size", None) or "chunked_attention" in (
+        getattr(config, "layer_types", None) or ()
+    ):
+        raise UnsupportedModelError(f"{name} has chunked attention layers: not served")
+    layers = stock_cache(model).layers
+    kinds = [layer_kind(layer) for layer in layers]
+    for layer, kind in zip(layers, kinds, strict=True):
+        if kind is None:
+            raise UnsupportedModelError(
+                f"{name} keeps its past in a {type(layer).__name__}: not served"
+            )
+    modules = list(attention_modules(model))
+    wanted = sum(kind is not LayerKind.STATE for kind in kinds)
+    if not wanted:
+        raise UnsupportedModelError(f"{name} has no attention layer, so no KV cache to offload")
+    if len({module.layer_idx for module in modules}) < wanted:
+        raise UnsupportedModelError(
+            f"the attention of {name} does not go through transformers' attention registry"
+        )
+    for module in modules:
+        unknown = (attention_keywords(type(module)) or frozenset()) - HONOURED_KEYWORDS
+        unknown -= HARMLESS_KEYWORDS
+        if unknown:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} passes {', '.join(sorted(unknown))} to its attention, "
+                "which is not taken into account here"
+            )
+
+
+def model_shape(model: PreTrainedModel) -> ModelShape:
+    """Return a supported model's shape, read from its attention modules and its config."""
+    config = model.config.get_text_config(decoder=True)
+    modules = {int(module.layer_idx): module for module in attention_modules(model)}
+    layers = []
+    for layer_idx, cache_layer in enumerate(stock_cache(model).layers):
+        kind = layer_kind(cache_layer)
+        assert kind is not None, "checked before"
+        layers.append(_layer_shape(kind, cache_layer, config, modules.get(layer_idx)))
+    intermediate = int(getattr(config, "intermediate_size", 0) or 4 * config.hidden_size)
+    experts = getattr(config, "num_experts_per_tok", None)
+    if experts:
+        expert_width = int(getattr(config, "moe_intermediate_size", 0) or intermediate)
+        shared = int(getattr(config, "shared_expert_intermediate_size", 0) or 0)
+        intermediate = max(intermediate, int(experts) * expert_width + shared)
+    return ModelShape(
+        name=type(model).__name__,
+        layers=tuple(layers),
+        query_heads=int(config.num_attention_heads),
+        hidden_size=int(config.hidden_size),
+        mlp_width=intermediate,
+        vocab_size=int(config.vocab_size),
+        weights_bytes=_weights_bytes(model),
+        kv_itemsize=model.dtype.itemsize,
+        max_positions=int(getattr(config, "max_position_embeddings", 0) or 0),
+    )
+
+
+def _layer_shape(
+    kind: LayerKind, cache_layer: object, config: object, module: torch.nn.Module | None
+) -> LayerShape:
+    if kind is LayerKind.STATE:
+        return LayerShape(kind=kind)
+    query_heads = int(getattr(config, "num_attention_heads", 1))
+    key_dim = getattr(module, "qk_head_dim", None) or getattr(module, "head_dim", None)
+    key_dim = int(key_dim or getattr(config, "head_dim", 0)) or (
+        int(getattr(config, "hidden_size", 0)) // query_heads
+    )
+    return LayerShape(
+        kind=kind,
+        kv_heads=query_heads // int(getattr(module, "num_key_value_groups", 1)),
+        key_dim=key_dim,
+        value_dim=int(getattr(module, "v_head_dim", None) or key_dim),
+        window_tokens=int(getattr(cache_layer, "sliding_window", 0)),
+    )
+
+
+def _weights_bytes(model: torch.nn.Module) -> int:
+    """Bytes of parameters and buffers, tied ones counted once."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+
+
+def is_static(cache: Cache) -> bool:
+    """Whether a cache hands out memory beyond its tokens, which only a square mask can hide."""
+    return bool(cache.is_compileable)

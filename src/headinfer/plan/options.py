@@ -1,0 +1,88 @@
+"""The options a user may set, as `attach` keywords and command-line flags alike."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from headinfer.errors import OptionError
+from headinfer.units import parse_bytes, parse_tokens
+
+DeviceName = Literal["auto", "cpu", "cuda", "simulated"]
+DEVICE_NAMES: tuple[DeviceName, ...] = ("auto", "cpu", "cuda", "simulated")
+
+TileSize = int | Literal["auto", "all"]
+
+
+def _tile_size(name: str, value: str | int) -> TileSize:
+    if value == "auto":
+        return "auto"
+    if value == "all":
+        return "all"
+    try:
+        return parse_tokens(value)
+    except OptionError:
+        raise OptionError(
+            f"{name} must be a positive number, 'all' or 'auto', not {value!r}"
+        ) from None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """Validated options of one attachment; see `Options.parse` for what each accepts.
+
+    Attributes:
+        device_memory_bytes: the most the model may use on the device; None for no limit.
+        chunk_tokens: tokens that pass through the model at once in prefill.
+        tile_heads: KV heads of one tile (the paper's head=8/4/2/1, section 3.2).
+        tile_tokens: tokens of one tile; what bounds the device's share of the KV cache.
+        device: where attention is computed and what stands between it and the host store.
+        overlap: whether copies run ahead of attention; off is the synchronous twin.
+    """
+
+    device_memory_bytes: int | None = None
+    chunk_tokens: int | Literal["auto"] = "auto"
+    tile_heads: TileSize = "auto"
+    tile_tokens: TileSize = "auto"
+    device: DeviceName = "auto"
+    overlap: bool = True
+
+    @classmethod
+    def parse(
+        cls,
+        *,
+        device_memory: str | int | None = None,
+        chunk_tokens: str | int = "auto",
+        tile_heads: str | int = "auto",
+        tile_tokens: str | int = "auto",
+        device: str = "auto",
+        overlap: bool = True,
+    ) -> "Options":
+        """Validate options as users write them.
+
+        Args:
+            device_memory: for example "24GiB"; None or "auto" for no limit.
+            chunk_tokens: a token count, or "auto".
+            tile_heads: a number of heads, "all", or "auto".
+            tile_tokens: a token count, "all", or "auto".
+            device: "auto", "cpu", "cuda" or "simulated".
+            overlap: False fetches, waits and attends one tile at a time.
+
+        Raises:
+            OptionError: a value does not parse or is out of range.
+        """
+        for name in DEVICE_NAMES:
+            if device == name:
+                break
+        else:
+            raise OptionError(f"device must be one of {', '.join(DEVICE_NAMES)}, not {device!r}")
+        chunk = _tile_size("chunk_tokens", chunk_tokens)
+        if chunk == "all":
+            raise OptionError("chunk_tokens must be a positive number or 'auto', not 'all'")
+        no_limit = device_memory is None or device_memory == "auto"
+        return cls(
+            device_memory_bytes=None if no_limit else parse_bytes(device_memory or 0),
+            chunk_tokens=chunk,
+            tile_heads=_tile_size("tile_heads", tile_heads),
+            tile_tokens=_tile_size("tile_tokens", tile_tokens),
+            device=name,
+            overlap=overlap,
+        )

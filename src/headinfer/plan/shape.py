@@ -1,0 +1,105 @@
+"""What the planner needs to know of a model: its layers' KV shapes and its widths."""
+
+import enum
+from dataclasses import dataclass
+
+
+class LayerKind(enum.Enum):
+    """How a decoder layer keeps its past."""
+
+    FULL = "full"
+    """Every past token: offloaded by HeadInfer."""
+
+    SLIDING = "sliding"
+    """A window of recent tokens: kept on the device."""
+
+    STATE = "state"
+    """No KV cache at all (linear attention, or no attention): left to transformers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerShape:
+    """The KV cache of one decoder layer.
+
+    Attributes:
+        kind: how the layer keeps its past.
+        kv_heads: number of key/value heads; 0 for `LayerKind.STATE`.
+        key_dim: elements of one head's key.
+        value_dim: elements of one head's value.
+        window_tokens: tokens a sliding layer sees, itself included; 0 for other kinds.
+    """
+
+    kind: LayerKind
+    kv_heads: int = 0
+    key_dim: int = 0
+    value_dim: int = 0
+    window_tokens: int = 0
+
+    @property
+    def elements_per_token(self) -> int:
+        """Elements of keys and values that one token adds to this layer."""
+        return self.kv_heads * (self.key_dim + self.value_dim)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """A decoder-only model as the planner sees it.
+
+    Attributes:
+        name: for messages.
+        layers: one entry per decoder layer, in order.
+        query_heads: query heads of an attention layer.
+        hidden_size: width of the residual stream.
+        mlp_width: intermediate elements a token occupies in one MLP (all active experts).
+        vocab_size: width of the logits.
+        weights_bytes: bytes of all parameters and buffers as loaded.
+        kv_itemsize: bytes of one KV element.
+        max_positions: tokens the position encoding was made for; 0 when unknown.
+    """
+
+    name: str
+    layers: tuple[LayerShape, ...]
+    query_heads: int
+    hidden_size: int
+    mlp_width: int
+    vocab_size: int
+    weights_bytes: int
+    kv_itemsize: int
+    max_positions: int
+
+    @property
+    def full_layers(self) -> tuple[LayerShape, ...]:
+        """The layers whose KV cache is offloaded."""
+        return tuple(layer for layer in self.layers if layer.kind is LayerKind.FULL)
+
+    @property
+    def kv_heads(self) -> int:
+        """The largest number of KV heads of any offloaded layer; 0 when none is."""
+        return max((layer.kv_heads for layer in self.full_layers), default=0)
+
+    def kv_bytes(self, tokens: int, batch: int = 1) -> int:
+        """Bytes of the offloaded layers' KV cache for `tokens` tokens in each of `batch` rows."""
+        elements = sum(layer.elements_per_token for layer in self.full_layers)
+        return batch * tokens * elements * self.kv_itemsize
+
+    def window_bytes(self, new_tokens: int, batch: int = 1) -> int:
+        """Peak bytes of the sliding layers' windows while `new_tokens` tokens pass through.
+
+        A layer holds its last `window - 1` tokens and the tokens of the pass; one layer at a time
+        holds both the old and the concatenated state.
+        """
+        sizes = [
+            (layer.window_tokens - 1 + new_tokens) * layer.elements_per_token
+            for layer in self.layers
+            if layer.kind is LayerKind.SLIDING
+        ]
+        return batch * (sum(sizes) + max(sizes, default=0)) * self.kv_itemsize
+
+    def standard_kv_bytes(self, tokens: int, batch: int = 1) -> int:
+        """Bytes of KV that standard inference holds on the device for the same tokens."""
+        windows = sum(
+            min(layer.window_tokens - 1, tokens) * layer.elements_per_token
+            for layer in self.layers
+            if layer.kind is LayerKind.SLIDING
+        )
+        return self.kv_bytes(tokens, batch) + batch * windows * self.kv_itemsize

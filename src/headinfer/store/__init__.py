@@ -1,0 +1,1 @@
+"""Where the KV bytes of past tokens live: host memory, layer by layer and head by head."""

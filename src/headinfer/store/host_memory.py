@@ -1,0 +1,21 @@
+"""How much host memory can still be had."""
+
+from pathlib import Path
+
+import psutil
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def available_host_bytes() -> int:
+    """Return the host memory this process can still take, in bytes.
+
+    What the system has free or can free, and no more than the control group of a container allows.
+    """
+    available = int(psutil.virtual_memory().available)
+    try:
+        limit = (_CGROUP / "memory.max").read_text().strip()
+        used = int((_CGROUP / "memory.current").read_text())
+    except (OSError, ValueError):
+        return available
+    return available if limit == "max" else max(min(available, int(limit) - used), 0)

@@ -1,0 +1,68 @@
+"""Sizes and token counts as people write them: GiB is 2**30 bytes, K tokens is 1024."""
+
+import re
+
+from headinfer.errors import OptionError
+
+_BYTE_UNITS = {
+    "": 1,
+    "B": 1,
+    **{f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", start=1)},
+    **{f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGT", start=1)},
+}
+_TOKEN_UNITS = {"": 1, "K": 1024, "M": 1024**2}
+_QUANTITY = re.compile(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
+
+
+def _parse(text: str, units: dict[str, int], what: str, example: str) -> int:
+    match = _QUANTITY.fullmatch(text)
+    factor = units.get(match[2].upper()) if match else None
+    if match is None or factor is None:
+        raise OptionError(f"{text!r} is not a {what}; write for example {example}")
+    return int(float(match[1].replace("_", "")) * factor)
+
+
+def parse_bytes(size: str | int) -> int:
+    """Return `size` in bytes.
+
+    Args:
+        size: bytes as an integer, or text such as "24GiB", "24GB" or "512MiB".
+
+    Raises:
+        OptionError: the text is not a size, or the size is not positive.
+    """
+    size_bytes = size if isinstance(size, int) else _parse(size, _BYTE_UNITS, "memory size", "24GiB")
+    if size_bytes <= 0:
+        raise OptionError(f"a memory size must be positive, not {size!r}")
+    return size_bytes
+
+
+def parse_tokens(count: str | int) -> int:
+    """Return `count` in tokens.
+
+    Args:
+        count: tokens as an integer, or text such as "128K", "1M" or "1_000_000".
+
+    Raises:
+        OptionError: the text is not a count, or the count is not positive.
+    """
+    tokens = count if isinstance(count, int) else _parse(count, _TOKEN_UNITS, "token count", "128K")
+    if tokens <= 0:
+        raise OptionError(f"a token count must be positive, not {count!r}")
+    return tokens
+
+
+def format_bytes(size_bytes: float) -> str:
+    """Return a size for people: the largest binary unit that keeps it at 1 or more."""
+    for unit, factor in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if abs(size_bytes) >= factor:
+            return f"{size_bytes / factor:.2f} {unit}"
+    return f"{size_bytes:.0f} B"
+
+
+def format_tokens(tokens: int) -> str:
+    """Return a token count for people: exact multiples of 1024 with K or M, all else in digits."""
+    for suffix, factor in (("M", 1024**2), ("K", 1024)):
+        if tokens >= factor and tokens % factor == 0:
+            return f"{tokens // factor}{suffix}"
+    return f"{tokens:,}"
