@@ -133,8 +133,7 @@ class Offload:
 
     def chunk_tokens(self, cache: OffloadedCache) -> int:
         """Return the tokens of a chunk under a cache's plan."""
-        engine = cache.state.engine
-        return (engine.plan if engine else self.plan).chunk_tokens
+        return cache.state.chunk_tokens or self.plan.chunk_tokens
 
     def finish_compute(self) -> None:
         """Block until the model's work on the device is done."""

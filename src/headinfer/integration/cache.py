@@ -5,12 +5,14 @@ from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
 from headinfer.engine.engine import Engine
 from headinfer.errors import CacheStateError, MemoryPlanError
 from headinfer.integration.attention import AttentionFunctions, Pending
+from headinfer.integration.support import layer_kind
 from headinfer.plan.plan import Plan
+from headinfer.plan.shape import LayerKind
 from headinfer.units import format_bytes, format_tokens
 
 
@@ -39,8 +41,9 @@ class OffloadedState:
     once, without waiting for the garbage collector.
     """
 
-    def __init__(self, host: CacheHost, max_tokens: int | None) -> None:
+    def __init__(self, host: CacheHost, max_tokens: int | None, *, has_layers: bool) -> None:
         self.host = host
+        self._has_layers = has_layers  # a model may have sliding windows only
         self.engine: Engine | None = None
         self.closed = False
         self._max_tokens = max_tokens
@@ -48,6 +51,11 @@ class OffloadedState:
     def tokens(self, layer_idx: int) -> int:
         """Return the tokens an offloaded layer holds."""
         return self.engine.tokens(layer_idx) if self.engine else 0
+
+    @property
+    def chunk_tokens(self) -> int | None:
+        """Tokens of a prefill chunk; None while there is no engine."""
+        return self.engine.plan.chunk_tokens if self.engine else None
 
     def prepare(self, batch: int, new_tokens: int) -> None:
         """Make the engine for the first tokens; make sure of host memory for these and the rest.
@@ -62,6 +70,8 @@ class OffloadedState:
         """
         if self.closed:
             raise CacheStateError("this cache was closed; make another with offload.new_cache()")
+        if not self._has_layers:
+            return
         held = self.tokens(0)
         wanted = max(held + new_tokens, self._max_tokens or 0)
         if self.engine is not None and self.engine.plan.batch != batch:
@@ -190,12 +200,10 @@ class OffloadedCache(DynamicCache):  # type: ignore[misc]  # untyped base
 
     def __init__(self, model: PreTrainedModel, host: CacheHost, max_tokens: int | None) -> None:
         super().__init__(config=model.config)
-        self.state = OffloadedState(host, max_tokens)
-        offloaded = 0
-        for position, layer in enumerate(self.layers):
-            if type(layer) is DynamicLayer:
-                self.layers[position] = OffloadedLayer(self.state, offloaded)
-                offloaded += 1
+        full = [position for position, layer in enumerate(self.layers) if layer_kind(layer) is LayerKind.FULL]
+        self.state = OffloadedState(host, max_tokens, has_layers=bool(full))
+        for layer_idx, position in enumerate(full):
+            self.layers[position] = OffloadedLayer(self.state, layer_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row."""

@@ -1,9 +1,11 @@
 """What a model must be for its attention to be served exactly; all else is refused by name."""
 
 import ast
+import functools
 import inspect
 import textwrap
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
@@ -20,7 +22,15 @@ from headinfer.errors import UnsupportedModelError
 from headinfer.plan.shape import LayerKind, LayerShape, ModelShape
 
 HONOURED_KEYWORDS = frozenset(
-    {"dropout", "scaling", "softcap", "sliding_window", "s_aux", "is_causal"}
+    {
+        "attention_mask",
+        "dropout",
+        "is_causal",
+        "s_aux",
+        "scaling",
+        "sliding_window",
+        "softcap",
+    }
 )
 """Keywords of an attention call that change its result and that we take into account."""
 
@@ -43,11 +53,26 @@ HARMLESS_KEYWORDS = frozenset(
 _ATTENTION_CALL = "attention_interface"
 
 
-def attention_keywords(module_class: type[torch.nn.Module]) -> frozenset[str] | None:
-    """Return the keywords a module hands to the attention registry; None if it never calls it.
+@dataclass(frozen=True, slots=True)
+class AttentionCall:
+    """How a module calls the attention registry, read from the source of its `forward`.
 
-    Read from the source of its `forward`, so that a keyword we do not know is refused before the
-    model runs. Keywords passed on from the caller are checked when the call comes.
+    Attributes:
+        keywords: what it passes by name.
+        hands_over: whether it passes on just the keys and values its cache returned, so that a
+            cache may return the new ones alone.
+    """
+
+    keywords: frozenset[str]
+    hands_over: bool
+
+
+@functools.cache
+def attention_call(module_class: type[torch.nn.Module]) -> AttentionCall | None:
+    """Return how a class caches keys and has them attended; None if it does not do both.
+
+    Reading the source finds what we could not serve before the model runs. Keywords a module passes
+    on from its caller are checked when the call comes.
     """
     try:
         source = textwrap.dedent(inspect.getsource(inspect.unwrap(module_class.forward)))
@@ -55,23 +80,41 @@ def attention_keywords(module_class: type[torch.nn.Module]) -> frozenset[str] | 
         return None
     if _ATTENTION_CALL not in source:
         return None
-    keywords: set[str] = set()
-    found = False
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Call) and getattr(node.func, "id", None) == _ATTENTION_CALL:
-            found = True
-            keywords.update(keyword.arg for keyword in node.keywords if keyword.arg)
-    return frozenset(keywords) if found else None
+    nodes = list(ast.walk(ast.parse(source)))
+    calls = [
+        node
+        for node in nodes
+        if isinstance(node, ast.Call) and getattr(node.func, "id", None) == _ATTENTION_CALL
+    ]
+    assignments = [node for node in nodes if isinstance(node, ast.Assign)]
+    updates = [node for node in assignments if _is_cache_update(node.value)]
+    if not calls or not updates:
+        return None
+    keywords = frozenset(key.arg for call in calls for key in call.keywords if key.arg)
+    attended = [getattr(argument, "id", None) for argument in calls[0].args[2:4]]
+    hands_over = all(_names(update) == attended for update in updates) and not any(
+        set(attended) & set(_names(node))
+        for node in assignments
+        if updates[-1].lineno < node.lineno < calls[0].lineno
+    )
+    return AttentionCall(keywords, hands_over)
+
+
+def _is_cache_update(value: ast.expr) -> bool:
+    return isinstance(value, ast.Call) and getattr(value.func, "attr", None) == "update"
+
+
+def _names(assignment: ast.Assign) -> list[str | None]:
+    """Return the names an assignment binds, in order."""
+    target = assignment.targets[0]
+    elements = target.elts if isinstance(target, ast.Tuple) else [target]
+    return [getattr(element, "id", None) for element in elements]
 
 
 def attention_modules(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """Yield the modules of a model whose attention goes through the registry."""
-    known: dict[type, bool] = {}
+    """Yield the modules of a model that cache keys and attend through the registry."""
     for module in model.modules():
-        kind = type(module)
-        if kind not in known:
-            known[kind] = attention_keywords(kind) is not None
-        if known[kind] and hasattr(module, "layer_idx"):
+        if attention_call(type(module)) is not None and hasattr(module, "layer_idx"):
             yield module
 
 
@@ -139,8 +182,14 @@ def _check_layers(model: PreTrainedModel, name: str) -> None:
             f"the attention of {name} does not go through transformers' attention registry"
         )
     for module in modules:
-        unknown = (attention_keywords(type(module)) or frozenset()) - HONOURED_KEYWORDS
-        unknown -= HARMLESS_KEYWORDS
+        call = attention_call(type(module))
+        assert call is not None, "attention modules have one"
+        if not call.hands_over:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} caches something else than the keys and values it "
+                "attends, such as a compressed form: not served"
+            )
+        unknown = call.keywords - HONOURED_KEYWORDS - HARMLESS_KEYWORDS
         if unknown:
             raise UnsupportedModelError(
                 f"{type(module).__name__} passes {', '.join(sorted(unknown))} to its attention, "

@@ -130,7 +130,7 @@ def resolve(
         OptionError: a tile is larger than the model allows.
         MemoryPlanError: no choice of the open settings fits the device memory.
     """
-    if isinstance(options.tile_heads, int) and options.tile_heads > max(shape.kv_heads, 1):
+    if isinstance(options.tile_heads, int) and 0 < shape.kv_heads < options.tile_heads:
         raise OptionError(
             f"tile_heads is {options.tile_heads}, but {shape.name} has {shape.kv_heads} KV heads; "
             f"use a number from 1 to {shape.kv_heads}, or 'all'"
@@ -210,7 +210,7 @@ def _plan(
     tile_tokens: int,
 ) -> Plan:
     copies = device != "cpu"
-    page_tokens = min(PAGE_TOKENS, chunk_tokens)
+    page_tokens = max(min(PAGE_TOKENS, chunk_tokens // 2), 1)  # so that no chunk fits in a page
     return Plan(
         shape=shape,
         device=device,

@@ -1,0 +1,67 @@
+"""The order of copies: seeds pass, and every wait that is left out is noticed."""
+
+import functools
+
+import pytest
+import torch
+from tiny_models import random_tokens, tiny_model
+from transformers import PreTrainedModel
+
+import headinfer
+from headinfer.device.base import Edge
+from headinfer.device.hazards import HazardError
+from headinfer.device.simulated import SimulatedDevice
+
+SEEDS = 200
+
+
+@functools.cache
+def small_model() -> PreTrainedModel:
+    return tiny_model("llama3", num_key_value_heads=2, num_attention_heads=2)
+
+
+def exercise(device: SimulatedDevice, *, overlap: bool = True) -> torch.Tensor:
+    """Go through all that moves KV: chunks, decoding past a page, a second turn, crop, beams."""
+    model = small_model()
+    prompt = random_tokens(2, 31)
+    with headinfer.attach(
+        model,
+        device="simulated",
+        simulated_device=device,
+        tile_heads=1,
+        tile_tokens=16,
+        chunk_tokens=12,
+        overlap=overlap,
+    ) as offload:
+        cache = offload.new_cache()
+        outputs = [model(prompt, past_key_values=cache, logits_to_keep=1).logits]
+        for step in range(13):  # pages of 6 tokens fill twice
+            token = prompt[:, step : step + 1]
+            outputs.append(model(token, past_key_values=cache).logits)
+        cache.reorder_cache(torch.tensor([1, 0]))
+        outputs.append(model(prompt[:, :3], past_key_values=cache).logits)
+        cache.crop(-13)
+        outputs.append(model(prompt[:, :14], past_key_values=cache).logits)
+        cache.batch_select_indices(torch.tensor([1]))
+        outputs.append(model(prompt[:1, :9], past_key_values=cache).logits)
+        cache.close()
+    return torch.cat([output[:1].flatten() for output in outputs])
+
+
+def test_all_seeds_give_the_same_result() -> None:
+    wanted = exercise(SimulatedDevice(seed=0), overlap=False)
+    assert wanted.isfinite().all()
+    for seed in range(SEEDS):
+        torch.testing.assert_close(exercise(SimulatedDevice(seed=seed)), wanted)
+
+
+def test_every_kind_of_wait_is_exercised() -> None:
+    device = SimulatedDevice(seed=1)
+    exercise(device)
+    assert device.exercised_edges == set(Edge)
+
+
+@pytest.mark.parametrize("edge", Edge)
+def test_a_missing_wait_is_noticed(edge: Edge) -> None:
+    with pytest.raises(HazardError, match="is not ordered after the"):
+        exercise(SimulatedDevice(seed=1, skip=[edge]))
