@@ -5,11 +5,14 @@ attended is on the device. Importing this package changes nothing; `attach` does
 """
 
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
-from headinfer.api import Offload, attach
 from headinfer.engine.stats import Stats
 from headinfer.errors import HeadInferError
 from headinfer.plan.plan import Plan
+
+if TYPE_CHECKING:
+    from headinfer.api import Offload, attach
 
 try:
     __version__ = version("headinfer")
@@ -17,3 +20,17 @@ except PackageNotFoundError:  # running from a source tree that was not installe
     __version__ = "0+unknown"
 
 __all__ = ["HeadInferError", "Offload", "Plan", "Stats", "__version__", "attach"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs torch only when it is asked for: `headinfer --help` takes no seconds."""
+    if name in ("Offload", "attach"):
+        from headinfer import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Return the public names, those not imported yet included."""
+    return sorted({*globals(), *__all__})

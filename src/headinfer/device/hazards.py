@@ -23,7 +23,7 @@ def join(clock: Clock, other: Clock) -> None:
         clock[stream] = max(clock.get(stream, 0), count)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Access:
     """One read or write of a byte range."""
 
@@ -76,18 +76,21 @@ class AccessLog:
             return
         start, end = byte_range(tensor)
         access = Access(stream, clock.get(stream, 0), start, end, write, what)
-        kept = []
-        for past in self._by_storage.get(tensor.untyped_storage().data_ptr(), ()):
-            overlaps = past.start < end and start < past.end
-            if overlaps and (write or past.write) and not past.precedes(clock):
+        past_accesses = self._by_storage.setdefault(tensor.untyped_storage().data_ptr(), [])
+        superseded = []
+        for past in past_accesses:
+            if past.start >= end or start >= past.end:
+                continue
+            if (write or past.write) and not past.precedes(clock):
                 raise HazardError(f"{access} is not ordered after the {past}")
-            covered = start <= past.start and past.end <= end
             # Whatever must come after a covered access must come after this one too, either
             # because this is a write that came after it, or because it is the same stream's read.
-            if not (covered and (write or (past.stream == stream and not past.write))):
-                kept.append(past)
-        kept.append(access)
-        self._by_storage[tensor.untyped_storage().data_ptr()] = kept
+            covered = start <= past.start and past.end <= end
+            if covered and (write or (past.stream == stream and not past.write)):
+                superseded.append(past)
+        for past in superseded:
+            past_accesses.remove(past)
+        past_accesses.append(access)
 
     def forget(self, storage_address: int) -> None:
         """Drop the accesses of a storage that is freed, so that its address can be used again."""

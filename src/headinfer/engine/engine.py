@@ -71,8 +71,7 @@ class Engine:
         device, plan, layers, stats = self._device, self.plan, self._layers, self._stats
         if device.tiles_are_views:
             return ViewTiles(layers, plan.tile_tokens), DirectWriter(layers)
-        pieces = STAGING_BUFFERS + PAGES * (len(layers) + 1)
-        arena = Arena(device, plan.arena_bytes, pieces=pieces)
+        arena = Arena(device, plan.arena_bytes)
         self._arena_bytes = arena.num_bytes
         buffers = [
             Buffer(arena.take(plan.staging_bytes // STAGING_BUFFERS))

@@ -14,7 +14,15 @@ wait for the attention of a tile that was shorter than its copy."""
 PAGES = 2
 """Pages of new tokens: one is written while the other goes back to the host."""
 
+ALIGNMENT_BYTES = 256
+"""Every piece of the arena starts on such a boundary: what fused kernels and copy engines like."""
+
 _FLOAT32_BYTES = 4
+
+
+def aligned(num_bytes: int) -> int:
+    """Return a size rounded up to whole alignments."""
+    return -(-num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
 def staging_bytes(shape: ModelShape, *, tile_heads: int, tile_tokens: int, batch: int) -> int:
@@ -26,18 +34,21 @@ def staging_bytes(shape: ModelShape, *, tile_heads: int, tile_tokens: int, batch
         ),
         default=0,
     )
-    return STAGING_BUFFERS * batch * tile_tokens * elements * shape.kv_itemsize
+    return STAGING_BUFFERS * aligned(batch * tile_tokens * elements * shape.kv_itemsize)
 
 
 def tail_bytes(shape: ModelShape, *, page_tokens: int, batch: int) -> int:
     """Bytes of every offloaded layer's decode tail: `PAGES` pages each."""
-    return PAGES * shape.kv_bytes(page_tokens, batch)
+    return PAGES * sum(
+        aligned(batch * page_tokens * layer.elements_per_token * shape.kv_itemsize)
+        for layer in shape.full_layers
+    )
 
 
 def chunk_page_bytes(shape: ModelShape, *, chunk_tokens: int, batch: int) -> int:
     """Bytes of the pages a prefill chunk is written back from, shared by all layers."""
     elements = max((layer.elements_per_token for layer in shape.full_layers), default=0)
-    return PAGES * batch * chunk_tokens * elements * shape.kv_itemsize
+    return PAGES * aligned(batch * chunk_tokens * elements * shape.kv_itemsize)
 
 
 def activation_bytes(shape: ModelShape, *, chunk_tokens: int, tile_heads: int, batch: int) -> int:

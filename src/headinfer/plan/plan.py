@@ -64,7 +64,8 @@ class Plan:
     @property
     def arena_bytes(self) -> int:
         """Bytes of device memory the engine allocates, once, for offloaded KV."""
-        return self.staging_bytes + self.tail_bytes + self.chunk_page_bytes
+        pieces = self.staging_bytes + self.tail_bytes + self.chunk_page_bytes
+        return pieces and pieces + memory.ALIGNMENT_BYTES
 
     @property
     def kv_device_bytes(self) -> int:
@@ -83,11 +84,12 @@ class Plan:
     def lines(self) -> Iterator[str]:
         """Yield the plan as a few lines for people."""
         tokens = "all" if self.tile_tokens >= ALL_TOKENS else format_tokens(self.tile_tokens)
+        heads = "head" if self.tile_heads == 1 else "heads"
         how = "copies overlap attention" if self.overlap else "synchronous copies"
         if self.device == "cpu":
             how = "tiles are attended where they lie, nothing is copied"
         yield (
-            f"tiles of {self.tile_heads} KV head{'s'[: self.tile_heads > 1]} x {tokens} tokens, "
+            f"tiles of {self.tile_heads} KV {heads} x {tokens} tokens, "
             f"chunks of {format_tokens(self.chunk_tokens)} tokens; {how}"
         )
         budget = self.device_memory_bytes

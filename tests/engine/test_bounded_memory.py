@@ -1,0 +1,66 @@
+"""The device's share of the KV cache does not grow with the context."""
+
+import pytest
+import torch
+from tiny_models import random_tokens, tiny_model
+
+import headinfer
+from headinfer.device.simulated import SimulatedDevice
+
+
+def peak_device_bytes(context_tokens: int, *, overlap: bool = True) -> tuple[int, int]:
+    """Return the peak of allocated KV bytes, and the plan's, for one prompt and some decoding."""
+    model = tiny_model(
+        "llama3",
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=2**17,
+    )
+    device = SimulatedDevice()
+    with headinfer.attach(
+        model,
+        device="simulated",
+        simulated_device=device,
+        chunk_tokens="4K",
+        tile_heads=1,
+        tile_tokens=4000,
+        overlap=overlap,
+    ) as offload:
+        cache = offload.new_cache()
+        model(random_tokens(1, context_tokens), past_key_values=cache, logits_to_keep=1)
+        for _ in range(3):
+            model(random_tokens(1, 1), past_key_values=cache)
+        planned = cache.state.engine.plan.kv_device_bytes
+        assert offload.stats.standard_kv_bytes == (context_tokens + 3) * 2 * 2 * 8 * 4
+        assert offload.stats.peak_device_kv_bytes == planned
+    return device.peak_bytes, planned
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_peak_is_the_same_at_8k_and_64k_tokens(overlap: bool) -> None:
+    short = peak_device_bytes(2**13, overlap=overlap)
+    long = peak_device_bytes(2**16, overlap=overlap)
+    assert short == long
+    peak, planned = long
+    assert peak <= planned
+    assert planned < 2**16 * 2 * 2 * 8 * 4 / 4  # far below the whole cache
+
+
+@pytest.mark.gpu
+def test_cuda_peak_is_the_same_at_8k_and_64k_tokens() -> None:
+    model = tiny_model("llama3", num_hidden_layers=2, max_position_embeddings=2**17)
+    model.to("cuda", torch.bfloat16)
+    peaks = []
+    for context_tokens in (2**13, 2**16):
+        torch.cuda.empty_cache()
+        with headinfer.attach(model, chunk_tokens="4K", tile_heads=1, tile_tokens=4096) as offload:
+            cache = offload.new_cache()
+            tokens = random_tokens(1, context_tokens).cuda()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            model(tokens, past_key_values=cache, logits_to_keep=1)
+            peaks.append(torch.cuda.max_memory_allocated() - before)
+            cache.close()
+    assert peaks[1] <= peaks[0] * 1.02

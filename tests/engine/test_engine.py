@@ -1,0 +1,225 @@
+"""The engine against plain tensors, over any shapes, tiles and changes of the cache."""
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from shapes import model_shape
+
+from headinfer.attend.masks import Padding
+from headinfer.attend.reference import ReferenceKernel
+from headinfer.attend.select import select_kernel
+from headinfer.device.base import Device
+from headinfer.device.cpu import CpuDevice
+from headinfer.device.simulated import SimulatedDevice
+from headinfer.engine.engine import Engine
+from headinfer.engine.stats import Stats
+from headinfer.errors import CacheStateError
+from headinfer.plan.options import Options
+from headinfer.plan.plan import resolve
+
+
+@dataclass
+class Plain:
+    """The cache as two plain tensors a layer, and attention by its definition."""
+
+    keys: list[torch.Tensor] = field(default_factory=list)
+    values: list[torch.Tensor] = field(default_factory=list)
+
+    def attend(
+        self,
+        layer_idx: int,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        valid: torch.Tensor | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        self.keys[layer_idx] = torch.cat((self.keys[layer_idx], keys), dim=2)
+        self.values[layer_idx] = torch.cat((self.values[layer_idx], values), dim=2)
+        all_keys, all_values = self.keys[layer_idx], self.values[layer_idx]
+        scores = query @ all_keys.unsqueeze(2).transpose(-1, -2) * 0.3
+        q_len, kv_len = scores.shape[-2:]
+        hidden = torch.ones(q_len, kv_len).triu(kv_len - q_len + 1).bool().expand(scores.shape)
+        if valid is not None:
+            hidden = hidden | ~valid[:, None, None, None, :kv_len]
+        scores = scores.masked_fill(hidden, -torch.inf)
+        if sinks is not None:
+            column = sinks[None, :, :, None, None].expand(*scores.shape[:-1], 1)
+            scores = torch.cat((scores, column), dim=-1)
+        weights = scores.softmax(dim=-1)[..., :kv_len].nan_to_num(0.0)
+        return (weights @ all_values.unsqueeze(2)).permute(0, 3, 1, 2, 4)
+
+
+def make_device(name: str, seed: int) -> Device:
+    return CpuDevice() if name == "cpu" else SimulatedDevice(seed=seed)
+
+
+changes = st.lists(
+    st.one_of(
+        st.tuples(st.just("append"), st.integers(1, 40)),
+        st.tuples(st.just("decode"), st.integers(1, 12)),
+        st.tuples(st.just("crop"), st.integers(1, 50)),
+        st.tuples(st.just("reorder"), st.integers(0, 8)),
+        st.tuples(st.just("resize"), st.integers(1, 3)),
+        st.tuples(st.just("clear"), st.just(0)),
+    ),
+    min_size=1,
+    max_size=7,
+)
+
+
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
+)
+@given(
+    device_name=st.sampled_from(["cpu", "simulated", "simulated", "synchronous"]),
+    layers=st.integers(1, 3),
+    kv_heads=st.integers(1, 5),
+    group=st.integers(1, 4),
+    dims=st.sampled_from([(8, 8), (16, 16), (8, 4), (3, 5)]),
+    batch=st.integers(1, 3),
+    tile_heads=st.integers(1, 5),
+    tile_tokens=st.sampled_from([1, 3, 16, 31, 1000]),
+    chunk_tokens=st.sampled_from([1, 2, 7, 16, 64]),
+    padded=st.integers(0, 9),
+    with_sinks=st.booleans(),
+    expected=st.sampled_from([0, 10, 300]),
+    sequence=changes,
+    seed=st.integers(0, 1000),
+)
+def test_any_sequence_of_changes(
+    device_name: str,
+    layers: int,
+    kv_heads: int,
+    group: int,
+    dims: tuple[int, int],
+    batch: int,
+    tile_heads: int,
+    tile_tokens: int,
+    chunk_tokens: int,
+    padded: int,
+    with_sinks: bool,
+    expected: int,
+    sequence: list[tuple[str, int]],
+    seed: int,
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    shape = model_shape(
+        layers=layers, kv_heads=kv_heads, group=group, key_dim=dims[0], value_dim=dims[1],
+        itemsize=8,
+    )
+    options = Options.parse(
+        tile_heads=min(tile_heads, kv_heads),
+        tile_tokens=tile_tokens,
+        chunk_tokens=chunk_tokens,
+        overlap=device_name != "synchronous",
+    )
+    device = make_device(device_name, seed)
+    engine = Engine(
+        device, resolve(shape, options, device=device.name, batch=batch), torch.float64, Stats()
+    )
+    engine.expect(expected)
+    kernel = select_kernel(torch.device("cpu"), torch.float64, *dims)
+    plain = Plain(
+        [draw(batch, kv_heads, 0, dims[0]) for _ in range(layers)],
+        [draw(batch, kv_heads, 0, dims[1]) for _ in range(layers)],
+    )
+    sinks = draw(kv_heads, group) if with_sinks else None
+    padded_row = padded > 0 and batch > 1
+
+    def step(tokens: int) -> None:
+        valid = None
+        total = plain.keys[0].shape[2] + tokens
+        if padded_row:
+            valid = torch.ones(batch, total, dtype=torch.bool)
+            valid[0, :padded] = False
+        for layer_idx in range(layers):
+            query = draw(batch, kv_heads, group, tokens, dims[0])
+            keys = draw(batch, kv_heads, tokens, dims[0])
+            values = draw(batch, kv_heads, tokens, dims[1])
+            ours = engine.attend(
+                layer_idx, query, keys, values, kernel=kernel, scale=0.3,
+                padding=None if valid is None else Padding.of(valid), sinks=sinks,
+            )
+            wanted = plain.attend(layer_idx, query, keys, values, valid, sinks)
+            torch.testing.assert_close(ours, wanted, rtol=1e-10, atol=1e-10)
+
+    for kind, amount in sequence:
+        if kind == "append":
+            step(amount)
+        elif kind == "decode":
+            for _ in range(amount):
+                step(1)
+        elif kind == "crop":
+            for layer_idx in range(layers):
+                engine.crop(layer_idx, amount)
+                kept = max(plain.keys[layer_idx].shape[2] - amount, 0)
+                plain.keys[layer_idx] = plain.keys[layer_idx][:, :, :kept]
+                plain.values[layer_idx] = plain.values[layer_idx][:, :, :kept]
+        elif kind == "reorder":
+            rows = [(amount * (row + 1)) % batch for row in range(batch)]
+            for layer_idx in range(layers):
+                engine.select(layer_idx, rows)
+            plain.keys = [keys[rows] for keys in plain.keys]
+            plain.values = [values[rows] for values in plain.values]
+        elif kind == "resize":
+            rows = [row % batch for row in range(amount)]
+            batch = amount
+            engine.select_all(rows, resolve(shape, options, device=device.name, batch=batch))
+            plain.keys = [keys[rows] for keys in plain.keys]
+            plain.values = [values[rows] for values in plain.values]
+            padded_row = padded_row and batch > 1
+        else:
+            engine.clear()
+            plain.keys = [keys[:, :, :0] for keys in plain.keys]
+            plain.values = [values[:, :, :0] for values in plain.values]
+        assert [engine.tokens(i) for i in range(layers)] == [k.shape[2] for k in plain.keys]
+    step(2)
+    engine.close()
+    if isinstance(device, SimulatedDevice):
+        assert device.allocated_bytes == 0
+
+
+@pytest.mark.parametrize("expected", [0, 1000])
+def test_host_memory_is_what_was_planned(expected: int) -> None:
+    shape = model_shape()
+    plan = resolve(shape, Options(), device="cpu")
+    engine = Engine(CpuDevice(), plan, torch.float32, Stats())
+    added = engine.expect(expected)
+    assert added == plan.kv_host_bytes(expected)
+    kernel = ReferenceKernel()
+    for layer_idx in range(2):
+        new = torch.randn(1, 2, 100, 8)
+        engine.attend(
+            layer_idx, new.unsqueeze(2).expand(1, 2, 2, 100, 8), new, new, kernel=kernel, scale=1.0
+        )
+    assert engine.host_kv_bytes == plan.kv_host_bytes(expected or 100)
+    one = torch.randn(1, 2, 1, 8)
+    for _ in range(300):
+        for layer_idx in range(2):
+            engine.attend(
+                layer_idx, one.unsqueeze(2).expand(1, 2, 2, 1, 8), one, one,
+                kernel=kernel, scale=1.0,
+            )
+    if expected:
+        assert engine.host_kv_bytes == plan.kv_host_bytes(expected)
+    else:  # grown in segments of at least 256 tokens, at most an eighth of the cache
+        assert engine.host_kv_bytes <= plan.kv_host_bytes(100 + 2 * 256)
+
+
+def test_shapes_the_cache_was_not_made_for_are_refused() -> None:
+    engine = Engine(
+        CpuDevice(), resolve(model_shape(), Options(), device="cpu"), torch.float32, Stats()
+    )
+    new = torch.randn(1, 2, 3, 8, dtype=torch.bfloat16)
+    with pytest.raises(CacheStateError, match="bfloat16"):
+        engine.attend(
+            0, new.unsqueeze(2), new, new, kernel=ReferenceKernel(), scale=1.0
+        )

@@ -1,0 +1,168 @@
+"""Everything `generate` offers gives stock's very tokens."""
+
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import random_tokens, shared_model, tiny_model
+from transformers import DynamicCache, PreTrainedModel, StoppingCriteria, TextStreamer
+
+import headinfer
+
+DEVICES = ["cpu", "simulated"]
+SMALL = {"tile_heads": 1, "tile_tokens": 16, "chunk_tokens": 11}
+
+MODES: dict[str, dict[str, Any]] = {
+    "sampling": {"do_sample": True, "top_k": 20, "temperature": 0.9},
+    "beams": {"num_beams": 3, "do_sample": False},
+    "beams-returned": {"num_beams": 4, "num_return_sequences": 2, "do_sample": False},
+    "returned": {"do_sample": True, "num_return_sequences": 3},
+    "prompt-lookup": {"prompt_lookup_num_tokens": 5, "do_sample": False},
+    "chunked-by-user": {"prefill_chunk_size": 7, "do_sample": False},
+}
+
+
+def generate(model: PreTrainedModel, tokens: torch.Tensor, **options: Any) -> torch.Tensor:
+    torch.manual_seed(5)
+    return model.generate(tokens, max_new_tokens=24, pad_token_id=0, **options)
+
+
+def repeating_tokens() -> torch.Tensor:
+    """A prompt that repeats itself, so that lookups find candidates."""
+    return random_tokens(1, 9).repeat(1, 5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["llama3", "gemma3"])
+def test_mode_gives_stock_tokens(name: str, mode: str, device: str) -> None:
+    model = shared_model(name)
+    tokens, options = repeating_tokens(), MODES[mode]
+    stock = generate(model, tokens, past_key_values=DynamicCache(config=model.config), **options)
+    with headinfer.attach(model, device=device, **SMALL) as offload:
+        ours = generate(model, tokens, past_key_values=offload.new_cache(), **options)
+    assert torch.equal(ours, stock)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_assisted_decoding_crops_the_cache(device: str) -> None:
+    model, assistant = shared_model("llama3"), tiny_model("llama3", seed=3)
+    tokens = random_tokens(1, 45)
+    stock = generate(model, tokens, assistant_model=assistant, do_sample=False)
+    with headinfer.attach(model, device=device, **SMALL) as offload:
+        cache = offload.new_cache()
+        ours = generate(
+            model, tokens, assistant_model=assistant, do_sample=False, past_key_values=cache
+        )
+    assert torch.equal(ours, stock)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["llama3", "gpt-oss", "qwen3-next"])
+def test_next_turn_goes_on_with_the_cache(name: str, device: str) -> None:
+    model = shared_model(name)
+    turns = [random_tokens(1, length, seed=length) for length in (37, 1, 29)]
+
+    def converse(cache: Any) -> torch.Tensor:
+        tokens = torch.empty(1, 0, dtype=torch.long)
+        for turn in turns:
+            tokens = torch.cat((tokens, turn), dim=1)
+            tokens = generate(model, tokens, past_key_values=cache, do_sample=False)
+        return tokens
+
+    stock = converse(DynamicCache(config=model.config))
+    with headinfer.attach(model, device=device, **SMALL) as offload:
+        assert torch.equal(converse(offload.new_cache()), stock)
+
+
+def test_streamer_and_stopping_criteria_see_every_token() -> None:
+    model = shared_model("llama3")
+    tokens = random_tokens(1, 30)
+
+    class Recorder(TextStreamer):
+        def __init__(self) -> None:
+            self.seen: list[int] = []
+
+        def put(self, value: torch.Tensor) -> None:
+            self.seen.extend(value.flatten().tolist())
+
+        def end(self) -> None:
+            self.seen.append(-1)
+
+    class StopAfter(StoppingCriteria):
+        def __call__(self, input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+            return torch.full((input_ids.shape[0],), input_ids.shape[1] >= 40)
+
+    recorder = Recorder()
+    with headinfer.attach(model, **SMALL) as offload:
+        result = generate(
+            model,
+            tokens,
+            do_sample=False,
+            past_key_values=offload.new_cache(),
+            streamer=recorder,
+            stopping_criteria=[StopAfter()],
+        )
+    assert result.shape[1] == 40
+    assert recorder.seen == [*result[0].tolist(), -1]
+
+
+def test_a_cache_is_made_when_none_is_passed_to_the_model() -> None:
+    model = shared_model("llama3")
+    tokens = random_tokens(1, 30)
+    stock = model(tokens)
+    with headinfer.attach(model, **SMALL) as offload:
+        first = model(tokens[:, :20])
+        second = model(tokens[:, 20:], past_key_values=first.past_key_values)
+        assert offload.stats.host_kv_bytes > 0
+    torch.testing.assert_close(second.logits, stock.logits[:, 20:])
+
+
+@pytest.mark.parametrize("name", ["llama3", "gemma3"])
+def test_a_stock_cache_still_works_on_the_device(name: str) -> None:
+    model = shared_model(name)
+    tokens = random_tokens(1, 50)
+    stock = generate(model, tokens, do_sample=False)
+    with headinfer.attach(model, **SMALL) as offload:
+        ours = generate(model, tokens, do_sample=False)
+        assert offload.stats.host_kv_bytes == 0
+    assert torch.equal(ours, stock)
+
+
+def test_long_prompts_are_chunked_and_only_the_last_logits_computed() -> None:
+    model = shared_model("llama3")
+    lengths: list[tuple[int, int]] = []
+    handle = model.lm_head.register_forward_hook(
+        lambda _module, inputs, _output: lengths.append(tuple(inputs[0].shape[:2]))
+    )
+    done: list[tuple[int, int]] = []
+    try:
+        with headinfer.attach(
+            model, chunk_tokens=16, progress=lambda *tokens: done.append(tokens)
+        ) as offload:
+            model.generate(
+                random_tokens(1, 50), past_key_values=offload.new_cache(), max_new_tokens=2
+            )
+    finally:
+        handle.remove()
+    assert lengths == [(1, 1)] * 5  # four chunks and one decode step
+    assert done == [(16, 50), (32, 50), (48, 50), (50, 50)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_rows_can_be_repeated_and_selected(device: str) -> None:
+    model = shared_model("llama3")
+    tokens = random_tokens(2, 40)
+
+    def run(cache: Any) -> torch.Tensor:
+        model(tokens, past_key_values=cache)
+        cache.batch_repeat_interleave(2)
+        model(random_tokens(4, 3), past_key_values=cache)
+        cache.batch_select_indices(torch.tensor([3, 0, 2]))
+        model(random_tokens(3, 9), past_key_values=cache)
+        cache.reorder_cache(torch.tensor([1, 1, 0]))
+        return model(random_tokens(3, 2), past_key_values=cache).logits
+
+    stock = run(DynamicCache(config=model.config))
+    with headinfer.attach(model, device=device, **SMALL) as offload:
+        torch.testing.assert_close(run(offload.new_cache()), stock)

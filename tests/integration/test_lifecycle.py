@@ -1,0 +1,175 @@
+"""Attaching and detaching leave no trace, and memory is freed when its owner is gone."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from tiny_models import random_tokens, shared_model, tiny_model
+from transformers import AttentionInterface, AttentionMaskInterface, LlamaForCausalLM
+
+import headinfer
+from headinfer.device.simulated import SimulatedDevice
+from headinfer.errors import CacheStateError, HeadInferError, UnsupportedModelError
+
+
+def snapshot(model: torch.nn.Module) -> dict[str, object]:
+    """What must not change: configs by identity and content, hooks, attributes, registries."""
+    return {
+        "configs": [id(module.__dict__.get("config")) for module in model.modules()],
+        "config": copy.deepcopy(model.config.to_dict()),
+        "attention": model.config._attn_implementation,
+        "hooks": [
+            (len(module._forward_hooks), len(module._forward_pre_hooks))
+            for module in model.modules()
+        ],
+        "attributes": [sorted(module.__dict__) for module in model.modules()],
+        "registries": (
+            sorted(AttentionInterface._global_mapping),
+            sorted(AttentionMaskInterface._global_mapping),
+        ),
+        "generation": model.generation_config.to_dict(),
+    }
+
+
+@pytest.mark.parametrize("name", ["llama3", "gemma3", "qwen3-next"])
+def test_detach_restores_the_model_exactly(name: str) -> None:
+    model = tiny_model(name)
+    before = snapshot(model)
+    offload = headinfer.attach(model, chunk_tokens=8)
+    assert snapshot(model) != before
+    model.generate(random_tokens(1, 20), past_key_values=offload.new_cache(), max_new_tokens=3)
+    offload.detach()
+    offload.detach()
+    assert snapshot(model) == before
+
+
+def test_an_exception_in_the_block_restores_the_model() -> None:
+    model = tiny_model("llama3")
+    before = snapshot(model)
+    with pytest.raises(ZeroDivisionError), headinfer.attach(model):
+        raise ZeroDivisionError
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("failing", ["layers.1.mlp", "layers.1.self_attn.o_proj"])
+def test_an_exception_in_a_layer_leaves_the_attachment_usable(failing: str) -> None:
+    model = tiny_model("llama3")
+    tokens = random_tokens(1, 30)
+    stock = model.generate(tokens, max_new_tokens=5, do_sample=False)
+
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError
+
+    with headinfer.attach(model, device="simulated", chunk_tokens=8, tile_tokens=8) as offload:
+        handle = model.get_submodule(f"model.{failing}").register_forward_pre_hook(fail)
+        with pytest.raises(ZeroDivisionError):
+            model(tokens, past_key_values=offload.new_cache())
+        handle.remove()
+        ours = model.generate(
+            tokens, past_key_values=offload.new_cache(), max_new_tokens=5, do_sample=False
+        )
+    assert torch.equal(ours, stock)
+
+
+def test_two_models_sharing_a_config_do_not_meet() -> None:
+    first = tiny_model("llama3")
+    second = LlamaForCausalLM(first.config).eval().requires_grad_(False)
+    tokens = random_tokens(1, 30)
+    stock = [model(tokens).logits for model in (first, second)]
+    with headinfer.attach(first, device="simulated", tile_tokens=8, chunk_tokens=7) as one:
+        assert torch.equal(second(tokens).logits, stock[1])  # not attached: bit for bit its own
+        with headinfer.attach(second, tile_heads=1) as two:
+            caches = (one.new_cache(), two.new_cache())
+            for start in range(0, 30, 10):  # in turn, a few tokens each
+                part = tokens[:, start : start + 10]
+                ours = [
+                    model(part, past_key_values=cache).logits
+                    for model, cache in zip((first, second), caches, strict=True)
+                ]
+                for mine, wanted in zip(ours, stock, strict=True):
+                    torch.testing.assert_close(mine, wanted[:, start : start + 10])
+            with pytest.raises(CacheStateError, match="another attachment"):
+                first(tokens, past_key_values=caches[1])
+
+
+def test_two_caches_of_one_model_do_not_meet() -> None:
+    model = shared_model("llama3")
+    tokens = random_tokens(2, 30)
+    stock = model(tokens).logits
+    with headinfer.attach(model, device="simulated", tile_tokens=8, chunk_tokens=7) as offload:
+        caches = [offload.new_cache(), offload.new_cache()]
+        for start in range(0, 30, 6):
+            for row, cache in enumerate(caches):
+                part = tokens[row : row + 1, start : start + 6]
+                ours = model(part, past_key_values=cache).logits
+                torch.testing.assert_close(ours, stock[row : row + 1, start : start + 6])
+
+
+def test_memory_is_freed_at_once_when_the_cache_is_dropped() -> None:
+    model = shared_model("llama3")
+    device = SimulatedDevice()
+    with headinfer.attach(model, device="simulated", simulated_device=device) as offload:
+        gc.collect()
+        gc.disable()  # it must not need the garbage collector
+        try:
+            cache = offload.new_cache()
+            model(random_tokens(1, 40), past_key_values=cache, logits_to_keep=1)
+            engine = weakref.ref(cache.state.engine)
+            assert device.allocated_bytes > 0
+            del cache
+            assert engine() is None
+            assert device.allocated_bytes == 0
+        finally:
+            gc.enable()
+
+
+def test_a_closed_cache_frees_its_memory_and_says_so() -> None:
+    model = shared_model("llama3")
+    device = SimulatedDevice()
+    with headinfer.attach(model, device="simulated", simulated_device=device) as offload:
+        cache = offload.new_cache()
+        model(random_tokens(1, 40), past_key_values=cache)
+        cache.close()
+        cache.close()
+        assert device.allocated_bytes == 0
+        with pytest.raises(CacheStateError, match="closed"):
+            model(random_tokens(1, 3), past_key_values=cache)
+        reused = offload.new_cache()
+        model(random_tokens(1, 40), past_key_values=reused)
+    assert device.allocated_bytes == 0
+    with pytest.raises(CacheStateError, match="detached"):
+        offload.new_cache()
+
+
+def test_reset_makes_the_cache_new() -> None:
+    model = shared_model("llama3")
+    tokens = random_tokens(1, 40)
+    with headinfer.attach(model, device="simulated", tile_tokens=8, chunk_tokens=7) as offload:
+        cache = offload.new_cache()
+        first = model(tokens, past_key_values=cache).logits
+        cache.reset()
+        assert cache.get_seq_length() == 0
+        assert torch.equal(model(tokens, past_key_values=cache).logits, first)
+
+
+def test_a_model_is_not_attached_twice() -> None:
+    model = tiny_model("llama3")
+    with headinfer.attach(model), pytest.raises(UnsupportedModelError, match="attached already"):
+        headinfer.attach(model)
+
+
+def test_a_cache_keeps_its_number_of_rows() -> None:
+    model = shared_model("llama3")
+    with headinfer.attach(model) as offload:
+        cache = offload.new_cache()
+        model(random_tokens(2, 10), past_key_values=cache)
+        with pytest.raises(CacheStateError, match="holds 2 rows and was given 1"):
+            model(random_tokens(1, 10), past_key_values=cache)
+
+
+def test_gradients_are_refused() -> None:
+    model = tiny_model("llama3").requires_grad_(True)
+    with headinfer.attach(model), pytest.raises(HeadInferError, match="gradients are on"):
+        model(random_tokens(1, 10))

@@ -1,0 +1,168 @@
+"""What cannot be served exactly is refused by name, before the model is touched."""
+
+import pytest
+import torch
+import transformers
+from tiny_models import _COMMON, random_tokens, shared_model, tiny_model
+
+import headinfer
+from headinfer.errors import MemoryPlanError, OptionError, UnsupportedModelError
+
+
+def build(model_class: str, config_class: str, **changes: object) -> torch.nn.Module:
+    config = getattr(transformers, config_class)(**{**_COMMON, **changes})
+    return getattr(transformers, model_class)(config).eval()
+
+
+MLA = {
+    "num_key_value_heads": 8,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 12,
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+}
+T5 = {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+MAMBA = {"num_hidden_layers": 1, "state_size": 4}
+LLAMA4 = {"num_local_experts": 2, "intermediate_size_mlp": 32, "attention_chunk_size": 8}
+
+REFUSED = {
+    "encoder-decoder": (("T5ForConditionalGeneration", "T5Config", T5), "encoder-decoder"),
+    "encoder": (("BertForMaskedLM", "BertConfig", {}), "not a causal language model"),
+    "headless": (("LlamaModel", "LlamaConfig", {}), "not a causal language model"),
+    "compressed cache": (("DeepseekV3ForCausalLM", "DeepseekV3Config", MLA), "compressed form"),
+    "no attention": (("MambaForCausalLM", "MambaConfig", MAMBA), "no attention layer|not served"),
+    "own attention": (("MptForCausalLM", "MptConfig", {"d_model": 32, "n_heads": 2, "n_layers": 1}),
+                      "attention registry"),
+    "chunked": (("Llama4ForCausalLM", "Llama4TextConfig", LLAMA4), "chunked attention"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_model_is_refused_and_not_touched(case: str) -> None:
+    (model_class, config_class, changes), reason = REFUSED[case]
+    model = build(model_class, config_class, **changes)
+    config, attention = model.config, model.config._attn_implementation
+    with pytest.raises(UnsupportedModelError, match=reason):
+        headinfer.attach(model)
+    assert model.config is config
+    assert model.config._attn_implementation == attention
+    assert not model._forward_pre_hooks
+
+
+def test_something_else_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="Linear is not a transformers model"):
+        headinfer.attach(torch.nn.Linear(2, 2))
+
+
+class AttentionWithBias(transformers.models.llama.modeling_llama.LlamaAttention):
+    """An attention that passes a keyword we do not know."""
+
+    def forward(self, hidden_states, past_key_values=None, **kwargs):  # type: ignore[no-untyped-def]
+        attention_interface = kwargs["interface"]
+        key_states, value_states = past_key_values.update(hidden_states, hidden_states, 0)
+        return attention_interface(
+            self, hidden_states, key_states, value_states, None, position_bias=self.bias
+        )
+
+
+def test_an_unknown_keyword_is_refused_before_the_model_runs() -> None:
+    model = tiny_model("llama3")
+    for layer in model.model.layers:
+        layer.self_attn.__class__ = AttentionWithBias
+    with pytest.raises(UnsupportedModelError, match="passes position_bias to its attention"):
+        headinfer.attach(model)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"output_attentions": True}, "output_attentions"),
+        ({"cu_seq_lens_q": torch.tensor([0, 10])}, "was given cu_seq_lens_q"),
+        ({"attention_mask": torch.ones(1, 1, 10, 10)}, "already 4-D"),
+        ({"attention_mask": torch.tensor([[1] * 5])}, "one for each token"),
+    ],
+)
+def test_a_call_with_another_result_is_refused(arguments: dict[str, object], reason: str) -> None:
+    model = shared_model("llama3")
+    tokens = random_tokens(1, 10)
+    with headinfer.attach(model) as offload:
+        with pytest.raises(UnsupportedModelError, match=reason):
+            model(tokens, past_key_values=offload.new_cache(), **arguments)
+        model(tokens, past_key_values=offload.new_cache())  # and the attachment still works
+
+
+def test_a_static_cache_is_refused() -> None:
+    model = shared_model("llama3")
+    cache = transformers.StaticCache(config=model.config, max_cache_len=32)
+    with headinfer.attach(model), pytest.raises(UnsupportedModelError, match="StaticCache"):
+        model(random_tokens(1, 10), past_key_values=cache)
+
+
+def test_a_mask_beyond_causal_is_refused() -> None:
+    model = shared_model("llama3")
+    from transformers.masking_utils import create_causal_mask
+
+    with headinfer.attach(model), pytest.raises(UnsupportedModelError, match="more than causal"):
+        create_causal_mask(
+            config=model.config,
+            inputs_embeds=torch.zeros(1, 4, 8),
+            attention_mask=None,
+            past_key_values=None,
+            or_mask_function=lambda *_: torch.tensor(True),
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"tile_tokens": 0}, "tile_tokens must be a positive number"),
+        ({"tile_heads": -1}, "tile_heads must be a positive number"),
+        ({"tile_heads": 5}, "tile_heads is 5, but LlamaForCausalLM has 4 KV heads"),
+        ({"chunk_tokens": "all"}, "chunk_tokens"),
+        ({"device_memory": "24 parsecs"}, "'24 parsecs' is not a memory size"),
+        ({"host_memory": "-1GiB"}, "is not a memory size"),
+        ({"device": "tpu"}, "device must be one of auto, cpu, cuda, simulated"),
+    ],
+)
+def test_options_are_checked(options: dict[str, object], reason: str) -> None:
+    with pytest.raises(OptionError, match=reason):
+        headinfer.attach(shared_model("llama3"), **options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_without_a_gpu_is_refused() -> None:
+    with pytest.raises(OptionError, match="CUDA is not available"):
+        headinfer.attach(shared_model("llama3"), device="cuda")
+
+
+def test_a_budget_below_the_weights_is_refused() -> None:
+    with pytest.raises(MemoryPlanError, match=r"below the weights .* give at least"):
+        headinfer.attach(shared_model("llama3"), device_memory="1KiB")
+
+
+def test_settings_that_do_not_fit_are_refused_with_the_smallest_that_would() -> None:
+    with pytest.raises(MemoryPlanError, match="chunk_tokens=128, tile_heads=1, tile_tokens=256"):
+        headinfer.attach(
+            shared_model("llama3"), device="simulated", device_memory="4MiB", tile_tokens="64K"
+        )
+
+
+def test_too_little_host_memory_is_refused_before_prefill() -> None:
+    model = shared_model("llama3")
+    calls: list[object] = []
+    handle = model.model.embed_tokens.register_forward_pre_hook(lambda *_: calls.append(1))
+    try:
+        with (
+            headinfer.attach(model, host_memory="64KiB") as offload,
+            pytest.raises(MemoryPlanError, match=r"of 200 tokens needs 300\.00 KiB more"),
+        ):
+            model(random_tokens(1, 200), past_key_values=offload.new_cache())
+    finally:
+        handle.remove()
+    assert not calls

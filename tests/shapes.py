@@ -1,0 +1,44 @@
+"""Model shapes for tests that need no model."""
+
+from headinfer.plan.shape import LayerKind, LayerShape, ModelShape
+
+
+def model_shape(
+    *,
+    layers: int = 2,
+    kv_heads: int = 2,
+    group: int = 2,
+    key_dim: int = 8,
+    value_dim: int = 8,
+    itemsize: int = 4,
+    weights_bytes: int = 1000,
+    max_positions: int = 2**20,
+) -> ModelShape:
+    layer = LayerShape(
+        kind=LayerKind.FULL, kv_heads=kv_heads, key_dim=key_dim, value_dim=value_dim
+    )
+    return ModelShape(
+        name="Tiny",
+        layers=(layer,) * layers,
+        query_heads=kv_heads * group,
+        hidden_size=kv_heads * group * key_dim,
+        mlp_width=64,
+        vocab_size=100,
+        weights_bytes=weights_bytes,
+        kv_itemsize=itemsize,
+        max_positions=max_positions,
+    )
+
+
+# Llama-3-8B: 32 layers of 8 KV heads, head_dim 128, bfloat16.
+LLAMA_3_8B = ModelShape(
+    name="Llama-3-8B",
+    layers=(LayerShape(kind=LayerKind.FULL, kv_heads=8, key_dim=128, value_dim=128),) * 32,
+    query_heads=32,
+    hidden_size=4096,
+    mlp_width=14336,
+    vocab_size=128256,
+    weights_bytes=2 * 8_030_261_248,
+    kv_itemsize=2,
+    max_positions=8192,
+)
