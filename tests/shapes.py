@@ -14,9 +14,7 @@ def model_shape(
     weights_bytes: int = 1000,
     max_positions: int = 2**20,
 ) -> ModelShape:
-    layer = LayerShape(
-        kind=LayerKind.FULL, kv_heads=kv_heads, key_dim=key_dim, value_dim=value_dim
-    )
+    layer = LayerShape(kind=LayerKind.FULL, kv_heads=kv_heads, key_dim=key_dim, value_dim=value_dim)
     return ModelShape(
         name="Tiny",
         layers=(layer,) * layers,

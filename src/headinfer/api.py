@@ -129,7 +129,8 @@ class Offload:
 
     def owns(self, cache: OffloadedCache) -> bool:
         """Whether a cache was made here."""
-        return cache.state.host is self
+        host: object = cache.state.host
+        return host is self
 
     def chunk_tokens(self, cache: OffloadedCache) -> int:
         """Return the tokens of a chunk under a cache's plan."""

@@ -31,7 +31,9 @@ def parse_bytes(size: str | int) -> int:
     Raises:
         OptionError: the text is not a size, or the size is not positive.
     """
-    size_bytes = size if isinstance(size, int) else _parse(size, _BYTE_UNITS, "memory size", "24GiB")
+    size_bytes = (
+        size if isinstance(size, int) else _parse(size, _BYTE_UNITS, "memory size", "24GiB")
+    )
     if size_bytes <= 0:
         raise OptionError(f"a memory size must be positive, not {size!r}")
     return size_bytes

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tiny_models import random_tokens, tiny_model
 
 import headinfer
 from headinfer.device.simulated import SimulatedDevice
+from tiny_models import random_tokens, tiny_model
 
 
 def peak_device_bytes(context_tokens: int, *, overlap: bool = True) -> tuple[int, int]:

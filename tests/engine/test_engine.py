@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from shapes import model_shape
 
 from headinfer.attend.masks import Padding
 from headinfer.attend.reference import ReferenceKernel
@@ -19,6 +18,7 @@ from headinfer.engine.stats import Stats
 from headinfer.errors import CacheStateError
 from headinfer.plan.options import Options
 from headinfer.plan.plan import resolve
+from shapes import model_shape
 
 
 @dataclass
@@ -112,7 +112,11 @@ def test_any_sequence_of_changes(
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     shape = model_shape(
-        layers=layers, kv_heads=kv_heads, group=group, key_dim=dims[0], value_dim=dims[1],
+        layers=layers,
+        kv_heads=kv_heads,
+        group=group,
+        key_dim=dims[0],
+        value_dim=dims[1],
         itemsize=8,
     )
     options = Options.parse(
@@ -145,8 +149,14 @@ def test_any_sequence_of_changes(
             keys = draw(batch, kv_heads, tokens, dims[0])
             values = draw(batch, kv_heads, tokens, dims[1])
             ours = engine.attend(
-                layer_idx, query, keys, values, kernel=kernel, scale=0.3,
-                padding=None if valid is None else Padding.of(valid), sinks=sinks,
+                layer_idx,
+                query,
+                keys,
+                values,
+                kernel=kernel,
+                scale=0.3,
+                padding=None if valid is None else Padding.of(valid),
+                sinks=sinks,
             )
             wanted = plain.attend(layer_idx, query, keys, values, valid, sinks)
             torch.testing.assert_close(ours, wanted, rtol=1e-10, atol=1e-10)
@@ -205,8 +215,12 @@ def test_host_memory_is_what_was_planned(expected: int) -> None:
     for _ in range(300):
         for layer_idx in range(2):
             engine.attend(
-                layer_idx, one.unsqueeze(2).expand(1, 2, 2, 1, 8), one, one,
-                kernel=kernel, scale=1.0,
+                layer_idx,
+                one.unsqueeze(2).expand(1, 2, 2, 1, 8),
+                one,
+                one,
+                kernel=kernel,
+                scale=1.0,
             )
     if expected:
         assert engine.host_kv_bytes == plan.kv_host_bytes(expected)
@@ -220,6 +234,4 @@ def test_shapes_the_cache_was_not_made_for_are_refused() -> None:
     )
     new = torch.randn(1, 2, 3, 8, dtype=torch.bfloat16)
     with pytest.raises(CacheStateError, match="bfloat16"):
-        engine.attend(
-            0, new.unsqueeze(2), new, new, kernel=ReferenceKernel(), scale=1.0
-        )
+        engine.attend(0, new.unsqueeze(2), new, new, kernel=ReferenceKernel(), scale=1.0)

@@ -4,13 +4,13 @@ import functools
 
 import pytest
 import torch
-from tiny_models import random_tokens, tiny_model
 from transformers import PreTrainedModel
 
 import headinfer
 from headinfer.device.base import Edge
 from headinfer.device.hazards import HazardError
 from headinfer.device.simulated import SimulatedDevice
+from tiny_models import random_tokens, tiny_model
 
 SEEDS = 200
 

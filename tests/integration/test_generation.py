@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import random_tokens, shared_model, tiny_model
 from transformers import DynamicCache, PreTrainedModel, StoppingCriteria, TextStreamer
 
 import headinfer
+from tiny_models import random_tokens, shared_model, tiny_model
 
 DEVICES = ["cpu", "simulated"]
 SMALL = {"tile_heads": 1, "tile_tokens": 16, "chunk_tokens": 11}

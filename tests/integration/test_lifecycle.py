@@ -6,12 +6,12 @@ import weakref
 
 import pytest
 import torch
-from tiny_models import random_tokens, shared_model, tiny_model
 from transformers import AttentionInterface, AttentionMaskInterface, LlamaForCausalLM
 
 import headinfer
 from headinfer.device.simulated import SimulatedDevice
 from headinfer.errors import CacheStateError, HeadInferError, UnsupportedModelError
+from tiny_models import random_tokens, shared_model, tiny_model
 
 
 def snapshot(model: torch.nn.Module) -> dict[str, object]:

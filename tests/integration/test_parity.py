@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, random_tokens, shared_model, tiny_model
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.generation import GenerateDecoderOnlyOutput
 
 import headinfer
+from tiny_models import ARCHITECTURES, random_tokens, shared_model, tiny_model
 
 PROMPT = 117
 NEW = 16

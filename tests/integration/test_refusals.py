@@ -3,10 +3,10 @@
 import pytest
 import torch
 import transformers
-from tiny_models import _COMMON, random_tokens, shared_model, tiny_model
 
 import headinfer
 from headinfer.errors import MemoryPlanError, OptionError, UnsupportedModelError
+from tiny_models import _COMMON, random_tokens, shared_model, tiny_model
 
 
 def build(model_class: str, config_class: str, **changes: object) -> torch.nn.Module:
@@ -37,8 +37,10 @@ REFUSED = {
     "headless": (("LlamaModel", "LlamaConfig", {}), "not a causal language model"),
     "compressed cache": (("DeepseekV3ForCausalLM", "DeepseekV3Config", MLA), "compressed form"),
     "no attention": (("MambaForCausalLM", "MambaConfig", MAMBA), "no attention layer|not served"),
-    "own attention": (("MptForCausalLM", "MptConfig", {"d_model": 32, "n_heads": 2, "n_layers": 1}),
-                      "attention registry"),
+    "own attention": (
+        ("MptForCausalLM", "MptConfig", {"d_model": 32, "n_heads": 2, "n_layers": 1}),
+        "attention registry",
+    ),
     "chunked": (("Llama4ForCausalLM", "Llama4TextConfig", LLAMA4), "chunked attention"),
 }
 

@@ -7,6 +7,7 @@ every query head of its group.
 
 import torch
 
+from headinfer.attend.grouped import attend_grouped
 from headinfer.attend.partial import Partial, empty_partial
 from headinfer.attend.split import attend_split
 
@@ -34,18 +35,26 @@ class CpuKernel:
         if q_len == 0 or keys.shape[2] == 0:  # the kernel divides by zero on empty input
             return empty_partial(query, values.shape[3])
         if causal and q_len > 1:
-            return _by_row(query, keys, values, scale, causal=True, mask=None)
+            return attend_grouped(
+                lambda q, k, v, _row: _flash(q, k, v, scale, causal=True), query, keys, values
+            )
         if mask is not None and mask.shape[1] > 1:
-            return _by_row(query, keys, values, scale, causal=False, mask=mask)
+            biases = _bias(mask, query.dtype).expand(batch, -1, -1, -1)
+            partial = attend_grouped(
+                lambda q, k, v, row: _flash(q, k, v, scale, bias=biases[row : row + 1]),
+                query,
+                keys,
+                values,
+            )
+            return _without_blind_rows(partial, mask)
         folded = query.reshape(batch, kv_heads, group * q_len, -1)
         splits = torch.get_num_threads() // (batch * kv_heads)
         if mask is None and batch == 1 and splits > 1 and folded.shape[2] <= _FEW_ROWS:
             out, lse = attend_split(_flash, folded, keys, values, scale, splits)
         else:
-            out, lse = _flash(folded, keys, values, scale, mask=_bias(mask, query.dtype))
-        partial = Partial(
-            out.unflatten(2, (group, q_len)), lse.unflatten(2, (group, q_len))
-        )
+            bias = None if mask is None else _bias(mask, query.dtype)
+            out, lse = _flash(folded, keys, values, scale, bias=bias)
+        partial = Partial(*(torch.unflatten(part, 2, (group, q_len)) for part in (out, lse)))
         return partial if mask is None else _without_blind_rows(partial, mask)
 
 
@@ -54,60 +63,27 @@ def _flash(
     keys: torch.Tensor,
     values: torch.Tensor,
     scale: float,
+    /,
     *,
     causal: bool = False,
-    mask: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, keys, values, 0.0, causal, attn_mask=mask, scale=scale
+        query, keys, values, 0.0, causal, attn_mask=bias, scale=scale
     )
     return out, lse
 
 
-def _bias(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    """Return the mask as the kernel takes it: additive, `[batch, 1, q_len or 1, kv_len]`."""
-    if mask is None:
-        return None
+def _bias(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return the mask as the kernel takes it: additive, `[batch or 1, 1, q_len or 1, kv_len]`."""
     bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
     return bias.masked_fill_(~mask, -torch.inf).unsqueeze(1)
-
-
-def _by_row(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    scale: float,
-    *,
-    causal: bool,
-    mask: torch.Tensor | None,
-) -> Partial:
-    """Attend where queries differ in what they see, so that the group cannot be folded into them.
-
-    The heads take the kernel's batch axis and the group its head axis, over which keys are repeated
-    by a stride of 0: nothing is copied. The batch is looped over.
-    """
-    group = query.shape[2]
-    outs, lses = [], []
-    for row in range(query.shape[0]):
-        repeated = [
-            tensor[row].unsqueeze(1).expand(-1, group, -1, -1) for tensor in (keys, values)
-        ]
-        seen = None if mask is None else mask[row if mask.shape[0] > 1 else 0].unsqueeze(0)
-        out, lse = _flash(
-            query[row], *repeated, scale, causal=causal, mask=_bias(seen, query.dtype)
-        )
-        outs.append(out)
-        lses.append(lse)
-    if len(outs) == 1:
-        partial = Partial(outs[0].unsqueeze(0), lses[0].unsqueeze(0))
-    else:
-        partial = Partial(torch.stack(outs), torch.stack(lses))
-    return partial if mask is None else _without_blind_rows(partial, mask)
 
 
 def _without_blind_rows(partial: Partial, mask: torch.Tensor) -> Partial:
     """Make queries that see nothing neutral: the kernel gives them an LSE of 0."""
     blind = ~mask.any(dim=-1)[:, None, None, :]
     return Partial(
-        partial.out.masked_fill(blind.unsqueeze(-1), 0.0), partial.lse.masked_fill(blind, -torch.inf)
+        partial.out.masked_fill(blind.unsqueeze(-1), 0.0),
+        partial.lse.masked_fill(blind, -torch.inf),
     )

@@ -6,6 +6,7 @@ private operators, so `select` runs them once on small inputs before trusting th
 
 import torch
 
+from headinfer.attend.grouped import attend_grouped
 from headinfer.attend.partial import Kernel, Partial, empty_partial
 from headinfer.attend.reference import ReferenceKernel
 from headinfer.attend.split import FusedCall, attend_split
@@ -45,29 +46,16 @@ class CudaKernel:
         if mask is not None:
             return self._masked.attend(query, keys, values, scale=scale, mask=mask)
         if causal and q_len > 1:
-            return self._square(query, keys, values, scale)
+            return attend_grouped(
+                lambda q, k, v, _row: self._causal(q, k, v, scale), query, keys, values
+            )
         folded = query.reshape(batch, kv_heads, group * q_len, -1)
         splits = min(self._blocks // (batch * kv_heads), keys.shape[2] // _MIN_SPLIT_TOKENS)
         if batch == 1 and splits > 1 and folded.shape[2] <= _FEW_ROWS:
             out, lse = attend_split(self._call, folded, keys, values, scale, splits)
         else:
             out, lse = self._call(folded, keys, values, scale)
-        return Partial(out.unflatten(2, (group, q_len)), lse.unflatten(2, (group, q_len)))
-
-    def _square(
-        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
-    ) -> Partial:
-        """Attend causally: heads on the batch axis, the group repeated by a stride of 0."""
-        group = query.shape[2]
-        outs, lses = [], []
-        for row in range(query.shape[0]):
-            repeated = [
-                tensor[row].unsqueeze(1).expand(-1, group, -1, -1) for tensor in (keys, values)
-            ]
-            out, lse = self._causal(query[row], *repeated, scale)
-            outs.append(out)
-            lses.append(lse)
-        return Partial(torch.stack(outs), torch.stack(lses))
+        return Partial(*(torch.unflatten(part, 2, (group, q_len)) for part in (out, lse)))
 
 
 def _flash(

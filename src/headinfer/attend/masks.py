@@ -99,8 +99,11 @@ def attend_band(
             visible = visible & padding[:, :, low:high]
         parts.append(
             kernel.attend(
-                query[:, :, :, first:last], keys[:, :, low:high], values[:, :, low:high],
-                scale=scale, mask=visible,
+                query[:, :, :, first:last],
+                keys[:, :, low:high],
+                values[:, :, low:high],
+                scale=scale,
+                mask=visible,
             )
         )
     if len(parts) == 1:

@@ -45,12 +45,17 @@ class ReferenceKernel:
             total = Accumulator()
             for start in range(0, queries.stop if causal else kv_len, kv_block):
                 tokens = slice(start, min(start + kv_block, kv_len))
-                visible = _visible(mask, queries, tokens, query.device) if causal or (
-                    mask is not None
-                ) else None
+                visible = (
+                    _visible(mask, queries, tokens, query.device)
+                    if causal or (mask is not None)
+                    else None
+                )
                 total.add(
                     self._block(
-                        query[:, :, :, queries], keys[:, :, tokens], values[:, :, tokens], scale,
+                        query[:, :, :, queries],
+                        keys[:, :, tokens],
+                        values[:, :, tokens],
+                        scale,
                         visible,
                     )
                 )

@@ -14,7 +14,8 @@ class FusedCall(Protocol):
 
     def __call__(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, /
-    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the output `[batch, heads, rows, dim]` and LSE `[batch, heads, rows]`."""
 
 
 def attend_split(

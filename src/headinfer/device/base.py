@@ -50,33 +50,32 @@ class Stream(Protocol):
 class Device(Protocol):
     """Where attention is computed, and the memory and streams around it.
 
-    Attributes:
-        name: "cpu", "cuda" or "simulated".
-        torch_device: where the tensors that attention reads live.
-        tiles_are_views: True when host memory is device memory: tiles are views of the store and
-            no stream is ever used.
-        compute: the stream the model runs on.
-        copy_in: the stream of host-to-device copies.
-        copy_out: the stream of device-to-host copies.
+    Where `tiles_are_views`, tiles are views of the store and no stream is ever used.
     """
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The kind of device."""
 
     @property
-    def torch_device(self) -> torch.device: ...
+    def torch_device(self) -> torch.device:
+        """Where attention reads tensors."""
 
     @property
-    def tiles_are_views(self) -> bool: ...
+    def tiles_are_views(self) -> bool:
+        """Whether host memory is device memory."""
 
     @property
-    def compute(self) -> Stream: ...
+    def compute(self) -> Stream:
+        """The model's stream."""
 
     @property
-    def copy_in(self) -> Stream: ...
+    def copy_in(self) -> Stream:
+        """The stream of host-to-device copies."""
 
     @property
-    def copy_out(self) -> Stream: ...
+    def copy_out(self) -> Stream:
+        """The stream of device-to-host copies."""
 
     def host_empty(self, num_bytes: int) -> torch.Tensor:
         """Return `num_bytes` of uninitialised host memory as uint8, ready for asynchronous copies.

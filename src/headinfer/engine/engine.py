@@ -56,9 +56,7 @@ class Engine:
             StoredLayer(
                 LayerStore(
                     device,
-                    KVGeometry(
-                        plan.batch, layer.kv_heads, layer.key_dim, layer.value_dim, dtype
-                    ),
+                    KVGeometry(plan.batch, layer.kv_heads, layer.key_dim, layer.value_dim, dtype),
                 )
             )
             for layer in plan.shape.full_layers
@@ -78,7 +76,10 @@ class Engine:
             for _ in range(STAGING_BUFFERS)
         ]
         tails = [
-            [Page(arena.take(layer.store.geometry.num_bytes(plan.page_tokens))) for _ in range(PAGES)]
+            [
+                Page(arena.take(layer.store.geometry.num_bytes(plan.page_tokens)))
+                for _ in range(PAGES)
+            ]
             for layer in layers
         ]
         chunk_pages = [Page(arena.take(plan.chunk_page_bytes // PAGES)) for _ in range(PAGES)]
@@ -207,21 +208,31 @@ class Engine:
             if new_tokens > 1:
                 total.add(
                     attend_square(
-                        kernel, queries, keys[:, heads], values[:, heads],
-                        scale=scale, padding=own_padding,
+                        kernel,
+                        queries,
+                        keys[:, heads],
+                        values[:, heads],
+                        scale=scale,
+                        padding=own_padding,
                     )
                 )
             for span in near:
                 total.add(
                     kernel.attend(
-                        queries, span.keys[:, heads], span.values[:, heads], scale=scale,
+                        queries,
+                        span.keys[:, heads],
+                        span.values[:, heads],
+                        scale=scale,
                         mask=_padding_of(padding, span.start, span.start + span.tokens),
                     )
                 )
             for tile in self._source.tiles(heads):
                 total.add(
                     kernel.attend(
-                        queries, tile.keys, tile.values, scale=scale,
+                        queries,
+                        tile.keys,
+                        tile.values,
+                        scale=scale,
                         mask=_padding_of(padding, tile.start, tile.start + tile.tokens),
                     )
                 )
@@ -237,7 +248,11 @@ class Engine:
         geometry = self._layers[layer_idx].store.geometry
         given = (keys.shape[0], keys.shape[1], keys.shape[3], values.shape[3], keys.dtype)
         wanted = (
-            geometry.batch, geometry.kv_heads, geometry.key_dim, geometry.value_dim, geometry.dtype
+            geometry.batch,
+            geometry.kv_heads,
+            geometry.key_dim,
+            geometry.value_dim,
+            geometry.dtype,
         )
         if given != wanted:
             raise CacheStateError(

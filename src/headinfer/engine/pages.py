@@ -43,7 +43,7 @@ class Writer(Protocol):
         """Past tokens of a layer that are not in its store."""
 
     def crop(self, layer_idx: int, tokens: int) -> int:
-        """Remove the newest `tokens` tokens as far as they are not in the store; return how many."""
+        """Remove the newest `tokens` tokens that are not in the store; return how many were."""
 
     def select(self, layer_idx: int, rows: Sequence[int]) -> None:
         """Rearrange the rows of what is not in the store; as many rows as before."""
@@ -136,9 +136,7 @@ class Page:
             used = page[:, :, : self.tokens]
             used.copy_(used[list(rows)])
 
-    def write_back(
-        self, device: Device, layer: StoredLayer, capacity: int, stats: Stats
-    ) -> None:
+    def write_back(self, device: Device, layer: StoredLayer, capacity: int, stats: Stats) -> None:
         """Send the tokens to the end of the store on copy-out; the page is then empty."""
         geometry = layer.store.geometry
         device.copy_out.wait(device.compute.record(), Edge.PAGE_WRITTEN)
@@ -213,9 +211,7 @@ class PagedWriter:
             layer = self._layers[layer_idx]
             page = self._chunk_pages.pop(0)
             self._chunk_pages.append(page)
-            page.append(
-                self._device, layer.store.geometry, self._chunk_tokens, keys, values
-            )
+            page.append(self._device, layer.store.geometry, self._chunk_tokens, keys, values)
             page.write_back(self._device, layer, self._chunk_tokens, self._stats)
         if self._tails[layer_idx][0].tokens == self._page_tokens:
             self.flush(layer_idx)

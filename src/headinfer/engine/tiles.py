@@ -146,9 +146,7 @@ class SynchronousTiles:
         """Yield tiles, waiting on the host for each to arrive and to be attended."""
         layer = self._layer
         assert layer is not None
-        spans = layer.store.spans(
-            0, layer.store.tokens, max_tokens=self._tile_tokens, heads=heads
-        )
+        spans = layer.store.spans(0, layer.store.tokens, max_tokens=self._tile_tokens, heads=heads)
         for span in spans:
             tile, filled = self._buffer.fill(self._device, layer, span, self._stats)
             filled.synchronize(Edge.TILE_FILLED)

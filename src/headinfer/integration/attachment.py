@@ -6,6 +6,7 @@ notice; two hooks watch the model's calls. Detaching puts the same config object
 """
 
 import copy
+import functools
 import itertools
 import logging
 import time
@@ -37,17 +38,23 @@ class AttachmentOwner(Protocol):
 
     stats: Stats
 
-    def new_cache(self) -> OffloadedCache: ...
+    def new_cache(self) -> OffloadedCache:
+        """Return a cache for a call that brings none."""
 
-    def owns(self, cache: OffloadedCache) -> bool: ...
+    def owns(self, cache: OffloadedCache) -> bool:
+        """Whether a cache belongs to this attachment."""
 
-    def chunk_tokens(self, cache: OffloadedCache) -> int: ...
+    def chunk_tokens(self, cache: OffloadedCache) -> int:
+        """Return the tokens of a prefill chunk."""
 
-    def finish_compute(self) -> None: ...
+    def finish_compute(self) -> None:
+        """Block until the model's work is done, for times that mean something."""
 
-    def report_prefill(self, done_tokens: int, all_tokens: int) -> None: ...
+    def report_prefill(self, done_tokens: int, all_tokens: int) -> None:
+        """Hear of progress."""
 
-    def after_call(self, cache: OffloadedCache) -> None: ...
+    def after_call(self, cache: OffloadedCache) -> None:
+        """Hear of a finished call."""
 
 
 def is_attached(model: PreTrainedModel) -> bool:
@@ -101,9 +108,7 @@ class Attachment:
         for module in self._model.modules():
             original = module.__dict__.get("config")
             if id(original) in copies:
-                self._restore.append(
-                    lambda module=module, original=original: setattr(module, "config", original)
-                )
+                self._restore.append(functools.partial(setattr, module, "config", original))
                 module.config = copies[id(original)]
 
     def remove(self) -> None:

@@ -243,8 +243,13 @@ def _attend_in_hand(
         mask = None if padding is None else padding.of_tokens(0, kv_len)
         total.add(
             attend_band(
-                kernel, query, keys, values,
-                scale=scale, window_tokens=window_tokens, padding=mask,
+                kernel,
+                query,
+                keys,
+                values,
+                scale=scale,
+                window_tokens=window_tokens,
+                padding=mask,
             )
         )
     else:
@@ -257,9 +262,7 @@ def _attend_in_hand(
         if past:
             mask = None if padding is None else padding.of_tokens(0, past)
             total.add(
-                kernel.attend(
-                    query, keys[:, :, :past], values[:, :, :past], scale=scale, mask=mask
-                )
+                kernel.attend(query, keys[:, :, :past], values[:, :, :past], scale=scale, mask=mask)
             )
     if sinks is not None:
         total.add_sinks(sinks)

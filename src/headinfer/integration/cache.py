@@ -19,7 +19,9 @@ from headinfer.units import format_bytes, format_tokens
 class CacheHost(Protocol):
     """What a cache needs of the attachment it belongs to."""
 
-    functions: AttentionFunctions
+    @property
+    def functions(self) -> AttentionFunctions:
+        """The attention functions that take what is pending."""
 
     def plan_for(self, batch: int, context_tokens: int) -> Plan:
         """Return the plan for a cache, or refuse."""
@@ -29,9 +31,6 @@ class CacheHost(Protocol):
 
     def host_bytes_left(self) -> int:
         """Bytes of host memory a cache may still take."""
-
-    def account(self, engine: Engine, tokens: int) -> None:
-        """Note what an engine holds at the moment, and for how many tokens a row."""
 
 
 class OffloadedState:
@@ -94,9 +93,9 @@ class OffloadedState:
         left = self.host.host_bytes_left()
         if needed_bytes > left:
             raise MemoryPlanError(
-                f"the KV cache of {format_tokens(tokens)} tokens needs {format_bytes(needed_bytes)} "
-                f"more of host memory, and {format_bytes(left)} can be had; shorten the prompt or "
-                "free host memory"
+                f"the KV cache of {format_tokens(tokens)} tokens needs "
+                f"{format_bytes(needed_bytes)} more of host memory, and {format_bytes(left)} can "
+                "be had; shorten the prompt or free host memory"
             )
 
     def update(
@@ -123,7 +122,7 @@ class OffloadedState:
             self.engine = None
 
 
-class OffloadedLayer(CacheLayerMixin):  # type: ignore[misc]  # untyped base
+class OffloadedLayer(CacheLayerMixin):
     """One full-attention layer of an `OffloadedCache`; `keys` and `values` stay None."""
 
     is_sliding = False
@@ -186,7 +185,7 @@ class OffloadedLayer(CacheLayerMixin):  # type: ignore[misc]  # untyped base
         """Do nothing: the layer is prefetched by its own means."""
 
 
-class OffloadedCache(DynamicCache):  # type: ignore[misc]  # untyped base
+class OffloadedCache(DynamicCache):
     """A transformers cache whose full-attention layers live in host memory, head by head.
 
     Sliding-window layers and linear-attention layers are transformers' own. Made by
@@ -200,7 +199,11 @@ class OffloadedCache(DynamicCache):  # type: ignore[misc]  # untyped base
 
     def __init__(self, model: PreTrainedModel, host: CacheHost, max_tokens: int | None) -> None:
         super().__init__(config=model.config)
-        full = [position for position, layer in enumerate(self.layers) if layer_kind(layer) is LayerKind.FULL]
+        full = [
+            position
+            for position, layer in enumerate(self.layers)
+            if layer_kind(layer) is LayerKind.FULL
+        ]
         self.state = OffloadedState(host, max_tokens, has_layers=bool(full))
         for layer_idx, position in enumerate(full):
             self.layers[position] = OffloadedLayer(self.state, layer_idx)

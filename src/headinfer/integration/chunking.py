@@ -5,7 +5,8 @@ those in which transformers' `prefill_chunk_size` is not looked at.
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -63,9 +64,7 @@ def split_points(new_tokens: int, chunk_tokens: int, keep: int) -> list[int]:
     return [*points, new_tokens]
 
 
-def slice_call(
-    arguments: dict[str, Any], start: int, end: int, past_tokens: int
-) -> dict[str, Any]:
+def slice_call(arguments: dict[str, Any], start: int, end: int, past_tokens: int) -> dict[str, Any]:
     """Return a call's arguments for the new tokens from `start` to before `end` alone."""
     sliced = dict(arguments)
     for name, value in arguments.items():
@@ -106,7 +105,7 @@ def run_leading_chunks(
     keep = int(arguments.get("logits_to_keep") or 0) if keeps else 0
     points = split_points(shape[1], chunk_tokens, keep)
     logits = []
-    for start, end in _pairs(points[:-1]):
+    for start, end in itertools.pairwise(points[:-1]):
         part = slice_call(arguments, start, end, past_tokens)
         if keep:
             part["logits_to_keep"] = 1  # the least the model can compute; not used
@@ -115,7 +114,3 @@ def run_leading_chunks(
             logits.append(output.logits)
         after_chunk(end, shape[1])
     return slice_call(arguments, points[-2], points[-1], past_tokens), logits
-
-
-def _pairs(points: list[int]) -> Iterator[tuple[int, int]]:
-    return zip(points, points[1:], strict=False)

@@ -6,6 +6,7 @@ import inspect
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -68,7 +69,7 @@ class AttentionCall:
 
 
 @functools.cache
-def attention_call(module_class: type[torch.nn.Module]) -> AttentionCall | None:
+def attention_call(module_class: Any) -> AttentionCall | None:
     """Return how a class caches keys and has them attended; None if it does not do both.
 
     Reading the source finds what we could not serve before the model runs. Keywords a module passes
@@ -114,8 +115,16 @@ def _names(assignment: ast.Assign) -> list[str | None]:
 def attention_modules(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
     """Yield the modules of a model that cache keys and attend through the registry."""
     for module in model.modules():
-        if attention_call(type(module)) is not None and hasattr(module, "layer_idx"):
+        if _attention_call_of(module) is not None and hasattr(module, "layer_idx"):
             yield module
+
+
+def _attention_call_of(module: Any) -> AttentionCall | None:
+    return attention_call(type(module))
+
+
+def _layer_idx(module: Any) -> int:
+    return int(module.layer_idx)
 
 
 def stock_cache(model: PreTrainedModel) -> DynamicCache:
@@ -177,12 +186,12 @@ def _check_layers(model: PreTrainedModel, name: str) -> None:
     wanted = sum(kind is not LayerKind.STATE for kind in kinds)
     if not wanted:
         raise UnsupportedModelError(f"{name} has no attention layer, so no KV cache to offload")
-    if len({module.layer_idx for module in modules}) < wanted:
+    if len({_layer_idx(module) for module in modules}) < wanted:
         raise UnsupportedModelError(
             f"the attention of {name} does not go through transformers' attention registry"
         )
     for module in modules:
-        call = attention_call(type(module))
+        call = _attention_call_of(module)
         assert call is not None, "attention modules have one"
         if not call.hands_over:
             raise UnsupportedModelError(
@@ -200,7 +209,7 @@ def _check_layers(model: PreTrainedModel, name: str) -> None:
 def model_shape(model: PreTrainedModel) -> ModelShape:
     """Return a supported model's shape, read from its attention modules and its config."""
     config = model.config.get_text_config(decoder=True)
-    modules = {int(module.layer_idx): module for module in attention_modules(model)}
+    modules = {_layer_idx(module): module for module in attention_modules(model)}
     layers = []
     for layer_idx, cache_layer in enumerate(stock_cache(model).layers):
         kind = layer_kind(cache_layer)
@@ -225,21 +234,18 @@ def model_shape(model: PreTrainedModel) -> ModelShape:
     )
 
 
-def _layer_shape(
-    kind: LayerKind, cache_layer: object, config: object, module: torch.nn.Module | None
-) -> LayerShape:
+def _layer_shape(kind: LayerKind, cache_layer: object, config: Any, module: Any) -> LayerShape:
     if kind is LayerKind.STATE:
         return LayerShape(kind=kind)
     query_heads = int(getattr(config, "num_attention_heads", 1))
-    key_dim = getattr(module, "qk_head_dim", None) or getattr(module, "head_dim", None)
-    key_dim = int(key_dim or getattr(config, "head_dim", 0)) or (
+    key_dim = int(getattr(module, "qk_head_dim", 0) or getattr(module, "head_dim", 0)) or (
         int(getattr(config, "hidden_size", 0)) // query_heads
     )
     return LayerShape(
         kind=kind,
         kv_heads=query_heads // int(getattr(module, "num_key_value_groups", 1)),
         key_dim=key_dim,
-        value_dim=int(getattr(module, "v_head_dim", None) or key_dim),
+        value_dim=int(getattr(module, "v_head_dim", 0)) or key_dim,
         window_tokens=int(getattr(cache_layer, "sliding_window", 0)),
     )
 

@@ -78,6 +78,7 @@ class Segment:
 
     @property
     def end(self) -> int:
+        """One past the last token there is memory for."""
         return self.start + self.capacity
 
 
@@ -182,9 +183,7 @@ class LayerStore:
         index = torch.tensor(rows, dtype=torch.long)
         in_place = len(rows) == self.geometry.batch
         old = self.geometry
-        self.geometry = KVGeometry(
-            len(rows), old.kv_heads, old.key_dim, old.value_dim, old.dtype
-        )
+        self.geometry = KVGeometry(len(rows), old.kv_heads, old.key_dim, old.value_dim, old.dtype)
         for position, segment in enumerate(self._segments):
             used = max(min(self.tokens, segment.end) - segment.start, 0)
             self._device.host_access(segment.buffer, write=in_place, purpose="row selection")

@@ -1,0 +1,199 @@
+"""Every kernel against the definition of attention, on odd shapes and each dtype."""
+
+import pytest
+import torch
+
+from headinfer.attend.cpu import CpuKernel
+from headinfer.attend.cuda import candidates
+from headinfer.attend.masks import attend_band
+from headinfer.attend.partial import Accumulator, Kernel, empty_partial
+from headinfer.attend.reference import ReferenceKernel
+from headinfer.attend.select import select_kernel
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 1e-2}
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def by_definition(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scale: float,
+    mask: torch.Tensor | None,
+    softcap: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    query, keys, values = query.double(), keys.double(), values.double()
+    scores = torch.einsum("bhgqd,bhkd->bhgqk", query, keys) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, None, None], -torch.inf)
+    lse = scores.logsumexp(dim=-1)
+    weights = scores.softmax(dim=-1).nan_to_num(0.0)
+    return torch.einsum("bhgqk,bhkd->bhgqd", weights, values), lse
+
+
+SHAPES = [  # batch, kv_heads, group, q_len, kv_len, head_dim
+    (1, 1, 1, 1, 1, 8),
+    (1, 2, 4, 1, 1037, 64),
+    (2, 3, 2, 1, 17, 16),
+    (1, 1, 8, 3, 701, 80),
+    (2, 2, 3, 33, 65, 24),
+    (1, 4, 1, 130, 257, 128),
+    (1, 1, 2, 5, 40, 256),
+]
+
+
+def check(kernel: Kernel, shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> None:
+    batch, kv_heads, group, q_len, kv_len, dim = shape
+    if kind == "causal":
+        kv_len = q_len
+    query = draw(batch, kv_heads, group, q_len, dim, dtype=dtype)
+    keys = draw(batch, kv_heads, kv_len, dim, dtype=dtype)
+    values = draw(batch, kv_heads, kv_len, dim, dtype=dtype, seed=1)
+    mask = None
+    if kind == "causal":
+        mask = torch.ones(1, q_len, kv_len, dtype=torch.bool).tril()
+    elif kind == "padding":
+        mask = torch.arange(kv_len)[None, None] >= torch.arange(batch)[:, None, None] * 7
+    elif kind == "mask":
+        mask = draw(1, q_len, kv_len) > 0.5
+        mask[:, 0] = False  # a query that sees nothing
+    ours = kernel.attend(
+        query,
+        keys,
+        values,
+        scale=0.2,
+        causal=kind == "causal",
+        mask=None if kind == "causal" else mask,
+    )
+    out, lse = by_definition(query, keys, values, 0.2, mask)
+    blind = lse.isinf()
+    assert torch.equal(ours.lse.isinf(), blind)
+    assert not ours.out[blind].any()
+    torch.testing.assert_close(ours.out.double(), out, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    torch.testing.assert_close(
+        ours.lse.double()[~blind], lse[~blind], rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype]
+    )
+
+
+@pytest.mark.parametrize("kind", ["tile", "causal", "padding", "mask"])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("kernel", [CpuKernel(), ReferenceKernel()], ids=lambda k: k.name)
+def test_kernel_on_the_cpu(kernel: Kernel, dtype: torch.dtype, kind: str) -> None:
+    for shape in SHAPES:
+        check(kernel, shape, dtype, kind)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("threads", [2, 3, 8])
+def test_splitting_over_threads_changes_nothing(threads: int, shape: tuple[int, ...]) -> None:
+    torch.set_num_threads(threads)
+    try:
+        check(CpuKernel(), shape, torch.float32, "tile")
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["tile", "causal", "padding", "mask"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_kernels_on_cuda(dtype: torch.dtype, kind: str) -> None:
+    torch.set_default_device("cuda")
+    try:
+        for shape in SHAPES:
+            for kernel in candidates(torch.device("cuda"), dtype, shape[-1]):
+                check(kernel, shape, dtype, kind)
+    finally:
+        torch.set_default_device(None)
+
+
+@pytest.mark.parametrize("softcap", [1.5, 30.0])
+def test_softcap_bounds_the_scores(softcap: float) -> None:
+    kernel = select_kernel(torch.device("cpu"), torch.float32, 16, 16, softcap)
+    query, keys, values = (
+        3 * draw(1, 2, 3, 40, 16),
+        3 * draw(1, 2, 5000, 16),
+        draw(1, 2, 5000, 16, seed=1),
+    )
+    ours = kernel.attend(query.float(), keys.float(), values.float(), scale=0.5)
+    out, lse = by_definition(query, keys, values, 0.5, None, softcap)
+    torch.testing.assert_close(ours.out.double(), out, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.lse.double(), lse, rtol=1e-5, atol=1e-5)
+
+
+def test_values_may_be_narrower_than_keys() -> None:
+    kernel = select_kernel(torch.device("cpu"), torch.float32, 16, 8)
+    query, keys, values = draw(1, 2, 3, 5, 16), draw(1, 2, 50, 16), draw(1, 2, 50, 8)
+    ours = kernel.attend(query.float(), keys.float(), values.float(), scale=0.5)
+    out, _ = by_definition(query, keys, values, 0.5, None)
+    torch.testing.assert_close(ours.out.double(), out, rtol=1e-4, atol=1e-5)
+
+
+def test_a_kernel_that_is_wrong_here_is_not_selected(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(
+        self: CpuKernel, query: torch.Tensor, *arguments: object, **options: object
+    ) -> object:
+        partial = right(self, query, *arguments, **options)
+        partial.lse = partial.lse + 1
+        return partial
+
+    right = CpuKernel.attend
+    assert select_kernel(torch.device("cpu"), torch.float32, 8, 8).name == CpuKernel.name
+    monkeypatch.setattr(CpuKernel, "attend", wrong)
+    select_kernel.cache_clear()
+    assert select_kernel(torch.device("cpu"), torch.float32, 8, 8).name == "reference"
+    select_kernel.cache_clear()
+
+
+@pytest.mark.parametrize("parts", [[50], [1, 49], [20, 0, 17, 13], [1] * 50])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_merged_parts_equal_the_whole(parts: list[int], dtype: torch.dtype) -> None:
+    query, keys, values = draw(2, 2, 3, 4, 16), draw(2, 2, 50, 16), draw(2, 2, 50, 16, seed=1)
+    sinks = draw(2, 3)
+    total = Accumulator()
+    total.add(empty_partial(query.to(dtype), 16))
+    start = 0
+    for part in parts:
+        tokens = slice(start, start + part)
+        total.add(
+            CpuKernel().attend(
+                query.to(dtype),
+                keys[:, :, tokens].to(dtype),
+                values[:, :, tokens].to(dtype),
+                scale=0.3,
+            )
+        )
+        start += part
+    out, lse = by_definition(query, keys, values, 0.3, None)
+    tolerance = TOLERANCE[dtype]
+    merged = total.result()
+    torch.testing.assert_close(merged.out.double(), out, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(merged.lse.double(), lse, rtol=tolerance, atol=tolerance)
+    total.add_sinks(sinks)
+    share = torch.sigmoid(lse - sinks[None, :, :, None]).unsqueeze(-1)
+    torch.testing.assert_close(
+        total.result().out.double(), out * share, rtol=tolerance, atol=tolerance
+    )
+
+
+@pytest.mark.parametrize("window", [None, 1, 7, 512, 600, 5000])
+@pytest.mark.parametrize(("q_len", "past"), [(1, 0), (1, 30), (30, 11), (1025, 37), (600, 600)])
+def test_bands(window: int | None, q_len: int, past: int) -> None:
+    kv_len = past + q_len
+    query, keys, values = draw(1, 1, 2, q_len, 8), draw(1, 1, kv_len, 8), draw(1, 1, kv_len, 8)
+    distance = torch.arange(q_len)[:, None] + past - torch.arange(kv_len)[None]
+    mask = ((distance >= 0) & (distance < (window or kv_len)))[None]
+    padding = torch.ones(1, 1, kv_len, dtype=torch.bool)
+    padding[..., :5] = False
+    for pad in (None, padding):
+        ours = attend_band(
+            CpuKernel(), query, keys, values, scale=0.3, window_tokens=window, padding=pad
+        )
+        visible = mask if pad is None else mask & pad
+        out, _ = by_definition(query, keys, values, 0.3, visible)
+        torch.testing.assert_close(ours.out, out, rtol=1e-10, atol=1e-10)
