@@ -1,6 +1,7 @@
 """Sizes and token counts as people write them: GiB is 2**30 bytes, K tokens is 1024."""
 
 import re
+from decimal import Decimal
 
 from headinfer.errors import OptionError
 
@@ -19,7 +20,7 @@ def _parse(text: str, units: dict[str, int], what: str, example: str) -> int:
     factor = units.get(match[2].upper()) if match else None
     if match is None or factor is None:
         raise OptionError(f"{text!r} is not a {what}; write for example {example}")
-    return int(float(match[1].replace("_", "")) * factor)
+    return int(Decimal(match[1].replace("_", "")) * factor)  # exact beyond 2**53
 
 
 def parse_bytes(size: str | int) -> int:

@@ -111,7 +111,8 @@ class CudaDevice:
                 f"error {status}); free memory or raise the limit shown by `ulimit -l`"
             )
         storage = tensor.untyped_storage()
-        weakref.finalize(storage, cudart.cudaHostUnregister, storage.data_ptr())
+        finalizer = weakref.finalize(storage, cudart.cudaHostUnregister, storage.data_ptr())
+        finalizer.atexit = False  # the driver frees it, and may be gone by then
         return tensor
 
     def device_empty(self, num_bytes: int) -> torch.Tensor:

@@ -120,7 +120,8 @@ def attention_modules(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
 
 
 def _attention_call_of(module: Any) -> AttentionCall | None:
-    return attention_call(type(module))
+    module_class: Any = type(module)
+    return attention_call(module_class)
 
 
 def _layer_idx(module: Any) -> int:

@@ -1,0 +1,66 @@
+"""The CUDA path against stock attention on the same GPU; run with `pytest -m gpu`."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import headinfer
+from tiny_models import ARCHITECTURES, random_tokens, tiny_model
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_logits_equal_stock_in_float32(name: str, overlap: bool) -> None:
+    model = tiny_model(name).to("cuda")
+    tokens = random_tokens(2, 300).cuda()
+    mask = torch.ones_like(tokens)
+    mask[0, :41] = 0
+    options = {
+        "attention_mask": mask,
+        "max_new_tokens": 80,  # past a page of the decode tail
+        "do_sample": False,
+        "return_dict_in_generate": True,
+        "output_logits": True,
+        "pad_token_id": 0,
+    }
+    stock = model.generate(tokens, past_key_values=DynamicCache(config=model.config), **options)
+    for tile_heads, tile_tokens, chunk_tokens in ((1, 50, 128), ("all", 4096, 77)):
+        with headinfer.attach(
+            model,
+            tile_heads=tile_heads,
+            tile_tokens=tile_tokens,
+            chunk_tokens=chunk_tokens,
+            overlap=overlap,
+        ) as offload:
+            ours = model.generate(tokens, past_key_values=offload.new_cache(), **options)
+            assert offload.stats.bytes_to_device > 0 or not offload.plan.shape.full_layers
+        wanted = torch.stack(stock.logits)
+        error = (torch.stack(ours.logits) - wanted).abs().max() / wanted.abs().max()
+        assert error < 1e-4
+        assert torch.equal(ours.sequences, stock.sequences)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["llama3", "gemma2", "qwen3"])
+def test_half_precision_is_as_near_to_float64_as_stock(name: str, dtype: torch.dtype) -> None:
+    tokens = random_tokens(1, 300).cuda()
+    model = tiny_model(name).to("cuda", dtype)
+    stock = model(tokens).logits.double()
+    with headinfer.attach(model, tile_heads=1, tile_tokens=64, chunk_tokens=96) as offload:
+        ours = model(tokens, past_key_values=offload.new_cache()).logits.double()
+    exact = model.to(torch.float64)(tokens).logits
+    assert (ours - exact).norm() <= 1.5 * (stock - exact).norm()
+
+
+def test_host_memory_is_pinned_and_freed() -> None:
+    model = tiny_model("llama3").to("cuda")
+    with headinfer.attach(model) as offload:
+        cache = offload.new_cache(max_tokens=1000)
+        model(random_tokens(1, 400).cuda(), past_key_values=cache, logits_to_keep=1)
+        planned = cache.state.engine.plan.kv_host_bytes(1000)
+        assert cache.state.engine.host_kv_bytes == planned
+        store = cache.state.engine._layers[0].store
+        assert next(iter(store.spans(0, 10))).keys.is_pinned()
+        cache.close()

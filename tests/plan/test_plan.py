@@ -1,0 +1,151 @@
+"""Plans: what fits is chosen, what does not is refused, and the bytes add up."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from headinfer.errors import MemoryPlanError, OptionError
+from headinfer.plan.memory import ALIGNMENT_BYTES
+from headinfer.plan.options import Options
+from headinfer.plan.plan import resolve
+from headinfer.plan.shape import LayerKind, LayerShape, ModelShape
+from shapes import LLAMA_3_8B, model_shape
+
+GIB = 2**30
+
+
+def test_llama_3_8b_on_24_gib() -> None:
+    plan = resolve(LLAMA_3_8B, Options.parse(device_memory="24GiB"), device="cuda")
+    assert plan.total_device_bytes <= 24 * GIB
+    assert plan.kv_host_bytes(2**20) == 128 * GIB  # the paper's Table 10
+    # 8192-token chunk pages of one layer (2 x 32 MiB), 2 x 64-token tails of 32 layers
+    # (2 x 8 MiB), and 3 staging tiles of 64 MiB.
+    assert plan.chunk_page_bytes == 2 * 8192 * 4096
+    assert plan.tail_bytes == 2 * 64 * 128 * 1024
+    assert plan.staging_bytes == 3 * 64 * 2**20
+    assert plan.arena_bytes == 272 * 2**20 + ALIGNMENT_BYTES
+
+
+def test_the_devices_share_does_not_depend_on_the_context() -> None:
+    options = Options.parse(device_memory="24GiB")
+    plans = [
+        resolve(LLAMA_3_8B, options, device="cuda", context_tokens=tokens)
+        for tokens in (2**17, 2**20, 2**24)
+    ]
+    assert len({plan.total_device_bytes for plan in plans}) == 1
+
+
+@pytest.mark.parametrize("heads", [8, 4, 2, 1])
+def test_the_papers_head_settings(heads: int) -> None:
+    """head=8/4/2/1 with whole contexts: two heads' KV in the paper, here one tile more."""
+    options = Options.parse(tile_heads=heads, tile_tokens="all")
+    plan = resolve(LLAMA_3_8B, options, device="cuda", context_tokens=2**20)
+    assert plan.staging_bytes == 3 * heads * 2**20 * 2 * 128 * 2
+
+
+def test_smaller_budgets_get_smaller_tiles_and_chunks() -> None:
+    sizes = []
+    for budget in ("24GiB", "16.2GiB", "15.6GiB", "15.2GiB"):
+        plan = resolve(LLAMA_3_8B, Options.parse(device_memory=budget), device="cuda")
+        assert plan.total_device_bytes <= plan.device_memory_bytes
+        sizes.append((plan.chunk_tokens, plan.tile_heads * plan.tile_tokens))
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] != sizes[-1]
+
+
+def test_a_cpu_plan_copies_nothing() -> None:
+    plan = resolve(LLAMA_3_8B, Options(), device="cpu")
+    assert plan.arena_bytes == 0
+    assert plan.tile_heads == 8
+    assert "attended where they lie" in str(plan)
+    assert "x all tokens" in str(plan)
+
+
+def test_sliding_windows_are_counted_on_the_device() -> None:
+    window = LayerShape(
+        kind=LayerKind.SLIDING, kv_heads=2, key_dim=8, value_dim=8, window_tokens=100
+    )
+    full = LayerShape(kind=LayerKind.FULL, kv_heads=2, key_dim=8, value_dim=8)
+    shape = ModelShape(
+        name="Hybrid",
+        layers=(window, full, LayerShape(kind=LayerKind.STATE)),
+        query_heads=4,
+        hidden_size=32,
+        mlp_width=64,
+        vocab_size=10,
+        weights_bytes=10,
+        kv_itemsize=2,
+        max_positions=0,
+    )
+    assert shape.kv_bytes(50) == 50 * 2 * 16 * 2
+    assert shape.window_bytes(20) == 2 * (99 + 20) * 2 * 16 * 2
+    assert shape.standard_kv_bytes(50) == 2 * 50 * 2 * 16 * 2
+    assert shape.standard_kv_bytes(1000) == (1000 + 99) * 2 * 16 * 2
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"device_memory": "10GiB"}, r"10\.00 GiB is below the weights .* 14\.96 GiB; give at"),
+        ({"device_memory": "14.97GiB"}, "is too small: the smallest settings"),
+        (
+            {"device_memory": "20GiB", "tile_tokens": "4M", "tile_heads": 8},
+            "does not hold the settings given",
+        ),
+        ({"device_memory": "20GiB", "chunk_tokens": "1M"}, "chunk_tokens=128"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_what_would(
+    options: dict[str, str | int], reason: str
+) -> None:
+    with pytest.raises(MemoryPlanError, match=reason):
+        resolve(LLAMA_3_8B, Options.parse(**options), device="cuda")
+
+
+def test_whole_contexts_need_a_known_context() -> None:
+    options = Options.parse(tile_tokens="all")
+    with pytest.raises(OptionError, match="needs a known context"):
+        resolve(model_shape(max_positions=0), options, device="cuda")
+
+
+@settings(deadline=None)
+@given(
+    shape=st.builds(
+        model_shape,
+        layers=st.integers(1, 4),
+        kv_heads=st.integers(1, 9),
+        group=st.integers(1, 5),
+        key_dim=st.integers(1, 70),
+        value_dim=st.integers(1, 70),
+        itemsize=st.sampled_from([2, 4]),
+        weights_bytes=st.integers(1, 10**6),
+    ),
+    budget=st.integers(1, 10**8),
+    chunk=st.sampled_from(["auto", 1, 100, 4096]),
+    heads=st.sampled_from(["auto", "all", 1]),
+    tokens=st.sampled_from(["auto", 1, 300, "64K"]),
+    batch=st.integers(1, 4),
+    context=st.sampled_from([None, 1, 1000, 10**6]),
+)
+def test_a_plan_never_exceeds_its_budget(
+    shape: ModelShape,
+    budget: int,
+    chunk: str | int,
+    heads: str | int,
+    tokens: str | int,
+    batch: int,
+    context: int | None,
+) -> None:
+    options = Options.parse(
+        device_memory=budget, chunk_tokens=chunk, tile_heads=heads, tile_tokens=tokens
+    )
+    try:
+        plan = resolve(shape, options, device="cuda", batch=batch, context_tokens=context)
+    except MemoryPlanError:
+        return
+    assert plan.total_device_bytes <= budget
+    assert 1 <= plan.tile_heads <= shape.kv_heads
+    assert plan.page_tokens <= max(plan.chunk_tokens // 2, 1)
+    pieces = plan.staging_bytes + plan.tail_bytes + plan.chunk_page_bytes
+    assert plan.arena_bytes == pieces + ALIGNMENT_BYTES
+    assert len(str(plan).splitlines()) in (2, 3)

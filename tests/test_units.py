@@ -1,0 +1,55 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from headinfer.errors import OptionError
+from headinfer.units import format_bytes, format_tokens, parse_bytes, parse_tokens
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("24GiB", 24 * 2**30),
+        ("24GB", 24 * 10**9),
+        ("512MiB", 512 * 2**20),
+        (" 1.5 gib ", 3 * 2**29),
+        ("1_000", 1000),
+        ("7B", 7),
+        (2**20, 2**20),
+    ],
+)
+def test_bytes(text: str | int, wanted: int) -> None:
+    assert parse_bytes(text) == wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"), [("128K", 131072), ("1M", 2**20), ("1_000_000", 10**6), ("0.5k", 512)]
+)
+def test_tokens(text: str, wanted: int) -> None:
+    assert parse_tokens(text) == wanted
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "24 parsecs", "-1", "0", "1e3", "1,000", "24G", 0, -5])
+def test_what_is_not_a_size_is_refused_with_an_example(text: str | int) -> None:
+    for parse in (parse_bytes, parse_tokens):
+        with pytest.raises(OptionError, match="must be positive|write for example"):
+            parse(text)
+
+
+@given(st.integers(1, 2**60))
+def test_formatted_tokens_parse_back(tokens: int) -> None:
+    assert parse_tokens(format_tokens(tokens).replace(",", "")) == tokens
+
+
+@pytest.mark.parametrize(
+    ("size_bytes", "wanted"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (2**10, "1.00 KiB"),
+        (3 * 2**29, "1.50 GiB"),
+        (2**40, "1.00 TiB"),
+    ],
+)
+def test_formatted_bytes(size_bytes: int, wanted: str) -> None:
+    assert format_bytes(size_bytes) == wanted
