@@ -32,7 +32,7 @@ def test_tokens(text: str, wanted: int) -> None:
 @pytest.mark.parametrize("text", ["", "GiB", "24 parsecs", "-1", "0", "1e3", "1,000", "24G", 0, -5])
 def test_what_is_not_a_size_is_refused_with_an_example(text: str | int) -> None:
     for parse in (parse_bytes, parse_tokens):
-        with pytest.raises(OptionError, match="must be positive|write for example"):
+        with pytest.raises(OptionError, match=r"must be positive|write for example"):
             parse(text)
 
 
