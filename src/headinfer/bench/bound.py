@@ -1,0 +1,126 @@
+"""The least time physics allows, from work to do and measured rates. Pure arithmetic.
+
+A bound counts what every method must do at least: each byte of weights and of KV read once, each
+product of the matrix multiplications once, each offloaded byte over the link once. It leaves out
+norms, softmax and Python, so no method reaches it; how near one comes is the point.
+"""
+
+from dataclasses import dataclass
+
+from headinfer.bench.spec import DTYPE_BYTES, ModelSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rates:
+    """What a machine was measured to do.
+
+    Attributes:
+        host_bytes_per_s: reading host memory with all cores.
+        matmul_flops_per_s: multiplying matrices of the run's dtype where the model computes.
+        device_bytes_per_s: reading device memory; None without a device.
+        link_bytes_per_s: copying pinned host memory to the device; None without a device.
+    """
+
+    host_bytes_per_s: float
+    matmul_flops_per_s: float
+    device_bytes_per_s: float | None = None
+    link_bytes_per_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What must be done at least; the parts may all overlap.
+
+    Attributes:
+        host_bytes: read from host memory by the CPU.
+        device_bytes: read from device memory.
+        link_bytes: copied over the link, either way.
+        flops: of matrix products; a multiplication and an addition are two.
+    """
+
+    host_bytes: float = 0.0
+    device_bytes: float = 0.0
+    link_bytes: float = 0.0
+    flops: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bound:
+    """The least time of some work.
+
+    Attributes:
+        seconds: the time.
+        limited_by: what takes it: "host memory", "device memory", "link" or "matmul".
+    """
+
+    seconds: float
+    limited_by: str
+
+
+def bound(work: Work, rates: Rates) -> Bound:
+    """Return the time of the slowest part of `work`; work no rate is known for counts nothing."""
+    parts = {
+        "host memory": (work.host_bytes, rates.host_bytes_per_s),
+        "device memory": (work.device_bytes, rates.device_bytes_per_s),
+        "link": (work.link_bytes, rates.link_bytes_per_s),
+        "matmul": (work.flops, rates.matmul_flops_per_s),
+    }
+    times = {name: amount / rate for name, (amount, rate) in parts.items() if rate}
+    limited_by = max(times, key=lambda name: times[name])
+    return Bound(seconds=times[limited_by], limited_by=limited_by)
+
+
+def decode_work(
+    model: ModelSpec, dtype: str, context_tokens: int, *, on_device: bool, streamed_kv_bytes: int
+) -> Work:
+    """Return the work of one decode step: weights and KV are read once.
+
+    Of the embedding only one row is read; the output projection is read whole.
+
+    Args:
+        model: the shape.
+        dtype: of weights and KV.
+        context_tokens: tokens in the cache.
+        on_device: whether the model computes on a device with memory of its own.
+        streamed_kv_bytes: KV bytes that are in host memory and needed on the device.
+    """
+    weight_bytes = (model.layer_parameters + model.head_parameters) * DTYPE_BYTES[dtype]
+    read_bytes = weight_bytes + model.kv_bytes(context_tokens, dtype)
+    flops = prefill_flops(model, 1) + _score_flops(model) * context_tokens
+    if not on_device:
+        return Work(host_bytes=read_bytes, flops=flops)
+    return Work(device_bytes=read_bytes, link_bytes=streamed_kv_bytes, flops=flops)
+
+
+def prefill_work(
+    model: ModelSpec, dtype: str, context_tokens: int, *, on_device: bool, streamed_kv_bytes: int
+) -> Work:
+    """Return the work of a prefill: all products once, offloaded KV to the host once.
+
+    Args:
+        model: the shape.
+        dtype: of weights and KV.
+        context_tokens: tokens of the prompt.
+        on_device: whether the model computes on a device with memory of its own.
+        streamed_kv_bytes: KV bytes that end in host memory and are made on the device.
+    """
+    weight_bytes = (model.layer_parameters + model.head_parameters) * DTYPE_BYTES[dtype]
+    flops = prefill_flops(model, context_tokens)
+    if not on_device:
+        return Work(host_bytes=weight_bytes, flops=flops)
+    return Work(device_bytes=weight_bytes, link_bytes=streamed_kv_bytes, flops=flops)
+
+
+def prefill_flops(model: ModelSpec, tokens: int) -> float:
+    """Return the operations of a prefill whose last token's logits alone are computed.
+
+    Two for each parameter and token, and causal attention: half of the square of tokens, two
+    products (scores, values) of `head_dim` each, for each query head and layer.
+    """
+    projections = 2.0 * (model.layer_parameters * tokens + model.head_parameters)
+    return projections + _score_flops(model) * tokens * tokens / 2
+
+
+def _score_flops(model: ModelSpec) -> float:
+    """Operations of one query position on one key position, in all heads and layers."""
+    return 2.0 * 2.0 * model.layers * model.heads * model.head_dim

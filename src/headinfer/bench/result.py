@@ -1,0 +1,98 @@
+"""What a trial reports back to the process that started it. Pure Python, never torch."""
+
+import enum
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+class Status(enum.Enum):
+    """How a trial, or a row made of trials, ended."""
+
+    OK = "ok"
+    """Measured, and equal to the reference."""
+
+    MISMATCH = "mismatch"
+    """The result differs from the reference: not to be used."""
+
+    UNCHECKED = "unchecked"
+    """Measured, but the reference could not run: nothing to compare with."""
+
+    CANNOT_RUN = "cannot_run"
+    """Refused, out of memory, or without the hardware or library it needs."""
+
+    FAILED = "failed"
+    """Ended by an error that is nobody's limit."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialFailure:
+    """Why a trial has no result.
+
+    Attributes:
+        status: `CANNOT_RUN` or `FAILED`.
+        reason: one line for people.
+    """
+
+    status: Status
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialResult:
+    """What one trial measured.
+
+    Attributes:
+        device: kind of device the model was on: "cpu" or "cuda".
+        prefill_s: seconds of the prefill.
+        decode_s: seconds of each decode step.
+        greedy_tokens: the likeliest token after the prompt and after each decode step.
+        logits: the logits they come from, for the first few of them: rows of float32 in base64.
+        peak_rss_growth_bytes: peak resident memory over what the loaded, warmed-up model takes.
+        rss_source: how the peak was found.
+        kv_host_bytes: KV bytes held in host memory at the end.
+        kv_device_bytes: KV bytes held on the device at the end; 0 where there is no device memory.
+        planned_activation_bytes: what the method planned for activations; None if it plans none.
+        plan: sizes the method chose; None if it chooses none.
+        prefill_bytes_to_device: bytes copied over the link to the device during prefill.
+        prefill_bytes_to_host: bytes copied back.
+        decode_bytes_to_device: bytes copied to the device during the decode steps.
+        decode_bytes_to_host: bytes copied back.
+        device_peak_allocated_bytes: the most torch had allocated on the device; None without one.
+        device_peak_reserved_bytes: the most torch had reserved there.
+    """
+
+    device: str
+    prefill_s: float
+    decode_s: tuple[float, ...]
+    greedy_tokens: tuple[int, ...]
+    logits: tuple[str, ...]
+    peak_rss_growth_bytes: int
+    rss_source: str
+    kv_host_bytes: int
+    kv_device_bytes: int
+    planned_activation_bytes: int | None = None
+    plan: dict[str, int] | None = None
+    prefill_bytes_to_device: int = 0
+    prefill_bytes_to_host: int = 0
+    decode_bytes_to_device: int = 0
+    decode_bytes_to_host: int = 0
+    device_peak_allocated_bytes: int | None = None
+    device_peak_reserved_bytes: int | None = None
+
+
+def to_json(outcome: TrialResult | TrialFailure) -> dict[str, Any]:
+    """Return a trial's outcome as JSON values."""
+    if isinstance(outcome, TrialFailure):
+        return {"status": outcome.status.value, "reason": outcome.reason}
+    return {"status": Status.OK.value} | asdict(outcome)
+
+
+def from_json(values: dict[str, Any]) -> TrialResult | TrialFailure:
+    """Return the outcome that `to_json` gave."""
+    values = dict(values)
+    status = Status(values.pop("status"))
+    if status is not Status.OK:
+        return TrialFailure(status=status, reason=values["reason"])
+    for name in ("decode_s", "greedy_tokens", "logits"):
+        values[name] = tuple(values[name])
+    return TrialResult(**values)

@@ -1,0 +1,224 @@
+"""From trials to the rows of a result file. Pure Python, never torch."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from headinfer.bench.bound import Bound, Rates, bound, decode_work, prefill_work
+from headinfer.bench.gate import Verdict
+from headinfer.bench.result import Status, TrialResult
+from headinfer.bench.spec import REFERENCE_METHOD, BenchSpec, Command
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Percentiles:
+    """Three percentiles of some seconds, interpolated linearly."""
+
+    p20: float
+    p50: float
+    p80: float
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> "Percentiles":
+        """Return the percentiles of at least one sample."""
+        ordered = sorted(samples)
+        return cls(**{f"p{share}": _quantile(ordered, share / 100) for share in (20, 50, 80)})
+
+
+def _quantile(ordered: Sequence[float], share: float) -> float:
+    position = share * (len(ordered) - 1)
+    below = math.floor(position)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (ordered[above] - ordered[below]) * (position - below)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One method at one context: an entry of `rows` in a result file.
+
+    Fields that were not measured, because the method did not run or there is no such thing here,
+    are None. Seconds are medians; `*_percentiles` holds the rest.
+
+    Attributes:
+        method: name of the method.
+        context_tokens: tokens of the prompt.
+        status: how it ended.
+        reason: why it is not ok; empty when it is.
+        dtype: of weights and KV.
+        kv_bytes: bytes of keys and values of prompt and new tokens, by arithmetic.
+        fill: how the cache was filled before decoding.
+        repeats: trials the row is made of.
+        new_tokens: decode steps of each.
+        device: kind of device.
+        prefill_s: seconds of the prefill.
+        prefill_percentiles: over the repeats.
+        decode_s_per_token: seconds of a decode step.
+        decode_percentiles: over the steps of all repeats.
+        prefill_x_standard: how many times as fast as the reference in the same run.
+        decode_x_standard: the same for a decode step.
+        bound_s: the least possible seconds of what the command times.
+        bound_by: what that is limited by.
+        bound_fraction: `bound_s` over what was measured; 1 is ideal.
+        prefill_bound_s: the bound of the prefill.
+        decode_bound_s: the bound of a decode step.
+        peak_rss_growth_bytes: the most of any repeat.
+        rss_source: how it was found.
+        planned_activation_bytes: what the method planned for activations.
+        plan: sizes the method chose.
+        kv_host_bytes: KV held in host memory.
+        kv_device_bytes: KV held on the device.
+        bytes_to_device: copied over the link in what the command times, in one trial.
+        bytes_to_host: copied back in it.
+        link_bytes_per_s: both over the seconds of the same trial.
+        device_peak_allocated_bytes: the most torch allocated on the device.
+        device_peak_reserved_bytes: the most it reserved.
+        gate: the comparison with the reference.
+        prefill_samples_s: every prefill.
+        decode_samples_s: every decode step of every repeat.
+    """
+
+    method: str
+    context_tokens: int
+    status: Status
+    reason: str = ""
+    dtype: str
+    kv_bytes: int
+    fill: str = "prefill"
+    repeats: int = 0
+    new_tokens: int
+    device: str | None = None
+    prefill_s: float | None = None
+    prefill_percentiles: Percentiles | None = None
+    decode_s_per_token: float | None = None
+    decode_percentiles: Percentiles | None = None
+    prefill_x_standard: float | None = None
+    decode_x_standard: float | None = None
+    bound_s: float | None = None
+    bound_by: str | None = None
+    bound_fraction: float | None = None
+    prefill_bound_s: float | None = None
+    decode_bound_s: float | None = None
+    peak_rss_growth_bytes: int | None = None
+    rss_source: str | None = None
+    planned_activation_bytes: int | None = None
+    plan: dict[str, int] | None = None
+    kv_host_bytes: int | None = None
+    kv_device_bytes: int | None = None
+    bytes_to_device: int | None = None
+    bytes_to_host: int | None = None
+    link_bytes_per_s: float | None = None
+    device_peak_allocated_bytes: int | None = None
+    device_peak_reserved_bytes: int | None = None
+    gate: Verdict | None = None
+    prefill_samples_s: tuple[float, ...] = field(default=())
+    decode_samples_s: tuple[tuple[float, ...], ...] = field(default=())
+
+
+def row_without_result(
+    spec: BenchSpec,
+    method: str,
+    context_tokens: int,
+    status: Status,
+    reason: str,
+    gate: Verdict | None = None,
+) -> Row:
+    """Return the row of a method that has nothing to show."""
+    return Row(
+        method=method,
+        context_tokens=context_tokens,
+        status=status,
+        reason=reason,
+        dtype=spec.dtype,
+        kv_bytes=spec.model.kv_bytes(context_tokens + spec.new_tokens, spec.dtype),
+        new_tokens=spec.new_tokens,
+        gate=gate,
+    )
+
+
+def row_of(
+    spec: BenchSpec,
+    method: str,
+    context_tokens: int,
+    results: Sequence[TrialResult],
+    rates: Rates,
+    gate: Verdict | None,
+) -> Row:
+    """Return the row of a method that ran, from all of its trials; without ratios."""
+    first, last = results[0], results[-1]
+    prefill = Percentiles.of([result.prefill_s for result in results])
+    decode = Percentiles.of([second for result in results for second in result.decode_s])
+    decodes = spec.command is Command.DECODE
+    prefill_bound, decode_bound = _bounds(spec, context_tokens, first, rates)
+    limit = decode_bound if decodes else prefill_bound
+    if decodes:
+        copied = (last.decode_bytes_to_device, last.decode_bytes_to_host)
+        seconds = sum(last.decode_s)
+    else:
+        copied = (last.prefill_bytes_to_device, last.prefill_bytes_to_host)
+        seconds = last.prefill_s
+    return replace(
+        row_without_result(spec, method, context_tokens, Status.OK, "", gate),
+        repeats=len(results),
+        device=first.device,
+        prefill_s=prefill.p50,
+        prefill_percentiles=prefill,
+        decode_s_per_token=decode.p50,
+        decode_percentiles=decode,
+        bound_s=limit.seconds,
+        bound_by=limit.limited_by,
+        bound_fraction=limit.seconds / (decode.p50 if decodes else prefill.p50),
+        prefill_bound_s=prefill_bound.seconds,
+        decode_bound_s=decode_bound.seconds,
+        peak_rss_growth_bytes=max(result.peak_rss_growth_bytes for result in results),
+        rss_source=first.rss_source,
+        planned_activation_bytes=first.planned_activation_bytes,
+        plan=first.plan,
+        kv_host_bytes=first.kv_host_bytes,
+        kv_device_bytes=first.kv_device_bytes,
+        bytes_to_device=copied[0],
+        bytes_to_host=copied[1],
+        link_bytes_per_s=sum(copied) / seconds if any(copied) else None,
+        device_peak_allocated_bytes=_most([r.device_peak_allocated_bytes for r in results]),
+        device_peak_reserved_bytes=_most([r.device_peak_reserved_bytes for r in results]),
+        prefill_samples_s=tuple(result.prefill_s for result in results),
+        decode_samples_s=tuple(result.decode_s for result in results),
+    )
+
+
+def _most(values: Sequence[int | None]) -> int | None:
+    return max((value for value in values if value is not None), default=None)
+
+
+def _bounds(
+    spec: BenchSpec, context_tokens: int, result: TrialResult, rates: Rates
+) -> tuple[Bound, Bound]:
+    """Return the bounds of prefill and of a decode step, by where the method held its KV."""
+    on_device = result.device != "cpu"
+    kv_bytes = spec.model.kv_bytes(context_tokens, spec.dtype)
+    streamed = min(result.kv_host_bytes, kv_bytes) if on_device else 0
+    prefill, decode = (
+        work(
+            spec.model, spec.dtype, context_tokens, on_device=on_device, streamed_kv_bytes=streamed
+        )
+        for work in (prefill_work, decode_work)
+    )
+    return bound(prefill, rates), bound(decode, rates)
+
+
+def with_ratios(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows of one context, each compared with the reference's where that ran."""
+    reference = next((row for row in rows if row.method == REFERENCE_METHOD), None)
+    if reference is None or reference.status is not Status.OK:
+        return list(rows)
+    return [
+        replace(
+            row,
+            prefill_x_standard=_ratio(reference.prefill_s, row.prefill_s),
+            decode_x_standard=_ratio(reference.decode_s_per_token, row.decode_s_per_token),
+        )
+        for row in rows
+    ]
+
+
+def _ratio(reference_s: float | None, seconds: float | None) -> float | None:
+    return reference_s / seconds if reference_s and seconds else None

@@ -1,0 +1,110 @@
+"""What goes to stderr, and how a failure ends: in one line and an exit code, not in a traceback."""
+
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+
+import typer
+from rich.console import Console
+
+from headinfer.errors import HeadInferError, OptionError
+
+EXIT_UNEXPECTED = 1
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+"""128 + SIGINT, as shells have it."""
+
+_DEBUG_VARIABLE = "HEADINFER_DEBUG"
+
+
+def stderr_console(*, quiet: bool = False) -> Console:
+    """Return a console on stderr that never breaks lines; a quiet one shows nothing."""
+    return Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
+
+
+def stdout_console() -> Console:
+    """Return a console on stdout that never breaks lines."""
+    return Console(highlight=False, soft_wrap=True)
+
+
+def debug_wanted() -> bool:
+    """Whether tracebacks are to be shown.
+
+    Raises:
+        OptionError: `HEADINFER_DEBUG` is neither 0 nor 1.
+    """
+    value = os.environ.get(_DEBUG_VARIABLE, "0")
+    if value not in ("0", "1"):
+        raise OptionError(f"{_DEBUG_VARIABLE} must be 0 or 1, not {value!r}")
+    return value == "1"
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's message without line breaks; its type's name when it has no message."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def print_error(message: str) -> None:
+    """Print one line to stderr in the form all errors have."""
+    sys.stderr.write(f"headinfer: error: {message}\n")
+    sys.stderr.flush()
+
+
+def report(error: BaseException) -> int:
+    """Print what went wrong as one line and return the exit code that goes with it.
+
+    With `HEADINFER_DEBUG=1` the traceback comes first.
+    """
+    try:
+        debug = debug_wanted()
+    except OptionError as bad_variable:
+        print_error(one_line(bad_variable))
+        return EXIT_BAD_INPUT
+    if debug:
+        traceback.print_exception(error)
+    if isinstance(error, KeyboardInterrupt):
+        sys.stderr.write("headinfer: interrupted\n")
+        return EXIT_INTERRUPTED
+    if isinstance(error, HeadInferError):
+        print_error(one_line(error))
+        return EXIT_BAD_INPUT
+    if _is_out_of_memory(error):
+        print_error(
+            f"out of memory ({_first_line(error)}); try a smaller --chunk-tokens or "
+            "--device-memory, or a shorter prompt"
+        )
+        return EXIT_UNEXPECTED
+    print_error(
+        f"{type(error).__name__}: {one_line(error)} ({_DEBUG_VARIABLE}=1 shows the traceback)"
+    )
+    return EXIT_UNEXPECTED
+
+
+@contextlib.contextmanager
+def reporting_errors() -> Iterator[None]:
+    """End a verb with one line and an exit code, whatever is raised inside.
+
+    Raises:
+        typer.Exit: with the exit code, after any error.
+    """
+    try:
+        debug_wanted()
+        yield
+    except (typer.Exit, typer.Abort, BrokenPipeError):
+        raise
+    except (Exception, KeyboardInterrupt) as error:
+        raise typer.Exit(report(error)) from None
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(". ")
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch or Python ran out of memory; torch's CPU allocator says so in words alone."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "not enough memory" in str(error)

@@ -1,0 +1,286 @@
+"""`headinfer demo`: the embedded model answers questions about a long document, as one watches."""
+
+import textwrap
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from headinfer.cli import options as opt
+from headinfer.cli.console import (
+    EXIT_UNEXPECTED,
+    report,
+    reporting_errors,
+    stderr_console,
+    stdout_console,
+)
+from headinfer.cli.interrupt import Interrupt
+from headinfer.cli.load import (
+    DEMO_MODEL,
+    ModelSource,
+    calm_transformers,
+    choose_device,
+    load_config,
+    load_model,
+    load_tokenizer,
+    share_cores,
+)
+from headinfer.cli.progress import PrefillBar, format_duration
+from headinfer.cli.render import print_plan, print_rows, summary_rows
+from headinfer.cli.streamer import TextCollector
+from headinfer.errors import OptionError
+from headinfer.units import parse_tokens
+
+if TYPE_CHECKING:
+    from headinfer.api import Offload
+    from headinfer.demo import Document, Fact
+
+_MAX_ANSWER_TOKENS = 16
+_MIN_TOKENS_AT_ONCE, _MAX_TOKENS_AT_ONCE = 512, 4096
+"""Chunk and tile of the demo on devices with memory of their own: a sixteenth of the document
+within these bounds, so that the device's share of the cache is plain to see."""
+
+_EXCERPT_CHARACTERS = 420
+_EXCERPT_WIDTH = 88
+
+
+def demo(
+    tokens: Annotated[
+        str, typer.Option("--tokens", "-t", metavar="COUNT", help="Length of the document.")
+    ] = "128K",
+    seed: Annotated[
+        int, typer.Option("--seed", metavar="N", help="Another seed, another document.")
+    ] = 0,
+    device: opt.Device = opt.DeviceChoice.AUTO,
+    device_memory: opt.DeviceMemory = "auto",
+    host_memory: opt.HostMemory = "auto",
+    chunk_tokens: opt.ChunkTokens = "auto",
+    tile_heads: opt.TileHeads = "auto",
+    tile_tokens: opt.TileTokens = "auto",
+    no_overlap: opt.NoOverlap = False,
+    verbose: opt.Verbose = False,
+) -> None:
+    """Watch a tiny model find eight facts hidden in a document of 128K tokens.
+
+    The model reads the document once. The KV cache stays in host memory, and each question
+    continues from it. Exit code 1 if any answer is wrong.
+    """
+    with reporting_errors():
+        memory = opt.MemoryOptions(
+            device=device.value,
+            device_memory=device_memory,
+            host_memory=host_memory,
+            chunk_tokens=chunk_tokens,
+            tile_heads=tile_heads,
+            tile_tokens=tile_tokens,
+            overlap=not no_overlap,
+        )
+        code = _run(parse_tokens(tokens), seed, memory, verbose=verbose)
+        if code:
+            raise typer.Exit(code)
+
+
+def _run(num_tokens: int, seed: int, memory: opt.MemoryOptions, *, verbose: bool) -> int:
+    """Show all of it; return the exit code."""
+    share_cores()
+
+    from headinfer.demo import make_document
+
+    started_s = time.perf_counter()
+    console = stdout_console()
+    console.print("[bold]HeadInfer demo:[/] a tiny model looks for facts in a long document\n")
+    try:
+        document = make_document(num_tokens, seed)
+    except ValueError as error:
+        raise OptionError(f"--tokens {num_tokens}: {error}") from error
+    print_document(console, document)
+    with stderr_console().status("loading the model"):
+        calm_transformers(verbose=verbose)
+        device = _choose_device(memory)
+        if device != "cpu":
+            memory = _with_small_tiles(memory, num_tokens)
+        source = ModelSource(name=DEMO_MODEL, local_files_only=True)
+        config = load_config(source)
+        tokenizer = load_tokenizer(source)
+        model = load_model(source, config, dtype="auto", device=device)
+        prompts = _encode(tokenizer, document)
+
+        from headinfer.api import attach
+    interrupt = Interrupt(stderr_console())
+    shared_tokens = _shared_tokens(prompts)
+    bar = PrefillBar(stderr_console(), shared_tokens, interrupt.check)
+    keywords = memory.attach_keywords(device)
+    with attach(model, **keywords, progress=bar.update) as offload:
+        reader = _Reader(console, model, tokenizer, offload, prompts, shared_tokens, interrupt)
+        plan = offload.plan_for(1, reader.max_tokens)
+        print_plan(console, "the demo model", str(model.dtype).removeprefix("torch."), plan)
+        console.print()
+        failure: BaseException | None = None
+        try:
+            with interrupt.handling():
+                reader.read(bar)
+                console.print()
+                for number, fact in enumerate(document.facts, start=1):
+                    reader.ask(number, fact)
+        except (Exception, KeyboardInterrupt) as error:
+            failure = error
+        if offload.stats.prefill_tokens:
+            console.print()
+            print_rows(console, summary_rows(offload.stats, plan))
+        if failure is not None:
+            return report(failure)
+    wrong = len(document.facts) - reader.num_right
+    console.print(
+        f"\n[bold {'red' if wrong else 'green'}]{reader.num_right} of {len(document.facts)} right"
+        f"[/], {format_duration(time.perf_counter() - started_s)} in all"
+    )
+    return EXIT_UNEXPECTED if wrong else 0
+
+
+def _choose_device(memory: opt.MemoryOptions) -> str:
+    """Return CUDA if there is one, else the simulated device: it bounds its memory as CUDA does."""
+    chosen = choose_device(memory)
+    return "simulated" if memory.device == "auto" and chosen == "cpu" else chosen
+
+
+def _with_small_tiles(memory: opt.MemoryOptions, num_tokens: int) -> opt.MemoryOptions:
+    """Set chunk and tile where the user left them, and the device's memory, open."""
+    if memory.device_memory != "auto":
+        return memory
+    at_once = min(max(num_tokens // 16, _MIN_TOKENS_AT_ONCE), _MAX_TOKENS_AT_ONCE)
+    return replace(
+        memory,
+        chunk_tokens=str(at_once) if memory.chunk_tokens == "auto" else memory.chunk_tokens,
+        tile_tokens=str(at_once) if memory.tile_tokens == "auto" else memory.tile_tokens,
+    )
+
+
+def _encode(tokenizer: Any, document: "Document") -> list[list[int]]:
+    from headinfer.demo.evaluate import encode_prompts
+
+    return encode_prompts(tokenizer, document)
+
+
+def _shared_tokens(prompts: list[list[int]]) -> int:
+    """Return how many tokens are the same at the beginning of all prompts."""
+    shared = 0
+    for token_ids in zip(*prompts, strict=False):
+        if len(set(token_ids)) > 1:
+            break
+        shared += 1
+    return shared
+
+
+def print_document(console: Console, document: "Document") -> None:
+    """Print what the document is, and the lines around one of its facts."""
+    fact = document.facts[len(document.facts) // 2]
+    console.print(
+        f"The document: {document.num_tokens:,} tokens of a town's chronicle. "
+        f"{len(document.facts)} facts are hidden in it,\n"
+        f"among {len(document.distractors):,} others of the same form. "
+        f"One of them, at {fact.depth:.0%} of the text:\n"
+    )
+    for line in textwrap.wrap(excerpt(document.text, fact.number), _EXCERPT_WIDTH):
+        marked = escape(line).replace(fact.number, f"[bold yellow]{fact.number}[/]")
+        console.print(f"  [dim]|[/] {marked}")
+    console.print()
+
+
+def excerpt(text: str, needle: str) -> str:
+    """Return the surroundings of a word, on one line, with dots where they were cut off."""
+    middle = text.index(needle)
+    start = max(middle - _EXCERPT_CHARACTERS // 2, 0)
+    end = min(middle + _EXCERPT_CHARACTERS // 2, len(text))
+    if start:
+        start = text.index(" ", start) + 1
+    if end < len(text):
+        end = text.rindex(" ", start, end)
+    words = " ".join(text[start:end].split())
+    return f"{'... ' if start else ''}{words}{' ...' if end < len(text) else ''}"
+
+
+class _Reader:
+    """The model with the document in its cache.
+
+    Args:
+        console: on stdout.
+        model: attached.
+        tokenizer: its.
+        offload: the attachment.
+        prompts: token ids of one prompt for each question.
+        shared_tokens: how many tokens at their beginning are the same.
+        interrupt: looked at between tokens.
+
+    Attributes:
+        max_tokens: the most tokens the cache will hold.
+        num_right: right answers so far.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        model: Any,
+        tokenizer: Any,
+        offload: "Offload",
+        prompts: list[list[int]],
+        shared_tokens: int,
+        interrupt: Interrupt,
+    ) -> None:
+        self.max_tokens = max(map(len, prompts)) + _MAX_ANSWER_TOKENS
+        self.num_right = 0
+        self._console = console
+        self._model = model
+        self._tokenizer = tokenizer
+        self._prompts = prompts
+        self._shared_tokens = shared_tokens
+        self._interrupt = interrupt
+        self._cache = offload.new_cache(self.max_tokens)
+
+    def _tensor(self, ids: list[int]) -> Any:
+        import torch
+
+        return torch.tensor([ids], device=self._model.device)
+
+    def read(self, bar: PrefillBar) -> None:
+        """Take the document, with what stands before it in every prompt, into the cache."""
+        import torch
+
+        document = self._tensor(self._prompts[0][: self._shared_tokens])
+        with torch.no_grad(), bar:
+            self._model(
+                input_ids=document, past_key_values=self._cache, use_cache=True, logits_to_keep=1
+            )
+
+    def ask(self, number: int, fact: "Fact") -> None:
+        """Print a question and the answer as it comes, then take both out of the cache again."""
+        from transformers import StoppingCriteriaList
+
+        self._interrupt.check()
+        self._console.print(f"{number}. {escape(fact.question)} [dim](at {fact.depth:.0%})[/]")
+        self._console.print("  ", end="")
+        answer = TextCollector(self._tokenizer, self._print_piece)
+        prompt = self._tensor(self._prompts[number - 1])
+        self._model.generate(
+            input_ids=prompt,
+            attention_mask=prompt.new_ones(prompt.shape),
+            past_key_values=self._cache,
+            do_sample=False,
+            max_new_tokens=_MAX_ANSWER_TOKENS,
+            streamer=answer,
+            stopping_criteria=StoppingCriteriaList([self._interrupt.stopping_criterion]),
+        )
+        self._cache.crop(self._shared_tokens - self._cache.get_seq_length())
+        if self._interrupt.requested:
+            self._console.print()
+        self._interrupt.check()
+        right = answer.text.strip() == fact.answer
+        self.num_right += right
+        mark = "[green]right[/]" if right else f"[red]WRONG[/], it is: {escape(fact.answer)}"
+        self._console.print(f"  {mark}")
+
+    def _print_piece(self, piece: str) -> None:
+        self._console.print(piece, end="", markup=False)
+        self._console.file.flush()

@@ -1,0 +1,120 @@
+"""The `headinfer` command: its verbs, and what holds for all of them."""
+
+import contextlib
+import functools
+import io
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from headinfer.cli.console import EXIT_BAD_INPUT, EXIT_INTERRUPTED, print_error
+from headinfer.cli.demo import demo
+from headinfer.cli.generate import generate
+from headinfer.cli.options import NO_VALUE
+
+
+class Verbs(TyperGroup):
+    """The verbs; wrong usage is told in one line, as all other errors are."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Run a verb; ends the process with its exit code unless `standalone_mode` is False."""
+        run_verb = functools.partial(
+            super().main, args, prog_name, complete_var, False, windows_expand_args, **extra
+        )
+        if not standalone_mode:
+            return run_verb()
+        try:
+            code = run_verb()
+        except typer.Abort:
+            sys.exit(EXIT_INTERRUPTED)
+        except Exception as error:
+            # Older typer raises click's exceptions, newer ones its own: both have this method.
+            if not hasattr(error, "format_message"):
+                raise
+            print_error(f"{' '.join(error.format_message().split())} (--help lists the options)")
+            sys.exit(getattr(error, "exit_code", EXIT_BAD_INPUT))
+        sys.exit(code or 0)
+
+
+app = typer.Typer(
+    cls=Verbs,
+    name="headinfer",
+    help="Exact LLM inference over contexts far larger than the device's memory, head by head.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        import headinfer
+
+        print(f"headinfer {headinfer.__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _all_verbs(
+    context: typer.Context,
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            metavar=NO_VALUE,
+            callback=_print_version,
+            is_eager=True,
+            help="Print the version.",
+        ),
+    ] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+app.command()(generate)
+app.command()(demo)
+
+
+@app.command(
+    context_settings={
+        "allow_extra_args": True,
+        "allow_interspersed_args": False,
+        "ignore_unknown_options": True,
+        "help_option_names": [],
+    },
+)
+def bench(context: typer.Context) -> None:
+    """Measure speed and memory against stock transformers, on this machine."""
+    # Imported here and not above: it imports torch, which takes seconds, and which the other verbs
+    # set up before they import it.
+    from headinfer.cli import bench as benchmarks
+
+    verbs = typer.main.get_command(benchmarks.app)
+    code = verbs.main(args=context.args, prog_name="headinfer bench", standalone_mode=False)
+    raise typer.Exit(code or 0)
+
+
+def run() -> None:
+    """Run the command line; what the console script calls."""
+    for stream in (sys.stdout, sys.stderr):
+        # A character that the terminal's encoding lacks must not end a long run.
+        with contextlib.suppress(AttributeError, io.UnsupportedOperation):
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # if it is a text file
+    app(prog_name="headinfer")
+
+
+if __name__ == "__main__":
+    run()

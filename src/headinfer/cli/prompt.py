@@ -1,0 +1,112 @@
+"""The prompt: read from options, file or stdin, and turned into token ids."""
+
+import sys
+from typing import Any
+
+from headinfer.errors import OptionError
+from headinfer.units import format_tokens
+
+STDIN = "-"
+
+
+def read_prompt(prompt: str | None, prompt_file: str | None) -> str:
+    """Return the prompt: the file's text, a blank line, and the prompt given; or one of them.
+
+    Line ends at the end of each part are left out. Stdin is read for the file "-", and when neither
+    is given and stdin is not a terminal.
+
+    Raises:
+        OptionError: there is no prompt, it is empty, or it cannot be read as UTF-8.
+    """
+    if prompt is None and prompt_file is None:
+        if sys.stdin is None or sys.stdin.isatty():
+            raise OptionError("no prompt; give --prompt or --prompt-file, or pipe text to stdin")
+        prompt_file = STDIN
+    parts = []
+    if prompt_file is not None:
+        parts.append(_read_text(prompt_file))
+    if prompt is not None:
+        if not prompt.strip():
+            raise OptionError("the prompt is empty; give --prompt some text")
+        parts.append(prompt.rstrip("\r\n"))
+    return "\n\n".join(parts)
+
+
+def _read_text(path: str) -> str:
+    name = "stdin" if path == STDIN else f"prompt file {path!r}"
+    try:
+        if path == STDIN:
+            data = sys.stdin.buffer.read()
+        else:
+            with open(path, "rb") as file:
+                data = file.read()
+    except OSError as error:
+        raise OptionError(f"{name} cannot be read: {error.strerror}") from error
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise OptionError(
+            f"{name} is not UTF-8 text: byte 0x{data[error.start]:02x} at offset {error.start}; "
+            "convert it first"
+        ) from error
+    if not text.strip():
+        raise OptionError(f"{name} is empty")
+    return text.rstrip("\r\n")
+
+
+def encode_prompt(tokenizer: Any, text: str, *, raw: bool) -> list[int]:
+    """Return the prompt's token ids, in the tokenizer's chat template if it has one.
+
+    Args:
+        tokenizer: of transformers.
+        text: the user's message.
+        raw: True to leave the chat template out.
+
+    Raises:
+        OptionError: the template refuses the message, or nothing is left to run the model on.
+    """
+    if raw or not tokenizer.chat_template:
+        ids = tokenizer(text)["input_ids"]
+    else:
+        from jinja2 import TemplateError
+
+        message = [{"role": "user", "content": text}]
+        try:
+            chat = tokenizer.apply_chat_template(
+                message, tokenize=False, add_generation_prompt=True
+            )
+        except TemplateError as error:
+            raise OptionError(
+                f"the model's chat template fails ({error}); --raw leaves it out"
+            ) from error
+        ids = tokenizer(chat, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise OptionError("the model's tokenizer makes no tokens of this prompt")
+    return [int(token_id) for token_id in ids]
+
+
+def check_length(
+    prompt_tokens: int, max_new_tokens: int, max_positions: int, *, allow_long: bool
+) -> str | None:
+    """Compare the prompt with the positions the model was made for.
+
+    Returns:
+        A note for the user when only the answer may go beyond them, else None.
+
+    Raises:
+        OptionError: the prompt does, and `allow_long` is False.
+    """
+    if not max_positions or allow_long:
+        return None
+    if prompt_tokens > max_positions:
+        raise OptionError(
+            f"the prompt has {prompt_tokens:,} tokens, but the model was made for "
+            f"{format_tokens(max_positions)} positions; shorten it, or run it all the same with "
+            "--allow-long-prompt"
+        )
+    if prompt_tokens + max_new_tokens > max_positions:
+        return (
+            f"prompt and answer may reach {prompt_tokens + max_new_tokens:,} tokens; the model was "
+            f"made for {format_tokens(max_positions)} positions"
+        )
+    return None

@@ -1,0 +1,93 @@
+"""Bounds against numbers computed by hand."""
+
+import pytest
+
+from headinfer.bench.bound import (
+    Bound,
+    Rates,
+    Work,
+    bound,
+    decode_work,
+    prefill_flops,
+    prefill_work,
+)
+from headinfer.bench.spec import ModelSpec
+
+# The shape of the speed requirement: 4 layers, hidden 512, 16 query and 4 KV heads of 128.
+MODEL = ModelSpec(
+    layers=4,
+    hidden_size=512,
+    heads=16,
+    kv_heads=4,
+    head_dim=128,
+    intermediate_size=2048,
+    vocab_size=4096,
+)
+# One layer: q and o 512 x 2048 each, k and v 512 x 512 each, three of 512 x 2048, two norms.
+LAYER_PARAMETERS = 4 * (2 * 1048576 + 2 * 262144 + 3 * 1048576 + 1024) + 512
+HEAD_PARAMETERS = 4096 * 512
+
+
+def test_parameters_are_those_of_the_model_transformers_makes():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        num_hidden_layers=4,
+        hidden_size=512,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        head_dim=128,
+        intermediate_size=2048,
+        vocab_size=4096,
+        tie_word_embeddings=False,
+    )
+    made = sum(parameter.numel() for parameter in LlamaForCausalLM(config).parameters())
+    assert MODEL.layer_parameters == LAYER_PARAMETERS
+    assert made == LAYER_PARAMETERS + 2 * HEAD_PARAMETERS
+
+
+def test_kv_bytes_of_32k_tokens_in_bfloat16_are_256_mib():
+    assert MODEL.kv_bytes(32768, "bfloat16") == 256 * 2**20
+    assert MODEL.kv_bytes(32768, "float32") == 512 * 2**20
+
+
+def test_decode_on_the_cpu_reads_weights_and_kv_once():
+    work = decode_work(MODEL, "bfloat16", 32768, on_device=False, streamed_kv_bytes=0)
+    assert work.host_bytes == 2 * (LAYER_PARAMETERS + HEAD_PARAMETERS) + 268435456
+    assert work.device_bytes == work.link_bytes == 0
+    rates = Rates(host_bytes_per_s=10e9, matmul_flops_per_s=1e15)
+    assert bound(work, rates).seconds == pytest.approx(0.0318, rel=1e-2)
+    assert bound(work, rates).limited_by == "host memory"
+
+
+def test_decode_on_a_device_is_bound_by_the_link_when_kv_streams():
+    rates = Rates(
+        host_bytes_per_s=10e9,
+        matmul_flops_per_s=1e15,
+        device_bytes_per_s=1e12,
+        link_bytes_per_s=25e9,
+    )
+    streamed = decode_work(MODEL, "bfloat16", 32768, on_device=True, streamed_kv_bytes=268435456)
+    assert bound(streamed, rates) == Bound(seconds=268435456 / 25e9, limited_by="link")
+    held = decode_work(MODEL, "bfloat16", 32768, on_device=True, streamed_kv_bytes=0)
+    assert bound(held, rates).limited_by == "device memory"
+    assert bound(held, rates).seconds == pytest.approx(318e6 / 1e12, rel=1e-2)
+
+
+def test_prefill_counts_parameters_twice_and_half_a_square_of_attention():
+    attention = 4 * 16 * 4 * 128 * 32768**2 / 2  # layers, heads, two products of two operations
+    projections = 2 * LAYER_PARAMETERS * 32768 + 2 * HEAD_PARAMETERS
+    assert prefill_flops(MODEL, 32768) == attention + projections
+    work = prefill_work(MODEL, "bfloat16", 32768, on_device=False, streamed_kv_bytes=0)
+    rates = Rates(host_bytes_per_s=10e9, matmul_flops_per_s=100e9)
+    assert bound(work, rates).limited_by == "matmul"
+    assert bound(work, rates).seconds == pytest.approx((attention + projections) / 100e9)
+    assert bound(work, rates).seconds == pytest.approx(191, rel=1e-2)
+
+
+def test_the_slowest_part_is_the_bound():
+    work = Work(host_bytes=10, device_bytes=100, link_bytes=30, flops=50)
+    rates = Rates(
+        host_bytes_per_s=1, matmul_flops_per_s=1, device_bytes_per_s=10, link_bytes_per_s=1
+    )
+    assert bound(work, rates) == Bound(seconds=50, limited_by="matmul")

@@ -1,0 +1,77 @@
+"""What holds for all verbs."""
+
+import subprocess
+import sys
+
+
+def test_help_names_the_verbs(cli):
+    done = cli("--help")
+    assert done.code == 0
+    for verb in ("generate", "demo"):
+        assert verb in done.out
+
+
+def test_no_verb_shows_the_help(cli):
+    done = cli()
+    assert done.code == 0
+    assert "generate" in done.out
+
+
+def test_generate_help_has_every_option(cli, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    text = cli("generate", "--help").out
+    for flag in (
+        "--model", "--prompt-file", "--prompt", "--raw", "--seed", "--dtype", "--device",
+        "--device-memory", "--host-memory", "--chunk-tokens", "--tile-heads", "--tile-tokens",
+        "--no-overlap", "--local-files-only", "--trust-remote-code", "--json", "--quiet",
+        "--max-new-tokens", "--no-do-sample", "--temperature", "--top-k", "--top-p", "--min-p",
+        "--repetition-penalty", "--num-beams",
+    ):  # fmt: skip
+        assert f" {flag} " in text
+
+
+def test_version(cli):
+    import headinfer
+
+    done = cli("--version")
+    assert (done.code, done.out) == (0, f"headinfer {headinfer.__version__}\n")
+
+
+def test_bench_has_verbs_of_its_own(cli):
+    done = cli("bench", "--help")
+    assert done.code == 0
+    assert "headinfer bench" in done.out
+    assert "decode" in done.out
+    assert "--context" in cli("bench", "decode", "--help").out
+    wrong = cli("bench", "decode", "--no-such-option")
+    assert wrong.code == 2
+    assert len(wrong.error_lines) == 1
+
+
+def test_help_and_version_import_no_torch(command):
+    code = (
+        "import sys\n"
+        "from typer.testing import CliRunner\n"
+        "from headinfer.cli.main import app\n"
+        "for args in ['--help'], ['--version'], ['generate', '--help'], ['demo', '--help']:\n"
+        "    assert CliRunner().invoke(app, args).exit_code == 0\n"
+        "print([name for name in ('torch', 'transformers') if name in sys.modules])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=command[1], capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == "[]\n", done.stderr
+
+
+def test_a_reader_that_goes_away_is_no_error(command, llama, prompt):
+    script = '"$@" | true; exit "${PIPESTATUS[0]}"'
+    args = [*command[0], "generate", "--model", str(llama), "-p", prompt, "-n", "50", "--quiet"]
+    done = subprocess.run(
+        ["bash", "-c", script, "bash", *args],
+        env=command[1],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert done.stderr == ""
