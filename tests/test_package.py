@@ -59,12 +59,15 @@ def test_importing_changes_nothing() -> None:
     program = """
 import torch, transformers
 from transformers import AttentionInterface, AttentionMaskInterface
-before = (sorted(AttentionInterface._global_mapping), sorted(AttentionMaskInterface._global_mapping),
-          torch.get_num_threads(), torch.is_grad_enabled(), torch.get_default_dtype())
+
+def state():
+    registries = (AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping)
+    return (*map(sorted, registries), torch.get_num_threads(), torch.get_default_dtype())
+
+before = state()
 import headinfer
-after = (sorted(AttentionInterface._global_mapping), sorted(AttentionMaskInterface._global_mapping),
-         torch.get_num_threads(), torch.is_grad_enabled(), torch.get_default_dtype())
-assert before == after
+headinfer.attach
+assert state() == before
 """
     subprocess.run([sys.executable, "-c", program], check=True)
 

@@ -1,11 +1,15 @@
 """Every kernel against the definition of attention, on odd shapes and each dtype."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 
 from headinfer.attend.cpu import CpuKernel
 from headinfer.attend.cuda import candidates
 from headinfer.attend.masks import attend_band
+from headinfer.attend.native import NativeKernel, compiled
 from headinfer.attend.partial import Accumulator, Kernel, empty_partial
 from headinfer.attend.reference import ReferenceKernel
 from headinfer.attend.select import select_kernel
@@ -45,6 +49,11 @@ SHAPES = [  # batch, kv_heads, group, q_len, kv_len, head_dim
     (2, 2, 3, 33, 65, 24),
     (1, 4, 1, 130, 257, 128),
     (1, 1, 2, 5, 40, 256),
+    (1, 2, 8, 1, 999, 128),
+    (2, 1, 3, 2, 777, 96),
+    (1, 1, 5, 1, 4099, 256),
+    (1, 3, 7, 1, 63, 48),
+    (1, 2, 1, 6, 1, 32),
 ]
 
 
@@ -83,7 +92,9 @@ def check(kernel: Kernel, shape: tuple[int, ...], dtype: torch.dtype, kind: str)
 
 @pytest.mark.parametrize("kind", ["tile", "causal", "padding", "mask"])
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("kernel", [CpuKernel(), ReferenceKernel()], ids=lambda k: k.name)
+@pytest.mark.parametrize(
+    "kernel", [NativeKernel(), CpuKernel(), ReferenceKernel()], ids=lambda k: k.name
+)
 def test_kernel_on_the_cpu(kernel: Kernel, dtype: torch.dtype, kind: str) -> None:
     for shape in SHAPES:
         check(kernel, shape, dtype, kind)
@@ -95,6 +106,7 @@ def test_splitting_over_threads_changes_nothing(threads: int, shape: tuple[int, 
     torch.set_num_threads(threads)
     try:
         check(CpuKernel(), shape, torch.float32, "tile")
+        check(NativeKernel(), shape, torch.float32, "tile")
     finally:
         torch.set_num_threads(1)
 
@@ -143,6 +155,7 @@ def test_a_kernel_that_is_wrong_here_is_not_selected(monkeypatch: pytest.MonkeyP
         return partial
 
     right = CpuKernel.attend
+    select_kernel.cache_clear()
     assert select_kernel(torch.device("cpu"), torch.float32, 8, 8).name == CpuKernel.name
     monkeypatch.setattr(CpuKernel, "attend", wrong)
     select_kernel.cache_clear()
@@ -197,3 +210,35 @@ def test_bands(window: int | None, q_len: int, past: int) -> None:
         visible = mask if pad is None else mask & pad
         out, _ = by_definition(query, keys, values, 0.3, visible)
         torch.testing.assert_close(ours.out, out, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+def test_the_native_kernel_is_compiled_once_and_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    compiled.cache_clear()
+    select_kernel.cache_clear()
+    assert select_kernel(torch.device("cpu"), torch.bfloat16, 64, 64).name == NativeKernel.name
+    built = sorted(tmp_path.rglob("*.so"))
+    assert built
+    monkeypatch.setenv("PATH", "")  # no compiler now, and none needed
+    compiled.cache_clear()
+    assert not [path for path in tmp_path.rglob("*.so") if path not in built]
+    compiled.cache_clear()
+    select_kernel.cache_clear()
+
+
+@pytest.mark.parametrize("compiler", ["/nowhere/cc", "false"])
+def test_without_a_working_compiler_torch_serves(
+    compiler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CC", compiler)
+    compiled.cache_clear()
+    select_kernel.cache_clear()
+    assert select_kernel(torch.device("cpu"), torch.bfloat16, 64, 64).name == CpuKernel.name
+    check(NativeKernel(), (1, 2, 4, 1, 1037, 64), torch.bfloat16, "tile")
+    assert not list(tmp_path.rglob("*.so"))
+    compiled.cache_clear()
+    select_kernel.cache_clear()

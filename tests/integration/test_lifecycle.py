@@ -154,6 +154,32 @@ def test_reset_makes_the_cache_new() -> None:
         assert torch.equal(model(tokens, past_key_values=cache).logits, first)
 
 
+@pytest.mark.parametrize("device", ["cpu", "simulated"])
+def test_a_cache_filled_in_inference_mode_goes_on_outside_it(device: str) -> None:
+    model = shared_model("llama3")
+    tokens = random_tokens(1, 40)
+    stock = model(tokens).logits
+    with headinfer.attach(model, device=device, tile_tokens=8, chunk_tokens=7) as offload:
+        cache = offload.new_cache()
+        with torch.inference_mode():
+            model(tokens[:, :30], past_key_values=cache)
+        with torch.no_grad():
+            cache.reorder_cache(torch.tensor([0]))
+            ours = model(tokens[:, 30:], past_key_values=cache).logits
+        cache.close()
+    torch.testing.assert_close(ours, stock[:, 30:])
+
+
+@pytest.mark.parametrize("prompt", [5, 30, 100])
+@pytest.mark.parametrize("device", ["cpu", "simulated"])
+def test_host_memory_is_what_was_planned(device: str, prompt: int) -> None:
+    model = shared_model("llama3")
+    with headinfer.attach(model, device=device, chunk_tokens=32) as offload:
+        cache = offload.new_cache(max_tokens=prompt + 4)
+        model.generate(random_tokens(1, prompt), past_key_values=cache, max_new_tokens=4)
+        assert offload.stats.host_kv_bytes == offload.plan.kv_host_bytes(prompt + 4)
+
+
 def test_a_model_is_not_attached_twice() -> None:
     model = tiny_model("llama3")
     with headinfer.attach(model), pytest.raises(UnsupportedModelError, match="attached already"):

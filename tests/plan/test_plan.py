@@ -57,7 +57,7 @@ def test_a_cpu_plan_copies_nothing() -> None:
     plan = resolve(LLAMA_3_8B, Options(), device="cpu")
     assert plan.arena_bytes == 0
     assert plan.tile_heads == 8
-    assert "attended where they lie" in str(plan)
+    assert "attended in place" in str(plan)
     assert "x all tokens" in str(plan)
 
 

@@ -5,7 +5,7 @@ import logging
 
 import torch
 
-from headinfer.attend import cuda
+from headinfer.attend import cuda, native
 from headinfer.attend.cpu import CpuKernel
 from headinfer.attend.partial import Kernel
 from headinfer.attend.reference import ReferenceKernel
@@ -44,6 +44,8 @@ def select_kernel(
         fused = cuda.candidates(torch_device, dtype, key_dim)
     elif torch_device.type == "cpu":
         fused = [CpuKernel()]
+        if native.compiled(dtype, key_dim, 1) is not None:
+            fused.insert(0, native.NativeKernel())
     else:
         fused = []
     for kernel in fused:

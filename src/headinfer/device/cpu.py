@@ -22,7 +22,9 @@ class CpuDevice:
 
     def host_empty(self, num_bytes: int) -> torch.Tensor:
         """Return pageable memory; the system commits a page when it is first written."""
-        return torch.empty(num_bytes, dtype=torch.uint8)
+        # Memory made in inference mode could not be written to outside it.
+        with torch.inference_mode(False):
+            return torch.empty(num_bytes, dtype=torch.uint8)
 
     device_empty = host_empty
 

@@ -101,7 +101,8 @@ class CudaDevice:
             raise MemoryPlanError(
                 f"cannot map {format_bytes(num_bytes)} of host memory: {error}"
             ) from error
-        tensor = torch.frombuffer(region, dtype=torch.uint8)[:num_bytes]
+        with torch.inference_mode(False):  # or it could not be written to outside
+            tensor = torch.frombuffer(region, dtype=torch.uint8)[:num_bytes]
         cudart: Any = torch.cuda.cudart()
         with torch.cuda.device(self.torch_device):
             status = int(cudart.cudaHostRegister(tensor.data_ptr(), len(region), 0))
@@ -117,7 +118,8 @@ class CudaDevice:
 
     def device_empty(self, num_bytes: int) -> torch.Tensor:
         """Return memory from torch's caching allocator on this device."""
-        return torch.empty(num_bytes, dtype=torch.uint8, device=self.torch_device)
+        with torch.inference_mode(False):
+            return torch.empty(num_bytes, dtype=torch.uint8, device=self.torch_device)
 
     def host_access(self, tensor: torch.Tensor, *, write: bool, purpose: str) -> None:
         """Do nothing: CUDA does not check."""

@@ -171,7 +171,8 @@ class SimulatedDevice:
 
     def host_empty(self, num_bytes: int) -> torch.Tensor:
         """Return host memory, poisoned so that a read before a write shows as NaN."""
-        tensor = torch.full((num_bytes,), _POISON, dtype=torch.uint8)
+        with torch.inference_mode(False):  # or it could not be written to outside
+            tensor = torch.full((num_bytes,), _POISON, dtype=torch.uint8)
         storage = tensor.untyped_storage()
         weakref.finalize(storage, self.log.forget, storage.data_ptr())
         return tensor

@@ -87,7 +87,7 @@ class Plan:
         heads = "head" if self.tile_heads == 1 else "heads"
         how = "copies overlap attention" if self.overlap else "synchronous copies"
         if self.device == "cpu":
-            how = "tiles are attended where they lie, nothing is copied"
+            how = "tiles are attended in place"
         yield (
             f"tiles of {self.tile_heads} KV {heads} x {tokens} tokens, "
             f"chunks of {format_tokens(self.chunk_tokens)} tokens; {how}"

@@ -58,12 +58,12 @@ class KVGeometry:
         rows = self.batch * heads * tokens
         key_bytes = rows * self.key_dim * self.dtype.itemsize
         all_bytes = self.num_bytes(tokens, heads=heads)
-        shape = (self.batch, heads, tokens, -1)
-        keys = buffer[:key_bytes].view(self.dtype)
-        values = buffer[key_bytes:all_bytes].view(self.dtype)
-        if tokens == 0:
-            return keys.view(*shape[:3], self.key_dim), values.view(*shape[:3], self.value_dim)
-        return keys.view(shape), values.view(shape)
+        shape = (self.batch, heads, tokens)
+        # A view that changes the dtype in inference mode could not be written to outside it.
+        with torch.inference_mode(False):
+            keys = buffer[:key_bytes].view(self.dtype).view(*shape, self.key_dim)
+            values = buffer[key_bytes:all_bytes].view(self.dtype).view(*shape, self.value_dim)
+        return keys, values
 
 
 @dataclass(slots=True)
