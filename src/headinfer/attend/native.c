@@ -3,12 +3,15 @@
  *
  * Such a step reads each key and value once and does little with it, so the aim is to read at the
  * speed of memory. Compiled for one head_dim, number of rows and element type at a time, by the
- * definitions HEAD_DIM (a multiple of LANES), ROWS (at most LANES) and ELEMENT_IS_FLOAT32,
+ * definitions HEAD_DIM (a multiple of LANES), ROWS (1 to 8) and ELEMENT_IS_FLOAT32,
  * ELEMENT_IS_BFLOAT16 or ELEMENT_IS_FLOAT16. Vectors are those of GCC and Clang, for any processor.
  */
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#ifdef __x86_64__
+#include <immintrin.h> /* for float16, which compilers convert one by one */
+#endif
 
 #ifdef __AVX512F__
 #define LANES 16
@@ -39,6 +42,15 @@ static inline vector load(const element *p) { /* a bfloat16 is the upper half of
 }
 #elif defined(ELEMENT_IS_FLOAT16)
 typedef _Float16 element;
+#if defined(__AVX512F__)
+static inline vector load(const element *p) {
+    return (vector)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+}
+#elif defined(__F16C__)
+static inline vector load(const element *p) {
+    return (vector)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
+}
+#else
 typedef _Float16 halves __attribute__((vector_size(LANES * 2)));
 static inline vector load(const element *p) {
     halves half;
@@ -46,11 +58,15 @@ static inline vector load(const element *p) {
     return __builtin_convertvector(half, vector);
 }
 #endif
+#endif
 
 #define CHUNKS (HEAD_DIM / LANES)
-#define BLOCK 64                          /* keys and values of a block stay in the first-level cache */
-#define TOKENS_AT_ONCE (LANES / ROWS)     /* dot products that fill one vector */
-#define CHUNKS_AT_ONCE (LANES / ROWS < CHUNKS ? LANES / ROWS : CHUNKS) /* LANES registers hold sums */
+#define UNROLL _Pragma("GCC unroll 16") /* arrays indexed by unrolled loops live in registers */
+#define BLOCK 64                        /* tokens of a block, which stays in the nearest caches */
+#define SLOTS (ROWS <= 1 ? 1 : ROWS <= 2 ? 2 : ROWS <= 4 ? 4 : 8) /* rows, rounded up */
+#define TOKENS_AT_ONCE (LANES / SLOTS)  /* tokens whose scores fill one vector */
+#define CHUNKS_AT_ONCE (LANES / SLOTS < CHUNKS ? LANES / SLOTS : CHUNKS)
+#define NOTHING -1e30f                  /* a score whose exponential is 0 */
 
 /* Lane j of the sum of halves: blocks of `s` lanes from a and b in turn, low halves or high. */
 #define SOURCE(j, s, high) \
@@ -74,7 +90,7 @@ typedef int32_t indices __attribute__((vector_size(LANES * 4)));
 #define SHUFFLE(a, b, s, h) __builtin_shuffle(a, b, (indices){MASK(s, h)})
 #endif
 #define HALVE(s) \
-    for (int i = 0; i < (s); i++) x[i] = SHUFFLE(x[i], x[i + (s)], s, 0) + SHUFFLE(x[i], x[i + (s)], s, 1)
+    UNROLL for (int i = 0; i < (s); i++) x[i] = SHUFFLE(x[i], x[i + (s)], s, 0) + SHUFFLE(x[i], x[i + (s)], s, 1)
 
 /* Return the sums over the lanes of LANES vectors; lane j is the sum of x[j]. */
 static inline vector sums(vector x[LANES]) {
@@ -87,84 +103,121 @@ static inline vector sums(vector x[LANES]) {
     return x[0];
 }
 
-/* scores[row][token] of `now` keys, at most TOKENS_AT_ONCE; inlined with a constant where it counts. */
-static inline __attribute__((always_inline)) void score_step(const float *query,
-                                                             const element *keys, int now,
-                                                             float scale, int first,
-                                                             float scores[ROWS][BLOCK]) {
+/* Ask for a row of keys or values that the next phase will read. */
+static inline void prefetch(const element *row) {
+    UNROLL for (int byte = 0; byte < HEAD_DIM * (int)sizeof(element); byte += 64)
+        __builtin_prefetch((const char *)row + byte, 0, 2);
+}
+
+/* Scores of TOKENS_AT_ONCE keys, of which `now` are there: lane `token * SLOTS + row`. */
+static inline __attribute__((always_inline)) vector score_step(const float *query,
+                                                               const element *keys, int now,
+                                                               float scale) {
     vector dots[LANES];
     memset(dots, 0, sizeof dots);
-    for (int chunk = 0; chunk < CHUNKS; chunk++) {
+    UNROLL for (int chunk = 0; chunk < CHUNKS; chunk++) {
         vector key[TOKENS_AT_ONCE];
-        for (int t = 0; t < now; t++) key[t] = load(keys + t * HEAD_DIM + chunk * LANES);
-        for (int row = 0; row < ROWS; row++) {
+        UNROLL for (int t = 0; t < now; t++) key[t] = load(keys + t * HEAD_DIM + chunk * LANES);
+        UNROLL for (int row = 0; row < ROWS; row++) {
             vector q;
             memcpy(&q, query + row * HEAD_DIM + chunk * LANES, sizeof q);
-            for (int t = 0; t < now; t++) dots[t * ROWS + row] += q * key[t];
+            UNROLL for (int t = 0; t < now; t++) dots[t * SLOTS + row] += q * key[t];
         }
     }
-    vector sum = sums(dots) * scale;
-    for (int t = 0; t < now; t++)
-        for (int row = 0; row < ROWS; row++) scores[row][first + t] = sum[t * ROWS + row];
+    return sums(dots) * scale;
 }
 
-static inline void score_block(const float *query, const element *keys, int count, float scale,
-                               float scores[ROWS][BLOCK]) {
-    int first = 0;
-    for (; first + TOKENS_AT_ONCE <= count; first += TOKENS_AT_ONCE)
-        score_step(query, keys + first * HEAD_DIM, TOKENS_AT_ONCE, scale, first, scores);
-    for (; first < count; first++)
-        score_step(query, keys + first * HEAD_DIM, 1, scale, first, scores);
+/* Scores `[BLOCK][SLOTS]` of up to BLOCK keys, while their values are fetched. */
+static inline void score_block(const float *query, const element *keys, const element *values,
+                               int64_t count, float scale, float *scores) {
+    int64_t first = 0;
+    for (; first + TOKENS_AT_ONCE <= count; first += TOKENS_AT_ONCE) {
+        UNROLL for (int t = 0; t < TOKENS_AT_ONCE; t++) prefetch(values + (first + t) * HEAD_DIM);
+        vector sum = score_step(query, keys + first * HEAD_DIM, TOKENS_AT_ONCE, scale);
+        memcpy(scores + first * SLOTS, &sum, sizeof sum);
+    }
+    for (; first < count; first++) {
+        vector sum = score_step(query, keys + first * HEAD_DIM, 1, scale);
+        memcpy(scores + first * SLOTS, &sum, SLOTS * sizeof(float));
+    }
+    for (int64_t i = count * SLOTS; i < BLOCK * SLOTS; i++) scores[i] = NOTHING;
 }
 
-static inline void add_values(const element *values, int count, float weights[ROWS][BLOCK],
+/* Turn scores into exponentials over the highest so far; shrink what was summed under a lower one. */
+static inline void weigh_block(float *scores, float weights[ROWS][BLOCK], float highest[SLOTS],
+                               float total[SLOTS], float sum[ROWS][HEAD_DIM]) {
+    float high[LANES], added[LANES], shift[SLOTS];
+    for (int lane = 0; lane < LANES; lane++) high[lane] = highest[lane % SLOTS], added[lane] = 0;
+    for (int first = 0; first < BLOCK * SLOTS; first += LANES)
+        for (int lane = 0; lane < LANES; lane++)
+            high[lane] = scores[first + lane] > high[lane] ? scores[first + lane] : high[lane];
+    for (int slot = 0; slot < SLOTS; slot++) {
+        float most = high[slot];
+        for (int lane = slot; lane < LANES; lane += SLOTS) most = high[lane] > most ? high[lane] : most;
+        shift[slot] = most;
+        if (slot < ROWS && most > highest[slot]) {
+            float shrink = expf(highest[slot] - most);
+            total[slot] *= shrink;
+            for (int d = 0; d < HEAD_DIM; d++) sum[slot][d] *= shrink;
+        }
+        highest[slot] = most;
+    }
+    for (int lane = 0; lane < LANES; lane++) high[lane] = shift[lane % SLOTS];
+    for (int first = 0; first < BLOCK * SLOTS; first += LANES)
+        for (int lane = 0; lane < LANES; lane++) {
+            scores[first + lane] = expf(scores[first + lane] - high[lane]);
+            added[lane] += scores[first + lane];
+        }
+    for (int lane = 0; lane < LANES; lane++) total[lane % SLOTS] += added[lane];
+    /* One row after the other: each weight is then broadcast by the multiplication that uses it. */
+    for (int row = 0; row < ROWS; row++)
+        for (int t = 0; t < BLOCK; t++) weights[row][t] = scores[t * SLOTS + row];
+}
+
+/* Add the weighted values of a block to the sums, while the next block's keys are fetched. */
+static inline void add_values(const element *values, const element *next_keys, int64_t count,
+                              int64_t next_count, float weights[ROWS][BLOCK],
                               float out[ROWS][HEAD_DIM]) {
     for (int chunk = 0; chunk < CHUNKS; chunk += CHUNKS_AT_ONCE) {
         vector sum[ROWS][CHUNKS_AT_ONCE];
-        for (int row = 0; row < ROWS; row++)
-            for (int c = 0; c < CHUNKS_AT_ONCE; c++)
+        memset(sum, 0, sizeof sum);
+        for (int64_t token = 0; token < count; token++) {
+            if (chunk == 0 && token < next_count) prefetch(next_keys + token * HEAD_DIM);
+            vector value[CHUNKS_AT_ONCE];
+            UNROLL for (int c = 0; c < CHUNKS_AT_ONCE; c++)
                 if (chunk + c < CHUNKS)
-                    memcpy(&sum[row][c], &out[row][(chunk + c) * LANES], sizeof(vector));
-        for (int token = 0; token < count; token++)
-            for (int c = 0; c < CHUNKS_AT_ONCE; c++)
+                    value[c] = load(values + token * HEAD_DIM + (chunk + c) * LANES);
+            UNROLL for (int row = 0; row < ROWS; row++)
+                UNROLL for (int c = 0; c < CHUNKS_AT_ONCE; c++)
+                    if (chunk + c < CHUNKS) sum[row][c] += value[c] * weights[row][token];
+        }
+        UNROLL for (int row = 0; row < ROWS; row++)
+            UNROLL for (int c = 0; c < CHUNKS_AT_ONCE; c++)
                 if (chunk + c < CHUNKS) {
-                    vector value = load(values + (int64_t)token * HEAD_DIM + (chunk + c) * LANES);
-                    for (int row = 0; row < ROWS; row++) sum[row][c] += value * weights[row][token];
+                    vector before;
+                    memcpy(&before, &out[row][(chunk + c) * LANES], sizeof before);
+                    before += sum[row][c];
+                    memcpy(&out[row][(chunk + c) * LANES], &before, sizeof before);
                 }
-        for (int row = 0; row < ROWS; row++)
-            for (int c = 0; c < CHUNKS_AT_ONCE; c++)
-                if (chunk + c < CHUNKS)
-                    memcpy(&out[row][(chunk + c) * LANES], &sum[row][c], sizeof(vector));
     }
 }
 
 /* Attend ROWS queries to `count` keys; out [ROWS][HEAD_DIM], lse [ROWS]. */
 static void attend_part(const float *query, const element *keys, const element *values,
                         int64_t count, float scale, float *out, float *lse) {
-    float scores[ROWS][BLOCK], highest[ROWS], total[ROWS];
+    float scores[BLOCK * SLOTS] __attribute__((aligned(64)));
+    float weights[ROWS][BLOCK] __attribute__((aligned(64)));
     float sum[ROWS][HEAD_DIM] __attribute__((aligned(64)));
+    float highest[SLOTS], total[SLOTS];
     memset(sum, 0, sizeof sum);
-    for (int row = 0; row < ROWS; row++) highest[row] = -INFINITY, total[row] = 0;
+    for (int slot = 0; slot < SLOTS; slot++) highest[slot] = NOTHING, total[slot] = 0;
     for (int64_t start = 0; start < count; start += BLOCK) {
-        int now = count - start < BLOCK ? (int)(count - start) : BLOCK;
-        score_block(query, keys + start * HEAD_DIM, now, scale, scores);
-        for (int row = 0; row < ROWS; row++) {
-            float high = highest[row];
-            for (int t = 0; t < now; t++) high = scores[row][t] > high ? scores[row][t] : high;
-            if (high > highest[row]) {
-                float shrink = expf(highest[row] - high);
-                total[row] *= shrink;
-                for (int d = 0; d < HEAD_DIM; d++) sum[row][d] *= shrink;
-                highest[row] = high;
-            }
-            float added = 0;
-            for (int t = 0; t < now; t++) {
-                scores[row][t] = expf(scores[row][t] - high);
-                added += scores[row][t];
-            }
-            total[row] += added;
-        }
-        add_values(values + start * HEAD_DIM, now, scores, sum);
+        int64_t now = count - start < BLOCK ? count - start : BLOCK;
+        int64_t left = count - start - now, next = left < BLOCK ? left : BLOCK;
+        score_block(query, keys + start * HEAD_DIM, values + start * HEAD_DIM, now, scale, scores);
+        weigh_block(scores, weights, highest, total, sum);
+        add_values(values + start * HEAD_DIM, keys + (start + now) * HEAD_DIM, now, next, weights,
+                   sum);
     }
     for (int row = 0; row < ROWS; row++) {
         lse[row] = highest[row] + logf(total[row]);
@@ -173,15 +226,15 @@ static void attend_part(const float *query, const element *keys, const element *
 }
 
 /*
- * Attend parts `first` to before `last` of `heads * splits`: part `head * splits + split` is that
- * head's queries and that stretch of its keys. query [heads][ROWS][HEAD_DIM]; keys and values with
- * `key_stride` and `value_stride` elements from head to head; out [heads][splits][ROWS][HEAD_DIM],
- * lse [heads][splits][ROWS].
+ * Attend `heads` heads, each in `splits` stretches of its keys, on `threads` threads.
+ * query [heads][ROWS][HEAD_DIM]; keys and values with `key_stride` and `value_stride` elements from
+ * head to head; out [heads][splits][ROWS][HEAD_DIM], lse [heads][splits][ROWS].
  */
-void attend_parts(const float *query, const element *keys, const element *values,
-                  int64_t key_stride, int64_t value_stride, int64_t count, int64_t splits,
-                  float scale, float *out, float *lse, int64_t first, int64_t last) {
-    for (int64_t part = first; part < last; part++) {
+void attend_heads(const float *query, const element *keys, const element *values,
+                  int64_t key_stride, int64_t value_stride, int64_t count, int64_t heads,
+                  int64_t splits, float scale, float *out, float *lse, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t part = 0; part < heads * splits; part++) {
         int64_t head = part / splits, split = part % splits;
         int64_t start = count * split / splits, end = count * (split + 1) / splits;
         attend_part(query + head * ROWS * HEAD_DIM, keys + head * key_stride + start * HEAD_DIM,
