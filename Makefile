@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format check bench clean
+.PHONY: demo test lint format check bench bench-gpu clean
 
 demo: $(VENV)/.installed
 	$(BIN)/headinfer demo
@@ -23,8 +23,15 @@ format: $(VENV)/.installed-dev
 check: lint test
 
 bench: $(VENV)/.installed
-	$(BIN)/headinfer bench decode
-	$(BIN)/headinfer bench prefill
+	mkdir -p benchmarks/results
+	for dtype in bfloat16 float32; do \
+		$(BIN)/headinfer bench decode --dtype $$dtype --new-tokens 16 \
+			--json benchmarks/results/cpu-decode-32k-$$dtype.json || exit 1; \
+	done
+	$(BIN)/python benchmarks/readme_table.py
+
+bench-gpu: $(VENV)/.installed-dev
+	PYTHON=$(BIN)/python benchmarks/gpu.sh
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; assert (3, 10) <= sys.version_info < (3, 14), "Python 3.10 to 3.13 is needed; set PYTHON"'

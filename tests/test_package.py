@@ -55,6 +55,11 @@ def test_imports_point_downwards(path: Path) -> None:
             assert name.split(".")[0] in ("headinfer", *sys.stdlib_module_names)
 
 
+def test_the_readmes_table_is_generated() -> None:
+    script = ROOT / "benchmarks" / "readme_table.py"
+    subprocess.run([sys.executable, str(script), "--check"], check=True)
+
+
 def test_importing_changes_nothing() -> None:
     program = """
 import torch, transformers
