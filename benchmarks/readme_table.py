@@ -24,7 +24,8 @@ def table(documents: list[dict[str, Any]]) -> str:
         f"{hardware['cpu_threads']} threads; torch {versions['torch']}, transformers "
         f"{versions['transformers']}. Standard is `DynamicCache` with sdpa, in the same run.",
         "",
-        "| dtype | context | method | prefill | decode, a token | x standard | bound | memory growth |",
+        "| dtype | context | method | prefill | decode, a token | x standard | bound "
+        "| memory growth |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for document in documents:
@@ -38,8 +39,9 @@ def table(documents: list[dict[str, Any]]) -> str:
     lines += [
         "",
         "The bound is reading KV cache and weights once at the machine's measured read rate "
-        f"({header['rates']['host_bytes_per_s'] / 1e9:.0f} GB/s). Prefill is the same kernel's work "
-        "either way on a CPU. From [benchmarks/results](benchmarks/README.md); `make bench` repeats it.",
+        f"({header['rates']['host_bytes_per_s'] / 1e9:.0f} GB/s). On a CPU prefill is the same "
+        "kernel's work either way. From [benchmarks/results](benchmarks/README.md); `make bench` "
+        "repeats it.",
     ]
     return "\n".join(lines)
 

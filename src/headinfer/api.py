@@ -1,5 +1,6 @@
 """What users import: attach HeadInfer to a model, make caches for it, detach it again."""
 
+import dataclasses
 import weakref
 from collections.abc import Callable
 from types import TracebackType
@@ -22,6 +23,9 @@ from headinfer.plan.options import Options
 from headinfer.plan.plan import Plan, resolve
 from headinfer.store.host_memory import available_host_bytes
 from headinfer.units import parse_bytes, parse_tokens
+
+_USED_SHARE = 0.9
+"""Of the free device memory: the rest is for fragments and what the estimate leaves out."""
 
 PrefillProgress = Callable[[int, int], None]
 """Told the tokens done and the tokens in all of a prompt, after each chunk."""
@@ -55,7 +59,7 @@ class Offload:
         self._shape = model_shape(model)
         self._engines: weakref.WeakSet[Engine] = weakref.WeakSet()
         self._attached = False
-        self.plan = resolve(self._shape, options, device=device.name)
+        self.plan = resolve(self._shape, self._budgeted(), device=device.name)
         self._attachment = Attachment(model, self)
         self._attached = True
 
@@ -106,13 +110,23 @@ class Offload:
 
     def plan_for(self, batch: int, context_tokens: int) -> Plan:
         """Return the plan of a cache with so many rows and tokens; refuse what does not fit."""
+        if not self._attached:
+            raise CacheStateError("the model was detached; attach it again for a new cache")
         return resolve(
             self._shape,
-            self._options,
+            self._budgeted(),
             device=self._device.name,
             batch=batch,
             context_tokens=context_tokens,
         )
+
+    def _budgeted(self) -> Options:
+        """Return the options with what the device has free as the budget where none was given."""
+        free = self._device.free_bytes()
+        if free is None or self._options.device_memory_bytes is not None:
+            return self._options
+        budget = self._shape.weights_bytes + int(free * _USED_SHARE)
+        return dataclasses.replace(self._options, device_memory_bytes=budget)
 
     def make_engine(self, plan: Plan) -> Engine:
         """Return an engine for a cache."""

@@ -9,8 +9,15 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, LlamaForCausalLM
 
 import headinfer
+from headinfer.attend.cpu import CpuKernel
+from headinfer.attend.native import NativeKernel
 from headinfer.device.simulated import SimulatedDevice
-from headinfer.errors import CacheStateError, HeadInferError, UnsupportedModelError
+from headinfer.errors import (
+    CacheStateError,
+    HeadInferError,
+    MemoryPlanError,
+    UnsupportedModelError,
+)
 from tiny_models import random_tokens, shared_model, tiny_model
 
 
@@ -178,6 +185,125 @@ def test_host_memory_is_what_was_planned(device: str, prompt: int) -> None:
         cache = offload.new_cache(max_tokens=prompt + 4)
         model.generate(random_tokens(1, prompt), past_key_values=cache, max_new_tokens=4)
         assert offload.stats.host_kv_bytes == offload.plan.kv_host_bytes(prompt + 4)
+
+
+def test_decoding_without_a_stated_length_grows_in_few_segments() -> None:
+    model = shared_model("llama3")
+    stock = model.generate(random_tokens(1, 20), max_new_tokens=600, do_sample=False)
+    with headinfer.attach(model) as offload:
+        cache = offload.new_cache()
+        ours = model.generate(
+            random_tokens(1, 20), past_key_values=cache, max_new_tokens=600, do_sample=False
+        )
+        assert cache.get_seq_length() == 619
+        # 20 tokens reserved, then 256 at a time; a segment a token would also be a tile a token.
+        assert offload.stats.host_kv_bytes == offload.plan.kv_host_bytes(20 + 3 * 256)
+    assert torch.equal(ours, stock)
+
+
+@pytest.mark.parametrize("name", ["llama3", "gemma3", "qwen3-next"])
+@pytest.mark.parametrize("device", ["cpu", "simulated"])
+def test_a_call_interrupted_half_way_is_noticed(name: str, device: str) -> None:
+    model = tiny_model(name)
+    tokens = random_tokens(1, 30)
+    stock = model(tokens).logits
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with headinfer.attach(model, device=device, chunk_tokens=8, tile_tokens=8) as offload:
+        cache = offload.new_cache()
+        model(tokens[:, :20], past_key_values=cache)
+        handle = model.model.layers[2].register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(tokens[:, 20:], past_key_values=cache)
+        handle.remove()
+        with pytest.raises(CacheStateError, match="was interrupted"):
+            model(tokens[:, 20:], past_key_values=cache)
+        cache.reset()
+        torch.testing.assert_close(model(tokens, past_key_values=cache).logits, stock)
+
+
+def test_a_kernel_that_fails_in_the_middle_costs_no_buffer() -> None:
+    model = tiny_model("llama3")
+    tokens = random_tokens(1, 60)
+    stock = model(tokens).logits
+    with headinfer.attach(model, device="simulated", chunk_tokens=8, tile_tokens=8) as offload:
+        cache = offload.new_cache()
+        model(tokens[:, :50], past_key_values=cache)
+        right = CpuKernel.attend
+        for attempt in range(5):
+            calls = iter(range(100))
+
+            def failing(self, *arguments, calls=calls, attempt=attempt, **options):  # type: ignore[no-untyped-def]
+                if next(calls) == 2 + attempt % 2:
+                    raise ZeroDivisionError
+                return right(self, *arguments, **options)
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(CpuKernel, "attend", failing)
+                patch.setattr(NativeKernel, "attend", failing)
+                with pytest.raises(ZeroDivisionError):
+                    model(tokens[:, 50:], past_key_values=cache)
+        ours = model(tokens[:, 50:], past_key_values=cache).logits  # nothing was added meanwhile
+    torch.testing.assert_close(ours, stock[:, 50:])
+
+
+def test_a_cache_of_a_detached_model_says_so() -> None:
+    model = shared_model("llama3")
+    with headinfer.attach(model) as offload:
+        used, unused = offload.new_cache(), offload.new_cache()
+        model(random_tokens(1, 10), past_key_values=used)
+    for use in (
+        used.get_seq_length,
+        used.reset,
+        lambda: used.crop(-1),
+        lambda: model(random_tokens(1, 3), past_key_values=used),
+        lambda: model(random_tokens(1, 3), past_key_values=unused),
+    ):
+        with pytest.raises(CacheStateError, match=r"closed|detached"):
+            use()
+    used.close()
+
+
+def test_memory_is_freed_after_a_failed_call_too() -> None:
+    model = tiny_model("llama3")
+    device = SimulatedDevice()
+
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError
+
+    model.model.layers[1].mlp.register_forward_pre_hook(fail)
+    with headinfer.attach(model, device="simulated", simulated_device=device) as offload:
+        cache = offload.new_cache()
+        with pytest.raises(ZeroDivisionError):
+            model(random_tokens(1, 40), past_key_values=cache)
+        del cache
+        gc.collect()
+        assert device.allocated_bytes == 0
+
+
+def test_windows_stay_bounded_in_a_long_prompt_of_a_speculative_cache() -> None:
+    model = shared_model("gemma3")
+    tokens = random_tokens(1, 200)
+    stock = model(tokens).logits
+    with headinfer.attach(model, chunk_tokens=16) as offload:
+        cache = offload.new_cache()
+        cache.activate_past_recording()  # as prompt lookup leaves it
+        ours = model(tokens, past_key_values=cache, logits_to_keep=1).logits
+        held = [layer.keys.shape[2] for layer in cache.layers if layer.is_sliding]
+        assert max(held) <= 23 + 16
+    torch.testing.assert_close(ours, stock[:, -1:])
+
+
+def test_growing_the_rows_is_refused_where_host_memory_is_too_small() -> None:
+    model = shared_model("llama3")
+    with headinfer.attach(model, host_memory="100KiB") as offload:
+        cache = offload.new_cache()
+        model(random_tokens(1, 40), past_key_values=cache)
+        with pytest.raises(MemoryPlanError, match="needs 180"):
+            cache.batch_repeat_interleave(4)
+        assert cache.get_seq_length() == 40
 
 
 def test_a_model_is_not_attached_twice() -> None:

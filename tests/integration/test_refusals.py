@@ -57,6 +57,21 @@ def test_model_is_refused_and_not_touched(case: str) -> None:
     assert not model._forward_pre_hooks
 
 
+def test_attention_outputs_in_the_config_are_refused() -> None:
+    model = tiny_model("llama3")
+    model.config.output_attentions = True
+    with pytest.raises(UnsupportedModelError, match=r"config of .* has output_attentions"):
+        headinfer.attach(model)
+
+
+def test_hidden_states_in_the_config_come_whole() -> None:
+    model = tiny_model("llama3")
+    model.config.output_hidden_states = True
+    with headinfer.attach(model, chunk_tokens=8):
+        output = model(random_tokens(1, 30), logits_to_keep=1)
+    assert output.hidden_states[0].shape[1] == 30
+
+
 def test_something_else_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="Linear is not a transformers model"):
         headinfer.attach(torch.nn.Linear(2, 2))

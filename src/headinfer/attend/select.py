@@ -14,7 +14,7 @@ _logger = logging.getLogger(__name__)
 
 _TOLERANCE = {
     torch.float64: 1e-9,
-    torch.float32: 1e-3,  # loose enough for tf32-like modes; a wrong kernel is off by far more
+    torch.float32: 5e-3,  # loose enough for tf32; a wrong kernel is off by far more
     torch.float16: 1e-2,
     torch.bfloat16: 5e-2,
 }
@@ -74,10 +74,14 @@ def _agrees(
         scale = head_dim**-0.5
         try:
             ours = kernel.attend(query, keys, values, scale=scale, causal=causal)
+        except torch.OutOfMemoryError:
+            raise  # says nothing about the kernel, and this choice would last
         except (RuntimeError, NotImplementedError, AttributeError) as error:
             _logger.info("%s: %s", kernel.name, error)
             return False
-        wanted = reference.attend(query, keys, values, scale=scale, causal=causal)
+        wanted = reference.attend(
+            query.double(), keys.double(), values.double(), scale=scale, causal=causal
+        )
         for got, want in ((ours.out, wanted.out), (ours.lse, wanted.lse)):
             error_max = (got.double() - want.double()).abs().max().item()
             if not error_max <= _TOLERANCE[dtype]:

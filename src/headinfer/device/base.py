@@ -90,6 +90,9 @@ class Device(Protocol):
     def host_access(self, tensor: torch.Tensor, *, write: bool, purpose: str) -> None:
         """State that the host now reads or writes `tensor` itself; only checked, never done."""
 
+    def free_bytes(self) -> int | None:
+        """Return the device memory that can still be had; None where nothing limits it."""
+
     def finish_compute(self) -> None:
         """Block the host until the compute stream is done; copies may go on."""
 

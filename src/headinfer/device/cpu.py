@@ -31,6 +31,10 @@ class CpuDevice:
     def host_access(self, tensor: torch.Tensor, *, write: bool, purpose: str) -> None:
         """Do nothing: all work is done when its call returns."""
 
+    def free_bytes(self) -> int | None:
+        """Return None: device memory is host memory."""
+        return None
+
     def finish_compute(self) -> None:
         """Do nothing: all work is done when its call returns."""
 

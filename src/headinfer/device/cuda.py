@@ -1,5 +1,6 @@
 """CUDA: pinned host memory, two copy streams beside the model's own, and CUDA events."""
 
+import contextlib
 import mmap
 import weakref
 from typing import Any
@@ -107,6 +108,8 @@ class CudaDevice:
         with torch.cuda.device(self.torch_device):
             status = int(cudart.cudaHostRegister(tensor.data_ptr(), len(region), 0))
         if status != _CUDA_SUCCESS:
+            with contextlib.suppress(RuntimeError):  # the next operation would report it again
+                torch.zeros(1, device=self.torch_device)
             raise MemoryPlanError(
                 f"cannot lock {format_bytes(num_bytes)} of host memory for the KV cache (CUDA "
                 f"error {status}); free memory or raise the limit shown by `ulimit -l`"
@@ -118,11 +121,23 @@ class CudaDevice:
 
     def device_empty(self, num_bytes: int) -> torch.Tensor:
         """Return memory from torch's caching allocator on this device."""
-        with torch.inference_mode(False):
-            return torch.empty(num_bytes, dtype=torch.uint8, device=self.torch_device)
+        try:
+            with torch.inference_mode(False):
+                return torch.empty(num_bytes, dtype=torch.uint8, device=self.torch_device)
+        except torch.OutOfMemoryError as error:
+            raise MemoryPlanError(
+                f"the device has no {format_bytes(num_bytes)} left for the KV arena; give a "
+                "smaller device_memory or smaller tiles and chunks"
+            ) from error
 
     def host_access(self, tensor: torch.Tensor, *, write: bool, purpose: str) -> None:
         """Do nothing: CUDA does not check."""
+
+    def free_bytes(self) -> int | None:
+        """Return what the driver has free and what torch's allocator holds unused."""
+        free, _total = torch.cuda.mem_get_info(self.torch_device)
+        held = torch.cuda.memory_reserved(self.torch_device)
+        return free + held - torch.cuda.memory_allocated(self.torch_device)
 
     def finish_compute(self) -> None:
         """Wait for the stream the model runs on."""

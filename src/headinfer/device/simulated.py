@@ -193,6 +193,10 @@ class SimulatedDevice:
         self.host_clock[_HOST] = self.host_clock.get(_HOST, 0) + 1
         self.log.add(tensor, self.host_clock, _HOST, write, purpose)
 
+    def free_bytes(self) -> int | None:
+        """Return None: device memory is host memory."""
+        return None
+
     def finish_compute(self) -> None:
         """Order the host after the compute stream, whose work ran when it was enqueued."""
         join(self.host_clock, self._compute.clock)

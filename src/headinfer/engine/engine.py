@@ -70,6 +70,10 @@ class Engine:
         if device.tiles_are_views:
             return ViewTiles(layers, plan.tile_tokens), DirectWriter(layers)
         arena = Arena(device, plan.arena_bytes)
+        # The allocator may hand out memory that work already enqueued on compute still uses.
+        fresh = device.compute.record()
+        device.copy_in.wait(fresh, Edge.TILE_FREE)
+        device.copy_out.wait(fresh, Edge.PAGE_WRITTEN)
         self._arena_bytes = arena.num_bytes
         buffers = [
             Buffer(arena.take(plan.staging_bytes // STAGING_BUFFERS))
@@ -118,6 +122,7 @@ class Engine:
 
     def tokens(self, layer_idx: int) -> int:
         """Return the tokens a layer holds."""
+        self._check_open()
         return self._layers[layer_idx].store.tokens + self._writer.tail_tokens(layer_idx)
 
     def expect(self, tokens: int) -> int:
@@ -128,7 +133,7 @@ class Engine:
         """
         self._expected_tokens = max(self._expected_tokens, tokens)
         return sum(
-            layer.store.geometry.num_bytes(max(tokens - layer.store.capacity, 0))
+            layer.store.geometry.num_bytes(layer.store.missing_tokens(tokens))
             for layer in self._layers
         )
 
@@ -243,8 +248,7 @@ class Engine:
         self._source.end()
 
     def _check(self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor) -> KVGeometry:
-        if self.closed:
-            raise CacheStateError("this cache was closed; make another with offload.new_cache()")
+        self._check_open()
         geometry = self._layers[layer_idx].store.geometry
         given = (keys.shape[0], keys.shape[1], keys.shape[3], values.shape[3], keys.dtype)
         wanted = (
@@ -261,8 +265,13 @@ class Engine:
             )
         return geometry
 
+    def _check_open(self) -> None:
+        if self.closed:
+            raise CacheStateError("this cache was closed; make another with offload.new_cache()")
+
     def crop(self, layer_idx: int, tokens: int) -> None:
         """Remove a layer's newest `tokens` tokens, or all it has."""
+        self._check_open()
         rest = tokens - self._writer.crop(layer_idx, tokens)
         if rest > 0:
             self._settle()
@@ -271,6 +280,7 @@ class Engine:
 
     def select(self, layer_idx: int, rows: Sequence[int]) -> None:
         """Make row `i` of a layer what row `rows[i]` was, for as many rows as the plan has."""
+        self._check_open()
         assert len(rows) == self.plan.batch
         if list(rows) == list(range(self.plan.batch)):
             return
@@ -293,6 +303,7 @@ class Engine:
 
     def clear(self) -> None:
         """Forget all tokens and free the host memory; the arena stays."""
+        self._check_open()
         self._settle()
         for layer_idx, layer in enumerate(self._layers):
             self._writer.crop(layer_idx, self._writer.tail_tokens(layer_idx))

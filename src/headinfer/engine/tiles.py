@@ -205,6 +205,7 @@ class PrefetchedTiles:
         self._free.extend(fetched.buffer for fetched in getattr(self, "_fetched", ()))
         self._fetched: collections.deque[_Fetched] = collections.deque()
         self._first_layer = layer_idx
+        self._begun = False  # whether the turn began and did not end: it failed
         self._turn = 0  # the turn being attended, or next to be
         self._versions: dict[int, int] = {}  # store versions of the turns being fetched
         self._spans: Iterator[Span] = iter(())  # what is left to fetch of the newest such turn
@@ -238,11 +239,12 @@ class PrefetchedTiles:
     def begin(self, layer_idx: int) -> None:
         """Turn to a layer, and start over where it was not the one expected or has changed."""
         layer = self._layers[layer_idx]
-        expected = self._layer_of(self._turn) is layer
+        expected = self._layer_of(self._turn) is layer and not self._begun
         if not expected or self._versions.get(self._turn, layer.store.version) != (
             layer.store.version
         ):
             self._restart(layer_idx)
+        self._begun = True
         self._fetch_ahead()
 
     def tiles(self, heads: slice) -> Iterator[Span]:
@@ -253,14 +255,17 @@ class PrefetchedTiles:
             assert fetched.turn == self._turn
             assert fetched.tile.start == span.start
             fetched.buffer.hand_over(self._device, fetched.filled)
-            yield fetched.tile
-            fetched.buffer.release(self._device)
-            self._free.append(fetched.buffer)
+            try:
+                yield fetched.tile
+            finally:  # also when the attention failed and the rest is never asked for
+                fetched.buffer.release(self._device)
+                self._free.append(fetched.buffer)
             self._fetch_ahead()
 
     def end(self) -> None:
         """Finish the turn; fetching may go one turn further."""
         self._versions.pop(self._turn, None)
+        self._begun = False
         self._turn += 1
         self._fetch_ahead()
 

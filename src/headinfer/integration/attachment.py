@@ -83,6 +83,7 @@ class Attachment:
         self._new_tokens = 0
         self._rows = 0
         self._decoding = False
+        self._warned = False
         self._logits: list[torch.Tensor] = []
         self._cache: OffloadedCache | None = None
         try:
@@ -97,7 +98,7 @@ class Attachment:
         self._swap_config()
         for handle in (
             self._model.register_forward_pre_hook(self._before_call, with_kwargs=True),
-            self._model.register_forward_hook(self._after_call, with_kwargs=True),
+            self._model.register_forward_hook(self._after_call, with_kwargs=True, always_call=True),
         ):
             self._restore.append(handle.remove)
 
@@ -136,20 +137,27 @@ class Attachment:
         self._new_tokens = new_tokens
         self._decoding = past_tokens > 0 and new_tokens <= _FEW_TOKENS
         chunk_tokens = self._owner.chunk_tokens(cache)
-        if new_tokens > chunk_tokens and chunking.can_split(arguments):
+        config = self._model.config.get_text_config(decoder=True)
+        cache.begin_call()
+        if new_tokens > chunk_tokens and chunking.can_split(config, arguments):
             arguments, self._logits = chunking.run_leading_chunks(
                 model, arguments, chunk_tokens, past_tokens, self._after_chunk
             )
         return (), arguments
 
     def _after_chunk(self, done_tokens: int, all_tokens: int) -> None:
+        assert self._cache is not None
+        self._cache.shrink_windows()
         self._owner.finish_compute()
         self._owner.report_prefill(done_tokens, all_tokens)
 
     def _after_call(
         self, _model: torch.nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], output: Any
     ) -> Any:
-        """Count the call, and join the logits of its chunks."""
+        """Count the call, and join the logits of its chunks; without output the call failed."""
+        if output is None:
+            self._forget_call()
+            return None
         self.functions.check_none_pending()
         cache = self._cache
         if cache is None:
@@ -165,6 +173,7 @@ class Attachment:
             stats.prefill_tokens += self._rows * self._new_tokens
             stats.prefill_s += seconds
             self._owner.report_prefill(self._new_tokens, self._new_tokens)
+        cache.end_call()
         self._owner.after_call(cache)
         if self._logits:
             output.logits = torch.cat([*self._logits, output.logits], dim=1)
@@ -201,7 +210,10 @@ class Attachment:
                 f"a {type(cache).__name__} cannot be used with an attached model; pass "
                 "past_key_values=offload.new_cache()"
             )
-        _logger.warning(
+        level = logging.DEBUG if self._warned else logging.WARNING
+        self._warned = True
+        _logger.log(
+            level,
             "the model is attached, but its KV cache is a %s and stays on the device; pass "
             "past_key_values=offload.new_cache() to offload it",
             type(cache).__name__,

@@ -111,7 +111,9 @@ class OffloadedState:
     def select_rows(self, rows: Sequence[int]) -> None:
         """Make row `i` of every layer what row `rows[i]` was; the number of rows may change."""
         if self.engine is not None and self.tokens(0):
-            plan = self.host.plan_for(len(rows), self.tokens(0))
+            tokens = max(self.tokens(0), self._max_tokens or 0)
+            plan = self.host.plan_for(len(rows), tokens)
+            self._check_host(plan.kv_host_bytes(tokens) - self.engine.host_kv_bytes, tokens)
             self.engine.select_all(rows, plan)
 
     def close(self) -> None:
@@ -199,6 +201,7 @@ class OffloadedCache(DynamicCache):
 
     def __init__(self, model: PreTrainedModel, host: CacheHost, max_tokens: int | None) -> None:
         super().__init__(config=model.config)
+        self._lengths_before: list[int] | None = None  # while a model call is under way
         full = [
             position
             for position, layer in enumerate(self.layers)
@@ -207,6 +210,42 @@ class OffloadedCache(DynamicCache):
         self.state = OffloadedState(host, max_tokens, has_layers=bool(full))
         for layer_idx, position in enumerate(full):
             self.layers[position] = OffloadedLayer(self.state, layer_idx)
+
+    def _lengths(self) -> list[int]:
+        return [
+            layer.get_seq_length() for layer in self.layers if isinstance(layer, CacheLayerMixin)
+        ]
+
+    def begin_call(self) -> None:
+        """Note the state before a model call.
+
+        Raises:
+            CacheStateError: the call before was interrupted half-way, so that some layers hold
+                tokens which others lack.
+        """
+        lengths = self._lengths()
+        stateful = len(lengths) < len(self.layers)  # linear attention: nothing tells it advanced
+        if self._lengths_before is not None and (stateful or self._lengths_before != lengths):
+            raise CacheStateError(
+                "a call of the model with this cache was interrupted, so its layers no longer hold "
+                "the same tokens; call reset() on it or use a new cache"
+            )
+        self._lengths_before = lengths
+
+    def end_call(self) -> None:
+        """Note that the call went through all layers."""
+        self._lengths_before = None
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self._lengths_before = None
+        super().reset()
+
+    def shrink_windows(self) -> None:
+        """Let sliding layers that record their past, for speculative decoding, drop it."""
+        for layer in self._own_layers():
+            if getattr(layer, "is_sliding", False) and getattr(layer, "record_past", False):
+                layer.crop(0)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row."""

@@ -35,8 +35,18 @@ def new_shape(arguments: dict[str, Any]) -> tuple[int, int] | None:
     return None
 
 
-def can_split(arguments: dict[str, Any]) -> bool:
-    """Whether a call gives the same result chunk by chunk: all of its arguments are understood."""
+def can_split(config: Any, arguments: dict[str, Any]) -> bool:
+    """Whether a call gives the same result chunk by chunk: all of its arguments are understood.
+
+    Args:
+        config: of the decoder; holds the defaults of some arguments.
+        arguments: of the call, by name.
+    """
+    for name in ("output_hidden_states", "output_router_logits"):
+        if arguments.get(name) is None and getattr(config, name, False):
+            return False
+    if arguments.get("return_dict") is None and getattr(config, "return_dict", True) is False:
+        return False
     for name, value in arguments.items():
         if name in _SLICED or name in _WHOLE or name == "position_ids" or value is None:
             continue

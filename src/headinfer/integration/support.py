@@ -159,6 +159,11 @@ def check_supported(model: object) -> None:
         raise UnsupportedModelError(
             f"{name} is not a causal language model; load it with AutoModelForCausalLM"
         )
+    if model.config.get_text_config(decoder=True).output_attentions:
+        raise UnsupportedModelError(
+            f"the config of {name} has output_attentions=True, which is not served: the attention "
+            "weights never exist as a whole"
+        )
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) != 1 or next(iter(devices)).type not in ("cpu", "cuda"):
         places = ", ".join(sorted(map(str, devices))) or "no parameters"

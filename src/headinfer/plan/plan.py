@@ -12,6 +12,9 @@ from headinfer.units import format_bytes, format_tokens
 PAGE_TOKENS = 64
 """Tokens of one decode-tail page: 32 layers of Llama-3-8B then send 8 MiB home at a time."""
 
+_LEAST_CONTEXT_TOKENS = 8192
+"""Staging is made for at least such a context, however short the first prompt is."""
+
 MIN_CHUNK_TOKENS = 128
 MIN_TILE_TOKENS = 256
 _CHUNK_CHOICES = (8192, 4096, 2048, 1024, 512, 256, MIN_CHUNK_TOKENS)
@@ -194,8 +197,8 @@ def _tiles(
             per_token = max(per_token * tile_heads // heads_all, 1)
             tokens = max(_TILE_TARGET_BYTES // per_token, MIN_TILE_TOKENS)
             tokens = min(tokens, 2**17)
-            if context_tokens is not None:
-                tokens = max(min(tokens, -(-context_tokens // 64) * 64), MIN_TILE_TOKENS)
+            if context_tokens is not None:  # the next turn may be longer than this one
+                tokens = min(tokens, max(context_tokens, _LEAST_CONTEXT_TOKENS))
             while tokens >= MIN_TILE_TOKENS:
                 yield tile_heads, tokens
                 tokens //= 2

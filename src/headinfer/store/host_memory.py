@@ -16,6 +16,11 @@ def available_host_bytes() -> int:
     try:
         limit = (_CGROUP / "memory.max").read_text().strip()
         used = int((_CGROUP / "memory.current").read_text())
+        statistics = dict(
+            line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines()
+        )
+        # Files read lately are counted as used, but are given back when memory is asked for.
+        used -= int(statistics.get("inactive_file", 0)) + int(statistics.get("active_file", 0))
     except (OSError, ValueError):
         return available
     return available if limit == "max" else max(min(available, int(limit) - used), 0)

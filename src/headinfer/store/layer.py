@@ -126,13 +126,24 @@ class LayerStore:
         """Bytes of host memory held."""
         return sum(segment.buffer.numel() for segment in self._segments)
 
+    def missing_tokens(self, tokens: int) -> int:
+        """Return the tokens `reserve` would add: exactly what is missing for the first segment.
+
+        A store that outgrows its segments grows by an eighth at least, so that a token at a time
+        does not make a segment, and so a tile, of each.
+        """
+        missing = tokens - self.capacity
+        if missing <= 0 or not self._segments:
+            return max(missing, 0)
+        return max(missing, self.capacity // _GROWTH_DIVISOR, _MIN_GROWTH_TOKENS)
+
     def reserve(self, tokens: int) -> None:
-        """Have memory for `tokens` tokens in all, exactly, in one segment more if needed.
+        """Have memory for `tokens` tokens in all, in one segment more if needed.
 
         Raises:
             MemoryPlanError: the host memory cannot be had.
         """
-        missing = tokens - self.capacity
+        missing = self.missing_tokens(tokens)
         if missing > 0:
             buffer = self._device.host_empty(self.geometry.num_bytes(missing))
             keys, values = self.geometry.carve(buffer, missing)
@@ -141,9 +152,7 @@ class LayerStore:
     def extend(self, tokens: int) -> list[Span]:
         """Lengthen the store by `tokens` and return where they must be written, in order."""
         start, end = self.tokens, self.tokens + tokens
-        if end > self.capacity:
-            growth = max(self.capacity // _GROWTH_DIVISOR, _MIN_GROWTH_TOKENS)
-            self.reserve(max(end, self.capacity + growth if self.capacity else end))
+        self.reserve(end)
         self.tokens = end
         self.version += 1
         return list(self.spans(start, end))
