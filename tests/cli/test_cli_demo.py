@@ -64,7 +64,7 @@ def test_ctrl_c_between_questions(cli, monkeypatch):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Interrupt, "check", interrupt_the_third)
-    done = cli("demo", "--tokens", "1K", "--device", "cpu")
+    done = cli("demo", "--tokens", "1K", "--device", "cpu", "--chunk-tokens", "1K")
     assert done.code == 130
     assert done.out.count("  right") == 2
     assert "prefill" in done.out
