@@ -36,10 +36,13 @@ def table(documents: list[dict[str, Any]]) -> str:
                 f"| {row['decode_x_standard']:.1f} | {row['decode_bound_s'] * 1000:.1f} ms "
                 f"| {row['peak_rss_growth_bytes'] / MIB:.0f} MiB |"
             )
+    rates = " and ".join(
+        f"{document['header']['rates']['host_bytes_per_s'] / 1e9:.0f}" for document in documents
+    )
     lines += [
         "",
-        "The bound is reading KV cache and weights once at the machine's measured read rate "
-        f"({header['rates']['host_bytes_per_s'] / 1e9:.0f} GB/s). On a CPU prefill is the same "
+        "The bound is reading KV cache and weights once, at the read rate measured in the same run "
+        f"({rates} GB/s: other tenants share this machine's memory). On a CPU prefill is the same "
         "kernel's work either way. From [benchmarks/results](benchmarks/README.md); `make bench` "
         "repeats it.",
     ]
