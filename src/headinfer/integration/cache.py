@@ -201,6 +201,7 @@ class OffloadedCache(DynamicCache):
 
     def __init__(self, model: PreTrainedModel, host: CacheHost, max_tokens: int | None) -> None:
         super().__init__(config=model.config)
+        self._config = model.config
         self._lengths_before: list[int] | None = None  # while a model call is under way
         full = [
             position
@@ -239,7 +240,13 @@ class OffloadedCache(DynamicCache):
     def reset(self) -> None:
         """Forget all tokens."""
         self._lengths_before = None
-        super().reset()
+        # Made anew, because older transformers zero a window and then go on behind the zeros.
+        fresh = DynamicCache(config=self._config).layers
+        for position, layer in enumerate(self.layers):
+            if isinstance(layer, OffloadedLayer):
+                layer.reset()
+            else:
+                self.layers[position] = fresh[position]
 
     def shrink_windows(self) -> None:
         """Let sliding layers that record their past, for speculative decoding, drop it."""

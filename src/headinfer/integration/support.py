@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, cache_utils
 from transformers.cache_utils import (
     Cache,
-    DummyLayer,
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -139,8 +138,10 @@ def layer_kind(layer: object) -> LayerKind | None:
         DynamicLayer: LayerKind.FULL,
         DynamicSlidingWindowLayer: LayerKind.SLIDING,
         LinearAttentionLayer: LayerKind.STATE,
-        DummyLayer: LayerKind.STATE,
     }
+    # The layer that keeps nothing came with transformers 5.18 or later.
+    if type(layer) is getattr(cache_utils, "DummyLayer", None):
+        return LayerKind.STATE
     return kinds.get(type(layer))
 
 
