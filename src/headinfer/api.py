@@ -191,7 +191,7 @@ def attach(
     Args:
         model: a loaded causal language model, on one device, in eval mode.
         device_memory: the most the model may use on the device, for example "24GiB": weights, KV
-            and activations; None for no limit.
+            and activations; None for what is free on a GPU, and no limit elsewhere.
         host_memory: the most the KV caches may use in host memory; None for what is free.
         chunk_tokens: tokens that pass through the model at once in prefill, for example "4K".
         tile_heads: KV heads of one tile: a number, "all" or "auto".

@@ -45,7 +45,7 @@ DeviceMemory = Annotated[
     _memory_option(
         "--device-memory",
         "The most to use on the device for weights, KV and activations, such as 24GiB; "
-        "auto: no limit.",
+        "auto: what is free.",
         "SIZE",
     ),
 ]

@@ -59,7 +59,7 @@ class Options:
         """Validate options as users write them.
 
         Args:
-            device_memory: for example "24GiB"; None or "auto" for no limit.
+            device_memory: for example "24GiB"; None or "auto" when it is not given.
             chunk_tokens: a token count, or "auto".
             tile_heads: a number of heads, "all", or "auto".
             tile_tokens: a token count, "all", or "auto".
