@@ -29,6 +29,7 @@ ORDER = [
     "device",
     "plan",
     "units",
+    "folders",
     "errors",
 ]
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from headinfer.attend.partial import Partial
+from headinfer.attend.partial import Partial, stack_rows
 
 GroupedCall = Callable[
     [torch.Tensor, torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]
@@ -28,7 +28,7 @@ def attend_grouped(
         values: `[batch, kv_heads, kv_len, value_dim]`.
     """
     group = query.shape[2]
-    outs, lses = [], []
+    parts = []
     for row in range(query.shape[0]):
         out, lse = call(
             query[row],
@@ -36,8 +36,5 @@ def attend_grouped(
             values[row].unsqueeze(1).expand(-1, group, -1, -1),
             row,
         )
-        outs.append(out)
-        lses.append(lse)
-    if len(outs) == 1:
-        return Partial(outs[0].unsqueeze(0), lses[0].unsqueeze(0))
-    return Partial(torch.stack(outs), torch.stack(lses))
+        parts.append(Partial(out, lse))
+    return stack_rows(parts)

@@ -33,6 +33,11 @@ class Padding:
         return None if start >= self.padded_tokens else self.valid[:, None, start:end]
 
 
+def padding_of(padding: Padding | None, start: int, end: int) -> torch.Tensor | None:
+    """Return the mask of some tokens as `Padding.of_tokens` does, None without padding."""
+    return None if padding is None else padding.of_tokens(start, end)
+
+
 def attend_square(
     kernel: Kernel,
     query: torch.Tensor,

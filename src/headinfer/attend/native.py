@@ -24,7 +24,9 @@ from pathlib import Path
 import torch
 
 from headinfer.attend.cpu import CpuKernel
-from headinfer.attend.partial import Partial
+from headinfer.attend.partial import Partial, stack_rows
+from headinfer.attend.split import merge_splits
+from headinfer.folders import cache_folder
 
 _logger = logging.getLogger(__name__)
 
@@ -49,11 +51,6 @@ DIM_MULTIPLE = 16
 
 _COMPILE_TIMEOUT_S = 60
 _MIN_SPLIT_TOKENS = 512
-
-
-def cache_folder() -> Path:
-    """Return the user's cache folder for HeadInfer."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "headinfer"
 
 
 def _processor() -> str:
@@ -170,15 +167,14 @@ class NativeKernel:
         if (
             function is None
             or keys.stride()[2:] != (head_dim, 1)
-            or (values.stride()[2:] != (head_dim, 1))
+            or values.stride()[2:] != (head_dim, 1)
         ):
             return self._other.attend(query, keys, values, scale=scale, causal=causal, mask=mask)
-        parts = [
-            _attend_row(function, query[row], keys[row], values[row], scale)
-            for row in range(query.shape[0])
-        ]
-        return Partial(
-            torch.stack([part.out for part in parts]), torch.stack([part.lse for part in parts])
+        return stack_rows(
+            [
+                _attend_row(function, query[row], keys[row], values[row], scale)
+                for row in range(query.shape[0])
+            ]
         )
 
 
@@ -214,5 +210,4 @@ def _attend_row(
     )
     if splits == 1:
         return Partial(out[:, 0], lse[:, 0])
-    total = torch.logsumexp(lse, dim=1, keepdim=True)
-    return Partial((out * torch.exp(lse - total).unsqueeze(-1)).sum(dim=1), total[:, 0])
+    return Partial(*merge_splits(out, lse))

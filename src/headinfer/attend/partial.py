@@ -57,6 +57,13 @@ class Kernel(Protocol):
         """
 
 
+def stack_rows(rows: list[Partial]) -> Partial:
+    """Join the partials of single rows, each without the batch axis; a lone one is not copied."""
+    if len(rows) == 1:
+        return Partial(rows[0].out.unsqueeze(0), rows[0].lse.unsqueeze(0))
+    return Partial(torch.stack([row.out for row in rows]), torch.stack([row.lse for row in rows]))
+
+
 def empty_partial(query: torch.Tensor, value_dim: int) -> Partial:
     """Return the neutral element of the merge: no key visible to any query.
 

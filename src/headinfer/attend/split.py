@@ -54,7 +54,20 @@ def attend_split(
         rest_out, rest_lse = call(query, keys[:, :, even:], values[:, :, even:], scale)
         out = torch.cat((out, rest_out.transpose(0, 1)), dim=1)
         lse = torch.cat((lse, rest_lse.transpose(0, 1)), dim=1)
-    total = torch.logsumexp(lse, dim=1, keepdim=True)
-    weights = torch.exp(lse - total).unsqueeze(-1)
-    merged = (out * weights).sum(dim=1, keepdim=True)
-    return merged.transpose(0, 1).to(query.dtype), total.transpose(0, 1)
+    merged, total = merge_splits(out, lse)
+    return merged.unsqueeze(0).to(query.dtype), total.unsqueeze(0)
+
+
+def merge_splits(out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Merge the parts of each head.
+
+    Args:
+        out: `[heads, splits, ..., dim]`.
+        lse: `[heads, splits, ...]`, each finite.
+
+    Returns:
+        Output `[heads, ..., dim]` in the dtype of the LSE or wider, and LSE `[heads, ...]`.
+    """
+    total = torch.logsumexp(lse, dim=1)
+    weights = torch.exp(lse - total.unsqueeze(1)).unsqueeze(-1)
+    return (out * weights).sum(dim=1), total

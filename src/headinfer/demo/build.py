@@ -1,10 +1,11 @@
 """Build the demo model into a folder, and keep one built model in the user's cache."""
 
 import hashlib
-import os
 import tempfile
 from importlib.resources import files
 from pathlib import Path
+
+from headinfer.folders import cache_folder
 
 _SOURCES = (
     "codes.py",
@@ -29,12 +30,6 @@ def build_model(folder: Path) -> None:
     tokenizer = build_tokenizer()
     construct_model(tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def cache_folder() -> Path:
-    """Return `$XDG_CACHE_HOME/headinfer` or `~/.cache/headinfer`."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "headinfer"
 
 
 def ensure_model() -> Path:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from headinfer.attend.masks import Padding, attend_square
+from headinfer.attend.masks import Padding, attend_square, padding_of
 from headinfer.attend.partial import Accumulator, Kernel
 from headinfer.device.base import Device, Edge
 from headinfer.engine.arena import Arena
@@ -203,7 +203,7 @@ class Engine:
         """Attend at most `plan.chunk_tokens` new tokens, into `out`."""
         new_tokens = keys.shape[2]
         past_tokens = self.tokens(layer_idx)
-        own_padding = _padding_of(padding, past_tokens, past_tokens + new_tokens)
+        own_padding = padding_of(padding, past_tokens, past_tokens + new_tokens)
         self._writer.make_room(layer_idx, new_tokens)
         near = self._writer.admit(layer_idx, keys, values)
         self._source.begin(layer_idx)
@@ -228,7 +228,7 @@ class Engine:
                         span.keys[:, heads],
                         span.values[:, heads],
                         scale=scale,
-                        mask=_padding_of(padding, span.start, span.start + span.tokens),
+                        mask=padding_of(padding, span.start, span.start + span.tokens),
                     )
                 )
             for tile in self._source.tiles(heads):
@@ -238,7 +238,7 @@ class Engine:
                         tile.keys,
                         tile.values,
                         scale=scale,
-                        mask=_padding_of(padding, tile.start, tile.start + tile.tokens),
+                        mask=padding_of(padding, tile.start, tile.start + tile.tokens),
                     )
                 )
             if sinks is not None:
@@ -332,7 +332,3 @@ class Engine:
         for stream in (self._device.copy_in, self._device.copy_out):
             stream.record().synchronize(Edge.HOST_SETTLED)
         self._source.drop()
-
-
-def _padding_of(padding: Padding | None, start: int, end: int) -> torch.Tensor | None:
-    return None if padding is None else padding.of_tokens(start, end)

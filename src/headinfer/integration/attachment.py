@@ -137,9 +137,10 @@ class Attachment:
         self._new_tokens = new_tokens
         self._decoding = past_tokens > 0 and new_tokens <= _FEW_TOKENS
         chunk_tokens = self._owner.chunk_tokens(cache)
-        config = self._model.config.get_text_config(decoder=True)
         cache.begin_call()
-        if new_tokens > chunk_tokens and chunking.can_split(config, arguments):
+        if new_tokens > chunk_tokens and chunking.can_split(
+            self._model.config.get_text_config(decoder=True), arguments
+        ):
             arguments, self._logits = chunking.run_leading_chunks(
                 model, arguments, chunk_tokens, past_tokens, self._after_chunk
             )

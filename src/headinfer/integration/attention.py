@@ -13,7 +13,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
-from headinfer.attend.masks import Padding, attend_band, attend_square
+from headinfer.attend.masks import Padding, attend_band, attend_square, padding_of
 from headinfer.attend.partial import Accumulator, Kernel
 from headinfer.attend.select import select_kernel
 from headinfer.engine.engine import Engine
@@ -240,7 +240,7 @@ def _attend_in_hand(
     past = kv_len - q_len
     total = Accumulator()
     if window_tokens is not None:
-        mask = None if padding is None else padding.of_tokens(0, kv_len)
+        mask = padding_of(padding, 0, kv_len)
         total.add(
             attend_band(
                 kernel,
@@ -253,14 +253,14 @@ def _attend_in_hand(
             )
         )
     else:
-        own = None if padding is None else padding.of_tokens(past, kv_len)
+        own = padding_of(padding, past, kv_len)
         total.add(
             attend_square(
                 kernel, query, keys[:, :, past:], values[:, :, past:], scale=scale, padding=own
             )
         )
         if past:
-            mask = None if padding is None else padding.of_tokens(0, past)
+            mask = padding_of(padding, 0, past)
             total.add(
                 kernel.attend(query, keys[:, :, :past], values[:, :, :past], scale=scale, mask=mask)
             )

@@ -21,7 +21,9 @@ _WHOLE = frozenset({"past_key_values", "use_cache", "return_dict", "logits_to_ke
 def named_arguments(
     model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return a forward call's arguments by name."""
+    """Return a forward call's arguments by name, in a dictionary of its own."""
+    if not args:  # as `generate` calls at every token; reading the signature is slow
+        return dict(kwargs)
     names = inspect.signature(type(model).forward).parameters
     return dict(zip(list(names)[1:], args, strict=False)) | kwargs
 
