@@ -1,6 +1,8 @@
 """Every kernel against the definition of attention, on odd shapes and each dtype."""
 
+import platform
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from headinfer.attend.cpu import CpuKernel
 from headinfer.attend.cuda import candidates
 from headinfer.attend.masks import attend_band
-from headinfer.attend.native import NativeKernel, compiled
+from headinfer.attend.native.kernel import NativeKernel, decode_library, prefill_library
 from headinfer.attend.partial import Accumulator, Kernel, empty_partial
 from headinfer.attend.reference import ReferenceKernel
 from headinfer.attend.select import select_kernel
@@ -54,6 +56,9 @@ SHAPES = [  # batch, kv_heads, group, q_len, kv_len, head_dim
     (1, 1, 5, 1, 4099, 256),
     (1, 3, 7, 1, 63, 48),
     (1, 2, 1, 6, 1, 32),
+    (1, 1, 1, 9, 3, 32),
+    (2, 1, 4, 50, 1300, 64),
+    (1, 3, 1, 97, 512, 96),
 ]
 
 
@@ -212,33 +217,68 @@ def test_bands(window: int | None, q_len: int, past: int) -> None:
         torch.testing.assert_close(ours.out, out, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
-def test_the_native_kernel_is_compiled_once_and_chosen(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def fresh_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty cache folder, and nothing remembered of kernels built before."""
+
+    def forget() -> None:
+        for remembered in (decode_library, prefill_library, select_kernel):
+            remembered.cache_clear()
+
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    compiled.cache_clear()
-    select_kernel.cache_clear()
-    assert select_kernel(torch.device("cpu"), torch.bfloat16, 64, 64).name == NativeKernel.name
-    built = sorted(tmp_path.rglob("*.so"))
+    forget()
+    yield tmp_path
+    forget()
+
+
+needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+
+
+@needs_compiler
+def test_the_native_kernels_are_compiled_once_and_chosen(
+    fresh_build: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = torch.device("cpu")
+    assert select_kernel(device, torch.bfloat16, 64, 64).name == NativeKernel.name
+    assert decode_library(torch.bfloat16, 64, 3) is not None
+    assert prefill_library(torch.bfloat16, 64) is not None
+    built = {path: path.stat().st_mtime_ns for path in fresh_build.rglob("*.so")}
     assert built
-    monkeypatch.setenv("PATH", "")  # no compiler now, and none needed
-    compiled.cache_clear()
-    assert not [path for path in tmp_path.rglob("*.so") if path not in built]
-    compiled.cache_clear()
-    select_kernel.cache_clear()
+    for remembered in (decode_library, prefill_library, select_kernel):
+        remembered.cache_clear()
+    assert select_kernel(device, torch.bfloat16, 64, 64).name == NativeKernel.name
+    assert built == {path: path.stat().st_mtime_ns for path in fresh_build.rglob("*.so")}
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("flags", ["-mno-amx-tile", "-mno-avx512f"])
+def test_the_native_kernels_of_lesser_processors(
+    fresh_build: Path, monkeypatch: pytest.MonkeyPatch, flags: str, dtype: torch.dtype
+) -> None:
+    if platform.machine() != "x86_64":
+        pytest.skip("these flags are those of x86")
+    monkeypatch.setenv("CC", f"cc {flags}")
+    for q_len in (1, 70):
+        check(NativeKernel(), (1, 2, 3, q_len, 1037, 64), dtype, "tile")
+    assert len(list(fresh_build.rglob("*.so"))) == 2
+
+
+def test_not_a_number_is_not_hidden() -> None:
+    for q_len in (1, 70):
+        query, keys, values = draw(1, 1, 1, q_len, 32), draw(1, 1, 900, 32), draw(1, 1, 900, 32)
+        keys[0, 0, 700, 3] = torch.nan
+        ours = NativeKernel().attend(query.float(), keys.float(), values.float(), scale=0.5)
+        assert ours.out.isnan().all()
+        assert ours.lse.isnan().all()
 
 
 @pytest.mark.parametrize("compiler", ["/nowhere/cc", "false"])
 def test_without_a_working_compiler_torch_serves(
-    compiler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fresh_build: Path, monkeypatch: pytest.MonkeyPatch, compiler: str
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CC", compiler)
-    compiled.cache_clear()
-    select_kernel.cache_clear()
     assert select_kernel(torch.device("cpu"), torch.bfloat16, 64, 64).name == CpuKernel.name
-    check(NativeKernel(), (1, 2, 4, 1, 1037, 64), torch.bfloat16, "tile")
-    assert not list(tmp_path.rglob("*.so"))
-    compiled.cache_clear()
-    select_kernel.cache_clear()
+    for q_len in (1, 70):
+        check(NativeKernel(), (1, 2, 4, q_len, 1037, 64), torch.bfloat16, "tile")
+    assert not list(fresh_build.rglob("*.so"))

@@ -10,7 +10,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, LlamaForCau
 
 import headinfer
 from headinfer.attend.cpu import CpuKernel
-from headinfer.attend.native import NativeKernel
+from headinfer.attend.native.kernel import NativeKernel
 from headinfer.device.simulated import SimulatedDevice
 from headinfer.errors import (
     CacheStateError,

@@ -5,8 +5,9 @@ import logging
 
 import torch
 
-from headinfer.attend import cuda, native
+from headinfer.attend import cuda
 from headinfer.attend.cpu import CpuKernel
+from headinfer.attend.native.kernel import NativeKernel, decode_library
 from headinfer.attend.partial import Kernel
 from headinfer.attend.reference import ReferenceKernel
 
@@ -44,8 +45,8 @@ def select_kernel(
         fused = cuda.candidates(torch_device, dtype, key_dim)
     elif torch_device.type == "cpu":
         fused = [CpuKernel()]
-        if native.compiled(dtype, key_dim, 1) is not None:
-            fused.insert(0, native.NativeKernel())
+        if decode_library(dtype, key_dim, 1) is not None:
+            fused.insert(0, NativeKernel())
     else:
         fused = []
     for kernel in fused:

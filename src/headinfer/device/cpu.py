@@ -4,6 +4,8 @@ from typing import NoReturn
 
 import torch
 
+from headinfer.device.host_pages import map_host_memory
+
 
 class CpuDevice:
     """Tiles are views of the host store; the streams of the protocol must never be asked for."""
@@ -22,9 +24,7 @@ class CpuDevice:
 
     def host_empty(self, num_bytes: int) -> torch.Tensor:
         """Return pageable memory; the system commits a page when it is first written."""
-        # Memory made in inference mode could not be written to outside it.
-        with torch.inference_mode(False):
-            return torch.empty(num_bytes, dtype=torch.uint8)
+        return map_host_memory(num_bytes)
 
     device_empty = host_empty
 

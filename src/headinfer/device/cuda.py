@@ -1,22 +1,17 @@
 """CUDA: pinned host memory, two copy streams beside the model's own, and CUDA events."""
 
 import contextlib
-import mmap
 import weakref
 from typing import Any
 
 import torch
 
 from headinfer.device.base import Edge, Event, Stream
+from headinfer.device.host_pages import map_host_memory
 from headinfer.errors import MemoryPlanError, OptionError
 from headinfer.units import format_bytes
 
 _CUDA_SUCCESS = 0
-
-# A shared mapping would count against a container's shared-memory limit. Windows has neither flag.
-_PRIVATE: dict[str, int] = (
-    {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
-)
 
 
 class CudaEvent:
@@ -96,17 +91,11 @@ class CudaDevice:
         Raises:
             MemoryPlanError: the system refuses to map or to lock that much.
         """
-        try:
-            region = mmap.mmap(-1, max(num_bytes, 1), **_PRIVATE)
-        except OSError as error:
-            raise MemoryPlanError(
-                f"cannot map {format_bytes(num_bytes)} of host memory: {error}"
-            ) from error
-        with torch.inference_mode(False):  # or it could not be written to outside
-            tensor = torch.frombuffer(region, dtype=torch.uint8)[:num_bytes]
+        tensor = map_host_memory(num_bytes)
+        storage = tensor.untyped_storage()
         cudart: Any = torch.cuda.cudart()
         with torch.cuda.device(self.torch_device):
-            status = int(cudart.cudaHostRegister(tensor.data_ptr(), len(region), 0))
+            status = int(cudart.cudaHostRegister(storage.data_ptr(), storage.nbytes(), 0))
         if status != _CUDA_SUCCESS:
             with contextlib.suppress(RuntimeError):  # the next operation would report it again
                 torch.zeros(1, device=self.torch_device)
@@ -114,7 +103,6 @@ class CudaDevice:
                 f"cannot lock {format_bytes(num_bytes)} of host memory for the KV cache (CUDA "
                 f"error {status}); free memory or raise the limit shown by `ulimit -l`"
             )
-        storage = tensor.untyped_storage()
         finalizer = weakref.finalize(storage, cudart.cudaHostUnregister, storage.data_ptr())
         finalizer.atexit = False  # the driver frees it, and may be gone by then
         return tensor

@@ -3,97 +3,24 @@
  *
  * Such a step reads each key and value once and does little with it, so the aim is to read at the
  * speed of memory. Compiled for one head_dim, number of rows and element type at a time, by the
- * definitions HEAD_DIM (a multiple of LANES), ROWS (1 to 8) and ELEMENT_IS_FLOAT32,
- * ELEMENT_IS_BFLOAT16 or ELEMENT_IS_FLOAT16. Vectors are those of GCC and Clang, for any processor.
+ * definitions HEAD_DIM (a multiple of LANES), ROWS (1 to 8) and the element type.
  */
 #include <math.h>
-#include <stdint.h>
-#include <string.h>
-#ifdef __x86_64__
-#include <immintrin.h> /* for what compilers do not make of vectors by themselves */
-#endif
 
-#ifdef __AVX512F__
-#define LANES 16
-#else
-#define LANES 8
-#endif
-
-typedef float vector __attribute__((vector_size(LANES * 4)));
-typedef uint32_t bits32 __attribute__((vector_size(LANES * 4)));
-
-#if defined(ELEMENT_IS_FLOAT32)
-typedef float element;
-static inline vector load(const element *p) {
-    vector v;
-    memcpy(&v, p, sizeof v);
-    return v;
-}
-#elif defined(ELEMENT_IS_BFLOAT16)
-typedef uint16_t element;
-typedef uint16_t bits16 __attribute__((vector_size(LANES * 2)));
-static inline vector load(const element *p) { /* a bfloat16 is the upper half of a float32 */
-    bits16 half;
-    memcpy(&half, p, sizeof half);
-    bits32 whole = __builtin_convertvector(half, bits32) << 16;
-    vector v;
-    memcpy(&v, &whole, sizeof v);
-    return v;
-}
-#elif defined(ELEMENT_IS_FLOAT16)
-typedef _Float16 element;
-#if defined(__AVX512F__)
-static inline vector load(const element *p) {
-    return (vector)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
-}
-#elif defined(__F16C__)
-static inline vector load(const element *p) {
-    return (vector)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
-}
-#else
-typedef _Float16 halves __attribute__((vector_size(LANES * 2)));
-static inline vector load(const element *p) {
-    halves half;
-    memcpy(&half, p, sizeof half);
-    return __builtin_convertvector(half, vector);
-}
-#endif
-#endif
+#include "elements.h"
 
 #define CHUNKS (HEAD_DIM / LANES)
-#define UNROLL _Pragma("GCC unroll 16") /* arrays indexed by unrolled loops live in registers */
 #define BLOCK 64                        /* tokens of a block, which stays in the nearest caches */
 #define SLOTS (ROWS <= 1 ? 1 : ROWS <= 2 ? 2 : ROWS <= 4 ? 4 : 8) /* rows, rounded up */
 #define TOKENS_AT_ONCE (LANES / SLOTS)  /* tokens whose scores fill one vector */
 #define CHUNKS_AT_ONCE (LANES / SLOTS < CHUNKS ? LANES / SLOTS : CHUNKS)
-#define NOTHING -1e30f                  /* a score whose exponential is 0 */
 
-/* Lane j of the sum of halves: blocks of `s` lanes from a and b in turn, low halves or high. */
-#define SOURCE(j, s, high) \
-    (((j) / (2 * (s))) * 2 * (s) + ((j) % (s)) + ((high) ? (s) : 0) + \
-     (((j) % (2 * (s))) >= (s) ? LANES : 0))
-#if LANES == 16
-#define MASK(s, h) \
-    SOURCE(0, s, h), SOURCE(1, s, h), SOURCE(2, s, h), SOURCE(3, s, h), SOURCE(4, s, h), \
-    SOURCE(5, s, h), SOURCE(6, s, h), SOURCE(7, s, h), SOURCE(8, s, h), SOURCE(9, s, h), \
-    SOURCE(10, s, h), SOURCE(11, s, h), SOURCE(12, s, h), SOURCE(13, s, h), SOURCE(14, s, h), \
-    SOURCE(15, s, h)
-#else
-#define MASK(s, h) \
-    SOURCE(0, s, h), SOURCE(1, s, h), SOURCE(2, s, h), SOURCE(3, s, h), SOURCE(4, s, h), \
-    SOURCE(5, s, h), SOURCE(6, s, h), SOURCE(7, s, h)
-#endif
-#ifdef __clang__
-#define SHUFFLE(a, b, s, h) __builtin_shufflevector(a, b, MASK(s, h))
-#else
-typedef int32_t indices __attribute__((vector_size(LANES * 4)));
-#define SHUFFLE(a, b, s, h) __builtin_shuffle(a, b, (indices){MASK(s, h)})
-#endif
 #define HALVE(s) \
-    UNROLL for (int i = 0; i < (s); i++) x[i] = SHUFFLE(x[i], x[i + (s)], s, 0) + SHUFFLE(x[i], x[i + (s)], s, 1)
+    UNROLL for (int i = 0; i < (s); i++) \
+        x[i] = HALVES(x[i], x[i + (s)], s, 0) + HALVES(x[i], x[i + (s)], s, 1)
 
 /* Return the sums over the lanes of LANES vectors; lane j is the sum of x[j]. */
-static inline vector sums(vector x[LANES]) {
+INLINE vector sums(vector x[LANES]) {
 #if LANES == 16
     HALVE(8);
 #endif
@@ -108,11 +35,11 @@ static inline vector sums(vector x[LANES]) {
 typedef uint16_t query_element;
 typedef __m512bh key_part;
 #define PART_DIM 32
-static inline key_part load_part(const element *p) { return (__m512bh)_mm512_loadu_si512(p); }
-static inline vector multiply_add(vector sum, const query_element *q, key_part key) {
+INLINE key_part load_part(const element *p) { return (__m512bh)_mm512_loadu_si512(p); }
+INLINE vector multiply_add(vector sum, const query_element *q, key_part key) {
     return (vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_loadu_si512(q), key);
 }
-static inline query_element query_of(float value) { /* it was a bfloat16 before */
+INLINE query_element query_of(float value) { /* it was a bfloat16 before */
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);
     return (query_element)(bits >> 16);
@@ -121,25 +48,21 @@ static inline query_element query_of(float value) { /* it was a bfloat16 before 
 typedef float query_element;
 typedef vector key_part;
 #define PART_DIM LANES
-static inline key_part load_part(const element *p) { return load(p); }
-static inline vector multiply_add(vector sum, const query_element *q, key_part key) {
-    vector v;
-    memcpy(&v, q, sizeof v);
-    return sum + v * key;
+INLINE key_part load_part(const element *p) { return load(p); }
+INLINE vector multiply_add(vector sum, const query_element *q, key_part key) {
+    return sum + get(q) * key;
 }
-static inline query_element query_of(float value) { return value; }
+INLINE query_element query_of(float value) { return value; }
 #endif
 
 /* Ask for a row of keys or values that the next phase will read. */
-static inline void prefetch(const element *row) {
+INLINE void prefetch(const element *row) {
     UNROLL for (int byte = 0; byte < HEAD_DIM * (int)sizeof(element); byte += 64)
         __builtin_prefetch((const char *)row + byte, 0, 2);
 }
 
 /* Scores of TOKENS_AT_ONCE keys, of which `now` are there: lane `token * SLOTS + row`. */
-static inline __attribute__((always_inline)) vector score_step(const query_element *query,
-                                                               const element *keys, int now,
-                                                               float scale) {
+INLINE vector score_step(const query_element *query, const element *keys, int now, float scale) {
     vector dots[LANES];
     memset(dots, 0, sizeof dots);
     UNROLL for (int first = 0; first < HEAD_DIM; first += PART_DIM) {
@@ -160,7 +83,7 @@ static inline void score_block(const query_element *query, const element *keys, 
     for (; first + TOKENS_AT_ONCE <= count; first += TOKENS_AT_ONCE) {
         UNROLL for (int t = 0; t < TOKENS_AT_ONCE; t++) prefetch(values + (first + t) * HEAD_DIM);
         vector sum = score_step(query, keys + first * HEAD_DIM, TOKENS_AT_ONCE, scale);
-        memcpy(scores + first * SLOTS, &sum, sizeof sum);
+        put(scores + first * SLOTS, sum);
     }
     for (; first < count; first++) {
         vector sum = score_step(query, keys + first * HEAD_DIM, 1, scale);
@@ -169,32 +92,47 @@ static inline void score_block(const query_element *query, const element *keys, 
     for (int64_t i = count * SLOTS; i < BLOCK * SLOTS; i++) scores[i] = NOTHING;
 }
 
-/* Turn scores into exponentials over the highest so far; shrink what was summed under a lower one. */
-static inline void weigh_block(float *scores, float weights[ROWS][BLOCK], float highest[SLOTS],
-                               float total[SLOTS], float sum[ROWS][HEAD_DIM]) {
-    float high[LANES], added[LANES], shift[SLOTS];
-    for (int lane = 0; lane < LANES; lane++) high[lane] = highest[lane % SLOTS], added[lane] = 0;
+/* Combine the lanes of each row, by `larger` or by adding; every lane gets its row's result. */
+#define ACROSS(combine, s) \
+    if (SLOTS <= (s)) x = combine(HALVES(x, x, s, 0), HALVES(x, x, s, 1))
+#define ADD(a, b) ((a) + (b))
+#if LANES == 16
+#define ACROSS_ALL(combine) \
+    ACROSS(combine, 8); ACROSS(combine, 4); ACROSS(combine, 2); ACROSS(combine, 1)
+#else
+#define ACROSS_ALL(combine) ACROSS(combine, 4); ACROSS(combine, 2); ACROSS(combine, 1)
+#endif
+INLINE vector largest_of_row(vector x) {
+    ACROSS_ALL(larger);
+    return x;
+}
+INLINE vector sum_of_row(vector x) {
+    ACROSS_ALL(ADD);
+    return x;
+}
+
+/*
+ * Turn scores into powers of two over the highest so far; shrink what was summed under a lower one.
+ * `highest` is the same in all lanes of a row; those of `total` are still to be added up.
+ */
+static inline void weigh_block(float *scores, float weights[ROWS][BLOCK], vector *highest,
+                               vector *total, float sum[ROWS][HEAD_DIM]) {
+    vector high = *highest;
     for (int first = 0; first < BLOCK * SLOTS; first += LANES)
-        for (int lane = 0; lane < LANES; lane++)
-            high[lane] = scores[first + lane] > high[lane] ? scores[first + lane] : high[lane];
-    for (int slot = 0; slot < SLOTS; slot++) {
-        float most = high[slot];
-        for (int lane = slot; lane < LANES; lane += SLOTS) most = high[lane] > most ? high[lane] : most;
-        shift[slot] = most;
-        if (slot < ROWS && most > highest[slot]) {
-            float shrink = expf(highest[slot] - most);
-            total[slot] *= shrink;
-            for (int d = 0; d < HEAD_DIM; d++) sum[slot][d] *= shrink;
-        }
-        highest[slot] = most;
+        high = larger(get(scores + first), high);
+    high = largest_of_row(high);
+    if (memcmp(&high, highest, sizeof high)) {
+        vector shrink = exp2_of(*highest - high);
+        *total *= shrink;
+        *highest = high;
+        for (int row = 0; row < ROWS; row++)
+            for (int d = 0; d < HEAD_DIM; d++) sum[row][d] *= shrink[row];
     }
-    for (int lane = 0; lane < LANES; lane++) high[lane] = shift[lane % SLOTS];
-    for (int first = 0; first < BLOCK * SLOTS; first += LANES)
-        for (int lane = 0; lane < LANES; lane++) {
-            scores[first + lane] = expf(scores[first + lane] - high[lane]);
-            added[lane] += scores[first + lane];
-        }
-    for (int lane = 0; lane < LANES; lane++) total[lane % SLOTS] += added[lane];
+    for (int first = 0; first < BLOCK * SLOTS; first += LANES) {
+        vector weight = exp2_of(get(scores + first) - high);
+        *total += weight;
+        put(scores + first, weight);
+    }
     /* One row after the other: each weight is then broadcast by the multiplication that uses it. */
     for (int row = 0; row < ROWS; row++)
         for (int t = 0; t < BLOCK; t++) weights[row][t] = scores[t * SLOTS + row];
@@ -220,10 +158,8 @@ static inline void add_values(const element *values, const element *next_keys, i
         UNROLL for (int row = 0; row < ROWS; row++)
             UNROLL for (int c = 0; c < CHUNKS_AT_ONCE; c++)
                 if (chunk + c < CHUNKS) {
-                    vector before;
-                    memcpy(&before, &out[row][(chunk + c) * LANES], sizeof before);
-                    before += sum[row][c];
-                    memcpy(&out[row][(chunk + c) * LANES], &before, sizeof before);
+                    float *to = &out[row][(chunk + c) * LANES];
+                    put(to, get(to) + sum[row][c]);
                 }
     }
 }
@@ -234,21 +170,22 @@ static void attend_part(const float *given_query, const element *keys, const ele
     float scores[BLOCK * SLOTS] __attribute__((aligned(64)));
     float weights[ROWS][BLOCK] __attribute__((aligned(64)));
     float sum[ROWS][HEAD_DIM] __attribute__((aligned(64)));
-    float highest[SLOTS], total[SLOTS];
+    vector highest = all(NOTHING), total = {0};
     query_element query[ROWS * HEAD_DIM] __attribute__((aligned(64)));
     for (int i = 0; i < ROWS * HEAD_DIM; i++) query[i] = query_of(given_query[i]);
     memset(sum, 0, sizeof sum);
-    for (int slot = 0; slot < SLOTS; slot++) highest[slot] = NOTHING, total[slot] = 0;
+    scale *= LOG2_E;
     for (int64_t start = 0; start < count; start += BLOCK) {
         int64_t now = count - start < BLOCK ? count - start : BLOCK;
         int64_t left = count - start - now, next = left < BLOCK ? left : BLOCK;
         score_block(query, keys + start * HEAD_DIM, values + start * HEAD_DIM, now, scale, scores);
-        weigh_block(scores, weights, highest, total, sum);
+        weigh_block(scores, weights, &highest, &total, sum);
         add_values(values + start * HEAD_DIM, keys + (start + now) * HEAD_DIM, now, next, weights,
                    sum);
     }
+    total = sum_of_row(total);
     for (int row = 0; row < ROWS; row++) {
-        lse[row] = highest[row] + logf(total[row]);
+        lse[row] = (highest[row] + log2f(total[row])) * LN_2;
         for (int d = 0; d < HEAD_DIM; d++) out[row * HEAD_DIM + d] = sum[row][d] / total[row];
     }
 }

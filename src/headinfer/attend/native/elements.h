@@ -1,0 +1,109 @@
+/*
+ * Vectors of float32, and how elements of keys and values become them.
+ *
+ * Vectors are those of GCC and Clang, for any processor. The element type is ELEMENT_IS_FLOAT32,
+ * ELEMENT_IS_BFLOAT16 or ELEMENT_IS_FLOAT16, by definition at compilation.
+ */
+#include <stdint.h>
+#include <string.h>
+#ifdef __x86_64__
+#include <immintrin.h> /* for what compilers do not make of vectors by themselves */
+#endif
+
+#ifdef __AVX512F__
+#define LANES 16
+#else
+#define LANES 8
+#endif
+#define UNROLL _Pragma("GCC unroll 16") /* arrays indexed by unrolled loops live in registers */
+#define INLINE static inline __attribute__((always_inline))
+#define NOTHING -1e30f /* a score whose exponential is 0 */
+
+typedef float vector __attribute__((vector_size(LANES * 4)));
+typedef int32_t integers __attribute__((vector_size(LANES * 4)));
+typedef uint32_t bits32 __attribute__((vector_size(LANES * 4)));
+
+/* A vector from any address, or to it. Not memcpy: GCC copies in halves, which then stalls. */
+typedef vector anywhere __attribute__((aligned(1), may_alias));
+INLINE vector get(const void *p) { return *(const anywhere *)p; }
+INLINE void put(void *p, vector v) { *(anywhere *)p = v; }
+
+#if defined(ELEMENT_IS_FLOAT32)
+typedef float element;
+INLINE vector load(const element *p) { return get(p); }
+#elif defined(ELEMENT_IS_BFLOAT16)
+typedef uint16_t element;
+INLINE bits32 widen(const element *p) {
+#if defined(__AVX512F__) /* GCC would convert in halves */
+    return (bits32)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
+#else
+    typedef uint16_t halves __attribute__((vector_size(LANES * 2), aligned(1), may_alias));
+    return __builtin_convertvector(*(const halves *)p, bits32);
+#endif
+}
+INLINE vector load(const element *p) { /* a bfloat16 is the upper half of a float32 */
+    return (vector)(widen(p) << 16);
+}
+#elif defined(ELEMENT_IS_FLOAT16)
+typedef _Float16 element;
+INLINE vector load(const element *p) {
+#if defined(__AVX512F__)
+    return (vector)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+#elif defined(__F16C__)
+    return (vector)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
+#else
+    vector v;
+    for (int lane = 0; lane < LANES; lane++) v[lane] = p[lane];
+    return v;
+#endif
+}
+#endif
+
+INLINE vector all(float value) { return value - (vector){0}; }
+
+/* The larger in each lane; where either is NaN, that of b. */
+INLINE vector larger(vector a, vector b) {
+#if defined(__AVX512F__)
+    return (vector)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+    integers first = a > b;
+    return (vector)(((integers)a & first) | ((integers)b & ~first));
+#endif
+}
+
+#define LOG2_E 1.44269504f
+#define LN_2 0.693147181f
+
+/* 2 to the power of x <= 0, relative error 3e-7; below 2^-126 it is 2^-126. */
+INLINE vector exp2_of(vector x) {
+    x = larger(all(-126.0f), x); /* in this order a NaN stays one */
+    vector rounded = x + 12582912.0f; /* 1.5 * 2^23: the whole number is in the lowest bits */
+    vector f = x - (rounded - 12582912.0f);
+    vector p = f * 1.327647203e-3f + 9.675541480e-3f; /* minimax on -0.5 to 0.5 */
+    p = p * f + 5.550713275e-2f;
+    p = p * f + 2.402211972e-1f;
+    p = p * f + 6.931469671e-1f;
+    p = p * f + 1.0f;
+    return (vector)((bits32)p + ((bits32)rounded << 23));
+}
+
+/* The lower or upper halves of a and b: blocks of `s` lanes from each in turn. */
+#define SOURCE(j, s, upper) \
+    (((j) / (2 * (s))) * 2 * (s) + ((j) % (s)) + ((upper) ? (s) : 0) + \
+     (((j) % (2 * (s))) >= (s) ? LANES : 0))
+#if LANES == 16
+#define SOURCES(s, u) \
+    SOURCE(0, s, u), SOURCE(1, s, u), SOURCE(2, s, u), SOURCE(3, s, u), SOURCE(4, s, u), \
+    SOURCE(5, s, u), SOURCE(6, s, u), SOURCE(7, s, u), SOURCE(8, s, u), SOURCE(9, s, u), \
+    SOURCE(10, s, u), SOURCE(11, s, u), SOURCE(12, s, u), SOURCE(13, s, u), SOURCE(14, s, u), \
+    SOURCE(15, s, u)
+#else
+#define SOURCES(s, u) \
+    SOURCE(0, s, u), SOURCE(1, s, u), SOURCE(2, s, u), SOURCE(3, s, u), SOURCE(4, s, u), \
+    SOURCE(5, s, u), SOURCE(6, s, u), SOURCE(7, s, u)
+#endif
+#ifdef __clang__
+#define HALVES(a, b, s, u) __builtin_shufflevector(a, b, SOURCES(s, u))
+#else
+#define HALVES(a, b, s, u) __builtin_shuffle(a, b, (integers){SOURCES(s, u)})
+#endif

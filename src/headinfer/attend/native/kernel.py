@@ -1,0 +1,218 @@
+"""Partial attention on the CPU by the compiled kernels, and by torch's where they do not serve.
+
+`decode.c` takes few query rows and reads at the speed of memory; `prefill.c` takes many and
+multiplies matrices. Neither knows masks: the causal square of a chunk's own tokens goes to torch,
+and padding is left out by looking at the tokens behind it alone.
+"""
+
+import ctypes
+import functools
+import math
+
+import torch
+
+from headinfer.attend.cpu import CpuKernel
+from headinfer.attend.native.build import ELEMENTS, compile_kernel
+from headinfer.attend.partial import Partial, empty_partial, stack_rows
+from headinfer.attend.split import merge_splits
+
+_MAX_DECODE_ROWS = 8
+"""Query rows that fit the registers of any processor; more are worth a matrix product."""
+
+_DECODE_DIM_MULTIPLE = 16
+_PREFILL_DIM_MULTIPLE = 32
+"""A head_dim must be one of: whole vectors of the widest processor, and pairs of them."""
+
+_MIN_SPLIT_TOKENS = 512
+_MIN_SPLIT_ROWS = 96
+_ALIGNMENT_BYTES = 64
+
+_POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_int64
+
+
+@functools.cache
+def decode_library(dtype: torch.dtype, head_dim: int, rows: int) -> ctypes.CDLL | None:
+    """Return `decode.c` compiled for one shape; None where it cannot be had.
+
+    Args:
+        dtype: of keys and values.
+        head_dim: elements of one key, and of one value.
+        rows: query rows of one KV head.
+    """
+    if dtype not in ELEMENTS or head_dim % _DECODE_DIM_MULTIPLE:
+        return None
+    library = compile_kernel("decode.c", dtype, HEAD_DIM=head_dim, ROWS=rows)
+    if library is not None:
+        library.attend_heads.argtypes = [
+            *(_POINTER, _POINTER, _POINTER),  # query, keys, values
+            *(_NUMBER, _NUMBER, _NUMBER, _NUMBER, _NUMBER),  # strides, count, heads, splits
+            *(ctypes.c_float, _POINTER, _POINTER, ctypes.c_int),  # scale, out, lse, threads
+        ]
+        library.attend_heads.restype = None
+    return library
+
+
+@functools.cache
+def prefill_library(dtype: torch.dtype, head_dim: int) -> ctypes.CDLL | None:
+    """Return `prefill.c` compiled for one shape; None where it cannot be had.
+
+    Args:
+        dtype: of queries, keys and values.
+        head_dim: elements of one key, and of one value.
+    """
+    if dtype not in ELEMENTS or head_dim % _PREFILL_DIM_MULTIPLE:
+        return None
+    library = compile_kernel("prefill.c", dtype, HEAD_DIM=head_dim)
+    if library is not None and not library.prepare():
+        library = compile_kernel("prefill.c", dtype, HEAD_DIM=head_dim, WITHOUT_TILES=1)
+    if library is not None:
+        library.workspace_bytes.restype = _NUMBER
+        library.attend_heads.argtypes = [
+            *(_POINTER, _POINTER, _POINTER),  # query, keys, values
+            *(_NUMBER, _NUMBER, _NUMBER, _NUMBER),  # strides, rows, count
+            *(_NUMBER, _NUMBER, ctypes.c_float),  # heads, splits, scale
+            *(_POINTER, _POINTER, _POINTER, _POINTER, ctypes.c_int),  # results, scratch, threads
+        ]
+        library.attend_heads.restype = None
+    return library
+
+
+class NativeKernel:
+    """Tiles by the compiled kernels; all else by torch's fused one.
+
+    Results are float32 whatever the input, so that merging rounds once. Uses as many threads as
+    torch is set to.
+    """
+
+    name = "native attention (CPU)"
+
+    def __init__(self) -> None:
+        self._other = CpuKernel()
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        *,
+        scale: float,
+        causal: bool = False,
+        mask: torch.Tensor | None = None,
+    ) -> Partial:
+        """Attend; see `Kernel.attend`."""
+        batch, _, group, q_len, head_dim = query.shape
+        rows, kv_len = group * q_len, keys.shape[2]
+        spans = _visible_spans(mask, batch, kv_len)
+        # The kernels read tokens that follow each other without a gap.
+        gapless = all(part.stride()[2:] == (head_dim, 1) for part in (keys, values))
+        square = causal and q_len > 1
+        library = None
+        if rows and gapless and spans is not None and not square:
+            if rows <= _MAX_DECODE_ROWS:
+                library = decode_library(query.dtype, head_dim, rows)
+            else:
+                library = prefill_library(query.dtype, head_dim)
+        if library is None or spans is None:
+            return self._other.attend(query, keys, values, scale=scale, causal=causal, mask=mask)
+        attend_row = _decode_row if rows <= _MAX_DECODE_ROWS else _prefill_row
+        return stack_rows(
+            [
+                attend_row(library, query[row], keys[row, :, span], values[row, :, span], scale)
+                if span.stop > span.start
+                else _nothing(query[row : row + 1])
+                for row, span in enumerate(spans)
+            ]
+        )
+
+
+def _visible_spans(mask: torch.Tensor | None, batch: int, kv_len: int) -> list[slice] | None:
+    """Return the tokens each row of the batch sees, where every query sees the same stretch."""
+    if mask is None:
+        return [slice(0, kv_len)] * batch
+    if mask.shape[1] > 1:
+        return None
+    spans = []
+    for seen in mask[:, 0].expand(batch, kv_len):
+        (indices,) = seen.nonzero(as_tuple=True)
+        start, stop = (int(indices[0]), int(indices[-1]) + 1) if len(indices) else (0, 0)
+        if stop - start != len(indices):
+            return None
+        spans.append(slice(start, stop))
+    return spans
+
+
+def _nothing(query: torch.Tensor) -> Partial:
+    partial = empty_partial(query.float(), query.shape[-1])
+    return Partial(partial.out[0], partial.lse[0])
+
+
+def _decode_row(
+    library: ctypes.CDLL,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scale: float,
+) -> Partial:
+    """Attend one row of the batch: `[kv_heads, group, q_len, dim]` to `[kv_heads, kv_len, dim]`."""
+    kv_heads, group, q_len, _ = query.shape
+    kv_len = keys.shape[1]
+    splits = _splits(kv_heads, kv_len // _MIN_SPLIT_TOKENS)
+    rows = query.float().contiguous()
+    out = torch.empty(kv_heads, splits, group, q_len, query.shape[-1])
+    lse = torch.empty(kv_heads, splits, group, q_len)
+    library.attend_heads(
+        rows.data_ptr(),
+        keys.data_ptr(),
+        values.data_ptr(),
+        keys.stride(0),
+        values.stride(0),
+        kv_len,
+        kv_heads,
+        splits,
+        scale,
+        out.data_ptr(),
+        lse.data_ptr(),
+        torch.get_num_threads(),
+    )
+    if splits == 1:
+        return Partial(out[:, 0], lse[:, 0])
+    return Partial(*merge_splits(out, lse))
+
+
+def _prefill_row(
+    library: ctypes.CDLL,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scale: float,
+) -> Partial:
+    """Attend one row of the batch: `[kv_heads, group, q_len, dim]` to `[kv_heads, kv_len, dim]`."""
+    kv_heads, group, q_len, head_dim = query.shape
+    rows, threads = query.contiguous(), torch.get_num_threads()
+    out = torch.empty(kv_heads, group, q_len, head_dim)
+    lse, highest = torch.empty(2, kv_heads, group, q_len)
+    scratch = torch.empty(threads * library.workspace_bytes() + _ALIGNMENT_BYTES, dtype=torch.uint8)
+    library.attend_heads(
+        rows.data_ptr(),
+        keys.data_ptr(),
+        values.data_ptr(),
+        keys.stride(0),
+        values.stride(0),
+        group * q_len,
+        keys.shape[1],
+        kv_heads,
+        _splits(kv_heads, group * q_len // _MIN_SPLIT_ROWS),
+        scale,
+        out.data_ptr(),
+        lse.data_ptr(),
+        highest.data_ptr(),
+        -(-scratch.data_ptr() // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES,
+        threads,
+    )
+    return Partial(out, lse)
+
+
+def _splits(heads: int, most: int) -> int:
+    """Return as few parts of each head as give every thread the same number of them."""
+    threads = torch.get_num_threads()
+    return min(threads // math.gcd(threads, heads), max(most, 1))
