@@ -151,6 +151,23 @@ def check_supported(model: object) -> None:
     Raises:
         UnsupportedModelError: names the reason; nothing was changed.
     """
+    check_architecture(model)
+    assert isinstance(model, PreTrainedModel), "checked before"
+    name = type(model).__name__
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) != 1 or next(iter(devices)).type not in ("cpu", "cuda"):
+        places = ", ".join(sorted(map(str, devices))) or "no parameters"
+        raise UnsupportedModelError(f"{name} must lie on one CPU or CUDA device, not on: {places}")
+    if not model.dtype.is_floating_point:
+        raise UnsupportedModelError(f"{name} computes in {model.dtype}, not in a float type")
+
+
+def check_architecture(model: object) -> None:
+    """Refuse a model of a kind that cannot be served exactly, wherever its weights lie.
+
+    Raises:
+        UnsupportedModelError: names the reason.
+    """
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(f"{name} is not a transformers model")
@@ -165,12 +182,6 @@ def check_supported(model: object) -> None:
             f"the config of {name} has output_attentions=True, which is not served: the attention "
             "weights never exist as a whole"
         )
-    devices = {parameter.device for parameter in model.parameters()}
-    if len(devices) != 1 or next(iter(devices)).type not in ("cpu", "cuda"):
-        places = ", ".join(sorted(map(str, devices))) or "no parameters"
-        raise UnsupportedModelError(f"{name} must lie on one CPU or CUDA device, not on: {places}")
-    if not model.dtype.is_floating_point:
-        raise UnsupportedModelError(f"{name} computes in {model.dtype}, not in a float type")
     _check_layers(model, name)
 
 
@@ -260,7 +271,8 @@ def _layer_shape(kind: LayerKind, cache_layer: object, config: Any, module: Any)
 def _weights_bytes(model: torch.nn.Module) -> int:
     """Bytes of parameters and buffers, tied ones counted once."""
     tensors = [*model.parameters(), *model.buffers()]
-    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+    # Tensors on the meta device have no address.
+    return sum({tensor.data_ptr() or id(tensor): tensor.nbytes for tensor in tensors}.values())
 
 
 def is_static(cache: Cache) -> bool:

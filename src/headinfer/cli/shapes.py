@@ -1,0 +1,111 @@
+"""The shape of a model that a user names, before any weight is loaded."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from headinfer.cli.load import ModelSource, calm_transformers, load_config
+from headinfer.errors import HeadInferError, ModelLoadError, UnsupportedModelError
+from headinfer.plan.config import shape_from_config
+from headinfer.plan.presets import PRESETS, preset_shape
+from headinfer.plan.shape import ModelShape
+
+
+def shape_of(name: str, *, dtype: str = "auto", local_files_only: bool = False) -> ModelShape:
+    """Return the shape of a model from its config alone.
+
+    Presets, and local models of the families in `headinfer.plan.families`, need neither torch nor
+    transformers. A model of another type is built without memory for its weights.
+
+    Args:
+        name: a preset, "demo", a folder, a config.json, or a model id of the hub: the first of
+            these that it can be. So a folder called as a preset is given as "./llama-3-8b".
+        dtype: "auto" for the one the config names, or a torch dtype's name.
+        local_files_only: never ask the hub.
+
+    Raises:
+        HeadInferError: there is no such model, or its shape cannot be told.
+    """
+    wanted = None if dtype == "auto" else dtype
+    if name in PRESETS:
+        return preset_shape(name, dtype=wanted)
+    source = ModelSource(name=name, local_files_only=local_files_only)
+    file = _config_file(source)
+    values = _hub_config(source) if file is None else _read(file)
+    try:
+        return shape_from_config(values, name=name, dtype=wanted)
+    except UnsupportedModelError as unknown:
+        if values.get("quantization_config"):
+            raise
+        return _shape_of_empty_model(values, name, wanted, unknown)
+
+
+def _config_file(source: ModelSource) -> Path | None:
+    """Return a local model's config file; None for a model of the hub.
+
+    Raises:
+        ModelLoadError: the name can be neither.
+    """
+    file = Path(source.name).expanduser()
+    if file.suffix == ".json" and not file.is_dir():
+        return file
+    if file.is_file():
+        raise ModelLoadError(f"{source.name!r} is no config: give a .json file, or its folder")
+    folder = Path(source.location())
+    return folder / "config.json" if folder.is_dir() else None
+
+
+def _read(file: Path) -> Mapping[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or f"it is not JSON ({error})"
+        raise ModelLoadError(f"config {str(file)!r} cannot be read: {reason}") from error
+    if not isinstance(values, Mapping):
+        raise ModelLoadError(f"config {str(file)!r} holds no mapping of keys to values")
+    return values
+
+
+def _hub_config(source: ModelSource) -> Mapping[str, Any]:
+    calm_transformers(verbose=False)
+    try:
+        values: Mapping[str, Any] = load_config(source).to_dict()
+    except ModelLoadError as error:
+        if not isinstance(error.__cause__, OSError):
+            raise
+        known = ", ".join(PRESETS)
+        raise ModelLoadError(f"{error}; these need no network: {known}") from error
+    return values
+
+
+def _shape_of_empty_model(
+    values: Mapping[str, Any], name: str, dtype: str | None, unknown: UnsupportedModelError
+) -> ModelShape:
+    """Return the shape of a model built on torch's meta device.
+
+    Raises:
+        HeadInferError: HeadInfer does not serve such models; or `unknown`, if transformers is not
+            there or does not know the model either.
+    """
+    try:
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        from headinfer.integration.support import check_architecture, model_shape
+    except ImportError:
+        raise unknown from None
+    calm_transformers(verbose=False)
+    try:
+        config = AutoConfig.for_model(**values)
+        kind = getattr(torch, dtype) if dtype else config.dtype or torch.bfloat16
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=kind)
+        check_architecture(model)
+        return replace(model_shape(model), name=name)
+    except HeadInferError:
+        raise
+    except Exception as error:
+        # Whatever transformers makes of a config nobody vouches for.
+        raise unknown from error

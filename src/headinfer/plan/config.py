@@ -1,0 +1,92 @@
+"""The shape of a model from its config.json: no weights, no torch, no transformers."""
+
+from collections.abc import Mapping
+
+from headinfer.errors import ModelLoadError, OptionError
+from headinfer.plan.families import FULL, LINEAR, Family, read_config
+from headinfer.plan.parameters import buffers_bytes, count_parameters
+from headinfer.plan.quantization import stored_bytes
+from headinfer.plan.shape import LayerKind, LayerShape, ModelShape
+from headinfer.plan.text_config import TextConfig
+
+_ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_DEFAULT_DTYPE = "bfloat16"
+
+
+def shape_from_config(
+    config: Mapping[str, object], *, name: str, dtype: str | None = None
+) -> ModelShape:
+    """Return the shape a model has once loaded: what `model_shape` says of it, name aside.
+
+    Of models that also see, this is the text part: their vision tower is not counted. Quantised
+    weights are counted as the checkpoint stores them (see `headinfer.plan.quantization`).
+
+    Args:
+        config: the contents of its config.json.
+        name: of the shape, and for messages.
+        dtype: of the weights that are not quantised and of the KV cache: "float32", "bfloat16" or
+            "float16"; None for the one the config names, or bfloat16 if it names none.
+
+    Raises:
+        ModelLoadError: this is no model's config, or it misses a value or has an impossible one.
+        UnsupportedModelError: models of this type are not known.
+        OptionError: there is no such dtype.
+    """
+    family, text = read_config(config, name)
+    itemsize = _itemsize(text, dtype)
+    count = count_parameters(family, text)
+    stored = stored_bytes(count, itemsize, text.section("quantization_config"), name)
+    return ModelShape(
+        name=name,
+        layers=_layers(family, text),
+        query_heads=text.size("num_attention_heads"),
+        hidden_size=text.size("hidden_size"),
+        mlp_width=_mlp_width(text),
+        vocab_size=text.size("vocab_size"),
+        weights_bytes=stored + buffers_bytes(family, text, itemsize),
+        kv_itemsize=itemsize,
+        max_positions=text.number("max_position_embeddings", 0),
+    )
+
+
+def _itemsize(text: TextConfig, dtype: str | None) -> int:
+    if dtype is not None:
+        if dtype not in _ITEMSIZES:
+            raise OptionError(f"dtype {dtype!r} is not one of {', '.join(_ITEMSIZES)}")
+        return _ITEMSIZES[dtype]
+    given = str(text.get("dtype") or text.get("torch_dtype") or _DEFAULT_DTYPE)
+    itemsize = _ITEMSIZES.get(given.removeprefix("torch."))
+    if itemsize is None:
+        raise ModelLoadError(
+            f"the config of {text.name!r} names dtype {given!r}, not one of {', '.join(_ITEMSIZES)}"
+        )
+    return itemsize
+
+
+def _layers(family: Family, text: TextConfig) -> tuple[LayerShape, ...]:
+    head_dim = text.head_dim
+    layers = []
+    for layer_type in family.layer_types(text):
+        if layer_type == LINEAR:
+            layers.append(LayerShape(kind=LayerKind.STATE))
+            continue
+        full = layer_type == FULL
+        layers.append(
+            LayerShape(
+                kind=LayerKind.FULL if full else LayerKind.SLIDING,
+                kv_heads=text.kv_heads,
+                key_dim=head_dim,
+                value_dim=head_dim,
+                window_tokens=0 if full else text.size("sliding_window"),
+            )
+        )
+    return tuple(layers)
+
+
+def _mlp_width(text: TextConfig) -> int:
+    """Return the widest MLP one token passes: a dense one, or all its experts."""
+    dense = text.size("intermediate_size")
+    experts = text.number("num_experts_per_tok", 0)
+    shared = text.number("shared_expert_intermediate_size", 0)
+    width = text.number("moe_intermediate_size", 0) or dense
+    return max(dense, experts * width + shared) if experts else dense

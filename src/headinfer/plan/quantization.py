@@ -1,0 +1,91 @@
+"""The bytes of quantised weights, as checkpoints store them.
+
+MXFP4 is exact: blocks of 32 four-bit elements share one byte of scale, in the experts only. For the
+other methods this is an approximation to about 1%: all matrices of the layers are counted as
+quantised with their scales, embeddings, output matrix, norms, biases and routers as not. Modules a
+checkpoint leaves out (`modules_to_not_convert`) are not looked at.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from headinfer.errors import ModelLoadError
+from headinfer.plan.parameters import ParameterCount
+
+Settings = Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class _Bits:
+    """Bits of one quantised element, its share of the scales included; None: not quantised."""
+
+    projections: float | None
+    experts: float | None
+
+
+def _number(settings: Settings, key: str, default: int) -> int:
+    value = settings.get(key, default)
+    return value if isinstance(value, int) else default
+
+
+def _grouped(settings: Settings) -> _Bits:
+    """A 16-bit scale and a zero point of the elements' bits for each group (GPTQ, AWQ)."""
+    bits, group = _number(settings, "bits", 4), _number(settings, "group_size", 128)
+    each = bits + ((16 + bits) / group if group > 0 else 0)
+    return _Bits(each, each)
+
+
+def _bitsandbytes(settings: Settings) -> _Bits:
+    """8 bits; or 4, and a float32 scale for each 64 elements, itself in 8 bits if quantised."""
+    if not (settings.get("load_in_4bit") or settings.get("_load_in_4bit")):
+        return _Bits(8, 8)
+    scale_bits = 8 + 32 / 256 if settings.get("bnb_4bit_use_double_quant") else 32
+    each = 4 + scale_bits / 64
+    return _Bits(each, each)
+
+
+def _fp8(_settings: Settings) -> _Bits:
+    """8 bits, and a float32 scale for each block of 128 x 128."""
+    each = 8 + 32 / 128**2
+    return _Bits(each, each)
+
+
+def _mxfp4(_settings: Settings) -> _Bits:
+    return _Bits(None, 4 + 8 / 32)
+
+
+_METHODS: dict[str, Callable[[Settings], _Bits]] = {
+    "mxfp4": _mxfp4,
+    "bitsandbytes": _bitsandbytes,
+    "gptq": _grouped,
+    "awq": _grouped,
+    "fp8": _fp8,
+}
+
+
+def stored_bytes(count: ParameterCount, itemsize: int, settings: Settings, name: str) -> int:
+    """Return the bytes of all parameters.
+
+    Args:
+        count: of the model.
+        itemsize: bytes of a parameter that is not quantised.
+        settings: the config's `quantization_config`; empty for none.
+        name: of the model, for messages.
+
+    Raises:
+        ModelLoadError: the method is not known.
+    """
+    if not settings:
+        return itemsize * count.total
+    method = settings.get("quant_method")
+    if not isinstance(method, str) or method not in _METHODS:
+        raise ModelLoadError(
+            f"{name!r} is quantised by {method!r}, whose size is not known; known are "
+            f"{', '.join(_METHODS)}"
+        )
+    bits, plain = _METHODS[method](settings), 8 * itemsize
+    return (
+        round(count.projections * (bits.projections or plain) / 8)
+        + round(count.experts * (bits.experts or plain) / 8)
+        + itemsize * count.rest
+    )
