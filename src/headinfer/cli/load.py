@@ -107,11 +107,16 @@ def load_config(source: ModelSource) -> Any:
         config = AutoConfig.from_pretrained(location, **source.keywords())
     except Exception as error:
         raise _load_error(source, "model", error) from error
-    _check_causal(source, config)
+    check_causal(source, config)
     return config
 
 
-def _check_causal(source: ModelSource, config: Any) -> None:
+def check_causal(source: ModelSource, config: Any) -> None:
+    """Refuse a transformers config of another kind than a causal language model's.
+
+    Raises:
+        ModelLoadError: says which kind it is of.
+    """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     if source.trust_remote_code and getattr(config, "auto_map", None):

@@ -6,7 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from headinfer.cli.load import ModelSource, calm_transformers, load_config
+from headinfer.cli.load import (
+    DEMO_MODEL,
+    ModelSource,
+    calm_transformers,
+    check_causal,
+    load_config,
+)
 from headinfer.errors import HeadInferError, ModelLoadError, UnsupportedModelError
 from headinfer.plan.config import shape_from_config
 from headinfer.plan.presets import PRESETS, preset_shape
@@ -39,7 +45,7 @@ def shape_of(name: str, *, dtype: str = "auto", local_files_only: bool = False) 
     except UnsupportedModelError as unknown:
         if values.get("quantization_config"):
             raise
-        return _shape_of_empty_model(values, name, wanted, unknown)
+        return _shape_of_empty_model(values, source, wanted, unknown)
 
 
 def _config_file(source: ModelSource) -> Path | None:
@@ -53,6 +59,8 @@ def _config_file(source: ModelSource) -> Path | None:
         return file
     if file.is_file():
         raise ModelLoadError(f"{source.name!r} is no config: give a .json file, or its folder")
+    if source.name == DEMO_MODEL:
+        calm_transformers(verbose=False)  # it may have to be built
     folder = Path(source.location())
     return folder / "config.json" if folder.is_dir() else None
 
@@ -81,31 +89,33 @@ def _hub_config(source: ModelSource) -> Mapping[str, Any]:
 
 
 def _shape_of_empty_model(
-    values: Mapping[str, Any], name: str, dtype: str | None, unknown: UnsupportedModelError
+    values: Mapping[str, Any],
+    source: ModelSource,
+    dtype: str | None,
+    unknown: UnsupportedModelError,
 ) -> ModelShape:
-    """Return the shape of a model built on torch's meta device.
+    """Return the shape of a model built on torch's meta device, where weights take no memory.
 
     Raises:
-        HeadInferError: HeadInfer does not serve such models; or `unknown`, if transformers is not
-            there or does not know the model either.
+        HeadInferError: HeadInfer does not serve such models; or `unknown`, if transformers does not
+            know them either.
     """
-    try:
-        import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-        from headinfer.integration.support import check_architecture, model_shape
-    except ImportError:
-        raise unknown from None
+    from headinfer.integration.support import check_architecture, model_shape
+
     calm_transformers(verbose=False)
     try:
         config = AutoConfig.for_model(**values)
+        check_causal(source, config)
         kind = getattr(torch, dtype) if dtype else config.dtype or torch.bfloat16
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=kind)
         check_architecture(model)
-        return replace(model_shape(model), name=name)
+        return replace(model_shape(model), name=source.name)
     except HeadInferError:
         raise
     except Exception as error:
-        # Whatever transformers makes of a config nobody vouches for.
+        # Configs of unknown types are refused by transformers in many ways.
         raise unknown from error

@@ -32,6 +32,8 @@ def shape_from_config(
         UnsupportedModelError: models of this type are not known.
         OptionError: there is no such dtype.
     """
+    if dtype not in (None, *_ITEMSIZES):
+        raise OptionError(f"dtype {dtype!r} is not one of {', '.join(_ITEMSIZES)}")
     family, text = read_config(config, name)
     itemsize = _itemsize(text, dtype)
     count = count_parameters(family, text)
@@ -50,12 +52,8 @@ def shape_from_config(
 
 
 def _itemsize(text: TextConfig, dtype: str | None) -> int:
-    if dtype is not None:
-        if dtype not in _ITEMSIZES:
-            raise OptionError(f"dtype {dtype!r} is not one of {', '.join(_ITEMSIZES)}")
-        return _ITEMSIZES[dtype]
-    given = str(text.get("dtype") or text.get("torch_dtype") or _DEFAULT_DTYPE)
-    itemsize = _ITEMSIZES.get(given.removeprefix("torch."))
+    given = dtype or str(text.get("dtype") or text.get("torch_dtype") or _DEFAULT_DTYPE)
+    itemsize = _ITEMSIZES.get(given)
     if itemsize is None:
         raise ModelLoadError(
             f"the config of {text.name!r} names dtype {given!r}, not one of {', '.join(_ITEMSIZES)}"

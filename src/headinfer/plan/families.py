@@ -225,11 +225,11 @@ def read_config(config: object, name: str) -> tuple[Family, TextConfig]:
         raise ModelLoadError(f"{name!r} is not a model's config: it has no model_type")
     model_type = config["model_type"]
     if model_type in TEXT_PARTS:
-        inherited = {key: config[key] for key in _INHERITED if config.get(key) is not None}
-        outer = TextConfig(name=name, values=config)
-        if not outer.section("text_config"):
+        text = TextConfig(name=name, values=config).section("text_config")
+        if not text:
             raise ModelLoadError(f"the config of {name!r} has no text_config")
-        config = inherited | dict(outer.section("text_config"))
+        outer = {key: config[key] for key in _INHERITED if config.get(key) is not None}
+        config = outer | {key: value for key, value in text.items() if value is not None}
         model_type = TEXT_PARTS[model_type]
     if model_type not in FAMILIES:
         raise UnsupportedModelError(
