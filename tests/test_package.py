@@ -21,6 +21,7 @@ ORDER = [
     "cli",
     "bench",
     "demo",
+    "probe",
     "api",
     "integration",
     "engine",

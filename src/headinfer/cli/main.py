@@ -14,6 +14,7 @@ from headinfer.cli.console import EXIT_BAD_INPUT, EXIT_INTERRUPTED, print_error
 from headinfer.cli.demo import demo
 from headinfer.cli.generate import generate
 from headinfer.cli.options import NO_VALUE
+from headinfer.cli.probe import probe
 
 
 class Verbs(TyperGroup):
@@ -86,6 +87,7 @@ def _all_verbs(
 
 app.command()(generate)
 app.command()(demo)
+app.command()(probe)
 
 
 @app.command(

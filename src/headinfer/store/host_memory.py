@@ -1,10 +1,19 @@
-"""How much host memory can still be had."""
+"""How much host memory there is, and how much of it can still be had."""
 
 from pathlib import Path
 
 import psutil
 
 _CGROUP = Path("/sys/fs/cgroup")
+
+
+def all_host_bytes() -> int:
+    """Return the host memory of this machine, or of this process's container, in bytes."""
+    total = int(psutil.virtual_memory().total)
+    try:
+        return min(total, int((_CGROUP / "memory.max").read_text()))
+    except (OSError, ValueError):  # no control groups, or no limit
+        return total
 
 
 def available_host_bytes() -> int:

@@ -1,0 +1,246 @@
+"""`headinfer probe`: measure this machine once, for the planner."""
+
+import enum
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+from rich.table import Table
+
+from headinfer.cli import options as opt
+from headinfer.cli.console import EXIT_UNEXPECTED, reporting_errors, stderr_console
+from headinfer.cli.load import share_cores
+from headinfer.errors import OptionError
+from headinfer.plan.measured import check_writable, save_measurement, to_json
+from headinfer.plan.measurement import Measurement, Quantity, Rate
+from headinfer.units import format_bytes, format_tokens
+
+if TYPE_CHECKING:
+    from headinfer.device.base import Device
+
+_STDOUT = "-"
+_WIDTH = 100
+"""Columns where there is no terminal."""
+
+_NOTHING = "-"
+
+_LABELS = {
+    Quantity.MATMUL: "matrix products",
+    Quantity.DEVICE_COPY: "device memory, copying",
+    Quantity.DEVICE_READ: "device memory, reading",
+    Quantity.PREFILL_ATTENTION: "attention, prefill",
+    Quantity.DECODE_ATTENTION: "attention, decode",
+    Quantity.TO_DEVICE: "link, host to device",
+    Quantity.TO_HOST: "link, device to host",
+    Quantity.BOTH_WAYS: "link, both at once",
+    Quantity.HOST_READ: "host memory, reading",
+    Quantity.HOST_ATTENTION: "attention on the CPU",
+}
+_CPU_LABELS = {
+    Quantity.DEVICE_COPY: "memory, copying",
+    Quantity.HOST_READ: "memory, reading",
+    Quantity.HOST_ATTENTION: "attention, decode",
+}
+"""Where the CPU is the device."""
+
+_IN_FLOPS = (Quantity.MATMUL, Quantity.PREFILL_ATTENTION)
+_BY_TOKENS = (Quantity.DECODE_ATTENTION, Quantity.HOST_ATTENTION)
+
+
+class ProbeDevice(str, enum.Enum):
+    """What to measure as the device."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class ProbeDtype(str, enum.Enum):
+    """Number type of what is multiplied and attended."""
+
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FLOAT32 = "float32"
+
+
+def probe(
+    device: Annotated[
+        ProbeDevice,
+        typer.Option("--device", metavar="NAME", help="cpu, cuda or auto: CUDA if there is one."),
+    ] = ProbeDevice.AUTO,
+    dtype: Annotated[
+        ProbeDtype, typer.Option("--dtype", metavar="TYPE", help="bfloat16, float16 or float32.")
+    ] = ProbeDtype.BFLOAT16,
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", metavar=opt.NO_VALUE, help="A rough measurement in a few seconds."),
+    ] = False,
+    json_path: Annotated[
+        str | None,
+        typer.Option(
+            "--json",
+            metavar="FILE",
+            help="Also write all of it as JSON to FILE; - for stdout, the table then to stderr.",
+        ),
+    ] = None,
+) -> None:
+    """Measure this machine once, so that plans count with its own rates.
+
+    Takes about half a minute; let nothing else keep the machine busy.
+    The result replaces the last one in your cache folder. Exit code 1
+    if plans cannot use it; it is not kept then.
+    """
+    with reporting_errors():
+        _check(json_path)
+        measurement = _measure(device.value, dtype.value, quick=quick)
+        console = Console(stderr=json_path == _STDOUT, highlight=False)
+        if not console.is_terminal:
+            console.width = _WIDTH
+        _print(console, measurement)
+        _keep(console, measurement)
+        if json_path is not None:
+            _write_json(console, measurement, json_path)
+        if measurement.missing:
+            raise typer.Exit(EXIT_UNEXPECTED)
+
+
+def _check(json_path: str | None) -> None:
+    """Refuse before anything is measured what could not be kept after it."""
+    if json_path not in (None, _STDOUT) and not Path(json_path or "").parent.is_dir():
+        raise OptionError(f"there is no folder to write {json_path!r} in; make it first")
+    check_writable()
+
+
+def _measure(device_name: str, dtype_name: str, *, quick: bool) -> Measurement:
+    share_cores()  # as where the rates will be put to use
+    console = stderr_console()
+    with console.status("starting"):
+        import torch
+
+        from headinfer.probe import run
+
+        device = _device(device_name)
+    columns = (
+        SpinnerColumn(),
+        BarColumn(28),
+        MofNCompleteColumn(),
+        TextColumn("{task.description}"),
+    )
+    shown = console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=not shown) as progress:
+        task = progress.add_task("", total=None)
+
+        def show(quantity: Quantity, size: int | None, done: int, total: int) -> None:
+            on_cpu = device.tiles_are_views
+            text = f"{_label(quantity, on_cpu)} {_size(quantity, size)}"
+            progress.update(task, description=text, completed=done, total=total)
+
+        effort = run.QUICK if quick else run.FULL
+        return run.run_probe(device, getattr(torch, dtype_name), effort, show)
+
+
+def _device(name: str) -> "Device":
+    import torch
+
+    from headinfer.probe.run import make_device
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise OptionError("--device cuda, but CUDA is not available here; use --device cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return make_device(name)
+
+
+def _keep(console: Console, measurement: Measurement) -> None:
+    """Replace the last measurement, unless this one is of no use to plans."""
+    if measurement.missing:
+        on_cpu = not measurement.has_device
+        names = ", ".join(_label(quantity, on_cpu) for quantity in measurement.missing)
+        console.print(f"[bold]not kept:[/] plans need what could not be measured ({names})")
+        return
+    path = save_measurement(measurement)
+    console.print(f"kept in {escape(str(path))} for [bold]--hardware this[/]", soft_wrap=True)
+
+
+def _write_json(console: Console, measurement: Measurement, json_path: str) -> None:
+    text = json.dumps(to_json(measurement), indent=1)
+    if json_path == _STDOUT:
+        typer.echo(text)
+        return
+    try:
+        Path(json_path).write_text(text + "\n")
+    except OSError as error:
+        raise OptionError(f"{json_path!r} cannot be written ({error.strerror})") from error
+    console.print(f"written to {json_path}", markup=False, soft_wrap=True)
+
+
+def _print(console: Console, measurement: Measurement) -> None:
+    """Print the conditions, the table, and below it what could not be measured."""
+    for line in _conditions(measurement):
+        console.print(line, markup=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column("rate", no_wrap=True)
+    for heading in ("size", "typical", "best", "share"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("reached by")
+    for rate in measurement.rates:
+        table.add_row(*_cells(measurement, rate))
+    console.print(table)
+    console.print("typical: the median. share: of what bounds it, where that was measured.")
+
+
+def _conditions(measurement: Measurement) -> Iterator[str]:
+    identity = measurement.identity
+    host = f"{identity.cpu}, {measurement.torch_threads} threads"
+    memory = f"{format_bytes(measurement.host_memory_bytes)} of memory"
+    yield f"{host}, {memory}, {format_bytes(measurement.host_free_bytes)} free"
+    if measurement.has_device:
+        memory = f"{format_bytes(measurement.device_memory_bytes)} of memory"
+        free = format_bytes(measurement.device_free_bytes)
+        yield f"{identity.gpu}, {memory}, {free} free"
+    versions = ", ".join(f"{name} {version}" for name, version in measurement.versions.items())
+    quick = ", a quick measurement" if measurement.quick else ""
+    yield f"{measurement.dtype}{quick}; {versions}"
+
+
+def _cells(measurement: Measurement, rate: Rate) -> Iterator[str]:
+    yield _label(rate.quantity, not measurement.has_device)
+    yield _size(rate.quantity, rate.size)
+    if rate.typical_per_s is None or rate.best_per_s is None:
+        yield from ("failed", _NOTHING, _NOTHING, rate.failure or "")
+        return
+    unit = "FLOP/s" if rate.quantity in _IN_FLOPS else "B/s"
+    yield _per_second(rate.typical_per_s, unit)
+    yield _per_second(rate.best_per_s, unit)
+    share = measurement.share_of_ceiling(rate)
+    yield _NOTHING if share is None else f"{share:.0%}"
+    yield rate.reached_by
+
+
+def _label(quantity: Quantity, on_cpu: bool) -> str:
+    return (_CPU_LABELS if on_cpu else {}).get(quantity, _LABELS[quantity])
+
+
+def _size(quantity: Quantity, size: int | None) -> str:
+    if size is None:
+        return ""
+    if quantity in _BY_TOKENS:
+        return format_tokens(size)
+    return format_bytes(size).replace(".00", "")
+
+
+def _per_second(rate: float, unit: str) -> str:
+    """Return a rate with a decimal prefix, as data sheets have it, and three digits."""
+    prefix, factor = next(
+        ((prefix, factor) for prefix, factor in (("T", 1e12), ("G", 1e9)) if rate >= factor),
+        ("M", 1e6),
+    )
+    value = rate / factor
+    decimals = 2 if value < 10 else 1 if value < 100 else 0
+    return f"{value:.{decimals}f} {prefix}{unit}"

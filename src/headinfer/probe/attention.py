@@ -1,0 +1,83 @@
+"""Attention as the engine runs it, in the shape of one layer of Llama-3-8B, to be timed."""
+
+import torch
+
+from headinfer.attend.select import select_kernel
+from headinfer.errors import MemoryPlanError
+from headinfer.probe.timing import Operation
+from headinfer.store.host_memory import available_host_bytes
+from headinfer.units import format_bytes
+
+KV_HEADS = 8
+GROUP = 4
+HEAD_DIM = 128
+
+_BLOCK_ELEMENTS = 2**20
+_MOST_OF_FREE = 0.5
+"""Of free host memory: the system ends a process that takes it all, and we want a row instead."""
+
+
+def decode(
+    device: torch.device, dtype: torch.dtype, *, tokens: int, all_tokens: int
+) -> dict[str, Operation]:
+    """Return a decode step's query against many contexts, one by one, under the kernel's name.
+
+    The contexts lie side by side and are never the same twice in a row, so that a short one is not
+    read from the processor's caches.
+
+    Args:
+        device: where keys and values are.
+        dtype: theirs.
+        tokens: of one context.
+        all_tokens: of all contexts together, in bytes several times the last-level cache.
+    """
+    kernel = select_kernel(device, dtype, HEAD_DIM, HEAD_DIM)
+    query = _filled(device, dtype, 1, KV_HEADS, GROUP, 1, HEAD_DIM)
+    keys, values = (_filled(device, dtype, 1, KV_HEADS, all_tokens, HEAD_DIM) for _ in range(2))
+
+    def run() -> None:
+        for start in range(0, all_tokens, tokens):
+            tile = slice(start, start + tokens)
+            kernel.attend(query, keys[:, :, tile], values[:, :, tile], scale=HEAD_DIM**-0.5)
+
+    return {kernel.name: (run, float(keys.nbytes + values.nbytes))}
+
+
+def prefill(
+    device: torch.device, dtype: torch.dtype, *, chunk_tokens: int, tile_tokens: int
+) -> dict[str, Operation]:
+    """Return a chunk's queries against a tile of past tokens, under the kernel's name.
+
+    Args:
+        device: where all of it is.
+        dtype: of queries, keys and values.
+        chunk_tokens: queries of each head.
+        tile_tokens: keys of each head.
+    """
+    kernel = select_kernel(device, dtype, HEAD_DIM, HEAD_DIM)
+    query = _filled(device, dtype, 1, KV_HEADS, GROUP, chunk_tokens, HEAD_DIM)
+    keys, values = (_filled(device, dtype, 1, KV_HEADS, tile_tokens, HEAD_DIM) for _ in range(2))
+    flops = 2.0 * 2.0 * KV_HEADS * GROUP * chunk_tokens * tile_tokens * HEAD_DIM
+
+    def run() -> None:
+        kernel.attend(query, keys, values, scale=HEAD_DIM**-0.5)
+
+    return {kernel.name: (run, flops)}
+
+
+def _filled(device: torch.device, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    """Return a tensor of normal numbers; a block of them is repeated, since drawing takes long.
+
+    Raises:
+        MemoryPlanError: it would take more of the host's free memory than is safe.
+    """
+    size_bytes = torch.Size(shape).numel() * dtype.itemsize
+    if device.type == "cpu" and size_bytes > _MOST_OF_FREE * (free := available_host_bytes()):
+        raise MemoryPlanError(
+            f"{format_bytes(size_bytes)} of host memory are needed, {format_bytes(free)} are free"
+        )
+    tensor = torch.empty(shape, dtype=dtype, device=device)
+    block = torch.randn(_BLOCK_ELEMENTS, device=device).to(dtype)
+    for part in tensor.view(-1).split(_BLOCK_ELEMENTS):
+        part.copy_(block[: part.numel()])
+    return tensor

@@ -1,0 +1,105 @@
+"""What is timed to learn the rates of memory, link and matrix products.
+
+A rate is the best of several ways of doing the same: a bound that a run could beat would be none.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from headinfer.device.base import Device
+from headinfer.probe.timing import Operation
+
+_LEAST_BATCH_BYTES = 16 * 2**20
+"""Small copies are enqueued until they add up to so much: what counts is the rate of a full queue,
+not the time of waiting for one copy."""
+
+
+def readers(device: torch.device, elements: int) -> dict[str, Operation]:
+    """Return operations bound by the memory of a device.
+
+    Each of them is slow on some machine: a plain `torch.sum` reaches a third of the memory's rate.
+
+    Args:
+        device: whose memory.
+        elements: float32 elements of each buffer.
+    """
+    one, other = (torch.ones(elements, device=device) for _ in range(2))
+    width = min(4096, elements)
+    matrix = one[: elements // width * width].view(-1, width)
+    vector = torch.ones(matrix.shape[0], device=device)
+    size = float(one.nbytes)
+    return {
+        "torch.dot": (lambda: torch.dot(one, other), 2 * size),
+        "torch.mv": (lambda: torch.mv(matrix.T, vector), float(matrix.nbytes)),
+        "torch.amax": (lambda: torch.amax(one), size),
+        "torch.linalg.vector_norm": (lambda: torch.linalg.vector_norm(one), size),
+    } | _copy(one, other)
+
+
+def copies(device: torch.device, elements: int) -> dict[str, Operation]:
+    """Return a copy within one memory; bytes read and bytes written count.
+
+    Args:
+        device: whose memory.
+        elements: float32 elements of each buffer.
+    """
+    return _copy(*(torch.ones(elements, device=device) for _ in range(2)))
+
+
+def _copy(source: torch.Tensor, target: torch.Tensor) -> dict[str, Operation]:
+    return {"copy, both directions counted": (lambda: target.copy_(source), 2.0 * source.nbytes)}
+
+
+def matmuls(device: torch.device, dtype: torch.dtype, sizes: Sequence[int]) -> dict[str, Operation]:
+    """Return square matrix products.
+
+    Args:
+        device: where.
+        dtype: of the matrices.
+        sizes: their rows and columns.
+    """
+    operations: dict[str, Operation] = {}
+    for size in sizes:
+        # Drawn at random: some processors are faster on constants.
+        left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        out = torch.empty(size, size, device=device, dtype=dtype)
+        operations[f"{size} x {size}"] = (_product(left, right, out), 2.0 * size**3)
+    return operations
+
+
+def _product(
+    left: torch.Tensor, right: torch.Tensor, out: torch.Tensor
+) -> Callable[[], torch.Tensor]:
+    return lambda: torch.matmul(left, right.T, out=out)
+
+
+def link(
+    device: Device, num_bytes: int, *, to_device: bool = False, to_host: bool = False
+) -> dict[str, Operation]:
+    """Return copies between pinned host memory and a device, as the engine makes them.
+
+    Args:
+        device: whose copy streams are used; the operation is done when the device is.
+        num_bytes: of one copy.
+        to_device: whether to copy into the device.
+        to_host: whether to copy out of it; with both, the directions run at once.
+    """
+    count = -(-_LEAST_BATCH_BYTES // num_bytes)
+    pairs = []
+    if to_device:
+        pairs.append((device.copy_in, device.device_empty, device.host_empty))
+    if to_host:
+        pairs.append((device.copy_out, device.host_empty, device.device_empty))
+    queues = [
+        (stream, target(count * num_bytes), source(count * num_bytes))
+        for stream, target, source in pairs
+    ]
+
+    def run() -> None:
+        for start in range(0, count * num_bytes, num_bytes):
+            piece = slice(start, start + num_bytes)
+            for stream, target, source in queues:
+                stream.copy(target[piece], source[piece])
+
+    return {"pinned copy": (run, float(len(queues) * count * num_bytes))}
