@@ -2,11 +2,12 @@
 
 import json
 import os
+from dataclasses import replace
 
 import pytest
 
 from headinfer.plan import measured
-from headinfer.plan.measurement import Quantity
+from headinfer.plan.measurement import Quantity, Rate
 from measurements import CPU_ONLY, WITH_GPU, failing
 
 
@@ -55,10 +56,11 @@ def test_the_table_has_a_row_for_each_rate(cli, measuring):
     done = cli("probe", "--device", "cpu")
     assert done.code == 0
     lines = rows(done.out)
-    assert "matrix products 400 GFLOP/s 500 GFLOP/s - a way" in lines
-    assert "attention, decode 128K 600 GB/s 750 GB/s 60% a way" in lines
-    assert "attention on the CPU 8K 12.0 GB/s 15.0 GB/s 48% a way" in lines
-    assert "link, host to device 256 KiB 8.00 GB/s 10.0 GB/s 32% a way" in lines
+    assert "matrix products 500 GFLOP/s - a way" in lines
+    assert "attention, decode 128K 600 GB/s 60% a way" in lines
+    assert "attention, on CPU 8K 12.0 GB/s 48% a way" in lines
+    assert "link, to device 256 KiB 8.00 GB/s 32% a way" in lines
+    assert "busy" not in done.out
     assert "a GPU, 24.00 GiB of memory, 20.00 GiB free" in done.out
     assert measured.read_measurement() == WITH_GPU
 
@@ -100,8 +102,24 @@ def test_a_failed_rate_is_shown(cli, measuring):
     measuring(part)
     done = cli("probe", "--device", "cpu")
     assert done.code == 0
-    assert "link, both at once failed - - out of memory" in rows(done.out)
+    assert "link, both at once failed - out of memory" in rows(done.out)
     assert measured.read_measurement() == part
+
+
+def test_a_machine_where_nothing_can_be_measured(cli, measuring):
+    failed = [Rate(quantity=rate.quantity, failure="no") for rate in CPU_ONLY.rates]
+    measuring(replace(CPU_ONLY, rates=tuple(failed)))
+    done = cli("probe", "--device", "cpu")
+    assert done.code == 1
+    assert "matrix products failed - no" in rows(done.out)
+    assert measured.read_measurement() is None
+
+
+def test_a_busy_machine_is_told(cli, measuring):
+    first, *rest = CPU_ONLY.rates
+    busy = replace(first, typical_per_s=0.6 * first.best_per_s)
+    measuring(replace(CPU_ONLY, rates=(busy, *rest)))
+    assert "busy: medians up to 40% below" in cli("probe", "--device", "cpu").out
 
 
 def test_what_plans_cannot_use_does_not_replace_what_they_can(cli, measuring):
@@ -118,7 +136,7 @@ def test_what_plans_cannot_use_does_not_replace_what_they_can(cli, measuring):
     ("args", "words"),
     [
         (("--device", "simulated"), ("simulated", "cuda")),
-        (("--device", "cuda"), ("CUDA is not available", "--device cpu")),
+        (("--device", "cuda"), ("CUDA is not available", "use 'cpu'")),
         (("--dtype", "int8"), ("int8",)),
         (("--json", "/no/such/folder/out.json"), ("no folder", "/no/such/folder/out.json")),
     ],

@@ -30,21 +30,24 @@ _WIDTH = 100
 
 _NOTHING = "-"
 
+_BUSY = 0.3
+"""Medians so far below the best tell more of what else ran than of the machine."""
+
 _LABELS = {
     Quantity.MATMUL: "matrix products",
-    Quantity.DEVICE_COPY: "device memory, copying",
-    Quantity.DEVICE_READ: "device memory, reading",
+    Quantity.DEVICE_COPY: "device memory, copy",
+    Quantity.DEVICE_READ: "device memory, read",
     Quantity.PREFILL_ATTENTION: "attention, prefill",
     Quantity.DECODE_ATTENTION: "attention, decode",
-    Quantity.TO_DEVICE: "link, host to device",
-    Quantity.TO_HOST: "link, device to host",
+    Quantity.TO_DEVICE: "link, to device",
+    Quantity.TO_HOST: "link, to host",
     Quantity.BOTH_WAYS: "link, both at once",
-    Quantity.HOST_READ: "host memory, reading",
-    Quantity.HOST_ATTENTION: "attention on the CPU",
+    Quantity.HOST_READ: "host memory, read",
+    Quantity.HOST_ATTENTION: "attention, on CPU",
 }
 _CPU_LABELS = {
-    Quantity.DEVICE_COPY: "memory, copying",
-    Quantity.HOST_READ: "memory, reading",
+    Quantity.DEVICE_COPY: "memory, copy",
+    Quantity.HOST_READ: "memory, read",
     Quantity.HOST_ATTENTION: "attention, decode",
 }
 """Where the CPU is the device."""
@@ -150,8 +153,6 @@ def _device(name: str) -> "Device":
 
     from headinfer.probe.run import make_device
 
-    if name == "cuda" and not torch.cuda.is_available():
-        raise OptionError("--device cuda, but CUDA is not available here; use --device cpu")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return make_device(name)
@@ -185,14 +186,19 @@ def _print(console: Console, measurement: Measurement) -> None:
     for line in _conditions(measurement):
         console.print(line, markup=False)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False)
-    table.add_column("rate", no_wrap=True)
-    for heading in ("size", "typical", "best", "share"):
+    table.add_column("measured", no_wrap=True)
+    for heading in ("size", "rate", "share"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("reached by")
     for rate in measurement.rates:
         table.add_row(*_cells(measurement, rate))
     console.print(table)
-    console.print("typical: the median. share: of what bounds it, where that was measured.")
+    console.print("attention and copies: medians; others: the best; share: of what bounds it")
+    if measurement.slowdown > _BUSY:
+        console.print(
+            f"[bold]this machine was busy:[/] medians up to {measurement.slowdown:.0%} below the "
+            "best; probe again when it is idle"
+        )
 
 
 def _conditions(measurement: Measurement) -> Iterator[str]:
@@ -212,12 +218,10 @@ def _conditions(measurement: Measurement) -> Iterator[str]:
 def _cells(measurement: Measurement, rate: Rate) -> Iterator[str]:
     yield _label(rate.quantity, not measurement.has_device)
     yield _size(rate.quantity, rate.size)
-    if rate.typical_per_s is None or rate.best_per_s is None:
-        yield from ("failed", _NOTHING, _NOTHING, rate.failure or "")
+    if rate.counted_per_s is None:
+        yield from ("failed", _NOTHING, rate.failure or "")
         return
-    unit = "FLOP/s" if rate.quantity in _IN_FLOPS else "B/s"
-    yield _per_second(rate.typical_per_s, unit)
-    yield _per_second(rate.best_per_s, unit)
+    yield _per_second(rate.counted_per_s, "FLOP/s" if rate.quantity in _IN_FLOPS else "B/s")
     share = measurement.share_of_ceiling(rate)
     yield _NOTHING if share is None else f"{share:.0%}"
     yield rate.reached_by

@@ -37,6 +37,10 @@ class Quantity(enum.Enum):
     """KV attended by the CPU in a decode step; the size is the context in tokens."""
 
 
+CEILINGS = (Quantity.MATMUL, Quantity.DEVICE_READ, Quantity.HOST_READ)
+"""Of these the best repeat counts, of all others the median."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Identity:
     """What tells machines apart.
@@ -50,6 +54,11 @@ class Identity:
     cpu: str
     cpu_threads: int
     gpu: str | None
+
+    @property
+    def device(self) -> str:
+        """The name of what computes: the GPU's, or without one the processor's."""
+        return self.cpu if self.gpu in (None, NO_GPU) else self.gpu
 
     def matches(self, other: "Identity") -> bool:
         """Whether both may be the same machine; a GPU that is not known may be any."""
@@ -77,6 +86,11 @@ class Rate:
     reached_by: str = ""
     failure: str | None = None
 
+    @property
+    def counted_per_s(self) -> float | None:
+        """The rate plans count with; None when the measurement failed."""
+        return self.best_per_s if self.quantity in CEILINGS else self.typical_per_s
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
@@ -92,7 +106,7 @@ class Measurement:
         host_free_bytes: what was free of it.
         device_memory_bytes: memory of the device; the host's on a CPU-only machine.
         device_free_bytes: what was free of it.
-        versions: of torch, headinfer, Python and the GPU's driver.
+        versions: of headinfer, torch and, where there is one, NVIDIA's driver.
         rates: in the order they were measured.
     """
 
@@ -124,16 +138,26 @@ class Measurement:
         found = [rate for rate in self.rates if rate.quantity is quantity and rate.best_per_s]
         return tuple(sorted(found, key=lambda rate: rate.size or 0))
 
-    def ceiling_per_s(self, quantity: Quantity) -> float | None:
-        """Return the best rate of a quantity at any size; None without one."""
-        return max((rate.best_per_s or 0 for rate in self.rates_of(quantity)), default=None)
+    def counted_per_s(self, quantity: Quantity) -> float | None:
+        """Return the rate plans count with, which is that of the largest size; None without one."""
+        return next((rate.counted_per_s for rate in reversed(self.rates_of(quantity))), None)
 
-    def typical_per_s(self, quantity: Quantity) -> float | None:
-        """Return the median rate at the largest size measured; None without one."""
-        return next((rate.typical_per_s for rate in reversed(self.rates_of(quantity))), None)
+    def best_per_s(self, quantity: Quantity) -> float | None:
+        """Return the best repeat of a quantity at any size; None without one."""
+        return max((rate.best_per_s or 0.0 for rate in self.rates_of(quantity)), default=None)
+
+    @property
+    def slowdown(self) -> float:
+        """The most that any median lies below its best, as a part of the best: how busy it was."""
+        slowdowns = [
+            1 - rate.typical_per_s / rate.best_per_s
+            for rate in self.rates
+            if rate.typical_per_s and rate.best_per_s
+        ]
+        return max(slowdowns, default=0.0)
 
     def share_of_ceiling(self, rate: Rate) -> float | None:
-        """Return a rate's median as a part of what bounds it; None where nothing known does.
+        """Return a rate as a part of what bounds it; None where nothing measured does.
 
         What bounds attention is multiplying matrices in prefill and reading memory in decode; what
         bounds a small copy over the link is a large one.
@@ -148,10 +172,10 @@ class Measurement:
             Quantity.TO_HOST: (Quantity.TO_HOST,),
             Quantity.BOTH_WAYS: (Quantity.TO_DEVICE, Quantity.TO_HOST),
         }.get(rate.quantity, ())
-        ceilings = [self.ceiling_per_s(bound) for bound in bounds]
-        if not ceilings or None in ceilings or rate.typical_per_s is None:
+        ceilings = [self.best_per_s(bound) for bound in bounds]
+        if not ceilings or None in ceilings or rate.counted_per_s is None:
             return None
-        return rate.typical_per_s / sum(ceiling or 0.0 for ceiling in ceilings)
+        return rate.counted_per_s / sum(ceiling or 0.0 for ceiling in ceilings)
 
     @property
     def missing(self) -> tuple[Quantity, ...]:
@@ -168,22 +192,22 @@ class Measurement:
         """The machine as the planner sees it; None while anything is `missing`."""
         if self.missing:
             return None
-        host, attention = Quantity.HOST_READ, Quantity.HOST_ATTENTION
+        memory, attention = Quantity.HOST_READ, Quantity.HOST_ATTENTION
         if self.has_device:
-            host, attention = Quantity.DEVICE_READ, Quantity.DECODE_ATTENTION
-        where = self.identity.gpu if self.has_device else self.identity.cpu
+            memory, attention = Quantity.DEVICE_READ, Quantity.DECODE_ATTENTION
+        counted = {quantity: self.counted_per_s(quantity) or 0.0 for quantity in Quantity}
         return Hardware(
             name=THIS,
-            description=f"{where}, measured {self.date[:10]}",
+            description=f"{self.identity.device}, measured {self.date[:10]}",
             device_memory_bytes=self.device_memory_bytes,
             host_memory_bytes=self.host_memory_bytes,
-            matmul_flops_per_s=self.ceiling_per_s(Quantity.MATMUL) or 0.0,
-            device_bytes_per_s=self.ceiling_per_s(host) or 0.0,
-            link_bytes_per_s=self.typical_per_s(Quantity.TO_DEVICE),
-            link_back_bytes_per_s=self.typical_per_s(Quantity.TO_HOST),
-            host_bytes_per_s=self.ceiling_per_s(Quantity.HOST_READ) or 0.0,
-            prefill_attention_flops_per_s=self.typical_per_s(Quantity.PREFILL_ATTENTION) or 0.0,
-            decode_attention_bytes_per_s=self.typical_per_s(attention) or 0.0,
-            host_attention_bytes_per_s=self.typical_per_s(Quantity.HOST_ATTENTION) or 0.0,
+            matmul_flops_per_s=counted[Quantity.MATMUL],
+            device_bytes_per_s=counted[memory],
+            link_bytes_per_s=self.counted_per_s(Quantity.TO_DEVICE),
+            link_back_bytes_per_s=self.counted_per_s(Quantity.TO_HOST),
+            host_bytes_per_s=counted[Quantity.HOST_READ],
+            prefill_attention_flops_per_s=counted[Quantity.PREFILL_ATTENTION],
+            decode_attention_bytes_per_s=counted[attention],
+            host_attention_bytes_per_s=counted[Quantity.HOST_ATTENTION],
             measured=True,
         )

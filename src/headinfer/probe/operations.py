@@ -48,7 +48,7 @@ def copies(device: torch.device, elements: int) -> dict[str, Operation]:
 
 
 def _copy(source: torch.Tensor, target: torch.Tensor) -> dict[str, Operation]:
-    return {"copy, both directions counted": (lambda: target.copy_(source), 2.0 * source.nbytes)}
+    return {"copy, reads and writes": (lambda: target.copy_(source), 2.0 * source.nbytes)}
 
 
 def matmuls(device: torch.device, dtype: torch.dtype, sizes: Sequence[int]) -> dict[str, Operation]:

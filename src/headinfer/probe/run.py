@@ -1,6 +1,5 @@
 """`run_probe`: all measurements of this machine, one after the other."""
 
-import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -222,10 +221,6 @@ def _reason(error: Exception) -> str:
 
 
 def _versions() -> dict[str, str]:
-    versions = {
-        "headinfer": headinfer.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
+    versions = {"headinfer": headinfer.__version__, "torch": torch.__version__}
     driver = gpu_driver()
     return versions | {"driver": driver} if driver else versions
