@@ -116,3 +116,12 @@ def test_the_machine_is_measured(monkeypatch):
     assert rates.link_bytes_per_s is None
     assert set(best_by) == {"host_bytes_per_s", "matmul_flops_per_s"}
     assert machine.hardware(torch.device("cpu"))["torch_threads"] >= 1
+
+
+@pytest.mark.gpu
+def test_a_gpus_memory_and_link_are_measured():
+    rates, best_by = machine.measure(
+        torch.device("cuda"), torch.bfloat16, elements=2**22, matmul_sizes=(1024,)
+    )
+    assert rates.device_bytes_per_s > rates.link_bytes_per_s > 1e8
+    assert best_by["link_bytes_per_s"] == "pinned copy"

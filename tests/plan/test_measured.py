@@ -67,8 +67,9 @@ def test_shares_are_of_what_bounds_the_rate():
 
 
 @pytest.mark.parametrize("measurement", [CPU_ONLY, WITH_GPU], ids=["cpu", "gpu"])
-def test_what_is_saved_is_loaded(measurement):
+def test_what_is_saved_is_loaded(measurement, caplog):
     assert measured.load_measured() is None
+    assert caplog.records == []  # never to have probed is no mistake
     path = measured.save_measurement(measurement)
     assert path == measured.measurement_path()
     assert measured.read_measurement() == measurement

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -63,6 +64,53 @@ def test_the_cpu_is_measured(dtype):
     assert measurement.device_memory_bytes == measurement.host_memory_bytes
     assert from_json(to_json(measurement)) == measurement
     assert measurement.hardware.link_bytes_per_s is None
+
+
+def test_the_cpu_beside_a_gpu_is_measured_as_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    measurement = run_probe(make_device("cpu"), torch.float32, TINY, ignore)
+    assert measurement.identity.gpu == NO_GPU
+    assert not measurement.has_device
+
+
+def test_a_gpu_that_fails_everything_leaves_the_hosts_rates(monkeypatch):
+    class Broken(SimulatedDevice):
+        torch_device = torch.device("cuda")
+
+        def host_empty(self, num_bytes):
+            raise MemoryError("cannot lock memory")
+
+    def fail(*_arguments, **_keywords):
+        raise RuntimeError("no kernel image is available")
+
+    for name in ("copies", "matmuls"):
+        monkeypatch.setattr(operations, name, fail)
+    select, readers = attention.select_kernel, operations.readers
+    monkeypatch.setattr(
+        attention,
+        "select_kernel",
+        lambda where, *kind: fail() if where.type == "cuda" else select(where, *kind),
+    )
+    monkeypatch.setattr(
+        operations,
+        "readers",
+        lambda where, size: fail() if where.type == "cuda" else readers(where, size),
+    )
+    memory = SimpleNamespace(total_memory=24 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: memory)
+    measurement = run_probe(Broken(), torch.float32, TINY, ignore)
+    assert measurement.device_memory_bytes == 24 * 2**30
+    failures = {(rate.quantity, rate.size): rate.failure for rate in measurement.rates}
+    assert {quantity for quantity, _size in failures} == set(Quantity)
+    for (quantity, size), failure in failures.items():
+        if quantity in (Quantity.HOST_READ, Quantity.HOST_ATTENTION):
+            assert failure is None
+        elif quantity in (Quantity.TO_DEVICE, Quantity.TO_HOST, Quantity.BOTH_WAYS):
+            assert failure == "out of memory: cannot lock memory"
+            assert size in TINY.copy_bytes
+        else:
+            assert failure == "no kernel image is available"
 
 
 @pytest.mark.parametrize(
