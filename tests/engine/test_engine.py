@@ -1,5 +1,6 @@
 """The engine against plain tensors, over any shapes, tiles and changes of the cache."""
 
+import dataclasses
 from dataclasses import dataclass, field
 
 import pytest
@@ -16,8 +17,9 @@ from headinfer.device.simulated import SimulatedDevice
 from headinfer.engine.engine import Engine
 from headinfer.engine.stats import Stats
 from headinfer.errors import CacheStateError
+from headinfer.plan.memory import resident_bytes
 from headinfer.plan.options import Options
-from headinfer.plan.plan import resolve
+from headinfer.plan.plan import Plan, resolve
 from shapes import model_shape
 
 
@@ -65,6 +67,7 @@ changes = st.lists(
         st.tuples(st.just("reorder"), st.integers(0, 8)),
         st.tuples(st.just("resize"), st.integers(1, 3)),
         st.tuples(st.just("clear"), st.just(0)),
+        st.tuples(st.just("replan"), st.integers(0, 60)),
     ),
     min_size=1,
     max_size=7,
@@ -87,6 +90,8 @@ changes = st.lists(
     padded=st.integers(0, 9),
     with_sinks=st.booleans(),
     expected=st.sampled_from([0, 10, 300]),
+    resident_tokens=st.sampled_from([0, 0, 1, 7, 40, 500]),
+    host_share=st.sampled_from([0.0, 0.0, 0.3, 1.0]),
     sequence=changes,
     seed=st.integers(0, 1000),
 )
@@ -103,6 +108,8 @@ def test_any_sequence_of_changes(
     padded: int,
     with_sinks: bool,
     expected: int,
+    resident_tokens: int,
+    host_share: float,
     sequence: list[tuple[str, int]],
     seed: int,
 ) -> None:
@@ -126,9 +133,20 @@ def test_any_sequence_of_changes(
         overlap=device_name != "synchronous",
     )
     device = make_device(device_name, seed)
-    engine = Engine(
-        device, resolve(shape, options, device=device.name, batch=batch), torch.float64, Stats()
-    )
+
+    def plan() -> Plan:
+        plan = resolve(shape, options, device=device.name, batch=batch)
+        if device_name == "cpu":
+            return plan
+        resident = resident_bytes(shape, resident_tokens=resident_tokens, batch=batch)
+        return dataclasses.replace(
+            plan,
+            resident_tokens=resident_tokens,
+            resident_bytes=resident,
+            host_share=host_share,
+        )
+
+    engine = Engine(device, plan(), torch.float64, Stats())
     engine.expect(expected)
     kernel = select_kernel(torch.device("cpu"), torch.float64, *dims)
     plain = Plain(
@@ -157,6 +175,7 @@ def test_any_sequence_of_changes(
                 scale=0.3,
                 padding=None if valid is None else Padding.of(valid),
                 sinks=sinks,
+                host_kernel=None if device_name == "cpu" else kernel,
             )
             wanted = plain.attend(layer_idx, query, keys, values, valid, sinks)
             torch.testing.assert_close(ours, wanted, rtol=1e-10, atol=1e-10)
@@ -182,10 +201,13 @@ def test_any_sequence_of_changes(
         elif kind == "resize":
             rows = [row % batch for row in range(amount)]
             batch = amount
-            engine.select_all(rows, resolve(shape, options, device=device.name, batch=batch))
+            engine.select_all(rows, plan())
             plain.keys = [keys[rows] for keys in plain.keys]
             plain.values = [values[rows] for values in plain.values]
             padded_row = padded_row and batch > 1
+        elif kind == "replan":
+            resident_tokens = amount
+            engine.replan(plan())
         else:
             engine.clear()
             plain.keys = [keys[:, :, :0] for keys in plain.keys]

@@ -18,6 +18,9 @@ class Edge(enum.Enum):
     PAGE_WRITTEN = "compute wrote new keys and values into a page; copy-out reads it"
     PAGE_FREE = "copy-out has read a page; compute overwrites it"
     HOST_WRITTEN = "copy-out wrote tokens into the host store; copy-in reads them"
+    QUERY_SENT = "compute sent a query to the host; the host reads it"
+    TOKENS_SENT = "copy-out wrote tokens into the host store; the host attends them"
+    PARTIAL_TAKEN = "compute fetched a partial result from the host; the host writes the next"
     HOST_SETTLED = "copies touching the host store are done; the host reads, moves or frees it"
 
 

@@ -84,7 +84,7 @@ class SimulatedStream:
         return True
 
     def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
-        """Queue a copy and check it against all accesses so far."""
+        """Queue a copy, or run it at once on compute, and check it against all accesses so far."""
         assert destination.shape == source.shape
         assert destination.dtype == source.dtype
         self._tick()
@@ -92,6 +92,10 @@ class SimulatedStream:
         log = self.device.log
         log.add(source, self.clock, self.name, False, purpose)
         log.add(destination, self.clock, self.name, True, purpose)
+
+        if self._eager:
+            destination.copy_(source)
+            return
 
         def work(_force: bool) -> bool:
             destination.copy_(source)

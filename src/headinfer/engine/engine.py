@@ -1,19 +1,23 @@
 """One cache's engine: attention of one layer over its past tiles and its new tokens.
 
 The life of a layer's call: room is made for the new tokens; then, for each group of heads, the
-chunk is attended to itself, to the decode tail, and to each stored tile as it arrives; the partials
-merge by LSE; at last the new tokens go to the store.
+chunk is attended to itself, to what is on the device, and to each stored tile as it arrives; in a
+decode step the host attends its share meanwhile; the partials merge by LSE; at last the new tokens
+go to the store.
 """
 
 from collections.abc import Sequence
 
 import torch
 
-from headinfer.attend.masks import Padding, attend_square, padding_of
-from headinfer.attend.partial import Accumulator, Kernel
+from headinfer.attend.masks import Padding
+from headinfer.attend.partial import Kernel, Partial
 from headinfer.device.base import Device, Edge
 from headinfer.engine.arena import Arena
+from headinfer.engine.chunk import Chunk
+from headinfer.engine.host_attention import MAX_QUERY_TOKENS, HostAttention
 from headinfer.engine.pages import DirectWriter, Page, PagedWriter, Writer
+from headinfer.engine.resident import Resident
 from headinfer.engine.stats import Stats
 from headinfer.engine.tiles import (
     Buffer,
@@ -62,6 +66,7 @@ class Engine:
             for layer in plan.shape.full_layers
         ]
         self._arena_bytes = 0
+        self._host = HostAttention(device, stats)
         self._source, self._writer = self._build()
 
     def _build(self) -> tuple[TileSource, Writer]:
@@ -86,6 +91,12 @@ class Engine:
             ]
             for layer in layers
         ]
+        for layer in layers:
+            layer.resident = None
+            if plan.resident_tokens:
+                geometry = layer.store.geometry
+                memory = arena.take(geometry.num_bytes(plan.resident_tokens))
+                layer.resident = Resident(device, memory, geometry, plan.resident_tokens)
         chunk_pages = [Page(arena.take(plan.chunk_page_bytes // PAGES)) for _ in range(PAGES)]
         writer = PagedWriter(
             device,
@@ -148,6 +159,7 @@ class Engine:
         scale: float,
         padding: Padding | None = None,
         sinks: torch.Tensor | None = None,
+        host_kernel: Kernel | None = None,
     ) -> torch.Tensor:
         """Attend new tokens to the past and to themselves, and keep them.
 
@@ -160,6 +172,7 @@ class Engine:
             scale: factor of the scores.
             padding: of all tokens, past and new; None when there is none.
             sinks: scores `[kv_heads, group]` of attention sinks, or None.
+            host_kernel: what computes partials on the CPU for a device; None when nothing may.
 
         Returns:
             `[batch, q_len, kv_heads, group, value_dim]` in the query's dtype, newly allocated,
@@ -172,79 +185,50 @@ class Engine:
         batch, kv_heads, group, q_len, _ = query.shape
         out = query.new_empty(batch, q_len, kv_heads, group, geometry.value_dim)
         self._layers[layer_idx].store.reserve(self._expected_tokens)
+        if q_len > MAX_QUERY_TOKENS or padding is not None:
+            host_kernel = None
+        call = Chunk(
+            query=query,
+            keys=keys,
+            values=values,
+            out=out,
+            kernel=kernel,
+            scale=scale,
+            padding=padding,
+            sinks=sinks,
+        )
         for first in range(0, q_len, self.plan.chunk_tokens):
             part = slice(first, first + self.plan.chunk_tokens)
-            self._attend_chunk(
-                layer_idx,
-                query[:, :, :, part],
-                keys[:, :, part],
-                values[:, :, part],
-                out[:, part],
-                kernel=kernel,
-                scale=scale,
-                padding=padding,
-                sinks=sinks,
-            )
+            self._attend_chunk(layer_idx, call.part(part), host_kernel)
         return out
 
-    def _attend_chunk(
-        self,
-        layer_idx: int,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        out: torch.Tensor,
-        *,
-        kernel: Kernel,
-        scale: float,
-        padding: Padding | None,
-        sinks: torch.Tensor | None,
-    ) -> None:
-        """Attend at most `plan.chunk_tokens` new tokens, into `out`."""
-        new_tokens = keys.shape[2]
+    def _attend_chunk(self, layer_idx: int, chunk: Chunk, host_kernel: Kernel | None) -> None:
+        """Attend at most `plan.chunk_tokens` new tokens, and keep them."""
+        layer, kv_heads = self._layers[layer_idx], chunk.keys.shape[1]
         past_tokens = self.tokens(layer_idx)
-        own_padding = padding_of(padding, past_tokens, past_tokens + new_tokens)
-        self._writer.make_room(layer_idx, new_tokens)
-        near = self._writer.admit(layer_idx, keys, values)
+        self._writer.make_room(layer_idx, chunk.tokens)
+        near = self._writer.admit(layer_idx, chunk.keys, chunk.values)
+        layer.host_share = 0.0 if host_kernel is None else self.plan.host_share
+        first, end = layer.streamed
+        with_host = host_kernel is not None and end < layer.store.tokens
+        if with_host:
+            self._host.ask(chunk.query)
         self._source.begin(layer_idx)
-        for heads in head_groups(keys.shape[1], self.plan.tile_heads):
-            total = Accumulator()
-            queries = query[:, heads]
-            if new_tokens > 1:
-                total.add(
-                    attend_square(
-                        kernel,
-                        queries,
-                        keys[:, heads],
-                        values[:, heads],
-                        scale=scale,
-                        padding=own_padding,
-                    )
-                )
-            for span in near:
-                total.add(
-                    kernel.attend(
-                        queries,
-                        span.keys[:, heads],
-                        span.values[:, heads],
-                        scale=scale,
-                        mask=padding_of(padding, span.start, span.start + span.tokens),
-                    )
-                )
-            for tile in self._source.tiles(heads):
-                total.add(
-                    kernel.attend(
-                        queries,
-                        tile.keys,
-                        tile.values,
-                        scale=scale,
-                        mask=padding_of(padding, tile.start, tile.start + tile.tokens),
-                    )
-                )
-            if sinks is not None:
-                total.add_sinks(sinks[heads])
-            out[:, :, heads].copy_(total.result().out.permute(0, 3, 1, 2, 4))
-        self._writer.commit(layer_idx, keys, values)
+        # What is not streamed is on the device for all heads, and few tokens need no groups.
+        in_groups = first < end or chunk.tokens > self.plan.page_tokens
+        waiting = []
+        for heads in head_groups(kv_heads, self.plan.tile_heads if in_groups else kv_heads):
+            total = chunk.attend(heads, near, self._source.tiles(heads), past_tokens)
+            if with_host:
+                waiting.append((heads, total))
+            else:
+                chunk.finish(heads, total)
+        if waiting and host_kernel is not None:
+            answer = self._host.answer(layer, host_kernel, scale=chunk.scale)
+            for heads, total in waiting:
+                total.add(Partial(answer.out[:, heads], answer.lse[:, heads]))
+                chunk.finish(heads, total)
+        self._writer.commit(layer_idx, chunk.keys, chunk.values)
         self._source.end()
 
     def _check(self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor) -> KVGeometry:
@@ -275,8 +259,10 @@ class Engine:
         rest = tokens - self._writer.crop(layer_idx, tokens)
         if rest > 0:
             self._settle()
-            store = self._layers[layer_idx].store
-            store.crop(max(store.tokens - rest, 0))
+            layer = self._layers[layer_idx]
+            layer.store.crop(max(layer.store.tokens - rest, 0))
+            if layer.resident is not None:
+                layer.resident.crop(layer.store.tokens)
 
     def select(self, layer_idx: int, rows: Sequence[int]) -> None:
         """Make row `i` of a layer what row `rows[i]` was, for as many rows as the plan has."""
@@ -286,20 +272,41 @@ class Engine:
             return
         self._settle()
         self._writer.select(layer_idx, rows)
-        self._layers[layer_idx].store.select(rows)
+        layer = self._layers[layer_idx]
+        layer.store.select(rows)
+        if layer.resident is not None:
+            layer.resident.select(rows)
 
     def select_all(self, rows: Sequence[int], plan: Plan) -> None:
         """Make row `i` of every layer what row `rows[i]` was, under a plan for that many rows."""
+        self._bring_home()
+        for layer in self._layers:
+            layer.store.select(rows)
+        self._rebuild(plan)
+
+    def replan(self, plan: Plan) -> None:
+        """Go on under another plan for as many rows, with what it keeps on the device."""
+        self._bring_home()
+        self._rebuild(plan)
+
+    def _bring_home(self) -> None:
+        """Put every token into the stores, at rest."""
+        self._check_open()
         for layer_idx in range(len(self._layers)):
             self._writer.flush(layer_idx)
         self._settle()
-        for layer in self._layers:
-            layer.store.select(rows)
-            layer.written = None
+
+    def _rebuild(self, plan: Plan) -> None:
+        """Take the memory of another plan; every token must be in the stores, at rest."""
         self.plan = plan
         # The old arena goes before the new one comes: both together would exceed either plan.
+        for layer in self._layers:
+            layer.written = layer.resident = None
         del self._source, self._writer
         self._source, self._writer = self._build()
+        for layer in self._layers:
+            if layer.resident is not None:
+                layer.resident.fill(layer.store)
 
     def clear(self) -> None:
         """Forget all tokens and free the host memory; the arena stays."""
@@ -309,6 +316,8 @@ class Engine:
             self._writer.crop(layer_idx, self._writer.tail_tokens(layer_idx))
             layer.store.clear()
             layer.written = None
+            if layer.resident is not None:
+                layer.resident.crop(0)
         self._expected_tokens = 0
 
     def close(self) -> None:
@@ -317,6 +326,8 @@ class Engine:
             return
         self.clear()
         self.closed = True
+        for layer in self._layers:
+            layer.resident = None
         del self._source, self._writer
         self._arena_bytes = 0
 

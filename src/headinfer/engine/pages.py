@@ -33,7 +33,7 @@ class Writer(Protocol):
             values: `[batch, kv_heads, new_tokens, value_dim]`.
 
         Returns:
-            The past tokens that are on the device and not in the store.
+            The past tokens that are on the device: resident ones, and those not in the store.
         """
 
     def commit(self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -141,6 +141,10 @@ class Page:
         geometry = layer.store.geometry
         device.copy_out.wait(device.compute.record(), Edge.PAGE_WRITTEN)
         pages = geometry.carve(self._memory, capacity)
+        if layer.resident is not None:
+            device.compute.reads(self._memory, "new tokens into the resident ones")
+            keys, values = (page[:, :, : self.tokens] for page in pages)
+            layer.resident.append(layer.store.tokens, keys, values)
         first = 0
         for span in layer.store.extend(self.tokens):
             part = slice(first, first + span.tokens)
@@ -193,14 +197,15 @@ class PagedWriter:
             self.flush(layer_idx)
 
     def admit(self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor) -> list[Span]:
-        """Return the tail's page, with a single new token already in it."""
+        """Return the resident tokens and the tail's page, a single new token already in it."""
         if keys.shape[2] == 1:
             self._append(layer_idx, keys, values)
         layer, page = self._layers[layer_idx], self._tails[layer_idx][0]
-        if page.tokens == 0:
-            return []
-        geometry = layer.store.geometry
-        return [page.contents(self._device, geometry, self._page_tokens, layer.store.tokens)]
+        near = [] if layer.resident is None else layer.resident.span()
+        if page.tokens:
+            geometry, start = layer.store.geometry, layer.store.tokens
+            near.append(page.contents(self._device, geometry, self._page_tokens, start))
+        return near
 
     def commit(self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Put a few tokens into the tail, send more to the host, and empty a full page."""

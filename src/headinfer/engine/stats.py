@@ -15,6 +15,8 @@ class Stats:
         decode_steps: those model calls.
         bytes_to_device: KV bytes copied over the link to the device.
         bytes_to_host: KV bytes copied back.
+        bytes_attended_on_host: KV bytes attended by the CPU on behalf of a device.
+        host_attention_s: seconds that took.
         peak_device_kv_bytes: the most device memory the arenas held at once, by allocation.
         host_kv_bytes: the most host memory the stores held at once.
         standard_kv_bytes: what standard inference would have held on the device for the same
@@ -28,6 +30,8 @@ class Stats:
     decode_steps: int = 0
     bytes_to_device: int = 0
     bytes_to_host: int = 0
+    bytes_attended_on_host: int = 0
+    host_attention_s: float = 0.0
     peak_device_kv_bytes: int = 0
     host_kv_bytes: int = 0
     standard_kv_bytes: int = 0

@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 
 from headinfer.device.base import Device, Edge, Event
+from headinfer.engine.resident import Resident
 from headinfer.engine.stats import Stats
 from headinfer.store.layer import LayerStore, Span
 
@@ -25,10 +26,27 @@ class StoredLayer:
     Attributes:
         store: the tokens.
         written: reached when copy-out has written all of them; None when nothing was copied.
+        resident: the oldest of them on the device; None where nothing is kept there.
+        host_share: share of the tokens that are not resident, the newest ones, which the host
+            attends where they lie.
     """
 
     store: LayerStore
     written: Event | None = None
+    resident: Resident | None = None
+    host_share: float = 0.0
+
+    @property
+    def streamed(self) -> tuple[int, int]:
+        """The first token that comes over the link, and one past the last."""
+        first = self.resident.tokens if self.resident is not None else 0
+        host_tokens = int(self.host_share * (self.store.tokens - first))
+        return first, self.store.tokens - host_tokens
+
+    def streamed_spans(self, heads: slice, tile_tokens: int) -> Iterator[Span]:
+        """Yield the host memory of the tiles that come over the link, for some heads."""
+        first, end = self.streamed
+        return self.store.spans(first, end, max_tokens=tile_tokens, heads=heads)
 
 
 def head_groups(kv_heads: int, tile_heads: int) -> list[slice]:
@@ -63,20 +81,20 @@ class ViewTiles:
     def __init__(self, layers: Sequence[StoredLayer], tile_tokens: int) -> None:
         self._layers = layers
         self._tile_tokens = tile_tokens
-        self._store: LayerStore | None = None
+        self._layer: StoredLayer | None = None
 
     def begin(self, layer_idx: int) -> None:
         """Turn to a layer."""
-        self._store = self._layers[layer_idx].store
+        self._layer = self._layers[layer_idx]
 
     def tiles(self, heads: slice) -> Iterator[Span]:
         """Yield views of the store."""
-        assert self._store is not None
-        return self._store.spans(0, self._store.tokens, max_tokens=self._tile_tokens, heads=heads)
+        assert self._layer is not None
+        return self._layer.streamed_spans(heads, self._tile_tokens)
 
     def end(self) -> None:
         """Finish the layer."""
-        self._store = None
+        self._layer = None
 
     def drop(self) -> None:
         """Do nothing: nothing is fetched ahead."""
@@ -146,8 +164,7 @@ class SynchronousTiles:
         """Yield tiles, waiting on the host for each to arrive and to be attended."""
         layer = self._layer
         assert layer is not None
-        spans = layer.store.spans(0, layer.store.tokens, max_tokens=self._tile_tokens, heads=heads)
-        for span in spans:
+        for span in layer.streamed_spans(heads, self._tile_tokens):
             tile, filled = self._buffer.fill(self._device, layer, span, self._stats)
             filled.synchronize(Edge.TILE_FILLED)
             self._buffer.hand_over(self._device, filled)
@@ -171,6 +188,11 @@ class _Fetched:
     filled: Event
 
 
+def _state(layer: StoredLayer) -> tuple[int, ...]:
+    """Return what the tiles of a layer's turn depend on."""
+    return layer.store.version, *layer.streamed
+
+
 class PrefetchedTiles:
     """Keeps every free buffer filling with the next tiles, across layers and passes.
 
@@ -179,7 +201,8 @@ class PrefetchedTiles:
     at most a whole round lies between what is attended and what is fetched.
 
     Invariant: the fetched tiles, in order, are the next tiles to be asked for, unless the layers
-    were asked out of order or a store changed since (its version tells); then all are dropped.
+    were asked out of order, a store changed since (its version tells), or other tokens are to be
+    streamed than before; then all are dropped.
     """
 
     def __init__(
@@ -207,7 +230,7 @@ class PrefetchedTiles:
         self._first_layer = layer_idx
         self._begun = False  # whether the turn began and did not end: it failed
         self._turn = 0  # the turn being attended, or next to be
-        self._versions: dict[int, int] = {}  # store versions of the turns being fetched
+        self._states: dict[int, tuple[int, ...]] = {}  # of the turns being fetched
         self._spans: Iterator[Span] = iter(())  # what is left to fetch of the newest such turn
         self._started = 0  # turns whose fetching has started
 
@@ -215,9 +238,8 @@ class PrefetchedTiles:
         return self._layers[(self._first_layer + turn) % len(self._layers)]
 
     def _host_spans(self, layer: StoredLayer) -> Iterator[Span]:
-        store = layer.store
-        for heads in head_groups(store.geometry.kv_heads, self._tile_heads):
-            yield from store.spans(0, store.tokens, max_tokens=self._tile_tokens, heads=heads)
+        for heads in head_groups(layer.store.geometry.kv_heads, self._tile_heads):
+            yield from layer.streamed_spans(heads, self._tile_tokens)
 
     def _fetch_ahead(self) -> None:
         """Fill free buffers with the tiles that come next, as far as they are known."""
@@ -230,7 +252,7 @@ class PrefetchedTiles:
                 self._fetched.append(_Fetched(turn, tile, buffer, filled))
             elif self._started < self._turn + len(self._layers):
                 layer = self._layer_of(self._started)
-                self._versions[self._started] = layer.store.version
+                self._states[self._started] = _state(layer)
                 self._spans = self._host_spans(layer)
                 self._started += 1
             else:
@@ -240,17 +262,14 @@ class PrefetchedTiles:
         """Turn to a layer, and start over where it was not the one expected or has changed."""
         layer = self._layers[layer_idx]
         expected = self._layer_of(self._turn) is layer and not self._begun
-        if not expected or self._versions.get(self._turn, layer.store.version) != (
-            layer.store.version
-        ):
+        if not expected or self._states.get(self._turn, _state(layer)) != _state(layer):
             self._restart(layer_idx)
         self._begun = True
         self._fetch_ahead()
 
     def tiles(self, heads: slice) -> Iterator[Span]:
         """Yield tiles as they arrive on the device, while the next ones are on their way."""
-        store = self._layer_of(self._turn).store
-        for span in store.spans(0, store.tokens, max_tokens=self._tile_tokens, heads=heads):
+        for span in self._layer_of(self._turn).streamed_spans(heads, self._tile_tokens):
             fetched = self._fetched.popleft()
             assert fetched.turn == self._turn
             assert fetched.tile.start == span.start
@@ -264,7 +283,7 @@ class PrefetchedTiles:
 
     def end(self) -> None:
         """Finish the turn; fetching may go one turn further."""
-        self._versions.pop(self._turn, None)
+        self._states.pop(self._turn, None)
         self._begun = False
         self._turn += 1
         self._fetch_ahead()

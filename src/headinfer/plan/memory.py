@@ -51,6 +51,14 @@ def chunk_page_bytes(shape: ModelShape, *, chunk_tokens: int, batch: int) -> int
     return PAGES * aligned(batch * chunk_tokens * elements * shape.kv_itemsize)
 
 
+def resident_bytes(shape: ModelShape, *, resident_tokens: int, batch: int) -> int:
+    """Bytes of the oldest tokens of every offloaded layer, kept on the device."""
+    return sum(
+        aligned(batch * resident_tokens * layer.elements_per_token * shape.kv_itemsize)
+        for layer in shape.full_layers
+    )
+
+
 def activation_bytes(shape: ModelShape, *, chunk_tokens: int, tile_heads: int, batch: int) -> int:
     """Peak bytes of activations while one chunk passes through a layer, and of the last logits.
 

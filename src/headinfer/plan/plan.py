@@ -46,6 +46,10 @@ class Plan:
         chunk_page_bytes: the pages a chunk is written back from.
         window_bytes: the sliding-window layers' own caches.
         activation_bytes: estimate of one chunk's activations.
+        resident_tokens: the oldest tokens of every offloaded layer, kept on the device.
+        resident_bytes: the bytes they take.
+        host_share: share of the tokens that are not resident, which the CPU attends in a decode
+            step.
     """
 
     shape: ModelShape
@@ -63,11 +67,14 @@ class Plan:
     chunk_page_bytes: int
     window_bytes: int
     activation_bytes: int
+    resident_tokens: int = 0
+    resident_bytes: int = 0
+    host_share: float = 0.0
 
     @property
     def arena_bytes(self) -> int:
         """Bytes of device memory the engine allocates, once, for offloaded KV."""
-        pieces = self.staging_bytes + self.tail_bytes + self.chunk_page_bytes
+        pieces = self.staging_bytes + self.tail_bytes + self.chunk_page_bytes + self.resident_bytes
         return pieces and pieces + memory.ALIGNMENT_BYTES
 
     @property

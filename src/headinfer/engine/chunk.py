@@ -1,0 +1,98 @@
+"""New tokens of one layer on their way through its attention, and the partials they get."""
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from headinfer.attend.masks import Padding, attend_square, padding_of
+from headinfer.attend.partial import Accumulator, Kernel, Partial
+from headinfer.store.layer import Span
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """One layer's new tokens and how they attend.
+
+    Attributes:
+        query: `[batch, kv_heads, group, q_len, key_dim]` on the device.
+        keys: the new tokens' keys `[batch, kv_heads, q_len, key_dim]`.
+        values: their values `[batch, kv_heads, q_len, value_dim]`.
+        out: where the result goes, `[batch, q_len, kv_heads, group, value_dim]`.
+        kernel: what computes partials on the device.
+        scale: factor of the scores.
+        padding: of all tokens, past and new; None when there is none.
+        sinks: scores `[kv_heads, group]` of attention sinks, or None.
+    """
+
+    query: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    out: torch.Tensor
+    kernel: Kernel
+    scale: float
+    padding: Padding | None
+    sinks: torch.Tensor | None
+
+    @property
+    def tokens(self) -> int:
+        """Number of new tokens."""
+        return self.keys.shape[2]
+
+    def part(self, tokens: slice) -> "Chunk":
+        """Return some of the tokens as a chunk of their own."""
+        return dataclasses.replace(
+            self,
+            query=self.query[:, :, :, tokens],
+            keys=self.keys[:, :, tokens],
+            values=self.values[:, :, tokens],
+            out=self.out[:, tokens],
+        )
+
+    def attend(
+        self, heads: slice, near: Iterable[Span], tiles: Iterable[Span], past_tokens: int
+    ) -> Accumulator:
+        """Attend some heads to the chunk itself and to past tokens on the device.
+
+        Args:
+            heads: which KV heads.
+            near: past tokens with all heads.
+            tiles: past tokens with these heads alone; each valid until the next is asked for.
+            past_tokens: how many tokens came before the chunk.
+        """
+        query, total = self.query[:, heads], Accumulator()
+        if self.tokens > 1:
+            own_padding = padding_of(self.padding, past_tokens, past_tokens + self.tokens)
+            total.add(
+                attend_square(
+                    self.kernel,
+                    query,
+                    self.keys[:, heads],
+                    self.values[:, heads],
+                    scale=self.scale,
+                    padding=own_padding,
+                )
+            )
+        for span in near:
+            total.add(
+                self._partial(query, Span(span.start, span.keys[:, heads], span.values[:, heads]))
+            )
+        for tile in tiles:
+            total.add(self._partial(query, tile))
+        return total
+
+    def _partial(self, query: torch.Tensor, past: Span) -> Partial:
+        return self.kernel.attend(
+            query,
+            past.keys,
+            past.values,
+            scale=self.scale,
+            mask=padding_of(self.padding, past.start, past.start + past.tokens),
+        )
+
+    def finish(self, heads: slice, total: Accumulator) -> None:
+        """Put what was merged for some heads into `out`."""
+        if self.sinks is not None:
+            total.add_sinks(self.sinks[heads])
+        self.out[:, :, heads].copy_(total.result().out.permute(0, 3, 1, 2, 4))

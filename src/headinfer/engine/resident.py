@@ -1,0 +1,104 @@
+"""The oldest tokens of a layer, kept on the device as well, so that they never cross the link.
+
+The paper moves the whole KV cache for every token (section 3.3); what fits beside weights and
+staging buffers need not move. The oldest tokens are chosen because they are final: new tokens go
+behind them, and the same number in every layer keeps link and device busy at the same time. The
+host holds them too, so that giving them up costs no copy.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from headinfer.device.base import Device, Edge, Event
+from headinfer.store.layer import KVGeometry, LayerStore, Span
+
+
+class Resident:
+    """Device memory for the first tokens of one layer.
+
+    Written by compute as tokens arrive, and by copy-in where they are only on the host; read by
+    compute.
+
+    Args:
+        device: where the memory is.
+        memory: at least `geometry.num_bytes(capacity)` bytes.
+        geometry: of the layer.
+        capacity: the most tokens kept.
+
+    Attributes:
+        tokens: tokens now kept: those from 0 to before it.
+    """
+
+    def __init__(
+        self, device: Device, memory: torch.Tensor, geometry: KVGeometry, capacity: int
+    ) -> None:
+        self.tokens = 0
+        self._device = device
+        self._memory = memory
+        self._capacity = capacity
+        self._keys, self._values = geometry.carve(memory, capacity)
+        self._filled: Event | None = None
+
+    def append(self, start: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Keep those of some new tokens that follow what is kept and fit, on compute.
+
+        Args:
+            start: position of the first new token.
+            keys: `[batch, kv_heads, new_tokens, key_dim]`, written by compute.
+            values: `[batch, kv_heads, new_tokens, value_dim]`, likewise.
+        """
+        new_tokens = min(keys.shape[2], self._capacity - start)
+        if start != self.tokens or new_tokens <= 0:
+            return
+        self._wait_filled()
+        self._device.compute.writes(self._memory, "new tokens into the resident ones")
+        part = slice(start, start + new_tokens)
+        self._keys[:, :, part].copy_(keys[:, :, :new_tokens])
+        self._values[:, :, part].copy_(values[:, :, :new_tokens])
+        self.tokens = part.stop
+
+    def span(self) -> list[Span]:
+        """Return what is kept, for compute to read; empty when that is nothing."""
+        if not self.tokens:
+            return []
+        self._wait_filled()
+        self._device.compute.reads(self._memory, "attention to resident tokens")
+        part = slice(0, self.tokens)
+        return [Span(0, self._keys[:, :, part], self._values[:, :, part])]
+
+    def crop(self, tokens: int) -> None:
+        """Keep no token from `tokens` on."""
+        self.tokens = min(self.tokens, tokens)
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Make row `i` what row `rows[i]` was, on compute; one head at a time to save memory."""
+        if not self.tokens:
+            return
+        self._wait_filled()
+        self._device.compute.writes(self._memory, "row selection in resident tokens")
+        for part in (self._keys, self._values):
+            for head in range(part.shape[1]):
+                used = part[:, head, : self.tokens]
+                used.copy_(used[list(rows)])
+
+    def fill(self, store: LayerStore) -> None:
+        """Fetch all tokens from the host that fit, on copy-in; none may be kept yet.
+
+        The store must be at rest.
+        """
+        assert not self.tokens, "what is kept must not be fetched again"
+        copy_in = self._device.copy_in
+        for span in store.spans(0, min(store.tokens, self._capacity)):
+            part = slice(span.start, span.start + span.tokens)
+            for host, kept in ((span.keys, self._keys), (span.values, self._values)):
+                for row in range(host.shape[0]):
+                    for head in range(host.shape[1]):
+                        copy_in.copy(kept[row, head, part], host[row, head])
+            self.tokens = part.stop
+        self._filled = copy_in.record()
+
+    def _wait_filled(self) -> None:
+        if self._filled is not None:
+            self._device.compute.wait(self._filled, Edge.TILE_FILLED)
+            self._filled = None
