@@ -183,6 +183,8 @@ def attach(
     tile_tokens: str | int = "auto",
     device: str = "auto",
     overlap: bool = True,
+    resident_tokens: str | int = "auto",
+    host_attention: str | float = "auto",
     progress: PrefillProgress | None = None,
     simulated_device: SimulatedDevice | None = None,
 ) -> Offload:
@@ -199,6 +201,10 @@ def attach(
         device: "auto" for where the model is; "simulated" for a device that runs on the CPU, has
             memory of its own, and checks the order of all copies.
         overlap: False to fetch, wait and attend one tile at a time.
+        resident_tokens: the oldest tokens to keep on the device, where they need not be fetched:
+            a count, 0, "all", or "auto" for what fits in `device_memory`.
+        host_attention: share of the other tokens that the CPU attends in decode steps, from 0 to 1;
+            "off", or "auto" by the rates that `headinfer probe` measured.
         progress: called during prefill with the tokens done and the tokens in all.
         simulated_device: the instance to use with `device="simulated"`.
 
@@ -217,6 +223,8 @@ def attach(
         tile_tokens=tile_tokens,
         device=device,
         overlap=overlap,
+        resident_tokens=resident_tokens,
+        host_attention=host_attention,
     )
     no_limit = host_memory is None or host_memory == "auto"
     host_memory_bytes = None if no_limit else parse_bytes(host_memory or 0)

@@ -155,6 +155,7 @@ def _with_small_tiles(memory: opt.MemoryOptions, num_tokens: int) -> opt.MemoryO
         memory,
         chunk_tokens=str(at_once) if memory.chunk_tokens == "auto" else memory.chunk_tokens,
         tile_tokens=str(at_once) if memory.tile_tokens == "auto" else memory.tile_tokens,
+        resident_tokens="0",
     )
 
 

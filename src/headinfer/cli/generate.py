@@ -117,6 +117,8 @@ def generate(
     chunk_tokens: opt.ChunkTokens = "auto",
     tile_heads: opt.TileHeads = "auto",
     tile_tokens: opt.TileTokens = "auto",
+    resident_tokens: opt.ResidentTokens = "auto",
+    host_attention: opt.HostAttention = "auto",
     no_overlap: opt.NoOverlap = False,
     max_new_tokens: Annotated[
         int, _sampling_option("--max-new-tokens", "-n", help_text="The most tokens to generate.")
@@ -215,6 +217,8 @@ def generate(
                 tile_heads=tile_heads,
                 tile_tokens=tile_tokens,
                 overlap=not no_overlap,
+                resident_tokens=resident_tokens,
+                host_attention=host_attention,
             ),
             text=read_prompt(prompt, prompt_file),
             raw=raw,

@@ -67,6 +67,24 @@ TileHeads = Annotated[
 TileTokens = Annotated[
     str, _memory_option("--tile-tokens", "Tokens of one tile: a count, all or auto.", "COUNT")
 ]
+ResidentTokens = Annotated[
+    str,
+    _memory_option(
+        "--resident-tokens",
+        "The oldest tokens to keep on the device, so that they need not be fetched: a count, 0, "
+        "all, or auto for what fits.",
+        "COUNT",
+    ),
+]
+HostAttention = Annotated[
+    str,
+    _memory_option(
+        "--host-attention",
+        "Share of the other tokens that the CPU attends in each decode step, from 0 to 1; off, or "
+        "auto by the rates that headinfer probe measured.",
+        "SHARE",
+    ),
+]
 NoOverlap = Annotated[
     bool,
     typer.Option(
@@ -132,6 +150,8 @@ class MemoryOptions:
     tile_heads: str
     tile_tokens: str
     overlap: bool
+    resident_tokens: str = "auto"
+    host_attention: str = "auto"
 
     def __post_init__(self) -> None:
         """Check all values.
@@ -146,6 +166,8 @@ class MemoryOptions:
             tile_heads=self.tile_heads,
             tile_tokens=self.tile_tokens,
             overlap=self.overlap,
+            resident_tokens=self.resident_tokens,
+            host_attention=self.host_attention,
         )
         if self.host_memory != "auto":
             parse_bytes(self.host_memory)
@@ -160,4 +182,6 @@ class MemoryOptions:
             "tile_heads": self.tile_heads,
             "tile_tokens": self.tile_tokens,
             "overlap": self.overlap,
+            "resident_tokens": self.resident_tokens,
+            "host_attention": self.host_attention,
         }

@@ -172,8 +172,16 @@ class AttentionFunctions:
                 scale=scale,
                 padding=attention_mask,
                 sinks=sinks,
+                host_kernel=_host_kernel(query, key_dim, value_dim, softcap),
             )
         return out.reshape(batch, q_len, query_heads, value_dim), None
+
+
+def _host_kernel(
+    query: torch.Tensor, key_dim: int, value_dim: int, softcap: float | None
+) -> Kernel:
+    """Return what attends on the CPU on behalf of the query's device."""
+    return select_kernel(torch.device("cpu"), query.dtype, key_dim, value_dim, softcap)
 
 
 def _is_sliding(mask_function: Callable[..., torch.Tensor], window_tokens: int) -> bool:

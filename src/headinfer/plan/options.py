@@ -25,6 +25,20 @@ def _tile_size(name: str, value: str | int) -> TileSize:
         ) from None
 
 
+def _share(name: str, value: str | float) -> float | Literal["auto"]:
+    if value == "auto":
+        return "auto"
+    if value == "off":
+        return 0.0
+    try:
+        share = float(value)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise OptionError(f"{name} must be a share from 0 to 1, 'off' or 'auto', not {value!r}")
+    return share
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
     """Validated options of one attachment; see `Options.parse` for what each accepts.
@@ -36,6 +50,8 @@ class Options:
         tile_tokens: tokens of one tile; what bounds the device's share of the KV cache.
         device: where attention is computed and what stands between it and the host store.
         overlap: whether copies run ahead of attention; off is the synchronous twin.
+        resident_tokens: the oldest tokens of each layer that are kept on the device as well.
+        host_attention: share of the other tokens that the CPU attends in a decode step.
     """
 
     device_memory_bytes: int | None = None
@@ -44,6 +60,8 @@ class Options:
     tile_tokens: TileSize = "auto"
     device: DeviceName = "auto"
     overlap: bool = True
+    resident_tokens: TileSize = "auto"
+    host_attention: float | Literal["auto"] = "auto"
 
     @classmethod
     def parse(
@@ -55,6 +73,8 @@ class Options:
         tile_tokens: str | int = "auto",
         device: str = "auto",
         overlap: bool = True,
+        resident_tokens: str | int = "auto",
+        host_attention: str | float = "auto",
     ) -> "Options":
         """Validate options as users write them.
 
@@ -65,6 +85,8 @@ class Options:
             tile_tokens: a token count, "all", or "auto".
             device: "auto", "cpu", "cuda" or "simulated".
             overlap: False fetches, waits and attends one tile at a time.
+            resident_tokens: a token count, 0, "all", or "auto" for what fits.
+            host_attention: a share from 0 to 1, "off", or "auto" for what was measured to be best.
 
         Raises:
             OptionError: a value does not parse or is out of range.
@@ -85,4 +107,10 @@ class Options:
             tile_tokens=_tile_size("tile_tokens", tile_tokens),
             device=name,
             overlap=overlap,
+            resident_tokens=(
+                0
+                if resident_tokens in (0, "0")
+                else _tile_size("resident_tokens", resident_tokens)
+            ),
+            host_attention=_share("host_attention", host_attention),
         )
