@@ -22,6 +22,7 @@ ORDER = [
     "bench",
     "demo",
     "probe",
+    "plot",
     "api",
     "integration",
     "engine",

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headinfer.errors import OptionError
-from headinfer.units import format_bytes, format_tokens, parse_bytes, parse_tokens
+from headinfer.units import format_bytes, format_si, format_tokens, parse_bytes, parse_tokens
 
 
 @pytest.mark.parametrize(
@@ -53,3 +53,24 @@ def test_formatted_tokens_parse_back(tokens: int) -> None:
 )
 def test_formatted_bytes(size_bytes: int, wanted: str) -> None:
     assert format_bytes(size_bytes) == wanted
+
+
+@pytest.mark.parametrize(
+    ("value", "wanted"),
+    [
+        (0, "0.00"),
+        (3.984, "3.98"),
+        (999.4, "999"),
+        (999.5, "1.00K"),
+        (20_971_520, "21.0M"),
+        (165e12, "165T"),
+        (9e24, "9.00Y"),
+    ],
+)
+def test_numbers_with_prefixes_of_1000(value: float, wanted: str) -> None:
+    assert format_si(value) == wanted
+
+
+def test_numbers_with_a_unit() -> None:
+    assert format_si(165e12, "FLOP/s") == "165 TFLOP/s"
+    assert format_si(5, "B/s") == "5.00 B/s"

@@ -69,3 +69,14 @@ def format_tokens(tokens: int) -> str:
         if tokens >= factor and tokens % factor == 0:
             return f"{tokens // factor}{suffix}"
     return f"{tokens:,}"
+
+
+def format_si(value: float, unit: str = "") -> str:
+    """Return three significant digits with a prefix of 1000: 17.2G, or 165 TFLOP/s with a unit."""
+    prefixes = iter(("", *"KMGTPEZY"))
+    prefix = next(prefixes)
+    while abs(value) >= 999.5 and prefix != "Y":
+        value /= 1000
+        prefix = next(prefixes)
+    number = f"{value:#.3g}".rstrip(".")
+    return f"{number} {prefix}{unit}" if unit else f"{number}{prefix}"

@@ -115,6 +115,14 @@ def test_nothing_runs_on_a_device_that_is_not_there(in_process, monkeypatch):
     assert all("CUDA is not available" in row["reason"] for row in rows)
 
 
+def test_no_options_at_all(in_process, monkeypatch):
+    measured = []
+    monkeypatch.setattr(bench, "run_suite", lambda spec, *_: measured.append(spec) or [])
+    result = CliRunner().invoke(bench.app, ["decode"])
+    assert result.exit_code == 1, result.stderr  # nothing was measured
+    assert measured[0].contexts == (32 * 1024,)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

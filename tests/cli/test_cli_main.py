@@ -7,7 +7,7 @@ import sys
 def test_help_names_the_verbs(cli):
     done = cli("--help")
     assert done.code == 0
-    for verb in ("generate", "demo"):
+    for verb in ("generate", "demo", "roofline"):
         assert verb in done.out
 
 

@@ -1,15 +1,12 @@
 """`headinfer bench`: speed and memory against stock transformers, checked and bounded."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.status import Status as Spinner
-from typer.core import TyperCommand
 
 from headinfer.bench.document import document
 from headinfer.bench.methods import METHODS
@@ -27,6 +24,7 @@ from headinfer.cli.options import (
     TileHeads,
     TileTokens,
 )
+from headinfer.cli.output import STDOUT, JsonCommand, JsonPath, check_writable, write_json
 from headinfer.errors import OptionError
 from headinfer.units import parse_tokens
 
@@ -35,22 +33,8 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
-_STDOUT = "-"
 _WIDTH = 100
 """Columns where stderr is not a terminal."""
-
-
-class _JsonCommand(TyperCommand):
-    """A command whose `--json` may stand without a path; Typer has no options of that kind."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Give a bare `--json` its path."""
-        parsed = []
-        for here, after in zip(args, [*args[1:], "--"], strict=True):
-            parsed.append(here)
-            if here == "--json" and after.startswith("-"):
-                parsed.append(_STDOUT)
-        return super().parse_args(ctx, parsed)
 
 
 def make_launcher() -> Launcher:
@@ -65,12 +49,6 @@ Methods = Annotated[str, typer.Option(help=f"Comma-separated, of: {', '.join(MET
 NewTokens = Annotated[int, typer.Option(help="Decode steps timed after each prefill.")]
 Repeats = Annotated[int, typer.Option(help="Fresh processes for each method.")]
 Seed = Annotated[int, typer.Option(help="Seed of weights and tokens.")]
-Json = Annotated[
-    str | None,
-    typer.Option(
-        "--json", metavar="[PATH]", help="Write results as JSON to PATH, or alone to stdout."
-    ),
-]
 Dtype = Annotated[str, typer.Option(help="bfloat16, float16 or float32.", rich_help_panel=_MODEL)]
 Layers = Annotated[int, typer.Option(help="Decoder layers.", rich_help_panel=_MODEL)]
 HiddenSize = Annotated[int, typer.Option(help="Hidden width.", rich_help_panel=_MODEL)]
@@ -84,14 +62,14 @@ IntermediateSize = Annotated[
 VocabSize = Annotated[int, typer.Option(help="Vocabulary.", rich_help_panel=_MODEL)]
 
 
-@app.command(cls=_JsonCommand)
+@app.command(cls=JsonCommand)
 def decode(
     context: Context = "32K",
     methods: Methods = "standard,headinfer",
     new_tokens: NewTokens = 8,
     repeats: Repeats = 1,
     seed: Seed = 0,
-    json_path: Json = None,
+    json_path: JsonPath = None,
     dtype: Dtype = "bfloat16",
     layers: Layers = 4,
     hidden_size: HiddenSize = 512,
@@ -114,13 +92,13 @@ def decode(
         _run(Command.DECODE, **locals())
 
 
-@app.command(cls=_JsonCommand)
+@app.command(cls=JsonCommand)
 def prefill(
     context: Context = "32K",
     methods: Methods = "standard,headinfer",
     repeats: Repeats = 1,
     seed: Seed = 0,
-    json_path: Json = None,
+    json_path: JsonPath = None,
     dtype: Dtype = "bfloat16",
     layers: Layers = 4,
     hidden_size: HiddenSize = 512,
@@ -146,8 +124,7 @@ def prefill(
 def _run(command: Command, **options: Any) -> None:
     json_path: str | None = options.pop("json_path")
     spec = _spec(command, options)
-    if json_path not in (None, _STDOUT) and not Path(json_path or "").parent.is_dir():
-        raise OptionError(f"there is no folder to write {json_path!r} in; make it first")
+    check_writable("--json", json_path)
     console = Console(stderr=True)
     if not console.is_terminal:
         console.width = _WIDTH
@@ -159,11 +136,8 @@ def _run(command: Command, **options: Any) -> None:
         rows.extend(run_suite(spec, launcher, machine, progress))
     console.print(render(spec, machine, rows))
     if json_path is not None:
-        text = json.dumps(document(spec, machine, rows), indent=1)
-        if json_path == _STDOUT:
-            typer.echo(text)
-        else:
-            Path(json_path).write_text(text + "\n")
+        write_json(json_path, document(spec, machine, rows))
+        if json_path != STDOUT:
             console.print(f"written to {json_path}")
     raise typer.Exit(exit_code(rows))
 

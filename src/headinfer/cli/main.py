@@ -14,7 +14,9 @@ from headinfer.cli.console import EXIT_BAD_INPUT, EXIT_INTERRUPTED, print_error
 from headinfer.cli.demo import demo
 from headinfer.cli.generate import generate
 from headinfer.cli.options import NO_VALUE
+from headinfer.cli.output import JsonCommand
 from headinfer.cli.probe import probe
+from headinfer.cli.roofline import roofline
 
 
 class Verbs(TyperGroup):
@@ -88,6 +90,7 @@ def _all_verbs(
 app.command()(generate)
 app.command()(demo)
 app.command()(probe)
+app.command(cls=JsonCommand)(roofline)
 
 
 @app.command(

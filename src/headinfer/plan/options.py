@@ -108,9 +108,7 @@ class Options:
             device=name,
             overlap=overlap,
             resident_tokens=(
-                0
-                if resident_tokens in (0, "0")
-                else _tile_size("resident_tokens", resident_tokens)
+                0 if resident_tokens in (0, "0") else _tile_size("resident_tokens", resident_tokens)
             ),
             host_attention=_share("host_attention", host_attention),
         )

@@ -1,0 +1,1 @@
+"""Plots. matplotlib is optional: only `style` and the modules that draw import it."""
