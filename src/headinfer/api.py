@@ -11,14 +11,22 @@ from transformers import PreTrainedModel
 from headinfer.device.base import Device
 from headinfer.device.cpu import CpuDevice
 from headinfer.device.cuda import CudaDevice
+from headinfer.device.identity import identity
 from headinfer.device.simulated import SimulatedDevice
 from headinfer.engine.engine import Engine
 from headinfer.engine.stats import Stats
-from headinfer.errors import CacheStateError, OptionError, UnsupportedModelError
+from headinfer.errors import (
+    CacheStateError,
+    MemoryPlanError,
+    OptionError,
+    UnsupportedModelError,
+)
 from headinfer.integration.attachment import Attachment, is_attached
 from headinfer.integration.attention import AttentionFunctions
 from headinfer.integration.cache import OffloadedCache
 from headinfer.integration.support import check_supported, model_shape
+from headinfer.plan.hardware import Hardware
+from headinfer.plan.measured import load_measured
 from headinfer.plan.options import Options
 from headinfer.plan.plan import Plan, resolve
 from headinfer.store.host_memory import available_host_bytes
@@ -59,6 +67,7 @@ class Offload:
         self._shape = model_shape(model)
         self._engines: weakref.WeakSet[Engine] = weakref.WeakSet()
         self._attached = False
+        self._hardware = _measured_hardware(device)
         self.plan = resolve(self._shape, self._budgeted(), device=device.name)
         self._attachment = Attachment(model, self)
         self._attached = True
@@ -108,24 +117,53 @@ class Offload:
 
     # What follows serves the integration package, not users.
 
-    def plan_for(self, batch: int, context_tokens: int) -> Plan:
-        """Return the plan of a cache with so many rows and tokens; refuse what does not fit."""
+    def plan_for(self, batch: int, context_tokens: int, *, replacing: Engine | None = None) -> Plan:
+        """Return the plan of a cache with so many rows and tokens; refuse what does not fit.
+
+        What other caches keep resident is given up where nothing would fit otherwise.
+
+        Args:
+            batch: rows.
+            context_tokens: tokens expected.
+            replacing: the cache's engine, if it has one, whose memory the plan may use again.
+        """
         if not self._attached:
             raise CacheStateError("the model was detached; attach it again for a new cache")
+        others = [engine for engine in self._engines if engine is not replacing]
+        try:
+            return self._resolve(batch, context_tokens, others)
+        except MemoryPlanError:
+            if not any(engine.plan.resident_tokens for engine in others):
+                raise
+        for engine in others:
+            engine.give_up_residents()
+        return self._resolve(batch, context_tokens, others)
+
+    def _resolve(self, batch: int, context_tokens: int, others: list[Engine]) -> Plan:
+        options = self._budgeted()
+        if options.device_memory_bytes is not None:
+            held = sum(engine.device_kv_bytes for engine in others)
+            budget = max(options.device_memory_bytes - held, 1)
+            options = dataclasses.replace(options, device_memory_bytes=budget)
         return resolve(
             self._shape,
-            self._budgeted(),
+            options,
             device=self._device.name,
             batch=batch,
             context_tokens=context_tokens,
+            hardware=self._hardware,
         )
 
     def _budgeted(self) -> Options:
-        """Return the options with what the device has free as the budget where none was given."""
+        """Return the options with what the device has free as the budget where none was given.
+
+        That is for all caches together, so what they hold counts as free.
+        """
         free = self._device.free_bytes()
         if free is None or self._options.device_memory_bytes is not None:
             return self._options
-        budget = self._shape.weights_bytes + int(free * _USED_SHARE)
+        held = sum(engine.device_kv_bytes for engine in self._engines)
+        budget = self._shape.weights_bytes + int((free + held) * _USED_SHARE)
         return dataclasses.replace(self._options, device_memory_bytes=budget)
 
     def make_engine(self, plan: Plan) -> Engine:
@@ -238,6 +276,13 @@ def attach(
         host_memory_bytes=host_memory_bytes,
         progress=progress,
     )
+
+
+def _measured_hardware(device: Device) -> Hardware | None:
+    """Return what `headinfer probe` measured of a machine; a simulated device has no rates."""
+    if device.name == "simulated":
+        return None
+    return load_measured(identity(device.name))
 
 
 def _make_device(

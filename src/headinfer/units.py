@@ -63,6 +63,16 @@ def format_bytes(size_bytes: float) -> str:
     return f"{size_bytes:.0f} B"
 
 
+def format_seconds(seconds: float) -> str:
+    """Return a time for people, with two or three digits: 31 ms, 5.14 s, 37.9 min or 9.81 h."""
+    if seconds < 0.9995:
+        return f"{seconds * 1000:.2g} ms" if seconds < 0.0995 else f"{seconds * 1000:.0f} ms"
+    for unit, size, most in (("s", 1, 60), ("min", 60, 60), ("h", 3600, 48)):
+        if seconds < size * most * 0.9995:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 86400:,.3g} days"
+
+
 def format_tokens(tokens: int) -> str:
     """Return a token count for people: exact multiples of 1024 with K or M, all else in digits."""
     for suffix, factor in (("M", 1024**2), ("K", 1024)):

@@ -21,7 +21,10 @@ def small_model() -> PreTrainedModel:
 
 
 def exercise(device: SimulatedDevice, *, overlap: bool = True) -> torch.Tensor:
-    """Go through all that moves KV: chunks, decoding past a page, a second turn, crop, beams."""
+    """Go through all that moves KV: chunks, decoding past a page, a second turn, crop, beams.
+
+    Some tokens are resident, and some attended by the host.
+    """
     model = small_model()
     prompt = random_tokens(2, 31)
     with headinfer.attach(
@@ -32,6 +35,8 @@ def exercise(device: SimulatedDevice, *, overlap: bool = True) -> torch.Tensor:
         tile_tokens=16,
         chunk_tokens=12,
         overlap=overlap,
+        resident_tokens=9,
+        host_attention=0.4,
     ) as offload:
         cache = offload.new_cache()
         outputs = [model(prompt, past_key_values=cache, logits_to_keep=1).logits]

@@ -70,6 +70,71 @@ def test_generation_equals_stock(name: str, batch: int, device: str) -> None:
         assert torch.equal(ours.sequences, stock.sequences)
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_generation_with_resident_and_host_attended_tokens_equals_stock(
+    name: str, batch: int
+) -> None:
+    model = shared_model(name)
+    tokens, mask = left_padded(batch)
+    stock = generate(model, DynamicCache(config=model.config), tokens, mask)
+    for resident_tokens, host_attention in ((50, 0.5), ("all", "off"), (0, 1.0), (100, 0.1)):
+        with headinfer.attach(
+            model,
+            device="simulated",
+            tile_heads=1,
+            tile_tokens=20,
+            chunk_tokens=39,
+            resident_tokens=resident_tokens,
+            host_attention=host_attention,
+        ) as offload:
+            ours = generate(model, offload.new_cache(), tokens, mask)
+        assert relative_error(logits(ours), logits(stock)) < TOLERANCE
+        assert torch.equal(ours.sequences, stock.sequences)
+        # Padded batches leave nothing to the host.
+        if offload.plan.shape.full_layers and batch == 1 and host_attention != "off":
+            assert offload.stats.bytes_attended_on_host > 0
+        else:
+            assert offload.stats.bytes_attended_on_host == 0
+
+
+def test_residents_grow_with_the_conversation() -> None:
+    model = shared_model("llama3")
+    stock = DynamicCache(config=model.config)
+    with headinfer.attach(model, device="simulated", device_memory="64MiB") as offload:
+        cache = offload.new_cache()
+        for length in (31, 3, 200, 1, 1, 400):
+            tokens = random_tokens(1, length)
+            ours = model(tokens, past_key_values=cache).logits
+            wanted = model(tokens, past_key_values=stock).logits
+            assert relative_error(ours, wanted) < TOLERANCE
+            assert cache.state.engine.plan.resident_tokens >= cache.get_seq_length()
+        assert offload.stats.bytes_to_device == 0
+
+
+def test_residents_are_given_up_where_another_cache_needs_their_memory() -> None:
+    model = shared_model("llama3")
+    tokens, following = random_tokens(1, 300), random_tokens(1, 3)
+    options = {"chunk_tokens": 64, "tile_heads": 1, "tile_tokens": 64, "device": "simulated"}
+    with headinfer.attach(model, resident_tokens="all", **options) as offload:
+        budget = offload.plan_for(1, 300).total_device_bytes + 100
+    stock = DynamicCache(config=model.config)
+    model(tokens, past_key_values=stock)
+    wanted = model(following, past_key_values=stock).logits
+    with headinfer.attach(model, device_memory=budget, **options) as offload:
+        caches = [offload.new_cache(), offload.new_cache()]
+        for cache in caches:
+            model(tokens, past_key_values=cache)
+        plans = [cache.state.engine.plan for cache in caches]
+        assert plans[0].resident_tokens == 0
+        assert 0 < plans[1].resident_tokens < 300
+        held = sum(plan.arena_bytes for plan in plans)
+        assert held + plans[0].shape.weights_bytes + plans[0].activation_bytes <= budget
+        for cache in caches:
+            ours = model(following, past_key_values=cache).logits
+            assert relative_error(ours, wanted) < TOLERANCE
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_prefill_logits_of_every_position_equal_stock(name: str) -> None:
     model = shared_model(name)

@@ -15,6 +15,7 @@ from headinfer.cli.demo import demo
 from headinfer.cli.generate import generate
 from headinfer.cli.options import NO_VALUE
 from headinfer.cli.output import JsonCommand
+from headinfer.cli.plan import plan
 from headinfer.cli.probe import probe
 from headinfer.cli.roofline import roofline
 
@@ -89,6 +90,7 @@ def _all_verbs(
 
 app.command()(generate)
 app.command()(demo)
+app.command(cls=JsonCommand)(plan)
 app.command()(probe)
 app.command(cls=JsonCommand)(roofline)
 

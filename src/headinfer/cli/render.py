@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from headinfer.engine.stats import Stats
-from headinfer.plan.plan import ALL_TOKENS, Plan
+from headinfer.plan.choices import ALL_TOKENS
+from headinfer.plan.plan import Plan
 from headinfer.units import format_bytes
 
 _LABEL_WIDTH = 18

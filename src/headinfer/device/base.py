@@ -20,8 +20,7 @@ class Edge(enum.Enum):
     HOST_WRITTEN = "copy-out wrote tokens into the host store; copy-in reads them"
     QUERY_SENT = "compute sent a query to the host; the host reads it"
     TOKENS_SENT = "copy-out wrote tokens into the host store; the host attends them"
-    PARTIAL_TAKEN = "compute fetched a partial result from the host; the host writes the next"
-    HOST_SETTLED = "copies touching the host store are done; the host reads, moves or frees it"
+    HOST_SETTLED = "copies touching host memory are done; the host reads, moves or frees it"
 
 
 class Event(Protocol):

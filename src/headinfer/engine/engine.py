@@ -6,6 +6,7 @@ decode step the host attends its share meanwhile; the partials merge by LSE; at 
 go to the store.
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -289,6 +290,10 @@ class Engine:
         self._bring_home()
         self._rebuild(plan)
 
+    def give_up_residents(self) -> None:
+        """Keep no token on the device; costs no copy, because the host holds them all."""
+        self.replan(dataclasses.replace(self.plan, resident_tokens=0, resident_bytes=0))
+
     def _bring_home(self) -> None:
         """Put every token into the stores, at rest."""
         self._check_open()
@@ -342,4 +347,5 @@ class Engine:
             return
         for stream in (self._device.copy_in, self._device.copy_out):
             stream.record().synchronize(Edge.HOST_SETTLED)
+        self._host.settle()
         self._source.drop()

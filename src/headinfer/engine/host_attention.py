@@ -22,8 +22,8 @@ MAX_QUERY_TOKENS = 8
 class HostAttention:
     """Attends the newest stored tokens of one layer after another on the CPU.
 
-    Its host buffers are reused from layer to layer, and written only once what was read from them
-    last has been read.
+    Its host buffers are reused from layer to layer. Waiting for a query frees them: on compute it
+    comes after the result of the query before was fetched.
 
     Args:
         device: what asks.
@@ -67,14 +67,17 @@ class HostAttention:
         query = self._buffers["query"]
         self._device.host_access(query, write=False, purpose="attention on the host")
         partial = self._attend(layer, query, kernel, scale)
-        if self._taken is not None:
-            self._taken.synchronize(Edge.PARTIAL_TAKEN)
         parts = [
             self._send_back(name, part)
             for name, part in (("out", partial.out), ("lse", partial.lse))
         ]
         self._taken = self._device.compute.record()
         return Partial(*parts)
+
+    def settle(self) -> None:
+        """Wait until compute has fetched the last result, so that its buffer may be freed."""
+        if self._taken is not None:
+            self._taken.synchronize(Edge.HOST_SETTLED)
 
     def _attend(
         self, layer: StoredLayer, query: torch.Tensor, kernel: Kernel, scale: float
@@ -106,8 +109,6 @@ class HostAttention:
         """Return the host buffer of a name, made anew where shape or dtype differ."""
         buffer = self._buffers.get(name)
         if buffer is None or buffer.shape != shape or buffer.dtype != dtype:
-            if self._taken is not None:  # the old one may still be read
-                self._taken.synchronize(Edge.PARTIAL_TAKEN)
             memory = self._device.host_empty(shape.numel() * dtype.itemsize)
             # A view that changes the dtype in inference mode could not be written to outside it.
             with torch.inference_mode(False):

@@ -15,6 +15,14 @@ from headinfer.plan.plan import Plan
 from headinfer.plan.shape import LayerKind
 from headinfer.units import format_bytes, format_tokens
 
+_GROWTH_DIVISOR = 4
+"""A cache that outgrows its plan is planned anew for a quarter more, so that it rarely happens."""
+
+
+def _outgrows(plan: Plan, tokens: int) -> bool:
+    """Whether a plan kept all tokens it knew of on the device, and there are more now."""
+    return 0 < (plan.context_tokens or 0) <= plan.resident_tokens < tokens
+
 
 class CacheHost(Protocol):
     """What a cache needs of the attachment it belongs to."""
@@ -23,8 +31,8 @@ class CacheHost(Protocol):
     def functions(self) -> AttentionFunctions:
         """The attention functions that take what is pending."""
 
-    def plan_for(self, batch: int, context_tokens: int) -> Plan:
-        """Return the plan for a cache, or refuse."""
+    def plan_for(self, batch: int, context_tokens: int, *, replacing: Engine | None = None) -> Plan:
+        """Return the plan for a cache, in place of the one its engine has, or refuse."""
 
     def make_engine(self, plan: Plan) -> Engine:
         """Return an engine with its arena allocated."""
@@ -86,8 +94,12 @@ class OffloadedState:
             self._check_host(plan.kv_host_bytes(wanted), wanted)
             self.engine = self.host.make_engine(plan)
             self.engine.expect(wanted)
-        elif (more := self.engine.expect(wanted)) > 0:
+            return
+        if (more := self.engine.expect(wanted)) > 0:
             self._check_host(more, wanted)
+        if _outgrows(self.engine.plan, wanted):
+            ahead = wanted + wanted // _GROWTH_DIVISOR
+            self.engine.replan(self.host.plan_for(batch, ahead, replacing=self.engine))
 
     def _check_host(self, needed_bytes: int, tokens: int) -> None:
         left = self.host.host_bytes_left()
@@ -112,7 +124,7 @@ class OffloadedState:
         """Make row `i` of every layer what row `rows[i]` was; the number of rows may change."""
         if self.engine is not None and self.tokens(0):
             tokens = max(self.tokens(0), self._max_tokens or 0)
-            plan = self.host.plan_for(len(rows), tokens)
+            plan = self.host.plan_for(len(rows), tokens, replacing=self.engine)
             self._check_host(plan.kv_host_bytes(tokens) - self.engine.host_kv_bytes, tokens)
             self.engine.select_all(rows, plan)
 

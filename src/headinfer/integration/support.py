@@ -19,6 +19,7 @@ from transformers.cache_utils import (
 )
 
 from headinfer.errors import UnsupportedModelError
+from headinfer.plan.memory import fused_mlp_elements
 from headinfer.plan.shape import LayerKind, LayerShape, ModelShape
 
 HONOURED_KEYWORDS = frozenset(
@@ -249,7 +250,18 @@ def model_shape(model: PreTrainedModel) -> ModelShape:
         weights_bytes=_weights_bytes(model),
         kv_itemsize=model.dtype.itemsize,
         max_positions=int(getattr(config, "max_position_embeddings", 0) or 0),
+        mlp_peak_elements=_mlp_peak_elements(model, config, intermediate),
     )
+
+
+def _mlp_peak_elements(model: PreTrainedModel, config: Any, mlp_width: int) -> int:
+    """Elements a token occupies at the peak of one MLP; 0 where gate and up are apart."""
+    fused = [module for module in model.modules() if hasattr(module, "gate_up_proj")]
+    if not fused:
+        return 0
+    gathered = int(getattr(config, "num_experts_per_tok", 0) or 0) * int(config.hidden_size)
+    biased = any(hasattr(module, "gate_up_proj_bias") for module in fused)
+    return fused_mlp_elements(mlp_width, gathered=gathered, biased=biased)
 
 
 def _layer_shape(kind: LayerKind, cache_layer: object, config: Any, module: Any) -> LayerShape:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from headinfer.errors import ModelLoadError, OptionError
 from headinfer.plan.families import FULL, LINEAR, Family, read_config
+from headinfer.plan.memory import fused_mlp_elements
 from headinfer.plan.parameters import buffers_bytes, count_parameters
 from headinfer.plan.quantization import stored_bytes
 from headinfer.plan.shape import LayerKind, LayerShape, ModelShape
@@ -48,6 +49,7 @@ def shape_from_config(
         weights_bytes=stored + buffers_bytes(family, text, itemsize),
         kv_itemsize=itemsize,
         max_positions=text.number("max_position_embeddings", 0),
+        mlp_peak_elements=_mlp_peak_elements(family, text),
     )
 
 
@@ -88,3 +90,14 @@ def _mlp_width(text: TextConfig) -> int:
     shared = text.number("shared_expert_intermediate_size", 0)
     width = text.number("moe_intermediate_size", 0) or dense
     return max(dense, experts * width + shared) if experts else dense
+
+
+def _mlp_peak_elements(family: Family, text: TextConfig) -> int:
+    """Return what `ModelShape.mlp_peak_elements` says."""
+    experts = text.number("num_experts_per_tok", 0)
+    if not (family.fused_gate or (family.experts and experts)):
+        return 0
+    biased = family.experts is not None and family.experts.bias
+    return fused_mlp_elements(
+        _mlp_width(text), gathered=experts * text.size("hidden_size"), biased=biased
+    )

@@ -75,6 +75,7 @@ class Family:
         scaled_embedding: whether a buffer scales the embeddings.
         rotary_by_type: whether each type of layer has rotary frequencies of its own.
         partial_rotary: whether heads may be rotated in part.
+        fused_gate: whether one projection gives the MLP's gate and up.
     """
 
     layer_type: LayerType = _sliding_if_windowed
@@ -91,6 +92,7 @@ class Family:
     scaled_embedding: bool = False
     rotary_by_type: bool = False
     partial_rotary: bool = False
+    fused_gate: bool = False
 
     def layer_types(self, config: TextConfig) -> list[str]:
         """Return the type of every layer of a model, in order.
@@ -122,7 +124,7 @@ FAMILIES: dict[str, Family] = {
     "llama": Family(qkv_bias=_BIAS, output_bias=_BIAS, mlp_bias="mlp_bias"),
     "mistral": Family(defaults={"sliding_window": 4096}),
     "mixtral": Family(experts=Experts(width="intermediate_size")),
-    "phi3": Family(partial_rotary=True),
+    "phi3": Family(partial_rotary=True, fused_gate=True),
     "qwen2": Family(
         layer_type=_sliding_after_first,
         defaults={"sliding_window": 4096, "max_window_layers": 28},

@@ -18,11 +18,17 @@ ALIGNMENT_BYTES = 256
 """Every piece of the arena starts on such a boundary: what fused kernels and copy engines like."""
 
 _FLOAT32_BYTES = 4
+_POSITION_BYTES = 8
 
 
 def aligned(num_bytes: int) -> int:
     """Return a size rounded up to whole alignments."""
     return -(-num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+
+def aligned_down(num_bytes: int) -> int:
+    """Return a size rounded down to whole alignments."""
+    return num_bytes // ALIGNMENT_BYTES * ALIGNMENT_BYTES
 
 
 def staging_bytes(shape: ModelShape, *, tile_heads: int, tile_tokens: int, batch: int) -> int:
@@ -59,22 +65,73 @@ def resident_bytes(shape: ModelShape, *, resident_tokens: int, batch: int) -> in
     )
 
 
-def activation_bytes(shape: ModelShape, *, chunk_tokens: int, tile_heads: int, batch: int) -> int:
-    """Peak bytes of activations while one chunk passes through a layer, and of the last logits.
+def resident_tokens(shape: ModelShape, num_bytes: int, *, batch: int) -> int:
+    """Return the tokens whose `resident_bytes` fit in `num_bytes`."""
+    token_bytes = shape.kv_bytes(1, batch)
+    if not token_bytes:
+        return 0
+    return max((num_bytes - ALIGNMENT_BYTES * len(shape.full_layers)) // token_bytes, 0)
 
-    The larger of the attention phase (residual, normed input, query before and after rotation with
-    one temporary, folded query, keys and values likewise, output, and the float32 partials of one
-    group of heads) and the MLP phase (residual, normed input, gate, up and their product).
+
+def fused_mlp_elements(mlp_width: int, *, gathered: int, biased: bool) -> int:
+    """Elements a token occupies at the peak of an MLP whose gate and up come from one product.
+
+    That product stays while its halves are combined: 4 widths alive instead of 3. Experts with
+    biases clamp and scale both halves on the way: 9 widths.
+
+    Args:
+        mlp_width: as in `ModelShape`.
+        gathered: elements copied to bring a token to its experts.
+        biased: whether the experts have biases (gpt-oss).
     """
-    item = shape.kv_itemsize
-    attention = 0
-    for layer in shape.layers:
+    return (9 if biased else 4) * mlp_width + gathered
+
+
+def activation_bytes(
+    shape: ModelShape,
+    *,
+    chunk_tokens: int,
+    tile_heads: int,
+    batch: int,
+    device: str,
+) -> int:
+    """Peak bytes of activations while one chunk passes through the model under `generate`.
+
+    The largest of what is alive in four phases: rotating queries, merging partials, the MLP, and
+    the logits of the last token. `docs/memory-model.md` lists the tensors of each.
+
+    Args:
+        shape: the model.
+        chunk_tokens: tokens of the chunk in each row.
+        tile_heads: KV heads attended at once.
+        batch: rows.
+        device: "cpu", "cuda" or "simulated"; the last computes as the CPU does.
+    """
+    item, on_cpu = shape.kv_itemsize, device != "cuda"
+    hidden, head_dim = shape.hidden_size, max((layer.key_dim for layer in shape.layers), default=0)
+    # All phases: the embedded chunk, the layer's input, its normed form, cosines and sines.
+    common = (3 * hidden + 2 * head_dim) * item + _POSITION_BYTES
+    phases = [(hidden + (shape.mlp_peak_elements or 3 * shape.mlp_width)) * item]
+    for layer in set(shape.layers):
         if layer.kv_heads:
-            group = shape.query_heads // layer.kv_heads
             query = shape.query_heads * layer.key_dim
-            partial = min(tile_heads, layer.kv_heads) * group * layer.value_dim
-            width = 2 * shape.hidden_size + 5 * query + 3 * layer.elements_per_token // 2
-            attention = max(attention, width * item + partial * (item + 2 * _FLOAT32_BYTES))
-    mlp = (3 * shape.hidden_size + 3 * shape.mlp_width) * item
-    logits = 2 * shape.vocab_size * _FLOAT32_BYTES
-    return batch * (chunk_tokens * max(attention, mlp) + logits)
+            out = shape.query_heads * layer.value_dim
+            share = min(tile_heads, layer.kv_heads) / layer.kv_heads
+            merge = _merge_bytes(item, on_cpu=on_cpu)
+            phases.append((4 * query + layer.elements_per_token) * item)
+            phases.append(
+                (query + layer.elements_per_token + out) * item + int(out * share) * merge
+            )
+    logits = hidden * item * chunk_tokens + shape.vocab_size * (item + _FLOAT32_BYTES)
+    # On the CPU torch copies the output projection for a single 16-bit token.
+    clone = shape.vocab_size * hidden * item if on_cpu and item < _FLOAT32_BYTES else 0
+    return max(batch * chunk_tokens * (common + max(phases)), batch * logits + clone)
+
+
+def _merge_bytes(itemsize: int, *, on_cpu: bool) -> int:
+    """Bytes for each element of a partial output while it is merged into another one.
+
+    The first partial, its float32 copy, the next partial, which is float32 on the CPU, and its
+    weighted form.
+    """
+    return itemsize + (_FLOAT32_BYTES if on_cpu else itemsize) + 2 * _FLOAT32_BYTES

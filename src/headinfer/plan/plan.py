@@ -1,29 +1,26 @@
 """From options to a plan: the sizes of chunks and tiles, and the bytes they take."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from headinfer.errors import MemoryPlanError, OptionError
 from headinfer.plan import memory
+from headinfer.plan.choices import (
+    ALL_TOKENS,
+    MIN_CHUNK_TOKENS,
+    MIN_TILE_TOKENS,
+    chunk_sizes,
+    larger_tile_tokens,
+    tile_sizes,
+)
+from headinfer.plan.hardware import Hardware
 from headinfer.plan.options import Options
+from headinfer.plan.predict import Predictor, Schedule, balanced_host_share
 from headinfer.plan.shape import ModelShape
 from headinfer.units import format_bytes, format_tokens
 
 PAGE_TOKENS = 64
 """Tokens of one decode-tail page: 32 layers of Llama-3-8B then send 8 MiB home at a time."""
-
-_LEAST_CONTEXT_TOKENS = 8192
-"""Staging is made for at least such a context, however short the first prompt is."""
-
-MIN_CHUNK_TOKENS = 128
-MIN_TILE_TOKENS = 256
-_CHUNK_CHOICES = (8192, 4096, 2048, 1024, 512, 256, MIN_CHUNK_TOKENS)
-_CPU_CHUNK_TOKENS = 512
-_TILE_TARGET_BYTES = 64 * 2**20
-"""A copy of 64 MiB takes 2.5 ms at 25 GB/s: three orders above what starting it costs."""
-
-ALL_TOKENS = 2**40
-"""Tile size of a tile that is never split; only where tiles are views and take no memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,10 +43,9 @@ class Plan:
         chunk_page_bytes: the pages a chunk is written back from.
         window_bytes: the sliding-window layers' own caches.
         activation_bytes: estimate of one chunk's activations.
-        resident_tokens: the oldest tokens of every offloaded layer, kept on the device.
+        resident_tokens: the oldest tokens of every offloaded layer, which stay on the device.
         resident_bytes: the bytes they take.
-        host_share: share of the tokens that are not resident, which the CPU attends in a decode
-            step.
+        host_share: share of the other tokens that the CPU attends in a decode step.
     """
 
     shape: ModelShape
@@ -74,7 +70,8 @@ class Plan:
     @property
     def arena_bytes(self) -> int:
         """Bytes of device memory the engine allocates, once, for offloaded KV."""
-        pieces = self.staging_bytes + self.tail_bytes + self.chunk_page_bytes + self.resident_bytes
+        streaming = self.staging_bytes + self.tail_bytes + self.chunk_page_bytes
+        pieces = streaming + self.resident_bytes
         return pieces and pieces + memory.ALIGNMENT_BYTES
 
     @property
@@ -88,8 +85,30 @@ class Plan:
         return self.shape.weights_bytes + self.kv_device_bytes + self.activation_bytes
 
     def kv_host_bytes(self, tokens: int) -> int:
-        """Bytes of host memory the store takes for `tokens` tokens in each row."""
+        """Bytes of host memory the store takes for `tokens` tokens in each row.
+
+        It holds the resident ones too, so that they can be given up without a copy.
+        """
         return self.shape.kv_bytes(tokens, self.batch)
+
+    def streamed_bytes(self, tokens: int) -> int:
+        """Bytes of `tokens` tokens in each row that are not resident."""
+        return self.shape.kv_bytes(max(tokens - self.resident_tokens, 0), self.batch)
+
+    @property
+    def schedule(self) -> Schedule:
+        """What the plan does with the KV cache, to predict its times."""
+        resident = self.shape.kv_bytes(self.resident_tokens, self.batch)
+        all_resident = 0 < (self.context_tokens or 0) <= self.resident_tokens
+        return Schedule(
+            batch=self.batch,
+            chunk_tokens=self.chunk_tokens,
+            tile_heads=self.tile_heads,
+            tile_tokens=None if all_resident else self.tile_tokens,
+            resident_bytes=resident,
+            host_share=self.host_share,
+            overlap=self.overlap,
+        )
 
     def lines(self) -> Iterator[str]:
         """Yield the plan as a few lines for people."""
@@ -110,6 +129,13 @@ class Plan:
             f"KV {format_bytes(self.kv_device_bytes)}, "
             f"activations {format_bytes(self.activation_bytes)} (estimate)"
         )
+        if self.resident_tokens:
+            yield (
+                f"the oldest {format_tokens(self.resident_tokens)} tokens stay on the device: "
+                f"{format_bytes(self.resident_bytes)}"
+            )
+        if self.host_share:
+            yield f"the CPU attends {self.host_share:.0%} of the other tokens in a decode step"
         if self.context_tokens is not None:
             yield (
                 f"host memory for the KV cache of {format_tokens(self.context_tokens)} tokens: "
@@ -128,8 +154,12 @@ def resolve(
     device: str,
     batch: int = 1,
     context_tokens: int | None = None,
+    hardware: Hardware | None = None,
 ) -> Plan:
     """Turn options into a plan that fits, choosing what was left to "auto".
+
+    With `hardware` and a known context that is the plan of the least predicted time, otherwise the
+    one with the largest chunks and transfers.
 
     Args:
         shape: the model.
@@ -137,6 +167,7 @@ def resolve(
         device: the kind of device: "cpu", "cuda" or "simulated".
         batch: rows of the cache.
         context_tokens: tokens expected in the cache; None when not known yet.
+        hardware: the machine whose rates predict times.
 
     Raises:
         OptionError: a tile is larger than the model allows.
@@ -151,12 +182,24 @@ def resolve(
         context_tokens = shape.max_positions or None
         if context_tokens is None:
             raise OptionError("tile_tokens 'all' needs a known context; give a number of tokens")
-    last = None
-    for candidate in _candidates(shape, options, device, batch, context_tokens):
-        last = candidate
-        if _fits(candidate):
-            return candidate
-    raise _refusal(last, _smallest(shape, device, options, batch, context_tokens))
+    candidates = list(_candidates(shape, options, device, batch, context_tokens))
+    fitting = [candidate for candidate in candidates if _fits(candidate)]
+    if not fitting:
+        raise _refusal(candidates[-1], smallest_plan(shape, options, device=device, batch=batch))
+    resident = _Residency(options, context_tokens)
+    if hardware is None or context_tokens is None:
+        return _with_host_share(resident.of(fitting[0]), options, hardware)
+    predictor, tokens = Predictor(shape, hardware), context_tokens
+    plans = [
+        _with_host_share(plan, options, hardware)
+        for plan in _fastest_candidates(fitting, options, resident, context_tokens)
+    ]
+
+    def cost(plan: Plan) -> tuple[float, int]:
+        """Of equally fast plans the one that streams least leaves the most for later."""
+        return predictor.answer_s(plan.schedule, tokens), plan.streamed_bytes(tokens)
+
+    return min(plans, key=cost)
 
 
 def _fits(plan: Plan) -> bool:
@@ -168,47 +211,91 @@ def _candidates(
     shape: ModelShape, options: Options, device: str, batch: int, context_tokens: int | None
 ) -> Iterator[Plan]:
     """Yield plans from the largest transfers to the smallest."""
-    if options.chunk_tokens != "auto":
-        chunks: tuple[int, ...] = (options.chunk_tokens,)
-    else:
-        largest = _CPU_CHUNK_TOKENS if device == "cpu" else _CHUNK_CHOICES[0]
-        chunks = tuple(choice for choice in _CHUNK_CHOICES if choice <= largest)
-    for chunk_tokens in chunks:
-        for tile_heads, tile_tokens in _tiles(shape, options, device, context_tokens):
+    for chunk_tokens in chunk_sizes(options, device):
+        for tile_heads, tile_tokens in tile_sizes(shape, options, device, context_tokens):
             yield _plan(
                 shape, options, device, batch, context_tokens, chunk_tokens, tile_heads, tile_tokens
             )
 
 
-def _tiles(
-    shape: ModelShape, options: Options, device: str, context_tokens: int | None
-) -> Iterator[tuple[int, int]]:
-    heads_all = max(shape.kv_heads, 1)
-    copies = device != "cpu"
-    heads: list[int]
-    if isinstance(options.tile_heads, int):
-        heads = [options.tile_heads]
-    elif options.tile_heads == "all" or not copies:
-        heads = [heads_all]
-    else:
-        heads = [heads_all] + [n for n in (8, 4, 2, 1) if n < heads_all]
-    for tile_heads in heads:
-        if isinstance(options.tile_tokens, int):
-            yield tile_heads, options.tile_tokens
-        elif not copies:
-            yield tile_heads, ALL_TOKENS
-        elif options.tile_tokens == "all":
-            yield tile_heads, context_tokens or ALL_TOKENS
-        else:
-            per_token = max(shape.kv_bytes(1) // max(len(shape.full_layers), 1), 1)
-            per_token = max(per_token * tile_heads // heads_all, 1)
-            tokens = max(_TILE_TARGET_BYTES // per_token, MIN_TILE_TOKENS)
-            tokens = min(tokens, 2**17)
-            if context_tokens is not None:  # the next turn may be longer than this one
-                tokens = min(tokens, max(context_tokens, _LEAST_CONTEXT_TOKENS))
-            while tokens >= MIN_TILE_TOKENS:
-                yield tile_heads, tokens
-                tokens //= 2
+def _fastest_candidates(
+    fitting: list[Plan], options: Options, residency: "_Residency", context_tokens: int
+) -> Iterator[Plan]:
+    """Yield those of the plans that fit among which the fastest is, the preferred ones first.
+
+    For each chunk and number of heads that is the plan with the largest usual tile, what comes of
+    it with still larger ones, and the one with the smallest, which leaves the most for tokens that
+    are resident. Any other tile would be no faster.
+    """
+    largest: dict[tuple[int, int], Plan] = {}
+    for plan in fitting:
+        largest.setdefault((plan.chunk_tokens, plan.tile_heads), plan)
+    for plan in largest.values():
+        yield residency.of(plan)
+    for plan in largest.values():
+        if plan.device == "cpu":
+            continue  # its tiles are views of any size
+        for tile_tokens in larger_tile_tokens(options, plan.tile_tokens, context_tokens):
+            larger = _replan(plan, options, tile_tokens)
+            if _fits(larger):
+                yield residency.of(larger)
+        if residency.wanted and options.tile_tokens == "auto":
+            smallest = residency.of(_replan(plan, options, MIN_TILE_TOKENS))
+            if _fits(smallest):
+                yield smallest
+
+
+@dataclass(frozen=True, slots=True)
+class _Residency:
+    """How many tokens are to be resident, as far as they fit."""
+
+    options: Options
+    context_tokens: int | None
+
+    @property
+    def wanted(self) -> int:
+        """The most tokens to keep."""
+        if isinstance(self.options.resident_tokens, int):
+            return self.options.resident_tokens
+        if self.options.resident_tokens == "auto" and self.options.device_memory_bytes is None:
+            return 0  # nothing says how much there is
+        return self.context_tokens or 0
+
+    def of(self, plan: Plan) -> Plan:
+        """Return a plan with as many of them as fit beside what it has."""
+        if plan.device == "cpu" or not self.wanted:
+            return plan
+        tokens = self.wanted
+        if plan.device_memory_bytes is not None:
+            left = plan.device_memory_bytes - plan.total_device_bytes
+            tokens = min(tokens, memory.resident_tokens(plan.shape, left, batch=plan.batch))
+        size = memory.resident_bytes(plan.shape, resident_tokens=tokens, batch=plan.batch)
+        return replace(plan, resident_tokens=tokens, resident_bytes=size)
+
+
+def _with_host_share(plan: Plan, options: Options, hardware: Hardware | None) -> Plan:
+    """Return a plan with the CPU's share of the tokens that are not resident."""
+    if plan.device == "cpu":
+        return plan
+    share = options.host_attention
+    if share == "auto":
+        # Data sheets do not say what the CPU reaches, so it is left out until it was measured.
+        share = balanced_host_share(hardware) if hardware and hardware.measured else 0.0
+    return replace(plan, host_share=share)
+
+
+def _replan(plan: Plan, options: Options, tile_tokens: int) -> Plan:
+    """Return a plan with other tile tokens and the bytes that go with them."""
+    return _plan(
+        plan.shape,
+        options,
+        plan.device,
+        plan.batch,
+        plan.context_tokens,
+        plan.chunk_tokens,
+        plan.tile_heads,
+        tile_tokens,
+    )
 
 
 def _plan(
@@ -243,17 +330,27 @@ def _plan(
         * memory.chunk_page_bytes(shape, chunk_tokens=chunk_tokens, batch=batch),
         window_bytes=shape.window_bytes(chunk_tokens, batch),
         activation_bytes=memory.activation_bytes(
-            shape, chunk_tokens=chunk_tokens, tile_heads=tile_heads, batch=batch
+            shape,
+            chunk_tokens=chunk_tokens,
+            tile_heads=tile_heads,
+            batch=batch,
+            device=device,
         ),
     )
 
 
-def _smallest(
-    shape: ModelShape, device: str, options: Options, batch: int, context_tokens: int | None
-) -> Plan:
-    return _plan(
-        shape, options, device, batch, context_tokens, MIN_CHUNK_TOKENS, 1, MIN_TILE_TOKENS
-    )
+def _least(plans: list[Plan]) -> Plan:
+    return min(plans, key=lambda plan: plan.total_device_bytes)
+
+
+def least_plan(shape: ModelShape, options: Options, *, device: str, batch: int = 1) -> Plan:
+    """Return the plan that takes the least device memory of those that options allow."""
+    return _least(list(_candidates(shape, options, device, batch, None)))
+
+
+def smallest_plan(shape: ModelShape, options: Options, *, device: str, batch: int = 1) -> Plan:
+    """Return the plan that takes the least device memory, whatever was set of chunks and tiles."""
+    return _plan(shape, options, device, batch, None, MIN_CHUNK_TOKENS, 1, MIN_TILE_TOKENS)
 
 
 def _refusal(tried: Plan | None, smallest: Plan) -> MemoryPlanError:

@@ -51,6 +51,8 @@ class ModelShape:
         query_heads: query heads of an attention layer.
         hidden_size: width of the residual stream.
         mlp_width: intermediate elements a token occupies in one MLP (all active experts).
+        mlp_peak_elements: elements a token occupies at the peak of one MLP; 0 where gate, up and
+            their product are apart, which is three times `mlp_width`.
         vocab_size: width of the logits.
         weights_bytes: bytes of all parameters and buffers as loaded.
         kv_itemsize: bytes of one KV element.
@@ -66,6 +68,7 @@ class ModelShape:
     weights_bytes: int
     kv_itemsize: int
     max_positions: int
+    mlp_peak_elements: int = 0
 
     @property
     def full_layers(self) -> tuple[LayerShape, ...]:

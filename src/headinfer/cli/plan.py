@@ -1,0 +1,168 @@
+"""`headinfer plan`: whether it fits, how long it takes and what to set, without weights or GPU."""
+
+from typing import Annotated
+
+import typer
+
+from headinfer.cli.console import reporting_errors, stderr_console
+from headinfer.cli.hardware import hardware_of
+from headinfer.cli.options import MEMORY_PANEL, MODEL_PANEL, NO_VALUE, Dtype, DtypeChoice
+from headinfer.cli.output import STDOUT, JsonPath, check_writable, write_json
+from headinfer.errors import OptionError
+from headinfer.plan.accounting import AccountingKind
+from headinfer.plan.hardware import THIS, Hardware, preset_hardware
+from headinfer.plan.methods import Situation, method_plans
+from headinfer.plan.shape import ModelShape
+from headinfer.units import parse_bytes, parse_tokens
+
+_DEFAULT_HARDWARE = "rtx-4090"
+_EXIT_NOTHING_FITS = 1
+
+
+def plan(
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model",
+            "-m",
+            metavar="NAME",
+            help="A preset such as llama-3-8b, a hub id, a folder, a config.json, or demo.",
+            rich_help_panel=MODEL_PANEL,
+        ),
+    ] = "llama-3-8b",
+    context: Annotated[
+        str,
+        typer.Option(
+            "--context",
+            metavar="COUNT",
+            help="Tokens of prompt and answer together, such as 128K or 1M.",
+            rich_help_panel=MODEL_PANEL,
+        ),
+    ] = "128K",
+    batch: Annotated[
+        int,
+        typer.Option(
+            "--batch",
+            min=1,
+            metavar="COUNT",
+            help="Rows at once.",
+            rich_help_panel=MODEL_PANEL,
+        ),
+    ] = 1,
+    dtype: Dtype = DtypeChoice.AUTO,
+    hardware: Annotated[
+        str | None,
+        typer.Option(
+            "--hardware",
+            metavar="NAME",
+            help=f"A machine by name, or {THIS}: as measured by `headinfer probe`, which is the "
+            f"default where it was; otherwise {_DEFAULT_HARDWARE}.",
+            rich_help_panel=MEMORY_PANEL,
+        ),
+    ] = None,
+    device_memory: Annotated[
+        str | None,
+        typer.Option(
+            "--device-memory",
+            metavar="SIZE",
+            help="The most to use on the device, such as 24GiB; by default all the hardware has.",
+            rich_help_panel=MEMORY_PANEL,
+        ),
+    ] = None,
+    host_memory: Annotated[
+        str | None,
+        typer.Option(
+            "--host-memory",
+            metavar="SIZE",
+            help="The most host memory for the KV cache, such as 1TiB; by default all there is.",
+            rich_help_panel=MEMORY_PANEL,
+        ),
+    ] = None,
+    chunk_tokens: Annotated[
+        str,
+        typer.Option(
+            "--chunk-tokens",
+            metavar="COUNT",
+            help="Tokens of a prefill chunk, such as 4K, or auto.",
+            rich_help_panel=MEMORY_PANEL,
+        ),
+    ] = "auto",
+    accounting: Annotated[
+        AccountingKind,
+        typer.Option(
+            "--accounting",
+            metavar="NAME",
+            help="ours: what runs of ours peak at; paper: the formulas of its Table 10.",
+            rich_help_panel=MEMORY_PANEL,
+        ),
+    ] = AccountingKind.OURS,
+    json_path: JsonPath = None,
+    paper: Annotated[
+        bool,
+        typer.Option(
+            "--paper",
+            metavar=NO_VALUE,
+            help="Print the paper's tables 3 to 8, 10 and 11 beside ours, and nothing else.",
+        ),
+    ] = False,
+) -> None:
+    """Tell whether a context fits, how long it takes and what to set, for every method.
+
+    Needs no GPU and no weights. Exit code 1 when no exact method fits.
+    """
+    with reporting_errors():
+        check_writable("--json", json_path)
+        if paper:
+            if json_path is not None:
+                raise OptionError("--paper prints tables for people; leave out --json")
+            from headinfer.cli.plan_paper import print_paper
+
+            print_paper()
+            return
+        here, which = _hardware(hardware)
+        situation = Situation(
+            shape=_shape(model, dtype.value),
+            hardware=here,
+            context_tokens=parse_tokens(context),
+            device_memory_bytes=parse_bytes(device_memory or here.device_memory_bytes),
+            host_memory_bytes=parse_bytes(host_memory or here.host_memory_bytes),
+            batch=batch,
+            kind=accounting,
+            chunk_tokens=None if chunk_tokens == "auto" else parse_tokens(chunk_tokens),
+        )
+        raise typer.Exit(_answer(situation, which, json_path))
+
+
+def _answer(situation: Situation, which: str, json_path: str | None) -> int:
+    from headinfer.cli.plan_table import plan_as_json, print_plans
+    from headinfer.plan.choose import choose
+
+    plans = method_plans(situation)
+    choice = choose(situation, plans)
+    if json_path != STDOUT:
+        print_plans(situation, which, plans, choice)
+    if json_path is not None:
+        write_json(json_path, plan_as_json(situation, plans, choice))
+        if json_path != STDOUT:
+            stderr_console().print(f"written to {json_path}", markup=False)
+    return 0 if choice.plan else _EXIT_NOTHING_FITS
+
+
+def _shape(name: str, dtype: str) -> ModelShape:
+    from headinfer.cli.shapes import shape_of
+
+    return shape_of(name, dtype=dtype)
+
+
+def _hardware(name: str | None) -> tuple[Hardware, str]:
+    """Return the machine to plan for, and how it came to be."""
+    if name is not None:
+        return hardware_of(name), "as asked for"
+    from headinfer.plan.measured import load_measured
+
+    measured = load_measured()
+    if measured is not None:
+        return measured, "as `headinfer probe` measured it"
+    return preset_hardware(_DEFAULT_HARDWARE), (
+        "not measured yet: `headinfer probe` plans for this machine"
+    )

@@ -1,0 +1,189 @@
+"""What `headinfer plan` prints: the methods as a table and as JSON, and the choice below them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from headinfer.cli.text import print_lines
+from headinfer.plan.choose import Choice
+from headinfer.plan.methods import MethodPlan, Situation
+from headinfer.units import format_bytes, format_seconds, format_tokens
+
+_GIB = 2**30
+_WIDTH = 100
+"""Columns where the terminal does not tell; all of the table fits in them."""
+
+_COLUMNS = (
+    "method",
+    "tile",
+    "weights",
+    "KV on\ndevice",
+    "activ-\nations",
+    "total",
+    "KV\nin all",
+    "KV on\nhost",
+    "max\ncontext",
+    "prefill",
+    "decode\n/token",
+)
+_LEFT_OUT = ("weights", "KV\nin all")
+"""Columns that narrow terminals do without: they differ least between methods."""
+
+_ROOMY = 110
+"""Columns from which on the table's columns stand two spaces apart."""
+
+
+def table_console() -> Console:
+    """Return a console on stdout, `_WIDTH` wide where it is no terminal."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, _WIDTH)
+    return console
+
+
+def print_plans(
+    situation: Situation, which: str, plans: Sequence[MethodPlan], choice: Choice
+) -> None:
+    """Print the situation, a row for each method, and what was chosen and why."""
+    console = table_console()
+    hardware, batch = situation.hardware, situation.batch
+    rows = f", {batch} rows" if batch > 1 else ""
+    console.print(
+        f"[bold]{escape(situation.shape.name)}[/], {format_tokens(situation.context_tokens)} "
+        f"tokens{rows}, on [bold]{hardware.name}[/] ({escape(which)}): "
+        f"{format_bytes(situation.device_memory_bytes)} on the device, "
+        f"{format_bytes(situation.host_memory_bytes)} of host memory"
+    )
+    console.print(_table(plans, choice, width=console.width))
+    console.print(
+        "[dim]Sizes in GiB; [/][red]![/][dim]: more than there is; max context: what device and "
+        "host memory hold; times predicted[/]"
+    )
+    _print_choice(console, choice)
+
+
+def _table(plans: Sequence[MethodPlan], choice: Choice, *, width: int) -> Table:
+    gap = 2 if width >= _ROOMY else 1
+    table = Table(box=None, pad_edge=False, padding=(0, 0, 0, gap), header_style="bold")
+    columns = {name: index for index, name in enumerate(_COLUMNS) if name not in _LEFT_OUT}
+    if width >= _WIDTH:
+        columns = {name: index for index, name in enumerate(_COLUMNS)}
+    for name, index in columns.items():
+        table.add_column(name, justify="right" if index else "left", no_wrap=True)
+    chosen = choice.plan.method if choice.plan else None
+    for plan in plans:
+        style = "bold green" if plan.method == chosen else ("" if plan.fits else "dim")
+        cells = _cells(plan, chosen=plan.method == chosen)
+        table.add_row(*(cells[index] for index in columns.values()), style=style)
+    return table
+
+
+def _cells(plan: MethodPlan, *, chosen: bool) -> list[str]:
+    host = _gib(plan.kv_host_bytes) if plan.kv_host_bytes else "-"
+    return [
+        f"{'> ' if chosen else '  '}{plan.method}",
+        _tile(plan),
+        _gib(plan.weights_bytes),
+        _gib(plan.kv_device_bytes),
+        _gib(plan.activation_bytes),
+        _marked(_gib(plan.total_device_bytes), short=bool(plan.device_short_bytes)),
+        _gib(plan.kv_total_bytes),
+        _marked(host, short=bool(plan.host_short_bytes)),
+        _context(plan.max_context_tokens),
+        format_seconds(plan.prefill_s) if plan.fits else "-",
+        format_seconds(plan.decode_s_per_token) if plan.fits else "-",
+    ]
+
+
+def _tile(plan: MethodPlan) -> str:
+    if plan.tile_heads is None:
+        return "-"
+    tokens = "all" if plan.tile_tokens is None else format_tokens(plan.tile_tokens)
+    return f"{plan.tile_heads} x {tokens}"
+
+
+def _gib(num_bytes: int) -> str:
+    """Return three digits, or all in front of the point."""
+    size = num_bytes / _GIB
+    if size >= 99.95:
+        return f"{size:,.0f}"
+    return f"{size:.1f}" if size >= 9.995 else f"{size:.2f}"
+
+
+def _marked(text: str, *, short: bool) -> str:
+    return f"[not dim red]{text}![/]" if short else text
+
+
+def _context(tokens: int | None) -> str:
+    """Return a length rounded down, as people say it: 703K, 8.07M."""
+    if tokens is None:
+        return "no limit"
+    if tokens >= 2**20:
+        return f"{tokens * 100 // 2**20 / 100:.2f}".rstrip("0").rstrip(".") + "M"
+    return f"{tokens // 1024}K" if tokens >= 1024 else str(tokens)
+
+
+def _print_choice(console: Console, choice: Choice) -> None:
+    console.print()
+    if choice.plan:
+        console.print(f"Chosen: [bold green]{choice.plan.method}[/]")
+    else:
+        console.print("[bold red]No exact method fits.[/]")
+    print_lines(console, choice.why)
+    if choice.changes:
+        console.print("What would do:" if len(choice.changes) == 1 else "Either of these would do:")
+        print_lines(console, (change.line for change in choice.changes))
+
+
+def plan_as_json(
+    situation: Situation, plans: Sequence[MethodPlan], choice: Choice
+) -> dict[str, Any]:
+    """Return everything as plain values: bytes, tokens and seconds.
+
+    `tile_heads` and `tile_tokens` are null where nothing is offloaded, and "all" where a tile has
+    all tokens. `chosen` is a method's row with its chunk and the reasons; where nothing fits its
+    `method` is null and `changes` says what would.
+    """
+    chosen: dict[str, Any] = {"method": None, "why": list(choice.why)}
+    if choice.plan:
+        chosen = _row(choice.plan) | {
+            "chunk_tokens": choice.plan.chunk_tokens,
+            "resident_bytes": choice.plan.resident_bytes,
+            "why": list(choice.why),
+        }
+    else:
+        chosen["changes"] = [
+            {
+                "device_memory_bytes": change.device_memory_bytes,
+                "host_memory_bytes": change.host_memory_bytes,
+                "context_tokens": change.context_tokens,
+            }
+            for change in choice.changes
+        ]
+    return {
+        "model": situation.shape.name,
+        "hardware": situation.hardware.name,
+        "context_tokens": situation.context_tokens,
+        "methods": [_row(plan) for plan in plans],
+        "chosen": chosen,
+    }
+
+
+def _row(plan: MethodPlan) -> dict[str, Any]:
+    return {
+        "method": plan.method,
+        "tile_heads": plan.tile_heads,
+        "tile_tokens": "all" if plan.tile_heads and not plan.tile_tokens else plan.tile_tokens,
+        "weights_bytes": plan.weights_bytes,
+        "kv_device_bytes": plan.kv_device_bytes,
+        "activation_bytes": plan.activation_bytes,
+        "total_device_bytes": plan.total_device_bytes,
+        "kv_total_bytes": plan.kv_total_bytes,
+        "kv_host_bytes": plan.kv_host_bytes,
+        "max_context_tokens": plan.max_context_tokens,
+        "prefill_s": plan.prefill_s,
+        "decode_s_per_token": plan.decode_s_per_token,
+    }

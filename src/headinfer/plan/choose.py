@@ -1,0 +1,183 @@
+"""The method to use in a situation, why, and what to change where none fits."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from headinfer.plan.methods import (
+    CHUNKED,
+    MAX_CONTEXT_TOKENS,
+    QUANTISED,
+    MethodPlan,
+    Situation,
+)
+from headinfer.units import format_bytes, format_seconds, format_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """One change after which a plan fits.
+
+    Attributes:
+        device_memory_bytes: the device memory to give; None to leave it.
+        host_memory_bytes: the host memory to give; None to leave it.
+        context_tokens: the context to ask for; None to leave it.
+        line: the change in words.
+    """
+
+    device_memory_bytes: int | None = None
+    host_memory_bytes: int | None = None
+    context_tokens: int | None = None
+    line: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """What to run.
+
+    Attributes:
+        plan: the method; None where none fits.
+        why: reasons, one line each.
+        changes: where none fits, what would help, each by itself.
+    """
+
+    plan: MethodPlan | None
+    why: tuple[str, ...]
+    changes: tuple[Change, ...] = ()
+
+
+def choose(situation: Situation, plans: Sequence[MethodPlan]) -> Choice:
+    """Choose among the methods of a situation that are exact.
+
+    Ours where it fits: with all KV that the device holds resident, the others are special cases of
+    it. Otherwise the fastest that fits.
+    """
+    ours = plans[-1]
+    exact = [plan for plan in plans if plan.fits and plan.method != QUANTISED]
+    if not exact:
+        reasons = tuple(_shortfalls(situation, ours))
+        return Choice(plan=None, why=reasons, changes=tuple(_changes(situation, plans)))
+    plan = ours if ours.fits else min(exact, key=lambda plan: plan.decode_s_per_token)
+    return Choice(plan=plan, why=tuple(_reasons(situation, plans, plan)))
+
+
+def _reasons(situation: Situation, plans: Sequence[MethodPlan], plan: MethodPlan) -> Iterator[str]:
+    by_name = {other.method: other for other in plans}
+    if situation.device == "cpu":
+        yield "There is no device beside the CPU: tiles are attended where they lie."
+    elif plan.tile_heads is None:
+        yield f"All of the KV cache, {format_bytes(plan.kv_total_bytes)}, stays on the device."
+    elif not plan.streamed_bytes:
+        yield (
+            f"All of the KV cache, {format_bytes(plan.kv_total_bytes)}, stays on the device: "
+            "nothing is streamed."
+        )
+    else:
+        standard = by_name[CHUNKED]
+        yield (
+            f"The whole KV cache does not fit: even chunked, standard inference needs "
+            f"{format_bytes(standard.total_device_bytes)} on the device."
+        )
+        if plan.resident_bytes:
+            yield (
+                f"{format_bytes(plan.resident_bytes)} of KV stay on the device: what weights, "
+                f"activations and tiles leave of {format_bytes(situation.device_memory_bytes)}."
+            )
+        yield _tile_reason(plan)
+    if plan.chunk_tokens:
+        yield _chunk_reason(situation, plan)
+    yield _time_reason(situation, plan)
+    yield from _position_warning(situation)
+
+
+def _tile_reason(plan: MethodPlan) -> str:
+    heads = f"{plan.tile_heads} KV head{'' if plan.tile_heads == 1 else 's'}"
+    tokens = "all" if plan.tile_tokens is None else format_tokens(plan.tile_tokens)
+    return (
+        f"The other {format_bytes(plan.streamed_bytes)} cross the link in tiles of {heads} x "
+        f"{tokens} tokens, whatever the context: starting copies never takes longer than making "
+        "them."
+    )
+
+
+def _chunk_reason(situation: Situation, plan: MethodPlan) -> str:
+    chunk = format_tokens(plan.chunk_tokens or 0)
+    taken = f"chunks of {chunk} tokens take {format_bytes(plan.activation_bytes)} of activations"
+    if situation.chunk_tokens:
+        return f"Prefill {taken}, as was asked for."
+    if plan.streamed_bytes:
+        return f"Prefill {taken}: smaller ones read the weights more often, larger ones leave less."
+    return f"Prefill {taken}."
+
+
+def _time_reason(situation: Situation, plan: MethodPlan) -> str:
+    parts, link = plan.decode_parts, situation.hardware.link_bytes_per_s
+    step = format_seconds(plan.decode_s_per_token)
+    text = f"A decode step takes {step}, limited by {parts.limited_by}"
+    if parts.limited_by == "the link" and link:
+        text += f": {format_bytes(plan.streamed_bytes)} at {link / 1e9:.4g} GB/s"
+    return f"{text}."
+
+
+def _position_warning(situation: Situation) -> Iterator[str]:
+    made_for = situation.shape.max_positions
+    if made_for and situation.context_tokens > made_for:
+        yield (
+            f"{situation.shape.name} was made for {format_tokens(made_for)} positions: beyond them "
+            "its answers need another rotary scaling, not another plan."
+        )
+
+
+def _shortfalls(situation: Situation, plan: MethodPlan) -> Iterator[str]:
+    """Say what the smallest plan of ours lacks."""
+    if plan.device_short_bytes:
+        yield (
+            f"Device memory is {format_bytes(plan.device_short_bytes)} short: the smallest plan "
+            f"needs {format_bytes(plan.total_device_bytes)}, of which weights "
+            f"{format_bytes(plan.weights_bytes)}."
+        )
+    if plan.host_short_bytes:
+        yield (
+            f"Host memory is {format_bytes(plan.host_short_bytes)} short: the KV cache of "
+            f"{format_tokens(situation.context_tokens)} tokens takes "
+            f"{format_bytes(plan.kv_host_bytes)} there."
+        )
+
+
+def _changes(situation: Situation, plans: Sequence[MethodPlan]) -> Iterator[Change]:
+    """Yield the least memory that would do, and the longest context that does."""
+    ours = plans[-1]
+    device = situation.device_memory_bytes + ours.device_short_bytes
+    host = situation.host_memory_bytes + ours.host_short_bytes
+    if ours.device_short_bytes and ours.host_short_bytes:
+        yield Change(
+            device_memory_bytes=device,
+            host_memory_bytes=host,
+            line=f"{_more('device', device, ours.device_short_bytes)} together with "
+            f"{_more('host', host, ours.host_short_bytes)}",
+        )
+    elif ours.device_short_bytes:
+        yield Change(
+            device_memory_bytes=device, line=_more("device", device, ours.device_short_bytes)
+        )
+    elif ours.host_short_bytes:
+        yield Change(host_memory_bytes=host, line=_more("host", host, ours.host_short_bytes))
+    longest = max(
+        MAX_CONTEXT_TOKENS if plan.max_context_tokens is None else plan.max_context_tokens
+        for plan in plans
+        if plan.method != QUANTISED
+    )
+    if longest:
+        shown = longest // 1024 * 1024 or longest
+        yield Change(
+            context_tokens=shown, line=f"--context {format_tokens(shown)}, the longest that fits"
+        )
+
+
+def _more(place: str, size_bytes: int, more_bytes: int) -> str:
+    return f"--{place}-memory {_ceiling(size_bytes)}, {format_bytes(more_bytes)} more"
+
+
+def _ceiling(size_bytes: int) -> str:
+    """Return a size to type, rounded up to a tenth of its unit."""
+    unit, factor = ("GiB", 2**30) if size_bytes >= 2**30 else ("MiB", 2**20)
+    return f"{-(-size_bytes * 10 // factor) / 10:.1f}{unit}"

@@ -1,0 +1,387 @@
+"""Every way to run a long context, side by side: bytes, the longest context, and times.
+
+The methods are those of the paper's Table 10, its head-wise offload with 8, 4, 2 and 1 heads and
+adaptive, and ours: bounded (a tile also has a fixed number of tokens) and resident (what is left of
+the device memory keeps KV there).
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from headinfer.errors import MemoryPlanError
+from headinfer.plan.accounting import PAPER_CHUNK_TOKENS, Accounting, AccountingKind
+from headinfer.plan.choices import ALL_TOKENS, chunk_sizes
+from headinfer.plan.hardware import Hardware
+from headinfer.plan.options import Options
+from headinfer.plan.plan import PAGE_TOKENS, Plan, least_plan, resolve
+from headinfer.plan.predict import Parts, Predictor, Schedule
+from headinfer.plan.shape import ModelShape
+
+MAX_CONTEXT_TOKENS = 2**40
+"""Contexts are looked for up to here; one that is as long is not limited by memory."""
+
+STANDARD, CHUNKED, QUANTISED = "standard", "chunked-prefill", "kv-4bit"
+LAYER_WISE, HEAD_WISE, ADAPTIVE = "layer-wise", "head-wise", "adaptive"
+BOUNDED, RESIDENT = "bounded", "resident"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Footprint:
+    """Bytes of one method at one context.
+
+    Attributes:
+        kv_device_bytes: KV on the device, staging and windows included.
+        activation_bytes: the most that activations take.
+        kv_total_bytes: KV in all.
+        kv_host_bytes: KV in host memory.
+        schedule: what the method does with the KV.
+        tile_tokens: tokens of a tile; None for all.
+    """
+
+    kv_device_bytes: int
+    activation_bytes: int
+    kv_total_bytes: int
+    kv_host_bytes: int
+    schedule: Schedule
+    tile_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MethodPlan:
+    """One method at one context on one machine.
+
+    Attributes:
+        method: its name; head-wise ones end in their heads.
+        tile_heads: KV heads of a tile; None where nothing is offloaded.
+        tile_tokens: tokens of a tile; None for all.
+        chunk_tokens: tokens of a prefill chunk; None for the whole prompt at once.
+        weights_bytes: on the device.
+        kv_device_bytes: KV on the device, staging and windows included.
+        activation_bytes: the most that activations take.
+        kv_total_bytes: KV in all.
+        kv_host_bytes: KV in host memory.
+        max_context_tokens: the longest context that device and host memory hold; 0 where not even
+            one token fits, None where memory sets no limit.
+        prefill_s: predicted seconds of the prefill.
+        decode_s_per_token: predicted seconds of a decode step behind the whole context.
+        device_short_bytes: device memory it lacks here; 0 where it fits.
+        host_short_bytes: host memory it lacks here; 0 where it fits.
+        resident_bytes: KV that is never streamed.
+        decode_parts: what the time of a decode step consists of.
+    """
+
+    method: str
+    tile_heads: int | None
+    tile_tokens: int | None
+    chunk_tokens: int | None
+    weights_bytes: int
+    kv_device_bytes: int
+    activation_bytes: int
+    kv_total_bytes: int
+    kv_host_bytes: int
+    max_context_tokens: int | None
+    prefill_s: float
+    decode_s_per_token: float
+    device_short_bytes: int
+    host_short_bytes: int
+    resident_bytes: int
+    decode_parts: Parts
+
+    @property
+    def total_device_bytes(self) -> int:
+        """Weights, KV and activations on the device."""
+        return self.weights_bytes + self.kv_device_bytes + self.activation_bytes
+
+    @property
+    def streamed_bytes(self) -> int:
+        """KV that crosses the link in every decode step, or is attended by the CPU instead."""
+        return self.kv_total_bytes - self.resident_bytes if self.tile_heads else 0
+
+    @property
+    def fits(self) -> bool:
+        """Whether device and host memory hold it."""
+        return not (self.device_short_bytes or self.host_short_bytes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Situation:
+    """What a user asks about.
+
+    Attributes:
+        shape: the model.
+        hardware: the machine, for its rates.
+        context_tokens: prompt and answer together.
+        device_memory_bytes: the most to use on the device.
+        host_memory_bytes: the most to use of host memory.
+        batch: rows.
+        kind: how bytes are counted.
+        chunk_tokens: tokens of a prefill chunk, where a method has one; None to choose.
+    """
+
+    shape: ModelShape
+    hardware: Hardware
+    context_tokens: int
+    device_memory_bytes: int
+    host_memory_bytes: int
+    batch: int = 1
+    kind: AccountingKind = AccountingKind.OURS
+    chunk_tokens: int | None = None
+
+    @property
+    def accounting(self) -> Accounting:
+        """How bytes are counted here."""
+        return Accounting(kind=self.kind, shape=self.shape, batch=self.batch)
+
+    @property
+    def options(self) -> Options:
+        """What `attach` would be given."""
+        return Options(
+            device_memory_bytes=self.device_memory_bytes, chunk_tokens=self.chunk_tokens or "auto"
+        )
+
+    @property
+    def device(self) -> str:
+        """The kind of device: without a link the CPU attends tiles where they lie."""
+        return "cpu" if self.hardware.link_bytes_per_s is None else "cuda"
+
+    def resolve(self, *, keep_resident: bool) -> Plan:
+        """Return the plan `attach` would make here; the smallest there is where none fits."""
+        options = self.options if keep_resident else replace(self.options, resident_tokens=0)
+        try:
+            return resolve(
+                self.shape,
+                options,
+                device=self.device,
+                batch=self.batch,
+                context_tokens=self.context_tokens,
+                hardware=self.hardware,
+            )
+        except MemoryPlanError:
+            return self.least_plan()
+
+    def least_plan(self) -> Plan:
+        """Return the plan that takes the least device memory."""
+        return least_plan(self.shape, self.options, device=self.device, batch=self.batch)
+
+
+Rule = Callable[[Situation, int], Footprint]
+"""The bytes of a method at a context, from the formulas of its row in Table 10."""
+
+
+def method_plans(situation: Situation) -> list[MethodPlan]:
+    """Return every method that the model allows, from standard inference to ours."""
+    plans = [*papers_methods(situation)]
+    plans.append(_of_plan(situation, BOUNDED, situation.resolve(keep_resident=False)))
+    if situation.device != "cpu":
+        plans.append(_of_plan(situation, RESIDENT, situation.resolve(keep_resident=True)))
+    return plans
+
+
+def papers_methods(situation: Situation) -> Iterator[MethodPlan]:
+    """Yield the methods that the paper compares; those that offload only where there is a link."""
+    yield _method(situation, STANDARD, _on_device(chunked=False))
+    yield _method(situation, CHUNKED, _on_device(chunked=True))
+    yield _method(situation, QUANTISED, _quantised)
+    if situation.device == "cpu" or not situation.shape.kv_heads:
+        return  # one memory, or KV of bounded size: there is nothing to move
+    yield _method(situation, LAYER_WISE, _layer_wise)
+    wise = {
+        heads: _method(situation, f"{HEAD_WISE}-{heads}", _head_wise(heads))
+        for heads in (8, 4, 2, 1)
+        if heads <= situation.shape.kv_heads
+    }
+    yield from wise.values()
+    # As the paper's adaptive method: the most heads that fit this context.
+    heads = next((heads for heads, plan in wise.items() if plan.fits), 1)
+    yield replace(wise[heads], method=ADAPTIVE, max_context_tokens=wise[1].max_context_tokens)
+
+
+def _chunk_tokens(situation: Situation) -> int:
+    """Return the chunk of the methods whose chunk is fixed, none longer than the context."""
+    if situation.chunk_tokens:
+        return situation.chunk_tokens
+    if situation.accounting.is_paper:
+        return PAPER_CHUNK_TOKENS
+    return chunk_sizes(Options(), "cuda")[0]
+
+
+def _on_device(*, chunked: bool) -> Rule:
+    def footprint(situation: Situation, tokens: int) -> Footprint:
+        accounting = situation.accounting
+        chunk = _chunk_tokens(situation) if chunked else None
+        new_tokens = min(chunk or tokens, tokens)
+        kv_bytes = accounting.kv_bytes(tokens)
+        # Where a new token comes, a layer's keys are copied behind the old ones by torch.cat.
+        copied = 0 if accounting.is_paper else accounting.layer_kv_bytes(tokens) // 2
+        return Footprint(
+            kv_device_bytes=kv_bytes + accounting.windows_bytes(new_tokens) + copied,
+            activation_bytes=accounting.activation_bytes(new_tokens),
+            kv_total_bytes=kv_bytes,
+            kv_host_bytes=0,
+            schedule=Schedule(batch=situation.batch, chunk_tokens=chunk),
+        )
+
+    return footprint
+
+
+def _quantised(situation: Situation, tokens: int) -> Footprint:
+    accounting = situation.accounting
+    packed = accounting.quantised_bytes(tokens)
+    share = accounting.quantised_share()
+    return Footprint(
+        kv_device_bytes=packed + accounting.windows_bytes(tokens),
+        activation_bytes=accounting.activation_bytes(tokens),
+        kv_total_bytes=packed,
+        kv_host_bytes=0,
+        schedule=Schedule(batch=situation.batch, kv_share=share),
+    )
+
+
+def _layer_wise(situation: Situation, tokens: int) -> Footprint:
+    """Return two layers on the device, and activations of the whole prompt: it is not chunked."""
+    accounting = situation.accounting
+    kv_bytes = accounting.kv_bytes(tokens)
+    return Footprint(
+        kv_device_bytes=2 * accounting.layer_kv_bytes(tokens) + accounting.windows_bytes(tokens),
+        activation_bytes=accounting.activation_bytes(tokens),
+        kv_total_bytes=kv_bytes,
+        kv_host_bytes=kv_bytes,
+        schedule=Schedule(
+            batch=situation.batch,
+            tile_heads=situation.shape.kv_heads,
+            tile_tokens=max(tokens, 1),
+        ),
+    )
+
+
+def _head_wise(heads: int) -> Rule:
+    def footprint(situation: Situation, tokens: int) -> Footprint:
+        return _tiled(situation, tokens, _chunk_tokens(situation), heads, None)
+
+    return footprint
+
+
+def _tiled(
+    situation: Situation, tokens: int, chunk: int, heads: int, tile_tokens: int | None
+) -> Footprint:
+    """Return the bytes of KV in tiles: the staging buffers, and what goes back to the host."""
+    accounting = situation.accounting
+    new_tokens = min(chunk, tokens)
+    tile = max(tokens if tile_tokens is None else tile_tokens, 1)
+    staged = accounting.buffers * accounting.layer_kv_bytes(tile, heads)
+    kv_bytes = accounting.kv_bytes(tokens)
+    return Footprint(
+        kv_device_bytes=staged
+        + accounting.write_back_bytes(chunk, PAGE_TOKENS)
+        + accounting.windows_bytes(new_tokens),
+        activation_bytes=accounting.activation_bytes(chunk, tile_heads=heads),
+        kv_total_bytes=kv_bytes,
+        kv_host_bytes=kv_bytes,
+        schedule=Schedule(
+            batch=situation.batch, chunk_tokens=chunk, tile_heads=heads, tile_tokens=tile
+        ),
+        tile_tokens=tile_tokens,
+    )
+
+
+def _method(situation: Situation, name: str, rule: Rule) -> MethodPlan:
+    footprint = rule(situation, situation.context_tokens)
+    return _plan(situation, name, footprint, max_context_tokens(situation, rule))
+
+
+def _plan(
+    situation: Situation, name: str, footprint: Footprint, max_context: int | None
+) -> MethodPlan:
+    tokens, schedule = situation.context_tokens, footprint.schedule
+    weights = situation.shape.weights_bytes
+    total = weights + footprint.kv_device_bytes + footprint.activation_bytes
+    predictor = Predictor(situation.shape, situation.hardware)
+    offloads = schedule.tile_tokens is not None
+    return MethodPlan(
+        method=name,
+        tile_heads=schedule.tile_heads if offloads else None,
+        tile_tokens=footprint.tile_tokens,
+        chunk_tokens=schedule.chunk_tokens,
+        weights_bytes=weights,
+        kv_device_bytes=footprint.kv_device_bytes,
+        activation_bytes=footprint.activation_bytes,
+        kv_total_bytes=footprint.kv_total_bytes,
+        kv_host_bytes=footprint.kv_host_bytes,
+        max_context_tokens=max_context,
+        prefill_s=predictor.prefill_s(schedule, tokens),
+        decode_s_per_token=predictor.decode_s(schedule, tokens),
+        device_short_bytes=max(total - situation.device_memory_bytes, 0),
+        host_short_bytes=max(footprint.kv_host_bytes - situation.host_memory_bytes, 0),
+        resident_bytes=schedule.resident_bytes,
+        decode_parts=predictor.decode(schedule, tokens),
+    )
+
+
+def max_context_tokens(situation: Situation, rule: Rule) -> int | None:
+    """Return the longest context that fits device and host memory; None where there is no limit.
+
+    Every rule's bytes grow with the context, so this is a search between a context that fits and
+    one that does not.
+    """
+
+    def fits(tokens: int) -> bool:
+        footprint = rule(situation, tokens)
+        device = footprint.kv_device_bytes + footprint.activation_bytes
+        return (
+            situation.shape.weights_bytes + device <= situation.device_memory_bytes
+            and footprint.kv_host_bytes <= situation.host_memory_bytes
+        )
+
+    low, high = 0, MAX_CONTEXT_TOKENS
+    if fits(high):
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _of_plan(situation: Situation, name: str, plan: Plan) -> MethodPlan:
+    """Return the method that a plan of ours is, its longest context being set by its KV alone."""
+    accounting, tokens = situation.accounting, situation.context_tokens
+    footprint = (
+        _paper_footprint(situation, plan) if accounting.is_paper else _footprint(plan, tokens)
+    )
+    kv_bytes = accounting.kv_bytes(tokens)
+    # On the CPU all KV lies in the memory that the plan leaves, elsewhere in host memory.
+    on_cpu = situation.device == "cpu"
+    least = plan if on_cpu else situation.least_plan()
+    spare = situation.device_memory_bytes - least.total_device_bytes
+    room = spare if on_cpu else situation.host_memory_bytes
+    if on_cpu:
+        on_device = footprint.kv_device_bytes + kv_bytes
+        footprint = replace(footprint, kv_device_bytes=on_device, kv_host_bytes=0)
+    token_bytes = accounting.kv_bytes(1)
+    max_context = max(room, 0) // token_bytes if token_bytes else None
+    return _plan(situation, name, footprint, max_context if spare >= 0 else 0)
+
+
+def _footprint(plan: Plan, tokens: int) -> Footprint:
+    return Footprint(
+        kv_device_bytes=plan.kv_device_bytes,
+        activation_bytes=plan.activation_bytes,
+        kv_total_bytes=plan.shape.kv_bytes(tokens, plan.batch),
+        kv_host_bytes=plan.kv_host_bytes(tokens),
+        schedule=plan.schedule,
+        tile_tokens=None if plan.tile_tokens >= ALL_TOKENS else plan.tile_tokens,
+    )
+
+
+def _paper_footprint(situation: Situation, plan: Plan) -> Footprint:
+    """Return a plan of ours in the paper's accounting: what its formulas leave is resident."""
+    tokens = situation.context_tokens
+    tiled = _tiled(situation, tokens, plan.chunk_tokens, plan.tile_heads, plan.tile_tokens)
+    if not plan.resident_bytes:
+        return tiled
+    used = situation.shape.weights_bytes + tiled.kv_device_bytes + tiled.activation_bytes
+    resident = min(max(situation.device_memory_bytes - used, 0), tiled.kv_total_bytes)
+    return replace(
+        tiled,
+        kv_device_bytes=tiled.kv_device_bytes + resident,
+        schedule=replace(tiled.schedule, resident_bytes=resident),
+    )

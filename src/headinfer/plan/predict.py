@@ -1,0 +1,220 @@
+"""How long a prefill and a decode step take, from a model's shape, a machine and a schedule.
+
+Each step takes as long as its slowest part, because copies run beside attention (the paper's
+section 3.3): computing, the link to the device, the link back, or the host that starts it all.
+`docs/memory-model.md` states the formulas.
+"""
+
+import collections
+import math
+from dataclasses import dataclass
+
+from headinfer.plan.hardware import Hardware
+from headinfer.plan.shape import LayerKind, ModelShape
+
+ANSWER_TOKENS = 256
+"""Tokens of the answer by which plans are compared: a prefill and so many decode steps."""
+
+_COPY_START_S = 5e-6
+"""Starting one copy from Python."""
+
+_TILE_START_S = 100e-6
+"""Starting the attention of one tile and its merge, about ten kernels, from Python."""
+
+_SAMPLED_CHUNKS = 64
+"""Chunks of a prefill that are computed; more are represented by these."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """What a method does with the KV cache, as far as time depends on it.
+
+    Attributes:
+        batch: rows.
+        chunk_tokens: tokens of one prefill chunk; None for the whole prompt at once.
+        tile_heads: KV heads of one streamed tile.
+        tile_tokens: tokens of one streamed tile; None where nothing is streamed.
+        resident_bytes: KV that stays on the device.
+        kv_share: bytes read of a KV element, over its bytes as computed (less than 1 if quantised).
+        host_share: share of what is not resident that the CPU attends in a decode step.
+        overlap: whether copies run beside attention.
+    """
+
+    batch: int = 1
+    chunk_tokens: int | None = None
+    tile_heads: int = 1
+    tile_tokens: int | None = None
+    resident_bytes: int = 0
+    kv_share: float = 1.0
+    host_share: float = 0.0
+    overlap: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """The parts of one step, which run beside each other.
+
+    Attributes:
+        compute_s: matrix products, attention and reading weights on the device.
+        link_s: streamed tiles on their way to the device.
+        link_back_s: new keys and values on their way to the host.
+        start_s: the host starting copies and kernels.
+        host_s: the host attending its share.
+    """
+
+    compute_s: float
+    link_s: float = 0.0
+    link_back_s: float = 0.0
+    start_s: float = 0.0
+    host_s: float = 0.0
+
+    def seconds(self, *, overlap: bool) -> float:
+        """Return the time of the step."""
+        if not overlap:
+            return self.compute_s + self.link_s + self.link_back_s + self.start_s + self.host_s
+        # The same thread of the host starts the device's work and then attends its own.
+        return max(self.compute_s, self.link_s, self.link_back_s, self.start_s + self.host_s)
+
+    @property
+    def limited_by(self) -> str:
+        """What takes the longest, in words."""
+        times = {
+            "computing": self.compute_s,
+            "the link": max(self.link_s, self.link_back_s),
+            "starting tiles": self.start_s,
+            "the host's attention": self.host_s,
+        }
+        return max(times, key=lambda name: times[name])
+
+
+def host_attention_rate(hardware: Hardware) -> float:
+    """Return the KV bytes a second the host attends while the link reads its memory too."""
+    link = hardware.link_bytes_per_s or 0.0
+    return max(min(hardware.host_attention_bytes_per_s, hardware.host_bytes_per_s - link), 0.0)
+
+
+def balanced_host_share(hardware: Hardware) -> float:
+    """Return the share with which the host's attention and the link finish together."""
+    link, host = hardware.link_bytes_per_s, host_attention_rate(hardware)
+    return host / (host + link) if link else 0.0
+
+
+def active_parameters(shape: ModelShape) -> int:
+    """Parameters that one token is multiplied with in all layers, the output projection left out.
+
+    Counted from widths: queries, keys, values and output, and three matrices of a gated MLP. A
+    layer without KV counts as four square matrices.
+    """
+    total = 0
+    for layer in shape.layers:
+        attention = layer.elements_per_token + shape.query_heads * (layer.key_dim + layer.value_dim)
+        if layer.kind is LayerKind.STATE:
+            attention = 4 * shape.hidden_size
+        total += shape.hidden_size * (attention + 3 * shape.mlp_width)
+    return total
+
+
+class Predictor:
+    """Predicts times of one model on one machine.
+
+    Args:
+        shape: the model.
+        hardware: the machine; without a link tiles are attended where they lie.
+    """
+
+    def __init__(self, shape: ModelShape, hardware: Hardware) -> None:
+        self._shape = shape
+        self._hardware = hardware
+        self._parameters = active_parameters(shape)
+        self._kv_token_bytes = shape.kv_bytes(1)
+        # For each window there is, infinite in full layers: the summed dims of its layers.
+        self._dims: collections.Counter[float] = collections.Counter()
+        for layer in shape.layers:
+            window = layer.window_tokens if layer.kind is LayerKind.SLIDING else math.inf
+            self._dims[window] += layer.key_dim + layer.value_dim
+
+    def prefill_s(self, schedule: Schedule, context_tokens: int) -> float:
+        """Return the seconds of a prefill: the sum over its chunks.
+
+        The chunks are taken as equally long; of more than 64, as many are computed, evenly spaced.
+        """
+        chunks = math.ceil(context_tokens / (schedule.chunk_tokens or context_tokens))
+        new_tokens = context_tokens / chunks
+        samples = min(chunks, _SAMPLED_CHUNKS)
+        stride = chunks / samples
+        return stride * sum(
+            self.chunk(schedule, ((sample + 0.5) * stride - 0.5) * new_tokens, new_tokens).seconds(
+                overlap=schedule.overlap
+            )
+            for sample in range(samples)
+        )
+
+    def decode_s(self, schedule: Schedule, context_tokens: int) -> float:
+        """Return the seconds of one decode step behind `context_tokens` tokens."""
+        return self.decode(schedule, context_tokens).seconds(overlap=schedule.overlap)
+
+    def answer_s(self, schedule: Schedule, context_tokens: int) -> float:
+        """Return the seconds of a prefill and `ANSWER_TOKENS` decode steps."""
+        steps_s = ANSWER_TOKENS * self.decode_s(schedule, context_tokens)
+        return self.prefill_s(schedule, context_tokens) + steps_s
+
+    def chunk(self, schedule: Schedule, past_tokens: float, new_tokens: float) -> Parts:
+        """Return the parts of one prefill chunk behind `past_tokens` tokens."""
+        hardware, rows = self._hardware, schedule.batch * new_tokens
+        seen = past_tokens + new_tokens / 2
+        score_dims = sum(min(seen, window) * dims for window, dims in self._dims.items())
+        attention_flops = 2.0 * self._shape.query_heads * rows * score_dims
+        compute_s = (
+            2.0 * self._parameters * rows / hardware.matmul_flops_per_s
+            + self.weight_bytes_read(rows) / hardware.device_bytes_per_s
+            + attention_flops / hardware.prefill_attention_flops_per_s
+        )
+        return self._parts(schedule, compute_s, past_tokens, new_tokens)
+
+    def decode(self, schedule: Schedule, context_tokens: int) -> Parts:
+        """Return the parts of one decode step behind `context_tokens` tokens."""
+        hardware, batch = self._hardware, schedule.batch
+        kv_bytes = schedule.kv_share * self._shape.standard_kv_bytes(context_tokens, batch)
+        compute_s = (
+            self.weight_bytes_read(batch) / hardware.device_bytes_per_s
+            + kv_bytes / hardware.decode_attention_bytes_per_s
+        )
+        return self._parts(schedule, compute_s, context_tokens, 1)
+
+    def weight_bytes_read(self, rows: float) -> float:
+        """Return the bytes of weights read while `rows` tokens pass; idle experts are not read."""
+        shape = self._shape
+        one = (self._parameters + shape.vocab_size * shape.hidden_size) * shape.kv_itemsize
+        return min(shape.weights_bytes, rows * one)
+
+    def streamed_bytes(self, schedule: Schedule, past_tokens: float) -> float:
+        """Return the bytes of that many tokens that cross the link each time they are attended."""
+        if schedule.tile_tokens is None:
+            return 0.0
+        past_bytes = schedule.batch * past_tokens * self._kv_token_bytes
+        return max(past_bytes - schedule.resident_bytes, 0.0)
+
+    def _parts(
+        self, schedule: Schedule, compute_s: float, past_tokens: float, new_tokens: float
+    ) -> Parts:
+        """Add what streaming takes to what the device computes."""
+        streamed = self.streamed_bytes(schedule, past_tokens)
+        written = self.streamed_bytes(schedule, past_tokens + new_tokens) - streamed
+        link = self._hardware.link_bytes_per_s
+        if schedule.tile_tokens is None or not written or link is None:
+            return Parts(compute_s=compute_s)
+        share = schedule.host_share if new_tokens == 1 else 0.0
+        host_s = share * streamed / host_attention_rate(self._hardware) if share else 0.0
+        streamed *= 1 - share
+        shape, batch = self._shape, schedule.batch
+        groups = math.ceil(shape.kv_heads / schedule.tile_heads) * len(shape.full_layers)
+        tokens = streamed / (batch * self._kv_token_bytes)
+        tiles = groups * math.ceil(tokens / schedule.tile_tokens)
+        copies = 2 * tiles * schedule.tile_heads * batch  # keys and values of each row and head
+        return Parts(
+            compute_s=compute_s,
+            link_s=streamed / link,
+            link_back_s=written / (self._hardware.link_back_bytes_per_s or link),
+            start_s=tiles * _TILE_START_S + copies * _COPY_START_S,
+            host_s=host_s,
+        )

@@ -1,0 +1,114 @@
+"""`headinfer plan`: what it prints, its JSON, its errors, and what it does not import."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+ROW = [
+    *("method", "tile_heads", "tile_tokens", "weights_bytes", "kv_device_bytes"),
+    *("activation_bytes", "total_device_bytes", "kv_total_bytes", "kv_host_bytes"),
+    *("max_context_tokens", "prefill_s", "decode_s_per_token"),
+]
+QUESTION = ("plan", "--model", "llama-3-8b", "--device-memory", "24GiB", "--host-memory", "1TiB")
+
+
+@pytest.fixture(autouse=True)
+def _not_probed(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
+def test_a_person_reads_every_method_and_why(cli) -> None:
+    outcome = cli(*QUESTION, "--context", "1M")
+    assert outcome.code == 0
+    assert "rtx-4090 (not measured yet" in outcome.out
+    for name in ("standard", "kv-4bit", "layer-wise", "head-wise-1", "adaptive", "bounded"):
+        assert f"  {name} " in outcome.out
+    assert "> resident" in outcome.out
+    assert "Chosen: resident" in outcome.out
+    assert "…" not in outcome.out
+    assert max(map(len, outcome.out.splitlines())) <= 100
+
+
+def test_json_is_as_documented(cli) -> None:
+    outcome = cli(*QUESTION, "--context", "1M", "--hardware", "h200", "--json")
+    document = json.loads(outcome.out)
+    assert list(document) == ["model", "hardware", "context_tokens", "methods", "chosen"]
+    assert document["model"] == "llama-3-8b"
+    assert document["hardware"] == "h200"
+    assert document["context_tokens"] == 2**20
+    assert all(list(row) == ROW for row in document["methods"])
+    assert list(document["chosen"])[: len(ROW)] == ROW
+    by_name = {row["method"]: row for row in document["methods"]}
+    assert by_name["standard"]["tile_heads"] is None
+    assert by_name["head-wise-4"]["tile_tokens"] == "all"
+    assert by_name["bounded"]["tile_tokens"] == 2**14
+
+
+def test_json_goes_to_a_file_beside_the_table(cli, tmp_path) -> None:
+    path = tmp_path / "plan.json"
+    outcome = cli("plan", "--json", path)
+    assert outcome.code == 0
+    assert "Chosen:" in outcome.out
+    assert json.loads(path.read_text())["context_tokens"] == 2**17
+
+
+def test_the_papers_accounting(cli) -> None:
+    outcome = cli(*QUESTION, "--context", "1M", "--accounting", "paper", "--json", "-")
+    rows = {row["method"]: row for row in json.loads(outcome.out)["methods"]}
+    assert rows["standard"]["activation_bytes"] == 64 * 2**30
+    assert rows["head-wise-1"]["kv_device_bytes"] == 2**30
+
+
+def test_where_nothing_fits_it_says_what_would(cli) -> None:
+    outcome = cli("plan", "--context", "16M", "--host-memory", "512GiB")
+    assert outcome.code == 1
+    assert "No exact method fits." in outcome.out
+    assert "--host-memory 2048.0GiB, 1.50 TiB more" in outcome.out
+    assert "--context 4M, the longest that fits" in outcome.out
+    document = json.loads(cli("plan", "--context", "16M", "--json").out)
+    assert document["chosen"]["method"] is None
+    assert document["chosen"]["changes"][-1]["context_tokens"] == 4 * 2**20
+
+
+def test_the_papers_tables(cli) -> None:
+    outcome = cli("plan", "--paper")
+    assert outcome.code == 0
+    assert "207 / 206.96" in outcome.out
+    assert "550 / 536" in outcome.out
+    assert "6.51 / 5.50" in outcome.out
+    assert max(map(len, outcome.out.splitlines())) <= 100
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--model", "llama-9"), "llama-9"),
+        (("--context", "long"), "'long' is not a token count"),
+        (("--device-memory", "much"), "'much' is not a memory size"),
+        (("--hardware", "abacus"), "hardware 'abacus' is not known"),
+        (("--hardware", "this"), "run `headinfer probe` first"),
+        (("--batch", "0"), "--batch"),
+        (("--paper", "--json"), "leave out --json"),
+        (("--json", "missing/plan.json"), "there is no folder"),
+    ],
+)
+def test_bad_input_is_told_in_one_line(process, tmp_path, args, message) -> None:
+    outcome = process("plan", *args, XDG_CACHE_HOME=str(tmp_path))
+    assert outcome.code == 2
+    assert len(outcome.error_lines) == 1
+    assert message in outcome.err
+
+
+def test_presets_need_neither_torch_nor_transformers(command) -> None:
+    program = """
+import sys
+from headinfer.cli.main import app
+try:
+    app(["plan", "--context", "1M"], standalone_mode=False)
+except SystemExit:
+    pass
+assert not {"torch", "transformers", "numpy"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", program], env=command[1], check=True)

@@ -1,0 +1,144 @@
+"""Every method side by side: bytes, the longest context, the choice, and what to change."""
+
+from dataclasses import replace
+
+import pytest
+
+from headinfer.plan.accounting import AccountingKind
+from headinfer.plan.choose import choose
+from headinfer.plan.hardware import HARDWARE
+from headinfer.plan.memory import STAGING_BUFFERS
+from headinfer.plan.methods import MethodPlan, Situation, method_plans
+from headinfer.plan.presets import preset_shape
+
+GIB = 2**30
+NAMES = [
+    *("standard", "chunked-prefill", "kv-4bit", "layer-wise"),
+    *("head-wise-8", "head-wise-4", "head-wise-2", "head-wise-1"),
+    *("adaptive", "bounded", "resident"),
+]
+SITUATION = Situation(
+    shape=preset_shape("llama-3-8b"),
+    hardware=HARDWARE["rtx-4090"],
+    context_tokens=2**20,
+    device_memory_bytes=24 * GIB,
+    host_memory_bytes=1024 * GIB,
+)
+PAPER = replace(SITUATION, kind=AccountingKind.PAPER)
+
+
+def plans_of(situation: Situation) -> dict[str, MethodPlan]:
+    return {plan.method: plan for plan in method_plans(situation)}
+
+
+def test_every_method_is_there_and_adds_up() -> None:
+    plans = plans_of(SITUATION)
+    assert list(plans) == NAMES
+    for plan in plans.values():
+        parts = plan.weights_bytes + plan.kv_device_bytes + plan.activation_bytes
+        assert plan.total_device_bytes == parts
+        assert plan.fits == (parts <= 24 * GIB and plan.kv_host_bytes <= 1024 * GIB)
+        assert plan.prefill_s > 0
+        assert plan.decode_s_per_token > 0
+
+
+def test_a_model_with_few_heads_has_few_methods() -> None:
+    plans = plans_of(replace(SITUATION, shape=preset_shape("qwen2-7b")))
+    assert "head-wise-8" not in plans
+    assert plans["layer-wise"].tile_heads == 4
+
+
+@pytest.mark.parametrize("heads", [8, 4, 2, 1])
+def test_tiles_on_the_device_are_two_in_the_paper_and_three_here(heads: int) -> None:
+    tile = heads * 2**20 * 2 * 128 * 2
+    assert plans_of(PAPER)[f"head-wise-{heads}"].kv_device_bytes == 2 * tile
+    ours = plans_of(SITUATION)[f"head-wise-{heads}"].kv_device_bytes
+    assert STAGING_BUFFERS * tile < ours < STAGING_BUFFERS * tile + 0.1 * GIB
+
+
+@pytest.mark.parametrize("kind", list(AccountingKind))
+@pytest.mark.parametrize("name", NAMES)
+def test_the_longest_context_fits_and_one_token_more_does_not(
+    kind: AccountingKind, name: str
+) -> None:
+    here = replace(SITUATION, kind=kind, host_memory_bytes=100 * GIB)
+    longest = plans_of(here)[name].max_context_tokens
+    assert longest
+    assert plans_of(replace(here, context_tokens=longest))[name].fits
+    assert not plans_of(replace(here, context_tokens=longest + 1))[name].fits
+
+
+def test_adaptive_takes_as_many_heads_as_fit() -> None:
+    heads = [
+        plans_of(replace(PAPER, context_tokens=tokens, device_memory_bytes=20 * GIB))[
+            "adaptive"
+        ].tile_heads
+        for tokens in (500 * 1024, 1000 * 1024, 2000 * 1024, 4000 * 1024)
+    ]
+    assert heads == [8, 4, 2, 1]  # as in the paper's section on adaptive grouping
+
+
+def test_everything_is_resident_while_it_fits() -> None:
+    here = replace(SITUATION, context_tokens=40 * 1024)
+    choice = choose(here, method_plans(here))
+    assert choice.plan is not None
+    assert choice.plan.method == "resident"
+    assert choice.plan.streamed_bytes == 0
+    assert "stays on the device" in choice.why[0]
+
+
+def test_what_does_not_fit_is_streamed_beside_what_does() -> None:
+    choice = choose(SITUATION, method_plans(SITUATION))
+    plan = choice.plan
+    assert plan is not None
+    assert 0 < plan.streamed_bytes == plan.kv_total_bytes - plan.resident_bytes
+    assert plan.kv_host_bytes == plan.kv_total_bytes
+    assert 0 <= 24 * GIB - plan.total_device_bytes < 2**18  # one token is 128 KiB
+    assert any("8 KV heads x 16K tokens" in line for line in choice.why)
+    assert any("limited by the link" in line for line in choice.why)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"context_tokens": 2**24},
+        {"host_memory_bytes": GIB},
+        {"device_memory_bytes": 14 * GIB},
+        {"device_memory_bytes": 14 * GIB, "host_memory_bytes": GIB},
+    ],
+)
+def test_where_nothing_fits_each_change_helps(changes: dict[str, int]) -> None:
+    here = replace(SITUATION, **changes)
+    choice = choose(here, method_plans(here))
+    assert choice.plan is None
+    assert choice.why
+    assert choice.changes
+    for change in choice.changes:
+        wanted = {
+            name: value
+            for name in ("device_memory_bytes", "host_memory_bytes", "context_tokens")
+            if (value := getattr(change, name)) is not None
+        }
+        then = replace(here, **wanted)
+        assert choose(then, method_plans(then)).plan is not None, change.line
+
+
+def test_without_a_link_there_is_one_memory() -> None:
+    cpu = replace(SITUATION.hardware, link_bytes_per_s=None, link_back_bytes_per_s=None)
+    here = replace(SITUATION, hardware=cpu, context_tokens=2**15)
+    plans = plans_of(here)
+    assert list(plans) == ["standard", "chunked-prefill", "kv-4bit", "bounded"]
+    assert plans["bounded"].kv_host_bytes == 0
+    assert plans["bounded"].kv_device_bytes == 4 * GIB
+    longest = plans["bounded"].max_context_tokens
+    assert longest
+    assert plans_of(replace(here, context_tokens=longest))["bounded"].fits
+    assert choose(here, method_plans(here)).plan == plans["bounded"]
+
+
+def test_a_model_of_windows_alone_has_nothing_to_offload() -> None:
+    gemma = preset_shape("gemma-2-9b")
+    windows = tuple(layer for layer in gemma.layers if layer.window_tokens)
+    plans = plans_of(replace(SITUATION, shape=replace(gemma, layers=windows)))
+    assert plans["resident"].max_context_tokens is None
+    assert plans["resident"].kv_total_bytes == 0

@@ -1,0 +1,205 @@
+"""Predicted times, and plans chosen by them."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from headinfer.errors import MemoryPlanError
+from headinfer.plan.hardware import HARDWARE, Hardware
+from headinfer.plan.memory import ALIGNMENT_BYTES
+from headinfer.plan.options import Options
+from headinfer.plan.plan import Plan, resolve
+from headinfer.plan.predict import Predictor, Schedule, active_parameters
+from headinfer.plan.presets import preset_shape
+from headinfer.plan.shape import ModelShape
+from shapes import LLAMA_3_8B, model_shape
+
+RTX_4090 = HARDWARE["rtx-4090"]
+
+
+def test_parameters_are_those_of_the_layers() -> None:
+    embeddings, norms = 2 * 128256 * 4096, (2 * 32 + 1) * 4096
+    assert active_parameters(LLAMA_3_8B) == 8_030_261_248 - embeddings - norms
+
+
+def test_a_streamed_decode_step_takes_the_links_time() -> None:
+    schedule = Schedule(chunk_tokens=8192, tile_heads=8, tile_tokens=16384)
+    predictor = Predictor(LLAMA_3_8B, RTX_4090)
+    assert predictor.decode_s(schedule, 2**20) == pytest.approx(128 * 2**30 / 25e9)
+    half = replace(schedule, resident_bytes=64 * 2**30)
+    assert predictor.decode_s(half, 2**20) == pytest.approx(64 * 2**30 / 25e9)
+    assert predictor.decode(half, 2**20).limited_by == "the link"
+
+
+def test_a_decode_step_on_the_device_reads_weights_and_kv() -> None:
+    weights = (active_parameters(LLAMA_3_8B) + 128256 * 4096) * 2
+    step = Predictor(LLAMA_3_8B, RTX_4090).decode(Schedule(), 2**17)
+    assert step.compute_s == pytest.approx(weights / 1e12 + 16 * 2**30 / 0.8e12)
+    assert step.limited_by == "computing"
+
+
+def test_prefill_does_the_same_attention_in_any_chunks() -> None:
+    free_weights = replace(RTX_4090, device_bytes_per_s=1e30)
+    predictor = Predictor(LLAMA_3_8B, free_weights)
+    times = {predictor.prefill_s(Schedule(chunk_tokens=size), 2**20) for size in (None, 512, 8192)}
+    assert max(times) == pytest.approx(min(times))
+
+
+def test_idle_experts_are_not_read() -> None:
+    shape = preset_shape("qwen3-30b-a3b")
+    predictor = Predictor(shape, RTX_4090)
+    assert predictor.weight_bytes_read(1) < shape.weights_bytes / 5
+    assert predictor.weight_bytes_read(1000) == shape.weights_bytes
+
+
+def test_without_overlap_the_parts_add_up() -> None:
+    predictor = Predictor(LLAMA_3_8B, RTX_4090)
+    schedule = Schedule(tile_heads=8, tile_tokens=16384, overlap=False)
+    parts = predictor.decode(schedule, 2**20)
+    total = parts.compute_s + parts.link_s + parts.link_back_s + parts.start_s
+    assert predictor.decode_s(schedule, 2**20) == total
+
+
+def test_a_window_bounds_the_attention_of_its_layer() -> None:
+    shape = preset_shape("gemma-2-9b")
+    full = replace(shape, layers=tuple(layer for layer in shape.layers if not layer.window_tokens))
+    windowed = replace(shape, layers=tuple(layer for layer in shape.layers if layer.window_tokens))
+    times = [
+        Predictor(part, RTX_4090).chunk(Schedule(), 2**20, 1024).compute_s
+        for part in (full, windowed)
+    ]
+    assert times[0] > 10 * times[1]
+
+
+SHAPES = st.one_of(
+    st.sampled_from([LLAMA_3_8B, preset_shape("gemma-3-27b"), preset_shape("gpt-oss-20b")]),
+    st.builds(
+        model_shape,
+        layers=st.integers(1, 4),
+        kv_heads=st.integers(1, 9),
+        group=st.integers(1, 5),
+        key_dim=st.integers(1, 70),
+        value_dim=st.integers(1, 70),
+        itemsize=st.sampled_from([2, 4]),
+        weights_bytes=st.integers(1, 10**6),
+    ),
+)
+MACHINES = st.builds(
+    lambda hardware, link: replace(
+        hardware, link_bytes_per_s=link, link_back_bytes_per_s=link, name="any"
+    ),
+    st.sampled_from(list(HARDWARE.values())),
+    st.floats(1e9, 1e12),
+)
+FIXED = [
+    {"chunk_tokens": chunk, "tile_heads": heads, "tile_tokens": tokens}
+    for chunk in (128, 1024, 8192)
+    for heads in (1, 2, 4, 8, "all")
+    for tokens in (256, 4096, "64K", "all")
+]
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    shape=SHAPES,
+    hardware=MACHINES,
+    # Below 256 tokens a tile of all of them is smaller than any that is chosen.
+    tokens=st.integers(8, 22).map(lambda power: 2**power) | st.integers(256, 2**22),
+    spare=st.integers(2**16, 2**35),
+    batch=st.sampled_from([1, 3, 64]),
+    keep_resident=st.booleans(),
+)
+def test_no_fixed_setting_is_predicted_to_be_faster(
+    shape: ModelShape,
+    hardware: Hardware,
+    tokens: int,
+    spare: int,
+    batch: int,
+    keep_resident: bool,
+) -> None:
+    budget = shape.weights_bytes + spare
+
+    def plan(**values: object) -> Plan | None:
+        resident = "auto" if keep_resident else 0
+        values = {"device_memory": budget, "resident_tokens": resident, **values}
+        heads = values.get("tile_heads")
+        if isinstance(heads, int) and heads > shape.kv_heads:
+            return None
+        try:
+            return resolve(
+                shape,
+                Options.parse(**values),
+                device="cuda",
+                batch=batch,
+                context_tokens=tokens,
+                hardware=hardware,
+            )
+        except MemoryPlanError:
+            return None
+
+    predictor = Predictor(shape, hardware)
+    chosen = plan()
+    fixed = [other for values in FIXED if (other := plan(**values)) is not None]
+    if chosen is None:
+        assert not fixed
+        return
+    assert chosen.total_device_bytes <= budget
+    pieces = chosen.staging_bytes + chosen.tail_bytes + chosen.chunk_page_bytes
+    assert chosen.arena_bytes == pieces + chosen.resident_bytes + ALIGNMENT_BYTES
+    assert chosen.resident_bytes % ALIGNMENT_BYTES == 0
+    assert keep_resident or chosen.resident_bytes == 0
+    time = predictor.answer_s(chosen.schedule, tokens)
+    for other in fixed:
+        assert time <= predictor.answer_s(other.schedule, tokens) * (1 + 1e-9), other
+
+
+def test_without_rates_the_largest_transfers_are_taken() -> None:
+    options = Options.parse(device_memory="24GiB", resident_tokens=0)
+    plain = resolve(LLAMA_3_8B, options, device="cuda", context_tokens=2**20)
+    by_time = resolve(LLAMA_3_8B, options, device="cuda", context_tokens=2**20, hardware=RTX_4090)
+    assert by_time == plain
+
+
+def test_memory_for_tiles_is_given_up_where_all_kv_then_fits() -> None:
+    tokens = 2**15
+    options = Options.parse(device_memory="24GiB")
+    known = {"device": "cuda", "context_tokens": tokens, "hardware": RTX_4090}
+    roomy = resolve(LLAMA_3_8B, options, **known)
+    assert roomy.resident_tokens == tokens
+    assert roomy.resident_bytes == 4 * 2**30
+    smallest = 3 * 256 * 8 * 2 * 128 * 2  # three tiles of 256 tokens
+    spared = roomy.staging_bytes - smallest
+    assert spared > 2**20
+    tight = Options.parse(device_memory=roomy.total_device_bytes - spared)
+    plan = resolve(LLAMA_3_8B, tight, **known)
+    assert plan.resident_tokens == tokens
+    assert plan.chunk_tokens == roomy.chunk_tokens
+
+
+@pytest.mark.parametrize("resident", [0, 1000, "64K", "all"])
+def test_resident_tokens_may_be_set(resident: int | str) -> None:
+    options = Options.parse(device_memory="24GiB", resident_tokens=resident)
+    plan = resolve(LLAMA_3_8B, options, device="cuda", context_tokens=2**15)
+    wanted = {0: 0, 1000: 1000, "64K": 2**16, "all": 2**15}[resident]
+    assert plan.resident_tokens == min(wanted, plan.resident_tokens)
+    assert plan.total_device_bytes <= 24 * 2**30
+    if wanted <= 2**15:
+        assert plan.resident_tokens == wanted
+
+
+def test_the_host_takes_the_share_that_finishes_with_the_link() -> None:
+    measured = replace(RTX_4090, measured=True, host_bytes_per_s=140e9)
+    options = Options.parse(device_memory="24GiB")
+    known = {"device": "cuda", "context_tokens": 2**20}
+    plan = resolve(LLAMA_3_8B, options, **known, hardware=measured)
+    assert plan.host_share == pytest.approx(70 / 95)
+    parts = Predictor(LLAMA_3_8B, measured).decode(plan.schedule, 2**20)
+    assert parts.host_s == pytest.approx(parts.link_s, rel=1e-6)
+    # What the link reads the CPU cannot read at the same time.
+    slow = replace(measured, host_bytes_per_s=40e9)
+    assert resolve(LLAMA_3_8B, options, **known, hardware=slow).host_share == pytest.approx(15 / 40)
+    assert resolve(LLAMA_3_8B, options, **known, hardware=RTX_4090).host_share == 0
+    half = Options.parse(device_memory="24GiB", host_attention=0.5)
+    assert resolve(LLAMA_3_8B, half, **known).host_share == 0.5
