@@ -23,6 +23,7 @@ ORDER = [
     "demo",
     "probe",
     "plot",
+    "trace",
     "api",
     "integration",
     "engine",

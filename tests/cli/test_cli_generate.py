@@ -208,3 +208,29 @@ class _Ids(list):
 
     def tolist(self):
         return list(self)
+
+
+def test_a_trace_shows_each_kind_of_work_on_its_line(cli, llama, prompt, tmp_path):
+    path = tmp_path / "trace.json"
+    options = ("--resident-tokens", 8, "--host-attention", 0.5, "--tile-tokens", 16)
+    outcome = cli(
+        *("generate", "--model", llama, "--raw", "--prompt", prompt, "--device", "simulated"),
+        *("--max-new-tokens", 12, "--trace", path, *options),
+    )
+    assert outcome.code == 0, outcome.err
+    events = json.loads(path.read_text())["traceEvents"]
+    lines = {
+        event["tid"]: event["args"]["name"]
+        for event in events
+        if event["ph"] == "M" and event["name"] == "thread_name"
+    }
+    shown = {lines[event["tid"]] for event in events if event["ph"] == "X"}
+    assert shown >= {"copy-in", "attention", "host attention", "projections"}
+    assert all(event["dur"] >= 0 for event in events if event["ph"] == "X")
+
+
+def test_a_trace_that_cannot_be_written_is_refused_at_once(cli, tmp_path):
+    outcome = cli("generate", "--prompt", "x", "--trace", tmp_path / "nowhere" / "trace.json")
+    assert outcome.code == 2
+    assert "--trace" in outcome.err
+    assert "no folder" in outcome.err

@@ -2,7 +2,9 @@
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -23,6 +25,7 @@ from headinfer.cli.load import (
     max_positions,
     share_cores,
 )
+from headinfer.cli.output import check_writable
 from headinfer.cli.progress import PrefillBar
 from headinfer.cli.prompt import check_length, encode_prompt, read_prompt
 from headinfer.cli.render import (
@@ -39,6 +42,7 @@ from headinfer.errors import OptionError
 if TYPE_CHECKING:
     from headinfer.api import Offload
     from headinfer.plan.plan import Plan
+    from headinfer.trace import Trace
 
 _PROMPT_PANEL = "Prompt"
 _SAMPLING_PANEL = "Generation (defaults: the model's own)"
@@ -68,6 +72,7 @@ class Request:
     memory: opt.MemoryOptions
     generation: GenerationOptions
     seed: int | None
+    trace: str | None
     as_json: bool
     quiet: bool
     verbose: bool
@@ -175,6 +180,15 @@ def generate(
     seed: Annotated[
         int | None, _sampling_option("--seed", help_text="Makes sampling repeatable.")
     ] = None,
+    trace: Annotated[
+        str | None,
+        typer.Option(
+            "--trace",
+            metavar="PATH",
+            help="Write what the first decode steps did when, in Chrome's trace format.",
+            rich_help_panel=opt.OUTPUT_PANEL,
+        ),
+    ] = None,
     as_json: Annotated[
         bool,
         typer.Option(
@@ -195,6 +209,7 @@ def generate(
     [bold]headinfer generate --model ID --prompt-file book.txt --prompt "Who ...?"[/]
     """
     with reporting_errors():
+        check_writable("--trace", trace)
         request = Request(
             generation=GenerationOptions(
                 max_new_tokens=max_new_tokens,
@@ -230,6 +245,7 @@ def generate(
             ),
             dtype=dtype.value,
             seed=seed,
+            trace=trace,
             as_json=as_json,
             quiet=quiet,
             verbose=verbose,
@@ -289,6 +305,7 @@ class _Run:
         self._failure: BaseException | None = None
         self._prompt_tokens = 0
         self._interrupted = False
+        self._trace: Trace | None = None
 
     def _write(self, piece: str) -> None:
         if not self._request.as_json:
@@ -307,6 +324,8 @@ class _Run:
             with interrupt.handling():
                 with bar:
                     rows = self._generate_rows(prompt, interrupt)
+                if self._trace is not None:
+                    self._trace.finish()
                 if self._request.generation.rows > 1:
                     self._collector.add(self._without_padding(rows[0, len(ids) :].tolist()))
                 self._collector.end()
@@ -325,15 +344,32 @@ class _Run:
         from transformers import StoppingCriteriaList
 
         settings = self._request.generation
+        criteria = StoppingCriteriaList([interrupt.stopping_criterion])
+        if self._request.trace is not None:
+            criteria.append(self._trace_criterion(Path(self._request.trace)))
         cache = self._offload.new_cache(prompt.shape[1] + settings.max_new_tokens)
         return self._model.generate(
             input_ids=prompt,
             attention_mask=prompt.new_ones(prompt.shape),
             past_key_values=cache,
             streamer=self._collector if settings.rows == 1 else None,
-            stopping_criteria=StoppingCriteriaList([interrupt.stopping_criterion]),
+            stopping_criteria=criteria,
             **settings.keywords(),
         )
+
+    def _trace_criterion(self, path: Path) -> Callable[..., Any]:
+        """Return a stopping criterion that stops nothing and lets the trace go on."""
+        import torch
+
+        from headinfer.trace import Trace
+
+        trace = self._trace = Trace(path)
+
+        def criterion(input_ids: Any, _scores: Any, **_kwargs: Any) -> Any:
+            trace.advance()
+            return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+        return criterion
 
     def _end_ids(self) -> set[int]:
         end = self._model.generation_config.eos_token_id

@@ -26,6 +26,10 @@ class Edge(enum.Enum):
 class Event(Protocol):
     """A point in a stream's work."""
 
+    @property
+    def reached(self) -> bool:
+        """Whether all work before it is done; orders nothing."""
+
     def synchronize(self, edge: Edge) -> None:
         """Block the host until the point is reached."""
 

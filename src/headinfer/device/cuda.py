@@ -21,6 +21,11 @@ class CudaEvent:
         self._event = torch.cuda.Event()
         self._event.record(stream)
 
+    @property
+    def reached(self) -> bool:
+        """Whether all work before it is done."""
+        return bool(self._event.query())
+
     def synchronize(self, edge: Edge) -> None:
         """Block the host until the event is reached."""
         self._event.synchronize()

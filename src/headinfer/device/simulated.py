@@ -14,12 +14,16 @@ from collections.abc import Callable, Collection
 from typing import TypeAlias
 
 import torch
+from torch.profiler import record_function
 
 from headinfer.device.base import Edge, Event, Stream
 from headinfer.device.hazards import AccessLog, Clock, join
 
 _Step: TypeAlias = Callable[[], bool]
 """Work at the head of a queue; returns False when it must wait for another stream."""
+
+COPY_MARK = "headinfer copy: "
+"""What a profiler shows around a copy, before the stream's name."""
 
 _HOST = "host"
 _POISON = 0xFF  # as float16, bfloat16 and float32 alike: NaN
@@ -98,7 +102,8 @@ class SimulatedStream:
             return
 
         def work(_force: bool) -> bool:
-            destination.copy_(source)
+            with record_function(f"{COPY_MARK}{self.name}"):
+                destination.copy_(source)
             return True
 
         self._enqueue(work)

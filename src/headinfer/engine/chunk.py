@@ -5,10 +5,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from torch.profiler import record_function
 
 from headinfer.attend.masks import Padding, attend_square, padding_of
 from headinfer.attend.partial import Accumulator, Kernel, Partial
 from headinfer.store.layer import Span
+
+ATTENTION_MARK = "headinfer: attention"
+"""What a profiler shows around a layer's attention on the device."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +65,12 @@ class Chunk:
             tiles: past tokens with these heads alone; each valid until the next is asked for.
             past_tokens: how many tokens came before the chunk.
         """
+        with record_function(ATTENTION_MARK):
+            return self._attend(heads, near, tiles, past_tokens)
+
+    def _attend(
+        self, heads: slice, near: Iterable[Span], tiles: Iterable[Span], past_tokens: int
+    ) -> Accumulator:
         query, total = self.query[:, heads], Accumulator()
         if self.tokens > 1:
             own_padding = padding_of(self.padding, past_tokens, past_tokens + self.tokens)

@@ -16,7 +16,7 @@ from headinfer.attend.partial import Kernel, Partial
 from headinfer.device.base import Device, Edge
 from headinfer.engine.arena import Arena
 from headinfer.engine.chunk import Chunk
-from headinfer.engine.host_attention import MAX_QUERY_TOKENS, HostAttention
+from headinfer.engine.host_attention import MAX_QUERY_TOKENS, Balance, HostAttention
 from headinfer.engine.pages import DirectWriter, Page, PagedWriter, Writer
 from headinfer.engine.resident import Resident
 from headinfer.engine.stats import Stats
@@ -67,11 +67,12 @@ class Engine:
             for layer in plan.shape.full_layers
         ]
         self._arena_bytes = 0
-        self._host = HostAttention(device, stats)
         self._source, self._writer = self._build()
 
     def _build(self) -> tuple[TileSource, Writer]:
         """Choose the strategies of this device, and take their memory."""
+        self._balance = Balance(self.plan.host_share, fixed=not self.plan.host_share_adapts)
+        self._host = HostAttention(self._device, self._stats, self._balance)
         device, plan, layers, stats = self._device, self.plan, self._layers, self._stats
         if device.tiles_are_views:
             return ViewTiles(layers, plan.tile_tokens), DirectWriter(layers)
@@ -209,7 +210,7 @@ class Engine:
         past_tokens = self.tokens(layer_idx)
         self._writer.make_room(layer_idx, chunk.tokens)
         near = self._writer.admit(layer_idx, chunk.keys, chunk.values)
-        layer.host_share = 0.0 if host_kernel is None else self.plan.host_share
+        layer.host_share = 0.0 if host_kernel is None else self._balance.share
         first, end = layer.streamed
         with_host = host_kernel is not None and end < layer.store.tokens
         if with_host:

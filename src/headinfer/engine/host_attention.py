@@ -9,6 +9,7 @@ without a thread of ours.
 import time
 
 import torch
+from torch.profiler import record_function
 
 from headinfer.attend.partial import Accumulator, Kernel, Partial
 from headinfer.device.base import Device, Edge, Event
@@ -17,6 +18,49 @@ from headinfer.engine.tiles import StoredLayer
 
 MAX_QUERY_TOKENS = 8
 """New tokens up to which the CPU can help: more make it compute instead of read."""
+
+
+HOST_ATTENTION_MARK = "headinfer: host attention"
+"""What a profiler shows around the CPU's share of a layer's attention."""
+
+_NOTES = 256
+"""Layers' attentions after which the host's share is judged: changing it discards what was fetched
+ahead, which must stay rare."""
+
+_LATE, _EARLY = 0.75, 0.25
+_STEP = 0.9
+"""If the host was later than the device in more than the first share of them, its share shrinks by
+this factor; if in less than the second, it grows by it."""
+
+
+class Balance:
+    """The host's share of the tokens that are not resident, corrected by who finishes first.
+
+    Args:
+        share: to begin with.
+        fixed: whether it stays.
+
+    Attributes:
+        share: as it is now.
+    """
+
+    def __init__(self, share: float, *, fixed: bool) -> None:
+        self.share = share
+        self._fixed = fixed
+        self._notes = self._late = 0
+
+    def note(self, *, host_was_late: bool) -> None:
+        """Take in whether the device had finished its part of a layer before the host did."""
+        self._notes += 1
+        self._late += host_was_late
+        if self._fixed or self._notes < _NOTES:
+            return
+        late = self._late / self._notes
+        if late > _LATE:
+            self.share *= _STEP
+        elif late < _EARLY:
+            self.share = min(self.share / _STEP, 1.0)
+        self._notes = self._late = 0
 
 
 class HostAttention:
@@ -28,11 +72,13 @@ class HostAttention:
     Args:
         device: what asks.
         stats: where bytes and seconds are counted.
+        balance: told who finishes first.
     """
 
-    def __init__(self, device: Device, stats: Stats) -> None:
+    def __init__(self, device: Device, stats: Stats, balance: Balance) -> None:
         self._device = device
         self._stats = stats
+        self._balance = balance
         self._buffers: dict[str, torch.Tensor] = {}
         self._asked: Event | None = None
         self._taken: Event | None = None
@@ -50,7 +96,7 @@ class HostAttention:
     def answer(self, layer: StoredLayer, kernel: Kernel, *, scale: float) -> Partial:
         """Attend what is left to the host, and enqueue the result's way back, on compute.
 
-        Blocks the host until the CPU is done.
+        Blocks the host until the CPU is done. What the device shall do meanwhile must be enqueued.
 
         Args:
             layer: whose tokens from the end of its `streamed` on are attended.
@@ -66,7 +112,10 @@ class HostAttention:
             layer.written.synchronize(Edge.TOKENS_SENT)
         query = self._buffers["query"]
         self._device.host_access(query, write=False, purpose="attention on the host")
-        partial = self._attend(layer, query, kernel, scale)
+        meanwhile = self._device.compute.record()
+        with record_function(HOST_ATTENTION_MARK):
+            partial = self._attend(layer, query, kernel, scale)
+        self._balance.note(host_was_late=meanwhile.reached)
         parts = [
             self._send_back(name, part)
             for name, part in (("out", partial.out), ("lse", partial.lse))

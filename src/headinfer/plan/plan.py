@@ -46,6 +46,7 @@ class Plan:
         resident_tokens: the oldest tokens of every offloaded layer, which stay on the device.
         resident_bytes: the bytes they take.
         host_share: share of the other tokens that the CPU attends in a decode step.
+        host_share_adapts: whether that is where to begin, to be corrected by what is measured.
     """
 
     shape: ModelShape
@@ -66,6 +67,7 @@ class Plan:
     resident_tokens: int = 0
     resident_bytes: int = 0
     host_share: float = 0.0
+    host_share_adapts: bool = False
 
     @property
     def arena_bytes(self) -> int:
@@ -277,11 +279,11 @@ def _with_host_share(plan: Plan, options: Options, hardware: Hardware | None) ->
     """Return a plan with the CPU's share of the tokens that are not resident."""
     if plan.device == "cpu":
         return plan
-    share = options.host_attention
-    if share == "auto":
-        # Data sheets do not say what the CPU reaches, so it is left out until it was measured.
-        share = balanced_host_share(hardware) if hardware and hardware.measured else 0.0
-    return replace(plan, host_share=share)
+    if options.host_attention != "auto":
+        return replace(plan, host_share=options.host_attention)
+    # Data sheets do not say what the CPU reaches, so it is left out until it was measured.
+    share = balanced_host_share(hardware) if hardware and hardware.measured else 0.0
+    return replace(plan, host_share=share, host_share_adapts=share > 0)
 
 
 def _replan(plan: Plan, options: Options, tile_tokens: int) -> Plan:
