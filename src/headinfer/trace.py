@@ -6,6 +6,7 @@ the link or the device waits.
 """
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,7 @@ class Trace:
     def __init__(self, path: Path, *, steps: int = 8) -> None:
         self._path = path
         self._left = steps
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it reports its start on stderr
         activities = [ProfilerActivity.CPU]
         if torch.cuda.is_available():
             activities.append(ProfilerActivity.CUDA)
