@@ -37,7 +37,7 @@ _FLAGS: tuple[str, ...] = (
     "-fopenmp",
     "-fPIC",
 )
-_HEADER = "elements.h"
+_HEADERS = ("elements.h", "tiles.h")
 _COMPILE_TIMEOUT_S = 60
 
 
@@ -56,7 +56,7 @@ def compile_kernel(source: str, dtype: torch.dtype, **definitions: int) -> ctype
         return None
     flags = (*_FLAGS, f"-D{ELEMENTS[dtype]}")
     flags += tuple(f"-D{name}={value}" for name, value in definitions.items())
-    files = {name: _read(name) for name in (source, _HEADER)}
+    files = {name: _read(name) for name in (source, *_HEADERS)}
     digest = hashlib.sha256(b"".join(files.values()))
     digest.update(repr((compiler, flags, openmp, _processor(), platform.libc_ver())).encode())
     library = cache_folder() / "native" / f"{digest.hexdigest()[:24]}.so"

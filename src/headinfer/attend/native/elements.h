@@ -107,3 +107,20 @@ INLINE vector exp2_of(vector x) {
 #else
 #define HALVES(a, b, s, u) __builtin_shuffle(a, b, (integers){SOURCES(s, u)})
 #endif
+
+#define EXCHANGE(s) \
+    UNROLL for (int i = 0; i < LANES; i++) \
+        if (!(i & (s))) { \
+            vector low = HALVES(x[i], x[i + (s)], s, 0), high = HALVES(x[i], x[i + (s)], s, 1); \
+            x[i] = low, x[i + (s)] = high; \
+        }
+
+/* Make rows of what were columns. */
+INLINE void transpose(vector x[LANES]) {
+#if LANES == 16
+    EXCHANGE(8)
+#endif
+    EXCHANGE(4)
+    EXCHANGE(2)
+    EXCHANGE(1)
+}

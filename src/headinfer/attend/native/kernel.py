@@ -1,8 +1,9 @@
 """Partial attention on the CPU by the compiled kernels, and by torch's where they do not serve.
 
-`decode.c` takes few query rows and reads at the speed of memory; `prefill.c` takes many and
-multiplies matrices. Neither knows masks: the causal square of a chunk's own tokens goes to torch,
-and padding is left out by looking at the tokens behind it alone.
+`decode.c` takes few query rows and reads at the speed of memory, and `decode_tiles.c` does so in
+bfloat16 where the processor has a matrix unit; `prefill.c` takes many rows and multiplies matrices.
+None knows masks: the causal square of a chunk's own tokens goes to torch, and padding is left out by
+looking at the tokens behind it alone.
 """
 
 import ctypes
@@ -16,8 +17,11 @@ from headinfer.attend.native.build import ELEMENTS, compile_kernel
 from headinfer.attend.partial import Partial, empty_partial, stack_rows
 from headinfer.attend.split import merge_splits
 
-_MAX_DECODE_ROWS = 8
-"""Query rows that fit the registers of any processor; more are worth a matrix product."""
+MAX_DECODE_ROWS = 16
+"""Query rows up to which reading keys and values takes longer than computing, on a matrix unit."""
+
+_MAX_ROWS_AT_ONCE = 8
+"""Query rows that fit the registers of any processor."""
 
 _DECODE_DIM_MULTIPLE = 16
 _PREFILL_DIM_MULTIPLE = 32
@@ -32,16 +36,22 @@ _POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_int64
 
 @functools.cache
 def decode_library(dtype: torch.dtype, head_dim: int, rows: int) -> ctypes.CDLL | None:
-    """Return `decode.c` compiled for one shape; None where it cannot be had.
+    """Return a kernel for a decode step compiled for one shape; None where it cannot be had.
 
     Args:
         dtype: of keys and values.
         head_dim: elements of one key, and of one value.
         rows: query rows of one KV head.
     """
-    if dtype not in ELEMENTS or head_dim % _DECODE_DIM_MULTIPLE:
+    if dtype not in ELEMENTS or head_dim % _DECODE_DIM_MULTIPLE or rows > MAX_DECODE_ROWS:
         return None
-    library = compile_kernel("decode.c", dtype, HEAD_DIM=head_dim, ROWS=rows)
+    library = None
+    if dtype is torch.bfloat16 and head_dim % _PREFILL_DIM_MULTIPLE == 0:
+        library = compile_kernel("decode_tiles.c", dtype, HEAD_DIM=head_dim, ROWS=rows)
+        if library is not None and not library.prepare():
+            library = None
+    if library is None and rows <= _MAX_ROWS_AT_ONCE:
+        library = compile_kernel("decode.c", dtype, HEAD_DIM=head_dim, ROWS=rows)
     if library is not None:
         library.attend_heads.argtypes = [
             *(_POINTER, _POINTER, _POINTER),  # query, keys, values
@@ -107,14 +117,13 @@ class NativeKernel:
         gapless = all(part.stride()[2:] == (head_dim, 1) for part in (keys, values))
         square = causal and q_len > 1
         library = None
+        attend_row = _decode_row
         if rows and gapless and spans is not None and not square:
-            if rows <= _MAX_DECODE_ROWS:
-                library = decode_library(query.dtype, head_dim, rows)
-            else:
-                library = prefill_library(query.dtype, head_dim)
+            library = decode_library(query.dtype, head_dim, rows)
+            if library is None and rows > _MAX_ROWS_AT_ONCE:
+                library, attend_row = prefill_library(query.dtype, head_dim), _prefill_row
         if library is None or spans is None:
             return self._other.attend(query, keys, values, scale=scale, causal=causal, mask=mask)
-        attend_row = _decode_row if rows <= _MAX_DECODE_ROWS else _prefill_row
         return stack_rows(
             [
                 attend_row(library, query[row], keys[row, :, span], values[row, :, span], scale)

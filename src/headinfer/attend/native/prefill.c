@@ -47,34 +47,7 @@ struct workspace {
 int64_t workspace_bytes(void) { return sizeof(struct workspace); }
 
 #if TILES
-#include <sys/syscall.h>
-#include <unistd.h>
-
-struct tile_config {
-    uint8_t palette, start_row, reserved[14];
-    uint16_t row_bytes[16];
-    uint8_t rows[16];
-};
-
-/* Ask the system for the matrix unit's registers, once for the process; 0 where it refuses. */
-int prepare(void) {
-    const long request_permission = 0x1023, tile_data = 18;
-    return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
-}
-
-/* Other code of this thread may rely on its own setting, so it is given back. */
-INLINE void begin_tiles(struct tile_config *before) {
-    struct tile_config ours = {.palette = 1};
-    for (int tile = 0; tile < 8; tile++) ours.rows[tile] = 16, ours.row_bytes[tile] = 64;
-    _tile_storeconfig(before);
-    _tile_loadconfig(&ours);
-}
-INLINE void end_tiles(struct tile_config *before) {
-    if (before->palette)
-        _tile_loadconfig(before);
-    else
-        _tile_release();
-}
+#include "tiles.h"
 
 /* c [32][32] = (add ? c : 0) + a [32][steps] x b [steps][32], in four tiles of 16 x 16. */
 INLINE void multiply_panel(const operand *a, int64_t a_stride, const operand *b, int64_t steps,
@@ -149,22 +122,6 @@ static void multiply(const operand *a, const operand *b, int64_t steps, float *c
         for (int64_t row = 0; row < rows; row += ROWS_AT_ONCE)
             multiply_panel(a + row * steps, steps, b + panel * steps * PANEL, steps,
                            c + (row * panels + panel) * PANEL, panels * PANEL, add);
-}
-
-#define EXCHANGE(s) \
-    UNROLL for (int i = 0; i < LANES; i++) \
-        if (!(i & (s))) { \
-            vector low = HALVES(x[i], x[i + (s)], s, 0), high = HALVES(x[i], x[i + (s)], s, 1); \
-            x[i] = low, x[i + (s)] = high; \
-        }
-
-INLINE void transpose(vector x[LANES]) {
-#if LANES == 16
-    EXCHANGE(8)
-#endif
-    EXCHANGE(4)
-    EXCHANGE(2)
-    EXCHANGE(1)
 }
 
 /* One vector of operands, from `PER_STEP * LANES` elements that follow each other. */
