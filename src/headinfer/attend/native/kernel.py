@@ -2,8 +2,8 @@
 
 `decode.c` takes few query rows and reads at the speed of memory, and `decode_tiles.c` does so in
 bfloat16 where the processor has a matrix unit; `prefill.c` takes many rows and multiplies matrices.
-None knows masks: the causal square of a chunk's own tokens goes to torch, and padding is left out by
-looking at the tokens behind it alone.
+None knows masks: the causal square of a chunk's own tokens goes to torch, and padding is left out
+by looking at the tokens behind it alone.
 """
 
 import ctypes
