@@ -50,8 +50,13 @@ def decode_library(dtype: torch.dtype, head_dim: int, rows: int) -> ctypes.CDLL 
         library = compile_kernel("decode_tiles.c", dtype, HEAD_DIM=head_dim, ROWS=rows)
         if library is not None and not library.prepare():
             library = None
-    if library is None and rows <= _MAX_ROWS_AT_ONCE:
-        library = compile_kernel("decode.c", dtype, HEAD_DIM=head_dim, ROWS=rows)
+    if library is None:
+        groups = -(-rows // _MAX_ROWS_AT_ONCE)
+        if rows % groups:
+            return None
+        library = compile_kernel(
+            "decode.c", dtype, HEAD_DIM=head_dim, ROWS=rows // groups, GROUPS=groups
+        )
     if library is not None:
         library.attend_heads.argtypes = [
             *(_POINTER, _POINTER, _POINTER),  # query, keys, values
@@ -120,7 +125,7 @@ class NativeKernel:
         attend_row = _decode_row
         if rows and gapless and spans is not None and not square:
             library = decode_library(query.dtype, head_dim, rows)
-            if library is None and rows > _MAX_ROWS_AT_ONCE:
+            if library is None and rows > _MAX_ROWS_AT_ONCE:  # many, or an odd number of them
                 library, attend_row = prefill_library(query.dtype, head_dim), _prefill_row
         if library is None or spans is None:
             return self._other.attend(query, keys, values, scale=scale, causal=causal, mask=mask)
