@@ -50,11 +50,15 @@ class Trace:
     Args:
         path: of the file; its folder must exist.
         steps: decode steps to record.
+
+    Attributes:
+        written: whether the file was.
     """
 
     def __init__(self, path: Path, *, steps: int = 8) -> None:
         self._path = path
         self._left = steps
+        self.written = False
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it reports its start on stderr
         activities = [ProfilerActivity.CPU]
         if torch.cuda.is_available():
@@ -80,6 +84,7 @@ class Trace:
         self._profile.stop()
         slices = list(_slices(self._profile.events()))
         self._path.write_text(json.dumps(_document(slices)), encoding="utf-8")
+        self.written = True
 
 
 def _slices(events: Iterable[Any]) -> Iterator[Slice]:

@@ -12,6 +12,7 @@ _BYTE_UNITS = {
     **{f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGT", start=1)},
 }
 _TOKEN_UNITS = {"": 1, "K": 1024, "M": 1024**2}
+_MAX_TOKENS = 2**36
 _QUANTITY = re.compile(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
 
 
@@ -52,6 +53,8 @@ def parse_tokens(count: str | int) -> int:
     tokens = count if isinstance(count, int) else _parse(count, _TOKEN_UNITS, "token count", "128K")
     if tokens <= 0:
         raise OptionError(f"a token count must be positive, not {count!r}")
+    if tokens > _MAX_TOKENS:
+        raise OptionError(f"{count!r} is more than the {_MAX_TOKENS:,} tokens one may ask for")
     return tokens
 
 

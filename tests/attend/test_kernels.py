@@ -286,3 +286,13 @@ def test_without_a_working_compiler_torch_serves(
     for q_len in (1, 70):
         check(NativeKernel(), (1, 2, 4, q_len, 1037, 64), torch.bfloat16, "tile")
     assert not list(fresh_build.rglob("*.so"))
+
+
+@pytest.mark.parametrize("part", [0, 1, 2])
+def test_mixed_dtypes_are_refused_and_never_misread(part: int) -> None:
+    for q_len in (1, 70):
+        query, keys, values = draw(1, 1, 1, q_len, 32), draw(1, 1, 900, 32), draw(1, 1, 900, 32)
+        mixed = [tensor.float() for tensor in (query, keys, values)]
+        mixed[part] = mixed[part].bfloat16()
+        with pytest.raises(RuntimeError, match=r"scalar type|dtype"):
+            NativeKernel().attend(*mixed, scale=0.5)

@@ -7,6 +7,7 @@ import subprocess
 import time
 
 import pytest
+import torch
 
 from headinfer.cli.streamer import TextCollector
 
@@ -234,3 +235,13 @@ def test_a_trace_that_cannot_be_written_is_refused_at_once(cli, tmp_path):
     assert outcome.code == 2
     assert "--trace" in outcome.err
     assert "no folder" in outcome.err
+
+
+def test_threads_are_as_many_as_asked_for(cli, llama, prompt):
+    before = torch.get_num_threads()
+    try:
+        done = cli("generate", "--model", llama, "--prompt", prompt, *GREEDY, "--threads", 3)
+        assert done.code == 0, done.err
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)

@@ -16,7 +16,7 @@ from headinfer.device.cpu import CpuDevice
 from headinfer.device.simulated import SimulatedDevice
 from headinfer.engine.engine import Engine
 from headinfer.engine.stats import Stats
-from headinfer.errors import CacheStateError
+from headinfer.errors import CacheStateError, MemoryPlanError
 from headinfer.plan.memory import resident_bytes
 from headinfer.plan.options import Options
 from headinfer.plan.plan import Plan, resolve
@@ -257,3 +257,25 @@ def test_shapes_the_cache_was_not_made_for_are_refused() -> None:
     new = torch.randn(1, 2, 3, 8, dtype=torch.bfloat16)
     with pytest.raises(CacheStateError, match="bfloat16"):
         engine.attend(0, new.unsqueeze(2), new, new, kernel=ReferenceKernel(), scale=1.0)
+
+
+def test_a_plan_whose_memory_cannot_be_had_closes_the_cache(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device = SimulatedDevice()
+    plan = resolve(model_shape(), Options(chunk_tokens=8, tile_tokens=16), device="simulated")
+    engine = Engine(device, plan, torch.float32, Stats())
+    new, kernel = torch.randn(1, 2, 9, 8), ReferenceKernel()
+    engine.attend(0, new.unsqueeze(2), new, new, kernel=kernel, scale=1.0)
+
+    def refuse(_num_bytes: int) -> torch.Tensor:
+        raise MemoryPlanError("the device has none left")
+
+    monkeypatch.setattr(device, "device_empty", refuse)
+    with pytest.raises(MemoryPlanError):
+        engine.replan(plan)
+    assert engine.closed
+    assert engine.device_kv_bytes == engine.host_kv_bytes == 0
+    with pytest.raises(CacheStateError, match="closed"):
+        engine.attend(0, new.unsqueeze(2), new, new, kernel=kernel, scale=1.0)
+    engine.close()

@@ -20,7 +20,7 @@ def test_the_share_goes_where_both_finish_together(
     start: float, host_rate: float, device_rate: float
 ) -> None:
     share = run(Balance(start, fixed=False), host_rate, device_rate, steps=400)
-    assert share == pytest.approx(host_rate / (host_rate + device_rate), rel=0.12)
+    assert share == pytest.approx(host_rate / (host_rate + device_rate), rel=0.03)
 
 
 def test_a_fixed_share_stays() -> None:

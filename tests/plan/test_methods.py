@@ -142,3 +142,14 @@ def test_a_model_of_windows_alone_has_nothing_to_offload() -> None:
     plans = plans_of(replace(SITUATION, shape=replace(gemma, layers=windows)))
     assert plans["resident"].max_context_tokens is None
     assert plans["resident"].kv_total_bytes == 0
+
+
+def test_what_the_cpu_attends_is_told_and_not_counted_as_streamed() -> None:
+    here = replace(SITUATION, hardware=replace(SITUATION.hardware, measured=True))
+    choice = choose(here, method_plans(here))
+    plan = choice.plan
+    assert plan is not None
+    rest = plan.kv_total_bytes - plan.resident_bytes
+    assert plan.host_attended_bytes == pytest.approx(plan.host_share * rest)
+    assert plan.streamed_bytes + plan.host_attended_bytes == rest
+    assert any("In decode steps the CPU attends" in line for line in choice.why)

@@ -203,3 +203,15 @@ def test_the_host_takes_the_share_that_finishes_with_the_link() -> None:
     assert resolve(LLAMA_3_8B, options, **known, hardware=RTX_4090).host_share == 0
     half = Options.parse(device_memory="24GiB", host_attention=0.5)
     assert resolve(LLAMA_3_8B, half, **known).host_share == 0.5
+
+
+def test_a_link_as_fast_as_the_hosts_memory_leaves_the_host_some() -> None:
+    slow = replace(RTX_4090, measured=True, host_bytes_per_s=20e9)
+    plan = resolve(
+        LLAMA_3_8B,
+        Options.parse(device_memory="24GiB", host_attention=0.5),
+        device="cuda",
+        context_tokens=2**20,
+        hardware=slow,
+    )
+    assert Predictor(LLAMA_3_8B, slow).decode(plan.schedule, 2**20).limited_by == "the host"

@@ -23,6 +23,7 @@ from headinfer.cli.load import (
     load_model,
     load_tokenizer,
     max_positions,
+    set_threads,
     share_cores,
 )
 from headinfer.cli.output import check_writable
@@ -73,6 +74,7 @@ class Request:
     generation: GenerationOptions
     seed: int | None
     trace: str | None
+    threads: int | None
     as_json: bool
     quiet: bool
     verbose: bool
@@ -117,6 +119,7 @@ def generate(
     trust_remote_code: Annotated[
         bool, _model_option("--trust-remote-code", help_text="Run code that comes with the model.")
     ] = False,
+    threads: opt.Threads = None,
     device_memory: opt.DeviceMemory = "auto",
     host_memory: opt.HostMemory = "auto",
     chunk_tokens: opt.ChunkTokens = "auto",
@@ -246,6 +249,7 @@ def generate(
             dtype=dtype.value,
             seed=seed,
             trace=trace,
+            threads=threads,
             as_json=as_json,
             quiet=quiet,
             verbose=verbose,
@@ -260,6 +264,7 @@ def _load_and_run(request: Request) -> None:
     new_tokens = request.generation.max_new_tokens
     with console.status(f"loading {escape(request.source.name)}"):
         calm_transformers(verbose=request.verbose)
+        set_threads(request.threads)
         device = choose_device(request.memory)
         config = load_config(request.source)
         tokenizer = load_tokenizer(request.source)
@@ -324,8 +329,6 @@ class _Run:
             with interrupt.handling():
                 with bar:
                     rows = self._generate_rows(prompt, interrupt)
-                if self._trace is not None:
-                    self._trace.finish()
                 if self._request.generation.rows > 1:
                     self._collector.add(self._without_padding(rows[0, len(ids) :].tolist()))
                 self._collector.end()
@@ -338,6 +341,9 @@ class _Run:
             if isinstance(error, ValueError) and not self._offload.stats.prefill_tokens:
                 # Raised before the model ran: transformers refuses these settings together.
                 self._failure = OptionError(f"generation options: {error}")
+        finally:
+            if self._trace is not None:
+                self._trace.finish()
         self._interrupted = interrupt.requested
 
     def _generate_rows(self, prompt: Any, interrupt: Interrupt) -> Any:
@@ -401,6 +407,9 @@ class _Run:
         if self._offload.stats.prefill_tokens:
             self._console.print()
             print_rows(self._console, summary_rows(self._offload.stats, self._plan))
+        if self._trace is not None:
+            told = f"written to {self._request.trace}" if self._trace.written else "no decode step"
+            self._console.print(f"trace: {told}", markup=False)
         if self._failure is not None:
             return report(self._failure)
         if self._interrupted:

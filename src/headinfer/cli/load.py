@@ -67,6 +67,14 @@ def share_cores() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
+def set_threads(threads: int | None) -> None:
+    """Let torch, and our kernels with it, use so many CPU threads; None to leave it."""
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
 def calm_transformers(*, verbose: bool) -> None:
     """Silence what transformers and the hub print beside results, unless `verbose`."""
     if verbose:

@@ -104,6 +104,16 @@ Device = Annotated[
         rich_help_panel=MODEL_PANEL,
     ),
 ]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        "--threads",
+        min=1,
+        metavar="N",
+        help="CPU threads, for the model on the CPU and for the CPU's share; by default one a core.",
+        rich_help_panel=MODEL_PANEL,
+    ),
+]
 Dtype = Annotated[
     DtypeChoice,
     typer.Option(

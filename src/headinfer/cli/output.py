@@ -1,7 +1,6 @@
 """Files that verbs write, and `--json [PATH]`; told before any work if they cannot be written."""
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -56,8 +55,14 @@ def check_writable(option: str, path: str | None) -> None:
         raise OptionError(f"{option} {path!r}: there is no folder to write it in; make it first")
     if file.is_dir():
         raise OptionError(f"{option} {path!r} is a folder; give the name of a file")
-    if not os.access(file if file.exists() else file.parent, os.W_OK):
-        raise OptionError(f"{option} {path!r} may not be written; choose another place")
+    existed = file.exists()
+    try:
+        with file.open("ab"):
+            pass
+    except OSError:
+        raise OptionError(f"{option} {path!r} may not be written; choose another place") from None
+    if not existed:
+        file.unlink()
 
 
 def write_json(path: str, document: dict[str, Any]) -> None:

@@ -60,8 +60,10 @@ def summary_rows(stats: Stats, plan: Plan) -> Iterator[tuple[str, str]]:
     )
     peak = stats.peak_device_kv_bytes
     if stats.standard_kv_bytes:
-        share = f"{peak / stats.standard_kv_bytes:.1%} of the {standard} of standard inference"
-        yield "KV on the device", f"{format_bytes(peak)} at the peak, {share}"
+        share = peak / stats.standard_kv_bytes
+        of = f"{share:.1%} of the" if share <= 1 else "more than the"
+        told = f"{format_bytes(peak)} at the peak, {of} {standard} of standard inference"
+        yield "KV on the device", told
     yield "KV on the host", format_bytes(stats.host_kv_bytes)
 
 

@@ -71,7 +71,9 @@ class Engine:
 
     def _build(self) -> tuple[TileSource, Writer]:
         """Choose the strategies of this device, and take their memory."""
-        self._balance = Balance(self.plan.host_share, fixed=not self.plan.host_share_adapts)
+        fixed = not self.plan.host_share_adapts
+        if fixed or not hasattr(self, "_balance"):  # else what was learned is kept
+            self._balance = Balance(self.plan.host_share, fixed=fixed)
         self._host = HostAttention(self._device, self._stats, self._balance)
         device, plan, layers, stats = self._device, self.plan, self._layers, self._stats
         if device.tiles_are_views:
@@ -183,7 +185,7 @@ class Engine:
         Raises:
             CacheStateError: the cache was closed, or was made for other shapes.
         """
-        geometry = self._check(layer_idx, keys, values)
+        geometry = self._check(layer_idx, query, keys, values)
         batch, kv_heads, group, q_len, _ = query.shape
         out = query.new_empty(batch, q_len, kv_heads, group, geometry.value_dim)
         self._layers[layer_idx].store.reserve(self._expected_tokens)
@@ -210,7 +212,7 @@ class Engine:
         past_tokens = self.tokens(layer_idx)
         self._writer.make_room(layer_idx, chunk.tokens)
         near = self._writer.admit(layer_idx, chunk.keys, chunk.values)
-        layer.host_share = 0.0 if host_kernel is None else self._balance.share
+        self._share_with_host(layer_idx, 0.0 if host_kernel is None else self._balance.share)
         first, end = layer.streamed
         with_host = host_kernel is not None and end < layer.store.tokens
         if with_host:
@@ -233,21 +235,28 @@ class Engine:
         self._writer.commit(layer_idx, chunk.keys, chunk.values)
         self._source.end()
 
-    def _check(self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor) -> KVGeometry:
+    def _share_with_host(self, layer_idx: int, share: float) -> None:
+        """Set the host's share: in all layers at the first, because tiles are fetched ahead."""
+        if layer_idx == 0:
+            for layer in self._layers:
+                layer.host_share = share
+        elif not share:
+            self._layers[layer_idx].host_share = 0.0
+
+    def _check(
+        self, layer_idx: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> KVGeometry:
         self._check_open()
         geometry = self._layers[layer_idx].store.geometry
-        given = (keys.shape[0], keys.shape[1], keys.shape[3], values.shape[3], keys.dtype)
-        wanted = (
-            geometry.batch,
-            geometry.kv_heads,
-            geometry.key_dim,
-            geometry.value_dim,
-            geometry.dtype,
-        )
-        if given != wanted:
+        given = (keys.shape[0], keys.shape[1], keys.shape[3], values.shape[3])
+        wanted = (geometry.batch, geometry.kv_heads, geometry.key_dim, geometry.value_dim)
+        dtypes = {part.dtype for part in (query, keys, values)}
+        if given != wanted or dtypes != {geometry.dtype}:
+            names = ", ".join(sorted(str(dtype) for dtype in dtypes))
             raise CacheStateError(
                 f"layer {layer_idx} was given keys and values of (batch, kv_heads, key_dim, "
-                f"value_dim, dtype) {given}, but this cache holds {wanted}; use a new cache"
+                f"value_dim) {given} in {names}, but this cache holds {wanted} in "
+                f"{geometry.dtype}; use a new cache"
             )
         return geometry
 
@@ -309,7 +318,11 @@ class Engine:
         for layer in self._layers:
             layer.written = layer.resident = None
         del self._source, self._writer
-        self._source, self._writer = self._build()
+        try:
+            self._source, self._writer = self._build()
+        except BaseException:
+            self._abandon()
+            raise
         for layer in self._layers:
             if layer.resident is not None:
                 layer.resident.fill(layer.store)
@@ -331,11 +344,16 @@ class Engine:
         if self.closed:
             return
         self.clear()
+        del self._source, self._writer
+        self._abandon()
+
+    def _abandon(self) -> None:
+        """Free what is left, with no copy in flight; the cache is closed after this."""
         self.closed = True
+        self._arena_bytes = 0
         for layer in self._layers:
             layer.resident = None
-        del self._source, self._writer
-        self._arena_bytes = 0
+            layer.store.clear()
 
     def __del__(self) -> None:
         """Wait for the copies in flight before the memory they touch goes away."""

@@ -28,9 +28,9 @@ _NOTES = 256
 ahead, which must stay rare."""
 
 _LATE, _EARLY = 0.75, 0.25
-_STEP = 0.9
+_FIRST_STEP, _LAST_STEP = 0.2, 0.01
 """If the host was later than the device in more than the first share of them, its share shrinks by
-this factor; if in less than the second, it grows by it."""
+a step; if in less than the second, it grows by one. Steps get shorter each time they turn."""
 
 
 class Balance:
@@ -48,6 +48,8 @@ class Balance:
         self.share = share
         self._fixed = fixed
         self._notes = self._late = 0
+        self._step = _FIRST_STEP
+        self._grew: bool | None = None
 
     def note(self, *, host_was_late: bool) -> None:
         """Take in whether the device had finished its part of a layer before the host did."""
@@ -56,11 +58,16 @@ class Balance:
         if self._fixed or self._notes < _NOTES:
             return
         late = self._late / self._notes
-        if late > _LATE:
-            self.share *= _STEP
-        elif late < _EARLY:
-            self.share = min(self.share / _STEP, 1.0)
         self._notes = self._late = 0
+        if _EARLY <= late <= _LATE:
+            return
+        grows = late < _EARLY
+        if self._grew is not None and grows != self._grew:
+            self._step = max(self._step / 2, _LAST_STEP)
+        self._grew = grows
+        self.share = (
+            min(self.share / (1 - self._step), 1.0) if grows else (self.share * (1 - self._step))
+        )
 
 
 class HostAttention:
@@ -124,9 +131,10 @@ class HostAttention:
         return Partial(*parts)
 
     def settle(self) -> None:
-        """Wait until compute has fetched the last result, so that its buffer may be freed."""
-        if self._taken is not None:
-            self._taken.synchronize(Edge.HOST_SETTLED)
+        """Wait until compute is done with the host buffers, so that they may be freed."""
+        for event in (self._asked, self._taken):
+            if event is not None:
+                event.synchronize(Edge.HOST_SETTLED)
 
     def _attend(
         self, layer: StoredLayer, query: torch.Tensor, kernel: Kernel, scale: float

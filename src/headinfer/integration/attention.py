@@ -14,11 +14,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
 from headinfer.attend.masks import Padding, attend_band, attend_square, padding_of
+from headinfer.attend.native.kernel import NativeKernel
 from headinfer.attend.partial import Accumulator, Kernel
 from headinfer.attend.select import select_kernel
 from headinfer.engine.engine import Engine
 from headinfer.errors import HeadInferError, UnsupportedModelError
 from headinfer.integration.support import HARMLESS_KEYWORDS
+from headinfer.plan.plan import Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,16 +174,24 @@ class AttentionFunctions:
                 scale=scale,
                 padding=attention_mask,
                 sinks=sinks,
-                host_kernel=_host_kernel(query, key_dim, value_dim, softcap),
+                host_kernel=_host_kernel(pending.engine.plan, query, value_dim, softcap),
             )
         return out.reshape(batch, q_len, query_heads, value_dim), None
 
 
 def _host_kernel(
-    query: torch.Tensor, key_dim: int, value_dim: int, softcap: float | None
-) -> Kernel:
-    """Return what attends on the CPU on behalf of the query's device."""
-    return select_kernel(torch.device("cpu"), query.dtype, key_dim, value_dim, softcap)
+    plan: Plan, query: torch.Tensor, value_dim: int, softcap: float | None
+) -> Kernel | None:
+    """Return what attends on the CPU on behalf of a device; None where that is not planned.
+
+    A share that was chosen by measurement is for the kernel that was measured, and no slower one.
+    """
+    if not plan.host_share:
+        return None
+    kernel = select_kernel(torch.device("cpu"), query.dtype, query.shape[-1], value_dim, softcap)
+    if plan.host_share_adapts and not isinstance(kernel, NativeKernel):
+        return None
+    return kernel
 
 
 def _is_sliding(mask_function: Callable[..., torch.Tensor], window_tokens: int) -> bool:

@@ -66,7 +66,7 @@ def _reasons(situation: Situation, plans: Sequence[MethodPlan], plan: MethodPlan
         yield "There is no device beside the CPU: tiles are attended where they lie."
     elif plan.tile_heads is None:
         yield f"All of the KV cache, {format_bytes(plan.kv_total_bytes)}, stays on the device."
-    elif not plan.streamed_bytes:
+    elif not plan.streamed_bytes + plan.host_attended_bytes:
         yield (
             f"All of the KV cache, {format_bytes(plan.kv_total_bytes)}, stays on the device: "
             "nothing is streamed."
@@ -83,6 +83,11 @@ def _reasons(situation: Situation, plans: Sequence[MethodPlan], plan: MethodPlan
                 f"activations and tiles leave of {format_bytes(situation.device_memory_bytes)}."
             )
         yield _tile_reason(plan)
+        if plan.host_share:
+            yield (
+                f"In decode steps the CPU attends {format_bytes(plan.host_attended_bytes)} where "
+                "they lie, and finishes with the link."
+            )
     if plan.chunk_tokens:
         yield _chunk_reason(situation, plan)
     yield _time_reason(situation, plan)

@@ -67,6 +67,7 @@ class MethodPlan:
         device_short_bytes: device memory it lacks here; 0 where it fits.
         host_short_bytes: host memory it lacks here; 0 where it fits.
         resident_bytes: KV that is never streamed.
+        host_share: share of the rest that the CPU attends in a decode step.
         decode_parts: what the time of a decode step consists of.
     """
 
@@ -85,6 +86,7 @@ class MethodPlan:
     device_short_bytes: int
     host_short_bytes: int
     resident_bytes: int
+    host_share: float
     decode_parts: Parts
 
     @property
@@ -94,8 +96,15 @@ class MethodPlan:
 
     @property
     def streamed_bytes(self) -> int:
-        """KV that crosses the link in every decode step, or is attended by the CPU instead."""
-        return self.kv_total_bytes - self.resident_bytes if self.tile_heads else 0
+        """KV that crosses the link in every decode step."""
+        rest = self.kv_total_bytes - self.resident_bytes if self.tile_heads else 0
+        return rest - int(self.host_share * rest)
+
+    @property
+    def host_attended_bytes(self) -> int:
+        """KV that the CPU attends in every decode step."""
+        rest = self.kv_total_bytes - self.resident_bytes if self.tile_heads else 0
+        return int(self.host_share * rest)
 
     @property
     def fits(self) -> bool:
@@ -274,7 +283,7 @@ def _tiled(
         kv_device_bytes=staged
         + accounting.write_back_bytes(chunk, PAGE_TOKENS)
         + accounting.windows_bytes(new_tokens),
-        activation_bytes=accounting.activation_bytes(chunk, tile_heads=heads),
+        activation_bytes=accounting.activation_bytes(new_tokens, tile_heads=heads),
         kv_total_bytes=kv_bytes,
         kv_host_bytes=kv_bytes,
         schedule=Schedule(
@@ -313,6 +322,7 @@ def _plan(
         device_short_bytes=max(total - situation.device_memory_bytes, 0),
         host_short_bytes=max(footprint.kv_host_bytes - situation.host_memory_bytes, 0),
         resident_bytes=schedule.resident_bytes,
+        host_share=schedule.host_share,
         decode_parts=predictor.decode(schedule, tokens),
     )
 

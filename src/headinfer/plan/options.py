@@ -12,7 +12,7 @@ DEVICE_NAMES: tuple[DeviceName, ...] = ("auto", "cpu", "cuda", "simulated")
 TileSize = int | Literal["auto", "all"]
 
 
-def _tile_size(name: str, value: str | int) -> TileSize:
+def _tile_size(name: str, value: str | int, least: str = "a positive number") -> TileSize:
     if value == "auto":
         return "auto"
     if value == "all":
@@ -20,9 +20,13 @@ def _tile_size(name: str, value: str | int) -> TileSize:
     try:
         return parse_tokens(value)
     except OptionError:
-        raise OptionError(
-            f"{name} must be a positive number, 'all' or 'auto', not {value!r}"
-        ) from None
+        raise OptionError(f"{name} must be {least}, 'all' or 'auto', not {value!r}") from None
+
+
+def _resident_tokens(value: str | int) -> TileSize:
+    if value in (0, "0"):
+        return 0
+    return _tile_size("resident_tokens", value, "a number from 0 on")
 
 
 def _share(name: str, value: str | float) -> float | Literal["auto"]:
@@ -107,8 +111,6 @@ class Options:
             tile_tokens=_tile_size("tile_tokens", tile_tokens),
             device=name,
             overlap=overlap,
-            resident_tokens=(
-                0 if resident_tokens in (0, "0") else _tile_size("resident_tokens", resident_tokens)
-            ),
+            resident_tokens=_resident_tokens(resident_tokens),
             host_attention=_share("host_attention", host_attention),
         )

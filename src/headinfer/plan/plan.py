@@ -267,7 +267,9 @@ class _Residency:
         """Return a plan with as many of them as fit beside what it has."""
         if plan.device == "cpu" or not self.wanted:
             return plan
-        tokens = self.wanted
+        tokens = (
+            self.wanted if self.context_tokens is None else (min(self.wanted, self.context_tokens))
+        )
         if plan.device_memory_bytes is not None:
             left = plan.device_memory_bytes - plan.total_device_bytes
             tokens = min(tokens, memory.resident_tokens(plan.shape, left, batch=plan.batch))

@@ -81,16 +81,17 @@ class Parts:
         times = {
             "computing": self.compute_s,
             "the link": max(self.link_s, self.link_back_s),
-            "starting tiles": self.start_s,
-            "the host's attention": self.host_s,
+            "the host" if self.host_s else "starting tiles": self.start_s + self.host_s,
         }
         return max(times, key=lambda name: times[name])
 
 
 def host_attention_rate(hardware: Hardware) -> float:
     """Return the KV bytes a second the host attends while the link reads its memory too."""
-    link = hardware.link_bytes_per_s or 0.0
-    return max(min(hardware.host_attention_bytes_per_s, hardware.host_bytes_per_s - link), 0.0)
+    left = hardware.host_bytes_per_s - (hardware.link_bytes_per_s or 0.0)
+    # A link as fast as the host's memory does not stop the host: both then slow down.
+    left = max(left, hardware.host_bytes_per_s / 4)
+    return min(hardware.host_attention_bytes_per_s, left)
 
 
 def balanced_host_share(hardware: Hardware) -> float:

@@ -118,12 +118,15 @@ class NativeKernel:
         batch, _, group, q_len, head_dim = query.shape
         rows, kv_len = group * q_len, keys.shape[2]
         spans = _visible_spans(mask, batch, kv_len)
-        # The kernels read tokens that follow each other without a gap.
-        gapless = all(part.stride()[2:] == (head_dim, 1) for part in (keys, values))
+        # The kernels read tokens of one dtype that follow each other without a gap.
+        readable = all(
+            part.dtype == query.dtype and part.stride()[2:] == (head_dim, 1)
+            for part in (keys, values)
+        )
         square = causal and q_len > 1
         library = None
         attend_row = _decode_row
-        if rows and gapless and spans is not None and not square:
+        if rows and readable and spans is not None and not square:
             library = decode_library(query.dtype, head_dim, rows)
             if library is None and rows > _MAX_ROWS_AT_ONCE:  # many, or an odd number of them
                 library, attend_row = prefill_library(query.dtype, head_dim), _prefill_row
