@@ -110,7 +110,7 @@ Threads = Annotated[
         "--threads",
         min=1,
         metavar="N",
-        help="CPU threads, for the model on the CPU and for the CPU's share; by default one a core.",
+        help="CPU threads for the model on the CPU and for the CPU's share; by default one a core.",
         rich_help_panel=MODEL_PANEL,
     ),
 ]

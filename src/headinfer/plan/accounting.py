@@ -26,11 +26,13 @@ class Accounting:
         kind: ours or the paper's.
         shape: the model.
         batch: rows.
+        device: "cuda" or "cpu".
     """
 
     kind: AccountingKind
     shape: ModelShape
     batch: int = 1
+    device: str = "cuda"
 
     @property
     def is_paper(self) -> bool:
@@ -82,7 +84,7 @@ class Accounting:
                 chunk_tokens=chunk_tokens,
                 tile_heads=tile_heads,
                 batch=self.batch,
-                device="cuda",
+                device=self.device,
             )
         elements = 2 * self.shape.mlp_width + self.shape.hidden_size
         return self.batch * chunk_tokens * elements * self.shape.kv_itemsize

@@ -139,7 +139,7 @@ class Situation:
     @property
     def accounting(self) -> Accounting:
         """How bytes are counted here."""
-        return Accounting(kind=self.kind, shape=self.shape, batch=self.batch)
+        return Accounting(kind=self.kind, shape=self.shape, batch=self.batch, device=self.device)
 
     @property
     def options(self) -> Options:

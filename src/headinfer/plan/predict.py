@@ -175,7 +175,9 @@ class Predictor:
     def decode(self, schedule: Schedule, context_tokens: int) -> Parts:
         """Return the parts of one decode step behind `context_tokens` tokens."""
         hardware, batch = self._hardware, schedule.batch
+        on_host = schedule.host_share * self.streamed_bytes(schedule, context_tokens)
         kv_bytes = schedule.kv_share * self._shape.standard_kv_bytes(context_tokens, batch)
+        kv_bytes -= on_host
         compute_s = (
             self.weight_bytes_read(batch) / hardware.device_bytes_per_s
             + kv_bytes / hardware.decode_attention_bytes_per_s
