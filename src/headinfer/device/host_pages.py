@@ -13,6 +13,10 @@ _PRIVATE: dict[str, int] = (
     {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 )
 
+_LEAST_LARGE_BYTES = 32 * 2**20
+"""Smaller regions have small pages: a large one is committed whole by its first byte, and what a
+cache grows by is written little by little."""
+
 
 def map_host_memory(num_bytes: int) -> torch.Tensor:
     """Return pageable memory `[num_bytes]` of uint8; the system commits pages as they are written.
@@ -30,7 +34,7 @@ def map_host_memory(num_bytes: int) -> torch.Tensor:
         raise MemoryPlanError(
             f"cannot map {format_bytes(num_bytes)} of host memory: {error}"
         ) from error
-    if hasattr(mmap, "MADV_HUGEPAGE"):
+    if num_bytes >= _LEAST_LARGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # not every kernel has them
             region.madvise(mmap.MADV_HUGEPAGE)
     with torch.inference_mode(False):  # or it could not be written to outside
