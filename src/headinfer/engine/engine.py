@@ -326,6 +326,8 @@ class Engine:
         for layer in self._layers:
             if layer.resident is not None:
                 layer.resident.fill(layer.store)
+                fetched = layer.store.geometry.num_bytes(layer.resident.tokens)
+                self._stats.bytes_to_device += fetched
 
     def clear(self) -> None:
         """Forget all tokens and free the host memory; the arena stays."""

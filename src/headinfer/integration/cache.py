@@ -15,8 +15,14 @@ from headinfer.plan.plan import Plan
 from headinfer.plan.shape import LayerKind
 from headinfer.units import format_bytes, format_tokens
 
-_GROWTH_DIVISOR = 4
-"""A cache that outgrows its plan is planned anew for a quarter more, so that it rarely happens."""
+_GROWTH_DIVISOR, _LEAST_GROWTH_TOKENS = 4, 1024
+"""A cache is planned for a quarter more than it is known to hold, or so many tokens: an answer and
+the next turns follow, and where all tokens are resident another plan brings them back over the
+link."""
+
+
+def _with_growth(tokens: int) -> int:
+    return tokens + max(tokens // _GROWTH_DIVISOR, _LEAST_GROWTH_TOKENS)
 
 
 def _outgrows(plan: Plan, tokens: int) -> bool:
@@ -90,7 +96,8 @@ class OffloadedState:
             self.engine.close()
             self.engine = None
         if self.engine is None:
-            plan = self.host.plan_for(batch, wanted)
+            known = self._max_tokens is not None
+            plan = self.host.plan_for(batch, wanted if known else _with_growth(wanted))
             self._check_host(plan.kv_host_bytes(wanted), wanted)
             self.engine = self.host.make_engine(plan)
             self.engine.expect(wanted)
@@ -98,8 +105,8 @@ class OffloadedState:
         if (more := self.engine.expect(wanted)) > 0:
             self._check_host(more, wanted)
         if _outgrows(self.engine.plan, wanted):
-            ahead = wanted + wanted // _GROWTH_DIVISOR
-            self.engine.replan(self.host.plan_for(batch, ahead, replacing=self.engine))
+            plan = self.host.plan_for(batch, _with_growth(wanted), replacing=self.engine)
+            self.engine.replan(plan)
 
     def _check_host(self, needed_bytes: int, tokens: int) -> None:
         left = self.host.host_bytes_left()
