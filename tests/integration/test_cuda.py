@@ -33,6 +33,7 @@ def test_logits_equal_stock_in_float32(name: str, overlap: bool) -> None:
             tile_tokens=tile_tokens,
             chunk_tokens=chunk_tokens,
             overlap=overlap,
+            resident_tokens=0,
         ) as offload:
             ours = model.generate(tokens, past_key_values=offload.new_cache(), **options)
             assert offload.stats.bytes_to_device > 0 or not offload.plan.shape.full_layers
@@ -40,6 +41,30 @@ def test_logits_equal_stock_in_float32(name: str, overlap: bool) -> None:
         error = (torch.stack(ours.logits) - wanted).abs().max() / wanted.abs().max()
         assert error < 1e-4
         assert torch.equal(ours.sequences, stock.sequences)
+
+
+@pytest.mark.parametrize("resident_tokens", [0, 100, "all"])
+@pytest.mark.parametrize("host_attention", ["off", 0.5, 1.0])
+@pytest.mark.parametrize("name", ["llama3", "gemma2", "gpt-oss"])
+def test_resident_and_host_attended_tokens_equal_stock(
+    name: str, host_attention: str | float, resident_tokens: str | int
+) -> None:
+    model = tiny_model(name).to("cuda")
+    tokens = random_tokens(1, 300).cuda()
+    options = {"max_new_tokens": 80, "do_sample": False, "pad_token_id": 0}
+    stock = model.generate(tokens, past_key_values=DynamicCache(config=model.config), **options)
+    with headinfer.attach(
+        model,
+        tile_heads=1,
+        tile_tokens=50,
+        chunk_tokens=128,
+        resident_tokens=resident_tokens,
+        host_attention=host_attention,
+    ) as offload:
+        ours = model.generate(tokens, past_key_values=offload.new_cache(), **options)
+        on_host = offload.stats.bytes_attended_on_host
+    assert torch.equal(ours, stock)
+    assert (on_host > 0) == (host_attention != "off" and resident_tokens != "all")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
