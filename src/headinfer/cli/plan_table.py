@@ -54,8 +54,7 @@ def print_plans(
     console.print(
         f"[bold]{escape(situation.shape.name)}[/], {format_tokens(situation.context_tokens)} "
         f"tokens{rows}, on [bold]{hardware.name}[/] ({escape(which)}): "
-        f"{format_bytes(situation.device_memory_bytes)} on the device, "
-        f"{format_bytes(situation.host_memory_bytes)} of host memory"
+        f"{_memory(situation)}"
     )
     console.print(_table(plans, choice, width=console.width))
     console.print(
@@ -63,6 +62,13 @@ def print_plans(
         "host memory hold; times predicted[/]"
     )
     _print_choice(console, choice)
+
+
+def _memory(situation: Situation) -> str:
+    device = format_bytes(situation.device_memory_bytes)
+    if situation.device == "cpu":
+        return f"{device} of memory"
+    return f"{device} on the device, {format_bytes(situation.host_memory_bytes)} of host memory"
 
 
 def _table(plans: Sequence[MethodPlan], choice: Choice, *, width: int) -> Table:
