@@ -296,3 +296,16 @@ def test_mixed_dtypes_are_refused_and_never_misread(part: int) -> None:
         mixed[part] = mixed[part].bfloat16()
         with pytest.raises(RuntimeError, match=r"scalar type|dtype"):
             NativeKernel().attend(*mixed, scale=0.5)
+
+
+@pytest.mark.parametrize("q_len", [1, 70])
+def test_weights_too_small_to_matter_are_nothing(q_len: int) -> None:
+    """Where one score outweighs all others, none of them may show in the sum."""
+    query, keys, values = draw(1, 1, 1, q_len, 32), draw(1, 1, 900, 32), draw(1, 1, 900, 32)
+    query[...] = 0
+    query[..., 0] = 1
+    keys[0, 0, :, 0] = -100
+    keys[0, 0, 400, 0] = 0
+    ours = NativeKernel().attend(query.float(), keys.float(), values.float(), scale=1.0)
+    assert torch.equal(ours.out, values[:, :, None, 400:401].float().expand_as(ours.out))
+    assert not ours.lse.any()

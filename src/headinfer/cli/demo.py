@@ -26,6 +26,7 @@ from headinfer.cli.load import (
     load_config,
     load_model,
     load_tokenizer,
+    prepare_cpu,
     share_cores,
 )
 from headinfer.cli.progress import PrefillBar, format_duration
@@ -99,6 +100,7 @@ def _run(num_tokens: int, seed: int, memory: opt.MemoryOptions, *, verbose: bool
     print_document(console, document)
     with stderr_console().status("loading the model"):
         calm_transformers(verbose=verbose)
+        prepare_cpu()
         device = _choose_device(memory)
         if device != "cpu":
             memory = _with_small_tiles(memory, num_tokens)

@@ -23,7 +23,7 @@ from headinfer.cli.load import (
     load_model,
     load_tokenizer,
     max_positions,
-    set_threads,
+    prepare_cpu,
     share_cores,
 )
 from headinfer.cli.output import check_writable
@@ -264,7 +264,7 @@ def _load_and_run(request: Request) -> None:
     new_tokens = request.generation.max_new_tokens
     with console.status(f"loading {escape(request.source.name)}"):
         calm_transformers(verbose=request.verbose)
-        set_threads(request.threads)
+        prepare_cpu(request.threads)
         device = choose_device(request.memory)
         config = load_config(request.source)
         tokenizer = load_tokenizer(request.source)

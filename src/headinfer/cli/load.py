@@ -67,11 +67,20 @@ def share_cores() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-def set_threads(threads: int | None) -> None:
-    """Let torch, and our kernels with it, use so many CPU threads; None to leave it."""
-    if threads is not None:
-        import torch
+def prepare_cpu(threads: int | None = None) -> None:
+    """Set torch's CPU threads, which our kernels use too, and let numbers below 1e-38 be 0.
 
+    Must be called before torch computes anything, for its threads inherit this. Some processors
+    take a hundred times as long for such numbers, which softmax makes: the demo took over ten
+    minutes, not one.
+
+    Args:
+        threads: how many; None to leave it to torch.
+    """
+    import torch
+
+    torch.set_flush_denormal(True)
+    if threads is not None:
         torch.set_num_threads(threads)
 
 

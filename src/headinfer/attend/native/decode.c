@@ -209,8 +209,10 @@ void attend_heads(const float *query, const element *keys, const element *values
     for (int64_t part = 0; part < heads * splits; part++) {
         int64_t head = part / splits, split = part % splits;
         int64_t start = count * split / splits, end = count * (split + 1) / splits;
+        uint32_t mode = flush_tiny();
         attend_part(query + head * GROUPS * ROWS * HEAD_DIM, keys + head * key_stride + start * HEAD_DIM,
                     values + head * value_stride + start * HEAD_DIM, end - start, scale,
                     out + part * GROUPS * ROWS * HEAD_DIM, lse + part * GROUPS * ROWS);
+        restore(mode);
     }
 }

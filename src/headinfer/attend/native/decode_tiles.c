@@ -160,6 +160,7 @@ void attend_heads(const float *query, const element *keys, const element *values
     {
         struct tile_config before;
         begin_tiles(&before);
+        uint32_t mode = flush_tiny();
 #pragma omp for schedule(static)
         for (int64_t part = 0; part < heads * splits; part++) {
             int64_t head = part / splits, split = part % splits;
@@ -168,6 +169,7 @@ void attend_heads(const float *query, const element *keys, const element *values
                         values + head * value_stride + start * HEAD_DIM, end - start, scale,
                         out + part * ROWS * HEAD_DIM, lse + part * ROWS);
         }
+        restore(mode);
         end_tiles(&before);
     }
 }

@@ -259,6 +259,7 @@ void attend_heads(const element *query, const element *keys, const element *valu
     {
         struct tile_config before;
         begin_tiles(&before);
+        uint32_t mode = flush_tiny();
 #pragma omp for schedule(dynamic, 1)
         for (int64_t part = 0; part < heads * splits; part++) {
             int64_t head = part / splits, split = part % splits;
@@ -269,6 +270,7 @@ void attend_heads(const element *query, const element *keys, const element *valu
                         out + at * HEAD_DIM, lse + at, highest + at,
                         workspace + omp_get_thread_num());
         }
+        restore(mode);
         end_tiles(&before);
     }
 }
