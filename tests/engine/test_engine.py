@@ -61,7 +61,8 @@ def make_device(name: str, seed: int) -> Device:
 
 changes = st.lists(
     st.one_of(
-        st.tuples(st.just("append"), st.integers(1, 40)),
+        st.tuples(st.just("attend"), st.integers(1, 40)),
+        st.tuples(st.just("append"), st.integers(1, 90)),
         st.tuples(st.just("decode"), st.integers(1, 12)),
         st.tuples(st.just("crop"), st.integers(1, 50)),
         st.tuples(st.just("reorder"), st.integers(0, 8)),
@@ -181,8 +182,15 @@ def test_any_sequence_of_changes(
             torch.testing.assert_close(ours, wanted, rtol=1e-10, atol=1e-10)
 
     for kind, amount in sequence:
-        if kind == "append":
+        if kind == "attend":
             step(amount)
+        elif kind == "append":
+            for layer_idx in range(layers):
+                keys = draw(batch, kv_heads, amount, dims[0])
+                values = draw(batch, kv_heads, amount, dims[1])
+                engine.append(layer_idx, keys, values)
+                plain.keys[layer_idx] = torch.cat((plain.keys[layer_idx], keys), dim=2)
+                plain.values[layer_idx] = torch.cat((plain.values[layer_idx], values), dim=2)
         elif kind == "decode":
             for _ in range(amount):
                 step(1)

@@ -206,6 +206,26 @@ class Engine:
             self._attend_chunk(layer_idx, call.part(part), host_kernel)
         return out
 
+    def append(self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Keep tokens that were computed elsewhere, without attending to anything.
+
+        Args:
+            layer_idx: which offloaded layer, counted among these.
+            keys: `[batch, kv_heads, tokens, key_dim]` on the device; may be freed afterwards.
+            values: `[batch, kv_heads, tokens, value_dim]`.
+
+        Raises:
+            CacheStateError: the cache was closed, or was made for other shapes.
+        """
+        self._check(layer_idx, keys, values)
+        self._layers[layer_idx].store.reserve(self._expected_tokens)
+        for first in range(0, keys.shape[2], self.plan.chunk_tokens):
+            part = slice(first, first + self.plan.chunk_tokens)
+            new_keys, new_values = keys[:, :, part], values[:, :, part]
+            self._writer.make_room(layer_idx, new_keys.shape[2])
+            self._writer.admit(layer_idx, new_keys, new_values)
+            self._writer.commit(layer_idx, new_keys, new_values)
+
     def _attend_chunk(self, layer_idx: int, chunk: Chunk, host_kernel: Kernel | None) -> None:
         """Attend at most `plan.chunk_tokens` new tokens, and keep them."""
         layer, kv_heads = self._layers[layer_idx], chunk.keys.shape[1]
