@@ -5,9 +5,12 @@ from array import array
 from collections.abc import Callable, Sequence
 
 from headinfer.bench.bound import Rates
+from headinfer.bench.launch import Machine
+from headinfer.bench.model_spec import ModelSpec
 from headinfer.bench.result import TrialFailure, TrialResult
-from headinfer.bench.spec import BenchSpec, Command, ModelSpec, Settings, TrialSpec
-from headinfer.bench.suite import Machine
+from headinfer.bench.rows import Row, arranged
+from headinfer.bench.spec import BenchSpec, Command, Fill, Settings, TrialSpec
+from headinfer.bench.suite import Suite
 
 MODEL = ModelSpec(
     layers=2,
@@ -32,9 +35,12 @@ def bench_spec(
     methods: Sequence[str] = ("standard", "headinfer"),
     repeats: int = 1,
     dtype: str = "float32",
+    command: Command = Command.DECODE,
+    fill: Fill = Fill.PREFILL,
 ) -> BenchSpec:
     return BenchSpec(
-        command=Command.DECODE,
+        command=command,
+        fill=fill,
         methods=tuple(methods),
         contexts=tuple(contexts),
         new_tokens=2,
@@ -63,7 +69,7 @@ def logits_row(*values: float) -> str:
 def trial_result(
     tokens: Sequence[int] = (3, 1, 4),
     logits: Sequence[float] = (3.0, 4.0),
-    prefill_s: float = 2.0,
+    prefill_s: float | None = 2.0,
     decode_s: Sequence[float] = (0.5, 0.25),
     device: str = "cpu",
     kv_host_bytes: int = 1000,
@@ -91,12 +97,16 @@ class FakeLauncher:
     def machine(self, device: str, dtype: str) -> Machine:
         return MACHINE
 
-    def trial(self, spec: TrialSpec) -> TrialResult | TrialFailure:
+    def trial(self, spec: TrialSpec, time_limit_s: float) -> TrialResult | TrialFailure:
         self.asked.append((spec.method, spec.context_tokens))
         return self._answer(spec)
 
 
 class NoProgress:
-    def started(self, what: str) -> None: ...
+    def started(self, what: str, left_s: float | None) -> None: ...
 
     def finished(self, what: str, outcome: str) -> None: ...
+
+
+def rows_of(spec: BenchSpec, launcher: FakeLauncher) -> list[Row]:
+    return arranged(spec, list(Suite(spec, launcher, MACHINE.rates, NoProgress()).run()))

@@ -11,7 +11,7 @@ from headinfer.bench.bound import (
     prefill_flops,
     prefill_work,
 )
-from headinfer.bench.spec import ModelSpec
+from headinfer.bench.model_spec import ModelSpec
 
 # The shape of the speed requirement: 4 layers, hidden 512, 16 query and 4 KV heads of 128.
 MODEL = ModelSpec(

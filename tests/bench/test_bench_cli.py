@@ -4,10 +4,15 @@ import json
 
 import pytest
 import torch
-from bench_parts import FakeLauncher
+from bench_parts import FakeLauncher, trial_result
 from typer.testing import CliRunner
 
-from headinfer.bench.methods import METHODS, HeadInfer
+from headinfer.bench import stock
+from headinfer.bench.catalogue import CATALOGUE
+from headinfer.bench.methods import METHODS
+from headinfer.bench.ours import HeadInfer
+from headinfer.bench.result import Status, TrialFailure
+from headinfer.bench.suite import GATE_TOKENS
 from headinfer.bench.trial import attempt
 from headinfer.cli import bench
 
@@ -95,15 +100,26 @@ def test_a_wrong_method_is_a_failed_row_and_exit_code_1(in_process, monkeypatch)
     assert "WRONG RESULT" in result.stderr
 
 
-def test_a_method_that_cannot_run_is_a_row(in_process):
-    arguments = ("--context", "300", "--new-tokens", "1", "--device-memory", "1KiB", "--json")
-    result = run("decode", "--device", "cpu", *arguments)
+def test_methods_that_cannot_run_are_rows_that_say_why(in_process, monkeypatch):
+    monkeypatch.setattr(stock, "_installed", lambda _module: False)
+    why = {
+        "transformers-offloaded": "needs a GPU",
+        "kv-4bit": "pip install optimum optimum-quanto",
+        "head-wise-8": "has 2 KV heads",
+        "resident": "--device simulated",
+        "host-attention": "--device simulated",
+        "synchronous": "nothing can overlap",
+    }
+    arguments = ("--methods", ",".join(("standard", *why)), "--context", "300", "--new-tokens", "1")
+    result = run("decode", "--device", "cpu", *arguments, "--json")
     assert result.exit_code == 0, result.stderr
-    standard, ours = json.loads(result.stdout)["rows"]
+    standard, *others = json.loads(result.stdout)["rows"]
     assert standard["status"] == "ok"
-    assert ours["status"] == "cannot_run"
-    assert "below the weights" in ours["reason"]
-    assert "cannot run" in result.stderr
+    assert [row["method"] for row in others] == list(why)
+    for row in others:
+        assert row["status"] == "cannot_run"
+        assert why[row["method"]] in row["reason"]
+        assert row["reason"] in " ".join(result.stderr.split())
 
 
 def test_nothing_runs_on_a_device_that_is_not_there(in_process, monkeypatch):
@@ -115,12 +131,120 @@ def test_nothing_runs_on_a_device_that_is_not_there(in_process, monkeypatch):
     assert all("CUDA is not available" in row["reason"] for row in rows)
 
 
-def test_no_options_at_all(in_process, monkeypatch):
-    measured = []
-    monkeypatch.setattr(bench, "run_suite", lambda spec, *_: measured.append(spec) or [])
+def fake_launcher(monkeypatch, answer=lambda _: trial_result(tokens=(3,), decode_s=(0.5,))):
+    launcher = FakeLauncher(answer)
+    monkeypatch.setattr(bench, "make_launcher", lambda: launcher)
+    return launcher
+
+
+def test_resume_measures_what_is_missing_and_nothing_else(tmp_path, monkeypatch):
+    arguments = ("decode", "--repeats", "1", "--json", str(tmp_path / "out.json"))
+    fake_launcher(monkeypatch)
+    assert run(*arguments, "--contexts", "100,200").exit_code == 0
+    launcher = fake_launcher(monkeypatch)
+    more = ("--contexts", "100,200,300", "--methods", "standard,headinfer,bounded", "--resume")
+    result = run(*arguments, *more)
+    assert result.exit_code == 0, result.stderr
+    checks = [("standard", 300), ("headinfer", 300), ("bounded", 300)]  # nothing else to hold to
+    assert launcher.asked[:3] == checks
+    assert launcher.asked[3:] == [("bounded", 100), ("bounded", 200), *checks]
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [(row["method"], row["context_tokens"]) for row in rows] == [
+        (method, context)
+        for context in (100, 200, 300)
+        for method in ("standard", "headinfer", "bounded")
+    ]
+    assert all(row["decode_x_standard"] == 1 for row in rows)
+    assert run(*arguments, *more).exit_code == 0
+    assert len(launcher.asked) == 8
+
+
+def test_what_is_finished_is_kept_when_a_run_is_stopped(tmp_path, monkeypatch):
+    def answer(spec):
+        if (spec.method, spec.context_tokens) == ("headinfer", 200):
+            raise KeyboardInterrupt
+        return trial_result(tokens=(3,), decode_s=(0.5,))
+
+    path = tmp_path / "out.json"
+    arguments = ("decode", "--contexts", "100,200", "--json", str(path))
+    fake_launcher(monkeypatch, answer)
+    result = run(*arguments)
+    assert result.exit_code == 130
+    assert "--resume goes on" in result.stderr
+    assert len(json.loads(path.read_text())["rows"]) == 3
+    launcher = fake_launcher(monkeypatch)
+    assert run(*arguments, "--resume").exit_code == 0
+    assert launcher.asked[-1] == ("headinfer", 200)
+    assert len(json.loads(path.read_text())["rows"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ("--seed 1", "seed was 0 in the results and is 1 now"),
+        ("--new-tokens 3", "new_tokens was 8"),
+        ("--device-memory 1GiB", "settings was"),
+    ],
+)
+def test_resume_refuses_results_of_another_run(tmp_path, monkeypatch, other, words):
+    arguments = ("decode", "--context", "100", "--json", str(tmp_path / "out.json"))
+    fake_launcher(monkeypatch)
+    assert run(*arguments).exit_code == 0
+    result = run(*arguments, "--resume", *other.split())
+    assert result.exit_code == 2
+    assert words in result.stderr
+
+
+def test_the_longest_context_is_found(monkeypatch):
+    def answer(spec):
+        short = spec.context_tokens <= 5000
+        return trial_result(tokens=(3,), decode_s=(0.5,)) if short else lack
+
+    lack = TrialFailure(status=Status.CANNOT_RUN, reason="out of memory: all", grows=True)
+    fake_launcher(monkeypatch, answer)
+    result = run("max-context", "--contexts", "1K,64K", "--methods", "standard,bounded", "--json")
+    assert result.exit_code == 0, result.stderr
+    rows = json.loads(result.stdout)["rows"]
+    assert [row["context_tokens"] for row in rows] == [4096, 4096]
+    assert "bounded: ends at 5K: cannot run: out of memory: all" in result.stderr
+    assert all("out of memory" in row["limited_by"] for row in rows)
+
+
+@pytest.mark.parametrize("verb", ["memory", "ablation"])
+def test_the_other_verbs_measure_all_methods(monkeypatch, verb):
+    launcher = fake_launcher(monkeypatch)
+    result = run(verb, "--context", "300", "--json")
+    assert result.exit_code == 0, result.stderr
+    rows = json.loads(result.stdout)["rows"]
+    assert {"standard", "head-wise-1", "headinfer"} <= {row["method"] for row in rows}
+    assert len(launcher.asked) == len(rows)
+
+
+def test_a_preset_needs_neither_network_nor_a_run_of_its_size(monkeypatch):
+    launcher = fake_launcher(monkeypatch)
+    arguments = ["decode", "--model", "llama-3-8b", "--dummy-weights", "--context", "300"]
+    result = CliRunner().invoke(bench.app, [*arguments, "--json"])
+    assert result.exit_code == 0, result.stderr
+    document = json.loads(result.stdout)
+    assert document["rows"][0]["kv_bytes"] == 308 * 128 * 1024
+    assert document["header"]["model"]["name"] == "llama-3-8b"
+    assert launcher.asked
+
+
+def test_methods_are_told():
+    result = CliRunner().invoke(bench.app, ["methods"])
+    assert result.exit_code == 0
+    assert all(name in result.stdout for name in METHODS)
+    assert set(CATALOGUE) == set(METHODS)
+
+
+def test_no_options_at_all(monkeypatch):
+    asked = FakeLauncher(lambda _: TrialFailure(status=Status.CANNOT_RUN, reason="made up"))
+    monkeypatch.setattr(bench, "make_launcher", lambda: asked)
     result = CliRunner().invoke(bench.app, ["decode"])
     assert result.exit_code == 1, result.stderr  # nothing was measured
-    assert measured[0].contexts == (32 * 1024,)
+    assert ("headinfer", GATE_TOKENS) in asked.asked
+    assert "32K" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -129,6 +253,11 @@ def test_no_options_at_all(in_process, monkeypatch):
         ("--context many", "'many' is not a token count"),
         ("--methods standard,magic", "no method 'magic'"),
         ("--methods ,", "no methods"),
+        ("--contexts 1K,1K", "named twice"),
+        ("--model llama-3-8b", "is for models without --model"),
+        ("--dummy-weights", "needs --model"),
+        ("--resume", "give the file"),
+        ("--time-limit 0", "time_limit_s must be at least 1"),
         ("--dtype int8", "dtype must be one of"),
         ("--kv-heads 3", "multiple of kv_heads"),
         ("--repeats 0", "repeats must be at least 1"),

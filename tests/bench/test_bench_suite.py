@@ -5,22 +5,25 @@ import json
 from dataclasses import replace
 
 import pytest
-from bench_parts import MACHINE, FakeLauncher, NoProgress, bench_spec, trial_result
+from bench_parts import MACHINE, FakeLauncher, bench_spec, rows_of, trial_result
 from rich.console import Console
 
 from headinfer.bench import child
-from headinfer.bench.document import document
+from headinfer.bench.document import Results
+from headinfer.bench.forecast import Forecast
+from headinfer.bench.launch import FreshProcesses
+from headinfer.bench.longest import longest_context
+from headinfer.bench.model_spec import NamedModel
 from headinfer.bench.result import Status, TrialFailure, from_json, to_json
-from headinfer.bench.rows import Percentiles, Row
-from headinfer.bench.spec import BenchSpec, TrialSpec
-from headinfer.bench.suite import GATE_TOKENS, FreshProcesses, run_suite
+from headinfer.bench.rows import Percentiles
+from headinfer.bench.spec import BenchSpec, Command, Fill, TrialSpec
+from headinfer.bench.suite import GATE_TOKENS
 from headinfer.bench.table import render
+from shapes import LLAMA_3_8B
 
 NO_MEMORY = TrialFailure(status=Status.CANNOT_RUN, reason="out of memory: 3 TiB")
-
-
-def rows_of(spec: BenchSpec, launcher: FakeLauncher) -> list[Row]:
-    return list(run_suite(spec, launcher, MACHINE, NoProgress()))
+OUT_OF_MEMORY = replace(NO_MEMORY, grows=True)
+NO_LIBRARY = TrialFailure(status=Status.CANNOT_RUN, reason="a library is missing")
 
 
 def test_rows_hold_medians_bounds_and_ratios():
@@ -136,11 +139,11 @@ def test_without_any_reference_a_result_is_not_called_right():
     [(-9, Status.CANNOT_RUN, "memory"), (-11, Status.FAILED, "-11"), (1, Status.FAILED, "Boom")],
 )
 def test_a_process_that_dies_is_a_failure(monkeypatch, returncode, status, word):
-    def die(_module, _question):
+    def die(_module, _question, *, time_limit_s):
         raise child.ChildError(returncode, "Traceback\nBoom: it broke\n")
 
     monkeypatch.setattr(child, "ask", die)
-    outcome = FreshProcesses().trial(bench_spec().trial("standard", 300))
+    outcome = FreshProcesses().trial(bench_spec().trial("standard", 300), 60)
     assert isinstance(outcome, TrialFailure)
     assert outcome.status is status
     assert word in outcome.reason
@@ -149,6 +152,9 @@ def test_a_process_that_dies_is_a_failure(monkeypatch, returncode, status, word)
 def test_specs_and_outcomes_survive_json():
     spec = bench_spec().trial("headinfer", 300)
     assert TrialSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+    named = NamedModel(name="a", location=None, config={"b": 1}, planned=LLAMA_3_8B)
+    whole = replace(bench_spec(fill=Fill.RANDOM), model=named)
+    assert BenchSpec.from_json(json.loads(json.dumps(whole.to_json()))) == whole
     for outcome in (trial_result(), NO_MEMORY):
         assert from_json(json.loads(json.dumps(to_json(outcome)))) == outcome
 
@@ -161,7 +167,7 @@ def test_the_table_fits_100_columns_and_tells_what_did_not_run():
     spec = bench_spec(contexts=(2**20,), dtype="bfloat16")
     launcher = FakeLauncher(lambda s: answer(s) if s.context_tokens > 5000 else trial_result())
     rows = rows_of(spec, launcher)
-    rows[0] = replace(rows[0], planned_activation_bytes=123 * 2**20, decode_x_standard=123.4)
+    rows[0] = replace(rows[0], peak_rss_growth_bytes=123 * 2**20, decode_x_standard=123.4)
     console = Console(width=100, file=io.StringIO())
     console.print(render(spec, MACHINE, rows))
     text = console.file.getvalue()
@@ -170,8 +176,110 @@ def test_the_table_fits_100_columns_and_tells_what_did_not_run():
         assert part in text
 
 
+def test_no_longer_context_is_tried_where_memory_ran_out():
+    def answer(spec: TrialSpec):
+        lacks = spec.method == "standard" and spec.context_tokens >= 20_000
+        return OUT_OF_MEMORY if lacks else trial_result()
+
+    launcher = FakeLauncher(answer)
+    rows = rows_of(bench_spec(contexts=(10_000, 20_000, 40_000)), launcher)
+    assert launcher.asked.count(("standard", 40_000)) == 0
+    standard = [row for row in rows if row.method == "standard"]
+    assert [row.status for row in standard] == [Status.OK, Status.CANNOT_RUN, Status.CANNOT_RUN]
+    assert standard[2].reason == f"already at 20,000: {OUT_OF_MEMORY.reason}"
+    assert all(row.status is Status.OK for row in rows if row.method == "headinfer")
+
+
+def test_an_approximate_method_tells_how_far_it_is_off():
+    def answer(spec: TrialSpec):
+        return trial_result(logits=(3.0, 4.0) if spec.method == "standard" else (3.0, 4.5))
+
+    rows = rows_of(bench_spec(methods=("standard", "kv-4bit")), FakeLauncher(answer))
+    assert rows[1].status is Status.OK
+    assert not rows[1].exact
+    assert "not exact: logits are off by 0.1 " in rows[1].note
+
+
+def test_a_cache_filled_at_random_does_not_spare_the_check_of_the_prefill():
+    launcher = FakeLauncher(lambda spec: trial_result(prefill_s=1.0 if full(spec) else None))
+
+    def full(spec: TrialSpec) -> bool:
+        return spec.fill is Fill.PREFILL
+
+    standard, ours = rows_of(bench_spec(fill=Fill.RANDOM), launcher)
+    assert launcher.asked == [("standard", 300), ("headinfer", 300)] * 2
+    assert ours.fill is Fill.RANDOM
+    assert ours.prefill_s is None
+    assert ours.prefill_x_standard is None
+    assert ours.decode_x_standard == 1.0
+    assert standard.decode_bound_s is not None
+
+
+@pytest.mark.parametrize("most", [0, 500, 1024, 5000, 32768, 70_000, 2**20])
+@pytest.mark.parametrize("first", [1024, 4096])
+def test_the_longest_context_is_within_a_sixteenth_of_one_that_fails(most, first):
+    tried = []
+
+    def runs(tokens: int) -> bool:
+        tried.append(tokens)
+        return tokens <= most
+
+    found = longest_context(runs, first=first, last=2**18)
+    assert found <= most
+    assert found == 0 or found in tried
+    if found < 2**18:
+        assert min(tokens for tokens in tried if tokens > most) - found <= max(1024, found // 16)
+    assert len(tried) == len(set(tried)) <= 16
+
+
+def test_the_longest_context_is_a_row_that_says_what_was_tried():
+    def answer(spec: TrialSpec):
+        return trial_result() if spec.context_tokens <= 3000 else OUT_OF_MEMORY
+
+    spec = bench_spec(contexts=(1024, 2**20), command=Command.MAX_CONTEXT)
+    launcher = FakeLauncher(answer)
+    standard, ours = rows_of(spec, launcher)
+    assert launcher.asked[:2] == [("standard", 1024), ("headinfer", 1024)]  # the check
+    assert (standard.context_tokens, ours.context_tokens) == (2048, 2048)
+    assert ours.status is Status.OK
+    assert ours.limited_by == f"3K: cannot run: {OUT_OF_MEMORY.reason}"
+    assert [tokens for tokens, _ in ours.tried] == [1024, 2048, 3072, 4096]
+
+
+def test_a_method_that_runs_no_context_at_all_is_a_row():
+    def answer(spec: TrialSpec):
+        return NO_LIBRARY if spec.method == "headinfer" else trial_result()
+
+    spec = bench_spec(contexts=(1024, 4096), command=Command.MAX_CONTEXT)
+    standard, ours = rows_of(spec, FakeLauncher(answer))
+    assert standard.context_tokens == 4096
+    assert standard.limited_by == "the most that was tried, 4K"
+    assert ours.status is Status.CANNOT_RUN
+    assert ours.reason == NO_LIBRARY.reason
+
+
+def test_the_time_left_goes_by_each_methods_own_speed():
+    forecast = Forecast([("slow", 1024), ("fast", 1024), ("slow", 1024), ("fast", 1024)])
+    assert forecast.left_s() is None
+    forecast.finished("slow", 1024, 10.0)
+    forecast.finished("fast", 1024, 1.0)
+    assert forecast.left_s() == pytest.approx(11.0)
+    forecast.finished("slow", 1024, 20.0)
+    forecast.dropped("fast", 1024)
+    assert forecast.left_s() == 0
+
+
+def test_a_trial_that_takes_too_long_is_ended():
+    outcome = FreshProcesses().trial(bench_spec().trial("standard", 300), 0.01)
+    assert isinstance(outcome, TrialFailure)
+    assert outcome.status is Status.CANNOT_RUN
+    assert "longer than 0.01 s" in outcome.reason
+
+
 def test_a_document_is_json_even_when_a_number_is_not():
     rows = rows_of(bench_spec(), FakeLauncher(lambda _: trial_result(logits=(float("nan"), 1.0))))
     assert rows[0].status is Status.MISMATCH
-    text = json.dumps(document(bench_spec(), MACHINE, rows), allow_nan=False)
+    results = Results.new(bench_spec(), MACHINE)
+    results.rows = rows
+    text = json.dumps(results.to_json(), allow_nan=False)
     assert json.loads(text)["rows"][0]["gate"]["logits_error"] is None

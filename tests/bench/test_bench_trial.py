@@ -1,17 +1,24 @@
 """Trials in this process: both methods agree, a damaged one does not, refusals are told."""
 
+from dataclasses import replace
+
 import numpy
 import pytest
 import torch
 from bench_parts import MODEL, trial_spec
 
-from headinfer.bench import machine
+from headinfer.bench import machine, stock
 from headinfer.bench.gate import Verdict, compare
-from headinfer.bench.methods import METHODS, HeadInfer
+from headinfer.bench.launch import FreshProcesses
+from headinfer.bench.methods import METHODS
+from headinfer.bench.model_spec import NamedModel
+from headinfer.bench.ours import HeadInfer
 from headinfer.bench.process_memory import PeakRss
-from headinfer.bench.result import Status, TrialFailure
-from headinfer.bench.spec import Settings, TrialSpec
+from headinfer.bench.result import Status, TrialFailure, TrialResult
+from headinfer.bench.spec import Fill, Settings, TrialSpec
 from headinfer.bench.trial import attempt, run_trial
+from headinfer.cli.shapes import shape_of
+from tiny_models import tiny_model
 
 
 def verdict_on(method: str, dtype: str) -> Verdict:
@@ -72,6 +79,89 @@ def test_the_simulated_device_counts_bytes_over_the_link():
 
 def simulated_json(settings: Settings) -> dict[str, str]:
     return {name: getattr(settings, name) for name in settings.__dataclass_fields__}
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "chunked-prefill",
+        "head-wise-2",
+        "head-wise-1",
+        "adaptive",
+        "bounded",
+        "resident",
+        "host-attention",
+        "synchronous",
+        "headinfer",
+    ],
+)
+@pytest.mark.parametrize("fill", list(Fill))
+def test_every_exact_method_agrees_with_the_reference(method, fill):
+    keeps = method in ("resident", "host-attention", "headinfer")
+    settings = Settings(
+        device="simulated",
+        chunk_tokens="128",
+        tile_tokens="64",
+        device_memory="900KiB" if keeps else "1100KiB",
+    )
+    reference, result = (
+        run_trial(replace(trial_spec(name), settings=settings, fill=fill))
+        for name in ("standard", method)
+    )
+    verdict = compare(reference, result, dtype="float32", layers=MODEL.layers, context_tokens=300)
+    assert verdict.passed, verdict.reason
+    assert verdict.tokens == (4 if fill is Fill.PREFILL else 3)
+    assert (result.prefill_s is None) == (fill is Fill.RANDOM)
+    if keeps:
+        assert 0 < result.plan["resident_tokens"] < 300
+    if method == "host-attention":
+        assert result.host_attended_kv_bytes > 0
+
+
+def test_the_last_pass_of_a_prompt_may_be_real_where_the_rest_is_random():
+    spec = replace(trial_spec("chunked-prefill"), fill=Fill.RANDOM, last_pass=True)
+    chunked, ours = (run_trial(replace(spec, method=name)) for name in (spec.method, "headinfer"))
+    verdict = compare(chunked, ours, dtype="float32", layers=MODEL.layers, context_tokens=300)
+    assert verdict.passed, verdict.reason
+    assert verdict.tokens == 4  # the last pass of 128 tokens predicts one too
+    assert ours.prefill_s is None
+
+
+def test_a_quantised_cache_is_near_the_reference():
+    pytest.importorskip("hqq" if not stock._installed("optimum.quanto") else "optimum.quanto")
+    verdict = verdict_on("kv-4bit", "float32")
+    assert 0 < verdict.logits_error < 1
+
+
+def test_device_memory_holds_every_method_on_the_cpu():
+    model = replace(MODEL, layers=4, kv_heads=4, head_dim=64)
+    settings = Settings(device="cpu", device_memory="24MiB", chunk_tokens="128")
+    launcher = FreshProcesses()
+    for method in ("standard", "headinfer"):
+        spec = replace(trial_spec(method), model=model, settings=settings, context_tokens=512)
+        assert isinstance(launcher.trial(spec, 60), TrialResult)
+        longer = launcher.trial(replace(spec, context_tokens=16384), 60)  # 128 MiB of KV
+        assert isinstance(longer, TrialFailure)
+        assert longer.status is Status.CANNOT_RUN
+        assert longer.grows, longer.reason
+
+
+@pytest.mark.parametrize("dummy", [True, False])
+def test_named_models_are_measured(tmp_path, dummy):
+    model = tiny_model("mistral-sliding")
+    model.save_pretrained(tmp_path)
+    shape = shape_of(str(tmp_path), dtype="float32")
+    named = NamedModel(
+        name="tiny",
+        location=None if dummy else str(tmp_path),
+        config=model.config.to_dict() if dummy else None,
+        planned=shape,
+    )
+    reference, ours = (
+        run_trial(replace(trial_spec(name), model=named)) for name in ("standard", "headinfer")
+    )
+    verdict = compare(reference, ours, dtype="float32", layers=named.layers, context_tokens=300)
+    assert verdict.passed, verdict.reason
 
 
 @pytest.mark.parametrize(

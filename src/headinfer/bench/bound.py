@@ -7,7 +7,7 @@ norms, softmax and Python, so no method reaches it; how near one comes is the po
 
 from dataclasses import dataclass
 
-from headinfer.bench.spec import DTYPE_BYTES, ModelSpec
+from headinfer.bench.model_spec import DTYPE_BYTES, Model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +71,13 @@ def bound(work: Work, rates: Rates) -> Bound:
 
 
 def decode_work(
-    model: ModelSpec, dtype: str, context_tokens: int, *, on_device: bool, streamed_kv_bytes: int
+    model: Model,
+    dtype: str,
+    context_tokens: int,
+    *,
+    on_device: bool,
+    streamed_kv_bytes: int,
+    host_kv_bytes: int = 0,
 ) -> Work:
     """Return the work of one decode step: weights and KV are read once.
 
@@ -83,17 +89,23 @@ def decode_work(
         context_tokens: tokens in the cache.
         on_device: whether the model computes on a device with memory of its own.
         streamed_kv_bytes: KV bytes that are in host memory and needed on the device.
+        host_kv_bytes: KV bytes that the CPU attends on behalf of the device.
     """
     weight_bytes = (model.layer_parameters + model.head_parameters) * DTYPE_BYTES[dtype]
     read_bytes = weight_bytes + model.kv_bytes(context_tokens, dtype)
-    flops = prefill_flops(model, 1) + _score_flops(model) * context_tokens
+    flops = _product_flops(model, 1) + model.attention_flops(context_tokens, 1)
     if not on_device:
         return Work(host_bytes=read_bytes, flops=flops)
-    return Work(device_bytes=read_bytes, link_bytes=streamed_kv_bytes, flops=flops)
+    return Work(
+        host_bytes=host_kv_bytes,
+        device_bytes=read_bytes - host_kv_bytes,
+        link_bytes=streamed_kv_bytes,
+        flops=flops,
+    )
 
 
 def prefill_work(
-    model: ModelSpec, dtype: str, context_tokens: int, *, on_device: bool, streamed_kv_bytes: int
+    model: Model, dtype: str, context_tokens: int, *, on_device: bool, streamed_kv_bytes: int
 ) -> Work:
     """Return the work of a prefill: all products once, offloaded KV to the host once.
 
@@ -111,16 +123,14 @@ def prefill_work(
     return Work(device_bytes=weight_bytes, link_bytes=streamed_kv_bytes, flops=flops)
 
 
-def prefill_flops(model: ModelSpec, tokens: int) -> float:
+def prefill_flops(model: Model, tokens: int) -> float:
     """Return the operations of a prefill whose last token's logits alone are computed.
 
     Two for each parameter and token, and causal attention: half of the square of tokens, two
     products (scores, values) of `head_dim` each, for each query head and layer.
     """
-    projections = 2.0 * (model.layer_parameters * tokens + model.head_parameters)
-    return projections + _score_flops(model) * tokens * tokens / 2
+    return _product_flops(model, tokens) + model.attention_flops(0, tokens)
 
 
-def _score_flops(model: ModelSpec) -> float:
-    """Operations of one query position on one key position, in all heads and layers."""
-    return 2.0 * 2.0 * model.layers * model.heads * model.head_dim
+def _product_flops(model: Model, tokens: int) -> float:
+    return 2.0 * (model.layer_parameters * tokens + model.head_parameters)

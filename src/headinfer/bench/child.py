@@ -22,19 +22,31 @@ class ChildError(Exception):
         self.stderr = stderr
 
 
-def ask(module: str, question: dict[str, Any]) -> dict[str, Any]:
+def ask(
+    module: str, question: dict[str, Any], *, time_limit_s: float | None = None
+) -> dict[str, Any]:
     """Run a module that calls `serve` in a fresh process and return its answer.
+
+    Args:
+        module: what to run.
+        question: JSON values.
+        time_limit_s: the process is killed when it takes longer.
 
     Raises:
         ChildError: it ended without one.
+        TimeoutError: it took too long.
     """
-    done = subprocess.run(
-        [sys.executable, "-m", module],
-        input=json.dumps(question),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", module],
+            input=json.dumps(question),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=time_limit_s,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise TimeoutError(f"took longer than {time_limit_s} s") from error
     if done.returncode:
         raise ChildError(done.returncode, done.stderr)
     answer: dict[str, Any] = json.loads(done.stdout)

@@ -1,26 +1,157 @@
-"""The result file: one JSON object with a `header` and `rows`. Pure Python, never torch."""
+"""The result file: one JSON object with a `header`, `checks` and `rows`. Pure Python.
 
-import enum
+It is written anew after every row, so that a run that is stopped can go on.
+"""
+
+import json
+import os
 import platform
 import subprocess
-from collections.abc import Iterable
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from headinfer.bench.rows import Row
-from headinfer.bench.spec import BenchSpec
-from headinfer.bench.suite import Machine
+from headinfer.bench.bound import Rates
+from headinfer.bench.gate import Verdict
+from headinfer.bench.launch import Machine
+from headinfer.bench.model_spec import ModelSpec
+from headinfer.bench.result import Status, TrialFailure
+from headinfer.bench.rows import Percentiles, Row, arranged
+from headinfer.bench.spec import BenchSpec, Fill, json_values
+from headinfer.bench.suite import Check
+from headinfer.errors import OptionError
 
-FORMAT = 1
+FORMAT = 2
 """Raised when a field changes its meaning."""
 
 
-def document(spec: BenchSpec, machine: Machine, rows: Iterable[Row]) -> dict[str, Any]:
-    """Return a result file's content, JSON values only."""
-    return {"header": header(spec, machine), "rows": [_json(asdict(row)) for row in rows]}
+@dataclass(slots=True, kw_only=True)
+class Results:
+    """A run and what it has found so far.
+
+    Attributes:
+        spec: what is measured.
+        machine: where.
+        header: what the rows share.
+        rows: finished ones, in any order.
+        checks: those before timing, by method.
+    """
+
+    spec: BenchSpec
+    machine: Machine
+    header: dict[str, Any]
+    rows: list[Row] = field(default_factory=list)
+    checks: dict[str, Check] = field(default_factory=dict)
+
+    @classmethod
+    def new(cls, spec: BenchSpec, machine: Machine) -> "Results":
+        """Return those of a run that begins."""
+        return cls(spec=spec, machine=machine, header=header(spec, machine))
+
+    @property
+    def arranged_rows(self) -> list[Row]:
+        """The rows in the order of a table, with ratios."""
+        return arranged(self.spec, self.rows)
+
+    @property
+    def done(self) -> set[tuple[str, int]]:
+        """Method and context of the rows that need not be measured again."""
+        return {
+            (row.method, row.context_tokens) for row in self.rows if row.status is not Status.FAILED
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the content of a result file."""
+        checks = {
+            method: asdict(check) | {"ran": isinstance(check, Verdict)}
+            for method, check in self.checks.items()
+        }
+        values: dict[str, Any] = json_values(
+            {
+                "header": self.header,
+                "checks": checks,
+                "rows": [asdict(row) for row in self.arranged_rows],
+            }
+        )
+        return values
+
+    def save(self, path: str) -> None:
+        """Write the file beside the old one and rename it, so that nobody reads half of it."""
+        new = Path(f"{path}.new")
+        new.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+        os.replace(new, path)
+
+    @classmethod
+    def load(cls, path: str) -> "Results":
+        """Return what a file holds.
+
+        Raises:
+            OptionError: it cannot be read, or is no result file of this format.
+        """
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or "it is not JSON"
+            raise OptionError(f"results {path!r} cannot be read: {reason}") from error
+        try:
+            if values["header"]["format"] != FORMAT:
+                raise OptionError(
+                    f"results {path!r} have format {values['header']['format']}, and {FORMAT} is "
+                    "read; measure them again"
+                )
+            return cls._from_json(values)
+        except (KeyError, TypeError, ValueError) as error:
+            raise OptionError(f"{path!r} holds no results of `headinfer bench`") from error
+
+    @classmethod
+    def _from_json(cls, values: Mapping[str, Any]) -> "Results":
+        head = values["header"]
+        return cls(
+            spec=BenchSpec.from_json(head["spec"]),
+            machine=Machine(
+                device=head["device"],
+                hardware=head["hardware"],
+                rates=Rates(**head["rates"]),
+                rates_by=head["rates_by"],
+            ),
+            header=head,
+            rows=[_row(row) for row in values["rows"]],
+            checks={method: _check(check) for method, check in values["checks"].items()},
+        )
+
+    def continued(self, spec: BenchSpec) -> "Results":
+        """Return these results as the beginning of another run, here and now.
+
+        Methods and contexts may be others; all else must be as it was.
+
+        Raises:
+            OptionError: the runs differ, so that their rows do not belong into one file.
+        """
+        now = header(spec, self.machine)
+        for name in ("versions", "commit"):
+            if now[name] != self.header[name]:
+                raise OptionError(
+                    f"--resume: the results were measured with other {name}; "
+                    "give another --json, or leave out --resume to begin anew"
+                )
+        old, new = self.header["spec"], now["spec"]
+        for name in old.keys() - {"methods", "contexts", "time_limit_s"}:
+            if old[name] != new[name]:
+                raise OptionError(
+                    f"--resume: {name} was {old[name]!r} in the results and is {new[name]!r} now; "
+                    "give another --json, or leave out --resume to begin anew"
+                )
+        both = {
+            name: tuple(dict.fromkeys((*getattr(spec, name), *getattr(self.spec, name))))
+            for name in ("methods", "contexts")
+        }
+        whole = replace(spec, methods=both["methods"], contexts=tuple(sorted(both["contexts"])))
+        rows = [row for row in self.rows if row.status is not Status.FAILED]
+        merged = self.header | {"spec": whole.to_json()}
+        return replace(self, spec=whole, header=merged, rows=rows)
 
 
 def header(spec: BenchSpec, machine: Machine) -> dict[str, Any]:
@@ -38,17 +169,48 @@ def header(spec: BenchSpec, machine: Machine) -> dict[str, Any]:
         "hardware": machine.hardware,
         "rates": asdict(machine.rates),
         "rates_by": machine.rates_by,
-        "model": {
-            "architecture": "LlamaForCausalLM, random weights",
-            **asdict(spec.model),
-            "parameters": spec.model.layer_parameters + 2 * spec.model.head_parameters,
-        },
+        "model": _model(spec),
         "dtype": spec.dtype,
         "seed": spec.seed,
         "repeats": spec.repeats,
         "new_tokens": spec.new_tokens,
         "settings": asdict(spec.settings),
+        "spec": spec.to_json(),
     }
+
+
+def _model(spec: BenchSpec) -> dict[str, Any]:
+    model = spec.model
+    values: dict[str, Any] = {"description": model.description}
+    if isinstance(model, ModelSpec):
+        return values | asdict(model) | {"parameters": model.parameters}
+    return values | {"name": model.name, "layers": model.layers, "vocab_size": model.vocab_size}
+
+
+def _check(values: Mapping[str, Any]) -> Check:
+    rest = {name: value for name, value in values.items() if name != "ran"}
+    if values["ran"]:
+        return _verdict(rest)
+    return TrialFailure(**(rest | {"status": Status(rest["status"])}))
+
+
+def _verdict(values: Mapping[str, Any]) -> Verdict:
+    error = values["logits_error"]
+    return Verdict(**(dict(values) | {"logits_error": float("nan") if error is None else error}))
+
+
+def _row(values: Mapping[str, Any]) -> Row:
+    parts = {
+        "status": Status(values["status"]),
+        "fill": Fill(values["fill"]),
+        "gate": values["gate"] and _verdict(values["gate"]),
+        "tried": tuple((tokens, how) for tokens, how in values["tried"]),
+        "prefill_samples_s": tuple(values["prefill_samples_s"]),
+        "decode_samples_s": tuple(map(tuple, values["decode_samples_s"])),
+    }
+    for name in ("prefill_percentiles", "decode_percentiles"):
+        parts[name] = values[name] and Percentiles(**values[name])
+    return Row(**(dict(values) | parts))
 
 
 def _version(name: str) -> str | None:
@@ -76,16 +238,3 @@ def _git(folder: Path, *arguments: str) -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()
-
-
-def _json(value: Any) -> Any:
-    """Return a value with enums as their values; NaN, which JSON lacks, as None."""
-    if isinstance(value, dict):
-        return {name: _json(part) for name, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_json(part) for part in value]
-    if isinstance(value, enum.Enum):
-        return value.value
-    if isinstance(value, float) and value != value:
-        return None
-    return value

@@ -15,8 +15,8 @@ import torch
 
 from headinfer.bench import child
 from headinfer.bench.bound import Rates
+from headinfer.bench.build import torch_device
 from headinfer.bench.spec import Settings
-from headinfer.bench.trial import torch_device
 from headinfer.device.cuda import CudaDevice
 from headinfer.device.identity import cpu_name, gpu_driver
 from headinfer.probe import operations

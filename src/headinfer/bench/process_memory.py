@@ -40,6 +40,12 @@ class PeakRss:
             self.source = "ru_maxrss, over the whole process (an upper bound)"
             self._resets = False
 
+    def restart(self) -> None:
+        """Forget the peak so far, but not what was resident at the start."""
+        if self._resets:
+            return_freed_memory()
+            (_PROC / "clear_refs").write_text(_RESET_PEAK)
+
     def growth_bytes(self) -> int:
         """Return the peak so far over what was resident at the start, in bytes."""
         if self._resets:

@@ -31,10 +31,12 @@ class TrialFailure:
     Attributes:
         status: `CANNOT_RUN` or `FAILED`.
         reason: one line for people.
+        grows: whether a longer context would end the same way: it lacks memory or time.
     """
 
     status: Status
     reason: str
+    grows: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +45,8 @@ class TrialResult:
 
     Attributes:
         device: kind of device the model was on: "cpu" or "cuda".
-        prefill_s: seconds of the prefill.
+        note: what a reader of the numbers must know; empty for nothing.
+        prefill_s: seconds of the prefill; None where not all of the prompt passed the model.
         decode_s: seconds of each decode step.
         greedy_tokens: the likeliest token after the prompt and after each decode step.
         logits: the logits they come from, for the first few of them: rows of float32 in base64.
@@ -51,6 +54,8 @@ class TrialResult:
         rss_source: how the peak was found.
         kv_host_bytes: KV bytes held in host memory at the end.
         kv_device_bytes: KV bytes held on the device at the end; 0 where there is no device memory.
+        streamed_kv_bytes: KV bytes that a decode step needs over the link.
+        host_attended_kv_bytes: KV bytes that the CPU attends on behalf of a device.
         planned_activation_bytes: what the method planned for activations; None if it plans none.
         plan: sizes the method chose; None if it chooses none.
         prefill_bytes_to_device: bytes copied over the link to the device during prefill.
@@ -62,7 +67,7 @@ class TrialResult:
     """
 
     device: str
-    prefill_s: float
+    prefill_s: float | None
     decode_s: tuple[float, ...]
     greedy_tokens: tuple[int, ...]
     logits: tuple[str, ...]
@@ -70,6 +75,9 @@ class TrialResult:
     rss_source: str
     kv_host_bytes: int
     kv_device_bytes: int
+    note: str = ""
+    streamed_kv_bytes: int = 0
+    host_attended_kv_bytes: int = 0
     planned_activation_bytes: int | None = None
     plan: dict[str, int] | None = None
     prefill_bytes_to_device: int = 0
@@ -83,7 +91,7 @@ class TrialResult:
 def to_json(outcome: TrialResult | TrialFailure) -> dict[str, Any]:
     """Return a trial's outcome as JSON values."""
     if isinstance(outcome, TrialFailure):
-        return {"status": outcome.status.value, "reason": outcome.reason}
+        return asdict(outcome) | {"status": outcome.status.value}
     return {"status": Status.OK.value} | asdict(outcome)
 
 
@@ -92,7 +100,7 @@ def from_json(values: dict[str, Any]) -> TrialResult | TrialFailure:
     values = dict(values)
     status = Status(values.pop("status"))
     if status is not Status.OK:
-        return TrialFailure(status=status, reason=values["reason"])
+        return TrialFailure(status=status, **values)
     for name in ("decode_s", "greedy_tokens", "logits"):
         values[name] = tuple(values[name])
     return TrialResult(**values)

@@ -3,11 +3,13 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 
 from headinfer.bench.bound import Bound, Rates, bound, decode_work, prefill_work
+from headinfer.bench.catalogue import CATALOGUE, REFERENCE_METHOD
 from headinfer.bench.gate import Verdict
 from headinfer.bench.result import Status, TrialResult
-from headinfer.bench.spec import REFERENCE_METHOD, BenchSpec, Command
+from headinfer.bench.spec import BenchSpec, Fill
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,12 +43,14 @@ class Row:
 
     Attributes:
         method: name of the method.
-        context_tokens: tokens of the prompt.
+        context_tokens: tokens of the prompt; the longest found where that was looked for.
         status: how it ended.
         reason: why it is not ok; empty when it is.
+        note: what a reader of its numbers must know.
+        exact: whether the method's results must be the reference's.
         dtype: of weights and KV.
         kv_bytes: bytes of keys and values of prompt and new tokens, by arithmetic.
-        fill: how the cache was filled before decoding.
+        fill: how the cache was filled before decoding: by a real prefill, or at random.
         repeats: trials the row is made of.
         new_tokens: decode steps of each.
         device: kind of device.
@@ -73,6 +77,8 @@ class Row:
         device_peak_allocated_bytes: the most torch allocated on the device.
         device_peak_reserved_bytes: the most it reserved.
         gate: the comparison with the reference.
+        limited_by: what the longest context was found to be limited by.
+        tried: the contexts tried for it, and how each ended.
         prefill_samples_s: every prefill.
         decode_samples_s: every decode step of every repeat.
     """
@@ -81,9 +87,11 @@ class Row:
     context_tokens: int
     status: Status
     reason: str = ""
+    note: str = ""
+    exact: bool = True
     dtype: str
     kv_bytes: int
-    fill: str = "prefill"
+    fill: Fill = Fill.PREFILL
     repeats: int = 0
     new_tokens: int
     device: str | None = None
@@ -110,6 +118,8 @@ class Row:
     device_peak_allocated_bytes: int | None = None
     device_peak_reserved_bytes: int | None = None
     gate: Verdict | None = None
+    limited_by: str | None = None
+    tried: tuple[tuple[int, str], ...] = field(default=())
     prefill_samples_s: tuple[float, ...] = field(default=())
     decode_samples_s: tuple[tuple[float, ...], ...] = field(default=())
 
@@ -128,7 +138,9 @@ def row_without_result(
         context_tokens=context_tokens,
         status=status,
         reason=reason,
+        exact=CATALOGUE[method].exact,
         dtype=spec.dtype,
+        fill=spec.fill,
         kv_bytes=spec.model.kv_bytes(context_tokens + spec.new_tokens, spec.dtype),
         new_tokens=spec.new_tokens,
         gate=gate,
@@ -145,28 +157,30 @@ def row_of(
 ) -> Row:
     """Return the row of a method that ran, from all of its trials; without ratios."""
     first, last = results[0], results[-1]
-    prefill = Percentiles.of([result.prefill_s for result in results])
+    prefills = [result.prefill_s for result in results if result.prefill_s is not None]
+    prefill = Percentiles.of(prefills) if prefills else None
     decode = Percentiles.of([second for result in results for second in result.decode_s])
-    decodes = spec.command is Command.DECODE
     prefill_bound, decode_bound = _bounds(spec, context_tokens, first, rates)
-    limit = decode_bound if decodes else prefill_bound
-    if decodes:
+    if spec.command.times_prefill:
+        limit, measured_s = prefill_bound, prefill.p50 if prefill else math.inf
+        copied = (last.prefill_bytes_to_device, last.prefill_bytes_to_host)
+        seconds = last.prefill_s or math.inf
+    else:
+        limit, measured_s = decode_bound, decode.p50
         copied = (last.decode_bytes_to_device, last.decode_bytes_to_host)
         seconds = sum(last.decode_s)
-    else:
-        copied = (last.prefill_bytes_to_device, last.prefill_bytes_to_host)
-        seconds = last.prefill_s
     return replace(
         row_without_result(spec, method, context_tokens, Status.OK, "", gate),
+        note=first.note,
         repeats=len(results),
         device=first.device,
-        prefill_s=prefill.p50,
+        prefill_s=prefill.p50 if prefill else None,
         prefill_percentiles=prefill,
         decode_s_per_token=decode.p50,
         decode_percentiles=decode,
         bound_s=limit.seconds,
         bound_by=limit.limited_by,
-        bound_fraction=limit.seconds / (decode.p50 if decodes else prefill.p50),
+        bound_fraction=limit.seconds / measured_s,
         prefill_bound_s=prefill_bound.seconds,
         decode_bound_s=decode_bound.seconds,
         peak_rss_growth_bytes=max(result.peak_rss_growth_bytes for result in results),
@@ -180,7 +194,7 @@ def row_of(
         link_bytes_per_s=sum(copied) / seconds if any(copied) else None,
         device_peak_allocated_bytes=_most([r.device_peak_allocated_bytes for r in results]),
         device_peak_reserved_bytes=_most([r.device_peak_reserved_bytes for r in results]),
-        prefill_samples_s=tuple(result.prefill_s for result in results),
+        prefill_samples_s=tuple(prefills),
         decode_samples_s=tuple(result.decode_s for result in results),
     )
 
@@ -195,14 +209,35 @@ def _bounds(
     """Return the bounds of prefill and of a decode step, by where the method held its KV."""
     on_device = result.device != "cpu"
     kv_bytes = spec.model.kv_bytes(context_tokens, spec.dtype)
-    streamed = min(result.kv_host_bytes, kv_bytes) if on_device else 0
-    prefill, decode = (
-        work(
-            spec.model, spec.dtype, context_tokens, on_device=on_device, streamed_kv_bytes=streamed
-        )
-        for work in (prefill_work, decode_work)
+    prefill = prefill_work(
+        spec.model,
+        spec.dtype,
+        context_tokens,
+        on_device=on_device,
+        streamed_kv_bytes=min(result.kv_host_bytes, kv_bytes) if on_device else 0,
+    )
+    decode = decode_work(
+        spec.model,
+        spec.dtype,
+        context_tokens,
+        on_device=on_device,
+        streamed_kv_bytes=result.streamed_kv_bytes if on_device else 0,
+        host_kv_bytes=result.host_attended_kv_bytes if on_device else 0,
     )
     return bound(prefill, rates), bound(decode, rates)
+
+
+def arranged(spec: BenchSpec, rows: Sequence[Row]) -> list[Row]:
+    """Return rows by context and in the order of the methods, with ratios to the reference."""
+    order = {method: place for place, method in enumerate(spec.methods)}
+    if spec.command.finds_context:
+        return sorted(rows, key=lambda row: order[row.method])
+    ordered = sorted(rows, key=lambda row: (row.context_tokens, order[row.method]))
+    return [
+        row
+        for _, of_context in groupby(ordered, key=lambda row: row.context_tokens)
+        for row in with_ratios(list(of_context))
+    ]
 
 
 def with_ratios(rows: Sequence[Row]) -> list[Row]:

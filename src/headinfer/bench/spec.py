@@ -1,87 +1,50 @@
-"""What to measure: the model's shape, one trial, and a whole run. Pure Python, never torch."""
+"""What to measure: one trial, and a whole run. Pure Python, never torch."""
 
 import enum
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from headinfer.bench.model_spec import DTYPE_BYTES, Model, model_from_json
 from headinfer.errors import OptionError
 from headinfer.plan.options import Options
 
-DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-"""Bytes of one element of each dtype a benchmark can use."""
 
-REFERENCE_METHOD = "standard"
-"""The method all others are checked against and compared with."""
-
-
-class Command(enum.Enum):
-    """What is timed."""
+class Command(str, enum.Enum):
+    """What is looked for."""
 
     DECODE = "decode"
     PREFILL = "prefill"
-
-
-def _positive(**numbers: int) -> None:
-    for name, number in numbers.items():
-        if number < 1:
-            raise OptionError(f"{name} must be at least 1, not {number}")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelSpec:
-    """A Llama of random weights, by shape; embeddings are not tied.
-
-    Attributes:
-        layers: decoder layers.
-        hidden_size: width of the residual stream.
-        heads: query heads.
-        kv_heads: key/value heads.
-        head_dim: elements of one head's key, and of its value.
-        intermediate_size: width of the MLP.
-        vocab_size: width of the logits.
-
-    Raises:
-        OptionError: there is no such model.
-    """
-
-    layers: int
-    hidden_size: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    intermediate_size: int
-    vocab_size: int
-
-    def __post_init__(self) -> None:
-        _positive(**asdict(self))
-        if self.heads % self.kv_heads:
-            raise OptionError(
-                f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})"
-            )
-        if self.head_dim % 2:
-            raise OptionError(f"head_dim must be even for rotary embeddings, not {self.head_dim}")
+    MEMORY = "memory"
+    MAX_CONTEXT = "max-context"
+    ABLATION = "ablation"
 
     @property
-    def layer_parameters(self) -> int:
-        """Parameters of all decoder layers and the final norm."""
-        attention = self.hidden_size * self.head_dim * 2 * (self.heads + self.kv_heads)
-        mlp = 3 * self.hidden_size * self.intermediate_size
-        return self.layers * (attention + mlp + 2 * self.hidden_size) + self.hidden_size
+    def times_prefill(self) -> bool:
+        """Whether bound and link rate are those of the prefill, not of decode steps."""
+        return self is Command.PREFILL
 
     @property
-    def head_parameters(self) -> int:
-        """Parameters of the output projection; the embedding has as many."""
-        return self.vocab_size * self.hidden_size
+    def finds_context(self) -> bool:
+        """Whether contexts are looked for, not given."""
+        return self is Command.MAX_CONTEXT
 
-    def kv_bytes(self, tokens: int, dtype: str) -> int:
-        """Bytes of keys and values that `tokens` tokens leave in all layers."""
-        elements = 2 * self.layers * self.kv_heads * self.head_dim
-        return tokens * elements * DTYPE_BYTES[dtype]
+
+class Fill(str, enum.Enum):
+    """How a cache comes to hold the prompt."""
+
+    PREFILL = "prefill"
+    """The prompt passes through the model."""
+
+    RANDOM = "random"
+    """Random keys and values, the same for each method, as the paper's decode measurements have."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """Options of `headinfer.attach`, as users write them; see `headinfer.plan.options.Options`.
+
+    `device` and `device_memory` hold for every method, the others where a method leaves them open.
 
     Raises:
         OptionError: a value does not parse or is out of range.
@@ -102,13 +65,16 @@ class TrialSpec:
     """One fresh process: one method, one prompt, some decode steps.
 
     Attributes:
-        method: name in `headinfer.bench.methods.METHODS`.
+        method: name in `headinfer.bench.catalogue.CATALOGUE`.
         context_tokens: tokens of the prompt.
         new_tokens: decode steps after it.
         dtype: of weights and KV cache.
         seed: of the weights and, offset by one, of the tokens.
-        model: shape of the model.
+        model: the model.
         settings: where to run and how to offload.
+        fill: how the cache comes to hold the prompt.
+        last_pass: whether the prompt's last pass through the model is a real one also where the
+            rest is filled at random; all of the prompt is, for a method that does not chunk it.
     """
 
     method: str
@@ -116,18 +82,30 @@ class TrialSpec:
     new_tokens: int
     dtype: str
     seed: int
-    model: ModelSpec
+    model: Model
     settings: Settings
+    fill: Fill = Fill.PREFILL
+    last_pass: bool = False
+
+    @property
+    def all_tokens(self) -> int:
+        """Tokens in the cache at the end."""
+        return self.context_tokens + self.new_tokens
 
     def to_json(self) -> dict[str, Any]:
         """Return the trial as JSON values."""
-        return asdict(self)
+        values: dict[str, Any] = json_values(asdict(self))
+        return values
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "TrialSpec":
+    def from_json(cls, values: Mapping[str, Any]) -> "TrialSpec":
         """Return the trial that `to_json` gave."""
-        model, settings = ModelSpec(**values["model"]), Settings(**values["settings"])
-        return cls(**(values | {"model": model, "settings": settings}))
+        parts = {
+            "model": model_from_json(values["model"]),
+            "settings": Settings(**values["settings"]),
+            "fill": Fill(values["fill"]),
+        }
+        return cls(**(dict(values) | parts))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,15 +113,17 @@ class BenchSpec:
     """A whole run: methods x contexts x repeats.
 
     Attributes:
-        command: what is timed.
+        command: what is looked for.
         methods: names of methods, in the order of the rows.
-        contexts: tokens of the prompts.
+        contexts: tokens of the prompts; for the longest context the least and the most to try.
         new_tokens: decode steps of each trial.
         repeats: fresh processes for each row.
         dtype: of weights and KV cache.
         seed: of weights and tokens.
-        model: shape of the model.
+        model: the model.
         settings: where to run and how to offload.
+        fill: how caches come to hold the prompt.
+        time_limit_s: a trial that takes longer is ended.
 
     Raises:
         OptionError: a value is out of range.
@@ -155,18 +135,25 @@ class BenchSpec:
     new_tokens: int
     repeats: int
     dtype: str
-    model: ModelSpec
+    model: Model
     seed: int = 0
     settings: Settings = field(default_factory=Settings)
+    fill: Fill = Fill.PREFILL
+    time_limit_s: int = 3600
 
     def __post_init__(self) -> None:
-        _positive(new_tokens=self.new_tokens, repeats=self.repeats)
+        for name in ("new_tokens", "repeats", "time_limit_s"):
+            if getattr(self, name) < 1:
+                raise OptionError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.dtype not in DTYPE_BYTES:
             raise OptionError(f"dtype must be one of {', '.join(DTYPE_BYTES)}, not {self.dtype!r}")
-        if not self.methods:
-            raise OptionError("no methods were given; name at least one")
-        if len(set(self.methods)) < len(self.methods):
-            raise OptionError(f"a method is named twice in {','.join(self.methods)!r}")
+        for name, what in (("methods", "method"), ("contexts", "context")):
+            given = getattr(self, name)
+            if not given:
+                raise OptionError(f"no {name} were given; name at least one")
+            if len(set(given)) < len(given):
+                listed = ",".join(map(str, given))
+                raise OptionError(f"a {what} is named twice in {listed!r}")
 
     def trial(self, method: str, context_tokens: int) -> TrialSpec:
         """Return the trial of one method at one context."""
@@ -178,4 +165,37 @@ class BenchSpec:
             seed=self.seed,
             model=self.model,
             settings=self.settings,
+            fill=self.fill,
+            last_pass=self.command.finds_context,
         )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the run as JSON values."""
+        values: dict[str, Any] = json_values(asdict(self))
+        return values
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "BenchSpec":
+        """Return the run that `to_json` gave."""
+        parts = {
+            "command": Command(values["command"]),
+            "methods": tuple(values["methods"]),
+            "contexts": tuple(values["contexts"]),
+            "model": model_from_json(values["model"]),
+            "settings": Settings(**values["settings"]),
+            "fill": Fill(values["fill"]),
+        }
+        return cls(**(dict(values) | parts))
+
+
+def json_values(value: Any) -> Any:
+    """Return a value with enums as their values; NaN, which JSON lacks, as None."""
+    if isinstance(value, Mapping):
+        return {name: json_values(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_values(part) for part in value]
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, float) and value != value:
+        return None
+    return value

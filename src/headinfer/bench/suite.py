@@ -1,118 +1,107 @@
 """A whole run: check each method, time it, make rows. Pure Python; models run in other processes.
 
-Rows are yielded as each context ends.
+Rows are yielded as soon as they are finished, so that a run that is stopped loses little.
 """
 
-import signal
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+import time
+from collections.abc import Collection, Iterator
+from dataclasses import replace
+from typing import Protocol
 
-from headinfer.bench import child
 from headinfer.bench.bound import Rates
+from headinfer.bench.catalogue import CATALOGUE, REFERENCE_METHOD
+from headinfer.bench.forecast import Forecast
 from headinfer.bench.gate import Verdict, compare
-from headinfer.bench.result import Status, TrialFailure, TrialResult, from_json
-from headinfer.bench.rows import Row, row_of, row_without_result, with_ratios
-from headinfer.bench.spec import REFERENCE_METHOD, BenchSpec, TrialSpec
-from headinfer.units import format_tokens
+from headinfer.bench.launch import Launcher, Outcome
+from headinfer.bench.longest import longest_context
+from headinfer.bench.result import Status, TrialFailure, TrialResult
+from headinfer.bench.rows import Row, row_of, row_without_result
+from headinfer.bench.spec import BenchSpec, Fill, TrialSpec
+from headinfer.units import format_seconds, format_tokens
 
 GATE_TOKENS = 4133
 """Prompt of the check before timing: several chunks, and no multiple of any tile."""
 
 GATE_STEPS = 8
 
-Outcome = TrialResult | TrialFailure
+Check = Verdict | TrialFailure
+"""Of one method before timing: the comparison, or why it did not run."""
 
 
 class Progress(Protocol):
     """Told what is going on."""
 
-    def started(self, what: str) -> None:
-        """Take note of what runs from now on."""
+    def started(self, what: str, left_s: float | None) -> None:
+        """Take note of what runs from now on, and of the seconds left of the whole run."""
 
     def finished(self, what: str, outcome: str) -> None:
         """Take note of how it ended."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Machine:
-    """The machine as measured.
+class Suite:
+    """One run of a benchmark.
+
+    Args:
+        spec: what to measure.
+        launcher: runs the trials.
+        rates: of the machine.
+        progress: told what is going on.
+        done: method and context of rows that an earlier run finished.
+        checks: the checks before timing that an earlier run made.
 
     Attributes:
-        device: kind of device the model computes on.
-        hardware: names and sizes, for the header.
-        rates: what it can do.
-        rates_by: for each rate, the operation that reached it.
+        checks: the checks before timing, by method.
     """
 
-    device: str
-    hardware: dict[str, Any]
-    rates: Rates
-    rates_by: dict[str, str]
-
-
-class Launcher(Protocol):
-    """Runs things where they do not disturb each other."""
-
-    def machine(self, device: str, dtype: str) -> Machine:
-        """Measure the machine."""
-
-    def trial(self, spec: TrialSpec) -> Outcome:
-        """Run one trial."""
-
-
-class FreshProcesses:
-    """A new process for each thing."""
-
-    def machine(self, device: str, dtype: str) -> Machine:
-        """Measure the machine in a process, so that this one never holds a device."""
-        answer = child.ask("headinfer.bench.machine", {"device": device, "dtype": dtype})
-        return Machine(**(answer | {"rates": Rates(**answer["rates"])}))
-
-    def trial(self, spec: TrialSpec) -> Outcome:
-        """Run one trial in a process; one that dies is a failure."""
-        try:
-            return from_json(child.ask("headinfer.bench.trial", spec.to_json()))
-        except child.ChildError as error:
-            if error.returncode == -signal.SIGKILL:
-                reason = "killed by the system, most likely for lack of memory"
-                return TrialFailure(status=Status.CANNOT_RUN, reason=reason)
-            last = next(iter(reversed(error.stderr.strip().splitlines())), "no message")
-            reason = f"the process ended with status {error.returncode}: {last}"
-            return TrialFailure(status=Status.FAILED, reason=reason)
-
-
-def run_suite(
-    spec: BenchSpec, launcher: Launcher, machine: Machine, progress: Progress
-) -> Iterator[Row]:
-    """Yield the rows, context by context, in the order of the methods."""
-    suite = _Suite(spec, launcher, machine.rates, progress)
-    checks = suite.check_before_timing()
-    for context_tokens in spec.contexts:
-        yield from suite.rows(context_tokens, checks)
-
-
-def _describe(outcome: Outcome) -> str:
-    if isinstance(outcome, TrialFailure):
-        return f"{outcome.status.value.replace('_', ' ')}: {outcome.reason}"
-    slowest = max(outcome.decode_s)
-    return f"prefill {outcome.prefill_s:.2f} s, slowest decode step {slowest * 1000:.1f} ms"
-
-
-class _Suite:
     def __init__(
-        self, spec: BenchSpec, launcher: Launcher, rates: Rates, progress: Progress
+        self,
+        spec: BenchSpec,
+        launcher: Launcher,
+        rates: Rates,
+        progress: Progress,
+        *,
+        done: Collection[tuple[str, int]] = (),
+        checks: dict[str, Check] | None = None,
     ) -> None:
+        self.checks = dict(checks or {})
         self._spec = spec
         self._launcher = launcher
         self._rates = rates
         self._progress = progress
+        self._done = set(done)
+        self._forecast = Forecast(list(self._trials_to_come()))
+        self._too_long: dict[str, tuple[int, TrialFailure]] = {}
+
+    def run(self) -> Iterator[Row]:
+        """Yield the rows that were not done, context by context; see `rows.arranged`."""
+        self._check_before_timing()
+        if self._spec.command.finds_context:
+            for method in self._spec.methods:
+                if not any(method == done for done, _ in self._done):
+                    yield self._longest(method)
+            return
+        for context_tokens in self._spec.contexts:
+            yield from self._rows(context_tokens)
+
+    def _trials_to_come(self) -> Iterator[tuple[str, int]]:
+        if self._spec.command.finds_context:
+            return  # nobody knows how many there will be
+        for context_tokens in self._spec.contexts:
+            for method in self._spec.methods:
+                if (method, context_tokens) not in self._done:
+                    yield from [(method, context_tokens)] * self._spec.repeats
 
     def _trial(self, what: str, spec: TrialSpec) -> Outcome:
         name = f"{what}: {spec.method}, {format_tokens(spec.context_tokens)} tokens"
-        self._progress.started(name)
-        outcome = self._launcher.trial(spec)
-        self._progress.finished(name, _describe(outcome))
+        self._progress.started(name, self._forecast.left_s())
+        start_s = time.monotonic()
+        outcome = self._launcher.trial(spec, self._spec.time_limit_s)
+        if isinstance(outcome, TrialResult):
+            seconds = time.monotonic() - start_s
+            self._forecast.finished(spec.method, spec.context_tokens, seconds)
+        else:
+            self._forecast.dropped(spec.method, spec.context_tokens)
+        self._progress.finished(name, describe(outcome))
         return outcome
 
     def _compare(self, reference: Outcome | None, outcome: Outcome, tokens: int) -> Verdict | None:
@@ -126,64 +115,92 @@ class _Suite:
             )
         return None
 
-    def check_before_timing(self) -> dict[str, Verdict | TrialFailure]:
+    def _check_before_timing(self) -> None:
         """Compare each method with the reference on a prompt of moderate length.
 
         Not needed where every context is as short and the reference is timed anyway: then each
-        timed result is compared itself.
+        timed result is compared itself, unless the cache it has was filled without a prefill.
         """
         spec = self._spec
         longest = max(spec.contexts)
-        if longest <= GATE_TOKENS and REFERENCE_METHOD in spec.methods:
-            return {}
+        if spec.command.finds_context:
+            longest = min(spec.contexts)  # the least to try
+        elif (
+            longest <= GATE_TOKENS
+            and REFERENCE_METHOD in spec.methods
+            and spec.fill is Fill.PREFILL
+            and not self._done
+        ):
+            return
+        missing = [method for method in spec.methods if method not in self.checks]
+        if not missing:
+            return
         tokens = min(GATE_TOKENS, longest)
         outcomes: dict[str, Outcome] = {}
-        for method in dict.fromkeys((REFERENCE_METHOD, *spec.methods)):
-            trial = replace(spec.trial(method, tokens), new_tokens=GATE_STEPS)
+        for method in dict.fromkeys((REFERENCE_METHOD, *missing)):
+            trial = replace(spec.trial(method, tokens), new_tokens=GATE_STEPS, fill=Fill.PREFILL)
             outcomes[method] = self._trial("check", trial)
-        checks: dict[str, Verdict | TrialFailure] = {}
         for method, outcome in outcomes.items():
             verdict = self._compare(outcomes[REFERENCE_METHOD], outcome, tokens)
             if verdict is not None:
-                checks[method] = verdict
+                self.checks[method] = verdict
             elif isinstance(outcome, TrialFailure):
-                checks[method] = outcome
-        return checks
+                self.checks[method] = outcome
 
-    def rows(self, context_tokens: int, checks: dict[str, Verdict | TrialFailure]) -> list[Row]:
-        """Time every method at one context that passed its check."""
-        spec = self._spec
-        finished: dict[str, Row] = {}
-        for method in spec.methods:
-            check = checks.get(method)
-            if isinstance(check, TrialFailure):
-                finished[method] = row_without_result(
-                    spec, method, context_tokens, check.status, check.reason
-                )
-            elif check is not None and not check.passed:
-                finished[method] = row_without_result(
-                    spec, method, context_tokens, Status.MISMATCH, check.reason, check
-                )
-        remaining = [method for method in spec.methods if method not in finished]
-        outcomes = self._time(remaining, context_tokens)
-        reference = next(iter(outcomes.get(REFERENCE_METHOD, [])), None)
-        for method in remaining:
-            check = checks.get(method)
-            assert not isinstance(check, TrialFailure)
-            finished[method] = self._row(method, context_tokens, outcomes[method], reference, check)
-        return with_ratios([finished[method] for method in spec.methods])
+    def _refused(self, method: str, context_tokens: int) -> Row | None:
+        """Return the row of a method that needs no trial: its check, or a shorter context, failed.
 
-    def _time(self, methods: list[str], context_tokens: int) -> dict[str, list[Outcome]]:
-        """Run all repeats, the methods in turn, so that a slow spell of the machine meets each."""
+        One that only lacked memory or time in the check may still serve a shorter context.
+        """
+        check = self.checks.get(method)
+        if isinstance(check, TrialFailure):
+            if check.grows and context_tokens < GATE_TOKENS:
+                return None
+            return row_without_result(
+                self._spec, method, context_tokens, check.status, check.reason
+            )
+        if check is not None and not check.passed and CATALOGUE[method].exact:
+            return row_without_result(
+                self._spec, method, context_tokens, Status.MISMATCH, check.reason, check
+            )
+        if method in self._too_long:
+            shorter, failure = self._too_long[method]
+            if shorter <= context_tokens:
+                reason = f"already at {format_tokens(shorter)}: {failure.reason}"
+                return row_without_result(
+                    self._spec, method, context_tokens, failure.status, reason
+                )
+        return None
+
+    def _rows(self, context_tokens: int) -> Iterator[Row]:
+        """Time every method at one context, and yield each row after its last trial.
+
+        Methods take turns over the repeats, so that a slow spell of the machine meets each.
+        """
+        methods = []
+        for method in self._spec.methods:
+            if (method, context_tokens) in self._done:
+                continue
+            row = self._refused(method, context_tokens)
+            if row is None:
+                methods.append(method)
+                continue
+            for _ in range(self._spec.repeats):
+                self._forecast.dropped(method, context_tokens)
+            yield row
+        methods.sort(key=lambda method: method != REFERENCE_METHOD)  # others are compared with it
         outcomes: dict[str, list[Outcome]] = {method: [] for method in methods}
         for repeat in range(self._spec.repeats):
             for method in methods:
                 if any(isinstance(outcome, TrialFailure) for outcome in outcomes[method]):
-                    continue
-                what = f"trial {repeat + 1} of {self._spec.repeats}"
-                trial = self._spec.trial(method, context_tokens)
-                outcomes[method].append(self._trial(what, trial))
-        return outcomes
+                    self._forecast.dropped(method, context_tokens)
+                else:
+                    what = f"trial {repeat + 1} of {self._spec.repeats}"
+                    trial = self._spec.trial(method, context_tokens)
+                    outcomes[method].append(self._trial(what, trial))
+                if repeat + 1 == self._spec.repeats:
+                    reference = next(iter(outcomes.get(REFERENCE_METHOD, [])), None)
+                    yield self._row(method, context_tokens, outcomes[method], reference)
 
     def _row(
         self,
@@ -191,25 +208,70 @@ class _Suite:
         context_tokens: int,
         outcomes: list[Outcome],
         reference: Outcome | None,
-        check: Verdict | None,
     ) -> Row:
         """Return one row; the verdict of the timed trials themselves outranks the check's."""
-        results = [outcome for outcome in outcomes if isinstance(outcome, TrialResult)]
+        check = self.checks.get(method)
+        verdict = check if isinstance(check, Verdict) else None
+        results = []
         for outcome in outcomes:
             if isinstance(outcome, TrialFailure):
+                if outcome.grows:
+                    self._too_long[method] = context_tokens, outcome
                 return row_without_result(
-                    self._spec, method, context_tokens, outcome.status, outcome.reason, check
+                    self._spec, method, context_tokens, outcome.status, outcome.reason, verdict
                 )
-            verdict = self._compare(reference, outcome, context_tokens) or check
-            check = verdict
+            results.append(outcome)
+            verdict = self._compare(reference, outcome, context_tokens) or verdict
             if verdict is not None and not verdict.passed:
                 break
-        row = row_of(self._spec, method, context_tokens, results, self._rates, check)
-        if check is None:
+        return self._judged(
+            row_of(self._spec, method, context_tokens, results, self._rates, verdict)
+        )
+
+    def _judged(self, row: Row) -> Row:
+        """Return a row with the status its comparison gives it, and without numbers if wrong."""
+        if row.gate is None:
             reason = f"{REFERENCE_METHOD} could not run, so there is nothing to compare with"
             return replace(row, status=Status.UNCHECKED, reason=reason)
-        if not check.passed:
-            return row_without_result(
-                self._spec, method, context_tokens, Status.MISMATCH, check.reason, check
-            )
-        return row
+        if row.gate.passed:
+            return row
+        if not row.exact:
+            off = f"not exact: logits are off by {row.gate.logits_error:.2g} of their length"
+            return replace(row, note=f"{row.note}; {off}" if row.note else off)
+        return row_without_result(
+            self._spec, row.method, row.context_tokens, Status.MISMATCH, row.gate.reason, row.gate
+        )
+
+    def _longest(self, method: str) -> Row:
+        """Find the longest context of a method by running it."""
+        first, last = min(self._spec.contexts), max(self._spec.contexts)
+        refused = self._refused(method, first)
+        if refused is not None:
+            return refused
+        outcomes: dict[int, Outcome] = {}
+
+        def runs(tokens: int) -> bool:
+            outcomes[tokens] = self._trial("longest", self._spec.trial(method, tokens))
+            return isinstance(outcomes[tokens], TrialResult)
+
+        tokens = longest_context(runs, first=first, last=last)
+        tried = tuple((tokens, describe(outcomes[tokens])) for tokens in sorted(outcomes))
+        failed = min((n for n in outcomes if n > tokens), default=None)
+        if not tokens:
+            failure = outcomes[first]
+            assert isinstance(failure, TrialFailure)
+            row = row_without_result(self._spec, method, 0, failure.status, failure.reason)
+            return replace(row, tried=tried)
+        row = self._row(method, tokens, [outcomes[tokens]], None)
+        limit = f"the most that was tried, {format_tokens(last)}"
+        if failed is not None:
+            limit = f"{format_tokens(failed)}: {describe(outcomes[failed])}"
+        return replace(row, tried=tried, limited_by=limit)
+
+
+def describe(outcome: Outcome) -> str:
+    """Return how a trial ended, in words."""
+    if isinstance(outcome, TrialFailure):
+        return f"{outcome.status.value.replace('_', ' ')}: {outcome.reason}"
+    prefill = "" if outcome.prefill_s is None else f"prefill {format_seconds(outcome.prefill_s)}, "
+    return f"{prefill}slowest decode step {format_seconds(max(outcome.decode_s))}"

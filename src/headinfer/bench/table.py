@@ -1,55 +1,104 @@
 """Rows as a table for people, 100 columns wide."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from headinfer.bench.launch import Machine
 from headinfer.bench.result import Status
 from headinfer.bench.rows import Row
-from headinfer.bench.spec import BenchSpec
-from headinfer.bench.suite import Machine
+from headinfer.bench.spec import BenchSpec, Command, Fill
 from headinfer.units import format_bytes, format_tokens
 
 _NOTHING = "-"
-_COLUMNS = (
-    "context",
-    "prefill\ns",
-    "x std",
-    "decode\nms/token",
-    "x std",
-    "{} bound",
-    "% of\nbound",
-    "RSS\ngrowth",
-    "KV",
-    "planned\nactiv.",
+
+Column = tuple[str, Callable[[Row], str]]
+"""A heading, and what a row has under it."""
+
+
+def number(value: float | None, factor: float = 1) -> str:
+    """Return three significant digits, and all before the point; "-" for None."""
+    if value is None:
+        return _NOTHING
+    value *= factor
+    decimals = next((digits for limit, digits in ((1, 3), (10, 2), (100, 1)) if value < limit), 0)
+    return f"{value:.{decimals}f}"
+
+
+def size(size_bytes: int | None) -> str:
+    """Return a size with its unit in short, to save columns: 1.50G is 1.50 GiB."""
+    if size_bytes is None:
+        return _NOTHING
+    figure, unit = format_bytes(size_bytes).split()
+    return f"{float(figure):.3g}{unit.removesuffix('B').removesuffix('i')}"
+
+
+def _ratio(value: float | None) -> str:
+    return _NOTHING if value is None else f"{value:.2f}" if value < 10 else f"{value:.1f}"
+
+
+def _share(value: float | None) -> str:
+    return _NOTHING if value is None else f"{value:.0%}"
+
+
+_CONTEXT: Column = ("context", lambda row: format_tokens(row.context_tokens))
+_TIMES: tuple[Column, ...] = (
+    ("prefill\ns", lambda row: number(row.prefill_s)),
+    ("x std", lambda row: _ratio(row.prefill_x_standard)),
+    ("decode\nms/token", lambda row: number(row.decode_s_per_token, 1000)),
+    ("x std", lambda row: _ratio(row.decode_x_standard)),
 )
+_GROWTH: Column = ("RSS\ngrowth", lambda row: size(row.peak_rss_growth_bytes))
+_KV: Column = ("KV", lambda row: size(row.kv_bytes))
+_SIZES: tuple[Column, ...] = (
+    _KV,
+    ("KV on\nhost", lambda row: size(row.kv_host_bytes)),
+    ("KV on\ndevice", lambda row: size(row.kv_device_bytes)),
+    ("planned\nactiv.", lambda row: size(row.planned_activation_bytes)),
+    _GROWTH,
+)
+_PEAKS: tuple[Column, ...] = (
+    ("device\nalloc.", lambda row: size(row.device_peak_allocated_bytes)),
+    ("device\nreserved", lambda row: size(row.device_peak_reserved_bytes)),
+)
+
+
+def _columns(command: Command) -> tuple[Column, ...]:
+    if command is Command.MEMORY:
+        return (_CONTEXT, *_SIZES, *_PEAKS)
+    if command is Command.MAX_CONTEXT:
+        return (("longest", _CONTEXT[1]), *_SIZES[:3], _GROWTH, *_PEAKS)
+    prefills = command.times_prefill
+    unit = "s" if prefills else "ms/token"
+    return (
+        _CONTEXT,
+        *_TIMES,
+        (f"bound\n{unit}", lambda row: number(row.bound_s, 1 if prefills else 1000)),
+        ("% of\nbound", lambda row: _share(row.bound_fraction)),
+        _GROWTH,
+        _KV,
+    )
 
 
 def render(spec: BenchSpec, machine: Machine, rows: Sequence[Row]) -> RenderableType:
     """Return the table, with the conditions above it and what did not run below it."""
-    what = spec.command.value
-    unit = "ms/token" if what == "decode" else "s"
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("method", no_wrap=True)
-    for name in _COLUMNS:
-        heading = f"{what}\nbound {unit}" if name == "{} bound" else name
+    columns = _columns(spec.command)
+    for heading, _ in columns:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(row.method, *_cells(row, decodes=what == "decode"))
-    notes = [Text(f"{row.method}: {_note(row)}") for row in rows if row.status is not Status.OK]
-    return Group(*map(Text, _conditions(spec, machine)), table, *notes)
+        table.add_row(row.method, *(cell(row) for _, cell in columns))
+    return Group(*map(Text, conditions(spec, machine)), table, *map(Text, notes(rows)))
 
 
-def _conditions(spec: BenchSpec, machine: Machine) -> Iterable[str]:
-    model, rates = spec.model, machine.rates
-    yield (
-        f"Llama, random weights: {model.layers} layers, hidden {model.hidden_size}, {model.heads} "
-        f"query and {model.kv_heads} KV heads of {model.head_dim}, {spec.dtype}"
-    )
-    hardware = machine.hardware
+def conditions(spec: BenchSpec, machine: Machine) -> Iterable[str]:
+    """Yield what the rows were measured on and how, in a few lines."""
+    rates, hardware = machine.rates, machine.hardware
+    yield f"{spec.model.description}, {spec.dtype}"
     yield f"{hardware['gpu'] or hardware['cpu']}, {hardware['torch_threads']} CPU threads"
     parts = [
         f"host memory {rates.host_bytes_per_s / 1e9:.1f} GB/s",
@@ -59,48 +108,39 @@ def _conditions(spec: BenchSpec, machine: Machine) -> Iterable[str]:
         parts.append(f"device memory {rates.device_bytes_per_s / 1e9:.0f} GB/s")
         parts.append(f"link {rates.link_bytes_per_s / 1e9:.1f} GB/s")
     yield f"measured: {', '.join(parts)}"
+    filled = "by prefill" if spec.fill is Fill.PREFILL else "at random, without a prefill"
     yield (
         f"medians of {spec.repeats} fresh process{'es' * (spec.repeats > 1)} a method, "
-        f"{spec.new_tokens} decode step{'s' * (spec.new_tokens > 1)} each; cache filled by prefill"
+        f"{spec.new_tokens} decode step{'s' * (spec.new_tokens > 1)} each; cache filled {filled}"
     )
+    if spec.settings.device_memory != "auto":
+        yield f"device memory held to {spec.settings.device_memory}"
 
 
-def _cells(row: Row, *, decodes: bool) -> Iterable[str]:
-    yield format_tokens(row.context_tokens)
-    yield _number(row.prefill_s)
-    yield _ratio(row.prefill_x_standard)
-    yield _number(row.decode_s_per_token, 1000)
-    yield _ratio(row.decode_x_standard)
-    yield _number(row.bound_s, 1000 if decodes else 1)
-    yield _NOTHING if row.bound_fraction is None else f"{row.bound_fraction:.0%}"
-    for size_bytes in (row.peak_rss_growth_bytes, row.kv_bytes, row.planned_activation_bytes):
-        yield _NOTHING if size_bytes is None else _size(size_bytes)
+def notes(rows: Sequence[Row]) -> list[str]:
+    """Return what must be known of rows, each text once with the contexts it is about."""
+    contexts: dict[tuple[str, str], list[str]] = {}
+    all_contexts = {row.context_tokens for row in rows}
+    for row in rows:
+        texts = [row.note] if row.note else []
+        if row.status is not Status.OK:
+            texts.insert(0, f"{meaning(row.status)}: {row.reason}")
+        elif row.limited_by:
+            texts.insert(0, f"ends at {row.limited_by}")
+        for text in texts:
+            contexts.setdefault((row.method, text), []).append(format_tokens(row.context_tokens))
+    return [
+        f"{method}{'' if len(at) == len(all_contexts) else ' at ' + ', '.join(at)}: {text}"
+        for (method, text), at in contexts.items()
+    ]
 
 
-def _number(value: float | None, factor: float = 1) -> str:
-    """Return three significant digits, and all before the point."""
-    if value is None:
-        return _NOTHING
-    value *= factor
-    decimals = next((digits for limit, digits in ((1, 3), (10, 2), (100, 1)) if value < limit), 0)
-    return f"{value:.{decimals}f}"
-
-
-def _ratio(value: float | None) -> str:
-    return _NOTHING if value is None else f"{value:.2f}" if value < 10 else f"{value:.1f}"
-
-
-def _size(size_bytes: int) -> str:
-    """Return a size with its unit in short, to save columns: 1.50G is 1.50 GiB."""
-    number, unit = format_bytes(size_bytes).split()
-    return f"{float(number):.3g}{unit.removesuffix('B').removesuffix('i')}"
-
-
-def _note(row: Row) -> str:
-    meaning = {
+def meaning(status: Status) -> str:
+    """Return a status in words."""
+    return {
+        Status.OK: "measured",
         Status.MISMATCH: "WRONG RESULT",
         Status.UNCHECKED: "not checked",
         Status.CANNOT_RUN: "cannot run",
         Status.FAILED: "failed",
-    }
-    return f"{meaning[row.status]}: {row.reason}"
+    }[status]

@@ -1,40 +1,44 @@
-"""`headinfer bench`: speed and memory against stock transformers, checked and bounded."""
+"""`headinfer bench`: speed and memory beside what people use instead, checked and bounded."""
 
-from collections.abc import Iterator
+import inspect
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Any
 
 import typer
 from rich.console import Console
 from rich.status import Status as Spinner
+from rich.table import Table
 
-from headinfer.bench.document import document
-from headinfer.bench.methods import METHODS
+from headinfer.bench.catalogue import CATALOGUE
+from headinfer.bench.document import Results
+from headinfer.bench.launch import FreshProcesses, Launcher
 from headinfer.bench.result import Status
 from headinfer.bench.rows import Row
-from headinfer.bench.spec import BenchSpec, Command, ModelSpec, Settings
-from headinfer.bench.suite import FreshProcesses, Launcher, run_suite
+from headinfer.bench.spec import BenchSpec, Command
+from headinfer.bench.suite import Suite
 from headinfer.bench.table import render
-from headinfer.cli.console import reporting_errors
-from headinfer.cli.options import (
-    ChunkTokens,
-    Device,
-    DeviceChoice,
-    DeviceMemory,
-    TileHeads,
-    TileTokens,
-)
-from headinfer.cli.output import STDOUT, JsonCommand, JsonPath, check_writable, write_json
+from headinfer.cli.bench_options import options, run_spec
+from headinfer.cli.bench_report import report
+from headinfer.cli.console import reporting_errors, stdout_console
+from headinfer.cli.output import STDOUT, JsonCommand, check_writable, write_json
+from headinfer.cli.progress import format_duration
 from headinfer.errors import OptionError
-from headinfer.units import parse_tokens
 
 app = typer.Typer(
-    help="Measure speed and memory against stock transformers, on this machine.",
+    help="Measure speed and memory beside what people use instead, on this machine.",
     no_args_is_help=True,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 _WIDTH = 100
 """Columns where stderr is not a terminal."""
+
+_OURS = "head-wise-8,head-wise-4,head-wise-2,head-wise-1,adaptive,bounded,resident,host-attention"
+_STOCK = "standard,chunked-prefill,transformers-offloaded,kv-4bit"
 
 
 def make_launcher() -> Launcher:
@@ -42,165 +46,158 @@ def make_launcher() -> Launcher:
     return FreshProcesses()
 
 
-_MODEL = "Model (random weights)"
-
-Context = Annotated[str, typer.Option(help="Tokens of the prompt, for example 32K.")]
-Methods = Annotated[str, typer.Option(help=f"Comma-separated, of: {', '.join(METHODS)}.")]
-NewTokens = Annotated[int, typer.Option(help="Decode steps timed after each prefill.")]
-Repeats = Annotated[int, typer.Option(help="Fresh processes for each method.")]
-Seed = Annotated[int, typer.Option(help="Seed of weights and tokens.")]
-Dtype = Annotated[str, typer.Option(help="bfloat16, float16 or float32.", rich_help_panel=_MODEL)]
-Layers = Annotated[int, typer.Option(help="Decoder layers.", rich_help_panel=_MODEL)]
-HiddenSize = Annotated[int, typer.Option(help="Hidden width.", rich_help_panel=_MODEL)]
-Heads = Annotated[int, typer.Option(help="Query heads.", rich_help_panel=_MODEL)]
-KvHeads = Annotated[int, typer.Option(help="KV heads.", rich_help_panel=_MODEL)]
-HeadDim = Annotated[int, typer.Option(help="Elements of a head.", rich_help_panel=_MODEL)]
-IntermediateSize = Annotated[
-    int | None,
-    typer.Option(help="Width of the MLP.", show_default="4 x hidden", rich_help_panel=_MODEL),
-]
-VocabSize = Annotated[int, typer.Option(help="Vocabulary.", rich_help_panel=_MODEL)]
+_EXIT = "Exit code 1 when a result is wrong or nothing could be measured."
 
 
-@app.command(cls=JsonCommand)
-def decode(
-    context: Context = "32K",
-    methods: Methods = "standard,headinfer",
-    new_tokens: NewTokens = 8,
-    repeats: Repeats = 1,
-    seed: Seed = 0,
-    json_path: JsonPath = None,
-    dtype: Dtype = "bfloat16",
-    layers: Layers = 4,
-    hidden_size: HiddenSize = 512,
-    heads: Heads = 16,
-    kv_heads: KvHeads = 4,
-    head_dim: HeadDim = 128,
-    intermediate_size: IntermediateSize = None,
-    vocab_size: VocabSize = 4096,
-    device: Device = DeviceChoice.AUTO,
-    device_memory: DeviceMemory = "auto",
-    chunk_tokens: ChunkTokens = "auto",
-    tile_heads: TileHeads = "auto",
-    tile_tokens: TileTokens = "auto",
-) -> None:
-    """Time decode steps on a cache filled by a real prefill.
+def _verb(command: Command, help_text: str, *fixed: str, **defaults: Any) -> None:
+    """Add a verb.
 
-    Exit code 1 when a result is wrong or nothing could be measured.
+    Args:
+        command: what it looks for.
+        help_text: its help.
+        fixed: options that it does not have; they keep their defaults.
+        defaults: of options, where it has others.
     """
-    with reporting_errors():
-        _run(Command.DECODE, **locals())
+    signature = inspect.signature(options)
+    parameters = [
+        parameter.replace(default=defaults.get(name, parameter.default))
+        for name, parameter in signature.parameters.items()
+    ]
+    unchanged = {part.name: part.default for part in parameters if part.name in fixed}
+
+    def run(**given: Any) -> None:
+        with reporting_errors():
+            _run(command, unchanged | given)
+
+    run.__doc__ = f"{help_text}\n\n{_EXIT}"
+    run.__annotations__ = {**options.__annotations__}
+    shown = [part for part in parameters if part.name not in fixed]
+    run.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
+    app.command(command.value, cls=JsonCommand)(run)
 
 
-@app.command(cls=JsonCommand)
-def prefill(
-    context: Context = "32K",
-    methods: Methods = "standard,headinfer",
-    repeats: Repeats = 1,
-    seed: Seed = 0,
-    json_path: JsonPath = None,
-    dtype: Dtype = "bfloat16",
-    layers: Layers = 4,
-    hidden_size: HiddenSize = 512,
-    heads: Heads = 16,
-    kv_heads: KvHeads = 4,
-    head_dim: HeadDim = 128,
-    intermediate_size: IntermediateSize = None,
-    vocab_size: VocabSize = 4096,
-    device: Device = DeviceChoice.AUTO,
-    device_memory: DeviceMemory = "auto",
-    chunk_tokens: ChunkTokens = "auto",
-    tile_heads: TileHeads = "auto",
-    tile_tokens: TileTokens = "auto",
-) -> None:
-    """Time the prefill of a prompt, and one decode step to see that the cache works.
+_verb(Command.DECODE, "Time decode steps behind a full cache.")
+_verb(
+    Command.PREFILL,
+    "Time the prefill of a prompt, and one decode step to see that the cache works.",
+    "fill",
+    "new_tokens",
+    new_tokens=1,
+)
+_verb(
+    Command.MEMORY,
+    "Measure the memory that prefill and decode take.",
+    "repeats",
+    methods=f"{_STOCK},{_OURS},headinfer",
+    new_tokens=2,
+)
+_verb(
+    Command.MAX_CONTEXT,
+    "Find the longest context that runs, by running it: doubled until it fails, then bisected. "
+    "--contexts are the first and the longest to try. With --fill random all of the prompt but its "
+    "last pass through the model is random keys and values.",
+    "repeats",
+    contexts="1K,1M",
+    methods=f"{_STOCK},{_OURS},headinfer",
+    new_tokens=1,
+    time_limit=600,
+)
+_verb(
+    Command.ABLATION,
+    "Time HeadInfer with one part of it left out or fixed at a time.",
+    methods=f"standard,{_OURS},synchronous,headinfer",
+)
 
-    Exit code 1 when a result is wrong or nothing could be measured.
-    """
-    with reporting_errors():
-        _run(Command.PREFILL, new_tokens=1, **locals())
+
+@app.command()
+def methods() -> None:
+    """Print the methods and what they are."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for info in CATALOGUE.values():
+        table.add_row(info.name, info.description.replace("`", ""))
+    stdout_console().print(table)
 
 
-def _run(command: Command, **options: Any) -> None:
-    json_path: str | None = options.pop("json_path")
-    spec = _spec(command, options)
-    check_writable("--json", json_path)
+app.command()(report)
+
+
+def _run(command: Command, given: dict[str, Any]) -> None:
+    spec = run_spec(command, given)
+    path: str | None = given["json_path"]
+    check_writable("--json", path)
+    if given["resume"] and path in (None, STDOUT):
+        raise OptionError("--resume goes on with what --json FILE holds; give the file")
     console = Console(stderr=True)
     if not console.is_terminal:
         console.width = _WIDTH
-    launcher = make_launcher()
-    rows: list[Row] = []
     with _progress(console) as progress:
-        progress.started("measuring the machine")
-        machine = launcher.machine(spec.settings.device, spec.dtype)
-        rows.extend(run_suite(spec, launcher, machine, progress))
-    console.print(render(spec, machine, rows))
-    if json_path is not None:
-        write_json(json_path, document(spec, machine, rows))
-        if json_path != STDOUT:
-            console.print(f"written to {json_path}")
+        launcher = make_launcher()
+        results = _begin(spec, launcher, progress, path if given["resume"] else None)
+        suite = Suite(
+            results.spec,
+            launcher,
+            results.machine.rates,
+            progress,
+            done=results.done,
+            checks=results.checks,
+        )
+        try:
+            for row in suite.run():
+                results.rows.append(row)
+                results.checks = suite.checks
+                if path not in (None, STDOUT):
+                    results.save(str(path))
+        except KeyboardInterrupt:
+            if path not in (None, STDOUT) and results.rows:
+                console.print(f"{path} holds what is finished; --resume goes on from there")
+            raise
+    rows = results.arranged_rows
+    console.print(render(results.spec, results.machine, rows))
+    if path == STDOUT:
+        write_json(STDOUT, results.to_json())
+    elif path is not None:
+        results.save(path)
+        console.print(f"written to {path}")
     raise typer.Exit(exit_code(rows))
 
 
-def exit_code(rows: list[Row]) -> int:
+def _begin(
+    spec: BenchSpec, launcher: Launcher, progress: "_ConsoleProgress", path: str | None
+) -> Results:
+    """Return the results of an earlier run to go on with, or those of one that begins."""
+    if path is not None and Path(path).exists():
+        return Results.load(path).continued(spec)
+    progress.started("measuring the machine", None)
+    return Results.new(spec, launcher.machine(spec.settings.device, spec.dtype))
+
+
+def exit_code(rows: Sequence[Row]) -> int:
     """Return 0 when all that ran was right, and something ran; otherwise 1."""
     statuses = {row.status for row in rows}
     return 0 if Status.OK in statuses and statuses <= {Status.OK, Status.CANNOT_RUN} else 1
 
 
-def _spec(command: Command, options: dict[str, Any]) -> BenchSpec:
-    """Return the options of a command as what is to be measured.
-
-    Raises:
-        OptionError: an option does not parse or is out of range.
-    """
-    methods = tuple(name.strip() for name in options["methods"].split(",") if name.strip())
-    for name in methods:
-        if name not in METHODS:
-            raise OptionError(f"there is no method {name!r}; choose among {', '.join(METHODS)}")
-    hidden_size = options["hidden_size"]
-    intermediate_size = options["intermediate_size"]
-    return BenchSpec(
-        command=command,
-        methods=methods,
-        contexts=(parse_tokens(options["context"]),),
-        new_tokens=options["new_tokens"],
-        repeats=options["repeats"],
-        dtype=options["dtype"],
-        seed=options["seed"],
-        model=ModelSpec(
-            layers=options["layers"],
-            hidden_size=hidden_size,
-            heads=options["heads"],
-            kv_heads=options["kv_heads"],
-            head_dim=options["head_dim"],
-            intermediate_size=4 * hidden_size if intermediate_size is None else intermediate_size,
-            vocab_size=options["vocab_size"],
-        ),
-        settings=Settings(
-            device=options["device"].value,
-            device_memory=options["device_memory"],
-            chunk_tokens=options["chunk_tokens"],
-            tile_heads=options["tile_heads"],
-            tile_tokens=options["tile_tokens"],
-        ),
-    )
-
-
 class _ConsoleProgress:
-    """A spinner for what runs, and a line for what is finished."""
+    """A spinner for what runs, with the time left, and a line for what is finished."""
 
     def __init__(self, console: Console, spinner: Spinner) -> None:
         self._console = console
         self._spinner = spinner
+        self._started_s = time.monotonic()
 
-    def started(self, what: str) -> None:
-        """Show what runs."""
-        self._spinner.update(what)
+    def started(self, what: str, left_s: float | None) -> None:
+        """Show what runs; the time left is a guess from the trials so far."""
+        left = "" if left_s is None else f", about {format_duration(left_s)} left"
+        self._started_s = time.monotonic()
+        self._spinner.update(f"{what}{left}")
+        if not self._console.is_terminal and left:
+            self._console.print(f"{what}{left}", style="dim", markup=False, highlight=False)
 
     def finished(self, what: str, outcome: str) -> None:
         """Print how it ended."""
-        self._console.print(f"{what}: {outcome}", style="dim", markup=False, highlight=False)
+        took = format_duration(time.monotonic() - self._started_s)
+        line = f"{what}: {outcome} ({took} in all)"
+        self._console.print(line, style="dim", markup=False, highlight=False)
 
 
 @contextmanager

@@ -1,0 +1,88 @@
+"""The methods a benchmark compares: their names and what they are. Pure Python, never torch."""
+
+from dataclasses import dataclass
+
+from headinfer.errors import OptionError
+from headinfer.plan.methods import (
+    ADAPTIVE,
+    BOUNDED,
+    CHUNKED,
+    HEAD_WISE,
+    QUANTISED,
+    RESIDENT,
+    STANDARD,
+)
+
+REFERENCE_METHOD = STANDARD
+"""The method all others are checked against and compared with."""
+
+OFFLOADED = "transformers-offloaded"
+HOST_ATTENTION, SYNCHRONOUS, AUTO = "host-attention", "synchronous", "headinfer"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MethodInfo:
+    """What a method is.
+
+    Attributes:
+        name: as in plans, where they know it.
+        description: for people.
+        exact: whether its results must be the reference's; otherwise how far they are off is told.
+    """
+
+    name: str
+    description: str
+    exact: bool = True
+
+
+def _head_wise(heads: int) -> MethodInfo:
+    plural = "" if heads == 1 else "s"
+    return MethodInfo(
+        name=f"{HEAD_WISE}-{heads}",
+        description=f"the paper's head={heads}: tiles of {heads} KV head{plural} x all tokens",
+    )
+
+
+CATALOGUE = {
+    info.name: info
+    for info in (
+        MethodInfo(
+            name=STANDARD, description="transformers' `DynamicCache`, the prompt in one pass"
+        ),
+        MethodInfo(name=CHUNKED, description="transformers with `prefill_chunk_size`"),
+        MethodInfo(name=OFFLOADED, description="transformers' `DynamicCache(offloading=True)`"),
+        MethodInfo(
+            name=QUANTISED,
+            description="transformers' `QuantizedCache` in 4 bits, by optimum-quanto or HQQ",
+            exact=False,
+        ),
+        *(_head_wise(heads) for heads in (8, 4, 2, 1)),
+        MethodInfo(name=ADAPTIVE, description="the paper's adaptive: the most heads that fit"),
+        MethodInfo(name=BOUNDED, description="tiles of bounded tokens too, nothing resident"),
+        MethodInfo(name=RESIDENT, description="bounded, the oldest tokens kept where they fit"),
+        MethodInfo(
+            name=HOST_ATTENTION, description="resident, the CPU attends a share in decode steps"
+        ),
+        MethodInfo(
+            name=SYNCHRONOUS, description="as headinfer, but copies never overlap attention"
+        ),
+        MethodInfo(name=AUTO, description="HeadInfer with everything on auto"),
+    )
+}
+"""All methods by name, in the order of tables."""
+
+
+def parse_methods(text: str) -> tuple[str, ...]:
+    """Return the names in a comma-separated list, or all for "all".
+
+    Raises:
+        OptionError: there is no such method.
+    """
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    if names == ("all",):
+        return tuple(CATALOGUE)
+    for name in names:
+        if name not in CATALOGUE:
+            known = ", ".join((*CATALOGUE, "all"))
+            raise OptionError(f"there is no method {name!r}; choose among {known}")
+    return names

@@ -1,0 +1,72 @@
+"""Filling a cache with random keys and values, at the cost of writing them and no more."""
+
+from collections.abc import Iterator
+
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from headinfer.errors import UnsupportedModelError
+from headinfer.integration.cache import OffloadedCache, OffloadedLayer
+from headinfer.integration.support import model_shape
+from headinfer.plan.shape import LayerKind, LayerShape
+
+_CHUNK_TOKENS = 8192
+
+
+def fill_randomly(model: PreTrainedModel, cache: Cache, tokens: int, seed: int) -> None:
+    """Let an empty cache hold tokens, whose keys and values depend on nothing but the seed.
+
+    Args:
+        model: the model the cache is for.
+        cache: transformers' own or ours; updated in place.
+        tokens: how many.
+        seed: of keys and values.
+
+    Raises:
+        UnsupportedModelError: the model has layers without keys and values.
+    """
+    shapes = model_shape(model).layers
+    if any(shape.kind is LayerKind.STATE for shape in shapes):
+        raise UnsupportedModelError("layers without keys and values cannot be filled at random")
+    engine, offloaded = None, 0
+    if isinstance(cache, OffloadedCache):
+        cache.state.prepare(1, tokens)
+        engine = cache.state.engine
+    for position, shape in enumerate(shapes):
+        generator = torch.Generator(model.device).manual_seed(seed + position)
+        chunks = _random_chunks(shape, tokens, model, generator)
+        layer = cache.layers[position] if position < len(cache.layers) else None
+        if engine is not None and isinstance(layer, OffloadedLayer):
+            for keys, values in chunks:
+                engine.append(offloaded, keys, values)
+            offloaded += 1
+            continue
+        keys, values = (_empty(shape.kv_heads, tokens, dim, model) for dim in _dims(shape))
+        for start, (new_keys, new_values) in zip(
+            range(0, tokens, _CHUNK_TOKENS), chunks, strict=True
+        ):
+            part = slice(start, start + _CHUNK_TOKENS)
+            keys[:, :, part], values[:, :, part] = new_keys, new_values
+        cache.update(keys, values, position)
+
+
+def _dims(shape: LayerShape) -> tuple[int, int]:
+    return shape.key_dim, shape.value_dim
+
+
+def _empty(heads: int, tokens: int, dim: int, model: PreTrainedModel) -> torch.Tensor:
+    return torch.empty(1, heads, tokens, dim, dtype=model.dtype, device=model.device)
+
+
+def _random_chunks(
+    shape: LayerShape, tokens: int, model: PreTrainedModel, generator: torch.Generator
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield keys and values of a layer, a few thousand tokens at a time."""
+    for start in range(0, tokens, _CHUNK_TOKENS):
+        count = min(_CHUNK_TOKENS, tokens - start)
+        keys, values = (
+            _empty(shape.kv_heads, count, dim, model).normal_(generator=generator)
+            for dim in _dims(shape)
+        )
+        yield keys, values

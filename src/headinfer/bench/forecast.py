@@ -1,0 +1,42 @@
+"""How long a run will still take. Pure Python, never torch."""
+
+_START_TOKENS = 4096
+"""Starting a process and loading a model, counted as tokens of a context."""
+
+_SQUARE_TOKENS = 65536
+"""Context at which the square of tokens takes as long as their number."""
+
+
+class Forecast:
+    """Guesses the time left from the trials so far: each method's own, scaled to the context.
+
+    Args:
+        trials: method and tokens of each trial to come.
+    """
+
+    def __init__(self, trials: list[tuple[str, int]]) -> None:
+        self._left = list(trials)
+        self._speeds: dict[str, float] = {}
+
+    def finished(self, method: str, tokens: int, seconds: float) -> None:
+        """Take note of a trial that ran."""
+        self.dropped(method, tokens)
+        self._speeds[method] = seconds / _weight(tokens)
+
+    def dropped(self, method: str, tokens: int) -> None:
+        """Take note that one trial fewer is to come."""
+        if (method, tokens) in self._left:
+            self._left.remove((method, tokens))
+
+    def left_s(self) -> float | None:
+        """Return the seconds left; None before any trial ran."""
+        if not self._speeds:
+            return None
+        usual = sum(self._speeds.values()) / len(self._speeds)
+        return sum(
+            self._speeds.get(method, usual) * _weight(tokens) for method, tokens in self._left
+        )
+
+
+def _weight(tokens: int) -> float:
+    return _START_TOKENS + tokens + tokens * tokens / _SQUARE_TOKENS

@@ -1,0 +1,20 @@
+"""Where a method has its KV."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Held:
+    """Bytes of KV by place.
+
+    Attributes:
+        host_bytes: in host memory.
+        device_bytes: on the device.
+        streamed_bytes: what crosses the link to the device in every decode step.
+        host_attended_bytes: what the CPU attends in every decode step on behalf of the device.
+    """
+
+    host_bytes: int
+    device_bytes: int
+    streamed_bytes: int = 0
+    host_attended_bytes: int = 0

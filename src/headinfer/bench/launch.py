@@ -1,0 +1,71 @@
+"""Where trials run: each in a fresh process, so that none disturbs the next. Pure Python."""
+
+import signal
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from headinfer.bench import child
+from headinfer.bench.bound import Rates
+from headinfer.bench.result import Status, TrialFailure, TrialResult, from_json
+from headinfer.bench.spec import TrialSpec
+
+Outcome = TrialResult | TrialFailure
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """The machine as measured.
+
+    Attributes:
+        device: kind of device the model computes on.
+        hardware: names and sizes, for the header.
+        rates: what it can do.
+        rates_by: for each rate, the operation that reached it.
+    """
+
+    device: str
+    hardware: dict[str, Any]
+    rates: Rates
+    rates_by: dict[str, str]
+
+
+class Launcher(Protocol):
+    """Runs things where they do not disturb each other."""
+
+    def machine(self, device: str, dtype: str) -> Machine:
+        """Measure the machine."""
+
+    def trial(self, spec: TrialSpec, time_limit_s: float) -> Outcome:
+        """Run one trial; end it when it takes longer."""
+
+
+class FreshProcesses:
+    """A new process for each thing."""
+
+    def machine(self, device: str, dtype: str) -> Machine:
+        """Measure the machine in a process, so that this one never holds a device."""
+        answer = child.ask("headinfer.bench.machine", {"device": device, "dtype": dtype})
+        return Machine(**(answer | {"rates": Rates(**answer["rates"])}))
+
+    def trial(self, spec: TrialSpec, time_limit_s: float) -> Outcome:
+        """Run one trial in a process; one that dies or takes too long is a failure."""
+        try:
+            answer = child.ask("headinfer.bench.trial", spec.to_json(), time_limit_s=time_limit_s)
+        except TimeoutError as error:
+            return TrialFailure(status=Status.CANNOT_RUN, reason=str(error), grows=True)
+        except child.ChildError as error:
+            return _death(error)
+        return from_json(answer)
+
+
+def _death(error: child.ChildError) -> TrialFailure:
+    """Return why a process ended without an answer."""
+    if error.returncode == -signal.SIGKILL:
+        reason = "killed by the system, most likely for lack of memory"
+        return TrialFailure(status=Status.CANNOT_RUN, reason=reason, grows=True)
+    if error.returncode == -signal.SIGABRT and "bad_alloc" in error.stderr:
+        reason = "out of memory: the process was aborted"
+        return TrialFailure(status=Status.CANNOT_RUN, reason=reason, grows=True)
+    last = next(iter(reversed(error.stderr.strip().splitlines())), "no message")
+    reason = f"the process ended with status {error.returncode}: {last}"
+    return TrialFailure(status=Status.FAILED, reason=reason)

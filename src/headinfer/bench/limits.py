@@ -1,0 +1,64 @@
+"""Holding a trial to `--device-memory`, whatever its method."""
+
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from headinfer.bench.spec import Settings
+from headinfer.errors import MemoryPlanError
+from headinfer.units import format_bytes, parse_bytes
+
+
+def limit_device(settings: Settings, device: torch.device) -> None:
+    """Let torch allocate no more on a GPU than the budget, from now on."""
+    if device.type == "cuda" and settings.device_memory != "auto":
+        total = torch.cuda.get_device_properties(device).total_memory
+        share = min(parse_bytes(settings.device_memory) / total, 1.0)
+        torch.cuda.set_per_process_memory_fraction(share)
+
+
+@contextmanager
+def limit_host(settings: Settings, device: torch.device, weights_bytes: int) -> Iterator[None]:
+    """Where the CPU is the device, let memory grow by what the budget leaves beside the weights.
+
+    KV and activations count from here on, as the system counts private writable memory: mapped is
+    used, so this is at least as strict as what is resident. On other systems than Linux nothing is
+    limited. A simulated device keeps to the budget by itself.
+
+    Raises:
+        MemoryPlanError: the budget does not hold the weights.
+    """
+    if device.type != "cpu" or settings.device in ("cuda", "simulated"):
+        yield
+        return
+    if settings.device_memory == "auto":
+        yield
+        return
+    budget = parse_bytes(settings.device_memory)
+    if budget <= weights_bytes:
+        raise MemoryPlanError(
+            f"--device-memory of {format_bytes(budget)} is below the weights, "
+            f"{format_bytes(weights_bytes)}"
+        )
+    in_use = _data_bytes()
+    if in_use is None:
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (in_use + budget - weights_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+def _data_bytes() -> int | None:
+    """Return the private writable memory of this process; None where the system does not say."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmData:")), None)

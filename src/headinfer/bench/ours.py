@@ -1,0 +1,196 @@
+"""HeadInfer, with the options that make it each of its methods."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from headinfer.api import attach
+from headinfer.bench.held import Held
+from headinfer.bench.spec import TrialSpec
+from headinfer.errors import MemoryPlanError, OptionError
+from headinfer.integration.cache import OffloadedCache
+from headinfer.integration.support import model_shape
+from headinfer.plan.plan import Plan
+
+_CPU_TILE_TOKENS = "16K"
+"""Of `bounded` on the CPU, where tiles need no memory and so have no limit of their own."""
+
+_UNMEASURED_HOST_SHARE = 0.5
+"""Of `host_attention` where `headinfer probe` has not measured which share is best."""
+
+_HEADS = (8, 4, 2, 1)
+
+
+class HeadInfer:
+    """HeadInfer attached to a model; options given here go before the run's settings."""
+
+    def __init__(self, model: PreTrainedModel, spec: TrialSpec, **options: Any) -> None:
+        self._model = model
+        self._offload = attach(model, **(asdict(spec.settings) | options))
+        self.note = {"cpu": "tiles are views", "simulated": "simulated device"}.get(self.device, "")
+
+    @property
+    def device(self) -> str:
+        """The kind of device it computes on."""
+        return self._offload.plan.device
+
+    @property
+    def host_share(self) -> float:
+        """Share of the streamed tokens that the CPU attends."""
+        return self._offload.plan.host_share
+
+    def new_cache(self, max_tokens: int) -> Cache:
+        """Return an empty cache with its host memory reserved."""
+        return self._offload.new_cache(max_tokens)
+
+    def pass_tokens(self, context_tokens: int) -> int:
+        """Return the tokens of a chunk."""
+        return min(self._offload.plan_for(1, context_tokens).chunk_tokens, context_tokens)
+
+    def prefill(self, tokens: torch.Tensor, cache: Cache) -> torch.Tensor:
+        """Pass a prompt through the model, which is chunked by itself."""
+        output = self._model(
+            input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
+        row: torch.Tensor = output.logits[0, -1]
+        return row
+
+    def held(self, cache: Cache) -> Held:
+        """Return the bytes of store and arena, and what a decode step does with them."""
+        stats, plan = self._offload.stats, self._plan_of(cache)
+        streamed = plan.streamed_bytes(cache.get_seq_length())
+        attended = int(streamed * plan.host_share)
+        return Held(
+            host_bytes=stats.host_kv_bytes,
+            device_bytes=stats.peak_device_kv_bytes,
+            streamed_bytes=0 if self.device == "cpu" else streamed - attended,
+            host_attended_bytes=attended,
+        )
+
+    def link_bytes(self) -> tuple[int, int]:
+        """Return the bytes copied since the attachment."""
+        stats = self._offload.stats
+        return stats.bytes_to_device, stats.bytes_to_host
+
+    def planned_activation_bytes(self, cache: Cache) -> int | None:
+        """Return the plan's estimate."""
+        return self._plan_of(cache).activation_bytes
+
+    def sizes(self, cache: Cache) -> dict[str, int] | None:
+        """Return the sizes of the plan; a tile never split has the tokens of the cache."""
+        plan = self._plan_of(cache)
+        return {
+            "chunk_tokens": plan.chunk_tokens,
+            "tile_heads": plan.tile_heads,
+            "tile_tokens": min(plan.tile_tokens, cache.get_seq_length()),
+            "resident_tokens": plan.resident_tokens,
+            "host_attended_percent": round(100 * plan.host_share),
+        }
+
+    def check_fits(self, tokens: int) -> None:
+        """Check that a cache of so many tokens can be planned.
+
+        Raises:
+            MemoryPlanError: it cannot.
+        """
+        self._offload.plan_for(1, tokens)
+
+    def _plan_of(self, cache: Cache) -> Plan:
+        """Return the plan of a cache that was used; a new one would reckon with what it holds."""
+        assert isinstance(cache, OffloadedCache)
+        return self._offload.plan if cache.state.engine is None else cache.state.engine.plan
+
+    def close(self) -> None:
+        """Detach."""
+        self._offload.detach()
+
+    def refuse_on_cpu(self, reason: str) -> "HeadInfer":
+        """Return itself, but detach and refuse where the CPU is the device.
+
+        Raises:
+            OptionError: with the reason.
+        """
+        if self.device == "cpu":
+            self.close()
+            raise OptionError(f"{reason}; --device simulated has a device beside the CPU")
+        return self
+
+
+Factory = Callable[[PreTrainedModel, TrialSpec], HeadInfer]
+
+
+def _papers(model: PreTrainedModel, spec: TrialSpec, heads: int) -> HeadInfer:
+    """Return the paper's method: tiles of some heads x all tokens, nothing resident."""
+    return HeadInfer(
+        model,
+        spec,
+        tile_heads=heads,
+        tile_tokens=spec.all_tokens,
+        resident_tokens=0,
+        host_attention="off",
+    )
+
+
+def head_wise(heads: int) -> Factory:
+    """Return the paper's head=`heads`."""
+
+    def factory(model: PreTrainedModel, spec: TrialSpec) -> HeadInfer:
+        return _papers(model, spec, heads)
+
+    return factory
+
+
+def adaptive(model: PreTrainedModel, spec: TrialSpec) -> HeadInfer:
+    """Return the paper's method with the most heads that fit this context (section 3.2)."""
+    kv_heads = model_shape(model).kv_heads
+    refusal = MemoryPlanError("the model has no KV to offload")
+    for heads in dict.fromkeys(min(heads, kv_heads) for heads in _HEADS if kv_heads):
+        try:
+            method = _papers(model, spec, heads)
+        except MemoryPlanError as error:
+            refusal = error
+            continue
+        try:
+            method.check_fits(spec.all_tokens)
+        except MemoryPlanError as error:
+            refusal = error
+            method.close()
+        else:
+            return method
+    raise refusal
+
+
+def bounded(model: PreTrainedModel, spec: TrialSpec) -> HeadInfer:
+    """Return tiles of a fixed number of tokens, of which none stay on the device."""
+    options: dict[str, Any] = {"resident_tokens": 0, "host_attention": "off"}
+    on_cpu = model.device.type == "cpu" and spec.settings.device != "simulated"
+    if on_cpu and spec.settings.tile_tokens == "auto":
+        options["tile_tokens"] = _CPU_TILE_TOKENS
+    return HeadInfer(model, spec, **options)
+
+
+def resident(model: PreTrainedModel, spec: TrialSpec) -> HeadInfer:
+    """Return bounded tiles, with the oldest tokens kept on the device as far as they fit."""
+    method = HeadInfer(model, spec, host_attention="off")
+    return method.refuse_on_cpu("nothing needs to be kept: on the CPU all KV is where it is used")
+
+
+def host_attention(model: PreTrainedModel, spec: TrialSpec) -> HeadInfer:
+    """Return resident, with a share of the other tokens attended by the CPU in decode steps."""
+    method = HeadInfer(model, spec).refuse_on_cpu("the CPU attends everything already")
+    if method.host_share:
+        return method
+    method.close()
+    method = HeadInfer(model, spec, host_attention=_UNMEASURED_HOST_SHARE)
+    method.note = f"{method.note} half by the CPU: no probe measured which share is best".strip()
+    return method
+
+
+def synchronous(model: PreTrainedModel, spec: TrialSpec) -> HeadInfer:
+    """Return HeadInfer with everything on auto but overlap."""
+    method = HeadInfer(model, spec, overlap=False)
+    return method.refuse_on_cpu("nothing is copied, so nothing can overlap")

@@ -1,0 +1,170 @@
+"""What people use instead: the caches of transformers."""
+
+from importlib.util import find_spec
+
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache, QuantizedCache
+
+from headinfer.bench.held import Held
+from headinfer.bench.spec import TrialSpec
+from headinfer.errors import UnsupportedModelError
+from headinfer.plan.choices import chunk_sizes
+from headinfer.plan.options import Options
+from headinfer.units import format_tokens, parse_tokens
+
+_BITS = 4
+
+_BACKENDS = (
+    # Of each: the modules it needs, and the axis it quantises keys and values along.
+    ("quanto", ("optimum.quanto", "optimum"), 0),
+    ("hqq", ("hqq",), 1),
+)
+_INSTALL = "pip install optimum optimum-quanto (or: pip install hqq)"
+
+
+def _installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package it would be in
+        return False
+
+
+class Standard:
+    """`DynamicCache`, sdpa attention, the prompt in one pass."""
+
+    def __init__(self, model: PreTrainedModel, spec: TrialSpec) -> None:
+        self._model = model
+        self._spec = spec
+        self.note = ""
+        if spec.settings.device == "simulated":
+            self.note = "on the CPU: the simulated device is HeadInfer's own"
+
+    def new_cache(self, max_tokens: int) -> Cache:
+        """Return an empty cache."""
+        return DynamicCache(config=self._model.config)
+
+    def pass_tokens(self, context_tokens: int) -> int:
+        """Return all of them."""
+        return context_tokens
+
+    def prefill(self, tokens: torch.Tensor, cache: Cache) -> torch.Tensor:
+        """Pass a prompt through the model in one call."""
+        output = self._model(
+            input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
+        row: torch.Tensor = output.logits[0, -1]
+        return row
+
+    def held(self, cache: Cache) -> Held:
+        """Return the bytes of the cache's tensors, by where they are."""
+        tensors = [part for layer in cache.layers for part in (layer.keys, layer.values)]
+        on_host = sum(int(part.nbytes) for part in tensors if part.device.type == "cpu")
+        return Held(
+            host_bytes=on_host, device_bytes=sum(int(part.nbytes) for part in tensors) - on_host
+        )
+
+    def link_bytes(self) -> tuple[int, int]:
+        """Return zeros: nothing is counted."""
+        return 0, 0
+
+    def planned_activation_bytes(self, cache: Cache) -> int | None:
+        """Return None: nothing is planned."""
+
+    def sizes(self, cache: Cache) -> dict[str, int] | None:
+        """Return None: nothing is chosen."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+class ChunkedPrefill(Standard):
+    """`generate` with `prefill_chunk_size`: all of the cache on the device, less activations."""
+
+    def __init__(self, model: PreTrainedModel, spec: TrialSpec) -> None:
+        super().__init__(model, spec)
+        given = spec.settings.chunk_tokens
+        default = chunk_sizes(Options(), "cuda")[0]
+        self._chunk_tokens = default if given == "auto" else parse_tokens(given)
+        self.note = f"chunks of {format_tokens(self._chunk_tokens)} tokens"
+
+    def pass_tokens(self, context_tokens: int) -> int:
+        """Return the tokens of a chunk."""
+        return min(self._chunk_tokens, context_tokens)
+
+    def prefill(self, tokens: torch.Tensor, cache: Cache) -> torch.Tensor:
+        """Generate one token, whose logits are those of the prompt."""
+        if cache.get_seq_length():  # only a last chunk is left to pass
+            return super().prefill(tokens, cache)
+        output = self._model.generate(
+            tokens,
+            past_key_values=cache,
+            prefill_chunk_size=self._chunk_tokens,
+            max_new_tokens=1,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        row: torch.Tensor = output.logits[0][0]
+        return row
+
+    def sizes(self, cache: Cache) -> dict[str, int] | None:
+        """Return the chunk."""
+        return {"chunk_tokens": self._chunk_tokens}
+
+
+class Offloaded(Standard):
+    """Transformers' own offload: whole layers to host memory and back."""
+
+    def __init__(self, model: PreTrainedModel, spec: TrialSpec) -> None:
+        super().__init__(model, spec)
+        if model.device.type != "cuda":
+            raise UnsupportedModelError(
+                "transformers offloads its cache through CUDA streams; it needs a GPU"
+            )
+
+    def new_cache(self, max_tokens: int) -> Cache:
+        """Return an empty cache that keeps one layer on the device and fetches the next."""
+        return DynamicCache(config=self._model.config, offloading=True)
+
+    def held(self, cache: Cache) -> Held:
+        """Return the bytes of the cache's tensors; every layer's cross the link."""
+        held = super().held(cache)
+        return Held(
+            host_bytes=held.host_bytes,
+            device_bytes=held.device_bytes,
+            streamed_bytes=held.host_bytes + held.device_bytes,
+        )
+
+
+class Quantised(Standard):
+    """A cache of 4-bit integers, unpacked layer by layer to be attended."""
+
+    def __init__(self, model: PreTrainedModel, spec: TrialSpec) -> None:
+        super().__init__(model, spec)
+        for name, modules, axis in _BACKENDS:
+            if all(map(_installed, modules)):
+                self._backend, self._axis = name, axis
+                break
+        else:
+            raise ImportError(f"no library for quantised caches is installed: {_INSTALL}")
+        self.note = f"{_BITS} bits by {self._backend}"
+
+    def new_cache(self, max_tokens: int) -> Cache:
+        """Return an empty cache."""
+        return QuantizedCache(
+            self._backend,
+            self._model.config,
+            nbits=_BITS,
+            axis_key=self._axis,
+            axis_value=self._axis,
+        )
+
+    def held(self, cache: Cache) -> Held:
+        """Return the bits of the elements; scales and zeros are not counted."""
+        elements = sum(
+            layer.elements_per_token for layer in self._spec.model.shape(self._spec.dtype).layers
+        )
+        held = cache.get_seq_length() * elements * _BITS // 8
+        on_host = self._model.device.type == "cpu"
+        return Held(host_bytes=held if on_host else 0, device_bytes=0 if on_host else held)

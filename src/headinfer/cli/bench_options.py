@@ -1,0 +1,205 @@
+"""The options of the benchmark verbs, and the run that they ask for."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from headinfer.bench.catalogue import parse_methods
+from headinfer.bench.model_spec import DTYPE_BYTES, Model, ModelSpec, NamedModel
+from headinfer.bench.spec import BenchSpec, Command, Fill, Settings
+from headinfer.cli.options import (
+    MODEL_PANEL,
+    NO_VALUE,
+    OUTPUT_PANEL,
+    ChunkTokens,
+    Device,
+    DeviceChoice,
+    DeviceMemory,
+    TileHeads,
+    TileTokens,
+)
+from headinfer.cli.output import JsonPath
+from headinfer.errors import OptionError
+from headinfer.plan.presets import PRESETS
+from headinfer.units import parse_tokens
+
+_DEFAULT_SHAPE = {
+    "layers": 4,
+    "hidden_size": 512,
+    "heads": 16,
+    "kv_heads": 4,
+    "head_dim": 128,
+    "vocab_size": 4096,
+}
+
+
+def _shape_option(help_text: str, default: str) -> Any:
+    return typer.Option(
+        help=help_text, metavar="COUNT", show_default=default, rich_help_panel=MODEL_PANEL
+    )
+
+
+def _size(name: str, help_text: str) -> Any:
+    return _shape_option(help_text, str(_DEFAULT_SHAPE[name]))
+
+
+def options(
+    contexts: Annotated[
+        str,
+        typer.Option(
+            "--contexts", "--context", metavar="COUNTS", help="Tokens of the prompts: 1K,10K,100K."
+        ),
+    ] = "32K",
+    methods: Annotated[
+        str,
+        typer.Option(
+            metavar="NAMES", help="Comma-separated, or all; `bench methods` tells what they are."
+        ),
+    ] = "standard,headinfer",
+    fill: Annotated[
+        Fill,
+        typer.Option(
+            metavar="HOW",
+            help="How caches come to hold the prompt: prefill, or random keys and values, which "
+            "takes no time.",
+        ),
+    ] = Fill.PREFILL,
+    new_tokens: Annotated[
+        int, typer.Option(metavar="COUNT", help="Decode steps of each trial.")
+    ] = 8,
+    repeats: Annotated[
+        int, typer.Option(metavar="COUNT", help="Fresh processes for each method and context.")
+    ] = 1,
+    time_limit: Annotated[
+        int, typer.Option(metavar="SECONDS", help="A trial that takes longer is ended.")
+    ] = 3600,
+    seed: Annotated[int, typer.Option(metavar="NUMBER", help="Of weights and tokens.")] = 0,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            metavar="NAME",
+            help="A folder or hub id; with --dummy-weights also a preset such as llama-3-8b.",
+            show_default="a Llama of the shape below",
+            rich_help_panel=MODEL_PANEL,
+        ),
+    ] = None,
+    dummy_weights: Annotated[
+        bool,
+        typer.Option(
+            "--dummy-weights",
+            metavar=NO_VALUE,
+            help="Random weights of the model's shape; nothing is downloaded for presets.",
+            rich_help_panel=MODEL_PANEL,
+        ),
+    ] = False,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            metavar="TYPE", help="bfloat16, float16 or float32.", rich_help_panel=MODEL_PANEL
+        ),
+    ] = "bfloat16",
+    layers: Annotated[int | None, _size("layers", "Decoder layers.")] = None,
+    hidden_size: Annotated[int | None, _size("hidden_size", "Hidden width.")] = None,
+    heads: Annotated[int | None, _size("heads", "Query heads.")] = None,
+    kv_heads: Annotated[int | None, _size("kv_heads", "KV heads.")] = None,
+    head_dim: Annotated[int | None, _size("head_dim", "Elements of a head.")] = None,
+    intermediate_size: Annotated[
+        int | None, _shape_option("Width of the MLP.", "4 x hidden")
+    ] = None,
+    vocab_size: Annotated[int | None, _size("vocab_size", "Vocabulary.")] = None,
+    device: Device = DeviceChoice.AUTO,
+    device_memory: DeviceMemory = "auto",
+    chunk_tokens: ChunkTokens = "auto",
+    tile_heads: TileHeads = "auto",
+    tile_tokens: TileTokens = "auto",
+    json_path: JsonPath = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            metavar=NO_VALUE,
+            help="Go on where the run that wrote --json stopped.",
+            rich_help_panel=OUTPUT_PANEL,
+        ),
+    ] = False,
+) -> None:
+    """The signature that all verbs share, each with defaults of its own; never called."""
+
+
+def run_spec(command: Command, given: dict[str, Any]) -> BenchSpec:
+    """Return what options ask for.
+
+    Args:
+        command: the verb.
+        given: values of `options` by name.
+
+    Raises:
+        HeadInferError: an option does not parse or is out of range, or there is no such model.
+    """
+    if given["dtype"] not in DTYPE_BYTES:
+        raise OptionError(f"dtype must be one of {', '.join(DTYPE_BYTES)}, not {given['dtype']!r}")
+    contexts = [part for part in given["contexts"].split(",") if part.strip()]
+    return BenchSpec(
+        command=command,
+        methods=parse_methods(given["methods"]),
+        contexts=tuple(sorted(map(parse_tokens, contexts))),
+        new_tokens=given["new_tokens"],
+        repeats=given["repeats"],
+        dtype=given["dtype"],
+        seed=given["seed"],
+        model=_model(given),
+        settings=Settings(
+            device=given["device"].value,
+            device_memory=given["device_memory"],
+            chunk_tokens=given["chunk_tokens"],
+            tile_heads=given["tile_heads"],
+            tile_tokens=given["tile_tokens"],
+        ),
+        fill=given["fill"],
+        time_limit_s=given["time_limit"],
+    )
+
+
+def _model(given: dict[str, Any]) -> Model:
+    sizes = {
+        name: given[name]
+        for name in (*_DEFAULT_SHAPE, "intermediate_size")
+        if given[name] is not None
+    }
+    name = given["model"]
+    if name is None:
+        if given["dummy_weights"]:
+            raise OptionError("--dummy-weights needs --model; without it weights are random anyway")
+        shape = _DEFAULT_SHAPE | sizes
+        shape.setdefault("intermediate_size", 4 * shape["hidden_size"])
+        return ModelSpec(**shape)
+    if sizes:
+        flag = f"--{next(iter(sizes)).replace('_', '-')}"
+        raise OptionError(f"{flag} is for models without --model; leave one of them out")
+    return _named(name, given["dtype"], dummy_weights=given["dummy_weights"])
+
+
+def _named(name: str, dtype: str, *, dummy_weights: bool) -> NamedModel:
+    from headinfer.cli.load import ModelSource, load_config
+    from headinfer.cli.shapes import shape_of
+
+    if name in PRESETS and not dummy_weights:
+        raise OptionError(
+            f"{name} is a shape without weights: add --dummy-weights, or give a folder or hub id"
+        )
+    shape = shape_of(name, dtype=dtype)
+    if not dummy_weights:
+        location = ModelSource(name=name).location()
+        return NamedModel(name=name, location=location, config=None, planned=shape)
+    config = PRESETS.get(name) or load_config(ModelSource(name=_folder(name))).to_dict()
+    kept = {key: value for key, value in config.items() if key != "quantization_config"}
+    return NamedModel(name=name, location=None, config=kept, planned=shape)
+
+
+def _folder(name: str) -> str:
+    """Return the folder of a config.json, and all else as it is."""
+    file = Path(name).expanduser()
+    return str(file.parent) if file.name == "config.json" else name

@@ -1,0 +1,5 @@
+"""`headinfer bench report`."""
+
+
+def report() -> None:
+    """Write the report."""
