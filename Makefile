@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format check bench bench-gpu clean
+.PHONY: demo test lint format check bench bench-suite bench-gpu clean
 
 demo: $(VENV)/.installed
 	$(BIN)/headinfer demo
@@ -29,6 +29,9 @@ bench: $(VENV)/.installed
 			--json benchmarks/results/cpu-decode-32k-$$dtype.json || exit 1; \
 	done
 	$(BIN)/python benchmarks/readme_table.py
+
+bench-suite: $(VENV)/.installed-dev
+	PYTHON=$(BIN)/python benchmarks/cpu.sh
 
 bench-gpu: $(VENV)/.installed-dev
 	PYTHON=$(BIN)/python benchmarks/gpu.sh

@@ -1,25 +1,38 @@
 #!/usr/bin/env bash
-# Everything that needs a CUDA device, in one run: the tests marked gpu, then Llama-3-8B's shape with
-# random weights under a 24 GiB cap, then a smaller shape. Results go to $OUT, a summary comes last.
+# Everything that needs a CUDA device: the tests marked gpu, then Llama-3-8B's shape with random
+# weights held to 24 GiB, 1K to 400K tokens, then a smaller shape to 1M. Ends itself after BUDGET_S
+# seconds (570); run again with the same OUT it goes on where it was. Results go to OUT.
 # PYTHON must have torch, transformers and pytest; nothing is installed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH=src PYTHONUNBUFFERED=1
 python="${PYTHON:-python3}"
 out="${OUT:-benchmarks/results}"
+end=$((SECONDS + ${BUDGET_S:-570}))
 mkdir -p "$out"
-bench() { "$python" -m headinfer.cli.main bench "$@" 2>&1 | tee -a "$out/gpu.log"; }
 
-"$python" -m pytest -m gpu -q --no-header -p no:cacheprovider tests 2>&1 | tee "$out/gpu-tests.log"
+left() { echo $((end - SECONDS)); }
+bench() { # name of the result, verb, options
+    local name="$1"
+    shift
+    [ "$(left)" -gt 30 ] || { echo "no time left for $name; run again"; return; }
+    timeout --signal=INT "$(left)" "$python" -m headinfer.cli.main bench "$@" --device cuda \
+        --time-limit 240 --resume --json "$out/gpu-suite-$name.json" 2>&1 | tee -a "$out/gpu.log"
+}
+llama=(--model llama-3-8b --dummy-weights --device-memory 24GiB)
+methods=standard,head-wise-8,head-wise-1,resident,host-attention
 
-llama=(--device cuda --device-memory 24GiB --dtype bfloat16 --layers 32 --hidden-size 4096 --heads 32
-    --kv-heads 8 --head-dim 128 --intermediate-size 14336 --vocab-size 128256)
-for context in 10K 40K 100K; do
-    bench decode --context "$context" "${llama[@]}" --json "$out/gpu-llama-3-8b-$context.json"
-    bench decode --context "$context" "${llama[@]}" --methods headinfer --tile-heads 1 \
-        --tile-tokens all --json "$out/gpu-llama-3-8b-$context-head-1.json"
-done
-bench decode --context 128K --device cuda --dtype bfloat16 --json "$out/gpu-small-128K.json"
+if [ ! -e "$out/gpu-tests.log" ]; then
+    timeout 200 "$python" -m pytest -m gpu -q --no-header -p no:cacheprovider tests 2>&1 |
+        tee "$out/gpu-tests.log"
+fi
+bench llama-decode decode "${llama[@]}" --contexts 1K,10K,40K,100K,200K,400K --fill random \
+    --methods "$methods"
+bench llama-prefill prefill "${llama[@]}" --contexts 1K,10K,40K,100K --methods "$methods"
+bench llama-max-context max-context "${llama[@]}" --contexts 10K,800K --fill random \
+    --methods standard,transformers-offloaded,head-wise-1,resident
+bench small-decode decode --contexts 128K,1M --fill random --device-memory 4GiB \
+    --methods "transformers-offloaded,$methods,headinfer"
 
 tail -n 3 "$out/gpu-tests.log"
-grep -E "standard|headinfer|matches" "$out/gpu.log" | tail -n 24
+grep -E "trial|longest" "$out/gpu.log" | tail -n 24

@@ -259,7 +259,8 @@ def test_a_method_that_runs_no_context_at_all_is_a_row():
 
 
 def test_the_time_left_goes_by_each_methods_own_speed():
-    forecast = Forecast([("slow", 1024), ("fast", 1024), ("slow", 1024), ("fast", 1024)])
+    trials = [("slow", 1024), ("fast", 1024), ("slow", 1024), ("fast", 1024)]
+    forecast = Forecast(trials, prefills=True)
     assert forecast.left_s() is None
     forecast.finished("slow", 1024, 10.0)
     forecast.finished("fast", 1024, 1.0)

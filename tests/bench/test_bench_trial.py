@@ -9,7 +9,7 @@ from bench_parts import MODEL, trial_spec
 
 from headinfer.bench import machine, stock
 from headinfer.bench.gate import Verdict, compare
-from headinfer.bench.launch import FreshProcesses
+from headinfer.bench.limits import limit_host
 from headinfer.bench.methods import METHODS
 from headinfer.bench.model_spec import NamedModel
 from headinfer.bench.ours import HeadInfer
@@ -18,6 +18,8 @@ from headinfer.bench.result import Status, TrialFailure, TrialResult
 from headinfer.bench.spec import Fill, Settings, TrialSpec
 from headinfer.bench.trial import attempt, run_trial
 from headinfer.cli.shapes import shape_of
+from headinfer.device.host_pages import map_host_memory
+from headinfer.errors import MemoryPlanError
 from tiny_models import tiny_model
 
 
@@ -133,17 +135,30 @@ def test_a_quantised_cache_is_near_the_reference():
     assert 0 < verdict.logits_error < 1
 
 
-def test_device_memory_holds_every_method_on_the_cpu():
-    model = replace(MODEL, layers=4, kv_heads=4, head_dim=64)
+def test_device_memory_on_the_cpu_is_a_limit_of_the_system_and_is_lifted_again():
+    settings, cpu = Settings(device="cpu", device_memory="96MiB"), torch.device("cpu")
+    with limit_host(settings, cpu, weights_bytes=32 * 2**20):
+        torch.ones(40 * 2**20, dtype=torch.uint8)
+        with pytest.raises(RuntimeError, match="memory"):
+            torch.ones(200 * 2**20, dtype=torch.uint8)
+        with pytest.raises(MemoryPlanError, match="cannot map"):
+            map_host_memory(200 * 2**20)
+    torch.ones(200 * 2**20, dtype=torch.uint8)
+    with (
+        pytest.raises(MemoryPlanError, match="below the weights"),
+        limit_host(settings, cpu, weights_bytes=2**30),
+    ):
+        pass
+
+
+def test_a_trial_beyond_its_device_memory_is_out_of_memory():
     settings = Settings(device="cpu", device_memory="24MiB", chunk_tokens="128")
-    launcher = FreshProcesses()
-    for method in ("standard", "headinfer"):
-        spec = replace(trial_spec(method), model=model, settings=settings, context_tokens=512)
-        assert isinstance(launcher.trial(spec, 60), TrialResult)
-        longer = launcher.trial(replace(spec, context_tokens=16384), 60)  # 128 MiB of KV
-        assert isinstance(longer, TrialFailure)
-        assert longer.status is Status.CANNOT_RUN
-        assert longer.grows, longer.reason
+    spec = replace(trial_spec("standard"), settings=settings, fill=Fill.RANDOM)
+    assert isinstance(attempt(spec), TrialResult)
+    longer = attempt(replace(spec, context_tokens=2**17))  # 64 MiB of KV
+    assert isinstance(longer, TrialFailure)
+    assert longer.status is Status.CANNOT_RUN
+    assert longer.grows, longer.reason
 
 
 @pytest.mark.parametrize("dummy", [True, False])

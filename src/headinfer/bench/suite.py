@@ -69,7 +69,7 @@ class Suite:
         self._rates = rates
         self._progress = progress
         self._done = set(done)
-        self._forecast = Forecast(list(self._trials_to_come()))
+        self._forecast = Forecast(list(self._trials_to_come()), prefills=spec.fill is Fill.PREFILL)
         self._too_long: dict[str, tuple[int, TrialFailure]] = {}
 
     def run(self) -> Iterator[Row]:

@@ -122,7 +122,7 @@ def notes(rows: Sequence[Row]) -> list[str]:
     contexts: dict[tuple[str, str], list[str]] = {}
     all_contexts = {row.context_tokens for row in rows}
     for row in rows:
-        texts = [row.note] if row.note else []
+        texts = row.note.split("; ") if row.note else []
         if row.status is not Status.OK:
             texts.insert(0, f"{meaning(row.status)}: {row.reason}")
         elif row.limited_by:

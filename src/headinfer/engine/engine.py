@@ -185,7 +185,7 @@ class Engine:
         Raises:
             CacheStateError: the cache was closed, or was made for other shapes.
         """
-        geometry = self._check(layer_idx, query, keys, values)
+        geometry = self._check(layer_idx, keys, values, query)
         batch, kv_heads, group, q_len, _ = query.shape
         out = query.new_empty(batch, q_len, kv_heads, group, geometry.value_dim)
         self._layers[layer_idx].store.reserve(self._expected_tokens)
@@ -263,14 +263,14 @@ class Engine:
         elif not share:
             self._layers[layer_idx].host_share = 0.0
 
-    def _check(
-        self, layer_idx: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
-    ) -> KVGeometry:
+    def _check(self, layer_idx: int, *parts: torch.Tensor) -> KVGeometry:
+        """Refuse keys, values and, where there is one, a query that do not fit the cache."""
         self._check_open()
         geometry = self._layers[layer_idx].store.geometry
+        keys, values = parts[:2]
         given = (keys.shape[0], keys.shape[1], keys.shape[3], values.shape[3])
         wanted = (geometry.batch, geometry.kv_heads, geometry.key_dim, geometry.value_dim)
-        dtypes = {part.dtype for part in (query, keys, values)}
+        dtypes = {part.dtype for part in parts}
         if given != wanted or dtypes != {geometry.dtype}:
             names = ", ".join(sorted(str(dtype) for dtype in dtypes))
             raise CacheStateError(

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# The results of a machine without a GPU, in about ten minutes on two cores: prefill, decode and
+# memory from 1K to 128K tokens beside transformers' own caches, on a shape small enough that the
+# slowest finishes. For a row of the 4-bit cache: pip install optimum optimum-quanto.
+# Run it where nothing else runs; stopped, it goes on where it was.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export PYTHONPATH=src
+python="${PYTHON:-python3}"
+out=benchmarks/results
+shape=(--device cpu --layers 2 --hidden-size 512 --heads 8 --kv-heads 4 --head-dim 64)
+stock=standard,chunked-prefill,transformers-offloaded,kv-4bit
+ours=head-wise-8,head-wise-4,head-wise-1,bounded,resident,host-attention,headinfer
+bench() { # verb, options
+    local verb="$1"
+    shift
+    "$python" -m headinfer.cli.main bench "$verb" "${shape[@]}" --resume \
+        --json "$out/cpu-suite-$verb.json" "$@"
+}
+
+bench prefill --contexts 1K,4K,16K,32K --methods "$stock,$ours"
+bench decode --contexts 1K,4K,16K,64K,128K --fill random --new-tokens 16 --methods "$stock,$ours"
+bench memory --contexts 4K,32K --methods "$stock,bounded,headinfer"
+"$python" -m headinfer.cli.main bench report "$out"/*-suite-*.json

@@ -1,0 +1,197 @@
+"""`docs/benchmarks.md` from result files: generated, never typed. Pure Python, never torch."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from headinfer.bench.document import Results
+from headinfer.bench.report_paper import paper_section
+from headinfer.bench.result import Status
+from headinfer.bench.rows import Row
+from headinfer.bench.spec import Command
+from headinfer.bench.table import conditions, notes
+from headinfer.units import format_bytes, format_seconds, format_tokens
+
+_INTRO = """\
+# Benchmarks
+
+Written by `headinfer bench report` from the files in
+[benchmarks/results](../benchmarks/README.md), which also says how they are measured. Do not edit:
+measure again. K tokens is 1024, GiB is 2**30.
+
+Every method's logits were compared with stock transformers' before anything was timed; a method
+that is not exact by design is marked with ~. Times are medians. The bound is the least time that
+the rates of the same machine, measured in the same run, allow for reading weights and KV once (a
+decode step) or for all matrix products (prefill). A method that did not run is listed with the
+reason.
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantity:
+    """What a table or a plot shows of rows.
+
+    Attributes:
+        title: of both.
+        axis: of the plot.
+        of: the value in a row; None where it was not measured.
+        bound_of: the least that is possible; None where nothing says.
+        text: writes a value.
+        stem: of the plot's file name.
+        base: of the plot's ticks.
+    """
+
+    title: str
+    axis: str
+    of: Callable[[Row], float | None]
+    bound_of: Callable[[Row], float | None]
+    text: Callable[[float], str]
+    stem: str
+    base: int = 10
+
+
+PREFILL = Quantity(
+    title="Prefill",
+    axis="prefill",
+    of=lambda row: row.prefill_s,
+    bound_of=lambda row: row.prefill_bound_s,
+    text=format_seconds,
+    stem="prefill",
+)
+DECODE = Quantity(
+    title="Decode",
+    axis="one decode step",
+    of=lambda row: row.decode_s_per_token,
+    bound_of=lambda row: row.decode_bound_s,
+    text=format_seconds,
+    stem="decode",
+)
+HOST_GROWTH = Quantity(
+    title="Memory",
+    axis="growth of resident memory",
+    of=lambda row: row.peak_rss_growth_bytes,
+    bound_of=lambda row: row.kv_bytes,
+    text=format_bytes,
+    stem="memory",
+    base=2,
+)
+DEVICE_PEAK = Quantity(
+    title="Device memory",
+    axis="peak of device memory allocated",
+    of=lambda row: row.device_peak_allocated_bytes,
+    bound_of=lambda row: None,
+    text=format_bytes,
+    stem="memory",
+    base=2,
+)
+
+
+def quantities(results: Results) -> tuple[Quantity, ...]:
+    """Return what a run's results are about."""
+    command = results.spec.command
+    if command is Command.MEMORY:
+        return (HOST_GROWTH if results.machine.device == "cpu" else DEVICE_PEAK,)
+    if command is Command.ABLATION:
+        return (PREFILL, DECODE)
+    return (PREFILL,) if command is Command.PREFILL else (DECODE,)
+
+
+def plot_name(name: str, quantity: Quantity) -> str:
+    """Return the file name of a plot of a result file's stem."""
+    return f"{name}.png" if name.endswith(quantity.stem) else f"{name}-{quantity.stem}.png"
+
+
+def report(files: Sequence[tuple[str, Results]], plots: str) -> str:
+    """Return the document.
+
+    Args:
+        files: stems of result files, and what they hold.
+        plots: folder of the plots as links of the document have it.
+    """
+    parts = [_INTRO]
+    ordered = sorted(files, key=lambda file: _group(file[1]))
+    for (where, model), of_group in groupby(ordered, key=lambda file: _group(file[1])):
+        parts.append(f"## {where}\n\n{model}.\n")
+        for name, results in of_group:
+            parts.extend(_section(name, results, plots))
+    parts.append(paper_section([results for _, results in files]))
+    return "\n".join(parts)
+
+
+def _group(results: Results) -> tuple[str, str]:
+    model, where, *_ = conditions(results.spec, results.machine)
+    return where, model
+
+
+def _section(name: str, results: Results, plots: str) -> Iterator[str]:
+    """Yield one run's tables, plots and notes."""
+    rows = results.arranged_rows
+    _, _, *how = conditions(results.spec, results.machine)
+    facts = "; ".join((*how, _made(results)))
+    if results.spec.command.finds_context:
+        yield f"### Longest context that ran\n\n{facts}.\n"
+        yield _longest_table(rows)
+        return
+    for quantity in quantities(results):
+        yield f"### {quantity.title}\n\n{facts}.\n"
+        yield _table(results, rows, quantity)
+        yield f"![{quantity.title} over context]({plots}/{plot_name(name, quantity)})\n"
+    listed = "\n".join(f"- {note}" for note in notes(rows))
+    yield f"{listed}\n"
+
+
+def _made(results: Results) -> str:
+    head = results.header
+    versions, commit = head["versions"], head["commit"]
+    at = f", commit {commit['id'][:10]}" if commit else ""
+    return (
+        f"{head['date'][:10]}, torch {versions['torch']}, transformers "
+        f"{versions['transformers']}{at}"
+    )
+
+
+def _table(results: Results, rows: Sequence[Row], quantity: Quantity) -> str:
+    """Return contexts down and methods across, without those that never ran."""
+    by_place = {(row.method, row.context_tokens): row for row in rows}
+    methods = [
+        method
+        for method in results.spec.methods
+        if any(row.method == method and quantity.of(row) is not None for row in rows)
+    ]
+    heads = [f"{method}{'' if _exact(rows, method) else ' ~'}" for method in methods]
+    lines = [_line(["context", *heads, "least possible"]), _line(["---:"] * (len(methods) + 2))]
+    for context in results.spec.contexts:
+        cells = [_cell(by_place.get((method, context)), quantity) for method in methods]
+        bounds = [
+            bound
+            for method in methods
+            if (row := by_place.get((method, context))) is not None
+            and (bound := quantity.bound_of(row)) is not None
+        ]
+        least = quantity.text(min(bounds)) if bounds else "-"
+        lines.append(_line([format_tokens(context), *cells, least]))
+    return "\n".join(lines) + "\n"
+
+
+def _exact(rows: Iterable[Row], method: str) -> bool:
+    return next(row.exact for row in rows if row.method == method)
+
+
+def _cell(row: Row | None, quantity: Quantity) -> str:
+    value = None if row is None else quantity.of(row)
+    return "-" if value is None else quantity.text(value)
+
+
+def _longest_table(rows: Sequence[Row]) -> str:
+    lines = [_line(["method", "longest", "because"]), _line(["---", "---:", "---"])]
+    for row in rows:
+        ran = row.status in (Status.OK, Status.UNCHECKED)
+        why = row.limited_by if ran else row.reason
+        lines.append(
+            _line([row.method, format_tokens(row.context_tokens) if ran else "-", why or "-"])
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -1,0 +1,79 @@
+"""The plots of the report; needs matplotlib."""
+
+from collections.abc import Iterator
+
+from matplotlib.figure import Figure
+
+from headinfer.bench.catalogue import AUTO, HOST_ATTENTION, OFFLOADED, SYNCHRONOUS
+from headinfer.bench.document import Results
+from headinfer.bench.report import Quantity, plot_name, quantities
+from headinfer.bench.rows import Row
+from headinfer.bench.table import conditions
+from headinfer.plan.methods import ADAPTIVE, BOUNDED, CHUNKED, QUANTISED, RESIDENT, STANDARD
+from headinfer.plot.lines import BOUND, Line, Look, draw
+
+_LOOKS = {
+    STANDARD: Look(color="#000000", marker="o", width_points=2.6),
+    CHUNKED: Look(color="#777777", marker="s"),
+    OFFLOADED: Look(color="#8c6d46", marker="^"),
+    QUANTISED: Look(color="#cc79a7", marker="D"),
+    "head-wise-8": Look(color="#7fb8de", marker="v"),
+    "head-wise-4": Look(color="#56a0d3", marker="<"),
+    "head-wise-2": Look(color="#0072b2", marker=">"),
+    "head-wise-1": Look(color="#003f6b", marker="^"),
+    ADAPTIVE: Look(color="#9a8a00", marker="P"),
+    BOUNDED: Look(color="#009e73", marker="s"),
+    RESIDENT: Look(color="#e69f00", marker="p"),
+    HOST_ATTENTION: Look(color="#882255", marker="h"),
+    SYNCHRONOUS: Look(color="#999933", marker="d"),
+    AUTO: Look(color="#d55e00", marker="o", width_points=3.2),
+}
+"""Of each method in every plot: what people use in black and greys, ours in colours."""
+
+
+def figures(name: str, results: Results) -> Iterator[tuple[str, Figure]]:
+    """Yield file names and plots of a result file's stem."""
+    if results.spec.command.finds_context:
+        return
+    for quantity in quantities(results):
+        lines = list(_lines(results, quantity))
+        if lines:
+            model, where, *_ = conditions(results.spec, results.machine)
+            figure = draw(
+                f"{quantity.title}: {where}",
+                model,
+                quantity.axis,
+                lines,
+                quantity.text,
+                base=quantity.base,
+            )
+            yield plot_name(name, quantity), figure
+
+
+def _lines(results: Results, quantity: Quantity) -> Iterator[Line]:
+    rows = results.arranged_rows
+    bounds: dict[int, float] = {}
+    for method in results.spec.methods:
+        of_method = [row for row in rows if row.method == method]
+        points = tuple(_points(of_method, quantity))
+        for row in of_method:
+            bound = quantity.bound_of(row)
+            if quantity.of(row) is not None and bound is not None:
+                bounds[row.context_tokens] = min(bound, bounds.get(row.context_tokens, bound))
+        if points:
+            last = max(row.context_tokens for row in of_method)
+            yield Line(
+                name=method,
+                points=points,
+                look=_LOOKS[method],
+                broken_off=points[-1][0] < last,
+            )
+    if bounds:
+        yield Line(name="least possible", points=tuple(sorted(bounds.items())), look=BOUND)
+
+
+def _points(rows: list[Row], quantity: Quantity) -> Iterator[tuple[int, float]]:
+    for row in rows:
+        value = quantity.of(row)
+        if value is not None:
+            yield row.context_tokens, value
