@@ -184,9 +184,9 @@ def test_named_models_are_measured(tmp_path, dummy):
     [
         (MemoryError("no more"), Status.CANNOT_RUN, "out of memory"),
         (
-            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 3 bytes"),
+            RuntimeError("can't allocate memory: you tried to allocate 2048 bytes."),
             Status.CANNOT_RUN,
-            "out of memory",
+            "out of memory: 2.00 KiB more could not be had",
         ),
         (ImportError("needs a library"), Status.CANNOT_RUN, "needs a library"),
         (RuntimeError("shape mismatch"), Status.FAILED, "shape mismatch"),

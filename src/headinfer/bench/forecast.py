@@ -21,6 +21,7 @@ class Forecast:
     def __init__(self, trials: list[tuple[str, int]], *, prefills: bool) -> None:
         self._prefills = prefills
         self._left = list(trials)
+        self._known = bool(trials)
         self._speeds: dict[str, float] = {}
 
     def finished(self, method: str, tokens: int, seconds: float) -> None:
@@ -34,8 +35,8 @@ class Forecast:
             self._left.remove((method, tokens))
 
     def left_s(self) -> float | None:
-        """Return the seconds left; None before any trial ran."""
-        if not self._speeds:
+        """Return the seconds left; None before any trial ran, or where nobody knows what comes."""
+        if not self._speeds or not self._known:
             return None
         usual = sum(self._speeds.values()) / len(self._speeds)
         return sum(

@@ -119,20 +119,25 @@ def conditions(spec: BenchSpec, machine: Machine) -> Iterable[str]:
 
 def notes(rows: Sequence[Row]) -> list[str]:
     """Return what must be known of rows, each text once with the contexts it is about."""
-    contexts: dict[tuple[str, str], list[str]] = {}
-    all_contexts = {row.context_tokens for row in rows}
+    about: dict[tuple[str, str], list[int]] = {}
+    contexts: dict[str, list[int]] = {}
     for row in rows:
+        contexts.setdefault(row.method, []).append(row.context_tokens)
         texts = row.note.split("; ") if row.note else []
         if row.status is not Status.OK:
             texts.insert(0, f"{meaning(row.status)}: {row.reason}")
         elif row.limited_by:
             texts.insert(0, f"ends at {row.limited_by}")
         for text in texts:
-            contexts.setdefault((row.method, text), []).append(format_tokens(row.context_tokens))
+            about.setdefault((row.method, text), []).append(row.context_tokens)
     return [
-        f"{method}{'' if len(at) == len(all_contexts) else ' at ' + ', '.join(at)}: {text}"
-        for (method, text), at in contexts.items()
+        f"{method}{'' if at == contexts[method] else _listed(at)}: {text}"
+        for (method, text), at in about.items()
     ]
+
+
+def _listed(contexts: Sequence[int]) -> str:
+    return f" at {', '.join(map(format_tokens, contexts))}"
 
 
 def meaning(status: Status) -> str:

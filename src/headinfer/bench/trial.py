@@ -7,6 +7,7 @@ filled alike for each method, so decode steps can be compared there too.
 """
 
 import base64
+import re
 import time
 import traceback
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from headinfer.bench.result import Status, TrialFailure, TrialResult, to_json
 from headinfer.bench.spec import Fill, TrialSpec
 from headinfer.errors import HeadInferError, MemoryPlanError
 from headinfer.integration.support import model_shape
+from headinfer.units import format_bytes
 
 _WARM_UP_TOKENS = 512
 _WARM_UP_STEPS = 2
@@ -166,9 +168,13 @@ def _first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+_CPU_ALLOCATOR = re.compile(r"tried to allocate (\d+) bytes")
+
+
 def _out_of_memory(error: Exception) -> TrialFailure:
-    reason = f"out of memory: {_first_line(error)}"
-    return TrialFailure(status=Status.CANNOT_RUN, reason=reason, grows=True)
+    asked = _CPU_ALLOCATOR.search(str(error))
+    what = f"{format_bytes(int(asked[1]))} more could not be had" if asked else _first_line(error)
+    return TrialFailure(status=Status.CANNOT_RUN, reason=f"out of memory: {what}", grows=True)
 
 
 def attempt(spec: TrialSpec) -> TrialResult | TrialFailure:

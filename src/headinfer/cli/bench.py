@@ -191,13 +191,15 @@ class _ConsoleProgress:
         self._started_s = time.monotonic()
         self._spinner.update(f"{what}{left}")
         if not self._console.is_terminal and left:
-            self._console.print(f"{what}{left}", style="dim", markup=False, highlight=False)
+            self._say(f"{what}{left}")
 
     def finished(self, what: str, outcome: str) -> None:
         """Print how it ended."""
         took = format_duration(time.monotonic() - self._started_s)
-        line = f"{what}: {outcome} ({took} in all)"
-        self._console.print(line, style="dim", markup=False, highlight=False)
+        self._say(f"{what}: {outcome} ({took} in all)")
+
+    def _say(self, line: str) -> None:
+        self._console.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager

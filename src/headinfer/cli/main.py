@@ -104,9 +104,8 @@ app.command(cls=JsonCommand)(roofline)
     },
 )
 def bench(context: typer.Context) -> None:
-    """Measure speed and memory against stock transformers, on this machine."""
-    # Imported here and not above: it imports torch, which takes seconds, and which the other verbs
-    # set up before they import it.
+    """Measure speed and memory beside what people use instead, on this machine."""
+    # Imported here and not above: the other verbs need none of it.
     from headinfer.cli import bench as benchmarks
 
     verbs = typer.main.get_command(benchmarks.app)
