@@ -42,9 +42,7 @@ def table(documents: list[dict[str, Any]]) -> str:
     lines += [
         "",
         "The bound is reading KV cache and weights once, at the read rate measured in the same run "
-        f"({rates} GB/s: other tenants share this machine's memory). On a CPU prefill is the same "
-        "kernel's work either way. From [benchmarks/results](benchmarks/README.md); `make bench` "
-        "repeats it.",
+        f"({rates} GB/s). From [benchmarks/results](benchmarks/README.md); `make bench` repeats it.",
     ]
     return "\n".join(lines)
 
