@@ -42,7 +42,8 @@ def table(documents: list[dict[str, Any]]) -> str:
     lines += [
         "",
         "The bound is reading KV cache and weights once, at the read rate measured in the same run "
-        f"({rates} GB/s). From [benchmarks/results](benchmarks/README.md); `make bench` repeats it.",
+        f"({rates} GB/s). From [benchmarks/results](benchmarks/README.md); "
+        "`make bench` repeats it.",
     ]
     return "\n".join(lines)
 
