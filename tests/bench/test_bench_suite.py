@@ -18,7 +18,7 @@ from headinfer.bench.result import Status, TrialFailure, from_json, to_json
 from headinfer.bench.rows import Percentiles
 from headinfer.bench.spec import BenchSpec, Command, Fill, TrialSpec
 from headinfer.bench.suite import GATE_TOKENS
-from headinfer.bench.table import render
+from headinfer.bench.table import notes, render
 from shapes import LLAMA_3_8B
 
 NO_MEMORY = TrialFailure(status=Status.CANNOT_RUN, reason="out of memory: 3 TiB")
@@ -275,6 +275,15 @@ def test_a_trial_that_takes_too_long_is_ended():
     assert isinstance(outcome, TrialFailure)
     assert outcome.status is Status.CANNOT_RUN
     assert "longer than 0.01 s" in outcome.reason
+
+
+def test_rows_measured_beside_other_programs_are_called_noisy():
+    def answer(spec: TrialSpec):
+        busy = 0.3 if (spec.method, spec.context_tokens) == ("headinfer", 300) else 0.02
+        return replace(trial_result(), others_cpu_share=busy)
+
+    rows = rows_of(bench_spec(contexts=(300, 600)), FakeLauncher(answer))
+    assert notes(rows) == ["headinfer at 300: noisy: other programs used the CPU meanwhile"]
 
 
 def test_a_document_is_json_even_when_a_number_is_not():

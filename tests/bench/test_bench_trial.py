@@ -1,5 +1,9 @@
 """Trials in this process: both methods agree, a damaged one does not, refusals are told."""
 
+import os
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
 import numpy
@@ -12,6 +16,7 @@ from headinfer.bench.gate import Verdict, compare
 from headinfer.bench.limits import limit_host
 from headinfer.bench.methods import METHODS
 from headinfer.bench.model_spec import NamedModel
+from headinfer.bench.neighbours import Neighbours
 from headinfer.bench.ours import HeadInfer
 from headinfer.bench.process_memory import PeakRss
 from headinfer.bench.result import Status, TrialFailure, TrialResult
@@ -209,6 +214,26 @@ def test_peak_memory_is_that_after_the_start_also_when_freed():
     peak = PeakRss()
     numpy.ones(64 * 2**20 // 8)
     assert 60 * 2**20 < peak.growth_bytes() < 100 * 2**20
+
+
+def test_the_cpu_time_of_others_is_told_from_ones_own():
+    def work(seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            pass
+
+    neighbours = Neighbours()
+    work(0.3)
+    alone = neighbours.cpu_share()
+    neighbours = Neighbours()
+    other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        time.sleep(0.5)
+    finally:
+        other.kill()
+    beside = neighbours.cpu_share()
+    assert 0 <= alone <= 1
+    assert beside > 0.5 / (os.cpu_count() or 1)
 
 
 def test_the_machine_is_measured(monkeypatch):

@@ -56,6 +56,7 @@ class TrialResult:
         kv_device_bytes: KV bytes held on the device at the end; 0 where there is no device memory.
         streamed_kv_bytes: KV bytes that a decode step needs over the link.
         host_attended_kv_bytes: KV bytes that the CPU attends on behalf of a device.
+        others_cpu_share: share of the CPU that other programs used meanwhile.
         planned_activation_bytes: what the method planned for activations; None if it plans none.
         plan: sizes the method chose; None if it chooses none.
         prefill_bytes_to_device: bytes copied over the link to the device during prefill.
@@ -78,6 +79,7 @@ class TrialResult:
     note: str = ""
     streamed_kv_bytes: int = 0
     host_attended_kv_bytes: int = 0
+    others_cpu_share: float = 0.0
     planned_activation_bytes: int | None = None
     plan: dict[str, int] | None = None
     prefill_bytes_to_device: int = 0

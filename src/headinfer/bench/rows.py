@@ -11,6 +11,9 @@ from headinfer.bench.gate import Verdict
 from headinfer.bench.result import Status, TrialResult
 from headinfer.bench.spec import BenchSpec, Fill
 
+NOISY_CPU_SHARE = 0.1
+"""Where other programs use more of the CPU than this, a row's times are called noisy."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Percentiles:
@@ -76,6 +79,7 @@ class Row:
         link_bytes_per_s: both over the seconds of the same trial.
         device_peak_allocated_bytes: the most torch allocated on the device.
         device_peak_reserved_bytes: the most it reserved.
+        others_cpu_share: share of the CPU that other programs used, the most of any trial.
         gate: the comparison with the reference.
         limited_by: what the longest context was found to be limited by.
         tried: the contexts tried for it, and how each ended.
@@ -117,6 +121,7 @@ class Row:
     link_bytes_per_s: float | None = None
     device_peak_allocated_bytes: int | None = None
     device_peak_reserved_bytes: int | None = None
+    others_cpu_share: float | None = None
     gate: Verdict | None = None
     limited_by: str | None = None
     tried: tuple[tuple[int, str], ...] = field(default=())
@@ -194,6 +199,7 @@ def row_of(
         link_bytes_per_s=sum(copied) / seconds if any(copied) else None,
         device_peak_allocated_bytes=_most([r.device_peak_allocated_bytes for r in results]),
         device_peak_reserved_bytes=_most([r.device_peak_reserved_bytes for r in results]),
+        others_cpu_share=max(result.others_cpu_share for result in results),
         prefill_samples_s=tuple(prefills),
         decode_samples_s=tuple(result.decode_s for result in results),
     )

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from headinfer.bench.launch import Machine
 from headinfer.bench.result import Status
-from headinfer.bench.rows import Row
+from headinfer.bench.rows import NOISY_CPU_SHARE, Row
 from headinfer.bench.spec import BenchSpec, Command, Fill
 from headinfer.units import format_bytes, format_tokens
 
@@ -128,6 +128,8 @@ def notes(rows: Sequence[Row]) -> list[str]:
             texts.insert(0, f"{meaning(row.status)}: {row.reason}")
         elif row.limited_by:
             texts.insert(0, f"ends at {row.limited_by}")
+        if (row.others_cpu_share or 0.0) > NOISY_CPU_SHARE:
+            texts.append("noisy: other programs used the CPU meanwhile")
         for text in texts:
             about.setdefault((row.method, text), []).append(row.context_tokens)
     return [

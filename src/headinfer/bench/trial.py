@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import closing, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from headinfer.bench.build import build_model, torch_device
 from headinfer.bench.fill import fill_randomly
 from headinfer.bench.limits import limit_device, limit_host
 from headinfer.bench.methods import METHODS, Method
+from headinfer.bench.neighbours import Neighbours
 from headinfer.bench.process_memory import PeakRss
 from headinfer.bench.result import Status, TrialFailure, TrialResult, to_json
 from headinfer.bench.spec import Fill, TrialSpec
@@ -105,12 +107,14 @@ def run_trial(spec: TrialSpec) -> TrialResult:
     device = torch_device(spec.settings)
     limit_device(spec.settings, device)
     model = build_model(spec, device)
+    neighbours = Neighbours()
     tokens = _tokens(spec, device)
     weights_bytes = model_shape(model).weights_bytes
     with closing(METHODS[spec.method](model, spec)) as method:
         _warm_up(method, _Run(model, method), tokens)
         with limit_host(spec.settings, device, weights_bytes):
-            return _measure(spec, method, model, tokens)
+            result = _measure(spec, method, model, tokens)
+    return replace(result, others_cpu_share=neighbours.cpu_share())
 
 
 def _measure(
