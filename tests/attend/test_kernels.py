@@ -12,7 +12,7 @@ from headinfer.attend.cpu import CpuKernel
 from headinfer.attend.cuda import candidates
 from headinfer.attend.masks import attend_band
 from headinfer.attend.native.kernel import NativeKernel, decode_library, prefill_library
-from headinfer.attend.partial import Accumulator, Kernel, empty_partial
+from headinfer.attend.partial import Accumulator, Kernel, Partial, empty_partial
 from headinfer.attend.reference import ReferenceKernel
 from headinfer.attend.select import select_kernel
 
@@ -65,7 +65,14 @@ SHAPES = [  # batch, kv_heads, group, q_len, kv_len, head_dim
 ]
 
 
-def check(kernel: Kernel, shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> None:
+def check(
+    kernel: Kernel,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    kind: str,
+    *,
+    device: torch.device | str = "cpu",
+) -> None:
     batch, kv_heads, group, q_len, kv_len, dim = shape
     if kind == "causal":
         kv_len = q_len
@@ -81,13 +88,14 @@ def check(kernel: Kernel, shape: tuple[int, ...], dtype: torch.dtype, kind: str)
         mask = draw(1, q_len, kv_len) > 0.5
         mask[:, 0] = False  # a query that sees nothing
     ours = kernel.attend(
-        query,
-        keys,
-        values,
+        query.to(device),
+        keys.to(device),
+        values.to(device),
         scale=0.2,
         causal=kind == "causal",
-        mask=None if kind == "causal" else mask,
+        mask=None if kind == "causal" or mask is None else mask.to(device),
     )
+    ours = Partial(ours.out.cpu(), ours.lse.cpu())
     out, lse = by_definition(query, keys, values, 0.2, mask)
     blind = lse.isinf()
     assert torch.equal(ours.lse.isinf(), blind)
@@ -123,13 +131,9 @@ def test_splitting_over_threads_changes_nothing(threads: int, shape: tuple[int, 
 @pytest.mark.parametrize("kind", ["tile", "causal", "padding", "mask"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_kernels_on_cuda(dtype: torch.dtype, kind: str) -> None:
-    torch.set_default_device("cuda")
-    try:
-        for shape in SHAPES:
-            for kernel in candidates(torch.device("cuda"), dtype, shape[-1]):
-                check(kernel, shape, dtype, kind)
-    finally:
-        torch.set_default_device(None)
+    for shape in SHAPES:
+        for kernel in candidates(torch.device("cuda"), dtype, shape[-1]):
+            check(kernel, shape, dtype, kind, device="cuda")
 
 
 @pytest.mark.parametrize("softcap", [1.5, 30.0])

@@ -8,7 +8,7 @@ every query head of its group.
 import torch
 
 from headinfer.attend.grouped import attend_grouped
-from headinfer.attend.partial import Accumulator, Partial, empty_partial
+from headinfer.attend.partial import Accumulator, Kernel, Partial, empty_partial
 from headinfer.attend.split import attend_split
 
 _FEW_ROWS = 32
@@ -20,7 +20,7 @@ _BLOCK_TOKENS = 4096
 this bounds its memory, and ours where we convert them."""
 
 
-class CpuKernel:
+class CpuKernel(Kernel):
     """The fused CPU kernel: float64, float32, bfloat16 and float16, equal key and value dims."""
 
     name = "torch flash attention (CPU)"

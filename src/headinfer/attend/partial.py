@@ -28,9 +28,21 @@ class Partial:
 
 
 class Kernel(Protocol):
-    """Computes partials; an implementation holds no state and may be shared."""
+    """Computes partials; an implementation holds no state and may be shared.
+
+    One that derives from this class merges tiles by `Accumulator`, or by a `begin` of its own.
+    """
 
     name: str
+
+    def begin(self, query: torch.Tensor, *, scale: float) -> "TileAttention":
+        """Return the attention of some queries to a set of tiles, none of them attended yet.
+
+        Args:
+            query: `[batch, kv_heads, group, q_len, key_dim]`, unchanged until the end.
+            scale: factor of the scores.
+        """
+        return SeparateTiles(self, query, scale)
 
     def attend(
         self,
@@ -55,6 +67,28 @@ class Kernel(Protocol):
         Returns:
             The partial over these keys.
         """
+
+
+class TileAttention(Protocol):
+    """The attention of one chunk's queries to a set of tiles, which come one by one.
+
+    Everything is enqueued on the stream that is current; a tile's memory may be overwritten by what
+    is ordered after that.
+    """
+
+    def attend(
+        self, keys: torch.Tensor, values: torch.Tensor, *, mask: torch.Tensor | None = None
+    ) -> None:
+        """Attend a tile; see `Kernel.attend`."""
+
+    def add(self, partial: Partial) -> None:
+        """Merge a partial of the same queries that was computed elsewhere."""
+
+    def add_sinks(self, sinks: torch.Tensor) -> None:
+        """Merge attention sinks; see `Accumulator.add_sinks`."""
+
+    def write(self, out: torch.Tensor) -> None:
+        """Write the result to `out[batch, q_len, kv_heads, group, value_dim]`, in its dtype."""
 
 
 def stack_rows(rows: list[Partial]) -> Partial:
@@ -127,3 +161,31 @@ class Accumulator:
 def _weight(lse: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
     """Return exp(lse - total), 0 where no key is visible at all; one axis more for the dim."""
     return torch.where(lse == -torch.inf, 0.0, torch.exp(lse - total)).unsqueeze(-1)
+
+
+class SeparateTiles:
+    """Attends tile by tile with any kernel, and merges each partial as it comes."""
+
+    def __init__(self, kernel: Kernel, query: torch.Tensor, scale: float) -> None:
+        self._kernel = kernel
+        self._query = query
+        self._scale = scale
+        self._total = Accumulator()
+
+    def attend(
+        self, keys: torch.Tensor, values: torch.Tensor, *, mask: torch.Tensor | None = None
+    ) -> None:
+        """Attend a tile."""
+        self.add(self._kernel.attend(self._query, keys, values, scale=self._scale, mask=mask))
+
+    def add(self, partial: Partial) -> None:
+        """Merge a partial."""
+        self._total.add(partial)
+
+    def add_sinks(self, sinks: torch.Tensor) -> None:
+        """Merge attention sinks."""
+        self._total.add_sinks(sinks)
+
+    def write(self, out: torch.Tensor) -> None:
+        """Write the result."""
+        out.copy_(self._total.result().out.permute(0, 3, 1, 2, 4))

@@ -5,13 +5,13 @@ The fallback of the fused kernels and the oracle their results are tested agains
 
 import torch
 
-from headinfer.attend.partial import Accumulator, Partial, accumulation_dtype, empty_partial
+from headinfer.attend.partial import Accumulator, Kernel, Partial, accumulation_dtype, empty_partial
 
 _MAX_SCORES = 2**23
 """Scores computed at once: 32 MiB in float32, whatever the lengths."""
 
 
-class ReferenceKernel:
+class ReferenceKernel(Kernel):
     """Blocked attention by matrix products.
 
     Args:

@@ -77,7 +77,7 @@ def _agrees(
             ours = kernel.attend(query, keys, values, scale=scale, causal=causal)
         except torch.OutOfMemoryError:
             raise  # says nothing about the kernel, and this choice would last
-        except (RuntimeError, NotImplementedError, AttributeError) as error:
+        except Exception as error:  # a compiler's own kinds among them: another kernel serves
             _logger.info("%s: %s", kernel.name, error)
             return False
         wanted = reference.attend(

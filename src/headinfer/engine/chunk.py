@@ -8,7 +8,7 @@ import torch
 from torch.profiler import record_function
 
 from headinfer.attend.masks import Padding, attend_square, padding_of
-from headinfer.attend.partial import Accumulator, Kernel, Partial
+from headinfer.attend.partial import Kernel, TileAttention
 from headinfer.store.layer import Span
 
 ATTENTION_MARK = "headinfer: attention"
@@ -56,7 +56,7 @@ class Chunk:
 
     def attend(
         self, heads: slice, near: Iterable[Span], tiles: Iterable[Span], past_tokens: int
-    ) -> Accumulator:
+    ) -> TileAttention:
         """Attend some heads to the chunk itself and to past tokens on the device.
 
         Args:
@@ -70,8 +70,9 @@ class Chunk:
 
     def _attend(
         self, heads: slice, near: Iterable[Span], tiles: Iterable[Span], past_tokens: int
-    ) -> Accumulator:
-        query, total = self.query[:, heads], Accumulator()
+    ) -> TileAttention:
+        query = self.query[:, heads]
+        total = self.kernel.begin(query, scale=self.scale)
         if self.tokens > 1:
             own_padding = padding_of(self.padding, past_tokens, past_tokens + self.tokens)
             total.add(
@@ -85,24 +86,18 @@ class Chunk:
                 )
             )
         for span in near:
-            total.add(
-                self._partial(query, Span(span.start, span.keys[:, heads], span.values[:, heads]))
-            )
+            near_heads = Span(span.start, span.keys[:, heads], span.values[:, heads])
+            self._attend_past(total, near_heads)
         for tile in tiles:
-            total.add(self._partial(query, tile))
+            self._attend_past(total, tile)
         return total
 
-    def _partial(self, query: torch.Tensor, past: Span) -> Partial:
-        return self.kernel.attend(
-            query,
-            past.keys,
-            past.values,
-            scale=self.scale,
-            mask=padding_of(self.padding, past.start, past.start + past.tokens),
-        )
+    def _attend_past(self, total: TileAttention, past: Span) -> None:
+        mask = padding_of(self.padding, past.start, past.start + past.tokens)
+        total.attend(past.keys, past.values, mask=mask)
 
-    def finish(self, heads: slice, total: Accumulator) -> None:
+    def finish(self, heads: slice, total: TileAttention) -> None:
         """Put what was merged for some heads into `out`."""
         if self.sinks is not None:
             total.add_sinks(self.sinks[heads])
-        self.out[:, :, heads].copy_(total.result().out.permute(0, 3, 1, 2, 4))
+        total.write(self.out[:, :, heads])

@@ -203,7 +203,8 @@ class Engine:
         )
         for first in range(0, q_len, self.plan.chunk_tokens):
             part = slice(first, first + self.plan.chunk_tokens)
-            self._attend_chunk(layer_idx, call.part(part), host_kernel)
+            chunk = call if q_len <= self.plan.chunk_tokens else call.part(part)
+            self._attend_chunk(layer_idx, chunk, host_kernel)
         return out
 
     def append(self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor) -> None:

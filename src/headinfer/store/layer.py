@@ -59,11 +59,17 @@ class KVGeometry:
         key_bytes = rows * self.key_dim * self.dtype.itemsize
         all_bytes = self.num_bytes(tokens, heads=heads)
         shape = (self.batch, heads, tokens)
-        # A view that changes the dtype in inference mode could not be written to outside it.
-        with torch.inference_mode(False):
+
+        def views() -> tuple[torch.Tensor, torch.Tensor]:
             keys = buffer[:key_bytes].view(self.dtype).view(*shape, self.key_dim)
             values = buffer[key_bytes:all_bytes].view(self.dtype).view(*shape, self.value_dim)
-        return keys, values
+            return keys, values
+
+        if not torch.is_inference_mode_enabled():
+            return views()  # leaving the mode takes longer than the views do
+        # A view that changes the dtype in inference mode could not be written to outside it.
+        with torch.inference_mode(False):
+            return views()
 
 
 @dataclass(slots=True)

@@ -14,7 +14,7 @@ import torch
 
 from headinfer.attend.cpu import CpuKernel
 from headinfer.attend.native.build import ELEMENTS, compile_kernel
-from headinfer.attend.partial import Partial, empty_partial, stack_rows
+from headinfer.attend.partial import Kernel, Partial, empty_partial, stack_rows
 from headinfer.attend.split import merge_splits
 
 MAX_DECODE_ROWS = 16
@@ -92,7 +92,7 @@ def prefill_library(dtype: torch.dtype, head_dim: int) -> ctypes.CDLL | None:
     return library
 
 
-class NativeKernel:
+class NativeKernel(Kernel):
     """Tiles by the compiled kernels; all else by torch's fused one.
 
     Results are float32 whatever the input, so that merging rounds once. Uses as many threads as

@@ -1,0 +1,186 @@
+"""Decode on CUDA in two kinds of launch: one for each tile, and one that merges all of them.
+
+With torch's kernel a tile takes some 35 launches, most of them to merge: on an H100 whose host
+needs 25 us for a launch that was a millisecond for each tile, longer than its copy takes.
+"""
+
+import torch
+
+from headinfer.attend.partial import Kernel, Partial, SeparateTiles, TileAttention
+from headinfer.attend.triton_kernels import attend_tile, merge_slots
+
+MAX_ROWS = 64
+"""Query rows of one KV head up to which a step is bound by reading keys and values."""
+
+_SLOTS = 256
+"""Partials kept until they are merged: 4 MiB for Llama-3-8B."""
+
+_MIN_SPLIT_TOKENS = 256
+_PROGRAMS_PER_MULTIPROCESSOR = 2
+_BLOCK_SLOTS = 32
+
+
+def serves(dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether the programs are made for keys and values of this dtype and head_dim."""
+    return dtype in (torch.float32, torch.float16, torch.bfloat16) and 16 <= head_dim <= 256
+
+
+def _power_of_2(number: int) -> int:
+    """Return the least power of 2 that is not below a number."""
+    return 1 << (number - 1).bit_length()
+
+
+class FusedDecodeKernel(Kernel):
+    """Few query rows by Triton; all else by another kernel.
+
+    Args:
+        other: what serves more rows, causal squares and masks that differ between queries.
+        multiprocessors: of the device.
+    """
+
+    def __init__(self, other: Kernel, multiprocessors: int) -> None:
+        self.name = f"Triton decode and {other.name}"
+        self._other = other
+        self._programs = _PROGRAMS_PER_MULTIPROCESSOR * multiprocessors
+
+    def begin(self, query: torch.Tensor, *, scale: float) -> TileAttention:
+        """Return the attention of some queries to a set of tiles; see `Kernel.begin`."""
+        if 0 < query.shape[2] * query.shape[3] <= MAX_ROWS:
+            return FusedTiles(query, scale, self._programs)
+        return SeparateTiles(self._other, query, scale)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        *,
+        scale: float,
+        causal: bool = False,
+        mask: torch.Tensor | None = None,
+    ) -> Partial:
+        """Attend one tile; see `Kernel.attend`."""
+        rows, square = query.shape[2] * query.shape[3], causal and query.shape[3] > 1
+        many = mask is not None and mask.shape[1] > 1
+        if not 0 < rows <= MAX_ROWS or square or many:
+            return self._other.attend(query, keys, values, scale=scale, causal=causal, mask=mask)
+        tiles = FusedTiles(query, scale, self._programs)
+        tiles.attend(keys, values, mask=mask)
+        return tiles.result()
+
+
+class FusedTiles:
+    """The partials of one query's tiles, side by side until they are merged in one launch.
+
+    Args:
+        query: `[batch, kv_heads, group, q_len, head_dim]` with a unit last stride.
+        scale: factor of the scores.
+        programs: programs that fill the device.
+    """
+
+    def __init__(self, query: torch.Tensor, scale: float, programs: int) -> None:
+        self._query = query
+        self._scale = scale
+        batch, kv_heads, group, q_len, dim = query.shape
+        self._heads = batch * kv_heads
+        self._rows = self._heads * group * q_len
+        self._most_splits = max(programs // self._heads, 1)
+        self._shape = {"KV_HEADS": kv_heads, "GROUP": group, "Q_LEN": q_len, "DIM": dim}
+        self._block_dim = _power_of_2(dim)
+        self._capacity = max(_SLOTS, self._most_splits + 1)
+        self._parts, self._lses = self._empty_slots(), self._empty_slots(dim=False)
+        self._used = 0
+        self._sinks: torch.Tensor | None = None
+
+    def _empty_slots(self, *, dim: bool = True) -> torch.Tensor:
+        shape = (self._capacity, self._rows, *([self._shape["DIM"]] if dim else []))
+        return torch.empty(shape, dtype=torch.float32, device=self._query.device)
+
+    def attend(
+        self, keys: torch.Tensor, values: torch.Tensor, *, mask: torch.Tensor | None = None
+    ) -> None:
+        """Attend a tile, of which `mask[batch or 1, 1, kv_len]` tokens are visible."""
+        kv_len = keys.shape[2]
+        if not kv_len:
+            return
+        query, block_tokens = self._query, self._block_tokens(keys)
+        splits = max(min(self._most_splits, kv_len // _MIN_SPLIT_TOKENS), 1)
+        blocks = -(-kv_len // block_tokens)
+        split_tokens = -(-blocks // splits) * block_tokens
+        splits = -(-kv_len // split_tokens)
+        self._make_room(splits)
+        seen = query if mask is None else mask.expand(query.shape[0], 1, kv_len).contiguous()
+        attend_tile[(splits, self._heads)](
+            query,
+            keys,
+            values,
+            seen,
+            self._parts,
+            self._lses,
+            self._scale,
+            kv_len,
+            split_tokens,
+            self._used,
+            *query.stride()[:4],
+            *keys.stride()[:3],
+            *values.stride()[:3],
+            kv_len,
+            **self._shape,
+            MASKED=mask is not None,
+            BLOCK_ROWS=max(_power_of_2(query.shape[2] * query.shape[3]), 16),
+            BLOCK_DIM=self._block_dim,
+            BLOCK_TOKENS=block_tokens,
+            num_warps=4,
+            num_stages=2,
+        )
+        self._used += splits
+
+    def _block_tokens(self, keys: torch.Tensor) -> int:
+        """Return the tokens read at once: 16 KiB of keys, twice that in flight with the values."""
+        return max(2**14 // (self._block_dim * keys.itemsize), 16)
+
+    def add(self, partial: Partial) -> None:
+        """Merge a partial of the same queries."""
+        self._make_room(1)
+        self._parts[self._used].view(partial.out.shape).copy_(partial.out)
+        self._lses[self._used].view(partial.lse.shape).copy_(partial.lse)
+        self._used += 1
+
+    def add_sinks(self, sinks: torch.Tensor) -> None:
+        """Merge attention sinks."""
+        self._sinks = sinks.contiguous()
+
+    def write(self, out: torch.Tensor) -> None:
+        """Write the result."""
+        self._merge(out.permute(0, 2, 3, 1, 4), self._lses.new_empty(self._rows))
+
+    def result(self) -> Partial:
+        """Return the result in float32."""
+        out = torch.empty(self._query.shape, dtype=torch.float32, device=self._query.device)
+        lse = out.new_empty(out.shape[:-1])
+        self._merge(out, lse)
+        return Partial(out, lse)
+
+    def _make_room(self, slots: int) -> None:
+        if self._used + slots > self._capacity:
+            merged = self.result()
+            self._parts, self._lses = self._empty_slots(), self._empty_slots(dim=False)
+            self._used = 0
+            self.add(merged)
+
+    def _merge(self, out: torch.Tensor, lse: torch.Tensor) -> None:
+        """Merge all slots into `out[batch, kv_heads, group, q_len, dim]` and `lse`."""
+        merge_slots[(self._rows,)](
+            self._parts,
+            self._lses,
+            self._lses if self._sinks is None else self._sinks,
+            out,
+            lse,
+            self._used,
+            *out.stride()[:4],
+            **self._shape,
+            SINKS=self._sinks is not None,
+            BLOCK_SLOTS=_BLOCK_SLOTS,
+            BLOCK_DIM=self._block_dim,
+            num_warps=4,
+        )

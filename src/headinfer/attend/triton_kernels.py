@@ -1,0 +1,168 @@
+"""The Triton programs of `fused_decode`; imports Triton, which not every system has.
+
+Scores are kept in base 2 within a program (`exp2` is one instruction), natural outside.
+"""
+
+import triton
+import triton.language as tl
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
+
+_CHANGING = ["kv_len", "split_tokens", "first_slot"]
+"""Arguments that change from step to step: a program compiled for each value would be useless."""
+
+
+@triton.jit(do_not_specialize=_CHANGING)
+def attend_tile(
+    query,
+    keys,
+    values,
+    mask,
+    parts,
+    lses,
+    scale,
+    kv_len,
+    split_tokens,
+    first_slot,
+    query_batch,
+    query_head,
+    query_group,
+    query_token,
+    keys_batch,
+    keys_head,
+    keys_token,
+    values_batch,
+    values_head,
+    values_token,
+    mask_batch,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    Q_LEN: tl.constexpr,
+    DIM: tl.constexpr,
+    MASKED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+):
+    """Attend all query rows of one KV head to `split_tokens` tokens of a tile.
+
+    Grid: (splits, batch * KV_HEADS). Row `g * Q_LEN + i` of a head is token `i` of group member
+    `g`. Split `s` writes slot `first_slot + s` of `parts[slots, batch, KV_HEADS, rows, DIM]` and
+    `lses[slots, batch, KV_HEADS, rows]`, both float32.
+    """
+    split = tl.program_id(0)
+    batch = (tl.program_id(1) // KV_HEADS).to(tl.int64)
+    head = (tl.program_id(1) % KV_HEADS).to(tl.int64)
+    rows = tl.arange(0, BLOCK_ROWS)
+    dims = tl.arange(0, BLOCK_DIM)
+    real_rows = rows < GROUP * Q_LEN
+    real_dims = dims < DIM
+    both = real_rows[:, None] & real_dims[None, :]
+
+    row_offsets = (rows // Q_LEN) * query_group + (rows % Q_LEN) * query_token
+    query += batch * query_batch + head * query_head
+    q = tl.load(query + row_offsets[:, None] + dims[None, :], mask=both, other=0.0)
+
+    keys += batch * keys_batch + head * keys_head
+    values += batch * values_batch + head * values_head
+    first = split.to(tl.int64) * split_tokens
+    end = tl.minimum(first + split_tokens, kv_len)
+    highest = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
+    weight = tl.zeros([BLOCK_ROWS], tl.float32)
+    total = tl.zeros([BLOCK_ROWS, BLOCK_DIM], tl.float32)
+    for start in range(first, end, BLOCK_TOKENS):
+        tokens = start + tl.arange(0, BLOCK_TOKENS)
+        real_tokens = tokens < end
+        tile = real_tokens[:, None] & real_dims[None, :]
+        k = tl.load(keys + tokens[:, None] * keys_token + dims[None, :], mask=tile, other=0.0)
+        v = tl.load(values + tokens[:, None] * values_token + dims[None, :], mask=tile, other=0.0)
+        visible = real_tokens
+        if MASKED:
+            seen = tl.load(mask + batch * mask_batch + tokens, mask=real_tokens, other=0)
+            visible = visible & (seen != 0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * _LOG2_E)
+        scores = tl.where(visible[None, :], scores, float("-inf"))
+        new_highest = tl.maximum(highest, tl.max(scores, 1))
+        # Where nothing was visible so far, 0 in place of -inf keeps -inf - -inf out.
+        base = tl.where(new_highest == float("-inf"), 0.0, new_highest)
+        shrink = tl.exp2(highest - base)
+        p = tl.exp2(scores - base[:, None])
+        weight = weight * shrink + tl.sum(p, 1)
+        total = total * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+        highest = new_highest
+
+    slot = (first_slot + split).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    place = slot * (GROUP * Q_LEN) + rows
+    nothing = weight == 0.0
+    result = total / tl.where(nothing, 1.0, weight)[:, None]
+    lse = tl.where(nothing, float("-inf"), (highest + tl.log2(weight)) / _LOG2_E)
+    tl.store(parts + place[:, None] * DIM + dims[None, :], result, mask=both)
+    tl.store(lses + place, lse, mask=real_rows)
+
+
+@triton.jit(do_not_specialize=["slots"])
+def merge_slots(
+    parts,
+    lses,
+    sinks,
+    out,
+    lse_out,
+    slots,
+    out_batch,
+    out_head,
+    out_group,
+    out_token,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    Q_LEN: tl.constexpr,
+    DIM: tl.constexpr,
+    SINKS: tl.constexpr,
+    BLOCK_SLOTS: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+):
+    """Merge the partials of one query row by LSE.
+
+    Grid: (batch * KV_HEADS * rows,). Writes `out` by its strides, in its dtype, and
+    `lse_out[batch, KV_HEADS, rows]`.
+    """
+    place = tl.program_id(0)
+    all_rows = tl.num_programs(0).to(tl.int64)
+    row = place % (GROUP * Q_LEN)
+    head = (place // (GROUP * Q_LEN)) % KV_HEADS
+    batch = (place // (GROUP * Q_LEN * KV_HEADS)).to(tl.int64)
+    dims = tl.arange(0, BLOCK_DIM)
+    real_dims = dims < DIM
+    highest = float("-inf")
+    weight = 0.0
+    total = tl.zeros([BLOCK_DIM], tl.float32)
+    for start in range(0, slots, BLOCK_SLOTS):
+        numbers = start + tl.arange(0, BLOCK_SLOTS)
+        real = numbers < slots
+        places = numbers.to(tl.int64) * all_rows + place
+        lse = tl.load(lses + places, mask=real, other=float("-inf"))
+        part = tl.load(
+            parts + places[:, None] * DIM + dims[None, :],
+            mask=real[:, None] & real_dims[None, :],
+            other=0.0,
+        )
+        new_highest = tl.maximum(highest, tl.max(lse, 0))
+        base = tl.where(new_highest == float("-inf"), 0.0, new_highest)
+        shrink = tl.exp(highest - base)
+        w = tl.exp(lse - base)
+        weight = weight * shrink + tl.sum(w, 0)
+        total = total * shrink + tl.sum(part * w[:, None], 0)
+        highest = new_highest
+    if SINKS:
+        sink = tl.load(sinks + head * GROUP + row // Q_LEN).to(tl.float32)
+        new_highest = tl.maximum(highest, sink)
+        shrink = tl.exp(highest - new_highest)
+        weight = weight * shrink + tl.exp(sink - new_highest)
+        total = total * shrink
+        highest = new_highest
+    nothing = weight == 0.0
+    result = total / tl.where(nothing, 1.0, weight)
+    lse = tl.where(nothing, float("-inf"), highest + tl.log(tl.where(nothing, 1.0, weight)))
+    out += batch * out_batch + head.to(tl.int64) * out_head
+    out += (row // Q_LEN) * out_group + (row % Q_LEN) * out_token
+    tl.store(out + dims, result.to(out.dtype.element_ty), mask=real_dims)
+    tl.store(lse_out + place, lse)

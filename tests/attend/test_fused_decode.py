@@ -1,0 +1,120 @@
+"""The Triton programs against the definition: on a GPU, or in Triton's interpreter without one."""
+
+import importlib.util
+import os
+
+import pytest
+import torch
+from test_kernels import SHAPES, check, draw
+
+from headinfer.attend.partial import Kernel, Partial, SeparateTiles
+from headinfer.attend.reference import ReferenceKernel
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("no Triton", allow_module_level=True)
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+if not ON_GPU:  # read when the programs are defined, and again when they run
+    os.environ["TRITON_INTERPRET"] = "1"
+from headinfer.attend.fused_decode import MAX_ROWS, FusedDecodeKernel, serves  # noqa: E402
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+
+@pytest.fixture(autouse=True)
+def _interpreter(monkeypatch):
+    if not ON_GPU:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+DTYPES = [torch.float32, torch.float16]
+if ON_GPU:  # the interpreter multiplies the bits of bfloat16 as if they were integers
+    DTYPES.append(torch.bfloat16)
+
+
+class Refusing(Kernel):
+    """Stands for the other kernel where it must not be asked."""
+
+    name = "refusing"
+
+    def attend(self, query, keys, values, *, scale, causal=False, mask=None):
+        raise AssertionError("the other kernel was asked")
+
+
+def kernel(other: Kernel | None = None) -> FusedDecodeKernel:
+    return FusedDecodeKernel(other or Refusing(), multiprocessors=6)
+
+
+@pytest.mark.parametrize("kind", ["tile", "padding"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_tile_by_definition(dtype, kind):
+    for shape in SHAPES:
+        if serves(dtype, shape[-1]) and shape[2] * shape[3] <= MAX_ROWS:
+            check(kernel(), shape, dtype, kind, device=DEVICE)
+
+
+@pytest.mark.parametrize("tile_tokens", [[5], [700, 1, 64, 300], [3] * 270])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tiles_partials_and_sinks_merge_like_the_reference(dtype, tile_tokens):
+    batch, kv_heads, group, q_len, dim = 2, 2, 3, 2, 32
+    query = draw(batch, q_len, kv_heads, group, dim, dtype=dtype).to(DEVICE)
+    query = query.permute(0, 2, 3, 1, 4)  # as models hand it over
+    sinks = draw(kv_heads, group, dtype=dtype).to(DEVICE)
+    elsewhere = Partial(
+        draw(batch, kv_heads, group, q_len, dim, dtype=dtype, seed=5).to(DEVICE),
+        draw(batch, kv_heads, group, q_len, dtype=torch.float32, seed=6).to(DEVICE),
+    )
+    results = []
+    for tiles in (kernel().begin(query, scale=0.3), SeparateTiles(ReferenceKernel(), query, 0.3)):
+        out = torch.full((batch, q_len, kv_heads + 1, group, dim), 7.0, dtype=dtype, device=DEVICE)
+        for seed, tokens in enumerate(tile_tokens):
+            keys, values = (
+                draw(batch, kv_heads, tokens + 9, dim, dtype=dtype, seed=seed + part).to(DEVICE)
+                for part in (10, 11)
+            )
+            tiles.attend(keys[:, :, 9:], values[:, :, 9:])  # a view with gaps between heads
+        tiles.add(elsewhere)
+        tiles.add_sinks(sinks)
+        tiles.write(out[:, :, :kv_heads])
+        assert (out[:, :, kv_heads:] == 7).all()
+        results.append(out)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
+
+
+def test_rows_that_see_nothing_weigh_nothing():
+    query = draw(2, 1, 2, 1, 16, dtype=torch.float32).to(DEVICE)
+    keys = draw(2, 1, 40, 16, dtype=torch.float32).to(DEVICE)
+    mask = torch.ones(2, 1, 40, dtype=torch.bool, device=DEVICE)
+    mask[1] = False
+    partial = kernel().attend(query, keys, keys, scale=1.0, mask=mask)
+    assert partial.lse[0].isfinite().all()
+    assert (partial.lse[1] == -torch.inf).all()
+    assert not partial.out[1].any()
+
+
+def test_no_tile_at_all_is_zero():
+    query = draw(1, 1, 2, 1, 16, dtype=torch.float32).to(DEVICE)
+    out = torch.ones(1, 1, 1, 2, 16, device=DEVICE)
+    tiles = kernel().begin(query, scale=1.0)
+    tiles.attend(query[:, :, 0, :0], query[:, :, 0, :0])
+    tiles.write(out)
+    assert not out.any()
+
+
+@pytest.mark.parametrize("kind", ["causal", "mask"])
+def test_what_the_programs_do_not_serve_goes_to_the_other_kernel(kind):
+    other = kernel(ReferenceKernel())
+    for shape in [(1, 2, 2, 3, 20, 32), (1, 1, 4, 40, 90, 32)]:
+        check(other, shape, torch.float32, kind, device=DEVICE)
+        with pytest.raises(AssertionError, match="other kernel was asked"):
+            check(kernel(), shape, torch.float32, kind, device=DEVICE)
+    check(other, (1, 1, 4, 40, 90, 32), torch.float32, "tile", device=DEVICE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int8])
+def test_dtypes_without_programs_are_known(dtype):
+    assert not serves(dtype, 64)
+    assert serves(torch.bfloat16, 64)
+    assert not serves(torch.bfloat16, 8)
