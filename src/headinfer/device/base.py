@@ -5,6 +5,7 @@ streams is ordered only where one waits for an event the other recorded.
 """
 
 import enum
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -23,6 +24,17 @@ class Edge(enum.Enum):
     HOST_SETTLED = "copies touching host memory are done; the host reads, moves or frees it"
 
 
+def contiguous_pieces(
+    destination: torch.Tensor, source: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield views of two tensors of equal shape, in pairs that are contiguous, as few as may be."""
+    if destination.is_contiguous() and source.is_contiguous():
+        yield destination, source
+        return
+    for pair in zip(destination.unbind(0), source.unbind(0), strict=True):
+        yield from contiguous_pieces(*pair)
+
+
 class Event(Protocol):
     """A point in a stream's work."""
 
@@ -38,7 +50,10 @@ class Stream(Protocol):
     """A queue of work on the device, run in order."""
 
     def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
-        """Enqueue a copy between contiguous tensors of equal shape and dtype, and return."""
+        """Enqueue a copy between tensors of equal shape and dtype, and return.
+
+        One transfer for each piece that is contiguous on both sides, so a tile is one a head.
+        """
 
     def record(self) -> Event:
         """Return an event that is reached when all work enqueued so far is done."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from headinfer.device.base import Edge, Event, Stream
+from headinfer.device.base import Edge, Event, Stream, contiguous_pieces
 from headinfer.device.host_pages import map_host_memory
 from headinfer.errors import MemoryPlanError, OptionError
 from headinfer.units import format_bytes
@@ -39,16 +39,21 @@ class CudaStream:
     """One stream; `None` stands for whichever stream is current when a method is called."""
 
     def __init__(self, device: torch.device, stream: torch.cuda.Stream | None) -> None:
-        self._device = device
+        self._device_index = device.index  # torch takes ten times as long to find it by the device
         self._stream = stream
 
     def _current(self) -> torch.cuda.Stream:
-        return self._stream or torch.cuda.current_stream(self._device)
+        return self._stream or torch.cuda.current_stream(self._device_index)
 
     def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
-        """Enqueue a copy; asynchronous because the host side is pinned and both are contiguous."""
+        """Enqueue a copy; asynchronous because the host side is pinned and pieces are contiguous.
+
+        Both sides' memory is the engine's own, so torch's allocator need not know of the stream.
+        """
+        # Entering a stream takes torch longer than a copy: once for all pieces.
         with torch.cuda.stream(self._current()):
-            destination.copy_(source, non_blocking=True)
+            for to, piece in contiguous_pieces(destination, source):
+                to.copy_(piece, non_blocking=True)
 
     def record(self) -> Event:
         """Return an event after all work enqueued so far."""
@@ -82,6 +87,8 @@ class CudaDevice:
     def __init__(self, torch_device: torch.device) -> None:
         if not torch.cuda.is_available():
             raise OptionError("device 'cuda' was asked for, but CUDA is not available; use 'cpu'")
+        if torch_device.index is None:
+            torch_device = torch.device("cuda", torch.cuda.current_device())
         self.torch_device = torch_device
         self.compute: Stream = CudaStream(torch_device, None)
         self.copy_in: Stream = CudaStream(torch_device, torch.cuda.Stream(torch_device))

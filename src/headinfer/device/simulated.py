@@ -16,7 +16,7 @@ from typing import TypeAlias
 import torch
 from torch.profiler import record_function
 
-from headinfer.device.base import Edge, Event, Stream
+from headinfer.device.base import Edge, Event, Stream, contiguous_pieces
 from headinfer.device.hazards import AccessLog, Clock, join
 
 _Step: TypeAlias = Callable[[], bool]
@@ -88,9 +88,16 @@ class SimulatedStream:
         return True
 
     def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
-        """Queue a copy, or run it at once on compute, and check it against all accesses so far."""
+        """Queue a copy piece by piece, and check each against all accesses so far.
+
+        On compute it runs at once.
+        """
         assert destination.shape == source.shape
         assert destination.dtype == source.dtype
+        for to, piece in contiguous_pieces(destination, source):
+            self._copy_piece(to, piece)
+
+    def _copy_piece(self, destination: torch.Tensor, source: torch.Tensor) -> None:
         self._tick()
         purpose = f"copy of {tuple(source.shape)} as operation {self.clock[self.name]}"
         log = self.device.log

@@ -149,9 +149,7 @@ class Page:
         for span in layer.store.extend(self.tokens):
             part = slice(first, first + span.tokens)
             for page, host in zip(pages, (span.keys, span.values), strict=True):
-                for row in range(geometry.batch):
-                    for head in range(geometry.kv_heads):
-                        device.copy_out.copy(host[row, head], page[row, head, part])
+                device.copy_out.copy(host, page[:, :, part])
             first += span.tokens
         stats.bytes_to_host += geometry.num_bytes(self.tokens)
         self._emptied = device.copy_out.record()

@@ -91,10 +91,8 @@ class Resident:
         copy_in = self._device.copy_in
         for span in store.spans(0, min(store.tokens, self._capacity)):
             part = slice(span.start, span.start + span.tokens)
-            for host, kept in ((span.keys, self._keys), (span.values, self._values)):
-                for row in range(host.shape[0]):
-                    for head in range(host.shape[1]):
-                        copy_in.copy(kept[row, head, part], host[row, head])
+            copy_in.copy(self._keys[:, :, part], span.keys)
+            copy_in.copy(self._values[:, :, part], span.values)
             self.tokens = part.stop
         self._filled = copy_in.record()
 
