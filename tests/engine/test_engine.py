@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from headinfer.attend.masks import Padding
@@ -95,6 +95,24 @@ changes = st.lists(
     host_share=st.sampled_from([0.0, 0.0, 0.3, 1.0]),
     sequence=changes,
     seed=st.integers(0, 1000),
+)
+@example(  # a tail that no longer fits behind the resident tokens, and a token that would
+    device_name="simulated",
+    layers=2,
+    kv_heads=2,
+    group=1,
+    dims=(8, 8),
+    batch=1,
+    tile_heads=1,
+    tile_tokens=16,
+    chunk_tokens=64,
+    padded=0,
+    with_sinks=False,
+    expected=0,
+    resident_tokens=40,
+    host_share=0.3,
+    sequence=[("attend", 30), ("attend", 20), ("decode", 2), ("crop", 25), ("decode", 3)],
+    seed=0,
 )
 def test_any_sequence_of_changes(
     device_name: str,

@@ -73,13 +73,13 @@ class FusedTiles:
     """The partials of one query's tiles, side by side until they are merged in one launch.
 
     Args:
-        query: `[batch, kv_heads, group, q_len, head_dim]` with a unit last stride.
+        query: `[batch, kv_heads, group, q_len, head_dim]`; contiguous where it is not to be copied.
         scale: factor of the scores.
         programs: programs that fill the device.
     """
 
     def __init__(self, query: torch.Tensor, scale: float, programs: int) -> None:
-        self._query = query
+        self._query = query.contiguous()
         self._scale = scale
         batch, kv_heads, group, q_len, dim = query.shape
         self._heads = batch * kv_heads
@@ -109,23 +109,23 @@ class FusedTiles:
         split_tokens = -(-blocks // splits) * block_tokens
         splits = -(-kv_len // split_tokens)
         self._make_room(splits)
-        seen = query if mask is None else mask.expand(query.shape[0], 1, kv_len).contiguous()
+        if keys.stride() != values.stride() or keys.stride(3) != 1:
+            keys, values = keys.contiguous(), values.contiguous()
         attend_tile[(splits, self._heads)](
             query,
             keys,
             values,
-            seen,
+            query if mask is None else mask.expand(query.shape[0], 1, kv_len).contiguous(),
             self._parts,
             self._lses,
             self._scale,
             kv_len,
             split_tokens,
             self._used,
-            *query.stride()[:4],
             *keys.stride()[:3],
-            *values.stride()[:3],
-            kv_len,
-            **self._shape,
+            KV_HEADS=query.shape[1],
+            ROWS=query.shape[2] * query.shape[3],
+            DIM=query.shape[4],
             MASKED=mask is not None,
             BLOCK_ROWS=max(_power_of_2(query.shape[2] * query.shape[3]), 16),
             BLOCK_DIM=self._block_dim,

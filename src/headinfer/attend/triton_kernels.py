@@ -24,20 +24,11 @@ def attend_tile(
     kv_len,
     split_tokens,
     first_slot,
-    query_batch,
-    query_head,
-    query_group,
-    query_token,
-    keys_batch,
-    keys_head,
-    keys_token,
-    values_batch,
-    values_head,
-    values_token,
-    mask_batch,
+    batch_stride,
+    head_stride,
+    token_stride,
     KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    Q_LEN: tl.constexpr,
+    ROWS: tl.constexpr,
     DIM: tl.constexpr,
     MASKED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -46,25 +37,25 @@ def attend_tile(
 ):
     """Attend all query rows of one KV head to `split_tokens` tokens of a tile.
 
-    Grid: (splits, batch * KV_HEADS). Row `g * Q_LEN + i` of a head is token `i` of group member
-    `g`. Split `s` writes slot `first_slot + s` of `parts[slots, batch, KV_HEADS, rows, DIM]` and
-    `lses[slots, batch, KV_HEADS, rows]`, both float32.
+    Grid: (splits, batch * KV_HEADS). Reads a contiguous `query[batch, KV_HEADS, rows, DIM]`, keys
+    and values `[batch, KV_HEADS, kv_len, DIM]` of the strides given, and a contiguous
+    `mask[batch, kv_len]`. Split `s` writes slot `first_slot + s` of
+    `parts[slots, batch, KV_HEADS, rows, DIM]` and `lses[slots, batch, KV_HEADS, rows]`, in float32.
     """
     split = tl.program_id(0)
     batch = (tl.program_id(1) // KV_HEADS).to(tl.int64)
     head = (tl.program_id(1) % KV_HEADS).to(tl.int64)
     rows = tl.arange(0, BLOCK_ROWS)
     dims = tl.arange(0, BLOCK_DIM)
-    real_rows = rows < GROUP * Q_LEN
+    real_rows = rows < ROWS
     real_dims = dims < DIM
     both = real_rows[:, None] & real_dims[None, :]
 
-    row_offsets = (rows // Q_LEN) * query_group + (rows % Q_LEN) * query_token
-    query += batch * query_batch + head * query_head
-    q = tl.load(query + row_offsets[:, None] + dims[None, :], mask=both, other=0.0)
+    query += tl.program_id(1) * (ROWS * DIM)
+    q = tl.load(query + rows[:, None] * DIM + dims[None, :], mask=both, other=0.0)
 
-    keys += batch * keys_batch + head * keys_head
-    values += batch * values_batch + head * values_head
+    keys += batch * batch_stride + head * head_stride
+    values += batch * batch_stride + head * head_stride
     first = split.to(tl.int64) * split_tokens
     end = tl.minimum(first + split_tokens, kv_len)
     highest = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
@@ -74,11 +65,12 @@ def attend_tile(
         tokens = start + tl.arange(0, BLOCK_TOKENS)
         real_tokens = tokens < end
         tile = real_tokens[:, None] & real_dims[None, :]
-        k = tl.load(keys + tokens[:, None] * keys_token + dims[None, :], mask=tile, other=0.0)
-        v = tl.load(values + tokens[:, None] * values_token + dims[None, :], mask=tile, other=0.0)
+        places = tokens[:, None] * token_stride + dims[None, :]
+        k = tl.load(keys + places, mask=tile, other=0.0)
+        v = tl.load(values + places, mask=tile, other=0.0)
         visible = real_tokens
         if MASKED:
-            seen = tl.load(mask + batch * mask_batch + tokens, mask=real_tokens, other=0)
+            seen = tl.load(mask + batch * kv_len + tokens, mask=real_tokens, other=0)
             visible = visible & (seen != 0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * _LOG2_E)
         scores = tl.where(visible[None, :], scores, float("-inf"))
@@ -92,7 +84,7 @@ def attend_tile(
         highest = new_highest
 
     slot = (first_slot + split).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-    place = slot * (GROUP * Q_LEN) + rows
+    place = slot * ROWS + rows
     nothing = weight == 0.0
     result = total / tl.where(nothing, 1.0, weight)[:, None]
     lse = tl.where(nothing, float("-inf"), (highest + tl.log2(weight)) / _LOG2_E)

@@ -139,13 +139,16 @@ class SimulatedStream:
 
     def reads(self, tensor: torch.Tensor, purpose: str) -> None:
         """Check a read by work enqueued by other means."""
-        self._tick()
-        self.device.log.add(tensor, self.clock, self.name, False, purpose)
+        self._access(tensor, False, purpose)
 
     def writes(self, tensor: torch.Tensor, purpose: str) -> None:
         """Check a write by work enqueued by other means."""
+        self._access(tensor, True, purpose)
+
+    def _access(self, tensor: torch.Tensor, write: bool, purpose: str) -> None:
         self._tick()
-        self.device.log.add(tensor, self.clock, self.name, True, purpose)
+        for piece, _ in contiguous_pieces(tensor, tensor):
+            self.device.log.add(piece, self.clock, self.name, write, purpose)
 
 
 class SimulatedDevice:

@@ -1,8 +1,10 @@
 """How new tokens reach the store: directly, or through pages on the device and the copy-out stream.
 
-On a device with memory of its own the newest tokens of every layer stay in a page there, its decode
-tail, until the page is full and worth a transfer; a prefill chunk goes through one of two pages all
-layers share. Either way compute fills a page, copy-out empties it, and neither overtakes the other.
+On a device with memory of its own the newest tokens of every layer stay there, as its decode tail,
+until they are worth a transfer: right behind the resident tokens while there is room, so that one
+call attends both, and in a page of their own after that. A prefill chunk goes through one of two
+pages all layers share. Either way compute fills a page, copy-out empties it, and neither overtakes
+the other.
 """
 
 from collections.abc import Sequence
@@ -188,14 +190,15 @@ class PagedWriter:
         self._page_tokens = page_tokens
         self._chunk_tokens = chunk_tokens
         self._stats = stats
+        self._unsent = [0] * len(layers)  # the newest of the resident tokens, not yet in the store
 
     def make_room(self, layer_idx: int, new_tokens: int) -> None:
-        """Empty the tail's page where the new tokens do not fit behind what it holds."""
-        if self._tails[layer_idx][0].tokens + new_tokens > self._page_tokens:
+        """Send the tail home where the new tokens would make it longer than a page."""
+        if self.tail_tokens(layer_idx) + new_tokens > self._page_tokens:
             self.flush(layer_idx)
 
     def admit(self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor) -> list[Span]:
-        """Return the resident tokens and the tail's page, a single new token already in it."""
+        """Return the resident tokens and the tail, a single new token already in it."""
         if keys.shape[2] == 1:
             self._append(layer_idx, keys, values)
         layer, page = self._layers[layer_idx], self._tails[layer_idx][0]
@@ -216,34 +219,53 @@ class PagedWriter:
             self._chunk_pages.append(page)
             page.append(self._device, layer.store.geometry, self._chunk_tokens, keys, values)
             page.write_back(self._device, layer, self._chunk_tokens, self._stats)
-        if self._tails[layer_idx][0].tokens == self._page_tokens:
+        if self.tail_tokens(layer_idx) == self._page_tokens:
             self.flush(layer_idx)
 
     def _append(self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        geometry = self._layers[layer_idx].store.geometry
-        page = self._tails[layer_idx][0]
-        page.append(self._device, geometry, self._page_tokens, keys, values)
+        """Put tokens into the tail."""
+        layer, page = self._layers[layer_idx], self._tails[layer_idx][0]
+        start, resident = layer.store.tokens + self._unsent[layer_idx], layer.resident
+        if not page.tokens and resident is not None and resident.has_room(start, keys.shape[2]):
+            resident.append(start, keys, values)
+            self._unsent[layer_idx] += keys.shape[2]
+            return
+        self._send_resident(layer_idx)
+        page.append(self._device, layer.store.geometry, self._page_tokens, keys, values)
+
+    def _send_resident(self, layer_idx: int) -> None:
+        """Send the resident tokens that the store lacks to its end, on copy-out."""
+        layer, tokens = self._layers[layer_idx], self._unsent[layer_idx]
+        if tokens and layer.resident is not None:
+            layer.written = layer.resident.write_back(layer.store, tokens)
+            self._stats.bytes_to_host += layer.store.geometry.num_bytes(tokens)
+            self._unsent[layer_idx] = 0
 
     def tail_tokens(self, layer_idx: int) -> int:
-        """Return the tokens in the page being written."""
-        return self._tails[layer_idx][0].tokens
+        """Return the tokens that are only on the device."""
+        return self._unsent[layer_idx] or self._tails[layer_idx][0].tokens
 
     def crop(self, layer_idx: int, tokens: int) -> int:
-        """Shorten the page being written."""
-        page = self._tails[layer_idx][0]
-        removed = min(tokens, page.tokens)
-        page.tokens -= removed
+        """Shorten the tail."""
+        removed = min(tokens, self.tail_tokens(layer_idx))
+        resident = self._layers[layer_idx].resident
+        if self._unsent[layer_idx] and resident is not None:
+            self._unsent[layer_idx] -= removed
+            resident.crop(resident.tokens - removed)
+        else:
+            self._tails[layer_idx][0].tokens -= removed
         return removed
 
     def select(self, layer_idx: int, rows: Sequence[int]) -> None:
-        """Rearrange the page being written."""
+        """Rearrange the page being written; the resident tokens are rearranged as a whole."""
         page = self._tails[layer_idx][0]
         if page.tokens:
             geometry = self._layers[layer_idx].store.geometry
             page.select(self._device, geometry, self._page_tokens, rows)
 
     def flush(self, layer_idx: int) -> None:
-        """Send the page being written to the host, and go on in the other one."""
+        """Send the tail to the host, and go on in the other page."""
+        self._send_resident(layer_idx)
         pages = self._tails[layer_idx]
         if pages[0].tokens:
             pages[0].write_back(

@@ -18,7 +18,7 @@ class Resident:
     """Device memory for the first tokens of one layer.
 
     Written by compute as tokens arrive, and by copy-in where they are only on the host; read by
-    compute.
+    compute, and by copy-out for those the host does not have yet.
 
     Args:
         device: where the memory is.
@@ -40,6 +40,10 @@ class Resident:
         self._keys, self._values = geometry.carve(memory, capacity)
         self._filled: Event | None = None
 
+    def has_room(self, start: int, new_tokens: int) -> bool:
+        """Whether all of some new tokens, the first at `start`, can be kept."""
+        return start == self.tokens and start + new_tokens <= self._capacity
+
     def append(self, start: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Keep those of some new tokens that follow what is kept and fit, on compute.
 
@@ -52,11 +56,26 @@ class Resident:
         if start != self.tokens or new_tokens <= 0:
             return
         self._wait_filled()
-        self._device.compute.writes(self._memory, "new tokens into the resident ones")
         part = slice(start, start + new_tokens)
-        self._keys[:, :, part].copy_(keys[:, :, :new_tokens])
-        self._values[:, :, part].copy_(values[:, :, :new_tokens])
+        for kept, new in ((self._keys, keys), (self._values, values)):
+            place = kept[:, :, part]
+            self._device.compute.writes(place, "new tokens into the resident ones")
+            place.copy_(new[:, :, :new_tokens])
         self.tokens = part.stop
+
+    def write_back(self, store: LayerStore, tokens: int) -> Event:
+        """Send the newest `tokens` of what is kept to the end of the store, on copy-out.
+
+        Returns:
+            The event on copy-out when they are there.
+        """
+        copy_out = self._device.copy_out
+        copy_out.wait(self._device.compute.record(), Edge.PAGE_WRITTEN)
+        for span in store.extend(tokens):
+            part = slice(span.start, span.start + span.tokens)
+            copy_out.copy(span.keys, self._keys[:, :, part])
+            copy_out.copy(span.values, self._values[:, :, part])
+        return copy_out.record()
 
     def span(self) -> list[Span]:
         """Return what is kept, for compute to read; empty when that is nothing."""

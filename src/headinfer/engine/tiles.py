@@ -39,7 +39,8 @@ class StoredLayer:
     @property
     def streamed(self) -> tuple[int, int]:
         """The first token that comes over the link, and one past the last."""
-        first = self.resident.tokens if self.resident is not None else 0
+        # The tail's tokens may be resident before they are stored.
+        first = min(self.resident.tokens, self.store.tokens) if self.resident is not None else 0
         host_tokens = int(self.host_share * (self.store.tokens - first))
         return first, self.store.tokens - host_tokens
 
