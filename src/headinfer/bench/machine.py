@@ -1,4 +1,4 @@
-"""What this machine can do: `python -m headinfer.bench.machine`, JSON on stdin and on stdout.
+"""What this machine can do, measured in a fresh process.
 
 Rates are measured, not looked up, and the best of several ways of doing the same is taken: a bound
 that the measured code could beat would be none.
@@ -13,7 +13,6 @@ from typing import Any
 import psutil
 import torch
 
-from headinfer.bench import child
 from headinfer.bench.bound import Rates
 from headinfer.bench.build import torch_device
 from headinfer.bench.spec import Settings
@@ -96,8 +95,11 @@ def hardware(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _serve(values: dict[str, Any]) -> dict[str, Any]:
-    """Answer with device, hardware and rates; without the device asked for, with the host's."""
+def answer(values: dict[str, Any]) -> dict[str, Any]:
+    """Return device, hardware and rates; without the device asked for, the host's.
+
+    See `headinfer.bench.child`.
+    """
     try:
         device = torch_device(Settings(device=values["device"]))
     except Exception:
@@ -109,7 +111,3 @@ def _serve(values: dict[str, Any]) -> dict[str, Any]:
         "rates": asdict(rates),
         "rates_by": best_by,
     }
-
-
-if __name__ == "__main__":
-    child.serve(_serve)

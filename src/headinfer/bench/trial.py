@@ -1,4 +1,4 @@
-"""One trial: `python -m headinfer.bench.trial`, a JSON spec on stdin, a JSON result on stdout.
+"""One trial, in a fresh process: from a spec to a result, both as JSON values.
 
 Load, warm up, note the memory, prefill, decode. The prompt and the tokens fed in decode steps are
 drawn from the seed, not from the model: two methods whose likeliest tokens tie in 16 bits then
@@ -20,7 +20,6 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from headinfer.bench import child
 from headinfer.bench.build import build_model, torch_device
 from headinfer.bench.fill import fill_randomly
 from headinfer.bench.limits import limit_device, limit_host
@@ -201,12 +200,9 @@ def attempt(spec: TrialSpec) -> TrialResult | TrialFailure:
     return TrialFailure(status=Status.FAILED, reason=reason)
 
 
-def _serve(values: dict[str, Any]) -> dict[str, Any]:
+def answer(values: dict[str, Any]) -> dict[str, Any]:
+    """Run the trial of a spec's JSON values; see `headinfer.bench.child`."""
     with suppress(OSError):
         # When memory runs out, this process is to die and not the one that started it.
         Path("/proc/self/oom_score_adj").write_text("1000")
     return to_json(attempt(TrialSpec.from_json(values)))
-
-
-if __name__ == "__main__":
-    child.serve(_serve)

@@ -87,8 +87,7 @@ class CudaDevice:
     def __init__(self, torch_device: torch.device) -> None:
         if not torch.cuda.is_available():
             raise OptionError("device 'cuda' was asked for, but CUDA is not available; use 'cpu'")
-        if torch_device.index is None:
-            torch_device = torch.device("cuda", torch.cuda.current_device())
+        torch_device = torch.empty(0, device=torch_device).device  # which also knows its index
         self.torch_device = torch_device
         self.compute: Stream = CudaStream(torch_device, None)
         self.copy_in: Stream = CudaStream(torch_device, torch.cuda.Stream(torch_device))

@@ -1,0 +1,22 @@
+"""A module for `headinfer.bench.child.ask`, which does as it is told."""
+
+import os
+import signal
+import sys
+import time
+from typing import Any
+
+
+def answer(question: dict[str, Any]) -> dict[str, Any]:
+    print("on stdout", flush=True)
+    print("on stderr", file=sys.stderr, flush=True)
+    what = question["do"]
+    if what == "raise":
+        raise ValueError("it broke")
+    if what == "exit":
+        os._exit(7)
+    if what == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if what == "sleep":
+        time.sleep(60)
+    return {"process": os.getpid(), "question": question}

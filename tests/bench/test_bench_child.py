@@ -1,0 +1,32 @@
+"""Fresh processes: their answers, and their deaths."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from headinfer.bench.child import ChildError, ask
+
+
+def test_each_answer_comes_from_a_process_of_its_own(capfd):
+    first, second = (ask("answering", {"do": "answer", "number": n}) for n in (1, 2))
+    assert first["question"] == {"do": "answer", "number": 1}
+    assert len({first["process"], second["process"], os.getpid()}) == 3
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(("what", "status"), [("raise", 1), ("exit", 7), ("die", -signal.SIGKILL)])
+def test_a_death_is_told_with_what_was_said(what, status):
+    with pytest.raises(ChildError) as error:
+        ask("answering", {"do": what})
+    assert error.value.returncode == status
+    assert "on stdout\non stderr\n" in error.value.stderr
+    assert ("ValueError: it broke" in error.value.stderr) == (what == "raise")
+
+
+def test_one_that_takes_too_long_is_ended():
+    start_s = time.monotonic()
+    with pytest.raises(TimeoutError, match=r"longer than 0\.5 s"):
+        ask("answering", {"do": "sleep"}, time_limit_s=0.5)
+    assert time.monotonic() - start_s < 40
