@@ -39,6 +39,7 @@ _FLAGS: tuple[str, ...] = (
 )
 _HEADERS = ("elements.h", "tiles.h")
 _COMPILE_TIMEOUT_S = 60
+_TORCH_LIBRARY = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
 
 
 def compile_kernel(source: str, dtype: torch.dtype, **definitions: int) -> ctypes.CDLL | None:
@@ -83,18 +84,32 @@ def _processor() -> str:
     return "".join(line for line in lines if line.startswith(("model name", "flags", "Features")))
 
 
+class _SymbolInfo(ctypes.Structure):
+    """What `dladdr` tells of an address: the file it was loaded from, and the nearest symbol."""
+
+    _fields_ = (
+        ("file", ctypes.c_char_p),
+        ("base", ctypes.c_void_p),
+        ("symbol", ctypes.c_char_p),
+        ("address", ctypes.c_void_p),
+    )
+
+
 def _openmp_library() -> str | None:
     """Return the OpenMP library torch runs on; None where that is not GCC's.
 
     The kernels must share torch's threads: idle threads of a second library would keep the cores
-    busy waiting, which made decoding in bfloat16 up to twice as slow.
+    busy waiting, which made decoding in bfloat16 up to twice as slow. Other packages, such as
+    scikit-learn, load one of their own, so the linker is asked which one serves torch.
     """
+    info = _SymbolInfo()
     try:
-        lines = Path("/proc/self/maps").read_text().splitlines()
-    except OSError:
+        function = ctypes.CDLL(str(_TORCH_LIBRARY)).GOMP_parallel
+        found = ctypes.CDLL(None).dladdr(function, ctypes.byref(info))
+    except (OSError, AttributeError):  # no such library, or no such function
         return None
-    paths = {line.split()[-1] for line in lines if "libgomp" in line}
-    return min(paths) if len(paths) == 1 else None
+    path = os.fsdecode(info.file) if found and info.file else ""
+    return path if "libgomp" in Path(path).name else None
 
 
 def _compile(
