@@ -14,7 +14,7 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("no Triton", allow_module_level=True)
 
 ON_GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+DEVICE = "cuda" if ON_GPU else "cpu"
 if not ON_GPU:  # read when the programs are defined, and again when they run
     os.environ["TRITON_INTERPRET"] = "1"
 from headinfer.attend.fused_decode import MAX_ROWS, FusedDecodeKernel, serves  # noqa: E402

@@ -12,7 +12,7 @@ from headinfer.attend.cpu import CpuKernel
 from headinfer.attend.cuda import candidates
 from headinfer.attend.masks import attend_band
 from headinfer.attend.native.kernel import NativeKernel, decode_library, prefill_library
-from headinfer.attend.partial import Accumulator, Kernel, Partial, empty_partial
+from headinfer.attend.partial import Accumulator, Kernel, empty_partial
 from headinfer.attend.reference import ReferenceKernel
 from headinfer.attend.select import select_kernel
 
@@ -66,13 +66,9 @@ SHAPES = [  # batch, kv_heads, group, q_len, kv_len, head_dim
 
 
 def check(
-    kernel: Kernel,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    kind: str,
-    *,
-    device: torch.device | str = "cpu",
+    kernel: Kernel, shape: tuple[int, ...], dtype: torch.dtype, kind: str, device: str = "cpu"
 ) -> None:
+    """Compare with the definition; drawn and compared on the CPU, computed on `device`."""
     batch, kv_heads, group, q_len, kv_len, dim = shape
     if kind == "causal":
         kv_len = q_len
@@ -93,16 +89,17 @@ def check(
         values.to(device),
         scale=0.2,
         causal=kind == "causal",
-        mask=None if kind == "causal" or mask is None else mask.to(device),
+        mask=None if mask is None or kind == "causal" else mask.to(device),
     )
-    ours = Partial(ours.out.cpu(), ours.lse.cpu())
+    assert {ours.out.device.type, ours.lse.device.type} == {device}
+    our_out, our_lse = ours.out.cpu().double(), ours.lse.cpu().double()
     out, lse = by_definition(query, keys, values, 0.2, mask)
     blind = lse.isinf()
-    assert torch.equal(ours.lse.isinf(), blind)
-    assert not ours.out[blind].any()
-    torch.testing.assert_close(ours.out.double(), out, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    assert torch.equal(our_lse.isinf(), blind)
+    assert not our_out[blind].any()
+    torch.testing.assert_close(our_out, out, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
     torch.testing.assert_close(
-        ours.lse.double()[~blind], lse[~blind], rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype]
+        our_lse[~blind], lse[~blind], rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype]
     )
 
 
@@ -133,7 +130,7 @@ def test_splitting_over_threads_changes_nothing(threads: int, shape: tuple[int, 
 def test_kernels_on_cuda(dtype: torch.dtype, kind: str) -> None:
     for shape in SHAPES:
         for kernel in candidates(torch.device("cuda"), dtype, shape[-1]):
-            check(kernel, shape, dtype, kind, device="cuda")
+            check(kernel, shape, dtype, kind, "cuda")
 
 
 @pytest.mark.parametrize("softcap", [1.5, 30.0])

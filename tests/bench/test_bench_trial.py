@@ -251,7 +251,7 @@ def test_the_machine_is_measured(monkeypatch):
 @pytest.mark.gpu
 def test_a_gpus_memory_and_link_are_measured():
     rates, best_by = machine.measure(
-        torch.device("cuda"), torch.bfloat16, elements=2**22, matmul_sizes=(1024,)
+        torch.device("cuda"), torch.bfloat16, elements=2**24, matmul_sizes=(1024,)
     )
     assert rates.device_bytes_per_s > rates.link_bytes_per_s > 1e8
     assert best_by["link_bytes_per_s"] == "pinned copy"

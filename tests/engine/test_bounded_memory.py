@@ -48,21 +48,28 @@ def test_peak_is_the_same_at_8k_and_64k_tokens(overlap: bool) -> None:
     assert planned < 2**16 * 2 * 2 * 8 * 4 / 4  # far below the whole cache
 
 
+def requested_bytes(which: str) -> int:
+    """Return what was asked of torch's allocator, "current" or "peak".
+
+    What it allocates for that depends on the blocks it finds: up to 1 MiB more for each tensor.
+    """
+    return torch.cuda.memory_stats()[f"requested_bytes.all.{which}"]
+
+
 @pytest.mark.gpu
 def test_cuda_peak_is_the_same_at_8k_and_64k_tokens() -> None:
     model = tiny_model("llama3", num_hidden_layers=2, max_position_embeddings=2**17)
     model.to("cuda", torch.bfloat16)
     peaks = []
-    for context_tokens in (2**13, 2**16):
-        torch.cuda.empty_cache()
+    for context_tokens in (2**13, 2**13, 2**16):  # the first also makes cuBLAS's workspaces
         with headinfer.attach(
             model, chunk_tokens="4K", tile_heads=1, tile_tokens=4096, resident_tokens=0
         ) as offload:
             cache = offload.new_cache()
             tokens = random_tokens(1, context_tokens).cuda()
             torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
+            before = requested_bytes("current")
             model(tokens, past_key_values=cache, logits_to_keep=1)
-            peaks.append(torch.cuda.max_memory_allocated() - before)
+            peaks.append(requested_bytes("peak") - before)
             cache.close()
-    assert peaks[1] <= peaks[0] * 1.02
+    assert peaks[2] <= peaks[1] * 1.02

@@ -35,6 +35,9 @@ ON_CPU = [
     (Quantity.HOST_ATTENTION, 512),
 ]
 
+BEYOND_ADDRESSES_BYTES = 2**60
+"""More than addresses reach: less than that a system may promise, and kill whoever uses it."""
+
 
 def ignore(*_progress) -> None: ...
 
@@ -143,6 +146,14 @@ def test_host_memory_that_is_not_there_is_not_taken(monkeypatch):
     failures = {rate.failure for rate in measurement.rates if rate.failure}
     assert failures == {"2.00 MiB of host memory are needed, 1.00 MiB are free"}
     assert measurement.missing == (Quantity.HOST_ATTENTION,)
+
+
+def test_memory_that_is_not_there_is_a_row():
+    effort = replace(TINY, buffer_bytes=BEYOND_ADDRESSES_BYTES)
+    measurement = run_probe(make_device("cpu"), torch.float32, effort, ignore)
+    failures = {rate.quantity: rate.failure for rate in measurement.rates if rate.failure}
+    assert set(failures) == {Quantity.DEVICE_COPY, Quantity.HOST_READ}
+    assert all("can't allocate memory" in failure for failure in failures.values())
 
 
 def test_an_interrupt_ends_it(monkeypatch):
@@ -267,8 +278,10 @@ def test_a_gpu_is_measured():
 
 @pytest.mark.gpu
 def test_device_memory_that_is_not_there_is_a_row():
-    effort = replace(QUICK, buffer_bytes=2**46)
+    effort = replace(QUICK, buffer_bytes=BEYOND_ADDRESSES_BYTES)
     measurement = run_probe(make_device("cuda"), torch.bfloat16, effort, ignore)
     failures = {rate.quantity: rate.failure for rate in measurement.rates}
     assert failures[Quantity.DEVICE_READ].startswith("out of memory")
+    assert failures[Quantity.DEVICE_COPY].startswith("out of memory")
+    assert "can't allocate memory" in failures[Quantity.HOST_READ]
     assert failures[Quantity.DECODE_ATTENTION] is None
