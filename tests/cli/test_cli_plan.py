@@ -8,7 +8,7 @@ import pytest
 
 ROW = [
     *("method", "tile_heads", "tile_tokens", "weights_bytes", "kv_device_bytes"),
-    *("activation_bytes", "total_device_bytes", "kv_total_bytes", "kv_host_bytes"),
+    *("activation_bytes", "runtime_bytes", "total_device_bytes", "kv_total_bytes", "kv_host_bytes"),
     *("max_context_tokens", "prefill_s", "decode_s_per_token"),
 ]
 QUESTION = ("plan", "--model", "llama-3-8b", "--device-memory", "24GiB", "--host-memory", "1TiB")
@@ -25,6 +25,7 @@ def test_a_person_reads_every_method_and_why(cli) -> None:
     assert "rtx-4090 (not measured yet" in outcome.out
     for name in ("standard", "kv-4bit", "layer-wise", "head-wise-1", "adaptive", "bounded"):
         assert f"  {name} " in outcome.out
+    assert "total: with 1.00 for CUDA itself" in outcome.out
     assert "> resident" in outcome.out
     assert "Chosen: resident" in outcome.out
     assert "…" not in outcome.out
@@ -58,6 +59,7 @@ def test_the_papers_accounting(cli) -> None:
     outcome = cli(*QUESTION, "--context", "1M", "--accounting", "paper", "--json", "-")
     rows = {row["method"]: row for row in json.loads(outcome.out)["methods"]}
     assert rows["standard"]["activation_bytes"] == 64 * 2**30
+    assert rows["standard"]["runtime_bytes"] == 0
     assert rows["head-wise-1"]["kv_device_bytes"] == 2**30
 
 

@@ -35,11 +35,27 @@ def test_every_method_is_there_and_adds_up() -> None:
     plans = plans_of(SITUATION)
     assert list(plans) == NAMES
     for plan in plans.values():
-        parts = plan.weights_bytes + plan.kv_device_bytes + plan.activation_bytes
+        parts = plan.weights_bytes + plan.kv_device_bytes + plan.activation_bytes + GIB
+        assert plan.runtime_bytes == GIB
         assert plan.total_device_bytes == parts
         assert plan.fits == (parts <= 24 * GIB and plan.kv_host_bytes <= 1024 * GIB)
         assert plan.prefill_s > 0
         assert plan.decode_s_per_token > 0
+
+
+def test_the_papers_accounting_knows_no_runtime() -> None:
+    plans = plans_of(PAPER)
+    assert {plan.runtime_bytes for plan in plans.values()} == {0}
+    resident = plans["resident"]
+    parts = resident.weights_bytes + resident.kv_device_bytes + resident.activation_bytes
+    assert resident.total_device_bytes == parts == 24 * GIB
+    longest = {
+        situation.kind: plans_of(replace(situation, device_memory_bytes=int(15.5 * GIB)))[
+            "resident"
+        ].max_context_tokens
+        for situation in (PAPER, SITUATION)
+    }
+    assert longest == {AccountingKind.PAPER: 8 * 2**20, AccountingKind.OURS: 0}
 
 
 def test_a_model_with_few_heads_has_few_methods() -> None:

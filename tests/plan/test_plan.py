@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headinfer.errors import MemoryPlanError, OptionError
-from headinfer.plan.memory import ALIGNMENT_BYTES
+from headinfer.plan.memory import ALIGNMENT_BYTES, runtime_bytes
 from headinfer.plan.options import Options
 from headinfer.plan.plan import resolve
 from headinfer.plan.shape import LayerKind, LayerShape, ModelShape
@@ -45,12 +45,29 @@ def test_the_papers_head_settings(heads: int) -> None:
 
 def test_smaller_budgets_get_smaller_tiles_and_chunks() -> None:
     sizes = []
-    for budget in ("24GiB", "16.2GiB", "15.6GiB", "15.2GiB"):
+    for budget in ("24GiB", "17.2GiB", "16.6GiB", "16.2GiB"):
         plan = resolve(LLAMA_3_8B, Options.parse(device_memory=budget), device="cuda")
         assert plan.total_device_bytes <= plan.device_memory_bytes
         sizes.append((plan.chunk_tokens, plan.tile_heads * plan.tile_tokens))
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[0] != sizes[-1]
+
+
+def test_cuda_itself_is_counted_and_told() -> None:
+    options = Options.parse(device_memory="24GiB", resident_tokens="all")
+    plans = {
+        device: resolve(LLAMA_3_8B, options, device=device, context_tokens=100 * 1024)
+        for device in ("cuda", "simulated", "cpu")
+    }
+    assert {name: plan.runtime_bytes for name, plan in plans.items()} == {
+        "cuda": GIB,
+        "simulated": 0,
+        "cpu": 0,
+    }
+    for plan in plans.values():
+        torchs = plan.shape.weights_bytes + plan.kv_device_bytes + plan.activation_bytes
+        assert plan.total_device_bytes == torchs + plan.runtime_bytes <= 24 * GIB
+        assert ("CUDA itself 1.00 GiB" in str(plan)) == (plan.device == "cuda")
 
 
 def test_a_cpu_plan_copies_nothing() -> None:
@@ -86,13 +103,22 @@ def test_sliding_windows_are_counted_on_the_device() -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"device_memory": "10GiB"}, r"10\.00 GiB is below the weights .* 14\.96 GiB; give at"),
-        ({"device_memory": "14.97GiB"}, "is too small: the smallest settings"),
+        (
+            {"device_memory": "10GiB"},
+            r"10\.00 GiB is below the weights .* 14\.96 GiB; give at .* CUDA itself 1\.00 GiB$",
+        ),
+        (
+            {"device_memory": "15.9GiB"},
+            r"is too small: the smallest settings .* CUDA itself 1\.00 GiB$",
+        ),
         (
             {"device_memory": "20GiB", "tile_tokens": "4M", "tile_heads": 8},
             "does not hold the settings given",
         ),
-        ({"device_memory": "20GiB", "chunk_tokens": "1M"}, "chunk_tokens=128"),
+        (
+            {"device_memory": "20GiB", "chunk_tokens": "1M"},
+            r"chunk_tokens=128.* CUDA itself 1\.00 GiB$",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_with_what_would(
@@ -120,7 +146,7 @@ def test_whole_contexts_need_a_known_context() -> None:
         itemsize=st.sampled_from([2, 4]),
         weights_bytes=st.integers(1, 10**6),
     ),
-    budget=st.integers(1, 10**8),
+    budget=st.integers(1, 10**8).map(lambda spare: runtime_bytes("cuda") + spare),
     chunk=st.sampled_from(["auto", 1, 100, 4096]),
     heads=st.sampled_from(["auto", "all", 1]),
     tokens=st.sampled_from(["auto", 1, 300, "64K"]),

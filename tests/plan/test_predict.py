@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from headinfer.errors import MemoryPlanError
 from headinfer.plan.hardware import HARDWARE, Hardware
-from headinfer.plan.memory import ALIGNMENT_BYTES
+from headinfer.plan.memory import ALIGNMENT_BYTES, runtime_bytes
 from headinfer.plan.options import Options
 from headinfer.plan.plan import Plan, resolve
 from headinfer.plan.predict import Predictor, Schedule, active_parameters
@@ -119,7 +119,7 @@ def test_no_fixed_setting_is_predicted_to_be_faster(
     batch: int,
     keep_resident: bool,
 ) -> None:
-    budget = shape.weights_bytes + spare
+    budget = shape.weights_bytes + runtime_bytes("cuda") + spare
 
     def plan(**values: object) -> Plan | None:
         resident = "auto" if keep_resident else 0

@@ -57,9 +57,11 @@ def print_plans(
         f"{_memory(situation)}"
     )
     console.print(_table(plans, choice, width=console.width))
+    runtime = plans[0].runtime_bytes
     console.print(
-        "[dim]Sizes in GiB; [/][red]![/][dim]: more than there is; max context: what device and "
-        "host memory hold; times predicted[/]"
+        f"[dim]Sizes in GiB{f'; total: with {_gib(runtime)} for CUDA itself' if runtime else ''}; "
+        "[/][red]![/][dim]: more than there is;\nmax context: what device and host memory hold; "
+        "times predicted[/]"
     )
     _print_choice(console, choice)
 
@@ -186,6 +188,7 @@ def _row(plan: MethodPlan) -> dict[str, Any]:
         "weights_bytes": plan.weights_bytes,
         "kv_device_bytes": plan.kv_device_bytes,
         "activation_bytes": plan.activation_bytes,
+        "runtime_bytes": plan.runtime_bytes,
         "total_device_bytes": plan.total_device_bytes,
         "kv_total_bytes": plan.kv_total_bytes,
         "kv_host_bytes": plan.kv_host_bytes,

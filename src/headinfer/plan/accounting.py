@@ -89,6 +89,11 @@ class Accounting:
         elements = 2 * self.shape.mlp_width + self.shape.hidden_size
         return self.batch * chunk_tokens * elements * self.shape.kv_itemsize
 
+    @property
+    def runtime_bytes(self) -> int:
+        """Bytes that CUDA takes beside weights, KV and activations; not counted by the paper."""
+        return 0 if self.is_paper else memory.runtime_bytes(self.device)
+
     def quantised_share(self) -> float:
         """Bits of a KV element quantised to 4 bits, over its bits as computed.
 

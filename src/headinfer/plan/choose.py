@@ -80,7 +80,8 @@ def _reasons(situation: Situation, plans: Sequence[MethodPlan], plan: MethodPlan
         if plan.resident_bytes:
             yield (
                 f"{format_bytes(plan.resident_bytes)} of KV stay on the device: what weights, "
-                f"activations and tiles leave of {format_bytes(situation.device_memory_bytes)}."
+                f"activations, tiles{' and CUDA' if plan.runtime_bytes else ''} leave of "
+                f"{format_bytes(situation.device_memory_bytes)}."
             )
         yield _tile_reason(plan)
         if plan.host_share:
@@ -135,10 +136,12 @@ def _position_warning(situation: Situation) -> Iterator[str]:
 def _shortfalls(situation: Situation, plan: MethodPlan) -> Iterator[str]:
     """Say what the smallest plan of ours lacks."""
     if plan.device_short_bytes:
+        runtime = format_bytes(plan.runtime_bytes)
         yield (
             f"Device memory is {format_bytes(plan.device_short_bytes)} short: the smallest plan "
             f"needs {format_bytes(plan.total_device_bytes)}, of which weights "
-            f"{format_bytes(plan.weights_bytes)}."
+            f"{format_bytes(plan.weights_bytes)}"
+            f"{f' and CUDA itself {runtime}' if plan.runtime_bytes else ''}."
         )
     if plan.host_short_bytes:
         yield (

@@ -1,4 +1,4 @@
-"""Bytes on the device: staging tiles, pages of new tokens, and activations.
+"""Bytes on the device: CUDA itself, staging tiles, pages of new tokens, and activations.
 
 Symbols follow the paper's Table 10: the device holds weights, the KV tiles now being attended, and
 the activations of one chunk. Ours differ in that a tile also has a fixed number of tokens, so none
@@ -17,6 +17,13 @@ PAGES = 2
 ALIGNMENT_BYTES = 256
 """Every piece of the arena starts on such a boundary: what fused kernels and copy engines like."""
 
+CUDA_OUTSIDE_BYTES = 768 * 2**20
+"""What CUDA's context and the handles of its libraries take beside torch's allocator: 0.75 GiB with
+torch 2.11 and CUDA 13.0 on an H100."""
+
+_CUDA_FRAGMENTS_BYTES = 256 * 2**20
+"""What torch's allocator holds and cannot use: 130 MiB there, behind the weights of Llama-3-8B."""
+
 _FLOAT32_BYTES = 4
 _POSITION_BYTES = 8
 
@@ -29,6 +36,15 @@ def aligned(num_bytes: int) -> int:
 def aligned_down(num_bytes: int) -> int:
     """Return a size rounded down to whole alignments."""
     return num_bytes // ALIGNMENT_BYTES * ALIGNMENT_BYTES
+
+
+def runtime_bytes(device: str) -> int:
+    """Bytes that running on a device takes beside weights, KV and activations; none without CUDA.
+
+    Args:
+        device: "cpu", "cuda" or "simulated".
+    """
+    return CUDA_OUTSIDE_BYTES + _CUDA_FRAGMENTS_BYTES if device == "cuda" else 0
 
 
 def staging_bytes(shape: ModelShape, *, tile_heads: int, tile_tokens: int, batch: int) -> int:

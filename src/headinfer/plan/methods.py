@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from headinfer.errors import MemoryPlanError
+from headinfer.plan import memory
 from headinfer.plan.accounting import PAPER_CHUNK_TOKENS, Accounting, AccountingKind
 from headinfer.plan.choices import ALL_TOKENS, chunk_sizes
 from headinfer.plan.hardware import Hardware
@@ -58,6 +59,7 @@ class MethodPlan:
         weights_bytes: on the device.
         kv_device_bytes: KV on the device, staging and windows included.
         activation_bytes: the most that activations take.
+        runtime_bytes: what CUDA takes beside all that.
         kv_total_bytes: KV in all.
         kv_host_bytes: KV in host memory.
         max_context_tokens: the longest context that device and host memory hold; 0 where not even
@@ -78,6 +80,7 @@ class MethodPlan:
     weights_bytes: int
     kv_device_bytes: int
     activation_bytes: int
+    runtime_bytes: int
     kv_total_bytes: int
     kv_host_bytes: int
     max_context_tokens: int | None
@@ -91,8 +94,9 @@ class MethodPlan:
 
     @property
     def total_device_bytes(self) -> int:
-        """Weights, KV and activations on the device."""
-        return self.weights_bytes + self.kv_device_bytes + self.activation_bytes
+        """Weights, KV, activations and the runtime on the device."""
+        used = self.weights_bytes + self.kv_device_bytes + self.activation_bytes
+        return used + self.runtime_bytes
 
     @property
     def streamed_bytes(self) -> int:
@@ -143,10 +147,17 @@ class Situation:
 
     @property
     def options(self) -> Options:
-        """What `attach` would be given."""
+        """What `attach` would be given: where the runtime is not counted, so much more."""
+        uncounted = memory.runtime_bytes(self.device) - self.accounting.runtime_bytes
         return Options(
-            device_memory_bytes=self.device_memory_bytes, chunk_tokens=self.chunk_tokens or "auto"
+            device_memory_bytes=self.device_memory_bytes + uncounted,
+            chunk_tokens=self.chunk_tokens or "auto",
         )
+
+    @property
+    def fixed_bytes(self) -> int:
+        """What any method takes on the device, whatever the context: weights and runtime."""
+        return self.shape.weights_bytes + self.accounting.runtime_bytes
 
     @property
     def device(self) -> str:
@@ -302,8 +313,7 @@ def _plan(
     situation: Situation, name: str, footprint: Footprint, max_context: int | None
 ) -> MethodPlan:
     tokens, schedule = situation.context_tokens, footprint.schedule
-    weights = situation.shape.weights_bytes
-    total = weights + footprint.kv_device_bytes + footprint.activation_bytes
+    total = situation.fixed_bytes + footprint.kv_device_bytes + footprint.activation_bytes
     predictor = Predictor(situation.shape, situation.hardware)
     offloads = schedule.tile_tokens is not None
     return MethodPlan(
@@ -311,9 +321,10 @@ def _plan(
         tile_heads=schedule.tile_heads if offloads else None,
         tile_tokens=footprint.tile_tokens,
         chunk_tokens=schedule.chunk_tokens,
-        weights_bytes=weights,
+        weights_bytes=situation.shape.weights_bytes,
         kv_device_bytes=footprint.kv_device_bytes,
         activation_bytes=footprint.activation_bytes,
+        runtime_bytes=situation.accounting.runtime_bytes,
         kv_total_bytes=footprint.kv_total_bytes,
         kv_host_bytes=footprint.kv_host_bytes,
         max_context_tokens=max_context,
@@ -338,7 +349,7 @@ def max_context_tokens(situation: Situation, rule: Rule) -> int | None:
         footprint = rule(situation, tokens)
         device = footprint.kv_device_bytes + footprint.activation_bytes
         return (
-            situation.shape.weights_bytes + device <= situation.device_memory_bytes
+            situation.fixed_bytes + device <= situation.device_memory_bytes
             and footprint.kv_host_bytes <= situation.host_memory_bytes
         )
 
@@ -361,7 +372,7 @@ def _of_plan(situation: Situation, name: str, plan: Plan) -> MethodPlan:
     # On the CPU all KV lies in the memory that the plan leaves, elsewhere in host memory.
     on_cpu = situation.device == "cpu"
     least = plan if on_cpu else situation.least_plan()
-    spare = situation.device_memory_bytes - least.total_device_bytes
+    spare = (situation.options.device_memory_bytes or 0) - least.total_device_bytes
     room = spare if on_cpu else situation.host_memory_bytes
     if on_cpu:
         on_device = footprint.kv_device_bytes + kv_bytes
@@ -388,7 +399,7 @@ def _paper_footprint(situation: Situation, plan: Plan) -> Footprint:
     tiled = _tiled(situation, tokens, plan.chunk_tokens, plan.tile_heads, plan.tile_tokens)
     if not plan.resident_bytes:
         return tiled
-    used = situation.shape.weights_bytes + tiled.kv_device_bytes + tiled.activation_bytes
+    used = situation.fixed_bytes + tiled.kv_device_bytes + tiled.activation_bytes
     resident = min(max(situation.device_memory_bytes - used, 0), tiled.kv_total_bytes)
     return replace(
         tiled,

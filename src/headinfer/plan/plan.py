@@ -43,6 +43,7 @@ class Plan:
         chunk_page_bytes: the pages a chunk is written back from.
         window_bytes: the sliding-window layers' own caches.
         activation_bytes: estimate of one chunk's activations.
+        runtime_bytes: what CUDA takes beside all that.
         resident_tokens: the oldest tokens of every offloaded layer, which stay on the device.
         resident_bytes: the bytes they take.
         host_share: share of the other tokens that the CPU attends in a decode step.
@@ -64,6 +65,7 @@ class Plan:
     chunk_page_bytes: int
     window_bytes: int
     activation_bytes: int
+    runtime_bytes: int
     resident_tokens: int = 0
     resident_bytes: int = 0
     host_share: float = 0.0
@@ -83,8 +85,9 @@ class Plan:
 
     @property
     def total_device_bytes(self) -> int:
-        """Weights, KV and activations on the device."""
-        return self.shape.weights_bytes + self.kv_device_bytes + self.activation_bytes
+        """Weights, KV, activations and the runtime on the device."""
+        used = self.shape.weights_bytes + self.kv_device_bytes + self.activation_bytes
+        return used + self.runtime_bytes
 
     def kv_host_bytes(self, tokens: int) -> int:
         """Bytes of host memory the store takes for `tokens` tokens in each row.
@@ -124,12 +127,13 @@ class Plan:
             f"chunks of {format_tokens(self.chunk_tokens)} tokens; {how}"
         )
         budget = self.device_memory_bytes
+        runtime = f", CUDA itself {format_bytes(self.runtime_bytes)}" if self.runtime_bytes else ""
         yield (
             f"{self.device} memory {format_bytes(self.total_device_bytes)}"
             f"{f' of {format_bytes(budget)}' if budget else ''}: "
             f"weights {format_bytes(self.shape.weights_bytes)}, "
             f"KV {format_bytes(self.kv_device_bytes)}, "
-            f"activations {format_bytes(self.activation_bytes)} (estimate)"
+            f"activations {format_bytes(self.activation_bytes)} (estimate){runtime}"
         )
         if self.resident_tokens:
             yield (
@@ -340,6 +344,7 @@ def _plan(
             batch=batch,
             device=device,
         ),
+        runtime_bytes=memory.runtime_bytes(device),
     )
 
 
@@ -361,21 +366,23 @@ def _refusal(tried: Plan | None, smallest: Plan) -> MemoryPlanError:
     budget = smallest.device_memory_bytes or 0
     weights = smallest.shape.weights_bytes
     given = f"the device memory of {format_bytes(budget)}"
+    runtime = smallest.runtime_bytes
+    of_which = f", of which weights {format_bytes(weights)}"
+    of_which += f" and CUDA itself {format_bytes(runtime)}" if runtime else ""
     if weights >= budget:
         return MemoryPlanError(
             f"{given} is below the weights of {smallest.shape.name}, {format_bytes(weights)}; "
-            f"give at least {format_bytes(smallest.total_device_bytes)}"
+            f"give at least {format_bytes(smallest.total_device_bytes)}{of_which}"
         )
     if smallest.total_device_bytes > budget:
         return MemoryPlanError(
             f"{given} is too small: the smallest settings (chunk_tokens={smallest.chunk_tokens}, "
             f"tile_heads=1, tile_tokens={smallest.tile_tokens}) need "
-            f"{format_bytes(smallest.total_device_bytes)}, of which weights "
-            f"{format_bytes(weights)}"
+            f"{format_bytes(smallest.total_device_bytes)}{of_which}"
         )
     needed = f", which need {format_bytes(tried.total_device_bytes)}" if tried else ""
     return MemoryPlanError(
         f"{given} does not hold the settings given{needed}; chunk_tokens={smallest.chunk_tokens}, "
         f"tile_heads=1, tile_tokens={smallest.tile_tokens} need "
-        f"{format_bytes(smallest.total_device_bytes)}"
+        f"{format_bytes(smallest.total_device_bytes)}{of_which}"
     )
