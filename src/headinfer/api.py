@@ -25,12 +25,13 @@ from headinfer.integration.attachment import Attachment, is_attached
 from headinfer.integration.attention import AttentionFunctions
 from headinfer.integration.cache import OffloadedCache
 from headinfer.integration.support import check_supported, model_shape
+from headinfer.plan import memory
 from headinfer.plan.hardware import Hardware
 from headinfer.plan.measured import load_measured
 from headinfer.plan.options import Options
 from headinfer.plan.plan import Plan, resolve
 from headinfer.store.host_memory import available_host_bytes
-from headinfer.units import parse_bytes, parse_tokens
+from headinfer.units import format_bytes, parse_bytes, parse_tokens
 
 _USED_SHARE = 0.9
 """Of the free device memory: the rest is for fragments and what the estimate leaves out."""
@@ -68,7 +69,7 @@ class Offload:
         self._engines: weakref.WeakSet[Engine] = weakref.WeakSet()
         self._attached = False
         self._hardware = _measured_hardware(device)
-        self.plan = resolve(self._shape, self._budgeted(), device=device.name)
+        self.plan = self._resolve(1, None, [])
         self._attachment = Attachment(model, self)
         self._attached = True
 
@@ -139,32 +140,42 @@ class Offload:
             engine.give_up_residents()
         return self._resolve(batch, context_tokens, others)
 
-    def _resolve(self, batch: int, context_tokens: int, others: list[Engine]) -> Plan:
-        options = self._budgeted()
-        if options.device_memory_bytes is not None:
-            held = sum(engine.device_kv_bytes for engine in others)
-            budget = max(options.device_memory_bytes - held, 1)
-            options = dataclasses.replace(options, device_memory_bytes=budget)
-        return resolve(
-            self._shape,
-            options,
-            device=self._device.name,
-            batch=batch,
-            context_tokens=context_tokens,
-            hardware=self._hardware,
-        )
+    def _resolve(self, batch: int, context_tokens: int | None, others: list[Engine]) -> Plan:
+        asked, budget = self._options.device_memory_bytes, self._budget_bytes()
+        left = budget
+        if budget is not None:
+            left = max(budget - sum(engine.device_kv_bytes for engine in others), 1)
+        try:
+            return resolve(
+                self._shape,
+                dataclasses.replace(self._options, device_memory_bytes=left),
+                device=self._device.name,
+                batch=batch,
+                context_tokens=context_tokens,
+                hardware=self._hardware,
+            )
+        except MemoryPlanError as error:
+            if budget == asked:
+                raise
+            wanted = "" if asked is None else f", not the {format_bytes(asked)} asked for"
+            raise MemoryPlanError(f"{error}; that is all the device has free{wanted}") from None
 
-    def _budgeted(self) -> Options:
-        """Return the options with what the device has free as the budget where none was given.
+    def _budget_bytes(self) -> int | None:
+        """Return the device memory for weights, runtime, activations and all caches together.
 
-        That is for all caches together, so what they hold counts as free.
+        That is what was asked for as far as the device has it, or most of what is free. Weights
+        and CUDA's context are there already and so not free; what caches hold counts as free.
         """
-        free = self._device.free_bytes()
-        if free is None or self._options.device_memory_bytes is not None:
-            return self._options
-        held = sum(engine.device_kv_bytes for engine in self._engines)
-        budget = self._shape.weights_bytes + int((free + held) * _USED_SHARE)
-        return dataclasses.replace(self._options, device_memory_bytes=budget)
+        asked, free = self._options.device_memory_bytes, self._device.free_bytes()
+        if free is None:
+            return asked
+        free += sum(engine.device_kv_bytes for engine in self._engines)
+        weights, runtime = self._shape.weights_bytes, memory.runtime_bytes(self._device.name)
+        most = weights + runtime + int(free * _USED_SHARE)
+        if asked is None:
+            return most
+        # The rest of the runtime, handles and fragments, is still to come out of what is free.
+        return min(asked, max(most, weights + free))
 
     def make_engine(self, plan: Plan) -> Engine:
         """Return an engine for a cache."""
@@ -230,8 +241,9 @@ def attach(
 
     Args:
         model: a loaded causal language model, on one device, in eval mode.
-        device_memory: the most the model may use on the device, for example "24GiB": weights, KV
-            and activations; None for what is free on a GPU, and no limit elsewhere.
+        device_memory: the most the model may use on the device, for example "24GiB": weights, KV,
+            activations and CUDA itself; of more than is free on a GPU what is free, as with None.
+            Elsewhere None is no limit.
         host_memory: the most the KV caches may use in host memory; None for what is free.
         chunk_tokens: tokens that pass through the model at once in prefill, for example "4K".
         tile_heads: KV heads of one tile: a number, "all" or "auto".

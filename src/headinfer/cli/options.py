@@ -44,8 +44,8 @@ DeviceMemory = Annotated[
     str,
     _memory_option(
         "--device-memory",
-        "The most to use on the device for weights, KV and activations, such as 24GiB; "
-        "auto: what is free.",
+        "The most to use on the device for weights, KV, activations and CUDA itself, such as "
+        "24GiB; auto: what is free.",
         "SIZE",
     ),
 ]
