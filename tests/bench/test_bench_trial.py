@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -13,7 +14,7 @@ from bench_parts import MODEL, trial_spec
 
 from headinfer.bench import machine, stock
 from headinfer.bench.gate import Verdict, compare
-from headinfer.bench.limits import limit_host
+from headinfer.bench.limits import limit_device, limit_host
 from headinfer.bench.methods import METHODS
 from headinfer.bench.model_spec import NamedModel
 from headinfer.bench.neighbours import Neighbours
@@ -154,6 +155,15 @@ def test_device_memory_on_the_cpu_is_a_limit_of_the_system_and_is_lifted_again()
         limit_host(settings, cpu, weights_bytes=2**30),
     ):
         pass
+
+
+def test_device_memory_on_a_gpu_leaves_torch_what_a_card_of_that_size_would(monkeypatch):
+    memory, shares = SimpleNamespace(total_memory=80 * 2**30), []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: memory)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
+    for size in ("24GiB", "auto", "512GiB"):
+        limit_device(Settings(device_memory=size), torch.device("cuda"))
+    assert shares == [23.25 / 80, 1.0]
 
 
 def test_a_trial_beyond_its_device_memory_is_out_of_memory():

@@ -9,15 +9,19 @@ import torch
 
 from headinfer.bench.spec import Settings
 from headinfer.errors import MemoryPlanError
+from headinfer.plan.memory import CUDA_OUTSIDE_BYTES
 from headinfer.units import format_bytes, parse_bytes
 
 
 def limit_device(settings: Settings, device: torch.device) -> None:
-    """Let torch allocate no more on a GPU than the budget, from now on."""
+    """Let torch allocate no more on a GPU, from now on, than on a card of the budget's size.
+
+    What CUDA takes outside of torch's allocator is of the budget too, whatever the method.
+    """
     if device.type == "cuda" and settings.device_memory != "auto":
         total = torch.cuda.get_device_properties(device).total_memory
-        share = min(parse_bytes(settings.device_memory) / total, 1.0)
-        torch.cuda.set_per_process_memory_fraction(share)
+        for_torch = max(parse_bytes(settings.device_memory) - CUDA_OUTSIDE_BYTES, 0)
+        torch.cuda.set_per_process_memory_fraction(min(for_torch / total, 1.0))
 
 
 @contextmanager
