@@ -44,7 +44,7 @@ def test_json_is_as_documented(cli) -> None:
     by_name = {row["method"]: row for row in document["methods"]}
     assert by_name["standard"]["tile_heads"] is None
     assert by_name["head-wise-4"]["tile_tokens"] == "all"
-    assert by_name["bounded"]["tile_tokens"] == 2**14
+    assert by_name["bounded"]["tile_tokens"] == 2**17
 
 
 def test_json_goes_to_a_file_beside_the_table(cli, tmp_path) -> None:
@@ -79,7 +79,7 @@ def test_the_papers_tables(cli) -> None:
     assert outcome.code == 0
     assert "207 / 206.96" in outcome.out
     assert "550 / 536" in outcome.out
-    assert "6.51 / 5.50" in outcome.out
+    assert "6.51 / 5.59" in outcome.out
     assert max(map(len, outcome.out.splitlines())) <= 100
 
 

@@ -33,6 +33,8 @@ def test_ceilings_are_the_best_and_predictions_the_median():
     assert hardware.host_attention_bytes_per_s == 10e9
     assert hardware.link_bytes_per_s == 20e9
     assert hardware.link_back_bytes_per_s == 18e9
+    # A small copy's time less what its bytes take in a large one.
+    assert hardware.copy_start_s == pytest.approx(2**18 / 8e9 - 2**18 / 20e9)
 
 
 def test_without_a_device_the_cpu_is_the_device():

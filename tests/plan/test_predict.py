@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headinfer.errors import MemoryPlanError
+from headinfer.plan.choices import MAX_TILE_TOKENS
 from headinfer.plan.hardware import HARDWARE, Hardware
 from headinfer.plan.memory import ALIGNMENT_BYTES, runtime_bytes
 from headinfer.plan.options import Options
@@ -27,10 +28,41 @@ def test_parameters_are_those_of_the_layers() -> None:
 def test_a_streamed_decode_step_takes_the_links_time() -> None:
     schedule = Schedule(chunk_tokens=8192, tile_heads=8, tile_tokens=16384)
     predictor = Predictor(LLAMA_3_8B, RTX_4090)
-    assert predictor.decode_s(schedule, 2**20) == pytest.approx(128 * 2**30 / 25e9)
+    tiles, layers, copies = 32 * 64, 32, 32 * 64 * 16
+    start_s = (tiles + layers) * 150e-6 + copies * RTX_4090.copy_start_s
+    streamed_s = 128 * 2**30 / 25e9
+    assert predictor.decode_s(schedule, 2**20) == pytest.approx(streamed_s + start_s)
     half = replace(schedule, resident_bytes=64 * 2**30)
-    assert predictor.decode_s(half, 2**20) == pytest.approx(64 * 2**30 / 25e9)
+    start_s = (tiles / 2 + 2 * layers) * 150e-6 + copies / 2 * RTX_4090.copy_start_s
+    assert predictor.decode_s(half, 2**20) == pytest.approx(streamed_s / 2 + start_s)
     assert predictor.decode(half, 2**20).limited_by == "the link"
+
+
+@pytest.mark.parametrize(("tile_tokens", "measured_s"), [(16384, 0.421), (102413, 0.262)])
+def test_a_streamed_decode_step_takes_about_what_it_took_beside_an_h100(
+    tile_tokens: int, measured_s: float
+) -> None:
+    """Llama-3-8B's shape with 100K tokens, over a link of 53.3 GB/s."""
+    machine = replace(HARDWARE["h100-80gb"], link_bytes_per_s=53.3e9, copy_start_s=27e-6)
+    schedule = Schedule(tile_heads=8, tile_tokens=tile_tokens)
+    predicted_s = Predictor(LLAMA_3_8B, machine).decode_s(schedule, 100 * 1024)
+    assert predicted_s == pytest.approx(measured_s, rel=0.1)
+
+
+def test_memory_that_is_left_makes_tiles_that_are_few() -> None:
+    options = Options.parse(device_memory="24GiB", resident_tokens=0, host_attention="off")
+    known = {"device": "cuda", "hardware": HARDWARE["h100-80gb"]}
+    plan = resolve(LLAMA_3_8B, options, context_tokens=100 * 1024, **known)
+    assert (plan.tile_heads, plan.tile_tokens) == (8, 100 * 1024)
+    parts = Predictor(LLAMA_3_8B, HARDWARE["h100-80gb"]).decode(plan.schedule, 100 * 1024)
+    assert parts.start_s < 0.1 * parts.link_s
+    longer = [
+        resolve(LLAMA_3_8B, options, context_tokens=tokens, **known) for tokens in (2**20, 2**24)
+    ]
+    assert {plan.tile_tokens for plan in longer} == {MAX_TILE_TOKENS}
+    assert len({plan.total_device_bytes for plan in longer}) == 1
+    no_limit = resolve(LLAMA_3_8B, Options(), context_tokens=2**20, **known)
+    assert no_limit.staging_bytes == 3 * 64 * 2**20
 
 
 def test_a_decode_step_on_the_device_reads_weights_and_kv() -> None:
@@ -59,6 +91,7 @@ def test_without_overlap_the_parts_add_up() -> None:
     schedule = Schedule(tile_heads=8, tile_tokens=16384, overlap=False)
     parts = predictor.decode(schedule, 2**20)
     total = parts.compute_s + parts.link_s + parts.link_back_s + parts.start_s
+    assert parts.start_s > 0
     assert predictor.decode_s(schedule, 2**20) == total
 
 
@@ -142,6 +175,8 @@ def test_no_fixed_setting_is_predicted_to_be_faster(
     predictor = Predictor(shape, hardware)
     chosen = plan()
     fixed = [other for values in FIXED if (other := plan(**values)) is not None]
+    # Longer tiles are never chosen, so that staging is bounded; they may gain a little.
+    fixed = [other for other in fixed if other.tile_tokens <= MAX_TILE_TOKENS]
     if chosen is None:
         assert not fixed
         return
@@ -155,11 +190,13 @@ def test_no_fixed_setting_is_predicted_to_be_faster(
         assert time <= predictor.answer_s(other.schedule, tokens) * (1 + 1e-9), other
 
 
-def test_without_rates_the_largest_transfers_are_taken() -> None:
+def test_without_rates_usual_tiles_are_taken() -> None:
     options = Options.parse(device_memory="24GiB", resident_tokens=0)
     plain = resolve(LLAMA_3_8B, options, device="cuda", context_tokens=2**20)
     by_time = resolve(LLAMA_3_8B, options, device="cuda", context_tokens=2**20, hardware=RTX_4090)
-    assert by_time == plain
+    assert (plain.tile_heads, plain.tile_tokens) == (8, 2**14)
+    assert (by_time.tile_heads, by_time.tile_tokens) == (8, 2**17)
+    assert by_time.chunk_tokens == plain.chunk_tokens
 
 
 def test_memory_for_tiles_is_given_up_where_all_kv_then_fits() -> None:

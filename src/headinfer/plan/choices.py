@@ -11,14 +11,17 @@ MIN_TILE_TOKENS = 256
 ALL_TOKENS = 2**40
 """Tile size of a tile that is never split; only where tiles are views and take no memory."""
 
+MAX_TILE_TOKENS = 2**17
+"""A tile that was left to choose has no more, so that staging is bounded in any context: the keys of
+a head of 128 dims are then 32 MiB, beside which starting their copy is little."""
+
 _LEAST_CONTEXT_TOKENS = 8192
 """Staging is made for at least such a context, however short the first prompt is."""
 
 _CHUNK_CHOICES = (8192, 4096, 2048, 1024, 512, 256, MIN_CHUNK_TOKENS)
 _CPU_CHUNK_TOKENS = 512
-_MAX_TILE_TOKENS = 2**17
 _TILE_TARGET_BYTES = 64 * 2**20
-"""A copy of 64 MiB takes 2.5 ms at 25 GB/s: three orders above what starting it costs."""
+"""The usual tile, where nothing is known of the machine: 64 MiB take 2.5 ms at 25 GB/s."""
 
 
 def chunk_sizes(options: Options, device: str) -> tuple[int, ...]:
@@ -32,7 +35,7 @@ def chunk_sizes(options: Options, device: str) -> tuple[int, ...]:
 def tile_sizes(
     shape: ModelShape, options: Options, device: str, context_tokens: int | None
 ) -> Iterator[tuple[int, int]]:
-    """Yield the (heads, tokens) of tiles to try, none larger than transfers gain from."""
+    """Yield the (heads, tokens) of the usual tiles, the largest first."""
     heads_all = max(shape.kv_heads, 1)
     copies = device != "cpu"
     heads: list[int]
@@ -53,21 +56,28 @@ def tile_sizes(
             per_token = max(shape.kv_bytes(1) // max(len(shape.full_layers), 1), 1)
             per_token = max(per_token * tile_heads // heads_all, 1)
             tokens = max(_TILE_TARGET_BYTES // per_token, MIN_TILE_TOKENS)
-            tokens = min(tokens, _MAX_TILE_TOKENS)
+            tokens = min(tokens, MAX_TILE_TOKENS)
             if context_tokens is not None:  # the next turn may be longer than this one
                 tokens = min(tokens, max(context_tokens, _LEAST_CONTEXT_TOKENS))
-            while tokens >= MIN_TILE_TOKENS:
+            while tokens > MIN_TILE_TOKENS:
                 yield tile_heads, tokens
                 tokens //= 2
+            yield tile_heads, MIN_TILE_TOKENS
 
 
-def larger_tile_tokens(options: Options, tile_tokens: int, context_tokens: int) -> Iterator[int]:
-    """Yield what a tile's tokens may be beyond the usual, up to the whole context.
+def other_tile_tokens(options: Options, usual_tokens: int, context_tokens: int) -> Iterator[int]:
+    """Yield the tokens of tiles beside the usual: powers of two, and the whole context.
 
-    Worth it only where starting many copies takes longer than making them: with many rows.
+    Larger tiles are fewer to start; smaller ones leave more for tokens that are resident. Where
+    nothing says how much memory there is, none is larger than the usual.
     """
     if options.tile_tokens != "auto":
         return
-    while tile_tokens < context_tokens:
-        tile_tokens = min(2 * tile_tokens, context_tokens)
+    largest = min(context_tokens, MAX_TILE_TOKENS)
+    if options.device_memory_bytes is None:
+        largest = min(largest, usual_tokens)
+    tile_tokens = MIN_TILE_TOKENS
+    while tile_tokens < largest:
         yield tile_tokens
+        tile_tokens *= 2
+    yield max(largest, MIN_TILE_TOKENS)

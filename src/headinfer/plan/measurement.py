@@ -178,6 +178,15 @@ class Measurement:
         return rate.counted_per_s / sum(ceiling or 0.0 for ceiling in ceilings)
 
     @property
+    def copy_start_s(self) -> float:
+        """Seconds of the smallest copy to the device beyond those its bytes take in a large one."""
+        rates = self.rates_of(Quantity.TO_DEVICE)
+        counted = [rate.counted_per_s for rate in rates if rate.size and rate.counted_per_s]
+        if not counted:
+            return 0.0
+        return max((rates[0].size or 0) * (1 / counted[0] - 1 / counted[-1]), 0.0)
+
+    @property
     def missing(self) -> tuple[Quantity, ...]:
         """What the planner needs and could not be measured."""
         needed = [Quantity.MATMUL, Quantity.PREFILL_ATTENTION, Quantity.HOST_READ]
@@ -209,5 +218,6 @@ class Measurement:
             prefill_attention_flops_per_s=counted[Quantity.PREFILL_ATTENTION],
             decode_attention_bytes_per_s=counted[attention],
             host_attention_bytes_per_s=counted[Quantity.HOST_ATTENTION],
+            copy_start_s=self.copy_start_s,
             measured=True,
         )

@@ -327,7 +327,8 @@ def latency_tables() -> list[Comparison]:
             columns=tuple(_DECODE),
             rows=_latency_rows(_DECODE, plans, lambda plan: plan.decode_s_per_token),
             notes=(
-                "Predicted from a link that is never idle at 25 GB/s; the paper moved 20 to 21.",
+                "Predicted from a link of 25 GB/s that waits only while tiles are started; the "
+                "paper moved 20 to 21.",
                 "Short contexts are limited by starting kernels from Python, which standard "
                 "inference shows: 30 ms where reading the weights takes 15. We do not count it.",
                 "Its adaptive method is slower at 200K and 400K than any of the fixed ones it "

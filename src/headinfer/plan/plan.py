@@ -10,7 +10,7 @@ from headinfer.plan.choices import (
     MIN_CHUNK_TOKENS,
     MIN_TILE_TOKENS,
     chunk_sizes,
-    larger_tile_tokens,
+    other_tile_tokens,
     tile_sizes,
 )
 from headinfer.plan.hardware import Hardware
@@ -229,9 +229,8 @@ def _fastest_candidates(
 ) -> Iterator[Plan]:
     """Yield those of the plans that fit among which the fastest is, the preferred ones first.
 
-    For each chunk and number of heads that is the plan with the largest usual tile, what comes of
-    it with still larger ones, and the one with the smallest, which leaves the most for tokens that
-    are resident. Any other tile would be no faster.
+    For each chunk and number of heads that is the plan with the largest usual tile, and what comes
+    of it with larger and smaller ones.
     """
     largest: dict[tuple[int, int], Plan] = {}
     for plan in fitting:
@@ -241,14 +240,10 @@ def _fastest_candidates(
     for plan in largest.values():
         if plan.device == "cpu":
             continue  # its tiles are views of any size
-        for tile_tokens in larger_tile_tokens(options, plan.tile_tokens, context_tokens):
-            larger = _replan(plan, options, tile_tokens)
-            if _fits(larger):
-                yield residency.of(larger)
-        if residency.wanted and options.tile_tokens == "auto":
-            smallest = residency.of(_replan(plan, options, MIN_TILE_TOKENS))
-            if _fits(smallest):
-                yield smallest
+        for tile_tokens in other_tile_tokens(options, plan.tile_tokens, context_tokens):
+            other = _replan(plan, options, tile_tokens)
+            if _fits(other):
+                yield residency.of(other)
 
 
 @dataclass(frozen=True, slots=True)
