@@ -1,5 +1,6 @@
 """What users import: attach HeadInfer to a model, make caches for it, detach it again."""
 
+import contextlib
 import dataclasses
 import weakref
 from collections.abc import Callable
@@ -100,8 +101,9 @@ class Offload:
         """Leave the model exactly as it was; its caches are closed. May be called again."""
         self._attached = False
         self._attachment.remove()
-        for engine in list(self._engines):
-            engine.close()
+        with contextlib.ExitStack() as closing:  # all of them, also where one raises
+            for engine in list(self._engines):
+                closing.callback(engine.close)
 
     def __enter__(self) -> "Offload":
         """Return itself."""
@@ -200,8 +202,10 @@ class Offload:
         return cache.state.chunk_tokens or self.plan.chunk_tokens
 
     def finish_compute(self) -> None:
-        """Block until the model's work on the device is done."""
+        """Block until the model's work on the device is done, and raise what failed in it."""
         self._device.finish_compute()
+        for engine in list(self._engines):
+            engine.check()
 
     def report_prefill(self, done_tokens: int, all_tokens: int) -> None:
         """Pass progress on."""

@@ -2,22 +2,24 @@
 
 Written in the Chrome trace format, for https://ui.perfetto.dev or chrome://tracing. torch's
 profiler measures; here its events are sorted into few lines, so that one sees at a glance whether
-the link or the device waits.
+the link or the device waits. It does not see the thread on which the host attends, so the times of
+that are taken on their own.
 """
 
 import json
 import os
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
-from headinfer.device.simulated import COPY_MARK
+from headinfer.device.simulated import COPY_MARK, HOST_CALL_MARK
+from headinfer.engine import host_attention
 from headinfer.engine.chunk import ATTENTION_MARK
-from headinfer.engine.host_attention import HOST_ATTENTION_MARK
 
 LINES = (
     "copy-in",
@@ -29,8 +31,12 @@ LINES = (
 )
 """The lines of a trace, from top to bottom."""
 
+_CLOCK_MARK = "headinfer: clock"
+"""An event of the profiler whose time is known by our clock too."""
+
 _PRODUCTS = ("aten::linear", "aten::mm", "aten::addmm", "aten::bmm", "aten::matmul")
 _PRODUCT_KERNELS = ("gemm", "gemv", "cutlass", "cublas", "splitk", "nvjet")
+_US_PER_S = 1e6
 _COPIES = {"Memcpy HtoD": "copy-in", "Memcpy DtoH": "copy-out"}
 
 
@@ -65,11 +71,16 @@ class Trace:
             activities.append(ProfilerActivity.CUDA)
         self._profile: Any = profile(activities=activities)
         self._running = False
+        self._clock_s = 0.0  # of the mark
+        self._host_attended: list[tuple[float, float]] = []
 
     def advance(self) -> None:
         """Note that a token was generated: the first begins the record, the last ends it."""
         if not self._running and self._left:
             self._profile.start()
+            with record_function(_CLOCK_MARK):
+                self._clock_s = time.perf_counter()
+            host_attention.listeners.append(self._note_host_attention)
             self._running = True
         elif self._running:
             self._left -= 1
@@ -81,10 +92,22 @@ class Trace:
         if not self._running:
             return
         self._running, self._left = False, 0
+        host_attention.listeners.remove(self._note_host_attention)
         self._profile.stop()
-        slices = list(_slices(self._profile.events()))
+        events = list(self._profile.events())
+        slices = [*_slices(events), *self._host_slices(events)]
         self._path.write_text(json.dumps(_document(slices)), encoding="utf-8")
         self.written = True
+
+    def _note_host_attention(self, start_s: float, end_s: float) -> None:
+        self._host_attended.append((start_s, end_s))
+
+    def _host_slices(self, events: list[Any]) -> Iterator[Slice]:
+        """Yield when the host attended, by the profiler's clock."""
+        zero_us = min(event.time_range.start for event in events if event.name == _CLOCK_MARK)
+        for start_s, end_s in self._host_attended:
+            start_us = zero_us + (start_s - self._clock_s) * _US_PER_S
+            yield Slice("host attention", "host attention", start_us, (end_s - start_s) * _US_PER_S)
 
 
 def _slices(events: Iterable[Any]) -> Iterator[Slice]:
@@ -97,16 +120,17 @@ def _slices(events: Iterable[Any]) -> Iterator[Slice]:
         yield from _host_slices(event, with_device=bool(on_device))
     marked = [event.time_range for event in on_device if event.name == ATTENTION_MARK]
     for event in on_device:
-        if event.name not in (ATTENTION_MARK, HOST_ATTENTION_MARK):
+        if event.name not in (ATTENTION_MARK, _CLOCK_MARK):
             yield _slice(_device_line(event, marked), event)
 
 
 def _host_slices(event: Any, *, with_device: bool) -> Iterator[Slice]:
-    """Yield what an event of the CPU shows; with a device, only what the CPU itself attends."""
-    if event.name == HOST_ATTENTION_MARK:
-        yield _slice("host attention", event)
-    elif event.name.startswith(COPY_MARK):
-        yield _slice(event.name.removeprefix(COPY_MARK), event)
+    """Yield what an event of the CPU shows; nothing where there is a device, which shows more."""
+    if event.name in (HOST_CALL_MARK, _CLOCK_MARK):
+        return
+    if event.name.startswith(COPY_MARK):
+        stream = event.name.removeprefix(COPY_MARK)
+        yield _slice(stream if stream in LINES else "host attention", event)
     elif with_device:
         return
     elif event.name == ATTENTION_MARK:

@@ -227,7 +227,14 @@ def test_a_trace_shows_each_kind_of_work_on_its_line(cli, llama, prompt, tmp_pat
     }
     shown = {lines[event["tid"]] for event in events if event["ph"] == "X"}
     assert shown >= {"copy-in", "attention", "host attention", "projections"}
-    assert all(event["dur"] >= 0 for event in events if event["ph"] == "X")
+    slices = [event for event in events if event["ph"] == "X"]
+    assert all(event["dur"] >= 0 for event in slices)
+    on_host = [event for event in slices if event["name"] == "host attention"]
+    others = [event for event in slices if event["name"] != "host attention"]
+    first = min(event["ts"] for event in others)
+    last = max(event["ts"] + event["dur"] for event in others)
+    assert len(on_host) > 2
+    assert all(first < event["ts"] < event["ts"] + event["dur"] < last for event in on_host)
 
 
 def test_a_trace_that_cannot_be_written_is_refused_at_once(cli, tmp_path):

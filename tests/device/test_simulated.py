@@ -115,3 +115,73 @@ def test_a_freed_address_can_be_used_again() -> None:
 def test_the_cpu_device_has_no_streams() -> None:
     with pytest.raises(AssertionError, match="no streams"):
         _ = CpuDevice().copy_in
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_host_function_runs_in_stream_order(seed: int) -> None:
+    device = SimulatedDevice(seed=seed)
+    on_device = floats(device, host=False)
+    query, answer, arrived = (floats(device, host=host) for host in (True, True, False))
+    stream = device.host_work
+    on_device.fill_(3.0)
+    device.compute.writes(on_device, "set-up")
+    stream.wait(device.compute.record(), Edge.QUERY_READY)
+    stream.copy(query, on_device)
+    stream.reads(query, "test")
+    stream.writes(answer, "test")
+    stream.run(lambda: answer.copy_(query + 1.0))
+    stream.copy(arrived, answer)
+    device.compute.wait(stream.record(), Edge.ANSWER_SENT)
+    device.compute.reads(arrived, "test")
+    assert (arrived == 4.0).all()
+
+
+def test_host_functions_are_late_for_some_seeds_and_early_for_others() -> None:
+    early = set()
+    for seed in range(20):
+        device, ran = SimulatedDevice(seed=seed), []
+        device.host_work.run(lambda ran=ran: ran.append(1))
+        early.add(bool(ran))
+        device.synchronize()
+        assert ran == [1]
+    assert early == {True, False}
+
+
+def test_a_host_function_must_not_use_the_device() -> None:
+    device = SimulatedDevice(seed=1)
+    device.host_work.run(lambda: device.compute.record() and None)
+    with pytest.raises(AssertionError, match="must not use the device"):
+        device.synchronize()
+
+
+def test_what_a_host_function_accesses_is_checked() -> None:
+    device = SimulatedDevice()
+    answer = floats(device, host=True)
+    device.host_work.writes(answer, "the answer")
+    device.host_work.run(lambda: None)
+    with pytest.raises(HazardError, match=r"read on host .*after the write on host-work"):
+        device.host_access(answer, write=False, purpose="test")
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_timed_events_tell_their_order(seed: int) -> None:
+    device, ran = SimulatedDevice(seed=seed), []
+    device.host_work.run(lambda: ran.append(1))
+    answered = device.host_work.record(timed=True)
+    was_early = answered.reached
+    done = device.compute.record(timed=True)
+    assert done.reached_before(answered) == (None if not answered.reached else not was_early)
+    device.synchronize()
+    assert done.reached_before(answered) is not was_early
+    assert answered.reached_before(done) is was_early
+
+
+def test_an_address_the_model_used_can_be_used_for_other_memory() -> None:
+    device = SimulatedDevice()
+    tensor = floats(device, host=True)
+    address = tensor.untyped_storage().data_ptr()
+    device.log._by_storage[address] = []
+    device.host_work.reads(tensor, "test")
+    del tensor
+    gc.collect()
+    assert address not in device.log._by_storage

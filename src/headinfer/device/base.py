@@ -1,11 +1,11 @@
-"""The protocol between the engine and a device: memory, three streams, and the waits between them.
+"""The protocol between the engine and a device: memory, four streams, and the waits between them.
 
 Every ordering the engine relies on is one `Edge`. A stream runs its work in order; work on two
 streams is ordered only where one waits for an event the other recorded.
 """
 
 import enum
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
@@ -19,9 +19,10 @@ class Edge(enum.Enum):
     PAGE_WRITTEN = "compute wrote new keys and values into a page; copy-out reads it"
     PAGE_FREE = "copy-out has read a page; compute overwrites it"
     HOST_WRITTEN = "copy-out wrote tokens into the host store; copy-in reads them"
-    QUERY_SENT = "compute sent a query to the host; the host reads it"
-    TOKENS_SENT = "copy-out wrote tokens into the host store; the host attends them"
-    HOST_SETTLED = "copies touching host memory are done; the host reads, moves or frees it"
+    QUERY_READY = "compute wrote a query, and merged the last answer; host work fetches and answers"
+    TOKENS_SENT = "copy-out wrote tokens into the host store; host work attends them"
+    ANSWER_SENT = "host work sent its partial result to the device; compute merges it"
+    HOST_SETTLED = "work touching host memory is done; the host reads, moves or frees it"
 
 
 def contiguous_pieces(
@@ -45,9 +46,15 @@ class Event(Protocol):
     def synchronize(self, edge: Edge) -> None:
         """Block the host until the point is reached."""
 
+    def reached_before(self, other: "Event") -> bool | None:
+        """Whether this was reached before `other`; None until both are. Orders nothing.
+
+        Both must have been recorded as `timed`, on whichever streams.
+        """
+
 
 class Stream(Protocol):
-    """A queue of work on the device, run in order."""
+    """A queue of work, run in order: on the device, or beside it on the host."""
 
     def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
         """Enqueue a copy between tensors of equal shape and dtype, and return.
@@ -55,8 +62,20 @@ class Stream(Protocol):
         One transfer for each piece that is contiguous on both sides, so a tile is one a head.
         """
 
-    def record(self) -> Event:
-        """Return an event that is reached when all work enqueued so far is done."""
+    def run(self, function: Callable[[], None]) -> None:
+        """Enqueue a call of a function of the host, and return.
+
+        It runs in the stream's order, on another thread than the caller's. It must not raise, nor
+        use a device, nor wait for anything that does; nor hold the last reference to memory that
+        the device knows.
+        """
+
+    def record(self, *, timed: bool = False) -> Event:
+        """Return an event that is reached when all work enqueued so far is done.
+
+        Args:
+            timed: whether `reached_before` will be asked.
+        """
 
     def wait(self, event: Event, edge: Edge) -> None:
         """Hold all work enqueued from now on until `event` is reached; the host goes on."""
@@ -97,6 +116,10 @@ class Device(Protocol):
     @property
     def copy_out(self) -> Stream:
         """The stream of device-to-host copies."""
+
+    @property
+    def host_work(self) -> Stream:
+        """The stream of what the host computes for the device, and of the copies around that."""
 
     def host_empty(self, num_bytes: int) -> torch.Tensor:
         """Return `num_bytes` of uninitialised host memory as uint8, ready for asynchronous copies.

@@ -21,6 +21,7 @@ class CpuDevice:
 
     copy_in = compute
     copy_out = compute
+    host_work = compute
 
     def host_empty(self, num_bytes: int) -> torch.Tensor:
         """Return pageable memory; the system commits a page when it is first written."""

@@ -1,12 +1,14 @@
-"""CUDA: pinned host memory, two copy streams beside the model's own, and CUDA events."""
+"""CUDA: pinned host memory, three streams beside the model's own, and CUDA events."""
 
 import contextlib
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from headinfer.device.base import Edge, Event, Stream, contiguous_pieces
+from headinfer.device.cuda_calls import enqueue_call
 from headinfer.device.host_pages import map_host_memory
 from headinfer.errors import MemoryPlanError, OptionError
 from headinfer.units import format_bytes
@@ -15,10 +17,10 @@ _CUDA_SUCCESS = 0
 
 
 class CudaEvent:
-    """A `torch.cuda.Event` without timing."""
+    """A `torch.cuda.Event`, with timing where that is asked for."""
 
-    def __init__(self, stream: torch.cuda.Stream) -> None:
-        self._event = torch.cuda.Event()
+    def __init__(self, stream: torch.cuda.Stream, *, timed: bool) -> None:
+        self._event = torch.cuda.Event(enable_timing=timed)
         self._event.record(stream)
 
     @property
@@ -29,6 +31,13 @@ class CudaEvent:
     def synchronize(self, edge: Edge) -> None:
         """Block the host until the event is reached."""
         self._event.synchronize()
+
+    def reached_before(self, other: Event) -> bool | None:
+        """Compare the times at which the device reached the two."""
+        assert isinstance(other, CudaEvent)
+        if not (self.reached and other.reached):
+            return None
+        return bool(self._event.elapsed_time(other._event) > 0)
 
     def hold(self, stream: torch.cuda.Stream) -> None:
         """Make `stream` wait for the event."""
@@ -55,9 +64,14 @@ class CudaStream:
             for to, piece in contiguous_pieces(destination, source):
                 to.copy_(piece, non_blocking=True)
 
-    def record(self) -> Event:
+    def run(self, function: Callable[[], None]) -> None:
+        """Enqueue a call on a thread of the driver's; waits while too many others are pending."""
+        with torch.cuda.device(self._device_index):
+            enqueue_call(self._current(), function)
+
+    def record(self, *, timed: bool = False) -> Event:
         """Return an event after all work enqueued so far."""
-        return CudaEvent(self._current())
+        return CudaEvent(self._current(), timed=timed)
 
     def wait(self, event: Event, edge: Edge) -> None:
         """Hold later work on this stream until `event`."""
@@ -75,7 +89,7 @@ class CudaDevice:
     """One CUDA GPU.
 
     `compute` is the stream that is current when the model runs, so the engine joins whatever
-    stream the caller chose. The copy streams are the engine's own.
+    stream the caller chose. The other streams are the engine's own.
 
     Raises:
         OptionError: CUDA is not available.
@@ -92,6 +106,7 @@ class CudaDevice:
         self.compute: Stream = CudaStream(torch_device, None)
         self.copy_in: Stream = CudaStream(torch_device, torch.cuda.Stream(torch_device))
         self.copy_out: Stream = CudaStream(torch_device, torch.cuda.Stream(torch_device))
+        self.host_work: Stream = CudaStream(torch_device, torch.cuda.Stream(torch_device))
 
     def host_empty(self, num_bytes: int) -> torch.Tensor:
         """Return page-locked memory of exactly `num_bytes`, rounded up to whole pages.

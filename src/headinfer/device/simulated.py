@@ -1,16 +1,18 @@
 """A device that runs on the CPU, has memory of its own, and copies at the worst possible time.
 
-Work on the compute stream runs when it is enqueued, as the model's own operations do. Copies are
-queued and run, in a seeded random order, as early as their stream allows or as late as the waits
-on them allow: a read that nothing orders after its copy finds garbage. Independently of when things
-ran, every access is checked by vector clocks (`hazards`), so that a missing wait is an error even
-where chance let the copy run in time.
+Work on the compute stream runs when it is enqueued, as the model's own operations do. Copies and
+calls of host functions are queued and run, in a seeded random order, as early as their stream
+allows or as late as the waits on them allow: a read that nothing orders after its copy finds
+garbage. Independently of when things ran, every access is checked by vector clocks (`hazards`), so
+that a missing wait is an error even where chance let the copy run in time.
 """
 
 import collections
+import contextlib
+import itertools
 import random
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import TypeAlias
 
 import torch
@@ -18,12 +20,16 @@ from torch.profiler import record_function
 
 from headinfer.device.base import Edge, Event, Stream, contiguous_pieces
 from headinfer.device.hazards import AccessLog, Clock, join
+from headinfer.device.host_calls import without_collection
 
 _Step: TypeAlias = Callable[[], bool]
 """Work at the head of a queue; returns False when it must wait for another stream."""
 
 COPY_MARK = "headinfer copy: "
 """What a profiler shows around a copy, before the stream's name."""
+
+HOST_CALL_MARK = "headinfer: host function"
+"""What a profiler shows around the call of a host function."""
 
 _HOST = "host"
 _POISON = 0xFF  # as float16, bfloat16 and float32 alike: NaN
@@ -34,27 +40,45 @@ class SimulatedEvent:
 
     def __init__(self, stream: "SimulatedStream") -> None:
         self._stream = stream
-        self._position = stream.enqueued
+        self.position = stream.enqueued
         self.clock: Clock = dict(stream.clock)
+        self.moment: int | None = None  # of a timed event, once it was reached
 
     @property
     def reached(self) -> bool:
         """Whether all work before the event has run."""
-        return self._stream.executed >= self._position
+        return self._stream.executed >= self.position
 
     def synchronize(self, edge: Edge) -> None:
         """Run the stream up to the event and order the host after it."""
         device = self._stream.device
+        device.check_usable()
         if edge in device.skipped_edges:
             return
         device.exercised_edges.add(edge)
         self.force()
         join(device.host_clock, self.clock)
 
+    def reached_before(self, other: Event) -> bool | None:
+        """Compare the order in which the two were reached."""
+        assert isinstance(other, SimulatedEvent)
+        if self.moment is None or other.moment is None:
+            return None
+        return self.moment < other.moment
+
     def force(self) -> None:
         """Run the stream up to the event, and whatever it waits for."""
         while not self.reached:
             self._stream.step(force=True)
+
+
+def _without_gaps(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yield contiguous pieces of a tensor."""
+    if tensor.is_contiguous():
+        yield tensor
+    else:
+        for part in tensor:
+            yield from _without_gaps(part)
 
 
 class SimulatedStream:
@@ -71,6 +95,7 @@ class SimulatedStream:
 
     def _tick(self) -> None:
         """Start an operation: it follows all before it here, and what the host did before it."""
+        self.device.check_usable()
         join(self.clock, self.device.host_clock)
         self.clock[self.name] = self.clock.get(self.name, 0) + 1
 
@@ -115,13 +140,40 @@ class SimulatedStream:
 
         self._enqueue(work)
 
-    def record(self) -> Event:
+    def run(self, function: Callable[[], None]) -> None:
+        """Queue a call; what it accesses must be stated by `reads` and `writes`."""
+        assert not self._eager, "host functions have a stream of their own"
+        self._tick()
+
+        def work(_force: bool) -> bool:
+            with record_function(HOST_CALL_MARK), self.device.calling(), without_collection():
+                function()
+            return True
+
+        self._enqueue(work)
+
+    def record(self, *, timed: bool = False) -> Event:
         """Return an event after all work enqueued so far."""
-        return SimulatedEvent(self)
+        self.device.check_usable()
+        event = SimulatedEvent(self)
+        if not timed:
+            return event
+
+        def work(_force: bool) -> bool:
+            event.moment = next(self.device.moments)
+            return True
+
+        if self._eager:
+            work(True)
+        else:
+            event.position += 1  # taking the time is work, too
+            self._enqueue(work)
+        return event
 
     def wait(self, event: Event, edge: Edge) -> None:
-        """Order later work after `event`; a copy stream then stops there, compute runs up to it."""
+        """Order later work after `event`; a queue then stops there, compute runs up to it."""
         assert isinstance(event, SimulatedEvent)
+        self.device.check_usable()
         if edge in self.device.skipped_edges:
             return
         self.device.exercised_edges.add(edge)
@@ -155,7 +207,7 @@ class SimulatedDevice:
     """The device behind `--device simulated`.
 
     Args:
-        seed: of the order in which queued copies run.
+        seed: of the order in which queued work runs.
         skip: waits to leave out, to show that the checks notice.
 
     Attributes:
@@ -179,20 +231,39 @@ class SimulatedDevice:
         self._compute = SimulatedStream(self, "compute", eager=True)
         self._copy_in = SimulatedStream(self, "copy-in", eager=False)
         self._copy_out = SimulatedStream(self, "copy-out", eager=False)
+        self._host_work = SimulatedStream(self, "host-work", eager=False)
+        self._queues = (self._copy_in, self._copy_out, self._host_work)
         self.compute: Stream = self._compute
         self.copy_in: Stream = self._copy_in
         self.copy_out: Stream = self._copy_out
+        self.host_work: Stream = self._host_work
+        self.moments = itertools.count()
+        self._in_host_function = False
+
+    @contextlib.contextmanager
+    def calling(self) -> Iterator[None]:
+        """Refuse all use of the device until a host function is done."""
+        self._in_host_function = True
+        try:
+            yield
+        finally:
+            self._in_host_function = False
+
+    def check_usable(self) -> None:
+        """Notice the use of the device by a host function, where a real driver may hang."""
+        assert not self._in_host_function, "a host function must not use the device"
 
     def run_some(self) -> None:
         """Run a random part of what is queued: often nothing, so that copies are often late."""
         for _ in range(self._random.choice((0, 0, 1, 4))):
-            self._random.choice((self._copy_in, self._copy_out)).step(force=False)
+            self._random.choice(self._queues).step(force=False)
 
     def host_empty(self, num_bytes: int) -> torch.Tensor:
         """Return host memory, poisoned so that a read before a write shows as NaN."""
         with torch.inference_mode(False):  # or it could not be written to outside
             tensor = torch.full((num_bytes,), _POISON, dtype=torch.uint8)
         storage = tensor.untyped_storage()
+        self.log.forget(storage.data_ptr())  # of a tensor of the model's that lay here before
         weakref.finalize(storage, self.log.forget, storage.data_ptr())
         return tensor
 
@@ -222,7 +293,7 @@ class SimulatedDevice:
 
     def synchronize(self) -> None:
         """Run everything and order the host after it."""
-        for stream in (self._copy_in, self._copy_out, self._compute):
+        for stream in (*self._queues, self._compute):
             event = SimulatedEvent(stream)
             event.force()
             join(self.host_clock, event.clock)

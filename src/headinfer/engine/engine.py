@@ -184,6 +184,7 @@ class Engine:
 
         Raises:
             CacheStateError: the cache was closed, or was made for other shapes.
+            Exception: what the host's attention failed with, in this call or in one before.
         """
         geometry = self._check(layer_idx, keys, values, query)
         batch, kv_heads, group, q_len, _ = query.shape
@@ -205,6 +206,7 @@ class Engine:
             part = slice(first, first + self.plan.chunk_tokens)
             chunk = call if q_len <= self.plan.chunk_tokens else call.part(part)
             self._attend_chunk(layer_idx, chunk, host_kernel)
+        self._host.check()
         return out
 
     def append(self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -235,21 +237,22 @@ class Engine:
         near = self._writer.admit(layer_idx, chunk.keys, chunk.values)
         self._share_with_host(layer_idx, 0.0 if host_kernel is None else self._balance.share)
         first, end = layer.streamed
-        with_host = host_kernel is not None and end < layer.store.tokens
-        if with_host:
-            self._host.ask(chunk.query)
+        if end == layer.store.tokens:
+            host_kernel = None  # nothing is left to the host
+        if host_kernel is not None:
+            self._host.ask(layer, chunk.query, host_kernel, scale=chunk.scale)
         self._source.begin(layer_idx)
         # What is not streamed is on the device for all heads, and few tokens need no groups.
         in_groups = first < end or chunk.tokens > self.plan.page_tokens
         waiting = []
         for heads in head_groups(kv_heads, self.plan.tile_heads if in_groups else kv_heads):
             total = chunk.attend(heads, near, self._source.tiles(heads), past_tokens)
-            if with_host:
+            if host_kernel is not None:
                 waiting.append((heads, total))
             else:
                 chunk.finish(heads, total)
-        if waiting and host_kernel is not None:
-            answer = self._host.answer(layer, host_kernel, scale=chunk.scale)
+        if waiting:
+            answer = self._host.answer()
             for heads, total in waiting:
                 total.add(Partial(answer.out[:, heads], answer.lse[:, heads]))
                 chunk.finish(heads, total)
@@ -281,9 +284,18 @@ class Engine:
             )
         return geometry
 
+    def check(self) -> None:
+        """Raise what the host's attention failed with since the last check.
+
+        Work that is pending is not looked at: what compute has done is sound if compute was waited
+        for before this.
+        """
+        self._host.check()
+
     def _check_open(self) -> None:
         if self.closed:
             raise CacheStateError("this cache was closed; make another with offload.new_cache()")
+        self._host.check()
 
     def crop(self, layer_idx: int, tokens: int) -> None:
         """Remove a layer's newest `tokens` tokens, or all it has."""
@@ -291,6 +303,7 @@ class Engine:
         rest = tokens - self._writer.crop(layer_idx, tokens)
         if rest > 0:
             self._settle()
+            self._host.check()
             layer = self._layers[layer_idx]
             layer.store.crop(max(layer.store.tokens - rest, 0))
             if layer.resident is not None:
@@ -303,6 +316,7 @@ class Engine:
         if list(rows) == list(range(self.plan.batch)):
             return
         self._settle()
+        self._host.check()
         self._writer.select(layer_idx, rows)
         layer = self._layers[layer_idx]
         layer.store.select(rows)
@@ -331,6 +345,7 @@ class Engine:
         for layer_idx in range(len(self._layers)):
             self._writer.flush(layer_idx)
         self._settle()
+        self._host.check()
 
     def _rebuild(self, plan: Plan) -> None:
         """Take the memory of another plan; every token must be in the stores, at rest."""
@@ -351,9 +366,18 @@ class Engine:
                 self._stats.bytes_to_device += fetched
 
     def clear(self) -> None:
-        """Forget all tokens and free the host memory; the arena stays."""
+        """Forget all tokens and free the host memory; the arena stays.
+
+        Raises:
+            Exception: what the host's attention failed with, and nobody heard of; after all else.
+        """
+        if not self.closed:
+            self._settle()
+            self._empty()
         self._check_open()
-        self._settle()
+
+    def _empty(self) -> None:
+        """Forget all tokens, with no work in flight."""
         for layer_idx, layer in enumerate(self._layers):
             self._writer.crop(layer_idx, self._writer.tail_tokens(layer_idx))
             layer.store.clear()
@@ -363,31 +387,38 @@ class Engine:
         self._expected_tokens = 0
 
     def close(self) -> None:
-        """Free all memory, once no copy touches it any more; may be called again."""
+        """Free all memory, once no copy touches it any more; may be called again.
+
+        Raises:
+            Exception: what the host's attention failed with, and nobody heard of; after all else.
+        """
         if self.closed:
             return
-        self.clear()
+        self._settle()
+        self._empty()
         del self._source, self._writer
         self._abandon()
+        self._host.check()
 
     def _abandon(self) -> None:
         """Free what is left, with no copy in flight; the cache is closed after this."""
         self.closed = True
         self._arena_bytes = 0
+        self._host.free()
         for layer in self._layers:
             layer.resident = None
             layer.store.clear()
 
     def __del__(self) -> None:
-        """Wait for the copies in flight before the memory they touch goes away."""
+        """Wait for the work in flight before the memory it touches goes away."""
         if hasattr(self, "_source"):
             self._settle()
 
     def _settle(self) -> None:
-        """Wait on the host until no copy touches the stores, and forget what was fetched ahead."""
+        """Wait on the host until no work touches the stores, and forget what was fetched ahead."""
         if self._device.tiles_are_views:
             return
-        for stream in (self._device.copy_in, self._device.copy_out):
+        for stream in (self._device.copy_in, self._device.copy_out, self._device.host_work):
             stream.record().synchronize(Edge.HOST_SETTLED)
-        self._host.settle()
+        self._host.forget()
         self._source.drop()

@@ -2,26 +2,35 @@
 
 Of those tokens only the query crosses the link, and only the partial result comes back, to be
 merged like any tile's. Meanwhile the link brings other tokens, and the device attends those and its
-resident ones: all of that is enqueued before the CPU begins, so the three work at the same time
-without a thread of ours.
+resident ones. The CPU's attention is work in the order of a stream, so that the caller's thread
+never waits for it, and goes on to enqueue what follows.
 """
 
+import collections
+import functools
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
-from torch.profiler import record_function
 
-from headinfer.attend.partial import Accumulator, Kernel, Partial
+from headinfer.attend.partial import Accumulator, Kernel, Partial, accumulation_dtype
 from headinfer.device.base import Device, Edge, Event
 from headinfer.engine.stats import Stats
 from headinfer.engine.tiles import StoredLayer
+from headinfer.store.layer import Span
 
 MAX_QUERY_TOKENS = 8
 """New tokens up to which the CPU can help: more make it compute instead of read."""
 
+Listener = Callable[[float, float], None]
 
-HOST_ATTENTION_MARK = "headinfer: host attention"
-"""What a profiler shows around the CPU's share of a layer's attention."""
+listeners: list[Listener] = []
+"""Told when the CPU's share of a layer's attention began and ended, by `time.perf_counter`, on the
+thread it ran on, which torch's profiler does not see."""
+
+_UNJUDGED = 64
+"""Answers whose order is not known yet; older ones are forgotten."""
 
 _NOTES = 256
 """Layers' attentions after which the host's share is judged: changing it discards what was fetched
@@ -36,17 +45,20 @@ a step; if in less than the second, it grows by one. Steps get shorter each time
 class Balance:
     """The host's share of the tokens that are not resident, corrected by who finishes first.
 
+    Only the thread that calls the engine may use it.
+
     Args:
         share: to begin with.
         fixed: whether it stays.
 
     Attributes:
         share: as it is now.
+        fixed: as given; then no notes are needed.
     """
 
     def __init__(self, share: float, *, fixed: bool) -> None:
         self.share = share
-        self._fixed = fixed
+        self.fixed = fixed
         self._notes = self._late = 0
         self._step = _FIRST_STEP
         self._grew: bool | None = None
@@ -55,7 +67,7 @@ class Balance:
         """Take in whether the device had finished its part of a layer before the host did."""
         self._notes += 1
         self._late += host_was_late
-        if self._fixed or self._notes < _NOTES:
+        if self.fixed or self._notes < _NOTES:
             return
         late = self._late / self._notes
         self._notes = self._late = 0
@@ -70,11 +82,51 @@ class Balance:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class _Exchange:
+    """The memory through which queries of one shape go to the host, and answers come back.
+
+    Owned by one `HostAttention` and reused from layer to layer. `query` and `answer` are in host
+    memory, `arrived` on the device; all are used by the host-work stream alone, but for `arrived`,
+    which compute reads. `answer` and `arrived` hold an output and its LSE, one behind the other.
+    """
+
+    query: torch.Tensor
+    answer: torch.Tensor
+    arrived: torch.Tensor
+    on_host: Partial
+    on_device: Partial
+
+    @classmethod
+    def allocate(cls, device: Device, query: torch.Tensor, value_dim: int) -> "_Exchange":
+        """Take the memory for queries like `query`, and for their answers."""
+        dtype = accumulation_dtype(query.dtype)
+        rows = query.shape[:-1]
+        num_bytes = rows.numel() * (value_dim + 1) * dtype.itemsize
+        # A view that changes the dtype in inference mode could not be written to outside it.
+        with torch.inference_mode(False):
+            answer = device.host_empty(num_bytes).view(dtype)
+            arrived = device.device_empty(num_bytes).view(dtype)
+            sent = device.host_empty(query.numel() * query.dtype.itemsize)
+            return cls(
+                sent.view(query.dtype).view(query.shape),
+                answer,
+                arrived,
+                *(_as_partial(memory, rows, value_dim) for memory in (answer, arrived)),
+            )
+
+
+def _as_partial(memory: torch.Tensor, rows: torch.Size, value_dim: int) -> Partial:
+    out, lse = memory.split((rows.numel() * value_dim, rows.numel()))
+    return Partial(out.view(*rows, value_dim), lse.view(rows))
+
+
 class HostAttention:
     """Attends the newest stored tokens of one layer after another on the CPU.
 
-    Its host buffers are reused from layer to layer. Waiting for a query frees them: on compute it
-    comes after the result of the query before was fetched.
+    All of it is one stream's work, in its order: fetch the query, attend, send the answer. That
+    orders the uses of the host buffers from layer to layer; the query's event, which on compute
+    comes after the merge of the answer before, does the same for the device's.
 
     Args:
         device: what asks.
@@ -86,88 +138,125 @@ class HostAttention:
         self._device = device
         self._stats = stats
         self._balance = balance
-        self._buffers: dict[str, torch.Tensor] = {}
-        self._asked: Event | None = None
-        self._taken: Event | None = None
+        self._exchanges: dict[tuple[object, ...], _Exchange] = {}
+        self._asked: tuple[torch.Tensor, _Exchange, Event] | None = None
+        self._unjudged: collections.deque[tuple[Event, Event]] = collections.deque(maxlen=_UNJUDGED)
+        self._failure: BaseException | None = None  # written by host work, taken by `check`
 
-    def ask(self, query: torch.Tensor) -> None:
-        """Enqueue the query's way to the host, on compute; before what shall run meanwhile.
+    def ask(self, layer: StoredLayer, query: torch.Tensor, kernel: Kernel, *, scale: float) -> None:
+        """Enqueue the attention of what is left to the host; before what shall run meanwhile.
 
-        Args:
-            query: `[batch, kv_heads, group, q_len, key_dim]` on the device.
-        """
-        query = query.contiguous()
-        self._device.compute.copy(self._buffer("query", query.shape, query.dtype), query)
-        self._asked = self._device.compute.record()
-
-    def answer(self, layer: StoredLayer, kernel: Kernel, *, scale: float) -> Partial:
-        """Attend what is left to the host, and enqueue the result's way back, on compute.
-
-        Blocks the host until the CPU is done. What the device shall do meanwhile must be enqueued.
+        The tokens attended are those the layer has now, whatever becomes of it before the CPU gets
+        to them; their memory must stay until the host-work stream is settled.
 
         Args:
             layer: whose tokens from the end of its `streamed` on are attended.
+            query: `[batch, kv_heads, group, q_len, key_dim]` on the device.
             kernel: of the CPU.
             scale: factor of the scores.
+        """
+        self._take_back()
+        self._judge()
+        store, (_, first) = layer.store, layer.streamed
+        compute, host_work = self._device.compute, self._device.host_work
+        query = query.contiguous()
+        compute.writes(query, "the query")
+        exchange = self._exchange(query, store.geometry.value_dim)
+        spans = list(store.spans(first, store.tokens))
+        host_work.wait(compute.record(), Edge.QUERY_READY)
+        host_work.copy(exchange.query, query)
+        if layer.written is not None:
+            host_work.wait(layer.written, Edge.TOKENS_SENT)
+        self._state_accesses(exchange, spans)
+        attend = functools.partial(kernel.attend, exchange.query, scale=scale)
+        host_work.run(functools.partial(self._attend, attend, spans, exchange.on_host))
+        host_work.copy(exchange.arrived, exchange.answer)
+        # The query is kept until compute waits for the answer: only then may its memory be reused.
+        self._asked = query, exchange, host_work.record(timed=not self._balance.fixed)
+        self._stats.bytes_attended_on_host += store.geometry.num_bytes(store.tokens - first)
+
+    def answer(self) -> Partial:
+        """Hold compute until the host has answered, once all that may run before is enqueued.
 
         Returns:
-            The partial result on the device, valid on compute.
+            The partial result on the device, valid on compute until the next `ask`.
         """
-        assert self._asked is not None, "the query was not sent"
-        self._asked.synchronize(Edge.QUERY_SENT)
-        if layer.written is not None:
-            layer.written.synchronize(Edge.TOKENS_SENT)
-        query = self._buffers["query"]
-        self._device.host_access(query, write=False, purpose="attention on the host")
-        meanwhile = self._device.compute.record()
-        with record_function(HOST_ATTENTION_MARK):
-            partial = self._attend(layer, query, kernel, scale)
-        self._balance.note(host_was_late=meanwhile.reached)
-        parts = [
-            self._send_back(name, part)
-            for name, part in (("out", partial.out), ("lse", partial.lse))
-        ]
-        self._taken = self._device.compute.record()
-        return Partial(*parts)
+        assert self._asked is not None, "nothing was asked"
+        _, exchange, answered = self._asked
+        if not self._balance.fixed:
+            self._unjudged.append((self._device.compute.record(timed=True), answered))
+        self._take_back()
+        self._device.compute.reads(exchange.arrived, "the host's partial result")
+        return exchange.on_device
 
-    def settle(self) -> None:
-        """Wait until compute is done with the host buffers, so that they may be freed."""
-        for event in (self._asked, self._taken):
-            if event is not None:
-                event.synchronize(Edge.HOST_SETTLED)
+    def check(self) -> None:
+        """Raise what the attention on the CPU failed with, if it did, and forget it.
 
-    def _attend(
-        self, layer: StoredLayer, query: torch.Tensor, kernel: Kernel, scale: float
-    ) -> Partial:
-        """Attend the host's tokens on the CPU."""
+        What was computed on the device since is worthless then. What is still pending is not
+        looked at.
+        """
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def forget(self) -> None:
+        """Forget what was asked; the host-work stream must be settled."""
+        self._asked = None
+        self._unjudged.clear()
+
+    def free(self) -> None:
+        """Free the buffers; the host-work stream must be settled."""
+        self.forget()
+        self._exchanges.clear()
+
+    def _take_back(self) -> None:
+        """Order compute after what was asked, also where a failure kept it from being answered."""
+        if self._asked is not None:
+            _, _, answered = self._asked
+            self._device.compute.wait(answered, Edge.ANSWER_SENT)
+            self._asked = None
+
+    def _judge(self) -> None:
+        """Tell the balance of the answers whose order is known by now."""
+        while self._unjudged:
+            device_done, answered = self._unjudged[0]
+            host_was_late = device_done.reached_before(answered)
+            if host_was_late is None:
+                return
+            self._unjudged.popleft()
+            self._balance.note(host_was_late=host_was_late)
+
+    def _exchange(self, query: torch.Tensor, value_dim: int) -> _Exchange:
+        key = (query.shape, query.dtype, value_dim)
+        exchange = self._exchanges.get(key)
+        if exchange is None:
+            exchange = self._exchanges[key] = _Exchange.allocate(self._device, query, value_dim)
+        return exchange
+
+    def _state_accesses(self, exchange: _Exchange, spans: list[Span]) -> None:
+        host_work = self._device.host_work
+        host_work.reads(exchange.query, "attention on the host")
+        for span in spans:
+            host_work.reads(span.keys, "attention on the host")
+            host_work.reads(span.values, "attention on the host")
+        host_work.writes(exchange.answer, "result of the host's attention")
+
+    def _attend(self, attend: Callable[..., Partial], spans: list[Span], answer: Partial) -> None:
+        """Attend some tokens on the CPU; runs as host work, so it keeps what it fails with."""
+        if self._failure is not None:
+            return
         start_s = time.perf_counter()
-        store, total = layer.store, Accumulator()
-        _, first = layer.streamed
-        for span in store.spans(first, store.tokens):
-            for part in (span.keys, span.values):
-                for row in part:
-                    for head in row:
-                        self._device.host_access(head, write=False, purpose="host attention")
-            total.add(kernel.attend(query, span.keys, span.values, scale=scale))
-        self._stats.host_attention_s += time.perf_counter() - start_s
-        self._stats.bytes_attended_on_host += store.geometry.num_bytes(store.tokens - first)
-        return total.result()
-
-    def _send_back(self, name: str, part: torch.Tensor) -> torch.Tensor:
-        """Enqueue the copy of a part of the result to the device, through its host buffer."""
-        buffer = self._buffer(name, part.shape, part.dtype)
-        self._device.host_access(buffer, write=True, purpose="result of the host's attention")
-        buffer.copy_(part)
-        result = torch.empty(part.shape, dtype=part.dtype, device=self._device.torch_device)
-        self._device.compute.copy(result, buffer)
-        return result
-
-    def _buffer(self, name: str, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-        """Return the host buffer of a name, made anew where shape or dtype differ."""
-        buffer = self._buffers.get(name)
-        if buffer is None or buffer.shape != shape or buffer.dtype != dtype:
-            memory = self._device.host_empty(shape.numel() * dtype.itemsize)
-            # A view that changes the dtype in inference mode could not be written to outside it.
-            with torch.inference_mode(False):
-                buffer = self._buffers[name] = memory.view(dtype).view(shape)
-        return buffer
+        try:
+            with torch.no_grad():  # which each thread has a setting of its own for
+                total = Accumulator()
+                for span in spans:
+                    total.add(attend(span.keys, span.values))
+                partial = total.result()
+                answer.out.copy_(partial.out)
+                answer.lse.copy_(partial.lse)
+        except BaseException as error:
+            self._failure = error
+        end_s = time.perf_counter()
+        self._stats.host_attention_s += end_s - start_s  # which nothing else writes
+        for listener in listeners:
+            listener(start_s, end_s)

@@ -48,7 +48,7 @@ class AttachmentOwner(Protocol):
         """Return the tokens of a prefill chunk."""
 
     def finish_compute(self) -> None:
-        """Block until the model's work is done, for times that mean something."""
+        """Block until the model's work is done, and raise what failed in it."""
 
     def report_prefill(self, done_tokens: int, all_tokens: int) -> None:
         """Hear of progress."""

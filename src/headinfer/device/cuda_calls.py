@@ -1,0 +1,97 @@
+"""Calls of host functions in a CUDA stream's order, by the driver's `cuLaunchHostFunc`.
+
+torch has no binding for it. The driver calls on a thread of its own, which needs Python's global
+lock; so nobody may wait for the device while holding that. torch's waits and launches release it,
+and so does ctypes; but an object that is freed while launches are pending may launch too (an
+allocator's event), with the lock held, and a launch waits where the driver's queue, of about a
+thousand, is full. That is why few calls may be pending at a time: the launches between them then
+never fill the queue.
+"""
+
+import atexit
+import contextlib
+import ctypes
+import functools
+import itertools
+import sys
+import threading
+from collections.abc import Callable
+
+import torch
+
+from headinfer.device.host_calls import without_collection
+
+MAX_PENDING_CALLS = 4
+"""A layer launches less than 100 kernels, and to be two layers ahead hides all launching."""
+
+_POLL_S = 1.0
+_CUDA_SUCCESS = 0
+
+_pending: dict[int, Callable[[], None]] = {}
+_numbers = itertools.count(1)
+_room = threading.Semaphore(MAX_PENDING_CALLS)
+_devices: set[torch.device] = set()
+_exiting = False
+
+
+def _call(number: int) -> None:
+    """Call what was enqueued under a number; ctypes reports an error that gets here."""
+    try:
+        with without_collection():
+            if (function := _pending.pop(number, None)) is not None:
+                function()
+    finally:
+        _room.release()
+
+
+_Callback = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_callback = _Callback(_call)  # one for all calls, so that none is freed while it runs
+
+
+def enqueue_call(stream: torch.cuda.Stream, function: Callable[[], None]) -> None:
+    """Have a function called once all work so far on a stream is done; later work waits for it.
+
+    Returns at once, unless `MAX_PENDING_CALLS` of the process are pending: then waits for one.
+
+    Args:
+        stream: of the device that is current.
+        function: see `Stream.run`; referred to until it ran.
+
+    Raises:
+        RuntimeError: the driver refuses, or the interpreter is about to end.
+    """
+    while not _room.acquire(timeout=_POLL_S):
+        stream.query()  # raises where the device has failed, so that nothing is called any more
+    number = next(_numbers)
+    try:
+        if _exiting:
+            raise RuntimeError("the interpreter is about to end: nothing can be enqueued")
+        _pending[number] = function
+        _devices.add(stream.device)
+        status = _driver().cuLaunchHostFunc(stream.cuda_stream, _callback, number)
+        if status != _CUDA_SUCCESS:
+            raise RuntimeError(f"cuLaunchHostFunc failed with CUDA error {status}")
+    except BaseException:
+        _pending.pop(number, None)
+        _room.release()
+        raise
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    """Return the driver's library, which torch has loaded already."""
+    name = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+    driver = ctypes.CDLL(name)
+    driver.cuLaunchHostFunc.argtypes = [ctypes.c_void_p, _Callback, ctypes.c_void_p]
+    driver.cuLaunchHostFunc.restype = ctypes.c_int
+    return driver
+
+
+@atexit.register
+def _finish_calls() -> None:
+    """Wait for what is pending: a thread that comes back to an interpreter gone would hang."""
+    global _exiting
+    _exiting = True
+    for device in _devices:
+        with contextlib.suppress(RuntimeError):  # of a device that failed
+            torch.cuda.synchronize(device)

@@ -1,0 +1,337 @@
+"""The host's share as work in stream order: nobody waits for it, and nothing is lost with it."""
+
+import dataclasses
+import gc
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+import headinfer
+from headinfer.attend.partial import Kernel, Partial
+from headinfer.attend.reference import ReferenceKernel
+from headinfer.device.base import Edge
+from headinfer.device.hazards import AccessLog, HazardError
+from headinfer.device.simulated import SimulatedDevice
+from headinfer.engine.engine import Engine
+from headinfer.engine.host_attention import Balance
+from headinfer.engine.stats import Stats
+from headinfer.errors import CacheStateError
+from headinfer.integration import attention
+from headinfer.plan.options import Options
+from headinfer.plan.plan import resolve
+from shapes import model_shape
+from tiny_models import random_tokens, tiny_model
+
+
+class Unchecked(AccessLog):
+    """Takes any access for ordered."""
+
+    def add(self, *_access: object) -> None:
+        """Accept."""
+
+
+class HeldDevice(SimulatedDevice):
+    """Runs host functions as a GPU does: compute waits for them, but its caller does not.
+
+    The simulation's compute runs at once, and so would run them too. Here its wait is left out,
+    with the check that would notice; what compute makes of the answer is then garbage.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(skip=[Edge.ANSWER_SENT])
+        self.log = Unchecked()
+
+    def run_some(self) -> None:
+        """Run nothing that nobody waits for."""
+
+    def finish_compute(self) -> None:
+        """Run what compute would have waited for."""
+        self.synchronize()
+
+
+class Failing:
+    """A kernel that raises, and counts how often it was called."""
+
+    name = "failing"
+
+    def __init__(self) -> None:
+        self.error = ArithmeticError("the host cannot count")
+        self.calls = 0
+
+    def attend(self, *_tensors: torch.Tensor, **_options: object) -> Partial:
+        self.calls += 1
+        raise self.error
+
+
+class Recording(ReferenceKernel):
+    """Keeps copies of the keys it attends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keys: list[torch.Tensor] = []
+
+    def attend(self, query, keys, values, **options) -> Partial:
+        self.keys.append(keys.clone())
+        return super().attend(query, keys, values, **options)
+
+
+def engine_with_host_share(device: SimulatedDevice, layers: int = 1) -> Engine:
+    """Return an engine that leaves all of the 40 tokens it holds to the host."""
+    plan = resolve(
+        model_shape(layers=layers, group=1),
+        Options(chunk_tokens=8, tile_tokens=16),
+        device="simulated",
+    )
+    engine = Engine(device, dataclasses.replace(plan, host_share=1.0), torch.float32, Stats())
+    engine.expect(41)
+    for layer_idx in range(layers):
+        engine.append(layer_idx, stored(layer_idx), stored(layer_idx))
+    return engine
+
+
+def stored(layer_idx: int = 0) -> torch.Tensor:
+    return torch.randn(1, 2, 40, 8, generator=torch.Generator().manual_seed(layer_idx))
+
+
+def decode(engine: Engine, host_kernel: Kernel, layer_idx: int = 0) -> torch.Tensor:
+    new = torch.ones(1, 2, 1, 8)
+    return engine.attend(
+        layer_idx,
+        new.unsqueeze(2),
+        new,
+        new,
+        kernel=ReferenceKernel(),
+        scale=1.0,
+        host_kernel=host_kernel,
+    )
+
+
+def test_the_caller_does_not_wait_for_the_host() -> None:
+    device, kernel = HeldDevice(), Recording()
+    engine = engine_with_host_share(device, layers=3)
+    for layer_idx in range(3):
+        decode(engine, kernel, layer_idx)
+        assert not kernel.keys, "the caller's thread has waited for the CPU"
+    device.finish_compute()
+    assert len(kernel.keys) == 3
+    for layer_idx, keys in enumerate(kernel.keys):
+        assert torch.equal(keys, stored(layer_idx))
+
+
+def grow(engine: Engine) -> None:
+    engine.append(0, torch.zeros(1, 2, 400, 8), torch.zeros(1, 2, 400, 8))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda engine: engine.crop(0, 30),
+        lambda engine: engine.clear(),
+        lambda engine: engine.close(),
+        lambda engine: engine.replan(engine.plan),
+        grow,
+    ],
+    ids=["crop", "clear", "close", "replan", "append"],
+)
+def test_a_store_that_changes_does_not_change_what_is_pending(
+    change: Callable[[Engine], None],
+) -> None:
+    device, kernel = HeldDevice(), Recording()
+    engine = engine_with_host_share(device)
+    decode(engine, kernel)
+    change(engine)
+    if not engine.closed:
+        grow(engine)
+    device.synchronize()
+    (keys,) = kernel.keys
+    assert torch.equal(keys, stored())
+
+
+def test_rows_are_selected_after_what_is_pending() -> None:
+    device, kernel = HeldDevice(), Recording()
+    plan = resolve(
+        model_shape(layers=1, group=1),
+        Options(chunk_tokens=8, tile_tokens=16),
+        device="simulated",
+        batch=2,
+    )
+    engine = Engine(device, dataclasses.replace(plan, host_share=1.0), torch.float32, Stats())
+    engine.expect(41)
+    rows = torch.cat((stored(0), stored(1)))
+    engine.append(0, rows, rows)
+    new = torch.ones(2, 2, 1, 8)
+    engine.attend(
+        0,
+        new.unsqueeze(2),
+        new,
+        new,
+        kernel=ReferenceKernel(),
+        scale=1.0,
+        host_kernel=kernel,
+    )
+    engine.select(0, [1, 0])
+    assert torch.equal(kernel.keys[0], rows)
+
+
+def test_an_engine_that_is_dropped_waits_for_what_is_pending() -> None:
+    device, kernel = HeldDevice(), Recording()
+    engine = engine_with_host_share(device)
+    decode(engine, kernel)
+    del engine
+    gc.collect()
+    assert torch.equal(kernel.keys[0], stored())
+
+
+def test_an_error_reaches_the_caller_as_itself() -> None:
+    kernel = Failing()
+    engine = engine_with_host_share(SimulatedDevice())
+    with pytest.raises(ArithmeticError) as raised:
+        decode(engine, kernel)
+    assert raised.value is kernel.error
+    assert decode(engine, ReferenceKernel()).isfinite().all()  # it is told once
+    engine.close()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda engine: decode(engine, ReferenceKernel()),
+        lambda engine: engine.tokens(0),
+        lambda engine: engine.crop(0, 1),
+        lambda engine: engine.check(),
+        lambda engine: engine.clear(),
+        lambda engine: engine.close(),
+    ],
+    ids=["attend", "tokens", "crop", "check", "clear", "close"],
+)
+def test_an_error_that_comes_late_is_raised_by_the_next_call(
+    call: Callable[[Engine], object],
+) -> None:
+    device, kernel = HeldDevice(), Failing()
+    engine = engine_with_host_share(device, layers=2)
+    decode(engine, kernel, 0)
+    decode(engine, kernel, 1)
+    device.finish_compute()
+    assert kernel.calls == 1, "what follows a failure has nothing to work on"
+    with pytest.raises(ArithmeticError) as raised:
+        call(engine)
+    assert raised.value is kernel.error
+    engine.close()
+    assert engine.host_kv_bytes == 0
+
+
+@pytest.mark.parametrize("change", ["clear", "close", "replan", "crop", "select_all"])
+def test_an_error_that_comes_while_the_engine_settles_is_raised_by_the_same_call(
+    change: str,
+) -> None:
+    device, kernel = HeldDevice(), Failing()
+    engine = engine_with_host_share(device)
+    decode(engine, kernel)
+    arguments = {"replan": (engine.plan,), "crop": (0, 30), "select_all": ([0], engine.plan)}
+    with pytest.raises(ArithmeticError):
+        getattr(engine, change)(*arguments.get(change, ()))
+    assert engine.closed == (change == "close")
+    engine.close()
+    assert device.allocated_bytes == 0
+
+
+def test_an_attention_that_fails_on_the_device_leaves_the_query_to_the_host() -> None:
+    """The answer nobody took is waited for before the query's memory is used again."""
+    device = SimulatedDevice()
+    engine, broken = engine_with_host_share(device), Failing()
+    new = torch.ones(1, 2, 1, 8)
+    arguments = (0, new.unsqueeze(2), new, new)
+    for kernel in (broken, ReferenceKernel()):
+        if kernel is broken:
+            with pytest.raises(ArithmeticError):
+                engine.attend(*arguments, kernel=kernel, scale=1.0, host_kernel=ReferenceKernel())
+        else:
+            engine.attend(*arguments, kernel=kernel, scale=1.0, host_kernel=ReferenceKernel())
+    engine.close()
+
+
+def failing_model_call(
+    monkeypatch: pytest.MonkeyPatch, device: SimulatedDevice
+) -> Iterator[tuple[Callable[[], object], Failing, Callable[[], None]]]:
+    model, kernel = tiny_model("llama3"), Failing()
+    with headinfer.attach(
+        model,
+        device="simulated",
+        simulated_device=device,
+        resident_tokens=0,
+        chunk_tokens=16,
+        host_attention=1.0,
+    ) as offload:
+        cache = offload.new_cache()
+        model(random_tokens(1, 60), past_key_values=cache)
+        monkeypatch.setattr(attention, "_host_kernel", lambda *_: kernel)
+        yield lambda: model(random_tokens(1, 1), past_key_values=cache), kernel, cache.reset
+
+
+def test_a_model_call_whose_last_work_failed_gives_no_result(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for call, kernel, reset in failing_model_call(monkeypatch, HeldDevice()):
+        with pytest.raises(ArithmeticError) as raised:
+            call()
+        assert raised.value is kernel.error
+        assert kernel.calls == 1
+        with pytest.raises(CacheStateError, match="interrupted"):
+            call()
+        reset()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_bytes_and_seconds_are_counted(seed: int) -> None:
+    device = SimulatedDevice(seed=seed)
+    engine = engine_with_host_share(device)
+    decode(engine, ReferenceKernel())
+    stats = engine._stats
+    assert stats.bytes_attended_on_host == 40 * 2 * 8 * 4 * 2
+    assert stats.host_attention_s > 0
+    engine.close()
+
+
+class Judged(Balance):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__(1.0, fixed=False)
+        self.notes: list[bool] = []
+
+    def note(self, *, host_was_late: bool) -> None:
+        self.notes.append(host_was_late)
+
+
+def test_who_was_first_is_told_once_it_is_known() -> None:
+    device = HeldDevice()
+    engine = engine_with_host_share(device)
+    engine._host._balance = balance = Judged()
+    decode(engine, ReferenceKernel())
+    decode(engine, ReferenceKernel())
+    assert not balance.notes  # both are pending
+    device.finish_compute()
+    assert not balance.notes
+    decode(engine, ReferenceKernel())
+    assert balance.notes == [True, True]  # held back, so later than compute
+    engine.crop(0, 30)
+    decode(engine, ReferenceKernel())
+    assert balance.notes == [True, True]  # the third was dropped with what was settled
+    engine.close()
+
+
+def test_a_fixed_share_asks_for_no_times() -> None:
+    device = SimulatedDevice()
+    engine = engine_with_host_share(device)
+    decode(engine, ReferenceKernel())
+    assert not engine._host._unjudged
+    assert next(device.moments) == 0
+    engine.close()
+
+
+def test_a_query_that_is_overwritten_too_early_is_noticed() -> None:
+    device = SimulatedDevice(skip=[Edge.ANSWER_SENT])
+    engine = engine_with_host_share(device)
+    with pytest.raises(HazardError, match="is not ordered after the write on host-work"):
+        decode(engine, ReferenceKernel())
