@@ -17,6 +17,16 @@ from headinfer.device.base import Edge
 WAIT_S = 20.0
 
 
+def run_program(program: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+
+
 class Stream:
     """Stands for torch's: what is asked of a stream to enqueue a call."""
 
@@ -166,13 +176,7 @@ def test_the_interpreter_waits_for_what_is_pending_before_it_ends() -> None:
         cuda_calls.enqueue_call(Stream, lambda: print("ran", flush=True))
         print("the end", flush=True)
     """
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-    )
+    result = run_program(program)
     assert result.stdout.split("\n")[:2] == ["the end", "ran"]
     assert "Error" not in result.stderr
 
@@ -196,14 +200,14 @@ class TestOnCuda:
             query += 1
             device.host_work.wait(device.compute.record(), Edge.QUERY_READY)
             device.host_work.copy(sent, query)
-            device.host_work.run(lambda: answer.copy_(sent * 2) and None)
+            device.host_work.run(lambda: answer.copy_(sent * 2))
             device.host_work.copy(arrived, answer)
             device.compute.wait(device.host_work.record(), Edge.ANSWER_SENT)
             assert (arrived == 2.0 * (value + 1)).all()
 
     def test_the_caller_does_not_wait(self) -> None:
         device, held = self.make(), threading.Event()
-        device.host_work.run(lambda: held.wait(WAIT_S) and None)
+        device.host_work.run(lambda: held.wait(WAIT_S))
         device.compute.wait(device.host_work.record(), Edge.ANSWER_SENT)
         result = torch.ones(10, device="cuda") + 1
         done = device.compute.record()
@@ -213,17 +217,36 @@ class TestOnCuda:
         assert (result == 2).all()
 
     def test_thousands_of_launches_behind_a_call_do_not_hang(self) -> None:
-        device = self.make()
-        number = torch.zeros(1, device="cuda")
-        for _ in range(20):
-            device.host_work.wait(device.compute.record(), Edge.QUERY_READY)
-            device.host_work.run(lambda: time.sleep(0.02))
-            device.compute.wait(device.host_work.record(), Edge.ANSWER_SENT)
-            for _ in range(500):
-                number += 1
-                device.compute.record()
-        device.synchronize()
-        assert number.item() == 20 * 500
+        """In a process of its own: whoever waits for the device with Python's lock hangs."""
+        result = run_program("""
+            import time, torch
+            from headinfer.device.base import Edge
+            from headinfer.device.cuda import CudaDevice
+
+            device = CudaDevice(torch.device("cuda", 0))
+            number = torch.zeros(1, device="cuda")
+            for _ in range(20):
+                device.host_work.wait(device.compute.record(), Edge.QUERY_READY)
+                device.host_work.run(lambda: time.sleep(0.02))
+                device.compute.wait(device.host_work.record(), Edge.ANSWER_SENT)
+                for _ in range(500):
+                    number += 1
+                    device.compute.record()
+            device.synchronize()
+            print(int(number))
+        """)
+        assert result.stdout.strip() == str(20 * 500)
+
+    def test_a_process_ends_while_calls_are_pending(self) -> None:
+        result = run_program("""
+            import time, torch
+            from headinfer.device.cuda import CudaDevice
+
+            device = CudaDevice(torch.device("cuda", 0))
+            for number in range(3):
+                device.host_work.run(lambda number=number: (time.sleep(0.2), print(number)))
+        """)
+        assert result.stdout.split() == ["0", "1", "2"]
 
     def test_timed_events_tell_their_order(self) -> None:
         device = self.make()

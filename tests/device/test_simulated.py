@@ -163,6 +163,15 @@ def test_what_a_host_function_accesses_is_checked() -> None:
         device.host_access(answer, write=False, purpose="test")
 
 
+def test_a_tensor_with_gaps_is_checked_piece_by_piece() -> None:
+    device = SimulatedDevice()
+    heads = floats(device, host=True).view(2, 2)
+    device.copy_out.copy(heads[1, :1], floats(device, host=False, value=1.0)[:1])
+    device.host_work.reads(heads[:, 1:], "test")
+    with pytest.raises(HazardError, match="read on host-work"):
+        device.host_work.reads(heads[:, :1], "test")
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_timed_events_tell_their_order(seed: int) -> None:
     device, ran = SimulatedDevice(seed=seed), []

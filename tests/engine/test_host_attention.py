@@ -280,6 +280,21 @@ def test_a_model_call_whose_last_work_failed_gives_no_result(
         with pytest.raises(CacheStateError, match="interrupted"):
             call()
         reset()
+        call()  # nothing is stored, so nothing is left to the host
+
+
+def test_detaching_closes_all_caches_also_where_one_has_an_error_to_tell() -> None:
+    model = tiny_model("llama3")
+    offload = headinfer.attach(model, device="simulated")
+    caches = [offload.new_cache() for _ in range(2)]
+    for cache in caches:
+        model(random_tokens(1, 20), past_key_values=cache)
+    engines = [cache.state.engine for cache in caches]
+    for engine in engines:
+        engine._host._failure = ArithmeticError("the host cannot count")
+    with pytest.raises(ArithmeticError):
+        offload.detach()
+    assert all(engine.closed for engine in engines)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -290,6 +305,17 @@ def test_bytes_and_seconds_are_counted(seed: int) -> None:
     stats = engine._stats
     assert stats.bytes_attended_on_host == 40 * 2 * 8 * 4 * 2
     assert stats.host_attention_s > 0
+    engine.close()
+
+
+def test_buffers_made_in_inference_mode_serve_outside_it() -> None:
+    engine = engine_with_host_share(SimulatedDevice())
+    with torch.inference_mode():
+        first = decode(engine, ReferenceKernel())
+    with torch.no_grad():
+        again = decode(engine, ReferenceKernel())
+    assert first.isfinite().all()
+    assert again.isfinite().all()
     engine.close()
 
 

@@ -5,6 +5,8 @@ import torch
 from transformers import DynamicCache
 
 import headinfer
+from headinfer.errors import CacheStateError
+from headinfer.integration import attention
 from tiny_models import ARCHITECTURES, random_tokens, tiny_model
 
 pytestmark = pytest.mark.gpu
@@ -89,3 +91,30 @@ def test_host_memory_is_pinned_and_freed() -> None:
         store = cache.state.engine._layers[0].store
         assert next(iter(store.spans(0, 10))).keys.is_pinned()
         cache.close()
+
+
+def test_an_error_of_the_hosts_attention_reaches_the_caller(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Failing:
+        name = "failing"
+
+        def attend(self, *_tensors: torch.Tensor, **_options: object) -> None:
+            raise ArithmeticError("the host cannot count")
+
+    model = tiny_model("llama3").to("cuda")
+    tokens = random_tokens(1, 300).cuda()
+    with headinfer.attach(
+        model, chunk_tokens=128, resident_tokens=0, host_attention=1.0
+    ) as offload:
+        cache = offload.new_cache()
+        wanted = model(tokens, past_key_values=cache, logits_to_keep=1).logits
+        with monkeypatch.context() as patch:
+            patch.setattr(attention, "_host_kernel", lambda *_: Failing())
+            with pytest.raises(ArithmeticError, match="cannot count"):
+                model(tokens[:, :1], past_key_values=cache)
+        with pytest.raises(CacheStateError, match="interrupted"):
+            model(tokens[:, :1], past_key_values=cache)
+        cache.reset()
+        again = model(tokens, past_key_values=cache, logits_to_keep=1).logits
+        torch.testing.assert_close(again, wanted)

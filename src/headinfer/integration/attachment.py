@@ -160,7 +160,8 @@ class Attachment:
             self._forget_call()
             return None
         self.functions.check_none_pending()
-        cache = self._cache
+        cache, leading_logits = self._cache, self._logits
+        self._forget_call()
         if cache is None:
             return output
         self._owner.finish_compute()
@@ -176,9 +177,8 @@ class Attachment:
             self._owner.report_prefill(self._new_tokens, self._new_tokens)
         cache.end_call()
         self._owner.after_call(cache)
-        if self._logits:
-            output.logits = torch.cat([*self._logits, output.logits], dim=1)
-        self._forget_call()
+        if leading_logits:
+            output.logits = torch.cat([*leading_logits, output.logits], dim=1)
         return output
 
     def _forget_call(self) -> None:
