@@ -195,8 +195,9 @@ class HostAttention:
         What was computed on the device since is worthless then. What is still pending is not
         looked at.
         """
-        failure, self._failure = self._failure, None
-        if failure is not None:
+        failure = self._failure
+        if failure is not None:  # or what is stored here might hide one that comes just now
+            self._failure = None
             raise failure
 
     def forget(self) -> None:
