@@ -72,15 +72,6 @@ class SimulatedEvent:
             self._stream.step(force=True)
 
 
-def _without_gaps(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Yield contiguous pieces of a tensor."""
-    if tensor.is_contiguous():
-        yield tensor
-    else:
-        for part in tensor:
-            yield from _without_gaps(part)
-
-
 class SimulatedStream:
     """One queue. The compute stream is `eager`: what is enqueued by other means ran at once."""
 
