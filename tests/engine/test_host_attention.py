@@ -50,7 +50,7 @@ class HeldDevice(SimulatedDevice):
         self.synchronize()
 
 
-class Failing:
+class Failing(Kernel):
     """A kernel that raises, and counts how often it was called."""
 
     name = "failing"
