@@ -88,13 +88,14 @@ class FusedTiles:
         self._shape = {"KV_HEADS": kv_heads, "GROUP": group, "Q_LEN": q_len, "DIM": dim}
         self._block_dim = _power_of_2(dim)
         self._capacity = max(_SLOTS, self._most_splits + 1)
-        self._parts, self._lses = self._empty_slots(), self._empty_slots(dim=False)
+        self._slots = self._empty_slots()
         self._used = 0
         self._sinks: torch.Tensor | None = None
 
-    def _empty_slots(self, *, dim: bool = True) -> torch.Tensor:
-        shape = (self._capacity, self._rows, *([self._shape["DIM"]] if dim else []))
-        return torch.empty(shape, dtype=torch.float32, device=self._query.device)
+    def _empty_slots(self) -> torch.Tensor:
+        """Return memory for partials: outputs, and behind them their LSE."""
+        elements = self._capacity * self._rows * (self._shape["DIM"] + 1)
+        return torch.empty(elements, dtype=torch.float32, device=self._query.device)
 
     def attend(
         self, keys: torch.Tensor, values: torch.Tensor, *, mask: torch.Tensor | None = None
@@ -116,8 +117,7 @@ class FusedTiles:
             keys,
             values,
             query if mask is None else mask.expand(query.shape[0], 1, kv_len).contiguous(),
-            self._parts,
-            self._lses,
+            self._slots,
             self._scale,
             kv_len,
             split_tokens,
@@ -126,6 +126,7 @@ class FusedTiles:
             KV_HEADS=query.shape[1],
             ROWS=query.shape[2] * query.shape[3],
             DIM=query.shape[4],
+            SLOTS=self._capacity,
             MASKED=mask is not None,
             BLOCK_ROWS=max(_power_of_2(query.shape[2] * query.shape[3]), 16),
             BLOCK_DIM=self._block_dim,
@@ -142,8 +143,10 @@ class FusedTiles:
     def add(self, partial: Partial) -> None:
         """Merge a partial of the same queries."""
         self._make_room(1)
-        self._parts[self._used].view(partial.out.shape).copy_(partial.out)
-        self._lses[self._used].view(partial.lse.shape).copy_(partial.lse)
+        rows, dim = self._rows, self._shape["DIM"]
+        parts, lses = self._slots.split((self._capacity * rows * dim, self._capacity * rows))
+        parts.view(-1, *partial.out.shape)[self._used].copy_(partial.out)
+        lses.view(-1, *partial.lse.shape)[self._used].copy_(partial.lse)
         self._used += 1
 
     def add_sinks(self, sinks: torch.Tensor) -> None:
@@ -152,7 +155,7 @@ class FusedTiles:
 
     def write(self, out: torch.Tensor) -> None:
         """Write the result."""
-        self._merge(out.permute(0, 2, 3, 1, 4), self._lses.new_empty(self._rows))
+        self._merge(out.permute(0, 2, 3, 1, 4), None)
 
     def result(self) -> Partial:
         """Return the result in float32."""
@@ -164,22 +167,23 @@ class FusedTiles:
     def _make_room(self, slots: int) -> None:
         if self._used + slots > self._capacity:
             merged = self.result()
-            self._parts, self._lses = self._empty_slots(), self._empty_slots(dim=False)
+            self._slots = self._empty_slots()
             self._used = 0
             self.add(merged)
 
-    def _merge(self, out: torch.Tensor, lse: torch.Tensor) -> None:
-        """Merge all slots into `out[batch, kv_heads, group, q_len, dim]` and `lse`."""
+    def _merge(self, out: torch.Tensor, lse: torch.Tensor | None) -> None:
+        """Merge all slots into `out[batch, kv_heads, group, q_len, dim]`, and into `lse` if any."""
         merge_slots[(self._rows,)](
-            self._parts,
-            self._lses,
-            self._lses if self._sinks is None else self._sinks,
+            self._slots,
+            self._slots if self._sinks is None else self._sinks,
             out,
-            lse,
+            self._slots if lse is None else lse,
             self._used,
             *out.stride()[:4],
             **self._shape,
+            SLOTS=self._capacity,
             SINKS=self._sinks is not None,
+            WITH_LSE=lse is not None,
             BLOCK_SLOTS=_BLOCK_SLOTS,
             BLOCK_DIM=self._block_dim,
             num_warps=4,

@@ -19,7 +19,6 @@ def attend_tile(
     values,
     mask,
     parts,
-    lses,
     scale,
     kv_len,
     split_tokens,
@@ -30,6 +29,7 @@ def attend_tile(
     KV_HEADS: tl.constexpr,
     ROWS: tl.constexpr,
     DIM: tl.constexpr,
+    SLOTS: tl.constexpr,
     MASKED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
@@ -40,7 +40,8 @@ def attend_tile(
     Grid: (splits, batch * KV_HEADS). Reads a contiguous `query[batch, KV_HEADS, rows, DIM]`, keys
     and values `[batch, KV_HEADS, kv_len, DIM]` of the strides given, and a contiguous
     `mask[batch, kv_len]`. Split `s` writes slot `first_slot + s` of
-    `parts[slots, batch, KV_HEADS, rows, DIM]` and `lses[slots, batch, KV_HEADS, rows]`, in float32.
+    `parts[SLOTS, batch, KV_HEADS, rows, DIM]`, float32, and of the LSE that lie behind them,
+    `[SLOTS, batch, KV_HEADS, rows]`.
     """
     split = tl.program_id(0)
     batch = (tl.program_id(1) // KV_HEADS).to(tl.int64)
@@ -88,6 +89,7 @@ def attend_tile(
     nothing = weight == 0.0
     result = total / tl.where(nothing, 1.0, weight)[:, None]
     lse = tl.where(nothing, float("-inf"), (highest + tl.log2(weight)) / _LOG2_E)
+    lses = parts + SLOTS * tl.num_programs(1).to(tl.int64) * (ROWS * DIM)
     tl.store(parts + place[:, None] * DIM + dims[None, :], result, mask=both)
     tl.store(lses + place, lse, mask=real_rows)
 
@@ -95,7 +97,6 @@ def attend_tile(
 @triton.jit(do_not_specialize=["slots"])
 def merge_slots(
     parts,
-    lses,
     sinks,
     out,
     lse_out,
@@ -108,17 +109,20 @@ def merge_slots(
     GROUP: tl.constexpr,
     Q_LEN: tl.constexpr,
     DIM: tl.constexpr,
+    SLOTS: tl.constexpr,
     SINKS: tl.constexpr,
+    WITH_LSE: tl.constexpr,
     BLOCK_SLOTS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ):
-    """Merge the partials of one query row by LSE.
+    """Merge the first `slots` partials of one query row by LSE; see `attend_tile`.
 
-    Grid: (batch * KV_HEADS * rows,). Writes `out` by its strides, in its dtype, and
+    Grid: (batch * KV_HEADS * rows,). Writes `out` by its strides, in its dtype, and if asked for
     `lse_out[batch, KV_HEADS, rows]`.
     """
     place = tl.program_id(0)
     all_rows = tl.num_programs(0).to(tl.int64)
+    lses = parts + SLOTS * all_rows * DIM
     row = place % (GROUP * Q_LEN)
     head = (place // (GROUP * Q_LEN)) % KV_HEADS
     batch = (place // (GROUP * Q_LEN * KV_HEADS)).to(tl.int64)
@@ -153,8 +157,9 @@ def merge_slots(
         highest = new_highest
     nothing = weight == 0.0
     result = total / tl.where(nothing, 1.0, weight)
-    lse = tl.where(nothing, float("-inf"), highest + tl.log(tl.where(nothing, 1.0, weight)))
     out += batch * out_batch + head.to(tl.int64) * out_head
     out += (row // Q_LEN) * out_group + (row % Q_LEN) * out_token
     tl.store(out + dims, result.to(out.dtype.element_ty), mask=real_dims)
-    tl.store(lse_out + place, lse)
+    if WITH_LSE:
+        lse = tl.where(nothing, float("-inf"), highest + tl.log(tl.where(nothing, 1.0, weight)))
+        tl.store(lse_out + place, lse)
