@@ -83,6 +83,20 @@ def test_tiles_partials_and_sinks_merge_like_the_reference(dtype, tile_tokens):
     torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
 
 
+def test_a_tile_is_read_right_at_any_address_stride_and_length():
+    query = draw(1, 2, 2, 1, 32, dtype=torch.float16).to(DEVICE)
+    memory = draw(2, 4 * 50 * 32 + 8, dtype=torch.float16).to(DEVICE)
+    for tokens, offset, heads in [(40, 0, 2), (40, 1, 2), (33, 0, 2), (40, 8, 4), (1, 1, 4)]:
+        keys, values = (
+            part[offset : offset + heads * 50 * 32].view(1, heads, 50, 32)[:, :2, :tokens]
+            for part in memory
+        )
+        ours = kernel().attend(query, keys, values, scale=1)
+        wanted = ReferenceKernel().attend(query, keys, values, scale=1.0)
+        torch.testing.assert_close(ours.out.to(query.dtype), wanted.out, rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(ours.lse, wanted.lse, rtol=1e-3, atol=1e-3)
+
+
 def test_rows_that_see_nothing_weigh_nothing():
     query = draw(2, 1, 2, 1, 16, dtype=torch.float32).to(DEVICE)
     keys = draw(2, 1, 40, 16, dtype=torch.float32).to(DEVICE)

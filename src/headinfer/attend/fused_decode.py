@@ -8,6 +8,7 @@ import torch
 
 from headinfer.attend.partial import Kernel, Partial, SeparateTiles, TileAttention
 from headinfer.attend.triton_kernels import attend_tile, merge_slots
+from headinfer.attend.triton_launch import Program
 
 MAX_ROWS = 64
 """Query rows of one KV head up to which a step is bound by reading keys and values."""
@@ -18,6 +19,9 @@ _SLOTS = 256
 _MIN_SPLIT_TOKENS = 256
 _PROGRAMS_PER_MULTIPROCESSOR = 2
 _BLOCK_SLOTS = 32
+
+_ATTEND = Program(attend_tile, num_warps=4, num_stages=2)
+_MERGE = Program(merge_slots, num_warps=4)
 
 
 def serves(dtype: torch.dtype, head_dim: int) -> bool:
@@ -80,12 +84,12 @@ class FusedTiles:
 
     def __init__(self, query: torch.Tensor, scale: float, programs: int) -> None:
         self._query = query.contiguous()
-        self._scale = scale
+        self._scale = float(scale)
         batch, kv_heads, group, q_len, dim = query.shape
         self._heads = batch * kv_heads
         self._rows = self._heads * group * q_len
         self._most_splits = max(programs // self._heads, 1)
-        self._shape = {"KV_HEADS": kv_heads, "GROUP": group, "Q_LEN": q_len, "DIM": dim}
+        self._dim = dim
         self._block_dim = _power_of_2(dim)
         self._capacity = max(_SLOTS, self._most_splits + 1)
         self._slots = self._empty_slots()
@@ -94,7 +98,7 @@ class FusedTiles:
 
     def _empty_slots(self) -> torch.Tensor:
         """Return memory for partials: outputs, and behind them their LSE."""
-        elements = self._capacity * self._rows * (self._shape["DIM"] + 1)
+        elements = self._capacity * self._rows * (self._dim + 1)
         return torch.empty(elements, dtype=torch.float32, device=self._query.device)
 
     def attend(
@@ -112,27 +116,28 @@ class FusedTiles:
         self._make_room(splits)
         if keys.stride() != values.stride() or keys.stride(3) != 1:
             keys, values = keys.contiguous(), values.contiguous()
-        attend_tile[(splits, self._heads)](
-            query,
-            keys,
-            values,
-            query if mask is None else mask.expand(query.shape[0], 1, kv_len).contiguous(),
-            self._slots,
-            self._scale,
-            kv_len,
-            split_tokens,
-            self._used,
-            *keys.stride()[:3],
-            KV_HEADS=query.shape[1],
-            ROWS=query.shape[2] * query.shape[3],
-            DIM=query.shape[4],
-            SLOTS=self._capacity,
-            MASKED=mask is not None,
-            BLOCK_ROWS=max(_power_of_2(query.shape[2] * query.shape[3]), 16),
-            BLOCK_DIM=self._block_dim,
-            BLOCK_TOKENS=block_tokens,
-            num_warps=4,
-            num_stages=2,
+        rows = query.shape[2] * query.shape[3]
+        _ATTEND.launch(
+            (splits, self._heads, 1),
+            (
+                query,
+                keys,
+                values,
+                query if mask is None else mask.expand(query.shape[0], 1, kv_len).contiguous(),
+                self._slots,
+            ),
+            (self._scale, kv_len, split_tokens, self._used),
+            keys.stride()[:3],
+            (
+                query.shape[1],
+                rows,
+                query.shape[4],
+                self._capacity,
+                mask is not None,
+                max(_power_of_2(rows), 16),
+                self._block_dim,
+                block_tokens,
+            ),
         )
         self._used += splits
 
@@ -143,7 +148,7 @@ class FusedTiles:
     def add(self, partial: Partial) -> None:
         """Merge a partial of the same queries."""
         self._make_room(1)
-        rows, dim = self._rows, self._shape["DIM"]
+        rows, dim = self._rows, self._dim
         parts, lses = self._slots.split((self._capacity * rows * dim, self._capacity * rows))
         parts.view(-1, *partial.out.shape)[self._used].copy_(partial.out)
         lses.view(-1, *partial.lse.shape)[self._used].copy_(partial.lse)
@@ -173,18 +178,23 @@ class FusedTiles:
 
     def _merge(self, out: torch.Tensor, lse: torch.Tensor | None) -> None:
         """Merge all slots into `out[batch, kv_heads, group, q_len, dim]`, and into `lse` if any."""
-        merge_slots[(self._rows,)](
-            self._slots,
-            self._slots if self._sinks is None else self._sinks,
-            out,
-            self._slots if lse is None else lse,
-            self._used,
-            *out.stride()[:4],
-            **self._shape,
-            SLOTS=self._capacity,
-            SINKS=self._sinks is not None,
-            WITH_LSE=lse is not None,
-            BLOCK_SLOTS=_BLOCK_SLOTS,
-            BLOCK_DIM=self._block_dim,
-            num_warps=4,
+        _, kv_heads, group, q_len, dim = self._query.shape
+        _MERGE.launch(
+            (self._rows, 1, 1),
+            (
+                self._slots,
+                self._slots if self._sinks is None else self._sinks,
+                out,
+                self._slots if lse is None else lse,
+            ),
+            (self._used,),
+            out.stride()[:4],
+            (
+                *(kv_heads, group, q_len, dim),
+                self._capacity,
+                self._sinks is not None,
+                lse is not None,
+                _BLOCK_SLOTS,
+                self._block_dim,
+            ),
         )

@@ -274,9 +274,8 @@ class Engine:
         keys, values = parts[:2]
         given = (keys.shape[0], keys.shape[1], keys.shape[3], values.shape[3])
         wanted = (geometry.batch, geometry.kv_heads, geometry.key_dim, geometry.value_dim)
-        dtypes = {part.dtype for part in parts}
-        if given != wanted or dtypes != {geometry.dtype}:
-            names = ", ".join(sorted(str(dtype) for dtype in dtypes))
+        if given != wanted or any(part.dtype != geometry.dtype for part in parts):
+            names = ", ".join(sorted({str(part.dtype) for part in parts}))
             raise CacheStateError(
                 f"layer {layer_idx} was given keys and values of (batch, kv_heads, key_dim, "
                 f"value_dim) {given} in {names}, but this cache holds {wanted} in "

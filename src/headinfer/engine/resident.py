@@ -57,10 +57,12 @@ class Resident:
             return
         self._wait_filled()
         part = slice(start, start + new_tokens)
+        if new_tokens < keys.shape[2]:
+            keys, values = keys[:, :, :new_tokens], values[:, :, :new_tokens]
         for kept, new in ((self._keys, keys), (self._values, values)):
             place = kept[:, :, part]
             self._device.compute.writes(place, "new tokens into the resident ones")
-            place.copy_(new[:, :, :new_tokens])
+            place.copy_(new)
         self.tokens = part.stop
 
     def write_back(self, store: LayerStore, tokens: int) -> Event:
