@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Everything that needs a CUDA device: the tests marked gpu, then Llama-3-8B's shape with random
-# weights held to 24 GiB, 1K to 400K tokens, then a smaller shape to 1M. Ends itself after BUDGET_S
-# seconds (570); run again with the same OUT it goes on where it was. Results go to OUT.
+# Everything that needs a CUDA device: the tests marked gpu, a probe, then Llama-3-8B's shape with
+# random weights held to 24 GiB: a trace of the link, decode from 1K to 400K tokens, prefill, the
+# longest contexts; then a smaller shape at 1M. Ends itself after BUDGET_S seconds (570); run again
+# with the same OUT it goes on where it was. Results go to OUT.
 # PYTHON must have torch, transformers and pytest; nothing is installed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-export PYTHONPATH=src PYTHONUNBUFFERED=1
+export PYTHONPATH=src:tests PYTHONUNBUFFERED=1
 python="${PYTHON:-python3}"
 out="${OUT:-benchmarks/results}"
 end=$((SECONDS + ${BUDGET_S:-570}))
@@ -26,13 +27,20 @@ if [ ! -e "$out/gpu-tests.log" ]; then
     timeout 200 "$python" -m pytest -m gpu -q --no-header -p no:cacheprovider tests 2>&1 |
         tee "$out/gpu-tests.log"
 fi
-bench llama-decode decode "${llama[@]}" --contexts 1K,10K,40K,100K,200K,400K --fill random \
+"$python" -m headinfer.cli.main probe --quick --json "$out/gpu-probe.json"
+if [ ! -e "$out/gpu-trace-100K.json" ]; then
+    timeout 120 "$python" benchmarks/gpu_trace.py --folder "$out" 2>&1 | tee -a "$out/gpu.log"
+fi
+bench llama-decode decode "${llama[@]}" --contexts 1K,10K,40K --fill random --new-tokens 24 \
+    --repeats 2 --methods "$methods"
+bench llama-decode-long decode "${llama[@]}" --contexts 100K,200K,400K --fill random \
     --methods "$methods"
-bench llama-prefill prefill "${llama[@]}" --contexts 1K,10K,40K,100K --methods "$methods"
+bench llama-prefill prefill "${llama[@]}" --contexts 1K,10K,40K,100K \
+    --methods standard,chunked-prefill,head-wise-1,bounded,headinfer
 bench llama-max-context max-context "${llama[@]}" --contexts 10K,800K --fill random \
     --methods standard,transformers-offloaded,head-wise-1,resident
 bench small-decode decode --contexts 128K,1M --fill random --device-memory 4GiB \
     --methods "transformers-offloaded,$methods,headinfer"
 
 tail -n 3 "$out/gpu-tests.log"
-grep -E "trial|longest" "$out/gpu.log" | tail -n 24
+grep -E "trial|longest|a token" "$out/gpu.log" | tail -n 40

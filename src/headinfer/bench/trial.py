@@ -34,6 +34,9 @@ from headinfer.units import format_bytes
 
 _WARM_UP_TOKENS = 512
 _WARM_UP_STEPS = 2
+_CLOCKS_UP_S = 0.5
+"""How long a GPU is kept busy first: an idle one runs at a fifth of its clock."""
+
 _KEPT_LOGITS = 9
 """Rows of logits kept for the comparison: of the prompt and of the first 8 decode steps."""
 
@@ -86,6 +89,17 @@ class _Run:
         return seconds
 
 
+def _raise_clocks(device: torch.device, dtype: torch.dtype) -> None:
+    """Keep a GPU busy for a moment."""
+    if device.type != "cuda":
+        return
+    square = torch.zeros(4096, 4096, dtype=dtype, device=device)
+    end_s = time.perf_counter() + _CLOCKS_UP_S
+    while time.perf_counter() < end_s:
+        square @ square
+        torch.cuda.synchronize()
+
+
 def _warm_up(method: Method, run: _Run, tokens: torch.Tensor) -> None:
     """Run a short prompt and a few steps, so that no timed call is the first of its kind."""
     prompt_tokens = min(_WARM_UP_TOKENS, tokens.shape[1] - 1)
@@ -108,6 +122,7 @@ def run_trial(spec: TrialSpec) -> TrialResult:
     model = build_model(spec, device)
     neighbours = Neighbours()
     tokens = _tokens(spec, device)
+    _raise_clocks(device, model.dtype)
     weights_bytes = model_shape(model).weights_bytes
     with closing(METHODS[spec.method](model, spec)) as method:
         _warm_up(method, _Run(model, method), tokens)

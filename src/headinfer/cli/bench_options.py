@@ -179,10 +179,11 @@ def _model(given: dict[str, Any]) -> Model:
     if sizes:
         flag = f"--{next(iter(sizes)).replace('_', '-')}"
         raise OptionError(f"{flag} is for models without --model; leave one of them out")
-    return _named(name, given["dtype"], dummy_weights=given["dummy_weights"])
+    return named_model(name, given["dtype"], dummy_weights=given["dummy_weights"])
 
 
-def _named(name: str, dtype: str, *, dummy_weights: bool) -> NamedModel:
+def named_model(name: str, dtype: str, *, dummy_weights: bool) -> NamedModel:
+    """Return a model by the name a user has for it: a preset, a folder or a hub id."""
     from headinfer.cli.load import ModelSource, load_config
     from headinfer.cli.shapes import shape_of
 
