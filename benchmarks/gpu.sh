@@ -3,6 +3,7 @@
 # random weights held to 24 GiB: a trace of the link, decode from 1K to 400K tokens, prefill, the
 # longest contexts; then a smaller shape at 1M. Ends itself after BUDGET_S seconds (570); run again
 # with the same OUT it goes on where it was. Results go to OUT.
+# On a copy of the tree without its history, HEADINFER_COMMIT names the commit.
 # PYTHON must have torch, transformers and pytest; nothing is installed.
 set -uo pipefail
 cd "$(dirname "$0")/.."

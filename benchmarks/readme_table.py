@@ -1,4 +1,4 @@
-"""Write the README's table of measured speed from the results in this folder.
+"""Write the README's tables of measured speed from the results in this folder.
 
 Run `python benchmarks/readme_table.py` after a new result; `--check` only compares.
 """
@@ -10,8 +10,14 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
-BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 MIB = 2**20
+GPU_METHODS = {
+    "standard": "standard",
+    "head-wise-8": "head=8",
+    "head-wise-1": "head=1 (the paper)",
+    "resident": "resident",
+    "host-attention": "+ host attention",
+}
 
 
 def table(documents: list[dict[str, Any]]) -> str:
@@ -48,13 +54,56 @@ def table(documents: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def gpu_table(documents: list[dict[str, Any]]) -> str:
+    """Return milliseconds a token of each method on a GPU, one line a context."""
+    header = documents[0]["header"]
+    hardware, versions, rates = header["hardware"], header["versions"], header["rates"]
+    rows = {
+        (row["context_tokens"], row["method"]): row
+        for document in documents
+        for row in document["rows"]
+    }
+    lines = [
+        f"{header['model']['description']}; {hardware['gpu']} held to "
+        f"{header['settings']['device_memory']}, link {rates['link_bytes_per_s'] / 1e9:.0f} GB/s, "
+        f"{hardware['cpu_threads']} CPU threads; torch {versions['torch']}, transformers "
+        f"{versions['transformers']}. Milliseconds for a token, behind a cache filled at random.",
+        "",
+        f"| context | KV | {' | '.join(GPU_METHODS.values())} | link's rate, head=1 |",
+        "|---" * (len(GPU_METHODS) + 3) + "|",
+    ]
+    for tokens in sorted({tokens for tokens, _ in rows}):
+        at = {method: rows[tokens, method] for method in GPU_METHODS if (tokens, method) in rows}
+        kv_gib = next(iter(at.values()))["kv_bytes"] / 2**30
+        times = [_milliseconds(at.get(method)) for method in GPU_METHODS]
+        rate = (at.get("head-wise-1") or {}).get("link_bytes_per_s")
+        share = f"{rate / rates['link_bytes_per_s']:.0%}" if rate else "-"
+        lines.append(f"| {tokens // 1024}K | {kv_gib:.1f} GiB | {' | '.join(times)} | {share} |")
+    lines += ["", "`make bench-gpu` repeats it where there is a GPU."]
+    return "\n".join(lines)
+
+
+def _milliseconds(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "-"
+    if row["status"] != "ok":
+        return "out of memory" if "memory" in row["reason"] else row["status"]
+    return f"{row['decode_s_per_token'] * 1000:.0f}"
+
+
 def updated(readme: str) -> str:
-    """Return the README with the table between its marks."""
-    paths = sorted(RESULTS.glob("cpu-decode-*.json"))
-    before, rest = readme.split(BEGIN)
-    _, after = rest.split(END)
-    documents = [json.loads(path.read_text()) for path in paths]
-    return f"{before}{BEGIN}\n{table(documents)}\n{END}{after}"
+    """Return the README with each table between its marks."""
+    for name, pattern, make in (
+        ("table", "cpu-decode-*.json", table),
+        ("gpu table", "gpu-suite-llama-decode*.json", gpu_table),
+    ):
+        documents = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(pattern))]
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        if documents and begin in readme:
+            before, rest = readme.split(begin)
+            _, after = rest.split(end)
+            readme = f"{before}{begin}\n{make(documents)}\n{end}{after}"
+    return readme
 
 
 def main() -> None:

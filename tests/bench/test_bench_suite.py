@@ -9,7 +9,7 @@ from bench_parts import MACHINE, FakeLauncher, bench_spec, rows_of, trial_result
 from rich.console import Console
 
 from headinfer.bench import child
-from headinfer.bench.document import Results
+from headinfer.bench.document import Results, header
 from headinfer.bench.forecast import Forecast
 from headinfer.bench.launch import FreshProcesses
 from headinfer.bench.longest import longest_context
@@ -293,3 +293,8 @@ def test_a_document_is_json_even_when_a_number_is_not():
     results.rows = rows
     text = json.dumps(results.to_json(), allow_nan=False)
     assert json.loads(text)["rows"][0]["gate"]["logits_error"] is None
+
+
+def test_a_copy_of_the_tree_is_told_its_commit(monkeypatch):
+    monkeypatch.setenv("HEADINFER_COMMIT", "abc123")
+    assert header(bench_spec(), MACHINE)["commit"] == {"id": "abc123", "changed": False}
