@@ -6,13 +6,14 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
 from headinfer.device import cuda_calls
 from headinfer.device.base import Edge
+from headinfer.device.host_calls import NativeFunction
 
 WAIT_S = 20.0
 
@@ -47,22 +48,22 @@ class Driver:
         self.refuse = False
         self.held = threading.Event()
         self.held.set()
-        self._calls: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[tuple[Callable[[int], None], int] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
 
-    def cuLaunchHostFunc(self, stream: int, function: object, number: int) -> int:
+    def cuLaunchHostFunc(self, stream: int, function: Callable[[int], None], number: int) -> int:
         assert stream == Stream.cuda_stream
-        assert function is cuda_calls._callback
         if self.refuse:
             return 700
-        self._calls.put(number)
+        self._calls.put((function, number))
         return 0
 
     def _work(self) -> None:
-        while (number := self._calls.get()) is not None:
+        while (call := self._calls.get()) is not None:
             self.held.wait(WAIT_S)
-            cuda_calls._callback(number)
+            function, number = call
+            function(number)
 
     def finish(self) -> None:
         self.held.set()
@@ -132,6 +133,23 @@ def test_a_driver_that_refuses_is_reported(driver: Driver) -> None:
     for _ in range(2 * cuda_calls.MAX_PENDING_CALLS):
         with pytest.raises(RuntimeError, match="CUDA error 700"):
             cuda_calls.enqueue_call(Stream(), lambda: None)
+
+
+def test_machine_code_is_given_to_the_driver_itself_and_in_any_number(driver: Driver) -> None:
+    driver.held.clear()
+    ran: list[int] = []
+    for number in range(3 * cuda_calls.MAX_PENDING_CALLS):
+        cuda_calls.enqueue_call(Stream(), NativeFunction(ran.append, number))
+    assert not cuda_calls._pending
+    assert cuda_calls._devices == {Stream.device}  # which is waited for at the end
+    driver.finish()
+    assert ran == list(range(3 * cuda_calls.MAX_PENDING_CALLS))
+
+
+def test_a_driver_that_refuses_machine_code_is_reported(driver: Driver) -> None:
+    driver.refuse = True
+    with pytest.raises(RuntimeError, match="CUDA error 700"):
+        cuda_calls.enqueue_call(Stream(), NativeFunction(lambda _: None, 1))
 
 
 def test_an_error_does_not_get_into_the_driver(
@@ -204,6 +222,39 @@ class TestOnCuda:
             device.host_work.copy(arrived, answer)
             device.compute.wait(device.host_work.record(), Edge.ANSWER_SENT)
             assert (arrived == 2.0 * (value + 1)).all()
+
+    def test_jobs_are_ordered_between_copies(self) -> None:
+        from headinfer.attend.native.kernel import NativeKernel
+        from headinfer.attend.partial import Partial
+        from headinfer.store.layer import Stretch
+
+        device, shape = self.make(), (1, 2, 4, 1, 64)
+        sent, out, lse = (
+            device.host_empty(bytes_).view(torch.float32) for bytes_ in (2048, 2048, 32)
+        )
+        arrived = device.device_empty(2048).view(torch.float32)
+        jobs = NativeKernel().jobs(
+            sent.view(shape), Partial(out.view(shape), lse.view(shape[:-1])), scale=1.0
+        )
+        if jobs is None:
+            pytest.skip("no C compiler")
+        values = torch.randn(1, 2, 1000, 64)
+        queries, answers, pending = torch.randn(100, 512), [], []
+        for row in range(100):
+            query = queries[row].cuda()
+            device.host_work.wait(device.compute.record(), Edge.QUERY_READY)
+            device.host_work.copy(sent, query)
+            pending.append(jobs.make([Stretch(values, values, 9, 900 + row // 2)]))
+            device.host_work.run(pending[-1])
+            device.host_work.copy(arrived, out)
+            device.compute.wait(device.host_work.record(), Edge.ANSWER_SENT)
+            answers.append(arrived.clone())
+        device.synchronize()
+        assert all(job.finished for job in pending)
+        for row, answer in enumerate(answers):
+            part = values[:, :, 9 : 909 + row // 2]
+            wanted = NativeKernel().attend(queries[row].view(shape), part, part, scale=1.0)
+            torch.testing.assert_close(answer.cpu().view(shape), wanted.out)
 
     def test_the_caller_does_not_wait(self) -> None:
         device, held = self.make(), threading.Event()

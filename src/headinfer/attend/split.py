@@ -4,6 +4,7 @@ A decode tile of one head is a single task to a flash kernel. Seen as `[splits, 
 dim]` it is `splits` tasks, without a copy; their partials merge by LSE like any others.
 """
 
+import math
 from typing import Protocol
 
 import torch
@@ -71,3 +72,14 @@ def merge_splits(out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, to
     total = torch.logsumexp(lse, dim=1)
     weights = torch.exp(lse - total.unsqueeze(1)).unsqueeze(-1)
     return (out * weights).sum(dim=1), total
+
+
+def even_splits(threads: int, heads: int, most: int) -> int:
+    """Return as few parts of each head as give every thread the same number of them.
+
+    Args:
+        threads: that share the work.
+        heads: number of heads.
+        most: parts of one head that are worth it; one is made in any case.
+    """
+    return min(threads // math.gcd(threads, heads), max(most, 1))

@@ -68,6 +68,8 @@ class Stream(Protocol):
         It runs in the stream's order, on another thread than the caller's. It must not raise, nor
         use a device, nor wait for anything that does; nor hold the last reference to memory that
         the device knows.
+
+        A `NativeFunction` is called without Python; its caller keeps it until it ran.
         """
 
     def record(self, *, timed: bool = False) -> Event:
@@ -104,6 +106,10 @@ class Device(Protocol):
     @property
     def tiles_are_views(self) -> bool:
         """Whether host memory is device memory."""
+
+    @property
+    def checks_accesses(self) -> bool:
+        """Whether anything is done with accesses that are stated, so that they should be."""
 
     @property
     def compute(self) -> Stream:

@@ -12,6 +12,7 @@ class CpuDevice:
 
     name = "cpu"
     tiles_are_views = True
+    checks_accesses = False
     torch_device = torch.device("cpu")
 
     @property

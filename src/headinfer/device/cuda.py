@@ -65,7 +65,10 @@ class CudaStream:
                 to.copy_(piece, non_blocking=True)
 
     def run(self, function: Callable[[], None]) -> None:
-        """Enqueue a call on a thread of the driver's; waits while too many others are pending."""
+        """Enqueue a call on a thread of the driver's.
+
+        Waits while too many others are pending, unless it is a `NativeFunction`.
+        """
         with torch.cuda.device(self._device_index):
             enqueue_call(self._current(), function)
 
@@ -97,6 +100,7 @@ class CudaDevice:
 
     name = "cuda"
     tiles_are_views = False
+    checks_accesses = False
 
     def __init__(self, torch_device: torch.device) -> None:
         if not torch.cuda.is_available():

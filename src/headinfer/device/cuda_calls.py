@@ -5,7 +5,7 @@ lock; so nobody may wait for the device while holding that. torch's waits and la
 and so does ctypes; but an object that is freed while launches are pending may launch too (an
 allocator's event), with the lock held, and a launch waits where the driver's queue, of about a
 thousand, is full. That is why few calls may be pending at a time: the launches between them then
-never fill the queue.
+never fill the queue. Functions in machine code need no lock, and so no limit.
 """
 
 import atexit
@@ -19,7 +19,7 @@ from collections.abc import Callable
 
 import torch
 
-from headinfer.device.host_calls import without_collection
+from headinfer.device.host_calls import NativeFunction, without_collection
 
 MAX_PENDING_CALLS = 4
 """A layer launches less than 100 kernels, and to be two layers ahead hides all launching."""
@@ -51,30 +51,39 @@ _callback = _Callback(_call)  # one for all calls, so that none is freed while i
 def enqueue_call(stream: torch.cuda.Stream, function: Callable[[], None]) -> None:
     """Have a function called once all work so far on a stream is done; later work waits for it.
 
-    Returns at once, unless `MAX_PENDING_CALLS` of the process are pending: then waits for one.
+    Returns at once, unless `MAX_PENDING_CALLS` of the process are pending: then waits for one. A
+    `NativeFunction` never waits.
 
     Args:
         stream: of the device that is current.
-        function: see `Stream.run`; referred to until it ran.
+        function: see `Stream.run`; referred to until it ran, unless it is a `NativeFunction`.
 
     Raises:
         RuntimeError: the driver refuses, or the interpreter is about to end.
     """
+    if isinstance(function, NativeFunction):
+        _launch(stream, function.entry, function.argument)
+        return
     while not _room.acquire(timeout=_POLL_S):
         stream.query()  # raises where the device has failed, so that nothing is called any more
     number = next(_numbers)
     try:
-        if _exiting:
-            raise RuntimeError("the interpreter is about to end: nothing can be enqueued")
         _pending[number] = function
-        _devices.add(stream.device)
-        status = _driver().cuLaunchHostFunc(stream.cuda_stream, _callback, number)
-        if status != _CUDA_SUCCESS:
-            raise RuntimeError(f"cuLaunchHostFunc failed with CUDA error {status}")
+        _launch(stream, _callback, number)
     except BaseException:
         _pending.pop(number, None)
         _room.release()
         raise
+
+
+def _launch(stream: torch.cuda.Stream, entry: Callable[[int], None], argument: int) -> None:
+    """Enqueue the call of a function of ctypes'."""
+    if _exiting:
+        raise RuntimeError("the interpreter is about to end: nothing can be enqueued")
+    _devices.add(stream.device)
+    status = _driver().cuLaunchHostFunc(stream.cuda_stream, entry, argument)
+    if status != _CUDA_SUCCESS:
+        raise RuntimeError(f"cuLaunchHostFunc failed with CUDA error {status}")
 
 
 @functools.cache
@@ -82,14 +91,17 @@ def _driver() -> ctypes.CDLL:
     """Return the driver's library, which torch has loaded already."""
     name = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
     driver = ctypes.CDLL(name)
-    driver.cuLaunchHostFunc.argtypes = [ctypes.c_void_p, _Callback, ctypes.c_void_p]
+    driver.cuLaunchHostFunc.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
     driver.cuLaunchHostFunc.restype = ctypes.c_int
     return driver
 
 
 @atexit.register
 def _finish_calls() -> None:
-    """Wait for what is pending: a thread that comes back to an interpreter gone would hang."""
+    """Wait for what is pending: a thread that comes back to an interpreter gone would hang.
+
+    And memory goes with the interpreter, also that which machine code works on.
+    """
     global _exiting
     _exiting = True
     for device in _devices:

@@ -2,7 +2,29 @@
 
 import contextlib
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+
+
+class NativeFunction:
+    """A host function in machine code: it needs neither Python nor its lock.
+
+    It can be pending in any number, and in any state of the interpreter. A stream does not refer to
+    it: who enqueues it keeps it, and all it uses, until it ran.
+
+    Args:
+        entry: a function of ctypes' that takes an address and returns nothing.
+        argument: the address it is given.
+    """
+
+    __slots__ = ("argument", "entry")
+
+    def __init__(self, entry: Callable[[int], None], argument: int) -> None:
+        self.entry = entry
+        self.argument = argument
+
+    def __call__(self) -> None:
+        """Call it here and now."""
+        self.entry(self.argument)
 
 
 @contextlib.contextmanager

@@ -3,22 +3,26 @@
 Of those tokens only the query crosses the link, and only the partial result comes back, to be
 merged like any tile's. Meanwhile the link brings other tokens, and the device attends those and its
 resident ones. The CPU's attention is work in the order of a stream, so that the caller's thread
-never waits for it, and goes on to enqueue what follows.
+never waits for it, and goes on to enqueue what follows. Where a compiled kernel serves, it is a job in machine
+code; else, or where there is no compiler, a call of a kernel in Python.
 """
 
 import collections
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
+from headinfer.attend.native.job import Jobs
+from headinfer.attend.native.kernel import NativeKernel
 from headinfer.attend.partial import Accumulator, Kernel, Partial, accumulation_dtype
 from headinfer.device.base import Device, Edge, Event
 from headinfer.engine.stats import Stats
 from headinfer.engine.tiles import StoredLayer
-from headinfer.store.layer import Span
+from headinfer.store.layer import LayerStore, Span
 
 MAX_QUERY_TOKENS = 8
 """New tokens up to which the CPU can help: more make it compute instead of read."""
@@ -26,8 +30,9 @@ MAX_QUERY_TOKENS = 8
 Listener = Callable[[float, float], None]
 
 listeners: list[Listener] = []
-"""Told when the CPU's share of a layer's attention began and ended, by `time.perf_counter`, on the
-thread it ran on, which torch's profiler does not see."""
+"""Told when the CPU's share of a layer's attention began and ended, by `time.perf_counter`, by the
+thread that calls the engine when it next comes by: torch's profiler does not see the one it ran on.
+"""
 
 _UNJUDGED = 64
 """Answers whose order is not known yet; older ones are forgotten."""
@@ -89,6 +94,7 @@ class _Exchange:
     Owned by one `HostAttention` and reused from layer to layer. `query` and `answer` are in host
     memory, `arrived` on the device; all are used by the host-work stream alone, but for `arrived`,
     which compute reads. `answer` and `arrived` hold an output and its LSE, one behind the other.
+    `jobs` attends in between, without Python; None where only the kernel can.
     """
 
     query: torch.Tensor
@@ -96,9 +102,12 @@ class _Exchange:
     arrived: torch.Tensor
     on_host: Partial
     on_device: Partial
+    jobs: Jobs | None
 
     @classmethod
-    def allocate(cls, device: Device, query: torch.Tensor, value_dim: int) -> "_Exchange":
+    def allocate(
+        cls, device: Device, query: torch.Tensor, value_dim: int, kernel: Kernel, scale: float
+    ) -> "_Exchange":
         """Take the memory for queries like `query`, and for their answers."""
         dtype = accumulation_dtype(query.dtype)
         rows = query.shape[:-1]
@@ -107,18 +116,58 @@ class _Exchange:
         with torch.inference_mode(False):
             answer = device.host_empty(num_bytes).view(dtype)
             arrived = device.device_empty(num_bytes).view(dtype)
-            sent = device.host_empty(query.numel() * query.dtype.itemsize)
-            return cls(
-                sent.view(query.dtype).view(query.shape),
-                answer,
-                arrived,
-                *(_as_partial(memory, rows, value_dim) for memory in (answer, arrived)),
-            )
+            memory = device.host_empty(query.numel() * query.dtype.itemsize)
+            sent = memory.view(query.dtype).view(query.shape)
+            on_host, on_device = (_as_partial(part, rows, value_dim) for part in (answer, arrived))
+        jobs = None
+        if isinstance(kernel, NativeKernel):
+            jobs = kernel.jobs(sent, on_host, scale=scale)
+        return cls(sent, answer, arrived, on_host, on_device, jobs)
 
 
 def _as_partial(memory: torch.Tensor, rows: torch.Size, value_dim: int) -> Partial:
     out, lse = memory.split((rows.numel() * value_dim, rows.numel()))
     return Partial(out.view(*rows, value_dim), lse.view(rows))
+
+
+class _Work(Protocol):
+    """A host function that attends, and notes when it did."""
+
+    def __call__(self) -> None:
+        """Attend; on any thread."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether it is done."""
+
+    @property
+    def times(self) -> tuple[float, float]:
+        """When it began and ended, once it is done."""
+
+    def release(self) -> None:
+        """Let go of what was attended, once it is done."""
+
+
+class _Call:
+    """An attention by a kernel in Python.
+
+    Args:
+        attend: what to call, which must not raise.
+    """
+
+    def __init__(self, attend: Callable[[], None]) -> None:
+        self._attend = attend
+        self.finished = False
+        self.times = 0.0, 0.0
+
+    def __call__(self) -> None:
+        start_s = time.perf_counter()
+        self._attend()
+        self.times = start_s, time.perf_counter()
+        self.finished = True
+
+    def release(self) -> None:
+        """Do nothing: the caller drops it."""
 
 
 class HostAttention:
@@ -139,6 +188,7 @@ class HostAttention:
         self._stats = stats
         self._balance = balance
         self._exchanges: dict[tuple[object, ...], _Exchange] = {}
+        self._pending: collections.deque[_Work] = collections.deque()
         self._asked: tuple[torch.Tensor, _Exchange, Event] | None = None
         self._unjudged: collections.deque[tuple[Event, Event]] = collections.deque(maxlen=_UNJUDGED)
         self._failure: BaseException | None = None  # written by host work, taken by `check`
@@ -161,15 +211,16 @@ class HostAttention:
         compute, host_work = self._device.compute, self._device.host_work
         query = query.contiguous()
         compute.writes(query, "the query")
-        exchange = self._exchange(query, store.geometry.value_dim)
-        spans = list(store.spans(first, store.tokens))
+        exchange = self._exchange(query, store.geometry.value_dim, kernel, scale)
+        work = self._work(store, first, exchange, kernel, scale)
         host_work.wait(compute.record(), Edge.QUERY_READY)
         host_work.copy(exchange.query, query)
         if layer.written is not None:
             host_work.wait(layer.written, Edge.TOKENS_SENT)
-        self._state_accesses(exchange, spans)
-        attend = functools.partial(kernel.attend, exchange.query, scale=scale)
-        host_work.run(functools.partial(self._attend, attend, spans, exchange.on_host))
+        if self._device.checks_accesses:
+            self._state_accesses(exchange, store.spans(first, store.tokens))
+        self._pending.append(work)  # or nothing would keep what it works on
+        host_work.run(work)
         host_work.copy(exchange.arrived, exchange.answer)
         # The query is kept until compute waits for the answer: only then may its memory be reused.
         self._asked = query, exchange, host_work.record(timed=not self._balance.fixed)
@@ -195,6 +246,7 @@ class HostAttention:
         What was computed on the device since is worthless then. What is still pending is not
         looked at.
         """
+        self._collect()
         failure = self._failure
         if failure is not None:  # or what is stored here might hide one that comes just now
             self._failure = None
@@ -202,6 +254,8 @@ class HostAttention:
 
     def forget(self) -> None:
         """Forget what was asked; the host-work stream must be settled."""
+        self._collect()
+        self._pending.clear()
         self._asked = None
         self._unjudged.clear()
 
@@ -227,14 +281,39 @@ class HostAttention:
             self._unjudged.popleft()
             self._balance.note(host_was_late=host_was_late)
 
-    def _exchange(self, query: torch.Tensor, value_dim: int) -> _Exchange:
-        key = (query.shape, query.dtype, value_dim)
+    def _collect(self) -> None:
+        """Take in the times of what ran since, and let go of what it attended."""
+        while self._pending and self._pending[0].finished:
+            work = self._pending.popleft()
+            start_s, end_s = work.times
+            self._stats.host_attention_s += end_s - start_s
+            for listener in listeners:
+                listener(start_s, end_s)
+            work.release()
+
+    def _exchange(
+        self, query: torch.Tensor, value_dim: int, kernel: Kernel, scale: float
+    ) -> _Exchange:
+        key = (query.shape, query.dtype, value_dim, kernel, scale)
         exchange = self._exchanges.get(key)
         if exchange is None:
-            exchange = self._exchanges[key] = _Exchange.allocate(self._device, query, value_dim)
+            exchange = _Exchange.allocate(self._device, query, value_dim, kernel, scale)
+            self._exchanges[key] = exchange
         return exchange
 
-    def _state_accesses(self, exchange: _Exchange, spans: list[Span]) -> None:
+    def _work(
+        self, store: LayerStore, first: int, exchange: _Exchange, kernel: Kernel, scale: float
+    ) -> _Work:
+        """Return the attention of the tokens from `first` on: a job where the kernel makes one."""
+        if exchange.jobs is not None:
+            job = exchange.jobs.make(store.stretches(first, store.tokens))
+            if job is not None:
+                return job
+        attend = functools.partial(kernel.attend, exchange.query, scale=scale)
+        spans = list(store.spans(first, store.tokens))
+        return _Call(functools.partial(self._attend, attend, spans, exchange.on_host))
+
+    def _state_accesses(self, exchange: _Exchange, spans: Iterator[Span]) -> None:
         host_work = self._device.host_work
         host_work.reads(exchange.query, "attention on the host")
         for span in spans:
@@ -246,7 +325,6 @@ class HostAttention:
         """Attend some tokens on the CPU; runs as host work, so it keeps what it fails with."""
         if self._failure is not None:
             return
-        start_s = time.perf_counter()
         try:
             with torch.no_grad():  # which each thread has a setting of its own for
                 total = Accumulator()
@@ -257,7 +335,3 @@ class HostAttention:
                 answer.lse.copy_(partial.lse)
         except BaseException as error:
             self._failure = error
-        end_s = time.perf_counter()
-        self._stats.host_attention_s += end_s - start_s  # which nothing else writes
-        for listener in listeners:
-            listener(start_s, end_s)

@@ -7,6 +7,7 @@ follows and no old token is copied.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -102,6 +103,22 @@ class Span:
         return self.keys.shape[2]
 
 
+class Stretch(NamedTuple):
+    """`tokens` consecutive tokens of larger tensors, of which no view is made: that takes longer.
+
+    Attributes:
+        keys: `[batch, kv_heads, capacity, key_dim]`.
+        values: `[batch, kv_heads, capacity, value_dim]`.
+        first: position of the first token in both.
+        tokens: number of tokens.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    first: int
+    tokens: int
+
+
 class LayerStore:
     """Keys and values of one layer's past tokens, in host memory it owns.
 
@@ -182,6 +199,14 @@ class LayerStore:
                 yield Span(
                     first, segment.keys[:, heads, part, :], segment.values[:, heads, part, :]
                 )
+
+    def stretches(self, start: int, end: int) -> list[Stretch]:
+        """Return where the tokens from `start` to before `end` lie, in order."""
+        return [
+            Stretch(segment.keys, segment.values, low - segment.start, high - low)
+            for segment in self._segments
+            if (low := max(start, segment.start)) < (high := min(end, segment.end))
+        ]
 
     def crop(self, tokens: int) -> None:
         """Keep the first `tokens` tokens; their memory stays reserved."""

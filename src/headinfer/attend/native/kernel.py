@@ -8,14 +8,14 @@ by looking at the tokens behind it alone.
 
 import ctypes
 import functools
-import math
 
 import torch
 
 from headinfer.attend.cpu import CpuKernel
 from headinfer.attend.native.build import ELEMENTS, compile_kernel
+from headinfer.attend.native.job import MIN_SPLIT_TOKENS, Jobs, job_library
 from headinfer.attend.partial import Kernel, Partial, empty_partial, stack_rows
-from headinfer.attend.split import merge_splits
+from headinfer.attend.split import even_splits, merge_splits
 
 MAX_DECODE_ROWS = 16
 """Query rows up to which reading keys and values takes longer than computing, on a matrix unit."""
@@ -27,7 +27,6 @@ _DECODE_DIM_MULTIPLE = 16
 _PREFILL_DIM_MULTIPLE = 32
 """A head_dim must be one of: whole vectors of the widest processor, and pairs of them."""
 
-_MIN_SPLIT_TOKENS = 512
 _MIN_SPLIT_ROWS = 96
 _ALIGNMENT_BYTES = 64
 
@@ -141,6 +140,26 @@ class NativeKernel(Kernel):
             ]
         )
 
+    def jobs(self, query: torch.Tensor, answer: Partial, *, scale: float) -> Jobs | None:
+        """Return what makes host functions of this attention that need no Python.
+
+        Args:
+            query: `[batch, kv_heads, group, q_len, key_dim]`, contiguous; read when a job runs.
+            answer: the partial that a job writes, contiguous, in float32.
+            scale: factor of the scores.
+
+        Returns:
+            None where only `attend` serves.
+        """
+        rows, head_dim = query.shape[2] * query.shape[3], query.shape[4]
+        if not rows or answer.out.shape != query.shape:
+            return None
+        attend = decode_library(query.dtype, head_dim, rows)
+        library = job_library(query.dtype) if attend is not None else None
+        if attend is None or library is None:
+            return None
+        return Jobs(attend, library, query, answer, scale)
+
 
 def _visible_spans(mask: torch.Tensor | None, batch: int, kv_len: int) -> list[slice] | None:
     """Return the tokens each row of the batch sees, where every query sees the same stretch."""
@@ -173,7 +192,8 @@ def _decode_row(
     """Attend one row of the batch: `[kv_heads, group, q_len, dim]` to `[kv_heads, kv_len, dim]`."""
     kv_heads, group, q_len, _ = query.shape
     kv_len = keys.shape[1]
-    splits = _splits(kv_heads, kv_len // _MIN_SPLIT_TOKENS)
+    threads = torch.get_num_threads()
+    splits = even_splits(threads, kv_heads, kv_len // MIN_SPLIT_TOKENS)
     rows = query.float().contiguous()
     out = torch.empty(kv_heads, splits, group, q_len, query.shape[-1])
     lse = torch.empty(kv_heads, splits, group, q_len)
@@ -189,7 +209,7 @@ def _decode_row(
         scale,
         out.data_ptr(),
         lse.data_ptr(),
-        torch.get_num_threads(),
+        threads,
     )
     if splits == 1:
         return Partial(out[:, 0], lse[:, 0])
@@ -218,7 +238,7 @@ def _prefill_row(
         group * q_len,
         keys.shape[1],
         kv_heads,
-        _splits(kv_heads, group * q_len // _MIN_SPLIT_ROWS),
+        even_splits(threads, kv_heads, group * q_len // _MIN_SPLIT_ROWS),
         scale,
         out.data_ptr(),
         lse.data_ptr(),
@@ -227,9 +247,3 @@ def _prefill_row(
         threads,
     )
     return Partial(out, lse)
-
-
-def _splits(heads: int, most: int) -> int:
-    """Return as few parts of each head as give every thread the same number of them."""
-    threads = torch.get_num_threads()
-    return min(threads // math.gcd(threads, heads), max(most, 1))

@@ -1,0 +1,211 @@
+"""Jobs: attention that is prepared in Python, and runs without it (`job.c`).
+
+A thread of the driver's that ran Python would take its lock for each small call, and wait each time
+for the thread that launches kernels, which it delays as often.
+"""
+
+import ctypes
+import functools
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from headinfer.attend.native.build import compile_kernel
+from headinfer.attend.partial import Partial
+from headinfer.attend.split import even_splits
+from headinfer.device.host_calls import NativeFunction
+from headinfer.store.layer import Stretch
+
+MIN_SPLIT_TOKENS = 512
+"""Tokens that are worth a thread."""
+
+_FREE_THREADS_FROM = 5
+_FLOAT_BYTES = 4
+_POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_int64
+
+
+class _Span(ctypes.Structure):
+    """`struct span`."""
+
+    _fields_ = (
+        ("keys", _POINTER),
+        ("values", _POINTER),
+        ("key_stride", _NUMBER),
+        ("value_stride", _NUMBER),
+        ("tokens", _NUMBER),
+        ("splits", _NUMBER),
+    )
+
+
+class _Block(ctypes.Structure):
+    """`struct job`."""
+
+    _fields_ = (
+        ("attend", _POINTER),
+        ("query", _POINTER),
+        ("out", _POINTER),
+        ("lse", _POINTER),
+        ("scratch", _POINTER),
+        ("spans", _POINTER),
+        ("num_spans", _NUMBER),
+        ("heads", _NUMBER),
+        ("rows", _NUMBER),
+        ("dim", _NUMBER),
+        ("start_s", ctypes.c_double),
+        ("end_s", ctypes.c_double),
+        ("scale", ctypes.c_float),
+        ("threads", ctypes.c_int32),
+        ("finished", ctypes.c_int32),
+    )
+
+
+@functools.cache
+def job_library(dtype: torch.dtype) -> ctypes.CDLL | None:
+    """Return `job.c` compiled for one dtype; None where it cannot be had.
+
+    Its clock is that of `time.perf_counter` on Linux alone.
+    """
+    library = compile_kernel("job.c", dtype) if sys.platform == "linux" else None
+    if library is not None:
+        library.run_job.argtypes = [_POINTER]
+        library.run_job.restype = None
+    return library
+
+
+class Job(NativeFunction):
+    """One attention, to be enqueued once; made by `Jobs.make`.
+
+    It keeps what it attends. Whoever enqueues it keeps it until it ran, and releases it then.
+    """
+
+    __slots__ = ("_kept", "_spans", "block", "_free")
+
+    def __init__(self, library: ctypes.CDLL, block: _Block, free: "list[Job]") -> None:
+        super().__init__(library.run_job, ctypes.addressof(block))
+        self.block = block
+        self._free = free
+        self._spans = (_Span * 0)()
+        self._kept: tuple[object, ...] = ()
+
+    def fill(self, spans: Sequence[tuple[int, ...]], kept: tuple[object, ...]) -> None:
+        """Set what is attended: the fields of each `_Span`, and what must be kept meanwhile."""
+        if len(spans) > len(self._spans):
+            self._spans = (_Span * len(spans))()
+            self.block.spans = ctypes.addressof(self._spans)
+        for position, span in enumerate(spans):
+            self._spans[position] = _Span(*span)
+        self.block.num_spans = len(spans)
+        self.block.finished = 0
+        self._kept = kept
+
+    @property
+    def finished(self) -> bool:
+        """Whether it ran."""
+        return bool(self.block.finished)
+
+    @property
+    def times(self) -> tuple[float, float]:
+        """When it began and ended, by `time.perf_counter`, once it ran."""
+        return self.block.start_s, self.block.end_s
+
+    def release(self) -> None:
+        """Let go of what was attended, and be used again; only once it ran."""
+        self._kept = ()
+        self._free.append(self)
+
+
+class Jobs:
+    """Makes jobs that attend with the same query's memory, and answer to the same.
+
+    Jobs must run one after another, in the order in which they were made: they share their scratch
+    memory, too.
+
+    Args:
+        attend: the library whose `attend_heads` is compiled for the shape.
+        library: `job_library` of the query's dtype.
+        query: `[batch, kv_heads, group, q_len, dim]`, contiguous; read when a job runs.
+        answer: of the same shape, contiguous, in float32; written when a job runs.
+        scale: factor of the scores.
+    """
+
+    def __init__(
+        self,
+        attend: ctypes.CDLL,
+        library: ctypes.CDLL,
+        query: torch.Tensor,
+        answer: Partial,
+        scale: float,
+    ) -> None:
+        batch, kv_heads, group, q_len, dim = query.shape
+        self._library = library
+        self._kv_heads, self._dim = kv_heads, dim
+        self._dtype, self._itemsize = query.dtype, query.dtype.itemsize
+        self._heads, self._rows = batch * kv_heads, group * q_len
+        self._scratch = torch.empty(0)
+        self._memory = attend, query, answer  # jobs know them by address
+        self._free: list[Job] = []
+        self._template = _Block(
+            attend=ctypes.cast(attend.attend_heads, _POINTER).value,
+            query=query.data_ptr(),
+            out=answer.out.data_ptr(),
+            lse=answer.lse.data_ptr(),
+            heads=self._heads,
+            rows=self._rows,
+            dim=dim,
+            scale=scale,
+        )
+
+    def make(self, stretches: Sequence[Stretch]) -> Job | None:
+        """Return a job that attends some tokens, which must stay as they are until it ran.
+
+        Uses as many threads as torch is set to in this one; of more than a few it leaves a core to
+        this thread: all threads of a job would wait for one that shares its core.
+
+        Returns:
+            None where keys or values lie in memory otherwise than a store's.
+        """
+        threads = torch.get_num_threads()
+        if threads >= _FREE_THREADS_FROM:
+            threads -= 1
+        spans, partials = [], 0
+        for keys, values, first, tokens in stretches:
+            key_stride, value_stride = self._head_stride(keys), self._head_stride(values)
+            if key_stride is None or value_stride is None:
+                return None
+            splits = even_splits(threads, self._heads, tokens // MIN_SPLIT_TOKENS)
+            start_bytes = first * self._dim * self._itemsize
+            spans.append(
+                (
+                    keys.data_ptr() + start_bytes,
+                    values.data_ptr() + start_bytes,
+                    key_stride,
+                    value_stride,
+                    tokens,
+                    splits,
+                )
+            )
+            partials += splits
+        floats = self._heads * self._rows * (self._dim + partials * (self._dim + 1))
+        if self._scratch.numel() < floats:
+            self._scratch = torch.empty(floats, dtype=torch.float32)  # jobs pending keep the old
+        job = self._free.pop() if self._free else self._new()
+        job.fill(spans, (self, self._scratch, stretches))
+        job.block.scratch = self._scratch.data_ptr()
+        job.block.threads = threads
+        return job
+
+    def _head_stride(self, part: torch.Tensor) -> int | None:
+        """Return the elements from head to head; None where rows of the batch are not like heads.
+
+        The kernels read tokens of one dtype that follow each other without a gap.
+        """
+        row, head, token, element = part.stride()
+        if (token, element) != (self._dim, 1) or part.dtype is not self._dtype:
+            return None
+        if row != head * self._kv_heads and self._heads != self._kv_heads:
+            return None
+        return head
+
+    def _new(self) -> Job:
+        return Job(self._library, _Block.from_buffer_copy(self._template), self._free)

@@ -1,0 +1,210 @@
+"""Jobs of the compiled kernels: the same results as the kernel's own, and the definition's."""
+
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from headinfer.attend.native.job import Jobs
+from headinfer.attend.native.kernel import NativeKernel, decode_library
+from headinfer.attend.partial import Accumulator, Partial
+from headinfer.attend.reference import ReferenceKernel
+from headinfer.store.layer import Stretch
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or shutil.which("cc") is None, reason="no jobs without a C compiler"
+)
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 1e-2}
+SCALE = 0.2
+SPANS = [(1,), (1037,), (700, 1, 63), (17, 2049, 5, 512), (3, 0, 70), (0, 4)]
+
+
+@pytest.fixture(autouse=True)
+def _threads_as_before() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+class Case:
+    """Queries, an answer full of garbage, and spans somewhere in larger segments."""
+
+    def __init__(
+        self,
+        query_shape: tuple[int, ...],
+        lengths: tuple[int, ...],
+        dtype: torch.dtype,
+        seed: int = 0,
+    ) -> None:
+        generator = torch.Generator().manual_seed(seed + sum(query_shape) + sum(lengths))
+
+        def draw(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=generator).to(dtype)
+
+        batch, kv_heads, _, _, dim = query_shape
+        self.query = draw(*query_shape)
+        self.answer = Partial(
+            torch.full(query_shape, torch.nan), torch.full(query_shape[:-1], torch.nan)
+        )
+        self.stretches = [
+            Stretch(
+                draw(batch, kv_heads, first + tokens + 2, dim),
+                draw(batch, kv_heads, first + tokens + 2, dim),
+                first,
+                tokens,
+            )
+            for first, tokens in zip((0, 5, 1, 3), lengths, strict=False)
+        ]
+
+    def jobs(self) -> Jobs:
+        jobs = NativeKernel().jobs(self.query, self.answer, scale=SCALE)
+        assert jobs is not None
+        return jobs
+
+    def run(self) -> Partial:
+        job = self.jobs().make(self.stretches)
+        assert job is not None
+        job()
+        return self.answer
+
+    def wanted(self, kernel: NativeKernel | ReferenceKernel) -> Partial:
+        total = Accumulator()
+        for keys, values, first, tokens in self.stretches:
+            part = slice(first, first + tokens)
+            if tokens:
+                total.add(
+                    kernel.attend(self.query, keys[:, :, part], values[:, :, part], scale=SCALE)
+                )
+        return total.result()
+
+
+def check(case: Case, dtype: torch.dtype, rounding: float = 2e-6) -> None:
+    ours = case.run()
+    for kernel, tolerance in ((NativeKernel(), rounding), (ReferenceKernel(), TOLERANCE[dtype])):
+        wanted = case.wanted(kernel)
+        for got, want in ((ours.out, wanted.out), (ours.lse, wanted.lse)):
+            torch.testing.assert_close(got, want.float(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("lengths", SPANS, ids=str)
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_spans_are_merged(dtype: torch.dtype, batch: int, lengths: tuple[int, ...]) -> None:
+    check(Case((batch, 2, 3, 1, 64), lengths, dtype), dtype)
+
+
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dims(dtype: torch.dtype, dim: int) -> None:
+    check(Case((2, 3, 4, 1, dim), (70, 1037), dtype), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_groups_and_query_tokens(dtype: torch.dtype) -> None:
+    served = 0
+    for group in range(1, 17):
+        for q_len in (1, 2, 3, 5, 8):
+            if decode_library(dtype, 32, group * q_len) is not None:
+                check(Case((1, 2, group, q_len, 32), (33, 600), dtype), dtype)
+                served += 1
+    assert served >= 24
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 3])
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_splits_over_threads_are_merged(dtype: torch.dtype, threads: int, kv_heads: int) -> None:
+    torch.set_num_threads(threads)
+    # A job takes rows of the batch for heads and may split otherwise; on a matrix unit weights are
+    # rounded to bfloat16 by the highest of their split.
+    rounding = 1e-3 if dtype is torch.bfloat16 and threads > 1 else 2e-6
+    check(Case((3, kv_heads, 4, 1, 64), (4099, 513, 7), dtype), dtype, rounding)
+
+
+@pytest.mark.parametrize("lengths", [(), (0,), (0, 0)])
+def test_no_key_is_visible(lengths: tuple[int, ...]) -> None:
+    ours = Case((1, 2, 3, 1, 64), lengths, torch.float32).run()
+    assert not ours.out.any()
+    assert (ours.lse == -torch.inf).all()
+
+
+def test_scores_that_differ_much_are_merged() -> None:
+    case = Case((1, 1, 1, 1, 32), (600, 600), torch.float32)
+    case.stretches[0].keys.mul_(0.01)
+    case.stretches[1].keys[...] = 100 * case.query[0, :, 0]
+    check(case, torch.float32)
+
+
+@pytest.mark.parametrize("part", ["keys", "values"])
+def test_not_a_number_is_not_hidden(part: str) -> None:
+    case = Case((1, 1, 1, 1, 32), (600, 600), torch.float32)
+    getattr(case.stretches[1], part)[0, 0, 7] = torch.nan
+    ours = case.run()
+    assert ours.out.isnan().all()
+    assert ours.lse.isnan().all() == (part == "keys")
+
+
+def test_what_is_pending_is_not_changed_by_what_is_made_after() -> None:
+    cases = [Case((1, 2, 4, 1, 64), lengths, torch.float32) for lengths in ((90,), (4000, 3, 8))]
+    jobs = cases[0].jobs()
+    pending = [jobs.make(case.stretches) for case in cases]
+    for case, job in zip(cases, pending, strict=True):
+        assert job is not None
+        assert not job.finished
+        job()
+        assert job.finished
+        case.query = cases[0].query
+        wanted = case.wanted(NativeKernel())
+        torch.testing.assert_close(cases[0].answer.out, wanted.out)
+        torch.testing.assert_close(cases[0].answer.lse, wanted.lse)
+
+
+def test_a_job_is_used_again_once_it_is_released() -> None:
+    case = Case((1, 2, 4, 1, 64), (90,), torch.float32)
+    jobs = case.jobs()
+    first, second = jobs.make(case.stretches), jobs.make(case.stretches)
+    assert first is not second
+    first()
+    first.release()
+    assert jobs.make([]) is first
+    assert not first.finished
+
+
+def test_a_job_is_timed_by_our_clock() -> None:
+    case = Case((1, 2, 4, 1, 64), (20_000,), torch.float32)
+    job = case.jobs().make(case.stretches)
+    before_s = time.perf_counter()
+    job()
+    after_s = time.perf_counter()
+    start_s, end_s = job.times
+    assert before_s <= start_s < end_s <= after_s
+
+
+@pytest.mark.parametrize(("threads", "used"), [(1, 1), (4, 4), (5, 4), (16, 15)])
+def test_of_many_threads_one_is_left_to_the_caller(threads: int, used: int) -> None:
+    case = Case((1, 2, 4, 1, 64), (90,), torch.float32)
+    torch.set_num_threads(threads)
+    assert case.jobs().make(case.stretches).block.threads == used
+
+
+def test_what_the_kernels_cannot_read_is_left_to_others() -> None:
+    case = Case((2, 2, 4, 1, 64), (90,), torch.float32)
+    ((keys, values, first, tokens),) = case.stretches
+    jobs = case.jobs()
+    assert jobs.make([Stretch(keys, values.double(), first, tokens)]) is None
+    assert jobs.make([Stretch(keys[..., ::2], values, first, tokens)]) is None
+    assert jobs.make([Stretch(keys, values.repeat(2, 1, 1, 1)[::2], first, tokens)]) is None
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 2, 17, 1, 64), (1, 2, 4, 8, 64), (1, 2, 1, 1, 40), (1, 2, 1, 0, 64)]
+)
+def test_shapes_without_jobs(shape: tuple[int, ...]) -> None:
+    query = torch.zeros(shape)
+    answer = Partial(torch.zeros(shape), torch.zeros(shape[:-1]))
+    assert NativeKernel().jobs(query, answer, scale=SCALE) is None
