@@ -48,7 +48,9 @@ class Driver:
         self.refuse = False
         self.held = threading.Event()
         self.held.set()
-        self._calls: queue.SimpleQueue[tuple[Callable[[int], None], int] | None] = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[tuple[Callable[[int], None], int] | None] = (
+            queue.SimpleQueue()
+        )
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
 

@@ -11,7 +11,7 @@ import headinfer
 from headinfer.attend.partial import Kernel, Partial
 from headinfer.attend.reference import ReferenceKernel
 from headinfer.device.base import Edge
-from headinfer.device.hazards import AccessLog, HazardError
+from headinfer.device.hazards import HazardError
 from headinfer.device.simulated import SimulatedDevice
 from headinfer.engine.engine import Engine
 from headinfer.engine.host_attention import Balance
@@ -20,34 +20,9 @@ from headinfer.errors import CacheStateError
 from headinfer.integration import attention
 from headinfer.plan.options import Options
 from headinfer.plan.plan import resolve
+from held_device import HeldDevice
 from shapes import model_shape
 from tiny_models import random_tokens, tiny_model
-
-
-class Unchecked(AccessLog):
-    """Takes any access for ordered."""
-
-    def add(self, *_access: object) -> None:
-        """Accept."""
-
-
-class HeldDevice(SimulatedDevice):
-    """Runs host functions as a GPU does: compute waits for them, but its caller does not.
-
-    The simulation's compute runs at once, and so would run them too. Here its wait is left out,
-    with the check that would notice; what compute makes of the answer is then garbage.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(skip=[Edge.ANSWER_SENT])
-        self.log = Unchecked()
-
-    def run_some(self) -> None:
-        """Run nothing that nobody waits for."""
-
-    def finish_compute(self) -> None:
-        """Run what compute would have waited for."""
-        self.synchronize()
 
 
 class Failing(Kernel):

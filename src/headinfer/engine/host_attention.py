@@ -3,8 +3,8 @@
 Of those tokens only the query crosses the link, and only the partial result comes back, to be
 merged like any tile's. Meanwhile the link brings other tokens, and the device attends those and its
 resident ones. The CPU's attention is work in the order of a stream, so that the caller's thread
-never waits for it, and goes on to enqueue what follows. Where a compiled kernel serves, it is a job in machine
-code; else, or where there is no compiler, a call of a kernel in Python.
+never waits for it, and goes on to enqueue what follows. Where a compiled kernel serves, it is a job
+in machine code; elsewhere a call of a kernel in Python.
 """
 
 import collections

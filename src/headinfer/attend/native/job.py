@@ -79,7 +79,7 @@ class Job(NativeFunction):
     It keeps what it attends. Whoever enqueues it keeps it until it ran, and releases it then.
     """
 
-    __slots__ = ("_kept", "_spans", "block", "_free")
+    __slots__ = ("_free", "_kept", "_spans", "block")
 
     def __init__(self, library: ctypes.CDLL, block: _Block, free: "list[Job]") -> None:
         super().__init__(library.run_job, ctypes.addressof(block))
