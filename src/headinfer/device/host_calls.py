@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator
 class NativeFunction:
     """A host function in machine code: it needs neither Python nor its lock.
 
-    It can be pending in any number, and in any state of the interpreter. A stream does not refer to
-    it: who enqueues it keeps it, and all it uses, until it ran.
+    A stream does not refer to it: who enqueues it keeps it, and all it uses, until it ran.
 
     Args:
         entry: a function of ctypes' that takes an address and returns nothing.
