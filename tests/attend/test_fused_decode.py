@@ -1,7 +1,6 @@
 """The Triton programs against the definition: on a GPU, or in Triton's interpreter without one."""
 
 import importlib.util
-import os
 
 import pytest
 import torch
@@ -12,22 +11,10 @@ from headinfer.attend.reference import ReferenceKernel
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("no Triton", allow_module_level=True)
+from headinfer.attend.fused_decode import MAX_ROWS, FusedDecodeKernel, serves
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
-if not ON_GPU:  # read when the programs are defined, and again when they run
-    os.environ["TRITON_INTERPRET"] = "1"
-from headinfer.attend.fused_decode import MAX_ROWS, FusedDecodeKernel, serves  # noqa: E402
-
-os.environ.pop("TRITON_INTERPRET", None)
-
-
-@pytest.fixture(autouse=True)
-def _interpreter(monkeypatch):
-    if not ON_GPU:
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
-
-
 DTYPES = [torch.float32, torch.float16]
 if ON_GPU:  # the interpreter multiplies the bits of bfloat16 as if they were integers
     DTYPES.append(torch.bfloat16)
