@@ -41,10 +41,18 @@ def test_a_tile_by_definition(dtype, kind):
             check(kernel(), shape, dtype, kind, device=DEVICE)
 
 
-@pytest.mark.parametrize("tile_tokens", [[5], [700, 1, 64, 300], [3] * 270])
+@pytest.mark.parametrize(
+    ("shape", "tile_tokens"),
+    [
+        ((2, 2, 3, 2, 32), [5]),
+        ((2, 2, 3, 2, 32), [700, 1, 64, 300]),
+        ((2, 2, 8, 8, 128), [3] * 70),  # more partials than are kept
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_tiles_partials_and_sinks_merge_like_the_reference(dtype, tile_tokens):
-    batch, kv_heads, group, q_len, dim = 2, 2, 3, 2, 32
+def test_tiles_partials_and_sinks_merge_like_the_reference(dtype, shape, tile_tokens):
+    batch, kv_heads, group, q_len, dim = shape
     query = draw(batch, q_len, kv_heads, group, dim, dtype=dtype).to(DEVICE)
     query = query.permute(0, 2, 3, 1, 4)  # as models hand it over
     sinks = draw(kv_heads, group, dtype=dtype).to(DEVICE)

@@ -19,4 +19,8 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
         os.kill(os.getpid(), signal.SIGKILL)
     if what == "sleep":
         time.sleep(60)
-    return {"process": os.getpid(), "question": question}
+    return {
+        "process": os.getpid(),
+        "question": question,
+        "environment": os.environ.get("HEADINFER_TEST"),
+    }

@@ -2,11 +2,36 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 
 from headinfer.bench.child import ChildError, ask
+
+
+def test_a_child_has_the_environment_of_its_caller(monkeypatch):
+    for value in ("one", "two"):
+        monkeypatch.setenv("HEADINFER_TEST", value)
+        assert ask("answering", {"do": "answer"})["environment"] == value
+
+
+def test_a_program_that_does_not_expect_to_be_imported_can_ask(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "from headinfer.bench.child import ask\n"
+        "print(ask('answering', {'do': 'answer'})['question'])\n"
+    )
+    path = os.pathsep.join(sys.path)
+    done = subprocess.run(
+        [sys.executable, str(program)],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "{'do': 'answer'}\n"
 
 
 def test_each_answer_comes_from_a_process_of_its_own(capfd):

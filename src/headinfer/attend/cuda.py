@@ -6,7 +6,7 @@ keys and values is the bound, Triton programs of our own (`fused_decode`), and f
 there is no Triton. `select` runs each once on small inputs before it is trusted.
 """
 
-import importlib.util
+import logging
 
 import torch
 
@@ -14,6 +14,8 @@ from headinfer.attend.grouped import attend_grouped
 from headinfer.attend.partial import Kernel, Partial, empty_partial
 from headinfer.attend.reference import ReferenceKernel
 from headinfer.attend.split import FusedCall, attend_split
+
+_logger = logging.getLogger(__name__)
 
 _FEW_ROWS = 64
 """Up to so many folded query rows a flash kernel runs one thread block a head."""
@@ -74,7 +76,7 @@ class CudaKernel(Kernel):
                 lambda q, k, v, _row: self._square(q, k, v, scale), query, keys, values
             )
         folded = query.reshape(batch, kv_heads, group * q_len, -1)
-        if folded.shape[2] > _FEW_ROWS:
+        if folded.shape[2] > _FEW_ROWS and keys.shape[2] > 1:  # cuDNN takes no single key
             out, lse = self._tile(folded, keys, values, scale)
         else:
             splits = min(self._blocks // (batch * kv_heads), keys.shape[2] // _MIN_SPLIT_TOKENS)
@@ -192,10 +194,11 @@ def _with_fused_decode(
     others: list[CudaKernel], torch_device: torch.device, dtype: torch.dtype, head_dim: int
 ) -> list[Kernel]:
     """Return each kernel with few rows served by Triton; none where there is no Triton."""
-    if importlib.util.find_spec("triton") is None:
+    try:
+        from headinfer.attend.fused_decode import FusedDecodeKernel, serves
+    except Exception as error:  # it is not there, or is broken: torch's kernels serve
+        _logger.info("no Triton: %s", error)
         return []
-    from headinfer.attend.fused_decode import FusedDecodeKernel, serves
-
     if not serves(dtype, head_dim):
         return []
     multiprocessors = torch.cuda.get_device_properties(torch_device).multi_processor_count

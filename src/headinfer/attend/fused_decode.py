@@ -13,8 +13,8 @@ from headinfer.attend.triton_launch import Program
 MAX_ROWS = 64
 """Query rows of one KV head up to which a step is bound by reading keys and values."""
 
-_SLOTS = 256
-"""Partials kept until they are merged: 4 MiB for Llama-3-8B."""
+_SLOTS_BYTES = 8 * 2**20
+"""Of partials kept until they are merged, where one tile's take no more: 500 for Llama-3-8B."""
 
 _MIN_SPLIT_TOKENS = 256
 _PROGRAMS_PER_MULTIPROCESSOR = 2
@@ -91,7 +91,8 @@ class FusedTiles:
         self._most_splits = max(programs // self._heads, 1)
         self._dim = dim
         self._block_dim = _power_of_2(dim)
-        self._capacity = max(_SLOTS, self._most_splits + 1)
+        row_bytes = self._rows * (dim + 1) * torch.float32.itemsize
+        self._capacity = max(_SLOTS_BYTES // row_bytes, self._most_splits + 1)
         self._slots = self._empty_slots()
         self._used = 0
         self._sinks: torch.Tensor | None = None
@@ -126,13 +127,13 @@ class FusedTiles:
                 query if mask is None else mask.expand(query.shape[0], 1, kv_len).contiguous(),
                 self._slots,
             ),
-            (self._scale, kv_len, split_tokens, self._used),
+            (
+                *(self._scale, kv_len, split_tokens, self._used),
+                *(query.shape[1], rows, self._capacity),
+            ),
             keys.stride()[:3],
             (
-                query.shape[1],
-                rows,
                 query.shape[4],
-                self._capacity,
                 mask is not None,
                 max(_power_of_2(rows), 16),
                 self._block_dim,
@@ -172,8 +173,7 @@ class FusedTiles:
     def _make_room(self, slots: int) -> None:
         if self._used + slots > self._capacity:
             merged = self.result()
-            self._slots = self._empty_slots()
-            self._used = 0
+            self._used = 0  # the merge is ordered before what is written over its slots
             self.add(merged)
 
     def _merge(self, out: torch.Tensor, lse: torch.Tensor | None) -> None:
@@ -187,11 +187,10 @@ class FusedTiles:
                 out,
                 self._slots if lse is None else lse,
             ),
-            (self._used,),
+            (self._used, self._capacity, kv_heads, group, q_len),
             out.stride()[:4],
             (
-                *(kv_heads, group, q_len, dim),
-                self._capacity,
+                dim,
                 self._sinks is not None,
                 lse is not None,
                 _BLOCK_SLOTS,

@@ -8,11 +8,10 @@ import triton.language as tl
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
-_CHANGING = ["kv_len", "split_tokens", "first_slot"]
-"""Arguments that change from step to step: a program compiled for each value would be useless."""
 
-
-@triton.jit(do_not_specialize=_CHANGING)
+@triton.jit(
+    do_not_specialize=["kv_len", "split_tokens", "first_slot", "kv_heads", "query_rows", "slots"]
+)
 def attend_tile(
     query,
     keys,
@@ -23,13 +22,13 @@ def attend_tile(
     kv_len,
     split_tokens,
     first_slot,
+    kv_heads,
+    query_rows,
+    slots,
     batch_stride,
     head_stride,
     token_stride,
-    KV_HEADS: tl.constexpr,
-    ROWS: tl.constexpr,
     DIM: tl.constexpr,
-    SLOTS: tl.constexpr,
     MASKED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
@@ -37,22 +36,22 @@ def attend_tile(
 ):
     """Attend all query rows of one KV head to `split_tokens` tokens of a tile.
 
-    Grid: (splits, batch * KV_HEADS). Reads a contiguous `query[batch, KV_HEADS, rows, DIM]`, keys
-    and values `[batch, KV_HEADS, kv_len, DIM]` of the strides given, and a contiguous
+    Grid: (splits, batch * kv_heads). Reads a contiguous `query[batch, kv_heads, query_rows, DIM]`,
+    keys and values `[batch, kv_heads, kv_len, DIM]` of the strides given, and a contiguous
     `mask[batch, kv_len]`. Split `s` writes slot `first_slot + s` of
-    `parts[SLOTS, batch, KV_HEADS, rows, DIM]`, float32, and of the LSE that lie behind them,
-    `[SLOTS, batch, KV_HEADS, rows]`.
+    `parts[slots, batch, kv_heads, query_rows, DIM]`, float32, and of the LSE that lie behind them,
+    `[slots, batch, kv_heads, query_rows]`.
     """
     split = tl.program_id(0)
-    batch = (tl.program_id(1) // KV_HEADS).to(tl.int64)
-    head = (tl.program_id(1) % KV_HEADS).to(tl.int64)
+    batch = (tl.program_id(1) // kv_heads).to(tl.int64)
+    head = (tl.program_id(1) % kv_heads).to(tl.int64)
     rows = tl.arange(0, BLOCK_ROWS)
     dims = tl.arange(0, BLOCK_DIM)
-    real_rows = rows < ROWS
+    real_rows = rows < query_rows
     real_dims = dims < DIM
     both = real_rows[:, None] & real_dims[None, :]
 
-    query += tl.program_id(1) * (ROWS * DIM)
+    query += tl.program_id(1) * (query_rows * DIM)
     q = tl.load(query + rows[:, None] * DIM + dims[None, :], mask=both, other=0.0)
 
     keys += batch * batch_stride + head * head_stride
@@ -85,55 +84,55 @@ def attend_tile(
         highest = new_highest
 
     slot = (first_slot + split).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-    place = slot * ROWS + rows
+    place = slot * query_rows + rows
     nothing = weight == 0.0
     result = total / tl.where(nothing, 1.0, weight)[:, None]
     lse = tl.where(nothing, float("-inf"), (highest + tl.log2(weight)) / _LOG2_E)
-    lses = parts + SLOTS * tl.num_programs(1).to(tl.int64) * (ROWS * DIM)
+    lses = parts + slots * tl.num_programs(1).to(tl.int64) * (query_rows * DIM)
     tl.store(parts + place[:, None] * DIM + dims[None, :], result, mask=both)
     tl.store(lses + place, lse, mask=real_rows)
 
 
-@triton.jit(do_not_specialize=["slots"])
+@triton.jit(do_not_specialize=["used", "slots", "kv_heads", "group", "q_len"])
 def merge_slots(
     parts,
     sinks,
     out,
     lse_out,
+    used,
     slots,
+    kv_heads,
+    group,
+    q_len,
     out_batch,
     out_head,
     out_group,
     out_token,
-    KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    Q_LEN: tl.constexpr,
     DIM: tl.constexpr,
-    SLOTS: tl.constexpr,
     SINKS: tl.constexpr,
     WITH_LSE: tl.constexpr,
     BLOCK_SLOTS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ):
-    """Merge the first `slots` partials of one query row by LSE; see `attend_tile`.
+    """Merge the first `used` partials of one query row by LSE; see `attend_tile`.
 
-    Grid: (batch * KV_HEADS * rows,). Writes `out` by its strides, in its dtype, and if asked for
-    `lse_out[batch, KV_HEADS, rows]`.
+    Grid: (batch * kv_heads * rows,). Writes `out` by its strides, in its dtype, and if asked for
+    `lse_out[batch, kv_heads, rows]`.
     """
     place = tl.program_id(0)
     all_rows = tl.num_programs(0).to(tl.int64)
-    lses = parts + SLOTS * all_rows * DIM
-    row = place % (GROUP * Q_LEN)
-    head = (place // (GROUP * Q_LEN)) % KV_HEADS
-    batch = (place // (GROUP * Q_LEN * KV_HEADS)).to(tl.int64)
+    lses = parts + slots * all_rows * DIM
+    row = place % (group * q_len)
+    head = (place // (group * q_len)) % kv_heads
+    batch = (place // (group * q_len * kv_heads)).to(tl.int64)
     dims = tl.arange(0, BLOCK_DIM)
     real_dims = dims < DIM
     highest = float("-inf")
     weight = 0.0
     total = tl.zeros([BLOCK_DIM], tl.float32)
-    for start in range(0, slots, BLOCK_SLOTS):
+    for start in range(0, used, BLOCK_SLOTS):
         numbers = start + tl.arange(0, BLOCK_SLOTS)
-        real = numbers < slots
+        real = numbers < used
         places = numbers.to(tl.int64) * all_rows + place
         lse = tl.load(lses + places, mask=real, other=float("-inf"))
         part = tl.load(
@@ -149,7 +148,7 @@ def merge_slots(
         total = total * shrink + tl.sum(part * w[:, None], 0)
         highest = new_highest
     if SINKS:
-        sink = tl.load(sinks + head * GROUP + row // Q_LEN).to(tl.float32)
+        sink = tl.load(sinks + head * group + row // q_len).to(tl.float32)
         new_highest = tl.maximum(highest, sink)
         shrink = tl.exp(highest - new_highest)
         weight = weight * shrink + tl.exp(sink - new_highest)
@@ -158,7 +157,7 @@ def merge_slots(
     nothing = weight == 0.0
     result = total / tl.where(nothing, 1.0, weight)
     out += batch * out_batch + head.to(tl.int64) * out_head
-    out += (row // Q_LEN) * out_group + (row % Q_LEN) * out_token
+    out += (row // q_len) * out_group + (row % q_len) * out_token
     tl.store(out + dims, result.to(out.dtype.element_ty), mask=real_dims)
     if WITH_LSE:
         lse = tl.where(nothing, float("-inf"), highest + tl.log(tl.where(nothing, 1.0, weight)))

@@ -6,6 +6,7 @@ import torch
 from triton.compiler import CompiledKernel
 
 _ALIGNMENT_BYTES = 16
+_MAX_INT32 = 2**31 - 1
 
 
 class Program:
@@ -49,9 +50,10 @@ class Program:
         strides: tuple[int, ...],
         constants: tuple[object, ...],
     ) -> None:
-        # What Triton compiles for: types, alignment of pointers, and values of what it specialises.
-        kinds = [(tensor.dtype, tensor.data_ptr() % _ALIGNMENT_BYTES) for tensor in tensors]
-        key = (tensors[0].device, *kinds, strides, constants)
+        # What Triton compiles for: types, and of pointers and strides what it specialises on.
+        kinds = [(t.dtype, t.data_ptr() % _ALIGNMENT_BYTES == 0) for t in tensors]
+        steps = [(n == 1, n % _ALIGNMENT_BYTES == 0, n > _MAX_INT32) for n in strides]
+        key = (tensors[0].device, *kinds, *steps, constants)
         variant = self._variants.get(key)
         if variant is not None:
             variant[grid](*tensors, *numbers, *strides, *constants)

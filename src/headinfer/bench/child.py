@@ -2,20 +2,27 @@
 
 They are forked from a server that has imported torch and transformers and run nothing: importing
 takes up to 15 s, of which a suite of forty trials would spend ten minutes. Where there is no such
-server (Windows) each process imports for itself.
+server (Windows) each process imports for itself. The environment is the caller's, but for what is
+read on import, which is as it was when the server started.
 """
 
+import contextlib
 import importlib
+import json
 import multiprocessing
 import os
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 Values = dict[str, Any]
 """What goes between processes: names and values of JSON."""
+
+_END_S = 10
+"""How long a process that has answered may take to end."""
 
 _PRELOADED = ["headinfer.bench.machine", "headinfer.bench.trial"]
 
@@ -50,24 +57,39 @@ def ask(module: str, question: Values, *, time_limit_s: float | None = None) -> 
     receiver, sender = context.Pipe(duplex=False)
     with tempfile.TemporaryDirectory() as folder, receiver:
         said = Path(folder) / "said"
-        process = context.Process(
-            target=_run, args=(module, question, sender, str(said)), daemon=True
-        )
-        process.start()
-        sender.close()
+        arguments = (module, json.dumps(question), sender, str(said), dict(os.environ))
+        process = context.Process(target=_run, args=arguments, daemon=True)
         try:
+            with _without_main():
+                process.start()
+            sender.close()
             if not receiver.poll(time_limit_s):
                 raise TimeoutError(f"took longer than {time_limit_s} s")
-            answer: Values = receiver.recv()
-        except EOFError as error:
+            answer: Values = json.loads(receiver.recv_bytes())
+            process.join(_END_S)
+        except (EOFError, ConnectionError) as error:
+            if process.pid is None:
+                raise ChildError(1, f"no process could be started: {error}") from error
             process.join()
             stderr = said.read_text(errors="replace") if said.exists() else ""
             raise ChildError(process.exitcode or 0, stderr) from error
         finally:
-            if process.is_alive():
+            if process.pid is not None and process.is_alive():
                 process.kill()
-            process.join()
+                process.join()
     return answer
+
+
+@contextlib.contextmanager
+def _without_main() -> Iterator[None]:
+    """Keep the child from importing the caller's main program, which it does not need."""
+    main: dict[str, Any] = vars(sys.modules["__main__"])
+    kept = {name: main.pop(name) for name in ("__file__", "__spec__") if name in main}
+    main["__spec__"] = None
+    try:
+        yield
+    finally:
+        main.update(kept)
 
 
 def _context() -> Any:
@@ -80,11 +102,15 @@ def _context() -> Any:
     return context
 
 
-def _run(module: str, question: Values, sender: Connection, said: str) -> None:
+def _run(
+    module: str, question: str, sender: Connection, said: str, environment: dict[str, str]
+) -> None:
     """Answer in the child; whatever a library prints meanwhile goes to a file."""
     with open(said, "wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    os.environ.clear()
+    os.environ.update(environment)
     answer: Callable[[Values], Values] = importlib.import_module(module).answer
-    sender.send(answer(question))
+    sender.send_bytes(json.dumps(answer(json.loads(question))).encode())
     sender.close()

@@ -16,7 +16,7 @@ class Edge(enum.Enum):
 
     TILE_FILLED = "copy-in filled a staging buffer; compute reads it"
     TILE_FREE = "compute has read a staging buffer; copy-in overwrites it"
-    PAGE_WRITTEN = "compute wrote new keys and values into a page; copy-out reads it"
+    PAGE_WRITTEN = "compute wrote keys and values into a page or the residents; copy-out reads them"
     PAGE_FREE = "copy-out has read a page; compute overwrites it"
     HOST_WRITTEN = "copy-out wrote tokens into the host store; copy-in reads them"
     QUERY_READY = "compute wrote a query, and merged the last answer; host work fetches and answers"

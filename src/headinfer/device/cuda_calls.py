@@ -1,11 +1,11 @@
 """Calls of host functions in a CUDA stream's order, by the driver's `cuLaunchHostFunc`.
 
 torch has no binding for it. The driver calls on a thread of its own, which needs Python's global
-lock; so nobody may wait for the device while holding that. torch's waits and launches release it,
-and so does ctypes; but an object that is freed while launches are pending may launch too (an
-allocator's event), with the lock held, and a launch waits where the driver's queue, of about a
-thousand, is full. That is why few calls may be pending at a time: the launches between them then
-never fill the queue. Functions in machine code need no lock, and so no limit.
+lock; so nobody may wait for the device while holding that. torch's and Triton's waits and launches
+release it, and so does ctypes. An object that is freed meanwhile may launch too (an allocator's
+event), with the lock held, and a launch waits where the driver's queue, of about a thousand, is
+full: few calls may be pending at a time, which keeps the queue short where layers have few tiles.
+Functions in machine code need no lock, and so no limit.
 """
 
 import atexit
@@ -22,7 +22,7 @@ import torch
 from headinfer.device.host_calls import NativeFunction, without_collection
 
 MAX_PENDING_CALLS = 4
-"""A layer launches less than 100 kernels, and to be two layers ahead hides all launching."""
+"""To be a few layers ahead hides all launching."""
 
 _POLL_S = 1.0
 _CUDA_SUCCESS = 0

@@ -2,7 +2,12 @@
 
 import contextlib
 import gc
+import threading
 from collections.abc import Callable, Iterator
+
+_lock = threading.Lock()
+_running = 0  # host functions, on all threads
+_was_enabled = True
 
 
 class NativeFunction:
@@ -34,10 +39,16 @@ def without_collection() -> Iterator[None]:
     the very stream that waits for the function; or device memory, for which the allocator's lock is
     needed, whose holder may be waiting for the device.
     """
-    enabled = gc.isenabled()
-    gc.disable()
+    global _running, _was_enabled
+    with _lock:
+        if not _running:
+            _was_enabled = gc.isenabled()
+            gc.disable()
+        _running += 1
     try:
         yield
     finally:
-        if enabled:
-            gc.enable()
+        with _lock:
+            _running -= 1
+            if not _running and _was_enabled:
+                gc.enable()

@@ -3,7 +3,8 @@
 The paper moves the whole KV cache for every token (section 3.3); what fits beside weights and
 staging buffers need not move. The oldest tokens are chosen because they are final: new tokens go
 behind them, and the same number in every layer keeps link and device busy at the same time. The
-host holds them too, so that giving them up costs no copy.
+host holds them too, but for the newest few (a page of the decode tail), so that giving them up
+costs hardly a copy.
 """
 
 from collections.abc import Sequence
@@ -67,6 +68,8 @@ class Resident:
 
     def write_back(self, store: LayerStore, tokens: int) -> Event:
         """Send the newest `tokens` of what is kept to the end of the store, on copy-out.
+
+        Nothing is written over them before they arrived: a crop that reaches stored tokens waits.
 
         Returns:
             The event on copy-out when they are there.

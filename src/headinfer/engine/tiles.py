@@ -26,7 +26,8 @@ class StoredLayer:
     Attributes:
         store: the tokens.
         written: reached when copy-out has written all of them; None when nothing was copied.
-        resident: the oldest of them on the device; None where nothing is kept there.
+        resident: the oldest tokens, on the device; None where nothing is kept there. They may be
+            more than the store has: then they end with the decode tail.
         host_share: share of the tokens that are not resident, the newest ones, which the host
             attends where they lie.
     """
