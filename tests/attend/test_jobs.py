@@ -140,6 +140,15 @@ def test_scores_that_differ_much_are_merged() -> None:
     check(case, torch.float32)
 
 
+def test_scores_of_minus_infinity_have_no_weight() -> None:
+    case = Case((1, 1, 1, 1, 32), (640, 600), torch.float32)  # 640: whole blocks, of nothing
+    case.query.abs_()
+    case.stretches[0].keys[...] = -torch.inf
+    ours = case.run()
+    del case.stretches[0]
+    torch.testing.assert_close(ours.out, case.wanted(NativeKernel()).out)
+
+
 @pytest.mark.parametrize("part", ["keys", "values"])
 def test_not_a_number_is_not_hidden(part: str) -> None:
     case = Case((1, 1, 1, 1, 32), (600, 600), torch.float32)
