@@ -79,7 +79,7 @@ def test_the_papers_tables(cli) -> None:
     assert outcome.code == 0
     assert "207 / 206.96" in outcome.out
     assert "550 / 536" in outcome.out
-    assert "6.51 / 5.59" in outcome.out
+    assert "6.51 / 5.51" in outcome.out
     assert max(map(len, outcome.out.splitlines())) <= 100
 
 

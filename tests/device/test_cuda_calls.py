@@ -111,10 +111,13 @@ def test_no_more_calls_are_pending_than_launches_between_them_allow(driver: Driv
     driver.held.clear()
     for _ in range(cuda_calls.MAX_PENDING_CALLS):
         cuda_calls.enqueue_call(Stream(), lambda: None)
-    threading.Timer(0.2, driver.held.set).start()
-    start_s = time.perf_counter()
-    cuda_calls.enqueue_call(Stream(), lambda: None)
-    assert time.perf_counter() - start_s > 0.1
+    caller = threading.Thread(target=cuda_calls.enqueue_call, args=(Stream(), lambda: None))
+    caller.start()
+    caller.join(0.1)
+    assert caller.is_alive()
+    driver.held.set()
+    caller.join(WAIT_S)
+    assert not caller.is_alive()
 
 
 def test_a_device_that_failed_is_not_waited_for(

@@ -84,7 +84,8 @@ def ask(module: str, question: Values, *, time_limit_s: float | None = None) -> 
 def _without_main() -> Iterator[None]:
     """Keep the child from importing the caller's main program, which it does not need."""
     main: dict[str, Any] = vars(sys.modules["__main__"])
-    kept = {name: main.pop(name) for name in ("__file__", "__spec__") if name in main}
+    hidden: tuple[str, ...] = ("__file__", "__spec__")
+    kept = {name: main.pop(name) for name in hidden if name in main}
     main["__spec__"] = None
     try:
         yield

@@ -57,8 +57,8 @@ class CudaStream:
     def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
         """Enqueue a copy; asynchronous because the host side is pinned and pieces are contiguous.
 
-        torch's allocator need not know of the stream: both sides' memory is the engine's own, or kept
-        by it until compute was made to wait for the copy.
+        torch's allocator need not know of the stream: both sides' memory is the engine's own, or
+        kept by it until compute was made to wait for the copy.
         """
         # Entering a stream takes torch longer than a copy: once for all pieces.
         with torch.cuda.stream(self._current()):

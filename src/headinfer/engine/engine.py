@@ -335,7 +335,7 @@ class Engine:
         self._rebuild(plan)
 
     def give_up_residents(self) -> None:
-        """Keep no token on the device; costs no copy but the decode tail's, since the host has them."""
+        """Keep no token on the device; costs no copy but the decode tail's."""
         self.replan(dataclasses.replace(self.plan, resident_tokens=0, resident_bytes=0))
 
     def _bring_home(self) -> None:

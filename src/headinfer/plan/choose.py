@@ -99,10 +99,11 @@ def _tile_reason(plan: MethodPlan) -> str:
     heads = f"{plan.tile_heads} KV head{'' if plan.tile_heads == 1 else 's'}"
     tokens = "all" if plan.tile_tokens is None else format_tokens(plan.tile_tokens)
     parts = plan.decode_parts
-    share = parts.start_s / max(parts.link_s + parts.start_s, 1e-9)
+    share = parts.start_s / max(parts.link_s, 1e-9)
     return (
         f"The other {format_bytes(plan.streamed_bytes)} cross the link in tiles of {heads} x "
-        f"{tokens} tokens, whatever the context: of that time, {share:.0%} goes into starting them."
+        f"{tokens} tokens, whatever the context: starting them takes {share:.0%} of that time, "
+        "ahead of the copies."
     )
 
 

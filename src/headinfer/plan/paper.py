@@ -327,7 +327,7 @@ def latency_tables() -> list[Comparison]:
             columns=tuple(_DECODE),
             rows=_latency_rows(_DECODE, plans, lambda plan: plan.decode_s_per_token),
             notes=(
-                "Predicted from a link of 25 GB/s that waits only while tiles are started; the "
+                "Predicted from a link of 25 GB/s, busy all the time but a tenth of starting; the "
                 "paper moved 20 to 21.",
                 "Short contexts are limited by starting kernels from Python, which standard "
                 "inference shows: 30 ms where reading the weights takes 15. We do not count it.",

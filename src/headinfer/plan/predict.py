@@ -17,8 +17,16 @@ ANSWER_TOKENS = 256
 """Tokens of the answer by which plans are compared: a prefill and so many decode steps."""
 
 _TILE_START_S = 150e-6
-"""Starting the attention of one tile and its merge from Python: some 15 kernels, whose launches
-took 9 us each with torch 2.11 beside an H100."""
+"""Starting the attention of one tile from Python: beside an H100, with torch 2.11, 512 of them and
+their copies made a step of Llama-3-8B at 1K tokens 70 to 110 ms longer."""
+
+_LAYER_START_S = 0.9e-3
+"""Starting a layer's own kernels from Python: a step of Llama-3-8B with nothing to stream took
+30 ms in the paper, and 28 to 33 beside an H100."""
+
+_EXPOSED = 0.1
+"""Share of starting that copies do not hide: beside an H100 a step at 100K tokens took 252 ms with
+256 tiles, 266 with 32 and 265 with 224 in which heads lie apart, where the link alone takes 250."""
 
 _SAMPLED_CHUNKS = 64
 """Chunks of a prefill that are computed; more are represented by these."""
@@ -57,7 +65,7 @@ class Parts:
         compute_s: matrix products, attention and reading weights on the device.
         link_s: streamed tiles on their way to the device.
         link_back_s: new keys and values on their way to the host.
-        start_s: the host starting copies and kernels, while the link waits.
+        start_s: the host starting copies and kernels, ahead of the link.
         host_s: the host attending its share.
     """
 
@@ -71,9 +79,8 @@ class Parts:
         """Return the time of the step."""
         if not overlap:
             return self.compute_s + self.link_s + self.link_back_s + self.start_s + self.host_s
-        # Starting is not hidden behind copies: beside an H100 a step took 421 ms with 224 tiles of
-        # 64 MiB, and 262 ms with 32 of 400 MiB. And the same thread then attends its own share.
-        streams_s = max(self.link_s, self.host_s) + self.start_s
+        # Threads of their own attend the host's share.
+        streams_s = max(self.link_s, self.start_s, self.host_s) + _EXPOSED * self.start_s
         return max(self.compute_s, streams_s, self.link_back_s)
 
     @property
@@ -228,6 +235,8 @@ class Predictor:
             compute_s=compute_s,
             link_s=streamed / link,
             link_back_s=written / (self._hardware.link_back_bytes_per_s or link),
-            start_s=attended * _TILE_START_S + copies * self._hardware.copy_start_s,
+            start_s=len(self._shape.layers) * _LAYER_START_S
+            + attended * _TILE_START_S
+            + copies * self._hardware.copy_start_s,
             host_s=host_s,
         )
