@@ -70,6 +70,15 @@ def test_a_table_has_contexts_down_and_methods_across_and_reasons_below():
     assert "](plots/cpu-decode.png)" in text
 
 
+def test_what_a_stopped_run_did_not_get_to_is_said():
+    spec = bench_spec(methods=("standard", "headinfer"), contexts=(1024, 2048))
+    results = results_of(spec)
+    assert "not measured" not in report([("decode", results)], "plots")
+    del results.rows[-1]
+    text = report([("decode", results)], "plots")
+    assert "- headinfer at 2K: not measured, the run was stopped before\n" in text
+
+
 def test_the_papers_tables_hold_what_was_measured_of_its_model_on_a_gpu():
     spec = replace(
         bench_spec(contexts=(1024, 10240), methods=("standard", "head-wise-1"), dtype="bfloat16"),

@@ -136,8 +136,18 @@ def _section(name: str, results: Results, plots: str) -> Iterator[str]:
         yield f"### {quantity.title}\n\n{facts}.\n"
         yield _table(results, rows, quantity)
         yield f"![{quantity.title} over context]({plots}/{plot_name(name, quantity)})\n"
-    listed = "\n".join(f"- {note}" for note in notes(rows))
+    listed = "\n".join(f"- {note}" for note in (*notes(rows), *_not_measured(results)))
     yield f"{listed}\n"
+
+
+def _not_measured(results: Results) -> Iterator[str]:
+    """Yield what a run that was stopped did not get to."""
+    measured = {(row.method, row.context_tokens) for row in results.arranged_rows}
+    for method in results.spec.methods:
+        missing = [at for at in results.spec.contexts if (method, at) not in measured]
+        if missing:
+            contexts = ", ".join(map(format_tokens, missing))
+            yield f"{method} at {contexts}: not measured, the run was stopped before"
 
 
 def _made(results: Results) -> str:
