@@ -4,17 +4,19 @@ import platform
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from headinfer.attend.cpu import CpuKernel
-from headinfer.attend.cuda import candidates
+from headinfer.attend.cuda import CudaKernel, candidates
 from headinfer.attend.masks import attend_band
 from headinfer.attend.native.kernel import NativeKernel, decode_library, prefill_library
 from headinfer.attend.partial import Accumulator, Kernel, empty_partial
 from headinfer.attend.reference import ReferenceKernel
 from headinfer.attend.select import select_kernel
+from headinfer.attend.split import FusedCall
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 1e-2}
 
@@ -310,3 +312,46 @@ def test_weights_too_small_to_matter_are_nothing(q_len: int) -> None:
     ours = NativeKernel().attend(query.float(), keys.float(), values.float(), scale=1.0)
     assert torch.equal(ours.out, values[:, :, None, 400:401].float().expand_as(ours.out))
     assert not ours.lse.any()
+
+
+def test_each_tile_goes_to_the_operator_it_is_worth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What cuDNN has to prepare for must be large; with the CPU's kernel in place of a GPU's."""
+    asked = []
+
+    def operator(name: str) -> FusedCall:
+        def call(query, keys, values, scale, /):
+            asked.append(name)
+            heads, row = query.shape[1], query.flatten(0, 1).unsqueeze(2)
+            partial = ReferenceKernel().attend(
+                row.unflatten(0, (-1, heads)).transpose(2, 3), keys, values, scale=scale
+            )
+            return partial.out[:, :, 0], partial.lse[:, :, 0]
+
+        return call
+
+    properties = SimpleNamespace(multi_processor_count=4)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: properties)
+    kernel = CudaKernel(
+        "two operators",
+        large=operator("large"),
+        small=operator("small"),
+        square=operator("square"),
+        torch_device=torch.device("cuda"),
+        least_pairs=70 * 20,
+    )
+    for q_len, kv_len, name in [
+        *((35, 20, "large"), (35, 19, "small"), (35, 1, "small")),
+        *((32, 4000, "small"), (701, 1, "small")),
+    ]:
+        asked.clear()
+        query, keys = draw(1, 3, 2, q_len, 8), draw(1, 3, kv_len, 8)
+        ours = kernel.attend(query, keys, keys, scale=0.3)
+        assert set(asked) == {name}
+        out, lse = by_definition(query, keys, keys, 0.3, None)
+        torch.testing.assert_close(ours.out, out)
+        torch.testing.assert_close(ours.lse, lse)
+    asked.clear()
+    kernel.to_check.attend(
+        draw(1, 3, 2, 35, 8), keys=draw(1, 3, 2, 8), values=draw(1, 3, 2, 8), scale=1.0
+    )
+    assert asked == ["large"]

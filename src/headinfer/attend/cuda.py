@@ -1,11 +1,12 @@
 """Partial attention on CUDA by fused kernels, which return the LSE.
 
-For many query rows cuDNN's on Hopper and later, flash attention elsewhere, memory-efficient
-attention in float32; all are called through torch's private operators. For few rows, where reading
+For large tiles cuDNN's on Hopper and later, else flash attention, in float32 memory-efficient
+attention; all are called through torch's private operators. For few rows, where reading
 keys and values is the bound, Triton programs of our own (`fused_decode`), and flash attention where
 there is no Triton. `select` runs each once on small inputs before it is trusted.
 """
 
+import copy
 import logging
 
 import torch
@@ -24,7 +25,15 @@ _MIN_SPLIT_TOKENS = 256
 _BLOCKS_PER_MULTIPROCESSOR = 2
 _HOPPER = 9
 """Major compute capability from which cuDNN's kernels are the fastest: on an H100 they did a tile
-at 675 TFLOP/s and a causal square at 580, flash attention 2 at 350 and 310."""
+at 675 TFLOP/s, flash attention 2 at 350."""
+
+_CUDNN_PAIRS = 2**29
+"""Query rows x keys of one head from which cuDNN is worth it.
+
+It prepares for every new shape, which took 65 ms for a tile: two thirds of what 32 layers of 8
+heads then save. For a causal square it took 890 ms, and a prompt has few of them: those are left to
+flash attention.
+"""
 
 
 class CudaKernel(Kernel):
@@ -32,28 +41,38 @@ class CudaKernel(Kernel):
 
     Args:
         name: what to call it.
-        tile: its operator for tiles.
-        square: the same with a causal mask.
-        few_rows: the operator for tiles and few query rows, in splits.
+        large: its operator for tiles of many pairs.
+        small: the operator for all other tiles, in splits where there are few query rows.
+        square: the operator with a causal mask.
         torch_device: which GPU.
+        least_pairs: query rows x keys of one head from which a tile is large.
     """
 
     def __init__(
         self,
         name: str,
         *,
-        tile: FusedCall,
+        large: FusedCall,
+        small: FusedCall,
         square: FusedCall,
-        few_rows: FusedCall,
         torch_device: torch.device,
+        least_pairs: int = 0,
     ) -> None:
         self.name = name
-        self._tile = tile
+        self._large = large
+        self._small = small
         self._square = square
-        self._few_rows = few_rows
+        self._least_pairs = least_pairs
         self._masked = ReferenceKernel()
         properties = torch.cuda.get_device_properties(torch_device)
         self._blocks = _BLOCKS_PER_MULTIPROCESSOR * properties.multi_processor_count
+
+    @property
+    def to_check(self) -> "CudaKernel":
+        """This kernel, with every tile of more than a few rows taken for a large one."""
+        strict = copy.copy(self)
+        strict._least_pairs = 0
+        return strict
 
     def attend(
         self,
@@ -76,14 +95,14 @@ class CudaKernel(Kernel):
                 lambda q, k, v, _row: self._square(q, k, v, scale), query, keys, values
             )
         folded = query.reshape(batch, kv_heads, group * q_len, -1)
-        if folded.shape[2] > _FEW_ROWS and keys.shape[2] > 1:  # cuDNN takes no single key
-            out, lse = self._tile(folded, keys, values, scale)
+        rows, kv_len = folded.shape[2], keys.shape[2]
+        splits = min(self._blocks // (batch * kv_heads), kv_len // _MIN_SPLIT_TOKENS)
+        if rows <= _FEW_ROWS and batch == 1 and splits > 1:
+            out, lse = attend_split(self._small, folded, keys, values, scale, splits)
+        elif rows <= _FEW_ROWS or kv_len == 1 or rows * kv_len < self._least_pairs:
+            out, lse = self._small(folded, keys, values, scale)  # cuDNN takes no single key
         else:
-            splits = min(self._blocks // (batch * kv_heads), keys.shape[2] // _MIN_SPLIT_TOKENS)
-            if batch == 1 and splits > 1:
-                out, lse = attend_split(self._few_rows, folded, keys, values, scale, splits)
-            else:
-                out, lse = self._few_rows(folded, keys, values, scale)
+            out, lse = self._large(folded, keys, values, scale)
         return Partial(*(torch.unflatten(part, 2, (group, q_len)) for part in (out, lse)))
 
 
@@ -131,24 +150,12 @@ def _efficient_causal(
 
 
 def _cudnn(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    scale: float,
-    /,
-    *,
-    causal: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-        query, keys, values, None, True, 0.0, causal, False, scale=scale
-    )
-    return out, lse.reshape(query.shape[:3])
-
-
-def _cudnn_causal(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, /
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return _cudnn(query, keys, values, scale, causal=True)
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        query, keys, values, None, True, 0.0, False, False, scale=scale
+    )
+    return out, lse.reshape(query.shape[:3])
 
 
 def candidates(torch_device: torch.device, dtype: torch.dtype, head_dim: int) -> list[Kernel]:
@@ -163,27 +170,28 @@ def candidates(torch_device: torch.device, dtype: torch.dtype, head_dim: int) ->
             fused.append(
                 CudaKernel(
                     "cuDNN attention (CUDA)",
-                    tile=_cudnn,
-                    square=_cudnn_causal,
-                    few_rows=_flash,
+                    large=_cudnn,
+                    small=_flash,
+                    square=_flash_causal,
                     torch_device=torch_device,
+                    least_pairs=_CUDNN_PAIRS,
                 )
             )
         fused.append(
             CudaKernel(
                 "torch flash attention (CUDA)",
-                tile=_flash,
+                large=_flash,
+                small=_flash,
                 square=_flash_causal,
-                few_rows=_flash,
                 torch_device=torch_device,
             )
         )
     fused.append(
         CudaKernel(
             "memory-efficient attention (CUDA)",
-            tile=_efficient,
+            large=_efficient,
+            small=_efficient,
             square=_efficient_causal,
-            few_rows=_efficient,
             torch_device=torch_device,
         )
     )

@@ -4,6 +4,8 @@ With torch's kernel a tile takes some 35 launches, most of them to merge: on an 
 needs 25 us for a launch that was a millisecond for each tile, longer than its copy takes.
 """
 
+import copy
+
 import torch
 
 from headinfer.attend.partial import Kernel, Partial, SeparateTiles, TileAttention
@@ -46,6 +48,13 @@ class FusedDecodeKernel(Kernel):
         self.name = f"Triton decode and {other.name}"
         self._other = other
         self._programs = _PROGRAMS_PER_MULTIPROCESSOR * multiprocessors
+
+    @property
+    def to_check(self) -> Kernel:
+        """This kernel, with the other one as it is to be checked."""
+        strict = copy.copy(self)
+        strict._other = self._other.to_check
+        return strict
 
     def begin(self, query: torch.Tensor, *, scale: float) -> TileAttention:
         """Return the attention of some queries to a set of tiles; see `Kernel.begin`."""

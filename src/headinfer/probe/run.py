@@ -66,7 +66,7 @@ class Effort:
 FULL = Effort(
     quick=False,
     cpu=Sizes(seconds=1.5, matmul=(1024, 2048, 3072), chunk_tokens=512, tile_tokens=4096),
-    gpu=Sizes(seconds=0.3, matmul=(2048, 4096, 8192), chunk_tokens=4096, tile_tokens=16384),
+    gpu=Sizes(seconds=0.3, matmul=(2048, 4096, 8192), chunk_tokens=8192, tile_tokens=16384),
     buffer_bytes=parse_bytes("256MiB"),
     decode_tokens=tuple(map(parse_tokens, ("8K", "32K", "128K"))),
     copy_bytes=tuple(
@@ -78,7 +78,7 @@ FULL = Effort(
 QUICK = Effort(
     quick=True,
     cpu=Sizes(seconds=0.1, matmul=(2048,), chunk_tokens=512, tile_tokens=2048),
-    gpu=Sizes(seconds=0.05, matmul=(4096,), chunk_tokens=4096, tile_tokens=8192),
+    gpu=Sizes(seconds=0.05, matmul=(4096,), chunk_tokens=8192, tile_tokens=16384),
     buffer_bytes=parse_bytes("128MiB"),
     decode_tokens=(parse_tokens("32K"),),
     copy_bytes=tuple(map(parse_bytes, ("1MiB", "64MiB"))),
