@@ -14,23 +14,12 @@ import torch
 from headinfer.attend.masks import Padding
 from headinfer.attend.partial import Kernel, Partial
 from headinfer.device.base import Device, Edge
-from headinfer.engine.arena import Arena
+from headinfer.engine.build import build
 from headinfer.engine.chunk import Chunk
 from headinfer.engine.host_attention import MAX_QUERY_TOKENS, Balance, HostAttention
-from headinfer.engine.pages import DirectWriter, Page, PagedWriter, Writer
-from headinfer.engine.resident import Resident
 from headinfer.engine.stats import Stats
-from headinfer.engine.tiles import (
-    Buffer,
-    PrefetchedTiles,
-    StoredLayer,
-    SynchronousTiles,
-    TileSource,
-    ViewTiles,
-    head_groups,
-)
+from headinfer.engine.tiles import StoredLayer, head_groups
 from headinfer.errors import CacheStateError
-from headinfer.plan.memory import PAGES, STAGING_BUFFERS
 from headinfer.plan.plan import Plan
 from headinfer.store.layer import KVGeometry, LayerStore
 
@@ -67,63 +56,17 @@ class Engine:
             for layer in plan.shape.full_layers
         ]
         self._arena_bytes = 0
-        self._source, self._writer = self._build()
+        self._build()
 
-    def _build(self) -> tuple[TileSource, Writer]:
-        """Choose the strategies of this device, and take their memory."""
+    def _build(self) -> None:
+        """Take what the plan gives the engine."""
         fixed = not self.plan.host_share_adapts
         if fixed or not hasattr(self, "_balance"):  # else what was learned is kept
             self._balance = Balance(self.plan.host_share, fixed=fixed)
         self._host = HostAttention(self._device, self._stats, self._balance)
-        device, plan, layers, stats = self._device, self.plan, self._layers, self._stats
-        if device.tiles_are_views:
-            return ViewTiles(layers, plan.tile_tokens), DirectWriter(layers)
-        arena = Arena(device, plan.arena_bytes)
-        # The allocator may hand out memory that work already enqueued on compute still uses.
-        fresh = device.compute.record()
-        device.copy_in.wait(fresh, Edge.TILE_FREE)
-        device.copy_out.wait(fresh, Edge.PAGE_WRITTEN)
-        self._arena_bytes = arena.num_bytes
-        buffers = [
-            Buffer(arena.take(plan.staging_bytes // STAGING_BUFFERS))
-            for _ in range(STAGING_BUFFERS)
-        ]
-        tails = [
-            [
-                Page(arena.take(layer.store.geometry.num_bytes(plan.page_tokens)))
-                for _ in range(PAGES)
-            ]
-            for layer in layers
-        ]
-        for layer in layers:
-            layer.resident = None
-            if plan.resident_tokens:
-                geometry = layer.store.geometry
-                memory = arena.take(geometry.num_bytes(plan.resident_tokens))
-                layer.resident = Resident(device, memory, geometry, plan.resident_tokens)
-        chunk_pages = [Page(arena.take(plan.chunk_page_bytes // PAGES)) for _ in range(PAGES)]
-        writer = PagedWriter(
-            device,
-            layers,
-            tails=tails,
-            chunk_pages=chunk_pages,
-            page_tokens=plan.page_tokens,
-            chunk_tokens=plan.chunk_tokens,
-            stats=stats,
+        self._source, self._writer, self._arena_bytes = build(
+            self._device, self.plan, self._layers, self._stats
         )
-        source: TileSource
-        if plan.overlap:
-            source = PrefetchedTiles(
-                device,
-                layers,
-                buffers,
-                tile_heads=plan.tile_heads,
-                tile_tokens=plan.tile_tokens,
-                stats=stats,
-            )
-        else:
-            source = SynchronousTiles(device, layers, buffers[0], plan.tile_tokens, stats)
-        return source, writer
 
     @property
     def device_kv_bytes(self) -> int:
@@ -354,7 +297,7 @@ class Engine:
             layer.written = layer.resident = None
         del self._source, self._writer
         try:
-            self._source, self._writer = self._build()
+            self._build()
         except BaseException:
             self._abandon()
             raise
