@@ -25,8 +25,9 @@ llama=(--model llama-3-8b --dummy-weights --device-memory 24GiB)
 methods=standard,head-wise-8,head-wise-1,resident,host-attention
 
 if [ ! -e "$out/gpu-tests.log" ]; then
-    timeout 200 "$python" -m pytest -m gpu -q --no-header -p no:cacheprovider tests 2>&1 |
-        tee "$out/gpu-tests.log"
+    "$python" -c "import xdist" 2>/dev/null && workers=(-n 8) || workers=()
+    timeout 240 "$python" -m pytest -m gpu "${workers[@]}" -q --no-header -p no:cacheprovider \
+        tests 2>&1 | tee "$out/gpu-tests.log"
 fi
 "$python" -m headinfer.cli.main probe --quick --json "$out/gpu-probe.json"
 if [ ! -e "$out/gpu-trace-100K.json" ]; then

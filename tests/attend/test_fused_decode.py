@@ -15,6 +15,7 @@ from headinfer.attend.fused_decode import MAX_ROWS, FusedDecodeKernel, serves
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
+pytestmark = [pytest.mark.gpu] if ON_GPU else []  # without one the interpreter serves
 DTYPES = [torch.float32, torch.float16]
 if ON_GPU:  # the interpreter multiplies the bits of bfloat16 as if they were integers
     DTYPES.append(torch.bfloat16)
