@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The results of a machine without a GPU, in about ten minutes on two cores: prefill, decode and
+# The results of a machine without a GPU, in a quarter of an hour on two cores: prefill, decode and
 # memory from 1K to 128K tokens beside transformers' own caches, on a shape small enough that the
 # slowest finishes. For a row of the 4-bit cache: pip install optimum optimum-quanto.
 # Run it where nothing else runs; stopped, it goes on where it was.
@@ -20,5 +20,5 @@ bench() { # verb, options
 
 bench prefill --contexts 1K,4K,16K,32K --methods "$stock,$ours"
 bench decode --contexts 1K,4K,16K,64K,128K --fill random --new-tokens 16 --methods "$stock,$ours"
-bench memory --contexts 4K,32K --methods "$stock,bounded,headinfer"
+bench memory --contexts 4K,32K,64K,128K --methods "$stock,bounded,headinfer"
 "$python" -m headinfer.cli.main bench report "$out"/*-suite-*.json

@@ -70,6 +70,14 @@ def test_a_table_has_contexts_down_and_methods_across_and_reasons_below():
     assert "](plots/cpu-decode.png)" in text
 
 
+def test_a_run_about_memory_tells_its_prefill_too():
+    spec = bench_spec(contexts=(1024,), command=Command.MEMORY)
+    text = report([("cpu-memory", results_of(spec))], "plots")
+    assert line_of(text, "| 1K", after="### Prefill")[1:3] == ["5 s", "5 s"]
+    assert "](plots/cpu-memory.png)" in text
+    assert "](plots/cpu-memory-prefill.png)" in text
+
+
 def test_what_a_stopped_run_did_not_get_to_is_said():
     spec = bench_spec(methods=("standard", "headinfer"), contexts=(1024, 2048))
     results = results_of(spec)
@@ -134,8 +142,8 @@ def test_the_verb_writes_document_and_plots(tmp_path, monkeypatch):
     result = CliRunner().invoke(bench.app, ["report", "cpu-decode.json", "cpu-memory.json"])
     assert result.exit_code == 0, result.stderr
     text = (tmp_path / "docs" / "benchmarks.md").read_text()
-    assert text.count("![") == 2
-    for name in ("cpu-decode.png", "cpu-memory.png"):
+    assert text.count("![") == 3
+    for name in ("cpu-decode.png", "cpu-memory.png", "cpu-memory-prefill.png"):
         assert f"](plots/{name})" in text
         size = (tmp_path / "docs" / "plots" / name).stat().st_size
         assert 0 < size < 200_000

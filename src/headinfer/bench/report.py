@@ -8,7 +8,7 @@ from headinfer.bench.document import Results
 from headinfer.bench.report_paper import paper_section
 from headinfer.bench.result import Status
 from headinfer.bench.rows import Row
-from headinfer.bench.spec import Command
+from headinfer.bench.spec import Command, Fill
 from headinfer.bench.table import conditions, notes
 from headinfer.units import format_bytes, format_seconds, format_tokens
 
@@ -90,7 +90,8 @@ def quantities(results: Results) -> tuple[Quantity, ...]:
     """Return what a run's results are about."""
     command = results.spec.command
     if command is Command.MEMORY:
-        return (HOST_GROWTH if results.machine.device == "cpu" else DEVICE_PEAK,)
+        growth = HOST_GROWTH if results.machine.device == "cpu" else DEVICE_PEAK
+        return (growth, PREFILL) if results.spec.fill is Fill.PREFILL else (growth,)
     if command is Command.ABLATION:
         return (PREFILL, DECODE)
     return (PREFILL,) if command is Command.PREFILL else (DECODE,)
