@@ -21,4 +21,6 @@ bench() { # verb, options
 bench prefill --contexts 1K,4K,16K,32K --methods "$stock,$ours"
 bench decode --contexts 1K,4K,16K,64K,128K --fill random --new-tokens 16 --methods "$stock,$ours"
 bench memory --contexts 4K,32K,64K,128K --methods "$stock,bounded,headinfer"
+bench max-context --contexts 4K,512K --fill random --device-memory 600MiB \
+    --methods standard,chunked-prefill,headinfer
 "$python" -m headinfer.cli.main bench report "$out"/*-suite-*.json
