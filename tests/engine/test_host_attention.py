@@ -1,6 +1,5 @@
 """The host's share as work in stream order: nobody waits for it, and nothing is lost with it."""
 
-import dataclasses
 import gc
 from collections.abc import Callable, Iterator
 
@@ -15,13 +14,10 @@ from headinfer.device.hazards import HazardError
 from headinfer.device.simulated import SimulatedDevice
 from headinfer.engine.engine import Engine
 from headinfer.engine.host_attention import Balance
-from headinfer.engine.stats import Stats
 from headinfer.errors import CacheStateError
 from headinfer.integration import attention
-from headinfer.plan.options import Options
-from headinfer.plan.plan import resolve
 from held_device import HeldDevice
-from shapes import model_shape
+from host_share import DIM, decode, each_store_change, engine_with_host_share, grow, stored
 from tiny_models import random_tokens, tiny_model
 
 
@@ -51,37 +47,6 @@ class Recording(ReferenceKernel):
         return super().attend(query, keys, values, **options)
 
 
-def engine_with_host_share(device: SimulatedDevice, layers: int = 1) -> Engine:
-    """Return an engine that leaves all of the 40 tokens it holds to the host."""
-    plan = resolve(
-        model_shape(layers=layers, group=1),
-        Options(chunk_tokens=8, tile_tokens=16),
-        device="simulated",
-    )
-    engine = Engine(device, dataclasses.replace(plan, host_share=1.0), torch.float32, Stats())
-    engine.expect(41)
-    for layer_idx in range(layers):
-        engine.append(layer_idx, stored(layer_idx), stored(layer_idx))
-    return engine
-
-
-def stored(layer_idx: int = 0) -> torch.Tensor:
-    return torch.randn(1, 2, 40, 8, generator=torch.Generator().manual_seed(layer_idx))
-
-
-def decode(engine: Engine, host_kernel: Kernel, layer_idx: int = 0) -> torch.Tensor:
-    new = torch.ones(1, 2, 1, 8)
-    return engine.attend(
-        layer_idx,
-        new.unsqueeze(2),
-        new,
-        new,
-        kernel=ReferenceKernel(),
-        scale=1.0,
-        host_kernel=host_kernel,
-    )
-
-
 def test_the_caller_does_not_wait_for_the_host() -> None:
     device, kernel = HeldDevice(), Recording()
     engine = engine_with_host_share(device, layers=3)
@@ -94,21 +59,7 @@ def test_the_caller_does_not_wait_for_the_host() -> None:
         assert torch.equal(keys, stored(layer_idx))
 
 
-def grow(engine: Engine) -> None:
-    engine.append(0, torch.zeros(1, 2, 400, 8), torch.zeros(1, 2, 400, 8))
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda engine: engine.crop(0, 30),
-        lambda engine: engine.clear(),
-        lambda engine: engine.close(),
-        lambda engine: engine.replan(engine.plan),
-        grow,
-    ],
-    ids=["crop", "clear", "close", "replan", "append"],
-)
+@each_store_change
 def test_a_store_that_changes_does_not_change_what_is_pending(
     change: Callable[[Engine], None],
 ) -> None:
@@ -125,28 +76,10 @@ def test_a_store_that_changes_does_not_change_what_is_pending(
 
 def test_rows_are_selected_after_what_is_pending() -> None:
     device, kernel = HeldDevice(), Recording()
-    plan = resolve(
-        model_shape(layers=1, group=1),
-        Options(chunk_tokens=8, tile_tokens=16),
-        device="simulated",
-        batch=2,
-    )
-    engine = Engine(device, dataclasses.replace(plan, host_share=1.0), torch.float32, Stats())
-    engine.expect(41)
-    rows = torch.cat((stored(0), stored(1)))
-    engine.append(0, rows, rows)
-    new = torch.ones(2, 2, 1, 8)
-    engine.attend(
-        0,
-        new.unsqueeze(2),
-        new,
-        new,
-        kernel=ReferenceKernel(),
-        scale=1.0,
-        host_kernel=kernel,
-    )
+    engine = engine_with_host_share(device, batch=2)
+    decode(engine, kernel)
     engine.select(0, [1, 0])
-    assert torch.equal(kernel.keys[0], rows)
+    assert torch.equal(kernel.keys[0], stored(batch=2))
 
 
 def test_an_engine_that_is_dropped_waits_for_what_is_pending() -> None:
@@ -215,7 +148,7 @@ def test_an_attention_that_fails_on_the_device_leaves_the_query_to_the_host() ->
     """The answer nobody took is waited for before the query's memory is used again."""
     device = SimulatedDevice()
     engine, broken = engine_with_host_share(device), Failing()
-    new = torch.ones(1, 2, 1, 8)
+    new = torch.ones(1, 2, 1, DIM)
     arguments = (0, new.unsqueeze(2), new, new)
     for kernel in (broken, ReferenceKernel()):
         if kernel is broken:
@@ -278,7 +211,7 @@ def test_bytes_and_seconds_are_counted(seed: int) -> None:
     engine = engine_with_host_share(device)
     decode(engine, ReferenceKernel())
     stats = engine._stats
-    assert stats.bytes_attended_on_host == 40 * 2 * 8 * 4 * 2
+    assert stats.bytes_attended_on_host == 40 * 2 * DIM * 4 * 2
     assert stats.host_attention_s > 0
     engine.close()
 

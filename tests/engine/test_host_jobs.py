@@ -1,6 +1,5 @@
 """The host's share as jobs: in stream order, without Python, and with nothing kept too long."""
 
-import dataclasses
 import shutil
 import sys
 import weakref
@@ -16,17 +15,12 @@ from headinfer.attend.reference import ReferenceKernel
 from headinfer.device.simulated import SimulatedDevice
 from headinfer.engine import host_attention
 from headinfer.engine.engine import Engine
-from headinfer.engine.stats import Stats
-from headinfer.plan.options import Options
-from headinfer.plan.plan import resolve
 from held_device import HeldDevice
-from shapes import model_shape
+from host_share import DIM, decode, each_store_change, engine_with_host_share, grow, stored
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or shutil.which("cc") is None, reason="no jobs without a C compiler"
 )
-
-DIM = 16
 
 
 class Unused(NativeKernel):
@@ -34,44 +28,6 @@ class Unused(NativeKernel):
 
     def attend(self, *_tensors: torch.Tensor, **_options: object) -> None:
         raise AssertionError("Python ran where a job was to")
-
-
-def stored(layer_idx: int, batch: int = 1) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(layer_idx)
-    return torch.randn(batch, 2, 40, DIM, generator=generator)
-
-
-def engine_with_jobs(device: SimulatedDevice, layers: int = 1, batch: int = 1) -> Engine:
-    """Return an engine that leaves all of the 40 tokens it holds to the host."""
-    plan = resolve(
-        model_shape(layers=layers, group=1, key_dim=DIM, value_dim=DIM),
-        Options(chunk_tokens=8, tile_tokens=16),
-        device="simulated",
-        batch=batch,
-    )
-    engine = Engine(device, dataclasses.replace(plan, host_share=1.0), torch.float32, Stats())
-    engine.expect(41)
-    for layer_idx in range(layers):
-        engine.append(layer_idx, stored(layer_idx, batch), stored(layer_idx, batch))
-    return engine
-
-
-def decode(engine: Engine, kernel: NativeKernel, layer_idx: int = 0) -> torch.Tensor:
-    new = torch.ones(engine.plan.batch, 2, 1, DIM)
-    return engine.attend(
-        layer_idx,
-        new.unsqueeze(2),
-        new,
-        new,
-        kernel=ReferenceKernel(),
-        scale=1.0,
-        host_kernel=kernel,
-    )
-
-
-def grow(engine: Engine) -> None:
-    more = torch.zeros(1, 2, 400, DIM)
-    engine.append(0, more, more)
 
 
 def answer_to(layer_idx: int) -> torch.Tensor:
@@ -85,7 +41,7 @@ def answer_to(layer_idx: int) -> torch.Tensor:
 def test_jobs_give_what_a_kernel_in_python_gives(seed: int, batch: int) -> None:
     results = []
     for kernel in (Unused(), ReferenceKernel()):
-        engine = engine_with_jobs(SimulatedDevice(seed=seed), batch=batch)
+        engine = engine_with_host_share(SimulatedDevice(seed=seed), batch=batch)
         results.append([decode(engine, kernel) for _ in range(20)])  # of which some are stored
         engine.close()
     torch.testing.assert_close(*results)
@@ -94,7 +50,7 @@ def test_jobs_give_what_a_kernel_in_python_gives(seed: int, batch: int) -> None:
 def test_a_store_in_several_segments() -> None:
     results = []
     for kernel in (Unused(), ReferenceKernel()):
-        engine = engine_with_jobs(SimulatedDevice())
+        engine = engine_with_host_share(SimulatedDevice())
         grow(engine)
         assert len(engine._layers[0].store.stretches(0, 440)) > 1
         results.append(decode(engine, kernel))
@@ -104,7 +60,7 @@ def test_a_store_in_several_segments() -> None:
 
 def test_the_caller_waits_for_no_job_and_each_has_memory_of_its_own() -> None:
     device, kernel = HeldDevice(), Unused()
-    engine = engine_with_jobs(device, layers=3)
+    engine = engine_with_host_share(device, layers=3)
     for layer_idx in range(3):
         decode(engine, kernel, layer_idx)
     pending = list(engine._host._pending)
@@ -119,22 +75,12 @@ def test_the_caller_waits_for_no_job_and_each_has_memory_of_its_own() -> None:
     engine.close()
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda engine: engine.crop(0, 30),
-        lambda engine: engine.clear(),
-        lambda engine: engine.close(),
-        lambda engine: engine.replan(engine.plan),
-        grow,
-    ],
-    ids=["crop", "clear", "close", "replan", "append"],
-)
+@each_store_change
 def test_a_store_that_changes_does_not_change_what_is_pending(
     change: Callable[[Engine], None],
 ) -> None:
     device = HeldDevice()
-    engine = engine_with_jobs(device)
+    engine = engine_with_host_share(device)
     decode(engine, Unused())
     (exchange,) = engine._host._exchanges.values()
     change(engine)
@@ -146,7 +92,7 @@ def test_a_store_that_changes_does_not_change_what_is_pending(
 
 def test_nothing_is_kept_once_it_ran() -> None:
     device = SimulatedDevice()
-    engine = engine_with_jobs(device)
+    engine = engine_with_host_share(device)
     decode(engine, Unused())
     memory = weakref.ref(engine._layers[0].store._segments[0].keys.untyped_storage())
     assert not engine._host._pending  # it was collected
@@ -162,7 +108,7 @@ def test_times_are_told_to_the_caller_who_next_comes_by(monkeypatch: pytest.Monk
         host_attention, "listeners", [lambda start_s, end_s: heard.append((start_s, end_s))]
     )
     device = HeldDevice()
-    engine = engine_with_jobs(device, layers=2)
+    engine = engine_with_host_share(device, layers=2)
     for layer_idx in range(2):
         decode(engine, Unused(), layer_idx)
     device.finish_compute()
@@ -178,16 +124,18 @@ def test_times_are_told_to_the_caller_who_next_comes_by(monkeypatch: pytest.Monk
 
 def test_without_a_job_library_the_kernel_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "job_library", lambda _dtype: None)
-    engine = engine_with_jobs(SimulatedDevice())
+    engine = engine_with_host_share(SimulatedDevice())
     result = decode(engine, NativeKernel())
-    torch.testing.assert_close(result, decode(engine_with_jobs(SimulatedDevice()), NativeKernel()))
+    torch.testing.assert_close(
+        result, decode(engine_with_host_share(SimulatedDevice()), NativeKernel())
+    )
     with pytest.raises(AssertionError, match="Python ran"):
         decode(engine, Unused())
     engine.close()
 
 
 def test_buffers_made_in_inference_mode_serve_outside_it() -> None:
-    engine = engine_with_jobs(SimulatedDevice())
+    engine = engine_with_host_share(SimulatedDevice())
     with torch.inference_mode():
         first = decode(engine, Unused())
     with torch.no_grad():

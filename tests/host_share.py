@@ -1,0 +1,72 @@
+"""An engine that leaves all it holds to the host, and what a test does with it."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from headinfer.attend.partial import Kernel
+from headinfer.attend.reference import ReferenceKernel
+from headinfer.device.simulated import SimulatedDevice
+from headinfer.engine.engine import Engine
+from headinfer.engine.stats import Stats
+from headinfer.plan.options import Options
+from headinfer.plan.plan import resolve
+from shapes import model_shape
+
+DIM = 16
+
+
+def stored(layer_idx: int = 0, batch: int = 1) -> torch.Tensor:
+    """Return the keys, and values, that a layer holds at first."""
+    generator = torch.Generator().manual_seed(layer_idx)
+    return torch.randn(batch, 2, 40, DIM, generator=generator)
+
+
+def engine_with_host_share(device: SimulatedDevice, layers: int = 1, batch: int = 1) -> Engine:
+    """Return an engine that leaves all of the 40 tokens it holds to the host."""
+    plan = resolve(
+        model_shape(layers=layers, group=1, key_dim=DIM, value_dim=DIM),
+        Options(chunk_tokens=8, tile_tokens=16),
+        device="simulated",
+        batch=batch,
+    )
+    engine = Engine(device, dataclasses.replace(plan, host_share=1.0), torch.float32, Stats())
+    engine.expect(41)
+    for layer_idx in range(layers):
+        engine.append(layer_idx, stored(layer_idx, batch), stored(layer_idx, batch))
+    return engine
+
+
+def decode(engine: Engine, host_kernel: Kernel, layer_idx: int = 0) -> torch.Tensor:
+    """Let a layer attend one new token."""
+    new = torch.ones(engine.plan.batch, 2, 1, DIM)
+    return engine.attend(
+        layer_idx,
+        new.unsqueeze(2),
+        new,
+        new,
+        kernel=ReferenceKernel(),
+        scale=1.0,
+        host_kernel=host_kernel,
+    )
+
+
+def grow(engine: Engine) -> None:
+    """Have a layer hold 400 tokens more."""
+    more = torch.zeros(1, 2, 400, DIM)
+    engine.append(0, more, more)
+
+
+each_store_change = pytest.mark.parametrize(
+    "change",
+    [
+        lambda engine: engine.crop(0, 30),
+        lambda engine: engine.clear(),
+        lambda engine: engine.close(),
+        lambda engine: engine.replan(engine.plan),
+        grow,
+    ],
+    ids=["crop", "clear", "close", "replan", "append"],
+)
+"""Everything that changes what a layer has stored."""
