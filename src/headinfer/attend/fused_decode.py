@@ -102,14 +102,10 @@ class FusedTiles:
         self._block_dim = _power_of_2(dim)
         row_bytes = self._rows * (dim + 1) * torch.float32.itemsize
         self._capacity = max(_SLOTS_BYTES // row_bytes, self._most_splits + 1)
-        self._slots = self._empty_slots()
+        elements = self._capacity * self._rows * (dim + 1)  # outputs, and behind them their LSE
+        self._slots = torch.empty(elements, dtype=torch.float32, device=query.device)
         self._used = 0
         self._sinks: torch.Tensor | None = None
-
-    def _empty_slots(self) -> torch.Tensor:
-        """Return memory for partials: outputs, and behind them their LSE."""
-        elements = self._capacity * self._rows * (self._dim + 1)
-        return torch.empty(elements, dtype=torch.float32, device=self._query.device)
 
     def attend(
         self, keys: torch.Tensor, values: torch.Tensor, *, mask: torch.Tensor | None = None

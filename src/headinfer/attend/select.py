@@ -75,7 +75,7 @@ def _agrees(
     head_dim: int,
 ) -> bool:
     """Run both kernels on small inputs."""
-    generator = torch.Generator().manual_seed(0)
+    checked, generator = kernel.to_check, torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator).to(torch_device, dtype)
@@ -85,7 +85,7 @@ def _agrees(
         keys, values = draw(1, 2, kv_len, head_dim), draw(1, 2, kv_len, head_dim)
         scale = head_dim**-0.5
         try:
-            ours = kernel.to_check.attend(query, keys, values, scale=scale, causal=causal)
+            ours = checked.attend(query, keys, values, scale=scale, causal=causal)
         except torch.OutOfMemoryError:
             raise  # says nothing about the kernel, and this choice would last
         except Exception as error:  # a compiler's own kinds among them: another kernel serves

@@ -140,23 +140,32 @@ class Page:
 
     def write_back(self, device: Device, layer: StoredLayer, capacity: int, stats: Stats) -> None:
         """Send the tokens to the end of the store on copy-out; the page is then empty."""
-        geometry = layer.store.geometry
-        device.copy_out.wait(device.compute.record(), Edge.PAGE_WRITTEN)
-        pages = geometry.carve(self._memory, capacity)
+        start, pages = layer.store.tokens, layer.store.geometry.carve(self._memory, capacity)
+        keys, values = (page[:, :, : self.tokens] for page in pages)
+        self._emptied = _send_home(device, layer, keys, values, stats)
         if layer.resident is not None:
             device.compute.reads(self._memory, "new tokens into the resident ones")
-            keys, values = (page[:, :, : self.tokens] for page in pages)
-            layer.resident.append(layer.store.tokens, keys, values)
-        first = 0
-        for span in layer.store.extend(self.tokens):
-            part = slice(first, first + span.tokens)
-            for page, host in zip(pages, (span.keys, span.values), strict=True):
-                device.copy_out.copy(host, page[:, :, part])
-            first += span.tokens
-        stats.bytes_to_host += geometry.num_bytes(self.tokens)
-        self._emptied = device.copy_out.record()
-        layer.written = self._emptied
+            layer.resident.append(start, keys, values)
         self.tokens = 0
+
+
+def _send_home(
+    device: Device, layer: StoredLayer, keys: torch.Tensor, values: torch.Tensor, stats: Stats
+) -> Event:
+    """Send tokens that compute wrote on the device to the end of a layer's store, on copy-out.
+
+    Returns:
+        The event on copy-out when they are there, which is the layer's `written`, too.
+    """
+    first, copy_out = layer.store.tokens, device.copy_out
+    copy_out.wait(device.compute.record(), Edge.PAGE_WRITTEN)
+    for span in layer.store.extend(keys.shape[2]):
+        part = slice(span.start - first, span.start - first + span.tokens)
+        copy_out.copy(span.keys, keys[:, :, part])
+        copy_out.copy(span.values, values[:, :, part])
+    stats.bytes_to_host += layer.store.geometry.num_bytes(keys.shape[2])
+    layer.written = copy_out.record()
+    return layer.written
 
 
 class PagedWriter:
@@ -237,8 +246,7 @@ class PagedWriter:
         """Send the resident tokens that the store lacks to its end, on copy-out."""
         layer, tokens = self._layers[layer_idx], self._unsent[layer_idx]
         if tokens and layer.resident is not None:
-            layer.written = layer.resident.write_back(layer.store, tokens)
-            self._stats.bytes_to_host += layer.store.geometry.num_bytes(tokens)
+            _send_home(self._device, layer, *layer.resident.newest(tokens), self._stats)
             self._unsent[layer_idx] = 0
 
     def tail_tokens(self, layer_idx: int) -> int:

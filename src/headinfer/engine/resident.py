@@ -66,21 +66,13 @@ class Resident:
             place.copy_(new)
         self.tokens = part.stop
 
-    def write_back(self, store: LayerStore, tokens: int) -> Event:
-        """Send the newest `tokens` of what is kept to the end of the store, on copy-out.
+    def newest(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values of the newest `tokens`, for copy-out to read.
 
         Nothing is written over them before they arrived: a crop that reaches stored tokens waits.
-
-        Returns:
-            The event on copy-out when they are there.
         """
-        copy_out = self._device.copy_out
-        copy_out.wait(self._device.compute.record(), Edge.PAGE_WRITTEN)
-        for span in store.extend(tokens):
-            part = slice(span.start, span.start + span.tokens)
-            copy_out.copy(span.keys, self._keys[:, :, part])
-            copy_out.copy(span.values, self._values[:, :, part])
-        return copy_out.record()
+        part = slice(self.tokens - tokens, self.tokens)
+        return self._keys[:, :, part], self._values[:, :, part]
 
     def span(self) -> list[Span]:
         """Return what is kept, for compute to read; empty when that is nothing."""
