@@ -6,6 +6,7 @@ the link or the device waits. It does not see the thread on which the host atten
 that are taken on their own.
 """
 
+import collections
 import json
 import os
 import time
@@ -118,10 +119,14 @@ def _slices(events: Iterable[Any]) -> Iterator[Slice]:
         (on_host if event.device_type.name == "CPU" else on_device).append(event)
     for event in on_host:
         yield from _host_slices(event, with_device=bool(on_device))
-    marked = [event.time_range for event in on_device if event.name == ATTENTION_MARK]
+    # A mark spans, on each stream, all that was enqueued within it: copies ahead of time, too.
+    marked: dict[int, list[Any]] = collections.defaultdict(list)
+    for event in on_device:
+        if event.name == ATTENTION_MARK:
+            marked[event.device_resource_id].append(event.time_range)
     for event in on_device:
         if event.name not in (ATTENTION_MARK, _CLOCK_MARK):
-            yield _slice(_device_line(event, marked), event)
+            yield _slice(_device_line(event, marked[event.device_resource_id]), event)
 
 
 def _host_slices(event: Any, *, with_device: bool) -> Iterator[Slice]:
@@ -141,7 +146,7 @@ def _host_slices(event: Any, *, with_device: bool) -> Iterator[Slice]:
 
 
 def _device_line(event: Any, marked: list[Any]) -> str:
-    """Return the line of work on the device; attention is what lies within a marked range."""
+    """Return the line of work on the device; attention is what a mark on its stream spans."""
     for name, line in _COPIES.items():
         if event.name.startswith(name):
             return line

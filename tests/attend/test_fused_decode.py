@@ -79,6 +79,51 @@ def test_tiles_partials_and_sinks_merge_like_the_reference(dtype, shape, tile_to
     torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize(
+    ("shape", "tokens"),
+    [((1, 2, 4, 32), [1, 2, 63, 64, 65]), ((3, 2, 3, 80), [700]), ((1, 1, 64, 16), [1500])],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_new_token_is_attended_and_kept_by_the_same_launch(dtype, shape, tokens):
+    batch, kv_heads, group, dim = shape
+    one = kernel()  # whose memory and counters serve all of the calls
+    for kv_len in tokens:
+        query = draw(batch, 1, kv_heads, group, dim, dtype=dtype).to(DEVICE).permute(0, 2, 3, 1, 4)
+        new = [
+            draw(batch, 1, kv_heads, dim, dtype=dtype, seed=seed).to(DEVICE).transpose(1, 2)
+            for seed in (1, 2)
+        ]
+        memory = [
+            draw(batch, kv_heads, kv_len + 5, dim, dtype=dtype, seed=seed).to(DEVICE)
+            for seed in (3, 4)
+        ]
+        results = []
+        for serving in (one, ReferenceKernel()):
+            held = [part.clone() for part in memory]
+            out = query.new_empty(batch, 1, kv_heads, group, dim)
+            past = tuple(part[:, :, :kv_len] for part in held)
+            serving.decode(query, tuple(new), past, out, scale=0.2)
+            results.append((out, held))
+        tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+        torch.testing.assert_close(results[0][0], results[1][0], rtol=tolerance, atol=tolerance)
+        for ours, wanted in zip(results[0][1], results[1][1], strict=True):
+            assert torch.equal(ours, wanted)  # the new token is in its place, and nothing else is
+
+
+def test_layouts_that_one_launch_does_not_serve_take_several():
+    query, new = draw(1, 2, 2, 1, 16, dtype=torch.float32), draw(1, 2, 1, 16, dtype=torch.float32)
+    keys, values = draw(1, 2, 9, 16, dtype=torch.float32), draw(1, 9, 2, 16, dtype=torch.float32)
+    query, new, keys, values = (part.to(DEVICE) for part in (query, new, keys, values))
+    results = []
+    for serving in (kernel(), ReferenceKernel()):
+        held, out = values.clone().transpose(1, 2), query.new_empty(1, 1, 2, 2, 16)
+        serving.decode(query, (new, new), (keys.clone(), held), out, scale=1.0)
+        assert torch.equal(held[:, :, -1:], new)
+        results.append(out)
+    torch.testing.assert_close(*results)
+
+
 def test_a_tile_is_read_right_at_any_address_stride_and_length():
     query = draw(1, 2, 2, 1, 32, dtype=torch.float16).to(DEVICE)
     memory = draw(2, 4 * 50 * 32 + 8, dtype=torch.float16).to(DEVICE)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from headinfer.device import cuda_calls
+from headinfer.device import cuda_calls, cuda_driver
 from headinfer.device.base import Edge
 from headinfer.device.host_calls import NativeFunction
 
@@ -77,7 +77,7 @@ class Driver:
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
     driver = Driver()
-    monkeypatch.setattr(cuda_calls, "_driver", lambda: driver)
+    monkeypatch.setattr(cuda_driver, "driver", lambda: driver)
     monkeypatch.setattr(cuda_calls, "_devices", set())
     yield driver
     driver.finish()
@@ -178,7 +178,7 @@ def test_the_interpreter_waits_for_what_is_pending_before_it_ends() -> None:
     """In a process of its own, with a driver that is slower than the program."""
     program = """
         import threading, time, torch
-        from headinfer.device import cuda_calls
+        from headinfer.device import cuda_calls, cuda_driver
 
         threads = []
 
@@ -194,7 +194,7 @@ def test_the_interpreter_waits_for_what_is_pending_before_it_ends() -> None:
         class Stream:
             cuda_stream, device = 7, "cuda:0"
 
-        cuda_calls._driver = Driver
+        cuda_driver.driver = Driver
         torch.cuda.synchronize = lambda device: [thread.join() for thread in threads]
         cuda_calls.enqueue_call(Stream, lambda: print("ran", flush=True))
         print("the end", flush=True)

@@ -1,7 +1,8 @@
-"""Decode on CUDA in two kinds of launch: one for each tile, and one that merges all of them.
+"""Decode on CUDA: one launch for each tile and one that merges all of them, or one for all of it.
 
 With torch's kernel a tile takes some 35 launches, most of them to merge: on an H100 whose host
-needs 25 us for a launch that was a millisecond for each tile, longer than its copy takes.
+needs 25 us for a launch that was a millisecond for each tile, longer than its copy takes. Where all
+tokens are resident, a single launch also keeps the new one.
 """
 
 import copy
@@ -9,7 +10,7 @@ import copy
 import torch
 
 from headinfer.attend.partial import Kernel, Partial, SeparateTiles, TileAttention
-from headinfer.attend.triton_kernels import attend_tile, merge_slots
+from headinfer.attend.triton_kernels import attend_tile, decode_token, merge_slots
 from headinfer.attend.triton_launch import Program
 
 MAX_ROWS = 64
@@ -23,6 +24,7 @@ _PROGRAMS_PER_MULTIPROCESSOR = 2
 _BLOCK_SLOTS = 32
 
 _ATTEND = Program(attend_tile, num_warps=4, num_stages=2)
+_DECODE = Program(decode_token, num_warps=4, num_stages=2)
 _MERGE = Program(merge_slots, num_warps=4)
 
 
@@ -34,6 +36,25 @@ def serves(dtype: torch.dtype, head_dim: int) -> bool:
 def _power_of_2(number: int) -> int:
     """Return the least power of 2 that is not below a number."""
     return 1 << (number - 1).bit_length()
+
+
+def _block_tokens(keys: torch.Tensor) -> int:
+    """Return the tokens read at once: 16 KiB of keys, twice that in flight with the values."""
+    return max(2**14 // (_power_of_2(keys.shape[3]) * keys.itemsize), 16)
+
+
+def _split(kv_len: int, block_tokens: int, most_splits: int) -> tuple[int, int]:
+    """Return into how many parts some tokens are split, of whole blocks, and the tokens of each."""
+    splits = max(min(most_splits, kv_len // _MIN_SPLIT_TOKENS), 1)
+    split_tokens = -(-(-(-kv_len // block_tokens)) // splits) * block_tokens
+    return -(-kv_len // split_tokens), split_tokens
+
+
+def _alike(keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return keys and values of equal strides, the last of them 1."""
+    if keys.stride() != values.stride() or keys.stride(3) != 1:
+        return keys.contiguous(), values.contiguous()
+    return keys, values
 
 
 class FusedDecodeKernel(Kernel):
@@ -48,6 +69,7 @@ class FusedDecodeKernel(Kernel):
         self.name = f"Triton decode and {other.name}"
         self._other = other
         self._programs = _PROGRAMS_PER_MULTIPROCESSOR * multiprocessors
+        self._scratch: dict[tuple[object, ...], tuple[torch.Tensor, torch.Tensor]] = {}
 
     @property
     def to_check(self) -> Kernel:
@@ -82,6 +104,51 @@ class FusedDecodeKernel(Kernel):
         return tiles.result()
 
 
+    def decode(
+        self,
+        query: torch.Tensor,
+        new: tuple[torch.Tensor, torch.Tensor],
+        past: tuple[torch.Tensor, torch.Tensor],
+        out: torch.Tensor,
+        *,
+        scale: float,
+    ) -> None:
+        """Attend and keep one new token in one launch; see `Kernel.decode`."""
+        keys, values = past
+        batch, kv_heads, group, _, dim = query.shape
+        alike = keys.stride() == values.stride() and keys.stride(3) == 1
+        if group > MAX_ROWS or not alike or not out.is_contiguous():
+            super().decode(query, new, past, out, scale=scale)
+            return
+        query, (new_keys, new_values) = query.contiguous(), _alike(*new)
+        kv_len, heads, block_tokens = keys.shape[2], batch * kv_heads, _block_tokens(keys)
+        splits, split_tokens = _split(kv_len, block_tokens, max(self._programs // heads, 1))
+        parts, arrived = self._scratch_of(query, splits * heads * group * (dim + 1), heads)
+        _DECODE.launch(
+            (splits, heads, 1),
+            (query, new_keys, new_values, keys, values, parts, arrived, out),
+            (float(scale), kv_len, split_tokens, kv_heads, group),
+            (*new_keys.stride()[:2], *keys.stride()[:3]),
+            (dim, max(_power_of_2(group), 16), _power_of_2(dim), block_tokens, _BLOCK_SLOTS),
+        )
+
+    def _scratch_of(
+        self, query: torch.Tensor, elements: int, heads: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return memory for partials, and zeros to count with; each stream has its own.
+
+        Launches on one stream run one after another, and each leaves the zeros as they were.
+        """
+        device = query.device
+        stream = torch.cuda.current_stream(device.index).cuda_stream if query.is_cuda else 0
+        scratch = self._scratch.get((device, stream))
+        if scratch is None or scratch[0].numel() < elements or scratch[1].numel() < heads:
+            parts = torch.empty(elements, dtype=torch.float32, device=device)
+            scratch = parts, torch.zeros(heads, dtype=torch.int32, device=device)
+            self._scratch[device, stream] = scratch
+        return scratch
+
+
 class FusedTiles:
     """The partials of one query's tiles, side by side until they are merged in one launch.
 
@@ -114,14 +181,10 @@ class FusedTiles:
         kv_len = keys.shape[2]
         if not kv_len:
             return
-        query, block_tokens = self._query, self._block_tokens(keys)
-        splits = max(min(self._most_splits, kv_len // _MIN_SPLIT_TOKENS), 1)
-        blocks = -(-kv_len // block_tokens)
-        split_tokens = -(-blocks // splits) * block_tokens
-        splits = -(-kv_len // split_tokens)
+        query, block_tokens = self._query, _block_tokens(keys)
+        splits, split_tokens = _split(kv_len, block_tokens, self._most_splits)
         self._make_room(splits)
-        if keys.stride() != values.stride() or keys.stride(3) != 1:
-            keys, values = keys.contiguous(), values.contiguous()
+        keys, values = _alike(keys, values)
         rows = query.shape[2] * query.shape[3]
         _ATTEND.launch(
             (splits, self._heads, 1),
@@ -146,10 +209,6 @@ class FusedTiles:
             ),
         )
         self._used += splits
-
-    def _block_tokens(self, keys: torch.Tensor) -> int:
-        """Return the tokens read at once: 16 KiB of keys, twice that in flight with the values."""
-        return max(2**14 // (self._block_dim * keys.itemsize), 16)
 
     def add(self, partial: Partial) -> None:
         """Merge a partial of the same queries."""

@@ -73,6 +73,31 @@ class Kernel(Protocol):
             The partial over these keys.
         """
 
+    def decode(
+        self,
+        query: torch.Tensor,
+        new: tuple[torch.Tensor, torch.Tensor],
+        past: tuple[torch.Tensor, torch.Tensor],
+        out: torch.Tensor,
+        *,
+        scale: float,
+    ) -> None:
+        """Attend one new token of each row to all tokens, and put it behind those before it.
+
+        Args:
+            query: `[batch, kv_heads, group, 1, key_dim]`.
+            new: the token's key `[batch, kv_heads, 1, key_dim]`, and its value.
+            past: keys `[batch, kv_heads, kv_len, key_dim]` and values; the last place of each is
+                written.
+            out: `[batch, 1, kv_heads, group, value_dim]`, written.
+            scale: factor of the scores.
+        """
+        for tokens, token in zip(past, new, strict=True):
+            tokens[:, :, -1:].copy_(token)
+        tiles = self.begin(query, scale=scale)
+        tiles.attend(*past)
+        tiles.write(out)
+
 
 class TileAttention(Protocol):
     """The attention of one chunk's queries to a set of tiles, which come one by one.

@@ -9,6 +9,119 @@ import triton.language as tl
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
+@triton.jit
+def _attend_split(
+    query,
+    keys,
+    values,
+    mask,
+    new_key,
+    new_value,
+    scale,
+    first,
+    end,
+    newest,
+    query_rows,
+    token_stride,
+    DIM: tl.constexpr,
+    MASKED: tl.constexpr,
+    WITH_NEW: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+):
+    """Attend the query rows of one KV head to its tokens from `first` to before `end`.
+
+    `WITH_NEW`, token `newest` is not read: its key and value are `new_key` and `new_value`, `[DIM]`.
+
+    Returns:
+        The output `[BLOCK_ROWS, BLOCK_DIM]`, 0 where nothing is visible, and its LSE.
+    """
+    rows = tl.arange(0, BLOCK_ROWS)
+    dims = tl.arange(0, BLOCK_DIM)
+    real_dims = dims < DIM
+    both = (rows < query_rows)[:, None] & real_dims[None, :]
+    q = tl.load(query + rows[:, None] * DIM + dims[None, :], mask=both, other=0.0)
+    highest = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
+    weight = tl.zeros([BLOCK_ROWS], tl.float32)
+    total = tl.zeros([BLOCK_ROWS, BLOCK_DIM], tl.float32)
+    for start in range(first, end, BLOCK_TOKENS):
+        tokens = start + tl.arange(0, BLOCK_TOKENS)
+        real_tokens = tokens < end
+        stored = real_tokens
+        if WITH_NEW:
+            stored = stored & (tokens != newest)
+        tile = stored[:, None] & real_dims[None, :]
+        places = tokens[:, None] * token_stride + dims[None, :]
+        k = tl.load(keys + places, mask=tile, other=0.0)
+        v = tl.load(values + places, mask=tile, other=0.0)
+        if WITH_NEW:
+            is_new = (tokens == newest)[:, None]
+            k = tl.where(is_new, new_key[None, :], k)
+            v = tl.where(is_new, new_value[None, :], v)
+        visible = real_tokens
+        if MASKED:
+            seen = tl.load(mask + tokens, mask=real_tokens, other=0)
+            visible = visible & (seen != 0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * _LOG2_E)
+        scores = tl.where(visible[None, :], scores, float("-inf"))
+        new_highest = tl.maximum(highest, tl.max(scores, 1))
+        # Where nothing was visible so far, 0 in place of -inf keeps -inf - -inf out.
+        base = tl.where(new_highest == float("-inf"), 0.0, new_highest)
+        shrink = tl.exp2(highest - base)
+        p = tl.exp2(scores - base[:, None])
+        weight = weight * shrink + tl.sum(p, 1)
+        total = total * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+        highest = new_highest
+    nothing = weight == 0.0
+    result = total / tl.where(nothing, 1.0, weight)[:, None]
+    lse = tl.where(nothing, float("-inf"), (highest + tl.log2(weight)) / _LOG2_E)
+    return result, lse
+
+
+@triton.jit
+def _merge_row(
+    parts,
+    lses,
+    place,
+    all_rows,
+    used,
+    DIM: tl.constexpr,
+    BLOCK_SLOTS: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+):
+    """Merge the first `used` partials of query row `place`.
+
+    Loads pass by the multiprocessor's own cache, which may hold what others have overwritten.
+
+    Returns:
+        The weighted sum of the outputs `[BLOCK_DIM]`, its weight, and the LSE that both refer to.
+    """
+    dims = tl.arange(0, BLOCK_DIM)
+    highest = float("-inf")
+    weight = 0.0
+    total = tl.zeros([BLOCK_DIM], tl.float32)
+    for start in range(0, used, BLOCK_SLOTS):
+        numbers = start + tl.arange(0, BLOCK_SLOTS)
+        real = numbers < used
+        places = numbers.to(tl.int64) * all_rows + place
+        lse = tl.load(lses + places, mask=real, other=float("-inf"), cache_modifier=".cg")
+        part = tl.load(
+            parts + places[:, None] * DIM + dims[None, :],
+            mask=real[:, None] & (dims < DIM)[None, :],
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        new_highest = tl.maximum(highest, tl.max(lse, 0))
+        base = tl.where(new_highest == float("-inf"), 0.0, new_highest)
+        shrink = tl.exp(highest - base)
+        w = tl.exp(lse - base)
+        weight = weight * shrink + tl.sum(w, 0)
+        total = total * shrink + tl.sum(part * w[:, None], 0)
+        highest = new_highest
+    return total, weight, highest
+
+
 @triton.jit(
     do_not_specialize=["kv_len", "split_tokens", "first_slot", "kv_heads", "query_rows", "slots"]
 )
@@ -48,49 +161,132 @@ def attend_tile(
     rows = tl.arange(0, BLOCK_ROWS)
     dims = tl.arange(0, BLOCK_DIM)
     real_rows = rows < query_rows
-    real_dims = dims < DIM
-    both = real_rows[:, None] & real_dims[None, :]
-
-    query += tl.program_id(1) * (query_rows * DIM)
-    q = tl.load(query + rows[:, None] * DIM + dims[None, :], mask=both, other=0.0)
-
-    keys += batch * batch_stride + head * head_stride
-    values += batch * batch_stride + head * head_stride
+    offset = batch * batch_stride + head * head_stride
     first = split.to(tl.int64) * split_tokens
-    end = tl.minimum(first + split_tokens, kv_len)
-    highest = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
-    weight = tl.zeros([BLOCK_ROWS], tl.float32)
-    total = tl.zeros([BLOCK_ROWS, BLOCK_DIM], tl.float32)
-    for start in range(first, end, BLOCK_TOKENS):
-        tokens = start + tl.arange(0, BLOCK_TOKENS)
-        real_tokens = tokens < end
-        tile = real_tokens[:, None] & real_dims[None, :]
-        places = tokens[:, None] * token_stride + dims[None, :]
-        k = tl.load(keys + places, mask=tile, other=0.0)
-        v = tl.load(values + places, mask=tile, other=0.0)
-        visible = real_tokens
-        if MASKED:
-            seen = tl.load(mask + batch * kv_len + tokens, mask=real_tokens, other=0)
-            visible = visible & (seen != 0)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * _LOG2_E)
-        scores = tl.where(visible[None, :], scores, float("-inf"))
-        new_highest = tl.maximum(highest, tl.max(scores, 1))
-        # Where nothing was visible so far, 0 in place of -inf keeps -inf - -inf out.
-        base = tl.where(new_highest == float("-inf"), 0.0, new_highest)
-        shrink = tl.exp2(highest - base)
-        p = tl.exp2(scores - base[:, None])
-        weight = weight * shrink + tl.sum(p, 1)
-        total = total * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
-        highest = new_highest
-
+    result, lse = _attend_split(
+        query + tl.program_id(1) * (query_rows * DIM),
+        keys + offset,
+        values + offset,
+        mask + batch * kv_len,
+        0.0,
+        0.0,
+        scale,
+        first,
+        tl.minimum(first + split_tokens, kv_len),
+        -1,
+        query_rows,
+        token_stride,
+        DIM,
+        MASKED,
+        False,
+        BLOCK_ROWS,
+        BLOCK_DIM,
+        BLOCK_TOKENS,
+    )
     slot = (first_slot + split).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     place = slot * query_rows + rows
-    nothing = weight == 0.0
-    result = total / tl.where(nothing, 1.0, weight)[:, None]
-    lse = tl.where(nothing, float("-inf"), (highest + tl.log2(weight)) / _LOG2_E)
     lses = parts + slots * tl.num_programs(1).to(tl.int64) * (query_rows * DIM)
+    both = real_rows[:, None] & (dims < DIM)[None, :]
     tl.store(parts + place[:, None] * DIM + dims[None, :], result, mask=both)
     tl.store(lses + place, lse, mask=real_rows)
+
+
+@triton.jit(do_not_specialize=["kv_len", "split_tokens", "kv_heads", "query_rows"])
+def decode_token(
+    query,
+    new_keys,
+    new_values,
+    keys,
+    values,
+    parts,
+    arrived,
+    out,
+    scale,
+    kv_len,
+    split_tokens,
+    kv_heads,
+    query_rows,
+    new_batch_stride,
+    new_head_stride,
+    batch_stride,
+    head_stride,
+    token_stride,
+    DIM: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_SLOTS: tl.constexpr,
+):
+    """Attend all query rows of one KV head to all its tokens, and put the newest in its place.
+
+    Grid: (splits, batch * kv_heads); `parts` has a slot for each split, as in `attend_tile`. The
+    last token of keys and values is written from `new_keys` and `new_values[batch, kv_heads, DIM]`.
+    The last program of each head merges, and writes the contiguous
+    `out[batch, kv_heads, query_rows, DIM]`. `arrived[batch * kv_heads]` counts programs, 0 before
+    and after.
+    """
+    split = tl.program_id(0)
+    batch = (tl.program_id(1) // kv_heads).to(tl.int64)
+    head = (tl.program_id(1) % kv_heads).to(tl.int64)
+    rows = tl.arange(0, BLOCK_ROWS)
+    dims = tl.arange(0, BLOCK_DIM)
+    real_rows = rows < query_rows
+    real_dims = dims < DIM
+    both = real_rows[:, None] & real_dims[None, :]
+    offset = batch * batch_stride + head * head_stride
+    new_offset = batch * new_batch_stride + head * new_head_stride
+    new_key = tl.load(new_keys + new_offset + dims, mask=real_dims, other=0.0)
+    new_value = tl.load(new_values + new_offset + dims, mask=real_dims, other=0.0)
+    first = split.to(tl.int64) * split_tokens
+    end = tl.minimum(first + split_tokens, kv_len)
+    result, lse = _attend_split(
+        query + tl.program_id(1) * (query_rows * DIM),
+        keys + offset,
+        values + offset,
+        query,
+        new_key,
+        new_value,
+        scale,
+        first,
+        end,
+        kv_len - 1,
+        query_rows,
+        token_stride,
+        DIM,
+        False,
+        True,
+        BLOCK_ROWS,
+        BLOCK_DIM,
+        BLOCK_TOKENS,
+    )
+    if end == kv_len:
+        newest = offset + (end - 1) * token_stride + dims
+        tl.store(keys + newest, new_key, mask=real_dims)
+        tl.store(values + newest, new_value, mask=real_dims)
+
+    all_rows = tl.num_programs(1).to(tl.int64) * query_rows
+    lses = parts + tl.num_programs(0) * all_rows * DIM
+    first_row = tl.program_id(1).to(tl.int64) * query_rows
+    place = split * all_rows + first_row + rows
+    tl.store(parts + place[:, None] * DIM + dims[None, :], result, mask=both)
+    tl.store(lses + place, lse, mask=real_rows)
+    tl.debug_barrier()  # all threads have stored before one of them counts
+    before = tl.atomic_add(arrived + tl.program_id(1), 1, sem="acq_rel")
+    if before == tl.num_programs(0) - 1:
+        for row in range(0, query_rows):
+            total, weight, _highest = _merge_row(
+                parts,
+                lses,
+                first_row + row,
+                all_rows,
+                tl.num_programs(0),
+                DIM,
+                BLOCK_SLOTS,
+                BLOCK_DIM,
+            )
+            place_out = out + (first_row + row) * DIM + dims
+            tl.store(place_out, (total / weight).to(out.dtype.element_ty), mask=real_dims)
+        tl.atomic_xchg(arrived + tl.program_id(1), 0)
 
 
 @triton.jit(do_not_specialize=["used", "slots", "kv_heads", "group", "q_len"])
@@ -127,26 +323,9 @@ def merge_slots(
     batch = (place // (group * q_len * kv_heads)).to(tl.int64)
     dims = tl.arange(0, BLOCK_DIM)
     real_dims = dims < DIM
-    highest = float("-inf")
-    weight = 0.0
-    total = tl.zeros([BLOCK_DIM], tl.float32)
-    for start in range(0, used, BLOCK_SLOTS):
-        numbers = start + tl.arange(0, BLOCK_SLOTS)
-        real = numbers < used
-        places = numbers.to(tl.int64) * all_rows + place
-        lse = tl.load(lses + places, mask=real, other=float("-inf"))
-        part = tl.load(
-            parts + places[:, None] * DIM + dims[None, :],
-            mask=real[:, None] & real_dims[None, :],
-            other=0.0,
-        )
-        new_highest = tl.maximum(highest, tl.max(lse, 0))
-        base = tl.where(new_highest == float("-inf"), 0.0, new_highest)
-        shrink = tl.exp(highest - base)
-        w = tl.exp(lse - base)
-        weight = weight * shrink + tl.sum(w, 0)
-        total = total * shrink + tl.sum(part * w[:, None], 0)
-        highest = new_highest
+    total, weight, highest = _merge_row(
+        parts, lses, place, all_rows, used, DIM, BLOCK_SLOTS, BLOCK_DIM
+    )
     if SINKS:
         sink = tl.load(sinks + head * group + row // q_len).to(tl.float32)
         new_highest = tl.maximum(highest, sink)

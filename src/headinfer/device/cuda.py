@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from headinfer.device import cuda_driver
 from headinfer.device.base import Edge, Event, Stream, contiguous_pieces
 from headinfer.device.cuda_calls import enqueue_call
 from headinfer.device.host_pages import map_host_memory
@@ -55,12 +56,14 @@ class CudaStream:
         return self._stream or torch.cuda.current_stream(self._device_index)
 
     def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
-        """Enqueue a copy; asynchronous because the host side is pinned and pieces are contiguous.
+        """Enqueue a copy; asynchronous because the host side is page-locked.
 
         torch's allocator need not know of the stream: both sides' memory is the engine's own, or
         kept by it until compute was made to wait for the copy.
         """
-        # Entering a stream takes torch longer than a copy: once for all pieces.
+        if torch.version.hip is None:
+            cuda_driver.copy(self._current(), destination, source)
+            return
         with torch.cuda.stream(self._current()):
             for to, piece in contiguous_pieces(destination, source):
                 to.copy_(piece, non_blocking=True)
@@ -70,8 +73,7 @@ class CudaStream:
 
         Waits while too many others are pending, unless it is a `NativeFunction`.
         """
-        with torch.cuda.device(self._device_index):
-            enqueue_call(self._current(), function)
+        enqueue_call(self._current(), function)
 
     def record(self, *, timed: bool = False) -> Event:
         """Return an event after all work enqueued so far."""

@@ -11,21 +11,19 @@ Functions in machine code need no lock, and so no limit.
 import atexit
 import contextlib
 import ctypes
-import functools
 import itertools
-import sys
 import threading
 from collections.abc import Callable
 
 import torch
 
+from headinfer.device.cuda_driver import launch_host_function
 from headinfer.device.host_calls import NativeFunction, without_collection
 
 MAX_PENDING_CALLS = 4
 """To be a few layers ahead hides all launching."""
 
 _POLL_S = 1.0
-_CUDA_SUCCESS = 0
 
 _pending: dict[int, Callable[[], None]] = {}
 _numbers = itertools.count(1)
@@ -81,19 +79,7 @@ def _launch(stream: torch.cuda.Stream, entry: Callable[[int], None], argument: i
     if _exiting:
         raise RuntimeError("the interpreter is about to end: nothing can be enqueued")
     _devices.add(stream.device)
-    status = _driver().cuLaunchHostFunc(stream.cuda_stream, entry, argument)
-    if status != _CUDA_SUCCESS:
-        raise RuntimeError(f"cuLaunchHostFunc failed with CUDA error {status}")
-
-
-@functools.cache
-def _driver() -> ctypes.CDLL:
-    """Return the driver's library, which torch has loaded already."""
-    name = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
-    driver = ctypes.CDLL(name)
-    driver.cuLaunchHostFunc.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
-    driver.cuLaunchHostFunc.restype = ctypes.c_int
-    return driver
+    launch_host_function(stream, entry, argument)
 
 
 @atexit.register

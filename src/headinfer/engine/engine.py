@@ -3,7 +3,7 @@
 The life of a layer's call: room is made for the new tokens; then, for each group of heads, the
 chunk is attended to itself, to what is on the device, and to each stored tile as it arrives; in a
 decode step the host attends its share meanwhile; the partials merge by LSE; at last the new tokens
-go to the store.
+go to the store. A single token where all before it are resident takes one call of the kernel.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from headinfer.attend.masks import Padding
 from headinfer.attend.partial import Kernel, Partial
 from headinfer.device.base import Device, Edge
 from headinfer.engine.build import build
-from headinfer.engine.chunk import Chunk
+from headinfer.engine.chunk import Chunk, attention_mark
 from headinfer.engine.host_attention import MAX_QUERY_TOKENS, Balance, HostAttention
 from headinfer.engine.stats import Stats
 from headinfer.engine.tiles import StoredLayer, head_groups
@@ -133,6 +133,15 @@ class Engine:
         batch, kv_heads, group, q_len, _ = query.shape
         out = query.new_empty(batch, q_len, kv_heads, group, geometry.value_dim)
         self._layers[layer_idx].store.reserve(self._expected_tokens)
+        if q_len == 1 and padding is None and sinks is None:
+            past = self._writer.extend(layer_idx)
+            if past is not None:
+                with attention_mark():
+                    new, old = (keys, values), (past.keys, past.values)
+                    kernel.decode(query, new, old, out, scale=scale)
+                self._writer.commit(layer_idx, keys, values)
+                self._source.skip(layer_idx)
+                return out
         if q_len > MAX_QUERY_TOKENS or padding is not None:
             host_kernel = None
         call = Chunk(

@@ -38,6 +38,14 @@ class Writer(Protocol):
             The past tokens that are on the device: resident ones, and those not in the store.
         """
 
+    def extend(self, layer_idx: int) -> Span | None:
+        """Take a single new token that compute itself is to write, instead of `admit`.
+
+        Returns:
+            All past tokens of the layer and a place behind them, on the device; None, with nothing
+            taken, where they are not in one piece there.
+        """
+
     def commit(self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Finish taking them, after the layer is attended; may lengthen the store."""
 
@@ -68,6 +76,9 @@ class DirectWriter:
         if keys.shape[2] == 1:
             self._write(layer_idx, keys, values)
         return []
+
+    def extend(self, layer_idx: int) -> Span | None:
+        """Return None: what is attended where it lies need not be in one piece."""
 
     def commit(self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Write a chunk once it is attended, so that the store still ended before it."""
@@ -216,6 +227,19 @@ class PagedWriter:
             geometry, start = layer.store.geometry, layer.store.tokens
             near.append(page.contents(self._device, geometry, self._page_tokens, start))
         return near
+
+    def extend(self, layer_idx: int) -> Span | None:
+        """Return the resident tokens and a place behind them where they are all there is."""
+        layer, page = self._layers[layer_idx], self._tails[layer_idx][0]
+        resident = layer.resident
+        if resident is None or page.tokens:
+            return None
+        tokens = layer.store.tokens + self._unsent[layer_idx]
+        if not resident.has_room(tokens, 1):
+            return None
+        self.make_room(layer_idx, 1)
+        self._unsent[layer_idx] += 1
+        return resident.extend()
 
     def commit(self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Put a few tokens into the tail, send more to the host, and empty a full page."""

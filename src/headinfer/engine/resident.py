@@ -66,6 +66,21 @@ class Resident:
             place.copy_(new)
         self.tokens = part.stop
 
+    def extend(self) -> Span:
+        """Return what is kept and a place behind it, where compute is to write one more token.
+
+        There must be room. All of it may be read as soon as that is written.
+        """
+        self._wait_filled()
+        part = slice(0, self.tokens + 1)
+        span = Span(0, self._keys[:, :, part], self._values[:, :, part])
+        if self._device.checks_accesses:
+            for place in (span.keys, span.values):
+                self._device.compute.writes(place[:, :, -1:], "a new token into the resident ones")
+            self._device.compute.reads(self._memory, "attention to resident tokens")
+        self.tokens = part.stop
+        return span
+
     def newest(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys and values of the newest `tokens`, for copy-out to read.
 

@@ -73,6 +73,9 @@ class TileSource(Protocol):
     def end(self) -> None:
         """Finish the layer; its stored tokens may change after this."""
 
+    def skip(self, layer_idx: int) -> None:
+        """Pass by a layer that needs no tile: `begin` and `end` at once."""
+
     def drop(self) -> None:
         """Forget what was fetched ahead; called when stored tokens change between passes."""
 
@@ -97,6 +100,9 @@ class ViewTiles:
     def end(self) -> None:
         """Finish the layer."""
         self._layer = None
+
+    def skip(self, layer_idx: int) -> None:
+        """Do nothing."""
 
     def drop(self) -> None:
         """Do nothing: nothing is fetched ahead."""
@@ -175,6 +181,9 @@ class SynchronousTiles:
     def end(self) -> None:
         """Finish the layer."""
         self._layer = None
+
+    def skip(self, layer_idx: int) -> None:
+        """Do nothing."""
 
     def drop(self) -> None:
         """Do nothing: nothing is fetched ahead."""
@@ -287,6 +296,18 @@ class PrefetchedTiles:
         self._begun = False
         self._turn += 1
         self._fetch_ahead()
+
+    def skip(self, layer_idx: int) -> None:
+        """Pass by a layer; at little cost where nothing is fetched, as when all is resident."""
+        expected = self._layer_of(self._turn) is self._layers[layer_idx] and not self._begun
+        if self._fetched or not expected:
+            self.begin(layer_idx)
+            self.end()
+            return
+        self._turn += 1
+        self._started = self._turn
+        self._spans = iter(())
+        self._states.clear()
 
     def drop(self) -> None:
         """Forget what was fetched ahead."""
