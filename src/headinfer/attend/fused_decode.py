@@ -172,6 +172,7 @@ class FusedTiles:
         elements = self._capacity * self._rows * (dim + 1)  # outputs, and behind them their LSE
         self._slots = torch.empty(elements, dtype=torch.float32, device=query.device)
         self._used = 0
+        self._more: Partial | None = None  # merged from where it lies
         self._sinks: torch.Tensor | None = None
 
     def attend(
@@ -211,7 +212,12 @@ class FusedTiles:
         self._used += splits
 
     def add(self, partial: Partial) -> None:
-        """Merge a partial of the same queries."""
+        """Merge a partial of the same queries; the first must stay as it is until the end."""
+        out, lse = partial.out, partial.lse
+        in_place = out.dtype == torch.float32 and out.is_contiguous() and lse.is_contiguous()
+        if self._more is None and in_place:
+            self._more = partial
+            return
         self._make_room(1)
         rows, dim = self._rows, self._dim
         parts, lses = self._slots.split((self._capacity * rows * dim, self._capacity * rows))
@@ -238,15 +244,17 @@ class FusedTiles:
         if self._used + slots > self._capacity:
             merged = self.result()
             self._used = 0  # the merge is ordered before what is written over its slots
-            self.add(merged)
+            self._more = merged
 
     def _merge(self, out: torch.Tensor, lse: torch.Tensor | None) -> None:
         """Merge all slots into `out[batch, kv_heads, group, q_len, dim]`, and into `lse` if any."""
         _, kv_heads, group, q_len, dim = self._query.shape
+        more = self._more
         _MERGE.launch(
             (self._rows, 1, 1),
             (
                 self._slots,
+                *((more.out, more.lse) if more is not None else (self._slots, self._slots)),
                 self._slots if self._sinks is None else self._sinks,
                 out,
                 self._slots if lse is None else lse,
@@ -255,6 +263,7 @@ class FusedTiles:
             out.stride()[:4],
             (
                 dim,
+                more is not None,
                 self._sinks is not None,
                 lse is not None,
                 _BLOCK_SLOTS,

@@ -112,7 +112,7 @@ class TileAttention(Protocol):
         """Attend a tile; see `Kernel.attend`."""
 
     def add(self, partial: Partial) -> None:
-        """Merge a partial of the same queries that was computed elsewhere."""
+        """Merge a partial of the same queries from elsewhere, to stay as it is until the end."""
 
     def add_sinks(self, sinks: torch.Tensor) -> None:
         """Merge attention sinks; see `Accumulator.add_sinks`."""

@@ -292,6 +292,8 @@ def decode_token(
 @triton.jit(do_not_specialize=["used", "slots", "kv_heads", "group", "q_len"])
 def merge_slots(
     parts,
+    more,
+    more_lse,
     sinks,
     out,
     lse_out,
@@ -305,6 +307,7 @@ def merge_slots(
     out_group,
     out_token,
     DIM: tl.constexpr,
+    MORE: tl.constexpr,
     SINKS: tl.constexpr,
     WITH_LSE: tl.constexpr,
     BLOCK_SLOTS: tl.constexpr,
@@ -312,7 +315,8 @@ def merge_slots(
 ):
     """Merge the first `used` partials of one query row by LSE; see `attend_tile`.
 
-    Grid: (batch * kv_heads * rows,). Writes `out` by its strides, in its dtype, and if asked for
+    Grid: (batch * kv_heads * rows,). One partial more may come from elsewhere: contiguous
+    `more[batch, kv_heads, rows, DIM]` and `more_lse[batch, kv_heads, rows]`, float32. Writes `out` by its strides, in its dtype, and if asked for
     `lse_out[batch, kv_heads, rows]`.
     """
     place = tl.program_id(0)
@@ -326,6 +330,16 @@ def merge_slots(
     total, weight, highest = _merge_row(
         parts, lses, place, all_rows, used, DIM, BLOCK_SLOTS, BLOCK_DIM
     )
+    if MORE:
+        lse = tl.load(more_lse + place)
+        part = tl.load(more + place.to(tl.int64) * DIM + dims, mask=real_dims, other=0.0)
+        new_highest = tl.maximum(highest, lse)
+        base = tl.where(new_highest == float("-inf"), 0.0, new_highest)
+        shrink = tl.exp(highest - base)
+        w = tl.exp(lse - base)
+        weight = weight * shrink + w
+        total = total * shrink + part * w
+        highest = new_highest
     if SINKS:
         sink = tl.load(sinks + head * group + row // q_len).to(tl.float32)
         new_highest = tl.maximum(highest, sink)

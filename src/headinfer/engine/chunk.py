@@ -76,7 +76,8 @@ class Chunk:
             past_tokens: how many tokens came before the chunk.
         """
         with attention_mark():
-            query = self.query[:, heads]
+            whole = heads.stop - heads.start == self.keys.shape[1]  # then a view would be the same
+            query = self.query if whole else self.query[:, heads]
             total = self.kernel.begin(query, scale=self.scale)
             if self.tokens > 1:
                 own_padding = padding_of(self.padding, past_tokens, past_tokens + self.tokens)
@@ -91,8 +92,7 @@ class Chunk:
                     )
                 )
             for span in near:
-                near_heads = Span(span.start, span.keys[:, heads], span.values[:, heads])
-                self._attend_past(total, near_heads)
+                self._attend_past(total, span if whole else span.of_heads(heads))
             for tile in tiles:
                 self._attend_past(total, tile)
             return total

@@ -7,6 +7,7 @@ asynchronous transfer).
 """
 
 import collections
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,7 +17,10 @@ import torch
 from headinfer.device.base import Device, Edge, Event
 from headinfer.engine.resident import Resident
 from headinfer.engine.stats import Stats
-from headinfer.store.layer import LayerStore, Span
+from headinfer.store.layer import KVGeometry, LayerStore, Span
+
+_CARVED_SIZES = 8
+"""Sizes of tiles whose views are kept: whole ones and a layer's last, which grows page by page."""
 
 
 @dataclass(slots=True)
@@ -115,6 +119,14 @@ class Buffer:
         self._memory = memory
         self._read: Event | None = None
 
+        @functools.lru_cache(_CARVED_SIZES)
+        def carve(
+            geometry: KVGeometry, tokens: int, heads: int
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            return geometry.carve(memory, tokens, heads=heads)
+
+        self._carve = carve  # which does not refer to this object: that would keep the memory
+
     def fill(
         self, device: Device, layer: StoredLayer, span: Span, stats: Stats
     ) -> tuple[Span, Event]:
@@ -128,7 +140,7 @@ class Buffer:
         if layer.written is not None:
             device.copy_in.wait(layer.written, Edge.HOST_WRITTEN)
         heads = span.keys.shape[1]
-        keys, values = layer.store.geometry.carve(self._memory, span.tokens, heads=heads)
+        keys, values = self._carve(layer.store.geometry, span.tokens, heads)
         device.copy_in.copy(keys, span.keys)
         device.copy_in.copy(values, span.values)
         stats.bytes_to_device += layer.store.geometry.num_bytes(span.tokens, heads=heads)
@@ -192,6 +204,7 @@ class SynchronousTiles:
 @dataclass(slots=True)
 class _Fetched:
     turn: int
+    first_head: int
     tile: Span
     buffer: Buffer
     filled: Event
@@ -240,25 +253,27 @@ class PrefetchedTiles:
         self._begun = False  # whether the turn began and did not end: it failed
         self._turn = 0  # the turn being attended, or next to be
         self._states: dict[int, tuple[int, ...]] = {}  # of the turns being fetched
-        self._spans: Iterator[Span] = iter(())  # what is left to fetch of the newest such turn
+        # What is left to fetch of the newest such turn, each with its first head.
+        self._spans: Iterator[tuple[int, Span]] = iter(())
         self._started = 0  # turns whose fetching has started
 
     def _layer_of(self, turn: int) -> StoredLayer:
         return self._layers[(self._first_layer + turn) % len(self._layers)]
 
-    def _host_spans(self, layer: StoredLayer) -> Iterator[Span]:
+    def _host_spans(self, layer: StoredLayer) -> Iterator[tuple[int, Span]]:
         for heads in head_groups(layer.store.geometry.kv_heads, self._tile_heads):
-            yield from layer.streamed_spans(heads, self._tile_tokens)
+            for span in layer.streamed_spans(heads, self._tile_tokens):
+                yield heads.start, span
 
     def _fetch_ahead(self) -> None:
         """Fill free buffers with the tiles that come next, as far as they are known."""
         while self._free:
-            span = next(self._spans, None)
+            first_head, span = next(self._spans, (0, None))
             if span is not None:
                 turn = self._started - 1
                 buffer = self._free.popleft()
                 tile, filled = buffer.fill(self._device, self._layer_of(turn), span, self._stats)
-                self._fetched.append(_Fetched(turn, tile, buffer, filled))
+                self._fetched.append(_Fetched(turn, first_head, tile, buffer, filled))
             elif self._started < self._turn + len(self._layers):
                 layer = self._layer_of(self._started)
                 self._states[self._started] = _state(layer)
@@ -278,10 +293,9 @@ class PrefetchedTiles:
 
     def tiles(self, heads: slice) -> Iterator[Span]:
         """Yield tiles as they arrive on the device, while the next ones are on their way."""
-        for span in self._layer_of(self._turn).streamed_spans(heads, self._tile_tokens):
+        # With no tile in the caller's hands, what is not fetched by now does not exist.
+        while self._is_next(heads):
             fetched = self._fetched.popleft()
-            assert fetched.turn == self._turn
-            assert fetched.tile.start == span.start
             fetched.buffer.hand_over(self._device, fetched.filled)
             try:
                 yield fetched.tile
@@ -289,6 +303,13 @@ class PrefetchedTiles:
                 fetched.buffer.release(self._device)
                 self._free.append(fetched.buffer)
             self._fetch_ahead()
+
+    def _is_next(self, heads: slice) -> bool:
+        """Whether the next tile is of this turn and of some heads."""
+        if not self._fetched:
+            return False
+        fetched = self._fetched[0]
+        return fetched.turn == self._turn and fetched.first_head == heads.start
 
     def end(self) -> None:
         """Finish the turn; fetching may go one turn further."""

@@ -102,6 +102,10 @@ class Span:
         """Number of tokens."""
         return self.keys.shape[2]
 
+    def of_heads(self, heads: slice) -> "Span":
+        """Return the tokens of some heads."""
+        return Span(self.start, self.keys[:, heads], self.values[:, heads])
+
 
 class Stretch(NamedTuple):
     """`tokens` consecutive tokens of larger tensors, of which no view is made: that takes longer.
