@@ -9,11 +9,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from headinfer.attend import select
 from headinfer.attend.cpu import CpuKernel
 from headinfer.attend.cuda import CudaKernel, candidates
 from headinfer.attend.masks import attend_band
 from headinfer.attend.native.kernel import NativeKernel, decode_library, prefill_library
-from headinfer.attend.partial import Accumulator, Kernel, empty_partial
+from headinfer.attend.partial import Accumulator, Kernel, Partial, empty_partial
 from headinfer.attend.reference import ReferenceKernel
 from headinfer.attend.select import select_kernel
 from headinfer.attend.split import FusedCall
@@ -355,3 +356,30 @@ def test_each_tile_goes_to_the_operator_it_is_worth(monkeypatch: pytest.MonkeyPa
         draw(1, 3, 2, 35, 8), keys=draw(1, 3, 2, 8), values=draw(1, 3, 2, 8), scale=1.0
     )
     assert asked == ["large"]
+
+
+@pytest.mark.parametrize("fault", ["attend", "decode", "place"])
+def test_a_kernel_that_errs_in_one_kind_of_call_is_not_chosen(fault, monkeypatch):
+    class Faulty(ReferenceKernel):
+        """Right but for one kind of call."""
+
+        name = "faulty"
+
+        def attend(self, *args, **options):
+            partial = super().attend(*args, **options)
+            return Partial(partial.out, partial.lse + 1) if fault == "attend" else partial
+
+        def decode(self, query, new, past, out, *, scale):
+            super().decode(query, new, past, out, scale=scale)
+            if fault == "decode":
+                out += 1
+            elif fault == "place":
+                past[0][:, :, -1] += 1
+
+    monkeypatch.setattr(select, "CpuKernel", Faulty)
+    monkeypatch.setattr(select, "decode_library", lambda *_kind: None)
+    kernel = select_kernel.__wrapped__(torch.device("cpu"), torch.float32, 16, 16)
+    assert not isinstance(kernel, Faulty)
+    fault = ""
+    kernel = select_kernel.__wrapped__(torch.device("cpu"), torch.float32, 16, 16)
+    assert isinstance(kernel, Faulty)

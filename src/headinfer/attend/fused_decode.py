@@ -46,7 +46,8 @@ def _block_tokens(keys: torch.Tensor) -> int:
 def _split(kv_len: int, block_tokens: int, most_splits: int) -> tuple[int, int]:
     """Return into how many parts some tokens are split, of whole blocks, and the tokens of each."""
     splits = max(min(most_splits, kv_len // _MIN_SPLIT_TOKENS), 1)
-    split_tokens = -(-(-(-kv_len // block_tokens)) // splits) * block_tokens
+    blocks = -(-kv_len // block_tokens)
+    split_tokens = -(-blocks // splits) * block_tokens
     return -(-kv_len // split_tokens), split_tokens
 
 
@@ -102,7 +103,6 @@ class FusedDecodeKernel(Kernel):
         tiles = FusedTiles(query, scale, self._programs)
         tiles.attend(keys, values, mask=mask)
         return tiles.result()
-
 
     def decode(
         self,

