@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a CUDA device: the tests marked gpu, a probe, then Llama-3-8B's shape with
-# random weights held to 24 GiB: a trace of the link, decode from 1K to 400K tokens, prefill, the
-# longest contexts; then a smaller shape at 1M. Ends itself after BUDGET_S seconds (570); run again
+# random weights held to 24 GiB: a trace of the link, decode from 1K to 800K tokens (100 GiB of KV),
+# prefill; then a smaller shape at 1M, and the longest contexts. Ends itself after BUDGET_S seconds (570); run again
 # with the same OUT it goes on where it was. Results go to OUT.
 # On a copy of the tree without its history, HEADINFER_COMMIT names the commit.
 # PYTHON must have torch, transformers and pytest; nothing is installed.
@@ -34,15 +34,15 @@ if [ ! -e "$out/gpu-trace-100K.json" ]; then
     timeout 120 "$python" benchmarks/gpu_trace.py --folder "$out" 2>&1 | tee -a "$out/gpu.log"
 fi
 bench llama-decode decode "${llama[@]}" --contexts 1K,10K,40K --fill random --new-tokens 24 \
-    --repeats 2 --methods "$methods"
-bench llama-decode-long decode "${llama[@]}" --contexts 100K,200K,400K --fill random \
+    --methods "$methods"
+bench llama-decode-long decode "${llama[@]}" --contexts 100K,200K,400K,800K --fill random \
     --methods "$methods"
 bench llama-prefill prefill "${llama[@]}" --contexts 1K,10K,40K,100K \
     --methods standard,chunked-prefill,head-wise-1,bounded,headinfer
-bench llama-max-context max-context "${llama[@]}" --contexts 10K,800K --fill random \
-    --methods standard,transformers-offloaded,head-wise-1,resident
 bench small-decode decode --contexts 128K,1M --fill random --device-memory 4GiB \
     --methods "transformers-offloaded,$methods,headinfer"
+bench llama-max-context max-context "${llama[@]}" --contexts 10K,800K --fill random \
+    --methods standard,transformers-offloaded,head-wise-1,resident
 
 tail -n 3 "$out/gpu-tests.log"
 grep -E "trial|longest|a token" "$out/gpu.log" | tail -n 40
