@@ -219,6 +219,17 @@ def test_errors_become_failures(monkeypatch, error, status, word):
     assert word in outcome.reason
 
 
+def test_of_what_cuda_says_when_memory_ends_the_first_sentences_are_kept(monkeypatch):
+    said = "CUDA out of memory. Tried to allocate 1.09 GiB. GPU 0 has a total capacity of 79.18 GiB"
+
+    def broken(_model, _settings):
+        raise torch.OutOfMemoryError(f"{said} of which 56.18 GiB is free. See documentation")
+
+    monkeypatch.setitem(METHODS, "broken", broken)
+    reason = attempt(trial_spec("broken")).reason
+    assert reason == "out of memory: CUDA out of memory. Tried to allocate 1.09 GiB."
+
+
 def test_peak_memory_is_that_after_the_start_also_when_freed():
     numpy.ones(256 * 2**20 // 8)  # an earlier, higher peak
     peak = PeakRss()

@@ -25,7 +25,7 @@ def test_a_person_reads_every_method_and_why(cli) -> None:
     assert "rtx-4090 (not measured yet" in outcome.out
     for name in ("standard", "kv-4bit", "layer-wise", "head-wise-1", "adaptive", "bounded"):
         assert f"  {name} " in outcome.out
-    assert "total: with 1.00 for CUDA itself" in outcome.out
+    assert "total: with 1.25 for CUDA itself" in outcome.out
     assert "> resident" in outcome.out
     assert "Chosen: resident" in outcome.out
     assert "…" not in outcome.out

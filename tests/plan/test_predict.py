@@ -28,13 +28,13 @@ def test_parameters_are_those_of_the_layers() -> None:
 def test_a_streamed_decode_step_takes_the_links_time() -> None:
     schedule = Schedule(chunk_tokens=8192, tile_heads=8, tile_tokens=16384)
     predictor = Predictor(LLAMA_3_8B, RTX_4090)
-    tiles, layers, copies = 32 * 64, 32, 32 * 64 * 16
-    start_s = layers * 0.9e-3 + (tiles + layers) * 150e-6 + copies * RTX_4090.copy_start_s
+    tiles, layers, copies = 32 * 64, 32, 32 * 64 * 2
+    start_s = layers * 0.75e-3 + (tiles + layers) * 100e-6 + copies * RTX_4090.copy_start_s
     streamed_s = 128 * 2**30 / 25e9
     assert predictor.decode_s(schedule, 2**20) == pytest.approx(streamed_s + 0.1 * start_s)
     half = replace(schedule, resident_bytes=64 * 2**30)
     tiles, copies = tiles / 2, copies / 2
-    start_s = layers * 0.9e-3 + (tiles + 2 * layers) * 150e-6 + copies * RTX_4090.copy_start_s
+    start_s = layers * 0.75e-3 + (tiles + 2 * layers) * 100e-6 + copies * RTX_4090.copy_start_s
     assert predictor.decode_s(half, 2**20) == pytest.approx(streamed_s / 2 + 0.1 * start_s)
     assert predictor.decode(half, 2**20).limited_by == "the link"
 
@@ -42,7 +42,7 @@ def test_a_streamed_decode_step_takes_the_links_time() -> None:
 def test_a_step_of_many_small_tiles_takes_what_starting_them_does() -> None:
     schedule = Schedule(chunk_tokens=8192, tile_heads=1, tile_tokens=1024)
     tiles = 32 * 8
-    start_s = 32 * 0.9e-3 + (tiles + tiles) * 150e-6 + 2 * tiles * RTX_4090.copy_start_s
+    start_s = 32 * 0.75e-3 + (tiles + tiles) * 100e-6 + 2 * tiles * RTX_4090.copy_start_s
     parts = Predictor(LLAMA_3_8B, RTX_4090).decode(schedule, 1024)
     assert parts.seconds(overlap=True) == pytest.approx(1.1 * start_s)
     assert parts.limited_by == "starting tiles"

@@ -192,6 +192,7 @@ _CPU_ALLOCATOR = re.compile(r"tried to allocate (\d+) bytes")
 def _out_of_memory(error: Exception) -> TrialFailure:
     asked = _CPU_ALLOCATOR.search(str(error))
     what = f"{format_bytes(int(asked[1]))} more could not be had" if asked else _first_line(error)
+    what = what.split(" GPU ")[0]  # what CUDA's allocator holds, and advice for its users
     return TrialFailure(status=Status.CANNOT_RUN, reason=f"out of memory: {what}", grows=True)
 
 

@@ -59,7 +59,8 @@ class Stream(Protocol):
     def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
         """Enqueue a copy between tensors of equal shape and dtype, and return.
 
-        One transfer for each piece that is contiguous on both sides, so a tile is one a head.
+        Of a tile, whose heads lie apart, one transfer for each head, or one for all where the
+        device copies strips.
         """
 
     def run(self, function: Callable[[], None]) -> None:

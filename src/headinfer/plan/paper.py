@@ -193,7 +193,7 @@ def _table_3_of_ours() -> Comparison:
         rows=_context_rows(CARD_BYTES, AccountingKind.OURS),
         notes=(
             "We count 3 MLP widths and 4 hidden sizes a token where the paper counts 2 and 1, one "
-            "layer's copy by torch.cat, and 1 GiB for CUDA itself.",
+            "layer's copy by torch.cat, and 1.25 GiB for CUDA itself.",
             "Head-wise holds three tiles here, not two, and pages in which new tokens go back.",
             "Gemma-2-9b: half of its layers see a window of 4096 tokens, so its KV is half of what "
             "the paper's method keeps.",

@@ -16,17 +16,18 @@ from headinfer.plan.shape import LayerKind, ModelShape
 ANSWER_TOKENS = 256
 """Tokens of the answer by which plans are compared: a prefill and so many decode steps."""
 
-_TILE_START_S = 150e-6
+_TILE_START_S = 100e-6
 """Starting the attention of one tile from Python: beside an H100, with torch 2.11, 512 of them and
-their copies made a step of Llama-3-8B at 1K tokens 70 to 110 ms longer."""
+their copies made a step of Llama-3-8B at 10K tokens 55 ms longer."""
 
-_LAYER_START_S = 0.9e-3
+_LAYER_START_S = 0.75e-3
 """Starting a layer's own kernels from Python: a step of Llama-3-8B with nothing to stream took
-30 ms in the paper, and 28 to 33 beside an H100."""
+30 ms in the paper, and 23 to 26 beside an H100."""
 
 _EXPOSED = 0.1
-"""Share of starting that copies do not hide: beside an H100 a step at 100K tokens took 252 ms with
-256 tiles, 266 with 32 and 265 with 224 in which heads lie apart, where the link alone takes 250."""
+"""Share of starting that copies do not hide: beside an H100 a step at 100K tokens took 254 ms with
+256 tiles, 252 with 32 and 98 with 160 and the rest resident, where the link alone takes 248 and
+93."""
 
 _SAMPLED_CHUNKS = 64
 """Chunks of a prefill that are computed; more are represented by these."""
