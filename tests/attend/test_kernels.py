@@ -272,6 +272,22 @@ def test_the_native_kernels_of_lesser_processors(
     assert prefill_library(dtype, 64) is not None
 
 
+@pytest.mark.parametrize("group", [4, 12, 16])
+@pytest.mark.parametrize("size", [1.0, 6e4, 3e-6])
+def test_float16_is_attended_with_all_its_bits(group: int, size: float) -> None:
+    """Also where the processor multiplies bfloat16 alone; from subnormals to the largest."""
+    query, keys, values = (
+        draw(1, 2, *rest, dtype=torch.float64).clamp(-1, 1)
+        for rest in ((group, 1, 96), (333, 96), (333, 96))
+    )
+    query, keys, values = query / max(size, 2e-5), keys * size, values * size
+    query, keys, values = query.half(), keys.half(), values.half()
+    ours = NativeKernel().attend(query, keys, values, scale=0.3)
+    out, lse = by_definition(query, keys, values, 0.3, None)
+    assert (ours.out.double() - out).abs().max() < 5e-5 * size
+    assert (ours.lse.double() - lse).abs().max() < 1e-5
+
+
 def test_not_a_number_is_not_hidden() -> None:
     for q_len in (1, 70):
         query, keys, values = draw(1, 1, 1, q_len, 32), draw(1, 1, 900, 32), draw(1, 1, 900, 32)

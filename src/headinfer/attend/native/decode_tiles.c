@@ -1,13 +1,17 @@
 /*
- * Attention of a few query rows to many bfloat16 keys on the processor's matrix unit: `decode.c` where
- * there is one. Both products take keys and values as they lie in memory:
+ * Attention of a few query rows to many 16-bit keys on the processor's matrix unit: `decode.c` where
+ * there is one. Both products take bfloat16 keys and values as they lie in memory:
  *
  *   scores [16 tokens][16 rows]: keys [16 tokens][32 dims] x query [32 dims][16 rows], in pairs of dims;
  *   sums of values: a tile of values [16 tokens][32 dims] is read as pairs of dims of one token.
  *   Weights (w, 0) then select the even dims and (0, w) the odd ones, so that each query row takes
  *   two rows of a tile.
  *
- * Compiled for one HEAD_DIM (a multiple of 32) and ROWS (1 to 16) at a time.
+ * A float16 is the sum of two bfloat16, of its upper eight bits and of the other three: a block of
+ * them is split into two planes first, and so are queries and weights. Products of two lower planes
+ * of values and weights are left out: 2^-16 of the result at most, where a float16 weight has 2^-11.
+ *
+ * Compiled for one HEAD_DIM (a multiple of 32), ROWS (1 to 16) and element type at a time.
  */
 #include <math.h>
 
@@ -22,21 +26,66 @@ int prepare(void) { return 0; }
 #define STEP 16  /* tokens of a tile */
 #define STEPS (BLOCK / STEP)
 #define DIMS 32  /* of a tile */
+#define PANEL (2 * DIMS) /* dims that are taken at once */
 #define CHUNKS (HEAD_DIM / DIMS)
 #define PAIRS ((CHUNKS + 1) / 2)
 #define HALVES_OF_ROWS (ROWS > 8 ? 2 : 1) /* eight query rows take the sixteen of a tile */
 #define TILE_BYTES 64                     /* from row to row of a tile that is packed */
+#ifdef ELEMENT_IS_FLOAT16
+#define PLANES 2
+#else
+#define PLANES 1
+#endif
 
 /* What one stretch of keys is attended in. */
 struct state {
-    uint32_t query[CHUNKS][16][16];             /* pairs of dims by rows */
+    uint32_t query[PLANES][CHUNKS][16][16];     /* pairs of dims by rows */
     float scores[BLOCK][16];                    /* by rows */
-    uint32_t weights[HALVES_OF_ROWS][STEPS][16][16]; /* (w, 0) and (0, w), by tokens */
-    float sum[HALVES_OF_ROWS][CHUNKS][16][16];  /* even dims and odd ones, in turn */
+    float more_scores[PLANES - 1][BLOCK][16];   /* to be added: a second sum shortens the chain */
+    uint32_t weights[PLANES][HALVES_OF_ROWS][STEPS][16][16]; /* (w, 0) and (0, w), by tokens */
+    float sum[PLANES][HALVES_OF_ROWS][CHUNKS][16][16]; /* even dims and odd ones, in turn */
     element tail[2][BLOCK][HEAD_DIM];           /* the last keys and values, with zeros behind */
     vector highest;                             /* by rows */
     vector total[ROWS];                         /* by tokens, to be added up at last */
+#if PLANES == 2
+    uint16_t planes[PLANES * BLOCK][PANEL];     /* of the keys or values at hand */
+#endif
 } __attribute__((aligned(64)));
+
+#if PLANES == 2
+#define PITCH PANEL             /* elements from token to token of a panel */
+#define PLANE (BLOCK * PANEL)   /* elements from plane to plane */
+/* Which of DIMS is the even or odd one of a pair: not neighbours, which would take longer to pack. */
+INLINE int dim_of(int pair, int odd) { return pair + odd * LANES; }
+
+/* The upper halves of two vectors: of `one` in even places, of `other` in odd ones. */
+INLINE vector upper_halves(bits32 one, bits32 other) {
+    return (vector)(one >> 16 | (other & 0xffff0000));
+}
+
+/* Split a panel of float16 into planes of bfloat16, see `dim_of`; return the upper one. */
+INLINE const uint16_t *panel_of(struct state *s, const element *from, int tokens, int dims) {
+    for (int token = 0; token < tokens; token++)
+        UNROLL for (int dim = 0; dim < dims; dim += DIMS) {
+            const element *here = from + token * HEAD_DIM + dim;
+            uint16_t *to = s->planes[token] + dim;
+            vector one = load(here), other = load(here + LANES);
+            vector rest = one - (vector)((bits32)one & 0xffff0000);
+            vector other_rest = other - (vector)((bits32)other & 0xffff0000);
+            put(to, upper_halves((bits32)one, (bits32)other));
+            put(to + PLANE, upper_halves((bits32)rest, (bits32)other_rest));
+        }
+    return s->planes[0];
+}
+#else
+#define PITCH HEAD_DIM
+/* Which of DIMS is the even or odd one of a pair. */
+INLINE int dim_of(int pair, int odd) { return pair * 2 + odd; }
+INLINE const uint16_t *panel_of(struct state *s, const element *from, int tokens, int dims) {
+    (void)s, (void)tokens, (void)dims;
+    return from;
+}
+#endif
 
 /*
  * Ask for one of `parts` equal parts of `count` keys or values. A core has few requests to memory in
@@ -53,22 +102,63 @@ INLINE void prefetch(const element *rows, int64_t count, int part, int parts) {
 /* Scores of BLOCK keys, while the values of the block are fetched. */
 static void score_block(struct state *s, const element *keys, const element *values, float scale) {
     for (int first = 0; first < BLOCK; first += 2 * STEP) {
-        const element *here = keys + first * HEAD_DIM, *below = here + STEP * HEAD_DIM;
         _tile_zero(0);
         _tile_zero(1);
-        for (int chunk = 0; chunk < CHUNKS; chunk++) {
-            prefetch(values, BLOCK, first / (2 * STEP) * CHUNKS + chunk, STEPS / 2 * CHUNKS);
-            _tile_loadd(2, s->query[chunk], TILE_BYTES);
-            _tile_loadd(3, here + chunk * DIMS, HEAD_DIM * 2);
-            _tile_dpbf16ps(0, 3, 2);
-            _tile_loadd(3, below + chunk * DIMS, HEAD_DIM * 2);
-            _tile_dpbf16ps(1, 3, 2);
+#if PLANES == 2
+        _tile_zero(6);
+        _tile_zero(7);
+#endif
+        for (int chunk = 0; chunk < CHUNKS; chunk += 2) {
+            int now = chunk + 1 < CHUNKS ? 2 : 1;
+            const uint16_t *panel =
+                panel_of(s, keys + first * HEAD_DIM + chunk * DIMS, 2 * STEP, now * DIMS);
+            for (int c = 0; c < now; c++) {
+                const uint16_t *here = panel + c * DIMS, *below = here + STEP * PITCH;
+                prefetch(values, BLOCK, first / (2 * STEP) * CHUNKS + chunk + c, STEPS / 2 * CHUNKS);
+                _tile_loadd(2, s->query[0][chunk + c], TILE_BYTES);
+                _tile_loadd(3, here, PITCH * 2);
+                _tile_dpbf16ps(0, 3, 2);
+#if PLANES == 2
+                _tile_loadd(4, s->query[1][chunk + c], TILE_BYTES);
+                _tile_loadd(5, here + PLANE, PITCH * 2);
+                _tile_dpbf16ps(6, 3, 4);
+                _tile_dpbf16ps(0, 5, 4);
+                _tile_dpbf16ps(6, 5, 2);
+#endif
+                _tile_loadd(3, below, PITCH * 2);
+                _tile_dpbf16ps(1, 3, 2);
+#if PLANES == 2
+                _tile_loadd(5, below + PLANE, PITCH * 2);
+                _tile_dpbf16ps(7, 3, 4);
+                _tile_dpbf16ps(1, 5, 4);
+                _tile_dpbf16ps(7, 5, 2);
+#endif
+            }
         }
         _tile_stored(0, s->scores[first], TILE_BYTES);
         _tile_stored(1, s->scores[first + STEP], TILE_BYTES);
+#if PLANES == 2
+        _tile_stored(6, s->more_scores[0][first], TILE_BYTES);
+        _tile_stored(7, s->more_scores[0][first + STEP], TILE_BYTES);
+#endif
     }
-    for (int token = 0; token < BLOCK; token++)
-        put(s->scores[token], get(s->scores[token]) * scale);
+    for (int token = 0; token < BLOCK; token++) {
+        vector score = get(s->scores[token]);
+        for (int more = 0; more < PLANES - 1; more++) score += get(s->more_scores[more][token]);
+        put(s->scores[token], score * scale);
+    }
+}
+
+/* The bits of bfloat16 nearest to a vector. */
+INLINE bits32 rounded(vector x) {
+    return (bits32)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)x));
+}
+
+/* Put the weights of a row, as bits of bfloat16, where they select even dims, and odd ones. */
+INLINE void put_weight(uint32_t weights[HALVES_OF_ROWS][STEPS][16][16], int step, int row, bits32 w) {
+    uint32_t(*to)[16] = &weights[row / 8][step][row % 8 * 2];
+    put(to[0], (vector)w);
+    put(to[1], (vector)(w << 16));
 }
 
 /*
@@ -83,11 +173,10 @@ static void weigh_block(struct state *s, const element *next, int64_t ahead) {
         s->highest = high;
         for (int row = 0; row < ROWS; row++) {
             s->total[row] *= shrink[row];
-            for (int chunk = 0; chunk < CHUNKS; chunk++)
-                for (int odd = 0; odd < 2; odd++) {
-                    float *to = s->sum[row / 8][chunk][row % 8 * 2 + odd];
-                    put(to, get(to) * shrink[row]);
-                }
+            for (int i = 0; i < PLANES * CHUNKS * 2; i++) {
+                float *to = s->sum[i / 2 / CHUNKS][row / 8][i / 2 % CHUNKS][row % 8 * 2 + i % 2];
+                put(to, get(to) * shrink[row]);
+            }
         }
     }
     for (int step = 0; step < STEPS; step++) {
@@ -98,36 +187,60 @@ static void weigh_block(struct state *s, const element *next, int64_t ahead) {
         UNROLL for (int row = 0; row < ROWS; row++) {
             vector weight = exp2_of(x[row] - high[row]);
             s->total[row] += weight;
-            __m512i w = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)weight));
-            uint32_t(*to)[16] = &s->weights[row / 8][step][row % 8 * 2];
-            put(to[0], (vector)w);
-            put(to[1], (vector)_mm512_slli_epi32(w, 16));
+#if PLANES == 2
+            vector top = (vector)_mm512_and_si512((__m512i)weight, _mm512_set1_epi32(0xffff0000));
+            put_weight(s->weights[0], step, row, (bits32)top >> 16);
+            put_weight(s->weights[1], step, row, rounded(weight - top));
+#else
+            put_weight(s->weights[0], step, row, rounded(weight));
+#endif
         }
     }
 }
 
 /* Add the weighted values of a block, while the rest of `ahead` keys of the next are fetched. */
 static void add_values(struct state *s, const element *values, const element *next, int64_t ahead) {
-    for (int half = 0; half < HALVES_OF_ROWS; half++)
-        for (int chunk = 0; chunk < CHUNKS; chunk += 2) {
-            int both = chunk + 1 < CHUNKS;
-            _tile_loadd(4, s->sum[half][chunk], TILE_BYTES);
-            if (both) _tile_loadd(5, s->sum[half][chunk + 1], TILE_BYTES);
+    for (int chunk = 0; chunk < CHUNKS; chunk += 2) {
+        int both = chunk + 1 < CHUNKS;
+        const uint16_t *panel = panel_of(s, values + chunk * DIMS, BLOCK, both ? PANEL : DIMS);
+        for (int half = 0; half < HALVES_OF_ROWS; half++) {
+            _tile_loadd(4, s->sum[0][half][chunk], TILE_BYTES);
+            if (both) _tile_loadd(5, s->sum[0][half][chunk + 1], TILE_BYTES);
+#if PLANES == 2
+            _tile_loadd(2, s->sum[1][half][chunk], TILE_BYTES);
+            if (both) _tile_loadd(3, s->sum[1][half][chunk + 1], TILE_BYTES);
+#endif
             for (int step = 0; step < STEPS; step++) {
                 if (half == 0)
                     prefetch(next, ahead, STEPS * (1 + chunk / 2) + step, STEPS * (1 + PAIRS));
-                const element *here = values + step * STEP * HEAD_DIM + chunk * DIMS;
-                _tile_loadd(6, s->weights[half][step], TILE_BYTES);
-                _tile_loadd(7, here, HEAD_DIM * 2);
+                const uint16_t *here = panel + step * STEP * PITCH;
+                _tile_loadd(6, s->weights[0][half][step], TILE_BYTES);
+                _tile_loadd(7, here, PITCH * 2);
                 _tile_dpbf16ps(4, 6, 7);
+#if PLANES == 2
+                _tile_loadd(0, s->weights[1][half][step], TILE_BYTES);
+                _tile_loadd(1, here + PLANE, PITCH * 2);
+                _tile_dpbf16ps(2, 0, 7);
+                _tile_dpbf16ps(2, 6, 1);
+#endif
                 if (both) {
-                    _tile_loadd(7, here + DIMS, HEAD_DIM * 2);
+                    _tile_loadd(7, here + DIMS, PITCH * 2);
                     _tile_dpbf16ps(5, 6, 7);
+#if PLANES == 2
+                    _tile_loadd(1, here + PLANE + DIMS, PITCH * 2);
+                    _tile_dpbf16ps(3, 0, 7);
+                    _tile_dpbf16ps(3, 6, 1);
+#endif
                 }
             }
-            _tile_stored(4, s->sum[half][chunk], TILE_BYTES);
-            if (both) _tile_stored(5, s->sum[half][chunk + 1], TILE_BYTES);
+            _tile_stored(4, s->sum[0][half][chunk], TILE_BYTES);
+            if (both) _tile_stored(5, s->sum[0][half][chunk + 1], TILE_BYTES);
+#if PLANES == 2
+            _tile_stored(2, s->sum[1][half][chunk], TILE_BYTES);
+            if (both) _tile_stored(3, s->sum[1][half][chunk + 1], TILE_BYTES);
+#endif
         }
+    }
 }
 
 /* Attend ROWS queries to `count` keys; out [ROWS][HEAD_DIM], lse [ROWS]. */
@@ -137,10 +250,17 @@ static void attend_part(const float *query, const element *keys, const element *
     memset(&s, 0, sizeof s);
     s.highest = all(NOTHING);
     for (int row = 0; row < ROWS; row++)
-        for (int dim = 0; dim < HEAD_DIM; dim++) { /* it was a bfloat16 before */
-            uint32_t bits;
-            memcpy(&bits, query + row * HEAD_DIM + dim, sizeof bits);
-            s.query[dim / DIMS][dim % DIMS / 2][row] |= bits >> 16 << (dim % 2 * 16);
+        for (int i = 0; i < HEAD_DIM; i++) {
+            float rest = query[row * HEAD_DIM + i / DIMS * DIMS + dim_of(i % DIMS / 2, i % 2)];
+            for (int plane = 0; plane < PLANES; plane++) { /* it was of 16 bits before */
+                uint32_t bits;
+                memcpy(&bits, &rest, sizeof bits);
+                s.query[plane][i / DIMS][i % DIMS / 2][row] |= bits >> 16 << (i % 2 * 16);
+                bits &= 0xffff0000;
+                float top;
+                memcpy(&top, &bits, sizeof top);
+                rest -= top;
+            }
         }
     for (int64_t start = 0; start < count; start += BLOCK) {
         int64_t left = count - start, ahead = left - BLOCK < BLOCK ? left - BLOCK : BLOCK;
@@ -159,9 +279,11 @@ static void attend_part(const float *query, const element *keys, const element *
     for (int row = 0; row < ROWS; row++) {
         float total = _mm512_reduce_add_ps((__m512)s.total[row]);
         lse[row] = (s.highest[row] + log2f(total)) * LN_2;
-        for (int dim = 0; dim < HEAD_DIM; dim++) {
-            float *sum = s.sum[row / 8][dim / DIMS][row % 8 * 2 + dim % 2];
-            out[row * HEAD_DIM + dim] = sum[dim % DIMS / 2] / total;
+        for (int i = 0; i < HEAD_DIM; i++) {
+            float sum = 0;
+            for (int plane = 0; plane < PLANES; plane++)
+                sum += s.sum[plane][row / 8][i / DIMS][row % 8 * 2 + i % 2][i % DIMS / 2];
+            out[row * HEAD_DIM + i / DIMS * DIMS + dim_of(i % DIMS / 2, i % 2)] = sum / total;
         }
     }
 }

@@ -1,7 +1,7 @@
 """Partial attention on the CPU by the compiled kernels, and by torch's where they do not serve.
 
-`decode.c` takes few query rows and reads at the speed of memory, and `decode_tiles.c` does so in
-bfloat16 where the processor has a matrix unit; `prefill.c` takes many rows and multiplies matrices.
+`decode.c` takes few query rows and reads at the speed of memory, and `decode_tiles.c` does so in 16
+bits where the processor has a matrix unit; `prefill.c` takes many rows and multiplies matrices.
 None knows masks: the causal square of a chunk's own tokens goes to torch, and padding is left out
 by looking at the tokens behind it alone.
 """
@@ -45,7 +45,9 @@ def decode_library(dtype: torch.dtype, head_dim: int, rows: int) -> ctypes.CDLL 
     if dtype not in ELEMENTS or head_dim % _DECODE_DIM_MULTIPLE or rows > MAX_DECODE_ROWS:
         return None
     library = None
-    if dtype is torch.bfloat16 and head_dim % _PREFILL_DIM_MULTIPLE == 0:
+    # The unit knows bfloat16: float16 is taken apart for it, which fewer rows do not repay.
+    on_tiles = dtype is torch.bfloat16 or (dtype is torch.float16 and rows > _MAX_ROWS_AT_ONCE)
+    if on_tiles and head_dim % _PREFILL_DIM_MULTIPLE == 0:
         library = compile_kernel("decode_tiles.c", dtype, HEAD_DIM=head_dim, ROWS=rows)
         if library is not None and not library.prepare():
             library = None
