@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import logging
 import weakref
 from collections.abc import Callable
 from types import TracebackType
@@ -33,6 +34,8 @@ from headinfer.plan.options import Options
 from headinfer.plan.plan import Plan, resolve
 from headinfer.store.host_memory import available_host_bytes
 from headinfer.units import format_bytes, parse_bytes, parse_tokens
+
+_logger = logging.getLogger(__name__)
 
 _USED_SHARE = 0.9
 """Of the free device memory: the rest is for fragments and what the estimate leaves out."""
@@ -285,13 +288,28 @@ def attach(
     check_supported(model)
     if is_attached(model):
         raise UnsupportedModelError("this model is attached already; detach it first")
+    where = _make_device(options.device, model.device, simulated_device)
+    if where.tiles_are_views:
+        _warn_of_options_for_a_device(options)
     return Offload(
         model,
-        _make_device(options.device, model.device, simulated_device),
+        where,
         options,
         host_memory_bytes=host_memory_bytes,
         progress=progress,
     )
+
+
+def _warn_of_options_for_a_device(options: Options) -> None:
+    """Say which options do nothing where the CPU attends all of the cache where it lies."""
+    for name in ("resident_tokens", "host_attention"):
+        value = getattr(options, name)
+        if value not in ("auto", 0):
+            _logger.warning(
+                "%s=%s has no effect on the CPU, which attends all of the KV cache where it lies",
+                name,
+                value,
+            )
 
 
 def _measured_hardware(device: Device) -> Hardware | None:

@@ -153,6 +153,19 @@ def test_options_are_checked(options: dict[str, object], reason: str) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_options_that_do_nothing_on_the_cpu_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    model = shared_model("llama3")
+    with headinfer.attach(model, device="cpu", resident_tokens="4K", host_attention=0.5):
+        pass
+    named = [record.getMessage().split("=")[0] for record in caplog.records]
+    assert named == ["resident_tokens", "host_attention"]
+    caplog.clear()
+    for device, resident in (("simulated", "4K"), ("cpu", 0), ("cpu", "auto")):
+        with headinfer.attach(model, device=device, resident_tokens=resident, host_attention="off"):
+            pass
+    assert not caplog.records
+
+
 def test_cuda_without_a_gpu_is_refused() -> None:
     with pytest.raises(OptionError, match="CUDA is not available"):
         headinfer.attach(shared_model("llama3"), device="cuda")
