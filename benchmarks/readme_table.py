@@ -69,8 +69,8 @@ def gpu_table(documents: list[dict[str, Any]]) -> str:
         f"{header['settings']['device_memory']}, link {rates['link_bytes_per_s'] / 1e9:.0f} GB/s, "
         f"{hardware['cpu_threads']} CPU threads; torch {versions['torch']}, transformers "
         f"{versions['transformers']}. Milliseconds a token, behind a cache filled at random; "
-        "`make bench-gpu` repeats it. What takes standard so long there is told under "
-        "[how it is measured](benchmarks/README.md).",
+        "`make bench-gpu` repeats it; [benchmarks/](benchmarks/README.md) says why standard takes "
+        "so long, and what these results lack.",
         "",
         f"| context | KV | {' | '.join(GPU_METHODS.values())} | of its bound, head=1 |",
         "|---" * (len(GPU_METHODS) + 3) + "|",

@@ -374,8 +374,9 @@ def test_each_tile_goes_to_the_operator_it_is_worth(monkeypatch: pytest.MonkeyPa
     assert asked == ["large"]
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("fault", ["attend", "decode", "place"])
-def test_a_kernel_that_errs_in_one_kind_of_call_is_not_chosen(fault, monkeypatch):
+def test_a_kernel_that_errs_in_one_kind_of_call_is_not_chosen(fault, dtype, monkeypatch):
     class Faulty(ReferenceKernel):
         """Right but for one kind of call."""
 
@@ -394,8 +395,8 @@ def test_a_kernel_that_errs_in_one_kind_of_call_is_not_chosen(fault, monkeypatch
 
     monkeypatch.setattr(select, "CpuKernel", Faulty)
     monkeypatch.setattr(select, "decode_library", lambda *_kind: None)
-    kernel = select_kernel.__wrapped__(torch.device("cpu"), torch.float32, 16, 16)
+    kernel = select_kernel.__wrapped__(torch.device("cpu"), dtype, 16, 16)
     assert not isinstance(kernel, Faulty)
     fault = ""
-    kernel = select_kernel.__wrapped__(torch.device("cpu"), torch.float32, 16, 16)
+    kernel = select_kernel.__wrapped__(torch.device("cpu"), dtype, 16, 16)
     assert isinstance(kernel, Faulty)

@@ -305,3 +305,51 @@ def test_a_plan_whose_memory_cannot_be_had_closes_the_cache(
     with pytest.raises(CacheStateError, match="closed"):
         engine.attend(0, new.unsqueeze(2), new, new, kernel=kernel, scale=1.0)
     engine.close()
+
+
+class Failing(ReferenceKernel):
+    """Fails on demand."""
+
+    left = -1  # calls until it does; never while negative
+
+    def attend(self, *args, **options):
+        self.left -= 1
+        if self.left == 0:
+            raise MemoryError("no more")
+        return super().attend(*args, **options)
+
+
+@pytest.mark.parametrize("resident_tokens", [0, 10, 90])
+def test_failures_that_the_caller_keeps_take_nothing_from_the_cache(resident_tokens: int) -> None:
+    """A kept exception keeps the frames it came through, and so the tile that was attended then."""
+    shape = model_shape(layers=2, kv_heads=2, group=3, key_dim=16, value_dim=16, itemsize=8)
+    options = Options.parse(tile_heads=1, tile_tokens=16, chunk_tokens=16)
+    plan = dataclasses.replace(
+        resolve(shape, options, device="simulated"),
+        resident_tokens=resident_tokens,
+        resident_bytes=resident_bytes(shape, resident_tokens=resident_tokens, batch=1),
+    )
+    engine = Engine(SimulatedDevice(), plan, torch.float64, Stats())
+    keys, values = (torch.randn(1, 2, 60, 16, dtype=torch.float64) for _ in range(2))
+    query = torch.randn(1, 2, 3, 60, 16, dtype=torch.float64)
+    kept, kernel = [], Failing()
+
+    def attend(layer_idx: int, part: slice) -> torch.Tensor:
+        new = query[:, :, :, part], keys[:, :, part], values[:, :, part]
+        return engine.attend(layer_idx, *new, kernel=kernel, scale=0.3)
+
+    for _ in range(5):
+        engine.clear()
+        for layer_idx in range(2):
+            attend(layer_idx, slice(0, 50))
+        kernel.left = 1 if resident_tokens == 90 else 3
+        with pytest.raises(MemoryError) as failure:
+            attend(0, slice(50, 51))
+        kept.append(failure.value)
+        assert resident_tokens < 90 or engine.tokens(0) == 50
+    engine.clear()
+    for layer_idx in range(2):
+        attend(layer_idx, slice(0, 59))
+        ours = attend(layer_idx, slice(59, 60))
+        wanted = ReferenceKernel().attend(query[:, :, :, 59:], keys, values, scale=0.3)
+        torch.testing.assert_close(ours, wanted.out.permute(0, 3, 1, 2, 4))

@@ -152,7 +152,6 @@ def test_options_are_checked(options: dict[str, object], reason: str) -> None:
         headinfer.attach(shared_model("llama3"), **options)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_options_that_do_nothing_on_the_cpu_are_named(caplog: pytest.LogCaptureFixture) -> None:
     model = shared_model("llama3")
     with headinfer.attach(model, device="cpu", resident_tokens="4K", host_attention=0.5):
@@ -166,6 +165,7 @@ def test_options_that_do_nothing_on_the_cpu_are_named(caplog: pytest.LogCaptureF
     assert not caplog.records
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_cuda_without_a_gpu_is_refused() -> None:
     with pytest.raises(OptionError, match="CUDA is not available"):
         headinfer.attach(shared_model("llama3"), device="cuda")

@@ -85,6 +85,9 @@ def _agrees(
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator).to(torch_device, dtype)
 
+    def copied(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(torch.float64, copy=True)  # also where it is float64 already
+
     def attended(q_len: int, kv_len: int, causal: bool) -> Iterator[tuple[torch.Tensor, ...]]:
         query = draw(1, 2, 3, q_len, head_dim)
         keys, values = draw(1, 2, kv_len, head_dim), draw(1, 2, kv_len, head_dim)
@@ -98,9 +101,9 @@ def _agrees(
     def decoded(kv_len: int) -> Iterator[tuple[torch.Tensor, ...]]:
         query = draw(1, 2, 3, 1, head_dim)
         new, past = ((draw(1, 2, n, head_dim), draw(1, 2, n, head_dim)) for n in (1, kv_len))
-        doubled_past = past[0].double(), past[1].double()
+        doubled_past = copied(past[0]), copied(past[1])
         out = query.new_empty(1, 1, 2, 3, head_dim)
-        wanted = out.double()
+        wanted = copied(out)
         checked.decode(query, new, past, out, scale=scale)
         doubled_new = new[0].double(), new[1].double()
         reference.decode(query.double(), doubled_new, doubled_past, wanted, scale=scale)

@@ -73,7 +73,8 @@ class CudaStream:
 
         Waits while too many others are pending, unless it is a `NativeFunction`.
         """
-        enqueue_call(self._current(), function)
+        with torch.cuda.device(self._device_index):
+            enqueue_call(self._current(), function)
 
     def record(self, *, timed: bool = False) -> Event:
         """Return an event after all work enqueued so far."""

@@ -12,7 +12,8 @@ import torch
 
 from headinfer.device.strips import Strip, strips
 
-_SUCCESS, _INVALID_CONTEXT = 0, 201
+_SUCCESS = 0
+_WRONG_CONTEXT = 201, 400  # there is none, or the stream is of another
 _UNIFIED = 4  # CU_MEMORYTYPE_UNIFIED: the address tells on which side it is
 
 _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_size_t
@@ -74,7 +75,7 @@ def copy(stream: torch.cuda.Stream, destination: torch.Tensor, source: torch.Ten
     """Enqueue a copy between tensors of equal shape and dtype.
 
     The host's must be page-locked, or the caller waits. torch's allocator learns nothing of the
-    stream.
+    stream, which must not be the default one: that is of whichever device is current.
 
     Raises:
         RuntimeError: the driver refuses.
@@ -105,7 +106,7 @@ def _checked(name: str, stream: torch.cuda.Stream, *arguments: object) -> None:
     """Call a function of the driver, with the stream's device made this thread's if need be."""
     function = getattr(driver(), name)
     status = function(*arguments)
-    if status == _INVALID_CONTEXT:  # of a thread that did nothing on the device yet, or on another
+    if status in _WRONG_CONTEXT:  # of a thread that did nothing on the device yet, or on another
         with torch.cuda.device(stream.device):
             torch.cuda.current_stream().query()
             status = function(*arguments)

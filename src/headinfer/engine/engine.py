@@ -136,9 +136,13 @@ class Engine:
         if q_len == 1 and padding is None and sinks is None:
             past = self._writer.extend(layer_idx)
             if past is not None:
-                with attention_mark():
-                    new, old = (keys, values), (past.keys, past.values)
-                    kernel.decode(query, new, old, out, scale=scale)
+                try:
+                    with attention_mark():
+                        new, old = (keys, values), (past.keys, past.values)
+                        kernel.decode(query, new, old, out, scale=scale)
+                except BaseException:
+                    self._writer.crop(layer_idx, 1)  # its place may never have been written
+                    raise
                 self._writer.commit(layer_idx, keys, values)
                 self._source.skip(layer_idx)
                 return out

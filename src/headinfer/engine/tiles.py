@@ -243,12 +243,15 @@ class PrefetchedTiles:
         self._tile_heads = tile_heads
         self._tile_tokens = tile_tokens
         self._stats = stats
+        self._fetched: collections.deque[_Fetched] = collections.deque()
+        self._in_hand: _Fetched | None = None  # what the caller attends now
         self._restart(0)
 
     def _restart(self, layer_idx: int) -> None:
         """Begin a new order at `layer_idx`; fills in flight stay in copy-in's order."""
-        self._free.extend(fetched.buffer for fetched in getattr(self, "_fetched", ()))
-        self._fetched: collections.deque[_Fetched] = collections.deque()
+        self._take_back()
+        self._free.extend(fetched.buffer for fetched in self._fetched)
+        self._fetched.clear()
         self._first_layer = layer_idx
         self._begun = False  # whether the turn began and did not end: it failed
         self._turn = 0  # the turn being attended, or next to be
@@ -293,16 +296,24 @@ class PrefetchedTiles:
 
     def tiles(self, heads: slice) -> Iterator[Span]:
         """Yield tiles as they arrive on the device, while the next ones are on their way."""
+        tokens = 0
         # With no tile in the caller's hands, what is not fetched by now does not exist.
         while self._is_next(heads):
-            fetched = self._fetched.popleft()
+            fetched = self._in_hand = self._fetched.popleft()
             fetched.buffer.hand_over(self._device, fetched.filled)
-            try:
-                yield fetched.tile
-            finally:  # also when the attention failed and the rest is never asked for
-                fetched.buffer.release(self._device)
-                self._free.append(fetched.buffer)
+            tokens += fetched.tile.tokens
+            yield fetched.tile
+            self._take_back()
             self._fetch_ahead()
+        first, end = self._layer_of(self._turn).streamed
+        assert tokens == end - first, f"{tokens} tokens were fetched of those from {first} to {end}"
+
+    def _take_back(self) -> None:
+        """Free the buffer in the caller's hands; also where its attention failed."""
+        if self._in_hand is not None:
+            self._in_hand.buffer.release(self._device)
+            self._free.append(self._in_hand.buffer)
+            self._in_hand = None
 
     def _is_next(self, heads: slice) -> bool:
         """Whether the next tile is of this turn and of some heads."""

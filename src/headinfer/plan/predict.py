@@ -229,8 +229,8 @@ class Predictor:
         groups = math.ceil(self._kv_heads / schedule.tile_heads) * self._full_layers
         tokens = streamed / (batch * self._kv_token_bytes)
         tiles = groups * math.ceil(tokens / schedule.tile_tokens)
-        # Keys and values; rows are apart where a tile has some of the heads.
-        copies = 2 * tiles * (batch if schedule.tile_heads < self._kv_heads else 1)
+        # Keys and values; rows are apart where a tile has some, but not all, of the heads.
+        copies = 2 * tiles * (batch if 1 < schedule.tile_heads < self._kv_heads else 1)
         # Each group also attends the newest tokens, and what is resident.
         attended = tiles + groups * (2 if schedule.resident_bytes else 1)
         return Parts(

@@ -1,7 +1,7 @@
 """One layer's KV cache in host memory (the paper's section 3.2, "CPU memory holds all heads").
 
-Keys of one head are contiguous over the tokens of a segment, so a tile is one contiguous piece a
-head. Segments are reserved for the expected length; when a cache outgrows it, another segment
+Keys of one head are contiguous over the tokens of a segment, so a tile is a contiguous piece of
+each head. Segments are reserved for the expected length; when a cache outgrows it, another segment
 follows and no old token is copied.
 """
 

@@ -37,6 +37,9 @@ int prepare(void) { return 0; }
 #define PLANES 1
 #endif
 
+/* GCC does not know that tiles are loaded from memory: without this it may leave out what was stored. */
+#define STORED() __asm__ volatile("" ::: "memory")
+
 /* What one stretch of keys is attended in. */
 struct state {
     uint32_t query[PLANES][CHUNKS][16][16];     /* pairs of dims by rows */
@@ -75,6 +78,7 @@ INLINE const uint16_t *panel_of(struct state *s, const element *from, int tokens
             put(to, upper_halves((bits32)one, (bits32)other));
             put(to + PLANE, upper_halves((bits32)rest, (bits32)other_rest));
         }
+    STORED();
     return s->planes[0];
 }
 #else
@@ -196,6 +200,7 @@ static void weigh_block(struct state *s, const element *next, int64_t ahead) {
 #endif
         }
     }
+    STORED();
 }
 
 /* Add the weighted values of a block, while the rest of `ahead` keys of the next are fetched. */
@@ -262,6 +267,7 @@ static void attend_part(const float *query, const element *keys, const element *
                 rest -= top;
             }
         }
+    STORED();
     for (int64_t start = 0; start < count; start += BLOCK) {
         int64_t left = count - start, ahead = left - BLOCK < BLOCK ? left - BLOCK : BLOCK;
         if (ahead < 0) ahead = 0;
@@ -270,6 +276,7 @@ static void attend_part(const float *query, const element *keys, const element *
             memcpy(s.tail[0], k, left * HEAD_DIM * sizeof *k);
             memcpy(s.tail[1], v, left * HEAD_DIM * sizeof *v);
             k = s.tail[0][0], v = s.tail[1][0];
+            STORED();
         }
         score_block(&s, k, v, scale * LOG2_E);
         for (int64_t token = left; token < BLOCK; token++) put(s.scores[token], all(NOTHING));
