@@ -81,7 +81,12 @@ def test_tiles_partials_and_sinks_merge_like_the_reference(dtype, shape, tile_to
 
 @pytest.mark.parametrize(
     ("shape", "tokens"),
-    [((1, 2, 4, 32), [1, 2, 63, 64, 65]), ((3, 2, 3, 80), [700]), ((1, 1, 64, 16), [1500])],
+    [
+        ((1, 2, 4, 32), [1, 2, 63, 64, 65]),
+        ((3, 2, 3, 80), [700]),
+        ((1, 1, 16, 16), [1500]),
+        ((1, 1, 17, 16), [90]),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -19,6 +19,10 @@ MAX_ROWS = 64
 _SLOTS_BYTES = 8 * 2**20
 """Of partials kept until they are merged, where one tile's take no more: 500 for Llama-3-8B."""
 
+_LEAST_BLOCK_ROWS = 16
+"""Rows of a matrix product at least; more take more of a multiprocessor's memory than cards of
+consumers have, in float32 and the largest head_dim, and `decode_token` serves no more."""
+
 _MIN_SPLIT_TOKENS = 256
 _PROGRAMS_PER_MULTIPROCESSOR = 2
 _BLOCK_SLOTS = 32
@@ -117,7 +121,7 @@ class FusedDecodeKernel(Kernel):
         keys, values = past
         batch, kv_heads, group, _, dim = query.shape
         alike = keys.stride() == values.stride() and keys.stride(3) == 1
-        if group > MAX_ROWS or not alike or not out.is_contiguous():
+        if group > _LEAST_BLOCK_ROWS or not alike or not out.is_contiguous():
             super().decode(query, new, past, out, scale=scale)
             return
         query, (new_keys, new_values) = query.contiguous(), _alike(*new)
@@ -129,7 +133,7 @@ class FusedDecodeKernel(Kernel):
             (query, new_keys, new_values, keys, values, parts, arrived, out),
             (float(scale), kv_len, split_tokens, kv_heads, group),
             (*new_keys.stride()[:2], *keys.stride()[:3]),
-            (dim, max(_power_of_2(group), 16), _power_of_2(dim), block_tokens, _BLOCK_SLOTS),
+            (dim, _LEAST_BLOCK_ROWS, _power_of_2(dim), block_tokens, _BLOCK_SLOTS),
         )
 
     def _scratch_of(
@@ -204,7 +208,7 @@ class FusedTiles:
             (
                 query.shape[4],
                 mask is not None,
-                max(_power_of_2(rows), 16),
+                max(_power_of_2(rows), _LEAST_BLOCK_ROWS),
                 self._block_dim,
                 block_tokens,
             ),
