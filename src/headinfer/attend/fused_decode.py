@@ -55,11 +55,14 @@ def _split(kv_len: int, block_tokens: int, most_splits: int) -> tuple[int, int]:
     return -(-kv_len // split_tokens), split_tokens
 
 
+def _are_alike(keys: torch.Tensor, values: torch.Tensor) -> bool:
+    """Whether keys and values have equal strides, the last of them 1."""
+    return keys.stride() == values.stride() and keys.stride(3) == 1
+
+
 def _alike(keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return keys and values of equal strides, the last of them 1."""
-    if keys.stride() != values.stride() or keys.stride(3) != 1:
-        return keys.contiguous(), values.contiguous()
-    return keys, values
+    """Return keys and values that are alike, copied where they are not."""
+    return (keys, values) if _are_alike(keys, values) else (keys.contiguous(), values.contiguous())
 
 
 class FusedDecodeKernel(Kernel):
@@ -120,8 +123,8 @@ class FusedDecodeKernel(Kernel):
         """Attend and keep one new token in one launch; see `Kernel.decode`."""
         keys, values = past
         batch, kv_heads, group, _, dim = query.shape
-        alike = keys.stride() == values.stride() and keys.stride(3) == 1
-        if group > _LEAST_BLOCK_ROWS or not alike or not out.is_contiguous():
+        readable = _are_alike(keys, values) and out.is_contiguous()
+        if group > _LEAST_BLOCK_ROWS or not readable:
             super().decode(query, new, past, out, scale=scale)
             return
         query, (new_keys, new_values) = query.contiguous(), _alike(*new)

@@ -133,19 +133,6 @@ class Engine:
         batch, kv_heads, group, q_len, _ = query.shape
         out = query.new_empty(batch, q_len, kv_heads, group, geometry.value_dim)
         self._layers[layer_idx].store.reserve(self._expected_tokens)
-        if q_len == 1 and padding is None and sinks is None:
-            past = self._writer.extend(layer_idx)
-            if past is not None:
-                try:
-                    with attention_mark():
-                        new, old = (keys, values), (past.keys, past.values)
-                        kernel.decode(query, new, old, out, scale=scale)
-                except BaseException:
-                    self._writer.crop(layer_idx, 1)  # its place may never have been written
-                    raise
-                self._writer.commit(layer_idx, keys, values)
-                self._source.skip(layer_idx)
-                return out
         if q_len > MAX_QUERY_TOKENS or padding is not None:
             host_kernel = None
         call = Chunk(
@@ -158,12 +145,34 @@ class Engine:
             padding=padding,
             sinks=sinks,
         )
+        if q_len == 1 and padding is None and sinks is None and self._decode(layer_idx, call):
+            return out
         for first in range(0, q_len, self.plan.chunk_tokens):
             part = slice(first, first + self.plan.chunk_tokens)
             chunk = call if q_len <= self.plan.chunk_tokens else call.part(part)
             self._attend_chunk(layer_idx, chunk, host_kernel)
         self._host.check()
         return out
+
+    def _decode(self, layer_idx: int, token: Chunk) -> bool:
+        """Attend and keep a single token in one call of the kernel, where all others are resident.
+
+        Returns:
+            Whether they are; nothing was done if not.
+        """
+        past = self._writer.extend(layer_idx)
+        if past is None:
+            return False
+        new, old = (token.keys, token.values), (past.keys, past.values)
+        try:
+            with attention_mark():
+                token.kernel.decode(token.query, new, old, token.out, scale=token.scale)
+        except BaseException:
+            self._writer.crop(layer_idx, 1)  # its place may never have been written
+            raise
+        self._writer.commit(layer_idx, token.keys, token.values)
+        self._source.skip(layer_idx)
+        return True
 
     def append(self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Keep tokens that were computed elsewhere, without attending to anything.

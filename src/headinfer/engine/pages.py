@@ -15,7 +15,7 @@ import torch
 from headinfer.device.base import Device, Edge, Event
 from headinfer.engine.stats import Stats
 from headinfer.engine.tiles import StoredLayer
-from headinfer.store.layer import KVGeometry, Span
+from headinfer.store.layer import KVGeometry, Span, carver
 
 
 class Writer(Protocol):
@@ -114,16 +114,8 @@ class Page:
     def __init__(self, memory: torch.Tensor) -> None:
         self._memory = memory
         self._emptied: Event | None = None
-        self._carved: tuple[KVGeometry, int] | None = None
-        self._views = memory, memory
+        self._carve = carver(memory)
         self.tokens = 0
-
-    def _carve(self, geometry: KVGeometry, capacity: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return views as of `KVGeometry.carve`, made once for a layer's own pages."""
-        if self._carved != (geometry, capacity):
-            self._carved = geometry, capacity
-            self._views = geometry.carve(self._memory, capacity)
-        return self._views
 
     def append(
         self,
@@ -139,14 +131,14 @@ class Page:
             self._emptied = None
         device.compute.writes(self._memory, "new tokens into a page")
         part = slice(self.tokens, self.tokens + keys.shape[2])
-        for page, new in zip(self._carve(geometry, capacity), (keys, values), strict=True):
+        for page, new in zip(self._carve(geometry, capacity, None), (keys, values), strict=True):
             page[:, :, part].copy_(new)
         self.tokens = part.stop
 
     def contents(self, device: Device, geometry: KVGeometry, capacity: int, start: int) -> Span:
         """Return the tokens here, the first of which is token `start`, for compute to read."""
         device.compute.reads(self._memory, "attention to the decode tail")
-        keys, values = self._carve(geometry, capacity)
+        keys, values = self._carve(geometry, capacity, None)
         return Span(start, keys[:, :, : self.tokens], values[:, :, : self.tokens])
 
     def select(
@@ -154,13 +146,13 @@ class Page:
     ) -> None:
         """Rearrange the rows, on compute."""
         device.compute.writes(self._memory, "row selection in a page")
-        for page in self._carve(geometry, capacity):
+        for page in self._carve(geometry, capacity, None):
             used = page[:, :, : self.tokens]
             used.copy_(used[list(rows)])
 
     def write_back(self, device: Device, layer: StoredLayer, capacity: int, stats: Stats) -> None:
         """Send the tokens to the end of the store on copy-out; the page is then empty."""
-        start, pages = layer.store.tokens, self._carve(layer.store.geometry, capacity)
+        start, pages = layer.store.tokens, self._carve(layer.store.geometry, capacity, None)
         keys, values = (page[:, :, : self.tokens] for page in pages)
         self._emptied = _send_home(device, layer, keys, values, stats)
         if layer.resident is not None:

@@ -7,7 +7,6 @@ asynchronous transfer).
 """
 
 import collections
-import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,10 +16,7 @@ import torch
 from headinfer.device.base import Device, Edge, Event
 from headinfer.engine.resident import Resident
 from headinfer.engine.stats import Stats
-from headinfer.store.layer import KVGeometry, LayerStore, Span
-
-_CARVED_SIZES = 8
-"""Sizes of tiles whose views are kept: whole ones and a layer's last, which grows page by page."""
+from headinfer.store.layer import LayerStore, Span, carver
 
 
 @dataclass(slots=True)
@@ -118,14 +114,7 @@ class Buffer:
     def __init__(self, memory: torch.Tensor) -> None:
         self._memory = memory
         self._read: Event | None = None
-
-        @functools.lru_cache(_CARVED_SIZES)
-        def carve(
-            geometry: KVGeometry, tokens: int, heads: int
-        ) -> tuple[torch.Tensor, torch.Tensor]:
-            return geometry.carve(memory, tokens, heads=heads)
-
-        self._carve = carve  # which does not refer to this object: that would keep the memory
+        self._carve = carver(memory)
 
     def fill(
         self, device: Device, layer: StoredLayer, span: Span, stats: Stats

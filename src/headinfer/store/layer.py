@@ -5,7 +5,8 @@ each head. Segments are reserved for the expected length; when a cache outgrows 
 follows and no old token is copied.
 """
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -71,6 +72,27 @@ class KVGeometry:
         # A view that changes the dtype in inference mode could not be written to outside it.
         with torch.inference_mode(False):
             return views()
+
+
+Carve = Callable[[KVGeometry, int, int | None], tuple[torch.Tensor, torch.Tensor]]
+
+_CARVED_SIZES = 8
+"""Views that are kept: of whole tiles or pages, and of a layer's last tile, which grows."""
+
+
+def carver(buffer: torch.Tensor) -> Carve:
+    """Return `KVGeometry.carve` of one buffer, which remembers the views it made last.
+
+    Making them takes longer than all else that a small tile or a new token needs.
+    """
+
+    @functools.lru_cache(_CARVED_SIZES)
+    def carve(
+        geometry: KVGeometry, tokens: int, heads: int | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return geometry.carve(buffer, tokens, heads=heads)
+
+    return carve
 
 
 @dataclass(slots=True)
