@@ -10,7 +10,7 @@ from types import TracebackType
 import torch
 from transformers import PreTrainedModel
 
-from headinfer.device.base import Device
+from headinfer.device.base import Device, Mark
 from headinfer.device.cpu import CpuDevice
 from headinfer.device.cuda import CudaDevice
 from headinfer.device.identity import identity
@@ -203,6 +203,10 @@ class Offload:
     def chunk_tokens(self, cache: OffloadedCache) -> int:
         """Return the tokens of a chunk under a cache's plan."""
         return cache.state.chunk_tokens or self.plan.chunk_tokens
+
+    def mark_compute(self) -> Mark:
+        """Return a mark behind the model's work so far."""
+        return self._device.mark_compute()
 
     def finish_compute(self) -> None:
         """Block until the model's work on the device is done, and raise what failed in it."""

@@ -14,7 +14,7 @@ from headinfer.attend.cpu import CpuKernel
 from headinfer.attend.cuda import CudaKernel, candidates
 from headinfer.attend.masks import attend_band
 from headinfer.attend.native.kernel import NativeKernel, decode_library, prefill_library
-from headinfer.attend.partial import Accumulator, Kernel, Partial, empty_partial
+from headinfer.attend.partial import Accumulator, Kernel, Partial, SeparateTiles, empty_partial
 from headinfer.attend.reference import ReferenceKernel
 from headinfer.attend.select import select_kernel
 from headinfer.attend.split import FusedCall
@@ -375,8 +375,15 @@ def test_each_tile_goes_to_the_operator_it_is_worth(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("fault", ["attend", "decode", "place"])
+@pytest.mark.parametrize("fault", ["attend", "merge", "decode", "place"])
 def test_a_kernel_that_errs_in_one_kind_of_call_is_not_chosen(fault, dtype, monkeypatch):
+    class FaultyTiles(SeparateTiles):
+        """Wrong in the end."""
+
+        def write(self, out):
+            super().write(out)
+            out += 1
+
     class Faulty(ReferenceKernel):
         """Right but for one kind of call."""
 
@@ -385,6 +392,10 @@ def test_a_kernel_that_errs_in_one_kind_of_call_is_not_chosen(fault, dtype, monk
         def attend(self, *args, **options):
             partial = super().attend(*args, **options)
             return Partial(partial.out, partial.lse + 1) if fault == "attend" else partial
+
+        def begin(self, query, *, scale):
+            faulty = fault == "merge" and query.shape[3] > 1
+            return (FaultyTiles if faulty else SeparateTiles)(self, query, scale)
 
         def decode(self, query, new, past, out, *, scale):
             super().decode(query, new, past, out, scale=scale)

@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, StoppingCriteria, TextStreamer
 
 import headinfer
+from headinfer.device.simulated import SimulatedDevice
 from tiny_models import random_tokens, shared_model, tiny_model
 
 DEVICES = ["cpu", "simulated"]
@@ -147,6 +148,38 @@ def test_long_prompts_are_chunked_and_only_the_last_logits_computed() -> None:
         handle.remove()
     assert lengths == [(1, 1)] * 5  # four chunks and one decode step
     assert done == [(16, 50), (32, 50), (48, 50), (50, 50)]
+
+
+def test_a_chunk_is_begun_before_the_one_before_it_is_done() -> None:
+    class Late:
+        """A mark that nothing reaches but waiting."""
+
+        reached = False
+
+        def wait(self) -> None:
+            seen.append("waited")
+
+    class LateDevice(SimulatedDevice):
+        def mark_compute(self) -> Late:
+            return Late()
+
+    model, seen = shared_model("llama3"), []
+    handle = model.model.embed_tokens.register_forward_pre_hook(lambda *_: seen.append("chunk"))
+    try:
+        with headinfer.attach(
+            model,
+            chunk_tokens=16,
+            device="simulated",
+            simulated_device=LateDevice(),
+            progress=lambda *tokens: seen.append(tokens),
+        ) as offload:
+            model(random_tokens(1, 40), past_key_values=offload.new_cache())
+    finally:
+        handle.remove()
+    assert seen == [
+        *("chunk", "chunk", "waited", (16, 40)),
+        *("chunk", "waited", (32, 40), (40, 40)),
+    ]
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -9,7 +9,8 @@ import copy
 
 import torch
 
-from headinfer.attend.partial import Kernel, Partial, SeparateTiles, TileAttention
+from headinfer.attend.fused_merge import MergedTiles
+from headinfer.attend.partial import Kernel, Partial, TileAttention
 from headinfer.attend.triton_kernels import attend_tile, decode_token, merge_slots
 from headinfer.attend.triton_launch import Program
 
@@ -90,7 +91,7 @@ class FusedDecodeKernel(Kernel):
         """Return the attention of some queries to a set of tiles; see `Kernel.begin`."""
         if 0 < query.shape[2] * query.shape[3] <= MAX_ROWS:
             return FusedTiles(query, scale, self._programs)
-        return SeparateTiles(self._other, query, scale)
+        return MergedTiles(self._other, query, scale)
 
     def attend(
         self,

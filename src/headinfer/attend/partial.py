@@ -187,20 +187,46 @@ class Accumulator:
         assert self._merged is not None, "nothing was merged yet"
         return self._merged
 
+    def write(self, out: torch.Tensor) -> None:
+        """Write the result to `out[batch, q_len, kv_heads, group, value_dim]`, in its dtype."""
+        out.copy_(self.result().out.permute(0, 3, 1, 2, 4))
+
 
 def _weight(lse: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
     """Return exp(lse - total), 0 where no key is visible at all; one axis more for the dim."""
     return torch.where(lse == -torch.inf, 0.0, torch.exp(lse - total)).unsqueeze(-1)
 
 
-class SeparateTiles:
-    """Attends tile by tile with any kernel, and merges each partial as it comes."""
+class Total(Protocol):
+    """Merges partials of the same queries; see `Accumulator`."""
 
-    def __init__(self, kernel: Kernel, query: torch.Tensor, scale: float) -> None:
+    def add(self, partial: Partial) -> None:
+        """Merge a partial, which must stay as it is until the end."""
+
+    def add_sinks(self, sinks: torch.Tensor) -> None:
+        """Merge attention sinks, once all partials are."""
+
+    def write(self, out: torch.Tensor) -> None:
+        """Write the result."""
+
+
+class SeparateTiles:
+    """Attends tile by tile with any kernel, and merges each partial as it comes.
+
+    Args:
+        kernel: what computes.
+        query: `[batch, kv_heads, group, q_len, key_dim]`.
+        scale: factor of the scores.
+        total: what merges; an `Accumulator` by default.
+    """
+
+    def __init__(
+        self, kernel: Kernel, query: torch.Tensor, scale: float, total: Total | None = None
+    ) -> None:
         self._kernel = kernel
         self._query = query
         self._scale = scale
-        self._total = Accumulator()
+        self._total = total or Accumulator()
 
     def attend(
         self, keys: torch.Tensor, values: torch.Tensor, *, mask: torch.Tensor | None = None
@@ -218,4 +244,4 @@ class SeparateTiles:
 
     def write(self, out: torch.Tensor) -> None:
         """Write the result."""
-        out.copy_(self._total.result().out.permute(0, 3, 1, 2, 4))
+        self._total.write(out)

@@ -32,6 +32,9 @@ Tiles for decoding, twice since a program's first launch is not like the others,
 most rows; tiles and a causal square for prefill.
 """
 
+_MERGED = (33, 40, 70)
+"""New tokens of a chunk, and the keys of the tiles it is attended to besides itself."""
+
 _DECODED = (1, 1031, 1031)
 """Keys, the new token's among them, of the decode calls a kernel is checked with."""
 
@@ -98,6 +101,21 @@ def _agrees(
         yield ours.out, wanted.out
         yield ours.lse, wanted.lse
 
+    def merged(q_len: int, *tiles: int) -> Iterator[tuple[torch.Tensor, ...]]:
+        query, own = draw(1, 2, 3, q_len, head_dim), draw(1, 2, q_len, head_dim)
+        keys = [draw(1, 2, kv_len, head_dim) for kv_len in tiles]
+        out = query.new_empty(1, q_len, 2, 3, head_dim)
+        wanted = copied(out)
+        for serving, result in ((checked, out), (reference, wanted)):
+            at = query.to(result.dtype)
+            whole = serving.begin(at, scale=scale)
+            square = own.to(result.dtype)
+            whole.add(serving.attend(at, square, square, scale=scale, causal=True))
+            for tile in keys:
+                whole.attend(tile.to(result.dtype), tile.to(result.dtype))
+            whole.write(result)
+        yield out, wanted
+
     def decoded(kv_len: int) -> Iterator[tuple[torch.Tensor, ...]]:
         query = draw(1, 2, 3, 1, head_dim)
         new, past = ((draw(1, 2, n, head_dim), draw(1, 2, n, head_dim)) for n in (1, kv_len))
@@ -112,6 +130,7 @@ def _agrees(
 
     try:
         pairs = [pair for kind in _CHECKED for pair in attended(*kind)]
+        pairs += merged(*_MERGED)
         pairs += [pair for kv_len in _DECODED for pair in decoded(kv_len)]
     except torch.OutOfMemoryError:
         raise  # says nothing about the kernel, and this choice would last

@@ -47,6 +47,8 @@ class TrialResult:
         device: kind of device the model was on: "cpu" or "cuda".
         note: what a reader of the numbers must know; empty for nothing.
         prefill_s: seconds of the prefill; None where not all of the prompt passed the model.
+        first_prefill_s: of the same prompt before that, the first of the process; None where that
+            was not timed.
         decode_s: seconds of each decode step.
         greedy_tokens: the likeliest token after the prompt and after each decode step.
         logits: the logits they come from, for the first few of them: rows of float32 in base64.
@@ -77,6 +79,7 @@ class TrialResult:
     kv_host_bytes: int
     kv_device_bytes: int
     note: str = ""
+    first_prefill_s: float | None = None
     streamed_kv_bytes: int = 0
     host_attended_kv_bytes: int = 0
     others_cpu_share: float = 0.0

@@ -58,6 +58,8 @@ class Row:
         new_tokens: decode steps of each.
         device: kind of device.
         prefill_s: seconds of the prefill.
+        first_prefill_s: of the same prompt before that, the first of each process: with what
+            libraries prepare once for each shape; the median over the repeats.
         prefill_percentiles: over the repeats.
         decode_s_per_token: seconds of a decode step.
         decode_percentiles: over the steps of all repeats.
@@ -100,6 +102,7 @@ class Row:
     new_tokens: int
     device: str | None = None
     prefill_s: float | None = None
+    first_prefill_s: float | None = None
     prefill_percentiles: Percentiles | None = None
     decode_s_per_token: float | None = None
     decode_percentiles: Percentiles | None = None
@@ -164,6 +167,7 @@ def row_of(
     first, last = results[0], results[-1]
     prefills = [result.prefill_s for result in results if result.prefill_s is not None]
     prefill = Percentiles.of(prefills) if prefills else None
+    firsts = [r.first_prefill_s for r in results if r.first_prefill_s is not None]
     decode = Percentiles.of([second for result in results for second in result.decode_s])
     prefill_bound, decode_bound = _bounds(spec, context_tokens, first, rates)
     if spec.command.times_prefill:
@@ -180,6 +184,7 @@ def row_of(
         repeats=len(results),
         device=first.device,
         prefill_s=prefill.p50 if prefill else None,
+        first_prefill_s=Percentiles.of(firsts).p50 if firsts else None,
         prefill_percentiles=prefill,
         decode_s_per_token=decode.p50,
         decode_percentiles=decode,

@@ -34,6 +34,9 @@ from headinfer.units import format_bytes
 
 _WARM_UP_TOKENS = 512
 _WARM_UP_STEPS = 2
+_PREPARED_TOKENS = 40 * 1024
+"""Tokens of a prompt that a GPU passes beforehand: its libraries prepare for each new shape, which
+took stock attention three seconds for a prompt whose prefill then takes 0.4."""
 _CLOCKS_UP_S = 0.5
 """How long a GPU is kept busy first: an idle one runs at a fifth of its clock."""
 
@@ -100,14 +103,22 @@ def _raise_clocks(device: torch.device, dtype: torch.dtype) -> None:
         torch.cuda.synchronize()
 
 
-def _warm_up(method: Method, run: _Run, tokens: torch.Tensor) -> None:
-    """Run a short prompt and a few steps, so that no timed call is the first of its kind."""
-    prompt_tokens = min(_WARM_UP_TOKENS, tokens.shape[1] - 1)
-    end = min(prompt_tokens + _WARM_UP_STEPS, tokens.shape[1])
+def _warm_up(
+    spec: TrialSpec, method: Method, run: _Run, tokens: torch.Tensor, device: torch.device
+) -> float | None:
+    """Run a prompt and a few steps, so that no timed call is the first of its kind.
+
+    Returns:
+        The seconds of the prefill, if the prompt was the one that is timed afterwards.
+    """
+    timed = device.type == "cuda" and spec.fill is Fill.PREFILL
+    prompt_tokens = min(_PREPARED_TOKENS if timed else _WARM_UP_TOKENS, spec.context_tokens)
+    end = min(prompt_tokens + _WARM_UP_STEPS, spec.all_tokens)
     cache = method.new_cache(end)
-    run.prefill(tokens[:, :prompt_tokens], cache)
+    prefill_s = run.prefill(tokens[:, :prompt_tokens], cache)
     for position in range(prompt_tokens, end):
         run.step(tokens[:, position : position + 1], cache)
+    return prefill_s if timed and prompt_tokens == spec.context_tokens else None
 
 
 @torch.no_grad()
@@ -125,10 +136,12 @@ def run_trial(spec: TrialSpec) -> TrialResult:
     _raise_clocks(device, model.dtype)
     weights_bytes = model_shape(model).weights_bytes
     with closing(METHODS[spec.method](model, spec)) as method:
-        _warm_up(method, _Run(model, method), tokens)
+        first_prefill_s = _warm_up(spec, method, _Run(model, method), tokens, device)
         with limit_host(spec.settings, device, weights_bytes):
             result = _measure(spec, method, model, tokens)
-    return replace(result, others_cpu_share=neighbours.cpu_share())
+    return replace(
+        result, first_prefill_s=first_prefill_s, others_cpu_share=neighbours.cpu_share()
+    )
 
 
 def _measure(

@@ -53,6 +53,26 @@ class Event(Protocol):
         """
 
 
+class Mark(Protocol):
+    """A point in the compute stream's work, which only the host looks at."""
+
+    @property
+    def reached(self) -> bool:
+        """Whether all work before it is done."""
+
+    def wait(self) -> None:
+        """Block the host until it is reached."""
+
+
+class ReachedMark:
+    """A mark behind work that was done when its call returned."""
+
+    reached = True
+
+    def wait(self) -> None:
+        """Do nothing."""
+
+
 class Stream(Protocol):
     """A queue of work, run in order: on the device, or beside it on the host."""
 
@@ -143,6 +163,9 @@ class Device(Protocol):
 
     def free_bytes(self) -> int | None:
         """Return the device memory that can still be had; None where nothing limits it."""
+
+    def mark_compute(self) -> Mark:
+        """Return a mark behind the compute stream's work so far."""
 
     def finish_compute(self) -> None:
         """Block the host until the compute stream is done; copies may go on."""

@@ -4,6 +4,7 @@ from typing import NoReturn
 
 import torch
 
+from headinfer.device.base import Mark, ReachedMark
 from headinfer.device.host_pages import map_host_memory
 
 
@@ -36,6 +37,10 @@ class CpuDevice:
     def free_bytes(self) -> int | None:
         """Return None: device memory is host memory."""
         return None
+
+    def mark_compute(self) -> Mark:
+        """Return a mark that is reached."""
+        return ReachedMark()
 
     def finish_compute(self) -> None:
         """Do nothing: all work is done when its call returns."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from headinfer.device import cuda_driver
-from headinfer.device.base import Edge, Event, Stream, contiguous_pieces
+from headinfer.device.base import Edge, Event, Mark, Stream, contiguous_pieces
 from headinfer.device.cuda_calls import enqueue_call
 from headinfer.device.host_pages import map_host_memory
 from headinfer.errors import MemoryPlanError, OptionError
@@ -43,6 +43,23 @@ class CudaEvent:
     def hold(self, stream: torch.cuda.Stream) -> None:
         """Make `stream` wait for the event."""
         stream.wait_event(self._event)
+
+
+class CudaMark:
+    """A `torch.cuda.Event` of the stream the model runs on."""
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self._event = torch.cuda.Event()
+        self._event.record(stream)
+
+    @property
+    def reached(self) -> bool:
+        """Whether all work before it is done."""
+        return bool(self._event.query())
+
+    def wait(self) -> None:
+        """Block the host until it is."""
+        self._event.synchronize()
 
 
 class CudaStream:
@@ -162,6 +179,10 @@ class CudaDevice:
         free, _total = torch.cuda.mem_get_info(self.torch_device)
         held = torch.cuda.memory_reserved(self.torch_device)
         return free + held - torch.cuda.memory_allocated(self.torch_device)
+
+    def mark_compute(self) -> Mark:
+        """Return a mark in the stream the model runs on."""
+        return CudaMark(torch.cuda.current_stream(self.torch_device))
 
     def finish_compute(self) -> None:
         """Wait for the stream the model runs on."""

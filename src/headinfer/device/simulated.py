@@ -18,7 +18,7 @@ from typing import TypeAlias
 import torch
 from torch.profiler import record_function
 
-from headinfer.device.base import Edge, Event, Stream, contiguous_pieces
+from headinfer.device.base import Edge, Event, Mark, ReachedMark, Stream, contiguous_pieces
 from headinfer.device.hazards import AccessLog, Clock, join
 from headinfer.device.host_calls import without_collection
 
@@ -278,6 +278,10 @@ class SimulatedDevice:
     def free_bytes(self) -> int | None:
         """Return None: device memory is host memory."""
         return None
+
+    def mark_compute(self) -> Mark:
+        """Return a mark that is reached: compute's work ran when it was enqueued."""
+        return ReachedMark()
 
     def finish_compute(self) -> None:
         """Order the host after the compute stream, whose work ran when it was enqueued."""

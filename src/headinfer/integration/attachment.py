@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from headinfer.device.base import Mark
 from headinfer.engine.stats import Stats
 from headinfer.errors import CacheStateError, UnsupportedModelError
 from headinfer.integration import chunking
@@ -46,6 +47,9 @@ class AttachmentOwner(Protocol):
 
     def chunk_tokens(self, cache: OffloadedCache) -> int:
         """Return the tokens of a prefill chunk."""
+
+    def mark_compute(self) -> Mark:
+        """Return a mark behind the model's work so far."""
 
     def finish_compute(self) -> None:
         """Block until the model's work is done, and raise what failed in it."""
@@ -85,6 +89,7 @@ class Attachment:
         self._decoding = False
         self._warned = False
         self._logits: list[torch.Tensor] = []
+        self._chunks: list[tuple[Mark, int]] = []  # begun, with the tokens done after each
         self._cache: OffloadedCache | None = None
         try:
             self._install()
@@ -149,8 +154,16 @@ class Attachment:
     def _after_chunk(self, done_tokens: int, all_tokens: int) -> None:
         assert self._cache is not None
         self._cache.shrink_windows()
-        self._owner.finish_compute()
-        self._owner.report_prefill(done_tokens, all_tokens)
+        self._chunks.append((self._owner.mark_compute(), done_tokens))
+        # The next chunk is begun while the device computes this one, so that it never waits.
+        self._report_chunks(all_tokens, begun=1)
+
+    def _report_chunks(self, all_tokens: int, *, begun: int) -> None:
+        """Report the chunks that are done, waiting for all but the newest `begun`."""
+        while self._chunks and (len(self._chunks) > begun or self._chunks[0][0].reached):
+            mark, done_tokens = self._chunks.pop(0)
+            mark.wait()
+            self._owner.report_prefill(done_tokens, all_tokens)
 
     def _after_call(
         self, _model: torch.nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], output: Any
@@ -161,6 +174,7 @@ class Attachment:
             return None
         self.functions.check_none_pending()
         cache, leading_logits = self._cache, self._logits
+        self._report_chunks(self._new_tokens, begun=0)
         self._forget_call()
         if cache is None:
             return output
@@ -184,6 +198,7 @@ class Attachment:
     def _forget_call(self) -> None:
         self.functions.pending = None
         self._logits = []
+        self._chunks = []
         self._cache = None
 
     def _cache_of(self, arguments: dict[str, Any]) -> OffloadedCache | None:
