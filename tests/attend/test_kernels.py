@@ -5,16 +5,18 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from headinfer.attend import select
+from headinfer.attend import cuda, select
 from headinfer.attend.cpu import CpuKernel
 from headinfer.attend.cuda import CudaKernel, candidates
 from headinfer.attend.masks import attend_band
 from headinfer.attend.native.kernel import NativeKernel, decode_library, prefill_library
 from headinfer.attend.partial import Accumulator, Kernel, Partial, SeparateTiles, empty_partial
+from headinfer.attend.prepared import PreparedKernel
 from headinfer.attend.reference import ReferenceKernel
 from headinfer.attend.select import select_kernel
 from headinfer.attend.split import FusedCall
@@ -130,7 +132,9 @@ def test_splitting_over_threads_changes_nothing(threads: int, shape: tuple[int, 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["tile", "causal", "padding", "mask"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_kernels_on_cuda(dtype: torch.dtype, kind: str) -> None:
+@pytest.mark.parametrize("least_pairs", [1, 2**28])
+def test_kernels_on_cuda(dtype, kind, least_pairs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "_CUDNN_PAIRS", least_pairs)
     for shape in SHAPES:
         for kernel in candidates(torch.device("cuda"), dtype, shape[-1]):
             check(kernel, shape, dtype, kind, "cuda")
@@ -331,8 +335,8 @@ def test_weights_too_small_to_matter_are_nothing(q_len: int) -> None:
     assert not ours.lse.any()
 
 
-def test_each_tile_goes_to_the_operator_it_is_worth(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What cuDNN has to prepare for must be large; with the CPU's kernel in place of a GPU's."""
+def test_each_call_goes_to_its_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the reference in place of a GPU's operators."""
     asked = []
 
     def operator(name: str) -> FusedCall:
@@ -349,17 +353,13 @@ def test_each_tile_goes_to_the_operator_it_is_worth(monkeypatch: pytest.MonkeyPa
     properties = SimpleNamespace(multi_processor_count=4)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: properties)
     kernel = CudaKernel(
-        "two operators",
-        large=operator("large"),
-        small=operator("small"),
+        "operators",
+        tile=operator("tile"),
+        few=operator("few"),
         square=operator("square"),
         torch_device=torch.device("cuda"),
-        least_pairs=70 * 20,
     )
-    for q_len, kv_len, name in [
-        *((35, 20, "large"), (35, 19, "small"), (35, 1, "small")),
-        *((32, 4000, "small"), (701, 1, "small")),
-    ]:
+    for q_len, kv_len, name in [(35, 20, "tile"), (35, 1, "few"), (32, 4000, "few")]:
         asked.clear()
         query, keys = draw(1, 3, 2, q_len, 8), draw(1, 3, kv_len, 8)
         ours = kernel.attend(query, keys, keys, scale=0.3)
@@ -367,11 +367,52 @@ def test_each_tile_goes_to_the_operator_it_is_worth(monkeypatch: pytest.MonkeyPa
         out, lse = by_definition(query, keys, keys, 0.3, None)
         torch.testing.assert_close(ours.out, out)
         torch.testing.assert_close(ours.lse, lse)
-    asked.clear()
-    kernel.to_check.attend(
-        draw(1, 3, 2, 35, 8), keys=draw(1, 3, 2, 8), values=draw(1, 3, 2, 8), scale=1.0
-    )
-    assert asked == ["large"]
+
+
+class Noting(ReferenceKernel):
+    """Notes its calls, and is off by a constant."""
+
+    def __init__(self, name: str, off: float = 0.0) -> None:
+        super().__init__()
+        self.name, self.off, self.calls = name, off, 0
+
+    def attend(self, *args, **options):
+        self.calls += 1
+        partial = super().attend(*args, **options)
+        return Partial(partial.out + self.off, partial.lse)
+
+
+def test_what_has_to_prepare_serves_where_that_is_worth_it() -> None:
+    prepared, other = Noting("prepared"), Noting("other")
+    kernel = PreparedKernel(prepared, other, least_pairs=2 * 32 * 32)
+    assert kernel.name == "prepared and other"
+
+    def serving(q_len: int, kv_len: int, **options: Any) -> str:
+        query, keys = draw(1, 1, 2, q_len, 8), draw(1, 1, kv_len, 8)
+        prepared.calls = other.calls = 0
+        kernel.attend(query, keys, keys, scale=0.3, **options)
+        assert prepared.calls + other.calls == 1
+        return "prepared" if prepared.calls else "other"
+
+    mask = torch.ones(1, 1, 32, dtype=torch.bool)
+    assert serving(32, 31) == serving(32, 32, mask=mask) == serving(16, 16, causal=True) == "other"
+    assert not prepared.calls  # it was not even checked
+    kernel.attend(draw(1, 1, 2, 32, 8), draw(1, 1, 32, 8), draw(1, 1, 32, 8), scale=0.3)
+    assert prepared.calls > 1  # it was
+    assert serving(32, 32) == serving(31, 34) == "prepared"
+    assert serving(32, 32, causal=True) == serving(64, 64, causal=True) == "prepared"
+    assert serving(63, 63, causal=True) == "other"  # a length that will hardly come again
+
+
+def test_what_fails_its_check_at_its_first_call_serves_none(caplog) -> None:
+    prepared, other = Noting("prepared", off=1.0), Noting("other")
+    kernel = PreparedKernel(prepared, other, least_pairs=1)
+    query, keys = draw(1, 1, 2, 32, 8), draw(1, 1, 32, 8)
+    for _ in range(2):
+        ours = kernel.attend(query, keys, keys, scale=0.3)
+        torch.testing.assert_close(ours.out, by_definition(query, keys, keys, 0.3, None)[0])
+        assert kernel.name == "other"
+    assert caplog.messages == ["prepared fails its check here; other is used"]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

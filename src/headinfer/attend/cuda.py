@@ -3,16 +3,16 @@
 For large tiles cuDNN's on Hopper and later, else flash attention, in float32 memory-efficient
 attention; all are called through torch's private operators. For few rows, where reading
 keys and values is the bound, Triton programs of our own (`fused_decode`), and flash attention where
-there is no Triton. `select` runs each once on small inputs before it is trusted.
+there is no Triton. Each is checked on small inputs before it is trusted.
 """
 
-import copy
 import logging
 
 import torch
 
 from headinfer.attend.grouped import attend_grouped
 from headinfer.attend.partial import Kernel, Partial, empty_partial
+from headinfer.attend.prepared import PreparedKernel
 from headinfer.attend.reference import ReferenceKernel
 from headinfer.attend.split import FusedCall, attend_split
 
@@ -25,14 +25,13 @@ _MIN_SPLIT_TOKENS = 256
 _BLOCKS_PER_MULTIPROCESSOR = 2
 _HOPPER = 9
 """Major compute capability from which cuDNN's kernels are the fastest: on an H100 they did a tile
-at 675 TFLOP/s, flash attention 2 at 350."""
+at 690 TFLOP/s and a causal square at 620, flash attention 2 at 360 and 320."""
 
-_CUDNN_PAIRS = 2**29
-"""Query rows x keys of one head from which cuDNN is worth it.
+_CUDNN_PAIRS = 2**28
+"""Query rows x keys of one head from which cuDNN is worth its preparation.
 
-It prepares for every new shape, which took 65 ms for a tile: two thirds of what 32 layers of 8
-heads then save. For a causal square it took 890 ms, and a prompt has few of them: those are left to
-flash attention.
+For every new shape that took 45 to 65 ms, as long as it then saves 32 layers of 8 heads with so
+many pairs in a tile; twice that in a causal square, whose shapes come again from prompt to prompt.
 """
 
 
@@ -41,38 +40,28 @@ class CudaKernel(Kernel):
 
     Args:
         name: what to call it.
-        large: its operator for tiles of many pairs.
-        small: the operator for all other tiles, in splits where there are few query rows.
+        tile: its operator for tiles.
+        few: the operator for tiles of few query rows, in splits, and of a single key.
         square: the operator with a causal mask.
         torch_device: which GPU.
-        least_pairs: query rows x keys of one head from which a tile is large.
     """
 
     def __init__(
         self,
         name: str,
         *,
-        large: FusedCall,
-        small: FusedCall,
+        tile: FusedCall,
+        few: FusedCall,
         square: FusedCall,
         torch_device: torch.device,
-        least_pairs: int = 0,
     ) -> None:
         self.name = name
-        self._large = large
-        self._small = small
+        self._tile = tile
+        self._few = few
         self._square = square
-        self._least_pairs = least_pairs
         self._masked = ReferenceKernel()
         properties = torch.cuda.get_device_properties(torch_device)
         self._blocks = _BLOCKS_PER_MULTIPROCESSOR * properties.multi_processor_count
-
-    @property
-    def to_check(self) -> "CudaKernel":
-        """This kernel, with every tile of more than a few rows taken for a large one."""
-        strict = copy.copy(self)
-        strict._least_pairs = 0
-        return strict
 
     def attend(
         self,
@@ -98,11 +87,11 @@ class CudaKernel(Kernel):
         rows, kv_len = folded.shape[2], keys.shape[2]
         splits = min(self._blocks // (batch * kv_heads), kv_len // _MIN_SPLIT_TOKENS)
         if rows <= _FEW_ROWS and batch == 1 and splits > 1:
-            out, lse = attend_split(self._small, folded, keys, values, scale, splits)
-        elif rows <= _FEW_ROWS or kv_len == 1 or rows * kv_len < self._least_pairs:
-            out, lse = self._small(folded, keys, values, scale)  # cuDNN takes no single key
+            out, lse = attend_split(self._few, folded, keys, values, scale, splits)
+        elif rows <= _FEW_ROWS or kv_len == 1:
+            out, lse = self._few(folded, keys, values, scale)
         else:
-            out, lse = self._large(folded, keys, values, scale)
+            out, lse = self._tile(folded, keys, values, scale)
         return Partial(*(torch.unflatten(part, 2, (group, q_len)) for part in (out, lse)))
 
 
@@ -150,12 +139,24 @@ def _efficient_causal(
 
 
 def _cudnn(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, /
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scale: float,
+    /,
+    *,
+    causal: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-        query, keys, values, None, True, 0.0, False, False, scale=scale
+        query, keys, values, None, True, 0.0, causal, False, scale=scale
     )
     return out, lse.reshape(query.shape[:3])
+
+
+def _cudnn_causal(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, /
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _cudnn(query, keys, values, scale, causal=True)
 
 
 def candidates(torch_device: torch.device, dtype: torch.dtype, head_dim: int) -> list[Kernel]:
@@ -163,34 +164,32 @@ def candidates(torch_device: torch.device, dtype: torch.dtype, head_dim: int) ->
     half = dtype in (torch.float16, torch.bfloat16)
     if head_dim % 8 or not (half or dtype == torch.float32):
         return []
-    fused: list[CudaKernel] = []
+    fused: list[Kernel] = []
     if half and head_dim <= 256:
+        flash = CudaKernel(
+            "torch flash attention (CUDA)",
+            tile=_flash,
+            few=_flash,
+            square=_flash_causal,
+            torch_device=torch_device,
+        )
         hopper = torch.cuda.get_device_capability(torch_device)[0] >= _HOPPER
         if hopper and head_dim <= 128:
-            fused.append(
-                CudaKernel(
-                    "cuDNN attention (CUDA)",
-                    large=_cudnn,
-                    small=_flash,
-                    square=_flash_causal,
-                    torch_device=torch_device,
-                    least_pairs=_CUDNN_PAIRS,
-                )
-            )
-        fused.append(
-            CudaKernel(
-                "torch flash attention (CUDA)",
-                large=_flash,
-                small=_flash,
-                square=_flash_causal,
+            cudnn = CudaKernel(
+                "cuDNN attention",
+                tile=_cudnn,
+                few=_flash,  # cuDNN takes no single key
+                square=_cudnn_causal,
                 torch_device=torch_device,
             )
-        )
+            fused.append(PreparedKernel(cudnn, flash, least_pairs=_CUDNN_PAIRS))
+        else:
+            fused.append(flash)
     fused.append(
         CudaKernel(
             "memory-efficient attention (CUDA)",
-            large=_efficient,
-            small=_efficient,
+            tile=_efficient,
+            few=_efficient,
             square=_efficient_causal,
             torch_device=torch_device,
         )
@@ -199,7 +198,7 @@ def candidates(torch_device: torch.device, dtype: torch.dtype, head_dim: int) ->
 
 
 def _with_fused_decode(
-    others: list[CudaKernel], torch_device: torch.device, dtype: torch.dtype, head_dim: int
+    others: list[Kernel], torch_device: torch.device, dtype: torch.dtype, head_dim: int
 ) -> list[Kernel]:
     """Return each kernel with few rows served by Triton; none where there is no Triton."""
     try:

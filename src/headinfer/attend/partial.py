@@ -35,11 +35,6 @@ class Kernel(Protocol):
 
     name: str
 
-    @property
-    def to_check(self) -> "Kernel":
-        """What shows on small inputs whether the kernel works; itself, if it treats all alike."""
-        return self
-
     def begin(self, query: torch.Tensor, *, scale: float) -> "TileAttention":
         """Return the attention of some queries to a set of tiles, none of them attended yet.
 

@@ -139,9 +139,7 @@ def run_trial(spec: TrialSpec) -> TrialResult:
         first_prefill_s = _warm_up(spec, method, _Run(model, method), tokens, device)
         with limit_host(spec.settings, device, weights_bytes):
             result = _measure(spec, method, model, tokens)
-    return replace(
-        result, first_prefill_s=first_prefill_s, others_cpu_share=neighbours.cpu_share()
-    )
+    return replace(result, first_prefill_s=first_prefill_s, others_cpu_share=neighbours.cpu_share())
 
 
 def _measure(

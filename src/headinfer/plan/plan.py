@@ -188,13 +188,17 @@ def resolve(
         context_tokens = shape.max_positions or None
         if context_tokens is None:
             raise OptionError("tile_tokens 'all' needs a known context; give a number of tokens")
-    candidates = list(_candidates(shape, options, device, batch, context_tokens))
-    fitting = [candidate for candidate in candidates if _fits(candidate)]
-    if not fitting:
-        raise _refusal(candidates[-1], smallest_plan(shape, options, device=device, batch=batch))
+    candidates = _candidates(shape, options, device, batch, context_tokens)
+    first = None
+    for first in candidates:
+        if _fits(first):
+            break
+    else:
+        raise _refusal(first, smallest_plan(shape, options, device=device, batch=batch))
     resident = _Residency(options, context_tokens)
     if hardware is None or context_tokens is None:
-        return _with_host_share(resident.of(fitting[0]), options, hardware)
+        return _with_host_share(resident.of(first), options, hardware)
+    fitting = [first, *filter(_fits, candidates)]
     predictor, tokens = Predictor(shape, hardware), context_tokens
     plans = [
         _with_host_share(plan, options, hardware)

@@ -29,7 +29,7 @@ _EXPOSED = 0.1
 256 tiles, 252 with 32 and 98 with 160 and the rest resident, where the link alone takes 248 and
 93."""
 
-_SAMPLED_CHUNKS = 64
+_SAMPLED_CHUNKS = 16
 """Chunks of a prefill that are computed; more are represented by these."""
 
 
@@ -148,7 +148,7 @@ class Predictor:
     def prefill_s(self, schedule: Schedule, context_tokens: int) -> float:
         """Return the seconds of a prefill: the sum over its chunks.
 
-        The chunks are taken as equally long; of more than 64, as many are computed, evenly spaced.
+        The chunks are taken as equally long; of more than 16, as many are computed, evenly spaced.
         """
         chunks = math.ceil(context_tokens / (schedule.chunk_tokens or context_tokens))
         new_tokens = context_tokens / chunks

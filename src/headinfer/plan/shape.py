@@ -1,7 +1,7 @@
 """What the planner needs to know of a model: its layers' KV shapes and its widths."""
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 class LayerKind(enum.Enum):
@@ -57,6 +57,7 @@ class ModelShape:
         weights_bytes: bytes of all parameters and buffers as loaded.
         kv_itemsize: bytes of one KV element.
         max_positions: tokens the position encoding was made for; 0 when unknown.
+        full_layers: the layers whose KV cache is offloaded.
     """
 
     name: str
@@ -69,11 +70,12 @@ class ModelShape:
     kv_itemsize: int
     max_positions: int
     mlp_peak_elements: int = 0
+    full_layers: tuple[LayerShape, ...] = field(init=False, repr=False, compare=False)
 
-    @property
-    def full_layers(self) -> tuple[LayerShape, ...]:
-        """The layers whose KV cache is offloaded."""
-        return tuple(layer for layer in self.layers if layer.kind is LayerKind.FULL)
+    def __post_init__(self) -> None:
+        """Find the full layers, once: a planner asks for them thousands of times."""
+        full = tuple(layer for layer in self.layers if layer.kind is LayerKind.FULL)
+        object.__setattr__(self, "full_layers", full)
 
     @property
     def kv_heads(self) -> int:
