@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a CUDA device: the tests marked gpu, a probe, then Llama-3-8B's shape with
 # random weights held to 24 GiB: a trace of the link, decode from 1K to 800K tokens (100 GiB of KV),
-# prefill; then a smaller shape at 1M, and the longest contexts. Ends itself after BUDGET_S seconds
+# prefill, also beside all KV on the device; then a smaller shape at 1M, and the longest contexts. Ends itself after BUDGET_S seconds
 # (570); run again with the same OUT it goes on where it was. Results go to OUT.
 # On a copy of the tree without its history, HEADINFER_COMMIT names the commit.
 # PYTHON must have torch, transformers and pytest; nothing is installed.
@@ -39,6 +39,9 @@ bench llama-decode-long decode "${llama[@]}" --contexts 100K,200K,400K,800K --fi
     --methods "$methods"
 bench llama-prefill prefill "${llama[@]}" --contexts 1K,10K,40K,100K \
     --methods standard,chunked-prefill,head-wise-1,bounded,headinfer
+# More memory than the claim is about, for the reference that keeps all on the device.
+bench llama-prefill-72GiB prefill --model llama-3-8b --dummy-weights --device-memory 72GiB \
+    --contexts 10K,20K,40K,100K --methods chunked-prefill,bounded,headinfer
 bench small-decode decode --contexts 128K,1M --fill random --device-memory 4GiB \
     --methods "transformers-offloaded,$methods,headinfer"
 bench llama-max-context max-context "${llama[@]}" --contexts 10K,800K --fill random \

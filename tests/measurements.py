@@ -51,6 +51,7 @@ WITH_GPU = replace(
         rate(Quantity.TO_DEVICE, 8e9, 2**18),
         rate(Quantity.TO_HOST, 18e9, 2**28),
         rate(Quantity.BOTH_WAYS, 30e9, 2**28),
+        rate(Quantity.HOST_SHARED, 18e9),
     ),
 )
 

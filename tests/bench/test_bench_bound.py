@@ -1,5 +1,7 @@
 """Bounds against numbers computed by hand."""
 
+from dataclasses import replace
+
 import pytest
 
 from headinfer.bench.bound import (
@@ -91,3 +93,17 @@ def test_the_slowest_part_is_the_bound():
         host_bytes_per_s=1, matmul_flops_per_s=1, device_bytes_per_s=10, link_bytes_per_s=1
     )
     assert bound(work, rates) == Bound(seconds=50, limited_by="matmul")
+
+
+def test_link_and_cpu_share_the_hosts_memory():
+    rates = Rates(
+        host_bytes_per_s=100,
+        matmul_flops_per_s=1,
+        device_bytes_per_s=1000,
+        link_bytes_per_s=50,
+        host_shared_bytes_per_s=110,
+    )
+    at_once = bound(Work(host_bytes=900, link_bytes=400), rates)
+    assert at_once == Bound(seconds=1300 / 110, limited_by="host memory and link")
+    assert bound(Work(link_bytes=400), rates) == Bound(seconds=8, limited_by="link")
+    assert bound(Work(host_bytes=900), replace(rates, host_shared_bytes_per_s=None)).seconds == 9

@@ -31,6 +31,7 @@ def test_ceilings_are_the_best_and_predictions_the_median():
     # The largest size counts, in whatever order they were measured.
     assert hardware.decode_attention_bytes_per_s == 600e9
     assert hardware.host_attention_bytes_per_s == 10e9
+    assert hardware.host_shared_bytes_per_s == 22.5e9
     assert hardware.link_bytes_per_s == 20e9
     assert hardware.link_back_bytes_per_s == 18e9
     # A small copy's time less what its bytes take in a large one.

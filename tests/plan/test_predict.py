@@ -247,9 +247,16 @@ def test_the_host_takes_the_share_that_finishes_with_the_link() -> None:
     assert plan.host_share == pytest.approx(70 / 95)
     parts = Predictor(LLAMA_3_8B, measured).decode(plan.schedule, 2**20)
     assert parts.host_s == pytest.approx(parts.link_s, rel=1e-6)
-    # What the link reads the CPU cannot read at the same time.
-    slow = replace(measured, host_bytes_per_s=40e9)
-    assert resolve(LLAMA_3_8B, options, **known, hardware=slow).host_share == pytest.approx(15 / 40)
+    # What the link reads the CPU cannot read at the same time: both are slowed down alike.
+    for slow in (
+        replace(measured, host_bytes_per_s=40e9),
+        replace(measured, host_shared_bytes_per_s=40e9),
+    ):
+        plan = resolve(LLAMA_3_8B, options, **known, hardware=slow)
+        assert plan.host_share == pytest.approx(70 / 95)
+        slowed = Predictor(LLAMA_3_8B, slow).decode(plan.schedule, 2**20)
+        assert slowed.host_s == pytest.approx(plan.streamed_bytes(2**20) / 40e9)
+        assert slowed.host_s > parts.host_s
     assert resolve(LLAMA_3_8B, options, **known, hardware=RTX_4090).host_share == 0
     half = Options.parse(device_memory="24GiB", host_attention=0.5)
     assert resolve(LLAMA_3_8B, half, **known).host_share == 0.5

@@ -109,6 +109,8 @@ def test_a_gpu_that_fails_everything_leaves_the_hosts_rates(monkeypatch):
     for (quantity, size), failure in failures.items():
         if quantity in (Quantity.HOST_READ, Quantity.HOST_ATTENTION):
             assert failure is None
+        elif quantity is Quantity.HOST_SHARED:
+            assert failure == "out of memory: cannot lock memory"
         elif quantity in (Quantity.TO_DEVICE, Quantity.TO_HOST, Quantity.BOTH_WAYS):
             assert failure == "out of memory: cannot lock memory"
             assert size in TINY.copy_bytes
@@ -181,6 +183,22 @@ def test_copies_over_the_link_cover_their_bytes(ways, monkeypatch):
     run()
     assert sorted(copied) == sorted((name, 300) for name in ways for _ in range(4))
     assert amount == 1200 * len(ways)
+
+
+def test_host_memory_is_read_by_link_and_cpu_as_stated(monkeypatch):
+    device, seen = SimulatedDevice(), {}
+
+    def note(what, num_bytes):
+        seen[what] = seen.get(what, 0) + num_bytes
+
+    monkeypatch.setattr(device.copy_in, "copy", lambda to, _source: note("link", to.nbytes))
+    monkeypatch.setattr(torch, "dot", lambda one, other: note("cpu", one.nbytes + other.nbytes))
+    monkeypatch.setattr(torch, "mv", lambda matrix, _vector: note("cpu", matrix.nbytes))
+    for name, (run, amount) in operations.shared(device, 2**16).items():
+        seen.clear()
+        run()
+        assert amount == pytest.approx(seen["link"] + seen["cpu"], rel=0.1)
+        assert seen["link"] / amount == pytest.approx(float(name.split()[1][:-1]) / 100, rel=0.1)
 
 
 def test_decode_attends_every_key_once(monkeypatch):

@@ -17,6 +17,8 @@ class Rates:
     Attributes:
         host_bytes_per_s: reading host memory with all cores.
         matmul_flops_per_s: multiplying matrices of the run's dtype where the model computes.
+        host_shared_bytes_per_s: reading host memory by the CPU and the link at once, both together;
+            None without a device, or where it was not measured.
         device_bytes_per_s: reading device memory; None without a device.
         link_bytes_per_s: copying pinned host memory to the device; None without a device.
     """
@@ -25,6 +27,7 @@ class Rates:
     matmul_flops_per_s: float
     device_bytes_per_s: float | None = None
     link_bytes_per_s: float | None = None
+    host_shared_bytes_per_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +53,8 @@ class Bound:
 
     Attributes:
         seconds: the time.
-        limited_by: what takes it: "host memory", "device memory", "link" or "matmul".
+        limited_by: what takes it: "host memory", "host memory and link", "device memory", "link" or
+            "matmul".
     """
 
     seconds: float
@@ -59,8 +63,10 @@ class Bound:
 
 def bound(work: Work, rates: Rates) -> Bound:
     """Return the time of the slowest part of `work`; work no rate is known for counts nothing."""
+    both = work.host_bytes + work.link_bytes if work.host_bytes else 0.0
     parts = {
         "host memory": (work.host_bytes, rates.host_bytes_per_s),
+        "host memory and link": (both, rates.host_shared_bytes_per_s),
         "device memory": (work.device_bytes, rates.device_bytes_per_s),
         "link": (work.link_bytes, rates.link_bytes_per_s),
         "matmul": (work.flops, rates.matmul_flops_per_s),

@@ -66,12 +66,15 @@ def measure(
     memory, memory_by = _best(operations.readers(device, elements), synchronize)
     copy = operations.link(CudaDevice(device), elements * torch.float32.itemsize, to_device=True)
     link, link_by = _best(copy, synchronize)
+    shared, shared_by = _best(operations.shared(CudaDevice(device), elements), synchronize)
     best_by |= {"device_bytes_per_s": memory_by, "link_bytes_per_s": link_by}
+    best_by["host_shared_bytes_per_s"] = shared_by
     rates = Rates(
         host_bytes_per_s=host,
         matmul_flops_per_s=matmul,
         device_bytes_per_s=memory,
         link_bytes_per_s=link,
+        host_shared_bytes_per_s=shared,
     )
     return rates, best_by
 

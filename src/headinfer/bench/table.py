@@ -107,6 +107,8 @@ def conditions(spec: BenchSpec, machine: Machine) -> Iterable[str]:
     if rates.device_bytes_per_s and rates.link_bytes_per_s:
         parts.append(f"device memory {rates.device_bytes_per_s / 1e9:.0f} GB/s")
         parts.append(f"link {rates.link_bytes_per_s / 1e9:.1f} GB/s")
+    if rates.host_shared_bytes_per_s:
+        parts.append(f"host memory and link at once {rates.host_shared_bytes_per_s / 1e9:.1f} GB/s")
     yield f"measured: {', '.join(parts)}"
     filled = "by prefill" if spec.fill is Fill.PREFILL else "at random, without a prefill"
     yield (

@@ -43,6 +43,7 @@ _LABELS = {
     Quantity.TO_HOST: "link, to host",
     Quantity.BOTH_WAYS: "link, both at once",
     Quantity.HOST_READ: "host memory, read",
+    Quantity.HOST_SHARED: "host memory, with link",
     Quantity.HOST_ATTENTION: "attention, on CPU",
 }
 _CPU_LABELS = {

@@ -42,6 +42,8 @@ class Hardware:
         prefill_attention_flops_per_s: fused attention of a prefill chunk on the device.
         decode_attention_bytes_per_s: KV bytes attended on the device in a decode step.
         host_attention_bytes_per_s: KV bytes attended by the CPU in a decode step.
+        host_shared_bytes_per_s: reading host memory by the CPU and the link at once, both together;
+            None where that was not measured.
         copy_start_s: what one copy over the link takes beyond its bytes.
         measured: whether the rates come from `headinfer probe`, not from data sheets.
     """
@@ -58,6 +60,7 @@ class Hardware:
     prefill_attention_flops_per_s: float
     decode_attention_bytes_per_s: float
     host_attention_bytes_per_s: float
+    host_shared_bytes_per_s: float | None = None
     copy_start_s: float = _COPY_START_S
     measured: bool = False
 

@@ -33,11 +33,13 @@ class Quantity(enum.Enum):
     BOTH_WAYS = "both_ways"
     """Both at once; bytes of both directions count."""
     HOST_READ = "host_read"
+    HOST_SHARED = "host_shared"
+    """Host memory read by the CPU and by the link at once; bytes of both count."""
     HOST_ATTENTION = "host_attention"
     """KV attended by the CPU in a decode step; the size is the context in tokens."""
 
 
-CEILINGS = (Quantity.MATMUL, Quantity.DEVICE_READ, Quantity.HOST_READ)
+CEILINGS = (Quantity.MATMUL, Quantity.DEVICE_READ, Quantity.HOST_READ, Quantity.HOST_SHARED)
 """Of these the best repeat counts, of all others the median."""
 
 
@@ -168,6 +170,7 @@ class Measurement:
             Quantity.PREFILL_ATTENTION: (Quantity.MATMUL,),
             Quantity.DECODE_ATTENTION: (memory,),
             Quantity.HOST_ATTENTION: (Quantity.HOST_READ,),
+            Quantity.HOST_SHARED: (Quantity.HOST_READ,),
             Quantity.TO_DEVICE: (Quantity.TO_DEVICE,),
             Quantity.TO_HOST: (Quantity.TO_HOST,),
             Quantity.BOTH_WAYS: (Quantity.TO_DEVICE, Quantity.TO_HOST),
@@ -215,6 +218,7 @@ class Measurement:
             link_bytes_per_s=self.counted_per_s(Quantity.TO_DEVICE),
             link_back_bytes_per_s=self.counted_per_s(Quantity.TO_HOST),
             host_bytes_per_s=counted[Quantity.HOST_READ],
+            host_shared_bytes_per_s=self.counted_per_s(Quantity.HOST_SHARED),
             prefill_attention_flops_per_s=counted[Quantity.PREFILL_ATTENTION],
             decode_attention_bytes_per_s=counted[attention],
             host_attention_bytes_per_s=counted[Quantity.HOST_ATTENTION],

@@ -95,17 +95,12 @@ class Parts:
         return max(times, key=lambda name: times[name])
 
 
-def host_attention_rate(hardware: Hardware) -> float:
-    """Return the KV bytes a second the host attends while the link reads its memory too."""
-    left = hardware.host_bytes_per_s - (hardware.link_bytes_per_s or 0.0)
-    # A link as fast as the host's memory does not stop the host: both then slow down.
-    left = max(left, hardware.host_bytes_per_s / 4)
-    return min(hardware.host_attention_bytes_per_s, left)
-
-
 def balanced_host_share(hardware: Hardware) -> float:
-    """Return the share with which the host's attention and the link finish together."""
-    link, host = hardware.link_bytes_per_s, host_attention_rate(hardware)
+    """Return the share with which the host's attention and the link finish together.
+
+    Where host memory is the limit of both, they are slowed down alike.
+    """
+    link, host = hardware.link_bytes_per_s, hardware.host_attention_bytes_per_s
     return host / (host + link) if link else 0.0
 
 
@@ -213,6 +208,12 @@ class Predictor:
         past_bytes = schedule.batch * past_tokens * self._kv_token_bytes
         return max(past_bytes - schedule.resident_bytes, 0.0)
 
+    def _host_s(self, streamed: float, share: float) -> float:
+        """Return the seconds in which the host attends its share, while the link reads the rest."""
+        hardware = self._hardware
+        shared = hardware.host_shared_bytes_per_s or hardware.host_bytes_per_s
+        return max(share * streamed / hardware.host_attention_bytes_per_s, streamed / shared)
+
     def _parts(
         self, schedule: Schedule, compute_s: float, past_tokens: float, new_tokens: float
     ) -> Parts:
@@ -223,7 +224,7 @@ class Predictor:
         if schedule.tile_tokens is None or not written or link is None:
             return Parts(compute_s=compute_s)
         share = schedule.host_share if new_tokens == 1 else 0.0
-        host_s = share * streamed / host_attention_rate(self._hardware) if share else 0.0
+        host_s = self._host_s(streamed, share) if share else 0.0
         streamed *= 1 - share
         batch = schedule.batch
         groups = math.ceil(self._kv_heads / schedule.tile_heads) * self._full_layers

@@ -1,7 +1,8 @@
 """What the planner needs to know of a model: its layers' KV shapes and its widths."""
 
 import enum
-from dataclasses import dataclass, field
+import functools
+from dataclasses import dataclass
 
 
 class LayerKind(enum.Enum):
@@ -41,7 +42,7 @@ class LayerShape:
         return self.kv_heads * (self.key_dim + self.value_dim)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)  # without slots, where a cached property has no place
 class ModelShape:
     """A decoder-only model as the planner sees it.
 
@@ -57,7 +58,6 @@ class ModelShape:
         weights_bytes: bytes of all parameters and buffers as loaded.
         kv_itemsize: bytes of one KV element.
         max_positions: tokens the position encoding was made for; 0 when unknown.
-        full_layers: the layers whose KV cache is offloaded.
     """
 
     name: str
@@ -70,12 +70,11 @@ class ModelShape:
     kv_itemsize: int
     max_positions: int
     mlp_peak_elements: int = 0
-    full_layers: tuple[LayerShape, ...] = field(init=False, repr=False, compare=False)
 
-    def __post_init__(self) -> None:
-        """Find the full layers, once: a planner asks for them thousands of times."""
-        full = tuple(layer for layer in self.layers if layer.kind is LayerKind.FULL)
-        object.__setattr__(self, "full_layers", full)
+    @functools.cached_property
+    def full_layers(self) -> tuple[LayerShape, ...]:
+        """The layers whose KV cache is offloaded; a planner asks for them thousands of times."""
+        return tuple(layer for layer in self.layers if layer.kind is LayerKind.FULL)
 
     @property
     def kv_heads(self) -> int:

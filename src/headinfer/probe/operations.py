@@ -3,7 +3,7 @@
 A rate is the best of several ways of doing the same: a bound that a run could beat would be none.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -13,6 +13,12 @@ from headinfer.probe.timing import Operation
 _LEAST_BATCH_BYTES = 16 * 2**20
 """Small copies are enqueued until they add up to so much: what counts is the rate of a full queue,
 not the time of waiting for one copy."""
+
+_LINK_SHARES = (0.25, 0.4, 0.55, 0.7)
+"""Of the bytes that CPU and link read at once: they are to finish together, on any machine."""
+
+_SHARED_BUFFERS = 4
+"""Buffers whose bytes are read so; beginning and end then count for little."""
 
 
 def readers(device: torch.device, elements: int) -> dict[str, Operation]:
@@ -103,3 +109,51 @@ def link(
                 stream.copy(target[piece], source[piece])
 
     return {"pinned copy": (run, float(len(queues) * count * num_bytes))}
+
+
+def shared(device: Device, elements: int) -> dict[str, Operation]:
+    """Return reads of host memory by the CPU while the link copies from it; bytes of both count.
+
+    Args:
+        device: whose link is used; the operation is done when the device is.
+        elements: float32 elements of each buffer.
+    """
+    one, other = (torch.ones(elements) for _ in range(2))
+    width = min(4096, elements)
+    matrix = one[: elements // width * width].view(-1, width)
+    vector = torch.ones(matrix.shape[0])
+    pinned, arrived = device.host_empty(one.nbytes), device.device_empty(one.nbytes)
+    pinned.fill_(1)
+
+    def dot(rest: slice) -> object:
+        return torch.dot(one[rest], other[rest])
+
+    def mv(rest: slice) -> object:
+        rows = slice(rest.start, rest.stop // width)
+        return torch.mv(matrix[rows].T, vector[rows])
+
+    operations: dict[str, Operation] = {}
+    for name, read, buffers in (("torch.dot", dot, 2), ("torch.mv", mv, 1)):
+        for link_share in _LINK_SHARES:
+            link_bytes = int(link_share * _SHARED_BUFFERS * one.nbytes)
+            reads = int((1 - link_share) * _SHARED_BUFFERS * elements / buffers)
+
+            def run(
+                link_bytes: int = link_bytes,
+                reads: int = reads,
+                read: Callable[[slice], object] = read,
+            ) -> None:
+                for piece in _pieces(link_bytes, one.nbytes):
+                    device.copy_in.copy(arrived[piece], pinned[piece])
+                for piece in _pieces(reads, elements):
+                    read(piece)
+
+            amount = float(link_bytes + reads * buffers * one.itemsize)
+            operations[f"{name}, {link_share:.0%} by the link"] = (run, amount)
+    return operations
+
+
+def _pieces(amount: int, most: int) -> Iterator[slice]:
+    """Yield slices from 0 of at most `most` that add up to an amount."""
+    for start in range(0, amount, most):
+        yield slice(0, min(most, amount - start))

@@ -197,6 +197,7 @@ def _steps(device: Device, dtype: torch.dtype, effort: Effort) -> Iterator[_Step
         for quantity, ways in _WAYS.items():
             for size in effort.copy_bytes:
                 yield step(quantity, partial(operations.link, device, size, **ways), size)
+        yield step(Quantity.HOST_SHARED, partial(operations.shared, device, elements))
 
 
 def _rate(step: _Step) -> Rate:
