@@ -28,6 +28,7 @@ def test_ceilings_are_the_best_and_predictions_the_median():
     assert hardware.device_bytes_per_s == 1000e9
     assert hardware.host_bytes_per_s == 25e9
     assert hardware.prefill_attention_flops_per_s == 200e9
+    assert hardware.chunk_attention_flops_per_s == ((1024, 120e9), (8192, 200e9))
     # The largest size counts, in whatever order they were measured.
     assert hardware.decode_attention_bytes_per_s == 600e9
     assert hardware.host_attention_bytes_per_s == 10e9
@@ -60,13 +61,13 @@ def test_shares_are_of_what_bounds_the_rate():
         (rate.quantity, rate.size): WITH_GPU.share_of_ceiling(rate) for rate in WITH_GPU.rates
     }
     assert shares[Quantity.MATMUL, None] is None
-    assert shares[Quantity.PREFILL_ATTENTION, None] == pytest.approx(200 / 500)
+    assert shares[Quantity.PREFILL_ATTENTION, 8192] == pytest.approx(200 / 500)
     assert shares[Quantity.DECODE_ATTENTION, 131072] == pytest.approx(600 / 1000)
     assert shares[Quantity.HOST_ATTENTION, 8192] == pytest.approx(12 / 25)
     assert shares[Quantity.TO_DEVICE, 2**18] == pytest.approx(8 / 25)
     assert shares[Quantity.BOTH_WAYS, 2**28] == pytest.approx(30 / (25 + 22.5))
     unread = failing(CPU_ONLY, Quantity.HOST_READ)
-    assert {unread.share_of_ceiling(rate) for rate in unread.rates} == {None, 200 / 500}
+    assert {unread.share_of_ceiling(rate) for rate in unread.rates} == {None, 120 / 500, 200 / 500}
 
 
 @pytest.mark.parametrize("measurement", [CPU_ONLY, WITH_GPU], ids=["cpu", "gpu"])

@@ -92,6 +92,21 @@ def test_prefill_does_the_same_attention_in_any_chunks() -> None:
     assert max(times) == pytest.approx(min(times))
 
 
+def test_small_chunks_attend_at_the_rate_measured_for_them() -> None:
+    rates = ((1024, 50e12), (8192, 100e12))
+    measured = replace(RTX_4090, chunk_attention_flops_per_s=rates)
+
+    def attention_s(hardware: Hardware, chunk_tokens: int) -> float:
+        """The time that 1M past tokens add to a chunk, over its tokens: all else is the same."""
+        schedule, predictor = Schedule(chunk_tokens=chunk_tokens), Predictor(LLAMA_3_8B, hardware)
+        far, near = (predictor.chunk(schedule, past, chunk_tokens).compute_s for past in (2**20, 0))
+        return (far - near) / chunk_tokens
+
+    fast = attention_s(replace(RTX_4090, prefill_attention_flops_per_s=100e12), 8192)
+    for chunk_tokens, factor in [(512, 2), (1024, 2), (4096, 2), (7000, 1), (8192, 1), (16384, 1)]:
+        assert attention_s(measured, chunk_tokens) == pytest.approx(factor * fast), chunk_tokens
+
+
 def test_idle_experts_are_not_read() -> None:
     shape = preset_shape("qwen3-30b-a3b")
     predictor = Predictor(shape, RTX_4090)

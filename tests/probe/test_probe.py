@@ -17,7 +17,7 @@ from headinfer.probe import attention, operations
 from headinfer.probe.run import FULL, QUICK, Effort, Sizes, make_device, run_probe
 from headinfer.probe.timing import fastest, time_operation
 
-TINY_SIZES = Sizes(seconds=0.0, matmul=(32, 64), chunk_tokens=16, tile_tokens=64)
+TINY_SIZES = Sizes(seconds=0.0, matmul=(32, 64), chunk_tokens=(8, 16), tile_tokens=64)
 TINY = Effort(
     quick=True,
     cpu=TINY_SIZES,
@@ -30,7 +30,8 @@ ON_CPU = [
     (Quantity.DEVICE_COPY, None),
     (Quantity.HOST_READ, None),
     (Quantity.MATMUL, None),
-    (Quantity.PREFILL_ATTENTION, None),
+    (Quantity.PREFILL_ATTENTION, 8),
+    (Quantity.PREFILL_ATTENTION, 16),
     (Quantity.HOST_ATTENTION, 128),
     (Quantity.HOST_ATTENTION, 512),
 ]
@@ -46,7 +47,7 @@ def ignore(*_progress) -> None: ...
 def test_the_cpu_is_measured(dtype):
     told = []
     measurement = run_probe(make_device("cpu"), dtype, TINY, lambda *what: told.append(what))
-    assert told == [(*what, done, 6) for done, what in enumerate(ON_CPU)]
+    assert told == [(*what, done, 7) for done, what in enumerate(ON_CPU)]
     assert [(rate.quantity, rate.size) for rate in measurement.rates] == ON_CPU
     for rate in measurement.rates:
         assert rate.failure is None

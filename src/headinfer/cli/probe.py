@@ -54,7 +54,11 @@ _CPU_LABELS = {
 """Where the CPU is the device."""
 
 _IN_FLOPS = (Quantity.MATMUL, Quantity.PREFILL_ATTENTION)
-_BY_TOKENS = (Quantity.DECODE_ATTENTION, Quantity.HOST_ATTENTION)
+_BY_TOKENS = (
+    Quantity.PREFILL_ATTENTION,
+    Quantity.DECODE_ATTENTION,
+    Quantity.HOST_ATTENTION,
+)
 
 
 class ProbeDevice(str, enum.Enum):

@@ -39,9 +39,11 @@ class Hardware:
         link_bytes_per_s: pinned host memory to the device, one direction; None without a link.
         link_back_bytes_per_s: the device to pinned host memory; None without a link.
         host_bytes_per_s: reading host memory with all cores.
-        prefill_attention_flops_per_s: fused attention of a prefill chunk on the device.
+        prefill_attention_flops_per_s: fused attention of a large prefill chunk on the device.
         decode_attention_bytes_per_s: KV bytes attended on the device in a decode step.
         host_attention_bytes_per_s: KV bytes attended by the CPU in a decode step.
+        chunk_attention_flops_per_s: the same of chunks of so many tokens, the smallest first; empty
+            where it was not measured, or is the same.
         host_shared_bytes_per_s: reading host memory by the CPU and the link at once, both together;
             None where that was not measured.
         copy_start_s: what one copy over the link takes beyond its bytes.
@@ -60,6 +62,7 @@ class Hardware:
     prefill_attention_flops_per_s: float
     decode_attention_bytes_per_s: float
     host_attention_bytes_per_s: float
+    chunk_attention_flops_per_s: tuple[tuple[int, float], ...] = ()
     host_shared_bytes_per_s: float | None = None
     copy_start_s: float = _COPY_START_S
     measured: bool = False

@@ -23,7 +23,8 @@ class Quantity(enum.Enum):
     """Device memory to device memory; bytes read and bytes written both count."""
     DEVICE_READ = "device_read"
     PREFILL_ATTENTION = "prefill_attention"
-    """A prefill chunk against a tile of past tokens on the device, with LSE, in FLOP/s."""
+    """A prefill chunk against a tile of past tokens on the device, with LSE, in FLOP/s; the size is
+    the tokens of the chunk."""
     DECODE_ATTENTION = "decode_attention"
     """KV attended on the device in a decode step; the size is the context in tokens."""
     TO_DEVICE = "to_device"
@@ -74,7 +75,7 @@ class Rate:
 
     Attributes:
         quantity: what it is of.
-        size: bytes of one copy or tokens of the context; None where neither matters.
+        size: bytes of one copy, or tokens of the context or the chunk; None where neither matters.
         typical_per_s: median of all repeats; None when the measurement failed.
         best_per_s: the fastest repeat; None likewise.
         reached_by: the operation or kernel that was fastest.
@@ -220,6 +221,11 @@ class Measurement:
             host_bytes_per_s=counted[Quantity.HOST_READ],
             host_shared_bytes_per_s=self.counted_per_s(Quantity.HOST_SHARED),
             prefill_attention_flops_per_s=counted[Quantity.PREFILL_ATTENTION],
+            chunk_attention_flops_per_s=tuple(
+                (rate.size, rate.counted_per_s)
+                for rate in self.rates_of(Quantity.PREFILL_ATTENTION)
+                if rate.size and rate.counted_per_s
+            ),
             decode_attention_bytes_per_s=counted[attention],
             host_attention_bytes_per_s=counted[Quantity.HOST_ATTENTION],
             copy_start_s=self.copy_start_s,

@@ -29,6 +29,8 @@ _EXPOSED = 0.1
 256 tiles, 252 with 32 and 98 with 160 and the rest resident, where the link alone takes 248 and
 93."""
 
+_ROUNDED_UP = 1.5
+
 _SAMPLED_CHUNKS = 16
 """Chunks of a prefill that are computed; more are represented by these."""
 
@@ -104,6 +106,16 @@ def balanced_host_share(hardware: Hardware) -> float:
     return host / (host + link) if link else 0.0
 
 
+def _attention_flops_per_s(hardware: Hardware, chunk_tokens: float) -> float:
+    """Return the rate of a chunk's attention: of the largest chunk measured that is not larger."""
+    rates = hardware.chunk_attention_flops_per_s
+    if not rates:
+        return hardware.prefill_attention_flops_per_s
+    # Chunks of a prompt are taken as equally long, and so a little shorter than planned.
+    fitting = [rate for tokens, rate in rates if tokens <= _ROUNDED_UP * chunk_tokens]
+    return fitting[-1] if fitting else rates[0][1]
+
+
 def active_parameters(shape: ModelShape) -> int:
     """Parameters that one token is multiplied with in all layers, the output projection left out.
 
@@ -169,18 +181,21 @@ class Predictor:
         """Return the parts of one prefill chunk behind `past_tokens` tokens."""
         rows, seen = schedule.batch * new_tokens, past_tokens + new_tokens / 2
         if (rows, seen) not in self._chunks_s:  # the same for every size of tiles
-            self._chunks_s[rows, seen] = self._chunk_s(rows, seen)
+            self._chunks_s[rows, seen] = self._chunk_s(rows, seen, new_tokens)
         return self._parts(schedule, self._chunks_s[rows, seen], past_tokens, new_tokens)
 
-    def _chunk_s(self, rows: float, seen: float) -> float:
-        """Return the seconds the device computes a chunk of `rows` tokens that see `seen`."""
+    def _chunk_s(self, rows: float, seen: float, new_tokens: float) -> float:
+        """Return the seconds the device computes a chunk of `rows` tokens that see `seen`.
+
+        They are `new_tokens` in each row of the batch.
+        """
         hardware = self._hardware
         score_dims = sum(min(seen, window) * dims for window, dims in self._dims.items())
         attention_flops = 2.0 * self._shape.query_heads * rows * score_dims
         return (
             2.0 * self._parameters * rows / hardware.matmul_flops_per_s
             + self.weight_bytes_read(rows) / hardware.device_bytes_per_s
-            + attention_flops / hardware.prefill_attention_flops_per_s
+            + attention_flops / _attention_flops_per_s(hardware, new_tokens)
         )
 
     def decode(self, schedule: Schedule, context_tokens: int) -> Parts:

@@ -32,13 +32,13 @@ class Sizes:
     Attributes:
         seconds: how long each operation is repeated.
         matmul: rows and columns of the matrices.
-        chunk_tokens: queries of a prefill chunk.
+        chunk_tokens: queries of prefill chunks, the fewest first.
         tile_tokens: keys it attends.
     """
 
     seconds: float
     matmul: tuple[int, ...]
-    chunk_tokens: int
+    chunk_tokens: tuple[int, ...]
     tile_tokens: int
 
 
@@ -63,10 +63,13 @@ class Effort:
     copy_bytes: tuple[int, ...]
 
 
+_GPU_CHUNKS = (1024, 2048, 4096, 8192)
+"""Kernels differ by them: cuDNN's serve the large ones alone."""
+
 FULL = Effort(
     quick=False,
-    cpu=Sizes(seconds=1.5, matmul=(1024, 2048, 3072), chunk_tokens=512, tile_tokens=4096),
-    gpu=Sizes(seconds=0.3, matmul=(2048, 4096, 8192), chunk_tokens=8192, tile_tokens=16384),
+    cpu=Sizes(seconds=1.5, matmul=(1024, 2048, 3072), chunk_tokens=(512,), tile_tokens=4096),
+    gpu=Sizes(seconds=0.3, matmul=(2048, 4096, 8192), chunk_tokens=_GPU_CHUNKS, tile_tokens=16384),
     buffer_bytes=parse_bytes("256MiB"),
     decode_tokens=tuple(map(parse_tokens, ("8K", "32K", "128K"))),
     copy_bytes=tuple(
@@ -77,8 +80,8 @@ FULL = Effort(
 
 QUICK = Effort(
     quick=True,
-    cpu=Sizes(seconds=0.1, matmul=(2048,), chunk_tokens=512, tile_tokens=2048),
-    gpu=Sizes(seconds=0.05, matmul=(4096,), chunk_tokens=8192, tile_tokens=16384),
+    cpu=Sizes(seconds=0.1, matmul=(2048,), chunk_tokens=(512,), tile_tokens=2048),
+    gpu=Sizes(seconds=0.05, matmul=(4096,), chunk_tokens=_GPU_CHUNKS, tile_tokens=16384),
     buffer_bytes=parse_bytes("128MiB"),
     decode_tokens=(parse_tokens("32K"),),
     copy_bytes=tuple(map(parse_bytes, ("1MiB", "64MiB"))),
@@ -186,8 +189,10 @@ def _steps(device: Device, dtype: torch.dtype, effort: Effort) -> Iterator[_Step
         yield step(Quantity.DEVICE_READ, partial(operations.readers, place, elements))
     yield on_host(Quantity.HOST_READ, partial(operations.readers, _CPU, elements))
     yield step(Quantity.MATMUL, partial(operations.matmuls, place, dtype, sizes.matmul))
-    shape = {"chunk_tokens": sizes.chunk_tokens, "tile_tokens": sizes.tile_tokens}
-    yield step(Quantity.PREFILL_ATTENTION, partial(attention.prefill, place, dtype, **shape))
+    for tokens in sizes.chunk_tokens:
+        shape = {"chunk_tokens": tokens, "tile_tokens": sizes.tile_tokens}
+        make = partial(attention.prefill, place, dtype, **shape)
+        yield step(Quantity.PREFILL_ATTENTION, make, tokens)
     if on_gpu:
         for tokens in effort.decode_tokens:
             yield step(Quantity.DECODE_ATTENTION, decode(place, tokens), tokens)
