@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Everything that needs a CUDA device: the tests marked gpu, a probe, then Llama-3-8B's shape with
 # random weights held to 24 GiB: a trace of the link, decode from 1K to 800K tokens (100 GiB of KV),
-# prefill, also beside all KV on the device; then a smaller shape at 1M, and the longest contexts. Ends itself after BUDGET_S seconds
-# (570); run again with the same OUT it goes on where it was. Results go to OUT.
+# prefill, also beside all KV on the device; then a smaller shape at 1M, and the longest contexts.
+# Ends itself after BUDGET_S seconds (570); run again with the same OUT it goes on where it was.
+# Results go to OUT.
 # On a copy of the tree without its history, HEADINFER_COMMIT names the commit.
 # PYTHON must have torch, transformers and pytest; nothing is installed.
 set -uo pipefail

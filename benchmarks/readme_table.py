@@ -70,7 +70,7 @@ def gpu_table(documents: list[dict[str, Any]]) -> str:
         f"{hardware['cpu_threads']} CPU threads; torch {versions['torch']}, transformers "
         f"{versions['transformers']}. Milliseconds a token, behind a cache filled at random; "
         "`make bench-gpu` repeats it; [benchmarks/](benchmarks/README.md) says why standard takes "
-        "so long, and what these results lack.",
+        f"so long, and what these results lack. {prefill_sentence()}",
         "",
         f"| context | KV | {' | '.join(GPU_METHODS.values())} | of its bound, head=1 |",
         "|---" * (len(GPU_METHODS) + 3) + "|",
@@ -85,6 +85,29 @@ def gpu_table(documents: list[dict[str, Any]]) -> str:
         share = "-" if share is None else f"{share:.0%}"
         lines.append(f"| {tokens // 1024}K | {kv_gib:.1f} GiB | {' | '.join(times)} | {share} |")
     return "\n".join(lines)
+
+
+def prefill_sentence() -> str:
+    """Return how long prefills took with nothing resident, beside stock with all on the device."""
+    ours, stock = (
+        {
+            row["context_tokens"]: row["prefill_s"]
+            for row in json.loads((RESULTS / name).read_text())["rows"]
+            if row["method"] == method and row["prefill_s"]
+        }
+        for name, method in (
+            ("gpu-suite-llama-prefill.json", "bounded"),
+            ("gpu-suite-llama-prefill-72GiB.json", "chunked-prefill"),
+        )
+    )
+    pairs = ", ".join(
+        f"{tokens // 1024}K tokens {ours[tokens]:.2f} s and {stock[tokens]:.2f}"
+        for tokens in sorted(ours.keys() & stock.keys())
+    )
+    return (
+        "Prefill with no KV resident, and of stock in chunks with all KV on the device in 72 GiB: "
+        f"{pairs}."
+    )
 
 
 def _milliseconds(row: dict[str, Any] | None) -> str:

@@ -133,10 +133,6 @@ class Device(Protocol):
         """Whether anything is done with accesses that are stated, so that they should be."""
 
     @property
-    def locks_host_memory(self) -> bool:
-        """Whether host memory takes long to be had, and may be asked for on another thread."""
-
-    @property
     def compute(self) -> Stream:
         """The model's stream."""
 

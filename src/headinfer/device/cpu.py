@@ -14,7 +14,6 @@ class CpuDevice:
     name = "cpu"
     tiles_are_views = True
     checks_accesses = False
-    locks_host_memory = False
     torch_device = torch.device("cpu")
 
     @property

@@ -122,7 +122,6 @@ class CudaDevice:
     name = "cuda"
     tiles_are_views = False
     checks_accesses = False
-    locks_host_memory = True
 
     def __init__(self, torch_device: torch.device) -> None:
         if not torch.cuda.is_available():

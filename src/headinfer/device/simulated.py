@@ -210,7 +210,6 @@ class SimulatedDevice:
     name = "simulated"
     tiles_are_views = False
     checks_accesses = True
-    locks_host_memory = False
     torch_device = torch.device("cpu")
 
     def __init__(self, *, seed: int = 0, skip: Collection[Edge] = ()) -> None:

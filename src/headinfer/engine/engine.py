@@ -17,7 +17,6 @@ from headinfer.device.base import Device, Edge
 from headinfer.engine.build import build
 from headinfer.engine.chunk import Chunk, attention_mark
 from headinfer.engine.host_attention import MAX_QUERY_TOKENS, Balance, HostAttention
-from headinfer.engine.reservation import Reservation
 from headinfer.engine.stats import Stats
 from headinfer.engine.tiles import StoredLayer, head_groups
 from headinfer.errors import CacheStateError
@@ -56,7 +55,6 @@ class Engine:
             )
             for layer in plan.shape.full_layers
         ]
-        self._reservation = Reservation(device, self._layers)
         self._arena_bytes = 0
         self._build()
 
@@ -134,7 +132,7 @@ class Engine:
         geometry = self._check(layer_idx, keys, values, query)
         batch, kv_heads, group, q_len, _ = query.shape
         out = query.new_empty(batch, q_len, kv_heads, group, geometry.value_dim)
-        self._reservation.reserve(layer_idx, self._expected_tokens)
+        self._layers[layer_idx].store.reserve(self._expected_tokens)
         if q_len > MAX_QUERY_TOKENS or padding is not None:
             host_kernel = None
         call = Chunk(
@@ -188,7 +186,7 @@ class Engine:
             CacheStateError: the cache was closed, or was made for other shapes.
         """
         self._check(layer_idx, keys, values)
-        self._reservation.reserve(layer_idx, self._expected_tokens)
+        self._layers[layer_idx].store.reserve(self._expected_tokens)
         for first in range(0, keys.shape[2], self.plan.chunk_tokens):
             part = slice(first, first + self.plan.chunk_tokens)
             new_keys, new_values = keys[:, :, part], values[:, :, part]
@@ -382,7 +380,6 @@ class Engine:
 
     def _settle(self) -> None:
         """Wait on the host until no work touches the stores, and forget what was fetched ahead."""
-        self._reservation.finish()
         if self._device.tiles_are_views:
             return
         for stream in (self._device.copy_in, self._device.copy_out, self._device.host_work):
