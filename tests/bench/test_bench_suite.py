@@ -149,6 +149,16 @@ def test_a_process_that_dies_is_a_failure(monkeypatch, returncode, status, word)
     assert word in outcome.reason
 
 
+def test_the_first_prefill_of_each_process_is_kept_beside_the_timed_one():
+    first = iter([5.0, 9.0, 7.0, 3.0, 1.0, 2.0])
+    launcher = FakeLauncher(lambda _: replace(trial_result(), first_prefill_s=next(first)))
+    standard, ours = rows_of(bench_spec(repeats=3), launcher)
+    assert sorted([standard.first_prefill_s, ours.first_prefill_s]) == [3.0, 5.0]
+    assert standard.prefill_s == ours.prefill_s == 2.0
+    (row,) = rows_of(bench_spec(methods=("standard",)), FakeLauncher(lambda _: trial_result()))
+    assert row.first_prefill_s is None
+
+
 def test_specs_and_outcomes_survive_json():
     spec = bench_spec().trial("headinfer", 300)
     assert TrialSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec

@@ -1,5 +1,8 @@
 """Everything `generate` offers gives stock's very tokens."""
 
+import gc
+import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -180,6 +183,35 @@ def test_a_chunk_is_begun_before_the_one_before_it_is_done() -> None:
         *("chunk", "chunk", "waited", (16, 40)),
         *("chunk", "waited", (32, 40), (40, 40)),
     ]
+
+
+def test_progress_that_fails_leaves_nothing_of_the_call() -> None:
+    class LateDevice(SimulatedDevice):
+        def mark_compute(self) -> SimpleNamespace:
+            return SimpleNamespace(reached=False, wait=lambda: None)
+
+    def fail_at_the_last(done_tokens: int, _all_tokens: int) -> None:
+        if done_tokens > 16:
+            raise KeyError(done_tokens)
+
+    model, logits = shared_model("llama3"), []
+    handle = model.lm_head.register_forward_hook(
+        lambda _module, _inputs, output: logits.append(weakref.ref(output))
+    )
+    try:
+        with headinfer.attach(
+            model,
+            chunk_tokens=16,
+            device="simulated",
+            simulated_device=LateDevice(),
+            progress=fail_at_the_last,
+        ) as offload:
+            with pytest.raises(KeyError, match="32"):
+                model(random_tokens(1, 40), past_key_values=offload.new_cache())
+            gc.collect()
+            assert [ref() for ref in logits] == [None] * 3
+    finally:
+        handle.remove()
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -107,6 +107,22 @@ def test_small_chunks_attend_at_the_rate_measured_for_them() -> None:
         assert attention_s(measured, chunk_tokens) == pytest.approx(factor * fast), chunk_tokens
 
 
+def test_small_tiles_count_as_small_chunks_unless_nothing_is_streamed() -> None:
+    rates = ((1024, 50e12), (8192, 100e12))
+    predictor = Predictor(LLAMA_3_8B, replace(RTX_4090, chunk_attention_flops_per_s=rates))
+    large, small = (Schedule(chunk_tokens=8192, tile_tokens=n) for n in (16384, 8192))
+    held = replace(small, resident_bytes=2**50)
+    past = 2**18
+    large_s, small_s, held_s = (
+        predictor.chunk(schedule, past, 8192).compute_s for schedule in (large, small, held)
+    )
+    assert small_s > 1.2 * large_s
+    assert held_s == large_s
+    # Two rows of half a chunk see as much, and are small chunks all the same.
+    two = replace(large, batch=2, chunk_tokens=4096)
+    assert predictor.chunk(two, past + 2048, 4096).compute_s == pytest.approx(small_s, rel=0.01)
+
+
 def test_idle_experts_are_not_read() -> None:
     shape = preset_shape("qwen3-30b-a3b")
     predictor = Predictor(shape, RTX_4090)
@@ -273,6 +289,9 @@ def test_the_host_takes_the_share_that_finishes_with_the_link() -> None:
         assert slowed.host_s == pytest.approx(plan.streamed_bytes(2**20) / 40e9)
         assert slowed.host_s > parts.host_s
     assert resolve(LLAMA_3_8B, options, **known, hardware=RTX_4090).host_share == 0
+    # A link that takes all the memory gives leaves nothing to share.
+    taken = replace(measured, host_shared_bytes_per_s=24e9)
+    assert resolve(LLAMA_3_8B, options, **known, hardware=taken).host_share == 0
     half = Options.parse(device_memory="24GiB", host_attention=0.5)
     assert resolve(LLAMA_3_8B, half, **known).host_share == 0.5
 

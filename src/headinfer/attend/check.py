@@ -41,7 +41,7 @@ def agrees(kernel: Kernel, torch_device: torch.device, dtype: torch.dtype, head_
     scale = head_dim**-0.5
 
     def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator).to(torch_device, dtype)
+        return torch.randn(shape, generator=generator, device="cpu").to(torch_device, dtype)
 
     def copied(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(torch.float64, copy=True)  # also where it is float64 already

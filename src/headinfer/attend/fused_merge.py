@@ -29,7 +29,7 @@ class FusedAccumulator:
         self._sinks: torch.Tensor | None = None
 
     def add(self, partial: Partial) -> None:
-        """Merge a partial, which must stay as it is until the next one, or the end."""
+        """Merge a partial, which must stay as it is until the end."""
         if self._merged is None:
             self._merged = partial
             return
@@ -52,10 +52,11 @@ class FusedAccumulator:
 
     def _merge_waiting(self) -> None:
         assert self._merged is not None
-        target = self._merged
+        out = self._merged.out
         if not self._owned:
-            out = torch.empty(target.out.shape, dtype=torch.float32, device=target.out.device)
-            target, self._owned = Partial(out, torch.empty_like(out[..., 0])), True
+            out, self._owned = torch.empty_like(out, dtype=torch.float32), True
+        # Not in place: several threads of the program read the LSE that one of them writes.
+        target = Partial(out, torch.empty(out.shape[:-1], dtype=torch.float32, device=out.device))
         _merge(self._merged, self._waiting, None, target, True)
         self._merged, self._waiting = target, None
 
@@ -67,7 +68,7 @@ def _merge(
     target: Partial,
     with_lse: bool,
 ) -> None:
-    """Merge one or two partials and sinks into `target`, which may be the first."""
+    """Merge one or two partials and sinks into `target`, whose output may be the first's."""
     batch, kv_heads, group, q_len, dim = first.out.shape
     other = first if second is None else second
     parts = [_readable(part) for part in (first, other)]

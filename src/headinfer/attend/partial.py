@@ -28,7 +28,7 @@ class Partial:
 
 
 class Kernel(Protocol):
-    """Computes partials; an implementation keeps nothing from call to call, and may be shared.
+    """Computes partials; keeps nothing of a call that would change another, and may be shared.
 
     One that derives from this class merges tiles by `Accumulator`, or by a `begin` of its own.
     """

@@ -39,7 +39,8 @@ def merge_two(
 
     Grid: (blocks of tokens, batch * kv_heads * group). Outputs `[batch, kv_heads, group, q_len,
     DIM]` are read and written by their strides; `out`, in its dtype, may be `first`. LSE are
-    contiguous, `[batch, kv_heads, group, q_len]`, and `sinks[kv_heads, group]`.
+    contiguous, `[batch, kv_heads, group, q_len]`, as is `sinks[kv_heads, group]`; `out_lse` is
+    memory of its own.
     """
     row = tl.program_id(1)
     member = (row % group).to(tl.int64)

@@ -156,12 +156,14 @@ class Attachment:
         self._cache.shrink_windows()
         self._chunks.append((self._owner.mark_compute(), done_tokens))
         # The next chunk is begun while the device computes this one, so that it never waits.
-        self._report_chunks(all_tokens, begun=1)
+        self._report_chunks(self._chunks, all_tokens, begun=1)
 
-    def _report_chunks(self, all_tokens: int, *, begun: int) -> None:
-        """Report the chunks that are done, waiting for all but the newest `begun`."""
-        while self._chunks and (len(self._chunks) > begun or self._chunks[0][0].reached):
-            mark, done_tokens = self._chunks.pop(0)
+    def _report_chunks(
+        self, chunks: list[tuple[Mark, int]], all_tokens: int, *, begun: int
+    ) -> None:
+        """Report and forget the chunks that are done, waiting for all but the newest `begun`."""
+        while chunks and (len(chunks) > begun or chunks[0][0].reached):
+            mark, done_tokens = chunks.pop(0)
             mark.wait()
             self._owner.report_prefill(done_tokens, all_tokens)
 
@@ -173,11 +175,11 @@ class Attachment:
             self._forget_call()
             return None
         self.functions.check_none_pending()
-        cache, leading_logits = self._cache, self._logits
-        self._report_chunks(self._new_tokens, begun=0)
+        cache, leading_logits, chunks = self._cache, self._logits, self._chunks
         self._forget_call()
         if cache is None:
             return output
+        self._report_chunks(chunks, self._new_tokens, begun=0)
         self._owner.finish_compute()
         seconds = time.perf_counter() - self._started_s
         stats = self._owner.stats

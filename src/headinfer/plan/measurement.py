@@ -171,7 +171,7 @@ class Measurement:
             Quantity.PREFILL_ATTENTION: (Quantity.MATMUL,),
             Quantity.DECODE_ATTENTION: (memory,),
             Quantity.HOST_ATTENTION: (Quantity.HOST_READ,),
-            Quantity.HOST_SHARED: (Quantity.HOST_READ,),
+            Quantity.HOST_SHARED: (Quantity.HOST_READ, Quantity.TO_DEVICE),
             Quantity.TO_DEVICE: (Quantity.TO_DEVICE,),
             Quantity.TO_HOST: (Quantity.TO_HOST,),
             Quantity.BOTH_WAYS: (Quantity.TO_DEVICE, Quantity.TO_HOST),

@@ -148,7 +148,10 @@ def activation_bytes(
 def _merge_bytes(itemsize: int, *, on_cpu: bool) -> int:
     """Bytes for each element of a partial output while it is merged into another one.
 
-    The first partial, its float32 copy, the next partial, which is float32 on the CPU, and its
-    weighted form.
+    On the CPU the first partial, its float32 copy, the next partial, which is float32, and its
+    weighted form; on CUDA the query laid out anew, three partials and, in float32, what was merged
+    of them. Without Triton it is no more.
     """
-    return itemsize + (_FLOAT32_BYTES if on_cpu else itemsize) + 2 * _FLOAT32_BYTES
+    if on_cpu:
+        return itemsize + 3 * _FLOAT32_BYTES
+    return 4 * itemsize + _FLOAT32_BYTES

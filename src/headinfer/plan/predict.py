@@ -29,7 +29,12 @@ _EXPOSED = 0.1
 256 tiles, 252 with 32 and 98 with 160 and the rest resident, where the link alone takes 248 and
 93."""
 
+_MEASURED_TILE_TOKENS = 16 * 1024
+"""Tokens of the tile that a GPU's attention of chunks was measured with. Kernels are chosen by
+query rows times keys, so that a smaller tile counts as a smaller chunk."""
+
 _ROUNDED_UP = 1.5
+"""A prompt's chunks are taken as equally long, and so up to this factor shorter than planned."""
 
 _SAMPLED_CHUNKS = 16
 """Chunks of a prefill that are computed; more are represented by these."""
@@ -103,7 +108,14 @@ def balanced_host_share(hardware: Hardware) -> float:
     Where host memory is the limit of both, they are slowed down alike.
     """
     link, host = hardware.link_bytes_per_s, hardware.host_attention_bytes_per_s
-    return host / (host + link) if link else 0.0
+    if not link or _shared_bytes_per_s(hardware) <= link:
+        return 0.0  # the link alone takes all that the memory gives
+    return host / (host + link)
+
+
+def _shared_bytes_per_s(hardware: Hardware) -> float:
+    """Return the rate of CPU and link together; the CPU's alone where that was not measured."""
+    return hardware.host_shared_bytes_per_s or hardware.host_bytes_per_s
 
 
 def _attention_flops_per_s(hardware: Hardware, chunk_tokens: float) -> float:
@@ -111,7 +123,6 @@ def _attention_flops_per_s(hardware: Hardware, chunk_tokens: float) -> float:
     rates = hardware.chunk_attention_flops_per_s
     if not rates:
         return hardware.prefill_attention_flops_per_s
-    # Chunks of a prompt are taken as equally long, and so a little shorter than planned.
     fitting = [rate for tokens, rate in rates if tokens <= _ROUNDED_UP * chunk_tokens]
     return fitting[-1] if fitting else rates[0][1]
 
@@ -142,7 +153,7 @@ class Predictor:
     def __init__(self, shape: ModelShape, hardware: Hardware) -> None:
         self._shape = shape
         self._hardware = hardware
-        self._chunks_s: dict[tuple[float, float], float] = {}
+        self._chunks_s: dict[tuple[float, float, float], float] = {}
         self._parameters = active_parameters(shape)
         self._kv_token_bytes = shape.kv_bytes(1)
         self._kv_heads, self._full_layers = shape.kv_heads, len(shape.full_layers)
@@ -180,22 +191,27 @@ class Predictor:
     def chunk(self, schedule: Schedule, past_tokens: float, new_tokens: float) -> Parts:
         """Return the parts of one prefill chunk behind `past_tokens` tokens."""
         rows, seen = schedule.batch * new_tokens, past_tokens + new_tokens / 2
-        if (rows, seen) not in self._chunks_s:  # the same for every size of tiles
-            self._chunks_s[rows, seen] = self._chunk_s(rows, seen, new_tokens)
-        return self._parts(schedule, self._chunks_s[rows, seen], past_tokens, new_tokens)
+        rate = _attention_flops_per_s(self._hardware, self._measured_as(schedule, seen, new_tokens))
+        key = rows, seen, rate
+        if key not in self._chunks_s:  # the same for most sizes of tiles
+            self._chunks_s[key] = self._chunk_s(*key)
+        return self._parts(schedule, self._chunks_s[key], past_tokens, new_tokens)
 
-    def _chunk_s(self, rows: float, seen: float, new_tokens: float) -> float:
-        """Return the seconds the device computes a chunk of `rows` tokens that see `seen`.
+    def _measured_as(self, schedule: Schedule, seen: float, new_tokens: float) -> float:
+        """Return the tokens of the chunk whose attention was measured with as many pairs a tile."""
+        if schedule.tile_tokens is None or not self.streamed_bytes(schedule, seen):
+            return new_tokens
+        return new_tokens * min(schedule.tile_tokens / _MEASURED_TILE_TOKENS, 1.0)
 
-        They are `new_tokens` in each row of the batch.
-        """
+    def _chunk_s(self, rows: float, seen: float, attention_flops_per_s: float) -> float:
+        """Return the seconds the device computes a chunk of `rows` tokens that see `seen`."""
         hardware = self._hardware
         score_dims = sum(min(seen, window) * dims for window, dims in self._dims.items())
         attention_flops = 2.0 * self._shape.query_heads * rows * score_dims
         return (
             2.0 * self._parameters * rows / hardware.matmul_flops_per_s
             + self.weight_bytes_read(rows) / hardware.device_bytes_per_s
-            + attention_flops / _attention_flops_per_s(hardware, new_tokens)
+            + attention_flops / attention_flops_per_s
         )
 
     def decode(self, schedule: Schedule, context_tokens: int) -> Parts:
@@ -225,9 +241,8 @@ class Predictor:
 
     def _host_s(self, streamed: float, share: float) -> float:
         """Return the seconds in which the host attends its share, while the link reads the rest."""
-        hardware = self._hardware
-        shared = hardware.host_shared_bytes_per_s or hardware.host_bytes_per_s
-        return max(share * streamed / hardware.host_attention_bytes_per_s, streamed / shared)
+        attended_s = share * streamed / self._hardware.host_attention_bytes_per_s
+        return max(attended_s, streamed / _shared_bytes_per_s(self._hardware))
 
     def _parts(
         self, schedule: Schedule, compute_s: float, past_tokens: float, new_tokens: float

@@ -14,8 +14,9 @@ _LEAST_BATCH_BYTES = 16 * 2**20
 """Small copies are enqueued until they add up to so much: what counts is the rate of a full queue,
 not the time of waiting for one copy."""
 
-_LINK_SHARES = (0.25, 0.4, 0.55, 0.7)
-"""Of the bytes that CPU and link read at once: they are to finish together, on any machine."""
+_LINK_SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7)
+"""Of the bytes that CPU and link read at once: with one of them both finish about together, on any
+machine; with any other the faster of the two waits."""
 
 _SHARED_BUFFERS = 4
 """Buffers whose bytes are read so; beginning and end then count for little."""
