@@ -1,5 +1,6 @@
 """The planner's activations against what torch allocates while a chunk passes through a model."""
 
+import gc
 from collections.abc import Callable
 
 import pytest
@@ -79,6 +80,7 @@ def random_model(name: str, dtype: torch.dtype, **changes: object) -> PreTrained
 
 def peak_bytes(run: Callable[[], object]) -> int:
     """Return the most bytes of CPU memory that torch held at once, beyond those held before."""
+    gc.collect()  # what earlier tests left, freed meanwhile, would count as less held
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     events = profiler.profiler.kineto_results.events()
