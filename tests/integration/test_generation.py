@@ -153,19 +153,18 @@ def test_long_prompts_are_chunked_and_only_the_last_logits_computed() -> None:
     assert done == [(16, 50), (32, 50), (48, 50), (50, 50)]
 
 
+class LateDevice(SimulatedDevice):
+    """Its marks are reached by nothing but waiting, which is noted."""
+
+    def __init__(self, noted: list[Any]) -> None:
+        super().__init__()
+        self._noted = noted
+
+    def mark_compute(self) -> SimpleNamespace:
+        return SimpleNamespace(reached=False, wait=lambda: self._noted.append("waited"))
+
+
 def test_a_chunk_is_begun_before_the_one_before_it_is_done() -> None:
-    class Late:
-        """A mark that nothing reaches but waiting."""
-
-        reached = False
-
-        def wait(self) -> None:
-            seen.append("waited")
-
-    class LateDevice(SimulatedDevice):
-        def mark_compute(self) -> Late:
-            return Late()
-
     model, seen = shared_model("llama3"), []
     handle = model.model.embed_tokens.register_forward_pre_hook(lambda *_: seen.append("chunk"))
     try:
@@ -173,7 +172,7 @@ def test_a_chunk_is_begun_before_the_one_before_it_is_done() -> None:
             model,
             chunk_tokens=16,
             device="simulated",
-            simulated_device=LateDevice(),
+            simulated_device=LateDevice(seen),
             progress=lambda *tokens: seen.append(tokens),
         ) as offload:
             model(random_tokens(1, 40), past_key_values=offload.new_cache())
@@ -186,10 +185,6 @@ def test_a_chunk_is_begun_before_the_one_before_it_is_done() -> None:
 
 
 def test_progress_that_fails_leaves_nothing_of_the_call() -> None:
-    class LateDevice(SimulatedDevice):
-        def mark_compute(self) -> SimpleNamespace:
-            return SimpleNamespace(reached=False, wait=lambda: None)
-
     def fail_at_the_last(done_tokens: int, _all_tokens: int) -> None:
         if done_tokens > 16:
             raise KeyError(done_tokens)
@@ -203,7 +198,7 @@ def test_progress_that_fails_leaves_nothing_of_the_call() -> None:
             model,
             chunk_tokens=16,
             device="simulated",
-            simulated_device=LateDevice(),
+            simulated_device=LateDevice([]),
             progress=fail_at_the_last,
         ) as offload:
             with pytest.raises(KeyError, match="32"):

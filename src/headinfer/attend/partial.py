@@ -94,7 +94,20 @@ class Kernel(Protocol):
         tiles.write(out)
 
 
-class TileAttention(Protocol):
+class Total(Protocol):
+    """Merges partials of the same queries."""
+
+    def add(self, partial: Partial) -> None:
+        """Merge a partial, which must stay as it is until the end."""
+
+    def add_sinks(self, sinks: torch.Tensor) -> None:
+        """Merge attention sinks, once all partials are; see `Accumulator.add_sinks`."""
+
+    def write(self, out: torch.Tensor) -> None:
+        """Write the result to `out[batch, q_len, kv_heads, group, value_dim]`, in its dtype."""
+
+
+class TileAttention(Total, Protocol):
     """The attention of one chunk's queries to a set of tiles, which come one by one.
 
     Everything is enqueued on the stream that is current; a tile's memory may be overwritten by what
@@ -105,15 +118,6 @@ class TileAttention(Protocol):
         self, keys: torch.Tensor, values: torch.Tensor, *, mask: torch.Tensor | None = None
     ) -> None:
         """Attend a tile; see `Kernel.attend`."""
-
-    def add(self, partial: Partial) -> None:
-        """Merge a partial of the same queries from elsewhere, to stay as it is until the end."""
-
-    def add_sinks(self, sinks: torch.Tensor) -> None:
-        """Merge attention sinks; see `Accumulator.add_sinks`."""
-
-    def write(self, out: torch.Tensor) -> None:
-        """Write the result to `out[batch, q_len, kv_heads, group, value_dim]`, in its dtype."""
 
 
 def stack_rows(rows: list[Partial]) -> Partial:
@@ -190,19 +194,6 @@ class Accumulator:
 def _weight(lse: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
     """Return exp(lse - total), 0 where no key is visible at all; one axis more for the dim."""
     return torch.where(lse == -torch.inf, 0.0, torch.exp(lse - total)).unsqueeze(-1)
-
-
-class Total(Protocol):
-    """Merges partials of the same queries; see `Accumulator`."""
-
-    def add(self, partial: Partial) -> None:
-        """Merge a partial, which must stay as it is until the end."""
-
-    def add_sinks(self, sinks: torch.Tensor) -> None:
-        """Merge attention sinks, once all partials are."""
-
-    def write(self, out: torch.Tensor) -> None:
-        """Write the result."""
 
 
 class SeparateTiles:

@@ -64,9 +64,10 @@ def measure(
     if not on_device:
         return Rates(host_bytes_per_s=host, matmul_flops_per_s=matmul), best_by
     memory, memory_by = _best(operations.readers(device, elements), synchronize)
-    copy = operations.link(CudaDevice(device), elements * torch.float32.itemsize, to_device=True)
+    gpu = CudaDevice(device)
+    copy = operations.link(gpu, elements * torch.float32.itemsize, to_device=True)
     link, link_by = _best(copy, synchronize)
-    shared, shared_by = _best(operations.shared(CudaDevice(device), elements), synchronize)
+    shared, shared_by = _best(operations.shared(gpu, elements), synchronize)
     best_by |= {"device_bytes_per_s": memory_by, "link_bytes_per_s": link_by}
     best_by["host_shared_bytes_per_s"] = shared_by
     rates = Rates(

@@ -103,15 +103,13 @@ def _raise_clocks(device: torch.device, dtype: torch.dtype) -> None:
         torch.cuda.synchronize()
 
 
-def _warm_up(
-    spec: TrialSpec, method: Method, run: _Run, tokens: torch.Tensor, device: torch.device
-) -> float | None:
+def _warm_up(spec: TrialSpec, method: Method, run: _Run, tokens: torch.Tensor) -> float | None:
     """Run a prompt and a few steps, so that no timed call is the first of its kind.
 
     Returns:
         The seconds of the prefill, if the prompt was the one that is timed afterwards.
     """
-    timed = device.type == "cuda" and spec.fill is Fill.PREFILL
+    timed = tokens.device.type == "cuda" and spec.fill is Fill.PREFILL
     prompt_tokens = min(_PREPARED_TOKENS if timed else _WARM_UP_TOKENS, spec.context_tokens)
     end = min(prompt_tokens + _WARM_UP_STEPS, spec.all_tokens)
     cache = method.new_cache(end)
@@ -136,7 +134,7 @@ def run_trial(spec: TrialSpec) -> TrialResult:
     _raise_clocks(device, model.dtype)
     weights_bytes = model_shape(model).weights_bytes
     with closing(METHODS[spec.method](model, spec)) as method:
-        first_prefill_s = _warm_up(spec, method, _Run(model, method), tokens, device)
+        first_prefill_s = _warm_up(spec, method, _Run(model, method), tokens)
         with limit_host(spec.settings, device, weights_bytes):
             result = _measure(spec, method, model, tokens)
     return replace(result, first_prefill_s=first_prefill_s, others_cpu_share=neighbours.cpu_share())

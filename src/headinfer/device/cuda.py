@@ -29,9 +29,13 @@ class CudaEvent:
         """Whether all work before it is done."""
         return bool(self._event.query())
 
-    def synchronize(self, edge: Edge) -> None:
+    def wait(self) -> None:
         """Block the host until the event is reached."""
         self._event.synchronize()
+
+    def synchronize(self, edge: Edge) -> None:
+        """Wait; edges are checked in simulation alone."""
+        self.wait()
 
     def reached_before(self, other: Event) -> bool | None:
         """Compare the times at which the device reached the two."""
@@ -43,23 +47,6 @@ class CudaEvent:
     def hold(self, stream: torch.cuda.Stream) -> None:
         """Make `stream` wait for the event."""
         stream.wait_event(self._event)
-
-
-class CudaMark:
-    """A `torch.cuda.Event` of the stream the model runs on."""
-
-    def __init__(self, stream: torch.cuda.Stream) -> None:
-        self._event = torch.cuda.Event()
-        self._event.record(stream)
-
-    @property
-    def reached(self) -> bool:
-        """Whether all work before it is done."""
-        return bool(self._event.query())
-
-    def wait(self) -> None:
-        """Block the host until it is."""
-        self._event.synchronize()
 
 
 class CudaStream:
@@ -182,7 +169,7 @@ class CudaDevice:
 
     def mark_compute(self) -> Mark:
         """Return a mark in the stream the model runs on."""
-        return CudaMark(torch.cuda.current_stream(self.torch_device))
+        return CudaEvent(torch.cuda.current_stream(self.torch_device), timed=False)
 
     def finish_compute(self) -> None:
         """Wait for the stream the model runs on."""

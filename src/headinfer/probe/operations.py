@@ -31,10 +31,7 @@ def readers(device: torch.device, elements: int) -> dict[str, Operation]:
         device: whose memory.
         elements: float32 elements of each buffer.
     """
-    one, other = (torch.ones(elements, device=device) for _ in range(2))
-    width = min(4096, elements)
-    matrix = one[: elements // width * width].view(-1, width)
-    vector = torch.ones(matrix.shape[0], device=device)
+    one, other, matrix, vector = _buffers(device, elements)
     size = float(one.nbytes)
     return {
         "torch.dot": (lambda: torch.dot(one, other), 2 * size),
@@ -42,6 +39,14 @@ def readers(device: torch.device, elements: int) -> dict[str, Operation]:
         "torch.amax": (lambda: torch.amax(one), size),
         "torch.linalg.vector_norm": (lambda: torch.linalg.vector_norm(one), size),
     } | _copy(one, other)
+
+
+def _buffers(device: torch.device, elements: int) -> tuple[torch.Tensor, ...]:
+    """Return two buffers to read, the first also as a matrix, and a vector with its rows."""
+    one, other = (torch.ones(elements, device=device) for _ in range(2))
+    width = min(4096, elements)
+    matrix = one[: elements // width * width].view(-1, width)
+    return one, other, matrix, torch.ones(matrix.shape[0], device=device)
 
 
 def copies(device: torch.device, elements: int) -> dict[str, Operation]:
@@ -119,10 +124,7 @@ def shared(device: Device, elements: int) -> dict[str, Operation]:
         device: whose link is used; the operation is done when the device is.
         elements: float32 elements of each buffer.
     """
-    one, other = (torch.ones(elements) for _ in range(2))
-    width = min(4096, elements)
-    matrix = one[: elements // width * width].view(-1, width)
-    vector = torch.ones(matrix.shape[0])
+    one, other, matrix, vector = _buffers(torch.device("cpu"), elements)
     pinned, arrived = device.host_empty(one.nbytes), device.device_empty(one.nbytes)
     pinned.fill_(1)
 
@@ -130,7 +132,7 @@ def shared(device: Device, elements: int) -> dict[str, Operation]:
         return torch.dot(one[rest], other[rest])
 
     def mv(rest: slice) -> object:
-        rows = slice(rest.start, rest.stop // width)
+        rows = slice(rest.start, rest.stop // matrix.shape[1])
         return torch.mv(matrix[rows].T, vector[rows])
 
     operations: dict[str, Operation] = {}
