@@ -23,6 +23,10 @@ def test_the_share_goes_where_both_finish_together(
     assert share == pytest.approx(host_rate / (host_rate + device_rate), rel=0.03)
 
 
+def test_a_share_far_off_is_mended_within_the_first_tokens() -> None:
+    assert run(Balance(0.5, fixed=False), 1.0, 3.0, steps=8) == pytest.approx(0.25, rel=0.1)
+
+
 def test_a_fixed_share_stays() -> None:
     assert run(Balance(0.3, fixed=True), 1.0, 100.0) == 0.3
 

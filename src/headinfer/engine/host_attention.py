@@ -37,9 +37,10 @@ thread that calls the engine when it next comes by: torch's profiler does not se
 _UNJUDGED = 64
 """Answers whose order is not known yet; older ones are forgotten."""
 
-_NOTES = 256
-"""Layers' attentions after which the host's share is judged: changing it discards what was fetched
-ahead, which must stay rare."""
+_FIRST_NOTES, _MOST_NOTES = 32, 256
+"""Layers' attentions after which the host's share is judged for the first time, and in the end,
+with twice as many each time between: a share to begin with may be far off, but changing it discards
+what was fetched ahead, which must become rare."""
 
 _LATE, _EARLY = 0.75, 0.25
 _FIRST_STEP, _LAST_STEP = 0.2, 0.01
@@ -65,6 +66,7 @@ class Balance:
         self.share = share
         self.fixed = fixed
         self._notes = self._late = 0
+        self._needed = _FIRST_NOTES
         self._step = _FIRST_STEP
         self._grew: bool | None = None
 
@@ -72,10 +74,11 @@ class Balance:
         """Take in whether the device had finished its part of a layer before the host did."""
         self._notes += 1
         self._late += host_was_late
-        if self.fixed or self._notes < _NOTES:
+        if self.fixed or self._notes < self._needed:
             return
         late = self._late / self._notes
         self._notes = self._late = 0
+        self._needed = min(2 * self._needed, _MOST_NOTES)
         if _EARLY <= late <= _LATE:
             return
         grows = late < _EARLY

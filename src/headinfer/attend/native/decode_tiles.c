@@ -14,6 +14,7 @@
  * Compiled for one HEAD_DIM (a multiple of 32), ROWS (1 to 16) and element type at a time.
  */
 #include <math.h>
+#include <stddef.h>
 
 #include "elements.h"
 
@@ -47,9 +48,9 @@ struct state {
     float more_scores[PLANES - 1][BLOCK][16];   /* to be added: a second sum shortens the chain */
     uint32_t weights[PLANES][HALVES_OF_ROWS][STEPS][16][16]; /* (w, 0) and (0, w), by tokens */
     float sum[PLANES][HALVES_OF_ROWS][CHUNKS][16][16]; /* even dims and odd ones, in turn */
-    element tail[2][BLOCK][HEAD_DIM];           /* the last keys and values, with zeros behind */
     vector highest;                             /* by rows */
     vector total[ROWS];                         /* by tokens, to be added up at last */
+    element tail[2][BLOCK][HEAD_DIM];           /* the last keys and values, with zeros behind */
 #if PLANES == 2
     uint16_t planes[PLANES * BLOCK][PANEL];     /* of the keys or values at hand */
 #endif
@@ -252,7 +253,7 @@ static void add_values(struct state *s, const element *values, const element *ne
 static void attend_part(const float *query, const element *keys, const element *values, int64_t count,
                         float scale, float *out, float *lse) {
     struct state s;
-    memset(&s, 0, sizeof s);
+    memset(&s, 0, offsetof(struct state, tail)); /* the rest is written before it is read */
     s.highest = all(NOTHING);
     for (int row = 0; row < ROWS; row++)
         for (int i = 0; i < HEAD_DIM; i++) {
@@ -273,6 +274,7 @@ static void attend_part(const float *query, const element *keys, const element *
         if (ahead < 0) ahead = 0;
         const element *k = keys + start * HEAD_DIM, *v = values + start * HEAD_DIM;
         if (left < BLOCK) {
+            memset(s.tail, 0, sizeof s.tail);
             memcpy(s.tail[0], k, left * HEAD_DIM * sizeof *k);
             memcpy(s.tail[1], v, left * HEAD_DIM * sizeof *v);
             k = s.tail[0][0], v = s.tail[1][0];
@@ -304,7 +306,7 @@ void attend_heads(const float *query, const element *keys, const element *values
         struct tile_config before;
         begin_tiles(&before);
         uint32_t mode = flush_tiny();
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
         for (int64_t part = 0; part < heads * splits; part++) {
             int64_t head = part / splits, split = part % splits;
             int64_t start = count * split / splits, end = count * (split + 1) / splits;

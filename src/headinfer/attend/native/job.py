@@ -13,12 +13,12 @@ import torch
 
 from headinfer.attend.native.build import compile_kernel
 from headinfer.attend.partial import Partial
-from headinfer.attend.split import even_splits
+from headinfer.attend.split import stealable_splits
 from headinfer.device.host_calls import NativeFunction
 from headinfer.store.layer import Stretch
 
 MIN_SPLIT_TOKENS = 512
-"""Tokens that are worth a thread."""
+"""Tokens that are worth a part of their own."""
 
 _FREE_THREADS_FROM = 5
 _FLOAT_BYTES = 4
@@ -173,7 +173,7 @@ class Jobs:
             key_stride, value_stride = self._head_stride(keys), self._head_stride(values)
             if key_stride is None or value_stride is None:
                 return None
-            splits = even_splits(threads, self._heads, tokens // MIN_SPLIT_TOKENS)
+            splits = stealable_splits(threads, self._heads, tokens // MIN_SPLIT_TOKENS)
             start_bytes = first * self._dim * self._itemsize
             spans.append(
                 (

@@ -15,7 +15,7 @@ from headinfer.attend.cpu import CpuKernel
 from headinfer.attend.native.build import ELEMENTS, compile_kernel
 from headinfer.attend.native.job import MIN_SPLIT_TOKENS, Jobs, job_library
 from headinfer.attend.partial import Kernel, Partial, empty_partial, stack_rows
-from headinfer.attend.split import even_splits, merge_splits
+from headinfer.attend.split import even_splits, merge_splits, stealable_splits
 
 MAX_DECODE_ROWS = 16
 """Query rows up to which reading keys and values takes longer than computing, on a matrix unit."""
@@ -195,7 +195,7 @@ def _decode_row(
     kv_heads, group, q_len, _ = query.shape
     kv_len = keys.shape[1]
     threads = torch.get_num_threads()
-    splits = even_splits(threads, kv_heads, kv_len // MIN_SPLIT_TOKENS)
+    splits = stealable_splits(threads, kv_heads, kv_len // MIN_SPLIT_TOKENS)
     rows = query.float().contiguous()
     out = torch.empty(kv_heads, splits, group, q_len, query.shape[-1])
     lse = torch.empty(kv_heads, splits, group, q_len)
