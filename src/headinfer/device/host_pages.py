@@ -2,6 +2,7 @@
 
 import contextlib
 import mmap
+from collections.abc import Callable
 
 import torch
 
@@ -16,6 +17,46 @@ _PRIVATE: dict[str, int] = (
 _LEAST_LARGE_BYTES = 32 * 2**20
 """Smaller regions have small pages: a large one is committed whole by its first byte, and what a
 cache grows by is written little by little."""
+
+
+_PIECES = 8
+_LARGEST_PIECE_BYTES = 8 * 2**20
+_PIECE_MULTIPLE = 4096
+
+
+class Pieces:
+    """Hands out small pieces of regions that are got at once.
+
+    To lock 4 MiB of host memory took 0.9 ms beside an H100, of which 0.2 are for its size: the
+    layers of a short prompt need many such, and so do those that grow by a few tokens. A region is
+    freed with the last tensor on it; what is left of the newest is kept for what comes next, 56 MiB
+    at most.
+
+    Args:
+        allocate: returns a region `[num_bytes]` of uint8, or raises `MemoryPlanError`.
+    """
+
+    def __init__(self, allocate: Callable[[int], torch.Tensor]) -> None:
+        self._allocate = allocate
+        self._left = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, num_bytes: int) -> torch.Tensor:
+        """Return memory `[num_bytes]` of uint8 that nobody else has.
+
+        Raises:
+            MemoryPlanError: it cannot be had, not even without the rest of a region.
+        """
+        whole = -(-num_bytes // _PIECE_MULTIPLE) * _PIECE_MULTIPLE
+        if not 0 < whole <= _LARGEST_PIECE_BYTES:
+            return self._allocate(num_bytes)
+        if self._left.numel() < whole:
+            try:
+                self._left = self._allocate(_PIECES * whole)
+            except MemoryPlanError:
+                return self._allocate(num_bytes)
+        piece, left = self._left[:num_bytes], self._left[whole:]
+        self._left = left if left.numel() else torch.empty(0, dtype=torch.uint8)
+        return piece
 
 
 def map_host_memory(num_bytes: int) -> torch.Tensor:
