@@ -20,7 +20,7 @@ class HeldDevice(SimulatedDevice):
     """
 
     def __init__(self) -> None:
-        super().__init__(skip=[Edge.ANSWER_SENT])
+        super().__init__(skip=[Edge.ANSWERED])
         self.log = Unchecked()
 
     def run_some(self) -> None:

@@ -213,10 +213,23 @@ class TestOnCuda:
 
         return CudaDevice(torch.device("cuda", torch.cuda.current_device()))
 
-    def test_calls_are_ordered_between_copies(self) -> None:
+    def test_mapped_memory_is_what_the_host_wrote_and_is_kept(self) -> None:
         device = self.make()
-        sent, answer = (device.host_empty(4096).view(torch.float32) for _ in range(2))
-        arrived = device.device_empty(4096).view(torch.float32)
+        memory = device.host_empty(8 * 2**20 + 4096).fill_(3)
+        view = device.mapped(memory)
+        assert view.is_cuda
+        assert view.shape == memory.shape
+        assert int(view.sum(dtype=torch.int64)) == 3 * memory.numel()
+        memory[5] = 7
+        assert int(view[5]) == 7
+        del memory
+        assert int(view[4:6].sum()) == 10
+
+    def test_calls_are_ordered_between_a_copy_and_a_kernel(self) -> None:
+        device = self.make()
+        sent, memory = (device.host_empty(4096) for _ in range(2))
+        sent, answer = sent.view(torch.float32), memory.view(torch.float32)
+        answered = device.mapped(memory).view(torch.float32)
         for value in range(500):
             query = torch.full((1024,), float(value), device="cuda")
             torch.cuda._sleep(100_000)
@@ -224,20 +237,18 @@ class TestOnCuda:
             device.host_work.wait(device.compute.record(), Edge.QUERY_READY)
             device.host_work.copy(sent, query)
             device.host_work.run(lambda: answer.copy_(sent * 2))
-            device.host_work.copy(arrived, answer)
-            device.compute.wait(device.host_work.record(), Edge.ANSWER_SENT)
-            assert (arrived == 2.0 * (value + 1)).all()
+            device.compute.wait(device.host_work.record(), Edge.ANSWERED)
+            assert (answered == 2.0 * (value + 1)).all()
 
-    def test_jobs_are_ordered_between_copies(self) -> None:
+    def test_jobs_are_ordered_between_a_copy_and_a_kernel(self) -> None:
         from headinfer.attend.native.kernel import NativeKernel
         from headinfer.attend.partial import Partial
         from headinfer.store.layer import Stretch
 
         device, shape = self.make(), (1, 2, 4, 1, 64)
-        sent, out, lse = (
-            device.host_empty(bytes_).view(torch.float32) for bytes_ in (2048, 2048, 32)
-        )
-        arrived = device.device_empty(2048).view(torch.float32)
+        memory = device.host_empty(2048)
+        answered, out = (part.view(torch.float32) for part in (device.mapped(memory), memory))
+        sent, lse = (device.host_empty(bytes_).view(torch.float32) for bytes_ in (2048, 32))
         jobs = NativeKernel().jobs(
             sent.view(shape), Partial(out.view(shape), lse.view(shape[:-1])), scale=1.0
         )
@@ -251,9 +262,8 @@ class TestOnCuda:
             device.host_work.copy(sent, query)
             pending.append(jobs.make([Stretch(values, values, 9, 900 + row // 2)]))
             device.host_work.run(pending[-1])
-            device.host_work.copy(arrived, out)
-            device.compute.wait(device.host_work.record(), Edge.ANSWER_SENT)
-            answers.append(arrived.clone())
+            device.compute.wait(device.host_work.record(), Edge.ANSWERED)
+            answers.append(answered.clone())
         device.synchronize()
         assert all(job.finished for job in pending)
         for row, answer in enumerate(answers):
@@ -264,7 +274,7 @@ class TestOnCuda:
     def test_the_caller_does_not_wait(self) -> None:
         device, held = self.make(), threading.Event()
         device.host_work.run(lambda: held.wait(WAIT_S))
-        device.compute.wait(device.host_work.record(), Edge.ANSWER_SENT)
+        device.compute.wait(device.host_work.record(), Edge.ANSWERED)
         result = torch.ones(10, device="cuda") + 1
         done = device.compute.record()
         assert not done.reached
@@ -284,7 +294,7 @@ class TestOnCuda:
             for _ in range(20):
                 device.host_work.wait(device.compute.record(), Edge.QUERY_READY)
                 device.host_work.run(lambda: time.sleep(0.02))
-                device.compute.wait(device.host_work.record(), Edge.ANSWER_SENT)
+                device.compute.wait(device.host_work.record(), Edge.ANSWERED)
                 for _ in range(500):
                     number += 1
                     device.compute.record()

@@ -131,7 +131,7 @@ def test_a_host_function_runs_in_stream_order(seed: int) -> None:
     stream.writes(answer, "test")
     stream.run(lambda: answer.copy_(query + 1.0))
     stream.copy(arrived, answer)
-    device.compute.wait(stream.record(), Edge.ANSWER_SENT)
+    device.compute.wait(stream.record(), Edge.ANSWERED)
     device.compute.reads(arrived, "test")
     assert (arrived == 4.0).all()
 

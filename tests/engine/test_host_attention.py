@@ -1,6 +1,7 @@
 """The host's share as work in stream order: nobody waits for it, and nothing is lost with it."""
 
 import gc
+import weakref
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -265,7 +266,33 @@ def test_a_fixed_share_asks_for_no_times() -> None:
 
 
 def test_a_query_that_is_overwritten_too_early_is_noticed() -> None:
-    device = SimulatedDevice(skip=[Edge.ANSWER_SENT])
+    device = SimulatedDevice(skip=[Edge.ANSWERED])
     engine = engine_with_host_share(device)
     with pytest.raises(HazardError, match="is not ordered after the write on host-work"):
         decode(engine, ReferenceKernel())
+
+
+@pytest.mark.parametrize(
+    "end",
+    [lambda engine: engine.close(), lambda engine: engine.replan(engine.plan), lambda engine: None],
+    ids=["close", "replan", "drop"],
+)
+def test_an_answer_is_kept_until_compute_has_read_it(end: Callable[[Engine], None]) -> None:
+    class Noting(SimulatedDevice):
+        """Notes when all work was waited for, and when memory of an answer's size is gone."""
+
+        def synchronize(self) -> None:
+            super().synchronize()
+            noted.append("waited")
+
+        def mapped(self, memory: torch.Tensor) -> torch.Tensor:
+            weakref.finalize(memory.untyped_storage(), noted.append, "freed")
+            return super().mapped(memory)
+
+    noted: list[str] = []
+    engine = engine_with_host_share(Noting())
+    decode(engine, ReferenceKernel())
+    end(engine)
+    del engine
+    gc.collect()
+    assert noted == ["waited", "freed"]

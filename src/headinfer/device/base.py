@@ -21,7 +21,7 @@ class Edge(enum.Enum):
     HOST_WRITTEN = "copy-out wrote tokens into the host store; copy-in reads them"
     QUERY_READY = "compute wrote a query, and merged the last answer; host work fetches and answers"
     TOKENS_SENT = "copy-out wrote tokens into the host store; host work attends them"
-    ANSWER_SENT = "host work sent its partial result to the device; compute merges it"
+    ANSWERED = "host work wrote its partial result; compute merges it from where it is"
     HOST_SETTLED = "work touching host memory is done; the host reads, moves or frees it"
 
 
@@ -157,6 +157,13 @@ class Device(Protocol):
 
     def device_empty(self, num_bytes: int) -> torch.Tensor:
         """Return `num_bytes` of uninitialised device memory as uint8; freed with its last view."""
+
+    def mapped(self, memory: torch.Tensor) -> torch.Tensor:
+        """Return memory of `host_empty` as a tensor that the device's kernels read where it lies.
+
+        For what is small and awaited: a copy to the device would queue behind all tiles on their
+        way, whichever stream it is on. The view keeps the memory.
+        """
 
     def host_access(self, tensor: torch.Tensor, *, write: bool, purpose: str) -> None:
         """State that the host now reads or writes `tensor` itself; only checked, never done."""

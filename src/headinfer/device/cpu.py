@@ -31,6 +31,10 @@ class CpuDevice:
 
     device_empty = host_empty
 
+    def mapped(self, memory: torch.Tensor) -> torch.Tensor:
+        """Return the memory itself."""
+        return memory
+
     def host_access(self, tensor: torch.Tensor, *, write: bool, purpose: str) -> None:
         """Do nothing: all work is done when its call returns."""
 

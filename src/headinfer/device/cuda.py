@@ -96,6 +96,19 @@ class CudaStream:
         """Do nothing: CUDA does not check."""
 
 
+class _Mapped:
+    """Host memory as uint8 on the device, for torch to view; torch keeps this object."""
+
+    def __init__(self, memory: torch.Tensor, address: int) -> None:
+        self._memory = memory
+        self.__cuda_array_interface__ = {
+            "shape": (memory.numel(),),
+            "typestr": "|u1",
+            "data": (address, False),
+            "version": 3,
+        }
+
+
 class CudaDevice:
     """One CUDA GPU.
 
@@ -163,6 +176,14 @@ class CudaDevice:
                 f"the device has no {format_bytes(num_bytes)} left for the KV arena; give a "
                 "smaller device_memory or smaller tiles and chunks"
             ) from error
+
+    def mapped(self, memory: torch.Tensor) -> torch.Tensor:
+        """Return a view of page-locked memory as the device addresses it."""
+        address = memory.data_ptr()
+        if torch.version.hip is None:
+            address = cuda_driver.mapped_address(self.torch_device, address)
+        with torch.inference_mode(False), torch.cuda.device(self.torch_device):
+            return torch.as_tensor(_Mapped(memory, address), device=self.torch_device)
 
     def host_access(self, tensor: torch.Tensor, *, write: bool, purpose: str) -> None:
         """Do nothing: CUDA does not check."""

@@ -54,6 +54,7 @@ def driver() -> ctypes.CDLL:
         (library.cuLaunchHostFunc, (_POINTER, _POINTER, _POINTER)),
         (library.cuMemcpyAsync, (_POINTER, _POINTER, _SIZE, _POINTER)),
         (library.cuMemcpy2DAsync_v2, (ctypes.POINTER(_Copy), _POINTER)),
+        (library.cuMemHostGetDevicePointer_v2, (ctypes.POINTER(_POINTER), _POINTER, ctypes.c_uint)),
     ):
         function.argtypes = arguments
         function.restype = ctypes.c_int
@@ -69,6 +70,21 @@ def launch_host_function(
         RuntimeError: the driver refuses.
     """
     _checked("cuLaunchHostFunc", stream, stream.cuda_stream, entry, argument)
+
+
+def mapped_address(device: torch.device, host_address: int) -> int:
+    """Return where a device's kernels find page-locked host memory.
+
+    Raises:
+        RuntimeError: the driver refuses.
+    """
+    address = _POINTER()
+    with torch.cuda.device(device):
+        stream = torch.cuda.current_stream()
+        arguments = ctypes.byref(address), host_address, 0
+        _checked("cuMemHostGetDevicePointer_v2", stream, *arguments)
+    assert address.value is not None
+    return address.value
 
 
 def copy(stream: torch.cuda.Stream, destination: torch.Tensor, source: torch.Tensor) -> None:

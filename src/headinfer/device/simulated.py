@@ -267,6 +267,10 @@ class SimulatedDevice:
         weakref.finalize(tensor.untyped_storage(), self._freed, num_bytes)
         return tensor
 
+    def mapped(self, memory: torch.Tensor) -> torch.Tensor:
+        """Return the memory itself; that compute reads it must be stated."""
+        return memory
+
     def _freed(self, num_bytes: int) -> None:
         self.allocated_bytes -= num_bytes
 

@@ -318,6 +318,7 @@ class Engine:
         for layer in self._layers:
             layer.written = layer.resident = None
         del self._source, self._writer
+        self._host.free()
         try:
             self._build()
         except BaseException:
@@ -377,6 +378,7 @@ class Engine:
         """Wait for the work in flight before the memory it touches goes away."""
         if hasattr(self, "_source"):
             self._settle()
+            self._host.free()
 
     def _settle(self) -> None:
         """Wait on the host until no work touches the stores, and forget what was fetched ahead."""
