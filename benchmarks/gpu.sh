@@ -36,8 +36,9 @@ if [ ! -e "$out/gpu-trace-100K.json" ]; then
 fi
 bench llama-decode decode "${llama[@]}" --contexts 1K,10K,40K --fill random --new-tokens 24 \
     --methods "$methods"
+# Some steps more: the host's share is judged after 1, 3 and 7 of them.
 bench llama-decode-long decode "${llama[@]}" --contexts 100K,200K,400K,800K --fill random \
-    --methods "$methods"
+    --new-tokens 12 --methods "$methods"
 bench llama-prefill prefill "${llama[@]}" --contexts 1K,10K,40K,100K \
     --methods standard,chunked-prefill,head-wise-1,bounded,headinfer
 # More memory than the claim is about, for the reference that keeps all on the device.
