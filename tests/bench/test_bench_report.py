@@ -70,10 +70,25 @@ def test_a_table_has_contexts_down_and_methods_across_and_reasons_below():
     assert "](plots/cpu-decode.png)" in text
 
 
+def test_runs_of_one_machine_have_titles_of_their_own_and_short_contexts_first():
+    held = Settings(device_memory="4GiB")
+    files = [
+        ("b", results_of(bench_spec(contexts=(102400, 204800)))),
+        ("a", results_of(bench_spec(contexts=(1024, 4096)))),
+        ("c", results_of(replace(bench_spec(contexts=(1024,)), settings=held))),
+    ]
+    headings = [line for line in report(files, "plots").splitlines() if line.startswith("###")]
+    assert headings[:3] == [
+        "### Decode at 1K to 4K tokens",
+        "### Decode at 1K tokens in 4GiB",
+        "### Decode at 100K to 200K tokens",
+    ]
+
+
 def test_a_run_about_memory_tells_its_prefill_too():
     spec = bench_spec(contexts=(1024,), command=Command.MEMORY)
     text = report([("cpu-memory", results_of(spec))], "plots")
-    assert line_of(text, "| 1K", after="### Prefill")[1:3] == ["5 s", "5 s"]
+    assert line_of(text, "| 1K", after="### Prefill at")[1:3] == ["5 s", "5 s"]
     assert "](plots/cpu-memory.png)" in text
     assert "](plots/cpu-memory-prefill.png)" in text
 

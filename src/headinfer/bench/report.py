@@ -110,9 +110,9 @@ def report(files: Sequence[tuple[str, Results]], plots: str) -> str:
         plots: folder of the plots as links of the document have it.
     """
     parts = [_INTRO]
-    ordered = sorted(files, key=lambda file: _group(file[1]))
+    ordered = sorted(files, key=lambda file: (_group(file[1]), _place(file[1])))
     for (where, model), of_group in groupby(ordered, key=lambda file: _group(file[1])):
-        parts.append(f"## {where}\n\n{model}.\n")
+        parts.append(f"## {where}: {model.split(',')[0]}\n\n{model}.\n")
         for name, results in of_group:
             parts.extend(_section(name, results, plots))
     parts.append(paper_section([results for _, results in files]))
@@ -122,6 +122,19 @@ def report(files: Sequence[tuple[str, Results]], plots: str) -> str:
 def _group(results: Results) -> tuple[str, str]:
     model, where, *_ = conditions(results.spec, results.machine)
     return where, model
+
+
+def _place(results: Results) -> tuple[str, int]:
+    """Return what runs of one group are ordered by."""
+    return results.spec.command, min(results.spec.contexts)
+
+
+def _title(quantity: Quantity, results: Results) -> str:
+    """Return a heading that tells a run from others of its group."""
+    contexts, memory = results.spec.contexts, results.spec.settings.device_memory
+    ends = dict.fromkeys(map(format_tokens, (min(contexts), max(contexts))))
+    held = "" if memory == "auto" else f" in {memory}"
+    return f"{quantity.title} at {' to '.join(ends)} tokens{held}"
 
 
 def _section(name: str, results: Results, plots: str) -> Iterator[str]:
@@ -134,7 +147,7 @@ def _section(name: str, results: Results, plots: str) -> Iterator[str]:
         yield _longest_table(rows)
         return
     for quantity in quantities(results):
-        yield f"### {quantity.title}\n\n{facts}.\n"
+        yield f"### {_title(quantity, results)}\n\n{facts}.\n"
         yield _table(results, rows, quantity)
         yield f"![{quantity.title} over context]({plots}/{plot_name(name, quantity)})\n"
     listed = "\n".join(f"- {note}" for note in (*notes(rows), *_not_measured(results)))
