@@ -25,6 +25,7 @@ from headinfer.bench.limits import limit_device
 from headinfer.bench.methods import METHODS
 from headinfer.bench.spec import Fill, Settings, TrialSpec
 from headinfer.cli.bench_options import named_model
+from headinfer.integration.calls import cache_argument
 from headinfer.trace import Trace
 from headinfer.units import parse_tokens
 
@@ -60,7 +61,7 @@ def traced(model: Any, spec: TrialSpec, path: Path) -> dict[str, Any]:
 
         def step() -> float:
             start_s = time.perf_counter()
-            output = model(input_ids=token, past_key_values=cache, use_cache=True)
+            output = model(input_ids=token, use_cache=True, **cache_argument(model, cache))
             int(output.logits[0, -1].argmax())
             return time.perf_counter() - start_s
 

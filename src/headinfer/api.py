@@ -83,7 +83,9 @@ class Offload:
         return self._attachment.functions
 
     def new_cache(self, max_tokens: int | str | None = None) -> OffloadedCache:
-        """Return an empty cache to pass as `past_key_values`.
+        """Return an empty cache to pass to `generate` or the model.
+
+        It is passed as `cache`, as `past_key_values` before transformers 5.24.
 
         It may be used again for the next turn of the same conversation; its memory is freed when it
         is closed or no longer referred to.
@@ -265,7 +267,9 @@ def attach(
         resident_tokens: the oldest tokens to keep on the device, where they need not be fetched:
             a count, 0, "all", or "auto" for what fits in `device_memory`.
         host_attention: share of the other tokens that the CPU attends in decode steps, from 0 to 1;
-            "off", or "auto" by the rates that `headinfer probe` measured.
+            "off", or "auto" by the rates that `headinfer probe` measured, and then by who finishes
+            first: the last bits of results may differ from run to run, which a number or "off"
+            repeat.
         progress: called during prefill with the tokens done and the tokens in all.
         simulated_device: the instance to use with `device="simulated"`.
 

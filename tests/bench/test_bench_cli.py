@@ -88,7 +88,7 @@ def test_a_wrong_method_is_a_failed_row_and_exit_code_1(in_process, monkeypatch)
         def new_cache(self, max_tokens):
             cache = super().new_cache(max_tokens)
             update = cache.layers[0].update
-            cache.layers[0].update = lambda keys, values, *rest: update(-keys, values, *rest)
+            cache.layers[0].update = lambda keys, *rest, **named: update(-keys, *rest, **named)
             return cache
 
     monkeypatch.setitem(METHODS, "headinfer", Damaged)

@@ -11,6 +11,7 @@ from transformers import DynamicCache, PreTrainedModel, StoppingCriteria, TextSt
 
 import headinfer
 from headinfer.device.simulated import SimulatedDevice
+from headinfer.integration.calls import CACHE_NAMES, cache_name
 from tiny_models import random_tokens, shared_model, tiny_model
 
 DEVICES = ["cpu", "simulated"]
@@ -151,6 +152,23 @@ def test_long_prompts_are_chunked_and_only_the_last_logits_computed() -> None:
         handle.remove()
     assert lengths == [(1, 1)] * 5  # four chunks and one decode step
     assert done == [(16, 50), (32, 50), (48, 50), (50, 50)]
+
+
+@pytest.mark.parametrize("name", CACHE_NAMES)
+def test_a_cache_may_be_passed_by_each_name_that_transformers_has_for_it(name: str) -> None:
+    model = shared_model("llama3")
+    if name == "cache" != cache_name(model):
+        pytest.skip("this transformers calls a cache past_key_values alone")
+    tokens = random_tokens(1, 50)
+    stock = generate(model, tokens, do_sample=False)
+    with headinfer.attach(model, **SMALL) as offload:
+        ours = generate(model, tokens, do_sample=False, **{name: offload.new_cache()})
+        assert offload.stats.prefill_tokens == 50
+        cache = offload.new_cache()
+        with torch.no_grad():
+            model(tokens, **{name: cache})
+        assert cache.get_seq_length() == 50
+        assert torch.equal(ours, stock)
 
 
 class LateDevice(SimulatedDevice):

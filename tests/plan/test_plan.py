@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headinfer.errors import MemoryPlanError, OptionError
+from headinfer.plan.hardware import HARDWARE, Hardware
 from headinfer.plan.memory import ALIGNMENT_BYTES, runtime_bytes
 from headinfer.plan.options import Options
 from headinfer.plan.plan import resolve
@@ -174,4 +175,28 @@ def test_a_plan_never_exceeds_its_budget(
     assert plan.page_tokens <= max(plan.chunk_tokens // 2, 1)
     pieces = plan.staging_bytes + plan.tail_bytes + plan.chunk_page_bytes + plan.resident_bytes
     assert plan.arena_bytes == pieces + ALIGNMENT_BYTES
-    assert len(str(plan).splitlines()) == 2 + (context is not None) + bool(plan.resident_tokens)
+    streams = plan.streamed_bytes(context or 0) > 0  # then the CPU waits to be measured
+    optional = (context is not None, plan.resident_tokens > 0, streams)
+    assert len(str(plan).splitlines()) == 2 + sum(optional)
+
+
+@pytest.mark.parametrize(
+    ("options", "hardware", "context", "told"),
+    [
+        ({}, None, 100_000, True),
+        ({}, None, 1000, False),  # all of it is resident
+        ({"host_attention": "off"}, None, 100_000, False),
+        ({}, HARDWARE["rtx-4090"], 100_000, False),  # planned for another machine
+    ],
+)
+def test_a_plan_tells_that_the_cpu_waits_for_a_measurement(
+    options: dict[str, str], hardware: Hardware | None, context: int, told: bool
+) -> None:
+    plan = resolve(
+        LLAMA_3_8B,
+        Options.parse(device_memory="24GiB", **options),
+        device="cuda",
+        context_tokens=context,
+        hardware=hardware,
+    )
+    assert ("`headinfer probe`" in str(plan)) == told

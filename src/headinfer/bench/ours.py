@@ -13,6 +13,7 @@ from headinfer.bench.held import Held
 from headinfer.bench.spec import TrialSpec
 from headinfer.errors import MemoryPlanError, OptionError
 from headinfer.integration.cache import OffloadedCache
+from headinfer.integration.calls import cache_argument
 from headinfer.integration.support import model_shape
 from headinfer.plan.plan import Plan
 
@@ -54,7 +55,7 @@ class HeadInfer:
     def prefill(self, tokens: torch.Tensor, cache: Cache) -> torch.Tensor:
         """Pass a prompt through the model, which is chunked by itself."""
         output = self._model(
-            input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1
+            input_ids=tokens, use_cache=True, logits_to_keep=1, **cache_argument(self._model, cache)
         )
         row: torch.Tensor = output.logits[0, -1]
         return row

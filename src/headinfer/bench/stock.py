@@ -9,6 +9,7 @@ from transformers.cache_utils import Cache, DynamicCache, QuantizedCache
 from headinfer.bench.held import Held
 from headinfer.bench.spec import TrialSpec
 from headinfer.errors import UnsupportedModelError
+from headinfer.integration.calls import cache_argument
 from headinfer.plan.choices import chunk_sizes
 from headinfer.plan.options import Options
 from headinfer.units import format_tokens, parse_tokens
@@ -51,7 +52,7 @@ class Standard:
     def prefill(self, tokens: torch.Tensor, cache: Cache) -> torch.Tensor:
         """Pass a prompt through the model in one call."""
         output = self._model(
-            input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1
+            input_ids=tokens, use_cache=True, logits_to_keep=1, **cache_argument(self._model, cache)
         )
         row: torch.Tensor = output.logits[0, -1]
         return row
@@ -98,7 +99,7 @@ class ChunkedPrefill(Standard):
             return super().prefill(tokens, cache)
         output = self._model.generate(
             tokens,
-            past_key_values=cache,
+            **cache_argument(self._model, cache),
             prefill_chunk_size=self._chunk_tokens,
             max_new_tokens=1,
             do_sample=False,

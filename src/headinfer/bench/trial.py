@@ -29,6 +29,7 @@ from headinfer.bench.process_memory import PeakRss
 from headinfer.bench.result import Status, TrialFailure, TrialResult, to_json
 from headinfer.bench.spec import Fill, TrialSpec
 from headinfer.errors import HeadInferError, MemoryPlanError
+from headinfer.integration.calls import cache_argument
 from headinfer.integration.support import model_shape
 from headinfer.units import format_bytes
 
@@ -72,7 +73,10 @@ class _Run:
 
         def call() -> torch.Tensor:
             output = self._model(
-                input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1
+                input_ids=token,
+                use_cache=True,
+                logits_to_keep=1,
+                **cache_argument(self._model, cache),
             )
             row: torch.Tensor = output.logits[0, -1]
             return row

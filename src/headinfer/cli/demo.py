@@ -251,15 +251,22 @@ class _Reader:
         """Take the document, with what stands before it in every prompt, into the cache."""
         import torch
 
+        from headinfer.integration.calls import cache_argument
+
         document = self._tensor(self._prompts[0][: self._shared_tokens])
         with torch.no_grad(), bar:
             self._model(
-                input_ids=document, past_key_values=self._cache, use_cache=True, logits_to_keep=1
+                input_ids=document,
+                use_cache=True,
+                logits_to_keep=1,
+                **cache_argument(self._model, self._cache),
             )
 
     def ask(self, number: int, fact: "Fact") -> None:
         """Print a question and the answer as it comes, then take both out of the cache again."""
         from transformers import StoppingCriteriaList
+
+        from headinfer.integration.calls import cache_argument
 
         self._interrupt.check()
         self._console.print(f"{number}. {escape(fact.question)} [dim](at {fact.depth:.0%})[/]")
@@ -269,7 +276,7 @@ class _Reader:
         self._model.generate(
             input_ids=prompt,
             attention_mask=prompt.new_ones(prompt.shape),
-            past_key_values=self._cache,
+            **cache_argument(self._model, self._cache),
             do_sample=False,
             max_new_tokens=_MAX_ANSWER_TOKENS,
             streamer=answer,

@@ -349,6 +349,8 @@ class _Run:
     def _generate_rows(self, prompt: Any, interrupt: Interrupt) -> Any:
         from transformers import StoppingCriteriaList
 
+        from headinfer.integration.calls import cache_argument
+
         settings = self._request.generation
         criteria = StoppingCriteriaList([interrupt.stopping_criterion])
         if self._request.trace is not None:
@@ -357,7 +359,7 @@ class _Run:
         return self._model.generate(
             input_ids=prompt,
             attention_mask=prompt.new_ones(prompt.shape),
-            past_key_values=cache,
+            **cache_argument(self._model, cache),
             streamer=self._collector if settings.rows == 1 else None,
             stopping_criteria=criteria,
             **settings.keywords(),

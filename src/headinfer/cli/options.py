@@ -81,7 +81,8 @@ HostAttention = Annotated[
     _memory_option(
         "--host-attention",
         "Share of the other tokens that the CPU attends in each decode step, from 0 to 1; off, or "
-        "auto by the rates that headinfer probe measured.",
+        "auto by the rates that headinfer probe measured, and then by who finishes first: only a "
+        "number or off repeat results to the last bit.",
         "SHARE",
     ),
 ]

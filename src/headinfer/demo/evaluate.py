@@ -162,11 +162,15 @@ def prefill(
     """
     import torch
 
+    from headinfer.integration.calls import cache_argument
+
     step = chunk_tokens or len(ids)
     with torch.inference_mode():
         for start in range(0, len(ids), step):
             chunk = torch.tensor([ids[start : start + step]], device=model.device)
-            output = model(input_ids=chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            output = model(
+                input_ids=chunk, use_cache=True, logits_to_keep=1, **cache_argument(model, cache)
+            )
     logits: Tensor = output.logits[0, -1]
     return logits
 

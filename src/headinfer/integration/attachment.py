@@ -23,6 +23,7 @@ from headinfer.errors import CacheStateError, UnsupportedModelError
 from headinfer.integration import chunking
 from headinfer.integration.attention import AttentionFunctions
 from headinfer.integration.cache import OffloadedCache
+from headinfer.integration.calls import cache_name, named_arguments, new_shape
 from headinfer.integration.support import is_static
 
 _logger = logging.getLogger(__name__)
@@ -128,8 +129,8 @@ class Attachment:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Check a call, give it a cache, and run all of its chunks but the last."""
         self._forget_call()
-        arguments = chunking.named_arguments(model, args, kwargs)
-        shape = chunking.new_shape(arguments)
+        arguments = named_arguments(model, args, kwargs)
+        shape = new_shape(arguments)
         cache = self._cache_of(arguments)
         if shape is None or cache is None:
             return (), arguments
@@ -209,14 +210,15 @@ class Attachment:
             raise UnsupportedModelError(
                 "output_attentions=True is not served: the attention weights never exist as a whole"
             )
-        cache = arguments.get("past_key_values")
+        name = cache_name(self._model)
+        cache = arguments.get(name)
         if cache is None:
             use_cache = arguments.get("use_cache")
             if use_cache is None:
                 use_cache = self._model.config.get_text_config(decoder=True).use_cache
             if not use_cache:
                 return None
-            cache = arguments["past_key_values"] = self._owner.new_cache()
+            cache = arguments[name] = self._owner.new_cache()
         if isinstance(cache, OffloadedCache):
             if not self._owner.owns(cache):
                 raise CacheStateError(
@@ -226,14 +228,15 @@ class Attachment:
         if not isinstance(cache, Cache) or is_static(cache):
             raise UnsupportedModelError(
                 f"a {type(cache).__name__} cannot be used with an attached model; pass "
-                "past_key_values=offload.new_cache()"
+                f"{name}=offload.new_cache()"
             )
         level = logging.DEBUG if self._warned else logging.WARNING
         self._warned = True
         _logger.log(
             level,
             "the model is attached, but its KV cache is a %s and stays on the device; pass "
-            "past_key_values=offload.new_cache() to offload it",
+            "%s=offload.new_cache() to offload it",
             type(cache).__name__,
+            name,
         )
         return None

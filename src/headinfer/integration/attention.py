@@ -1,6 +1,6 @@
 """Our entries in transformers' attention and mask registries.
 
-In every supported model a layer calls `past_key_values.update(keys, values, layer_idx)` and, in the
+In every supported model a layer calls its cache's `update(keys, values, layer_idx)` and, in the
 next statement, the function registered under `config._attn_implementation`. Our cache's `update`
 hands the new tokens back and remembers them as *pending*; the function takes what is pending, and
 so knows which layer of which cache it serves. Each attachment registers functions of its own.

@@ -1,4 +1,4 @@
-"""The cache a user passes as `past_key_values`: transformers' own, with offloaded layers in it."""
+"""The cache a user passes to the model: transformers' own, with offloaded layers in it."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol

@@ -11,30 +11,13 @@ from typing import Any
 
 import torch
 
+from headinfer.integration.calls import CACHE_NAMES, new_shape
+
 _SLICED = frozenset({"input_ids", "inputs_embeds", "token_type_ids", "cache_position"})
 """Arguments with one entry a new token, on axis 1 (`cache_position`: on its last axis)."""
 
-_WHOLE = frozenset({"past_key_values", "use_cache", "return_dict", "logits_to_keep"})
+_WHOLE = frozenset({*CACHE_NAMES, "use_cache", "return_dict", "logits_to_keep"})
 """Arguments that mean the same for every chunk."""
-
-
-def named_arguments(
-    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, Any]:
-    """Return a forward call's arguments by name, in a dictionary of its own."""
-    if not args:  # as `generate` calls at every token; reading the signature is slow
-        return dict(kwargs)
-    names = inspect.signature(type(model).forward).parameters
-    return dict(zip(list(names)[1:], args, strict=False)) | kwargs
-
-
-def new_shape(arguments: dict[str, Any]) -> tuple[int, int] | None:
-    """Return (batch, new tokens) of a forward call; None when it has no tokens."""
-    for name in ("input_ids", "inputs_embeds"):
-        if arguments.get(name) is not None:
-            batch, tokens = arguments[name].shape[:2]
-            return int(batch), int(tokens)
-    return None
 
 
 def can_split(config: Any, arguments: dict[str, Any]) -> bool:

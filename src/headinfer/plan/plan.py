@@ -48,6 +48,7 @@ class Plan:
         resident_bytes: the bytes they take.
         host_share: share of the other tokens that the CPU attends in a decode step.
         host_share_adapts: whether that is where to begin, to be corrected by what is measured.
+        host_unmeasured: whether it is 0 because nobody measured what the CPU reaches.
     """
 
     shape: ModelShape
@@ -70,6 +71,7 @@ class Plan:
     resident_bytes: int = 0
     host_share: float = 0.0
     host_share_adapts: bool = False
+    host_unmeasured: bool = False
 
     @property
     def arena_bytes(self) -> int:
@@ -142,6 +144,8 @@ class Plan:
             )
         if self.host_share:
             yield f"the CPU attends {self.host_share:.0%} of the other tokens in a decode step"
+        elif self.host_unmeasured and self.streamed_bytes(self.context_tokens or 0):
+            yield "the CPU attends none of the other tokens until `headinfer probe` has timed it"
         if self.context_tokens is not None:
             yield (
                 f"host memory for the KV cache of {format_tokens(self.context_tokens)} tokens: "
@@ -288,7 +292,12 @@ def _with_host_share(plan: Plan, options: Options, hardware: Hardware | None) ->
         return replace(plan, host_share=options.host_attention)
     # Data sheets do not say what the CPU reaches, so it is left out until it was measured.
     share = balanced_host_share(hardware) if hardware and hardware.measured else 0.0
-    return replace(plan, host_share=share, host_share_adapts=share > 0)
+    return replace(
+        plan,
+        host_share=share,
+        host_share_adapts=share > 0,
+        host_unmeasured=plan.device == "cuda" and hardware is None,
+    )
 
 
 def _replan(plan: Plan, options: Options, tile_tokens: int) -> Plan:

@@ -1,0 +1,60 @@
+"""A model's forward call: its arguments by name, whichever names this transformers has for them."""
+
+import functools
+import inspect
+from typing import Any
+
+import torch
+from transformers import GenerationMixin
+
+CACHE_NAMES = ("cache", "past_key_values")
+"""What transformers calls the argument a cache is passed as: since 5.24, and before."""
+
+
+def cache_name(model: torch.nn.Module) -> str:
+    """Return the argument as which a model, and its `generate`, take a cache without a warning."""
+    model_class: Any = type(model)
+    return _cache_name(model_class)
+
+
+def cache_argument(model: torch.nn.Module, cache: object) -> dict[str, Any]:
+    """Return a cache as the keyword argument of a model's call, or of its `generate`."""
+    return {cache_name(model): cache}
+
+
+@functools.cache
+def _cache_name(model_class: Any) -> str:
+    for method in (model_class.forward, GenerationMixin.prepare_inputs_for_generation):
+        parameters = inspect.signature(method).parameters
+        for name in CACHE_NAMES:
+            if name in parameters:
+                return name
+    return CACHE_NAMES[0]
+
+
+def named_arguments(
+    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Return a forward call's arguments by name, in a dictionary of its own.
+
+    A cache passed under its other name goes by the one of `cache_name`.
+    """
+    if args:  # `generate` has none at its many tokens; reading the signature is slow
+        names = inspect.signature(type(model).forward).parameters
+        arguments = dict(zip(list(names)[1:], args, strict=False)) | kwargs
+    else:
+        arguments = dict(kwargs)
+    current = cache_name(model)
+    for name in CACHE_NAMES:
+        if name != current and arguments.get(current) is None and name in arguments:
+            arguments[current] = arguments.pop(name)
+    return arguments
+
+
+def new_shape(arguments: dict[str, Any]) -> tuple[int, int] | None:
+    """Return (batch, new tokens) of a forward call; None when it has no tokens."""
+    for name in ("input_ids", "inputs_embeds"):
+        if arguments.get(name) is not None:
+            batch, tokens = arguments[name].shape[:2]
+            return int(batch), int(tokens)
+    return None
