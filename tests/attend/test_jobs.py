@@ -140,8 +140,9 @@ def test_scores_that_differ_much_are_merged() -> None:
     check(case, torch.float32)
 
 
-def test_scores_of_minus_infinity_have_no_weight() -> None:
-    case = Case((1, 1, 1, 1, 32), (640, 600), torch.float32)  # 640: whole blocks, of nothing
+@pytest.mark.parametrize("group", [1, 16])
+def test_scores_of_minus_infinity_have_no_weight(group: int) -> None:
+    case = Case((1, 1, group, 1, 32), (640, 600), torch.float32)  # 640: whole blocks, of nothing
     case.query.abs_()
     case.stretches[0].keys[...] = -torch.inf
     ours = case.run()

@@ -263,17 +263,19 @@ def test_the_native_kernels_are_compiled_once_and_chosen(
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("flags", ["-mno-amx-tile", "-mno-avx512f"])
+@pytest.mark.parametrize(
+    "flags", ["-mno-amx-tile", "-mno-amx-tile -mno-avx512bf16", "-mno-avx512f"]
+)
 def test_the_native_kernels_of_lesser_processors(
     fresh_build: Path, monkeypatch: pytest.MonkeyPatch, flags: str, dtype: torch.dtype
 ) -> None:
     if platform.machine() != "x86_64":
         pytest.skip("these flags are those of x86")
     monkeypatch.setenv("CC", f"cc {flags}")
-    for q_len in (1, 70):
-        check(NativeKernel(), (1, 2, 3, q_len, 1037, 64), dtype, "tile")
-    assert decode_library(dtype, 64, 3) is not None
-    assert prefill_library(dtype, 64) is not None
+    for group, q_len, dim in ((3, 1, 64), (4, 1, 96), (13, 1, 48), (8, 2, 128), (3, 70, 64)):
+        check(NativeKernel(), (1, 2, group, q_len, 1037, dim), dtype, "tile")
+        library = decode_library(dtype, dim, group) if q_len < 70 else prefill_library(dtype, dim)
+        assert library is not None
 
 
 @pytest.mark.parametrize("group", [4, 12, 16])
@@ -292,13 +294,16 @@ def test_float16_is_attended_with_all_its_bits(group: int, size: float) -> None:
     assert (ours.lse.double() - lse).abs().max() < 1e-5
 
 
-def test_not_a_number_is_not_hidden() -> None:
-    for q_len in (1, 70):
-        query, keys, values = draw(1, 1, 1, q_len, 32), draw(1, 1, 900, 32), draw(1, 1, 900, 32)
-        keys[0, 0, 700, 3] = torch.nan
-        ours = NativeKernel().attend(query.float(), keys.float(), values.float(), scale=0.5)
-        assert ours.out.isnan().all()
-        assert ours.lse.isnan().all()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("group", "q_len"), [(1, 1), (4, 1), (16, 1), (1, 70)])
+def test_not_a_number_is_not_hidden(group: int, q_len: int, dtype: torch.dtype) -> None:
+    query, keys, values = (
+        draw(1, 1, *rest, dtype=dtype) for rest in ((group, q_len, 32), (900, 32), (900, 32))
+    )
+    keys[0, 0, 700, 3] = torch.nan
+    ours = NativeKernel().attend(query, keys, values, scale=0.5)
+    assert ours.out.isnan().all()
+    assert ours.lse.isnan().all()
 
 
 @pytest.mark.parametrize("compiler", ["/nowhere/cc", "false"])
@@ -322,10 +327,10 @@ def test_mixed_dtypes_are_refused_and_never_misread(part: int) -> None:
             NativeKernel().attend(*mixed, scale=0.5)
 
 
-@pytest.mark.parametrize("q_len", [1, 70])
-def test_weights_too_small_to_matter_are_nothing(q_len: int) -> None:
+@pytest.mark.parametrize(("group", "q_len"), [(1, 1), (16, 1), (1, 70)])
+def test_weights_too_small_to_matter_are_nothing(group: int, q_len: int) -> None:
     """Where one score outweighs all others, none of them may show in the sum."""
-    query, keys, values = draw(1, 1, 1, q_len, 32), draw(1, 1, 900, 32), draw(1, 1, 900, 32)
+    query, keys, values = draw(1, 1, group, q_len, 32), draw(1, 1, 900, 32), draw(1, 1, 900, 32)
     query[...] = 0
     query[..., 0] = 1
     keys[0, 0, :, 0] = -100

@@ -3,8 +3,7 @@
  *
  * Such a step reads each key and value once and does little with it, so the aim is to read at the
  * speed of memory. Compiled for one head_dim, number of rows and element type at a time, by the
- * definitions HEAD_DIM (a multiple of LANES), ROWS (1 to 8) and the element type. More rows come in
- * GROUPS of ROWS, and each block of keys and values serves all of them while it is in the caches.
+ * definitions HEAD_DIM (a multiple of LANES), ROWS (1 to 8) and the element type.
  */
 #include <math.h>
 
@@ -95,8 +94,7 @@ static inline void score_block(const query_element *query, const element *keys, 
 
 /* Combine the lanes of each row, by `larger` or by adding; every lane gets its row's result. */
 #define ACROSS(combine, s) \
-    if (SLOTS <= (s)) x = combine(HALVES(x, x, s, 0), HALVES(x, x, s, 1))
-#define ADD(a, b) ((a) + (b))
+    if (SLOTS <= (s)) FOLD(combine, s)
 #if LANES == 16
 #define ACROSS_ALL(combine) \
     ACROSS(combine, 8); ACROSS(combine, 4); ACROSS(combine, 2); ACROSS(combine, 1)
@@ -165,56 +163,31 @@ static inline void add_values(const element *values, const element *next_keys, i
     }
 }
 
-/* Attend GROUPS * ROWS queries to `count` keys; out [GROUPS][ROWS][HEAD_DIM], lse [GROUPS][ROWS]. */
+/* Attend ROWS queries to `count` keys; out [ROWS][HEAD_DIM], lse [ROWS]. */
 static void attend_part(const float *given_query, const element *keys, const element *values,
                         int64_t count, float scale, float *out, float *lse) {
     float scores[BLOCK * SLOTS] __attribute__((aligned(64)));
     float weights[ROWS][BLOCK] __attribute__((aligned(64)));
-    float sum[GROUPS][ROWS][HEAD_DIM] __attribute__((aligned(64)));
-    vector highest[GROUPS], total[GROUPS];
-    query_element query[GROUPS][ROWS * HEAD_DIM] __attribute__((aligned(64)));
-    for (int i = 0; i < GROUPS * ROWS * HEAD_DIM; i++) query[0][i] = query_of(given_query[i]);
+    float sum[ROWS][HEAD_DIM] __attribute__((aligned(64)));
+    query_element query[ROWS * HEAD_DIM] __attribute__((aligned(64)));
+    vector highest = all(NOTHING), total = all(0);
+    for (int i = 0; i < ROWS * HEAD_DIM; i++) query[i] = query_of(given_query[i]);
     memset(sum, 0, sizeof sum);
-    for (int group = 0; group < GROUPS; group++) highest[group] = all(NOTHING), total[group] = all(0);
     scale *= LOG2_E;
     for (int64_t start = 0; start < count; start += BLOCK) {
         int64_t now = count - start < BLOCK ? count - start : BLOCK;
         int64_t left = count - start - now, next = left < BLOCK ? left : BLOCK;
         const element *k = keys + start * HEAD_DIM, *v = values + start * HEAD_DIM;
-        for (int group = 0; group < GROUPS; group++) {
-            score_block(query[group], k, v, now, scale, scores);
-            weigh_block(scores, weights, &highest[group], &total[group], sum[group]);
-            add_values(v, k + now * HEAD_DIM, now, group ? 0 : next, weights, sum[group]);
-        }
+        score_block(query, k, v, now, scale, scores);
+        weigh_block(scores, weights, &highest, &total, sum);
+        add_values(v, k + now * HEAD_DIM, now, next, weights, sum);
     }
-    for (int group = 0; group < GROUPS; group++) {
-        vector all_total = sum_of_row(total[group]);
-        for (int row = 0; row < ROWS; row++) {
-            lse[group * ROWS + row] = (highest[group][row] + log2f(all_total[row])) * LN_2;
-            for (int d = 0; d < HEAD_DIM; d++)
-                out[(group * ROWS + row) * HEAD_DIM + d] = sum[group][row][d] / all_total[row];
-        }
+    total = sum_of_row(total);
+    for (int row = 0; row < ROWS; row++) {
+        lse[row] = (highest[row] + log2f(total[row])) * LN_2;
+        for (int d = 0; d < HEAD_DIM; d++) out[row * HEAD_DIM + d] = sum[row][d] / total[row];
     }
 }
 
-/*
- * Attend `heads` heads, each in `splits` stretches of its keys, on `threads` threads, which take one
- * stretch after another: cores are not equally fast. (Of a virtual machine's 16 some shared a core, and
- * took 1.5 ms for what the others did in 0.8.)
- * query [heads][GROUPS * ROWS][HEAD_DIM]; keys and values with `key_stride` and `value_stride` elements from
- * head to head; out [heads][splits][GROUPS * ROWS][HEAD_DIM], lse [heads][splits][GROUPS * ROWS].
- */
-void attend_heads(const float *query, const element *keys, const element *values,
-                  int64_t key_stride, int64_t value_stride, int64_t count, int64_t heads,
-                  int64_t splits, float scale, float *out, float *lse, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
-    for (int64_t part = 0; part < heads * splits; part++) {
-        int64_t head = part / splits, split = part % splits;
-        int64_t start = count * split / splits, end = count * (split + 1) / splits;
-        uint32_t mode = flush_tiny();
-        attend_part(query + head * GROUPS * ROWS * HEAD_DIM, keys + head * key_stride + start * HEAD_DIM,
-                    values + head * value_stride + start * HEAD_DIM, end - start, scale,
-                    out + part * GROUPS * ROWS * HEAD_DIM, lse + part * GROUPS * ROWS);
-        restore(mode);
-    }
-}
+#define TILES 0
+#include "heads.h"

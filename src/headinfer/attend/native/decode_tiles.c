@@ -21,8 +21,7 @@
 #if !defined(__AMX_TILE__) || !defined(__AMX_BF16__)
 int prepare(void) { return 0; }
 #else
-#include "tiles.h"
-
+#define TILES 1
 #define BLOCK 64 /* tokens of a block, which stays in the nearest caches */
 #define STEP 16  /* tokens of a tile */
 #define STEPS (BLOCK / STEP)
@@ -297,25 +296,5 @@ static void attend_part(const float *query, const element *keys, const element *
     }
 }
 
-/* As in `decode.c`. */
-void attend_heads(const float *query, const element *keys, const element *values, int64_t key_stride,
-                  int64_t value_stride, int64_t count, int64_t heads, int64_t splits, float scale,
-                  float *out, float *lse, int threads) {
-#pragma omp parallel num_threads(threads)
-    {
-        struct tile_config before;
-        begin_tiles(&before);
-        uint32_t mode = flush_tiny();
-#pragma omp for schedule(dynamic)
-        for (int64_t part = 0; part < heads * splits; part++) {
-            int64_t head = part / splits, split = part % splits;
-            int64_t start = count * split / splits, end = count * (split + 1) / splits;
-            attend_part(query + head * ROWS * HEAD_DIM, keys + head * key_stride + start * HEAD_DIM,
-                        values + head * value_stride + start * HEAD_DIM, end - start, scale,
-                        out + part * ROWS * HEAD_DIM, lse + part * ROWS);
-        }
-        restore(mode);
-        end_tiles(&before);
-    }
-}
+#include "heads.h"
 #endif

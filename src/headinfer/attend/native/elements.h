@@ -131,6 +131,23 @@ INLINE vector exp2_of(vector x) {
 #define HALVES(a, b, s, u) __builtin_shuffle(a, b, (integers){SOURCES(s, u)})
 #endif
 
+/* All lanes combined with those `s` away from them. */
+#define FOLD(combine, s) x = combine(HALVES(x, x, s, 0), HALVES(x, x, s, 1))
+#if LANES == 16
+#define FOLD_ALL(combine) FOLD(combine, 8); FOLD(combine, 4); FOLD(combine, 2); FOLD(combine, 1)
+#else
+#define FOLD_ALL(combine) FOLD(combine, 4); FOLD(combine, 2); FOLD(combine, 1)
+#endif
+#define ADD(a, b) ((a) + (b))
+INLINE float largest_lane(vector x) {
+    FOLD_ALL(larger);
+    return x[0];
+}
+INLINE float sum_of_lanes(vector x) {
+    FOLD_ALL(ADD);
+    return x[0];
+}
+
 #define EXCHANGE(s) \
     UNROLL for (int i = 0; i < LANES; i++) \
         if (!(i & (s))) { \

@@ -3,8 +3,8 @@
  * lock, which the thread that launches kernels takes all the time. On an H100's host the same reading
  * of keys and values took 4.3 ms as calls from Python and 1.5 ms alone.
  *
- * Compiled for one element type. What is attended with is `attend_heads` of `decode.c` or
- * `decode_tiles.c`, compiled for the shape.
+ * Compiled for one element type. What is attended with is `attend_heads` of `heads.h`, compiled for
+ * the shape.
  */
 #include <math.h>
 #include <time.h>

@@ -1,7 +1,8 @@
 """Partial attention on the CPU by the compiled kernels, and by torch's where they do not serve.
 
-`decode.c` takes few query rows and reads at the speed of memory, and `decode_tiles.c` does so in 16
-bits where the processor has a matrix unit; `prefill.c` takes many rows and multiplies matrices.
+`decode.c` takes few query rows and reads at the speed of memory, `decode_rows.c` some more, and
+`decode_tiles.c` does so in 16 bits where the processor has a matrix unit; `prefill.c` takes many
+rows and multiplies matrices.
 None knows masks: the causal square of a chunk's own tokens goes to torch, and padding is left out
 by looking at the tokens behind it alone.
 """
@@ -21,7 +22,7 @@ MAX_DECODE_ROWS = 16
 """Query rows up to which reading keys and values takes longer than computing, on a matrix unit."""
 
 _MAX_ROWS_AT_ONCE = 8
-"""Query rows that fit the registers of any processor."""
+"""Query rows of `decode.c`, which fit the registers of any processor."""
 
 _DECODE_DIM_MULTIPLE = 16
 _PREFILL_DIM_MULTIPLE = 32
@@ -52,12 +53,11 @@ def decode_library(dtype: torch.dtype, head_dim: int, rows: int) -> ctypes.CDLL 
         if library is not None and not library.prepare():
             library = None
     if library is None:
-        groups = -(-rows // _MAX_ROWS_AT_ONCE)
-        if rows % groups:
-            return None
-        library = compile_kernel(
-            "decode.c", dtype, HEAD_DIM=head_dim, ROWS=rows // groups, GROUPS=groups
-        )
+        # Pairs of bfloat16 may be worth packing for fewer rows, which the processor decides.
+        if rows > _MAX_ROWS_AT_ONCE or dtype is torch.bfloat16:
+            library = compile_kernel("decode_rows.c", dtype, HEAD_DIM=head_dim, ROWS=rows)
+        if rows <= _MAX_ROWS_AT_ONCE and (library is None or library.fewest_rows() > rows):
+            library = compile_kernel("decode.c", dtype, HEAD_DIM=head_dim, ROWS=rows)
     if library is not None:
         library.attend_heads.argtypes = [
             *(_POINTER, _POINTER, _POINTER),  # query, keys, values

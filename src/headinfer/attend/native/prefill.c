@@ -4,35 +4,27 @@
  * Blocks of keys and values are packed for matrix products, and each serves all rows of a task.
  * Compiled for one head_dim and element type at a time, by the definitions HEAD_DIM (a multiple of
  * PANEL) and the element type; WITHOUT_TILES leaves the processor's matrix unit (AMX) alone.
- *
- * A product goes in steps over its inner dimension. One step of one row is an `operand` of 4 bytes:
- * a float32 or, where the processor multiplies them, a pair of bfloat16.
  */
 #include <math.h>
 
-#include "elements.h"
-
-#if defined(ELEMENT_IS_BFLOAT16) && defined(__AVX512BF16__)
-#define PAIRS 1
-typedef uint32_t operand; /* the earlier of the two in the lower half */
-#else
-#define PAIRS 0
-typedef float operand;
-#endif
-#if PAIRS && defined(__AMX_TILE__) && defined(__AMX_BF16__) && !defined(WITHOUT_TILES)
+#define BLOCK 512     /* tokens packed at once: 512 KiB of float32 keys and values of 128 */
+#define ROW_BLOCK 96  /* rows whose scores are held at once; a multiple of ROWS_AT_ONCE */
+#define VECTORS 2
+#if defined(ELEMENT_IS_BFLOAT16) && defined(__AMX_TILE__) && defined(__AMX_BF16__) && \
+    !defined(WITHOUT_TILES)
 #define TILES 1
 #define ROWS_AT_ONCE 32
 #else
 #define TILES 0
-#define ROWS_AT_ONCE (LANES == 16 ? 12 : 6) /* as many as leave registers for the factors */
+#ifdef __AVX512F__
+#define ROWS_AT_ONCE 12 /* as many as leave registers for the factors */
+#else
+#define ROWS_AT_ONCE 6
+#endif
 #endif
 
-#define PANEL (2 * LANES) /* columns multiplied at once */
-#define PER_STEP (1 + PAIRS)
-#define DIM_STEPS (HEAD_DIM / PER_STEP)
-#define BLOCK 512 /* tokens packed at once: 512 KiB of float32 keys and values of 128 */
-#define BLOCK_STEPS (BLOCK / PER_STEP)
-#define ROW_BLOCK 96 /* rows whose scores are held at once; a multiple of ROWS_AT_ONCE */
+#include "panels.h"
+#include "tiles.h"
 
 /* What one thread works in. */
 struct workspace {
@@ -47,11 +39,10 @@ struct workspace {
 int64_t workspace_bytes(void) { return sizeof(struct workspace); }
 
 #if TILES
-#include "tiles.h"
-
 /* c [32][32] = (add ? c : 0) + a [32][steps] x b [steps][32], in four tiles of 16 x 16. */
 INLINE void multiply_panel(const operand *a, int64_t a_stride, const operand *b, int64_t steps,
-                           float *c, int64_t c_stride, int add) {
+                           float *c, int64_t c_stride, int add, const char *fetched) {
+    (void)fetched;
     float *below = c + 16 * c_stride;
     _tile_zero(0);
     _tile_zero(1);
@@ -78,41 +69,6 @@ INLINE void multiply_panel(const operand *a, int64_t a_stride, const operand *b,
     _tile_stored(2, below, c_stride * 4);
     _tile_stored(3, below + 16, c_stride * 4);
 }
-#else
-struct tile_config {
-    int none;
-};
-int prepare(void) { return 1; }
-INLINE void begin_tiles(struct tile_config *before) { (void)before; }
-INLINE void end_tiles(struct tile_config *before) { (void)before; }
-
-INLINE vector multiply_add(vector sum, operand a, vector b) {
-#if PAIRS
-    return (vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32((int)a), (__m512bh)b);
-#else
-    return sum + a * b;
-#endif
-}
-
-/* c [ROWS_AT_ONCE][PANEL] = (add ? c : 0) + a [ROWS_AT_ONCE][steps] x b [steps][PANEL] */
-INLINE void multiply_panel(const operand *a, int64_t a_stride, const operand *b, int64_t steps,
-                           float *c, int64_t c_stride, int add) {
-    vector sum[ROWS_AT_ONCE][2];
-    memset(sum, 0, sizeof sum);
-    if (add)
-        UNROLL for (int row = 0; row < ROWS_AT_ONCE; row++)
-            UNROLL for (int i = 0; i < 2; i++) sum[row][i] = get(c + row * c_stride + i * LANES);
-    for (int64_t step = 0; step < steps; step++) {
-        vector left = get(b + step * PANEL), right = get(b + step * PANEL + LANES);
-        UNROLL for (int row = 0; row < ROWS_AT_ONCE; row++) {
-            operand one = a[row * a_stride + step];
-            sum[row][0] = multiply_add(sum[row][0], one, left);
-            sum[row][1] = multiply_add(sum[row][1], one, right);
-        }
-    }
-    UNROLL for (int row = 0; row < ROWS_AT_ONCE; row++)
-        UNROLL for (int i = 0; i < 2; i++) put(c + row * c_stride + i * LANES, sum[row][i]);
-}
 #endif
 
 /* c [rows][panels * PANEL] = (add ? c : 0) + a [rows][steps] x b [panels][steps][PANEL] */
@@ -121,44 +77,7 @@ static void multiply(const operand *a, const operand *b, int64_t steps, float *c
     for (int64_t panel = 0; panel < panels; panel++)
         for (int64_t row = 0; row < rows; row += ROWS_AT_ONCE)
             multiply_panel(a + row * steps, steps, b + panel * steps * PANEL, steps,
-                           c + (row * panels + panel) * PANEL, panels * PANEL, add);
-}
-
-/* One vector of operands, from `PER_STEP * LANES` elements that follow each other. */
-INLINE vector load_operands(const element *p) {
-    return PAIRS ? get(p) : load(p);
-}
-
-/* Lay keys out by step; those that are not there become 0. */
-static void pack_keys(const element *keys, int64_t count, struct workspace *work) {
-    for (int token = 0; token < BLOCK; token += LANES)
-        for (int step = 0; step < DIM_STEPS; step += LANES) {
-            vector x[LANES];
-            UNROLL for (int t = 0; t < LANES; t++)
-                x[t] = token + t < count
-                           ? load_operands(keys + (token + t) * HEAD_DIM + step * PER_STEP)
-                           : all(0);
-            transpose(x);
-            UNROLL for (int s = 0; s < LANES; s++)
-                put(&work->keys[token / PANEL][step + s][token % PANEL], x[s]);
-        }
-}
-
-/* Lay values out by step; those that are not there become 0. */
-static void pack_values(const element *values, int64_t count, struct workspace *work) {
-    for (int step = 0; step < BLOCK_STEPS; step++)
-        for (int dim = 0; dim < HEAD_DIM; dim += LANES) {
-            const element *from = values + step * PER_STEP * HEAD_DIM + dim;
-            vector v = all(0);
-#if PAIRS
-            bits32 none = {0}, early = 2 * step < count ? widen(from) : none,
-                   late = 2 * step + 1 < count ? widen(from + HEAD_DIM) : none;
-            v = (vector)(early | late << 16);
-#else
-            if (step < count) v = load(from);
-#endif
-            put(&work->values[dim / PANEL][step][dim % PANEL], v);
-        }
+                           c + (row * panels + panel) * PANEL, panels * PANEL, add, 0);
 }
 
 /* Take over query rows; what is missing to whole products becomes 0. */
@@ -168,38 +87,6 @@ static void pack_query(const element *query, int64_t rows, int64_t padded, struc
             const element *from = query + row * HEAD_DIM + step * PER_STEP;
             put(&work->query[row][step], row < rows ? load_operands(from) : all(0));
         }
-}
-
-/*
- * Turn one row's scores into weights, powers of two over the highest so far.
- * Returns the factor by which what was summed under a lower one must shrink.
- */
-static inline float weigh(const float scores[BLOCK], operand weights[BLOCK_STEPS], float scale,
-                          float *highest, float *total) {
-    vector high = all(*highest), other = high, sum = all(0);
-    for (int token = 0; token < BLOCK; token += PANEL) {
-        high = larger(get(scores + token) * scale, high);
-        other = larger(get(scores + token + LANES) * scale, other);
-    }
-    high = larger(high, other);
-    float most = high[0], added = 0;
-    for (int lane = 1; lane < LANES; lane++) most = high[lane] > most ? high[lane] : most;
-    for (int token = 0; token < BLOCK; token += PANEL) {
-        vector early = exp2_of(get(scores + token) * scale - most),
-               late = exp2_of(get(scores + token + LANES) * scale - most);
-        sum += early + late;
-#if PAIRS
-        put(weights + token / 2, (vector)_mm512_cvtne2ps_pbh((__m512)late, (__m512)early));
-#else
-        put(weights + token, early);
-        put(weights + token + LANES, late);
-#endif
-    }
-    for (int lane = 0; lane < LANES; lane++) added += sum[lane];
-    float shrink = exp2f(*highest - most);
-    *total = *total * shrink + added;
-    *highest = most;
-    return shrink;
 }
 
 /* Attend some rows to one packed block of `count` keys, the first of them or one more. */
@@ -229,8 +116,11 @@ static void attend_part(const element *query, const element *keys, const element
                         float *highest, struct workspace *work) {
     for (int64_t start = 0; start < count; start += BLOCK) {
         int64_t now = count - start < BLOCK ? count - start : BLOCK;
-        pack_keys(keys + start * HEAD_DIM, now, work);
-        pack_values(values + start * HEAD_DIM, now, work);
+        const element *k = keys + start * HEAD_DIM, *v = values + start * HEAD_DIM;
+        for (int panel = 0; panel < BLOCK / PANEL; panel++)
+            pack_keys(k + panel * PANEL * HEAD_DIM, now - panel * PANEL, work->keys[panel]);
+        for (int panel = 0; panel < HEAD_DIM / PANEL; panel++)
+            pack_values(v + panel * PANEL, now, work->values[panel]);
         for (int64_t row = 0; row < rows; row += ROW_BLOCK)
             attend_block(query + row * HEAD_DIM, rows - row < ROW_BLOCK ? rows - row : ROW_BLOCK,
                          now, start == 0, scale * LOG2_E, out + row * HEAD_DIM, lse + row,

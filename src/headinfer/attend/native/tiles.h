@@ -1,14 +1,16 @@
 /*
- * The processor's matrix unit (AMX): eight registers of 16 rows x 64 bytes.
+ * The processor's matrix unit (AMX), where TILES is 1: eight registers of 16 rows x 64 bytes.
+ * Where it is 0 nothing has to be asked for, set or given back.
  */
-#include <sys/syscall.h>
-#include <unistd.h>
-
 struct tile_config {
     uint8_t palette, start_row, reserved[14];
     uint16_t row_bytes[16];
     uint8_t rows[16];
 };
+
+#if TILES
+#include <sys/syscall.h>
+#include <unistd.h>
 
 /* Ask the system for the matrix unit's registers, once for the process; 0 where it refuses. */
 int prepare(void) {
@@ -29,3 +31,8 @@ INLINE void end_tiles(struct tile_config *before) {
     else
         _tile_release();
 }
+#else
+int prepare(void) { return 1; }
+INLINE void begin_tiles(struct tile_config *before) { (void)before; }
+INLINE void end_tiles(struct tile_config *before) { (void)before; }
+#endif

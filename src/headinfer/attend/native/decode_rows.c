@@ -1,0 +1,114 @@
+/*
+ * Attention of up to 16 query rows to many keys: `decode.c` where there are more than few.
+ *
+ * With more rows each key and value is multiplied so often that reading is no longer all there is to
+ * do. So each block is packed for matrix products, as in `prefill.c`, but a small one, which stays in
+ * the nearest caches, and while one panel is multiplied a later one is fetched from memory.
+ *
+ * Compiled for one HEAD_DIM (a multiple of 16), ROWS (1 to 16) and element type at a time.
+ */
+#include <math.h>
+
+#define TILES 0
+#define BLOCK 64
+#ifdef __AVX512F__
+#define ROWS_AT_ONCE ROWS
+#define VECTORS (ROWS <= 12 && HEAD_DIM % 32 == 0 ? 2 : 1) /* 32 registers */
+#else
+#define ROWS_AT_ONCE ((ROWS + (ROWS + 5) / 6 - 1) / ((ROWS + 5) / 6)) /* 16 registers: 6 at most */
+#define VECTORS 2
+#endif
+#define PADDED ((ROWS + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE * ROWS_AT_ONCE)
+
+#include "panels.h"
+
+/*
+ * Rows from which this is faster than `decode.c`. (A core of an EPYC with AVX-512 multiplies 49 to 59
+ * instead of 34 to 50 billion pairs of bfloat16 a second for 4 to 8 rows, but 22 to 34 instead of 31
+ * to 41 of float32. `decode.c` holds no more than 8.)
+ */
+int fewest_rows(void) { return PAIRS ? 4 : 9; }
+
+#define KEY_PANELS (BLOCK / PANEL)
+#define VALUE_PANELS (HEAD_DIM / PANEL)
+
+/* What one stretch of keys is attended in. */
+struct state {
+    operand query[PADDED][DIM_STEPS];
+    operand keys[DIM_STEPS][PANEL];
+    operand values[BLOCK_STEPS][PANEL];
+    float scores[PADDED][BLOCK];
+    operand weights[PADDED][BLOCK_STEPS];
+    float out[PADDED][HEAD_DIM];
+    float highest[ROWS], total[ROWS];
+} __attribute__((aligned(64)));
+
+/* Scores of a block's keys, while its values are fetched. */
+static void score_block(struct state *s, const element *keys, const element *values, int64_t count) {
+    for (int panel = 0; panel < KEY_PANELS; panel++) {
+        pack_keys(keys + panel * PANEL * HEAD_DIM, count - panel * PANEL, s->keys);
+        const char *fetched = (const char *)(values + panel * PANEL * HEAD_DIM);
+        for (int row = 0; row < PADDED; row += ROWS_AT_ONCE)
+            multiply_panel(s->query[row], DIM_STEPS, s->keys[0], DIM_STEPS,
+                           s->scores[row] + panel * PANEL, BLOCK, 0, row ? 0 : fetched);
+    }
+}
+
+/* Turn scores into weights; shrink what was summed under lower ones. */
+static void weigh_block(struct state *s, int64_t count, float scale) {
+    for (int row = 0; row < ROWS; row++) {
+        for (int64_t token = count; token < BLOCK; token++) s->scores[row][token] = NOTHING;
+        float shrink =
+            weigh(s->scores[row], s->weights[row], scale, s->highest + row, s->total + row);
+        if (shrink != 1)
+            for (int dim = 0; dim < HEAD_DIM; dim++) s->out[row][dim] *= shrink;
+    }
+}
+
+/* Add the weighted values of a block, while the `next` keys are fetched. */
+static void add_values(struct state *s, const element *values, int64_t count, const char *next) {
+    for (int panel = 0; panel < VALUE_PANELS; panel++) {
+        pack_values(values + panel * PANEL, count, s->values);
+        const char *fetched = next + panel * BLOCK_STEPS * PANEL_BYTES;
+        for (int row = 0; row < PADDED; row += ROWS_AT_ONCE)
+            multiply_panel(s->weights[row], BLOCK_STEPS, s->values[0], BLOCK_STEPS,
+                           s->out[row] + panel * PANEL, HEAD_DIM, 1, row ? 0 : fetched);
+    }
+}
+
+/* A query row's elements, as operands; they were of the element's type before. */
+INLINE operand query_of(const float *query, int step) {
+#if PAIRS
+    uint32_t bits[2];
+    memcpy(bits, query + 2 * step, sizeof bits);
+    return bits[0] >> 16 | (bits[1] & 0xffff0000);
+#else
+    return query[step];
+#endif
+}
+
+/* Attend ROWS queries to `count` keys; out [ROWS][HEAD_DIM], lse [ROWS]. */
+static void attend_part(const float *query, const element *keys, const element *values,
+                        int64_t count, float scale, float *out, float *lse) {
+    struct state s;
+    memset(&s, 0, sizeof s);
+    for (int row = 0; row < ROWS; row++) {
+        s.highest[row] = NOTHING;
+        for (int step = 0; step < DIM_STEPS; step++)
+            s.query[row][step] = query_of(query + row * HEAD_DIM, step);
+    }
+    for (int64_t start = 0; start < count; start += BLOCK) {
+        int64_t left = count - start, now = left < BLOCK ? left : BLOCK;
+        const element *k = keys + start * HEAD_DIM, *v = values + start * HEAD_DIM;
+        score_block(&s, k, v, now);
+        weigh_block(&s, now, scale * LOG2_E);
+        add_values(&s, v, now, (const char *)(k + BLOCK * HEAD_DIM));
+    }
+    for (int row = 0; row < ROWS; row++) {
+        lse[row] = (s.highest[row] + log2f(s.total[row])) * LN_2;
+        for (int dim = 0; dim < HEAD_DIM; dim++)
+            out[row * HEAD_DIM + dim] = s.out[row][dim] / s.total[row];
+    }
+}
+
+#include "heads.h"
