@@ -1,17 +1,22 @@
 /*
  * All heads of a decode step, by the `attend_part` of whoever includes this for ROWS rows of a head.
- *
- * `heads` heads are attended, each in `splits` stretches of its keys, on `threads` threads, which take
- * one stretch after another: cores are not equally fast. (Of a virtual machine's 16 some shared a
- * core, and took 1.5 ms for what the others did in 0.8.)
- * query [heads][ROWS][HEAD_DIM]; keys and values with `key_stride` and `value_stride` elements from
- * head to head; out [heads][splits][ROWS][HEAD_DIM], lse [heads][splits][ROWS].
  */
+#include "merge.h"
 #include "tiles.h"
 
+/*
+ * Attend `heads` heads, each in `splits` stretches of its keys, on `threads` threads, which take one
+ * stretch after another: cores are not equally fast. (Of a virtual machine's 16 some shared a core,
+ * and took 1.5 ms for what the others did in 0.8.)
+ * query [heads][ROWS][HEAD_DIM]; keys and values with `key_stride` and `value_stride` elements from
+ * head to head; out [heads][ROWS][HEAD_DIM], lse [heads][ROWS]. With more than one split there is
+ * room in `parts` for out and then lse [heads][splits] times as large.
+ */
 void attend_heads(const float *query, const element *keys, const element *values,
                   int64_t key_stride, int64_t value_stride, int64_t count, int64_t heads,
-                  int64_t splits, float scale, float *out, float *lse, int threads) {
+                  int64_t splits, float scale, float *parts, float *out, float *lse, int threads) {
+    float *part_outs = splits > 1 ? parts : out;
+    float *part_lses = splits > 1 ? parts + heads * splits * ROWS * HEAD_DIM : lse;
 #pragma omp parallel num_threads(threads)
     {
         struct tile_config before;
@@ -23,7 +28,15 @@ void attend_heads(const float *query, const element *keys, const element *values
             int64_t start = count * split / splits, end = count * (split + 1) / splits;
             attend_part(query + head * ROWS * HEAD_DIM, keys + head * key_stride + start * HEAD_DIM,
                         values + head * value_stride + start * HEAD_DIM, end - start, scale,
-                        out + part * ROWS * HEAD_DIM, lse + part * ROWS);
+                        part_outs + part * ROWS * HEAD_DIM, part_lses + part * ROWS);
+        }
+        if (splits > 1) {
+#pragma omp for
+            for (int64_t row = 0; row < heads * ROWS; row++) {
+                int64_t first = row / ROWS * splits * ROWS + row % ROWS;
+                merge_row(part_outs + first * HEAD_DIM, ROWS * HEAD_DIM, part_lses + first, ROWS,
+                          splits, HEAD_DIM, out + row * HEAD_DIM, lse + row);
+            }
         }
         restore(mode);
         end_tiles(&before);

@@ -6,14 +6,15 @@
  * Compiled for one element type. What is attended with is `attend_heads` of `heads.h`, compiled for
  * the shape.
  */
-#include <math.h>
 #include <time.h>
 
 #include "elements.h"
+#include "merge.h"
 
 typedef void attend_heads(const float *query, const element *keys, const element *values,
                           int64_t key_stride, int64_t value_stride, int64_t count, int64_t heads,
-                          int64_t splits, float scale, float *out, float *lse, int threads);
+                          int64_t splits, float scale, float *parts, float *out, float *lse,
+                          int threads);
 
 /* Some consecutive tokens; strides are elements from head to head. */
 struct span {
@@ -23,8 +24,9 @@ struct span {
 
 /*
  * query [heads][rows][dim]; out [heads][rows][dim] and lse [heads][rows], which are written. Rows of
- * a batch are as many heads more. In `scratch` there is room for the query in float32, and behind
- * it, span by span, for out [heads][splits][rows][dim] and then lse [heads][splits][rows].
+ * a batch are as many heads more. In `scratch` there is room for the query in float32; behind it,
+ * where there are several spans, for an `out` of each and then an `lse` of each; and behind those for
+ * the `parts` of the span with the most splits.
  */
 struct job {
     attend_heads *attend;
@@ -44,58 +46,27 @@ static double now_s(void) {
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
 
-/* Call `what` for each partial of one row of one head: its output is `part`, its LSE `part_lse`. */
-#define EACH_PART(what) \
-    do { \
-        const float *outs = parts; \
-        for (int64_t i = 0; i < job->num_spans; i++) { \
-            int64_t splits = job->spans[i].splits, all_rows = job->heads * splits * job->rows; \
-            const float *lses = outs + all_rows * job->dim; \
-            if (job->spans[i].tokens) \
-                for (int64_t split = 0; split < splits; split++) { \
-                    int64_t at = (head * splits + split) * job->rows + row; \
-                    const float *part = outs + at * job->dim, part_lse = lses[at]; \
-                    (void)part; \
-                    what; \
-                } \
-            outs = lses + all_rows; \
-        } \
-    } while (0)
-
-/* Merge the partials of one row of one head; where no key was visible, the output is 0. */
-static void merge_row(const struct job *job, const float *parts, int64_t head, int64_t row) {
-    float *out = job->out + (head * job->rows + row) * job->dim;
-    float highest = -INFINITY, total = 0;
-    EACH_PART(if (part_lse > highest) highest = part_lse);
-    memset(out, 0, job->dim * sizeof *out);
-    EACH_PART(if (part_lse != -INFINITY) {
-        float weight = expf(part_lse - highest);
-        total += weight;
-        for (int64_t d = 0; d < job->dim; d++) out[d] += weight * part[d];
-    });
-    if (total != 0)
-        for (int64_t d = 0; d < job->dim; d++) out[d] /= total;
-    job->lse[head * job->rows + row] = total != 0 ? highest + logf(total) : -INFINITY;
-}
-
 /* Do a job; nothing of it is touched after that. */
 void run_job(void *given) {
     struct job *job = given;
     job->start_s = now_s();
     uint32_t mode = flush_tiny();
-    int64_t elements = job->heads * job->rows * job->dim;
+    int64_t rows = job->heads * job->rows, elements = rows * job->dim;
+    int64_t merged = job->num_spans == 1 ? 0 : job->num_spans;
     for (int64_t i = 0; i < elements; i += LANES) put(job->scratch + i, load(job->query + i));
-    float *parts = job->scratch + elements, *out = parts;
+    float *outs = merged ? job->scratch + elements : job->out;
+    float *lses = merged ? outs + merged * elements : job->lse;
+    float *parts = job->scratch + elements + merged * (elements + rows);
     for (int64_t i = 0; i < job->num_spans; i++) {
         const struct span *span = &job->spans[i];
-        float *lse = out + elements * span->splits;
-        if (span->tokens)
-            job->attend(job->scratch, span->keys, span->values, span->key_stride, span->value_stride,
-                        span->tokens, job->heads, span->splits, job->scale, out, lse, job->threads);
-        out = lse + job->heads * job->rows * span->splits;
+        job->attend(job->scratch, span->keys, span->values, span->key_stride, span->value_stride,
+                    span->tokens, job->heads, span->splits, job->scale, parts, outs + i * elements,
+                    lses + i * rows, job->threads);
     }
-    for (int64_t head = 0; head < job->heads; head++)
-        for (int64_t row = 0; row < job->rows; row++) merge_row(job, parts, head, row);
+    if (job->num_spans != 1)
+        for (int64_t row = 0; row < rows; row++)
+            merge_row(outs + row * job->dim, elements, lses + row, rows, job->num_spans, job->dim,
+                      job->out + row * job->dim, job->lse + row);
     restore(mode);
     job->end_s = now_s();
     __atomic_store_n(&job->finished, 1, __ATOMIC_RELEASE);

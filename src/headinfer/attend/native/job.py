@@ -168,11 +168,13 @@ class Jobs:
         threads = torch.get_num_threads()
         if threads >= _FREE_THREADS_FROM:
             threads -= 1
-        spans, partials = [], 0
+        spans, most_splits = [], 1
         for keys, values, first, tokens in stretches:
             key_stride, value_stride = self._head_stride(keys), self._head_stride(values)
             if key_stride is None or value_stride is None:
                 return None
+            if not tokens:
+                continue
             splits = stealable_splits(threads, self._heads, tokens // MIN_SPLIT_TOKENS)
             start_bytes = first * self._dim * self._itemsize
             spans.append(
@@ -185,7 +187,8 @@ class Jobs:
                     splits,
                 )
             )
-            partials += splits
+            most_splits = max(most_splits, splits)
+        partials = len(spans) + most_splits
         floats = self._heads * self._rows * (self._dim + partials * (self._dim + 1))
         if self._scratch.numel() < floats:
             self._scratch = torch.empty(floats, dtype=torch.float32)  # jobs pending keep the old

@@ -16,7 +16,7 @@ from headinfer.attend.cpu import CpuKernel
 from headinfer.attend.native.build import ELEMENTS, compile_kernel
 from headinfer.attend.native.job import MIN_SPLIT_TOKENS, Jobs, job_library
 from headinfer.attend.partial import Kernel, Partial, empty_partial, stack_rows
-from headinfer.attend.split import even_splits, merge_splits, stealable_splits
+from headinfer.attend.split import even_splits, stealable_splits
 
 MAX_DECODE_ROWS = 16
 """Query rows up to which reading keys and values takes longer than computing, on a matrix unit."""
@@ -62,7 +62,8 @@ def decode_library(dtype: torch.dtype, head_dim: int, rows: int) -> ctypes.CDLL 
         library.attend_heads.argtypes = [
             *(_POINTER, _POINTER, _POINTER),  # query, keys, values
             *(_NUMBER, _NUMBER, _NUMBER, _NUMBER, _NUMBER),  # strides, count, heads, splits
-            *(ctypes.c_float, _POINTER, _POINTER, ctypes.c_int),  # scale, out, lse, threads
+            *(ctypes.c_float, _POINTER, _POINTER, _POINTER),  # scale, parts, out, lse
+            ctypes.c_int,  # threads
         ]
         library.attend_heads.restype = None
     return library
@@ -192,13 +193,12 @@ def _decode_row(
     scale: float,
 ) -> Partial:
     """Attend one row of the batch: `[kv_heads, group, q_len, dim]` to `[kv_heads, kv_len, dim]`."""
-    kv_heads, group, q_len, _ = query.shape
-    kv_len = keys.shape[1]
+    kv_heads, kv_len = query.shape[0], keys.shape[1]
     threads = torch.get_num_threads()
     splits = stealable_splits(threads, kv_heads, kv_len // MIN_SPLIT_TOKENS)
     rows = query.float().contiguous()
-    out = torch.empty(kv_heads, splits, group, q_len, query.shape[-1])
-    lse = torch.empty(kv_heads, splits, group, q_len)
+    out, lse = torch.empty_like(rows), rows.new_empty(rows.shape[:-1])
+    parts = rows.new_empty(splits * (out.numel() + lse.numel()) if splits > 1 else 0)
     library.attend_heads(
         rows.data_ptr(),
         keys.data_ptr(),
@@ -209,13 +209,12 @@ def _decode_row(
         kv_heads,
         splits,
         scale,
+        parts.data_ptr(),
         out.data_ptr(),
         lse.data_ptr(),
         threads,
     )
-    if splits == 1:
-        return Partial(out[:, 0], lse[:, 0])
-    return Partial(*merge_splits(out, lse))
+    return Partial(out, lse)
 
 
 def _prefill_row(
