@@ -1,10 +1,14 @@
 """Jobs of the compiled kernels: the same results as the kernel's own, and the definition's."""
 
+import contextlib
+import gc
 import shutil
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+import psutil
 import pytest
 import torch
 
@@ -29,6 +33,15 @@ def _threads_as_before() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def helpers() -> Iterator[Callable[[], int]]:
+    """Give a function that counts the threads this process has more than now."""
+    gc.collect()  # what earlier tests left may have some, too
+    process = psutil.Process()
+    before = process.num_threads()
+    yield lambda: process.num_threads() - before
 
 
 class Case:
@@ -197,9 +210,49 @@ def test_a_job_is_timed_by_our_clock() -> None:
 
 @pytest.mark.parametrize(("threads", "used"), [(1, 1), (4, 4), (5, 4), (16, 15)])
 def test_of_many_threads_one_is_left_to_the_caller(threads: int, used: int) -> None:
-    case = Case((1, 2, 4, 1, 64), (90,), torch.float32)
     torch.set_num_threads(threads)
-    assert case.jobs().make(case.stretches).block.threads == used
+    with helpers() as count:
+        jobs = [Case((1, 2, 4, 1, 64), (90,), torch.float32).jobs() for _ in range(2)]
+        made = [each.make([]) for each in jobs]
+        assert count() == used - 1  # shared, and the thread that runs a job does its part
+        del jobs, made
+        assert count() == 0
+
+
+def test_the_number_of_threads_may_change_between_jobs() -> None:
+    case = Case((1, 2, 4, 1, 64), (9000,), torch.float32)
+    with helpers() as count:
+        jobs, wanted = case.jobs(), case.wanted(NativeKernel())
+        for threads in (3, 1, 4):
+            torch.set_num_threads(threads)
+            job = jobs.make(case.stretches)
+            assert job is not None
+            job()
+            job.release()
+            del job
+            assert count() == threads - 1
+            torch.testing.assert_close(case.answer.out, wanted.out)
+
+
+def test_jobs_of_several_threads_are_done_in_turn() -> None:
+    torch.set_num_threads(4)
+    cases = [Case((1, 2, 4, 1, 64), (3000,), torch.float32, seed) for seed in range(4)]
+    jobs = [case.jobs() for case in cases]
+
+    def run(position: int) -> None:
+        for _ in range(50):
+            job = jobs[position].make(cases[position].stretches)
+            assert job is not None
+            job()
+            job.release()
+
+    callers = [threading.Thread(target=run, args=(position,)) for position in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    for case in cases:
+        torch.testing.assert_close(case.answer.out, case.wanted(NativeKernel()).out)
 
 
 def test_what_the_kernels_cannot_read_is_left_to_others() -> None:

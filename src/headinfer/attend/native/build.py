@@ -37,7 +37,7 @@ _FLAGS: tuple[str, ...] = (
     "-fopenmp",
     "-fPIC",
 )
-_HEADERS = ("elements.h", "heads.h", "merge.h", "panels.h", "tiles.h")
+_HEADERS = ("elements.h", "heads.h", "merge.h", "panels.h", "tiles.h", "workers.h")
 _COMPILE_TIMEOUT_S = 60
 _TORCH_LIBRARY = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
 

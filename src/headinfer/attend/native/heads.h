@@ -5,6 +5,18 @@
 #include "tiles.h"
 
 /*
+ * Attend a stretch of one head's keys: query [ROWS][HEAD_DIM], `count` keys and values in a row, out
+ * [ROWS][HEAD_DIM], lse [ROWS]. The thread's small numbers should be off, see `flush_tiny`.
+ */
+void attend_stretch(const float *query, const element *keys, const element *values, int64_t count,
+                    float scale, float *out, float *lse) {
+    struct tile_config before;
+    begin_tiles(&before);
+    attend_part(query, keys, values, count, scale, out, lse);
+    end_tiles(&before);
+}
+
+/*
  * Attend `heads` heads, each in `splits` stretches of its keys, on `threads` threads, which take one
  * stretch after another: cores are not equally fast. (Of a virtual machine's 16 some shared a core,
  * and took 1.5 ms for what the others did in 0.8.)
@@ -19,16 +31,14 @@ void attend_heads(const float *query, const element *keys, const element *values
     float *part_lses = splits > 1 ? parts + heads * splits * ROWS * HEAD_DIM : lse;
 #pragma omp parallel num_threads(threads)
     {
-        struct tile_config before;
-        begin_tiles(&before);
         uint32_t mode = flush_tiny();
 #pragma omp for schedule(dynamic)
         for (int64_t part = 0; part < heads * splits; part++) {
             int64_t head = part / splits, split = part % splits;
             int64_t start = count * split / splits, end = count * (split + 1) / splits;
-            attend_part(query + head * ROWS * HEAD_DIM, keys + head * key_stride + start * HEAD_DIM,
-                        values + head * value_stride + start * HEAD_DIM, end - start, scale,
-                        part_outs + part * ROWS * HEAD_DIM, part_lses + part * ROWS);
+            attend_stretch(query + head * ROWS * HEAD_DIM, keys + head * key_stride + start * HEAD_DIM,
+                           values + head * value_stride + start * HEAD_DIM, end - start, scale,
+                           part_outs + part * ROWS * HEAD_DIM, part_lses + part * ROWS);
         }
         if (splits > 1) {
 #pragma omp for
@@ -39,6 +49,5 @@ void attend_heads(const float *query, const element *keys, const element *values
             }
         }
         restore(mode);
-        end_tiles(&before);
     }
 }

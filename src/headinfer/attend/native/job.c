@@ -3,20 +3,19 @@
  * lock, which the thread that launches kernels takes all the time. On an H100's host the same reading
  * of keys and values took 4.3 ms as calls from Python and 1.5 ms alone.
  *
- * Compiled for one element type. What is attended with is `attend_heads` of `heads.h`, compiled for
+ * Compiled for one element type. What is attended with is `attend_stretch` of `heads.h`, compiled for
  * the shape.
  */
 #include <time.h>
 
 #include "elements.h"
 #include "merge.h"
+#include "workers.h"
 
-typedef void attend_heads(const float *query, const element *keys, const element *values,
-                          int64_t key_stride, int64_t value_stride, int64_t count, int64_t heads,
-                          int64_t splits, float scale, float *parts, float *out, float *lse,
-                          int threads);
+typedef void attend_stretch(const float *query, const element *keys, const element *values,
+                            int64_t count, float scale, float *out, float *lse);
 
-/* Some consecutive tokens; strides are elements from head to head. */
+/* Some consecutive tokens, in `splits` parts; strides are elements from head to head. */
 struct span {
     const element *keys, *values;
     int64_t key_stride, value_stride, tokens, splits;
@@ -24,19 +23,20 @@ struct span {
 
 /*
  * query [heads][rows][dim]; out [heads][rows][dim] and lse [heads][rows], which are written. Rows of
- * a batch are as many heads more. In `scratch` there is room for the query in float32; behind it,
- * where there are several spans, for an `out` of each and then an `lse` of each; and behind those for
- * the `parts` of the span with the most splits.
+ * a batch are as many heads more. All spans of a head have `splits` parts together. In `scratch` there
+ * is room for the query in float32, for an `out` and then an `lse` of each part of each head, and for
+ * a count of 4 bytes for each head.
  */
 struct job {
-    attend_heads *attend;
+    attend_stretch *attend;
+    struct workers *workers;
     const element *query;
     float *out, *lse, *scratch;
     const struct span *spans;
-    int64_t num_spans, heads, rows, dim;
+    int64_t splits, heads, rows, dim;
     double start_s, end_s; /* when it ran, by CLOCK_MONOTONIC */
+    int64_t next;          /* the part that is taken next */
     float scale;
-    int32_t threads;
     int32_t finished; /* the last that is written */
 };
 
@@ -46,28 +46,59 @@ static double now_s(void) {
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
 
+/*
+ * Attend one part after another until all are taken: cores are not equally fast. (Of a virtual
+ * machine's 16 some shared a core, and took 1.5 ms for what the others did in 0.8.) Who does the last
+ * part of a head merges all of it.
+ */
+static void attend_parts(void *given) {
+    struct job *job = given;
+    int64_t head_size = job->rows * job->dim, parts = job->heads * job->splits, at;
+    float *outs = job->scratch + job->heads * head_size, *lses = outs + parts * head_size;
+    int32_t *left = (int32_t *)(lses + parts * job->rows);
+    uint32_t mode = flush_tiny();
+    while ((at = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED)) < parts) {
+        int64_t head = at / job->splits, part = at % job->splits;
+        const struct span *span = job->spans;
+        while (part >= span->splits) part -= span++->splits;
+        int64_t start = span->tokens * part / span->splits;
+        int64_t end = span->tokens * (part + 1) / span->splits;
+        job->attend(job->scratch + head * head_size,
+                    span->keys + head * span->key_stride + start * job->dim,
+                    span->values + head * span->value_stride + start * job->dim, end - start,
+                    job->scale, outs + at * head_size, lses + at * job->rows);
+        if (__atomic_sub_fetch(&left[head], 1, __ATOMIC_ACQ_REL)) continue;
+        int64_t first = head * job->splits;
+        for (int64_t row = 0; row < job->rows; row++)
+            merge_row(outs + first * head_size + row * job->dim, head_size,
+                      lses + first * job->rows + row, job->rows, job->splits, job->dim,
+                      job->out + head * head_size + row * job->dim,
+                      job->lse + head * job->rows + row);
+    }
+    restore(mode);
+}
+
 /* Do a job; nothing of it is touched after that. */
 void run_job(void *given) {
     struct job *job = given;
     job->start_s = now_s();
-    uint32_t mode = flush_tiny();
     int64_t rows = job->heads * job->rows, elements = rows * job->dim;
-    int64_t merged = job->num_spans == 1 ? 0 : job->num_spans;
+    uint32_t mode = flush_tiny();
     for (int64_t i = 0; i < elements; i += LANES) put(job->scratch + i, load(job->query + i));
-    float *outs = merged ? job->scratch + elements : job->out;
-    float *lses = merged ? outs + merged * elements : job->lse;
-    float *parts = job->scratch + elements + merged * (elements + rows);
-    for (int64_t i = 0; i < job->num_spans; i++) {
-        const struct span *span = &job->spans[i];
-        job->attend(job->scratch, span->keys, span->values, span->key_stride, span->value_stride,
-                    span->tokens, job->heads, span->splits, job->scale, parts, outs + i * elements,
-                    lses + i * rows, job->threads);
-    }
-    if (job->num_spans != 1)
-        for (int64_t row = 0; row < rows; row++)
-            merge_row(outs + row * job->dim, elements, lses + row, rows, job->num_spans, job->dim,
-                      job->out + row * job->dim, job->lse + row);
     restore(mode);
+    int32_t *left =
+        (int32_t *)(job->scratch + elements + job->splits * (elements + rows));
+    for (int64_t head = 0; head < job->heads; head++) left[head] = (int32_t)job->splits;
+    job->next = 0;
+    if (job->splits)
+        work_together(job->workers, attend_parts, job);
+    else /* without a token there is nothing to merge */
+        for (int64_t row = 0; row < rows; row++)
+            merge_row(NULL, 0, NULL, 0, 0, job->dim, job->out + row * job->dim, job->lse + row);
     job->end_s = now_s();
     __atomic_store_n(&job->finished, 1, __ATOMIC_RELEASE);
 }
+
+/* Threads that help with jobs until `stop_workers`; null where there is no memory for them. */
+struct workers *start_workers(int64_t count) { return begin_workers(count, attend_parts); }
+void stop_workers(struct workers *w) { end_workers(w); }

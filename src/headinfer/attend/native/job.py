@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from headinfer.attend.native.build import compile_kernel
+from headinfer.attend.native.workers import Workers, shared_workers
 from headinfer.attend.partial import Partial
 from headinfer.attend.split import stealable_splits
 from headinfer.device.host_calls import NativeFunction
@@ -43,19 +44,20 @@ class _Block(ctypes.Structure):
 
     _fields_ = (
         ("attend", _POINTER),
+        ("workers", _POINTER),
         ("query", _POINTER),
         ("out", _POINTER),
         ("lse", _POINTER),
         ("scratch", _POINTER),
         ("spans", _POINTER),
-        ("num_spans", _NUMBER),
+        ("splits", _NUMBER),
         ("heads", _NUMBER),
         ("rows", _NUMBER),
         ("dim", _NUMBER),
         ("start_s", ctypes.c_double),
         ("end_s", ctypes.c_double),
+        ("next", _NUMBER),
         ("scale", ctypes.c_float),
-        ("threads", ctypes.c_int32),
         ("finished", ctypes.c_int32),
     )
 
@@ -70,6 +72,10 @@ def job_library(dtype: torch.dtype) -> ctypes.CDLL | None:
     if library is not None:
         library.run_job.argtypes = [_POINTER]
         library.run_job.restype = None
+        library.start_workers.argtypes = [_NUMBER]
+        library.start_workers.restype = _POINTER
+        library.stop_workers.argtypes = [_POINTER]
+        library.stop_workers.restype = None
     return library
 
 
@@ -95,7 +101,6 @@ class Job(NativeFunction):
             self.block.spans = ctypes.addressof(self._spans)
         for position, span in enumerate(spans):
             self._spans[position] = _Span(*span)
-        self.block.num_spans = len(spans)
         self.block.finished = 0
         self._kept = kept
 
@@ -122,7 +127,7 @@ class Jobs:
     memory, too.
 
     Args:
-        attend: the library whose `attend_heads` is compiled for the shape.
+        attend: the library whose `attend_stretch` is compiled for the shape.
         library: `job_library` of the query's dtype.
         query: `[batch, kv_heads, group, q_len, dim]`, contiguous; read when a job runs.
         answer: of the same shape, contiguous, in float32; written when a job runs.
@@ -145,8 +150,9 @@ class Jobs:
         self._scratch = torch.empty(0)
         self._memory = attend, query, answer  # jobs know them by address
         self._free: list[Job] = []
+        self._workers: Workers | None = None  # kept from job to job
         self._template = _Block(
-            attend=ctypes.cast(attend.attend_heads, _POINTER).value,
+            attend=ctypes.cast(attend.attend_stretch, _POINTER).value,
             query=query.data_ptr(),
             out=answer.out.data_ptr(),
             lse=answer.lse.data_ptr(),
@@ -159,8 +165,8 @@ class Jobs:
     def make(self, stretches: Sequence[Stretch]) -> Job | None:
         """Return a job that attends some tokens, which must stay as they are until it ran.
 
-        Uses as many threads as torch is set to in this one; of more than a few it leaves a core to
-        this thread: all threads of a job would wait for one that shares its core.
+        The driver's thread is helped by others, so that there are as many as torch is set to in
+        this one; of more than a few a core is left to this thread.
 
         Returns:
             None where keys or values lie in memory otherwise than a store's.
@@ -168,7 +174,7 @@ class Jobs:
         threads = torch.get_num_threads()
         if threads >= _FREE_THREADS_FROM:
             threads -= 1
-        spans, most_splits = [], 1
+        spans, parts = [], 0
         for keys, values, first, tokens in stretches:
             key_stride, value_stride = self._head_stride(keys), self._head_stride(values)
             if key_stride is None or value_stride is None:
@@ -187,15 +193,16 @@ class Jobs:
                     splits,
                 )
             )
-            most_splits = max(most_splits, splits)
-        partials = len(spans) + most_splits
-        floats = self._heads * self._rows * (self._dim + partials * (self._dim + 1))
+            parts += splits
+        floats = self._heads * (self._rows * (self._dim + parts * (self._dim + 1)) + 1)
         if self._scratch.numel() < floats:
             self._scratch = torch.empty(floats, dtype=torch.float32)  # jobs pending keep the old
         job = self._free.pop() if self._free else self._new()
-        job.fill(spans, (self, self._scratch, stretches))
+        workers = self._workers = shared_workers(self._library, threads - 1)
+        job.fill(spans, (self, self._scratch, stretches, workers))
         job.block.scratch = self._scratch.data_ptr()
-        job.block.threads = threads
+        job.block.splits = parts
+        job.block.workers = workers.address
         return job
 
     def _head_stride(self, part: torch.Tensor) -> int | None:

@@ -1,0 +1,36 @@
+"""Threads of our own for jobs (`workers.h`), asleep between them; shared by who needs as many."""
+
+import ctypes
+import threading
+import weakref
+
+_lock = threading.Lock()
+_shared: "weakref.WeakValueDictionary[tuple[str, int], Workers]" = weakref.WeakValueDictionary()
+
+
+class Workers:
+    """Some threads, which end when nobody refers to this any more; made by `shared_workers`.
+
+    Args:
+        library: `job.c` compiled, whose jobs they help with.
+        count: threads.
+
+    Attributes:
+        address: what jobs know them by; 0 where there are none.
+    """
+
+    def __init__(self, library: ctypes.CDLL, count: int) -> None:
+        self.address: int = library.start_workers(count) or 0 if count else 0
+        if self.address:
+            ending = weakref.finalize(self, library.stop_workers, self.address)
+            ending.atexit = False  # a job may be under way; they end with the process
+
+
+def shared_workers(library: ctypes.CDLL, count: int) -> Workers:
+    """Return `count` threads that help with a library's jobs: those that somebody has, if any."""
+    key = library._name, count
+    with _lock:
+        workers = _shared.get(key)
+        if workers is None:
+            workers = _shared[key] = Workers(library, count)
+        return workers
