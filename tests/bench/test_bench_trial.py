@@ -260,7 +260,11 @@ def test_the_cpu_time_of_others_is_told_from_ones_own():
 def test_the_machine_is_measured(monkeypatch):
     monkeypatch.setattr(machine, "_SECONDS", 0.0)
     rates, best_by = machine.measure(
-        torch.device("cpu"), torch.float32, elements=2**18, matmul_sizes=(64, 128)
+        torch.device("cpu"),
+        torch.float32,
+        buffer_bytes=2**20,
+        cache_bytes=0,
+        matmul_sizes=(64, 128),
     )
     assert rates.host_bytes_per_s > 1e8
     assert rates.matmul_flops_per_s > 1e8
@@ -272,7 +276,7 @@ def test_the_machine_is_measured(monkeypatch):
 @pytest.mark.gpu
 def test_a_gpus_memory_and_link_are_measured():
     rates, best_by = machine.measure(
-        torch.device("cuda"), torch.bfloat16, elements=2**24, matmul_sizes=(1024,)
+        torch.device("cuda"), torch.bfloat16, buffer_bytes=2**26, matmul_sizes=(1024,)
     )
     assert rates.device_bytes_per_s > rates.link_bytes_per_s > 1e8
     assert best_by["link_bytes_per_s"] == "pinned copy"

@@ -70,6 +70,26 @@ def test_the_cpu_is_measured(dtype):
     assert measurement.hardware.link_bytes_per_s is None
 
 
+def test_the_cpu_reads_more_than_its_caches_hold(monkeypatch):
+    read = []
+
+    def watched(make):
+        def made(*args, **kwargs):
+            ways = make(*args, **kwargs)
+            read.extend(num_bytes for _, num_bytes in ways.values())
+            return ways
+
+        return made
+
+    monkeypatch.setattr(operations, "readers", watched(operations.readers))
+    monkeypatch.setattr(attention, "decode", watched(attention.decode))
+    cache_bytes = 2**20
+    for dtype in (torch.float32, torch.bfloat16):
+        measurement = run_probe(make_device("cpu"), dtype, TINY.beyond(cache_bytes), ignore)
+        assert {rate.failure for rate in measurement.rates} == {None}
+    assert min(read) >= 4 * cache_bytes
+
+
 def test_the_cpu_beside_a_gpu_is_measured_as_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")

@@ -16,13 +16,15 @@ import torch
 from headinfer.bench.bound import Rates
 from headinfer.bench.build import torch_device
 from headinfer.bench.spec import Settings
+from headinfer.device.caches import last_level_cache_bytes
 from headinfer.device.cuda import CudaDevice
 from headinfer.device.identity import cpu_name, gpu_driver
 from headinfer.probe import operations
 from headinfer.probe.timing import Operation, fastest
 
-_BUFFER_ELEMENTS = 64 * 2**20
-"""float32: 256 MiB, several times the last-level cache."""
+_BUFFER_BYTES = 256 * 2**20
+_TIMES_THE_CACHES = 4
+"""Of the CPU: what is read must come from memory."""
 
 _MATMUL_SIZES = (1024, 2048, 3072)
 """Between a small model's and a large one's."""
@@ -42,7 +44,8 @@ def measure(
     device: torch.device,
     dtype: torch.dtype,
     *,
-    elements: int = _BUFFER_ELEMENTS,
+    buffer_bytes: int = _BUFFER_BYTES,
+    cache_bytes: int | None = None,
     matmul_sizes: Sequence[int] = _MATMUL_SIZES,
 ) -> tuple[Rates, dict[str, str]]:
     """Measure this machine; takes a few seconds.
@@ -50,7 +53,8 @@ def measure(
     Args:
         device: where the model computes.
         dtype: of its weights.
-        elements: float32 elements of the buffers read.
+        buffer_bytes: of each buffer read, at least.
+        cache_bytes: of the CPU's caches, which its buffers exceed several times; None to find out.
         matmul_sizes: rows and columns of the matrices multiplied.
 
     Returns:
@@ -58,16 +62,20 @@ def measure(
     """
     on_device = device.type != "cpu"
     synchronize: Callable[[], object] = torch.cuda.synchronize if on_device else lambda: None
-    host, host_by = _best(operations.readers(torch.device("cpu"), elements), lambda: None)
+    cache_bytes = last_level_cache_bytes() if cache_bytes is None else cache_bytes
+    elements = buffer_bytes // torch.float32.itemsize
+    host_bytes = max(buffer_bytes, _TIMES_THE_CACHES * cache_bytes)
+    host_elements = host_bytes // torch.float32.itemsize
+    host, host_by = _best(operations.readers(torch.device("cpu"), host_elements), lambda: None)
     matmul, matmul_by = _best(operations.matmuls(device, dtype, matmul_sizes), synchronize)
     best_by = {"host_bytes_per_s": host_by, "matmul_flops_per_s": matmul_by}
     if not on_device:
         return Rates(host_bytes_per_s=host, matmul_flops_per_s=matmul), best_by
     memory, memory_by = _best(operations.readers(device, elements), synchronize)
     gpu = CudaDevice(device)
-    copy = operations.link(gpu, elements * torch.float32.itemsize, to_device=True)
+    copy = operations.link(gpu, buffer_bytes, to_device=True)
     link, link_by = _best(copy, synchronize)
-    shared, shared_by = _best(operations.shared(gpu, elements), synchronize)
+    shared, shared_by = _best(operations.shared(gpu, host_elements), synchronize)
     best_by |= {"device_bytes_per_s": memory_by, "link_bytes_per_s": link_by}
     best_by["host_shared_bytes_per_s"] = shared_by
     rates = Rates(

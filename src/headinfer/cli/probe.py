@@ -16,6 +16,7 @@ from rich.table import Table
 from headinfer.cli import options as opt
 from headinfer.cli.console import EXIT_UNEXPECTED, reporting_errors, stderr_console
 from headinfer.cli.load import share_cores
+from headinfer.device.caches import last_level_cache_bytes
 from headinfer.errors import OptionError
 from headinfer.plan.measured import check_writable, save_measurement, to_json
 from headinfer.plan.measurement import Measurement, Quantity, Rate
@@ -149,7 +150,7 @@ def _measure(device_name: str, dtype_name: str, *, quick: bool) -> Measurement:
             text = f"{_label(quantity, on_cpu)} {_size(quantity, size)}"
             progress.update(task, description=text, completed=done, total=total)
 
-        effort = run.QUICK if quick else run.FULL
+        effort = (run.QUICK if quick else run.FULL).beyond(last_level_cache_bytes())
         return run.run_probe(device, getattr(torch, dtype_name), effort, show)
 
 

@@ -17,6 +17,11 @@ _MOST_OF_FREE = 0.5
 """Of free host memory: the system ends a process that takes it all, and we want a row instead."""
 
 
+def kv_bytes(dtype: torch.dtype, tokens: int) -> int:
+    """Return the bytes of a context's keys and values."""
+    return 2 * KV_HEADS * tokens * HEAD_DIM * dtype.itemsize
+
+
 def decode(
     device: torch.device, dtype: torch.dtype, *, tokens: int, all_tokens: int
 ) -> dict[str, Operation]:
