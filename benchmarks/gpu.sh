@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Everything that needs a CUDA device: the tests marked gpu, a probe, then Llama-3-8B's shape with
-# random weights held to 24 GiB: a trace of the link, decode from 1K to 800K tokens (100 GiB of KV),
-# prefill, also beside all KV on the device; then a smaller shape at 1M, and the longest contexts.
+# Everything that needs a CUDA device: the tests marked gpu, a probe, the kernels of its host, what
+# streaming costs the attention of a chunk; then Llama-3-8B's shape with random weights held to 24
+# GiB: a trace of the link, decode from 1K to 800K tokens (100 GiB of KV), prefill, also beside all KV
+# on the device; then a smaller shape at 1M, and the longest contexts.
 # Ends itself after BUDGET_S seconds (570); run again with the same OUT it goes on where it was.
 # Results go to OUT.
 # On a copy of the tree without its history, HEADINFER_COMMIT names the commit.
@@ -31,6 +32,12 @@ if [ ! -e "$out/gpu-tests.log" ]; then
         tests 2>&1 | tee "$out/gpu-tests.log"
 fi
 "$python" -m headinfer.cli.main probe --quick --json "$out/gpu-probe.json"
+if [ ! -e "$out/gpu-prefill-attention.json" ]; then
+    timeout 90 "$python" benchmarks/host_kernel.py --groups 1,4,8,16 \
+        --json "$out/gpu-host-kernel.json" 2>&1 | tee -a "$out/gpu.log"
+    timeout 60 "$python" benchmarks/gpu_prefill_attention.py \
+        --json "$out/gpu-prefill-attention.json" 2>&1 | tee -a "$out/gpu.log"
+fi
 if [ ! -e "$out/gpu-trace-100K.json" ]; then
     timeout 120 "$python" benchmarks/gpu_trace.py --folder "$out" 2>&1 | tee -a "$out/gpu.log"
 fi
