@@ -10,12 +10,12 @@
 #include <math.h>
 
 #define TILES 0
-#define BLOCK 64
-#ifdef __AVX512F__
+#define BLOCK 128
+#ifdef __AVX512F__ /* 32 registers */
 #define ROWS_AT_ONCE ROWS
-#define VECTORS (ROWS <= 12 && HEAD_DIM % 32 == 0 ? 2 : 1) /* 32 registers */
-#else
-#define ROWS_AT_ONCE ((ROWS + (ROWS + 5) / 6 - 1) / ((ROWS + 5) / 6)) /* 16 registers: 6 at most */
+#define VECTORS 1 /* two read 8% less: the panels are the steps in which memory is asked for more */
+#else /* 16 of them: for 6 rows at most */
+#define ROWS_AT_ONCE ((ROWS + (ROWS + 5) / 6 - 1) / ((ROWS + 5) / 6))
 #define VECTORS 2
 #endif
 #define PADDED ((ROWS + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE * ROWS_AT_ONCE)
