@@ -19,6 +19,8 @@ GPU_METHODS = {
     "resident": "resident",
     "host-attention": "+ host attention",
 }
+BOUNDED_METHODS = {"head-wise-1": "head=1", "resident": "resident", "host-attention": "+ host"}
+"""Whose share of the physical bound is told."""
 
 
 def table(documents: list[dict[str, Any]]) -> str:
@@ -64,6 +66,7 @@ def gpu_table(documents: list[dict[str, Any]]) -> str:
         for document in documents
         for row in document["rows"]
     }
+    names = ", ".join(BOUNDED_METHODS.values())
     lines = [
         f"{header['model']['description']}; {hardware['gpu']} held to "
         f"{header['settings']['device_memory']}, link {rates['link_bytes_per_s'] / 1e9:.0f} GB/s, "
@@ -72,7 +75,7 @@ def gpu_table(documents: list[dict[str, Any]]) -> str:
         "`make bench-gpu` repeats it; [benchmarks/](benchmarks/README.md) says why standard takes "
         f"so long, and what these results lack. {prefill_sentence()}",
         "",
-        f"| context | KV | {' | '.join(GPU_METHODS.values())} | of its bound, head=1 |",
+        f"| context | KV | {' | '.join(GPU_METHODS.values())} | of its bound: {names} |",
         "|---" * (len(GPU_METHODS) + 3) + "|",
     ]
     for tokens in sorted({tokens for tokens, _ in rows}):
@@ -81,9 +84,8 @@ def gpu_table(documents: list[dict[str, Any]]) -> str:
             continue
         kv_gib = next(iter(at.values()))["kv_bytes"] / 2**30
         times = [_milliseconds(at.get(method)) for method in GPU_METHODS]
-        share = (at.get("head-wise-1") or {}).get("bound_fraction")
-        share = "-" if share is None else f"{share:.0%}"
-        lines.append(f"| {tokens // 1024}K | {kv_gib:.1f} GiB | {' | '.join(times)} | {share} |")
+        shares = ", ".join(_share(at.get(method)) for method in BOUNDED_METHODS)
+        lines.append(f"| {tokens // 1024}K | {kv_gib:.1f} GiB | {' | '.join(times)} | {shares} |")
     return "\n".join(lines)
 
 
@@ -108,6 +110,11 @@ def prefill_sentence() -> str:
         "Prefill with no KV resident, and of stock in chunks with all KV on the device in 72 GiB: "
         f"{pairs}."
     )
+
+
+def _share(row: dict[str, Any] | None) -> str:
+    fraction = (row or {}).get("bound_fraction")
+    return "-" if fraction is None else f"{fraction:.0%}"
 
 
 def _milliseconds(row: dict[str, Any] | None) -> str:
