@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from headinfer.attend.select import select_kernel
-from headinfer.device.caches import last_level_cache_bytes
 from headinfer.device.identity import cpu_name
+from headinfer.probe.caches import beyond_caches
 from headinfer.probe.operations import readers
 from headinfer.probe.timing import fastest
 
@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     groups = [int(group) for group in arguments.groups.split(",")]
-    num_bytes = max(LEAST_BYTES, 4 * last_level_cache_bytes())
+    num_bytes = beyond_caches(LEAST_BYTES)
     rows: list[dict[str, Any]] = []
     read = read_rate(num_bytes)
     print(f"{cpu_name()}, {torch.get_num_threads()} threads; reads {read / 1e9:.1f} GB/s")

@@ -2,7 +2,9 @@
 
 import contextlib
 import gc
+import os
 import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -153,9 +155,10 @@ def test_scores_that_differ_much_are_merged() -> None:
     check(case, torch.float32)
 
 
+@pytest.mark.parametrize("tokens", [640, 630])  # whole blocks of nothing, and a part of one
 @pytest.mark.parametrize("group", [1, 16])
-def test_scores_of_minus_infinity_have_no_weight(group: int) -> None:
-    case = Case((1, 1, group, 1, 32), (640, 600), torch.float32)  # 640: whole blocks, of nothing
+def test_scores_of_minus_infinity_have_no_weight(group: int, tokens: int) -> None:
+    case = Case((1, 1, group, 1, 32), (tokens, 600), torch.float32)
     case.query.abs_()
     case.stretches[0].keys[...] = -torch.inf
     ours = case.run()
@@ -253,6 +256,67 @@ def test_jobs_of_several_threads_are_done_in_turn() -> None:
         caller.join()
     for case in cases:
         torch.testing.assert_close(case.answer.out, case.wanted(NativeKernel()).out)
+
+
+_IN_A_PROCESS = """
+import os, sys
+sys.path[:0] = {path!r}
+import torch
+from test_jobs import Case, NativeKernel, cores_of_threads
+torch.set_num_threads(2)
+torch.ones(2**20).add_(1)  # OpenMP has bound its threads
+case = Case((1, 2, 4, 1, 64), (9000,), torch.float32)
+jobs, before = case.jobs(), set(os.listdir("/proc/self/task"))
+{then}
+"""
+
+
+def cores_of_threads(threads: set[str]) -> list[set[int]]:
+    return [os.sched_getaffinity(int(thread)) for thread in threads]
+
+
+def in_a_process(then: str, **environment: str) -> None:
+    program = _IN_A_PROCESS.format(path=sys.path, then=then)
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="there is one core")
+def test_threads_run_on_all_cores_where_openmp_binds_its_own() -> None:
+    then = """
+job = jobs.make(case.stretches)
+(cores,) = cores_of_threads(set(os.listdir("/proc/self/task")) - before)
+assert len(os.sched_getaffinity(0)) == 1, "the test needs OpenMP to have bound this thread"
+assert len(cores) > 1, cores
+"""
+    in_a_process(then, OMP_PROC_BIND="true", OMP_PLACES="cores")
+
+
+def test_a_child_process_has_threads_of_its_own() -> None:
+    then = """
+wanted = case.wanted(NativeKernel()).out
+job = jobs.make(case.stretches)
+job()
+job.release()
+child = os.fork()
+if not child:
+    case.answer.out.fill_(float("nan"))
+    job = jobs.make(case.stretches)
+    job()
+    assert len(os.listdir("/proc/self/task")) == 2
+    torch.testing.assert_close(case.answer.out, wanted)
+    del job, jobs
+    os._exit(0)
+_, status = os.waitpid(child, 0)
+assert status == 0, status
+"""
+    in_a_process(then)
 
 
 def test_what_the_kernels_cannot_read_is_left_to_others() -> None:

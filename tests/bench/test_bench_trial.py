@@ -263,7 +263,7 @@ def test_the_machine_is_measured(monkeypatch):
         torch.device("cpu"),
         torch.float32,
         buffer_bytes=2**20,
-        cache_bytes=0,
+        host_bytes=2**20,
         matmul_sizes=(64, 128),
     )
     assert rates.host_bytes_per_s > 1e8

@@ -167,7 +167,10 @@ def test_a_cache_may_be_passed_by_each_name_that_transformers_has_for_it(name: s
         cache = offload.new_cache()
         with torch.no_grad():
             model(tokens, **{name: cache})
-        assert cache.get_seq_length() == 50
+            assert cache.get_seq_length() == 50
+            (other,) = set(CACHE_NAMES) - {name}
+            model(tokens[:, :3], **{name: cache, other: None})
+        assert cache.get_seq_length() == 53
         assert torch.equal(ours, stock)
 
 

@@ -16,15 +16,14 @@ import torch
 from headinfer.bench.bound import Rates
 from headinfer.bench.build import torch_device
 from headinfer.bench.spec import Settings
-from headinfer.device.caches import last_level_cache_bytes
 from headinfer.device.cuda import CudaDevice
 from headinfer.device.identity import cpu_name, gpu_driver
 from headinfer.probe import operations
+from headinfer.probe.caches import beyond_caches
 from headinfer.probe.timing import Operation, fastest
 
 _BUFFER_BYTES = 256 * 2**20
-_TIMES_THE_CACHES = 4
-"""Of the CPU: what is read must come from memory."""
+"""Of each buffer read, at least."""
 
 _MATMUL_SIZES = (1024, 2048, 3072)
 """Between a small model's and a large one's."""
@@ -45,7 +44,7 @@ def measure(
     dtype: torch.dtype,
     *,
     buffer_bytes: int = _BUFFER_BYTES,
-    cache_bytes: int | None = None,
+    host_bytes: int | None = None,
     matmul_sizes: Sequence[int] = _MATMUL_SIZES,
 ) -> tuple[Rates, dict[str, str]]:
     """Measure this machine; takes a few seconds.
@@ -54,7 +53,7 @@ def measure(
         device: where the model computes.
         dtype: of its weights.
         buffer_bytes: of each buffer read, at least.
-        cache_bytes: of the CPU's caches, which its buffers exceed several times; None to find out.
+        host_bytes: of those that the CPU reads; None for more than its caches hold.
         matmul_sizes: rows and columns of the matrices multiplied.
 
     Returns:
@@ -62,10 +61,8 @@ def measure(
     """
     on_device = device.type != "cpu"
     synchronize: Callable[[], object] = torch.cuda.synchronize if on_device else lambda: None
-    cache_bytes = last_level_cache_bytes() if cache_bytes is None else cache_bytes
     elements = buffer_bytes // torch.float32.itemsize
-    host_bytes = max(buffer_bytes, _TIMES_THE_CACHES * cache_bytes)
-    host_elements = host_bytes // torch.float32.itemsize
+    host_elements = (host_bytes or beyond_caches(buffer_bytes)) // torch.float32.itemsize
     host, host_by = _best(operations.readers(torch.device("cpu"), host_elements), lambda: None)
     matmul, matmul_by = _best(operations.matmuls(device, dtype, matmul_sizes), synchronize)
     best_by = {"host_bytes_per_s": host_by, "matmul_flops_per_s": matmul_by}

@@ -3,6 +3,7 @@
 import enum
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,10 +17,10 @@ from rich.table import Table
 from headinfer.cli import options as opt
 from headinfer.cli.console import EXIT_UNEXPECTED, reporting_errors, stderr_console
 from headinfer.cli.load import share_cores
-from headinfer.device.caches import last_level_cache_bytes
 from headinfer.errors import OptionError
 from headinfer.plan.measured import check_writable, save_measurement, to_json
 from headinfer.plan.measurement import Measurement, Quantity, Rate
+from headinfer.probe.caches import beyond_caches
 from headinfer.units import format_bytes, format_tokens
 
 if TYPE_CHECKING:
@@ -150,7 +151,8 @@ def _measure(device_name: str, dtype_name: str, *, quick: bool) -> Measurement:
             text = f"{_label(quantity, on_cpu)} {_size(quantity, size)}"
             progress.update(task, description=text, completed=done, total=total)
 
-        effort = (run.QUICK if quick else run.FULL).beyond(last_level_cache_bytes())
+        effort = run.QUICK if quick else run.FULL
+        effort = replace(effort, host_bytes=beyond_caches(effort.buffer_bytes))
         return run.run_probe(device, getattr(torch, dtype_name), effort, show)
 
 

@@ -46,8 +46,12 @@ def named_arguments(
         arguments = dict(kwargs)
     current = cache_name(model)
     for name in CACHE_NAMES:
-        if name != current and arguments.get(current) is None and name in arguments:
+        if name == current or name not in arguments:
+            continue
+        if arguments.get(current) is None:
             arguments[current] = arguments.pop(name)
+        elif arguments[name] is None:
+            del arguments[name]
     return arguments
 
 

@@ -18,6 +18,9 @@ _LINK_SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7)
 """Of the bytes that CPU and link read at once: with one of them both finish about together, on any
 machine; with any other the faster of the two waits."""
 
+_ARRIVED_BYTES = 64 * 2**20
+"""Device memory that such copies go to, again and again."""
+
 _SHARED_BUFFERS = 4
 """Buffers whose bytes are read so; beginning and end then count for little."""
 
@@ -125,7 +128,7 @@ def shared(device: Device, elements: int) -> dict[str, Operation]:
         elements: float32 elements of each buffer.
     """
     one, other, matrix, vector = _buffers(torch.device("cpu"), elements)
-    pinned, arrived = device.host_empty(one.nbytes), device.device_empty(one.nbytes)
+    pinned, arrived = device.host_empty(one.nbytes), device.device_empty(_ARRIVED_BYTES)
     pinned.fill_(1)
 
     def dot(rest: slice) -> object:
@@ -146,9 +149,9 @@ def shared(device: Device, elements: int) -> dict[str, Operation]:
                 reads: int = reads,
                 read: Callable[[slice], object] = read,
             ) -> None:
-                for piece in _pieces(link_bytes, one.nbytes):
-                    device.copy_in.copy(arrived[piece], pinned[piece])
-                for piece in _pieces(reads, elements):
+                for piece in _pieces(link_bytes, pinned.numel(), _ARRIVED_BYTES):
+                    device.copy_in.copy(arrived[: piece.stop - piece.start], pinned[piece])
+                for piece in _pieces(reads, elements, elements):
                     read(piece)
 
             amount = float(link_bytes + reads * buffers * one.itemsize)
@@ -156,7 +159,13 @@ def shared(device: Device, elements: int) -> dict[str, Operation]:
     return operations
 
 
-def _pieces(amount: int, most: int) -> Iterator[slice]:
-    """Yield slices from 0 of at most `most` that add up to an amount."""
-    for start in range(0, amount, most):
-        yield slice(0, min(most, amount - start))
+def _pieces(amount: int, size: int, most: int) -> Iterator[slice]:
+    """Yield slices of a buffer of some size, of at most `most`, that add up to an amount.
+
+    They follow each other, and begin again where the buffer ends.
+    """
+    start = 0
+    while amount > 0:
+        count = min(amount, size - start, most)
+        yield slice(start, start + count)
+        amount, start = amount - count, (start + count) % size

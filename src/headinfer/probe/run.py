@@ -1,7 +1,7 @@
 """`run_probe`: all measurements of this machine, one after the other."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
 
@@ -53,7 +53,7 @@ class Effort:
         buffer_bytes: of each buffer read or copied within one memory.
         decode_tokens: contexts of the decode steps, ascending.
         copy_bytes: sizes of the copies over the link, ascending.
-        host_bytes: read by the CPU in each round at least, see `beyond`.
+        host_bytes: read by the CPU in each round at least, see `beyond_caches`.
     """
 
     quick: bool
@@ -64,16 +64,6 @@ class Effort:
     copy_bytes: tuple[int, ...]
     host_bytes: int = 0
 
-    def beyond(self, cache_bytes: int) -> "Effort":
-        """Return the same for a CPU with so much cache: what it reads must come from memory.
-
-        A server's cache of 300 MiB held all that was read, and made its memory appear twice as fast
-        as a KV cache is read.
-        """
-        return replace(self, host_bytes=_TIMES_THE_CACHES * cache_bytes)
-
-
-_TIMES_THE_CACHES = 4
 
 _GPU_CHUNKS = (1024, 2048, 4096, 8192)
 """Kernels differ by them: cuDNN's serve the large ones alone."""

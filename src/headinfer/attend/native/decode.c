@@ -89,7 +89,7 @@ static inline void score_block(const query_element *query, const element *keys, 
         vector sum = score_step(query, keys + first * HEAD_DIM, 1, scale);
         memcpy(scores + first * SLOTS, &sum, SLOTS * sizeof(float));
     }
-    for (int64_t i = count * SLOTS; i < BLOCK * SLOTS; i++) scores[i] = NOTHING;
+    for (int64_t i = count * SLOTS; i < BLOCK * SLOTS; i++) scores[i] = -INFINITY;
 }
 
 /* Combine the lanes of each row, by `larger` or by adding; every lane gets its row's result. */

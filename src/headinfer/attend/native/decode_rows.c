@@ -47,17 +47,18 @@ struct state {
 static void score_block(struct state *s, const element *keys, const element *values, int64_t count) {
     for (int panel = 0; panel < KEY_PANELS; panel++) {
         pack_keys(keys + panel * PANEL * HEAD_DIM, count - panel * PANEL, s->keys);
-        const char *fetched = (const char *)(values + panel * PANEL * HEAD_DIM);
+        const element *fetched = panel * PANEL < count ? values + panel * PANEL * HEAD_DIM : 0;
         for (int row = 0; row < PADDED; row += ROWS_AT_ONCE)
             multiply_panel(s->query[row], DIM_STEPS, s->keys[0], DIM_STEPS,
-                           s->scores[row] + panel * PANEL, BLOCK, 0, row ? 0 : fetched);
+                           s->scores[row] + panel * PANEL, BLOCK, 0,
+                           row ? 0 : (const char *)fetched);
     }
 }
 
 /* Turn scores into weights; shrink what was summed under lower ones. */
 static void weigh_block(struct state *s, int64_t count, float scale) {
     for (int row = 0; row < ROWS; row++) {
-        for (int64_t token = count; token < BLOCK; token++) s->scores[row][token] = NOTHING;
+        for (int64_t token = count; token < BLOCK; token++) s->scores[row][token] = -INFINITY;
         float shrink =
             weigh(s->scores[row], s->weights[row], scale, s->highest + row, s->total + row);
         if (shrink != 1)
@@ -65,11 +66,11 @@ static void weigh_block(struct state *s, int64_t count, float scale) {
     }
 }
 
-/* Add the weighted values of a block, while the `next` keys are fetched. */
+/* Add the weighted values of a block, while the `next` keys, if any, are fetched. */
 static void add_values(struct state *s, const element *values, int64_t count, const char *next) {
     for (int panel = 0; panel < VALUE_PANELS; panel++) {
         pack_values(values + panel * PANEL, count, s->values);
-        const char *fetched = next + panel * BLOCK_STEPS * PANEL_BYTES;
+        const char *fetched = next ? next + panel * BLOCK_STEPS * PANEL_BYTES : 0;
         for (int row = 0; row < PADDED; row += ROWS_AT_ONCE)
             multiply_panel(s->weights[row], BLOCK_STEPS, s->values[0], BLOCK_STEPS,
                            s->out[row] + panel * PANEL, HEAD_DIM, 1, row ? 0 : fetched);
@@ -102,7 +103,7 @@ static void attend_part(const float *query, const element *keys, const element *
         const element *k = keys + start * HEAD_DIM, *v = values + start * HEAD_DIM;
         score_block(&s, k, v, now);
         weigh_block(&s, now, scale * LOG2_E);
-        add_values(&s, v, now, (const char *)(k + BLOCK * HEAD_DIM));
+        add_values(&s, v, now, left > BLOCK ? (const char *)(k + BLOCK * HEAD_DIM) : 0);
     }
     for (int row = 0; row < ROWS; row++) {
         lse[row] = (s.highest[row] + log2f(s.total[row])) * LN_2;

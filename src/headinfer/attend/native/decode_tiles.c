@@ -280,7 +280,7 @@ static void attend_part(const float *query, const element *keys, const element *
             STORED();
         }
         score_block(&s, k, v, scale * LOG2_E);
-        for (int64_t token = left; token < BLOCK; token++) put(s.scores[token], all(NOTHING));
+        for (int64_t token = left; token < BLOCK; token++) put(s.scores[token], all(-INFINITY));
         weigh_block(&s, keys + (start + BLOCK) * HEAD_DIM, ahead);
         add_values(&s, v, keys + (start + BLOCK) * HEAD_DIM, ahead);
     }

@@ -6,6 +6,7 @@
  * Compiled for one element type. What is attended with is `attend_stretch` of `heads.h`, compiled for
  * the shape.
  */
+#define _GNU_SOURCE /* for the cores of threads */
 #include <time.h>
 
 #include "elements.h"
@@ -46,11 +47,7 @@ static double now_s(void) {
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
 
-/*
- * Attend one part after another until all are taken: cores are not equally fast. (Of a virtual
- * machine's 16 some shared a core, and took 1.5 ms for what the others did in 0.8.) Who does the last
- * part of a head merges all of it.
- */
+/* Attend one part after another until all are taken; who does the last of a head merges it. */
 static void attend_parts(void *given) {
     struct job *job = given;
     int64_t head_size = job->rows * job->dim, parts = job->heads * job->splits, at;

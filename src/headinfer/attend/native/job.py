@@ -22,7 +22,6 @@ MIN_SPLIT_TOKENS = 512
 """Tokens that are worth a part of their own."""
 
 _FREE_THREADS_FROM = 5
-_FLOAT_BYTES = 4
 _POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_int64
 
 

@@ -130,7 +130,7 @@ class NativeKernel(Kernel):
         attend_row = _decode_row
         if rows and readable and spans is not None and not square:
             library = decode_library(query.dtype, head_dim, rows)
-            if library is None and rows > _MAX_ROWS_AT_ONCE:  # many, or an odd number of them
+            if library is None and rows > _MAX_ROWS_AT_ONCE:  # many of them
                 library, attend_row = prefill_library(query.dtype, head_dim), _prefill_row
         if library is None or spans is None:
             return self._other.attend(query, keys, values, scale=scale, causal=causal, mask=mask)

@@ -10,8 +10,8 @@
 #define BLOCK 512     /* tokens packed at once: 512 KiB of float32 keys and values of 128 */
 #define ROW_BLOCK 96  /* rows whose scores are held at once; a multiple of ROWS_AT_ONCE */
 #define VECTORS 2
-#if defined(ELEMENT_IS_BFLOAT16) && defined(__AMX_TILE__) && defined(__AMX_BF16__) && \
-    !defined(WITHOUT_TILES)
+#if defined(ELEMENT_IS_BFLOAT16) && defined(__AVX512BF16__) && defined(__AMX_TILE__) && \
+    defined(__AMX_BF16__) && !defined(WITHOUT_TILES)
 #define TILES 1
 #define ROWS_AT_ONCE 32
 #else
@@ -25,6 +25,8 @@
 
 #include "panels.h"
 #include "tiles.h"
+
+_Static_assert(PAIRS || !TILES, "the matrix unit multiplies pairs");
 
 /* What one thread works in. */
 struct workspace {
@@ -98,7 +100,7 @@ static void attend_block(const element *query, int64_t rows, int64_t count, int 
     pack_query(query, rows, padded, work);
     multiply(work->query[0], work->keys[0][0], DIM_STEPS, work->scores[0], padded, BLOCK / PANEL, 0);
     for (int64_t row = 0; row < rows; row++) {
-        for (int64_t token = count; token < BLOCK; token++) work->scores[row][token] = NOTHING;
+        for (int64_t token = count; token < BLOCK; token++) work->scores[row][token] = -INFINITY;
         if (first) highest[row] = NOTHING, total[row] = 0;
         float shrink =
             weigh(work->scores[row], work->weights[row], scale, highest + row, total + row);

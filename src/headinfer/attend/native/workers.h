@@ -7,6 +7,7 @@
  */
 #include <linux/futex.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <sys/syscall.h>
@@ -54,11 +55,31 @@ static void *serve(void *given) {
 
 /* End all threads, and free what they share; no task may be under way. */
 static void end_workers(struct workers *w) {
+    pthread_mutex_lock(&w->turn); /* a device that failed may have left a task under way */
     __atomic_store_n(&w->stopping, 1, __ATOMIC_SEQ_CST);
     wake_all(w);
+    pthread_mutex_unlock(&w->turn);
     for (int64_t i = 0; i < w->count; i++) pthread_join(w->threads[i], NULL);
     pthread_mutex_destroy(&w->turn);
     free(w);
+}
+
+int omp_get_num_places(void);
+int omp_get_place_num_procs(int place);
+void omp_get_place_proc_ids(int place, int *ids);
+
+/* Let threads run wherever OpenMP's may: where it binds them, whoever asks is bound to one core. */
+static void set_places(pthread_attr_t *attributes) {
+    cpu_set_t cpus;
+    CPU_ZERO(&cpus);
+    for (int place = 0; place < omp_get_num_places(); place++) {
+        int ids[CPU_SETSIZE], count = omp_get_place_num_procs(place);
+        if (count > CPU_SETSIZE) return;
+        omp_get_place_proc_ids(place, ids);
+        for (int i = 0; i < count; i++)
+            if (ids[i] < CPU_SETSIZE) CPU_SET(ids[i], &cpus);
+    }
+    if (CPU_COUNT(&cpus)) pthread_attr_setaffinity_np(attributes, sizeof cpus, &cpus);
 }
 
 /* Begin `count` threads, or as many as the system grants; null where it grants no memory. */
@@ -67,11 +88,16 @@ static struct workers *begin_workers(int64_t count, void (*work)(void *)) {
     if (!w) return NULL;
     w->work = work;
     pthread_mutex_init(&w->turn, NULL);
+    pthread_attr_t attributes;
+    pthread_attr_init(&attributes);
+    set_places(&attributes);
     sigset_t all, before; /* signals are for the threads that were there before */
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
-    while (w->count < count && !pthread_create(&w->threads[w->count], NULL, serve, w)) w->count++;
+    while (w->count < count && !pthread_create(&w->threads[w->count], &attributes, serve, w))
+        w->count++;
     pthread_sigmask(SIG_SETMASK, &before, NULL);
+    pthread_attr_destroy(&attributes);
     return w;
 }
 
