@@ -161,6 +161,11 @@ def test_scores_of_minus_infinity_have_no_weight(group: int, tokens: int) -> Non
     case = Case((1, 1, group, 1, 32), (tokens, 600), torch.float32)
     case.query.abs_()
     case.stretches[0].keys[...] = -torch.inf
+    rest = case.stretches.pop()
+    nothing = case.run()
+    assert nothing.lse.isneginf().all()
+    assert not nothing.out.any()
+    case.stretches.append(rest)
     ours = case.run()
     del case.stretches[0]
     torch.testing.assert_close(ours.out, case.wanted(NativeKernel()).out)
