@@ -34,6 +34,33 @@ def test_a_program_that_does_not_expect_to_be_imported_can_ask(tmp_path):
     assert done.stdout == "{'do': 'answer'}\n"
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no such signal")
+@pytest.mark.parametrize("seconds", [0.5, 8.0], ids=["while it imports", "while it works"])
+def test_an_interrupt_is_for_the_caller_alone(tmp_path, seconds):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "from headinfer.bench.child import ask\n"
+        "print('asking', flush=True)\n"
+        "try:\n"
+        "    ask('answering', {'do': 'sleep'})\n"
+        "except KeyboardInterrupt:\n"
+        "    print('interrupted')\n"
+    )
+    asking = subprocess.Popen(
+        [sys.executable, str(program)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert asking.stdout.readline() == "asking\n"
+    time.sleep(seconds)
+    os.killpg(asking.pid, signal.SIGINT)  # as a terminal does
+    out, err = asking.communicate(timeout=60)
+    assert (out, err) == ("interrupted\n", "")
+
+
 def test_each_answer_comes_from_a_process_of_its_own(capfd):
     first, second = (ask("answering", {"do": "answer", "number": n}) for n in (1, 2))
     assert first["question"] == {"do": "answer", "number": 1}

@@ -76,7 +76,7 @@ def test_empty_prompt(cli, prompt):
 
 
 def test_empty_stdin(cli):
-    check(cli("generate", stdin=""), "stdin", "empty")
+    check(cli("generate", stdin=""), "stdin", "empty", "--prompt-file")
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nothing", "nobody/nothing", "a name", ""])

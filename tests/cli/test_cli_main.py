@@ -43,6 +43,7 @@ def test_bench_has_verbs_of_its_own(cli):
     assert "headinfer bench" in done.out
     assert "decode" in done.out
     assert "--context" in cli("bench", "decode", "--help").out
+    assert cli("bench").out == done.out
     wrong = cli("bench", "decode", "--no-such-option")
     assert wrong.code == 2
     assert len(wrong.error_lines) == 1

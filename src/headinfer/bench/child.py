@@ -11,9 +11,11 @@ import importlib
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -93,6 +95,19 @@ def _without_main() -> Iterator[None]:
         main.update(kept)
 
 
+def _start_server() -> None:
+    """Start the server where Ctrl-C, which a terminal sends to all, does not reach it.
+
+    Nor what is forked from it: the caller ends that. Both would print a traceback.
+    """
+    resource_tracker.ensure_running()  # else the server starts it, and lets signals in again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _context() -> Any:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
@@ -100,6 +115,7 @@ def _context() -> Any:
     # A driver that an import asks for GPUs in the server would not work in what is forked from it.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     context.set_forkserver_preload(_PRELOADED)
+    _start_server()
     return context
 
 
@@ -107,7 +123,11 @@ def _run(
     module: str, question: str, sender: Connection, said: str, environment: dict[str, str]
 ) -> None:
     """Answer in the child; whatever a library prints meanwhile goes to a file."""
-    with open(said, "wb") as file:
+    try:
+        file = open(said, "wb")  # noqa: SIM115  # of an interrupted caller, the folder is gone
+    except FileNotFoundError:
+        return
+    with file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ.clear()

@@ -109,7 +109,8 @@ def bench(context: typer.Context) -> None:
     from headinfer.cli import bench as benchmarks
 
     verbs = typer.main.get_command(benchmarks.app)
-    code = verbs.main(args=context.args, prog_name="headinfer bench", standalone_mode=False)
+    args = context.args or ["--help"]
+    code = verbs.main(args=args, prog_name="headinfer bench", standalone_mode=False)
     raise typer.Exit(code or 0)
 
 

@@ -50,7 +50,8 @@ def _read_text(path: str) -> str:
             "convert it first"
         ) from error
     if not text.strip():
-        raise OptionError(f"{name} is empty")
+        remedy = "; give --prompt or --prompt-file" if path == STDIN else ""
+        raise OptionError(f"{name} is empty{remedy}")
     return text.rstrip("\r\n")
 
 
