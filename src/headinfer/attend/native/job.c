@@ -47,12 +47,24 @@ static double now_s(void) {
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
 
+/* Where the outputs of all parts lie in `scratch`; their LSE and the counts follow, in this order. */
+static float *outs_of(const struct job *job) {
+    return job->scratch + job->heads * job->rows * job->dim;
+}
+static float *lses_of(const struct job *job) {
+    return outs_of(job) + job->heads * job->splits * job->rows * job->dim;
+}
+/* How many parts of each head are not done. */
+static int32_t *left_of(const struct job *job) {
+    return (int32_t *)(lses_of(job) + job->heads * job->splits * job->rows);
+}
+
 /* Attend one part after another until all are taken; who does the last of a head merges it. */
 static void attend_parts(void *given) {
     struct job *job = given;
     int64_t head_size = job->rows * job->dim, parts = job->heads * job->splits, at;
-    float *outs = job->scratch + job->heads * head_size, *lses = outs + parts * head_size;
-    int32_t *left = (int32_t *)(lses + parts * job->rows);
+    float *outs = outs_of(job), *lses = lses_of(job);
+    int32_t *left = left_of(job);
     uint32_t mode = flush_tiny();
     while ((at = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED)) < parts) {
         int64_t head = at / job->splits, part = at % job->splits;
@@ -83,15 +95,15 @@ void run_job(void *given) {
     uint32_t mode = flush_tiny();
     for (int64_t i = 0; i < elements; i += LANES) put(job->scratch + i, load(job->query + i));
     restore(mode);
-    int32_t *left =
-        (int32_t *)(job->scratch + elements + job->splits * (elements + rows));
-    for (int64_t head = 0; head < job->heads; head++) left[head] = (int32_t)job->splits;
+    for (int64_t head = 0; head < job->heads; head++) left_of(job)[head] = (int32_t)job->splits;
     job->next = 0;
-    if (job->splits)
-        work_together(job->workers, attend_parts, job);
-    else /* without a token there is nothing to merge */
+    if (!job->splits) /* without a token there is nothing to merge */
         for (int64_t row = 0; row < rows; row++)
             merge_row(NULL, 0, NULL, 0, 0, job->dim, job->out + row * job->dim, job->lse + row);
+    else if (job->workers)
+        work_together(job->workers, job);
+    else
+        attend_parts(job);
     job->end_s = now_s();
     __atomic_store_n(&job->finished, 1, __ATOMIC_RELEASE);
 }

@@ -101,16 +101,12 @@ static struct workers *begin_workers(int64_t count, void (*work)(void *)) {
     return w;
 }
 
-/* Do a task on this thread and on all workers; with null for those, on this thread alone. */
-static void work_together(struct workers *w, void (*work)(void *), void *task) {
-    if (!w) {
-        work(task);
-        return;
-    }
+/* Do a task on this thread and on all workers. */
+static void work_together(struct workers *w, void *task) {
     pthread_mutex_lock(&w->turn);
     __atomic_store_n(&w->task, task, __ATOMIC_SEQ_CST);
     wake_all(w);
-    work(task);
+    w->work(task);
     __atomic_store_n(&w->task, NULL, __ATOMIC_SEQ_CST);
     while (__atomic_load_n(&w->active, __ATOMIC_SEQ_CST)) relax();
     pthread_mutex_unlock(&w->turn);
