@@ -71,6 +71,21 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
         },
     ),
     "phi3": ("Phi3ForCausalLM", "Phi3Config", {"sliding_window": None}),
+    "qwen2-moe": (
+        "Qwen2MoeForCausalLM",
+        "Qwen2MoeConfig",
+        {**_EXPERTS, "shared_expert_intermediate_size": 32},
+    ),
+    "qwen2-moe-sliding": (
+        "Qwen2MoeForCausalLM",
+        "Qwen2MoeConfig",
+        {
+            **_EXPERTS,
+            "shared_expert_intermediate_size": 32,
+            "sliding_window": 24,
+            "use_sliding_window": True,
+        },
+    ),
     "gpt-oss": (
         "GptOssForCausalLM",
         "GptOssConfig",
@@ -89,10 +104,24 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
 }
 
+# Those with tests of their own, beside what every architecture is tested for.
+_OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "phimoe": (
+        "PhimoeForCausalLM",
+        "PhimoeConfig",
+        {"num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "phimoe-sliding": (
+        "PhimoeForCausalLM",
+        "PhimoeConfig",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 24},
+    ),
+}
+
 
 def tiny_model(name: str, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """Return a new tiny model in eval mode, under stock eager attention."""
-    model_class, config_class, differences = ARCHITECTURES[name]
+    model_class, config_class, differences = (ARCHITECTURES | _OTHERS)[name]
     config = getattr(transformers, config_class)(**{**_COMMON, **differences, **changes})
     torch.manual_seed(seed)
     model = getattr(transformers, model_class)(config).eval()

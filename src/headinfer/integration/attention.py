@@ -20,6 +20,7 @@ from headinfer.attend.select import select_kernel
 from headinfer.engine.engine import Engine
 from headinfer.errors import HeadInferError, UnsupportedModelError
 from headinfer.integration.support import HARMLESS_KEYWORDS
+from headinfer.integration.visibility import Visible, visible
 from headinfer.plan.plan import Plan
 
 
@@ -86,27 +87,19 @@ class AttentionFunctions:
         allow_is_causal_skip: bool = True,
         use_vmap: bool = False,
         **_kwargs: object,
-    ) -> Padding | None:
-        """Return the padding alone: causality and windows follow from positions.
+    ) -> Visible | None:
+        """Return what the layers that are given this mask see; None for all up to themselves.
 
         Raises:
             UnsupportedModelError: the model's mask is more than causal, windowed and padded.
         """
-        plain = mask_function is causal_mask_function
-        if local_size is not None and not use_vmap:
-            plain = _is_sliding(mask_function, local_size)
-        if use_vmap or not allow_is_causal_skip or not plain:
+        if use_vmap or not allow_is_causal_skip:
             raise UnsupportedModelError(
                 "this model's attention mask is more than causal, windowed and padded: not served"
             )
-        if attention_mask is None:
-            return None
-        if attention_mask.ndim != 2 or attention_mask.shape[1] < kv_offset + kv_length:
-            raise UnsupportedModelError(
-                f"the attention mask must be 2-D with at least {kv_offset + kv_length} columns, "
-                f"one for each token, not of shape {tuple(attention_mask.shape)}"
-            )
-        return Padding.of(attention_mask[:, kv_offset : kv_offset + kv_length].bool())
+        return visible(
+            q_length, kv_length, int(q_offset), kv_offset, mask_function, attention_mask, local_size
+        )
 
     def attend(
         self,
@@ -114,7 +107,7 @@ class AttentionFunctions:
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        attention_mask: Padding | None,
+        attention_mask: Visible | None,
         *,
         scaling: float | None = None,
         dropout: float = 0.0,
@@ -136,7 +129,7 @@ class AttentionFunctions:
             dropout: must be 0.
             softcap: bound of the scores.
             s_aux: attention sinks `[query_heads]`.
-            sliding_window: tokens a query sees; None for all.
+            sliding_window: None, or the window that the mask has.
             is_causal: must not be False.
             **kwargs: must mean nothing to attention.
 
@@ -151,19 +144,19 @@ class AttentionFunctions:
         scale = key_dim**-0.5 if scaling is None else float(scaling)
         grouped = query.unflatten(1, (kv_heads, query_heads // kv_heads))
         sinks = None if s_aux is None else s_aux.unflatten(0, (kv_heads, -1))
+        window_tokens, padding = None, None
+        if attention_mask is not None or sliding_window is not None:
+            cached = key if pending is None else None
+            _check_visible(module, attention_mask, sliding_window, q_len, cached)
+            if attention_mask is not None:
+                window_tokens, padding = attention_mask.window_tokens, attention_mask.padding
         if pending is None:
-            out = _attend_in_hand(
-                kernel, grouped, key, value, scale, sliding_window, attention_mask, sinks
-            )
+            out = _attend_in_hand(kernel, grouped, key, value, scale, window_tokens, padding, sinks)
         else:
             if key is not pending.keys or value is not pending.values:
                 raise UnsupportedModelError(
                     f"{type(module).__name__} changes its keys between cache and attention, or "
                     "shares them between layers: not served"
-                )
-            if sliding_window is not None:
-                raise UnsupportedModelError(
-                    f"{type(module).__name__} has a sliding window, but a cache layer without one"
                 )
             out = pending.engine.attend(
                 pending.layer_idx,
@@ -172,7 +165,7 @@ class AttentionFunctions:
                 value,
                 kernel=kernel,
                 scale=scale,
-                padding=attention_mask,
+                padding=padding,
                 sinks=sinks,
                 host_kernel=_host_kernel(pending.engine.plan, query, value_dim, softcap),
             )
@@ -192,17 +185,6 @@ def _host_kernel(
     if plan.host_share_adapts and not isinstance(kernel, NativeKernel):
         return None
     return kernel
-
-
-def _is_sliding(mask_function: Callable[..., torch.Tensor], window_tokens: int) -> bool:
-    """Whether a mask function is a causal window, judged by its value around the window's edge."""
-    zero = torch.tensor(0)
-    last = torch.tensor(window_tokens + 3)
-    expected = {3: False, 4: True, window_tokens + 3: True, window_tokens + 4: False}
-    return all(
-        bool(mask_function(zero, zero, last, torch.tensor(column))) is visible
-        for column, visible in expected.items()
-    )
 
 
 def _check_call(
@@ -227,7 +209,7 @@ def _check_call(
         )
     if is_causal is False or getattr(module, "is_causal", True) is False:
         raise UnsupportedModelError(f"{name} is not causal: not served")
-    if attention_mask is not None and not isinstance(attention_mask, Padding):
+    if attention_mask is not None and not isinstance(attention_mask, Visible):
         raise UnsupportedModelError(
             "an attention mask that is already 4-D is not served; pass a 2-D padding mask"
         )
@@ -236,6 +218,46 @@ def _check_call(
     if torch.is_grad_enabled() and query.requires_grad:
         raise HeadInferError(
             "gradients are on: run an attached model under torch.no_grad() or detach it to train"
+        )
+
+
+def _check_visible(
+    module: torch.nn.Module,
+    visible: Visible | None,
+    sliding_window: int | None,
+    q_len: int,
+    in_hand: torch.Tensor | None,
+) -> None:
+    """Refuse a mask that says something else than the layer's keyword, its cache or its keys.
+
+    Args:
+        module: the calling layer.
+        visible: its mask.
+        sliding_window: the keyword it passes.
+        q_len: its queries.
+        in_hand: all of its keys; None for an offloaded layer, which sees all it ever cached.
+    """
+    name = type(module).__name__
+    window = None if visible is None else visible.window_tokens
+    if sliding_window is not None and sliding_window != window:
+        has = "no window" if window is None else f"a window of {window}"
+        raise UnsupportedModelError(
+            f"{name} passes a sliding window of {sliding_window} to its attention, but its mask "
+            f"has {has}: not served"
+        )
+    if visible is None:
+        return
+    if visible.fault is not None:
+        raise UnsupportedModelError(f"the mask of {name} {visible.fault}: not served")
+    if window is not None and in_hand is None:
+        raise UnsupportedModelError(
+            f"{name} has a sliding window, but a cache layer without one: not served"
+        )
+    kv_len = visible.kv_len if in_hand is None else in_hand.shape[2]
+    if (q_len, kv_len) != (visible.q_len, visible.kv_len):
+        raise UnsupportedModelError(
+            f"{name} attends {kv_len} keys with {q_len} queries, but its mask is for "
+            f"{visible.kv_len} and {visible.q_len}: not served"
         )
 
 

@@ -1,0 +1,111 @@
+"""What a model's masks let its layers see: everything, the padding left out, or a window.
+
+Models make their masks through transformers, which asks the mask function registered for our
+attention. What that returns goes from the model to its layers' attention calls, and is the only
+word on what they see: stock eager attention and sdpa, which we must equal, look at nothing else. A
+`sliding_window` keyword may come beside it, and some models leave it out.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers.masking_utils import causal_mask_function
+
+from headinfer.attend.masks import Padding
+from headinfer.errors import UnsupportedModelError
+
+
+@dataclass(frozen=True, slots=True)
+class Visible:
+    """What the queries of a forward pass see in the layers that share a mask.
+
+    No mask at all stands for everything up to the query itself.
+
+    Attributes:
+        q_len: queries the mask is for.
+        kv_len: keys it is for; the last is the last query's own.
+        window_tokens: tokens a query sees, its own included; None for all.
+        padding: of those keys, or None.
+        fault: why no layer can be served with it, or None; models make masks that they never use.
+    """
+
+    q_len: int
+    kv_len: int
+    window_tokens: int | None
+    padding: Padding | None
+    fault: str | None
+
+
+def visible(
+    q_length: int,
+    kv_length: int,
+    q_offset: int,
+    kv_offset: int,
+    mask_function: Callable[..., torch.Tensor],
+    attention_mask: torch.Tensor | None,
+    window_tokens: int | None,
+) -> Visible | None:
+    """Return what a mask shows; None when that is everything up to the query itself.
+
+    Args:
+        q_length: queries.
+        kv_length: keys.
+        q_offset: position of the first query.
+        kv_offset: position of the first key.
+        mask_function: tells whether a position sees another.
+        attention_mask: 2-D, of all tokens, or None.
+        window_tokens: the window that the mask function is said to have, or None.
+
+    Raises:
+        UnsupportedModelError: the mask is more than causal, windowed and padded.
+    """
+    if window_tokens is None:
+        plain = mask_function is causal_mask_function
+    else:
+        plain = _is_sliding(mask_function, window_tokens)
+    if not plain:
+        raise UnsupportedModelError(
+            "this model's attention mask is more than causal, windowed and padded: not served"
+        )
+    padding = None
+    if attention_mask is not None:
+        if attention_mask.ndim != 2 or attention_mask.shape[1] < kv_offset + kv_length:
+            raise UnsupportedModelError(
+                f"the attention mask must be 2-D with at least {kv_offset + kv_length} columns, "
+                f"one for each token, not of shape {tuple(attention_mask.shape)}"
+            )
+        padding = Padding.of(attention_mask[:, kv_offset : kv_offset + kv_length].bool())
+    fault = _fault(q_length, kv_length, q_offset, kv_offset, window_tokens)
+    if window_tokens is None and padding is None and fault is None:
+        return None
+    return Visible(q_length, kv_length, window_tokens, padding, fault)
+
+
+def _fault(
+    q_length: int, kv_length: int, q_offset: int, kv_offset: int, window_tokens: int | None
+) -> str | None:
+    """Return what is wrong with a mask that is not for all keys its queries should see."""
+    if window_tokens is not None and window_tokens < 1:
+        return f"has a window of {window_tokens} tokens"
+    first, end = q_offset, q_offset + q_length
+    first = 0 if window_tokens is None else max(first - window_tokens + 1, 0)
+    if kv_offset > first or kv_offset + kv_length != end:
+        return (
+            f"shows tokens {first} to {end}, but its cache keeps {kv_offset} to "
+            f"{kv_offset + kv_length}"
+        )
+    return None
+
+
+def _is_sliding(mask_function: Callable[..., torch.Tensor], window_tokens: int) -> bool:
+    """Whether a mask function is a causal window, judged by its values around the window's edges.
+
+    Two queries are looked at: chunks of as many tokens would look alike to one.
+    """
+    queries = torch.arange(2)[:, None] + (window_tokens + 2)
+    columns = torch.cat((torch.arange(5), torch.arange(5) + window_tokens))[None, :]
+    expected = (columns <= queries) & (columns > queries - window_tokens)
+    zero = torch.tensor(0)
+    seen = mask_function(zero, zero, queries, columns)
+    return torch.equal(seen.expand(expected.shape), expected)

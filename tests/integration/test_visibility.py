@@ -1,0 +1,125 @@
+"""What a layer sees is what the model masks, whatever else it says or keeps."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache, PreTrainedModel
+from transformers.masking_utils import (
+    create_chunked_causal_mask,
+    create_sliding_window_causal_mask,
+)
+
+import headinfer
+from headinfer.errors import UnsupportedModelError
+from headinfer.integration.calls import cache_argument
+from tiny_models import random_tokens, tiny_model
+
+CHUNK = {"device": "cpu", "chunk_tokens": 13}
+SLIDING = ["mistral-sliding", "phimoe-sliding", "qwen2-moe-sliding"]  # two pass no window on
+
+
+def relative_error(actual: torch.Tensor, wanted: torch.Tensor) -> float:
+    return ((actual - wanted).abs().max() / wanted.abs().max()).item()
+
+
+def call(model: PreTrainedModel, cache: Any, *lengths: int, **options: Any) -> torch.Tensor:
+    """Return the logits of several calls that go on with one cache."""
+    argument = cache_argument(model, cache)
+    parts = [model(random_tokens(2, length), **argument, **options) for length in lengths]
+    return torch.cat([part.logits for part in parts], dim=1)
+
+
+@pytest.mark.parametrize("window", [2, 13, 24, 400])
+@pytest.mark.parametrize("name", SLIDING)
+def test_windows_equal_stock(name: str, window: int) -> None:
+    model = tiny_model(name, sliding_window=window)
+    wanted = call(model, DynamicCache(config=model.config), 50, 1, 5, 30, 1)
+    with headinfer.attach(model, **CHUNK) as offload:
+        ours = call(model, offload.new_cache(), 50, 1, 5, 30, 1)
+    assert relative_error(ours, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("name", SLIDING)
+def test_windows_over_a_cache_that_keeps_everything_equal_stock(name: str) -> None:
+    model = tiny_model(name)
+    wanted = call(model, DynamicCache(), 50, 1, 30)
+    with headinfer.attach(model):
+        assert relative_error(call(model, DynamicCache(), 50, 1, 30), wanted) < 1e-5
+
+
+def test_a_window_of_nothing_that_no_layer_uses_is_served() -> None:
+    model = tiny_model("qwen2-moe")
+    assert model.config.sliding_window == 0
+    wanted = call(model, DynamicCache(config=model.config), 50, 1)
+    with headinfer.attach(model, **CHUNK) as offload:
+        assert relative_error(call(model, offload.new_cache(), 50, 1), wanted) < 1e-5
+
+
+@pytest.mark.parametrize("name", SLIDING)
+def test_a_window_of_nothing_is_refused_where_it_is_used(name: str) -> None:
+    model = tiny_model(name)
+    model.config.sliding_window = 0
+    with headinfer.attach(model), pytest.raises(UnsupportedModelError, match="window of 0 tokens"):
+        call(model, DynamicCache(), 50)
+
+
+@pytest.mark.parametrize("chunk", [2, 3, 8])
+def test_a_mask_of_chunks_is_not_taken_for_a_window(chunk: int) -> None:
+    model = tiny_model("mistral-sliding")
+    with headinfer.attach(model):
+        arguments = (model.config, torch.zeros(1, 40, 8), None, None)
+        mask = create_sliding_window_causal_mask(*arguments)
+        assert mask.window_tokens == 24
+        model.config.attention_chunk_size = chunk
+        with pytest.raises(UnsupportedModelError, match="more than causal, windowed and padded"):
+            create_chunked_causal_mask(*arguments)
+
+
+@pytest.mark.parametrize("name", ["mistral-sliding", "phimoe-sliding"])
+def test_a_window_over_an_offloaded_layer_is_refused(name: str) -> None:
+    model = tiny_model(name)
+    model.config.layer_types = ["full_attention"] * 3
+    with (
+        headinfer.attach(model) as offload,
+        pytest.raises(UnsupportedModelError, match="has a sliding window, but a cache layer wit"),
+    ):
+        call(model, offload.new_cache(), 50)
+
+
+@pytest.mark.parametrize("cache", ["offloaded", "stock"])
+def test_a_cache_that_forgets_what_the_mask_shows_is_refused(cache: str) -> None:
+    model = tiny_model("llama3")
+    model.config.sliding_window = 24  # read by the cache alone
+    with headinfer.attach(model, **CHUNK) as offload:
+        new = offload.new_cache() if cache == "offloaded" else DynamicCache(config=model.config)
+        call(model, new, 5)
+        with pytest.raises(UnsupportedModelError, match="but its cache keeps"):
+            call(model, new, 50, 1)
+
+
+@pytest.mark.parametrize(("masked", "passed"), [(24, 9), (None, 9), (9, 24)])
+def test_a_keyword_that_contradicts_the_mask_is_refused(masked: int | None, passed: int) -> None:
+    model = tiny_model("mistral-sliding", sliding_window=masked)
+    for layer in model.model.layers:
+        layer.self_attn.config = copy.deepcopy(model.config)
+        layer.self_attn.config.sliding_window = passed
+    with headinfer.attach(model) as offload:
+        for layer in model.model.layers:
+            layer.self_attn.config._attn_implementation = model.config._attn_implementation
+        has = "no window" if masked is None else f"a window of {masked}"
+        with pytest.raises(UnsupportedModelError, match=f"window of {passed} .* mask has {has}"):
+            call(model, offload.new_cache(), 50)
+
+
+def test_a_mask_for_other_keys_is_refused() -> None:
+    model = tiny_model("mistral-sliding")
+    caches = [DynamicCache(), DynamicCache(config=model.config)]
+    with headinfer.attach(model):
+        for cache in caches:
+            call(model, cache, 50)
+        # Masks are made for the first layer's keys.
+        caches[1].layers[0] = caches[0].layers[0]
+        with pytest.raises(UnsupportedModelError, match="attends 51 keys"):
+            call(model, caches[1], 1)
