@@ -24,6 +24,11 @@ from headinfer.integration import chunking
 from headinfer.integration.attention import AttentionFunctions
 from headinfer.integration.cache import OffloadedCache
 from headinfer.integration.calls import cache_name, named_arguments, new_shape
+from headinfer.integration.positions import (
+    WholeCallPositions,
+    last_position,
+    rotary_modules_by_length,
+)
 from headinfer.integration.support import is_static
 
 _logger = logging.getLogger(__name__)
@@ -92,6 +97,8 @@ class Attachment:
         self._logits: list[torch.Tensor] = []
         self._chunks: list[tuple[Mark, int]] = []  # begun, with the tokens done after each
         self._cache: OffloadedCache | None = None
+        self._rotary_modules = rotary_modules_by_length(model)
+        self._positions: WholeCallPositions | None = None  # during a call in chunks
         try:
             self._install()
         except BaseException:
@@ -147,6 +154,9 @@ class Attachment:
         if new_tokens > chunk_tokens and chunking.can_split(
             self._model.config.get_text_config(decoder=True), arguments
         ):
+            if self._rotary_modules:
+                last = last_position(arguments, past_tokens, new_tokens)
+                self._positions = WholeCallPositions(self._rotary_modules, last)
             arguments, self._logits = chunking.run_leading_chunks(
                 model, arguments, chunk_tokens, past_tokens, self._after_chunk
             )
@@ -177,7 +187,10 @@ class Attachment:
             return None
         self.functions.check_none_pending()
         cache, leading_logits, chunks = self._cache, self._logits, self._chunks
+        positions = self._positions
         self._forget_call()
+        if positions is not None:
+            positions.check()
         if cache is None:
             return output
         self._report_chunks(chunks, self._new_tokens, begun=0)
@@ -203,6 +216,9 @@ class Attachment:
         self._logits = []
         self._chunks = []
         self._cache = None
+        if self._positions is not None:
+            self._positions.remove()
+            self._positions = None
 
     def _cache_of(self, arguments: dict[str, Any]) -> OffloadedCache | None:
         """Return the call's offloaded cache, made here if there is none; None for other caches."""
