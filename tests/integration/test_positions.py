@@ -58,6 +58,13 @@ BY_LENGTH: dict[str, tuple[str, dict[str, Any]]] = {
 def make(name: str) -> PreTrainedModel:
     """Return a new model: what it has seen is part of its rotary embedding's state."""
     architecture, changes = BY_LENGTH[name]
+    if name == "gemma3-longrope":
+        model = tiny_model(architecture, **changes)
+        try:
+            for _ in range(2):
+                model(random_tokens(1, SWITCH + 1))
+        except UnboundLocalError:
+            pytest.skip("this transformers fails at longrope of a layer type")
     return tiny_model(architecture, **changes)
 
 
@@ -121,7 +128,13 @@ def test_decoding_across_the_switch_equals_stock(name: str, batch: int) -> None:
         "return_dict_in_generate": True,
     }
     stock, model = make(name), make(name)
+    widths: list[int] = []
+    stock.get_input_embeddings().register_forward_pre_hook(
+        lambda _module, inputs: widths.append(inputs[0].shape[1])
+    )
     wanted = stock.generate(tokens, **options)
+    if name.startswith("phi") and max(widths) == SWITCH - 4:
+        pytest.skip("this transformers loses the prompt where it means to compute it again")
     with headinfer.attach(model, **CHUNK) as offload:
         cache = offload.new_cache()
         ours = model.generate(tokens, **cache_argument(model, cache), **options)
