@@ -4,7 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import (
+    DynamicCache,
+    PreTrainedModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
 
 import headinfer
 from headinfer.errors import UnsupportedModelError
@@ -175,18 +180,40 @@ def test_positions_of_left_padded_rows_tell_the_length() -> None:
     assert relative_error(ours, wanted) < TOLERANCE
 
 
-def test_positions_that_cannot_be_foreseen_are_refused() -> None:
-    model = make("phi3-longrope")
-    tokens = random_tokens(1, 80)
-    positions = torch.arange(80).expand(3, 1, 80)
+def make_with_vision() -> PreTrainedModel:
+    """Return a model whose positions have several axes."""
+    text = {
+        **{"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2},
+        **{"num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": SWITCH},
+        "rope_parameters": {**DYNAMIC, "mrope_section": [1, 1, 2]},
+    }
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2}
+    config = Qwen2_5_VLConfig(text_config=text, vision_config={**vision, "out_hidden_size": 64})
+    torch.manual_seed(0)
+    return Qwen2_5_VLForConditionalGeneration(config).eval().requires_grad_(False)
+
+
+def test_positions_with_several_axes_tell_the_length() -> None:
+    stock, model = make_with_vision(), make_with_vision()
+    tokens = random_tokens(1, SWITCH + 20)
+    count = torch.arange(SWITCH + 20)
+    # The first axis is for the mask alone; the others run behind it where images stand.
+    positions = torch.stack((count, count - 5, count - 5, count - 3)).clamp(min=0)[:, None]
+    wanted = stock(tokens, position_ids=positions).logits
     with headinfer.attach(model, **CHUNK) as offload:
         cache = cache_argument(model, offload.new_cache())
-        with pytest.raises(UnsupportedModelError, match=r"set chunk_tokens to at least 80"):
-            model(tokens, position_ids=positions, **cache)
-        counting = model.model.rotary_emb.register_forward_pre_hook(
-            lambda _module, args, kwargs: (args, {"position_ids": kwargs["position_ids"] + 2}),
-            with_kwargs=True,
-        )
+        ours = model(tokens, position_ids=positions, **cache).logits
+    assert relative_error(ours, wanted) < TOLERANCE
+
+
+def test_positions_that_end_elsewhere_than_foreseen_are_refused() -> None:
+    model = make("phi3-longrope")
+    tokens = random_tokens(1, 80)
+    counting = model.model.rotary_emb.register_forward_pre_hook(
+        lambda _module, args, kwargs: (args, {"position_ids": kwargs["position_ids"] + 2}),
+        with_kwargs=True,
+    )
+    with headinfer.attach(model, **CHUNK) as offload:
         cache = cache_argument(model, offload.new_cache())
         with pytest.raises(UnsupportedModelError, match=r"up to 81 where 79 was expected"):
             model(tokens, **cache)

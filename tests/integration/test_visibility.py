@@ -123,3 +123,27 @@ def test_a_mask_for_other_keys_is_refused() -> None:
         caches[1].layers[0] = caches[0].layers[0]
         with pytest.raises(UnsupportedModelError, match="attends 51 keys"):
             call(model, caches[1], 1)
+
+
+def test_sequences_packed_into_one_row_are_refused() -> None:
+    model = tiny_model("mistral-sliding")
+    positions = torch.cat((torch.arange(20), torch.arange(30)))[None]
+    wanted = model(random_tokens(1, 50), position_ids=positions).logits
+    alone = model(random_tokens(1, 50), position_ids=positions, use_cache=False).logits
+    assert relative_error(alone, wanted) > 0.1  # stock looks for them where there is no cache
+    with headinfer.attach(model, **CHUNK):
+        ours = model(random_tokens(1, 50), position_ids=positions).logits
+        assert relative_error(ours, wanted) < 1e-5
+        with pytest.raises(UnsupportedModelError, match="more than causal, windowed and padded"):
+            model(random_tokens(1, 50), position_ids=positions, use_cache=False)
+
+
+@pytest.mark.parametrize("name", ["llama3", "mistral-sliding"])
+def test_a_bidirectional_mask_is_refused(name: str) -> None:
+    model = tiny_model(name)
+    model.config.is_causal = False
+    with (
+        headinfer.attach(model) as offload,
+        pytest.raises(UnsupportedModelError, match="more than causal, windowed and padded"),
+    ):
+        call(model, offload.new_cache(), 50)

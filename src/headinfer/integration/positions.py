@@ -32,25 +32,23 @@ def _follows_length(module: torch.nn.Module) -> bool:
     )
 
 
+_MROPE_AXES = 4
+"""Axes of `position_ids` where a first one, for the mask alone, stands before time and place."""
+
+
 def last_position(arguments: dict[str, Any], past_tokens: int, new_tokens: int) -> int:
-    """Return the last position of a forward call.
+    """Return the last position that a forward call's rotary modules are expected to see.
 
     Args:
         arguments: of the call, by name.
         past_tokens: tokens in the cache before it.
         new_tokens: tokens of each row.
-
-    Raises:
-        UnsupportedModelError: its positions have several axes, of which not all reach the tables.
     """
     positions = arguments.get("position_ids")
     if positions is None:
         return past_tokens + new_tokens - 1
-    if positions.ndim != 2:
-        raise UnsupportedModelError(
-            f"this model's rotary frequencies follow the prompt's length, and position_ids of shape"
-            f" {tuple(positions.shape)} do not tell it; set chunk_tokens to at least {new_tokens}"
-        )
+    if positions.ndim > 2 and positions.shape[0] == _MROPE_AXES:
+        positions = positions[1:]
     return int(positions.max())
 
 
