@@ -6,6 +6,7 @@ word on what they see: stock eager attention and sdpa, which we must equal, look
 `sliding_window` keyword may come beside it, and some models leave it out.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -99,13 +100,19 @@ def _fault(
 
 
 def _is_sliding(mask_function: Callable[..., torch.Tensor], window_tokens: int) -> bool:
-    """Whether a mask function is a causal window, judged by its values around the window's edges.
-
-    Two queries are looked at: chunks of as many tokens would look alike to one.
-    """
-    queries = torch.arange(2)[:, None] + (window_tokens + 2)
-    columns = torch.cat((torch.arange(5), torch.arange(5) + window_tokens))[None, :]
-    expected = (columns <= queries) & (columns > queries - window_tokens)
+    """Whether a mask function is a causal window, judged by its values around the edges of one."""
+    queries, columns, expected = _edges(window_tokens)
     zero = torch.tensor(0)
     seen = mask_function(zero, zero, queries, columns)
     return torch.equal(seen.expand(expected.shape), expected)
+
+
+@functools.lru_cache(maxsize=16)
+def _edges(window_tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return queries, columns around both edges of their windows, and which of these they see.
+
+    There are two queries, because chunks of as many tokens may look like windows to one.
+    """
+    queries = torch.arange(2)[:, None] + (window_tokens + 2)
+    columns = torch.cat((torch.arange(5), torch.arange(5) + window_tokens))[None, :]
+    return queries, columns, (columns <= queries) & (columns > queries - window_tokens)
