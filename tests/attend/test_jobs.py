@@ -18,7 +18,7 @@ from headinfer.attend.native.job import Jobs
 from headinfer.attend.native.kernel import NativeKernel, decode_library
 from headinfer.attend.partial import Accumulator, Partial
 from headinfer.attend.reference import ReferenceKernel
-from headinfer.store.layer import Stretch
+from kv_tiles import tile_of
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or shutil.which("cc") is None, reason="no jobs without a C compiler"
@@ -66,8 +66,8 @@ class Case:
         self.answer = Partial(
             torch.full(query_shape, torch.nan), torch.full(query_shape[:-1], torch.nan)
         )
-        self.stretches = [
-            Stretch(
+        self.tiles = [
+            tile_of(
                 draw(batch, kv_heads, first + tokens + 2, dim),
                 draw(batch, kv_heads, first + tokens + 2, dim),
                 first,
@@ -82,19 +82,16 @@ class Case:
         return jobs
 
     def run(self) -> Partial:
-        job = self.jobs().make(self.stretches)
+        job = self.jobs().make(self.tiles)
         assert job is not None
         job()
         return self.answer
 
     def wanted(self, kernel: NativeKernel | ReferenceKernel) -> Partial:
         total = Accumulator()
-        for keys, values, first, tokens in self.stretches:
-            part = slice(first, first + tokens)
-            if tokens:
-                total.add(
-                    kernel.attend(self.query, keys[:, :, part], values[:, :, part], scale=SCALE)
-                )
+        for tile in self.tiles:
+            if tile.tokens:
+                total.add(kernel.attend(self.query, *tile.kv, scale=SCALE))
         return total.result()
 
 
@@ -150,8 +147,8 @@ def test_no_key_is_visible(lengths: tuple[int, ...]) -> None:
 
 def test_scores_that_differ_much_are_merged() -> None:
     case = Case((1, 1, 1, 1, 32), (600, 600), torch.float32)
-    case.stretches[0].keys.mul_(0.01)
-    case.stretches[1].keys[...] = 100 * case.query[0, :, 0]
+    case.tiles[0].whole.keys.mul_(0.01)
+    case.tiles[1].whole.keys[...] = 100 * case.query[0, :, 0]
     check(case, torch.float32)
 
 
@@ -160,21 +157,21 @@ def test_scores_that_differ_much_are_merged() -> None:
 def test_scores_of_minus_infinity_have_no_weight(group: int, tokens: int) -> None:
     case = Case((1, 1, group, 1, 32), (tokens, 600), torch.float32)
     case.query.abs_()
-    case.stretches[0].keys[...] = -torch.inf
-    rest = case.stretches.pop()
+    case.tiles[0].whole.keys[...] = -torch.inf
+    rest = case.tiles.pop()
     nothing = case.run()
     assert nothing.lse.isneginf().all()
     assert not nothing.out.any()
-    case.stretches.append(rest)
+    case.tiles.append(rest)
     ours = case.run()
-    del case.stretches[0]
+    del case.tiles[0]
     torch.testing.assert_close(ours.out, case.wanted(NativeKernel()).out)
 
 
 @pytest.mark.parametrize("part", ["keys", "values"])
 def test_not_a_number_is_not_hidden(part: str) -> None:
     case = Case((1, 1, 1, 1, 32), (600, 600), torch.float32)
-    getattr(case.stretches[1], part)[0, 0, 7] = torch.nan
+    getattr(case.tiles[1].whole, part)[0, 0, 7] = torch.nan
     ours = case.run()
     assert ours.out.isnan().all()
     assert ours.lse.isnan().all() == (part == "keys")
@@ -183,7 +180,7 @@ def test_not_a_number_is_not_hidden(part: str) -> None:
 def test_what_is_pending_is_not_changed_by_what_is_made_after() -> None:
     cases = [Case((1, 2, 4, 1, 64), lengths, torch.float32) for lengths in ((90,), (4000, 3, 8))]
     jobs = cases[0].jobs()
-    pending = [jobs.make(case.stretches) for case in cases]
+    pending = [jobs.make(case.tiles) for case in cases]
     for case, job in zip(cases, pending, strict=True):
         assert job is not None
         assert not job.finished
@@ -198,7 +195,7 @@ def test_what_is_pending_is_not_changed_by_what_is_made_after() -> None:
 def test_a_job_is_used_again_once_it_is_released() -> None:
     case = Case((1, 2, 4, 1, 64), (90,), torch.float32)
     jobs = case.jobs()
-    first, second = jobs.make(case.stretches), jobs.make(case.stretches)
+    first, second = jobs.make(case.tiles), jobs.make(case.tiles)
     assert first is not second
     first()
     first.release()
@@ -208,7 +205,7 @@ def test_a_job_is_used_again_once_it_is_released() -> None:
 
 def test_a_job_is_timed_by_our_clock() -> None:
     case = Case((1, 2, 4, 1, 64), (20_000,), torch.float32)
-    job = case.jobs().make(case.stretches)
+    job = case.jobs().make(case.tiles)
     before_s = time.perf_counter()
     job()
     after_s = time.perf_counter()
@@ -233,7 +230,7 @@ def test_the_number_of_threads_may_change_between_jobs() -> None:
         jobs, wanted = case.jobs(), case.wanted(NativeKernel())
         for threads in (3, 1, 4):
             torch.set_num_threads(threads)
-            job = jobs.make(case.stretches)
+            job = jobs.make(case.tiles)
             assert job is not None
             job()
             job.release()
@@ -249,7 +246,7 @@ def test_jobs_of_several_threads_are_done_in_turn() -> None:
 
     def run(position: int) -> None:
         for _ in range(50):
-            job = jobs[position].make(cases[position].stretches)
+            job = jobs[position].make(cases[position].tiles)
             assert job is not None
             job()
             job.release()
@@ -295,7 +292,7 @@ def in_a_process(then: str, **environment: str) -> None:
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="there is one core")
 def test_threads_run_on_all_cores_where_openmp_binds_its_own() -> None:
     then = """
-job = jobs.make(case.stretches)
+job = jobs.make(case.tiles)
 (cores,) = cores_of_threads(set(os.listdir("/proc/self/task")) - before)
 assert len(os.sched_getaffinity(0)) == 1, "the test needs OpenMP to have bound this thread"
 assert len(cores) > 1, cores
@@ -306,13 +303,13 @@ assert len(cores) > 1, cores
 def test_a_child_process_has_threads_of_its_own() -> None:
     then = """
 wanted = case.wanted(NativeKernel()).out
-job = jobs.make(case.stretches)
+job = jobs.make(case.tiles)
 job()
 job.release()
 child = os.fork()
 if not child:
     case.answer.out.fill_(float("nan"))
-    job = jobs.make(case.stretches)
+    job = jobs.make(case.tiles)
     job()
     assert len(os.listdir("/proc/self/task")) == 2
     torch.testing.assert_close(case.answer.out, wanted)
@@ -326,11 +323,12 @@ assert status == 0, status
 
 def test_what_the_kernels_cannot_read_is_left_to_others() -> None:
     case = Case((2, 2, 4, 1, 64), (90,), torch.float32)
-    ((keys, values, first, tokens),) = case.stretches
+    (tile,) = case.tiles
+    (keys, values), first, tokens = tile.whole, tile.first, tile.tokens
     jobs = case.jobs()
-    assert jobs.make([Stretch(keys, values.double(), first, tokens)]) is None
-    assert jobs.make([Stretch(keys[..., ::2], values, first, tokens)]) is None
-    assert jobs.make([Stretch(keys, values.repeat(2, 1, 1, 1)[::2], first, tokens)]) is None
+    assert jobs.make([tile_of(keys, values.double(), first, tokens)]) is None
+    assert jobs.make([tile_of(keys[..., ::2], values, first, tokens)]) is None
+    assert jobs.make([tile_of(keys, values.repeat(2, 1, 1, 1)[::2], first, tokens)]) is None
 
 
 @pytest.mark.parametrize(

@@ -243,7 +243,7 @@ class TestOnCuda:
     def test_jobs_are_ordered_between_a_copy_and_a_kernel(self) -> None:
         from headinfer.attend.native.kernel import NativeKernel
         from headinfer.attend.partial import Partial
-        from headinfer.store.layer import Stretch
+        from kv_tiles import tile_of
 
         device, shape = self.make(), (1, 2, 4, 1, 64)
         memory = device.host_empty(2048)
@@ -260,7 +260,7 @@ class TestOnCuda:
             query = queries[row].cuda()
             device.host_work.wait(device.compute.record(), Edge.QUERY_READY)
             device.host_work.copy(sent, query)
-            pending.append(jobs.make([Stretch(values, values, 9, 900 + row // 2)]))
+            pending.append(jobs.make([tile_of(values, values, 9, 900 + row // 2)]))
             device.host_work.run(pending[-1])
             device.compute.wait(device.host_work.record(), Edge.ANSWERED)
             answers.append(answered.clone())

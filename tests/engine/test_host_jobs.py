@@ -52,7 +52,7 @@ def test_a_store_in_several_segments() -> None:
     for kernel in (Unused(), ReferenceKernel()):
         engine = engine_with_host_share(SimulatedDevice())
         grow(engine)
-        assert len(engine._layers[0].store.stretches(0, 440)) > 1
+        assert len(list(engine._ledgers[0].host_tiles(0, 440))) > 1
         results.append(decode(engine, kernel))
         engine.close()
     torch.testing.assert_close(*results)
@@ -94,7 +94,7 @@ def test_nothing_is_kept_once_it_ran() -> None:
     device = SimulatedDevice()
     engine = engine_with_host_share(device)
     decode(engine, Unused())
-    memory = weakref.ref(engine._layers[0].store._segments[0].keys.untyped_storage())
+    memory = weakref.ref(next(engine._ledgers[0].host_tiles(0, 1)).whole.keys.untyped_storage())
     assert not engine._host._pending  # it was collected
     engine.clear()
     assert memory() is None

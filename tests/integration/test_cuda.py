@@ -88,8 +88,8 @@ def test_host_memory_is_pinned_and_freed() -> None:
         model(random_tokens(1, 400).cuda(), past_key_values=cache, logits_to_keep=1)
         planned = cache.state.engine.plan.kv_host_bytes(1000)
         assert cache.state.engine.host_kv_bytes == planned
-        store = cache.state.engine._layers[0].store
-        assert next(iter(store.spans(0, 10))).keys.is_pinned()
+        ledger = cache.state.engine._ledgers[0]
+        assert next(ledger.host_tiles(0, 10)).kv.keys.is_pinned()
         cache.close()
 
 

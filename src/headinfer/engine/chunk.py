@@ -10,7 +10,8 @@ from torch.profiler import record_function
 
 from headinfer.attend.masks import Padding, attend_square, padding_of
 from headinfer.attend.partial import Kernel, TileAttention
-from headinfer.store.layer import Span
+from headinfer.kv.extent import Tile
+from headinfer.kv.pair import KV
 
 ATTENTION_MARK = "headinfer: attention"
 """What a profiler shows around a layer's attention on the device."""
@@ -31,8 +32,7 @@ class Chunk:
 
     Attributes:
         query: `[batch, kv_heads, group, q_len, key_dim]` on the device.
-        keys: the new tokens' keys `[batch, kv_heads, q_len, key_dim]`.
-        values: their values `[batch, kv_heads, q_len, value_dim]`.
+        new: the new tokens' keys and values `[batch, kv_heads, q_len, dim]`.
         out: where the result goes, `[batch, q_len, kv_heads, group, value_dim]`.
         kernel: what computes partials on the device.
         scale: factor of the scores.
@@ -41,8 +41,7 @@ class Chunk:
     """
 
     query: torch.Tensor
-    keys: torch.Tensor
-    values: torch.Tensor
+    new: KV
     out: torch.Tensor
     kernel: Kernel
     scale: float
@@ -52,20 +51,19 @@ class Chunk:
     @property
     def tokens(self) -> int:
         """Number of new tokens."""
-        return self.keys.shape[2]
+        return self.new.tokens
 
     def part(self, tokens: slice) -> "Chunk":
         """Return some of the tokens as a chunk of their own."""
         return dataclasses.replace(
             self,
             query=self.query[:, :, :, tokens],
-            keys=self.keys[:, :, tokens],
-            values=self.values[:, :, tokens],
+            new=self.new.cut(tokens),
             out=self.out[:, tokens],
         )
 
     def attend(
-        self, heads: slice, near: Iterable[Span], tiles: Iterable[Span], past_tokens: int
+        self, heads: slice, near: Iterable[Tile], tiles: Iterable[Tile], past_tokens: int
     ) -> TileAttention:
         """Attend some heads to the chunk itself and to past tokens on the device.
 
@@ -76,7 +74,8 @@ class Chunk:
             past_tokens: how many tokens came before the chunk.
         """
         with attention_mark():
-            whole = heads.stop - heads.start == self.keys.shape[1]  # then a view would be the same
+            # A view of all heads would be the same, and takes time.
+            whole = heads.stop - heads.start == self.new.keys.shape[1]
             query = self.query if whole else self.query[:, heads]
             total = self.kernel.begin(query, scale=self.scale)
             if self.tokens > 1:
@@ -85,21 +84,21 @@ class Chunk:
                     attend_square(
                         self.kernel,
                         query,
-                        self.keys[:, heads],
-                        self.values[:, heads],
+                        self.new.keys[:, heads],
+                        self.new.values[:, heads],
                         scale=self.scale,
                         padding=own_padding,
                     )
                 )
-            for span in near:
-                self._attend_past(total, span if whole else span.of_heads(heads))
+            for tile in near:
+                self._attend_past(total, tile if whole else tile._replace(heads=heads))
             for tile in tiles:
                 self._attend_past(total, tile)
             return total
 
-    def _attend_past(self, total: TileAttention, past: Span) -> None:
-        mask = padding_of(self.padding, past.start, past.start + past.tokens)
-        total.attend(past.keys, past.values, mask=mask)
+    def _attend_past(self, total: TileAttention, tile: Tile) -> None:
+        mask = padding_of(self.padding, tile.start, tile.start + tile.tokens)
+        total.attend(*tile.kv, mask=mask)
 
     def finish(self, heads: slice, total: TileAttention) -> None:
         """Put what was merged for some heads into `out`."""

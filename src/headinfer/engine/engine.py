@@ -18,10 +18,12 @@ from headinfer.engine.build import build
 from headinfer.engine.chunk import Chunk, attention_mark
 from headinfer.engine.host_attention import MAX_QUERY_TOKENS, Balance, HostAttention
 from headinfer.engine.stats import Stats
-from headinfer.engine.tiles import StoredLayer, head_groups
+from headinfer.engine.tiles import head_groups
 from headinfer.errors import CacheStateError
+from headinfer.kv.ledger import Ledger
+from headinfer.kv.pair import KV, Geometry
+from headinfer.kv.place import HostPlace
 from headinfer.plan.plan import Plan
-from headinfer.store.layer import KVGeometry, LayerStore
 
 
 class Engine:
@@ -46,12 +48,10 @@ class Engine:
         self._device = device
         self._stats = stats
         self._expected_tokens = 0
-        self._layers = [
-            StoredLayer(
-                LayerStore(
-                    device,
-                    KVGeometry(plan.batch, layer.kv_heads, layer.key_dim, layer.value_dim, dtype),
-                )
+        host = HostPlace(device)
+        self._ledgers = [
+            Ledger(
+                Geometry(plan.batch, layer.kv_heads, layer.key_dim, layer.value_dim, dtype), host
             )
             for layer in plan.shape.full_layers
         ]
@@ -64,8 +64,8 @@ class Engine:
         if fixed or not hasattr(self, "_balance"):  # else what was learned is kept
             self._balance = Balance(self.plan.host_share, fixed=fixed)
         self._host = HostAttention(self._device, self._stats, self._balance)
-        self._source, self._writer, self._arena_bytes = build(
-            self._device, self.plan, self._layers, self._stats
+        self._source, self._keeper, self._arena_bytes = build(
+            self._device, self.plan, self._ledgers, self._stats
         )
 
     @property
@@ -76,23 +76,22 @@ class Engine:
     @property
     def host_kv_bytes(self) -> int:
         """Bytes of host memory held for KV."""
-        return sum(layer.store.num_bytes for layer in self._layers)
+        return sum(ledger.host_bytes for ledger in self._ledgers)
 
     def tokens(self, layer_idx: int) -> int:
         """Return the tokens a layer holds."""
         self._check_open()
-        return self._layers[layer_idx].store.tokens + self._writer.tail_tokens(layer_idx)
+        return self._ledgers[layer_idx].tokens
 
     def expect(self, tokens: int) -> int:
-        """State that a layer will come to hold `tokens` tokens; its store is reserved when it does.
+        """State that layers will come to hold `tokens` tokens; memory is reserved when they do.
 
         Returns:
             The bytes of host memory that this adds to what is held.
         """
         self._expected_tokens = max(self._expected_tokens, tokens)
         return sum(
-            layer.store.geometry.num_bytes(layer.store.missing_tokens(tokens))
-            for layer in self._layers
+            ledger.geometry.num_bytes(ledger.missing_tokens(tokens)) for ledger in self._ledgers
         )
 
     def attend(
@@ -129,16 +128,16 @@ class Engine:
             CacheStateError: the cache was closed, or was made for other shapes.
             Exception: what the host's attention failed with, in this call or in one before.
         """
-        geometry = self._check(layer_idx, keys, values, query)
+        new = KV(keys, values)
+        ledger = self._check(layer_idx, new, query)
         batch, kv_heads, group, q_len, _ = query.shape
-        out = query.new_empty(batch, q_len, kv_heads, group, geometry.value_dim)
-        self._layers[layer_idx].store.reserve(self._expected_tokens)
+        out = query.new_empty(batch, q_len, kv_heads, group, ledger.geometry.value_dim)
+        ledger.reserve(self._expected_tokens)
         if q_len > MAX_QUERY_TOKENS or padding is not None:
             host_kernel = None
         call = Chunk(
             query=query,
-            keys=keys,
-            values=values,
+            new=new,
             out=out,
             kernel=kernel,
             scale=scale,
@@ -160,17 +159,17 @@ class Engine:
         Returns:
             Whether they are; nothing was done if not.
         """
-        past = self._writer.extend(layer_idx)
+        ledger = self._ledgers[layer_idx]
+        past = self._keeper.extend(ledger)
         if past is None:
             return False
-        new, old = (token.keys, token.values), (past.keys, past.values)
         try:
             with attention_mark():
-                token.kernel.decode(token.query, new, old, token.out, scale=token.scale)
+                token.kernel.decode(token.query, token.new, past.kv, token.out, scale=token.scale)
         except BaseException:
-            self._writer.crop(layer_idx, 1)  # its place may never have been written
+            ledger.crop(ledger.tokens - 1)  # its place may never have been written
             raise
-        self._writer.commit(layer_idx, token.keys, token.values)
+        self._keeper.commit(ledger, token.new)
         self._source.skip(layer_idx)
         return True
 
@@ -185,27 +184,26 @@ class Engine:
         Raises:
             CacheStateError: the cache was closed, or was made for other shapes.
         """
-        self._check(layer_idx, keys, values)
-        self._layers[layer_idx].store.reserve(self._expected_tokens)
+        ledger = self._check(layer_idx, KV(keys, values))
+        ledger.reserve(self._expected_tokens)
         for first in range(0, keys.shape[2], self.plan.chunk_tokens):
-            part = slice(first, first + self.plan.chunk_tokens)
-            new_keys, new_values = keys[:, :, part], values[:, :, part]
-            self._writer.make_room(layer_idx, new_keys.shape[2])
-            self._writer.admit(layer_idx, new_keys, new_values)
-            self._writer.commit(layer_idx, new_keys, new_values)
+            new = KV(keys, values).cut(slice(first, first + self.plan.chunk_tokens))
+            self._keeper.make_room(ledger, new.tokens)
+            self._keeper.admit(ledger, new)
+            self._keeper.commit(ledger, new)
 
     def _attend_chunk(self, layer_idx: int, chunk: Chunk, host_kernel: Kernel | None) -> None:
         """Attend at most `plan.chunk_tokens` new tokens, and keep them."""
-        layer, kv_heads = self._layers[layer_idx], chunk.keys.shape[1]
-        past_tokens = self.tokens(layer_idx)
-        self._writer.make_room(layer_idx, chunk.tokens)
-        near = self._writer.admit(layer_idx, chunk.keys, chunk.values)
+        ledger = self._ledgers[layer_idx]
+        past_tokens, kv_heads = ledger.tokens, ledger.geometry.kv_heads
+        self._keeper.make_room(ledger, chunk.tokens)
+        near = self._keeper.admit(ledger, chunk.new)
         self._share_with_host(layer_idx, 0.0 if host_kernel is None else self._balance.share)
-        first, end = layer.streamed
-        if end == layer.store.tokens:
+        first, end = ledger.streamed
+        if end == ledger.host_tokens:
             host_kernel = None  # nothing is left to the host
         if host_kernel is not None:
-            self._host.ask(layer, chunk.query, host_kernel, scale=chunk.scale)
+            self._host.ask(ledger, chunk.query, host_kernel, scale=chunk.scale)
         self._source.begin(layer_idx)
         # What is not streamed is on the device for all heads, and few tokens need no groups.
         in_groups = first < end or chunk.tokens > self.plan.page_tokens
@@ -221,24 +219,25 @@ class Engine:
             for heads, total in waiting:
                 total.add(Partial(answer.out[:, heads], answer.lse[:, heads]))
                 chunk.finish(heads, total)
-        self._writer.commit(layer_idx, chunk.keys, chunk.values)
+        self._keeper.commit(ledger, chunk.new)
         self._source.end()
 
     def _share_with_host(self, layer_idx: int, share: float) -> None:
         """Set the host's share: in all layers at the first, because tiles are fetched ahead."""
         if layer_idx == 0:
-            for layer in self._layers:
-                layer.host_share = share
+            for ledger in self._ledgers:
+                ledger.host_share = share
         elif not share:
-            self._layers[layer_idx].host_share = 0.0
+            self._ledgers[layer_idx].host_share = 0.0
 
-    def _check(self, layer_idx: int, *parts: torch.Tensor) -> KVGeometry:
-        """Refuse keys, values and, where there is one, a query that do not fit the cache."""
+    def _check(self, layer_idx: int, new: KV, *others: torch.Tensor) -> Ledger:
+        """Return a layer's ledger; refuse new tokens, and a query, that do not fit the cache."""
         self._check_open()
-        geometry = self._layers[layer_idx].store.geometry
-        keys, values = parts[:2]
+        ledger = self._ledgers[layer_idx]
+        geometry, (keys, values) = ledger.geometry, new
         given = (keys.shape[0], keys.shape[1], keys.shape[3], values.shape[3])
         wanted = (geometry.batch, geometry.kv_heads, geometry.key_dim, geometry.value_dim)
+        parts = (*new, *others)
         if given != wanted or any(part.dtype != geometry.dtype for part in parts):
             names = ", ".join(sorted({str(part.dtype) for part in parts}))
             raise CacheStateError(
@@ -246,7 +245,7 @@ class Engine:
                 f"value_dim) {given} in {names}, but this cache holds {wanted} in "
                 f"{geometry.dtype}; use a new cache"
             )
-        return geometry
+        return ledger
 
     def check(self) -> None:
         """Raise what the host's attention failed with since the last check.
@@ -264,14 +263,11 @@ class Engine:
     def crop(self, layer_idx: int, tokens: int) -> None:
         """Remove a layer's newest `tokens` tokens, or all it has."""
         self._check_open()
-        rest = tokens - self._writer.crop(layer_idx, tokens)
-        if rest > 0:
+        ledger = self._ledgers[layer_idx]
+        if tokens > ledger.tail_tokens:
             self._settle()
             self._host.check()
-            layer = self._layers[layer_idx]
-            layer.store.crop(max(layer.store.tokens - rest, 0))
-            if layer.resident is not None:
-                layer.resident.crop(layer.store.tokens)
+        ledger.crop(max(ledger.tokens - tokens, 0))
 
     def select(self, layer_idx: int, rows: Sequence[int]) -> None:
         """Make row `i` of a layer what row `rows[i]` was, for as many rows as the plan has."""
@@ -281,17 +277,16 @@ class Engine:
             return
         self._settle()
         self._host.check()
-        self._writer.select(layer_idx, rows)
-        layer = self._layers[layer_idx]
-        layer.store.select(rows)
-        if layer.resident is not None:
-            layer.resident.select(rows)
+        ledger = self._ledgers[layer_idx]
+        self._keeper.select(ledger, rows)
+        ledger.select_host(rows)
 
     def select_all(self, rows: Sequence[int], plan: Plan) -> None:
         """Make row `i` of every layer what row `rows[i]` was, under a plan for that many rows."""
         self._bring_home()
-        for layer in self._layers:
-            layer.store.select(rows)
+        for ledger in self._ledgers:
+            ledger.drop_device()
+            ledger.select_host(rows)
         self._rebuild(plan)
 
     def replan(self, plan: Plan) -> None:
@@ -304,31 +299,28 @@ class Engine:
         self.replan(dataclasses.replace(self.plan, resident_tokens=0, resident_bytes=0))
 
     def _bring_home(self) -> None:
-        """Put every token into the stores, at rest."""
+        """Have the host hold every token, at rest."""
         self._check_open()
-        for layer_idx in range(len(self._layers)):
-            self._writer.flush(layer_idx)
+        for ledger in self._ledgers:
+            self._keeper.flush(ledger)
         self._settle()
         self._host.check()
 
     def _rebuild(self, plan: Plan) -> None:
-        """Take the memory of another plan; every token must be in the stores, at rest."""
+        """Take the memory of another plan; the host must hold every token, at rest."""
         self.plan = plan
         # The old arena goes before the new one comes: both together would exceed either plan.
-        for layer in self._layers:
-            layer.written = layer.resident = None
-        del self._source, self._writer
+        for ledger in self._ledgers:
+            ledger.drop_device()
+        del self._source, self._keeper
         self._host.free()
         try:
             self._build()
         except BaseException:
             self._abandon()
             raise
-        for layer in self._layers:
-            if layer.resident is not None:
-                layer.resident.fill(layer.store)
-                fetched = layer.store.geometry.num_bytes(layer.resident.tokens)
-                self._stats.bytes_to_device += fetched
+        for ledger in self._ledgers:
+            self._keeper.fill_residents(ledger)
 
     def clear(self) -> None:
         """Forget all tokens and free the host memory; the arena stays.
@@ -343,12 +335,8 @@ class Engine:
 
     def _empty(self) -> None:
         """Forget all tokens, with no work in flight."""
-        for layer_idx, layer in enumerate(self._layers):
-            self._writer.crop(layer_idx, self._writer.tail_tokens(layer_idx))
-            layer.store.clear()
-            layer.written = None
-            if layer.resident is not None:
-                layer.resident.crop(0)
+        for ledger in self._ledgers:
+            ledger.clear()
         self._expected_tokens = 0
 
     def close(self) -> None:
@@ -361,7 +349,7 @@ class Engine:
             return
         self._settle()
         self._empty()
-        del self._source, self._writer
+        del self._source, self._keeper
         self._abandon()
         self._host.check()
 
@@ -370,9 +358,9 @@ class Engine:
         self.closed = True
         self._arena_bytes = 0
         self._host.free()
-        for layer in self._layers:
-            layer.resident = None
-            layer.store.clear()
+        for ledger in self._ledgers:
+            ledger.clear()
+            ledger.drop_device()
 
     def __del__(self) -> None:
         """Wait for the work in flight before the memory it touches goes away."""

@@ -12,7 +12,7 @@ in Python.
 import collections
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,8 +23,8 @@ from headinfer.attend.native.kernel import NativeKernel
 from headinfer.attend.partial import Accumulator, Kernel, Partial, accumulation_dtype
 from headinfer.device.base import Device, Edge, Event
 from headinfer.engine.stats import Stats
-from headinfer.engine.tiles import StoredLayer
-from headinfer.store.layer import LayerStore, Span
+from headinfer.kv.extent import Tile
+from headinfer.kv.ledger import Ledger
 
 MAX_QUERY_TOKENS = 8
 """New tokens up to which the CPU can help: more make it compute instead of read."""
@@ -199,37 +199,39 @@ class HostAttention:
         self._unjudged: collections.deque[tuple[Event, Event]] = collections.deque(maxlen=_UNJUDGED)
         self._failure: BaseException | None = None  # written by host work, taken by `check`
 
-    def ask(self, layer: StoredLayer, query: torch.Tensor, kernel: Kernel, *, scale: float) -> None:
+    def ask(self, ledger: Ledger, query: torch.Tensor, kernel: Kernel, *, scale: float) -> None:
         """Enqueue the attention of what is left to the host; before what shall run meanwhile.
 
         The tokens attended are those the layer has now, whatever becomes of it before the CPU gets
         to them; their memory must stay until the host-work stream is settled.
 
         Args:
-            layer: whose tokens from the end of its `streamed` on are attended.
+            ledger: whose host tokens from the end of its `streamed` on are attended.
             query: `[batch, kv_heads, group, q_len, key_dim]` on the device.
             kernel: of the CPU.
             scale: factor of the scores.
         """
         self._take_back()
         self._judge()
-        store, (_, first) = layer.store, layer.streamed
+        geometry, (_, first) = ledger.geometry, ledger.streamed
+        tiles = list(ledger.host_tiles(first, ledger.host_tokens))
         compute, host_work = self._device.compute, self._device.host_work
         query = query.contiguous()
         compute.writes(query, "the query")
-        exchange = self._exchange(query, store.geometry.value_dim, kernel, scale)
-        work = self._work(store, first, exchange, kernel, scale)
+        exchange = self._exchange(query, geometry.value_dim, kernel, scale)
+        work = self._work(tiles, exchange, kernel, scale)
         host_work.wait(compute.record(), Edge.QUERY_READY)
         host_work.copy(exchange.query, query)
-        if layer.written is not None:
-            host_work.wait(layer.written, Edge.TOKENS_SENT)
+        for tile in tiles:
+            if tile.piece.ready is not None:
+                host_work.wait(tile.piece.ready, Edge.TOKENS_SENT)
         if self._device.checks_accesses:
-            self._state_accesses(exchange, store.spans(first, store.tokens))
+            self._state_accesses(exchange, tiles)
         self._pending.append(work)  # or nothing would keep what it works on
         host_work.run(work)
         # The query is kept until compute waits for the answer: only then may its memory be reused.
         self._asked = query, exchange, host_work.record(timed=not self._balance.fixed)
-        self._stats.bytes_attended_on_host += store.geometry.num_bytes(store.tokens - first)
+        self._stats.bytes_attended_on_host += geometry.num_bytes(ledger.host_tokens - first)
 
     def answer(self) -> Partial:
         """Hold compute until the host has answered, once all that may run before is enqueued.
@@ -308,35 +310,32 @@ class HostAttention:
             self._exchanges[key] = exchange
         return exchange
 
-    def _work(
-        self, store: LayerStore, first: int, exchange: _Exchange, kernel: Kernel, scale: float
-    ) -> _Work:
-        """Return the attention of the tokens from `first` on: a job where the kernel makes one."""
+    def _work(self, tiles: list[Tile], exchange: _Exchange, kernel: Kernel, scale: float) -> _Work:
+        """Return the attention of some tokens: a job where the kernel makes one."""
         if exchange.jobs is not None:
-            job = exchange.jobs.make(store.stretches(first, store.tokens))
+            job = exchange.jobs.make(tiles)
             if job is not None:
                 return job
         attend = functools.partial(kernel.attend, exchange.query, scale=scale)
-        spans = list(store.spans(first, store.tokens))
-        return _Call(functools.partial(self._attend, attend, spans, exchange.on_host))
+        return _Call(functools.partial(self._attend, attend, tiles, exchange.on_host))
 
-    def _state_accesses(self, exchange: _Exchange, spans: Iterator[Span]) -> None:
+    def _state_accesses(self, exchange: _Exchange, tiles: list[Tile]) -> None:
         host_work = self._device.host_work
         host_work.reads(exchange.query, "attention on the host")
-        for span in spans:
-            host_work.reads(span.keys, "attention on the host")
-            host_work.reads(span.values, "attention on the host")
+        for tile in tiles:
+            for part in tile.kv:
+                host_work.reads(part, "attention on the host")
         host_work.writes(exchange.answer, "result of the host's attention")
 
-    def _attend(self, attend: Callable[..., Partial], spans: list[Span], answer: Partial) -> None:
+    def _attend(self, attend: Callable[..., Partial], tiles: list[Tile], answer: Partial) -> None:
         """Attend some tokens on the CPU; runs as host work, so it keeps what it fails with."""
         if self._failure is not None:
             return
         try:
             with torch.no_grad():  # which each thread has a setting of its own for
                 total = Accumulator()
-                for span in spans:
-                    total.add(attend(span.keys, span.values))
+                for tile in tiles:
+                    total.add(attend(*tile.kv))
                 partial = total.result()
                 answer.out.copy_(partial.out)
                 answer.lse.copy_(partial.lse)

@@ -1,4 +1,4 @@
-"""Where attention gets its tiles from: views of the store, or buffers filled over the link.
+"""Where attention gets its tiles from: views of host memory, or buffers filled over the link.
 
 A source is asked layer by layer, `begin`, `tiles` for each group of heads in order, `end`. The
 tiles of a whole forward pass, and of the next one, are known beforehand, so `PrefetchedTiles` runs
@@ -11,44 +11,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
-
 from headinfer.device.base import Device, Edge, Event
-from headinfer.engine.resident import Resident
 from headinfer.engine.stats import Stats
-from headinfer.store.layer import LayerStore, Span, carver
-
-
-@dataclass(slots=True)
-class StoredLayer:
-    """A layer's past on the host.
-
-    Attributes:
-        store: the tokens.
-        written: reached when copy-out has written all of them; None when nothing was copied.
-        resident: the oldest tokens, on the device; None where nothing is kept there. They may be
-            more than the store has: then they end with the decode tail.
-        host_share: share of the tokens that are not resident, the newest ones, which the host
-            attends where they lie.
-    """
-
-    store: LayerStore
-    written: Event | None = None
-    resident: Resident | None = None
-    host_share: float = 0.0
-
-    @property
-    def streamed(self) -> tuple[int, int]:
-        """The first token that comes over the link, and one past the last."""
-        # The tail's tokens may be resident before they are stored.
-        first = min(self.resident.tokens, self.store.tokens) if self.resident is not None else 0
-        host_tokens = int(self.host_share * (self.store.tokens - first))
-        return first, self.store.tokens - host_tokens
-
-    def streamed_spans(self, heads: slice, tile_tokens: int) -> Iterator[Span]:
-        """Yield the host memory of the tiles that come over the link, for some heads."""
-        first, end = self.streamed
-        return self.store.spans(first, end, max_tokens=tile_tokens, heads=heads)
+from headinfer.kv.extent import Piece, Tile
+from headinfer.kv.ledger import Ledger
 
 
 def head_groups(kv_heads: int, tile_heads: int) -> list[slice]:
@@ -58,13 +24,19 @@ def head_groups(kv_heads: int, tile_heads: int) -> list[slice]:
     ]
 
 
+def streamed_tiles(ledger: Ledger, heads: slice, tile_tokens: int) -> Iterator[Tile]:
+    """Yield the host's tiles that come over the link, for some heads."""
+    first, end = ledger.streamed
+    return ledger.host_tiles(first, end, max_tokens=tile_tokens, heads=heads)
+
+
 class TileSource(Protocol):
     """Yields the stored tokens of one layer after another, tile by tile, on the device."""
 
     def begin(self, layer_idx: int) -> None:
         """Turn to a layer; its stored tokens stay as they are until `end`."""
 
-    def tiles(self, heads: slice) -> Iterator[Span]:
+    def tiles(self, heads: slice) -> Iterator[Tile]:
         """Yield the tiles of one group of heads, each valid until the next is asked for.
 
         Groups must be asked for in order, and each must be exhausted.
@@ -83,19 +55,19 @@ class TileSource(Protocol):
 class ViewTiles:
     """Tiles where they lie, for a device that attends host memory directly."""
 
-    def __init__(self, layers: Sequence[StoredLayer], tile_tokens: int) -> None:
+    def __init__(self, layers: Sequence[Ledger], tile_tokens: int) -> None:
         self._layers = layers
         self._tile_tokens = tile_tokens
-        self._layer: StoredLayer | None = None
+        self._layer: Ledger | None = None
 
     def begin(self, layer_idx: int) -> None:
         """Turn to a layer."""
         self._layer = self._layers[layer_idx]
 
-    def tiles(self, heads: slice) -> Iterator[Span]:
+    def tiles(self, heads: slice) -> Iterator[Tile]:
         """Yield views of the store."""
         assert self._layer is not None
-        return self._layer.streamed_spans(heads, self._tile_tokens)
+        return streamed_tiles(self._layer, heads, self._tile_tokens)
 
     def end(self) -> None:
         """Finish the layer."""
@@ -108,41 +80,31 @@ class ViewTiles:
         """Do nothing: nothing is fetched ahead."""
 
 
-class Buffer:
-    """A staging buffer: device memory for one tile."""
+def fetch(
+    device: Device, ledger: Ledger, tile: Tile, buffer: Piece, stats: Stats
+) -> tuple[Tile, Event]:
+    """Enqueue the copy of a host tile into a staging buffer, on copy-in.
 
-    def __init__(self, memory: torch.Tensor) -> None:
-        self._memory = memory
-        self._read: Event | None = None
-        self._carve = carver(memory)
+    Returns:
+        The tile on the device, and the event on copy-in when it is there.
+    """
+    if buffer.free is not None:
+        device.copy_in.wait(buffer.free, Edge.TILE_FREE)
+    if tile.piece.ready is not None:
+        device.copy_in.wait(tile.piece.ready, Edge.HOST_WRITTEN)
+    source = tile.kv
+    heads = source.keys.shape[1]
+    place = buffer.views(ledger.geometry, tile.tokens, heads)
+    device.copy_in.copy(place.keys, source.keys)
+    device.copy_in.copy(place.values, source.values)
+    stats.bytes_to_device += ledger.geometry.num_bytes(tile.tokens, heads=heads)
+    return Tile(tile.start, tile.tokens, buffer, place), device.copy_in.record()
 
-    def fill(
-        self, device: Device, layer: StoredLayer, span: Span, stats: Stats
-    ) -> tuple[Span, Event]:
-        """Enqueue the copy of a host span on copy-in.
 
-        Returns:
-            The span on the device, and the event on copy-in when it is there.
-        """
-        if self._read is not None:
-            device.copy_in.wait(self._read, Edge.TILE_FREE)
-        if layer.written is not None:
-            device.copy_in.wait(layer.written, Edge.HOST_WRITTEN)
-        heads = span.keys.shape[1]
-        keys, values = self._carve(layer.store.geometry, span.tokens, heads)
-        device.copy_in.copy(keys, span.keys)
-        device.copy_in.copy(values, span.values)
-        stats.bytes_to_device += layer.store.geometry.num_bytes(span.tokens, heads=heads)
-        return Span(span.start, keys, values), device.copy_in.record()
-
-    def hand_over(self, device: Device, filled: Event) -> None:
-        """Let compute read the tile."""
-        device.compute.wait(filled, Edge.TILE_FILLED)
-        device.compute.reads(self._memory, "attention to a tile")
-
-    def release(self, device: Device) -> None:
-        """Mark all that compute does with the tile as enqueued."""
-        self._read = device.compute.record()
+def hand_over(device: Device, buffer: Piece, filled: Event) -> None:
+    """Let compute read a staging buffer."""
+    device.compute.wait(filled, Edge.TILE_FILLED)
+    device.compute.reads(buffer.memory, "attention to a tile")
 
 
 class SynchronousTiles:
@@ -151,8 +113,8 @@ class SynchronousTiles:
     def __init__(
         self,
         device: Device,
-        layers: Sequence[StoredLayer],
-        buffer: Buffer,
+        layers: Sequence[Ledger],
+        buffer: Piece,
         tile_tokens: int,
         stats: Stats,
     ) -> None:
@@ -161,22 +123,22 @@ class SynchronousTiles:
         self._buffer = buffer
         self._tile_tokens = tile_tokens
         self._stats = stats
-        self._layer: StoredLayer | None = None
+        self._layer: Ledger | None = None
 
     def begin(self, layer_idx: int) -> None:
         """Turn to a layer."""
         self._layer = self._layers[layer_idx]
 
-    def tiles(self, heads: slice) -> Iterator[Span]:
+    def tiles(self, heads: slice) -> Iterator[Tile]:
         """Yield tiles, waiting on the host for each to arrive and to be attended."""
         layer = self._layer
         assert layer is not None
-        for span in layer.streamed_spans(heads, self._tile_tokens):
-            tile, filled = self._buffer.fill(self._device, layer, span, self._stats)
+        for stored in streamed_tiles(layer, heads, self._tile_tokens):
+            tile, filled = fetch(self._device, layer, stored, self._buffer, self._stats)
             filled.synchronize(Edge.TILE_FILLED)
-            self._buffer.hand_over(self._device, filled)
+            hand_over(self._device, self._buffer, filled)
             yield tile
-            self._buffer.release(self._device)
+            self._buffer.free = self._device.compute.record()
             self._device.synchronize()
 
     def end(self) -> None:
@@ -194,14 +156,14 @@ class SynchronousTiles:
 class _Fetched:
     turn: int
     first_head: int
-    tile: Span
-    buffer: Buffer
+    tile: Tile
+    buffer: Piece
     filled: Event
 
 
-def _state(layer: StoredLayer) -> tuple[int, ...]:
+def _state(layer: Ledger) -> tuple[int, ...]:
     """Return what the tiles of a layer's turn depend on."""
-    return layer.store.version, *layer.streamed
+    return layer.version, *layer.streamed
 
 
 class PrefetchedTiles:
@@ -219,8 +181,8 @@ class PrefetchedTiles:
     def __init__(
         self,
         device: Device,
-        layers: Sequence[StoredLayer],
-        buffers: Sequence[Buffer],
+        layers: Sequence[Ledger],
+        buffers: Sequence[Piece],
         *,
         tile_heads: int,
         tile_tokens: int,
@@ -246,30 +208,31 @@ class PrefetchedTiles:
         self._turn = 0  # the turn being attended, or next to be
         self._states: dict[int, tuple[int, ...]] = {}  # of the turns being fetched
         # What is left to fetch of the newest such turn, each with its first head.
-        self._spans: Iterator[tuple[int, Span]] = iter(())
+        self._rest: Iterator[tuple[int, Tile]] = iter(())
         self._started = 0  # turns whose fetching has started
 
-    def _layer_of(self, turn: int) -> StoredLayer:
+    def _layer_of(self, turn: int) -> Ledger:
         return self._layers[(self._first_layer + turn) % len(self._layers)]
 
-    def _host_spans(self, layer: StoredLayer) -> Iterator[tuple[int, Span]]:
-        for heads in head_groups(layer.store.geometry.kv_heads, self._tile_heads):
-            for span in layer.streamed_spans(heads, self._tile_tokens):
-                yield heads.start, span
+    def _host_tiles(self, layer: Ledger) -> Iterator[tuple[int, Tile]]:
+        for heads in head_groups(layer.geometry.kv_heads, self._tile_heads):
+            for tile in streamed_tiles(layer, heads, self._tile_tokens):
+                yield heads.start, tile
 
     def _fetch_ahead(self) -> None:
         """Fill free buffers with the tiles that come next, as far as they are known."""
         while self._free:
-            first_head, span = next(self._spans, (0, None))
-            if span is not None:
+            first_head, stored = next(self._rest, (0, None))
+            if stored is not None:
                 turn = self._started - 1
                 buffer = self._free.popleft()
-                tile, filled = buffer.fill(self._device, self._layer_of(turn), span, self._stats)
+                layer = self._layer_of(turn)
+                tile, filled = fetch(self._device, layer, stored, buffer, self._stats)
                 self._fetched.append(_Fetched(turn, first_head, tile, buffer, filled))
             elif self._started < self._turn + len(self._layers):
                 layer = self._layer_of(self._started)
                 self._states[self._started] = _state(layer)
-                self._spans = self._host_spans(layer)
+                self._rest = self._host_tiles(layer)
                 self._started += 1
             else:
                 return
@@ -283,13 +246,13 @@ class PrefetchedTiles:
         self._begun = True
         self._fetch_ahead()
 
-    def tiles(self, heads: slice) -> Iterator[Span]:
+    def tiles(self, heads: slice) -> Iterator[Tile]:
         """Yield tiles as they arrive on the device, while the next ones are on their way."""
         tokens = 0
         # With no tile in the caller's hands, what is not fetched by now does not exist.
         while self._is_next(heads):
             fetched = self._in_hand = self._fetched.popleft()
-            fetched.buffer.hand_over(self._device, fetched.filled)
+            hand_over(self._device, fetched.buffer, fetched.filled)
             tokens += fetched.tile.tokens
             yield fetched.tile
             self._take_back()
@@ -300,7 +263,7 @@ class PrefetchedTiles:
     def _take_back(self) -> None:
         """Free the buffer in the caller's hands; also where its attention failed."""
         if self._in_hand is not None:
-            self._in_hand.buffer.release(self._device)
+            self._in_hand.buffer.free = self._device.compute.record()
             self._free.append(self._in_hand.buffer)
             self._in_hand = None
 
@@ -327,7 +290,7 @@ class PrefetchedTiles:
             return
         self._turn += 1
         self._started = self._turn
-        self._spans = iter(())
+        self._rest = iter(())
         self._states.clear()
 
     def drop(self) -> None:

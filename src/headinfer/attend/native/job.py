@@ -16,7 +16,7 @@ from headinfer.attend.native.workers import Workers, shared_workers
 from headinfer.attend.partial import Partial
 from headinfer.attend.split import stealable_splits
 from headinfer.device.host_calls import NativeFunction
-from headinfer.store.layer import Stretch
+from headinfer.kv.extent import Tile
 
 MIN_SPLIT_TOKENS = 512
 """Tokens that are worth a part of their own."""
@@ -161,8 +161,8 @@ class Jobs:
             scale=scale,
         )
 
-    def make(self, stretches: Sequence[Stretch]) -> Job | None:
-        """Return a job that attends some tokens, which must stay as they are until it ran.
+    def make(self, tiles: Sequence[Tile]) -> Job | None:
+        """Return a job that attends tiles of all heads, which must stay as they are until it ran.
 
         The driver's thread is helped by others, so that there are as many as torch is set to in
         this one; of more than a few a core is left to this thread.
@@ -174,7 +174,8 @@ class Jobs:
         if threads >= _FREE_THREADS_FROM:
             threads -= 1
         spans, parts = [], 0
-        for keys, values, first, tokens in stretches:
+        for tile in tiles:
+            (keys, values), first, tokens = tile.whole, tile.first, tile.tokens
             key_stride, value_stride = self._head_stride(keys), self._head_stride(values)
             if key_stride is None or value_stride is None:
                 return None
@@ -198,7 +199,7 @@ class Jobs:
             self._scratch = torch.empty(floats, dtype=torch.float32)  # jobs pending keep the old
         job = self._free.pop() if self._free else self._new()
         workers = self._workers = shared_workers(self._library, threads - 1)
-        job.fill(spans, (self, self._scratch, stretches, workers))
+        job.fill(spans, (self, self._scratch, tiles, workers))
         job.block.scratch = self._scratch.data_ptr()
         job.block.splits = parts
         job.block.workers = workers.address

@@ -1,0 +1,1 @@
+"""The KV cache as tiles: which tokens lie where, and the memory they lie in."""

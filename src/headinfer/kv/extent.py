@@ -1,0 +1,106 @@
+"""Stretches of tokens in memory, and the tiles that are cut from them."""
+
+from typing import NamedTuple
+
+import torch
+
+from headinfer.device.base import Event
+from headinfer.kv.pair import ALL_HEADS, KV, Geometry, carver
+
+
+class Piece:
+    """A piece of memory in one place, for the tokens of whichever layer it is given to.
+
+    Work of several streams meets in it, so it knows the last of what was enqueued for it on
+    streams other than compute. Who reads it waits for `ready`, who overwrites it for `free`.
+
+    Args:
+        memory: `[num_bytes]` of uint8; owned by the piece.
+
+    Attributes:
+        memory: as given.
+        ready: reached when what another stream wrote is there; None where nothing is to be
+            waited for.
+        free: reached when other streams have read what they were to read; None likewise.
+        holders: ledgers that hold tokens in it. With more than one it is not written to.
+    """
+
+    __slots__ = ("free", "holders", "memory", "ready", "views")
+
+    def __init__(self, memory: torch.Tensor) -> None:
+        self.memory = memory
+        self.ready: Event | None = None
+        self.free: Event | None = None
+        self.holders = 1
+        self.views = carver(memory)
+
+
+class Tile(NamedTuple):
+    """Some heads of some consecutive tokens of a layer: what is copied and attended.
+
+    Nothing is viewed before it is needed, since a view takes longer than what a compiled program
+    does with an address.
+
+    Attributes:
+        start: position of the first token in the layer.
+        tokens: number of tokens.
+        piece: the memory they lie in.
+        whole: that memory as keys and values, `[batch, heads, capacity, dim]`.
+        first: index of the first token in `whole`.
+        heads: which heads of `whole`.
+    """
+
+    start: int
+    tokens: int
+    piece: Piece
+    whole: KV
+    first: int = 0
+    heads: slice = ALL_HEADS
+
+    @property
+    def kv(self) -> KV:
+        """Keys and values `[batch, heads, tokens, dim]`, as views of the memory."""
+        return self.whole.cut(slice(self.first, self.first + self.tokens), self.heads)
+
+
+class Extent:
+    """Consecutive tokens of one layer in one piece of memory.
+
+    Only a ledger changes which tokens these are.
+
+    Args:
+        piece: the memory.
+        geometry: shape of the layer.
+        capacity: tokens there is memory for.
+        start: position of the first token.
+
+    Attributes:
+        piece: as given.
+        start: as given.
+        tokens: tokens it holds.
+        capacity: as given.
+        whole: all of the memory as keys and values, `[batch, kv_heads, capacity, dim]`.
+    """
+
+    __slots__ = ("capacity", "piece", "start", "tokens", "whole")
+
+    def __init__(self, piece: Piece, geometry: Geometry, capacity: int, start: int) -> None:
+        self.piece = piece
+        self.capacity = capacity
+        self.start = start
+        self.tokens = 0
+        self.whole = piece.views(geometry, capacity, None)
+
+    @property
+    def end(self) -> int:
+        """One past the last token it holds."""
+        return self.start + self.tokens
+
+    @property
+    def limit(self) -> int:
+        """One past the last token there is memory for."""
+        return self.start + self.capacity
+
+    def tile(self, start: int, end: int, heads: slice = ALL_HEADS) -> Tile:
+        """Return the tokens from `start` to before `end`, which lie within `capacity`."""
+        return Tile(start, end - start, self.piece, self.whole, start - self.start, heads)

@@ -1,0 +1,241 @@
+"""Where the tokens of a layer lie: the one thing that knows, and the only one that changes it.
+
+A token may lie in two places at once: the oldest ones are resident on the device and on the host,
+too, so that giving them up costs no copy. What the host lacks are the newest tokens, the layer's
+*tail*; they lie behind the resident tokens while there is room, and in a page after that.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from headinfer.kv.extent import Extent, Piece, Tile
+from headinfer.kv.pair import ALL_HEADS, Geometry
+from headinfer.kv.place import HostPlace
+
+_MIN_GROWTH_TOKENS = 256
+_GROWTH_DIVISOR = 8
+"""Host memory that nobody reserved grows by an eighth, so at most 12.5% of a cache is unused."""
+
+
+class Ledger:
+    """The extents that hold one layer's tokens, which together cover all of them without a gap.
+
+    It moves no bytes but those of rows: who copies or computes tokens enters them here. Methods
+    that change what the host holds, but for `extend_host`, must be called with no work in flight
+    that touches it.
+
+    Args:
+        geometry: shape and dtype.
+        place: gives host memory.
+
+    Attributes:
+        geometry: as given; its batch follows `select`.
+        host_tokens: tokens that the host holds: those from 0 to before it.
+        resident: the oldest tokens on the device; None where none are kept there.
+        tail: a page on the device with the tokens that follow those of the host; None where there
+            are none, or they are resident.
+        host_share: share of the tokens that are not resident, the newest ones, which the host
+            attends where they lie.
+        version: changes with what the host holds, so that tiles fetched ahead can be told stale.
+    """
+
+    def __init__(self, geometry: Geometry, place: HostPlace) -> None:
+        self.geometry = geometry
+        self.host_tokens = 0
+        self.resident: Extent | None = None
+        self.tail: Extent | None = None
+        self.host_share = 0.0
+        self.version = 0
+        self._place = place
+        self._host: list[Extent] = []
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all."""
+        if self.tail is not None:
+            return self.tail.end
+        resident = self.resident
+        return self.host_tokens if resident is None else max(self.host_tokens, resident.tokens)
+
+    @property
+    def tail_tokens(self) -> int:
+        """Tokens that only the device has: those behind the host's."""
+        return self.tokens - self.host_tokens
+
+    @property
+    def streamed(self) -> tuple[int, int]:
+        """The first token that comes over the link, and one past the last."""
+        # The tail's tokens may be resident before the host has them.
+        first = 0 if self.resident is None else min(self.resident.tokens, self.host_tokens)
+        return first, self.host_tokens - int(self.host_share * (self.host_tokens - first))
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of host memory held, each piece counted by its share among those who hold it."""
+        return sum(part.piece.memory.numel() // part.piece.holders for part in self._host)
+
+    @property
+    def host_capacity(self) -> int:
+        """Tokens there is host memory for."""
+        return self._host[-1].limit if self._host else 0
+
+    def host_tiles(
+        self, start: int, end: int, *, max_tokens: int | None = None, heads: slice = ALL_HEADS
+    ) -> Iterator[Tile]:
+        """Yield the tokens from `start` to before `end` as the host holds them, in order.
+
+        Args:
+            start: first token.
+            end: one past the last; there must be memory for it.
+            max_tokens: the most a tile may have; tiles never cross extents either.
+            heads: which KV heads.
+        """
+        for extent in self._host:
+            low, high = max(start, extent.start), min(end, extent.limit)
+            step = max_tokens or max(high - low, 1)
+            for first in range(low, high, step):
+                yield extent.tile(first, min(first + step, high), heads)
+
+    def missing_tokens(self, tokens: int) -> int:
+        """Return the tokens `reserve` would add: exactly what is missing the first time.
+
+        A layer that outgrows its host memory grows by an eighth at least, so that a token at a
+        time does not make an extent, and so a tile, of each.
+        """
+        missing = tokens - self.host_capacity
+        if missing <= 0 or not self._host:
+            return max(missing, 0)
+        return max(missing, self.host_capacity // _GROWTH_DIVISOR, _MIN_GROWTH_TOKENS)
+
+    def reserve(self, tokens: int) -> None:
+        """Have host memory for `tokens` tokens in all, in one extent more if needed.
+
+        Raises:
+            MemoryPlanError: the host memory cannot be had.
+        """
+        missing = self.missing_tokens(tokens)
+        if missing > 0:
+            self._host.append(self._place.take(self.geometry, missing, self.host_capacity))
+
+    def extend_host(self, tokens: int) -> list[Tile]:
+        """Lengthen what the host holds; return where the tokens must be written, in order."""
+        start, end = self.host_tokens, self.host_tokens + tokens
+        self._seal_shared(start)
+        self.reserve(end)
+        self.host_tokens = end
+        for extent in self._host:
+            extent.tokens = max(min(end, extent.limit) - extent.start, 0)
+        self.version += 1
+        return list(self.host_tiles(start, end))
+
+    def _seal_shared(self, tokens: int) -> None:
+        """Give back the host memory behind `tokens` where another ledger may read or write it."""
+        for position, extent in enumerate(self._host):
+            if extent.piece.holders > 1 and extent.limit > tokens:
+                extent.capacity = max(tokens - extent.start, 0)
+                kept = position + (extent.capacity > 0)
+                for behind in self._host[kept:]:
+                    self._place.give_back(behind)
+                del self._host[kept:]
+                return
+
+    def keep_residents(self, piece: Piece, capacity: int) -> None:
+        """Have device memory for the oldest `capacity` tokens, none of which is there yet."""
+        self.resident = Extent(piece, self.geometry, capacity, 0)
+
+    def begin_tail(self, piece: Piece, capacity: int) -> Extent:
+        """Have a page on the device for tokens that follow all others; return it, empty."""
+        assert self.tail is None
+        self.tail = Extent(piece, self.geometry, capacity, self.tokens)
+        return self.tail
+
+    def end_tail(self) -> None:
+        """Let go of the tail's page: the host holds its tokens now."""
+        assert self.tail is None or self.tail.end == self.host_tokens
+        self.tail = None
+
+    def drop_device(self) -> None:
+        """Let go of all device memory: the host holds all tokens."""
+        assert not self.tail_tokens
+        self.resident = self.tail = None
+
+    def extend(self, extent: Extent, tokens: int) -> Tile:
+        """Lengthen the tail or the residents; return where the new tokens must be written."""
+        start = extent.end
+        extent.tokens += tokens
+        assert extent.end <= extent.limit, "the extent has no memory for them"
+        return extent.tile(start, extent.end)
+
+    def crop(self, tokens: int) -> None:
+        """Keep the first `tokens` tokens; the memory stays."""
+        assert 0 <= tokens <= self.tokens
+        if self.resident is not None:
+            self.resident.tokens = min(self.resident.tokens, tokens)
+        if self.tail is not None:
+            self.tail.tokens = min(self.tail.tokens, tokens - self.tail.start)
+            if self.tail.tokens <= 0:
+                self.tail = None
+        if tokens < self.host_tokens:
+            self.host_tokens = tokens
+            for extent in self._host:
+                extent.tokens = max(min(extent.tokens, tokens - extent.start), 0)
+            self.version += 1
+
+    def select_host(self, rows: Sequence[int]) -> None:
+        """Make row `i` of what the host holds what row `rows[i]` was; rows may repeat or be left.
+
+        With as many rows as before, and memory that nobody shares, this happens in place.
+        """
+        index, old = torch.tensor(rows, dtype=torch.long), self.geometry
+        self.geometry = Geometry(len(rows), old.kv_heads, old.key_dim, old.value_dim, old.dtype)
+        for position, source in enumerate(self._host):
+            in_place = len(rows) == old.batch and source.piece.holders == 1
+            self._place.access(source, write=in_place, purpose="row selection")
+            target = source
+            if not in_place:
+                target = self._place.take(self.geometry, source.capacity, source.start)
+                target.tokens = source.tokens
+                self._place.access(target, write=True, purpose="row selection")
+            copy_rows(source, target, index)
+            if not in_place:
+                self._place.give_back(source)
+            self._host[position] = target
+        self.version += 1
+
+    def fork(self) -> "Ledger":
+        """Return another ledger of the tokens that the host holds, which shares their memory.
+
+        Whoever of the two writes next takes memory of its own for that.
+        """
+        other = Ledger(self.geometry, self._place)
+        other.host_tokens = self.host_tokens
+        for extent in self._host:
+            if extent.tokens:
+                extent.piece.holders += 1
+                shared = Extent(extent.piece, self.geometry, extent.capacity, extent.start)
+                shared.tokens = extent.tokens
+                other._host.append(shared)
+        return other
+
+    def clear(self) -> None:
+        """Forget all tokens and give back all host memory; device memory stays."""
+        for extent in self._host:
+            self._place.give_back(extent)
+        self._host.clear()
+        self.host_tokens = 0
+        self.tail = None
+        if self.resident is not None:
+            self.resident.tokens = 0
+        self.version += 1
+
+
+def copy_rows(source: Extent, target: Extent, rows: torch.Tensor) -> None:
+    """Make row `i` of an extent's tokens what row `rows[i]` is in another one, or was in itself.
+
+    One head at a time, so that it takes no more memory than one head.
+    """
+    tokens = slice(0, source.tokens)
+    for old, new in zip(source.whole, target.whole, strict=True):
+        for head in range(old.shape[1]):
+            new[:, head, tokens].copy_(old[:, head, tokens].index_select(0, rows))
