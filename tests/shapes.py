@@ -1,11 +1,14 @@
 """Model shapes for tests that need no model."""
 
+import dataclasses
+
 from headinfer.plan.shape import LayerKind, LayerShape, ModelShape
 
 
 def model_shape(
     *,
     layers: int = 2,
+    window_tokens: int = 0,
     kv_heads: int = 2,
     group: int = 2,
     key_dim: int = 8,
@@ -14,10 +17,13 @@ def model_shape(
     weights_bytes: int = 1000,
     max_positions: int = 2**20,
 ) -> ModelShape:
+    """Return a shape of full layers; with `window_tokens`, every second one has a window."""
     layer = LayerShape(kind=LayerKind.FULL, kv_heads=kv_heads, key_dim=key_dim, value_dim=value_dim)
+    window = dataclasses.replace(layer, kind=LayerKind.SLIDING, window_tokens=window_tokens)
+    kinds = (window if window_tokens else layer, layer)
     return ModelShape(
         name="Tiny",
-        layers=(layer,) * layers,
+        layers=tuple(kinds[position % 2] for position in range(layers)),
         query_heads=kv_heads * group,
         hidden_size=kv_heads * group * key_dim,
         mlp_width=64,

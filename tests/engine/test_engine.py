@@ -27,6 +27,7 @@ from shapes import model_shape
 class Plain:
     """The cache as two plain tensors a layer, and attention by its definition."""
 
+    windows: list[int]
     keys: list[torch.Tensor] = field(default_factory=list)
     values: list[torch.Tensor] = field(default_factory=list)
 
@@ -45,6 +46,9 @@ class Plain:
         scores = query @ all_keys.unsqueeze(2).transpose(-1, -2) * 0.3
         q_len, kv_len = scores.shape[-2:]
         hidden = torch.ones(q_len, kv_len).triu(kv_len - q_len + 1).bool().expand(scores.shape)
+        if self.windows[layer_idx]:
+            beyond = kv_len - q_len - self.windows[layer_idx]
+            hidden = hidden | torch.ones(q_len, kv_len).tril(beyond).bool()
         if valid is not None:
             hidden = hidden | ~valid[:, None, None, None, :kv_len]
         scores = scores.masked_fill(hidden, -torch.inf)
@@ -53,6 +57,15 @@ class Plain:
             scores = torch.cat((scores, column), dim=-1)
         weights = scores.softmax(dim=-1)[..., :kv_len].nan_to_num(0.0)
         return (weights @ all_values.unsqueeze(2)).permute(0, 3, 1, 2, 4)
+
+
+def padding_seen(valid: torch.Tensor | None, new: int, window_tokens: int) -> Padding | None:
+    """Return the padding of the tokens that a layer's mask tells of."""
+    if valid is None:
+        return None
+    if window_tokens:
+        valid = valid[:, max(valid.shape[1] - new - window_tokens + 1, 0) :]
+    return Padding.of(valid)
 
 
 def make_device(name: str, seed: int) -> Device:
@@ -83,6 +96,7 @@ changes = st.lists(
     layers=st.integers(1, 3),
     kv_heads=st.integers(1, 5),
     group=st.integers(1, 4),
+    window_tokens=st.sampled_from([0, 0, 1, 2, 13, 40, 300]),
     dims=st.sampled_from([(8, 8), (16, 16), (8, 4), (3, 5)]),
     batch=st.integers(1, 3),
     tile_heads=st.integers(1, 5),
@@ -101,6 +115,7 @@ changes = st.lists(
     layers=2,
     kv_heads=2,
     group=1,
+    window_tokens=0,
     dims=(8, 8),
     batch=1,
     tile_heads=1,
@@ -119,6 +134,7 @@ def test_any_sequence_of_changes(
     layers: int,
     kv_heads: int,
     group: int,
+    window_tokens: int,
     dims: tuple[int, int],
     batch: int,
     tile_heads: int,
@@ -139,6 +155,7 @@ def test_any_sequence_of_changes(
 
     shape = model_shape(
         layers=layers,
+        window_tokens=window_tokens,
         kv_heads=kv_heads,
         group=group,
         key_dim=dims[0],
@@ -168,7 +185,12 @@ def test_any_sequence_of_changes(
     engine = Engine(device, plan(), torch.float64, Stats())
     engine.expect(expected)
     kernel = select_kernel(torch.device("cpu"), torch.float64, *dims)
+    windows = [layer.window_tokens for layer in shape.layers]
+    if any(kind == "crop" for kind, _ in sequence):
+        for layer_idx in range(layers):
+            engine.record(layer_idx)  # so that any number of tokens can be taken back
     plain = Plain(
+        windows,
         [draw(batch, kv_heads, 0, dims[0]) for _ in range(layers)],
         [draw(batch, kv_heads, 0, dims[1]) for _ in range(layers)],
     )
@@ -192,7 +214,7 @@ def test_any_sequence_of_changes(
                 values,
                 kernel=kernel,
                 scale=0.3,
-                padding=None if valid is None else Padding.of(valid),
+                padding=padding_seen(valid, tokens, windows[layer_idx]),
                 sinks=sinks,
                 host_kernel=None if device_name == "cpu" else kernel,
             )

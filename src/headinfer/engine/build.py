@@ -30,7 +30,7 @@ def build(
         MemoryPlanError: the device has no such memory left.
     """
     if device.tiles_are_views:
-        return ViewTiles(ledgers, plan.tile_tokens), DirectKeeper(), 0
+        return ViewTiles(plan.tile_tokens), DirectKeeper(), 0
     arena = Arena(device, plan.arena_bytes)
     # The allocator may hand out memory that work already enqueued on compute still uses.
     fresh = device.compute.record()
@@ -55,7 +55,7 @@ def build(
         stats=stats,
     )
     if not plan.overlap:
-        source = SynchronousTiles(device, ledgers, buffers[0], plan.tile_tokens, stats)
+        source = SynchronousTiles(device, buffers[0], plan.tile_tokens, stats)
         return source, keeper, arena.num_bytes
     prefetched = PrefetchedTiles(
         device,

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch.profiler import record_function
 
-from headinfer.attend.masks import Padding, attend_square, padding_of
+from headinfer.attend.masks import Padding, attend_band, attend_square, padding_of
 from headinfer.attend.partial import Kernel, TileAttention
-from headinfer.kv.extent import Tile
+from headinfer.kv.extent import Piece, Tile
 from headinfer.kv.pair import KV
 
 ATTENTION_MARK = "headinfer: attention"
@@ -38,6 +38,7 @@ class Chunk:
         scale: factor of the scores.
         padding: of all tokens, past and new; None when there is none.
         sinks: scores `[kv_heads, group]` of attention sinks, or None.
+        padding_start: position of the first token that `padding` tells of.
     """
 
     query: torch.Tensor
@@ -47,6 +48,7 @@ class Chunk:
     scale: float
     padding: Padding | None
     sinks: torch.Tensor | None
+    padding_start: int = 0
 
     @property
     def tokens(self) -> int:
@@ -79,7 +81,7 @@ class Chunk:
             query = self.query if whole else self.query[:, heads]
             total = self.kernel.begin(query, scale=self.scale)
             if self.tokens > 1:
-                own_padding = padding_of(self.padding, past_tokens, past_tokens + self.tokens)
+                own_padding = self._padding_of(past_tokens, past_tokens + self.tokens)
                 total.add(
                     attend_square(
                         self.kernel,
@@ -97,11 +99,56 @@ class Chunk:
             return total
 
     def _attend_past(self, total: TileAttention, tile: Tile) -> None:
-        mask = padding_of(self.padding, tile.start, tile.start + tile.tokens)
+        mask = self._padding_of(tile.start, tile.start + tile.tokens)
         total.attend(*tile.kv, mask=mask)
+
+    def _padding_of(self, start: int, end: int) -> torch.Tensor | None:
+        return padding_of(self.padding, start - self.padding_start, end - self.padding_start)
+
+    def attend_window(self, tile: Tile, window_tokens: int) -> None:
+        """Attend all heads to tokens that end with the chunk's own, and write the result.
+
+        Args:
+            tile: past and new tokens, in one piece.
+            window_tokens: tokens that each query sees, its own included.
+        """
+        with attention_mark():
+            total = self.kernel.begin(self.query, scale=self.scale)
+            end = tile.start + tile.tokens
+            if self.tokens == 1:
+                self._attend_past(total, tile.newest(window_tokens))
+            else:
+                total.add(
+                    attend_band(
+                        self.kernel,
+                        self.query,
+                        *tile.kv,
+                        scale=self.scale,
+                        window_tokens=window_tokens,
+                        padding=self._padding_of(tile.start, end),
+                    )
+                )
+        self.finish(slice(0, self.new.keys.shape[1]), total)
 
     def finish(self, heads: slice, total: TileAttention) -> None:
         """Put what was merged for some heads into `out`."""
         if self.sinks is not None:
             total.add_sinks(self.sinks[heads])
         total.write(self.out[:, :, heads])
+
+    def attend_in_hand(self, kv: KV, window_tokens: int | None) -> None:
+        """Attend to tokens that somebody else keeps on the device, and write the result.
+
+        Args:
+            kv: past tokens, and the chunk's own behind them; all that `padding` tells of.
+            window_tokens: tokens that each query sees, its own included; None for all.
+        """
+        tile = Tile(0, kv.tokens, Piece(kv.keys), kv)
+        if window_tokens is not None:
+            self.attend_window(tile, window_tokens)
+            return
+        past_tokens = kv.tokens - self.tokens
+        if self.tokens > 1:  # a single token sees its own key as it does those before it
+            tile = tile._replace(tokens=past_tokens)
+        heads = slice(0, kv.keys.shape[1])
+        self.finish(heads, self.attend(heads, [tile] if tile.tokens else [], (), past_tokens))

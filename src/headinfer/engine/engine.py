@@ -19,6 +19,7 @@ from headinfer.engine.chunk import Chunk, attention_mark
 from headinfer.engine.host_attention import MAX_QUERY_TOKENS, Balance, HostAttention
 from headinfer.engine.stats import Stats
 from headinfer.engine.tiles import head_groups
+from headinfer.engine.windows import WindowKeeper
 from headinfer.errors import CacheStateError
 from headinfer.kv.ledger import Ledger
 from headinfer.kv.pair import KV, Geometry
@@ -51,10 +52,14 @@ class Engine:
         host = HostPlace(device)
         self._ledgers = [
             Ledger(
-                Geometry(plan.batch, layer.kv_heads, layer.key_dim, layer.value_dim, dtype), host
+                Geometry(plan.batch, layer.kv_heads, layer.key_dim, layer.value_dim, dtype),
+                host,
+                layer.window_tokens or None,
             )
-            for layer in plan.shape.full_layers
+            for layer in plan.shape.attention_layers
         ]
+        self._full = [ledger for ledger in self._ledgers if ledger.window_tokens is None]
+        self._windows = WindowKeeper(device, plan.page_tokens)
         self._arena_bytes = 0
         self._build()
 
@@ -65,13 +70,18 @@ class Engine:
             self._balance = Balance(self.plan.host_share, fixed=fixed)
         self._host = HostAttention(self._device, self._stats, self._balance)
         self._source, self._keeper, self._arena_bytes = build(
-            self._device, self.plan, self._ledgers, self._stats
+            self._device, self.plan, self._full, self._stats
         )
 
     @property
     def device_kv_bytes(self) -> int:
         """Bytes of device memory held for KV."""
-        return self._arena_bytes
+        windows = sum(
+            ledger.tail.piece.memory.numel()
+            for ledger in self._ledgers
+            if ledger.window_tokens is not None and ledger.tail is not None
+        )
+        return self._arena_bytes + windows
 
     @property
     def host_kv_bytes(self) -> int:
@@ -91,7 +101,7 @@ class Engine:
         """
         self._expected_tokens = max(self._expected_tokens, tokens)
         return sum(
-            ledger.geometry.num_bytes(ledger.missing_tokens(tokens)) for ledger in self._ledgers
+            ledger.geometry.num_bytes(ledger.missing_tokens(tokens)) for ledger in self._full
         )
 
     def attend(
@@ -110,13 +120,14 @@ class Engine:
         """Attend new tokens to the past and to themselves, and keep them.
 
         Args:
-            layer_idx: which offloaded layer, counted among these.
+            layer_idx: which layer, counted among those that attend.
             query: `[batch, kv_heads, group, q_len, key_dim]` on the device.
             keys: the new tokens' keys `[batch, kv_heads, q_len, key_dim]`.
             values: their values `[batch, kv_heads, q_len, value_dim]`.
             kernel: what computes partials.
             scale: factor of the scores.
-            padding: of all tokens, past and new; None when there is none.
+            padding: of all tokens, past and new, or of as many of the newest as a window sees and
+                the new ones; None when there is none.
             sinks: scores `[kv_heads, group]` of attention sinks, or None.
             host_kernel: what computes partials on the CPU for a device; None when nothing may.
 
@@ -132,7 +143,6 @@ class Engine:
         ledger = self._check(layer_idx, new, query)
         batch, kv_heads, group, q_len, _ = query.shape
         out = query.new_empty(batch, q_len, kv_heads, group, ledger.geometry.value_dim)
-        ledger.reserve(self._expected_tokens)
         if q_len > MAX_QUERY_TOKENS or padding is not None:
             host_kernel = None
         call = Chunk(
@@ -144,22 +154,33 @@ class Engine:
             padding=padding,
             sinks=sinks,
         )
-        if q_len == 1 and padding is None and sinks is None and self._decode(layer_idx, call):
+        if ledger.window_tokens is not None:
+            self._attend_window(ledger, ledger.window_tokens, call)
+            return out
+        ledger.reserve(self._expected_tokens)
+        if q_len == 1 and padding is None and sinks is None and self._decode(ledger, call):
             return out
         for first in range(0, q_len, self.plan.chunk_tokens):
             part = slice(first, first + self.plan.chunk_tokens)
             chunk = call if q_len <= self.plan.chunk_tokens else call.part(part)
-            self._attend_chunk(layer_idx, chunk, host_kernel)
+            self._attend_chunk(ledger, chunk, host_kernel)
         self._host.check()
         return out
 
-    def _decode(self, layer_idx: int, token: Chunk) -> bool:
+    def _attend_window(self, ledger: Ledger, window_tokens: int, chunk: Chunk) -> None:
+        """Keep new tokens of a layer with a window, and attend them to what they see."""
+        tile = self._windows.take(ledger, chunk.new)
+        if chunk.padding is not None:  # it ends with the new tokens, too
+            start = ledger.tokens - chunk.padding.valid.shape[1]
+            chunk = dataclasses.replace(chunk, padding_start=start)
+        chunk.attend_window(tile, window_tokens)
+
+    def _decode(self, ledger: Ledger, token: Chunk) -> bool:
         """Attend and keep a single token in one call of the kernel, where all others are resident.
 
         Returns:
             Whether they are; nothing was done if not.
         """
-        ledger = self._ledgers[layer_idx]
         past = self._keeper.extend(ledger)
         if past is None:
             return False
@@ -170,14 +191,14 @@ class Engine:
             ledger.crop(ledger.tokens - 1)  # its place may never have been written
             raise
         self._keeper.commit(ledger, token.new)
-        self._source.skip(layer_idx)
+        self._source.skip(ledger)
         return True
 
     def append(self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Keep tokens that were computed elsewhere, without attending to anything.
 
         Args:
-            layer_idx: which offloaded layer, counted among these.
+            layer_idx: which layer, counted among those that attend.
             keys: `[batch, kv_heads, tokens, key_dim]` on the device; may be freed afterwards.
             values: `[batch, kv_heads, tokens, value_dim]`.
 
@@ -185,6 +206,9 @@ class Engine:
             CacheStateError: the cache was closed, or was made for other shapes.
         """
         ledger = self._check(layer_idx, KV(keys, values))
+        if ledger.window_tokens is not None:
+            self._windows.take(ledger, KV(keys, values))
+            return
         ledger.reserve(self._expected_tokens)
         for first in range(0, keys.shape[2], self.plan.chunk_tokens):
             new = KV(keys, values).cut(slice(first, first + self.plan.chunk_tokens))
@@ -192,19 +216,18 @@ class Engine:
             self._keeper.admit(ledger, new)
             self._keeper.commit(ledger, new)
 
-    def _attend_chunk(self, layer_idx: int, chunk: Chunk, host_kernel: Kernel | None) -> None:
+    def _attend_chunk(self, ledger: Ledger, chunk: Chunk, host_kernel: Kernel | None) -> None:
         """Attend at most `plan.chunk_tokens` new tokens, and keep them."""
-        ledger = self._ledgers[layer_idx]
         past_tokens, kv_heads = ledger.tokens, ledger.geometry.kv_heads
         self._keeper.make_room(ledger, chunk.tokens)
         near = self._keeper.admit(ledger, chunk.new)
-        self._share_with_host(layer_idx, 0.0 if host_kernel is None else self._balance.share)
+        self._share_with_host(ledger, 0.0 if host_kernel is None else self._balance.share)
         first, end = ledger.streamed
         if end == ledger.host_tokens:
             host_kernel = None  # nothing is left to the host
         if host_kernel is not None:
             self._host.ask(ledger, chunk.query, host_kernel, scale=chunk.scale)
-        self._source.begin(layer_idx)
+        self._source.begin(ledger)
         # What is not streamed is on the device for all heads, and few tokens need no groups.
         in_groups = first < end or chunk.tokens > self.plan.page_tokens
         waiting = []
@@ -222,13 +245,13 @@ class Engine:
         self._keeper.commit(ledger, chunk.new)
         self._source.end()
 
-    def _share_with_host(self, layer_idx: int, share: float) -> None:
+    def _share_with_host(self, ledger: Ledger, share: float) -> None:
         """Set the host's share: in all layers at the first, because tiles are fetched ahead."""
-        if layer_idx == 0:
-            for ledger in self._ledgers:
-                ledger.host_share = share
+        if ledger is self._full[0]:
+            for each in self._full:
+                each.host_share = share
         elif not share:
-            self._ledgers[layer_idx].host_share = 0.0
+            ledger.host_share = 0.0
 
     def _check(self, layer_idx: int, new: KV, *others: torch.Tensor) -> Ledger:
         """Return a layer's ledger; refuse new tokens, and a query, that do not fit the cache."""
@@ -261,13 +284,31 @@ class Engine:
         self._host.check()
 
     def crop(self, layer_idx: int, tokens: int) -> None:
-        """Remove a layer's newest `tokens` tokens, or all it has."""
+        """Remove a layer's newest `tokens` tokens, or all it has.
+
+        Raises:
+            CacheStateError: a window was closed or has dropped the tokens before those.
+        """
         self._check_open()
         ledger = self._ledgers[layer_idx]
+        kept = max(ledger.tokens - tokens, 0)
+        if ledger.window_tokens is not None:
+            self._windows.crop(ledger, kept)
+            return
         if tokens > ledger.tail_tokens:
             self._settle()
             self._host.check()
-        ledger.crop(max(ledger.tokens - tokens, 0))
+        ledger.crop(kept)
+
+    def record(self, layer_idx: int) -> None:
+        """Have a layer's window keep what is needed to take back all tokens that come from now on.
+
+        That is, until they are cropped; other layers can do so in any case.
+        """
+        self._check_open()
+        ledger = self._ledgers[layer_idx]
+        if ledger.window_tokens is not None:
+            ledger.record()
 
     def select(self, layer_idx: int, rows: Sequence[int]) -> None:
         """Make row `i` of a layer what row `rows[i]` was, for as many rows as the plan has."""
@@ -275,18 +316,24 @@ class Engine:
         assert len(rows) == self.plan.batch
         if list(rows) == list(range(self.plan.batch)):
             return
+        ledger = self._ledgers[layer_idx]
+        if ledger.window_tokens is not None:
+            self._windows.select(ledger, rows)
+            return
         self._settle()
         self._host.check()
-        ledger = self._ledgers[layer_idx]
         self._keeper.select(ledger, rows)
         ledger.select_host(rows)
 
     def select_all(self, rows: Sequence[int], plan: Plan) -> None:
         """Make row `i` of every layer what row `rows[i]` was, under a plan for that many rows."""
         self._bring_home()
-        for ledger in self._ledgers:
+        for ledger in self._full:
             ledger.drop_device()
             ledger.select_host(rows)
+        for ledger in self._ledgers:
+            if ledger.window_tokens is not None:
+                self._windows.select(ledger, rows)
         self._rebuild(plan)
 
     def replan(self, plan: Plan) -> None:
@@ -301,7 +348,7 @@ class Engine:
     def _bring_home(self) -> None:
         """Have the host hold every token, at rest."""
         self._check_open()
-        for ledger in self._ledgers:
+        for ledger in self._full:
             self._keeper.flush(ledger)
         self._settle()
         self._host.check()
@@ -310,7 +357,7 @@ class Engine:
         """Take the memory of another plan; the host must hold every token, at rest."""
         self.plan = plan
         # The old arena goes before the new one comes: both together would exceed either plan.
-        for ledger in self._ledgers:
+        for ledger in self._full:
             ledger.drop_device()
         del self._source, self._keeper
         self._host.free()
@@ -319,7 +366,7 @@ class Engine:
         except BaseException:
             self._abandon()
             raise
-        for ledger in self._ledgers:
+        for ledger in self._full:
             self._keeper.fill_residents(ledger)
 
     def clear(self) -> None:

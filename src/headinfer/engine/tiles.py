@@ -33,7 +33,7 @@ def streamed_tiles(ledger: Ledger, heads: slice, tile_tokens: int) -> Iterator[T
 class TileSource(Protocol):
     """Yields the stored tokens of one layer after another, tile by tile, on the device."""
 
-    def begin(self, layer_idx: int) -> None:
+    def begin(self, ledger: Ledger) -> None:
         """Turn to a layer; its stored tokens stay as they are until `end`."""
 
     def tiles(self, heads: slice) -> Iterator[Tile]:
@@ -45,7 +45,7 @@ class TileSource(Protocol):
     def end(self) -> None:
         """Finish the layer; its stored tokens may change after this."""
 
-    def skip(self, layer_idx: int) -> None:
+    def skip(self, ledger: Ledger) -> None:
         """Pass by a layer that needs no tile: `begin` and `end` at once."""
 
     def drop(self) -> None:
@@ -55,14 +55,13 @@ class TileSource(Protocol):
 class ViewTiles:
     """Tiles where they lie, for a device that attends host memory directly."""
 
-    def __init__(self, layers: Sequence[Ledger], tile_tokens: int) -> None:
-        self._layers = layers
+    def __init__(self, tile_tokens: int) -> None:
         self._tile_tokens = tile_tokens
         self._layer: Ledger | None = None
 
-    def begin(self, layer_idx: int) -> None:
+    def begin(self, ledger: Ledger) -> None:
         """Turn to a layer."""
-        self._layer = self._layers[layer_idx]
+        self._layer = ledger
 
     def tiles(self, heads: slice) -> Iterator[Tile]:
         """Yield views of the store."""
@@ -73,7 +72,7 @@ class ViewTiles:
         """Finish the layer."""
         self._layer = None
 
-    def skip(self, layer_idx: int) -> None:
+    def skip(self, ledger: Ledger) -> None:
         """Do nothing."""
 
     def drop(self) -> None:
@@ -113,21 +112,19 @@ class SynchronousTiles:
     def __init__(
         self,
         device: Device,
-        layers: Sequence[Ledger],
         buffer: Piece,
         tile_tokens: int,
         stats: Stats,
     ) -> None:
         self._device = device
-        self._layers = layers
         self._buffer = buffer
         self._tile_tokens = tile_tokens
         self._stats = stats
         self._layer: Ledger | None = None
 
-    def begin(self, layer_idx: int) -> None:
+    def begin(self, ledger: Ledger) -> None:
         """Turn to a layer."""
-        self._layer = self._layers[layer_idx]
+        self._layer = ledger
 
     def tiles(self, heads: slice) -> Iterator[Tile]:
         """Yield tiles, waiting on the host for each to arrive and to be attended."""
@@ -145,7 +142,7 @@ class SynchronousTiles:
         """Finish the layer."""
         self._layer = None
 
-    def skip(self, layer_idx: int) -> None:
+    def skip(self, ledger: Ledger) -> None:
         """Do nothing."""
 
     def drop(self) -> None:
@@ -237,12 +234,11 @@ class PrefetchedTiles:
             else:
                 return
 
-    def begin(self, layer_idx: int) -> None:
+    def begin(self, ledger: Ledger) -> None:
         """Turn to a layer, and start over where it was not the one expected or has changed."""
-        layer = self._layers[layer_idx]
-        expected = self._layer_of(self._turn) is layer and not self._begun
-        if not expected or self._states.get(self._turn, _state(layer)) != _state(layer):
-            self._restart(layer_idx)
+        expected = self._layer_of(self._turn) is ledger and not self._begun
+        if not expected or self._states.get(self._turn, _state(ledger)) != _state(ledger):
+            self._restart(self._layers.index(ledger))
         self._begun = True
         self._fetch_ahead()
 
@@ -281,11 +277,11 @@ class PrefetchedTiles:
         self._turn += 1
         self._fetch_ahead()
 
-    def skip(self, layer_idx: int) -> None:
+    def skip(self, ledger: Ledger) -> None:
         """Pass by a layer; at little cost where nothing is fetched, as when all is resident."""
-        expected = self._layer_of(self._turn) is self._layers[layer_idx] and not self._begun
+        expected = self._layer_of(self._turn) is ledger and not self._begun
         if self._fetched or not expected:
-            self.begin(layer_idx)
+            self.begin(ledger)
             self.end()
             return
         self._turn += 1

@@ -13,14 +13,15 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
-from headinfer.attend.masks import Padding, attend_band, attend_square, padding_of
 from headinfer.attend.native.kernel import NativeKernel
-from headinfer.attend.partial import Accumulator, Kernel
+from headinfer.attend.partial import Kernel
 from headinfer.attend.select import select_kernel
+from headinfer.engine.chunk import Chunk
 from headinfer.engine.engine import Engine
 from headinfer.errors import HeadInferError, UnsupportedModelError
 from headinfer.integration.support import HARMLESS_KEYWORDS
 from headinfer.integration.visibility import Visible, visible
+from headinfer.kv.pair import KV
 from headinfer.plan.plan import Plan
 
 
@@ -32,6 +33,7 @@ class Pending:
     layer_idx: int
     keys: torch.Tensor
     values: torch.Tensor
+    window_tokens: int | None
 
 
 class AttentionFunctions:
@@ -144,14 +146,26 @@ class AttentionFunctions:
         scale = key_dim**-0.5 if scaling is None else float(scaling)
         grouped = query.unflatten(1, (kv_heads, query_heads // kv_heads))
         sinks = None if s_aux is None else s_aux.unflatten(0, (kv_heads, -1))
+        cached_window = None if pending is None else pending.window_tokens
         window_tokens, padding = None, None
-        if attention_mask is not None or sliding_window is not None:
-            cached = key if pending is None else None
-            _check_visible(module, attention_mask, sliding_window, q_len, cached)
+        if not (attention_mask is sliding_window is cached_window is None):
+            in_hand = key if pending is None else None
+            _check_visible(module, attention_mask, sliding_window, q_len, in_hand, cached_window)
             if attention_mask is not None:
                 window_tokens, padding = attention_mask.window_tokens, attention_mask.padding
-        if pending is None:
-            out = _attend_in_hand(kernel, grouped, key, value, scale, window_tokens, padding, sinks)
+        if pending is None:  # a cache that is not ours
+            kv = KV(key, value)
+            out = query.new_empty(batch, q_len, *grouped.shape[1:3], value_dim)
+            chunk = Chunk(
+                query=grouped,
+                new=kv.cut(slice(kv.tokens - q_len, None)),
+                out=out,
+                kernel=kernel,
+                scale=scale,
+                padding=padding,
+                sinks=sinks,
+            )
+            chunk.attend_in_hand(kv, window_tokens)
         else:
             if key is not pending.keys or value is not pending.values:
                 raise UnsupportedModelError(
@@ -169,7 +183,7 @@ class AttentionFunctions:
                 sinks=sinks,
                 host_kernel=_host_kernel(pending.engine.plan, query, value_dim, softcap),
             )
-        return out.reshape(batch, q_len, query_heads, value_dim), None
+        return out.view(batch, q_len, query_heads, value_dim), None
 
 
 def _host_kernel(
@@ -227,6 +241,7 @@ def _check_visible(
     sliding_window: int | None,
     q_len: int,
     in_hand: torch.Tensor | None,
+    cached_window: int | None,
 ) -> None:
     """Refuse a mask that says something else than the layer's keyword, its cache or its keys.
 
@@ -235,7 +250,8 @@ def _check_visible(
         visible: its mask.
         sliding_window: the keyword it passes.
         q_len: its queries.
-        in_hand: all of its keys; None for an offloaded layer, which sees all it ever cached.
+        in_hand: all of its keys; None for a layer of a cache of ours.
+        cached_window: the window that such a layer keeps; None where it keeps all.
     """
     name = type(module).__name__
     window = None if visible is None else visible.window_tokens
@@ -245,65 +261,18 @@ def _check_visible(
             f"{name} passes a sliding window of {sliding_window} to its attention, but its mask "
             f"has {has}: not served"
         )
+    if visible is not None and visible.fault is not None:
+        raise UnsupportedModelError(f"the mask of {name} {visible.fault}: not served")
+    if in_hand is None and window != cached_window:
+        seen, kept = (f"{each} tokens" if each else "all tokens" for each in (window, cached_window))
+        raise UnsupportedModelError(
+            f"the mask of {name} shows {seen}, but its cache layer is for {kept}: not served"
+        )
     if visible is None:
         return
-    if visible.fault is not None:
-        raise UnsupportedModelError(f"the mask of {name} {visible.fault}: not served")
-    if window is not None and in_hand is None:
-        raise UnsupportedModelError(
-            f"{name} has a sliding window, but a cache layer without one: not served"
-        )
     kv_len = visible.kv_len if in_hand is None else in_hand.shape[2]
     if (q_len, kv_len) != (visible.q_len, visible.kv_len):
         raise UnsupportedModelError(
             f"{name} attends {kv_len} keys with {q_len} queries, but its mask is for "
             f"{visible.kv_len} and {visible.q_len}: not served"
         )
-
-
-def _attend_in_hand(
-    kernel: Kernel,
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    scale: float,
-    window_tokens: int | None,
-    padding: Padding | None,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
-    """Attend keys that are all on the device: a sliding layer's window, or a cache not ours.
-
-    Returns:
-        `[batch, q_len, kv_heads, group, value_dim]`.
-    """
-    q_len, kv_len = query.shape[3], keys.shape[2]
-    past = kv_len - q_len
-    total = Accumulator()
-    if window_tokens is not None:
-        mask = padding_of(padding, 0, kv_len)
-        total.add(
-            attend_band(
-                kernel,
-                query,
-                keys,
-                values,
-                scale=scale,
-                window_tokens=window_tokens,
-                padding=mask,
-            )
-        )
-    else:
-        own = padding_of(padding, past, kv_len)
-        total.add(
-            attend_square(
-                kernel, query, keys[:, :, past:], values[:, :, past:], scale=scale, padding=own
-            )
-        )
-        if past:
-            mask = padding_of(padding, 0, past)
-            total.add(
-                kernel.attend(query, keys[:, :, :past], values[:, :, :past], scale=scale, mask=mask)
-            )
-    if sinks is not None:
-        total.add_sinks(sinks)
-    return total.result().out.to(query.dtype).permute(0, 3, 1, 2, 4)

@@ -1,4 +1,4 @@
-"""The cache a user passes to the model: transformers' own, with offloaded layers in it."""
+"""The cache a user passes to the model: transformers' own, with attention layers of ours in it."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -54,9 +54,9 @@ class OffloadedState:
     once, without waiting for the garbage collector.
     """
 
-    def __init__(self, host: CacheHost, max_tokens: int | None, *, has_layers: bool) -> None:
+    def __init__(self, host: CacheHost, max_tokens: int | None) -> None:
         self.host = host
-        self._has_layers = has_layers  # a model may have sliding windows only
+        self._recording: set[int] = set()
         self.engine: Engine | None = None
         self.closed = False
         self._max_tokens = max_tokens
@@ -83,8 +83,6 @@ class OffloadedState:
         """
         if self.closed:
             raise CacheStateError("this cache was closed; make another with offload.new_cache()")
-        if not self._has_layers:
-            return
         held = self.tokens(0)
         wanted = max(held + new_tokens, self._max_tokens or 0)
         if self.engine is not None and self.engine.plan.batch != batch:
@@ -101,6 +99,8 @@ class OffloadedState:
             self._check_host(plan.kv_host_bytes(wanted), wanted)
             self.engine = self.host.make_engine(plan)
             self.engine.expect(wanted)
+            for layer_idx in self._recording:
+                self.engine.record(layer_idx)
             return
         if (more := self.engine.expect(wanted)) > 0:
             self._check_host(more, wanted)
@@ -117,14 +117,24 @@ class OffloadedState:
                 "be had; shorten the prompt or free host memory"
             )
 
+    def record(self, layer_idx: int) -> None:
+        """Let a layer's window record its past from now on; see `Engine.record`."""
+        self._recording.add(layer_idx)
+        if self.engine is not None:
+            self.engine.record(layer_idx)
+
     def update(
-        self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor
+        self,
+        layer_idx: int,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        window_tokens: int | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Take new tokens and hand them back for the attention call that follows."""
         if self.engine is None:  # the model was not called through its own forward
             self.prepare(keys.shape[0], keys.shape[2])
         assert self.engine is not None
-        self.host.functions.expect(Pending(self.engine, layer_idx, keys, values))
+        self.host.functions.expect(Pending(self.engine, layer_idx, keys, values, window_tokens))
         return keys, values
 
     def select_rows(self, rows: Sequence[int]) -> None:
@@ -144,18 +154,26 @@ class OffloadedState:
 
 
 class OffloadedLayer(CacheLayerMixin):
-    """One full-attention layer of an `OffloadedCache`; `keys` and `values` stay None."""
+    """One attention layer of an `OffloadedCache`; `keys` and `values` stay None.
 
-    is_sliding = False
+    Args:
+        state: the cache's engine.
+        layer_idx: which layer, counted among those that attend.
+        window_tokens: tokens that a query sees, its own included; None for all.
+    """
+
     is_compileable = False
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, state: OffloadedState, layer_idx: int) -> None:
+    def __init__(self, state: OffloadedState, layer_idx: int, window_tokens: int | None) -> None:
         super().__init__()
         self.is_initialized = True
+        self.is_sliding = window_tokens is not None
+        self.record_past = False
         self._state = state
         self._layer_idx = layer_idx
+        self._window_tokens = window_tokens
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Do nothing: the engine is made when tokens come."""
@@ -164,7 +182,7 @@ class OffloadedLayer(CacheLayerMixin):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Take new tokens; returns them alone, for the attention function to find the rest."""
-        return self._state.update(self._layer_idx, key_states, value_states)
+        return self._state.update(self._layer_idx, key_states, value_states, self._window_tokens)
 
     def get_seq_length(self) -> int:
         """Return the tokens held."""
@@ -172,11 +190,20 @@ class OffloadedLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return the keys a mask covers and the first of them."""
-        return self.get_seq_length() + query_length, 0
+        tokens, first = self.get_seq_length(), 0
+        if self._window_tokens is not None:
+            first = max(tokens - self._window_tokens + 1, 0)
+        return tokens - first + query_length, first
 
     def get_max_length(self) -> int:
-        """Return -1: there is no limit."""
-        return -1
+        """Return the tokens of the window, or -1: there is no limit."""
+        return -1 if self._window_tokens is None else self._window_tokens
+
+    def activate_past_recording(self) -> None:
+        """Let a window keep what `crop` needs to take back the tokens that come from now on."""
+        if self._window_tokens is not None:
+            self.record_past = True
+            self._state.record(self._layer_idx)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest `-tokens_to_remove` tokens.
@@ -186,7 +213,7 @@ class OffloadedLayer(CacheLayerMixin):
         """
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes minus the tokens to remove, not {tokens_to_remove}")
-        if self._state.engine is not None and tokens_to_remove:
+        if self._state.engine is not None:
             self._state.engine.crop(self._layer_idx, -tokens_to_remove)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -207,9 +234,9 @@ class OffloadedLayer(CacheLayerMixin):
 
 
 class OffloadedCache(DynamicCache):
-    """A transformers cache whose full-attention layers live in host memory, head by head.
+    """A transformers cache whose attention layers are attended tile by tile, from host memory.
 
-    Sliding-window layers and linear-attention layers are transformers' own. Made by
+    Windows stay on the device; the states of linear attention are transformers' own. Made by
     `Offload.new_cache`; valid for one conversation at a time, on the model it was made for.
 
     Args:
@@ -222,14 +249,14 @@ class OffloadedCache(DynamicCache):
         super().__init__(config=model.config)
         self._config = model.config
         self._lengths_before: list[int] | None = None  # while a model call is under way
-        full = [
-            position
-            for position, layer in enumerate(self.layers)
-            if layer_kind(layer) is LayerKind.FULL
-        ]
-        self.state = OffloadedState(host, max_tokens, has_layers=bool(full))
-        for layer_idx, position in enumerate(full):
-            self.layers[position] = OffloadedLayer(self.state, layer_idx)
+        self.state = OffloadedState(host, max_tokens)
+        layer_idx = 0
+        for position, layer in enumerate(self.layers):
+            kind = layer_kind(layer)
+            if kind is not LayerKind.STATE:
+                window = layer.sliding_window if kind is LayerKind.SLIDING else None
+                self.layers[position] = OffloadedLayer(self.state, layer_idx, window)
+                layer_idx += 1
 
     def _lengths(self) -> list[int]:
         return [
@@ -268,9 +295,9 @@ class OffloadedCache(DynamicCache):
                 self.layers[position] = fresh[position]
 
     def shrink_windows(self) -> None:
-        """Let sliding layers that record their past, for speculative decoding, drop it."""
-        for layer in self._own_layers():
-            if getattr(layer, "is_sliding", False) and getattr(layer, "record_past", False):
+        """Let windows that record their past, for speculative decoding, drop it."""
+        for layer in self.layers:
+            if isinstance(layer, OffloadedLayer) and layer.record_past:
                 layer.crop(0)
 
     def batch_repeat_interleave(self, repeats: int) -> None:

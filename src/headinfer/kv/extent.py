@@ -57,6 +57,15 @@ class Tile(NamedTuple):
     first: int = 0
     heads: slice = ALL_HEADS
 
+    def newest(self, tokens: int) -> "Tile":
+        """Return the newest tokens of the tile, at most so many."""
+        left = max(self.tokens - tokens, 0)
+        if not left:
+            return self
+        return self._replace(
+            start=self.start + left, tokens=self.tokens - left, first=self.first + left
+        )
+
     @property
     def kv(self) -> KV:
         """Keys and values `[batch, heads, tokens, dim]`, as views of the memory."""

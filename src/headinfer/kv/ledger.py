@@ -28,9 +28,12 @@ class Ledger:
     Args:
         geometry: shape and dtype.
         place: gives host memory.
+        window_tokens: tokens that a query sees, its own included; None for all. With a window all
+            tokens lie in the tail, and older ones than are seen may be forgotten.
 
     Attributes:
         geometry: as given; its batch follows `select`.
+        window_tokens: as given.
         host_tokens: tokens that the host holds: those from 0 to before it.
         resident: the oldest tokens on the device; None where none are kept there.
         tail: a page on the device with the tokens that follow those of the host; None where there
@@ -40,8 +43,11 @@ class Ledger:
         version: changes with what the host holds, so that tiles fetched ahead can be told stale.
     """
 
-    def __init__(self, geometry: Geometry, place: HostPlace) -> None:
+    def __init__(
+        self, geometry: Geometry, place: HostPlace, window_tokens: int | None = None
+    ) -> None:
         self.geometry = geometry
+        self.window_tokens = window_tokens
         self.host_tokens = 0
         self.resident: Extent | None = None
         self.tail: Extent | None = None
@@ -49,6 +55,7 @@ class Ledger:
         self.version = 0
         self._place = place
         self._host: list[Extent] = []
+        self._recorded_from: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -62,6 +69,27 @@ class Ledger:
     def tail_tokens(self) -> int:
         """Tokens that only the device has: those behind the host's."""
         return self.tokens - self.host_tokens
+
+    @property
+    def past_tokens(self) -> int:
+        """Past tokens that a query sees through the window."""
+        assert self.window_tokens is not None
+        return self.window_tokens - 1
+
+    def record(self) -> None:
+        """Keep what is needed to take back all tokens that come from now on, through a window."""
+        self._recorded_from = self.tokens
+
+    def first_needed(self, tokens: int) -> int:
+        """Return the first token that must be kept of `tokens` tokens; it may be below 0."""
+        if self._recorded_from is not None:
+            tokens = min(tokens, self._recorded_from)
+        return tokens - self.past_tokens
+
+    def can_crop(self, tokens: int) -> bool:
+        """Whether the tokens seen through the window are there once only `tokens` are left."""
+        tail = self.tail
+        return not tokens or tail is None or tail.start <= max(tokens - self.past_tokens, 0)
 
     @property
     def streamed(self) -> tuple[int, int]:
@@ -150,6 +178,11 @@ class Ledger:
         self.tail = Extent(piece, self.geometry, capacity, self.tokens)
         return self.tail
 
+    def replace_tail(self, extent: Extent, tokens: int) -> None:
+        """Take another extent for the tail, of which `tokens` tokens were written."""
+        extent.tokens = tokens
+        self.tail = extent
+
     def end_tail(self) -> None:
         """Let go of the tail's page: the host holds its tokens now."""
         assert self.tail is None or self.tail.end == self.host_tokens
@@ -173,14 +206,16 @@ class Ledger:
         if self.resident is not None:
             self.resident.tokens = min(self.resident.tokens, tokens)
         if self.tail is not None:
-            self.tail.tokens = min(self.tail.tokens, tokens - self.tail.start)
-            if self.tail.tokens <= 0:
+            self.tail.tokens = max(min(self.tail.tokens, tokens - self.tail.start), 0)
+            if not self.tail.tokens and not (self.window_tokens and tokens):
                 self.tail = None
         if tokens < self.host_tokens:
             self.host_tokens = tokens
             for extent in self._host:
                 extent.tokens = max(min(extent.tokens, tokens - extent.start), 0)
             self.version += 1
+        if self._recorded_from is not None:
+            self._recorded_from = tokens
 
     def select_host(self, rows: Sequence[int]) -> None:
         """Make row `i` of what the host holds what row `rows[i]` was; rows may repeat or be left.
@@ -227,6 +262,8 @@ class Ledger:
         self.tail = None
         if self.resident is not None:
             self.resident.tokens = 0
+        if self._recorded_from is not None:
+            self._recorded_from = 0
         self.version += 1
 
 

@@ -76,6 +76,11 @@ class ModelShape:
         """The layers whose KV cache is offloaded; a planner asks for them thousands of times."""
         return tuple(layer for layer in self.layers if layer.kind is LayerKind.FULL)
 
+    @functools.cached_property
+    def attention_layers(self) -> tuple[LayerShape, ...]:
+        """The layers that keep keys and values, all tokens or a window of them."""
+        return tuple(layer for layer in self.layers if layer.kind is not LayerKind.STATE)
+
     @property
     def kv_heads(self) -> int:
         """The largest number of KV heads of any offloaded layer; 0 when none is."""
