@@ -77,7 +77,7 @@ changes = st.lists(
         st.tuples(st.just("attend"), st.integers(1, 40)),
         st.tuples(st.just("append"), st.integers(1, 90)),
         st.tuples(st.just("decode"), st.integers(1, 12)),
-        st.tuples(st.just("crop"), st.integers(1, 50)),
+        st.tuples(st.just("crop"), st.integers(1, 36)),
         st.tuples(st.just("reorder"), st.integers(0, 8)),
         st.tuples(st.just("resize"), st.integers(1, 3)),
         st.tuples(st.just("clear"), st.just(0)),
@@ -186,9 +186,6 @@ def test_any_sequence_of_changes(
     engine.expect(expected)
     kernel = select_kernel(torch.device("cpu"), torch.float64, *dims)
     windows = [layer.window_tokens for layer in shape.layers]
-    if any(kind == "crop" for kind, _ in sequence):
-        for layer_idx in range(layers):
-            engine.record(layer_idx)  # so that any number of tokens can be taken back
     plain = Plain(
         windows,
         [draw(batch, kv_heads, 0, dims[0]) for _ in range(layers)],

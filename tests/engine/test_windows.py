@@ -9,6 +9,7 @@ from headinfer.device.simulated import SimulatedDevice
 from headinfer.engine.engine import Engine
 from headinfer.engine.stats import Stats
 from headinfer.errors import CacheStateError
+from headinfer.plan.memory import SPARE_TOKENS
 from headinfer.plan.options import Options
 from headinfer.plan.plan import resolve
 from shapes import model_shape
@@ -47,23 +48,26 @@ def test_memory_does_not_grow_with_the_context(device: CpuDevice | SimulatedDevi
 
 def test_what_a_window_dropped_cannot_be_taken_back() -> None:
     engine = engine_with_window(CpuDevice())
-    attend(engine, 100)
-    with pytest.raises(CacheStateError, match="30 tokens cannot be taken back"):
-        engine.crop(0, 30)
-    assert engine.tokens(0) == 100
-    engine.crop(0, 100)
+    attend(engine, 400)
+    with pytest.raises(CacheStateError, match="300 tokens cannot be taken back"):
+        engine.crop(0, 300)
+    assert engine.tokens(0) == 400
+    engine.crop(0, SPARE_TOKENS)
+    assert engine.tokens(0) == 400 - SPARE_TOKENS
+    with pytest.raises(CacheStateError, match="1 tokens cannot be taken back"):
+        engine.crop(0, 1)
+    engine.crop(0, 400)
     assert engine.tokens(0) == 0
 
 
-def test_a_window_that_records_can_take_back_what_came_since_the_last_crop() -> None:
+@pytest.mark.parametrize("tokens", [1, 3, 60])
+def test_as_many_tokens_as_are_spare_can_always_be_taken_back(tokens: int) -> None:
     engine = engine_with_window(CpuDevice())
-    attend(engine, 100)
-    engine.record(0)
-    attend(engine, 50)
-    engine.crop(0, 50)
-    assert engine.tokens(0) == 100
-    attend(engine, 50)
-    engine.crop(0, 0)
-    attend(engine, 50)
-    with pytest.raises(CacheStateError, match="90 tokens cannot be taken back"):
-        engine.crop(0, 90)
+    for _ in range(1000 // tokens):
+        attend(engine, tokens)
+        before = engine.tokens(0)
+        if before > SPARE_TOKENS:
+            engine.crop(0, SPARE_TOKENS)
+            new = torch.randn(1, 2, SPARE_TOKENS, 8)
+            engine.append(0, new, new)
+        assert engine.tokens(0) == before

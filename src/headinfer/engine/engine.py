@@ -76,12 +76,16 @@ class Engine:
     @property
     def device_kv_bytes(self) -> int:
         """Bytes of device memory held for KV."""
-        windows = sum(
+        return self._arena_bytes + self.window_bytes
+
+    @property
+    def window_bytes(self) -> int:
+        """Bytes of them that sliding windows take."""
+        return sum(
             ledger.tail.piece.memory.numel()
             for ledger in self._ledgers
             if ledger.window_tokens is not None and ledger.tail is not None
         )
-        return self._arena_bytes + windows
 
     @property
     def host_kv_bytes(self) -> int:
@@ -299,16 +303,6 @@ class Engine:
             self._settle()
             self._host.check()
         ledger.crop(kept)
-
-    def record(self, layer_idx: int) -> None:
-        """Have a layer's window keep what is needed to take back all tokens that come from now on.
-
-        That is, until they are cropped; other layers can do so in any case.
-        """
-        self._check_open()
-        ledger = self._ledgers[layer_idx]
-        if ledger.window_tokens is not None:
-            ledger.record()
 
     def select(self, layer_idx: int, rows: Sequence[int]) -> None:
         """Make row `i` of a layer what row `rows[i]` was, for as many rows as the plan has."""

@@ -1,7 +1,9 @@
 """Layers that see a window of recent tokens: all of them stay on the device, and nothing is copied.
 
 A window's tokens lie in one piece of memory, the new ones behind the old, so that one call attends
-them; what no query will see any more is dropped when the piece is full. Compute alone touches them.
+them. When the piece is full, what no query will see is dropped: all but the window and as many
+tokens before it as can be taken back (transformers' own windows keep these where they are told to
+record). Compute alone touches them.
 """
 
 from collections.abc import Sequence
@@ -13,6 +15,7 @@ from headinfer.errors import CacheStateError
 from headinfer.kv.extent import Extent, Piece, Tile
 from headinfer.kv.ledger import Ledger, copy_rows
 from headinfer.kv.pair import KV, Geometry
+from headinfer.plan.memory import SPARE_TOKENS, window_capacity
 
 
 class WindowKeeper:
@@ -40,17 +43,18 @@ class WindowKeeper:
         """
         tail = ledger.tail or self._begin(ledger)
         low = max(tail.end - ledger.past_tokens, tail.start)
+        self._state(tail.piece, writes=False)
         if new.tokens <= self._page_tokens:
             if tail.limit - tail.end < new.tokens:
-                tail = self._move(ledger, tail)
+                self._restart(ledger, tail, tail.tile(tail.start, tail.end))
             self._append(ledger, tail, new)
-            self._state(tail.piece, writes=False)
             return tail.tile(low, tail.end)
-        self._state(tail.piece, writes=False)
-        past = tail.tile(low, tail.end).kv
+        first = low if new.tokens >= SPARE_TOKENS else tail.start
+        past = tail.tile(first, tail.end).kv
         both = KV(*(torch.cat(parts, dim=2) for parts in zip(past, new, strict=True)))
-        self._put_newest(ledger, tail, low, both)
-        return Tile(low, both.tokens, Piece(both.keys), both)
+        all_tokens = Tile(first, both.tokens, Piece(both.keys), both)
+        self._restart(ledger, tail, all_tokens)
+        return all_tokens.newest(tail.end - low)
 
     def crop(self, ledger: Ledger, tokens: int) -> None:
         """Keep the first `tokens` tokens.
@@ -61,8 +65,8 @@ class WindowKeeper:
         if tokens < ledger.tokens and not ledger.can_crop(tokens):
             raise CacheStateError(
                 f"{ledger.tokens - tokens} tokens cannot be taken back: a layer with a window of "
-                f"{ledger.window_tokens} tokens has dropped those before them; call "
-                "activate_past_recording() on the cache before the tokens come"
+                f"{ledger.window_tokens} tokens has dropped those before them; take back "
+                f"{SPARE_TOKENS} at most, or use a new cache"
             )
         ledger.crop(tokens)
 
@@ -89,33 +93,19 @@ class WindowKeeper:
     def _piece(self, geometry: Geometry, tokens: int) -> Piece:
         return Piece(self._device.device_empty(geometry.num_bytes(tokens)))
 
-    def _capacity(self, ledger: Ledger, tokens: int) -> int:
-        """Return the tokens that a piece has memory for which is to hold `tokens` now."""
-        return max(tokens, ledger.past_tokens) + self._page_tokens
-
     def _begin(self, ledger: Ledger) -> Extent:
-        capacity = self._capacity(ledger, 0)
+        assert ledger.window_tokens is not None
+        capacity = window_capacity(ledger.window_tokens, self._page_tokens)
         return ledger.begin_tail(self._piece(ledger.geometry, capacity), capacity)
 
-    def _move(self, ledger: Ledger, tail: Extent) -> Extent:
-        """Bring what must be kept to the front of the piece, or of one that fits it better."""
-        low = max(ledger.first_needed(tail.end), tail.start)
-        kept = tail.tile(low, tail.end).kv
-        # It may overlap its new place.
-        return self._put_newest(ledger, tail, low, KV(kept.keys.clone(), kept.values.clone()))
-
-    def _put_newest(self, ledger: Ledger, tail: Extent, start: int, newest: KV) -> Extent:
-        """Have the layer hold those of the newest tokens, the first at `start`, that it needs."""
-        end = start + newest.tokens
-        low = max(ledger.first_needed(end), start)
-        capacity = self._capacity(ledger, end - low)
-        piece = tail.piece
-        if capacity != tail.capacity:
-            piece = self._piece(ledger.geometry, capacity)
-        extent = Extent(piece, ledger.geometry, capacity, low)
-        ledger.replace_tail(extent, 0)
-        self._append(ledger, extent, newest.cut(slice(low - start, newest.tokens)))
-        return extent
+    def _restart(self, ledger: Ledger, tail: Extent, tile: Tile) -> None:
+        """Have the tail begin with the newest of some tokens: those that are needed."""
+        newest = tile.newest(ledger.past_tokens + SPARE_TOKENS)
+        kept = newest.kv
+        if tile.piece is tail.piece:  # its new place may overlap the old one
+            kept = KV(kept.keys.clone(), kept.values.clone())
+        ledger.restart_tail(newest.start)
+        self._append(ledger, tail, kept)
 
     def _append(self, ledger: Ledger, tail: Extent, new: KV) -> None:
         self._state(tail.piece, writes=True)

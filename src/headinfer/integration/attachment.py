@@ -164,7 +164,6 @@ class Attachment:
 
     def _after_chunk(self, done_tokens: int, all_tokens: int) -> None:
         assert self._cache is not None
-        self._cache.shrink_windows()
         self._chunks.append((self._owner.mark_compute(), done_tokens))
         # The next chunk is begun while the device computes this one, so that it never waits.
         self._report_chunks(self._chunks, all_tokens, begun=1)

@@ -56,7 +56,6 @@ class OffloadedState:
 
     def __init__(self, host: CacheHost, max_tokens: int | None) -> None:
         self.host = host
-        self._recording: set[int] = set()
         self.engine: Engine | None = None
         self.closed = False
         self._max_tokens = max_tokens
@@ -99,8 +98,6 @@ class OffloadedState:
             self._check_host(plan.kv_host_bytes(wanted), wanted)
             self.engine = self.host.make_engine(plan)
             self.engine.expect(wanted)
-            for layer_idx in self._recording:
-                self.engine.record(layer_idx)
             return
         if (more := self.engine.expect(wanted)) > 0:
             self._check_host(more, wanted)
@@ -116,12 +113,6 @@ class OffloadedState:
                 f"{format_bytes(needed_bytes)} more of host memory, and {format_bytes(left)} can "
                 "be had; shorten the prompt or free host memory"
             )
-
-    def record(self, layer_idx: int) -> None:
-        """Let a layer's window record its past from now on; see `Engine.record`."""
-        self._recording.add(layer_idx)
-        if self.engine is not None:
-            self.engine.record(layer_idx)
 
     def update(
         self,
@@ -170,7 +161,6 @@ class OffloadedLayer(CacheLayerMixin):
         super().__init__()
         self.is_initialized = True
         self.is_sliding = window_tokens is not None
-        self.record_past = False
         self._state = state
         self._layer_idx = layer_idx
         self._window_tokens = window_tokens
@@ -198,12 +188,6 @@ class OffloadedLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         """Return the tokens of the window, or -1: there is no limit."""
         return -1 if self._window_tokens is None else self._window_tokens
-
-    def activate_past_recording(self) -> None:
-        """Let a window keep what `crop` needs to take back the tokens that come from now on."""
-        if self._window_tokens is not None:
-            self.record_past = True
-            self._state.record(self._layer_idx)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest `-tokens_to_remove` tokens.
@@ -293,12 +277,6 @@ class OffloadedCache(DynamicCache):
                 layer.reset()
             else:
                 self.layers[position] = fresh[position]
-
-    def shrink_windows(self) -> None:
-        """Let windows that record their past, for speculative decoding, drop it."""
-        for layer in self.layers:
-            if isinstance(layer, OffloadedLayer) and layer.record_past:
-                layer.crop(0)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row."""

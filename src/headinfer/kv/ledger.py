@@ -55,7 +55,6 @@ class Ledger:
         self.version = 0
         self._place = place
         self._host: list[Extent] = []
-        self._recorded_from: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -75,16 +74,6 @@ class Ledger:
         """Past tokens that a query sees through the window."""
         assert self.window_tokens is not None
         return self.window_tokens - 1
-
-    def record(self) -> None:
-        """Keep what is needed to take back all tokens that come from now on, through a window."""
-        self._recorded_from = self.tokens
-
-    def first_needed(self, tokens: int) -> int:
-        """Return the first token that must be kept of `tokens` tokens; it may be below 0."""
-        if self._recorded_from is not None:
-            tokens = min(tokens, self._recorded_from)
-        return tokens - self.past_tokens
 
     def can_crop(self, tokens: int) -> bool:
         """Whether the tokens seen through the window are there once only `tokens` are left."""
@@ -183,6 +172,11 @@ class Ledger:
         extent.tokens = tokens
         self.tail = extent
 
+    def restart_tail(self, start: int) -> None:
+        """Empty the tail, and have it begin with token `start`; the tokens before are forgotten."""
+        assert self.tail is not None
+        self.tail.start, self.tail.tokens = start, 0
+
     def end_tail(self) -> None:
         """Let go of the tail's page: the host holds its tokens now."""
         assert self.tail is None or self.tail.end == self.host_tokens
@@ -214,8 +208,6 @@ class Ledger:
             for extent in self._host:
                 extent.tokens = max(min(extent.tokens, tokens - extent.start), 0)
             self.version += 1
-        if self._recorded_from is not None:
-            self._recorded_from = tokens
 
     def select_host(self, rows: Sequence[int]) -> None:
         """Make row `i` of what the host holds what row `rows[i]` was; rows may repeat or be left.
@@ -262,8 +254,6 @@ class Ledger:
         self.tail = None
         if self.resident is not None:
             self.resident.tokens = 0
-        if self._recorded_from is not None:
-            self._recorded_from = 0
         self.version += 1
 
 

@@ -14,6 +14,10 @@ wait for the attention of a tile that was shorter than its copy."""
 PAGES = 2
 """Pages of new tokens: one is written while the other goes back to the host."""
 
+SPARE_TOKENS = 256
+"""Tokens that a sliding window keeps beyond what its queries see, so that as many can be taken back
+when drafts are rejected."""
+
 ALIGNMENT_BYTES = 256
 """Every piece of the arena starts on such a boundary: what fused kernels and copy engines like."""
 
@@ -72,6 +76,33 @@ def chunk_page_bytes(shape: ModelShape, *, chunk_tokens: int, batch: int) -> int
     """Bytes of the pages a prefill chunk is written back from, shared by all layers."""
     elements = max((layer.elements_per_token for layer in shape.full_layers), default=0)
     return PAGES * aligned(batch * chunk_tokens * elements * shape.kv_itemsize)
+
+
+def window_capacity(window_tokens: int, page_tokens: int) -> int:
+    """Return the past tokens that a window has memory for, a page of new ones included."""
+    return window_tokens - 1 + SPARE_TOKENS + page_tokens
+
+
+def window_bytes(shape: ModelShape, *, chunk_tokens: int, page_tokens: int, batch: int) -> int:
+    """Bytes of the sliding layers' windows while chunks pass through.
+
+    One layer at a time also holds its window and the chunk in one piece; of a short chunk, and
+    what is spare.
+    """
+    windows = [layer for layer in shape.layers if layer.window_tokens]
+    elements = sum(
+        window_capacity(layer.window_tokens, page_tokens) * layer.elements_per_token
+        for layer in windows
+    )
+    elements += max(
+        (
+            (layer.window_tokens - 1 + max(chunk_tokens, 2 * SPARE_TOKENS))
+            * layer.elements_per_token
+            for layer in windows
+        ),
+        default=0,
+    )
+    return batch * elements * shape.kv_itemsize
 
 
 def resident_bytes(shape: ModelShape, *, resident_tokens: int, batch: int) -> int:

@@ -344,8 +344,9 @@ def _plan(
         tail_bytes=copies * memory.tail_bytes(shape, page_tokens=page_tokens, batch=batch),
         chunk_page_bytes=copies
         * memory.chunk_page_bytes(shape, chunk_tokens=chunk_tokens, batch=batch),
-        # A window has room for a page of tokens behind those that it holds.
-        window_bytes=shape.window_bytes(chunk_tokens + page_tokens, batch),
+        window_bytes=memory.window_bytes(
+            shape, chunk_tokens=chunk_tokens, page_tokens=page_tokens, batch=batch
+        ),
         activation_bytes=memory.activation_bytes(
             shape,
             chunk_tokens=chunk_tokens,
