@@ -104,9 +104,8 @@ class Engine:
             The bytes of host memory that this adds to what is held.
         """
         self._expected_tokens = max(self._expected_tokens, tokens)
-        return sum(
-            ledger.geometry.num_bytes(ledger.missing_tokens(tokens)) for ledger in self._full
-        )
+        missing = [(ledger, ledger.missing_tokens(tokens)) for ledger in self._full]
+        return sum([ledger.geometry.num_bytes(more) for ledger, more in missing if more])
 
     def attend(
         self,

@@ -143,7 +143,7 @@ class PagedKeeper:
             if extent is not None and extent.tokens:
                 self._wait_ready(extent.piece)
                 self._device.compute.reads(extent.piece.memory, "attention to tokens kept here")
-                near.append(extent.tile(extent.start, extent.end))
+                near.append(Tile(extent.start, extent.tokens, extent.piece, extent.whole))
         return near
 
     def extend(self, ledger: Ledger) -> Tile | None:

@@ -1,5 +1,6 @@
 """Stretches of tokens in memory, and the tiles that are cut from them."""
 
+import copy
 from typing import NamedTuple
 
 import torch
@@ -69,7 +70,9 @@ class Tile(NamedTuple):
     @property
     def kv(self) -> KV:
         """Keys and values `[batch, heads, tokens, dim]`, as views of the memory."""
-        return self.whole.cut(slice(self.first, self.first + self.tokens), self.heads)
+        tokens = slice(self.first, self.first + self.tokens)
+        keys, values = self.whole
+        return KV(keys[:, self.heads, tokens], values[:, self.heads, tokens])
 
 
 class Extent:
@@ -99,6 +102,12 @@ class Extent:
         self.start = start
         self.tokens = 0
         self.whole = piece.views(geometry, capacity, None)
+
+    def share(self) -> "Extent":
+        """Return another extent of the same tokens in the same memory, for another ledger."""
+        other = copy.copy(self)
+        self.piece.holders += 1
+        return other
 
     @property
     def end(self) -> int:

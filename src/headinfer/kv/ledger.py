@@ -59,9 +59,9 @@ class Ledger:
     @property
     def tokens(self) -> int:
         """Tokens in all."""
-        if self.tail is not None:
-            return self.tail.end
-        resident = self.resident
+        tail, resident = self.tail, self.resident
+        if tail is not None:
+            return tail.start + tail.tokens
         return self.host_tokens if resident is None else max(self.host_tokens, resident.tokens)
 
     @property
@@ -92,11 +92,6 @@ class Ledger:
         """Bytes of host memory held, each piece counted by its share among those who hold it."""
         return sum(part.piece.memory.numel() // part.piece.holders for part in self._host)
 
-    @property
-    def host_capacity(self) -> int:
-        """Tokens there is host memory for."""
-        return self._host[-1].limit if self._host else 0
-
     def host_tiles(
         self, start: int, end: int, *, max_tokens: int | None = None, heads: slice = ALL_HEADS
     ) -> Iterator[Tile]:
@@ -109,10 +104,12 @@ class Ledger:
             heads: which KV heads.
         """
         for extent in self._host:
-            low, high = max(start, extent.start), min(end, extent.limit)
+            piece, whole, origin = extent.piece, extent.whole, extent.start
+            low, high = max(start, origin), min(end, origin + extent.capacity)
             step = max_tokens or max(high - low, 1)
             for first in range(low, high, step):
-                yield extent.tile(first, min(first + step, high), heads)
+                tokens = min(step, high - first)
+                yield Tile(first, tokens, piece, whole, first - origin, heads)
 
     def missing_tokens(self, tokens: int) -> int:
         """Return the tokens `reserve` would add: exactly what is missing the first time.
@@ -120,10 +117,11 @@ class Ledger:
         A layer that outgrows its host memory grows by an eighth at least, so that a token at a
         time does not make an extent, and so a tile, of each.
         """
-        missing = tokens - self.host_capacity
-        if missing <= 0 or not self._host:
-            return max(missing, 0)
-        return max(missing, self.host_capacity // _GROWTH_DIVISOR, _MIN_GROWTH_TOKENS)
+        capacity = self._host[-1].limit if self._host else 0
+        missing = max(tokens - capacity, 0)
+        if not missing or not capacity:
+            return missing
+        return max(missing, capacity // _GROWTH_DIVISOR, _MIN_GROWTH_TOKENS)
 
     def reserve(self, tokens: int) -> None:
         """Have host memory for `tokens` tokens in all, in one extent more if needed.
@@ -133,12 +131,14 @@ class Ledger:
         """
         missing = self.missing_tokens(tokens)
         if missing > 0:
-            self._host.append(self._place.take(self.geometry, missing, self.host_capacity))
+            start = self._host[-1].limit if self._host else 0
+            self._host.append(self._place.take(self.geometry, missing, start))
 
     def extend_host(self, tokens: int) -> list[Tile]:
         """Lengthen what the host holds; return where the tokens must be written, in order."""
         start, end = self.host_tokens, self.host_tokens + tokens
-        self._seal_shared(start)
+        if any(extent.piece.holders > 1 and extent.limit > start for extent in self._host):
+            self._seal(start)  # another ledger may read what lies behind, or write there
         self.reserve(end)
         self.host_tokens = end
         for extent in self._host:
@@ -146,10 +146,10 @@ class Ledger:
         self.version += 1
         return list(self.host_tiles(start, end))
 
-    def _seal_shared(self, tokens: int) -> None:
-        """Give back the host memory behind `tokens` where another ledger may read or write it."""
+    def _seal(self, tokens: int) -> None:
+        """Give up the host memory behind `tokens`."""
         for position, extent in enumerate(self._host):
-            if extent.piece.holders > 1 and extent.limit > tokens:
+            if extent.limit > tokens:
                 extent.capacity = max(tokens - extent.start, 0)
                 kept = position + (extent.capacity > 0)
                 for behind in self._host[kept:]:
@@ -237,12 +237,8 @@ class Ledger:
         """
         other = Ledger(self.geometry, self._place)
         other.host_tokens = self.host_tokens
-        for extent in self._host:
-            if extent.tokens:
-                extent.piece.holders += 1
-                shared = Extent(extent.piece, self.geometry, extent.capacity, extent.start)
-                shared.tokens = extent.tokens
-                other._host.append(shared)
+        self._seal(self.host_tokens)
+        other._host.extend([extent.share() for extent in self._host])
         return other
 
     def clear(self) -> None:
