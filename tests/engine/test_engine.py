@@ -211,6 +211,7 @@ def test_any_sequence_of_changes(
                 values,
                 kernel=kernel,
                 scale=0.3,
+                window_tokens=windows[layer_idx] or None,
                 padding=padding_seen(valid, tokens, windows[layer_idx]),
                 sinks=sinks,
                 host_kernel=None if device_name == "cpu" else kernel,

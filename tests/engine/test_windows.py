@@ -26,7 +26,9 @@ def engine_with_window(device: CpuDevice | SimulatedDevice) -> Engine:
 def attend(engine: Engine, tokens: int) -> torch.Tensor:
     new = torch.randn(1, 2, tokens, 8)
     query = new.unsqueeze(2).expand(1, 2, 2, tokens, 8)
-    return engine.attend(0, query, new, new, kernel=ReferenceKernel(), scale=1.0)
+    return engine.attend(
+        0, query, new, new, kernel=ReferenceKernel(), scale=1.0, window_tokens=WINDOW
+    )
 
 
 @pytest.mark.parametrize("device", [CpuDevice(), SimulatedDevice()], ids=["cpu", "simulated"])

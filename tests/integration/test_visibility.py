@@ -83,7 +83,7 @@ def test_a_window_over_an_offloaded_layer_is_refused(name: str) -> None:
     model.config.layer_types = ["full_attention"] * 3
     with (
         headinfer.attach(model) as offload,
-        pytest.raises(UnsupportedModelError, match="has a sliding window, but a cache layer wit"),
+        pytest.raises(UnsupportedModelError, match="shows 24 tokens, but its cache layer is"),
     ):
         call(model, offload.new_cache(), 50)
 

@@ -105,18 +105,18 @@ class Chunk:
     def _padding_of(self, start: int, end: int) -> torch.Tensor | None:
         return padding_of(self.padding, start - self.padding_start, end - self.padding_start)
 
-    def attend_window(self, tile: Tile, window_tokens: int) -> None:
+    def attend_window(self, tile: Tile, window_tokens: int | None) -> None:
         """Attend all heads to tokens that end with the chunk's own, and write the result.
 
         Args:
             tile: past and new tokens, in one piece.
-            window_tokens: tokens that each query sees, its own included.
+            window_tokens: tokens that each query sees, its own included; None for all.
         """
         with attention_mark():
             total = self.kernel.begin(self.query, scale=self.scale)
             end = tile.start + tile.tokens
             if self.tokens == 1:
-                self._attend_past(total, tile.newest(window_tokens))
+                self._attend_past(total, tile.newest(window_tokens or tile.tokens))
             else:
                 total.add(
                     attend_band(

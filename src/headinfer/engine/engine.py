@@ -116,6 +116,7 @@ class Engine:
         *,
         kernel: Kernel,
         scale: float,
+        window_tokens: int | None = None,
         padding: Padding | None = None,
         sinks: torch.Tensor | None = None,
         host_kernel: Kernel | None = None,
@@ -129,6 +130,8 @@ class Engine:
             values: their values `[batch, kv_heads, q_len, value_dim]`.
             kernel: what computes partials.
             scale: factor of the scores.
+            window_tokens: tokens that each query sees, its own included, of those that the layer
+                keeps; None for all of them.
             padding: of all tokens, past and new, or of as many of the newest as a window sees and
                 the new ones; None when there is none.
             sinks: scores `[kv_heads, group]` of attention sinks, or None.
@@ -158,8 +161,9 @@ class Engine:
             sinks=sinks,
         )
         if ledger.window_tokens is not None:
-            self._attend_window(ledger, ledger.window_tokens, call)
+            self._attend_window(ledger, window_tokens, call)
             return out
+        assert window_tokens is None, "all tokens of the layer are attended"
         ledger.reserve(self._expected_tokens)
         if q_len == 1 and padding is None and sinks is None and self._decode(ledger, call):
             return out
@@ -170,7 +174,7 @@ class Engine:
         self._host.check()
         return out
 
-    def _attend_window(self, ledger: Ledger, window_tokens: int, chunk: Chunk) -> None:
+    def _attend_window(self, ledger: Ledger, window_tokens: int | None, chunk: Chunk) -> None:
         """Keep new tokens of a layer with a window, and attend them to what they see."""
         tile = self._windows.take(ledger, chunk.new)
         if chunk.padding is not None:  # it ends with the new tokens, too

@@ -148,7 +148,7 @@ class AttentionFunctions:
         sinks = None if s_aux is None else s_aux.unflatten(0, (kv_heads, -1))
         cached_window = None if pending is None else pending.window_tokens
         window_tokens, padding = None, None
-        if not (attention_mask is sliding_window is cached_window is None):
+        if attention_mask is not None or not sliding_window is cached_window is None:
             in_hand = key if pending is None else None
             _check_visible(module, attention_mask, sliding_window, q_len, in_hand, cached_window)
             if attention_mask is not None:
@@ -179,6 +179,7 @@ class AttentionFunctions:
                 value,
                 kernel=kernel,
                 scale=scale,
+                window_tokens=window_tokens,
                 padding=padding,
                 sinks=sinks,
                 host_kernel=_host_kernel(pending.engine.plan, query, value_dim, softcap),
@@ -263,8 +264,9 @@ def _check_visible(
         )
     if visible is not None and visible.fault is not None:
         raise UnsupportedModelError(f"the mask of {name} {visible.fault}: not served")
-    if in_hand is None and window != cached_window:
-        seen, kept = (f"{each} tokens" if each else "all tokens" for each in (window, cached_window))
+    # A window that its mask does not have keeps all tokens at first; the mask tells when no more.
+    if in_hand is None and window is not None and window != cached_window:
+        seen, kept = (f"{each or 'all'} tokens" for each in (window, cached_window))
         raise UnsupportedModelError(
             f"the mask of {name} shows {seen}, but its cache layer is for {kept}: not served"
         )
