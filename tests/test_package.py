@@ -33,6 +33,8 @@ ORDER = [
     "plan",
     "units",
     "folders",
+    "checked_files",
+    "scratch",
     "errors",
 ]
 

@@ -114,3 +114,25 @@ except SystemExit:
 assert not {"torch", "transformers", "numpy"} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", program], env=command[1], check=True)
+
+
+@pytest.mark.parametrize("home", [None, "", "relative"])
+def test_no_home_folder_is_needed(cli, monkeypatch, home) -> None:
+    def unknown(uid: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME", raising=False)
+    if home is not None:
+        monkeypatch.setenv("HOME", home)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    for model in ("llama-3-8b", "demo"):
+        done = cli("plan", "--model", model, "--context", "4K")
+        assert (done.code, done.err) == (0, "")
+        assert "not measured yet" in done.out
+    done = cli("plan", "--model", "llama-3-8b", "--hardware", "this")
+    assert done.code == 2
+    assert "headinfer probe" in done.err
+    done = cli("probe", "--device", "cpu")
+    assert done.code == 2
+    assert "this user has no home folder" in done.err

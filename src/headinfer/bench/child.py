@@ -20,6 +20,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from headinfer.scratch import remove_leftovers, scratch_folder
+
 Values = dict[str, Any]
 """What goes between processes: names and values of JSON."""
 
@@ -57,8 +59,10 @@ def ask(module: str, question: Values, *, time_limit_s: float | None = None) -> 
     """
     context = _context()
     receiver, sender = context.Pipe(duplex=False)
-    with tempfile.TemporaryDirectory() as folder, receiver:
-        said = Path(folder) / "said"
+    temporary = Path(tempfile.gettempdir())
+    remove_leftovers(temporary, unlocked=False)
+    with scratch_folder(temporary) as folder, receiver:
+        said = folder / "said"
         arguments = (module, json.dumps(question), sender, str(said), dict(os.environ))
         process = context.Process(target=_run, args=arguments, daemon=True)
         try:
