@@ -7,7 +7,9 @@ go to the store. A single token where all before it are resident takes one call 
 """
 
 import dataclasses
-from collections.abc import Sequence
+import math
+import sys
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -16,7 +18,9 @@ from headinfer.attend.partial import Kernel, Partial
 from headinfer.device.base import Device, Edge
 from headinfer.engine.build import build
 from headinfer.engine.chunk import Chunk, attention_mark
+from headinfer.engine.ending import settle_at_exit, uninterrupted
 from headinfer.engine.host_attention import MAX_QUERY_TOKENS, Balance, HostAttention
+from headinfer.engine.readout import Part, copy_into, part_shape, read
 from headinfer.engine.stats import Stats
 from headinfer.engine.tiles import StoredLayer, head_groups
 from headinfer.errors import CacheStateError
@@ -57,6 +61,7 @@ class Engine:
         ]
         self._arena_bytes = 0
         self._build()
+        settle_at_exit(self)
 
     def _build(self) -> None:
         """Take what the plan gives the engine."""
@@ -261,6 +266,39 @@ class Engine:
             raise CacheStateError("this cache was closed; make another with offload.new_cache()")
         self._host.check()
 
+    def read_bytes(self, layer_idx: int, part: Part) -> int:
+        """Return the bytes that `read` takes."""
+        layer = self._layers[layer_idx]
+        shape = part_shape(layer, self.tokens(layer_idx), part)
+        return math.prod(shape) * layer.store.geometry.dtype.itemsize
+
+    def read(self, layer_idx: int, part: Part) -> torch.Tensor:
+        """Return a copy of a layer's keys or values, `[batch, kv_heads, tokens, dim]`.
+
+        Returns:
+            New memory on the device, which the caller owns. What was fetched ahead is forgotten.
+        """
+        self._come_to_rest()
+        tail = self._writer.tail(layer_idx)
+        return read(self._device, self._layers[layer_idx], tail, part)
+
+    def copy_from(self, other: "Engine") -> None:
+        """Hold what another engine of the same device and rows holds; this one must be empty.
+
+        Raises:
+            MemoryPlanError: the host memory cannot be had; close this engine then.
+        """
+        other._come_to_rest()
+        for layer_idx, (layer, source) in enumerate(zip(self._layers, other._layers, strict=True)):
+            layer.store.reserve(self._expected_tokens)
+            copy_into(self._device, layer.store, source, other._writer.tail(layer_idx))
+        self._fill_residents()
+
+    def _come_to_rest(self) -> None:
+        self._check_open()
+        self._settle()
+        self._host.check()
+
     def crop(self, layer_idx: int, tokens: int) -> None:
         """Remove a layer's newest `tokens` tokens, or all it has."""
         self._check_open()
@@ -279,8 +317,7 @@ class Engine:
         assert len(rows) == self.plan.batch
         if list(rows) == list(range(self.plan.batch)):
             return
-        self._settle()
-        self._host.check()
+        self._come_to_rest()
         self._writer.select(layer_idx, rows)
         layer = self._layers[layer_idx]
         layer.store.select(rows)
@@ -324,6 +361,10 @@ class Engine:
         except BaseException:
             self._abandon()
             raise
+        self._fill_residents()
+
+    def _fill_residents(self) -> None:
+        """Fetch what the plan keeps on the device; every token must be in the stores, at rest."""
         for layer in self._layers:
             if layer.resident is not None:
                 layer.resident.fill(layer.store)
@@ -374,8 +415,13 @@ class Engine:
             layer.resident = None
             layer.store.clear()
 
-    def __del__(self) -> None:
+    def __del__(self, _is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
         """Wait for the work in flight before the memory it touches goes away."""
+        if not _is_finalizing():  # else `settle_at_exit` did
+            uninterrupted(self.settle)
+
+    def settle(self) -> None:
+        """Wait until no work touches the memory; may be called again, and when closed."""
         if hasattr(self, "_source"):
             self._settle()
             self._host.free()
