@@ -197,6 +197,11 @@ class Offload:
         held = sum(engine.host_kv_bytes for engine in self._engines)
         return min(self._host_memory_bytes - held, available_host_bytes())
 
+    def tensor_bytes_left(self) -> int:
+        """Return the bytes that tensors where the model is may still take."""
+        free = self._device.free_bytes()
+        return available_host_bytes() if free is None else int(free * _USED_SHARE)
+
     def owns(self, cache: OffloadedCache) -> bool:
         """Whether a cache was made here."""
         host: object = cache.state.host

@@ -52,6 +52,9 @@ class Writer(Protocol):
     def tail_tokens(self, layer_idx: int) -> int:
         """Past tokens of a layer that are not in its store."""
 
+    def tail(self, layer_idx: int) -> Span | None:
+        """Return these tokens, for compute to read; None when there are none."""
+
     def crop(self, layer_idx: int, tokens: int) -> int:
         """Remove the newest `tokens` tokens that are not in the store; return how many were."""
 
@@ -96,6 +99,10 @@ class DirectWriter:
     def tail_tokens(self, layer_idx: int) -> int:
         """Return 0: all past tokens are in the store."""
         return 0
+
+    def tail(self, layer_idx: int) -> Span | None:
+        """Return None: all past tokens are in the store."""
+        return None
 
     def crop(self, layer_idx: int, tokens: int) -> int:
         """Return 0: all past tokens are in the store."""
@@ -277,6 +284,16 @@ class PagedWriter:
     def tail_tokens(self, layer_idx: int) -> int:
         """Return the tokens that are only on the device."""
         return self._unsent[layer_idx] or self._tails[layer_idx][0].tokens
+
+    def tail(self, layer_idx: int) -> Span | None:
+        """Return the newest resident tokens, or what is in the layer's page."""
+        layer, page = self._layers[layer_idx], self._tails[layer_idx][0]
+        start, unsent = layer.store.tokens, self._unsent[layer_idx]
+        if unsent and layer.resident is not None:
+            return Span(start, *layer.resident.newest(unsent))
+        if not page.tokens:
+            return None
+        return page.contents(self._device, layer.store.geometry, self._page_tokens, start)
 
     def crop(self, layer_idx: int, tokens: int) -> int:
         """Shorten the tail."""

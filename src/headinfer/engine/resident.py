@@ -119,13 +119,14 @@ class Resident:
         The store must be at rest.
         """
         assert not self.tokens, "what is kept must not be fetched again"
-        copy_in = self._device.copy_in
+        copy_in, tokens = self._device.copy_in, 0
         for span in store.spans(0, min(store.tokens, self._capacity)):
             part = slice(span.start, span.start + span.tokens)
             copy_in.copy(self._keys[:, :, part], span.keys)
             copy_in.copy(self._values[:, :, part], span.values)
-            self.tokens = part.stop
+            tokens = part.stop
         self._filled = copy_in.record()
+        self.tokens = tokens  # not before there is something to wait for, should Ctrl-C come
 
     def _wait_filled(self) -> None:
         if self._filled is not None:

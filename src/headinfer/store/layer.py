@@ -234,6 +234,27 @@ class LayerStore:
             if (low := max(start, segment.start)) < (high := min(end, segment.end))
         ]
 
+    def copy_from(self, other: "LayerStore") -> None:
+        """Hold what another store of the same geometry holds; this one must be empty.
+
+        Both must be at rest: the host copies.
+
+        Raises:
+            MemoryPlanError: the host memory cannot be had.
+        """
+        assert not self.tokens
+        assert self.geometry == other.geometry
+        self.extend(other.tokens)
+        for store, write in ((other, False), (self, True)):
+            for segment in store._segments:
+                self._device.host_access(segment.buffer, write=write, purpose="copy of a store")
+        for source in other.spans(0, other.tokens):
+            for span in self.spans(source.start, source.start + source.tokens):
+                first = span.start - source.start
+                part = slice(first, first + span.tokens)
+                span.keys.copy_(source.keys[:, :, part])
+                span.values.copy_(source.values[:, :, part])
+
     def crop(self, tokens: int) -> None:
         """Keep the first `tokens` tokens; their memory stays reserved."""
         assert 0 <= tokens <= self.tokens
