@@ -24,7 +24,7 @@ from headinfer.integration import chunking
 from headinfer.integration.attention import AttentionFunctions
 from headinfer.integration.cache import OffloadedCache
 from headinfer.integration.calls import cache_name, named_arguments, new_shape
-from headinfer.integration.positions import (
+from headinfer.integration.rotary import (
     WholeCallPositions,
     last_position,
     rotary_modules_by_length,
