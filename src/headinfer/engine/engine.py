@@ -37,11 +37,13 @@ class Engine:
 
     Attributes:
         plan: as given.
+        dtype: as given.
         closed: whether the memory was given back.
     """
 
     def __init__(self, device: Device, plan: Plan, dtype: torch.dtype, stats: Stats) -> None:
         self.plan = plan
+        self.dtype = dtype
         self.closed = False
         self._device = device
         self._stats = stats

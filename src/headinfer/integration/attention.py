@@ -6,6 +6,7 @@ hands the new tokens back and remembers them as *pending*; the function takes wh
 so knows which layer of which cache it serves. Each attachment registers functions of its own.
 """
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,7 +20,9 @@ from headinfer.attend.partial import Accumulator, Kernel
 from headinfer.attend.select import select_kernel
 from headinfer.engine.engine import Engine
 from headinfer.errors import HeadInferError, UnsupportedModelError
+from headinfer.integration.autocast import in_attended_dtype, without_autocast
 from headinfer.integration.support import HARMLESS_KEYWORDS
+from headinfer.integration.turns import Turns
 from headinfer.plan.plan import Plan
 
 
@@ -33,22 +36,33 @@ class Pending:
     values: torch.Tensor
 
 
+class _OfThread(threading.local):
+    """What is pending in one thread: set by the cache's `update`, taken by the next attention."""
+
+    pending: Pending | None = None
+
+
 class AttentionFunctions:
     """The attention and the mask function of one attachment.
 
-    Attributes:
+    Args:
         name: what they are registered under.
-        pending: set by the cache's `update`, taken by the next attention call.
+        turns: of the attachment.
+
+    Attributes:
+        name: as given.
+        turns: as given.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, turns: Turns) -> None:
         self.name = name
-        self.pending: Pending | None = None
+        self.turns = turns
+        self._mine = _OfThread()
 
     def register(self) -> None:
-        """Enter both functions."""
-        AttentionInterface.register(self.name, self.attend)
-        AttentionMaskInterface.register(self.name, self.mask)
+        """Enter both functions, out of reach of torch.compile: nothing in them can be traced."""
+        AttentionInterface.register(self.name, torch.compiler.disable(self.attend))
+        AttentionMaskInterface.register(self.name, torch.compiler.disable(self.mask))
 
     def unregister(self) -> None:
         """Remove both functions; the registries have no call for that."""
@@ -62,15 +76,19 @@ class AttentionFunctions:
             UnsupportedModelError: the ones before were never attended.
         """
         self.check_none_pending()
-        self.pending = pending
+        self._mine.pending = pending
+
+    def forget_pending(self) -> None:
+        """Forget new tokens that a call left behind."""
+        self._mine.pending = None
 
     def check_none_pending(self) -> None:
         """Refuse to go on when new tokens were cached and no attention call took them."""
-        if self.pending is not None:
-            layer_idx, self.pending = self.pending.layer_idx, None
+        if (pending := self._mine.pending) is not None:
+            self._mine.pending = None
             raise UnsupportedModelError(
-                f"offloaded layer {layer_idx} cached its keys without an attention call through "
-                "the registry; this model cannot be served"
+                f"offloaded layer {pending.layer_idx} cached its keys without an attention call "
+                "through the registry; this model cannot be served"
             )
 
     def mask(
@@ -143,40 +161,55 @@ class AttentionFunctions:
         Returns:
             `[batch, q_len, query_heads, value_dim]`, contiguous, and None for the weights.
         """
-        pending, self.pending = self.pending, None
+        pending, self._mine.pending = self._mine.pending, None
         _check_call(module, query, attention_mask, dropout, is_causal, kwargs)
+        if pending is not None:
+            _check_pending(module, pending, key, value, sliding_window)
+        query, key, value = in_attended_dtype(type(module).__name__, query, key, value)
         batch, query_heads, q_len, key_dim = query.shape
         kv_heads, value_dim = value.shape[1], value.shape[3]
-        kernel = select_kernel(query.device, query.dtype, key_dim, value_dim, softcap)
         scale = key_dim**-0.5 if scaling is None else float(scaling)
         grouped = query.unflatten(1, (kv_heads, query_heads // kv_heads))
         sinks = None if s_aux is None else s_aux.unflatten(0, (kv_heads, -1))
-        if pending is None:
-            out = _attend_in_hand(
-                kernel, grouped, key, value, scale, sliding_window, attention_mask, sinks
-            )
-        else:
-            if key is not pending.keys or value is not pending.values:
-                raise UnsupportedModelError(
-                    f"{type(module).__name__} changes its keys between cache and attention, or "
-                    "shares them between layers: not served"
+        with without_autocast(query.device.type):
+            kernel = select_kernel(query.device, query.dtype, key_dim, value_dim, softcap)
+            if pending is None:
+                out = _attend_in_hand(
+                    kernel, grouped, key, value, scale, sliding_window, attention_mask, sinks
                 )
-            if sliding_window is not None:
-                raise UnsupportedModelError(
-                    f"{type(module).__name__} has a sliding window, but a cache layer without one"
+            else:
+                out = self.turns.run(
+                    pending.engine.attend,
+                    pending.layer_idx,
+                    grouped,
+                    key,
+                    value,
+                    kernel=kernel,
+                    scale=scale,
+                    padding=attention_mask,
+                    sinks=sinks,
+                    host_kernel=_host_kernel(pending.engine.plan, query, value_dim, softcap),
                 )
-            out = pending.engine.attend(
-                pending.layer_idx,
-                grouped,
-                key,
-                value,
-                kernel=kernel,
-                scale=scale,
-                padding=attention_mask,
-                sinks=sinks,
-                host_kernel=_host_kernel(pending.engine.plan, query, value_dim, softcap),
-            )
         return out.reshape(batch, q_len, query_heads, value_dim), None
+
+
+def _check_pending(
+    module: torch.nn.Module,
+    pending: Pending,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    window_tokens: int | None,
+) -> None:
+    """Refuse to attend something else than what the cache was given."""
+    if keys is not pending.keys or values is not pending.values:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} changes its keys between cache and attention, or "
+            "shares them between layers: not served"
+        )
+    if window_tokens is not None:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} has a sliding window, but a cache layer without one"
+        )
 
 
 def _host_kernel(

@@ -11,6 +11,7 @@ from headinfer.engine.engine import Engine
 from headinfer.errors import CacheStateError, MemoryPlanError
 from headinfer.integration.attention import AttentionFunctions, Pending
 from headinfer.integration.support import layer_kind
+from headinfer.integration.turns import Turns, in_turn
 from headinfer.plan.plan import Plan
 from headinfer.plan.shape import LayerKind
 from headinfer.units import format_bytes, format_tokens
@@ -30,6 +31,16 @@ def _outgrows(plan: Plan, tokens: int) -> bool:
     return 0 < (plan.context_tokens or 0) <= plan.resident_tokens < tokens
 
 
+def _unlike(engine: Engine, batch: int, dtype: torch.dtype) -> str:
+    """Say what a call asks for that a cache with tokens in it is not for."""
+    if engine.plan.batch != batch:
+        return f"this cache holds {engine.plan.batch} rows and was given {batch}; use a new cache"
+    return (
+        f"this cache was begun in {engine.dtype} and cannot go on in {dtype}; call the model under "
+        "the same torch.autocast as before, or use a new cache"
+    )
+
+
 class CacheHost(Protocol):
     """What a cache needs of the attachment it belongs to."""
 
@@ -37,11 +48,21 @@ class CacheHost(Protocol):
     def functions(self) -> AttentionFunctions:
         """The attention functions that take what is pending."""
 
-    def plan_for(self, batch: int, context_tokens: int, *, replacing: Engine | None = None) -> Plan:
+    def plan_for(
+        self,
+        batch: int,
+        context_tokens: int,
+        *,
+        replacing: Engine | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Plan:
         """Return the plan for a cache, in place of the one its engine has, or refuse."""
 
-    def make_engine(self, plan: Plan) -> Engine:
+    def make_engine(self, plan: Plan, dtype: torch.dtype) -> Engine:
         """Return an engine with its arena allocated."""
+
+    def kv_dtype(self, computed: torch.dtype | None = None) -> torch.dtype:
+        """Return the dtype of KV here, autocast considered, for what the model computes."""
 
     def host_bytes_left(self) -> int:
         """Bytes of host memory a cache may still take."""
@@ -60,16 +81,24 @@ class OffloadedState:
         self.engine: Engine | None = None
         self.closed = False
         self._max_tokens = max_tokens
+        self._computed_dtype: torch.dtype | None = None  # where keys are not of the model's dtype
 
+    @in_turn
     def tokens(self, layer_idx: int) -> int:
         """Return the tokens an offloaded layer holds."""
         return self.engine.tokens(layer_idx) if self.engine else 0
+
+    @property
+    def turns(self) -> Turns:
+        """Taken by whatever changes the engine."""
+        return self.host.functions.turns
 
     @property
     def chunk_tokens(self) -> int | None:
         """Tokens of a prefill chunk; None while there is no engine."""
         return self.engine.plan.chunk_tokens if self.engine else None
 
+    @in_turn
     def prepare(self, batch: int, new_tokens: int) -> None:
         """Make the engine for the first tokens; make sure of host memory for these and the rest.
 
@@ -78,7 +107,7 @@ class OffloadedState:
             new_tokens: tokens to come in each row, in this call of the model.
 
         Raises:
-            CacheStateError: the cache was closed, or holds another number of rows.
+            CacheStateError: the cache was closed, or holds another number of rows or dtype.
             MemoryPlanError: the device or the host memory is too small.
         """
         if self.closed:
@@ -87,19 +116,20 @@ class OffloadedState:
             return
         held = self.tokens(0)
         wanted = max(held + new_tokens, self._max_tokens or 0)
-        if self.engine is not None and self.engine.plan.batch != batch:
+        dtype = self.host.kv_dtype(self._computed_dtype)
+        if self.engine is not None and (self.engine.plan.batch, self.engine.dtype) != (
+            batch,
+            dtype,
+        ):
             if held:
-                raise CacheStateError(
-                    f"this cache holds {self.engine.plan.batch} rows and was given {batch}; "
-                    "use a new cache"
-                )
+                raise CacheStateError(_unlike(self.engine, batch, dtype))
             self.engine.close()
             self.engine = None
         if self.engine is None:
             known = self._max_tokens is not None
-            plan = self.host.plan_for(batch, wanted if known else _with_growth(wanted))
+            plan = self.host.plan_for(batch, wanted if known else _with_growth(wanted), dtype=dtype)
             self._check_host(plan.kv_host_bytes(wanted), wanted)
-            self.engine = self.host.make_engine(plan)
+            self.engine = self.host.make_engine(plan, dtype)
             self.engine.expect(wanted)
             return
         if (more := self.engine.expect(wanted)) > 0:
@@ -117,6 +147,7 @@ class OffloadedState:
                 "be had; shorten the prompt or free host memory"
             )
 
+    @in_turn
     def update(
         self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -124,9 +155,13 @@ class OffloadedState:
         if self.engine is None:  # the model was not called through its own forward
             self.prepare(keys.shape[0], keys.shape[2])
         assert self.engine is not None
+        if keys.dtype != self.engine.dtype and not self.tokens(0):
+            self._computed_dtype = keys.dtype  # under autocast it may be just the same
+            self.prepare(keys.shape[0], keys.shape[2])
         self.host.functions.expect(Pending(self.engine, layer_idx, keys, values))
         return keys, values
 
+    @in_turn
     def select_rows(self, rows: Sequence[int]) -> None:
         """Make row `i` of every layer what row `rows[i]` was; the number of rows may change."""
         if self.engine is not None and self.tokens(0):
@@ -135,12 +170,19 @@ class OffloadedState:
             self._check_host(plan.kv_host_bytes(tokens) - self.engine.host_kv_bytes, tokens)
             self.engine.select_all(rows, plan)
 
+    @in_turn
     def close(self) -> None:
         """Free all memory; the cache cannot be used any more."""
         self.closed = True
         if self.engine is not None:
             self.engine.close()
             self.engine = None
+
+    def __del__(self) -> None:
+        """Let the engine die in a turn: its last work is done on streams that all caches share."""
+        if self.engine is not None:
+            engine, self.engine = [self.engine], None
+            self.turns.retire(engine)
 
 
 class OffloadedLayer(CacheLayerMixin):
@@ -156,6 +198,11 @@ class OffloadedLayer(CacheLayerMixin):
         self.is_initialized = True
         self._state = state
         self._layer_idx = layer_idx
+
+    @property
+    def turns(self) -> Turns:
+        """Taken by whatever changes the layer."""
+        return self._state.turns
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Do nothing: the engine is made when tokens come."""
@@ -178,6 +225,7 @@ class OffloadedLayer(CacheLayerMixin):
         """Return -1: there is no limit."""
         return -1
 
+    @in_turn
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest `-tokens_to_remove` tokens.
 
@@ -189,11 +237,13 @@ class OffloadedLayer(CacheLayerMixin):
         if self._state.engine is not None and tokens_to_remove:
             self._state.engine.crop(self._layer_idx, -tokens_to_remove)
 
+    @in_turn
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Rearrange the rows for beam search."""
         if self._state.engine is not None and self.get_seq_length():
             self._state.engine.select(self._layer_idx, beam_idx.tolist())
 
+    @in_turn
     def reset(self) -> None:
         """Forget all tokens; the first offloaded layer does it for all."""
         if self._layer_idx == 0 and self._state.engine is not None:
