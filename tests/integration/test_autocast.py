@@ -92,7 +92,7 @@ def test_a_cache_goes_on_only_under_the_autocast_it_was_begun_under(device: str)
         torch.testing.assert_close(ours, model(tokens).logits)
         with (
             torch.autocast(**BFLOAT16),
-            pytest.raises(CacheStateError, match="the same torch.auto"),
+            pytest.raises(CacheStateError, match="begun in"),
         ):
             model(tokens[:, :1], **cache_argument(model, cache))
     assert first.dtype is torch.bfloat16

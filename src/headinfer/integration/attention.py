@@ -6,6 +6,7 @@ hands the new tokens back and remembers them as *pending*; the function takes wh
 so knows which layer of which cache it serves. Each attachment registers functions of its own.
 """
 
+import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from headinfer.integration.autocast import in_attended_dtype, without_autocast
 from headinfer.integration.support import HARMLESS_KEYWORDS
 from headinfer.integration.turns import Turns
 from headinfer.plan.plan import Plan
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,7 @@ class AttentionFunctions:
         self.name = name
         self.turns = turns
         self._mine = _OfThread()
+        self._warned = False
 
     def register(self) -> None:
         """Enter both functions, out of reach of torch.compile: nothing in them can be traced."""
@@ -77,6 +81,15 @@ class AttentionFunctions:
         """
         self.check_none_pending()
         self._mine.pending = pending
+
+    def warn_of_bypass(self) -> None:
+        """Say once that tokens come in outside of a call that we serve."""
+        if not self._warned:
+            self._warned = True
+            _logger.warning(
+                "layers of the attached model are called, but not through its own forward: prompts "
+                "are not chunked there, and take as much memory for activations as they need"
+            )
 
     def forget_pending(self) -> None:
         """Forget new tokens that a call left behind."""
@@ -108,8 +121,14 @@ class AttentionFunctions:
         """Return the padding alone: causality and windows follow from positions.
 
         Raises:
-            UnsupportedModelError: the model's mask is more than causal, windowed and padded.
+            UnsupportedModelError: the model's mask is more than causal, windowed and padded, or
+                its cache is static.
         """
+        if kv_offset + kv_length > int(q_offset) + q_length:
+            raise UnsupportedModelError(
+                "this cache hands out memory beyond its tokens, which only a square mask can hide: "
+                "not served"
+            )
         plain = mask_function is causal_mask_function
         if local_size is not None and not use_vmap:
             plain = _is_sliding(mask_function, local_size)

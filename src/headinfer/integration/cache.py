@@ -207,10 +207,13 @@ class OffloadedLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Do nothing: the engine is made when tokens come."""
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's, and it keeps the types
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Take new tokens; returns them alone, for the attention function to find the rest."""
+        if not self.turns.mine:
+            self._state.host.functions.warn_of_bypass()
         return self._state.update(self._layer_idx, key_states, value_states)
 
     def get_seq_length(self) -> int:
