@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import logging
 import weakref
 from collections.abc import Callable
 from types import TracebackType
@@ -11,16 +10,17 @@ import torch
 from transformers import PreTrainedModel
 
 from headinfer.device.base import Device, Mark
-from headinfer.device.cpu import CpuDevice
-from headinfer.device.cuda import CudaDevice
-from headinfer.device.identity import identity
+from headinfer.device.make import (
+    make_device,
+    measured_hardware,
+    warn_of_options_for_a_device,
+)
 from headinfer.device.simulated import SimulatedDevice
 from headinfer.engine.engine import Engine
 from headinfer.engine.stats import Stats
 from headinfer.errors import (
     CacheStateError,
     MemoryPlanError,
-    OptionError,
     UnsupportedModelError,
 )
 from headinfer.integration.attachment import Attachment, owner_of
@@ -29,15 +29,11 @@ from headinfer.integration.autocast import attended_dtype
 from headinfer.integration.cache import OffloadedCache
 from headinfer.integration.support import check_supported, model_shape
 from headinfer.plan import memory
-from headinfer.plan.hardware import Hardware
-from headinfer.plan.measured import load_measured
 from headinfer.plan.options import Options
 from headinfer.plan.plan import Plan, resolve
 from headinfer.plan.shape import ModelShape
 from headinfer.store.host_memory import available_host_bytes
 from headinfer.units import format_bytes, parse_bytes, parse_tokens
-
-_logger = logging.getLogger(__name__)
 
 _USED_SHARE = 0.9
 """Of the free device memory: the rest is for fragments and what the estimate leaves out."""
@@ -75,7 +71,7 @@ class Offload:
         self._shape = model_shape(model)
         self._engines: weakref.WeakSet[Engine] = weakref.WeakSet()
         self._attached = False
-        self._hardware = _measured_hardware(device)
+        self._hardware = measured_hardware(device)
         self.plan = self._resolve(1, None, [], model.dtype)
         self._attachment = Attachment(model, self)
         self._attached = True
@@ -339,9 +335,9 @@ def attach(
             "this model is attached already; detach it first, with headinfer.detach(model) where "
             "the handle is lost"
         )
-    where = _make_device(options.device, model.device, simulated_device)
+    where = make_device(options.device, model.device, simulated_device)
     if where.tiles_are_views:
-        _warn_of_options_for_a_device(options)
+        warn_of_options_for_a_device(options)
     return Offload(
         model,
         where,
@@ -363,39 +359,3 @@ def detach(model: torch.nn.Module) -> None:
     owner = owner_of(model)
     if isinstance(owner, Offload):
         owner.detach()
-
-
-def _warn_of_options_for_a_device(options: Options) -> None:
-    """Say which options do nothing where the CPU attends all of the cache where it lies."""
-    for name in ("resident_tokens", "host_attention"):
-        value = getattr(options, name)
-        if value not in ("auto", 0):
-            _logger.warning(
-                "%s=%s has no effect on the CPU, which attends all of the KV cache where it lies",
-                name,
-                value,
-            )
-
-
-def _measured_hardware(device: Device) -> Hardware | None:
-    """Return what `headinfer probe` measured of a machine; a simulated device has no rates."""
-    if device.name == "simulated":
-        return None
-    return load_measured(identity(device.name))
-
-
-def _make_device(
-    name: str, model_device: torch.device, simulated_device: SimulatedDevice | None
-) -> Device:
-    if name == "auto":
-        name = model_device.type
-    kind = "cuda" if name == "cuda" else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise OptionError("device 'cuda' was asked for, but CUDA is not available; use 'cpu'")
-    if model_device.type != kind:
-        raise OptionError(f"device is {name!r}, but the model is on {model_device}; move it first")
-    if name == "cuda":
-        return CudaDevice(model_device)
-    if name == "simulated":
-        return simulated_device or SimulatedDevice()
-    return CpuDevice()

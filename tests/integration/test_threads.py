@@ -264,3 +264,28 @@ def test_caches_dropped_beside_a_call_free_their_memory() -> None:
         model(tokens, **cache_argument(model, cache))
         assert engine() is None
         assert device.allocated_bytes == one
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("host_attention", [0.5, "off"])
+@pytest.mark.parametrize("own_streams", [False, True])
+def test_threads_on_a_gpu(host_attention: float | str, own_streams: bool) -> None:
+    model = tiny_model("llama3").cuda()
+    given = [random_tokens(1, 200 + 30 * number, seed=number).cuda() for number in range(6)]
+    stock = [generate(model, prompt) for prompt in given]
+    with headinfer.attach(
+        model,
+        chunk_tokens=64,
+        tile_tokens=32,
+        resident_tokens=50,
+        host_attention=host_attention,
+    ) as offload:
+
+        def work(number: int) -> None:
+            current = torch.cuda.current_stream()
+            with torch.cuda.stream(torch.cuda.Stream() if own_streams else current):
+                for _ in range(3):
+                    cache = cache_argument(model, offload.new_cache())
+                    assert torch.equal(generate(model, given[number], **cache), stock[number])
+
+        assert run_threads(len(given), work) == []
