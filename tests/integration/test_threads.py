@@ -229,6 +229,34 @@ def test_a_call_within_a_call_works_with_another_cache_and_not_with_the_same() -
             handle.remove()
 
 
+def test_a_call_within_a_call_may_take_the_memory_of_the_one_under_way() -> None:
+    model = shared_model("llama3")
+    tokens = random_tokens(1, 60)
+    stock = model(tokens).logits
+    options = {"device": "simulated", "tile_tokens": 8, "chunk_tokens": 16}
+    with headinfer.attach(model, **options) as sized:
+        enough = sized.plan_for(1, 2000).total_device_bytes
+    inner: list[OffloadedCache] = []
+
+    def call(*_: object) -> None:
+        if not inner:
+            inner.append(offload.new_cache(max_tokens=2000))
+            logits = model(tokens, **cache_argument(model, inner[0])).logits
+            torch.testing.assert_close(logits, stock)
+
+    with headinfer.attach(model, device_memory=int(1.3 * enough), **options) as offload:
+        cache = offload.new_cache()
+        model(tokens[:, :40], **cache_argument(model, cache))
+        assert cache.state.engine.plan.resident_tokens
+        handle = model.model.layers[1].register_forward_pre_hook(call)
+        try:
+            ours = model(tokens[:, 40:], **cache_argument(model, cache)).logits
+        finally:
+            handle.remove()
+        assert not cache.state.engine.plan.resident_tokens
+    torch.testing.assert_close(ours, stock[:, 40:])
+
+
 def test_a_model_is_not_detached_from_within_its_call() -> None:
     model = tiny_model("llama3")
     tokens = random_tokens(1, 10)

@@ -147,7 +147,6 @@ class OffloadedState:
                 "be had; shorten the prompt or free host memory"
             )
 
-    @in_turn
     def update(
         self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
