@@ -34,11 +34,13 @@ class HeldTokens:
 
     Attributes:
         plan: as given.
+        dtype: as given.
         closed: whether the memory was given back.
     """
 
     def __init__(self, device: Device, plan: Plan, dtype: torch.dtype, stats: Stats) -> None:
         self.plan = plan
+        self.dtype = dtype
         self.closed = False
         self._device = device
         self._stats = stats

@@ -12,6 +12,7 @@ from headinfer.integration.layer import OffloadedLayer
 from headinfer.integration.rows import chosen_rows
 from headinfer.integration.state import CacheHost, OffloadedState
 from headinfer.integration.support import layer_kind
+from headinfer.integration.turns import Turns, in_turn
 from headinfer.plan.shape import LayerKind
 
 
@@ -44,6 +45,11 @@ class OffloadedCache(DynamicCache):
         for layer_idx, position in enumerate(full):
             self.layers[position] = OffloadedLayer(self.state, layer_idx)
 
+    @property
+    def turns(self) -> Turns:
+        """Taken by whatever changes the cache."""
+        return self.state.turns
+
     def _lengths(self) -> list[int]:
         return [
             layer.get_seq_length() for layer in self.layers if isinstance(layer, CacheLayerMixin)
@@ -75,6 +81,7 @@ class OffloadedCache(DynamicCache):
         """Note that the call went through all layers."""
         self._lengths_before = None
 
+    @in_turn
     def reset(self) -> None:
         """Forget all tokens."""
         self._lengths_before = None
@@ -92,6 +99,7 @@ class OffloadedCache(DynamicCache):
             if getattr(layer, "is_sliding", False) and getattr(layer, "record_past", False):
                 layer.crop(0)
 
+    @in_turn
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest `-tokens_to_remove` tokens of every layer.
 
@@ -107,6 +115,7 @@ class OffloadedCache(DynamicCache):
         for layer in (*self._own_layers(), *self._offloaded_layers()):
             layer.crop(tokens_to_remove)
 
+    @in_turn
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row.
 
@@ -120,6 +129,7 @@ class OffloadedCache(DynamicCache):
         if batch is not None:
             self._select(torch.arange(batch).repeat_interleave(repeats))
 
+    @in_turn
     def batch_select_indices(self, indices: Any) -> None:
         """Keep some rows, in the order given.
 
@@ -177,6 +187,7 @@ class OffloadedCache(DynamicCache):
     def _offloaded_layers(self) -> list[OffloadedLayer]:
         return [layer for layer in self.layers if isinstance(layer, OffloadedLayer)]
 
+    @in_turn
     def __deepcopy__(self, memo: dict[int, Any]) -> "OffloadedCache":
         """Return a second cache of the same attachment that holds the same tokens.
 

@@ -75,7 +75,7 @@ def slice_call(arguments: dict[str, Any], start: int, end: int, past_tokens: int
 
 
 def run_leading_chunks(
-    model: torch.nn.Module,
+    forward: Callable[..., Any],
     arguments: dict[str, Any],
     chunk_tokens: int,
     past_tokens: int,
@@ -84,7 +84,7 @@ def run_leading_chunks(
     """Run all chunks of a call but the last.
 
     Args:
-        model: the attached model.
+        forward: the model's own.
         arguments: of the call, by name; `can_split` holds.
         chunk_tokens: tokens of a chunk.
         past_tokens: tokens in the cache before the call.
@@ -96,7 +96,7 @@ def run_leading_chunks(
     """
     shape = new_shape(arguments)
     assert shape is not None
-    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+    keeps = "logits_to_keep" in inspect.signature(forward).parameters
     keep = int(arguments.get("logits_to_keep") or 0) if keeps else 0
     points = split_points(shape[1], chunk_tokens, keep)
     logits = []
@@ -104,7 +104,7 @@ def run_leading_chunks(
         part = slice_call(arguments, start, end, past_tokens)
         if keep:
             part["logits_to_keep"] = 1  # the least the model can compute; not used
-        output = model.forward(**part)
+        output = forward(**part)
         if not keep:
             logits.append(output.logits)
         after_chunk(end, shape[1])

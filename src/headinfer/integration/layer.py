@@ -9,6 +9,7 @@ from headinfer.engine.readout import Part
 from headinfer.errors import CacheStateError
 from headinfer.integration.rows import chosen_rows
 from headinfer.integration.state import OffloadedState
+from headinfer.integration.turns import Turns, in_turn
 
 
 class OffloadedLayer(CacheLayerMixin):
@@ -27,6 +28,11 @@ class OffloadedLayer(CacheLayerMixin):
         self._state = state
         self._layer_idx = layer_idx
         super().__init__()
+
+    @property
+    def turns(self) -> Turns:
+        """Taken by whatever changes the layer."""
+        return self._state.turns
 
     @property
     def keys(self) -> torch.Tensor | None:
@@ -80,10 +86,13 @@ class OffloadedLayer(CacheLayerMixin):
         self.device, self.dtype = key_states.device, key_states.dtype
         self.is_initialized = True
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's, and it keeps the types
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Take new tokens; returns them alone, for the attention function to find the rest."""
+        if not self.turns.mine:
+            self._state.host.functions.warn_of_bypass()
         taken = self._state.update(self._layer_idx, key_states, value_states)
         if not self._initialized:
             self.lazy_initialization(key_states, value_states)
@@ -101,6 +110,7 @@ class OffloadedLayer(CacheLayerMixin):
         """Return -1: there is no limit."""
         return -1
 
+    @in_turn
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest `-tokens_to_remove` tokens.
 
@@ -113,6 +123,7 @@ class OffloadedLayer(CacheLayerMixin):
         if self._state.engine is not None and tokens_to_remove:
             self._state.engine.crop(self._layer_idx, -tokens_to_remove)
 
+    @in_turn
     def select(self, rows: list[int]) -> None:
         """Make row `i` what row `rows[i]` was, for as many rows as there are."""
         if self.get_seq_length():
@@ -123,6 +134,7 @@ class OffloadedLayer(CacheLayerMixin):
         """Rearrange the rows for beam search."""
         self.batch_select_indices(beam_idx)
 
+    @in_turn
     def batch_select_indices(self, indices: Any) -> None:
         """Rearrange the rows.
 
@@ -141,6 +153,7 @@ class OffloadedLayer(CacheLayerMixin):
             )
         self.select(rows)
 
+    @in_turn
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row once: more is for the cache to do."""
         if self.get_seq_length():
@@ -148,6 +161,7 @@ class OffloadedLayer(CacheLayerMixin):
             batch = self._state.engine.plan.batch
             self.batch_select_indices([row for row in range(batch) for _ in range(repeats)])
 
+    @in_turn
     def reset(self) -> None:
         """Forget all tokens; the first offloaded layer does it for all."""
         self._state.check_open()

@@ -9,6 +9,7 @@ from headinfer.engine.engine import Engine
 from headinfer.engine.readout import Part
 from headinfer.errors import CacheStateError, MemoryPlanError
 from headinfer.integration.attention import AttentionFunctions, Pending
+from headinfer.integration.turns import Turns, in_turn
 from headinfer.plan.plan import Plan
 from headinfer.units import format_bytes, format_tokens
 
@@ -27,6 +28,16 @@ def _outgrows(plan: Plan, tokens: int) -> bool:
     return 0 < (plan.context_tokens or 0) <= plan.resident_tokens < tokens
 
 
+def _unlike(engine: Engine, batch: int, dtype: torch.dtype) -> str:
+    """Say what a call asks for that a cache with tokens in it is not for."""
+    if engine.plan.batch != batch:
+        return f"this cache holds {engine.plan.batch} rows and was given {batch}; use a new cache"
+    return (
+        f"this cache was begun in {engine.dtype} and cannot go on in {dtype}; call the model under "
+        "the same torch.autocast as before, or use a new cache"
+    )
+
+
 class CacheHost(Protocol):
     """What a cache needs of the attachment it belongs to."""
 
@@ -34,11 +45,21 @@ class CacheHost(Protocol):
     def functions(self) -> AttentionFunctions:
         """The attention functions that take what is pending."""
 
-    def plan_for(self, batch: int, context_tokens: int, *, replacing: Engine | None = None) -> Plan:
+    def plan_for(
+        self,
+        batch: int,
+        context_tokens: int,
+        *,
+        replacing: Engine | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Plan:
         """Return the plan for a cache, in place of the one its engine has, or refuse."""
 
-    def make_engine(self, plan: Plan) -> Engine:
+    def make_engine(self, plan: Plan, dtype: torch.dtype) -> Engine:
         """Return an engine with its arena allocated."""
+
+    def kv_dtype(self, computed: torch.dtype | None = None) -> torch.dtype:
+        """Return the dtype of KV here, autocast considered, for what the model computes."""
 
     def host_bytes_left(self) -> int:
         """Bytes of host memory a cache may still take."""
@@ -63,6 +84,12 @@ class OffloadedState:
         self.engine: Engine | None = None
         self.closed = False
         self.max_tokens = max_tokens
+        self._computed_dtype: torch.dtype | None = None  # where keys are not of the model's dtype
+
+    @property
+    def turns(self) -> Turns:
+        """Taken by whatever changes the engine."""
+        return self.host.functions.turns
 
     def check_open(self) -> None:
         """Refuse a cache that was closed, or whose model was detached.
@@ -73,6 +100,7 @@ class OffloadedState:
         if self.closed or (self.engine is not None and self.engine.closed):
             raise CacheStateError("this cache was closed; make another with offload.new_cache()")
 
+    @in_turn
     def tokens(self, layer_idx: int) -> int:
         """Return the tokens an offloaded layer holds."""
         self.check_open()
@@ -83,6 +111,7 @@ class OffloadedState:
         """Tokens of a prefill chunk; None while there is no engine."""
         return self.engine.plan.chunk_tokens if self.engine else None
 
+    @in_turn
     def prepare(self, batch: int, new_tokens: int) -> None:
         """Make the engine for the first tokens; make sure of host memory for these and the rest.
 
@@ -91,7 +120,7 @@ class OffloadedState:
             new_tokens: tokens to come in each row, in this call of the model.
 
         Raises:
-            CacheStateError: the cache was closed, or holds another number of rows.
+            CacheStateError: the cache was closed, or holds another number of rows or dtype.
             MemoryPlanError: the device or the host memory is too small.
         """
         self.check_open()
@@ -99,16 +128,14 @@ class OffloadedState:
             return
         held = self.tokens(0)
         wanted = max(held + new_tokens, self.max_tokens or 0)
-        if self.engine is not None and self.engine.plan.batch != batch:
+        dtype, engine = self.host.kv_dtype(self._computed_dtype), self.engine
+        if engine is not None and (engine.plan.batch, engine.dtype) != (batch, dtype):
             if held:
-                raise CacheStateError(
-                    f"this cache holds {self.engine.plan.batch} rows and was given {batch}; "
-                    "use a new cache"
-                )
-            self.engine.close()
+                raise CacheStateError(_unlike(engine, batch, dtype))
             self.engine = None
+            engine.close()
         if self.engine is None:
-            self.engine = self._new_engine(batch, wanted, "the KV cache")
+            self.engine = self._new_engine(batch, wanted, dtype, "the KV cache")
             return
         if (more := self.engine.expect(wanted)) > 0:
             self._check_host(more, wanted)
@@ -116,12 +143,12 @@ class OffloadedState:
             plan = self.host.plan_for(batch, _with_growth(wanted), replacing=self.engine)
             self.engine.replan(plan)
 
-    def _new_engine(self, batch: int, tokens: int, what: str) -> Engine:
+    def _new_engine(self, batch: int, tokens: int, dtype: torch.dtype, what: str) -> Engine:
         """Return an engine that will hold `tokens` tokens, with memory for them."""
         known = self.max_tokens is not None
-        plan = self.host.plan_for(batch, tokens if known else _with_growth(tokens))
+        plan = self.host.plan_for(batch, tokens if known else _with_growth(tokens), dtype=dtype)
         self._check_host(plan.kv_host_bytes(tokens), tokens, what)
-        engine = self.host.make_engine(plan)
+        engine = self.host.make_engine(plan, dtype)
         engine.expect(tokens)
         return engine
 
@@ -141,9 +168,13 @@ class OffloadedState:
         if self.engine is None:  # the model was not called through its own forward
             self.prepare(keys.shape[0], keys.shape[2])
         assert self.engine is not None
+        if keys.dtype != self.engine.dtype and not self.tokens(0):
+            self._computed_dtype = keys.dtype  # under autocast it may be just the same
+            self.prepare(keys.shape[0], keys.shape[2])
         self.host.functions.expect(Pending(self.engine, layer_idx, keys, values))
         return keys, values
 
+    @in_turn
     def read(self, layer_idx: int, part: Part) -> torch.Tensor | None:
         """Return a copy of an offloaded layer's keys or values; None before the first tokens.
 
@@ -167,6 +198,7 @@ class OffloadedState:
             )
         return self.engine.read(layer_idx, part)
 
+    @in_turn
     def copy_from(self, other: "OffloadedState") -> None:
         """Hold what another cache of the same attachment holds, in memory of its own.
 
@@ -180,7 +212,8 @@ class OffloadedState:
         if other.engine is None or not held:
             return
         wanted = max(held, self.max_tokens or 0)
-        engine = self._new_engine(other.engine.plan.batch, wanted, "a copy of the KV cache")
+        batch, dtype = other.engine.plan.batch, other.engine.dtype
+        engine = self._new_engine(batch, wanted, dtype, "a copy of the KV cache")
         try:
             engine.copy_from(other.engine)
         except BaseException:
@@ -196,6 +229,7 @@ class OffloadedState:
                 "after the model's call"
             )
 
+    @in_turn
     def select_rows(self, rows: Sequence[int]) -> None:
         """Make row `i` of every layer what row `rows[i]` was; the number of rows may change."""
         self.check_open()
@@ -207,9 +241,16 @@ class OffloadedState:
             self._check_host(plan.kv_host_bytes(tokens) - self.engine.host_kv_bytes, tokens)
             self.engine.select_all(rows, plan)
 
+    @in_turn
     def close(self) -> None:
         """Free all memory; the cache cannot be used any more."""
         self.closed = True
         if self.engine is not None:
             self.engine.close()
             self.engine = None
+
+    def __del__(self) -> None:
+        """Let the engine die in a turn: its last work is done on streams that all caches share."""
+        if self.engine is not None:
+            engine, self.engine = [self.engine], None
+            self.turns.retire(engine)
