@@ -25,6 +25,7 @@ from headinfer.integration.attention import AttentionFunctions
 from headinfer.integration.cache import OffloadedCache
 from headinfer.integration.calls import cache_name, named_arguments, new_shape
 from headinfer.integration.support import is_static
+from headinfer.plan.plan import Plan
 
 _logger = logging.getLogger(__name__)
 _numbers = itertools.count()
@@ -48,6 +49,9 @@ class AttachmentOwner(Protocol):
 
     def chunk_tokens(self, cache: OffloadedCache) -> int:
         """Return the tokens of a prefill chunk."""
+
+    def plan_whole(self, cache: OffloadedCache, batch: int, tokens: int) -> Plan:
+        """Make room for a call whose tokens cannot pass in chunks, or refuse."""
 
     def mark_compute(self) -> Mark:
         """Return a mark behind the model's work so far."""
@@ -89,6 +93,7 @@ class Attachment:
         self._rows = 0
         self._decoding = False
         self._warned = False
+        self._chunking = chunking.Chunking(model)
         self._logits: list[torch.Tensor] = []
         self._chunks: list[tuple[Mark, int]] = []  # begun, with the tokens done after each
         self._cache: OffloadedCache | None = None
@@ -130,6 +135,7 @@ class Attachment:
         """Check a call, give it a cache, and run all of its chunks but the last."""
         self._forget_call()
         arguments = named_arguments(model, args, kwargs)
+        self._chunking.drop_empty(arguments)
         shape = new_shape(arguments)
         cache = self._cache_of(arguments)
         if shape is None or cache is None:
@@ -137,18 +143,24 @@ class Attachment:
         batch, new_tokens = shape
         past_tokens = cache.get_seq_length()
         cache.state.prepare(batch, new_tokens)
+        chunk_tokens = self._owner.chunk_tokens(cache)
+        in_chunks = new_tokens > chunk_tokens
+        if in_chunks and (
+            obstacle := self._chunking.obstacle(model.forward, arguments, past_tokens)
+        ):
+            in_chunks = False
+            with self._chunking.passing_whole(obstacle, new_tokens, chunk_tokens):
+                self._owner.plan_whole(cache, batch, new_tokens)
         self._started_s = time.perf_counter()
         self._cache = cache
         self._rows = batch
         self._new_tokens = new_tokens
         self._decoding = past_tokens > 0 and new_tokens <= _FEW_TOKENS
-        chunk_tokens = self._owner.chunk_tokens(cache)
         cache.begin_call()
-        if new_tokens > chunk_tokens and chunking.can_split(
-            self._model.config.get_text_config(decoder=True), arguments
-        ):
+        if in_chunks:
+            arguments = self._chunking.with_positions(arguments, past_tokens)
             arguments, self._logits = chunking.run_leading_chunks(
-                model, arguments, chunk_tokens, past_tokens, self._after_chunk
+                model.forward, arguments, chunk_tokens, past_tokens, self._after_chunk
             )
         return (), arguments
 
