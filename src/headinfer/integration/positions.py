@@ -10,6 +10,7 @@ import textwrap
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from headinfer.integration.calls import CACHE_NAMES, new_shape
 
@@ -38,13 +39,12 @@ def positions_to_give(
 
 
 def positions_unknown(model: torch.nn.Module, arguments: dict[str, Any], past_tokens: int) -> bool:
-    """Whether a model derives a call's positions from its whole mask and what it saw before."""
-    return (
-        arguments.get("position_ids") is None
-        and arguments.get("attention_mask") is not None
-        and (past_tokens > 0 or arguments.get("input_ids") is None)
-        and _shifts(model)
-    )
+    """Whether a model may derive a call's positions from its mask, or from what it saw before."""
+    mask = arguments.get("attention_mask")
+    if arguments.get("position_ids") is not None or mask is None or not _shifts(model):
+        return False
+    begins = past_tokens == 0 and arguments.get("input_ids") is not None
+    return not begins or bool((mask == 0).any())
 
 
 def _shifts(model: torch.nn.Module) -> bool:
@@ -52,12 +52,14 @@ def _shifts(model: torch.nn.Module) -> bool:
 
     It does so for any call on a filled cache, so for all chunks but the first of a new prompt.
     """
-    return any(getattr(module, "rope_deltas", None) is not None for module in model.modules())
+    return any(hasattr(module, "rope_deltas") for module in model.modules())
 
 
 def _restarts(model: torch.nn.Module) -> bool:
     """Whether a model begins at position 0 in each call, whatever its cache holds."""
-    classes: set[Any] = {type(module) for module in model.modules()}
+    classes: set[Any] = {
+        type(module) for module in model.modules() if isinstance(module, PreTrainedModel)
+    }
     return any(_counts_from_zero(module_class) for module_class in classes)
 
 
