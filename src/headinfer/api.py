@@ -32,6 +32,7 @@ from headinfer.plan import memory
 from headinfer.plan.options import Options
 from headinfer.plan.plan import Plan, resolve
 from headinfer.plan.shape import ModelShape
+from headinfer.plan.whole import passing_whole
 from headinfer.store.host_memory import available_host_bytes
 from headinfer.units import format_bytes, parse_bytes, parse_tokens
 
@@ -246,6 +247,21 @@ class Offload:
     def chunk_tokens(self, cache: OffloadedCache) -> int:
         """Return the tokens of a chunk under a cache's plan."""
         return cache.state.chunk_tokens or self.plan.chunk_tokens
+
+    def plan_whole(self, cache: OffloadedCache, batch: int, tokens: int) -> Plan:
+        """Make room on the device for a call whose tokens all pass at once; return the new plan.
+
+        Raises:
+            MemoryPlanError: the device memory does not hold the activations of so many tokens.
+        """
+        engine = cache.state.engine
+        plan = dataclasses.replace(self.plan, batch=batch) if engine is None else engine.plan
+        whole = passing_whole(plan, self._options, tokens)
+        if engine is not None and whole.arena_bytes != plan.arena_bytes:
+            engine.replan(whole)
+        elif engine is not None:
+            engine.plan = whole
+        return whole
 
     def mark_compute(self) -> Mark:
         """Return a mark behind the model's work so far."""

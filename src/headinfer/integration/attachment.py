@@ -18,6 +18,7 @@ from headinfer.errors import CacheStateError, UnsupportedModelError
 from headinfer.integration.attention import AttentionFunctions
 from headinfer.integration.cache import OffloadedCache
 from headinfer.integration.calls import cache_name, named_arguments, new_shape
+from headinfer.integration.chunking import Chunking
 from headinfer.integration.configs import SwappedConfigs
 from headinfer.integration.forward import InstanceForward
 from headinfer.integration.rotary import rotary_modules_by_length
@@ -57,6 +58,7 @@ class Attachment:
         self._restore: list[Callable[[], object]] = []
         self._calls: list[ServedCall] = []  # under way; more than one where a call makes another
         self._warned = False
+        self._chunking = Chunking(model)
         self._rotary_modules = rotary_modules_by_length(model)
         try:
             self._install()
@@ -105,6 +107,7 @@ class Attachment:
         if not self._restore:  # detached while this thread waited
             return forward(*args, **kwargs)
         arguments = named_arguments(self._model, args, kwargs)
+        self._chunking.drop_empty(arguments)
         shape, cache = new_shape(arguments), self._cache_of(arguments)
         try:
             if shape is None or cache is None:
@@ -128,8 +131,9 @@ class Attachment:
                 "the model was called with a cache that a call under way is using, as from a hook "
                 "or a progress callback; pass another cache"
             )
-        config = self._model.config.get_text_config(decoder=True)
-        call = ServedCall(self._owner, config, forward, cache, shape, self._rotary_modules)
+        call = ServedCall(
+            self._owner, self._chunking, forward, cache, shape, rotary_modules=self._rotary_modules
+        )
         self._calls.append(call)
         try:
             output = forward(**call.begin(arguments))

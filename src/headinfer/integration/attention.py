@@ -213,7 +213,7 @@ class AttentionFunctions:
                     sinks=sinks,
                     host_kernel=_host_kernel(pending.engine.plan, query, value_dim, softcap),
                 )
-        return out.reshape(batch, q_len, query_heads, value_dim), None
+        return out.reshape(batch, q_len, query_heads, value_dim).contiguous(), None
 
 
 def _check_pending(

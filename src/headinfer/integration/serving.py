@@ -8,9 +8,10 @@ import torch
 
 from headinfer.device.base import Mark
 from headinfer.engine.stats import Stats
-from headinfer.integration import chunking
 from headinfer.integration.cache import OffloadedCache
+from headinfer.integration.chunking import Chunking, run_leading_chunks
 from headinfer.integration.rotary import WholeCallPositions, last_position
+from headinfer.plan.plan import Plan
 
 _FEW_TOKENS = 32
 """A call with up to so many new tokens on a filled cache counts as decoding (it is speculative)."""
@@ -30,6 +31,9 @@ class AttachmentOwner(Protocol):
     def chunk_tokens(self, cache: OffloadedCache) -> int:
         """Return the tokens of a prefill chunk."""
 
+    def plan_whole(self, cache: OffloadedCache, batch: int, tokens: int) -> Plan:
+        """Make room for a call whose tokens cannot pass in chunks, or refuse."""
+
     def mark_compute(self) -> Mark:
         """Return a mark behind the model's work so far."""
 
@@ -48,7 +52,7 @@ class ServedCall:
 
     Args:
         owner: told of the call.
-        config: of the decoder.
+        chunking: which calls of the model may pass in chunks.
         forward: the model's own.
         cache: the call's.
         shape: rows and new tokens.
@@ -58,15 +62,16 @@ class ServedCall:
     def __init__(
         self,
         owner: AttachmentOwner,
-        config: Any,
+        chunking: Chunking,
         forward: Callable[..., Any],
         cache: OffloadedCache,
         shape: tuple[int, int],
+        *,
         rotary_modules: list[torch.nn.Module],
     ) -> None:
         self.cache = cache
         self._owner = owner
-        self._config = config
+        self._chunking = chunking
         self._forward = forward
         self._rows, self._new_tokens = shape
         self._rotary_modules = rotary_modules
@@ -80,18 +85,33 @@ class ServedCall:
         """Make room for the tokens, and run all chunks but the last, whose arguments it returns."""
         past_tokens = self.cache.get_seq_length()
         self.cache.state.prepare(self._rows, self._new_tokens)
-        self._started_s = time.perf_counter()
         self._decoding = past_tokens > 0 and self._new_tokens <= _FEW_TOKENS
         chunk_tokens = self._owner.chunk_tokens(self.cache)
+        in_chunks = self._may_pass_in_chunks(arguments, chunk_tokens, past_tokens)
+        self._started_s = time.perf_counter()
         self.cache.begin_call()
-        if self._new_tokens > chunk_tokens and chunking.can_split(self._config, arguments):
+        if in_chunks:
+            arguments = self._chunking.with_positions(arguments, past_tokens)
             if self._rotary_modules:
                 last = last_position(arguments, past_tokens, self._new_tokens)
                 self._positions = WholeCallPositions(self._rotary_modules, last)
-            arguments, self._logits = chunking.run_leading_chunks(
+            arguments, self._logits = run_leading_chunks(
                 self._forward, arguments, chunk_tokens, past_tokens, self._after_chunk
             )
         return arguments
+
+    def _may_pass_in_chunks(
+        self, arguments: dict[str, Any], chunk_tokens: int, past_tokens: int
+    ) -> bool:
+        """Whether the call passes in several chunks; make room for all of it where it may not."""
+        if self._new_tokens <= chunk_tokens:
+            return False
+        obstacle = self._chunking.obstacle(self._forward, arguments, past_tokens)
+        if obstacle is None:
+            return True
+        with self._chunking.passing_whole(obstacle, self._new_tokens, chunk_tokens):
+            self._owner.plan_whole(self.cache, self._rows, self._new_tokens)
+        return False
 
     def end(self, output: Any) -> Any:
         """Count the call, and join the logits of its chunks."""
