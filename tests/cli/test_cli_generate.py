@@ -103,7 +103,7 @@ def test_file_comes_before_the_prompt_with_a_blank_line_between(tmp_path):
 
     file = tmp_path / "book.txt"
     file.write_bytes(b"\xef\xbb\xbfOnce.\r\n\r\n")
-    assert read_prompt("Who?\n", str(file)) == "Once.\n\nWho?"
+    assert read_prompt("Who?\n", [str(file)]) == "Once.\n\nWho?"
 
 
 def test_chat_template_is_used_unless_raw(cli, chat_llama):

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import typer
 from rich.console import Console
 
+from headinfer.cli.interrupt import stop_code, stop_words, stopping_at_once
 from headinfer.errors import HeadInferError, OptionError
 
 EXIT_UNEXPECTED = 1
@@ -48,8 +49,13 @@ def one_line(error: BaseException) -> str:
 
 def print_error(message: str) -> None:
     """Print one line to stderr in the form all errors have."""
-    sys.stderr.write(f"headinfer: error: {message}\n")
-    sys.stderr.flush()
+    _print_line(f"headinfer: error: {message}")
+
+
+def _print_line(line: str) -> None:
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        sys.stderr.write(f"{line}\n")
+        sys.stderr.flush()
 
 
 def report(error: BaseException) -> int:
@@ -65,8 +71,8 @@ def report(error: BaseException) -> int:
     if debug:
         traceback.print_exception(error)
     if isinstance(error, KeyboardInterrupt):
-        sys.stderr.write("headinfer: interrupted\n")
-        return EXIT_INTERRUPTED
+        _print_line(f"headinfer: {stop_words(error)}")
+        return stop_code(error)
     if isinstance(error, HeadInferError):
         print_error(one_line(error))
         return EXIT_BAD_INPUT
@@ -84,14 +90,15 @@ def report(error: BaseException) -> int:
 
 @contextlib.contextmanager
 def reporting_errors() -> Iterator[None]:
-    """End a verb with one line and an exit code, whatever is raised inside.
+    """End a verb with one line and an exit code, whatever is raised inside or signalled to stop it.
 
     Raises:
         typer.Exit: with the exit code, after any error.
     """
     try:
         debug_wanted()
-        yield
+        with stopping_at_once():
+            yield
     except (typer.Exit, typer.Abort, BrokenPipeError):
         raise
     except (Exception, KeyboardInterrupt) as error:

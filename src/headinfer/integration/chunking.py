@@ -16,7 +16,7 @@ from headinfer.integration.calls import CACHE_NAMES, new_shape
 _SLICED = frozenset({"input_ids", "inputs_embeds", "token_type_ids", "cache_position"})
 """Arguments with one entry a new token, on axis 1 (`cache_position`: on its last axis)."""
 
-_WHOLE = frozenset({*CACHE_NAMES, "use_cache", "return_dict", "logits_to_keep"})
+_WHOLE = frozenset({*CACHE_NAMES, "use_cache", "return_dict", "logits_to_keep", "tokenizer"})
 """Arguments that mean the same for every chunk."""
 
 
