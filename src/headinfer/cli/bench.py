@@ -22,6 +22,7 @@ from headinfer.bench.suite import Suite
 from headinfer.bench.table import render
 from headinfer.cli.bench_options import options, run_spec
 from headinfer.cli.bench_report import report
+from headinfer.cli.command import OnceCommand
 from headinfer.cli.console import reporting_errors, stdout_console
 from headinfer.cli.output import STDOUT, JsonCommand, check_writable, write_json
 from headinfer.cli.progress import format_duration
@@ -118,7 +119,7 @@ def methods() -> None:
     stdout_console().print(table)
 
 
-app.command()(report)
+app.command(cls=OnceCommand)(report)
 
 
 def _run(command: Command, given: dict[str, Any]) -> None:

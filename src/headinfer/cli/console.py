@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator
@@ -18,6 +19,13 @@ EXIT_INTERRUPTED = 130
 """128 + SIGINT, as shells have it."""
 
 _DEBUG_VARIABLE = "HEADINFER_DEBUG"
+
+_ARGUMENTS = re.compile(
+    r"\b(device_memory|host_memory|chunk_tokens|tile_heads|tile_tokens|resident_tokens"
+    r"|host_attention|new_tokens|time_limit|kv_heads|head_dim|hidden_size|vocab_size"
+    r"|intermediate_size)(?:_s)?\b|^(dtype|repeats|layers|heads)(?= )"
+)
+"""Arguments of Python that a verb has as options: first those that are no words of English."""
 
 
 def stderr_console(*, quiet: bool = False) -> Console:
@@ -47,6 +55,11 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def with_options(message: str) -> str:
+    """Return a message with the options of the command line in place of Python's arguments."""
+    return _ARGUMENTS.sub(lambda found: f"--{(found[1] or found[2]).replace('_', '-')}", message)
+
+
 def print_error(message: str) -> None:
     """Print one line to stderr in the form all errors have."""
     _print_line(f"headinfer: error: {message}")
@@ -74,7 +87,7 @@ def report(error: BaseException) -> int:
         _print_line(f"headinfer: {stop_words(error)}")
         return stop_code(error)
     if isinstance(error, HeadInferError):
-        print_error(one_line(error))
+        print_error(with_options(one_line(error)))
         return EXIT_BAD_INPUT
     if _is_out_of_memory(error):
         print_error(
