@@ -32,7 +32,6 @@ NOT_HELD = {
     "use_cache": {"use_cache": False},
     "cache_implementation": {"cache_implementation": "static"},
     "prefill_chunk_size": {"prefill_chunk_size": 16},
-    "remove_invalid_values": {"remove_invalid_values": True},
     "guidance_scale": {"guidance_scale": 1.5},
     "token_healing": {"token_healing": True},
     "num_beam_groups": {"num_beam_groups": 2, "num_beams": 1},
@@ -78,6 +77,7 @@ HELD = {
     "tokens": {"bad_words_ids": [[50]], "suppress_tokens": [51], "begin_suppress_tokens": [52]},
     "biases": {"sequence_bias": [[[30], 9.0]], "renormalize_logits": True},
     "forced": {"forced_eos_token_id": 2},
+    "invalid scores": {"remove_invalid_values": True},
 }
 
 
@@ -163,7 +163,8 @@ def test_every_field_of_a_generation_config_is_looked_at():
         max_length max_new_tokens min_length min_new_tokens early_stopping max_time stop_strings
         do_sample num_beams temperature top_k top_p min_p top_h typical_p epsilon_cutoff eta_cutoff
         repetition_penalty encoder_repetition_penalty length_penalty no_repeat_ngram_size
-        bad_words_ids renormalize_logits forced_bos_token_id forced_eos_token_id
+        bad_words_ids renormalize_logits remove_invalid_values
+        forced_bos_token_id forced_eos_token_id
         exponential_decay_length_penalty suppress_tokens begin_suppress_tokens sequence_bias
         watermarking_config pad_token_id bos_token_id eos_token_id encoder_no_repeat_ngram_size
         prompt_lookup_num_tokens max_matching_ngram_size transformers_version

@@ -84,7 +84,7 @@ class Answer:
         self._offload = offload
         self._plan = plan
         self._collector = TextCollector(tokenizer, self._stream, self._raise_if_no_numbers)
-        self._logits: LogitsCheck | None = None
+        self._logits = LogitsCheck(str(model.dtype).removeprefix("torch."))
         self._failure: BaseException | None = None
         self._stdout_error: OSError | None = None
         self._prompt_tokens = 0
@@ -92,8 +92,15 @@ class Answer:
         self._trace: Trace | None = None
 
     def _raise_if_no_numbers(self) -> None:
-        if self._logits is not None:
-            self._logits.raise_if_noted()
+        one_row = self._settings.rows == 1
+        self._logits.raise_if_noted(len(self._collector.ids) if one_row else None)
+
+    def _no_numbers_criterion(self, input_ids: Any, _scores: Any, **_kwargs: Any) -> Any:
+        """Look at the logits as a stopping criterion that stops nothing; `[rows]` of bool."""
+        import torch
+
+        self._raise_if_no_numbers()
+        return input_ids.new_zeros(input_ids.shape[0], dtype=torch.bool)
 
     def _stream(self, piece: str) -> None:
         if not self._request.as_json:
@@ -121,7 +128,7 @@ class Answer:
         if self._request.seed is not None:
             torch.manual_seed(self._request.seed)
         try:
-            with bar:
+            with bar, self._logits.watching(self._model):
                 rows = self._generate_rows(prompt, interrupt)
             if self._settings.rows > 1:
                 self._collector.add(self._without_padding(rows[0, len(ids) :].tolist()))
@@ -141,13 +148,11 @@ class Answer:
         self._stopped = interrupt.error if interrupt.requested else None
 
     def _generate_rows(self, prompt: Any, interrupt: Interrupt) -> Any:
-        from transformers import LogitsProcessorList, StoppingCriteriaList
+        from transformers import StoppingCriteriaList
 
         from headinfer.integration.calls import cache_argument
 
-        dtype = str(self._model.dtype).removeprefix("torch.")
-        check = self._logits = LogitsCheck(prompt.shape[1], dtype)
-        criteria = StoppingCriteriaList([interrupt.stopping_criterion, check.criterion])
+        criteria = StoppingCriteriaList([interrupt.stopping_criterion, self._no_numbers_criterion])
         if self._request.trace is not None:
             criteria.append(self._trace_criterion(Path(self._request.trace)))
         settings = self._settings
@@ -159,7 +164,6 @@ class Answer:
             **cache_argument(self._model, cache),
             streamer=self._collector if settings.rows == 1 else None,
             stopping_criteria=criteria,
-            logits_processor=LogitsProcessorList([check.note]),
             **tokenizer,
             **settings.keywords,
         )

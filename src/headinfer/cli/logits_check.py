@@ -1,54 +1,58 @@
 """Logits that are no numbers end an answer; left alone they would become token 0, or any other."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from headinfer.errors import NotANumberError
 
 
 class LogitsCheck:
-    """A logits processor that notes whether logits are numbers, and what raises if they are not.
+    """Notes whether a model's logits are numbers, and raises before a token is made of others.
 
     The note is made on the model's device and read where `generate` waits for the device anyway,
-    so that no wait is added.
+    so that no wait is added. The logits are the model's own: what makes scores of them may well
+    leave infinity.
 
     Args:
-        prompt_tokens: of the prompt.
         dtype: the model's, for the message.
     """
 
-    def __init__(self, prompt_tokens: int, dtype: str) -> None:
-        self._prompt_tokens = prompt_tokens
+    def __init__(self, dtype: str) -> None:
         self._dtype = dtype
-        self._unread: list[tuple[int, Any]] = []
+        self._calls = 0
+        self._unread: list[Any] = []
 
-    def note(self, input_ids: Any, scores: Any) -> Any:
-        """Take note of a step's scores, `[rows, vocabulary]`; called by `generate`.
+    @contextlib.contextmanager
+    def watching(self, model: Any) -> Iterator[None]:
+        """Take note of all logits of a model inside the `with` statement."""
+        hook = model.register_forward_hook(self._note)
+        try:
+            yield
+        finally:
+            hook.remove()
 
-        Returns:
-            The scores, and zeros for rows without numbers: sampling from NaN ends a CUDA context.
-        """
+    def _note(self, _model: Any, _args: Any, output: Any) -> None:
+        logits = output.logits
         # The largest is NaN if any is, and minus infinity if all are.
-        finite = scores.amax(dim=-1, keepdim=True).isfinite()
-        self._unread.append((input_ids.shape[1] - self._prompt_tokens + 1, finite.all()))
-        return scores.where(finite, 0)
+        finite = logits.amax(dim=-1, keepdim=True).isfinite()
+        self._unread.append(finite.all())
+        self._calls += 1
+        logits.masked_fill_(~finite, 0)  # sampling from NaN would end a CUDA context
 
-    def raise_if_noted(self) -> None:
+    def raise_if_noted(self, written_tokens: int | None = None) -> None:
         """Read the notes; called before a token is written.
+
+        Args:
+            written_tokens: tokens of the answer so far; None where each pass gives one.
 
         Raises:
             NotANumberError: logits were NaN, or the largest was infinite.
         """
         unread, self._unread = self._unread, []
-        for new_token, finite in unread:
-            if not finite:
-                raise NotANumberError(self._message(new_token))
-
-    def criterion(self, input_ids: Any, _scores: Any, **_kwargs: Any) -> Any:
-        """Read the notes as a stopping criterion that stops nothing; `[rows]` of bool."""
-        import torch  # late, so that `--help` answers at once
-
-        self.raise_if_noted()
-        return input_ids.new_zeros(input_ids.shape[0], dtype=torch.bool)
+        if not all(unread):
+            new_token = self._calls if written_tokens is None else written_tokens + 1
+            raise NotANumberError(self._message(new_token))
 
     def _message(self, new_token: int) -> str:
         what = f"the model's logits for new token {new_token} are NaN or infinite"

@@ -20,7 +20,6 @@ _NOT_HELD: dict[str, tuple[Any, str]] = {
     "use_cache": (True, "HeadInfer is the cache"),
     "cache_implementation": (None, "HeadInfer is the cache"),
     "prefill_chunk_size": (None, "--chunk-tokens does it"),
-    "remove_invalid_values": (False, "such logits are an error"),
     "guidance_scale": (1.0, "it runs the model beside the cache"),
     "token_healing": (False, "the prompt stays as it is"),
     "num_beam_groups": (1, _NOT_OURS),
