@@ -349,7 +349,7 @@ def attach(
         host_attention=host_attention,
     )
     no_limit = host_memory is None or host_memory == "auto"
-    host_memory_bytes = None if no_limit else parse_bytes(host_memory or 0)
+    host_memory_bytes = None if no_limit else parse_bytes(host_memory or 0, "host_memory")
     check_supported(model)
     if owner_of(model) is not None:
         raise UnsupportedModelError(

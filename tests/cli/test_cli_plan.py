@@ -1,10 +1,13 @@
 """`headinfer plan`: what it prints, its JSON, its errors, and what it does not import."""
 
+import dataclasses
 import json
 import subprocess
 import sys
 
 import pytest
+
+from headinfer.plan.hardware import preset_hardware
 
 ROW = [
     *("method", "tile_heads", "tile_tokens", "weights_bytes", "kv_device_bytes"),
@@ -93,6 +96,9 @@ def test_the_papers_tables(cli) -> None:
         (("--hardware", "this"), "run `headinfer probe` first"),
         (("--batch", "0"), "--batch"),
         (("--paper", "--json"), "leave out --json"),
+        (("--paper", "--context", "1M"), "leave out --context"),
+        (("--context", "1M", "--context", "2M"), "--context is given 2 times"),
+        (("--device-memory", "24"), "--device-memory: '24' is 24 bytes; did you mean '24GiB'"),
         (("--json", "missing/plan.json"), "there is no folder"),
     ],
 )
@@ -136,3 +142,22 @@ def test_no_home_folder_is_needed(cli, monkeypatch, home) -> None:
     done = cli("probe", "--device", "cpu")
     assert done.code == 2
     assert "this user has no home folder" in done.err
+
+
+@pytest.mark.parametrize("context", ["4K", "1M"])
+def test_a_machine_without_a_gpu_has_one_memory(cli, monkeypatch, context) -> None:
+    processor = dataclasses.replace(
+        preset_hardware("rtx-4090"),
+        name="this",
+        link_bytes_per_s=None,
+        link_back_bytes_per_s=None,
+        measured=True,
+    )
+    monkeypatch.setattr("headinfer.plan.measured.load_measured", lambda: processor)
+    outcome = cli("plan", "--context", context)
+    text = outcome.out.lower().replace("there is no device beside the cpu", "")
+    assert outcome.code == (context == "1M")
+    assert "24.00 gib of memory" in text
+    assert "what memory holds" in text
+    assert "device" not in text
+    assert "host" not in text

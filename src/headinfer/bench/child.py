@@ -100,12 +100,13 @@ def _without_main() -> Iterator[None]:
 
 
 def _start_server() -> None:
-    """Start the server where Ctrl-C, which a terminal sends to all, does not reach it.
+    """Start the server where the signals that a terminal sends to all do not reach it.
 
-    Nor what is forked from it: the caller ends that. Both would print a traceback.
+    Nor what is forked from it: the caller ends that. Both would print a traceback or, of a terminal
+    that is closed, end before the caller knows why.
     """
     resource_tracker.ensure_running()  # else the server starts it, and lets signals in again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
     try:
         forkserver.ensure_running()
     finally:

@@ -20,6 +20,7 @@ _EXIT_NOTHING_FITS = 1
 
 
 def plan(
+    invocation: typer.Context,
     model: Annotated[
         str,
         typer.Option(
@@ -113,8 +114,7 @@ def plan(
     with reporting_errors():
         check_writable("--json", json_path)
         if paper:
-            if json_path is not None:
-                raise OptionError("--paper prints tables for people; leave out --json")
+            _check_alone(invocation)
             from headinfer.cli.plan_paper import print_paper
 
             print_paper()
@@ -124,13 +124,25 @@ def plan(
             shape=_shape(model, dtype.value),
             hardware=here,
             context_tokens=parse_tokens(context),
-            device_memory_bytes=parse_bytes(device_memory or here.device_memory_bytes),
-            host_memory_bytes=parse_bytes(host_memory or here.host_memory_bytes),
+            device_memory_bytes=parse_bytes(
+                device_memory or here.device_memory_bytes, "device_memory"
+            ),
+            host_memory_bytes=parse_bytes(host_memory or here.host_memory_bytes, "host_memory"),
             batch=batch,
             kind=accounting,
             chunk_tokens=None if chunk_tokens == "auto" else parse_tokens(chunk_tokens),
         )
         raise typer.Exit(_answer(situation, which, json_path))
+
+
+def _check_alone(invocation: typer.Context) -> None:
+    """Refuse what `--paper` would ignore."""
+    for option in invocation.command.params:
+        source = invocation.get_parameter_source(option.name or "")
+        if option.name != "paper" and source is not None and source.name == "COMMANDLINE":
+            raise OptionError(
+                f"--paper prints the paper's tables and nothing else; leave out {option.opts[0]}"
+            )
 
 
 def _answer(situation: Situation, which: str, json_path: str | None) -> int:

@@ -31,7 +31,7 @@ _MODALITIES = frozenset({"mm_token_type_ids", "moe_mm_token_type_ids"})
 _TYPES_OF_TEXT = frozenset({"gemma3"})
 """Models, by `model_type`, to which token types of 0 alone say the same as none."""
 
-_WHOLE = frozenset({*CACHE_NAMES, "use_cache", "return_dict", "logits_to_keep"})
+_WHOLE = frozenset({*CACHE_NAMES, "use_cache", "return_dict", "logits_to_keep", "tokenizer"})
 """Arguments that mean the same for every chunk."""
 
 

@@ -47,10 +47,14 @@ HARMLESS_KEYWORDS = frozenset(
         "position_embeddings",
         "position_ids",
         "return_dict",
+        "tokenizer",
         "use_cache",
     }
 )
-"""Keywords that reach an attention call without meaning anything to it."""
+"""Keywords that reach an attention call without meaning anything to it.
+
+`generate` passes the tokenizer on that it is given for its stop strings.
+"""
 
 _ATTENTION_CALL = "attention_interface"
 

@@ -139,8 +139,9 @@ def _shortfalls(situation: Situation, plan: MethodPlan) -> Iterator[str]:
     """Say what the smallest plan of ours lacks."""
     if plan.device_short_bytes:
         runtime = format_bytes(plan.runtime_bytes)
+        memory = "Memory" if situation.device == "cpu" else "Device memory"
         yield (
-            f"Device memory is {format_bytes(plan.device_short_bytes)} short: the smallest plan "
+            f"{memory} is {format_bytes(plan.device_short_bytes)} short: the smallest plan "
             f"needs {format_bytes(plan.total_device_bytes)}, of which weights "
             f"{format_bytes(plan.weights_bytes)}"
             f"{f' and CUDA itself {runtime}' if plan.runtime_bytes else ''}."
@@ -166,9 +167,11 @@ def _changes(situation: Situation, plans: Sequence[MethodPlan]) -> Iterator[Chan
             f"{_more('host', host, ours.host_short_bytes)}",
         )
     elif ours.device_short_bytes:
-        yield Change(
-            device_memory_bytes=device, line=_more("device", device, ours.device_short_bytes)
-        )
+        line = _more("device", device, ours.device_short_bytes)
+        if situation.device == "cpu":
+            more = format_bytes(ours.device_short_bytes)
+            line = f"a machine with {_ceiling(device)} of memory, {more} more"
+        yield Change(device_memory_bytes=device, line=line)
     elif ours.host_short_bytes:
         yield Change(host_memory_bytes=host, line=_more("host", host, ours.host_short_bytes))
     longest = max(
