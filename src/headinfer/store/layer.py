@@ -246,7 +246,7 @@ class LayerStore:
         With as many rows as before this happens in place, one head at a time, so that it takes no
         more memory than one head; otherwise segment by segment into new memory.
         """
-        index = torch.tensor(rows, dtype=torch.long)
+        index = torch.tensor(rows, dtype=torch.long, device="cpu")
         in_place = len(rows) == self.geometry.batch
         old = self.geometry
         self.geometry = KVGeometry(len(rows), old.kv_heads, old.key_dim, old.value_dim, old.dtype)
