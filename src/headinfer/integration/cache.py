@@ -8,12 +8,13 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
 from headinfer.engine.engine import Engine
-from headinfer.errors import CacheStateError, MemoryPlanError
+from headinfer.errors import CacheStateError
 from headinfer.integration.attention import AttentionFunctions, Pending
 from headinfer.integration.support import layer_kind
+from headinfer.plan.host_room import HostRoom
 from headinfer.plan.plan import Plan
 from headinfer.plan.shape import LayerKind
-from headinfer.units import format_bytes, format_tokens
+from headinfer.units import format_tokens
 
 _GROWTH_DIVISOR, _LEAST_GROWTH_TOKENS = 4, 1024
 """A cache is planned for a quarter more than it is known to hold, or so many tokens: an answer and
@@ -43,8 +44,8 @@ class CacheHost(Protocol):
     def make_engine(self, plan: Plan) -> Engine:
         """Return an engine with its arena allocated."""
 
-    def host_bytes_left(self) -> int:
-        """Bytes of host memory a cache may still take."""
+    def host_room(self, working_bytes: int) -> HostRoom:
+        """Return what of host memory is left for a cache whose calls need some to compute with."""
 
 
 class OffloadedState:
@@ -98,7 +99,7 @@ class OffloadedState:
         if self.engine is None:
             known = self._max_tokens is not None
             plan = self.host.plan_for(batch, wanted if known else _with_growth(wanted))
-            self._check_host(plan.kv_host_bytes(wanted), wanted)
+            self._check_host(plan.kv_host_bytes(wanted), wanted, plan)
             self.engine = self.host.make_engine(plan)
             self.engine.expect(wanted)
             return
@@ -108,14 +109,14 @@ class OffloadedState:
             plan = self.host.plan_for(batch, _with_growth(wanted), replacing=self.engine)
             self.engine.replan(plan)
 
-    def _check_host(self, needed_bytes: int, tokens: int) -> None:
-        left = self.host.host_bytes_left()
-        if needed_bytes > left:
-            raise MemoryPlanError(
-                f"the KV cache of {format_tokens(tokens)} tokens needs "
-                f"{format_bytes(needed_bytes)} more of host memory, and {format_bytes(left)} can "
-                "be had; shorten the prompt or free host memory"
-            )
+    def _check_host(self, needed_bytes: int, tokens: int, first: Plan | None = None) -> None:
+        """Refuse what host memory has no room for; `first` is the plan of an engine to be made."""
+        working_bytes = first.arena_bytes if first is not None else 0
+        plan = first or (self.engine.plan if self.engine else None)
+        if plan is not None:
+            working_bytes += plan.activation_bytes
+        room = self.host.host_room(working_bytes)
+        room.check(needed_bytes, f"the KV cache of {format_tokens(tokens)} tokens")
 
     def update(
         self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor
