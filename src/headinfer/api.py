@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import logging
 import weakref
 from collections.abc import Callable
 from types import TracebackType
@@ -29,12 +30,15 @@ from headinfer.integration.autocast import attended_dtype
 from headinfer.integration.cache import OffloadedCache
 from headinfer.integration.support import check_supported, model_shape
 from headinfer.plan import memory
+from headinfer.plan.host_room import HostRoom
 from headinfer.plan.options import Options
 from headinfer.plan.plan import Plan, resolve
 from headinfer.plan.shape import ModelShape
 from headinfer.plan.whole import passing_whole
-from headinfer.store.host_memory import available_host_bytes
+from headinfer.store.host_memory import all_host_bytes, available_host_bytes
 from headinfer.units import format_bytes, parse_bytes, parse_tokens
+
+_logger = logging.getLogger(__name__)
 
 _USED_SHARE = 0.9
 """Of the free device memory: the rest is for fragments and what the estimate leaves out."""
@@ -227,12 +231,24 @@ class Offload:
         self._engines.add(engine)
         return engine
 
-    def host_bytes_left(self) -> int:
-        """Return the bytes of host memory a cache may still take."""
-        if self._host_memory_bytes is None:
-            return available_host_bytes()
-        held = sum(engine.host_kv_bytes for engine in self._engines)
-        return min(self._host_memory_bytes - held, available_host_bytes())
+    def host_room(self, working_bytes: int) -> HostRoom:
+        """Return what of host memory is left for a cache.
+
+        Args:
+            working_bytes: what a call takes on the device beside KV, which may be host memory.
+        """
+        engines = list(self._engines)
+        # Locked memory is taken at once; other memory, once it is written.
+        locked = self._device.name == "cuda"
+        promised = 0 if locked else sum(engine.unwritten_host_bytes for engine in engines)
+        return HostRoom(
+            device=self._device.name,
+            all_bytes=all_host_bytes(),
+            available_bytes=max(available_host_bytes() - promised, 0),
+            working_bytes=0 if locked else working_bytes,
+            given_bytes=self._host_memory_bytes,
+            held_bytes=sum(engine.host_kv_bytes for engine in engines),
+        )
 
     def tensor_bytes_left(self) -> int:
         """Return the bytes that tensors where the model is may still take."""
@@ -314,7 +330,8 @@ def attach(
         device_memory: the most the model may use on the device, for example "24GiB": weights, KV,
             activations and CUDA itself; of more than is free on a GPU what is free, as with None.
             Elsewhere None is no limit.
-        host_memory: the most the KV caches may use in host memory; None for what is free.
+        host_memory: the most the KV caches may use in host memory; None for what is free, less what
+            the process, page tables and locked pages take. There is never more than that.
         chunk_tokens: tokens that pass through the model at once in prefill, for example "4K".
         tile_heads: KV heads of one tile: a number, "all" or "auto".
         tile_tokens: tokens of one tile: a count, "all" or "auto".
@@ -359,13 +376,16 @@ def attach(
     where = make_device(options.device, model.device, simulated_device)
     if where.tiles_are_views:
         warn_of_options_for_a_device(options)
-    return Offload(
+    offload = Offload(
         model,
         where,
         options,
         host_memory_bytes=host_memory_bytes,
         progress=progress,
     )
+    if (less := offload.host_room(0).less_than_given()) is not None:
+        _logger.warning(less)
+    return offload
 
 
 def detach(model: torch.nn.Module) -> None:

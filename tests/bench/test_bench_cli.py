@@ -48,7 +48,8 @@ def check_document(text: str, command: str) -> dict:
     document = json.loads(text)
     header = document["header"]
     assert header["command"] == command
-    assert header["versions"]["torch"] == torch.__version__
+    # Some builds of torch name their kind of device in one of both only.
+    assert header["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert header["model"]["kv_heads"] == 2
     assert header["seed"] == 0
     assert header["rates"]["host_bytes_per_s"] > 0

@@ -72,6 +72,17 @@ def test_any_sequence(reserve: int, steps: list[tuple[str, int]], max_tokens: in
     assert store.num_bytes == store.tokens == 0
 
 
+def test_rows_are_chosen_whatever_device_new_tensors_have_by_default() -> None:
+    store = LayerStore(CpuDevice(), GEOMETRY)
+    new = torch.randn(2, 3, 7, 6)
+    append(store, new[..., :4], new[..., 4:])
+    with torch.device("meta"):
+        store.select([1, 0])
+        store.select([1, 1, 0])
+    (span,) = store.spans(0, 7)
+    assert torch.equal(span.keys, new[[0, 0, 1], :, :, :4])
+
+
 def test_old_tokens_are_never_moved_by_growth() -> None:
     store = LayerStore(CpuDevice(), GEOMETRY)
     append(store, torch.ones(2, 3, 10, 4), torch.ones(2, 3, 10, 2))

@@ -11,6 +11,7 @@ from headinfer.cli.output import STDOUT, JsonPath, check_writable, write_json
 from headinfer.errors import OptionError
 from headinfer.plan.accounting import AccountingKind
 from headinfer.plan.hardware import THIS, Hardware, preset_hardware
+from headinfer.plan.host_room import HostRoom
 from headinfer.plan.methods import Situation, method_plans
 from headinfer.plan.shape import ModelShape
 from headinfer.units import parse_bytes, parse_tokens
@@ -75,7 +76,7 @@ def plan(
         typer.Option(
             "--host-memory",
             metavar="SIZE",
-            help="The most host memory for the KV cache, such as 1TiB; by default all there is.",
+            help="The host's memory, such as 1TiB; by default what the hardware has.",
             rich_help_panel=MEMORY_PANEL,
         ),
     ] = None,
@@ -124,9 +125,7 @@ def plan(
             shape=_shape(model, dtype.value),
             hardware=here,
             context_tokens=parse_tokens(context),
-            device_memory_bytes=parse_bytes(
-                device_memory or here.device_memory_bytes, "device_memory"
-            ),
+            device_memory_bytes=_device_memory_bytes(here, device_memory),
             host_memory_bytes=parse_bytes(host_memory or here.host_memory_bytes, "host_memory"),
             batch=batch,
             kind=accounting,
@@ -143,6 +142,15 @@ def _check_alone(invocation: typer.Context) -> None:
             raise OptionError(
                 f"--paper prints the paper's tables and nothing else; leave out {option.opts[0]}"
             )
+
+
+def _device_memory_bytes(here: Hardware, asked: str | None) -> int:
+    """Return the memory for weights, KV and activations; on a CPU not all there is."""
+    if asked is not None:
+        return parse_bytes(asked, "device_memory")
+    if here.link_bytes_per_s is None:
+        return HostRoom.of_machine(here.device_memory_bytes, "cpu").kv_bytes
+    return here.device_memory_bytes
 
 
 def _answer(situation: Situation, which: str, json_path: str | None) -> int:

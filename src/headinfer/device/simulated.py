@@ -256,7 +256,7 @@ class SimulatedDevice:
     def host_empty(self, num_bytes: int) -> torch.Tensor:
         """Return host memory, poisoned so that a read before a write shows as NaN."""
         with torch.inference_mode(False):  # or it could not be written to outside
-            tensor = torch.full((num_bytes,), _POISON, dtype=torch.uint8)
+            tensor = torch.full((num_bytes,), _POISON, dtype=torch.uint8, device="cpu")
         storage = tensor.untyped_storage()
         self.log.forget(storage.data_ptr())  # of a tensor of the model's that lay here before
         weakref.finalize(storage, self.log.forget, storage.data_ptr())

@@ -78,6 +78,11 @@ class HeldTokens:
         """Bytes of host memory held for KV."""
         return sum(layer.store.num_bytes for layer in self._layers)
 
+    @property
+    def unwritten_host_bytes(self) -> int:
+        """Bytes of those that were never written, which the system may not have given yet."""
+        return sum(layer.store.unwritten_bytes for layer in self._layers)
+
     def tokens(self, layer_idx: int) -> int:
         """Return the tokens a layer holds."""
         self._check_open()

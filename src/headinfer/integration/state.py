@@ -10,6 +10,7 @@ from headinfer.engine.readout import Part
 from headinfer.errors import CacheStateError, MemoryPlanError
 from headinfer.integration.attention import AttentionFunctions, Pending
 from headinfer.integration.turns import Turns, in_turn
+from headinfer.plan.host_room import HostRoom
 from headinfer.plan.plan import Plan
 from headinfer.units import format_bytes, format_tokens
 
@@ -61,8 +62,8 @@ class CacheHost(Protocol):
     def kv_dtype(self, computed: torch.dtype | None = None) -> torch.dtype:
         """Return the dtype of KV here, autocast considered, for what the model computes."""
 
-    def host_bytes_left(self) -> int:
-        """Bytes of host memory a cache may still take."""
+    def host_room(self, working_bytes: int) -> HostRoom:
+        """Return what of host memory is left for a cache whose calls need some to compute with."""
 
     def new_cache(self, max_tokens: int | None) -> Any:
         """Return an empty `OffloadedCache`, or refuse where the model was detached."""
@@ -138,7 +139,7 @@ class OffloadedState:
             self.engine = self._new_engine(batch, wanted, dtype, "the KV cache")
             return
         if (more := self.engine.expect(wanted)) > 0:
-            self._check_host(more, wanted)
+            self._check_host(more, wanted, self.engine.plan)
         if _outgrows(self.engine.plan, wanted):
             plan = self.host.plan_for(batch, _with_growth(wanted), replacing=self.engine)
             self.engine.replan(plan)
@@ -147,19 +148,17 @@ class OffloadedState:
         """Return an engine that will hold `tokens` tokens, with memory for them."""
         known = self.max_tokens is not None
         plan = self.host.plan_for(batch, tokens if known else _with_growth(tokens), dtype=dtype)
-        self._check_host(plan.kv_host_bytes(tokens), tokens, what)
+        room = self.host.host_room(plan.arena_bytes + plan.activation_bytes)
+        room.check(plan.kv_host_bytes(tokens), f"{what} of {format_tokens(tokens)} tokens")
         engine = self.host.make_engine(plan, dtype)
         engine.expect(tokens)
         return engine
 
-    def _check_host(self, needed_bytes: int, tokens: int, what: str = "the KV cache") -> None:
-        left = self.host.host_bytes_left()
-        if needed_bytes > left:
-            raise MemoryPlanError(
-                f"{what} of {format_tokens(tokens)} tokens needs "
-                f"{format_bytes(needed_bytes)} more of host memory, and {format_bytes(left)} can "
-                "be had; shorten the prompt or free host memory"
-            )
+    def _check_host(self, needed_bytes: int, tokens: int, plan: Plan) -> None:
+        """Refuse what host memory has no room for, under the plan of an engine that is there."""
+        self.host.host_room(plan.activation_bytes).check(
+            needed_bytes, f"the KV cache of {format_tokens(tokens)} tokens"
+        )
 
     def update(
         self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor
@@ -238,7 +237,8 @@ class OffloadedState:
                 return
             tokens = max(self.tokens(0), self.max_tokens or 0)
             plan = self.host.plan_for(len(rows), tokens, replacing=self.engine)
-            self._check_host(plan.kv_host_bytes(tokens) - self.engine.host_kv_bytes, tokens)
+            more = plan.kv_host_bytes(tokens) - self.engine.host_kv_bytes
+            self._check_host(more, tokens, self.engine.plan)
             self.engine.select_all(rows, plan)
 
     @in_turn

@@ -150,8 +150,17 @@ def _shortfalls(situation: Situation, plan: MethodPlan) -> Iterator[str]:
         yield (
             f"Host memory is {format_bytes(plan.host_short_bytes)} short: the KV cache of "
             f"{format_tokens(situation.context_tokens)} tokens takes "
-            f"{format_bytes(plan.kv_host_bytes)} there."
+            f"{format_bytes(plan.kv_host_bytes)} there{_kept_back(situation, plan)}."
         )
+
+
+def _kept_back(situation: Situation, plan: MethodPlan) -> str:
+    """Say what host memory is needed for beside KV; the paper counts none of it."""
+    needed = situation.host_memory_bytes + plan.host_short_bytes
+    kept = needed - plan.kv_host_bytes
+    if not kept:
+        return ""
+    return f", and {format_bytes(kept)} are for its page tables, the process and a reserve"
 
 
 def _changes(situation: Situation, plans: Sequence[MethodPlan]) -> Iterator[Change]:

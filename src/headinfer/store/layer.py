@@ -162,6 +162,7 @@ class LayerStore:
         self.geometry = geometry
         self.tokens = 0
         self.version = 0
+        self._written_tokens = 0
         self._device = device
         self._segments: list[Segment] = []
 
@@ -174,6 +175,11 @@ class LayerStore:
     def num_bytes(self) -> int:
         """Bytes of host memory held."""
         return sum(segment.buffer.numel() for segment in self._segments)
+
+    @property
+    def unwritten_bytes(self) -> int:
+        """Bytes of those that were reserved and never written."""
+        return max(self.num_bytes - self.geometry.num_bytes(self._written_tokens), 0)
 
     def missing_tokens(self, tokens: int) -> int:
         """Return the tokens `reserve` would add: exactly what is missing for the first segment.
@@ -203,6 +209,7 @@ class LayerStore:
         start, end = self.tokens, self.tokens + tokens
         self.reserve(end)
         self.tokens = end
+        self._written_tokens = max(self._written_tokens, end)
         self.version += 1
         return list(self.spans(start, end))
 
@@ -267,8 +274,10 @@ class LayerStore:
         With as many rows as before this happens in place, one head at a time, so that it takes no
         more memory than one head; otherwise segment by segment into new memory.
         """
-        index = torch.tensor(rows, dtype=torch.long)
+        index = torch.tensor(rows, dtype=torch.long, device="cpu")
         in_place = len(rows) == self.geometry.batch
+        if not in_place:
+            self._written_tokens = self.tokens
         old = self.geometry
         self.geometry = KVGeometry(len(rows), old.kv_heads, old.key_dim, old.value_dim, old.dtype)
         for position, segment in enumerate(self._segments):
@@ -295,5 +304,5 @@ class LayerStore:
         for segment in self._segments:
             self._device.host_access(segment.buffer, write=True, purpose="freeing the store")
         self._segments.clear()
-        self.tokens = 0
+        self.tokens = self._written_tokens = 0
         self.version += 1
