@@ -1,9 +1,18 @@
 # Every target sets up what it needs in .venv; PYTHON chooses the interpreter (3.10 to 3.13).
 PYTHON ?= python3
+SUPPORTED := import sys; assert (3, 10) <= sys.version_info < (3, 14), "Python 3.10 to 3.13 is needed; set PYTHON"
 VENV := .venv
 BIN := $(VENV)/bin
+# An environment of its own for each end of what is supported.
+OLDEST := .venv-oldest
+NEWEST := .venv-newest
+OLDEST_PYTHON ?= $(shell python3.10 -c 'print("python3.10")' 2>/dev/null || echo $(PYTHON))
+NEWEST_PYTHON ?= $(PYTHON)
+# By the environment, so that what builds the package is of these versions too.
+PINNED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 
-.PHONY: demo test lint format check bench bench-suite bench-gpu clean
+.PHONY: demo test lint format check check-ends check-oldest check-newest bench bench-suite bench-gpu \
+	clean
 
 demo: $(VENV)/.installed
 	$(BIN)/headinfer demo
@@ -22,6 +31,23 @@ format: $(VENV)/.installed-dev
 
 check: lint test
 
+# Several GB of torch for CUDA each, where there is no smaller build of these versions.
+check-ends: check-oldest check-newest
+
+check-oldest:
+	$(OLDEST_PYTHON) -c '$(SUPPORTED)'
+	$(OLDEST_PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet -c constraints-oldest.txt -e '.[dev]'
+	$(OLDEST)/bin/python -m pytest
+
+check-newest:
+	$(NEWEST_PYTHON) -c '$(SUPPORTED)'
+	$(NEWEST_PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -e '.[dev]'
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade torch transformers  # beyond our own range, too
+	$(NEWEST)/bin/python -m pytest
+	$(NEWEST)/bin/python -m pip freeze --exclude-editable
+
 bench: $(VENV)/.installed
 	mkdir -p benchmarks/results
 	for dtype in bfloat16 float32; do \
@@ -37,16 +63,16 @@ bench-gpu: $(VENV)/.installed-dev
 	PYTHON=$(BIN)/python benchmarks/gpu.sh
 
 $(VENV)/bin/python:
-	$(PYTHON) -c 'import sys; assert (3, 10) <= sys.version_info < (3, 14), "Python 3.10 to 3.13 is needed; set PYTHON"'
+	$(PYTHON) -c '$(SUPPORTED)'
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: $(VENV)/bin/python pyproject.toml
-	$(BIN)/python -m pip install --quiet -e .
+$(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(PINNED) $(BIN)/python -m pip install --quiet -e .
 	touch $@
 
-$(VENV)/.installed-dev: $(VENV)/bin/python pyproject.toml
-	$(BIN)/python -m pip install --quiet -e '.[dev]'
+$(VENV)/.installed-dev: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(PINNED) $(BIN)/python -m pip install --quiet -e '.[dev]'
 	touch $@ $(VENV)/.installed
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -13,7 +13,8 @@ from headinfer.units import format_bytes, format_si, format_tokens, parse_bytes,
         ("24GB", 24 * 10**9),
         ("512MiB", 512 * 2**20),
         (" 1.5 gib ", 3 * 2**29),
-        ("1_000", 1000),
+        ("2_000_000", 2_000_000),
+        ("24 B", 24),
         ("7B", 7),
         (2**20, 2**20),
     ],
@@ -79,3 +80,9 @@ def test_numbers_with_a_unit() -> None:
 def test_counts_beyond_reason_are_refused() -> None:
     with pytest.raises(OptionError, match="more than the 68,719,476,736 tokens"):
         parse_tokens("99999999999999999999")
+
+
+@pytest.mark.parametrize("size", ["24", " 24 ", "8.5", 24, "1_000_000", 2**20 - 1])
+def test_small_sizes_without_a_unit_are_refused_with_a_hint(size: str | int) -> None:
+    with pytest.raises(OptionError, match=f"did you mean '{str(size).strip()}GiB'"):
+        parse_bytes(size)

@@ -12,19 +12,19 @@ from headinfer.errors import HeadInferError
 from headinfer.plan.plan import Plan
 
 if TYPE_CHECKING:
-    from headinfer.api import Offload, attach
+    from headinfer.api import Offload, attach, detach
 
 try:
     __version__ = version("headinfer")
 except PackageNotFoundError:  # running from a source tree that was not installed
     __version__ = "0+unknown"
 
-__all__ = ["HeadInferError", "Offload", "Plan", "Stats", "__version__", "attach"]
+__all__ = ["HeadInferError", "Offload", "Plan", "Stats", "__version__", "attach", "detach"]
 
 
 def __getattr__(name: str) -> Any:
     """Import what needs torch only when it is asked for: `headinfer --help` takes no seconds."""
-    if name in ("Offload", "attach"):
+    if name in ("Offload", "attach", "detach"):
         from headinfer import api
 
         return getattr(api, name)

@@ -11,28 +11,31 @@ import torch
 from transformers import PreTrainedModel
 
 from headinfer.device.base import Device, Mark
-from headinfer.device.cpu import CpuDevice
-from headinfer.device.cuda import CudaDevice
-from headinfer.device.identity import identity
+from headinfer.device.make import (
+    make_device,
+    measured_hardware,
+    warn_of_options_for_a_device,
+)
 from headinfer.device.simulated import SimulatedDevice
 from headinfer.engine.engine import Engine
 from headinfer.engine.stats import Stats
 from headinfer.errors import (
     CacheStateError,
     MemoryPlanError,
-    OptionError,
     UnsupportedModelError,
 )
-from headinfer.integration.attachment import Attachment, is_attached
+from headinfer.integration.attachment import Attachment, owner_of
 from headinfer.integration.attention import AttentionFunctions
+from headinfer.integration.autocast import attended_dtype
 from headinfer.integration.cache import OffloadedCache
 from headinfer.integration.support import check_supported, model_shape
 from headinfer.plan import memory
-from headinfer.plan.hardware import Hardware
-from headinfer.plan.measured import load_measured
+from headinfer.plan.host_room import HostRoom
 from headinfer.plan.options import Options
 from headinfer.plan.plan import Plan, resolve
-from headinfer.store.host_memory import available_host_bytes
+from headinfer.plan.shape import ModelShape
+from headinfer.plan.whole import passing_whole
+from headinfer.store.host_memory import all_host_bytes, available_host_bytes
 from headinfer.units import format_bytes, parse_bytes, parse_tokens
 
 _logger = logging.getLogger(__name__)
@@ -47,7 +50,8 @@ PrefillProgress = Callable[[int, int], None]
 class Offload:
     """HeadInfer on one model instance, until `detach`; made by `attach`.
 
-    A context manager that detaches, also after an exception. Not for use by several threads.
+    A context manager that detaches, also after an exception. Several threads may use the model,
+    each with caches of its own: their calls take turns, first come first served.
 
     Attributes:
         plan: what was chosen for one row; each cache resolves its own for its rows and length.
@@ -72,8 +76,8 @@ class Offload:
         self._shape = model_shape(model)
         self._engines: weakref.WeakSet[Engine] = weakref.WeakSet()
         self._attached = False
-        self._hardware = _measured_hardware(device)
-        self.plan = self._resolve(1, None, [])
+        self._hardware = measured_hardware(device)
+        self.plan = self._resolve(1, None, [], model.dtype)
         self._attachment = Attachment(model, self)
         self._attached = True
 
@@ -103,9 +107,18 @@ class Offload:
         return OffloadedCache(self._model, self, tokens)
 
     def detach(self) -> None:
-        """Leave the model exactly as it was; its caches are closed. May be called again."""
-        self._attached = False
+        """Leave the model exactly as it was; its caches are closed. May be called again.
+
+        Waits for the call of another thread.
+
+        Raises:
+            CacheStateError: called from within a call of the model.
+        """
+        self._attachment.turns.run(self._detach)
+
+    def _detach(self) -> None:
         self._attachment.remove()
+        self._attached = False
         with contextlib.ExitStack() as closing:  # all of them, also where one raises
             for engine in list(self._engines):
                 closing.callback(engine.close)
@@ -125,7 +138,14 @@ class Offload:
 
     # What follows serves the integration package, not users.
 
-    def plan_for(self, batch: int, context_tokens: int, *, replacing: Engine | None = None) -> Plan:
+    def plan_for(
+        self,
+        batch: int,
+        context_tokens: int,
+        *,
+        replacing: Engine | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Plan:
         """Return the plan of a cache with so many rows and tokens; refuse what does not fit.
 
         What other caches keep resident is given up where nothing would fit otherwise.
@@ -134,27 +154,31 @@ class Offload:
             batch: rows.
             context_tokens: tokens expected.
             replacing: the cache's engine, if it has one, whose memory the plan may use again.
+            dtype: of keys and values; by default that of `replacing`, or of a new cache here.
         """
         if not self._attached:
             raise CacheStateError("the model was detached; attach it again for a new cache")
         others = [engine for engine in self._engines if engine is not replacing]
+        dtype = dtype or (self.kv_dtype() if replacing is None else replacing.dtype)
         try:
-            return self._resolve(batch, context_tokens, others)
+            return self._resolve(batch, context_tokens, others, dtype)
         except MemoryPlanError:
             if not any(engine.plan.resident_tokens for engine in others):
                 raise
         for engine in others:
             engine.give_up_residents()
-        return self._resolve(batch, context_tokens, others)
+        return self._resolve(batch, context_tokens, others, dtype)
 
-    def _resolve(self, batch: int, context_tokens: int | None, others: list[Engine]) -> Plan:
+    def _resolve(
+        self, batch: int, context_tokens: int | None, others: list[Engine], dtype: torch.dtype
+    ) -> Plan:
         asked, budget = self._options.device_memory_bytes, self._budget_bytes()
         left = budget
         if budget is not None:
             left = max(budget - sum(engine.device_kv_bytes for engine in others), 1)
         try:
             return resolve(
-                self._shape,
+                self._shape_in(dtype),
                 dataclasses.replace(self._options, device_memory_bytes=left),
                 device=self._device.name,
                 batch=batch,
@@ -166,6 +190,23 @@ class Offload:
                 raise
             wanted = "" if asked is None else f", not the {format_bytes(asked)} asked for"
             raise MemoryPlanError(f"{error}; that is all the device has free{wanted}") from None
+
+    def _shape_in(self, dtype: torch.dtype) -> ModelShape:
+        """Return the model's shape with keys and values in a dtype."""
+        computed = self._shape.kv_itemsize
+        if dtype.itemsize == computed:
+            return self._shape
+        return dataclasses.replace(
+            self._shape, kv_itemsize=dtype.itemsize, computed_itemsize=max(computed, dtype.itemsize)
+        )
+
+    def kv_dtype(self, computed: torch.dtype | None = None) -> torch.dtype:
+        """Return the dtype of keys and values under the autocast that is on here.
+
+        Args:
+            computed: in which the model computes them; its own dtype by default.
+        """
+        return attended_dtype(computed or self._model.dtype, self._model.device.type)
 
     def _budget_bytes(self) -> int | None:
         """Return the device memory for weights, runtime, activations and all caches together.
@@ -184,18 +225,35 @@ class Offload:
         # The rest of the runtime, handles and fragments, is still to come out of what is free.
         return min(asked, max(most, weights + free))
 
-    def make_engine(self, plan: Plan) -> Engine:
-        """Return an engine for a cache."""
-        engine = Engine(self._device, plan, self._model.dtype, self.stats)
+    def make_engine(self, plan: Plan, dtype: torch.dtype) -> Engine:
+        """Return an engine for a cache of keys and values in a dtype."""
+        engine = Engine(self._device, plan, dtype, self.stats)
         self._engines.add(engine)
         return engine
 
-    def host_bytes_left(self) -> int:
-        """Return the bytes of host memory a cache may still take."""
-        if self._host_memory_bytes is None:
-            return available_host_bytes()
-        held = sum(engine.host_kv_bytes for engine in self._engines)
-        return min(self._host_memory_bytes - held, available_host_bytes())
+    def host_room(self, working_bytes: int) -> HostRoom:
+        """Return what of host memory is left for a cache.
+
+        Args:
+            working_bytes: what a call takes on the device beside KV, which may be host memory.
+        """
+        engines = list(self._engines)
+        # Locked memory is taken at once; other memory, once it is written.
+        locked = self._device.name == "cuda"
+        promised = 0 if locked else sum(engine.unwritten_host_bytes for engine in engines)
+        return HostRoom(
+            device=self._device.name,
+            all_bytes=all_host_bytes(),
+            available_bytes=max(available_host_bytes() - promised, 0),
+            working_bytes=0 if locked else working_bytes,
+            given_bytes=self._host_memory_bytes,
+            held_bytes=sum(engine.host_kv_bytes for engine in engines),
+        )
+
+    def tensor_bytes_left(self) -> int:
+        """Return the bytes that tensors where the model is may still take."""
+        free = self._device.free_bytes()
+        return available_host_bytes() if free is None else int(free * _USED_SHARE)
 
     def owns(self, cache: OffloadedCache) -> bool:
         """Whether a cache was made here."""
@@ -205,6 +263,21 @@ class Offload:
     def chunk_tokens(self, cache: OffloadedCache) -> int:
         """Return the tokens of a chunk under a cache's plan."""
         return cache.state.chunk_tokens or self.plan.chunk_tokens
+
+    def plan_whole(self, cache: OffloadedCache, batch: int, tokens: int) -> Plan:
+        """Make room on the device for a call whose tokens all pass at once; return the new plan.
+
+        Raises:
+            MemoryPlanError: the device memory does not hold the activations of so many tokens.
+        """
+        engine = cache.state.engine
+        plan = dataclasses.replace(self.plan, batch=batch) if engine is None else engine.plan
+        whole = passing_whole(plan, self._options, tokens)
+        if engine is not None and whole.arena_bytes != plan.arena_bytes:
+            engine.replan(whole)
+        elif engine is not None:
+            engine.plan = whole
+        return whole
 
     def mark_compute(self) -> Mark:
         """Return a mark behind the model's work so far."""
@@ -257,7 +330,8 @@ def attach(
         device_memory: the most the model may use on the device, for example "24GiB": weights, KV,
             activations and CUDA itself; of more than is free on a GPU what is free, as with None.
             Elsewhere None is no limit.
-        host_memory: the most the KV caches may use in host memory; None for what is free.
+        host_memory: the most the KV caches may use in host memory; None for what is free, less what
+            the process, page tables and locked pages take. There is never more than that.
         chunk_tokens: tokens that pass through the model at once in prefill, for example "4K".
         tile_heads: KV heads of one tile: a number, "all" or "auto".
         tile_tokens: tokens of one tile: a count, "all" or "auto".
@@ -292,53 +366,37 @@ def attach(
         host_attention=host_attention,
     )
     no_limit = host_memory is None or host_memory == "auto"
-    host_memory_bytes = None if no_limit else parse_bytes(host_memory or 0)
+    host_memory_bytes = None if no_limit else parse_bytes(host_memory or 0, "host_memory")
     check_supported(model)
-    if is_attached(model):
-        raise UnsupportedModelError("this model is attached already; detach it first")
-    where = _make_device(options.device, model.device, simulated_device)
+    if owner_of(model) is not None:
+        raise UnsupportedModelError(
+            "this model is attached already; detach it first, with headinfer.detach(model) where "
+            "the handle is lost"
+        )
+    where = make_device(options.device, model.device, simulated_device)
     if where.tiles_are_views:
-        _warn_of_options_for_a_device(options)
-    return Offload(
+        warn_of_options_for_a_device(options)
+    offload = Offload(
         model,
         where,
         options,
         host_memory_bytes=host_memory_bytes,
         progress=progress,
     )
+    if (less := offload.host_room(0).less_than_given()) is not None:
+        _logger.warning(less)
+    return offload
 
 
-def _warn_of_options_for_a_device(options: Options) -> None:
-    """Say which options do nothing where the CPU attends all of the cache where it lies."""
-    for name in ("resident_tokens", "host_attention"):
-        value = getattr(options, name)
-        if value not in ("auto", 0):
-            _logger.warning(
-                "%s=%s has no effect on the CPU, which attends all of the KV cache where it lies",
-                name,
-                value,
-            )
+def detach(model: torch.nn.Module) -> None:
+    """Detach a model whose `Offload` is not at hand; one that is not attached is left as it is.
 
+    Args:
+        model: given to `attach` before.
 
-def _measured_hardware(device: Device) -> Hardware | None:
-    """Return what `headinfer probe` measured of a machine; a simulated device has no rates."""
-    if device.name == "simulated":
-        return None
-    return load_measured(identity(device.name))
-
-
-def _make_device(
-    name: str, model_device: torch.device, simulated_device: SimulatedDevice | None
-) -> Device:
-    if name == "auto":
-        name = model_device.type
-    kind = "cuda" if name == "cuda" else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise OptionError("device 'cuda' was asked for, but CUDA is not available; use 'cpu'")
-    if model_device.type != kind:
-        raise OptionError(f"device is {name!r}, but the model is on {model_device}; move it first")
-    if name == "cuda":
-        return CudaDevice(model_device)
-    if name == "simulated":
-        return simulated_device or SimulatedDevice()
-    return CpuDevice()
+    Raises:
+        CacheStateError: called from within a call of the model.
+    """
+    owner = owner_of(model)
+    if isinstance(owner, Offload):
+        owner.detach()

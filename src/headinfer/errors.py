@@ -17,6 +17,10 @@ class ModelLoadError(HeadInferError):
     """The model or its tokenizer cannot be loaded."""
 
 
+class NotANumberError(HeadInferError):
+    """The model computes NaN or infinity where numbers should be."""
+
+
 class MemoryPlanError(HeadInferError):
     """A plan does not fit the device or the host memory."""
 

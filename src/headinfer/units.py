@@ -13,31 +13,42 @@ _BYTE_UNITS = {
 }
 _TOKEN_UNITS = {"": 1, "K": 1024, "M": 1024**2}
 _MAX_TOKENS = 2**36
+_LEAST_WITHOUT_UNIT = 2**20
 _QUANTITY = re.compile(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
 
 
-def _parse(text: str, units: dict[str, int], what: str, example: str) -> int:
+def _parse(text: str, units: dict[str, int], what: str, example: str, of: str = "") -> int:
     match = _QUANTITY.fullmatch(text)
     factor = units.get(match[2].upper()) if match else None
     if match is None or factor is None:
-        raise OptionError(f"{text!r} is not a {what}; write for example {example}")
+        raise OptionError(f"{of}{text!r} is not a {what}; write for example {example}")
     return int(Decimal(match[1].replace("_", "")) * factor)  # exact beyond 2**53
 
 
-def parse_bytes(size: str | int) -> int:
+def parse_bytes(size: str | int, name: str | None = None) -> int:
     """Return `size` in bytes.
 
     Args:
-        size: bytes as an integer, or text such as "24GiB", "24GB" or "512MiB".
+        size: bytes as an integer, or text such as "24GiB", "24GB" or "512MiB"; without a unit at
+            least a MiB, for whoever writes 24 means GiB.
+        name: of the option, for messages.
 
     Raises:
-        OptionError: the text is not a size, or the size is not positive.
+        OptionError: the text is not a size, or the size is not positive or too small.
     """
-    size_bytes = (
-        size if isinstance(size, int) else _parse(size, _BYTE_UNITS, "memory size", "24GiB")
-    )
+    of = "" if name is None else f"{name}: "
+    if isinstance(size, int):
+        size_bytes, without_unit = size, True
+    else:
+        size_bytes = _parse(size, _BYTE_UNITS, "memory size", "24GiB", of)
+        without_unit = size.strip()[-1].isdigit()
     if size_bytes <= 0:
-        raise OptionError(f"a memory size must be positive, not {size!r}")
+        raise OptionError(f"{of}a memory size must be positive, not {size!r}")
+    if without_unit and size_bytes < _LEAST_WITHOUT_UNIT:
+        number = str(size).strip()
+        raise OptionError(
+            f"{of}{size!r} is {size_bytes:,} bytes; did you mean '{number}GiB'? (or '{number}B')"
+        )
     return size_bytes
 
 

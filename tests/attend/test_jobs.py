@@ -110,6 +110,14 @@ def test_spans_are_merged(dtype: torch.dtype, batch: int, lengths: tuple[int, ..
     check(Case((batch, 2, 3, 1, 64), lengths, dtype), dtype)
 
 
+def test_the_device_new_tensors_have_by_default_does_not_matter() -> None:
+    case = Case((1, 2, 3, 1, 64), (700, 63), torch.float32)
+    with torch.device("meta"):
+        case.run()
+    wanted = case.wanted(NativeKernel())
+    torch.testing.assert_close(case.answer.out, wanted.out, rtol=2e-6, atol=2e-6)
+
+
 @pytest.mark.parametrize("dim", [64, 96, 128, 256])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dims(dtype: torch.dtype, dim: int) -> None:

@@ -328,6 +328,24 @@ def test_mixed_dtypes_are_refused_and_never_misread(part: int) -> None:
 
 
 @pytest.mark.parametrize(("group", "q_len"), [(1, 1), (16, 1), (1, 70)])
+def test_the_dtype_and_device_new_tensors_have_by_default_do_not_matter(
+    group: int, q_len: int
+) -> None:
+    past = (1, 2, 90, 64)
+    parts = tuple(draw(*shape).float() for shape in ((1, 2, group, q_len, 64), past, past))
+    expected = NativeKernel().attend(*parts, scale=0.3)
+    torch.set_default_dtype(torch.float64)  # smaller ones would have it write past the end
+    try:
+        with torch.device("meta"):
+            got = NativeKernel().attend(*parts, scale=0.3)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert (got.out.dtype, got.lse.dtype) == (torch.float32, torch.float32)
+    assert torch.equal(got.out, expected.out)
+    assert torch.equal(got.lse, expected.lse)
+
+
+@pytest.mark.parametrize(("group", "q_len"), [(1, 1), (16, 1), (1, 70)])
 def test_weights_too_small_to_matter_are_nothing(group: int, q_len: int) -> None:
     """Where one score outweighs all others, none of them may show in the sum."""
     query, keys, values = draw(1, 1, group, q_len, 32), draw(1, 1, 900, 32), draw(1, 1, 900, 32)

@@ -165,10 +165,37 @@ def test_the_verb_writes_document_and_plots(tmp_path, monkeypatch):
 
 
 def test_files_that_hold_no_results_are_refused(tmp_path):
-    for content in ("", "[]", "{}", '{"header": {"format": 1}}'):
-        (tmp_path / "bad.json").write_text(content)
+    path = tmp_path / "bad.json"
+    results_of(bench_spec(contexts=(1024,))).save(str(path))
+    values = json.loads(path.read_text())
+    damaged = [
+        path.read_text()[:-100],
+        json.dumps(values | {"checks": []}),
+        json.dumps(values | {"rows": [1]}),
+        json.dumps(values | {"header": values["header"] | {"spec": []}}),
+        "[" * 100_000,
+        "\xff",
+    ]
+    for content in ("", "[]", "{}", '{"header": {"format": 1}}', *damaged):
+        path.write_bytes(content.encode("latin-1"))
         with pytest.raises(OptionError, match=r"bad\.json"):
-            Results.load(str(tmp_path / "bad.json"))
+            Results.load(str(path))
+
+
+def test_results_that_cannot_be_written_leave_the_old_ones(tmp_path, monkeypatch):
+    path = tmp_path / "out.json"
+    results = results_of(bench_spec(contexts=(1024,)))
+    results.save(str(path))
+    before = path.read_text()
+
+    def fail(*_paths):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("headinfer.bench.document.os.replace", fail)
+    with pytest.raises(OptionError, match="No space left on device"):
+        results.save(str(path))
+    assert path.read_text() == before
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_results_survive_their_file(tmp_path):

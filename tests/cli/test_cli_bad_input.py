@@ -22,11 +22,13 @@ def check(outcome, *words, code: int = 2) -> None:
 OPTION_MISTAKES = {
     "memory size": (("--device-memory", "24 gigs"), "24 gigs", "24GiB"),
     "host memory size": (("--host-memory", "lots"), "lots"),
+    "size without a unit": (("--device-memory", "24"), "--device-memory", "did you mean '24GiB'?"),
+    "host size without a unit": (("--host-memory", "8.5"), "--host-memory", "'8.5GiB'"),
     "zero memory": (("--device-memory", "0"), "positive"),
-    "tile heads of 0": (("--tile-heads", "0"), "tile_heads", "'0'"),
-    "tile tokens of 0": (("--tile-tokens", "0"), "tile_tokens", "'0'"),
-    "chunk of 0": (("--chunk-tokens", "0"), "chunk_tokens", "'0'"),
-    "chunk of all": (("--chunk-tokens", "all"), "chunk_tokens"),
+    "tile heads of 0": (("--tile-heads", "0"), "--tile-heads", "'0'"),
+    "tile tokens of 0": (("--tile-tokens", "0"), "--tile-tokens", "'0'"),
+    "chunk of 0": (("--chunk-tokens", "0"), "--chunk-tokens", "'0'"),
+    "chunk of all": (("--chunk-tokens", "all"), "--chunk-tokens"),
     "tile of words": (("--tile-tokens", "many"), "many"),
     "temperature of 0": (("--do-sample", "--temperature", "0"), "--temperature", "--no-do-sample"),
     "temperature below 0": (("--temperature", "-1"), "--temperature"),
@@ -40,6 +42,11 @@ OPTION_MISTAKES = {
     "lookup with beams": (("--prompt-lookup-num-tokens", "3", "--num-beams", "2"), "beams"),
     "unknown option": (("--no-such-option",), "--no-such-option"),
     "unknown device": (("--device", "tpu"), "tpu"),
+    "prompt twice": (("-p", "w2"), "--prompt/-p", "2 times"),
+    "seed twice": (("--seed", "1", "--seed", "1"), "--seed", "2 times"),
+    "yes and no": (("--do-sample", "--no-do-sample"), "--do-sample", "2 times"),
+    "stdin twice": (("-f", "-", "-f", "-"), "--prompt-file -", "stdin"),
+    "share above 1": (("--host-attention", "2"), "--host-attention", "from 0 to 1"),
     "number of words": (("--top-k", "some"), "--top-k"),
 }
 
@@ -163,7 +170,8 @@ def test_budget_below_the_weights(cli, llama):
 
 
 def test_more_tile_heads_than_there_are(cli, llama):
-    check(cli("generate", "--model", llama, "-p", "w1", "--tile-heads", "3"), "2 KV heads")
+    done = cli("generate", "--model", llama, "-p", "w1", "--tile-heads", "3")
+    check(done, "--tile-heads is 3", "2 KV heads")
 
 
 def test_cuda_where_there_is_none(cli, llama, monkeypatch):

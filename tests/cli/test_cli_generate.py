@@ -103,7 +103,26 @@ def test_file_comes_before_the_prompt_with_a_blank_line_between(tmp_path):
 
     file = tmp_path / "book.txt"
     file.write_bytes(b"\xef\xbb\xbfOnce.\r\n\r\n")
-    assert read_prompt("Who?\n", str(file)) == "Once.\n\nWho?"
+    assert read_prompt("Who?\n", [str(file)]) == "Once.\n\nWho?"
+
+
+def test_several_files_come_in_order(tmp_path):
+    from headinfer.cli.prompt import read_prompt
+
+    files = []
+    for text in ("one\n\n", "two", "three\r\n"):
+        files.append(str(tmp_path / f"{len(files)}.txt"))
+        (tmp_path / files[-1]).write_bytes(text.encode())
+    assert read_prompt("Who?", files) == "one\ntwo\nthree\n\nWho?"
+    assert read_prompt(None, [files[2], files[0]]) == "three\none"
+
+
+def test_several_files_are_taken(cli, llama, tmp_path):
+    file = tmp_path / "book.txt"
+    file.write_text("w1 w2\n")
+    args = ("-f", file, "-f", "-", "-f", file, "-p", "w3", *GREEDY, "--json")
+    done = cli("generate", "--model", llama, *args, stdin="w4 w5 w6\n")
+    assert json.loads(done.out)["prompt_tokens"] == 8
 
 
 def test_chat_template_is_used_unless_raw(cli, chat_llama):

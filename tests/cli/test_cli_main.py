@@ -49,6 +49,12 @@ def test_bench_has_verbs_of_its_own(cli):
     assert len(wrong.error_lines) == 1
 
 
+def test_options_of_benchmarks_are_given_once(cli):
+    done = cli("bench", "decode", "--context", "1K", "--contexts", "2K")
+    assert (done.code, len(done.error_lines)) == (2, 1)
+    assert "--contexts/--context is given 2 times" in done.err
+
+
 def test_help_and_version_import_no_torch(command):
     code = (
         "import sys\n"

@@ -1,10 +1,13 @@
 """`headinfer plan`: what it prints, its JSON, its errors, and what it does not import."""
 
+import dataclasses
 import json
 import subprocess
 import sys
 
 import pytest
+
+from headinfer.plan.hardware import preset_hardware
 
 ROW = [
     *("method", "tile_heads", "tile_tokens", "weights_bytes", "kv_device_bytes"),
@@ -67,11 +70,20 @@ def test_where_nothing_fits_it_says_what_would(cli) -> None:
     outcome = cli("plan", "--context", "16M", "--host-memory", "512GiB")
     assert outcome.code == 1
     assert "No exact method fits." in outcome.out
-    assert "--host-memory 2048.0GiB, 1.50 TiB more" in outcome.out
-    assert "--context 4M, the longest that fits" in outcome.out
+    assert "--host-memory 2097.0GiB, 1.55 TiB more" in outcome.out
+    assert "--context 3970K, the longest that fits" in outcome.out
     document = json.loads(cli("plan", "--context", "16M", "--json").out)
     assert document["chosen"]["method"] is None
-    assert document["chosen"]["changes"][-1]["context_tokens"] == 4 * 2**20
+    assert document["chosen"]["changes"][-1]["context_tokens"] == 3970 * 2**10
+
+
+def test_host_memory_is_not_planned_to_the_last_byte(cli) -> None:
+    # 122 GiB of locked KV beside 126 GiB of memory ended the process, 116 GiB did not.
+    options = ("--hardware", "rtx-4090", "--host-memory", "126GiB")
+    assert cli("plan", "--context", "928K", *options).code == 0
+    outcome = cli("plan", "--context", "976K", *options)
+    assert outcome.code == 1
+    assert "122.00 GiB there, and 5.62 GiB" in outcome.out
 
 
 def test_the_papers_tables(cli) -> None:
@@ -93,6 +105,9 @@ def test_the_papers_tables(cli) -> None:
         (("--hardware", "this"), "run `headinfer probe` first"),
         (("--batch", "0"), "--batch"),
         (("--paper", "--json"), "leave out --json"),
+        (("--paper", "--context", "1M"), "leave out --context"),
+        (("--context", "1M", "--context", "2M"), "--context is given 2 times"),
+        (("--device-memory", "24"), "--device-memory: '24' is 24 bytes; did you mean '24GiB'"),
         (("--json", "missing/plan.json"), "there is no folder"),
     ],
 )
@@ -114,3 +129,44 @@ except SystemExit:
 assert not {"torch", "transformers", "numpy"} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", program], env=command[1], check=True)
+
+
+@pytest.mark.parametrize("home", [None, "", "relative"])
+def test_no_home_folder_is_needed(cli, monkeypatch, home) -> None:
+    def unknown(uid: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME", raising=False)
+    if home is not None:
+        monkeypatch.setenv("HOME", home)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    for model in ("llama-3-8b", "demo"):
+        done = cli("plan", "--model", model, "--context", "4K")
+        assert (done.code, done.err) == (0, "")
+        assert "not measured yet" in done.out
+    done = cli("plan", "--model", "llama-3-8b", "--hardware", "this")
+    assert done.code == 2
+    assert "headinfer probe" in done.err
+    done = cli("probe", "--device", "cpu")
+    assert done.code == 2
+    assert "this user has no home folder" in done.err
+
+
+@pytest.mark.parametrize("context", ["4K", "1M"])
+def test_a_machine_without_a_gpu_has_one_memory(cli, monkeypatch, context) -> None:
+    processor = dataclasses.replace(
+        preset_hardware("rtx-4090"),
+        name="this",
+        link_bytes_per_s=None,
+        link_back_bytes_per_s=None,
+        measured=True,
+    )
+    monkeypatch.setattr("headinfer.plan.measured.load_measured", lambda: processor)
+    outcome = cli("plan", "--context", context)
+    text = outcome.out.lower().replace("there is no device beside the cpu", "")
+    assert outcome.code == (context == "1M")
+    assert "24.00 gib of memory" in text
+    assert "what memory holds" in text
+    assert "device" not in text
+    assert "host" not in text

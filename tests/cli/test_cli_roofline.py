@@ -152,6 +152,8 @@ def test_plot_to_a_file(cli, tmp_path):
         (("--hardware", "abacus"), "use one of rtx-4090"),
         (("--contexts", "1K,many"), "'many' is not a token count"),
         (("--contexts", ","), "names none"),
+        (("--contexts", "1K,,2K"), "a comma too many"),
+        (("--hardware", "h200", "--hardware", "h100"), "--hardware is given 2 times"),
         (("--contexts", "0"), "positive"),
     ],
 )

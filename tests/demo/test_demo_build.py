@@ -2,13 +2,18 @@
 
 import json
 import os
+import pwd
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from headinfer.demo import ensure_model
+from headinfer import folders
+from headinfer.checked_files import DIGESTS, seal_folder
+from headinfer.demo import build, ensure_model
+from headinfer.errors import ModelLoadError
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -55,8 +60,6 @@ def test_cache_folder_follows_xdg(monkeypatch, tmp_path):
 
 
 def test_loser_of_a_race_takes_the_winners_folder(monkeypatch, tmp_path):
-    from headinfer.demo import build
-
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
     def build_while_another_finishes(folder: Path) -> None:
@@ -65,26 +68,118 @@ def test_loser_of_a_race_takes_the_winners_folder(monkeypatch, tmp_path):
         winner = tmp_path / "headinfer" / f"demo-{build._digest()}"
         winner.mkdir()
         (winner / "theirs").touch()
+        seal_folder(winner)
 
     monkeypatch.setattr(build, "build_model", build_while_another_finishes)
     folder = ensure_model()
-    assert [path.name for path in folder.iterdir()] == ["theirs"]
+    assert sorted(path.name for path in folder.iterdir()) == [DIGESTS, "theirs"]
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
-def test_failed_build_leaves_nothing(monkeypatch, tmp_path):
-    from headinfer.demo import build
+@pytest.fixture
+def copied(monkeypatch, tmp_path, demo_folder) -> Path:
+    """An empty cache folder; models are copied into it, for building one takes a second."""
+    monkeypatch.setattr(build, "build_model", lambda folder: shutil.copytree(demo_folder, folder))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folders._temporary_folder.cache_clear()
+    build._say_not_kept.cache_clear()
+    return tmp_path / "cache"
 
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+def test_failed_build_leaves_nothing(copied, monkeypatch):
+    from safetensors import SafetensorError
 
     def fail(folder: Path) -> None:
         folder.mkdir()
-        raise OSError("disk full")
+        raise SafetensorError("disk full")
 
     monkeypatch.setattr(build, "build_model", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(ModelLoadError, match=r"disk full.*XDG_CACHE_HOME"):
         ensure_model()
-    assert list((tmp_path / "headinfer").iterdir()) == []
+    assert list((copied / "headinfer").iterdir()) == []
+
+
+def test_the_built_model_is_closed_to_others(copied):
+    before = os.umask(0)
+    try:
+        folder = ensure_model()
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o7777 for path in (folder, folder.parent, copied)} == {0o700}
+    assert {path.stat().st_mode & 0o7777 for path in folder.iterdir()} == {0o600}
+
+
+def put_file(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.touch()
+
+
+def put_dangling_link(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.symlink_to(folder.with_name("missing"))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: os.truncate(folder / "model.safetensors", 100_000),
+        lambda folder: (folder / "tokenizer.json").unlink(),
+        lambda folder: os.truncate(folder / "config.json", 0),
+        lambda folder: (folder / "tokenizer_config.json").write_text("{}"),
+        lambda folder: (folder / "adapter_config.json").write_text("{}"),
+        lambda folder: (folder / "config.json").chmod(0o666),
+        lambda folder: (folder / DIGESTS).unlink(),
+        lambda folder: [path.unlink() for path in folder.iterdir()],
+        put_file,
+        put_dangling_link,
+    ],
+)
+def test_a_damaged_model_is_built_anew_and_said(copied, demo_folder, caplog, damage):
+    folder = ensure_model()
+    whole = contents(folder)
+    damage(folder)
+    assert ensure_model() == folder
+    assert contents(folder) == whole
+    assert ensure_model() == folder
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "is built anew" in record.getMessage()
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def without_home(monkeypatch, cache: Path) -> None:
+    def unknown(uid: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "")
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+
+
+def writable_by_all(monkeypatch, cache: Path) -> None:
+    cache.mkdir()
+    cache.chmod(0o777)
+
+
+@pytest.mark.parametrize("unsafe", [without_home, writable_by_all])
+def test_what_cannot_be_kept_is_built_for_the_process(copied, monkeypatch, caplog, unsafe):
+    unsafe(monkeypatch, copied)
+    folder = ensure_model()
+    assert ensure_model() == folder
+    assert (folder / "model.safetensors").is_file()
+    assert folder.parent.parent.name.startswith("headinfer-scratch-")
+    (record,) = caplog.records
+    assert "built anew by each process" in record.getMessage()
+    assert not copied.exists() or list(copied.iterdir()) == []
+
+
+def test_what_a_killed_build_left_is_removed(copied):
+    folder = ensure_model()
+    left = folder.parent / "headinfer-scratch-abcdefgh"
+    left.mkdir()
+    folders._clear.cache_clear()  # as another process begins
+    ensure_model()
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
 def test_importing_the_demo_imports_nothing_heavy():

@@ -296,6 +296,19 @@ def test_windows_stay_bounded_in_a_long_prompt_of_a_speculative_cache() -> None:
     torch.testing.assert_close(ours, stock[:, -1:])
 
 
+@pytest.mark.parametrize("device", ["cpu", "simulated"])
+def test_the_device_new_tensors_have_by_default_does_not_matter(device: str) -> None:
+    model, tokens = shared_model("llama3"), random_tokens(1, 40)
+    stock = model(tokens).logits
+    options = {"device": device, "chunk_tokens": 16, "tile_tokens": 16, "host_attention": 0.5}
+    with headinfer.attach(model, **options) as offload, torch.device("meta"):
+        cache = offload.new_cache()
+        ours = [
+            model(part, past_key_values=cache).logits for part in tokens.split([38, 1, 1], dim=1)
+        ]
+    torch.testing.assert_close(torch.cat(ours, dim=1), stock)
+
+
 def test_growing_the_rows_is_refused_where_host_memory_is_too_small() -> None:
     model = shared_model("llama3")
     with headinfer.attach(model, host_memory="100KiB") as offload:

@@ -1,5 +1,6 @@
 """The ledger against plain tensors: what it says of where tokens lie, and what lies there."""
 
+import dataclasses
 from dataclasses import dataclass, field
 
 import torch
@@ -15,8 +16,8 @@ from headinfer.kv.place import HostPlace
 GEOMETRY = Geometry(batch=2, kv_heads=3, key_dim=4, value_dim=2, dtype=torch.float32)
 
 
-def new_ledger() -> Ledger:
-    return Ledger(GEOMETRY, HostPlace(CpuDevice()))
+def new_ledger(batch: int = 2) -> Ledger:
+    return Ledger(dataclasses.replace(GEOMETRY, batch=batch), HostPlace(CpuDevice()))
 
 
 def new_tokens(batch: int, tokens: int) -> KV:
@@ -109,7 +110,9 @@ def test_any_sequence_of_changes_of_ledgers_that_share_memory(
                 ledger.select_host(rows)
                 plain.select(rows)
             elif kind == "fork":
-                held.append((ledger.fork(), plain.copy()))
+                other = new_ledger(batch)
+                other.share(ledger)
+                held.append((other, plain.copy()))
             else:
                 ledger.clear()
                 plain.crop(0)
@@ -121,16 +124,36 @@ def test_any_sequence_of_changes_of_ledgers_that_share_memory(
         assert ledger.host_bytes == ledger.tokens == 0
 
 
-def test_a_fork_takes_no_memory_until_it_is_written_to() -> None:
+def test_shared_tokens_take_no_memory_until_they_are_changed() -> None:
+    first, second = new_ledger(), new_ledger()
+    first.reserve(1010)
+    append(first, new_tokens(2, 1000))
+    second.share(first)
+    append(first, new_tokens(2, 10))  # behind what is shared
+    assert first.host_bytes + second.host_bytes == GEOMETRY.num_bytes(1010)
+    append(second, new_tokens(2, 1))
+    assert first.host_bytes + second.host_bytes == GEOMETRY.num_bytes(1010 + 256)
+    second.select_host([1, 0])
+    assert first.host_bytes == GEOMETRY.num_bytes(1010)
+    assert second.host_bytes == GEOMETRY.num_bytes(1000 + 256)
+
+
+def test_rows_are_chosen_whatever_device_new_tensors_have_by_default() -> None:
+    ledger, new = new_ledger(), new_tokens(2, 7)
+    append(ledger, new)
+    with torch.device("meta"):
+        ledger.select_host([1, 0])
+        ledger.select_host([1, 1, 0])
+    (tile,) = ledger.host_tiles(0, 7)
+    assert torch.equal(tile.kv.keys, new.keys[[0, 0, 1]])
+
+
+def test_what_was_never_written_is_known() -> None:
     ledger = new_ledger()
     ledger.reserve(1000)
-    append(ledger, new_tokens(2, 1000))
-    fork = ledger.fork()
-    assert ledger.host_bytes + fork.host_bytes == GEOMETRY.num_bytes(1000)
-    append(fork, new_tokens(2, 1))
-    assert ledger.host_bytes + fork.host_bytes == GEOMETRY.num_bytes(1000 + 256)
-    ledger.clear()
-    assert fork.host_bytes == GEOMETRY.num_bytes(1000 + 256)
+    append(ledger, new_tokens(2, 400))
+    ledger.crop(300)
+    assert ledger.unwritten_bytes == GEOMETRY.num_bytes(600)
 
 
 def test_old_tokens_are_never_moved_by_growth() -> None:

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import pwd
 from dataclasses import replace
 
 import pytest
@@ -130,6 +132,12 @@ def damage(**changes) -> str:
         (damage(rates=[]), "lacks matmul"),
         (damage().replace("16000000000.0", "NaN"), "typical_per_s is nan"),
         (damage().replace("16000000000.0", "-1.0"), "typical_per_s is -1.0"),
+        (damage().replace("16000000000.0", "1e-300"), "typical_per_s is 1e-300"),
+        (damage().replace("16000000000.0", "1e300"), "typical_per_s is 1e+300"),
+        (damage(host_memory_bytes=10**400), "host_memory_bytes is 1000"),
+        (damage().replace("16000000000.0", "1" * 5000), "integer string"),
+        ("[" * 500_000, "nested too deeply"),
+        (damage() + " " * 2**20, "more than 1048576 bytes"),
         (damage().replace("host_read", "disk_read"), "disk_read"),
         ("\ud800", "utf-8"),
     ],
@@ -148,6 +156,52 @@ def test_a_file_in_the_way_is_a_warning(caplog):
     measured.measurement_path().mkdir(parents=True)
     assert measured.load_measured() is None
     assert "directory" in caplog.text
+
+
+def test_what_another_user_can_have_written_is_a_warning(monkeypatch, caplog):
+    path = measured.save_measurement(CPU_ONLY)
+    assert path.stat().st_mode & 0o7777 == 0o600
+    path.chmod(0o666)
+    assert measured.load_measured() is None
+    assert "other users can write to it" in caplog.text
+    if os.geteuid() == 0:
+        path.chmod(0o600)
+        os.chown(path, 12345, 12345)
+        assert measured.load_measured() is None
+        assert "belongs to another user, of id 12345" in caplog.text
+    measured.save_measurement(CPU_ONLY)
+    assert measured.load_measured() == CPU_ONLY.hardware
+
+
+def test_a_pipe_is_a_warning(caplog):
+    measured.measurement_path().parent.mkdir(parents=True)
+    os.mkfifo(measured.measurement_path())
+    assert measured.load_measured() is None
+    assert "not a regular file" in caplog.text
+
+
+def test_without_a_home_nothing_is_kept(monkeypatch, caplog):
+    def unknown(uid):
+        raise KeyError(uid)
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "")
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    assert measured.load_measured() is None
+    assert caplog.records == []
+    with pytest.raises(OptionError, match=r"no home folder.*XDG_CACHE_HOME"):
+        measured.check_writable()
+    with pytest.raises(OptionError, match=r"no home folder.*XDG_CACHE_HOME"):
+        measured.save_measurement(CPU_ONLY)
+
+
+def test_nothing_is_kept_where_all_can_write(tmp_path):
+    tmp_path.chmod(0o777)
+    with pytest.raises(OptionError, match="can be written to by other users"):
+        measured.check_writable()
+    with pytest.raises(OptionError, match="can be written to by other users"):
+        measured.save_measurement(CPU_ONLY)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_another_machines_measurement_is_ignored():

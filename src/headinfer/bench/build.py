@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrain
 from headinfer.bench.model_spec import ModelSpec, NamedModel
 from headinfer.bench.spec import Settings, TrialSpec
 from headinfer.errors import HeadInferError, ModelLoadError, OptionError
+from headinfer.integration.checkpoint import load_checkpoint
 
 _INIT_GAIN = 1.75
 """Weights of this standard deviation over the root of the width give attention scores one of 3, so
@@ -29,33 +30,38 @@ def torch_device(settings: Settings) -> torch.device:
     return torch.device("cuda" if name == "cuda" else "cpu")
 
 
-def build_model(spec: TrialSpec, device: torch.device) -> PreTrainedModel:
+def build_model(spec: TrialSpec, device: torch.device) -> tuple[PreTrainedModel, str | None]:
     """Return the model of a trial, in eval mode; random weights are made where they stay.
 
+    Returns:
+        The model, and what a reader must know about its checkpoint, if anything.
+
     Raises:
-        ModelLoadError: a model with weights of its own cannot be loaded.
+        ModelLoadError: a model with weights of its own cannot be loaded, or lacks some.
     """
     dtype = getattr(torch, spec.dtype)
     model = spec.model
     if isinstance(model, NamedModel) and model.location is not None:
-        return _load(model, dtype, device)
+        return _load(model, model.location, dtype, device)
     torch.manual_seed(spec.seed)
     with device:
         built: PreTrainedModel = AutoModelForCausalLM.from_config(
             _config(spec), dtype=dtype, attn_implementation="sdpa"
         )
-    return built.to(device).eval()
+    return built.to(device).eval(), None
 
 
-def _load(model: NamedModel, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def _load(
+    model: NamedModel, location: str, dtype: torch.dtype, device: torch.device
+) -> tuple[PreTrainedModel, str | None]:
     try:
-        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            model.location, dtype=dtype, attn_implementation="sdpa"
+        loaded, note = load_checkpoint(
+            model.name, location, dtype=dtype, attn_implementation="sdpa"
         )
     except (OSError, ValueError) as error:
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ModelLoadError(f"model {model.name!r} cannot be loaded: {first}") from error
-    return loaded.to(device).eval()
+    return loaded.to(device).eval(), note
 
 
 def _config(spec: TrialSpec) -> Any:

@@ -76,9 +76,12 @@ def parse_methods(text: str) -> tuple[str, ...]:
     """Return the names in a comma-separated list, or all for "all".
 
     Raises:
-        OptionError: there is no such method.
+        OptionError: there is no such method, or an empty name.
     """
-    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    names = tuple(name.strip() for name in text.split(","))
+    if not all(names) and any(names):
+        raise OptionError(f"--methods {text!r} has a comma too many")
+    names = tuple(filter(None, names))
     if names == ("all",):
         return tuple(CATALOGUE)
     for name in names:

@@ -20,6 +20,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from headinfer.scratch import remove_leftovers, scratch_folder
+
 Values = dict[str, Any]
 """What goes between processes: names and values of JSON."""
 
@@ -57,8 +59,10 @@ def ask(module: str, question: Values, *, time_limit_s: float | None = None) -> 
     """
     context = _context()
     receiver, sender = context.Pipe(duplex=False)
-    with tempfile.TemporaryDirectory() as folder, receiver:
-        said = Path(folder) / "said"
+    temporary = Path(tempfile.gettempdir())
+    remove_leftovers(temporary, unlocked=False)
+    with scratch_folder(temporary) as folder, receiver:
+        said = folder / "said"
         arguments = (module, json.dumps(question), sender, str(said), dict(os.environ))
         process = context.Process(target=_run, args=arguments, daemon=True)
         try:
@@ -96,12 +100,13 @@ def _without_main() -> Iterator[None]:
 
 
 def _start_server() -> None:
-    """Start the server where Ctrl-C, which a terminal sends to all, does not reach it.
+    """Start the server where the signals that a terminal sends to all do not reach it.
 
-    Nor what is forked from it: the caller ends that. Both would print a traceback.
+    Nor what is forked from it: the caller ends that. Both would print a traceback or, of a terminal
+    that is closed, end before the caller knows why.
     """
     resource_tracker.ensure_running()  # else the server starts it, and lets signals in again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
     try:
         forkserver.ensure_running()
     finally:

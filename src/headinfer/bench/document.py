@@ -3,6 +3,7 @@
 It is written anew after every row, so that a run that is stopped can go on.
 """
 
+import contextlib
 import json
 import os
 import platform
@@ -79,10 +80,22 @@ class Results:
         return values
 
     def save(self, path: str) -> None:
-        """Write the file beside the old one and rename it, so that nobody reads half of it."""
+        """Write the file beside the old one and rename it, so that nobody reads half of it.
+
+        Raises:
+            OptionError: it cannot be written; the old file stays.
+        """
         new = Path(f"{path}.new")
-        new.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
-        os.replace(new, path)
+        try:
+            new.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+            os.replace(new, path)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                new.unlink()
+            raise OptionError(
+                f"results cannot be written to {path!r} ({error.strerror}); make room, then go on "
+                "with --resume"
+            ) from error
 
     @classmethod
     def load(cls, path: str) -> "Results":
@@ -93,7 +106,7 @@ class Results:
         """
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             reason = getattr(error, "strerror", None) or "it is not JSON"
             raise OptionError(f"results {path!r} cannot be read: {reason}") from error
         try:
@@ -103,7 +116,7 @@ class Results:
                     "read; measure them again"
                 )
             return cls._from_json(values)
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise OptionError(f"{path!r} holds no results of `headinfer bench`") from error
 
     @classmethod

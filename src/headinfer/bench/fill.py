@@ -7,7 +7,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from headinfer.errors import UnsupportedModelError
-from headinfer.integration.cache import OffloadedCache, OffloadedLayer
+from headinfer.integration.cache import OffloadedCache
+from headinfer.integration.layer import OffloadedLayer
 from headinfer.integration.support import model_shape
 from headinfer.plan.shape import LayerKind, LayerShape
 

@@ -63,7 +63,9 @@ def compare(
     ]
     worst = next((error for error in errors if math.isnan(error)), max(errors))
     reason = ""
-    if not worst <= tolerance:  # so that NaN fails
+    if math.isnan(worst):
+        reason = "logits are NaN, infinite or all 0: overflow in this dtype, or damaged weights"
+    elif worst > tolerance:
         reason = f"logits are off by {worst:.2g} of their length; {tolerance:.2g} is allowed"
     elif dtype == "float32" and equal_tokens < len(pairs):
         reason = f"only {equal_tokens} of {len(pairs)} greedy tokens are equal"

@@ -32,11 +32,13 @@ class TrialFailure:
         status: `CANNOT_RUN` or `FAILED`.
         reason: one line for people.
         grows: whether a longer context would end the same way: it lacks memory or time.
+        ends_run: whether every other trial would end the same way: the model cannot be loaded.
     """
 
     status: Status
     reason: str
     grows: bool = False
+    ends_run: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

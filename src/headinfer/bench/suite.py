@@ -17,6 +17,7 @@ from headinfer.bench.longest import longest_context
 from headinfer.bench.result import Status, TrialFailure, TrialResult
 from headinfer.bench.rows import Row, row_of, row_without_result
 from headinfer.bench.spec import BenchSpec, Fill, TrialSpec
+from headinfer.errors import ModelLoadError
 from headinfer.units import format_seconds, format_tokens
 
 GATE_TOKENS = 4133
@@ -73,7 +74,11 @@ class Suite:
         self._too_long: dict[str, tuple[int, TrialFailure]] = {}
 
     def run(self) -> Iterator[Row]:
-        """Yield the rows that were not done, context by context; see `rows.arranged`."""
+        """Yield the rows that were not done, context by context; see `rows.arranged`.
+
+        Raises:
+            ModelLoadError: the model cannot be loaded, so that no trial can run.
+        """
         self._check_before_timing()
         if self._spec.command.finds_context:
             for method in self._spec.methods:
@@ -96,6 +101,8 @@ class Suite:
         self._progress.started(name, self._forecast.left_s())
         start_s = time.monotonic()
         outcome = self._launcher.trial(spec, self._spec.time_limit_s)
+        if isinstance(outcome, TrialFailure) and outcome.ends_run:
+            raise ModelLoadError(outcome.reason)
         if isinstance(outcome, TrialResult):
             seconds = time.monotonic() - start_s
             self._forecast.finished(spec.method, spec.context_tokens, seconds)

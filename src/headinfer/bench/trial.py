@@ -28,7 +28,7 @@ from headinfer.bench.neighbours import Neighbours
 from headinfer.bench.process_memory import PeakRss
 from headinfer.bench.result import Status, TrialFailure, TrialResult, to_json
 from headinfer.bench.spec import Fill, TrialSpec
-from headinfer.errors import HeadInferError, MemoryPlanError
+from headinfer.errors import HeadInferError, MemoryPlanError, ModelLoadError
 from headinfer.integration.calls import cache_argument
 from headinfer.integration.support import model_shape
 from headinfer.units import format_bytes
@@ -132,7 +132,7 @@ def run_trial(spec: TrialSpec) -> TrialResult:
     """
     device = torch_device(spec.settings)
     limit_device(spec.settings, device)
-    model = build_model(spec, device)
+    model, model_note = build_model(spec, device)
     neighbours = Neighbours()
     tokens = _tokens(spec, device)
     _raise_clocks(device, model.dtype)
@@ -141,7 +141,12 @@ def run_trial(spec: TrialSpec) -> TrialResult:
         first_prefill_s = _warm_up(spec, method, _Run(model, method), tokens)
         with limit_host(spec.settings, device, weights_bytes):
             result = _measure(spec, method, model, tokens)
-    return replace(result, first_prefill_s=first_prefill_s, others_cpu_share=neighbours.cpu_share())
+    return replace(
+        result,
+        note="; ".join(filter(None, (result.note, model_note))),
+        first_prefill_s=first_prefill_s,
+        others_cpu_share=neighbours.cpu_share(),
+    )
 
 
 def _measure(
@@ -214,8 +219,12 @@ def attempt(spec: TrialSpec) -> TrialResult | TrialFailure:
     try:
         return run_trial(spec)
     except (HeadInferError, ImportError) as error:
-        grows = isinstance(error, MemoryPlanError)
-        return TrialFailure(status=Status.CANNOT_RUN, reason=_first_line(error), grows=grows)
+        return TrialFailure(
+            status=Status.CANNOT_RUN,
+            reason=_first_line(error),
+            grows=isinstance(error, MemoryPlanError),
+            ends_run=isinstance(error, ModelLoadError),
+        )
     except (MemoryError, RuntimeError) as error:
         # torch's CPU allocator raises a plain RuntimeError.
         memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))

@@ -3,7 +3,7 @@
 import inspect
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from headinfer.bench.suite import Suite
 from headinfer.bench.table import render
 from headinfer.cli.bench_options import options, run_spec
 from headinfer.cli.bench_report import report
+from headinfer.cli.command import OnceCommand
 from headinfer.cli.console import reporting_errors, stdout_console
 from headinfer.cli.output import STDOUT, JsonCommand, check_writable, write_json
 from headinfer.cli.progress import format_duration
@@ -118,7 +119,7 @@ def methods() -> None:
     stdout_console().print(table)
 
 
-app.command()(report)
+app.command(cls=OnceCommand)(report)
 
 
 def _run(command: Command, given: dict[str, Any]) -> None:
@@ -141,24 +142,34 @@ def _run(command: Command, given: dict[str, Any]) -> None:
             done=results.done,
             checks=results.checks,
         )
+        stopped: KeyboardInterrupt | None = None
         try:
             for row in suite.run():
                 results.rows.append(row)
                 results.checks = suite.checks
                 if path not in (None, STDOUT):
                     results.save(str(path))
-        except KeyboardInterrupt:
-            if path not in (None, STDOUT) and results.rows:
-                console.print(f"{path} holds what is finished; --resume goes on from there")
-            raise
-    rows = results.arranged_rows
-    console.print(render(results.spec, results.machine, rows))
+        except KeyboardInterrupt as error:
+            if not results.rows:
+                raise
+            stopped = error
+    _tell(results, path, console, stopped=stopped is not None)
+    if stopped is not None:
+        raise stopped
+    raise typer.Exit(exit_code(results.arranged_rows))
+
+
+def _tell(results: Results, path: str | None, console: Console, *, stopped: bool) -> None:
+    """Print what is finished, and write it where it is wanted."""
+    with suppress(OSError):  # the terminal may be gone
+        console.print(render(results.spec, results.machine, results.arranged_rows))
     if path == STDOUT:
         write_json(STDOUT, results.to_json())
     elif path is not None:
         results.save(path)
-        console.print(f"written to {path}")
-    raise typer.Exit(exit_code(rows))
+        told = "holds what is finished; --resume goes on from there"
+        with suppress(OSError):
+            console.print(f"{path} {told}" if stopped else f"written to {path}")
 
 
 def _begin(

@@ -8,6 +8,7 @@ import typer
 from headinfer.bench.catalogue import parse_methods
 from headinfer.bench.model_spec import DTYPE_BYTES, Model, ModelSpec, NamedModel
 from headinfer.bench.spec import BenchSpec, Command, Fill, Settings
+from headinfer.cli.contexts import parse_contexts
 from headinfer.cli.options import (
     MODEL_PANEL,
     NO_VALUE,
@@ -22,7 +23,6 @@ from headinfer.cli.options import (
 from headinfer.cli.output import JsonPath
 from headinfer.errors import OptionError
 from headinfer.plan.presets import PRESETS
-from headinfer.units import parse_tokens
 
 _DEFAULT_SHAPE = {
     "layers": 4,
@@ -141,11 +141,10 @@ def run_spec(command: Command, given: dict[str, Any]) -> BenchSpec:
     """
     if given["dtype"] not in DTYPE_BYTES:
         raise OptionError(f"dtype must be one of {', '.join(DTYPE_BYTES)}, not {given['dtype']!r}")
-    contexts = [part for part in given["contexts"].split(",") if part.strip()]
     return BenchSpec(
         command=command,
         methods=parse_methods(given["methods"]),
-        contexts=tuple(sorted(map(parse_tokens, contexts))),
+        contexts=tuple(sorted(parse_contexts(given["contexts"], "1K,10K,100K"))),
         new_tokens=given["new_tokens"],
         repeats=given["repeats"],
         dtype=given["dtype"],

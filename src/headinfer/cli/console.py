@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 import typer
 from rich.console import Console
 
+from headinfer.cli.interrupt import stop_code, stop_words, stopping_at_once
 from headinfer.errors import HeadInferError, OptionError
 
 EXIT_UNEXPECTED = 1
@@ -17,6 +19,13 @@ EXIT_INTERRUPTED = 130
 """128 + SIGINT, as shells have it."""
 
 _DEBUG_VARIABLE = "HEADINFER_DEBUG"
+
+_ARGUMENTS = re.compile(
+    r"\b(device_memory|host_memory|chunk_tokens|tile_heads|tile_tokens|resident_tokens"
+    r"|host_attention|new_tokens|time_limit|kv_heads|head_dim|hidden_size|vocab_size"
+    r"|intermediate_size)(?:_s)?\b|^(dtype|repeats|layers|heads)(?= )"
+)
+"""Arguments of Python that a verb has as options: first those that are no words of English."""
 
 
 def stderr_console(*, quiet: bool = False) -> Console:
@@ -46,10 +55,20 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def with_options(message: str) -> str:
+    """Return a message with the options of the command line in place of Python's arguments."""
+    return _ARGUMENTS.sub(lambda found: f"--{(found[1] or found[2]).replace('_', '-')}", message)
+
+
 def print_error(message: str) -> None:
     """Print one line to stderr in the form all errors have."""
-    sys.stderr.write(f"headinfer: error: {message}\n")
-    sys.stderr.flush()
+    _print_line(f"headinfer: error: {message}")
+
+
+def _print_line(line: str) -> None:
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        sys.stderr.write(f"{line}\n")
+        sys.stderr.flush()
 
 
 def report(error: BaseException) -> int:
@@ -65,10 +84,10 @@ def report(error: BaseException) -> int:
     if debug:
         traceback.print_exception(error)
     if isinstance(error, KeyboardInterrupt):
-        sys.stderr.write("headinfer: interrupted\n")
-        return EXIT_INTERRUPTED
+        _print_line(f"headinfer: {stop_words(error)}")
+        return stop_code(error)
     if isinstance(error, HeadInferError):
-        print_error(one_line(error))
+        print_error(with_options(one_line(error)))
         return EXIT_BAD_INPUT
     if _is_out_of_memory(error):
         print_error(
@@ -84,14 +103,15 @@ def report(error: BaseException) -> int:
 
 @contextlib.contextmanager
 def reporting_errors() -> Iterator[None]:
-    """End a verb with one line and an exit code, whatever is raised inside.
+    """End a verb with one line and an exit code, whatever is raised inside or signalled to stop it.
 
     Raises:
         typer.Exit: with the exit code, after any error.
     """
     try:
         debug_wanted()
-        yield
+        with stopping_at_once():
+            yield
     except (typer.Exit, typer.Abort, BrokenPipeError):
         raise
     except (Exception, KeyboardInterrupt) as error:

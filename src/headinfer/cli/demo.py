@@ -107,7 +107,7 @@ def _run(num_tokens: int, seed: int, memory: opt.MemoryOptions, *, verbose: bool
         source = ModelSource(name=DEMO_MODEL, local_files_only=True)
         config = load_config(source)
         tokenizer = load_tokenizer(source)
-        model = load_model(source, config, dtype="auto", device=device)
+        model, _ = load_model(source, config, dtype="auto", device=device)
         prompts = _encode(tokenizer, document)
 
         from headinfer.api import attach

@@ -1,48 +1,128 @@
-"""Ctrl-C: the first press asks to stop at the next good moment, the second stops at once."""
+"""Signals that ask to stop: Ctrl-C, SIGTERM, and SIGHUP of a terminal that is closed.
+
+While an answer is generated the first asks to stop at the next good moment and the second stops at
+once. Elsewhere each stops at once.
+"""
 
 import contextlib
 import signal
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
 from rich.console import Console
+
+_Handler = Callable[[int, FrameType | None], None]
+
+_WORDS = {"SIGTERM": "terminated", "SIGHUP": "hung up"}
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked to stop.
+
+    Args:
+        number: of the signal.
+    """
+
+    def __init__(self, number: int = signal.SIGINT) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def stop_words(error: KeyboardInterrupt) -> str:
+    """Return what a signal did, in a word or two."""
+    return _WORDS.get(signal.Signals(_number(error)).name, "interrupted")
+
+
+def stop_code(error: KeyboardInterrupt) -> int:
+    """Return the exit code that shells have for a signal: 128 and its number."""
+    return 128 + _number(error)
+
+
+def _number(error: KeyboardInterrupt) -> int:
+    return error.number if isinstance(error, Stopped) else int(signal.SIGINT)
+
+
+@contextlib.contextmanager
+def stopping_at_once() -> Iterator[None]:
+    """Have SIGTERM and SIGHUP raise, as Ctrl-C does, inside the `with` statement.
+
+    Raises:
+        Stopped: one of them came.
+    """
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        raise Stopped(number)
+
+    with _handled(stop, "SIGTERM", "SIGHUP"):
+        yield
+
+
+@contextlib.contextmanager
+def _handled(handler: _Handler, *names: str) -> Iterator[None]:
+    """Take signals over; those that the system lacks, and those that are ignored, stay as they are.
+
+    SIGHUP is ignored under `nohup`, SIGINT in the background of a shell script. Python handles
+    signals in the main thread alone.
+    """
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for name in names:
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number is not None and signal.getsignal(number) not in (signal.SIG_IGN, None):
+                before[number] = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, handler_before in before.items():
+            signal.signal(number, handler_before)
 
 
 class Interrupt:
     """Whether the user asked to stop.
 
     Attributes:
-        requested: set by the first Ctrl-C while `handling`.
+        requested: set by the first signal while `handling`.
+        finishing: set once what was generated is being written: then only Ctrl-C still stops.
     """
 
     def __init__(self, console: Console) -> None:
         self.requested = False
+        self.finishing = False
         self._console = console
+        self._number: int = signal.SIGINT
+
+    @property
+    def error(self) -> Stopped:
+        """What is raised for the signal that came first."""
+        return Stopped(self._number)
 
     @contextlib.contextmanager
     def handling(self) -> Iterator[None]:
-        """Take SIGINT over inside the `with` statement. Main thread only."""
-        before = signal.signal(signal.SIGINT, self._on_signal)
-        try:
+        """Take the signals over inside the `with` statement."""
+        with _handled(self._on_signal, "SIGINT", "SIGTERM", "SIGHUP"):
             yield
-        finally:
-            signal.signal(signal.SIGINT, before)
 
-    def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-        self._console.print("stopping; Ctrl-C again to stop at once")
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        if self.finishing and number != signal.SIGINT:
+            return  # whoever ends a session sends several signals, one after the other
+        if self.requested or self.finishing:
+            raise Stopped(self._number if self.requested else number)
+        self.requested, self._number = True, number
+        how = "; Ctrl-C again to stop at once" if number == signal.SIGINT else ""
+        # The terminal may be gone, and the console amidst a line of its own.
+        with contextlib.suppress(OSError, RuntimeError):
+            self._console.print(f"stopping{how}")
 
     def check(self) -> None:
         """Raise if the user asked to stop; called between chunks of a prompt.
 
         Raises:
-            KeyboardInterrupt: they did.
+            Stopped: they did.
         """
         if self.requested:
-            raise KeyboardInterrupt
+            raise self.error
 
     def stopping_criterion(self, input_ids: Any, _scores: Any, **_kwargs: Any) -> Any:
         """Tell `generate` to stop all rows if the user asked to; `[batch]` of bool."""

@@ -43,8 +43,16 @@ class ModelSource:
         folder = Path(self.name).expanduser()
         if folder.is_dir():
             if not (folder / "config.json").is_file():
-                raise ModelLoadError(f"folder {self.name!r} holds no model: no config.json in it")
+                gguf = " (GGUF files are not read)" if any(folder.glob("*.gguf")) else ""
+                raise ModelLoadError(
+                    f"folder {self.name!r} holds no model: no config.json in it{gguf}"
+                )
             return str(folder)
+        if folder.is_file():
+            raise ModelLoadError(
+                f"model {self.name!r} is a file; give a folder with config.json and safetensors "
+                "files (GGUF is not read)"
+            )
         looks_like_path = self.name.startswith(("/", "./", "../", "~")) or self.name.count("/") > 1
         if looks_like_path or folder.exists() or not self.name.strip():
             raise ModelLoadError(f"model {self.name!r} is neither a folder nor a model id")
@@ -169,8 +177,10 @@ def load_tokenizer(source: ModelSource) -> Any:
         raise _load_error(source, "tokenizer of model", error) from error
 
 
-def load_model(source: ModelSource, config: Any, *, dtype: str, device: str) -> Any:
-    """Return a model in eval mode, on CUDA if the device is that, else on the CPU.
+def load_model(
+    source: ModelSource, config: Any, *, dtype: str, device: str
+) -> tuple[Any, str | None]:
+    """Return a model in eval mode, on CUDA if the device is that, else on the CPU; and a note.
 
     Args:
         source: where from.
@@ -178,10 +188,13 @@ def load_model(source: ModelSource, config: Any, *, dtype: str, device: str) -> 
         dtype: "auto" or a torch dtype's name.
         device: from `choose_device`.
 
+    Returns:
+        The model, and what the user should know about its checkpoint, if anything.
+
     Raises:
-        ModelLoadError: its weights cannot be loaded.
+        ModelLoadError: its weights cannot be loaded, or are not all there.
     """
-    from transformers import AutoModelForCausalLM
+    from headinfer.integration.checkpoint import load_checkpoint
 
     keywords = source.keywords() | {"config": config, "dtype": dtype}
     place = "cuda" if device == "cuda" else "cpu"
@@ -189,14 +202,14 @@ def load_model(source: ModelSource, config: Any, *, dtype: str, device: str) -> 
         keywords["device_map"] = {"": 0}  # quantised weights are made where they stay
         place = ""
     try:
-        model = AutoModelForCausalLM.from_pretrained(source.location(), **keywords)
+        model, note = load_checkpoint(source.name, source.location(), **keywords)
         if place:
-            model = model.to(place)
+            model.to(place)
     except Exception as error:
         if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
             raise
         raise _load_error(source, "model", error) from error
-    return model.eval()
+    return model.eval(), note
 
 
 def max_positions(config: Any) -> int:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from headinfer.cli.command import OnceCommand
 from headinfer.cli.console import EXIT_BAD_INPUT, EXIT_INTERRUPTED, print_error
 from headinfer.cli.demo import demo
 from headinfer.cli.generate import generate
@@ -88,10 +89,10 @@ def _all_verbs(
         print(context.get_help())
 
 
-app.command()(generate)
-app.command()(demo)
+app.command(cls=OnceCommand)(generate)
+app.command(cls=OnceCommand)(demo)
 app.command(cls=JsonCommand)(plan)
-app.command()(probe)
+app.command(cls=OnceCommand)(probe)
 app.command(cls=JsonCommand)(roofline)
 
 

@@ -181,7 +181,7 @@ class MemoryOptions:
             host_attention=self.host_attention,
         )
         if self.host_memory != "auto":
-            parse_bytes(self.host_memory)
+            parse_bytes(self.host_memory, "host_memory")
 
     def attach_keywords(self, device: str) -> dict[str, Any]:
         """Return keywords for `headinfer.attach` on a device that was chosen."""

@@ -5,15 +5,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
+from headinfer.cli.command import OnceCommand
 from headinfer.cli.options import OUTPUT_PANEL
 from headinfer.errors import OptionError
 
 STDOUT = "-"
 
 
-class JsonCommand(TyperCommand):
+class JsonCommand(OnceCommand):
     """A command whose `--json` may stand without a path; Typer has no options of that kind."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:

@@ -11,6 +11,7 @@ from headinfer.cli.output import STDOUT, JsonPath, check_writable, write_json
 from headinfer.errors import OptionError
 from headinfer.plan.accounting import AccountingKind
 from headinfer.plan.hardware import THIS, Hardware, preset_hardware
+from headinfer.plan.host_room import HostRoom
 from headinfer.plan.methods import Situation, method_plans
 from headinfer.plan.shape import ModelShape
 from headinfer.units import parse_bytes, parse_tokens
@@ -20,6 +21,7 @@ _EXIT_NOTHING_FITS = 1
 
 
 def plan(
+    invocation: typer.Context,
     model: Annotated[
         str,
         typer.Option(
@@ -74,7 +76,7 @@ def plan(
         typer.Option(
             "--host-memory",
             metavar="SIZE",
-            help="The most host memory for the KV cache, such as 1TiB; by default all there is.",
+            help="The host's memory, such as 1TiB; by default what the hardware has.",
             rich_help_panel=MEMORY_PANEL,
         ),
     ] = None,
@@ -113,8 +115,7 @@ def plan(
     with reporting_errors():
         check_writable("--json", json_path)
         if paper:
-            if json_path is not None:
-                raise OptionError("--paper prints tables for people; leave out --json")
+            _check_alone(invocation)
             from headinfer.cli.plan_paper import print_paper
 
             print_paper()
@@ -124,13 +125,32 @@ def plan(
             shape=_shape(model, dtype.value),
             hardware=here,
             context_tokens=parse_tokens(context),
-            device_memory_bytes=parse_bytes(device_memory or here.device_memory_bytes),
-            host_memory_bytes=parse_bytes(host_memory or here.host_memory_bytes),
+            device_memory_bytes=_device_memory_bytes(here, device_memory),
+            host_memory_bytes=parse_bytes(host_memory or here.host_memory_bytes, "host_memory"),
             batch=batch,
             kind=accounting,
             chunk_tokens=None if chunk_tokens == "auto" else parse_tokens(chunk_tokens),
         )
         raise typer.Exit(_answer(situation, which, json_path))
+
+
+def _check_alone(invocation: typer.Context) -> None:
+    """Refuse what `--paper` would ignore."""
+    for option in invocation.command.params:
+        source = invocation.get_parameter_source(option.name or "")
+        if option.name != "paper" and source is not None and source.name == "COMMANDLINE":
+            raise OptionError(
+                f"--paper prints the paper's tables and nothing else; leave out {option.opts[0]}"
+            )
+
+
+def _device_memory_bytes(here: Hardware, asked: str | None) -> int:
+    """Return the memory for weights, KV and activations; on a CPU not all there is."""
+    if asked is not None:
+        return parse_bytes(asked, "device_memory")
+    if here.link_bytes_per_s is None:
+        return HostRoom.of_machine(here.device_memory_bytes, "cpu").kv_bytes
+    return here.device_memory_bytes
 
 
 def _answer(situation: Situation, which: str, json_path: str | None) -> int:

@@ -32,6 +32,9 @@ _COLUMNS = (
 _LEFT_OUT = ("weights", "KV\nin all")
 """Columns that narrow terminals do without: they differ least between methods."""
 
+_ONE_MEMORY = {"KV on\ndevice": "KV in\nmemory"}
+"""Headings where the CPU is the device, and nothing is said of a host."""
+
 _ROOMY = 110
 """Columns from which on the table's columns stand two spaces apart."""
 
@@ -56,12 +59,13 @@ def print_plans(
         f"tokens{rows}, on [bold]{hardware.name}[/] ({escape(which)}): "
         f"{_memory(situation)}"
     )
-    console.print(_table(plans, choice, width=console.width))
+    on_cpu = situation.device == "cpu"
+    console.print(_table(plans, choice, width=console.width, on_cpu=on_cpu))
     runtime = plans[0].runtime_bytes
     console.print(
         f"[dim]Sizes in GiB{f'; total: with {_gib(runtime)} for CUDA itself' if runtime else ''}; "
-        "[/][red]![/][dim]: more than there is;\nmax context: what device and host memory hold; "
-        "times predicted[/]"
+        "[/][red]![/][dim]: more than there is;\nmax context: what "
+        f"{'memory holds' if on_cpu else 'device and host memory hold'}; times predicted[/]"
     )
     _print_choice(console, choice)
 
@@ -73,14 +77,17 @@ def _memory(situation: Situation) -> str:
     return f"{device} on the device, {format_bytes(situation.host_memory_bytes)} of host memory"
 
 
-def _table(plans: Sequence[MethodPlan], choice: Choice, *, width: int) -> Table:
+def _table(plans: Sequence[MethodPlan], choice: Choice, *, width: int, on_cpu: bool) -> Table:
     gap = 2 if width >= _ROOMY else 1
     table = Table(box=None, pad_edge=False, padding=(0, 0, 0, gap), header_style="bold")
     columns = {name: index for index, name in enumerate(_COLUMNS) if name not in _LEFT_OUT}
     if width >= _WIDTH:
         columns = {name: index for index, name in enumerate(_COLUMNS)}
+    if on_cpu:
+        del columns["KV on\nhost"]
     for name, index in columns.items():
-        table.add_column(name, justify="right" if index else "left", no_wrap=True)
+        heading = _ONE_MEMORY.get(name, name) if on_cpu else name
+        table.add_column(heading, justify="right" if index else "left", no_wrap=True)
     chosen = choice.plan.method if choice.plan else None
     for plan in plans:
         style = "bold green" if plan.method == chosen else ("" if plan.fits else "dim")

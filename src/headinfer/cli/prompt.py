@@ -1,6 +1,7 @@
 """The prompt: read from options, file or stdin, and turned into token ids."""
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from headinfer.errors import OptionError
@@ -9,25 +10,27 @@ from headinfer.units import format_tokens
 STDIN = "-"
 
 
-def read_prompt(prompt: str | None, prompt_file: str | None) -> str:
-    """Return the prompt: the file's text, a blank line, and the prompt given; or one of them.
+def read_prompt(prompt: str | None, prompt_files: Sequence[str]) -> str:
+    """Return the prompt: the files' text, a blank line, and the prompt given; or one of them.
 
-    Line ends at the end of each part are left out. Stdin is read for the file "-", and when neither
-    is given and stdin is not a terminal.
+    Line ends at the end of each part are left out, but that between two files there is one. Stdin
+    is read for the file "-", and when neither is given and stdin is not a terminal.
 
     Raises:
         OptionError: there is no prompt, it is empty, or it cannot be read as UTF-8.
     """
-    if prompt is None and prompt_file is None:
+    if prompt is not None and not prompt.strip():
+        raise OptionError("the prompt is empty; give --prompt some text")
+    if prompt is None and not prompt_files:
         if sys.stdin is None or sys.stdin.isatty():
             raise OptionError("no prompt; give --prompt or --prompt-file, or pipe text to stdin")
-        prompt_file = STDIN
+        prompt_files = [STDIN]
+    if list(prompt_files).count(STDIN) > 1:
+        raise OptionError("--prompt-file - is given twice, but stdin can be read once")
     parts = []
-    if prompt_file is not None:
-        parts.append(_read_text(prompt_file))
+    if prompt_files:
+        parts.append("\n".join(map(_read_text, prompt_files)))
     if prompt is not None:
-        if not prompt.strip():
-            raise OptionError("the prompt is empty; give --prompt some text")
         parts.append(prompt.rstrip("\r\n"))
     return "\n\n".join(parts)
 

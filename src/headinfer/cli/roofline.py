@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from headinfer.cli.console import reporting_errors, stderr_console, stdout_console
+from headinfer.cli.contexts import parse_contexts
 from headinfer.cli.hardware import HardwareName, hardware_of
 from headinfer.cli.options import NO_VALUE, OUTPUT_PANEL
 from headinfer.cli.output import STDOUT, JsonPath, check_writable, write_json
@@ -24,7 +25,7 @@ from headinfer.plan.roofline import (
 from headinfer.plan.roofline_paper import PAPER_HARDWARE, PAPER_MODEL, compare
 from headinfer.plan.shape import ModelShape
 from headinfer.plot.files import check_plot
-from headinfer.units import format_tokens, parse_tokens
+from headinfer.units import format_tokens
 
 _CONTEXTS = ",".join(map(format_tokens, PAPER_CONTEXTS))
 _MIN_WIDTH = 80
@@ -83,7 +84,7 @@ def roofline(
         if paper:
             _check_paper(hardware=hardware, model=model, contexts=contexts, causal=causal)
         machine = hardware_of(hardware)
-        tokens = _parse_contexts(contexts)
+        tokens = sorted(set(parse_contexts(contexts, _CONTEXTS)))
 
         from headinfer.cli.shapes import shape_of
 
@@ -107,18 +108,6 @@ def roofline(
         for path in (plot, json_path):
             if path not in (None, STDOUT):
                 stderr_console().print(f"written to {path}", markup=False)
-
-
-def _parse_contexts(text: str) -> list[int]:
-    """Return the context lengths, each once, shortest first.
-
-    Raises:
-        OptionError: there are none, or one does not parse.
-    """
-    contexts = sorted({parse_tokens(part.strip()) for part in text.split(",") if part.strip()})
-    if not contexts:
-        raise OptionError(f"--contexts {text!r} names none; write for example {_CONTEXTS}")
-    return contexts
 
 
 def _check_paper(**given: str | bool) -> None:

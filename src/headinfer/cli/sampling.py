@@ -5,6 +5,7 @@ from typing import Any
 
 from headinfer.errors import OptionError
 
+DEFAULT_NEW_TOKENS = 256
 SAMPLING_NAMES = ("temperature", "top_k", "top_p", "min_p")
 
 
@@ -15,7 +16,7 @@ class GenerationOptions:
     None leaves an option to the model's own generation config.
     """
 
-    max_new_tokens: int
+    max_new_tokens: int | None = None
     do_sample: bool | None = None
     temperature: float | None = None
     top_k: int | None = None
@@ -35,7 +36,7 @@ class GenerationOptions:
         """
         greedy_hint = "; for greedy decoding give --no-do-sample"
         for name, good, wanted in (
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("max_new_tokens", _at_least(self.max_new_tokens, 1), "at least 1"),
             ("temperature", _above(self.temperature, 0), f"above 0{greedy_hint}"),
             ("top_k", _at_least(self.top_k, 0), "at least 0 (0: off)"),
             ("top_p", _within(self.top_p), "above 0 and at most 1"),
@@ -53,15 +54,11 @@ class GenerationOptions:
             raise OptionError(
                 f"{_flag(set_names[0])} only matters when sampling; leave out --no-do-sample"
             )
-        if self.length_penalty is not None and self.rows < 2:
+        beams = self.num_beams or 1
+        if self.length_penalty is not None and beams < 2:
             raise OptionError("--length-penalty only matters with --num-beams of 2 or more")
-        if self.prompt_lookup_num_tokens is not None and self.rows > 1:
+        if self.prompt_lookup_num_tokens is not None and beams > 1:
             raise OptionError("--prompt-lookup-num-tokens cannot be used with --num-beams")
-
-    @property
-    def rows(self) -> int:
-        """Rows the cache will have."""
-        return self.num_beams or 1
 
     def keywords(self) -> dict[str, Any]:
         """Return keywords for `generate`: what the user set, and sampling if any of it needs it."""

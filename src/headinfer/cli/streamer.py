@@ -16,17 +16,24 @@ class TextCollector:
     Args:
         tokenizer: of transformers.
         write: given each new piece of text, never empty.
+        check: called before new tokens are taken; may raise.
 
     Attributes:
         ids: the new tokens, special ones included.
         text: all that was written.
     """
 
-    def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        write: Callable[[str], None],
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
         self.ids: list[int] = []
         self.text = ""
         self._tokenizer = tokenizer
         self._write = write
+        self._check = check
         self._prompt_is_next = True
         self._window_start = 0
         self._written_ids = 0
@@ -36,6 +43,7 @@ class TextCollector:
         if self._prompt_is_next:
             self._prompt_is_next = False
             return
+        self._check()
         self.add(value.flatten().tolist())
 
     def add(self, ids: list[int]) -> None:

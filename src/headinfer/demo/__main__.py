@@ -1,6 +1,7 @@
 """Build the demo model, or measure how well it retrieves."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -43,16 +44,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     """Evaluate on one document after another and print a table row for each."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from headinfer.demo.evaluate import evaluate
+    from headinfer.integration.checkpoint import load_checkpoint
 
     folder = options.model or ensure_model()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=options.dtype, attn_implementation=options.attn
+    model, note = load_checkpoint(
+        str(folder), str(folder), dtype=options.dtype, attn_implementation=options.attn
     )
     model.to(options.device).eval()
+    if note is not None:
+        print(f"note: {note}", file=sys.stderr)
     print(
         f"attention {options.attn}, {options.dtype}, {options.device},"
         f" prefill {f'in chunks of {options.chunk}' if options.chunk else 'in one piece'}"

@@ -38,7 +38,7 @@ class Pieces:
 
     def __init__(self, allocate: Callable[[int], torch.Tensor]) -> None:
         self._allocate = allocate
-        self._left = torch.empty(0, dtype=torch.uint8)
+        self._left = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def take(self, num_bytes: int) -> torch.Tensor:
         """Return memory `[num_bytes]` of uint8 that nobody else has.
@@ -55,7 +55,7 @@ class Pieces:
             except MemoryPlanError:
                 return self._allocate(num_bytes)
         piece, left = self._left[:num_bytes], self._left[whole:]
-        self._left = left if left.numel() else torch.empty(0, dtype=torch.uint8)
+        self._left = left if left.numel() else torch.empty(0, dtype=torch.uint8, device="cpu")
         return piece
 
 

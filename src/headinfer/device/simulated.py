@@ -80,9 +80,13 @@ class SimulatedStream:
         self.name = name
         self.clock: Clock = {}
         self.enqueued = 0
-        self.executed = 0
         self._eager = eager
         self._queue: collections.deque[Callable[[bool], bool]] = collections.deque()
+
+    @property
+    def executed(self) -> int:
+        """Work that has run; not counted on its own, or Ctrl-C could leave the two at odds."""
+        return self.enqueued - len(self._queue)
 
     def _tick(self) -> None:
         """Start an operation: it follows all before it here, and what the host did before it."""
@@ -100,7 +104,6 @@ class SimulatedStream:
         if not self._queue or not self._queue[0](force):
             return False
         self._queue.popleft()
-        self.executed += 1
         return True
 
     def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
@@ -253,7 +256,7 @@ class SimulatedDevice:
     def host_empty(self, num_bytes: int) -> torch.Tensor:
         """Return host memory, poisoned so that a read before a write shows as NaN."""
         with torch.inference_mode(False):  # or it could not be written to outside
-            tensor = torch.full((num_bytes,), _POISON, dtype=torch.uint8)
+            tensor = torch.full((num_bytes,), _POISON, dtype=torch.uint8, device="cpu")
         storage = tensor.untyped_storage()
         self.log.forget(storage.data_ptr())  # of a tensor of the model's that lay here before
         weakref.finalize(storage, self.log.forget, storage.data_ptr())

@@ -183,12 +183,13 @@ class PagedKeeper:
         if resident is None:
             return
         assert not resident.tokens, "what is kept must not be fetched again"
-        copy_in = self._device.copy_in
-        for tile in ledger.host_tiles(0, min(ledger.host_tokens, resident.capacity)):
-            place, source = ledger.extend(resident, tile.tokens).kv, tile.kv
+        copy_in, tokens = self._device.copy_in, min(ledger.host_tokens, resident.capacity)
+        for tile in ledger.host_tiles(0, tokens):
+            place, source = resident.tile(tile.start, tile.start + tile.tokens).kv, tile.kv
             copy_in.copy(place.keys, source.keys)
             copy_in.copy(place.values, source.values)
         resident.piece.ready = copy_in.record()
+        ledger.extend(resident, tokens)  # not before there is something to wait for
         self._stats.bytes_to_device += ledger.geometry.num_bytes(resident.tokens)
 
     def select(self, ledger: Ledger, rows: Sequence[int]) -> None:

@@ -56,11 +56,11 @@ class WindowKeeper:
         self._restart(ledger, tail, all_tokens)
         return all_tokens.newest(tail.end - low)
 
-    def crop(self, ledger: Ledger, tokens: int) -> None:
-        """Keep the first `tokens` tokens.
+    def check_crop(self, ledger: Ledger, tokens: int) -> None:
+        """Refuse to keep only the first `tokens` tokens where those that are seen then are gone.
 
         Raises:
-            CacheStateError: the tokens that a query would then see were dropped.
+            CacheStateError: they were dropped.
         """
         if tokens < ledger.tokens and not ledger.can_crop(tokens):
             raise CacheStateError(
@@ -68,7 +68,6 @@ class WindowKeeper:
                 f"{ledger.window_tokens} tokens has dropped those before them; take back "
                 f"{SPARE_TOKENS} at most, or use a new cache"
             )
-        ledger.crop(tokens)
 
     def select(self, ledger: Ledger, rows: Sequence[int]) -> None:
         """Make row `i` what row `rows[i]` was; the number of rows may change."""
@@ -83,6 +82,14 @@ class WindowKeeper:
         copy_rows(tail, target, torch.tensor(rows, device=tail.whole.keys.device))
         ledger.geometry = geometry
         ledger.replace_tail(target, tail.tokens)
+
+    def copy(self, source: Ledger, target: Ledger) -> None:
+        """Let an empty ledger of the same geometry hold what another one does."""
+        assert source.tail is not None
+        tail = self._begin(target)
+        target.restart_tail(source.tail.start)
+        self._state(source.tail.piece, writes=False)
+        self._append(target, tail, source.tail.tile(source.tail.start, source.tail.end).kv)
 
     def _state(self, piece: Piece, *, writes: bool) -> None:
         """State what compute does with a window, where that is checked."""

@@ -2,75 +2,40 @@
 
 Nothing of transformers or of the model's class is changed. The instance's config is replaced, in
 all its modules, by a copy that names our attention, so that other models sharing the config do not
-notice; two hooks watch the model's calls. Detaching puts the same config objects back.
+notice; its calls come to us first, through a `forward` of its own. Detaching undoes both.
 """
 
-import copy
-import functools
 import itertools
 import logging
-import time
+import weakref
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, cast
 
-import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from headinfer.device.base import Mark
-from headinfer.engine.stats import Stats
 from headinfer.errors import CacheStateError, UnsupportedModelError
-from headinfer.integration import chunking
 from headinfer.integration.attention import AttentionFunctions
 from headinfer.integration.cache import OffloadedCache
 from headinfer.integration.calls import cache_name, named_arguments, new_shape
-from headinfer.integration.positions import (
-    WholeCallPositions,
-    last_position,
-    rotary_modules_by_length,
-)
+from headinfer.integration.chunking import Chunking
+from headinfer.integration.configs import SwappedConfigs
+from headinfer.integration.forward import InstanceForward
+from headinfer.integration.rotary import rotary_modules_by_length
+from headinfer.integration.serving import AttachmentOwner, ServedCall
 from headinfer.integration.support import is_static
+from headinfer.integration.turns import Turns
 
 _logger = logging.getLogger(__name__)
 _numbers = itertools.count()
 
-_FEW_TOKENS = 32
-"""A call with up to so many new tokens on a filled cache counts as decoding (it is speculative)."""
-
-_NAME_PREFIX = "headinfer_"
+_MARK = "_headinfer_offload"
+"""The attribute of an attached model that holds whoever attached to it."""
 
 
-class AttachmentOwner(Protocol):
-    """What the hooks need of the offload they serve."""
-
-    stats: Stats
-
-    def new_cache(self) -> OffloadedCache:
-        """Return a cache for a call that brings none."""
-
-    def owns(self, cache: OffloadedCache) -> bool:
-        """Whether a cache belongs to this attachment."""
-
-    def chunk_tokens(self, cache: OffloadedCache) -> int:
-        """Return the tokens of a prefill chunk."""
-
-    def mark_compute(self) -> Mark:
-        """Return a mark behind the model's work so far."""
-
-    def finish_compute(self) -> None:
-        """Block until the model's work is done, and raise what failed in it."""
-
-    def report_prefill(self, done_tokens: int, all_tokens: int) -> None:
-        """Hear of progress."""
-
-    def after_call(self, cache: OffloadedCache) -> None:
-        """Hear of a finished call."""
-
-
-def is_attached(model: PreTrainedModel) -> bool:
-    """Whether a model's attention is ours already."""
-    name = model.config.get_text_config(decoder=True)._attn_implementation
-    return isinstance(name, str) and name.startswith(_NAME_PREFIX)
+def owner_of(model: object) -> object | None:
+    """Return whoever attached to a model; None if nobody did."""
+    return cast("object | None", getattr(model, _MARK, None))
 
 
 class Attachment:
@@ -82,23 +47,19 @@ class Attachment:
 
     Attributes:
         functions: the attention and mask functions of this attachment.
+        turns: taken for each call of the model, and for what changes its caches beside a call.
     """
 
     def __init__(self, model: PreTrainedModel, owner: AttachmentOwner) -> None:
-        self.functions = AttentionFunctions(f"{_NAME_PREFIX}{next(_numbers)}")
+        self.turns = Turns()
+        self.functions = AttentionFunctions(f"headinfer_{next(_numbers)}", self.turns)
         self._model = model
         self._owner = owner
         self._restore: list[Callable[[], object]] = []
-        self._started_s = 0.0
-        self._new_tokens = 0
-        self._rows = 0
-        self._decoding = False
+        self._calls: list[ServedCall] = []  # under way; more than one where a call makes another
         self._warned = False
-        self._logits: list[torch.Tensor] = []
-        self._chunks: list[tuple[Mark, int]] = []  # begun, with the tokens done after each
-        self._cache: OffloadedCache | None = None
+        self._chunking = Chunking(model)
         self._rotary_modules = rotary_modules_by_length(model)
-        self._positions: WholeCallPositions | None = None  # during a call in chunks
         try:
             self._install()
         except BaseException:
@@ -107,117 +68,80 @@ class Attachment:
 
     def _install(self) -> None:
         self.functions.register()
-        self._restore.append(self.functions.unregister)
-        self._swap_config()
-        for handle in (
-            self._model.register_forward_pre_hook(self._before_call, with_kwargs=True),
-            self._model.register_forward_hook(self._after_call, with_kwargs=True, always_call=True),
-        ):
-            self._restore.append(handle.remove)
-
-    def _swap_config(self) -> None:
-        copies: dict[int, Any] = {}
-        config = copy.deepcopy(self._model.config, copies)
-        config.get_text_config(decoder=True)._attn_implementation = self.functions.name
-        for module in self._model.modules():
-            original = module.__dict__.get("config")
-            if id(original) in copies:
-                self._restore.append(functools.partial(setattr, module, "config", original))
-                module.config = copies[id(original)]
+        # Also when the model is dropped while attached: the registries are there for ever.
+        unregister = weakref.finalize(self, self.functions.unregister)
+        unregister.atexit = False
+        self._restore.append(unregister)
+        self._restore.append(SwappedConfigs(self._model, self.functions.name).restore)
+        self._restore.append(InstanceForward(self._model, self._serve, _MARK).remove)
+        self._model.__dict__[_MARK] = self._owner
+        self._restore.append(lambda: self._model.__dict__.pop(_MARK, None))
 
     def remove(self) -> None:
-        """Leave the model as it was; may be called again."""
+        """Leave the model as it was, once the calls of other threads are through.
+
+        May be called again.
+
+        Raises:
+            CacheStateError: called from within a call of the model.
+        """
+        self.turns.run(self._remove)
+
+    def _remove(self) -> None:
+        if self._calls:
+            raise CacheStateError("a model cannot be detached from within a call of it")
         while self._restore:
-            self._restore.pop()()
-        self._forget_call()
+            self._restore[-1]()  # each may be called again, if this is interrupted
+            self._restore.pop()
 
-    def _before_call(
-        self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Check a call, give it a cache, and run all of its chunks but the last."""
-        self._forget_call()
-        arguments = named_arguments(model, args, kwargs)
-        shape = new_shape(arguments)
-        cache = self._cache_of(arguments)
-        if shape is None or cache is None:
-            return (), arguments
-        batch, new_tokens = shape
-        past_tokens = cache.get_seq_length()
-        cache.state.prepare(batch, new_tokens)
-        self._started_s = time.perf_counter()
-        self._cache = cache
-        self._rows = batch
-        self._new_tokens = new_tokens
-        self._decoding = past_tokens > 0 and new_tokens <= _FEW_TOKENS
-        chunk_tokens = self._owner.chunk_tokens(cache)
-        cache.begin_call()
-        if new_tokens > chunk_tokens and chunking.can_split(
-            self._model.config.get_text_config(decoder=True), arguments
-        ):
-            if self._rotary_modules:
-                last = last_position(arguments, past_tokens, new_tokens)
-                self._positions = WholeCallPositions(self._rotary_modules, last)
-            arguments, self._logits = chunking.run_leading_chunks(
-                model, arguments, chunk_tokens, past_tokens, self._after_chunk
-            )
-        return (), arguments
-
-    def _after_chunk(self, done_tokens: int, all_tokens: int) -> None:
-        assert self._cache is not None
-        self._chunks.append((self._owner.mark_compute(), done_tokens))
-        # The next chunk is begun while the device computes this one, so that it never waits.
-        self._report_chunks(self._chunks, all_tokens, begun=1)
-
-    def _report_chunks(
-        self, chunks: list[tuple[Mark, int]], all_tokens: int, *, begun: int
-    ) -> None:
-        """Report and forget the chunks that are done, waiting for all but the newest `begun`."""
-        while chunks and (len(chunks) > begun or chunks[0][0].reached):
-            mark, done_tokens = chunks.pop(0)
-            mark.wait()
-            self._owner.report_prefill(done_tokens, all_tokens)
-
-    def _after_call(
-        self, _model: torch.nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], output: Any
+    def _serve(
+        self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Count the call, and join the logits of its chunks; without output the call failed."""
-        if output is None:
-            self._forget_call()
-            return None
-        self.functions.check_none_pending()
-        cache, leading_logits, chunks = self._cache, self._logits, self._chunks
-        positions = self._positions
-        self._forget_call()
-        if positions is not None:
-            positions.check()
-        if cache is None:
-            return output
-        self._report_chunks(chunks, self._new_tokens, begun=0)
-        self._owner.finish_compute()
-        seconds = time.perf_counter() - self._started_s
-        stats = self._owner.stats
-        if self._decoding:
-            stats.decode_tokens += self._rows * self._new_tokens
-            stats.decode_s += seconds
-            stats.decode_steps += 1
-        else:
-            stats.prefill_tokens += self._rows * self._new_tokens
-            stats.prefill_s += seconds
-            self._owner.report_prefill(self._new_tokens, self._new_tokens)
-        cache.end_call()
-        self._owner.after_call(cache)
-        if leading_logits:
-            output.logits = torch.cat([*leading_logits, output.logits], dim=1)
-        return output
+        """Serve a call of the model: the one entry of all threads."""
+        return self.turns.run(self._serve_in_turn, forward, args, kwargs)
 
-    def _forget_call(self) -> None:
-        self.functions.pending = None
-        self._logits = []
-        self._chunks = []
-        self._cache = None
-        if self._positions is not None:
-            self._positions.remove()
-            self._positions = None
+    def _serve_in_turn(
+        self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Check a call, give it a cache, and have it run."""
+        if not self._restore:  # detached while this thread waited
+            return forward(*args, **kwargs)
+        arguments = named_arguments(self._model, args, kwargs)
+        self._chunking.drop_empty(arguments)
+        shape, cache = new_shape(arguments), self._cache_of(arguments)
+        try:
+            if shape is None or cache is None:
+                output = forward(**arguments)
+                self.functions.check_none_pending()
+                return output
+            return self._serve_cache(forward, arguments, cache, shape)
+        finally:
+            self.functions.forget_pending()
+
+    def _serve_cache(
+        self,
+        forward: Callable[..., Any],
+        arguments: dict[str, Any],
+        cache: OffloadedCache,
+        shape: tuple[int, int],
+    ) -> Any:
+        """Run a call with an offloaded cache."""
+        if any(other.cache is cache for other in self._calls):
+            raise CacheStateError(
+                "the model was called with a cache that a call under way is using, as from a hook "
+                "or a progress callback; pass another cache"
+            )
+        call = ServedCall(
+            self._owner, self._chunking, forward, cache, shape, rotary_modules=self._rotary_modules
+        )
+        self._calls.append(call)
+        try:
+            output = forward(**call.begin(arguments))
+            self.functions.check_none_pending()
+            return call.end(output)
+        finally:
+            call.leave()
+            self._calls.remove(call)
 
     def _cache_of(self, arguments: dict[str, Any]) -> OffloadedCache | None:
         """Return the call's offloaded cache, made here if there is none; None for other caches."""

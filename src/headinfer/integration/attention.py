@@ -6,6 +6,8 @@ hands the new tokens back and remembers them as *pending*; the function takes wh
 so knows which layer of which cache it serves. Each attachment registers functions of its own.
 """
 
+import logging
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,15 +21,27 @@ from headinfer.attend.select import select_kernel
 from headinfer.engine.chunk import Chunk
 from headinfer.engine.engine import Engine
 from headinfer.errors import HeadInferError, UnsupportedModelError
+from headinfer.integration.autocast import in_attended_dtype, without_autocast
 from headinfer.integration.support import HARMLESS_KEYWORDS
+from headinfer.integration.turns import Turns
 from headinfer.integration.visibility import Visible, visible
 from headinfer.kv.pair import KV
 from headinfer.plan.plan import Plan
 
+_logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """New tokens an offloaded layer was given and that its attention must take next."""
+    """New tokens that a layer was given and that its attention must take next.
+
+    Attributes:
+        engine: of the cache.
+        layer_idx: which layer, counted among those that attend.
+        keys: of the new tokens, `[batch, kv_heads, q_len, key_dim]`.
+        values: likewise.
+        window_tokens: the window that the layer keeps; None where it keeps all.
+    """
 
     engine: Engine
     layer_idx: int
@@ -36,22 +50,34 @@ class Pending:
     window_tokens: int | None
 
 
+class _OfThread(threading.local):
+    """What is pending in one thread: set by the cache's `update`, taken by the next attention."""
+
+    pending: Pending | None = None
+
+
 class AttentionFunctions:
     """The attention and the mask function of one attachment.
 
-    Attributes:
+    Args:
         name: what they are registered under.
-        pending: set by the cache's `update`, taken by the next attention call.
+        turns: of the attachment.
+
+    Attributes:
+        name: as given.
+        turns: as given.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, turns: Turns) -> None:
         self.name = name
-        self.pending: Pending | None = None
+        self.turns = turns
+        self._mine = _OfThread()
+        self._warned = False
 
     def register(self) -> None:
-        """Enter both functions."""
-        AttentionInterface.register(self.name, self.attend)
-        AttentionMaskInterface.register(self.name, self.mask)
+        """Enter both functions, out of reach of torch.compile: nothing in them can be traced."""
+        AttentionInterface.register(self.name, torch.compiler.disable(self.attend))
+        AttentionMaskInterface.register(self.name, torch.compiler.disable(self.mask))
 
     def unregister(self) -> None:
         """Remove both functions; the registries have no call for that."""
@@ -65,15 +91,33 @@ class AttentionFunctions:
             UnsupportedModelError: the ones before were never attended.
         """
         self.check_none_pending()
-        self.pending = pending
+        self._mine.pending = pending
+
+    def warn_of_bypass(self) -> None:
+        """Say once that tokens come in outside of a call that we serve."""
+        if not self._warned:
+            self._warned = True
+            _logger.warning(
+                "layers of the attached model are called, but not through its own forward: prompts "
+                "are not chunked there, and take as much memory for activations as they need"
+            )
+
+    @property
+    def pending(self) -> Pending | None:
+        """New tokens that this thread has given and not attended yet."""
+        return self._mine.pending
+
+    def forget_pending(self) -> None:
+        """Forget new tokens that a call left behind."""
+        self._mine.pending = None
 
     def check_none_pending(self) -> None:
         """Refuse to go on when new tokens were cached and no attention call took them."""
-        if self.pending is not None:
-            layer_idx, self.pending = self.pending.layer_idx, None
+        if (pending := self._mine.pending) is not None:
+            self._mine.pending = None
             raise UnsupportedModelError(
-                f"offloaded layer {layer_idx} cached its keys without an attention call through "
-                "the registry; this model cannot be served"
+                f"offloaded layer {pending.layer_idx} cached its keys without an attention call "
+                "through the registry; this model cannot be served"
             )
 
     def mask(
@@ -93,8 +137,14 @@ class AttentionFunctions:
         """Return what the layers that are given this mask see; None for all up to themselves.
 
         Raises:
-            UnsupportedModelError: the model's mask is more than causal, windowed and padded.
+            UnsupportedModelError: the model's mask is more than causal, windowed and padded, or
+                its cache is static.
         """
+        if kv_offset + kv_length > int(q_offset) + q_length:
+            raise UnsupportedModelError(
+                "this cache hands out memory beyond its tokens, which only a square mask can hide: "
+                "not served"
+            )
         if use_vmap or not allow_is_causal_skip:
             raise UnsupportedModelError(
                 "this model's attention mask is more than causal, windowed and padded: not served"
@@ -138,53 +188,65 @@ class AttentionFunctions:
         Returns:
             `[batch, q_len, query_heads, value_dim]`, contiguous, and None for the weights.
         """
-        pending, self.pending = self.pending, None
+        pending, self._mine.pending = self._mine.pending, None
         _check_call(module, query, attention_mask, dropout, is_causal, kwargs)
+        if pending is not None:
+            _check_pending(module, pending, key, value)
+        query, key, value = in_attended_dtype(type(module).__name__, query, key, value)
         batch, query_heads, q_len, key_dim = query.shape
         kv_heads, value_dim = value.shape[1], value.shape[3]
-        kernel = select_kernel(query.device, query.dtype, key_dim, value_dim, softcap)
         scale = key_dim**-0.5 if scaling is None else float(scaling)
         grouped = query.unflatten(1, (kv_heads, query_heads // kv_heads))
         sinks = None if s_aux is None else s_aux.unflatten(0, (kv_heads, -1))
-        cached_window = None if pending is None else pending.window_tokens
         window_tokens, padding = None, None
-        if attention_mask is not None or not sliding_window is cached_window is None:
-            in_hand = key if pending is None else None
-            _check_visible(module, attention_mask, sliding_window, q_len, in_hand, cached_window)
+        if attention_mask is not None or sliding_window is not None:
+            _check_visible(module, attention_mask, sliding_window, query, key, pending)
             if attention_mask is not None:
                 window_tokens, padding = attention_mask.window_tokens, attention_mask.padding
-        if pending is None:  # a cache that is not ours
-            kv = KV(key, value)
-            out = query.new_empty(batch, q_len, *grouped.shape[1:3], value_dim)
-            chunk = Chunk(
-                query=grouped,
-                new=kv.cut(slice(kv.tokens - q_len, None)),
-                out=out,
-                kernel=kernel,
-                scale=scale,
-                padding=padding,
-                sinks=sinks,
-            )
-            chunk.attend_in_hand(kv, window_tokens)
-        else:
-            if key is not pending.keys or value is not pending.values:
-                raise UnsupportedModelError(
-                    f"{type(module).__name__} changes its keys between cache and attention, or "
-                    "shares them between layers: not served"
+        with without_autocast(query.device.type):
+            kernel = select_kernel(query.device, query.dtype, key_dim, value_dim, softcap)
+            if pending is None:  # a cache that is not ours
+                kv = KV(key, value)
+                out = query.new_empty(batch, q_len, *grouped.shape[1:3], value_dim)
+                chunk = Chunk(
+                    query=grouped,
+                    new=kv.cut(slice(kv.tokens - q_len, None)),
+                    out=out,
+                    kernel=kernel,
+                    scale=scale,
+                    padding=padding,
+                    sinks=sinks,
                 )
-            out = pending.engine.attend(
-                pending.layer_idx,
-                grouped,
-                key,
-                value,
-                kernel=kernel,
-                scale=scale,
-                window_tokens=window_tokens,
-                padding=padding,
-                sinks=sinks,
-                host_kernel=_host_kernel(pending.engine.plan, query, value_dim, softcap),
-            )
+                chunk.attend_in_hand(kv, window_tokens)
+            else:
+                out = self.turns.run(
+                    pending.engine.attend,
+                    pending.layer_idx,
+                    grouped,
+                    key,
+                    value,
+                    kernel=kernel,
+                    scale=scale,
+                    window_tokens=window_tokens,
+                    padding=padding,
+                    sinks=sinks,
+                    host_kernel=_host_kernel(pending.engine.plan, query, value_dim, softcap),
+                )
         return out.view(batch, q_len, query_heads, value_dim), None
+
+
+def _check_pending(
+    module: torch.nn.Module,
+    pending: Pending,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+) -> None:
+    """Refuse to attend something else than what the cache was given."""
+    if keys is not pending.keys or values is not pending.values:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} changes its keys between cache and attention, or "
+            "shares them between layers: not served"
+        )
 
 
 def _host_kernel(
@@ -240,9 +302,9 @@ def _check_visible(
     module: torch.nn.Module,
     visible: Visible | None,
     sliding_window: int | None,
-    q_len: int,
-    in_hand: torch.Tensor | None,
-    cached_window: int | None,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    pending: Pending | None,
 ) -> None:
     """Refuse a mask that says something else than the layer's keyword, its cache or its keys.
 
@@ -250,9 +312,9 @@ def _check_visible(
         module: the calling layer.
         visible: its mask.
         sliding_window: the keyword it passes.
-        q_len: its queries.
-        in_hand: all of its keys; None for a layer of a cache of ours.
-        cached_window: the window that such a layer keeps; None where it keeps all.
+        query: its queries.
+        keys: all of its keys, or the new ones alone where they are pending.
+        pending: what a cache of ours was given.
     """
     name = type(module).__name__
     window = None if visible is None else visible.window_tokens
@@ -262,17 +324,17 @@ def _check_visible(
             f"{name} passes a sliding window of {sliding_window} to its attention, but its mask "
             f"has {has}: not served"
         )
-    if visible is not None and visible.fault is not None:
-        raise UnsupportedModelError(f"the mask of {name} {visible.fault}: not served")
-    # A window that its mask does not have keeps all tokens at first; the mask tells when no more.
-    if in_hand is None and window is not None and window != cached_window:
-        seen, kept = (f"{each or 'all'} tokens" for each in (window, cached_window))
-        raise UnsupportedModelError(
-            f"the mask of {name} shows {seen}, but its cache layer is for {kept}: not served"
-        )
     if visible is None:
         return
-    kv_len = visible.kv_len if in_hand is None else in_hand.shape[2]
+    if visible.fault is not None:
+        raise UnsupportedModelError(f"the mask of {name} {visible.fault}: not served")
+    # A window that the mask does not have keeps all tokens at first; the mask tells when no more.
+    if pending is not None and window is not None and window != pending.window_tokens:
+        raise UnsupportedModelError(
+            f"the mask of {name} shows {window} tokens, but its cache layer is for "
+            f"{pending.window_tokens or 'all'}: not served"
+        )
+    q_len, kv_len = query.shape[2], visible.kv_len if pending is not None else keys.shape[2]
     if (q_len, kv_len) != (visible.q_len, visible.kv_len):
         raise UnsupportedModelError(
             f"{name} attends {kv_len} keys with {q_len} queries, but its mask is for "

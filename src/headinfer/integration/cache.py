@@ -1,220 +1,19 @@
 """The cache a user passes to the model: transformers' own, with attention layers of ours in it."""
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+import copy
+from typing import Any, NoReturn
 
 import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
-from headinfer.engine.engine import Engine
-from headinfer.errors import CacheStateError, MemoryPlanError
-from headinfer.integration.attention import AttentionFunctions, Pending
+from headinfer.errors import CacheStateError
+from headinfer.integration.layer import OffloadedLayer
+from headinfer.integration.rows import chosen_rows
+from headinfer.integration.state import CacheHost, OffloadedState
 from headinfer.integration.support import layer_kind
-from headinfer.plan.plan import Plan
+from headinfer.integration.turns import Turns, in_turn
 from headinfer.plan.shape import LayerKind
-from headinfer.units import format_bytes, format_tokens
-
-_GROWTH_DIVISOR, _LEAST_GROWTH_TOKENS = 4, 1024
-"""A cache is planned for a quarter more than it is known to hold, or so many tokens: an answer and
-the next turns follow, and where all tokens are resident another plan brings them back over the
-link."""
-
-
-def _with_growth(tokens: int) -> int:
-    return tokens + max(tokens // _GROWTH_DIVISOR, _LEAST_GROWTH_TOKENS)
-
-
-def _outgrows(plan: Plan, tokens: int) -> bool:
-    """Whether a plan kept all tokens it knew of on the device, and there are more now."""
-    return 0 < (plan.context_tokens or 0) <= plan.resident_tokens < tokens
-
-
-class CacheHost(Protocol):
-    """What a cache needs of the attachment it belongs to."""
-
-    @property
-    def functions(self) -> AttentionFunctions:
-        """The attention functions that take what is pending."""
-
-    def plan_for(self, batch: int, context_tokens: int, *, replacing: Engine | None = None) -> Plan:
-        """Return the plan for a cache, in place of the one its engine has, or refuse."""
-
-    def make_engine(self, plan: Plan) -> Engine:
-        """Return an engine with its arena allocated."""
-
-    def host_bytes_left(self) -> int:
-        """Bytes of host memory a cache may still take."""
-
-
-class OffloadedState:
-    """The engine behind a cache's offloaded layers; made when the first tokens come.
-
-    The layers refer to this and never to the cache, so that dropping the cache frees its memory at
-    once, without waiting for the garbage collector.
-    """
-
-    def __init__(self, host: CacheHost, max_tokens: int | None) -> None:
-        self.host = host
-        self.engine: Engine | None = None
-        self.closed = False
-        self._max_tokens = max_tokens
-
-    def tokens(self, layer_idx: int) -> int:
-        """Return the tokens an offloaded layer holds."""
-        return self.engine.tokens(layer_idx) if self.engine else 0
-
-    @property
-    def chunk_tokens(self) -> int | None:
-        """Tokens of a prefill chunk; None while there is no engine."""
-        return self.engine.plan.chunk_tokens if self.engine else None
-
-    def prepare(self, batch: int, new_tokens: int) -> None:
-        """Make the engine for the first tokens; make sure of host memory for these and the rest.
-
-        Args:
-            batch: rows.
-            new_tokens: tokens to come in each row, in this call of the model.
-
-        Raises:
-            CacheStateError: the cache was closed, or holds another number of rows.
-            MemoryPlanError: the device or the host memory is too small.
-        """
-        if self.closed:
-            raise CacheStateError("this cache was closed; make another with offload.new_cache()")
-        held = self.tokens(0)
-        wanted = max(held + new_tokens, self._max_tokens or 0)
-        if self.engine is not None and self.engine.plan.batch != batch:
-            if held:
-                raise CacheStateError(
-                    f"this cache holds {self.engine.plan.batch} rows and was given {batch}; "
-                    "use a new cache"
-                )
-            self.engine.close()
-            self.engine = None
-        if self.engine is None:
-            known = self._max_tokens is not None
-            plan = self.host.plan_for(batch, wanted if known else _with_growth(wanted))
-            self._check_host(plan.kv_host_bytes(wanted), wanted)
-            self.engine = self.host.make_engine(plan)
-            self.engine.expect(wanted)
-            return
-        if (more := self.engine.expect(wanted)) > 0:
-            self._check_host(more, wanted)
-        if _outgrows(self.engine.plan, wanted):
-            plan = self.host.plan_for(batch, _with_growth(wanted), replacing=self.engine)
-            self.engine.replan(plan)
-
-    def _check_host(self, needed_bytes: int, tokens: int) -> None:
-        left = self.host.host_bytes_left()
-        if needed_bytes > left:
-            raise MemoryPlanError(
-                f"the KV cache of {format_tokens(tokens)} tokens needs "
-                f"{format_bytes(needed_bytes)} more of host memory, and {format_bytes(left)} can "
-                "be had; shorten the prompt or free host memory"
-            )
-
-    def update(
-        self,
-        layer_idx: int,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        window_tokens: int | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take new tokens and hand them back for the attention call that follows."""
-        if self.engine is None:  # the model was not called through its own forward
-            self.prepare(keys.shape[0], keys.shape[2])
-        assert self.engine is not None
-        self.host.functions.expect(Pending(self.engine, layer_idx, keys, values, window_tokens))
-        return keys, values
-
-    def select_rows(self, rows: Sequence[int]) -> None:
-        """Make row `i` of every layer what row `rows[i]` was; the number of rows may change."""
-        if self.engine is not None and self.tokens(0):
-            tokens = max(self.tokens(0), self._max_tokens or 0)
-            plan = self.host.plan_for(len(rows), tokens, replacing=self.engine)
-            self._check_host(plan.kv_host_bytes(tokens) - self.engine.host_kv_bytes, tokens)
-            self.engine.select_all(rows, plan)
-
-    def close(self) -> None:
-        """Free all memory; the cache cannot be used any more."""
-        self.closed = True
-        if self.engine is not None:
-            self.engine.close()
-            self.engine = None
-
-
-class OffloadedLayer(CacheLayerMixin):
-    """One attention layer of an `OffloadedCache`; `keys` and `values` stay None.
-
-    Args:
-        state: the cache's engine.
-        layer_idx: which layer, counted among those that attend.
-        window_tokens: tokens that a query sees, its own included; None for all.
-    """
-
-    is_compileable = False
-    is_croppable = True
-    supports_early_init = False
-
-    def __init__(self, state: OffloadedState, layer_idx: int, window_tokens: int | None) -> None:
-        super().__init__()
-        self.is_initialized = True
-        self.is_sliding = window_tokens is not None
-        self._state = state
-        self._layer_idx = layer_idx
-        self._window_tokens = window_tokens
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Do nothing: the engine is made when tokens come."""
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take new tokens; returns them alone, for the attention function to find the rest."""
-        return self._state.update(self._layer_idx, key_states, value_states, self._window_tokens)
-
-    def get_seq_length(self) -> int:
-        """Return the tokens held."""
-        return self._state.tokens(self._layer_idx)
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return the keys a mask covers and the first of them."""
-        tokens, first = self.get_seq_length(), 0
-        if self._window_tokens is not None:
-            first = max(tokens - self._window_tokens + 1, 0)
-        return tokens - first + query_length, first
-
-    def get_max_length(self) -> int:
-        """Return the tokens of the window, or -1: there is no limit."""
-        return -1 if self._window_tokens is None else self._window_tokens
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Remove the newest `-tokens_to_remove` tokens.
-
-        Raises:
-            ValueError: a positive number, which older transformers took as the length to keep.
-        """
-        if tokens_to_remove > 0:
-            raise ValueError(f"crop takes minus the tokens to remove, not {tokens_to_remove}")
-        if self._state.engine is not None:
-            self._state.engine.crop(self._layer_idx, -tokens_to_remove)
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Rearrange the rows for beam search."""
-        if self._state.engine is not None and self.get_seq_length():
-            self._state.engine.select(self._layer_idx, beam_idx.tolist())
-
-    def reset(self) -> None:
-        """Forget all tokens; the first offloaded layer does it for all."""
-        if self._layer_idx == 0 and self._state.engine is not None:
-            self._state.engine.clear()
-
-    def offload(self) -> None:
-        """Do nothing: the layer is offloaded by its own means."""
-
-    def prefetch(self) -> None:
-        """Do nothing: the layer is prefetched by its own means."""
 
 
 class OffloadedCache(DynamicCache):
@@ -222,6 +21,10 @@ class OffloadedCache(DynamicCache):
 
     Windows stay on the device; the states of linear attention are transformers' own. Made by
     `Offload.new_cache`; valid for one conversation at a time, on the model it was made for.
+
+    Iterating over it gives copies of the keys and values of one layer after another, on the model's
+    device: what is written to them does not reach the cache. `copy.deepcopy` makes a second cache
+    of the same attachment, which then goes on by itself.
 
     Args:
         model: gives the layers.
@@ -242,6 +45,11 @@ class OffloadedCache(DynamicCache):
                 self.layers[position] = OffloadedLayer(self.state, layer_idx, window)
                 layer_idx += 1
 
+    @property
+    def turns(self) -> Turns:
+        """Taken by whatever changes the cache."""
+        return self.state.turns
+
     def _lengths(self) -> list[int]:
         return [
             layer.get_seq_length() for layer in self.layers if isinstance(layer, CacheLayerMixin)
@@ -254,19 +62,26 @@ class OffloadedCache(DynamicCache):
             CacheStateError: the call before was interrupted half-way, so that some layers hold
                 tokens which others lack.
         """
+        self._check_whole()
+        self._lengths_before = self._lengths()
+
+    def _check_whole(self) -> None:
+        """Refuse a cache whose last call was interrupted half-way."""
+        if self._lengths_before is None:
+            return
         lengths = self._lengths()
         stateful = len(lengths) < len(self.layers)  # linear attention: nothing tells it advanced
-        if self._lengths_before is not None and (stateful or self._lengths_before != lengths):
+        if stateful or self._lengths_before != lengths:
             raise CacheStateError(
                 "a call of the model with this cache was interrupted, so its layers no longer hold "
                 "the same tokens; call reset() on it or use a new cache"
             )
-        self._lengths_before = lengths
 
     def end_call(self) -> None:
         """Note that the call went through all layers."""
         self._lengths_before = None
 
+    @in_turn
     def reset(self) -> None:
         """Forget all tokens."""
         self._lengths_before = None
@@ -278,23 +93,144 @@ class OffloadedCache(DynamicCache):
             else:
                 self.layers[position] = fresh[position]
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row."""
-        batch = self.state.engine.plan.batch if self.state.engine else 1
-        self.state.select_rows([row for row in range(batch) for _ in range(repeats)])
-        for layer in self._own_layers():
-            layer.batch_repeat_interleave(repeats)
+    @in_turn
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest `-tokens_to_remove` tokens of every layer.
 
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep some rows."""
+        Raises:
+            CacheStateError: the cache was closed, or a window has dropped the tokens before those.
+            ValueError: a positive number, which older transformers took as the length to keep.
+            RuntimeError: from a layer of transformers' own that cannot go back.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes minus the tokens to remove, not {tokens_to_remove}")
+        self.state.check_open()
+        # Those that may refuse come first, so that nothing has changed then.
+        for layer in self._offloaded_layers():
+            layer.check_crop(tokens_to_remove)
+        for layer in (*self._own_layers(), *self._offloaded_layers()):
+            layer.crop(tokens_to_remove)
+
+    @in_turn
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row.
+
+        Raises:
+            ValueError: not once or more.
+            MemoryPlanError: the device or the host memory is too small for so many rows.
+        """
+        if repeats < 1:
+            raise ValueError(f"rows are repeated once or more, not {repeats} times")
+        batch = self._batch()
+        if batch is not None:
+            self._select(torch.arange(batch).repeat_interleave(repeats))
+
+    @in_turn
+    def batch_select_indices(self, indices: Any) -> None:
+        """Keep some rows, in the order given.
+
+        Args:
+            indices: numbers of rows, also from the end, or a mask, in a tensor or any sequence.
+
+        Raises:
+            IndexError: there is no such row.
+            ValueError: not a list of rows, or none is chosen.
+            MemoryPlanError: the device or the host memory is too small for so many rows.
+        """
+        batch = self._batch()
+        if batch is not None:
+            self._select(chosen_rows(indices, batch))
+
+    def reorder_cache(self, beam_idx: Any) -> None:
+        """Make row `i` what row `beam_idx[i]` was, for beam search; as `batch_select_indices`."""
+        self.batch_select_indices(beam_idx)
+
+    def _batch(self) -> int | None:
+        """Return the rows held; None before the first tokens."""
+        self.state.check_open()
         if self.state.engine is not None:
-            rows = torch.arange(self.state.engine.plan.batch)[indices.cpu()]
-            self.state.select_rows(rows.tolist())
+            return self.state.engine.plan.batch
         for layer in self._own_layers():
-            layer.batch_select_indices(indices)
+            states = getattr(layer, "conv_states", {}), getattr(layer, "recurrent_states", {})
+            kept = [
+                getattr(layer, "keys", None),
+                *(part for each in states for part in each.values()),
+            ]
+            for part in kept:
+                if part is not None and part.ndim > 1:
+                    return int(part.shape[0])
+        return None
+
+    def _select(self, rows: torch.Tensor) -> None:
+        """Make row `i` what row `rows[i]` was."""
+        numbers = rows.tolist()
+        if numbers == list(range(self._batch() or 0)):
+            return
+        engine = self.state.engine
+        if engine is not None and len(numbers) == engine.plan.batch:
+            for layer in self._offloaded_layers():
+                layer.select(numbers)
+        else:
+            self.state.select_rows(numbers)
+        for layer in self._own_layers():
+            layer.reorder_cache(
+                rows
+            )  # takes any number of rows, and layers of states have no other
 
     def _own_layers(self) -> list[Any]:
         return [layer for layer in self.layers if not isinstance(layer, OffloadedLayer)]
+
+    def _offloaded_layers(self) -> list[OffloadedLayer]:
+        return [layer for layer in self.layers if isinstance(layer, OffloadedLayer)]
+
+    @in_turn
+    def __deepcopy__(self, memo: dict[int, Any]) -> "OffloadedCache":
+        """Return a second cache of the same attachment that holds the same tokens.
+
+        It takes as much host memory as this one, and device memory as any new cache does; both
+        count in what is allowed.
+
+        Raises:
+            CacheStateError: it was closed, the model was detached, or a call was interrupted.
+            MemoryPlanError: the device or the host memory is too small for a second cache.
+        """
+        self.state.check_open()
+        self._check_whole()
+        copied: OffloadedCache = self.state.host.new_cache(self.state.max_tokens)
+        copied.state.copy_from(self.state)
+        try:
+            for position, layer in enumerate(self.layers):
+                if isinstance(layer, OffloadedLayer):
+                    copied.layers[position].copy_form_of(layer)
+                else:
+                    copied.layers[position] = copy.deepcopy(layer, memo)
+                memo[id(layer)] = copied.layers[position]
+        except BaseException:
+            copied.close()
+            raise
+        memo[id(self.layers)] = copied.layers
+        copied._lengths_before = self._lengths_before
+        return copied
+
+    def __copy__(self) -> NoReturn:
+        """Refuse: two caches would share layers, and one would not hear of the other's tokens.
+
+        Raises:
+            CacheStateError: always.
+        """
+        raise CacheStateError(
+            "copy.copy() of an offloaded cache would share its memory; use copy.deepcopy(cache)"
+        )
+
+    def __reduce_ex__(self, _protocol: Any) -> NoReturn:
+        """Refuse to be pickled, or saved, or sent to another process.
+
+        Raises:
+            CacheStateError: always.
+        """
+        raise CacheStateError(
+            "an offloaded cache cannot be pickled or saved; save what iterating over it gives"
+        )
 
     def close(self) -> None:
         """Free host and device memory now; the cache cannot be used any more."""

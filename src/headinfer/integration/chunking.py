@@ -1,48 +1,152 @@
 """Long prompts pass through the model a chunk at a time (the paper's section 3.4).
 
 Done in front of the model's own forward, so that it holds for every way of generating, including
-those in which transformers' `prefill_chunk_size` is not looked at.
+those in which transformers' `prefill_chunk_size` is not looked at. What is not known to give the
+same result in chunks passes as a whole.
 """
 
+import contextlib
 import inspect
 import itertools
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
+from headinfer.errors import MemoryPlanError
 from headinfer.integration.calls import CACHE_NAMES, new_shape
+from headinfer.integration.positions import positions_to_give, positions_unknown
+from headinfer.integration.recurrence import continues_state, has_state
+from headinfer.units import format_tokens
+
+_logger = logging.getLogger(__name__)
 
 _SLICED = frozenset({"input_ids", "inputs_embeds", "token_type_ids", "cache_position"})
 """Arguments with one entry a new token, on axis 1 (`cache_position`: on its last axis)."""
 
-_WHOLE = frozenset({*CACHE_NAMES, "use_cache", "return_dict", "logits_to_keep"})
+_MODALITIES = frozenset({"mm_token_type_ids", "moe_mm_token_type_ids"})
+"""Likewise, and 0 for tokens of text."""
+
+_TYPES_OF_TEXT = frozenset({"gemma3"})
+"""Models, by `model_type`, to which token types of 0 alone say the same as none."""
+
+_WHOLE = frozenset({*CACHE_NAMES, "use_cache", "return_dict", "logits_to_keep", "tokenizer"})
 """Arguments that mean the same for every chunk."""
 
 
-def can_split(config: Any, arguments: dict[str, Any]) -> bool:
-    """Whether a call gives the same result chunk by chunk: all of its arguments are understood.
+class Chunking:
+    """Which calls of one model may pass in chunks.
+
+    Args:
+        model: the attached model; its first long call may be preceded by a few short ones, with a
+            cache of their own, that tell whether it continues a recurrent state.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._continues: bool | None = None if has_state(model) else True
+        self._said: set[str] = set()
+
+    def drop_empty(self, arguments: dict[str, Any]) -> None:
+        """Take out token types that tell of text alone, and would ask for a mask of images."""
+        types = arguments.get("token_type_ids")
+        text_only = self._model.config.model_type in _TYPES_OF_TEXT
+        if types is not None and text_only and not bool(types.any()):
+            del arguments["token_type_ids"]
+
+    def obstacle(
+        self, forward: Callable[..., Any], arguments: dict[str, Any], past_tokens: int
+    ) -> str | None:
+        """Return why a call might give another result in chunks; None if it does not.
+
+        Args:
+            forward: the model's own.
+            arguments: of the call, by name.
+            past_tokens: tokens in the cache before the call.
+        """
+        decoder = self._model.config.get_text_config(decoder=True)
+        multimodal = decoder is not self._model.config
+        found = _obstacle(decoder, arguments, multimodal=multimodal)
+        if found is None and positions_unknown(self._model, arguments, past_tokens):
+            found = "it was given no position_ids"
+        if found is None and self._continues is None:
+            self._continues = continues_state(self._model, forward, arguments)
+        if found is None and not self._continues:
+            return "its recurrent state does not go on from one pass of several tokens to the next"
+        return found
+
+    def with_positions(self, arguments: dict[str, Any], past_tokens: int) -> dict[str, Any]:
+        """Return a call's arguments with positions, where chunks need to be given them."""
+        positions = positions_to_give(self._model, arguments, past_tokens)
+        return arguments if positions is None else {**arguments, "position_ids": positions}
+
+    @contextlib.contextmanager
+    def passing_whole(self, obstacle: str, new_tokens: int, chunk_tokens: int) -> Iterator[None]:
+        """Say, once, that a call does not pass in chunks; also where its plan is refused.
+
+        Args:
+            obstacle: why it does not.
+            new_tokens: tokens of the call.
+            chunk_tokens: tokens of a chunk.
+        """
+        name = type(self._model).__name__
+        try:
+            yield
+        except MemoryPlanError as error:
+            raise MemoryPlanError(f"{error} ({name} takes no chunks: {obstacle})") from None
+        if obstacle not in self._said:
+            self._said.add(obstacle)
+            _logger.warning(
+                "%s takes %s tokens at once, not in chunks of %s, and the memory for that: %s",
+                name,
+                format_tokens(new_tokens),
+                format_tokens(chunk_tokens),
+                obstacle,
+            )
+
+
+def _obstacle(config: Any, arguments: dict[str, Any], *, multimodal: bool) -> str | None:
+    """Return which argument of a call is not understood chunk by chunk, or None.
 
     Args:
         config: of the decoder; holds the defaults of some arguments.
         arguments: of the call, by name.
+        multimodal: whether the model takes more than text.
     """
     for name in ("output_hidden_states", "output_router_logits"):
         if arguments.get(name) is None and getattr(config, name, False):
-            return False
+            return f"its config has {name}=True"
     if arguments.get("return_dict") is None and getattr(config, "return_dict", True) is False:
-        return False
-    for name, value in arguments.items():
-        if name in _SLICED or name in _WHOLE or name == "position_ids" or value is None:
-            continue
-        if name == "attention_mask" and isinstance(value, torch.Tensor) and value.ndim == 2:
-            continue
-        if value is False:
-            continue
-        return False
-    return arguments.get("return_dict") is not False and not isinstance(
-        arguments.get("logits_to_keep"), torch.Tensor
-    )
+        return "its config has return_dict=False"
+    unknown = [
+        name
+        for name, value in arguments.items()
+        if not _is_understood(name, value, multimodal=multimodal)
+    ]
+    return f"it was given {', '.join(unknown)}" if unknown else None
+
+
+def _is_understood(name: str, value: Any, *, multimodal: bool) -> bool:
+    """Whether an argument means for chunks what it means for the whole."""
+    if name == "return_dict":
+        return value is not False
+    if _is_empty(value):
+        return True
+    if name in _MODALITIES or (name == "token_type_ids" and multimodal):
+        return not bool(value.any())  # tokens of an image may see each other
+    if name == "attention_mask":
+        return isinstance(value, torch.Tensor) and value.ndim == 2
+    if name == "logits_to_keep":
+        return not isinstance(value, torch.Tensor)
+    return name in _SLICED or name in _WHOLE or name == "position_ids"
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether a value says nothing, like the outputs of encoders that had nothing to encode."""
+    if isinstance(value, dict):
+        return all(_is_empty(part) for part in value.values())
+    return value is None or value is False or (isinstance(value, list | tuple) and not value)
 
 
 def split_points(new_tokens: int, chunk_tokens: int, keep: int) -> list[int]:
@@ -67,7 +171,7 @@ def slice_call(arguments: dict[str, Any], start: int, end: int, past_tokens: int
             continue
         if name in ("position_ids", "cache_position"):
             sliced[name] = value[..., start:end]
-        elif name in _SLICED:
+        elif name in _SLICED or name in _MODALITIES:
             sliced[name] = value[:, start:end]
         elif name == "attention_mask":
             sliced[name] = value[:, : past_tokens + end]
@@ -75,7 +179,7 @@ def slice_call(arguments: dict[str, Any], start: int, end: int, past_tokens: int
 
 
 def run_leading_chunks(
-    model: torch.nn.Module,
+    forward: Callable[..., Any],
     arguments: dict[str, Any],
     chunk_tokens: int,
     past_tokens: int,
@@ -84,8 +188,8 @@ def run_leading_chunks(
     """Run all chunks of a call but the last.
 
     Args:
-        model: the attached model.
-        arguments: of the call, by name; `can_split` holds.
+        forward: the model's own.
+        arguments: of the call, by name and with positions; `Chunking.obstacle` found none.
         chunk_tokens: tokens of a chunk.
         past_tokens: tokens in the cache before the call.
         after_chunk: told the new tokens done so far and all, after each chunk.
@@ -96,7 +200,7 @@ def run_leading_chunks(
     """
     shape = new_shape(arguments)
     assert shape is not None
-    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+    keeps = "logits_to_keep" in inspect.signature(forward).parameters
     keep = int(arguments.get("logits_to_keep") or 0) if keeps else 0
     points = split_points(shape[1], chunk_tokens, keep)
     logits = []
@@ -104,7 +208,7 @@ def run_leading_chunks(
         part = slice_call(arguments, start, end, past_tokens)
         if keep:
             part["logits_to_keep"] = 1  # the least the model can compute; not used
-        output = model.forward(**part)
+        output = forward(**part)
         if not keep:
             logits.append(output.logits)
         after_chunk(end, shape[1])

@@ -19,6 +19,7 @@ from transformers.cache_utils import (
 )
 
 from headinfer.errors import UnsupportedModelError
+from headinfer.integration.calls import CACHE_NAMES
 from headinfer.plan.memory import fused_mlp_elements
 from headinfer.plan.shape import LayerKind, LayerShape, ModelShape
 
@@ -46,12 +47,19 @@ HARMLESS_KEYWORDS = frozenset(
         "position_embeddings",
         "position_ids",
         "return_dict",
+        "tokenizer",
         "use_cache",
     }
 )
-"""Keywords that reach an attention call without meaning anything to it."""
+"""Keywords that reach an attention call without meaning anything to it.
+
+`generate` passes the tokenizer on that it is given for its stop strings.
+"""
 
 _ATTENTION_CALL = "attention_interface"
+
+_CACHE_VARIABLES = (*CACHE_NAMES, "cache_params")
+"""What the code of models calls its cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +107,29 @@ def attention_call(module_class: Any) -> AttentionCall | None:
         if updates[-1].lineno < node.lineno < calls[0].lineno
     )
     return AttentionCall(keywords, hands_over)
+
+
+@functools.cache
+def _cache_methods(module_class: Any) -> frozenset[str]:
+    """Return the methods of its cache that a class calls, or those of its bases beside it do."""
+    methods: set[str] = set()
+    for base in module_class.__mro__:
+        if base.__module__ != module_class.__module__:
+            continue
+        try:
+            source = textwrap.dedent(inspect.getsource(base))
+        except (OSError, TypeError):
+            continue
+        if not any(name in source for name in _CACHE_VARIABLES):
+            continue
+        methods |= {
+            node.func.attr
+            for node in ast.walk(ast.parse(source))
+            if isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and getattr(node.func.value, "id", None) in _CACHE_VARIABLES
+        }
+    return frozenset(methods)
 
 
 def _is_cache_update(value: ast.expr) -> bool:
@@ -195,6 +226,7 @@ def _check_layers(model: PreTrainedModel, name: str) -> None:
     ):
         raise UnsupportedModelError(f"{name} has chunked attention layers: not served")
     layers = stock_cache(model).layers
+    _check_state(model, layers, name)
     kinds = [layer_kind(layer) for layer in layers]
     for layer, kind in zip(layers, kinds, strict=True):
         if kind is None:
@@ -212,6 +244,8 @@ def _check_layers(model: PreTrainedModel, name: str) -> None:
     for module in modules:
         call = _attention_call_of(module)
         assert call is not None, "attention modules have one"
+        if getattr(module, "is_causal", True) is False:
+            raise UnsupportedModelError(f"{type(module).__name__} is not causal: not served")
         if not call.hands_over:
             raise UnsupportedModelError(
                 f"{type(module).__name__} caches something else than the keys and values it "
@@ -223,6 +257,25 @@ def _check_layers(model: PreTrainedModel, name: str) -> None:
                 f"{type(module).__name__} passes {', '.join(sorted(unknown))} to its attention, "
                 "which is not taken into account here"
             )
+
+
+def _check_state(model: PreTrainedModel, layers: list[Any], name: str) -> None:
+    """Refuse a model that keeps of its past what the cache we give it has no place for."""
+    called: set[str] = set()
+    for module in model.modules():
+        module_class: Any = type(module)
+        called |= _cache_methods(module_class)
+    foreign = sorted(method for method in called if not hasattr(DynamicCache, method))
+    if foreign:
+        raise UnsupportedModelError(
+            f"{name} keeps its past in a cache of its own kind, with {', '.join(foreign)}: "
+            "not served"
+        )
+    stateful = any(isinstance(layer, LinearAttentionLayer) for layer in layers)
+    if stateful and called.isdisjoint({"update_conv_state", "update_recurrent_state"}):
+        raise UnsupportedModelError(
+            f"{name} keeps a recurrent state in the model itself and not in its cache: not served"
+        )
 
 
 def model_shape(model: PreTrainedModel) -> ModelShape:

@@ -23,16 +23,19 @@ class Piece:
         ready: reached when what another stream wrote is there; None where nothing is to be
             waited for.
         free: reached when other streams have read what they were to read; None likewise.
-        holders: ledgers that hold tokens in it. With more than one it is not written to.
+        holders: ledgers that hold tokens in it.
+        shared_tokens: of its tokens, the first so many may be held by several; with more than one
+            holder these are not written to.
     """
 
-    __slots__ = ("free", "holders", "memory", "ready", "views")
+    __slots__ = ("free", "holders", "memory", "ready", "shared_tokens", "views")
 
     def __init__(self, memory: torch.Tensor) -> None:
         self.memory = memory
         self.ready: Event | None = None
         self.free: Event | None = None
         self.holders = 1
+        self.shared_tokens = 0
         self.views = carver(memory)
 
 
@@ -104,9 +107,14 @@ class Extent:
         self.whole = piece.views(geometry, capacity, None)
 
     def share(self) -> "Extent":
-        """Return another extent of the same tokens in the same memory, for another ledger."""
+        """Return another extent of the same tokens in the same memory, for another ledger.
+
+        That one has no memory for more.
+        """
         other = copy.copy(self)
+        other.capacity = self.tokens
         self.piece.holders += 1
+        self.piece.shared_tokens = max(self.piece.shared_tokens, self.tokens)
         return other
 
     @property

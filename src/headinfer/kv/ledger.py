@@ -55,6 +55,7 @@ class Ledger:
         self.version = 0
         self._place = place
         self._host: list[Extent] = []
+        self._written_tokens = 0
 
     @property
     def tokens(self) -> int:
@@ -91,6 +92,17 @@ class Ledger:
     def host_bytes(self) -> int:
         """Bytes of host memory held, each piece counted by its share among those who hold it."""
         return sum(part.piece.memory.numel() // part.piece.holders for part in self._host)
+
+    @property
+    def unwritten_bytes(self) -> int:
+        """Bytes of those that were reserved and never written."""
+        return max(self.host_bytes - self.geometry.num_bytes(self._written_tokens), 0)
+
+    @property
+    def visible_tokens(self) -> int:
+        """Past tokens that the next query sees."""
+        tokens = self.tokens
+        return tokens if self.window_tokens is None else min(tokens, self.past_tokens)
 
     def host_tiles(
         self, start: int, end: int, *, max_tokens: int | None = None, heads: slice = ALL_HEADS
@@ -137,23 +149,24 @@ class Ledger:
     def extend_host(self, tokens: int) -> list[Tile]:
         """Lengthen what the host holds; return where the tokens must be written, in order."""
         start, end = self.host_tokens, self.host_tokens + tokens
-        if any(extent.piece.holders > 1 and extent.limit > start for extent in self._host):
-            self._seal(start)  # another ledger may read what lies behind, or write there
+        self._leave_shared(start)
         self.reserve(end)
         self.host_tokens = end
+        self._written_tokens = max(self._written_tokens, end)
         for extent in self._host:
             extent.tokens = max(min(end, extent.limit) - extent.start, 0)
         self.version += 1
         return list(self.host_tiles(start, end))
 
-    def _seal(self, tokens: int) -> None:
-        """Give up the host memory behind `tokens`."""
+    def _leave_shared(self, tokens: int) -> None:
+        """Give up host memory behind `tokens` where another ledger reads it."""
         for position, extent in enumerate(self._host):
-            if extent.limit > tokens:
-                extent.capacity = max(tokens - extent.start, 0)
+            behind = tokens - extent.start
+            if extent.piece.holders > 1 and behind < extent.piece.shared_tokens:
+                extent.capacity = max(behind, 0)
                 kept = position + (extent.capacity > 0)
-                for behind in self._host[kept:]:
-                    self._place.give_back(behind)
+                for given_up in self._host[kept:]:
+                    self._place.give_back(given_up)
                 del self._host[kept:]
                 return
 
@@ -214,7 +227,7 @@ class Ledger:
 
         With as many rows as before, and memory that nobody shares, this happens in place.
         """
-        index, old = torch.tensor(rows, dtype=torch.long), self.geometry
+        index, old = torch.tensor(rows, dtype=torch.long, device="cpu"), self.geometry
         self.geometry = Geometry(len(rows), old.kv_heads, old.key_dim, old.value_dim, old.dtype)
         for position, source in enumerate(self._host):
             in_place = len(rows) == old.batch and source.piece.holders == 1
@@ -227,26 +240,28 @@ class Ledger:
             copy_rows(source, target, index)
             if not in_place:
                 self._place.give_back(source)
+                self._written_tokens = self.host_tokens
             self._host[position] = target
         self.version += 1
 
-    def fork(self) -> "Ledger":
-        """Return another ledger of the tokens that the host holds, which shares their memory.
+    def share(self, other: "Ledger") -> None:
+        """Hold the tokens that another ledger's host memory holds, in the same memory.
 
-        Whoever of the two writes next takes memory of its own for that.
+        This ledger must be empty. Whoever of the two first changes what both hold takes memory of
+        its own for that.
         """
-        other = Ledger(self.geometry, self._place)
-        other.host_tokens = self.host_tokens
-        self._seal(self.host_tokens)
-        other._host.extend([extent.share() for extent in self._host])
-        return other
+        assert not self.tokens
+        self.clear()
+        self._host = [extent.share() for extent in other._host if extent.tokens]
+        self.host_tokens = self._written_tokens = other.host_tokens
+        self.version += 1
 
     def clear(self) -> None:
         """Forget all tokens and give back all host memory; device memory stays."""
         for extent in self._host:
             self._place.give_back(extent)
         self._host.clear()
-        self.host_tokens = 0
+        self.host_tokens = self._written_tokens = 0
         self.tail = None
         if self.resident is not None:
             self.resident.tokens = 0

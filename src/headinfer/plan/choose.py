@@ -139,8 +139,9 @@ def _shortfalls(situation: Situation, plan: MethodPlan) -> Iterator[str]:
     """Say what the smallest plan of ours lacks."""
     if plan.device_short_bytes:
         runtime = format_bytes(plan.runtime_bytes)
+        memory = "Memory" if situation.device == "cpu" else "Device memory"
         yield (
-            f"Device memory is {format_bytes(plan.device_short_bytes)} short: the smallest plan "
+            f"{memory} is {format_bytes(plan.device_short_bytes)} short: the smallest plan "
             f"needs {format_bytes(plan.total_device_bytes)}, of which weights "
             f"{format_bytes(plan.weights_bytes)}"
             f"{f' and CUDA itself {runtime}' if plan.runtime_bytes else ''}."
@@ -149,8 +150,17 @@ def _shortfalls(situation: Situation, plan: MethodPlan) -> Iterator[str]:
         yield (
             f"Host memory is {format_bytes(plan.host_short_bytes)} short: the KV cache of "
             f"{format_tokens(situation.context_tokens)} tokens takes "
-            f"{format_bytes(plan.kv_host_bytes)} there."
+            f"{format_bytes(plan.kv_host_bytes)} there{_kept_back(situation, plan)}."
         )
+
+
+def _kept_back(situation: Situation, plan: MethodPlan) -> str:
+    """Say what host memory is needed for beside KV; the paper counts none of it."""
+    needed = situation.host_memory_bytes + plan.host_short_bytes
+    kept = needed - plan.kv_host_bytes
+    if not kept:
+        return ""
+    return f", and {format_bytes(kept)} are for its page tables, the process and a reserve"
 
 
 def _changes(situation: Situation, plans: Sequence[MethodPlan]) -> Iterator[Change]:
@@ -166,9 +176,11 @@ def _changes(situation: Situation, plans: Sequence[MethodPlan]) -> Iterator[Chan
             f"{_more('host', host, ours.host_short_bytes)}",
         )
     elif ours.device_short_bytes:
-        yield Change(
-            device_memory_bytes=device, line=_more("device", device, ours.device_short_bytes)
-        )
+        line = _more("device", device, ours.device_short_bytes)
+        if situation.device == "cpu":
+            more = format_bytes(ours.device_short_bytes)
+            line = f"a machine with {_ceiling(device)} of memory, {more} more"
+        yield Change(device_memory_bytes=device, line=line)
     elif ours.host_short_bytes:
         yield Change(host_memory_bytes=host, line=_more("host", host, ours.host_short_bytes))
     longest = max(

@@ -3,27 +3,36 @@
 import dataclasses
 import json
 import logging
-import math
-import tempfile
 from pathlib import Path
 from typing import Any, TypeVar
 
+from headinfer.checked_files import DamagedError, read_private
 from headinfer.errors import OptionError
-from headinfer.folders import cache_folder
+from headinfer.folders import cache_folder, describe, private_folder
 from headinfer.plan.hardware import Hardware
 from headinfer.plan.measurement import Identity, Measurement, Quantity, Rate
+from headinfer.scratch import scratch_folder
 
 _logger = logging.getLogger(__name__)
 
 FORMAT = 1
 """Raised when a field changes its meaning; a file of another format is not read."""
 
+_NAME = "machine.json"
+_MAX_BYTES = 2**20
+_SMALLEST, _LARGEST = 1e-12, 1e24
+"""What sizes and rates of machines lie between; with others, arithmetic may end in an error."""
+
 _Record = TypeVar("_Record", Identity, Measurement, Rate)
 
 
 def measurement_path() -> Path:
-    """Return where the measurement is kept, whether or not there is one."""
-    return cache_folder() / "machine.json"
+    """Return where the measurement is kept, whether or not there is one.
+
+    Raises:
+        OSError: there is no folder to keep it in.
+    """
+    return cache_folder() / _NAME
 
 
 def load_measured(identity: Identity | None = None) -> Hardware | None:
@@ -41,13 +50,17 @@ def load_measured(identity: Identity | None = None) -> Hardware | None:
 
 def read_measurement(identity: Identity | None = None) -> Measurement | None:
     """Return everything that was measured; see `load_measured`."""
-    path = measurement_path()
     try:
-        measurement = from_json(json.loads(path.read_text(encoding="utf-8")))
+        path = measurement_path()
+    except OSError:
+        return None  # so none was ever kept
+    try:
+        measurement = _parse(read_private(path, _MAX_BYTES))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        _logger.warning("%s cannot be used (%s): run `headinfer probe` again", path, error)
+    except (OSError, DamagedError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        _logger.warning("%s cannot be used (%s): run `headinfer probe` again", path, reason)
         return None
     if identity is not None and not identity.matches(measurement.identity):
         _logger.info("%s was measured on another machine and is ignored", path)
@@ -59,15 +72,13 @@ def check_writable() -> None:
     """Refuse early where a measurement could not be kept.
 
     Raises:
-        OptionError: the cache folder cannot be written to.
+        OptionError: the cache folder cannot be written to, or others can.
     """
-    folder = measurement_path().parent
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        with scratch_folder(private_folder()):
             pass
     except OSError as error:
-        raise _not_writable(folder, error) from error
+        raise _not_writable(error) from error
 
 
 def save_measurement(measurement: Measurement) -> Path:
@@ -76,25 +87,25 @@ def save_measurement(measurement: Measurement) -> Path:
     Written beside the old file and renamed, so that nobody ever reads half of it.
 
     Raises:
-        OptionError: the cache folder cannot be written to.
+        OptionError: the cache folder cannot be written to, or others can.
     """
-    path = measurement_path()
     text = json.dumps(to_json(measurement), indent=1) + "\n"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as name:
-            written = Path(name) / path.name
+        path = private_folder() / _NAME
+        with scratch_folder(path.parent) as folder:
+            written = folder / path.name
             written.write_text(text, encoding="utf-8")
+            written.chmod(0o600)
             written.replace(path)
     except OSError as error:
-        raise _not_writable(path.parent, error) from error
-    return path
+        raise _not_writable(error) from error
+    return measurement_path()
 
 
-def _not_writable(folder: Path, error: OSError) -> OptionError:
+def _not_writable(error: OSError) -> OptionError:
     return OptionError(
-        f"the measurement cannot be kept in {str(folder)!r} ({error.strerror}); "
-        "set XDG_CACHE_HOME to a folder that can be written to"
+        f"the measurement cannot be kept ({describe(error)}); "
+        "set XDG_CACHE_HOME to a folder of yours that can be written to"
     )
 
 
@@ -131,6 +142,13 @@ def from_json(values: Any) -> Measurement:
     return measurement
 
 
+def _parse(content: bytes) -> Measurement:
+    try:
+        return from_json(json.loads(content.decode()))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 def _rate(values: Any) -> Rate:
     quantity = Quantity(values.get("quantity") if isinstance(values, dict) else None)
     return _record(Rate, values, quantity=quantity)
@@ -139,7 +157,7 @@ def _rate(values: Any) -> Rate:
 def _record(kind: type[_Record], values: Any, **made: Any) -> _Record:
     """Build a dataclass of plain fields, checking the type of each; `made` are those that are not.
 
-    Numbers are sizes and rates: all must be finite and positive.
+    Numbers are sizes and rates: all must be positive, and none beyond those of any machine.
     """
     for field in dataclasses.fields(kind):
         if field.name in made:
@@ -148,6 +166,6 @@ def _record(kind: type[_Record], values: Any, **made: Any) -> _Record:
             raise ValueError(f"{field.name} is missing")
         value = made[field.name] = values[field.name]
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not isinstance(value, field.type) or (number and not 0 < value < math.inf):  # type: ignore[arg-type]  # no annotation here is text
+        if not isinstance(value, field.type) or (number and not _SMALLEST < value < _LARGEST):  # type: ignore[arg-type]  # no annotation here is text
             raise ValueError(f"{field.name} is {value!r}")
     return kind(**made)

@@ -155,7 +155,7 @@ def activation_bytes(
         batch: rows.
         device: "cpu", "cuda" or "simulated"; the last computes as the CPU does.
     """
-    item, on_cpu = shape.kv_itemsize, device != "cuda"
+    item, on_cpu = shape.activation_itemsize, device != "cuda"
     hidden, head_dim = shape.hidden_size, max((layer.key_dim for layer in shape.layers), default=0)
     # All phases: the embedded chunk, the layer's input, its normed form, cosines and sines.
     common = (3 * hidden + 2 * head_dim) * item + _POSITION_BYTES

@@ -13,6 +13,7 @@ from headinfer.plan import memory
 from headinfer.plan.accounting import PAPER_CHUNK_TOKENS, Accounting, AccountingKind
 from headinfer.plan.choices import ALL_TOKENS, chunk_sizes
 from headinfer.plan.hardware import Hardware
+from headinfer.plan.host_room import HostRoom, machine_bytes_for
 from headinfer.plan.options import Options
 from headinfer.plan.plan import PAGE_TOKENS, Plan, least_plan, resolve
 from headinfer.plan.predict import Parts, Predictor, Schedule
@@ -125,7 +126,7 @@ class Situation:
         hardware: the machine, for its rates.
         context_tokens: prompt and answer together.
         device_memory_bytes: the most to use on the device.
-        host_memory_bytes: the most to use of host memory.
+        host_memory_bytes: the most to use of host memory, with all that `HostRoom` keeps back.
         batch: rows.
         kind: how bytes are counted.
         chunk_tokens: tokens of a prefill chunk, where a method has one; None to choose.
@@ -153,6 +154,20 @@ class Situation:
             device_memory_bytes=self.device_memory_bytes + uncounted,
             chunk_tokens=self.chunk_tokens or "auto",
         )
+
+    @property
+    def host_room_bytes(self) -> int:
+        """The most KV in host memory; the paper keeps nothing back."""
+        if self.accounting.is_paper:
+            return self.host_memory_bytes
+        return HostRoom.of_machine(self.host_memory_bytes, self.device).kv_bytes
+
+    def host_short_bytes(self, kv_bytes: int) -> int:
+        """Return the host memory that is lacking for so much KV there."""
+        if kv_bytes <= self.host_room_bytes:
+            return 0
+        needed = kv_bytes if self.accounting.is_paper else machine_bytes_for(kv_bytes, self.device)
+        return needed - self.host_memory_bytes
 
     @property
     def fixed_bytes(self) -> int:
@@ -331,7 +346,7 @@ def _plan(
         prefill_s=predictor.prefill_s(schedule, tokens),
         decode_s_per_token=predictor.decode_s(schedule, tokens),
         device_short_bytes=max(total - situation.device_memory_bytes, 0),
-        host_short_bytes=max(footprint.kv_host_bytes - situation.host_memory_bytes, 0),
+        host_short_bytes=situation.host_short_bytes(footprint.kv_host_bytes),
         resident_bytes=schedule.resident_bytes,
         host_share=schedule.host_share,
         decode_parts=predictor.decode(schedule, tokens),
@@ -344,13 +359,14 @@ def max_context_tokens(situation: Situation, rule: Rule) -> int | None:
     Every rule's bytes grow with the context, so this is a search between a context that fits and
     one that does not.
     """
+    room = situation.host_room_bytes
 
     def fits(tokens: int) -> bool:
         footprint = rule(situation, tokens)
         device = footprint.kv_device_bytes + footprint.activation_bytes
         return (
             situation.fixed_bytes + device <= situation.device_memory_bytes
-            and footprint.kv_host_bytes <= situation.host_memory_bytes
+            and footprint.kv_host_bytes <= room
         )
 
     low, high = 0, MAX_CONTEXT_TOKENS
@@ -373,7 +389,7 @@ def _of_plan(situation: Situation, name: str, plan: Plan) -> MethodPlan:
     on_cpu = situation.device == "cpu"
     least = plan if on_cpu else situation.least_plan()
     spare = (situation.options.device_memory_bytes or 0) - least.total_device_bytes
-    room = spare if on_cpu else situation.host_memory_bytes
+    room = spare if on_cpu else situation.host_room_bytes
     if on_cpu:
         on_device = footprint.kv_device_bytes + kv_bytes
         footprint = replace(footprint, kv_device_bytes=on_device, kv_host_bytes=0)

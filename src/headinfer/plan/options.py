@@ -105,7 +105,9 @@ class Options:
             raise OptionError("chunk_tokens must be a positive number or 'auto', not 'all'")
         no_limit = device_memory is None or device_memory == "auto"
         return cls(
-            device_memory_bytes=None if no_limit else parse_bytes(device_memory or 0),
+            device_memory_bytes=None
+            if no_limit
+            else parse_bytes(device_memory or 0, "device_memory"),
             chunk_tokens=chunk,
             tile_heads=_tile_size("tile_heads", tile_heads),
             tile_tokens=_tile_size("tile_tokens", tile_tokens),

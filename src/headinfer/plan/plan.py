@@ -42,13 +42,14 @@ class Plan:
         tail_bytes: the newest tokens of every offloaded layer.
         chunk_page_bytes: the pages a chunk is written back from.
         window_bytes: the sliding-window layers' own caches.
-        activation_bytes: estimate of one chunk's activations.
+        activation_bytes: estimate of one chunk's activations, or of a longer call's at once.
         runtime_bytes: what CUDA takes beside all that.
         resident_tokens: the oldest tokens of every offloaded layer, which stay on the device.
         resident_bytes: the bytes they take.
         host_share: share of the other tokens that the CPU attends in a decode step.
         host_share_adapts: whether that is where to begin, to be corrected by what is measured.
         host_unmeasured: whether it is 0 because nobody measured what the CPU reaches.
+        whole_tokens: tokens of the longest call that cannot pass in chunks; 0 for none.
     """
 
     shape: ModelShape
@@ -72,6 +73,7 @@ class Plan:
     host_share: float = 0.0
     host_share_adapts: bool = False
     host_unmeasured: bool = False
+    whole_tokens: int = 0
 
     @property
     def arena_bytes(self) -> int:
@@ -128,6 +130,8 @@ class Plan:
             f"tiles of {self.tile_heads} KV {heads} x {tokens} tokens, "
             f"chunks of {format_tokens(self.chunk_tokens)} tokens; {how}"
         )
+        if self.whole_tokens:
+            yield f"up to {format_tokens(self.whole_tokens)} tokens that cannot pass in chunks"
         budget = self.device_memory_bytes
         runtime = f", CUDA itself {format_bytes(self.runtime_bytes)}" if self.runtime_bytes else ""
         yield (

@@ -54,6 +54,8 @@ class ModelShape:
         mlp_width: intermediate elements a token occupies in one MLP (all active experts).
         mlp_peak_elements: elements a token occupies at the peak of one MLP; 0 where gate, up and
             their product are apart, which is three times `mlp_width`.
+        computed_itemsize: bytes of an element of what the model computes, where KV is kept in
+            another dtype; 0 where it is not.
         vocab_size: width of the logits.
         weights_bytes: bytes of all parameters and buffers as loaded.
         kv_itemsize: bytes of one KV element.
@@ -70,6 +72,7 @@ class ModelShape:
     kv_itemsize: int
     max_positions: int
     mlp_peak_elements: int = 0
+    computed_itemsize: int = 0
 
     @functools.cached_property
     def full_layers(self) -> tuple[LayerShape, ...]:
@@ -80,6 +83,11 @@ class ModelShape:
     def attention_layers(self) -> tuple[LayerShape, ...]:
         """The layers that keep keys and values, all tokens or a window of them."""
         return tuple(layer for layer in self.layers if layer.kind is not LayerKind.STATE)
+
+    @property
+    def activation_itemsize(self) -> int:
+        """Bytes of one element of the activations, and of the windows kept as computed."""
+        return self.computed_itemsize or self.kv_itemsize
 
     @property
     def kv_heads(self) -> int:
@@ -102,7 +110,7 @@ class ModelShape:
             for layer in self.layers
             if layer.kind is LayerKind.SLIDING
         ]
-        return batch * (sum(sizes) + max(sizes, default=0)) * self.kv_itemsize
+        return batch * (sum(sizes) + max(sizes, default=0)) * self.activation_itemsize
 
     def standard_kv_bytes(self, tokens: int, batch: int = 1) -> int:
         """Bytes of KV that standard inference holds on the device for the same tokens."""

@@ -1,7 +1,9 @@
 """Compiles the C kernels of this package on first use and keeps them in the user's cache folder.
 
-Each is compiled for one shape and for the processor at hand, in half a second. What cannot be had,
-without a compiler or without GCC's OpenMP, is None, and torch's kernels serve.
+Each is compiled for one shape and for the processor at hand, in half a second. What is kept is
+loaded only if this user or root wrote it and it is whole. What cannot be kept is compiled by each
+process. What cannot be had, without a compiler or without GCC's OpenMP, is None, and torch's
+kernels serve.
 """
 
 import ctypes
@@ -12,13 +14,15 @@ import os
 import platform
 import shutil
 import subprocess
-import tempfile
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
 import torch
 
-from headinfer.folders import cache_folder
+from headinfer.checked_files import DamagedError, check_sealed, write_sealed
+from headinfer.folders import describe, private_folder, temporary_folder
+from headinfer.scratch import scratch_folder
 
 _logger = logging.getLogger(__name__)
 
@@ -39,7 +43,55 @@ _FLAGS: tuple[str, ...] = (
 )
 _HEADERS = ("elements.h", "heads.h", "merge.h", "panels.h", "tiles.h", "workers.h")
 _COMPILE_TIMEOUT_S = 60
+_FORMAT = "sealed"
+"""Part of a kept kernel's name: what is written otherwise has another."""
+
 _TORCH_LIBRARY = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+
+
+class _CompileError(Exception):
+    """A compiler does not compile a kernel."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Recipe:
+    """How one kernel is compiled.
+
+    Attributes:
+        compiler: the command, with its arguments.
+        flags: for the compiler proper.
+        openmp: library to link with.
+        source: name of the file to compile.
+        files: it and the headers, by name.
+    """
+
+    compiler: str
+    flags: tuple[str, ...]
+    openmp: str
+    source: str
+    files: dict[str, bytes]
+
+    @property
+    def library(self) -> str:
+        """The name under which the kernel is kept, other for all it depends on."""
+        digest = hashlib.sha256(b"".join(self.files.values()))
+        parts = (self.compiler, self.flags, self.openmp, _processor(), platform.libc_ver(), _FORMAT)
+        digest.update(repr(parts).encode())
+        return f"{digest.hexdigest()[:24]}.so"
+
+    def compile(self, folder: Path) -> bytes:
+        """Compile in a folder and return the library.
+
+        Raises:
+            OSError: the folder cannot be written to.
+            _CompileError: says why the compiler failed.
+        """
+        for file, content in self.files.items():
+            (folder / file).write_bytes(content)
+        compiler = self.compiler.split()
+        _run([*compiler, *self.flags, "-c", "-o", "kernel.o", self.source], folder)
+        _run([*compiler, "-shared", "-o", "kernel.so", "kernel.o", self.openmp, "-lm"], folder)
+        return (folder / "kernel.so").read_bytes()
 
 
 def compile_kernel(source: str, dtype: torch.dtype, **definitions: int) -> ctypes.CDLL | None:
@@ -50,24 +102,94 @@ def compile_kernel(source: str, dtype: torch.dtype, **definitions: int) -> ctype
         dtype: of keys and values; one of `ELEMENTS`.
         definitions: names and values for the preprocessor.
     """
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
+    compiler = os.environ.get("CC", "").strip() or shutil.which("cc") or shutil.which("gcc")
     openmp = _openmp_library()
-    if compiler is None or openmp is None:
-        _logger.info("no C compiler or no OpenMP: torch's kernels serve on the CPU")
+    if openmp is None:
+        _say_missing("torch does not run on GCC's OpenMP here")
+        return None
+    if compiler is None:
+        _say_missing("there is no C compiler: install gcc, or name one in CC")
         return None
     flags = (*_FLAGS, f"-D{ELEMENTS[dtype]}")
     flags += tuple(f"-D{name}={value}" for name, value in definitions.items())
     files = {name: _read(name) for name in (source, *_HEADERS)}
-    digest = hashlib.sha256(b"".join(files.values()))
-    digest.update(repr((compiler, flags, openmp, _processor(), platform.libc_ver())).encode())
-    library = cache_folder() / "native" / f"{digest.hexdigest()[:24]}.so"
+    recipe = _Recipe(compiler=compiler, flags=flags, openmp=openmp, source=source, files=files)
     try:
-        if not library.exists():
-            _compile(compiler.split(), flags, openmp, source, files, library)
-        return ctypes.CDLL(str(library))
-    except (OSError, subprocess.SubprocessError) as error:
-        _logger.info("%s cannot be had: %s", source, error)
-        return None
+        return _kept_library(recipe)
+    except OSError as error:
+        _say_missing(describe(error))
+    except _CompileError as error:
+        _say_missing(f"{compiler} cannot compile it: {error}")
+    return None
+
+
+def _kept_library(recipe: _Recipe) -> ctypes.CDLL:
+    """Return a kernel from the cache folder, or where that cannot be used, from a temporary one."""
+    try:
+        return _library_in(private_folder("native"), recipe)
+    except OSError as error:
+        _say_not_kept(describe(error))
+    return _library_in(temporary_folder(), recipe)
+
+
+def _library_in(folder: Path, recipe: _Recipe) -> ctypes.CDLL:
+    """Load a kernel from a folder in which nobody else can put one; compile it if need be."""
+    path = folder / recipe.library
+    try:
+        check_sealed(path)
+    except FileNotFoundError:
+        _compile(recipe, path)
+    except (OSError, DamagedError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        _logger.warning("%s cannot be used (%s): it is compiled anew", path, reason)
+        _compile(recipe, path)
+    return ctypes.CDLL(str(path))
+
+
+def _compile(recipe: _Recipe, path: Path) -> None:
+    """Compile into a file of its own, then rename, so that processes may race."""
+    with scratch_folder(path.parent) as folder:
+        content = recipe.compile(folder)
+        write_sealed(folder / path.name, content)
+        (folder / path.name).replace(path)
+
+
+def _run(command: list[str], folder: Path) -> None:
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, timeout=_COMPILE_TIMEOUT_S)
+    except subprocess.TimeoutExpired as error:
+        raise _CompileError(f"it takes more than {_COMPILE_TIMEOUT_S} s") from error
+    except OSError as error:
+        raise _CompileError(describe(error)) from error
+    if done.returncode:
+        lines = done.stderr.decode(errors="replace").splitlines()
+        errors = [line for line in lines if "error" in line] or lines
+        raise _CompileError(errors[0].strip() if errors else f"exit status {done.returncode}")
+
+
+_missing: list[str] = []
+"""Why kernels could not be had in this process."""
+
+
+def _say_missing(reason: str) -> None:
+    """Say why a kernel cannot be had, and what that costs; once in a process to all users."""
+    _logger.log(
+        logging.INFO if _missing else logging.WARNING,
+        "a compiled kernel of attention on the CPU cannot be had (%s): torch's serves, decoding at "
+        "about half the speed",
+        reason,
+    )
+    _missing.append(reason)
+
+
+@functools.cache
+def _say_not_kept(reason: str) -> None:
+    """Say so once in a process."""
+    _logger.warning(
+        "the kernels of attention on the CPU cannot be kept (%s): each process compiles its own; "
+        "set XDG_CACHE_HOME to a folder of yours that can be written to",
+        reason,
+    )
 
 
 def _read(name: str) -> bytes:
@@ -110,27 +232,3 @@ def _openmp_library() -> str | None:
         return None
     path = os.fsdecode(info.file) if found and info.file else ""
     return path if "libgomp" in Path(path).name else None
-
-
-def _compile(
-    compiler: list[str],
-    flags: tuple[str, ...],
-    openmp: str,
-    source: str,
-    files: dict[str, bytes],
-    library: Path,
-) -> None:
-    """Compile into a file of its own, then rename, so that processes may race."""
-    library.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=library.parent) as name:
-        folder = Path(name)
-        for file, content in files.items():
-            (folder / file).write_bytes(content)
-        for command in (
-            [*compiler, *flags, "-c", "-o", "kernel.o", source],
-            [*compiler, "-shared", "-o", "kernel.so", "kernel.o", openmp, "-lm"],
-        ):
-            subprocess.run(
-                command, cwd=folder, check=True, capture_output=True, timeout=_COMPILE_TIMEOUT_S
-            )
-        (folder / "kernel.so").replace(library)

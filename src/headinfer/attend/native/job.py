@@ -146,7 +146,7 @@ class Jobs:
         self._kv_heads, self._dim = kv_heads, dim
         self._dtype, self._itemsize = query.dtype, query.dtype.itemsize
         self._heads, self._rows = batch * kv_heads, group * q_len
-        self._scratch = torch.empty(0)
+        self._scratch = torch.empty(0, dtype=torch.float32, device="cpu")
         self._memory = attend, query, answer  # jobs know them by address
         self._free: list[Job] = []
         self._workers: Workers | None = None  # kept from job to job
@@ -196,7 +196,7 @@ class Jobs:
             parts += splits
         floats = self._heads * (self._rows * (self._dim + parts * (self._dim + 1)) + 1)
         if self._scratch.numel() < floats:
-            self._scratch = torch.empty(floats, dtype=torch.float32)  # jobs pending keep the old
+            self._scratch = self._scratch.new_empty(floats)  # jobs pending keep the old
         job = self._free.pop() if self._free else self._new()
         workers = self._workers = shared_workers(self._library, threads - 1)
         job.fill(spans, (self, self._scratch, tiles, workers))

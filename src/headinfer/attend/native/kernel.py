@@ -225,11 +225,12 @@ def _prefill_row(
     scale: float,
 ) -> Partial:
     """Attend one row of the batch: `[kv_heads, group, q_len, dim]` to `[kv_heads, kv_len, dim]`."""
-    kv_heads, group, q_len, head_dim = query.shape
+    kv_heads, group, q_len, _ = query.shape
     rows, threads = query.contiguous(), torch.get_num_threads()
-    out = torch.empty(kv_heads, group, q_len, head_dim)
-    lse, highest = torch.empty(2, kv_heads, group, q_len)
-    scratch = torch.empty(threads * library.workspace_bytes() + _ALIGNMENT_BYTES, dtype=torch.uint8)
+    out = rows.new_empty(rows.shape, dtype=torch.float32)
+    lse, highest = out.new_empty(2, kv_heads, group, q_len)
+    scratch_bytes = threads * library.workspace_bytes() + _ALIGNMENT_BYTES
+    scratch = rows.new_empty(scratch_bytes, dtype=torch.uint8)
     library.attend_heads(
         rows.data_ptr(),
         keys.data_ptr(),

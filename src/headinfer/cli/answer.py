@@ -1,0 +1,259 @@
+"""One answer of `headinfer generate`: generated, written and told of, however it ends."""
+
+import contextlib
+import errno
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from headinfer.cli.console import EXIT_UNEXPECTED, print_error, report
+from headinfer.cli.interrupt import Interrupt, Stopped
+from headinfer.cli.load import ModelSource
+from headinfer.cli.logits_check import LogitsCheck
+from headinfer.cli.options import MemoryOptions
+from headinfer.cli.own_settings import Settings
+from headinfer.cli.progress import PrefillBar
+from headinfer.cli.render import plan_as_json, print_rows, stats_as_json, summary_rows
+from headinfer.cli.sampling import GenerationOptions
+from headinfer.cli.streamer import TextCollector
+from headinfer.errors import OptionError
+
+if TYPE_CHECKING:
+    from headinfer.api import Offload
+    from headinfer.plan.plan import Plan
+    from headinfer.trace import Trace
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """All that `generate` was asked, checked as far as it can be without the model."""
+
+    text: str
+    raw: bool
+    allow_long: bool
+    source: ModelSource
+    dtype: str
+    memory: MemoryOptions
+    generation: GenerationOptions
+    seed: int | None
+    trace: str | None
+    threads: int | None
+    as_json: bool
+    quiet: bool
+    verbose: bool
+
+
+class _StdoutLost(Exception):
+    """Nothing more can be written to stdout."""
+
+
+class Answer:
+    """One call of a model's `generate`, and what is told of it however it ends.
+
+    Args:
+        request: what was asked.
+        settings: of the generation, the model's own taken into account.
+        console: on stderr.
+        model: attached.
+        tokenizer: its.
+        offload: the attachment.
+        plan: of the cache.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        settings: Settings,
+        console: Console,
+        model: Any,
+        tokenizer: Any,
+        offload: "Offload",
+        plan: "Plan",
+    ) -> None:
+        self._request = request
+        self._settings = settings
+        self._console = console
+        self._model = model
+        self._tokenizer = tokenizer
+        self._offload = offload
+        self._plan = plan
+        self._collector = TextCollector(tokenizer, self._stream, self._raise_if_no_numbers)
+        self._logits = LogitsCheck(str(model.dtype).removeprefix("torch."))
+        self._failure: BaseException | None = None
+        self._stdout_error: OSError | None = None
+        self._prompt_tokens = 0
+        self._stopped: Stopped | None = None
+        self._trace: Trace | None = None
+
+    def _raise_if_no_numbers(self) -> None:
+        one_row = self._settings.rows == 1
+        self._logits.raise_if_noted(len(self._collector.ids) if one_row else None)
+
+    def _no_numbers_criterion(self, input_ids: Any, _scores: Any, **_kwargs: Any) -> Any:
+        """Look at the logits as a stopping criterion that stops nothing; `[rows]` of bool."""
+        import torch
+
+        self._raise_if_no_numbers()
+        return input_ids.new_zeros(input_ids.shape[0], dtype=torch.bool)
+
+    def _stream(self, piece: str) -> None:
+        if not self._request.as_json:
+            self._write(piece)
+            if self._stdout_error is not None:
+                raise _StdoutLost  # nobody reads what else would be generated
+
+    def _write(self, text: str) -> None:
+        """Write to stdout; once that fails nothing more is tried."""
+        if self._stdout_error is not None:
+            return
+        try:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        except OSError as error:
+            self._stdout_error = error
+            _discard_stdout()
+
+    def generate(self, ids: list[int], bar: PrefillBar, interrupt: Interrupt) -> None:
+        """Generate into the collector; failures are kept for `finish`."""
+        import torch
+
+        self._prompt_tokens = len(ids)
+        prompt = torch.tensor([ids], device=self._model.device)
+        if self._request.seed is not None:
+            torch.manual_seed(self._request.seed)
+        try:
+            with bar, self._logits.watching(self._model):
+                rows = self._generate_rows(prompt, interrupt)
+            if self._settings.rows > 1:
+                self._collector.add(self._without_padding(rows[0, len(ids) :].tolist()))
+            self._collector.end()
+        except _StdoutLost:
+            pass
+        except KeyboardInterrupt:
+            interrupt.requested = True
+        except Exception as error:
+            self._failure = error
+            if isinstance(error, ValueError) and not self._offload.stats.prefill_tokens:
+                # Raised before the model ran: transformers refuses these settings together.
+                self._failure = OptionError(f"generation options: {error}")
+        finally:
+            if self._trace is not None:
+                self._trace.finish()
+        self._stopped = interrupt.error if interrupt.requested else None
+
+    def _generate_rows(self, prompt: Any, interrupt: Interrupt) -> Any:
+        from transformers import StoppingCriteriaList
+
+        from headinfer.integration.calls import cache_argument
+
+        criteria = StoppingCriteriaList([interrupt.stopping_criterion, self._no_numbers_criterion])
+        if self._request.trace is not None:
+            criteria.append(self._trace_criterion(Path(self._request.trace)))
+        settings = self._settings
+        cache = self._offload.new_cache(prompt.shape[1] + settings.max_new_tokens)
+        tokenizer = {"tokenizer": self._tokenizer} if settings.stop_strings else {}
+        return self._model.generate(
+            input_ids=prompt,
+            attention_mask=prompt.new_ones(prompt.shape),
+            **cache_argument(self._model, cache),
+            streamer=self._collector if settings.rows == 1 else None,
+            stopping_criteria=criteria,
+            **tokenizer,
+            **settings.keywords,
+        )
+
+    def _trace_criterion(self, path: Path) -> Callable[..., Any]:
+        """Return a stopping criterion that stops nothing and lets the trace go on."""
+        import torch
+
+        from headinfer.trace import Trace
+
+        trace = self._trace = Trace(path)
+
+        def criterion(input_ids: Any, _scores: Any, **_kwargs: Any) -> Any:
+            trace.advance()
+            return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+        return criterion
+
+    def _end_ids(self) -> set[int]:
+        end = self._model.generation_config.eos_token_id
+        return {int(i) for i in (end if isinstance(end, list) else [end]) if i is not None}
+
+    def _without_padding(self, ids: list[int]) -> list[int]:
+        """Cut a beam after its end token."""
+        end_ids = self._end_ids()
+        for position, token_id in enumerate(ids):
+            if token_id in end_ids:
+                return ids[: position + 1]
+        return ids
+
+    def _finish_reason(self) -> str:
+        if self._failure is not None:
+            return "error"
+        if self._stopped is not None:
+            return "interrupted"
+        ids, settings = self._collector.ids, self._settings
+        if ids and ids[-1] in self._end_ids():
+            return "stop"
+        if any(string in self._collector.text for string in settings.stop_strings):
+            return "stop"
+        out_of_time = settings.max_time_s is not None and len(ids) < settings.max_new_tokens
+        return "time" if out_of_time else "length"
+
+    def finish(self) -> int:
+        """Complete stdout, print the summary and the failure if any; return the exit code."""
+        with contextlib.suppress(_StdoutLost):
+            self._collector.end()
+        if self._request.as_json:
+            self._write(json.dumps(self._as_json(), indent=2, ensure_ascii=False) + "\n")
+        elif self._collector.text and not self._collector.text.endswith("\n"):
+            self._write("\n")
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            self._print_summary()
+        if self._failure is not None:
+            return report(self._failure)
+        if self._stopped is not None:
+            return report(self._stopped)
+        return 0 if self._stdout_error is None else self._report_lost(self._stdout_error)
+
+    def _print_summary(self) -> None:
+        if self._offload.stats.prefill_tokens:
+            self._console.print()
+            print_rows(self._console, summary_rows(self._offload.stats, self._plan))
+        if self._trace is not None:
+            told = f"written to {self._request.trace}" if self._trace.written else "no decode step"
+            self._console.print(f"trace: {told}", markup=False)
+
+    def _report_lost(self, error: OSError) -> int:
+        """Tell that stdout did not take everything; a reader of text that has enough is no news."""
+        if self._request.as_json or error.errno not in (errno.EPIPE, errno.EINVAL):
+            what = "the JSON" if self._request.as_json else "all of the text"
+            print_error(f"stdout did not take {what}: {error.strerror}")
+        return EXIT_UNEXPECTED
+
+    def _as_json(self) -> dict[str, Any]:
+        return {
+            "text": self._collector.text,
+            "finish_reason": self._finish_reason(),
+            "model": self._request.source.name,
+            "prompt_tokens": self._prompt_tokens,
+            "new_tokens": len(self._collector.ids),
+            "seed": self._request.seed,
+            "plan": plan_as_json(self._plan),
+            "stats": stats_as_json(self._offload.stats),
+        }
+
+
+def _discard_stdout() -> None:
+    """Keep what Python flushes at its end from failing once more, with a traceback."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)

@@ -1,0 +1,214 @@
+"""One attention layer of ours, as transformers sees it."""
+
+from typing import Any, NoReturn
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from headinfer.engine.readout import Part
+from headinfer.errors import CacheStateError
+from headinfer.integration.rows import chosen_rows
+from headinfer.integration.state import OffloadedState
+from headinfer.integration.turns import Turns, in_turn
+
+
+class OffloadedLayer(CacheLayerMixin):
+    """One attention layer of an `OffloadedCache`.
+
+    `keys` and `values` are copies, made whenever they are asked for: writing to one does not change
+    the cache, and nothing on the way of a model's call may look at them. The number of rows changes
+    for all layers at once, by the cache.
+
+    Args:
+        state: the cache's engine.
+        layer_idx: which layer, counted among those that attend.
+        window_tokens: tokens that a query sees, its own included; None for all.
+    """
+
+    is_compileable = False
+    is_croppable = True
+
+    def __init__(self, state: OffloadedState, layer_idx: int, window_tokens: int | None) -> None:
+        self.is_sliding = window_tokens is not None
+        self._state = state
+        self._layer_idx = layer_idx
+        self._window_tokens = window_tokens
+        super().__init__()
+
+    @property
+    def turns(self) -> Turns:
+        """Taken by whatever changes the layer."""
+        return self._state.turns
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """A copy of the keys, `[batch, kv_heads, tokens, key_dim]` on the model's device.
+
+        None before the first tokens came.
+
+        Raises:
+            CacheStateError: the cache was closed, or is being updated.
+            MemoryPlanError: there is no memory for it.
+        """
+        return self._read("keys")
+
+    @keys.setter
+    def keys(self, keys: torch.Tensor | None) -> None:
+        self._refuse_to_set("keys", keys)
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """A copy of the values, `[batch, kv_heads, tokens, value_dim]`, likewise."""
+        return self._read("values")
+
+    @values.setter
+    def values(self, values: torch.Tensor | None) -> None:
+        self._refuse_to_set("values", values)
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether tokens came, or `lazy_initialization` was called."""
+        return self._initialized or self.get_seq_length() > 0
+
+    @is_initialized.setter
+    def is_initialized(self, initialized: bool) -> None:
+        self._initialized = initialized
+
+    def _read(self, part: Part) -> torch.Tensor | None:
+        read = self._state.read(self._layer_idx, part)
+        if read is None and self.is_initialized:
+            return torch.empty(0, dtype=self.dtype, device=self.device)
+        return read if self.is_initialized else None
+
+    def _refuse_to_set(self, name: str, value: torch.Tensor | None) -> None:
+        if value is not None or self.get_seq_length():
+            raise CacheStateError(
+                f"the {name} of an offloaded layer cannot be set; pass tokens through the model, "
+                "or use crop() or reset()"
+            )
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Note where tokens will come from; the engine is made when they come."""
+        self.device, self.dtype = key_states.device, key_states.dtype
+        self.is_initialized = True
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's, and it keeps the types
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take new tokens; returns them alone, for the attention function to find the rest."""
+        if not self.turns.mine:
+            self._state.host.functions.warn_of_bypass()
+        taken = self._state.update(self._layer_idx, key_states, value_states, self._window_tokens)
+        if not self._initialized:
+            self.lazy_initialization(key_states, value_states)
+        return taken
+
+    def get_seq_length(self) -> int:
+        """Return the tokens held."""
+        return self._state.tokens(self._layer_idx)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return the keys a mask covers and the first of them."""
+        tokens, first = self.get_seq_length(), 0
+        if self._window_tokens is not None:
+            first = max(tokens - self._window_tokens + 1, 0)
+        return tokens - first + query_length, first
+
+    def get_max_length(self) -> int:
+        """Return the tokens of the window, or -1: there is no limit."""
+        return -1 if self._window_tokens is None else self._window_tokens
+
+    @in_turn
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Refuse what `crop` would refuse because of a window, with nothing changed."""
+        if self._state.engine is not None:
+            self._state.engine.check_crop(self._layer_idx, -tokens_to_remove)
+
+    @in_turn
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest `-tokens_to_remove` tokens.
+
+        Raises:
+            CacheStateError: the cache was closed, or a window has dropped the tokens before.
+            ValueError: a positive number, which older transformers took as the length to keep.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes minus the tokens to remove, not {tokens_to_remove}")
+        self._state.check_open()
+        if self._state.engine is not None and tokens_to_remove:
+            self._state.engine.crop(self._layer_idx, -tokens_to_remove)
+
+    @in_turn
+    def select(self, rows: list[int]) -> None:
+        """Make row `i` what row `rows[i]` was, for as many rows as there are."""
+        if self.get_seq_length():
+            assert self._state.engine is not None
+            self._state.engine.select(self._layer_idx, rows)
+
+    def reorder_cache(self, beam_idx: Any) -> None:
+        """Rearrange the rows for beam search."""
+        self.batch_select_indices(beam_idx)
+
+    @in_turn
+    def batch_select_indices(self, indices: Any) -> None:
+        """Rearrange the rows.
+
+        Raises:
+            CacheStateError: they would become more or fewer.
+        """
+        if not self.get_seq_length():
+            return
+        assert self._state.engine is not None
+        batch = self._state.engine.plan.batch
+        rows = chosen_rows(indices, batch).tolist()
+        if len(rows) != batch:
+            raise CacheStateError(
+                f"an offloaded layer of {batch} rows cannot become one of {len(rows)} by itself; "
+                "call the cache's own method"
+            )
+        self.select(rows)
+
+    @in_turn
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row once: more is for the cache to do."""
+        if self.get_seq_length():
+            assert self._state.engine is not None
+            batch = self._state.engine.plan.batch
+            self.batch_select_indices([row for row in range(batch) for _ in range(repeats)])
+
+    @in_turn
+    def reset(self) -> None:
+        """Forget all tokens; the first offloaded layer does it for all."""
+        self._state.check_open()
+        self.is_initialized = False
+        if self._layer_idx == 0 and self._state.engine is not None:
+            self._state.engine.clear()
+
+    def copy_form_of(self, other: "OffloadedLayer") -> None:
+        """Be initialised as another layer is, whose tokens are here already."""
+        if other._initialized:
+            self.device, self.dtype = other.device, other.dtype
+            self.is_initialized = True
+
+    def offload(self) -> None:
+        """Do nothing: the layer is offloaded by its own means."""
+
+    def prefetch(self) -> None:
+        """Do nothing: the layer is prefetched by its own means."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        """Refuse: an engine serves all layers of a cache."""
+        raise CacheStateError(
+            "an offloaded layer cannot be copied by itself; use copy.deepcopy(cache)"
+        )
+
+    def __copy__(self) -> NoReturn:
+        """Refuse likewise."""
+        self.__deepcopy__({})
+
+    def __reduce_ex__(self, _protocol: Any) -> NoReturn:
+        """Refuse to be pickled."""
+        raise CacheStateError(
+            "an offloaded layer cannot be pickled; save copies of keys and values"
+        )

@@ -1,0 +1,154 @@
+"""One call of an attached model: its chunks, what it took, and its logits as a whole."""
+
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+from headinfer.device.base import Mark
+from headinfer.engine.stats import Stats
+from headinfer.integration.cache import OffloadedCache
+from headinfer.integration.chunking import Chunking, run_leading_chunks
+from headinfer.integration.rotary import WholeCallPositions, last_position
+from headinfer.plan.plan import Plan
+
+_FEW_TOKENS = 32
+"""A call with up to so many new tokens on a filled cache counts as decoding (it is speculative)."""
+
+
+class AttachmentOwner(Protocol):
+    """What calls need of the offload they are served by."""
+
+    stats: Stats
+
+    def new_cache(self) -> OffloadedCache:
+        """Return a cache for a call that brings none."""
+
+    def owns(self, cache: OffloadedCache) -> bool:
+        """Whether a cache belongs to this attachment."""
+
+    def chunk_tokens(self, cache: OffloadedCache) -> int:
+        """Return the tokens of a prefill chunk."""
+
+    def plan_whole(self, cache: OffloadedCache, batch: int, tokens: int) -> Plan:
+        """Make room for a call whose tokens cannot pass in chunks, or refuse."""
+
+    def mark_compute(self) -> Mark:
+        """Return a mark behind the model's work so far."""
+
+    def finish_compute(self) -> None:
+        """Block until the model's work is done, and raise what failed in it."""
+
+    def report_prefill(self, done_tokens: int, all_tokens: int) -> None:
+        """Hear of progress."""
+
+    def after_call(self, cache: OffloadedCache) -> None:
+        """Hear of a finished call."""
+
+
+class ServedCall:
+    """A call with an offloaded cache, from `begin` until `end`, and then `leave` in any case.
+
+    Args:
+        owner: told of the call.
+        chunking: which calls of the model may pass in chunks.
+        forward: the model's own.
+        cache: the call's.
+        shape: rows and new tokens.
+        rotary_modules: those of the model whose frequencies follow the length of a pass.
+    """
+
+    def __init__(
+        self,
+        owner: AttachmentOwner,
+        chunking: Chunking,
+        forward: Callable[..., Any],
+        cache: OffloadedCache,
+        shape: tuple[int, int],
+        *,
+        rotary_modules: list[torch.nn.Module],
+    ) -> None:
+        self.cache = cache
+        self._owner = owner
+        self._chunking = chunking
+        self._forward = forward
+        self._rows, self._new_tokens = shape
+        self._rotary_modules = rotary_modules
+        self._positions: WholeCallPositions | None = None  # during a call in chunks
+        self._started_s = 0.0
+        self._decoding = False
+        self._logits: list[torch.Tensor] = []
+        self._chunks: list[tuple[Mark, int]] = []  # begun, with the tokens done after each
+
+    def begin(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Make room for the tokens, and run all chunks but the last, whose arguments it returns."""
+        past_tokens = self.cache.get_seq_length()
+        self.cache.state.prepare(self._rows, self._new_tokens)
+        self._decoding = past_tokens > 0 and self._new_tokens <= _FEW_TOKENS
+        chunk_tokens = self._owner.chunk_tokens(self.cache)
+        in_chunks = self._may_pass_in_chunks(arguments, chunk_tokens, past_tokens)
+        self._started_s = time.perf_counter()
+        self.cache.begin_call()
+        if in_chunks:
+            arguments = self._chunking.with_positions(arguments, past_tokens)
+            if self._rotary_modules:
+                last = last_position(arguments, past_tokens, self._new_tokens)
+                self._positions = WholeCallPositions(self._rotary_modules, last)
+            arguments, self._logits = run_leading_chunks(
+                self._forward, arguments, chunk_tokens, past_tokens, self._after_chunk
+            )
+        return arguments
+
+    def _may_pass_in_chunks(
+        self, arguments: dict[str, Any], chunk_tokens: int, past_tokens: int
+    ) -> bool:
+        """Whether the call passes in several chunks; make room for all of it where it may not."""
+        if self._new_tokens <= chunk_tokens:
+            return False
+        obstacle = self._chunking.obstacle(self._forward, arguments, past_tokens)
+        if obstacle is None:
+            return True
+        with self._chunking.passing_whole(obstacle, self._new_tokens, chunk_tokens):
+            self._owner.plan_whole(self.cache, self._rows, self._new_tokens)
+        return False
+
+    def end(self, output: Any) -> Any:
+        """Count the call, and join the logits of its chunks."""
+        if self._positions is not None:
+            self._positions.check()
+        self._report_chunks(self._new_tokens, begun=0)
+        self._owner.finish_compute()
+        seconds = time.perf_counter() - self._started_s
+        stats = self._owner.stats
+        if self._decoding:
+            stats.decode_tokens += self._rows * self._new_tokens
+            stats.decode_s += seconds
+            stats.decode_steps += 1
+        else:
+            stats.prefill_tokens += self._rows * self._new_tokens
+            stats.prefill_s += seconds
+            self._owner.report_prefill(self._new_tokens, self._new_tokens)
+        self.cache.end_call()
+        self._owner.after_call(self.cache)
+        if self._logits:
+            output.logits = torch.cat([*self._logits, output.logits], dim=1)
+        return output
+
+    def leave(self) -> None:
+        """Leave the model's modules as they were, also where the call failed."""
+        if self._positions is not None:
+            self._positions.remove()
+
+    def _after_chunk(self, done_tokens: int, all_tokens: int) -> None:
+        self._chunks.append((self._owner.mark_compute(), done_tokens))
+        # The next chunk is begun while the device computes this one, so that it never waits.
+        self._report_chunks(all_tokens, begun=1)
+
+    def _report_chunks(self, all_tokens: int, *, begun: int) -> None:
+        """Report and forget the chunks that are done, waiting for all but the newest `begun`."""
+        chunks = self._chunks
+        while chunks and (len(chunks) > begun or chunks[0][0].reached):
+            mark, done_tokens = chunks.pop(0)
+            mark.wait()
+            self._owner.report_prefill(done_tokens, all_tokens)

@@ -1,0 +1,257 @@
+"""What is behind a cache's offloaded layers: one engine, made when the first tokens come."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+from headinfer.engine.engine import Engine
+from headinfer.engine.readout import Part
+from headinfer.errors import CacheStateError, MemoryPlanError
+from headinfer.integration.attention import AttentionFunctions, Pending
+from headinfer.integration.turns import Turns, in_turn
+from headinfer.plan.host_room import HostRoom
+from headinfer.plan.plan import Plan
+from headinfer.units import format_bytes, format_tokens
+
+_GROWTH_DIVISOR, _LEAST_GROWTH_TOKENS = 4, 1024
+"""A cache is planned for a quarter more than it is known to hold, or so many tokens: an answer and
+the next turns follow, and where all tokens are resident another plan brings them back over the
+link."""
+
+
+def _with_growth(tokens: int) -> int:
+    return tokens + max(tokens // _GROWTH_DIVISOR, _LEAST_GROWTH_TOKENS)
+
+
+def _outgrows(plan: Plan, tokens: int) -> bool:
+    """Whether a plan kept all tokens it knew of on the device, and there are more now."""
+    return 0 < (plan.context_tokens or 0) <= plan.resident_tokens < tokens
+
+
+def _unlike(engine: Engine, batch: int, dtype: torch.dtype) -> str:
+    """Say what a call asks for that a cache with tokens in it is not for."""
+    if engine.plan.batch != batch:
+        return f"this cache holds {engine.plan.batch} rows and was given {batch}; use a new cache"
+    return (
+        f"this cache was begun in {engine.dtype} and cannot go on in {dtype}; call the model under "
+        "the same torch.autocast as before, or use a new cache"
+    )
+
+
+class CacheHost(Protocol):
+    """What a cache needs of the attachment it belongs to."""
+
+    @property
+    def functions(self) -> AttentionFunctions:
+        """The attention functions that take what is pending."""
+
+    def plan_for(
+        self,
+        batch: int,
+        context_tokens: int,
+        *,
+        replacing: Engine | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Plan:
+        """Return the plan for a cache, in place of the one its engine has, or refuse."""
+
+    def make_engine(self, plan: Plan, dtype: torch.dtype) -> Engine:
+        """Return an engine with its arena allocated."""
+
+    def kv_dtype(self, computed: torch.dtype | None = None) -> torch.dtype:
+        """Return the dtype of KV here, autocast considered, for what the model computes."""
+
+    def host_room(self, working_bytes: int) -> HostRoom:
+        """Return what of host memory is left for a cache whose calls need some to compute with."""
+
+    def new_cache(self, max_tokens: int | None) -> Any:
+        """Return an empty `OffloadedCache`, or refuse where the model was detached."""
+
+    def tensor_bytes_left(self) -> int:
+        """Bytes that tensors where the model is may still take."""
+
+
+class OffloadedState:
+    """The engine behind a cache's offloaded layers; made when the first tokens come.
+
+    The layers refer to this and never to the cache, so that dropping the cache frees its memory at
+    once, without waiting for the garbage collector.
+    """
+
+    def __init__(self, host: CacheHost, max_tokens: int | None) -> None:
+        self.host = host
+        self.engine: Engine | None = None
+        self.closed = False
+        self.max_tokens = max_tokens
+        self._computed_dtype: torch.dtype | None = None  # where keys are not of the model's dtype
+
+    @property
+    def turns(self) -> Turns:
+        """Taken by whatever changes the engine."""
+        return self.host.functions.turns
+
+    def check_open(self) -> None:
+        """Refuse a cache that was closed, or whose model was detached.
+
+        Raises:
+            CacheStateError: it was.
+        """
+        if self.closed or (self.engine is not None and self.engine.closed):
+            raise CacheStateError("this cache was closed; make another with offload.new_cache()")
+
+    @in_turn
+    def tokens(self, layer_idx: int) -> int:
+        """Return the tokens an offloaded layer holds."""
+        self.check_open()
+        return self.engine.tokens(layer_idx) if self.engine else 0
+
+    @property
+    def chunk_tokens(self) -> int | None:
+        """Tokens of a prefill chunk; None while there is no engine."""
+        return self.engine.plan.chunk_tokens if self.engine else None
+
+    @in_turn
+    def prepare(self, batch: int, new_tokens: int) -> None:
+        """Make the engine for the first tokens; make sure of host memory for these and the rest.
+
+        Args:
+            batch: rows.
+            new_tokens: tokens to come in each row, in this call of the model.
+
+        Raises:
+            CacheStateError: the cache was closed, or holds another number of rows or dtype.
+            MemoryPlanError: the device or the host memory is too small.
+        """
+        self.check_open()
+        held = self.tokens(0)
+        wanted = max(held + new_tokens, self.max_tokens or 0)
+        dtype, engine = self.host.kv_dtype(self._computed_dtype), self.engine
+        if engine is not None and (engine.plan.batch, engine.dtype) != (batch, dtype):
+            if held:
+                raise CacheStateError(_unlike(engine, batch, dtype))
+            self.engine = None
+            engine.close()
+        if self.engine is None:
+            self.engine = self._new_engine(batch, wanted, dtype, "the KV cache")
+            return
+        if (more := self.engine.expect(wanted)) > 0:
+            self._check_host(more, wanted, self.engine.plan)
+        if _outgrows(self.engine.plan, wanted):
+            plan = self.host.plan_for(batch, _with_growth(wanted), replacing=self.engine)
+            self.engine.replan(plan)
+
+    def _new_engine(self, batch: int, tokens: int, dtype: torch.dtype, what: str) -> Engine:
+        """Return an engine that will hold `tokens` tokens, with memory for them."""
+        known = self.max_tokens is not None
+        plan = self.host.plan_for(batch, tokens if known else _with_growth(tokens), dtype=dtype)
+        room = self.host.host_room(plan.arena_bytes + plan.activation_bytes)
+        room.check(plan.kv_host_bytes(tokens), f"{what} of {format_tokens(tokens)} tokens")
+        engine = self.host.make_engine(plan, dtype)
+        engine.expect(tokens)
+        return engine
+
+    def _check_host(self, needed_bytes: int, tokens: int, plan: Plan) -> None:
+        """Refuse what host memory has no room for, under the plan of an engine that is there."""
+        self.host.host_room(plan.activation_bytes).check(
+            needed_bytes, f"the KV cache of {format_tokens(tokens)} tokens"
+        )
+
+    def update(
+        self,
+        layer_idx: int,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        window_tokens: int | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take new tokens and hand them back for the attention call that follows."""
+        if self.engine is None:  # the model was not called through its own forward
+            self.prepare(keys.shape[0], keys.shape[2])
+        assert self.engine is not None
+        if keys.dtype != self.engine.dtype and not self.tokens(0):
+            self._computed_dtype = keys.dtype  # under autocast it may be just the same
+            self.prepare(keys.shape[0], keys.shape[2])
+        self.host.functions.expect(Pending(self.engine, layer_idx, keys, values, window_tokens))
+        return keys, values
+
+    @in_turn
+    def read(self, layer_idx: int, part: Part) -> torch.Tensor | None:
+        """Return a copy of an offloaded layer's keys or values; None before the first tokens.
+
+        Raises:
+            CacheStateError: the cache was closed, or its newest tokens were not attended yet.
+            MemoryPlanError: there is no memory for it.
+        """
+        self.check_open()
+        if self.engine is None:
+            return None
+        self._check_none_pending()
+        # Whoever reads keys and values mostly joins them with others: that is a second copy.
+        needed_bytes = 2 * self.engine.read_bytes(layer_idx, part)
+        left = self.host.tensor_bytes_left()
+        if needed_bytes > left:
+            tokens = format_tokens(self.tokens(layer_idx))
+            raise MemoryPlanError(
+                f"the {part} of {tokens} tokens in offloaded layer {layer_idx}, handed out and "
+                f"copied once, need {format_bytes(needed_bytes)}, and {format_bytes(left)} can be "
+                "had; free memory or read a shorter cache"
+            )
+        return self.engine.read(layer_idx, part)
+
+    @in_turn
+    def copy_from(self, other: "OffloadedState") -> None:
+        """Hold what another cache of the same attachment holds, in memory of its own.
+
+        Raises:
+            CacheStateError: the other was closed, or its newest tokens were not attended yet.
+            MemoryPlanError: the device or the host memory is too small for a second cache.
+        """
+        other.check_open()
+        other._check_none_pending()
+        held = other.tokens(0)
+        if other.engine is None or not held:
+            return
+        wanted = max(held, self.max_tokens or 0)
+        batch, dtype = other.engine.plan.batch, other.engine.dtype
+        engine = self._new_engine(batch, wanted, dtype, "a copy of the KV cache")
+        try:
+            engine.copy_from(other.engine)
+        except BaseException:
+            engine.close()
+            raise
+        self.engine = engine
+
+    def _check_none_pending(self) -> None:
+        pending = self.host.functions.pending
+        if pending is not None and pending.engine is self.engine:
+            raise CacheStateError(
+                "this cache was given tokens that were not attended yet: it can be read or copied "
+                "after the model's call"
+            )
+
+    @in_turn
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Make row `i` of every layer what row `rows[i]` was; the number of rows may change."""
+        self.check_open()
+        if self.engine is not None and self.tokens(0):
+            if list(rows) == list(range(self.engine.plan.batch)):
+                return
+            tokens = max(self.tokens(0), self.max_tokens or 0)
+            plan = self.host.plan_for(len(rows), tokens, replacing=self.engine)
+            more = plan.kv_host_bytes(tokens) - self.engine.host_kv_bytes
+            self._check_host(more, tokens, self.engine.plan)
+            self.engine.select_all(rows, plan)
+
+    @in_turn
+    def close(self) -> None:
+        """Free all memory; the cache cannot be used any more."""
+        self.closed = True
+        if self.engine is not None:
+            self.engine.close()
+            self.engine = None
+
+    def __del__(self) -> None:
+        """Let the engine die in a turn: its last work is done on streams that all caches share."""
+        if self.engine is not None:
+            engine, self.engine = [self.engine], None
+            self.turns.retire(engine)
