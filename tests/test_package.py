@@ -41,7 +41,7 @@ ORDER = [
     "integration",
     "engine",
     "attend",
-    "store",
+    "kv",
     "device",
     "plan",
     "units",

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from headinfer.device.base import Device, Mark
+from headinfer.device.host_memory import all_host_bytes, available_host_bytes
 from headinfer.device.make import (
     make_device,
     measured_hardware,
@@ -35,7 +36,6 @@ from headinfer.plan.options import Options
 from headinfer.plan.plan import Plan, resolve
 from headinfer.plan.shape import ModelShape
 from headinfer.plan.whole import passing_whole
-from headinfer.store.host_memory import all_host_bytes, available_host_bytes
 from headinfer.units import format_bytes, parse_bytes, parse_tokens
 
 _logger = logging.getLogger(__name__)

@@ -290,12 +290,24 @@ def test_a_cache_that_is_initialised_early_answers_as_stock() -> None:
 
 @pytest.mark.parametrize("name", ["llama3", "gemma3"])
 def test_crop_refuses_before_it_changes_anything(name: str) -> None:
-    with both(name, DEVICES[0], random_tokens(1, 40)) as (ours, stock, _):
-        for change, error in ((5, ValueError), (-1, RuntimeError if name == "gemma3" else None)):
-            if error is not None:
+    with both(name, DEVICES[0], random_tokens(1, 400)) as (ours, stock, _):
+        for change, error in ((5, ValueError), (-300, CacheStateError)):
+            if name == "gemma3" or error is ValueError:
                 with pytest.raises(error):
                     ours.crop(change)
                 assert_same_contents(ours, stock)
+
+
+def test_a_window_can_be_cropped_also_where_stock_was_not_told_to_record() -> None:
+    tokens = random_tokens(1, 200)
+    with both("gemma3", DEVICES[0], tokens) as (ours, _, model):
+        ours.crop(-100)
+        stock = DynamicCache(config=model.config)
+        feed(model, stock, tokens[:, :100])
+        assert_same_contents(ours, stock)
+        torch.testing.assert_close(
+            feed(model, ours, tokens[:, 100:]), feed(model, stock, tokens[:, 100:])
+        )
 
 
 INDICES: list[Any] = [

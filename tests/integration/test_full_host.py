@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 import headinfer
+from headinfer.device import host_memory
 from headinfer.errors import MemoryPlanError
-from headinfer.store import host_memory
 from tiny_models import random_tokens, shared_model
 
 

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
 from headinfer.errors import CacheStateError
-from headinfer.integration.layer import OffloadedLayer
+from headinfer.integration.layer import OffloadedLayer, WindowLayer
 from headinfer.integration.rows import chosen_rows
 from headinfer.integration.state import CacheHost, OffloadedState
 from headinfer.integration.support import layer_kind
@@ -40,10 +40,12 @@ class OffloadedCache(DynamicCache):
         layer_idx = 0
         for position, layer in enumerate(self.layers):
             kind = layer_kind(layer)
-            if kind is not LayerKind.STATE:
-                window = layer.sliding_window if kind is LayerKind.SLIDING else None
-                self.layers[position] = OffloadedLayer(self.state, layer_idx, window)
-                layer_idx += 1
+            if kind is LayerKind.SLIDING:
+                window_tokens: int = layer.sliding_window
+                self.layers[position] = WindowLayer(self.state, layer_idx, window_tokens)
+            elif kind is LayerKind.FULL:
+                self.layers[position] = OffloadedLayer(self.state, layer_idx, None)
+            layer_idx += kind is not LayerKind.STATE
 
     @property
     def turns(self) -> Turns:

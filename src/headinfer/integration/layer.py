@@ -25,11 +25,11 @@ class OffloadedLayer(CacheLayerMixin):
         window_tokens: tokens that a query sees, its own included; None for all.
     """
 
+    is_sliding = False
     is_compileable = False
     is_croppable = True
 
     def __init__(self, state: OffloadedState, layer_idx: int, window_tokens: int | None) -> None:
-        self.is_sliding = window_tokens is not None
         self._state = state
         self._layer_idx = layer_idx
         self._window_tokens = window_tokens
@@ -110,14 +110,11 @@ class OffloadedLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return the keys a mask covers and the first of them."""
-        tokens, first = self.get_seq_length(), 0
-        if self._window_tokens is not None:
-            first = max(tokens - self._window_tokens + 1, 0)
-        return tokens - first + query_length, first
+        return self.get_seq_length() + query_length, 0
 
     def get_max_length(self) -> int:
-        """Return the tokens of the window, or -1: there is no limit."""
-        return -1 if self._window_tokens is None else self._window_tokens
+        """Return -1: there is no limit."""
+        return -1
 
     @in_turn
     def check_crop(self, tokens_to_remove: int) -> None:
@@ -212,3 +209,47 @@ class OffloadedLayer(CacheLayerMixin):
         raise CacheStateError(
             "an offloaded layer cannot be pickled; save copies of keys and values"
         )
+
+
+class WindowLayer(OffloadedLayer):
+    """A layer that sees a window of recent tokens, all of them on the device.
+
+    Unlike transformers' own it can take back some tokens whether or not it was told to record them.
+
+    Args:
+        state: the cache's engine.
+        layer_idx: which layer, counted among those that attend.
+        window_tokens: tokens that a query sees, its own included.
+
+    Attributes:
+        sliding_window: as given.
+        record_past: whether it was told to record; it does so in any case.
+    """
+
+    is_sliding = True
+
+    def __init__(self, state: OffloadedState, layer_idx: int, window_tokens: int) -> None:
+        super().__init__(state, layer_idx, window_tokens)
+        self.sliding_window = window_tokens
+        self.record_past = False
+        # What iterating over a cache gives beside keys and values.
+        self._sliding_window_tensor = torch.tensor(window_tokens, dtype=torch.long)
+
+    @property
+    def cumulative_length(self) -> int:
+        """Tokens that came, as `get_seq_length` returns."""
+        return self.get_seq_length()
+
+    def activate_past_recording(self) -> None:
+        """Note that drafts may come."""
+        self.record_past = True
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return the keys a mask covers and the first of them."""
+        tokens = self.get_seq_length()
+        first = max(tokens - self.sliding_window + 1, 0)
+        return tokens - first + query_length, first
+
+    def get_max_length(self) -> int:
+        """Return the tokens of the window."""
+        return self.sliding_window

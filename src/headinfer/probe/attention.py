@@ -3,9 +3,9 @@
 import torch
 
 from headinfer.attend.select import select_kernel
+from headinfer.device.host_memory import available_host_bytes
 from headinfer.errors import MemoryPlanError
 from headinfer.probe.timing import Operation
-from headinfer.store.host_memory import available_host_bytes
 from headinfer.units import format_bytes
 
 KV_HEADS = 8

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from headinfer.store.host_memory import available_host_bytes
+from headinfer.device.host_memory import available_host_bytes
 
 _CPUS = Path("/sys/devices/system/cpu")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}

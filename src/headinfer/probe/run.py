@@ -11,11 +11,11 @@ import headinfer
 from headinfer.device.base import Device
 from headinfer.device.cpu import CpuDevice
 from headinfer.device.cuda import CudaDevice
+from headinfer.device.host_memory import all_host_bytes, available_host_bytes
 from headinfer.device.identity import gpu_driver, identity
 from headinfer.plan.measurement import Measurement, Quantity, Rate
 from headinfer.probe import attention, operations
 from headinfer.probe.timing import Operation, fastest
-from headinfer.store.host_memory import all_host_bytes, available_host_bytes
 from headinfer.units import parse_bytes, parse_tokens
 
 _CPU = torch.device("cpu")

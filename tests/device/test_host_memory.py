@@ -5,8 +5,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from headinfer.store import host_memory
-from headinfer.store.host_memory import all_host_bytes, available_host_bytes
+from headinfer.device import host_memory
+from headinfer.device.host_memory import all_host_bytes, available_host_bytes
 
 MIB = 2**20
 UNLIMITED_V1 = str(2**63 - 4096)
