@@ -3,13 +3,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format check bench bench-suite bench-gpu clean
+.PHONY: demo test test-slow lint format check bench bench-suite bench-gpu clean
 
 demo: $(VENV)/.installed
 	$(BIN)/headinfer demo
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
