@@ -5,6 +5,7 @@ with the name of a class, a mode or a setup beside it. They end with a count of 
 """
 
 import functools
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,6 +43,9 @@ SETUPS: dict[str, dict[str, Any]] = {
     "streamed": {"device": "simulated", "resident_tokens": 0, "host_attention": "off", **TILES},
     "resident": {"device": "simulated", "resident_tokens": 13, "host_attention": 0.4, **TILES},
 }
+
+SIMULATED = itertools.cycle(["streamed", "resident"])
+RUNS = [(mode, setup) for mode in MODES for setup in ("cpu", next(SIMULATED))]
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +92,7 @@ def outcome_of(name: str, mode: str, setup: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("setup", SETUPS)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mode", "setup"), RUNS)
 @pytest.mark.parametrize("name", SERVED.split())
 def test_family_generates_as_stock_does(
     name: str, mode: str, setup: str, outcomes: Counter[tuple[str, str]]
