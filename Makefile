@@ -11,14 +11,17 @@ NEWEST_PYTHON ?= $(PYTHON)
 # By the environment, so that what builds the package is of these versions too.
 PINNED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 
-.PHONY: demo test lint format check check-ends check-oldest check-newest bench bench-suite bench-gpu \
-	clean
+.PHONY: demo test test-slow lint format check check-ends check-oldest check-newest bench \
+	bench-suite bench-gpu clean
 
 demo: $(VENV)/.installed
 	$(BIN)/headinfer demo
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

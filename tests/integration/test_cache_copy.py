@@ -93,9 +93,9 @@ def test_a_copy_of_what_came_in_pieces_is_one_piece() -> None:
         ours = offload.new_cache()
         for part in tokens.split([20, 300, 380], dim=1):
             model(part, **cache_argument(model, ours))
-        before = offload.host_bytes_left()
+        before = offload.host_room(0).kv_bytes
         copied = copy.deepcopy(ours)
-        assert before - offload.host_bytes_left() == offload.plan.kv_host_bytes(700)
+        assert before - offload.host_room(0).kv_bytes == offload.plan.kv_host_bytes(700)
         for (keys, values, _), (right_keys, right_values, _) in zip(copied, ours, strict=True):
             assert torch.equal(keys, right_keys)
             assert torch.equal(values, right_values)
@@ -106,11 +106,11 @@ def test_a_copy_reserves_what_the_original_was_to_reserve() -> None:
     with headinfer.attach(model, host_memory="4MiB") as offload:
         ours = offload.new_cache(max_tokens=500)
         model(random_tokens(1, 20), **cache_argument(model, ours))
-        before = offload.host_bytes_left()
+        before = offload.host_room(0).kv_bytes
         copied = copy.deepcopy(ours)
-        assert before - offload.host_bytes_left() == offload.plan.kv_host_bytes(500)
+        assert before - offload.host_room(0).kv_bytes == offload.plan.kv_host_bytes(500)
         del copied
-        assert offload.host_bytes_left() == before
+        assert offload.host_room(0).kv_bytes == before
 
 
 def test_a_copy_is_refused_where_host_memory_is_too_small() -> None:
@@ -133,7 +133,7 @@ def test_a_copy_that_the_device_has_no_room_for_is_refused() -> None:
         least = offload.plan.total_device_bytes
     budget = least + 1000
     with headinfer.attach(
-        model, device="simulated", device_memory=budget, simulated_device=device, **SMALL
+        model, device="simulated", device_memory=f"{budget}B", simulated_device=device, **SMALL
     ) as offload:
         ours = offload.new_cache()
         model(random_tokens(1, 50), **cache_argument(model, ours))
@@ -153,7 +153,7 @@ def test_a_copy_takes_the_residents_memory_where_the_device_is_full() -> None:
         plan = offload.plan
     room = plan.total_device_bytes - plan.kv_device_bytes + int(2.2 * plan.arena_bytes)
     with headinfer.attach(
-        model, device="simulated", device_memory=room, resident_tokens="auto", **SMALL
+        model, device="simulated", device_memory=f"{room}B", resident_tokens="auto", **SMALL
     ) as offload:
         ours = offload.new_cache()
         model(tokens[:, :50], **cache_argument(model, ours))

@@ -225,6 +225,23 @@ def test_a_past_that_is_kept_elsewhere_is_refused(
         headinfer.attach(model)
 
 
+def test_positions_that_are_counted_by_the_call_are_those_of_the_whole(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = build(
+        "RobertaForCausalLM", "RobertaConfig", {"is_decoder": True, "num_key_value_heads": 4}
+    )
+    tokens, mask = padded()
+    tokens = tokens.masked_fill(mask == 0, model.config.pad_token_id)
+    wanted = model(tokens, attention_mask=mask, use_cache=False).logits
+    with headinfer.attach(model, chunk_tokens=CHUNK) as offload:
+        cache = cache_argument(model, offload.new_cache())
+        ours = model(tokens, attention_mask=mask, **cache).logits
+    seen = mask.bool()
+    torch.testing.assert_close(ours[seen], wanted[seen], rtol=1e-4, atol=1e-4)
+    assert any("no position_ids" in text for text in said(caplog))
+
+
 def test_results_of_windows_can_be_viewed() -> None:
     """AFMoE views what attention returns, so it must be contiguous."""
     model = build(

@@ -84,7 +84,7 @@ def test_threads_that_take_each_others_memory_and_change_their_caches() -> None:
     with headinfer.attach(model, device="simulated", tile_tokens=8, chunk_tokens=16) as sized:
         enough = sized.plan_for(3, 300).total_device_bytes
     with headinfer.attach(
-        model, device="simulated", device_memory=2 * enough, tile_tokens=8, chunk_tokens=16
+        model, device="simulated", device_memory=f"{2 * enough}B", tile_tokens=8, chunk_tokens=16
     ) as offload:
 
         def work(number: int) -> None:
@@ -244,7 +244,7 @@ def test_a_call_within_a_call_may_take_the_memory_of_the_one_under_way() -> None
             logits = model(tokens, **cache_argument(model, inner[0])).logits
             torch.testing.assert_close(logits, stock)
 
-    with headinfer.attach(model, device_memory=int(1.3 * enough), **options) as offload:
+    with headinfer.attach(model, device_memory=f"{int(1.3 * enough)}B", **options) as offload:
         cache = offload.new_cache()
         model(tokens[:, :40], **cache_argument(model, cache))
         assert cache.state.engine.plan.resident_tokens

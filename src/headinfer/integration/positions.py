@@ -14,6 +14,9 @@ from transformers import PreTrainedModel
 
 from headinfer.integration.calls import CACHE_NAMES, new_shape
 
+_COUNTING = "create_position_ids_from_input_ids"
+"""What transformers calls the function that does."""
+
 
 def positions_to_give(
     model: torch.nn.Module, arguments: dict[str, Any], past_tokens: int
@@ -39,9 +42,13 @@ def positions_to_give(
 
 
 def positions_unknown(model: torch.nn.Module, arguments: dict[str, Any], past_tokens: int) -> bool:
-    """Whether a model may derive a call's positions from its mask, or from what it saw before."""
+    """Whether a model may derive positions from a call's padding, or from what it saw before."""
     mask = arguments.get("attention_mask")
-    if arguments.get("position_ids") is not None or mask is None or not _shifts(model):
+    if arguments.get("position_ids") is not None:
+        return False
+    if _counts_tokens(model):
+        return True
+    if mask is None or not _shifts(model):
         return False
     begins = past_tokens == 0 and arguments.get("input_ids") is not None
     return not begins or bool((mask == 0).any())
@@ -53,6 +60,23 @@ def _shifts(model: torch.nn.Module) -> bool:
     It does so for any call on a filled cache, so for all chunks but the first of a new prompt.
     """
     return any(hasattr(module, "rope_deltas") for module in model.modules())
+
+
+def _counts_tokens(model: torch.nn.Module) -> bool:
+    """Whether a model counts the tokens of each call that are no padding, as RoBERTa does.
+
+    It adds what its cache holds, padding included: chunks would count on from another number.
+    """
+    classes: set[Any] = {type(module) for module in model.modules()}
+    return any(_counts_no_padding(module_class) for module_class in classes)
+
+
+@functools.cache
+def _counts_no_padding(module_class: Any) -> bool:
+    try:
+        return _COUNTING in inspect.getsource(module_class)
+    except (OSError, TypeError):
+        return False
 
 
 def _restarts(model: torch.nn.Module) -> bool:

@@ -146,7 +146,9 @@ def _names(assignment: ast.Assign) -> list[str | None]:
 def attention_modules(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
     """Yield the modules of a model that cache keys and attend through the registry."""
     for module in model.modules():
-        if _attention_call_of(module) is not None and hasattr(module, "layer_idx"):
+        # Attention to images may be of the same form, without a layer of the cache.
+        has_layer = getattr(module, "layer_idx", None) is not None
+        if has_layer and _attention_call_of(module) is not None:
             yield module
 
 
@@ -225,6 +227,11 @@ def _check_layers(model: PreTrainedModel, name: str) -> None:
         getattr(config, "layer_types", None) or ()
     ):
         raise UnsupportedModelError(f"{name} has chunked attention layers: not served")
+    if not hasattr(config, "num_hidden_layers"):
+        raise UnsupportedModelError(
+            f"{name} is made of several models: its attention does not go through transformers' "
+            "attention registry as one"
+        )
     layers = stock_cache(model).layers
     _check_state(model, layers, name)
     kinds = [layer_kind(layer) for layer in layers]
@@ -290,7 +297,8 @@ def model_shape(model: PreTrainedModel) -> ModelShape:
     intermediate = int(getattr(config, "intermediate_size", 0) or 4 * config.hidden_size)
     experts = getattr(config, "num_experts_per_tok", None)
     if experts:
-        expert_width = int(getattr(config, "moe_intermediate_size", 0) or intermediate)
+        width = getattr(config, "moe_intermediate_size", 0) or intermediate
+        expert_width = max(width) if isinstance(width, list | tuple) else int(width)
         shared = int(getattr(config, "shared_expert_intermediate_size", 0) or 0)
         intermediate = max(intermediate, int(experts) * expert_width + shared)
     return ModelShape(

@@ -171,7 +171,7 @@ def activation_bytes(
                 (query + layer.elements_per_token + out) * item + int(out * share) * merge
             )
     logits = hidden * item * chunk_tokens + shape.vocab_size * (item + _FLOAT32_BYTES)
-    # On the CPU torch copies the output projection for a single 16-bit token.
+    # On the CPU torch 2.13 copies the output projection for a single 16-bit token, 2.15 does not.
     clone = shape.vocab_size * hidden * item if on_cpu and item < _FLOAT32_BYTES else 0
     return max(batch * chunk_tokens * (common + max(phases)), batch * logits + clone)
 
