@@ -86,19 +86,25 @@ def test_a_copy_and_its_original_go_on_by_themselves(options: dict[str, Any]) ->
         torch.testing.assert_close(logits, model(doubled).logits[:, -3:])
 
 
-def test_a_copy_of_what_came_in_pieces_is_one_piece() -> None:
+@pytest.mark.parametrize("device", ["cpu", "simulated"])
+def test_a_copy_takes_host_memory_for_what_one_of_the_two_changes(device: str) -> None:
     model = shared_model("llama3")
     tokens = random_tokens(1, 700)
-    with headinfer.attach(model, host_memory="4MiB") as offload:
+    with headinfer.attach(model, host_memory="4MiB", device=device, **SMALL) as offload:
         ours = offload.new_cache()
         for part in tokens.split([20, 300, 380], dim=1):
             model(part, **cache_argument(model, ours))
         before = offload.host_room(0).kv_bytes
         copied = copy.deepcopy(ours)
-        assert before - offload.host_room(0).kv_bytes == offload.plan.kv_host_bytes(700)
+        assert offload.host_room(0).kv_bytes == before
         for (keys, values, _), (right_keys, right_values, _) in zip(copied, ours, strict=True):
             assert torch.equal(keys, right_keys)
             assert torch.equal(values, right_values)
+        copied.crop(-650)
+        model(tokens[:, :500], **cache_argument(model, copied))
+        assert 0 < before - offload.host_room(0).kv_bytes <= offload.plan.kv_host_bytes(700)
+        del copied
+        assert offload.host_room(0).kv_bytes == before
 
 
 def test_a_copy_reserves_what_the_original_was_to_reserve() -> None:
@@ -108,7 +114,8 @@ def test_a_copy_reserves_what_the_original_was_to_reserve() -> None:
         model(random_tokens(1, 20), **cache_argument(model, ours))
         before = offload.host_room(0).kv_bytes
         copied = copy.deepcopy(ours)
-        assert before - offload.host_room(0).kv_bytes == offload.plan.kv_host_bytes(500)
+        model(random_tokens(1, 1), **cache_argument(model, copied))
+        assert before - offload.host_room(0).kv_bytes == offload.plan.kv_host_bytes(480)
         del copied
         assert offload.host_room(0).kv_bytes == before
 

@@ -138,6 +138,19 @@ def test_shared_tokens_take_no_memory_until_they_are_changed() -> None:
     assert second.host_bytes == GEOMETRY.num_bytes(1000 + 256)
 
 
+def test_memory_is_left_to_another_ledger_once() -> None:
+    first, second = new_ledger(), new_ledger()
+    append(first, new_tokens(2, 700))
+    second.share(first)
+    second.crop(50)
+    held = []
+    for _ in range(3):
+        append(second, new_tokens(2, 16))
+        held.append(second.host_bytes)
+    assert held == [held[0]] * 3
+    assert second.tokens == 98
+
+
 def test_rows_are_chosen_whatever_device_new_tensors_have_by_default() -> None:
     ledger, new = new_ledger(), new_tokens(2, 7)
     append(ledger, new)

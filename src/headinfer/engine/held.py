@@ -329,7 +329,14 @@ class HeldTokens:
     def __del__(self, _is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
         """Wait for the work in flight before the memory it touches goes away."""
         if not _is_finalizing():  # else `settle_at_exit` did
-            uninterrupted(self.settle)
+            uninterrupted(self._let_go)
+
+    def _let_go(self) -> None:
+        """Leave host memory that a copied cache shares to that cache."""
+        if hasattr(self, "_source"):
+            self.settle()
+            for ledger in self._full:
+                ledger.clear()
 
     def settle(self) -> None:
         """Wait until no work touches the memory; may be called again, and when closed."""

@@ -161,9 +161,10 @@ class Ledger:
     def _leave_shared(self, tokens: int) -> None:
         """Give up host memory behind `tokens` where another ledger reads it."""
         for position, extent in enumerate(self._host):
-            behind = tokens - extent.start
-            if extent.piece.holders > 1 and behind < extent.piece.shared_tokens:
-                extent.capacity = max(behind, 0)
+            kept_tokens = max(tokens - extent.start, 0)
+            shared = extent.piece.holders > 1 and kept_tokens < extent.piece.shared_tokens
+            if shared and extent.limit > tokens:
+                extent.capacity = kept_tokens
                 kept = position + (extent.capacity > 0)
                 for given_up in self._host[kept:]:
                     self._place.give_back(given_up)
