@@ -130,7 +130,7 @@ def test_family_is_refused_when_called(name: str) -> None:
     model = tiny_family(name)
     with (
         headinfer.attach(model, device="cpu") as offload,
-        pytest.raises(UnsupportedModelError, match=LATE_REASONS[name]),
+        pytest.raises(HeadInferError, match=LATE_REASONS[name]),
     ):
         MODES["greedy"](model, offload.new_cache)
 

@@ -32,6 +32,11 @@ def _cache_name(model_class: Any) -> str:
     return CACHE_NAMES[0]
 
 
+@functools.cache
+def _positional_names(model_class: Any) -> tuple[str, ...]:
+    return tuple(inspect.signature(model_class.forward).parameters)[1:]
+
+
 def named_arguments(
     model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Any]:
@@ -39,11 +44,8 @@ def named_arguments(
 
     A cache passed under its other name goes by the one of `cache_name`.
     """
-    if args:  # `generate` has none at its many tokens; reading the signature is slow
-        names = inspect.signature(type(model).forward).parameters
-        arguments = dict(zip(list(names)[1:], args, strict=False)) | kwargs
-    else:
-        arguments = dict(kwargs)
+    model_class: Any = type(model)
+    arguments = dict(zip(_positional_names(model_class), args, strict=False)) | kwargs
     current = cache_name(model)
     for name in CACHE_NAMES:
         if name == current or name not in arguments:

@@ -89,6 +89,15 @@ class ModelShape:
         """Bytes of one element of the activations, and of the windows kept as computed."""
         return self.computed_itemsize or self.kv_itemsize
 
+    @functools.cached_property
+    def _full_elements(self) -> int:
+        """Elements that one token adds to all offloaded layers; asked for at every step."""
+        return sum(layer.elements_per_token for layer in self.full_layers)
+
+    @functools.cached_property
+    def _windows(self) -> list[LayerShape]:
+        return [layer for layer in self.layers if layer.kind is LayerKind.SLIDING]
+
     @property
     def kv_heads(self) -> int:
         """The largest number of KV heads of any offloaded layer; 0 when none is."""
@@ -96,8 +105,7 @@ class ModelShape:
 
     def kv_bytes(self, tokens: int, batch: int = 1) -> int:
         """Bytes of the offloaded layers' KV cache for `tokens` tokens in each of `batch` rows."""
-        elements = sum(layer.elements_per_token for layer in self.full_layers)
-        return batch * tokens * elements * self.kv_itemsize
+        return batch * tokens * self._full_elements * self.kv_itemsize
 
     def window_bytes(self, new_tokens: int, batch: int = 1) -> int:
         """Peak bytes of the sliding layers' windows while `new_tokens` tokens pass through.
@@ -107,8 +115,7 @@ class ModelShape:
         """
         sizes = [
             (layer.window_tokens - 1 + new_tokens) * layer.elements_per_token
-            for layer in self.layers
-            if layer.kind is LayerKind.SLIDING
+            for layer in self._windows
         ]
         return batch * (sum(sizes) + max(sizes, default=0)) * self.activation_itemsize
 
@@ -116,7 +123,6 @@ class ModelShape:
         """Bytes of KV that standard inference holds on the device for the same tokens."""
         windows = sum(
             min(layer.window_tokens - 1, tokens) * layer.elements_per_token
-            for layer in self.layers
-            if layer.kind is LayerKind.SLIDING
+            for layer in self._windows
         )
         return self.kv_bytes(tokens, batch) + batch * windows * self.kv_itemsize
