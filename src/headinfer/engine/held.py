@@ -81,15 +81,17 @@ class HeldTokens:
     def window_bytes(self) -> int:
         """Bytes of them that sliding windows take."""
         return sum(
-            ledger.tail.piece.memory.numel()
-            for ledger in self._ledgers
-            if ledger.window_tokens is not None and ledger.tail is not None
+            [
+                ledger.tail.piece.memory.numel()
+                for ledger in self._ledgers
+                if ledger.window_tokens is not None and ledger.tail is not None
+            ]
         )
 
     @property
     def host_kv_bytes(self) -> int:
         """Bytes of host memory held for KV."""
-        return sum(ledger.host_bytes for ledger in self._ledgers)
+        return sum([ledger.host_bytes for ledger in self._full])
 
     @property
     def unwritten_host_bytes(self) -> int:
@@ -100,6 +102,11 @@ class HeldTokens:
         """Return the tokens a layer holds."""
         self._check_open()
         return self._ledgers[layer_idx].tokens
+
+    def lengths(self) -> list[int]:
+        """Return the tokens that each layer holds."""
+        self._check_open()
+        return [ledger.tokens for ledger in self._ledgers]
 
     def expect(self, tokens: int) -> int:
         """State that layers will come to hold `tokens` tokens; memory is reserved when they do.
@@ -141,7 +148,7 @@ class HeldTokens:
         given = (keys.shape[0], keys.shape[1], keys.shape[3], values.shape[3])
         wanted = (geometry.batch, geometry.kv_heads, geometry.key_dim, geometry.value_dim)
         parts = (*new, *others)
-        if given != wanted or any(part.dtype != geometry.dtype for part in parts):
+        if given != wanted or {part.dtype for part in parts} != {geometry.dtype}:
             names = ", ".join(sorted({str(part.dtype) for part in parts}))
             raise CacheStateError(
                 f"layer {layer_idx} was given keys and values of (batch, kv_heads, key_dim, "

@@ -253,7 +253,8 @@ class HostAttention:
         What was computed on the device since is worthless then. What is still pending is not
         looked at.
         """
-        self._collect()
+        if self._pending:
+            self._collect()
         failure = self._failure
         if failure is not None:  # or what is stored here might hide one that comes just now
             self._failure = None

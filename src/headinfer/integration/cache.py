@@ -5,7 +5,7 @@ from typing import Any, NoReturn
 
 import torch
 from transformers import PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin, DynamicCache
+from transformers.cache_utils import DynamicCache
 
 from headinfer.errors import CacheStateError
 from headinfer.integration.layer import OffloadedLayer, WindowLayer
@@ -46,6 +46,7 @@ class OffloadedCache(DynamicCache):
             elif kind is LayerKind.FULL:
                 self.layers[position] = OffloadedLayer(self.state, layer_idx, None)
             layer_idx += kind is not LayerKind.STATE
+        self._attention_layers = layer_idx
 
     @property
     def turns(self) -> Turns:
@@ -53,9 +54,8 @@ class OffloadedCache(DynamicCache):
         return self.state.turns
 
     def _lengths(self) -> list[int]:
-        return [
-            layer.get_seq_length() for layer in self.layers if isinstance(layer, CacheLayerMixin)
-        ]
+        """Return the tokens of each layer that keeps any."""
+        return self.state.lengths() or [0] * self._attention_layers
 
     def begin_call(self) -> None:
         """Note the state before a model call.

@@ -9,7 +9,7 @@ from headinfer.engine.readout import Part
 from headinfer.errors import CacheStateError
 from headinfer.integration.rows import chosen_rows
 from headinfer.integration.state import OffloadedState
-from headinfer.integration.turns import Turns, in_turn
+from headinfer.integration.turns import in_turn
 
 
 class OffloadedLayer(CacheLayerMixin):
@@ -30,15 +30,11 @@ class OffloadedLayer(CacheLayerMixin):
     is_croppable = True
 
     def __init__(self, state: OffloadedState, layer_idx: int, window_tokens: int | None) -> None:
+        self.turns = state.turns  # taken by whatever changes the layer
         self._state = state
         self._layer_idx = layer_idx
         self._window_tokens = window_tokens
         super().__init__()
-
-    @property
-    def turns(self) -> Turns:
-        """Taken by whatever changes the layer."""
-        return self._state.turns
 
     @property
     def keys(self) -> torch.Tensor | None:
@@ -98,7 +94,7 @@ class OffloadedLayer(CacheLayerMixin):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Take new tokens; returns them alone, for the attention function to find the rest."""
         if not self.turns.mine:
-            self._state.host.functions.warn_of_bypass()
+            self._state.functions.warn_of_bypass()
         taken = self._state.update(self._layer_idx, key_states, value_states, self._window_tokens)
         if not self._initialized:
             self.lazy_initialization(key_states, value_states)

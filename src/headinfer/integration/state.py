@@ -9,7 +9,7 @@ from headinfer.engine.engine import Engine
 from headinfer.engine.readout import Part
 from headinfer.errors import CacheStateError, MemoryPlanError
 from headinfer.integration.attention import AttentionFunctions, Pending
-from headinfer.integration.turns import Turns, in_turn
+from headinfer.integration.turns import in_turn
 from headinfer.plan.host_room import HostRoom
 from headinfer.plan.plan import Plan
 from headinfer.units import format_bytes, format_tokens
@@ -77,19 +77,24 @@ class OffloadedState:
 
     The layers refer to this and never to the cache, so that dropping the cache frees its memory at
     once, without waiting for the garbage collector.
+
+    Attributes:
+        host: the attachment.
+        functions: its attention functions.
+        turns: taken by whatever changes the engine.
+        engine: None before the first tokens.
+        closed: whether the cache was closed.
+        max_tokens: tokens to reserve host memory for; None to go by the prompts.
     """
 
     def __init__(self, host: CacheHost, max_tokens: int | None) -> None:
         self.host = host
+        self.functions = host.functions
+        self.turns = host.functions.turns
         self.engine: Engine | None = None
         self.closed = False
         self.max_tokens = max_tokens
         self._computed_dtype: torch.dtype | None = None  # where keys are not of the model's dtype
-
-    @property
-    def turns(self) -> Turns:
-        """Taken by whatever changes the engine."""
-        return self.host.functions.turns
 
     def check_open(self) -> None:
         """Refuse a cache that was closed, or whose model was detached.
@@ -105,6 +110,12 @@ class OffloadedState:
         """Return the tokens an offloaded layer holds."""
         self.check_open()
         return self.engine.tokens(layer_idx) if self.engine else 0
+
+    @in_turn
+    def lengths(self) -> list[int] | None:
+        """Return the tokens that each of our layers holds; None before the first tokens."""
+        self.check_open()
+        return self.engine.lengths() if self.engine else None
 
     @property
     def chunk_tokens(self) -> int | None:
@@ -171,7 +182,7 @@ class OffloadedState:
         if keys.dtype != self.engine.dtype and not self.tokens(0):
             self._computed_dtype = keys.dtype  # under autocast it may be just the same
             self.prepare(keys.shape[0], keys.shape[2])
-        self.host.functions.expect(Pending(self.engine, layer_idx, keys, values, window_tokens))
+        self.functions.expect(Pending(self.engine, layer_idx, keys, values, window_tokens))
         return keys, values
 
     @in_turn
@@ -222,7 +233,7 @@ class OffloadedState:
         self.engine = engine
 
     def _check_none_pending(self) -> None:
-        pending = self.host.functions.pending
+        pending = self.functions.pending
         if pending is not None and pending.engine is self.engine:
             raise CacheStateError(
                 "this cache was given tokens that were not attended yet: it can be read or copied "

@@ -68,7 +68,10 @@ class Ledger:
     @property
     def tail_tokens(self) -> int:
         """Tokens that only the device has: those behind the host's."""
-        return self.tokens - self.host_tokens
+        tail, resident = self.tail, self.resident
+        if tail is not None:
+            return tail.tokens
+        return 0 if resident is None else max(resident.tokens - self.host_tokens, 0)
 
     @property
     def past_tokens(self) -> int:
@@ -91,7 +94,7 @@ class Ledger:
     @property
     def host_bytes(self) -> int:
         """Bytes of host memory held, each piece counted by its share among those who hold it."""
-        return sum(part.piece.memory.numel() // part.piece.holders for part in self._host)
+        return sum([part.piece.memory.numel() // part.piece.holders for part in self._host])
 
     @property
     def unwritten_bytes(self) -> int:
@@ -129,7 +132,9 @@ class Ledger:
         A layer that outgrows its host memory grows by an eighth at least, so that a token at a
         time does not make an extent, and so a tile, of each.
         """
-        capacity = self._host[-1].limit if self._host else 0
+        capacity = 0
+        if self._host:
+            capacity = self._host[-1].start + self._host[-1].capacity
         missing = max(tokens - capacity, 0)
         if not missing or not capacity:
             return missing
@@ -203,10 +208,10 @@ class Ledger:
 
     def extend(self, extent: Extent, tokens: int) -> Tile:
         """Lengthen the tail or the residents; return where the new tokens must be written."""
-        start = extent.end
+        first = extent.tokens
         extent.tokens += tokens
-        assert extent.end <= extent.limit, "the extent has no memory for them"
-        return extent.tile(start, extent.end)
+        assert extent.tokens <= extent.capacity, "the extent has no memory for them"
+        return Tile(extent.start + first, tokens, extent.piece, extent.whole, first)
 
     def crop(self, tokens: int) -> None:
         """Keep the first `tokens` tokens; the memory stays."""
