@@ -130,6 +130,25 @@ def test_an_error_that_comes_late_is_raised_by_the_next_call(
     assert engine.host_kv_bytes == 0
 
 
+def test_a_call_that_failed_fails_once() -> None:
+    """What it had asked before is not attended after its error was told."""
+    device, kernel = HeldDevice(), Failing()
+    engine = engine_with_host_share(device, layers=2)
+    for layer_idx in range(2):
+        decode(engine, kernel, layer_idx)
+    first, _ = engine._host._pending
+    while not first.finished:
+        assert device.host_work.step(force=True)
+    with pytest.raises(ArithmeticError):
+        engine.check()
+    device.finish_compute()
+    engine.check()
+    assert kernel.calls == 1
+    decode(engine, ReferenceKernel())
+    device.finish_compute()
+    engine.close()
+
+
 @pytest.mark.parametrize("change", ["clear", "close", "replan", "crop", "select_all"])
 def test_an_error_that_comes_while_the_engine_settles_is_raised_by_the_same_call(
     change: str,

@@ -99,8 +99,11 @@ class Chunk:
             return total
 
     def _attend_past(self, total: TileAttention, tile: Tile) -> None:
-        mask = self._padding_of(tile.start, tile.start + tile.tokens)
-        total.attend(*tile.kv, mask=mask)
+        mask = None
+        if self.padding is not None:
+            mask = self._padding_of(tile.start, tile.start + tile.tokens)
+        keys, values = tile.kv
+        total.attend(keys, values, mask=mask)
 
     def _padding_of(self, start: int, end: int) -> torch.Tensor | None:
         return padding_of(self.padding, start - self.padding_start, end - self.padding_start)

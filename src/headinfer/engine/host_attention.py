@@ -198,6 +198,7 @@ class HostAttention:
         self._asked: tuple[torch.Tensor, _Exchange, Event] | None = None
         self._unjudged: collections.deque[tuple[Event, Event]] = collections.deque(maxlen=_UNJUDGED)
         self._failure: BaseException | None = None  # written by host work, taken by `check`
+        self._taken = 0  # failures; what was asked before the newest of them is not attended
 
     def ask(self, ledger: Ledger, query: torch.Tensor, kernel: Kernel, *, scale: float) -> None:
         """Enqueue the attention of what is left to the host; before what shall run meanwhile.
@@ -257,6 +258,7 @@ class HostAttention:
             self._collect()
         failure = self._failure
         if failure is not None:  # or what is stored here might hide one that comes just now
+            self._taken += 1
             self._failure = None
             raise failure
 
@@ -318,7 +320,8 @@ class HostAttention:
             if job is not None:
                 return job
         attend = functools.partial(kernel.attend, exchange.query, scale=scale)
-        return _Call(functools.partial(self._attend, attend, tiles, exchange.on_host))
+        answer = exchange.on_host
+        return _Call(functools.partial(self._attend, attend, tiles, answer, self._taken))
 
     def _state_accesses(self, exchange: _Exchange, tiles: list[Tile]) -> None:
         host_work = self._device.host_work
@@ -328,9 +331,14 @@ class HostAttention:
                 host_work.reads(part, "attention on the host")
         host_work.writes(exchange.answer, "result of the host's attention")
 
-    def _attend(self, attend: Callable[..., Partial], tiles: list[Tile], answer: Partial) -> None:
-        """Attend some tokens on the CPU; runs as host work, so it keeps what it fails with."""
-        if self._failure is not None:
+    def _attend(
+        self, attend: Callable[..., Partial], tiles: list[Tile], answer: Partial, taken: int
+    ) -> None:
+        """Attend some tokens on the CPU; runs as host work, so it keeps what it fails with.
+
+        A call that has failed is over: nothing more of it is attended, nor fails once more.
+        """
+        if self._failure is not None or taken != self._taken:
             return
         try:
             with torch.no_grad():  # which each thread has a setting of its own for

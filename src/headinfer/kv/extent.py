@@ -73,6 +73,9 @@ class Tile(NamedTuple):
     @property
     def kv(self) -> KV:
         """Keys and values `[batch, heads, tokens, dim]`, as views of the memory."""
+        whole = not self.first and self.heads is ALL_HEADS
+        if whole and self.tokens == self.whole.keys.shape[2]:
+            return self.whole
         tokens = slice(self.first, self.first + self.tokens)
         keys, values = self.whole
         return KV(keys[:, self.heads, tokens], values[:, self.heads, tokens])
