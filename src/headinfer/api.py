@@ -158,7 +158,8 @@ class Offload:
         """
         if not self._attached:
             raise CacheStateError("the model was detached; attach it again for a new cache")
-        others = [engine for engine in self._engines if engine is not replacing]
+        open_engines = [engine for engine in self._engines if not engine.closed]
+        others = [engine for engine in open_engines if engine is not replacing]
         dtype = dtype or (self.kv_dtype() if replacing is None else replacing.dtype)
         try:
             return self._resolve(batch, context_tokens, others, dtype)
@@ -166,7 +167,8 @@ class Offload:
             if not any(engine.plan.resident_tokens for engine in others):
                 raise
         for engine in others:
-            engine.give_up_residents()
+            if engine.plan.resident_tokens:
+                engine.give_up_residents()
         return self._resolve(batch, context_tokens, others, dtype)
 
     def _resolve(
@@ -175,7 +177,8 @@ class Offload:
         asked, budget = self._options.device_memory_bytes, self._budget_bytes()
         left = budget
         if budget is not None:
-            left = max(budget - sum(engine.device_kv_bytes for engine in others), 1)
+            # What they may come to hold: windows are there only while they have tokens.
+            left = max(budget - sum(engine.plan.kv_device_bytes for engine in others), 1)
         try:
             return resolve(
                 self._shape_in(dtype),

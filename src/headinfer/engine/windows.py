@@ -74,14 +74,13 @@ class WindowKeeper:
         old, tail = ledger.geometry, ledger.tail
         geometry = Geometry(len(rows), old.kv_heads, old.key_dim, old.value_dim, old.dtype)
         if tail is None:
-            ledger.geometry = geometry
+            ledger.select_window(geometry, None)
             return
         piece = tail.piece if geometry == old else self._piece(geometry, tail.capacity)
         self._state(piece, writes=True)
         target = Extent(piece, geometry, tail.capacity, tail.start)
         copy_rows(tail, target, torch.tensor(rows, device=tail.whole.keys.device))
-        ledger.geometry = geometry
-        ledger.replace_tail(target, tail.tokens)
+        ledger.select_window(geometry, target)
 
     def copy(self, source: Ledger, target: Ledger) -> None:
         """Let an empty ledger of the same geometry hold what another one does."""
