@@ -22,6 +22,7 @@ from headinfer.errors import CacheStateError, MemoryPlanError
 from headinfer.integration.cache import OffloadedCache
 from headinfer.integration.calls import cache_argument
 from headinfer.integration.layer import OffloadedLayer
+from headinfer.plan.memory import SPARE_TOKENS
 from tiny_models import random_tokens, shared_model
 
 DEVICES: list[dict[str, Any]] = [
@@ -299,15 +300,20 @@ def test_crop_refuses_before_it_changes_anything(name: str) -> None:
 
 
 def test_a_window_can_be_cropped_also_where_stock_was_not_told_to_record() -> None:
-    tokens = random_tokens(1, 200)
-    with both("gemma3", DEVICES[0], tokens) as (ours, _, model):
-        ours.crop(-100)
-        stock = DynamicCache(config=model.config)
-        feed(model, stock, tokens[:, :100])
-        assert_same_contents(ours, stock)
-        torch.testing.assert_close(
-            feed(model, ours, tokens[:, 100:]), feed(model, stock, tokens[:, 100:])
-        )
+    tokens = random_tokens(1, 100 + SPARE_TOKENS)
+    for steps in ((), (90, 1, 1, 3, 1, 4)):
+        with both("gemma3", DEVICES[0], tokens, *steps, tokens.shape[1] - sum(steps)) as (
+            ours,
+            _,
+            model,
+        ):
+            ours.crop(-SPARE_TOKENS)
+            stock = DynamicCache(config=model.config)
+            feed(model, stock, tokens[:, :100])
+            assert_same_contents(ours, stock)
+            torch.testing.assert_close(
+                feed(model, ours, tokens[:, 100:]), feed(model, stock, tokens[:, 100:])
+            )
 
 
 INDICES: list[Any] = [

@@ -262,8 +262,6 @@ class HeldTokens:
         """Make row `i` of a layer what row `rows[i]` was, for as many rows as the plan has."""
         self._check_open()
         assert len(rows) == self.plan.batch
-        if list(rows) == list(range(self.plan.batch)):
-            return
         ledger = self._ledgers[layer_idx]
         if ledger.window_tokens is not None:
             self._windows.select(ledger, rows)

@@ -256,8 +256,6 @@ class OffloadedState:
         """Make row `i` of every layer what row `rows[i]` was; the number of rows may change."""
         self.check_open()
         if self.engine is not None and self.tokens(0):
-            if list(rows) == list(range(self.engine.plan.batch)):
-                return
             tokens = max(self.tokens(0), self.max_tokens or 0)
             plan = self.host.plan_for(len(rows), tokens, replacing=self.engine)
             more = plan.kv_host_bytes(tokens) - self.engine.host_kv_bytes
