@@ -128,7 +128,7 @@ class AttentionFunctions:
         q_offset: int = 0,
         kv_offset: int = 0,
         mask_function: Callable[..., torch.Tensor] = causal_mask_function,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | Visible | None = None,
         local_size: int | None = None,
         allow_is_causal_skip: bool = True,
         use_vmap: bool = False,
