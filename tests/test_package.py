@@ -38,6 +38,7 @@ ORDER = [
     "plot",
     "trace",
     "api",
+    "offload",
     "integration",
     "engine",
     "attend",
