@@ -253,6 +253,7 @@ class PagedKeeper:
             return
         tokens = min(tile.tokens, resident.capacity - tile.start)
         if tokens > 0:
+            self._wait_ready(tile.piece)
             self._device.compute.reads(tile.piece.memory, "new tokens into the resident ones")
             self._write(ledger, resident, tile._replace(tokens=tokens).kv)
 

@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 
 import torch
 
-from headinfer.device.base import Device
+from headinfer.device.base import Device, Edge
 from headinfer.kv.extent import Tile
 from headinfer.kv.ledger import Ledger
 
@@ -42,8 +42,10 @@ def read(device: Device, ledger: Ledger, part: Part) -> torch.Tensor:
         place = out[:, :, first : first + tile.tokens]
         if device.tiles_are_views:
             place.copy_(source)
-        else:
-            device.compute.copy(place, source)
+            continue
+        if tile.piece.ready is not None:
+            device.compute.wait(tile.piece.ready, Edge.TILE_FILLED)
+        device.compute.copy(place, source)
     device.finish_compute()  # what was read may change as soon as this returns
     return out
 
