@@ -36,6 +36,7 @@ ORDER = [
     "plot",
     "trace",
     "api",
+    "offload",
     "integration",
     "engine",
     "attend",

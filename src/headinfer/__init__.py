@@ -12,7 +12,8 @@ from headinfer.errors import HeadInferError
 from headinfer.plan.plan import Plan
 
 if TYPE_CHECKING:
-    from headinfer.api import Offload, attach, detach
+    from headinfer.api import attach, detach
+    from headinfer.offload import Offload
 
 try:
     __version__ = version("headinfer")

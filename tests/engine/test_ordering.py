@@ -1,5 +1,6 @@
 """The order of copies: seeds pass, and every wait that is left out is noticed."""
 
+import copy
 import functools
 
 import pytest
@@ -21,7 +22,7 @@ def small_model() -> PreTrainedModel:
 
 
 def exercise(device: SimulatedDevice, *, overlap: bool = True) -> torch.Tensor:
-    """Go through all that moves KV: chunks, decoding past a page, a second turn, crop, beams.
+    """Go through all that moves KV: chunks, decoding past a page, crop, beams, a copied cache.
 
     Some tokens are resident, and some attended by the host.
     """
@@ -45,11 +46,15 @@ def exercise(device: SimulatedDevice, *, overlap: bool = True) -> torch.Tensor:
             outputs.append(model(token, past_key_values=cache).logits)
         cache.reorder_cache(torch.tensor([1, 0]))
         outputs.append(model(prompt[:, :3], past_key_values=cache).logits)
+        copied = copy.deepcopy(cache)  # which shares the host's tokens from now on
+        outputs.append(model(prompt[:, :8], past_key_values=copied).logits)
+        copied.reorder_cache(torch.tensor([1, 0]))
         cache.crop(-13)
         outputs.append(model(prompt[:, :14], past_key_values=cache).logits)
         cache.batch_select_indices(torch.tensor([1]))
         outputs.append(model(prompt[:1, :9], past_key_values=cache).logits)
         cache.close()
+        outputs.append(model(prompt[:, :2], past_key_values=copied).logits)
     return torch.cat([output[:1].flatten() for output in outputs])
 
 

@@ -16,12 +16,13 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 import headinfer
-from headinfer import api
+from headinfer import offload as offloads
 from headinfer.device.simulated import SimulatedDevice
 from headinfer.errors import CacheStateError, MemoryPlanError
 from headinfer.integration.cache import OffloadedCache
 from headinfer.integration.calls import cache_argument
 from headinfer.integration.layer import OffloadedLayer
+from headinfer.plan.memory import SPARE_TOKENS
 from tiny_models import random_tokens, shared_model
 
 DEVICES: list[dict[str, Any]] = [
@@ -129,13 +130,13 @@ def test_reading_is_refused_where_the_host_memory_is_too_small(
 ) -> None:
     with both("llama3", DEVICES[0], random_tokens(1, 64)) as (ours, _, _model):
         # 64 tokens of 4 heads of 16 float32 are 16 KiB, and as much once they are copied.
-        monkeypatch.setattr(api, "available_host_bytes", lambda: 20 * 2**10)
+        monkeypatch.setattr(offloads, "available_host_bytes", lambda: 20 * 2**10)
         with pytest.raises(
             MemoryPlanError, match=r"keys of 64 tokens .* need 32.00 KiB"
         ) as refusal:
             list(ours)
         assert "\n" not in str(refusal.value)
-        monkeypatch.setattr(api, "available_host_bytes", lambda: 32 * 2**10)
+        monkeypatch.setattr(offloads, "available_host_bytes", lambda: 32 * 2**10)
         list(ours)
 
 
@@ -299,15 +300,20 @@ def test_crop_refuses_before_it_changes_anything(name: str) -> None:
 
 
 def test_a_window_can_be_cropped_also_where_stock_was_not_told_to_record() -> None:
-    tokens = random_tokens(1, 200)
-    with both("gemma3", DEVICES[0], tokens) as (ours, _, model):
-        ours.crop(-100)
-        stock = DynamicCache(config=model.config)
-        feed(model, stock, tokens[:, :100])
-        assert_same_contents(ours, stock)
-        torch.testing.assert_close(
-            feed(model, ours, tokens[:, 100:]), feed(model, stock, tokens[:, 100:])
-        )
+    tokens = random_tokens(1, 100 + SPARE_TOKENS)
+    for steps in ((), (90, 1, 1, 3, 1, 4)):
+        with both("gemma3", DEVICES[0], tokens, *steps, tokens.shape[1] - sum(steps)) as (
+            ours,
+            _,
+            model,
+        ):
+            ours.crop(-SPARE_TOKENS)
+            stock = DynamicCache(config=model.config)
+            feed(model, stock, tokens[:, :100])
+            assert_same_contents(ours, stock)
+            torch.testing.assert_close(
+                feed(model, ours, tokens[:, 100:]), feed(model, stock, tokens[:, 100:])
+            )
 
 
 INDICES: list[Any] = [

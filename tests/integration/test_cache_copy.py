@@ -27,6 +27,17 @@ each_device = pytest.mark.parametrize(
 SMALL = {"chunk_tokens": 16, "tile_tokens": 8}
 
 
+def held_bytes(*caches: Any) -> int:
+    """Return the host memory of caches, what they share counted once."""
+    pieces = {
+        id(tile.piece): tile.piece
+        for cache in caches
+        for ledger in cache.state.engine._full
+        for tile in ledger.host_tiles(0, 10**6)
+    }
+    return sum(piece.memory.numel() for piece in pieces.values())
+
+
 def greedy(model: Any, tokens: torch.Tensor, cache: Any) -> torch.Tensor:
     options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     return model.generate(tokens, **cache_argument(model, cache), **options)
@@ -94,17 +105,20 @@ def test_a_copy_takes_host_memory_for_what_one_of_the_two_changes(device: str) -
         ours = offload.new_cache()
         for part in tokens.split([20, 300, 380], dim=1):
             model(part, **cache_argument(model, ours))
-        before = offload.host_room(0).kv_bytes
+        before = held_bytes(ours)
         copied = copy.deepcopy(ours)
-        assert offload.host_room(0).kv_bytes == before
+        assert held_bytes(ours, copied) == before
         for (keys, values, _), (right_keys, right_values, _) in zip(copied, ours, strict=True):
             assert torch.equal(keys, right_keys)
             assert torch.equal(values, right_values)
         copied.crop(-650)
         model(tokens[:, :500], **cache_argument(model, copied))
-        assert 0 < before - offload.host_room(0).kv_bytes <= offload.plan.kv_host_bytes(700)
-        del copied
-        assert offload.host_room(0).kv_bytes == before
+        assert 0 < held_bytes(ours, copied) - before <= offload.plan.kv_host_bytes(700)
+        ours.crop(-650)
+        copied.crop(-500)
+        for cache in (ours, copied):
+            assert [layer.keys.shape[2] for layer in cache.layers] == [50] * 3
+        assert torch.equal(ours.layers[2].keys, copied.layers[2].keys)  # what both hold
 
 
 def test_a_copy_reserves_what_the_original_was_to_reserve() -> None:
@@ -112,12 +126,27 @@ def test_a_copy_reserves_what_the_original_was_to_reserve() -> None:
     with headinfer.attach(model, host_memory="4MiB") as offload:
         ours = offload.new_cache(max_tokens=500)
         model(random_tokens(1, 20), **cache_argument(model, ours))
-        before = offload.host_room(0).kv_bytes
+        before = held_bytes(ours)
         copied = copy.deepcopy(ours)
         model(random_tokens(1, 1), **cache_argument(model, copied))
-        assert before - offload.host_room(0).kv_bytes == offload.plan.kv_host_bytes(480)
+        assert held_bytes(ours, copied) - before == offload.plan.kv_host_bytes(480)
+        room = offload.host_room(0).kv_bytes
         del copied
-        assert offload.host_room(0).kv_bytes == before
+        assert offload.host_room(0).kv_bytes - room == offload.plan.kv_host_bytes(980)
+
+
+def test_copies_keep_within_the_host_memory_whatever_they_change() -> None:
+    model = shared_model("llama3")
+    tokens = random_tokens(2, 200)
+    with headinfer.attach(model, host_memory="3MiB", **SMALL) as offload:
+        caches = [offload.new_cache()]
+        model(tokens, **cache_argument(model, caches[0]))
+        with pytest.raises(MemoryPlanError):
+            caches.extend(copy.deepcopy(caches[0]) for _ in range(100))
+        assert len(caches) > 2
+        for cache in caches:
+            cache.reorder_cache([1, 0])
+        assert held_bytes(*caches) <= 3 * 2**20
 
 
 def test_a_copy_is_refused_where_host_memory_is_too_small() -> None:

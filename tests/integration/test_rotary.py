@@ -239,3 +239,21 @@ def test_modules_have_no_hooks_but_during_a_call_in_chunks() -> None:
             model(random_tokens(1, 30), **cache_argument(model, offload.new_cache()))
         failing.remove()
         assert hooks() == 0
+
+
+def test_a_call_between_chunks_has_frequencies_of_its_own() -> None:
+    stock, model = make("phi3-longrope"), make("phi3-longrope")
+    tokens, inner = random_tokens(1, 2 * SWITCH), random_tokens(1, 10, seed=2)
+    seen = []
+
+    def progress(_done: int, all_tokens: int) -> None:
+        if all_tokens == tokens.shape[1]:  # not of the call made here
+            cache = cache_argument(model, offload.new_cache())
+            seen.append(model(inner, **cache).logits)
+
+    with headinfer.attach(model, progress=progress, **CHUNK) as offload:
+        ours = model(tokens, **cache_argument(model, offload.new_cache())).logits
+    torch.testing.assert_close(ours, stock(tokens).logits)
+    assert len(seen) > 3
+    for logits in seen:
+        torch.testing.assert_close(logits, stock(inner).logits)

@@ -1,5 +1,6 @@
 """The ledger against plain tensors: what it says of where tokens lie, and what lies there."""
 
+import contextlib
 import dataclasses
 from dataclasses import dataclass, field
 
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headinfer.device.cpu import CpuDevice
-from headinfer.kv.extent import Piece
+from headinfer.kv.extent import Extent, Piece
 from headinfer.kv.ledger import Ledger
 from headinfer.kv.pair import KV, Geometry
 from headinfer.kv.place import HostPlace
@@ -124,18 +125,49 @@ def test_any_sequence_of_changes_of_ledgers_that_share_memory(
         assert ledger.host_bytes == ledger.tokens == 0
 
 
+def held_bytes(*ledgers: Ledger) -> int:
+    """Return the host memory of ledgers, what they share counted once."""
+    pieces = {
+        id(tile.piece): tile.piece for ledger in ledgers for tile in ledger.host_tiles(0, 10**6)
+    }
+    return sum(piece.memory.numel() for piece in pieces.values())
+
+
 def test_shared_tokens_take_no_memory_until_they_are_changed() -> None:
     first, second = new_ledger(), new_ledger()
     first.reserve(1010)
     append(first, new_tokens(2, 1000))
     second.share(first)
     append(first, new_tokens(2, 10))  # behind what is shared
-    assert first.host_bytes + second.host_bytes == GEOMETRY.num_bytes(1010)
+    assert held_bytes(first, second) == GEOMETRY.num_bytes(1010)
+    assert second.host_bytes == GEOMETRY.num_bytes(1010)  # as it may come to be
     append(second, new_tokens(2, 1))
-    assert first.host_bytes + second.host_bytes == GEOMETRY.num_bytes(1010 + 256)
+    assert held_bytes(first, second) == GEOMETRY.num_bytes(1010 + 256)
     second.select_host([1, 0])
-    assert first.host_bytes == GEOMETRY.num_bytes(1010)
-    assert second.host_bytes == GEOMETRY.num_bytes(1000 + 256)
+    assert held_bytes(first) == GEOMETRY.num_bytes(1010)
+    assert held_bytes(second) == GEOMETRY.num_bytes(1000 + 256)
+
+
+def test_memory_is_given_back_once_also_where_that_is_interrupted() -> None:
+    """A piece counted down twice would be written to under another ledger's tokens."""
+
+    class Interrupted(HostPlace):
+        def give_back(self, extent: Extent) -> None:
+            super().give_back(extent)
+            raise KeyboardInterrupt
+
+    first, new = new_ledger(), new_tokens(2, 50)
+    append(first, new)
+    second, third = Ledger(GEOMETRY, Interrupted(CpuDevice())), new_ledger()
+    for other in (second, third):
+        other.share(first)
+    for _ in range(2):
+        with contextlib.suppress(KeyboardInterrupt):
+            second.clear()
+    third.select_host([1, 0])
+    (tile,) = first.host_tiles(0, 50)
+    assert tile.piece.holders == 1
+    assert torch.equal(tile.kv.keys, new.keys)
 
 
 def test_memory_is_left_to_another_ledger_once() -> None:
@@ -146,7 +178,7 @@ def test_memory_is_left_to_another_ledger_once() -> None:
     held = []
     for _ in range(3):
         append(second, new_tokens(2, 16))
-        held.append(second.host_bytes)
+        held.append(held_bytes(second))
     assert held == [held[0]] * 3
     assert second.tokens == 98
 

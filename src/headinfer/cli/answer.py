@@ -25,7 +25,7 @@ from headinfer.cli.streamer import TextCollector
 from headinfer.errors import OptionError
 
 if TYPE_CHECKING:
-    from headinfer.api import Offload
+    from headinfer.offload import Offload
     from headinfer.plan.plan import Plan
     from headinfer.trace import Trace
 

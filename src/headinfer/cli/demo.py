@@ -36,8 +36,8 @@ from headinfer.errors import OptionError
 from headinfer.units import parse_tokens
 
 if TYPE_CHECKING:
-    from headinfer.api import Offload
     from headinfer.demo import Document, Fact
+    from headinfer.offload import Offload
 
 _MAX_ANSWER_TOKENS = 16
 _MIN_TOKENS_AT_ONCE, _MAX_TOKENS_AT_ONCE = 512, 4096

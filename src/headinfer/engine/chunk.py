@@ -36,7 +36,7 @@ class Chunk:
         out: where the result goes, `[batch, q_len, kv_heads, group, value_dim]`.
         kernel: what computes partials on the device.
         scale: factor of the scores.
-        padding: of all tokens, past and new; None when there is none.
+        padding: of the tokens from `padding_start` on, past and new; None when there is none.
         sinks: scores `[kv_heads, group]` of attention sinks, or None.
         padding_start: position of the first token that `padding` tells of.
     """

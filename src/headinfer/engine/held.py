@@ -4,10 +4,11 @@ Everything here happens between a layer's calls: what changes or frees tokens of
 the work in flight that touches them.
 """
 
+import contextlib
 import dataclasses
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -38,12 +39,14 @@ class HeldTokens:
         plan: as given.
         dtype: as given.
         closed: whether the memory was given back.
+        half_done: whether a change of all layers has begun and not ended, as after Ctrl-C.
     """
 
     def __init__(self, device: Device, plan: Plan, dtype: torch.dtype, stats: Stats) -> None:
         self.plan = plan
         self.dtype = dtype
         self.closed = False
+        self.half_done = False
         self._device = device
         self._stats = stats
         self._expected_tokens = 0
@@ -104,9 +107,35 @@ class HeldTokens:
         return self._ledgers[layer_idx].tokens
 
     def lengths(self) -> list[int]:
-        """Return the tokens that each layer holds."""
+        """Return the tokens that each layer holds.
+
+        Raises:
+            CacheStateError: the cache was closed, or a change of it was interrupted.
+        """
         self._check_open()
+        if self.interrupted:
+            raise CacheStateError(
+                "a change of this cache was interrupted, so its layers may no longer hold the same "
+                "tokens; call reset() on it or use a new cache"
+            )
         return [ledger.tokens for ledger in self._ledgers]
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether a change has begun and not ended, so that only closing is left to do."""
+        return self.half_done or any(ledger.half_done for ledger in self._ledgers)
+
+    @contextlib.contextmanager
+    def changing(self) -> Iterator[None]:
+        """Mark the engine as half done until the `with` statement ends well."""
+        before, self.half_done = self.half_done, True
+        yield
+        self.half_done = before
+
+    def missing_bytes(self, tokens: int) -> int:
+        """Return the bytes of host memory to be added for layers to hold `tokens` tokens."""
+        missing = [(ledger, ledger.missing_tokens(tokens)) for ledger in self._full]
+        return sum([ledger.geometry.num_bytes(more) for ledger, more in missing if more])
 
     def expect(self, tokens: int) -> int:
         """State that layers will come to hold `tokens` tokens; memory is reserved when they do.
@@ -115,8 +144,7 @@ class HeldTokens:
             The bytes of host memory that this adds to what is held.
         """
         self._expected_tokens = max(self._expected_tokens, tokens)
-        missing = [(ledger, ledger.missing_tokens(tokens)) for ledger in self._full]
-        return sum([ledger.geometry.num_bytes(more) for ledger, more in missing if more])
+        return self.missing_bytes(tokens)
 
     def append(self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Keep tokens that were computed elsewhere, without attending to anything.
@@ -194,9 +222,7 @@ class HeldTokens:
         Raises:
             MemoryPlanError: the host memory cannot be had; close this engine then.
         """
-        for ledger in other._full:
-            other._keeper.flush(ledger)
-        other._come_to_rest()
+        other._bring_home()
         for ledger, source in zip(self._ledgers, other._ledgers, strict=True):
             if source.window_tokens is None:
                 ledger.share(source)
@@ -236,26 +262,26 @@ class HeldTokens:
         """Make row `i` of a layer what row `rows[i]` was, for as many rows as the plan has."""
         self._check_open()
         assert len(rows) == self.plan.batch
-        if list(rows) == list(range(self.plan.batch)):
-            return
         ledger = self._ledgers[layer_idx]
         if ledger.window_tokens is not None:
             self._windows.select(ledger, rows)
             return
         self._come_to_rest()
-        self._keeper.select(ledger, rows)
-        ledger.select_host(rows)
+        with self.changing():
+            self._keeper.select(ledger, rows)
+            ledger.select_host(rows)
 
     def select_all(self, rows: Sequence[int], plan: Plan) -> None:
         """Make row `i` of every layer what row `rows[i]` was, under a plan for that many rows."""
         self._bring_home()
-        for ledger in self._full:
-            ledger.drop_device()
-            ledger.select_host(rows)
-        for ledger in self._ledgers:
-            if ledger.window_tokens is not None:
-                self._windows.select(ledger, rows)
-        self._rebuild(plan)
+        with self.changing():
+            for ledger in self._full:
+                ledger.drop_device()
+                ledger.select_host(rows)
+            for ledger in self._ledgers:
+                if ledger.window_tokens is not None:
+                    self._windows.select(ledger, rows)
+            self._rebuild(plan)
 
     def replan(self, plan: Plan) -> None:
         """Go on under another plan for as many rows, with what it keeps on the device."""
@@ -268,7 +294,7 @@ class HeldTokens:
 
     def _bring_home(self) -> None:
         """Have the host hold every token of the layers without a window, at rest."""
-        self._check_open()
+        self.lengths()  # refuses what was interrupted
         for ledger in self._full:
             self._keeper.flush(ledger)
         self._come_to_rest()
@@ -309,6 +335,7 @@ class HeldTokens:
         for ledger in self._ledgers:
             ledger.clear()
         self._expected_tokens = 0
+        self.half_done = False
 
     def close(self) -> None:
         """Free all memory, once no copy touches it any more; may be called again.

@@ -199,6 +199,8 @@ class PagedKeeper:
                 self._wait_ready(extent.piece)
                 self._device.compute.writes(extent.piece.memory, "row selection")
                 copy_rows(extent, extent, torch.tensor(rows, device=extent.whole.keys.device))
+                # Compute may be another thread's stream when the tokens are read or sent.
+                extent.piece.ready = self._device.compute.record()
 
     def _append(self, ledger: Ledger, new: KV) -> None:
         """Put tokens into the tail: behind the residents while it is there and all of them fit."""
@@ -237,10 +239,12 @@ class PagedKeeper:
     def _send_page(self, ledger: Ledger, page: Extent, pages: list[Piece]) -> None:
         """Send a page home and turn to the other; keep what may be resident on the way."""
         tile = page.tile(page.start, page.end)
+        ledger.half_done = True
         page.piece.free = self._send(ledger, tile)
         self._make_resident(ledger, tile)
         ledger.end_tail()
         pages.append(pages.pop(0))
+        ledger.half_done = False
 
     def _make_resident(self, ledger: Ledger, tile: Tile) -> None:
         """Keep those of some tokens on the device that follow the residents and fit."""
@@ -259,7 +263,9 @@ class PagedKeeper:
         """
         resident = ledger.resident
         if resident is not None and resident.tokens > ledger.host_tokens:
+            ledger.half_done = True
             self._send(ledger, resident.tile(ledger.host_tokens, resident.tokens))
+            ledger.half_done = False
 
     def _send(self, ledger: Ledger, tile: Tile) -> Event:
         """Send tokens that compute wrote to the host's end, on copy-out.
@@ -269,6 +275,8 @@ class PagedKeeper:
         """
         copy_out, source = self._device.copy_out, tile.kv
         copy_out.wait(self._device.compute.record(), Edge.PAGE_WRITTEN)
+        if tile.piece.ready is not None:
+            copy_out.wait(tile.piece.ready, Edge.PAGE_WRITTEN)
         targets = ledger.extend_host(tile.tokens)
         for target in targets:
             first = target.start - tile.start

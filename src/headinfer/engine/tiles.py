@@ -187,7 +187,7 @@ class PrefetchedTiles:
     ) -> None:
         self._device = device
         self._layers = layers
-        self._free = collections.deque(buffers)
+        self._buffers = tuple(buffers)
         self._tile_heads = tile_heads
         self._tile_tokens = tile_tokens
         self._stats = stats
@@ -198,8 +198,8 @@ class PrefetchedTiles:
     def _restart(self, layer_idx: int) -> None:
         """Begin a new order at `layer_idx`; fills in flight stay in copy-in's order."""
         self._take_back()
-        self._free.extend(fetched.buffer for fetched in self._fetched)
         self._fetched.clear()
+        self._free = collections.deque(self._buffers)  # also one that Ctrl-C left half fetched
         self._first_layer = layer_idx
         self._begun = False  # whether the turn began and did not end: it failed
         self._turn = 0  # the turn being attended, or next to be

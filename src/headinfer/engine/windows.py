@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from headinfer.device.base import Device
+from headinfer.device.base import Device, Edge
 from headinfer.errors import CacheStateError
 from headinfer.kv.extent import Extent, Piece, Tile
 from headinfer.kv.ledger import Ledger, copy_rows
@@ -42,6 +42,7 @@ class WindowKeeper:
             All in one piece, valid on compute until the next tokens are taken.
         """
         tail = ledger.tail or self._begin(ledger)
+        self._wait_ready(tail.piece)
         low = max(tail.end - ledger.past_tokens, tail.start)
         self._state(tail.piece, writes=False)
         if new.tokens <= self._page_tokens:
@@ -74,22 +75,31 @@ class WindowKeeper:
         old, tail = ledger.geometry, ledger.tail
         geometry = Geometry(len(rows), old.kv_heads, old.key_dim, old.value_dim, old.dtype)
         if tail is None:
-            ledger.geometry = geometry
+            ledger.select_window(geometry, None)
             return
         piece = tail.piece if geometry == old else self._piece(geometry, tail.capacity)
         self._state(piece, writes=True)
         target = Extent(piece, geometry, tail.capacity, tail.start)
         copy_rows(tail, target, torch.tensor(rows, device=tail.whole.keys.device))
-        ledger.geometry = geometry
-        ledger.replace_tail(target, tail.tokens)
+        ledger.select_window(geometry, target)
+        if not self._device.tiles_are_views:
+            # Compute may be another thread's stream when they are read.
+            piece.ready = self._device.compute.record()
 
     def copy(self, source: Ledger, target: Ledger) -> None:
         """Let an empty ledger of the same geometry hold what another one does."""
         assert source.tail is not None
+        self._wait_ready(source.tail.piece)
         tail = self._begin(target)
         target.restart_tail(source.tail.start)
         self._state(source.tail.piece, writes=False)
         self._append(target, tail, source.tail.tile(source.tail.start, source.tail.end).kv)
+
+    def _wait_ready(self, piece: Piece) -> None:
+        """Hold compute until rows that were selected elsewhere are there."""
+        if piece.ready is not None:
+            self._device.compute.wait(piece.ready, Edge.TILE_FILLED)
+            piece.ready = None
 
     def _state(self, piece: Piece, *, writes: bool) -> None:
         """State what compute does with a window, where that is checked."""

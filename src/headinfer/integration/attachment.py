@@ -14,6 +14,7 @@ from typing import Any, cast
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from headinfer.engine.ending import uninterrupted
 from headinfer.errors import CacheStateError, UnsupportedModelError
 from headinfer.integration.attention import AttentionFunctions
 from headinfer.integration.cache import OffloadedCache
@@ -72,10 +73,15 @@ class Attachment:
         unregister = weakref.finalize(self, self.functions.unregister)
         unregister.atexit = False
         self._restore.append(unregister)
-        self._restore.append(SwappedConfigs(self._model, self.functions.name).restore)
-        self._restore.append(InstanceForward(self._model, self._serve, _MARK).remove)
-        self._model.__dict__[_MARK] = self._owner
+        # What undoes a step is noted before the step, for that may be interrupted half-way.
+        configs = SwappedConfigs(self._model, self.functions.name)
+        self._restore.append(configs.restore)
+        configs.swap()
+        forward = InstanceForward(self._model, self._serve, _MARK)
+        self._restore.append(forward.remove)
+        forward.install()
         self._restore.append(lambda: self._model.__dict__.pop(_MARK, None))
+        self._model.__dict__[_MARK] = self._owner
 
     def remove(self) -> None:
         """Leave the model as it was, once the calls of other threads are through.
@@ -134,13 +140,18 @@ class Attachment:
         call = ServedCall(
             self._owner, self._chunking, forward, cache, shape, rotary_modules=self._rotary_modules
         )
-        self._calls.append(call)
         try:
+            self._calls.append(call)
             output = forward(**call.begin(arguments))
             self.functions.check_none_pending()
             return call.end(output)
         finally:
-            call.leave()
+            uninterrupted(lambda: self._leave(call))
+
+    def _leave(self, call: ServedCall) -> None:
+        """Forget a call, however it ended; may be called again."""
+        call.leave()
+        if call in self._calls:
             self._calls.remove(call)
 
     def _cache_of(self, arguments: dict[str, Any]) -> OffloadedCache | None:

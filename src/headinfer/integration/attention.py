@@ -128,7 +128,7 @@ class AttentionFunctions:
         q_offset: int = 0,
         kv_offset: int = 0,
         mask_function: Callable[..., torch.Tensor] = causal_mask_function,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | Visible | None = None,
         local_size: int | None = None,
         allow_is_causal_skip: bool = True,
         use_vmap: bool = False,
@@ -199,7 +199,8 @@ class AttentionFunctions:
         grouped = query.unflatten(1, (kv_heads, query_heads // kv_heads))
         sinks = None if s_aux is None else s_aux.unflatten(0, (kv_heads, -1))
         window_tokens, padding = None, None
-        if attention_mask is not None or sliding_window is not None:
+        kept = None if pending is None else pending.window_tokens
+        if attention_mask is not None or sliding_window is not None or kept is not None:
             _check_visible(module, attention_mask, sliding_window, query, key, pending)
             if attention_mask is not None:
                 window_tokens, padding = attention_mask.window_tokens, attention_mask.padding
@@ -324,11 +325,17 @@ def _check_visible(
             f"{name} passes a sliding window of {sliding_window} to its attention, but its mask "
             f"has {has}: not served"
         )
+    if visible is not None and visible.fault is not None:
+        raise UnsupportedModelError(f"the mask of {name} {visible.fault}: not served")
+    if window is None and pending is not None and pending.window_tokens is not None:
+        held = pending.engine.tokens(pending.layer_idx)
+        if held >= pending.window_tokens:  # until then its cache layer has all of them
+            raise UnsupportedModelError(
+                f"the mask of {name} shows all of {held} tokens, but its cache layer keeps "
+                f"{pending.window_tokens - 1}: not served"
+            )
     if visible is None:
         return
-    if visible.fault is not None:
-        raise UnsupportedModelError(f"the mask of {name} {visible.fault}: not served")
-    # A window that the mask does not have keeps all tokens at first; the mask tells when no more.
     if pending is not None and window is not None and window != pending.window_tokens:
         raise UnsupportedModelError(
             f"the mask of {name} shows {window} tokens, but its cache layer is for "

@@ -64,20 +64,20 @@ class OffloadedCache(DynamicCache):
             CacheStateError: the call before was interrupted half-way, so that some layers hold
                 tokens which others lack.
         """
-        self._check_whole()
-        self._lengths_before = self._lengths()
+        self._lengths_before = self._check_whole()
 
-    def _check_whole(self) -> None:
-        """Refuse a cache whose last call was interrupted half-way."""
-        if self._lengths_before is None:
-            return
+    def _check_whole(self) -> list[int]:
+        """Return the tokens of each layer; refuse a cache whose last call stopped half-way."""
         lengths = self._lengths()
+        if self._lengths_before is None:
+            return lengths
         stateful = len(lengths) < len(self.layers)  # linear attention: nothing tells it advanced
         if stateful or self._lengths_before != lengths:
             raise CacheStateError(
                 "a call of the model with this cache was interrupted, so its layers no longer hold "
                 "the same tokens; call reset() on it or use a new cache"
             )
+        return lengths
 
     def end_call(self) -> None:
         """Note that the call went through all layers."""
@@ -85,15 +85,30 @@ class OffloadedCache(DynamicCache):
 
     @in_turn
     def reset(self) -> None:
-        """Forget all tokens."""
-        self._lengths_before = None
+        """Forget all tokens.
+
+        Raises:
+            Exception: what the host's attention failed with, and nobody heard of; after all else.
+        """
+        self.state.check_open()
+        engine = self.state.engine
+        interrupted = engine is not None and engine.interrupted
+        if engine is not None:
+            engine.half_done = True  # until `clear` is done
         # Made anew, because older transformers zero a window and then go on behind the zeros.
         fresh = DynamicCache(config=self._config).layers
         for position, layer in enumerate(self.layers):
-            if isinstance(layer, OffloadedLayer):
-                layer.reset()
-            else:
+            if not isinstance(layer, OffloadedLayer):
                 self.layers[position] = fresh[position]
+        for layer in self._offloaded_layers():
+            layer.is_initialized = False
+        try:
+            if interrupted:
+                self.state.drop_engine()
+            elif engine is not None:
+                engine.clear()
+        finally:
+            self._lengths_before = None
 
     @in_turn
     def crop(self, tokens_to_remove: int) -> None:
@@ -110,8 +125,11 @@ class OffloadedCache(DynamicCache):
         # Those that may refuse come first, so that nothing has changed then.
         for layer in self._offloaded_layers():
             layer.check_crop(tokens_to_remove)
-        for layer in (*self._own_layers(), *self._offloaded_layers()):
+        for layer in self._own_layers():
             layer.crop(tokens_to_remove)
+        with self.state.changing():
+            for layer in self._offloaded_layers():
+                layer.crop(tokens_to_remove)
 
     @in_turn
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -169,15 +187,15 @@ class OffloadedCache(DynamicCache):
         if numbers == list(range(self._batch() or 0)):
             return
         engine = self.state.engine
-        if engine is not None and len(numbers) == engine.plan.batch:
-            for layer in self._offloaded_layers():
-                layer.select(numbers)
-        else:
+        in_place = engine is not None and len(numbers) == engine.plan.batch
+        if not in_place:
             self.state.select_rows(numbers)
-        for layer in self._own_layers():
-            layer.reorder_cache(
-                rows
-            )  # takes any number of rows, and layers of states have no other
+        with self.state.changing():
+            if in_place:
+                for layer in self._offloaded_layers():
+                    layer.select(numbers)
+            for layer in self._own_layers():
+                layer.reorder_cache(rows)  # of any number; layers of states have no other method
 
     def _own_layers(self) -> list[Any]:
         return [layer for layer in self.layers if not isinstance(layer, OffloadedLayer)]
@@ -189,8 +207,8 @@ class OffloadedCache(DynamicCache):
     def __deepcopy__(self, memo: dict[int, Any]) -> "OffloadedCache":
         """Return a second cache of the same attachment that holds the same tokens.
 
-        It takes as much host memory as this one, and device memory as any new cache does; both
-        count in what is allowed.
+        It takes device memory as any new cache does, and shares host memory until one of the two
+        changes what both hold; both count in full in what is allowed.
 
         Raises:
             CacheStateError: it was closed, the model was detached, or a call was interrupted.

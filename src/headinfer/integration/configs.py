@@ -27,7 +27,7 @@ class AttachedName(str):
 
 
 class SwappedConfigs:
-    """Copies of a model's configs in place of its own, until `restore`.
+    """Copies of a model's configs in place of its own, from `swap` until `restore`.
 
     Other models that share the configs do not notice. What was made from a copy meanwhile goes on
     with the attention the model had, once that is restored.
@@ -39,6 +39,7 @@ class SwappedConfigs:
 
     def __init__(self, model: PreTrainedModel, name: str) -> None:
         copies: dict[int, Any] = {}
+        self._copies = copies
         config = copy.deepcopy(model.config, copies)
         self._modules = [
             (module, original)
@@ -47,10 +48,14 @@ class SwappedConfigs:
         ]
         decoder = config.get_text_config(decoder=True)
         self._named = [(part, part._attn_implementation) for part in _with_parts(decoder)]
+        self._name = name
+
+    def swap(self) -> None:
+        """Give the modules the copies, which name our attention."""
         for part, original in self._named:  # a config before its parts, to which it passes names on
-            part._attn_implementation = AttachedName(name, original)
+            part._attn_implementation = AttachedName(self._name, original)
         for module, original in self._modules:
-            module.config = copies[id(original)]
+            module.config = self._copies[id(original)]
 
     def restore(self) -> None:
         """Give the modules their configs back, and the copies the attention they had."""
@@ -58,7 +63,7 @@ class SwappedConfigs:
             module.config = original
         for part, original in self._named:
             part._attn_implementation = original
-        self._modules, self._named = [], []
+        self._modules, self._named, self._copies = [], [], {}
 
 
 def _with_parts(config: Any) -> list[Any]:

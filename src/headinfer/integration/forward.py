@@ -36,8 +36,11 @@ class InstanceForward:
         # For whoever reads the signature, as `generate` does. Its `__dict__` is not ours: what
         # torch.compile notes there would have our code skipped.
         functools.update_wrapper(self, self.inner, updated=())
-        model.forward = self
-        model.__dict__["__reduce_ex__"] = self._reduce_model
+
+    def install(self) -> None:
+        """Take the place of the instance's `forward`."""
+        self._model.forward = self
+        self._model.__dict__["__reduce_ex__"] = self._reduce_model
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Have the call served, or pass it on once removed."""

@@ -240,6 +240,12 @@ class WindowLayer(OffloadedLayer):
         """Note that drafts may come."""
         self.record_past = True
 
+    def copy_form_of(self, other: OffloadedLayer) -> None:
+        """Be initialised as another window is, whose tokens are here already."""
+        super().copy_form_of(other)
+        assert isinstance(other, WindowLayer)
+        self.record_past = other.record_past
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return the keys a mask covers and the first of them."""
         tokens = self.get_seq_length()

@@ -7,7 +7,8 @@ last, and what comes out for it is cut off. The module then chooses, and remembe
 in one pass, whatever its own code does with the length.
 """
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -53,17 +54,22 @@ def last_position(arguments: dict[str, Any], past_tokens: int, new_tokens: int) 
 
 
 class WholeCallPositions:
-    """A call's last position, seen by rotary modules in each of its chunks, until `remove`.
+    """A call's last position, seen by rotary modules in each of its chunks.
+
+    From `install` until `remove`, but while it is `suspended`.
 
     Args:
-        modules: what `rotary_modules_by_length` returned.
         last: what `last_position` returned.
     """
 
-    def __init__(self, modules: list[torch.nn.Module], last: int) -> None:
+    def __init__(self, last: int) -> None:
         self._last = last
+        self._suspended = False
         self._ends: list[torch.Tensor] = []  # read at the end alone: reading waits for the device
         self._remove: list[Callable[[], None]] = []
+
+    def install(self, modules: list[torch.nn.Module]) -> None:
+        """Let some modules, those of `rotary_modules_by_length`, see the position."""
         for module in modules:
             for handle in (
                 module.register_forward_pre_hook(self._extend, with_kwargs=True),
@@ -71,9 +77,20 @@ class WholeCallPositions:
             ):
                 self._remove.append(handle.remove)
 
+    @contextlib.contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Let the modules see what they are given, inside the `with` statement."""
+        self._suspended = True
+        try:
+            yield
+        finally:
+            self._suspended = False
+
     def _extend(
         self, _module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if self._suspended:
+            return None
         in_args = "position_ids" not in kwargs
         positions = args[1] if in_args else kwargs["position_ids"]
         self._ends.append(positions.max())
@@ -83,8 +100,9 @@ class WholeCallPositions:
             return (args[0], positions, *args[2:]), kwargs
         return args, kwargs | {"position_ids": positions}
 
-    @staticmethod
-    def _cut(_module: torch.nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
+    def _cut(self, _module: torch.nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
+        if self._suspended:
+            return None
         if isinstance(output, torch.Tensor):
             return output[..., :-1, :]
         return tuple(part[..., :-1, :] for part in output)
@@ -106,4 +124,5 @@ class WholeCallPositions:
     def remove(self) -> None:
         """Leave the modules as they were; may be called again."""
         while self._remove:
-            self._remove.pop()()
+            self._remove[-1]()  # each may be called again, if this is interrupted
+            self._remove.pop()

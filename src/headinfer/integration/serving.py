@@ -94,7 +94,8 @@ class ServedCall:
             arguments = self._chunking.with_positions(arguments, past_tokens)
             if self._rotary_modules:
                 last = last_position(arguments, past_tokens, self._new_tokens)
-                self._positions = WholeCallPositions(self._rotary_modules, last)
+                self._positions = WholeCallPositions(last)
+                self._positions.install(self._rotary_modules)
             arguments, self._logits = run_leading_chunks(
                 self._forward, arguments, chunk_tokens, past_tokens, self._after_chunk
             )
@@ -116,6 +117,7 @@ class ServedCall:
     def end(self, output: Any) -> Any:
         """Count the call, and join the logits of its chunks."""
         if self._positions is not None:
+            self._positions.remove()
             self._positions.check()
         self._report_chunks(self._new_tokens, begun=0)
         self._owner.finish_compute()
@@ -143,7 +145,11 @@ class ServedCall:
     def _after_chunk(self, done_tokens: int, all_tokens: int) -> None:
         self._chunks.append((self._owner.mark_compute(), done_tokens))
         # The next chunk is begun while the device computes this one, so that it never waits.
-        self._report_chunks(all_tokens, begun=1)
+        if self._positions is None:
+            self._report_chunks(all_tokens, begun=1)
+        else:
+            with self._positions.suspended():  # who hears of progress may call the model
+                self._report_chunks(all_tokens, begun=1)
 
     def _report_chunks(self, all_tokens: int, *, begun: int) -> None:
         """Report and forget the chunks that are done, waiting for all but the newest `begun`."""

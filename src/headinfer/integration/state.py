@@ -1,5 +1,6 @@
 """What is behind a cache's offloaded layers: one engine, made when the first tokens come."""
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -87,14 +88,20 @@ class OffloadedState:
         max_tokens: tokens to reserve host memory for; None to go by the prompts.
     """
 
+    engine: Engine | None = None  # also where `__init__` was interrupted
+
     def __init__(self, host: CacheHost, max_tokens: int | None) -> None:
         self.host = host
         self.functions = host.functions
         self.turns = host.functions.turns
-        self.engine: Engine | None = None
         self.closed = False
         self.max_tokens = max_tokens
+        self._call = 1, 0  # rows and new tokens of the call that was last prepared for
         self._computed_dtype: torch.dtype | None = None  # where keys are not of the model's dtype
+
+    def changing(self) -> contextlib.AbstractContextManager[None]:
+        """Mark the cache as half done until a change of several layers has ended well."""
+        return contextlib.nullcontext() if self.engine is None else self.engine.changing()
 
     def check_open(self) -> None:
         """Refuse a cache that was closed, or whose model was detached.
@@ -135,19 +142,20 @@ class OffloadedState:
             MemoryPlanError: the device or the host memory is too small.
         """
         self.check_open()
+        self._call = batch, new_tokens
         held = self.tokens(0)
         wanted = max(held + new_tokens, self.max_tokens or 0)
         dtype, engine = self.host.kv_dtype(self._computed_dtype), self.engine
         if engine is not None and (engine.plan.batch, engine.dtype) != (batch, dtype):
             if held:
                 raise CacheStateError(_unlike(engine, batch, dtype))
-            self.engine = None
-            engine.close()
+            self.drop_engine()
         if self.engine is None:
             self.engine = self._new_engine(batch, wanted, dtype, "the KV cache")
             return
-        if (more := self.engine.expect(wanted)) > 0:
+        if (more := self.engine.missing_bytes(wanted)) > 0:
             self._check_host(more, wanted, self.engine.plan)
+        self.engine.expect(wanted)
         if _outgrows(self.engine.plan, wanted):
             plan = self.host.plan_for(batch, _with_growth(wanted), replacing=self.engine)
             self.engine.replan(plan)
@@ -181,7 +189,7 @@ class OffloadedState:
         assert self.engine is not None
         if keys.dtype != self.engine.dtype and not self.tokens(0):
             self._computed_dtype = keys.dtype  # under autocast it may be just the same
-            self.prepare(keys.shape[0], keys.shape[2])
+            self.prepare(*self._call)
         self.functions.expect(Pending(self.engine, layer_idx, keys, values, window_tokens))
         return keys, values
 
@@ -211,7 +219,10 @@ class OffloadedState:
 
     @in_turn
     def copy_from(self, other: "OffloadedState") -> None:
-        """Hold what another cache of the same attachment holds, in memory of its own.
+        """Hold what another cache of the same attachment holds.
+
+        Host memory is shared until one of the two changes what both hold; room is made sure of for
+        the time when all of it was changed.
 
         Raises:
             CacheStateError: the other was closed, or its newest tokens were not attended yet.
@@ -245,8 +256,6 @@ class OffloadedState:
         """Make row `i` of every layer what row `rows[i]` was; the number of rows may change."""
         self.check_open()
         if self.engine is not None and self.tokens(0):
-            if list(rows) == list(range(self.engine.plan.batch)):
-                return
             tokens = max(self.tokens(0), self.max_tokens or 0)
             plan = self.host.plan_for(len(rows), tokens, replacing=self.engine)
             more = plan.kv_host_bytes(tokens) - self.engine.host_kv_bytes
@@ -257,9 +266,13 @@ class OffloadedState:
     def close(self) -> None:
         """Free all memory; the cache cannot be used any more."""
         self.closed = True
-        if self.engine is not None:
-            self.engine.close()
-            self.engine = None
+        self.drop_engine()
+
+    def drop_engine(self) -> None:
+        """Close the engine, if there is one; another is made when tokens come."""
+        engine, self.engine = self.engine, None
+        if engine is not None:
+            engine.close()
 
     def __del__(self) -> None:
         """Let the engine die in a turn: its last work is done on streams that all caches share."""

@@ -37,6 +37,11 @@ class Visible:
     padding: Padding | None
     fault: str | None
 
+    @property
+    def ndim(self) -> int:
+        """Axes of the mask it stands for: some models pass a mask on to have it made once more."""
+        return 4
+
 
 def visible(
     q_length: int,
@@ -44,7 +49,7 @@ def visible(
     q_offset: int,
     kv_offset: int,
     mask_function: Callable[..., torch.Tensor],
-    attention_mask: torch.Tensor | None,
+    attention_mask: "torch.Tensor | Visible | None",
     window_tokens: int | None,
 ) -> Visible | None:
     """Return what a mask shows; None when that is everything up to the query itself.
@@ -55,7 +60,8 @@ def visible(
         q_offset: position of the first query.
         kv_offset: position of the first key.
         mask_function: tells whether a position sees another.
-        attention_mask: 2-D, of all tokens, or None.
+        attention_mask: 2-D, of all tokens; or what was made for the same queries and keys before;
+            or None.
         window_tokens: the window that the mask function is said to have, or None.
 
     Raises:
@@ -70,6 +76,15 @@ def visible(
             "this model's attention mask is more than causal, windowed and padded: not served"
         )
     padding = None
+    if isinstance(attention_mask, Visible):
+        made = attention_mask
+        given = (made.q_len, made.kv_len, made.window_tokens)
+        if given != (q_length, kv_length, window_tokens):
+            raise UnsupportedModelError(
+                "this model makes an attention mask of another one, which is for other tokens: not "
+                "served"
+            )
+        return made
     if attention_mask is not None:
         if attention_mask.ndim != 2 or attention_mask.shape[1] < kv_offset + kv_length:
             raise UnsupportedModelError(

@@ -114,10 +114,11 @@ class Extent:
 
         That one has no memory for more.
         """
-        other = copy.copy(self)
+        other, piece = copy.copy(self), self.piece
         other.capacity = self.tokens
-        self.piece.holders += 1
-        self.piece.shared_tokens = max(self.piece.shared_tokens, self.tokens)
+        before = piece.shared_tokens if piece.holders > 1 else 0
+        piece.shared_tokens = max(before, self.tokens)
+        piece.holders += 1
         return other
 
     @property

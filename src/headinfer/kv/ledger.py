@@ -32,7 +32,7 @@ class Ledger:
             tokens lie in the tail, and older ones than are seen may be forgotten.
 
     Attributes:
-        geometry: as given; its batch follows `select`.
+        geometry: as given; its batch follows the selection of rows.
         window_tokens: as given.
         host_tokens: tokens that the host holds: those from 0 to before it.
         resident: the oldest tokens on the device; None where none are kept there.
@@ -40,6 +40,8 @@ class Ledger:
             are none, or they are resident.
         host_share: share of the tokens that are not resident, the newest ones, which the host
             attends where they lie.
+        half_done: whether a change of where tokens lie has begun and not ended, as after Ctrl-C:
+            what the ledger says may not be so.
         version: changes with what the host holds, so that tiles fetched ahead can be told stale.
     """
 
@@ -52,6 +54,7 @@ class Ledger:
         self.resident: Extent | None = None
         self.tail: Extent | None = None
         self.host_share = 0.0
+        self.half_done = False
         self.version = 0
         self._place = place
         self._host: list[Extent] = []
@@ -93,13 +96,22 @@ class Ledger:
 
     @property
     def host_bytes(self) -> int:
-        """Bytes of host memory held, each piece counted by its share among those who hold it."""
-        return sum([part.piece.memory.numel() // part.piece.holders for part in self._host])
+        """Bytes of host memory held; what is shared counts in full, as it may have to be copied."""
+        return sum([part.piece.memory.numel() for part in self._host])
 
     @property
     def unwritten_bytes(self) -> int:
-        """Bytes of those that were reserved and never written."""
-        return max(self.host_bytes - self.geometry.num_bytes(self._written_tokens), 0)
+        """Bytes of those that this ledger may still take of what the system calls available.
+
+        These were reserved and never written, or are shared.
+        """
+        shared = [
+            part.piece.memory.numel() * (part.piece.holders - 1) // part.piece.holders
+            for part in self._host
+            if part.piece.holders > 1
+        ]
+        unwritten = self.host_bytes - self.geometry.num_bytes(self._written_tokens)
+        return max(unwritten, 0) + sum(shared)
 
     @property
     def visible_tokens(self) -> int:
@@ -151,6 +163,17 @@ class Ledger:
             start = self._host[-1].limit if self._host else 0
             self._host.append(self._place.take(self.geometry, missing, start))
 
+    def select_window(self, geometry: Geometry, target: Extent | None) -> None:
+        """Go on with other rows of a window's tokens.
+
+        Args:
+            geometry: of these rows.
+            target: has them; None where there are no tokens.
+        """
+        if target is not None and self.tail is not None:
+            target.tokens = self.tail.tokens
+        self.geometry, self.tail = geometry, target
+
     def extend_host(self, tokens: int) -> list[Tile]:
         """Lengthen what the host holds; return where the tokens must be written, in order."""
         start, end = self.host_tokens, self.host_tokens + tokens
@@ -171,9 +194,8 @@ class Ledger:
             if shared and extent.limit > tokens:
                 extent.capacity = kept_tokens
                 kept = position + (extent.capacity > 0)
-                for given_up in self._host[kept:]:
-                    self._place.give_back(given_up)
-                del self._host[kept:]
+                while len(self._host) > kept:
+                    self._place.give_back(self._host.pop())
                 return
 
     def keep_residents(self, piece: Piece, capacity: int) -> None:
@@ -185,11 +207,6 @@ class Ledger:
         assert self.tail is None
         self.tail = Extent(piece, self.geometry, capacity, self.tokens)
         return self.tail
-
-    def replace_tail(self, extent: Extent, tokens: int) -> None:
-        """Take another extent for the tail, of which `tokens` tokens were written."""
-        extent.tokens = tokens
-        self.tail = extent
 
     def restart_tail(self, start: int) -> None:
         """Empty the tail, and have it begin with token `start`; the tokens before are forgotten."""
@@ -244,10 +261,10 @@ class Ledger:
                 target.tokens = source.tokens
                 self._place.access(target, write=True, purpose="row selection")
             copy_rows(source, target, index)
+            self._host[position] = target
             if not in_place:
                 self._place.give_back(source)
                 self._written_tokens = self.host_tokens
-            self._host[position] = target
         self.version += 1
 
     def share(self, other: "Ledger") -> None:
@@ -264,13 +281,13 @@ class Ledger:
 
     def clear(self) -> None:
         """Forget all tokens and give back all host memory; device memory stays."""
-        for extent in self._host:
-            self._place.give_back(extent)
-        self._host.clear()
+        while self._host:  # forgotten first: given back twice, others would lose it
+            self._place.give_back(self._host.pop())
         self.host_tokens = self._written_tokens = 0
         self.tail = None
         if self.resident is not None:
             self.resident.tokens = 0
+        self.half_done = False
         self.version += 1
 
 
