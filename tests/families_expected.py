@@ -57,7 +57,7 @@ VideoLlavaForConditionalGeneration VipLlavaForConditionalGeneration VoxtralForCo
 XLMRobertaForCausalLM XLMRobertaXLForCausalLM XmodForCausalLM
 """
 
-# what the README says is refused: (what the message says, who is refused so)
+# what docs/architecture.md says is refused: (what the message says, who is refused so)
 REFUSED = {
     "encoder-decoders": (
         r"is an encoder-decoder",

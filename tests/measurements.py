@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from headinfer.device.identity import identity
 from headinfer.plan.measurement import NO_GPU, Identity, Measurement, Quantity, Rate
 
 
@@ -55,6 +56,12 @@ WITH_GPU = replace(
         rate(Quantity.HOST_SHARED, 18e9),
     ),
 )
+
+
+def measured_here(measurement: Measurement) -> Measurement:
+    """The same as if this machine's processor had been measured."""
+    here = replace(identity("cpu"), gpu=measurement.identity.gpu)
+    return replace(measurement, identity=here)
 
 
 def failing(measurement: Measurement, quantity: Quantity) -> Measurement:

@@ -15,8 +15,6 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 import headinfer
-from headinfer.integration.calls import cache_name
-from tiny_models import shared_model
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -106,8 +104,6 @@ def test_readme_is_short_and_its_example_runs() -> None:
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) < 150
     (example,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    # Before transformers 5.24 the cache has another name, as the example says.
-    example = example.replace("cache=cache", f"{cache_name(shared_model('llama3'))}=cache")
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(compile(example, "README.md", "exec"), {})

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -86,3 +87,16 @@ def test_counts_beyond_reason_are_refused() -> None:
 def test_small_sizes_without_a_unit_are_refused_with_a_hint(size: str | int) -> None:
     with pytest.raises(OptionError, match=f"did you mean '{str(size).strip()}GiB'"):
         parse_bytes(size)
+
+
+@pytest.mark.parametrize("value", [24e9, 4096.0, True, False, None, b"24GiB"])
+def test_what_is_neither_text_nor_an_integer_is_refused(value: object) -> None:
+    for parse in (parse_bytes, parse_tokens):
+        with pytest.raises(OptionError, match=r"must be .*not ") as refusal:
+            parse(value)  # type: ignore[arg-type]  # that is the mistake
+        assert ("; write " in str(refusal.value)) == isinstance(value, float)
+
+
+def test_integers_of_any_kind_are_taken() -> None:
+    assert parse_tokens(np.int64(4096)) == 4096  # type: ignore[arg-type]  # it is as good as one
+    assert parse_bytes(np.int64(2**30)) == 2**30  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from headinfer.device.make import make_device, warn_of_options_for_a_device
 from headinfer.device.simulated import SimulatedDevice
-from headinfer.errors import UnsupportedModelError
+from headinfer.errors import OptionError, UnsupportedModelError
 from headinfer.integration.attachment import owner_of
 from headinfer.integration.support import check_supported
 from headinfer.offload import Offload, PrefillProgress
@@ -39,8 +39,8 @@ def attach(
         device_memory: the most the model may use on the device, for example "24GiB": weights, KV,
             activations and CUDA itself; of more than is free on a GPU what is free, as with None.
             Elsewhere None is no limit.
-        host_memory: the most the KV caches may use in host memory; None for what is free, less what
-            the process, page tables and locked pages take. There is never more than that.
+        host_memory: the most the KV caches, and nothing else, may use in host memory; None for what
+            is free, less what the process, page tables and locked pages take. There is never more.
         chunk_tokens: tokens that pass through the model at once in prefill, for example "4K".
         tile_heads: KV heads of one tile: a number, "all" or "auto".
         tile_tokens: tokens of one tile: a count, "all" or "auto".
@@ -74,8 +74,11 @@ def attach(
         resident_tokens=resident_tokens,
         host_attention=host_attention,
     )
-    no_limit = host_memory is None or host_memory == "auto"
-    host_memory_bytes = None if no_limit else parse_bytes(host_memory or 0, "host_memory")
+    host_memory_bytes = None
+    if host_memory is not None and host_memory != "auto":
+        host_memory_bytes = parse_bytes(host_memory, "host_memory")
+    if progress is not None and not callable(progress):
+        raise OptionError(f"progress must be a function of two counts, not {progress!r}")
     check_supported(model)
     if owner_of(model) is not None:
         raise UnsupportedModelError(

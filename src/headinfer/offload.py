@@ -77,7 +77,7 @@ class Offload:
     def new_cache(self, max_tokens: int | str | None = None) -> OffloadedCache:
         """Return an empty cache to pass to `generate` or the model.
 
-        It is passed as `cache`, as `past_key_values` before transformers 5.24.
+        It is passed as `past_key_values` or, since transformers 5.24, as `cache`.
 
         It may be used again for the next turn of the same conversation; its memory is freed when it
         is closed or no longer referred to.

@@ -1,5 +1,6 @@
 """Sizes and token counts as people write them: GiB is 2**30 bytes, K tokens is 1024."""
 
+import operator
 import re
 from decimal import Decimal
 
@@ -25,6 +26,22 @@ def _parse(text: str, units: dict[str, int], what: str, example: str, of: str = 
     return int(Decimal(match[1].replace("_", "")) * factor)  # exact beyond 2**53
 
 
+def _integer(value: object) -> int | None:
+    """Return an integer of any kind; None for all else, also for True and False."""
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(value)  # type: ignore[arg-type]  # that is what is asked
+    except TypeError:
+        return None
+
+
+def _wrong_kind(value: object, of: str, wanted: str) -> OptionError:
+    whole = isinstance(value, float) and value.is_integer()
+    hint = f"; write {int(value)}" if isinstance(value, float) and whole else ""
+    return OptionError(f"{of}{wanted}, not {value!r}{hint}")
+
+
 def parse_bytes(size: str | int, name: str | None = None) -> int:
     """Return `size` in bytes.
 
@@ -34,11 +51,16 @@ def parse_bytes(size: str | int, name: str | None = None) -> int:
         name: of the option, for messages.
 
     Raises:
-        OptionError: the text is not a size, or the size is not positive or too small.
+        OptionError: the text is not a size, or the size is not positive or too small; or it is
+            neither text nor an integer.
     """
     of = "" if name is None else f"{name}: "
-    if isinstance(size, int):
-        size_bytes, without_unit = size, True
+    number_bytes = _integer(size)
+    if number_bytes is not None:
+        size_bytes, without_unit = number_bytes, True
+    elif not isinstance(size, str):
+        wanted = "a memory size must be text such as '24GiB', or an integer of bytes"
+        raise _wrong_kind(size, of, wanted)
     else:
         size_bytes = _parse(size, _BYTE_UNITS, "memory size", "24GiB", of)
         without_unit = size.strip()[-1].isdigit()
@@ -59,9 +81,14 @@ def parse_tokens(count: str | int) -> int:
         count: tokens as an integer, or text such as "128K", "1M" or "1_000_000".
 
     Raises:
-        OptionError: the text is not a count, or the count is not positive.
+        OptionError: the text is not a count, or the count is not positive; or it is neither text
+            nor an integer.
     """
-    tokens = count if isinstance(count, int) else _parse(count, _TOKEN_UNITS, "token count", "128K")
+    tokens = _integer(count)
+    if tokens is None and not isinstance(count, str):
+        raise _wrong_kind(count, "", "a token count must be an integer, or text such as '128K'")
+    if tokens is None:
+        tokens = _parse(str(count), _TOKEN_UNITS, "token count", "128K")
     if tokens <= 0:
         raise OptionError(f"a token count must be positive, not {count!r}")
     if tokens > _MAX_TOKENS:

@@ -290,7 +290,7 @@ def test_no_options_at_all(monkeypatch):
         ("--dtype int8", "--dtype must be one of"),
         ("--kv-heads 3", "multiple of --kv-heads"),
         ("--repeats 0", "--repeats must be at least 1"),
-        ("--tile-heads 0", "--tile-heads must be a positive number"),
+        ("--tile-heads 0", "--tile-heads must be a positive integer"),
         ("--json /no/such/folder/out.json", "no folder"),
     ],
 )

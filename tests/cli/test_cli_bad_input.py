@@ -47,6 +47,18 @@ OPTION_MISTAKES = {
     "yes and no": (("--do-sample", "--no-do-sample"), "--do-sample", "2 times"),
     "stdin twice": (("-f", "-", "-f", "-"), "--prompt-file -", "stdin"),
     "share above 1": (("--host-attention", "2"), "--host-attention", "from 0 to 1"),
+    "threads without end": (("--threads", "100000"), "--threads", "100000 is more than"),
+    "seed beyond 64 bits": (("--seed", "99999999999999999999999"), "--seed", "2**64 - 1"),
+    "seed far below 0": (("--seed", "-9223372036854775809"), "--seed", "-2**63"),
+    "endless temperature": (("--temperature", "inf"), "--temperature", "finite"),
+    "endless penalty": (("--repetition-penalty", "inf"), "--repetition-penalty", "finite"),
+    "length penalty that is no number": (
+        ("--num-beams", "2", "--length-penalty", "nan"),
+        "--length-penalty",
+        "finite",
+    ),
+    "share that is no number": (("--top-p", "nan"), "--top-p", "finite"),
+    "lookup by both names": (("--prompt-lookup", "3", "--prompt-lookup-num-tokens", "3"), "one"),
     "number of words": (("--top-k", "some"), "--top-k"),
 }
 

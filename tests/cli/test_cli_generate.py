@@ -51,6 +51,19 @@ def test_quiet_says_nothing(cli, llama, prompt):
     assert done.err == ""
 
 
+def test_warnings_of_the_library_are_notes(cli, llama, prompt):
+    args = ("generate", "--model", llama, "-p", prompt, *GREEDY, "--host-memory", "900TiB")
+    (note,) = (line for line in cli(*args).error_lines if "900" in line)
+    assert note.startswith("note: --host-memory 900.00 TiB is more than the ")
+    assert cli(*args, "--quiet").err == ""
+    (note,) = (
+        line
+        for line in cli(*args, "--device", "cpu", "--resident-tokens", "4K").error_lines
+        if "resident" in line
+    )
+    assert note.startswith("note: --resident-tokens 4096 has no effect on the CPU")
+
+
 def test_transformers_is_silent(process, llama, prompt):
     done = process("generate", "--model", llama, "-p", prompt, "-n", 3, "--quiet")
     assert done.code == 0

@@ -2,6 +2,9 @@
 
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 
 def test_help_names_the_verbs(cli):
@@ -25,7 +28,7 @@ def test_generate_help_has_every_option(cli, monkeypatch):
         "--device-memory", "--host-memory", "--chunk-tokens", "--tile-heads", "--tile-tokens",
         "--no-overlap", "--local-files-only", "--trust-remote-code", "--json", "--quiet",
         "--max-new-tokens", "--no-do-sample", "--temperature", "--top-k", "--top-p", "--min-p",
-        "--repetition-penalty", "--num-beams",
+        "--repetition-penalty", "--num-beams", "--prompt-lookup",
     ):  # fmt: skip
         assert f" {flag} " in text
 
@@ -82,3 +85,29 @@ def test_a_reader_that_goes_away_is_no_error(command, llama, prompt):
     )
     assert done.returncode == 1
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("verb", ["generate", "demo", "plan", "probe", "roofline"])
+def test_help_is_whole_on_narrow_terminals(cli, monkeypatch, verb):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert "…" not in cli(verb, "--help").out
+
+
+FULL = Path("/dev/full")
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="only Linux has /dev/full")
+@pytest.mark.parametrize(
+    "args",
+    [("plan",), ("plan", "--json"), ("roofline", "--json"), ("--version",), ("plan", "--help")],
+    ids=" ".join,
+)
+def test_a_full_disk_is_told_in_one_line(command, args):
+    environment = {name: value for name, value in command[1].items() if name != "PYTHONUNBUFFERED"}
+    with FULL.open("w") as full:
+        done = subprocess.run(
+            [*command[0], *args], env=environment, stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("headinfer: error: the output cannot be written: No space left")

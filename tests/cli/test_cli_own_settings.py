@@ -97,7 +97,7 @@ def test_beams_of_the_model_count_as_rows(cli, asking):
 
 
 def test_the_user_outranks_the_model(cli, asking, prompt, reference):
-    args = ("-p", prompt, *NUMBERS, "--prompt-lookup-num-tokens", 3)
+    args = ("-p", prompt, *NUMBERS, "--prompt-lookup", 3)
     done = cli("generate", "--model", asking(num_beams=2), *args)
     assert done.out == reference(prompt, max_new_tokens=12) + "\n"
     assert "num_beams=2 (" in done.err

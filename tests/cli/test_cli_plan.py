@@ -1,13 +1,15 @@
 """`headinfer plan`: what it prints, its JSON, its errors, and what it does not import."""
 
-import dataclasses
 import json
+import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
-from headinfer.plan.hardware import preset_hardware
+from headinfer.plan import measured
+from measurements import CPU_ONLY, WITH_GPU, measured_here
 
 ROW = [
     *("method", "tile_heads", "tile_tokens", "weights_bytes", "kv_device_bytes"),
@@ -143,7 +145,8 @@ def test_no_home_folder_is_needed(cli, monkeypatch, home) -> None:
     monkeypatch.setattr("pwd.getpwuid", unknown)
     for model in ("llama-3-8b", "demo"):
         done = cli("plan", "--model", model, "--context", "4K")
-        assert (done.code, done.err) == (0, "")
+        assert done.code == 0
+        assert all(line.startswith("note: the demo model") for line in done.error_lines)
         assert "not measured yet" in done.out
     done = cli("plan", "--model", "llama-3-8b", "--hardware", "this")
     assert done.code == 2
@@ -154,15 +157,8 @@ def test_no_home_folder_is_needed(cli, monkeypatch, home) -> None:
 
 
 @pytest.mark.parametrize("context", ["4K", "1M"])
-def test_a_machine_without_a_gpu_has_one_memory(cli, monkeypatch, context) -> None:
-    processor = dataclasses.replace(
-        preset_hardware("rtx-4090"),
-        name="this",
-        link_bytes_per_s=None,
-        link_back_bytes_per_s=None,
-        measured=True,
-    )
-    monkeypatch.setattr("headinfer.plan.measured.load_measured", lambda: processor)
+def test_a_machine_without_a_gpu_has_one_memory(cli, context) -> None:
+    save_cpu_with(24)
     outcome = cli("plan", "--context", context)
     text = outcome.out.lower().replace("there is no device beside the cpu", "")
     assert outcome.code == (context == "1M")
@@ -170,3 +166,70 @@ def test_a_machine_without_a_gpu_has_one_memory(cli, monkeypatch, context) -> No
     assert "what memory holds" in text
     assert "device" not in text
     assert "host" not in text
+
+
+def save_cpu_with(memory_gib: float) -> None:
+    """Let this machine have been measured: a processor with so much memory and no GPU."""
+    memory_bytes = int(memory_gib * 2**30)
+    sizes = {"host_memory_bytes": memory_bytes, "device_memory_bytes": memory_bytes}
+    measured.save_measurement(measured_here(replace(CPU_ONLY, **sizes)))
+
+
+def advised_gib(text: str, words: str) -> float:
+    (size,) = re.findall(words, " ".join(text.split()))
+    return float(size)
+
+
+def test_the_machine_it_advises_is_one_it_then_plans_for(cli) -> None:
+    save_cpu_with(24)
+    refused = cli("plan", "--context", "1M")
+    save_cpu_with(advised_gib(refused.out, r"a machine with ([0-9.]+)GiB of memory"))
+    assert (refused.code, cli("plan", "--context", "1M").code) == (1, 0)
+
+
+def test_memory_that_was_given_is_advised_in_the_same_words(cli) -> None:
+    save_cpu_with(24)
+    refused = cli("plan", "--context", "1M", "--device-memory", "20GiB")
+    more = advised_gib(refused.out, r"--device-memory ([0-9.]+)GiB, [0-9.]+ GiB more")
+    assert "a machine with" not in refused.out
+    assert cli("plan", "--context", "1M", "--device-memory", f"{more}GiB").code == 0
+
+
+@pytest.mark.parametrize("hardware", [(), ("--hardware", "this")])
+def test_a_cpu_has_no_host_memory_beside_its_own(cli, hardware) -> None:
+    save_cpu_with(24)
+    outcome = cli("plan", *hardware, "--host-memory", "1GiB")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "there is one memory on a CPU: use --device-memory" in outcome.err
+
+
+@pytest.mark.parametrize("measurement", [CPU_ONLY, WITH_GPU], ids=["cpu", "gpu"])
+def test_what_was_measured_on_another_machine_is_not_this(cli, measurement) -> None:
+    measured.save_measurement(measurement)
+    outcome = cli("plan", "--context", "4K")
+    said = " ".join(outcome.out.split())
+    assert "on rtx-4090 (not measured yet: the last measurement is of another machine" in said
+    for verb in ("plan", "roofline"):
+        refused = cli(verb, "--hardware", "this")
+        assert (refused.code, refused.out) == (2, "")
+        assert "another machine, with a processor and 2 threads; run `headinfer" in refused.err
+    measured.save_measurement(measured_here(measurement))
+    assert "as `headinfer probe` measured it" in cli("plan", "--context", "4K").out
+
+
+def test_a_damaged_measurement_is_a_note(cli) -> None:
+    path = measured.save_measurement(CPU_ONLY)
+    path.write_text("{")
+    outcome = cli("plan", "--context", "4K")
+    assert outcome.code == 0
+    (line,) = outcome.error_lines
+    assert line.startswith(f"note: {path} cannot be used")
+
+
+def test_a_cache_folder_that_is_a_file_was_never_probed(cli, monkeypatch, tmp_path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(file))
+    outcome = cli("plan", "--context", "4K")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "not measured yet" in outcome.out

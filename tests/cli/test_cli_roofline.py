@@ -1,13 +1,13 @@
 """`headinfer roofline`."""
 
-import dataclasses
 import json
 import subprocess
 import sys
 
 import pytest
 
-from headinfer.plan.hardware import preset_hardware
+from headinfer.plan.measured import save_measurement
+from measurements import CPU_ONLY, measured_here
 
 ROW_KEYS = {
     "phase", "operator", "context_tokens", "query_heads", "kv_heads", "operations", "device",
@@ -17,19 +17,10 @@ ROOF_KEYS = {"bytes", "intensity_flops_per_byte", "attainable_flops_per_s", "bou
 
 
 @pytest.fixture
-def measured(monkeypatch):
+def measured(monkeypatch, tmp_path):
     """Let this machine have been measured: a CPU without a link."""
-    cpu = dataclasses.replace(
-        preset_hardware("rtx-4090"),
-        name="this",
-        description="a processor",
-        matmul_flops_per_s=2e11,
-        device_bytes_per_s=3e10,
-        link_bytes_per_s=None,
-        link_back_bytes_per_s=None,
-        measured=True,
-    )
-    monkeypatch.setattr("headinfer.plan.measured.load_measured", lambda: cpu)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    save_measurement(measured_here(CPU_ONLY))
 
 
 def words(line: str) -> str:
@@ -86,8 +77,8 @@ def test_paper_has_one_machine_model_and_set_of_contexts(cli, args):
     assert f"leave {args[0]} out" in done.err
 
 
-def test_this_machine_has_to_be_measured_first(cli, monkeypatch):
-    monkeypatch.setattr("headinfer.plan.measured.load_measured", lambda: None)
+def test_this_machine_has_to_be_measured_first(cli, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     done = cli("roofline", "--hardware", "this")
     assert (done.code, done.out) == (2, "")
     assert len(done.error_lines) == 1

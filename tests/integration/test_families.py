@@ -30,7 +30,7 @@ from families_expected import (
 from generation_modes import MODES, Result, compare, stock
 from headinfer.errors import HeadInferError, UnsupportedModelError
 
-README = Path(__file__).parents[2] / "README.md"
+ARCHITECTURE = Path(__file__).parents[2] / "docs" / "architecture.md"
 
 pytestmark = pytest.mark.skipif(
     tuple(int(part) for part in transformers.__version__.split(".")[:2]) < VERSION,
@@ -155,7 +155,7 @@ def test_every_causal_class_of_transformers_is_expected_to_be_something() -> Non
     assert len(expected) == len(classes)
 
 
-def test_the_readme_names_every_reason_to_refuse() -> None:
-    (row,) = (line for line in README.read_text().splitlines() if line.startswith("| Refused"))
-    named = [reason.strip() for reason in row.split("|")[2].split(";")]
+def test_the_documents_name_every_reason_to_refuse() -> None:
+    section = ARCHITECTURE.read_text().split("\n## What is refused\n")[1].split("\n## ")[0]
+    named = [line.removeprefix("- ") for line in section.splitlines() if line.startswith("- ")]
     assert named == [*REFUSED, *REFUSED_WHEN_CALLED, "`output_attentions`"]

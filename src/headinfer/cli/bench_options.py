@@ -19,6 +19,7 @@ from headinfer.cli.options import (
     DeviceMemory,
     TileHeads,
     TileTokens,
+    check_seed,
 )
 from headinfer.cli.output import JsonPath
 from headinfer.errors import OptionError
@@ -74,7 +75,9 @@ def options(
     time_limit: Annotated[
         int, typer.Option(metavar="SECONDS", help="A trial that takes longer is ended.")
     ] = 3600,
-    seed: Annotated[int, typer.Option(metavar="NUMBER", help="Of weights and tokens.")] = 0,
+    seed: Annotated[
+        int, typer.Option(metavar="NUMBER", callback=check_seed, help="Of weights and tokens.")
+    ] = 0,
     model: Annotated[
         str | None,
         typer.Option(

@@ -1,6 +1,8 @@
 """What goes to stderr, and how a failure ends: in one line and an exit code, not in a traceback."""
 
 import contextlib
+import errno
+import logging
 import os
 import re
 import sys
@@ -21,11 +23,14 @@ EXIT_INTERRUPTED = 130
 _DEBUG_VARIABLE = "HEADINFER_DEBUG"
 
 _ARGUMENTS = re.compile(
-    r"\b(device_memory|host_memory|chunk_tokens|tile_heads|tile_tokens|resident_tokens"
+    r"(?:\b(device_memory|host_memory|chunk_tokens|tile_heads|tile_tokens|resident_tokens"
     r"|host_attention|new_tokens|time_limit|kv_heads|head_dim|hidden_size|vocab_size"
-    r"|intermediate_size)(?:_s)?\b|^(dtype|repeats|layers|heads)(?= )"
+    r"|intermediate_size)(?:_s)?\b|^(dtype|repeats|layers|heads)(?= ))(=)?"
 )
 """Arguments of Python that a verb has as options: first those that are no words of English."""
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+"""Errors of writing. Those of stdout, and of files that are open already, name no file."""
 
 
 def stderr_console(*, quiet: bool = False) -> Console:
@@ -57,7 +62,11 @@ def one_line(error: BaseException) -> str:
 
 def with_options(message: str) -> str:
     """Return a message with the options of the command line in place of Python's arguments."""
-    return _ARGUMENTS.sub(lambda found: f"--{(found[1] or found[2]).replace('_', '-')}", message)
+    return _ARGUMENTS.sub(_option, message)
+
+
+def _option(found: re.Match[str]) -> str:
+    return f"--{(found[1] or found[2]).replace('_', '-')}{' ' if found[3] else ''}"
 
 
 def print_error(message: str) -> None:
@@ -95,22 +104,62 @@ def report(error: BaseException) -> int:
             "--device-memory, or a shorter prompt"
         )
         return EXIT_UNEXPECTED
+    if isinstance(error, OSError) and error.errno in _NO_ROOM and not error.filename:
+        _discard_unwritten()
+        print_error(f"the output cannot be written: {error.strerror}; make room or write elsewhere")
+        return EXIT_UNEXPECTED
     print_error(
         f"{type(error).__name__}: {one_line(error)} ({_DEBUG_VARIABLE}=1 shows the traceback)"
     )
     return EXIT_UNEXPECTED
 
 
+def _discard_unwritten() -> None:
+    """Let what stdout cannot take go nowhere: Python would try again at its end, and complain."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())
+            os.close(nowhere)
+
+
+class _Notes(logging.Handler):
+    """A handler that shows the library's warnings as notes, in the words of the command line."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one line to stderr."""
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            line = with_options(" ".join(record.getMessage().split()))
+            stderr_console().print(f"note: {line}", markup=False)
+
+
 @contextlib.contextmanager
-def reporting_errors() -> Iterator[None]:
+def _showing_notes(*, quiet: bool) -> Iterator[None]:
+    """Show the library's warnings while a verb runs; with `quiet` show none."""
+    logger = logging.getLogger("headinfer")
+    notes = logging.NullHandler() if quiet else _Notes(logging.WARNING)
+    logger.addHandler(notes)
+    try:
+        yield
+    finally:
+        logger.removeHandler(notes)
+
+
+@contextlib.contextmanager
+def reporting_errors(*, quiet: bool = False) -> Iterator[None]:
     """End a verb with one line and an exit code, whatever is raised inside or signalled to stop it.
+
+    Args:
+        quiet: whether the library's warnings are left out.
 
     Raises:
         typer.Exit: with the exit code, after any error.
     """
     try:
         debug_wanted()
-        with stopping_at_once():
+        with _showing_notes(quiet=quiet), stopping_at_once():
             yield
     except (typer.Exit, typer.Abort, BrokenPipeError):
         raise

@@ -55,7 +55,16 @@ def demo(
     seed: Annotated[
         int, typer.Option("--seed", metavar="N", help="Another seed, another document.")
     ] = 0,
-    device: opt.Device = opt.DeviceChoice.AUTO,
+    device: Annotated[
+        opt.DeviceChoice,
+        typer.Option(
+            "--device",
+            metavar="NAME",
+            help="cpu, cuda, simulated (a device on the CPU with memory of its own, which checks "
+            "every copy) or auto: CUDA if there is one, else simulated.",
+            rich_help_panel=opt.MODEL_PANEL,
+        ),
+    ] = opt.DeviceChoice.AUTO,
     device_memory: opt.DeviceMemory = "auto",
     host_memory: opt.HostMemory = "auto",
     chunk_tokens: opt.ChunkTokens = "auto",
@@ -66,8 +75,8 @@ def demo(
 ) -> None:
     """Watch a tiny model find eight facts hidden in a document of 128K tokens.
 
-    The model reads the document once. The KV cache stays in host memory, and each question
-    continues from it. Exit code 1 if any answer is wrong.
+    The model reads the document once. The KV cache stays in host memory, and
+    each question continues from it. Exit code 1 if any answer is wrong.
     """
     with reporting_errors():
         memory = opt.MemoryOptions(

@@ -27,6 +27,7 @@ from headinfer.cli.progress import PrefillBar
 from headinfer.cli.prompt import check_length, encode_prompt, read_prompt
 from headinfer.cli.render import print_plan
 from headinfer.cli.sampling import DEFAULT_NEW_TOKENS, GenerationOptions
+from headinfer.errors import OptionError
 
 _PROMPT_PANEL = "Prompt"
 _SAMPLING_PANEL = "Generation (defaults: the model's own)"
@@ -40,8 +41,10 @@ def _model_option(*flags: str, help_text: str, metavar: str = opt.NO_VALUE) -> A
     return typer.Option(*flags, help=help_text, metavar=metavar, rich_help_panel=opt.MODEL_PANEL)
 
 
-def _sampling_option(*flags: str, help_text: str, metavar: str = "N") -> Any:
-    return typer.Option(*flags, help=help_text, metavar=metavar, rich_help_panel=_SAMPLING_PANEL)
+def _sampling_option(*flags: str, help_text: str, metavar: str = "N", **settings: Any) -> Any:
+    return typer.Option(
+        *flags, help=help_text, metavar=metavar, rich_help_panel=_SAMPLING_PANEL, **settings
+    )
 
 
 def generate(
@@ -142,15 +145,23 @@ def generate(
         float | None,
         _sampling_option("--length-penalty", help_text="Of beams; above 0 prefers longer ones."),
     ] = None,
-    prompt_lookup_num_tokens: Annotated[
+    prompt_lookup: Annotated[
         int | None,
         _sampling_option(
-            "--prompt-lookup-num-tokens",
+            "--prompt-lookup",
             help_text="Guess so many tokens at a time from the prompt: same text, fewer steps.",
         ),
     ] = None,
+    prompt_lookup_num_tokens: Annotated[
+        int | None,
+        # The name that transformers has; too long for the help on a narrow terminal.
+        _sampling_option(
+            "--prompt-lookup-num-tokens", help_text="The same as --prompt-lookup.", hidden=True
+        ),
+    ] = None,
     seed: Annotated[
-        int | None, _sampling_option("--seed", help_text="Makes sampling repeatable.")
+        int | None,
+        _sampling_option("--seed", help_text="Makes sampling repeatable.", callback=opt.check_seed),
     ] = None,
     trace: Annotated[
         str | None,
@@ -175,12 +186,13 @@ def generate(
 ) -> None:
     """Continue a prompt: text to stdout as it comes, all else to stderr.
 
-    The KV cache lies in host memory and passes through the device in tiles of heads x tokens, so
-    that the prompt may be far longer than the device's memory allows otherwise.
+    The KV cache lies in host memory and passes through the device in tiles of
+    heads x tokens, so that the prompt may be far longer than the device's
+    memory allows otherwise.
 
     [bold]headinfer generate --model ID --prompt-file book.txt --prompt "Who ...?"[/]
     """
-    with reporting_errors():
+    with reporting_errors(quiet=quiet):
         check_writable("--trace", trace)
         request = Request(
             generation=GenerationOptions(
@@ -194,7 +206,7 @@ def generate(
                 no_repeat_ngram_size=no_repeat_ngram_size,
                 num_beams=num_beams,
                 length_penalty=length_penalty,
-                prompt_lookup_num_tokens=prompt_lookup_num_tokens,
+                prompt_lookup_num_tokens=_one_of(prompt_lookup, prompt_lookup_num_tokens),
             ),
             memory=opt.MemoryOptions(
                 device=device.value,
@@ -224,6 +236,13 @@ def generate(
             verbose=verbose,
         )
         _load_and_run(request)
+
+
+def _one_of(lookup: int | None, num_tokens: int | None) -> int | None:
+    """Return the one that was given of two names of an option."""
+    if lookup is not None and num_tokens is not None:
+        raise OptionError("--prompt-lookup and --prompt-lookup-num-tokens are one option; give one")
+    return num_tokens if lookup is None else lookup
 
 
 def _load_and_run(request: Request) -> None:

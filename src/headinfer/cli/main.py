@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from headinfer.cli.command import OnceCommand
-from headinfer.cli.console import EXIT_BAD_INPUT, EXIT_INTERRUPTED, print_error
+from headinfer.cli.console import EXIT_BAD_INPUT, EXIT_INTERRUPTED, print_error, report
 from headinfer.cli.demo import demo
 from headinfer.cli.generate import generate
 from headinfer.cli.options import NO_VALUE
@@ -41,8 +41,14 @@ class Verbs(TyperGroup):
             return run_verb()
         try:
             code = run_verb()
+            if sys.stdout is not None:
+                sys.stdout.flush()  # where it cannot be, that is still to be said
         except typer.Abort:
             sys.exit(EXIT_INTERRUPTED)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            sys.exit(report(error))
         except Exception as error:
             # Older typer raises click's exceptions, newer ones its own: both have this method.
             if not hasattr(error, "format_message"):

@@ -1,6 +1,7 @@
 """Command-line options that several verbs share, and their check before anything is loaded."""
 
 import enum
+import os
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -32,6 +33,28 @@ class DtypeChoice(str, enum.Enum):
     FLOAT16 = "float16"
 
 
+_THREADS_A_CORE = 4
+"""The most that are of any use; with very many the libraries below end the process."""
+
+
+def check_threads(count: int | None) -> int | None:
+    """Refuse more threads than could be of use."""
+    cores = os.cpu_count() or 1
+    most = _THREADS_A_CORE * cores
+    if count is not None and count > most:
+        raise typer.BadParameter(
+            f"{count} is more than {most}, {_THREADS_A_CORE} for each core that this machine shows"
+        )
+    return count
+
+
+def check_seed(seed: int | None) -> int | None:
+    """Refuse what torch's generators do not take."""
+    if seed is not None and not -(2**63) <= seed < 2**64:
+        raise typer.BadParameter(f"{seed} is not from -2**63 to 2**64 - 1")
+    return seed
+
+
 NO_VALUE = ""
 """Metavar of flags: newer typer would print `<bool>` beside each."""
 
@@ -52,7 +75,9 @@ DeviceMemory = Annotated[
 HostMemory = Annotated[
     str,
     _memory_option(
-        "--host-memory", "The most host memory for the KV cache; auto: what is free.", "SIZE"
+        "--host-memory",
+        "The most host memory for the KV cache, and for nothing else; auto: what is free.",
+        "SIZE",
     ),
 ]
 ChunkTokens = Annotated[
@@ -110,6 +135,7 @@ Threads = Annotated[
     typer.Option(
         "--threads",
         min=1,
+        callback=check_threads,
         metavar="N",
         help="CPU threads for the model on the CPU and for the CPU's share; by default one a core.",
         rich_help_panel=MODEL_PANEL,

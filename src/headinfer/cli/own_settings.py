@@ -13,7 +13,7 @@ from headinfer.cli.sampling import DEFAULT_NEW_TOKENS, GenerationOptions
 _ONE_ANSWER = "one answer is written"
 _TEXT_ONLY = "only text is written"
 _NOT_OURS = "transformers has it in repositories of their own"
-_NO_DRAFTS = "nothing is drafted but by --prompt-lookup-num-tokens"
+_NO_DRAFTS = "nothing is drafted but by --prompt-lookup"
 
 _NOT_HELD: dict[str, tuple[Any, str]] = {
     "num_return_sequences": (1, _ONE_ANSWER),
@@ -91,7 +91,7 @@ def settle(options: GenerationOptions, own: Any, prompt_tokens: int) -> Settings
             leave_out(name, value, why)
     rows = options.num_beams or getattr(own, "num_beams", None) or 1
     if rows > 1 and options.prompt_lookup_num_tokens is not None:
-        leave_out("num_beams", 1, "--prompt-lookup-num-tokens goes without beams")
+        leave_out("num_beams", 1, "--prompt-lookup goes without beams")
         rows = 1
     if rows > 1 and getattr(own, "prompt_lookup_num_tokens", None) is not None:
         leave_out("prompt_lookup_num_tokens", None, "beams go without")

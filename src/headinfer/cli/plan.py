@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from headinfer.cli.console import reporting_errors, stderr_console
-from headinfer.cli.hardware import hardware_of
+from headinfer.cli.hardware import hardware_of, measured_hardware
 from headinfer.cli.options import MEMORY_PANEL, MODEL_PANEL, NO_VALUE, Dtype, DtypeChoice
 from headinfer.cli.output import STDOUT, JsonPath, check_writable, write_json
 from headinfer.errors import OptionError
@@ -76,7 +76,8 @@ def plan(
         typer.Option(
             "--host-memory",
             metavar="SIZE",
-            help="The host's memory, such as 1TiB; by default what the hardware has.",
+            help="All of the host's memory, such as 1TiB; by default what the hardware has. KV "
+            "gets what the process, page tables and a reserve leave of it.",
             rich_help_panel=MEMORY_PANEL,
         ),
     ] = None,
@@ -121,6 +122,9 @@ def plan(
             print_paper()
             return
         here, which = _hardware(hardware)
+        one_memory = here.link_bytes_per_s is None
+        if one_memory and host_memory is not None:
+            raise OptionError("there is one memory on a CPU: use --device-memory")
         situation = Situation(
             shape=_shape(model, dtype.value),
             hardware=here,
@@ -130,6 +134,9 @@ def plan(
             batch=batch,
             kind=accounting,
             chunk_tokens=None if chunk_tokens == "auto" else parse_tokens(chunk_tokens),
+            machine_memory_bytes=here.device_memory_bytes
+            if one_memory and device_memory is None
+            else None,
         )
         raise typer.Exit(_answer(situation, which, json_path))
 
@@ -178,11 +185,7 @@ def _hardware(name: str | None) -> tuple[Hardware, str]:
     """Return the machine to plan for, and how it came to be."""
     if name is not None:
         return hardware_of(name), "as asked for"
-    from headinfer.plan.measured import load_measured
-
-    measured = load_measured()
+    measured, said = measured_hardware()
     if measured is not None:
-        return measured, "as `headinfer probe` measured it"
-    return preset_hardware(_DEFAULT_HARDWARE), (
-        "not measured yet: `headinfer probe` plans for this machine"
-    )
+        return measured, said
+    return preset_hardware(_DEFAULT_HARDWARE), f"{said}; `headinfer probe` plans for this machine"

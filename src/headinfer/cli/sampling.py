@@ -1,11 +1,13 @@
 """The generation options: their ranges, and which of them the user set."""
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any
 
 from headinfer.errors import OptionError
 
 DEFAULT_NEW_TOKENS = 256
+_REAL_NAMES = ("temperature", "top_p", "min_p", "repetition_penalty", "length_penalty")
 SAMPLING_NAMES = ("temperature", "top_k", "top_p", "min_p")
 
 
@@ -34,6 +36,10 @@ class GenerationOptions:
         Raises:
             OptionError: a value is out of range, or goes against another one.
         """
+        for name in _REAL_NAMES:
+            number = getattr(self, name)
+            if number is not None and not math.isfinite(number):
+                raise OptionError(f"{_flag(name)} must be a finite number, not {number:g}")
         greedy_hint = "; for greedy decoding give --no-do-sample"
         for name, good, wanted in (
             ("max_new_tokens", _at_least(self.max_new_tokens, 1), "at least 1"),
@@ -58,7 +64,7 @@ class GenerationOptions:
         if self.length_penalty is not None and beams < 2:
             raise OptionError("--length-penalty only matters with --num-beams of 2 or more")
         if self.prompt_lookup_num_tokens is not None and beams > 1:
-            raise OptionError("--prompt-lookup-num-tokens cannot be used with --num-beams")
+            raise OptionError("--prompt-lookup cannot be used with --num-beams")
 
     def keywords(self) -> dict[str, Any]:
         """Return keywords for `generate`: what the user set, and sampling if any of it needs it."""
@@ -73,7 +79,7 @@ class GenerationOptions:
 
 
 def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+    return f"--{name.removesuffix('_num_tokens').replace('_', '-')}"
 
 
 def _above(value: float | None, low: float) -> bool:

@@ -59,7 +59,7 @@ def ensure_model() -> Path:
     except OSError as error:
         raise ModelLoadError(
             f"the demo model cannot be built ({describe(error)}); make room, or set "
-            "XDG_CACHE_HOME to a folder of yours that can be written to"
+            "XDG_CACHE_HOME to a folder that only you can write to"
         ) from error
 
 

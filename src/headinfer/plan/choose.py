@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from headinfer.plan.host_room import machine_bytes_for
 from headinfer.plan.methods import (
     CHUNKED,
     MAX_CONTEXT_TOKENS,
@@ -177,9 +178,10 @@ def _changes(situation: Situation, plans: Sequence[MethodPlan]) -> Iterator[Chan
         )
     elif ours.device_short_bytes:
         line = _more("device", device, ours.device_short_bytes)
-        if situation.device == "cpu":
-            more = format_bytes(ours.device_short_bytes)
-            line = f"a machine with {_ceiling(device)} of memory, {more} more"
+        if situation.machine_memory_bytes is not None:
+            machine = machine_bytes_for(device, "cpu")
+            more = format_bytes(machine - situation.machine_memory_bytes)
+            line = f"a machine with {_ceiling(machine)} of memory, {more} more"
         yield Change(device_memory_bytes=device, line=line)
     elif ours.host_short_bytes:
         yield Change(host_memory_bytes=host, line=_more("host", host, ours.host_short_bytes))

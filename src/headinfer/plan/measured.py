@@ -56,7 +56,7 @@ def read_measurement(identity: Identity | None = None) -> Measurement | None:
         return None  # so none was ever kept
     try:
         measurement = _parse(read_private(path, _MAX_BYTES))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, DamagedError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
@@ -105,7 +105,7 @@ def save_measurement(measurement: Measurement) -> Path:
 def _not_writable(error: OSError) -> OptionError:
     return OptionError(
         f"the measurement cannot be kept ({describe(error)}); "
-        "set XDG_CACHE_HOME to a folder of yours that can be written to"
+        "set XDG_CACHE_HOME to a folder that only you can write to"
     )
 
 

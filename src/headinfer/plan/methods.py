@@ -130,6 +130,8 @@ class Situation:
         batch: rows.
         kind: how bytes are counted.
         chunk_tokens: tokens of a prefill chunk, where a method has one; None to choose.
+        machine_memory_bytes: where the CPU is the device and no memory was asked for, all of the
+            machine's, which `device_memory_bytes` is what is left of; else None.
     """
 
     shape: ModelShape
@@ -140,6 +142,7 @@ class Situation:
     batch: int = 1
     kind: AccountingKind = AccountingKind.OURS
     chunk_tokens: int | None = None
+    machine_memory_bytes: int | None = None
 
     @property
     def accounting(self) -> Accounting:

@@ -12,21 +12,23 @@ DEVICE_NAMES: tuple[DeviceName, ...] = ("auto", "cpu", "cuda", "simulated")
 TileSize = int | Literal["auto", "all"]
 
 
-def _tile_size(name: str, value: str | int, least: str = "a positive number") -> TileSize:
+def _tokens(name: str, value: str | int, wanted: str) -> int | Literal["auto"]:
     if value == "auto":
         return "auto"
-    if value == "all":
-        return "all"
     try:
         return parse_tokens(value)
     except OptionError:
-        raise OptionError(f"{name} must be {least}, 'all' or 'auto', not {value!r}") from None
+        raise OptionError(f"{name} must be {wanted} or 'auto', not {value!r}") from None
+
+
+def _tile_size(name: str, value: str | int, wanted: str = "a positive integer") -> TileSize:
+    return "all" if value == "all" else _tokens(name, value, f"{wanted}, 'all'")
 
 
 def _resident_tokens(value: str | int) -> TileSize:
-    if value in (0, "0"):
+    if value == "0" or (isinstance(value, int) and not isinstance(value, bool) and value == 0):
         return 0
-    return _tile_size("resident_tokens", value, "a number from 0 on")
+    return _tile_size("resident_tokens", value, "an integer from 0 on")
 
 
 def _share(name: str, value: str | float) -> float | Literal["auto"]:
@@ -35,8 +37,8 @@ def _share(name: str, value: str | float) -> float | Literal["auto"]:
     if value == "off":
         return 0.0
     try:
-        share = float(value)
-    except ValueError:
+        share = -1.0 if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
         share = -1.0
     if not 0 <= share <= 1:
         raise OptionError(f"{name} must be a share from 0 to 1, 'off' or 'auto', not {value!r}")
@@ -100,15 +102,13 @@ class Options:
                 break
         else:
             raise OptionError(f"device must be one of {', '.join(DEVICE_NAMES)}, not {device!r}")
-        chunk = _tile_size("chunk_tokens", chunk_tokens)
-        if chunk == "all":
-            raise OptionError("chunk_tokens must be a positive number or 'auto', not 'all'")
-        no_limit = device_memory is None or device_memory == "auto"
+        if not isinstance(overlap, bool):
+            raise OptionError(f"overlap must be True or False, not {overlap!r}")
         return cls(
             device_memory_bytes=None
-            if no_limit
-            else parse_bytes(device_memory or 0, "device_memory"),
-            chunk_tokens=chunk,
+            if device_memory is None or device_memory == "auto"
+            else parse_bytes(device_memory, "device_memory"),
+            chunk_tokens=_tokens("chunk_tokens", chunk_tokens, "a positive integer"),
             tile_heads=_tile_size("tile_heads", tile_heads),
             tile_tokens=_tile_size("tile_tokens", tile_tokens),
             device=name,

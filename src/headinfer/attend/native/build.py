@@ -187,7 +187,7 @@ def _say_not_kept(reason: str) -> None:
     """Say so once in a process."""
     _logger.warning(
         "the kernels of attention on the CPU cannot be kept (%s): each process compiles its own; "
-        "set XDG_CACHE_HOME to a folder of yours that can be written to",
+        "set XDG_CACHE_HOME to a folder that only you can write to",
         reason,
     )
 
