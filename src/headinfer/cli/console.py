@@ -89,7 +89,7 @@ def report(error: BaseException) -> int:
     if isinstance(error, HeadInferError):
         print_error(with_options(one_line(error)))
         return EXIT_BAD_INPUT
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         print_error(
             f"out of memory ({_first_line(error)}); try a smaller --chunk-tokens or "
             "--device-memory, or a shorter prompt"
@@ -123,7 +123,7 @@ def _first_line(error: BaseException) -> str:
     return lines[0].rstrip(". ")
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether torch or Python ran out of memory; torch's CPU allocator says so in words alone."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from headinfer.cli.options import MemoryOptions
+from headinfer.cli.console import is_out_of_memory
 from headinfer.errors import HeadInferError, ModelLoadError, OptionError
 
 DEMO_MODEL = "demo"
@@ -206,7 +207,7 @@ def load_model(
         if place:
             model.to(place)
     except Exception as error:
-        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        if is_out_of_memory(error):
             raise
         raise _load_error(source, "model", error) from error
     return model.eval(), note
