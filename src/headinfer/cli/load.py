@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from headinfer.cli.options import MemoryOptions
 from headinfer.cli.console import is_out_of_memory
+from headinfer.cli.options import MemoryOptions
 from headinfer.errors import HeadInferError, ModelLoadError, OptionError
 
 DEMO_MODEL = "demo"
