@@ -10,7 +10,12 @@ from collections.abc import Iterator
 import typer
 from rich.console import Console
 
-from headinfer.cli.interrupt import stop_code, stop_words, stopping_at_once
+from headinfer.cli.interrupt import (
+    ending_the_process,
+    stop_code,
+    stop_words,
+    stopping_at_once,
+)
 from headinfer.errors import HeadInferError, OptionError
 
 EXIT_UNEXPECTED = 1
@@ -66,6 +71,8 @@ def print_error(message: str) -> None:
 
 
 def _print_line(line: str) -> None:
+    if sys.stderr is None:  # it was closed when the process began
+        return
     with contextlib.suppress(OSError):  # the terminal may be gone
         sys.stderr.write(f"{line}\n")
         sys.stderr.flush()
@@ -110,7 +117,7 @@ def reporting_errors() -> Iterator[None]:
     """
     try:
         debug_wanted()
-        with stopping_at_once():
+        with ending_the_process(), stopping_at_once():
             yield
     except (typer.Exit, typer.Abort, BrokenPipeError):
         raise
