@@ -23,6 +23,14 @@ def often(*values, slow=()):
     return [*values, *(pytest.param(value, marks=pytest.mark.slow) for value in slow)]
 
 
+def has_content(path) -> bool:
+    """Whether a file was written; whether it can be is tried before, with an empty one."""
+    try:
+        return path.stat().st_size > 0
+    except FileNotFoundError:
+        return False
+
+
 class Running:
     """`headinfer generate` as a process of its own, with much to do."""
 
@@ -54,7 +62,7 @@ class Running:
 
     def wait_for_file(self, path) -> None:
         end_s = time.monotonic() + DEADLINE_S
-        while not path.exists() and self._process.poll() is None:
+        while not has_content(path) and self._process.poll() is None:
             assert time.monotonic() < end_s
             time.sleep(0.02)
         assert self._process.poll() is None, self._process.communicate()
