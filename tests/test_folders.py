@@ -99,12 +99,16 @@ def test_a_group_of_nobody_else_may_write(cache, monkeypatch):
         private_folder("native")
 
 
-def test_our_own_folder_is_closed_again(cache):
+def test_our_own_folder_is_closed_again_and_it_is_said(cache, caplog):
     folder = private_folder("native")
     for path in (folder, folder.parent):
         path.chmod(0o777)
-    private_folder("native")
+    for _ in range(2):
+        private_folder("native")
     assert [mode(path) for path in (folder.parent, folder)] == [0o700] * 2
+    said = [record.getMessage() for record in caplog.records]
+    closed = "could be written to by other users: it is now closed"
+    assert said == [f"{path} {closed}" for path in (folder.parent, folder)]
 
 
 @as_root

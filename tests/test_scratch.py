@@ -65,21 +65,6 @@ def test_where_locks_are_not_to_be_had_age_tells(tmp_path, monkeypatch):
     assert names(tmp_path) == []
 
 
-def test_those_of_earlier_versions_are_removed_when_they_are_old(tmp_path):
-    for name in ("tmpab1_efgh", ".demo-ab1_efgh"):
-        (tmp_path / name).mkdir()
-        (tmp_path / f"{name}x").mkdir()  # no such name
-        os.utime(tmp_path / f"{name}x", (0, 0))
-    remove_leftovers(tmp_path)
-    assert len(names(tmp_path)) == 4
-    for name in ("tmpab1_efgh", ".demo-ab1_efgh"):
-        os.utime(tmp_path / name, (0, 0))
-    remove_leftovers(tmp_path, unlocked=False)
-    assert len(names(tmp_path)) == 4
-    remove_leftovers(tmp_path)
-    assert names(tmp_path) == [".demo-ab1_efghx", "tmpab1_efghx"]
-
-
 def test_nothing_but_folders_of_this_user_is_removed(tmp_path):
     target, link = tmp_path / "target", tmp_path / "headinfer-scratch-link0000"
     target.mkdir()

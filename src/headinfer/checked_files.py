@@ -34,7 +34,13 @@ def read_private(path: Path, max_bytes: int = _MAX_BYTES) -> bytes:
         OSError: it cannot be read.
         DamagedError: it is another user's, no regular file, or too large.
     """
-    with open(path, "rb", opener=_open_as_it_is) as file:
+    try:
+        opened = open(path, "rb", opener=_open_as_it_is)  # noqa: SIM115  # closed below
+    except OSError as error:
+        if path.is_symlink():  # of which the system says "too many levels"
+            raise DamagedError("it is a symbolic link") from error
+        raise
+    with opened as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise DamagedError("it is not a regular file")

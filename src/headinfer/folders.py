@@ -6,6 +6,7 @@ to this user or to root, and nobody else can replace what lies in it.
 
 import errno
 import functools
+import logging
 import os
 import stat
 import sys
@@ -18,6 +19,8 @@ from headinfer.scratch import make_scratch, remove_leftovers, remove_scratch
 if sys.platform != "win32":
     import grp
     import pwd
+
+_logger = logging.getLogger(__name__)
 
 PRIVATE_MODE = 0o700
 _WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
@@ -103,7 +106,7 @@ def _temporary_folder(pid: int) -> Path:
     parent = Path(os.path.realpath(tempfile.gettempdir()))
     for above in (*reversed(parent.parents), parent):
         _check(above, above.lstat())
-    remove_leftovers(parent, unlocked=False)
+    remove_leftovers(parent)
     scratch, lock = make_scratch(parent)
     # Unlike atexit, this runs at the end of processes that multiprocessing forked, and not at that
     # of others, which are forked from this one and know the folder.
@@ -128,6 +131,7 @@ def _make_private(folder: Path, *, ours: bool) -> None:
     if ours and sys.platform != "win32" and status.st_uid == os.geteuid():
         if stat.S_ISDIR(status.st_mode) and status.st_mode & _WRITABLE_BY_OTHERS:
             folder.chmod(PRIVATE_MODE)
+            _logger.warning("%s could be written to by other users: it is now closed", folder)
             return
     _check(folder, status)
 

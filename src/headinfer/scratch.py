@@ -6,7 +6,6 @@ folder whose lock can be had is left over, also where several machines or contai
 
 import contextlib
 import os
-import re
 import shutil
 import stat
 import sys
@@ -19,14 +18,8 @@ if sys.platform != "win32":
     import fcntl
 
 _PREFIX = "headinfer-scratch-"
-_WITHOUT_LOCK = re.compile(r"(tmp|\.demo-)[a-z0-9_]{8}")
-"""Names that folders in the making had before they were locked."""
-
 _OLD_S = 24 * 60 * 60
 """Age from which a folder is left over where locks are not to be had."""
-
-_OLD_WITHOUT_LOCK_S = 60 * 60
-"""The same of one that was never locked: what was made in it took two minutes at most."""
 
 _PATIENCE_S = 10
 
@@ -73,19 +66,18 @@ def remove_scratch(folder: Path, lock: int | None) -> None:
         os.close(lock)
 
 
-def remove_leftovers(parent: Path, *, unlocked: bool = True) -> None:
+def remove_leftovers(parent: Path) -> None:
     """Remove what killed processes left in the making; what cannot be removed stays.
 
     Args:
         parent: folder of the `scratch_folder`s.
-        unlocked: also those of earlier versions, whose names say little; only in our own folder.
     """
     try:
         names = os.listdir(parent)
     except OSError:
         return
     for name in names:
-        if name.startswith(_PREFIX) or (unlocked and _WITHOUT_LOCK.fullmatch(name)):
+        if name.startswith(_PREFIX):
             with contextlib.suppress(OSError):
                 _remove_if_left(parent / name)
 
@@ -119,8 +111,6 @@ def _remove_if_left(folder: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
         return
     if status.st_uid != os.geteuid():
-        return
-    if not folder.name.startswith(_PREFIX) and age_s < _OLD_WITHOUT_LOCK_S:
         return
     lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:

@@ -4,6 +4,7 @@ import ctypes
 import os
 import pwd
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -96,7 +97,12 @@ assert build.compile_kernel("decode.c", torch.float32, HEAD_DIM=16, ROWS=1).atte
 
 def python(code: str, **environment: str) -> "subprocess.Popen[bytes]":
     variables = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | environment
-    return subprocess.Popen([sys.executable, "-c", code], env=variables, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=variables,
+        stderr=subprocess.PIPE,
+        start_new_session=True,  # a process group to signal to
+    )
 
 
 def test_a_truncated_kernel_is_compiled_anew(cache):
@@ -271,6 +277,30 @@ def test_what_a_killed_compilation_left_is_removed(cache, tmp_path):
     folders._clear.cache_clear()
     assert compiled(rows=4)
     assert all(path.suffix == ".so" for path in kept(cache))
+
+
+INTERRUPTED_COMPILER = """#!/bin/sh
+touch {folder}/started
+while ! test -e {folder}/interrupted; do sleep 0.05; done
+exec {compiler} "$@"
+"""
+
+COMPILE_ON = """
+import signal
+signal.signal(signal.SIGINT, lambda *_arguments: None)
+"""
+
+
+def test_ctrl_c_is_not_for_the_compiler(tmp_path, fast_compiler):
+    patient = tmp_path / "patient-cc"
+    patient.write_text(INTERRUPTED_COMPILER.format(folder=tmp_path, compiler=fast_compiler))
+    patient.chmod(0o755)
+    process = python(COMPILE_ON + COMPILE, CC=str(patient))
+    wait_for(tmp_path / "started")
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    (tmp_path / "interrupted").touch()
+    said = process.communicate()[1]
+    assert (process.returncode, said) == (0, b"")
 
 
 READ_ONLY = """

@@ -8,7 +8,9 @@ import time
 
 import pytest
 
+from headinfer import folders
 from headinfer.bench.child import ChildError, ask
+from headinfer.errors import OptionError
 
 
 def test_a_child_has_the_environment_of_its_caller(monkeypatch):
@@ -59,6 +61,16 @@ def test_an_interrupt_is_for_the_caller_alone(tmp_path, seconds):
     os.killpg(asking.pid, signal.SIGINT)  # as a terminal does
     out, err = asking.communicate(timeout=60)
     assert (out, err) == ("interrupted\n", "")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="its folders have no modes")
+def test_what_is_said_is_not_kept_where_others_can_read_it(tmp_path, monkeypatch):
+    tmp_path.chmod(0o777)
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
+    folders._temporary_folder.cache_clear()
+    with pytest.raises(OptionError, match=r"can be written to by other users.*set TMPDIR"):
+        ask("answering", {"do": "answer"})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_each_answer_comes_from_a_process_of_its_own(capfd):

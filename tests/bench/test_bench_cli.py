@@ -236,6 +236,26 @@ def test_the_longest_context_is_found(monkeypatch):
     assert all("out of memory" in row["limited_by"] for row in rows)
 
 
+def test_no_context_is_left_out_of_the_search(monkeypatch):
+    launcher = fake_launcher(monkeypatch)
+    result = run("max-context", "--contexts", "1K,2K,3K")
+    assert result.exit_code == 2
+    assert "takes one or two contexts" in result.stderr
+    assert launcher.asked == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="it has neither")
+def test_results_replace_neither_devices_nor_pipes(tmp_path, monkeypatch):
+    launcher = fake_launcher(monkeypatch)
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "null").symlink_to("/dev/null")
+    for name in ("pipe", "null"):
+        result = run("decode", "--context", "100", "--json", str(tmp_path / name))
+        assert result.exit_code == 2
+        assert "must be a file" in result.stderr
+    assert launcher.asked == []
+
+
 @pytest.mark.parametrize("verb", ["memory", "ablation"])
 def test_the_other_verbs_measure_all_methods(monkeypatch, verb):
     launcher = fake_launcher(monkeypatch)

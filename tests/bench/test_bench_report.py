@@ -1,6 +1,7 @@
 """The report, from results made by hand: what is in it, and where each figure comes from."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -196,6 +197,21 @@ def test_results_that_cannot_be_written_leave_the_old_ones(tmp_path, monkeypatch
         results.save(str(path))
     assert path.read_text() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_results_are_written_beside_no_other_file(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "out.json").symlink_to("results.json")
+    (tmp_path / "out.json.new").symlink_to("mine")
+    (tmp_path / "results.json.new").write_text("mine too")
+    before = sorted(os.listdir(tmp_path))
+    for _ in range(2):
+        results_of(bench_spec(contexts=(1024,))).save(str(tmp_path / "out.json"))
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert (tmp_path / "results.json.new").read_text() == "mine too"
+    assert (tmp_path / "out.json").is_symlink()
+    assert len(Results.load(str(tmp_path / "results.json")).rows) == 2
+    assert sorted(os.listdir(tmp_path)) == sorted([*before, "results.json"])
 
 
 def test_results_survive_their_file(tmp_path):

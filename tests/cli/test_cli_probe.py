@@ -89,9 +89,10 @@ def test_json_to_a_file(cli, measuring, tmp_path):
     assert "matrix products" in done.out
 
 
-def test_json_alone_on_stdout(cli, measuring):
+@pytest.mark.parametrize("path", [("-",), ()], ids=["-", "bare"])
+def test_json_alone_on_stdout(cli, measuring, path):
     measuring(CPU_ONLY)
-    done = cli("probe", "--device", "cpu", "--json", "-")
+    done = cli("probe", "--device", "cpu", "--json", *path)
     assert measured.from_json(json.loads(done.out)) == CPU_ONLY
     assert "matrix products" in done.err
     assert measured.read_measurement() == CPU_ONLY
@@ -139,8 +140,9 @@ def test_what_plans_cannot_use_does_not_replace_what_they_can(cli, measuring):
         (("--device", "cuda"), ("CUDA is not available", "use 'cpu'")),
         (("--dtype", "int8"), ("int8",)),
         (("--json", "/no/such/folder/out.json"), ("no folder", "/no/such/folder/out.json")),
+        (("--json", "/"), ("is a folder",)),
     ],
-    ids=["device", "no CUDA", "dtype", "folder"],
+    ids=["device", "no CUDA", "dtype", "no folder", "folder"],
 )
 def test_bad_options_are_one_line_before_anything_is_measured(
     cli, measuring, monkeypatch, args, words

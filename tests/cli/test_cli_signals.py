@@ -23,6 +23,14 @@ def often(*values, slow=()):
     return [*values, *(pytest.param(value, marks=pytest.mark.slow) for value in slow)]
 
 
+def has_content(path) -> bool:
+    """Whether a file was written; whether it can be is tried before, with an empty one."""
+    try:
+        return path.stat().st_size > 0
+    except FileNotFoundError:
+        return False
+
+
 class Running:
     """`headinfer generate` as a process of its own, with much to do."""
 
@@ -54,7 +62,7 @@ class Running:
 
     def wait_for_file(self, path) -> None:
         end_s = time.monotonic() + DEADLINE_S
-        while not path.exists() and self._process.poll() is None:
+        while not has_content(path) and self._process.poll() is None:
             assert time.monotonic() < end_s
             time.sleep(0.02)
         assert self._process.poll() is None, self._process.communicate()
@@ -115,6 +123,27 @@ def test_json_is_printed_during_prefill(command, endless_llama, tmp_path, name):
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize("beams", [1, 2])
+def test_the_part_of_a_prompt_that_was_run_is_told(cli, llama, prompt, monkeypatch, beams):
+    from headinfer.cli.progress import PrefillBar
+
+    update = PrefillBar.update
+
+    def stop_second(self, done_tokens, all_tokens):
+        if done_tokens == 32:
+            os.kill(os.getpid(), signal.SIGTERM)
+        update(self, done_tokens, all_tokens)
+
+    monkeypatch.setattr(PrefillBar, "update", stop_second)
+    args = ("--model", llama, "-p", prompt, "--chunk-tokens", 16, "--num-beams", beams)
+    done = cli("generate", *args, "--json")
+    assert done.code == 143
+    stats = json.loads(done.out)["stats"]
+    assert stats["prefill_tokens"] == 32 * beams
+    assert stats["prefill_s"] > 0
+    assert f"prefill           {32 * beams} tokens" in done.err
+
+
 def test_a_hangup_that_is_ignored_stays_ignored(command, endless_llama, prompt):
     args = ("--model", endless_llama, "-p", prompt)
     running = Running(command, *args, ignored=(signal.SIGHUP,))
@@ -173,6 +202,69 @@ def test_signals_are_left_alone_outside_the_main_thread():
     thread.start()
     thread.join()
     assert seen == [signal.SIG_DFL]
+
+
+AT_ITS_END = """
+import atexit, os, signal, sys
+from headinfer.cli.main import run
+
+def send():
+    for name in ("SIGINT", "SIGHUP", "SIGTERM"):
+        os.kill(os.getpid(), getattr(signal, name))
+
+atexit.register(send)  # as torch's end takes time
+sys.argv[0] = "headinfer"
+run()
+"""
+
+
+@pytest.mark.parametrize(
+    ("args", "code"),
+    [(("plan",), 0), (("plan", "--model", "no-such-preset"), 2), (("--version",), 0), (("x",), 2)],
+    ids=["done", "refused", "version", "no verb"],
+)
+def test_signals_after_a_verb_leave_its_exit_code(command, args, code):
+    done = subprocess.run(
+        [sys.executable, "-c", AT_ITS_END, *args],
+        env=command[1],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+    )
+    assert done.returncode == code, done.stderr
+    assert len(done.stderr.splitlines()) == (1 if code else 0)
+
+
+AMID_IMPORTS = """
+import os, signal, sys
+from headinfer.cli.entry import run
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "headinfer.cli.main":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Finder())
+run()
+"""
+
+
+def test_ctrl_c_amid_the_imports_is_no_traceback(command):
+    done = subprocess.run(
+        [sys.executable, "-c", AMID_IMPORTS, "plan"],
+        env=command[1],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+    )
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "headinfer: interrupted\n"
+
+
+def test_verbs_that_are_called_in_a_process_leave_its_signals(cli):
+    before = [signal.getsignal(getattr(signal, name)) for name in CODES]
+    assert cli("plan").code == 0
+    assert [signal.getsignal(getattr(signal, name)) for name in CODES] == before
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])

@@ -76,19 +76,22 @@ def test_a_file_that_is_cut_short(cli, changed, keep):
     check(cli("generate", "--model", model, "-p", "w1"), "model.safetensors is damaged or cut")
 
 
-def test_a_pickle_that_is_cut_short(cli, llama, changed):
+@pytest.mark.parametrize("kept_bytes", [0, 20_000])
+def test_a_pickle_that_is_cut_short(cli, llama, changed, kept_bytes):
     model = changed()
     (model / "model.safetensors").unlink()
     file = model / "pytorch_model.bin"
     torch.save(load_file(llama / "model.safetensors"), file)
-    file.write_bytes(file.read_bytes()[:20_000])
+    file.write_bytes(file.read_bytes()[:kept_bytes])
     check(cli("generate", "--model", model, "-p", "w1"), "pytorch_model.bin is damaged or cut")
 
 
-def test_a_pointer_in_place_of_weights(cli, changed):
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_pointer_in_place_of_weights(cli, changed, name):
     model = changed()
+    (model / "model.safetensors").unlink()
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 999999\n"
-    (model / "model.safetensors").write_text(pointer)
+    (model / name).write_text(pointer)
     check(cli("generate", "--model", model, "-p", "w1"), "git lfs pull")
 
 
@@ -113,6 +116,43 @@ def test_shards_that_are_missing_damaged_or_not_listed(cli, sharded):
     check(cli(*args), f"{shard.name} is missing", "index.json")
     (sharded / "model.safetensors.index.json").write_text("{")
     check(cli(*args), "model.safetensors.index.json is damaged")
+
+
+@pytest.fixture
+def with_strays(changed):
+    """A model with files of other sets, which transformers does not load."""
+    model = changed()
+    shards = {"weight_map": {"lm_head.weight": "pytorch_model-00001-of-00001.bin"}}
+    (model / "pytorch_model.bin.index.json").write_text(json.dumps(shards))
+    (model / "adapter_model.safetensors").touch()
+    (model / "training_args.bin").touch()
+    return model
+
+
+def test_the_fault_is_in_a_file_that_is_loaded(cli, with_strays):
+    assert cli("generate", "--model", with_strays, "-p", "w1", *GREEDY).code == 0
+    file = with_strays / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:20_000])
+    done = cli("generate", "--model", with_strays, "-p", "w1")
+    check(done, "model.safetensors is damaged or cut short")
+
+
+OUT_OF_MEMORY = [
+    MemoryError(),
+    torch.OutOfMemoryError("CUDA out of memory."),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate"),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("strays", [False, True], ids=["alone", "strays"])
+def test_weights_for_which_memory_lacks(cli, llama, with_strays, monkeypatch, error, strays):
+    def fail(*_args, **_kwargs):
+        raise error
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
+    model = with_strays if strays else llama
+    check(cli("generate", "--model", model, "-p", "w1"), "error: out of memory", code=1)
 
 
 @pytest.mark.parametrize("what", ["file", "folder", "weights"])

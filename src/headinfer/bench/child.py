@@ -13,14 +13,15 @@ import multiprocessing
 import os
 import signal
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from headinfer.scratch import remove_leftovers, scratch_folder
+from headinfer.errors import OptionError
+from headinfer.folders import describe, temporary_folder
+from headinfer.scratch import scratch_folder
 
 Values = dict[str, Any]
 """What goes between processes: names and values of JSON."""
@@ -56,12 +57,11 @@ def ask(module: str, question: Values, *, time_limit_s: float | None = None) -> 
     Raises:
         ChildError: it ended without an answer.
         TimeoutError: it took too long.
+        OptionError: there is no folder for temporary files that is safe.
     """
     context = _context()
     receiver, sender = context.Pipe(duplex=False)
-    temporary = Path(tempfile.gettempdir())
-    remove_leftovers(temporary, unlocked=False)
-    with scratch_folder(temporary) as folder, receiver:
+    with scratch_folder(_temporary_folder()) as folder, receiver:
         said = folder / "said"
         arguments = (module, json.dumps(question), sender, str(said), dict(os.environ))
         process = context.Process(target=_run, args=arguments, daemon=True)
@@ -84,6 +84,16 @@ def ask(module: str, question: Values, *, time_limit_s: float | None = None) -> 
                 process.kill()
                 process.join()
     return answer
+
+
+def _temporary_folder() -> Path:
+    try:
+        return temporary_folder()
+    except OSError as error:
+        raise OptionError(
+            f"trials cannot keep temporary files ({describe(error)}); set TMPDIR to a folder of "
+            "yours that can be written to"
+        ) from error
 
 
 @contextlib.contextmanager

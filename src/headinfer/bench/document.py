@@ -3,7 +3,6 @@
 It is written anew after every row, so that a run that is stopped can go on.
 """
 
-import contextlib
 import json
 import os
 import platform
@@ -24,6 +23,7 @@ from headinfer.bench.rows import Percentiles, Row, arranged
 from headinfer.bench.spec import BenchSpec, Fill, json_values
 from headinfer.bench.suite import Check
 from headinfer.errors import OptionError
+from headinfer.scratch import scratch_folder
 
 FORMAT = 2
 """Raised when a field changes its meaning."""
@@ -82,16 +82,19 @@ class Results:
     def save(self, path: str) -> None:
         """Write the file beside the old one and rename it, so that nobody reads half of it.
 
+        A link stays one, and the file that it leads to is written.
+
         Raises:
             OptionError: it cannot be written; the old file stays.
         """
-        new = Path(f"{path}.new")
+        text = json.dumps(self.to_json(), indent=1) + "\n"
+        old = Path(os.path.realpath(path))
         try:
-            new.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
-            os.replace(new, path)
+            with scratch_folder(old.parent) as folder:
+                new = folder / old.name
+                new.write_text(text, encoding="utf-8")
+                os.replace(new, old)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                new.unlink()
             raise OptionError(
                 f"results cannot be written to {path!r} ({error.strerror}); make room, then go on "
                 "with --resume"
@@ -165,6 +168,24 @@ class Results:
         rows = [row for row in self.rows if row.status is not Status.FAILED]
         merged = self.header | {"spec": whole.to_json()}
         return replace(self, spec=whole, header=merged, rows=rows)
+
+
+def check_replaceable(path: str) -> None:
+    """Check that `Results.save` can write a file, as far as that can be known before.
+
+    Raises:
+        OptionError: it is a device or a pipe, or nothing can be written beside it.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OptionError(f"results {path!r} must be a file, which is replaced after each row")
+    try:
+        with scratch_folder(Path(os.path.realpath(path)).parent):
+            pass
+    except OSError as error:
+        raise OptionError(
+            f"results {path!r} are written beside the old ones, and nothing can be written there "
+            f"({error.strerror}); choose another folder"
+        ) from error
 
 
 def header(spec: BenchSpec, machine: Machine) -> dict[str, Any]:

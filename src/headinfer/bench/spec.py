@@ -154,6 +154,11 @@ class BenchSpec:
             if len(set(given)) < len(given):
                 listed = ",".join(map(str, given))
                 raise OptionError(f"a {what} is named twice in {listed!r}")
+        if self.command.finds_context and len(self.contexts) > 2:
+            raise OptionError(
+                f"{self.command.value} takes one or two contexts, the first and the longest to "
+                f"try, and not {len(self.contexts)}; leave out those between"
+            )
 
     def trial(self, method: str, context_tokens: int) -> TrialSpec:
         """Return the trial of one method at one context."""

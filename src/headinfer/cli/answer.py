@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from headinfer.cli.streamer import TextCollector
 from headinfer.errors import OptionError
 
 if TYPE_CHECKING:
+    from headinfer.engine.stats import Stats
     from headinfer.offload import Offload
     from headinfer.plan.plan import Plan
     from headinfer.trace import Trace
@@ -90,6 +91,7 @@ class Answer:
         self._prompt_tokens = 0
         self._stopped: Stopped | None = None
         self._trace: Trace | None = None
+        self._bar: PrefillBar | None = None
 
     def _raise_if_no_numbers(self) -> None:
         one_row = self._settings.rows == 1
@@ -113,6 +115,8 @@ class Answer:
         if self._stdout_error is not None:
             return
         try:
+            if sys.stdout is None:  # it was closed when the process began
+                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
             sys.stdout.write(text)
             sys.stdout.flush()
         except OSError as error:
@@ -123,7 +127,7 @@ class Answer:
         """Generate into the collector; failures are kept for `finish`."""
         import torch
 
-        self._prompt_tokens = len(ids)
+        self._prompt_tokens, self._bar = len(ids), bar
         prompt = torch.tensor([ids], device=self._model.device)
         if self._request.seed is not None:
             torch.manual_seed(self._request.seed)
@@ -223,10 +227,19 @@ class Answer:
             return report(self._stopped)
         return 0 if self._stdout_error is None else self._report_lost(self._stdout_error)
 
+    def _stats(self) -> "Stats":
+        """Return what was measured; of a prefill that was cut short, the chunks that were run."""
+        stats = self._offload.stats
+        if stats.prefill_tokens or self._bar is None:
+            return stats
+        tokens, seconds = self._bar.done
+        return replace(stats, prefill_tokens=self._settings.rows * tokens, prefill_s=seconds)
+
     def _print_summary(self) -> None:
-        if self._offload.stats.prefill_tokens:
+        stats = self._stats()
+        if stats.prefill_tokens:
             self._console.print()
-            print_rows(self._console, summary_rows(self._offload.stats, self._plan))
+            print_rows(self._console, summary_rows(stats, self._plan))
         if self._trace is not None:
             told = f"written to {self._request.trace}" if self._trace.written else "no decode step"
             self._console.print(f"trace: {told}", markup=False)
@@ -247,12 +260,14 @@ class Answer:
             "new_tokens": len(self._collector.ids),
             "seed": self._request.seed,
             "plan": plan_as_json(self._plan),
-            "stats": stats_as_json(self._offload.stats),
+            "stats": stats_as_json(self._stats()),
         }
 
 
 def _discard_stdout() -> None:
     """Keep what Python flushes at its end from failing once more, with a traceback."""
+    if sys.stdout is None:
+        return
     with contextlib.suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())

@@ -13,7 +13,7 @@ from rich.status import Status as Spinner
 from rich.table import Table
 
 from headinfer.bench.catalogue import CATALOGUE
-from headinfer.bench.document import Results
+from headinfer.bench.document import Results, check_replaceable
 from headinfer.bench.launch import FreshProcesses, Launcher
 from headinfer.bench.result import Status
 from headinfer.bench.rows import Row
@@ -126,6 +126,8 @@ def _run(command: Command, given: dict[str, Any]) -> None:
     spec = run_spec(command, given)
     path: str | None = given["json_path"]
     check_writable("--json", path)
+    if path not in (None, STDOUT):
+        check_replaceable(str(path))
     if given["resume"] and path in (None, STDOUT):
         raise OptionError("--resume goes on with what --json FILE holds; give the file")
     console = Console(stderr=True)

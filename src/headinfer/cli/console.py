@@ -12,7 +12,12 @@ from collections.abc import Iterator
 import typer
 from rich.console import Console
 
-from headinfer.cli.interrupt import stop_code, stop_words, stopping_at_once
+from headinfer.cli.interrupt import (
+    ending_the_process,
+    stop_code,
+    stop_words,
+    stopping_at_once,
+)
 from headinfer.errors import HeadInferError, OptionError
 
 EXIT_UNEXPECTED = 1
@@ -75,6 +80,8 @@ def print_error(message: str) -> None:
 
 
 def _print_line(line: str) -> None:
+    if sys.stderr is None:  # it was closed when the process began
+        return
     with contextlib.suppress(OSError):  # the terminal may be gone
         sys.stderr.write(f"{line}\n")
         sys.stderr.flush()
@@ -98,7 +105,7 @@ def report(error: BaseException) -> int:
     if isinstance(error, HeadInferError):
         print_error(with_options(one_line(error)))
         return EXIT_BAD_INPUT
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         print_error(
             f"out of memory ({_first_line(error)}); try a smaller --chunk-tokens or "
             "--device-memory, or a shorter prompt"
@@ -159,7 +166,7 @@ def reporting_errors(*, quiet: bool = False) -> Iterator[None]:
     """
     try:
         debug_wanted()
-        with _showing_notes(quiet=quiet), stopping_at_once():
+        with _showing_notes(quiet=quiet), ending_the_process(), stopping_at_once():
             yield
     except (typer.Exit, typer.Abort, BrokenPipeError):
         raise
@@ -172,7 +179,7 @@ def _first_line(error: BaseException) -> str:
     return lines[0].rstrip(". ")
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether torch or Python ran out of memory; torch's CPU allocator says so in words alone."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True

@@ -15,6 +15,7 @@ from rich.console import Console
 
 _Handler = Callable[[int, FrameType | None], None]
 
+_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 _WORDS = {"SIGTERM": "terminated", "SIGHUP": "hung up"}
 
 
@@ -59,6 +60,37 @@ def stopping_at_once() -> Iterator[None]:
         yield
 
 
+class _Process:
+    """What this process is for.
+
+    Attributes:
+        runs_one_verb: whether it ends once its verb has: not where a test calls verbs.
+    """
+
+    runs_one_verb = False
+
+
+def run_one_verb() -> None:
+    """Say that this process ends once its verb has."""
+    _Process.runs_one_verb = True
+
+
+@contextlib.contextmanager
+def ending_the_process() -> Iterator[None]:
+    """Ignore signals that ask to stop once the `with` statement has ended, however it did.
+
+    Then the process ends anyway, with a code that is settled; but torch's end takes a second or
+    two, in which a signal would add a traceback, or put another code in its place.
+    """
+    try:
+        yield
+    finally:
+        if _Process.runs_one_verb:
+            for name in _SIGNALS:
+                if hasattr(signal, name):  # Windows has no SIGHUP
+                    signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
 @contextlib.contextmanager
 def _handled(handler: _Handler, *names: str) -> Iterator[None]:
     """Take signals over; those that the system lacks, and those that are ignored, stay as they are.
@@ -101,7 +133,7 @@ class Interrupt:
     @contextlib.contextmanager
     def handling(self) -> Iterator[None]:
         """Take the signals over inside the `with` statement."""
-        with _handled(self._on_signal, "SIGINT", "SIGTERM", "SIGHUP"):
+        with _handled(self._on_signal, *_SIGNALS):
             yield
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from headinfer.cli.console import is_out_of_memory
 from headinfer.cli.options import MemoryOptions
 from headinfer.errors import HeadInferError, ModelLoadError, OptionError
 
@@ -206,7 +207,7 @@ def load_model(
         if place:
             model.to(place)
     except Exception as error:
-        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        if is_out_of_memory(error):
             raise
         raise _load_error(source, "model", error) from error
     return model.eval(), note

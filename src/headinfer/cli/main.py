@@ -14,6 +14,7 @@ from headinfer.cli.command import OnceCommand
 from headinfer.cli.console import EXIT_BAD_INPUT, EXIT_INTERRUPTED, print_error, report
 from headinfer.cli.demo import demo
 from headinfer.cli.generate import generate
+from headinfer.cli.interrupt import ending_the_process, run_one_verb
 from headinfer.cli.options import NO_VALUE
 from headinfer.cli.output import JsonCommand
 from headinfer.cli.plan import plan
@@ -98,7 +99,7 @@ def _all_verbs(
 app.command(cls=OnceCommand)(generate)
 app.command(cls=OnceCommand)(demo)
 app.command(cls=JsonCommand)(plan)
-app.command(cls=OnceCommand)(probe)
+app.command(cls=JsonCommand)(probe)
 app.command(cls=JsonCommand)(roofline)
 
 
@@ -122,12 +123,14 @@ def bench(context: typer.Context) -> None:
 
 
 def run() -> None:
-    """Run the command line; what the console script calls."""
+    """Run the command line, in a process of its own."""
     for stream in (sys.stdout, sys.stderr):
         # A character that the terminal's encoding lacks must not end a long run.
         with contextlib.suppress(AttributeError, io.UnsupportedOperation):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # if it is a text file
-    app(prog_name="headinfer")
+    run_one_verb()
+    with ending_the_process():
+        app(prog_name="headinfer")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
 """Files that verbs write, and `--json [PATH]`; told before any work if they cannot be written."""
 
+import errno
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +14,7 @@ from headinfer.cli.options import OUTPUT_PANEL
 from headinfer.errors import OptionError
 
 STDOUT = "-"
+_JSON = "--json"
 
 
 class JsonCommand(OnceCommand):
@@ -22,7 +26,7 @@ class JsonCommand(OnceCommand):
         for place, here in enumerate(args):
             after = args[place + 1] if place + 1 < len(args) else "--"
             parsed.append(here)
-            if here == "--json" and after.startswith("-") and after != STDOUT:
+            if here == _JSON and after.startswith("-") and after != STDOUT:
                 parsed.append(STDOUT)
         return super().parse_args(ctx, parsed)
 
@@ -30,7 +34,7 @@ class JsonCommand(OnceCommand):
 JsonPath = Annotated[
     str | None,
     typer.Option(
-        "--json",
+        _JSON,
         metavar="[PATH]",
         help="Write results as JSON to PATH; alone, or with -, to stdout and nothing else there.",
         rich_help_panel=OUTPUT_PANEL,
@@ -43,32 +47,52 @@ def check_writable(option: str, path: str | None) -> None:
 
     Args:
         option: for the message, such as "--json".
-        path: as given; None and "-" are always fine.
+        path: as given; None is always fine, and so is "-" of `--json`.
 
     Raises:
         OptionError: its folder is missing, or file or folder may not be written.
     """
-    if path is None or path == STDOUT:
+    if path is None or (option == _JSON and path == STDOUT):
         return
-    file = Path(path)
-    if not file.parent.is_dir():
-        raise OptionError(f"{option} {path!r}: there is no folder to write it in; make it first")
-    if file.is_dir():
+    if path == STDOUT:
+        raise OptionError(f"{option} {path!r}: only {_JSON} is for stdout; give the name of a file")
+    if os.path.isdir(Path(path)):
         raise OptionError(f"{option} {path!r} is a folder; give the name of a file")
-    existed = file.exists()
+    target = Path(os.path.realpath(path))  # of a link that leads nowhere, the file to be made
+    if not os.path.exists(path) and not os.path.isdir(target.parent):
+        raise OptionError(f"{option} {path!r}: there is no folder to write it in; make it first")
+    if not _can_write(path, target):
+        raise OptionError(f"{option} {path!r} may not be written; choose another place")
+
+
+def _can_write(path: str, target: Path) -> bool:
+    """Whether a file can be written; it is as before afterwards."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        return os.access(path, os.W_OK)  # who reads from a pipe would take closing it for the end
+    new = not os.path.lexists(target)
     try:
-        with file.open("ab"):
+        with target.open("xb" if new else "ab"):
             pass
     except OSError:
-        raise OptionError(f"{option} {path!r} may not be written; choose another place") from None
-    if not existed:
-        file.unlink()
+        return False
+    if new:
+        target.unlink()
+    return True
 
 
 def write_json(path: str, document: dict[str, Any]) -> None:
-    """Write a document to a file, or to stdout for "-"."""
+    """Write a document to a file, or to stdout for "-".
+
+    Raises:
+        OptionError: it cannot be written.
+    """
     text = json.dumps(document, indent=1)
-    if path == STDOUT:
-        typer.echo(text)
+    if path != STDOUT:
+        try:
+            Path(path).write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            raise OptionError(f"{path!r} cannot be written ({error.strerror})") from error
+    elif sys.stdout is None:  # it was closed when the process began
+        raise OptionError(f"stdout did not take the JSON: {os.strerror(errno.EBADF)}")
     else:
-        Path(path).write_text(text + "\n", encoding="utf-8")
+        typer.echo(text)

@@ -1,10 +1,8 @@
 """`headinfer probe`: measure this machine once, for the planner."""
 
 import enum
-import json
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -17,8 +15,8 @@ from rich.table import Table
 from headinfer.cli import options as opt
 from headinfer.cli.console import EXIT_UNEXPECTED, reporting_errors, stderr_console
 from headinfer.cli.load import share_cores
-from headinfer.errors import OptionError
-from headinfer.plan.measured import check_writable, save_measurement, to_json
+from headinfer.cli.output import STDOUT, JsonPath, check_writable, write_json
+from headinfer.plan import measured
 from headinfer.plan.measurement import Measurement, Quantity, Rate
 from headinfer.probe.caches import beyond_caches
 from headinfer.units import format_bytes, format_tokens
@@ -26,7 +24,6 @@ from headinfer.units import format_bytes, format_tokens
 if TYPE_CHECKING:
     from headinfer.device.base import Device
 
-_STDOUT = "-"
 _WIDTH = 100
 """Columns where there is no terminal."""
 
@@ -91,14 +88,7 @@ def probe(
         bool,
         typer.Option("--quick", metavar=opt.NO_VALUE, help="A rough measurement in a few seconds."),
     ] = False,
-    json_path: Annotated[
-        str | None,
-        typer.Option(
-            "--json",
-            metavar="FILE",
-            help="Also write all of it as JSON to FILE; - for stdout, the table then to stderr.",
-        ),
-    ] = None,
+    json_path: JsonPath = None,
 ) -> None:
     """Measure this machine once, so that plans count with its own rates.
 
@@ -107,24 +97,20 @@ def probe(
     if plans cannot use it; it is not kept then.
     """
     with reporting_errors():
-        _check(json_path)
+        check_writable("--json", json_path)
+        measured.check_writable()
         measurement = _measure(device.value, dtype.value, quick=quick)
-        console = Console(stderr=json_path == _STDOUT, highlight=False)
+        console = Console(stderr=json_path == STDOUT, highlight=False)
         if not console.is_terminal:
             console.width = _WIDTH
         _print(console, measurement)
         _keep(console, measurement)
         if json_path is not None:
-            _write_json(console, measurement, json_path)
+            write_json(json_path, measured.to_json(measurement))
+            if json_path != STDOUT:
+                console.print(f"written to {json_path}", markup=False, soft_wrap=True)
         if measurement.missing:
             raise typer.Exit(EXIT_UNEXPECTED)
-
-
-def _check(json_path: str | None) -> None:
-    """Refuse before anything is measured what could not be kept after it."""
-    if json_path not in (None, _STDOUT) and not Path(json_path or "").parent.is_dir():
-        raise OptionError(f"there is no folder to write {json_path!r} in; make it first")
-    check_writable()
 
 
 def _measure(device_name: str, dtype_name: str, *, quick: bool) -> Measurement:
@@ -173,20 +159,8 @@ def _keep(console: Console, measurement: Measurement) -> None:
         names = ", ".join(_label(quantity, on_cpu) for quantity in measurement.missing)
         console.print(f"[bold]not kept:[/] plans need what could not be measured ({names})")
         return
-    path = save_measurement(measurement)
+    path = measured.save_measurement(measurement)
     console.print(f"kept in {escape(str(path))} for [bold]--hardware this[/]", soft_wrap=True)
-
-
-def _write_json(console: Console, measurement: Measurement, json_path: str) -> None:
-    text = json.dumps(to_json(measurement), indent=1)
-    if json_path == _STDOUT:
-        typer.echo(text)
-        return
-    try:
-        Path(json_path).write_text(text + "\n")
-    except OSError as error:
-        raise OptionError(f"{json_path!r} cannot be written ({error.strerror})") from error
-    console.print(f"written to {json_path}", markup=False, soft_wrap=True)
 
 
 def _print(console: Console, measurement: Measurement) -> None:

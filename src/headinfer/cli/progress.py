@@ -91,6 +91,11 @@ class PrefillBar:
     def _count(self, done_tokens: int) -> str:
         return f"{done_tokens:,} of {self._all_tokens:,} tokens"
 
+    @property
+    def done(self) -> tuple[int, float]:
+        """Tokens of the prompt that were run, and the seconds they took."""
+        return self._points[-1] if self._points else (0, 0.0)
+
     def update(self, done_tokens: int, all_tokens: int) -> None:
         """Show the tokens done of a call; calls for other prompts than the bar's are ignored."""
         if all_tokens != self._all_tokens or self._progress.finished:

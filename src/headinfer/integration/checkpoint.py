@@ -12,11 +12,24 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import cached_file
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    cached_file,
+)
 
 from headinfer.errors import ModelLoadError
+
+_LOADED = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+"""Files of weights, and lists of them: transformers loads the first that is there."""
+
+_LFS = b"version htt"
+"""What a pointer of Git LFS begins with."""
 
 _NAMED = 3
 """How many weights a message names."""
@@ -44,6 +57,8 @@ def load_checkpoint(
     settings = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(location, **keywords, **settings)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise  # whatever else may be wrong, this is why
     except Exception as error:
         fault = _fault_in(location)
         if "above report" in str(error):  # which went to transformers' log
@@ -97,7 +112,7 @@ def _natural(name: str) -> list[tuple[int, str]]:
 def _fault_in(location: str) -> str | None:
     """Return what is wrong with the files of a checkpoint that did not load; None if nothing is.
 
-    transformers' own messages name no file.
+    transformers' own messages name no file. Files that it does not load may be missing or damaged.
     """
     folder = Path(location)
     if not folder.is_dir():
@@ -107,21 +122,18 @@ def _fault_in(location: str) -> str | None:
         if config is None:
             return None
         folder = Path(config).parent
-    for index in sorted(folder.glob("*.index.json")):
-        fault = _fault_in_index(index)
-        if fault is not None:
-            return fault
-    stored = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
-    for file in stored:
-        if _is_damaged(file):
-            return _damaged(file)
-    if not stored and any(folder.glob("*.gguf")):
-        return "its weights are GGUF, which is not read; give the model in safetensors files"
-    return None
+    loaded = next((folder / name for name in _LOADED if (folder / name).is_file()), None)
+    if loaded is None:
+        if any(folder.glob("*.gguf")):
+            return "its weights are GGUF, which is not read; give the model in safetensors files"
+        return None
+    if loaded.suffix == ".json":
+        return _fault_in_shards(loaded)
+    return _damaged(loaded) if _is_damaged(loaded) else None
 
 
-def _fault_in_index(index: Path) -> str | None:
-    """Return what is wrong with the list of a checkpoint's files."""
+def _fault_in_shards(index: Path) -> str | None:
+    """Return what is wrong with the list of a checkpoint's files, or with one of them."""
     try:
         names = set(json.loads(index.read_bytes())["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -129,14 +141,16 @@ def _fault_in_index(index: Path) -> str | None:
     missing = sorted(name for name in names if not (index.parent / name).is_file())
     if missing:
         return f"{missing[0]} is missing, which {index.name} names; fetch it again"
-    return None
+    shards = (index.parent / name for name in sorted(names))
+    return next((_damaged(shard) for shard in shards if _is_damaged(shard)), None)
 
 
 def _is_damaged(file: Path) -> bool:
     """Whether a file of weights is not what its name says; reads its header alone."""
     if file.suffix == ".bin":
         with file.open("rb") as opened:
-            return opened.read(2) == b"PK" and not zipfile.is_zipfile(file)
+            start = opened.read(len(_LFS))
+        return start in (b"", _LFS) or (start[:2] == b"PK" and not zipfile.is_zipfile(file))
     try:
         with safe_open(file, framework="pt"):
             return False
@@ -147,6 +161,6 @@ def _is_damaged(file: Path) -> bool:
 
 def _damaged(file: Path) -> str:
     with suppress(OSError), file.open("rb") as opened:
-        if opened.read(11) == b"version htt":
+        if opened.read(len(_LFS)) == _LFS:
             return f"{file.name} is a pointer of Git LFS; `git lfs pull` fetches the weights"
     return f"{file.name} is damaged or cut short; fetch it again"

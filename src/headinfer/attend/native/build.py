@@ -156,7 +156,13 @@ def _compile(recipe: _Recipe, path: Path) -> None:
 
 def _run(command: list[str], folder: Path) -> None:
     try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, timeout=_COMPILE_TIMEOUT_S)
+        done = subprocess.run(
+            command,
+            cwd=folder,
+            capture_output=True,
+            timeout=_COMPILE_TIMEOUT_S,
+            start_new_session=True,  # a terminal's Ctrl-C is for us; a compiler would end half-way
+        )
     except subprocess.TimeoutExpired as error:
         raise _CompileError(f"it takes more than {_COMPILE_TIMEOUT_S} s") from error
     except OSError as error:
