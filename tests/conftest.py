@@ -1,4 +1,5 @@
 import os
+import signal
 
 import pytest
 import torch
@@ -27,3 +28,13 @@ def _own_cache_folder(tmp_path_factory) -> None:
 def _one_thread() -> None:
     """Tiny models are fastest, and results repeatable, on one thread."""
     torch.set_num_threads(1)
+
+
+def pytest_configure() -> None:
+    """Hear signals that whoever started the tests ignores, as a shell does for its background."""
+    heard = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    if hasattr(signal, "SIGHUP"):
+        heard[signal.SIGHUP] = signal.SIG_DFL
+    for number, handler in heard.items():
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
