@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from headinfer.cli.console import EXIT_UNEXPECTED, print_error, report
+from headinfer.cli.console import EXIT_UNEXPECTED, discard_stdout, print_error, report
 from headinfer.cli.interrupt import Interrupt, Stopped
 from headinfer.cli.load import ModelSource
 from headinfer.cli.logits_check import LogitsCheck
@@ -121,7 +121,7 @@ class Answer:
             sys.stdout.flush()
         except OSError as error:
             self._stdout_error = error
-            _discard_stdout()
+            discard_stdout()
 
     def generate(self, ids: list[int], bar: PrefillBar, interrupt: Interrupt) -> None:
         """Generate into the collector; failures are kept for `finish`."""
@@ -262,13 +262,3 @@ class Answer:
             "plan": plan_as_json(self._plan),
             "stats": stats_as_json(self._stats()),
         }
-
-
-def _discard_stdout() -> None:
-    """Keep what Python flushes at its end from failing once more, with a traceback."""
-    if sys.stdout is None:
-        return
-    with contextlib.suppress(OSError, ValueError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)

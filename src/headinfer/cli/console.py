@@ -121,15 +121,21 @@ def report(error: BaseException) -> int:
     return EXIT_UNEXPECTED
 
 
-def _discard_unwritten() -> None:
+def discard_stdout() -> None:
     """Let what stdout cannot take go nowhere: Python would try again at its end, and complain."""
+    if sys.stdout is None:
+        return
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
+def _discard_unwritten() -> None:
     try:
         sys.stdout.flush()
     except OSError:
-        with contextlib.suppress(OSError, ValueError):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, sys.stdout.fileno())
-            os.close(nowhere)
+        discard_stdout()
 
 
 class _Notes(logging.Handler):

@@ -82,7 +82,7 @@ class DirectKeeper:
     def _write(self, ledger: Ledger, new: KV) -> None:
         first = 0
         for tile in ledger.extend_host(new.tokens):
-            _copy(tile.kv, new.cut(slice(first, first + tile.tokens)))
+            tile.kv.copy_(new.cut(slice(first, first + tile.tokens)))
             first += tile.tokens
 
     def flush(self, ledger: Ledger) -> None:
@@ -93,11 +93,6 @@ class DirectKeeper:
 
     def select(self, ledger: Ledger, rows: Sequence[int]) -> None:
         """Do nothing: nothing is on the device."""
-
-
-def _copy(target: KV, source: KV) -> None:
-    target.keys.copy_(source.keys)
-    target.values.copy_(source.values)
 
 
 class PagedKeeper:
@@ -141,7 +136,7 @@ class PagedKeeper:
         near = []
         for extent in (ledger.resident, ledger.tail):
             if extent is not None and extent.tokens:
-                self._wait_ready(extent.piece)
+                extent.piece.wait_ready(self._device)
                 self._device.compute.reads(extent.piece.memory, "attention to tokens kept here")
                 near.append(Tile(extent.start, extent.tokens, extent.piece, extent.whole))
         return near
@@ -152,7 +147,7 @@ class PagedKeeper:
         if resident is None or not tokens == resident.tokens < resident.capacity:
             return None
         self.make_room(ledger, 1)
-        self._wait_ready(resident.piece)
+        resident.piece.wait_ready(self._device)
         place = ledger.extend(resident, 1)
         if self._device.checks_accesses:
             self._state_writes(place)
@@ -196,7 +191,7 @@ class PagedKeeper:
         """Rearrange the resident tokens and the tail, on compute."""
         for extent in (ledger.resident, ledger.tail):
             if extent is not None and extent.tokens:
-                self._wait_ready(extent.piece)
+                extent.piece.wait_ready(self._device)
                 self._device.compute.writes(extent.piece.memory, "row selection")
                 copy_rows(extent, extent, torch.tensor(rows, device=extent.whole.keys.device))
                 # Compute may be another thread's stream when the tokens are read or sent.
@@ -217,24 +212,18 @@ class PagedKeeper:
     def _write(self, ledger: Ledger, extent: Extent, new: KV) -> None:
         """Put tokens behind those of an extent on the device, on compute."""
         piece = extent.piece
-        self._wait_ready(piece)
+        piece.wait_ready(self._device)
         if piece.free is not None:
             self._device.compute.wait(piece.free, Edge.PAGE_FREE)
             piece.free = None
         place = ledger.extend(extent, new.tokens)
         self._state_writes(place)
-        _copy(place.kv, new)
+        place.kv.copy_(new)
 
     def _state_writes(self, place: Tile) -> None:
         if self._device.checks_accesses:
             for part in place.kv:
                 self._device.compute.writes(part, "new tokens")
-
-    def _wait_ready(self, piece: Piece) -> None:
-        """Hold compute until what copy-in fetched is there."""
-        if piece.ready is not None:
-            self._device.compute.wait(piece.ready, Edge.TILE_FILLED)
-            piece.ready = None
 
     def _send_page(self, ledger: Ledger, page: Extent, pages: list[Piece]) -> None:
         """Send a page home and turn to the other; keep what may be resident on the way."""
@@ -253,7 +242,7 @@ class PagedKeeper:
             return
         tokens = min(tile.tokens, resident.capacity - tile.start)
         if tokens > 0:
-            self._wait_ready(tile.piece)
+            tile.piece.wait_ready(self._device)
             self._device.compute.reads(tile.piece.memory, "new tokens into the resident ones")
             self._write(ledger, resident, tile._replace(tokens=tokens).kv)
 

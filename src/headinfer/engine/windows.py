@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from headinfer.device.base import Device, Edge
+from headinfer.device.base import Device
 from headinfer.errors import CacheStateError
 from headinfer.kv.extent import Extent, Piece, Tile
 from headinfer.kv.ledger import Ledger, copy_rows
@@ -42,7 +42,7 @@ class WindowKeeper:
             All in one piece, valid on compute until the next tokens are taken.
         """
         tail = ledger.tail or self._begin(ledger)
-        self._wait_ready(tail.piece)
+        tail.piece.wait_ready(self._device)
         low = max(tail.end - ledger.past_tokens, tail.start)
         self._state(tail.piece, writes=False)
         if new.tokens <= self._page_tokens:
@@ -89,17 +89,11 @@ class WindowKeeper:
     def copy(self, source: Ledger, target: Ledger) -> None:
         """Let an empty ledger of the same geometry hold what another one does."""
         assert source.tail is not None
-        self._wait_ready(source.tail.piece)
+        source.tail.piece.wait_ready(self._device)
         tail = self._begin(target)
         target.restart_tail(source.tail.start)
         self._state(source.tail.piece, writes=False)
         self._append(target, tail, source.tail.tile(source.tail.start, source.tail.end).kv)
-
-    def _wait_ready(self, piece: Piece) -> None:
-        """Hold compute until rows that were selected elsewhere are there."""
-        if piece.ready is not None:
-            self._device.compute.wait(piece.ready, Edge.TILE_FILLED)
-            piece.ready = None
 
     def _state(self, piece: Piece, *, writes: bool) -> None:
         """State what compute does with a window, where that is checked."""
@@ -126,6 +120,4 @@ class WindowKeeper:
 
     def _append(self, ledger: Ledger, tail: Extent, new: KV) -> None:
         self._state(tail.piece, writes=True)
-        place = ledger.extend(tail, new.tokens).kv
-        place.keys.copy_(new.keys)
-        place.values.copy_(new.values)
+        ledger.extend(tail, new.tokens).kv.copy_(new)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from headinfer.device.base import Event
+from headinfer.device.base import Device, Edge, Event
 from headinfer.kv.pair import ALL_HEADS, KV, Geometry, carver
 
 
@@ -37,6 +37,15 @@ class Piece:
         self.holders = 1
         self.shared_tokens = 0
         self.views = carver(memory)
+
+    def wait_ready(self, device: Device) -> None:
+        """Hold the device's compute stream until what another stream wrote is there.
+
+        A device without streams (the CPU) writes nothing elsewhere, so nothing is waited for.
+        """
+        if self.ready is not None:
+            device.compute.wait(self.ready, Edge.TILE_FILLED)
+            self.ready = None
 
 
 class Tile(NamedTuple):

@@ -30,6 +30,11 @@ class KV(NamedTuple):
         """Return views of some tokens of some heads."""
         return KV(self.keys[:, heads, tokens], self.values[:, heads, tokens])
 
+    def copy_(self, source: "KV") -> None:
+        """Overwrite with keys and values of the same shapes, on the stream that is current."""
+        self.keys.copy_(source.keys)
+        self.values.copy_(source.values)
+
 
 @dataclass(frozen=True, slots=True)
 class Geometry:

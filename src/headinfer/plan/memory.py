@@ -38,11 +38,6 @@ def aligned(num_bytes: int) -> int:
     return -(-num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
-def aligned_down(num_bytes: int) -> int:
-    """Return a size rounded down to whole alignments."""
-    return num_bytes // ALIGNMENT_BYTES * ALIGNMENT_BYTES
-
-
 def runtime_bytes(device: str) -> int:
     """Bytes that running on a device takes beside weights, KV and activations; none without CUDA.
 
