@@ -1,0 +1,129 @@
+"""Python calls that a decode step makes in each layer: what a step costs where Python is the bound.
+
+Counts calls of functions in the package's own files, on the simulated device, for four layers of
+four KV heads after 1000 tokens. The simulated device's own work, which no GPU needs, is left out.
+Prints JSON: calls a layer and step, and the frames between the attention function and a kernel.
+
+    python benchmarks/python_calls.py [--top 20]
+"""
+
+import argparse
+import collections
+import json
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import headinfer
+from headinfer.integration.attention import AttentionFunctions
+
+_ROOT = str(Path(headinfer.__file__).parent)
+_SIMULATOR = ("simulated.py", "hazards.py")
+_LAYERS, _STEPS, _PROMPT_TOKENS = 4, 10, 1000
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "resident": {"resident_tokens": "all"},
+    "streamed, all heads x 512": {
+        "resident_tokens": 0,
+        "tile_heads": "all",
+        "tile_tokens": 512,
+    },
+    "streamed, 1 head x 256": {"resident_tokens": 0, "tile_heads": 1, "tile_tokens": 256},
+}
+
+
+def model() -> LlamaForCausalLM:
+    """Return a random model of four layers and four KV heads."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=_LAYERS,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=16,
+        max_position_embeddings=2048,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def _name(frame: FrameType) -> str:
+    return str(getattr(frame.f_code, "co_qualname", frame.f_code.co_name))  # since Python 3.11
+
+
+class Counter:
+    """A profile function that counts calls of the package's functions."""
+
+    def __init__(self) -> None:
+        self.calls: collections.Counter[str] = collections.Counter()
+        self.deepest: list[str] = []
+        self._attend = AttentionFunctions.attend.__code__
+        self._simulating = 0  # calls within the simulator that have not returned
+
+    def __call__(self, frame: FrameType, event: str, _argument: object) -> None:
+        """Count one event."""
+        file = frame.f_code.co_filename
+        own = file.startswith(_ROOT)
+        if event == "c_call":
+            if f"{_ROOT}/attend/" in file and not self._simulating:
+                self._note_depth(frame)
+        elif own and event == "call":
+            if self._simulating or file.endswith(_SIMULATOR):
+                self._simulating += 1
+            else:
+                self.calls[f"{file.removeprefix(_ROOT + '/')} {_name(frame)}"] += 1
+        elif own and event == "return" and self._simulating:
+            self._simulating -= 1
+
+    def _note_depth(self, frame: FrameType | None) -> None:
+        names: list[str] = []
+        while frame is not None and frame.f_code is not self._attend:
+            if frame.f_code.co_filename.startswith(_ROOT):
+                names.append(_name(frame))
+            frame = frame.f_back
+        if frame is not None and len(names) > len(self.deepest):
+            self.deepest = names[::-1]
+
+
+def count(llama: LlamaForCausalLM, **options: Any) -> Counter:
+    """Return what decode steps call under some options of `attach`."""
+    tokens = torch.randint(0, 97, (1, _PROMPT_TOKENS + 3 + _STEPS))
+    counter = Counter()
+    with headinfer.attach(llama, device="simulated", **options) as offload, torch.no_grad():
+        cache = offload.new_cache(2000)
+        llama(tokens[:, :_PROMPT_TOKENS], past_key_values=cache, logits_to_keep=1)
+        for step in range(3 + _STEPS):
+            token = tokens[:, _PROMPT_TOKENS + step, None]
+            if step >= 3:
+                sys.setprofile(counter)
+            llama(token, past_key_values=cache)
+            sys.setprofile(None)
+    return counter
+
+
+def main() -> None:
+    """Count under each setting, and print JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--top", type=int, default=0, help="also list the most called functions")
+    top = parser.parse_args().top
+    llama, results = model(), {}
+    for name, options in SETTINGS.items():
+        counter = count(llama, **options)
+        each = _STEPS * _LAYERS
+        results[name] = {
+            "calls": round(sum(counter.calls.values()) / each, 1),
+            "frames": len(counter.deepest),
+            "deepest": counter.deepest,
+        }
+        if top:
+            results[name]["most"] = {f: n / each for f, n in counter.calls.most_common(top)}
+    print(json.dumps(results, indent=2))
+
+
+if __name__ == "__main__":
+    main()
