@@ -43,6 +43,7 @@ ORDER = [
     "kv",
     "device",
     "plan",
+    "schedule",
     "units",
     "folders",
     "checked_files",

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from headinfer import trace
-from headinfer.engine.chunk import ATTENTION_MARK
+from headinfer.engine.attending import ATTENTION_MARK
 
 COMPUTE, COPY_IN = 7, 13
 

@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from headinfer.device.simulated import COPY_MARK, HOST_CALL_MARK
 from headinfer.engine import host_attention
-from headinfer.engine.chunk import ATTENTION_MARK
+from headinfer.engine.attending import ATTENTION_MARK
 
 LINES = (
     "copy-in",

@@ -136,7 +136,7 @@ def test_a_call_that_failed_fails_once() -> None:
     engine = engine_with_host_share(device, layers=2)
     for layer_idx in range(2):
         decode(engine, kernel, layer_idx)
-    first, _ = engine._host._pending
+    first, _ = engine._host.pending
     while not first.finished:
         assert device.host_work.step(force=True)
     with pytest.raises(ArithmeticError):
@@ -219,7 +219,7 @@ def test_detaching_closes_all_caches_also_where_one_has_an_error_to_tell() -> No
         model(random_tokens(1, 20), past_key_values=cache)
     engines = [cache.state.engine for cache in caches]
     for engine in engines:
-        engine._host._failure = ArithmeticError("the host cannot count")
+        engine._host.failure = ArithmeticError("the host cannot count")
     with pytest.raises(ArithmeticError):
         offload.detach()
     assert all(engine.closed for engine in engines)

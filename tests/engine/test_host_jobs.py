@@ -63,7 +63,7 @@ def test_the_caller_waits_for_no_job_and_each_has_memory_of_its_own() -> None:
     engine = engine_with_host_share(device, layers=3)
     for layer_idx in range(3):
         decode(engine, kernel, layer_idx)
-    pending = list(engine._host._pending)
+    pending = list(engine._host.pending)
     assert [type(work) for work in pending] == 3 * [Job]
     assert not any(work.finished for work in pending)
     assert len({work.argument for work in pending}) == 3
@@ -95,7 +95,7 @@ def test_nothing_is_kept_once_it_ran() -> None:
     engine = engine_with_host_share(device)
     decode(engine, Unused())
     memory = weakref.ref(next(engine._ledgers[0].host_tiles(0, 1)).whole.keys.untyped_storage())
-    assert not engine._host._pending  # it was collected
+    assert not engine._host.pending  # it was collected
     engine.clear()
     assert memory() is None
     engine.close()

@@ -213,7 +213,7 @@ def test_one_heads_tokens_are_contiguous() -> None:
     ledger = new_ledger()
     ledger.reserve(100)
     ledger.extend_host(90)
-    for tile in ledger.host_tiles(5, 60, heads=slice(1, 3)):
+    for tile in ledger.host_tiles(5, 60, groups=[slice(1, 3)]):
         assert tile.kv.keys.shape == (2, 2, 55, 4)
         assert tile.kv.keys[1, 1].is_contiguous()
         assert tile.kv.values[0, 0].is_contiguous()

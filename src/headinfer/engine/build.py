@@ -3,41 +3,51 @@
 from collections.abc import Sequence
 
 from headinfer.device.base import Device, Edge
-from headinfer.engine.keep import DirectKeeper, Keeper, PagedKeeper
+from headinfer.engine.fetch import InPlaceTiles, OverlappedTiles, SequentialTiles, TileSource
+from headinfer.engine.pages import Pages
 from headinfer.engine.stats import Stats
-from headinfer.engine.tiles import PrefetchedTiles, SynchronousTiles, TileSource, ViewTiles
 from headinfer.kv.ledger import Ledger
 from headinfer.kv.place import Arena
 from headinfer.plan.memory import PAGES, STAGING_BUFFERS
 from headinfer.plan.plan import Plan
+from headinfer.schedule.route import Sizes
 
 
 def build(
-    device: Device, plan: Plan, ledgers: Sequence[Ledger], stats: Stats
-) -> tuple[TileSource, Keeper, int]:
+    device: Device, plan: Plan, sizes: Sizes, ledgers: Sequence[Ledger], stats: Stats
+) -> tuple[TileSource, Pages, int]:
     """Choose the strategies of a device, and take the memory a plan gives them.
 
     Args:
         device: where attention is computed.
-        plan: sizes.
+        plan: the memory there is.
+        sizes: of tiles and pages.
         ledgers: of the layers; each is given its memory for resident tokens.
         stats: where bytes are counted.
 
     Returns:
-        The source of tiles, the keeper of new tokens, and the bytes of device memory taken.
+        The source of tiles, the pages of new tokens, and the bytes of device memory taken.
 
     Raises:
         MemoryPlanError: the device has no such memory left.
     """
+    page_tokens, chunk_tokens = plan.page_tokens, plan.chunk_tokens
     if device.tiles_are_views:
-        return ViewTiles(plan.tile_tokens), DirectKeeper(), 0
+        pages = Pages(
+            device,
+            tails={},
+            chunk_pages=[],
+            page_tokens=page_tokens,
+            chunk_tokens=chunk_tokens,
+            stats=stats,
+        )
+        return InPlaceTiles(plan.tile_tokens), pages, 0
     arena = Arena(device, plan.arena_bytes)
     # The allocator may hand out memory that work already enqueued on compute still uses.
     fresh = device.compute.record()
     device.copy_in.wait(fresh, Edge.TILE_FREE)
     device.copy_out.wait(fresh, Edge.PAGE_WRITTEN)
     buffers = [arena.take(plan.staging_bytes // STAGING_BUFFERS) for _ in range(STAGING_BUFFERS)]
-    page_tokens, chunk_bytes = plan.page_tokens, plan.chunk_page_bytes // PAGES
     tails = {
         ledger: [arena.take(ledger.geometry.num_bytes(page_tokens)) for _ in range(PAGES)]
         for ledger in ledgers
@@ -46,23 +56,16 @@ def build(
         if plan.resident_tokens:
             piece = arena.take(ledger.geometry.num_bytes(plan.resident_tokens))
             ledger.keep_residents(piece, plan.resident_tokens)
-    keeper = PagedKeeper(
+    pages = Pages(
         device,
         tails=tails,
-        chunk_pages=[arena.take(chunk_bytes) for _ in range(PAGES)],
+        chunk_pages=[arena.take(plan.chunk_page_bytes // PAGES) for _ in range(PAGES)],
         page_tokens=page_tokens,
-        chunk_tokens=plan.chunk_tokens,
+        chunk_tokens=chunk_tokens,
         stats=stats,
     )
-    if not plan.overlap:
-        source = SynchronousTiles(device, buffers[0], plan.tile_tokens, stats)
-        return source, keeper, arena.num_bytes
-    prefetched = PrefetchedTiles(
-        device,
-        ledgers,
-        buffers,
-        tile_heads=plan.tile_heads,
-        tile_tokens=plan.tile_tokens,
-        stats=stats,
-    )
-    return prefetched, keeper, arena.num_bytes
+    if plan.overlap:
+        source: TileSource = OverlappedTiles(device, ledgers, buffers, sizes, stats)
+    else:
+        source = SequentialTiles(device, buffers[0], stats)
+    return source, pages, arena.num_bytes

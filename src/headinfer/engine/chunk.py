@@ -1,32 +1,16 @@
-"""New tokens of one layer on their way through its attention, and the partials they get."""
+"""New tokens of one layer on their way through its attention."""
 
-import contextlib
 import dataclasses
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-from torch.profiler import record_function
 
-from headinfer.attend.masks import Padding, attend_band, attend_square, padding_of
+from headinfer.attend.masks import Padding
 from headinfer.attend.partial import Kernel, TileAttention
-from headinfer.kv.extent import Piece, Tile
 from headinfer.kv.pair import KV
 
-ATTENTION_MARK = "headinfer: attention"
-"""What a profiler shows around a layer's attention on the device."""
 
-_UNMARKED = contextlib.nullcontext()
-
-
-def attention_mark() -> contextlib.AbstractContextManager[object]:
-    """Mark what is enqueued within as attention, if a profiler looks on: a mark takes 12 us."""
-    if torch._C._autograd._profiler_enabled():
-        return record_function(ATTENTION_MARK)
-    return _UNMARKED
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Chunk:
     """One layer's new tokens and how they attend.
 
@@ -38,7 +22,12 @@ class Chunk:
         scale: factor of the scores.
         padding: of the tokens from `padding_start` on, past and new; None when there is none.
         sinks: scores `[kv_heads, group]` of attention sinks, or None.
+        window_tokens: tokens that each query sees in a window, its own included; None for all.
+        host_kernel: what computes partials on the CPU for the device; None where nothing may.
+        past_tokens: tokens of the layer before these.
         padding_start: position of the first token that `padding` tells of.
+        tokens: number of new tokens.
+        waiting: groups of heads whose result waits for the host's answer, each with its total.
     """
 
     query: torch.Tensor
@@ -48,110 +37,33 @@ class Chunk:
     scale: float
     padding: Padding | None
     sinks: torch.Tensor | None
+    window_tokens: int | None = None
+    host_kernel: Kernel | None = None
+    past_tokens: int = 0
     padding_start: int = 0
+    tokens: int
+    waiting: list[tuple[slice, TileAttention]] = field(default_factory=list)
 
-    @property
-    def tokens(self) -> int:
-        """Number of new tokens."""
-        return self.new.tokens
-
-    def part(self, tokens: slice) -> "Chunk":
-        """Return some of the tokens as a chunk of their own."""
+    def part(self, first: int, tokens: int) -> "Chunk":
+        """Return at most `tokens` of the tokens as a chunk of their own."""
+        part = slice(first, min(first + tokens, self.tokens))
         return dataclasses.replace(
             self,
-            query=self.query[:, :, :, tokens],
-            new=self.new.cut(tokens),
-            out=self.out[:, tokens],
+            query=self.query[:, :, :, part],
+            new=self.new.cut(part),
+            out=self.out[:, part],
+            tokens=part.stop - part.start,
+            waiting=[],
         )
 
-    def attend(
-        self, heads: slice, near: Iterable[Tile], tiles: Iterable[Tile], past_tokens: int
-    ) -> TileAttention:
-        """Attend some heads to the chunk itself and to past tokens on the device.
-
-        Args:
-            heads: which KV heads.
-            near: past tokens with all heads.
-            tiles: past tokens with these heads alone; each valid until the next is asked for.
-            past_tokens: how many tokens came before the chunk.
-        """
-        with attention_mark():
-            # A view of all heads would be the same, and takes time.
-            whole = heads.stop - heads.start == self.new.keys.shape[1]
-            query = self.query if whole else self.query[:, heads]
-            total = self.kernel.begin(query, scale=self.scale)
-            if self.tokens > 1:
-                own_padding = self._padding_of(past_tokens, past_tokens + self.tokens)
-                total.add(
-                    attend_square(
-                        self.kernel,
-                        query,
-                        self.new.keys[:, heads],
-                        self.new.values[:, heads],
-                        scale=self.scale,
-                        padding=own_padding,
-                    )
-                )
-            for tile in near:
-                self._attend_past(total, tile if whole else tile._replace(heads=heads))
-            for tile in tiles:
-                self._attend_past(total, tile)
-            return total
-
-    def _attend_past(self, total: TileAttention, tile: Tile) -> None:
-        mask = None
-        if self.padding is not None:
-            mask = self._padding_of(tile.start, tile.start + tile.tokens)
-        keys, values = tile.kv
-        total.attend(keys, values, mask=mask)
-
-    def _padding_of(self, start: int, end: int) -> torch.Tensor | None:
-        return padding_of(self.padding, start - self.padding_start, end - self.padding_start)
-
-    def attend_window(self, tile: Tile, window_tokens: int | None) -> None:
-        """Attend all heads to tokens that end with the chunk's own, and write the result.
-
-        Args:
-            tile: past and new tokens, in one piece.
-            window_tokens: tokens that each query sees, its own included; None for all.
-        """
-        with attention_mark():
-            total = self.kernel.begin(self.query, scale=self.scale)
-            end = tile.start + tile.tokens
-            if self.tokens == 1:
-                self._attend_past(total, tile.newest(window_tokens or tile.tokens))
-            else:
-                total.add(
-                    attend_band(
-                        self.kernel,
-                        self.query,
-                        *tile.kv,
-                        scale=self.scale,
-                        window_tokens=window_tokens,
-                        padding=self._padding_of(tile.start, end),
-                    )
-                )
-        self.finish(slice(0, self.new.keys.shape[1]), total)
+    def padding_of(self, start: int, end: int) -> torch.Tensor | None:
+        """Return the mask `[batch, 1, end - start]` of some tokens; None where all are valid."""
+        if self.padding is None:
+            return None
+        return self.padding.of_tokens(start - self.padding_start, end - self.padding_start)
 
     def finish(self, heads: slice, total: TileAttention) -> None:
         """Put what was merged for some heads into `out`."""
         if self.sinks is not None:
             total.add_sinks(self.sinks[heads])
         total.write(self.out[:, :, heads])
-
-    def attend_in_hand(self, kv: KV, window_tokens: int | None) -> None:
-        """Attend to tokens that somebody else keeps on the device, and write the result.
-
-        Args:
-            kv: past tokens, and the chunk's own behind them; all that `padding` tells of.
-            window_tokens: tokens that each query sees, its own included; None for all.
-        """
-        tile = Tile(0, kv.tokens, Piece(kv.keys), kv)
-        if window_tokens is not None:
-            self.attend_window(tile, window_tokens)
-            return
-        past_tokens = kv.tokens - self.tokens
-        if self.tokens > 1:  # a single token sees its own key as it does those before it
-            tile = tile._replace(tokens=past_tokens)
-        heads = slice(0, kv.keys.shape[1])
-        self.finish(heads, self.attend(heads, [tile] if tile.tokens else [], (), past_tokens))

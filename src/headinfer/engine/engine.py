@@ -1,24 +1,19 @@
-"""One cache's engine: attention of one layer over its past tiles and its new tokens.
+"""One cache's engine: attention of one layer over its past tokens and its new ones.
 
-The life of a layer's call: room is made for the new tokens; then, for each group of heads, the
-chunk is attended to itself, to what is on the device, and to each of the host's tiles as it
-arrives; in a decode step the host attends its share meanwhile; the partials merge by LSE; at last
-the new tokens go to the host. A single token where all before it are resident takes one call of the
-kernel, and so does a layer with a window.
+A layer's call becomes a chunk or several. What each chunk's pass does is a schedule (`route_track`):
+where the new tokens are kept and when, which tokens are fetched, what the host attends, and what is
+attended on the device. The executor performs its steps, one after the other.
 """
-
-import dataclasses
 
 import torch
 
 from headinfer.attend.masks import Padding
-from headinfer.attend.partial import Kernel, Partial
-from headinfer.engine.chunk import Chunk, attention_mark
+from headinfer.attend.partial import Kernel
+from headinfer.engine.chunk import Chunk
+from headinfer.engine.executor import PERFORM
 from headinfer.engine.held import HeldTokens
-from headinfer.engine.host_attention import MAX_QUERY_TOKENS
-from headinfer.engine.tiles import head_groups
-from headinfer.kv.ledger import Ledger
 from headinfer.kv.pair import KV
+from headinfer.schedule.route import MAX_ASKED_TOKENS, Pass
 
 
 class Engine(HeldTokens):
@@ -40,6 +35,7 @@ class Engine(HeldTokens):
         padding: Padding | None = None,
         sinks: torch.Tensor | None = None,
         host_kernel: Kernel | None = None,
+        kind: Pass = Pass.FORWARD,
     ) -> torch.Tensor:
         """Attend new tokens to the past and to themselves, and keep them.
 
@@ -56,6 +52,7 @@ class Engine(HeldTokens):
                 the new ones; None when there is none.
             sinks: scores `[kv_heads, group]` of attention sinks, or None.
             host_kernel: what computes partials on the CPU for a device; None when nothing may.
+            kind: of pass. A draft attends only what is on the device, and is not exact.
 
         Returns:
             `[batch, q_len, kv_heads, group, value_dim]` in the query's dtype, newly allocated,
@@ -68,92 +65,65 @@ class Engine(HeldTokens):
         new = KV(keys, values)
         ledger = self._check(layer_idx, new, query)
         batch, kv_heads, group, q_len, _ = query.shape
-        out = query.new_empty(batch, q_len, kv_heads, group, ledger.geometry.value_dim)
-        if q_len > MAX_QUERY_TOKENS or padding is not None:
+        if q_len > MAX_ASKED_TOKENS or padding is not None:
             host_kernel = None
         call = Chunk(
             query=query,
             new=new,
-            out=out,
+            out=query.new_empty(batch, q_len, kv_heads, group, values.shape[3]),
             kernel=kernel,
             scale=scale,
+            window_tokens=window_tokens,
             padding=padding,
             sinks=sinks,
+            host_kernel=host_kernel,
+            tokens=q_len,
         )
+        if padding is not None:  # it ends with the new tokens
+            call.padding_start = ledger.tokens + q_len - padding.valid.shape[1]
+        executor, at_once = self._executor, self.plan.chunk_tokens
         if ledger.window_tokens is not None:
-            self._attend_window(ledger, window_tokens, call)
-            return out
-        assert window_tokens is None, "all tokens of the layer are attended"
-        ledger.reserve(self._expected_tokens)
-        if q_len == 1 and padding is None and sinks is None and self._decode(ledger, call):
-            return out
-        for first in range(0, q_len, self.plan.chunk_tokens):
-            part = slice(first, first + self.plan.chunk_tokens)
-            chunk = call if q_len <= self.plan.chunk_tokens else call.part(part)
-            self._attend_chunk(ledger, chunk, host_kernel)
-        self._host.check()
-        return out
-
-    def _attend_window(self, ledger: Ledger, window_tokens: int | None, chunk: Chunk) -> None:
-        """Keep new tokens of a layer with a window, and attend them to what they see."""
-        tile = self._windows.take(ledger, chunk.new)
-        if chunk.padding is not None:  # it ends with the new tokens, too
-            start = ledger.tokens - chunk.padding.valid.shape[1]
-            chunk = dataclasses.replace(chunk, padding_start=start)
-        chunk.attend_window(tile, window_tokens)
-
-    def _decode(self, ledger: Ledger, token: Chunk) -> bool:
-        """Attend and keep a single token in one call of the kernel, where all others are resident.
-
-        Returns:
-            Whether they are; nothing was done if not.
-        """
-        past = self._keeper.extend(ledger)
-        if past is None:
-            return False
+            at_once = max(q_len, 1)
+        elif ledger is self._full[0]:  # for all layers alike, because tiles are fetched ahead
+            executor.source.host_share = 0.0 if host_kernel is None else self._balance.share
+        host_share = 0.0 if host_kernel is None else executor.source.host_share
+        assert window_tokens is None or ledger.window_tokens is not None
+        executor.ledger = ledger
         try:
-            with attention_mark():
-                token.kernel.decode(token.query, token.new, past.kv, token.out, scale=token.scale)
-        except BaseException:
-            ledger.crop(ledger.tokens - 1)  # its place may never have been written
-            raise
-        self._keeper.commit(ledger, token.new)
-        self._source.skip(ledger)
-        return True
+            for first in range(0, q_len, at_once):
+                chunk = executor.chunk = call if q_len <= at_once else call.part(first, at_once)
+                chunk.past_tokens, executor.new = ledger.tokens, chunk.new
+                for step in executor.steps_of(ledger, kind, chunk.tokens, host_share).steps:
+                    PERFORM[type(step)](executor, step)
+                if executor.source.begun:
+                    executor.source.end()
+        finally:
+            executor.release()
+        if self._host.pending:
+            self._host.check()
+        return call.out
 
-    def _attend_chunk(self, ledger: Ledger, chunk: Chunk, host_kernel: Kernel | None) -> None:
-        """Attend at most `plan.chunk_tokens` new tokens, and keep them."""
-        past_tokens, kv_heads = ledger.tokens, ledger.geometry.kv_heads
-        self._keeper.make_room(ledger, chunk.tokens)
-        near = self._keeper.admit(ledger, chunk.new)
-        self._share_with_host(ledger, 0.0 if host_kernel is None else self._balance.share)
-        first, end = ledger.streamed
-        if end == ledger.host_tokens:
-            host_kernel = None  # nothing is left to the host
-        if host_kernel is not None:
-            self._host.ask(ledger, chunk.query, host_kernel, scale=chunk.scale)
-        self._source.begin(ledger)
-        # What is not streamed is on the device for all heads, and few tokens need no groups.
-        in_groups = first < end or chunk.tokens > self.plan.page_tokens
-        waiting = []
-        for heads in head_groups(kv_heads, self.plan.tile_heads if in_groups else kv_heads):
-            total = chunk.attend(heads, near, self._source.tiles(heads), past_tokens)
-            if host_kernel is not None:
-                waiting.append((heads, total))
-            else:
-                chunk.finish(heads, total)
-        if waiting:
-            answer = self._host.answer()
-            for heads, total in waiting:
-                total.add(Partial(answer.out[:, heads], answer.lse[:, heads]))
-                chunk.finish(heads, total)
-        self._keeper.commit(ledger, chunk.new)
-        self._source.end()
+    def append(self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Keep tokens that were computed elsewhere, without attending to anything.
 
-    def _share_with_host(self, ledger: Ledger, share: float) -> None:
-        """Set the host's share: in all layers at the first, because tiles are fetched ahead."""
-        if ledger is self._full[0]:
-            for each in self._full:
-                each.host_share = share
-        elif not share:
-            ledger.host_share = 0.0
+        Args:
+            layer_idx: which layer, counted among those that attend.
+            keys: `[batch, kv_heads, tokens, key_dim]` on the device; may be freed afterwards.
+            values: `[batch, kv_heads, tokens, value_dim]`.
+
+        Raises:
+            CacheStateError: the cache was closed, or was made for other shapes.
+        """
+        new = KV(keys, values)
+        executor = self._executor
+        executor.ledger = ledger = self._check(layer_idx, new, keys)
+        at_once = self.plan.chunk_tokens
+        if ledger.window_tokens is not None:
+            at_once = max(new.tokens, 1)
+        try:
+            for first in range(0, new.tokens, at_once):
+                part = executor.new = new.cut(slice(first, first + at_once))
+                for step in executor.steps_of(ledger, Pass.APPEND, part.tokens, 0.0).steps:
+                    PERFORM[type(step)](executor, step)
+        finally:
+            executor.release()

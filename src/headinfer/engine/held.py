@@ -14,6 +14,7 @@ import torch
 
 from headinfer.device.base import Device, Edge
 from headinfer.engine.build import build
+from headinfer.engine.executor import Executor
 from headinfer.engine.ending import settle_at_exit, uninterrupted
 from headinfer.engine.host_attention import Balance, HostAttention
 from headinfer.engine.readout import Part, part_shape, read
@@ -71,8 +72,12 @@ class HeldTokens:
         if fixed or not hasattr(self, "_balance"):  # else what was learned is kept
             self._balance = Balance(self.plan.host_share, fixed=fixed)
         self._host = HostAttention(self._device, self._stats, self._balance)
-        self._source, self._keeper, self._arena_bytes = build(
-            self._device, self.plan, self._full, self._stats
+        sizes = self.plan.sizes
+        source, self._pages, self._arena_bytes = build(
+            self._device, self.plan, sizes, self._full, self._stats
+        )
+        self._executor = Executor(
+            self._device, source, self._pages, self._windows, self._host, sizes
         )
 
     @property
@@ -146,43 +151,24 @@ class HeldTokens:
         self._expected_tokens = max(self._expected_tokens, tokens)
         return self.missing_bytes(tokens)
 
-    def append(self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Keep tokens that were computed elsewhere, without attending to anything.
-
-        Args:
-            layer_idx: which layer, counted among those that attend.
-            keys: `[batch, kv_heads, tokens, key_dim]` on the device; may be freed afterwards.
-            values: `[batch, kv_heads, tokens, value_dim]`.
-
-        Raises:
-            CacheStateError: the cache was closed, or was made for other shapes.
-        """
-        ledger = self._check(layer_idx, KV(keys, values))
-        if ledger.window_tokens is not None:
-            self._windows.take(ledger, KV(keys, values))
-            return
-        ledger.reserve(self._expected_tokens)
-        for first in range(0, keys.shape[2], self.plan.chunk_tokens):
-            new = KV(keys, values).cut(slice(first, first + self.plan.chunk_tokens))
-            self._keeper.make_room(ledger, new.tokens)
-            self._keeper.admit(ledger, new)
-            self._keeper.commit(ledger, new)
-
-    def _check(self, layer_idx: int, new: KV, *others: torch.Tensor) -> Ledger:
-        """Return a layer's ledger; refuse new tokens, and a query, that do not fit the cache."""
-        self._check_open()
+    def _check(self, layer_idx: int, new: KV, query: torch.Tensor) -> Ledger:
+        """Return a layer's ledger, with host memory; refuse tokens that do not fit the cache."""
+        if self.closed or self._host.pending or self._host.failure is not None:
+            self._check_open()
         ledger = self._ledgers[layer_idx]
         geometry, (keys, values) = ledger.geometry, new
         given = (keys.shape[0], keys.shape[1], keys.shape[3], values.shape[3])
         wanted = (geometry.batch, geometry.kv_heads, geometry.key_dim, geometry.value_dim)
-        parts = (*new, *others)
-        if given != wanted or {part.dtype for part in parts} != {geometry.dtype}:
-            names = ", ".join(sorted({str(part.dtype) for part in parts}))
+        dtypes = (keys.dtype, values.dtype, query.dtype)
+        if given != wanted or dtypes != (geometry.dtype,) * 3:
+            names = ", ".join(sorted({str(dtype) for dtype in dtypes}))
             raise CacheStateError(
                 f"layer {layer_idx} was given keys and values of (batch, kv_heads, key_dim, "
                 f"value_dim) {given} in {names}, but this cache holds {wanted} in "
                 f"{geometry.dtype}; use a new cache"
             )
+        if ledger.window_tokens is None and ledger.capacity_tokens < self._expected_tokens:
+            ledger.reserve(self._expected_tokens)
         return ledger
 
     def check(self) -> None:
@@ -268,7 +254,7 @@ class HeldTokens:
             return
         self._come_to_rest()
         with self.changing():
-            self._keeper.select(ledger, rows)
+            self._pages.select(ledger, rows)
             ledger.select_host(rows)
 
     def select_all(self, rows: Sequence[int], plan: Plan) -> None:
@@ -296,7 +282,7 @@ class HeldTokens:
         """Have the host hold every token of the layers without a window, at rest."""
         self.lengths()  # refuses what was interrupted
         for ledger in self._full:
-            self._keeper.flush(ledger)
+            self._pages.send_home(ledger)
         self._come_to_rest()
 
     def _rebuild(self, plan: Plan) -> None:
@@ -306,7 +292,7 @@ class HeldTokens:
         for ledger in self._full:
             ledger.drop_device()
         try:
-            del self._source, self._keeper
+            del self._executor, self._pages
             self._host.free()
             self._build()
         except BaseException:
@@ -317,7 +303,7 @@ class HeldTokens:
     def _fill_residents(self) -> None:
         """Fetch what the plan keeps on the device; the host must hold every token, at rest."""
         for ledger in self._full:
-            self._keeper.fill_residents(ledger)
+            self._pages.fill_residents(ledger)
 
     def clear(self) -> None:
         """Forget all tokens and free the host memory; the arena stays.
@@ -347,7 +333,7 @@ class HeldTokens:
             return
         self._settle()
         self._empty()
-        del self._source, self._keeper
+        del self._executor, self._pages
         self._abandon()
         self._host.check()
 
@@ -367,14 +353,14 @@ class HeldTokens:
 
     def _let_go(self) -> None:
         """Leave host memory that a copied cache shares to that cache."""
-        if hasattr(self, "_source"):
+        if hasattr(self, "_executor"):
             self.settle()
             for ledger in self._full:
                 ledger.clear()
 
     def settle(self) -> None:
         """Wait until no work touches the memory; may be called again, and when closed."""
-        if hasattr(self, "_source"):
+        if hasattr(self, "_executor"):
             self._settle()
             self._host.free()
 
@@ -385,4 +371,4 @@ class HeldTokens:
         for stream in (self._device.copy_in, self._device.copy_out, self._device.host_work):
             stream.record().synchronize(Edge.HOST_SETTLED)
         self._host.forget()
-        self._source.drop()
+        self._executor.source.drop()

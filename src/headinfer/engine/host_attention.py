@@ -24,10 +24,7 @@ from headinfer.attend.partial import Accumulator, Kernel, Partial, accumulation_
 from headinfer.device.base import Device, Edge, Event
 from headinfer.engine.stats import Stats
 from headinfer.kv.extent import Tile
-from headinfer.kv.ledger import Ledger
-
-MAX_QUERY_TOKENS = 8
-"""New tokens up to which the CPU can help: more make it compute instead of read."""
+from headinfer.kv.pair import Geometry
 
 Listener = Callable[[float, float], None]
 
@@ -187,6 +184,10 @@ class HostAttention:
         device: what asks.
         stats: where bytes and seconds are counted.
         balance: told who finishes first.
+
+    Attributes:
+        pending: attentions that were asked for and not taken in yet, in order.
+        failure: what one of them failed with and nobody heard of; None for nothing.
     """
 
     def __init__(self, device: Device, stats: Stats, balance: Balance) -> None:
@@ -194,28 +195,33 @@ class HostAttention:
         self._stats = stats
         self._balance = balance
         self._exchanges: dict[tuple[object, ...], _Exchange] = {}
-        self._pending: collections.deque[_Work] = collections.deque()
+        self.pending: collections.deque[_Work] = collections.deque()
         self._asked: tuple[torch.Tensor, _Exchange, Event] | None = None
         self._unjudged: collections.deque[tuple[Event, Event]] = collections.deque(maxlen=_UNJUDGED)
-        self._failure: BaseException | None = None  # written by host work, taken by `check`
+        self.failure: BaseException | None = None  # written by host work, taken by `check`
         self._taken = 0  # failures; what was asked before the newest of them is not attended
 
-    def ask(self, ledger: Ledger, query: torch.Tensor, kernel: Kernel, *, scale: float) -> None:
+    def ask(
+        self,
+        geometry: Geometry,
+        tiles: list[Tile],
+        query: torch.Tensor,
+        kernel: Kernel,
+        scale: float,
+    ) -> None:
         """Enqueue the attention of what is left to the host; before what shall run meanwhile.
 
-        The tokens attended are those the layer has now, whatever becomes of it before the CPU gets
-        to them; their memory must stay until the host-work stream is settled.
+        The memory of the tokens must stay until the host-work stream is settled.
 
         Args:
-            ledger: whose host tokens from the end of its `streamed` on are attended.
+            geometry: of the layer.
+            tiles: tokens in host memory, of all heads.
             query: `[batch, kv_heads, group, q_len, key_dim]` on the device.
             kernel: of the CPU.
             scale: factor of the scores.
         """
         self._take_back()
         self._judge()
-        geometry, (_, first) = ledger.geometry, ledger.streamed
-        tiles = list(ledger.host_tiles(first, ledger.host_tokens))
         compute, host_work = self._device.compute, self._device.host_work
         query = query.contiguous()
         compute.writes(query, "the query")
@@ -228,11 +234,12 @@ class HostAttention:
                 host_work.wait(tile.piece.ready, Edge.TOKENS_SENT)
         if self._device.checks_accesses:
             self._state_accesses(exchange, tiles)
-        self._pending.append(work)  # or nothing would keep what it works on
+        self.pending.append(work)  # or nothing would keep what it works on
         host_work.run(work)
         # The query is kept until compute waits for the answer: only then may its memory be reused.
         self._asked = query, exchange, host_work.record(timed=not self._balance.fixed)
-        self._stats.bytes_attended_on_host += geometry.num_bytes(ledger.host_tokens - first)
+        tokens = sum([tile.tokens for tile in tiles])
+        self._stats.bytes_attended_on_host += geometry.num_bytes(tokens)
 
     def answer(self) -> Partial:
         """Hold compute until the host has answered, once all that may run before is enqueued.
@@ -254,18 +261,18 @@ class HostAttention:
         What was computed on the device since is worthless then. What is still pending is not
         looked at.
         """
-        if self._pending:
+        if self.pending:
             self._collect()
-        failure = self._failure
+        failure = self.failure
         if failure is not None:  # or what is stored here might hide one that comes just now
             self._taken += 1
-            self._failure = None
+            self.failure = None
             raise failure
 
     def forget(self) -> None:
         """Forget what was asked; the host-work stream must be settled."""
         self._collect()
-        self._pending.clear()
+        self.pending.clear()
         self._asked = None
         self._unjudged.clear()
 
@@ -295,8 +302,8 @@ class HostAttention:
 
     def _collect(self) -> None:
         """Take in the times of what ran since, and let go of what it attended."""
-        while self._pending and self._pending[0].finished:
-            work = self._pending.popleft()
+        while self.pending and self.pending[0].finished:
+            work = self.pending.popleft()
             start_s, end_s = work.times
             self._stats.host_attention_s += end_s - start_s
             for listener in listeners:
@@ -338,7 +345,7 @@ class HostAttention:
 
         A call that has failed is over: nothing more of it is attended, nor fails once more.
         """
-        if self._failure is not None or taken != self._taken:
+        if self.failure is not None or taken != self._taken:
             return
         try:
             with torch.no_grad():  # which each thread has a setting of its own for
@@ -349,4 +356,4 @@ class HostAttention:
                 answer.out.copy_(partial.out)
                 answer.lse.copy_(partial.lse)
         except BaseException as error:
-            self._failure = error
+            self.failure = error

@@ -18,6 +18,7 @@ from transformers.masking_utils import causal_mask_function
 from headinfer.attend.native.kernel import NativeKernel
 from headinfer.attend.partial import Kernel
 from headinfer.attend.select import select_kernel
+from headinfer.engine.attending import attend_in_hand
 from headinfer.engine.chunk import Chunk
 from headinfer.engine.engine import Engine
 from headinfer.errors import HeadInferError, UnsupportedModelError
@@ -210,6 +211,8 @@ class AttentionFunctions:
                 kv = KV(key, value)
                 out = query.new_empty(batch, q_len, *grouped.shape[1:3], value_dim)
                 chunk = Chunk(
+                    window_tokens=window_tokens,
+                    tokens=q_len,
                     query=grouped,
                     new=kv.cut(slice(kv.tokens - q_len, None)),
                     out=out,
@@ -218,7 +221,7 @@ class AttentionFunctions:
                     padding=padding,
                     sinks=sinks,
                 )
-                chunk.attend_in_hand(kv, window_tokens)
+                attend_in_hand(chunk, kv)
             else:
                 out = self.turns.run(
                     pending.engine.attend,

@@ -12,6 +12,7 @@ import torch
 from headinfer.kv.extent import Extent, Piece, Tile
 from headinfer.kv.pair import ALL_HEADS, Geometry
 from headinfer.kv.place import HostPlace
+from headinfer.schedule.route import Held
 
 _MIN_GROWTH_TOKENS = 256
 _GROWTH_DIVISOR = 8
@@ -35,11 +36,10 @@ class Ledger:
         geometry: as given; its batch follows the selection of rows.
         window_tokens: as given.
         host_tokens: tokens that the host holds: those from 0 to before it.
+        capacity_tokens: tokens that there is host memory for.
         resident: the oldest tokens on the device; None where none are kept there.
         tail: a page on the device with the tokens that follow those of the host; None where there
             are none, or they are resident.
-        host_share: share of the tokens that are not resident, the newest ones, which the host
-            attends where they lie.
         half_done: whether a change of where tokens lie has begun and not ended, as after Ctrl-C:
             what the ledger says may not be so.
         version: changes with what the host holds, so that tiles fetched ahead can be told stale.
@@ -50,10 +50,9 @@ class Ledger:
     ) -> None:
         self.geometry = geometry
         self.window_tokens = window_tokens
-        self.host_tokens = 0
+        self.host_tokens = self.capacity_tokens = 0
         self.resident: Extent | None = None
         self.tail: Extent | None = None
-        self.host_share = 0.0
         self.half_done = False
         self.version = 0
         self._place = place
@@ -88,11 +87,18 @@ class Ledger:
         return not tokens or tail is None or tail.start <= max(tokens - self.past_tokens, 0)
 
     @property
-    def streamed(self) -> tuple[int, int]:
-        """The first token that comes over the link, and one past the last."""
-        # The tail's tokens may be resident before the host has them.
-        first = 0 if self.resident is None else min(self.resident.tokens, self.host_tokens)
-        return first, self.host_tokens - int(self.host_share * (self.host_tokens - first))
+    def held(self) -> Held:
+        """Where the tokens lie, in numbers."""
+        resident, tail = self.resident, self.tail
+        return Held(
+            kv_heads=self.geometry.kv_heads,
+            tokens=self.tokens,
+            host_tokens=self.host_tokens,
+            resident_tokens=0 if resident is None else resident.tokens,
+            resident_capacity=0 if resident is None else resident.capacity,
+            paged=tail is not None and tail.tokens > 0,
+            window_tokens=self.window_tokens,
+        )
 
     @property
     def host_bytes(self) -> int:
@@ -120,7 +126,12 @@ class Ledger:
         return tokens if self.window_tokens is None else min(tokens, self.past_tokens)
 
     def host_tiles(
-        self, start: int, end: int, *, max_tokens: int | None = None, heads: slice = ALL_HEADS
+        self,
+        start: int,
+        end: int,
+        *,
+        max_tokens: int | None = None,
+        groups: Sequence[slice] = (ALL_HEADS,),
     ) -> Iterator[Tile]:
         """Yield the tokens from `start` to before `end` as the host holds them, in order.
 
@@ -128,15 +139,16 @@ class Ledger:
             start: first token.
             end: one past the last; there must be memory for it.
             max_tokens: the most a tile may have; tiles never cross extents either.
-            heads: which KV heads.
+            groups: KV heads of a tile; all tokens of one group come before those of the next.
         """
-        for extent in self._host:
-            piece, whole, origin = extent.piece, extent.whole, extent.start
-            low, high = max(start, origin), min(end, origin + extent.capacity)
-            step = max_tokens or max(high - low, 1)
-            for first in range(low, high, step):
-                tokens = min(step, high - first)
-                yield Tile(first, tokens, piece, whole, first - origin, heads)
+        for heads in groups:
+            for extent in self._host:
+                piece, whole, origin = extent.piece, extent.whole, extent.start
+                low, high = max(start, origin), min(end, origin + extent.capacity)
+                step = max_tokens or max(high - low, 1)
+                for first in range(low, high, step):
+                    tokens = min(step, high - first)
+                    yield Tile(first, tokens, piece, whole, first - origin, heads)
 
     def missing_tokens(self, tokens: int) -> int:
         """Return the tokens `reserve` would add: exactly what is missing the first time.
@@ -144,9 +156,7 @@ class Ledger:
         A layer that outgrows its host memory grows by an eighth at least, so that a token at a
         time does not make an extent, and so a tile, of each.
         """
-        capacity = 0
-        if self._host:
-            capacity = self._host[-1].start + self._host[-1].capacity
+        capacity = self.capacity_tokens
         missing = max(tokens - capacity, 0)
         if not missing or not capacity:
             return missing
@@ -160,8 +170,9 @@ class Ledger:
         """
         missing = self.missing_tokens(tokens)
         if missing > 0:
-            start = self._host[-1].limit if self._host else 0
+            start = self.capacity_tokens
             self._host.append(self._place.take(self.geometry, missing, start))
+            self.capacity_tokens = start + missing
 
     def select_window(self, geometry: Geometry, target: Extent | None) -> None:
         """Go on with other rows of a window's tokens.
@@ -194,6 +205,7 @@ class Ledger:
             if shared and extent.limit > tokens:
                 extent.capacity = kept_tokens
                 kept = position + (extent.capacity > 0)
+                self.capacity_tokens = tokens
                 while len(self._host) > kept:
                     self._place.give_back(self._host.pop())
                 return
@@ -276,11 +288,13 @@ class Ledger:
         assert not self.tokens
         self.clear()
         self._host = [extent.share() for extent in other._host if extent.tokens]
+        self.capacity_tokens = other.host_tokens
         self.host_tokens = self._written_tokens = other.host_tokens
         self.version += 1
 
     def clear(self) -> None:
         """Forget all tokens and give back all host memory; device memory stays."""
+        self.capacity_tokens = 0
         while self._host:  # forgotten first: given back twice, others would lose it
             self._place.give_back(self._host.pop())
         self.host_tokens = self._written_tokens = 0

@@ -17,6 +17,7 @@ from headinfer.plan.hardware import Hardware
 from headinfer.plan.options import Options
 from headinfer.plan.predict import Predictor, Schedule, balanced_host_share
 from headinfer.plan.shape import ModelShape
+from headinfer.schedule.route import Sizes
 from headinfer.units import format_bytes, format_tokens
 
 PAGE_TOKENS = 64
@@ -103,6 +104,11 @@ class Plan:
     def streamed_bytes(self, tokens: int) -> int:
         """Bytes of `tokens` tokens in each row that are not resident."""
         return self.shape.kv_bytes(max(tokens - self.resident_tokens, 0), self.batch)
+
+    @property
+    def sizes(self) -> Sizes:
+        """What the steps of a pass depend on."""
+        return Sizes(self.tile_heads, self.tile_tokens, self.page_tokens, self.device == "cpu")
 
     @property
     def schedule(self) -> Schedule:

@@ -1,0 +1,167 @@
+"""Running the steps of a schedule on a device: one method for each kind of step.
+
+How tiles come is the business of a `TileSource`: with `OverlappedTiles` copies run ahead of
+attention, with `SequentialTiles` everything takes its turn.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from headinfer.attend.partial import Partial
+from headinfer.device.base import Device
+from headinfer.engine.attending import attend_groups, attention_mark
+from headinfer.engine.chunk import Chunk
+from headinfer.engine.fetch import TileSource
+from headinfer.engine.host_attention import HostAttention
+from headinfer.engine.pages import Pages
+from headinfer.engine.windows import WindowKeeper
+from headinfer.kv.extent import Tile
+from headinfer.kv.ledger import Ledger
+from headinfer.kv.pair import KV
+from headinfer.schedule.route import Pass, Sizes, route_track
+from headinfer.schedule.steps import (
+    Answer,
+    Ask,
+    Attend,
+    Decode,
+    Fetch,
+    Keep,
+    Near,
+    SendHome,
+    TrackSteps,
+    Where,
+)
+
+_DECODE_IN_PARTS = (Near(Where.RESIDENT),)
+
+_Key = tuple[int, Pass, int, float]
+
+
+class Executor:
+    """Runs steps for one layer's chunk after another.
+
+    `ledger`, and `chunk` or `new`, must be set before a step is performed.
+
+    Args:
+        device: where attention is computed.
+        source: of streamed tiles.
+        pages: where new tokens go.
+        windows: where those of layers with a window go.
+        host: attends the host's share.
+        sizes: of tiles and pages.
+
+    Attributes:
+        source: as given.
+        pages: as given.
+        ledger: of the layer whose steps are performed.
+        chunk: how its new tokens attend; not looked at where they do not.
+        new: the new tokens' keys and values.
+    """
+
+    ledger: Ledger
+    chunk: Chunk
+    new: KV
+
+    def __init__(
+        self,
+        device: Device,
+        source: TileSource,
+        pages: Pages,
+        windows: WindowKeeper,
+        host: HostAttention,
+        sizes: Sizes,
+    ) -> None:
+        self.source = source
+        self.pages = pages
+        self._device = device
+        self._windows = windows
+        self._host = host
+        self._sizes = sizes
+        self._known: dict[Ledger, tuple[_Key, TrackSteps]] = {}
+        self._window: Tile | None = None
+
+    def steps_of(
+        self, ledger: Ledger, kind: Pass, new_tokens: int, host_share: float
+    ) -> TrackSteps:
+        """Return what a pass does with a layer; made anew only where its tokens' places changed."""
+        key = ledger.version, kind, new_tokens, host_share
+        known = self._known.get(ledger)
+        if known is not None and known[0] == key:
+            steps = known[1]
+            if steps.from_tokens <= ledger.tokens < steps.until_tokens:
+                return steps
+        steps = route_track(ledger.held, kind, new_tokens, self._sizes, host_share)
+        self._known[ledger] = key, steps
+        return steps
+
+    def near(self, where: Where) -> Tile:
+        """Return all tokens of a place on the device; see `attending.Tokens`."""
+        if where is Where.WINDOW:
+            assert self._window is not None
+            return self._window
+        return self.pages.near(self.ledger, where)
+
+    def tiles(self, heads: slice) -> Iterator[Tile]:
+        """Yield the tiles of some heads; see `attending.Tokens`."""
+        return self.source.tiles(self.ledger, heads)
+
+    def _send_home(self, _step: SendHome) -> None:
+        self.pages.send_home(self.ledger)
+
+    def _keep(self, step: Keep) -> None:
+        if step.where is not Where.WINDOW:
+            self.pages.keep(self.ledger, self.new, step.where)
+        else:
+            self._window = self._windows.take(self.ledger, self.new)
+
+    def _ask(self, step: Ask) -> None:
+        chunk = self.chunk
+        assert chunk.host_kernel is not None
+        tiles = list(self.ledger.host_tiles(step.start, step.end))
+        self._host.ask(self.ledger.geometry, tiles, chunk.query, chunk.host_kernel, chunk.scale)
+
+    def _fetch(self, step: Fetch) -> None:
+        self.source.begin(self.ledger, step)
+
+    def _decode(self, _step: Decode) -> None:
+        """Attend and keep a single token where all others are resident: in one call, if plain."""
+        ledger, chunk = self.ledger, self.chunk
+        tokens = ledger.tokens
+        tile = self.pages.place_in_residents(ledger)
+        try:
+            if chunk.padding is None and chunk.sinks is None:
+                with attention_mark():
+                    chunk.kernel.decode(
+                        chunk.query, chunk.new, tile.kv, chunk.out, scale=chunk.scale
+                    )
+            else:
+                tile.kv.cut(slice(tokens, None)).copy_(chunk.new)
+                attend_groups(self, Attend(ledger.geometry.kv_heads, 1, _DECODE_IN_PARTS))
+        except BaseException:
+            ledger.crop(tokens)  # its place may never have been written
+            raise
+
+    def _answer(self, _step: Answer) -> None:
+        answer, chunk = self._host.answer(), self.chunk
+        for heads, total in chunk.waiting:
+            total.add(Partial(answer.out[:, heads], answer.lse[:, heads]))
+            chunk.finish(heads, total)
+        chunk.waiting.clear()
+
+    def release(self) -> None:
+        """Let go of the chunk, whose memory is the caller's."""
+        self.__dict__.pop("chunk", None)
+        self.__dict__.pop("new", None)
+        self._window = None
+
+
+PERFORM: dict[type, Callable[[Executor, Any], None]] = {
+    SendHome: Executor._send_home,
+    Keep: Executor._keep,
+    Ask: Executor._ask,
+    Fetch: Executor._fetch,
+    Decode: Executor._decode,
+    Attend: attend_groups,
+    Answer: Executor._answer,
+}
+"""What performs each kind of step, given the executor and the step."""

@@ -1,0 +1,297 @@
+"""How streamed tiles come to where they are attended: ahead of it, in turn with it, or not at all.
+
+The three ways are twins behind `TileSource`. The tiles of a whole pass, and of the next one, are
+known beforehand, so `OverlappedTiles` runs ahead across layers (the paper's section 3.3).
+`SequentialTiles` fetches, waits and attends one tile at a time: it is the oracle of the former, and
+the ablation. `InPlaceTiles` is for a device that attends host memory.
+"""
+
+import collections
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+from headinfer.device.base import Device, Edge, Event
+from headinfer.engine.stats import Stats
+from headinfer.kv.extent import Piece, Tile
+from headinfer.kv.ledger import Ledger
+from headinfer.kv.pair import ALL_HEADS
+from headinfer.schedule.route import Sizes
+from headinfer.schedule.route import fetched as fetched_by
+from headinfer.schedule.steps import Fetch
+
+
+def head_groups(kv_heads: int, tile_heads: int) -> list[slice]:
+    """Return the KV heads in groups of `tile_heads`, the last one possibly smaller."""
+    if tile_heads >= kv_heads:
+        return [ALL_HEADS]
+    return [
+        slice(first, min(first + tile_heads, kv_heads)) for first in range(0, kv_heads, tile_heads)
+    ]
+
+
+class TileSource(Protocol):
+    """Yields the tiles of one layer after another, where compute reads them.
+
+    A layer that fetches nothing is passed by without a word.
+
+    Attributes:
+        host_share: share of the tokens beside the residents that the host attends: passes to come
+            are expected to leave so much out.
+        begun: whether `begin` was called for a layer, and `end` was not.
+    """
+
+    host_share: float
+    begun: bool
+
+    def begin(self, ledger: Ledger, step: Fetch) -> None:
+        """Turn to a layer; its stored tokens stay as they are until `end`."""
+
+    def tiles(self, ledger: Ledger, heads: slice) -> Iterator[Tile]:
+        """Yield the tiles of one group of heads, each valid on compute until the next is asked for.
+
+        Groups must be asked for in order, and each must be exhausted.
+        """
+
+    def end(self) -> None:
+        """Finish the layer; its stored tokens may change after this."""
+
+    def drop(self) -> None:
+        """Forget what was fetched ahead; called when stored tokens change between passes."""
+
+
+class InPlaceTiles:
+    """Tiles where they lie, for a device that attends host memory directly.
+
+    Args:
+        tile_tokens: the most tokens of a tile.
+    """
+
+    def __init__(self, tile_tokens: int) -> None:
+        self.host_share = 0.0
+        self.begun = False
+        self._tile_tokens = tile_tokens
+
+    def begin(self, ledger: Ledger, step: Fetch) -> None:
+        """Never called: nothing is fetched."""
+
+    def tiles(self, ledger: Ledger, heads: slice) -> Iterator[Tile]:
+        """Yield views of host memory."""
+        tokens = self._tile_tokens
+        return ledger.host_tiles(0, ledger.host_tokens, max_tokens=tokens, groups=(heads,))
+
+    def end(self) -> None:
+        """Never called."""
+
+    def drop(self) -> None:
+        """Do nothing: nothing is fetched ahead."""
+
+
+class _Fetched(NamedTuple):
+    """A tile on its way to the device: where it will be, and when."""
+
+    turn: int
+    tile: Tile
+    buffer: Piece
+    filled: Event
+
+
+def fetch(
+    device: Device, ledger: Ledger, tile: Tile, buffer: Piece, stats: Stats, turn: int = 0
+) -> _Fetched:
+    """Enqueue the copy of a host tile into a staging buffer, on copy-in.
+
+    Returns:
+        The tile on the device, and the event on copy-in when it is there.
+    """
+    copy_in = device.copy_in
+    if buffer.free is not None:
+        copy_in.wait(buffer.free, Edge.TILE_FREE)
+    if tile.piece.ready is not None:
+        copy_in.wait(tile.piece.ready, Edge.HOST_WRITTEN)
+    keys, values = source = tile.kv
+    place = buffer.views(ledger.geometry, tile.tokens, keys.shape[1])
+    copy_in.copy(place.keys, source.keys)
+    copy_in.copy(place.values, source.values)
+    stats.bytes_to_device += keys.nbytes + values.nbytes
+    return _Fetched(turn, Tile(tile.start, tile.tokens, buffer, place), buffer, copy_in.record())
+
+
+class SequentialTiles:
+    """Fetch, wait, attend, one tile at a time: the oracle of the overlapped twin.
+
+    Args:
+        device: where tiles are fetched to.
+        buffer: memory for a tile.
+        stats: where bytes are counted.
+    """
+
+    def __init__(self, device: Device, buffer: Piece, stats: Stats) -> None:
+        self.host_share = 0.0
+        self.begun = False
+        self._device = device
+        self._buffer = buffer
+        self._stats = stats
+
+    def begin(self, ledger: Ledger, step: Fetch) -> None:
+        """Turn to a layer; nothing is fetched before it is asked for."""
+        self._step = step
+
+    def tiles(self, ledger: Ledger, heads: slice) -> Iterator[Tile]:
+        """Yield tiles, waiting on the host for each to arrive and to be attended."""
+        device, compute = self._device, self._device.compute
+        start, end, tile_tokens, *_ = self._step
+        for stored in ledger.host_tiles(start, end, max_tokens=tile_tokens, groups=(heads,)):
+            fetched = fetch(device, ledger, stored, self._buffer, self._stats)
+            fetched.filled.synchronize(Edge.TILE_FILLED)
+            compute.wait(fetched.filled, Edge.TILE_FILLED)
+            compute.reads(self._buffer.memory, "attention to a tile")
+            yield fetched.tile
+            self._buffer.free = compute.record()
+            device.synchronize()
+
+    def end(self) -> None:
+        """Never called: nothing is left to do."""
+
+    def drop(self) -> None:
+        """Do nothing: nothing is fetched ahead."""
+
+
+class OverlappedTiles:
+    """Keeps every free buffer filling with the next tiles, across layers and passes.
+
+    A *turn* is one layer's streaming; turns go round the layers. Tiles of a turn may be fetched
+    once the same layer's previous turn has ended, since only then its stored tokens are final: so
+    at most a whole round lies between what is attended and what is fetched. A pass that streams
+    nothing takes no turns: the next pass's tiles stay on their way.
+
+    Invariant: the fetched tiles, in order, are the next tiles to be asked for, unless layers were
+    asked out of order, the host's tokens changed since (the ledger's version tells), or others are
+    streamed than was expected; then all are dropped.
+
+    Args:
+        device: where tiles are fetched to.
+        ledgers: of the layers that may stream, in the order of a pass.
+        buffers: memory for a tile each.
+        sizes: of tiles.
+        stats: where bytes are counted.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        ledgers: Sequence[Ledger],
+        buffers: Sequence[Piece],
+        sizes: Sizes,
+        stats: Stats,
+    ) -> None:
+        self.host_share = 0.0
+        self.begun = False
+        self._device = device
+        self._ledgers = ledgers
+        self._buffers = tuple(buffers)
+        self._sizes = sizes
+        self._stats = stats
+        self._fetched: collections.deque[_Fetched] = collections.deque()
+        self._in_hand: Piece | None = None  # the buffer that the caller attends now
+        self._restart(0)
+
+    def _restart(self, layer_idx: int) -> None:
+        """Begin a new order at `layer_idx`; fills in flight stay in copy-in's order."""
+        self._take_back()
+        self._fetched.clear()
+        self._free = collections.deque(self._buffers)  # also one that Ctrl-C left half fetched
+        self._first_layer = layer_idx
+        self.begun = False  # whether the turn began and did not end: it failed
+        self._turn = 0  # the turn being attended, or next to be
+        self._started = 0  # turns whose fetching has started
+        # Of each such turn that has not ended: the version of the layer's tokens, and which.
+        self._expected: dict[int, tuple[int, Fetch | None]] = {}
+        # What is left to fetch of the newest of these turns.
+        self._rest: Iterator[Tile] = iter(())
+
+    def _layer_of(self, turn: int) -> Ledger:
+        return self._ledgers[(self._first_layer + turn) % len(self._ledgers)]
+
+    def begin(self, ledger: Ledger, step: Fetch) -> None:
+        """Turn to a layer, and start over where it was not the one expected or has changed."""
+        self._pass_by(ledger)
+        state, turn = (ledger.version, step), self._turn
+        unexpected = self.begun or self._layer_of(turn) is not ledger
+        if unexpected or self._expected.get(turn, state) != state:
+            self._restart(self._ledgers.index(ledger))
+        if self._started == self._turn:
+            self._start(ledger, step)
+        self.begun = True
+        self._left = step.end - step.start
+        self._fetch_ahead()
+
+    def _pass_by(self, ledger: Ledger) -> None:
+        """End the turns of layers that are expected to stream nothing, up to a layer's own."""
+        while self._turn < self._started:
+            if self._layer_of(self._turn) is ledger or self._expected[self._turn][1] is not None:
+                return
+            self.end()
+
+    def _start(self, ledger: Ledger, step: Fetch | None) -> None:
+        """Have the tiles of one turn more fetched next."""
+        self._expected[self._started] = ledger.version, step
+        self._started += 1
+        self._newest = ledger
+        self._rest = iter(())
+        if step is not None:
+            groups = head_groups(ledger.geometry.kv_heads, step.heads)
+            self._rest = ledger.host_tiles(
+                step.start, step.end, max_tokens=step.tile_tokens, groups=groups
+            )
+
+    def _fetch_ahead(self) -> None:
+        """Fill free buffers with the tiles that come next, as far as they are known."""
+        while self._free:
+            stored = next(self._rest, None)
+            if stored is not None:
+                turn, buffer = self._started - 1, self._free.popleft()
+                ledger = self._newest
+                self._fetched.append(
+                    fetch(self._device, ledger, stored, buffer, self._stats, turn)
+                )
+            elif self._started < self._turn + len(self._ledgers):
+                ledger = self._layer_of(self._started)
+                self._start(ledger, fetched_by(ledger.held, self._sizes, self.host_share))
+            else:
+                return
+
+    def tiles(self, ledger: Ledger, heads: slice) -> Iterator[Tile]:
+        """Yield tiles as they arrive on the device, while the next ones are on their way."""
+        compute, checks = self._device.compute, self._device.checks_accesses
+        left = self._left
+        while left:
+            # With no tile in the caller's hands, what is not fetched by now does not exist.
+            turn, tile, buffer, filled = self._fetched.popleft()
+            assert turn == self._turn, "the tile is of another layer"
+            self._in_hand = buffer
+            compute.wait(filled, Edge.TILE_FILLED)
+            if checks:
+                compute.reads(buffer.memory, "attention to a tile")
+            left -= tile.tokens
+            yield tile
+            buffer.free = compute.record()
+            self._free.append(buffer)
+            self._in_hand = None
+            self._fetch_ahead()
+
+    def _take_back(self) -> None:
+        """Free the buffer in the caller's hands, where its attention failed."""
+        if self._in_hand is not None:
+            self._in_hand.free = self._device.compute.record()
+            self._in_hand = None
+
+    def end(self) -> None:
+        """Finish the turn; fetching may go one turn further."""
+        self._expected.pop(self._turn, None)
+        self.begun = False
+        self._turn += 1
+        self._fetch_ahead()
+
+    def drop(self) -> None:
+        """Forget what was fetched ahead."""
+        self._restart(0)

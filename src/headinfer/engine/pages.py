@@ -1,0 +1,211 @@
+"""Moving tokens between pages on the device and the host's memory; when, a schedule says.
+
+On a device with memory of its own the newest tokens of every layer stay there, as the layer's tail,
+until they are worth a transfer: right behind the resident tokens while there is room, so that one
+call attends both, and in a page of their own after that. A prefill chunk goes through one of two
+pages that all layers share. Compute fills a page, copy-out empties it, and neither overtakes the
+other.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from headinfer.device.base import Device, Edge, Event
+from headinfer.engine.stats import Stats
+from headinfer.kv.extent import Extent, Piece, Tile
+from headinfer.kv.ledger import Ledger, copy_rows
+from headinfer.kv.pair import KV
+from headinfer.schedule.steps import Where
+
+
+class Pages:
+    """Writes new tokens into a layer's ledger, and sends them home.
+
+    Args:
+        device: where the pages are.
+        tails: two pages of `page_tokens` tokens for each layer; none where all is host memory.
+        chunk_pages: two pages of `chunk_tokens` tokens, shared by all layers; none likewise.
+        page_tokens: tokens of a page of a layer.
+        chunk_tokens: the most tokens that are taken at once.
+        stats: where bytes are counted.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        *,
+        tails: dict[Ledger, list[Piece]],
+        chunk_pages: list[Piece],
+        page_tokens: int,
+        chunk_tokens: int,
+        stats: Stats,
+    ) -> None:
+        self._device = device
+        self._tails = tails
+        self._chunk_pages = chunk_pages
+        self._page_tokens = page_tokens
+        self._chunk_tokens = chunk_tokens
+        self._stats = stats
+
+    def keep(self, ledger: Ledger, new: KV, where: Where) -> None:
+        """Write new tokens behind those of a place.
+
+        Args:
+            ledger: of the layer.
+            new: `[batch, kv_heads, new_tokens, dim]`, written by compute.
+            where: in which place; a page begins where there is none.
+        """
+        if where is Where.HOST:
+            self._write_home(ledger, new)
+        elif where is Where.PAGE:
+            tail = ledger.tail
+            if tail is None:
+                tail = ledger.begin_tail(self._tails[ledger][0], self._page_tokens)
+            self._write(ledger, tail, new)
+        else:
+            if ledger.tail is not None:
+                ledger.end_tail()  # it is empty: its first token never came
+            if where is Where.RESIDENT:
+                assert ledger.resident is not None
+                self._write(ledger, ledger.resident, new)
+            else:
+                page = ledger.begin_tail(self._chunk_pages[0], self._chunk_tokens)
+                self._write(ledger, page, new)
+
+    def _write_home(self, ledger: Ledger, new: KV) -> None:
+        """Write straight to the host, whose memory the device shares."""
+        first = 0
+        for tile in ledger.extend_host(new.tokens):
+            tile.kv.copy_(new.cut(slice(first, first + tile.tokens)))
+            first += tile.tokens
+
+    def place_in_residents(self, ledger: Ledger) -> Tile:
+        """Return the residents with a place for a new token behind them, for compute to write."""
+        resident = ledger.resident
+        assert resident is not None
+        if ledger.tail is not None:
+            ledger.end_tail()
+        if resident.piece.ready is not None:
+            resident.piece.wait_ready(self._device)
+        place = ledger.extend(resident, 1)
+        if self._device.checks_accesses:
+            self._state_writes(place)
+            self._device.compute.reads(resident.piece.memory, "attention to resident tokens")
+        return Tile(0, resident.tokens, resident.piece, resident.whole)
+
+    def near(self, ledger: Ledger, where: Where) -> Tile:
+        """Return all tokens of the residents or the page, for compute to read."""
+        extent = ledger.resident if where is Where.RESIDENT else ledger.tail
+        assert extent is not None
+        piece = extent.piece
+        if piece.ready is not None:
+            piece.wait_ready(self._device)
+        if self._device.checks_accesses:
+            self._device.compute.reads(piece.memory, "attention to tokens kept here")
+        return Tile(extent.start, extent.tokens, piece, extent.whole)
+
+    def send_home(self, ledger: Ledger) -> None:
+        """Have the host hold all tokens; go on in another page."""
+        tail = ledger.tail
+        if tail is None:
+            self._send_residents(ledger)
+        else:
+            shared = tail.piece is self._chunk_pages[0]
+            self._send_page(ledger, tail, self._chunk_pages if shared else self._tails[ledger])
+
+    def fill_residents(self, ledger: Ledger) -> None:
+        """Fetch all tokens from the host that fit, on copy-in; the host must be at rest."""
+        resident = ledger.resident
+        if resident is None:
+            return
+        assert not resident.tokens, "what is kept must not be fetched again"
+        copy_in, tokens = self._device.copy_in, min(ledger.host_tokens, resident.capacity)
+        for tile in ledger.host_tiles(0, tokens):
+            place, source = resident.tile(tile.start, tile.start + tile.tokens).kv, tile.kv
+            copy_in.copy(place.keys, source.keys)
+            copy_in.copy(place.values, source.values)
+        resident.piece.ready = copy_in.record()
+        ledger.extend(resident, tokens)  # not before there is something to wait for
+        self._stats.bytes_to_device += ledger.geometry.num_bytes(resident.tokens)
+
+    def select(self, ledger: Ledger, rows: Sequence[int]) -> None:
+        """Make row `i` on the device what row `rows[i]` was, for as many rows as there are."""
+        for extent in (ledger.resident, ledger.tail):
+            if extent is not None and extent.tokens:
+                extent.piece.wait_ready(self._device)
+                self._device.compute.writes(extent.piece.memory, "row selection")
+                copy_rows(extent, extent, torch.tensor(rows, device=extent.whole.keys.device))
+                # Compute may be another thread's stream when the tokens are read or sent.
+                extent.piece.ready = self._device.compute.record()
+
+    def _write(self, ledger: Ledger, extent: Extent, new: KV) -> None:
+        """Put tokens behind those of an extent on the device, on compute."""
+        piece = extent.piece
+        if piece.ready is not None:
+            piece.wait_ready(self._device)
+        if piece.free is not None:
+            self._device.compute.wait(piece.free, Edge.PAGE_FREE)
+            piece.free = None
+        place = ledger.extend(extent, new.keys.shape[2])
+        if self._device.checks_accesses:
+            self._state_writes(place)
+        place.kv.copy_(new)
+
+    def _state_writes(self, place: Tile) -> None:
+        for part in place.kv:
+            self._device.compute.writes(part, "new tokens")
+
+    def _send_page(self, ledger: Ledger, page: Extent, pages: list[Piece]) -> None:
+        """Send a page home and turn to the other; keep what may be resident on the way."""
+        tile = page.tile(page.start, page.end)
+        ledger.half_done = True
+        page.piece.free = self._send(ledger, tile)
+        self._make_resident(ledger, tile)
+        ledger.end_tail()
+        pages.append(pages.pop(0))
+        ledger.half_done = False
+
+    def _make_resident(self, ledger: Ledger, tile: Tile) -> None:
+        """Keep those of some tokens on the device that follow the residents and fit."""
+        resident = ledger.resident
+        if resident is None or tile.start != resident.tokens:
+            return
+        tokens = min(tile.tokens, resident.capacity - tile.start)
+        if tokens > 0:
+            tile.piece.wait_ready(self._device)
+            self._device.compute.reads(tile.piece.memory, "new tokens into the resident ones")
+            self._write(ledger, resident, tile._replace(tokens=tokens).kv)
+
+    def _send_residents(self, ledger: Ledger) -> None:
+        """Send the resident tokens that the host lacks.
+
+        Nothing is written over them before they arrived: a crop that reaches host tokens waits.
+        """
+        resident = ledger.resident
+        if resident is not None and resident.tokens > ledger.host_tokens:
+            ledger.half_done = True
+            self._send(ledger, resident.tile(ledger.host_tokens, resident.tokens))
+            ledger.half_done = False
+
+    def _send(self, ledger: Ledger, tile: Tile) -> Event:
+        """Send tokens that compute wrote to the host's end, on copy-out.
+
+        Returns:
+            The event on copy-out when they are there.
+        """
+        copy_out, source = self._device.copy_out, tile.kv
+        copy_out.wait(self._device.compute.record(), Edge.PAGE_WRITTEN)
+        if tile.piece.ready is not None:
+            copy_out.wait(tile.piece.ready, Edge.PAGE_WRITTEN)
+        targets = ledger.extend_host(tile.tokens)
+        for target in targets:
+            first = target.start - tile.start
+            part, place = source.cut(slice(first, first + target.tokens)), target.kv
+            copy_out.copy(place.keys, part.keys)
+            copy_out.copy(place.values, part.values)
+        self._stats.bytes_to_host += ledger.geometry.num_bytes(tile.tokens)
+        sent = copy_out.record()
+        for target in targets:
+            target.piece.ready = sent
+        return sent

@@ -1,0 +1,1 @@
+"""What a pass does, as a value: which tokens are kept, sent, fetched and attended, and in which order."""

@@ -1,0 +1,254 @@
+"""From where tokens lie to what a pass does with them: pure arithmetic, without tensors.
+
+The engine runs these steps and the planner prices them, so that the two cannot differ. What the
+steps of one track depend on is `Held` and `Sizes`; where both are equal, as in most layers of a
+model, the steps are.
+"""
+
+import enum
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from headinfer.schedule.steps import (
+    Answer,
+    Ask,
+    Attend,
+    Band,
+    Decode,
+    Fetch,
+    Keep,
+    Near,
+    Own,
+    Part,
+    Run,
+    Schedule,
+    SendHome,
+    Step,
+    Tiles,
+    TrackSteps,
+    Where,
+)
+
+MAX_ASKED_TOKENS = 8
+"""New tokens up to which the host can help: more make it compute instead of read."""
+
+
+class Pass(enum.Enum):
+    """What a call of the model does with its new tokens."""
+
+    FORWARD = "attend all tokens, and keep the new ones"
+    APPEND = "keep the new tokens, and attend nothing"
+    DRAFT = "attend what is on the device, and keep the new tokens"
+
+
+class Sizes(NamedTuple):
+    """What of a plan steps depend on.
+
+    Attributes:
+        tile_heads: KV heads of a tile.
+        tile_tokens: tokens of a tile.
+        page_tokens: tokens of the page behind which new tokens wait to be sent home; the most new
+            tokens that go there.
+        in_place: whether the device attends host memory where it lies.
+    """
+
+    tile_heads: int
+    tile_tokens: int
+    page_tokens: int
+    in_place: bool = False
+
+
+class Held(NamedTuple):
+    """Where the tokens of one track lie, in numbers.
+
+    Attributes:
+        kv_heads: KV heads of the track.
+        tokens: in all.
+        host_tokens: the oldest, which the host holds.
+        resident_tokens: the oldest, which the device holds.
+        resident_capacity: tokens that could be resident.
+        paged: whether tokens lie in a page: those behind the host's.
+        window_tokens: tokens that a query sees, its own included; None for all. A window lies on
+            the device as a whole.
+    """
+
+    kv_heads: int
+    tokens: int = 0
+    host_tokens: int = 0
+    resident_tokens: int = 0
+    resident_capacity: int = 0
+    paged: bool = False
+    window_tokens: int | None = None
+
+    @property
+    def tail_tokens(self) -> int:
+        """Tokens that the host lacks."""
+        return self.tokens - self.host_tokens
+
+    @property
+    def all_resident(self) -> bool:
+        """Whether the residents are all tokens."""
+        return not self.paged and self.tokens == self.resident_tokens
+
+    def has_room(self, new_tokens: int) -> bool:
+        """Whether new tokens fit behind the residents, if these are all there is."""
+        return self.all_resident and self.tokens + new_tokens <= self.resident_capacity
+
+    def streamed(self, host_share: float) -> tuple[int, int]:
+        """Return the first token that comes over the link, and one past the last.
+
+        Args:
+            host_share: share of the host's tokens beside the residents, the newest of them, which
+                the host attends.
+        """
+        # The tail's tokens may be resident before the host has them.
+        first = min(self.resident_tokens, self.host_tokens)
+        return first, self.host_tokens - int(host_share * (self.host_tokens - first))
+
+    def sent_home(self) -> "Held":
+        """Return where tokens lie once the host holds all; a page's may become resident."""
+        resident = self.resident_tokens
+        if self.paged and self.host_tokens == resident:
+            resident = min(self.resident_capacity, self.tokens)
+        return self._replace(host_tokens=self.tokens, resident_tokens=resident, paged=False)
+
+
+def route(
+    tracks: Sequence[Held], kind: Pass, new_tokens: int, sizes: Sizes, host_share: float = 0.0
+) -> Schedule:
+    """Return what a pass does, layer by layer.
+
+    Args:
+        tracks: of each layer that attends, where its tokens lie.
+        kind: of pass.
+        new_tokens: that pass at once; no more than a chunk.
+        sizes: of tiles and pages.
+        host_share: share of the tokens beside the residents that the host attends, if it may.
+    """
+    alike: dict[Held, list[int]] = {}
+    for layer, held in enumerate(tracks):
+        alike.setdefault(held, []).append(layer)
+    runs = [
+        Run(tuple(layers), route_track(held, kind, new_tokens, sizes, host_share))
+        for held, layers in alike.items()
+    ]
+    return Schedule(tuple(runs))
+
+
+def route_track(
+    held: Held, kind: Pass, new_tokens: int, sizes: Sizes, host_share: float = 0.0
+) -> TrackSteps:
+    """Return what a pass does with one track; see `route`."""
+    if held.window_tokens is not None:
+        return _windowed(held, kind)
+    if sizes.in_place:
+        return _in_place(held, kind, new_tokens, sizes)
+    steps: list[Step] = []
+    if held.tail_tokens and held.tail_tokens + new_tokens > sizes.page_tokens:
+        steps.append(SendHome(held.host_tokens, held.tokens))
+        held = held.sent_home()
+    if kind is Pass.APPEND:
+        kept = _kept(held, new_tokens, sizes)
+        steps += kept
+    elif new_tokens == 1 and held.has_room(1):
+        steps.append(Decode())
+        kept = [Keep(Where.RESIDENT)]
+    else:
+        kept = _kept(held, new_tokens, sizes)
+        # A single new token sees all others and itself: it is one of them before it is attended.
+        if new_tokens == 1:
+            steps += kept
+        share = host_share if kind is Pass.FORWARD and new_tokens <= MAX_ASKED_TOKENS else 0.0
+        steps += _attended(held, kind, new_tokens, sizes, share, kept)
+        if new_tokens > 1:
+            steps += kept
+    where = kept[-1].where
+    tail_tokens = held.tail_tokens + new_tokens
+    whole_page = where is Where.CHUNK_PAGE or tail_tokens == sizes.page_tokens
+    if whole_page:
+        steps.append(SendHome(held.host_tokens, held.tokens + new_tokens))
+    moved = any(isinstance(step, SendHome) for step in steps)
+    start, end = (held.tokens, held.tokens + 1) if moved else _serving(held, where, new_tokens, sizes)
+    return TrackSteps(tuple(steps), start, end)
+
+
+def _serving(held: Held, where: Where, new_tokens: int, sizes: Sizes) -> tuple[int, int]:
+    """Return the numbers of tokens from and before which steps serve that send nothing home."""
+    end = held.host_tokens + sizes.page_tokens - new_tokens
+    if where is Where.RESIDENT:
+        end = min(end, held.resident_capacity - new_tokens + 1)
+    if new_tokens > 1 and held.tail_tokens == 0:
+        return held.tokens, held.tokens + 1  # the tail is attended from its first token on
+    if held.tail_tokens and (held.paged or new_tokens > 1):
+        return held.host_tokens + 1, end
+    return held.host_tokens, end
+
+
+def _kept(held: Held, new_tokens: int, sizes: Sizes) -> list[SendHome | Keep]:
+    """Return how new tokens are kept: behind the residents while all of them fit there."""
+    if new_tokens > sizes.page_tokens:
+        return [Keep(Where.CHUNK_PAGE)]
+    if held.has_room(new_tokens):
+        return [Keep(Where.RESIDENT)]
+    if not held.paged and held.tail_tokens:  # residents, behind which a page cannot begin
+        return [SendHome(held.host_tokens, held.tokens), Keep(Where.PAGE)]
+    return [Keep(Where.PAGE)]
+
+
+def _attended(
+    held: Held,
+    kind: Pass,
+    new_tokens: int,
+    sizes: Sizes,
+    host_share: float,
+    kept: list[SendHome | Keep],
+) -> list[Step]:
+    """Return the steps that attend new tokens to themselves and to the past."""
+    where = kept[-1].where
+    fetch = fetched(held, sizes, host_share) if kind is Pass.FORWARD else None
+    _, end = held.streamed(host_share)
+    asks = kind is Pass.FORWARD and end < held.host_tokens
+    parts: list[Part] = [Own()] if new_tokens > 1 else []
+    one = new_tokens == 1  # it has been kept by now
+    if held.resident_tokens or (one and where is Where.RESIDENT):
+        parts.append(Near(Where.RESIDENT))
+    if held.paged or (one and where is Where.PAGE):
+        parts.append(Near(Where.PAGE))
+    if fetch is not None:
+        parts.append(Tiles())
+    # What is not streamed is on the device for all heads, and few tokens need no groups.
+    heads = held.kv_heads
+    if fetch is not None or new_tokens > sizes.page_tokens:
+        heads = min(sizes.tile_heads, heads)
+    attend = Attend(heads, -(-held.kv_heads // heads), tuple(parts), write=not asks)
+    steps: list[Step] = [attend] if fetch is None else [fetch, attend]
+    return [Ask(end, held.host_tokens), *steps, Answer()] if asks else steps
+
+
+def fetched(held: Held, sizes: Sizes, host_share: float) -> Fetch | None:
+    """Return what a forward pass fetches for one track; None for nothing."""
+    start, end = held.streamed(host_share)
+    if start == end:
+        return None
+    heads = min(sizes.tile_heads, held.kv_heads)
+    return Fetch(start, end, sizes.tile_tokens, heads, -(-held.kv_heads // heads))
+
+
+def _windowed(held: Held, kind: Pass) -> TrackSteps:
+    if kind is Pass.APPEND:
+        return TrackSteps((Keep(Where.WINDOW),))
+    return TrackSteps((Keep(Where.WINDOW), Attend(held.kv_heads, 1, (Band(),))))
+
+
+def _in_place(held: Held, kind: Pass, new_tokens: int, sizes: Sizes) -> TrackSteps:
+    """Return the steps where host memory is attended as it is: all of it is on the device."""
+    keep = Keep(Where.HOST)
+    if kind is Pass.APPEND:
+        return TrackSteps((keep,))
+    heads = min(sizes.tile_heads, held.kv_heads)
+    groups = -(-held.kv_heads // heads)
+    if new_tokens == 1:
+        return TrackSteps((keep, Attend(heads, groups, (Tiles(),))))
+    if not held.tokens:
+        return TrackSteps((Attend(heads, groups, (Own(),)), keep), 0, 1)
+    return TrackSteps((Attend(heads, groups, (Own(), Tiles())), keep), 1)

@@ -1,0 +1,241 @@
+"""The steps of a pass, as values: they name tokens and places, and hold no tensors.
+
+A place is attended as a whole, however many tokens it holds when the step runs. So the same steps
+serve one decode step after another, until a token's place changes.
+"""
+
+import enum
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+
+class Where(enum.Enum):
+    """A place that tokens are written to, and attended in."""
+
+    RESIDENT = "the residents"
+    PAGE = "the page"
+    CHUNK_PAGE = "a chunk page"
+    HOST = "host memory"
+    WINDOW = "the window"
+
+
+class SendHome(NamedTuple):
+    """Tokens that the host lacks are copied to it.
+
+    Attributes:
+        start: the first of them.
+        end: one past the last.
+    """
+
+    start: int
+    end: int
+
+    def __str__(self) -> str:
+        """Say it in a line."""
+        return f"send tokens {self.start} to {self.end} home"
+
+
+class Keep(NamedTuple):
+    """The new tokens are written behind those of a place."""
+
+    where: Where
+
+    def __str__(self) -> str:
+        """Say it in a line."""
+        return f"keep the new tokens in {self.where.value}"
+
+
+class Ask(NamedTuple):
+    """The host begins to attend some of its tokens.
+
+    Attributes:
+        start: the first of them.
+        end: one past the last.
+    """
+
+    start: int
+    end: int
+
+    def __str__(self) -> str:
+        """Say it in a line."""
+        return f"ask the host about tokens {self.start} to {self.end}"
+
+
+class Fetch(NamedTuple):
+    """Tokens of the host come to the device, tile by tile, one group of KV heads after another.
+
+    Attributes:
+        start: the first of the tokens.
+        end: one past the last.
+        tile_tokens: the most tokens of a tile.
+        heads: KV heads of a tile; those of the last group may be fewer.
+        groups: number of groups.
+    """
+
+    start: int
+    end: int
+    tile_tokens: int
+    heads: int
+    groups: int
+
+    @property
+    def tiles(self) -> int:
+        """Number of tiles, if the host's tokens are in one piece."""
+        return self.groups * math.ceil((self.end - self.start) / self.tile_tokens)
+
+    def __str__(self) -> str:
+        """Say it in a line."""
+        tile = f"{self.heads} head{'s' if self.heads > 1 else ''} x {self.tile_tokens} tokens"
+        return f"fetch tokens {self.start} to {self.end} in {self.tiles} tiles of {tile}"
+
+
+class Decode(NamedTuple):
+    """A single new token is attended and kept at once, where all tokens are resident."""
+
+    def __str__(self) -> str:
+        """Say it in a line."""
+        return "attend the residents and the new token, and keep it there"
+
+
+class Own(NamedTuple):
+    """The new tokens are attended to each other, causally."""
+
+    def __str__(self) -> str:
+        """Say it in a line."""
+        return "the new tokens"
+
+
+class Near(NamedTuple):
+    """All tokens of a place on the device are attended there."""
+
+    where: Where
+
+    def __str__(self) -> str:
+        """Say it in a line."""
+        return self.where.value
+
+
+class Band(NamedTuple):
+    """A window is attended, the new tokens within it, each of them to the tokens that it sees."""
+
+    def __str__(self) -> str:
+        """Say it in a line."""
+        return "the window"
+
+
+class Tiles(NamedTuple):
+    """Tokens of host memory are attended tile by tile, as the tiles are fetched, or where they lie."""
+
+    def __str__(self) -> str:
+        """Say it in a line."""
+        return "the tiles"
+
+
+Part: TypeAlias = Own | Near | Band | Tiles
+
+
+class Attend(NamedTuple):
+    """The new tokens attend to some parts, one group of KV heads after another.
+
+    Attributes:
+        heads: KV heads of a group; the last one may be smaller.
+        groups: number of groups.
+        parts: what is attended, in order.
+        write: whether the result is written at once; else the host's answer is still to come.
+    """
+
+    heads: int
+    groups: int
+    parts: tuple[Part, ...]
+    write: bool = True
+
+    def __str__(self) -> str:
+        """Say it in a line."""
+        each = f"{self.groups} x {self.heads} heads" if self.groups > 1 else f"{self.heads} heads"
+        return f"attend by {each}: {', '.join(map(str, self.parts))}"
+
+
+class Answer(NamedTuple):
+    """The host's partial result is merged into that of each group, and the result is written."""
+
+    def __str__(self) -> str:
+        """Say it in a line."""
+        return "merge the host's answer"
+
+
+Step: TypeAlias = SendHome | Keep | Ask | Fetch | Decode | Attend | Answer
+
+
+@dataclass(frozen=True, slots=True)
+class TrackSteps:
+    """What one pass does with one track.
+
+    Attributes:
+        steps: in order.
+        from_tokens: tokens of the track from which these steps serve, as long as the host gets none.
+        until_tokens: tokens before which they do; infinite where that is for ever.
+    """
+
+    steps: tuple[Step, ...]
+    from_tokens: int = 0
+    until_tokens: float = math.inf
+
+    def serves(self, tokens: int) -> bool:
+        """Whether the steps serve a track of so many tokens, none of them sent home meanwhile."""
+        return self.from_tokens <= tokens < self.until_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Layers that do the same in a pass.
+
+    Attributes:
+        layers: which, in order, counted among those that attend.
+        track: what each of them does.
+    """
+
+    layers: tuple[int, ...]
+    track: TrackSteps
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """Of each layer."""
+        return self.track.steps
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """What one pass does with all layers, written in runs of layers that are alike.
+
+    Its size does not grow with the number of tokens, nor with that of layers which are alike.
+
+    Attributes:
+        runs: each layer is in one of them.
+    """
+
+    runs: tuple[Run, ...]
+
+    def lines(self) -> Iterator[str]:
+        """Yield the schedule in lines for people."""
+        for run in self.runs:
+            yield f"{_layers(run.layers)}:"
+            for step in run.steps:
+                yield f"  {step}"
+
+    def __str__(self) -> str:
+        """Return `lines`, one below the other."""
+        return "\n".join(self.lines())
+
+
+def _layers(layers: tuple[int, ...]) -> str:
+    """Name some layers, neighbours as a range."""
+    ranges: list[list[int]] = []
+    for layer in layers:
+        if ranges and ranges[-1][1] == layer - 1:
+            ranges[-1][1] = layer
+        else:
+            ranges.append([layer, layer])
+    names = [str(first) if first == last else f"{first}-{last}" for first, last in ranges]
+    return f"layer{'s' if len(layers) > 1 else ''} {', '.join(names)}"
