@@ -241,12 +241,11 @@ def test_each_token_is_attended_in_one_place(
     ledger.extend(ledger.resident, residents if residents <= host else host)
     if tail:
         ledger.extend(ledger.begin_tail(piece(20), 20), tail)
-    ledger.host_share = share
     assert ledger.tokens == host + tail
     assert ledger.tail_tokens == tail
     ledger.crop(max(ledger.tokens - crop, 0))
     assert ledger.tokens == max(host + tail - crop, 0)
-    first, end = ledger.streamed
+    first, end = ledger.held.streamed(share)
     near = [extent for extent in (ledger.resident, ledger.tail) if extent is not None]
     covered = [position for extent in near for position in range(extent.start, extent.end)]
     covered += range(first, end)
@@ -259,8 +258,8 @@ def test_what_only_residents_hold_is_the_tail() -> None:
     ledger.keep_residents(piece(50), 50)
     assert ledger.resident is not None
     ledger.extend(ledger.resident, 30)
-    assert (ledger.tokens, ledger.tail_tokens, ledger.streamed) == (30, 30, (0, 0))
+    assert (ledger.tokens, ledger.tail_tokens, ledger.held.streamed(0.0)) == (30, 30, (0, 0))
     ledger.extend_host(20)
-    assert (ledger.tokens, ledger.tail_tokens, ledger.streamed) == (30, 10, (20, 20))
+    assert (ledger.tokens, ledger.tail_tokens, ledger.held.streamed(0.0)) == (30, 10, (20, 20))
     ledger.crop(15)
-    assert (ledger.tokens, ledger.tail_tokens, ledger.streamed) == (15, 0, (15, 15))
+    assert (ledger.tokens, ledger.tail_tokens, ledger.held.streamed(0.0)) == (15, 0, (15, 15))

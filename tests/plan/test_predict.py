@@ -277,7 +277,7 @@ def test_the_host_takes_the_share_that_finishes_with_the_link() -> None:
     plan = resolve(LLAMA_3_8B, options, **known, hardware=measured)
     assert plan.host_share == pytest.approx(70 / 95)
     parts = Predictor(LLAMA_3_8B, measured).decode(plan.schedule, 2**20)
-    assert parts.host_s == pytest.approx(parts.link_s, rel=1e-6)
+    assert parts.host_s == pytest.approx(parts.link_s, rel=1e-5)  # tokens are whole
     # What the link reads the CPU cannot read at the same time: both are slowed down alike.
     for slow in (
         replace(measured, host_bytes_per_s=40e9),

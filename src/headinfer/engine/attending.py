@@ -55,7 +55,7 @@ def attend_groups(tokens: Tokens, step: Attend) -> None:
     """
     chunk = tokens.chunk
     kv_heads, whole = chunk.new.keys.shape[1], step.groups == 1
-    near = {part: tokens.near(part.where) for part in step.parts if type(part) is Near}
+    near = {part: tokens.near(part.where) for part in step.parts if isinstance(part, Near)}
     with attention_mark():
         for first in range(0, kv_heads, step.heads):
             # A view of all heads would be the same, and takes time.
@@ -63,15 +63,14 @@ def attend_groups(tokens: Tokens, step: Attend) -> None:
             query = chunk.query if whole else chunk.query[:, heads]
             total = chunk.kernel.begin(query, scale=chunk.scale)
             for part in step.parts:
-                kind = type(part)
-                if kind is Near:
+                if isinstance(part, Near):
                     tile = near[part]
                     if tile.tokens:
                         _attend_tile(total, chunk, tile if whole else tile._replace(heads=heads))
-                elif kind is Tiles:
+                elif isinstance(part, Tiles):
                     for tile in tokens.tiles(heads):
                         _attend_tile(total, chunk, tile)
-                elif kind is Own:
+                elif isinstance(part, Own):
                     _attend_own(total, chunk, query, heads)
                 else:
                     _attend_band(total, chunk, tokens.near(Where.WINDOW))
@@ -92,9 +91,7 @@ def _attend_tile(total: TileAttention, chunk: Chunk, tile: Tile) -> None:
 def _attend_own(total: TileAttention, chunk: Chunk, query: torch.Tensor, heads: slice) -> None:
     padding = chunk.padding_of(chunk.past_tokens, chunk.past_tokens + chunk.tokens)
     keys, values = chunk.new.keys[:, heads], chunk.new.values[:, heads]
-    total.add(
-        attend_square(chunk.kernel, query, keys, values, scale=chunk.scale, padding=padding)
-    )
+    total.add(attend_square(chunk.kernel, query, keys, values, scale=chunk.scale, padding=padding))
 
 
 def _attend_band(total: TileAttention, chunk: Chunk, tile: Tile) -> None:

@@ -1,8 +1,8 @@
 """One cache's engine: attention of one layer over its past tokens and its new ones.
 
-A layer's call becomes a chunk or several. What each chunk's pass does is a schedule (`route_track`):
+A layer's call becomes a chunk or several. What the pass of a chunk does is a value (`TrackSteps`):
 where the new tokens are kept and when, which tokens are fetched, what the host attends, and what is
-attended on the device. The executor performs its steps, one after the other.
+attended on the device. The executor performs the steps one after the other.
 """
 
 import torch

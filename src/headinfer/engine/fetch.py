@@ -139,8 +139,10 @@ class SequentialTiles:
     def tiles(self, ledger: Ledger, heads: slice) -> Iterator[Tile]:
         """Yield tiles, waiting on the host for each to arrive and to be attended."""
         device, compute = self._device, self._device.compute
-        start, end, tile_tokens, *_ = self._step
-        for stored in ledger.host_tiles(start, end, max_tokens=tile_tokens, groups=(heads,)):
+        step = self._step
+        for stored in ledger.host_tiles(
+            step.start, step.end, max_tokens=step.tile_tokens, groups=(heads,)
+        ):
             fetched = fetch(device, ledger, stored, self._buffer, self._stats)
             fetched.filled.synchronize(Edge.TILE_FILLED)
             compute.wait(fetched.filled, Edge.TILE_FILLED)
@@ -251,9 +253,7 @@ class OverlappedTiles:
             if stored is not None:
                 turn, buffer = self._started - 1, self._free.popleft()
                 ledger = self._newest
-                self._fetched.append(
-                    fetch(self._device, ledger, stored, buffer, self._stats, turn)
-                )
+                self._fetched.append(fetch(self._device, ledger, stored, buffer, self._stats, turn))
             elif self._started < self._turn + len(self._ledgers):
                 ledger = self._layer_of(self._started)
                 self._start(ledger, fetched_by(ledger.held, self._sizes, self.host_share))

@@ -14,8 +14,8 @@ import torch
 
 from headinfer.device.base import Device, Edge
 from headinfer.engine.build import build
-from headinfer.engine.executor import Executor
 from headinfer.engine.ending import settle_at_exit, uninterrupted
+from headinfer.engine.executor import Executor
 from headinfer.engine.host_attention import Balance, HostAttention
 from headinfer.engine.readout import Part, part_shape, read
 from headinfer.engine.stats import Stats

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from headinfer.plan.hardware import Hardware
 from headinfer.plan.shape import LayerKind, ModelShape
+from headinfer.schedule.route import Held, Pass, Sizes, route_track
+from headinfer.schedule.steps import Ask, Attend, Fetch, SendHome, Step, Tiles
 
 ANSWER_TOKENS = 256
 """Tokens of the answer by which plans are compared: a prefill and so many decode steps."""
@@ -35,6 +37,10 @@ query rows times keys, so that a smaller tile counts as a smaller chunk."""
 
 _ROUNDED_UP = 1.5
 """A prompt's chunks are taken as equally long, and so up to this factor shorter than planned."""
+
+_PRICED_PAGE_TOKENS = 1
+"""Each token of a decode step is priced as if it was sent home by itself: a page's way there is
+spread over its tokens."""
 
 _SAMPLED_CHUNKS = 16
 """Chunks of a prefill that are computed; more are represented by these."""
@@ -156,7 +162,12 @@ class Predictor:
         self._chunks_s: dict[tuple[float, float, float], float] = {}
         self._parameters = active_parameters(shape)
         self._kv_token_bytes = shape.kv_bytes(1)
-        self._kv_heads, self._full_layers = shape.kv_heads, len(shape.full_layers)
+        # Layers with equal numbers of KV heads do the same: how many, and the bytes of a token.
+        self._alike: dict[int, tuple[int, int]] = {}
+        for layer in shape.full_layers:
+            layers, token_bytes = self._alike.get(layer.kv_heads, (0, 0))
+            token_bytes += layer.elements_per_token * shape.kv_itemsize
+            self._alike[layer.kv_heads] = layers + 1, token_bytes
         # For each window there is, infinite in full layers: the summed dims of its layers.
         self._dims: collections.Counter[float] = collections.Counter()
         for layer in shape.layers:
@@ -239,37 +250,82 @@ class Predictor:
         past_bytes = schedule.batch * past_tokens * self._kv_token_bytes
         return max(past_bytes - schedule.resident_bytes, 0.0)
 
-    def _host_s(self, streamed: float, share: float) -> float:
-        """Return the seconds in which the host attends its share, while the link reads the rest."""
-        attended_s = share * streamed / self._hardware.host_attention_bytes_per_s
+    def _host_s(self, streamed: float, asked: float) -> float:
+        """Return the seconds in which the host attends its bytes, while the link reads the rest."""
+        attended_s = asked / self._hardware.host_attention_bytes_per_s
         return max(attended_s, streamed / _shared_bytes_per_s(self._hardware))
 
     def _parts(
         self, schedule: Schedule, compute_s: float, past_tokens: float, new_tokens: float
     ) -> Parts:
-        """Add what streaming takes to what the device computes."""
-        streamed = self.streamed_bytes(schedule, past_tokens)
-        written = self.streamed_bytes(schedule, past_tokens + new_tokens) - streamed
-        link = self._hardware.link_bytes_per_s
-        if schedule.tile_tokens is None or not written or link is None:
+        """Add what the steps beside attention take to what the device computes."""
+        link, batch = self._hardware.link_bytes_per_s, schedule.batch
+        resident_tokens = int(schedule.resident_bytes / (batch * self._kv_token_bytes or 1))
+        past, new = round(past_tokens), max(round(new_tokens), 1)
+        if schedule.tile_tokens is None or link is None or past + new <= resident_tokens:
             return Parts(compute_s=compute_s)
-        share = schedule.host_share if new_tokens == 1 else 0.0
-        host_s = self._host_s(streamed, share) if share else 0.0
-        streamed *= 1 - share
-        batch = schedule.batch
-        groups = math.ceil(self._kv_heads / schedule.tile_heads) * self._full_layers
-        tokens = streamed / (batch * self._kv_token_bytes)
-        tiles = groups * math.ceil(tokens / schedule.tile_tokens)
-        # Keys and values; rows are apart where a tile has some, but not all, of the heads.
-        copies = 2 * tiles * (batch if 1 < schedule.tile_heads < self._kv_heads else 1)
-        # Each group also attends the newest tokens, and what is resident.
-        attended = tiles + groups * (2 if schedule.resident_bytes else 1)
+        price = _Price(self._hardware, batch)
+        sizes = Sizes(schedule.tile_heads, schedule.tile_tokens, _PRICED_PAGE_TOKENS)
+        share = schedule.host_share
+        resident = min(past, resident_tokens)
+        for kv_heads, (layers, token_bytes) in self._alike.items():
+            held = Held(kv_heads, past, past, resident, resident_tokens)
+            for step in route_track(held, Pass.FORWARD, new, sizes, share).steps:
+                price.add(step, batch * token_bytes, layers, kv_heads)
+        hardware = self._hardware
+        streamed = price.fetched_bytes + price.asked_bytes
         return Parts(
             compute_s=compute_s,
-            link_s=streamed / link,
-            link_back_s=written / (self._hardware.link_back_bytes_per_s or link),
+            link_s=price.fetched_bytes / link,
+            link_back_s=price.sent_bytes / (hardware.link_back_bytes_per_s or link),
             start_s=len(self._shape.layers) * _LAYER_START_S
-            + attended * _TILE_START_S
-            + copies * self._hardware.copy_start_s,
-            host_s=host_s,
+            + price.attended * _TILE_START_S
+            + price.copies * hardware.copy_start_s,
+            host_s=self._host_s(streamed, price.asked_bytes) if price.asked_bytes else 0.0,
         )
+
+
+@dataclass(slots=True)
+class _Price:
+    """What the steps of a pass move and start, summed up.
+
+    Attributes:
+        hardware: the machine.
+        batch: rows.
+        fetched_bytes: that cross the link to the device.
+        sent_bytes: that cross it back.
+        asked_bytes: that the host attends.
+        attended: calls of a kernel.
+        copies: transfers to the device.
+    """
+
+    hardware: Hardware
+    batch: int
+    fetched_bytes: float = 0.0
+    sent_bytes: float = 0.0
+    asked_bytes: float = 0.0
+    attended: int = 0
+    copies: int = 0
+
+    def add(self, step: Step, token_bytes: float, layers: int, kv_heads: int) -> None:
+        """Add a step that some layers, alike, perform.
+
+        Args:
+            step: the step.
+            token_bytes: of one token in all rows of these layers.
+            layers: their number.
+            kv_heads: of each.
+        """
+        if isinstance(step, Fetch):
+            self.fetched_bytes += (step.end - step.start) * token_bytes
+            # Keys and values; rows are apart where a tile has some, but not all, of the heads.
+            rows = self.batch if 1 < step.heads < kv_heads else 1
+            self.copies += 2 * step.tiles * rows * layers
+            self.attended += step.tiles * layers
+        elif isinstance(step, Ask):
+            self.asked_bytes += (step.end - step.start) * token_bytes
+        elif isinstance(step, SendHome):
+            self.sent_bytes += (step.end - step.start) * token_bytes
+        elif isinstance(step, Attend):
+            here = [part for part in step.parts if not isinstance(part, Tiles)]
+            self.attended += len(here) * step.groups * layers

@@ -1,1 +1,1 @@
-"""What a pass does, as a value: which tokens are kept, sent, fetched and attended, and in which order."""
+"""What a pass does, as a value: which tokens are kept, fetched and attended, and in which order."""

@@ -147,29 +147,28 @@ def route_track(
     if held.tail_tokens and held.tail_tokens + new_tokens > sizes.page_tokens:
         steps.append(SendHome(held.host_tokens, held.tokens))
         held = held.sent_home()
+    where = _place(held, new_tokens, sizes)
+    keep: list[Step] = [Keep(where)]
+    start, end = held.host_tokens, held.tokens + new_tokens
+    if where is Where.PAGE and held.tail_tokens and not held.paged:
+        # A page cannot begin behind residents that the host lacks.
+        keep.insert(0, SendHome(start, held.tokens))
+        start = held.tokens
     if kind is Pass.APPEND:
-        kept = _kept(held, new_tokens, sizes)
-        steps += kept
-    elif new_tokens == 1 and held.has_room(1):
+        steps += keep
+    elif new_tokens == 1 and where is Where.RESIDENT:
         steps.append(Decode())
-        kept = [Keep(Where.RESIDENT)]
     else:
-        kept = _kept(held, new_tokens, sizes)
-        # A single new token sees all others and itself: it is one of them before it is attended.
-        if new_tokens == 1:
-            steps += kept
         share = host_share if kind is Pass.FORWARD and new_tokens <= MAX_ASKED_TOKENS else 0.0
-        steps += _attended(held, kind, new_tokens, sizes, share, kept)
-        if new_tokens > 1:
-            steps += kept
-    where = kept[-1].where
-    tail_tokens = held.tail_tokens + new_tokens
-    whole_page = where is Where.CHUNK_PAGE or tail_tokens == sizes.page_tokens
-    if whole_page:
-        steps.append(SendHome(held.host_tokens, held.tokens + new_tokens))
+        attend = _attended(held, kind, new_tokens, sizes, share, where)
+        # A single new token sees all others and itself: it is one of them before it is attended.
+        steps += [*keep, *attend] if new_tokens == 1 else [*attend, *keep]
+    if where is Where.CHUNK_PAGE or end - start == sizes.page_tokens:
+        steps.append(SendHome(start, end))
     moved = any(isinstance(step, SendHome) for step in steps)
-    start, end = (held.tokens, held.tokens + 1) if moved else _serving(held, where, new_tokens, sizes)
-    return TrackSteps(tuple(steps), start, end)
+    if moved:
+        return TrackSteps(tuple(steps), held.tokens, held.tokens + 1)
+    return TrackSteps(tuple(steps), *_serving(held, where, new_tokens, sizes))
 
 
 def _serving(held: Held, where: Where, new_tokens: int, sizes: Sizes) -> tuple[int, int]:
@@ -184,15 +183,11 @@ def _serving(held: Held, where: Where, new_tokens: int, sizes: Sizes) -> tuple[i
     return held.host_tokens, end
 
 
-def _kept(held: Held, new_tokens: int, sizes: Sizes) -> list[SendHome | Keep]:
-    """Return how new tokens are kept: behind the residents while all of them fit there."""
+def _place(held: Held, new_tokens: int, sizes: Sizes) -> Where:
+    """Return where new tokens are kept: behind the residents while all of them fit there."""
     if new_tokens > sizes.page_tokens:
-        return [Keep(Where.CHUNK_PAGE)]
-    if held.has_room(new_tokens):
-        return [Keep(Where.RESIDENT)]
-    if not held.paged and held.tail_tokens:  # residents, behind which a page cannot begin
-        return [SendHome(held.host_tokens, held.tokens), Keep(Where.PAGE)]
-    return [Keep(Where.PAGE)]
+        return Where.CHUNK_PAGE
+    return Where.RESIDENT if held.has_room(new_tokens) else Where.PAGE
 
 
 def _attended(
@@ -201,10 +196,9 @@ def _attended(
     new_tokens: int,
     sizes: Sizes,
     host_share: float,
-    kept: list[SendHome | Keep],
+    where: Where,
 ) -> list[Step]:
-    """Return the steps that attend new tokens to themselves and to the past."""
-    where = kept[-1].where
+    """Return the steps that attend new tokens, to be kept in a place, to all they see."""
     fetch = fetched(held, sizes, host_share) if kind is Pass.FORWARD else None
     _, end = held.streamed(host_share)
     asks = kind is Pass.FORWARD and end < held.host_tokens

@@ -8,7 +8,7 @@ import enum
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 
 class Where(enum.Enum):
@@ -21,7 +21,8 @@ class Where(enum.Enum):
     WINDOW = "the window"
 
 
-class SendHome(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class SendHome:
     """Tokens that the host lacks are copied to it.
 
     Attributes:
@@ -37,7 +38,8 @@ class SendHome(NamedTuple):
         return f"send tokens {self.start} to {self.end} home"
 
 
-class Keep(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Keep:
     """The new tokens are written behind those of a place."""
 
     where: Where
@@ -47,7 +49,8 @@ class Keep(NamedTuple):
         return f"keep the new tokens in {self.where.value}"
 
 
-class Ask(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Ask:
     """The host begins to attend some of its tokens.
 
     Attributes:
@@ -63,7 +66,8 @@ class Ask(NamedTuple):
         return f"ask the host about tokens {self.start} to {self.end}"
 
 
-class Fetch(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Fetch:
     """Tokens of the host come to the device, tile by tile, one group of KV heads after another.
 
     Attributes:
@@ -91,7 +95,8 @@ class Fetch(NamedTuple):
         return f"fetch tokens {self.start} to {self.end} in {self.tiles} tiles of {tile}"
 
 
-class Decode(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Decode:
     """A single new token is attended and kept at once, where all tokens are resident."""
 
     def __str__(self) -> str:
@@ -99,7 +104,8 @@ class Decode(NamedTuple):
         return "attend the residents and the new token, and keep it there"
 
 
-class Own(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Own:
     """The new tokens are attended to each other, causally."""
 
     def __str__(self) -> str:
@@ -107,7 +113,8 @@ class Own(NamedTuple):
         return "the new tokens"
 
 
-class Near(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Near:
     """All tokens of a place on the device are attended there."""
 
     where: Where
@@ -117,7 +124,8 @@ class Near(NamedTuple):
         return self.where.value
 
 
-class Band(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Band:
     """A window is attended, the new tokens within it, each of them to the tokens that it sees."""
 
     def __str__(self) -> str:
@@ -125,8 +133,9 @@ class Band(NamedTuple):
         return "the window"
 
 
-class Tiles(NamedTuple):
-    """Tokens of host memory are attended tile by tile, as the tiles are fetched, or where they lie."""
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """Tokens of the host are attended tile by tile, as tiles are fetched or where they lie."""
 
     def __str__(self) -> str:
         """Say it in a line."""
@@ -136,7 +145,8 @@ class Tiles(NamedTuple):
 Part: TypeAlias = Own | Near | Band | Tiles
 
 
-class Attend(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Attend:
     """The new tokens attend to some parts, one group of KV heads after another.
 
     Attributes:
@@ -157,7 +167,8 @@ class Attend(NamedTuple):
         return f"attend by {each}: {', '.join(map(str, self.parts))}"
 
 
-class Answer(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Answer:
     """The host's partial result is merged into that of each group, and the result is written."""
 
     def __str__(self) -> str:
@@ -174,7 +185,7 @@ class TrackSteps:
 
     Attributes:
         steps: in order.
-        from_tokens: tokens of the track from which these steps serve, as long as the host gets none.
+        from_tokens: tokens of the track from which these steps serve, if the host gets none.
         until_tokens: tokens before which they do; infinite where that is for ever.
     """
 

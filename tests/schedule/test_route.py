@@ -1,0 +1,287 @@
+"""Schedules cover what queries may see, each head and token once, and say where tokens go."""
+
+import dataclasses
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from headinfer.schedule.route import MAX_ASKED_TOKENS, Held, Pass, Sizes, route, route_track
+from headinfer.schedule.steps import (
+    Answer,
+    Ask,
+    Attend,
+    Band,
+    Decode,
+    Fetch,
+    Keep,
+    Near,
+    Own,
+    SendHome,
+    Step,
+    Where,
+)
+
+SIZES = Sizes(tile_heads=1, tile_tokens=16, page_tokens=6)
+
+
+@dataclasses.dataclass
+class Places:
+    """Which tokens of one track lie where, moved by steps alone."""
+
+    resident_capacity: int
+    window_tokens: int | None = None
+    tokens: int = 0
+    host: int = 0
+    resident: int = 0
+    page: range | None = None
+
+    def held(self, kv_heads: int) -> Held:
+        return Held(
+            kv_heads,
+            self.tokens,
+            self.host,
+            self.resident,
+            self.resident_capacity,
+            self.page is not None,
+            self.window_tokens,
+        )
+
+    def keep(self, where: Where, new: int, sizes: Sizes) -> None:
+        start, self.tokens = self.tokens, self.tokens + new
+        if where is Where.RESIDENT:
+            assert start == self.resident, "the residents are all tokens"
+            self.resident += new
+            assert self.resident <= self.resident_capacity
+            assert self.resident - self.host <= sizes.page_tokens
+        elif where is Where.HOST:
+            assert start == self.host
+            self.host += new
+        elif where is Where.PAGE:
+            first = start if self.page is None else self.page.start
+            assert first == self.host, "what is before the page is on the host"
+            self.page = range(first, self.tokens)
+            assert len(self.page) <= sizes.page_tokens
+        elif where is Where.CHUNK_PAGE:
+            assert self.page is None
+            assert start == self.host
+            self.page = range(start, self.tokens)
+        else:
+            assert self.window_tokens is not None
+
+    def send(self, step: SendHome) -> None:
+        assert (step.start, step.end) == (self.host, self.tokens), "the host lacks just these"
+        if self.page is not None and self.page.start == self.resident:
+            self.resident = min(self.tokens, self.resident_capacity)
+        self.host, self.page = self.tokens, None
+
+
+def run(
+    steps: tuple[Step, ...], places: Places, kv_heads: int, new: int, sizes: Sizes
+) -> tuple[Counter[tuple[int, int]], bool, set[int]]:
+    """Perform steps; return how often each head and token was attended, the new ones alike.
+
+    Also whether the new tokens were attended to each other, and the past tokens on the device then.
+    """
+    on_device: set[int] = set()
+    seen: Counter[tuple[int, int]] = Counter()
+    first_new, own, fetched, asked = places.tokens, False, None, None
+    kept = False
+    for step in steps:
+        if isinstance(step, Keep):
+            places.keep(step.where, new, sizes)
+            kept = True
+        elif isinstance(step, SendHome):
+            places.send(step)
+        elif isinstance(step, Ask):
+            assert step.end <= places.host
+            asked = range(step.start, step.end)
+            assert asked
+        elif isinstance(step, Fetch):
+            assert step.end <= places.host
+            fetched = step
+        elif isinstance(step, Decode):
+            places.keep(Where.RESIDENT, 1, sizes)
+            kept = True
+            on_device = set(range(places.resident))
+            seen.update((head, t) for head in range(kv_heads) for t in range(places.tokens))
+        elif isinstance(step, Answer):
+            assert asked is not None
+            seen.update((head, t) for head in range(kv_heads) for t in asked)
+            asked = None
+        else:
+            assert isinstance(step, Attend)
+            assert step.write == (asked is None)
+            on_device = set(range(places.resident)) | set(places.page or ())
+            heads_left = kv_heads
+            for group in range(step.groups):
+                heads = range(group * step.heads, min((group + 1) * step.heads, kv_heads))
+                assert heads
+                heads_left -= len(heads)
+                for part in step.parts:
+                    tokens: range = range(0)
+                    if isinstance(part, Own):
+                        own = True
+                    elif isinstance(part, Near):
+                        page = places.page or range(0)
+                        where = part.where
+                        tokens = range(places.resident) if where is Where.RESIDENT else page
+                        assert tokens, "an empty place is not attended"
+                    elif isinstance(part, Band):
+                        assert places.window_tokens is not None
+                        assert kept, "a band has the new tokens in it"
+                        tokens = range(max(first_new - places.window_tokens + 1, 0), places.tokens)
+                        own = True
+                    elif fetched is not None:
+                        assert (fetched.heads, fetched.groups) == (step.heads, step.groups)
+                        tokens = range(fetched.start, fetched.end)
+                    else:
+                        assert sizes.in_place
+                        tokens = range(places.host)
+                    seen.update((head, t) for head in heads for t in tokens)
+            assert not heads_left
+    assert kept
+    assert asked is None
+    assert places.tokens == first_new + new
+    return seen, own, on_device
+
+
+passes = st.lists(
+    st.tuples(
+        st.sampled_from([Pass.FORWARD, Pass.FORWARD, Pass.APPEND, Pass.DRAFT]),
+        st.sampled_from([1, 1, 1, 2, 3, 5, 6, 7, 9, 12]),
+        st.sampled_from([0.0, 0.3, 1.0]),
+        st.integers(0, 9),  # tokens taken back before it
+    ),
+    min_size=1,
+    max_size=25,
+)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(
+    kv_heads=st.integers(1, 5),
+    tile_heads=st.integers(1, 5),
+    tile_tokens=st.sampled_from([1, 4, 16]),
+    capacity=st.sampled_from([0, 1, 7, 20, 1000]),
+    window_tokens=st.sampled_from([None, None, None, 1, 4, 30]),
+    in_place=st.booleans(),
+    sequence=passes,
+)
+def test_every_pass_attends_what_it_may_see_once(
+    kv_heads: int,
+    tile_heads: int,
+    tile_tokens: int,
+    capacity: int,
+    window_tokens: int | None,
+    in_place: bool,
+    sequence: list[tuple[Pass, int, float, int]],
+) -> None:
+    sizes = Sizes(tile_heads, tile_tokens, SIZES.page_tokens, in_place)
+    places = Places(0 if in_place or window_tokens else capacity, window_tokens)
+    for kind, new, share, taken_back in sequence:
+        if window_tokens is None:
+            crop(places, taken_back)
+        past = places.tokens
+        steps = route_track(places.held(kv_heads), kind, new, sizes, share)
+        assert steps.serves(past)
+        seen, own, on_device = run(steps.steps, places, kv_heads, new, sizes)
+        if kind is Pass.APPEND:
+            assert not seen
+            continue
+        low = 0 if window_tokens is None else max(past - window_tokens + 1, 0)
+        wanted = set(range(low, past + new if new == 1 or window_tokens is not None else past))
+        if kind is Pass.DRAFT and not in_place and window_tokens is None:
+            wanted &= on_device
+        assert seen == Counter((head, t) for head in range(kv_heads) for t in wanted)
+        assert own == (new > 1 or window_tokens is not None)
+        if new > MAX_ASKED_TOKENS or kind is Pass.DRAFT:
+            assert not any(isinstance(step, Ask) for step in steps.steps)
+
+
+def crop(places: Places, tokens: int) -> None:
+    """Take back some of the newest tokens, as a ledger does."""
+    places.tokens = max(places.tokens - tokens, 0)
+    places.resident = min(places.resident, places.tokens)
+    if places.page is not None:
+        page = range(places.page.start, min(places.page.stop, places.tokens))
+        places.page = page or None
+    places.host = min(places.host, places.tokens)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    capacity=st.sampled_from([0, 3, 20]),
+    new=st.sampled_from([1, 1, 2, 4]),
+    share=st.sampled_from([0.0, 0.4]),
+    prompt=st.integers(0, 30),
+    changes=st.lists(st.integers(-3, 3), min_size=1, max_size=30),
+)
+def test_steps_that_serve_are_those_that_would_be_made(
+    capacity: int, new: int, share: float, prompt: int, changes: list[int]
+) -> None:
+    places = Places(capacity)
+    if prompt:
+        run(route_track(places.held(2), Pass.APPEND, prompt, SIZES).steps, places, 2, prompt, SIZES)
+    known, host = None, -1
+    for change in changes:
+        if change < 0 and places.tokens + change >= places.host:
+            crop(places, -change)
+        fresh = route_track(places.held(2), Pass.FORWARD, new, SIZES, share)
+        if known is not None and host == places.host and known.serves(places.tokens):
+            assert known.steps == fresh.steps
+        known, host = fresh, places.host
+        run(fresh.steps, places, 2, new, SIZES)
+
+
+@pytest.mark.parametrize("capacity", [0, 40, 10**7])
+def test_steps_serve_until_a_page_is_full(capacity: int) -> None:
+    places = Places(capacity, tokens=600, host=600, resident=min(capacity, 600))
+    sizes = Sizes(tile_heads=1, tile_tokens=256, page_tokens=64)
+    made = 0
+    known = None
+    for _ in range(640):
+        if known is None or not known.serves(places.tokens):
+            known, made = route_track(places.held(2), Pass.FORWARD, 1, sizes), made + 1
+        run(known.steps, places, 2, 1, sizes)
+        if any(isinstance(step, SendHome) for step in known.steps):
+            known = None
+    assert made == 20  # ten pages: one schedule to fill each, and one to send it home
+
+
+def test_a_schedule_does_not_grow_with_tokens_or_layers_that_are_alike() -> None:
+    held = Held(kv_heads=8, tokens=2**20, host_tokens=2**20)
+    sizes = Sizes(tile_heads=1, tile_tokens=256, page_tokens=64)
+    schedule = route([held] * 32, Pass.FORWARD, 1, sizes, 0.5)
+    (only,) = schedule.runs
+    assert only.layers == tuple(range(32))
+    assert str(schedule) == (
+        "layers 0-31:\n"
+        "  keep the new tokens in the page\n"
+        "  ask the host about tokens 524288 to 1048576\n"
+        "  fetch tokens 0 to 524288 in 16384 tiles of 1 head x 256 tokens\n"
+        "  attend by 8 x 1 heads: the page, the tiles\n"
+        "  merge the host's answer"
+    )
+
+
+def test_layers_that_differ_are_named() -> None:
+    full = Held(kv_heads=2, tokens=90, host_tokens=90, resident_tokens=40, resident_capacity=40)
+    window = Held(kv_heads=2, tokens=90, window_tokens=24)
+    schedule = route([window, full, window, window, full], Pass.FORWARD, 7, SIZES)
+    assert str(schedule) == (
+        "layers 0, 2-3:\n"
+        "  keep the new tokens in the window\n"
+        "  attend by 2 heads: the window\n"
+        "layers 1, 4:\n"
+        "  fetch tokens 40 to 90 in 8 tiles of 1 head x 16 tokens\n"
+        "  attend by 2 x 1 heads: the new tokens, the residents, the tiles\n"
+        "  keep the new tokens in a chunk page\n"
+        "  send tokens 90 to 97 home"
+    )
+
+
+def test_a_resident_token_takes_one_step() -> None:
+    held = Held(kv_heads=2, tokens=9, host_tokens=6, resident_tokens=9, resident_capacity=40)
+    assert route_track(held, Pass.FORWARD, 1, SIZES).steps == (Decode(),)
