@@ -13,8 +13,8 @@ from headinfer.attend.reference import ReferenceKernel
 from headinfer.device.base import Edge
 from headinfer.device.hazards import HazardError
 from headinfer.device.simulated import SimulatedDevice
+from headinfer.engine.balance import Balance
 from headinfer.engine.engine import Engine
-from headinfer.engine.host_attention import Balance
 from headinfer.errors import CacheStateError
 from headinfer.integration import attention
 from held_device import HeldDevice

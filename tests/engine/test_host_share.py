@@ -2,7 +2,7 @@
 
 import pytest
 
-from headinfer.engine.host_attention import Balance
+from headinfer.engine.balance import Balance
 
 
 def run(balance: Balance, host_rate: float, device_rate: float, steps: int = 60) -> float:

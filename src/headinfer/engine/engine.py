@@ -9,14 +9,14 @@ import torch
 
 from headinfer.attend.masks import Padding
 from headinfer.attend.partial import Kernel
+from headinfer.engine.changes import ChangeableTokens
 from headinfer.engine.chunk import Chunk
 from headinfer.engine.executor import PERFORM
-from headinfer.engine.held import HeldTokens
 from headinfer.kv.pair import KV
 from headinfer.schedule.route import MAX_ASKED_TOKENS, Pass
 
 
-class Engine(HeldTokens):
+class Engine(ChangeableTokens):
     """The attention layers of one cache: their ledgers, the device arena, and their attention.
 
     Not safe for use by several threads at once, like the transformers cache it serves.

@@ -5,19 +5,17 @@ the work in flight that touches them.
 """
 
 import contextlib
-import dataclasses
-import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import torch
 
 from headinfer.device.base import Device, Edge
+from headinfer.engine.balance import Balance
 from headinfer.engine.build import build
 from headinfer.engine.ending import settle_at_exit, uninterrupted
 from headinfer.engine.executor import Executor
-from headinfer.engine.host_attention import Balance, HostAttention
-from headinfer.engine.readout import Part, part_shape, read
+from headinfer.engine.host_attention import HostAttention
 from headinfer.engine.stats import Stats
 from headinfer.engine.windows import WindowKeeper
 from headinfer.errors import CacheStateError
@@ -184,126 +182,10 @@ class HeldTokens:
             raise CacheStateError("this cache was closed; make another with offload.new_cache()")
         self._host.check()
 
-    def read_bytes(self, layer_idx: int, part: Part) -> int:
-        """Return the bytes that `read` takes."""
-        ledger = self._ledgers[layer_idx]
-        return math.prod(part_shape(ledger, part)) * ledger.geometry.dtype.itemsize
-
-    def read(self, layer_idx: int, part: Part) -> torch.Tensor:
-        """Return a copy of a layer's keys or values, `[batch, kv_heads, tokens, dim]`.
-
-        Of a window, the past tokens that the next query sees.
-
-        Returns:
-            New memory on the device, which the caller owns. What was fetched ahead is forgotten.
-        """
-        self._come_to_rest()
-        return read(self._device, self._ledgers[layer_idx], part)
-
-    def copy_from(self, other: "HeldTokens") -> None:
-        """Hold what another engine of the same device and rows holds; this one must be empty.
-
-        The two share the host memory of what both hold, until one of them changes it.
-
-        Raises:
-            MemoryPlanError: the host memory cannot be had; close this engine then.
-        """
-        other._bring_home()
-        for ledger, source in zip(self._ledgers, other._ledgers, strict=True):
-            if source.window_tokens is None:
-                ledger.share(source)
-            elif source.tail is not None:
-                self._windows.copy(source, ledger)
-        self._fill_residents()
-
     def _come_to_rest(self) -> None:
         self._check_open()
         self._settle()
         self._host.check()
-
-    def check_crop(self, layer_idx: int, tokens: int) -> None:
-        """Refuse to remove so many of a layer's newest tokens if its window has dropped the others.
-
-        Raises:
-            CacheStateError: it has.
-        """
-        ledger = self._ledgers[layer_idx]
-        if ledger.window_tokens is not None:
-            self._windows.check_crop(ledger, max(ledger.tokens - tokens, 0))
-
-    def crop(self, layer_idx: int, tokens: int) -> None:
-        """Remove a layer's newest `tokens` tokens, or all it has.
-
-        Raises:
-            CacheStateError: the cache was closed; or a window has dropped the tokens before those.
-        """
-        self._check_open()
-        self.check_crop(layer_idx, tokens)
-        ledger = self._ledgers[layer_idx]
-        if ledger.window_tokens is None and tokens > ledger.tail_tokens:
-            self._come_to_rest()
-        ledger.crop(max(ledger.tokens - tokens, 0))
-
-    def select(self, layer_idx: int, rows: Sequence[int]) -> None:
-        """Make row `i` of a layer what row `rows[i]` was, for as many rows as the plan has."""
-        self._check_open()
-        assert len(rows) == self.plan.batch
-        ledger = self._ledgers[layer_idx]
-        if ledger.window_tokens is not None:
-            self._windows.select(ledger, rows)
-            return
-        self._come_to_rest()
-        with self.changing():
-            self._pages.select(ledger, rows)
-            ledger.select_host(rows)
-
-    def select_all(self, rows: Sequence[int], plan: Plan) -> None:
-        """Make row `i` of every layer what row `rows[i]` was, under a plan for that many rows."""
-        self._bring_home()
-        with self.changing():
-            for ledger in self._full:
-                ledger.drop_device()
-                ledger.select_host(rows)
-            for ledger in self._ledgers:
-                if ledger.window_tokens is not None:
-                    self._windows.select(ledger, rows)
-            self._rebuild(plan)
-
-    def replan(self, plan: Plan) -> None:
-        """Go on under another plan for as many rows, with what it keeps on the device."""
-        self._bring_home()
-        self._rebuild(plan)
-
-    def give_up_residents(self) -> None:
-        """Keep no token on the device; costs no copy but the tail's."""
-        self.replan(dataclasses.replace(self.plan, resident_tokens=0, resident_bytes=0))
-
-    def _bring_home(self) -> None:
-        """Have the host hold every token of the layers without a window, at rest."""
-        self.lengths()  # refuses what was interrupted
-        for ledger in self._full:
-            self._pages.send_home(ledger)
-        self._come_to_rest()
-
-    def _rebuild(self, plan: Plan) -> None:
-        """Take the memory of another plan; the host must hold every token, at rest."""
-        self.plan = plan
-        # The old arena goes before the new one comes: both together would exceed either plan.
-        for ledger in self._full:
-            ledger.drop_device()
-        try:
-            del self._executor, self._pages
-            self._host.free()
-            self._build()
-        except BaseException:
-            self._abandon()
-            raise
-        self._fill_residents()
-
-    def _fill_residents(self) -> None:
-        """Fetch what the plan keeps on the device; the host must hold every token, at rest."""
-        for ledger in self._full:
-            self._pages.fill_residents(ledger)
 
     def clear(self) -> None:
         """Forget all tokens and free the host memory; the arena stays.
