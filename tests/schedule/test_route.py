@@ -22,6 +22,7 @@ from headinfer.schedule.steps import (
     Step,
     Where,
 )
+from headinfer.schedule.track import Track
 
 SIZES = Sizes(tile_heads=1, tile_tokens=16, page_tokens=6)
 
@@ -39,13 +40,12 @@ class Places:
 
     def held(self, kv_heads: int) -> Held:
         return Held(
-            kv_heads,
+            Track(kv_heads, self.window_tokens),
             self.tokens,
             self.host,
             self.resident,
             self.resident_capacity,
             self.page is not None,
-            self.window_tokens,
         )
 
     def keep(self, where: Where, new: int, sizes: Sizes) -> None:
@@ -251,7 +251,7 @@ def test_steps_serve_until_a_page_is_full(capacity: int) -> None:
 
 
 def test_a_schedule_does_not_grow_with_tokens_or_layers_that_are_alike() -> None:
-    held = Held(kv_heads=8, tokens=2**20, host_tokens=2**20)
+    held = Held(Track(8), tokens=2**20, host_tokens=2**20)
     sizes = Sizes(tile_heads=1, tile_tokens=256, page_tokens=64)
     schedule = route([held] * 32, Pass.FORWARD, 1, sizes, 0.5)
     (only,) = schedule.runs
@@ -267,8 +267,8 @@ def test_a_schedule_does_not_grow_with_tokens_or_layers_that_are_alike() -> None
 
 
 def test_layers_that_differ_are_named() -> None:
-    full = Held(kv_heads=2, tokens=90, host_tokens=90, resident_tokens=40, resident_capacity=40)
-    window = Held(kv_heads=2, tokens=90, window_tokens=24)
+    full = Held(Track(2), tokens=90, host_tokens=90, resident_tokens=40, resident_capacity=40)
+    window = Held(Track(2, window_tokens=24), tokens=90)
     schedule = route([window, full, window, window, full], Pass.FORWARD, 7, SIZES)
     assert str(schedule) == (
         "layers 0, 2-3:\n"
@@ -283,5 +283,5 @@ def test_layers_that_differ_are_named() -> None:
 
 
 def test_a_resident_token_takes_one_step() -> None:
-    held = Held(kv_heads=2, tokens=9, host_tokens=6, resident_tokens=9, resident_capacity=40)
+    held = Held(Track(2), tokens=9, host_tokens=6, resident_tokens=9, resident_capacity=40)
     assert route_track(held, Pass.FORWARD, 1, SIZES).steps == (Decode(),)

@@ -33,7 +33,7 @@ class ChangeableTokens(HeldTokens):
         self._come_to_rest()
         return read(self._device, self._ledgers[layer_idx], part)
 
-    def copy_from(self, other: "HeldTokens") -> None:
+    def copy_from(self, other: "ChangeableTokens") -> None:
         """Hold what another engine of the same device and rows holds; this one must be empty.
 
         The two share the host memory of what both hold, until one of them changes it.
@@ -43,7 +43,7 @@ class ChangeableTokens(HeldTokens):
         """
         other._bring_home()
         for ledger, source in zip(self._ledgers, other._ledgers, strict=True):
-            if source.window_tokens is None:
+            if source.track.window_tokens is None:
                 ledger.share(source)
             elif source.tail is not None:
                 self._windows.copy(source, ledger)
@@ -56,7 +56,7 @@ class ChangeableTokens(HeldTokens):
             CacheStateError: it has.
         """
         ledger = self._ledgers[layer_idx]
-        if ledger.window_tokens is not None:
+        if ledger.track.window_tokens is not None:
             self._windows.check_crop(ledger, max(ledger.tokens - tokens, 0))
 
     def crop(self, layer_idx: int, tokens: int) -> None:
@@ -68,7 +68,7 @@ class ChangeableTokens(HeldTokens):
         self._check_open()
         self.check_crop(layer_idx, tokens)
         ledger = self._ledgers[layer_idx]
-        if ledger.window_tokens is None and tokens > ledger.tail_tokens:
+        if ledger.track.window_tokens is None and tokens > ledger.tail_tokens:
             self._come_to_rest()
         ledger.crop(max(ledger.tokens - tokens, 0))
 
@@ -77,7 +77,7 @@ class ChangeableTokens(HeldTokens):
         self._check_open()
         assert len(rows) == self.plan.batch
         ledger = self._ledgers[layer_idx]
-        if ledger.window_tokens is not None:
+        if ledger.track.window_tokens is not None:
             self._windows.select(ledger, rows)
             return
         self._come_to_rest()
@@ -93,7 +93,7 @@ class ChangeableTokens(HeldTokens):
                 ledger.drop_device()
                 ledger.select_host(rows)
             for ledger in self._ledgers:
-                if ledger.window_tokens is not None:
+                if ledger.track.window_tokens is not None:
                     self._windows.select(ledger, rows)
             self._rebuild(plan)
 

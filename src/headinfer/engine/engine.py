@@ -82,12 +82,12 @@ class Engine(ChangeableTokens):
         if padding is not None:  # it ends with the new tokens
             call.padding_start = ledger.tokens + q_len - padding.valid.shape[1]
         executor, at_once = self._executor, self.plan.chunk_tokens
-        if ledger.window_tokens is not None:
+        if ledger.track.window_tokens is not None:
             at_once = max(q_len, 1)
         elif ledger is self._full[0]:  # for all layers alike, because tiles are fetched ahead
             executor.source.host_share = 0.0 if host_kernel is None else self._balance.share
         host_share = 0.0 if host_kernel is None else executor.source.host_share
-        assert window_tokens is None or ledger.window_tokens is not None
+        assert window_tokens is None or ledger.track.window_tokens is not None
         executor.ledger = ledger
         try:
             for first in range(0, q_len, at_once):
@@ -118,7 +118,7 @@ class Engine(ChangeableTokens):
         executor = self._executor
         executor.ledger = ledger = self._check(layer_idx, new, keys)
         at_once = self.plan.chunk_tokens
-        if ledger.window_tokens is not None:
+        if ledger.track.window_tokens is not None:
             at_once = max(new.tokens, 1)
         try:
             for first in range(0, new.tokens, at_once):

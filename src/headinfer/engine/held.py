@@ -1,7 +1,6 @@
-"""What the offloaded layers of one cache hold, where it is, and how long.
+"""What the attention layers of one cache hold, in which memory, and how long.
 
-Everything here happens between a layer's calls: what changes or frees tokens of the host waits for
-the work in flight that touches them.
+What frees tokens of the host waits for the work in flight that touches them.
 """
 
 import contextlib
@@ -58,7 +57,7 @@ class HeldTokens:
             )
             for layer in plan.shape.attention_layers
         ]
-        self._full = [ledger for ledger in self._ledgers if ledger.window_tokens is None]
+        self._full = [ledger for ledger in self._ledgers if ledger.track.window_tokens is None]
         self._windows = WindowKeeper(device, plan.page_tokens)
         self._arena_bytes = 0
         self._build()
@@ -90,7 +89,7 @@ class HeldTokens:
             [
                 ledger.tail.piece.memory.numel()
                 for ledger in self._ledgers
-                if ledger.window_tokens is not None and ledger.tail is not None
+                if ledger.track.window_tokens is not None and ledger.tail is not None
             ]
         )
 
@@ -165,7 +164,7 @@ class HeldTokens:
                 f"value_dim) {given} in {names}, but this cache holds {wanted} in "
                 f"{geometry.dtype}; use a new cache"
             )
-        if ledger.window_tokens is None and ledger.capacity_tokens < self._expected_tokens:
+        if ledger.track.window_tokens is None and ledger.capacity_tokens < self._expected_tokens:
             ledger.reserve(self._expected_tokens)
         return ledger
 

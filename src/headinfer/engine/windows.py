@@ -66,7 +66,7 @@ class WindowKeeper:
         if tokens < ledger.tokens and not ledger.can_crop(tokens):
             raise CacheStateError(
                 f"{ledger.tokens - tokens} tokens cannot be taken back: a layer with a window of "
-                f"{ledger.window_tokens} tokens has dropped those before them; take back "
+                f"{ledger.track.window_tokens} tokens has dropped those before them; take back "
                 f"{SPARE_TOKENS} at most, or use a new cache"
             )
 
@@ -105,8 +105,8 @@ class WindowKeeper:
         return Piece(self._device.device_empty(geometry.num_bytes(tokens)))
 
     def _begin(self, ledger: Ledger) -> Extent:
-        assert ledger.window_tokens is not None
-        capacity = window_capacity(ledger.window_tokens, self._page_tokens)
+        assert ledger.track.window_tokens is not None
+        capacity = window_capacity(ledger.track.window_tokens, self._page_tokens)
         return ledger.begin_tail(self._piece(ledger.geometry, capacity), capacity)
 
     def _restart(self, ledger: Ledger, tail: Extent, tile: Tile) -> None:

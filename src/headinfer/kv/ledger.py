@@ -13,6 +13,7 @@ from headinfer.kv.extent import Extent, Piece, Tile
 from headinfer.kv.pair import ALL_HEADS, Geometry
 from headinfer.kv.place import HostPlace
 from headinfer.schedule.route import Held
+from headinfer.schedule.track import Track
 
 _MIN_GROWTH_TOKENS = 256
 _GROWTH_DIVISOR = 8
@@ -34,7 +35,7 @@ class Ledger:
 
     Attributes:
         geometry: as given; its batch follows the selection of rows.
-        window_tokens: as given.
+        track: the heads, and how far back they see.
         host_tokens: tokens that the host holds: those from 0 to before it.
         capacity_tokens: tokens that there is host memory for.
         resident: the oldest tokens on the device; None where none are kept there.
@@ -49,7 +50,7 @@ class Ledger:
         self, geometry: Geometry, place: HostPlace, window_tokens: int | None = None
     ) -> None:
         self.geometry = geometry
-        self.window_tokens = window_tokens
+        self.track = Track(geometry.kv_heads, window_tokens)
         self.host_tokens = self.capacity_tokens = 0
         self.resident: Extent | None = None
         self.tail: Extent | None = None
@@ -78,8 +79,8 @@ class Ledger:
     @property
     def past_tokens(self) -> int:
         """Past tokens that a query sees through the window."""
-        assert self.window_tokens is not None
-        return self.window_tokens - 1
+        assert self.track.window_tokens is not None
+        return self.track.window_tokens - 1
 
     def can_crop(self, tokens: int) -> bool:
         """Whether the tokens seen through the window are there once only `tokens` are left."""
@@ -91,13 +92,12 @@ class Ledger:
         """Where the tokens lie, in numbers."""
         resident, tail = self.resident, self.tail
         return Held(
-            kv_heads=self.geometry.kv_heads,
+            track=self.track,
             tokens=self.tokens,
             host_tokens=self.host_tokens,
             resident_tokens=0 if resident is None else resident.tokens,
             resident_capacity=0 if resident is None else resident.capacity,
             paged=tail is not None and tail.tokens > 0,
-            window_tokens=self.window_tokens,
         )
 
     @property
@@ -123,7 +123,7 @@ class Ledger:
     def visible_tokens(self) -> int:
         """Past tokens that the next query sees."""
         tokens = self.tokens
-        return tokens if self.window_tokens is None else min(tokens, self.past_tokens)
+        return tokens if self.track.window_tokens is None else min(tokens, self.past_tokens)
 
     def host_tiles(
         self,
@@ -249,7 +249,7 @@ class Ledger:
             self.resident.tokens = min(self.resident.tokens, tokens)
         if self.tail is not None:
             self.tail.tokens = max(min(self.tail.tokens, tokens - self.tail.start), 0)
-            if not self.tail.tokens and not (self.window_tokens and tokens):
+            if not self.tail.tokens and not (self.track.window_tokens and tokens):
                 self.tail = None
         if tokens < self.host_tokens:
             self.host_tokens = tokens

@@ -14,6 +14,7 @@ from headinfer.plan.hardware import Hardware
 from headinfer.plan.shape import LayerKind, ModelShape
 from headinfer.schedule.route import Held, Pass, Sizes, route_track
 from headinfer.schedule.steps import Ask, Attend, Fetch, SendHome, Step, Tiles
+from headinfer.schedule.track import Track
 
 ANSWER_TOKENS = 256
 """Tokens of the answer by which plans are compared: a prefill and so many decode steps."""
@@ -269,7 +270,7 @@ class Predictor:
         share = schedule.host_share
         resident = min(past, resident_tokens)
         for kv_heads, (layers, token_bytes) in self._alike.items():
-            held = Held(kv_heads, past, past, resident, resident_tokens)
+            held = Held(Track(kv_heads), past, past, resident, resident_tokens)
             for step in route_track(held, Pass.FORWARD, new, sizes, share).steps:
                 price.add(step, batch * token_bytes, layers, kv_heads)
         hardware = self._hardware

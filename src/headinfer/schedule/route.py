@@ -28,6 +28,7 @@ from headinfer.schedule.steps import (
     TrackSteps,
     Where,
 )
+from headinfer.schedule.track import Track
 
 MAX_ASKED_TOKENS = 8
 """New tokens up to which the host can help: more make it compute instead of read."""
@@ -62,23 +63,20 @@ class Held(NamedTuple):
     """Where the tokens of one track lie, in numbers.
 
     Attributes:
-        kv_heads: KV heads of the track.
+        track: the heads, and how far back they see. A window lies on the device as a whole.
         tokens: in all.
         host_tokens: the oldest, which the host holds.
         resident_tokens: the oldest, which the device holds.
         resident_capacity: tokens that could be resident.
         paged: whether tokens lie in a page: those behind the host's.
-        window_tokens: tokens that a query sees, its own included; None for all. A window lies on
-            the device as a whole.
     """
 
-    kv_heads: int
+    track: Track
     tokens: int = 0
     host_tokens: int = 0
     resident_tokens: int = 0
     resident_capacity: int = 0
     paged: bool = False
-    window_tokens: int | None = None
 
     @property
     def tail_tokens(self) -> int:
@@ -139,7 +137,7 @@ def route_track(
     held: Held, kind: Pass, new_tokens: int, sizes: Sizes, host_share: float = 0.0
 ) -> TrackSteps:
     """Return what a pass does with one track; see `route`."""
-    if held.window_tokens is not None:
+    if held.track.window_tokens is not None:
         return _windowed(held, kind)
     if sizes.in_place:
         return _in_place(held, kind, new_tokens, sizes)
@@ -211,10 +209,10 @@ def _attended(
     if fetch is not None:
         parts.append(Tiles())
     # What is not streamed is on the device for all heads, and few tokens need no groups.
-    heads = held.kv_heads
+    heads = held.track.kv_heads
     if fetch is not None or new_tokens > sizes.page_tokens:
         heads = min(sizes.tile_heads, heads)
-    attend = Attend(heads, -(-held.kv_heads // heads), tuple(parts), write=not asks)
+    attend = Attend(heads, -(-held.track.kv_heads // heads), tuple(parts), write=not asks)
     steps: list[Step] = [attend] if fetch is None else [fetch, attend]
     return [Ask(end, held.host_tokens), *steps, Answer()] if asks else steps
 
@@ -224,14 +222,14 @@ def fetched(held: Held, sizes: Sizes, host_share: float) -> Fetch | None:
     start, end = held.streamed(host_share)
     if start == end:
         return None
-    heads = min(sizes.tile_heads, held.kv_heads)
-    return Fetch(start, end, sizes.tile_tokens, heads, -(-held.kv_heads // heads))
+    heads = min(sizes.tile_heads, held.track.kv_heads)
+    return Fetch(start, end, sizes.tile_tokens, heads, -(-held.track.kv_heads // heads))
 
 
 def _windowed(held: Held, kind: Pass) -> TrackSteps:
     if kind is Pass.APPEND:
         return TrackSteps((Keep(Where.WINDOW),))
-    return TrackSteps((Keep(Where.WINDOW), Attend(held.kv_heads, 1, (Band(),))))
+    return TrackSteps((Keep(Where.WINDOW), Attend(held.track.kv_heads, 1, (Band(),))))
 
 
 def _in_place(held: Held, kind: Pass, new_tokens: int, sizes: Sizes) -> TrackSteps:
@@ -239,8 +237,8 @@ def _in_place(held: Held, kind: Pass, new_tokens: int, sizes: Sizes) -> TrackSte
     keep = Keep(Where.HOST)
     if kind is Pass.APPEND:
         return TrackSteps((keep,))
-    heads = min(sizes.tile_heads, held.kv_heads)
-    groups = -(-held.kv_heads // heads)
+    heads = min(sizes.tile_heads, held.track.kv_heads)
+    groups = -(-held.track.kv_heads // heads)
     if new_tokens == 1:
         return TrackSteps((keep, Attend(heads, groups, (Tiles(),))))
     if not held.tokens:
