@@ -20,6 +20,7 @@ from headinfer.schedule.steps import (
     Own,
     SendHome,
     Step,
+    TrackSteps,
     Where,
 )
 from headinfer.schedule.track import Track
@@ -152,9 +153,9 @@ passes = st.lists(
         st.sampled_from([Pass.FORWARD, Pass.FORWARD, Pass.APPEND, Pass.DRAFT]),
         st.sampled_from([1, 1, 1, 2, 3, 5, 6, 7, 9, 12]),
         st.sampled_from([0.0, 0.3, 1.0]),
-        st.integers(0, 9),  # tokens taken back before it
+        st.sampled_from([0, 0, 0, 1, 2, 9]),  # tokens taken back before it
     ),
-    min_size=1,
+    min_size=6,
     max_size=25,
 )
 
@@ -165,8 +166,7 @@ passes = st.lists(
     tile_heads=st.integers(1, 5),
     tile_tokens=st.sampled_from([1, 4, 16]),
     capacity=st.sampled_from([0, 1, 7, 20, 1000]),
-    window_tokens=st.sampled_from([None, None, None, 1, 4, 30]),
-    in_place=st.booleans(),
+    kind_of_track=st.sampled_from(["paged"] * 6 + ["in place", "1", "4", "30"]),
     sequence=passes,
 )
 def test_every_pass_attends_what_it_may_see_once(
@@ -174,12 +174,14 @@ def test_every_pass_attends_what_it_may_see_once(
     tile_heads: int,
     tile_tokens: int,
     capacity: int,
-    window_tokens: int | None,
-    in_place: bool,
+    kind_of_track: str,
     sequence: list[tuple[Pass, int, float, int]],
 ) -> None:
+    in_place = kind_of_track == "in place"
+    window_tokens = int(kind_of_track) if kind_of_track.isdigit() else None
     sizes = Sizes(tile_heads, tile_tokens, SIZES.page_tokens, in_place)
     places = Places(0 if in_place or window_tokens else capacity, window_tokens)
+    sequence = [(Pass.FORWARD, 12, 0.0, 0), *sequence]
     for kind, new, share, taken_back in sequence:
         if window_tokens is None:
             crop(places, taken_back)
@@ -213,26 +215,29 @@ def crop(places: Places, tokens: int) -> None:
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(
     capacity=st.sampled_from([0, 3, 20]),
-    new=st.sampled_from([1, 1, 2, 4]),
     share=st.sampled_from([0.0, 0.4]),
     prompt=st.integers(0, 30),
-    changes=st.lists(st.integers(-3, 3), min_size=1, max_size=30),
+    changes=st.lists(
+        st.tuples(st.integers(0, 3), st.sampled_from([1, 1, 1, 2, 4])), min_size=5, max_size=40
+    ),
 )
 def test_steps_that_serve_are_those_that_would_be_made(
-    capacity: int, new: int, share: float, prompt: int, changes: list[int]
+    capacity: int, share: float, prompt: int, changes: list[tuple[int, int]]
 ) -> None:
     places = Places(capacity)
     if prompt:
         run(route_track(places.held(2), Pass.APPEND, prompt, SIZES).steps, places, 2, prompt, SIZES)
-    known, host = None, -1
-    for change in changes:
-        if change < 0 and places.tokens + change >= places.host:
-            crop(places, -change)
+    known: dict[int, TrackSteps] = {}
+    for taken_back, new in changes:
+        if places.tokens - taken_back >= places.host:
+            crop(places, taken_back)
         fresh = route_track(places.held(2), Pass.FORWARD, new, SIZES, share)
-        if known is not None and host == places.host and known.serves(places.tokens):
-            assert known.steps == fresh.steps
-        known, host = fresh, places.host
+        if new in known and known[new].serves(places.tokens):
+            assert known[new].steps == fresh.steps
+        known[new], host = fresh, places.host
         run(fresh.steps, places, 2, new, SIZES)
+        if places.host != host:
+            known.clear()
 
 
 @pytest.mark.parametrize("capacity", [0, 40, 10**7])
