@@ -92,8 +92,9 @@ class Engine(ChangeableTokens):
         try:
             for first in range(0, q_len, at_once):
                 chunk = executor.chunk = call if q_len <= at_once else call.part(first, at_once)
-                chunk.past_tokens, executor.new = ledger.tokens, chunk.new
-                for step in executor.steps_of(ledger, kind, chunk.tokens, host_share).steps:
+                chunk.past_tokens = past = ledger.tokens
+                executor.new = chunk.new
+                for step in executor.steps_of(ledger, past, kind, chunk.tokens, host_share).steps:
                     PERFORM[type(step)](executor, step)
                 if executor.source.begun:
                     executor.source.end()
@@ -123,7 +124,8 @@ class Engine(ChangeableTokens):
         try:
             for first in range(0, new.tokens, at_once):
                 part = executor.new = new.cut(slice(first, first + at_once))
-                for step in executor.steps_of(ledger, Pass.APPEND, part.tokens, 0.0).steps:
+                steps = executor.steps_of(ledger, ledger.tokens, Pass.APPEND, part.tokens, 0.0)
+                for step in steps.steps:
                     PERFORM[type(step)](executor, step)
         finally:
             executor.release()

@@ -81,14 +81,22 @@ class Executor:
         self._window: Tile | None = None
 
     def steps_of(
-        self, ledger: Ledger, kind: Pass, new_tokens: int, host_share: float
+        self, ledger: Ledger, tokens: int, kind: Pass, new_tokens: int, host_share: float
     ) -> TrackSteps:
-        """Return what a pass does with a layer; made anew only where its tokens' places changed."""
+        """Return what a pass does with a layer; made anew only where its tokens' places changed.
+
+        Args:
+            ledger: of the layer.
+            tokens: that it holds.
+            kind: of pass.
+            new_tokens: at once.
+            host_share: share of the tokens beside the residents that the host attends.
+        """
         key = ledger.version, kind, new_tokens, host_share
         known = self._known.get(ledger)
         if known is not None and known[0] == key:
             steps = known[1]
-            if steps.from_tokens <= ledger.tokens < steps.until_tokens:
+            if steps.from_tokens <= tokens < steps.until_tokens:
                 return steps
         steps = route_track(ledger.held, kind, new_tokens, self._sizes, host_share)
         self._known[ledger] = key, steps
@@ -126,7 +134,6 @@ class Executor:
     def _decode(self, _step: Decode) -> None:
         """Attend and keep a single token where all others are resident: in one call, if plain."""
         ledger, chunk = self.ledger, self.chunk
-        tokens = ledger.tokens
         tile = self.pages.place_in_residents(ledger)
         try:
             if chunk.padding is None and chunk.sinks is None:
@@ -135,10 +142,10 @@ class Executor:
                         chunk.query, chunk.new, tile.kv, chunk.out, scale=chunk.scale
                     )
             else:
-                tile.kv.cut(slice(tokens, None)).copy_(chunk.new)
+                tile.kv.cut(slice(chunk.past_tokens, None)).copy_(chunk.new)
                 attend_groups(self, Attend(ledger.geometry.kv_heads, 1, _DECODE_IN_PARTS))
         except BaseException:
-            ledger.crop(tokens)  # its place may never have been written
+            ledger.crop(chunk.past_tokens)  # its place may never have been written
             raise
 
     def _answer(self, _step: Answer) -> None:
