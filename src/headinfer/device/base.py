@@ -23,7 +23,7 @@ class Edge(enum.Enum):
     QUERY_READY = "compute wrote a query, and merged the last answer; host work fetches and answers"
     TOKENS_SENT = "copy-out wrote tokens into the host store; host work attends them"
     ANSWERED = "host work wrote its partial result; compute merges it from where it is"
-    HOST_SETTLED = "work touching host memory is done; the host reads, moves or frees it"
+    HOST_SETTLED = "work on host memory or the arena is done; the host reads, moves or frees it"
 
 
 class Event(Protocol):
