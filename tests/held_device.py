@@ -21,7 +21,7 @@ class HeldDevice(SimulatedDevice):
 
     def __init__(self) -> None:
         super().__init__(skip=[Edge.ANSWERED])
-        self.log = Unchecked()
+        self.memory.log = Unchecked()
 
     def run_some(self) -> None:
         """Run nothing that nobody waits for."""

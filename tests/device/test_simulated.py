@@ -9,10 +9,12 @@ from headinfer.device.base import Edge
 from headinfer.device.cpu import CpuDevice
 from headinfer.device.hazards import HazardError
 from headinfer.device.simulated import SimulatedDevice
+from held_device import HeldDevice
 
 
 def floats(device: SimulatedDevice, *, host: bool, value: float | None = None) -> torch.Tensor:
     memory = device.host_empty(16) if host else device.device_empty(16)
+    device.finish_compute()  # with what it did with that memory before
     tensor = memory.view(torch.float32)
     if value is not None:
         device.host_access(tensor, write=True, purpose="set-up")
@@ -95,8 +97,8 @@ def test_waits_carry_over_streams() -> None:
 
 def test_neighbouring_bytes_do_not_conflict() -> None:
     device = SimulatedDevice()
-    target = floats(device, host=False)
-    device.copy_in.copy(target[:2], floats(device, host=True, value=1.0)[:2])
+    source, target = floats(device, host=True, value=1.0), floats(device, host=False)
+    device.copy_in.copy(target[:2], source[:2])
     device.compute.reads(target[2:], "test")
     with pytest.raises(HazardError):
         device.compute.reads(target[1:], "test")
@@ -105,11 +107,102 @@ def test_neighbouring_bytes_do_not_conflict() -> None:
 def test_a_freed_address_can_be_used_again() -> None:
     device = SimulatedDevice()
     for _ in range(50):
-        target = floats(device, host=False)
-        device.copy_in.copy(target, floats(device, host=True, value=1.0))
+        source, target = floats(device, host=True, value=1.0), floats(device, host=False)
+        device.copy_in.copy(target, source)
         device.synchronize()
-        del target
+        del source, target
     assert device.allocated_bytes == 0
+
+
+def test_freed_memory_is_handed_out_again_and_poisoned() -> None:
+    device = SimulatedDevice()
+    one = floats(device, host=False, value=3.0)
+    address = one.data_ptr()
+    del one
+    larger = device.device_empty(1024)
+    again, other = floats(device, host=False), floats(device, host=False)
+    assert again.data_ptr() == address
+    assert again.isnan().all()
+    assert address not in (larger.data_ptr(), other.data_ptr())
+    assert (device.allocated_bytes, device.peak_bytes) == (1056, 1056)
+
+
+@pytest.mark.parametrize("name", ["copy_in", "copy_out", "host_work"])
+def test_new_memory_may_be_in_use_on_compute(name: str) -> None:
+    device = SimulatedDevice()
+    stream = getattr(device, name)
+    early = device.compute.record()
+    memory = device.device_empty(16)
+    device.compute.writes(memory[:8], "test")
+    stream.wait(early, Edge.MEMORY_FREE)
+    with pytest.raises(HazardError, match=r"after the write on compute \(what had this memory bef"):
+        stream.writes(memory[8:], "test")
+    stream.wait(device.compute.record(), Edge.MEMORY_FREE)
+    stream.writes(memory, "test")
+
+
+def test_a_copy_that_comes_too_late_spoils_what_the_next_owner_has() -> None:
+    device = HeldDevice()  # which checks no access
+    source, freed = floats(device, host=True, value=3.0), floats(device, host=False)
+    device.copy_in.copy(freed, source)
+    del freed
+    memory = device.device_empty(16).view(torch.float32).fill_(1.0)
+    assert (memory == 1.0).all()
+    device.synchronize()
+    assert (memory == 3.0).all()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_device_memory_must_not_be_freed_before_copies_are_waited_for(seed: int) -> None:
+    device = SimulatedDevice(seed=seed)
+    source, target = floats(device, host=True, value=3.0), floats(device, host=False)
+    device.copy_in.copy(target, source)
+    del target
+    with pytest.raises(HazardError, match=r"next is not ordered after the write on copy-in"):
+        device.device_empty(16)
+
+
+@pytest.mark.parametrize("host_waits", [True, False])
+def test_device_memory_may_be_freed_once_the_host_or_compute_has_waited(host_waits: bool) -> None:
+    device = SimulatedDevice()
+    source, target = floats(device, host=True, value=3.0), floats(device, host=False)
+    device.copy_in.copy(target, source)
+    copied = device.copy_in.record()
+    if host_waits:
+        copied.synchronize(Edge.HOST_SETTLED)
+    else:
+        device.compute.wait(copied, Edge.TILE_FILLED)
+    device.compute.reads(target, "what compute itself does needs no wait")
+    del target
+    device.synchronize()
+    assert device.allocated_bytes == 0
+
+
+def test_host_memory_must_not_be_freed_before_the_host_has_waited() -> None:
+    device = SimulatedDevice()
+    source, target = floats(device, host=True, value=3.0), floats(device, host=False)
+    device.copy_in.copy(target, source)
+    device.compute.wait(device.copy_in.record(), Edge.TILE_FILLED)  # which is another's wait
+    del source
+    with pytest.raises(HazardError, match=r"the host has .* not ordered after the read on copy-in"):
+        device.synchronize()
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_what_the_model_frees_must_not_be_in_use_beside_compute(waits: bool) -> None:
+    device = SimulatedDevice()
+    query, sent = torch.ones(4), floats(device, host=True)
+    device.compute.writes(query, "the query")
+    device.host_work.wait(device.compute.record(), Edge.QUERY_READY)
+    device.host_work.copy(sent, query)
+    if waits:
+        device.compute.wait(device.host_work.record(), Edge.ANSWERED)
+        del query
+        device.synchronize()
+        return
+    del query
+    with pytest.raises(HazardError, match=r"compute has .* after the read on host-work"):
+        device.synchronize()
 
 
 def test_the_cpu_device_has_no_streams() -> None:
@@ -165,8 +258,8 @@ def test_what_a_host_function_accesses_is_checked() -> None:
 
 def test_a_tensor_with_gaps_is_checked_piece_by_piece() -> None:
     device = SimulatedDevice()
-    heads = floats(device, host=True).view(2, 2)
-    device.copy_out.copy(heads[1, :1], floats(device, host=False, value=1.0)[:1])
+    heads, source = floats(device, host=True).view(2, 2), floats(device, host=False, value=1.0)
+    device.copy_out.copy(heads[1, :1], source[:1])
     device.host_work.reads(heads[:, 1:], "test")
     with pytest.raises(HazardError, match="read on host-work"):
         device.host_work.reads(heads[:, :1], "test")
@@ -187,10 +280,10 @@ def test_timed_events_tell_their_order(seed: int) -> None:
 
 def test_an_address_the_model_used_can_be_used_for_other_memory() -> None:
     device = SimulatedDevice()
-    tensor = floats(device, host=True)
+    tensor = torch.ones(4)
     address = tensor.untyped_storage().data_ptr()
-    device.log._by_storage[address] = []
-    device.host_work.reads(tensor, "test")
+    device.compute.reads(tensor, "test")
+    assert address in device.memory.log._by_storage
     del tensor
     gc.collect()
-    assert address not in device.log._by_storage
+    assert address not in device.memory.log._by_storage

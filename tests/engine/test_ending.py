@@ -79,9 +79,9 @@ def test_ctrl_c_in_the_middle_of_the_last_wait_is_heard_after_it(
 def test_a_stream_broken_off_while_it_counts_its_work_is_still_run_to_its_end() -> None:
     device = SimulatedDevice()
     stream = device.copy_in
-    destination = torch.zeros(4)
-    stream.copy(destination, torch.ones(4))
+    destination, first, second = torch.zeros(4), torch.ones(4), torch.full((4,), 2.0)
+    stream.copy(destination, first)
     stream._queue.append(lambda _force: True)  # as Ctrl-C leaves it before it was counted
-    stream.copy(destination, torch.full((4,), 2.0))
+    stream.copy(destination, second)
     stream.record().synchronize(Edge.HOST_SETTLED)
-    assert torch.equal(destination, torch.full((4,), 2.0))
+    assert torch.equal(destination, second)

@@ -11,6 +11,7 @@ import headinfer
 from headinfer.device.base import Edge
 from headinfer.device.hazards import HazardError
 from headinfer.device.simulated import SimulatedDevice
+from host_share import engine_with_host_share
 from tiny_models import random_tokens, tiny_model
 
 SEEDS = 200
@@ -55,6 +56,8 @@ def exercise(device: SimulatedDevice, *, overlap: bool = True) -> torch.Tensor:
         outputs.append(model(prompt[:1, :9], past_key_values=cache).logits)
         cache.close()
         outputs.append(model(prompt[:, :2], past_key_values=copied).logits)
+    del cache, copied
+    device.synchronize()  # which tells of what was freed too early
     return torch.cat([output[:1].flatten() for output in outputs])
 
 
@@ -71,7 +74,18 @@ def test_every_kind_of_wait_is_exercised() -> None:
     assert device.exercised_edges == set(Edge)
 
 
+# What dies with the error's traceback meets the same error, where nobody can hear of it.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("edge", Edge)
 def test_a_missing_wait_is_noticed(edge: Edge) -> None:
     with pytest.raises(HazardError, match="is not ordered after the"):
         exercise(SimulatedDevice(seed=1, skip=[edge]))
+
+
+def test_an_arena_freed_with_a_copy_in_flight_is_noticed() -> None:
+    device = SimulatedDevice(skip=[Edge.HOST_SETTLED])
+    engine = engine_with_host_share(device)
+    with pytest.raises(HazardError):
+        engine.replan(engine.plan)
+    with pytest.raises(HazardError, match=r"compute has this memory for next .* on copy-out"):
+        device.memory.check()

@@ -5,7 +5,7 @@ streams is ordered only where one waits for an event the other recorded.
 """
 
 import enum
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -14,6 +14,7 @@ import torch
 class Edge(enum.Enum):
     """Every wait between streams: what was produced where, and who must not start before it."""
 
+    MEMORY_FREE = "compute is done with what lay in new memory before; copy-in overwrites it"
     TILE_FILLED = "copy-in filled a staging buffer; compute reads it"
     TILE_FREE = "compute has read a staging buffer; copy-in overwrites it"
     PAGE_WRITTEN = "compute wrote keys and values into a page or the residents; copy-out reads them"
@@ -22,18 +23,7 @@ class Edge(enum.Enum):
     QUERY_READY = "compute wrote a query, and merged the last answer; host work fetches and answers"
     TOKENS_SENT = "copy-out wrote tokens into the host store; host work attends them"
     ANSWERED = "host work wrote its partial result; compute merges it from where it is"
-    HOST_SETTLED = "work touching host memory is done; the host reads, moves or frees it"
-
-
-def contiguous_pieces(
-    destination: torch.Tensor, source: torch.Tensor
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield views of two tensors of equal shape, in pairs that are contiguous, as few as may be."""
-    if destination.is_contiguous() and source.is_contiguous():
-        yield destination, source
-        return
-    for pair in zip(destination.unbind(0), source.unbind(0), strict=True):
-        yield from contiguous_pieces(*pair)
+    HOST_SETTLED = "work on host memory or the arena is done; the host reads, moves or frees it"
 
 
 class Event(Protocol):
@@ -156,7 +146,12 @@ class Device(Protocol):
         """
 
     def device_empty(self, num_bytes: int) -> torch.Tensor:
-        """Return `num_bytes` of uninitialised device memory as uint8; freed with its last view."""
+        """Return `num_bytes` of uninitialised device memory as uint8.
+
+        Compute may still use what lay there before; other streams wait for what compute has
+        enqueued by now. The memory is freed with its last view, and then compute's at once, which
+        must not be before compute or the host has waited for every copy that touches it.
+        """
 
     def mapped(self, memory: torch.Tensor) -> torch.Tensor:
         """Return memory of `host_empty` as a tensor that the device's kernels read where it lies.

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from headinfer.device import cuda_driver
-from headinfer.device.base import Edge, Event, Mark, Stream, contiguous_pieces
+from headinfer.device.base import Edge, Event, Mark, Stream
 from headinfer.device.cuda_calls import enqueue_call
 from headinfer.device.host_pages import Pieces, map_host_memory
+from headinfer.device.strips import contiguous_pieces
 from headinfer.errors import MemoryPlanError, OptionError
 from headinfer.units import format_bytes
 

@@ -92,6 +92,17 @@ class AccessLog:
             past_accesses.remove(past)
         past_accesses.append(access)
 
-    def forget(self, storage_address: int) -> None:
-        """Drop the accesses of a storage that is freed, so that its address can be used again."""
-        self._by_storage.pop(storage_address, None)
+    def release(self, storage_address: int, clock: Clock, next_use: str) -> None:
+        """Drop the accesses of a storage that is freed, so that its address can be used again.
+
+        Args:
+            storage_address: of its first byte.
+            clock: what comes before any use by the memory's next owner.
+            next_use: names that use in the message.
+
+        Raises:
+            HazardError: an access is not ordered before the next owner's.
+        """
+        for past in self._by_storage.pop(storage_address, ()):
+            if not past.precedes(clock):
+                raise HazardError(f"{next_use} is not ordered after the {past}")

@@ -5,22 +5,26 @@ calls of host functions are queued and run, in a seeded random order, as early a
 allows or as late as the waits on them allow: a read that nothing orders after its copy finds
 garbage. Independently of when things ran, every access is checked by vector clocks (`hazards`), so
 that a missing wait is an error even where chance let the copy run in time.
+
+`simulated_memory` does the same for memory that is handed out, and for memory that is freed.
 """
 
 import collections
 import contextlib
+import ctypes
 import itertools
 import random
-import weakref
 from collections.abc import Callable, Collection, Iterator
 from typing import TypeAlias
 
 import torch
 from torch.profiler import record_function
 
-from headinfer.device.base import Edge, Event, Mark, ReachedMark, Stream, contiguous_pieces
-from headinfer.device.hazards import AccessLog, Clock, join
+from headinfer.device.base import Edge, Event, Mark, ReachedMark, Stream
+from headinfer.device.hazards import Clock, join
 from headinfer.device.host_calls import without_collection
+from headinfer.device.simulated_memory import SimulatedMemory
+from headinfer.device.strips import contiguous_pieces
 
 _Step: TypeAlias = Callable[[], bool]
 """Work at the head of a queue; returns False when it must wait for another stream."""
@@ -32,7 +36,6 @@ HOST_CALL_MARK = "headinfer: host function"
 """What a profiler shows around the call of a host function."""
 
 _HOST = "host"
-_POISON = 0xFF  # as float16, bfloat16 and float32 alike: NaN
 
 
 class SimulatedEvent:
@@ -119,17 +122,21 @@ class SimulatedStream:
     def _copy_piece(self, destination: torch.Tensor, source: torch.Tensor) -> None:
         self._tick()
         purpose = f"copy of {tuple(source.shape)} as operation {self.clock[self.name]}"
-        log = self.device.log
-        log.add(source, self.clock, self.name, False, purpose)
-        log.add(destination, self.clock, self.name, True, purpose)
+        self.device.memory.access(source, self.clock, self.name, False, purpose)
+        self.device.memory.access(destination, self.clock, self.name, True, purpose)
 
         if self._eager:
             destination.copy_(source)
             return
 
-        def work(_force: bool) -> bool:
+        # As on a device, a copy does not keep the memory of its ends from the next owner.
+        addresses = destination.data_ptr(), source.data_ptr(), source.nbytes
+        holds = self.device.memory.blocks.hold
+        kept = [end for end in (destination, source) if not holds(end)]
+
+        def work(_force: bool, _kept: list[torch.Tensor] = kept) -> bool:
             with record_function(f"{COPY_MARK}{self.name}"):
-                destination.copy_(source)
+                ctypes.memmove(*addresses)
             return True
 
         self._enqueue(work)
@@ -194,7 +201,7 @@ class SimulatedStream:
     def _access(self, tensor: torch.Tensor, write: bool, purpose: str) -> None:
         self._tick()
         for piece, _ in contiguous_pieces(tensor, tensor):
-            self.device.log.add(piece, self.clock, self.name, write, purpose)
+            self.device.memory.access(piece, self.clock, self.name, write, purpose)
 
 
 class SimulatedDevice:
@@ -205,8 +212,7 @@ class SimulatedDevice:
         skip: waits to leave out, to show that the checks notice.
 
     Attributes:
-        allocated_bytes: device memory now allocated.
-        peak_bytes: the most that was ever allocated.
+        memory: of the host and of the device, with all accesses.
         exercised_edges: the kinds of wait seen so far.
     """
 
@@ -216,12 +222,9 @@ class SimulatedDevice:
     torch_device = torch.device("cpu")
 
     def __init__(self, *, seed: int = 0, skip: Collection[Edge] = ()) -> None:
-        self.log = AccessLog()
         self.host_clock: Clock = {}
         self.skipped_edges = frozenset(skip)
         self.exercised_edges: set[Edge] = set()
-        self.allocated_bytes = 0
-        self.peak_bytes = 0
         self._random = random.Random(seed)
         self._compute = SimulatedStream(self, "compute", eager=True)
         self._copy_in = SimulatedStream(self, "copy-in", eager=False)
@@ -234,6 +237,17 @@ class SimulatedDevice:
         self.host_work: Stream = self._host_work
         self.moments = itertools.count()
         self._in_host_function = False
+        self.memory = SimulatedMemory(compute=self._compute.clock, host=self.host_clock)
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Device memory now allocated."""
+        return self.memory.blocks.allocated_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that was ever allocated."""
+        return self.memory.blocks.peak_bytes
 
     @contextlib.contextmanager
     def calling(self) -> Iterator[None]:
@@ -245,8 +259,13 @@ class SimulatedDevice:
             self._in_host_function = False
 
     def check_usable(self) -> None:
-        """Notice the use of the device by a host function, where a real driver may hang."""
+        """Notice the use of the device by a host function, where a real driver may hang.
+
+        Raises:
+            HazardError: memory was freed too early.
+        """
         assert not self._in_host_function, "a host function must not use the device"
+        self.memory.check()
 
     def run_some(self) -> None:
         """Run a random part of what is queued: often nothing, so that copies are often late."""
@@ -255,32 +274,22 @@ class SimulatedDevice:
 
     def host_empty(self, num_bytes: int) -> torch.Tensor:
         """Return host memory, poisoned so that a read before a write shows as NaN."""
-        with torch.inference_mode(False):  # or it could not be written to outside
-            tensor = torch.full((num_bytes,), _POISON, dtype=torch.uint8, device="cpu")
-        storage = tensor.untyped_storage()
-        self.log.forget(storage.data_ptr())  # of a tensor of the model's that lay here before
-        weakref.finalize(storage, self.log.forget, storage.data_ptr())
-        return tensor
+        return self.memory.host_empty(num_bytes)
 
     def device_empty(self, num_bytes: int) -> torch.Tensor:
         """Return memory of the simulated device, poisoned likewise, and account for it."""
-        tensor = self.host_empty(num_bytes)
-        self.allocated_bytes += num_bytes
-        self.peak_bytes = max(self.peak_bytes, self.allocated_bytes)
-        weakref.finalize(tensor.untyped_storage(), self._freed, num_bytes)
+        tensor = self.memory.device_empty(num_bytes)
+        self._compute.writes(tensor, "what had this memory before")
         return tensor
 
     def mapped(self, memory: torch.Tensor) -> torch.Tensor:
         """Return the memory itself; that compute reads it must be stated."""
         return memory
 
-    def _freed(self, num_bytes: int) -> None:
-        self.allocated_bytes -= num_bytes
-
     def host_access(self, tensor: torch.Tensor, *, write: bool, purpose: str) -> None:
         """Check an access by the host itself."""
         self.host_clock[_HOST] = self.host_clock.get(_HOST, 0) + 1
-        self.log.add(tensor, self.host_clock, _HOST, write, purpose)
+        self.memory.access(tensor, self.host_clock, _HOST, write, purpose)
 
     def free_bytes(self) -> int | None:
         """Return None: device memory is host memory."""
@@ -300,3 +309,4 @@ class SimulatedDevice:
             event = SimulatedEvent(stream)
             event.force()
             join(self.host_clock, event.clock)
+        self.check_usable()

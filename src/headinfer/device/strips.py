@@ -67,3 +67,14 @@ def strips(destination: torch.Tensor, source: torch.Tensor) -> Iterator[Strip]:
         ]
     for first, second in offsets:
         yield Strip(to + first, start + second, width, height, pitch, other_pitch)
+
+
+def contiguous_pieces(
+    destination: torch.Tensor, source: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield views of two tensors of equal shape, in pairs that are contiguous, as few as may be."""
+    if destination.is_contiguous() and source.is_contiguous():
+        yield destination, source
+        return
+    for pair in zip(destination.unbind(0), source.unbind(0), strict=True):
+        yield from contiguous_pieces(*pair)

@@ -43,10 +43,8 @@ def build(
         )
         return InPlaceTiles(plan.tile_tokens), pages, 0
     arena = Arena(device, plan.arena_bytes)
-    # The allocator may hand out memory that work already enqueued on compute still uses.
-    fresh = device.compute.record()
-    device.copy_in.wait(fresh, Edge.TILE_FREE)
-    device.copy_out.wait(fresh, Edge.PAGE_WRITTEN)
+    # What lay there before may still be in use on compute. Copy-out reads what compute wrote later.
+    device.copy_in.wait(device.compute.record(), Edge.MEMORY_FREE)
     buffers = [arena.take(plan.staging_bytes // STAGING_BUFFERS) for _ in range(STAGING_BUFFERS)]
     tails = {
         ledger: [arena.take(ledger.geometry.num_bytes(page_tokens)) for _ in range(PAGES)]
