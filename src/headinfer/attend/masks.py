@@ -4,7 +4,10 @@ from dataclasses import dataclass
 
 import torch
 
-from headinfer.attend.partial import Kernel, Partial
+from headinfer.attend.partial import Accumulator, join_queries
+from headinfer.attend.table import Kernels
+from headinfer.attend.work import Total, Work
+from headinfer.kv.extent import Tile
 
 _QUERY_BLOCK = 512
 """Queries masked at once: with a band of width w a block reads `512 + w` keys for `512` queries."""
@@ -38,58 +41,46 @@ def padding_of(padding: Padding | None, start: int, end: int) -> torch.Tensor | 
     return None if padding is None else padding.of_tokens(start, end)
 
 
-def attend_square(
-    kernel: Kernel,
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    *,
-    scale: float,
-    padding: torch.Tensor | None,
-) -> Partial:
-    """Attend a chunk to itself: causally, and not to its padding.
+def square_works(
+    query: torch.Tensor, tile: Tile, *, scale: float, padding: torch.Tensor | None
+) -> list[Work]:
+    """Return the works that attend a chunk to itself: causally, and not to its padding.
+
+    They are for `attend_queries`, as those of `band_works` are.
 
     Args:
-        kernel: what computes.
         query: `[batch, kv_heads, group, q_len, key_dim]`.
-        keys: `[batch, kv_heads, q_len, key_dim]`.
-        values: `[batch, kv_heads, q_len, value_dim]`.
+        tile: the queries' own tokens.
         scale: factor of the scores.
-        padding: mask `[batch, 1, q_len]` of `keys`, or None.
+        padding: mask `[batch, 1, q_len]` of the tile, or None.
     """
     if padding is None:
-        return kernel.attend(query, keys, values, scale=scale, causal=True)
-    return attend_band(
-        kernel, query, keys, values, scale=scale, window_tokens=None, padding=padding
-    )
+        return [Work(query, [tile], scale, causal=True)]
+    return band_works(query, tile, scale=scale, window_tokens=None, padding=padding)
 
 
-def attend_band(
-    kernel: Kernel,
+def band_works(
     query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
+    tile: Tile,
     *,
     scale: float,
     window_tokens: int | None,
     padding: torch.Tensor | None,
-) -> Partial:
-    """Attend each query to the keys up to its own and, with a window, to no more than that many.
+) -> list[Work]:
+    """Return the works that attend each query to keys up to its own, and no more than a window's.
 
     Args:
-        kernel: what computes.
         query: `[batch, kv_heads, group, q_len, key_dim]`; the last query's own key is the last key.
-        keys: `[batch, kv_heads, kv_len, key_dim]`, `kv_len >= q_len`.
-        values: `[batch, kv_heads, kv_len, value_dim]`.
+        tile: at least the queries' own tokens.
         scale: factor of the scores.
         window_tokens: keys a query sees, its own included; None for all.
-        padding: mask `[batch, 1, kv_len]`, or None.
+        padding: mask `[batch, 1, kv_len]` of the tile, or None.
     """
-    q_len, kv_len = query.shape[3], keys.shape[2]
+    q_len, kv_len = query.shape[3], tile.tokens
     past = kv_len - q_len
     if q_len == 1 and (window_tokens is None or kv_len <= window_tokens):
-        return kernel.attend(query, keys, values, scale=scale, mask=padding)
-    parts = []
+        return [Work(query, [tile], scale, mask=padding)]
+    works = []
     for first in range(0, q_len, _QUERY_BLOCK):
         last = min(first + _QUERY_BLOCK, q_len)
         low = 0 if window_tokens is None else max(past + first - window_tokens + 1, 0)
@@ -102,18 +93,20 @@ def attend_band(
         visible = visible[None]
         if padding is not None:
             visible = visible & padding[:, :, low:high]
-        parts.append(
-            kernel.attend(
-                query[:, :, :, first:last],
-                keys[:, :, low:high],
-                values[:, :, low:high],
-                scale=scale,
-                mask=visible,
-            )
-        )
-    if len(parts) == 1:
-        return parts[0]
-    return Partial(
-        torch.cat([part.out for part in parts], dim=3),
-        torch.cat([part.lse for part in parts], dim=3),
-    )
+        seen = tile._replace(start=tile.start + low, first=tile.first + low, tokens=high - low)
+        works.append(Work(query[:, :, :, first:last], [seen], scale, mask=visible))
+    return works
+
+
+def attend_queries(kernels: Kernels, works: list[Work], into: Total) -> None:
+    """Attend works that take consecutive queries each, and add what they give to one total."""
+    if len(works) == 1:
+        works[0].into = into
+        kernels.pick(works[0]).attend(works[0])
+        return
+    parts = []
+    for work in works:
+        work.into = total = Accumulator()
+        kernels.pick(work).attend(work)
+        parts.append(total.result())
+    into.add(join_queries(parts))

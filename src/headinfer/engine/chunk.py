@@ -8,9 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch.profiler import record_function
 
-from headinfer.attend.masks import Padding, attend_band, attend_square, padding_of
-from headinfer.attend.partial import Kernel, TileAttention
-from headinfer.kv.extent import Piece, Tile
+from headinfer.attend.masks import (
+    Padding,
+    attend_queries,
+    band_works,
+    padding_of,
+    square_works,
+)
+from headinfer.attend.table import Kernels
+from headinfer.attend.work import Total, Work, tile_in_hand
+from headinfer.kv.extent import Tile
 from headinfer.kv.pair import KV
 
 ATTENTION_MARK = "headinfer: attention"
@@ -34,7 +41,7 @@ class Chunk:
         query: `[batch, kv_heads, group, q_len, key_dim]` on the device.
         new: the new tokens' keys and values `[batch, kv_heads, q_len, dim]`.
         out: where the result goes, `[batch, q_len, kv_heads, group, value_dim]`.
-        kernel: what computes partials on the device.
+        kernels: what computes partials on the device.
         scale: factor of the scores.
         padding: of the tokens from `padding_start` on, past and new; None when there is none.
         sinks: scores `[kv_heads, group]` of attention sinks, or None.
@@ -44,7 +51,7 @@ class Chunk:
     query: torch.Tensor
     new: KV
     out: torch.Tensor
-    kernel: Kernel
+    kernels: Kernels
     scale: float
     padding: Padding | None
     sinks: torch.Tensor | None
@@ -66,7 +73,7 @@ class Chunk:
 
     def attend(
         self, heads: slice, near: Iterable[Tile], tiles: Iterable[Tile], past_tokens: int
-    ) -> TileAttention:
+    ) -> Total:
         """Attend some heads to the chunk itself and to past tokens on the device.
 
         Args:
@@ -79,31 +86,24 @@ class Chunk:
             # A view of all heads would be the same, and takes time.
             whole = heads.stop - heads.start == self.new.keys.shape[1]
             query = self.query if whole else self.query[:, heads]
-            total = self.kernel.begin(query, scale=self.scale)
+            total = self.kernels.begin(query, scale=self.scale)
             if self.tokens > 1:
                 own_padding = self._padding_of(past_tokens, past_tokens + self.tokens)
-                total.add(
-                    attend_square(
-                        self.kernel,
-                        query,
-                        self.new.keys[:, heads],
-                        self.new.values[:, heads],
-                        scale=self.scale,
-                        padding=own_padding,
-                    )
-                )
+                own = tile_in_hand(self.new)._replace(heads=heads)
+                works = square_works(query, own, scale=self.scale, padding=own_padding)
+                attend_queries(self.kernels, works, total)
             for tile in near:
-                self._attend_past(total, tile if whole else tile._replace(heads=heads))
+                self._attend_past(query, total, tile if whole else tile._replace(heads=heads))
             for tile in tiles:
-                self._attend_past(total, tile)
+                self._attend_past(query, total, tile)
             return total
 
-    def _attend_past(self, total: TileAttention, tile: Tile) -> None:
+    def _attend_past(self, query: torch.Tensor, total: Total, tile: Tile) -> None:
         mask = None
         if self.padding is not None:
             mask = self._padding_of(tile.start, tile.start + tile.tokens)
-        keys, values = tile.kv
-        total.attend(keys, values, mask=mask)
+        work = Work(query, (tile,), self.scale, total, mask=mask)
+        self.kernels.pick(work).attend(work)
 
     def _padding_of(self, start: int, end: int) -> torch.Tensor | None:
         return padding_of(self.padding, start - self.padding_start, end - self.padding_start)
@@ -116,24 +116,22 @@ class Chunk:
             window_tokens: tokens that each query sees, its own included; None for all.
         """
         with attention_mark():
-            total = self.kernel.begin(self.query, scale=self.scale)
+            total = self.kernels.begin(self.query, scale=self.scale)
             end = tile.start + tile.tokens
             if self.tokens == 1:
-                self._attend_past(total, tile.newest(window_tokens or tile.tokens))
+                self._attend_past(self.query, total, tile.newest(window_tokens or tile.tokens))
             else:
-                total.add(
-                    attend_band(
-                        self.kernel,
-                        self.query,
-                        *tile.kv,
-                        scale=self.scale,
-                        window_tokens=window_tokens,
-                        padding=self._padding_of(tile.start, end),
-                    )
+                works = band_works(
+                    self.query,
+                    tile,
+                    scale=self.scale,
+                    window_tokens=window_tokens,
+                    padding=self._padding_of(tile.start, end),
                 )
+                attend_queries(self.kernels, works, total)
         self.finish(slice(0, self.new.keys.shape[1]), total)
 
-    def finish(self, heads: slice, total: TileAttention) -> None:
+    def finish(self, heads: slice, total: Total) -> None:
         """Put what was merged for some heads into `out`."""
         if self.sinks is not None:
             total.add_sinks(self.sinks[heads])
@@ -146,7 +144,7 @@ class Chunk:
             kv: past tokens, and the chunk's own behind them; all that `padding` tells of.
             window_tokens: tokens that each query sees, its own included; None for all.
         """
-        tile = Tile(0, kv.tokens, Piece(kv.keys), kv)
+        tile = tile_in_hand(kv)
         if window_tokens is not None:
             self.attend_window(tile, window_tokens)
             return

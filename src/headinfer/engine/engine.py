@@ -12,7 +12,9 @@ import dataclasses
 import torch
 
 from headinfer.attend.masks import Padding
-from headinfer.attend.partial import Kernel, Partial
+from headinfer.attend.partial import Partial
+from headinfer.attend.table import Kernels
+from headinfer.attend.work import Work
 from headinfer.engine.chunk import Chunk, attention_mark
 from headinfer.engine.held import HeldTokens
 from headinfer.engine.host_attention import MAX_QUERY_TOKENS
@@ -34,12 +36,12 @@ class Engine(HeldTokens):
         keys: torch.Tensor,
         values: torch.Tensor,
         *,
-        kernel: Kernel,
+        kernels: Kernels,
         scale: float,
         window_tokens: int | None = None,
         padding: Padding | None = None,
         sinks: torch.Tensor | None = None,
-        host_kernel: Kernel | None = None,
+        host_kernels: Kernels | None = None,
     ) -> torch.Tensor:
         """Attend new tokens to the past and to themselves, and keep them.
 
@@ -48,14 +50,14 @@ class Engine(HeldTokens):
             query: `[batch, kv_heads, group, q_len, key_dim]` on the device.
             keys: the new tokens' keys `[batch, kv_heads, q_len, key_dim]`.
             values: their values `[batch, kv_heads, q_len, value_dim]`.
-            kernel: what computes partials.
+            kernels: what computes partials.
             scale: factor of the scores.
             window_tokens: tokens that each query sees, its own included, of those that the layer
                 keeps; None for all of them.
             padding: of all tokens, past and new, or of as many of the newest as a window sees and
                 the new ones; None when there is none.
             sinks: scores `[kv_heads, group]` of attention sinks, or None.
-            host_kernel: what computes partials on the CPU for a device; None when nothing may.
+            host_kernels: what computes partials on the CPU for a device; None when nothing may.
 
         Returns:
             `[batch, q_len, kv_heads, group, value_dim]` in the query's dtype, newly allocated,
@@ -70,12 +72,12 @@ class Engine(HeldTokens):
         batch, kv_heads, group, q_len, _ = query.shape
         out = query.new_empty(batch, q_len, kv_heads, group, ledger.geometry.value_dim)
         if q_len > MAX_QUERY_TOKENS or padding is not None:
-            host_kernel = None
+            host_kernels = None
         call = Chunk(
             query=query,
             new=new,
             out=out,
-            kernel=kernel,
+            kernels=kernels,
             scale=scale,
             padding=padding,
             sinks=sinks,
@@ -90,7 +92,7 @@ class Engine(HeldTokens):
         for first in range(0, q_len, self.plan.chunk_tokens):
             part = slice(first, first + self.plan.chunk_tokens)
             chunk = call if q_len <= self.plan.chunk_tokens else call.part(part)
-            self._attend_chunk(ledger, chunk, host_kernel)
+            self._attend_chunk(ledger, chunk, host_kernels)
         self._host.check()
         return out
 
@@ -113,7 +115,8 @@ class Engine(HeldTokens):
             return False
         try:
             with attention_mark():
-                token.kernel.decode(token.query, token.new, past.kv, token.out, scale=token.scale)
+                work = Work(token.query, (past,), token.scale, new=token.new, out=token.out)
+                token.kernels.decode(work)
         except BaseException:
             ledger.crop(ledger.tokens - 1)  # its place may never have been written
             raise
@@ -121,24 +124,24 @@ class Engine(HeldTokens):
         self._source.skip(ledger)
         return True
 
-    def _attend_chunk(self, ledger: Ledger, chunk: Chunk, host_kernel: Kernel | None) -> None:
+    def _attend_chunk(self, ledger: Ledger, chunk: Chunk, host_kernels: Kernels | None) -> None:
         """Attend at most `plan.chunk_tokens` new tokens, and keep them."""
         past_tokens, kv_heads = ledger.tokens, ledger.geometry.kv_heads
         self._keeper.make_room(ledger, chunk.tokens)
         near = self._keeper.admit(ledger, chunk.new)
-        self._share_with_host(ledger, 0.0 if host_kernel is None else self._balance.share)
+        self._share_with_host(ledger, 0.0 if host_kernels is None else self._balance.share)
         first, end = ledger.streamed
         if end == ledger.host_tokens:
-            host_kernel = None  # nothing is left to the host
-        if host_kernel is not None:
-            self._host.ask(ledger, chunk.query, host_kernel, scale=chunk.scale)
+            host_kernels = None  # nothing is left to the host
+        if host_kernels is not None:
+            self._host.ask(ledger, chunk.query, host_kernels, scale=chunk.scale)
         self._source.begin(ledger)
         # What is not streamed is on the device for all heads, and few tokens need no groups.
         in_groups = first < end or chunk.tokens > self.plan.page_tokens
         waiting = []
         for heads in head_groups(kv_heads, self.plan.tile_heads if in_groups else kv_heads):
             total = chunk.attend(heads, near, self._source.tiles(heads), past_tokens)
-            if host_kernel is not None:
+            if host_kernels is not None:
                 waiting.append((heads, total))
             else:
                 chunk.finish(heads, total)

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import torch
 
 from headinfer.attend.native.build import compile_kernel
+from headinfer.attend.native.splits import stealable_splits
 from headinfer.attend.native.workers import Workers, shared_workers
 from headinfer.attend.partial import Partial
-from headinfer.attend.split import stealable_splits
 from headinfer.device.host_calls import NativeFunction
 from headinfer.kv.extent import Tile
 
