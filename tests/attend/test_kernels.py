@@ -375,10 +375,10 @@ def test_each_call_goes_to_its_operator(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: properties)
     kernel = CudaKernel(
         "operators",
+        torch.device("cuda"),
         tile=operator("tile"),
         small=operator("few"),
         square=operator("square"),
-        torch_device=torch.device("cuda"),
     )
     for q_len, kv_len, name in [(35, 20, "tile"), (35, 1, "few"), (32, 4000, "few")]:
         asked.clear()
@@ -419,13 +419,13 @@ def prepared_table(
     device = torch.device("cpu")
     prepared = CudaKernel(
         "prepared",
+        device,
         tile=tile["prepared"],
         square=square["prepared"],
         small=tile["other"],
         least_pairs=least_pairs,
-        torch_device=device,
     )
-    other = CudaKernel("other", tile=tile["other"], square=square["other"], torch_device=device)
+    other = CudaKernel("other", device, tile=tile["other"], square=square["other"])
     return Kernels([prepared, other], [ReferenceKernel()])
 
 

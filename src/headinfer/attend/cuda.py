@@ -58,9 +58,9 @@ class CudaKernel:
 
     Args:
         name: what to call it.
+        torch_device: which GPU.
         tile: its operator for tiles.
         square: the operator with a causal mask.
-        torch_device: which GPU.
         small: the operator for tiles of few query rows, of a single key, or of less than
             `least_pairs`; by default that for all tiles.
         least_pairs: query rows x keys of one head from which a tile is worth it.
@@ -69,10 +69,10 @@ class CudaKernel:
     def __init__(
         self,
         name: str,
+        torch_device: torch.device,
         *,
         tile: FusedCall,
         square: FusedCall,
-        torch_device: torch.device,
         small: FusedCall | None = None,
         least_pairs: int = 0,
     ) -> None:
@@ -124,13 +124,8 @@ class CudaKernel:
 
     def _check(self, query: torch.Tensor) -> bool:
         """Find out whether it works, with a kernel of its operators that serves all works."""
-        every = CudaKernel(
-            self.name,
-            tile=self._tile,
-            square=self._square,
-            small=self._small,
-            torch_device=self._torch_device,
-        )
+        tile, square, small = self._tile, self._square, self._small
+        every = CudaKernel(self.name, self._torch_device, tile=tile, square=square, small=small)
         self._works = agrees(Kernels([every]), query.device, query.dtype, query.shape[4])
         if not self._works:
             _logger.warning("%s fails its check here; another kernel is used", self.name)
@@ -145,32 +140,22 @@ def candidates(torch_device: torch.device, dtype: torch.dtype, head_dim: int) ->
         return []
     choices: list[list[Kernel]] = []
     if half and head_dim <= 256:
-        flash = CudaKernel(
-            "torch flash attention (CUDA)",
-            tile=_FLASH,
-            square=_FLASH_CAUSAL,
-            torch_device=torch_device,
-        )
+        name = "torch flash attention (CUDA)"
+        flash = CudaKernel(name, torch_device, tile=_FLASH, square=_FLASH_CAUSAL)
         hopper = torch.cuda.get_device_capability(torch_device)[0] >= _HOPPER
         if hopper and head_dim <= 128:
             cudnn = CudaKernel(
-                "cuDNN attention",
+                *("cuDNN attention", torch_device),
                 tile=_CUDNN,
                 square=_CUDNN_CAUSAL,
                 small=_FLASH,  # cuDNN takes no single key
                 least_pairs=_CUDNN_PAIRS,
-                torch_device=torch_device,
             )
             choices.append([cudnn, flash])
         else:
             choices.append([flash])
-    efficient = CudaKernel(
-        "memory-efficient attention (CUDA)",
-        tile=_EFFICIENT,
-        square=_EFFICIENT_CAUSAL,
-        torch_device=torch_device,
-    )
-    choices.append([efficient])
+    name = "memory-efficient attention (CUDA)"
+    choices.append([CudaKernel(name, torch_device, tile=_EFFICIENT, square=_EFFICIENT_CAUSAL)])
     rest = [ReferenceKernel()]
     tables = [Kernels(kernels, rest) for kernels in choices]
     try:

@@ -1,31 +1,18 @@
 """Calls of torch's fused operators, which also return the LSE: at once, in splits, or by rows."""
 
 import functools
-from typing import Protocol
+from collections.abc import Callable
 
 import torch
 
 from headinfer.attend.partial import Accumulator, Partial
 
+FusedCall = Callable[..., tuple[torch.Tensor, ...]]
+"""A fused attention of query, keys and values `[batch, heads, length, dim]`, and `scale`.
 
-class FusedCall(Protocol):
-    """A fused attention over `[batch, heads, rows, dim]`, in which keys have as many heads.
-
-    Its first results are the output `[batch, heads, rows, dim]` and the LSE `[batch, heads, rows]`,
-    whose rows may be more, or have an axis of 1 behind them.
-    """
-
-    def __call__(
-        self,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        /,
-        *,
-        scale: float,
-        **options: torch.Tensor,
-    ) -> tuple[torch.Tensor, ...]:
-        """Return the output and the LSE, and whatever else."""
+Its first results are the output `[batch, heads, rows, dim]` and the LSE `[batch, heads, rows]`,
+whose rows may be more, or have an axis of 1 behind them.
+"""
 
 
 def operator(name: str, **options: object) -> FusedCall:

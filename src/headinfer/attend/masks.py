@@ -41,24 +41,6 @@ def padding_of(padding: Padding | None, start: int, end: int) -> torch.Tensor | 
     return None if padding is None else padding.of_tokens(start, end)
 
 
-def square_works(
-    query: torch.Tensor, tile: Tile, *, scale: float, padding: torch.Tensor | None
-) -> list[Work]:
-    """Return the works that attend a chunk to itself: causally, and not to its padding.
-
-    They are for `attend_queries`, as those of `band_works` are.
-
-    Args:
-        query: `[batch, kv_heads, group, q_len, key_dim]`.
-        tile: the queries' own tokens.
-        scale: factor of the scores.
-        padding: mask `[batch, 1, q_len]` of the tile, or None.
-    """
-    if padding is None:
-        return [Work(query, [tile], scale, causal=True)]
-    return band_works(query, tile, scale=scale, window_tokens=None, padding=padding)
-
-
 def band_works(
     query: torch.Tensor,
     tile: Tile,
@@ -68,6 +50,8 @@ def band_works(
     padding: torch.Tensor | None,
 ) -> list[Work]:
     """Return the works that attend each query to keys up to its own, and no more than a window's.
+
+    Each takes the queries that follow those of the work before; `attend_queries` attends them.
 
     Args:
         query: `[batch, kv_heads, group, q_len, key_dim]`; the last query's own key is the last key.
@@ -80,6 +64,8 @@ def band_works(
     past = kv_len - q_len
     if q_len == 1 and (window_tokens is None or kv_len <= window_tokens):
         return [Work(query, [tile], scale, mask=padding)]
+    if not past and window_tokens is None and padding is None:
+        return [Work(query, [tile], scale, causal=True)]
     works = []
     for first in range(0, q_len, _QUERY_BLOCK):
         last = min(first + _QUERY_BLOCK, q_len)

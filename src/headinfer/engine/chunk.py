@@ -13,7 +13,6 @@ from headinfer.attend.masks import (
     attend_queries,
     band_works,
     padding_of,
-    square_works,
 )
 from headinfer.attend.table import Kernels
 from headinfer.attend.work import Total, Work, tile_in_hand
@@ -90,7 +89,9 @@ class Chunk:
             if self.tokens > 1:
                 own_padding = self._padding_of(past_tokens, past_tokens + self.tokens)
                 own = tile_in_hand(self.new)._replace(heads=heads)
-                works = square_works(query, own, scale=self.scale, padding=own_padding)
+                works = band_works(
+                    query, own, scale=self.scale, window_tokens=None, padding=own_padding
+                )
                 attend_queries(self.kernels, works, total)
             for tile in near:
                 self._attend_past(query, total, tile if whole else tile._replace(heads=heads))

@@ -157,21 +157,14 @@ class NativeKernel:
                     continue
                 splits = stealable_splits(threads, heads, count // MIN_SPLIT_TOKENS)
                 parts = rows.new_empty(splits * results * (dim + 1) if splits > 1 else 0)
+                at, key_at = call * results, call * row + first_head * head + first * dim
+                value_at = call * value_row + first_head * value_head + first * dim
                 library.attend_heads(
-                    rows.data_ptr() + _FLOAT_BYTES * call * results * dim,
-                    keys.data_ptr() + step * (call * row + first_head * head + first * dim),
-                    values.data_ptr()
-                    + step * (call * value_row + first_head * value_head + first * dim),
-                    head,
-                    value_head,
-                    count,
-                    heads,
-                    splits,
-                    scale,
-                    parts.data_ptr(),
-                    out.data_ptr() + _FLOAT_BYTES * call * results * dim,
-                    lse.data_ptr() + _FLOAT_BYTES * call * results,
-                    threads,
+                    rows.data_ptr() + at * dim * _FLOAT_BYTES,
+                    *(keys.data_ptr() + key_at * step, values.data_ptr() + value_at * step),
+                    *(head, value_head, count, heads, splits, scale, parts.data_ptr()),
+                    out.data_ptr() + at * dim * _FLOAT_BYTES,
+                    *(lse.data_ptr() + at * _FLOAT_BYTES, threads),
                 )
             into.add(Partial(out, lse))
 
@@ -198,20 +191,11 @@ class NativeKernel:
                 if not count:
                     out[row], lse[row] = 0.0, -torch.inf
                     continue
+                tokens = (part[row, :, start:].data_ptr() for part in (keys, values))
+                results = (part[row].data_ptr() for part in (out, lse, highest))
                 library.attend_heads(
-                    rows[row].data_ptr(),
-                    keys[row, :, start:].data_ptr(),
-                    values[row, :, start:].data_ptr(),
-                    keys.stride(1),
-                    values.stride(1),
-                    group * q_len,
-                    count,
-                    kv_heads,
-                    splits,
-                    work.scale,
-                    out[row].data_ptr(),
-                    lse[row].data_ptr(),
-                    highest[row].data_ptr(),
+                    *(rows[row].data_ptr(), *tokens, keys.stride(1), values.stride(1)),
+                    *(group * q_len, count, kv_heads, splits, work.scale, *results),
                     -(-scratch.data_ptr() // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES,
                     threads,
                 )
