@@ -5,7 +5,6 @@ import logging
 
 import torch
 
-from headinfer.attend import cuda
 from headinfer.attend.check import TOLERANCE, agrees
 from headinfer.attend.cpu import CpuKernel
 from headinfer.attend.native.kernel import NativeKernel, decode_library
@@ -35,6 +34,8 @@ def select_kernels(
     reference, tables = ReferenceKernel(softcap), []
     if softcap is None and key_dim == value_dim and dtype in TOLERANCE:
         if torch_device.type == "cuda":
+            from headinfer.attend import cuda  # which importing the package without a GPU spares
+
             tables = cuda.candidates(torch_device, dtype, key_dim)
         elif torch_device.type == "cpu":
             tables = [Kernels([CpuKernel()], [reference])]

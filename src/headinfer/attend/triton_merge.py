@@ -1,7 +1,7 @@
 """The merge of partials by LSE on CUDA: programs, and what the others merge with.
 
-Of the three places that merge (see `partial`) this is Triton's. Imports Triton, which not every
-system has.
+Partials are merged in three places: here, in `partial` by torch, in `native/merge.h` by the C
+kernels. There is no fourth. Imports Triton, which not every system has.
 """
 
 import triton
