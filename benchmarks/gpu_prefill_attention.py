@@ -15,10 +15,13 @@ from pathlib import Path
 
 import torch
 
-from headinfer.attend.select import select_kernel
+from headinfer.attend.partial import Accumulator
+from headinfer.attend.select import select_kernels
+from headinfer.attend.work import Work, tile_in_hand
 from headinfer.device.cuda import CudaDevice
 from headinfer.engine.engine import Engine
 from headinfer.engine.stats import Stats
+from headinfer.kv.pair import KV
 from headinfer.plan.options import Options
 from headinfer.plan.plan import resolve
 from headinfer.plan.presets import preset_shape
@@ -57,7 +60,7 @@ def main() -> None:
     arguments = parser.parse_args()
     shape, scale, rows = preset_shape("llama-3-8b"), DIM**-0.5, []
     chunk = parse_tokens(arguments.chunk_tokens)
-    kernel = select_kernel(torch.device("cuda"), torch.bfloat16, DIM, DIM)
+    kernels = select_kernels(torch.device("cuda"), torch.bfloat16, DIM, DIM)
     query = drawn(1, KV_HEADS, GROUP, chunk, DIM)
     new_keys, new_values = drawn(1, KV_HEADS, chunk, DIM), drawn(1, KV_HEADS, chunk, DIM)
     for context in map(parse_tokens, arguments.contexts.split(",")):
@@ -75,7 +78,7 @@ def main() -> None:
 
         def streamed(engine: Engine = engine, layers: int = layers) -> None:
             for layer in range(layers):
-                engine.attend(layer, query, new_keys, new_values, kernel=kernel, scale=scale)
+                engine.attend(layer, query, new_keys, new_values, kernels=kernels, scale=scale)
 
         def undo(engine: Engine = engine, layers: int = layers) -> None:
             for layer in range(layers):
@@ -86,8 +89,9 @@ def main() -> None:
         keys, values = drawn(1, KV_HEADS, past, DIM), drawn(1, KV_HEADS, past, DIM)
 
         def whole(keys: torch.Tensor = keys, values: torch.Tensor = values) -> None:
-            kernel.attend(query, keys, values, scale=scale)
-            kernel.attend(query, new_keys, new_values, scale=scale, causal=True)
+            for past, causal in ((KV(keys, values), False), (KV(new_keys, new_values), True)):
+                work = Work(query, [tile_in_hand(past)], scale, Accumulator(), causal=causal)
+                kernels.pick(work).attend(work)
 
         whole_s = typical_s(whole)
         flops = 4.0 * KV_HEADS * GROUP * DIM * chunk * (past + chunk / 2)
@@ -111,7 +115,7 @@ def main() -> None:
         document = {
             "gpu": torch.cuda.get_device_name(),
             "torch": torch.__version__,
-            "kernel": kernel.name,
+            "kernel": kernels.name,
             "rows": rows,
         }
         arguments.json.write_text(json.dumps(document, indent=1) + "\n")

@@ -17,8 +17,11 @@ from typing import Any
 
 import torch
 
-from headinfer.attend.select import select_kernel
+from headinfer.attend.partial import Accumulator
+from headinfer.attend.select import select_kernels
+from headinfer.attend.work import Work, tile_in_hand
 from headinfer.device.identity import cpu_name
+from headinfer.kv.pair import KV
 from headinfer.probe.caches import beyond_caches
 from headinfer.probe.operations import readers
 from headinfer.probe.timing import fastest
@@ -40,7 +43,7 @@ def attention_rates(
     dtype: torch.dtype, head_dim: int, groups: list[int], num_bytes: int
 ) -> dict[int, float]:
     """Return the typical rate of each group, in bytes of keys and values a second."""
-    kernel = select_kernel(torch.device("cpu"), dtype, head_dim, head_dim)
+    kernels = select_kernels(torch.device("cpu"), dtype, head_dim, head_dim)
     tokens = num_bytes // CONTEXTS // (2 * KV_HEADS * head_dim * dtype.itemsize)
     block = torch.randn(2**20).to(dtype)
     caches = torch.empty(CONTEXTS, 2, 1, KV_HEADS, tokens, head_dim, dtype=dtype)
@@ -51,8 +54,10 @@ def attention_rates(
         query = torch.randn(1, KV_HEADS, group, 1, head_dim).to(dtype)
         taken_s = []
         for keys, values in [*caches[:1], *caches, *caches]:  # the first is not counted
+            tile = tile_in_hand(KV(keys, values))
             start_s = time.perf_counter()
-            kernel.attend(query, keys, values, scale=head_dim**-0.5)
+            work = Work(query, [tile], head_dim**-0.5, Accumulator())
+            kernels.pick(work).attend(work)
             taken_s.append(time.perf_counter() - start_s)
         rates[group] = caches[0].nbytes / statistics.median(taken_s[1:])
     return rates

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from headinfer.attend.partial import Kernel
-from headinfer.attend.reference import ReferenceKernel
+from attended import only, reference
+from headinfer.attend.work import Kernel
 from headinfer.device.simulated import SimulatedDevice
 from headinfer.engine.engine import Engine
 from headinfer.engine.stats import Stats
@@ -46,9 +46,9 @@ def decode(engine: Engine, host_kernel: Kernel, layer_idx: int = 0) -> torch.Ten
         new.unsqueeze(2),
         new,
         new,
-        kernel=ReferenceKernel(),
+        kernels=reference(),
         scale=1.0,
-        host_kernel=host_kernel,
+        host_kernels=only(host_kernel),
     )
 
 

@@ -6,12 +6,16 @@ import pytest
 import torch
 from test_kernels import SHAPES, check, draw
 
-from headinfer.attend.partial import Kernel, Partial, SeparateTiles
+from attended import attended, reference
+from headinfer.attend.partial import Partial
 from headinfer.attend.reference import ReferenceKernel
+from headinfer.attend.table import Kernels
+from headinfer.attend.work import Kernel, Work, tile_in_hand
+from headinfer.kv.pair import KV
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("no Triton", allow_module_level=True)
-from headinfer.attend.fused_decode import MAX_ROWS, FusedDecodeKernel, serves
+from headinfer.attend.fused_decode import MAX_ROWS, Slots, TritonKernels, serves
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -21,17 +25,20 @@ if ON_GPU:  # the interpreter multiplies the bits of bfloat16 as if they were in
     DTYPES.append(torch.bfloat16)
 
 
-class Refusing(Kernel):
+class Refusing:
     """Stands for the other kernel where it must not be asked."""
 
     name = "refusing"
 
-    def attend(self, query, keys, values, *, scale, causal=False, mask=None):
+    def serves(self, _work):
+        return True
+
+    def attend(self, _work):
         raise AssertionError("the other kernel was asked")
 
 
-def kernel(other: Kernel | None = None) -> FusedDecodeKernel:
-    return FusedDecodeKernel(other or Refusing(), multiprocessors=6)
+def triton(other: Kernel | None = None) -> Kernels:
+    return TritonKernels([other or Refusing()], [], multiprocessors=6)
 
 
 @pytest.mark.parametrize("kind", ["tile", "padding"])
@@ -39,7 +46,7 @@ def kernel(other: Kernel | None = None) -> FusedDecodeKernel:
 def test_a_tile_by_definition(dtype, kind):
     for shape in SHAPES:
         if serves(dtype, shape[-1]) and shape[2] * shape[3] <= MAX_ROWS:
-            check(kernel(), shape, dtype, kind, device=DEVICE)
+            check(triton(), shape, dtype, kind, device=DEVICE)
 
 
 @pytest.mark.parametrize(
@@ -62,17 +69,21 @@ def test_tiles_partials_and_sinks_merge_like_the_reference(dtype, shape, tile_to
         draw(batch, kv_heads, group, q_len, dtype=torch.float32, seed=6).to(DEVICE),
     )
     results = []
-    for tiles in (kernel().begin(query, scale=0.3), SeparateTiles(ReferenceKernel(), query, 0.3)):
+    for kernels in (triton(), reference()):
+        total = kernels.begin(query, scale=0.3)
         out = torch.full((batch, q_len, kv_heads + 1, group, dim), 7.0, dtype=dtype, device=DEVICE)
         for seed, tokens in enumerate(tile_tokens):
             keys, values = (
                 draw(batch, kv_heads, tokens + 9, dim, dtype=dtype, seed=seed + part).to(DEVICE)
                 for part in (10, 11)
             )
-            tiles.attend(keys[:, :, 9:], values[:, :, 9:])  # a view with gaps between heads
-        tiles.add(elsewhere)
-        tiles.add_sinks(sinks)
-        tiles.write(out[:, :, :kv_heads])
+            # A view with gaps between heads.
+            tile = tile_in_hand(KV(keys[:, :, 9:], values[:, :, 9:]))
+            work = Work(query, [tile], 0.3, total)
+            kernels.pick(work).attend(work)
+        total.add(elsewhere)
+        total.add_sinks(sinks)
+        total.write(out[:, :, :kv_heads])
         assert (out[:, :, kv_heads:] == 7).all()
         results.append(out)
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
@@ -92,7 +103,7 @@ def test_tiles_partials_and_sinks_merge_like_the_reference(dtype, shape, tile_to
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_new_token_is_attended_and_kept_by_the_same_launch(dtype, shape, tokens):
     batch, kv_heads, group, dim = shape
-    one = kernel()  # whose memory and counters serve all of the calls
+    one = triton()  # whose memory and counters serve all of the calls
     for kv_len in tokens:
         query = draw(batch, 1, kv_heads, group, dim, dtype=dtype).to(DEVICE).permute(0, 2, 3, 1, 4)
         new = [
@@ -104,11 +115,11 @@ def test_a_new_token_is_attended_and_kept_by_the_same_launch(dtype, shape, token
             for seed in (3, 4)
         ]
         results = []
-        for serving in (one, ReferenceKernel()):
+        for kernels in (one, reference()):
             held = [part.clone() for part in memory]
             out = query.new_empty(batch, 1, kv_heads, group, dim)
-            past = tuple(part[:, :, :kv_len] for part in held)
-            serving.decode(query, tuple(new), past, out, scale=0.2)
+            tile = tile_in_hand(KV(*held))._replace(tokens=kv_len)
+            kernels.decode(Work(query, [tile], 0.2, new=KV(*new), out=out))
             results.append((out, held))
         tolerance = 1e-5 if dtype == torch.float32 else 1e-2
         torch.testing.assert_close(results[0][0], results[1][0], rtol=tolerance, atol=tolerance)
@@ -121,9 +132,10 @@ def test_layouts_that_one_launch_does_not_serve_take_several():
     keys, values = draw(1, 2, 9, 16, dtype=torch.float32), draw(1, 9, 2, 16, dtype=torch.float32)
     query, new, keys, values = (part.to(DEVICE) for part in (query, new, keys, values))
     results = []
-    for serving in (kernel(), ReferenceKernel()):
+    for kernels in (triton(), reference()):
         held, out = values.clone().transpose(1, 2), query.new_empty(1, 1, 2, 2, 16)
-        serving.decode(query, (new, new), (keys.clone(), held), out, scale=1.0)
+        tile = tile_in_hand(KV(keys.clone(), held))
+        kernels.decode(Work(query, [tile], 1.0, new=KV(new, new), out=out))
         assert torch.equal(held[:, :, -1:], new)
         results.append(out)
     torch.testing.assert_close(*results)
@@ -137,8 +149,8 @@ def test_a_tile_is_read_right_at_any_address_stride_and_length():
             part[offset : offset + heads * 50 * 32].view(1, heads, 50, 32)[:, :2, :tokens]
             for part in memory
         )
-        ours = kernel().attend(query, keys, values, scale=1)
-        wanted = ReferenceKernel().attend(query, keys, values, scale=1.0)
+        ours = attended(triton(), query, keys, values, scale=1)
+        wanted = attended(reference(), query, keys, values, scale=1.0)
         torch.testing.assert_close(ours.out.to(query.dtype), wanted.out, rtol=1e-2, atol=1e-2)
         torch.testing.assert_close(ours.lse, wanted.lse, rtol=1e-3, atol=1e-3)
 
@@ -148,7 +160,7 @@ def test_rows_that_see_nothing_weigh_nothing():
     keys = draw(2, 1, 40, 16, dtype=torch.float32).to(DEVICE)
     mask = torch.ones(2, 1, 40, dtype=torch.bool, device=DEVICE)
     mask[1] = False
-    partial = kernel().attend(query, keys, keys, scale=1.0, mask=mask)
+    partial = attended(triton(), query, keys, keys, scale=1.0, mask=mask)
     assert partial.lse[0].isfinite().all()
     assert (partial.lse[1] == -torch.inf).all()
     assert not partial.out[1].any()
@@ -157,19 +169,20 @@ def test_rows_that_see_nothing_weigh_nothing():
 def test_no_tile_at_all_is_zero():
     query = draw(1, 1, 2, 1, 16, dtype=torch.float32).to(DEVICE)
     out = torch.ones(1, 1, 1, 2, 16, device=DEVICE)
-    tiles = kernel().begin(query, scale=1.0)
-    tiles.attend(query[:, :, 0, :0], query[:, :, 0, :0])
-    tiles.write(out)
+    total = triton().begin(query, scale=1.0)
+    tile = tile_in_hand(KV(query[:, :, 0, :0], query[:, :, 0, :0]))
+    triton().kernels[0].attend(Work(query, [tile], 1.0, total))
+    total.write(out)
     assert not out.any()
 
 
 @pytest.mark.parametrize("kind", ["causal", "mask"])
 def test_what_the_programs_do_not_serve_goes_to_the_other_kernel(kind):
-    other = kernel(ReferenceKernel())
+    other = triton(ReferenceKernel())
     for shape in [(1, 2, 2, 3, 20, 32), (1, 1, 4, 40, 90, 32)]:
         check(other, shape, torch.float32, kind, device=DEVICE)
         with pytest.raises(AssertionError, match="other kernel was asked"):
-            check(kernel(), shape, torch.float32, kind, device=DEVICE)
+            check(triton(), shape, torch.float32, kind, device=DEVICE)
     check(other, (1, 1, 4, 40, 90, 32), torch.float32, "tile", device=DEVICE)
 
 
@@ -178,3 +191,47 @@ def test_dtypes_without_programs_are_known(dtype):
     assert not serves(dtype, 64)
     assert serves(torch.bfloat16, 64)
     assert not serves(torch.bfloat16, 8)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tiles_are_read_where_they_lie(dtype):
+    """Some heads and tokens of memory that holds more: nothing is viewed or copied for a launch."""
+    memory = KV(*(draw(2, 5, 700, 32, dtype=dtype, seed=seed).to(DEVICE) for seed in (1, 2)))
+    whole, results = tile_in_hand(memory), []
+    for heads in (slice(0, 5), slice(1, 3)):
+        query = draw(2, heads.stop - heads.start, 2, 1, 32, dtype=dtype).to(DEVICE)
+        parts = [(0, 0), (3, 600), (603, 1), (699, 1)]
+        tiles = [whole._replace(first=at, tokens=n, heads=heads) for at, n in parts]
+        results = []
+        for kernels in (triton(), reference()):
+            total, out = (
+                kernels.begin(query, scale=0.3),
+                query.new_empty(2, 1, *query.shape[1:3], 32),
+            )
+            work = Work(query, tiles, 0.3, total)
+            kernels.pick(work).attend(work)
+            total.write(out)
+            results.append(out)
+        tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+        torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
+
+
+def test_the_last_place_of_a_tile_within_memory_is_written():
+    memory = [draw(1, 3, 50, 16, dtype=torch.float32, seed=seed).to(DEVICE) for seed in (3, 4)]
+    query, new = draw(1, 2, 2, 1, 16, dtype=torch.float32), draw(1, 2, 1, 16, dtype=torch.float32)
+    query, new, results = query.to(DEVICE), new.to(DEVICE), []
+    for kernels in (triton(), reference()):
+        held, out = KV(*(part.clone() for part in memory)), query.new_empty(1, 1, 2, 2, 16)
+        tile = tile_in_hand(held)._replace(first=7, tokens=20, heads=slice(1, 3))
+        kernels.decode(Work(query, [tile], 0.5, new=KV(new, new), out=out))
+        results.append((out, held))
+    torch.testing.assert_close(results[0][0], results[1][0])
+    assert torch.equal(results[0][1].keys, results[1][1].keys)
+    assert torch.equal(results[0][1].values, results[1][1].values)
+    assert torch.equal(results[0][1].keys[:, 1:, 26:27], new)
+
+
+def test_totals_are_those_of_the_rows():
+    few, many = (draw(1, 1, 2, q_len, 16, dtype=torch.float32) for q_len in (32, 33))
+    assert isinstance(triton().begin(few.to(DEVICE), scale=1.0), Slots)
+    assert not isinstance(triton().begin(many.to(DEVICE), scale=1.0), Slots)

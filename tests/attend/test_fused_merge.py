@@ -6,12 +6,15 @@ import pytest
 import torch
 from test_kernels import draw
 
+from attended import reference
 from headinfer.attend.partial import Accumulator, Partial
 from headinfer.attend.reference import ReferenceKernel
+from headinfer.attend.work import Work, tile_in_hand
+from headinfer.kv.pair import KV
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("no Triton", allow_module_level=True)
-from headinfer.attend.fused_decode import MAX_ROWS, FusedDecodeKernel
+from headinfer.attend.fused_decode import MAX_ROWS, TritonKernels
 from headinfer.attend.fused_merge import FusedAccumulator
 
 ON_GPU = torch.cuda.is_available()
@@ -75,15 +78,16 @@ def test_the_tiles_of_a_chunk_are_attended_by_the_other_kernel_and_merged(dtype)
     assert group * q_len > MAX_ROWS
     query = draw(batch, q_len, kv_heads, group, dim, dtype=dtype).to(DEVICE)
     query = query.permute(0, 2, 3, 1, 4)  # as models hand it over
-    reference = ReferenceKernel()
     results = []
-    for kernel in (FusedDecodeKernel(reference, multiprocessors=6), reference):
-        tiles = kernel.begin(query, scale=0.3)
+    for kernels in (TritonKernels([ReferenceKernel()], [], multiprocessors=6), reference()):
+        total = kernels.begin(query, scale=0.3)
         out = query.new_empty(batch, q_len, kv_heads, group, dim)
         keys = draw(batch, kv_heads, 90, dim, dtype=dtype, seed=3).to(DEVICE)
-        tiles.add(kernel.attend(query, keys[:, :, :31], keys[:, :, :31], scale=0.3, causal=True))
-        for part in (slice(31, 50), slice(50, 90)):
-            tiles.attend(keys[:, :, part], keys[:, :, part])
-        tiles.write(out)
+        whole = tile_in_hand(KV(keys, keys))
+        for first, tokens in ((0, 31), (31, 19), (50, 40)):
+            tile = whole._replace(first=first, tokens=tokens)
+            work = Work(query, [tile], 0.3, total, causal=not first)
+            kernels.pick(work).attend(work)
+        total.write(out)
         results.append(out)
     torch.testing.assert_close(*results, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])

@@ -18,6 +18,7 @@ from headinfer.attend.native.job import Jobs
 from headinfer.attend.native.kernel import NativeKernel, decode_library
 from headinfer.attend.partial import Accumulator, Partial
 from headinfer.attend.reference import ReferenceKernel
+from headinfer.attend.work import Work
 from kv_tiles import tile_of
 
 pytestmark = pytest.mark.skipif(
@@ -89,9 +90,7 @@ class Case:
 
     def wanted(self, kernel: NativeKernel | ReferenceKernel) -> Partial:
         total = Accumulator()
-        for tile in self.tiles:
-            if tile.tokens:
-                total.add(kernel.attend(self.query, *tile.kv, scale=SCALE))
+        kernel.attend(Work(self.query, self.tiles, SCALE, total))
         return total.result()
 
 

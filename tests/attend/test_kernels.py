@@ -10,16 +10,19 @@ from typing import Any
 import pytest
 import torch
 
+from attended import attended, native, only, reference
 from headinfer.attend import cuda, select
 from headinfer.attend.cpu import CpuKernel
 from headinfer.attend.cuda import CudaKernel, candidates
-from headinfer.attend.masks import attend_band
+from headinfer.attend.fused_call import FusedCall, attend_split
+from headinfer.attend.masks import band_works
 from headinfer.attend.native.kernel import NativeKernel, decode_library, prefill_library
-from headinfer.attend.partial import Accumulator, Kernel, Partial, SeparateTiles, empty_partial
-from headinfer.attend.prepared import PreparedKernel
+from headinfer.attend.partial import Accumulator, Partial
 from headinfer.attend.reference import ReferenceKernel
-from headinfer.attend.select import select_kernel
-from headinfer.attend.split import FusedCall
+from headinfer.attend.select import select_kernels
+from headinfer.attend.table import Kernels
+from headinfer.attend.work import Work, tile_in_hand
+from headinfer.kv.pair import KV
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 1e-2}
 
@@ -71,7 +74,7 @@ SHAPES = [  # batch, kv_heads, group, q_len, kv_len, head_dim
 
 
 def check(
-    kernel: Kernel, shape: tuple[int, ...], dtype: torch.dtype, kind: str, device: str = "cpu"
+    kernels: Kernels, shape: tuple[int, ...], dtype: torch.dtype, kind: str, device: str = "cpu"
 ) -> None:
     """Compare with the definition; drawn and compared on the CPU, computed on `device`."""
     batch, kv_heads, group, q_len, kv_len, dim = shape
@@ -88,7 +91,8 @@ def check(
     elif kind == "mask":
         mask = draw(1, q_len, kv_len) > 0.5
         mask[:, 0] = False  # a query that sees nothing
-    ours = kernel.attend(
+    ours = attended(
+        kernels,
         query.to(device),
         keys.to(device),
         values.to(device),
@@ -111,11 +115,11 @@ def check(
 @pytest.mark.parametrize("kind", ["tile", "causal", "padding", "mask"])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(
-    "kernel", [NativeKernel(), CpuKernel(), ReferenceKernel()], ids=lambda k: k.name
+    "kernels", [native(), only(CpuKernel()), reference()], ids=lambda kernels: kernels.name
 )
-def test_kernel_on_the_cpu(kernel: Kernel, dtype: torch.dtype, kind: str) -> None:
+def test_kernel_on_the_cpu(kernels: Kernels, dtype: torch.dtype, kind: str) -> None:
     for shape in SHAPES:
-        check(kernel, shape, dtype, kind)
+        check(kernels, shape, dtype, kind)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -123,8 +127,8 @@ def test_kernel_on_the_cpu(kernel: Kernel, dtype: torch.dtype, kind: str) -> Non
 def test_splitting_over_threads_changes_nothing(threads: int, shape: tuple[int, ...]) -> None:
     torch.set_num_threads(threads)
     try:
-        check(CpuKernel(), shape, torch.float32, "tile")
-        check(NativeKernel(), shape, torch.float32, "tile")
+        check(only(CpuKernel()), shape, torch.float32, "tile")
+        check(native(), shape, torch.float32, "tile")
     finally:
         torch.set_num_threads(1)
 
@@ -136,47 +140,46 @@ def test_splitting_over_threads_changes_nothing(threads: int, shape: tuple[int, 
 def test_kernels_on_cuda(dtype, kind, least_pairs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "_CUDNN_PAIRS", least_pairs)
     for shape in SHAPES:
-        for kernel in candidates(torch.device("cuda"), dtype, shape[-1]):
-            check(kernel, shape, dtype, kind, "cuda")
+        for kernels in candidates(torch.device("cuda"), dtype, shape[-1]):
+            check(kernels, shape, dtype, kind, "cuda")
 
 
 @pytest.mark.parametrize("softcap", [1.5, 30.0])
 def test_softcap_bounds_the_scores(softcap: float) -> None:
-    kernel = select_kernel(torch.device("cpu"), torch.float32, 16, 16, softcap)
+    kernels = select_kernels(torch.device("cpu"), torch.float32, 16, 16, softcap)
     query, keys, values = (
         3 * draw(1, 2, 3, 40, 16),
         3 * draw(1, 2, 5000, 16),
         draw(1, 2, 5000, 16, seed=1),
     )
-    ours = kernel.attend(query.float(), keys.float(), values.float(), scale=0.5)
+    ours = attended(kernels, query.float(), keys.float(), values.float(), scale=0.5)
     out, lse = by_definition(query, keys, values, 0.5, None, softcap)
     torch.testing.assert_close(ours.out.double(), out, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(ours.lse.double(), lse, rtol=1e-5, atol=1e-5)
 
 
 def test_values_may_be_narrower_than_keys() -> None:
-    kernel = select_kernel(torch.device("cpu"), torch.float32, 16, 8)
+    kernels = select_kernels(torch.device("cpu"), torch.float32, 16, 8)
     query, keys, values = draw(1, 2, 3, 5, 16), draw(1, 2, 50, 16), draw(1, 2, 50, 8)
-    ours = kernel.attend(query.float(), keys.float(), values.float(), scale=0.5)
+    ours = attended(kernels, query.float(), keys.float(), values.float(), scale=0.5)
     out, _ = by_definition(query, keys, values, 0.5, None)
     torch.testing.assert_close(ours.out.double(), out, rtol=1e-4, atol=1e-5)
 
 
 def test_a_kernel_that_is_wrong_here_is_not_selected(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(
-        self: CpuKernel, query: torch.Tensor, *arguments: object, **options: object
-    ) -> object:
-        partial = right(self, query, *arguments, **options)
-        partial.lse = partial.lse + 1
-        return partial
+    def wrong(self: CpuKernel, work: Work) -> None:
+        total, work.into = work.into, Accumulator()
+        right(self, work)
+        partial = work.into.result()
+        total.add(Partial(partial.out, partial.lse + 1))
 
     right = CpuKernel.attend
-    select_kernel.cache_clear()
-    assert select_kernel(torch.device("cpu"), torch.float32, 8, 8).name == CpuKernel.name
+    select_kernels.cache_clear()
+    assert select_kernels(torch.device("cpu"), torch.float32, 8, 8).name == CpuKernel.name
     monkeypatch.setattr(CpuKernel, "attend", wrong)
-    select_kernel.cache_clear()
-    assert select_kernel(torch.device("cpu"), torch.float32, 8, 8).name == "reference"
-    select_kernel.cache_clear()
+    select_kernels.cache_clear()
+    assert select_kernels(torch.device("cpu"), torch.float32, 8, 8).name == "reference"
+    select_kernels.cache_clear()
 
 
 @pytest.mark.parametrize("parts", [[50], [1, 49], [20, 0, 17, 13], [1] * 50])
@@ -185,18 +188,13 @@ def test_merged_parts_equal_the_whole(parts: list[int], dtype: torch.dtype) -> N
     query, keys, values = draw(2, 2, 3, 4, 16), draw(2, 2, 50, 16), draw(2, 2, 50, 16, seed=1)
     sinks = draw(2, 3)
     total = Accumulator()
-    total.add(empty_partial(query.to(dtype), 16))
+    nothing = torch.full(query.shape[:-1], -torch.inf, dtype=dtype)
+    total.add(Partial(torch.zeros(query.shape, dtype=dtype), nothing))
     start = 0
     for part in parts:
         tokens = slice(start, start + part)
-        total.add(
-            CpuKernel().attend(
-                query.to(dtype),
-                keys[:, :, tokens].to(dtype),
-                values[:, :, tokens].to(dtype),
-                scale=0.3,
-            )
-        )
+        tile = tile_in_hand(KV(keys[:, :, tokens].to(dtype), values[:, :, tokens].to(dtype)))
+        CpuKernel().attend(Work(query.to(dtype), [tile], 0.3, total))
         start += part
     out, lse = by_definition(query, keys, values, 0.3, None)
     tolerance = TOLERANCE[dtype]
@@ -220,9 +218,12 @@ def test_bands(window: int | None, q_len: int, past: int) -> None:
     padding = torch.ones(1, 1, kv_len, dtype=torch.bool)
     padding[..., :5] = False
     for pad in (None, padding):
-        ours = attend_band(
-            CpuKernel(), query, keys, values, scale=0.3, window_tokens=window, padding=pad
-        )
+        tile, total = tile_in_hand(KV(keys, values)), Accumulator()
+        for work in band_works(
+            query, tile, scale=0.3, into=total, window_tokens=window, padding=pad
+        ):
+            only(CpuKernel()).pick(work).attend(work)
+        ours = total.result()
         visible = mask if pad is None else mask & pad
         out, _ = by_definition(query, keys, values, 0.3, visible)
         torch.testing.assert_close(ours.out, out, rtol=1e-10, atol=1e-10)
@@ -233,7 +234,7 @@ def fresh_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
     """An empty cache folder, and nothing remembered of kernels built before."""
 
     def forget() -> None:
-        for remembered in (decode_library, prefill_library, select_kernel):
+        for remembered in (decode_library, prefill_library, select_kernels):
             remembered.cache_clear()
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -250,14 +251,14 @@ def test_the_native_kernels_are_compiled_once_and_chosen(
     fresh_build: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device = torch.device("cpu")
-    assert select_kernel(device, torch.bfloat16, 64, 64).name == NativeKernel.name
+    assert select_kernels(device, torch.bfloat16, 64, 64).name == NativeKernel.name
     assert decode_library(torch.bfloat16, 64, 3) is not None
     assert prefill_library(torch.bfloat16, 64) is not None
     built = {path: path.stat().st_mtime_ns for path in fresh_build.rglob("*.so")}
     assert built
-    for remembered in (decode_library, prefill_library, select_kernel):
+    for remembered in (decode_library, prefill_library, select_kernels):
         remembered.cache_clear()
-    assert select_kernel(device, torch.bfloat16, 64, 64).name == NativeKernel.name
+    assert select_kernels(device, torch.bfloat16, 64, 64).name == NativeKernel.name
     assert built == {path: path.stat().st_mtime_ns for path in fresh_build.rglob("*.so")}
 
 
@@ -273,7 +274,7 @@ def test_the_native_kernels_of_lesser_processors(
         pytest.skip("these flags are those of x86")
     monkeypatch.setenv("CC", f"cc {flags}")
     for group, q_len, dim in ((3, 1, 64), (4, 1, 96), (13, 1, 48), (8, 2, 128), (3, 70, 64)):
-        check(NativeKernel(), (1, 2, group, q_len, 1037, dim), dtype, "tile")
+        check(native(), (1, 2, group, q_len, 1037, dim), dtype, "tile")
         library = decode_library(dtype, dim, group) if q_len < 70 else prefill_library(dtype, dim)
         assert library is not None
 
@@ -288,7 +289,7 @@ def test_float16_is_attended_with_all_its_bits(group: int, size: float) -> None:
     )
     query, keys, values = query / max(size, 2e-5), keys * size, values * size
     query, keys, values = query.half(), keys.half(), values.half()
-    ours = NativeKernel().attend(query, keys, values, scale=0.3)
+    ours = attended(native(), query, keys, values, scale=0.3)
     out, lse = by_definition(query, keys, values, 0.3, None)
     assert (ours.out.double() - out).abs().max() < 5e-5 * size
     assert (ours.lse.double() - lse).abs().max() < 1e-5
@@ -301,7 +302,7 @@ def test_not_a_number_is_not_hidden(group: int, q_len: int, dtype: torch.dtype) 
         draw(1, 1, *rest, dtype=dtype) for rest in ((group, q_len, 32), (900, 32), (900, 32))
     )
     keys[0, 0, 700, 3] = torch.nan
-    ours = NativeKernel().attend(query, keys, values, scale=0.5)
+    ours = attended(native(), query, keys, values, scale=0.5)
     assert ours.out.isnan().all()
     assert ours.lse.isnan().all()
 
@@ -311,9 +312,9 @@ def test_without_a_working_compiler_torch_serves(
     fresh_build: Path, monkeypatch: pytest.MonkeyPatch, compiler: str
 ) -> None:
     monkeypatch.setenv("CC", compiler)
-    assert select_kernel(torch.device("cpu"), torch.bfloat16, 64, 64).name == CpuKernel.name
+    assert select_kernels(torch.device("cpu"), torch.bfloat16, 64, 64).name == CpuKernel.name
     for q_len in (1, 70):
-        check(NativeKernel(), (1, 2, 4, q_len, 1037, 64), torch.bfloat16, "tile")
+        check(native(), (1, 2, 4, q_len, 1037, 64), torch.bfloat16, "tile")
     assert not list(fresh_build.rglob("*.so"))
 
 
@@ -324,7 +325,7 @@ def test_mixed_dtypes_are_refused_and_never_misread(part: int) -> None:
         mixed = [tensor.float() for tensor in (query, keys, values)]
         mixed[part] = mixed[part].bfloat16()
         with pytest.raises(RuntimeError, match=r"scalar type|dtype"):
-            NativeKernel().attend(*mixed, scale=0.5)
+            attended(native(), *mixed, scale=0.5)
 
 
 @pytest.mark.parametrize(("group", "q_len"), [(1, 1), (16, 1), (1, 70)])
@@ -333,11 +334,11 @@ def test_the_dtype_and_device_new_tensors_have_by_default_do_not_matter(
 ) -> None:
     past = (1, 2, 90, 64)
     parts = tuple(draw(*shape).float() for shape in ((1, 2, group, q_len, 64), past, past))
-    expected = NativeKernel().attend(*parts, scale=0.3)
+    expected = attended(native(), *parts, scale=0.3)
     torch.set_default_dtype(torch.float64)  # smaller ones would have it write past the end
     try:
         with torch.device("meta"):
-            got = NativeKernel().attend(*parts, scale=0.3)
+            got = attended(native(), *parts, scale=0.3)
     finally:
         torch.set_default_dtype(torch.float32)
     assert (got.out.dtype, got.lse.dtype) == (torch.float32, torch.float32)
@@ -353,7 +354,7 @@ def test_weights_too_small_to_matter_are_nothing(group: int, q_len: int) -> None
     query[..., 0] = 1
     keys[0, 0, :, 0] = -100
     keys[0, 0, 400, 0] = 0
-    ours = NativeKernel().attend(query.float(), keys.float(), values.float(), scale=1.0)
+    ours = attended(native(), query.float(), keys.float(), values.float(), scale=1.0)
     assert torch.equal(ours.out, values[:, :, None, 400:401].float().expand_as(ours.out))
     assert not ours.lse.any()
 
@@ -363,13 +364,12 @@ def test_each_call_goes_to_its_operator(monkeypatch: pytest.MonkeyPatch) -> None
     asked = []
 
     def operator(name: str) -> FusedCall:
-        def call(query, keys, values, scale, /):
+        def call(query, keys, values, /, *, scale):
             asked.append(name)
-            heads, row = query.shape[1], query.flatten(0, 1).unsqueeze(2)
-            partial = ReferenceKernel().attend(
-                row.unflatten(0, (-1, heads)).transpose(2, 3), keys, values, scale=scale
-            )
-            return partial.out[:, :, 0], partial.lse[:, :, 0]
+            partial = attended(reference(), query.unsqueeze(2), keys, values, scale=scale)
+            # As torch's operators have it: rows of the LSE that mean nothing, and more results.
+            lse = torch.nn.functional.pad(partial.lse[:, :, 0], (0, 3), value=torch.nan)
+            return partial.out[:, :, 0], lse, None
 
         return call
 
@@ -377,101 +377,200 @@ def test_each_call_goes_to_its_operator(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: properties)
     kernel = CudaKernel(
         "operators",
+        torch.device("cuda"),
         tile=operator("tile"),
-        few=operator("few"),
+        small=operator("few"),
         square=operator("square"),
-        torch_device=torch.device("cuda"),
     )
     for q_len, kv_len, name in [(35, 20, "tile"), (35, 1, "few"), (32, 4000, "few")]:
         asked.clear()
         query, keys = draw(1, 3, 2, q_len, 8), draw(1, 3, kv_len, 8)
-        ours = kernel.attend(query, keys, keys, scale=0.3)
+        ours = attended(only(kernel), query, keys, keys, scale=0.3)
         assert set(asked) == {name}
         out, lse = by_definition(query, keys, keys, 0.3, None)
         torch.testing.assert_close(ours.out, out)
         torch.testing.assert_close(ours.lse, lse)
 
 
-class Noting(ReferenceKernel):
-    """Notes its calls, and is off by a constant."""
+def prepared_table(
+    monkeypatch: pytest.MonkeyPatch, asked: list[str], *, least_pairs: int, off: float = 0.0
+) -> Kernels:
+    """Return a kernel that has to prepare, and one that has not, which note what they are asked.
 
-    def __init__(self, name: str, off: float = 0.0) -> None:
-        super().__init__()
-        self.name, self.off, self.calls = name, off, 0
+    Args:
+        monkeypatch: the test's.
+        asked: to which the operators' names are added.
+        least_pairs: from which the first is worth it.
+        off: by how much it errs.
+    """
 
-    def attend(self, *args, **options):
-        self.calls += 1
-        partial = super().attend(*args, **options)
-        return Partial(partial.out + self.off, partial.lse)
+    def operator(name: str, causal: bool) -> FusedCall:
+        def call(query, keys, values, /, *, scale):
+            asked.append(name)
+            at = query.unsqueeze(2)
+            partial = attended(reference(), at, keys, values, scale=scale, causal=causal)
+            error = off if name == "prepared" else 0.0
+            return partial.out[:, :, 0] + error, partial.lse[:, :, 0]
+
+        return call
+
+    properties = SimpleNamespace(multi_processor_count=4)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: properties)
+    tile = {name: operator(name, False) for name in ("prepared", "other")}
+    square = {name: operator(name, True) for name in ("prepared", "other")}
+    device = torch.device("cpu")
+    prepared = CudaKernel(
+        "prepared",
+        device,
+        tile=tile["prepared"],
+        square=square["prepared"],
+        small=tile["other"],
+        least_pairs=least_pairs,
+    )
+    other = CudaKernel("other", device, tile=tile["other"], square=square["other"])
+    return Kernels([prepared, other], [ReferenceKernel()])
 
 
-def test_what_has_to_prepare_serves_where_that_is_worth_it() -> None:
-    prepared, other = Noting("prepared"), Noting("other")
-    kernel = PreparedKernel(prepared, other, least_pairs=2 * 32 * 32)
-    assert kernel.name == "prepared and other"
+def test_what_has_to_prepare_serves_where_that_is_worth_it(monkeypatch) -> None:
+    asked: list[str] = []
+    kernels = prepared_table(monkeypatch, asked, least_pairs=2 * 33 * 32)
+    assert kernels.name == "prepared and other"
 
-    def serving(q_len: int, kv_len: int, **options: Any) -> str:
-        query, keys = draw(1, 1, 2, q_len, 8), draw(1, 1, kv_len, 8)
-        prepared.calls = other.calls = 0
-        kernel.attend(query, keys, keys, scale=0.3, **options)
-        assert prepared.calls + other.calls == 1
-        return "prepared" if prepared.calls else "other"
+    def serving(q_len: int, *kv_lens: int, **options: Any) -> list[str]:
+        asked.clear()
+        query = draw(1, 1, 2, q_len, 8)
+        keys = [draw(1, 1, kv_len, 8) for kv_len in kv_lens]
+        total = Accumulator()
+        work = Work(query, [tile_in_hand(KV(part, part)) for part in keys], 0.3, total, **options)
+        kernels.pick(work).attend(work)
+        if not options:
+            all_keys = torch.cat(keys, dim=2)
+            out, _ = by_definition(query, all_keys, all_keys, 0.3, None)
+            torch.testing.assert_close(total.result().out, out)
+        return asked[:]
 
-    mask = torch.ones(1, 1, 32, dtype=torch.bool)
-    assert serving(32, 31) == serving(32, 32, mask=mask) == serving(16, 16, causal=True) == "other"
-    assert not prepared.calls  # it was not even checked
-    kernel.attend(draw(1, 1, 2, 32, 8), draw(1, 1, 32, 8), draw(1, 1, 32, 8), scale=0.3)
-    assert prepared.calls > 1  # it was
-    assert serving(32, 32) == serving(31, 34) == "prepared"
-    assert serving(32, 32, causal=True) == serving(64, 64, causal=True) == "prepared"
-    assert serving(63, 63, causal=True) == "other"  # a length that will hardly come again
+    mask = torch.ones(1, 1, 33, dtype=torch.bool)
+    assert serving(33, 31) == serving(16, 16, causal=True) == ["other"]
+    assert serving(33, 33, mask=mask) == []  # the reference serves
+    assert "prepared" in serving(33, 32)  # it was checked, too
+    assert serving(33, 32) == serving(34, 33) == ["prepared"]
+    assert serving(33, 31, 32, 5) == ["other", "prepared", "other"]  # each tile as it is worth
+    assert serving(64, 64, causal=True) == serving(128, 128, causal=True) == ["prepared"]
+    assert serving(63, 63, causal=True) == ["other"]  # a length that will hardly come again
 
 
-def test_what_fails_its_check_at_its_first_call_serves_none(caplog) -> None:
-    prepared, other = Noting("prepared", off=1.0), Noting("other")
-    kernel = PreparedKernel(prepared, other, least_pairs=1)
-    query, keys = draw(1, 1, 2, 32, 8), draw(1, 1, 32, 8)
+def test_the_check_of_what_has_to_prepare_waits_for_the_first_such_work(monkeypatch) -> None:
+    asked: list[str] = []
+    kernels = prepared_table(monkeypatch, asked, least_pairs=2 * 33 * 32)
+    attended(kernels, draw(1, 1, 2, 33, 8), draw(1, 1, 31, 8), draw(1, 1, 31, 8), scale=0.3)
+    assert asked == ["other"]
+    attended(kernels, draw(1, 1, 2, 33, 8), draw(1, 1, 32, 8), draw(1, 1, 32, 8), scale=0.3)
+    assert asked.count("prepared") > 1
+
+
+def test_what_fails_its_check_at_its_first_call_serves_none(monkeypatch, caplog) -> None:
+    kernels = prepared_table(monkeypatch, [], least_pairs=1, off=1.0)
+    query, keys = draw(1, 1, 2, 40, 8), draw(1, 1, 32, 8)
     for _ in range(2):
-        ours = kernel.attend(query, keys, keys, scale=0.3)
+        ours = attended(kernels, query, keys, keys, scale=0.3)
         torch.testing.assert_close(ours.out, by_definition(query, keys, keys, 0.3, None)[0])
-        assert kernel.name == "other"
-    assert caplog.messages == ["prepared fails its check here; other is used"]
+        assert kernels.name == "other"
+    assert caplog.messages == ["prepared fails its check here; another kernel is used"]
+
+
+@pytest.mark.parametrize("splits", range(1, 12))
+def test_splits_of_a_tile_merge_to_the_whole(splits: int) -> None:
+    query, keys, values = draw(1, 3, 5, 8), draw(1, 3, 47, 8), draw(1, 3, 47, 8, seed=1)
+
+    def call(query, keys, values, /, *, scale):
+        partial = attended(reference(), query.unsqueeze(2), keys, values, scale=scale)
+        return partial.out[:, :, 0], partial.lse[:, :, 0]
+
+    ours, our_lse = attend_split(call, query, keys, values, 0.3, splits)
+    out, lse = by_definition(query.unsqueeze(2), keys, values, 0.3, None)
+    torch.testing.assert_close(ours, out[:, :, 0])
+    torch.testing.assert_close(our_lse, lse[:, :, 0])
+
+
+@pytest.mark.parametrize(
+    "kernels", [native(), only(CpuKernel()), reference()], ids=lambda k: k.name
+)
+def test_several_tiles_of_some_heads_and_tokens(kernels: Kernels) -> None:
+    """Each lies somewhere in memory that holds more."""
+    memory = KV(draw(2, 5, 900, 32).float(), draw(2, 5, 900, 32, seed=1).float())
+    whole = tile_in_hand(memory)
+    for q_len, heads in ((1, slice(1, 3)), (3, slice(0, 5)), (60, slice(3, 5))):
+        query = draw(2, heads.stop - heads.start, 2, q_len, 32).float()
+        parts = [(0, 0), (7, 640), (647, 1), (899, 1)]
+        tiles = [whole._replace(first=at, tokens=n, heads=heads) for at, n in parts]
+        total = Accumulator()
+        work = Work(query, tiles, 0.3, total)
+        kernels.pick(work).attend(work)
+        seen = torch.cat([torch.arange(at, at + n) for at, n in parts])
+        keys, values = (part[:, heads, seen] for part in memory)
+        out, lse = by_definition(query, keys, values, 0.3, None)
+        torch.testing.assert_close(total.result().out.double(), out, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(total.result().lse.double(), lse, rtol=1e-5, atol=1e-5)
+
+
+def test_without_a_tile_the_result_is_zero() -> None:
+    out = torch.ones(1, 2, 1, 1, 8)
+    total = reference().begin(draw(1, 1, 1, 2, 8), scale=1.0)
+    total.add_sinks(torch.zeros(1, 1))
+    total.write(out)
+    assert not out.any()
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("fault", ["attend", "merge", "decode", "place"])
 def test_a_kernel_that_errs_in_one_kind_of_call_is_not_chosen(fault, dtype, monkeypatch):
-    class FaultyTiles(SeparateTiles):
+    class Faulty(Kernels):
+        """Right but for one kind of call."""
+
+        def __init__(self, *_kernels: object) -> None:
+            super().__init__([Named()])
+
+        def begin(self, query, *, scale):
+            return FaultyTotal() if fault == "merge" and query.shape[3] > 1 else Accumulator()
+
+        def decode(self, work):
+            super().decode(work)
+            if fault == "decode":
+                work.out += 1
+            elif fault == "place":
+                work.tiles[0].kv.keys[:, :, -1] += 1
+
+    class FaultyTotal(Accumulator):
         """Wrong in the end."""
 
         def write(self, out):
             super().write(out)
             out += 1
 
-    class Faulty(ReferenceKernel):
-        """Right but for one kind of call."""
+    class Named(ReferenceKernel):
+        """Wrong in its LSE."""
 
-        name = "faulty"
+        def attend(self, work):
+            total, work.into = work.into, Accumulator()
+            super().attend(work)
+            partial = work.into.result()
+            total.add(Partial(partial.out, partial.lse + (fault == "attend")))
 
-        def attend(self, *args, **options):
-            partial = super().attend(*args, **options)
-            return Partial(partial.out, partial.lse + 1) if fault == "attend" else partial
-
-        def begin(self, query, *, scale):
-            faulty = fault == "merge" and query.shape[3] > 1
-            return (FaultyTiles if faulty else SeparateTiles)(self, query, scale)
-
-        def decode(self, query, new, past, out, *, scale):
-            super().decode(query, new, past, out, scale=scale)
-            if fault == "decode":
-                out += 1
-            elif fault == "place":
-                past[0][:, :, -1] += 1
-
-    monkeypatch.setattr(select, "CpuKernel", Faulty)
+    monkeypatch.setattr(select, "Kernels", Faulty)
     monkeypatch.setattr(select, "decode_library", lambda *_kind: None)
-    kernel = select_kernel.__wrapped__(torch.device("cpu"), dtype, 16, 16)
-    assert not isinstance(kernel, Faulty)
+    monkeypatch.setattr(select, "agrees", noting := Noting(select.agrees))
+    select_kernels.__wrapped__(torch.device("cpu"), dtype, 16, 16)
     fault = ""
-    kernel = select_kernel.__wrapped__(torch.device("cpu"), dtype, 16, 16)
-    assert isinstance(kernel, Faulty)
+    select_kernels.__wrapped__(torch.device("cpu"), dtype, 16, 16)
+    assert noting.answers == [False, True]
+
+
+class Noting:
+    """Notes what a function returns."""
+
+    def __init__(self, function):
+        self.function, self.answers = function, []
+
+    def __call__(self, *arguments):
+        self.answers.append(self.function(*arguments))
+        return self.answers[-1]

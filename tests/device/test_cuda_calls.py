@@ -241,6 +241,7 @@ class TestOnCuda:
             assert (answered == 2.0 * (value + 1)).all()
 
     def test_jobs_are_ordered_between_a_copy_and_a_kernel(self) -> None:
+        from attended import attended, native
         from headinfer.attend.native.kernel import NativeKernel
         from headinfer.attend.partial import Partial
         from kv_tiles import tile_of
@@ -268,7 +269,7 @@ class TestOnCuda:
         assert all(job.finished for job in pending)
         for row, answer in enumerate(answers):
             part = values[:, :, 9 : 909 + row // 2]
-            wanted = NativeKernel().attend(queries[row].view(shape), part, part, scale=1.0)
+            wanted = attended(native(), queries[row].view(shape), part, part, scale=1.0)
             torch.testing.assert_close(answer.cpu().view(shape), wanted.out)
 
     def test_the_caller_does_not_wait(self) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from headinfer.attend.reference import ReferenceKernel
+from headinfer.attend.table import Kernels
 from headinfer.device.simulated import SimulatedDevice
 from headinfer.engine.engine import Engine
 from headinfer.engine.stats import Stats
@@ -16,6 +17,7 @@ from headinfer.schedule.route import Pass
 from shapes import model_shape
 
 DIM, LAYERS, PROMPT_TOKENS, RESIDENT_TOKENS = 8, 3, 70, 20
+KERNELS = Kernels([ReferenceKernel()])
 
 
 class Conversation:
@@ -45,7 +47,13 @@ class Conversation:
             query, new = self.draw(1, 2, 2, tokens, DIM), self.draw(2, 2, tokens, DIM)
             keys, values = new[:, None]
             ours = self.engine.attend(
-                layer, query, keys, values, kernel=ReferenceKernel(), scale=0.3, kind=kind
+                layer,
+                query,
+                keys,
+                values,
+                kernels=Kernels([ReferenceKernel()]),
+                scale=0.3,
+                kind=kind,
             )
             past = self.kv[layer] if seen is None else self.kv[layer][:, :, seen]
             self.kv[layer] = torch.cat((self.kv[layer], new), dim=2)

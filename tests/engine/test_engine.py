@@ -8,9 +8,10 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from attended import attended, only, reference
 from headinfer.attend.masks import Padding
 from headinfer.attend.reference import ReferenceKernel
-from headinfer.attend.select import select_kernel
+from headinfer.attend.select import select_kernels
 from headinfer.device.base import Device
 from headinfer.device.cpu import CpuDevice
 from headinfer.device.simulated import SimulatedDevice
@@ -184,7 +185,7 @@ def test_any_sequence_of_changes(
 
     engine = Engine(device, plan(), torch.float64, Stats())
     engine.expect(expected)
-    kernel = select_kernel(torch.device("cpu"), torch.float64, *dims)
+    kernels = select_kernels(torch.device("cpu"), torch.float64, *dims)
     windows = [layer.window_tokens for layer in shape.layers]
     plain = Plain(
         windows,
@@ -209,12 +210,12 @@ def test_any_sequence_of_changes(
                 query,
                 keys,
                 values,
-                kernel=kernel,
+                kernels=kernels,
                 scale=0.3,
                 window_tokens=windows[layer_idx] or None,
                 padding=padding_seen(valid, tokens, windows[layer_idx]),
                 sinks=sinks,
-                host_kernel=None if device_name == "cpu" else kernel,
+                host_kernels=None if device_name == "cpu" else kernels,
             )
             wanted = plain.attend(layer_idx, query, keys, values, valid, sinks)
             torch.testing.assert_close(ours, wanted, rtol=1e-10, atol=1e-10)
@@ -273,11 +274,16 @@ def test_host_memory_is_what_was_planned(expected: int) -> None:
     engine = Engine(CpuDevice(), plan, torch.float32, Stats())
     added = engine.expect(expected)
     assert added == plan.kv_host_bytes(expected)
-    kernel = ReferenceKernel()
+    kernels = reference()
     for layer_idx in range(2):
         new = torch.randn(1, 2, 100, 8)
         engine.attend(
-            layer_idx, new.unsqueeze(2).expand(1, 2, 2, 100, 8), new, new, kernel=kernel, scale=1.0
+            layer_idx,
+            new.unsqueeze(2).expand(1, 2, 2, 100, 8),
+            new,
+            new,
+            kernels=kernels,
+            scale=1.0,
         )
     assert engine.host_kv_bytes == plan.kv_host_bytes(expected or 100)
     one = torch.randn(1, 2, 1, 8)
@@ -288,7 +294,7 @@ def test_host_memory_is_what_was_planned(expected: int) -> None:
                 one.unsqueeze(2).expand(1, 2, 2, 1, 8),
                 one,
                 one,
-                kernel=kernel,
+                kernels=kernels,
                 scale=1.0,
             )
     if expected:
@@ -303,7 +309,7 @@ def test_shapes_the_cache_was_not_made_for_are_refused() -> None:
     )
     new = torch.randn(1, 2, 3, 8, dtype=torch.bfloat16)
     with pytest.raises(CacheStateError, match="bfloat16"):
-        engine.attend(0, new.unsqueeze(2), new, new, kernel=ReferenceKernel(), scale=1.0)
+        engine.attend(0, new.unsqueeze(2), new, new, kernels=reference(), scale=1.0)
 
 
 def test_a_plan_whose_memory_cannot_be_had_closes_the_cache(
@@ -312,8 +318,8 @@ def test_a_plan_whose_memory_cannot_be_had_closes_the_cache(
     device = SimulatedDevice()
     plan = resolve(model_shape(), Options(chunk_tokens=8, tile_tokens=16), device="simulated")
     engine = Engine(device, plan, torch.float32, Stats())
-    new, kernel = torch.randn(1, 2, 9, 8), ReferenceKernel()
-    engine.attend(0, new.unsqueeze(2), new, new, kernel=kernel, scale=1.0)
+    new, kernels = torch.randn(1, 2, 9, 8), reference()
+    engine.attend(0, new.unsqueeze(2), new, new, kernels=kernels, scale=1.0)
 
     def refuse(_num_bytes: int) -> torch.Tensor:
         raise MemoryPlanError("the device has none left")
@@ -324,7 +330,7 @@ def test_a_plan_whose_memory_cannot_be_had_closes_the_cache(
     assert engine.closed
     assert engine.device_kv_bytes == engine.host_kv_bytes == 0
     with pytest.raises(CacheStateError, match="closed"):
-        engine.attend(0, new.unsqueeze(2), new, new, kernel=kernel, scale=1.0)
+        engine.attend(0, new.unsqueeze(2), new, new, kernels=kernels, scale=1.0)
     engine.close()
 
 
@@ -333,11 +339,11 @@ class Failing(ReferenceKernel):
 
     left = -1  # calls until it does; never while negative
 
-    def attend(self, *args, **options):
+    def attend(self, work):
         self.left -= 1
         if self.left == 0:
             raise MemoryError("no more")
-        return super().attend(*args, **options)
+        super().attend(work)
 
 
 @pytest.mark.parametrize("resident_tokens", [0, 10, 90])
@@ -357,7 +363,7 @@ def test_failures_that_the_caller_keeps_take_nothing_from_the_cache(resident_tok
 
     def attend(layer_idx: int, part: slice) -> torch.Tensor:
         new = query[:, :, :, part], keys[:, :, part], values[:, :, part]
-        return engine.attend(layer_idx, *new, kernel=kernel, scale=0.3)
+        return engine.attend(layer_idx, *new, kernels=only(kernel), scale=0.3)
 
     for _ in range(5):
         engine.clear()
@@ -372,5 +378,5 @@ def test_failures_that_the_caller_keeps_take_nothing_from_the_cache(resident_tok
     for layer_idx in range(2):
         attend(layer_idx, slice(0, 59))
         ours = attend(layer_idx, slice(59, 60))
-        wanted = ReferenceKernel().attend(query[:, :, :, 59:], keys, values, scale=0.3)
+        wanted = attended(reference(), query[:, :, :, 59:], keys, values, scale=0.3)
         torch.testing.assert_close(ours, wanted.out.permute(0, 3, 1, 2, 4))

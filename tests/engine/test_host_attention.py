@@ -1,5 +1,6 @@
 """The host's share as work in stream order: nobody waits for it, and nothing is lost with it."""
 
+import functools
 import gc
 import weakref
 from collections.abc import Callable, Iterator
@@ -8,8 +9,9 @@ import pytest
 import torch
 
 import headinfer
-from headinfer.attend.partial import Kernel, Partial
+from attended import only, reference
 from headinfer.attend.reference import ReferenceKernel
+from headinfer.attend.work import Work
 from headinfer.device.base import Edge
 from headinfer.device.hazards import HazardError
 from headinfer.device.simulated import SimulatedDevice
@@ -22,7 +24,7 @@ from host_share import DIM, decode, each_store_change, engine_with_host_share, g
 from tiny_models import random_tokens, tiny_model
 
 
-class Failing(Kernel):
+class Failing:
     """A kernel that raises, and counts how often it was called."""
 
     name = "failing"
@@ -31,7 +33,10 @@ class Failing(Kernel):
         self.error = ArithmeticError("the host cannot count")
         self.calls = 0
 
-    def attend(self, *_tensors: torch.Tensor, **_options: object) -> Partial:
+    def serves(self, _work: Work) -> bool:
+        return True
+
+    def attend(self, _work: Work) -> None:
         self.calls += 1
         raise self.error
 
@@ -43,9 +48,9 @@ class Recording(ReferenceKernel):
         super().__init__()
         self.keys: list[torch.Tensor] = []
 
-    def attend(self, query, keys, values, **options) -> Partial:
-        self.keys.append(keys.clone())
-        return super().attend(query, keys, values, **options)
+    def attend(self, work: Work) -> None:
+        self.keys += [tile.kv.keys.clone() for tile in work.tiles]
+        super().attend(work)
 
 
 def test_the_caller_does_not_wait_for_the_host() -> None:
@@ -170,12 +175,13 @@ def test_an_attention_that_fails_on_the_device_leaves_the_query_to_the_host() ->
     engine, broken = engine_with_host_share(device), Failing()
     new = torch.ones(1, 2, 1, DIM)
     arguments = (0, new.unsqueeze(2), new, new)
+    attend = functools.partial(engine.attend, *arguments, scale=1.0, host_kernels=reference())
     for kernel in (broken, ReferenceKernel()):
         if kernel is broken:
             with pytest.raises(ArithmeticError):
-                engine.attend(*arguments, kernel=kernel, scale=1.0, host_kernel=ReferenceKernel())
+                attend(kernels=only(kernel))
         else:
-            engine.attend(*arguments, kernel=kernel, scale=1.0, host_kernel=ReferenceKernel())
+            attend(kernels=only(kernel))
     engine.close()
 
 
@@ -193,7 +199,7 @@ def failing_model_call(
     ) as offload:
         cache = offload.new_cache()
         model(random_tokens(1, 60), past_key_values=cache)
-        monkeypatch.setattr(attention, "_host_kernel", lambda *_: kernel)
+        monkeypatch.setattr(attention, "_host_kernels", lambda *_: only(kernel))
         yield lambda: model(random_tokens(1, 1), past_key_values=cache), kernel, cache.reset
 
 

@@ -8,10 +8,12 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from attended import attended, reference
 from headinfer.attend.native import kernel as native
 from headinfer.attend.native.job import Job
 from headinfer.attend.native.kernel import NativeKernel
 from headinfer.attend.reference import ReferenceKernel
+from headinfer.attend.work import Work
 from headinfer.device.simulated import SimulatedDevice
 from headinfer.engine import host_attention
 from headinfer.engine.engine import Engine
@@ -26,14 +28,14 @@ pytestmark = pytest.mark.skipif(
 class Unused(NativeKernel):
     """Makes jobs, and must not be called."""
 
-    def attend(self, *_tensors: torch.Tensor, **_options: object) -> None:
+    def attend(self, _work: Work) -> None:
         raise AssertionError("Python ran where a job was to")
 
 
 def answer_to(layer_idx: int) -> torch.Tensor:
     """Return what the host makes of a layer's stored tokens."""
     query, kv = torch.ones(1, 2, 1, 1, DIM), stored(layer_idx)
-    return ReferenceKernel().attend(query, kv, kv, scale=1.0).out
+    return attended(reference(), query, kv, kv, scale=1.0).out
 
 
 @pytest.mark.parametrize("batch", [1, 3])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from headinfer.attend.reference import ReferenceKernel
+from attended import reference
 from headinfer.device.cpu import CpuDevice
 from headinfer.device.simulated import SimulatedDevice
 from headinfer.engine.engine import Engine
@@ -26,9 +26,7 @@ def engine_with_window(device: CpuDevice | SimulatedDevice) -> Engine:
 def attend(engine: Engine, tokens: int) -> torch.Tensor:
     new = torch.randn(1, 2, tokens, 8)
     query = new.unsqueeze(2).expand(1, 2, 2, tokens, 8)
-    return engine.attend(
-        0, query, new, new, kernel=ReferenceKernel(), scale=1.0, window_tokens=WINDOW
-    )
+    return engine.attend(0, query, new, new, kernels=reference(), scale=1.0, window_tokens=WINDOW)
 
 
 @pytest.mark.parametrize("device", [CpuDevice(), SimulatedDevice()], ids=["cpu", "simulated"])

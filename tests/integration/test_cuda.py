@@ -5,6 +5,8 @@ import torch
 from transformers import DynamicCache
 
 import headinfer
+from headinfer.attend.table import Kernels
+from headinfer.attend.work import Work
 from headinfer.errors import CacheStateError
 from headinfer.integration import attention
 from tiny_models import ARCHITECTURES, random_tokens, tiny_model
@@ -99,7 +101,10 @@ def test_an_error_of_the_hosts_attention_reaches_the_caller(
     class Failing:
         name = "failing"
 
-        def attend(self, *_tensors: torch.Tensor, **_options: object) -> None:
+        def serves(self, _work: Work) -> bool:
+            return True
+
+        def attend(self, _work: Work) -> None:
             raise ArithmeticError("the host cannot count")
 
     model = tiny_model("llama3").to("cuda")
@@ -110,7 +115,7 @@ def test_an_error_of_the_hosts_attention_reaches_the_caller(
         cache = offload.new_cache()
         wanted = model(tokens, past_key_values=cache, logits_to_keep=1).logits
         with monkeypatch.context() as patch:
-            patch.setattr(attention, "_host_kernel", lambda *_: Failing())
+            patch.setattr(attention, "_host_kernels", lambda *_: Kernels([Failing()]))
             with pytest.raises(ArithmeticError, match="cannot count"):
                 model(tokens[:, :1], past_key_values=cache)
         with pytest.raises(CacheStateError, match="interrupted"):

@@ -235,10 +235,10 @@ def test_a_kernel_that_fails_in_the_middle_costs_no_buffer() -> None:
         for attempt in range(5):
             calls = iter(range(100))
 
-            def failing(self, *arguments, calls=calls, attempt=attempt, **options):  # type: ignore[no-untyped-def]
+            def failing(self, work, calls=calls, attempt=attempt):  # type: ignore[no-untyped-def]
                 if next(calls) == 2 + attempt % 2:
                     raise ZeroDivisionError
-                return right(self, *arguments, **options)
+                right(self, work)
 
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(CpuKernel, "attend", failing)

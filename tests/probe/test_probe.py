@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from headinfer.attend.table import Kernels
 from headinfer.device.identity import identity
 from headinfer.device.simulated import SimulatedDevice
 from headinfer.errors import OptionError
@@ -60,7 +61,7 @@ def test_the_cpu_is_measured(dtype):
     assert measurement.versions["torch"] == torch.__version__
     assert (
         measurement.host_kernel
-        == attention.select_kernel(
+        == attention.select_kernels(
             torch.device("cpu"), dtype, attention.HEAD_DIM, attention.HEAD_DIM
         ).name
     )
@@ -110,10 +111,10 @@ def test_a_gpu_that_fails_everything_leaves_the_hosts_rates(monkeypatch):
 
     for name in ("copies", "matmuls"):
         monkeypatch.setattr(operations, name, fail)
-    select, readers = attention.select_kernel, operations.readers
+    select, readers = attention.select_kernels, operations.readers
     monkeypatch.setattr(
         attention,
-        "select_kernel",
+        "select_kernels",
         lambda where, *kind: fail() if where.type == "cuda" else select(where, *kind),
     )
     monkeypatch.setattr(
@@ -224,18 +225,23 @@ def test_host_memory_is_read_by_link_and_cpu_as_stated(monkeypatch):
 
 def test_decode_attends_every_key_once(monkeypatch):
     device, dtype = torch.device("cpu"), torch.float32
-    kernel = attention.select_kernel(device, dtype, attention.HEAD_DIM, attention.HEAD_DIM)
+    kernels = attention.select_kernels(device, dtype, attention.HEAD_DIM, attention.HEAD_DIM)
     seen = []
 
     class Spy:
-        name = kernel.name
+        name = kernels.name
 
-        def attend(self, query, keys, values, *, scale):
-            assert query.shape == (1, attention.KV_HEADS, attention.GROUP, 1, attention.HEAD_DIM)
+        def serves(self, _work):
+            return True
+
+        def attend(self, work):
+            shape = (1, attention.KV_HEADS, attention.GROUP, 1, attention.HEAD_DIM)
+            assert work.query.shape == shape
+            ((keys, values),) = [tile.kv for tile in work.tiles]
             seen.append((keys.storage_offset(), keys.shape, values.nbytes))
-            return kernel.attend(query, keys, values, scale=scale)
+            kernels.pick(work).attend(work)
 
-    monkeypatch.setattr(attention, "select_kernel", lambda *_kind: Spy())
+    monkeypatch.setattr(attention, "select_kernels", lambda *_kind: Kernels([Spy()]))
     ways = attention.decode(device, dtype, tokens=128, all_tokens=512)
     ((run, amount),) = ways.values()
     run()

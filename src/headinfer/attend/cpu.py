@@ -5,117 +5,75 @@ against 0.8 GB/s for `scaled_dot_product_attention(enable_gqa=True)`, which read
 every query head of its group.
 """
 
+import functools
+
 import torch
 
-from headinfer.attend.grouped import attend_grouped
-from headinfer.attend.partial import Accumulator, Kernel, Partial, empty_partial
-from headinfer.attend.split import attend_split
+from headinfer.attend.fused_call import attend_grouped, attend_split, operator
+from headinfer.attend.partial import Partial
+from headinfer.attend.work import Work
 
 _FEW_ROWS = 32
 """Up to so many folded query rows the kernel has one task a head, fewer than there may be cores."""
-
 
 _BLOCK_TOKENS = 4096
 """Keys of one call with many queries: the kernel copies 16-bit keys and values to pack them, so
 this bounds its memory, and ours where we convert them."""
 
+_TILE = operator("flash_attention_for_cpu", is_causal=False)
+_SQUARE = operator("flash_attention_for_cpu", is_causal=True)
 
-class CpuKernel(Kernel):
-    """The fused CPU kernel: float64, float32, bfloat16 and float16, equal key and value dims."""
+
+class CpuKernel:
+    """A kernel of torch's for the CPU: float64, float32 and 16 bits, equal key and value dims."""
 
     name = "torch flash attention (CPU)"
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        *,
-        scale: float,
-        causal: bool = False,
-        mask: torch.Tensor | None = None,
-    ) -> Partial:
-        """Attend in one fused call where masks allow; see `Kernel.attend`."""
-        kv_len = keys.shape[2]
-        if query.shape[3] == 0 or kv_len == 0:  # the kernel divides by zero on empty input
-            return empty_partial(query, values.shape[3])
-        rows = query.shape[2] * query.shape[3]
-        if rows <= _FEW_ROWS:
-            return _attend(query, keys, values, scale, causal, mask)
-        convert = _to_float32 if query.dtype == torch.float16 else _unchanged
-        query = convert(query)
-        if causal:
-            return _attend(query, convert(keys), convert(values), scale, causal, mask)
-        total = Accumulator()
-        for start in range(0, kv_len, _BLOCK_TOKENS):
-            tokens = slice(start, start + _BLOCK_TOKENS)
-            block_keys, block_values = convert(keys[:, :, tokens]), convert(values[:, :, tokens])
-            visible = None if mask is None else mask[:, :, tokens]
-            total.add(_attend(query, block_keys, block_values, scale, causal, visible))
-        return total.result()
+    def serves(self, work: Work) -> bool:
+        """Whether it can attend a work: always."""
+        return True
 
-
-def _to_float32(tensor: torch.Tensor) -> torch.Tensor:
-    """Convert float16, which loses nothing: 169 against 121 GFLOP/s in the kernel, measured."""
-    return tensor.float()
-
-
-def _unchanged(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
-
-
-def _attend(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    scale: float,
-    causal: bool,
-    mask: torch.Tensor | None,
-) -> Partial:
-    """Attend in one fused call, or one for each row of the batch."""
-    batch, kv_heads, group, q_len, _ = query.shape
-    if causal and q_len > 1:
-        return attend_grouped(
-            lambda q, k, v, _row: _flash(q, k, v, scale, causal=True), query, keys, values
-        )
-    if mask is not None and mask.shape[1] > 1:
-        biases = _bias(mask, query.dtype).expand(batch, -1, -1, -1)
-        partial = attend_grouped(
-            lambda q, k, v, row: _flash(q, k, v, scale, bias=biases[row : row + 1]),
-            query,
-            keys,
-            values,
-        )
-        return _without_blind_rows(partial, mask)
-    folded = query.reshape(batch, kv_heads, group * q_len, -1)
-    splits = torch.get_num_threads() // (batch * kv_heads)
-    if mask is None and batch == 1 and splits > 1 and folded.shape[2] <= _FEW_ROWS:
-        out, lse = attend_split(_flash, folded, keys, values, scale, splits)
-    else:
-        bias = None if mask is None else _bias(mask, query.dtype)
-        out, lse = _flash(folded, keys, values, scale, bias=bias)
-    partial = Partial(*(torch.unflatten(part, 2, (group, q_len)) for part in (out, lse)))
-    return partial if mask is None else _without_blind_rows(partial, mask)
-
-
-def _flash(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    scale: float,
-    /,
-    *,
-    causal: bool = False,
-    bias: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, keys, values, 0.0, causal, attn_mask=bias, scale=scale
-    )
-    return out, lse
+    def attend(self, work: Work) -> None:
+        """Attend in one fused call where masks and lengths allow; see `Kernel.attend`."""
+        query, scale, into, mask = work.query, work.scale, work.into, work.mask
+        assert into is not None
+        batch, kv_heads, group, q_len, _ = query.shape
+        many, square = group * q_len > _FEW_ROWS, work.causal and q_len > 1
+        grouped = square or (mask is not None and mask.shape[1] > 1)
+        if not grouped:
+            if into.folded is None:
+                into.folded = query.contiguous().flatten(2, 3)
+            query = into.folded
+        converted = many and query.dtype == torch.float16
+        if converted:  # loses nothing: 169 against 121 GFLOP/s in the kernel, measured
+            query = query.float()
+        alone = mask is None and batch == 1 and not many
+        splits = torch.get_num_threads() // kv_heads if alone else 1
+        for tile in work.tiles if q_len else ():  # the kernel divides by zero on empty input
+            keys, values = tile.kv
+            step = _BLOCK_TOKENS if many and not square else max(tile.tokens, 1)
+            for start in range(0, tile.tokens, step):
+                tokens = slice(start, start + step)
+                block = keys[:, :, tokens], values[:, :, tokens]
+                if converted:
+                    block = block[0].float(), block[1].float()
+                bias = None if mask is None else _bias(mask[:, :, tokens], query.dtype)
+                if grouped:
+                    partial = attend_grouped(
+                        _SQUARE if square else _TILE, query, *block, scale, bias
+                    )
+                else:
+                    call = _TILE if bias is None else functools.partial(_TILE, attn_mask=bias)
+                    out, lse = attend_split(call, query, *block, scale, splits)
+                    rows = (group, q_len)
+                    partial = Partial(out.unflatten(2, rows), lse.unflatten(2, rows))
+                if mask is not None:
+                    partial = _without_blind_rows(partial, mask[:, :, tokens])
+                into.add(partial)
 
 
 def _bias(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return the mask as the kernel takes it: additive, `[batch or 1, 1, q_len or 1, kv_len]`."""
+    """Return a mask as the kernel takes it: additive, `[batch or 1, 1, q_len or 1, kv_len]`."""
     bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
     return bias.masked_fill_(~mask, -torch.inf).unsqueeze(1)
 

@@ -3,18 +3,19 @@
 For large tiles cuDNN's on Hopper and later, else flash attention, in float32 memory-efficient
 attention; all are called through torch's private operators. For few rows, where reading
 keys and values is the bound, Triton programs of our own (`fused_decode`), and flash attention where
-there is no Triton. Each is checked on small inputs before it is trusted.
+there is no Triton.
 """
 
 import logging
 
 import torch
 
-from headinfer.attend.grouped import attend_grouped
-from headinfer.attend.partial import Kernel, Partial, empty_partial
-from headinfer.attend.prepared import PreparedKernel
+from headinfer.attend.check import agrees
+from headinfer.attend.fused_call import FusedCall, attend_grouped, attend_split, operator
+from headinfer.attend.partial import Partial
 from headinfer.attend.reference import ReferenceKernel
-from headinfer.attend.split import FusedCall, attend_split
+from headinfer.attend.table import Kernels
+from headinfer.attend.work import Kernel, Work
 
 _logger = logging.getLogger(__name__)
 
@@ -34,179 +35,135 @@ For every new shape that took 45 to 65 ms, as long as it then saves 32 layers of
 many pairs in a tile; twice that in a causal square, whose shapes come again from prompt to prompt.
 """
 
+_FLASH, _FLASH_CAUSAL = (
+    operator("flash_attention", is_causal=causal, return_debug_mask=False)
+    for causal in (False, True)
+)
+_CUDNN, _CUDNN_CAUSAL = (
+    operator("cudnn_attention", attn_bias=None, compute_log_sumexp=True, is_causal=causal)
+    for causal in (False, True)
+)
+_EFFICIENT, _EFFICIENT_CAUSAL = (
+    operator("efficient_attention", attn_bias=None, compute_log_sumexp=True, is_causal=causal)
+    for causal in (False, True)
+)
 
-class CudaKernel(Kernel):
-    """A fused CUDA kernel for tiles and causal squares; masked calls go to the reference kernel.
+
+class CudaKernel:
+    """A kernel of torch's for CUDA, for tiles and causal squares without masks.
+
+    With `least_pairs` it has to prepare for every new shape, and serves where that is worth it. It
+    is loaded, and checked, when the first such work comes: for cuDNN that took 1.5 s, which no
+    short prompt is to wait for. Once it failed its check it serves nothing, and has no name.
 
     Args:
         name: what to call it.
-        tile: its operator for tiles.
-        few: the operator for tiles of few query rows, in splits, and of a single key.
-        square: the operator with a causal mask.
         torch_device: which GPU.
+        tile: its operator for tiles.
+        square: the operator with a causal mask.
+        small: the operator for tiles of few query rows, of a single key, or of less than
+            `least_pairs`; by default that for all tiles.
+        least_pairs: query rows x keys of one head from which a tile is worth it.
     """
 
     def __init__(
         self,
         name: str,
+        torch_device: torch.device,
         *,
         tile: FusedCall,
-        few: FusedCall,
         square: FusedCall,
-        torch_device: torch.device,
+        small: FusedCall | None = None,
+        least_pairs: int = 0,
     ) -> None:
         self.name = name
-        self._tile = tile
-        self._few = few
-        self._square = square
-        self._masked = ReferenceKernel()
+        self._tile, self._square, self._small = tile, square, small or tile
+        self._torch_device = torch_device
+        self._least_pairs = least_pairs
+        self._works = None if least_pairs else True  # None is not known yet
         properties = torch.cuda.get_device_properties(torch_device)
         self._blocks = _BLOCKS_PER_MULTIPROCESSOR * properties.multi_processor_count
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        *,
-        scale: float,
-        causal: bool = False,
-        mask: torch.Tensor | None = None,
-    ) -> Partial:
-        """Attend in one fused call where there is no mask; see `Kernel.attend`."""
+    def serves(self, work: Work) -> bool:
+        """Whether it can attend a work, and one of the tiles is worth it."""
+        group, q_len = work.query.shape[2:4]
+        if work.mask is not None or not q_len or self._works is False:
+            return False
+        if not self._least_pairs:
+            return True
+        most_tokens = max([0, *(tile.tokens for tile in work.tiles)])
+        if group * q_len * most_tokens < self._least_pairs:
+            return False
+        # Of a prompt's causal squares the last has a length of its own, and all others the plan's
+        # chunk, which is a power of two: only those come again.
+        if work.causal and q_len.bit_count() != 1:
+            return False
+        return self._works or self._check(work.query)
+
+    def attend(self, work: Work) -> None:
+        """Attend each tile in one fused call; see `Kernel.attend`."""
+        query, scale, into = work.query, work.scale, work.into
+        assert into is not None
         batch, kv_heads, group, q_len, _ = query.shape
-        if q_len == 0 or keys.shape[2] == 0:
-            return empty_partial(query, values.shape[3])
-        if mask is not None:
-            return self._masked.attend(query, keys, values, scale=scale, mask=mask)
-        if causal and q_len > 1:
-            return attend_grouped(
-                lambda q, k, v, _row: self._square(q, k, v, scale), query, keys, values
-            )
-        folded = query.reshape(batch, kv_heads, group * q_len, -1)
-        rows, kv_len = folded.shape[2], keys.shape[2]
-        splits = min(self._blocks // (batch * kv_heads), kv_len // _MIN_SPLIT_TOKENS)
-        if rows <= _FEW_ROWS and batch == 1 and splits > 1:
-            out, lse = attend_split(self._few, folded, keys, values, scale, splits)
-        elif rows <= _FEW_ROWS or kv_len == 1:
-            out, lse = self._few(folded, keys, values, scale)
-        else:
-            out, lse = self._tile(folded, keys, values, scale)
-        return Partial(*(torch.unflatten(part, 2, (group, q_len)) for part in (out, lse)))
+        if work.causal and q_len > 1:
+            into.add(attend_grouped(self._square, query, *work.tiles[0].kv, scale))
+            return
+        if into.folded is None:
+            into.folded = query.contiguous().flatten(2, 3)
+        rows = group * q_len
+        few = rows <= _FEW_ROWS
+        most_splits = self._blocks // kv_heads if few and batch == 1 else 1
+        for tile in work.tiles:
+            if tokens := tile.tokens:
+                small = few or tokens == 1 or rows * tokens < self._least_pairs
+                call, splits = self._small if small else self._tile, tokens // _MIN_SPLIT_TOKENS
+                splits = min(most_splits, splits)
+                out, lse = attend_split(call, into.folded, *tile.kv, scale, splits)
+                shape = (group, q_len)
+                into.add(Partial(out.unflatten(2, shape), lse.unflatten(2, shape)))
+
+    def _check(self, query: torch.Tensor) -> bool:
+        """Find out whether it works, with a kernel of its operators that serves all works."""
+        tile, square, small = self._tile, self._square, self._small
+        every = CudaKernel(self.name, self._torch_device, tile=tile, square=square, small=small)
+        self._works = agrees(Kernels([every]), query.device, query.dtype, query.shape[4])
+        if not self._works:
+            _logger.warning("%s fails its check here; another kernel is used", self.name)
+            self.name = ""
+        return self._works
 
 
-def _flash(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    scale: float,
-    /,
-    *,
-    causal: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
-        query, keys, values, 0.0, causal, False, scale=scale
-    )
-    return out, lse[:, :, : query.shape[2]]
-
-
-def _flash_causal(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, /
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return _flash(query, keys, values, scale, causal=True)
-
-
-def _efficient(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    scale: float,
-    /,
-    *,
-    causal: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
-        query, keys, values, None, True, 0.0, causal, scale=scale
-    )
-    # This kernel pads the LSE of each head to a multiple of 32 rows.
-    return out, lse[:, :, : query.shape[2]]
-
-
-def _efficient_causal(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, /
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return _efficient(query, keys, values, scale, causal=True)
-
-
-def _cudnn(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    scale: float,
-    /,
-    *,
-    causal: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-        query, keys, values, None, True, 0.0, causal, False, scale=scale
-    )
-    return out, lse.reshape(query.shape[:3])
-
-
-def _cudnn_causal(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, /
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return _cudnn(query, keys, values, scale, causal=True)
-
-
-def candidates(torch_device: torch.device, dtype: torch.dtype, head_dim: int) -> list[Kernel]:
-    """Return the fused kernels that may serve this dtype and head_dim, best first."""
+def candidates(torch_device: torch.device, dtype: torch.dtype, head_dim: int) -> list[Kernels]:
+    """Return the tables that may serve this dtype and head_dim, best first."""
     half = dtype in (torch.float16, torch.bfloat16)
     if head_dim % 8 or not (half or dtype == torch.float32):
         return []
-    fused: list[Kernel] = []
+    choices: list[list[Kernel]] = []
     if half and head_dim <= 256:
-        flash = CudaKernel(
-            "torch flash attention (CUDA)",
-            tile=_flash,
-            few=_flash,
-            square=_flash_causal,
-            torch_device=torch_device,
-        )
+        name = "torch flash attention (CUDA)"
+        flash = CudaKernel(name, torch_device, tile=_FLASH, square=_FLASH_CAUSAL)
         hopper = torch.cuda.get_device_capability(torch_device)[0] >= _HOPPER
         if hopper and head_dim <= 128:
             cudnn = CudaKernel(
-                "cuDNN attention",
-                tile=_cudnn,
-                few=_flash,  # cuDNN takes no single key
-                square=_cudnn_causal,
-                torch_device=torch_device,
+                *("cuDNN attention", torch_device),
+                tile=_CUDNN,
+                square=_CUDNN_CAUSAL,
+                small=_FLASH,  # cuDNN takes no single key
+                least_pairs=_CUDNN_PAIRS,
             )
-            fused.append(PreparedKernel(cudnn, flash, least_pairs=_CUDNN_PAIRS))
+            choices.append([cudnn, flash])
         else:
-            fused.append(flash)
-    fused.append(
-        CudaKernel(
-            "memory-efficient attention (CUDA)",
-            tile=_efficient,
-            few=_efficient,
-            square=_efficient_causal,
-            torch_device=torch_device,
-        )
-    )
-    return [*_with_fused_decode(fused, torch_device, dtype, head_dim), *fused]
-
-
-def _with_fused_decode(
-    others: list[Kernel], torch_device: torch.device, dtype: torch.dtype, head_dim: int
-) -> list[Kernel]:
-    """Return each kernel with few rows served by Triton; none where there is no Triton."""
+            choices.append([flash])
+    name = "memory-efficient attention (CUDA)"
+    choices.append([CudaKernel(name, torch_device, tile=_EFFICIENT, square=_EFFICIENT_CAUSAL)])
+    rest = [ReferenceKernel()]
+    tables = [Kernels(kernels, rest) for kernels in choices]
     try:
-        from headinfer.attend.fused_decode import FusedDecodeKernel, serves
+        from headinfer.attend.fused_decode import TritonKernels, serves
     except Exception as error:  # it is not there, or is broken: torch's kernels serve
         _logger.info("no Triton: %s", error)
-        return []
+        return tables
     if not serves(dtype, head_dim):
-        return []
+        return tables
     multiprocessors = torch.cuda.get_device_properties(torch_device).multi_processor_count
-    return [FusedDecodeKernel(other, multiprocessors) for other in others]
+    return [*(TritonKernels(kernels, rest, multiprocessors) for kernels in choices), *tables]

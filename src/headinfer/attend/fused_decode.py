@@ -5,12 +5,18 @@ needs 25 us for a launch that was a millisecond for each tile, longer than its c
 tokens are resident, a single launch also keeps the new one.
 """
 
+import functools
+from collections.abc import Sequence
+
 import torch
 
-from headinfer.attend.fused_merge import MergedTiles
-from headinfer.attend.partial import Kernel, Partial, TileAttention
-from headinfer.attend.triton_kernels import attend_tile, decode_token, merge_slots
+from headinfer.attend.fused_merge import FusedAccumulator
+from headinfer.attend.partial import Partial
+from headinfer.attend.table import Kernels
+from headinfer.attend.triton_kernels import attend_tile, decode_token
 from headinfer.attend.triton_launch import Program
+from headinfer.attend.triton_merge import merge_slots
+from headinfer.attend.work import Kernel, Total, Work
 
 MAX_ROWS = 64
 """Query rows of one KV head up to which a step is bound by reading keys and values."""
@@ -41,11 +47,13 @@ def _power_of_2(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def _block_tokens(keys: torch.Tensor) -> int:
+@functools.lru_cache(1024)  # asked for each tile
+def _block_tokens(dim: int, itemsize: int) -> int:
     """Return the tokens read at once: 16 KiB of keys, twice that in flight with the values."""
-    return max(2**14 // (_power_of_2(keys.shape[3]) * keys.itemsize), 16)
+    return max(2**14 // (_power_of_2(dim) * itemsize), 16)
 
 
+@functools.lru_cache(1024)
 def _split(kv_len: int, block_tokens: int, most_splits: int) -> tuple[int, int]:
     """Return into how many parts some tokens are split, of whole blocks, and the tokens of each."""
     splits = max(min(most_splits, kv_len // _MIN_SPLIT_TOKENS), 1)
@@ -54,84 +62,213 @@ def _split(kv_len: int, block_tokens: int, most_splits: int) -> tuple[int, int]:
     return -(-kv_len // split_tokens), split_tokens
 
 
-def _are_alike(keys: torch.Tensor, values: torch.Tensor) -> bool:
-    """Whether keys and values have equal strides, the last of them 1."""
-    return keys.stride() == values.stride() and keys.stride(3) == 1
-
-
-def _alike(keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return keys and values that are alike, copied where they are not."""
-    return (keys, values) if _are_alike(keys, values) else (keys.contiguous(), values.contiguous())
-
-
-class FusedDecodeKernel(Kernel):
-    """Few query rows by Triton; all else by another kernel.
+class Slots:
+    """A total of few query rows: partials side by side until they are merged in one launch.
 
     Args:
-        other: what serves more rows, causal squares and masks that differ between queries.
+        query: `[batch, kv_heads, group, q_len, head_dim]`; contiguous where it is not to be copied.
+        scale: factor of the scores.
+        programs: programs that fill the device.
+
+    Attributes:
+        folded: see `Total.folded`.
+        query: contiguous.
+        scale: as given.
+        heads: rows of the batch x KV heads.
+        rows: query rows of one KV head.
+        block_rows: rows of a matrix product.
+        block_dim: elements of a program's rows.
+        block_tokens: tokens that a program reads at once.
+        most_splits: parts of a tile at most.
+        capacity: slots there are.
+        used: slots with partials.
+        slots: outputs `[capacity, batch, kv_heads, group, q_len, head_dim]` and behind them their
+            LSE, in float32.
+    """
+
+    folded: torch.Tensor | None = None
+    _more: Partial | None = None  # merged from where it lies
+    _sinks: torch.Tensor | None = None
+
+    def __init__(self, query: torch.Tensor, scale: float, programs: int) -> None:
+        batch, kv_heads, group, q_len, dim = query.shape
+        self.query = query.contiguous()
+        self.scale = float(scale)
+        self.heads = batch * kv_heads
+        self.rows = group * q_len
+        self.block_rows = max(_power_of_2(self.rows), _LEAST_BLOCK_ROWS)
+        self.block_dim = _power_of_2(dim)
+        self.block_tokens = _block_tokens(dim, query.dtype.itemsize)
+        self.most_splits = max(programs // self.heads, 1)
+        self._all_rows = self.heads * self.rows
+        slot_elements = self._all_rows * (dim + 1)
+        slot_bytes = slot_elements * torch.float32.itemsize
+        self.capacity = max(_SLOTS_BYTES // slot_bytes, self.most_splits + 1)
+        self.slots = query.new_empty(self.capacity * slot_elements, dtype=torch.float32)
+        self.used = 0
+
+    def add(self, partial: Partial) -> None:
+        """Merge a partial of the same queries; the first must stay as it is until the end."""
+        out, lse = partial.out, partial.lse
+        in_place = out.dtype == torch.float32 and out.is_contiguous() and lse.is_contiguous()
+        if self._more is None and in_place:
+            self._more = partial
+            return
+        if self.used == self.capacity:
+            self.make_room()
+        outs_size = self.capacity * self._all_rows * out.shape[-1]
+        parts, lses = self.slots[:outs_size], self.slots[outs_size:]
+        parts.view(-1, *out.shape)[self.used].copy_(out)
+        lses.view(-1, *lse.shape)[self.used].copy_(lse)
+        self.used += 1
+
+    def add_sinks(self, sinks: torch.Tensor) -> None:
+        """Merge attention sinks."""
+        self._sinks = sinks.contiguous()
+
+    def write(self, out: torch.Tensor) -> None:
+        """Write the result."""
+        self._merge(out.permute(0, 2, 3, 1, 4), None)
+
+    def result(self) -> Partial:
+        """Return the result in float32."""
+        out = torch.empty(self.query.shape, dtype=torch.float32, device=self.query.device)
+        lse = out.new_empty(out.shape[:-1])
+        self._merge(out, lse)
+        return Partial(out, lse)
+
+    def make_room(self) -> None:
+        """Merge all slots, so that they can be used again."""
+        self._more = self.result()
+        self.used = 0  # the merge is ordered before what is written over its slots
+
+    def _merge(self, out: torch.Tensor, lse: torch.Tensor | None) -> None:
+        """Merge all slots into `out[batch, kv_heads, group, q_len, dim]`, and into `lse` if any."""
+        _, kv_heads, group, q_len, dim = self.query.shape
+        more, sinks, slots = self._more, self._sinks, self.slots
+        _MERGE.launch(
+            (self._all_rows, 1, 1),
+            (
+                slots,
+                *((more.out, more.lse) if more is not None else (slots, slots)),
+                slots if sinks is None else sinks,
+                out,
+                slots if lse is None else lse,
+            ),
+            (self.used, self.capacity, kv_heads, group, q_len),
+            out.stride()[:4],
+            (
+                *(dim, more is not None, sinks is not None, lse is not None),
+                *(_BLOCK_SLOTS, self.block_dim),
+            ),
+        )
+
+
+class TritonDecode:
+    """A kernel for few query rows: each tile by one launch, into `Slots`.
+
+    Args:
+        programs: programs that fill the device.
+    """
+
+    name = "Triton decode"
+
+    def __init__(self, programs: int) -> None:
+        self._programs = programs
+
+    def serves(self, work: Work) -> bool:
+        """Whether it can attend a work: not where its queries differ in what they see."""
+        group, q_len = work.query.shape[2:4]
+        if not 0 < group * q_len <= MAX_ROWS or (work.causal and q_len > 1):
+            return False
+        return work.mask is None or work.mask.shape[1] == 1
+
+    def attend(self, work: Work) -> None:
+        """Attend each tile; see `Kernel.attend`."""
+        into, mask = work.into, work.mask
+        assert into is not None
+        slots = into if isinstance(into, Slots) else Slots(work.query, work.scale, self._programs)
+        query = slots.query
+        batch, kv_heads, _, _, dim = query.shape
+        constants = (dim, mask is not None, slots.block_rows, slots.block_dim, slots.block_tokens)
+        for tile in work.tiles:
+            if not tile.tokens:
+                continue
+            splits, split_tokens = _split(tile.tokens, slots.block_tokens, slots.most_splits)
+            if slots.used + splits > slots.capacity:
+                slots.make_room()
+            keys, values = tile.whole
+            batch_stride, head_stride, token_stride, step = keys.stride()
+            start = (tile.heads.start or 0) * head_stride + tile.first * token_stride
+            if step != 1 or values.stride() != keys.stride():  # the program reads them alike
+                keys, values = (part.contiguous() for part in tile.kv)
+                batch_stride, head_stride, token_stride, _ = keys.stride()
+                start = 0
+            seen = query
+            if mask is not None:
+                seen = mask.expand(batch, 1, tile.tokens).contiguous()
+            _ATTEND.launch(
+                (splits, slots.heads, 1),
+                (query, keys, values, seen, slots.slots),
+                (
+                    *(slots.scale, tile.tokens, split_tokens, slots.used),
+                    *(kv_heads, slots.rows, slots.capacity),
+                ),
+                (start, batch_stride, head_stride, token_stride),
+                constants,
+            )
+            slots.used += splits
+        if slots is not into:
+            into.add(slots.result())
+
+
+class TritonKernels(Kernels):
+    """A table whose few query rows are attended by Triton, and whose partials it merges.
+
+    Args:
+        kernels: what attends more rows and causal squares, best first.
+        rest: what attends the works that none of these serves.
         multiprocessors: of the device.
     """
 
-    def __init__(self, other: Kernel, multiprocessors: int) -> None:
-        self._other = other
+    def __init__(
+        self, kernels: Sequence[Kernel], rest: Sequence[Kernel], multiprocessors: int
+    ) -> None:
         self._programs = _PROGRAMS_PER_MULTIPROCESSOR * multiprocessors
+        super().__init__([TritonDecode(self._programs), *kernels], rest)
         self._scratch: dict[tuple[object, ...], tuple[torch.Tensor, torch.Tensor]] = {}
 
-    @property
-    def name(self) -> str:  # type: ignore[override]  # follows the other's
-        """What to call it."""
-        return f"Triton decode and {self._other.name}"
-
-    def begin(self, query: torch.Tensor, *, scale: float) -> TileAttention:
-        """Return the attention of some queries to a set of tiles; see `Kernel.begin`."""
+    def begin(self, query: torch.Tensor, *, scale: float) -> Total:
+        """Return what collects the partials of some queries; see `Kernels.begin`."""
         if 0 < query.shape[2] * query.shape[3] <= MAX_ROWS:
-            return FusedTiles(query, scale, self._programs)
-        return MergedTiles(self._other, query, scale)
+            return Slots(query, scale, self._programs)
+        return FusedAccumulator()
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        *,
-        scale: float,
-        causal: bool = False,
-        mask: torch.Tensor | None = None,
-    ) -> Partial:
-        """Attend one tile; see `Kernel.attend`."""
-        rows, square = query.shape[2] * query.shape[3], causal and query.shape[3] > 1
-        many = mask is not None and mask.shape[1] > 1
-        if not 0 < rows <= MAX_ROWS or square or many:
-            return self._other.attend(query, keys, values, scale=scale, causal=causal, mask=mask)
-        tiles = FusedTiles(query, scale, self._programs)
-        tiles.attend(keys, values, mask=mask)
-        return tiles.result()
-
-    def decode(
-        self,
-        query: torch.Tensor,
-        new: tuple[torch.Tensor, torch.Tensor],
-        past: tuple[torch.Tensor, torch.Tensor],
-        out: torch.Tensor,
-        *,
-        scale: float,
-    ) -> None:
-        """Attend and keep one new token in one launch; see `Kernel.decode`."""
-        keys, values = past
+    def decode(self, work: Work) -> None:
+        """Attend and keep one new token in one launch, where layouts allow."""
+        new, out, (tile,) = work.new, work.out, work.tiles
+        assert new is not None
+        assert out is not None
+        query, (keys, values) = work.query.contiguous(), tile.whole
         batch, kv_heads, group, _, dim = query.shape
-        readable = _are_alike(keys, values) and out.is_contiguous()
-        if group > _LEAST_BLOCK_ROWS or not readable:
-            super().decode(query, new, past, out, scale=scale)
+        batch_stride, head_stride, token_stride, step = keys.stride()
+        alike = step == 1 and values.stride() == keys.stride() and out.is_contiguous()
+        if group > _LEAST_BLOCK_ROWS or not alike:
+            super().decode(work)
             return
-        query, (new_keys, new_values) = query.contiguous(), _alike(*new)
-        kv_len, heads, block_tokens = keys.shape[2], batch * kv_heads, _block_tokens(keys)
-        splits, split_tokens = _split(kv_len, block_tokens, max(self._programs // heads, 1))
+        new_keys, new_values = new
+        if new_keys.stride() != new_values.stride() or new_keys.stride(3) != 1:
+            new_keys, new_values = new_keys.contiguous(), new_values.contiguous()
+        heads, block_tokens = batch * kv_heads, _block_tokens(dim, keys.itemsize)
+        most_splits = max(self._programs // heads, 1)
+        splits, split_tokens = _split(tile.tokens, block_tokens, most_splits)
         parts, arrived = self._scratch_of(query, splits * heads * group * (dim + 1), heads)
+        start = (tile.heads.start or 0) * head_stride + tile.first * token_stride
         _DECODE.launch(
             (splits, heads, 1),
             (query, new_keys, new_values, keys, values, parts, arrived, out),
-            (float(scale), kv_len, split_tokens, kv_heads, group),
-            (*new_keys.stride()[:2], *keys.stride()[:3]),
+            (float(work.scale), tile.tokens, split_tokens, kv_heads, group),
+            (*new_keys.stride()[:2], start, batch_stride, head_stride, token_stride),
             (dim, _LEAST_BLOCK_ROWS, _power_of_2(dim), block_tokens, _BLOCK_SLOTS),
         )
 
@@ -150,126 +287,3 @@ class FusedDecodeKernel(Kernel):
             scratch = parts, torch.zeros(heads, dtype=torch.int32, device=device)
             self._scratch[device, stream] = scratch
         return scratch
-
-
-class FusedTiles:
-    """The partials of one query's tiles, side by side until they are merged in one launch.
-
-    Args:
-        query: `[batch, kv_heads, group, q_len, head_dim]`; contiguous where it is not to be copied.
-        scale: factor of the scores.
-        programs: programs that fill the device.
-    """
-
-    def __init__(self, query: torch.Tensor, scale: float, programs: int) -> None:
-        self._query = query.contiguous()
-        self._scale = float(scale)
-        batch, kv_heads, group, q_len, dim = query.shape
-        self._heads = batch * kv_heads
-        self._rows = self._heads * group * q_len
-        self._most_splits = max(programs // self._heads, 1)
-        self._dim = dim
-        self._block_dim = _power_of_2(dim)
-        row_bytes = self._rows * (dim + 1) * torch.float32.itemsize
-        self._capacity = max(_SLOTS_BYTES // row_bytes, self._most_splits + 1)
-        elements = self._capacity * self._rows * (dim + 1)  # outputs, and behind them their LSE
-        self._slots = torch.empty(elements, dtype=torch.float32, device=query.device)
-        self._used = 0
-        self._more: Partial | None = None  # merged from where it lies
-        self._sinks: torch.Tensor | None = None
-
-    def attend(
-        self, keys: torch.Tensor, values: torch.Tensor, *, mask: torch.Tensor | None = None
-    ) -> None:
-        """Attend a tile, of which `mask[batch or 1, 1, kv_len]` tokens are visible."""
-        kv_len = keys.shape[2]
-        if not kv_len:
-            return
-        query, block_tokens = self._query, _block_tokens(keys)
-        splits, split_tokens = _split(kv_len, block_tokens, self._most_splits)
-        self._make_room(splits)
-        keys, values = _alike(keys, values)
-        rows = query.shape[2] * query.shape[3]
-        _ATTEND.launch(
-            (splits, self._heads, 1),
-            (
-                query,
-                keys,
-                values,
-                query if mask is None else mask.expand(query.shape[0], 1, kv_len).contiguous(),
-                self._slots,
-            ),
-            (
-                *(self._scale, kv_len, split_tokens, self._used),
-                *(query.shape[1], rows, self._capacity),
-            ),
-            keys.stride()[:3],
-            (
-                query.shape[4],
-                mask is not None,
-                max(_power_of_2(rows), _LEAST_BLOCK_ROWS),
-                self._block_dim,
-                block_tokens,
-            ),
-        )
-        self._used += splits
-
-    def add(self, partial: Partial) -> None:
-        """Merge a partial of the same queries; the first must stay as it is until the end."""
-        out, lse = partial.out, partial.lse
-        in_place = out.dtype == torch.float32 and out.is_contiguous() and lse.is_contiguous()
-        if self._more is None and in_place:
-            self._more = partial
-            return
-        self._make_room(1)
-        rows, dim = self._rows, self._dim
-        parts, lses = self._slots.split((self._capacity * rows * dim, self._capacity * rows))
-        parts.view(-1, *partial.out.shape)[self._used].copy_(partial.out)
-        lses.view(-1, *partial.lse.shape)[self._used].copy_(partial.lse)
-        self._used += 1
-
-    def add_sinks(self, sinks: torch.Tensor) -> None:
-        """Merge attention sinks."""
-        self._sinks = sinks.contiguous()
-
-    def write(self, out: torch.Tensor) -> None:
-        """Write the result."""
-        self._merge(out.permute(0, 2, 3, 1, 4), None)
-
-    def result(self) -> Partial:
-        """Return the result in float32."""
-        out = torch.empty(self._query.shape, dtype=torch.float32, device=self._query.device)
-        lse = out.new_empty(out.shape[:-1])
-        self._merge(out, lse)
-        return Partial(out, lse)
-
-    def _make_room(self, slots: int) -> None:
-        if self._used + slots > self._capacity:
-            merged = self.result()
-            self._used = 0  # the merge is ordered before what is written over its slots
-            self._more = merged
-
-    def _merge(self, out: torch.Tensor, lse: torch.Tensor | None) -> None:
-        """Merge all slots into `out[batch, kv_heads, group, q_len, dim]`, and into `lse` if any."""
-        _, kv_heads, group, q_len, dim = self._query.shape
-        more = self._more
-        _MERGE.launch(
-            (self._rows, 1, 1),
-            (
-                self._slots,
-                *((more.out, more.lse) if more is not None else (self._slots, self._slots)),
-                self._slots if self._sinks is None else self._sinks,
-                out,
-                self._slots if lse is None else lse,
-            ),
-            (self._used, self._capacity, kv_heads, group, q_len),
-            out.stride()[:4],
-            (
-                dim,
-                more is not None,
-                self._sinks is not None,
-                lse is not None,
-                _BLOCK_SLOTS,
-                self._block_dim,
-            ),
-        )

@@ -6,7 +6,7 @@ tenth of the time that a tile of 16K tokens is attended in.
 
 import torch
 
-from headinfer.attend.partial import Kernel, Partial, SeparateTiles
+from headinfer.attend.partial import Partial
 from headinfer.attend.triton_launch import Program
 from headinfer.attend.triton_merge import merge_two
 
@@ -17,92 +17,70 @@ _MERGE_TWO = Program(merge_two, num_warps=4)
 
 
 class FusedAccumulator:
-    """Merges partials of the same queries in float32, as `Accumulator` does.
+    """A total by Triton: merges partials in float32, as `Accumulator` does.
 
     The newest partial waits, so that the last merge writes the result itself.
+
+    Attributes:
+        folded: see `Total.folded`.
     """
 
-    def __init__(self) -> None:
-        self._merged: Partial | None = None
-        self._owned = False  # whether what was merged is float32 memory of its own
-        self._waiting: Partial | None = None
-        self._sinks: torch.Tensor | None = None
+    folded: torch.Tensor | None = None
+    _merged: Partial | None = None
+    _owned = False  # whether what was merged is float32 memory of its own
+    _waiting: Partial | None = None
+    _sinks: torch.Tensor | None = None
 
     def add(self, partial: Partial) -> None:
         """Merge a partial, which must stay as it is until the end."""
-        if self._merged is None:
+        merged = self._merged
+        if merged is None:
             self._merged = partial
             return
         if self._waiting is not None:
-            self._merge_waiting()
+            out = merged.out
+            if not self._owned:
+                out, self._owned = torch.empty_like(out, dtype=torch.float32), True
+            # Not in place: several threads of the program read the LSE that one of them writes.
+            lse = torch.empty(out.shape[:-1], dtype=torch.float32, device=out.device)
+            self._merge(out, lse)
+            self._merged = Partial(out, lse)
         self._waiting = partial
 
     def add_sinks(self, sinks: torch.Tensor) -> None:
         """Merge attention sinks `[kv_heads, group]`."""
-        self._sinks = sinks
+        self._sinks = sinks.contiguous()
 
     def write(self, out: torch.Tensor) -> None:
         """Write the result to `out[batch, q_len, kv_heads, group, value_dim]`, in its dtype."""
-        assert self._merged is not None, "nothing was merged yet"
-        out = out.permute(0, 2, 3, 1, 4)
-        if self._waiting is None and self._sinks is None:
-            out.copy_(self._merged.out)
+        if self._merged is None:  # no key at all
+            out.zero_()
+        elif self._waiting is None and self._sinks is None:
+            out.copy_(self._merged.out.permute(0, 3, 1, 2, 4))
         else:
-            _merge(self._merged, self._waiting, self._sinks, Partial(out, self._merged.lse), False)
+            self._merge(out.permute(0, 2, 3, 1, 4), None)
 
-    def _merge_waiting(self) -> None:
+    def _merge(self, out: torch.Tensor, lse: torch.Tensor | None) -> None:
+        """Merge what is there and sinks into `out`, which may be the first's, and `lse` if any."""
         assert self._merged is not None
-        out = self._merged.out
-        if not self._owned:
-            out, self._owned = torch.empty_like(out, dtype=torch.float32), True
-        # Not in place: several threads of the program read the LSE that one of them writes.
-        target = Partial(out, torch.empty(out.shape[:-1], dtype=torch.float32, device=out.device))
-        _merge(self._merged, self._waiting, None, target, True)
-        self._merged, self._waiting = target, None
-
-
-def _merge(
-    first: Partial,
-    second: Partial | None,
-    sinks: torch.Tensor | None,
-    target: Partial,
-    with_lse: bool,
-) -> None:
-    """Merge one or two partials and sinks into `target`, whose output may be the first's."""
-    batch, kv_heads, group, q_len, dim = first.out.shape
-    other = first if second is None else second
-    parts = [_readable(part) for part in (first, other)]
-    block_dim = 1 << (dim - 1).bit_length()
-    block_tokens = max(_BLOCK_ELEMENTS // block_dim, 1)
-    _MERGE_TWO.launch(
-        (-(-q_len // block_tokens), batch * kv_heads * group, 1),
-        (
-            *(parts[0].out, parts[0].lse, parts[1].out, parts[1].lse),
-            parts[0].lse if sinks is None else sinks.contiguous(),
-            *(target.out, target.lse),
-        ),
-        (kv_heads, group, q_len),
-        (*parts[0].out.stride()[:4], *parts[1].out.stride()[:4], *target.out.stride()[:4]),
-        (dim, second is not None, sinks is not None, with_lse, block_tokens, block_dim),
-    )
-
-
-def _readable(partial: Partial) -> Partial:
-    """Return a partial whose output has adjacent elements and whose LSE is contiguous."""
-    out = partial.out if partial.out.stride(4) == 1 else partial.out.contiguous()
-    return Partial(out, partial.lse.contiguous())
-
-
-class MergedTiles(SeparateTiles):
-    """Attends tile by tile with any kernel, and merges the partials by `FusedAccumulator`."""
-
-    def __init__(self, kernel: Kernel, query: torch.Tensor, scale: float) -> None:
-        super().__init__(kernel, query, scale, FusedAccumulator())
-
-    def attend(
-        self, keys: torch.Tensor, values: torch.Tensor, *, mask: torch.Tensor | None = None
-    ) -> None:
-        """Attend a tile."""
-        # Laid out so that queries fold over their group as a view, for this tile and all others.
-        self._query = self._query.contiguous()
-        super().attend(keys, values, mask=mask)
+        parts = []
+        for partial in (self._merged, self._waiting or self._merged):
+            # The program reads outputs with adjacent elements, and contiguous LSE.
+            part = partial.out if partial.out.stride(4) == 1 else partial.out.contiguous()
+            parts.append((part, partial.lse.contiguous()))
+        (first, first_lse), (second, second_lse) = parts
+        batch, kv_heads, group, q_len, dim = first.shape
+        block_dim = 1 << (dim - 1).bit_length()
+        block_tokens = max(_BLOCK_ELEMENTS // block_dim, 1)
+        with_second, with_sinks = self._waiting is not None, self._sinks is not None
+        _MERGE_TWO.launch(
+            (-(-q_len // block_tokens), batch * kv_heads * group, 1),
+            (
+                *(first, first_lse, second, second_lse),
+                first_lse if self._sinks is None else self._sinks,
+                *(out, first_lse if lse is None else lse),
+            ),
+            (kv_heads, group, q_len),
+            (*first.stride()[:4], *second.stride()[:4], *out.stride()[:4]),
+            (dim, with_second, with_sinks, lse is not None, block_tokens, block_dim),
+        )

@@ -1,10 +1,13 @@
 """What queries may see beyond plain causality: padding, and a sliding window."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
-from headinfer.attend.partial import Kernel, Partial
+from headinfer.attend.partial import Accumulator, join_queries
+from headinfer.attend.work import Total, Work
+from headinfer.kv.extent import Tile
 
 _QUERY_BLOCK = 512
 """Queries masked at once: with a band of width w a block reads `512 + w` keys for `512` queries."""
@@ -33,62 +36,35 @@ class Padding:
         return None if start >= self.padded_tokens else self.valid[:, None, start:end]
 
 
-def padding_of(padding: Padding | None, start: int, end: int) -> torch.Tensor | None:
-    """Return the mask of some tokens as `Padding.of_tokens` does, None without padding."""
-    return None if padding is None else padding.of_tokens(start, end)
-
-
-def attend_square(
-    kernel: Kernel,
+def band_works(
     query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
+    tile: Tile,
     *,
     scale: float,
-    padding: torch.Tensor | None,
-) -> Partial:
-    """Attend a chunk to itself: causally, and not to its padding.
-
-    Args:
-        kernel: what computes.
-        query: `[batch, kv_heads, group, q_len, key_dim]`.
-        keys: `[batch, kv_heads, q_len, key_dim]`.
-        values: `[batch, kv_heads, q_len, value_dim]`.
-        scale: factor of the scores.
-        padding: mask `[batch, 1, q_len]` of `keys`, or None.
-    """
-    if padding is None:
-        return kernel.attend(query, keys, values, scale=scale, causal=True)
-    return attend_band(
-        kernel, query, keys, values, scale=scale, window_tokens=None, padding=padding
-    )
-
-
-def attend_band(
-    kernel: Kernel,
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    *,
-    scale: float,
+    into: Total,
     window_tokens: int | None,
     padding: torch.Tensor | None,
-) -> Partial:
-    """Attend each query to the keys up to its own and, with a window, to no more than that many.
+) -> Iterator[Work]:
+    """Yield works that attend each query to keys up to its own, and to no more than a window's.
+
+    Each must be attended before the next is asked for: what they give is joined at the end.
 
     Args:
-        kernel: what computes.
         query: `[batch, kv_heads, group, q_len, key_dim]`; the last query's own key is the last key.
-        keys: `[batch, kv_heads, kv_len, key_dim]`, `kv_len >= q_len`.
-        values: `[batch, kv_heads, kv_len, value_dim]`.
+        tile: at least the queries' own tokens.
         scale: factor of the scores.
+        into: collects what all of them give.
         window_tokens: keys a query sees, its own included; None for all.
-        padding: mask `[batch, 1, kv_len]`, or None.
+        padding: mask `[batch, 1, kv_len]` of the tile, or None.
     """
-    q_len, kv_len = query.shape[3], keys.shape[2]
+    q_len, kv_len = query.shape[3], tile.tokens
     past = kv_len - q_len
     if q_len == 1 and (window_tokens is None or kv_len <= window_tokens):
-        return kernel.attend(query, keys, values, scale=scale, mask=padding)
+        yield Work(query, [tile], scale, into, mask=padding)
+        return
+    if not past and window_tokens is None and padding is None:
+        yield Work(query, [tile], scale, into, causal=True)
+        return
     parts = []
     for first in range(0, q_len, _QUERY_BLOCK):
         last = min(first + _QUERY_BLOCK, q_len)
@@ -102,18 +78,7 @@ def attend_band(
         visible = visible[None]
         if padding is not None:
             visible = visible & padding[:, :, low:high]
-        parts.append(
-            kernel.attend(
-                query[:, :, :, first:last],
-                keys[:, :, low:high],
-                values[:, :, low:high],
-                scale=scale,
-                mask=visible,
-            )
-        )
-    if len(parts) == 1:
-        return parts[0]
-    return Partial(
-        torch.cat([part.out for part in parts], dim=3),
-        torch.cat([part.lse for part in parts], dim=3),
-    )
+        seen = tile._replace(start=tile.start + low, first=tile.first + low, tokens=high - low)
+        parts.append(Accumulator())
+        yield Work(query[:, :, :, first:last], [seen], scale, parts[-1], mask=visible)
+    into.add(join_queries([part.result() for part in parts]))

@@ -6,6 +6,8 @@ Scores are kept in base 2 within a program (`exp2` is one instruction), natural 
 import triton
 import triton.language as tl
 
+from headinfer.attend.triton_merge import merge_row
+
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -79,49 +81,6 @@ def _attend_split(
     return result, lse
 
 
-@triton.jit
-def _merge_row(
-    parts,
-    lses,
-    place,
-    all_rows,
-    used,
-    DIM: tl.constexpr,
-    BLOCK_SLOTS: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-):
-    """Merge the first `used` partials of query row `place`.
-
-    Loads pass by the multiprocessor's own cache, which may hold what others have overwritten.
-
-    Returns:
-        The weighted sum of the outputs `[BLOCK_DIM]`, its weight, and the LSE that both refer to.
-    """
-    dims = tl.arange(0, BLOCK_DIM)
-    highest = float("-inf")
-    weight = 0.0
-    total = tl.zeros([BLOCK_DIM], tl.float32)
-    for start in range(0, used, BLOCK_SLOTS):
-        numbers = start + tl.arange(0, BLOCK_SLOTS)
-        real = numbers < used
-        places = numbers.to(tl.int64) * all_rows + place
-        lse = tl.load(lses + places, mask=real, other=float("-inf"), cache_modifier=".cg")
-        part = tl.load(
-            parts + places[:, None] * DIM + dims[None, :],
-            mask=real[:, None] & (dims < DIM)[None, :],
-            other=0.0,
-            cache_modifier=".cg",
-        )
-        new_highest = tl.maximum(highest, tl.max(lse, 0))
-        base = tl.where(new_highest == float("-inf"), 0.0, new_highest)
-        shrink = tl.exp(highest - base)
-        w = tl.exp(lse - base)
-        weight = weight * shrink + tl.sum(w, 0)
-        total = total * shrink + tl.sum(part * w[:, None], 0)
-        highest = new_highest
-    return total, weight, highest
-
-
 @triton.jit(
     do_not_specialize=["kv_len", "split_tokens", "first_slot", "kv_heads", "query_rows", "slots"]
 )
@@ -138,6 +97,7 @@ def attend_tile(
     kv_heads,
     query_rows,
     slots,
+    start,
     batch_stride,
     head_stride,
     token_stride,
@@ -150,10 +110,10 @@ def attend_tile(
     """Attend all query rows of one KV head to `split_tokens` tokens of a tile.
 
     Grid: (splits, batch * kv_heads). Reads a contiguous `query[batch, kv_heads, query_rows, DIM]`,
-    keys and values `[batch, kv_heads, kv_len, DIM]` of the strides given, and a contiguous
-    `mask[batch, kv_len]`. Split `s` writes slot `first_slot + s` of
-    `parts[slots, batch, kv_heads, query_rows, DIM]`, float32, and of the LSE that lie behind them,
-    `[slots, batch, kv_heads, query_rows]`.
+    keys and values `[batch, kv_heads, kv_len, DIM]` of the strides given, which begin `start`
+    elements behind the pointers, and a contiguous `mask[batch, kv_len]`. Split `s` writes slot
+    `first_slot + s` of `parts[slots, batch, kv_heads, query_rows, DIM]`, float32, and of the LSE
+    that lie behind them, `[slots, batch, kv_heads, query_rows]`.
     """
     split = tl.program_id(0)
     batch = (tl.program_id(1) // kv_heads).to(tl.int64)
@@ -161,7 +121,7 @@ def attend_tile(
     rows = tl.arange(0, BLOCK_ROWS)
     dims = tl.arange(0, BLOCK_DIM)
     real_rows = rows < query_rows
-    offset = batch * batch_stride + head * head_stride
+    offset = start + batch * batch_stride + head * head_stride
     first = split.to(tl.int64) * split_tokens
     result, lse = _attend_split(
         query + tl.program_id(1) * (query_rows * DIM),
@@ -208,6 +168,7 @@ def decode_token(
     query_rows,
     new_batch_stride,
     new_head_stride,
+    start,
     batch_stride,
     head_stride,
     token_stride,
@@ -219,11 +180,10 @@ def decode_token(
 ):
     """Attend all query rows of one KV head to all its tokens, and put the newest in its place.
 
-    Grid: (splits, batch * kv_heads); `parts` has a slot for each split, as in `attend_tile`. The
-    last token of keys and values is written from `new_keys` and `new_values[batch, kv_heads, DIM]`.
-    The last program of each head merges, and writes the contiguous
-    `out[batch, kv_heads, query_rows, DIM]`. `arrived[batch * kv_heads]` counts programs, 0 before
-    and after.
+    Grid: (splits, batch * kv_heads); keys and values lie as in `attend_tile`, and `parts` has a
+    slot for each split. The last token is written from `new_keys` and `new_values[batch, kv_heads,
+    DIM]`. The last program of each head merges, and writes the contiguous `out[batch, kv_heads,
+    query_rows, DIM]`. `arrived[batch * kv_heads]` counts programs, 0 before and after.
     """
     split = tl.program_id(0)
     batch = (tl.program_id(1) // kv_heads).to(tl.int64)
@@ -233,7 +193,7 @@ def decode_token(
     real_rows = rows < query_rows
     real_dims = dims < DIM
     both = real_rows[:, None] & real_dims[None, :]
-    offset = batch * batch_stride + head * head_stride
+    offset = start + batch * batch_stride + head * head_stride
     new_offset = batch * new_batch_stride + head * new_head_stride
     new_key = tl.load(new_keys + new_offset + dims, mask=real_dims, other=0.0)
     new_value = tl.load(new_values + new_offset + dims, mask=real_dims, other=0.0)
@@ -274,7 +234,7 @@ def decode_token(
     before = tl.atomic_add(arrived + tl.program_id(1), 1, sem="acq_rel")
     if before == tl.num_programs(0) - 1:
         for row in range(0, query_rows):
-            total, weight, _highest = _merge_row(
+            total, weight, _highest = merge_row(
                 parts,
                 lses,
                 first_row + row,
@@ -287,71 +247,3 @@ def decode_token(
             place_out = out + (first_row + row) * DIM + dims
             tl.store(place_out, (total / weight).to(out.dtype.element_ty), mask=real_dims)
         tl.atomic_xchg(arrived + tl.program_id(1), 0)
-
-
-@triton.jit(do_not_specialize=["used", "slots", "kv_heads", "group", "q_len"])
-def merge_slots(
-    parts,
-    more,
-    more_lse,
-    sinks,
-    out,
-    lse_out,
-    used,
-    slots,
-    kv_heads,
-    group,
-    q_len,
-    out_batch,
-    out_head,
-    out_group,
-    out_token,
-    DIM: tl.constexpr,
-    MORE: tl.constexpr,
-    SINKS: tl.constexpr,
-    WITH_LSE: tl.constexpr,
-    BLOCK_SLOTS: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-):
-    """Merge the first `used` partials of one query row by LSE; see `attend_tile`.
-
-    Grid: (batch * kv_heads * rows,). One partial more may come from elsewhere: contiguous
-    `more[batch, kv_heads, rows, DIM]` and `more_lse[batch, kv_heads, rows]`, float32. Writes `out`
-    by its strides, in its dtype, and if asked for `lse_out[batch, kv_heads, rows]`.
-    """
-    place = tl.program_id(0)
-    all_rows = tl.num_programs(0).to(tl.int64)
-    lses = parts + slots * all_rows * DIM
-    row = place % (group * q_len)
-    head = (place // (group * q_len)) % kv_heads
-    batch = (place // (group * q_len * kv_heads)).to(tl.int64)
-    dims = tl.arange(0, BLOCK_DIM)
-    real_dims = dims < DIM
-    total, weight, highest = _merge_row(
-        parts, lses, place, all_rows, used, DIM, BLOCK_SLOTS, BLOCK_DIM
-    )
-    if MORE:
-        lse = tl.load(more_lse + place)
-        part = tl.load(more + place.to(tl.int64) * DIM + dims, mask=real_dims, other=0.0)
-        new_highest = tl.maximum(highest, lse)
-        base = tl.where(new_highest == float("-inf"), 0.0, new_highest)
-        shrink = tl.exp(highest - base)
-        w = tl.exp(lse - base)
-        weight = weight * shrink + w
-        total = total * shrink + part * w
-        highest = new_highest
-    if SINKS:
-        sink = tl.load(sinks + head * group + row // q_len).to(tl.float32)
-        new_highest = tl.maximum(highest, sink)
-        shrink = tl.exp(highest - new_highest)
-        weight = weight * shrink + tl.exp(sink - new_highest)
-        total = total * shrink
-        highest = new_highest
-    nothing = weight == 0.0
-    result = total / tl.where(nothing, 1.0, weight)
-    out += batch * out_batch + head.to(tl.int64) * out_head
-    out += (row // q_len) * out_group + (row % q_len) * out_token
-    tl.store(out + dims, result.to(out.dtype.element_ty), mask=real_dims)
-    if WITH_LSE:
-        lse = tl.where(nothing, float("-inf"), highest + tl.log(tl.where(nothing, 1.0, weight)))
-        tl.store(lse_out + place, lse)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from triton.compiler import CompiledKernel
 
-_ALIGNMENT_BYTES = 16
+_UNALIGNED = 15  # bits of an address, or of a stride, that is no multiple of 16
 _MAX_INT32 = 2**31 - 1
 
 
@@ -34,30 +34,26 @@ class Program:
         strides: tuple[int, ...],
         constants: tuple[object, ...],
     ) -> None:
-        """Enqueue the program on the current stream of the tensors' device."""
+        """Enqueue the program on the current stream of the tensors' device.
+
+        All in one frame: a decode step calls it once for each tile.
+        """
         device = tensors[0].device
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
-                self._launch(grid, tensors, numbers, strides, constants)
-        else:
-            self._launch(grid, tensors, numbers, strides, constants)
-
-    def _launch(
-        self,
-        grid: tuple[int, int, int],
-        tensors: tuple[torch.Tensor, ...],
-        numbers: tuple[float, ...],
-        strides: tuple[int, ...],
-        constants: tuple[object, ...],
-    ) -> None:
+                self.launch(grid, tensors, numbers, strides, constants)
+            return
         # What Triton compiles for: types, and of pointers and strides what it specialises on.
-        kinds = [(t.dtype, t.data_ptr() % _ALIGNMENT_BYTES == 0) for t in tensors]
-        steps = [(n == 1, n % _ALIGNMENT_BYTES == 0, n > _MAX_INT32) for n in strides]
-        key = (tensors[0].device, *kinds, *steps, constants)
-        variant = self._variants.get(key)
+        key: list[object] = [device, constants]
+        for tensor in tensors:
+            key += (tensor.dtype, tensor.data_ptr() & _UNALIGNED == 0)
+        for stride in strides:
+            aligned = stride & _UNALIGNED == 0
+            key.append(-1 if stride == 1 else aligned + 2 * (stride > _MAX_INT32))
+        variant = self._variants.get(tuple(key))
         if variant is not None:
             variant[grid](*tensors, *numbers, *strides, *constants)
             return
         variant = self._jitted[grid](*tensors, *numbers, *strides, *constants, **self._options)
         if isinstance(variant, CompiledKernel):  # the interpreter has none
-            self._variants[key] = variant
+            self._variants[tuple(key)] = variant

@@ -1,16 +1,16 @@
 """The attention of one chunk: group of heads by group of heads, part by part."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 import torch
 from torch.profiler import record_function
 
-from headinfer.attend.masks import attend_band, attend_square
-from headinfer.attend.partial import TileAttention
+from headinfer.attend.masks import band_works
+from headinfer.attend.work import Total, Work, tile_in_hand
 from headinfer.engine.chunk import Chunk
-from headinfer.kv.extent import Piece, Tile
+from headinfer.kv.extent import Tile
 from headinfer.kv.pair import ALL_HEADS, KV
 from headinfer.schedule.steps import Attend, Band, Near, Own, Tiles, Where
 
@@ -54,59 +54,63 @@ def attend_groups(tokens: Tokens, step: Attend) -> None:
         step: which parts, by which groups of heads.
     """
     chunk = tokens.chunk
-    kv_heads, whole = chunk.new.keys.shape[1], step.groups == 1
+    kernels, kv_heads, whole = chunk.kernels, chunk.new.keys.shape[1], step.groups == 1
     near = {part: tokens.near(part.where) for part in step.parts if isinstance(part, Near)}
     with attention_mark():
         for first in range(0, kv_heads, step.heads):
             # A view of all heads would be the same, and takes time.
             heads = ALL_HEADS if whole else slice(first, min(first + step.heads, kv_heads))
             query = chunk.query if whole else chunk.query[:, heads]
-            total = chunk.kernel.begin(query, scale=chunk.scale)
+            total = kernels.begin(query, scale=chunk.scale)
             for part in step.parts:
                 if isinstance(part, Near):
-                    tile = near[part]
-                    if tile.tokens:
-                        _attend_tile(total, chunk, tile if whole else tile._replace(heads=heads))
+                    works = _past_works(chunk, query, [near[part]._replace(heads=heads)], total)
                 elif isinstance(part, Tiles):
-                    for tile in tokens.tiles(heads):
-                        _attend_tile(total, chunk, tile)
+                    works = _past_works(chunk, query, tokens.tiles(heads), total)
                 elif isinstance(part, Own):
-                    _attend_own(total, chunk, query, heads)
+                    works = _own_works(chunk, query, heads, total)
                 else:
-                    _attend_band(total, chunk, tokens.near(Where.WINDOW))
+                    works = _window_works(chunk, tokens.near(Where.WINDOW), total)
+                for work in works:
+                    kernels.pick(work).attend(work)
             if step.write:
                 chunk.finish(heads, total)
             else:
                 chunk.waiting.append((heads, total))
 
 
-def _attend_tile(total: TileAttention, chunk: Chunk, tile: Tile) -> None:
-    mask = None
-    if chunk.padding is not None:
-        mask = chunk.padding_of(tile.start, tile.start + tile.tokens)
-    keys, values = tile.kv
-    total.attend(keys, values, mask=mask)
+def _past_works(
+    chunk: Chunk, query: torch.Tensor, tiles: Iterable[Tile], total: Total
+) -> Iterator[Work]:
+    """Yield what attends some heads of a chunk to tiles before it."""
+    for tile in tiles:
+        mask = None
+        if chunk.padding is not None:
+            mask = chunk.padding_of(tile.start, tile.start + tile.tokens)
+        yield Work(query, (tile,), chunk.scale, total, mask=mask)
 
 
-def _attend_own(total: TileAttention, chunk: Chunk, query: torch.Tensor, heads: slice) -> None:
-    padding = chunk.padding_of(chunk.past_tokens, chunk.past_tokens + chunk.tokens)
-    keys, values = chunk.new.keys[:, heads], chunk.new.values[:, heads]
-    total.add(attend_square(chunk.kernel, query, keys, values, scale=chunk.scale, padding=padding))
+def _own_works(chunk: Chunk, query: torch.Tensor, heads: slice, total: Total) -> Iterator[Work]:
+    """Return what attends some heads of a chunk to itself."""
+    past, tile = chunk.past_tokens, tile_in_hand(chunk.new)._replace(heads=heads)
+    padding = chunk.padding_of(past, past + chunk.tokens)
+    return band_works(
+        query, tile, scale=chunk.scale, into=total, window_tokens=None, padding=padding
+    )
 
 
-def _attend_band(total: TileAttention, chunk: Chunk, tile: Tile) -> None:
+def _window_works(chunk: Chunk, tile: Tile, total: Total) -> Iterator[Work]:
+    """Return what attends a chunk to a window that ends with it."""
     if chunk.tokens == 1:
-        _attend_tile(total, chunk, tile.newest(chunk.window_tokens or tile.tokens))
-        return
-    partial = attend_band(
-        chunk.kernel,
+        tile = tile.newest(chunk.window_tokens or tile.tokens)
+    return band_works(
         chunk.query,
-        *tile.kv,
+        tile,
         scale=chunk.scale,
+        into=total,
         window_tokens=chunk.window_tokens,
         padding=chunk.padding_of(tile.start, tile.start + tile.tokens),
     )
-    total.add(partial)
 
 
 class TokensInHand:
@@ -137,7 +141,7 @@ def attend_in_hand(chunk: Chunk, kv: KV) -> None:
         chunk: the new tokens.
         kv: past tokens, and the chunk's own behind them; all that its padding tells of.
     """
-    kv_heads, tile = kv.keys.shape[1], Tile(0, kv.tokens, Piece(kv.keys), kv)
+    kv_heads, tile = kv.keys.shape[1], tile_in_hand(kv)
     if chunk.window_tokens is not None:
         step = Attend(kv_heads, 1, (Band(),))
     elif chunk.tokens == 1:  # a single token sees its own key as it does those before it

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 import torch
 
 from headinfer.attend.masks import Padding
-from headinfer.attend.partial import Kernel, TileAttention
+from headinfer.attend.table import Kernels
+from headinfer.attend.work import Total
 from headinfer.kv.pair import KV
 
 
@@ -18,12 +19,12 @@ class Chunk:
         query: `[batch, kv_heads, group, q_len, key_dim]` on the device.
         new: the new tokens' keys and values `[batch, kv_heads, q_len, dim]`.
         out: where the result goes, `[batch, q_len, kv_heads, group, value_dim]`.
-        kernel: what computes partials on the device.
+        kernels: what computes partials on the device.
         scale: factor of the scores.
         padding: of the tokens from `padding_start` on, past and new; None when there is none.
         sinks: scores `[kv_heads, group]` of attention sinks, or None.
         window_tokens: tokens that each query sees in a window, its own included; None for all.
-        host_kernel: what computes partials on the CPU for the device; None where nothing may.
+        host_kernels: what computes partials on the CPU for the device; None where nothing may.
         past_tokens: tokens of the layer before these.
         padding_start: position of the first token that `padding` tells of.
         tokens: number of new tokens.
@@ -33,16 +34,16 @@ class Chunk:
     query: torch.Tensor
     new: KV
     out: torch.Tensor
-    kernel: Kernel
+    kernels: Kernels
     scale: float
     padding: Padding | None
     sinks: torch.Tensor | None
     window_tokens: int | None = None
-    host_kernel: Kernel | None = None
+    host_kernels: Kernels | None = None
     past_tokens: int = 0
     padding_start: int = 0
     tokens: int
-    waiting: list[tuple[slice, TileAttention]] = field(default_factory=list)
+    waiting: list[tuple[slice, Total]] = field(default_factory=list)
 
     def part(self, first: int, tokens: int) -> "Chunk":
         """Return at most `tokens` of the tokens as a chunk of their own."""
@@ -62,7 +63,7 @@ class Chunk:
             return None
         return self.padding.of_tokens(start - self.padding_start, end - self.padding_start)
 
-    def finish(self, heads: slice, total: TileAttention) -> None:
+    def finish(self, heads: slice, total: Total) -> None:
         """Put what was merged for some heads into `out`."""
         if self.sinks is not None:
             total.add_sinks(self.sinks[heads])

@@ -8,7 +8,7 @@ attended on the device. The executor performs the steps one after the other.
 import torch
 
 from headinfer.attend.masks import Padding
-from headinfer.attend.partial import Kernel
+from headinfer.attend.table import Kernels
 from headinfer.engine.changes import ChangeableTokens
 from headinfer.engine.chunk import Chunk
 from headinfer.engine.executor import PERFORM
@@ -29,12 +29,12 @@ class Engine(ChangeableTokens):
         keys: torch.Tensor,
         values: torch.Tensor,
         *,
-        kernel: Kernel,
+        kernels: Kernels,
         scale: float,
         window_tokens: int | None = None,
         padding: Padding | None = None,
         sinks: torch.Tensor | None = None,
-        host_kernel: Kernel | None = None,
+        host_kernels: Kernels | None = None,
         kind: Pass = Pass.FORWARD,
     ) -> torch.Tensor:
         """Attend new tokens to the past and to themselves, and keep them.
@@ -44,14 +44,14 @@ class Engine(ChangeableTokens):
             query: `[batch, kv_heads, group, q_len, key_dim]` on the device.
             keys: the new tokens' keys `[batch, kv_heads, q_len, key_dim]`.
             values: their values `[batch, kv_heads, q_len, value_dim]`.
-            kernel: what computes partials.
+            kernels: what computes partials.
             scale: factor of the scores.
             window_tokens: tokens that each query sees, its own included, of those that the layer
                 keeps; None for all of them.
             padding: of all tokens, past and new, or of as many of the newest as a window sees and
                 the new ones; None when there is none.
             sinks: scores `[kv_heads, group]` of attention sinks, or None.
-            host_kernel: what computes partials on the CPU for a device; None when nothing may.
+            host_kernels: what computes partials on the CPU for a device; None when nothing may.
             kind: of pass. A draft attends only what is on the device, and is not exact.
 
         Returns:
@@ -66,17 +66,17 @@ class Engine(ChangeableTokens):
         ledger = self._check(layer_idx, new, query)
         batch, kv_heads, group, q_len, _ = query.shape
         if q_len > MAX_ASKED_TOKENS or padding is not None:
-            host_kernel = None
+            host_kernels = None
         call = Chunk(
             query=query,
             new=new,
             out=query.new_empty(batch, q_len, kv_heads, group, values.shape[3]),
-            kernel=kernel,
+            kernels=kernels,
             scale=scale,
             window_tokens=window_tokens,
             padding=padding,
             sinks=sinks,
-            host_kernel=host_kernel,
+            host_kernels=host_kernels,
             tokens=q_len,
         )
         if padding is not None:  # it ends with the new tokens
@@ -85,8 +85,8 @@ class Engine(ChangeableTokens):
         if ledger.track.window_tokens is not None:
             at_once = max(q_len, 1)
         elif ledger is self._full[0]:  # for all layers alike, because tiles are fetched ahead
-            executor.source.host_share = 0.0 if host_kernel is None else self._balance.share
-        host_share = 0.0 if host_kernel is None else executor.source.host_share
+            executor.source.host_share = 0.0 if host_kernels is None else self._balance.share
+        host_share = 0.0 if host_kernels is None else executor.source.host_share
         assert window_tokens is None or ledger.track.window_tokens is not None
         executor.ledger = ledger
         try:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from headinfer.attend.partial import Partial
+from headinfer.attend.work import Work
 from headinfer.device.base import Device
 from headinfer.engine.attending import attend_groups, attention_mark
 from headinfer.engine.chunk import Chunk
@@ -124,9 +125,9 @@ class Executor:
 
     def _ask(self, step: Ask) -> None:
         chunk = self.chunk
-        assert chunk.host_kernel is not None
+        assert chunk.host_kernels is not None
         tiles = list(self.ledger.host_tiles(step.start, step.end))
-        self._host.ask(self.ledger.geometry, tiles, chunk.query, chunk.host_kernel, chunk.scale)
+        self._host.ask(self.ledger.geometry, tiles, chunk.query, chunk.host_kernels, chunk.scale)
 
     def _fetch(self, step: Fetch) -> None:
         self.source.begin(self.ledger, step)
@@ -137,10 +138,9 @@ class Executor:
         tile = self.pages.place_in_residents(ledger)
         try:
             if chunk.padding is None and chunk.sinks is None:
+                work = Work(chunk.query, (tile,), chunk.scale, new=chunk.new, out=chunk.out)
                 with attention_mark():
-                    chunk.kernel.decode(
-                        chunk.query, chunk.new, tile.kv, chunk.out, scale=chunk.scale
-                    )
+                    chunk.kernels.decode(work)
             else:
                 tile.kv.cut(slice(chunk.past_tokens, None)).copy_(chunk.new)
                 attend_groups(self, Attend(ledger.geometry.kv_heads, 1, _DECODE_IN_PARTS))

@@ -20,7 +20,9 @@ import torch
 
 from headinfer.attend.native.job import Jobs
 from headinfer.attend.native.kernel import NativeKernel
-from headinfer.attend.partial import Accumulator, Kernel, Partial, accumulation_dtype
+from headinfer.attend.partial import Accumulator, Partial, accumulation_dtype
+from headinfer.attend.table import Kernels
+from headinfer.attend.work import Work
 from headinfer.device.base import Device, Edge, Event
 from headinfer.engine.balance import Balance
 from headinfer.engine.stats import Stats
@@ -56,7 +58,7 @@ class _Exchange:
 
     @classmethod
     def allocate(
-        cls, device: Device, query: torch.Tensor, value_dim: int, kernel: Kernel, scale: float
+        cls, device: Device, query: torch.Tensor, value_dim: int, kernels: Kernels, scale: float
     ) -> "_Exchange":
         """Take the memory for queries like `query`, and for their answers."""
         dtype = accumulation_dtype(query.dtype)
@@ -72,8 +74,9 @@ class _Exchange:
                 for part in (answer, device.mapped(answer))
             )
         jobs = None
-        if isinstance(kernel, NativeKernel):
-            jobs = kernel.jobs(sent, on_host, scale=scale)
+        for kernel in kernels.kernels:
+            if isinstance(kernel, NativeKernel):
+                jobs = kernel.jobs(sent, on_host, scale=scale)
         return cls(sent, answer, on_host, on_device, jobs)
 
 
@@ -82,7 +85,7 @@ def _as_partial(memory: torch.Tensor, rows: torch.Size, value_dim: int) -> Parti
     return Partial(out.view(*rows, value_dim), lse.view(rows))
 
 
-class _Work(Protocol):
+class _HostWork(Protocol):
     """A host function that attends, and notes when it did."""
 
     def __call__(self) -> None:
@@ -144,7 +147,7 @@ class HostAttention:
         self._stats = stats
         self._balance = balance
         self._exchanges: dict[tuple[object, ...], _Exchange] = {}
-        self.pending: collections.deque[_Work] = collections.deque()
+        self.pending: collections.deque[_HostWork] = collections.deque()
         self._asked: tuple[torch.Tensor, _Exchange, Event] | None = None
         self._unjudged: collections.deque[tuple[Event, Event]] = collections.deque(maxlen=_UNJUDGED)
         self.failure: BaseException | None = None  # written by host work, taken by `check`
@@ -155,7 +158,7 @@ class HostAttention:
         geometry: Geometry,
         tiles: list[Tile],
         query: torch.Tensor,
-        kernel: Kernel,
+        kernels: Kernels,
         scale: float,
     ) -> None:
         """Enqueue the attention of what is left to the host; before what shall run meanwhile.
@@ -166,7 +169,7 @@ class HostAttention:
             geometry: of the layer.
             tiles: tokens in host memory, of all heads.
             query: `[batch, kv_heads, group, q_len, key_dim]` on the device.
-            kernel: of the CPU.
+            kernels: of the CPU.
             scale: factor of the scores.
         """
         self._take_back()
@@ -174,8 +177,8 @@ class HostAttention:
         compute, host_work = self._device.compute, self._device.host_work
         query = query.contiguous()
         compute.writes(query, "the query")
-        exchange = self._exchange(query, geometry.value_dim, kernel, scale)
-        work = self._work(tiles, exchange, kernel, scale)
+        exchange = self._exchange(query, geometry.value_dim, kernels, scale)
+        work = self._work(tiles, exchange, kernels, scale)
         host_work.wait(compute.record(), Edge.QUERY_READY)
         host_work.copy(exchange.query, query)
         for tile in tiles:
@@ -260,24 +263,26 @@ class HostAttention:
             work.release()
 
     def _exchange(
-        self, query: torch.Tensor, value_dim: int, kernel: Kernel, scale: float
+        self, query: torch.Tensor, value_dim: int, kernels: Kernels, scale: float
     ) -> _Exchange:
-        key = (query.shape, query.dtype, value_dim, kernel, scale)
+        key = (query.shape, query.dtype, value_dim, kernels, scale)
         exchange = self._exchanges.get(key)
         if exchange is None:
-            exchange = _Exchange.allocate(self._device, query, value_dim, kernel, scale)
+            exchange = _Exchange.allocate(self._device, query, value_dim, kernels, scale)
             self._exchanges[key] = exchange
         return exchange
 
-    def _work(self, tiles: list[Tile], exchange: _Exchange, kernel: Kernel, scale: float) -> _Work:
+    def _work(
+        self, tiles: list[Tile], exchange: _Exchange, kernels: Kernels, scale: float
+    ) -> _HostWork:
         """Return the attention of some tokens: a job where the kernel makes one."""
         if exchange.jobs is not None:
             job = exchange.jobs.make(tiles)
             if job is not None:
                 return job
-        attend = functools.partial(kernel.attend, exchange.query, scale=scale)
+        work = Work(exchange.query, tiles, scale)
         answer = exchange.on_host
-        return _Call(functools.partial(self._attend, attend, tiles, answer, self._taken))
+        return _Call(functools.partial(self._attend, kernels, work, answer, self._taken))
 
     def _state_accesses(self, exchange: _Exchange, tiles: list[Tile]) -> None:
         host_work = self._device.host_work
@@ -287,9 +292,7 @@ class HostAttention:
                 host_work.reads(part, "attention on the host")
         host_work.writes(exchange.answer, "result of the host's attention")
 
-    def _attend(
-        self, attend: Callable[..., Partial], tiles: list[Tile], answer: Partial, taken: int
-    ) -> None:
+    def _attend(self, kernels: Kernels, work: Work, answer: Partial, taken: int) -> None:
         """Attend some tokens on the CPU; runs as host work, so it keeps what it fails with.
 
         A call that has failed is over: nothing more of it is attended, nor fails once more.
@@ -298,9 +301,8 @@ class HostAttention:
             return
         try:
             with torch.no_grad():  # which each thread has a setting of its own for
-                total = Accumulator()
-                for tile in tiles:
-                    total.add(attend(*tile.kv))
+                work.into = total = Accumulator()
+                kernels.pick(work).attend(work)
                 partial = total.result()
                 answer.out.copy_(partial.out)
                 answer.lse.copy_(partial.lse)

@@ -6,6 +6,7 @@ hands the new tokens back and remembers them as *pending*; the function takes wh
 so knows which layer of which cache it serves. Each attachment registers functions of its own.
 """
 
+import functools
 import logging
 import threading
 from collections.abc import Callable
@@ -16,8 +17,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
 from headinfer.attend.native.kernel import NativeKernel
-from headinfer.attend.partial import Kernel
-from headinfer.attend.select import select_kernel
+from headinfer.attend.select import select_kernels
+from headinfer.attend.table import Kernels
 from headinfer.engine.attending import attend_in_hand
 from headinfer.engine.chunk import Chunk
 from headinfer.engine.engine import Engine
@@ -206,7 +207,7 @@ class AttentionFunctions:
             if attention_mask is not None:
                 window_tokens, padding = attention_mask.window_tokens, attention_mask.padding
         with without_autocast(query.device.type):
-            kernel = select_kernel(query.device, query.dtype, key_dim, value_dim, softcap)
+            kernels = select_kernels(query.device, query.dtype, key_dim, value_dim, softcap)
             if pending is None:  # a cache that is not ours
                 kv = KV(key, value)
                 out = query.new_empty(batch, q_len, *grouped.shape[1:3], value_dim)
@@ -216,25 +217,27 @@ class AttentionFunctions:
                     query=grouped,
                     new=kv.cut(slice(kv.tokens - q_len, None)),
                     out=out,
-                    kernel=kernel,
+                    kernels=kernels,
                     scale=scale,
                     padding=padding,
                     sinks=sinks,
                 )
                 attend_in_hand(chunk, kv)
             else:
-                out = self.turns.run(
-                    pending.engine.attend,
+                attend: Callable[..., torch.Tensor] = pending.engine.attend
+                if not self.turns.mine:  # a layer that is called by itself
+                    attend = functools.partial(self.turns.run, attend)
+                out = attend(
                     pending.layer_idx,
                     grouped,
                     key,
                     value,
-                    kernel=kernel,
+                    kernels=kernels,
                     scale=scale,
                     window_tokens=window_tokens,
                     padding=padding,
                     sinks=sinks,
-                    host_kernel=_host_kernel(pending.engine.plan, query, value_dim, softcap),
+                    host_kernels=_host_kernels(pending.engine.plan, query, value_dim, softcap),
                 )
         return out.view(batch, q_len, query_heads, value_dim), None
 
@@ -253,19 +256,19 @@ def _check_pending(
         )
 
 
-def _host_kernel(
+def _host_kernels(
     plan: Plan, query: torch.Tensor, value_dim: int, softcap: float | None
-) -> Kernel | None:
+) -> Kernels | None:
     """Return what attends on the CPU on behalf of a device; None where that is not planned.
 
     A share that was chosen by measurement is for the kernel that was measured, and no slower one.
     """
     if not plan.host_share:
         return None
-    kernel = select_kernel(torch.device("cpu"), query.dtype, query.shape[-1], value_dim, softcap)
-    if plan.host_share_adapts and not isinstance(kernel, NativeKernel):
+    kernels = select_kernels(torch.device("cpu"), query.dtype, query.shape[-1], value_dim, softcap)
+    if plan.host_share_adapts and not isinstance(kernels.kernels[0], NativeKernel):
         return None
-    return kernel
+    return kernels
 
 
 def _check_call(

@@ -2,9 +2,12 @@
 
 import torch
 
-from headinfer.attend.select import select_kernel
+from headinfer.attend.partial import Accumulator
+from headinfer.attend.select import select_kernels
+from headinfer.attend.work import Work, tile_in_hand
 from headinfer.device.host_memory import available_host_bytes
 from headinfer.errors import MemoryPlanError
+from headinfer.kv.pair import KV
 from headinfer.probe.timing import Operation
 from headinfer.units import format_bytes
 
@@ -36,16 +39,18 @@ def decode(
         tokens: of one context.
         all_tokens: of all contexts together, in bytes several times the last-level cache.
     """
-    kernel = select_kernel(device, dtype, HEAD_DIM, HEAD_DIM)
+    kernels = select_kernels(device, dtype, HEAD_DIM, HEAD_DIM)
     query = _filled(device, dtype, 1, KV_HEADS, GROUP, 1, HEAD_DIM)
     keys, values = (_filled(device, dtype, 1, KV_HEADS, all_tokens, HEAD_DIM) for _ in range(2))
+    every = tile_in_hand(KV(keys, values))
 
     def run() -> None:
         for start in range(0, all_tokens, tokens):
-            tile = slice(start, start + tokens)
-            kernel.attend(query, keys[:, :, tile], values[:, :, tile], scale=HEAD_DIM**-0.5)
+            tile = every._replace(first=start, tokens=min(tokens, all_tokens - start))
+            work = Work(query, [tile], HEAD_DIM**-0.5, Accumulator())
+            kernels.pick(work).attend(work)
 
-    return {kernel.name: (run, float(keys.nbytes + values.nbytes))}
+    return {kernels.name: (run, float(keys.nbytes + values.nbytes))}
 
 
 def prefill(
@@ -59,15 +64,17 @@ def prefill(
         chunk_tokens: queries of each head.
         tile_tokens: keys of each head.
     """
-    kernel = select_kernel(device, dtype, HEAD_DIM, HEAD_DIM)
+    kernels = select_kernels(device, dtype, HEAD_DIM, HEAD_DIM)
     query = _filled(device, dtype, 1, KV_HEADS, GROUP, chunk_tokens, HEAD_DIM)
     keys, values = (_filled(device, dtype, 1, KV_HEADS, tile_tokens, HEAD_DIM) for _ in range(2))
+    tile = tile_in_hand(KV(keys, values))
     flops = 2.0 * 2.0 * KV_HEADS * GROUP * chunk_tokens * tile_tokens * HEAD_DIM
 
     def run() -> None:
-        kernel.attend(query, keys, values, scale=HEAD_DIM**-0.5)
+        work = Work(query, [tile], HEAD_DIM**-0.5, Accumulator())
+        kernels.pick(work).attend(work)
 
-    return {kernel.name: (run, flops)}
+    return {kernels.name: (run, flops)}
 
 
 def _filled(device: torch.device, dtype: torch.dtype, *shape: int) -> torch.Tensor:

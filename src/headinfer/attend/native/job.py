@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import torch
 
 from headinfer.attend.native.build import compile_kernel
+from headinfer.attend.native.splits import stealable_splits
 from headinfer.attend.native.workers import Workers, shared_workers
 from headinfer.attend.partial import Partial
-from headinfer.attend.split import stealable_splits
 from headinfer.device.host_calls import NativeFunction
 from headinfer.kv.extent import Tile
 
@@ -29,12 +29,8 @@ class _Span(ctypes.Structure):
     """`struct span`."""
 
     _fields_ = (
-        ("keys", _POINTER),
-        ("values", _POINTER),
-        ("key_stride", _NUMBER),
-        ("value_stride", _NUMBER),
-        ("tokens", _NUMBER),
-        ("splits", _NUMBER),
+        *((name, _POINTER) for name in ("keys", "values")),
+        *((name, _NUMBER) for name in ("key_stride", "value_stride", "tokens", "splits")),
     )
 
 
@@ -42,19 +38,10 @@ class _Block(ctypes.Structure):
     """`struct job`."""
 
     _fields_ = (
-        ("attend", _POINTER),
-        ("workers", _POINTER),
-        ("query", _POINTER),
-        ("out", _POINTER),
-        ("lse", _POINTER),
-        ("scratch", _POINTER),
-        ("spans", _POINTER),
-        ("splits", _NUMBER),
-        ("heads", _NUMBER),
-        ("rows", _NUMBER),
-        ("dim", _NUMBER),
-        ("start_s", ctypes.c_double),
-        ("end_s", ctypes.c_double),
+        *((name, _POINTER) for name in ("attend", "workers", "query", "out", "lse")),
+        *((name, _POINTER) for name in ("scratch", "spans")),
+        *((name, _NUMBER) for name in ("splits", "heads", "rows", "dim")),
+        *((name, ctypes.c_double) for name in ("start_s", "end_s")),
         ("next", _NUMBER),
         ("scale", ctypes.c_float),
         ("finished", ctypes.c_int32),
@@ -183,16 +170,8 @@ class Jobs:
                 continue
             splits = stealable_splits(threads, self._heads, tokens // MIN_SPLIT_TOKENS)
             start_bytes = first * self._dim * self._itemsize
-            spans.append(
-                (
-                    keys.data_ptr() + start_bytes,
-                    values.data_ptr() + start_bytes,
-                    key_stride,
-                    value_stride,
-                    tokens,
-                    splits,
-                )
-            )
+            addresses = keys.data_ptr() + start_bytes, values.data_ptr() + start_bytes
+            spans.append((*addresses, key_stride, value_stride, tokens, splits))
             parts += splits
         floats = self._heads * (self._rows * (self._dim + parts * (self._dim + 1)) + 1)
         if self._scratch.numel() < floats:

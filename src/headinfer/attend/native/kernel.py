@@ -1,10 +1,10 @@
-"""Partial attention on the CPU by the compiled kernels, and by torch's where they do not serve.
+"""Partial attention on the CPU by the compiled kernels.
 
 `decode.c` takes few query rows and reads at the speed of memory, `decode_rows.c` some more, and
 `decode_tiles.c` does so in 16 bits where the processor has a matrix unit; `prefill.c` takes many
 rows and multiplies matrices.
-None knows masks: the causal square of a chunk's own tokens goes to torch, and padding is left out
-by looking at the tokens behind it alone.
+None knows masks: the causal square of a chunk's own tokens is torch's, and padding is left out by
+looking at the tokens behind it alone.
 """
 
 import ctypes
@@ -12,11 +12,11 @@ import functools
 
 import torch
 
-from headinfer.attend.cpu import CpuKernel
 from headinfer.attend.native.build import ELEMENTS, compile_kernel
 from headinfer.attend.native.job import MIN_SPLIT_TOKENS, Jobs, job_library
-from headinfer.attend.partial import Kernel, Partial, empty_partial, stack_rows
-from headinfer.attend.split import even_splits, stealable_splits
+from headinfer.attend.native.splits import even_splits, stealable_splits
+from headinfer.attend.partial import Partial
+from headinfer.attend.work import Work
 
 MAX_DECODE_ROWS = 16
 """Query rows up to which reading keys and values takes longer than computing, on a matrix unit."""
@@ -30,6 +30,7 @@ _PREFILL_DIM_MULTIPLE = 32
 
 _MIN_SPLIT_ROWS = 96
 _ALIGNMENT_BYTES = 64
+_FLOAT_BYTES = 4
 
 _POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_int64
 
@@ -94,8 +95,8 @@ def prefill_library(dtype: torch.dtype, head_dim: int) -> ctypes.CDLL | None:
     return library
 
 
-class NativeKernel(Kernel):
-    """Tiles by the compiled kernels; all else by torch's fused one.
+class NativeKernel:
+    """A kernel in C for tiles, under masks that leave each row of the batch a stretch of tokens.
 
     Results are float32 whatever the input, so that merging rounds once. Uses as many threads as
     torch is set to.
@@ -103,45 +104,102 @@ class NativeKernel(Kernel):
 
     name = "native attention (CPU)"
 
-    def __init__(self) -> None:
-        self._other = CpuKernel()
+    def serves(self, work: Work) -> bool:
+        """Whether it can attend a work."""
+        query, mask = work.query, work.mask
+        dtype, group, q_len, dim = query.dtype, *query.shape[2:]
+        rows = group * q_len
+        if not rows or (work.causal and q_len > 1):
+            return False
+        if decode_library(dtype, dim, rows) is None and (
+            rows <= _MAX_ROWS_AT_ONCE or prefill_library(dtype, dim) is None
+        ):
+            return False
+        layout = (dim, 1)  # tokens of one dtype that follow each other without a gap
+        for tile in work.tiles:
+            keys, values = tile.whole
+            if keys.dtype is not dtype or values.dtype is not dtype:
+                return False
+            if keys.stride()[2:] != layout or values.stride()[2:] != layout:
+                return False
+        return mask is None or _visible_spans(mask, query.shape[0]) is not None
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        *,
-        scale: float,
-        causal: bool = False,
-        mask: torch.Tensor | None = None,
-    ) -> Partial:
+    def attend(self, work: Work) -> None:
         """Attend; see `Kernel.attend`."""
-        batch, _, group, q_len, head_dim = query.shape
-        rows, kv_len = group * q_len, keys.shape[2]
-        spans = _visible_spans(mask, batch, kv_len)
-        # The kernels read tokens of one dtype that follow each other without a gap.
-        readable = all(
-            part.dtype == query.dtype and part.stride()[2:] == (head_dim, 1)
-            for part in (keys, values)
-        )
-        square = causal and q_len > 1
-        library = None
-        attend_row = _decode_row
-        if rows and readable and spans is not None and not square:
-            library = decode_library(query.dtype, head_dim, rows)
-            if library is None and rows > _MAX_ROWS_AT_ONCE:  # many of them
-                library, attend_row = prefill_library(query.dtype, head_dim), _prefill_row
-        if library is None or spans is None:
-            return self._other.attend(query, keys, values, scale=scale, causal=causal, mask=mask)
-        return stack_rows(
-            [
-                attend_row(library, query[row], keys[row, :, span], values[row, :, span], scale)
-                if span.stop > span.start
-                else _nothing(query[row : row + 1])
-                for row, span in enumerate(spans)
-            ]
-        )
+        query, into, mask, scale = work.query, work.into, work.mask, work.scale
+        batch, kv_heads, group, q_len, dim = query.shape
+        library = decode_library(query.dtype, dim, group * q_len)
+        if library is None:
+            self._attend_many(work)
+            return
+        assert into is not None
+        spans = None if mask is None else _visible_spans(mask, batch)
+        threads, step = torch.get_num_threads(), query.dtype.itemsize
+        rows = query.float().contiguous()
+        for tile in work.tiles:
+            (keys, values), first, count = tile.whole, tile.first, tile.tokens
+            if not count:
+                continue
+            row, head, _, _ = keys.stride()
+            value_row, value_head, _, _ = values.stride()
+            first_head = tile.heads.start or 0
+            out, lse = torch.empty_like(rows), rows.new_empty(rows.shape[:-1])
+            calls, heads = batch, kv_heads
+            if spans is None and row == kv_heads * head and value_row == kv_heads * value_head:
+                calls, heads = 1, batch * kv_heads  # rows of the batch are as many heads more
+            results = heads * group * q_len
+            for call in range(calls):
+                if spans is not None:
+                    start, count = spans[call]
+                    first = tile.first + start
+                if not count:
+                    out[call], lse[call] = 0.0, -torch.inf
+                    continue
+                splits = stealable_splits(threads, heads, count // MIN_SPLIT_TOKENS)
+                parts = rows.new_empty(splits * results * (dim + 1) if splits > 1 else 0)
+                at, key_at = call * results, call * row + first_head * head + first * dim
+                value_at = call * value_row + first_head * value_head + first * dim
+                library.attend_heads(
+                    rows.data_ptr() + at * dim * _FLOAT_BYTES,
+                    *(keys.data_ptr() + key_at * step, values.data_ptr() + value_at * step),
+                    *(head, value_head, count, heads, splits, scale, parts.data_ptr()),
+                    out.data_ptr() + at * dim * _FLOAT_BYTES,
+                    *(lse.data_ptr() + at * _FLOAT_BYTES, threads),
+                )
+            into.add(Partial(out, lse))
+
+    def _attend_many(self, work: Work) -> None:
+        """Attend many rows, which multiplies matrices."""
+        query, into, mask = work.query, work.into, work.mask
+        assert into is not None
+        batch, kv_heads, group, q_len, dim = query.shape
+        library, threads = prefill_library(query.dtype, dim), torch.get_num_threads()
+        assert library is not None
+        if into.folded is None:
+            into.folded = query.contiguous().flatten(2, 3)
+        rows = into.folded
+        scratch_bytes = threads * library.workspace_bytes() + _ALIGNMENT_BYTES
+        scratch = rows.new_empty(scratch_bytes, dtype=torch.uint8)
+        splits = even_splits(threads, kv_heads, group * q_len // _MIN_SPLIT_ROWS)
+        for tile in work.tiles:
+            (keys, values), spans = tile.kv, [(0, tile.tokens)] * batch
+            if mask is not None:
+                spans = _visible_spans(mask, batch) or spans
+            out = rows.new_empty(query.shape, dtype=torch.float32)
+            lse, highest = out.new_empty(2, *out.shape[:-1])
+            for row, (start, count) in enumerate(spans):
+                if not count:
+                    out[row], lse[row] = 0.0, -torch.inf
+                    continue
+                tokens = (part[row, :, start:].data_ptr() for part in (keys, values))
+                results = (part[row].data_ptr() for part in (out, lse, highest))
+                library.attend_heads(
+                    *(rows[row].data_ptr(), *tokens, keys.stride(1), values.stride(1)),
+                    *(group * q_len, count, kv_heads, splits, work.scale, *results),
+                    -(-scratch.data_ptr() // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES,
+                    threads,
+                )
+            into.add(Partial(out, lse))
 
     def jobs(self, query: torch.Tensor, answer: Partial, *, scale: float) -> Jobs | None:
         """Return what makes host functions of this attention that need no Python.
@@ -164,88 +222,16 @@ class NativeKernel(Kernel):
         return Jobs(attend, library, query, answer, scale)
 
 
-def _visible_spans(mask: torch.Tensor | None, batch: int, kv_len: int) -> list[slice] | None:
-    """Return the tokens each row of the batch sees, where every query sees the same stretch."""
-    if mask is None:
-        return [slice(0, kv_len)] * batch
+def _visible_spans(mask: torch.Tensor, batch: int) -> list[tuple[int, int]] | None:
+    """Return first and number of the tokens each row sees; None where that is no one stretch."""
     if mask.shape[1] > 1:
         return None
     spans = []
-    for seen in mask[:, 0].expand(batch, kv_len):
+    for seen in mask[:, 0].expand(batch, -1):
         (indices,) = seen.nonzero(as_tuple=True)
-        start, stop = (int(indices[0]), int(indices[-1]) + 1) if len(indices) else (0, 0)
-        if stop - start != len(indices):
+        count = len(indices)
+        start = int(indices[0]) if count else 0
+        if count and int(indices[-1]) + 1 - start != count:
             return None
-        spans.append(slice(start, stop))
+        spans.append((start, count))
     return spans
-
-
-def _nothing(query: torch.Tensor) -> Partial:
-    partial = empty_partial(query.float(), query.shape[-1])
-    return Partial(partial.out[0], partial.lse[0])
-
-
-def _decode_row(
-    library: ctypes.CDLL,
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    scale: float,
-) -> Partial:
-    """Attend one row of the batch: `[kv_heads, group, q_len, dim]` to `[kv_heads, kv_len, dim]`."""
-    kv_heads, kv_len = query.shape[0], keys.shape[1]
-    threads = torch.get_num_threads()
-    splits = stealable_splits(threads, kv_heads, kv_len // MIN_SPLIT_TOKENS)
-    rows = query.float().contiguous()
-    out, lse = torch.empty_like(rows), rows.new_empty(rows.shape[:-1])
-    parts = rows.new_empty(splits * (out.numel() + lse.numel()) if splits > 1 else 0)
-    library.attend_heads(
-        rows.data_ptr(),
-        keys.data_ptr(),
-        values.data_ptr(),
-        keys.stride(0),
-        values.stride(0),
-        kv_len,
-        kv_heads,
-        splits,
-        scale,
-        parts.data_ptr(),
-        out.data_ptr(),
-        lse.data_ptr(),
-        threads,
-    )
-    return Partial(out, lse)
-
-
-def _prefill_row(
-    library: ctypes.CDLL,
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    scale: float,
-) -> Partial:
-    """Attend one row of the batch: `[kv_heads, group, q_len, dim]` to `[kv_heads, kv_len, dim]`."""
-    kv_heads, group, q_len, _ = query.shape
-    rows, threads = query.contiguous(), torch.get_num_threads()
-    out = rows.new_empty(rows.shape, dtype=torch.float32)
-    lse, highest = out.new_empty(2, kv_heads, group, q_len)
-    scratch_bytes = threads * library.workspace_bytes() + _ALIGNMENT_BYTES
-    scratch = rows.new_empty(scratch_bytes, dtype=torch.uint8)
-    library.attend_heads(
-        rows.data_ptr(),
-        keys.data_ptr(),
-        values.data_ptr(),
-        keys.stride(0),
-        values.stride(0),
-        group * q_len,
-        keys.shape[1],
-        kv_heads,
-        even_splits(threads, kv_heads, group * q_len // _MIN_SPLIT_ROWS),
-        scale,
-        out.data_ptr(),
-        lse.data_ptr(),
-        highest.data_ptr(),
-        -(-scratch.data_ptr() // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES,
-        threads,
-    )
-    return Partial(out, lse)

@@ -1,5 +1,7 @@
 /*
- * Merging partial results of one query row by their log-sum-exp.
+ * Merging partial results of one query row by their log-sum-exp. Partials are merged in three places:
+ * here for all C kernels and jobs, in partial.py by torch, in triton_merge.py on CUDA. There is no
+ * fourth.
  */
 #include <math.h>
 

@@ -1,0 +1,60 @@
+"""The ordered table of kernels that one kind of layer is attended by."""
+
+from collections.abc import Sequence
+
+import torch
+
+from headinfer.attend.partial import Accumulator
+from headinfer.attend.work import Kernel, Total, Work
+
+
+class Kernels:
+    """A table of kernels, best first; chosen once by `select_kernels`.
+
+    Args:
+        kernels: what the table is for, best first.
+        rest: what attends the works that none of `kernels` serves, if there are any.
+
+    Attributes:
+        kernels: both, in this order; the last serves every work.
+    """
+
+    def __init__(self, kernels: Sequence[Kernel], rest: Sequence[Kernel] = ()) -> None:
+        self.kernels: tuple[Kernel, ...] = (*kernels, *rest)
+        self._named = kernels
+
+    @property
+    def name(self) -> str:
+        """The names of the kernels, without the rest."""
+        return " and ".join(kernel.name for kernel in self._named if kernel.name)
+
+    def begin(self, query: torch.Tensor, *, scale: float) -> Total:
+        """Return what collects the partials of some queries.
+
+        Args:
+            query: `[batch, kv_heads, group, q_len, key_dim]`, that of each work into it.
+            scale: factor of the scores, likewise.
+        """
+        return Accumulator()
+
+    def pick(self, work: Work) -> Kernel:
+        """Return the first kernel that serves a work."""
+        for kernel in self.kernels:
+            if kernel.serves(work):
+                return kernel
+        raise AssertionError("the last kernel of a table serves every work")
+
+    def decode(self, work: Work) -> None:
+        """Put the new token of a work into its place, and write its attention to `work.out`."""
+        assert work.new is not None
+        assert work.out is not None
+        (tile,) = work.tiles
+        for tokens, token in zip(tile.kv, work.new, strict=True):
+            tokens[:, :, -1:].copy_(token)
+        into = self.begin(work.query, scale=work.scale)
+        past = Work(work.query, work.tiles, work.scale, into)
+        for kernel in self.kernels:  # `pick`, without its frame
+            if kernel.serves(past):
+                kernel.attend(past)
+                break
+        into.write(work.out)

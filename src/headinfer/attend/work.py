@@ -1,0 +1,85 @@
+"""What a kernel is asked, and where its results go: one argument object for all of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from headinfer.attend.partial import Partial
+from headinfer.kv.extent import Piece, Tile
+from headinfer.kv.pair import KV
+
+
+class Total(Protocol):
+    """A place that collects partials of the same queries; made by `Kernels.begin`.
+
+    Attributes:
+        folded: the queries with the group folded into them, contiguous, `[batch, kv_heads, group *
+            q_len, key_dim]`; kept by the first kernel that needs them so. None before that.
+    """
+
+    folded: torch.Tensor | None
+
+    def add(self, partial: Partial) -> None:
+        """Merge a partial, which must stay as it is until the end."""
+
+    def add_sinks(self, sinks: torch.Tensor) -> None:
+        """Merge attention sinks `[kv_heads, group]`, once all partials are."""
+
+    def write(self, out: torch.Tensor) -> None:
+        """Write the result to `out[batch, q_len, kv_heads, group, value_dim]`, in its dtype."""
+
+
+@dataclass(slots=True)
+class Work:
+    """Queries and the tiles they are attended to.
+
+    Attributes:
+        query: `[batch, kv_heads, group, q_len, key_dim]`, any strides with a unit last one;
+            unchanged until the total is written.
+        tiles: with as many heads as the queries; never expanded over the group.
+        scale: factor of the scores.
+        into: collects partials of these very queries; None with `new`.
+        causal: query `i` sees key `j` only for `j <= i`; the one tile is the queries' own tokens.
+        mask: bool `[batch or 1, q_len or 1, kv_len]` of the one tile, True where visible; not with
+            `causal`. None where all is.
+        new: the one new token of each row, `[batch, kv_heads, 1, dim]`, which goes to the last
+            place of the one tile and is attended there; see `Kernels.decode`.
+        out: where the result goes with `new`, `[batch, 1, kv_heads, group, value_dim]`.
+    """
+
+    query: torch.Tensor
+    tiles: Sequence[Tile]
+    scale: float
+    into: Total | None = None
+    causal: bool = False
+    mask: torch.Tensor | None = None
+    new: KV | None = None
+    out: torch.Tensor | None = None
+
+
+class Kernel(Protocol):
+    """Computes partials; keeps nothing of a work that would change another, and may be shared.
+
+    Attributes:
+        name: what users know it by; empty where it serves nothing.
+    """
+
+    @property
+    def name(self) -> str: ...  # noqa: D102  # said above
+
+    def serves(self, work: Work) -> bool:
+        """Whether it can attend a work, and is worth it."""
+
+    def attend(self, work: Work) -> None:
+        """Attend to each tile, and add the partials to `work.into`.
+
+        All is enqueued on the stream that is current. A tile's memory may be overwritten by what is
+        ordered after that.
+        """
+
+
+def tile_in_hand(kv: KV) -> Tile:
+    """Return all tokens of keys and values that are in no ledger."""
+    return Tile(0, kv.keys.shape[2], Piece(kv.keys), kv)

@@ -1,0 +1,87 @@
+"""The Triton programs as Triton's compiler takes them, for GPUs that need not be here."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("no Triton", allow_module_level=True)
+
+# In a process of its own: in this one the programs may be the interpreter's.
+PROGRAM = """
+import json, sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from headinfer.attend import triton_kernels, triton_merge
+
+CONSTANTS = {
+    "DIM": 128, "BLOCK_DIM": 128, "BLOCK_ROWS": 16, "BLOCK_TOKENS": 64, "BLOCK_SLOTS": 32,
+    "MASKED": False, "MORE": True, "SINKS": True, "WITH_LSE": True, "SECOND": True,
+}
+TENSORS = "query keys values new_keys new_values out sinks first second".split()
+IN_FLOAT32 = "parts more more_lse lse_out first_lse second_lse out_lse".split()
+OTHERS = {"mask": "*i1", "arrived": "*i32", "scale": "fp32"}
+STRIDES = "stride start _batch _head _group _token".split()
+
+
+def compiled(program, dtype, capability, unaligned):
+    signature, constants, attributes = {}, {}, {}
+    for position, name in enumerate(program.arg_names):
+        if name in CONSTANTS:
+            signature[name], constants[position,] = "constexpr", CONSTANTS[name]
+            continue
+        signature[name] = OTHERS.get(name, "i32")
+        if name in TENSORS or name in IN_FLOAT32:
+            signature[name] = "*fp32" if name in IN_FLOAT32 else f"*{dtype}"
+        pointer = signature[name].startswith("*")
+        special = pointer or name.endswith(tuple(STRIDES))
+        if special and name not in unaligned and not program.params[position].do_not_specialize:
+            attributes[position,] = [["tt.divisibility", 16]]
+    source = ASTSource(program, signature, constants, attributes)
+    kernel = triton.compile(
+        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4}
+    )
+    assert kernel.asm["cubin"]
+    return kernel.asm["ptx"]
+
+
+dtype, capability = sys.argv[1], int(sys.argv[2])
+wide = {}
+for module, name in (
+    (triton_kernels, "attend_tile"), (triton_kernels, "decode_token"),
+    (triton_merge, "merge_slots"), (triton_merge, "merge_two"),
+):
+    wide[name] = []
+    for unaligned in ((), ("start", "first_token")):
+        ptx = compiled(getattr(module, name), dtype, capability, unaligned)
+        lines = [line for line in ptx.splitlines() if "global" in line]
+        wide[name].append(sum(".v4." in line or ", 0x10, " in line for line in lines))
+print(json.dumps(wide))
+"""
+
+
+@pytest.mark.parametrize(("dtype", "capability"), [("fp32", 80), ("fp16", 90), ("bf16", 90)])
+def test_the_programs_compile_and_read_tiles_in_wide_loads(
+    dtype: str, capability: int, tmp_path: Path
+) -> None:
+    """Where a tile begins in its memory is known to be a multiple of 16, as its strides are."""
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(program), dtype, str(capability)],
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert not done.returncode, done.stderr
+    for name, (aligned, unaligned) in json.loads(done.stdout).items():
+        if name in ("attend_tile", "decode_token", "merge_two"):
+            assert aligned > unaligned, name
