@@ -174,7 +174,7 @@ def test_device_memory_may_be_freed_once_the_host_or_compute_has_waited(host_wai
         device.compute.wait(copied, Edge.TILE_FILLED)
     device.compute.reads(target, "what compute itself does needs no wait")
     del target
-    device.synchronize()
+    device.memory.check()
     assert device.allocated_bytes == 0
 
 
@@ -184,8 +184,9 @@ def test_host_memory_must_not_be_freed_before_the_host_has_waited() -> None:
     device.copy_in.copy(target, source)
     device.compute.wait(device.copy_in.record(), Edge.TILE_FILLED)  # which is another's wait
     del source
+    device.synchronize()  # too late
     with pytest.raises(HazardError, match=r"the host has .* not ordered after the read on copy-in"):
-        device.synchronize()
+        device.memory.check()
 
 
 @pytest.mark.parametrize("waits", [True, False])
@@ -198,11 +199,12 @@ def test_what_the_model_frees_must_not_be_in_use_beside_compute(waits: bool) -> 
     if waits:
         device.compute.wait(device.host_work.record(), Edge.ANSWERED)
         del query
-        device.synchronize()
+        device.memory.check()
         return
     del query
+    device.synchronize()
     with pytest.raises(HazardError, match=r"compute has .* after the read on host-work"):
-        device.synchronize()
+        device.compute.writes(torch.ones(1), "what comes next")
 
 
 def test_the_cpu_device_has_no_streams() -> None:

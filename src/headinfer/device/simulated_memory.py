@@ -84,7 +84,7 @@ class SimulatedMemory:
         self._compute = compute
         self._host = host
         self._watched: set[int] = set()  # addresses of storages whose end is waited for
-        self._hazard: HazardError | None = None
+        self._hazard = ""  # not the error, whose traceback keeps the memory of those it came upon
 
     def host_empty(self, num_bytes: int) -> torch.Tensor:
         """Return poisoned host memory, which had no owner before that anything still touches."""
@@ -108,19 +108,21 @@ class SimulatedMemory:
         self.log.add(tensor, clock, stream, write, purpose)
 
     def check(self) -> None:
-        """Raise what was found when memory was freed: there it would be lost, as in any finalizer.
+        """Raise what was found when memory was freed; a finalizer's error would be lost.
+
+        Streams ask this before new work, and tests at their end.
 
         Raises:
-            HazardError: the memory was freed too early.
+            HazardError: memory was freed before the last work on it was waited for.
         """
-        if self._hazard is not None:
-            raise self._hazard
+        if self._hazard:
+            raise HazardError(self._hazard)
 
     def _watch(self, tensor: torch.Tensor, freed: Callable[..., None], *arguments: int) -> None:
         storage = tensor.untyped_storage()
         address = storage.data_ptr()
         self._watched.add(address)
-        weakref.finalize(storage, freed, address, *arguments)
+        weakref.finalize(storage, freed, address, *arguments).atexit = False
 
     def _block_freed(self, address: int, num_bytes: int) -> None:
         self._device_memory_freed(address)
@@ -140,4 +142,4 @@ class SimulatedMemory:
         try:
             self.log.release(address, clock, next_use)
         except HazardError as error:
-            self._hazard = self._hazard or error
+            self._hazard = self._hazard or str(error)
