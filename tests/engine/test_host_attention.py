@@ -321,3 +321,20 @@ def test_an_answer_is_kept_until_compute_has_read_it(end: Callable[[Engine], Non
     del engine
     gc.collect()
     assert noted == ["waited", "freed"]
+
+
+def test_a_query_is_kept_where_asking_was_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed in range(5):
+        device = SimulatedDevice(seed=seed)
+        engine = engine_with_host_share(device)
+        with monkeypatch.context() as patch:
+            patch.setattr(device.host_work, "run", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                decode(engine, ReferenceKernel())
+        decode(engine, ReferenceKernel())
+        engine.close()
+        device.memory.check()
+
+
+def interrupt(_function: object) -> None:
+    raise KeyboardInterrupt

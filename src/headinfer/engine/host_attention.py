@@ -148,7 +148,7 @@ class HostAttention:
         self._balance = balance
         self._exchanges: dict[tuple[object, ...], _Exchange] = {}
         self.pending: collections.deque[_HostWork] = collections.deque()
-        self._asked: tuple[torch.Tensor, _Exchange, Event] | None = None
+        self._asked: tuple[torch.Tensor, _Exchange, Event | None] | None = None
         self._unjudged: collections.deque[tuple[Event, Event]] = collections.deque(maxlen=_UNJUDGED)
         self.failure: BaseException | None = None  # written by host work, taken by `check`
         self._taken = 0  # failures; what was asked before the newest of them is not attended
@@ -180,6 +180,8 @@ class HostAttention:
         exchange = self._exchange(query, geometry.value_dim, kernels, scale)
         work = self._work(tiles, exchange, kernels, scale)
         host_work.wait(compute.record(), Edge.QUERY_READY)
+        # The query is kept until compute waits for the answer: only then may its memory be reused.
+        self._asked = query, exchange, None  # from now on, also where Ctrl-C comes before the end
         host_work.copy(exchange.query, query)
         for tile in tiles:
             if tile.piece.ready is not None:
@@ -188,7 +190,6 @@ class HostAttention:
             self._state_accesses(exchange, tiles)
         self.pending.append(work)  # or nothing would keep what it works on
         host_work.run(work)
-        # The query is kept until compute waits for the answer: only then may its memory be reused.
         self._asked = query, exchange, host_work.record(timed=not self._balance.fixed)
         tokens = sum([tile.tokens for tile in tiles])
         self._stats.bytes_attended_on_host += geometry.num_bytes(tokens)
@@ -201,6 +202,7 @@ class HostAttention:
         """
         assert self._asked is not None, "nothing was asked"
         _, exchange, answered = self._asked
+        assert answered is not None
         if not self._balance.fixed:
             self._unjudged.append((self._device.compute.record(timed=True), answered))
         self._take_back()
@@ -239,6 +241,8 @@ class HostAttention:
         """Order compute after what was asked, also where a failure kept it from being answered."""
         if self._asked is not None:
             _, _, answered = self._asked
+            if answered is None:  # interrupted while it asked
+                answered = self._device.host_work.record()
             self._device.compute.wait(answered, Edge.ANSWERED)
             self._asked = None
 

@@ -82,9 +82,7 @@ class WindowKeeper:
         target = Extent(piece, geometry, tail.capacity, tail.start)
         copy_rows(tail, target, torch.tensor(rows, device=tail.whole.keys.device))
         ledger.select_window(geometry, target)
-        if not self._device.tiles_are_views:
-            # Compute may be another thread's stream when they are read.
-            piece.ready = self._device.compute.record()
+        self._note_written(piece)
 
     def copy(self, source: Ledger, target: Ledger) -> None:
         """Let an empty ledger of the same geometry hold what another one does."""
@@ -94,12 +92,18 @@ class WindowKeeper:
         target.restart_tail(source.tail.start)
         self._state(source.tail.piece, writes=False)
         self._append(target, tail, source.tail.tile(source.tail.start, source.tail.end).kv)
+        self._note_written(tail.piece)
 
     def _state(self, piece: Piece, *, writes: bool) -> None:
         """State what compute does with a window, where that is checked."""
         if self._device.checks_accesses:
             compute = self._device.compute
             (compute.writes if writes else compute.reads)(piece.memory, "a window's tokens")
+
+    def _note_written(self, piece: Piece) -> None:
+        """Have others wait for a window: compute may be another thread's stream by then."""
+        if not self._device.tiles_are_views:
+            piece.ready = self._device.compute.record()
 
     def _piece(self, geometry: Geometry, tokens: int) -> Piece:
         return Piece(self._device.device_empty(geometry.num_bytes(tokens)))
