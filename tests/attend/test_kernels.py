@@ -12,9 +12,10 @@ import torch
 
 from attended import attended, native, only, reference
 from headinfer.attend import cuda, select
+from headinfer.attend.check import agrees
 from headinfer.attend.cpu import CpuKernel
 from headinfer.attend.cuda import CudaKernel, candidates
-from headinfer.attend.fused_call import FusedCall, attend_split
+from headinfer.attend.fused_call import FusedCall, attend_split, operator
 from headinfer.attend.masks import attend_queries, band_works
 from headinfer.attend.native.kernel import NativeKernel, decode_library, prefill_library
 from headinfer.attend.partial import Accumulator, Partial
@@ -474,6 +475,15 @@ def test_what_fails_its_check_at_its_first_call_serves_none(monkeypatch, caplog)
         torch.testing.assert_close(ours.out, by_definition(query, keys, keys, 0.3, None)[0])
         assert kernels.name == "other"
     assert caplog.messages == ["prepared fails its check here; another kernel is used"]
+
+
+def test_an_operator_that_torch_has_not_is_found_out(monkeypatch) -> None:
+    properties = SimpleNamespace(multi_processor_count=4)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: properties)
+    device, none = torch.device("cpu"), operator("none_attention", is_causal=False)
+    kernel = CudaKernel("none", device, tile=none, square=none)
+    assert not agrees(only(kernel), device, torch.float32, 16)
+    assert agrees(reference(), device, torch.float32, 16)
 
 
 @pytest.mark.parametrize("splits", range(1, 12))
