@@ -1,12 +1,13 @@
 """What queries may see beyond plain causality: padding, and a sliding window."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 
-from headinfer.attend.partial import Accumulator, join_queries
+from headinfer.attend.partial import Accumulator, Partial, join_queries
 from headinfer.attend.table import Kernels
-from headinfer.attend.work import Total, Work
+from headinfer.attend.work import Work
 from headinfer.kv.extent import Tile
 
 _QUERY_BLOCK = 512
@@ -48,10 +49,11 @@ def band_works(
     scale: float,
     window_tokens: int | None,
     padding: torch.Tensor | None,
-) -> list[Work]:
-    """Return the works that attend each query to keys up to its own, and no more than a window's.
+) -> Iterator[Work]:
+    """Yield the works that attend each query to keys up to its own, and no more than a window's.
 
-    Each takes the queries that follow those of the work before; `attend_queries` attends them.
+    Each takes the queries that follow those of the work before; `attend_queries` attends them. They
+    are made one by one: the masks of all would take more memory than the results.
 
     Args:
         query: `[batch, kv_heads, group, q_len, key_dim]`; the last query's own key is the last key.
@@ -63,10 +65,11 @@ def band_works(
     q_len, kv_len = query.shape[3], tile.tokens
     past = kv_len - q_len
     if q_len == 1 and (window_tokens is None or kv_len <= window_tokens):
-        return [Work(query, [tile], scale, mask=padding)]
+        yield Work(query, [tile], scale, mask=padding)
+        return
     if not past and window_tokens is None and padding is None:
-        return [Work(query, [tile], scale, causal=True)]
-    works = []
+        yield Work(query, [tile], scale, causal=True)
+        return
     for first in range(0, q_len, _QUERY_BLOCK):
         last = min(first + _QUERY_BLOCK, q_len)
         low = 0 if window_tokens is None else max(past + first - window_tokens + 1, 0)
@@ -80,19 +83,14 @@ def band_works(
         if padding is not None:
             visible = visible & padding[:, :, low:high]
         seen = tile._replace(start=tile.start + low, first=tile.first + low, tokens=high - low)
-        works.append(Work(query[:, :, :, first:last], [seen], scale, mask=visible))
-    return works
+        yield Work(query[:, :, :, first:last], [seen], scale, mask=visible)
 
 
-def attend_queries(kernels: Kernels, works: list[Work], into: Total) -> None:
-    """Attend works that take consecutive queries each, and add what they give to one total."""
-    if len(works) == 1:
-        works[0].into = into
-        kernels.pick(works[0]).attend(works[0])
-        return
+def attend_queries(kernels: Kernels, works: Iterable[Work]) -> Partial:
+    """Attend works that take consecutive queries each, and return the partial of all of them."""
     parts = []
     for work in works:
         work.into = total = Accumulator()
         kernels.pick(work).attend(work)
         parts.append(total.result())
-    into.add(join_queries(parts))
+    return join_queries(parts)

@@ -8,12 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.profiler import record_function
 
-from headinfer.attend.masks import (
-    Padding,
-    attend_queries,
-    band_works,
-    padding_of,
-)
+from headinfer.attend.masks import Padding, attend_queries, band_works, padding_of
 from headinfer.attend.table import Kernels
 from headinfer.attend.work import Total, Work, tile_in_hand
 from headinfer.kv.extent import Tile
@@ -92,7 +87,7 @@ class Chunk:
                 works = band_works(
                     query, own, scale=self.scale, window_tokens=None, padding=own_padding
                 )
-                attend_queries(self.kernels, works, total)
+                total.add(attend_queries(self.kernels, works))
             for tile in near:
                 self._attend_past(query, total, tile if whole else tile._replace(heads=heads))
             for tile in tiles:
@@ -129,7 +124,7 @@ class Chunk:
                     window_tokens=window_tokens,
                     padding=self._padding_of(tile.start, end),
                 )
-                attend_queries(self.kernels, works, total)
+                total.add(attend_queries(self.kernels, works))
         self.finish(slice(0, self.new.keys.shape[1]), total)
 
     def finish(self, heads: slice, total: Total) -> None:
