@@ -12,9 +12,10 @@ import torch
 
 from attended import attended, native, only, reference
 from headinfer.attend import cuda, select
+from headinfer.attend.check import agrees
 from headinfer.attend.cpu import CpuKernel
 from headinfer.attend.cuda import CudaKernel, candidates
-from headinfer.attend.fused_call import FusedCall, attend_split
+from headinfer.attend.fused_call import FusedCall, attend_split, operator
 from headinfer.attend.masks import band_works
 from headinfer.attend.native.kernel import NativeKernel, decode_library, prefill_library
 from headinfer.attend.partial import Accumulator, Partial
@@ -478,6 +479,15 @@ def test_what_fails_its_check_at_its_first_call_serves_none(monkeypatch, caplog)
     assert caplog.messages == ["prepared fails its check here; another kernel is used"]
 
 
+def test_an_operator_that_torch_has_not_is_found_out(monkeypatch) -> None:
+    properties = SimpleNamespace(multi_processor_count=4)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: properties)
+    device, none = torch.device("cpu"), operator("none_attention", is_causal=False)
+    kernel = CudaKernel("none", device, tile=none, square=none)
+    assert not agrees(only(kernel), device, torch.float32, 16)
+    assert agrees(reference(), device, torch.float32, 16)
+
+
 @pytest.mark.parametrize("splits", range(1, 12))
 def test_splits_of_a_tile_merge_to_the_whole(splits: int) -> None:
     query, keys, values = draw(1, 3, 5, 8), draw(1, 3, 47, 8), draw(1, 3, 47, 8, seed=1)
@@ -486,10 +496,10 @@ def test_splits_of_a_tile_merge_to_the_whole(splits: int) -> None:
         partial = attended(reference(), query.unsqueeze(2), keys, values, scale=scale)
         return partial.out[:, :, 0], partial.lse[:, :, 0]
 
-    ours, our_lse = attend_split(call, query, keys, values, 0.3, splits)
+    ours = attend_split(call, query, keys, values, 0.3, splits, group=1)
     out, lse = by_definition(query.unsqueeze(2), keys, values, 0.3, None)
-    torch.testing.assert_close(ours, out[:, :, 0])
-    torch.testing.assert_close(our_lse, lse[:, :, 0])
+    torch.testing.assert_close(ours.out, out)
+    torch.testing.assert_close(ours.lse, lse)
 
 
 @pytest.mark.parametrize(

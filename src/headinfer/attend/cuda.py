@@ -12,7 +12,6 @@ import torch
 
 from headinfer.attend.check import agrees
 from headinfer.attend.fused_call import FusedCall, attend_grouped, attend_split, operator
-from headinfer.attend.partial import Partial
 from headinfer.attend.reference import ReferenceKernel
 from headinfer.attend.table import Kernels
 from headinfer.attend.work import Kernel, Work
@@ -118,9 +117,7 @@ class CudaKernel:
                 small = few or tokens == 1 or rows * tokens < self._least_pairs
                 call, splits = self._small if small else self._tile, tokens // _MIN_SPLIT_TOKENS
                 splits = min(most_splits, splits)
-                out, lse = attend_split(call, into.folded, *tile.kv, scale, splits)
-                shape = (group, q_len)
-                into.add(Partial(out.unflatten(2, shape), lse.unflatten(2, shape)))
+                into.add(attend_split(call, into.folded, *tile.kv, scale, splits, group))
 
     def _check(self, query: torch.Tensor) -> bool:
         """Find out whether it works, with a kernel of its operators that serves all works."""

@@ -32,7 +32,8 @@ def attend_split(
     values: torch.Tensor,
     scale: float,
     splits: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    group: int,
+) -> Partial:
     """Attend in `splits` parts of the tokens at once, so that few heads still fill the machine.
 
     A decode tile of one head is a single task to a flash kernel. Seen as `[splits, tokens / splits,
@@ -40,20 +41,20 @@ def attend_split(
 
     Args:
         call: the operator.
-        query: `[batch, heads, rows, key_dim]`.
+        query: `[batch, heads, group * q_len, key_dim]`.
         keys: `[batch, heads, kv_len, key_dim]`, contiguous over tokens and dims.
         values: `[batch, heads, kv_len, value_dim]`, likewise.
         scale: factor of the scores.
         splits: parts, of a single row of the batch; the up to `splits - 1` tokens left over are
             attended in a call of their own.
-
-    Returns:
-        Output `[batch, heads, rows, value_dim]` and LSE `[batch, heads, rows]`.
+        group: query heads that share a KV head.
     """
     rows, kv_len = query.shape[2], keys.shape[2]
+    shape = (group, rows // group)
     if splits <= 1 or kv_len < splits:
         out, lse = call(query, keys, values, scale=scale)[:2]
-        return out, lse[:, :, :rows].reshape(out.shape[:3])
+        lse = lse[:, :, :rows].reshape(out.shape[:3])
+        return Partial(out.unflatten(2, shape), lse.unflatten(2, shape))
     part = kv_len // splits
     even = part * splits
     out, lse = call(
@@ -69,7 +70,8 @@ def attend_split(
         out = torch.cat((out, last.transpose(0, 1)), dim=1)
         lse = torch.cat((lse, last_lse.transpose(0, 1)), dim=1)
     merged = merge_splits(Partial(out, lse))
-    return merged.out.transpose(0, 1).to(query.dtype), merged.lse.transpose(0, 1)
+    out, lse = merged.out.transpose(0, 1).to(query.dtype), merged.lse.transpose(0, 1)
+    return Partial(out.unflatten(2, shape), lse.unflatten(2, shape))
 
 
 def merge_splits(parts: Partial) -> Partial:

@@ -47,7 +47,8 @@ def band_works(
 ) -> Iterator[Work]:
     """Yield works that attend each query to keys up to its own, and to no more than a window's.
 
-    Each must be attended before the next is asked for: what they give is joined at the end.
+    Each must be attended before the next is asked for, and what they give is joined at the end.
+    They are made one by one: the masks of all would take more memory than the results.
 
     Args:
         query: `[batch, kv_heads, group, q_len, key_dim]`; the last query's own key is the last key.

@@ -67,7 +67,7 @@ class Accumulator:
         # A set of keys of which none is visible weighs 0; its LSE less the total is no number.
         weight = (lse - total).exp_().masked_fill_(lse == -torch.inf, 0.0)
         other_weight = (other - total).exp_().masked_fill_(other == -torch.inf, 0.0)
-        out.mul_(weight.unsqueeze(-1)).addcmul_(partial.out, other_weight.unsqueeze(-1))
+        out.mul_(weight.unsqueeze(-1)).add_(partial.out * other_weight.unsqueeze(-1))
         self._merged = Partial(out, total)
 
     def add_sinks(self, sinks: torch.Tensor) -> None:

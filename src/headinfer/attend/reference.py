@@ -7,6 +7,7 @@ import torch
 
 from headinfer.attend.partial import Accumulator, Partial, accumulation_dtype, join_queries
 from headinfer.attend.work import Work
+from headinfer.kv.extent import Tile
 
 _MAX_SCORES = 2**23
 """Scores computed at once: 32 MiB in float32, whatever the lengths."""
@@ -29,24 +30,26 @@ class ReferenceKernel:
 
     def attend(self, work: Work) -> None:
         """Attend in blocks of queries and keys; see `Kernel.attend`."""
-        query, into = work.query, work.into
-        assert into is not None
-        q_len, rows = query.shape[3], query.shape[:3].numel()
-        for tile in work.tiles:
-            (keys, values), kv_len, parts = tile.kv, tile.tokens, []
-            kv_block = min(kv_len, max(_MAX_SCORES // rows // min(max(q_len, 1), 128), 1))
-            q_block = max(_MAX_SCORES // rows // max(kv_block, 1), 1)
-            for first in range(0, q_len if kv_len else 0, q_block):
-                queries = slice(first, min(first + q_block, q_len))
-                total = Accumulator()
-                for start in range(0, queries.stop if work.causal else kv_len, kv_block):
-                    tokens = slice(start, min(start + kv_block, kv_len))
-                    block = keys[:, :, tokens], values[:, :, tokens]
-                    total.add(self._block(work, queries, tokens, *block))
-                out = total.result().out.to(query.dtype)
-                parts.append(Partial(out, total.result().lse))
-            if parts:
-                into.add(join_queries(parts))
+        assert work.into is not None
+        for tile in work.tiles if work.query.shape[3] else ():
+            if tile.tokens:
+                work.into.add(self._attend_tile(work, tile))
+
+    def _attend_tile(self, work: Work, tile: Tile) -> Partial:
+        (keys, values), kv_len, parts = tile.kv, tile.tokens, []
+        q_len, rows = work.query.shape[3], work.query.shape[:3].numel()
+        kv_block = min(kv_len, max(_MAX_SCORES // rows // min(q_len, 128), 1))
+        q_block = max(_MAX_SCORES // rows // kv_block, 1)
+        for first in range(0, q_len, q_block):
+            queries = slice(first, min(first + q_block, q_len))
+            total = Accumulator()
+            for start in range(0, queries.stop if work.causal else kv_len, kv_block):
+                tokens = slice(start, min(start + kv_block, kv_len))
+                block = keys[:, :, tokens], values[:, :, tokens]
+                total.add(self._block(work, queries, tokens, *block))
+            merged = total.result()
+            parts.append(Partial(merged.out.to(work.query.dtype), merged.lse))
+        return join_queries(parts)
 
     def _block(
         self,

@@ -33,7 +33,7 @@ class Total(Protocol):
 
 @dataclass(slots=True)
 class Work:
-    """Queries and the tiles they are attended to.
+    """A request to a kernel: queries, and the tiles they are attended to.
 
     Attributes:
         query: `[batch, kv_heads, group, q_len, key_dim]`, any strides with a unit last one;
@@ -66,8 +66,7 @@ class Kernel(Protocol):
         name: what users know it by; empty where it serves nothing.
     """
 
-    @property
-    def name(self) -> str: ...  # noqa: D102  # said above
+    name: str
 
     def serves(self, work: Work) -> bool:
         """Whether it can attend a work, and is worth it."""

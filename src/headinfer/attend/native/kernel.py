@@ -17,6 +17,7 @@ from headinfer.attend.native.job import MIN_SPLIT_TOKENS, Jobs, job_library
 from headinfer.attend.native.splits import even_splits, stealable_splits
 from headinfer.attend.partial import Partial
 from headinfer.attend.work import Work
+from headinfer.kv.extent import Tile
 
 MAX_DECODE_ROWS = 16
 """Query rows up to which reading keys and values takes longer than computing, on a matrix unit."""
@@ -129,10 +130,12 @@ class NativeKernel:
         query, into, mask, scale = work.query, work.into, work.mask, work.scale
         batch, kv_heads, group, q_len, dim = query.shape
         library = decode_library(query.dtype, dim, group * q_len)
-        if library is None:
-            self._attend_many(work)
-            return
         assert into is not None
+        if library is None:
+            for tile in work.tiles:
+                if tile.tokens:
+                    into.add(self._attend_many(work, tile))
+            return
         spans = None if mask is None else _visible_spans(mask, batch)
         threads, step = torch.get_num_threads(), query.dtype.itemsize
         rows = query.float().contiguous()
@@ -168,38 +171,31 @@ class NativeKernel:
                 )
             into.add(Partial(out, lse))
 
-    def _attend_many(self, work: Work) -> None:
-        """Attend many rows, which multiplies matrices."""
-        query, into, mask = work.query, work.into, work.mask
-        assert into is not None
+    def _attend_many(self, work: Work, tile: Tile) -> Partial:
+        """Attend many rows to a tile, which multiplies matrices."""
+        query, mask, (keys, values) = work.query, work.mask, tile.kv
         batch, kv_heads, group, q_len, dim = query.shape
         library, threads = prefill_library(query.dtype, dim), torch.get_num_threads()
         assert library is not None
-        if into.folded is None:
-            into.folded = query.contiguous().flatten(2, 3)
-        rows = into.folded
-        scratch_bytes = threads * library.workspace_bytes() + _ALIGNMENT_BYTES
-        scratch = rows.new_empty(scratch_bytes, dtype=torch.uint8)
+        rows, scratch_bytes = query.contiguous(), threads * library.workspace_bytes()
+        scratch = rows.new_empty(scratch_bytes + _ALIGNMENT_BYTES, dtype=torch.uint8)
         splits = even_splits(threads, kv_heads, group * q_len // _MIN_SPLIT_ROWS)
-        for tile in work.tiles:
-            (keys, values), spans = tile.kv, [(0, tile.tokens)] * batch
-            if mask is not None:
-                spans = _visible_spans(mask, batch) or spans
-            out = rows.new_empty(query.shape, dtype=torch.float32)
-            lse, highest = out.new_empty(2, *out.shape[:-1])
-            for row, (start, count) in enumerate(spans):
-                if not count:
-                    out[row], lse[row] = 0.0, -torch.inf
-                    continue
-                tokens = (part[row, :, start:].data_ptr() for part in (keys, values))
-                results = (part[row].data_ptr() for part in (out, lse, highest))
-                library.attend_heads(
-                    *(rows[row].data_ptr(), *tokens, keys.stride(1), values.stride(1)),
-                    *(group * q_len, count, kv_heads, splits, work.scale, *results),
-                    -(-scratch.data_ptr() // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES,
-                    threads,
-                )
-            into.add(Partial(out, lse))
+        spans = None if mask is None else _visible_spans(mask, batch)
+        out = rows.new_empty(query.shape, dtype=torch.float32)
+        lse, highest = out.new_empty(2, *out.shape[:-1])
+        for row, (start, count) in enumerate(spans or [(0, tile.tokens)] * batch):
+            if not count:
+                out[row], lse[row] = 0.0, -torch.inf
+                continue
+            tokens = (part[row, :, start:].data_ptr() for part in (keys, values))
+            results = (part[row].data_ptr() for part in (out, lse, highest))
+            library.attend_heads(
+                *(rows[row].data_ptr(), *tokens, keys.stride(1), values.stride(1)),
+                *(group * q_len, count, kv_heads, splits, work.scale, *results),
+                -(-scratch.data_ptr() // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES,
+                threads,
+            )
+        return Partial(out, lse)
 
     def jobs(self, query: torch.Tensor, answer: Partial, *, scale: float) -> Jobs | None:
         """Return what makes host functions of this attention that need no Python.
