@@ -37,6 +37,7 @@ ORDER = [
     "trace",
     "api",
     "offload",
+    "session",
     "integration",
     "engine",
     "attend",

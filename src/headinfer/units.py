@@ -104,6 +104,16 @@ def format_bytes(size_bytes: float) -> str:
     return f"{size_bytes:.0f} B"
 
 
+def exact_bytes(size_bytes: int) -> str:
+    """Return a size as text that `parse_bytes` takes back, such as "24GiB"."""
+    for binary in ("i", ""):
+        for prefix in "TGMK":
+            unit = f"{prefix}{binary}B"
+            if size_bytes % _BYTE_UNITS[unit.upper()] == 0:
+                return f"{size_bytes // _BYTE_UNITS[unit.upper()]}{unit}"
+    return f"{size_bytes}B"
+
+
 def format_seconds(seconds: float) -> str:
     """Return a time for people, with two or three digits: 31 ms, 5.14 s, 37.9 min or 9.81 h."""
     if seconds < 0.9995:

@@ -50,7 +50,7 @@ class HeadInfer:
 
     def pass_tokens(self, context_tokens: int) -> int:
         """Return the tokens of a chunk."""
-        return min(self._offload.plan_for(1, context_tokens).chunk_tokens, context_tokens)
+        return min(self._offload.session.plan_for(1, context_tokens).chunk_tokens, context_tokens)
 
     def prefill(self, tokens: torch.Tensor, cache: Cache) -> torch.Tensor:
         """Pass a prompt through the model, which is chunked by itself."""
@@ -98,7 +98,7 @@ class HeadInfer:
         Raises:
             MemoryPlanError: it cannot.
         """
-        self._offload.plan_for(1, tokens)
+        self._offload.session.plan_for(1, tokens)
 
     def _plan_of(self, cache: Cache) -> Plan:
         """Return the plan of a cache that was used; a new one would reckon with what it holds."""

@@ -126,7 +126,7 @@ def _run(num_tokens: int, seed: int, memory: opt.MemoryOptions, *, verbose: bool
     keywords = memory.attach_keywords(device)
     with attach(model, **keywords, progress=bar.update) as offload:
         reader = _Reader(console, model, tokenizer, offload, prompts, shared_tokens, interrupt)
-        plan = offload.plan_for(1, reader.max_tokens)
+        plan = offload.session.plan_for(1, reader.max_tokens)
         print_plan(console, "the demo model", str(model.dtype).removeprefix("torch."), plan)
         console.print()
         failure: BaseException | None = None

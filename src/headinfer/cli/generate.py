@@ -269,7 +269,7 @@ def _load_and_run(request: Request) -> None:
     bar = PrefillBar(console, len(ids), interrupt.check)
     keywords = request.memory.attach_keywords(device)
     with interrupt.handling(), attach(model, **keywords, progress=bar.update) as offload:
-        plan = offload.plan_for(settings.rows, len(ids) + settings.max_new_tokens)
+        plan = offload.session.plan_for(settings.rows, len(ids) + settings.max_new_tokens)
         print_plan(console, request.source.name, str(model.dtype).removeprefix("torch."), plan)
         answer = Answer(request, settings, console, model, tokenizer, offload, plan)
         answer.generate(ids, bar, interrupt)

@@ -18,7 +18,7 @@ _FEW_TOKENS = 32
 
 
 class AttachmentOwner(Protocol):
-    """What calls need of the offload they are served by."""
+    """What calls need of the session they are served by."""
 
     stats: Stats
 
