@@ -105,13 +105,13 @@ def format_bytes(size_bytes: float) -> str:
 
 
 def exact_bytes(size_bytes: int) -> str:
-    """Return a size as text that `parse_bytes` takes back, such as "24GiB"."""
-    for binary in ("i", ""):
-        for prefix in "TGMK":
-            unit = f"{prefix}{binary}B"
-            if size_bytes % _BYTE_UNITS[unit.upper()] == 0:
-                return f"{size_bytes // _BYTE_UNITS[unit.upper()]}{unit}"
-    return f"{size_bytes}B"
+    """Return a size as text that `parse_bytes` takes back: "24GiB", "24GB" or "1001B"."""
+    factor, unit = max(
+        (_BYTE_UNITS[unit.upper()], unit)
+        for unit in ("TiB", "TB", "GiB", "GB", "MiB", "MB", "KiB", "KB", "B")
+        if size_bytes % _BYTE_UNITS[unit.upper()] == 0
+    )
+    return f"{size_bytes // factor}{unit}"
 
 
 def format_seconds(seconds: float) -> str:

@@ -1,7 +1,6 @@
 """HeadInfer, with the options that make it each of its methods."""
 
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ class HeadInfer:
 
     def __init__(self, model: PreTrainedModel, spec: TrialSpec, **options: Any) -> None:
         self._model = model
-        self._offload = attach(model, **(asdict(spec.settings) | options))
+        self._offload = attach(model, **(spec.settings.keywords() | options))
         self.note = {"cpu": "tiles are views", "simulated": "simulated device"}.get(self.device, "")
 
     @property

@@ -16,13 +16,13 @@ from headinfer.cli.console import EXIT_UNEXPECTED, discard_stdout, print_error, 
 from headinfer.cli.interrupt import Interrupt, Stopped
 from headinfer.cli.load import ModelSource
 from headinfer.cli.logits_check import LogitsCheck
-from headinfer.cli.options import MemoryOptions
 from headinfer.cli.own_settings import Settings
 from headinfer.cli.progress import PrefillBar
 from headinfer.cli.render import plan_as_json, print_rows, stats_as_json, summary_rows
 from headinfer.cli.sampling import GenerationOptions
 from headinfer.cli.streamer import TextCollector
 from headinfer.errors import OptionError
+from headinfer.plan.options import Options
 
 if TYPE_CHECKING:
     from headinfer.engine.stats import Stats
@@ -40,7 +40,7 @@ class Request:
     allow_long: bool
     source: ModelSource
     dtype: str
-    memory: MemoryOptions
+    options: Options
     generation: GenerationOptions
     seed: int | None
     trace: str | None

@@ -19,6 +19,7 @@ from headinfer.cli.interrupt import (
     stopping_at_once,
 )
 from headinfer.errors import HeadInferError, OptionError
+from headinfer.plan.options import DECLARATIONS
 
 EXIT_UNEXPECTED = 1
 EXIT_BAD_INPUT = 2
@@ -28,9 +29,9 @@ EXIT_INTERRUPTED = 130
 _DEBUG_VARIABLE = "HEADINFER_DEBUG"
 
 _ARGUMENTS = re.compile(
-    r"(?:\b(device_memory|host_memory|chunk_tokens|tile_heads|tile_tokens|resident_tokens"
-    r"|host_attention|new_tokens|time_limit|kv_heads|head_dim|hidden_size|vocab_size"
-    r"|intermediate_size)(?:_s)?\b|^(dtype|repeats|layers|heads)(?= ))(=)?"
+    rf"(?:\b({'|'.join(name for name in DECLARATIONS if '_' in name)}"
+    r"|new_tokens|time_limit|kv_heads|head_dim|hidden_size|vocab_size"
+    r"|intermediate_size)(?:_s)?\b|^(device|dtype|repeats|layers|heads)(?= ))(=)?"
 )
 """Arguments of Python that a verb has as options: first those that are no words of English."""
 

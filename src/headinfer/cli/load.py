@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from headinfer.cli.console import is_out_of_memory
-from headinfer.cli.options import MemoryOptions
 from headinfer.errors import HeadInferError, ModelLoadError, OptionError
+from headinfer.plan.options import Options
 
 DEMO_MODEL = "demo"
 
@@ -105,7 +105,7 @@ def calm_transformers(*, verbose: bool) -> None:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
-def choose_device(options: MemoryOptions) -> str:
+def choose_device(options: Options) -> str:
     """Return the device to use: "cpu", "cuda" or "simulated".
 
     Raises:

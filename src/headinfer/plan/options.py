@@ -198,14 +198,10 @@ class Options:
         return cls(**values)
 
     def keywords(self) -> dict[str, Any]:
-        """Return all values under the names that users write, for `attach` or `Options.parse`."""
-        return {name: getattr(self, declared.field) for name, declared in DECLARATIONS.items()}
-
-    def written(self) -> dict[str, Any]:
-        """Return all values as people write them, for records; `Options.parse` takes them back."""
+        """Return all values as users write them: for `attach`, `Options.parse` and records."""
         return {
-            name: _written(value, size=DECLARATIONS[name].metavar == "SIZE")
-            for name, value in self.keywords().items()
+            name: _written(getattr(self, declared.field), size=declared.metavar == "SIZE")
+            for name, declared in DECLARATIONS.items()
         }
 
 
