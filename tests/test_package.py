@@ -35,6 +35,7 @@ ORDER = [
     "probe",
     "plot",
     "trace",
+    "generation",
     "api",
     "offload",
     "session",

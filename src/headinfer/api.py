@@ -9,10 +9,11 @@ from headinfer.device.make import make_device, warn_of_options_for_a_device
 from headinfer.device.simulated import SimulatedDevice
 from headinfer.errors import OptionError, UnsupportedModelError
 from headinfer.integration.attachment import owner_of
+from headinfer.integration.cache import PrefillProgress
 from headinfer.integration.support import check_supported
 from headinfer.offload import Offload
 from headinfer.plan.options import Options
-from headinfer.session import PrefillProgress, Session
+from headinfer.session import Session
 
 _logger = logging.getLogger(__name__)
 

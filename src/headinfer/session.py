@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import weakref
-from collections.abc import Callable
 
 import torch
 from transformers import PreTrainedModel
@@ -17,7 +16,7 @@ from headinfer.errors import CacheStateError, MemoryPlanError
 from headinfer.integration.attachment import Attachment
 from headinfer.integration.attention import AttentionFunctions
 from headinfer.integration.autocast import attended_dtype
-from headinfer.integration.cache import OffloadedCache
+from headinfer.integration.cache import OffloadedCache, PrefillProgress
 from headinfer.integration.support import model_shape
 from headinfer.plan import memory
 from headinfer.plan.host_room import HostRoom
@@ -32,9 +31,6 @@ _USED_SHARE = 0.9
 
 The rest is left for fragments and for what the estimates leave out.
 """
-
-PrefillProgress = Callable[[int, int], None]
-"""Told the tokens done and the tokens in all of a prompt, after each chunk."""
 
 
 class Session:
@@ -270,13 +266,18 @@ class Session:
 
     def after_call(self, cache: OffloadedCache) -> None:
         """Note the memory held after a model call."""
-        stats, engines = self.stats, list(self._engines)
-        device_bytes = sum(engine.device_kv_bytes for engine in engines)
-        host_bytes = sum(engine.host_kv_bytes for engine in engines)
-        stats.peak_device_kv_bytes = max(stats.peak_device_kv_bytes, device_bytes)
-        stats.host_kv_bytes = max(stats.host_kv_bytes, host_bytes)
-        if cache.state.engine is not None:
-            standard = self._shape.standard_kv_bytes(
-                cache.get_seq_length(), cache.state.engine.plan.batch
-            )
+        _note_memory(self.stats, list(self._engines))
+        engine = cache.state.engine
+        if engine is None:
+            return
+        _note_memory(cache.stats, [engine])
+        standard = self._shape.standard_kv_bytes(cache.get_seq_length(), engine.plan.batch)
+        for stats in (self.stats, cache.stats):
             stats.standard_kv_bytes = max(stats.standard_kv_bytes, standard)
+
+
+def _note_memory(stats: Stats, engines: list[Engine]) -> None:
+    device_bytes = sum(engine.device_kv_bytes for engine in engines)
+    host_bytes = sum(engine.host_kv_bytes for engine in engines)
+    stats.peak_device_kv_bytes = max(stats.peak_device_kv_bytes, device_bytes)
+    stats.host_kv_bytes = max(stats.host_kv_bytes, host_bytes)

@@ -175,8 +175,9 @@ def _model(given: dict[str, Any]) -> Model:
 
 def named_model(name: str, dtype: str, *, dummy_weights: bool) -> NamedModel:
     """Return a model by the name a user has for it: a preset, a folder or a hub id."""
-    from headinfer.cli.load import ModelSource, load_config
+    from headinfer.cli.load import NamedSource
     from headinfer.cli.shapes import shape_of
+    from headinfer.generation.model import load_config
 
     if name in PRESETS and not dummy_weights:
         raise OptionError(
@@ -184,9 +185,9 @@ def named_model(name: str, dtype: str, *, dummy_weights: bool) -> NamedModel:
         )
     shape = shape_of(name, dtype=dtype)
     if not dummy_weights:
-        location = ModelSource(name=name).location()
+        location = NamedSource(name=name).location()
         return NamedModel(name=name, location=location, config=None, planned=shape)
-    config = PRESETS.get(name) or load_config(ModelSource(name=_folder(name))).to_dict()
+    config = PRESETS.get(name) or load_config(NamedSource(name=_folder(name))).to_dict()
     kept = {key: value for key, value in config.items() if key != "quantization_config"}
     return NamedModel(name=name, location=None, config=kept, planned=shape)
 

@@ -20,19 +20,16 @@ from headinfer.cli.console import (
 from headinfer.cli.interrupt import Interrupt
 from headinfer.cli.load import (
     DEMO_MODEL,
-    ModelSource,
+    NamedSource,
     calm_transformers,
-    choose_device,
-    load_config,
-    load_model,
-    load_tokenizer,
     prepare_cpu,
     share_cores,
 )
 from headinfer.cli.progress import PrefillBar, format_duration
 from headinfer.cli.render import print_plan, print_rows, summary_rows
-from headinfer.cli.streamer import TextCollector
 from headinfer.errors import OptionError
+from headinfer.generation.model import choose_device, load_config, load_model, load_tokenizer
+from headinfer.generation.text import TextCollector
 from headinfer.plan.options import Options
 from headinfer.units import parse_tokens
 
@@ -102,7 +99,7 @@ def _run(num_tokens: int, seed: int, options: Options, *, verbose: bool) -> int:
         device = _choose_device(options)
         if device != "cpu":
             options = _with_small_tiles(options, num_tokens)
-        source = ModelSource(name=DEMO_MODEL, local_files_only=True)
+        source = NamedSource(name=DEMO_MODEL, local_files_only=True)
         config = load_config(source)
         tokenizer = load_tokenizer(source)
         model, _ = load_model(source, config, dtype="auto", device=device)
@@ -142,7 +139,7 @@ def _run(num_tokens: int, seed: int, options: Options, *, verbose: bool) -> int:
 
 def _choose_device(options: Options) -> str:
     """Return CUDA if there is one, else the simulated device: it bounds its memory as CUDA does."""
-    chosen = choose_device(options)
+    chosen = choose_device(options.device)
     return "simulated" if options.device == "auto" and chosen == "cpu" else chosen
 
 

@@ -11,23 +11,20 @@ from headinfer.cli.console import reporting_errors, stderr_console
 from headinfer.cli.interrupt import Interrupt
 from headinfer.cli.load import (
     DEMO_MODEL,
-    ModelSource,
+    NamedSource,
     calm_transformers,
-    choose_device,
-    load_config,
-    load_model,
-    load_tokenizer,
     max_positions,
     prepare_cpu,
     share_cores,
 )
 from headinfer.cli.output import check_writable
-from headinfer.cli.own_settings import settle
 from headinfer.cli.progress import PrefillBar
-from headinfer.cli.prompt import check_length, encode_prompt, read_prompt
+from headinfer.cli.prompt import check_length, encode, read_prompt
 from headinfer.cli.render import print_plan
-from headinfer.cli.sampling import DEFAULT_NEW_TOKENS, GenerationOptions
+from headinfer.cli.sampling import GenerationOptions, flag
 from headinfer.errors import OptionError
+from headinfer.generation.model import choose_device, load_config, load_model, load_tokenizer
+from headinfer.generation.settings import DEFAULT_NEW_TOKENS, settle
 from headinfer.plan.options import Options
 
 _PROMPT_PANEL = "Prompt"
@@ -207,7 +204,7 @@ def generate(
             text=read_prompt(prompt, prompt_file or []),
             raw=raw,
             allow_long=allow_long_prompt,
-            source=ModelSource(
+            source=NamedSource(
                 name=model,
                 local_files_only=local_files_only,
                 trust_remote_code=trust_remote_code,
@@ -237,18 +234,18 @@ def _load_and_run(request: Request) -> None:
     with console.status(f"loading {escape(request.source.name)}"):
         calm_transformers(verbose=request.verbose)
         prepare_cpu(request.threads)
-        device = choose_device(request.options)
+        device = choose_device(request.options.device)
         config = load_config(request.source)
         tokenizer = load_tokenizer(request.source)
-        ids = encode_prompt(tokenizer, request.text, raw=request.raw)
+        ids = encode(tokenizer, request.text, raw=request.raw)
         new_tokens = request.generation.max_new_tokens or DEFAULT_NEW_TOKENS
         positions = max_positions(config)
         note = check_length(len(ids), new_tokens, positions, allow_long=request.allow_long)
         model, unused = load_model(request.source, config, dtype=request.dtype, device=device)
-        settings = settle(request.generation, model.generation_config, len(ids))
+        settings = settle(request.generation.keywords(), model.generation_config, len(ids))
 
         from headinfer.api import attach
-    for told in filter(None, (note, unused, settings.note)):
+    for told in filter(None, (note, unused, settings.note(flag))):
         console.print(f"note: {told}", markup=False)
     interrupt = Interrupt(console)
     bar = PrefillBar(console, len(ids), interrupt.check)

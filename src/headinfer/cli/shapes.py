@@ -6,14 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from headinfer.cli.load import (
-    DEMO_MODEL,
-    ModelSource,
-    calm_transformers,
-    check_causal,
-    load_config,
-)
+from headinfer.cli.load import DEMO_MODEL, NamedSource, calm_transformers
 from headinfer.errors import HeadInferError, ModelLoadError, UnsupportedModelError
+from headinfer.generation.model import ModelSource, check_causal, load_config
 from headinfer.plan.config import shape_from_config
 from headinfer.plan.presets import PRESETS, preset_shape
 from headinfer.plan.shape import ModelShape
@@ -37,7 +32,7 @@ def shape_of(name: str, *, dtype: str = "auto", local_files_only: bool = False) 
     wanted = None if dtype == "auto" else dtype
     if name in PRESETS:
         return preset_shape(name, dtype=wanted)
-    source = ModelSource(name=name, local_files_only=local_files_only)
+    source = NamedSource(name=name, local_files_only=local_files_only)
     file = _config_file(source)
     values = _hub_config(source) if file is None else _read(file)
     try:
