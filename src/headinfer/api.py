@@ -1,12 +1,12 @@
 """What users import: attach HeadInfer to a model, and detach it again."""
 
 import logging
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedModel
 
 from headinfer.device.make import make_device, warn_of_options_for_a_device
-from headinfer.device.simulated import SimulatedDevice
 from headinfer.errors import OptionError, UnsupportedModelError
 from headinfer.integration.attachment import owner_of
 from headinfer.integration.cache import PrefillProgress
@@ -14,6 +14,9 @@ from headinfer.integration.support import check_supported
 from headinfer.offload import Offload
 from headinfer.plan.options import Options
 from headinfer.session import Session
+
+if TYPE_CHECKING:
+    from headinfer.device.simulated import SimulatedDevice
 
 _logger = logging.getLogger(__name__)
 
@@ -31,7 +34,7 @@ def attach(
     resident_tokens: str | int = "auto",
     host_attention: str | float = "auto",
     progress: PrefillProgress | None = None,
-    simulated_device: SimulatedDevice | None = None,
+    simulated_device: "SimulatedDevice | None" = None,
 ) -> Offload:
     """Serve a model's attention from host memory, head by head, until detached.
 

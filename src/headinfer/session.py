@@ -17,7 +17,7 @@ from headinfer.integration.attachment import Attachment
 from headinfer.integration.attention import AttentionFunctions
 from headinfer.integration.autocast import attended_dtype
 from headinfer.integration.cache import OffloadedCache, PrefillProgress
-from headinfer.integration.support import model_shape
+from headinfer.integration.model_shape import model_shape
 from headinfer.plan import memory
 from headinfer.plan.host_room import HostRoom
 from headinfer.plan.options import Options

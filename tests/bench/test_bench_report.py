@@ -18,8 +18,8 @@ from headinfer.bench.rows import row_of, row_without_result
 from headinfer.bench.spec import BenchSpec, Command
 from headinfer.cli import bench
 from headinfer.errors import OptionError
+from headinfer.estimate.presets import preset_shape
 from headinfer.plan.options import Options
-from headinfer.plan.presets import preset_shape
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 GPU = replace(

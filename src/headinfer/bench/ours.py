@@ -13,7 +13,7 @@ from headinfer.bench.spec import TrialSpec
 from headinfer.errors import MemoryPlanError, OptionError
 from headinfer.integration.cache import OffloadedCache
 from headinfer.integration.calls import cache_argument
-from headinfer.integration.support import model_shape
+from headinfer.integration.model_shape import model_shape
 from headinfer.plan.plan import Plan
 
 _CPU_TILE_TOKENS = "16K"

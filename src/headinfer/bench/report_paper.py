@@ -8,8 +8,9 @@ from headinfer.bench.model_spec import NamedModel
 from headinfer.bench.result import Status
 from headinfer.bench.rows import Row
 from headinfer.bench.spec import Command
-from headinfer.plan.methods import LAYER_WISE
-from headinfer.plan.paper import Comparison, context_tables, latency_tables, memory_table
+from headinfer.estimate.comparison import Comparison
+from headinfer.estimate.methods import LAYER_WISE
+from headinfer.estimate.paper import context_tables, latency_tables, memory_table
 from headinfer.units import exact_bytes, parse_tokens
 
 _GIB, _K = 2**30, 1024

@@ -19,8 +19,8 @@ from headinfer.cli.options import (
 )
 from headinfer.cli.output import JsonPath
 from headinfer.errors import OptionError
+from headinfer.estimate.presets import PRESETS
 from headinfer.plan.options import Options
-from headinfer.plan.presets import PRESETS
 
 _DEFAULT_SHAPE = {
     "layers": 4,

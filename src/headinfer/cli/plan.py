@@ -16,10 +16,12 @@ from headinfer.cli.options import (
 )
 from headinfer.cli.output import STDOUT, JsonPath, check_writable, write_json
 from headinfer.errors import OptionError
-from headinfer.plan.accounting import AccountingKind
-from headinfer.plan.hardware import THIS, Hardware, preset_hardware
+from headinfer.estimate.accounting import AccountingKind
+from headinfer.estimate.machines import preset_hardware
+from headinfer.estimate.methods import method_plans
+from headinfer.estimate.situation import Situation
+from headinfer.plan.hardware import THIS, Hardware
 from headinfer.plan.host_room import HostRoom
-from headinfer.plan.methods import Situation, method_plans
 from headinfer.plan.options import Options
 from headinfer.plan.shape import ModelShape
 from headinfer.units import parse_tokens
@@ -154,7 +156,7 @@ def _device_memory_bytes(here: Hardware, asked: int | None) -> int:
 
 def _answer(situation: Situation, which: str, json_path: str | None) -> int:
     from headinfer.cli.plan_table import plan_as_json, print_plans
-    from headinfer.plan.choose import choose
+    from headinfer.estimate.choose import choose
 
     plans = method_plans(situation)
     choice = choose(situation, plans)
