@@ -245,6 +245,26 @@ def test_an_interrupted_wait_stops_the_model() -> None:
     assert owner_of(model) is None
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="it cannot signal a thread")
+def test_an_interrupted_wait_stops_a_prefill_at_its_next_chunk() -> None:
+    model, tokenizer = llama()
+    gate, told = Gate(1), []
+
+    def progress(done_tokens: int, _all_tokens: int) -> None:
+        told.append(done_tokens)
+        if done_tokens == 16:
+            open_when_closing(gate)
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            assert gate.opened.wait(60)
+
+    ids = random_tokens(1, 100)[0].tolist()
+    records = headinfer.generate(model, ids, tokenizer=tokenizer, progress=progress, **SMALL_TILES)
+    with pytest.raises(KeyboardInterrupt):
+        list(records)
+    assert told == [16]
+    assert owner_of(model) is None
+
+
 def test_a_prefill_is_stopped_between_chunks_by_whoever_is_told_of_it() -> None:
     model, tokenizer = llama()
     told = []
