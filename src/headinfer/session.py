@@ -266,18 +266,20 @@ class Session:
 
     def after_call(self, cache: OffloadedCache) -> None:
         """Note the memory held after a model call."""
-        _note_memory(self.stats, list(self._engines))
-        engine = cache.state.engine
-        if engine is None:
-            return
-        _note_memory(cache.stats, [engine])
-        standard = self._shape.standard_kv_bytes(cache.get_seq_length(), engine.plan.batch)
-        for stats in (self.stats, cache.stats):
-            stats.standard_kv_bytes = max(stats.standard_kv_bytes, standard)
+        device_bytes = host_bytes = 0
+        standard_bytes = 0
+        own = cache.state.engine
+        for engine in list(self._engines):
+            device_here, host_here = engine.device_kv_bytes, engine.host_kv_bytes
+            device_bytes, host_bytes = device_bytes + device_here, host_bytes + host_here
+            if engine is own:
+                tokens, batch = cache.get_seq_length(), engine.plan.batch
+                standard_bytes = self._shape.standard_kv_bytes(tokens, batch)
+                _raise_peaks(cache.stats, device_here, host_here, standard_bytes)
+        _raise_peaks(self.stats, device_bytes, host_bytes, standard_bytes)
 
 
-def _note_memory(stats: Stats, engines: list[Engine]) -> None:
-    device_bytes = sum(engine.device_kv_bytes for engine in engines)
-    host_bytes = sum(engine.host_kv_bytes for engine in engines)
+def _raise_peaks(stats: Stats, device_bytes: int, host_bytes: int, standard_bytes: int) -> None:
     stats.peak_device_kv_bytes = max(stats.peak_device_kv_bytes, device_bytes)
     stats.host_kv_bytes = max(stats.host_kv_bytes, host_bytes)
+    stats.standard_kv_bytes = max(stats.standard_kv_bytes, standard_bytes)

@@ -122,8 +122,15 @@ class ServedCall:
         self._report_chunks(self._new_tokens, begun=0)
         self._owner.finish_compute()
         seconds = time.perf_counter() - self._started_s
+        tokens = self._rows * self._new_tokens
         for stats in (self._owner.stats, self.cache.stats):
-            self._count(stats, seconds)
+            if self._decoding:
+                stats.decode_tokens += tokens
+                stats.decode_s += seconds
+                stats.decode_steps += 1
+            else:
+                stats.prefill_tokens += tokens
+                stats.prefill_s += seconds
         if not self._decoding:
             self._report(self._new_tokens, self._new_tokens)
         self.cache.end_call()
@@ -131,16 +138,6 @@ class ServedCall:
         if self._logits:
             output.logits = torch.cat([*self._logits, output.logits], dim=1)
         return output
-
-    def _count(self, stats: Stats, seconds: float) -> None:
-        tokens = self._rows * self._new_tokens
-        if self._decoding:
-            stats.decode_tokens += tokens
-            stats.decode_s += seconds
-            stats.decode_steps += 1
-        else:
-            stats.prefill_tokens += tokens
-            stats.prefill_s += seconds
 
     def leave(self) -> None:
         """Leave the model's modules as they were, also where the call failed."""
