@@ -21,10 +21,10 @@ from headinfer.attend.work import Work, tile_in_hand
 from headinfer.device.cuda import CudaDevice
 from headinfer.engine.engine import Engine
 from headinfer.engine.stats import Stats
+from headinfer.estimate.presets import preset_shape
 from headinfer.kv.pair import KV
 from headinfer.plan.options import Options
 from headinfer.plan.plan import resolve
-from headinfer.plan.presets import preset_shape
 from headinfer.units import parse_tokens
 
 KV_HEADS, GROUP, DIM = 8, 4, 128

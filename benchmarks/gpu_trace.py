@@ -23,9 +23,10 @@ from headinfer.bench.build import build_model
 from headinfer.bench.fill import fill_randomly
 from headinfer.bench.limits import limit_device
 from headinfer.bench.methods import METHODS
-from headinfer.bench.spec import Fill, Settings, TrialSpec
+from headinfer.bench.spec import Fill, TrialSpec
 from headinfer.cli.bench_options import named_model
 from headinfer.integration.calls import cache_argument
+from headinfer.plan.options import Options
 from headinfer.trace import Trace
 from headinfer.units import parse_tokens
 
@@ -95,7 +96,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("benchmarks/results"))
     arguments = parser.parse_args()
     model_spec = named_model(arguments.model, "bfloat16", dummy_weights=True)
-    settings = Settings(device="cuda", device_memory="24GiB")
+    settings = Options.parse(device="cuda", device_memory="24GiB")
     device = torch.device("cuda")
     rates, _ = machine.measure(device, torch.bfloat16)
     limit_device(settings, device)

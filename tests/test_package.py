@@ -27,16 +27,15 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs
 
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 
+INSTRUMENTS = ["cli", "bench", "demo", "probe", "plot", "trace", "estimate"]
+
 # Each may import itself and those further down.
 ORDER = [
-    "cli",
-    "bench",
-    "demo",
-    "probe",
-    "plot",
-    "trace",
+    *INSTRUMENTS,
+    "generation",
     "api",
     "offload",
+    "session",
     "integration",
     "engine",
     "attend",
@@ -70,7 +69,7 @@ def test_imports_point_downwards(path: Path) -> None:
     for name in imported:
         if name.split(".")[0] == "headinfer":
             assert ORDER.index(module_layer(name)) >= ORDER.index(layer), f"{path} imports {name}"
-        if layer in ("plan", "units", "errors"):
+        if layer in ("estimate", "plan", "units", "errors"):
             assert name.split(".")[0] in ("headinfer", *sys.stdlib_module_names)
 
 
@@ -94,6 +93,28 @@ headinfer.attach
 assert state() == before
 """
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_the_runtime_loads_no_instrument() -> None:
+    program = f"""
+import sys
+sys.path[:0] = {[str(ROOT / "tests")]}
+import headinfer.api
+from saved_models import make_tokenizer
+from tiny_models import VOCAB, random_tokens, shared_model
+
+model, tokens = shared_model("llama3"), random_tokens(1, 20)
+for device in ("simulated", "cpu"):
+    with headinfer.attach(model, device=device):
+        model.generate(tokens, max_new_tokens=3)
+    list(headinfer.generate(model, tokens, tokenizer=make_tokenizer(VOCAB), device=device,
+                            max_new_tokens=3))
+print(*(name for name in sys.modules if name.startswith("headinfer.")))
+"""
+    command = [sys.executable, "-c", program]
+    loaded = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    assert "headinfer.engine.engine" in loaded
+    assert [name for name in loaded if module_layer(name) in INSTRUMENTS] == []
 
 
 def test_exports_are_few_and_there() -> None:

@@ -13,6 +13,7 @@ from headinfer.plan.plan import Plan
 
 if TYPE_CHECKING:
     from headinfer.api import attach, detach
+    from headinfer.generation.stream import generate
     from headinfer.offload import Offload
 
 try:
@@ -20,7 +21,16 @@ try:
 except PackageNotFoundError:  # running from a source tree that was not installed
     __version__ = "0+unknown"
 
-__all__ = ["HeadInferError", "Offload", "Plan", "Stats", "__version__", "attach", "detach"]
+__all__ = [
+    "HeadInferError",
+    "Offload",
+    "Plan",
+    "Stats",
+    "__version__",
+    "attach",
+    "detach",
+    "generate",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -29,6 +39,10 @@ def __getattr__(name: str) -> Any:
         from headinfer import api
 
         return getattr(api, name)
+    if name == "generate":
+        from headinfer.generation.stream import generate
+
+        return generate
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -1,18 +1,22 @@
 """What users import: attach HeadInfer to a model, and detach it again."""
 
 import logging
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedModel
 
 from headinfer.device.make import make_device, warn_of_options_for_a_device
-from headinfer.device.simulated import SimulatedDevice
 from headinfer.errors import OptionError, UnsupportedModelError
 from headinfer.integration.attachment import owner_of
+from headinfer.integration.cache import PrefillProgress
 from headinfer.integration.support import check_supported
-from headinfer.offload import Offload, PrefillProgress
+from headinfer.offload import Offload
 from headinfer.plan.options import Options
-from headinfer.units import parse_bytes
+from headinfer.session import Session
+
+if TYPE_CHECKING:
+    from headinfer.device.simulated import SimulatedDevice
 
 _logger = logging.getLogger(__name__)
 
@@ -30,7 +34,7 @@ def attach(
     resident_tokens: str | int = "auto",
     host_attention: str | float = "auto",
     progress: PrefillProgress | None = None,
-    simulated_device: SimulatedDevice | None = None,
+    simulated_device: "SimulatedDevice | None" = None,
 ) -> Offload:
     """Serve a model's attention from host memory, head by head, until detached.
 
@@ -65,18 +69,16 @@ def attach(
         MemoryPlanError: no plan fits the memory; the model was not touched.
     """
     options = Options.parse(
+        device=device,
         device_memory=device_memory,
+        host_memory=host_memory,
         chunk_tokens=chunk_tokens,
         tile_heads=tile_heads,
         tile_tokens=tile_tokens,
-        device=device,
-        overlap=overlap,
         resident_tokens=resident_tokens,
         host_attention=host_attention,
+        overlap=overlap,
     )
-    host_memory_bytes = None
-    if host_memory is not None and host_memory != "auto":
-        host_memory_bytes = parse_bytes(host_memory, "host_memory")
     if progress is not None and not callable(progress):
         raise OptionError(f"progress must be a function of two counts, not {progress!r}")
     check_supported(model)
@@ -88,16 +90,10 @@ def attach(
     where = make_device(options.device, model.device, simulated_device)
     if where.tiles_are_views:
         warn_of_options_for_a_device(options)
-    offload = Offload(
-        model,
-        where,
-        options,
-        host_memory_bytes=host_memory_bytes,
-        progress=progress,
-    )
-    if (less := offload.host_room(0).less_than_given()) is not None:
+    session = Session(model, where, options, progress=progress)
+    if (less := session.host_room(0).less_than_given()) is not None:
         _logger.warning(less)
-    return offload
+    return Offload(session)
 
 
 def detach(model: torch.nn.Module) -> None:
@@ -110,5 +106,5 @@ def detach(model: torch.nn.Module) -> None:
         CacheStateError: called from within a call of the model.
     """
     owner = owner_of(model)
-    if isinstance(owner, Offload):
+    if isinstance(owner, Session):
         owner.detach()

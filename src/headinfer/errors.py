@@ -27,3 +27,10 @@ class MemoryPlanError(HeadInferError):
 
 class CacheStateError(HeadInferError):
     """A cache is used after it was closed, or with a model it was not made for."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch or Python ran out of memory; torch's CPU allocator says so in words alone."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "not enough memory" in str(error)

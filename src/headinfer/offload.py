@@ -1,78 +1,36 @@
-"""HeadInfer on one model instance: what its caches may take, and what was measured."""
+"""The handle on an attached model."""
 
-import contextlib
-import dataclasses
-import weakref
-from collections.abc import Callable
 from types import TracebackType
 
-import torch
-from transformers import PreTrainedModel
-
-from headinfer.device.base import Device, Mark
-from headinfer.device.host_memory import all_host_bytes, available_host_bytes
-from headinfer.device.make import measured_hardware
-from headinfer.engine.engine import Engine
 from headinfer.engine.stats import Stats
-from headinfer.errors import CacheStateError, MemoryPlanError
-from headinfer.integration.attachment import Attachment
-from headinfer.integration.attention import AttentionFunctions
-from headinfer.integration.autocast import attended_dtype
 from headinfer.integration.cache import OffloadedCache
-from headinfer.integration.support import model_shape
-from headinfer.plan import memory
-from headinfer.plan.host_room import HostRoom
-from headinfer.plan.options import Options
-from headinfer.plan.plan import Plan, resolve
-from headinfer.plan.shape import ModelShape
-from headinfer.plan.whole import passing_whole
-from headinfer.units import format_bytes, parse_tokens
-
-_USED_SHARE = 0.9
-"""Of the free device memory: the rest is for fragments and what the estimate leaves out."""
-
-PrefillProgress = Callable[[int, int], None]
-"""Told the tokens done and the tokens in all of a prompt, after each chunk."""
+from headinfer.plan.plan import Plan
+from headinfer.session import Session
+from headinfer.units import parse_tokens
 
 
 class Offload:
-    """HeadInfer on one model instance, until `detach`; made by `attach`.
+    """A handle on one attached model, until `detach`; made by `attach`.
 
     A context manager that detaches, also after an exception. Several threads may use the model,
     each with caches of its own: their calls take turns, first come first served.
 
     Attributes:
-        plan: what was chosen for one row; each cache resolves its own for its rows and length.
-        stats: what was measured since the attachment.
+        session: what plans and serves the model's caches; no part of the stable interface.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        device: Device,
-        options: Options,
-        *,
-        host_memory_bytes: int | None,
-        progress: PrefillProgress | None,
-    ) -> None:
-        self.stats = Stats()
-        self._model = model
-        self._device = device
-        self._options = options
-        self._host_memory_bytes = host_memory_bytes
-        self._progress = progress
-        self._shape = model_shape(model)
-        self._engines: weakref.WeakSet[Engine] = weakref.WeakSet()
-        self._attached = False
-        self._hardware = measured_hardware(device)
-        self.plan = self._resolve(1, None, [], model.dtype)
-        self._attachment = Attachment(model, self)
-        self._attached = True
+    def __init__(self, session: Session) -> None:
+        self.session = session
 
     @property
-    def functions(self) -> AttentionFunctions:
-        """The attention and mask functions of this attachment."""
-        return self._attachment.functions
+    def plan(self) -> Plan:
+        """What was chosen for one row; each cache has a plan for its own rows and length."""
+        return self.session.plan
+
+    @property
+    def stats(self) -> Stats:
+        """What was measured since the attachment; goes on counting."""
+        return self.session.stats
 
     def new_cache(self, max_tokens: int | str | None = None) -> OffloadedCache:
         """Return an empty cache to pass to `generate` or the model.
@@ -89,10 +47,7 @@ class Offload:
         Raises:
             CacheStateError: the model was detached.
         """
-        if not self._attached:
-            raise CacheStateError("the model was detached; attach it again for a new cache")
-        tokens = None if max_tokens is None else parse_tokens(max_tokens)
-        return OffloadedCache(self._model, self, tokens)
+        return self.session.new_cache(None if max_tokens is None else parse_tokens(max_tokens))
 
     def detach(self) -> None:
         """Leave the model exactly as it was; its caches are closed. May be called again.
@@ -102,14 +57,7 @@ class Offload:
         Raises:
             CacheStateError: called from within a call of the model.
         """
-        self._attachment.turns.run(self._detach)
-
-    def _detach(self) -> None:
-        self._attachment.remove()
-        self._attached = False
-        with contextlib.ExitStack() as closing:  # all of them, also where one raises
-            for engine in list(self._engines):
-                closing.callback(engine.close)
+        self.session.detach()
 
     def __enter__(self) -> "Offload":
         """Return itself."""
@@ -123,177 +71,3 @@ class Offload:
     ) -> None:
         """Detach."""
         self.detach()
-
-    # What follows serves the integration package, not users.
-
-    def plan_for(
-        self,
-        batch: int,
-        context_tokens: int,
-        *,
-        replacing: Engine | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> Plan:
-        """Return the plan of a cache with so many rows and tokens; refuse what does not fit.
-
-        What other caches keep resident is given up where nothing would fit otherwise.
-
-        Args:
-            batch: rows.
-            context_tokens: tokens expected.
-            replacing: the cache's engine, if it has one, whose memory the plan may use again.
-            dtype: of keys and values; by default that of `replacing`, or of a new cache here.
-        """
-        if not self._attached:
-            raise CacheStateError("the model was detached; attach it again for a new cache")
-        open_engines = [engine for engine in self._engines if not engine.closed]
-        others = [engine for engine in open_engines if engine is not replacing]
-        dtype = dtype or (self.kv_dtype() if replacing is None else replacing.dtype)
-        try:
-            return self._resolve(batch, context_tokens, others, dtype)
-        except MemoryPlanError:
-            if not any(engine.plan.resident_tokens for engine in others):
-                raise
-        for engine in others:
-            if engine.plan.resident_tokens:
-                engine.give_up_residents()
-        return self._resolve(batch, context_tokens, others, dtype)
-
-    def _resolve(
-        self, batch: int, context_tokens: int | None, others: list[Engine], dtype: torch.dtype
-    ) -> Plan:
-        asked, budget = self._options.device_memory_bytes, self._budget_bytes()
-        left = budget
-        if budget is not None:
-            # What they may come to hold: windows are there only while they have tokens.
-            left = max(budget - sum(engine.plan.kv_device_bytes for engine in others), 1)
-        try:
-            return resolve(
-                self._shape_in(dtype),
-                dataclasses.replace(self._options, device_memory_bytes=left),
-                device=self._device.name,
-                batch=batch,
-                context_tokens=context_tokens,
-                hardware=self._hardware,
-            )
-        except MemoryPlanError as error:
-            if budget == asked:
-                raise
-            wanted = "" if asked is None else f", not the {format_bytes(asked)} asked for"
-            raise MemoryPlanError(f"{error}; that is all the device has free{wanted}") from None
-
-    def _shape_in(self, dtype: torch.dtype) -> ModelShape:
-        """Return the model's shape with keys and values in a dtype."""
-        computed = self._shape.kv_itemsize
-        if dtype.itemsize == computed:
-            return self._shape
-        return dataclasses.replace(
-            self._shape, kv_itemsize=dtype.itemsize, computed_itemsize=max(computed, dtype.itemsize)
-        )
-
-    def kv_dtype(self, computed: torch.dtype | None = None) -> torch.dtype:
-        """Return the dtype of keys and values under the autocast that is on here.
-
-        Args:
-            computed: in which the model computes them; its own dtype by default.
-        """
-        return attended_dtype(computed or self._model.dtype, self._model.device.type)
-
-    def _budget_bytes(self) -> int | None:
-        """Return the device memory for weights, runtime, activations and all caches together.
-
-        That is what was asked for as far as the device has it, or most of what is free. Weights
-        and CUDA's context are there already and so not free; what caches hold counts as free.
-        """
-        asked, free = self._options.device_memory_bytes, self._device.free_bytes()
-        if free is None:
-            return asked
-        free += sum(engine.device_kv_bytes for engine in self._engines)
-        weights, runtime = self._shape.weights_bytes, memory.runtime_bytes(self._device.name)
-        most = weights + runtime + int(free * _USED_SHARE)
-        if asked is None:
-            return most
-        # The rest of the runtime, handles and fragments, is still to come out of what is free.
-        return min(asked, max(most, weights + free))
-
-    def make_engine(self, plan: Plan, dtype: torch.dtype) -> Engine:
-        """Return an engine for a cache of keys and values in a dtype."""
-        engine = Engine(self._device, plan, dtype, self.stats)
-        self._engines.add(engine)
-        return engine
-
-    def host_room(self, working_bytes: int) -> HostRoom:
-        """Return what of host memory is left for a cache.
-
-        Args:
-            working_bytes: what a call takes on the device beside KV, which may be host memory.
-        """
-        engines = list(self._engines)
-        # Locked memory is taken at once; other memory, once it is written.
-        locked = self._device.name == "cuda"
-        promised = 0 if locked else sum(engine.unwritten_host_bytes for engine in engines)
-        return HostRoom(
-            device=self._device.name,
-            all_bytes=all_host_bytes(),
-            available_bytes=max(available_host_bytes() - promised, 0),
-            working_bytes=0 if locked else working_bytes,
-            given_bytes=self._host_memory_bytes,
-            held_bytes=sum(engine.host_kv_bytes for engine in engines),
-        )
-
-    def tensor_bytes_left(self) -> int:
-        """Return the bytes that tensors where the model is may still take."""
-        free = self._device.free_bytes()
-        return available_host_bytes() if free is None else int(free * _USED_SHARE)
-
-    def owns(self, cache: OffloadedCache) -> bool:
-        """Whether a cache was made here."""
-        host: object = cache.state.host
-        return host is self
-
-    def chunk_tokens(self, cache: OffloadedCache) -> int:
-        """Return the tokens of a chunk under a cache's plan."""
-        return cache.state.chunk_tokens or self.plan.chunk_tokens
-
-    def plan_whole(self, cache: OffloadedCache, batch: int, tokens: int) -> Plan:
-        """Make room on the device for a call whose tokens all pass at once; return the new plan.
-
-        Raises:
-            MemoryPlanError: the device memory does not hold the activations of so many tokens.
-        """
-        engine = cache.state.engine
-        plan = dataclasses.replace(self.plan, batch=batch) if engine is None else engine.plan
-        whole = passing_whole(plan, self._options, tokens)
-        if engine is not None and whole.arena_bytes != plan.arena_bytes:
-            engine.replan(whole)
-        elif engine is not None:
-            engine.plan = whole
-        return whole
-
-    def mark_compute(self) -> Mark:
-        """Return a mark behind the model's work so far."""
-        return self._device.mark_compute()
-
-    def finish_compute(self) -> None:
-        """Block until the model's work on the device is done, and raise what failed in it."""
-        self._device.finish_compute()
-        for engine in list(self._engines):
-            engine.check()
-
-    def report_prefill(self, done_tokens: int, all_tokens: int) -> None:
-        """Pass progress on."""
-        if self._progress is not None:
-            self._progress(done_tokens, all_tokens)
-
-    def after_call(self, cache: OffloadedCache) -> None:
-        """Note the memory held after a model call."""
-        stats, engines = self.stats, list(self._engines)
-        device_bytes = sum(engine.device_kv_bytes for engine in engines)
-        host_bytes = sum(engine.host_kv_bytes for engine in engines)
-        stats.peak_device_kv_bytes = max(stats.peak_device_kv_bytes, device_bytes)
-        stats.host_kv_bytes = max(stats.host_kv_bytes, host_bytes)
-        if cache.state.engine is not None:
-            standard = self._shape.standard_kv_bytes(
-                cache.get_seq_length(), cache.state.engine.plan.batch
-            )
-            stats.standard_kv_bytes = max(stats.standard_kv_bytes, standard)

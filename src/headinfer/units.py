@@ -104,6 +104,16 @@ def format_bytes(size_bytes: float) -> str:
     return f"{size_bytes:.0f} B"
 
 
+def exact_bytes(size_bytes: int) -> str:
+    """Return a size as text that `parse_bytes` takes back: "24GiB", "24GB" or "1001B"."""
+    factor, unit = max(
+        (_BYTE_UNITS[unit.upper()], unit)
+        for unit in ("TiB", "TB", "GiB", "GB", "MiB", "MB", "KiB", "KB", "B")
+        if size_bytes % _BYTE_UNITS[unit.upper()] == 0
+    )
+    return f"{size_bytes // factor}{unit}"
+
+
 def format_seconds(seconds: float) -> str:
     """Return a time for people, with two or three digits: 31 ms, 5.14 s, 37.9 min or 9.81 h."""
     if seconds < 0.9995:

@@ -9,8 +9,9 @@ from headinfer.bench.launch import Machine
 from headinfer.bench.model_spec import ModelSpec
 from headinfer.bench.result import TrialFailure, TrialResult
 from headinfer.bench.rows import Row, arranged
-from headinfer.bench.spec import BenchSpec, Command, Fill, Settings, TrialSpec
+from headinfer.bench.spec import BenchSpec, Command, Fill, TrialSpec
 from headinfer.bench.suite import Suite
+from headinfer.plan.options import Options
 
 MODEL = ModelSpec(
     layers=2,
@@ -58,7 +59,7 @@ def trial_spec(method: str, dtype: str = "float32", context_tokens: int = 300) -
         dtype=dtype,
         seed=0,
         model=MODEL,
-        settings=Settings(device="cpu", chunk_tokens="128"),
+        settings=Options.parse(device="cpu", chunk_tokens="128"),
     )
 
 

@@ -15,10 +15,11 @@ from headinfer.bench.model_spec import NamedModel
 from headinfer.bench.report import report
 from headinfer.bench.result import Status
 from headinfer.bench.rows import row_of, row_without_result
-from headinfer.bench.spec import BenchSpec, Command, Settings
+from headinfer.bench.spec import BenchSpec, Command
 from headinfer.cli import bench
 from headinfer.errors import OptionError
-from headinfer.plan.presets import preset_shape
+from headinfer.estimate.presets import preset_shape
+from headinfer.plan.options import Options
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 GPU = replace(
@@ -72,7 +73,7 @@ def test_a_table_has_contexts_down_and_methods_across_and_reasons_below():
 
 
 def test_runs_of_one_machine_have_titles_of_their_own_and_short_contexts_first():
-    held = Settings(device_memory="4GiB")
+    held = Options.parse(device_memory="4GiB")
     files = [
         ("b", results_of(bench_spec(contexts=(102400, 204800)))),
         ("a", results_of(bench_spec(contexts=(1024, 4096)))),
@@ -107,7 +108,7 @@ def test_the_papers_tables_hold_what_was_measured_of_its_model_on_a_gpu():
     spec = replace(
         bench_spec(contexts=(1024, 10240), methods=("standard", "head-wise-1"), dtype="bfloat16"),
         model=LLAMA,
-        settings=Settings(device_memory="24GiB"),
+        settings=Options.parse(device_memory="24GiB"),
     )
     text = report([("gpu-decode", results_of(spec, GPU))], "plots")
     assert "Measured on a card held to 24GiB." in text

@@ -21,11 +21,12 @@ from headinfer.bench.neighbours import Neighbours
 from headinfer.bench.ours import HeadInfer
 from headinfer.bench.process_memory import PeakRss
 from headinfer.bench.result import Status, TrialFailure, TrialResult
-from headinfer.bench.spec import Fill, Settings, TrialSpec
+from headinfer.bench.spec import Fill, TrialSpec
 from headinfer.bench.trial import attempt, run_trial
 from headinfer.cli.shapes import shape_of
 from headinfer.device.host_pages import map_host_memory
 from headinfer.errors import MemoryPlanError
+from headinfer.plan.options import Options
 from tiny_models import tiny_model
 
 
@@ -78,15 +79,11 @@ def test_a_trial_reports_what_was_held_and_planned():
 
 def test_the_simulated_device_counts_bytes_over_the_link():
     values = trial_spec("headinfer").to_json()
-    simulated = Settings(device="simulated", chunk_tokens="128", tile_tokens="256")
-    result = run_trial(TrialSpec.from_json(values | {"settings": simulated_json(simulated)}))
+    simulated = Options.parse(device="simulated", chunk_tokens="128", tile_tokens="256")
+    result = run_trial(TrialSpec.from_json(values | {"settings": simulated.keywords()}))
     assert result.prefill_bytes_to_host > 0
     assert result.decode_bytes_to_device > 0
     assert result.kv_device_bytes > 0
-
-
-def simulated_json(settings: Settings) -> dict[str, str]:
-    return {name: getattr(settings, name) for name in settings.__dataclass_fields__}
 
 
 @pytest.mark.parametrize(
@@ -106,7 +103,7 @@ def simulated_json(settings: Settings) -> dict[str, str]:
 @pytest.mark.parametrize("fill", list(Fill))
 def test_every_exact_method_agrees_with_the_reference(method, fill):
     keeps = method in ("resident", "host-attention", "headinfer")
-    settings = Settings(
+    settings = Options.parse(
         device="simulated",
         chunk_tokens="128",
         tile_tokens="64",
@@ -142,7 +139,7 @@ def test_a_quantised_cache_is_near_the_reference():
 
 
 def test_device_memory_on_the_cpu_is_a_limit_of_the_system_and_is_lifted_again():
-    settings, cpu = Settings(device="cpu", device_memory="96MiB"), torch.device("cpu")
+    settings, cpu = Options.parse(device="cpu", device_memory="96MiB"), torch.device("cpu")
     with limit_host(settings, cpu, weights_bytes=32 * 2**20):
         torch.ones(40 * 2**20, dtype=torch.uint8)
         with pytest.raises(RuntimeError, match="memory"):
@@ -162,12 +159,12 @@ def test_device_memory_on_a_gpu_leaves_torch_what_a_card_of_that_size_would(monk
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: memory)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
     for size in ("24GiB", "auto", "512GiB"):
-        limit_device(Settings(device_memory=size), torch.device("cuda"))
+        limit_device(Options.parse(device_memory=size), torch.device("cuda"))
     assert shares == [23.25 / 80, 1.0]
 
 
 def test_a_trial_beyond_its_device_memory_is_out_of_memory():
-    settings = Settings(device="cpu", device_memory="24MiB", chunk_tokens="128")
+    settings = Options.parse(device="cpu", device_memory="24MiB", chunk_tokens="128")
     spec = replace(trial_spec("standard"), settings=settings, fill=Fill.RANDOM)
     assert isinstance(attempt(spec), TrialResult)
     longer = attempt(replace(spec, context_tokens=2**17))  # 64 MiB of KV

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from cli_models import WORDS, save_llama
+
+from saved_models import WORDS, save_llama
 
 PROJECT = Path(__file__).resolve().parents[2]
 

@@ -4,7 +4,8 @@ import json
 import shutil
 
 import pytest
-from cli_models import save_llama, save_tokenizer
+
+from saved_models import save_llama, save_tokenizer
 
 
 def check(outcome, *words, code: int = 2) -> None:

@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from headinfer.cli.streamer import TextCollector
+from headinfer.generation.text import TextCollector
 
 GREEDY = ("--no-do-sample", "-n", 20)
 

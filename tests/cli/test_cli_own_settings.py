@@ -3,13 +3,13 @@
 import json
 
 import pytest
-from cli_models import save_llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from headinfer.cli.own_settings import _NOT_HELD, settle
 from headinfer.cli.progress import PrefillBar
-from headinfer.cli.sampling import GenerationOptions
+from headinfer.cli.sampling import flag
+from headinfer.generation.settings import _NOT_HELD, settle
+from saved_models import save_llama
 
 NUMBERS = ("-n", 12)
 
@@ -149,11 +149,11 @@ def test_a_limit_of_time_is_the_reason_told(cli, tmp_path, prompt):
 )
 def test_limits_of_length_are_the_users(own, words):
     config = GenerationConfig(**own)
-    settings = settle(GenerationOptions(), config, prompt_tokens=10)
+    settings = settle({}, config, prompt_tokens=10)
     assert settings.keywords["max_new_tokens"] == settings.max_new_tokens == 256
-    assert (settings.note is None) == (words is None)
-    assert words is None or words in settings.note
-    assert settle(GenerationOptions(max_new_tokens=5), config, prompt_tokens=10).note is None
+    assert (settings.note() is None) == (words is None)
+    assert words is None or words in settings.note(flag)
+    assert settle({"max_new_tokens": 5}, config, prompt_tokens=10).note() is None
 
 
 def test_every_field_of_a_generation_config_is_looked_at():

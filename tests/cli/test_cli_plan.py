@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from headinfer.plan import measured
+from headinfer.probe import keep
 from measurements import CPU_ONLY, WITH_GPU, measured_here
 
 ROW = [
@@ -172,7 +172,7 @@ def save_cpu_with(memory_gib: float) -> None:
     """Let this machine have been measured: a processor with so much memory and no GPU."""
     memory_bytes = int(memory_gib * 2**30)
     sizes = {"host_memory_bytes": memory_bytes, "device_memory_bytes": memory_bytes}
-    measured.save_measurement(measured_here(replace(CPU_ONLY, **sizes)))
+    keep.save_measurement(measured_here(replace(CPU_ONLY, **sizes)))
 
 
 def advised_gib(text: str, words: str) -> float:
@@ -205,7 +205,7 @@ def test_a_cpu_has_no_host_memory_beside_its_own(cli, hardware) -> None:
 
 @pytest.mark.parametrize("measurement", [CPU_ONLY, WITH_GPU], ids=["cpu", "gpu"])
 def test_what_was_measured_on_another_machine_is_not_this(cli, measurement) -> None:
-    measured.save_measurement(measurement)
+    keep.save_measurement(measurement)
     outcome = cli("plan", "--context", "4K")
     said = " ".join(outcome.out.split())
     assert "on rtx-4090 (not measured yet: the last measurement is of another machine" in said
@@ -213,12 +213,12 @@ def test_what_was_measured_on_another_machine_is_not_this(cli, measurement) -> N
         refused = cli(verb, "--hardware", "this")
         assert (refused.code, refused.out) == (2, "")
         assert "another machine, with a processor and 2 threads; run `headinfer" in refused.err
-    measured.save_measurement(measured_here(measurement))
+    keep.save_measurement(measured_here(measurement))
     assert "as `headinfer probe` measured it" in cli("plan", "--context", "4K").out
 
 
 def test_a_damaged_measurement_is_a_note(cli) -> None:
-    path = measured.save_measurement(CPU_ONLY)
+    path = keep.save_measurement(CPU_ONLY)
     path.write_text("{")
     outcome = cli("plan", "--context", "4K")
     assert outcome.code == 0

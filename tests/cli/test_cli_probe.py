@@ -8,6 +8,7 @@ import pytest
 
 from headinfer.plan import measured
 from headinfer.plan.measurement import Quantity, Rate
+from headinfer.probe import keep
 from measurements import CPU_ONLY, WITH_GPU, failing
 
 
@@ -124,7 +125,7 @@ def test_a_busy_machine_is_told(cli, measuring):
 
 
 def test_what_plans_cannot_use_does_not_replace_what_they_can(cli, measuring):
-    measured.save_measurement(CPU_ONLY)
+    keep.save_measurement(CPU_ONLY)
     measuring(failing(CPU_ONLY, Quantity.MATMUL))
     done = cli("probe", "--device", "cpu")
     assert done.code == 1
@@ -169,7 +170,7 @@ def test_a_cache_folder_that_cannot_be_written_to_is_told_first(
 
 
 def test_ctrl_c_ends_it_and_keeps_the_last_measurement(cli, monkeypatch):
-    measured.save_measurement(CPU_ONLY)
+    keep.save_measurement(CPU_ONLY)
 
     def interrupt(*_arguments, **_keywords):
         raise KeyboardInterrupt

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from headinfer.plan.measured import save_measurement
+from headinfer.probe.keep import save_measurement
 from measurements import CPU_ONLY, measured_here
 
 ROW_KEYS = {

@@ -9,14 +9,14 @@ import pytest
 
 from headinfer.cli.shapes import shape_of
 from headinfer.errors import HeadInferError, ModelLoadError, UnsupportedModelError
-from headinfer.plan.presets import PRESETS, preset_shape
+from headinfer.estimate.presets import PRESETS, preset_shape
 
 
 @pytest.fixture(scope="module")
 def loaded_shape(llama):
     from transformers import AutoModelForCausalLM
 
-    from headinfer.integration.support import model_shape
+    from headinfer.integration.model_shape import model_shape
 
     return model_shape(AutoModelForCausalLM.from_pretrained(llama))
 
@@ -83,7 +83,7 @@ def write(folder, values) -> str:
 def test_a_family_that_the_table_lacks(tied, tmp_path) -> None:
     from transformers import Olmo2Config, Olmo2ForCausalLM
 
-    from headinfer.integration.support import model_shape
+    from headinfer.integration.model_shape import model_shape
 
     config = Olmo2Config(
         vocab_size=97,

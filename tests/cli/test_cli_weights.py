@@ -5,10 +5,11 @@ import shutil
 
 import pytest
 import torch
-from cli_models import save_llama
 from safetensors.torch import load_file, save_file
 from test_cli_bad_input import check
 from transformers import AutoModelForCausalLM
+
+from saved_models import save_llama
 
 GREEDY = ("--no-do-sample", "-n", 4)
 

@@ -130,9 +130,9 @@ def test_a_copy_reserves_what_the_original_was_to_reserve() -> None:
         copied = copy.deepcopy(ours)
         model(random_tokens(1, 1), **cache_argument(model, copied))
         assert held_bytes(ours, copied) - before == offload.plan.kv_host_bytes(480)
-        room = offload.host_room(0).kv_bytes
+        room = offload.session.host_room(0).kv_bytes
         del copied
-        assert offload.host_room(0).kv_bytes - room == offload.plan.kv_host_bytes(980)
+        assert offload.session.host_room(0).kv_bytes - room == offload.plan.kv_host_bytes(980)
 
 
 def test_copies_keep_within_the_host_memory_whatever_they_change() -> None:
@@ -228,7 +228,7 @@ def test_what_holds_a_cache_and_its_layers_is_copied() -> None:
         windows = [layer for layer in ours.layers if layer.is_sliding]
         copied = [layer for layer in held["cache"].layers if layer.is_sliding]
         assert windows[0].keys.data_ptr() != copied[0].keys.data_ptr()
-        assert offload.owns(held["cache"])
+        assert offload.session.owns(held["cache"])
 
 
 @pytest.mark.parametrize("name", ["llama3", "qwen3-next"])

@@ -105,7 +105,7 @@ def test_a_reorder_that_gets_no_memory_half_way_is_noticed(
         cache = offload.new_cache()
         model(tokens, **cache_argument(model, cache))
         copied = copy.deepcopy(cache)  # so that rows are written to memory of their own
-        device, taken = offload._device, []
+        device, taken = offload.session.device, []
         right = device.host_empty
 
         def refuse(num_bytes: int) -> torch.Tensor:

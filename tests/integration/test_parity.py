@@ -119,7 +119,7 @@ def test_residents_are_given_up_where_another_cache_needs_their_memory() -> None
     tokens, following = random_tokens(1, 300), random_tokens(1, 3)
     options = {"chunk_tokens": 64, "tile_heads": 1, "tile_tokens": 64, "device": "simulated"}
     with headinfer.attach(model, resident_tokens="all", **options) as offload:
-        budget = offload.plan_for(1, 300).total_device_bytes + 100
+        budget = offload.session.plan_for(1, 300).total_device_bytes + 100
     stock = DynamicCache(config=model.config)
     model(tokens, past_key_values=stock)
     wanted = model(following, past_key_values=stock).logits

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headinfer.errors import MemoryPlanError
+from headinfer.estimate.presets import preset_shape
 from headinfer.plan.host_room import HostRoom, machine_bytes_for
-from headinfer.plan.presets import preset_shape
 
 GIB = 2**30
 DEVICES = ["cpu", "cuda", "simulated"]

@@ -11,6 +11,7 @@ import pytest
 from headinfer.errors import OptionError
 from headinfer.plan import measured
 from headinfer.plan.measurement import NO_GPU, Identity, Quantity
+from headinfer.probe import keep
 from measurements import CPU_ONLY, WITH_GPU, failing
 
 
@@ -76,28 +77,28 @@ def test_shares_are_of_what_bounds_the_rate():
 def test_what_is_saved_is_loaded(measurement, caplog):
     assert measured.load_measured() is None
     assert caplog.records == []  # never to have probed is no mistake
-    path = measured.save_measurement(measurement)
+    path = keep.save_measurement(measurement)
     assert path == measured.measurement_path()
     assert measured.read_measurement() == measurement
     assert measured.load_measured() == measurement.hardware
 
 
 def test_the_last_measurement_counts_and_nothing_else_is_left():
-    measured.save_measurement(WITH_GPU)
-    path = measured.save_measurement(CPU_ONLY)
+    keep.save_measurement(WITH_GPU)
+    path = keep.save_measurement(CPU_ONLY)
     assert measured.read_measurement() == CPU_ONLY
     assert [file.name for file in path.parent.iterdir()] == ["machine.json"]
 
 
 def test_a_failed_save_keeps_the_old_file(monkeypatch):
-    path = measured.save_measurement(CPU_ONLY)
+    path = keep.save_measurement(CPU_ONLY)
 
     def fail(*_paths):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(measured.Path, "replace", fail)
     with pytest.raises(OptionError, match="No space left on device"):
-        measured.save_measurement(WITH_GPU)
+        keep.save_measurement(WITH_GPU)
     assert measured.read_measurement() == CPU_ONLY
     assert [file.name for file in path.parent.iterdir()] == ["machine.json"]
 
@@ -106,13 +107,13 @@ def test_a_folder_that_cannot_be_written_to_is_told_early(monkeypatch, tmp_path)
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(OptionError, match="XDG_CACHE_HOME"):
-        measured.check_writable()
+        keep.check_writable()
     with pytest.raises(OptionError, match="XDG_CACHE_HOME"):
-        measured.save_measurement(CPU_ONLY)
+        keep.save_measurement(CPU_ONLY)
 
 
 def damage(**changes) -> str:
-    return json.dumps(measured.to_json(CPU_ONLY) | changes)
+    return json.dumps(keep.to_json(CPU_ONLY) | changes)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +144,7 @@ def damage(**changes) -> str:
     ],
 )
 def test_a_damaged_file_is_a_warning(text, word, caplog):
-    measured.save_measurement(CPU_ONLY)
+    keep.save_measurement(CPU_ONLY)
     measured.measurement_path().write_bytes(text.encode("utf-8", "surrogatepass"))
     assert measured.load_measured() is None
     (record,) = caplog.records
@@ -159,7 +160,7 @@ def test_a_file_in_the_way_is_a_warning(caplog):
 
 
 def test_what_another_user_can_have_written_is_a_warning(monkeypatch, caplog):
-    path = measured.save_measurement(CPU_ONLY)
+    path = keep.save_measurement(CPU_ONLY)
     assert path.stat().st_mode & 0o7777 == 0o600
     path.chmod(0o666)
     assert measured.load_measured() is None
@@ -169,7 +170,7 @@ def test_what_another_user_can_have_written_is_a_warning(monkeypatch, caplog):
         os.chown(path, 12345, 12345)
         assert measured.load_measured() is None
         assert "belongs to another user, of id 12345" in caplog.text
-    measured.save_measurement(CPU_ONLY)
+    keep.save_measurement(CPU_ONLY)
     assert measured.load_measured() == CPU_ONLY.hardware
 
 
@@ -190,22 +191,22 @@ def test_without_a_home_nothing_is_kept(monkeypatch, caplog):
     assert measured.load_measured() is None
     assert caplog.records == []
     with pytest.raises(OptionError, match=r"no home folder.*XDG_CACHE_HOME"):
-        measured.check_writable()
+        keep.check_writable()
     with pytest.raises(OptionError, match=r"no home folder.*XDG_CACHE_HOME"):
-        measured.save_measurement(CPU_ONLY)
+        keep.save_measurement(CPU_ONLY)
 
 
 def test_nothing_is_kept_where_all_can_write(tmp_path):
     tmp_path.chmod(0o777)
     with pytest.raises(OptionError, match="can be written to by other users"):
-        measured.check_writable()
+        keep.check_writable()
     with pytest.raises(OptionError, match="can be written to by other users"):
-        measured.save_measurement(CPU_ONLY)
+        keep.save_measurement(CPU_ONLY)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_another_machines_measurement_is_ignored():
-    measured.save_measurement(WITH_GPU)
+    keep.save_measurement(WITH_GPU)
     here = WITH_GPU.identity
     assert measured.load_measured(here) == WITH_GPU.hardware
     assert measured.load_measured(replace(here, gpu=None)) == WITH_GPU.hardware  # not known

@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headinfer.errors import MemoryPlanError, OptionError
-from headinfer.plan.hardware import HARDWARE, Hardware
+from headinfer.estimate.machines import HARDWARE
+from headinfer.plan.hardware import Hardware
 from headinfer.plan.memory import ALIGNMENT_BYTES, runtime_bytes
 from headinfer.plan.options import Options
 from headinfer.plan.plan import resolve

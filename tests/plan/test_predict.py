@@ -7,13 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headinfer.errors import MemoryPlanError
+from headinfer.estimate.machines import HARDWARE
+from headinfer.estimate.presets import preset_shape
 from headinfer.plan.choices import MAX_TILE_TOKENS
-from headinfer.plan.hardware import HARDWARE, Hardware
+from headinfer.plan.hardware import Hardware
 from headinfer.plan.memory import ALIGNMENT_BYTES, runtime_bytes
 from headinfer.plan.options import Options
 from headinfer.plan.plan import Plan, resolve
 from headinfer.plan.predict import Predictor, Schedule, active_parameters
-from headinfer.plan.presets import preset_shape
 from headinfer.plan.shape import ModelShape
 from shapes import LLAMA_3_8B, model_shape
 

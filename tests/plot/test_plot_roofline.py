@@ -9,8 +9,8 @@ pytest.importorskip("matplotlib")
 
 from matplotlib.text import Text
 
-from headinfer.plan.hardware import HARDWARE, preset_hardware
-from headinfer.plan.roofline import PAPER_CONTEXTS, roofline_rows
+from headinfer.estimate.machines import HARDWARE, preset_hardware
+from headinfer.estimate.roofline import PAPER_CONTEXTS, roofline_rows
 from headinfer.plot.roofline import draw
 from headinfer.plot.style import save
 from shapes import LLAMA_3_8B, model_shape

@@ -12,9 +12,10 @@ from headinfer.attend.table import Kernels
 from headinfer.device.identity import identity
 from headinfer.device.simulated import SimulatedDevice
 from headinfer.errors import OptionError
-from headinfer.plan.measured import from_json, to_json
+from headinfer.plan.measured import from_json
 from headinfer.plan.measurement import NO_GPU, Quantity
 from headinfer.probe import attention, operations
+from headinfer.probe.keep import to_json
 from headinfer.probe.run import FULL, QUICK, Effort, Sizes, make_device, run_probe
 from headinfer.probe.timing import fastest, time_operation
 

@@ -6,9 +6,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from headinfer.bench.model_spec import ModelSpec, NamedModel
-from headinfer.bench.spec import Settings, TrialSpec
+from headinfer.bench.spec import TrialSpec
 from headinfer.errors import HeadInferError, ModelLoadError, OptionError
 from headinfer.integration.checkpoint import load_checkpoint
+from headinfer.plan.options import Options
 
 _INIT_GAIN = 1.75
 """Weights of this standard deviation over the root of the width give attention scores one of 3, so
@@ -16,7 +17,7 @@ that heads attend sharply. With stock's 0.02 attention over 32K tokens averages 
 and a lost tile would pass the comparison."""
 
 
-def torch_device(settings: Settings) -> torch.device:
+def torch_device(settings: Options) -> torch.device:
     """Return where the model goes.
 
     Raises:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from headinfer.errors import OptionError
-from headinfer.plan.methods import (
+from headinfer.estimate.methods import (
     ADAPTIVE,
     BOUNDED,
     CHUNKED,

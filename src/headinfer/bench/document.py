@@ -208,7 +208,7 @@ def header(spec: BenchSpec, machine: Machine) -> dict[str, Any]:
         "seed": spec.seed,
         "repeats": spec.repeats,
         "new_tokens": spec.new_tokens,
-        "settings": asdict(spec.settings),
+        "settings": spec.settings.keywords(),
         "spec": spec.to_json(),
     }
 

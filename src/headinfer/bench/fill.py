@@ -9,7 +9,7 @@ from transformers.cache_utils import Cache
 from headinfer.errors import UnsupportedModelError
 from headinfer.integration.cache import OffloadedCache
 from headinfer.integration.layer import OffloadedLayer
-from headinfer.integration.support import model_shape
+from headinfer.integration.model_shape import model_shape
 from headinfer.plan.shape import LayerKind, LayerShape
 
 _CHUNK_TOKENS = 8192

@@ -7,25 +7,26 @@ from pathlib import Path
 
 import torch
 
-from headinfer.bench.spec import Settings
 from headinfer.errors import MemoryPlanError
 from headinfer.plan.memory import CUDA_OUTSIDE_BYTES
-from headinfer.units import format_bytes, parse_bytes
+from headinfer.plan.options import Options
+from headinfer.units import format_bytes
 
 
-def limit_device(settings: Settings, device: torch.device) -> None:
+def limit_device(settings: Options, device: torch.device) -> None:
     """Let torch allocate no more on a GPU, from now on, than on a card of the budget's size.
 
     What CUDA takes outside of torch's allocator is of the budget too, whatever the method.
     """
-    if device.type == "cuda" and settings.device_memory != "auto":
+    budget = settings.device_memory_bytes
+    if device.type == "cuda" and budget is not None:
         total = torch.cuda.get_device_properties(device).total_memory
-        for_torch = max(parse_bytes(settings.device_memory) - CUDA_OUTSIDE_BYTES, 0)
+        for_torch = max(budget - CUDA_OUTSIDE_BYTES, 0)
         torch.cuda.set_per_process_memory_fraction(min(for_torch / total, 1.0))
 
 
 @contextmanager
-def limit_host(settings: Settings, device: torch.device, weights_bytes: int) -> Iterator[None]:
+def limit_host(settings: Options, device: torch.device, weights_bytes: int) -> Iterator[None]:
     """Where the CPU is the device, let memory grow by what the budget leaves beside the weights.
 
     KV and activations count from here on, as the system counts private writable memory: mapped is
@@ -38,10 +39,10 @@ def limit_host(settings: Settings, device: torch.device, weights_bytes: int) -> 
     if device.type != "cpu" or settings.device in ("cuda", "simulated"):
         yield
         return
-    if settings.device_memory == "auto":
+    budget = settings.device_memory_bytes
+    if budget is None:
         yield
         return
-    budget = parse_bytes(settings.device_memory)
     if budget <= weights_bytes:
         raise MemoryPlanError(
             f"--device-memory of {format_bytes(budget)} is below the weights, "

@@ -15,9 +15,9 @@ import torch
 
 from headinfer.bench.bound import Rates
 from headinfer.bench.build import torch_device
-from headinfer.bench.spec import Settings
 from headinfer.device.cuda import CudaDevice
 from headinfer.device.identity import cpu_name, gpu_driver
+from headinfer.plan.options import Options
 from headinfer.probe import operations
 from headinfer.probe.caches import beyond_caches
 from headinfer.probe.timing import Operation, fastest
@@ -110,7 +110,7 @@ def answer(values: dict[str, Any]) -> dict[str, Any]:
     See `headinfer.bench.child`.
     """
     try:
-        device = torch_device(Settings(device=values["device"]))
+        device = torch_device(Options.parse(device=values["device"]))
     except Exception:
         device = torch.device("cpu")
     rates, best_by = measure(device, getattr(torch, values["dtype"]))

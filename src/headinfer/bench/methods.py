@@ -11,7 +11,7 @@ from headinfer.bench import ours, stock
 from headinfer.bench.catalogue import AUTO, HOST_ATTENTION, OFFLOADED, SYNCHRONOUS
 from headinfer.bench.held import Held
 from headinfer.bench.spec import TrialSpec
-from headinfer.plan.methods import (
+from headinfer.estimate.methods import (
     ADAPTIVE,
     BOUNDED,
     CHUNKED,

@@ -1,7 +1,6 @@
 """HeadInfer, with the options that make it each of its methods."""
 
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from headinfer.bench.spec import TrialSpec
 from headinfer.errors import MemoryPlanError, OptionError
 from headinfer.integration.cache import OffloadedCache
 from headinfer.integration.calls import cache_argument
-from headinfer.integration.support import model_shape
+from headinfer.integration.model_shape import model_shape
 from headinfer.plan.plan import Plan
 
 _CPU_TILE_TOKENS = "16K"
@@ -31,7 +30,7 @@ class HeadInfer:
 
     def __init__(self, model: PreTrainedModel, spec: TrialSpec, **options: Any) -> None:
         self._model = model
-        self._offload = attach(model, **(asdict(spec.settings) | options))
+        self._offload = attach(model, **(spec.settings.keywords() | options))
         self.note = {"cpu": "tiles are views", "simulated": "simulated device"}.get(self.device, "")
 
     @property
@@ -50,7 +49,7 @@ class HeadInfer:
 
     def pass_tokens(self, context_tokens: int) -> int:
         """Return the tokens of a chunk."""
-        return min(self._offload.plan_for(1, context_tokens).chunk_tokens, context_tokens)
+        return min(self._offload.session.plan_for(1, context_tokens).chunk_tokens, context_tokens)
 
     def prefill(self, tokens: torch.Tensor, cache: Cache) -> torch.Tensor:
         """Pass a prompt through the model, which is chunked by itself."""
@@ -98,7 +97,7 @@ class HeadInfer:
         Raises:
             MemoryPlanError: it cannot.
         """
-        self._offload.plan_for(1, tokens)
+        self._offload.session.plan_for(1, tokens)
 
     def _plan_of(self, cache: Cache) -> Plan:
         """Return the plan of a cache that was used; a new one would reckon with what it holds."""

@@ -10,7 +10,7 @@ from headinfer.bench.result import Status
 from headinfer.bench.rows import Row
 from headinfer.bench.spec import Command, Fill
 from headinfer.bench.table import conditions, notes
-from headinfer.units import format_bytes, format_seconds, format_tokens
+from headinfer.units import exact_bytes, format_bytes, format_seconds, format_tokens
 
 _INTRO = """\
 # Benchmarks
@@ -131,9 +131,9 @@ def _place(results: Results) -> tuple[str, int]:
 
 def _title(quantity: Quantity, results: Results) -> str:
     """Return a heading that tells a run from others of its group."""
-    contexts, memory = results.spec.contexts, results.spec.settings.device_memory
+    contexts, memory = results.spec.contexts, results.spec.settings.device_memory_bytes
     ends = dict.fromkeys(map(format_tokens, (min(contexts), max(contexts))))
-    held = "" if memory == "auto" else f" in {memory}"
+    held = "" if memory is None else f" in {exact_bytes(memory)}"
     return f"{quantity.title} at {' to '.join(ends)} tokens{held}"
 
 

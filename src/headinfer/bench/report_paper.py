@@ -8,9 +8,10 @@ from headinfer.bench.model_spec import NamedModel
 from headinfer.bench.result import Status
 from headinfer.bench.rows import Row
 from headinfer.bench.spec import Command
-from headinfer.plan.methods import LAYER_WISE
-from headinfer.plan.paper import Comparison, context_tables, latency_tables, memory_table
-from headinfer.units import parse_tokens
+from headinfer.estimate.comparison import Comparison
+from headinfer.estimate.methods import LAYER_WISE
+from headinfer.estimate.paper import context_tables, latency_tables, memory_table
+from headinfer.units import exact_bytes, parse_tokens
 
 _GIB, _K = 2**30, 1024
 _MODEL = "llama-3-8b"
@@ -90,8 +91,8 @@ class _Found:
         """The machines, in words."""
         names = set()
         for results in self._files:
-            memory = results.spec.settings.device_memory
-            held = "" if memory == "auto" else f" held to {memory}"
+            memory = results.spec.settings.device_memory_bytes
+            held = "" if memory is None else f" held to {exact_bytes(memory)}"
             names.add(f"{results.machine.hardware['gpu']}{held}")
         return "; ".join(sorted(names))
 

@@ -9,7 +9,7 @@ from headinfer.bench.document import Results
 from headinfer.bench.report import Quantity, plot_name, quantities
 from headinfer.bench.rows import Row
 from headinfer.bench.table import conditions
-from headinfer.plan.methods import ADAPTIVE, BOUNDED, CHUNKED, QUANTISED, RESIDENT, STANDARD
+from headinfer.estimate.methods import ADAPTIVE, BOUNDED, CHUNKED, QUANTISED, RESIDENT, STANDARD
 from headinfer.plot.lines import BOUND, Line, Look, draw
 
 _LOOKS = {

@@ -41,26 +41,6 @@ class Fill(str, enum.Enum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """Options of `headinfer.attach`, as users write them; see `headinfer.plan.options.Options`.
-
-    `device` and `device_memory` hold for every method, the others where a method leaves them open.
-
-    Raises:
-        OptionError: a value does not parse or is out of range.
-    """
-
-    device: str = "auto"
-    device_memory: str = "auto"
-    chunk_tokens: str = "auto"
-    tile_heads: str = "auto"
-    tile_tokens: str = "auto"
-
-    def __post_init__(self) -> None:
-        Options.parse(**asdict(self))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class TrialSpec:
     """One fresh process: one method, one prompt, some decode steps.
 
@@ -71,7 +51,8 @@ class TrialSpec:
         dtype: of weights and KV cache.
         seed: of the weights and, offset by one, of the tokens.
         model: the model.
-        settings: where to run and how to offload.
+        settings: where to run and how to offload. `device` and `device_memory` hold for every
+            method, the others where a method leaves them open.
         fill: how the cache comes to hold the prompt.
         last_pass: whether the prompt's last pass through the model is a real one also where the
             rest is filled at random; all of the prompt is, for a method that does not chunk it.
@@ -83,7 +64,7 @@ class TrialSpec:
     dtype: str
     seed: int
     model: Model
-    settings: Settings
+    settings: Options
     fill: Fill = Fill.PREFILL
     last_pass: bool = False
 
@@ -94,15 +75,14 @@ class TrialSpec:
 
     def to_json(self) -> dict[str, Any]:
         """Return the trial as JSON values."""
-        values: dict[str, Any] = json_values(asdict(self))
-        return values
+        return _spec_values(self)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "TrialSpec":
         """Return the trial that `to_json` gave."""
         parts = {
             "model": model_from_json(values["model"]),
-            "settings": Settings(**values["settings"]),
+            "settings": Options.parse(**values["settings"]),
             "fill": Fill(values["fill"]),
         }
         return cls(**(dict(values) | parts))
@@ -121,7 +101,8 @@ class BenchSpec:
         dtype: of weights and KV cache.
         seed: of weights and tokens.
         model: the model.
-        settings: where to run and how to offload.
+        settings: where to run and how to offload. `device` and `device_memory` hold for every
+            method, the others where a method leaves them open.
         fill: how caches come to hold the prompt.
         time_limit_s: a trial that takes longer is ended.
 
@@ -137,7 +118,7 @@ class BenchSpec:
     dtype: str
     model: Model
     seed: int = 0
-    settings: Settings = field(default_factory=Settings)
+    settings: Options = field(default_factory=Options)
     fill: Fill = Fill.PREFILL
     time_limit_s: int = 3600
 
@@ -176,8 +157,7 @@ class BenchSpec:
 
     def to_json(self) -> dict[str, Any]:
         """Return the run as JSON values."""
-        values: dict[str, Any] = json_values(asdict(self))
-        return values
+        return _spec_values(self)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "BenchSpec":
@@ -187,10 +167,15 @@ class BenchSpec:
             "methods": tuple(values["methods"]),
             "contexts": tuple(values["contexts"]),
             "model": model_from_json(values["model"]),
-            "settings": Settings(**values["settings"]),
+            "settings": Options.parse(**values["settings"]),
             "fill": Fill(values["fill"]),
         }
         return cls(**(dict(values) | parts))
+
+
+def _spec_values(spec: "TrialSpec | BenchSpec") -> dict[str, Any]:
+    values: dict[str, Any] = json_values(asdict(spec))
+    return values | {"settings": spec.settings.keywords()}
 
 
 def json_values(value: Any) -> Any:

@@ -12,7 +12,7 @@ from headinfer.errors import UnsupportedModelError
 from headinfer.integration.calls import cache_argument
 from headinfer.plan.choices import chunk_sizes
 from headinfer.plan.options import Options
-from headinfer.units import format_tokens, parse_tokens
+from headinfer.units import format_tokens
 
 _BITS = 4
 
@@ -86,7 +86,7 @@ class ChunkedPrefill(Standard):
         super().__init__(model, spec)
         given = spec.settings.chunk_tokens
         default = chunk_sizes(Options(), "cuda")[0]
-        self._chunk_tokens = default if given == "auto" else parse_tokens(given)
+        self._chunk_tokens = default if given == "auto" else given
         self.note = f"chunks of {format_tokens(self._chunk_tokens)} tokens"
 
     def pass_tokens(self, context_tokens: int) -> int:

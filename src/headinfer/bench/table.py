@@ -11,7 +11,7 @@ from headinfer.bench.launch import Machine
 from headinfer.bench.result import Status
 from headinfer.bench.rows import NOISY_CPU_SHARE, Row
 from headinfer.bench.spec import BenchSpec, Command, Fill
-from headinfer.units import format_bytes, format_tokens
+from headinfer.units import exact_bytes, format_bytes, format_tokens
 
 _NOTHING = "-"
 
@@ -115,8 +115,8 @@ def conditions(spec: BenchSpec, machine: Machine) -> Iterable[str]:
         f"medians of {spec.repeats} fresh process{'es' * (spec.repeats > 1)} a method, "
         f"{spec.new_tokens} decode step{'s' * (spec.new_tokens > 1)} each; cache filled {filled}"
     )
-    if spec.settings.device_memory != "auto":
-        yield f"device memory held to {spec.settings.device_memory}"
+    if (held := spec.settings.device_memory_bytes) is not None:
+        yield f"device memory held to {exact_bytes(held)}"
 
 
 def notes(rows: Sequence[Row]) -> list[str]:

@@ -30,7 +30,7 @@ from headinfer.bench.result import Status, TrialFailure, TrialResult, to_json
 from headinfer.bench.spec import Fill, TrialSpec
 from headinfer.errors import HeadInferError, MemoryPlanError, ModelLoadError
 from headinfer.integration.calls import cache_argument
-from headinfer.integration.support import model_shape
+from headinfer.integration.model_shape import model_shape
 from headinfer.units import format_bytes
 
 _WARM_UP_TOKENS = 512

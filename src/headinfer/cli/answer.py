@@ -14,18 +14,16 @@ from rich.console import Console
 
 from headinfer.cli.console import EXIT_UNEXPECTED, discard_stdout, print_error, report
 from headinfer.cli.interrupt import Interrupt, Stopped
-from headinfer.cli.load import ModelSource
-from headinfer.cli.logits_check import LogitsCheck
-from headinfer.cli.options import MemoryOptions
-from headinfer.cli.own_settings import Settings
+from headinfer.cli.load import NamedSource
 from headinfer.cli.progress import PrefillBar
 from headinfer.cli.render import plan_as_json, print_rows, stats_as_json, summary_rows
 from headinfer.cli.sampling import GenerationOptions
-from headinfer.cli.streamer import TextCollector
-from headinfer.errors import OptionError
+from headinfer.generation.settings import Settings
+from headinfer.plan.options import Options
 
 if TYPE_CHECKING:
     from headinfer.engine.stats import Stats
+    from headinfer.generation.call import Generation
     from headinfer.offload import Offload
     from headinfer.plan.plan import Plan
     from headinfer.trace import Trace
@@ -38,9 +36,9 @@ class Request:
     text: str
     raw: bool
     allow_long: bool
-    source: ModelSource
+    source: NamedSource
     dtype: str
-    memory: MemoryOptions
+    options: Options
     generation: GenerationOptions
     seed: int | None
     trace: str | None
@@ -84,25 +82,12 @@ class Answer:
         self._tokenizer = tokenizer
         self._offload = offload
         self._plan = plan
-        self._collector = TextCollector(tokenizer, self._stream, self._raise_if_no_numbers)
-        self._logits = LogitsCheck(str(model.dtype).removeprefix("torch."))
+        self._generation: Generation | None = None
         self._failure: BaseException | None = None
         self._stdout_error: OSError | None = None
-        self._prompt_tokens = 0
         self._stopped: Stopped | None = None
         self._trace: Trace | None = None
         self._bar: PrefillBar | None = None
-
-    def _raise_if_no_numbers(self) -> None:
-        one_row = self._settings.rows == 1
-        self._logits.raise_if_noted(len(self._collector.ids) if one_row else None)
-
-    def _no_numbers_criterion(self, input_ids: Any, _scores: Any, **_kwargs: Any) -> Any:
-        """Look at the logits as a stopping criterion that stops nothing; `[rows]` of bool."""
-        import torch
-
-        self._raise_if_no_numbers()
-        return input_ids.new_zeros(input_ids.shape[0], dtype=torch.bool)
 
     def _stream(self, piece: str) -> None:
         if not self._request.as_json:
@@ -124,53 +109,38 @@ class Answer:
             discard_stdout()
 
     def generate(self, ids: list[int], bar: PrefillBar, interrupt: Interrupt) -> None:
-        """Generate into the collector; failures are kept for `finish`."""
+        """Generate, and write text as it comes; failures are kept for `finish`."""
         import torch
 
-        self._prompt_tokens, self._bar = len(ids), bar
-        prompt = torch.tensor([ids], device=self._model.device)
+        from headinfer.generation.call import Generation
+
+        self._bar = bar
         if self._request.seed is not None:
             torch.manual_seed(self._request.seed)
+        criteria = [interrupt.stopping_criterion]
+        if self._request.trace is not None:
+            criteria.append(self._trace_criterion(Path(self._request.trace)))
+        self._generation = Generation(
+            self._model,
+            self._tokenizer,
+            self._offload.session,
+            self._settings,
+            self._stream,
+            criteria=criteria,
+        )
         try:
-            with bar, self._logits.watching(self._model):
-                rows = self._generate_rows(prompt, interrupt)
-            if self._settings.rows > 1:
-                self._collector.add(self._without_padding(rows[0, len(ids) :].tolist()))
-            self._collector.end()
+            with bar:
+                self._generation.run(ids)
         except _StdoutLost:
             pass
         except KeyboardInterrupt:
             interrupt.requested = True
         except Exception as error:
             self._failure = error
-            if isinstance(error, ValueError) and not self._offload.stats.prefill_tokens:
-                # Raised before the model ran: transformers refuses these settings together.
-                self._failure = OptionError(f"generation options: {error}")
         finally:
             if self._trace is not None:
                 self._trace.finish()
         self._stopped = interrupt.error if interrupt.requested else None
-
-    def _generate_rows(self, prompt: Any, interrupt: Interrupt) -> Any:
-        from transformers import StoppingCriteriaList
-
-        from headinfer.integration.calls import cache_argument
-
-        criteria = StoppingCriteriaList([interrupt.stopping_criterion, self._no_numbers_criterion])
-        if self._request.trace is not None:
-            criteria.append(self._trace_criterion(Path(self._request.trace)))
-        settings = self._settings
-        cache = self._offload.new_cache(prompt.shape[1] + settings.max_new_tokens)
-        tokenizer = {"tokenizer": self._tokenizer} if settings.stop_strings else {}
-        return self._model.generate(
-            input_ids=prompt,
-            attention_mask=prompt.new_ones(prompt.shape),
-            **cache_argument(self._model, cache),
-            streamer=self._collector if settings.rows == 1 else None,
-            stopping_criteria=criteria,
-            **tokenizer,
-            **settings.keywords,
-        )
 
     def _trace_criterion(self, path: Path) -> Callable[..., Any]:
         """Return a stopping criterion that stops nothing and lets the trace go on."""
@@ -186,38 +156,21 @@ class Answer:
 
         return criterion
 
-    def _end_ids(self) -> set[int]:
-        end = self._model.generation_config.eos_token_id
-        return {int(i) for i in (end if isinstance(end, list) else [end]) if i is not None}
-
-    def _without_padding(self, ids: list[int]) -> list[int]:
-        """Cut a beam after its end token."""
-        end_ids = self._end_ids()
-        for position, token_id in enumerate(ids):
-            if token_id in end_ids:
-                return ids[: position + 1]
-        return ids
-
-    def _finish_reason(self) -> str:
+    def _finish_reason(self, generation: "Generation") -> str:
         if self._failure is not None:
             return "error"
-        if self._stopped is not None:
-            return "interrupted"
-        ids, settings = self._collector.ids, self._settings
-        if ids and ids[-1] in self._end_ids():
-            return "stop"
-        if any(string in self._collector.text for string in settings.stop_strings):
-            return "stop"
-        out_of_time = settings.max_time_s is not None and len(ids) < settings.max_new_tokens
-        return "time" if out_of_time else "length"
+        return "interrupted" if self._stopped is not None else generation.finish_reason
 
     def finish(self) -> int:
         """Complete stdout, print the summary and the failure if any; return the exit code."""
+        generation = self._generation
+        assert generation is not None
         with contextlib.suppress(_StdoutLost):
-            self._collector.end()
+            generation.end()
         if self._request.as_json:
-            self._write(json.dumps(self._as_json(), indent=2, ensure_ascii=False) + "\n")
-        elif self._collector.text and not self._collector.text.endswith("\n"):
+            document = self._as_json(generation)
+            self._write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+        elif generation.text and not generation.text.endswith("\n"):
             self._write("\n")
         with contextlib.suppress(OSError):  # the terminal may be gone
             self._print_summary()
@@ -251,13 +204,13 @@ class Answer:
             print_error(f"stdout did not take {what}: {error.strerror}")
         return EXIT_UNEXPECTED
 
-    def _as_json(self) -> dict[str, Any]:
+    def _as_json(self, generation: "Generation") -> dict[str, Any]:
         return {
-            "text": self._collector.text,
-            "finish_reason": self._finish_reason(),
+            "text": generation.text,
+            "finish_reason": self._finish_reason(generation),
             "model": self._request.source.name,
-            "prompt_tokens": self._prompt_tokens,
-            "new_tokens": len(self._collector.ids),
+            "prompt_tokens": generation.prompt_tokens,
+            "new_tokens": len(generation.ids),
             "seed": self._request.seed,
             "plan": plan_as_json(self._plan),
             "stats": stats_as_json(self._stats()),

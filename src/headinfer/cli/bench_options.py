@@ -7,23 +7,20 @@ import typer
 
 from headinfer.bench.catalogue import parse_methods
 from headinfer.bench.model_spec import DTYPE_BYTES, Model, ModelSpec, NamedModel
-from headinfer.bench.spec import BenchSpec, Command, Fill, Settings
+from headinfer.bench.spec import BenchSpec, Command, Fill
 from headinfer.cli.contexts import parse_contexts
 from headinfer.cli.options import (
     MODEL_PANEL,
     NO_VALUE,
     OUTPUT_PANEL,
-    ChunkTokens,
-    Device,
-    DeviceChoice,
-    DeviceMemory,
-    TileHeads,
-    TileTokens,
     check_seed,
+    take_flags,
+    with_flags,
 )
 from headinfer.cli.output import JsonPath
 from headinfer.errors import OptionError
-from headinfer.plan.presets import PRESETS
+from headinfer.estimate.presets import PRESETS
+from headinfer.plan.options import Options
 
 _DEFAULT_SHAPE = {
     "layers": 4,
@@ -45,7 +42,9 @@ def _size(name: str, help_text: str) -> Any:
     return _shape_option(help_text, str(_DEFAULT_SHAPE[name]))
 
 
+@with_flags("device", "device_memory", "chunk_tokens", "tile_heads", "tile_tokens")
 def options(
+    *,
     contexts: Annotated[
         str,
         typer.Option(
@@ -113,11 +112,7 @@ def options(
         int | None, _shape_option("Width of the MLP.", "4 x hidden")
     ] = None,
     vocab_size: Annotated[int | None, _size("vocab_size", "Vocabulary.")] = None,
-    device: Device = DeviceChoice.AUTO,
-    device_memory: DeviceMemory = "auto",
-    chunk_tokens: ChunkTokens = "auto",
-    tile_heads: TileHeads = "auto",
-    tile_tokens: TileTokens = "auto",
+    flags: dict[str, Any],
     json_path: JsonPath = None,
     resume: Annotated[
         bool,
@@ -153,13 +148,7 @@ def run_spec(command: Command, given: dict[str, Any]) -> BenchSpec:
         dtype=given["dtype"],
         seed=given["seed"],
         model=_model(given),
-        settings=Settings(
-            device=given["device"].value,
-            device_memory=given["device_memory"],
-            chunk_tokens=given["chunk_tokens"],
-            tile_heads=given["tile_heads"],
-            tile_tokens=given["tile_tokens"],
-        ),
+        settings=Options.parse(**take_flags(dict(given))),
         fill=given["fill"],
         time_limit_s=given["time_limit"],
     )
@@ -186,8 +175,9 @@ def _model(given: dict[str, Any]) -> Model:
 
 def named_model(name: str, dtype: str, *, dummy_weights: bool) -> NamedModel:
     """Return a model by the name a user has for it: a preset, a folder or a hub id."""
-    from headinfer.cli.load import ModelSource, load_config
+    from headinfer.cli.load import NamedSource
     from headinfer.cli.shapes import shape_of
+    from headinfer.generation.model import load_config
 
     if name in PRESETS and not dummy_weights:
         raise OptionError(
@@ -195,9 +185,9 @@ def named_model(name: str, dtype: str, *, dummy_weights: bool) -> NamedModel:
         )
     shape = shape_of(name, dtype=dtype)
     if not dummy_weights:
-        location = ModelSource(name=name).location()
+        location = NamedSource(name=name).location()
         return NamedModel(name=name, location=location, config=None, planned=shape)
-    config = PRESETS.get(name) or load_config(ModelSource(name=_folder(name))).to_dict()
+    config = PRESETS.get(name) or load_config(NamedSource(name=_folder(name))).to_dict()
     kept = {key: value for key, value in config.items() if key != "quantization_config"}
     return NamedModel(name=name, location=None, config=kept, planned=shape)
 

@@ -18,7 +18,8 @@ from headinfer.cli.interrupt import (
     stop_words,
     stopping_at_once,
 )
-from headinfer.errors import HeadInferError, OptionError
+from headinfer.errors import HeadInferError, OptionError, is_out_of_memory
+from headinfer.plan.options import DECLARATIONS
 
 EXIT_UNEXPECTED = 1
 EXIT_BAD_INPUT = 2
@@ -28,9 +29,9 @@ EXIT_INTERRUPTED = 130
 _DEBUG_VARIABLE = "HEADINFER_DEBUG"
 
 _ARGUMENTS = re.compile(
-    r"(?:\b(device_memory|host_memory|chunk_tokens|tile_heads|tile_tokens|resident_tokens"
-    r"|host_attention|new_tokens|time_limit|kv_heads|head_dim|hidden_size|vocab_size"
-    r"|intermediate_size)(?:_s)?\b|^(dtype|repeats|layers|heads)(?= ))(=)?"
+    rf"(?:\b({'|'.join(name for name in DECLARATIONS if '_' in name)}"
+    r"|new_tokens|time_limit|kv_heads|head_dim|hidden_size|vocab_size|intermediate_size)(?:_s)?\b"
+    r"|^(device|dtype|repeats|layers|heads)(?= )|\b(device|dtype)(?==))(=)?"
 )
 """Arguments of Python that a verb has as options: first those that are no words of English."""
 
@@ -71,7 +72,8 @@ def with_options(message: str) -> str:
 
 
 def _option(found: re.Match[str]) -> str:
-    return f"--{(found[1] or found[2]).replace('_', '-')}{' ' if found[3] else ''}"
+    name = found[1] or found[2] or found[3]
+    return f"--{name.replace('_', '-')}{' ' if found[4] else ''}"
 
 
 def print_error(message: str) -> None:
@@ -183,10 +185,3 @@ def reporting_errors(*, quiet: bool = False) -> Iterator[None]:
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0].rstrip(". ")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch or Python ran out of memory; torch's CPU allocator says so in words alone."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    return isinstance(error, RuntimeError) and "not enough memory" in str(error)

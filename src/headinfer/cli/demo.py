@@ -20,19 +20,17 @@ from headinfer.cli.console import (
 from headinfer.cli.interrupt import Interrupt
 from headinfer.cli.load import (
     DEMO_MODEL,
-    ModelSource,
+    NamedSource,
     calm_transformers,
-    choose_device,
-    load_config,
-    load_model,
-    load_tokenizer,
     prepare_cpu,
     share_cores,
 )
 from headinfer.cli.progress import PrefillBar, format_duration
 from headinfer.cli.render import print_plan, print_rows, summary_rows
-from headinfer.cli.streamer import TextCollector
 from headinfer.errors import OptionError
+from headinfer.generation.model import choose_device, load_config, load_model, load_tokenizer
+from headinfer.generation.text import TextCollector
+from headinfer.plan.options import Options
 from headinfer.units import parse_tokens
 
 if TYPE_CHECKING:
@@ -48,29 +46,26 @@ _EXCERPT_CHARACTERS = 420
 _EXCERPT_WIDTH = 88
 
 
+@opt.with_flags(
+    "device",
+    "device_memory",
+    "host_memory",
+    "chunk_tokens",
+    "tile_heads",
+    "tile_tokens",
+    "overlap",
+    device="cpu, cuda, simulated (a device on the CPU with memory of its own, which checks every "
+    "copy) or auto: CUDA if there is one, else simulated.",
+)
 def demo(
+    *,
     tokens: Annotated[
         str, typer.Option("--tokens", "-t", metavar="COUNT", help="Length of the document.")
     ] = "128K",
     seed: Annotated[
         int, typer.Option("--seed", metavar="N", help="Another seed, another document.")
     ] = 0,
-    device: Annotated[
-        opt.DeviceChoice,
-        typer.Option(
-            "--device",
-            metavar="NAME",
-            help="cpu, cuda, simulated (a device on the CPU with memory of its own, which checks "
-            "every copy) or auto: CUDA if there is one, else simulated.",
-            rich_help_panel=opt.MODEL_PANEL,
-        ),
-    ] = opt.DeviceChoice.AUTO,
-    device_memory: opt.DeviceMemory = "auto",
-    host_memory: opt.HostMemory = "auto",
-    chunk_tokens: opt.ChunkTokens = "auto",
-    tile_heads: opt.TileHeads = "auto",
-    tile_tokens: opt.TileTokens = "auto",
-    no_overlap: opt.NoOverlap = False,
+    flags: dict[str, Any],
     verbose: opt.Verbose = False,
 ) -> None:
     """Watch a tiny model find eight facts hidden in a document of 128K tokens.
@@ -79,21 +74,12 @@ def demo(
     each question continues from it. Exit code 1 if any answer is wrong.
     """
     with reporting_errors():
-        memory = opt.MemoryOptions(
-            device=device.value,
-            device_memory=device_memory,
-            host_memory=host_memory,
-            chunk_tokens=chunk_tokens,
-            tile_heads=tile_heads,
-            tile_tokens=tile_tokens,
-            overlap=not no_overlap,
-        )
-        code = _run(parse_tokens(tokens), seed, memory, verbose=verbose)
+        code = _run(parse_tokens(tokens), seed, Options.parse(**flags), verbose=verbose)
         if code:
             raise typer.Exit(code)
 
 
-def _run(num_tokens: int, seed: int, memory: opt.MemoryOptions, *, verbose: bool) -> int:
+def _run(num_tokens: int, seed: int, options: Options, *, verbose: bool) -> int:
     """Show all of it; return the exit code."""
     share_cores()
 
@@ -110,10 +96,10 @@ def _run(num_tokens: int, seed: int, memory: opt.MemoryOptions, *, verbose: bool
     with stderr_console().status("loading the model"):
         calm_transformers(verbose=verbose)
         prepare_cpu()
-        device = _choose_device(memory)
+        device = _choose_device(options)
         if device != "cpu":
-            memory = _with_small_tiles(memory, num_tokens)
-        source = ModelSource(name=DEMO_MODEL, local_files_only=True)
+            options = _with_small_tiles(options, num_tokens)
+        source = NamedSource(name=DEMO_MODEL, local_files_only=True)
         config = load_config(source)
         tokenizer = load_tokenizer(source)
         model, _ = load_model(source, config, dtype="auto", device=device)
@@ -123,10 +109,10 @@ def _run(num_tokens: int, seed: int, memory: opt.MemoryOptions, *, verbose: bool
     interrupt = Interrupt(stderr_console())
     shared_tokens = _shared_tokens(prompts)
     bar = PrefillBar(stderr_console(), shared_tokens, interrupt.check)
-    keywords = memory.attach_keywords(device)
-    with attach(model, **keywords, progress=bar.update) as offload:
+    keywords = options.keywords() | {"device": device, "progress": bar.update}
+    with attach(model, **keywords) as offload:
         reader = _Reader(console, model, tokenizer, offload, prompts, shared_tokens, interrupt)
-        plan = offload.plan_for(1, reader.max_tokens)
+        plan = offload.session.plan_for(1, reader.max_tokens)
         print_plan(console, "the demo model", str(model.dtype).removeprefix("torch."), plan)
         console.print()
         failure: BaseException | None = None
@@ -151,22 +137,22 @@ def _run(num_tokens: int, seed: int, memory: opt.MemoryOptions, *, verbose: bool
     return EXIT_UNEXPECTED if wrong else 0
 
 
-def _choose_device(memory: opt.MemoryOptions) -> str:
+def _choose_device(options: Options) -> str:
     """Return CUDA if there is one, else the simulated device: it bounds its memory as CUDA does."""
-    chosen = choose_device(memory)
-    return "simulated" if memory.device == "auto" and chosen == "cpu" else chosen
+    chosen = choose_device(options.device)
+    return "simulated" if options.device == "auto" and chosen == "cpu" else chosen
 
 
-def _with_small_tiles(memory: opt.MemoryOptions, num_tokens: int) -> opt.MemoryOptions:
+def _with_small_tiles(options: Options, num_tokens: int) -> Options:
     """Set chunk and tile where the user left them, and the device's memory, open."""
-    if memory.device_memory != "auto":
-        return memory
+    if options.device_memory_bytes is not None:
+        return options
     at_once = min(max(num_tokens // 16, _MIN_TOKENS_AT_ONCE), _MAX_TOKENS_AT_ONCE)
     return replace(
-        memory,
-        chunk_tokens=str(at_once) if memory.chunk_tokens == "auto" else memory.chunk_tokens,
-        tile_tokens=str(at_once) if memory.tile_tokens == "auto" else memory.tile_tokens,
-        resident_tokens="0",
+        options,
+        chunk_tokens=at_once if options.chunk_tokens == "auto" else options.chunk_tokens,
+        tile_tokens=at_once if options.tile_tokens == "auto" else options.tile_tokens,
+        resident_tokens=0,
     )
 
 

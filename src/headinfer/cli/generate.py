@@ -11,23 +11,21 @@ from headinfer.cli.console import reporting_errors, stderr_console
 from headinfer.cli.interrupt import Interrupt
 from headinfer.cli.load import (
     DEMO_MODEL,
-    ModelSource,
+    NamedSource,
     calm_transformers,
-    choose_device,
-    load_config,
-    load_model,
-    load_tokenizer,
     max_positions,
     prepare_cpu,
     share_cores,
 )
 from headinfer.cli.output import check_writable
-from headinfer.cli.own_settings import settle
 from headinfer.cli.progress import PrefillBar
-from headinfer.cli.prompt import check_length, encode_prompt, read_prompt
+from headinfer.cli.prompt import check_length, encode, read_prompt
 from headinfer.cli.render import print_plan
-from headinfer.cli.sampling import DEFAULT_NEW_TOKENS, GenerationOptions
+from headinfer.cli.sampling import GenerationOptions, flag
 from headinfer.errors import OptionError
+from headinfer.generation.model import choose_device, load_config, load_model, load_tokenizer
+from headinfer.generation.settings import DEFAULT_NEW_TOKENS, settle
+from headinfer.plan.options import Options
 
 _PROMPT_PANEL = "Prompt"
 _SAMPLING_PANEL = "Generation (defaults: the model's own)"
@@ -47,7 +45,9 @@ def _sampling_option(*flags: str, help_text: str, metavar: str = "N", **settings
     )
 
 
+@opt.with_flags()
 def generate(
+    *,
     prompt: Annotated[
         str | None, _prompt_option("--prompt", "-p", help_text="The prompt.", metavar="TEXT")
     ] = None,
@@ -79,7 +79,7 @@ def generate(
         ),
     ] = DEMO_MODEL,
     dtype: opt.Dtype = opt.DtypeChoice.AUTO,
-    device: opt.Device = opt.DeviceChoice.AUTO,
+    flags: dict[str, Any],
     local_files_only: Annotated[
         bool, _model_option("--local-files-only", help_text="Never ask the model hub.")
     ] = False,
@@ -87,14 +87,6 @@ def generate(
         bool, _model_option("--trust-remote-code", help_text="Run code that comes with the model.")
     ] = False,
     threads: opt.Threads = None,
-    device_memory: opt.DeviceMemory = "auto",
-    host_memory: opt.HostMemory = "auto",
-    chunk_tokens: opt.ChunkTokens = "auto",
-    tile_heads: opt.TileHeads = "auto",
-    tile_tokens: opt.TileTokens = "auto",
-    resident_tokens: opt.ResidentTokens = "auto",
-    host_attention: opt.HostAttention = "auto",
-    no_overlap: opt.NoOverlap = False,
     max_new_tokens: Annotated[
         int | None,
         _sampling_option(
@@ -208,21 +200,11 @@ def generate(
                 length_penalty=length_penalty,
                 prompt_lookup_num_tokens=_one_of(prompt_lookup, prompt_lookup_num_tokens),
             ),
-            memory=opt.MemoryOptions(
-                device=device.value,
-                device_memory=device_memory,
-                host_memory=host_memory,
-                chunk_tokens=chunk_tokens,
-                tile_heads=tile_heads,
-                tile_tokens=tile_tokens,
-                overlap=not no_overlap,
-                resident_tokens=resident_tokens,
-                host_attention=host_attention,
-            ),
+            options=Options.parse(**flags),
             text=read_prompt(prompt, prompt_file or []),
             raw=raw,
             allow_long=allow_long_prompt,
-            source=ModelSource(
+            source=NamedSource(
                 name=model,
                 local_files_only=local_files_only,
                 trust_remote_code=trust_remote_code,
@@ -252,24 +234,24 @@ def _load_and_run(request: Request) -> None:
     with console.status(f"loading {escape(request.source.name)}"):
         calm_transformers(verbose=request.verbose)
         prepare_cpu(request.threads)
-        device = choose_device(request.memory)
+        device = choose_device(request.options.device)
         config = load_config(request.source)
         tokenizer = load_tokenizer(request.source)
-        ids = encode_prompt(tokenizer, request.text, raw=request.raw)
+        ids = encode(tokenizer, request.text, raw=request.raw)
         new_tokens = request.generation.max_new_tokens or DEFAULT_NEW_TOKENS
         positions = max_positions(config)
         note = check_length(len(ids), new_tokens, positions, allow_long=request.allow_long)
         model, unused = load_model(request.source, config, dtype=request.dtype, device=device)
-        settings = settle(request.generation, model.generation_config, len(ids))
+        settings = settle(request.generation.keywords(), model.generation_config, len(ids))
 
         from headinfer.api import attach
-    for told in filter(None, (note, unused, settings.note)):
+    for told in filter(None, (note, unused, settings.note(flag))):
         console.print(f"note: {told}", markup=False)
     interrupt = Interrupt(console)
     bar = PrefillBar(console, len(ids), interrupt.check)
-    keywords = request.memory.attach_keywords(device)
-    with interrupt.handling(), attach(model, **keywords, progress=bar.update) as offload:
-        plan = offload.plan_for(settings.rows, len(ids) + settings.max_new_tokens)
+    keywords = request.options.keywords() | {"device": device, "progress": bar.update}
+    with interrupt.handling(), attach(model, **keywords) as offload:
+        plan = offload.session.plan_for(settings.rows, len(ids) + settings.max_new_tokens)
         print_plan(console, request.source.name, str(model.dtype).removeprefix("torch."), plan)
         answer = Answer(request, settings, console, model, tokenizer, offload, plan)
         answer.generate(ids, bar, interrupt)

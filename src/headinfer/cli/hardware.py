@@ -7,7 +7,8 @@ import typer
 
 from headinfer.device.identity import identity
 from headinfer.errors import OptionError
-from headinfer.plan.hardware import HARDWARE, THIS, Hardware, preset_hardware
+from headinfer.estimate.machines import HARDWARE, preset_hardware
+from headinfer.plan.hardware import THIS, Hardware
 
 HardwareName = Annotated[
     str,

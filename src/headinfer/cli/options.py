@@ -1,27 +1,19 @@
-"""Command-line options that several verbs share, and their check before anything is loaded."""
+"""Command-line flags that several verbs share, those of `attach`'s options among them."""
 
 import enum
+import functools
+import inspect
 import os
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
-from headinfer.plan.options import Options
-from headinfer.units import parse_bytes
+from headinfer.plan.options import DECLARATIONS
 
 MEMORY_PANEL = "Memory and tiles"
 MODEL_PANEL = "Model"
 OUTPUT_PANEL = "Output"
-
-
-class DeviceChoice(str, enum.Enum):
-    """Where the model runs."""
-
-    AUTO = "auto"
-    CPU = "cpu"
-    CUDA = "cuda"
-    SIMULATED = "simulated"
 
 
 class DtypeChoice(str, enum.Enum):
@@ -59,77 +51,65 @@ NO_VALUE = ""
 """Metavar of flags: newer typer would print `<bool>` beside each."""
 
 
-def _memory_option(flag: str, help_text: str, metavar: str) -> Any:
-    return typer.Option(flag, metavar=metavar, help=help_text, rich_help_panel=MEMORY_PANEL)
+def _flag(name: str, help_text: str) -> inspect.Parameter:
+    """Return the flag of an option as a parameter of a verb."""
+    declared = DECLARATIONS[name]
+    panel = MODEL_PANEL if name == "device" else MEMORY_PANEL
+    switch = declared.default is True
+    if switch:
+        name = f"no_{name}"
+    flag = typer.Option(
+        f"--{name.replace('_', '-')}",
+        metavar=declared.metavar,  # empty for a switch, as `NO_VALUE`
+        help=help_text or declared.help,
+        rich_help_panel=panel,
+    )
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        annotation=Annotated[bool if switch else str, flag],
+        default=False if switch else declared.default or "auto",
+    )
 
 
-DeviceMemory = Annotated[
-    str,
-    _memory_option(
-        "--device-memory",
-        "The most to use on the device for weights, KV, activations and CUDA itself, such as "
-        "24GiB; auto: what is free.",
-        "SIZE",
-    ),
-]
-HostMemory = Annotated[
-    str,
-    _memory_option(
-        "--host-memory",
-        "The most host memory for the KV cache, and for nothing else; auto: what is free.",
-        "SIZE",
-    ),
-]
-ChunkTokens = Annotated[
-    str,
-    _memory_option(
-        "--chunk-tokens", "Prompt tokens that pass through the model at once, such as 4K.", "COUNT"
-    ),
-]
-TileHeads = Annotated[
-    str, _memory_option("--tile-heads", "KV heads of one tile: a number, all or auto.", "COUNT")
-]
-TileTokens = Annotated[
-    str, _memory_option("--tile-tokens", "Tokens of one tile: a count, all or auto.", "COUNT")
-]
-ResidentTokens = Annotated[
-    str,
-    _memory_option(
-        "--resident-tokens",
-        "The oldest tokens to keep on the device, so that they need not be fetched: a count, 0, "
-        "all, or auto for what fits.",
-        "COUNT",
-    ),
-]
-HostAttention = Annotated[
-    str,
-    _memory_option(
-        "--host-attention",
-        "Share of the other tokens that the CPU attends in each decode step, from 0 to 1; off, or "
-        "auto by the rates that headinfer probe measured, and then by who finishes first: only a "
-        "number or off repeat results to the last bit.",
-        "SHARE",
-    ),
-]
-NoOverlap = Annotated[
-    bool,
-    typer.Option(
-        "--no-overlap",
-        metavar=NO_VALUE,
-        help="Fetch, wait and attend one tile at a time, to compare with.",
-        rich_help_panel=MEMORY_PANEL,
-    ),
-]
-Device = Annotated[
-    DeviceChoice,
-    typer.Option(
-        "--device",
-        metavar="NAME",
-        help="cpu, cuda, simulated (a device on the CPU with memory of its own, which checks "
-        "every copy) or auto: CUDA if there is one.",
-        rich_help_panel=MODEL_PANEL,
-    ),
-]
+def with_flags(*names: str, **help_texts: str) -> Callable[[Callable[..., None]], Any]:
+    """Give a verb a flag for each option, in the place of its parameter `flags`.
+
+    The verb is given `flags`: what the user wrote, by option, for `Options.parse`.
+
+    Args:
+        names: of the options; all of them by default.
+        help_texts: for options that mean something else to this verb.
+    """
+
+    def decorate(verb: Callable[..., None]) -> Callable[..., None]:
+        wanted = [_flag(name, help_texts.get(name, "")) for name in names or DECLARATIONS]
+        signature = inspect.signature(verb)
+        parameters: list[inspect.Parameter] = []
+        for parameter in signature.parameters.values():
+            if parameter.name == "flags":
+                parameters += wanted
+            else:
+                parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+
+        @functools.wraps(verb)
+        def run(**given: Any) -> None:
+            verb(flags=take_flags(given), **given)
+
+        run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {part.name: part.annotation for part in parameters}
+        return run
+
+    return decorate
+
+
+def take_flags(given: dict[str, Any]) -> dict[str, Any]:
+    """Take what was written for options out of a verb's arguments."""
+    flags = {name: given.pop(name) for name in DECLARATIONS if name in given}
+    switches = {name: not given.pop(f"no_{name}") for name in DECLARATIONS if f"no_{name}" in given}
+    return flags | switches
+
+
 Threads = Annotated[
     int | None,
     typer.Option(
@@ -170,55 +150,3 @@ Verbose = Annotated[
         rich_help_panel=OUTPUT_PANEL,
     ),
 ]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryOptions:
-    """The memory and tile options as the user wrote them, found to be well-formed.
-
-    Attributes:
-        device: as in `headinfer.attach`, but never "auto" once `on` was called; the rest likewise.
-    """
-
-    device: str
-    device_memory: str
-    host_memory: str
-    chunk_tokens: str
-    tile_heads: str
-    tile_tokens: str
-    overlap: bool
-    resident_tokens: str = "auto"
-    host_attention: str = "auto"
-
-    def __post_init__(self) -> None:
-        """Check all values.
-
-        Raises:
-            OptionError: a value does not parse or is out of range.
-        """
-        Options.parse(
-            device=self.device,
-            device_memory=self.device_memory,
-            chunk_tokens=self.chunk_tokens,
-            tile_heads=self.tile_heads,
-            tile_tokens=self.tile_tokens,
-            overlap=self.overlap,
-            resident_tokens=self.resident_tokens,
-            host_attention=self.host_attention,
-        )
-        if self.host_memory != "auto":
-            parse_bytes(self.host_memory, "host_memory")
-
-    def attach_keywords(self, device: str) -> dict[str, Any]:
-        """Return keywords for `headinfer.attach` on a device that was chosen."""
-        return {
-            "device": device,
-            "device_memory": self.device_memory,
-            "host_memory": self.host_memory,
-            "chunk_tokens": self.chunk_tokens,
-            "tile_heads": self.tile_heads,
-            "tile_tokens": self.tile_tokens,
-            "overlap": self.overlap,
-            "resident_tokens": self.resident_tokens,
-            "host_attention": self.host_attention,
-        }

@@ -1,26 +1,46 @@
 """`headinfer plan`: whether it fits, how long it takes and what to set, without weights or GPU."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from headinfer.cli.console import reporting_errors, stderr_console
 from headinfer.cli.hardware import hardware_of, measured_hardware
-from headinfer.cli.options import MEMORY_PANEL, MODEL_PANEL, NO_VALUE, Dtype, DtypeChoice
+from headinfer.cli.options import (
+    MEMORY_PANEL,
+    MODEL_PANEL,
+    NO_VALUE,
+    Dtype,
+    DtypeChoice,
+    with_flags,
+)
 from headinfer.cli.output import STDOUT, JsonPath, check_writable, write_json
 from headinfer.errors import OptionError
-from headinfer.plan.accounting import AccountingKind
-from headinfer.plan.hardware import THIS, Hardware, preset_hardware
+from headinfer.estimate.accounting import AccountingKind
+from headinfer.estimate.machines import preset_hardware
+from headinfer.estimate.methods import method_plans
+from headinfer.estimate.situation import Situation
+from headinfer.plan.hardware import THIS, Hardware
 from headinfer.plan.host_room import HostRoom
-from headinfer.plan.methods import Situation, method_plans
+from headinfer.plan.options import Options
 from headinfer.plan.shape import ModelShape
-from headinfer.units import parse_bytes, parse_tokens
+from headinfer.units import parse_tokens
 
 _DEFAULT_HARDWARE = "rtx-4090"
 _EXIT_NOTHING_FITS = 1
 
 
+@with_flags(
+    "device_memory",
+    "host_memory",
+    "chunk_tokens",
+    device_memory="The most to use on the device, such as 24GiB; auto: all the hardware has.",
+    host_memory="All of the host's memory, such as 1TiB; auto: what the hardware has. KV gets what "
+    "the process, page tables and a reserve leave of it.",
+    chunk_tokens="Tokens of a prefill chunk, such as 4K, or auto.",
+)
 def plan(
+    *,
     invocation: typer.Context,
     model: Annotated[
         str,
@@ -62,34 +82,7 @@ def plan(
             rich_help_panel=MEMORY_PANEL,
         ),
     ] = None,
-    device_memory: Annotated[
-        str | None,
-        typer.Option(
-            "--device-memory",
-            metavar="SIZE",
-            help="The most to use on the device, such as 24GiB; by default all the hardware has.",
-            rich_help_panel=MEMORY_PANEL,
-        ),
-    ] = None,
-    host_memory: Annotated[
-        str | None,
-        typer.Option(
-            "--host-memory",
-            metavar="SIZE",
-            help="All of the host's memory, such as 1TiB; by default what the hardware has. KV "
-            "gets what the process, page tables and a reserve leave of it.",
-            rich_help_panel=MEMORY_PANEL,
-        ),
-    ] = None,
-    chunk_tokens: Annotated[
-        str,
-        typer.Option(
-            "--chunk-tokens",
-            metavar="COUNT",
-            help="Tokens of a prefill chunk, such as 4K, or auto.",
-            rich_help_panel=MEMORY_PANEL,
-        ),
-    ] = "auto",
+    flags: dict[str, Any],
     accounting: Annotated[
         AccountingKind,
         typer.Option(
@@ -121,21 +114,22 @@ def plan(
 
             print_paper()
             return
+        options = Options.parse(**flags)
         here, which = _hardware(hardware)
         one_memory = here.link_bytes_per_s is None
-        if one_memory and host_memory is not None:
+        if one_memory and options.host_memory_bytes is not None:
             raise OptionError("there is one memory on a CPU: use --device-memory")
         situation = Situation(
             shape=_shape(model, dtype.value),
             hardware=here,
             context_tokens=parse_tokens(context),
-            device_memory_bytes=_device_memory_bytes(here, device_memory),
-            host_memory_bytes=parse_bytes(host_memory or here.host_memory_bytes, "host_memory"),
+            device_memory_bytes=_device_memory_bytes(here, options.device_memory_bytes),
+            host_memory_bytes=options.host_memory_bytes or here.host_memory_bytes,
             batch=batch,
             kind=accounting,
-            chunk_tokens=None if chunk_tokens == "auto" else parse_tokens(chunk_tokens),
+            chunk_tokens=None if options.chunk_tokens == "auto" else options.chunk_tokens,
             machine_memory_bytes=here.device_memory_bytes
-            if one_memory and device_memory is None
+            if one_memory and options.device_memory_bytes is None
             else None,
         )
         raise typer.Exit(_answer(situation, which, json_path))
@@ -151,10 +145,10 @@ def _check_alone(invocation: typer.Context) -> None:
             )
 
 
-def _device_memory_bytes(here: Hardware, asked: str | None) -> int:
+def _device_memory_bytes(here: Hardware, asked: int | None) -> int:
     """Return the memory for weights, KV and activations; on a CPU not all there is."""
     if asked is not None:
-        return parse_bytes(asked, "device_memory")
+        return asked
     if here.link_bytes_per_s is None:
         return HostRoom.of_machine(here.device_memory_bytes, "cpu").kv_bytes
     return here.device_memory_bytes
@@ -162,7 +156,7 @@ def _device_memory_bytes(here: Hardware, asked: str | None) -> int:
 
 def _answer(situation: Situation, which: str, json_path: str | None) -> int:
     from headinfer.cli.plan_table import plan_as_json, print_plans
-    from headinfer.plan.choose import choose
+    from headinfer.estimate.choose import choose
 
     plans = method_plans(situation)
     choice = choose(situation, plans)

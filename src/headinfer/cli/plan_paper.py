@@ -6,7 +6,8 @@ from rich.table import Table
 
 from headinfer.cli.plan_table import table_console
 from headinfer.cli.text import print_lines
-from headinfer.plan.paper import Comparison, comparisons
+from headinfer.estimate.comparison import Comparison
+from headinfer.estimate.paper import comparisons
 
 
 def print_paper() -> None:

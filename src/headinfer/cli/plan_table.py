@@ -8,8 +8,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from headinfer.cli.text import print_lines
-from headinfer.plan.choose import Choice
-from headinfer.plan.methods import MethodPlan, Situation
+from headinfer.estimate.choose import Choice
+from headinfer.estimate.situation import MethodPlan, Situation
 from headinfer.units import format_bytes, format_seconds, format_tokens
 
 _GIB = 2**30

@@ -16,8 +16,8 @@ from headinfer.cli import options as opt
 from headinfer.cli.console import EXIT_UNEXPECTED, reporting_errors, stderr_console
 from headinfer.cli.load import share_cores
 from headinfer.cli.output import STDOUT, JsonPath, check_writable, write_json
-from headinfer.plan import measured
 from headinfer.plan.measurement import Measurement, Quantity, Rate
+from headinfer.probe import keep
 from headinfer.probe.caches import beyond_caches
 from headinfer.units import format_bytes, format_tokens
 
@@ -98,7 +98,7 @@ def probe(
     """
     with reporting_errors():
         check_writable("--json", json_path)
-        measured.check_writable()
+        keep.check_writable()
         measurement = _measure(device.value, dtype.value, quick=quick)
         console = Console(stderr=json_path == STDOUT, highlight=False)
         if not console.is_terminal:
@@ -106,7 +106,7 @@ def probe(
         _print(console, measurement)
         _keep(console, measurement)
         if json_path is not None:
-            write_json(json_path, measured.to_json(measurement))
+            write_json(json_path, keep.to_json(measurement))
             if json_path != STDOUT:
                 console.print(f"written to {json_path}", markup=False, soft_wrap=True)
         if measurement.missing:
@@ -159,7 +159,7 @@ def _keep(console: Console, measurement: Measurement) -> None:
         names = ", ".join(_label(quantity, on_cpu) for quantity in measurement.missing)
         console.print(f"[bold]not kept:[/] plans need what could not be measured ({names})")
         return
-    path = measured.save_measurement(measurement)
+    path = keep.save_measurement(measurement)
     console.print(f"kept in {escape(str(path))} for [bold]--hardware this[/]", soft_wrap=True)
 
 

@@ -1,10 +1,11 @@
-"""The prompt: read from options, file or stdin, and turned into token ids."""
+"""The prompt: read from options, file or stdin, and held against the model's positions."""
 
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from headinfer.errors import OptionError
+from headinfer.generation.prompt import TemplateRefusalError, encode_prompt
 from headinfer.units import format_tokens
 
 STDIN = "-"
@@ -58,7 +59,7 @@ def _read_text(path: str) -> str:
     return text.rstrip("\r\n")
 
 
-def encode_prompt(tokenizer: Any, text: str, *, raw: bool) -> list[int]:
+def encode(tokenizer: Any, text: str, *, raw: bool) -> list[int]:
     """Return the prompt's token ids, in the tokenizer's chat template if it has one.
 
     Args:
@@ -70,23 +71,11 @@ def encode_prompt(tokenizer: Any, text: str, *, raw: bool) -> list[int]:
         OptionError: the template refuses the message, or nothing is left to run the model on.
     """
     if raw or not tokenizer.chat_template:
-        ids = tokenizer(text)["input_ids"]
-    else:
-        from jinja2 import TemplateError
-
-        message = [{"role": "user", "content": text}]
-        try:
-            chat = tokenizer.apply_chat_template(
-                message, tokenize=False, add_generation_prompt=True
-            )
-        except TemplateError as error:
-            raise OptionError(
-                f"the model's chat template fails ({error}); --raw leaves it out"
-            ) from error
-        ids = tokenizer(chat, add_special_tokens=False)["input_ids"]
-    if not ids:
-        raise OptionError("the model's tokenizer makes no tokens of this prompt")
-    return [int(token_id) for token_id in ids]
+        return encode_prompt(tokenizer, text)
+    try:
+        return encode_prompt(tokenizer, [{"role": "user", "content": text}])
+    except TemplateRefusalError as error:
+        raise OptionError(f"{error}; --raw leaves it out") from error
 
 
 def check_length(

@@ -14,15 +14,15 @@ from headinfer.cli.options import NO_VALUE, OUTPUT_PANEL
 from headinfer.cli.output import STDOUT, JsonPath, check_writable, write_json
 from headinfer.cli.roofline_table import render, render_paper
 from headinfer.errors import OptionError
-from headinfer.plan.hardware import Hardware
-from headinfer.plan.roofline import (
+from headinfer.estimate.roofline import (
     PAPER_CONTEXTS,
     Row,
     attended_layer,
     link_hidden_from_tokens,
     roofline_rows,
 )
-from headinfer.plan.roofline_paper import PAPER_HARDWARE, PAPER_MODEL, compare
+from headinfer.estimate.roofline_paper import PAPER_HARDWARE, PAPER_MODEL, compare
+from headinfer.plan.hardware import Hardware
 from headinfer.plan.shape import ModelShape
 from headinfer.plot.files import check_plot
 from headinfer.units import format_tokens

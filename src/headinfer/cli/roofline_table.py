@@ -7,8 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from headinfer.plan.hardware import Hardware
-from headinfer.plan.roofline import (
+from headinfer.estimate.roofline import (
     Operator,
     Phase,
     Roof,
@@ -16,7 +15,8 @@ from headinfer.plan.roofline import (
     attended_layer,
     link_hidden_from_tokens,
 )
-from headinfer.plan.roofline_paper import Cell, Column, Reason
+from headinfer.estimate.roofline_paper import Cell, Column, Reason
+from headinfer.plan.hardware import Hardware
 from headinfer.plan.shape import ModelShape
 from headinfer.units import format_si, format_tokens
 

@@ -6,7 +6,6 @@ from typing import Any
 
 from headinfer.errors import OptionError
 
-DEFAULT_NEW_TOKENS = 256
 _REAL_NAMES = ("temperature", "top_p", "min_p", "repetition_penalty", "length_penalty")
 SAMPLING_NAMES = ("temperature", "top_k", "top_p", "min_p")
 
@@ -39,7 +38,7 @@ class GenerationOptions:
         for name in _REAL_NAMES:
             number = getattr(self, name)
             if number is not None and not math.isfinite(number):
-                raise OptionError(f"{_flag(name)} must be a finite number, not {number:g}")
+                raise OptionError(f"{flag(name)} must be a finite number, not {number:g}")
         greedy_hint = "; for greedy decoding give --no-do-sample"
         for name, good, wanted in (
             ("max_new_tokens", _at_least(self.max_new_tokens, 1), "at least 1"),
@@ -54,11 +53,11 @@ class GenerationOptions:
         ):
             if not good:
                 value = getattr(self, name)
-                raise OptionError(f"{_flag(name)} must be {wanted}, not {value:g}")
+                raise OptionError(f"{flag(name)} must be {wanted}, not {value:g}")
         set_names = [name for name in SAMPLING_NAMES if getattr(self, name) is not None]
         if set_names and self.do_sample is False:
             raise OptionError(
-                f"{_flag(set_names[0])} only matters when sampling; leave out --no-do-sample"
+                f"{flag(set_names[0])} only matters when sampling; leave out --no-do-sample"
             )
         beams = self.num_beams or 1
         if self.length_penalty is not None and beams < 2:
@@ -78,7 +77,8 @@ class GenerationOptions:
         return given
 
 
-def _flag(name: str) -> str:
+def flag(name: str) -> str:
+    """Return the flag of a generation option, or of an option of `attach`."""
     return f"--{name.removesuffix('_num_tokens').replace('_', '-')}"
 
 

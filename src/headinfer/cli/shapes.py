@@ -6,24 +6,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from headinfer.cli.load import (
-    DEMO_MODEL,
-    ModelSource,
-    calm_transformers,
-    check_causal,
-    load_config,
-)
+from headinfer.cli.load import DEMO_MODEL, NamedSource, calm_transformers
 from headinfer.errors import HeadInferError, ModelLoadError, UnsupportedModelError
-from headinfer.plan.config import shape_from_config
-from headinfer.plan.presets import PRESETS, preset_shape
+from headinfer.estimate.config import shape_from_config
+from headinfer.estimate.presets import PRESETS, preset_shape
+from headinfer.generation.model import ModelSource, check_causal, load_config
 from headinfer.plan.shape import ModelShape
 
 
 def shape_of(name: str, *, dtype: str = "auto", local_files_only: bool = False) -> ModelShape:
     """Return the shape of a model from its config alone.
 
-    Presets, and local models of the families in `headinfer.plan.families`, need neither torch nor
-    transformers. A model of another type is built without memory for its weights.
+    Presets, and local models of the families in `headinfer.estimate.families`, need neither torch
+    nor transformers. A model of another type is built without memory for its weights.
 
     Args:
         name: a preset, "demo", a folder, a config.json, or a model id of the hub: the first of
@@ -37,7 +32,7 @@ def shape_of(name: str, *, dtype: str = "auto", local_files_only: bool = False) 
     wanted = None if dtype == "auto" else dtype
     if name in PRESETS:
         return preset_shape(name, dtype=wanted)
-    source = ModelSource(name=name, local_files_only=local_files_only)
+    source = NamedSource(name=name, local_files_only=local_files_only)
     file = _config_file(source)
     values = _hub_config(source) if file is None else _read(file)
     try:
@@ -103,7 +98,8 @@ def _shape_of_empty_model(
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from headinfer.integration.support import check_architecture, model_shape
+    from headinfer.integration.model_shape import model_shape
+    from headinfer.integration.support import check_architecture
 
     calm_transformers(verbose=False)
     try:

@@ -1,18 +1,19 @@
 """The device that an attachment's options ask for, and what is known of it."""
 
 import logging
+from typing import TYPE_CHECKING
 
 import torch
 
 from headinfer.device.base import Device
-from headinfer.device.cpu import CpuDevice
-from headinfer.device.cuda import CudaDevice
 from headinfer.device.identity import identity
-from headinfer.device.simulated import SimulatedDevice
 from headinfer.errors import OptionError
 from headinfer.plan.hardware import Hardware
 from headinfer.plan.measured import load_measured
 from headinfer.plan.options import Options
+
+if TYPE_CHECKING:
+    from headinfer.device.simulated import SimulatedDevice
 
 _logger = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ def measured_hardware(device: Device) -> Hardware | None:
 
 
 def make_device(
-    name: str, model_device: torch.device, simulated_device: SimulatedDevice | None
+    name: str, model_device: torch.device, simulated_device: "SimulatedDevice | None"
 ) -> Device:
     """Return the device a model on `model_device` is served on.
 
@@ -56,8 +57,15 @@ def make_device(
         raise OptionError("device 'cuda' was asked for, but CUDA is not available; use 'cpu'")
     if model_device.type != kind:
         raise OptionError(f"device is {name!r}, but the model is on {model_device}; move it first")
+    # Each is imported where it is used: an attachment has one of them.
     if name == "cuda":
+        from headinfer.device.cuda import CudaDevice
+
         return CudaDevice(model_device)
     if name == "simulated":
+        from headinfer.device.simulated import SimulatedDevice
+
         return simulated_device or SimulatedDevice()
+    from headinfer.device.cpu import CpuDevice
+
     return CpuDevice()

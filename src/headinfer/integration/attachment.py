@@ -30,7 +30,7 @@ from headinfer.integration.turns import Turns
 _logger = logging.getLogger(__name__)
 _numbers = itertools.count()
 
-_MARK = "_headinfer_offload"
+_MARK = "_headinfer_session"
 """The attribute of an attached model that holds whoever attached to it."""
 
 

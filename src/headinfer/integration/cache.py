@@ -1,12 +1,14 @@
 """The cache a user passes to the model: transformers' own, with attention layers of ours in it."""
 
 import copy
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
+from headinfer.engine.stats import Stats
 from headinfer.errors import CacheStateError
 from headinfer.integration.layer import OffloadedLayer, WindowLayer
 from headinfer.integration.rows import chosen_rows
@@ -14,6 +16,9 @@ from headinfer.integration.state import CacheHost, OffloadedState
 from headinfer.integration.support import layer_kind
 from headinfer.integration.turns import Turns, in_turn
 from headinfer.plan.shape import LayerKind
+
+PrefillProgress = Callable[[int, int], None]
+"""Told the tokens done and the tokens in all of a prompt, after each chunk."""
 
 
 class OffloadedCache(DynamicCache):
@@ -30,6 +35,11 @@ class OffloadedCache(DynamicCache):
         model: gives the layers.
         host: the attachment.
         max_tokens: tokens to reserve host memory for; None to go by the prompts.
+
+    Attributes:
+        stats: times and memory of the calls with this cache; copies are counted for all caches of
+            an attachment together.
+        progress: told of the tokens done and in all after each chunk of a prompt; may raise.
     """
 
     def __init__(self, model: PreTrainedModel, host: CacheHost, max_tokens: int | None) -> None:
@@ -37,6 +47,8 @@ class OffloadedCache(DynamicCache):
         self._config = model.config
         self._lengths_before: list[int] | None = None  # while a model call is under way
         self.state = OffloadedState(host, max_tokens)
+        self.stats = Stats()
+        self.progress: PrefillProgress | None = None
         layer_idx = 0
         for position, layer in enumerate(self.layers):
             kind = layer_kind(layer)

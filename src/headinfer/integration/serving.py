@@ -18,7 +18,7 @@ _FEW_TOKENS = 32
 
 
 class AttachmentOwner(Protocol):
-    """What calls need of the offload they are served by."""
+    """What calls need of the session they are served by."""
 
     stats: Stats
 
@@ -122,15 +122,17 @@ class ServedCall:
         self._report_chunks(self._new_tokens, begun=0)
         self._owner.finish_compute()
         seconds = time.perf_counter() - self._started_s
-        stats = self._owner.stats
-        if self._decoding:
-            stats.decode_tokens += self._rows * self._new_tokens
-            stats.decode_s += seconds
-            stats.decode_steps += 1
-        else:
-            stats.prefill_tokens += self._rows * self._new_tokens
-            stats.prefill_s += seconds
-            self._owner.report_prefill(self._new_tokens, self._new_tokens)
+        tokens = self._rows * self._new_tokens
+        for stats in (self._owner.stats, self.cache.stats):
+            if self._decoding:
+                stats.decode_tokens += tokens
+                stats.decode_s += seconds
+                stats.decode_steps += 1
+            else:
+                stats.prefill_tokens += tokens
+                stats.prefill_s += seconds
+        if not self._decoding:
+            self._report(self._new_tokens, self._new_tokens)
         self.cache.end_call()
         self._owner.after_call(self.cache)
         if self._logits:
@@ -157,4 +159,10 @@ class ServedCall:
         while chunks and (len(chunks) > begun or chunks[0][0].reached):
             mark, done_tokens = chunks.pop(0)
             mark.wait()
-            self._owner.report_prefill(done_tokens, all_tokens)
+            self._report(done_tokens, all_tokens)
+
+    def _report(self, done_tokens: int, all_tokens: int) -> None:
+        """Tell the cache's user and the attachment's; each may raise."""
+        if self.cache.progress is not None:
+            self.cache.progress(done_tokens, all_tokens)
+        self._owner.report_prefill(done_tokens, all_tokens)

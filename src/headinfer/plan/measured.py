@@ -7,18 +7,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from headinfer.checked_files import DamagedError, read_private
-from headinfer.errors import OptionError
-from headinfer.folders import cache_folder, describe, private_folder
+from headinfer.folders import cache_folder
 from headinfer.plan.hardware import Hardware
 from headinfer.plan.measurement import Identity, Measurement, Quantity, Rate
-from headinfer.scratch import scratch_folder
 
 _logger = logging.getLogger(__name__)
 
 FORMAT = 1
 """Raised when a field changes its meaning; a file of another format is not read."""
 
-_NAME = "machine.json"
+NAME = "machine.json"
 _MAX_BYTES = 2**20
 _SMALLEST, _LARGEST = 1e-12, 1e24
 """What sizes and rates of machines lie between; with others, arithmetic may end in an error."""
@@ -32,7 +30,7 @@ def measurement_path() -> Path:
     Raises:
         OSError: there is no folder to keep it in.
     """
-    return cache_folder() / _NAME
+    return cache_folder() / NAME
 
 
 def load_measured(identity: Identity | None = None) -> Hardware | None:
@@ -68,57 +66,8 @@ def read_measurement(identity: Identity | None = None) -> Measurement | None:
     return measurement
 
 
-def check_writable() -> None:
-    """Refuse early where a measurement could not be kept.
-
-    Raises:
-        OptionError: the cache folder cannot be written to, or others can.
-    """
-    try:
-        with scratch_folder(private_folder()):
-            pass
-    except OSError as error:
-        raise _not_writable(error) from error
-
-
-def save_measurement(measurement: Measurement) -> Path:
-    """Keep a measurement in place of the last one, and return where.
-
-    Written beside the old file and renamed, so that nobody ever reads half of it.
-
-    Raises:
-        OptionError: the cache folder cannot be written to, or others can.
-    """
-    text = json.dumps(to_json(measurement), indent=1) + "\n"
-    try:
-        path = private_folder() / _NAME
-        with scratch_folder(path.parent) as folder:
-            written = folder / path.name
-            written.write_text(text, encoding="utf-8")
-            written.chmod(0o600)
-            written.replace(path)
-    except OSError as error:
-        raise _not_writable(error) from error
-    return measurement_path()
-
-
-def _not_writable(error: OSError) -> OptionError:
-    return OptionError(
-        f"the measurement cannot be kept ({describe(error)}); "
-        "set XDG_CACHE_HOME to a folder that only you can write to"
-    )
-
-
-def to_json(measurement: Measurement) -> dict[str, Any]:
-    """Return a measurement as JSON values."""
-    rates = [
-        dataclasses.asdict(rate) | {"quantity": rate.quantity.value} for rate in measurement.rates
-    ]
-    return {"format": FORMAT} | dataclasses.asdict(measurement) | {"rates": rates}
-
-
 def from_json(values: Any) -> Measurement:
-    """Return the measurement that `to_json` made these values of.
+    """Return the measurement that `headinfer.probe.keep.to_json` made these values of.
 
     Raises:
         ValueError: they are damaged, of another format, or lack what the planner needs.

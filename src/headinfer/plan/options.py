@@ -1,18 +1,59 @@
-"""The options a user may set, as `attach` keywords and command-line flags alike."""
+"""The options of an attachment, each declared once.
 
-from dataclasses import dataclass
-from typing import Literal
+`attach` has a keyword for each field, the command line a flag, and a benchmark records them all.
+A field's name has its unit; the name that users write is without it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, get_args
 
 from headinfer.errors import OptionError
-from headinfer.units import parse_bytes, parse_tokens
+from headinfer.units import exact_bytes, parse_bytes, parse_tokens
 
 DeviceName = Literal["auto", "cpu", "cuda", "simulated"]
-DEVICE_NAMES: tuple[DeviceName, ...] = ("auto", "cpu", "cuda", "simulated")
+DEVICE_NAMES: tuple[DeviceName, ...] = get_args(DeviceName)
 
 TileSize = int | Literal["auto", "all"]
 
 
-def _tokens(name: str, value: str | int, wanted: str) -> int | Literal["auto"]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Declaration:
+    """One option as users meet it.
+
+    Attributes:
+        parse: returns the field's value for what a user wrote, or refuses; given the option's name
+            for the message. It takes its own results too.
+        metavar: what stands for a value in a flag's help; empty for a switch.
+        help: one line for users, with units.
+        default: the field's, and that of `attach`.
+        field: the field's name.
+    """
+
+    parse: Callable[[str, Any], Any]
+    metavar: str
+    help: str
+    default: Any = None
+    field: str = ""
+
+
+def _declared(
+    parse: Callable[[str, Any], Any], metavar: str, help_text: str
+) -> dict[str, Declaration]:
+    return {"declaration": Declaration(parse=parse, metavar=metavar, help=help_text)}
+
+
+def _device(name: str, value: object) -> DeviceName:
+    if value not in DEVICE_NAMES:
+        raise OptionError(f"{name} must be one of {', '.join(DEVICE_NAMES)}, not {value!r}")
+    return value
+
+
+def _bytes(name: str, value: str | int | None) -> int | None:
+    return None if value is None or value == "auto" else parse_bytes(value, name)
+
+
+def _counted(name: str, value: str | int, wanted: str) -> int | Literal["auto"]:
     if value == "auto":
         return "auto"
     try:
@@ -21,14 +62,18 @@ def _tokens(name: str, value: str | int, wanted: str) -> int | Literal["auto"]:
         raise OptionError(f"{name} must be {wanted} or 'auto', not {value!r}") from None
 
 
+def _tokens(name: str, value: str | int) -> int | Literal["auto"]:
+    return _counted(name, value, "a positive integer")
+
+
 def _tile_size(name: str, value: str | int, wanted: str = "a positive integer") -> TileSize:
-    return "all" if value == "all" else _tokens(name, value, f"{wanted}, 'all'")
+    return "all" if value == "all" else _counted(name, value, f"{wanted}, 'all'")
 
 
-def _resident_tokens(value: str | int) -> TileSize:
+def _tile_size_or_none(name: str, value: str | int) -> TileSize:
     if value == "0" or (isinstance(value, int) and not isinstance(value, bool) and value == 0):
         return 0
-    return _tile_size("resident_tokens", value, "an integer from 0 on")
+    return _tile_size(name, value, "an integer from 0 on")
 
 
 def _share(name: str, value: str | float) -> float | Literal["auto"]:
@@ -45,74 +90,131 @@ def _share(name: str, value: str | float) -> float | Literal["auto"]:
     return share
 
 
+def _switch(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise OptionError(f"{name} must be True or False, not {value!r}")
+    return value
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """Validated options of one attachment; see `Options.parse` for what each accepts.
+    """Validated options of one attachment; `Options.parse` makes them of what users write.
 
     Attributes:
+        device: where attention is computed and what stands between it and the host store.
         device_memory_bytes: the most the model may use on the device; None for no limit.
+        host_memory_bytes: the most the KV caches may use on the host; None for no limit.
         chunk_tokens: tokens that pass through the model at once in prefill.
         tile_heads: KV heads of one tile (the paper's head=8/4/2/1, section 3.2).
         tile_tokens: tokens of one tile; what bounds the device's share of the KV cache.
-        device: where attention is computed and what stands between it and the host store.
-        overlap: whether copies run ahead of attention; off is the synchronous twin.
         resident_tokens: the oldest tokens of each layer that are kept on the device as well.
         host_attention: share of the other tokens that the CPU attends in a decode step.
+        overlap: whether copies run ahead of attention; off is the synchronous twin.
     """
 
-    device_memory_bytes: int | None = None
-    chunk_tokens: int | Literal["auto"] = "auto"
-    tile_heads: TileSize = "auto"
-    tile_tokens: TileSize = "auto"
-    device: DeviceName = "auto"
-    overlap: bool = True
-    resident_tokens: TileSize = "auto"
-    host_attention: float | Literal["auto"] = "auto"
+    device: DeviceName = field(
+        default="auto",
+        metadata=_declared(
+            _device,
+            "NAME",
+            "cpu, cuda, simulated (a device on the CPU with memory of its own, which checks every "
+            "copy) or auto: CUDA if there is one.",
+        ),
+    )
+    device_memory_bytes: int | None = field(
+        default=None,
+        metadata=_declared(
+            _bytes,
+            "SIZE",
+            "The most to use on the device for weights, KV, activations and CUDA itself, such as "
+            "24GiB; auto: what is free.",
+        ),
+    )
+    host_memory_bytes: int | None = field(
+        default=None,
+        metadata=_declared(
+            _bytes,
+            "SIZE",
+            "The most host memory for the KV cache, and for nothing else; auto: what is free.",
+        ),
+    )
+    chunk_tokens: int | Literal["auto"] = field(
+        default="auto",
+        metadata=_declared(
+            _tokens, "COUNT", "Prompt tokens that pass through the model at once, such as 4K."
+        ),
+    )
+    tile_heads: TileSize = field(
+        default="auto",
+        metadata=_declared(_tile_size, "COUNT", "KV heads of one tile: a number, all or auto."),
+    )
+    tile_tokens: TileSize = field(
+        default="auto",
+        metadata=_declared(_tile_size, "COUNT", "Tokens of one tile: a count, all or auto."),
+    )
+    resident_tokens: TileSize = field(
+        default="auto",
+        metadata=_declared(
+            _tile_size_or_none,
+            "COUNT",
+            "The oldest tokens to keep on the device, so that they need not be fetched: a count, "
+            "0, all, or auto for what fits.",
+        ),
+    )
+    host_attention: float | Literal["auto"] = field(
+        default="auto",
+        metadata=_declared(
+            _share,
+            "SHARE",
+            "Share of the other tokens that the CPU attends in each decode step, from 0 to 1; off, "
+            "or auto by the rates that headinfer probe measured, and then by who finishes first: "
+            "only a number or off repeat results to the last bit.",
+        ),
+    )
+    overlap: bool = field(
+        default=True,
+        metadata=_declared(
+            _switch, "", "Fetch, wait and attend one tile at a time, to compare with."
+        ),
+    )
 
     @classmethod
-    def parse(
-        cls,
-        *,
-        device_memory: str | int | None = None,
-        chunk_tokens: str | int = "auto",
-        tile_heads: str | int = "auto",
-        tile_tokens: str | int = "auto",
-        device: str = "auto",
-        overlap: bool = True,
-        resident_tokens: str | int = "auto",
-        host_attention: str | float = "auto",
-    ) -> "Options":
-        """Validate options as users write them.
+    def parse(cls, **given: Any) -> "Options":
+        """Return options of what users wrote, under the names that users write.
 
         Args:
-            device_memory: for example "24GiB"; None or "auto" when it is not given.
-            chunk_tokens: a token count, or "auto".
-            tile_heads: a number of heads, "all", or "auto".
-            tile_tokens: a token count, "all", or "auto".
-            device: "auto", "cpu", "cuda" or "simulated".
-            overlap: False fetches, waits and attends one tile at a time.
-            resident_tokens: a token count, 0, "all", or "auto" for what fits.
-            host_attention: a share from 0 to 1, "off", or "auto" for what was measured to be best.
+            given: values by name; what is left out has its default.
 
         Raises:
-            OptionError: a value does not parse or is out of range.
+            OptionError: there is no such option, or a value does not parse or is out of range.
         """
-        for name in DEVICE_NAMES:
-            if device == name:
-                break
-        else:
-            raise OptionError(f"device must be one of {', '.join(DEVICE_NAMES)}, not {device!r}")
-        if not isinstance(overlap, bool):
-            raise OptionError(f"overlap must be True or False, not {overlap!r}")
-        return cls(
-            device_memory_bytes=None
-            if device_memory is None or device_memory == "auto"
-            else parse_bytes(device_memory, "device_memory"),
-            chunk_tokens=_tokens("chunk_tokens", chunk_tokens, "a positive integer"),
-            tile_heads=_tile_size("tile_heads", tile_heads),
-            tile_tokens=_tile_size("tile_tokens", tile_tokens),
-            device=name,
-            overlap=overlap,
-            resident_tokens=_resident_tokens(resident_tokens),
-            host_attention=_share("host_attention", host_attention),
-        )
+        values = {}
+        for name, value in given.items():
+            if name not in DECLARATIONS:
+                known = ", ".join(DECLARATIONS)
+                raise OptionError(f"there is no option {name!r}; the options are {known}")
+            declared = DECLARATIONS[name]
+            values[declared.field] = declared.parse(name, value)
+        return cls(**values)
+
+    def keywords(self) -> dict[str, Any]:
+        """Return all values as users write them: for `attach`, `Options.parse` and records."""
+        return {
+            name: _written(getattr(self, declared.field), size=declared.metavar == "SIZE")
+            for name, declared in DECLARATIONS.items()
+        }
+
+
+def _written(value: Any, *, size: bool) -> Any:
+    if value is None:
+        return "auto"
+    return exact_bytes(value) if size else value
+
+
+DECLARATIONS: dict[str, Declaration] = {
+    each.name.removesuffix("_bytes"): replace(
+        each.metadata["declaration"], default=each.default, field=each.name
+    )
+    for each in fields(Options)
+}
+"""The options by the names that users write, in the order of the fields."""

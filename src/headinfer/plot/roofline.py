@@ -8,8 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from headinfer.estimate.roofline import Bound, Operator, Phase, Roof, Row
 from headinfer.plan.hardware import Hardware
-from headinfer.plan.roofline import Bound, Operator, Phase, Roof, Row
 from headinfer.plan.shape import ModelShape
 from headinfer.plot.geometry import Box
 from headinfer.plot.labels import Labels, LineName

@@ -5,9 +5,9 @@ from collections import Counter
 import pytest
 
 from headinfer.errors import OptionError
-from headinfer.plan.families import read_config
-from headinfer.plan.parameters import count_parameters
-from headinfer.plan.presets import PRESETS, preset_shape
+from headinfer.estimate.families import read_config
+from headinfer.estimate.parameters import count_parameters
+from headinfer.estimate.presets import PRESETS, preset_shape
 from headinfer.plan.shape import LayerKind
 from shapes import LLAMA_3_8B
 

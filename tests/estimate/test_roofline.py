@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headinfer.errors import OptionError
-from headinfer.plan.hardware import HARDWARE, preset_hardware
-from headinfer.plan.roofline import (
+from headinfer.estimate.machines import HARDWARE, preset_hardware
+from headinfer.estimate.roofline import (
     Bound,
     Operator,
     Phase,
@@ -16,7 +16,7 @@ from headinfer.plan.roofline import (
     link_hidden_from_tokens,
     roofline_rows,
 )
-from headinfer.plan.roofline_paper import Cell, Column, Reason, compare
+from headinfer.estimate.roofline_paper import Cell, Column, Reason, compare
 from headinfer.plan.shape import LayerKind, LayerShape, ModelShape
 from shapes import LLAMA_3_8B, model_shape
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from headinfer.errors import ModelLoadError
-from headinfer.plan.parameters import ParameterCount
+from headinfer.estimate.parameters import ParameterCount
 
 Settings = Mapping[str, object]
 

@@ -8,8 +8,8 @@ import enum
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from headinfer.plan.hardware import preset_hardware
-from headinfer.plan.roofline import PAPER_CONTEXTS, Operator, Phase, Roof, Row, roofline_rows
+from headinfer.estimate.machines import preset_hardware
+from headinfer.estimate.roofline import PAPER_CONTEXTS, Operator, Phase, Roof, Row, roofline_rows
 from headinfer.plan.shape import ModelShape
 
 PAPER_HARDWARE = "rtx-4090"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from headinfer.errors import ModelLoadError, UnsupportedModelError
-from headinfer.plan.text_config import TextConfig
+from headinfer.estimate.text_config import TextConfig
 
 FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
 """Types of layers, as configs call them."""

@@ -3,14 +3,9 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from headinfer.estimate.methods import CHUNKED, MAX_CONTEXT_TOKENS, QUANTISED
+from headinfer.estimate.situation import MethodPlan, Situation
 from headinfer.plan.host_room import machine_bytes_for
-from headinfer.plan.methods import (
-    CHUNKED,
-    MAX_CONTEXT_TOKENS,
-    QUANTISED,
-    MethodPlan,
-    Situation,
-)
 from headinfer.units import format_bytes, format_seconds, format_tokens
 
 

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from headinfer.plan.hardware import HARDWARE
-from headinfer.plan.methods import Situation, method_plans
-from headinfer.plan.presets import preset_shape
+from headinfer.estimate.machines import HARDWARE
+from headinfer.estimate.methods import method_plans
+from headinfer.estimate.presets import preset_shape
+from headinfer.estimate.situation import Situation
 from headinfer.units import format_bytes, format_seconds, format_tokens, parse_tokens
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "memory-model.md"

@@ -7,7 +7,7 @@ sliding window, and Qwen2-7B the base model. gpt-oss-20b's experts are in MXFP4,
 from collections.abc import Mapping
 
 from headinfer.errors import OptionError
-from headinfer.plan.config import shape_from_config
+from headinfer.estimate.config import shape_from_config
 from headinfer.plan.shape import ModelShape
 
 _LLAMA_3_8B = {

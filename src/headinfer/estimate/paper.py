@@ -1,26 +1,26 @@
 """The paper's tables 3 to 8, 10 and 11, each figure beside what formulas give for it.
 
-Table 10's formulas count bytes (`headinfer.plan.accounting`). Where they end is where a context no
-longer fits, which tables 3, 4, 5 and 8 measured; `headinfer.plan.predict` predicts tables 6 and 7.
+Table 10's formulas count bytes (`headinfer.estimate.accounting`). Where they end is where a context
+no longer fits, which tables 3, 4, 5 and 8 measured; `headinfer.plan.predict` predicts tables 6 and
+7.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
-from headinfer.plan.accounting import PAPER_CHUNK_TOKENS, AccountingKind
-from headinfer.plan.hardware import preset_hardware
-from headinfer.plan.methods import (
+from headinfer.estimate.accounting import PAPER_CHUNK_TOKENS, AccountingKind
+from headinfer.estimate.comparison import Comparison, Row
+from headinfer.estimate.machines import preset_hardware
+from headinfer.estimate.methods import (
     ADAPTIVE,
     CHUNKED,
     HEAD_WISE,
     LAYER_WISE,
     QUANTISED,
     STANDARD,
-    MethodPlan,
-    Situation,
     papers_methods,
 )
-from headinfer.plan.presets import preset_shape
+from headinfer.estimate.presets import preset_shape
+from headinfer.estimate.situation import MethodPlan, Situation
 
 _GIB, _K = 2**30, 1024
 
@@ -34,40 +34,6 @@ REACHED_BYTES = int(19.77 * _GIB)
 
 _MODEL = "llama-3-8b"
 _ONE_HEAD = f"{HEAD_WISE}-1"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """One row of a table: the paper's figures and ours; None where there is none.
-
-    Attributes:
-        label: what the row is about.
-        paper: figures as printed.
-        ours: as computed.
-    """
-
-    label: str
-    paper: tuple[float | None, ...]
-    ours: tuple[float | None, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
-    """A table of the paper beside ours.
-
-    Attributes:
-        title: its number and what it holds.
-        unit: of the figures: "GiB", "K tokens" or "s".
-        columns: their names.
-        rows: in the paper's order.
-        notes: why figures differ, a line each.
-    """
-
-    title: str
-    unit: str
-    columns: tuple[str, ...]
-    rows: tuple[Row, ...]
-    notes: tuple[str, ...]
 
 
 def comparisons() -> list[Comparison]:

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from headinfer.plan.families import LINEAR, Experts, Family
-from headinfer.plan.text_config import TextConfig
+from headinfer.estimate.families import LINEAR, Experts, Family
+from headinfer.estimate.text_config import TextConfig
 
 _FLOAT32_BYTES = 4
 

@@ -9,22 +9,28 @@ CHAT_TEMPLATE = (
 WORDS = [f"w{number}" for number in range(90)]
 
 
-def save_tokenizer(folder, *, chat: bool) -> None:
+def make_tokenizer(vocabulary: int = 96):
+    """Return a tokenizer of one token a word."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = ["<unk>", "<s>", "</s>", "<pad>", "<user>", "<assistant>", *WORDS]
+    special = ["<unk>", "<s>", "</s>", "<pad>", "<user>", "<assistant>"]
+    words = [*special, *(f"w{number}" for number in range(vocabulary - len(special)))]
     inner = Tokenizer(
         models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>")
     )
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=inner,
         unk_token="<unk>",
         bos_token="<s>",
         eos_token="</s>",
         pad_token="<pad>",
     )
+
+
+def save_tokenizer(folder, *, chat: bool) -> None:
+    tokenizer = make_tokenizer()
     if chat:
         tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(folder)

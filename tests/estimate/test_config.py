@@ -7,9 +7,9 @@ import torch
 import transformers
 
 from headinfer.errors import HeadInferError, ModelLoadError, OptionError, UnsupportedModelError
-from headinfer.integration.support import model_shape
-from headinfer.plan.config import shape_from_config
-from headinfer.plan.presets import PRESETS
+from headinfer.estimate.config import shape_from_config
+from headinfer.estimate.presets import PRESETS
+from headinfer.integration.model_shape import model_shape
 from headinfer.plan.shape import LayerKind
 from tiny_models import ARCHITECTURES, shared_model, tiny_model
 

@@ -8,16 +8,12 @@ the device memory keeps KV there).
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from headinfer.errors import MemoryPlanError
-from headinfer.plan import memory
-from headinfer.plan.accounting import PAPER_CHUNK_TOKENS, Accounting, AccountingKind
+from headinfer.estimate.accounting import PAPER_CHUNK_TOKENS
+from headinfer.estimate.situation import MethodPlan, Situation
 from headinfer.plan.choices import ALL_TOKENS, chunk_sizes
-from headinfer.plan.hardware import Hardware
-from headinfer.plan.host_room import HostRoom, machine_bytes_for
 from headinfer.plan.options import Options
-from headinfer.plan.plan import PAGE_TOKENS, Plan, least_plan, resolve
-from headinfer.plan.predict import Parts, Predictor, Schedule
-from headinfer.plan.shape import ModelShape
+from headinfer.plan.plan import PAGE_TOKENS, Plan
+from headinfer.plan.predict import Predictor, Schedule
 
 MAX_CONTEXT_TOKENS = 2**40
 """Contexts are looked for up to here; one that is as long is not limited by memory."""
@@ -46,160 +42,6 @@ class Footprint:
     kv_host_bytes: int
     schedule: Schedule
     tile_tokens: int | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MethodPlan:
-    """One method at one context on one machine.
-
-    Attributes:
-        method: its name; head-wise ones end in their heads.
-        tile_heads: KV heads of a tile; None where nothing is offloaded.
-        tile_tokens: tokens of a tile; None for all.
-        chunk_tokens: tokens of a prefill chunk; None for the whole prompt at once.
-        weights_bytes: on the device.
-        kv_device_bytes: KV on the device, staging and windows included.
-        activation_bytes: the most that activations take.
-        runtime_bytes: what CUDA takes beside all that.
-        kv_total_bytes: KV in all.
-        kv_host_bytes: KV in host memory.
-        max_context_tokens: the longest context that device and host memory hold; 0 where not even
-            one token fits, None where memory sets no limit.
-        prefill_s: predicted seconds of the prefill.
-        decode_s_per_token: predicted seconds of a decode step behind the whole context.
-        device_short_bytes: device memory it lacks here; 0 where it fits.
-        host_short_bytes: host memory it lacks here; 0 where it fits.
-        resident_bytes: KV that is never streamed.
-        host_share: share of the rest that the CPU attends in a decode step.
-        decode_parts: what the time of a decode step consists of.
-    """
-
-    method: str
-    tile_heads: int | None
-    tile_tokens: int | None
-    chunk_tokens: int | None
-    weights_bytes: int
-    kv_device_bytes: int
-    activation_bytes: int
-    runtime_bytes: int
-    kv_total_bytes: int
-    kv_host_bytes: int
-    max_context_tokens: int | None
-    prefill_s: float
-    decode_s_per_token: float
-    device_short_bytes: int
-    host_short_bytes: int
-    resident_bytes: int
-    host_share: float
-    decode_parts: Parts
-
-    @property
-    def total_device_bytes(self) -> int:
-        """Weights, KV, activations and the runtime on the device."""
-        used = self.weights_bytes + self.kv_device_bytes + self.activation_bytes
-        return used + self.runtime_bytes
-
-    @property
-    def streamed_bytes(self) -> int:
-        """KV that crosses the link in every decode step."""
-        rest = self.kv_total_bytes - self.resident_bytes if self.tile_heads else 0
-        return rest - int(self.host_share * rest)
-
-    @property
-    def host_attended_bytes(self) -> int:
-        """KV that the CPU attends in every decode step."""
-        rest = self.kv_total_bytes - self.resident_bytes if self.tile_heads else 0
-        return int(self.host_share * rest)
-
-    @property
-    def fits(self) -> bool:
-        """Whether device and host memory hold it."""
-        return not (self.device_short_bytes or self.host_short_bytes)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Situation:
-    """What a user asks about.
-
-    Attributes:
-        shape: the model.
-        hardware: the machine, for its rates.
-        context_tokens: prompt and answer together.
-        device_memory_bytes: the most to use on the device.
-        host_memory_bytes: the most to use of host memory, with all that `HostRoom` keeps back.
-        batch: rows.
-        kind: how bytes are counted.
-        chunk_tokens: tokens of a prefill chunk, where a method has one; None to choose.
-        machine_memory_bytes: where the CPU is the device and no memory was asked for, all of the
-            machine's, which `device_memory_bytes` is what is left of; else None.
-    """
-
-    shape: ModelShape
-    hardware: Hardware
-    context_tokens: int
-    device_memory_bytes: int
-    host_memory_bytes: int
-    batch: int = 1
-    kind: AccountingKind = AccountingKind.OURS
-    chunk_tokens: int | None = None
-    machine_memory_bytes: int | None = None
-
-    @property
-    def accounting(self) -> Accounting:
-        """How bytes are counted here."""
-        return Accounting(kind=self.kind, shape=self.shape, batch=self.batch, device=self.device)
-
-    @property
-    def options(self) -> Options:
-        """What `attach` would be given: where the runtime is not counted, so much more."""
-        uncounted = memory.runtime_bytes(self.device) - self.accounting.runtime_bytes
-        return Options(
-            device_memory_bytes=self.device_memory_bytes + uncounted,
-            chunk_tokens=self.chunk_tokens or "auto",
-        )
-
-    @property
-    def host_room_bytes(self) -> int:
-        """The most KV in host memory; the paper keeps nothing back."""
-        if self.accounting.is_paper:
-            return self.host_memory_bytes
-        return HostRoom.of_machine(self.host_memory_bytes, self.device).kv_bytes
-
-    def host_short_bytes(self, kv_bytes: int) -> int:
-        """Return the host memory that is lacking for so much KV there."""
-        if kv_bytes <= self.host_room_bytes:
-            return 0
-        needed = kv_bytes if self.accounting.is_paper else machine_bytes_for(kv_bytes, self.device)
-        return needed - self.host_memory_bytes
-
-    @property
-    def fixed_bytes(self) -> int:
-        """What any method takes on the device, whatever the context: weights and runtime."""
-        return self.shape.weights_bytes + self.accounting.runtime_bytes
-
-    @property
-    def device(self) -> str:
-        """The kind of device: without a link the CPU attends tiles where they lie."""
-        return "cpu" if self.hardware.link_bytes_per_s is None else "cuda"
-
-    def resolve(self, *, keep_resident: bool) -> Plan:
-        """Return the plan `attach` would make here; the smallest there is where none fits."""
-        options = self.options if keep_resident else replace(self.options, resident_tokens=0)
-        try:
-            return resolve(
-                self.shape,
-                options,
-                device=self.device,
-                batch=self.batch,
-                context_tokens=self.context_tokens,
-                hardware=self.hardware,
-            )
-        except MemoryPlanError:
-            return self.least_plan()
-
-    def least_plan(self) -> Plan:
-        """Return the plan that takes the least device memory."""
-        return least_plan(self.shape, self.options, device=self.device, batch=self.batch)
 
 
 Rule = Callable[[Situation, int], Footprint]

@@ -2,8 +2,9 @@
 
 import pytest
 
-from headinfer.plan import paper
-from headinfer.plan.paper import Comparison, comparisons
+from headinfer.estimate import paper
+from headinfer.estimate.comparison import Comparison
+from headinfer.estimate.paper import comparisons
 
 
 def table(title: str) -> Comparison:

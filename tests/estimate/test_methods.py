@@ -4,12 +4,13 @@ from dataclasses import replace
 
 import pytest
 
-from headinfer.plan.accounting import AccountingKind
-from headinfer.plan.choose import choose
-from headinfer.plan.hardware import HARDWARE
+from headinfer.estimate.accounting import AccountingKind
+from headinfer.estimate.choose import choose
+from headinfer.estimate.machines import HARDWARE
+from headinfer.estimate.methods import method_plans
+from headinfer.estimate.presets import preset_shape
+from headinfer.estimate.situation import MethodPlan, Situation
 from headinfer.plan.memory import STAGING_BUFFERS
-from headinfer.plan.methods import MethodPlan, Situation, method_plans
-from headinfer.plan.presets import preset_shape
 
 GIB = 2**30
 RUNTIME = 5 * GIB // 4

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from headinfer.errors import NotANumberError
+from headinfer.integration.calls import CACHE_NAMES
 
 
 class LogitsCheck:
@@ -24,16 +25,20 @@ class LogitsCheck:
         self._unread: list[Any] = []
 
     @contextlib.contextmanager
-    def watching(self, model: Any) -> Iterator[None]:
-        """Take note of all logits of a model inside the `with` statement."""
-        hook = model.register_forward_hook(self._note)
+    def watching(self, model: Any, cache: Any) -> Iterator[None]:
+        """Take note of all logits a model computes with a cache, inside the `with` statement."""
+
+        def note(_model: Any, _args: Any, keywords: dict[str, Any], output: Any) -> None:
+            if any(keywords.get(name) is cache for name in CACHE_NAMES):
+                self._note(output.logits)
+
+        hook = model.register_forward_hook(note, with_kwargs=True)
         try:
             yield
         finally:
             hook.remove()
 
-    def _note(self, _model: Any, _args: Any, output: Any) -> None:
-        logits = output.logits
+    def _note(self, logits: Any) -> None:
         # The largest is NaN if any is, and minus infinity if all are.
         finite = logits.amax(dim=-1, keepdim=True).isfinite()
         self._unread.append(finite.all())
@@ -61,5 +66,5 @@ class LogitsCheck:
         others = "float32" if self._dtype == "bfloat16" else "bfloat16 or float32"
         return (
             f"{what}; most likely numbers overflow in {self._dtype} or the weights are damaged: "
-            f"try --dtype {others}"
+            f"try dtype={others}"
         )

@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 
 from headinfer.errors import ModelLoadError, OptionError
-from headinfer.plan.families import FULL, LINEAR, Family, read_config
+from headinfer.estimate.families import FULL, LINEAR, Family, read_config
+from headinfer.estimate.parameters import buffers_bytes, count_parameters
+from headinfer.estimate.quantization import stored_bytes
+from headinfer.estimate.text_config import TextConfig
 from headinfer.plan.memory import fused_mlp_elements
-from headinfer.plan.parameters import buffers_bytes, count_parameters
-from headinfer.plan.quantization import stored_bytes
 from headinfer.plan.shape import LayerKind, LayerShape, ModelShape
-from headinfer.plan.text_config import TextConfig
 
 _ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _DEFAULT_DTYPE = "bfloat16"
@@ -20,7 +20,7 @@ def shape_from_config(
     """Return the shape a model has once loaded: what `model_shape` says of it, name aside.
 
     Of models that also see, this is the text part: their vision tower is not counted. Quantised
-    weights are counted as the checkpoint stores them (see `headinfer.plan.quantization`).
+    weights are counted as the checkpoint stores them (see `headinfer.estimate.quantization`).
 
     Args:
         config: the contents of its config.json.

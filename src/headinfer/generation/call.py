@@ -1,0 +1,149 @@
+"""One call of a model's `generate`, with a cache of ours: token ids in, text out as it comes."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, StoppingCriteriaList
+
+from headinfer.engine.stats import Stats
+from headinfer.errors import OptionError
+from headinfer.generation.logits_check import LogitsCheck
+from headinfer.generation.settings import Settings
+from headinfer.generation.text import TextCollector
+from headinfer.integration.cache import OffloadedCache, PrefillProgress
+from headinfer.integration.calls import cache_argument
+from headinfer.session import Session
+
+Criterion = Callable[..., torch.Tensor]
+"""Called after each token with ids `[rows, tokens]` and scores; returns `[rows]` of bool: stop."""
+
+
+class Generation:
+    """One call of a model's `generate`, in the thread that calls `run`.
+
+    Args:
+        model: attached.
+        tokenizer: its.
+        session: the attachment.
+        settings: from `settle`.
+        on_text: given each new piece of text, never empty; may raise to stop.
+        progress: told of the prompt, after each chunk; may raise to stop.
+        criteria: asked after each token whether to stop.
+
+    Attributes:
+        prompt_tokens: of the prompt.
+        stats: times and memory of this call alone, so far.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        session: Session,
+        settings: Settings,
+        on_text: Callable[[str], None],
+        *,
+        progress: PrefillProgress | None = None,
+        criteria: Sequence[Criterion] = (),
+    ) -> None:
+        self.prompt_tokens = 0
+        self.stats = Stats()
+        self._model = model
+        self._tokenizer = tokenizer
+        self._session = session
+        self._settings = settings
+        self._progress = progress
+        self._criteria = criteria
+        self._collector = TextCollector(tokenizer, on_text, self._raise_if_no_numbers)
+        self._logits = LogitsCheck(str(model.dtype).removeprefix("torch."))
+
+    @property
+    def ids(self) -> list[int]:
+        """The new tokens so far."""
+        return self._collector.ids
+
+    @property
+    def text(self) -> str:
+        """The text so far."""
+        return self._collector.text
+
+    def run(self, ids: list[int]) -> None:
+        """Generate until the end.
+
+        Args:
+            ids: the prompt.
+
+        Raises:
+            OptionError: transformers refuses the settings.
+            NotANumberError: the model's logits are no numbers.
+            HeadInferError: the prompt does not fit.
+        """
+        self.prompt_tokens = len(ids)
+        prompt = torch.tensor([ids], device=self._model.device)
+        cache = self._session.new_cache(len(ids) + self._settings.max_new_tokens)
+        self.stats, cache.progress = cache.stats, self._progress
+        try:
+            with self._logits.watching(self._model, cache):
+                rows = self._generate(prompt, cache)
+        except ValueError as error:
+            if self.stats.prefill_tokens:
+                raise
+            # Raised before the model ran: transformers refuses these settings together.
+            raise OptionError(f"generation options: {error}") from error
+        finally:
+            cache.close()
+        if self._settings.rows > 1:
+            self._collector.add(self._without_padding(rows[0, len(ids) :].tolist()))
+        self.end()
+
+    def end(self) -> None:
+        """Hand on the text that was held back; may be called again, also after a failure."""
+        self._collector.end()
+
+    @property
+    def finish_reason(self) -> str:
+        """Why a call that ended by itself did: "stop", "time" or "length"."""
+        ids, settings = self.ids, self._settings
+        if ids and ids[-1] in settings.end_ids:
+            return "stop"
+        if any(string in self.text for string in settings.stop_strings):
+            return "stop"
+        out_of_time = settings.max_time_s is not None and len(ids) < settings.max_new_tokens
+        return "time" if out_of_time else "length"
+
+    def _generate(self, prompt: torch.Tensor, cache: OffloadedCache) -> torch.Tensor:
+        """Return the ids of prompt and answer, `[rows, tokens]`."""
+        settings = self._settings
+        keywords = dict(settings.keywords)
+        given = keywords.pop("stopping_criteria", None) or ()
+        criteria = StoppingCriteriaList([self._no_numbers_criterion, *self._criteria, *given])
+        if settings.stop_strings:
+            keywords["tokenizer"] = self._tokenizer
+        model: Any = self._model
+        rows: torch.Tensor = model.generate(
+            input_ids=prompt,
+            attention_mask=prompt.new_ones(prompt.shape),
+            **cache_argument(model, cache),
+            streamer=self._collector if settings.rows == 1 else None,
+            stopping_criteria=criteria,
+            **keywords,
+        )
+        return rows
+
+    def _raise_if_no_numbers(self) -> None:
+        self._logits.raise_if_noted(len(self.ids) if self._settings.rows == 1 else None)
+
+    def _no_numbers_criterion(
+        self, input_ids: torch.Tensor, _scores: Any, **_keywords: Any
+    ) -> torch.Tensor:
+        """Look at the logits as a stopping criterion that stops nothing."""
+        self._raise_if_no_numbers()
+        return input_ids.new_zeros(input_ids.shape[0], dtype=torch.bool)
+
+    def _without_padding(self, ids: list[int]) -> list[int]:
+        """Cut a beam after its end token."""
+        for position, token_id in enumerate(ids):
+            if token_id in self._settings.end_ids:
+                return ids[: position + 1]
+        return ids

@@ -1,0 +1,184 @@
+"""Loading config, tokenizer and weights, with every failure told in one line."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from headinfer.errors import HeadInferError, ModelLoadError, OptionError, is_out_of_memory
+
+_DECODERS_WITHOUT_FLAG = ("gpt_neox", "gpt_neox_japanese")
+"""Their configs have `is_decoder=False` by default, as encoders' have, and mean nothing by it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSource:
+    """Where a model comes from and how it is to be loaded.
+
+    Attributes:
+        name: as the user gave it.
+        local_files_only: never ask the hub.
+        trust_remote_code: run code that comes with the model.
+    """
+
+    name: str
+    local_files_only: bool = False
+    trust_remote_code: bool = False
+
+    def location(self) -> str:
+        """Return the folder or hub id.
+
+        Raises:
+            ModelLoadError: the name can be neither.
+        """
+        folder = Path(self.name).expanduser()
+        if folder.is_dir():
+            if not (folder / "config.json").is_file():
+                gguf = " (GGUF files are not read)" if any(folder.glob("*.gguf")) else ""
+                raise ModelLoadError(
+                    f"folder {self.name!r} holds no model: no config.json in it{gguf}"
+                )
+            return str(folder)
+        if folder.is_file():
+            raise ModelLoadError(
+                f"model {self.name!r} is a file; give a folder with config.json and safetensors "
+                "files (GGUF is not read)"
+            )
+        looks_like_path = self.name.startswith(("/", "./", "../", "~")) or self.name.count("/") > 1
+        if looks_like_path or folder.exists() or not self.name.strip():
+            raise ModelLoadError(f"model {self.name!r} is neither a folder nor a model id")
+        return self.name
+
+    def keywords(self) -> dict[str, Any]:
+        """Return keywords for every `from_pretrained`."""
+        return {
+            "local_files_only": self.local_files_only,
+            "trust_remote_code": self.trust_remote_code,
+        }
+
+
+def choose_device(name: str) -> str:
+    """Return the device for a model that is still to be loaded: "cpu", "cuda" or "simulated".
+
+    Args:
+        name: one of those, or "auto".
+
+    Raises:
+        OptionError: CUDA was asked for and there is none.
+    """
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise OptionError("device=cuda, but CUDA is not available here; use device=cpu")
+    return name
+
+
+def load_config(source: ModelSource) -> Any:
+    """Return a model's config, and refuse at once what is not a causal language model.
+
+    Raises:
+        ModelLoadError: there is no such model, or it is of another kind.
+    """
+    from transformers import AutoConfig
+
+    location = source.location()
+    try:
+        config = AutoConfig.from_pretrained(location, **source.keywords())
+    except Exception as error:
+        raise _load_error(source, "model", error) from error
+    check_causal(source, config)
+    return config
+
+
+def check_causal(source: ModelSource, config: Any) -> None:
+    """Refuse a transformers config of another kind than a causal language model's.
+
+    Raises:
+        ModelLoadError: says which kind it is of.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if source.trust_remote_code and getattr(config, "auto_map", None):
+        return
+    architectures = list(config.architectures or ())
+    kind = ", ".join(architectures) or config.model_type
+    refusal = f"model {source.name!r} ({kind}) is not a causal language model"
+    if config.is_encoder_decoder:
+        raise ModelLoadError(f"{refusal} but an encoder-decoder; only decoders are served")
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ModelLoadError(f"{refusal} that transformers can load")
+    causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    if architectures and not any(
+        name in causal or name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures
+    ):
+        raise ModelLoadError(refusal)
+    encoder = getattr(config, "is_decoder", True) is False
+    if encoder and config.model_type not in _DECODERS_WITHOUT_FLAG:
+        raise ModelLoadError(f"{refusal} but an encoder (is_decoder is false in its config)")
+
+
+def load_tokenizer(source: ModelSource) -> Any:
+    """Return a model's tokenizer.
+
+    Raises:
+        ModelLoadError: it has none that can be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source.location(), **source.keywords())
+    except Exception as error:
+        raise _load_error(source, "tokenizer of model", error) from error
+
+
+def load_model(
+    source: ModelSource, config: Any, *, dtype: str, device: str
+) -> tuple[Any, str | None]:
+    """Return a model in eval mode, on CUDA if the device is that, else on the CPU; and a note.
+
+    Args:
+        source: where from.
+        config: from `load_config`.
+        dtype: "auto" or a torch dtype's name.
+        device: from `choose_device`.
+
+    Returns:
+        The model, and what the user should know about its checkpoint, if anything.
+
+    Raises:
+        ModelLoadError: its weights cannot be loaded, or are not all there.
+    """
+    from headinfer.integration.checkpoint import load_checkpoint
+
+    keywords = source.keywords() | {"config": config, "dtype": dtype}
+    place = "cuda" if device == "cuda" else "cpu"
+    if getattr(config, "quantization_config", None) and place == "cuda":
+        keywords["device_map"] = {"": 0}  # quantised weights are made where they stay
+        place = ""
+    try:
+        model, note = load_checkpoint(source.name, source.location(), **keywords)
+        if place:
+            model.to(place)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise _load_error(source, "model", error) from error
+    return model.eval(), note
+
+
+def _load_error(source: ModelSource, what: str, error: Exception) -> HeadInferError:
+    """Turn transformers' explanations, several lines with links, into one line."""
+    if isinstance(error, HeadInferError):
+        return error
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    first = lines[0] if lines else type(error).__name__
+    missing = isinstance(error, OSError) and not Path(source.location()).is_dir()
+    offline = source.local_files_only or os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", "")
+    if missing:
+        if offline:
+            first = "it is not among the local files; give a folder, or allow downloads"
+        elif "connect" in first:
+            first = "it is not among the local files, and the model hub cannot be reached"
+    return ModelLoadError(f"{what} {source.name!r} cannot be loaded: {first}")

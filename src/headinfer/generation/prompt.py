@@ -1,0 +1,62 @@
+"""Prompts in their forms, turned into token ids."""
+
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from headinfer.errors import OptionError
+
+Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
+"""Text as it is, messages for the chat template, or token ids (a tensor of one row too)."""
+
+
+class TemplateRefusalError(OptionError):
+    """A model's chat template does not take the messages."""
+
+
+def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
+    """Return a prompt's token ids.
+
+    Args:
+        tokenizer: of transformers; adds its special tokens to text, and none to messages.
+        prompt: text, messages or token ids.
+
+    Raises:
+        OptionError: the prompt is none of these, the chat template refuses the messages, or
+            nothing is left to run the model on.
+    """
+    if isinstance(prompt, str):
+        ids = tokenizer(prompt)["input_ids"]
+    else:
+        parts = prompt.flatten().tolist() if hasattr(prompt, "flatten") else list(prompt)
+        if parts and all(isinstance(part, Mapping) for part in parts):
+            ids = tokenizer(_chat(tokenizer, parts), add_special_tokens=False)["input_ids"]
+        else:
+            ids = _token_ids(parts)
+    if not ids:
+        raise OptionError("the model's tokenizer makes no tokens of this prompt")
+    return [int(token_id) for token_id in ids]
+
+
+def _chat(tokenizer: Any, messages: list[Any]) -> str:
+    """Return messages as the text a model was trained to answer."""
+    from jinja2 import TemplateError
+
+    if not tokenizer.chat_template:
+        raise TemplateRefusalError(
+            "the model's tokenizer has no chat template for messages; give the prompt as text"
+        )
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise TemplateRefusalError(f"the model's chat template fails ({error})") from error
+    return str(text)
+
+
+def _token_ids(parts: Sequence[Any]) -> list[int]:
+    try:
+        return [operator.index(part) for part in parts]
+    except TypeError:
+        raise OptionError(
+            "the prompt must be text, messages (mappings with role and content) or token ids"
+        ) from None

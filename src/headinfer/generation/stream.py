@@ -1,0 +1,283 @@
+"""`headinfer.generate`: a prompt's answer as a stream of records, with what was measured.
+
+The model runs in a thread of its own, because transformers' `generate` hands text on by a call.
+"""
+
+import contextlib
+import contextvars
+import logging
+import os
+import queue
+import threading
+import weakref
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from transformers import PreTrainedModel
+
+from headinfer.api import attach
+from headinfer.errors import OptionError, UnsupportedModelError
+from headinfer.generation.call import Generation
+from headinfer.generation.model import (
+    ModelSource,
+    choose_device,
+    load_config,
+    load_model,
+    load_tokenizer,
+)
+from headinfer.generation.prompt import Prompt, encode_prompt
+from headinfer.generation.settings import check_given, settle
+from headinfer.integration.attachment import owner_of
+from headinfer.integration.cache import PrefillProgress
+from headinfer.plan.options import DECLARATIONS, Options
+from headinfer.session import Session
+
+_logger = logging.getLogger(__name__)
+
+FinishReason = Literal["stop", "length", "time"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generated:
+    """A piece of an answer, and what was measured of the whole call until then.
+
+    Attributes:
+        text: new since the record before; empty in the last one at most.
+        tokens: of the answer so far.
+        prompt_tokens: of the prompt.
+        prefill_s: seconds the prompt took.
+        prefill_tokens_per_s: speed of the prompt.
+        decode_s: seconds the tokens after the first took.
+        decode_tokens_per_s: speed of those.
+        peak_device_kv_bytes: the most device memory that this call's cache held.
+        host_kv_bytes: the most host memory that this call's cache held.
+        standard_kv_bytes: device memory that standard inference would have held for its tokens.
+        finish_reason: None before the last record; there "stop" for an end token or stop string,
+            "length" for `max_new_tokens`, "time" for `max_time`.
+    """
+
+    text: str
+    tokens: int
+    prompt_tokens: int
+    prefill_s: float
+    prefill_tokens_per_s: float
+    decode_s: float
+    decode_tokens_per_s: float
+    peak_device_kv_bytes: int
+    host_kv_bytes: int
+    standard_kv_bytes: int
+    finish_reason: FinishReason | None = None
+
+
+def generate(
+    model: "str | os.PathLike[str] | PreTrainedModel",
+    prompt: Prompt,
+    *,
+    tokenizer: Any = None,
+    dtype: str = "auto",
+    progress: PrefillProgress | None = None,
+    **keywords: Any,
+) -> Generator[Generated, None, None]:
+    """Answer a prompt, record by record.
+
+    Nothing is loaded or attached before the first record is asked for. The texts of all records
+    together are the answer; the last record says why it ended. Closing the generator, or
+    interrupting whoever waits for a record, stops the model at its next token or chunk. A model
+    that was attached here is detached before the last record, and after an early end.
+
+    Args:
+        model: a folder, the id of a model, or a loaded model. An attached model is used as it is,
+            by several threads too.
+        prompt: text as it is, messages for the model's chat template, or token ids.
+        tokenizer: of a loaded model; a model's own where it is loaded here.
+        dtype: of weights that are loaded here: "auto" as they were saved, or a torch dtype's name.
+        progress: called during prefill with the tokens done and the tokens in all; may raise.
+        keywords: options of `attach`, unless the model is attached; and settings of transformers'
+            `GenerationConfig`, `max_new_tokens` being 256 unless given.
+
+    Returns:
+        A generator of records.
+
+    Raises:
+        HeadInferError: an option is wrong, at once; the model cannot be loaded or served, or the
+            prompt does not fit, when the first record is asked for.
+    """
+    options = {name: keywords.pop(name) for name in DECLARATIONS if name in keywords}
+    given = {name: value for name, value in keywords.items() if value is not None}
+    parsed = Options.parse(**options)
+    check_given(given)
+    if isinstance(model, PreTrainedModel):
+        if tokenizer is None:
+            raise OptionError("a loaded model needs its tokenizer: pass tokenizer=...")
+        if dtype != "auto":
+            raise OptionError(f"dtype={dtype!r} is for models that are loaded here; leave it out")
+    elif not isinstance(model, (str, os.PathLike)):
+        raise OptionError(f"model must be a folder, an id or a loaded model, not {model!r}")
+
+    def with_model() -> Generator[Generated, None, None]:
+        attached_options, loaded, own_tokenizer = options, model, tokenizer
+        if not isinstance(loaded, PreTrainedModel):
+            device = choose_device(parsed.device)
+            loaded, own_tokenizer = _load(os.fspath(loaded), dtype, device, tokenizer)
+            attached_options = options | {"device": device}
+        ids = encode_prompt(own_tokenizer, prompt)
+        yield from _stream(loaded, own_tokenizer, ids, attached_options, given, progress)
+
+    return with_model()
+
+
+def _load(name: str, dtype: str, device: str, tokenizer: Any) -> tuple[PreTrainedModel, Any]:
+    source = ModelSource(name=name)
+    config = load_config(source)
+    tokenizer = tokenizer or load_tokenizer(source)
+    model, unused = load_model(source, config, dtype=dtype, device=device)
+    if unused is not None:
+        _logger.warning(unused)
+    return model, tokenizer
+
+
+def _stream(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    ids: list[int],
+    options: dict[str, Any],
+    given: dict[str, Any],
+    progress: PrefillProgress | None,
+) -> Generator[Generated, None, None]:
+    """Yield the records of an answer."""
+    settings = settle(given, model.generation_config, len(ids))
+    if (note := settings.note()) is not None:
+        _logger.warning(note)
+    worker = _Worker()
+    with _attached(model, options) as session:
+        generation = Generation(
+            model,
+            tokenizer,
+            session,
+            settings,
+            lambda piece: worker.hand_on(_record(generation, piece)),
+            progress=lambda done, of: worker.report(progress, done, of),
+            criteria=[worker.criterion],
+        )
+        yield from worker.records(model.device.type, lambda: generation.run(ids))
+    yield _record(generation, "", finish_reason=cast("FinishReason", generation.finish_reason))
+
+
+def _record(generation: Generation, text: str, **ended: FinishReason) -> Generated:
+    stats = generation.stats
+    return Generated(
+        text=text,
+        tokens=len(generation.ids),
+        prompt_tokens=generation.prompt_tokens,
+        prefill_s=stats.prefill_s,
+        prefill_tokens_per_s=stats.prefill_tokens_per_s,
+        decode_s=stats.decode_s,
+        decode_tokens_per_s=stats.decode_tokens_per_s,
+        peak_device_kv_bytes=stats.peak_device_kv_bytes,
+        host_kv_bytes=stats.host_kv_bytes,
+        standard_kv_bytes=stats.standard_kv_bytes,
+        **ended,
+    )
+
+
+_attaching = threading.Lock()
+_ours: "weakref.WeakSet[Session]" = weakref.WeakSet()
+"""Sessions that end with the call of `generate` that made them."""
+
+
+@contextlib.contextmanager
+def _attached(model: PreTrainedModel, options: dict[str, Any]) -> Iterator[Session]:
+    """Attach to a model inside the `with` statement, unless its user has."""
+    with _attaching:
+        owner = owner_of(model)
+        if owner is None:
+            session = attach(model, **options).session
+            _ours.add(session)
+    if owner is not None:
+        assert isinstance(owner, Session)
+        _check_shared(owner, options)
+        yield owner
+        return
+    try:
+        yield session
+    finally:
+        session.detach()
+
+
+def _check_shared(session: Session, options: dict[str, Any]) -> None:
+    """Refuse what cannot be had of a model that somebody else attached."""
+    if session in _ours:
+        raise UnsupportedModelError(
+            "another call of generate is at work on this model and will detach it; close that one "
+            "first, or attach the model yourself and call generate as often as you like"
+        )
+    if options:
+        named = ", ".join(options)
+        raise OptionError(f"the model is attached already, with options of its own; drop {named}")
+
+
+class _StopError(Exception):
+    """Nobody waits for the rest of an answer."""
+
+
+class _Worker:
+    """A thread that runs a model, and the records it hands on to whoever waits for them."""
+
+    def __init__(self) -> None:
+        self._records: queue.SimpleQueue[Generated | BaseException | None] = queue.SimpleQueue()
+        self._stop = threading.Event()
+
+    def records(self, device: str, work: Callable[[], None]) -> Iterator[Generated]:
+        """Yield what `work` hands on, and raise what it raises; stop it if the caller stops.
+
+        Args:
+            device: "cpu" or "cuda": whose autocast goes on in the thread.
+            work: calls `hand_on`.
+        """
+        enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+        def run() -> None:
+            try:
+                with torch.autocast(device, dtype, enabled):  # else each thread has its own
+                    work()
+            except _StopError:
+                self._records.put(None)
+            except BaseException as error:
+                self._records.put(error)
+            else:
+                self._records.put(None)
+
+        context = contextvars.copy_context()
+        thread = threading.Thread(target=context.run, args=(run,), name="headinfer-generate")
+        thread.start()
+        try:
+            while (record := self._records.get()) is not None:
+                if isinstance(record, BaseException):
+                    raise record
+                yield record
+        finally:
+            self._stop.set()
+            if thread is not threading.current_thread():  # a collector's work may be done anywhere
+                thread.join()
+
+    def hand_on(self, record: Generated) -> None:
+        """Give a record to whoever waits."""
+        self._records.put(record)
+
+    @property
+    def _stopping(self) -> bool:
+        """Whether nobody waits any more, which the end of the interpreter tells too."""
+        return self._stop.is_set() or not threading.main_thread().is_alive()
+
+    def report(self, progress: PrefillProgress | None, done_tokens: int, all_tokens: int) -> None:
+        """Pass progress on, or end the prefill."""
+        if self._stopping:
+            raise _StopError
+        if progress is not None:
+            progress(done_tokens, all_tokens)
+
+    def criterion(self, input_ids: torch.Tensor, _scores: Any, **_keywords: Any) -> torch.Tensor:
+        """Stop all rows where nobody waits any more; `[rows]` of bool."""
+        return input_ids.new_full((input_ids.shape[0],), self._stopping, dtype=torch.bool)
