@@ -24,7 +24,7 @@ from headinfer.engine.stats import Stats
 from headinfer.estimate.presets import preset_shape
 from headinfer.kv.pair import KV
 from headinfer.plan.options import Options
-from headinfer.plan.plan import resolve
+from headinfer.plan.resolve import resolve
 from headinfer.units import parse_tokens
 
 KV_HEADS, GROUP, DIM = 8, 4, 128

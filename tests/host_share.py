@@ -11,7 +11,7 @@ from headinfer.device.simulated import SimulatedDevice
 from headinfer.engine.engine import Engine
 from headinfer.engine.stats import Stats
 from headinfer.plan.options import Options
-from headinfer.plan.plan import resolve
+from headinfer.plan.resolve import resolve
 from shapes import model_shape
 
 DIM = 16

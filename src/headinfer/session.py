@@ -21,7 +21,8 @@ from headinfer.integration.model_shape import model_shape
 from headinfer.plan import memory
 from headinfer.plan.host_room import HostRoom
 from headinfer.plan.options import Options
-from headinfer.plan.plan import Plan, resolve
+from headinfer.plan.plan import Plan
+from headinfer.plan.resolve import resolve
 from headinfer.plan.shape import ModelShape
 from headinfer.plan.whole import passing_whole
 from headinfer.units import format_bytes

@@ -37,6 +37,23 @@ def test_a_person_reads_every_method_and_why(cli) -> None:
     assert max(map(len, outcome.out.splitlines())) <= 100
 
 
+def test_the_steps_of_the_chosen_method(cli) -> None:
+    options = "--device-memory", "24GiB", "--host-memory", "1TiB", "--steps"
+    result = cli("plan", "--context", "1M", *options)
+    assert result.code == 0
+    _, steps = result.out.split("A decode step, behind 1M tokens:\n")
+    decode, chunk = steps.split("\nThe last chunk of ")
+    assert decode.startswith("layers 0-31:\n  keep the new tokens in the page\n  fetch tokens ")
+    assert "\n  attend by 8 heads: the residents, the page, the tiles\n" in decode
+    assert chunk.endswith(" to 1048576 home\n")
+    windows = cli("plan", "--model", "gpt-oss-20b", "--context", "128K", *options)
+    assert "layers 0, 2, 4, " in windows.out
+    assert "attend the residents and the new token, and keep it there" in windows.out
+    nothing = cli("plan", "--context", "1M", "--device-memory", "1GiB", "--steps")
+    assert nothing.code == 1
+    assert "No steps to print" in nothing.out
+
+
 def test_json_is_as_documented(cli) -> None:
     outcome = cli(*QUESTION, "--context", "1M", "--hardware", "h200", "--json")
     document = json.loads(outcome.out)

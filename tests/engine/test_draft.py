@@ -12,7 +12,7 @@ from headinfer.engine.engine import Engine
 from headinfer.engine.stats import Stats
 from headinfer.plan.memory import resident_bytes
 from headinfer.plan.options import Options
-from headinfer.plan.plan import resolve
+from headinfer.plan.resolve import resolve
 from headinfer.schedule.route import Pass
 from shapes import model_shape
 

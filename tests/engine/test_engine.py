@@ -20,7 +20,8 @@ from headinfer.engine.stats import Stats
 from headinfer.errors import CacheStateError, MemoryPlanError
 from headinfer.plan.memory import resident_bytes
 from headinfer.plan.options import Options
-from headinfer.plan.plan import Plan, resolve
+from headinfer.plan.plan import Plan
+from headinfer.plan.resolve import resolve
 from shapes import model_shape
 
 

@@ -11,7 +11,7 @@ from headinfer.engine.stats import Stats
 from headinfer.errors import CacheStateError
 from headinfer.plan.memory import SPARE_TOKENS
 from headinfer.plan.options import Options
-from headinfer.plan.plan import resolve
+from headinfer.plan.resolve import resolve
 from shapes import model_shape
 
 WINDOW = 20

@@ -9,7 +9,7 @@ from headinfer.estimate.machines import HARDWARE
 from headinfer.plan.hardware import Hardware
 from headinfer.plan.memory import ALIGNMENT_BYTES, runtime_bytes
 from headinfer.plan.options import Options
-from headinfer.plan.plan import resolve
+from headinfer.plan.resolve import resolve
 from headinfer.plan.shape import LayerKind, LayerShape, ModelShape
 from shapes import LLAMA_3_8B, model_shape
 

@@ -13,8 +13,9 @@ from headinfer.plan.choices import MAX_TILE_TOKENS
 from headinfer.plan.hardware import Hardware
 from headinfer.plan.memory import ALIGNMENT_BYTES, runtime_bytes
 from headinfer.plan.options import Options
-from headinfer.plan.plan import Plan, resolve
-from headinfer.plan.predict import Predictor, Schedule, active_parameters
+from headinfer.plan.plan import Plan
+from headinfer.plan.predict import Placement, Predictor, active_parameters
+from headinfer.plan.resolve import resolve
 from headinfer.plan.shape import ModelShape
 from shapes import LLAMA_3_8B, model_shape
 
@@ -27,13 +28,13 @@ def test_parameters_are_those_of_the_layers() -> None:
 
 
 def test_a_streamed_decode_step_takes_the_links_time() -> None:
-    schedule = Schedule(chunk_tokens=8192, tile_heads=8, tile_tokens=16384)
+    placement = Placement(chunk_tokens=8192, tile_heads=8, tile_tokens=16384)
     predictor = Predictor(LLAMA_3_8B, RTX_4090)
     tiles, layers, copies = 32 * 64, 32, 32 * 64 * 2
     start_s = layers * 0.75e-3 + (tiles + layers) * 100e-6 + copies * RTX_4090.copy_start_s
     streamed_s = 128 * 2**30 / 25e9
-    assert predictor.decode_s(schedule, 2**20) == pytest.approx(streamed_s + 0.1 * start_s)
-    half = replace(schedule, resident_bytes=64 * 2**30)
+    assert predictor.decode_s(placement, 2**20) == pytest.approx(streamed_s + 0.1 * start_s)
+    half = replace(placement, resident_bytes=64 * 2**30)
     tiles, copies = tiles / 2, copies / 2
     start_s = layers * 0.75e-3 + (tiles + 2 * layers) * 100e-6 + copies * RTX_4090.copy_start_s
     assert predictor.decode_s(half, 2**20) == pytest.approx(streamed_s / 2 + 0.1 * start_s)
@@ -41,10 +42,10 @@ def test_a_streamed_decode_step_takes_the_links_time() -> None:
 
 
 def test_a_step_of_many_small_tiles_takes_what_starting_them_does() -> None:
-    schedule = Schedule(chunk_tokens=8192, tile_heads=1, tile_tokens=1024)
+    placement = Placement(chunk_tokens=8192, tile_heads=1, tile_tokens=1024)
     tiles = 32 * 8
     start_s = 32 * 0.75e-3 + (tiles + tiles) * 100e-6 + 2 * tiles * RTX_4090.copy_start_s
-    parts = Predictor(LLAMA_3_8B, RTX_4090).decode(schedule, 1024)
+    parts = Predictor(LLAMA_3_8B, RTX_4090).decode(placement, 1024)
     assert parts.seconds(overlap=True) == pytest.approx(1.1 * start_s)
     assert parts.limited_by == "starting tiles"
 
@@ -58,8 +59,8 @@ def test_a_streamed_decode_step_takes_about_what_it_took_beside_an_h100(
 ) -> None:
     """Llama-3-8B's shape with 100K tokens, over a link of 53.3 GB/s."""
     machine = replace(HARDWARE["h100-80gb"], link_bytes_per_s=53.3e9, copy_start_s=27e-6)
-    schedule = Schedule(tile_heads=tile_heads, tile_tokens=tile_tokens)
-    predicted_s = Predictor(LLAMA_3_8B, machine).decode_s(schedule, 100 * 1024)
+    placement = Placement(tile_heads=tile_heads, tile_tokens=tile_tokens)
+    predicted_s = Predictor(LLAMA_3_8B, machine).decode_s(placement, 100 * 1024)
     assert predicted_s == pytest.approx(measured_s, rel=0.1)
 
 
@@ -68,7 +69,7 @@ def test_memory_that_is_left_makes_tiles_that_are_few() -> None:
     known = {"device": "cuda", "hardware": HARDWARE["h100-80gb"]}
     plan = resolve(LLAMA_3_8B, options, context_tokens=100 * 1024, **known)
     assert (plan.tile_heads, plan.tile_tokens) == (8, 100 * 1024)
-    parts = Predictor(LLAMA_3_8B, HARDWARE["h100-80gb"]).decode(plan.schedule, 100 * 1024)
+    parts = Predictor(LLAMA_3_8B, HARDWARE["h100-80gb"]).decode(plan.placement, 100 * 1024)
     assert parts.start_s < 0.2 * parts.link_s
     longer = [
         resolve(LLAMA_3_8B, options, context_tokens=tokens, **known) for tokens in (2**20, 2**24)
@@ -81,7 +82,7 @@ def test_memory_that_is_left_makes_tiles_that_are_few() -> None:
 
 def test_a_decode_step_on_the_device_reads_weights_and_kv() -> None:
     weights = (active_parameters(LLAMA_3_8B) + 128256 * 4096) * 2
-    step = Predictor(LLAMA_3_8B, RTX_4090).decode(Schedule(), 2**17)
+    step = Predictor(LLAMA_3_8B, RTX_4090).decode(Placement(), 2**17)
     assert step.compute_s == pytest.approx(weights / 1e12 + 16 * 2**30 / 0.8e12)
     assert step.limited_by == "computing"
 
@@ -89,7 +90,7 @@ def test_a_decode_step_on_the_device_reads_weights_and_kv() -> None:
 def test_prefill_does_the_same_attention_in_any_chunks() -> None:
     free_weights = replace(RTX_4090, device_bytes_per_s=1e30)
     predictor = Predictor(LLAMA_3_8B, free_weights)
-    times = {predictor.prefill_s(Schedule(chunk_tokens=size), 2**20) for size in (None, 512, 8192)}
+    times = {predictor.prefill_s(Placement(chunk_tokens=size), 2**20) for size in (None, 512, 8192)}
     assert max(times) == pytest.approx(min(times))
 
 
@@ -99,8 +100,10 @@ def test_small_chunks_attend_at_the_rate_measured_for_them() -> None:
 
     def attention_s(hardware: Hardware, chunk_tokens: int) -> float:
         """The time that 1M past tokens add to a chunk, over its tokens: all else is the same."""
-        schedule, predictor = Schedule(chunk_tokens=chunk_tokens), Predictor(LLAMA_3_8B, hardware)
-        far, near = (predictor.chunk(schedule, past, chunk_tokens).compute_s for past in (2**20, 0))
+        placement, predictor = Placement(chunk_tokens=chunk_tokens), Predictor(LLAMA_3_8B, hardware)
+        far, near = (
+            predictor.chunk(placement, past, chunk_tokens).compute_s for past in (2**20, 0)
+        )
         return (far - near) / chunk_tokens
 
     fast = attention_s(replace(RTX_4090, prefill_attention_flops_per_s=100e12), 8192)
@@ -111,11 +114,11 @@ def test_small_chunks_attend_at_the_rate_measured_for_them() -> None:
 def test_small_tiles_count_as_small_chunks_unless_nothing_is_streamed() -> None:
     rates = ((1024, 50e12), (8192, 100e12))
     predictor = Predictor(LLAMA_3_8B, replace(RTX_4090, chunk_attention_flops_per_s=rates))
-    large, small = (Schedule(chunk_tokens=8192, tile_tokens=n) for n in (16384, 8192))
+    large, small = (Placement(chunk_tokens=8192, tile_tokens=n) for n in (16384, 8192))
     held = replace(small, resident_bytes=2**50)
     past = 2**18
     large_s, small_s, held_s = (
-        predictor.chunk(schedule, past, 8192).compute_s for schedule in (large, small, held)
+        predictor.chunk(placement, past, 8192).compute_s for placement in (large, small, held)
     )
     assert small_s > 1.2 * large_s
     assert held_s == large_s
@@ -133,11 +136,11 @@ def test_idle_experts_are_not_read() -> None:
 
 def test_without_overlap_the_parts_add_up() -> None:
     predictor = Predictor(LLAMA_3_8B, RTX_4090)
-    schedule = Schedule(tile_heads=8, tile_tokens=16384, overlap=False)
-    parts = predictor.decode(schedule, 2**20)
+    placement = Placement(tile_heads=8, tile_tokens=16384, overlap=False)
+    parts = predictor.decode(placement, 2**20)
     total = parts.compute_s + parts.link_s + parts.link_back_s + parts.start_s
     assert parts.start_s > 0
-    assert predictor.decode_s(schedule, 2**20) == total
+    assert predictor.decode_s(placement, 2**20) == total
 
 
 def test_a_window_bounds_the_attention_of_its_layer() -> None:
@@ -145,7 +148,7 @@ def test_a_window_bounds_the_attention_of_its_layer() -> None:
     full = replace(shape, layers=tuple(layer for layer in shape.layers if not layer.window_tokens))
     windowed = replace(shape, layers=tuple(layer for layer in shape.layers if layer.window_tokens))
     times = [
-        Predictor(part, RTX_4090).chunk(Schedule(), 2**20, 1024).compute_s
+        Predictor(part, RTX_4090).chunk(Placement(), 2**20, 1024).compute_s
         for part in (full, windowed)
     ]
     assert times[0] > 10 * times[1]
@@ -230,9 +233,9 @@ def test_no_fixed_setting_is_predicted_to_be_faster(
     assert chosen.arena_bytes == pieces + chosen.resident_bytes + ALIGNMENT_BYTES
     assert chosen.resident_bytes % ALIGNMENT_BYTES == 0
     assert keep_resident or chosen.resident_bytes == 0
-    time = predictor.answer_s(chosen.schedule, tokens)
+    time = predictor.answer_s(chosen.placement, tokens)
     for other in fixed:
-        assert time <= predictor.answer_s(other.schedule, tokens) * (1 + 1e-9), other
+        assert time <= predictor.answer_s(other.placement, tokens) * (1 + 1e-9), other
 
 
 def test_without_rates_usual_tiles_are_taken() -> None:
@@ -277,7 +280,7 @@ def test_the_host_takes_the_share_that_finishes_with_the_link() -> None:
     known = {"device": "cuda", "context_tokens": 2**20}
     plan = resolve(LLAMA_3_8B, options, **known, hardware=measured)
     assert plan.host_share == pytest.approx(70 / 95)
-    parts = Predictor(LLAMA_3_8B, measured).decode(plan.schedule, 2**20)
+    parts = Predictor(LLAMA_3_8B, measured).decode(plan.placement, 2**20)
     assert parts.host_s == pytest.approx(parts.link_s, rel=1e-5)  # tokens are whole
     # What the link reads the CPU cannot read at the same time: both are slowed down alike.
     for slow in (
@@ -286,7 +289,7 @@ def test_the_host_takes_the_share_that_finishes_with_the_link() -> None:
     ):
         plan = resolve(LLAMA_3_8B, options, **known, hardware=slow)
         assert plan.host_share == pytest.approx(70 / 95)
-        slowed = Predictor(LLAMA_3_8B, slow).decode(plan.schedule, 2**20)
+        slowed = Predictor(LLAMA_3_8B, slow).decode(plan.placement, 2**20)
         assert slowed.host_s == pytest.approx(plan.streamed_bytes(2**20) / 40e9)
         assert slowed.host_s > parts.host_s
     assert resolve(LLAMA_3_8B, options, **known, hardware=RTX_4090).host_share == 0
@@ -306,4 +309,4 @@ def test_a_link_as_fast_as_the_hosts_memory_leaves_the_host_some() -> None:
         context_tokens=2**20,
         hardware=slow,
     )
-    assert Predictor(LLAMA_3_8B, slow).decode(plan.schedule, 2**20).limited_by == "the host"
+    assert Predictor(LLAMA_3_8B, slow).decode(plan.placement, 2**20).limited_by == "the host"

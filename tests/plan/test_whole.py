@@ -4,7 +4,8 @@ import pytest
 
 from headinfer.errors import MemoryPlanError
 from headinfer.plan.options import Options
-from headinfer.plan.plan import Plan, resolve
+from headinfer.plan.plan import Plan
+from headinfer.plan.resolve import resolve
 from headinfer.plan.whole import passing_whole
 from shapes import LLAMA_3_8B
 

@@ -93,6 +93,14 @@ def plan(
         ),
     ] = AccountingKind.OURS,
     json_path: JsonPath = None,
+    steps: Annotated[
+        bool,
+        typer.Option(
+            "--steps",
+            metavar=NO_VALUE,
+            help="Also print what the chosen method does in a decode step and in the last chunk.",
+        ),
+    ] = False,
     paper: Annotated[
         bool,
         typer.Option(
@@ -132,7 +140,7 @@ def plan(
             if one_memory and options.device_memory_bytes is None
             else None,
         )
-        raise typer.Exit(_answer(situation, which, json_path))
+        raise typer.Exit(_answer(situation, which, json_path, steps=steps))
 
 
 def _check_alone(invocation: typer.Context) -> None:
@@ -154,14 +162,16 @@ def _device_memory_bytes(here: Hardware, asked: int | None) -> int:
     return here.device_memory_bytes
 
 
-def _answer(situation: Situation, which: str, json_path: str | None) -> int:
-    from headinfer.cli.plan_table import plan_as_json, print_plans
+def _answer(situation: Situation, which: str, json_path: str | None, *, steps: bool) -> int:
+    from headinfer.cli.plan_table import plan_as_json, print_plans, print_steps
     from headinfer.estimate.choose import choose
 
     plans = method_plans(situation)
     choice = choose(situation, plans)
     if json_path != STDOUT:
         print_plans(situation, which, plans, choice)
+        if steps:
+            print_steps(situation, choice)
     if json_path is not None:
         write_json(json_path, plan_as_json(situation, plans, choice))
         if json_path != STDOUT:

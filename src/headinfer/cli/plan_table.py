@@ -70,6 +70,28 @@ def print_plans(
     _print_choice(console, choice)
 
 
+def print_steps(situation: Situation, choice: Choice) -> None:
+    """Print what the chosen method does, layer by layer, in a decode step and in the last chunk."""
+    from headinfer.estimate.steps import pass_schedule
+
+    plan, context = choice.plan, situation.context_tokens
+    if plan is None:
+        lines = ["", "No steps to print: no method was chosen."]
+    else:
+        chunk = min(plan.chunk_tokens or context, context)
+        passes = (
+            ("A decode step", context, 1),
+            (f"The last chunk of {format_tokens(chunk)} tokens", context - chunk, chunk),
+        )
+        lines = []
+        for name, past, new in passes:
+            lines += ["", f"{name}, behind {format_tokens(past)} tokens:"]
+            lines += pass_schedule(situation, plan, past, new).lines()
+    console = table_console()
+    for line in lines:
+        console.print(line, markup=False, soft_wrap=True)
+
+
 def _memory(situation: Situation) -> str:
     device = format_bytes(situation.device_memory_bytes)
     if situation.device == "cpu":

@@ -12,8 +12,9 @@ from headinfer.estimate.accounting import PAPER_CHUNK_TOKENS
 from headinfer.estimate.situation import MethodPlan, Situation
 from headinfer.plan.choices import ALL_TOKENS, chunk_sizes
 from headinfer.plan.options import Options
-from headinfer.plan.plan import PAGE_TOKENS, Plan
-from headinfer.plan.predict import Predictor, Schedule
+from headinfer.plan.plan import Plan
+from headinfer.plan.predict import Placement, Predictor
+from headinfer.plan.resolve import PAGE_TOKENS
 
 MAX_CONTEXT_TOKENS = 2**40
 """Contexts are looked for up to here; one that is as long is not limited by memory."""
@@ -32,7 +33,7 @@ class Footprint:
         activation_bytes: the most that activations take.
         kv_total_bytes: KV in all.
         kv_host_bytes: KV in host memory.
-        schedule: what the method does with the KV.
+        placement: what the method does with the KV.
         tile_tokens: tokens of a tile; None for all.
     """
 
@@ -40,7 +41,7 @@ class Footprint:
     activation_bytes: int
     kv_total_bytes: int
     kv_host_bytes: int
-    schedule: Schedule
+    placement: Placement
     tile_tokens: int | None = None
 
 
@@ -98,7 +99,7 @@ def _on_device(*, chunked: bool) -> Rule:
             activation_bytes=accounting.activation_bytes(new_tokens),
             kv_total_bytes=kv_bytes,
             kv_host_bytes=0,
-            schedule=Schedule(batch=situation.batch, chunk_tokens=chunk),
+            placement=Placement(batch=situation.batch, chunk_tokens=chunk),
         )
 
     return footprint
@@ -113,7 +114,7 @@ def _quantised(situation: Situation, tokens: int) -> Footprint:
         activation_bytes=accounting.activation_bytes(tokens),
         kv_total_bytes=packed,
         kv_host_bytes=0,
-        schedule=Schedule(batch=situation.batch, kv_share=share),
+        placement=Placement(batch=situation.batch, kv_share=share),
     )
 
 
@@ -126,7 +127,7 @@ def _layer_wise(situation: Situation, tokens: int) -> Footprint:
         activation_bytes=accounting.activation_bytes(tokens),
         kv_total_bytes=kv_bytes,
         kv_host_bytes=kv_bytes,
-        schedule=Schedule(
+        placement=Placement(
             batch=situation.batch,
             tile_heads=situation.shape.kv_heads,
             tile_tokens=max(tokens, 1),
@@ -157,7 +158,7 @@ def _tiled(
         activation_bytes=accounting.activation_bytes(new_tokens, tile_heads=heads),
         kv_total_bytes=kv_bytes,
         kv_host_bytes=kv_bytes,
-        schedule=Schedule(
+        placement=Placement(
             batch=situation.batch, chunk_tokens=chunk, tile_heads=heads, tile_tokens=tile
         ),
         tile_tokens=tile_tokens,
@@ -172,15 +173,15 @@ def _method(situation: Situation, name: str, rule: Rule) -> MethodPlan:
 def _plan(
     situation: Situation, name: str, footprint: Footprint, max_context: int | None
 ) -> MethodPlan:
-    tokens, schedule = situation.context_tokens, footprint.schedule
+    tokens, placement = situation.context_tokens, footprint.placement
     total = situation.fixed_bytes + footprint.kv_device_bytes + footprint.activation_bytes
     predictor = Predictor(situation.shape, situation.hardware)
-    offloads = schedule.tile_tokens is not None
+    offloads = placement.tile_tokens is not None
     return MethodPlan(
         method=name,
-        tile_heads=schedule.tile_heads if offloads else None,
+        tile_heads=placement.tile_heads if offloads else None,
         tile_tokens=footprint.tile_tokens,
-        chunk_tokens=schedule.chunk_tokens,
+        chunk_tokens=placement.chunk_tokens,
         weights_bytes=situation.shape.weights_bytes,
         kv_device_bytes=footprint.kv_device_bytes,
         activation_bytes=footprint.activation_bytes,
@@ -188,13 +189,13 @@ def _plan(
         kv_total_bytes=footprint.kv_total_bytes,
         kv_host_bytes=footprint.kv_host_bytes,
         max_context_tokens=max_context,
-        prefill_s=predictor.prefill_s(schedule, tokens),
-        decode_s_per_token=predictor.decode_s(schedule, tokens),
+        prefill_s=predictor.prefill_s(placement, tokens),
+        decode_s_per_token=predictor.decode_s(placement, tokens),
         device_short_bytes=max(total - situation.device_memory_bytes, 0),
         host_short_bytes=situation.host_short_bytes(footprint.kv_host_bytes),
-        resident_bytes=schedule.resident_bytes,
-        host_share=schedule.host_share,
-        decode_parts=predictor.decode(schedule, tokens),
+        resident_bytes=placement.resident_bytes,
+        host_share=placement.host_share,
+        decode_parts=predictor.decode(placement, tokens),
     )
 
 
@@ -249,7 +250,7 @@ def _footprint(plan: Plan, tokens: int) -> Footprint:
         activation_bytes=plan.activation_bytes,
         kv_total_bytes=plan.shape.kv_bytes(tokens, plan.batch),
         kv_host_bytes=plan.kv_host_bytes(tokens),
-        schedule=plan.schedule,
+        placement=plan.placement,
         tile_tokens=None if plan.tile_tokens >= ALL_TOKENS else plan.tile_tokens,
     )
 
@@ -265,5 +266,5 @@ def _paper_footprint(situation: Situation, plan: Plan) -> Footprint:
     return replace(
         tiled,
         kv_device_bytes=tiled.kv_device_bytes + resident,
-        schedule=replace(tiled.schedule, resident_bytes=resident),
+        placement=replace(tiled.placement, resident_bytes=resident),
     )

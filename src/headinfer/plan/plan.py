@@ -1,27 +1,16 @@
-"""From options to a plan: the sizes of chunks and tiles, and the bytes they take."""
+"""A plan: the sizes of chunks and tiles that were chosen, and the bytes they take."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from headinfer.errors import MemoryPlanError, OptionError
 from headinfer.plan import memory
 from headinfer.plan.choices import (
     ALL_TOKENS,
-    MIN_CHUNK_TOKENS,
-    MIN_TILE_TOKENS,
-    chunk_sizes,
-    other_tile_tokens,
-    tile_sizes,
 )
-from headinfer.plan.hardware import Hardware
-from headinfer.plan.options import Options
-from headinfer.plan.predict import Predictor, Schedule, balanced_host_share
+from headinfer.plan.predict import Placement
 from headinfer.plan.shape import ModelShape
 from headinfer.schedule.route import Sizes
 from headinfer.units import format_bytes, format_tokens
-
-PAGE_TOKENS = 64
-"""Tokens of one decode-tail page: 32 layers of Llama-3-8B then send 8 MiB home at a time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,11 +100,11 @@ class Plan:
         return Sizes(self.tile_heads, self.tile_tokens, self.page_tokens, self.device == "cpu")
 
     @property
-    def schedule(self) -> Schedule:
+    def placement(self) -> Placement:
         """What the plan does with the KV cache, to predict its times."""
         resident = self.shape.kv_bytes(self.resident_tokens, self.batch)
         all_resident = 0 < (self.context_tokens or 0) <= self.resident_tokens
-        return Schedule(
+        return Placement(
             batch=self.batch,
             chunk_tokens=self.chunk_tokens,
             tile_heads=self.tile_heads,
@@ -165,244 +154,3 @@ class Plan:
     def __str__(self) -> str:
         """Return `lines`, one below the other."""
         return "\n".join(self.lines())
-
-
-def resolve(
-    shape: ModelShape,
-    options: Options,
-    *,
-    device: str,
-    batch: int = 1,
-    context_tokens: int | None = None,
-    hardware: Hardware | None = None,
-) -> Plan:
-    """Turn options into a plan that fits, choosing what was left to "auto".
-
-    With `hardware` and a known context that is the plan of the least predicted time, otherwise the
-    one with the largest chunks and transfers.
-
-    Args:
-        shape: the model.
-        options: what the user set.
-        device: the kind of device: "cpu", "cuda" or "simulated".
-        batch: rows of the cache.
-        context_tokens: tokens expected in the cache; None when not known yet.
-        hardware: the machine whose rates predict times.
-
-    Raises:
-        OptionError: a tile is larger than the model allows.
-        MemoryPlanError: no choice of the open settings fits the device memory.
-    """
-    if isinstance(options.tile_heads, int) and 0 < shape.kv_heads < options.tile_heads:
-        raise OptionError(
-            f"tile_heads is {options.tile_heads}, but {shape.name} has {shape.kv_heads} KV heads; "
-            f"use a number from 1 to {shape.kv_heads}, or 'all'"
-        )
-    if options.tile_tokens == "all" and device != "cpu" and context_tokens is None:
-        context_tokens = shape.max_positions or None
-        if context_tokens is None:
-            raise OptionError("tile_tokens 'all' needs a known context; give a number of tokens")
-    candidates = _candidates(shape, options, device, batch, context_tokens)
-    first = None
-    for first in candidates:
-        if _fits(first):
-            break
-    else:
-        raise _refusal(first, smallest_plan(shape, options, device=device, batch=batch))
-    resident = _Residency(options, context_tokens)
-    if hardware is None or context_tokens is None:
-        return _with_host_share(resident.of(first), options, hardware)
-    fitting = [first, *filter(_fits, candidates)]
-    predictor, tokens = Predictor(shape, hardware), context_tokens
-    plans = [
-        _with_host_share(plan, options, hardware)
-        for plan in _fastest_candidates(fitting, options, resident, context_tokens)
-    ]
-
-    def cost(plan: Plan) -> tuple[float, int]:
-        """Of equally fast plans the one that streams least leaves the most for later."""
-        return predictor.answer_s(plan.schedule, tokens), plan.streamed_bytes(tokens)
-
-    return min(plans, key=cost)
-
-
-def _fits(plan: Plan) -> bool:
-    budget = plan.device_memory_bytes
-    return budget is None or plan.total_device_bytes <= budget
-
-
-def _candidates(
-    shape: ModelShape, options: Options, device: str, batch: int, context_tokens: int | None
-) -> Iterator[Plan]:
-    """Yield plans from the largest transfers to the smallest."""
-    for chunk_tokens in chunk_sizes(options, device):
-        for tile_heads, tile_tokens in tile_sizes(shape, options, device, context_tokens):
-            yield _plan(
-                shape, options, device, batch, context_tokens, chunk_tokens, tile_heads, tile_tokens
-            )
-
-
-def _fastest_candidates(
-    fitting: list[Plan], options: Options, residency: "_Residency", context_tokens: int
-) -> Iterator[Plan]:
-    """Yield those of the plans that fit among which the fastest is, the preferred ones first.
-
-    For each chunk and number of heads that is the plan with the largest usual tile, and what comes
-    of it with larger and smaller ones.
-    """
-    largest: dict[tuple[int, int], Plan] = {}
-    for plan in fitting:
-        largest.setdefault((plan.chunk_tokens, plan.tile_heads), plan)
-    for plan in largest.values():
-        yield residency.of(plan)
-    for plan in largest.values():
-        if plan.device == "cpu":
-            continue  # its tiles are views of any size
-        for tile_tokens in other_tile_tokens(options, plan.tile_tokens, context_tokens):
-            other = _replan(plan, options, tile_tokens)
-            if _fits(other):
-                yield residency.of(other)
-
-
-@dataclass(frozen=True, slots=True)
-class _Residency:
-    """How many tokens are to be resident, as far as they fit."""
-
-    options: Options
-    context_tokens: int | None
-
-    @property
-    def wanted(self) -> int:
-        """The most tokens to keep."""
-        if isinstance(self.options.resident_tokens, int):
-            return self.options.resident_tokens
-        if self.options.resident_tokens == "auto" and self.options.device_memory_bytes is None:
-            return 0  # nothing says how much there is
-        return self.context_tokens or 0
-
-    def of(self, plan: Plan) -> Plan:
-        """Return a plan with as many of them as fit beside what it has."""
-        if plan.device == "cpu" or not self.wanted:
-            return plan
-        tokens = (
-            self.wanted if self.context_tokens is None else (min(self.wanted, self.context_tokens))
-        )
-        if plan.device_memory_bytes is not None:
-            left = plan.device_memory_bytes - plan.total_device_bytes
-            tokens = min(tokens, memory.resident_tokens(plan.shape, left, batch=plan.batch))
-        size = memory.resident_bytes(plan.shape, resident_tokens=tokens, batch=plan.batch)
-        return replace(plan, resident_tokens=tokens, resident_bytes=size)
-
-
-def _with_host_share(plan: Plan, options: Options, hardware: Hardware | None) -> Plan:
-    """Return a plan with the CPU's share of the tokens that are not resident."""
-    if plan.device == "cpu":
-        return plan
-    if options.host_attention != "auto":
-        return replace(plan, host_share=options.host_attention)
-    # Data sheets do not say what the CPU reaches, so it is left out until it was measured.
-    share = balanced_host_share(hardware) if hardware and hardware.measured else 0.0
-    return replace(
-        plan,
-        host_share=share,
-        host_share_adapts=share > 0,
-        host_unmeasured=plan.device == "cuda" and hardware is None,
-    )
-
-
-def _replan(plan: Plan, options: Options, tile_tokens: int) -> Plan:
-    """Return a plan with other tile tokens and the bytes that go with them."""
-    return _plan(
-        plan.shape,
-        options,
-        plan.device,
-        plan.batch,
-        plan.context_tokens,
-        plan.chunk_tokens,
-        plan.tile_heads,
-        tile_tokens,
-    )
-
-
-def _plan(
-    shape: ModelShape,
-    options: Options,
-    device: str,
-    batch: int,
-    context_tokens: int | None,
-    chunk_tokens: int,
-    tile_heads: int,
-    tile_tokens: int,
-) -> Plan:
-    copies = device != "cpu"
-    page_tokens = max(min(PAGE_TOKENS, chunk_tokens // 2), 1)  # so that no chunk fits in a page
-    return Plan(
-        shape=shape,
-        device=device,
-        overlap=options.overlap,
-        batch=batch,
-        context_tokens=context_tokens,
-        chunk_tokens=chunk_tokens,
-        tile_heads=tile_heads,
-        tile_tokens=tile_tokens,
-        page_tokens=page_tokens,
-        device_memory_bytes=options.device_memory_bytes,
-        staging_bytes=copies
-        * memory.staging_bytes(
-            shape, tile_heads=tile_heads, tile_tokens=tile_tokens if copies else 0, batch=batch
-        ),
-        tail_bytes=copies * memory.tail_bytes(shape, page_tokens=page_tokens, batch=batch),
-        chunk_page_bytes=copies
-        * memory.chunk_page_bytes(shape, chunk_tokens=chunk_tokens, batch=batch),
-        window_bytes=memory.window_bytes(
-            shape, chunk_tokens=chunk_tokens, page_tokens=page_tokens, batch=batch
-        ),
-        activation_bytes=memory.activation_bytes(
-            shape,
-            chunk_tokens=chunk_tokens,
-            tile_heads=tile_heads,
-            batch=batch,
-            device=device,
-        ),
-        runtime_bytes=memory.runtime_bytes(device),
-    )
-
-
-def _least(plans: list[Plan]) -> Plan:
-    return min(plans, key=lambda plan: plan.total_device_bytes)
-
-
-def least_plan(shape: ModelShape, options: Options, *, device: str, batch: int = 1) -> Plan:
-    """Return the plan that takes the least device memory of those that options allow."""
-    return _least(list(_candidates(shape, options, device, batch, None)))
-
-
-def smallest_plan(shape: ModelShape, options: Options, *, device: str, batch: int = 1) -> Plan:
-    """Return the plan that takes the least device memory, whatever was set of chunks and tiles."""
-    return _plan(shape, options, device, batch, None, MIN_CHUNK_TOKENS, 1, MIN_TILE_TOKENS)
-
-
-def _refusal(tried: Plan | None, smallest: Plan) -> MemoryPlanError:
-    budget = smallest.device_memory_bytes or 0
-    weights = smallest.shape.weights_bytes
-    given = f"the device memory of {format_bytes(budget)}"
-    runtime = smallest.runtime_bytes
-    of_which = f", of which weights {format_bytes(weights)}"
-    of_which += f" and CUDA itself {format_bytes(runtime)}" if runtime else ""
-    if weights >= budget:
-        return MemoryPlanError(
-            f"{given} is below the weights of {smallest.shape.name}, {format_bytes(weights)}; "
-            f"give at least {format_bytes(smallest.total_device_bytes)}{of_which}"
-        )
-    if smallest.total_device_bytes > budget:
-        return MemoryPlanError(
-            f"{given} is too small: the smallest settings (chunk_tokens={smallest.chunk_tokens}, "
-            f"tile_heads=1, tile_tokens={smallest.tile_tokens}) need "
-            f"{format_bytes(smallest.total_device_bytes)}{of_which}"
-        )
-    needed = f", which need {format_bytes(tried.total_device_bytes)}" if tried else ""
-    return MemoryPlanError(
-        f"{given} does not hold the settings given{needed}; chunk_tokens={smallest.chunk_tokens}, "
-        f"tile_heads=1, tile_tokens={smallest.tile_tokens} need "
-        f"{format_bytes(smallest.total_device_bytes)}{of_which}"
-    )

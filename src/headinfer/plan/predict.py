@@ -1,4 +1,4 @@
-"""How long a prefill and a decode step take, from a model's shape, a machine and a schedule.
+"""How long a prefill and a decode step take, from a model's shape, a machine and a placement.
 
 Each step takes as long as its slowest part, because copies run beside attention (the paper's
 section 3.3): computing, the link to the device with the host that starts its tiles, the link back,
@@ -48,7 +48,7 @@ _SAMPLED_CHUNKS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Schedule:
+class Placement:
     """What a method does with the KV cache, as far as time depends on it.
 
     Attributes:
@@ -175,45 +175,47 @@ class Predictor:
             window = layer.window_tokens if layer.kind is LayerKind.SLIDING else math.inf
             self._dims[window] += layer.key_dim + layer.value_dim
 
-    def prefill_s(self, schedule: Schedule, context_tokens: int) -> float:
+    def prefill_s(self, placement: Placement, context_tokens: int) -> float:
         """Return the seconds of a prefill: the sum over its chunks.
 
         The chunks are taken as equally long; of more than 16, as many are computed, evenly spaced.
         """
-        chunks = math.ceil(context_tokens / (schedule.chunk_tokens or context_tokens))
+        chunks = math.ceil(context_tokens / (placement.chunk_tokens or context_tokens))
         new_tokens = context_tokens / chunks
         samples = min(chunks, _SAMPLED_CHUNKS)
         stride = chunks / samples
         return stride * sum(
-            self.chunk(schedule, ((sample + 0.5) * stride - 0.5) * new_tokens, new_tokens).seconds(
-                overlap=schedule.overlap
+            self.chunk(placement, ((sample + 0.5) * stride - 0.5) * new_tokens, new_tokens).seconds(
+                overlap=placement.overlap
             )
             for sample in range(samples)
         )
 
-    def decode_s(self, schedule: Schedule, context_tokens: int) -> float:
+    def decode_s(self, placement: Placement, context_tokens: int) -> float:
         """Return the seconds of one decode step behind `context_tokens` tokens."""
-        return self.decode(schedule, context_tokens).seconds(overlap=schedule.overlap)
+        return self.decode(placement, context_tokens).seconds(overlap=placement.overlap)
 
-    def answer_s(self, schedule: Schedule, context_tokens: int) -> float:
+    def answer_s(self, placement: Placement, context_tokens: int) -> float:
         """Return the seconds of a prefill and `ANSWER_TOKENS` decode steps."""
-        steps_s = ANSWER_TOKENS * self.decode_s(schedule, context_tokens)
-        return self.prefill_s(schedule, context_tokens) + steps_s
+        steps_s = ANSWER_TOKENS * self.decode_s(placement, context_tokens)
+        return self.prefill_s(placement, context_tokens) + steps_s
 
-    def chunk(self, schedule: Schedule, past_tokens: float, new_tokens: float) -> Parts:
+    def chunk(self, placement: Placement, past_tokens: float, new_tokens: float) -> Parts:
         """Return the parts of one prefill chunk behind `past_tokens` tokens."""
-        rows, seen = schedule.batch * new_tokens, past_tokens + new_tokens / 2
-        rate = _attention_flops_per_s(self._hardware, self._measured_as(schedule, seen, new_tokens))
+        rows, seen = placement.batch * new_tokens, past_tokens + new_tokens / 2
+        rate = _attention_flops_per_s(
+            self._hardware, self._measured_as(placement, seen, new_tokens)
+        )
         key = rows, seen, rate
         if key not in self._chunks_s:  # the same for most sizes of tiles
             self._chunks_s[key] = self._chunk_s(*key)
-        return self._parts(schedule, self._chunks_s[key], past_tokens, new_tokens)
+        return self._parts(placement, self._chunks_s[key], past_tokens, new_tokens)
 
-    def _measured_as(self, schedule: Schedule, seen: float, new_tokens: float) -> float:
+    def _measured_as(self, placement: Placement, seen: float, new_tokens: float) -> float:
         """Return the tokens of the chunk whose attention was measured with as many pairs a tile."""
-        if schedule.tile_tokens is None or not self.streamed_bytes(schedule, seen):
+        if placement.tile_tokens is None or not self.streamed_bytes(placement, seen):
             return new_tokens
-        return new_tokens * min(schedule.tile_tokens / _MEASURED_TILE_TOKENS, 1.0)
+        return new_tokens * min(placement.tile_tokens / _MEASURED_TILE_TOKENS, 1.0)
 
     def _chunk_s(self, rows: float, seen: float, attention_flops_per_s: float) -> float:
         """Return the seconds the device computes a chunk of `rows` tokens that see `seen`."""
@@ -226,17 +228,17 @@ class Predictor:
             + attention_flops / attention_flops_per_s
         )
 
-    def decode(self, schedule: Schedule, context_tokens: int) -> Parts:
+    def decode(self, placement: Placement, context_tokens: int) -> Parts:
         """Return the parts of one decode step behind `context_tokens` tokens."""
-        hardware, batch = self._hardware, schedule.batch
-        on_host = schedule.host_share * self.streamed_bytes(schedule, context_tokens)
-        kv_bytes = schedule.kv_share * self._shape.standard_kv_bytes(context_tokens, batch)
+        hardware, batch = self._hardware, placement.batch
+        on_host = placement.host_share * self.streamed_bytes(placement, context_tokens)
+        kv_bytes = placement.kv_share * self._shape.standard_kv_bytes(context_tokens, batch)
         kv_bytes -= on_host
         compute_s = (
             self.weight_bytes_read(batch) / hardware.device_bytes_per_s
             + kv_bytes / hardware.decode_attention_bytes_per_s
         )
-        return self._parts(schedule, compute_s, context_tokens, 1)
+        return self._parts(placement, compute_s, context_tokens, 1)
 
     def weight_bytes_read(self, rows: float) -> float:
         """Return the bytes of weights read while `rows` tokens pass; idle experts are not read."""
@@ -244,12 +246,12 @@ class Predictor:
         one = (self._parameters + shape.vocab_size * shape.hidden_size) * shape.kv_itemsize
         return min(shape.weights_bytes, rows * one)
 
-    def streamed_bytes(self, schedule: Schedule, past_tokens: float) -> float:
+    def streamed_bytes(self, placement: Placement, past_tokens: float) -> float:
         """Return the bytes of that many tokens that cross the link each time they are attended."""
-        if schedule.tile_tokens is None:
+        if placement.tile_tokens is None:
             return 0.0
-        past_bytes = schedule.batch * past_tokens * self._kv_token_bytes
-        return max(past_bytes - schedule.resident_bytes, 0.0)
+        past_bytes = placement.batch * past_tokens * self._kv_token_bytes
+        return max(past_bytes - placement.resident_bytes, 0.0)
 
     def _host_s(self, streamed: float, asked: float) -> float:
         """Return the seconds in which the host attends its bytes, while the link reads the rest."""
@@ -257,17 +259,17 @@ class Predictor:
         return max(attended_s, streamed / _shared_bytes_per_s(self._hardware))
 
     def _parts(
-        self, schedule: Schedule, compute_s: float, past_tokens: float, new_tokens: float
+        self, placement: Placement, compute_s: float, past_tokens: float, new_tokens: float
     ) -> Parts:
         """Add what the steps beside attention take to what the device computes."""
-        link, batch = self._hardware.link_bytes_per_s, schedule.batch
-        resident_tokens = int(schedule.resident_bytes / (batch * self._kv_token_bytes or 1))
+        link, batch = self._hardware.link_bytes_per_s, placement.batch
+        resident_tokens = int(placement.resident_bytes / (batch * self._kv_token_bytes or 1))
         past, new = round(past_tokens), max(round(new_tokens), 1)
-        if schedule.tile_tokens is None or link is None or past + new <= resident_tokens:
+        if placement.tile_tokens is None or link is None or past + new <= resident_tokens:
             return Parts(compute_s=compute_s)
         price = _Price(self._hardware, batch)
-        sizes = Sizes(schedule.tile_heads, schedule.tile_tokens, _PRICED_PAGE_TOKENS)
-        share = schedule.host_share
+        sizes = Sizes(placement.tile_heads, placement.tile_tokens, _PRICED_PAGE_TOKENS)
+        share = placement.host_share
         resident = min(past, resident_tokens)
         for kv_heads, (layers, token_bytes) in self._alike.items():
             held = Held(Track(kv_heads), past, past, resident, resident_tokens)

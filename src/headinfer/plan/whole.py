@@ -5,7 +5,8 @@ from dataclasses import replace
 from headinfer.errors import MemoryPlanError
 from headinfer.plan import memory
 from headinfer.plan.options import Options
-from headinfer.plan.plan import Plan, least_plan
+from headinfer.plan.plan import Plan
+from headinfer.plan.resolve import least_plan
 from headinfer.units import format_bytes, format_tokens
 
 

@@ -1,0 +1,41 @@
+"""What a planned method does in one pass, step by step."""
+
+from headinfer.estimate.situation import MethodPlan, Situation
+from headinfer.plan.resolve import PAGE_TOKENS
+from headinfer.plan.shape import LayerKind
+from headinfer.schedule.route import Held, Pass, Sizes, route
+from headinfer.schedule.steps import Schedule
+from headinfer.schedule.track import Track
+
+
+def pass_schedule(
+    situation: Situation, plan: MethodPlan, past_tokens: int, new_tokens: int
+) -> Schedule:
+    """Return what a forward pass does, layer by layer, where our engine runs a method.
+
+    Args:
+        situation: the model, and the number of rows.
+        plan: of the method; without tiles all its tokens are resident.
+        past_tokens: that came before; the host holds all of them, the device the resident ones.
+        new_tokens: of the pass; at most a chunk.
+    """
+    shape = situation.shape
+    token_bytes = shape.kv_bytes(1, situation.batch)
+    resident_tokens = plan.resident_bytes // token_bytes if token_bytes else 0
+    if plan.tile_heads is None:
+        resident_tokens = past_tokens + new_tokens
+    tracks = []
+    for layer in shape.attention_layers:
+        track = Track(layer.kv_heads, layer.window_tokens or None)
+        if layer.kind is LayerKind.SLIDING:
+            tracks.append(Held(track, past_tokens))
+            continue
+        resident = min(past_tokens, resident_tokens)
+        tracks.append(Held(track, past_tokens, past_tokens, resident, resident_tokens))
+    sizes = Sizes(
+        tile_heads=plan.tile_heads or shape.kv_heads,
+        tile_tokens=plan.tile_tokens or max(past_tokens, 1),
+        page_tokens=PAGE_TOKENS,
+        in_place=situation.device == "cpu",
+    )
+    return route(tracks, Pass.FORWARD, new_tokens, sizes, plan.host_share)
