@@ -114,7 +114,7 @@ def _window_works(chunk: Chunk, tile: Tile, total: Total) -> Iterator[Work]:
 
 
 class TokensInHand:
-    """Tokens that somebody else keeps on the device.
+    """A source of tokens that somebody else keeps on the device.
 
     Args:
         chunk: attends them.

@@ -12,7 +12,7 @@ a step; if in less than the second, it grows by one. Steps get shorter each time
 
 
 class Balance:
-    """The host's share of the tokens that are not resident, corrected by who finishes first.
+    """A share of the tokens that are not resident: the host's, corrected by who finishes first.
 
     Only the thread that calls the engine may use it.
 
@@ -22,7 +22,7 @@ class Balance:
 
     Attributes:
         share: as it is now.
-        fixed: as given; then no notes are needed.
+        fixed: whether the share stays; then no notes are needed.
     """
 
     def __init__(self, share: float, *, fixed: bool) -> None:

@@ -15,7 +15,7 @@ from headinfer.plan.plan import Plan
 
 
 class ChangeableTokens(HeldTokens):
-    """Tokens that can be read, copied, cropped, rearranged by rows, and kept under another plan."""
+    """A cache's tokens, which can be read, copied, cropped, rearranged or planned anew."""
 
     def read_bytes(self, layer_idx: int, part: Part) -> int:
         """Return the bytes that `read` takes."""
@@ -25,7 +25,7 @@ class ChangeableTokens(HeldTokens):
     def read(self, layer_idx: int, part: Part) -> torch.Tensor:
         """Return a copy of a layer's keys or values, `[batch, kv_heads, tokens, dim]`.
 
-        Of a window, the past tokens that the next query sees.
+        A window gives the past tokens that the next query sees.
 
         Returns:
             New memory on the device, which the caller owns. What was fetched ahead is forgotten.

@@ -13,7 +13,7 @@ from headinfer.kv.pair import KV
 
 @dataclass(slots=True, kw_only=True)
 class Chunk:
-    """One layer's new tokens and how they attend.
+    """A layer's new tokens and how they attend.
 
     Attributes:
         query: `[batch, kv_heads, group, q_len, key_dim]` on the device.

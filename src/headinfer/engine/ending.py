@@ -13,7 +13,7 @@ _DELAY_S = 0.05
 
 
 class Settles(Protocol):
-    """Something whose work in flight can be waited for."""
+    """An owner of memory whose work in flight can be waited for."""
 
     def settle(self) -> None:
         """Wait until no work touches its memory; may be called again."""

@@ -1,8 +1,8 @@
 """One cache's engine: attention of one layer over its past tokens and its new ones.
 
-A layer's call becomes a chunk or several. What the pass of a chunk does is a value (`TrackSteps`):
-where the new tokens are kept and when, which tokens are fetched, what the host attends, and what is
-attended on the device. The executor performs the steps one after the other.
+A layer's call becomes a chunk or several. What the pass of a chunk does is a value (`TrackSteps`).
+It says where the new tokens are kept and when, which tokens are fetched, what the host attends, and
+what the device attends. The executor performs the steps one after the other.
 """
 
 import torch
@@ -17,7 +17,7 @@ from headinfer.schedule.route import MAX_ASKED_TOKENS, Pass
 
 
 class Engine(ChangeableTokens):
-    """The attention layers of one cache: their ledgers, the device arena, and their attention.
+    """A cache's attention layers: their ledgers, the device arena, and their attention.
 
     Not safe for use by several threads at once, like the transformers cache it serves.
     """
@@ -48,8 +48,8 @@ class Engine(ChangeableTokens):
             scale: factor of the scores.
             window_tokens: tokens that each query sees, its own included, of those that the layer
                 keeps; None for all of them.
-            padding: of all tokens, past and new, or of as many of the newest as a window sees and
-                the new ones; None when there is none.
+            padding: of past and new tokens. In a layer with a window it is of those that the new
+                ones see. None when there is none.
             sinks: scores `[kv_heads, group]` of attention sinks, or None.
             host_kernels: what computes partials on the CPU for a device; None when nothing may.
             kind: of pass. A draft attends only what is on the device, and is not exact.

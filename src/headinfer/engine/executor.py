@@ -39,7 +39,7 @@ _Key = tuple[int, Pass, int, float]
 
 
 class Executor:
-    """Runs steps for one layer's chunk after another.
+    """A performer of steps, for one layer's chunk after another.
 
     `ledger`, and `chunk` or `new`, must be set before a step is performed.
 
@@ -52,8 +52,8 @@ class Executor:
         sizes: of tiles and pages.
 
     Attributes:
-        source: as given.
-        pages: as given.
+        source: gives streamed tiles.
+        pages: takes new tokens.
         ledger: of the layer whose steps are performed.
         chunk: how its new tokens attend; not looked at where they do not.
         new: the new tokens' keys and values.

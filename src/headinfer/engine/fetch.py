@@ -30,7 +30,7 @@ def head_groups(kv_heads: int, tile_heads: int) -> list[slice]:
 
 
 class TileSource(Protocol):
-    """Yields the tiles of one layer after another, where compute reads them.
+    """A source of one layer's tiles after another's, where compute reads them.
 
     A layer that fetches nothing is passed by without a word.
 
@@ -60,7 +60,7 @@ class TileSource(Protocol):
 
 
 class InPlaceTiles:
-    """Tiles where they lie, for a device that attends host memory directly.
+    """A source of tiles where they lie, for a device that attends host memory.
 
     Args:
         tile_tokens: the most tokens of a tile.
@@ -117,7 +117,7 @@ def fetch(
 
 
 class SequentialTiles:
-    """Fetch, wait, attend, one tile at a time: the oracle of the overlapped twin.
+    """A source that fetches one tile, and waits, at a time: the oracle of the overlapped twin.
 
     Args:
         device: where tiles are fetched to.
@@ -159,16 +159,16 @@ class SequentialTiles:
 
 
 class OverlappedTiles:
-    """Keeps every free buffer filling with the next tiles, across layers and passes.
+    """A source that keeps free buffers filling with the next tiles, across layers and passes.
 
     A *turn* is one layer's streaming; turns go round the layers. Tiles of a turn may be fetched
-    once the same layer's previous turn has ended, since only then its stored tokens are final: so
-    at most a whole round lies between what is attended and what is fetched. A pass that streams
-    nothing takes no turns: the next pass's tiles stay on their way.
+    once the same layer's previous turn has ended: only then its stored tokens are final. So at most
+    a whole round lies between what is attended and what is fetched. A pass that streams nothing
+    takes no turns: the next pass's tiles stay on their way.
 
-    Invariant: the fetched tiles, in order, are the next tiles to be asked for, unless layers were
-    asked out of order, the host's tokens changed since (the ledger's version tells), or others are
-    streamed than was expected; then all are dropped.
+    Invariant: the fetched tiles, in order, are the next tiles to be asked for. All are dropped
+    where layers are asked out of order, or other tokens are streamed than were expected. The
+    ledger's version tells that the host's tokens changed since.
 
     Args:
         device: where tiles are fetched to.

@@ -25,7 +25,7 @@ from headinfer.plan.plan import Plan
 
 
 class HeldTokens:
-    """The tokens of one cache's attention layers: their ledgers and the device arena.
+    """A cache's tokens in its attention layers: their ledgers and the device arena.
 
     Args:
         device: where attention is computed.
@@ -34,8 +34,8 @@ class HeldTokens:
         stats: where bytes are counted.
 
     Attributes:
-        plan: as given.
-        dtype: as given.
+        plan: its sizes.
+        dtype: of keys and values.
         closed: whether the memory was given back.
         half_done: whether a change of all layers has begun and not ended, as after Ctrl-C.
     """

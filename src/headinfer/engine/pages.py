@@ -1,10 +1,10 @@
 """Moving tokens between pages on the device and the host's memory; when, a schedule says.
 
-On a device with memory of its own the newest tokens of every layer stay there, as the layer's tail,
-until they are worth a transfer: right behind the resident tokens while there is room, so that one
-call attends both, and in a page of their own after that. A prefill chunk goes through one of two
-pages that all layers share. Compute fills a page, copy-out empties it, and neither overtakes the
-other.
+A device with memory of its own keeps the newest tokens of every layer, as the layer's tail, until
+they are worth a transfer. The tail lies right behind the resident tokens while there is room, so
+that one call attends both. After that it lies in a page of its own. A prefill chunk goes through
+one of two pages that all layers share. Compute fills a page, copy-out empties it, and neither
+overtakes the other.
 """
 
 from collections.abc import Sequence
@@ -20,12 +20,12 @@ from headinfer.schedule.steps import Where
 
 
 class Pages:
-    """Writes new tokens into a layer's ledger, and sends them home.
+    """A writer of new tokens into ledgers, which sends them home.
 
     Args:
         device: where the pages are.
         tails: two pages of `page_tokens` tokens for each layer; none where all is host memory.
-        chunk_pages: two pages of `chunk_tokens` tokens, shared by all layers; none likewise.
+        chunk_pages: two pages of `chunk_tokens` tokens that all layers share; none in the same case.
         page_tokens: tokens of a page of a layer.
         chunk_tokens: the most tokens that are taken at once.
         stats: where bytes are counted.

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(slots=True, kw_only=True)
 class Stats:
-    """Totals since the attachment, over all its caches.
+    """A set of totals since the attachment, over all its caches.
 
     Attributes:
         prefill_tokens: tokens that passed through the model several at a time, all rows together.

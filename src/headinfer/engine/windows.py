@@ -1,9 +1,9 @@
 """Layers that see a window of recent tokens: all of them stay on the device, and nothing is copied.
 
 A window's tokens lie in one piece of memory, the new ones behind the old, so that one call attends
-them. When the piece is full, what no query will see is dropped: all but the window and as many
-tokens before it as can be taken back (transformers' own windows keep these where they are told to
-record). Compute alone touches them.
+them. When the piece is full, what no query will see is dropped. The window stays, and as many
+tokens before it as can be taken back; transformers' own windows keep these where they are told to
+record. Compute alone touches them.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from headinfer.plan.memory import SPARE_TOKENS, window_capacity
 
 
 class WindowKeeper:
-    """Takes the new tokens of layers with a window into their ledgers.
+    """A writer of new tokens into the ledgers of layers with a window.
 
     Args:
         device: where the tokens are.

@@ -2,7 +2,7 @@
 
 In every supported model a layer calls its cache's `update(keys, values, layer_idx)` and, in the
 next statement, the function registered under `config._attn_implementation`. Our cache's `update`
-hands the new tokens back and remembers them as *pending*; the function takes what is pending, and
+hands the new tokens back and remembers them as *pending*. The function takes what is pending, and
 so knows which layer of which cache it serves. Each attachment registers functions of its own.
 """
 
@@ -35,13 +35,13 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """New tokens that a layer was given and that its attention must take next.
+    """A layer's new tokens, which its attention must take next.
 
     Attributes:
         engine: of the cache.
         layer_idx: which layer, counted among those that attend.
         keys: of the new tokens, `[batch, kv_heads, q_len, key_dim]`.
-        values: likewise.
+        values: of the new tokens, `[batch, kv_heads, q_len, value_dim]`.
         window_tokens: the window that the layer keeps; None where it keeps all.
     """
 
@@ -53,21 +53,21 @@ class Pending:
 
 
 class _OfThread(threading.local):
-    """What is pending in one thread: set by the cache's `update`, taken by the next attention."""
+    """A thread's pending tokens: set by the cache's `update`, taken by the next attention."""
 
     pending: Pending | None = None
 
 
 class AttentionFunctions:
-    """The attention and the mask function of one attachment.
+    """An attachment's attention function and mask function.
 
     Args:
         name: what they are registered under.
         turns: of the attachment.
 
     Attributes:
-        name: as given.
-        turns: as given.
+        name: of both functions in the registries.
+        turns: of the attachment.
     """
 
     def __init__(self, name: str, turns: Turns) -> None:
@@ -106,7 +106,7 @@ class AttentionFunctions:
 
     @property
     def pending(self) -> Pending | None:
-        """New tokens that this thread has given and not attended yet."""
+        """The thread's new tokens that were not attended yet."""
         return self._mine.pending
 
     def forget_pending(self) -> None:
@@ -177,7 +177,7 @@ class AttentionFunctions:
             module: the calling layer.
             query: `[batch, query_heads, q_len, key_dim]`.
             key: `[batch, kv_heads, kv_len, key_dim]`; for an offloaded layer only the new tokens.
-            value: `[batch, kv_heads, kv_len, value_dim]`, likewise.
+            value: `[batch, kv_heads, kv_len, value_dim]`, of the same tokens.
             attention_mask: what `mask` returned.
             scaling: factor of the scores; `key_dim ** -0.5` by default.
             dropout: must be 0.
@@ -248,7 +248,7 @@ def _check_pending(
     keys: torch.Tensor,
     values: torch.Tensor,
 ) -> None:
-    """Refuse to attend something else than what the cache was given."""
+    """Refuse to attend other keys and values than the cache was given."""
     if keys is not pending.keys or values is not pending.values:
         raise UnsupportedModelError(
             f"{type(module).__name__} changes its keys between cache and attention, or "
@@ -321,7 +321,7 @@ def _check_visible(
         sliding_window: the keyword it passes.
         query: its queries.
         keys: all of its keys, or the new ones alone where they are pending.
-        pending: what a cache of ours was given.
+        pending: the new tokens of a cache of ours.
     """
     name = type(module).__name__
     window = None if visible is None else visible.window_tokens

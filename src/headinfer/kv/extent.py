@@ -19,10 +19,11 @@ class Piece:
         memory: `[num_bytes]` of uint8; owned by the piece.
 
     Attributes:
-        memory: as given.
+        memory: all of it.
         ready: reached when what another stream wrote is there; None where nothing is to be
             waited for.
-        free: reached when other streams have read what they were to read; None likewise.
+        free: reached when other streams have read what they were to read; None where nothing is
+            to be waited for.
         holders: ledgers that hold tokens in it.
         shared_tokens: of its tokens, the first so many may be held by several; with more than one
             holder these are not written to.
@@ -49,7 +50,7 @@ class Piece:
 
 
 class Tile(NamedTuple):
-    """Some heads of some consecutive tokens of a layer: what is copied and attended.
+    """A rectangle of a layer's cache, some heads x some tokens: what is copied and attended.
 
     Nothing is viewed before it is needed, since a view takes longer than what a compiled program
     does with an address.
@@ -91,7 +92,7 @@ class Tile(NamedTuple):
 
 
 class Extent:
-    """Consecutive tokens of one layer in one piece of memory.
+    """A stretch of tokens of one layer in one piece of memory.
 
     Only a ledger changes which tokens these are.
 
@@ -102,10 +103,10 @@ class Extent:
         start: position of the first token.
 
     Attributes:
-        piece: as given.
-        start: as given.
+        piece: the memory.
+        start: position of the first token.
         tokens: tokens it holds.
-        capacity: as given.
+        capacity: tokens there is memory for.
         whole: all of the memory as keys and values, `[batch, kv_heads, capacity, dim]`.
     """
 

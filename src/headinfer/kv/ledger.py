@@ -1,8 +1,8 @@
 """Where the tokens of a layer lie: the one thing that knows, and the only one that changes it.
 
-A token may lie in two places at once: the oldest ones are resident on the device and on the host,
-too, so that giving them up costs no copy. What the host lacks are the newest tokens, the layer's
-*tail*; they lie behind the resident tokens while there is room, and in a page after that.
+A token may lie in two places at once. The oldest ones are resident on the device and on the host,
+too, so that giving them up costs no copy. The host lacks the newest tokens, the layer's *tail*. The
+tail lies behind the resident tokens while there is room, and in a page after that.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,7 @@ _GROWTH_DIVISOR = 8
 
 
 class Ledger:
-    """The extents that hold one layer's tokens, which together cover all of them without a gap.
+    """A record of the extents that hold one layer's tokens; together they cover all, without a gap.
 
     It moves no bytes but those of rows: who copies or computes tokens enters them here. Methods
     that change what the host holds, but for `extend_host`, must be called with no work in flight
@@ -34,7 +34,7 @@ class Ledger:
             tokens lie in the tail, and older ones than are seen may be forgotten.
 
     Attributes:
-        geometry: as given; its batch follows the selection of rows.
+        geometry: shape and dtype; its batch follows the selection of rows.
         track: the heads, and how far back they see.
         host_tokens: tokens that the host holds: those from 0 to before it.
         capacity_tokens: tokens that there is host memory for.
@@ -153,8 +153,8 @@ class Ledger:
     def missing_tokens(self, tokens: int) -> int:
         """Return the tokens `reserve` would add: exactly what is missing the first time.
 
-        A layer that outgrows its host memory grows by an eighth at least, so that a token at a
-        time does not make an extent, and so a tile, of each.
+        A layer that outgrows its host memory grows by an eighth at least. So one token at a time
+        does not make an extent, and so a tile, of each.
         """
         capacity = self.capacity_tokens
         missing = max(tokens - capacity, 0)

@@ -11,7 +11,7 @@ ALL_HEADS = slice(None)
 
 
 class KV(NamedTuple):
-    """Keys and values of the same tokens.
+    """A pair of keys and values of the same tokens.
 
     Attributes:
         keys: `[batch, kv_heads, tokens, key_dim]`.
@@ -38,7 +38,7 @@ class KV(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """Shape and dtype of one layer's keys and values.
+    """A layer's shape and dtype of keys and values.
 
     Attributes:
         batch: rows of the cache.

@@ -7,7 +7,7 @@ from headinfer.plan.memory import ALIGNMENT_BYTES, aligned
 
 
 class HostPlace:
-    """Host memory: a piece for each extent, freed with the last ledger that holds it.
+    """A place in host memory: a piece for each extent, freed with the last ledger that holds it.
 
     Args:
         device: what the memory is for; it says how it must be allocated.
@@ -37,7 +37,7 @@ class HostPlace:
 
 
 class Arena:
-    """The device memory of one cache: allocated once, in one piece, of the size the plan states.
+    """A cache's device memory: allocated once, in one piece, of the size that the plan states.
 
     Asking it for more is a defect.
 
@@ -46,7 +46,7 @@ class Arena:
         num_bytes: the aligned sizes of all pieces to be taken, and one alignment more.
 
     Attributes:
-        num_bytes: as given.
+        num_bytes: of the whole.
     """
 
     def __init__(self, device: Device, num_bytes: int) -> None:

@@ -15,7 +15,7 @@ from headinfer.units import format_bytes, format_tokens
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What was chosen for one model, batch and expected context, and the bytes it takes.
+    """A choice of sizes for one model, batch and expected context, and the bytes they take.
 
     Attributes:
         shape: the model.

@@ -1,9 +1,8 @@
 """How long a prefill and a decode step take, from a model's shape, a machine and a placement.
 
 Each step takes as long as its slowest part, because copies run beside attention (the paper's
-section 3.3): computing, the link to the device with the host that starts its tiles, the link back,
-or the host's own share.
-`docs/memory-model.md` states the formulas.
+section 3.3). The parts are computing, the link to the device with the host that starts its tiles,
+the link back, and the host's own share. `docs/memory-model.md` states the formulas.
 """
 
 import collections
@@ -49,7 +48,7 @@ _SAMPLED_CHUNKS = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """What a method does with the KV cache, as far as time depends on it.
+    """A method's use of memory for the KV cache, as far as time depends on it.
 
     Attributes:
         batch: rows.
@@ -74,7 +73,7 @@ class Placement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
-    """The parts of one step, which run beside each other.
+    """A step's parts, which run beside each other.
 
     Attributes:
         compute_s: matrix products, attention and reading weights on the device.
@@ -150,7 +149,7 @@ def active_parameters(shape: ModelShape) -> int:
 
 
 class Predictor:
-    """Predicts times of one model on one machine.
+    """A predictor of times of one model on one machine.
 
     Args:
         shape: the model.
@@ -290,7 +289,7 @@ class Predictor:
 
 @dataclass(slots=True)
 class _Price:
-    """What the steps of a pass move and start, summed up.
+    """A sum of what the steps of a pass move and start.
 
     Attributes:
         hardware: the machine.

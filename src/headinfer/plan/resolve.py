@@ -76,7 +76,7 @@ def resolve(
     ]
 
     def cost(plan: Plan) -> tuple[float, int]:
-        """Of equally fast plans the one that streams least leaves the most for later."""
+        """Among equally fast plans the one that streams least leaves the most for later."""
         return predictor.answer_s(plan.placement, tokens), plan.streamed_bytes(tokens)
 
     return min(plans, key=cost)
@@ -103,8 +103,8 @@ def _fastest_candidates(
 ) -> Iterator[Plan]:
     """Yield those of the plans that fit among which the fastest is, the preferred ones first.
 
-    For each chunk and number of heads that is the plan with the largest usual tile, and what comes
-    of it with larger and smaller ones.
+    Each chunk and number of heads gives the plan with the largest usual tile. Larger and smaller
+    tiles make further plans of it.
     """
     largest: dict[tuple[int, int], Plan] = {}
     for plan in fitting:
@@ -122,7 +122,7 @@ def _fastest_candidates(
 
 @dataclass(frozen=True, slots=True)
 class _Residency:
-    """How many tokens are to be resident, as far as they fit."""
+    """A wish for resident tokens, granted as far as they fit."""
 
     options: Options
     context_tokens: int | None

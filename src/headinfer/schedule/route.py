@@ -1,8 +1,8 @@
 """From where tokens lie to what a pass does with them: pure arithmetic, without tensors.
 
-The engine runs these steps and the planner prices them, so that the two cannot differ. What the
-steps of one track depend on is `Held` and `Sizes`; where both are equal, as in most layers of a
-model, the steps are.
+The engine runs these steps and the planner prices them, so that the two cannot differ. The steps of
+one track depend on `Held` and `Sizes`. Where both are equal, as in most layers of a model, the
+steps are equal.
 """
 
 import enum
@@ -35,7 +35,7 @@ MAX_ASKED_TOKENS = 8
 
 
 class Pass(enum.Enum):
-    """What a call of the model does with its new tokens."""
+    """A kind of call of the model: what it does with its new tokens."""
 
     FORWARD = "attend all tokens, and keep the new ones"
     APPEND = "keep the new tokens, and attend nothing"
@@ -43,7 +43,7 @@ class Pass(enum.Enum):
 
 
 class Sizes(NamedTuple):
-    """What of a plan steps depend on.
+    """A plan's sizes that steps depend on.
 
     Attributes:
         tile_heads: KV heads of a tile.
@@ -60,7 +60,7 @@ class Sizes(NamedTuple):
 
 
 class Held(NamedTuple):
-    """Where the tokens of one track lie, in numbers.
+    """A track's tokens in numbers: how many of them lie where.
 
     Attributes:
         track: the heads, and how far back they see. A window lies on the device as a whole.

@@ -23,7 +23,7 @@ class Where(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class SendHome:
-    """Tokens that the host lacks are copied to it.
+    """A step that copies to the host the tokens that it lacks.
 
     Attributes:
         start: the first of them.
@@ -40,7 +40,7 @@ class SendHome:
 
 @dataclass(frozen=True, slots=True)
 class Keep:
-    """The new tokens are written behind those of a place."""
+    """A step that writes the new tokens behind those of a place."""
 
     where: Where
 
@@ -51,7 +51,7 @@ class Keep:
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """The host begins to attend some of its tokens.
+    """A step that has the host begin to attend some of its tokens.
 
     Attributes:
         start: the first of them.
@@ -68,7 +68,9 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Fetch:
-    """Tokens of the host come to the device, tile by tile, one group of KV heads after another.
+    """A step that begins to copy tokens of the host to the device, tile by tile.
+
+    The tiles of one group of KV heads come before those of the next.
 
     Attributes:
         start: the first of the tokens.
@@ -97,7 +99,7 @@ class Fetch:
 
 @dataclass(frozen=True, slots=True)
 class Decode:
-    """A single new token is attended and kept at once, where all tokens are resident."""
+    """A step that attends and keeps a single new token at once, where all tokens are resident."""
 
     def __str__(self) -> str:
         """Say it in a line."""
@@ -106,7 +108,7 @@ class Decode:
 
 @dataclass(frozen=True, slots=True)
 class Own:
-    """The new tokens are attended to each other, causally."""
+    """A part of attention: the new tokens among themselves, causally."""
 
     def __str__(self) -> str:
         """Say it in a line."""
@@ -115,7 +117,7 @@ class Own:
 
 @dataclass(frozen=True, slots=True)
 class Near:
-    """All tokens of a place on the device are attended there."""
+    """A part of attention: all tokens of a place on the device."""
 
     where: Where
 
@@ -126,7 +128,7 @@ class Near:
 
 @dataclass(frozen=True, slots=True)
 class Band:
-    """A window is attended, the new tokens within it, each of them to the tokens that it sees."""
+    """A part of attention: a window, the new tokens within it; each sees its own stretch of it."""
 
     def __str__(self) -> str:
         """Say it in a line."""
@@ -135,7 +137,7 @@ class Band:
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """Tokens of the host are attended tile by tile, as tiles are fetched or where they lie."""
+    """A part of attention: tokens of the host, tile by tile, as they come or where they lie."""
 
     def __str__(self) -> str:
         """Say it in a line."""
@@ -147,7 +149,7 @@ Part: TypeAlias = Own | Near | Band | Tiles
 
 @dataclass(frozen=True, slots=True)
 class Attend:
-    """The new tokens attend to some parts, one group of KV heads after another.
+    """A step that attends the new tokens to some parts, one group of KV heads after another.
 
     Attributes:
         heads: KV heads of a group; the last one may be smaller.
@@ -169,7 +171,7 @@ class Attend:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The host's partial result is merged into that of each group, and the result is written."""
+    """A step that merges the host's partial result into each group's, and writes the result."""
 
     def __str__(self) -> str:
         """Say it in a line."""
@@ -181,7 +183,7 @@ Step: TypeAlias = SendHome | Keep | Ask | Fetch | Decode | Attend | Answer
 
 @dataclass(frozen=True, slots=True)
 class TrackSteps:
-    """What one pass does with one track.
+    """A track's steps in one pass.
 
     Attributes:
         steps: in order.
@@ -200,7 +202,7 @@ class TrackSteps:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Layers that do the same in a pass.
+    """A run of layers that do the same in a pass.
 
     Attributes:
         layers: which, in order, counted among those that attend.
@@ -212,13 +214,13 @@ class Run:
 
     @property
     def steps(self) -> tuple[Step, ...]:
-        """Of each layer."""
+        """The steps of each layer."""
         return self.track.steps
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """What one pass does with all layers, written in runs of layers that are alike.
+    """A pass over all layers, written in runs of layers that are alike.
 
     Its size does not grow with the number of tokens, nor with that of layers which are alike.
 
