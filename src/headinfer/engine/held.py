@@ -105,7 +105,8 @@ class HeldTokens:
 
     def tokens(self, layer_idx: int) -> int:
         """Return the tokens a layer holds."""
-        self._check_open()
+        if self.closed or self._host.pending or self._host.failure is not None:
+            self._check_open()
         return self._ledgers[layer_idx].tokens
 
     def lengths(self) -> list[int]:

@@ -25,7 +25,7 @@ class Pages:
     Args:
         device: where the pages are.
         tails: two pages of `page_tokens` tokens for each layer; none where all is host memory.
-        chunk_pages: two pages of `chunk_tokens` tokens that all layers share; none in the same case.
+        chunk_pages: two pages of `chunk_tokens` tokens that all layers share; none there, too.
         page_tokens: tokens of a page of a layer.
         chunk_tokens: the most tokens that are taken at once.
         stats: where bytes are counted.

@@ -10,7 +10,6 @@ import functools
 import logging
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -21,35 +20,16 @@ from headinfer.attend.select import select_kernels
 from headinfer.attend.table import Kernels
 from headinfer.engine.attending import attend_in_hand
 from headinfer.engine.chunk import Chunk
-from headinfer.engine.engine import Engine
 from headinfer.errors import HeadInferError, UnsupportedModelError
 from headinfer.integration.autocast import in_attended_dtype, without_autocast
+from headinfer.integration.pending import Pending
 from headinfer.integration.support import HARMLESS_KEYWORDS
 from headinfer.integration.turns import Turns
-from headinfer.integration.visibility import Visible, visible
+from headinfer.integration.visibility import Visible, check_visible, visible
 from headinfer.kv.pair import KV
 from headinfer.plan.plan import Plan
 
 _logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Pending:
-    """A layer's new tokens, which its attention must take next.
-
-    Attributes:
-        engine: of the cache.
-        layer_idx: which layer, counted among those that attend.
-        keys: of the new tokens, `[batch, kv_heads, q_len, key_dim]`.
-        values: of the new tokens, `[batch, kv_heads, q_len, value_dim]`.
-        window_tokens: the window that the layer keeps; None where it keeps all.
-    """
-
-    engine: Engine
-    layer_idx: int
-    keys: torch.Tensor
-    values: torch.Tensor
-    window_tokens: int | None
 
 
 class _OfThread(threading.local):
@@ -203,7 +183,7 @@ class AttentionFunctions:
         window_tokens, padding = None, None
         kept = None if pending is None else pending.window_tokens
         if attention_mask is not None or sliding_window is not None or kept is not None:
-            _check_visible(module, attention_mask, sliding_window, query, key, pending)
+            check_visible(module, attention_mask, sliding_window, query, key, pending)
             if attention_mask is not None:
                 window_tokens, padding = attention_mask.window_tokens, attention_mask.padding
         with without_autocast(query.device.type):
@@ -285,12 +265,11 @@ def _check_call(
         raise UnsupportedModelError(
             "output_attentions=True is not served: the attention weights never exist as a whole"
         )
-    unknown = [k for k, v in kwargs.items() if v is not None and k not in HARMLESS_KEYWORDS]
-    if unknown:
-        raise UnsupportedModelError(
-            f"{name} was given {', '.join(sorted(unknown))}, which attention here does not take "
-            "into account"
-        )
+    for keyword, given in kwargs.items():
+        if given is not None and keyword not in HARMLESS_KEYWORDS:
+            raise UnsupportedModelError(
+                f"{name} was given {keyword}, which attention here does not take into account"
+            )
     if is_causal is False or getattr(module, "is_causal", True) is False:
         raise UnsupportedModelError(f"{name} is not causal: not served")
     if attention_mask is not None and not isinstance(attention_mask, Visible):
@@ -302,54 +281,4 @@ def _check_call(
     if torch.is_grad_enabled() and query.requires_grad:
         raise HeadInferError(
             "gradients are on: run an attached model under torch.no_grad() or detach it to train"
-        )
-
-
-def _check_visible(
-    module: torch.nn.Module,
-    visible: Visible | None,
-    sliding_window: int | None,
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    pending: Pending | None,
-) -> None:
-    """Refuse a mask that says something else than the layer's keyword, its cache or its keys.
-
-    Args:
-        module: the calling layer.
-        visible: its mask.
-        sliding_window: the keyword it passes.
-        query: its queries.
-        keys: all of its keys, or the new ones alone where they are pending.
-        pending: the new tokens of a cache of ours.
-    """
-    name = type(module).__name__
-    window = None if visible is None else visible.window_tokens
-    if sliding_window is not None and sliding_window != window:
-        has = "no window" if window is None else f"a window of {window}"
-        raise UnsupportedModelError(
-            f"{name} passes a sliding window of {sliding_window} to its attention, but its mask "
-            f"has {has}: not served"
-        )
-    if visible is not None and visible.fault is not None:
-        raise UnsupportedModelError(f"the mask of {name} {visible.fault}: not served")
-    if window is None and pending is not None and pending.window_tokens is not None:
-        held = pending.engine.tokens(pending.layer_idx)
-        if held >= pending.window_tokens:  # until then its cache layer has all of them
-            raise UnsupportedModelError(
-                f"the mask of {name} shows all of {held} tokens, but its cache layer keeps "
-                f"{pending.window_tokens - 1}: not served"
-            )
-    if visible is None:
-        return
-    if pending is not None and window is not None and window != pending.window_tokens:
-        raise UnsupportedModelError(
-            f"the mask of {name} shows {window} tokens, but its cache layer is for "
-            f"{pending.window_tokens or 'all'}: not served"
-        )
-    q_len, kv_len = query.shape[2], visible.kv_len if pending is not None else keys.shape[2]
-    if (q_len, kv_len) != (visible.q_len, visible.kv_len):
-        raise UnsupportedModelError(
-            f"{name} attends {kv_len} keys with {q_len} queries, but its mask is for "
-            f"{visible.kv_len} and {visible.q_len}: not served"
         )

@@ -9,7 +9,8 @@ import torch
 from headinfer.engine.engine import Engine
 from headinfer.engine.readout import Part
 from headinfer.errors import CacheStateError, MemoryPlanError
-from headinfer.integration.attention import AttentionFunctions, Pending
+from headinfer.integration.attention import AttentionFunctions
+from headinfer.integration.pending import Pending
 from headinfer.integration.turns import in_turn
 from headinfer.plan.host_room import HostRoom
 from headinfer.plan.plan import Plan
@@ -115,8 +116,10 @@ class OffloadedState:
     @in_turn
     def tokens(self, layer_idx: int) -> int:
         """Return the tokens an offloaded layer holds."""
+        if self.engine is not None and not self.closed:
+            return self.engine.tokens(layer_idx)
         self.check_open()
-        return self.engine.tokens(layer_idx) if self.engine else 0
+        return 0
 
     @in_turn
     def lengths(self) -> list[int] | None:
@@ -155,7 +158,7 @@ class OffloadedState:
             return
         if (more := self.engine.missing_bytes(wanted)) > 0:
             self._check_host(more, wanted, self.engine.plan)
-        self.engine.expect(wanted)
+            self.engine.expect(wanted)
         if _outgrows(self.engine.plan, wanted):
             plan = self.host.plan_for(batch, _with_growth(wanted), replacing=self.engine)
             self.engine.replan(plan)

@@ -124,6 +124,8 @@ def in_turn(
 
     @functools.wraps(method)
     def run(self: _Self, /, *args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
+        if self.turns.mine:  # without the frame of `Turns.run`: asked several times a layer
+            return method(self, *args, **kwargs)
         return self.turns.run(method, self, *args, **kwargs)
 
     return cast(

@@ -15,6 +15,7 @@ from transformers.masking_utils import causal_mask_function
 
 from headinfer.attend.masks import Padding
 from headinfer.errors import UnsupportedModelError
+from headinfer.integration.pending import Pending
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,3 +132,53 @@ def _edges(window_tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
     queries = torch.arange(2)[:, None] + (window_tokens + 2)
     columns = torch.cat((torch.arange(5), torch.arange(5) + window_tokens))[None, :]
     return queries, columns, (columns <= queries) & (columns > queries - window_tokens)
+
+
+def check_visible(
+    module: torch.nn.Module,
+    visible: Visible | None,
+    sliding_window: int | None,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    pending: Pending | None,
+) -> None:
+    """Refuse a mask that says something else than the layer's keyword, its cache or its keys.
+
+    Args:
+        module: the calling layer.
+        visible: its mask.
+        sliding_window: the keyword it passes.
+        query: its queries.
+        keys: all of its keys, or the new ones alone where they are pending.
+        pending: the new tokens of a cache of ours.
+    """
+    name = type(module).__name__
+    window = None if visible is None else visible.window_tokens
+    if sliding_window is not None and sliding_window != window:
+        has = "no window" if window is None else f"a window of {window}"
+        raise UnsupportedModelError(
+            f"{name} passes a sliding window of {sliding_window} to its attention, but its mask "
+            f"has {has}: not served"
+        )
+    if visible is not None and visible.fault is not None:
+        raise UnsupportedModelError(f"the mask of {name} {visible.fault}: not served")
+    if window is None and pending is not None and pending.window_tokens is not None:
+        held = pending.engine.tokens(pending.layer_idx)
+        if held >= pending.window_tokens:  # until then its cache layer has all of them
+            raise UnsupportedModelError(
+                f"the mask of {name} shows all of {held} tokens, but its cache layer keeps "
+                f"{pending.window_tokens - 1}: not served"
+            )
+    if visible is None:
+        return
+    if pending is not None and window is not None and window != pending.window_tokens:
+        raise UnsupportedModelError(
+            f"the mask of {name} shows {window} tokens, but its cache layer is for "
+            f"{pending.window_tokens or 'all'}: not served"
+        )
+    q_len, kv_len = query.shape[2], visible.kv_len if pending is not None else keys.shape[2]
+    if (q_len, kv_len) != (visible.q_len, visible.kv_len):
+        raise UnsupportedModelError(
+            f"{name} attends {kv_len} keys with {q_len} queries, but its mask is for "
+            f"{visible.kv_len} and {visible.q_len}: not served"
+        )

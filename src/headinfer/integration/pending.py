@@ -1,0 +1,26 @@
+"""New tokens between a cache's `update` and the attention call that takes them."""
+
+from dataclasses import dataclass
+
+import torch
+
+from headinfer.engine.engine import Engine
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A layer's new tokens, which its attention must take next.
+
+    Attributes:
+        engine: of the cache.
+        layer_idx: which layer, counted among those that attend.
+        keys: of the new tokens, `[batch, kv_heads, q_len, key_dim]`.
+        values: of the new tokens, `[batch, kv_heads, q_len, value_dim]`.
+        window_tokens: the window that the layer keeps; None where it keeps all.
+    """
+
+    engine: Engine
+    layer_idx: int
+    keys: torch.Tensor
+    values: torch.Tensor
+    window_tokens: int | None
