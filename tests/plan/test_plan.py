@@ -1,5 +1,7 @@
 """Plans: what fits is chosen, what does not is refused, and the bytes add up."""
 
+import dataclasses
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,6 +11,7 @@ from headinfer.estimate.machines import HARDWARE
 from headinfer.plan.hardware import Hardware
 from headinfer.plan.memory import ALIGNMENT_BYTES, runtime_bytes
 from headinfer.plan.options import Options
+from headinfer.plan.predict import Predictor
 from headinfer.plan.resolve import resolve
 from headinfer.plan.shape import LayerKind, LayerShape, ModelShape
 from shapes import LLAMA_3_8B, model_shape
@@ -201,3 +204,17 @@ def test_a_plan_tells_that_the_cpu_waits_for_a_measurement(
         hardware=hardware,
     )
     assert ("`headinfer probe`" in str(plan)) == told
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("context", [100, 5000, 2**17, 2**20])
+@pytest.mark.parametrize("memory", ["19GiB", "24GiB", "60GiB"])
+def test_no_plan_that_is_not_looked_at_is_faster(
+    monkeypatch: pytest.MonkeyPatch, memory: str, context: int, overlap: bool
+) -> None:
+    hardware = dataclasses.replace(HARDWARE["h100-80gb"], host_bytes_per_s=140e9)
+    options = Options.parse(device_memory=memory, overlap=overlap)
+    known = {"device": "cuda", "context_tokens": context, "hardware": hardware}
+    ours = resolve(LLAMA_3_8B, options, **known)
+    monkeypatch.setattr(Predictor, "least_answer_s", lambda *_: 0.0)
+    assert ours == resolve(LLAMA_3_8B, options, **known)

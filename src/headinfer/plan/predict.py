@@ -148,6 +148,22 @@ def active_parameters(shape: ModelShape) -> int:
     return total
 
 
+def _sampled_chunks(placement: Placement, context_tokens: int) -> tuple[float, list[float], float]:
+    """Return the chunks of a prefill that are computed, evenly spaced, where there are many.
+
+    Chunks are taken as equally long.
+
+    Returns:
+        How many chunks each of them stands for, the tokens before each, and the tokens of one.
+    """
+    chunks = math.ceil(context_tokens / (placement.chunk_tokens or context_tokens))
+    new_tokens = context_tokens / chunks
+    samples = min(chunks, _SAMPLED_CHUNKS)
+    stride = chunks / samples
+    past_tokens = [((sample + 0.5) * stride - 0.5) * new_tokens for sample in range(samples)]
+    return stride, past_tokens, new_tokens
+
+
 class Predictor:
     """A predictor of times of one model on one machine.
 
@@ -175,19 +191,11 @@ class Predictor:
             self._dims[window] += layer.key_dim + layer.value_dim
 
     def prefill_s(self, placement: Placement, context_tokens: int) -> float:
-        """Return the seconds of a prefill: the sum over its chunks.
-
-        The chunks are taken as equally long; of more than 16, as many are computed, evenly spaced.
-        """
-        chunks = math.ceil(context_tokens / (placement.chunk_tokens or context_tokens))
-        new_tokens = context_tokens / chunks
-        samples = min(chunks, _SAMPLED_CHUNKS)
-        stride = chunks / samples
+        """Return the seconds of a prefill: the sum over its chunks."""
+        stride, past_tokens, new_tokens = _sampled_chunks(placement, context_tokens)
         return stride * sum(
-            self.chunk(placement, ((sample + 0.5) * stride - 0.5) * new_tokens, new_tokens).seconds(
-                overlap=placement.overlap
-            )
-            for sample in range(samples)
+            self.chunk(placement, past, new_tokens).seconds(overlap=placement.overlap)
+            for past in past_tokens
         )
 
     def decode_s(self, placement: Placement, context_tokens: int) -> float:
@@ -199,8 +207,19 @@ class Predictor:
         steps_s = ANSWER_TOKENS * self.decode_s(placement, context_tokens)
         return self.prefill_s(placement, context_tokens) + steps_s
 
+    def least_answer_s(self, placement: Placement, context_tokens: int) -> float:
+        """Return a lower bound of `answer_s`, at little cost: a prefill computes at least."""
+        stride, past_tokens, new_tokens = _sampled_chunks(placement, context_tokens)
+        computing_s = [self._computing_s(placement, past, new_tokens) for past in past_tokens]
+        return stride * sum(computing_s) + ANSWER_TOKENS * self.decode_s(placement, context_tokens)
+
     def chunk(self, placement: Placement, past_tokens: float, new_tokens: float) -> Parts:
         """Return the parts of one prefill chunk behind `past_tokens` tokens."""
+        compute_s = self._computing_s(placement, past_tokens, new_tokens)
+        return self._parts(placement, compute_s, past_tokens, new_tokens)
+
+    def _computing_s(self, placement: Placement, past_tokens: float, new_tokens: float) -> float:
+        """Return the seconds in which the device computes a prefill chunk."""
         rows, seen = placement.batch * new_tokens, past_tokens + new_tokens / 2
         rate = _attention_flops_per_s(
             self._hardware, self._measured_as(placement, seen, new_tokens)
@@ -208,7 +227,7 @@ class Predictor:
         key = rows, seen, rate
         if key not in self._chunks_s:  # the same for most sizes of tiles
             self._chunks_s[key] = self._chunk_s(*key)
-        return self._parts(placement, self._chunks_s[key], past_tokens, new_tokens)
+        return self._chunks_s[key]
 
     def _measured_as(self, placement: Placement, seen: float, new_tokens: float) -> float:
         """Return the tokens of the chunk whose attention was measured with as many pairs a tile."""

@@ -69,17 +69,30 @@ def resolve(
     if hardware is None or context_tokens is None:
         return _with_host_share(resident.of(first), options, hardware)
     fitting = [first, *filter(_fits, candidates)]
-    predictor, tokens = Predictor(shape, hardware), context_tokens
     plans = [
         _with_host_share(plan, options, hardware)
         for plan in _fastest_candidates(fitting, options, resident, context_tokens)
     ]
+    return _fastest(plans, Predictor(shape, hardware), context_tokens)
 
-    def cost(plan: Plan) -> tuple[float, int]:
-        """Among equally fast plans the one that streams least leaves the most for later."""
-        return predictor.answer_s(plan.placement, tokens), plan.streamed_bytes(tokens)
 
-    return min(plans, key=cost)
+def _fastest(plans: list[Plan], predictor: Predictor, tokens: int) -> Plan:
+    """Return the plan of the least predicted time.
+
+    Among equally fast plans the one that streams least leaves the most for later. Among those the
+    first is preferred. Plans that cannot be it by what they take at least are not looked at closer.
+    """
+    least_s = [predictor.least_answer_s(plan.placement, tokens) for plan in plans]
+    best: tuple[float, int, int] | None = None
+    for position in sorted(range(len(plans)), key=least_s.__getitem__):
+        if best is not None and least_s[position] > best[0]:
+            break
+        plan = plans[position]
+        seconds = predictor.answer_s(plan.placement, tokens)
+        cost = seconds, plan.streamed_bytes(tokens), position
+        best = cost if best is None else min(best, cost)
+    assert best is not None
+    return plans[best[2]]
 
 
 def _fits(plan: Plan) -> bool:
