@@ -36,27 +36,27 @@ def attach(
     progress: PrefillProgress | None = None,
     simulated_device: "SimulatedDevice | None" = None,
 ) -> Offload:
-    """Serve a model's attention from host memory, head by head, until detached.
+    """Serve a model's attention from CPU memory, head by head, until detached.
 
     Args:
         model: a loaded causal language model, on one device, in eval mode.
-        device_memory: the most the model may use on the device, for example "24GiB": weights, KV,
-            activations and CUDA itself; of more than is free on a GPU what is free, as with None.
-            Elsewhere None is no limit.
-        host_memory: the most the KV caches, and nothing else, may use in host memory; None for what
-            is free, less what the process, page tables and locked pages take. There is never more.
+        device_memory: the most GPU memory for the model, for example "24GiB". It holds weights, KV,
+            activations and CUDA itself. Where the GPU has less free, what is free is used, as with
+            None. On other devices it is a limit of their memory, and None is no limit.
+        host_memory: the most CPU memory for the KV caches, and for nothing else. None is what is
+            free, less what the process, page tables and locked pages take. There is never more.
         chunk_tokens: tokens that pass through the model at once in prefill, for example "4K".
         tile_heads: KV heads of one tile: a number, "all" or "auto".
         tile_tokens: tokens of one tile: a count, "all" or "auto".
-        device: "auto" for where the model is; "simulated" for a device that runs on the CPU, has
+        device: "auto" for where the model is. "simulated" is a device that runs on the CPU, has
             memory of its own, and checks the order of all copies.
         overlap: False to fetch, wait and attend one tile at a time.
-        resident_tokens: the oldest tokens to keep on the device, where they need not be fetched:
-            a count, 0, "all", or "auto" for what fits in `device_memory`.
-        host_attention: share of the other tokens that the CPU attends in decode steps, from 0 to 1;
-            "off", or "auto" by the rates that `headinfer probe` measured, and then by who finishes
-            first: the last bits of results may differ from run to run, which a number or "off"
-            repeat.
+        resident_tokens: the oldest tokens to keep in GPU memory, where they need not be fetched: a
+            count, 0, "all", or "auto" for what fits in `device_memory`.
+        host_attention: share of the other tokens that the CPU attends in decode steps: a number
+            from 0 to 1, "off" or "auto". "auto" begins with the rates that `headinfer probe`
+            measured, and goes on by who finishes first. The last bits of results may then differ
+            from run to run; with a number or "off" they repeat.
         progress: called during prefill with the tokens done and the tokens in all.
         simulated_device: the instance to use with `device="simulated"`.
 

@@ -1,4 +1,4 @@
-"""Errors a user of HeadInfer can cause; each says what was given, the limit, and the remedy."""
+"""Errors a user of HeadInfer can cause; each says what was received, the limit, and the remedy."""
 
 
 class HeadInferError(Exception):

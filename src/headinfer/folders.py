@@ -1,7 +1,7 @@
 """Where HeadInfer keeps what it builds on a user's machine: folders that nobody else can change.
 
-What is kept is loaded as code, so a folder is used only if it, and every folder above it, belongs
-to this user or to root, and nobody else can replace what lies in it.
+What is kept is loaded as code. So a folder is used only if it, and every folder above it, belongs
+to this user or to root. Nobody else may be able to replace what lies in it.
 """
 
 import errno

@@ -37,11 +37,11 @@ class Offload:
 
         It is passed as `past_key_values` or, since transformers 5.24, as `cache`.
 
-        It may be used again for the next turn of the same conversation; its memory is freed when it
+        It may be used again for the next turn of the same conversation. Its memory is freed when it
         is closed or no longer referred to.
 
         Args:
-            max_tokens: tokens to reserve host memory for, prompt and answer together; by default
+            max_tokens: tokens to reserve CPU memory for, prompt and answer together. By default
                 each prompt reserves what it needs, and more follows in small segments.
 
         Raises:

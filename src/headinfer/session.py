@@ -28,7 +28,7 @@ from headinfer.plan.whole import passing_whole
 from headinfer.units import format_bytes
 
 _USED_SHARE = 0.9
-"""Share of the free device memory that plans use.
+"""Share of the free GPU memory that plans use.
 
 The rest is left for fragments and for what the estimates leave out.
 """

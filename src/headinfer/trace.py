@@ -43,7 +43,7 @@ _COPIES = {"Memcpy HtoD": "copy-in", "Memcpy DtoH": "copy-out"}
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """One thing that took time: its line, its name, and microseconds since the trace began."""
+    """A slice of time: its line, its name, and microseconds since the trace began."""
 
     line: str
     name: str
@@ -52,7 +52,7 @@ class Slice:
 
 
 class Trace:
-    """Records some decode steps of one generation and writes them to a file.
+    """A trace of some decode steps of one generation, written to a file.
 
     Args:
         path: of the file; its folder must exist.

@@ -60,7 +60,7 @@ def test_the_table_has_a_row_for_each_rate(cli, measuring):
     assert "matrix products 500 GFLOP/s - a way" in lines
     assert "attention, decode 128K 600 GB/s 60% a way" in lines
     assert "attention, on CPU 8K 12.0 GB/s 48% a way" in lines
-    assert "link, to device 256 KiB 8.00 GB/s 32% a way" in lines
+    assert "link, to GPU 256 KiB 8.00 GB/s 32% a way" in lines
     assert "busy" not in done.out
     assert "a GPU, 24.00 GiB of memory, 20.00 GiB free" in done.out
     assert measured.read_measurement() == WITH_GPU

@@ -18,5 +18,5 @@ def test_memory_is_of_the_size_asked_for(num_bytes: int) -> None:
 
 
 def test_what_cannot_be_mapped_is_refused() -> None:
-    with pytest.raises(MemoryPlanError, match=r"cannot map 4194304\.00 TiB of host memory"):
+    with pytest.raises(MemoryPlanError, match=r"cannot map 4194304\.00 TiB of CPU memory"):
         CpuDevice().host_empty(2**62)

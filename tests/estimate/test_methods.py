@@ -102,7 +102,7 @@ def test_everything_is_resident_while_it_fits() -> None:
     assert choice.plan is not None
     assert choice.plan.method == "resident"
     assert choice.plan.streamed_bytes == 0
-    assert "stays on the device" in choice.why[0]
+    assert "stays in GPU memory" in choice.why[0]
 
 
 def test_what_does_not_fit_is_streamed_beside_what_does() -> None:

@@ -36,9 +36,7 @@ def test_a_refusal_shows_the_arithmetic() -> None:
     room = h100_machine(working_bytes=2 * GIB)
     with pytest.raises(MemoryPlanError) as refusal:
         room.check(122 * GIB, "the KV cache of 976K tokens")
-    assert str(refusal.value).startswith(
-        "the KV cache of 976K tokens needs 122.00 GiB more of host"
-    )
+    assert str(refusal.value).startswith("the KV cache of 976K tokens needs 122.00 GiB more of CPU")
     sizes = [float(size) for size in re.findall(r"([\d.]+) GiB", str(refusal.value))]
     assert sizes.pop(2) == 123.31
     needed, had, process, working, tables, reserve = sizes

@@ -169,7 +169,7 @@ def test_host_memory_that_is_not_there_is_not_taken(monkeypatch):
     monkeypatch.setattr(attention, "available_host_bytes", lambda: 2**20)
     measurement = run_probe(make_device("cpu"), torch.float32, TINY, ignore)
     failures = {rate.failure for rate in measurement.rates if rate.failure}
-    assert failures == {"2.00 MiB of host memory are needed, 1.00 MiB are free"}
+    assert failures == {"2.00 MiB of CPU memory are needed, 1.00 MiB are free"}
     assert measurement.missing == (Quantity.HOST_ATTENTION,)
 
 

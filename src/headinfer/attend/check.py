@@ -26,8 +26,8 @@ _CHECKED = (
 )
 """Query tokens, keys, and whether causal, of what a table is checked with, for 3 query heads.
 
-Tiles for decoding, twice since a program's first launch is not like the others, and once with the
-most rows; tiles and a causal square for prefill.
+The tiles for decoding come twice, since a program's first launch is not like the others, and once
+with the most rows. Tiles and a causal square stand for prefill.
 """
 
 _MERGED = (33, 40, 70)

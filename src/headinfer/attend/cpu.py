@@ -1,8 +1,9 @@
 """Partial attention on the CPU by torch's fused kernel, which returns the LSE.
 
 Measured on two cores, bfloat16, 8 KV heads x 4 queries x 128K tokens: 10 GB/s of keys and values,
-against 0.8 GB/s for `scaled_dot_product_attention(enable_gqa=True)`, which reads each key once for
-every query head of its group.
+against 0.8 GB/s for `scaled_dot_product_attention(enable_gqa=True)`.
+
+The latter reads each key once for every query head of its group.
 """
 
 import functools
@@ -17,7 +18,7 @@ _FEW_ROWS = 32
 """Up to so many folded query rows the kernel has one task a head, fewer than there may be cores."""
 
 _BLOCK_TOKENS = 4096
-"""Keys of one call with many queries: the kernel copies 16-bit keys and values to pack them, so
+"""Keys of one call with many queries. The kernel copies 16-bit keys and values to pack them, so
 this bounds its memory, and ours where we convert them."""
 
 _TILE = operator("flash_attention_for_cpu", is_causal=False)

@@ -43,7 +43,7 @@ def attend_split(
         call: the operator.
         query: `[batch, heads, group * q_len, key_dim]`.
         keys: `[batch, heads, kv_len, key_dim]`, contiguous over tokens and dims.
-        values: `[batch, heads, kv_len, value_dim]`, likewise.
+        values: `[batch, heads, kv_len, value_dim]`, contiguous over tokens and dims.
         scale: factor of the scores.
         splits: parts, of a single row of the batch; the up to `splits - 1` tokens left over are
             attended in a call of their own.
@@ -102,8 +102,8 @@ def attend_grouped(
 ) -> Partial:
     """Attend where queries differ in what they see: the group cannot be folded into them.
 
-    Goes row by row of the batch: the heads take the operator's batch axis and the group its head
-    axis, over which keys are repeated by a stride of 0. Nothing is copied.
+    The rows of the batch are attended one by one. The heads take the operator's batch axis and the
+    group its head axis. Keys are repeated over the group by a stride of 0: nothing is copied.
 
     Args:
         call: the operator.

@@ -1,8 +1,10 @@
 """Decode on CUDA: one launch for each tile and one that merges all of them, or one for all of it.
 
-With torch's kernel a tile takes some 35 launches, most of them to merge: on an H100 whose host
-needs 25 us for a launch that was a millisecond for each tile, longer than its copy takes. Where all
-tokens are resident, a single launch also keeps the new one.
+With torch's kernel a tile takes some 35 launches, most of them to merge. Where all tokens are
+resident, a single launch also keeps the new one.
+
+Measured on an H100 whose host needs 25 us for a launch: torch's launches took a millisecond for
+each tile, longer than its copy takes.
 """
 
 import functools
@@ -22,11 +24,11 @@ MAX_ROWS = 64
 """Query rows of one KV head up to which a step is bound by reading keys and values."""
 
 _SLOTS_BYTES = 8 * 2**20
-"""Of partials kept until they are merged, where one tile's take no more: 500 for Llama-3-8B."""
+"""Partials kept until they are merged, where one tile's take no more: 500 for Llama-3-8B."""
 
 _LEAST_BLOCK_ROWS = 16
-"""Rows of a matrix product at least; more take more of a multiprocessor's memory than cards of
-consumers have, in float32 and the largest head_dim, and `decode_token` serves no more."""
+"""Rows of a matrix product at least, and `decode_token` serves no more. In float32 and the largest
+head_dim, more take more of a multiprocessor's memory than cards of consumers have."""
 
 _MIN_SPLIT_TOKENS = 256
 _PROGRAMS_PER_MULTIPROCESSOR = 2
@@ -73,7 +75,7 @@ class Slots:
     Attributes:
         folded: see `Total.folded`.
         query: contiguous.
-        scale: as given.
+        scale: factor of the scores.
         heads: rows of the batch x KV heads.
         rows: query rows of one KV head.
         block_rows: rows of a matrix product.

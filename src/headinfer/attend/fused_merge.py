@@ -1,7 +1,9 @@
 """The merge of a chunk's partials on CUDA: each is read once, by one launch.
 
-As separate operations on tensors a merge moves some four times the bytes: for Llama-3-8B it took a
-tenth of the time that a tile of 16K tokens is attended in.
+As separate operations on tensors a merge moves some four times the bytes.
+
+Measured for Llama-3-8B: such a merge took a tenth of the time that a tile of 16K tokens is attended
+in.
 """
 
 import torch

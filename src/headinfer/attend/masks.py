@@ -15,7 +15,7 @@ _QUERY_BLOCK = 512
 
 @dataclass(frozen=True, slots=True)
 class Padding:
-    """Which tokens of each row are padding.
+    """A mask of padding: it says which tokens of each row are padding.
 
     Attributes:
         valid: bool `[batch, kv_len]`, False for padding, on the device of the keys.

@@ -1,8 +1,8 @@
 """Partial attention results and their exact merge.
 
 Attention over a set of keys gives an output and the log-sum-exp (LSE) of its scores. Over the union
-of two disjoint sets the output is the mean of the two outputs weighted by exp(LSE), and the LSE is
-the logarithm of the summed exponentials. Everything here is this identity, in float32.
+of two disjoint sets the output is the mean of the two outputs weighted by exp(LSE). The LSE of the
+union is the logarithm of the summed exponentials. Everything here is this identity, in float32.
 
 Partials are merged in three places: here by torch, in `triton_merge` on CUDA, and in
 `native/merge.h` by the C kernels. There is no fourth.
@@ -17,7 +17,7 @@ import torch
 
 @dataclass(slots=True)
 class Partial:
-    """Attention over some of the keys.
+    """A result of attention over some of the keys.
 
     Attributes:
         out: `[batch, kv_heads, group, q_len, value_dim]`, any floating dtype; owned by the holder.

@@ -32,8 +32,8 @@ class Kernels:
         """Return what collects the partials of some queries.
 
         Args:
-            query: `[batch, kv_heads, group, q_len, key_dim]`, that of each work into it.
-            scale: factor of the scores, likewise.
+            query: `[batch, kv_heads, group, q_len, key_dim]`, the query of each work into it.
+            scale: factor of the scores, the same in each work into it.
         """
         return Accumulator()
 

@@ -12,8 +12,8 @@ import triton.language as tl
 def _weigh(highest, lse, lse_highest):
     """Weigh partials against sums of others that refer to the LSE `highest`.
 
-    Every merge is this: sums of outputs and of weights are multiplied by the factor, and those of
-    the new partials, times their weights, are added.
+    Every merge is this: sums of outputs and of weights are multiplied by the factor. The outputs
+    and weights of the new partials, times their weights, are added.
 
     Args:
         highest: -inf before the first.

@@ -60,7 +60,9 @@ class Work:
 
 
 class Kernel(Protocol):
-    """Computes partials; keeps nothing of a work that would change another, and may be shared.
+    """A kernel that computes partials.
+
+    It keeps nothing of a work that would change another, and may be shared.
 
     Attributes:
         name: what users know it by; empty where it serves nothing.

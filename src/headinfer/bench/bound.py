@@ -1,8 +1,9 @@
 """The least time physics allows, from work to do and measured rates. Pure arithmetic.
 
-A bound counts what every method must do at least: each byte of weights and of KV read once, each
-product of the matrix multiplications once, each offloaded byte over the link once. It leaves out
-norms, softmax and Python, so no method reaches it; how near one comes is the point.
+A bound counts what every method must do at least. Each byte of weights and of KV is read once, and
+each product of the matrix multiplications is computed once. Each offloaded byte crosses the link
+once. It leaves out norms, softmax and Python, so no method reaches it; how near one comes is the
+point.
 """
 
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from headinfer.bench.model_spec import DTYPE_BYTES, Model
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rates:
-    """What a machine was measured to do.
+    """A set of rates that a machine was measured to reach.
 
     Attributes:
         host_bytes_per_s: reading host memory with all cores.
@@ -32,7 +33,7 @@ class Rates:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """What must be done at least; the parts may all overlap.
+    """An amount of work that must be done at least; its parts may all overlap.
 
     Attributes:
         host_bytes: read from host memory by the CPU.
@@ -49,7 +50,7 @@ class Work:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bound:
-    """The least time of some work.
+    """A least time of some work.
 
     Attributes:
         seconds: the time.
@@ -87,7 +88,7 @@ def decode_work(
 ) -> Work:
     """Return the work of one decode step: weights and KV are read once.
 
-    Of the embedding only one row is read; the output projection is read whole.
+    Only one row of the embedding is read; the output projection is read whole.
 
     Args:
         model: the shape.
@@ -132,8 +133,8 @@ def prefill_work(
 def prefill_flops(model: Model, tokens: int) -> float:
     """Return the operations of a prefill whose last token's logits alone are computed.
 
-    Two for each parameter and token, and causal attention: half of the square of tokens, two
-    products (scores, values) of `head_dim` each, for each query head and layer.
+    Each parameter takes two for each token. Causal attention takes half of the square of tokens for
+    each query head and layer, in two products (scores, values) of `head_dim` each.
     """
     return _product_flops(model, tokens) + model.attention_flops(0, tokens)
 

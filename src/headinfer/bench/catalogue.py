@@ -22,7 +22,7 @@ HOST_ATTENTION, SYNCHRONOUS, AUTO = "host-attention", "synchronous", "headinfer"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MethodInfo:
-    """What a method is.
+    """A description of a method.
 
     Attributes:
         name: as in plans, where they know it.

@@ -1,7 +1,7 @@
 """Fresh processes that are asked one question and give one answer. Pure Python, never torch.
 
-They are forked from a server that has imported torch and transformers and run nothing: importing
-takes up to 15 s, of which a suite of forty trials would spend ten minutes. Where there is no such
+They are forked from a server that has imported torch and transformers and run nothing. Importing
+takes up to 15 s: a suite of forty trials would spend ten minutes on it. Where there is no such
 server (Windows) each process imports for itself. The environment is the caller's, but for what is
 read on import, which is as it was when the server started.
 """

@@ -11,7 +11,7 @@ _RANDOM_TOKENS = 8
 
 
 class Forecast:
-    """Guesses the time left from the trials so far: each method's own, scaled to the context.
+    """A guess of the time left, from the trials so far: each method's own, scaled to the context.
 
     Args:
         trials: method and tokens of each trial to come.

@@ -9,16 +9,20 @@ from headinfer.bench.result import TrialResult
 
 LOGITS_TOLERANCE_PER_LAYER = {"float32": 2.5e-5, "float16": 2e-3, "bfloat16": 1.5e-2}
 """Largest distance of a row of logits from the reference's, over the reference's length, for each
-layer of the model: two exact methods round differently, and every layer adds to it.
+layer.
 
-Measured on Llamas of 2 and 4 layers at 1K and 4K tokens, per layer: up to 3e-6, 8e-4 and 6e-3. One
-KV head losing 256 of 4K tokens, in one layer and in decode alone: 0.03 or more in any dtype.
+Two exact methods round differently, and every layer adds to the distance.
+
+Measured on Llamas of 2 and 4 layers at 1K and 4K tokens, per layer: up to 3e-6, 8e-4 and 6e-3.
+
+Measured with one KV head losing 256 of 4K tokens, in one layer and in decode alone: 0.03 or more in
+any dtype.
 """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """The outcome of one comparison.
+    """An outcome of one comparison.
 
     Attributes:
         passed: whether the results may be used.
@@ -44,9 +48,9 @@ def compare(
 ) -> Verdict:
     """Compare a result with the reference's; both were fed the same tokens.
 
-    In float32 all greedy tokens must be equal, and in every dtype each kept row of logits (after
-    the prompt, and after the first decode steps) must be within the tolerance. In 16 bits the two
-    likeliest tokens may tie, so tokens are counted but decide nothing.
+    In float32 all greedy tokens must be equal. In every dtype each kept row of logits must be
+    within the tolerance. Rows are kept after the prompt, and after the first decode steps. In 16
+    bits the two likeliest tokens may tie, so tokens are counted but decide nothing.
 
     Args:
         reference: of the reference method.

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Held:
-    """Bytes of KV by place.
+    """A count of the bytes of KV in each place.
 
     Attributes:
         host_bytes: in host memory.

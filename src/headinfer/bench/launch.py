@@ -14,7 +14,7 @@ Outcome = TrialResult | TrialFailure
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """The machine as measured.
+    """A machine as measured.
 
     Attributes:
         device: kind of device the model computes on.
@@ -30,7 +30,7 @@ class Machine:
 
 
 class Launcher(Protocol):
-    """Runs things where they do not disturb each other."""
+    """A launcher runs things where they do not disturb each other."""
 
     def machine(self, device: str, dtype: str) -> Machine:
         """Measure the machine."""

@@ -29,9 +29,9 @@ def limit_device(settings: Options, device: torch.device) -> None:
 def limit_host(settings: Options, device: torch.device, weights_bytes: int) -> Iterator[None]:
     """Where the CPU is the device, let memory grow by what the budget leaves beside the weights.
 
-    KV and activations count from here on, as the system counts private writable memory: mapped is
-    used, so this is at least as strict as what is resident. On other systems than Linux nothing is
-    limited. A simulated device keeps to the budget by itself.
+    KV and activations count from here on, as the system counts private writable memory. Memory that
+    is mapped counts as used, so this is at least as strict as resident memory. On other systems
+    than Linux nothing is limited. A simulated device keeps to the budget by itself.
 
     Raises:
         MemoryPlanError: the budget does not hold the weights.

@@ -1,7 +1,7 @@
 """What this machine can do, measured in a fresh process.
 
-Rates are measured, not looked up, and the best of several ways of doing the same is taken: a bound
-that the measured code could beat would be none.
+Rates are measured, not looked up. The best of several ways of doing the same is taken: a bound that
+the measured code could beat would be none.
 """
 
 import os
@@ -23,7 +23,7 @@ from headinfer.probe.caches import beyond_caches
 from headinfer.probe.timing import Operation, fastest
 
 _BUFFER_BYTES = 256 * 2**20
-"""Of each buffer read, at least."""
+"""Size of each buffer read, at least."""
 
 _MATMUL_SIZES = (1024, 2048, 3072)
 """Between a small model's and a large one's."""

@@ -23,7 +23,7 @@ from headinfer.estimate.methods import (
 
 
 class Method(Protocol):
-    """One way of inference on one model, in force until closed.
+    """A way of inference on one model, in force until closed.
 
     Attributes:
         note: what a reader of its numbers must know; empty for nothing.

@@ -7,7 +7,7 @@ import psutil
 
 
 class Neighbours:
-    """Watches from construction on."""
+    """A watch over other programs, from construction on."""
 
     def __init__(self) -> None:
         self._start_s = time.monotonic()

@@ -17,16 +17,16 @@ from headinfer.integration.model_shape import model_shape
 from headinfer.plan.plan import Plan
 
 _CPU_TILE_TOKENS = "16K"
-"""Of `bounded` on the CPU, where tiles need no memory and so have no limit of their own."""
+"""Tile of `bounded` on the CPU, where tiles need no memory and so have no limit of their own."""
 
 _UNMEASURED_HOST_SHARE = 0.5
-"""Of `host_attention` where `headinfer probe` has not measured which share is best."""
+"""Share of `host_attention` where `headinfer probe` has not measured which share is best."""
 
 _HEADS = (8, 4, 2, 1)
 
 
 class HeadInfer:
-    """HeadInfer attached to a model; options given here go before the run's settings."""
+    """An attachment of HeadInfer to a model; options given here go before the run's settings."""
 
     def __init__(self, model: PreTrainedModel, spec: TrialSpec, **options: Any) -> None:
         self._model = model

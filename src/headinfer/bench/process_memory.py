@@ -22,7 +22,7 @@ def return_freed_memory() -> None:
 
 
 class PeakRss:
-    """Growth of resident memory from construction on; frees what can be freed first.
+    """A measure of how resident memory grows from construction on; frees what can be freed first.
 
     Attributes:
         source: how the peak is found.

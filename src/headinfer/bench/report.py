@@ -29,7 +29,7 @@ reason.
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantity:
-    """What a table or a plot shows of rows.
+    """A quantity of rows that a table and a plot show.
 
     Attributes:
         title: of both.

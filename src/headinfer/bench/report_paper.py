@@ -77,7 +77,7 @@ def _three_digits(figure: float) -> str:
 
 
 class _Found:
-    """What result files hold of the paper's models on a device."""
+    """A finding: what result files hold of the paper's models on a device."""
 
     def __init__(self, files: Sequence[Results]) -> None:
         self._files = [

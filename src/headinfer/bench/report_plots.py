@@ -28,7 +28,7 @@ _LOOKS = {
     SYNCHRONOUS: Look(color="#999933", marker="d"),
     AUTO: Look(color="#d55e00", marker="o", width_points=3.2),
 }
-"""Of each method in every plot: what people use in black and greys, ours in colours."""
+"""Look of each method in every plot: what people use in black and greys, ours in colours."""
 
 
 def figures(name: str, results: Results) -> Iterator[tuple[str, Figure]]:

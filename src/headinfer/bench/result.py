@@ -26,7 +26,7 @@ class Status(enum.Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrialFailure:
-    """Why a trial has no result.
+    """A reason why a trial has no result.
 
     Attributes:
         status: `CANNOT_RUN` or `FAILED`.
@@ -43,7 +43,7 @@ class TrialFailure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrialResult:
-    """What one trial measured.
+    """A record of what one trial measured.
 
     Attributes:
         device: kind of device the model was on: "cpu" or "cuda".

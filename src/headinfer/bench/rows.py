@@ -17,7 +17,7 @@ NOISY_CPU_SHARE = 0.1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Percentiles:
-    """Three percentiles of some seconds, interpolated linearly."""
+    """A set of three percentiles of some seconds, interpolated linearly."""
 
     p20: float
     p50: float
@@ -39,7 +39,7 @@ def _quantile(ordered: Sequence[float], share: float) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One method at one context: an entry of `rows` in a result file.
+    """A row: one method at one context, an entry of `rows` in a result file.
 
     Fields that were not measured, because the method did not run or there is no such thing here,
     are None. Seconds are medians; `*_percentiles` holds the rest.

@@ -42,7 +42,7 @@ class Fill(str, enum.Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrialSpec:
-    """One fresh process: one method, one prompt, some decode steps.
+    """A trial in a fresh process: one method, one prompt, some decode steps.
 
     Attributes:
         method: name in `headinfer.bench.catalogue.CATALOGUE`.
@@ -55,7 +55,8 @@ class TrialSpec:
             method, the others where a method leaves them open.
         fill: how the cache comes to hold the prompt.
         last_pass: whether the prompt's last pass through the model is a real one also where the
-            rest is filled at random; all of the prompt is, for a method that does not chunk it.
+            rest is filled at random. A method that does not chunk has all of the prompt in that
+            pass.
     """
 
     method: str

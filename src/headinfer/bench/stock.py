@@ -17,7 +17,7 @@ from headinfer.units import format_tokens
 _BITS = 4
 
 _BACKENDS = (
-    # Of each: the modules it needs, and the axis it quantises keys and values along.
+    # The name of each, the modules it needs, and the axis it quantises keys and values along.
     ("quanto", ("optimum.quanto", "optimum"), 0),
     ("hqq", ("hqq",), 1),
 )
@@ -32,7 +32,7 @@ def _installed(module: str) -> bool:
 
 
 class Standard:
-    """`DynamicCache`, sdpa attention, the prompt in one pass."""
+    """A run of stock transformers: `DynamicCache`, sdpa attention, the prompt in one pass."""
 
     def __init__(self, model: PreTrainedModel, spec: TrialSpec) -> None:
         self._model = model
@@ -80,7 +80,7 @@ class Standard:
 
 
 class ChunkedPrefill(Standard):
-    """`generate` with `prefill_chunk_size`: all of the cache on the device, less activations."""
+    """A `generate` with `prefill_chunk_size`: all of the cache on the device, less activations."""
 
     def __init__(self, model: PreTrainedModel, spec: TrialSpec) -> None:
         super().__init__(model, spec)
@@ -115,7 +115,7 @@ class ChunkedPrefill(Standard):
 
 
 class Offloaded(Standard):
-    """Transformers' own offload: whole layers to host memory and back."""
+    """An offload as transformers has it: whole layers to host memory and back."""
 
     def __init__(self, model: PreTrainedModel, spec: TrialSpec) -> None:
         super().__init__(model, spec)

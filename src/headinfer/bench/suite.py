@@ -26,11 +26,11 @@ GATE_TOKENS = 4133
 GATE_STEPS = 8
 
 Check = Verdict | TrialFailure
-"""Of one method before timing: the comparison, or why it did not run."""
+"""Check of one method before timing: the comparison, or why it did not run."""
 
 
 class Progress(Protocol):
-    """Told what is going on."""
+    """A listener that is told what is going on."""
 
     def started(self, what: str, left_s: float | None) -> None:
         """Take note of what runs from now on, and of the seconds left of the whole run."""
@@ -40,7 +40,7 @@ class Progress(Protocol):
 
 
 class Suite:
-    """One run of a benchmark.
+    """A run of a benchmark.
 
     Args:
         spec: what to measure.
@@ -125,8 +125,9 @@ class Suite:
     def _check_before_timing(self) -> None:
         """Compare each method with the reference on a prompt of moderate length.
 
-        Not needed where every context is as short and the reference is timed anyway: then each
-        timed result is compared itself, unless the cache it has was filled without a prefill.
+        The comparison is not needed where every context is as short and the reference is timed
+        anyway. Each timed result is then compared itself, unless its cache was filled without a
+        prefill.
         """
         spec = self._spec
         longest = max(spec.contexts)

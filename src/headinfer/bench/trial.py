@@ -1,8 +1,8 @@
 """One trial, in a fresh process: from a spec to a result, both as JSON values.
 
 Load, warm up, note the memory, prefill, decode. The prompt and the tokens fed in decode steps are
-drawn from the seed, not from the model: two methods whose likeliest tokens tie in 16 bits then
-still see the same input, and every one of their steps can be compared. A cache filled at random is
+drawn from the seed, not from the model. Two methods whose likeliest tokens tie in 16 bits then
+still see the same input. Every one of their steps can be compared. A cache filled at random is
 filled alike for each method, so decode steps can be compared there too.
 """
 
@@ -36,8 +36,10 @@ from headinfer.units import format_bytes
 _WARM_UP_TOKENS = 512
 _WARM_UP_STEPS = 2
 _PREPARED_TOKENS = 40 * 1024
-"""Tokens of a prompt that a GPU passes beforehand: its libraries prepare for each new shape, which
-took stock attention three seconds for a prompt whose prefill then takes 0.4."""
+"""Tokens of a prompt that a GPU passes beforehand: its libraries prepare for each new shape.
+
+Measured with stock attention: that took three seconds for a prompt whose prefill then takes 0.4.
+"""
 _CLOCKS_UP_S = 0.5
 """How long a GPU is kept busy first: an idle one runs at a fifth of its clock."""
 
@@ -53,7 +55,7 @@ def _tokens(spec: TrialSpec, device: torch.device) -> torch.Tensor:
 
 
 class _Run:
-    """Times the calls of one model, and keeps what they predict."""
+    """A stopwatch of the calls of one model, which keeps what they predict."""
 
     def __init__(self, model: PreTrainedModel, method: Method) -> None:
         self._model = model

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """All that `generate` was asked, checked as far as it can be without the model."""
+    """A request: all that `generate` was asked, checked as far as it can be without the model."""
 
     text: str
     raw: bool
@@ -53,7 +53,7 @@ class _StdoutLost(Exception):
 
 
 class Answer:
-    """One call of a model's `generate`, and what is told of it however it ends.
+    """An answer: one call of a model's `generate`, and what is told of it however it ends.
 
     Args:
         request: what was asked.

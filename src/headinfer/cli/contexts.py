@@ -8,7 +8,7 @@ def parse_contexts(text: str, example: str) -> list[int]:
     """Return token counts that are separated by commas, in the order given.
 
     Args:
-        text: as given.
+        text: what the user wrote.
         example: of how to write them.
 
     Raises:

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 _MAX_ANSWER_TOKENS = 16
 _MIN_TOKENS_AT_ONCE, _MAX_TOKENS_AT_ONCE = 512, 4096
 """Chunk and tile of the demo on devices with memory of their own: a sixteenth of the document
-within these bounds, so that the device's share of the cache is plain to see."""
+within these bounds. So the GPU memory's share of the cache is plain to see."""
 
 _EXCERPT_CHARACTERS = 420
 _EXCERPT_WIDTH = 88
@@ -70,7 +70,7 @@ def demo(
 ) -> None:
     """Watch a tiny model find eight facts hidden in a document of 128K tokens.
 
-    The model reads the document once. The KV cache stays in host memory, and
+    The model reads the document once. The KV cache stays in CPU memory, and
     each question continues from it. Exit code 1 if any answer is wrong.
     """
     with reporting_errors():
@@ -201,7 +201,7 @@ def excerpt(text: str, needle: str) -> str:
 
 
 class _Reader:
-    """The model with the document in its cache.
+    """A model with the document in its cache.
 
     Args:
         console: on stdout.

@@ -178,9 +178,9 @@ def generate(
 ) -> None:
     """Continue a prompt: text to stdout as it comes, all else to stderr.
 
-    The KV cache lies in host memory and passes through the device in tiles of
-    heads x tokens, so that the prompt may be far longer than the device's
-    memory allows otherwise.
+    The KV cache lies in CPU memory and passes through GPU memory in tiles of
+    heads x tokens. So the prompt may be far longer than GPU memory allows
+    otherwise.
 
     [bold]headinfer generate --model ID --prompt-file book.txt --prompt "Who ...?"[/]
     """
@@ -221,7 +221,7 @@ def generate(
 
 
 def _one_of(lookup: int | None, num_tokens: int | None) -> int | None:
-    """Return the one that was given of two names of an option."""
+    """Return the value of an option that has two names, of which one at most may be given."""
     if lookup is not None and num_tokens is not None:
         raise OptionError("--prompt-lookup and --prompt-lookup-num-tokens are one option; give one")
     return num_tokens if lookup is None else lookup

@@ -61,7 +61,7 @@ def stopping_at_once() -> Iterator[None]:
 
 
 class _Process:
-    """What this process is for.
+    """A note of what this process is for.
 
     Attributes:
         runs_one_verb: whether it ends once its verb has: not where a test calls verbs.
@@ -79,8 +79,8 @@ def run_one_verb() -> None:
 def ending_the_process() -> Iterator[None]:
     """Ignore signals that ask to stop once the `with` statement has ended, however it did.
 
-    Then the process ends anyway, with a code that is settled; but torch's end takes a second or
-    two, in which a signal would add a traceback, or put another code in its place.
+    Then the process ends anyway, with a code that is settled. But torch's end takes a second or
+    two. A signal in that time would add a traceback, or put another code in its place.
     """
     try:
         yield
@@ -112,7 +112,7 @@ def _handled(handler: _Handler, *names: str) -> Iterator[None]:
 
 
 class Interrupt:
-    """Whether the user asked to stop.
+    """A note of whether the user asked to stop.
 
     Attributes:
         requested: set by the first signal while `handling`.

@@ -23,7 +23,7 @@ from headinfer.cli.roofline import roofline
 
 
 class Verbs(TyperGroup):
-    """The verbs; wrong usage is told in one line, as all other errors are."""
+    """A group of the verbs; wrong usage is told in one line, as all other errors are."""
 
     def main(
         self,
@@ -62,7 +62,7 @@ class Verbs(TyperGroup):
 app = typer.Typer(
     cls=Verbs,
     name="headinfer",
-    help="Exact LLM inference over contexts far larger than the device's memory, head by head.",
+    help="Exact LLM inference over contexts far larger than the GPU's memory, head by head.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",

@@ -47,7 +47,7 @@ def check_writable(option: str, path: str | None) -> None:
 
     Args:
         option: for the message, such as "--json".
-        path: as given; None is always fine, and so is "-" of `--json`.
+        path: the file's; None is always fine, and so is "-" of `--json`.
 
     Raises:
         OptionError: its folder is missing, or file or folder may not be written.

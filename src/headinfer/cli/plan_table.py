@@ -20,11 +20,11 @@ _COLUMNS = (
     "method",
     "tile",
     "weights",
-    "KV on\ndevice",
+    "KV on\nGPU",
     "activ-\nations",
     "total",
     "KV\nin all",
-    "KV on\nhost",
+    "KV on\nCPU",
     "max\ncontext",
     "prefill",
     "decode\n/token",
@@ -32,7 +32,7 @@ _COLUMNS = (
 _LEFT_OUT = ("weights", "KV\nin all")
 """Columns that narrow terminals do without: they differ least between methods."""
 
-_ONE_MEMORY = {"KV on\ndevice": "KV in\nmemory"}
+_ONE_MEMORY = {"KV on\nGPU": "KV in\nmemory"}
 """Headings where the CPU is the device, and nothing is said of a host."""
 
 _ROOMY = 110
@@ -65,7 +65,7 @@ def print_plans(
     console.print(
         f"[dim]Sizes in GiB{f'; total: with {_gib(runtime)} for CUDA itself' if runtime else ''}; "
         "[/][red]![/][dim]: more than there is;\nmax context: what "
-        f"{'memory holds' if on_cpu else 'device and host memory hold'}; times predicted[/]"
+        f"{'memory holds' if on_cpu else 'GPU and CPU memory hold'}; times predicted[/]"
     )
     _print_choice(console, choice)
 
@@ -96,7 +96,7 @@ def _memory(situation: Situation) -> str:
     device = format_bytes(situation.device_memory_bytes)
     if situation.device == "cpu":
         return f"{device} of memory"
-    return f"{device} on the device, {format_bytes(situation.host_memory_bytes)} of host memory"
+    return f"{device} of GPU memory, {format_bytes(situation.host_memory_bytes)} of CPU memory"
 
 
 def _table(plans: Sequence[MethodPlan], choice: Choice, *, width: int, on_cpu: bool) -> Table:
@@ -106,7 +106,7 @@ def _table(plans: Sequence[MethodPlan], choice: Choice, *, width: int, on_cpu: b
     if width >= _WIDTH:
         columns = {name: index for index, name in enumerate(_COLUMNS)}
     if on_cpu:
-        del columns["KV on\nhost"]
+        del columns["KV on\nCPU"]
     for name, index in columns.items():
         heading = _ONE_MEMORY.get(name, name) if on_cpu else name
         table.add_column(heading, justify="right" if index else "left", no_wrap=True)

@@ -34,15 +34,15 @@ _BUSY = 0.3
 
 _LABELS = {
     Quantity.MATMUL: "matrix products",
-    Quantity.DEVICE_COPY: "device memory, copy",
-    Quantity.DEVICE_READ: "device memory, read",
+    Quantity.DEVICE_COPY: "GPU memory, copy",
+    Quantity.DEVICE_READ: "GPU memory, read",
     Quantity.PREFILL_ATTENTION: "attention, prefill",
     Quantity.DECODE_ATTENTION: "attention, decode",
-    Quantity.TO_DEVICE: "link, to device",
-    Quantity.TO_HOST: "link, to host",
+    Quantity.TO_DEVICE: "link, to GPU",
+    Quantity.TO_HOST: "link, to CPU",
     Quantity.BOTH_WAYS: "link, both at once",
-    Quantity.HOST_READ: "host memory, read",
-    Quantity.HOST_SHARED: "host memory, with link",
+    Quantity.HOST_READ: "CPU memory, read",
+    Quantity.HOST_SHARED: "CPU memory, with link",
     Quantity.HOST_ATTENTION: "attention, on CPU",
 }
 _CPU_LABELS = {

@@ -52,7 +52,7 @@ def format_duration(seconds: float) -> str:
 
 
 class PrefillBar:
-    """Shows how far a prompt has come; a context manager around the call that runs it.
+    """A bar that shows how far a prompt has come; a context manager around the call that runs it.
 
     Its `update` is the `progress` of `headinfer.attach`. Shows nothing where stderr is no terminal.
 

@@ -51,7 +51,7 @@ def summary_rows(stats: Stats, plan: Plan) -> Iterator[tuple[str, str]]:
     standard = format_bytes(stats.standard_kv_bytes)
     if plan.device == "cpu":
         yield "link", "nothing was copied: the CPU attends where the cache lies"
-        yield "KV on the host", f"{format_bytes(stats.host_kv_bytes)} (standard: {standard})"
+        yield "KV in CPU memory", f"{format_bytes(stats.host_kv_bytes)} (standard: {standard})"
         return
     yield (
         "link",
@@ -63,8 +63,8 @@ def summary_rows(stats: Stats, plan: Plan) -> Iterator[tuple[str, str]]:
         share = peak / stats.standard_kv_bytes
         of = f"{share:.1%} of the" if share <= 1 else "more than the"
         told = f"{format_bytes(peak)} at the peak, {of} {standard} of standard inference"
-        yield "KV on the device", told
-    yield "KV on the host", format_bytes(stats.host_kv_bytes)
+        yield "KV in GPU memory", told
+    yield "KV in CPU memory", format_bytes(stats.host_kv_bytes)
 
 
 def print_rows(console: Console, rows: Iterable[tuple[str, str]]) -> None:

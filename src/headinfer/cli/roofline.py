@@ -72,9 +72,9 @@ def roofline(
 ) -> None:
     """Show what bounds attention on a machine: compute, memory or the link.
 
-    For each operator, phase and context: operations, bytes, operations a byte,
-    and the rate that the lowest roof allows, with keys and values on the
-    device, and with them on the host.
+    Each operator, phase and context has its operations, bytes, operations a
+    byte, and the rate that the lowest roof allows. Keys and values are in GPU
+    memory, and then in CPU memory.
     """
     with reporting_errors():
         check_writable("--json", json_path)

@@ -145,7 +145,7 @@ def _findings(shape: ModelShape, hardware: Hardware) -> Iterator[str]:
         return
     ratio = hardware.device_bytes_per_s / hardware.link_bytes_per_s
     yield f"Prefill in chunks of {tokens:,} tokens or more hides the link behind compute."
-    yield f"Decode reads keys and values {ratio:.0f} times slower over the link than on the device."
+    yield f"Decode reads keys and values {ratio:.0f} times slower over the link than in GPU memory."
 
 
 def _legend(rows: Sequence[Row], *, causal: bool) -> Iterator[str]:
@@ -153,7 +153,7 @@ def _legend(rows: Sequence[Row], *, causal: bool) -> Iterator[str]:
     whose = f"its {group} query heads" if group > 1 else "its query head"
     yield f"flash: all heads of a layer at once; head-wise: one KV head and {whose}."
     if rows[0].offloaded is not None:
-        yield "device: keys and values lie in device memory; link: they are offloaded."
+        yield "device: keys and values lie in GPU memory; link: they are offloaded."
     yield "Keys and values count once for each KV head, not once for each query head."
     if causal:
         yield "Prefill counts the pairs that a causal mask leaves (the paper: the full square)."

@@ -12,7 +12,7 @@ SAMPLING_NAMES = ("temperature", "top_k", "top_p", "min_p")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationOptions:
-    """Options with the names and meanings of transformers' `GenerationConfig`.
+    """A set of options with the names and meanings of transformers' `GenerationConfig`.
 
     None leaves an option to the model's own generation config.
     """

@@ -1,6 +1,6 @@
 """The embedded demo model and documents to try it on.
 
-The model is a stock Llama whose weights are constructed (see `weights.py`): it answers questions
+The model is a stock Llama whose weights are constructed (see `weights.py`). It answers questions
 about numbers hidden in a long text, and can do nothing else.
 """
 

@@ -20,7 +20,7 @@ MAX_ANSWER_TOKENS = 12
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """One question with the right answer and what the model said."""
+    """An answer: one question with the right answer and what the model said."""
 
     question: str
     expected: str
@@ -34,7 +34,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """Result of asking all questions of some documents.
+    """A result of asking all questions of some documents.
 
     Attributes:
         answers: All answers, document after document.

@@ -48,7 +48,7 @@ class Kind(IntEnum):
 
 
 class Stream:
-    """Dimensions of the residual stream."""
+    """A division of the residual stream's dimensions."""
 
     KIND = slice(0, 14)
     BALANCE = 14

@@ -1,7 +1,7 @@
 """Sentences of the demo's documents: the chronicle of a harbour town.
 
 A slot such as `{place}` is filled from `SLOTS`. `{mention}` is filled with a strongbox name
-(adjective and noun) that is mentioned but given no number; a sentence with `{mention}` has no
+(adjective and noun) that is mentioned but given no number. A sentence with `{mention}` has no
 digits, so that it never states a fact. Sentences that state facts are in `FACTS` and `KEEPER`.
 """
 

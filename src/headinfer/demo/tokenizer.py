@@ -1,8 +1,8 @@
 """The demo model's tokenizer: one token for each word of the demo, bytes for all other text.
 
-It is a byte-level BPE without merges: a piece of text that is in the vocabulary is one token, any
-other piece is spelled in bytes. So every text round-trips exactly. Pieces are cut as `PIECES`
-says, which `count_tokens` uses as well.
+It is a byte-level BPE without merges. A piece of text that is in the vocabulary is one token; any
+other piece is spelled in bytes. So every text round-trips exactly. Pieces are cut as `PIECES` says,
+which `count_tokens` uses as well.
 """
 
 import re

@@ -4,11 +4,12 @@ The model is a `LlamaForCausalLM` of two layers with 4 query heads, 2 KV heads a
 its MLPs are zero. It continues "... the strongbox of the amber falcon opens with" by " 73-91, says
 Orla Venn." when the text so far says so.
 
-**Residual stream.** Every token's embedding holds a one-hot class (`Kind`), and for words with a
-meaning a unit code (`codebook`): adjective, noun, or payload (half a number, forename, surname).
-Heads write into dimensions of their own (`Stream`). A balance entry gives all embeddings the same
-norm, and every head writes exactly one unit of norm, so each RMSNorm divides by a constant known
-beforehand; the norm's weight multiplies by it again, and attention sees the stream as it is.
+**Residual stream.** Every token's embedding holds a one-hot class (`Kind`). The embedding of a word
+with a meaning also holds a unit code (`codebook`): adjective, noun, or payload (half a number,
+forename, surname). Heads write into dimensions of their own (`Stream`). A balance entry gives all
+embeddings the same norm, and every head writes exactly one unit of norm. So each RMSNorm divides by
+a constant known beforehand. The norm's weight multiplies by that constant again, and attention sees
+the stream as it is.
 
 **Positions.** RoPE pair `i` turns by `f_i = THETA ** (-i / 16)` radians a token. Pairs 0 to 7 turn
 fast enough to tell positions apart. Pairs 8 to 15 stand almost still: over 2**20 tokens pair 8
@@ -23,18 +24,19 @@ softmax over a million positions then leaves at most 1e-6 to the others.
 
 **Layer 0**, per KV head one query head that looks near and one that looks far:
 
-- head 0 (KV head 0) copies the code of the noun, head 2 (KV head 1) that of the adjective, from
-  the distance at which it stands before a token of this class: `amber falcon opens with 73 -91`
-  and `amber falcon ? <|assistant|> 73 -91` agree in this. Other tokens look at themselves.
-- head 1 (KV head 0) finds the keeper's forename for "says", head 3 (KV head 1) the surname for the
-  forename, wherever in the text it stands.
+- head 0 (KV head 0) copies the code of the noun, head 2 (KV head 1) the code of the adjective. Each
+  copies from the distance at which its word stands before a token of this class. `amber falcon
+  opens with 73 -91` and `amber falcon ? <|assistant|> 73 -91` agree in this. Other tokens look at
+  themselves.
+- head 1 (KV head 0) finds the keeper's forename for "says", wherever in the text it stands. Head 3
+  (KV head 1) finds the surname for the forename, wherever in the text it stands.
 
 **Layer 1** finds the number. KV head 0 answers the cue ("with" or the assistant token) by a first
-half, KV head 1 answers a first half by a second half, in each case the one that has the same
-adjective and noun. With `MATCH` = A and `KIND` = B a score is 2A + B for the right token, at most
-(1 + 3/7) A + B where only the adjective or only the noun is right, and 2A for a token of another
-class. The two query heads of a group each copy half of the payload, so that every query head is
-needed.
+half. KV head 1 answers a first half by a second half. The half is the one that has the same
+adjective and noun. With `MATCH` = A and `KIND` = B a score is 2A + B for the right token. It is at
+most (1 + 3/7) A + B where only the adjective or only the noun is right. It is 2A for a token of
+another class. The two query heads of a group each copy half of the payload, so that every query
+head is needed.
 
 **Nothing found.** In each searching head the first token of the text (`<|begin|>`) scores halfway
 between a right and a half-right token. Its payload means "missing": the model then says "unknown".

@@ -1,9 +1,8 @@
 """The words of the demo model that carry meaning for it, and the words it merely reads.
 
-The model tells words apart by the class they belong to: an adjective and a noun together name a
-strongbox, a number has two halves, a keeper has a forename and a surname. Every word of these
-lists is one token. Words of running prose come from the sentences in `prose.py`; the model ignores
-them.
+The model tells words apart by the class they belong to. An adjective and a noun together name a
+strongbox, a number has two halves, a keeper has a forename and a surname. Every word of these lists
+is one token. Words of running prose come from the sentences in `prose.py`; the model ignores them.
 """
 
 

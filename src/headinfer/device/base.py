@@ -69,7 +69,7 @@ class Stream(Protocol):
     def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
         """Enqueue a copy between tensors of equal shape and dtype, and return.
 
-        Of a tile, whose heads lie apart, one transfer for each head, or one for all where the
+        A tile, whose heads lie apart, takes one transfer for each head, or one for all where the
         device copies strips.
         """
 
@@ -101,7 +101,7 @@ class Stream(Protocol):
 
 
 class Device(Protocol):
-    """Where attention is computed, and the memory and streams around it.
+    """A device: where attention is computed, with the memory and streams around it.
 
     Where `tiles_are_views`, tiles are views of the store and no stream is ever used.
     """
@@ -149,8 +149,8 @@ class Device(Protocol):
         """Return `num_bytes` of uninitialised device memory as uint8.
 
         Compute may still use what lay there before; other streams wait for what compute has
-        enqueued by now. The memory is freed with its last view, and then compute's at once, which
-        must not be before compute or the host has waited for every copy that touches it.
+        enqueued by now. The memory is freed with its last view, and is then compute's at once. It
+        must not be freed before compute or the host has waited for every copy that touches it.
         """
 
     def mapped(self, memory: torch.Tensor) -> torch.Tensor:

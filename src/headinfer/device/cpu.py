@@ -9,7 +9,7 @@ from headinfer.device.host_pages import map_host_memory
 
 
 class CpuDevice:
-    """Tiles are views of the host store; the streams of the protocol must never be asked for."""
+    """A device whose tiles are views of the host store; its streams must never be asked for."""
 
     name = "cpu"
     tiles_are_views = True

@@ -51,7 +51,7 @@ class CudaEvent:
 
 
 class CudaStream:
-    """One stream; `None` stands for whichever stream is current when a method is called."""
+    """A stream; `None` stands for whichever stream is current when a method is called."""
 
     def __init__(self, device: torch.device, stream: torch.cuda.Stream | None) -> None:
         self._device_index = device.index  # torch takes ten times as long to find it by the device
@@ -63,7 +63,7 @@ class CudaStream:
     def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
         """Enqueue a copy; asynchronous because the host side is page-locked.
 
-        torch's allocator need not know of the stream: both sides' memory is the engine's own, or
+        torch's allocator need not know of the stream. Both sides' memory is the engine's own, or
         kept by it until compute was made to wait for the copy.
         """
         if torch.version.hip is None:
@@ -98,7 +98,7 @@ class CudaStream:
 
 
 class _Mapped:
-    """Host memory as uint8 on the device, for torch to view; torch keeps this object."""
+    """A piece of host memory as uint8 on the device, for torch to view; torch keeps this object."""
 
     def __init__(self, memory: torch.Tensor, address: int) -> None:
         self._memory = memory
@@ -111,7 +111,7 @@ class _Mapped:
 
 
 class CudaDevice:
-    """One CUDA GPU.
+    """A CUDA GPU.
 
     `compute` is the stream that is current when the model runs, so the engine joins whatever
     stream the caller chose. The other streams are the engine's own.
@@ -146,8 +146,8 @@ class CudaDevice:
     def _lock_new(self, num_bytes: int) -> torch.Tensor:
         """Map and lock memory, rounded up to whole pages.
 
-        Mapped and registered by hand because torch's pinned allocator rounds up to a power of two,
-        which for a KV cache can double the host memory used.
+        The memory is mapped and registered by hand because torch's pinned allocator rounds up to a
+        power of two. For a KV cache that can double the host memory used.
         """
         # Written by all threads, because locking commits pages one by one: 1 GiB took 59 ms so
         # beside an H100, and 203 ms without.
@@ -160,7 +160,7 @@ class CudaDevice:
             with contextlib.suppress(RuntimeError):  # the next operation would report it again
                 torch.zeros(1, device=self.torch_device)
             raise MemoryPlanError(
-                f"cannot lock {format_bytes(num_bytes)} of host memory for the KV cache (CUDA "
+                f"cannot lock {format_bytes(num_bytes)} of CPU memory for the KV cache (CUDA "
                 f"error {status}); free memory or raise the limit shown by `ulimit -l`"
             )
         finalizer = weakref.finalize(storage, cudart.cudaHostUnregister, storage.data_ptr())

@@ -3,8 +3,9 @@
 torch has no binding for it. The driver calls on a thread of its own, which needs Python's global
 lock; so nobody may wait for the device while holding that. torch's and Triton's waits and launches
 release it, and so does ctypes. An object that is freed meanwhile may launch too (an allocator's
-event), with the lock held, and a launch waits where the driver's queue, of about a thousand, is
-full: few calls may be pending at a time, which keeps the queue short where layers have few tiles.
+event), with the lock held. A launch waits where the driver's queue, of about a thousand, is full.
+
+So few calls may be pending at a time, which keeps the queue short where layers have few tiles.
 Functions in machine code need no lock, and so no limit.
 """
 

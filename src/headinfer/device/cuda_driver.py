@@ -20,7 +20,7 @@ _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_size_t
 
 
 class _Copy(ctypes.Structure):
-    """`CUDA_MEMCPY2D`."""
+    """A `CUDA_MEMCPY2D` of the driver's."""
 
     _fields_ = (
         ("src_x", _SIZE),

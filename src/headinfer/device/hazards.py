@@ -1,6 +1,6 @@
 """Happens-before checking of memory accesses on several streams, by vector clocks.
 
-Each stream counts its operations; a clock maps stream names to counts, and an operation is ordered
+Each stream counts its operations, and a clock maps stream names to counts. An operation is ordered
 after another when its clock has reached the other's count on the other's stream. Two accesses to
 overlapping bytes, at least one of them a write, must be ordered. The method is the one of
 happens-before race detectors; what is tracked here is byte ranges of tensor storages.
@@ -25,7 +25,7 @@ def join(clock: Clock, other: Clock) -> None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Access:
-    """One read or write of a byte range."""
+    """A read or write of a byte range."""
 
     stream: str
     count: int
@@ -55,7 +55,7 @@ def byte_range(tensor: torch.Tensor) -> tuple[int, int]:
 
 @dataclass(slots=True)
 class AccessLog:
-    """The accesses that later ones must still be ordered after."""
+    """A log of the accesses that later ones must still be ordered after."""
 
     _by_storage: dict[int, list[Access]] = field(default_factory=dict)
 

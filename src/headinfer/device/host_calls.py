@@ -35,9 +35,9 @@ class NativeFunction:
 def without_collection() -> Iterator[None]:
     """Keep the garbage collector from running, on any thread, until a host function is done.
 
-    On the function's thread it might free a cache that nobody refers to any more, which waits for
-    the very stream that waits for the function; or device memory, for which the allocator's lock is
-    needed, whose holder may be waiting for the device.
+    On the function's thread it might free a cache that nobody refers to any more. Freeing a cache
+    waits for the very stream that waits for the function. It might also free device memory: the
+    allocator's lock is needed for that, and its holder may be waiting for the device.
     """
     global _running, _was_enabled
     with _lock:

@@ -11,9 +11,11 @@ _PROC = Path("/proc")
 _CGROUP = Path("/sys/fs/cgroup")
 
 _RECLAIMED_LATE = ("Mapped", "Dirty", "Writeback")
-"""Files' pages that the system counts as available, and that are not: those of programs at work and
-of weights that are read where they lie, which would be read from disk again and again, and those
-that must be written first."""
+"""Files' pages that the system counts as available, and that are not.
+
+The pages of programs at work, and of weights that are read where they lie, would be read from disk
+again and again. The other pages must be written first.
+"""
 
 
 def all_host_bytes() -> int:
@@ -25,9 +27,9 @@ def all_host_bytes() -> int:
 def available_host_bytes() -> int:
     """Return the host memory this process can still take, in bytes.
 
-    What the system has free or can free without reading it again at once, and no more than the
-    control groups that this process is in allow. The watermarks below which the kernel does not let
-    memory fall are no part of what it calls available.
+    It is what the system has free, or can free without reading it again at once. It is no more than
+    the control groups that this process is in allow. The watermarks below which the kernel does not
+    let memory fall are no part of what it calls available.
     """
     memory = _meminfo()
     available = memory.get("MemAvailable")
@@ -50,7 +52,7 @@ def _meminfo() -> dict[str, int]:
 
 
 class _Names(NamedTuple):
-    """What one version of control groups calls its files, and what it counts in `memory.stat`."""
+    """A version of control groups: what it calls its files, and what it counts in `memory.stat`."""
 
     limits: tuple[str, ...]
     used: str

@@ -43,7 +43,7 @@ def make_device(
     """Return the device a model on `model_device` is served on.
 
     Args:
-        name: as given to `attach`.
+        name: the `device` of `attach`.
         model_device: where the model's weights are.
         simulated_device: the instance to use where a simulated one is asked for, if any.
 

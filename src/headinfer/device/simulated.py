@@ -1,10 +1,12 @@
 """A device that runs on the CPU, has memory of its own, and copies at the worst possible time.
 
 Work on the compute stream runs when it is enqueued, as the model's own operations do. Copies and
-calls of host functions are queued and run, in a seeded random order, as early as their stream
-allows or as late as the waits on them allow: a read that nothing orders after its copy finds
-garbage. Independently of when things ran, every access is checked by vector clocks (`hazards`), so
-that a missing wait is an error even where chance let the copy run in time.
+calls of host functions are queued, and run in a seeded random order. They run as early as their
+stream allows or as late as the waits on them allow. A read that nothing orders after its copy finds
+garbage.
+
+Independently of when things ran, every access is checked by vector clocks (`hazards`). So a missing
+wait is an error even where chance let the copy run in time.
 
 `simulated_memory` does the same for memory that is handed out, and for memory that is freed.
 """
@@ -76,7 +78,7 @@ class SimulatedEvent:
 
 
 class SimulatedStream:
-    """One queue. The compute stream is `eager`: what is enqueued by other means ran at once."""
+    """A queue. The compute stream is `eager`: what is enqueued by other means ran at once."""
 
     def __init__(self, device: "SimulatedDevice", name: str, *, eager: bool) -> None:
         self.device = device
@@ -206,7 +208,7 @@ class SimulatedStream:
 
 
 class SimulatedDevice:
-    """The device behind `--device simulated`.
+    """A simulated device, the one behind `--device simulated`.
 
     Args:
         seed: of the order in which queued work runs.
@@ -273,7 +275,7 @@ class SimulatedDevice:
         return self.memory.host_empty(num_bytes)
 
     def device_empty(self, num_bytes: int) -> torch.Tensor:
-        """Return memory of the simulated device, poisoned likewise, and account for it."""
+        """Return memory of the simulated device, poisoned with NaN too, and account for it."""
         tensor = self.memory.device_empty(num_bytes)
         self._compute.writes(tensor, "what had this memory before")
         return tensor

@@ -1,9 +1,10 @@
 """Memory of the simulated device and its host: handed out again, and checked when it is freed.
 
-Device memory comes from a caching allocator, as torch's is. That orders the owners of a block on
-the compute stream alone: a new owner's memory may be in use there by what was enqueued before, and
-memory that is freed by what is enqueued from then on, the model's own operations among it. Host
-memory is the system's again once it is freed, so that the host itself must come last.
+Device memory comes from a caching allocator, as torch's is. Such an allocator orders the owners of
+a block on the compute stream alone. A new owner's memory may be in use there by what was enqueued
+before. Memory that is freed may be in use by what is enqueued from then on, the model's own
+operations among it. Host memory is the system's again once it is freed, so that the host itself
+must come last.
 """
 
 import collections
@@ -19,7 +20,7 @@ _MULTIPLE_BYTES = 512  # torch's own
 
 
 class Blocks:
-    """Blocks of device memory, kept when they are freed.
+    """A set of blocks of device memory, kept when they are freed.
 
     A block stays in place as long as this object, so that a copy which comes too late spoils what
     the next owner has there.
@@ -67,11 +68,11 @@ class Blocks:
 
 
 class SimulatedMemory:
-    """All memory that streams touch, from when it is handed out or first touched until it is freed.
+    """A record of all memory that streams touch, from its first touch or handing out until freed.
 
     Args:
         compute: the clock of the compute stream, which advances as that does.
-        host: likewise of the host.
+        host: the clock of the host, which advances as that does.
 
     Attributes:
         blocks: the device memory.

@@ -20,7 +20,7 @@ class AccountingKind(str, enum.Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Accounting:
-    """How the bytes of a model's KV and activations are counted.
+    """A way of counting the bytes of a model's KV and activations.
 
     Attributes:
         kind: ours or the paper's.

@@ -11,7 +11,7 @@ from headinfer.units import format_bytes, format_seconds, format_tokens
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """One change after which a plan fits.
+    """A change after which a plan fits.
 
     Attributes:
         device_memory_bytes: the device memory to give; None to leave it.
@@ -28,7 +28,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """What to run.
+    """A choice of what to run.
 
     Attributes:
         plan: the method; None where none fits.
@@ -61,21 +61,21 @@ def _reasons(situation: Situation, plans: Sequence[MethodPlan], plan: MethodPlan
     if situation.device == "cpu":
         yield "There is no device beside the CPU: tiles are attended where they lie."
     elif plan.tile_heads is None:
-        yield f"All of the KV cache, {format_bytes(plan.kv_total_bytes)}, stays on the device."
+        yield f"All of the KV cache, {format_bytes(plan.kv_total_bytes)}, stays in GPU memory."
     elif not plan.streamed_bytes + plan.host_attended_bytes:
         yield (
-            f"All of the KV cache, {format_bytes(plan.kv_total_bytes)}, stays on the device: "
+            f"All of the KV cache, {format_bytes(plan.kv_total_bytes)}, stays in GPU memory: "
             "nothing is streamed."
         )
     else:
         standard = by_name[CHUNKED]
         yield (
             f"The whole KV cache does not fit: even chunked, standard inference needs "
-            f"{format_bytes(standard.total_device_bytes)} on the device."
+            f"{format_bytes(standard.total_device_bytes)} of GPU memory."
         )
         if plan.resident_bytes:
             yield (
-                f"{format_bytes(plan.resident_bytes)} of KV stay on the device: what weights, "
+                f"{format_bytes(plan.resident_bytes)} of KV stay in GPU memory: what weights, "
                 f"activations, tiles{' and CUDA' if plan.runtime_bytes else ''} leave of "
                 f"{format_bytes(situation.device_memory_bytes)}."
             )
@@ -135,7 +135,7 @@ def _shortfalls(situation: Situation, plan: MethodPlan) -> Iterator[str]:
     """Say what the smallest plan of ours lacks."""
     if plan.device_short_bytes:
         runtime = format_bytes(plan.runtime_bytes)
-        memory = "Memory" if situation.device == "cpu" else "Device memory"
+        memory = "Memory" if situation.device == "cpu" else "GPU memory"
         yield (
             f"{memory} is {format_bytes(plan.device_short_bytes)} short: the smallest plan "
             f"needs {format_bytes(plan.total_device_bytes)}, of which weights "
@@ -144,7 +144,7 @@ def _shortfalls(situation: Situation, plan: MethodPlan) -> Iterator[str]:
         )
     if plan.host_short_bytes:
         yield (
-            f"Host memory is {format_bytes(plan.host_short_bytes)} short: the KV cache of "
+            f"CPU memory is {format_bytes(plan.host_short_bytes)} short: the KV cache of "
             f"{format_tokens(situation.context_tokens)} tokens takes "
             f"{format_bytes(plan.kv_host_bytes)} there{_kept_back(situation, plan)}."
         )

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One row of a table: the paper's figures and ours; None where there is none.
+    """A row of a table: the paper's figures and ours; None where there is none.
 
     Attributes:
         label: what the row is about.

@@ -19,14 +19,14 @@ def shape_from_config(
 ) -> ModelShape:
     """Return the shape a model has once loaded: what `model_shape` says of it, name aside.
 
-    Of models that also see, this is the text part: their vision tower is not counted. Quantised
+    The shape of a model that also sees is its text part: its vision tower is not counted. Quantised
     weights are counted as the checkpoint stores them (see `headinfer.estimate.quantization`).
 
     Args:
         config: the contents of its config.json.
         name: of the shape, and for messages.
         dtype: of the weights that are not quantised and of the KV cache: "float32", "bfloat16" or
-            "float16"; None for the one the config names, or bfloat16 if it names none.
+            "float16". None is the one the config names, or bfloat16 if it names none.
 
     Raises:
         ModelLoadError: this is no model's config, or it misses a value or has an impossible one.

@@ -56,7 +56,7 @@ class Experts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """What sets a family of models apart from Llama's plain layers.
+    """A family of models: what sets it apart from Llama's plain layers.
 
     Whether a projection has a bias is known (a bool) or said by a key of the config.
 

@@ -1,7 +1,7 @@
 """Machines known by name, from data sheets.
 
 The rates of a data sheet are ceilings. How much of a ceiling a kernel reaches is measured by
-`headinfer probe`; without a measurement the attainable rates below are the shares of the ceilings
+`headinfer probe`. Without a measurement the attainable rates below hold: the shares of the ceilings
 that good kernels reach.
 """
 

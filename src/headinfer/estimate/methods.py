@@ -1,8 +1,8 @@
 """Every way to run a long context, side by side: bytes, the longest context, and times.
 
-The methods are those of the paper's Table 10, its head-wise offload with 8, 4, 2 and 1 heads and
-adaptive, and ours: bounded (a tile also has a fixed number of tokens) and resident (what is left of
-the device memory keeps KV there).
+The methods are those of the paper's Table 10, with its head-wise offload at 8, 4, 2 and 1 heads and
+adaptive, and ours. Ours are bounded (a tile also has a fixed number of tokens) and resident (what
+is left of the device memory keeps KV there).
 """
 
 from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ BOUNDED, RESIDENT = "bounded", "resident"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Footprint:
-    """Bytes of one method at one context.
+    """A footprint: the bytes of one method at one context.
 
     Attributes:
         kv_device_bytes: KV on the device, staging and windows included.

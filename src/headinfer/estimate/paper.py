@@ -139,8 +139,8 @@ def _table_3() -> Comparison:
             "Of 24 GiB the paper's runs used at most 19.77 (Table 11): the CUDA context, workspaces"
             " and fragments take the rest. It tried steps of 5K to 10K, and rounded down.",
             "Host memory: 512 GiB over the KV of a token are exactly the 4096K of Llama-3-8B and "
-            "Mistral-7B and the 1024K of Llama-2-7B, however much the device would hold.",
-            "Qwen2-7B and Gemma-2-9b end before the host is full (9362K and 1560K): there the "
+            "Mistral-7B and the 1024K of Llama-2-7B, however much the GPU would hold.",
+            "Qwen2-7B and Gemma-2-9b end before CPU memory is full (9362K and 1560K): there the "
             "device limits, and 0.6 to 0.7 GiB of it are the whole difference.",
             "Less is lost where activations are chunked: the 20K of Llama-2-7B come to 23.1 GiB by "
             "the formulas, the 1300K of Gemma-2-9b to 20.4.",
@@ -181,8 +181,8 @@ def _table_5() -> Comparison:
             for name, k in paper.items()
         ),
         notes=(
-            "Halving the heads doubles the context until 512 GiB of host memory are full.",
-            "Ours bounds a tile's tokens too: `bounded` reaches the host's limit with all heads.",
+            "Halving the heads doubles the context until 512 GiB of CPU memory are full.",
+            "Ours bounds a tile's tokens too: `bounded` reaches CPU memory's limit with all heads.",
         ),
     )
 

@@ -10,7 +10,7 @@ _FLOAT32_BYTES = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParameterCount:
-    """Parameters of a model, apart as quantisation treats them.
+    """A count of a model's parameters, apart as quantisation treats them.
 
     Attributes:
         projections: in the matrices of attention and MLP.

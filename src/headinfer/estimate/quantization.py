@@ -1,9 +1,9 @@
 """The bytes of quantised weights, as checkpoints store them.
 
 MXFP4 is exact: blocks of 32 four-bit elements share one byte of scale, in the experts only. For the
-other methods this is an approximation to about 1%: all matrices of the layers are counted as
-quantised with their scales, embeddings, output matrix, norms, biases and routers as not. Modules a
-checkpoint leaves out (`modules_to_not_convert`) are not looked at.
+other methods this is an approximation to about 1%. All matrices of the layers are counted as
+quantised, with their scales. Embeddings, output matrix, norms, biases and routers are counted as
+not quantised. Modules a checkpoint leaves out (`modules_to_not_convert`) are not looked at.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,7 +17,7 @@ Settings = Mapping[str, object]
 
 @dataclass(frozen=True, slots=True)
 class _Bits:
-    """Bits of one quantised element, its share of the scales included; None: not quantised."""
+    """A number of bits for each quantised element, scales included; None: not quantised."""
 
     projections: float | None
     experts: float | None

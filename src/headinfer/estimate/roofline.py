@@ -1,15 +1,17 @@
 """The roofline of attention: what a machine can reach at best (Tables 12 and 13, Figures 5 and 8).
 
-One attention operator of one layer, with n context tokens, q new tokens (n in prefill, 1 in
-decode), H query heads on h KV heads, d elements of a key and a value together, b bytes an element:
+One attention operator of one layer has n context tokens and q new tokens (n in prefill, 1 in
+decode). It has H query heads on h KV heads, d elements of a key and a value together, b bytes an
+element:
 
     operations   = 2 q n H d            two matrix products: scores, and their sum over values
     device bytes = b (q H d + n h d)    query and output, and every key and value once
     link bytes   = b n h d              every key and value once, when they live on the host
 
-A rate is at best the lowest of the roofs: the device's matrix rate, intensity x device memory rate
-and, for offloaded keys and values, link intensity x link rate. As in the paper, prefill counts the
-full square of tokens; `causal` counts the pairs that a causal mask leaves, about half of it.
+A rate is at best the lowest of the roofs. These are the device's matrix rate, intensity x device
+memory rate and, for offloaded keys and values, link intensity x link rate. As in the paper, prefill
+counts the full square of tokens; `causal` counts the pairs that a causal mask leaves, about half of
+it.
 """
 
 import enum
@@ -55,7 +57,7 @@ class Bound(enum.Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Roof:
-    """What an operator can reach with its keys and values in one place.
+    """A roof: what an operator can reach with its keys and values in one place.
 
     Attributes:
         bytes: moved at the place in question: device memory, or keys and values over the link.
@@ -72,7 +74,7 @@ class Roof:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One operator at one context, regular and offloaded.
+    """A row: one operator at one context, regular and offloaded.
 
     Attributes:
         phase: prefill or decode.
@@ -140,7 +142,7 @@ def link_hidden_from_tokens(shape: ModelShape, hardware: Hardware) -> int | None
     """Return the smallest prefill chunk whose attention takes as long as its tiles take to arrive.
 
     Every key and value that crosses the link serves `2 q group / b` operations a byte, whatever the
-    context; from this q on that is enough for the matrix rate. None without a link.
+    context. From this q on that is enough for the matrix rate. None without a link.
     """
     if hardware.link_bytes_per_s is None:
         return None

@@ -1,6 +1,6 @@
 """The paper's Table 12 as printed, beside ours, with a reason wherever the two differ.
 
-Table 13, the same for the A100, is not compared cell by cell: it follows from the same operations
+Table 13, the same for the A100, is not compared cell by cell. It follows from the same operations
 and bytes with other ceilings, which `roofline` takes from the preset.
 """
 
@@ -86,7 +86,7 @@ _REASONS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """One figure twice.
+    """A cell: one figure, the paper's and ours.
 
     Attributes:
         column: what it is.

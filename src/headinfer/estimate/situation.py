@@ -16,7 +16,7 @@ from headinfer.plan.shape import ModelShape
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MethodPlan:
-    """One method at one context on one machine.
+    """A plan of one method at one context on one machine.
 
     Attributes:
         method: its name; head-wise ones end in their heads.
@@ -85,7 +85,7 @@ class MethodPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Situation:
-    """What a user asks about.
+    """A situation that a user asks about.
 
     Attributes:
         shape: the model.

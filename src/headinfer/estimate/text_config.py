@@ -11,7 +11,7 @@ _OTHER_NAMES = {"num_experts": "num_local_experts"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextConfig:
-    """The values of a decoder's config, those it leaves out included.
+    """A decoder's config: its values, those it leaves out included.
 
     Attributes:
         name: of the model, for messages.

@@ -20,7 +20,7 @@ Criterion = Callable[..., torch.Tensor]
 
 
 class Generation:
-    """One call of a model's `generate`, in the thread that calls `run`.
+    """A call of a model's `generate`, in the thread that calls `run`.
 
     Args:
         model: attached.

@@ -9,7 +9,7 @@ from headinfer.integration.calls import CACHE_NAMES
 
 
 class LogitsCheck:
-    """Notes whether a model's logits are numbers, and raises before a token is made of others.
+    """A check that a model's logits are numbers; it raises before a token is made of others.
 
     The note is made on the model's device and read where `generate` waits for the device anyway,
     so that no wait is added. The logits are the model's own: what makes scores of them may well

@@ -13,7 +13,7 @@ _DECODERS_WITHOUT_FLAG = ("gpt_neox", "gpt_neox_japanese")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSource:
-    """Where a model comes from and how it is to be loaded.
+    """A source of a model: where it comes from and how it is to be loaded.
 
     Attributes:
         name: as the user gave it.

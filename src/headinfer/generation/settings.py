@@ -58,7 +58,7 @@ _PASSED_ON = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """Settings of one answer: the user's, then the model's own.
+    """A set of settings of one answer: the user's, then the model's own.
 
     Attributes:
         keywords: for transformers' `generate`.

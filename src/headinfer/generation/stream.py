@@ -51,9 +51,9 @@ class Generated:
         prefill_tokens_per_s: speed of the prompt.
         decode_s: seconds the tokens after the first took.
         decode_tokens_per_s: speed of those.
-        peak_device_kv_bytes: the most device memory that this call's cache held.
-        host_kv_bytes: the most host memory that this call's cache held.
-        standard_kv_bytes: device memory that standard inference would have held for its tokens.
+        peak_device_kv_bytes: the most GPU memory that this call's cache held.
+        host_kv_bytes: the most CPU memory that this call's cache held.
+        standard_kv_bytes: GPU memory that standard inference would have held for its tokens.
         finish_reason: None before the last record; there "stop" for an end token or stop string,
             "length" for `max_new_tokens`, "time" for `max_time`.
     """
@@ -101,8 +101,8 @@ def generate(
         A generator of records.
 
     Raises:
-        HeadInferError: an option is wrong, at once; the model cannot be loaded or served, or the
-            prompt does not fit, when the first record is asked for.
+        HeadInferError: an option is wrong; this is raised at once. The model cannot be loaded or
+            served, or the prompt does not fit: this is raised when the first record is asked for.
     """
     options = {name: keywords.pop(name) for name in DECLARATIONS if name in keywords}
     given = {name: value for name, value in keywords.items() if value is not None}

@@ -1,7 +1,7 @@
 """Text as it comes: token ids in, whole characters out.
 
-Unlike transformers' own `TextStreamer`, what was written in all is exactly the text of all tokens
-decoded together, and nothing is held back until the next space.
+What was written in all is exactly the text of all tokens decoded together. Nothing is held back
+until the next space. Both are unlike transformers' own `TextStreamer`.
 """
 
 from collections.abc import Callable
@@ -49,8 +49,8 @@ class TextCollector:
     def add(self, ids: list[int]) -> None:
         """Take new token ids and write what they complete.
 
-        A token's text depends on the token before it (spaces, characters of several tokens), so
-        the tokens written last are decoded once more together with the new ones.
+        A token's text depends on the token before it (spaces, characters of several tokens). So the
+        tokens written last are decoded once more together with the new ones.
         """
         self.ids += ids
         before = self._decode(self._window_start, self._written_ids)

@@ -1,8 +1,9 @@
 """Attaching to one model instance and leaving it as it was.
 
 Nothing of transformers or of the model's class is changed. The instance's config is replaced, in
-all its modules, by a copy that names our attention, so that other models sharing the config do not
-notice; its calls come to us first, through a `forward` of its own. Detaching undoes both.
+all its modules, by a copy that names our attention. So other models sharing the config do not
+notice. The instance's calls come to us first, through a `forward` of its own. Detaching undoes
+both.
 """
 
 import itertools
@@ -40,7 +41,7 @@ def owner_of(model: object) -> object | None:
 
 
 class Attachment:
-    """Our attention on one model instance, from construction until `remove`.
+    """An attachment of our attention to one model instance, from construction until `remove`.
 
     Args:
         model: supported and not attached.

@@ -22,19 +22,19 @@ PrefillProgress = Callable[[int, int], None]
 
 
 class OffloadedCache(DynamicCache):
-    """A transformers cache whose attention layers are attended tile by tile, from host memory.
+    """A transformers cache whose attention layers are attended tile by tile, from CPU memory.
 
-    Windows stay on the device; the states of linear attention are transformers' own. Made by
+    Windows stay in GPU memory; the states of linear attention are transformers' own. Made by
     `Offload.new_cache`; valid for one conversation at a time, on the model it was made for.
 
     Iterating over it gives copies of the keys and values of one layer after another, on the model's
-    device: what is written to them does not reach the cache. `copy.deepcopy` makes a second cache
+    device. What is written to them does not reach the cache. `copy.deepcopy` makes a second cache
     of the same attachment, which then goes on by itself.
 
     Args:
         model: gives the layers.
         host: the attachment.
-        max_tokens: tokens to reserve host memory for; None to go by the prompts.
+        max_tokens: tokens to reserve CPU memory for; None to go by the prompts.
 
     Attributes:
         stats: times and memory of the calls with this cache; copies are counted for all caches of
@@ -149,7 +149,7 @@ class OffloadedCache(DynamicCache):
 
         Raises:
             ValueError: not once or more.
-            MemoryPlanError: the device or the host memory is too small for so many rows.
+            MemoryPlanError: the GPU memory or the CPU memory is too small for so many rows.
         """
         if repeats < 1:
             raise ValueError(f"rows are repeated once or more, not {repeats} times")
@@ -167,7 +167,7 @@ class OffloadedCache(DynamicCache):
         Raises:
             IndexError: there is no such row.
             ValueError: not a list of rows, or none is chosen.
-            MemoryPlanError: the device or the host memory is too small for so many rows.
+            MemoryPlanError: the GPU memory or the CPU memory is too small for so many rows.
         """
         batch = self._batch()
         if batch is not None:
@@ -219,12 +219,12 @@ class OffloadedCache(DynamicCache):
     def __deepcopy__(self, memo: dict[int, Any]) -> "OffloadedCache":
         """Return a second cache of the same attachment that holds the same tokens.
 
-        It takes device memory as any new cache does, and shares host memory until one of the two
-        changes what both hold; both count in full in what is allowed.
+        It takes GPU memory as any new cache does. The two share CPU memory until one of them
+        changes what both hold. Both count in full in what is allowed.
 
         Raises:
             CacheStateError: it was closed, the model was detached, or a call was interrupted.
-            MemoryPlanError: the device or the host memory is too small for a second cache.
+            MemoryPlanError: the GPU memory or the CPU memory is too small for a second cache.
         """
         self.state.check_open()
         self._check_whole()
@@ -265,5 +265,5 @@ class OffloadedCache(DynamicCache):
         )
 
     def close(self) -> None:
-        """Free host and device memory now; the cache cannot be used any more."""
+        """Free CPU and GPU memory now; the cache cannot be used any more."""
         self.state.close()

@@ -1,7 +1,7 @@
 """Long prompts pass through the model a chunk at a time (the paper's section 3.4).
 
-Done in front of the model's own forward, so that it holds for every way of generating, including
-those in which transformers' `prefill_chunk_size` is not looked at. What is not known to give the
+Chunks are cut in front of the model's own forward, so that this holds for every way of generating.
+Some of these ways do not look at transformers' `prefill_chunk_size`. What is not known to give the
 same result in chunks passes as a whole.
 """
 
@@ -36,11 +36,11 @@ _WHOLE = frozenset({*CACHE_NAMES, "use_cache", "return_dict", "logits_to_keep", 
 
 
 class Chunking:
-    """Which calls of one model may pass in chunks.
+    """A judge of which calls of one model may pass in chunks.
 
     Args:
-        model: the attached model; its first long call may be preceded by a few short ones, with a
-            cache of their own, that tell whether it continues a recurrent state.
+        model: the attached model. A few short calls, with a cache of their own, may precede its
+            first long one: they tell whether it continues a recurrent state.
     """
 
     def __init__(self, model: Any) -> None:

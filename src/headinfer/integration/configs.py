@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 
 class AttachedName(str):
-    """The name of our attention in a config; copies of the config name the attention it had."""
+    """A name of our attention in a config; copies of the config name the attention it had."""
 
     original: str | None
 
@@ -27,7 +27,7 @@ class AttachedName(str):
 
 
 class SwappedConfigs:
-    """Copies of a model's configs in place of its own, from `swap` until `restore`.
+    """A set of copies of a model's configs in place of its own, from `swap` until `restore`.
 
     Other models that share the configs do not notice. What was made from a copy meanwhile goes on
     with the attention the model had, once that is restored.

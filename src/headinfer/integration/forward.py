@@ -14,9 +14,9 @@ Serve = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 class InstanceForward:
     """A `forward` in an instance's own attributes, in front of the one it had.
 
-    Others may do the same before or after us, as accelerate does, and may stop in any order: one
-    that is covered by another when it is removed passes calls on, and goes as soon as it can.
-    Copies and pickles of the instance are without it.
+    Others may do the same before or after us, as accelerate does, and may stop in any order. A
+    forward that is covered by another when it is removed passes calls on. It goes as soon as it
+    can. Copies and pickles of the instance are without it.
 
     Args:
         model: the instance.

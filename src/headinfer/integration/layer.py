@@ -13,11 +13,11 @@ from headinfer.integration.turns import in_turn
 
 
 class OffloadedLayer(CacheLayerMixin):
-    """One attention layer of an `OffloadedCache`.
+    """An attention layer of an `OffloadedCache`.
 
     `keys` and `values` are copies, made whenever they are asked for: writing to one does not change
-    the cache, and nothing on the way of a model's call may look at them. The number of rows changes
-    for all layers at once, by the cache.
+    the cache. Nothing on the way of a model's call may look at them. The number of rows changes for
+    all layers at once, by the cache.
 
     Args:
         state: the cache's engine.
@@ -54,7 +54,7 @@ class OffloadedLayer(CacheLayerMixin):
 
     @property
     def values(self) -> torch.Tensor | None:
-        """A copy of the values, `[batch, kv_heads, tokens, value_dim]`, likewise."""
+        """A copy of the values, `[batch, kv_heads, tokens, value_dim]`; see `keys`."""
         return self._read("values")
 
     @values.setter
@@ -197,7 +197,7 @@ class OffloadedLayer(CacheLayerMixin):
         )
 
     def __copy__(self) -> NoReturn:
-        """Refuse likewise."""
+        """Refuse: an engine serves all layers of a cache."""
         self.__deepcopy__({})
 
     def __reduce_ex__(self, _protocol: Any) -> NoReturn:
@@ -218,7 +218,7 @@ class WindowLayer(OffloadedLayer):
         window_tokens: tokens that a query sees, its own included.
 
     Attributes:
-        sliding_window: as given.
+        sliding_window: the window's tokens, under transformers' name.
         record_past: whether it was told to record; it does so in any case.
     """
 

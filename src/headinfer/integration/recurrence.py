@@ -26,8 +26,8 @@ def has_state(model: Any) -> bool:
 def continues_state(model: Any, forward: Callable[..., Any], arguments: dict[str, Any]) -> bool:
     """Try a model out: is each state of a first pass taken into account by a second?
 
-    The states are made NaN in between, so that the answer depends on neither weights nor precision;
-    and it holds for the kernels that this machine has, and for families nobody knows yet.
+    The states are made NaN in between, so that the answer depends on neither weights nor precision.
+    The answer holds for the kernels that this machine has, and for families nobody knows yet.
 
     Args:
         model: the model.

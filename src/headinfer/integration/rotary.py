@@ -3,8 +3,8 @@
 Some rotary embeddings choose their frequencies by the last position they are given (transformers'
 `dynamic` and `longrope`). A chunk would choose by its own last position, and the whole prompt by
 the prompt's. So each chunk's call of such a module is given one position more, the whole call's
-last, and what comes out for it is cut off. The module then chooses, and remembers, what it would
-in one pass, whatever its own code does with the length.
+last. What comes out for that position is cut off. The module then chooses, and remembers, what it
+would in one pass, whatever its own code does with the length.
 """
 
 import contextlib

@@ -18,7 +18,7 @@ _FEW_TOKENS = 32
 
 
 class AttachmentOwner(Protocol):
-    """What calls need of the session they are served by."""
+    """An owner of an attachment: what calls need of the session they are served by."""
 
     stats: Stats
 

@@ -17,9 +17,11 @@ from headinfer.plan.plan import Plan
 from headinfer.units import format_bytes, format_tokens
 
 _GROWTH_DIVISOR, _LEAST_GROWTH_TOKENS = 4, 1024
-"""A cache is planned for a quarter more than it is known to hold, or so many tokens: an answer and
-the next turns follow, and where all tokens are resident another plan brings them back over the
-link."""
+"""A cache is planned for a quarter more than it is known to hold, or so many tokens.
+
+An answer and the next turns follow. Where all tokens are resident another plan brings them back
+over the link.
+"""
 
 
 def _with_growth(tokens: int) -> int:
@@ -42,7 +44,7 @@ def _unlike(engine: Engine, batch: int, dtype: torch.dtype) -> str:
 
 
 class CacheHost(Protocol):
-    """What a cache needs of the attachment it belongs to."""
+    """A host of caches: what a cache needs of the attachment it belongs to."""
 
     @property
     def functions(self) -> AttentionFunctions:
@@ -75,10 +77,10 @@ class CacheHost(Protocol):
 
 
 class OffloadedState:
-    """The engine behind a cache's offloaded layers; made when the first tokens come.
+    """A state behind a cache's offloaded layers; its engine is made when the first tokens come.
 
-    The layers refer to this and never to the cache, so that dropping the cache frees its memory at
-    once, without waiting for the garbage collector.
+    The layers refer to this and never to the cache. So dropping the cache frees its memory at once,
+    without waiting for the garbage collector.
 
     Attributes:
         host: the attachment.
@@ -224,7 +226,7 @@ class OffloadedState:
     def copy_from(self, other: "OffloadedState") -> None:
         """Hold what another cache of the same attachment holds.
 
-        Host memory is shared until one of the two changes what both hold; room is made sure of for
+        Host memory is shared until one of the two changes what both hold. Room is made sure of for
         the time when all of it was changed.
 
         Raises:

@@ -63,7 +63,7 @@ _CACHE_VARIABLES = (*CACHE_NAMES, "cache_params")
 
 @dataclass(frozen=True, slots=True)
 class AttentionCall:
-    """How a module calls the attention registry, read from the source of its `forward`.
+    """A module's call of the attention registry, read from the source of its `forward`.
 
     Attributes:
         keywords: what it passes by name.

@@ -17,7 +17,7 @@ _Result = TypeVar("_Result")
 
 
 class _Turn:
-    """One thread's wish to be inside, waiting or granted."""
+    """A thread's wish to be inside, waiting or granted."""
 
     __slots__ = ("gate", "thread")
 
@@ -107,7 +107,7 @@ class Turns:
 
 
 class TakesTurns(Protocol):
-    """Whatever knows the turns of its attachment."""
+    """An object that knows the turns of its attachment."""
 
     @property
     def turns(self) -> Turns:

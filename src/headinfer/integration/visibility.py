@@ -1,8 +1,8 @@
 """What a model's masks let its layers see: everything, the padding left out, or a window.
 
 Models make their masks through transformers, which asks the mask function registered for our
-attention. What that returns goes from the model to its layers' attention calls, and is the only
-word on what they see: stock eager attention and sdpa, which we must equal, look at nothing else. A
+attention. What that returns goes from the model to its layers' attention calls. It is the only word
+on what they see: stock eager attention and sdpa, which we must equal, look at nothing else. A
 `sliding_window` keyword may come beside it, and some models leave it out.
 """
 
@@ -20,7 +20,7 @@ from headinfer.integration.pending import Pending
 
 @dataclass(frozen=True, slots=True)
 class Visible:
-    """What the queries of a forward pass see in the layers that share a mask.
+    """A description of what a forward pass's queries see in the layers that share a mask.
 
     No mask at all stands for everything up to the query itself.
 

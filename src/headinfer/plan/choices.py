@@ -12,8 +12,8 @@ ALL_TOKENS = 2**40
 """Tile size of a tile that is never split; only where tiles are views and take no memory."""
 
 MAX_TILE_TOKENS = 2**17
-"""A tile that was left to choose has no more, so that staging is bounded in any context: keys of
-a head of 128 dims are then 32 MiB, beside which starting their copy is little."""
+"""A tile that was left to choose has no more tokens, so that staging is bounded in any context.
+Keys of a head of 128 dims are then 32 MiB, beside which starting their copy is little."""
 
 _LEAST_CONTEXT_TOKENS = 8192
 """Staging is made for at least such a context, however short the first prompt is."""

@@ -6,16 +6,19 @@ THIS = "this"
 """Name of the machine that `headinfer probe` measured."""
 
 _COPY_START_S = 27e-6
-"""What one copy over the link takes beyond its bytes: in a full queue, copies of 256 KiB took 32 us
-each, 5 of them for the bytes, from Python with torch 2.11 beside an H100 on PCIe 5.0."""
+"""What one copy over the link takes beyond its bytes.
+
+Measured from Python with torch 2.11 beside an H100 on PCIe 5.0, in a full queue. Copies of 256 KiB
+took 32 us each, 5 of them for the bytes.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hardware:
-    """One machine: a device, its host, and the link between them.
+    """A machine: a device, its host, and the link between them.
 
-    On a machine without a device the CPU is the device: `device_bytes_per_s` is then the rate of
-    host memory, and `link_bytes_per_s` is None because nothing is copied.
+    On a machine without a device the CPU is the device. `device_bytes_per_s` is then the rate of
+    host memory. `link_bytes_per_s` is then None because nothing is copied.
 
     Attributes:
         name: of the preset; "this" for the machine that was measured.

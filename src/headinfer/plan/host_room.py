@@ -11,20 +11,29 @@ _PAGE_TABLE_BYTES = 8
 """A page's entry in the process's page table. Large pages have as many set aside, to be split."""
 
 _LOCKED_PAGE_BYTES = 80
-"""What a page takes besides once it is locked for a GPU: while 122 GiB were locked beside an H100
-(driver 580, Linux 6.18) the driver's lists grew by 48 bytes a page, and memory shrank by 77."""
+"""What a page takes besides once it is locked for a GPU.
+
+Measured while 122 GiB were locked beside an H100 (driver 580, Linux 6.18). The driver's lists grew
+by 48 bytes a page, and memory shrank by 77.
+"""
 
 _CUDA_PROCESS_BYTES = 2**30
 """What a process still takes after `attach`, beside KV and what it computes with: libraries that
-load later and programs made for the GPU, 0.71 GiB there in prefill and decode of 100K tokens with
-Llama-3-8B's widths (torch 2.11)."""
+load later and programs made for the GPU.
+
+Measured beside the same H100, in prefill and decode of 100K tokens with Llama-3-8B's widths (torch
+2.11): 0.71 GiB.
+"""
 
 _PROCESS_BYTES = 128 * 2**20
-"""The same without CUDA: 39 MiB in the runs of the README's table, 32K tokens on two threads."""
+"""What a process still takes after `attach` without CUDA.
+
+Measured in the runs of the README's table, 32K tokens on two threads: 39 MiB.
+"""
 
 _RESERVE_DIVISOR, _MOST_RESERVE_BYTES = 64, 4 * 2**30
-"""Share of all memory that is left for other processes, and for what the system calls available but
-gives up late, and the most of it."""
+"""Share of all memory that is left for other processes, and the most of it. It is also for what the
+system calls available but gives up late."""
 
 
 def _page_bytes(device: str) -> int:
@@ -37,7 +46,7 @@ def _reserve_bytes(all_bytes: int) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostRoom:
-    """What of a host's memory is left for KV.
+    """A host's room: what of its memory is left for KV.
 
     Attributes:
         device: the kind of device the KV is for: "cpu", "cuda" or "simulated".
@@ -86,7 +95,7 @@ class HostRoom:
         return max(min(self.given_bytes - self.held_bytes, self.machine_bytes), 0)
 
     def less_than_given(self) -> str | None:
-        """Say where there is less than was given; None where there is not."""
+        """Say where there is less memory than `given_bytes`; None where there is not."""
         if self.given_bytes is None or self.given_bytes <= self.machine_bytes:
             return None
         return (
@@ -107,7 +116,7 @@ class HostRoom:
         if needed_bytes <= self.kv_bytes:
             return
         raise MemoryPlanError(
-            f"{what} needs {format_bytes(needed_bytes)} more of host memory, and "
+            f"{what} needs {format_bytes(needed_bytes)} more of CPU memory, and "
             f"{format_bytes(self.kv_bytes)} can be had{self._why()}"
         )
 
@@ -128,7 +137,7 @@ class HostRoom:
         asked = "" if given is None else f", not the {format_bytes(given)} given as host_memory"
         return (
             f"{asked}: {format_bytes(self.available_bytes)} are available, less "
-            f"{', '.join(parts)}; shorten the prompt or free host memory"
+            f"{', '.join(parts)}; shorten the prompt or free CPU memory"
         )
 
 

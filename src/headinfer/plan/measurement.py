@@ -30,7 +30,7 @@ class Quantity(enum.Enum):
     TO_DEVICE = "to_device"
     """Pinned host memory to the device; the size is the bytes of one copy."""
     TO_HOST = "to_host"
-    """The device to pinned host memory, likewise."""
+    """The device to pinned host memory; the size is the bytes of one copy."""
     BOTH_WAYS = "both_ways"
     """Both at once; bytes of both directions count."""
     HOST_READ = "host_read"
@@ -41,12 +41,12 @@ class Quantity(enum.Enum):
 
 
 CEILINGS = (Quantity.MATMUL, Quantity.DEVICE_READ, Quantity.HOST_READ, Quantity.HOST_SHARED)
-"""Of these the best repeat counts, of all others the median."""
+"""Quantities whose best repeat counts; of all others the median counts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Identity:
-    """What tells machines apart.
+    """An identity: what tells machines apart.
 
     Attributes:
         cpu: the processor's name.
@@ -71,13 +71,13 @@ class Identity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rate:
-    """One measured rate, or the reason why there is none.
+    """A measured rate, or the reason why there is none.
 
     Attributes:
         quantity: what it is of.
         size: bytes of one copy, or tokens of the context or the chunk; None where neither matters.
         typical_per_s: median of all repeats; None when the measurement failed.
-        best_per_s: the fastest repeat; None likewise.
+        best_per_s: the fastest repeat; None when the measurement failed.
         reached_by: the operation or kernel that was fastest.
         failure: why there is no rate; None when there is.
     """
@@ -97,7 +97,7 @@ class Rate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
-    """All that one `headinfer probe` found.
+    """A measurement: all that one `headinfer probe` found.
 
     Attributes:
         identity: the machine.

@@ -8,8 +8,8 @@ of the terms grows with the context.
 from headinfer.plan.shape import ModelShape
 
 STAGING_BUFFERS = 3
-"""Tiles on the device at once: one attended, the next landing, one more so that the link need not
-wait for the attention of a tile that was shorter than its copy."""
+"""Tiles on the device at once: one attended, the next landing, and one more. With it the link need
+not wait for the attention of a tile that was shorter than its copy."""
 
 PAGES = 2
 """Pages of new tokens: one is written while the other goes back to the host."""
@@ -22,12 +22,17 @@ ALIGNMENT_BYTES = 256
 """Every piece of the arena starts on such a boundary: what fused kernels and copy engines like."""
 
 CUDA_OUTSIDE_BYTES = 768 * 2**20
-"""What CUDA's context and the handles of its libraries take beside torch's allocator: 0.75 GiB with
-torch 2.11 and CUDA 13.0 on an H100."""
+"""What CUDA's context and the handles of its libraries take beside torch's allocator.
+
+Measured with torch 2.11 and CUDA 13.0 on an H100: 0.75 GiB.
+"""
 
 _CUDA_FRAGMENTS_BYTES = 512 * 2**20
-"""What torch's allocator holds and cannot use, and cuBLAS's workspace: 285 MiB and 32 there when a
-prefill of Llama-3-8B in chunks of 8K tokens asked for 224 MiB more, and 256 MiB were too few."""
+"""What torch's allocator holds and cannot use, and cuBLAS's workspace.
+
+Measured on the same H100, when a prefill of Llama-3-8B in chunks of 8K tokens asked for 224 MiB
+more. They took 285 MiB and 32, and 256 MiB were too few.
+"""
 
 _FLOAT32_BYTES = 4
 _POSITION_BYTES = 8
@@ -174,9 +179,9 @@ def activation_bytes(
 def _merge_bytes(itemsize: int, *, on_cpu: bool) -> int:
     """Bytes for each element of a partial output while it is merged into another one.
 
-    On the CPU the first partial, its float32 copy, the next partial, which is float32, and its
-    weighted form; on CUDA the query laid out anew, three partials and, in float32, what was merged
-    of them. Without Triton it is no more.
+    On the CPU these are the first partial, its float32 copy, the next partial, which is float32,
+    and its weighted form. On CUDA they are the query laid out anew, three partials and, in float32,
+    what was merged of them. Without Triton they are no more.
     """
     if on_cpu:
         return itemsize + 3 * _FLOAT32_BYTES

@@ -19,7 +19,7 @@ TileSize = int | Literal["auto", "all"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Declaration:
-    """One option as users meet it.
+    """An option as users meet it.
 
     Attributes:
         parse: returns the field's value for what a user wrote, or refuses; given the option's name
@@ -98,16 +98,16 @@ def _switch(name: str, value: object) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """Validated options of one attachment; `Options.parse` makes them of what users write.
+    """A set of validated options of one attachment; `Options.parse` makes it of what users write.
 
     Attributes:
         device: where attention is computed and what stands between it and the host store.
-        device_memory_bytes: the most the model may use on the device; None for no limit.
-        host_memory_bytes: the most the KV caches may use on the host; None for no limit.
+        device_memory_bytes: the most GPU memory for the model; None for no limit.
+        host_memory_bytes: the most CPU memory for the KV caches; None for no limit.
         chunk_tokens: tokens that pass through the model at once in prefill.
         tile_heads: KV heads of one tile (the paper's head=8/4/2/1, section 3.2).
-        tile_tokens: tokens of one tile; what bounds the device's share of the KV cache.
-        resident_tokens: the oldest tokens of each layer that are kept on the device as well.
+        tile_tokens: tokens of one tile; they bound the GPU memory's share of the KV cache.
+        resident_tokens: the oldest tokens of each layer that are kept in GPU memory as well.
         host_attention: share of the other tokens that the CPU attends in a decode step.
         overlap: whether copies run ahead of attention; off is the synchronous twin.
     """
@@ -126,8 +126,8 @@ class Options:
         metadata=_declared(
             _bytes,
             "SIZE",
-            "The most to use on the device for weights, KV, activations and CUDA itself, such as "
-            "24GiB; auto: what is free.",
+            "The most GPU memory for weights, KV, activations and CUDA itself, such as 24GiB; "
+            "auto: what is free.",
         ),
     )
     host_memory_bytes: int | None = field(
@@ -135,7 +135,7 @@ class Options:
         metadata=_declared(
             _bytes,
             "SIZE",
-            "The most host memory for the KV cache, and for nothing else; auto: what is free.",
+            "The most CPU memory for the KV cache, and for nothing else; auto: what is free.",
         ),
     )
     chunk_tokens: int | Literal["auto"] = field(
@@ -157,7 +157,7 @@ class Options:
         metadata=_declared(
             _tile_size_or_none,
             "COUNT",
-            "The oldest tokens to keep on the device, so that they need not be fetched: a count, "
+            "The oldest tokens to keep in GPU memory, so that they need not be fetched: a count, "
             "0, all, or auto for what fits.",
         ),
     )

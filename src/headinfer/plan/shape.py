@@ -20,7 +20,7 @@ class LayerKind(enum.Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerShape:
-    """The KV cache of one decoder layer.
+    """A layer's shape: the KV cache of one decoder layer.
 
     Attributes:
         kind: how the layer keeps its past.
@@ -110,7 +110,7 @@ class ModelShape:
     def window_bytes(self, new_tokens: int, batch: int = 1) -> int:
         """Peak bytes of the sliding layers' windows while `new_tokens` tokens pass through.
 
-        A layer holds its last `window - 1` tokens and the tokens of the pass; one layer at a time
+        A layer holds its last `window - 1` tokens and the tokens of the pass. One layer at a time
         holds both the old and the concatenated state.
         """
         sizes = [

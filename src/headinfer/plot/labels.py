@@ -24,7 +24,7 @@ _OVERLAP_COST, _CROSSING_COST, _OTHER_SIDE_COST = 10_000, 30, 40
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LineName:
-    """What is to be written along a line.
+    """A name that is to be written along a line.
 
     Attributes:
         start: the left or lower end of the line, in data coordinates.
@@ -42,7 +42,7 @@ class LineName:
 
 
 class Labels:
-    """Places labels one after another, each where it covers the least.
+    """A set of labels, placed one after another, each where it covers the least.
 
     Args:
         axes: with their final limits.

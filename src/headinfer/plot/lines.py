@@ -11,14 +11,14 @@ from headinfer.plot.style import GREY, LABEL_POINTS, new_figure
 from headinfer.units import format_tokens
 
 _POSITION = (0.075, 0.085, 0.72, 0.79)
-"""Of the axes in the figure: names stand to the right of them."""
+"""Position of the axes in the figure: names stand to the right of them."""
 
 _NAME_GAP_PIXELS, _NAME_HEIGHT_PIXELS = 26, 25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Look:
-    """How a line is drawn.
+    """A look: how a line is drawn.
 
     Attributes:
         color: of line, markers and name.
@@ -34,12 +34,12 @@ class Look:
 
 
 BOUND = Look(color=GREY, marker="", width_points=1.6, dashed=True)
-"""Of what physics allows."""
+"""Look of what physics allows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
-    """One line.
+    """A line.
 
     Attributes:
         name: written beside its end.

@@ -35,7 +35,7 @@ _ROOF_POINTS = 2.2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Group:
-    """Points of one phase in one place that coincide on the plot."""
+    """A group of points of one phase in one place that coincide on the plot."""
 
     phase: Phase
     offloaded: bool
@@ -64,7 +64,7 @@ def draw(shape: ModelShape, hardware: Hardware, rows: Sequence[Row]) -> Figure:
     """Return the plot of rows that `roofline_rows` counted on a machine.
 
     Blue is what runs on keys and values in device memory, orange on offloaded ones. The rings are
-    all heads at once and the dots in them one KV head: where each dot sits in its ring, going head
+    all heads at once and the dots in them one KV head. Where each dot sits in its ring, going head
     by head loses nothing.
     """
     figure, axes = new_figure(

@@ -9,7 +9,7 @@ from headinfer.units import format_si
 
 BLACK, GREY = "#000000", "#555555"
 BLUE, ORANGE = "#0072b2", "#d55e00"
-"""Of Okabe and Ito's palette, which colour-blind readers tell apart."""
+"""Colours of Okabe and Ito's palette, which colour-blind readers tell apart."""
 
 LIGHT_BLUE, LIGHT_ORANGE = "#eef5fa", "#fdf2ea"
 """The same for areas."""

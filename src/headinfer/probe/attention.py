@@ -17,7 +17,8 @@ HEAD_DIM = 128
 
 _BLOCK_ELEMENTS = 2**20
 _MOST_OF_FREE = 0.5
-"""Of free host memory: the system ends a process that takes it all, and we want a row instead."""
+"""Share of free host memory: the system ends a process that takes it all, and we want a row
+instead."""
 
 
 def kv_bytes(dtype: torch.dtype, tokens: int) -> int:
@@ -30,8 +31,8 @@ def decode(
 ) -> dict[str, Operation]:
     """Return a decode step's query against many contexts, one by one, under the kernel's name.
 
-    The contexts lie side by side and are never the same twice in a row, so that a short one is not
-    read from the processor's caches.
+    The contexts lie side by side and are never the same twice in a row. So a short one is not read
+    from the processor's caches.
 
     Args:
         device: where keys and values are.
@@ -86,7 +87,7 @@ def _filled(device: torch.device, dtype: torch.dtype, *shape: int) -> torch.Tens
     size_bytes = torch.Size(shape).numel() * dtype.itemsize
     if device.type == "cpu" and size_bytes > _MOST_OF_FREE * (free := available_host_bytes()):
         raise MemoryPlanError(
-            f"{format_bytes(size_bytes)} of host memory are needed, {format_bytes(free)} are free"
+            f"{format_bytes(size_bytes)} of CPU memory are needed, {format_bytes(free)} are free"
         )
     tensor = torch.empty(shape, dtype=dtype, device=device)
     block = torch.randn(_BLOCK_ELEMENTS, device=device).to(dtype)

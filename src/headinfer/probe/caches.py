@@ -13,7 +13,8 @@ _UNKNOWN_BYTES = 64 * 2**20
 
 _TIMES_THE_CACHES = 4
 _MOST_OF_FREE = 1 / 16
-"""Of free host memory, for one of a few buffers: a machine with less is measured all the same."""
+"""Share of free host memory for one of a few buffers: a machine with less is measured all the
+same."""
 
 
 def beyond_caches(least_bytes: int) -> int:

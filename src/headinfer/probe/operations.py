@@ -11,12 +11,12 @@ from headinfer.device.base import Device
 from headinfer.probe.timing import Operation
 
 _LEAST_BATCH_BYTES = 16 * 2**20
-"""Small copies are enqueued until they add up to so much: what counts is the rate of a full queue,
+"""Small copies are enqueued until they add up to so much. What counts is the rate of a full queue,
 not the time of waiting for one copy."""
 
 _LINK_SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7)
-"""Of the bytes that CPU and link read at once: with one of them both finish about together, on any
-machine; with any other the faster of the two waits."""
+"""The link's shares of the bytes that CPU and link read at once. With one of them both finish about
+together, on any machine; with any other the faster of the two waits."""
 
 _ARRIVED_BYTES = 64 * 2**20
 """Device memory that such copies go to, again and again."""

@@ -27,7 +27,7 @@ in all."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """Sizes that follow the kind of processor.
+    """A set of sizes that follow the kind of processor.
 
     Attributes:
         seconds: how long each operation is repeated.
@@ -44,7 +44,7 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Effort:
-    """How much to measure.
+    """An effort: how much to measure.
 
     Attributes:
         quick: whether the result is to be marked as rough.

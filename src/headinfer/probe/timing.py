@@ -13,7 +13,7 @@ _LEAST_TRIES = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Speed:
-    """What repeats of one operation reached.
+    """A speed that repeats of one operation reached.
 
     Attributes:
         best_per_s: the fastest repeat: a ceiling, since whatever else the machine does only slows.

@@ -55,7 +55,7 @@ class _CompileError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Recipe:
-    """How one kernel is compiled.
+    """A recipe by which one kernel is compiled.
 
     Attributes:
         compiler: the command, with its arguments.
@@ -213,7 +213,7 @@ def _processor() -> str:
 
 
 class _SymbolInfo(ctypes.Structure):
-    """What `dladdr` tells of an address: the file it was loaded from, and the nearest symbol."""
+    """A record by `dladdr` of an address: the file it was loaded from, and the nearest symbol."""
 
     _fields_ = (
         ("file", ctypes.c_char_p),
@@ -227,8 +227,8 @@ def _openmp_library() -> str | None:
     """Return the OpenMP library torch runs on; None where that is not GCC's.
 
     The kernels must share torch's threads: idle threads of a second library would keep the cores
-    busy waiting, which made decoding in bfloat16 up to twice as slow. Other packages, such as
-    scikit-learn, load one of their own, so the linker is asked which one serves torch.
+    busy waiting. Such threads made decoding in bfloat16 up to twice as slow. Other packages, such
+    as scikit-learn, load one of their own, so the linker is asked which one serves torch.
     """
     info = _SymbolInfo()
     try:

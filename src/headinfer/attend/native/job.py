@@ -1,7 +1,7 @@
 """Jobs: attention that is prepared in Python, and runs without it (`job.c`).
 
-A thread of the driver's that ran Python would take its lock for each small call, and wait each time
-for the thread that launches kernels, which it delays as often.
+A thread of the driver's that ran Python would take Python's lock for each small call. It would wait
+each time for the thread that launches kernels, and delay that thread as often.
 """
 
 import ctypes
@@ -26,7 +26,7 @@ _POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_int64
 
 
 class _Span(ctypes.Structure):
-    """`struct span`."""
+    """A `struct span` of `job.c`."""
 
     _fields_ = (
         *((name, _POINTER) for name in ("keys", "values")),
@@ -35,7 +35,7 @@ class _Span(ctypes.Structure):
 
 
 class _Block(ctypes.Structure):
-    """`struct job`."""
+    """A `struct job` of `job.c`."""
 
     _fields_ = (
         *((name, _POINTER) for name in ("attend", "workers", "query", "out", "lse")),
@@ -66,7 +66,7 @@ def job_library(dtype: torch.dtype) -> ctypes.CDLL | None:
 
 
 class Job(NativeFunction):
-    """One attention, to be enqueued once; made by `Jobs.make`.
+    """An attention to be enqueued once; made by `Jobs.make`.
 
     It keeps what it attends. Whoever enqueues it keeps it until it ran, and releases it then.
     """
@@ -107,7 +107,7 @@ class Job(NativeFunction):
 
 
 class Jobs:
-    """Makes jobs that attend with the same query's memory, and answer to the same.
+    """A maker of jobs that attend with one query's memory, and answer to one answer's memory.
 
     Jobs must run one after another, in the order in which they were made: they share their scratch
     memory, too.
@@ -152,7 +152,7 @@ class Jobs:
         """Return a job that attends tiles of all heads, which must stay as they are until it ran.
 
         The driver's thread is helped by others, so that there are as many as torch is set to in
-        this one; of more than a few a core is left to this thread.
+        this one. Where they are more than a few, a core is left to this thread.
 
         Returns:
             None where keys or values lie in memory otherwise than a store's.

@@ -1,9 +1,10 @@
 """Partial attention on the CPU by the compiled kernels.
 
-`decode.c` takes few query rows and reads at the speed of memory, `decode_rows.c` some more, and
-`decode_tiles.c` does so in 16 bits where the processor has a matrix unit; `prefill.c` takes many
-rows and multiplies matrices.
-None knows masks: the causal square of a chunk's own tokens is torch's, and padding is left out by
+`decode.c` takes few query rows and reads at the speed of memory, `decode_rows.c` some more.
+`decode_tiles.c` takes as many as that in 16 bits, where the processor has a matrix unit.
+`prefill.c` takes many rows and multiplies matrices.
+
+No kernel knows masks. The causal square of a chunk's own tokens is torch's. Padding is left out by
 looking at the tokens behind it alone.
 """
 

@@ -4,7 +4,8 @@ import functools
 import math
 
 _PARTS_PER_THREAD = 8
-"""Of 15 threads on an H100's host, as many read 123 GB/s, one 88, and more no faster."""
+"""Parts for each thread. Measured with 15 threads on an H100's host: as many read 123 GB/s, one 88,
+and more no faster."""
 
 
 @functools.lru_cache(1024)  # asked for each tile

@@ -10,7 +10,7 @@ _shared: "weakref.WeakValueDictionary[tuple[str, int], Workers]" = weakref.WeakV
 
 
 class Workers:
-    """Some threads, which end when nobody refers to this any more; made by `shared_workers`.
+    """A pool of threads, which end when nobody refers to it any more; made by `shared_workers`.
 
     Args:
         library: `job.c` compiled, whose jobs they help with.
