@@ -82,7 +82,7 @@ def test_threads_that_take_each_others_memory_and_change_their_caches() -> None:
     stock = model(tokens).logits
     beams = model.generate(tokens, max_new_tokens=5, num_beams=3, do_sample=False)
     with headinfer.attach(model, device="simulated", tile_tokens=8, chunk_tokens=16) as sized:
-        enough = sized.plan_for(3, 300).total_device_bytes
+        enough = sized.session.plan_for(3, 300).total_device_bytes
     with headinfer.attach(
         model, device="simulated", device_memory=f"{2 * enough}B", tile_tokens=8, chunk_tokens=16
     ) as offload:
@@ -235,7 +235,7 @@ def test_a_call_within_a_call_may_take_the_memory_of_the_one_under_way() -> None
     stock = model(tokens).logits
     options = {"device": "simulated", "tile_tokens": 8, "chunk_tokens": 16}
     with headinfer.attach(model, **options) as sized:
-        enough = sized.plan_for(1, 2000).total_device_bytes
+        enough = sized.session.plan_for(1, 2000).total_device_bytes
     inner: list[OffloadedCache] = []
 
     def call(*_: object) -> None:
