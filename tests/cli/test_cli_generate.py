@@ -39,7 +39,7 @@ def test_json_has_the_streamed_text_and_what_was_measured(cli, llama, prompt):
 
 def test_all_but_text_goes_to_stderr(cli, llama, prompt):
     done = cli("generate", "--model", llama, "-p", prompt, *GREEDY, "--device", "simulated")
-    for word in ("tiles of", "host memory", "prefill", "decode", "link", "KV in GPU memory"):
+    for word in ("tiles of", "CPU memory", "prefill", "decode", "link", "KV in GPU memory"):
         assert word in done.err
         assert word not in done.out
 

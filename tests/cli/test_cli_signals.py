@@ -55,7 +55,7 @@ class Running:
         self.read += chunk
 
     def wait_for_plan(self) -> None:
-        while b"host memory" not in self.said:
+        while b"CPU memory for" not in self.said:
             line = self._process.stderr.readline()
             assert line, self.said
             self.said += line

@@ -1,14 +1,15 @@
 """The host's share of attention, corrected by who finishes first: the host or the device."""
 
 _FIRST_NOTES, _MOST_NOTES = 32, 256
-"""Layers' attentions after which the host's share is judged for the first time, and in the end,
-with twice as many each time between: a share to begin with may be far off, but changing it discards
-what was fetched ahead, which must become rare."""
+"""Layers' attentions after which the host's share is judged: at first, and in the end. The number
+doubles each time in between. A share to begin with may be far off, but a change of it discards what
+was fetched ahead, so that changes must become rare."""
 
 _LATE, _EARLY = 0.75, 0.25
 _FIRST_STEP, _LAST_STEP = 0.2, 0.01
 """If the host was later than the device in more than the first share of them, its share shrinks by
-a step; if in less than the second, it grows by one. Steps get shorter each time they turn."""
+a step. If it was later in less than the second, its share grows by one. Steps get shorter each time
+they turn."""
 
 
 class Balance:

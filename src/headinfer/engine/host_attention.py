@@ -31,8 +31,10 @@ from headinfer.kv.pair import Geometry
 Listener = Callable[[float, float], None]
 
 listeners: list[Listener] = []
-"""Told when the CPU's share of a layer's attention began and ended, by `time.perf_counter`, by the
-thread that calls the engine when it next comes by: torch's profiler does not see the one it ran on.
+"""Functions that are told when the CPU's share of a layer's attention began and ended.
+
+Times are of `time.perf_counter`. The thread that calls the engine tells them when it next comes by:
+torch's profiler does not see the thread that attended.
 """
 
 _UNJUDGED = 64

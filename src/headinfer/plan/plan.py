@@ -129,8 +129,9 @@ class Plan:
             yield f"up to {format_tokens(self.whole_tokens)} tokens that cannot pass in chunks"
         budget = self.device_memory_bytes
         runtime = f", CUDA itself {format_bytes(self.runtime_bytes)}" if self.runtime_bytes else ""
+        where = {"cpu": "CPU", "cuda": "GPU"}.get(self.device, f"{self.device} GPU")
         yield (
-            f"{self.device} memory {format_bytes(self.total_device_bytes)}"
+            f"{where} memory {format_bytes(self.total_device_bytes)}"
             f"{f' of {format_bytes(budget)}' if budget else ''}: "
             f"weights {format_bytes(self.shape.weights_bytes)}, "
             f"KV {format_bytes(self.kv_device_bytes)}, "
@@ -138,7 +139,7 @@ class Plan:
         )
         if self.resident_tokens:
             yield (
-                f"the oldest {format_tokens(self.resident_tokens)} tokens stay on the device: "
+                f"the oldest {format_tokens(self.resident_tokens)} tokens stay in GPU memory: "
                 f"{format_bytes(self.resident_bytes)}"
             )
         if self.host_share:
@@ -147,7 +148,7 @@ class Plan:
             yield "the CPU attends none of the other tokens until `headinfer probe` has timed it"
         if self.context_tokens is not None:
             yield (
-                f"host memory for the KV cache of {format_tokens(self.context_tokens)} tokens: "
+                f"CPU memory for the KV cache of {format_tokens(self.context_tokens)} tokens: "
                 f"{format_bytes(self.kv_host_bytes(self.context_tokens))}"
             )
 

@@ -19,17 +19,22 @@ ANSWER_TOKENS = 256
 """Tokens of the answer by which plans are compared: a prefill and so many decode steps."""
 
 _TILE_START_S = 100e-6
-"""Starting the attention of one tile from Python: beside an H100, with torch 2.11, 512 of them and
-their copies made a step of Llama-3-8B at 10K tokens 55 ms longer."""
+"""Seconds to start the attention of one tile from Python.
+
+Measured beside an H100 with torch 2.11, Llama-3-8B at 10K tokens: 512 tiles and their copies made a
+step 55 ms longer."""
 
 _LAYER_START_S = 0.75e-3
-"""Starting a layer's own kernels from Python: a step of Llama-3-8B with nothing to stream took
-30 ms in the paper, and 23 to 26 beside an H100."""
+"""Seconds to start a layer's own kernels from Python.
+
+Measured with Llama-3-8B and nothing to stream: a step took 30 ms in the paper, and 23 to 26 beside
+an H100."""
 
 _EXPOSED = 0.1
-"""Share of starting that copies do not hide: beside an H100 a step at 100K tokens took 254 ms with
-256 tiles, 252 with 32 and 98 with 160 and the rest resident, where the link alone takes 248 and
-93."""
+"""Share of starting that copies do not hide.
+
+Measured beside an H100 at 100K tokens: a step took 254 ms with 256 tiles and 252 with 32, where the
+link alone takes 248. It took 98 ms with 160 tiles and the rest resident, where the link takes 93."""
 
 _MEASURED_TILE_TOKENS = 16 * 1024
 """Tokens of the tile that a GPU's attention of chunks was measured with. Kernels are chosen by
