@@ -29,8 +29,8 @@ def table(documents: list[dict[str, Any]]) -> str:
     model, hardware, versions = header["model"], header["hardware"], header["versions"]
     lines = [
         f"{model['layers']} layers, hidden {model['hidden_size']}, {model['heads']} query heads, "
-        f"{model['kv_heads']} KV heads of {model['head_dim']}, random weights; {hardware['cpu']}, "
-        f"{hardware['cpu_threads']} threads; torch {versions['torch']}, transformers "
+        f"{model['kv_heads']} KV heads of {model['head_dim']}, random weights. {hardware['cpu']}, "
+        f"{hardware['cpu_threads']} threads. Torch {versions['torch']}, transformers "
         f"{versions['transformers']}. Standard is `DynamicCache` with sdpa, in the same run.",
         "",
         "| dtype | context | method | prefill | decode, a token | x standard | bound "
@@ -68,14 +68,15 @@ def gpu_table(documents: list[dict[str, Any]]) -> str:
     }
     names = ", ".join(BOUNDED_METHODS.values())
     lines = [
-        f"{header['model']['description']}; {hardware['gpu']} held to "
+        f"{header['model']['description']}. {hardware['gpu']} held to "
         f"{header['settings']['device_memory']}, link {rates['link_bytes_per_s'] / 1e9:.0f} GB/s, "
-        f"{hardware['cpu_threads']} CPU threads; torch {versions['torch']}, transformers "
-        f"{versions['transformers']}. Milliseconds a token, behind a cache filled at random; "
-        "`make bench-gpu` repeats it; [benchmarks/](benchmarks/README.md) says why standard takes "
-        f"so long, and what these results lack. {prefill_sentence()}",
+        f"{hardware['cpu_threads']} CPU threads. Torch {versions['torch']}, transformers "
+        f"{versions['transformers']}. Milliseconds a token, behind a cache filled at random. "
+        "`make bench-gpu` repeats it. [benchmarks/](benchmarks/README.md) says why standard takes "
+        "so long, and what these results lack.",
+        prefills(),
         "",
-        f"| context | KV | {' | '.join(GPU_METHODS.values())} | of its bound: {names} |",
+        f"| context | KV | {' | '.join(GPU_METHODS.values())} | share of the bound: {names} |",
         "|---" * (len(GPU_METHODS) + 3) + "|",
     ]
     for tokens in sorted({tokens for tokens, _ in rows}):
@@ -89,7 +90,7 @@ def gpu_table(documents: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def prefill_sentence() -> str:
+def prefills() -> str:
     """Return how long prefills took with nothing resident, beside stock with all on the device."""
     ours, stock = (
         {
@@ -102,13 +103,13 @@ def prefill_sentence() -> str:
             ("gpu-suite-llama-prefill-72GiB.json", "chunked-prefill"),
         )
     )
-    pairs = ", ".join(
-        f"{tokens // 1024}K tokens {ours[tokens]:.2f} s and {stock[tokens]:.2f}"
+    pairs = " ".join(
+        f"{tokens // 1024}K tokens: {ours[tokens]:.2f} s, stock {stock[tokens]:.2f} s."
         for tokens in sorted(ours.keys() & stock.keys())
     )
     return (
-        "Prefill with no KV resident, and of stock in chunks with all KV on the device in 72 GiB: "
-        f"{pairs}."
+        "Prefill with no KV resident, beside stock in chunks with all KV in GPU memory (72 GiB). "
+        f"{pairs}"
     )
 
 

@@ -23,7 +23,10 @@ else:
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "headinfer"
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 
@@ -147,6 +150,13 @@ def test_names_in_documents_exist(path: Path) -> None:
     text = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
     for name in re.findall(r"`([A-Za-z_][\w.]*)`", text):
         assert name.split(".")[-1] in sources, f"{path.name} speaks of {name}"
+    files = [
+        file.as_posix()
+        for folder in ("src", "tests", "benchmarks")
+        for file in (ROOT / folder).rglob("*.*")
+    ]
+    for name in re.findall(r"`([\w/]+/\w+\.\w+)`", text):
+        assert any(file.endswith(f"/{name}") for file in files), f"{path.name} speaks of {name}"
     for target in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (path.parent / target).exists(), f"{path.name} links to {target}"
 

@@ -19,11 +19,10 @@ Written by `headinfer bench report` from the files in
 [benchmarks/results](../benchmarks/README.md), which also says how they are measured. Do not edit:
 measure again. K tokens is 1024, GiB is 2**30.
 
-Every method's logits were compared with stock transformers' before anything was timed; a method
-that is not exact by design is marked with ~. Times are medians. The bound is the least time that
-the rates of the same machine, measured in the same run, allow for reading weights and KV once (a
-decode step) or for all matrix products (prefill). A method that did not run is listed with the
-reason.
+Every method's logits were compared with stock transformers' before anything was timed. A method
+that is not exact by design is marked with ~. Times are medians. The least possible time follows
+from the rates of the same machine, measured in the same run. A decode step reads weights and KV
+once. A prefill computes all matrix products. A method that did not run is listed with the reason.
 """
 
 
@@ -76,8 +75,8 @@ HOST_GROWTH = Quantity(
     base=2,
 )
 DEVICE_PEAK = Quantity(
-    title="Device memory",
-    axis="peak of device memory allocated",
+    title="GPU memory",
+    axis="peak of GPU memory allocated",
     of=lambda row: row.device_peak_allocated_bytes,
     bound_of=lambda row: None,
     text=format_bytes,
@@ -141,13 +140,13 @@ def _section(name: str, results: Results, plots: str) -> Iterator[str]:
     """Yield one run's tables, plots and notes."""
     rows = results.arranged_rows
     _, _, *how = conditions(results.spec, results.machine)
-    facts = "; ".join((*how, _made(results)))
+    facts = "\n".join(f"- {fact}" for fact in (*how, _made(results)))
     if results.spec.command.finds_context:
-        yield f"### Longest context that ran\n\n{facts}.\n"
+        yield f"### Longest context that ran\n\n{facts}\n"
         yield _longest_table(rows)
         return
     for quantity in quantities(results):
-        yield f"### {_title(quantity, results)}\n\n{facts}.\n"
+        yield f"### {_title(quantity, results)}\n\n{facts}\n"
         yield _table(results, rows, quantity)
         yield f"![{quantity.title} over context]({plots}/{plot_name(name, quantity)})\n"
     listed = "\n".join(f"- {note}" for note in (*notes(rows), *_not_measured(results)))

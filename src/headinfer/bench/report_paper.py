@@ -22,9 +22,10 @@ Measured = Callable[[str, str], float | None]
 _INTRO = """\
 ## The paper's tables
 
-Each cell: paper / measured here / predicted. The paper measured on an RTX 4090 with 24 GiB; the
-predictions are for that card ([how](memory-model.md)); `{layer_wise}` is measured as
-`{offloaded}`, transformers' own."""
+Each cell: paper / measured here / predicted. The paper measured on an RTX 4090 with 24 GiB, and the
+predictions are for that card ([how](memory-model.md)). `{layer_wise}` is measured as
+`{offloaded}`, which is transformers' own.
+"""
 
 _NONE = """\
 Nothing is measured here yet: that takes a GPU, where `make bench-gpu` measures it."""

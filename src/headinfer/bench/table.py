@@ -101,14 +101,14 @@ def conditions(spec: BenchSpec, machine: Machine) -> Iterable[str]:
     yield f"{spec.model.description}, {spec.dtype}"
     yield f"{hardware['gpu'] or hardware['cpu']}, {hardware['torch_threads']} CPU threads"
     parts = [
-        f"host memory {rates.host_bytes_per_s / 1e9:.1f} GB/s",
+        f"CPU memory {rates.host_bytes_per_s / 1e9:.1f} GB/s",
         f"matmul {rates.matmul_flops_per_s / 1e9:.0f} GFLOP/s",
     ]
     if rates.device_bytes_per_s and rates.link_bytes_per_s:
-        parts.append(f"device memory {rates.device_bytes_per_s / 1e9:.0f} GB/s")
+        parts.append(f"GPU memory {rates.device_bytes_per_s / 1e9:.0f} GB/s")
         parts.append(f"link {rates.link_bytes_per_s / 1e9:.1f} GB/s")
     if rates.host_shared_bytes_per_s:
-        parts.append(f"host memory and link at once {rates.host_shared_bytes_per_s / 1e9:.1f} GB/s")
+        parts.append(f"CPU memory and link at once {rates.host_shared_bytes_per_s / 1e9:.1f} GB/s")
     yield f"measured: {', '.join(parts)}"
     filled = "by prefill" if spec.fill is Fill.PREFILL else "at random, without a prefill"
     yield (
@@ -116,7 +116,7 @@ def conditions(spec: BenchSpec, machine: Machine) -> Iterable[str]:
         f"{spec.new_tokens} decode step{'s' * (spec.new_tokens > 1)} each; cache filled {filled}"
     )
     if (held := spec.settings.device_memory_bytes) is not None:
-        yield f"device memory held to {exact_bytes(held)}"
+        yield f"{'CPU' if machine.device == 'cpu' else 'GPU'} memory held to {exact_bytes(held)}"
 
 
 def notes(rows: Sequence[Row]) -> list[str]:
