@@ -4,7 +4,7 @@ Every round starts a process for each tree, with the same random model and token
 is the median over rounds of each process's median step, and the ratio of the two trees.
 
     git worktree add ../before COMMIT
-    python benchmarks/compare_trees.py ../before . --json compared.json
+    python benchmarks/compare_trees.py ../before . --names COMMIT here --json compared.json
 """
 
 import argparse
@@ -114,6 +114,7 @@ def main() -> None:
     parser.add_argument("after", type=Path, nargs="?", help="another one")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--cpu", action="store_true", help="a small model without a GPU")
+    parser.add_argument("--names", nargs=2, default=["before", "after"], help="of the two trees")
     parser.add_argument("--only", help="settings whose name contains this")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
@@ -125,7 +126,7 @@ def main() -> None:
     if arguments.child:
         print(json.dumps(measure(settings)))
         return
-    trees = {"before": arguments.before, "after": arguments.after}
+    trees = dict(zip(arguments.names, (arguments.before, arguments.after), strict=True))
     rows: dict[str, list[dict[str, dict[str, float]]]] = {name: [] for name in trees}
     flags = [flag for flag in sys.argv[1:] if flag == "--cpu"]
     if arguments.only:
@@ -140,9 +141,14 @@ def main() -> None:
                 text=True,
             )
             rows[name].append(json.loads(child.stdout.splitlines()[-1]))
-    report = {"machine": machine(), "rounds": rows}
-    if arguments.json:
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+            if arguments.json:  # after each process: a run that is cut off keeps what it has
+                report = {"machine": machine(), "trees": arguments.names, "rounds": rows}
+                arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+        print_medians(settings, rows)
+
+
+def print_medians(settings: Settings, rows: dict[str, list[dict[str, dict[str, float]]]]) -> None:
+    """Print the medians over the rounds so far, and their ratios."""
     print(f"{'median ms':28}{'prefill':>10}{'after':>10}{'ratio':>7}", end="")
     print(f"{'decode':>10}{'after':>9}{'ratio':>7}")
     for setting in settings:
@@ -150,7 +156,7 @@ def main() -> None:
         for kind, width in (("prefill_s", 10), ("decode_s", 9)):
             before, after = (
                 1e3 * statistics.median([each[setting][kind] for each in rows[tree]])
-                for tree in trees
+                for tree in rows
             )
             print(f"{before:10.2f}{after:{width}.2f}{after / before:7.2f}", end="")
         print()
