@@ -4,17 +4,18 @@ The KV cache lives in host memory, attention head by attention head, and only th
 attended is on the device. Importing this package changes nothing; `attach` does.
 """
 
+import importlib
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from headinfer.engine.stats import Stats
 from headinfer.errors import HeadInferError
-from headinfer.plan.plan import Plan
 
 if TYPE_CHECKING:
     from headinfer.api import attach, detach
+    from headinfer.engine.stats import Stats
     from headinfer.generation.stream import generate
     from headinfer.offload import Offload
+    from headinfer.plan.plan import Plan
 
 try:
     __version__ = version("headinfer")
@@ -33,16 +34,21 @@ __all__ = [
 ]
 
 
+_HOMES = {
+    "Offload": "headinfer.offload",
+    "Plan": "headinfer.plan.plan",
+    "Stats": "headinfer.engine.stats",
+    "attach": "headinfer.api",
+    "detach": "headinfer.api",
+    "generate": "headinfer.generation.stream",
+}
+"""The modules of public names that are imported when they are asked for."""
+
+
 def __getattr__(name: str) -> Any:
-    """Import what needs torch only when it is asked for: `headinfer --help` takes no seconds."""
-    if name in ("Offload", "attach", "detach"):
-        from headinfer import api
-
-        return getattr(api, name)
-    if name == "generate":
-        from headinfer.generation.stream import generate
-
-        return generate
+    """Import a public name when it is asked for: `headinfer --help` takes no seconds."""
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

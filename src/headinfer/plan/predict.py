@@ -10,9 +10,9 @@ import math
 from dataclasses import dataclass
 
 from headinfer.plan.hardware import Hardware
+from headinfer.plan.price import Price
 from headinfer.plan.shape import LayerKind, ModelShape
 from headinfer.schedule.route import Held, Pass, Sizes, route_track
-from headinfer.schedule.steps import Ask, Attend, Fetch, SendHome, Step, Tiles
 from headinfer.schedule.track import Track
 
 ANSWER_TOKENS = 256
@@ -290,7 +290,7 @@ class Predictor:
         past, new = round(past_tokens), max(round(new_tokens), 1)
         if placement.tile_tokens is None or link is None or past + new <= resident_tokens:
             return Parts(compute_s=compute_s)
-        price = _Price(self._hardware, batch)
+        price = Price(batch)
         sizes = Sizes(placement.tile_heads, placement.tile_tokens, _PRICED_PAGE_TOKENS)
         share = placement.host_share
         resident = min(past, resident_tokens)
@@ -309,49 +309,3 @@ class Predictor:
             + price.copies * hardware.copy_start_s,
             host_s=self._host_s(streamed, price.asked_bytes) if price.asked_bytes else 0.0,
         )
-
-
-@dataclass(slots=True)
-class _Price:
-    """A sum of what the steps of a pass move and start.
-
-    Attributes:
-        hardware: the machine.
-        batch: rows.
-        fetched_bytes: that cross the link to the device.
-        sent_bytes: that cross it back.
-        asked_bytes: that the host attends.
-        attended: calls of a kernel.
-        copies: transfers to the device.
-    """
-
-    hardware: Hardware
-    batch: int
-    fetched_bytes: float = 0.0
-    sent_bytes: float = 0.0
-    asked_bytes: float = 0.0
-    attended: int = 0
-    copies: int = 0
-
-    def add(self, step: Step, token_bytes: float, layers: int, kv_heads: int) -> None:
-        """Add a step that some layers, alike, perform.
-
-        Args:
-            step: the step.
-            token_bytes: of one token in all rows of these layers.
-            layers: their number.
-            kv_heads: of each.
-        """
-        if isinstance(step, Fetch):
-            self.fetched_bytes += (step.end - step.start) * token_bytes
-            # Keys and values; rows are apart where a tile has some, but not all, of the heads.
-            rows = self.batch if 1 < step.heads < kv_heads else 1
-            self.copies += 2 * step.tiles * rows * layers
-            self.attended += step.tiles * layers
-        elif isinstance(step, Ask):
-            self.asked_bytes += (step.end - step.start) * token_bytes
-        elif isinstance(step, SendHome):
-            self.sent_bytes += (step.end - step.start) * token_bytes
-        elif isinstance(step, Attend):
-            here = [part for part in step.parts if not isinstance(part, Tiles)]
-            self.attended += len(here) * step.groups * layers
