@@ -17,7 +17,7 @@ from typing import Any
 from headinfer.bench.bound import Rates
 from headinfer.bench.gate import Verdict
 from headinfer.bench.launch import Machine
-from headinfer.bench.model_spec import ModelSpec
+from headinfer.bench.model_spec import Model, ModelSpec
 from headinfer.bench.result import Status, TrialFailure
 from headinfer.bench.rows import Percentiles, Row, arranged
 from headinfer.bench.spec import BenchSpec, Fill, json_values
@@ -80,25 +80,12 @@ class Results:
         return values
 
     def save(self, path: str) -> None:
-        """Write the file beside the old one and rename it, so that nobody reads half of it.
-
-        A link stays one, and the file that it leads to is written.
+        """Replace a file by these results.
 
         Raises:
             OptionError: it cannot be written; the old file stays.
         """
-        text = json.dumps(self.to_json(), indent=1) + "\n"
-        old = Path(os.path.realpath(path))
-        try:
-            with scratch_folder(old.parent) as folder:
-                new = folder / old.name
-                new.write_text(text, encoding="utf-8")
-                os.replace(new, old)
-        except OSError as error:
-            raise OptionError(
-                f"results cannot be written to {path!r} ({error.strerror}); make room, then go on "
-                "with --resume"
-            ) from error
+        replace_json(path, self.to_json(), remedy="make room, then go on with --resume")
 
     @classmethod
     def load(cls, path: str) -> "Results":
@@ -170,6 +157,32 @@ class Results:
         return replace(self, spec=whole, header=merged, rows=rows)
 
 
+def replace_json(path: str, values: Mapping[str, Any], *, remedy: str) -> None:
+    """Write a file beside the old one and rename it, so that nobody reads half of it.
+
+    A link stays one, and the file that it leads to is written.
+
+    Args:
+        path: of the file.
+        values: its content.
+        remedy: what the user can do where it cannot be written.
+
+    Raises:
+        OptionError: it cannot be written; the old file stays.
+    """
+    text = json.dumps(values, indent=1) + "\n"
+    old = Path(os.path.realpath(path))
+    try:
+        with scratch_folder(old.parent) as folder:
+            new = folder / old.name
+            new.write_text(text, encoding="utf-8")
+            os.replace(new, old)
+    except OSError as error:
+        raise OptionError(
+            f"results cannot be written to {path!r} ({error.strerror}); {remedy}"
+        ) from error
+
+
 def check_replaceable(path: str) -> None:
     """Check that `Results.save` can write a file, as far as that can be known before.
 
@@ -193,17 +206,12 @@ def header(spec: BenchSpec, machine: Machine) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "command": spec.command.value,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: _version(name) for name in ("torch", "transformers", "headinfer")},
-        },
-        "commit": _commit(),
+        **provenance(),
         "device": machine.device,
         "hardware": machine.hardware,
         "rates": asdict(machine.rates),
         "rates_by": machine.rates_by,
-        "model": _model(spec),
+        "model": model_values(spec.model),
         "dtype": spec.dtype,
         "seed": spec.seed,
         "repeats": spec.repeats,
@@ -213,8 +221,20 @@ def header(spec: BenchSpec, machine: Machine) -> dict[str, Any]:
     }
 
 
-def _model(spec: BenchSpec) -> dict[str, Any]:
-    model = spec.model
+def provenance() -> dict[str, Any]:
+    """Return when something is measured, and with which code."""
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: _version(name) for name in ("torch", "transformers", "headinfer")},
+        },
+        "commit": _commit(),
+    }
+
+
+def model_values(model: Model) -> dict[str, Any]:
+    """Return what a header says of a model."""
     values: dict[str, Any] = {"description": model.description}
     if isinstance(model, ModelSpec):
         return values | asdict(model) | {"parameters": model.parameters}

@@ -1,7 +1,7 @@
 """What to measure: one trial, and a whole run. Pure Python, never torch."""
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -129,13 +129,7 @@ class BenchSpec:
                 raise OptionError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.dtype not in DTYPE_BYTES:
             raise OptionError(f"dtype must be one of {', '.join(DTYPE_BYTES)}, not {self.dtype!r}")
-        for name, what in (("methods", "method"), ("contexts", "context")):
-            given = getattr(self, name)
-            if not given:
-                raise OptionError(f"no {name} were given; name at least one")
-            if len(set(given)) < len(given):
-                listed = ",".join(map(str, given))
-                raise OptionError(f"a {what} is named twice in {listed!r}")
+        check_lists(self.methods, self.contexts)
         if self.command.finds_context and len(self.contexts) > 2:
             raise OptionError(
                 f"{self.command.value} takes one or two contexts, the first and the longest to "
@@ -172,6 +166,21 @@ class BenchSpec:
             "fill": Fill(values["fill"]),
         }
         return cls(**(dict(values) | parts))
+
+
+def check_lists(methods: Sequence[str], contexts: Sequence[int]) -> None:
+    """Check that there are methods and contexts, each named once.
+
+    Raises:
+        OptionError: there are none, or one is named twice.
+    """
+    lists: tuple[tuple[str, Sequence[object]], ...] = (("method", methods), ("context", contexts))
+    for what, given in lists:
+        if not given:
+            raise OptionError(f"no {what}s were given; name at least one")
+        if len(set(given)) < len(given):
+            listed = ",".join(map(str, given))
+            raise OptionError(f"a {what} is named twice in {listed!r}")
 
 
 def _spec_values(spec: "TrialSpec | BenchSpec") -> dict[str, Any]:

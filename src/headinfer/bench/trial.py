@@ -216,28 +216,31 @@ def _out_of_memory(error: Exception) -> TrialFailure:
     return TrialFailure(status=Status.CANNOT_RUN, reason=f"out of memory: {what}", grows=True)
 
 
-def attempt(spec: TrialSpec) -> TrialResult | TrialFailure:
-    """Run a trial; errors become a `TrialFailure` that says which."""
-    try:
-        return run_trial(spec)
-    except (HeadInferError, ImportError) as error:
+def failure_of(error: Exception) -> TrialFailure:
+    """Return why a method has no result; an error that is nobody's limit is printed, too."""
+    if isinstance(error, (HeadInferError, ImportError)):
         return TrialFailure(
             status=Status.CANNOT_RUN,
             reason=_first_line(error),
             grows=isinstance(error, MemoryPlanError),
             ends_run=isinstance(error, ModelLoadError),
         )
-    except (MemoryError, RuntimeError) as error:
+    if isinstance(error, (MemoryError, RuntimeError)):
         # torch's CPU allocator raises a plain RuntimeError.
         memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
         if memory or "allocate memory" in str(error) or "not enough memory" in str(error):
             return _out_of_memory(error)
-        failure = error
-    except Exception as error:
-        failure = error  # type: ignore[assignment]  # any error becomes a row
-    traceback.print_exception(failure)
-    reason = f"{type(failure).__name__}: {_first_line(failure)}"
+    traceback.print_exception(error)
+    reason = f"{type(error).__name__}: {_first_line(error)}"
     return TrialFailure(status=Status.FAILED, reason=reason)
+
+
+def attempt(spec: TrialSpec) -> TrialResult | TrialFailure:
+    """Run a trial; errors become a `TrialFailure` that says which."""
+    try:
+        return run_trial(spec)
+    except Exception as error:  # any error becomes a row
+        return failure_of(error)
 
 
 def answer(values: dict[str, Any]) -> dict[str, Any]:

@@ -1,15 +1,13 @@
 """`headinfer bench`: speed and memory beside what people use instead, checked and bounded."""
 
 import inspect
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import typer
 from rich.console import Console
-from rich.status import Status as Spinner
 from rich.table import Table
 
 from headinfer.bench.catalogue import CATALOGUE
@@ -25,7 +23,7 @@ from headinfer.cli.bench_report import report
 from headinfer.cli.command import OnceCommand
 from headinfer.cli.console import reporting_errors, stdout_console
 from headinfer.cli.output import STDOUT, JsonCommand, check_writable, write_json
-from headinfer.cli.progress import format_duration
+from headinfer.cli.run_progress import RunProgress, run_console, showing_progress
 from headinfer.errors import OptionError
 
 app = typer.Typer(
@@ -34,9 +32,6 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-_WIDTH = 100
-"""Columns where stderr is not a terminal."""
 
 _OURS = "head-wise-8,head-wise-4,head-wise-2,head-wise-1,adaptive,bounded,resident,host-attention"
 _STOCK = "standard,chunked-prefill,transformers-offloaded,kv-4bit"
@@ -130,10 +125,8 @@ def _run(command: Command, given: dict[str, Any]) -> None:
         check_replaceable(str(path))
     if given["resume"] and path in (None, STDOUT):
         raise OptionError("--resume goes on with what --json FILE holds; give the file")
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        console.width = _WIDTH
-    with _progress(console) as progress:
+    console = run_console()
+    with showing_progress(console) as progress:
         launcher = make_launcher()
         results = _begin(spec, launcher, progress, path if given["resume"] else None)
         suite = Suite(
@@ -174,9 +167,7 @@ def _tell(results: Results, path: str | None, console: Console, *, stopped: bool
             console.print(f"{path} {told}" if stopped else f"written to {path}")
 
 
-def _begin(
-    spec: BenchSpec, launcher: Launcher, progress: "_ConsoleProgress", path: str | None
-) -> Results:
+def _begin(spec: BenchSpec, launcher: Launcher, progress: RunProgress, path: str | None) -> Results:
     """Return the results of an earlier run to go on with, or those of one that begins."""
     if path is not None and Path(path).exists():
         return Results.load(path).continued(spec)
@@ -188,34 +179,3 @@ def exit_code(rows: Sequence[Row]) -> int:
     """Return 0 when all that ran was right, and something ran; otherwise 1."""
     statuses = {row.status for row in rows}
     return 0 if Status.OK in statuses and statuses <= {Status.OK, Status.CANNOT_RUN} else 1
-
-
-class _ConsoleProgress:
-    """A spinner for what runs, with the time left, and a line for what is finished."""
-
-    def __init__(self, console: Console, spinner: Spinner) -> None:
-        self._console = console
-        self._spinner = spinner
-        self._started_s = time.monotonic()
-
-    def started(self, what: str, left_s: float | None) -> None:
-        """Show what runs; the time left is a guess from the trials so far."""
-        left = "" if left_s is None else f", about {format_duration(left_s)} left"
-        self._started_s = time.monotonic()
-        self._spinner.update(f"{what}{left}")
-        if not self._console.is_terminal and left:
-            self._say(f"{what}{left}")
-
-    def finished(self, what: str, outcome: str) -> None:
-        """Print how it ended."""
-        took = format_duration(time.monotonic() - self._started_s)
-        self._say(f"{what}: {outcome} ({took} in all)")
-
-    def _say(self, line: str) -> None:
-        self._console.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
-
-
-@contextmanager
-def _progress(console: Console) -> Iterator[_ConsoleProgress]:
-    with console.status("") as spinner:
-        yield _ConsoleProgress(console, spinner)

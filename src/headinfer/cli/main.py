@@ -103,22 +103,37 @@ app.command(cls=JsonCommand)(probe)
 app.command(cls=JsonCommand)(roofline)
 
 
-@app.command(
-    context_settings={
-        "allow_extra_args": True,
-        "allow_interspersed_args": False,
-        "ignore_unknown_options": True,
-        "help_option_names": [],
-    },
-)
+_GROUP = {
+    "allow_extra_args": True,
+    "allow_interspersed_args": False,
+    "ignore_unknown_options": True,
+    "help_option_names": [],
+}
+"""Settings of a verb that hands all it is given on to verbs of its own."""
+
+
+@app.command(context_settings=_GROUP)
 def bench(context: typer.Context) -> None:
     """Measure speed and memory beside what people use instead, on this machine."""
     # Imported here and not above: the other verbs need none of it.
     from headinfer.cli import bench as benchmarks
 
-    verbs = typer.main.get_command(benchmarks.app)
+    _hand_on(context, benchmarks.app)
+
+
+@app.command(context_settings=_GROUP)
+def evaluate(context: typer.Context) -> None:
+    """Compare what a model predicts under each method with stock transformers."""
+    from headinfer.cli import evaluate as evaluations
+
+    _hand_on(context, evaluations.app)
+
+
+def _hand_on(context: typer.Context, group: typer.Typer) -> None:
+    verbs = typer.main.get_command(group)
     args = context.args or ["--help"]
-    code = verbs.main(args=args, prog_name="headinfer bench", standalone_mode=False)
+    name = f"headinfer {context.info_name}"
+    code = verbs.main(args=args, prog_name=name, standalone_mode=False)
     raise typer.Exit(code or 0)
 
 

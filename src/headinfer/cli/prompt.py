@@ -30,14 +30,28 @@ def read_prompt(prompt: str | None, prompt_files: Sequence[str]) -> str:
         raise OptionError("--prompt-file - is given twice, but stdin can be read once")
     parts = []
     if prompt_files:
-        parts.append("\n".join(map(_read_text, prompt_files)))
+        parts.append(
+            "\n".join(
+                read_text(path, "prompt file", "--prompt or --prompt-file") for path in prompt_files
+            )
+        )
     if prompt is not None:
         parts.append(prompt.rstrip("\r\n"))
     return "\n\n".join(parts)
 
 
-def _read_text(path: str) -> str:
-    name = "stdin" if path == STDIN else f"prompt file {path!r}"
+def read_text(path: str, what: str, options: str) -> str:
+    """Return a UTF-8 text without the line ends at its end.
+
+    Args:
+        path: of its file, or "-" for stdin.
+        what: the file, for messages.
+        options: what may be given in place of stdin, for messages.
+
+    Raises:
+        OptionError: it is empty, or cannot be read as UTF-8.
+    """
+    name = "stdin" if path == STDIN else f"{what} {path!r}"
     try:
         if path == STDIN:
             data = sys.stdin.buffer.read()
@@ -54,7 +68,7 @@ def _read_text(path: str) -> str:
             "convert it first"
         ) from error
     if not text.strip():
-        remedy = "; give --prompt or --prompt-file" if path == STDIN else ""
+        remedy = f"; give {options}" if path == STDIN else ""
         raise OptionError(f"{name} is empty{remedy}")
     return text.rstrip("\r\n")
 

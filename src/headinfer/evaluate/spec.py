@@ -1,0 +1,77 @@
+"""What an evaluation compares. Pure Python, never torch."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from headinfer.bench.model_spec import Model
+from headinfer.bench.spec import TrialSpec, check_lists
+from headinfer.errors import OptionError
+from headinfer.plan.options import Options
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgreementSpec:
+    """A comparison of methods with stock over the beginnings of one text.
+
+    Attributes:
+        methods: names in `headinfer.bench.catalogue.CATALOGUE`, in the order of the rows.
+        contexts: tokens of each beginning.
+        dtype: of weights and KV cache.
+        model: the model.
+        settings: where to run and how to offload, where a method leaves it open.
+        float32: whether 16-bit results are also held against the same weights in float32.
+
+    Raises:
+        OptionError: a value is out of range.
+    """
+
+    methods: tuple[str, ...]
+    contexts: tuple[int, ...]
+    dtype: str
+    model: Model
+    settings: Options
+    float32: bool = True
+
+    def __post_init__(self) -> None:
+        check_lists(self.methods, self.contexts)
+        if min(self.contexts) < 1:
+            raise OptionError(f"a context has at least 1 token, not {min(self.contexts)}")
+
+    @property
+    def beside_float32(self) -> bool:
+        """Whether there is a float32 reference beside stock."""
+        return self.float32 and self.dtype != "float32"
+
+    def check_text(self, text_tokens: int) -> None:
+        """Check that a text is long enough.
+
+        Raises:
+            OptionError: it is not.
+        """
+        if text_tokens < max(self.contexts):
+            raise OptionError(
+                f"the text has {text_tokens:,} tokens, and contexts go to {max(self.contexts):,}; "
+                "give a longer text or smaller --contexts"
+            )
+
+    def trial(self, method: str, context_tokens: int) -> TrialSpec:
+        """Return what a method of the benchmarks is made from."""
+        return TrialSpec(
+            method=method,
+            context_tokens=context_tokens,
+            new_tokens=0,
+            dtype=self.dtype,
+            seed=0,
+            model=self.model,
+            settings=self.settings,
+        )
+
+    def values(self) -> dict[str, Any]:
+        """Return what a header says of it, beside the model."""
+        return {
+            "methods": list(self.methods),
+            "contexts": list(self.contexts),
+            "dtype": self.dtype,
+            "float32_reference": self.beside_float32,
+            "settings": self.settings.keywords(),
+        }
