@@ -111,9 +111,7 @@ def test_a_method_that_is_wrong_by_little_is_found_out_by_its_divergence(
         def new_cache(self, max_tokens):
             cache = super().new_cache(max_tokens)
             update = cache.layers[0].update
-            cache.layers[0].update = lambda keys, *rest, **named: update(
-                keys * 1.1, *rest, **named
-            )
+            cache.layers[0].update = lambda keys, *rest, **named: update(keys * 1.1, *rest, **named)
             return cache
 
     monkeypatch.setitem(METHODS, "chunked-prefill", Sharper)

@@ -20,8 +20,8 @@ from headinfer.cli.main import app
 from headinfer.evaluate.agreement import AgreementRow
 from headinfer.evaluate.document import AgreementResults, header
 from headinfer.evaluate.table import render, share
-from saved_models import WORDS, save_llama
-from tiny_models import shared_model
+from saved_models import WORDS, save_llama, save_tokenizer
+from tiny_models import shared_model, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +95,15 @@ def test_stdin_and_bare_json_and_the_whole_text(model):
 def test_auto_takes_the_dtype_that_the_model_was_saved_in(model, text):
     result = run("--json", "--model", model, "--file", text, "--methods", "standard")
     assert json.loads(result.stdout)["header"]["dtype"] == "float32"
+
+
+def test_stock_heeds_a_softcap(tmp_path, text):
+    folder = tmp_path / "gemma2"
+    tiny_model("gemma2").save_pretrained(folder)
+    save_tokenizer(folder, chat=False)
+    result = run("--json", "--model", str(folder), "--file", text, "--methods", "headinfer")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["header"]["stock_attention"] == "eager"
 
 
 def test_an_exact_method_that_disagrees_is_exit_code_1(model, text, monkeypatch):
