@@ -154,6 +154,16 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, told, model, text):
     assert "Traceback" not in result.stderr
 
 
+def test_a_text_that_is_too_short_is_told_before_weights_are_loaded(model, text, monkeypatch):
+    def never(*_given, **_named):
+        raise AssertionError("it was loaded")
+
+    monkeypatch.setattr("headinfer.generation.model.load_model", never)
+    result = run("--model", model, "--file", text, "--contexts", "200")
+    assert result.exit_code == 2
+    assert "the text has 180 tokens" in result.stderr
+
+
 @pytest.mark.parametrize("given", [b"", b" \n", b"\xff\xfe\x00"])
 def test_texts_that_are_none_are_refused(given, model):
     result = run("--model", model, "--file", "-", given=given)

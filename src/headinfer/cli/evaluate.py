@@ -188,8 +188,6 @@ def _prepare(
 
     spec_in(dtype).check_text(len(ids))
     model, note = load_model(source, config, dtype=dtype, device=device)
-    if getattr(model.config.get_text_config(decoder=True), "attn_logit_softcapping", None):
-        model.set_attn_implementation("eager")  # stock's others leave the cap out
     positions = max_positions(config)
     long = ""
     if positions and max(counts) > positions:
