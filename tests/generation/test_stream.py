@@ -355,7 +355,7 @@ def test_nothing_happens_before_the_first_record_is_asked_for() -> None:
         ({"use_cache": False}, "use_cache=False is not served .*HeadInfer is the cache"),
         ({"streamer": print}, "no option 'streamer'"),
         ({"tokenizer": None}, "a loaded model needs its tokenizer"),
-        ({"tokenizer": Path("here")}, "a loaded model needs its tokenizer, loaded too, which .*here"),
+        ({"tokenizer": Path("here")}, "needs its tokenizer, loaded too, which .*here"),
         ({"dtype": "float16"}, "dtype='float16' is for models that are loaded here"),
     ],
 )
