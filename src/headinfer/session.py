@@ -20,6 +20,7 @@ from headinfer.integration.cache import OffloadedCache, PrefillProgress
 from headinfer.integration.model_shape import model_shape
 from headinfer.plan import memory
 from headinfer.plan.host_room import HostRoom
+from headinfer.plan.narrow import narrowed
 from headinfer.plan.options import Options
 from headinfer.plan.plan import Plan
 from headinfer.plan.resolve import resolve
@@ -116,7 +117,8 @@ class Session:
     ) -> Plan:
         """Return the plan of a cache with so many rows and tokens; refuse what does not fit.
 
-        What other caches keep resident is given up where nothing would fit otherwise.
+        What other caches keep resident is given up where nothing would fit otherwise. Their calls
+        pass fewer tokens at once where their activations do not fit beside the new plan.
 
         Args:
             batch: rows.
@@ -130,14 +132,19 @@ class Session:
         others = [engine for engine in open_engines if engine is not replacing]
         dtype = dtype or (self.kv_dtype() if replacing is None else replacing.dtype)
         try:
-            return self._resolve(batch, context_tokens, others, dtype)
+            plan = self._resolve(batch, context_tokens, others, dtype)
         except MemoryPlanError:
             if not any(engine.plan.resident_tokens for engine in others):
                 raise
-        for engine in others:
-            if engine.plan.resident_tokens:
-                engine.give_up_residents()
-        return self._resolve(batch, context_tokens, others, dtype)
+            for engine in others:
+                if engine.plan.resident_tokens:
+                    engine.give_up_residents()
+            plan = self._resolve(batch, context_tokens, others, dtype)
+        if plan.device_memory_bytes is not None:  # which leaves out what the others hold
+            kept = plan.total_device_bytes - plan.activation_bytes
+            for engine in others:
+                engine.plan = narrowed(engine.plan, plan.device_memory_bytes - kept)
+        return plan
 
     def _resolve(
         self, batch: int, context_tokens: int | None, others: list[Engine], dtype: torch.dtype

@@ -97,3 +97,9 @@ def test_chat_template_text(tokenizer):
     assert tokenizer.apply_chat_template(chat, tokenize=False) == said
     asked = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     assert asked == said + "<|assistant|>"
+
+
+def test_every_token_has_an_embedding(tokenizer):
+    ids = sorted(tokenizer.get_vocab().values())
+    assert ids == list(range(len(tokenizer)))
+    assert max(tokenizer(" (a) - (A) b").input_ids) < len(tokenizer)

@@ -1,19 +1,24 @@
 """A pass that attends only what is on the device, while the next pass's tiles are on their way."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
 
 from headinfer.attend.reference import ReferenceKernel
 from headinfer.attend.table import Kernels
+from headinfer.device.base import Device
+from headinfer.device.cpu import CpuDevice
 from headinfer.device.simulated import SimulatedDevice
+from headinfer.engine import executor
 from headinfer.engine.engine import Engine
 from headinfer.engine.stats import Stats
 from headinfer.plan.memory import resident_bytes
 from headinfer.plan.options import Options
 from headinfer.plan.resolve import resolve
-from headinfer.schedule.route import Pass
+from headinfer.schedule.route import Held, Pass, route_track
+from headinfer.schedule.steps import TrackSteps
 from shapes import model_shape
 
 DIM, LAYERS, PROMPT_TOKENS, RESIDENT_TOKENS = 8, 3, 70, 20
@@ -23,17 +28,17 @@ KERNELS = Kernels([ReferenceKernel()])
 class Conversation:
     """An engine and plain tensors of the same tokens."""
 
-    def __init__(self, seed: int, stats: Stats) -> None:
+    def __init__(self, seed: int, stats: Stats, device: Device | None = None) -> None:
+        device = device or SimulatedDevice(seed=seed)
         shape = model_shape(
             layers=LAYERS, kv_heads=2, group=2, key_dim=DIM, value_dim=DIM, itemsize=8
         )
         options = Options.parse(tile_heads=1, tile_tokens=16, chunk_tokens=12)
-        plan = dataclasses.replace(
-            resolve(shape, options, device="simulated"),
-            resident_tokens=RESIDENT_TOKENS,
-            resident_bytes=resident_bytes(shape, resident_tokens=RESIDENT_TOKENS, batch=1),
-        )
-        self.engine = Engine(SimulatedDevice(seed=seed), plan, torch.float64, stats)
+        plan = resolve(shape, options, device=device.name)
+        if not device.tiles_are_views:
+            size = resident_bytes(shape, resident_tokens=RESIDENT_TOKENS, batch=1)
+            plan = dataclasses.replace(plan, resident_tokens=RESIDENT_TOKENS, resident_bytes=size)
+        self.engine = Engine(device, plan, torch.float64, stats)
         self.page_tokens = plan.page_tokens
         self.generator = torch.Generator().manual_seed(seed)
         self.kv = [self.draw(2, 2, 0, DIM) for _ in range(LAYERS)]
@@ -117,3 +122,22 @@ def test_drafts_that_fill_a_page_are_sent_home_like_other_tokens() -> None:
         chat.step(1, Pass.DRAFT, near)
     chat.step(1, Pass.FORWARD)
     chat.engine.close()
+
+
+def test_steps_are_made_anew_only_where_tokens_move(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    def counted(held: Held, *args: Any) -> TrackSteps:
+        made.append(held)
+        return route_track(held, *args)
+
+    monkeypatch.setattr(executor, "route_track", counted)
+    for device in (CpuDevice(), SimulatedDevice()):
+        chat = Conversation(0, Stats(), device)
+        chat.step(PROMPT_TOKENS, Pass.FORWARD)
+        made.clear()
+        for _ in range(3 * chat.page_tokens):
+            chat.step(1, Pass.FORWARD)
+        # Each page: steps to fill it, and to send it home. In place no token ever moves.
+        assert len(made) == LAYERS * (1 if device.tiles_are_views else 6)
+        chat.engine.close()

@@ -355,6 +355,7 @@ def test_nothing_happens_before_the_first_record_is_asked_for() -> None:
         ({"use_cache": False}, "use_cache=False is not served .*HeadInfer is the cache"),
         ({"streamer": print}, "no option 'streamer'"),
         ({"tokenizer": None}, "a loaded model needs its tokenizer"),
+        ({"tokenizer": Path("here")}, "needs its tokenizer, loaded too, which .*here"),
         ({"dtype": "float16"}, "dtype='float16' is for models that are loaded here"),
     ],
 )
@@ -371,6 +372,10 @@ def test_options_are_refused_at_once(given: dict[str, Any], words: str) -> None:
         ([], {}, "makes no tokens"),
         ([{"role": "user", "content": "w1"}], {}, "no chat template"),
         (["w1", "w2"], {}, "must be text, messages"),
+        (None, {}, "must be text, messages"),
+        ({"role": "user", "content": "w1"}, {}, "must be text, messages"),
+        (torch.ones(2, 3, dtype=torch.long), {}, "has 2 rows"),
+        ([1, VOCAB], {}, f"token id {VOCAB}, but the model knows ids from 0 to {VOCAB - 1}"),
         ("w1", {"top_k": -4, "do_sample": True}, "generation options: .*top_k"),
     ],
 )
@@ -420,3 +425,12 @@ print(next(records).tokens)
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
     )
     assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
+
+
+def test_what_a_tokenizer_returns_is_a_prompt() -> None:
+    model, tokenizer = llama()
+    for kind in (None, "pt"):
+        encoded = tokenizer("w1 w2 w3", return_tensors=kind)
+        parts = list(headinfer.generate(model, encoded, tokenizer=tokenizer, max_new_tokens=3))
+        plain = list(headinfer.generate(model, "w1 w2 w3", tokenizer=tokenizer, max_new_tokens=3))
+        assert [part.text for part in parts] == [part.text for part in plain]

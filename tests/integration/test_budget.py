@@ -1,12 +1,14 @@
 """The device memory that plans are made for: what was asked for, and no more than there is."""
 
 import pytest
+import torch
 
 import headinfer
 from headinfer.device.simulated import SimulatedDevice
 from headinfer.errors import MemoryPlanError
-from headinfer.plan.memory import runtime_bytes
-from tiny_models import shared_model
+from headinfer.plan.memory import activation_bytes, runtime_bytes
+from headinfer.plan.plan import Plan
+from tiny_models import random_tokens, shared_model
 
 GIB = 2**30
 RUNTIME = runtime_bytes("cuda")
@@ -68,3 +70,35 @@ def test_a_device_that_is_full_is_refused_in_one_line(asked: str | None) -> None
     assert "CUDA itself 1.25 GiB" in message
     assert "all the device has" in message
     assert ("24.00 GiB" in message) == (asked is not None)
+
+
+@pytest.mark.parametrize("mib", [3, 5, 8, 12])
+def test_a_call_with_any_of_several_caches_keeps_within_the_budget(mib: int) -> None:
+    model, tokens = shared_model("llama3"), random_tokens(1, 200)
+    stock = model(tokens, logits_to_keep=1).logits
+    sized = headinfer.attach(model, device="simulated")
+    sized.detach()
+    enough = sized.plan.shape.weights_bytes + mib * 2**20
+    with headinfer.attach(
+        model, device="simulated", tile_tokens=32, device_memory=enough
+    ) as offload:
+        caches = [offload.new_cache() for _ in range(4)]
+        for cache in caches:
+            model(tokens[:, :150], past_key_values=cache, logits_to_keep=1)
+        plans = [cache.state.engine.plan for cache in caches]
+        held = sum(plan.kv_device_bytes for plan in plans)
+        assert plans[0].shape.weights_bytes + held + max(map(activations, plans)) <= enough
+        for cache in caches:
+            ours = model(tokens[:, 150:], past_key_values=cache, logits_to_keep=1).logits
+            torch.testing.assert_close(ours, stock)
+
+
+def activations(plan: Plan) -> int:
+    """Return what a call with a cache takes by the chunks it passes."""
+    return activation_bytes(
+        plan.shape,
+        chunk_tokens=plan.chunk_tokens,
+        tile_heads=plan.tile_heads,
+        batch=plan.batch,
+        device=plan.device,
+    )

@@ -247,3 +247,30 @@ def test_rows_can_be_repeated_and_selected(device: str) -> None:
     stock = run(DynamicCache(config=model.config))
     with headinfer.attach(model, device=device, **SMALL) as offload:
         torch.testing.assert_close(run(offload.new_cache()), stock)
+
+
+def test_short_prompts_and_rejected_drafts_are_not_counted_as_decoded() -> None:
+    model, cache_argument = shared_model("llama3"), {}
+    tokens = random_tokens(1, 40)
+    with headinfer.attach(model, **SMALL) as offload:
+        stats, cache = offload.stats, offload.new_cache()
+        cache_argument[cache_name(model)] = cache
+        first = model.generate(tokens, max_new_tokens=5, do_sample=False, **cache_argument)
+        assert (stats.prefill_tokens, stats.decode_tokens, stats.decode_steps) == (40, 4, 4)
+        second = torch.cat((first, random_tokens(1, 20, seed=7)), dim=1)
+        model.generate(second, max_new_tokens=5, do_sample=False, **cache_argument)
+        assert (stats.prefill_tokens, stats.decode_tokens, stats.decode_steps) == (61, 8, 8)
+    repeated = random_tokens(1, 9).repeat(1, 5)
+    with headinfer.attach(model, **SMALL) as offload:
+        stats, cache = offload.stats, offload.new_cache()
+        cache_argument[cache_name(model)] = cache
+        output = model.generate(
+            repeated,
+            max_new_tokens=20,
+            do_sample=False,
+            prompt_lookup_num_tokens=4,
+            **cache_argument,
+        )
+        assert stats.decode_tokens == cache.stats.decode_tokens
+        assert stats.decode_tokens == cache.get_seq_length() - repeated.shape[1]
+        assert 0 <= output.shape[1] - 1 - repeated.shape[1] - stats.decode_tokens <= 1

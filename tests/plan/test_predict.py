@@ -310,3 +310,12 @@ def test_a_link_as_fast_as_the_hosts_memory_leaves_the_host_some() -> None:
         hardware=slow,
     )
     assert Predictor(LLAMA_3_8B, slow).decode(plan.placement, 2**20).limited_by == "the host"
+
+
+def test_windows_alone_stream_nothing() -> None:
+    mixed = model_shape(layers=32, window_tokens=64)
+    shape = replace(mixed, layers=mixed.layers[::2])
+    assert not shape.full_layers
+    placement = Placement(tile_heads=1, tile_tokens=1024)
+    parts = Predictor(shape, RTX_4090).decode(placement, 2**17)
+    assert (parts.start_s, parts.link_s, parts.link_back_s) == (0.0, 0.0, 0.0)

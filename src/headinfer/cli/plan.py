@@ -192,4 +192,4 @@ def _hardware(name: str | None) -> tuple[Hardware, str]:
     measured, said = measured_hardware()
     if measured is not None:
         return measured, said
-    return preset_hardware(_DEFAULT_HARDWARE), f"{said}; `headinfer probe` plans for this machine"
+    return preset_hardware(_DEFAULT_HARDWARE), f"{said}; `headinfer probe` measures this machine"

@@ -81,7 +81,8 @@ def build_tokenizer() -> "PreTrainedTokenizerFast":
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokens = [*words.SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokens += [byte_level.pre_tokenize_str(text)[0][0] for text in vocabulary()]
-    ids = {token: idx for idx, token in enumerate(tokens)}
+    # The alphabet has words of one letter already. A gap would leave the last ids without weights.
+    ids = {token: idx for idx, token in enumerate(dict.fromkeys(tokens))}
     backend = Tokenizer(models.BPE(vocab=ids, merges=[], ignore_merges=True))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(PIECES), behavior="isolated"), byte_level]

@@ -55,16 +55,16 @@ def attend_groups(tokens: Tokens, step: Attend) -> None:
     """
     chunk = tokens.chunk
     kernels, kv_heads, whole = chunk.kernels, chunk.new.keys.shape[1], step.groups == 1
-    near = {part: tokens.near(part.where) for part in step.parts if isinstance(part, Near)}
+    near = [tokens.near(part.where) if isinstance(part, Near) else None for part in step.parts]
     with attention_mark():
         for first in range(0, kv_heads, step.heads):
             # A view of all heads would be the same, and takes time.
             heads = ALL_HEADS if whole else slice(first, min(first + step.heads, kv_heads))
             query = chunk.query if whole else chunk.query[:, heads]
             total = kernels.begin(query, scale=chunk.scale)
-            for part in step.parts:
-                if isinstance(part, Near):
-                    works = _past_works(chunk, query, [near[part]._replace(heads=heads)], total)
+            for part, tile in zip(step.parts, near, strict=True):
+                if tile is not None:
+                    works = _past_works(chunk, query, [tile._replace(heads=heads)], total)
                 elif isinstance(part, Tiles):
                     works = _past_works(chunk, query, tokens.tiles(heads), total)
                 elif isinstance(part, Own):
@@ -149,5 +149,6 @@ def attend_in_hand(chunk: Chunk, kv: KV) -> None:
     else:
         chunk.past_tokens = kv.tokens - chunk.tokens
         tile = tile._replace(tokens=chunk.past_tokens)
-        step = Attend(kv_heads, 1, (Own(), Near(Where.WINDOW)))
+        past = (Near(Where.WINDOW),) if chunk.past_tokens else ()
+        step = Attend(kv_heads, 1, (Own(), *past))
     attend_groups(TokensInHand(chunk, tile), step)

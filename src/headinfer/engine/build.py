@@ -31,6 +31,7 @@ def build(
     Raises:
         MemoryPlanError: the device has no such memory left.
     """
+    assert sizes.in_place == device.tiles_are_views, "the plan is for a device of another kind"
     page_tokens, chunk_tokens = plan.page_tokens, plan.chunk_tokens
     if device.tiles_are_views:
         pages = Pages(

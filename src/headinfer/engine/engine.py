@@ -89,6 +89,8 @@ class Engine(ChangeableTokens):
         host_share = 0.0 if host_kernels is None else executor.source.host_share
         assert window_tokens is None or ledger.track.window_tokens is not None
         executor.ledger = ledger
+        if executor.source.begun:
+            executor.source.drop()
         try:
             for first in range(0, q_len, at_once):
                 chunk = executor.chunk = call if q_len <= at_once else call.part(first, at_once)

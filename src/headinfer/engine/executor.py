@@ -9,7 +9,6 @@ from typing import Any
 
 from headinfer.attend.partial import Partial
 from headinfer.attend.work import Work
-from headinfer.device.base import Device
 from headinfer.engine.attending import attend_groups, attention_mark
 from headinfer.engine.chunk import Chunk
 from headinfer.engine.fetch import TileSource
@@ -44,7 +43,6 @@ class Executor:
     `ledger`, and `chunk` or `new`, must be set before a step is performed.
 
     Args:
-        device: where attention is computed.
         source: of streamed tiles.
         pages: where new tokens go.
         windows: where those of layers with a window go.
@@ -65,7 +63,6 @@ class Executor:
 
     def __init__(
         self,
-        device: Device,
         source: TileSource,
         pages: Pages,
         windows: WindowKeeper,
@@ -74,10 +71,10 @@ class Executor:
     ) -> None:
         self.source = source
         self.pages = pages
-        self._device = device
         self._windows = windows
         self._host = host
         self._sizes = sizes
+        # The newest of each layer: older ones may not serve any more (`TrackSteps.serves`).
         self._known: dict[Ledger, tuple[_Key, TrackSteps]] = {}
         self._window: Tile | None = None
 
@@ -93,12 +90,12 @@ class Executor:
             new_tokens: at once.
             host_share: share of the tokens beside the residents that the host attends.
         """
-        key = ledger.version, kind, new_tokens, host_share
+        # Where host memory is attended in place, its growth moves no token.
+        version = 0 if self._sizes.in_place else ledger.version
+        key = version, kind, new_tokens, host_share
         known = self._known.get(ledger)
-        if known is not None and known[0] == key:
-            steps = known[1]
-            if steps.from_tokens <= tokens < steps.until_tokens:
-                return steps
+        if known is not None and known[0] == key and known[1].serves(tokens):
+            return known[1]
         steps = route_track(ledger.held, kind, new_tokens, self._sizes, host_share)
         self._known[ledger] = key, steps
         return steps
@@ -114,8 +111,10 @@ class Executor:
         """Yield the tiles of some heads; see `attending.Tokens`."""
         return self.source.tiles(self.ledger, heads)
 
-    def _send_home(self, _step: SendHome) -> None:
-        self.pages.send_home(self.ledger)
+    def _send_home(self, step: SendHome) -> None:
+        ledger = self.ledger
+        assert (step.start, step.end) == (ledger.host_tokens, ledger.tokens)
+        self.pages.send_home(ledger)
 
     def _keep(self, step: Keep) -> None:
         if step.where is not Where.WINDOW:

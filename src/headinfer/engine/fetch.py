@@ -135,6 +135,7 @@ class SequentialTiles:
     def begin(self, ledger: Ledger, step: Fetch) -> None:
         """Turn to a layer; nothing is fetched before it is asked for."""
         self._step = step
+        self._buffer.free = self._device.compute.record()  # also where attention to a tile failed
 
     def tiles(self, ledger: Ledger, heads: slice) -> Iterator[Tile]:
         """Yield tiles, waiting on the host for each to arrive and to be attended."""
@@ -203,7 +204,6 @@ class OverlappedTiles:
         self._fetched.clear()
         self._free = collections.deque(self._buffers)  # also one that Ctrl-C left half fetched
         self._first_layer = layer_idx
-        self.begun = False  # whether the turn began and did not end: it failed
         self._turn = 0  # the turn being attended, or next to be
         self._started = 0  # turns whose fetching has started
         # Of each such turn that has not ended: the version of the layer's tokens, and which.
@@ -216,14 +216,15 @@ class OverlappedTiles:
 
     def begin(self, ledger: Ledger, step: Fetch) -> None:
         """Turn to a layer, and start over where it was not the one expected or has changed."""
-        self._pass_by(ledger)
+        failed, self.begun = self.begun, True  # first: what is interrupted from here on has failed
+        if not failed:
+            self._pass_by(ledger)
         state, turn = (ledger.version, step), self._turn
-        unexpected = self.begun or self._layer_of(turn) is not ledger
+        unexpected = failed or self._layer_of(turn) is not ledger
         if unexpected or self._expected.get(turn, state) != state:
             self._restart(self._ledgers.index(ledger))
         if self._started == self._turn:
             self._start(ledger, step)
-        self.begun = True
         self._left = step.end - step.start
         self._fetch_ahead()
 
@@ -232,7 +233,7 @@ class OverlappedTiles:
         while self._turn < self._started:
             if self._layer_of(self._turn) is ledger or self._expected[self._turn][1] is not None:
                 return
-            self.end()
+            self._advance()
 
     def _start(self, ledger: Ledger, step: Fetch | None) -> None:
         """Have the tiles of one turn more fetched next."""
@@ -287,11 +288,15 @@ class OverlappedTiles:
 
     def end(self) -> None:
         """Finish the turn; fetching may go one turn further."""
-        self._expected.pop(self._turn, None)
+        self._advance()
         self.begun = False
+
+    def _advance(self) -> None:
+        self._expected.pop(self._turn, None)
         self._turn += 1
         self._fetch_ahead()
 
     def drop(self) -> None:
         """Forget what was fetched ahead."""
         self._restart(0)
+        self.begun = False

@@ -73,9 +73,7 @@ class HeldTokens:
         source, self._pages, self._arena_bytes = build(
             self._device, self.plan, sizes, self._full, self._stats
         )
-        self._executor = Executor(
-            self._device, source, self._pages, self._windows, self._host, sizes
-        )
+        self._executor = Executor(source, self._pages, self._windows, self._host, sizes)
 
     @property
     def device_kv_bytes(self) -> int:

@@ -10,7 +10,8 @@ class Stats:
     Attributes:
         prefill_tokens: tokens that passed through the model several at a time, all rows together.
         prefill_s: seconds spent on them.
-        decode_tokens: tokens that passed one position at a time, all rows together.
+        decode_tokens: tokens that passed one position at a time, or as drafts that were not taken
+            back, all rows together.
         decode_s: seconds of the model calls spent on them.
         decode_steps: those model calls.
         bytes_to_device: KV bytes copied over the link to the device.

@@ -1,13 +1,18 @@
 """Prompts in their forms, turned into token ids."""
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from headinfer.errors import OptionError
 
 Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
-"""Text as it is, messages for the chat template, or token ids (a tensor of one row too)."""
+"""Text as it is, messages for the chat template, or token ids.
+
+Token ids may also be a tensor of one row, or what a tokenizer returns for one text.
+"""
+
+_NO_PROMPT = "the prompt must be text, messages (mappings with role and content) or token ids"
 
 
 class TemplateRefusalError(OptionError):
@@ -28,7 +33,7 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
     if isinstance(prompt, str):
         ids = tokenizer(prompt)["input_ids"]
     else:
-        parts = prompt.flatten().tolist() if hasattr(prompt, "flatten") else list(prompt)
+        parts = _parts(prompt)
         if parts and all(isinstance(part, Mapping) for part in parts):
             ids = tokenizer(_chat(tokenizer, parts), add_special_tokens=False)["input_ids"]
         else:
@@ -36,6 +41,19 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
     if not ids:
         raise OptionError("the model's tokenizer makes no tokens of this prompt")
     return [int(token_id) for token_id in ids]
+
+
+def _parts(prompt: Any) -> list[Any]:
+    """Return the messages or token ids that a prompt consists of."""
+    if isinstance(prompt, Mapping) and "input_ids" in prompt:  # what a tokenizer returns
+        prompt = prompt["input_ids"]
+    if hasattr(prompt, "flatten"):
+        if prompt.ndim > 1 and prompt.shape[0] != 1:
+            raise OptionError(f"the prompt has {prompt.shape[0]} rows; give one row at a time")
+        return list(prompt.flatten().tolist())
+    if isinstance(prompt, Mapping) or not isinstance(prompt, Iterable):
+        raise OptionError(_NO_PROMPT)
+    return list(prompt)
 
 
 def _chat(tokenizer: Any, messages: list[Any]) -> str:
@@ -57,6 +75,4 @@ def _token_ids(parts: Sequence[Any]) -> list[int]:
     try:
         return [operator.index(part) for part in parts]
     except TypeError:
-        raise OptionError(
-            "the prompt must be text, messages (mappings with role and content) or token ids"
-        ) from None
+        raise OptionError(_NO_PROMPT) from None

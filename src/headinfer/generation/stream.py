@@ -109,8 +109,9 @@ def generate(
     parsed = Options.parse(**options)
     check_given(given)
     if isinstance(model, PreTrainedModel):
-        if tokenizer is None:
-            raise OptionError("a loaded model needs its tokenizer: pass tokenizer=...")
+        if not callable(tokenizer):
+            what = "" if tokenizer is None else f", which {tokenizer!r} is not"
+            raise OptionError(f"a loaded model needs its tokenizer, loaded too{what}")
         if dtype != "auto":
             raise OptionError(f"dtype={dtype!r} is for models that are loaded here; leave it out")
     elif not isinstance(model, (str, os.PathLike)):
@@ -123,9 +124,21 @@ def generate(
             loaded, own_tokenizer = _load(os.fspath(loaded), dtype, device, tokenizer)
             attached_options = options | {"device": device}
         ids = encode_prompt(own_tokenizer, prompt)
+        _check_vocabulary(loaded, ids)
         yield from _stream(loaded, own_tokenizer, ids, attached_options, given, progress)
 
     return with_model()
+
+
+def _check_vocabulary(model: PreTrainedModel, ids: list[int]) -> None:
+    """Refuse token ids that the model has no embedding for."""
+    known = model.get_input_embeddings().weight.shape[0]
+    wrong = [token_id for token_id in ids if not 0 <= token_id < known]
+    if wrong:
+        raise OptionError(
+            f"the prompt has token id {wrong[0]}, but the model knows ids from 0 to {known - 1}; "
+            "use the model's own tokenizer"
+        )
 
 
 def _load(name: str, dtype: str, device: str, tokenizer: Any) -> tuple[PreTrainedModel, Any]:

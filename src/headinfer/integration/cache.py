@@ -39,6 +39,7 @@ class OffloadedCache(DynamicCache):
     Attributes:
         stats: times and memory of the calls with this cache; copies are counted for all caches of
             an attachment together.
+        drafted_tokens: new tokens of the last call that may be rejected drafts, in each row.
         progress: told of the tokens done and in all after each chunk of a prompt; may raise.
     """
 
@@ -48,6 +49,7 @@ class OffloadedCache(DynamicCache):
         self._lengths_before: list[int] | None = None  # while a model call is under way
         self.state = OffloadedState(host, max_tokens)
         self.stats = Stats()
+        self.drafted_tokens = 0
         self.progress: PrefillProgress | None = None
         layer_idx = 0
         for position, layer in enumerate(self.layers):
@@ -142,6 +144,14 @@ class OffloadedCache(DynamicCache):
         with self.state.changing():
             for layer in self._offloaded_layers():
                 layer.crop(tokens_to_remove)
+        self._discount(-tokens_to_remove)
+
+    def _discount(self, tokens: int) -> None:
+        """Count drafts that are taken back as never decoded: they were rejected."""
+        rejected = min(tokens, self.drafted_tokens)
+        self.drafted_tokens -= rejected
+        for stats in (self.stats, self.state.host.stats):
+            stats.decode_tokens -= rejected * (self._batch() or 0)
 
     @in_turn
     def batch_repeat_interleave(self, repeats: int) -> None:

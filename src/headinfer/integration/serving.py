@@ -17,6 +17,16 @@ _FEW_TOKENS = 32
 """A call with up to so many new tokens on a filled cache counts as decoding (it is speculative)."""
 
 
+def _decodes(arguments: dict[str, Any], new_tokens: int) -> bool:
+    """Whether a call on a filled cache decodes: it has one new token, or checks a few drafts.
+
+    Who checks drafts wants all their logits. A short prompt wants the last alone.
+    """
+    kept = arguments.get("logits_to_keep")
+    last_alone = isinstance(kept, int) and kept == 1
+    return new_tokens == 1 or (new_tokens <= _FEW_TOKENS and not last_alone)
+
+
 class AttachmentOwner(Protocol):
     """An owner of an attachment: what calls need of the session they are served by."""
 
@@ -85,7 +95,7 @@ class ServedCall:
         """Make room for the tokens, and run all chunks but the last, whose arguments it returns."""
         past_tokens = self.cache.get_seq_length()
         self.cache.state.prepare(self._rows, self._new_tokens)
-        self._decoding = past_tokens > 0 and self._new_tokens <= _FEW_TOKENS
+        self._decoding = past_tokens > 0 and _decodes(arguments, self._new_tokens)
         chunk_tokens = self._owner.chunk_tokens(self.cache)
         in_chunks = self._may_pass_in_chunks(arguments, chunk_tokens, past_tokens)
         self._started_s = time.perf_counter()
@@ -131,6 +141,7 @@ class ServedCall:
             else:
                 stats.prefill_tokens += tokens
                 stats.prefill_s += seconds
+        self.cache.drafted_tokens = self._new_tokens - 1 if self._decoding else 0
         if not self._decoding:
             self._report(self._new_tokens, self._new_tokens)
         self.cache.end_call()

@@ -8,6 +8,7 @@ import torch
 
 from headinfer.engine.engine import Engine
 from headinfer.engine.readout import Part
+from headinfer.engine.stats import Stats
 from headinfer.errors import CacheStateError, MemoryPlanError
 from headinfer.integration.attention import AttentionFunctions
 from headinfer.integration.pending import Pending
@@ -45,6 +46,10 @@ def _unlike(engine: Engine, batch: int, dtype: torch.dtype) -> str:
 
 class CacheHost(Protocol):
     """A host of caches: what a cache needs of the attachment it belongs to."""
+
+    @property
+    def stats(self) -> Stats:
+        """Totals of all caches."""
 
     @property
     def functions(self) -> AttentionFunctions:

@@ -37,7 +37,6 @@ class Ledger:
         geometry: shape and dtype; its batch follows the selection of rows.
         track: the heads, and how far back they see.
         host_tokens: tokens that the host holds: those from 0 to before it.
-        capacity_tokens: tokens that there is host memory for.
         resident: the oldest tokens on the device; None where none are kept there.
         tail: a page on the device with the tokens that follow those of the host; None where there
             are none, or they are resident.
@@ -51,7 +50,7 @@ class Ledger:
     ) -> None:
         self.geometry = geometry
         self.track = Track(geometry.kv_heads, window_tokens)
-        self.host_tokens = self.capacity_tokens = 0
+        self.host_tokens = 0
         self.resident: Extent | None = None
         self.tail: Extent | None = None
         self.half_done = False
@@ -75,6 +74,11 @@ class Ledger:
         if tail is not None:
             return tail.tokens
         return 0 if resident is None else max(resident.tokens - self.host_tokens, 0)
+
+    @property
+    def capacity_tokens(self) -> int:
+        """Tokens that there is host memory for; looked up, as Ctrl-C may come beside any change."""
+        return self._host[-1].limit if self._host else 0
 
     @property
     def past_tokens(self) -> int:
@@ -172,7 +176,6 @@ class Ledger:
         if missing > 0:
             start = self.capacity_tokens
             self._host.append(self._place.take(self.geometry, missing, start))
-            self.capacity_tokens = start + missing
 
     def select_window(self, geometry: Geometry, target: Extent | None) -> None:
         """Go on with other rows of a window's tokens.
@@ -205,7 +208,6 @@ class Ledger:
             if shared and extent.limit > tokens:
                 extent.capacity = kept_tokens
                 kept = position + (extent.capacity > 0)
-                self.capacity_tokens = tokens
                 while len(self._host) > kept:
                     self._place.give_back(self._host.pop())
                 return
@@ -288,13 +290,11 @@ class Ledger:
         assert not self.tokens
         self.clear()
         self._host = [extent.share() for extent in other._host if extent.tokens]
-        self.capacity_tokens = other.host_tokens
         self.host_tokens = self._written_tokens = other.host_tokens
         self.version += 1
 
     def clear(self) -> None:
         """Forget all tokens and give back all host memory; device memory stays."""
-        self.capacity_tokens = 0
         while self._host:  # forgotten first: given back twice, others would lose it
             self._place.give_back(self._host.pop())
         self.host_tokens = self._written_tokens = 0

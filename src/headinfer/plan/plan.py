@@ -129,12 +129,12 @@ class Plan:
             yield f"up to {format_tokens(self.whole_tokens)} tokens that cannot pass in chunks"
         budget = self.device_memory_bytes
         runtime = f", CUDA itself {format_bytes(self.runtime_bytes)}" if self.runtime_bytes else ""
+        kv = "" if self.device == "cpu" else f"KV {format_bytes(self.kv_device_bytes)}, "
         where = {"cpu": "CPU", "cuda": "GPU"}.get(self.device, f"{self.device} GPU")
         yield (
             f"{where} memory {format_bytes(self.total_device_bytes)}"
             f"{f' of {format_bytes(budget)}' if budget else ''}: "
-            f"weights {format_bytes(self.shape.weights_bytes)}, "
-            f"KV {format_bytes(self.kv_device_bytes)}, "
+            f"weights {format_bytes(self.shape.weights_bytes)}, {kv}"
             f"activations {format_bytes(self.activation_bytes)} (estimate){runtime}"
         )
         if self.resident_tokens:

@@ -288,7 +288,12 @@ class Predictor:
         link, batch = self._hardware.link_bytes_per_s, placement.batch
         resident_tokens = int(placement.resident_bytes / (batch * self._kv_token_bytes or 1))
         past, new = round(past_tokens), max(round(new_tokens), 1)
-        if placement.tile_tokens is None or link is None or past + new <= resident_tokens:
+        if (
+            placement.tile_tokens is None
+            or link is None
+            or not self._alike  # it has windows alone
+            or past + new <= resident_tokens
+        ):
             return Parts(compute_s=compute_s)
         price = Price(batch)
         sizes = Sizes(placement.tile_heads, placement.tile_tokens, _PRICED_PAGE_TOKENS)

@@ -196,7 +196,10 @@ class TrackSteps:
     until_tokens: float = math.inf
 
     def serves(self, tokens: int) -> bool:
-        """Whether the steps serve a track of so many tokens, none of them sent home meanwhile."""
+        """Whether the steps serve a track of so many tokens.
+
+        They do only as long as no others were performed for the track, and none sent tokens home.
+        """
         return self.from_tokens <= tokens < self.until_tokens
 
 

@@ -1,0 +1,30 @@
+"""Plans whose calls pass fewer tokens at once, where another cache needs the memory."""
+
+from dataclasses import replace
+
+from headinfer.plan import memory
+from headinfer.plan.choices import MIN_CHUNK_TOKENS
+from headinfer.plan.plan import Plan
+
+
+def narrowed(plan: Plan, activation_bytes: int) -> Plan:
+    """Return a plan with chunks that are short enough for some memory.
+
+    Nothing that the cache holds changes. A chunk is not made shorter than `MIN_CHUNK_TOKENS`.
+
+    Args:
+        plan: of a cache, at rest.
+        activation_bytes: the most that a call with it may take for activations.
+    """
+    chunk_tokens = plan.chunk_tokens
+    needed = plan.activation_bytes
+    while needed > activation_bytes and chunk_tokens // 2 >= MIN_CHUNK_TOKENS:
+        chunk_tokens //= 2
+        needed = memory.activation_bytes(
+            plan.shape,
+            chunk_tokens=chunk_tokens,
+            tile_heads=plan.tile_heads,
+            batch=plan.batch,
+            device=plan.device,
+        )
+    return replace(plan, chunk_tokens=chunk_tokens, activation_bytes=needed)

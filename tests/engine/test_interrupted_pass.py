@@ -1,0 +1,193 @@
+"""Ctrl-C before any line of a pass: the cache refuses to go on, or goes on right."""
+
+import dataclasses
+import functools
+import sys
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+
+from attended import reference
+from headinfer.attend.reference import ReferenceKernel
+from headinfer.attend.table import Kernels
+from headinfer.attend.work import Work
+from headinfer.device.base import Device
+from headinfer.device.cpu import CpuDevice
+from headinfer.device.simulated import SimulatedDevice
+from headinfer.engine.engine import Engine
+from headinfer.engine.stats import Stats
+from headinfer.plan.memory import resident_bytes
+from headinfer.plan.options import Options
+from headinfer.plan.plan import Plan
+from headinfer.plan.resolve import resolve
+from headinfer.schedule.route import Pass
+from shapes import model_shape
+
+DIM, STRIDE = 8, 17
+"""Each seventeenth line of a pass is interrupted; all of them would take minutes."""
+
+TURNS = {"begin", "_pass_by", "_start", "_fetch_ahead", "end", "_advance", "_restart"}
+GROWTH = {"reserve", "missing_tokens", "extend_host", "_leave_shared"}
+"""Functions in which every line is interrupted."""
+
+
+class Interrupt:
+    """A trace function that raises KeyboardInterrupt before one line of the engine.
+
+    Args:
+        line: how many lines are run before, and one.
+        functions: whose lines count; None for all of the engine's.
+    """
+
+    def __init__(self, line: int, functions: set[str] | None) -> None:
+        self.left = line
+        self.functions = functions
+
+    def __call__(self, frame: FrameType, _event: str, _argument: Any) -> Any:
+        file = frame.f_code.co_filename
+        ours = "/headinfer/engine/" in file or "/headinfer/kv/" in file
+        counts = self.functions is None or frame.f_code.co_name in self.functions
+        return self.local if ours and counts else None
+
+    def local(self, _frame: FrameType, event: str, _argument: Any) -> Any:
+        if event == "line":
+            self.left -= 1
+            if self.left == 0:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return self.local
+
+
+@functools.cache
+def planned(device: str, layers: int, resident: int, share: float, window: int = 0) -> Plan:
+    shape = model_shape(layers=layers, window_tokens=window, kv_heads=2, group=2, itemsize=8)
+    options = Options.parse(tile_heads=1, tile_tokens=16, chunk_tokens=12)
+    plan = resolve(shape, options, device=device)
+    if device == "cpu":
+        return plan
+    size = resident_bytes(shape, resident_tokens=resident, batch=1)
+    return dataclasses.replace(
+        plan, resident_tokens=resident, resident_bytes=size, host_share=share
+    )
+
+
+class Conversation:
+    """An engine, and the same tokens as plain tensors."""
+
+    def __init__(self, plan: Plan, seed: int, kernels: Kernels | None = None) -> None:
+        device: Device = CpuDevice() if plan.device == "cpu" else SimulatedDevice(seed=seed)
+        self.kernels = kernels or reference()
+        self.engine = Engine(device, plan, torch.float64, Stats())
+        self.windows = [layer.window_tokens for layer in plan.shape.layers]
+        self.generator = torch.Generator().manual_seed(0)
+        self.kv = [self.draw(2, 2, 0, DIM) for _ in self.windows]
+
+    def draw(self, *shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64)
+
+    def step(self, tokens: int, kind: Pass = Pass.FORWARD) -> None:
+        host = self.kernels if self.engine.plan.host_share else None
+        for layer, window in enumerate(self.windows):
+            query, new = self.draw(1, 2, 2, tokens, DIM), self.draw(2, 2, tokens, DIM)
+            ours = self.engine.attend(
+                layer,
+                query,
+                *new[:, None],
+                kernels=self.kernels,
+                scale=0.3,
+                window_tokens=window or None,
+                host_kernels=host,
+                kind=kind,
+            )
+            self.kv[layer] = torch.cat((self.kv[layer], new), dim=2)
+            if kind is Pass.FORWARD:
+                wanted = attended(query, *self.kv[layer][:, None], window)
+                torch.testing.assert_close(ours, wanted)
+
+
+def attended(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int
+) -> torch.Tensor:
+    """Return attention by its definition."""
+    q_len, kv_len = query.shape[3], keys.shape[2]
+    hidden = torch.ones(q_len, kv_len).triu(kv_len - q_len + 1).bool()
+    if window:
+        hidden |= torch.ones(q_len, kv_len).tril(kv_len - q_len - window).bool()
+    scores = query @ keys.unsqueeze(2).transpose(-1, -2) * 0.3
+    weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+    return (weights @ values.unsqueeze(2)).permute(0, 3, 1, 2, 4)
+
+
+@pytest.mark.parametrize("functions", [None, TURNS, GROWTH], ids=["any", "turns", "growth"])
+@pytest.mark.parametrize(
+    ("plan", "expected", "new"),
+    [
+        (planned("cpu", 2, 0, 0.0), 120, 20),
+        (planned("simulated", 3, 20, 0.4), 0, 2),
+        (planned("simulated", 2, 0, 0.0), 400, 2),
+        (planned("simulated", 2, 100, 0.0), 0, 40),
+    ],
+    ids=["cpu", "host", "reserved", "resident"],
+)
+def test_an_interrupted_pass_is_refused_or_right(
+    plan: Plan, expected: int, new: int, functions: set[str] | None
+) -> None:
+    line = 1
+    while True:
+        chat = Conversation(plan, seed=line)
+        chat.engine.expect(75)
+        for tokens in (70, 1, 2):
+            chat.step(tokens)
+        chat.engine.expect(expected)
+        chat.engine.settle()  # so that tiles are fetched from the first one on
+        before, kv = chat.engine.lengths(), list(chat.kv)
+        trace = sys.gettrace()
+        sys.settrace(Interrupt(line, functions))
+        try:
+            chat.step(new)
+            break
+        except KeyboardInterrupt:
+            line += STRIDE if functions is None else 1
+        finally:
+            sys.settrace(trace)
+        if not chat.engine.interrupted and chat.engine.lengths() == before:  # or it is refused
+            chat.kv = kv
+            for tokens in (new, 1, 20):
+                chat.step(tokens)
+        chat.engine.close()
+
+
+class Failing(ReferenceKernel):
+    """A kernel that fails once, at a work to come."""
+
+    left = -1
+
+    def attend(self, work: Work) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise MemoryError("no more")
+        super().attend(work)
+
+
+@pytest.mark.parametrize(("layers", "window"), [(3, 0), (2, 13), (4, 13)])
+def test_a_layer_that_failed_does_not_spoil_what_comes_next(layers: int, window: int) -> None:
+    for failing in range(1, 30, 2):
+        kernel = Failing()
+        chat = Conversation(planned("simulated", layers, 0, 0.0, window), 0, Kernels([kernel]))
+        for tokens in (70, 1, 1):
+            chat.step(tokens)
+        before, kv = [chat.engine.tokens(layer) for layer in range(layers)], list(chat.kv)
+        kernel.left = failing
+        try:
+            chat.step(1)
+        except MemoryError:
+            for layer in range(layers):
+                chat.engine.crop(layer, chat.engine.tokens(layer) - before[layer])
+            chat.kv = kv
+        kernel.left = -1
+        chat.step(1, Pass.DRAFT)
+        chat.step(1)
+        chat.step(1)
+        chat.engine.close()
