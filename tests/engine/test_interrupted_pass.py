@@ -1,31 +1,19 @@
 """Ctrl-C before any line of a pass: the cache refuses to go on, or goes on right."""
 
-import dataclasses
-import functools
 import sys
 from types import FrameType
 from typing import Any
 
 import pytest
-import torch
 
-from attended import reference
+from conversation import Conversation, planned
 from headinfer.attend.reference import ReferenceKernel
 from headinfer.attend.table import Kernels
 from headinfer.attend.work import Work
-from headinfer.device.base import Device
-from headinfer.device.cpu import CpuDevice
-from headinfer.device.simulated import SimulatedDevice
-from headinfer.engine.engine import Engine
-from headinfer.engine.stats import Stats
-from headinfer.plan.memory import resident_bytes
-from headinfer.plan.options import Options
 from headinfer.plan.plan import Plan
-from headinfer.plan.resolve import resolve
 from headinfer.schedule.route import Pass
-from shapes import model_shape
 
-DIM, STRIDE = 8, 17
+STRIDE = 17
 """Each seventeenth line of a pass is interrupted; all of them would take minutes."""
 
 TURNS = {"begin", "_pass_by", "_start", "_fetch_ahead", "end", "_advance", "_restart"}
@@ -58,66 +46,6 @@ class Interrupt:
                 sys.settrace(None)
                 raise KeyboardInterrupt
         return self.local
-
-
-@functools.cache
-def planned(device: str, layers: int, resident: int, share: float, window: int = 0) -> Plan:
-    shape = model_shape(layers=layers, window_tokens=window, kv_heads=2, group=2, itemsize=8)
-    options = Options.parse(tile_heads=1, tile_tokens=16, chunk_tokens=12)
-    plan = resolve(shape, options, device=device)
-    if device == "cpu":
-        return plan
-    size = resident_bytes(shape, resident_tokens=resident, batch=1)
-    return dataclasses.replace(
-        plan, resident_tokens=resident, resident_bytes=size, host_share=share
-    )
-
-
-class Conversation:
-    """An engine, and the same tokens as plain tensors."""
-
-    def __init__(self, plan: Plan, seed: int, kernels: Kernels | None = None) -> None:
-        device: Device = CpuDevice() if plan.device == "cpu" else SimulatedDevice(seed=seed)
-        self.kernels = kernels or reference()
-        self.engine = Engine(device, plan, torch.float64, Stats())
-        self.windows = [layer.window_tokens for layer in plan.shape.layers]
-        self.generator = torch.Generator().manual_seed(0)
-        self.kv = [self.draw(2, 2, 0, DIM) for _ in self.windows]
-
-    def draw(self, *shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=self.generator, dtype=torch.float64)
-
-    def step(self, tokens: int, kind: Pass = Pass.FORWARD) -> None:
-        host = self.kernels if self.engine.plan.host_share else None
-        for layer, window in enumerate(self.windows):
-            query, new = self.draw(1, 2, 2, tokens, DIM), self.draw(2, 2, tokens, DIM)
-            ours = self.engine.attend(
-                layer,
-                query,
-                *new[:, None],
-                kernels=self.kernels,
-                scale=0.3,
-                window_tokens=window or None,
-                host_kernels=host,
-                kind=kind,
-            )
-            self.kv[layer] = torch.cat((self.kv[layer], new), dim=2)
-            if kind is Pass.FORWARD:
-                wanted = attended(query, *self.kv[layer][:, None], window)
-                torch.testing.assert_close(ours, wanted)
-
-
-def attended(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int
-) -> torch.Tensor:
-    """Return attention by its definition."""
-    q_len, kv_len = query.shape[3], keys.shape[2]
-    hidden = torch.ones(q_len, kv_len).triu(kv_len - q_len + 1).bool()
-    if window:
-        hidden |= torch.ones(q_len, kv_len).tril(kv_len - q_len - window).bool()
-    scores = query @ keys.unsqueeze(2).transpose(-1, -2) * 0.3
-    weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
-    return (weights @ values.unsqueeze(2)).permute(0, 3, 1, 2, 4)
 
 
 @pytest.mark.parametrize("functions", [None, TURNS, GROWTH], ids=["any", "turns", "growth"])

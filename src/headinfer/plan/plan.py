@@ -83,6 +83,12 @@ class Plan:
         used = self.shape.weights_bytes + self.kv_device_bytes + self.activation_bytes
         return used + self.runtime_bytes
 
+    @property
+    def fits(self) -> bool:
+        """Whether all that is within the budget."""
+        budget = self.device_memory_bytes
+        return budget is None or self.total_device_bytes <= budget
+
     def kv_host_bytes(self, tokens: int) -> int:
         """Bytes of host memory the store takes for `tokens` tokens in each row.
 

@@ -61,14 +61,14 @@ def resolve(
     candidates = _candidates(shape, options, device, batch, context_tokens)
     first = None
     for first in candidates:
-        if _fits(first):
+        if first.fits:
             break
     else:
         raise _refusal(first, smallest_plan(shape, options, device=device, batch=batch))
     resident = _Residency(options, context_tokens)
     if hardware is None or context_tokens is None:
         return _with_host_share(resident.of(first), options, hardware)
-    fitting = [first, *filter(_fits, candidates)]
+    fitting = [first, *(plan for plan in candidates if plan.fits)]
     plans = [
         _with_host_share(plan, options, hardware)
         for plan in _fastest_candidates(fitting, options, resident, context_tokens)
@@ -93,11 +93,6 @@ def _fastest(plans: list[Plan], predictor: Predictor, tokens: int) -> Plan:
         best = cost if best is None else min(best, cost)
     assert best is not None
     return plans[best[2]]
-
-
-def _fits(plan: Plan) -> bool:
-    budget = plan.device_memory_bytes
-    return budget is None or plan.total_device_bytes <= budget
 
 
 def _candidates(
@@ -129,7 +124,7 @@ def _fastest_candidates(
             continue  # its tiles are views of any size
         for tile_tokens in other_tile_tokens(options, plan.tile_tokens, context_tokens):
             other = _replan(plan, options, tile_tokens)
-            if _fits(other):
+            if other.fits:
                 yield residency.of(other)
 
 

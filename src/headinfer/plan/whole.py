@@ -26,7 +26,7 @@ def passing_whole(plan: Plan, options: Options, tokens: int) -> Plan:
     if tokens <= max(plan.chunk_tokens, plan.whole_tokens):
         return plan
     whole = _with_room(plan, tokens)
-    if _fits(whole):
+    if whole.fits:
         return whole
     smallest = least_plan(plan.shape, options, device=plan.device, batch=plan.batch)
     least = _with_room(
@@ -40,18 +40,13 @@ def passing_whole(plan: Plan, options: Options, tokens: int) -> Plan:
         ),
         tokens,
     )
-    if _fits(least):
+    if least.fits:
         return least
     raise MemoryPlanError(
         f"the device memory of {format_bytes(plan.device_memory_bytes or 0)} does not hold "
         f"{format_tokens(tokens)} tokens at once, which need "
         f"{format_bytes(least.total_device_bytes)}; shorten the prompt or give more"
     )
-
-
-def _fits(plan: Plan) -> bool:
-    budget = plan.device_memory_bytes
-    return budget is None or plan.total_device_bytes <= budget
 
 
 def _with_room(plan: Plan, tokens: int) -> Plan:

@@ -1,0 +1,95 @@
+"""An engine and the same tokens as plain tensors, passed on and compared step by step."""
+
+import dataclasses
+import functools
+
+import torch
+
+from attended import reference
+from headinfer.attend.table import Kernels
+from headinfer.device.base import Device
+from headinfer.device.cpu import CpuDevice
+from headinfer.device.simulated import SimulatedDevice
+from headinfer.engine.engine import Engine
+from headinfer.engine.stats import Stats
+from headinfer.plan.memory import resident_bytes
+from headinfer.plan.options import Options
+from headinfer.plan.plan import Plan
+from headinfer.plan.resolve import resolve
+from headinfer.schedule.route import Pass
+from shapes import model_shape
+
+DIM = 8
+
+
+@functools.cache
+def planned(device: str, layers: int, resident: int, share: float, window: int = 0) -> Plan:
+    """Return a plan of small tiles, chunks and pages; on the CPU nothing is resident or shared."""
+    shape = model_shape(layers=layers, window_tokens=window, kv_heads=2, group=2, itemsize=8)
+    options = Options.parse(tile_heads=1, tile_tokens=16, chunk_tokens=12)
+    plan = resolve(shape, options, device=device)
+    if device == "cpu":
+        return plan
+    size = resident_bytes(shape, resident_tokens=resident, batch=1)
+    return dataclasses.replace(
+        plan, resident_tokens=resident, resident_bytes=size, host_share=share
+    )
+
+
+class Conversation:
+    """An engine, and the same tokens as plain tensors."""
+
+    def __init__(
+        self, plan: Plan, seed: int, kernels: Kernels | None = None, stats: Stats | None = None
+    ) -> None:
+        device: Device = CpuDevice() if plan.device == "cpu" else SimulatedDevice(seed=seed)
+        self.kernels = kernels or reference()
+        self.engine = Engine(device, plan, torch.float64, stats or Stats())
+        self.windows = [layer.window_tokens for layer in plan.shape.layers]
+        self.generator = torch.Generator().manual_seed(seed)
+        self.kv = [self.draw(2, 2, 0, DIM) for _ in self.windows]
+
+    def draw(self, *shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64)
+
+    def step(self, tokens: int, kind: Pass = Pass.FORWARD, seen: list[int] | None = None) -> None:
+        """Pass tokens through all layers; compare each with attention to `seen` past tokens.
+
+        All past tokens are seen by default, but nothing is compared for other passes then.
+        """
+        host = self.kernels if self.engine.plan.host_share else None
+        for layer, window in enumerate(self.windows):
+            query, new = self.draw(1, 2, 2, tokens, DIM), self.draw(2, 2, tokens, DIM)
+            ours = self.engine.attend(
+                layer,
+                query,
+                *new[:, None],
+                kernels=self.kernels,
+                scale=0.3,
+                window_tokens=window or None,
+                host_kernels=host,
+                kind=kind,
+            )
+            past = self.kv[layer] if seen is None else self.kv[layer][:, :, seen]
+            self.kv[layer] = torch.cat((self.kv[layer], new), dim=2)
+            if kind is Pass.FORWARD or seen is not None:
+                keys, values = torch.cat((past, new), dim=2)[:, None]
+                torch.testing.assert_close(ours, by_definition(query, keys, values, window))
+
+    def crop(self, tokens: int) -> None:
+        for layer in range(len(self.windows)):
+            self.engine.crop(layer, tokens)
+            self.kv[layer] = self.kv[layer][:, :, :-tokens]
+
+
+def by_definition(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int
+) -> torch.Tensor:
+    """Return causal attention, within a window if there is one, by its definition."""
+    q_len, kv_len = query.shape[3], keys.shape[2]
+    hidden = torch.ones(q_len, kv_len).triu(kv_len - q_len + 1).bool()
+    if window:
+        hidden |= torch.ones(q_len, kv_len).tril(kv_len - q_len - window).bool()
+    scores = query @ keys.unsqueeze(2).transpose(-1, -2) * 0.3
+    weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+    return (weights @ values.unsqueeze(2)).permute(0, 3, 1, 2, 4)
