@@ -28,11 +28,13 @@ class MethodInfo:
         name: as in plans, where they know it.
         description: for people.
         exact: whether its results must be the reference's; otherwise how far they are off is told.
+        is_stock: whether it is transformers' own.
     """
 
     name: str
     description: str
     exact: bool = True
+    is_stock: bool = False
 
 
 def _head_wise(heads: int) -> MethodInfo:
@@ -47,14 +49,23 @@ CATALOGUE = {
     info.name: info
     for info in (
         MethodInfo(
-            name=STANDARD, description="transformers' `DynamicCache`, the prompt in one pass"
+            name=STANDARD,
+            description="transformers' `DynamicCache`, the prompt in one pass",
+            is_stock=True,
         ),
-        MethodInfo(name=CHUNKED, description="transformers with `prefill_chunk_size`"),
-        MethodInfo(name=OFFLOADED, description="transformers' `DynamicCache(offloading=True)`"),
+        MethodInfo(
+            name=CHUNKED, description="transformers with `prefill_chunk_size`", is_stock=True
+        ),
+        MethodInfo(
+            name=OFFLOADED,
+            description="transformers' `DynamicCache(offloading=True)`",
+            is_stock=True,
+        ),
         MethodInfo(
             name=QUANTISED,
             description="transformers' `QuantizedCache` in 4 bits, by optimum-quanto or HQQ",
             exact=False,
+            is_stock=True,
         ),
         *(_head_wise(heads) for heads in (8, 4, 2, 1)),
         MethodInfo(name=ADAPTIVE, description="the paper's adaptive: the most heads that fit"),

@@ -1,4 +1,4 @@
-"""Fresh processes that are asked one question and give one answer. Pure Python, never torch.
+"""Fresh processes that are asked one question and give answers. Pure Python, never torch.
 
 They are forked from a server that has imported torch and transformers and run nothing. Importing
 takes up to 15 s: a suite of forty trials would spend ten minutes on it. Where there is no such
@@ -28,6 +28,9 @@ Values = dict[str, Any]
 
 _END_S = 10
 """How long a process that has answered may take to end."""
+
+_END: Values = {}
+"""What a child sends after its last answer."""
 
 _PRELOADED = ["headinfer.bench.machine", "headinfer.bench.trial"]
 
@@ -59,19 +62,48 @@ def ask(module: str, question: Values, *, time_limit_s: float | None = None) -> 
         TimeoutError: it took too long.
         OptionError: there is no folder for temporary files that is safe.
     """
+    (answer,) = _answers(module, "answer", question, time_limit_s)
+    return answer
+
+
+def ask_for_many(module: str, question: Values) -> Iterator[Values]:
+    """Call a module's generator `answers` in a fresh process; yield what it yields, when it does.
+
+    The process is killed where the caller stops earlier.
+
+    Args:
+        module: its name.
+        question: what `answers` is given.
+
+    Raises:
+        ChildError: it ended in another way than by its last answer.
+        OptionError: there is no folder for temporary files that is safe.
+    """
+    yield from _answers(module, "answers", question, None)
+
+
+def _answers(
+    module: str, function: str, question: Values, time_limit_s: float | None
+) -> Iterator[Values]:
     context = _context()
     receiver, sender = context.Pipe(duplex=False)
     with scratch_folder(_temporary_folder()) as folder, receiver:
         said = folder / "said"
-        arguments = (module, json.dumps(question), sender, str(said), dict(os.environ))
-        process = context.Process(target=_run, args=arguments, daemon=True)
+        asked = (module, function, json.dumps(question))
+        process = context.Process(
+            target=_run, args=(asked, sender, str(said), dict(os.environ)), daemon=True
+        )
         try:
             with _without_main():
                 process.start()
             sender.close()
-            if not receiver.poll(time_limit_s):
-                raise TimeoutError(f"took longer than {time_limit_s} s")
-            answer: Values = json.loads(receiver.recv_bytes())
+            while True:
+                if not receiver.poll(time_limit_s):
+                    raise TimeoutError(f"took longer than {time_limit_s} s")
+                answer: Values = json.loads(receiver.recv_bytes())
+                if answer == _END:
+                    break
+                yield answer
             process.join(_END_S)
         except (EOFError, ConnectionError) as error:
             if process.pid is None:
@@ -83,7 +115,6 @@ def ask(module: str, question: Values, *, time_limit_s: float | None = None) -> 
             if process.pid is not None and process.is_alive():
                 process.kill()
                 process.join()
-    return answer
 
 
 def _temporary_folder() -> Path:
@@ -135,7 +166,7 @@ def _context() -> Any:
 
 
 def _run(
-    module: str, question: str, sender: Connection, said: str, environment: dict[str, str]
+    asked: tuple[str, str, str], sender: Connection, said: str, environment: dict[str, str]
 ) -> None:
     """Answer in the child; whatever a library prints meanwhile goes to a file."""
     try:
@@ -147,6 +178,10 @@ def _run(
         os.dup2(file.fileno(), 2)
     os.environ.clear()
     os.environ.update(environment)
-    answer: Callable[[Values], Values] = importlib.import_module(module).answer
-    sender.send_bytes(json.dumps(answer(json.loads(question))).encode())
+    module, function, question = asked
+    answer: Callable[[Values], Any] = getattr(importlib.import_module(module), function)
+    given = answer(json.loads(question))
+    for each in [given] if isinstance(given, dict) else given:
+        sender.send_bytes(json.dumps(each).encode())
+    sender.send_bytes(json.dumps(_END).encode())
     sender.close()

@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -134,19 +134,7 @@ class Results:
             OptionError: the runs differ, so that their rows do not belong into one file.
         """
         now = header(spec, self.machine)
-        for name in ("versions", "commit"):
-            if now[name] != self.header[name]:
-                raise OptionError(
-                    f"--resume: the results were measured with other {name}; "
-                    "give another --json, or leave out --resume to begin anew"
-                )
-        old, new = self.header["spec"], now["spec"]
-        for name in old.keys() - {"methods", "contexts", "time_limit_s"}:
-            if old[name] != new[name]:
-                raise OptionError(
-                    f"--resume: {name} was {old[name]!r} in the results and is {new[name]!r} now; "
-                    "give another --json, or leave out --resume to begin anew"
-                )
+        check_continues(self.header, now, but={"methods", "contexts", "time_limit_s"})
         both = {
             name: tuple(dict.fromkeys((*getattr(spec, name), *getattr(self.spec, name))))
             for name in ("methods", "contexts")
@@ -155,6 +143,32 @@ class Results:
         rows = [row for row in self.rows if row.status is not Status.FAILED]
         merged = self.header | {"spec": whole.to_json()}
         return replace(self, spec=whole, header=merged, rows=rows)
+
+
+def check_continues(old: Mapping[str, Any], new: Mapping[str, Any], *, but: Set[str]) -> None:
+    """Check that the rows of a new run belong into the file of an old one.
+
+    Args:
+        old: header of the file.
+        new: what the header of the new run would be.
+        but: names in the header's `spec` that may be others.
+
+    Raises:
+        OptionError: they do not: another program, or other values in the `spec`.
+    """
+    for name in ("versions", "commit"):
+        if new[name] != old[name]:
+            raise OptionError(
+                f"--resume: the results were measured with other {name}; "
+                "give another --json, or leave out --resume to begin anew"
+            )
+    before, now = old["spec"], new["spec"]
+    for name in before.keys() - but:
+        if before[name] != now[name]:
+            raise OptionError(
+                f"--resume: {name} was {before[name]!r} in the results and is {now[name]!r} now; "
+                "give another --json, or leave out --resume to begin anew"
+            )
 
 
 def replace_json(path: str, values: Mapping[str, Any], *, remedy: str) -> None:

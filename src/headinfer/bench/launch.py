@@ -54,11 +54,11 @@ class FreshProcesses:
         except TimeoutError as error:
             return TrialFailure(status=Status.CANNOT_RUN, reason=str(error), grows=True)
         except child.ChildError as error:
-            return _death(error)
+            return death(error)
         return from_json(answer)
 
 
-def _death(error: child.ChildError) -> TrialFailure:
+def death(error: child.ChildError) -> TrialFailure:
     """Return why a process ended without an answer."""
     if error.returncode == -signal.SIGKILL:
         reason = "killed by the system, most likely for lack of memory"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from headinfer.bench.catalogue import CATALOGUE
 from headinfer.errors import MemoryPlanError
 from headinfer.plan.memory import CUDA_OUTSIDE_BYTES
 from headinfer.plan.options import Options
@@ -26,17 +27,27 @@ def limit_device(settings: Options, device: torch.device) -> None:
 
 
 @contextmanager
-def limit_host(settings: Options, device: torch.device, weights_bytes: int) -> Iterator[None]:
+def limit_host(
+    method: str, settings: Options, device: torch.device, weights_bytes: int
+) -> Iterator[None]:
     """Where the CPU is the device, let memory grow by what the budget leaves beside the weights.
 
     KV and activations count from here on, as the system counts private writable memory. Memory that
     is mapped counts as used, so this is at least as strict as resident memory. On other systems
-    than Linux nothing is limited. A simulated device keeps to the budget by itself.
+    than Linux nothing is limited. Our methods keep to a simulated device's budget by themselves.
+    Stock's know no such device, so all of their memory counts as its.
+
+    Args:
+        method: name in `headinfer.bench.catalogue.CATALOGUE`.
+        settings: of the run.
+        device: that the model computes on.
+        weights_bytes: of the model.
 
     Raises:
         MemoryPlanError: the budget does not hold the weights.
     """
-    if device.type != "cpu" or settings.device in ("cuda", "simulated"):
+    simulated = settings.device == "simulated" and not CATALOGUE[method].is_stock
+    if device.type != "cpu" or settings.device == "cuda" or simulated:
         yield
         return
     budget = settings.device_memory_bytes

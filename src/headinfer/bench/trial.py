@@ -141,7 +141,7 @@ def run_trial(spec: TrialSpec) -> TrialResult:
     weights_bytes = model_shape(model).weights_bytes
     with closing(METHODS[spec.method](model, spec)) as method:
         first_prefill_s = _warm_up(spec, method, _Run(model, method), tokens)
-        with limit_host(spec.settings, device, weights_bytes):
+        with limit_host(spec.method, spec.settings, device, weights_bytes):
             result = _measure(spec, method, model, tokens)
     return replace(
         result,

@@ -1,0 +1,218 @@
+"""Greedy answers of a model under one method, several turns through one cache."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from headinfer.bench.methods import Method
+from headinfer.errors import OptionError
+from headinfer.evaluate.divergence import tied
+from headinfer.evaluate.record import Answer
+from headinfer.integration.calls import cache_argument
+
+
+def cut_middle(tokens: Sequence[int], most: int) -> list[int]:
+    """Return the tokens of a prompt without its middle, so that at most `most` are left.
+
+    What is kept is the first half and the last half, as LongBench and RULER's users cut prompts.
+
+    Raises:
+        OptionError: not even one token would be left.
+    """
+    if most < 1:
+        raise OptionError(f"a prompt cut to {most} tokens is none; answers leave no room for it")
+    if len(tokens) <= most:
+        return list(tokens)
+    last = most // 2
+    return [*tokens[: most - last], *tokens[len(tokens) - last :]]
+
+
+class Answerer:
+    """A model that answers under one method.
+
+    Args:
+        model: in eval mode, on its device; attached where the method is ours.
+        tokenizer: of transformers.
+        method: in force.
+        limit_tokens: the most tokens of prompt and answer that the method holds; None for any.
+
+    Attributes:
+        model: as given.
+        tokenizer: as given.
+        limit_tokens: as given.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        method: Method,
+        limit_tokens: int | None = None,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.limit_tokens = limit_tokens
+        self._method = method
+        self._end_tokens = _end_tokens(model, tokenizer)
+
+    def answer(
+        self, prompt: Sequence[int], max_new_tokens: int, stop: Sequence[str] = ()
+    ) -> Answer:
+        """Answer one prompt through a cache of its own; one that is too long is cut.
+
+        Args:
+            prompt: token ids.
+            max_new_tokens: the most tokens of the answer.
+            stop: texts that end it, and are not part of it.
+        """
+        dialogue = self.dialogue(prompt, [([], max_new_tokens)])
+        return dialogue.answer([], max_new_tokens, stop)
+
+    def dialogue(
+        self, context: Sequence[int], turns: Sequence[tuple[Sequence[int], int]]
+    ) -> "Dialogue":
+        """Begin several turns through one cache.
+
+        Args:
+            context: token ids before the first turn, cut where the method cannot hold them all.
+            turns: token ids of each question to come, and the most tokens of its answer.
+        """
+        turns_tokens = sum(len(question) + new for question, new in turns)
+        kept = list(context)
+        if self.limit_tokens is not None:
+            kept = cut_middle(kept, self.limit_tokens - turns_tokens)
+        cache = self._method.new_cache(len(kept) + turns_tokens)
+        return Dialogue(self, cache, kept, len(context) - len(kept))
+
+    def prefill(self, tokens: Sequence[int], cache: Cache) -> torch.Tensor:
+        """Pass tokens through the model by the method's way; return the last logits `[vocab]`."""
+        ids = torch.tensor([tokens], device=self.model.device)
+        return self._method.prefill(ids, cache)
+
+    def step(self, token: int, cache: Cache) -> torch.Tensor:
+        """Pass one token through the model; return its logits `[vocab]`."""
+        output = self.model(
+            input_ids=torch.tensor([[token]], device=self.model.device),
+            use_cache=True,
+            logits_to_keep=1,
+            **cache_argument(self.model, cache),
+        )
+        row: torch.Tensor = output.logits[0, -1]
+        return row
+
+    def ends(self, token: int) -> bool:
+        """Whether a token is one that ends an answer."""
+        return token in self._end_tokens
+
+    def stops(self, tokens: Sequence[int], stop: Sequence[str]) -> bool:
+        """Whether the text of an answer so far holds a stop text."""
+        return bool(stop) and any(text in self._decode(tokens) for text in stop)
+
+    def text(self, tokens: Sequence[int], stop: Sequence[str]) -> str:
+        """Return the text of an answer up to its first stop text."""
+        text = self._decode(tokens)
+        for each in stop:
+            text = text.split(each)[0]
+        return text
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return text
+
+
+class Dialogue:
+    """Several questions and answers through one cache, which is kept from turn to turn.
+
+    Args:
+        answerer: of the model.
+        cache: an empty one.
+        context: token ids that pass through the model before the first question.
+        cut_tokens: tokens that were cut from the context.
+    """
+
+    def __init__(
+        self, answerer: Answerer, cache: Cache, context: list[int], cut_tokens: int
+    ) -> None:
+        self._answerer = answerer
+        self._cache = cache
+        self._pending = context
+        self._cut_tokens = cut_tokens
+        self._kept_tokens = 0
+
+    @property
+    def kept_tokens(self) -> int:
+        """Tokens that the cache holds."""
+        return self._kept_tokens
+
+    def append(self, tokens: Sequence[int]) -> None:
+        """Add tokens that the next answer follows."""
+        self._pending += tokens
+
+    @torch.no_grad()
+    def answer(
+        self, question: Sequence[int], max_new_tokens: int, stop: Sequence[str] = ()
+    ) -> Answer:
+        """Answer a question after all that was said before.
+
+        The answer's own tokens stay in the cache; its last one passes with the next question.
+
+        Args:
+            question: token ids, after those that are still to pass.
+            max_new_tokens: the most tokens of the answer.
+            stop: texts that end it, and are not part of it.
+        """
+        asked = [*self._pending, *question]
+        kept_tokens = self._kept_tokens
+        start_s = time.perf_counter()
+        logits = self._answerer.prefill(asked, self._cache)
+        tokens, ties = [int(logits.argmax())], [self._tied(logits)]
+        prefilled_s = time.perf_counter()
+        while not self._ended(tokens, max_new_tokens, stop):
+            logits = self._answerer.step(tokens[-1], self._cache)
+            tokens.append(int(logits.argmax()))  # waits for the device
+            ties.append(self._tied(logits))
+        self._pending = [tokens[-1]]
+        self._kept_tokens += len(asked) + len(tokens) - 1
+        return Answer(
+            text=self._answerer.text(tokens, stop),
+            tokens=tuple(tokens),
+            ties=tuple(ties),
+            prompt_tokens=kept_tokens + len(asked) + self._cut_tokens,
+            read_tokens=len(asked),
+            kept_tokens=kept_tokens,
+            prefill_s=prefilled_s - start_s,
+            decode_s=time.perf_counter() - prefilled_s,
+        )
+
+    def rewind(self, tokens: int) -> None:
+        """Forget all but the first tokens, so that another question can follow them.
+
+        Args:
+            tokens: how many the cache is to keep.
+
+        Raises:
+            ValueError: the cache has layers that cannot go back, such as full sliding windows.
+        """
+        self._cache.crop(tokens)
+        self._kept_tokens, self._pending = tokens, []
+
+    def _ended(self, tokens: list[int], max_new_tokens: int, stop: Sequence[str]) -> bool:
+        return (
+            len(tokens) >= max_new_tokens
+            or self._answerer.ends(tokens[-1])
+            or self._answerer.stops(tokens, stop)
+        )
+
+    @staticmethod
+    def _tied(logits: torch.Tensor) -> bool:
+        return bool(tied(logits[None], logits.dtype))
+
+
+def _end_tokens(model: PreTrainedModel, tokenizer: Any) -> set[int]:
+    given = model.generation_config.eos_token_id if model.generation_config else None
+    several = given if isinstance(given, list) else [given]
+    return {token for token in (*several, tokenizer.eos_token_id) if token is not None}

@@ -1,0 +1,121 @@
+"""Results of a run of questions as JSON: a header, and one row for each method and context."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from headinfer.bench.document import check_continues, model_values, provenance, replace_json
+from headinfer.bench.spec import json_values
+from headinfer.errors import OptionError
+from headinfer.evaluate.job import AnswersSpec
+from headinfer.evaluate.run import AnswersRow
+
+FORMAT = 1
+"""Raised when a field changes its meaning."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Answers:
+    """A run of questions and what it has found so far.
+
+    Attributes:
+        spec: what is asked.
+        header: what the rows share.
+        rows: by method and context.
+    """
+
+    spec: AnswersSpec
+    header: dict[str, Any]
+    rows: dict[tuple[str, int], AnswersRow] = field(default_factory=dict)
+
+    @classmethod
+    def new(cls, spec: AnswersSpec, machine: Mapping[str, Any]) -> "Answers":
+        """Return those of a run that begins.
+
+        Args:
+            spec: what is asked.
+            machine: kind of `device`, and `hardware`.
+        """
+        return cls(spec=spec, header=header(spec, machine))
+
+    @property
+    def arranged_rows(self) -> list[AnswersRow]:
+        """The rows in the order of a table: by context, then by method."""
+        keys = [(method, tokens) for tokens in self.spec.contexts for method in self.spec.methods]
+        return [self.rows[key] for key in keys if key in self.rows]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the content of a result file."""
+        rows = [row.to_json() for row in self.arranged_rows]
+        values: dict[str, Any] = json_values({"header": self.header, "rows": rows})
+        return values
+
+    def save(self, path: str) -> None:
+        """Replace a file by these results.
+
+        Raises:
+            OptionError: it cannot be written; the old file stays.
+        """
+        replace_json(path, self.to_json(), remedy="make room, then go on with --resume")
+
+    @classmethod
+    def load(cls, path: str) -> "Answers":
+        """Return what a file holds.
+
+        Raises:
+            OptionError: it cannot be read, or is no result file of this format.
+        """
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            reason = getattr(error, "strerror", None) or "it is not JSON"
+            raise OptionError(f"results {path!r} cannot be read: {reason}") from error
+        try:
+            head = values["header"]
+            if head["format"] != FORMAT:
+                raise OptionError(
+                    f"results {path!r} have format {head['format']}, and {FORMAT} is read; answer "
+                    "the questions again"
+                )
+            rows = [AnswersRow.from_json(row) for row in values["rows"]]
+            spec = AnswersSpec.from_json(head["spec"])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise OptionError(f"{path!r} holds no answers of `headinfer evaluate`") from error
+        return cls(spec=spec, header=head, rows={row.key: row for row in rows})
+
+    def continued(self, spec: AnswersSpec) -> "Answers":
+        """Return these results as the beginning of another run, here and now.
+
+        Methods, contexts and the number of samples may be others; all else must be as it was.
+
+        Raises:
+            OptionError: the runs differ, so that their rows do not belong into one file.
+        """
+        now = header(spec, self.header)
+        check_continues(self.header, now, but={"methods", "contexts", "threads", "task"})
+        before, asked = self.spec.task.to_json(), spec.task.to_json()
+        check_continues(self.header | {"spec": before}, now | {"spec": asked}, but={"samples"})
+        both = {
+            name: tuple(dict.fromkeys((*getattr(spec, name), *getattr(self.spec, name))))
+            for name in ("methods", "contexts")
+        }
+        whole = replace(spec, methods=both["methods"], contexts=tuple(sorted(both["contexts"])))
+        merged = self.header | header(whole, self.header) | {"date": self.header["date"]}
+        return replace(self, spec=whole, header=merged)
+
+
+def header(spec: AnswersSpec, machine: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the rows share: where, when and with what the questions were answered."""
+    return {
+        "format": FORMAT,
+        "command": spec.task.name,
+        **provenance(),
+        "device": machine["device"],
+        "hardware": machine["hardware"],
+        "model": model_values(spec.model),
+        "dtype": spec.dtype,
+        "settings": spec.settings.keywords(),
+        "spec": spec.to_json(),
+    }

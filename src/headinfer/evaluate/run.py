@@ -1,0 +1,232 @@
+"""A whole run: every method answers the questions of every context. Pure Python.
+
+Models run in other processes. A method that lacks memory for a prompt goes on with prompts cut in
+the middle to the most that it holds, as the rows of the paper's Tables 1, 2 and 8 do.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from headinfer.bench.catalogue import CATALOGUE, REFERENCE_METHOD
+from headinfer.bench.longest import longest_context
+from headinfer.bench.result import Status, TrialFailure, TrialResult
+from headinfer.bench.spec import Fill
+from headinfer.errors import ModelLoadError
+from headinfer.evaluate.agreement import Progress
+from headinfer.evaluate.job import AnswersSpec
+from headinfer.evaluate.launch import Launcher
+from headinfer.evaluate.pace import Pace
+from headinfer.evaluate.record import Record, likeness
+from headinfer.units import format_tokens
+
+_FIRST_TOKENS = 1024
+"""The first context of the search for the most that a method holds."""
+
+_SHARE_LESS = 15 / 16
+"""A cut that lacks memory all the same is made shorter by so much."""
+
+_MOST_CUTS = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswersRow:
+    """A method's answers at one context.
+
+    Attributes:
+        method: its name.
+        context_tokens: the most tokens of a prompt.
+        exact: whether the method's results must be stock's.
+        status: how it ended. `MISMATCH` is an exact method in float32 with another answer.
+        reason: why it ended early.
+        notes: what a reader must know.
+        limit_tokens: the most tokens that the method holds; None where no limit was met.
+        is_finished: whether every question was answered, or none can be any more.
+        records: of the questions answered.
+    """
+
+    method: str
+    context_tokens: int
+    exact: bool
+    status: Status = Status.OK
+    reason: str = ""
+    notes: tuple[str, ...] = ()
+    limit_tokens: int | None = None
+    is_finished: bool = False
+    records: tuple[Record, ...] = ()
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """What tells the row from others."""
+        return self.method, self.context_tokens
+
+    @property
+    def score(self) -> float | None:
+        """Mean score of the answers; None where there are none."""
+        scores = [record.score for record in self.records]
+        return sum(scores) / len(scores) if scores else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the row as JSON values."""
+        return asdict(self) | {
+            "status": self.status.value,
+            "score": self.score,
+            "records": [record.to_json() for record in self.records],
+        }
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "AnswersRow":
+        """Return the row that `to_json` gave."""
+        rest = {name: value for name, value in values.items() if name != "score"}
+        parts = {
+            "status": Status(values["status"]),
+            "notes": tuple(values["notes"]),
+            "records": tuple(map(Record.from_json, values["records"])),
+        }
+        return cls(**(rest | parts))
+
+
+class AnswersRun:
+    """A run over all methods and contexts of a spec.
+
+    Args:
+        spec: what is asked.
+        launcher: runs the jobs.
+        progress: told of every row and answer.
+        rows: of an earlier run; finished ones are left as they are, others are gone on with.
+    """
+
+    def __init__(
+        self,
+        spec: AnswersSpec,
+        launcher: Launcher,
+        progress: Progress,
+        rows: Sequence[AnswersRow] = (),
+    ) -> None:
+        self._spec = spec
+        self._launcher = launcher
+        self._progress = progress
+        self._rows = {row.key: row for row in rows}
+        self._limits = {row.method: row.limit_tokens for row in rows if row.limit_tokens}
+        self._questions = {each: spec.task.questions(each) for each in spec.contexts}
+        self._pace = Pace(list(self._tokens_to_come()))
+
+    def _tokens_to_come(self) -> Iterator[int]:
+        for context in self._spec.contexts:
+            for method in self._spec.methods:
+                yield from [context] * self._missing(self._begun(method, context))
+
+    def _begun(self, method: str, context: int) -> AnswersRow:
+        new = AnswersRow(method=method, context_tokens=context, exact=CATALOGUE[method].exact)
+        row = self._rows.get((method, context), new)
+        return replace(new, records=row.records) if row.status is Status.FAILED else row
+
+    def _missing(self, row: AnswersRow) -> int:
+        if row.status is Status.CANNOT_RUN:
+            return 0
+        return max(0, self._questions[row.context_tokens] - len(row.records))
+
+    def rows(self) -> Iterator[AnswersRow]:
+        """Yield a row after each of its answers, with all that it has so far.
+
+        The reference comes first at each context, for the others are compared with it.
+
+        Raises:
+            ModelLoadError: the model cannot be loaded, so that nothing can run.
+        """
+        methods = sorted(self._spec.methods, key=lambda method: method != REFERENCE_METHOD)
+        for context in self._spec.contexts:
+            for method in methods:
+                row = self._begun(method, context)
+                if self._missing(row) or not row.is_finished:
+                    yield from self._answered(row)
+
+    def _answered(self, row: AnswersRow) -> Iterator[AnswersRow]:
+        what = f"{row.method} at {format_tokens(row.context_tokens)} tokens"
+        self._progress.started(what, self._pace.left_s())
+        row = replace(row, limit_tokens=self._limit_of(row), is_finished=False)
+        for _ in range(_MOST_CUTS):
+            failure = None
+            job = self._spec.job(
+                row.method,
+                row.context_tokens,
+                row.limit_tokens,
+                tuple(record.question for record in row.records),
+            )
+            for given in self._launcher.job(job):
+                if isinstance(given, TrialFailure):
+                    failure = given
+                elif isinstance(given, str):
+                    row = replace(row, notes=tuple(dict.fromkeys((*row.notes, given))))
+                else:
+                    row = self._with(row, given)
+                    self._progress.moved(f"{what}: {said(row)}", self._pace.left_s())
+                    yield row
+            if failure is None or not failure.grows:
+                break
+            limit = self._shorter(row)
+            if limit is None:
+                break
+            self._limits[row.method] = limit
+            row = replace(row, limit_tokens=limit)
+        row = self._ended(row, failure)
+        self._progress.finished(what, row.reason or said(row))
+        yield row
+
+    def _limit_of(self, row: AnswersRow) -> int | None:
+        """Return the limit that a method met before, where this context is beyond it."""
+        limit = self._limits.get(row.method)
+        whole = row.context_tokens + self._spec.task.max_new_tokens
+        return limit if limit is not None and limit < whole else None
+
+    def _with(self, row: AnswersRow, record: Record) -> AnswersRow:
+        self._pace.finish(row.context_tokens, ran=True)
+        row = replace(row, records=(*row.records, record))
+        self._rows[row.key] = row
+        return row
+
+    def _ended(self, row: AnswersRow, failure: TrialFailure | None) -> AnswersRow:
+        if failure is not None:
+            if failure.ends_run:
+                raise ModelLoadError(failure.reason)
+            for _ in range(self._missing(row)):
+                self._pace.finish(row.context_tokens, ran=False)
+            row = replace(row, status=failure.status, reason=failure.reason)
+        elif self._is_wrong(row):
+            reason = "an exact method must answer as stock does"
+            row = replace(row, status=Status.MISMATCH, reason=reason)
+        row = replace(row, is_finished=row.status is not Status.FAILED)
+        self._rows[row.key] = row
+        return row
+
+    def _is_wrong(self, row: AnswersRow) -> bool:
+        stock = self._rows.get((REFERENCE_METHOD, row.context_tokens))
+        if stock is None or not row.exact or self._spec.dtype != "float32":
+            return False
+        return likeness(stock.records, row.records).differing > 0
+
+    def _shorter(self, row: AnswersRow) -> int | None:
+        """Return the most tokens that a method holds, by trying; None where it holds nothing."""
+        new_tokens = self._spec.task.max_new_tokens
+        if row.limit_tokens is not None:  # it was tried with other tokens, and just lacked memory
+            shorter = int(row.limit_tokens * _SHARE_LESS)
+            return shorter if shorter > new_tokens else None
+
+        def runs(tokens: int) -> bool:
+            self._progress.moved(
+                f"{row.method}: does it hold {format_tokens(tokens)} tokens?", self._pace.left_s()
+            )
+            trial = self._spec.job(row.method, tokens, None, ()).trial()
+            trial = replace(trial, fill=Fill.RANDOM, last_pass=True)
+            return isinstance(self._launcher.trial(trial), TrialResult)
+
+        first = min(_FIRST_TOKENS, row.context_tokens)
+        held = longest_context(runs, first=first, last=row.context_tokens)
+        return held + new_tokens if held else None
+
+
+def said(row: AnswersRow) -> str:
+    """Return a row's result in a few words."""
+    if row.score is None:
+        return "no answers"
+    return f"{len(row.records)} answers, score {row.score:.0%}"

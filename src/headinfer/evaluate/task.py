@@ -1,0 +1,61 @@
+"""What a task of questions is, and the tasks by name. Pure Python, never torch."""
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Protocol
+
+from headinfer.evaluate.record import Record
+
+if TYPE_CHECKING:
+    from headinfer.evaluate.answering import Answerer
+
+
+class Task(Protocol):
+    """A set of questions that can be made anew, the same ones for every method.
+
+    Attributes:
+        name: of the verb.
+        max_new_tokens: the most tokens of all answers in one cache.
+        samples: questions of each setting.
+        seed: of what is drawn at random.
+        raw: whether the model's chat template is left out.
+    """
+
+    name: str
+    samples: int
+    seed: int
+    raw: bool
+
+    @property
+    def max_new_tokens(self) -> int:
+        """The most tokens of all answers in one cache."""
+
+    def questions(self, context_tokens: int) -> int:
+        """Return how many questions there are at a context."""
+
+    def records(
+        self, context_tokens: int, answerer: "Answerer", done: Collection[str]
+    ) -> Iterator[Record]:
+        """Answer the questions of a context; yield each record when it is there.
+
+        Args:
+            context_tokens: the most tokens of a prompt.
+            answerer: answers under the method.
+            done: names of questions that need not be answered again.
+        """
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `from_json` of its class takes."""
+
+
+_TASKS = {
+    "needle": "headinfer.evaluate.needle:Needle",
+}
+"""Where the class of each task is. A class is looked up when it is needed: some are heavy."""
+
+
+def task_from_json(values: Mapping[str, Any]) -> Task:
+    """Return the task that `to_json` gave, by its `name`."""
+    module, _, kind = _TASKS[values["name"]].partition(":")
+    make: Callable[[Mapping[str, Any]], Task] = getattr(import_module(module), kind).from_json
+    return make(values)
