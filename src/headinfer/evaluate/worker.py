@@ -64,8 +64,7 @@ def _run(job: JobSpec) -> Iterator[Record | str]:
     model, note = load_model(source, load_config(source), dtype=job.dtype, device=device.type)
     task = task_from_json(job.task)
     with closing(METHODS[job.method](model, job.trial())) as method:
-        for said in filter(None, (note, method.note)):
-            yield said
+        yield from filter(None, (note, method.note))
         answerer = Answerer(model, tokenizer, method, job.limit_tokens)
         with limit_host(job.method, job.settings, device, model_shape(model).weights_bytes):
             yield from task.records(job.context_tokens, answerer, job.done)
