@@ -206,7 +206,7 @@ class Dialogue:
         Raises:
             ValueError: the cache has layers that cannot go back, such as full sliding windows.
         """
-        self._cache.crop(tokens)
+        self._cache.crop(tokens - self._kept_tokens)  # minus those to forget: in every transformers
         self._kept_tokens, self._pending = tokens, []
 
     def _ended(self, tokens: list[int], max_new_tokens: int, stop: Sequence[str]) -> bool:
