@@ -247,7 +247,8 @@ def _tell(results: Answers, path: str | None, console: Console, *, stopped: bool
         results.save(path)
         told = "holds what is finished; --resume goes on from there"
         with suppress(OSError):
-            console.print(f"{path} {told}" if stopped else f"written to {path}", markup=False)
+            line = f"{path} {told}" if stopped else f"written to {path}"
+            console.print(line, markup=False, soft_wrap=True)
 
 
 def exit_code(rows: list[AnswersRow]) -> int:

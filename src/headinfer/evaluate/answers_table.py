@@ -45,7 +45,7 @@ def _decode(row: AnswersRow) -> str:
 _COLUMNS: tuple[tuple[str, _Cell], ...] = (
     ("context", lambda row, _: format_tokens(row.context_tokens)),
     ("seen", lambda row, _: _seen(row)),
-    ("answers", lambda row, _: str(len(row.records))),
+    ("asked", lambda row, _: str(len(row.records))),
     ("score\n%", lambda row, _: percent(row)),
     ("as\nstock", lambda _, like: _NOTHING if like is None else f"{like.same}/{like.compared}"),
     ("ties", lambda _, like: _NOTHING if like is None else str(like.tied)),
@@ -65,7 +65,7 @@ def compared(results: Answers, row: AnswersRow) -> Likeness | None:
 
 def render(results: Answers) -> RenderableType:
     """Return the table, with the conditions above it and what must be known below it."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     table.add_column("method", no_wrap=True)
     for heading, _ in _COLUMNS:
         table.add_column(heading, justify="right", no_wrap=True)
