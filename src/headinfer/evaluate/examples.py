@@ -1,7 +1,8 @@
 """Examples of a benchmark: from files that the user has, or from the hub."""
 
 import json
-from collections.abc import Iterable, Sequence
+import random
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -89,17 +90,14 @@ def _from_library(*names: str, **settings: Any) -> list[Example]:
         raise OptionError(f"{' '.join(names)} cannot be loaded: {reason}") from error
 
 
-def chosen(examples: Sequence[Example], samples: int | None, seed: int) -> list[int]:
-    """Return the numbers of the examples to use, in order.
+def chosen(examples: int, samples: int, seed: int) -> list[int]:
+    """Return the numbers of the examples to use, in order; more samples keep those of fewer.
 
     Args:
-        examples: all of them.
-        samples: how many to use; None for all.
+        examples: how many there are.
+        samples: the most to use.
         seed: of the draw.
     """
-    import random
-
-    everything = range(len(examples))
-    if samples is None or samples >= len(examples):
-        return list(everything)
-    return sorted(random.Random(f"{seed}/examples").sample(everything, samples))
+    numbers = list(range(examples))
+    random.Random(f"{seed}/examples").shuffle(numbers)
+    return sorted(numbers[:samples])

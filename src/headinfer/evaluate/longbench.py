@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 DATASET = "THUDM/LongBench-v2"
 
 PROMPT = (
-    "Please read the following text and answer the question below.\n\n<text>\n{context}\n</text>\n\n"
+    "Please read the following text and answer the question below.\n\n"
+    "<text>\n{context}\n</text>\n\n"
     "What is the correct answer to this question: {question}\nChoices:\n"
     "(A) {choice_A}\n(B) {choice_B}\n(C) {choice_C}\n(D) {choice_D}\n\n"
-    'Format your response as follows: "The correct answer is (insert answer here)".',
+    'Format your response as follows: "The correct answer is (insert answer here)".'
 )
 """The official prompt without examples (`prompts/0shot.txt`)."""
 
@@ -51,7 +52,7 @@ class LongBenchV2:
 
     Attributes:
         data: path of the official file; None for the hub's; `made` for made-up questions.
-        samples: how many questions are drawn; None for all.
+        samples: the most questions; fewer than there are get drawn.
         seed: of the draw, and of what is made up.
         raw: whether the model's chat template is left out.
         text: path of the prose for made-up questions; None for the package's.
@@ -63,7 +64,7 @@ class LongBenchV2:
     """
 
     data: str | None = None
-    samples: int | None = None
+    samples: int = 1
     seed: int = 0
     raw: bool = False
     text: str | None = None
@@ -71,10 +72,8 @@ class LongBenchV2:
     name: str = "longbench-v2"
 
     def __post_init__(self) -> None:
-        if self.samples is not None and self.samples < 1:
+        if self.samples < 1:
             raise OptionError(f"samples must be at least 1, not {self.samples}")
-        if self.data == MADE and self.samples is None:
-            raise OptionError("made-up questions have no end; say how many with --samples")
 
     @property
     def max_new_tokens(self) -> int:
@@ -84,10 +83,8 @@ class LongBenchV2:
     def questions(self, context_tokens: int) -> int:
         """Return how many questions there are."""
         if self.data == MADE:
-            assert self.samples is not None
             return self.samples
-        examples = _examples(self.data)
-        return len(chosen(examples, self.samples, self.seed))
+        return min(self.samples, len(_examples(self.data)))
 
     def records(
         self, context_tokens: int, answerer: "Answerer", done: Collection[str]
@@ -131,12 +128,24 @@ class LongBenchV2:
                     yield name, made_example(self, number, context_tokens, tokenizer)
             return
         examples = _examples(self.data)
-        for number in chosen(examples, self.samples, self.seed):
+        for number in chosen(len(examples), self.samples, self.seed):
             if (name := f"{number}: {examples[number]['_id']}") not in done:
                 yield name, examples[number]
 
-    @staticmethod
-    def scores(records: Sequence[Record]) -> dict[str, float | None]:
+    def told(self) -> list[str]:
+        """Return what sets these questions apart, for people."""
+        told = [f"{NEW_TOKENS} tokens an answer at most"]
+        if self.data == MADE:
+            told.append("MADE-UP questions in the benchmark's format, not LongBench v2 itself")
+        if self.begun:
+            told.append(f"answers are begun with {BEGUN!r}, which is not official")
+        return told
+
+    def remarks(self, records: Sequence[Record]) -> list[str]:
+        """Return nothing: a question has a prompt of its own."""
+        return []
+
+    def scores(self, records: Sequence[Record]) -> dict[str, float | None]:
         """Return the official scores by group; None where a group has no questions."""
         groups = {"overall": list(records)} | {
             group: [record for record in records if record.labels.get(label) == value]

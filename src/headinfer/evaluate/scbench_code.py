@@ -21,7 +21,8 @@ _FUNCTIONS = {
     "cpp": "function_definition",
     "go": "function_declaration",
 }
-_LIBRARIES = "pip install nltk tree-sitter-language-pack"
+_LIBRARIES = 'pip install nltk "tree-sitter-language-pack<1"'
+"""From 1 on, that package fetches its grammars when they are asked for."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ There each later turn of `scbench_mf` asks the last turn's question in a chat. H
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from headinfer.evaluate import chat
@@ -15,7 +16,7 @@ from headinfer.evaluate.examples import Example
 _KV = "Extract the value corresponding to the specified key in the JSON object below.\n\n{context}"
 _CHOICE = "Read the book and answer the question.\n\n{context}"
 _QA = "Read the book and answer the question. Be very concise in your answer.\n\n{context}"
-_CHINESE = "阅读以下书籍然后回答问题。\n\n{context}"  # noqa: RUF001
+_CHINESE = "阅读以下书籍然后回答问题。\n\n{context}"
 _CODE = (
     "Based on the function description and code context, please retrieve and repeat the exact "
     "described function from the code context in a code block wrapped by ```:\n\n{context}"
@@ -96,7 +97,7 @@ def of_turns(task: str, example: Example, tokenizer: Any, *, raw: bool) -> list[
     # In a first turn of `mf` the question comes before the numbers alone, and is not repeated.
     question = turns[0]["input"] if task == "scbench_mf" else first
     texts = [chat.first_text(tokenizer, f"{context}\n\n{question}", raw=raw)]
-    for before, turn in zip(turns, turns[1:], strict=False):
+    for before, turn in pairwise(turns):
         answer = str(before["answer"])
         if chat.has_chat(tokenizer, raw=raw):
             texts.append(chat.next_text(tokenizer, answer, _asked(task, turn)) + form.begun)
