@@ -15,6 +15,8 @@ from headinfer.evaluate.record import Answer
 from headinfer.evaluate.rewinding import Place, place_in, went_back
 from headinfer.integration.calls import cache_argument
 
+_WARM_UP_TOKENS, _WARM_UP_STEPS = 512, 3
+
 
 def cut_middle(tokens: Sequence[int], most: int) -> list[int]:
     """Return the tokens of a prompt without its middle, so that at most `most` are left.
@@ -59,6 +61,13 @@ class Answerer:
         self.limit_tokens = limit_tokens
         self._method = method
         self._end_tokens = _end_tokens(model, tokenizer)
+
+    def warm_up(self) -> None:
+        """Answer a short prompt, so that no later call is the first of its kind."""
+        tokens = [1] * _WARM_UP_TOKENS
+        if self.limit_tokens is not None:
+            tokens = tokens[: max(1, self.limit_tokens - _WARM_UP_STEPS)]
+        self.answer(tokens, _WARM_UP_STEPS)
 
     def answer(
         self, prompt: Sequence[int], max_new_tokens: int, stop: Sequence[str] = ()
@@ -237,6 +246,17 @@ class Dialogue:
         else:
             self._cache, self._pending = cache, []
             del self._passed[place.tokens :]
+
+    def rewind(self, tokens: int) -> None:
+        """Forget all but the first tokens, so that another question can follow them.
+
+        Args:
+            tokens: how many the cache is to keep.
+
+        Raises:
+            RuntimeError: the cache has layers that cannot; `place` must be called before.
+        """
+        self.go_back(Place(tokens=tokens), again=False)
 
     def _pass(self, question: Sequence[int]) -> torch.Tensor:
         """Pass what is pending, and a question; return the last logits."""

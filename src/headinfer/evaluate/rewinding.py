@@ -87,7 +87,11 @@ def _our_cache_at(cache: OffloadedCache, place: Place, *, again: bool) -> Offloa
         return cache
     cache.close()  # first: its memory is wanted
     if again:
-        return _copy_of_ours(place.cache)
+        copied = _copy_of_ours(place.cache)
+        if copied is None:
+            place.close()
+            place.is_lost = True
+        return copied
     kept, place.cache = place.cache, None
     return kept
 
