@@ -85,8 +85,12 @@ class Answerer:
         kept = list(context)
         if self.limit_tokens is not None:
             kept = cut_middle(kept, self.limit_tokens - turns_tokens)
-        cache = self._method.new_cache(len(kept) + turns_tokens)
+        cache = self.new_cache(len(kept) + turns_tokens)
         return Dialogue(self, cache, kept, len(context) - len(kept))
+
+    def new_cache(self, max_tokens: int) -> Cache:
+        """Return an empty cache of the method, for up to so many tokens."""
+        return self._method.new_cache(max_tokens)
 
     def prefill(self, tokens: Sequence[int], cache: Cache) -> torch.Tensor:
         """Pass tokens through the model by the method's way; return the last logits `[vocab]`."""
