@@ -5,6 +5,7 @@ import typer
 from headinfer.cli.evaluate_agreement import agreement
 from headinfer.cli.evaluate_answers import verb
 from headinfer.cli.evaluate_needle import needle
+from headinfer.cli.evaluate_ruler import ruler
 from headinfer.cli.output import JsonCommand
 
 app = typer.Typer(
@@ -22,3 +23,4 @@ def _verbs() -> None:
 
 app.command(cls=JsonCommand)(agreement)
 app.command("needle", cls=JsonCommand)(verb(needle))
+app.command("ruler", cls=JsonCommand)(verb(ruler, samples=20))

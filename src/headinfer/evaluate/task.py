@@ -41,6 +41,7 @@ class Task(Protocol):
 
 _TASKS = {
     "needle": "headinfer.evaluate.needle:Needle",
+    "ruler": "headinfer.evaluate.ruler.task:Ruler",
 }
 """Where the class of each task is. A class is looked up when it is needed: some are heavy."""
 
