@@ -8,6 +8,10 @@ _GROWTH = 8
 """How many times longer the next try may be where nothing too long was seen yet."""
 
 
+_LEAST_TOKENS = 0.01
+"""Tokens of a unit, at least: two samples that are as long by chance say nothing."""
+
+
 def most_units(
     tokens_of: Callable[[int], int], most_tokens: int, step: int, last: int | None = None
 ) -> int:
@@ -25,33 +29,31 @@ def most_units(
     Raises:
         OptionError: not even one step fits.
     """
-    low, low_tokens = min(step, last or step), tokens_of(min(step, last or step))
-    if low_tokens > most_tokens:
+    first = min(step, last or step)
+    first_tokens = tokens_of(first)
+    if first_tokens > most_tokens:
         raise OptionError(
-            f"a sample has at least {low_tokens:,} tokens, and {most_tokens:,} are allowed"
+            f"a sample has at least {first_tokens:,} tokens, and {most_tokens:,} are allowed"
         )
-    base, base_tokens = 0, 0
-    high: int | None = None if last is None else last // step * step + step
+    low, low_tokens = first, first_tokens
+    high = None if last is None else last // step * step + step
+    high_tokens: int | None = None
     while high is None or high - low > step:
-        slope = max(1e-9, (low_tokens - base_tokens) / (low - base))
-        room = int((most_tokens - low_tokens) / slope) // step * step
-        if base and room < step:
-            return low  # by what was seen, one step more is too long
+        if high is not None and high_tokens is not None:
+            a_unit = (high_tokens - low_tokens) / (high - low)
+        elif low > first:
+            a_unit = (low_tokens - first_tokens) / (low - first)  # what all share cancels out
+        else:
+            a_unit = first_tokens / first
+        room = int((most_tokens - low_tokens) / max(a_unit, _LEAST_TOKENS)) // step * step
+        if low > first and room < step:
+            break  # by what was seen, one step more is too long
         units = low + max(step, min(room, (_GROWTH - 1) * low // step * step))
         if high is not None:
             units = min(units, high - step)
         tokens = tokens_of(units)
         if tokens <= most_tokens:
-            base, base_tokens = low, low_tokens
             low, low_tokens = units, tokens
         else:
-            high = units
-            if base and units - low > step:
-                # The slope was too small. Nothing between is known, so the middle is next.
-                middle = low + (units - low) // 2 // step * step
-                tokens = tokens_of(middle)
-                if tokens <= most_tokens:
-                    base, base_tokens, low, low_tokens = low, low_tokens, middle, tokens
-                else:
-                    high = middle
+            high, high_tokens = units, tokens
     return low
