@@ -14,6 +14,8 @@ from headinfer.evaluate.divergence import tied
 from headinfer.evaluate.record import Answer
 from headinfer.integration.calls import cache_argument
 
+_WARM_UP_TOKENS, _WARM_UP_STEPS = 512, 3
+
 
 def cut_middle(tokens: Sequence[int], most: int) -> list[int]:
     """Return the tokens of a prompt without its middle, so that at most `most` are left.
@@ -58,6 +60,13 @@ class Answerer:
         self.limit_tokens = limit_tokens
         self._method = method
         self._end_tokens = _end_tokens(model, tokenizer)
+
+    def warm_up(self) -> None:
+        """Answer a short prompt, so that no later call is the first of its kind."""
+        tokens = [1] * _WARM_UP_TOKENS
+        if self.limit_tokens is not None:
+            tokens = tokens[: max(1, self.limit_tokens - _WARM_UP_STEPS)]
+        self.answer(tokens, _WARM_UP_STEPS)
 
     def answer(
         self, prompt: Sequence[int], max_new_tokens: int, stop: Sequence[str] = ()
@@ -201,7 +210,7 @@ class Dialogue:
         Raises:
             ValueError: the cache has layers that cannot go back, such as full sliding windows.
         """
-        self._cache.crop(tokens)
+        self._cache.crop(tokens - self._kept_tokens)  # minus those to forget: in every transformers
         self._kept_tokens, self._pending = tokens, []
 
     def _ended(self, tokens: list[int], max_new_tokens: int, stop: Sequence[str]) -> bool:

@@ -4,7 +4,7 @@ Models run in other processes. A method that lacks memory for a prompt goes on w
 the middle to the most that it holds, as the rows of the paper's Tables 1, 2 and 8 do.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -26,7 +26,8 @@ _FIRST_TOKENS = 1024
 _SHARE_LESS = 15 / 16
 """A cut that lacks memory all the same is made shorter by so much."""
 
-_MOST_CUTS = 8
+_MOST_CUTS = 24
+"""Jobs that a row may take; the last cut is then to a quarter of what was found."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,24 +147,12 @@ class AnswersRun:
         self._progress.started(what, self._pace.left_s())
         row = replace(row, limit_tokens=self._limit_of(row), is_finished=False)
         for _ in range(_MOST_CUTS):
-            failure = None
-            job = self._spec.job(
-                row.method,
-                row.context_tokens,
-                row.limit_tokens,
-                tuple(record.question for record in row.records),
-            )
-            for given in self._launcher.job(job):
-                if isinstance(given, TrialFailure):
-                    failure = given
-                elif isinstance(given, str):
-                    row = replace(row, notes=tuple(dict.fromkeys((*row.notes, given))))
-                else:
-                    row = self._with(row, given)
-                    self._progress.moved(f"{what}: {said(row)}", self._pace.left_s())
-                    yield row
+            answered = len(row.records)
+            row, failure = yield from self._job(row, what)
             if failure is None or not failure.grows:
                 break
+            if len(row.records) > answered:  # memory that was fragmented is whole in a new process
+                continue
             limit = self._shorter(row)
             if limit is None:
                 break
@@ -172,6 +161,32 @@ class AnswersRun:
         row = self._ended(row, failure)
         self._progress.finished(what, row.reason or said(row))
         yield row
+
+    def _job(
+        self, row: AnswersRow, what: str
+    ) -> Generator[AnswersRow, None, tuple[AnswersRow, TrialFailure | None]]:
+        """Answer what is missing in a row; yield the row after each answer.
+
+        Returns:
+            The row, and what ended the job early, if anything.
+        """
+        job = self._spec.job(
+            row.method,
+            row.context_tokens,
+            row.limit_tokens,
+            tuple(record.question for record in row.records),
+        )
+        failure = None
+        for given in self._launcher.job(job):
+            if isinstance(given, TrialFailure):
+                failure = given
+            elif isinstance(given, str):
+                row = replace(row, notes=tuple(dict.fromkeys((*row.notes, given))))
+            else:
+                row = self._with(row, given)
+                self._progress.moved(f"{what}: {said(row)}", self._pace.left_s())
+                yield row
+        return row, failure
 
     def _limit_of(self, row: AnswersRow) -> int | None:
         """Return the limit that a method met before, where this context is beyond it."""

@@ -66,5 +66,6 @@ def _run(job: JobSpec) -> Iterator[Record | str]:
     with closing(METHODS[job.method](model, job.trial())) as method:
         yield from filter(None, (note, method.note))
         answerer = Answerer(model, tokenizer, method, job.limit_tokens)
+        answerer.warm_up()  # what libraries keep from a first call is nobody's KV or activations
         with limit_host(job.method, job.settings, device, model_shape(model).weights_bytes):
             yield from task.records(job.context_tokens, answerer, job.done)
