@@ -11,7 +11,8 @@ from headinfer.units import exact_bytes, format_tokens
 def figure(results: Answers) -> Figure | None:
     """Return heat maps of the scores by group and context, one a method; None without answers."""
     spec = results.spec
-    panels, groups = [], []
+    panels: list[Panel] = []
+    groups: list[str] = []
     for method in spec.methods:
         values = {}
         for context in spec.contexts:

@@ -57,7 +57,9 @@ def draw(
     figure = Figure(figsize=(width, height), dpi=100, facecolor="white")
     FigureCanvasAgg(figure)
     left = 0.6 * _MARGIN_INCHES / width
-    figure.text(left, 1 - 0.35 / height, title, fontsize=TITLE_POINTS, fontweight="bold", va="center")
+    figure.text(
+        left, 1 - 0.35 / height, title, fontsize=TITLE_POINTS, fontweight="bold", va="center"
+    )
     figure.text(left, 1 - 0.75 / height, subtitle, fontsize=TEXT_POINTS, color=GREY, va="center")
     for number, panel in enumerate(panels):
         place = figure.add_axes(
@@ -78,9 +80,7 @@ def draw(
     return figure
 
 
-def _draw_panel(
-    place: Axes, panel: Panel, rows: Sequence[str], columns: Sequence[str]
-) -> None:
+def _draw_panel(place: Axes, panel: Panel, rows: Sequence[str], columns: Sequence[str]) -> None:
     grid = [[panel.values.get((row, column), float("nan")) for column in columns] for row in rows]
     place.imshow(grid, cmap=_COLOURS, vmin=0, vmax=1, aspect="auto")
     place.set_title(panel.name, fontsize=TEXT_POINTS, loc="left")
