@@ -118,14 +118,14 @@ def test_a_token_that_ends_the_models_turn_ends_an_answer(model, monkeypatch):
     monkeypatch.setattr(model.generation_config, "eos_token_id", [expected[2], 10**6])
     closed, answerer = answering(model)
     with closed:
-        assert list(answerer.answer(prompt, 6).tokens) == expected[: expected.index(expected[2]) + 1]
+        assert (
+            list(answerer.answer(prompt, 6).tokens) == expected[: expected.index(expected[2]) + 1]
+        )
 
 
 def test_ties_are_told(model, monkeypatch):
     closed, answerer = answering(model)
-    monkeypatch.setattr(
-        answerer, "prefill", lambda *_given: torch.tensor([1.0, 3.0, 3.0, 2.0])
-    )
+    monkeypatch.setattr(answerer, "prefill", lambda *_given: torch.tensor([1.0, 3.0, 3.0, 2.0]))
     with closed:
         answer = answerer.answer([4, 5], 1)
     assert answer.tokens == (1,)

@@ -4,6 +4,12 @@ import typer
 
 from headinfer.cli.evaluate_agreement import agreement
 from headinfer.cli.evaluate_answers import verb
+from headinfer.cli.evaluate_benchmarks import (
+    LONGBENCH_SAMPLES,
+    SCBENCH_SAMPLES,
+    longbench_v2,
+    scbench,
+)
 from headinfer.cli.evaluate_needle import needle
 from headinfer.cli.evaluate_ruler import ruler
 from headinfer.cli.output import JsonCommand
@@ -24,3 +30,5 @@ def _verbs() -> None:
 app.command(cls=JsonCommand)(agreement)
 app.command("needle", cls=JsonCommand)(verb(needle))
 app.command("ruler", cls=JsonCommand)(verb(ruler, samples=20))
+app.command("longbench-v2", cls=JsonCommand)(verb(longbench_v2, samples=LONGBENCH_SAMPLES))
+app.command("scbench", cls=JsonCommand)(verb(scbench, samples=SCBENCH_SAMPLES))

@@ -1,7 +1,7 @@
 """Greedy answers of a model under one method, several turns through one cache."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from headinfer.bench.methods import Method
 from headinfer.errors import OptionError
 from headinfer.evaluate.divergence import tied
 from headinfer.evaluate.record import Answer
+from headinfer.evaluate.rewinding import Place, place_in, went_back
 from headinfer.integration.calls import cache_argument
 
 _WARM_UP_TOKENS, _WARM_UP_STEPS = 512, 3
@@ -94,8 +95,8 @@ class Answerer:
         kept = list(context)
         if self.limit_tokens is not None:
             kept = cut_middle(kept, self.limit_tokens - turns_tokens)
-        cache = self.new_cache(len(kept) + turns_tokens)
-        return Dialogue(self, cache, kept, len(context) - len(kept))
+        most = len(kept) + turns_tokens
+        return Dialogue(self, lambda: self.new_cache(most), kept, len(context) - len(kept))
 
     def new_cache(self, max_tokens: int) -> Cache:
         """Return an empty cache of the method, for up to so many tokens."""
@@ -142,32 +143,50 @@ class Dialogue:
 
     Args:
         answerer: of the model.
-        cache: an empty one.
+        new_cache: makes an empty one.
         context: token ids that pass through the model before the first question.
         cut_tokens: tokens that were cut from the context.
     """
 
     def __init__(
-        self, answerer: Answerer, cache: Cache, context: list[int], cut_tokens: int
+        self,
+        answerer: Answerer,
+        new_cache: Callable[[], Cache],
+        context: list[int],
+        cut_tokens: int,
     ) -> None:
         self._answerer = answerer
-        self._cache = cache
+        self._new_cache = new_cache
+        self._cache = new_cache()
         self._pending = context
         self._cut_tokens = cut_tokens
-        self._kept_tokens = 0
+        self._passed: list[int] = []
 
     @property
     def kept_tokens(self) -> int:
         """Tokens that the cache holds."""
-        return self._kept_tokens
+        return len(self._passed)
 
     def append(self, tokens: Sequence[int]) -> None:
         """Add tokens that the next answer follows."""
         self._pending += tokens
 
     @torch.no_grad()
+    def read(self) -> float:
+        """Pass what is still to pass, with no answer to it; return the seconds that it took."""
+        start_s = time.perf_counter()
+        if self._pending:
+            int(self._pass([]).argmax())  # waits for the device
+        return time.perf_counter() - start_s
+
+    @torch.no_grad()
     def answer(
-        self, question: Sequence[int], max_new_tokens: int, stop: Sequence[str] = ()
+        self,
+        question: Sequence[int],
+        max_new_tokens: int,
+        stop: Sequence[str] = (),
+        *,
+        forget: bool = False,
     ) -> Answer:
         """Answer a question after all that was said before.
 
@@ -177,29 +196,60 @@ class Dialogue:
             question: token ids, after those that are still to pass.
             max_new_tokens: the most tokens of the answer.
             stop: texts that end it, and are not part of it.
+            forget: whether the next question follows this one, as if nothing had been answered.
         """
-        asked = [*self._pending, *question]
-        kept_tokens = self._kept_tokens
+        kept_tokens, read_tokens = self.kept_tokens, len(self._pending) + len(question)
         start_s = time.perf_counter()
-        logits = self._answerer.prefill(asked, self._cache)
+        logits = self._pass(question)
         tokens, ties = [int(logits.argmax())], [self._tied(logits)]
         prefilled_s = time.perf_counter()
+        place = self.place(max_new_tokens) if forget else None
+        started_s = time.perf_counter()
         while not self._ended(tokens, max_new_tokens, stop):
             logits = self._answerer.step(tokens[-1], self._cache)
+            self._passed.append(tokens[-1])
             tokens.append(int(logits.argmax()))  # waits for the device
             ties.append(self._tied(logits))
+        ended_s = time.perf_counter()
         self._pending = [tokens[-1]]
-        self._kept_tokens += len(asked) + len(tokens) - 1
+        if place is not None:
+            self.go_back(place, again=False)
         return Answer(
             text=self._answerer.text(tokens, stop),
             tokens=tuple(tokens),
             ties=tuple(ties),
-            prompt_tokens=kept_tokens + len(asked) + self._cut_tokens,
-            read_tokens=len(asked),
+            prompt_tokens=kept_tokens + read_tokens + self._cut_tokens,
+            read_tokens=read_tokens,
             kept_tokens=kept_tokens,
             prefill_s=prefilled_s - start_s,
-            decode_s=time.perf_counter() - prefilled_s,
+            decode_s=ended_s - started_s,
         )
+
+    def place(self, most: int) -> Place:
+        """Return where the cache is, to go back to; what is still to pass is no part of it.
+
+        Args:
+            most: the most tokens that will pass before it goes back.
+        """
+        return place_in(self._cache, self.kept_tokens, most)
+
+    def go_back(self, place: Place, *, again: bool = True) -> None:
+        """Forget all that passed since, so that another question can follow.
+
+        Where the cache cannot, for lack of memory, all before the place passes once more with the
+        next question.
+
+        Args:
+            place: of this conversation.
+            again: whether it will be gone back to once more.
+        """
+        cache = went_back(self._cache, place, again=again)
+        if cache is None:
+            self._cache, self._pending = self._new_cache(), self._passed[: place.tokens]
+            self._passed = []
+        else:
+            self._cache, self._pending = cache, []
+            del self._passed[place.tokens :]
 
     def rewind(self, tokens: int) -> None:
         """Forget all but the first tokens, so that another question can follow them.
@@ -208,10 +258,17 @@ class Dialogue:
             tokens: how many the cache is to keep.
 
         Raises:
-            ValueError: the cache has layers that cannot go back, such as full sliding windows.
+            RuntimeError: the cache has layers that cannot; `place` must be called before.
         """
-        self._cache.crop(tokens - self._kept_tokens)  # minus those to forget: in every transformers
-        self._kept_tokens, self._pending = tokens, []
+        self.go_back(Place(tokens=tokens), again=False)
+
+    def _pass(self, question: Sequence[int]) -> torch.Tensor:
+        """Pass what is pending, and a question; return the last logits."""
+        tokens = [*self._pending, *question]
+        logits = self._answerer.prefill(tokens, self._cache)
+        self._passed += tokens
+        self._pending = []
+        return logits
 
     def _ended(self, tokens: list[int], max_new_tokens: int, stop: Sequence[str]) -> bool:
         return (

@@ -14,9 +14,13 @@ from headinfer.bench.table import meaning, number
 from headinfer.evaluate.answers import Answers
 from headinfer.evaluate.record import Likeness, likeness
 from headinfer.evaluate.run import AnswersRow
+from headinfer.evaluate.task import Grouped
 from headinfer.units import exact_bytes, format_tokens
 
 _NOTHING = "-"
+
+_MOST_GROUPS = 7
+"""Groups of scores beside each other, so that a table has 80 columns at most."""
 
 _Cell = Callable[[AnswersRow, Likeness | None], str]
 
@@ -45,7 +49,7 @@ def _decode(row: AnswersRow) -> str:
 _COLUMNS: tuple[tuple[str, _Cell], ...] = (
     ("context", lambda row, _: format_tokens(row.context_tokens)),
     ("seen", lambda row, _: _seen(row)),
-    ("answers", lambda row, _: str(len(row.records))),
+    ("asked", lambda row, _: str(len(row.records))),
     ("score\n%", lambda row, _: percent(row)),
     ("as\nstock", lambda _, like: _NOTHING if like is None else f"{like.same}/{like.compared}"),
     ("ties", lambda _, like: _NOTHING if like is None else str(like.tied)),
@@ -65,20 +69,55 @@ def compared(results: Answers, row: AnswersRow) -> Likeness | None:
 
 def render(results: Answers) -> RenderableType:
     """Return the table, with the conditions above it and what must be known below it."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     table.add_column("method", no_wrap=True)
     for heading, _ in _COLUMNS:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in results.arranged_rows:
         like = compared(results, row)
         table.add_row(row.method, *(cell(row, like) for _, cell in _COLUMNS))
-    return Group(*map(Text, conditions(results)), table, *map(Text, notes(results.arranged_rows)))
+    below = [*notes(results.arranged_rows), *_remarks(results)]
+    return Group(*map(Text, conditions(results)), table, *_group_tables(results), *map(Text, below))
+
+
+def _group_tables(results: Answers) -> Iterable[Table]:
+    """Yield the scores by group, a few groups in a table."""
+    task = results.spec.task
+    if not isinstance(task, Grouped):
+        return
+    names = list(task.scores(()))
+    for first in range(0, len(names), _MOST_GROUPS):
+        shown = names[first : first + _MOST_GROUPS]
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+        table.add_column("score %", no_wrap=True)
+        for heading in ("context", *shown):
+            table.add_column(heading.replace("_", "\n"), justify="right", no_wrap=True)
+        for row in results.arranged_rows:
+            scores = task.scores(row.records)
+            cells = (scores[name] for name in shown)
+            table.add_row(
+                row.method,
+                format_tokens(row.context_tokens),
+                *(_NOTHING if cell is None else f"{100 * cell:.1f}" for cell in cells),
+            )
+        yield table
+
+
+def _remarks(results: Answers) -> Iterable[str]:
+    """Yield what a task tells of its rows beside scores."""
+    task = results.spec.task
+    if isinstance(task, Grouped):
+        for row in results.arranged_rows:
+            for remark in task.remarks(row.records):
+                yield f"{row.method} at {format_tokens(row.context_tokens)}: {remark}"
 
 
 def conditions(results: Answers) -> Iterable[str]:
     """Yield what was asked on what, in a few lines."""
     spec, head = results.spec, results.header
     yield f"{spec.task.name}: {spec.model.description}, {spec.dtype}"
+    if isinstance(spec.task, Grouped):
+        yield from spec.task.told()
     yield f"{head['hardware']['gpu'] or head['hardware']['cpu']}"
     if (held := spec.settings.device_memory_bytes) is not None:
         device = "CPU" if head["device"] == "cpu" else "GPU"

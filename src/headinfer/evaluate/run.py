@@ -11,7 +11,6 @@ from typing import Any
 from headinfer.bench.catalogue import CATALOGUE, REFERENCE_METHOD
 from headinfer.bench.longest import longest_context
 from headinfer.bench.result import Status, TrialFailure, TrialResult
-from headinfer.bench.spec import Fill
 from headinfer.errors import ModelLoadError
 from headinfer.evaluate.agreement import Progress
 from headinfer.evaluate.job import AnswersSpec
@@ -22,6 +21,9 @@ from headinfer.units import format_tokens
 
 _FIRST_TOKENS = 1024
 """The first context of the search for the most that a method holds."""
+
+_STEP_TOKENS = 128
+"""How exactly it is looked for, where a sixteenth of it is less."""
 
 _SHARE_LESS = 15 / 16
 """A cut that lacks memory all the same is made shorter by so much."""
@@ -232,11 +234,10 @@ class AnswersRun:
                 f"{row.method}: does it hold {format_tokens(tokens)} tokens?", self._pace.left_s()
             )
             trial = self._spec.job(row.method, tokens, None, ()).trial()
-            trial = replace(trial, fill=Fill.RANDOM, last_pass=True)
             return isinstance(self._launcher.trial(trial), TrialResult)
 
         first = min(_FIRST_TOKENS, row.context_tokens)
-        held = longest_context(runs, first=first, last=row.context_tokens)
+        held = longest_context(runs, first=first, last=row.context_tokens, step_tokens=_STEP_TOKENS)
         return held + new_tokens if held else None
 
 

@@ -55,9 +55,9 @@ def render(results: AgreementResults) -> RenderableType:
     table.add_column("method", no_wrap=True)
     for heading, _ in columns:
         table.add_column(heading, justify="right", no_wrap=True)
-    for row in results.rows:
+    for row in results.arranged_rows:
         table.add_row(row.method, *(cell(row) for _, cell in columns))
-    return Group(*map(Text, conditions(results)), table, *map(Text, notes(results.rows)))
+    return Group(*map(Text, conditions(results)), table, *map(Text, notes(results.arranged_rows)))
 
 
 def conditions(results: AgreementResults) -> Iterable[str]:

@@ -1,0 +1,91 @@
+"""Examples of SCBench by task: from a folder, a file or the hub; or made up."""
+
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from headinfer.errors import OptionError
+from headinfer.evaluate.examples import MADE, Example, hub_examples, read_examples
+from headinfer.evaluate.scbench_made import MAKERS, fitted
+from headinfer.evaluate.scbench_prompts import FORMS
+
+DATASET = "microsoft/SCBench"
+
+PAPER_TASKS = tuple(
+    f"scbench_{name}"
+    for name in (
+        *("kv", "prefix_suffix", "vt", "qa_chn", "qa_eng"),
+        *("choice_eng", "mf", "many_shot", "summary"),
+    )
+)
+"""The tasks of the paper's Table 2."""
+
+MADE_TASKS = tuple(MAKERS)
+"""The tasks whose data can be made up."""
+
+
+def found_tasks(data: str) -> tuple[str, ...]:
+    """Return the tasks that a folder or a file of the user's has.
+
+    Raises:
+        OptionError: none.
+    """
+    found = tuple(task for task in FORMS if _file(Path(data), task) is not None)
+    if not found:
+        raise OptionError(
+            f"--data {data!r} is no file or folder of SCBench's; name them after the tasks, such "
+            "as scbench_kv.jsonl"
+        )
+    return found
+
+
+def _file(path: Path, task: str) -> Path | None:
+    """Return where a task's examples are; None where they are not."""
+    if not path.is_dir():
+        return path if path.is_file() and path.stem == task else None
+    named = [path / f"{task}{ending}" for ending in (".jsonl", ".json", ".parquet")]
+    # A copy of the hub's repository has a folder for each task.
+    nested = sorted((path / task).glob("*.parquet"))
+    return next((each for each in (*named, *nested) if each.is_file()), None)
+
+
+@lru_cache(maxsize=16)
+def examples(data: str | None, task: str) -> list[Example]:
+    """Return all examples of a task.
+
+    Args:
+        data: path of a folder or a file; None for the hub.
+        task: name.
+
+    Raises:
+        OptionError: they cannot be had.
+    """
+    if data is None:
+        return hub_examples(
+            DATASET,
+            task,
+            split="test",
+            remedy=f"or fetch {task} of huggingface.co/datasets/{DATASET} as {task}.jsonl and name "
+            f"its folder with --data, or try --data {MADE}",
+        )
+    file = _file(Path(data), task)
+    if file is None:
+        raise OptionError(f"--data {data!r} has no {task}.jsonl")
+    found = read_examples(file, ("multi_turns",))
+    for number, example in enumerate(found):
+        turns = example["multi_turns"]
+        if not turns or any("input" not in turn or "answer" not in turn for turn in turns):
+            raise OptionError(
+                f"--data {str(file)!r}: example {number} has a turn without input and answer"
+            )
+    return found
+
+
+def made_examples(
+    task: str, samples: int, seed: int, context_tokens: int, tokenizer: Any
+) -> Iterator[tuple[int, Example]]:
+    """Yield made-up examples of a task with their numbers; see `scbench_made`."""
+    for number in range(samples):
+        drawn = f"{seed}/{context_tokens}/{task}/{number}"
+        yield number, fitted(task, drawn, context_tokens, tokenizer)
