@@ -238,9 +238,7 @@ def test_the_verb_is_a_verb_of_headinfer(model, text, monkeypatch, capsys):
 
 def wide_results() -> AgreementResults:
     model = shared_model("llama3")
-    spec = agreement_spec(
-        model, "transformers-offloaded", dtype="bfloat16", contexts=(128 * 1024,)
-    )
+    spec = agreement_spec(model, "transformers-offloaded", dtype="bfloat16", contexts=(128 * 1024,))
     row = AgreementRow(
         method="transformers-offloaded",
         context_tokens=128 * 1024,

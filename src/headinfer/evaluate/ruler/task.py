@@ -1,6 +1,6 @@
 """RULER as a task of the evaluation's runs."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -89,6 +89,21 @@ class Ruler:
                 score=form.score(sample, answer.text),
                 answer=answer,
             )
+
+    def told(self) -> list[str]:
+        """Return nothing: the questions are RULER's own."""
+        return []
+
+    def remarks(self, records: Sequence[Record]) -> list[str]:
+        """Return nothing: a sample has a prompt of its own."""
+        return []
+
+    def scores(self, records: Sequence[Record]) -> dict[str, float | None]:
+        """Return the mean score of each task; None where it has no answers."""
+        by_kind: dict[str, list[float]] = {kind: [] for kind in self.kinds}
+        for record in records:
+            by_kind[str(record.labels["kind"])].append(record.score)
+        return {kind: sum(those) / len(those) if those else None for kind, those in by_kind.items()}
 
     def to_json(self) -> dict[str, Any]:
         """Return the task as JSON values."""
