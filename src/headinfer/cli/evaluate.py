@@ -31,7 +31,7 @@ def _verbs() -> None:
 
 app.command(cls=JsonCommand)(agreement)
 app.command("needle", cls=JsonCommand)(verb(needle))
+app.command("ruler", cls=JsonCommand)(verb(ruler, samples=20))
 app.command("longbench-v2", cls=JsonCommand)(verb(longbench_v2, samples=LONGBENCH_SAMPLES))
 app.command("scbench", cls=JsonCommand)(verb(scbench, samples=SCBENCH_SAMPLES))
-app.command("ruler", cls=JsonCommand)(verb(ruler, samples=20))
 app.command(cls=OnceCommand)(report)

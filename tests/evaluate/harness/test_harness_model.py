@@ -115,6 +115,24 @@ def test_rolling_loglikelihoods_are_those_of_hf(
     assert ours.loglikelihood_rolling(asked, disable_tqdm=True) == pytest.approx(expected, abs=5e-3)
 
 
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_no_call_has_more_logits_than_their_bytes(
+    batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "LOGITS_BYTES", 97 * 4 * 16)
+    model = model_of("llama3")
+    ours = HeadInferLM(model, make_tokenizer(), batch_size=batch_size, chunk_tokens=64)
+    rows: list[int] = []
+    model.register_forward_hook(
+        lambda _module, _given, output: rows.append(output.logits[..., 0].numel())
+    )
+    ours.loglikelihood(requests(PAIRS), disable_tqdm=True)
+    ours.loglikelihood_rolling(requests([(text(7, 130),)]), disable_tqdm=True)
+    ours.generate_until(requests([(text(7, 130), ANSWER)]), disable_tqdm=True)
+    assert max(rows) == 16
+    ours.close()
+
+
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_answers_are_those_of_hf(pair: Any, batch_size: int) -> None:
     stock, ours = pair
@@ -142,6 +160,30 @@ def test_text_and_tokens_are_those_of_hf(pair: Any) -> None:
     assert (ours.eot_token_id, ours.prefix_token_id) == (stock.eot_token_id, stock.prefix_token_id)
     assert ours.max_length == stock.max_length == 2048
     assert ours.tokenizer_name == stock.tokenizer_name
+
+
+@pytest.mark.parametrize("add_bos_token", [None, True, False])
+def test_a_text_begins_once(add_bos_token: bool | None) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    model = model_of("llama3")
+    ours = HeadInferLM(model, make_tokenizer(), add_bos_token=add_bos_token)
+    stock = hf(model, add_bos_token=add_bos_token)
+    for each in (ours, stock):
+        each.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 1)]
+        )
+    for string in ("w4 w5", "<s> w4"):
+        for special in (None, True, False):
+            expected = stock.tok_encode(string, add_special_tokens=special)
+            assert ours.tok_encode(string, add_special_tokens=special) == expected
+    assert ours.tok_encode("<s> w4").count(1) == 1
+    asked = requests([(context, ANSWER) for context in CONTEXTS[1:-1]])
+    assert ours.generate_until(asked) == stock.generate_until(asked)
+    same_scores(
+        ours.loglikelihood(requests(PAIRS), disable_tqdm=True),
+        stock.loglikelihood(requests(PAIRS), disable_tqdm=True),
+    )
 
 
 @pytest.mark.parametrize("prompt", [True, False])

@@ -31,6 +31,7 @@ def test_one_step_more_would_be_too_long(
     units = most_units(tokens_of, most, step, last)
     assert units == first or units % step == 0
     assert tokens_of(units) <= most
+    assert last is None or units <= last
     assert tokens_of(units + step) > most or (last is not None and units + step > last)
 
 

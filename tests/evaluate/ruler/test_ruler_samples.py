@@ -223,6 +223,12 @@ def test_a_length_without_room_is_refused(kind: str) -> None:
         Maker(kind, 150, make_tokenizer()).sample(0)
 
 
+def test_documents_that_are_too_long_are_refused(tmp_path: Any) -> None:
+    maker = Maker("ruler_qa_squad", 84, make_tokenizer(), folder=str(save_files(tmp_path)))
+    with pytest.raises(OptionError, match="ruler_qa_squad does not fit into 84 tokens; give"):
+        maker.sample(0)
+
+
 def test_questions_are_read_as_the_harness_reads_them(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

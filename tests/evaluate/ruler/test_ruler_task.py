@@ -16,16 +16,34 @@ from headinfer.bench.spec import TrialSpec
 from headinfer.errors import OptionError
 from headinfer.evaluate.answering import Answerer
 from headinfer.evaluate.harness import AnsweringLM
-from headinfer.evaluate.record import Answer
+from headinfer.evaluate.record import Answer, Record
 from headinfer.evaluate.ruler.form import Form
 from headinfer.evaluate.ruler.kinds import KINDS, OFFLINE, parse_kinds
 from headinfer.evaluate.ruler.samples import Maker
 from headinfer.evaluate.ruler.task import Ruler
-from headinfer.evaluate.task import task_from_json
+from headinfer.evaluate.task import Grouped, task_from_json
 from headinfer.integration.model_shape import model_shape
 from headinfer.plan.options import Options
 from saved_models import CHAT_TEMPLATE, make_tokenizer
 from tiny_models import tiny_model
+
+
+def answer(text: str) -> Answer:
+    return Answer(
+        text=text,
+        tokens=(5,),
+        ties=(False,),
+        prompt_tokens=9,
+        read_tokens=9,
+        prefill_s=1.0,
+        decode_s=0.0,
+    )
+
+
+def record(question: str, *, score: float, kind: str) -> Record:
+    return Record(
+        question=question, expected=("w1",), score=score, answer=answer("w1"), labels={"kind": kind}
+    )
 
 
 def answerer(limit_tokens: int | None = None, *, chat: bool = False) -> Answerer:
@@ -50,21 +68,12 @@ def prompts(monkeypatch: pytest.MonkeyPatch):
     """Let answers be the number that the prompt asks for, and keep the prompts."""
     seen: list[str] = []
 
-    def answer(_: Any, prompt: str, gen_kwargs: Any) -> Answer:
+    def answered(_: Any, prompt: str, gen_kwargs: Any) -> Answer:
         seen.append(prompt)
-        key = re.search(r"for (\S+) mentioned in the provided text\?", prompt)[1]
-        text = re.search(rf"for {re.escape(key)} is: (\S+)\.", prompt)[1]
-        return Answer(
-            text=f" {text}",
-            tokens=(5,),
-            ties=(False,),
-            prompt_tokens=9,
-            read_tokens=9,
-            prefill_s=1.0,
-            decode_s=0.0,
-        )
+        key = re.search(r"for (.+) mentioned in the provided text\?", prompt)[1]
+        return answer(" " + re.search(rf"for {re.escape(key)} is: (\S+)\.", prompt)[1])
 
-    monkeypatch.setattr(AnsweringLM, "answer", answer)
+    monkeypatch.setattr(AnsweringLM, "answer", answered)
     return seen
 
 
@@ -87,7 +96,7 @@ def test_the_right_answer_to_a_whole_prompt_scores(
     for prompt, record in zip(prompts, records, strict=True):
         assert prompt.startswith("<user>") == (chat and not raw)
         assert re.search(
-            r"The special magic number for \S+ mentioned in the provided text is$", prompt
+            r"The special magic number for .+ mentioned in the provided text is$", prompt
         )
         assert record.expected[0] in prompt
 
@@ -143,6 +152,22 @@ def test_names_of_tasks() -> None:
         parse_kinds("vt,niah")
     with pytest.raises(OptionError, match="named once each"):
         parse_kinds("vt,ruler_vt")
+
+
+def test_each_task_has_a_score_of_its_own() -> None:
+    task = Ruler(kinds=("ruler_vt", "niah_single_1", "ruler_cwe"), samples=2)
+    assert isinstance(task, Grouped)
+    records = [
+        record("a", score=1.0, kind="niah_single_1"),
+        record("b", score=0.2, kind="ruler_vt"),
+        record("c", score=0.6, kind="ruler_vt"),
+    ]
+    assert task.scores(records) == {
+        "ruler_vt": pytest.approx(0.4),
+        "niah_single_1": 1.0,
+        "ruler_cwe": None,
+    }
+    assert task.told() == task.remarks(records) == []
 
 
 def test_a_task_goes_through_json() -> None:

@@ -31,7 +31,7 @@ class _Docs(list[dict[str, Any]]):
 
 
 class Form:
-    """The harness's task of one kind and length, which takes samples that were made elsewhere.
+    """A task of the harness, of one kind and length, that takes samples made elsewhere.
 
     Args:
         kind: name of the task.
