@@ -40,7 +40,9 @@ def ensure_model() -> Path:
     Raises:
         ModelLoadError: it can be written nowhere.
     """
-    return kept_folder(f"demo-{_digest()}", lambda folder: build_model(folder), what="the demo model")
+    return kept_folder(
+        f"demo-{_digest()}", lambda folder: build_model(folder), what="the demo model"
+    )
 
 
 def _digest() -> str:
