@@ -14,6 +14,7 @@ from headinfer.gguf_models.requirements import check_readers
 _logger = logging.getLogger(__name__)
 
 _MAGIC = b"GGUF"
+_LAYERS_OF_GEMMA_27B = 62
 
 
 def unpack(file: Path, folder: Path, name: str) -> None:
@@ -49,13 +50,10 @@ def read_config(file: Path, name: str) -> dict[str, Any]:
     """
     check_readers(f"model {name!r}")
     header = _Header(file, name)
-    from transformers import AutoConfig
-
     try:
-        config = AutoConfig.from_pretrained(str(file.parent), **_keywords(file))
+        values: dict[str, Any] = _config(file).to_dict()
     except Exception as error:
         raise _load_error(name, header, error) from error
-    values: dict[str, Any] = config.to_dict()
     return values | {"dtype": "float32"}
 
 
@@ -95,6 +93,22 @@ def _keywords(file: Path) -> dict[str, Any]:
     return {"gguf_file": file.name, "local_files_only": True}
 
 
+def _config(file: Path) -> Any:
+    """Return a model's config as transformers reads it, with what it does not read.
+
+    GGUF files of Gemma 3 do not name the width that scores are scaled by. It is a head's, except in
+    the model of 27B with its 62 layers.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(str(file.parent), **_keywords(file))
+    if config.model_type == "gemma3_text":
+        largest = config.num_hidden_layers == _LAYERS_OF_GEMMA_27B
+        width = config.hidden_size // config.num_attention_heads
+        config.query_pre_attn_scalar = width if largest else config.head_dim
+    return config
+
+
 def _read(file: Path, name: str) -> tuple[Any, Any, str | None]:
     """Return model and tokenizer as transformers reads them, and a note on what it left out."""
     import torch
@@ -107,7 +121,12 @@ def _read(file: Path, name: str) -> tuple[Any, Any, str | None]:
     # With a kernel for packed weights at hand, transformers would keep them packed.
     dense = GgufConfig(dequantize=True)
     model, unused = load_checkpoint(
-        name, place, dtype=torch.float32, quantization_config=dense, **keywords
+        name,
+        place,
+        config=_config(file),
+        dtype=torch.float32,
+        quantization_config=dense,
+        **keywords,
     )
     return model, tokenizer, unused
 
@@ -115,7 +134,8 @@ def _read(file: Path, name: str) -> tuple[Any, Any, str | None]:
 def _begin_as_the_file_says(tokenizer: Any, header: _Header) -> None:
     """Let a tokenizer begin texts with its first token, if the file says so.
 
-    transformers 5.18 to 5.22 lose this of Gemma, whose perplexity without it is ten times as high.
+    transformers before 5.24 lose this of Gemma. On 4096 tokens of Python's manual its perplexity is
+    11.5 with the first token and 14.6 without.
     """
     begins = header.value("tokenizer.ggml.add_bos_token")
     first = tokenizer.bos_token_id
