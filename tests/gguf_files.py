@@ -1,4 +1,4 @@
-"""GGUF files of tiny models, written with the package `gguf` as llama.cpp's converter writes them."""
+"""GGUF files of tiny models, written by the package `gguf` as by the converter of llama.cpp."""
 
 from pathlib import Path
 from typing import Any
