@@ -16,7 +16,7 @@ from headinfer.bench.spec import check_lists
 from headinfer.cli.bench_options import named_model
 from headinfer.cli.console import reporting_errors
 from headinfer.cli.contexts import parse_contexts
-from headinfer.cli.load import NamedSource, calm_transformers, max_positions
+from headinfer.cli.load import NamedSource, calm_transformers, max_positions, share_cores
 from headinfer.cli.options import (
     MODEL_PANEL,
     NO_VALUE,
@@ -159,6 +159,7 @@ def _run(task: Task, given: dict[str, Any]) -> None:
         check_replaceable(str(path))
     if given["resume"] and path in (None, STDOUT):
         raise OptionError(RESUME_WITHOUT_FILE)
+    share_cores()
     calm_transformers(verbose=False)
     console = run_console()
     with showing_progress(console) as progress:
