@@ -15,9 +15,7 @@ _TASKS = (
     "summary",
 )
 SCBENCH: Mapping[str, Mapping[str, float]] = {
-    "standard": dict(
-        zip(_TASKS, (15.8, 9.6, 4.6, 9.4, 13.3, 36.5, 2.6, 16.3, 32.3), strict=True)
-    ),
+    "standard": dict(zip(_TASKS, (15.8, 9.6, 4.6, 9.4, 13.3, 36.5, 2.6, 16.3, 32.3), strict=True)),
     "HeadInfer": dict(
         zip(_TASKS, (28.0, 17.2, 42.0, 11.9, 23.0, 59.8, 9.4, 25.9, 37.1), strict=True)
     ),

@@ -75,8 +75,10 @@ def report(files: Sequence[tuple[str, Results]], plots: str) -> str:
         if part.capped:
             parts += [_CAPPED, *_papers_table(part.verb)]
         for name, results in of_part:
-            parts += _agreement(results) if isinstance(results, AgreementResults) else (
-                _answers(name, results, plots)
+            parts += (
+                _agreement(results)
+                if isinstance(results, AgreementResults)
+                else (_answers(name, results, plots))
             )
     return "\n".join(parts)
 
@@ -165,8 +167,7 @@ def _group_tables(results: Answers) -> Iterator[str]:
         if len(groups) < 2:
             return
         equal = method != REFERENCE_METHOD and all(
-            scores.get((REFERENCE_METHOD, context)) == found
-            for context, found in of_method.items()
+            scores.get((REFERENCE_METHOD, context)) == found for context, found in of_method.items()
         )
         if equal:
             yield f"{method}: by group, the scores of {REFERENCE_METHOD}.\n"
@@ -201,7 +202,9 @@ def _papers_table(verb: str) -> Iterator[str]:
     rows = tables[verb]
     groups = list(next(iter(rows.values())))
     lines = [_line(["the paper", *groups]), _line(["---", *["---:"] * len(groups)])]
-    lines += [_line([name, *(f"{each:.1f}" for each in row.values())]) for name, row in rows.items()]
+    lines += [
+        _line([name, *(f"{each:.1f}" for each in row.values())]) for name, row in rows.items()
+    ]
     yield "\n".join(lines) + "\n"
 
 

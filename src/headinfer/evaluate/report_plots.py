@@ -11,22 +11,27 @@ from headinfer.units import exact_bytes, format_tokens
 def figure(results: Answers) -> Figure | None:
     """Return heat maps of the scores by group and context, one a method; None without answers."""
     spec = results.spec
-    panels, groups = [], []
+    panels: list[Panel] = []
+    groups: list[str] = []
     for method in spec.methods:
-        values = {}
+        values, cut = {}, set()
         for context in spec.contexts:
             row = results.rows.get((method, context))
             scores = {} if row is None else spec.task.scores(row.records)
             for group, score in scores.items():
                 if score is not None:
                     values[group, format_tokens(context)] = score
+                    if row is not None and any(each.answer.is_cut for each in row.records):
+                        cut.add((group, format_tokens(context)))
             groups = groups or list(scores)
         if values:
-            panels.append(Panel(name=_name(results, method), values=values))
+            panels.append(Panel(name=_name(results, method), values=values, marked=frozenset(cut)))
     if not panels:
         return None
     held = spec.settings.device_memory_bytes
     within = "" if held is None else f", memory held to {exact_bytes(held)}"
+    if any(panel.marked for panel in panels):
+        within += "; black bar: from prompts cut in the middle to what the method holds"
     return draw(
         f"{spec.task.name}: share of right answers, in percent",
         f"{spec.model.description.split(',')[0]}, {spec.dtype}{within}",

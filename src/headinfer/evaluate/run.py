@@ -16,7 +16,7 @@ from headinfer.evaluate.agreement import Progress
 from headinfer.evaluate.job import AnswersSpec
 from headinfer.evaluate.launch import Launcher
 from headinfer.evaluate.pace import Pace
-from headinfer.evaluate.record import Record, likeness
+from headinfer.evaluate.record import Record, likeness, mean_score
 from headinfer.units import format_tokens
 
 _FIRST_TOKENS = 1024
@@ -66,8 +66,7 @@ class AnswersRow:
     @property
     def score(self) -> float | None:
         """Mean score of the answers; None where there are none."""
-        scores = [record.score for record in self.records]
-        return sum(scores) / len(scores) if scores else None
+        return mean_score(self.records)
 
     def to_json(self) -> dict[str, Any]:
         """Return the row as JSON values."""

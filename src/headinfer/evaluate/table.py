@@ -60,6 +60,15 @@ def render(results: AgreementResults) -> RenderableType:
     return Group(*map(Text, conditions(results)), table, *map(Text, notes(results.arranged_rows)))
 
 
+def markdown(results: AgreementResults) -> str:
+    """Return the table as Markdown."""
+    columns = _COLUMNS + (_BESIDE_FLOAT32 if results.spec.beside_float32 else ())
+    headings = ["method", *(heading.replace("\n", " ") for heading, _ in columns)]
+    lines = [headings, ["---", *["---:"] * len(columns)]]
+    lines += [[row.method, *(cell(row) for _, cell in columns)] for row in results.arranged_rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
 def conditions(results: AgreementResults) -> Iterable[str]:
     """Yield what was compared on what, in a few lines."""
     spec, head = results.spec, results.header

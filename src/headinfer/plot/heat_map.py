@@ -7,15 +7,16 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from headinfer.plot.style import BLUE, GREY, LABEL_POINTS, ORANGE, TEXT_POINTS, TITLE_POINTS
 
 _COLOURS = LinearSegmentedColormap.from_list("found", [ORANGE, "#f7f7f7", BLUE])
 """From nothing over half to all, which colour-blind readers tell apart."""
 
-_PANEL_INCHES, _MARGIN_INCHES = 5.0, 1.4
+_PANEL_INCHES, _GAP_INCHES = 5.0, 0.35
+_MARGIN_INCHES, _LETTER_INCHES = 0.9, 0.1
 _CELL_INCHES, _HEAD_INCHES, _FOOT_INCHES = 0.42, 1.5, 0.9
-_MARKED = "//"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +26,7 @@ class Panel:
     Attributes:
         name: of the method.
         values: from 0 to 1, by row and column; cells that are missing stay white.
-        marked: cells that are hatched.
+        marked: cells with a black bar at their left.
     """
 
     name: str
@@ -52,19 +53,22 @@ def draw(
         columns: names, from the left.
         axes: what rows and columns are.
     """
-    width = _MARGIN_INCHES + _PANEL_INCHES * len(panels)
+    margin = _MARGIN_INCHES + _LETTER_INCHES * max(map(len, rows))
+    width = margin + _PANEL_INCHES * len(panels)
     height = _HEAD_INCHES + _FOOT_INCHES + _CELL_INCHES * max(len(rows), 5)
     figure = Figure(figsize=(width, height), dpi=100, facecolor="white")
     FigureCanvasAgg(figure)
-    left = 0.6 * _MARGIN_INCHES / width
-    figure.text(left, 1 - 0.35 / height, title, fontsize=TITLE_POINTS, fontweight="bold", va="center")
+    left = 0.5 * _MARGIN_INCHES / width
+    figure.text(
+        left, 1 - 0.35 / height, title, fontsize=TITLE_POINTS, fontweight="bold", va="center"
+    )
     figure.text(left, 1 - 0.75 / height, subtitle, fontsize=TEXT_POINTS, color=GREY, va="center")
     for number, panel in enumerate(panels):
         place = figure.add_axes(
             (
-                (_MARGIN_INCHES + number * _PANEL_INCHES) / width,
+                (margin + number * _PANEL_INCHES) / width,
                 _FOOT_INCHES / height,
-                (_PANEL_INCHES - 0.35) / width,
+                (_PANEL_INCHES - _GAP_INCHES) / width,
                 1 - (_HEAD_INCHES + _FOOT_INCHES) / height,
             )
         )
@@ -78,9 +82,7 @@ def draw(
     return figure
 
 
-def _draw_panel(
-    place: Axes, panel: Panel, rows: Sequence[str], columns: Sequence[str]
-) -> None:
+def _draw_panel(place: Axes, panel: Panel, rows: Sequence[str], columns: Sequence[str]) -> None:
     grid = [[panel.values.get((row, column), float("nan")) for column in columns] for row in rows]
     place.imshow(grid, cmap=_COLOURS, vmin=0, vmax=1, aspect="auto")
     place.set_title(panel.name, fontsize=TEXT_POINTS, loc="left")
@@ -105,12 +107,5 @@ def _draw_panel(
                 color="black" if light else "white",
             )
             if (row, column) in panel.marked:
-                place.fill_between(
-                    [x - 0.5, x + 0.5],
-                    y - 0.5,
-                    y + 0.5,
-                    facecolor="none",
-                    edgecolor="white",
-                    hatch=_MARKED,
-                    linewidth=0,
-                )
+                corner = Rectangle((x - 0.5, y - 0.5), 0.16, 1, facecolor="black")
+                place.add_patch(corner)

@@ -21,7 +21,7 @@ from headinfer.evaluate.ruler.form import Form
 from headinfer.evaluate.ruler.kinds import KINDS, OFFLINE, parse_kinds
 from headinfer.evaluate.ruler.samples import Maker
 from headinfer.evaluate.ruler.task import Ruler
-from headinfer.evaluate.task import Grouped, task_from_json
+from headinfer.evaluate.task import task_from_json
 from headinfer.integration.model_shape import model_shape
 from headinfer.plan.options import Options
 from saved_models import CHAT_TEMPLATE, make_tokenizer
@@ -156,18 +156,21 @@ def test_names_of_tasks() -> None:
 
 def test_each_task_has_a_score_of_its_own() -> None:
     task = Ruler(kinds=("ruler_vt", "niah_single_1", "ruler_cwe"), samples=2)
-    assert isinstance(task, Grouped)
     records = [
         record("a", score=1.0, kind="niah_single_1"),
         record("b", score=0.2, kind="ruler_vt"),
         record("c", score=0.6, kind="ruler_vt"),
     ]
     assert task.scores(records) == {
+        "average": pytest.approx(0.7),
         "ruler_vt": pytest.approx(0.4),
         "niah_single_1": 1.0,
         "ruler_cwe": None,
     }
-    assert task.told() == task.remarks(records) == []
+    assert task.told() == [
+        "prompts and measures of lm-evaluation-harness, 2 samples a task",
+    ]
+    assert task.remarks(records) == []
 
 
 def test_a_task_goes_through_json() -> None:

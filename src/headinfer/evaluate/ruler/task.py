@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from headinfer.errors import OptionError
-from headinfer.evaluate.record import Record
+from headinfer.evaluate.record import Record, scores_by
 from headinfer.evaluate.ruler.kinds import KINDS, check_files, check_kinds
 
 if TYPE_CHECKING:
@@ -91,19 +91,18 @@ class Ruler:
             )
 
     def told(self) -> list[str]:
-        """Return nothing: the questions are RULER's own."""
-        return []
-
-    def remarks(self, records: Sequence[Record]) -> list[str]:
-        """Return nothing: a sample has a prompt of its own."""
-        return []
+        """Return whose prompts, settings and measures these are."""
+        return [f"prompts and measures of lm-evaluation-harness, {self.samples} samples a task"]
 
     def scores(self, records: Sequence[Record]) -> dict[str, float | None]:
-        """Return the mean score of each task; None where it has no answers."""
-        by_kind: dict[str, list[float]] = {kind: [] for kind in self.kinds}
-        for record in records:
-            by_kind[str(record.labels["kind"])].append(record.score)
-        return {kind: sum(those) / len(those) if those else None for kind, those in by_kind.items()}
+        """Return the mean over the tasks, and the mean score of each, as RULER tells them."""
+        by_kind = scores_by("kind", self.kinds, records)
+        there = [score for score in by_kind.values() if score is not None]
+        return {"average": sum(there) / len(there) if there else None} | by_kind
+
+    def remarks(self, records: Sequence[Record]) -> list[str]:
+        """Return nothing: the scores tell all."""
+        return []
 
     def to_json(self) -> dict[str, Any]:
         """Return the task as JSON values."""
