@@ -59,3 +59,8 @@ def test_all_tries_together_are_a_few_of_the_last(most: int) -> None:
 
     assert most_units(tokens_of, most, 5) * 26 == pytest.approx(most, abs=500)
     assert sum(tried) * 26 <= 4 * most
+
+
+def test_a_tokenizer_that_counts_nothing_is_refused() -> None:
+    with pytest.raises(OptionError, match="have 0 tokens, by a tokenizer that counts less"):
+        most_units(lambda _: 0, 4000, 5)

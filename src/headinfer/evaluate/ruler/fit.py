@@ -27,7 +27,7 @@ def most_units(
         last: the most units there are.
 
     Raises:
-        OptionError: not even one step fits.
+        OptionError: not even one step fits, or a sample does not grow.
     """
     first = min(step, last or step)
     first_tokens = tokens_of(first)
@@ -54,6 +54,11 @@ def most_units(
         tokens = tokens_of(units)
         if tokens <= most_tokens:
             low, low_tokens = units, tokens
+            if low > most_tokens:
+                raise OptionError(
+                    f"{low:,} parts of a text have {tokens:,} tokens, by a tokenizer that counts "
+                    "less than one for each"
+                )
         else:
             high, high_tokens = units, tokens
     return low

@@ -46,13 +46,7 @@ class Form:
         score = config["process_results"].rpartition(".")[2]
         config |= {
             "process_results": getattr(common_utils, score),
-            "metric_list": [
-                {
-                    "metric": str(context_tokens),
-                    "aggregation": common_utils.aggregate_metrics,
-                    "higher_is_better": True,
-                }
-            ],
+            "metric_list": [],  # names of means, by length; the means are made elsewhere
             "custom_dataset": lambda **_: {"test": _Docs([self._doc(sample)])},
         }
         self._task = ConfigurableTask(config=config)
