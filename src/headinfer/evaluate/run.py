@@ -1,7 +1,7 @@
 """A whole run: every method answers the questions of every context. Pure Python.
 
-Models run in other processes. A method that lacks memory for a prompt goes on with prompts cut in
-the middle to the most that it holds, as the rows of the paper's Tables 1, 2 and 8 do.
+Models run in other processes. A method that lacks memory for a prompt goes on with prompts that are
+cut in the middle to what it holds. The rows of the paper's Tables 1, 2 and 8 do the same.
 """
 
 from collections.abc import Generator, Iterator, Sequence
