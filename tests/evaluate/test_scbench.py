@@ -299,6 +299,8 @@ def test_made_numbers_are_what_is_asked_for():
     ranked = sorted(each["context"])
     answers = {said["input"]: said["answer"] for said in each["multi_turns"]}
     assert answers["The largest number is"] == ranked[-1]
+    assert answers["The second largest number is"] == ranked[-2]
+    assert answers["The smallest number is"] == ranked[0]
     assert answers["The second smallest number is"] == ranked[1]
     assert sum(number < answers["The median number is"] for number in ranked) <= len(ranked) // 2
 
