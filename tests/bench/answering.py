@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -24,3 +25,10 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
         "question": question,
         "environment": os.environ.get("HEADINFER_TEST"),
     }
+
+
+def answers(question: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for number in range(question["many"]):
+        yield {"number": number, "process": os.getpid()}
+    if "do" in question:
+        yield answer(question)

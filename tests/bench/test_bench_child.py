@@ -9,7 +9,7 @@ import time
 import pytest
 
 from headinfer import folders
-from headinfer.bench.child import ChildError, ask
+from headinfer.bench.child import ChildError, ask, ask_for_many
 from headinfer.errors import OptionError
 
 
@@ -94,3 +94,26 @@ def test_one_that_takes_too_long_is_ended():
     with pytest.raises(TimeoutError, match=r"longer than 0\.5 s"):
         ask("answering", {"do": "sleep"}, time_limit_s=0.5)
     assert time.monotonic() - start_s < 40
+
+
+def test_many_answers_come_from_one_process_as_they_are_given():
+    given = list(ask_for_many("answering", {"many": 3}))
+    assert [each["number"] for each in given] == [0, 1, 2]
+    assert len({each["process"] for each in given}) == 1
+    assert list(ask_for_many("answering", {"many": 0})) == []
+
+
+def test_answers_before_a_death_are_kept():
+    asking = ask_for_many("answering", {"many": 2, "do": "exit"})
+    assert [next(asking)["number"] for _ in range(2)] == [0, 1]
+    with pytest.raises(ChildError) as error:
+        next(asking)
+    assert error.value.returncode == 7
+
+
+def test_a_process_ends_where_its_caller_has_enough():
+    asking = ask_for_many("answering", {"many": 2, "do": "sleep"})
+    process = next(asking)["process"]
+    asking.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(process, 0)

@@ -140,7 +140,7 @@ def test_a_quantised_cache_is_near_the_reference():
 
 def test_device_memory_on_the_cpu_is_a_limit_of_the_system_and_is_lifted_again():
     settings, cpu = Options.parse(device="cpu", device_memory="96MiB"), torch.device("cpu")
-    with limit_host(settings, cpu, weights_bytes=32 * 2**20):
+    with limit_host("headinfer", settings, cpu, weights_bytes=32 * 2**20):
         torch.ones(40 * 2**20, dtype=torch.uint8)
         with pytest.raises(RuntimeError, match="memory"):
             torch.ones(200 * 2**20, dtype=torch.uint8)
@@ -149,9 +149,20 @@ def test_device_memory_on_the_cpu_is_a_limit_of_the_system_and_is_lifted_again()
     torch.ones(200 * 2**20, dtype=torch.uint8)
     with (
         pytest.raises(MemoryPlanError, match="below the weights"),
-        limit_host(settings, cpu, weights_bytes=2**30),
+        limit_host("headinfer", settings, cpu, weights_bytes=2**30),
     ):
         pass
+
+
+def test_a_simulated_devices_memory_is_a_limit_of_the_system_for_stock_alone():
+    settings = Options.parse(device="simulated", device_memory="96MiB")
+    with limit_host("headinfer", settings, torch.device("cpu"), weights_bytes=32 * 2**20):
+        torch.ones(200 * 2**20, dtype=torch.uint8)
+    with (
+        limit_host("chunked-prefill", settings, torch.device("cpu"), weights_bytes=32 * 2**20),
+        pytest.raises(RuntimeError, match="memory"),
+    ):
+        torch.ones(200 * 2**20, dtype=torch.uint8)
 
 
 def test_device_memory_on_a_gpu_leaves_torch_what_a_card_of_that_size_would(monkeypatch):

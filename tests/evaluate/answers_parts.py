@@ -4,6 +4,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from agreement_parts import Told
+
 from headinfer.bench.model_spec import NamedModel
 from headinfer.bench.result import TrialFailure, TrialResult
 from headinfer.bench.spec import TrialSpec
@@ -51,8 +53,24 @@ class Quiz:
     ) -> Iterator[Record]:
         raise AssertionError("workers are fakes here")
 
+    def told(self) -> list[str]:
+        return []
+
+    def scores(self, records: Sequence[Record]) -> dict[str, float | None]:
+        return {}
+
+    def remarks(self, records: Sequence[Record]) -> list[str]:
+        return []
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+class Heard(Told):
+    """A progress that may not know the time left, as while a method's limit is looked for."""
+
+    def moved(self, what: str, left_s: float | None) -> None:
+        self.lines.append(what)
 
 
 Given = Record | TrialFailure | str

@@ -51,23 +51,23 @@ def test_rows_are_written_with_a_header(model, text, tmp_path):
     assert result.stdout == ""
     document = json.loads(path.read_text())
     head, rows = document["header"], document["rows"]
-    assert head["format"] == 1
+    spec = head["spec"]
+    assert head["format"] == 2
     assert head["command"] == "agreement"
     assert head["dtype"] == "float32"
     assert head["device"] == "cpu"
     assert head["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert head["model"]["name"] == model
-    assert head["settings"]["tile_tokens"] == 16
-    assert head["settings"]["resident_tokens"] == 32
+    assert spec["settings"]["tile_tokens"] == 16
+    assert spec["settings"]["resident_tokens"] == 32
     assert head["text"]["name"] == text
     assert head["text"]["tokens"] == 180
-    assert head["contexts"] == [7, 100]
-    assert head["methods"] == ["standard", "kv-4bit", "headinfer"]
-    assert head["float32_reference"] is False
+    assert spec["contexts"] == [7, 100]
+    assert spec["methods"] == ["standard", "kv-4bit", "headinfer"]
     assert head["stock_attention"] == "sdpa"
     assert {"date", "commit", "hardware", "most_pass_tokens"} <= set(head)
     assert [(row["method"], row["context_tokens"]) for row in rows] == [
-        (method, context) for context in (7, 100) for method in head["methods"]
+        (method, context) for context in (7, 100) for method in spec["methods"]
     ]
     assert all(set(row) == {each.name for each in fields(AgreementRow)} for row in rows)
     ours = rows[-1]
@@ -85,8 +85,7 @@ def test_stdin_and_bare_json_and_the_whole_text(model):
     result = run("--json", "--model", model, "--file", "-", *methods, given=words)
     assert result.exit_code == 0, result.stderr
     document = json.loads(result.stdout)
-    assert document["header"]["contexts"] == [40]
-    assert document["header"]["float32_reference"] is True
+    assert document["header"]["spec"]["contexts"] == [40]
     for row in document["rows"]:
         assert row["kl_to_float32"] > 0
         assert row["stock_kl_to_float32"] > 0
@@ -185,6 +184,39 @@ def test_a_stopped_run_keeps_its_rows(model, text, tmp_path, monkeypatch):
     assert "100%" in result.stderr
 
 
+def test_a_stopped_run_goes_on_with_what_is_missing(model, text, tmp_path):
+    path = tmp_path / "out.json"
+    given = ("--model", model, "--file", text, "--json", str(path), "--contexts")
+    assert run(*given, "100", "--methods", "standard,bounded").exit_code == 0
+    result = run(*given, "50,100", "--methods", "standard,headinfer", "--resume")
+    assert result.exit_code == 0, result.stderr
+    assert "standard over 100 tokens" not in result.stderr
+    rows = json.loads(path.read_text())["rows"]
+    assert [(row["method"], row["context_tokens"]) for row in rows] == [
+        *((method, 50) for method in ("standard", "headinfer", "bounded")),
+        *((method, 100) for method in ("standard", "headinfer", "bounded")),
+    ]
+
+
+def test_another_text_or_dtype_is_not_gone_on_with(model, text, tmp_path):
+    path, other = tmp_path / "out.json", tmp_path / "other.txt"
+    other.write_text(" ".join(WORDS))
+    given = ("--model", model, "--json", str(path), "--contexts", "50", "--methods", "standard")
+    assert run(*given, "--file", text).exit_code == 0
+    kept = path.read_text()
+    for changed, told in (
+        (("--file", str(other)), "the results are of another text"),
+        (("--file", text, "--dtype", "bfloat16"), "dtype was 'float32' in the results"),
+    ):
+        result = run(*given, *changed, "--resume")
+        assert result.exit_code == 2
+        assert f"--resume: {told}" in result.stderr
+        assert path.read_text() == kept
+    result = run("--model", model, "--file", text, "--resume")
+    assert result.exit_code == 2
+    assert "give the file" in result.stderr
+
+
 def test_contexts_beyond_the_models_positions_are_noted(tmp_path, text):
     small = str(save_llama(tmp_path / "small", positions=64))
     result = run("--model", small, "--file", text, "--methods", "standard")
@@ -206,7 +238,7 @@ def test_the_verb_is_a_verb_of_headinfer(model, text, monkeypatch, capsys):
 
 def wide_results() -> AgreementResults:
     model = shared_model("llama3")
-    spec = agreement_spec(model, "standard", dtype="bfloat16")
+    spec = agreement_spec(model, "transformers-offloaded", dtype="bfloat16", contexts=(128 * 1024,))
     row = AgreementRow(
         method="transformers-offloaded",
         context_tokens=128 * 1024,

@@ -3,11 +3,10 @@
 It is written anew after every row, so that a run that is stopped can go on.
 """
 
-import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from headinfer.bench.bound import Rates
+from headinfer.bench.files import check_continues, load_results, replace_json
 from headinfer.bench.gate import Verdict
 from headinfer.bench.launch import Machine
 from headinfer.bench.model_spec import Model, ModelSpec
@@ -22,8 +22,6 @@ from headinfer.bench.result import Status, TrialFailure
 from headinfer.bench.rows import Percentiles, Row, arranged
 from headinfer.bench.spec import BenchSpec, Fill, json_values
 from headinfer.bench.suite import Check
-from headinfer.errors import OptionError
-from headinfer.scratch import scratch_folder
 
 FORMAT = 2
 """Raised when a field changes its meaning."""
@@ -94,20 +92,7 @@ class Results:
         Raises:
             OptionError: it cannot be read, or is no result file of this format.
         """
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            reason = getattr(error, "strerror", None) or "it is not JSON"
-            raise OptionError(f"results {path!r} cannot be read: {reason}") from error
-        try:
-            if values["header"]["format"] != FORMAT:
-                raise OptionError(
-                    f"results {path!r} have format {values['header']['format']}, and {FORMAT} is "
-                    "read; measure them again"
-                )
-            return cls._from_json(values)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise OptionError(f"{path!r} holds no results of `headinfer bench`") from error
+        return load_results(path, FORMAT, "bench", cls._from_json)
 
     @classmethod
     def _from_json(cls, values: Mapping[str, Any]) -> "Results":
@@ -143,76 +128,6 @@ class Results:
         rows = [row for row in self.rows if row.status is not Status.FAILED]
         merged = self.header | {"spec": whole.to_json()}
         return replace(self, spec=whole, header=merged, rows=rows)
-
-
-def check_continues(old: Mapping[str, Any], new: Mapping[str, Any], *, but: Set[str]) -> None:
-    """Check that the rows of a new run belong into the file of an old one.
-
-    Args:
-        old: header of the file.
-        new: what the header of the new run would be.
-        but: names in the header's `spec` that may be others.
-
-    Raises:
-        OptionError: they do not: another program, or other values in the `spec`.
-    """
-    for name in ("versions", "commit"):
-        if new[name] != old[name]:
-            raise OptionError(
-                f"--resume: the results were measured with other {name}; "
-                "give another --json, or leave out --resume to begin anew"
-            )
-    before, now = old["spec"], new["spec"]
-    for name in before.keys() - but:
-        if before[name] != now[name]:
-            raise OptionError(
-                f"--resume: {name} was {before[name]!r} in the results and is {now[name]!r} now; "
-                "give another --json, or leave out --resume to begin anew"
-            )
-
-
-def replace_json(path: str, values: Mapping[str, Any], *, remedy: str) -> None:
-    """Write a file beside the old one and rename it, so that nobody reads half of it.
-
-    A link stays one, and the file that it leads to is written.
-
-    Args:
-        path: of the file.
-        values: its content.
-        remedy: what the user can do where it cannot be written.
-
-    Raises:
-        OptionError: it cannot be written; the old file stays.
-    """
-    text = json.dumps(values, indent=1) + "\n"
-    old = Path(os.path.realpath(path))
-    try:
-        with scratch_folder(old.parent) as folder:
-            new = folder / old.name
-            new.write_text(text, encoding="utf-8")
-            os.replace(new, old)
-    except OSError as error:
-        raise OptionError(
-            f"results cannot be written to {path!r} ({error.strerror}); {remedy}"
-        ) from error
-
-
-def check_replaceable(path: str) -> None:
-    """Check that `Results.save` can write a file, as far as that can be known before.
-
-    Raises:
-        OptionError: it is a device or a pipe, or nothing can be written beside it.
-    """
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise OptionError(f"results {path!r} must be a file, which is replaced after each row")
-    try:
-        with scratch_folder(Path(os.path.realpath(path)).parent):
-            pass
-    except OSError as error:
-        raise OptionError(
-            f"results {path!r} are written beside the old ones, and nothing can be written there "
-            f"({error.strerror}); choose another folder"
-        ) from error
 
 
 def header(spec: BenchSpec, machine: Machine) -> dict[str, Any]:

@@ -7,13 +7,16 @@ _PRECISION_DIVISOR = 16
 """The search ends when the longest that ran is within a sixteenth of one that did not."""
 
 
-def longest_context(runs: Callable[[int], bool], *, first: int, last: int) -> int:
+def longest_context(
+    runs: Callable[[int], bool], *, first: int, last: int, step_tokens: int = _STEP_TOKENS
+) -> int:
     """Return the longest context found to run: it is doubled until it fails, then bisected.
 
     Args:
         runs: tries one context.
-        first: the first to try; multiples of 1K between it and 0 follow where it fails.
+        first: the first to try; shorter ones follow where it fails.
         last: the longest to try.
+        step_tokens: contexts between those that are doubled are multiples of it.
 
     Returns:
         A context that ran, and 0 where none did.
@@ -26,8 +29,8 @@ def longest_context(runs: Callable[[int], bool], *, first: int, last: int) -> in
             return tokens
         else:
             low, tokens = tokens, min(2 * tokens, last)
-    while high - low > max(_STEP_TOKENS, low // _PRECISION_DIVISOR):
-        middle = (low + high) // 2 // _STEP_TOKENS * _STEP_TOKENS
+    while high - low > max(step_tokens, low // _PRECISION_DIVISOR):
+        middle = (low + high) // 2 // step_tokens * step_tokens
         if not low < middle < high:
             break
         low, high = (middle, high) if runs(middle) else (low, middle)

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from headinfer.bench.catalogue import CATALOGUE
-from headinfer.bench.document import Results, check_replaceable
+from headinfer.bench.document import Results
+from headinfer.bench.files import check_replaceable
 from headinfer.bench.launch import FreshProcesses, Launcher
 from headinfer.bench.result import Status
 from headinfer.bench.rows import Row
@@ -22,7 +23,13 @@ from headinfer.cli.bench_options import options, run_spec
 from headinfer.cli.bench_report import report
 from headinfer.cli.command import OnceCommand
 from headinfer.cli.console import reporting_errors, stdout_console
-from headinfer.cli.output import STDOUT, JsonCommand, check_writable, write_json
+from headinfer.cli.output import (
+    RESUME_WITHOUT_FILE,
+    STDOUT,
+    JsonCommand,
+    check_writable,
+    write_json,
+)
 from headinfer.cli.run_progress import RunProgress, run_console, showing_progress
 from headinfer.errors import OptionError
 
@@ -124,7 +131,7 @@ def _run(command: Command, given: dict[str, Any]) -> None:
     if path not in (None, STDOUT):
         check_replaceable(str(path))
     if given["resume"] and path in (None, STDOUT):
-        raise OptionError("--resume goes on with what --json FILE holds; give the file")
+        raise OptionError(RESUME_WITHOUT_FILE)
     console = run_console()
     with showing_progress(console) as progress:
         launcher = make_launcher()

@@ -12,12 +12,11 @@ from headinfer.cli.contexts import parse_contexts
 from headinfer.cli.options import (
     MODEL_PANEL,
     NO_VALUE,
-    OUTPUT_PANEL,
     check_seed,
     take_flags,
     with_flags,
 )
-from headinfer.cli.output import JsonPath
+from headinfer.cli.output import JsonPath, Resume
 from headinfer.errors import OptionError
 from headinfer.estimate.presets import PRESETS
 from headinfer.plan.options import Options
@@ -114,15 +113,7 @@ def options(
     vocab_size: Annotated[int | None, _size("vocab_size", "Vocabulary.")] = None,
     flags: dict[str, Any],
     json_path: JsonPath = None,
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume",
-            metavar=NO_VALUE,
-            help="Go on where the run that wrote --json stopped.",
-            rich_help_panel=OUTPUT_PANEL,
-        ),
-    ] = False,
+    resume: Resume = False,
 ) -> None:
     """The signature that all verbs share, each with defaults of its own; never called."""
 

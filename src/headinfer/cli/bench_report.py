@@ -31,7 +31,7 @@ def report(
         check_plot(str(folder / "plot.png"))
         results = [(Path(file).stem, Results.load(file)) for file in files]
         console = stderr_console()
-        document.write_text(text_of(results, _link(folder, document)), encoding="utf-8")
+        document.write_text(text_of(results, link(folder, document)), encoding="utf-8")
         console.print(f"written to {out}", markup=False)
         folder.mkdir(parents=True, exist_ok=True)
         for name, of_file in results:
@@ -39,7 +39,7 @@ def report(
         console.print(f"plots in {plots}", markup=False)
 
 
-def _link(folder: Path, document: Path) -> str:
+def link(folder: Path, document: Path) -> str:
     """Return the folder of plots as links in the document have it."""
     try:
         return folder.resolve().relative_to(document.resolve().parent).as_posix()

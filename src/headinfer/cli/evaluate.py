@@ -2,6 +2,7 @@
 
 import typer
 
+from headinfer.cli.command import OnceCommand
 from headinfer.cli.evaluate_agreement import agreement
 from headinfer.cli.evaluate_answers import verb
 from headinfer.cli.evaluate_benchmarks import (
@@ -11,6 +12,8 @@ from headinfer.cli.evaluate_benchmarks import (
     scbench,
 )
 from headinfer.cli.evaluate_needle import needle
+from headinfer.cli.evaluate_report import report
+from headinfer.cli.evaluate_ruler import ruler
 from headinfer.cli.output import JsonCommand
 
 app = typer.Typer(
@@ -28,5 +31,7 @@ def _verbs() -> None:
 
 app.command(cls=JsonCommand)(agreement)
 app.command("needle", cls=JsonCommand)(verb(needle))
+app.command("ruler", cls=JsonCommand)(verb(ruler, samples=20))
 app.command("longbench-v2", cls=JsonCommand)(verb(longbench_v2, samples=LONGBENCH_SAMPLES))
 app.command("scbench", cls=JsonCommand)(verb(scbench, samples=SCBENCH_SAMPLES))
+app.command(cls=OnceCommand)(report)

@@ -1,12 +1,13 @@
 """`headinfer evaluate agreement`: what a model predicts under each method, beside stock."""
 
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from headinfer.bench.catalogue import parse_methods
-from headinfer.bench.document import check_replaceable
+from headinfer.bench.files import check_replaceable
 from headinfer.bench.result import Status
 from headinfer.bench.spec import check_lists
 from headinfer.cli.bench_options import named_model
@@ -20,7 +21,14 @@ from headinfer.cli.load import (
     share_cores,
 )
 from headinfer.cli.options import MODEL_PANEL, NO_VALUE, Dtype, DtypeChoice, Threads, with_flags
-from headinfer.cli.output import STDOUT, JsonPath, check_writable, write_json
+from headinfer.cli.output import (
+    RESUME_WITHOUT_FILE,
+    STDOUT,
+    JsonPath,
+    Resume,
+    check_writable,
+    write_json,
+)
 from headinfer.cli.prompt import encode, read_text
 from headinfer.cli.run_progress import run_console, showing_progress
 from headinfer.errors import OptionError
@@ -87,6 +95,7 @@ def agreement(
     flags: dict[str, Any],
     threads: Threads = None,
     json_path: JsonPath = None,
+    resume: Resume = False,
 ) -> None:
     """Tell how far each method's predictions are from stock's, position by position.
 
@@ -104,6 +113,8 @@ def agreement(
         check_writable("--json", json_path)
         if json_path not in (None, STDOUT):
             check_replaceable(str(json_path))
+        if resume and json_path in (None, STDOUT):
+            raise OptionError(RESUME_WITHOUT_FILE)
         if model in PRESETS:
             raise OptionError(f"{model} is a shape without weights; give a folder or hub id")
         text = read_text(file, "file", "a file with --file")
@@ -120,6 +131,7 @@ def agreement(
                 dtype=dtype.value,
                 float32=not no_float32,
                 progress=progress,
+                begun=json_path if resume else None,
             )
             for note in told:
                 console.print(f"note: {note}", markup=False, soft_wrap=True)
@@ -141,6 +153,7 @@ def _prepare(
     dtype: str,
     float32: bool,
     progress: Any,
+    begun: str | None,
 ) -> tuple["Agreement", "AgreementResults", list[str]]:
     """Load in the order of cost, so that what can be refused early is.
 
@@ -181,8 +194,10 @@ def _prepare(
         long = f"the model was made for {format_tokens(positions)} positions"
     spec = spec_in(str(model.dtype).removeprefix("torch."))
     results = AgreementResults(spec=spec, header=header(spec, model, name, text, len(ids)))
+    if begun is not None and Path(begun).exists():
+        results = AgreementResults.load(begun).continued(results)
     tokens = torch.tensor([ids], device=model.device)
-    run = Agreement(spec, model, tokens, progress)
+    run = Agreement(results.spec, model, tokens, progress, done=results.done)
     return run, results, [said for said in (note, long) if said]
 
 

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from headinfer.bench.catalogue import parse_methods
-from headinfer.bench.document import check_replaceable
+from headinfer.bench.files import check_replaceable
 from headinfer.bench.result import Status
 from headinfer.bench.spec import check_lists
 from headinfer.cli.bench_options import named_model
@@ -20,7 +20,6 @@ from headinfer.cli.load import NamedSource, calm_transformers, max_positions
 from headinfer.cli.options import (
     MODEL_PANEL,
     NO_VALUE,
-    OUTPUT_PANEL,
     Dtype,
     DtypeChoice,
     Threads,
@@ -28,7 +27,14 @@ from headinfer.cli.options import (
     take_flags,
     with_flags,
 )
-from headinfer.cli.output import STDOUT, JsonPath, check_writable, write_json
+from headinfer.cli.output import (
+    RESUME_WITHOUT_FILE,
+    STDOUT,
+    JsonPath,
+    Resume,
+    check_writable,
+    write_json,
+)
 from headinfer.cli.run_progress import RunProgress, run_console, showing_progress
 from headinfer.errors import OptionError
 from headinfer.evaluate.answers import Answers
@@ -103,15 +109,7 @@ def shared(
     flags: dict[str, Any],
     threads: Threads = None,
     json_path: JsonPath = None,
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume",
-            metavar=NO_VALUE,
-            help="Go on where the run that wrote --json stopped.",
-            rich_help_panel=OUTPUT_PANEL,
-        ),
-    ] = False,
+    resume: Resume = False,
 ) -> None:
     """The signature that all verbs share, beside the options of their tasks; never called."""
 
@@ -160,7 +158,7 @@ def _run(task: Task, given: dict[str, Any]) -> None:
     if path not in (None, STDOUT):
         check_replaceable(str(path))
     if given["resume"] and path in (None, STDOUT):
-        raise OptionError("--resume goes on with what --json FILE holds; give the file")
+        raise OptionError(RESUME_WITHOUT_FILE)
     calm_transformers(verbose=False)
     console = run_console()
     with showing_progress(console) as progress:
@@ -247,7 +245,8 @@ def _tell(results: Answers, path: str | None, console: Console, *, stopped: bool
         results.save(path)
         told = "holds what is finished; --resume goes on from there"
         with suppress(OSError):
-            console.print(f"{path} {told}" if stopped else f"written to {path}", markup=False)
+            line = f"{path} {told}" if stopped else f"written to {path}"
+            console.print(line, markup=False, soft_wrap=True)
 
 
 def exit_code(rows: list[AnswersRow]) -> int:

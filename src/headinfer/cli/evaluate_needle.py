@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from headinfer.errors import OptionError
+from headinfer.evaluate.haystack import prose
 from headinfer.evaluate.needle import Needle
 
 _DEPTHS = 5
@@ -36,7 +37,9 @@ def needle(
     Every method is asked the same. A method that lacks memory for a prompt
     answers from one that is cut in the middle to what it holds.
     """
-    return Needle(depths=_shares(depths), samples=samples, seed=seed, raw=raw, text=text)
+    task = Needle(depths=_shares(depths), samples=samples, seed=seed, raw=raw, text=text)
+    prose(text)  # told before a model is loaded
+    return task
 
 
 def _shares(given: str) -> tuple[float, ...]:

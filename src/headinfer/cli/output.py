@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from headinfer.cli.command import OnceCommand
-from headinfer.cli.options import OUTPUT_PANEL
+from headinfer.cli.options import NO_VALUE, OUTPUT_PANEL
 from headinfer.errors import OptionError
 
 STDOUT = "-"
@@ -40,6 +40,19 @@ JsonPath = Annotated[
         rich_help_panel=OUTPUT_PANEL,
     ),
 ]
+
+
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        metavar=NO_VALUE,
+        help="Go on where the run that wrote --json stopped.",
+        rich_help_panel=OUTPUT_PANEL,
+    ),
+]
+
+RESUME_WITHOUT_FILE = "--resume goes on with what --json FILE holds; give the file"
 
 
 def check_writable(option: str, path: str | None) -> None:

@@ -6,7 +6,7 @@ So no logits are kept: memory holds those of one pass of each, whatever the leng
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Protocol
@@ -97,13 +97,20 @@ class Agreement:
         model: in eval mode, where it computes; left as it was.
         tokens: of the whole text, `[1, tokens]`, on the model's device.
         progress: told of every row.
+        done: method and context of rows that an earlier run finished.
 
     Raises:
         HeadInferError: the text is too short, or the model cannot read it in several calls.
     """
 
     def __init__(
-        self, spec: AgreementSpec, model: PreTrainedModel, tokens: torch.Tensor, progress: Progress
+        self,
+        spec: AgreementSpec,
+        model: PreTrainedModel,
+        tokens: torch.Tensor,
+        progress: Progress,
+        *,
+        done: Collection[tuple[str, int]] = (),
     ) -> None:
         spec.check_text(tokens.shape[1])
         check_text(model, tokens)
@@ -113,19 +120,25 @@ class Agreement:
         self._precise = copy.deepcopy(model).float() if spec.beside_float32 else None
         self._tokens = tokens
         self._progress = progress
+        self._done = done
         self._most_tokens = most_tokens(model)
 
     def rows(self) -> Iterator[AgreementRow]:
         """Yield the rows, each when it is finished."""
-        pace = Pace([context for context in self._spec.contexts for _ in self._spec.methods])
-        for context in self._spec.contexts:
-            for method in self._spec.methods:
-                what = f"{method} over {format_tokens(context)} tokens"
-                self._progress.started(what, pace.left_s())
-                row = self._row(method, context, self._mover(what, pace))
-                pace.finish(context, ran=row.positions is not None)
-                self._progress.finished(what, row.reason or outcome(row))
-                yield row
+        missing = [
+            (method, context)
+            for context in self._spec.contexts
+            for method in self._spec.methods
+            if (method, context) not in self._done
+        ]
+        pace = Pace([context for _, context in missing])
+        for method, context in missing:
+            what = f"{method} over {format_tokens(context)} tokens"
+            self._progress.started(what, pace.left_s())
+            row = self._row(method, context, self._mover(what, pace))
+            pace.finish(context, ran=row.positions is not None)
+            self._progress.finished(what, row.reason or outcome(row))
+            yield row
 
     def _mover(self, what: str, pace: Pace) -> Callable[[int], None]:
         def moved(done_tokens: int) -> None:

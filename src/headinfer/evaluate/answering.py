@@ -96,7 +96,11 @@ class Answerer:
         if self.limit_tokens is not None:
             kept = cut_middle(kept, self.limit_tokens - turns_tokens)
         most = len(kept) + turns_tokens
-        return Dialogue(self, lambda: self._method.new_cache(most), kept, len(context) - len(kept))
+        return Dialogue(self, lambda: self.new_cache(most), kept, len(context) - len(kept))
+
+    def new_cache(self, max_tokens: int) -> Cache:
+        """Return an empty cache of the method, for up to so many tokens."""
+        return self._method.new_cache(max_tokens)
 
     def prefill(self, tokens: Sequence[int], cache: Cache) -> torch.Tensor:
         """Pass tokens through the model by the method's way; return the last logits `[vocab]`."""

@@ -1,14 +1,12 @@
 """Results of a run of questions as JSON: a header, and one row for each method and context."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
-from headinfer.bench.document import check_continues, model_values, provenance, replace_json
+from headinfer.bench.document import model_values, provenance
+from headinfer.bench.files import check_continues, load_results, replace_json
 from headinfer.bench.spec import json_values
-from headinfer.errors import OptionError
 from headinfer.evaluate.job import AnswersSpec
 from headinfer.evaluate.run import AnswersRow
 
@@ -67,23 +65,17 @@ class Answers:
         Raises:
             OptionError: it cannot be read, or is no result file of this format.
         """
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            reason = getattr(error, "strerror", None) or "it is not JSON"
-            raise OptionError(f"results {path!r} cannot be read: {reason}") from error
-        try:
-            head = values["header"]
-            if head["format"] != FORMAT:
-                raise OptionError(
-                    f"results {path!r} have format {head['format']}, and {FORMAT} is read; answer "
-                    "the questions again"
-                )
-            rows = [AnswersRow.from_json(row) for row in values["rows"]]
-            spec = AnswersSpec.from_json(head["spec"])
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise OptionError(f"{path!r} holds no answers of `headinfer evaluate`") from error
-        return cls(spec=spec, header=head, rows={row.key: row for row in rows})
+        return load_results(path, FORMAT, "evaluate", cls._from_json)
+
+    @classmethod
+    def _from_json(cls, values: Mapping[str, Any]) -> "Answers":
+        head = values["header"]
+        rows = [AnswersRow.from_json(row) for row in values["rows"]]
+        return cls(
+            spec=AnswersSpec.from_json(head["spec"]),
+            header=head,
+            rows={row.key: row for row in rows},
+        )
 
     def continued(self, spec: AnswersSpec) -> "Answers":
         """Return these results as the beginning of another run, here and now.

@@ -14,7 +14,6 @@ from headinfer.bench.table import meaning, number
 from headinfer.evaluate.answers import Answers
 from headinfer.evaluate.record import Likeness, likeness
 from headinfer.evaluate.run import AnswersRow
-from headinfer.evaluate.task import Grouped
 from headinfer.units import exact_bytes, format_tokens
 
 _NOTHING = "-"
@@ -49,7 +48,7 @@ def _decode(row: AnswersRow) -> str:
 _COLUMNS: tuple[tuple[str, _Cell], ...] = (
     ("context", lambda row, _: format_tokens(row.context_tokens)),
     ("seen", lambda row, _: _seen(row)),
-    ("answers", lambda row, _: str(len(row.records))),
+    ("asked", lambda row, _: str(len(row.records))),
     ("score\n%", lambda row, _: percent(row)),
     ("as\nstock", lambda _, like: _NOTHING if like is None else f"{like.same}/{like.compared}"),
     ("ties", lambda _, like: _NOTHING if like is None else str(like.tied)),
@@ -69,7 +68,7 @@ def compared(results: Answers, row: AnswersRow) -> Likeness | None:
 
 def render(results: Answers) -> RenderableType:
     """Return the table, with the conditions above it and what must be known below it."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     table.add_column("method", no_wrap=True)
     for heading, _ in _COLUMNS:
         table.add_column(heading, justify="right", no_wrap=True)
@@ -83,9 +82,9 @@ def render(results: Answers) -> RenderableType:
 def _group_tables(results: Answers) -> Iterable[Table]:
     """Yield the scores by group, a few groups in a table."""
     task = results.spec.task
-    if not isinstance(task, Grouped):
-        return
     names = list(task.scores(()))
+    if len(names) < 2:
+        return
     for first in range(0, len(names), _MOST_GROUPS):
         shown = names[first : first + _MOST_GROUPS]
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
@@ -106,18 +105,16 @@ def _group_tables(results: Answers) -> Iterable[Table]:
 def _remarks(results: Answers) -> Iterable[str]:
     """Yield what a task tells of its rows beside scores."""
     task = results.spec.task
-    if isinstance(task, Grouped):
-        for row in results.arranged_rows:
-            for remark in task.remarks(row.records):
-                yield f"{row.method} at {format_tokens(row.context_tokens)}: {remark}"
+    for row in results.arranged_rows:
+        for remark in task.remarks(row.records):
+            yield f"{row.method} at {format_tokens(row.context_tokens)}: {remark}"
 
 
 def conditions(results: Answers) -> Iterable[str]:
     """Yield what was asked on what, in a few lines."""
     spec, head = results.spec, results.header
     yield f"{spec.task.name}: {spec.model.description}, {spec.dtype}"
-    if isinstance(spec.task, Grouped):
-        yield from spec.task.told()
+    yield from spec.task.told()
     yield f"{head['hardware']['gpu'] or head['hardware']['cpu']}"
     if (held := spec.settings.device_memory_bytes) is not None:
         device = "CPU" if head["device"] == "cpu" else "GPU"

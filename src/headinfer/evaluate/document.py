@@ -1,19 +1,23 @@
 """Results of an evaluation as JSON: a header, and one row for each method and context."""
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from headinfer.bench.document import model_values, provenance, replace_json
+from headinfer.bench.document import model_values, provenance
+from headinfer.bench.files import check_continues, load_results, replace_json
 from headinfer.bench.machine import hardware
+from headinfer.bench.result import Status
 from headinfer.bench.spec import json_values
+from headinfer.errors import OptionError
 from headinfer.evaluate.agreement import AgreementRow
 from headinfer.evaluate.reading import LOGITS_BYTES, most_tokens
 from headinfer.evaluate.spec import AgreementSpec
 
-FORMAT = 1
+FORMAT = 2
 """Raised when a field changes its meaning."""
 
 
@@ -31,12 +35,25 @@ class AgreementResults:
     header: dict[str, Any]
     rows: list[AgreementRow] = field(default_factory=list)
 
+    @property
+    def arranged_rows(self) -> list[AgreementRow]:
+        """The rows in the order of a table: by context, then by method."""
+        by_key = {(row.method, row.context_tokens): row for row in self.rows}
+        keys = [(method, tokens) for tokens in self.spec.contexts for method in self.spec.methods]
+        return [by_key[key] for key in keys if key in by_key]
+
     def to_json(self) -> dict[str, Any]:
         """Return the content of a result file."""
-        values: dict[str, Any] = json_values(
-            {"header": self.header, "rows": [asdict(row) for row in self.rows]}
-        )
+        rows = [asdict(row) for row in self.arranged_rows]
+        values: dict[str, Any] = json_values({"header": self.header, "rows": rows})
         return values
+
+    @property
+    def done(self) -> set[tuple[str, int]]:
+        """Method and context of the rows that need not be compared again."""
+        return {
+            (row.method, row.context_tokens) for row in self.rows if row.status is not Status.FAILED
+        }
 
     def save(self, path: str) -> None:
         """Replace a file by these results.
@@ -44,7 +61,47 @@ class AgreementResults:
         Raises:
             OptionError: it cannot be written; the old file stays.
         """
-        replace_json(path, self.to_json(), remedy="make room and run it again")
+        replace_json(path, self.to_json(), remedy="make room, then go on with --resume")
+
+    @classmethod
+    def load(cls, path: str) -> "AgreementResults":
+        """Return what a file holds.
+
+        Raises:
+            OptionError: it cannot be read, or is no result file of this format.
+        """
+        return load_results(path, FORMAT, "evaluate agreement", cls._from_json)
+
+    @classmethod
+    def _from_json(cls, values: Mapping[str, Any]) -> "AgreementResults":
+        head = values["header"]
+        rows = [AgreementRow(**(row | {"status": Status(row["status"])})) for row in values["rows"]]
+        return cls(spec=AgreementSpec.from_json(head["spec"]), header=head, rows=rows)
+
+    def continued(self, now: "AgreementResults") -> "AgreementResults":
+        """Return these results as the beginning of another run.
+
+        Methods and contexts may be others; all else, and the text, must be as it was.
+
+        Args:
+            now: results of the other run, which has no rows yet.
+
+        Raises:
+            OptionError: the runs differ, so that their rows do not belong into one file.
+        """
+        check_continues(self.header, now.header, but={"methods", "contexts"})
+        if self.header["text"]["sha256"] != now.header["text"]["sha256"]:
+            raise OptionError(
+                "--resume: the results are of another text; give another --json, or leave out "
+                "--resume to begin anew"
+            )
+        spec = now.spec
+        methods = tuple(dict.fromkeys((*spec.methods, *self.spec.methods)))
+        contexts = tuple(sorted({*spec.contexts, *self.spec.contexts}))
+        whole = replace(spec, methods=methods, contexts=contexts)
+        rows = [row for row in self.rows if row.status is not Status.FAILED]
+        merged = now.header | {"spec": whole.to_json(), "date": self.header["date"]}
+        return replace(self, spec=whole, header=merged, rows=rows)
 
 
 def header(
@@ -74,5 +131,6 @@ def header(
         },
         "logits_bytes_of_a_pass": LOGITS_BYTES,
         "most_pass_tokens": most_tokens(model),
-        **spec.values(),
+        "dtype": spec.dtype,
+        "spec": spec.to_json(),
     }

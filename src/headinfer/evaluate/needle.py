@@ -4,13 +4,13 @@ The fact lies at several depths of prompts of several lengths, as in Figure 6 of
 """
 
 import random
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from headinfer.errors import OptionError
-from headinfer.evaluate.haystack import Haystack, frame, prose
-from headinfer.evaluate.record import Record
+from headinfer.evaluate.haystack import PROSE_PACKAGE, Haystack, frame, prose
+from headinfer.evaluate.record import Record, scores_by
 from headinfer.units import format_tokens
 
 if TYPE_CHECKING:
@@ -122,6 +122,18 @@ class Needle:
         sentences = haystack.sentences(first, room)
         place = round(depth * len(sentences))
         return around.around([*sentences[:place], fact["input_ids"], *sentences[place:]])
+
+    def told(self) -> list[str]:
+        """Return where the prose is from."""
+        return [f"facts hidden in {self.text or PROSE_PACKAGE}"]
+
+    def scores(self, records: Sequence[Record]) -> dict[str, float | None]:
+        """Return the share of the facts found at each depth."""
+        return scores_by("depth", self.depths, records)
+
+    def remarks(self, records: Sequence[Record]) -> list[str]:
+        """Return nothing: the scores tell all."""
+        return []
 
     def to_json(self) -> dict[str, Any]:
         """Return the task as JSON values."""

@@ -120,3 +120,26 @@ def _by_a_tie(stock: Answer, method: Answer) -> bool:
         if one != other:
             return stock.ties[place]
     return False  # one goes on where the other ended, so a token was dropped
+
+
+def mean_score(records: Sequence[Record]) -> float | None:
+    """Return the mean score of some answers; None for none."""
+    return sum(record.score for record in records) / len(records) if records else None
+
+
+def scores_by(
+    label: str, values: Sequence[str | int | float], records: Sequence[Record]
+) -> dict[str, float | None]:
+    """Return the mean score of the answers with each value of a label.
+
+    Args:
+        label: its name.
+        values: in the order of the result.
+        records: of any values.
+    """
+    return {
+        f"{value:g}" if isinstance(value, float) else str(value): mean_score(
+            [record for record in records if record.labels[label] == value]
+        )
+        for value in values
+    }

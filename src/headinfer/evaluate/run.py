@@ -11,17 +11,19 @@ from typing import Any
 from headinfer.bench.catalogue import CATALOGUE, REFERENCE_METHOD
 from headinfer.bench.longest import longest_context
 from headinfer.bench.result import Status, TrialFailure, TrialResult
-from headinfer.bench.spec import Fill
 from headinfer.errors import ModelLoadError
 from headinfer.evaluate.agreement import Progress
 from headinfer.evaluate.job import AnswersSpec
 from headinfer.evaluate.launch import Launcher
 from headinfer.evaluate.pace import Pace
-from headinfer.evaluate.record import Record, likeness
+from headinfer.evaluate.record import Record, likeness, mean_score
 from headinfer.units import format_tokens
 
 _FIRST_TOKENS = 1024
 """The first context of the search for the most that a method holds."""
+
+_STEP_TOKENS = 128
+"""How exactly it is looked for, where a sixteenth of it is less."""
 
 _SHARE_LESS = 15 / 16
 """A cut that lacks memory all the same is made shorter by so much."""
@@ -64,8 +66,7 @@ class AnswersRow:
     @property
     def score(self) -> float | None:
         """Mean score of the answers; None where there are none."""
-        scores = [record.score for record in self.records]
-        return sum(scores) / len(scores) if scores else None
+        return mean_score(self.records)
 
     def to_json(self) -> dict[str, Any]:
         """Return the row as JSON values."""
@@ -232,11 +233,10 @@ class AnswersRun:
                 f"{row.method}: does it hold {format_tokens(tokens)} tokens?", self._pace.left_s()
             )
             trial = self._spec.job(row.method, tokens, None, ()).trial()
-            trial = replace(trial, fill=Fill.RANDOM, last_pass=True)
             return isinstance(self._launcher.trial(trial), TrialResult)
 
         first = min(_FIRST_TOKENS, row.context_tokens)
-        held = longest_context(runs, first=first, last=row.context_tokens)
+        held = longest_context(runs, first=first, last=row.context_tokens, step_tokens=_STEP_TOKENS)
         return held + new_tokens if held else None
 
 

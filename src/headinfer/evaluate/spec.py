@@ -1,10 +1,11 @@
 """What an evaluation compares. Pure Python, never torch."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from headinfer.bench.model_spec import Model
-from headinfer.bench.spec import TrialSpec, check_lists
+from headinfer.bench.model_spec import Model, model_from_json
+from headinfer.bench.spec import TrialSpec, check_lists, json_values
 from headinfer.errors import OptionError
 from headinfer.plan.options import Options
 
@@ -66,12 +67,18 @@ class AgreementSpec:
             settings=self.settings,
         )
 
-    def values(self) -> dict[str, Any]:
-        """Return what a header says of it, beside the model."""
-        return {
-            "methods": list(self.methods),
-            "contexts": list(self.contexts),
-            "dtype": self.dtype,
-            "float32_reference": self.beside_float32,
-            "settings": self.settings.keywords(),
+    def to_json(self) -> dict[str, Any]:
+        """Return the comparison as JSON values."""
+        values: dict[str, Any] = json_values(asdict(self))
+        return values | {"settings": self.settings.keywords()}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "AgreementSpec":
+        """Return the comparison that `to_json` gave."""
+        parts = {
+            "methods": tuple(values["methods"]),
+            "contexts": tuple(values["contexts"]),
+            "model": model_from_json(values["model"]),
+            "settings": Options.parse(**values["settings"]),
         }
+        return cls(**(dict(values) | parts))

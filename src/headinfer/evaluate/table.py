@@ -55,9 +55,18 @@ def render(results: AgreementResults) -> RenderableType:
     table.add_column("method", no_wrap=True)
     for heading, _ in columns:
         table.add_column(heading, justify="right", no_wrap=True)
-    for row in results.rows:
+    for row in results.arranged_rows:
         table.add_row(row.method, *(cell(row) for _, cell in columns))
-    return Group(*map(Text, conditions(results)), table, *map(Text, notes(results.rows)))
+    return Group(*map(Text, conditions(results)), table, *map(Text, notes(results.arranged_rows)))
+
+
+def markdown(results: AgreementResults) -> str:
+    """Return the table as Markdown."""
+    columns = _COLUMNS + (_BESIDE_FLOAT32 if results.spec.beside_float32 else ())
+    headings = ["method", *(heading.replace("\n", " ") for heading, _ in columns)]
+    lines = [headings, ["---", *["---:"] * len(columns)]]
+    lines += [[row.method, *(cell(row) for _, cell in columns)] for row in results.arranged_rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
 def conditions(results: AgreementResults) -> Iterable[str]:

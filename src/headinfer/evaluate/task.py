@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol
 
 from headinfer.evaluate.record import Record
 
@@ -35,27 +35,23 @@ class Task(Protocol):
             done: names of questions that need not be answered again.
         """
 
-    def to_json(self) -> dict[str, Any]:
-        """Return what `from_json` of its class takes."""
-
-
-@runtime_checkable
-class Grouped(Protocol):
-    """A task whose scores are told by group, as its benchmark tells them."""
-
     def told(self) -> list[str]:
         """Return what sets these questions apart, for people."""
 
     def scores(self, records: Sequence[Record]) -> dict[str, float | None]:
-        """Return the mean score of each group; None where it has no answers."""
+        """Return the mean score of each group of questions; None where it has no answers."""
 
     def remarks(self, records: Sequence[Record]) -> list[str]:
         """Return what else the answers of a row tell."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `from_json` of its class takes."""
 
 
 _TASKS = {
     "longbench-v2": "headinfer.evaluate.longbench:LongBenchV2",
     "needle": "headinfer.evaluate.needle:Needle",
+    "ruler": "headinfer.evaluate.ruler.task:Ruler",
     "scbench": "headinfer.evaluate.scbench:SCBench",
 }
 """Where the class of each task is. A class is looked up when it is needed: some are heavy."""

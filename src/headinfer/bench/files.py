@@ -1,0 +1,112 @@
+"""Result files, which a run that is stopped leaves whole and can go on with. Pure Python."""
+
+import json
+import os
+from collections.abc import Callable, Mapping, Set
+from pathlib import Path
+from typing import Any, TypeVar
+
+from headinfer.errors import OptionError
+from headinfer.scratch import scratch_folder
+
+Results = TypeVar("Results")
+
+
+def load_results(
+    path: str, version: int, verb: str, from_json: Callable[[dict[str, Any]], Results]
+) -> Results:
+    """Return what a file holds.
+
+    Args:
+        path: of the file.
+        version: the `format` in the header that is read.
+        verb: of the command line that writes such files.
+        from_json: makes the results from the content.
+
+    Raises:
+        OptionError: it cannot be read, or is no result file of this format.
+    """
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or "it is not JSON"
+        raise OptionError(f"results {path!r} cannot be read: {reason}") from error
+    try:
+        found = values["header"]["format"]
+        if found != version:
+            raise OptionError(
+                f"results {path!r} have format {found}, and {version} is read; measure them again"
+            )
+        return from_json(values)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise OptionError(f"{path!r} holds no results of `headinfer {verb}`") from error
+
+
+def check_continues(old: Mapping[str, Any], new: Mapping[str, Any], *, but: Set[str]) -> None:
+    """Check that the rows of a new run belong into the file of an old one.
+
+    Args:
+        old: header of the file.
+        new: what the header of the new run would be.
+        but: names in the header's `spec` that may be others.
+
+    Raises:
+        OptionError: they do not: another program, or other values in the `spec`.
+    """
+    for name in ("versions", "commit"):
+        if new[name] != old[name]:
+            raise OptionError(
+                f"--resume: the results were measured with other {name}; "
+                "give another --json, or leave out --resume to begin anew"
+            )
+    before, now = old["spec"], new["spec"]
+    for name in before.keys() - but:
+        if before[name] != now[name]:
+            raise OptionError(
+                f"--resume: {name} was {before[name]!r} in the results and is {now[name]!r} now; "
+                "give another --json, or leave out --resume to begin anew"
+            )
+
+
+def replace_json(path: str, values: Mapping[str, Any], *, remedy: str) -> None:
+    """Write a file beside the old one and rename it, so that nobody reads half of it.
+
+    A link stays one, and the file that it leads to is written.
+
+    Args:
+        path: of the file.
+        values: its content.
+        remedy: what the user can do where it cannot be written.
+
+    Raises:
+        OptionError: it cannot be written; the old file stays.
+    """
+    text = json.dumps(values, indent=1) + "\n"
+    old = Path(os.path.realpath(path))
+    try:
+        with scratch_folder(old.parent) as folder:
+            new = folder / old.name
+            new.write_text(text, encoding="utf-8")
+            os.replace(new, old)
+    except OSError as error:
+        raise OptionError(
+            f"results cannot be written to {path!r} ({error.strerror}); {remedy}"
+        ) from error
+
+
+def check_replaceable(path: str) -> None:
+    """Check that `Results.save` can write a file, as far as that can be known before.
+
+    Raises:
+        OptionError: it is a device or a pipe, or nothing can be written beside it.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OptionError(f"results {path!r} must be a file, which is replaced after each row")
+    try:
+        with scratch_folder(Path(os.path.realpath(path)).parent):
+            pass
+    except OSError as error:
+        raise OptionError(
+            f"results {path!r} are written beside the old ones, and nothing can be written there "
+            f"({error.strerror}); choose another folder"
+        ) from error
