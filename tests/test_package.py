@@ -36,6 +36,7 @@ INSTRUMENTS = ["cli", "evaluate", "bench", "demo", "probe", "plot", "trace", "es
 ORDER = [
     *INSTRUMENTS,
     "generation",
+    "gguf_models",
     "api",
     "offload",
     "session",
@@ -47,6 +48,7 @@ ORDER = [
     "plan",
     "schedule",
     "units",
+    "kept",
     "folders",
     "checked_files",
     "scratch",

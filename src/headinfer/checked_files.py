@@ -4,10 +4,12 @@ A digest finds files cut short or overwritten by chance. Against other users it 
 folder that they cannot write to (`headinfer.folders`).
 """
 
+import contextlib
 import hashlib
 import os
 import stat
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -16,6 +18,7 @@ DIGESTS = "SHA256SUMS"
 
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _MAX_BYTES = 2**26
+_BLOCK_BYTES = 2**20
 _FILE_MODE = 0o600
 
 
@@ -34,22 +37,8 @@ def read_private(path: Path, max_bytes: int = _MAX_BYTES) -> bytes:
         OSError: it cannot be read.
         DamagedError: it is another user's, no regular file, or too large.
     """
-    try:
-        opened = open(path, "rb", opener=_open_as_it_is)  # noqa: SIM115  # closed below
-    except OSError as error:
-        if path.is_symlink():  # of which the system says "too many levels"
-            raise DamagedError("it is a symbolic link") from error
-        raise
-    with opened as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise DamagedError("it is not a regular file")
-        if sys.platform != "win32":
-            if status.st_uid not in (0, os.geteuid()):
-                raise DamagedError(f"it belongs to another user, of id {status.st_uid}")
-            if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-                raise DamagedError("other users can write to it")
-        content: bytes = file.read(max_bytes + 1)
+    with _open_private(path) as file:
+        content = file.read(max_bytes + 1)
     if len(content) > max_bytes:
         raise DamagedError(f"it has more than {max_bytes} bytes")
     return content
@@ -84,7 +73,8 @@ def seal_folder(folder: Path) -> None:
     lines = []
     for path in sorted(folder.iterdir()):
         path.chmod(_FILE_MODE)
-        lines.append(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n")
+        with path.open("rb") as opened:
+            lines.append(f"{digest_of(opened)}  {path.name}\n")
     with _create(folder / DIGESTS) as file:
         file.write("".join(lines).encode())
 
@@ -107,11 +97,41 @@ def check_folder(folder: Path) -> None:
         raise DamagedError(f"{name} is {'not one of its files' if name in names else 'missing'}")
     for name, digest in digests.items():
         try:
-            content = read_private(folder / name)
+            with _open_private(folder / name) as opened:
+                found = digest_of(opened)
         except DamagedError as error:
             raise DamagedError(f"{name}: {error}") from error
-        if hashlib.sha256(content).hexdigest() != digest:
+        if found != digest:
             raise DamagedError(f"{name} is not what was written")
+
+
+def digest_of(file: IO[bytes]) -> str:
+    """Return the SHA-256 of the rest of a file, which may be larger than memory."""
+    digest = hashlib.sha256()
+    while block := file.read(_BLOCK_BYTES):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _open_private(path: Path) -> Iterator[IO[bytes]]:
+    """Open a regular file, and no link to one, that nobody but this user and root can write to."""
+    try:
+        opened = open(path, "rb", opener=_open_as_it_is)  # noqa: SIM115  # closed below
+    except OSError as error:
+        if path.is_symlink():  # of which the system says "too many levels"
+            raise DamagedError("it is a symbolic link") from error
+        raise
+    with opened as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise DamagedError("it is not a regular file")
+        if sys.platform != "win32":
+            if status.st_uid not in (0, os.geteuid()):
+                raise DamagedError(f"it belongs to another user, of id {status.st_uid}")
+            if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                raise DamagedError("other users can write to it")
+        yield file
 
 
 def _seal(name: str, content: bytes) -> bytes:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from headinfer import folders
+from headinfer import folders, kept
 from headinfer.checked_files import DIGESTS, seal_folder
 from headinfer.demo import build, ensure_model
 from headinfer.errors import ModelLoadError
@@ -82,7 +82,7 @@ def copied(monkeypatch, tmp_path, demo_folder) -> Path:
     monkeypatch.setattr(build, "build_model", lambda folder: shutil.copytree(demo_folder, folder))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folders._temporary_folder.cache_clear()
-    build._say_not_kept.cache_clear()
+    kept._say_not_kept.cache_clear()
     return tmp_path / "cache"
 
 

@@ -58,6 +58,7 @@ def calm_transformers(*, verbose: bool) -> None:
     """Silence what transformers and the hub print beside results, unless `verbose`."""
     if verbose:
         return
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported; else bars of GGUF stay
     import transformers
 
     warnings.filterwarnings("ignore")

@@ -11,6 +11,8 @@ from headinfer.errors import HeadInferError, ModelLoadError, UnsupportedModelErr
 from headinfer.estimate.config import shape_from_config
 from headinfer.estimate.presets import PRESETS, preset_shape
 from headinfer.generation.model import ModelSource, check_causal, load_config
+from headinfer.gguf_models.folder import gguf_file, is_gguf_model
+from headinfer.gguf_models.unpack import read_config
 from headinfer.plan.shape import ModelShape
 
 
@@ -21,8 +23,9 @@ def shape_of(name: str, *, dtype: str = "auto", local_files_only: bool = False) 
     nor transformers. A model of another type is built without memory for its weights.
 
     Args:
-        name: a preset, "demo", a folder, a config.json, or a model id of the hub: the first of
-            these that it can be. So a folder called as a preset is given as "./llama-3-8b".
+        name: a preset, "demo", "smollm2", "gemma3-270m", a GGUF file, a folder, a config.json, or
+            a model id of the hub: the first of these that it can be. So a folder called as a
+            preset is given as "./llama-3-8b".
         dtype: "auto" for the one the config names, or a torch dtype's name.
         local_files_only: never ask the hub.
 
@@ -33,14 +36,22 @@ def shape_of(name: str, *, dtype: str = "auto", local_files_only: bool = False) 
     if name in PRESETS:
         return preset_shape(name, dtype=wanted)
     source = NamedSource(name=name, local_files_only=local_files_only)
-    file = _config_file(source)
-    values = _hub_config(source) if file is None else _read(file)
+    values = _values(source)
     try:
         return shape_from_config(values, name=name, dtype=wanted)
     except UnsupportedModelError as unknown:
         if values.get("quantization_config"):
             raise
         return _shape_of_empty_model(values, source, wanted, unknown)
+
+
+def _values(source: ModelSource) -> Mapping[str, Any]:
+    """Return the values of a model's config; a GGUF file of the user's is not unpacked for it."""
+    if (gguf := gguf_file(source.name)) is not None:
+        calm_transformers(verbose=False)
+        return read_config(gguf, source.name)
+    file = _config_file(source)
+    return _hub_config(source) if file is None else _read(file)
 
 
 def _config_file(source: ModelSource) -> Path | None:
@@ -54,8 +65,8 @@ def _config_file(source: ModelSource) -> Path | None:
         return file
     if file.is_file():
         raise ModelLoadError(f"{source.name!r} is no config: give a .json file, or its folder")
-    if source.name == DEMO_MODEL:
-        calm_transformers(verbose=False)  # it may have to be built
+    if source.name == DEMO_MODEL or is_gguf_model(source.name):
+        calm_transformers(verbose=False)  # it may have to be built or unpacked
     folder = Path(source.location())
     return folder / "config.json" if folder.is_dir() else None
 

@@ -26,23 +26,28 @@ class ModelSource:
     trust_remote_code: bool = False
 
     def location(self) -> str:
-        """Return the folder or hub id.
+        """Return the folder or hub id; a model in GGUF is unpacked if need be.
 
         Raises:
-            ModelLoadError: the name can be neither.
+            ModelLoadError: the name can be neither, or what it names cannot be unpacked.
         """
+        from headinfer.gguf_models import is_gguf_model, model_folder
+
+        if is_gguf_model(self.name):
+            return str(model_folder(self.name))
         folder = Path(self.name).expanduser()
         if folder.is_dir():
             if not (folder / "config.json").is_file():
-                gguf = " (GGUF files are not read)" if any(folder.glob("*.gguf")) else ""
+                gguf = min(folder.glob("*.gguf"), default=None)
+                instead = f"; give the GGUF file itself, as {gguf}" if gguf else ""
                 raise ModelLoadError(
-                    f"folder {self.name!r} holds no model: no config.json in it{gguf}"
+                    f"folder {self.name!r} holds no model: no config.json in it{instead}"
                 )
             return str(folder)
         if folder.is_file():
             raise ModelLoadError(
                 f"model {self.name!r} is a file; give a folder with config.json and safetensors "
-                "files (GGUF is not read)"
+                "files, or a .gguf file"
             )
         looks_like_path = self.name.startswith(("/", "./", "../", "~")) or self.name.count("/") > 1
         if looks_like_path or folder.exists() or not self.name.strip():

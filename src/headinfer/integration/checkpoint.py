@@ -60,7 +60,7 @@ def load_checkpoint(
     except (MemoryError, torch.OutOfMemoryError):
         raise  # whatever else may be wrong, this is why
     except Exception as error:
-        fault = _fault_in(location)
+        fault = None if "gguf_file" in keywords else _fault_in(location)
         if "above report" in str(error):  # which went to transformers' log
             fault = "its weights cannot be converted to those of transformers' class"
         if fault is None:
@@ -125,7 +125,7 @@ def _fault_in(location: str) -> str | None:
     loaded = next((folder / name for name in _LOADED if (folder / name).is_file()), None)
     if loaded is None:
         if any(folder.glob("*.gguf")):
-            return "its weights are GGUF, which is not read; give the model in safetensors files"
+            return "its weights are GGUF; give that file itself, or safetensors files"
         return None
     if loaded.suffix == ".json":
         return _fault_in_shards(loaded)

@@ -1,0 +1,90 @@
+"""Where unpacked GGUF models are kept: in the user's cache, each in a folder of its own."""
+
+import functools
+import hashlib
+import logging
+import re
+from importlib.resources import files
+from pathlib import Path
+
+from headinfer.folders import FolderError, cache_folder
+from headinfer.gguf_models.packaged import PACKAGED, PackagedModel
+from headinfer.gguf_models.unpack import unpack
+from headinfer.kept import kept_folder
+from headinfer.units import format_bytes
+
+_logger = logging.getLogger(__name__)
+
+_SUFFIX = ".gguf"
+_MAX_STEM = 60
+
+
+def is_gguf_model(name: str) -> bool:
+    """Whether a user's name of a model is one of `PACKAGED`, or a GGUF file that is there."""
+    return name in PACKAGED or gguf_file(name) is not None
+
+
+def gguf_file(name: str) -> Path | None:
+    """Return the GGUF file that a user names by its path; None for all other names."""
+    file = Path(name).expanduser()
+    return file if file.suffix.lower() == _SUFFIX and file.is_file() else None
+
+
+def model_folder(name: str) -> Path:
+    """Return the folder of a model in GGUF; unpack it if it is not there and whole.
+
+    Once a process has looked at a folder, it does not look again: that takes seconds.
+
+    Args:
+        name: for which `is_gguf_model`.
+
+    Raises:
+        ModelLoadError: it is not installed, cannot be read, or can be written nowhere.
+    """
+    try:
+        cache = str(cache_folder())
+    except FolderError:
+        cache = ""
+    file = gguf_file(name)
+    if name in PACKAGED or file is None:
+        return _packaged_folder(PACKAGED[name], cache)
+    status = file.stat()
+    state = f"{file.resolve()} {status.st_size} {status.st_mtime_ns}"
+    return _file_folder(file.resolve(), name, state, cache)
+
+
+@functools.cache
+def _packaged_folder(model: PackagedModel, _cache: str) -> Path:
+    def make(folder: Path) -> None:
+        parts = model.files()
+        whole = model.join(parts, folder.with_name(f"{model.name}{_SUFFIX}"))
+        unpack(whole, folder, model.name)
+        _say_kept(model.title, folder, model.terms)
+
+    name = f"{model.name}-{_digest(model.sha256)}"
+    return kept_folder(name, make, what=f"model {model.name!r}")
+
+
+@functools.cache
+def _file_folder(file: Path, given: str, state: str, _cache: str) -> Path:
+    """Return the folder of a file; what determines the file's content is in its `state`."""
+
+    def make(folder: Path) -> None:
+        unpack(file, folder, given)
+        _say_kept(file.name, folder, None)
+
+    stem = re.sub(r"[^\w.-]", "_", file.stem)[:_MAX_STEM]
+    return kept_folder(f"{stem}-{_digest(state)}", make, what=f"model {given!r}")
+
+
+def _say_kept(title: str, folder: Path, terms: str | None) -> None:
+    num_bytes = sum(path.stat().st_size for path in folder.iterdir())
+    place = folder.parent.parent
+    under = f"; it comes under {terms}" if terms else ""
+    _logger.warning("%s is unpacked once, %s in %s%s", title, format_bytes(num_bytes), place, under)
+
+
+def _digest(content: str) -> str:
+    """Return a digest of what determines a folder: the model's file and how it is unpacked."""
+    code = files(__package__ or "headinfer.gguf_models").joinpath("unpack.py").read_bytes()
+    return hashlib.sha256(content.encode() + code).hexdigest()[:12]

@@ -1,0 +1,53 @@
+"""What reading GGUF files needs beside transformers, and the commands that install it."""
+
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+
+from headinfer.errors import ModelLoadError
+
+READERS = {"gguf": "gguf", "accelerate": "accelerate"}
+"""What transformers needs to read GGUF: the package's name for pip by its name in Python."""
+
+_OLDEST_TRANSFORMERS = (5, 18)
+"""The first that reads tokenizers right. 5.17 takes Gemma's for another kind, and the first token
+of Llama's for the last one."""
+
+
+def missing_command(requirement: str = "") -> str:
+    """Return the command that installs what is missing.
+
+    Args:
+        requirement: of a model, with options of pip's; none where the model is there.
+    """
+    missing = _missing_readers()
+    parts = (" ".join(missing), requirement)
+    return " && ".join(f"pip install {part}" for part in parts if part)
+
+
+def check_readers(what: str) -> None:
+    """Raise unless GGUF files can be read.
+
+    Args:
+        what: what asks for it, for the message.
+
+    Raises:
+        ModelLoadError: says how to install what is missing.
+    """
+    if missing := _missing_readers():
+        raise ModelLoadError(
+            f"{what} is GGUF, which needs {' and '.join(missing)}: {missing_command()}"
+        )
+    try:
+        found = version("transformers")
+    except PackageNotFoundError:  # a source tree: it is as new as its user wants
+        return
+    oldest = ".".join(map(str, _OLDEST_TRANSFORMERS))
+    if tuple(map(int, found.split(".")[:2])) < _OLDEST_TRANSFORMERS:
+        raise ModelLoadError(
+            f"{what} is GGUF, whose tokenizers transformers {found} reads wrongly: "
+            f"pip install 'transformers>={oldest},<6'"
+        )
+
+
+def _missing_readers() -> list[str]:
+    return [name for module, name in READERS.items() if find_spec(module) is None]

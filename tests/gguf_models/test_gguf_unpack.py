@@ -1,0 +1,147 @@
+"""What is unpacked from a GGUF file is the model that the file was made of."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import headinfer
+from gguf_files import CHAT, gguf, write_gemma, write_llama
+from headinfer.errors import ModelLoadError
+from headinfer.gguf_models import folder, model_folder, requirements
+
+
+@pytest.fixture(autouse=True)
+def _fresh_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+WRITE = {"llama": write_llama, "gemma": write_gemma}
+
+
+@pytest.mark.parametrize("name", WRITE)
+def test_the_logits_are_the_models(name, tmp_path):
+    file = tmp_path / "tiny.gguf"
+    model = WRITE[name](file)
+    unpacked = AutoModelForCausalLM.from_pretrained(model_folder(str(file)))
+    ids = torch.randint(4, 30, (1, 40), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected, found = model(ids).logits, unpacked(ids).logits
+    assert unpacked.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_gemmas_config_is_the_models(tmp_path):
+    file = tmp_path / "tiny.gguf"
+    expected = write_gemma(file).config
+    found = json.loads((model_folder(str(file)) / "config.json").read_text())
+    for key in ("layer_types", "sliding_window", "rope_parameters", "tie_word_embeddings"):
+        assert found[key] == getattr(expected, key), key
+    assert found["layer_types"].count("full_attention") == 1
+    assert (found["head_dim"], found["eos_token_id"]) == (16, 2)
+    assert found["query_pre_attn_scalar"] == 16
+
+
+@pytest.mark.parametrize("name", WRITE)
+@pytest.mark.parametrize("add_bos", [True, False])
+def test_texts_begin_as_the_file_says(name, add_bos, tmp_path):
+    file = tmp_path / "tiny.gguf"
+    WRITE[name](file, add_bos=add_bos)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder(str(file)))
+    ids = tokenizer("hello")["input_ids"]
+    assert (ids[0] == 1) is add_bos
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "hello"
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
+    assert len(ids) < 5
+
+
+def test_the_tokenizer_knows_special_tokens_and_the_chat_template(tmp_path):
+    file = tmp_path / "tiny.gguf"
+    write_llama(file)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder(str(file)))
+    assert tokenizer("<s>hell</s>")["input_ids"] == [1, tokenizer.vocab_size - 1, 2]
+    assert tokenizer.chat_template == CHAT
+
+
+def test_generate_takes_a_file_by_its_path(tmp_path):
+    file = tmp_path / "tiny.gguf"
+    model = write_llama(file)
+    prompt = "hello hello"
+    parts = headinfer.generate(str(file), prompt, device="cpu", max_new_tokens=6, do_sample=False)
+    text = "".join(part.text for part in parts)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder(str(file)))
+    inputs = tokenizer(prompt, return_tensors="pt")
+    ids = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    new = ids[0, inputs["input_ids"].shape[1] :]
+    assert text == tokenizer.decode(new, skip_special_tokens=True)
+
+
+def test_a_file_is_unpacked_once_and_anew_when_it_has_changed(tmp_path, caplog):
+    file = tmp_path / "my model.gguf"
+    write_llama(file)
+    first = model_folder(str(file))
+    folder._file_folder.cache_clear()  # as another process begins
+    assert model_folder(str(file)) == first
+    assert first.name.startswith("my_model-")
+    assert [record.getMessage().count("is unpacked once") for record in caplog.records] == [1]
+    write_llama(file, add_bos=True)
+    assert model_folder(str(file)) != first
+
+
+def refused(file: Path, *words: str) -> None:
+    with pytest.raises(ModelLoadError) as raised:
+        model_folder(str(file))
+    line = str(raised.value)
+    assert "\n" not in line
+    for word in (file.name, *words):
+        assert word in line
+
+
+def test_an_architecture_that_transformers_does_not_read(tmp_path):
+    file = tmp_path / "plamo.gguf"
+    writer = gguf.GGUFWriter(file, "plamo")
+    writer.add_block_count(1)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    refused(file, "cannot read", "'plamo'", "safetensors")
+
+
+def test_files_that_are_cut_short_or_no_gguf(tmp_path):
+    file = tmp_path / "tiny.gguf"
+    write_llama(file)
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+    refused(file, "damaged or cut short")
+    file.write_bytes(content[:100])
+    refused(file, "damaged or cut short")
+    file.write_bytes(b"PK" + content)
+    refused(file, "no GGUF file")
+
+
+def test_one_file_of_several(tmp_path):
+    file = tmp_path / "tiny-00001-of-00003.gguf"
+    write_llama(file, split__count=3)
+    refused(file, "one of 3 files")
+
+
+def test_what_reads_gguf_is_named_where_it_is_missing(tmp_path, monkeypatch):
+    file = tmp_path / "tiny.gguf"
+    write_llama(file)
+    find = requirements.find_spec
+    monkeypatch.setattr(
+        requirements, "find_spec", lambda name: None if name == "gguf" else find(name)
+    )
+    refused(file, "needs gguf: pip install gguf")
+    monkeypatch.setattr(requirements, "find_spec", lambda name: None)
+    refused(file, "needs gguf and accelerate: pip install gguf accelerate")
+
+
+def test_a_transformers_that_reads_tokenizers_wrongly(tmp_path, monkeypatch):
+    file = tmp_path / "tiny.gguf"
+    write_llama(file)
+    monkeypatch.setattr(requirements, "version", lambda name: "5.17.3")
+    refused(file, "5.17.3", "pip install 'transformers>=5.18,<6'")
