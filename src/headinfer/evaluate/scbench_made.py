@@ -1,8 +1,8 @@
 """Made-up examples in SCBench's format, for a machine that has none of its data.
 
-They are made as the benchmark's paper describes its four synthetic tasks: a dictionary of random
-UUIDs, strings to be found by both their ends, variables to be traced, and numbers to be looked
-through. An example is as long as a context allows.
+The four are the synthetic ones that the benchmark's paper describes. They are a dictionary of
+random UUIDs, strings to be found by both their ends, variables to be traced, and numbers to be
+looked through. An example is as long as a context allows.
 """
 
 import random
