@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from benchmark_parts import Letters, Said
+from benchmark_parts import Letters
 from test_sharing import in_force
 
 from headinfer.errors import OptionError
@@ -197,7 +197,7 @@ def test_a_missing_library_is_named(module, task, remedy, tmp_path, monkeypatch)
     monkeypatch.setitem(__import__("sys").modules, module, None)
     data = folder(tmp_path, **{task: [TWO]})
     with pytest.raises(OptionError, match=remedy):
-        list(SCBench(tasks=(task,), data=data).records(4096, Said([]), ()))
+        SCBench(tasks=(task,), data=data).questions(4096)
 
 
 def folder(path, **tasks) -> str:
@@ -276,7 +276,7 @@ def test_more_turns_than_the_official_five_are_left_out(tmp_path):
 @pytest.mark.parametrize("made", scbench_data.MADE_TASKS)
 def test_made_examples_fill_the_context_and_answer_their_own_questions(made):
     def drawn(seed):
-        return list(scbench_data.made_examples(made, 2, seed, 3000, CHAT))
+        return list(scbench_data.made_examples(made, 2, seed, 3000, CHAT, raw=False))
 
     examples = drawn(1)
     assert examples == drawn(1)
@@ -295,17 +295,19 @@ def test_made_examples_fill_the_context_and_answer_their_own_questions(made):
 
 
 def test_made_numbers_are_what_is_asked_for():
-    ((_, each),) = scbench_data.made_examples("scbench_mf", 1, 0, 700, CHAT)
+    ((_, each),) = scbench_data.made_examples("scbench_mf", 1, 0, 700, CHAT, raw=False)
     ranked = sorted(each["context"])
     answers = {said["input"]: said["answer"] for said in each["multi_turns"]}
     assert answers["The largest number is"] == ranked[-1]
+    assert answers["The second largest number is"] == ranked[-2]
+    assert answers["The smallest number is"] == ranked[0]
     assert answers["The second smallest number is"] == ranked[1]
     assert sum(number < answers["The median number is"] for number in ranked) <= len(ranked) // 2
 
 
 def test_made_examples_that_do_not_fit_are_refused():
     with pytest.raises(OptionError, match="smallest example has"):
-        list(scbench_data.made_examples("scbench_kv", 1, 0, 100, CHAT))
+        list(scbench_data.made_examples("scbench_kv", 1, 0, 100, CHAT, raw=False))
 
 
 def test_a_task_is_made_again_from_its_values():

@@ -111,6 +111,14 @@ def asked_for_more_than_windows_keep_spare(ask, monkeypatch):
 
 
 @pytest.mark.parametrize("ask", [turns, requests])
+def test_windows_that_can_take_back_an_answer_are_not_copied(ask, monkeypatch):
+    monkeypatch.setattr(OffloadedCache, "__deepcopy__", lambda *_given: pytest.fail("a copy"))
+    closed, answerer = in_force(shared_model("gemma2"), "headinfer")
+    with closed:
+        assert len(list(ask(answerer, PROMPTS, MOST[: 4 if ask is turns else 3], 400))) > 2
+
+
+@pytest.mark.parametrize("ask", [turns, requests])
 def test_windows_that_cannot_take_back_an_answer_are_copied(ask, monkeypatch):
     copies = []
     copied = OffloadedCache.__deepcopy__

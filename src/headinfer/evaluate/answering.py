@@ -139,7 +139,7 @@ class Answerer:
 
 
 class Dialogue:
-    """Several questions and answers through one cache, which is kept from turn to turn.
+    """A conversation: questions and answers through one cache, kept from turn to turn.
 
     Args:
         answerer: of the model.

@@ -1,7 +1,7 @@
 """Made-up questions in LongBench v2's format: facts that no model knows, hidden in real prose.
 
-An easy question asks for one fact, where the text has the same kind of fact about others. A hard
-one asks for what follows from two facts that lie apart.
+Somewhere in the text an easy question stands with its answer, letter and all, which small models
+find too. A hard one asks for what follows from two facts that lie apart, among others like them.
 """
 
 import random
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _SYLLABLES = ("bar", "den", "fol", "gri", "har", "kes", "lom", "mir", "nov", "pel", "ros", "tav")
 _NAME_SYLLABLES = 3
-_PEOPLE = 4
+_CHOICES = 4
 _SPARE_TOKENS = 32
 """Left for what a tokenizer joins otherwise in the whole prompt."""
 
@@ -30,7 +30,7 @@ def made_example(task: "LongBenchV2", number: int, context_tokens: int, tokenize
 
     Args:
         task: with the seed, and the prose that facts are hidden in.
-        number: of the question; every second one is hard.
+        number: of the question; every fourth one is hard.
         context_tokens: the most tokens of its prompt.
         tokenizer: of transformers.
 
@@ -39,7 +39,7 @@ def made_example(task: "LongBenchV2", number: int, context_tokens: int, tokenize
     """
     # A text as a seed gives the same numbers in every version of Python.
     drawn = random.Random(f"{task.seed}/{context_tokens}/longbench-v2/{number}")
-    example, facts = (_hard if number % 2 else _easy)(drawn)
+    example, facts = (_hard if number % 4 == 3 else _easy)(drawn)
     whole = example | {"_id": f"made-{number}", "domain": MADE_DOMAIN, "context": "".join(facts)}
     room = context_tokens - _SPARE_TOKENS - len(task.prompt(whole, tokenizer)[0])
     if room < 0:
@@ -90,21 +90,17 @@ def _asked(drawn: random.Random, question: str, right: str, wrong: list[str]) ->
 
 
 def _easy(drawn: random.Random) -> tuple[Example, list[str]]:
-    """Make a question that one fact answers."""
-    people, towns = _names(drawn, _PEOPLE), _names(drawn, _PEOPLE)
-    facts = [
-        f" The merchant {person} was born in the town of {town}."
-        for person, town in zip(people, towns, strict=True)
-    ]
-    question = f"In which town was the merchant {people[0]} born?"
+    """Make a question that stands in the text, with its answer."""
+    person, *towns = _names(drawn, 1 + _CHOICES)
+    question = f"In which town was the merchant {person} born?"
     example = _asked(drawn, question, towns[0], towns[1:])
-    drawn.shuffle(facts)
-    return example | {"difficulty": "easy"}, facts
+    fact = f" {question} The correct answer is ({example['answer']}) {towns[0]}."
+    return example | {"difficulty": "easy"}, [fact]
 
 
 def _hard(drawn: random.Random) -> tuple[Example, list[str]]:
     """Make a question that two facts answer together."""
-    names = _names(drawn, 3 * _PEOPLE)
+    names = _names(drawn, 3 * _CHOICES)
     people, ships, towns = (names[part::3] for part in range(3))
     facts = [
         f" The captain {person} commands the ship {ship}."

@@ -71,7 +71,12 @@ class SCBench:
         return max(map(scbench_prompts.most_new_tokens, self.tasks))
 
     def questions(self, context_tokens: int) -> int:
-        """Return how many turns all examples have."""
+        """Return how many turns all examples have.
+
+        Raises:
+            OptionError: they cannot be had, or a library that their scores need is missing.
+        """
+        scbench_scores.check_libraries(self.tasks)
         if self.data == MADE:
             return len(self.tasks) * self.samples * MOST_TURNS
         return sum(
@@ -91,16 +96,17 @@ class SCBench:
         """Answer the questions of each example through one cache.
 
         An example of which an answer is missing is gone through once more.
-
-        Raises:
-            OptionError: a library that scores need is missing.
         """
         for task in self.tasks:
-            scbench_scores.check_libraries([task])
             numbered: Iterable[tuple[int, Example]]
             if self.data == MADE:
                 numbered = scbench_data.made_examples(
-                    task, self.samples, self.seed, context_tokens, answerer.tokenizer
+                    task,
+                    self.samples,
+                    self.seed,
+                    context_tokens,
+                    answerer.tokenizer,
+                    raw=self.raw,
                 )
             else:
                 numbered = self._examples(task)

@@ -83,9 +83,9 @@ def examples(data: str | None, task: str) -> list[Example]:
 
 
 def made_examples(
-    task: str, samples: int, seed: int, context_tokens: int, tokenizer: Any
+    task: str, samples: int, seed: int, context_tokens: int, tokenizer: Any, *, raw: bool
 ) -> Iterator[tuple[int, Example]]:
     """Yield made-up examples of a task with their numbers; see `scbench_made`."""
     for number in range(samples):
         drawn = f"{seed}/{context_tokens}/{task}/{number}"
-        yield number, fitted(task, drawn, context_tokens, tokenizer)
+        yield number, fitted(task, drawn, context_tokens, tokenizer, raw=raw)

@@ -1,8 +1,8 @@
 """Made-up examples in SCBench's format, for a machine that has none of its data.
 
-They are made as the benchmark's paper describes its four synthetic tasks: a dictionary of random
-UUIDs, strings to be found by both their ends, variables to be traced, and numbers to be looked
-through. An example is as long as a context allows.
+The four are the synthetic ones that the benchmark's paper describes. They are a dictionary of
+random UUIDs, strings to be found by both their ends, variables to be traced, and numbers to be
+looked through. An example is as long as a context allows.
 """
 
 import random
@@ -26,14 +26,15 @@ _HOPS = 2
 _FILLER = "The grass is green. The sky is blue. The sun is yellow."
 
 
-def fitted(task: str, seed: str, context_tokens: int, tokenizer: Any) -> Example:
+def fitted(task: str, seed: str, context_tokens: int, tokenizer: Any, *, raw: bool) -> Example:
     """Return the largest example whose turns fit into a context.
 
     Args:
         task: name in `MAKERS`.
         seed: of all that is drawn.
-        context_tokens: the most tokens of all its turns, with a chat template around them.
+        context_tokens: the most tokens of all its turns, with what is put around them.
         tokenizer: of transformers.
+        raw: whether its chat template is left out.
 
     Raises:
         OptionError: not even the smallest fits.
@@ -44,7 +45,7 @@ def fitted(task: str, seed: str, context_tokens: int, tokenizer: Any) -> Example
         return MAKERS[task](random.Random(seed), entries)
 
     def tokens(entries: int) -> int:
-        texts = of_turns(task, made(entries), tokenizer, raw=False)
+        texts = of_turns(task, made(entries), tokenizer, raw=raw)
         return sum(len(tokenizer(text)["input_ids"]) for text in texts)
 
     fewest = _FEWEST[task]

@@ -1,7 +1,7 @@
 """Several questions through one cache: what they share is computed once, and the time measured.
 
-What a later question saves is the time that the tokens it finds in the cache took to compute, in
-the same process and by the same method.
+A later question finds tokens in the cache. What they took to compute is the time that it saves.
+Both are measured in the same process, by the same method.
 """
 
 from collections.abc import Iterator, Sequence
