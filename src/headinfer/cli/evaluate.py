@@ -64,7 +64,7 @@ def agreement(
             "--model",
             "-m",
             metavar="NAME",
-            help="A folder or hub id; demo: the embedded one.",
+            help="A folder, hub id or GGUF file; smollm2, gemma3-270m, or demo: the embedded one.",
             rich_help_panel=MODEL_PANEL,
         ),
     ],
