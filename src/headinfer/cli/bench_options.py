@@ -82,7 +82,8 @@ def options(
             "--model",
             "-m",
             metavar="NAME",
-            help="A folder or hub id; with --dummy-weights also a preset such as llama-3-8b.",
+            help="A folder, hub id, GGUF file, smollm2 or gemma3-270m; with --dummy-weights also a "
+            "preset such as llama-3-8b.",
             show_default="a Llama of the shape below",
             rich_help_panel=MODEL_PANEL,
         ),

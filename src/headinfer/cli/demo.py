@@ -2,7 +2,6 @@
 
 import textwrap
 import time
-from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,6 +16,12 @@ from headinfer.cli.console import (
     stderr_console,
     stdout_console,
 )
+from headinfer.cli.demo_parts import (
+    choose_demo_device,
+    excerpt,
+    shared_tokens,
+    with_small_tiles,
+)
 from headinfer.cli.interrupt import Interrupt
 from headinfer.cli.load import (
     DEMO_MODEL,
@@ -28,7 +33,7 @@ from headinfer.cli.load import (
 from headinfer.cli.progress import PrefillBar, format_duration
 from headinfer.cli.render import print_plan, print_rows, summary_rows
 from headinfer.errors import OptionError
-from headinfer.generation.model import choose_device, load_config, load_model, load_tokenizer
+from headinfer.generation.model import load_config, load_model, load_tokenizer
 from headinfer.generation.text import TextCollector
 from headinfer.plan.options import Options
 from headinfer.units import parse_tokens
@@ -37,12 +42,8 @@ if TYPE_CHECKING:
     from headinfer.demo import Document, Fact
     from headinfer.offload import Offload
 
+_TOKENS = "128K"
 _MAX_ANSWER_TOKENS = 16
-_MIN_TOKENS_AT_ONCE, _MAX_TOKENS_AT_ONCE = 512, 4096
-"""Chunk and tile of the demo on devices with memory of their own: a sixteenth of the document
-within these bounds. So the GPU memory's share of the cache is plain to see."""
-
-_EXCERPT_CHARACTERS = 420
 _EXCERPT_WIDTH = 88
 
 
@@ -59,11 +60,28 @@ _EXCERPT_WIDTH = 88
 )
 def demo(
     *,
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model",
+            "-m",
+            metavar="NAME",
+            help="demo, or a trained one that can chat, such as smollm2: it is asked about a real "
+            "document, and stock's answers are compared.",
+        ),
+    ] = DEMO_MODEL,
     tokens: Annotated[
-        str, typer.Option("--tokens", "-t", metavar="COUNT", help="Length of the document.")
-    ] = "128K",
+        str | None,
+        typer.Option(
+            "--tokens",
+            "-t",
+            metavar="COUNT",
+            help="Length of the document.",
+            show_default="128K; 7K with another model",
+        ),
+    ] = None,
     seed: Annotated[
-        int, typer.Option("--seed", metavar="N", help="Another seed, another document.")
+        int, typer.Option("--seed", metavar="N", help="Another seed, another document, for demo.")
     ] = 0,
     flags: dict[str, Any],
     verbose: opt.Verbose = False,
@@ -74,7 +92,14 @@ def demo(
     each question continues from it. Exit code 1 if any answer is wrong.
     """
     with reporting_errors():
-        code = _run(parse_tokens(tokens), seed, Options.parse(**flags), verbose=verbose)
+        options = Options.parse(**flags)
+        if model == DEMO_MODEL:
+            code = _run(parse_tokens(tokens or _TOKENS), seed, options, verbose=verbose)
+        else:
+            from headinfer.cli import demo_real
+
+            num_tokens = parse_tokens(tokens or demo_real.TOKENS)
+            code = demo_real.run(model, num_tokens, options, verbose=verbose)
         if code:
             raise typer.Exit(code)
 
@@ -96,9 +121,9 @@ def _run(num_tokens: int, seed: int, options: Options, *, verbose: bool) -> int:
     with stderr_console().status("loading the model"):
         calm_transformers(verbose=verbose)
         prepare_cpu()
-        device = _choose_device(options)
+        device = choose_demo_device(options)
         if device != "cpu":
-            options = _with_small_tiles(options, num_tokens)
+            options = with_small_tiles(options, num_tokens)
         source = NamedSource(name=DEMO_MODEL, local_files_only=True)
         config = load_config(source)
         tokenizer = load_tokenizer(source)
@@ -107,11 +132,11 @@ def _run(num_tokens: int, seed: int, options: Options, *, verbose: bool) -> int:
 
         from headinfer.api import attach
     interrupt = Interrupt(stderr_console())
-    shared_tokens = _shared_tokens(prompts)
-    bar = PrefillBar(stderr_console(), shared_tokens, interrupt.check)
+    num_shared = shared_tokens(prompts)
+    bar = PrefillBar(stderr_console(), num_shared, interrupt.check)
     keywords = options.keywords() | {"device": device, "progress": bar.update}
     with attach(model, **keywords) as offload:
-        reader = _Reader(console, model, tokenizer, offload, prompts, shared_tokens, interrupt)
+        reader = _Reader(console, model, tokenizer, offload, prompts, num_shared, interrupt)
         plan = offload.session.plan_for(1, reader.max_tokens)
         print_plan(console, "the demo model", str(model.dtype).removeprefix("torch."), plan)
         console.print()
@@ -137,39 +162,10 @@ def _run(num_tokens: int, seed: int, options: Options, *, verbose: bool) -> int:
     return EXIT_UNEXPECTED if wrong else 0
 
 
-def _choose_device(options: Options) -> str:
-    """Return CUDA if there is one, else the simulated device: it bounds its memory as CUDA does."""
-    chosen = choose_device(options.device)
-    return "simulated" if options.device == "auto" and chosen == "cpu" else chosen
-
-
-def _with_small_tiles(options: Options, num_tokens: int) -> Options:
-    """Set chunk and tile where the user left them, and the device's memory, open."""
-    if options.device_memory_bytes is not None:
-        return options
-    at_once = min(max(num_tokens // 16, _MIN_TOKENS_AT_ONCE), _MAX_TOKENS_AT_ONCE)
-    return replace(
-        options,
-        chunk_tokens=at_once if options.chunk_tokens == "auto" else options.chunk_tokens,
-        tile_tokens=at_once if options.tile_tokens == "auto" else options.tile_tokens,
-        resident_tokens=0,
-    )
-
-
 def _encode(tokenizer: Any, document: "Document") -> list[list[int]]:
     from headinfer.demo.evaluate import encode_prompts
 
     return encode_prompts(tokenizer, document)
-
-
-def _shared_tokens(prompts: list[list[int]]) -> int:
-    """Return how many tokens are the same at the beginning of all prompts."""
-    shared = 0
-    for token_ids in zip(*prompts, strict=False):
-        if len(set(token_ids)) > 1:
-            break
-        shared += 1
-    return shared
 
 
 def print_document(console: Console, document: "Document") -> None:
@@ -185,19 +181,6 @@ def print_document(console: Console, document: "Document") -> None:
         marked = escape(line).replace(fact.number, f"[bold yellow]{fact.number}[/]")
         console.print(f"  [dim]|[/] {marked}")
     console.print()
-
-
-def excerpt(text: str, needle: str) -> str:
-    """Return the surroundings of a word, on one line, with dots where they were cut off."""
-    middle = text.index(needle)
-    start = max(middle - _EXCERPT_CHARACTERS // 2, 0)
-    end = min(middle + _EXCERPT_CHARACTERS // 2, len(text))
-    if start:
-        start = text.index(" ", start) + 1
-    if end < len(text):
-        end = text.rindex(" ", start, end)
-    words = " ".join(text[start:end].split())
-    return f"{'... ' if start else ''}{words}{' ...' if end < len(text) else ''}"
 
 
 class _Reader:

@@ -20,7 +20,7 @@ from headinfer.cli.load import (
     prepare_cpu,
     share_cores,
 )
-from headinfer.cli.options import MODEL_PANEL, NO_VALUE, Dtype, DtypeChoice, Threads, with_flags
+from headinfer.cli.options import NO_VALUE, Dtype, DtypeChoice, Threads, TrainedModel, with_flags
 from headinfer.cli.output import (
     RESUME_WITHOUT_FILE,
     STDOUT,
@@ -53,16 +53,7 @@ if TYPE_CHECKING:
 )
 def agreement(
     *,
-    model: Annotated[
-        str,
-        typer.Option(
-            "--model",
-            "-m",
-            metavar="NAME",
-            help="A folder or hub id; demo: the embedded one.",
-            rich_help_panel=MODEL_PANEL,
-        ),
-    ],
+    model: TrainedModel,
     file: Annotated[
         str, typer.Option("--file", "-f", metavar="TEXT", help="A UTF-8 text file, -: stdin.")
     ],

@@ -18,11 +18,11 @@ from headinfer.cli.console import reporting_errors
 from headinfer.cli.contexts import parse_contexts
 from headinfer.cli.load import NamedSource, calm_transformers, max_positions, share_cores
 from headinfer.cli.options import (
-    MODEL_PANEL,
     NO_VALUE,
     Dtype,
     DtypeChoice,
     Threads,
+    TrainedModel,
     check_seed,
     take_flags,
     with_flags,
@@ -69,16 +69,7 @@ def make_launcher() -> Launcher:
 )
 def shared(
     *,
-    model: Annotated[
-        str,
-        typer.Option(
-            "--model",
-            "-m",
-            metavar="NAME",
-            help="A folder or hub id; demo: the embedded one.",
-            rich_help_panel=MODEL_PANEL,
-        ),
-    ],
+    model: TrainedModel,
     contexts: Annotated[
         str | None,
         typer.Option(

@@ -74,7 +74,8 @@ def generate(
         _model_option(
             "--model",
             "-m",
-            help_text="A folder or id of a transformers model; demo: the embedded one.",
+            help_text="A folder or id of a transformers model, a GGUF file, smollm2, gemma3-270m, "
+            "or demo: the embedded one.",
             metavar="ID_OR_PATH",
         ),
     ] = DEMO_MODEL,

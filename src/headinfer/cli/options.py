@@ -110,6 +110,16 @@ def take_flags(given: dict[str, Any]) -> dict[str, Any]:
     return flags | switches
 
 
+TrainedModel = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="NAME",
+        help="A folder, hub id or GGUF file; smollm2, gemma3-270m, or demo: the embedded one.",
+        rich_help_panel=MODEL_PANEL,
+    ),
+]
 Threads = Annotated[
     int | None,
     typer.Option(

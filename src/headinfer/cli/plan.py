@@ -48,7 +48,8 @@ def plan(
             "--model",
             "-m",
             metavar="NAME",
-            help="A preset such as llama-3-8b, a hub id, a folder, a config.json, or demo.",
+            help="A preset such as llama-3-8b, a hub id, a folder, a config.json, a GGUF file, "
+            "demo, smollm2 or gemma3-270m.",
             rich_help_panel=MODEL_PANEL,
         ),
     ] = "llama-3-8b",
