@@ -5,8 +5,8 @@ from typing import Any
 import torch
 
 from headinfer.bench.model_spec import NamedModel
-from headinfer.evaluate.agreement import Agreement, AgreementRow
-from headinfer.evaluate.spec import AgreementSpec
+from headinfer.evaluate.agreement.run import Agreement, AgreementRow
+from headinfer.evaluate.agreement.spec import AgreementSpec
 from headinfer.integration.model_shape import model_shape
 from headinfer.plan.options import Options
 from tiny_models import random_tokens

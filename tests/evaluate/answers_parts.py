@@ -9,9 +9,9 @@ from agreement_parts import Told
 from headinfer.bench.model_spec import NamedModel
 from headinfer.bench.result import TrialFailure, TrialResult
 from headinfer.bench.spec import TrialSpec
-from headinfer.evaluate.job import AnswersSpec, JobSpec
-from headinfer.evaluate.record import Answer, Record
-from headinfer.evaluate.run import AnswersRow, AnswersRun
+from headinfer.evaluate.answers.job import AnswersSpec, JobSpec
+from headinfer.evaluate.answers.record import Answer, Record
+from headinfer.evaluate.answers.run import AnswersRow, AnswersRun
 from headinfer.integration.model_shape import model_shape
 from headinfer.plan.options import Options
 from tiny_models import shared_model
@@ -33,7 +33,11 @@ def answer(
 
 def record(question: str, tokens: Sequence[int] = (5, 6), score: float = 1.0, **given) -> Record:
     return Record(
-        question=question, expected=("five",), score=score, answer=answer(tokens, **given)
+        question=question,
+        expected=("five",),
+        score=score,
+        answer=answer(tokens, **given),
+        labels={"depth": 0.5},
     )
 
 

@@ -15,7 +15,7 @@ from headinfer.bench.ours import HeadInfer
 from headinfer.bench.result import Status
 from headinfer.errors import OptionError
 from headinfer.evaluate import reading
-from headinfer.evaluate.agreement import EXACT_KL, Agreement
+from headinfer.evaluate.agreement.run import EXACT_KL, Agreement
 from headinfer.evaluate.pace import Pace
 from headinfer.plan.options import Options
 from tiny_models import random_tokens, shared_model, tiny_model

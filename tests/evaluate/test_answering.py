@@ -8,7 +8,7 @@ import torch
 from headinfer.bench.methods import METHODS
 from headinfer.bench.spec import TrialSpec
 from headinfer.errors import OptionError
-from headinfer.evaluate.answering import Answerer, cut_middle
+from headinfer.evaluate.answers.answering import Answerer, cut_middle
 from headinfer.plan.options import Options
 from saved_models import make_tokenizer
 from tiny_models import random_tokens, shared_model

@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 
 from headinfer.bench.result import Status
 from headinfer.cli import evaluate, evaluate_answers
-from headinfer.evaluate.answers import Answers
-from headinfer.evaluate.answers_table import render
-from headinfer.evaluate.run import AnswersRow
+from headinfer.evaluate.answers.document import Answers
+from headinfer.evaluate.answers.run import AnswersRow
+from headinfer.evaluate.answers.table import render
 from saved_models import WORDS, save_llama
 
 

@@ -17,9 +17,9 @@ from headinfer.bench.ours import HeadInfer
 from headinfer.bench.result import Status
 from headinfer.cli import evaluate
 from headinfer.cli.main import app
-from headinfer.evaluate.agreement import AgreementRow
-from headinfer.evaluate.document import AgreementResults, header
-from headinfer.evaluate.table import render, share
+from headinfer.evaluate.agreement.document import AgreementResults, header
+from headinfer.evaluate.agreement.run import AgreementRow
+from headinfer.evaluate.agreement.table import render, share
 from saved_models import WORDS, save_llama, save_tokenizer
 from tiny_models import shared_model, tiny_model
 

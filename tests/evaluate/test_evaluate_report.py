@@ -10,11 +10,11 @@ from typer.testing import CliRunner
 
 from headinfer.bench.result import Status
 from headinfer.cli import evaluate
-from headinfer.evaluate.answers import Answers
-from headinfer.evaluate.document import AgreementResults, header
-from headinfer.evaluate.needle import Needle
-from headinfer.evaluate.report import report
-from headinfer.evaluate.run import AnswersRow
+from headinfer.evaluate.agreement.document import AgreementResults, header
+from headinfer.evaluate.answers.document import Answers
+from headinfer.evaluate.answers.run import AnswersRow
+from headinfer.evaluate.needle.task import Needle
+from headinfer.evaluate.report.document import report
 from headinfer.plan.options import Options
 from tiny_models import shared_model
 

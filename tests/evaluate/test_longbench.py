@@ -6,9 +6,9 @@ import pytest
 from benchmark_parts import Said, letters_tokenizer
 
 from headinfer.errors import OptionError
-from headinfer.evaluate.answering import cut_middle
-from headinfer.evaluate.longbench import BEGUN, LongBenchV2, extracted, filled
-from headinfer.evaluate.task import task_from_json
+from headinfer.evaluate.answers.answering import cut_middle
+from headinfer.evaluate.answers.task import task_from_json
+from headinfer.evaluate.longbench.task import BEGUN, LongBenchV2, extracted, filled
 
 EXAMPLE = {
     "_id": "66f36490821e116aacb2cc22",

@@ -6,10 +6,10 @@ import re
 import pytest
 
 from headinfer.errors import OptionError
-from headinfer.evaluate.haystack import Haystack, frame, prose
-from headinfer.evaluate.needle import Needle
-from headinfer.evaluate.record import Answer
-from headinfer.evaluate.task import task_from_json
+from headinfer.evaluate.answers.record import Answer
+from headinfer.evaluate.answers.task import task_from_json
+from headinfer.evaluate.needle.task import Needle
+from headinfer.evaluate.prompts.haystack import Haystack, frame, prose
 
 PROSE = " ".join(
     f"Sentence {number} tells of {'very ' * (number % 7)}little." for number in range(200)

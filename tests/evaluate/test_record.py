@@ -5,7 +5,7 @@ import json
 import pytest
 from answers_parts import record
 
-from headinfer.evaluate.record import Likeness, Record, likeness
+from headinfer.evaluate.answers.record import Likeness, Record, likeness
 
 
 def test_answers_with_the_same_tokens_are_the_same_in_any_order():

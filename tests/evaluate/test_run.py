@@ -16,7 +16,7 @@ from answers_parts import (
 from headinfer.bench.result import Status, TrialFailure
 from headinfer.bench.spec import Fill
 from headinfer.errors import ModelLoadError
-from headinfer.evaluate.run import AnswersRow, AnswersRun
+from headinfer.evaluate.answers.run import AnswersRow, AnswersRun
 
 
 def answering_all(job):

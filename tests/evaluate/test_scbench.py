@@ -7,14 +7,14 @@ from benchmark_parts import Letters
 from test_sharing import in_force
 
 from headinfer.errors import OptionError
-from headinfer.evaluate import scbench_data
-from headinfer.evaluate.record import Record
-from headinfer.evaluate.scbench import Mode, SCBench
-from headinfer.evaluate.scbench_code import Function, names_function
-from headinfer.evaluate.scbench_data import found_tasks
-from headinfer.evaluate.scbench_prompts import FORMS, new_tokens, of_requests, of_turns
-from headinfer.evaluate.scbench_scores import expected, score
-from headinfer.evaluate.task import task_from_json
+from headinfer.evaluate.answers.record import Record
+from headinfer.evaluate.answers.task import task_from_json
+from headinfer.evaluate.scbench import data as scbench_data
+from headinfer.evaluate.scbench.data import found_tasks
+from headinfer.evaluate.scbench.functions import Function, names_function
+from headinfer.evaluate.scbench.prompts import FORMS, new_tokens, of_requests, of_turns
+from headinfer.evaluate.scbench.scores import expected, score
+from headinfer.evaluate.scbench.task import Mode, SCBench
 from tiny_models import shared_model
 
 PLAIN, CHAT = Letters(chat_template=None), Letters()

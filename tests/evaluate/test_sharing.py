@@ -8,9 +8,9 @@ import torch
 from headinfer.bench.methods import METHODS
 from headinfer.bench.spec import TrialSpec
 from headinfer.errors import MemoryPlanError, OptionError
-from headinfer.evaluate import rewinding
-from headinfer.evaluate.answering import Answerer
-from headinfer.evaluate.sharing import requests, turns
+from headinfer.evaluate.answers import rewinding
+from headinfer.evaluate.answers.answering import Answerer
+from headinfer.evaluate.scbench.sharing import requests, turns
 from headinfer.integration.cache import OffloadedCache
 from headinfer.plan.options import Options
 from saved_models import make_tokenizer

@@ -37,8 +37,8 @@ from headinfer.plan.options import Options
 from headinfer.units import format_tokens
 
 if TYPE_CHECKING:
-    from headinfer.evaluate.agreement import Agreement
-    from headinfer.evaluate.document import AgreementResults
+    from headinfer.evaluate.agreement.document import AgreementResults
+    from headinfer.evaluate.agreement.run import Agreement
 
 
 @with_flags(
@@ -153,9 +153,9 @@ def _prepare(
     """
     import torch
 
-    from headinfer.evaluate.agreement import Agreement
-    from headinfer.evaluate.document import AgreementResults, header
-    from headinfer.evaluate.spec import AgreementSpec
+    from headinfer.evaluate.agreement.document import AgreementResults, header
+    from headinfer.evaluate.agreement.run import Agreement
+    from headinfer.evaluate.agreement.spec import AgreementSpec
     from headinfer.generation.model import choose_device, load_config, load_model, load_tokenizer
 
     name, text = named_text
@@ -210,7 +210,7 @@ def _run(
 
 def _tell(results: "AgreementResults", path: str | None, console: Any) -> None:
     """Print what is finished, and write it where it is wanted."""
-    from headinfer.evaluate.table import render
+    from headinfer.evaluate.agreement.table import render
 
     with suppress(OSError):  # the terminal may be gone
         console.print(render(results))

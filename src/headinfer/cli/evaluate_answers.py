@@ -37,12 +37,12 @@ from headinfer.cli.output import (
 )
 from headinfer.cli.run_progress import RunProgress, run_console, showing_progress
 from headinfer.errors import OptionError
-from headinfer.evaluate.answers import Answers
-from headinfer.evaluate.answers_table import render
-from headinfer.evaluate.job import AnswersSpec
-from headinfer.evaluate.launch import Launcher, Workers
-from headinfer.evaluate.run import AnswersRow, AnswersRun
-from headinfer.evaluate.task import Task
+from headinfer.evaluate.answers.document import Answers
+from headinfer.evaluate.answers.job import AnswersSpec
+from headinfer.evaluate.answers.launch import Launcher, Workers
+from headinfer.evaluate.answers.run import AnswersRow, AnswersRun
+from headinfer.evaluate.answers.table import render
+from headinfer.evaluate.answers.task import Task
 from headinfer.plan.options import Options
 from headinfer.units import format_tokens
 

@@ -5,10 +5,10 @@ from typing import Annotated
 import typer
 
 from headinfer.cli.options import NO_VALUE
-from headinfer.evaluate.examples import MADE
-from headinfer.evaluate.longbench import BEGUN, LongBenchV2
-from headinfer.evaluate.scbench import Mode, SCBench
-from headinfer.evaluate.scbench_data import MADE_TASKS, PAPER_TASKS, found_tasks
+from headinfer.evaluate.longbench.task import BEGUN, LongBenchV2
+from headinfer.evaluate.prompts.examples import MADE
+from headinfer.evaluate.scbench.data import MADE_TASKS, PAPER_TASKS, found_tasks
+from headinfer.evaluate.scbench.task import Mode, SCBench
 
 LONGBENCH_SAMPLES, SCBENCH_SAMPLES = 20, 5
 """Examples without `--samples`; the first benchmark has 503."""

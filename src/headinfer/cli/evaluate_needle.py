@@ -5,8 +5,8 @@ from typing import Annotated
 import typer
 
 from headinfer.errors import OptionError
-from headinfer.evaluate.haystack import prose
-from headinfer.evaluate.needle import Needle
+from headinfer.evaluate.needle.task import Needle
+from headinfer.evaluate.prompts.haystack import prose
 
 _DEPTHS = 5
 

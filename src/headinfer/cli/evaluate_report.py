@@ -9,9 +9,9 @@ import typer
 from headinfer.cli.bench_report import link
 from headinfer.cli.console import reporting_errors, stderr_console
 from headinfer.errors import OptionError
-from headinfer.evaluate.answers import Answers
-from headinfer.evaluate.report import Results, plot_name
-from headinfer.evaluate.report import report as text_of
+from headinfer.evaluate.answers.document import Answers
+from headinfer.evaluate.report.document import Results, plot_name
+from headinfer.evaluate.report.document import report as text_of
 from headinfer.plot.files import check_plot
 
 
@@ -48,7 +48,7 @@ def _load(path: str) -> Results:
     Raises:
         OptionError: the file holds neither.
     """
-    from headinfer.evaluate.document import AgreementResults
+    from headinfer.evaluate.agreement.document import AgreementResults
 
     try:
         command = json.loads(Path(path).read_text(encoding="utf-8"))["header"]["command"]
@@ -58,7 +58,7 @@ def _load(path: str) -> Results:
 
 
 def _draw(name: str, results: Results, folder: Path) -> None:
-    from headinfer.evaluate.report_plots import figure
+    from headinfer.evaluate.report.plots import figure
     from headinfer.plot.style import save
 
     drawn = figure(results) if isinstance(results, Answers) else None

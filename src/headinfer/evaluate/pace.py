@@ -1,10 +1,24 @@
-"""The time left of a run whose rows are texts of several lengths."""
+"""How far a run is whose rows are texts of several lengths, and the time left."""
 
 import time
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 _EVEN_TOKENS = 16 * 1024
 """Tokens of a text whose attention is reckoned to take as long as the rest of it."""
+
+
+class Progress(Protocol):
+    """A view of a run that a person has."""
+
+    def started(self, what: str, left_s: float | None) -> None:
+        """Show that a row begins."""
+
+    def moved(self, what: str, left_s: float | None) -> object:
+        """Show how far it came."""
+
+    def finished(self, what: str, outcome: str) -> None:
+        """Show how it ended."""
 
 
 class Pace:

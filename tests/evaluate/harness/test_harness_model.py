@@ -15,7 +15,7 @@ from headinfer.bench.model_spec import NamedModel
 from headinfer.bench.spec import TrialSpec
 from headinfer.errors import OptionError
 from headinfer.evaluate import reading
-from headinfer.evaluate.answering import Answerer
+from headinfer.evaluate.answers.answering import Answerer
 from headinfer.evaluate.harness import AnsweringLM, HeadInferLM
 from headinfer.evaluate.harness.scoring import score_after
 from headinfer.evaluate.reading import sharing_weights

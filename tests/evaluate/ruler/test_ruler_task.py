@@ -14,14 +14,14 @@ from headinfer.bench.methods import METHODS
 from headinfer.bench.model_spec import NamedModel
 from headinfer.bench.spec import TrialSpec
 from headinfer.errors import OptionError
-from headinfer.evaluate.answering import Answerer
+from headinfer.evaluate.answers.answering import Answerer
+from headinfer.evaluate.answers.record import Answer, Record
+from headinfer.evaluate.answers.task import task_from_json
 from headinfer.evaluate.harness import AnsweringLM
-from headinfer.evaluate.record import Answer, Record
 from headinfer.evaluate.ruler.form import Form
 from headinfer.evaluate.ruler.kinds import KINDS, OFFLINE, parse_kinds
 from headinfer.evaluate.ruler.samples import Maker
 from headinfer.evaluate.ruler.task import Ruler
-from headinfer.evaluate.task import task_from_json
 from headinfer.integration.model_shape import model_shape
 from headinfer.plan.options import Options
 from saved_models import CHAT_TEMPLATE, make_tokenizer

@@ -8,9 +8,9 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from transformers.cache_utils import Cache
 
 from headinfer.errors import OptionError
-from headinfer.evaluate.answering import Answerer
+from headinfer.evaluate.answers.answering import Answerer
+from headinfer.evaluate.answers.record import Answer
 from headinfer.evaluate.harness.cached import CachedLM
-from headinfer.evaluate.record import Answer
 
 
 class AnsweringLM(CachedLM):

@@ -5,11 +5,11 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from headinfer.errors import OptionError
-from headinfer.evaluate.record import Record, scores_by
+from headinfer.evaluate.answers.record import Record, scores_by
 from headinfer.evaluate.ruler.kinds import KINDS, check_files, check_kinds
 
 if TYPE_CHECKING:
-    from headinfer.evaluate.answering import Answerer
+    from headinfer.evaluate.answers.answering import Answerer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

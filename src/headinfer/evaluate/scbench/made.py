@@ -13,8 +13,8 @@ from itertools import pairwise
 from typing import Any
 
 from headinfer.errors import OptionError
-from headinfer.evaluate.examples import Example
-from headinfer.evaluate.scbench_prompts import of_turns
+from headinfer.evaluate.prompts.examples import Example
+from headinfer.evaluate.scbench.prompts import of_turns
 from headinfer.units import format_tokens
 
 _TURNS = 5

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from headinfer.evaluate import chat
-from headinfer.evaluate.examples import Example
+from headinfer.evaluate.prompts import chat
+from headinfer.evaluate.prompts.examples import Example
 
 _KV = "Extract the value corresponding to the specified key in the JSON object below.\n\n{context}"
 _CHOICE = "Read the book and answer the question.\n\n{context}"

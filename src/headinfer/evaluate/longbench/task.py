@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headinfer.errors import OptionError
-from headinfer.evaluate import chat
-from headinfer.evaluate.examples import MADE, Example, chosen, hub_examples, read_examples
-from headinfer.evaluate.record import Record
+from headinfer.evaluate.answers.record import Record
+from headinfer.evaluate.prompts import chat
+from headinfer.evaluate.prompts.examples import MADE, Example, chosen, hub_examples, read_examples
 
 if TYPE_CHECKING:
-    from headinfer.evaluate.answering import Answerer
+    from headinfer.evaluate.answers.answering import Answerer
 
 DATASET = "THUDM/LongBench-v2"
 
@@ -90,7 +90,7 @@ class LongBenchV2:
         self, context_tokens: int, answerer: "Answerer", done: Collection[str]
     ) -> Iterator[Record]:
         """Answer each question from a prompt of its own, cut in the middle."""
-        from headinfer.evaluate.answering import cut_middle
+        from headinfer.evaluate.answers.answering import cut_middle
 
         for name, example in self._named(context_tokens, answerer.tokenizer, done):
             prompt, begun = self.prompt(example, answerer.tokenizer)
@@ -121,7 +121,7 @@ class LongBenchV2:
     ) -> Iterator[tuple[str, Example]]:
         """Yield the questions that are to be answered, with their names."""
         if self.data == MADE:
-            from headinfer.evaluate.longbench_made import made_example
+            from headinfer.evaluate.longbench.made import made_example
 
             for number in range(self.questions(context_tokens)):
                 if (name := f"made {number}") not in done:

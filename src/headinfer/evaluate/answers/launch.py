@@ -8,8 +8,8 @@ from headinfer.bench.launch import FreshProcesses, Outcome, death
 from headinfer.bench.result import TrialFailure, from_json
 from headinfer.bench.spec import TrialSpec
 from headinfer.errors import OptionError
-from headinfer.evaluate.job import JobSpec
-from headinfer.evaluate.record import Record
+from headinfer.evaluate.answers.job import JobSpec
+from headinfer.evaluate.answers.record import Record
 
 
 class Launcher(Protocol):
@@ -39,14 +39,14 @@ class Workers:
             OptionError: there is no such device.
         """
         try:
-            return child.ask("headinfer.evaluate.worker", {"device": device})
+            return child.ask("headinfer.evaluate.answers.worker", {"device": device})
         except child.ChildError as error:
             raise OptionError(f"--device {device}: {death(error).reason}") from error
 
     def job(self, job: JobSpec) -> Iterator[Record | TrialFailure | str]:
         """Run a job; a process that dies is a failure."""
         try:
-            for values in child.ask_for_many("headinfer.evaluate.worker", job.to_json()):
+            for values in child.ask_for_many("headinfer.evaluate.answers.worker", job.to_json()):
                 yield _given(values)
         except child.ChildError as error:
             yield death(error)

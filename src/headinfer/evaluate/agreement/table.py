@@ -9,8 +9,8 @@ from rich.text import Text
 
 from headinfer.bench.result import Status
 from headinfer.bench.table import meaning
-from headinfer.evaluate.agreement import AgreementRow
-from headinfer.evaluate.document import AgreementResults
+from headinfer.evaluate.agreement.document import AgreementResults
+from headinfer.evaluate.agreement.run import AgreementRow
 from headinfer.units import format_bytes, format_tokens
 
 _NOTHING = "-"

@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Collection, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from transformers import PreTrainedModel
@@ -19,10 +18,10 @@ from headinfer.bench.catalogue import CATALOGUE, REFERENCE_METHOD
 from headinfer.bench.methods import METHODS
 from headinfer.bench.result import Status
 from headinfer.bench.trial import failure_of
+from headinfer.evaluate.agreement.spec import AgreementSpec
 from headinfer.evaluate.divergence import Tally
-from headinfer.evaluate.pace import Pace
+from headinfer.evaluate.pace import Pace, Progress
 from headinfer.evaluate.reading import aligned, check_text, most_tokens, read, sharing_weights
-from headinfer.evaluate.spec import AgreementSpec
 from headinfer.units import format_tokens
 
 EXACT_KL = 1e-6
@@ -33,19 +32,6 @@ Tiny random models of 3 layers over 150 tokens:
 - exact methods: at most 4e-13
 - keys of the first token of each pass negated in one head of one layer: 2e-4 to 5e-2
 """
-
-
-class Progress(Protocol):
-    """A view of a run that a person has."""
-
-    def started(self, what: str, left_s: float | None) -> None:
-        """Show that a row begins."""
-
-    def moved(self, what: str, left_s: float | None) -> object:
-        """Show how far it came."""
-
-    def finished(self, what: str, outcome: str) -> None:
-        """Show how it ended."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ from typing import Any
 from headinfer.bench.model_spec import DTYPE_BYTES, Model, model_from_json
 from headinfer.bench.spec import TrialSpec, check_lists, json_values
 from headinfer.errors import OptionError
-from headinfer.evaluate.task import Task, task_from_json
+from headinfer.evaluate.answers.task import Task, task_from_json
 from headinfer.plan.options import Options
 
 

@@ -6,8 +6,8 @@ Both are measured in the same process, by the same method.
 
 from collections.abc import Iterator, Sequence
 
-from headinfer.evaluate.answering import Answerer, cut_middle
-from headinfer.evaluate.record import Answer
+from headinfer.evaluate.answers.answering import Answerer, cut_middle
+from headinfer.evaluate.answers.record import Answer
 
 Told = tuple[Answer, dict[str, float]]
 """An answer, and measures of its record.

@@ -11,9 +11,9 @@ from rich.text import Text
 from headinfer.bench.catalogue import CATALOGUE, REFERENCE_METHOD
 from headinfer.bench.result import Status
 from headinfer.bench.table import meaning, number
-from headinfer.evaluate.answers import Answers
-from headinfer.evaluate.record import Likeness, likeness
-from headinfer.evaluate.run import AnswersRow
+from headinfer.evaluate.answers.document import Answers
+from headinfer.evaluate.answers.record import Likeness, likeness
+from headinfer.evaluate.answers.run import AnswersRow
 from headinfer.units import exact_bytes, format_tokens
 
 _NOTHING = "-"

@@ -4,10 +4,10 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
 
-from headinfer.evaluate.record import Record
+from headinfer.evaluate.answers.record import Record
 
 if TYPE_CHECKING:
-    from headinfer.evaluate.answering import Answerer
+    from headinfer.evaluate.answers.answering import Answerer
 
 
 class Task(Protocol):
@@ -49,10 +49,10 @@ class Task(Protocol):
 
 
 _TASKS = {
-    "longbench-v2": "headinfer.evaluate.longbench:LongBenchV2",
-    "needle": "headinfer.evaluate.needle:Needle",
+    "longbench-v2": "headinfer.evaluate.longbench.task:LongBenchV2",
+    "needle": "headinfer.evaluate.needle.task:Needle",
     "ruler": "headinfer.evaluate.ruler.task:Ruler",
-    "scbench": "headinfer.evaluate.scbench:SCBench",
+    "scbench": "headinfer.evaluate.scbench.task:SCBench",
 }
 """Where the class of each task is. A class is looked up when it is needed: some are heavy."""
 

@@ -13,9 +13,9 @@ from headinfer.bench.machine import hardware
 from headinfer.bench.result import Status
 from headinfer.bench.spec import json_values
 from headinfer.errors import OptionError
-from headinfer.evaluate.agreement import AgreementRow
+from headinfer.evaluate.agreement.run import AgreementRow
+from headinfer.evaluate.agreement.spec import AgreementSpec
 from headinfer.evaluate.reading import LOGITS_BYTES, most_tokens
-from headinfer.evaluate.spec import AgreementSpec
 
 FORMAT = 2
 """Raised when a field changes its meaning."""

@@ -8,12 +8,12 @@ import random
 from typing import TYPE_CHECKING, Any
 
 from headinfer.errors import OptionError
-from headinfer.evaluate.examples import Example
-from headinfer.evaluate.haystack import Haystack, prose
+from headinfer.evaluate.prompts.examples import Example
+from headinfer.evaluate.prompts.haystack import Haystack, prose
 from headinfer.units import format_tokens
 
 if TYPE_CHECKING:
-    from headinfer.evaluate.longbench import LongBenchV2
+    from headinfer.evaluate.longbench.task import LongBenchV2
 
 _SYLLABLES = ("bar", "den", "fol", "gri", "har", "kes", "lom", "mir", "nov", "pel", "ros", "tav")
 _NAME_SYLLABLES = 3

@@ -7,8 +7,8 @@ from typing import Any
 from headinfer.bench.document import model_values, provenance
 from headinfer.bench.files import check_continues, load_results, replace_json
 from headinfer.bench.spec import json_values
-from headinfer.evaluate.job import AnswersSpec
-from headinfer.evaluate.run import AnswersRow
+from headinfer.evaluate.answers.job import AnswersSpec
+from headinfer.evaluate.answers.run import AnswersRow
 
 FORMAT = 1
 """Raised when a field changes its meaning."""

@@ -12,11 +12,10 @@ from headinfer.bench.catalogue import CATALOGUE, REFERENCE_METHOD
 from headinfer.bench.longest import longest_context
 from headinfer.bench.result import Status, TrialFailure, TrialResult
 from headinfer.errors import ModelLoadError
-from headinfer.evaluate.agreement import Progress
-from headinfer.evaluate.job import AnswersSpec
-from headinfer.evaluate.launch import Launcher
-from headinfer.evaluate.pace import Pace
-from headinfer.evaluate.record import Record, likeness, mean_score
+from headinfer.evaluate.answers.job import AnswersSpec
+from headinfer.evaluate.answers.launch import Launcher
+from headinfer.evaluate.answers.record import Record, likeness, mean_score
+from headinfer.evaluate.pace import Pace, Progress
 from headinfer.units import format_tokens
 
 _FIRST_TOKENS = 1024

@@ -10,9 +10,9 @@ from transformers.cache_utils import Cache
 
 from headinfer.bench.methods import Method
 from headinfer.errors import OptionError
+from headinfer.evaluate.answers.record import Answer
+from headinfer.evaluate.answers.rewinding import Place, place_in, went_back
 from headinfer.evaluate.divergence import tied
-from headinfer.evaluate.record import Answer
-from headinfer.evaluate.rewinding import Place, place_in, went_back
 from headinfer.integration.calls import cache_argument
 
 _WARM_UP_TOKENS, _WARM_UP_STEPS = 512, 3

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from headinfer.errors import OptionError
-from headinfer.evaluate.examples import MADE, Example, hub_examples, read_examples
-from headinfer.evaluate.scbench_made import MAKERS, fitted
-from headinfer.evaluate.scbench_prompts import FORMS
+from headinfer.evaluate.prompts.examples import MADE, Example, hub_examples, read_examples
+from headinfer.evaluate.scbench.made import MAKERS, fitted
+from headinfer.evaluate.scbench.prompts import FORMS
 
 DATASET = "microsoft/SCBench"
 

@@ -4,14 +4,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from headinfer.bench.catalogue import CATALOGUE, REFERENCE_METHOD
-from headinfer.evaluate import paper
-from headinfer.evaluate.answers import Answers
-from headinfer.evaluate.answers_table import compared, conditions, notes, percent
-from headinfer.evaluate.document import AgreementResults
-from headinfer.evaluate.run import AnswersRow
-from headinfer.evaluate.table import conditions as agreement_conditions
-from headinfer.evaluate.table import markdown as agreement_table
-from headinfer.evaluate.table import notes as agreement_notes
+from headinfer.evaluate.agreement.document import AgreementResults
+from headinfer.evaluate.agreement.table import conditions as agreement_conditions
+from headinfer.evaluate.agreement.table import markdown as agreement_table
+from headinfer.evaluate.agreement.table import notes as agreement_notes
+from headinfer.evaluate.answers.document import Answers
+from headinfer.evaluate.answers.run import AnswersRow
+from headinfer.evaluate.answers.table import compared, conditions, notes, percent
+from headinfer.evaluate.report import paper
 from headinfer.units import exact_bytes, format_tokens
 
 Results = Answers | AgreementResults

@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from headinfer.errors import OptionError
-from headinfer.evaluate.haystack import PROSE_PACKAGE, Haystack, frame, prose
-from headinfer.evaluate.record import Record, scores_by
+from headinfer.evaluate.answers.record import Record, scores_by
+from headinfer.evaluate.prompts.haystack import PROSE_PACKAGE, Haystack, frame, prose
 from headinfer.units import format_tokens
 
 if TYPE_CHECKING:
-    from headinfer.evaluate.answering import Answerer
+    from headinfer.evaluate.answers.answering import Answerer
 
 _SYLLABLES = ("bar", "den", "fol", "gri", "har", "kes", "lom", "mir", "nov", "pel", "ros", "tav")
 _NAME_SYLLABLES = 3

@@ -10,13 +10,16 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from headinfer.errors import OptionError
-from headinfer.evaluate import chat, scbench_data, scbench_prompts, scbench_scores
-from headinfer.evaluate.examples import MADE, Example, chosen
-from headinfer.evaluate.record import Record
-from headinfer.evaluate.scbench_code import Function
+from headinfer.evaluate.answers.record import Record
+from headinfer.evaluate.prompts import chat
+from headinfer.evaluate.prompts.examples import MADE, Example, chosen
+from headinfer.evaluate.scbench import data as scbench_data
+from headinfer.evaluate.scbench import prompts as scbench_prompts
+from headinfer.evaluate.scbench import scores as scbench_scores
+from headinfer.evaluate.scbench.functions import Function
 
 if TYPE_CHECKING:
-    from headinfer.evaluate.answering import Answerer
+    from headinfer.evaluate.answers.answering import Answerer
 
 MOST_TURNS = 5
 """The official most turns of an example."""
@@ -126,7 +129,7 @@ class SCBench:
         example: Example,
         asked: tuple[int, "Answerer"],
     ) -> Iterator[Record]:
-        from headinfer.evaluate.sharing import requests, turns
+        from headinfer.evaluate.scbench.sharing import requests, turns
 
         context_tokens, answerer = asked
         tokenizer, said = answerer.tokenizer, example["multi_turns"]

@@ -2,8 +2,8 @@
 
 from matplotlib.figure import Figure
 
-from headinfer.evaluate.answers import Answers
-from headinfer.evaluate.answers_table import compared
+from headinfer.evaluate.answers.document import Answers
+from headinfer.evaluate.answers.table import compared
 from headinfer.plot.heat_map import Panel, draw
 from headinfer.units import exact_bytes, format_tokens
 

@@ -14,10 +14,10 @@ from headinfer.bench.methods import METHODS
 from headinfer.bench.result import to_json
 from headinfer.bench.trial import failure_of
 from headinfer.errors import ModelLoadError
-from headinfer.evaluate.answering import Answerer
-from headinfer.evaluate.job import JobSpec
-from headinfer.evaluate.record import Record
-from headinfer.evaluate.task import task_from_json
+from headinfer.evaluate.answers.answering import Answerer
+from headinfer.evaluate.answers.job import JobSpec
+from headinfer.evaluate.answers.record import Record
+from headinfer.evaluate.answers.task import task_from_json
 from headinfer.generation.model import ModelSource, load_config, load_model, load_tokenizer
 from headinfer.integration.model_shape import model_shape
 from headinfer.plan.options import Options

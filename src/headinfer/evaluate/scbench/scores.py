@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from headinfer.errors import OptionError
-from headinfer.evaluate.examples import Example
-from headinfer.evaluate.scbench_code import Function, names_function
+from headinfer.evaluate.prompts.examples import Example
+from headinfer.evaluate.scbench.functions import Function, names_function
 
 _CHINESE_PUNCTUATION = (
     "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､、〃》「」『』【】〔〕〖〗〘〙〚〛〜〝〞〟"  # noqa: RUF001

@@ -1,0 +1,1 @@
+"""Questions that every method answers: tasks, the processes that answer, and what they gave."""

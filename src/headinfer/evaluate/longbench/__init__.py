@@ -1,0 +1,1 @@
+"""LongBench v2: questions of four choices about long texts."""

@@ -1,0 +1,1 @@
+"""What prompts are made from: prose, chat templates, examples of benchmarks."""

@@ -1,0 +1,1 @@
+"""SCBench: several questions about one long context, through one cache."""
