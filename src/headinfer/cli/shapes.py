@@ -23,9 +23,9 @@ def shape_of(name: str, *, dtype: str = "auto", local_files_only: bool = False) 
     nor transformers. A model of another type is built without memory for its weights.
 
     Args:
-        name: the first of these that it can be: a preset, "demo", "smollm2" or "gemma3-270m", a
-            GGUF file, a folder, a config.json, a model id of the hub. So a folder called as a
-            preset is given as "./llama-3-8b".
+        name: a preset, "demo", a packaged model, a GGUF file, a folder, a config.json or a hub id.
+            It is the first of these that it can be. So a folder called as a preset is given as
+            "./llama-3-8b".
         dtype: "auto" for the one the config names, or a torch dtype's name.
         local_files_only: never ask the hub.
 
