@@ -37,15 +37,15 @@ agree() { # name of the result, options
 # between 1K and 2K tokens.
 card=(--model smollm2 --dtype float32 --device simulated --device-memory 640MiB --chunk-tokens 512
     --methods standard,chunked-prefill,kv-4bit,head-wise-1,headinfer)
-stock_and_ours=(--dtype float32 --methods standard,headinfer)
+stock_and_ours=(--device "${DEVICE:-cpu}" --dtype float32 --methods standard,headinfer)
 all_methods=standard,chunked-prefill,kv-4bit,head-wise-1,bounded,headinfer
 
 make_result() {
     case "$1" in
     smollm2-agreement-float32)
-        agree "$1" --model smollm2 --contexts 1K,8K --dtype float32 --methods "$all_methods" ;;
+        agree "$1" --device cpu --model smollm2 --contexts 1K,8K --dtype float32 --methods "$all_methods" ;;
     smollm2-agreement-bfloat16)
-        agree "$1" --model smollm2 --contexts 4K --dtype bfloat16 --methods "$all_methods" ;;
+        agree "$1" --device cpu --model smollm2 --contexts 4K --dtype bfloat16 --methods "$all_methods" ;;
     smollm2-needle)
         evaluate "$1" needle --model smollm2 --contexts 1K,2K,4K,8K --depths 7 "${stock_and_ours[@]}" ;;
     smollm2-ruler)
@@ -53,13 +53,14 @@ make_result() {
     smollm2-needle-card)
         evaluate "$1" needle "${card[@]}" --contexts 1K,2K,4K --depths 5 ;;
     smollm2-ruler-card)
-        evaluate "$1" ruler "${card[@]}" --contexts 1K,4K --samples 2 ;;
+        evaluate "$1" ruler "${card[@]}" --contexts 2K,4K --samples 1 ;;
     smollm2-longbench-v2-card)
-        evaluate "$1" longbench-v2 "${card[@]}" --contexts 1K,4K --samples 6 --data made --begin-answers ;;
+        evaluate "$1" longbench-v2 "${card[@]}" --contexts 4K --samples 16 --data made \
+            --begin-answers ;;
     smollm2-scbench-card)
-        evaluate "$1" scbench "${card[@]}" --contexts 1K,4K --samples 1 --data made ;;
+        evaluate "$1" scbench "${card[@]}" --contexts 4K --samples 1 --data made ;;
     gemma3-agreement)
-        agree "$1" --model gemma3-270m --contexts 4K,32K --dtype float32 --methods standard,headinfer ;;
+        agree "$1" --device cpu --model gemma3-270m --contexts 4K,32K --dtype float32 --methods standard,headinfer ;;
     gemma3-needle)
         evaluate "$1" needle --model gemma3-270m --contexts 1K,4K,16K,32K --depths 3 "${stock_and_ours[@]}" ;;
     gemma3-ruler)
@@ -73,8 +74,10 @@ make_result() {
     gpu-smollm2-needle)
         evaluate "$1" needle --device cuda --model smollm2 --contexts 1K,2K,4K,8K --depths 11 \
             --samples 2 --dtype bfloat16 --methods standard,transformers-offloaded,kv-4bit,head-wise-1,headinfer ;;
+    gpu-smollm2-needle-float32)
+        evaluate "$1" needle --model smollm2 --contexts 1K,2K,4K,8K --depths 11 "${stock_and_ours[@]}" ;;
     gpu-smollm2-ruler)
-        evaluate "$1" ruler --device cuda --model smollm2 --contexts 1K,2K,4K,8K --samples 10 \
+        evaluate "$1" ruler --device cuda --model smollm2 --contexts 1K,2K,4K,8K --samples 4 \
             --dtype bfloat16 --methods standard,head-wise-1,headinfer ;;
     *)
         echo "there is no result $1; $0 names them" >&2
@@ -85,7 +88,7 @@ make_result() {
 if [ $# -gt 0 ]; then
     names=("$@")
 elif [ "${DEVICE:-cpu}" = cuda ]; then
-    names=(gpu-smollm2-{agreement-float32,agreement-bfloat16,needle,ruler})
+    names=(gpu-smollm2-{agreement-float32,agreement-bfloat16,needle,needle-float32,ruler})
 else
     names=(smollm2-{agreement-float32,agreement-bfloat16,needle,ruler}
         smollm2-{needle,ruler,longbench-v2,scbench}-card gemma3-{needle,agreement,ruler})

@@ -104,6 +104,19 @@ def test_a_method_that_is_wrong_is_found_out(name: str, monkeypatch: pytest.Monk
     assert row.kl_max > EXACT_KL
 
 
+def test_an_exact_method_that_is_further_from_float32_than_stock_is_found_out_in_16_bits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny_model("llama3").bfloat16()
+    right = rows_of(model, "bounded")["bounded"]
+    assert right.status is Status.OK
+    assert right.kl_to_float32 < 1.2 * right.stock_kl_to_float32
+    monkeypatch.setitem(METHODS, "headinfer", Forgetful)
+    wrong = rows_of(model, "headinfer")["headinfer"]
+    assert wrong.status is Status.MISMATCH
+    assert wrong.kl_to_float32 > 1.5 * wrong.stock_kl_to_float32
+
+
 def test_a_method_that_is_wrong_by_little_is_found_out_by_its_divergence(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -33,6 +33,12 @@ Tiny random models of 3 layers over 150 tokens:
 - keys of the first token of each pass negated in one head of one layer: 2e-4 to 5e-2
 """
 
+NO_FURTHER = 1.5
+"""Times stock's mean divergence from float32 that an exact method in 16 bits may be away from it.
+
+SmolLM2-135M over 1K to 8K tokens in bfloat16: 0.99 to 1.01 for the exact methods.
+"""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AgreementRow:
@@ -184,12 +190,18 @@ class Agreement:
         )
 
     def _agrees(self, method: str, tally: Tally) -> bool:
-        """Whether a method is what it says: an exact one equals stock in float32, up to ties."""
+        """Whether a method is what it says it is.
+
+        An exact one equals stock in float32, up to ties. In 16 bits it is as far from the float32
+        reference as stock is.
+        """
         if not CATALOGUE[method].exact:
             return True
         if self._spec.dtype == "float32":
             return tally.differing == tally.ties and tally.from_stock.largest <= EXACT_KL
-        return not math.isnan(tally.from_stock.mean)
+        if self._precise is None:
+            return not math.isnan(tally.from_stock.mean)
+        return tally.from_float32.mean <= NO_FURTHER * tally.stock_from_float32.mean
 
 
 def _read_stock(
