@@ -24,8 +24,8 @@ def shape_of(name: str, *, dtype: str = "auto", local_files_only: bool = False) 
 
     Args:
         name: a preset, "demo", "smollm2", "gemma3-270m", a GGUF file, a folder, a config.json, or
-            a model id of the hub: the first of these that it can be. So a folder called as a
-            preset is given as "./llama-3-8b".
+            an id of the hub. The first of these is taken. So a folder called as a preset is given
+            as "./llama-3-8b".
         dtype: "auto" for the one the config names, or a torch dtype's name.
         local_files_only: never ask the hub.
 

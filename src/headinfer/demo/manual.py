@@ -50,6 +50,7 @@ class Manual:
         return f"{self.text}\n\n{question}"
 
 
+# Those of twenty tried ones that SmolLM2-135M mostly finds at 7K tokens.
 HIDDEN = (
     Hidden(
         sentence="The chairman's parrot eats nothing but roasted chestnuts.",
@@ -117,8 +118,8 @@ def _paragraphs() -> list[str]:
 def _scattered(paragraphs: list[str], hidden: list[str]) -> list[str]:
     """Return the paragraphs with sentences between them, at nearly even distances.
 
-    None stands in the first quarter. SmolLM2-135M missed all five that were tried there, by stock
-    transformers as by HeadInfer.
+    None stands in the first quarter. SmolLM2-135M missed all five that were tried there, under
+    stock attention too.
     """
     parts: list[str] = []
     start = 0
