@@ -74,5 +74,7 @@ def test_the_document_holds_the_manual_and_all_hidden_sentences():
     assert [manual.text.count(hidden.sentence) for hidden in HIDDEN] == [1] * len(HIDDEN)
     assert list(manual.depths) == sorted(manual.depths)
     assert 0.15 < manual.depths[0] < 0.4 < 0.7 < manual.depths[-1] < 1
+    parts = manual.text.split("\n\n")
+    assert all(parts[parts.index(hidden.sentence) - 1].endswith(".") for hidden in HIDDEN)
     assert "A *block* is a piece of Python program text" in " ".join(manual.text.split())
     assert make_manual(3000, count) == manual
