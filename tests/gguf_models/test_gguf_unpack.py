@@ -73,7 +73,7 @@ def test_a_shape_is_told_without_unpacking(tmp_path):
     shape = shape_of(str(file))
     weights_bytes = 4 * sum(weight.numel() for weight in model.parameters())
     assert shape.weights_bytes == pytest.approx(weights_bytes, rel=0.01)
-    assert [layer.window_tokens for layer in shape.layers] == [8] * 5 + [None, 8]
+    assert [layer.window_tokens for layer in shape.layers] == [8] * 5 + [0, 8]
     assert shape.max_positions == 384
     assert not list((tmp_path / "cache").glob("headinfer/tiny-*"))
 
