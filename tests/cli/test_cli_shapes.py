@@ -134,8 +134,11 @@ def test_no_model_there(tmp_path) -> None:
         shape_of(str(tmp_path / "config.json"))
     with pytest.raises(ModelLoadError, match="neither a folder nor"):
         shape_of(str(tmp_path / "missing"))
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    (tmp_path / "model.bin").write_bytes(b"PK")
     with pytest.raises(ModelLoadError, match=r"give a \.json file"):
+        shape_of(str(tmp_path / "model.bin"))
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ModelLoadError, match="GGUF"):
         shape_of(str(tmp_path / "model.gguf"))
 
 

@@ -65,6 +65,19 @@ def test_the_tokenizer_knows_special_tokens_and_the_chat_template(tmp_path):
     assert tokenizer.chat_template == CHAT
 
 
+def test_a_shape_is_told_without_unpacking(tmp_path):
+    from headinfer.cli.shapes import shape_of
+
+    file = tmp_path / "tiny.gguf"
+    model = write_gemma(file)
+    shape = shape_of(str(file))
+    weights_bytes = 4 * sum(weight.numel() for weight in model.parameters())
+    assert shape.weights_bytes == pytest.approx(weights_bytes, rel=0.01)
+    assert [layer.window_tokens for layer in shape.layers] == [8] * 5 + [0, 8]
+    assert shape.max_positions == 384
+    assert not list((tmp_path / "cache").glob("headinfer/tiny-*"))
+
+
 def test_generate_takes_a_file_by_its_path(tmp_path):
     file = tmp_path / "tiny.gguf"
     model = write_llama(file)

@@ -121,16 +121,15 @@ class _Asker:
         self.model = model
         self._tokenizer = tokenizer
 
-    def ask_stock(self) -> list[list[int]]:
-        """Return the tokens that stock transformers answers, from a cache of its own."""
+    def ask_stock(self) -> list[tuple[list[int], str]]:
+        """Return what stock transformers answers, from a cache of its own."""
         from transformers import DynamicCache
 
         with stderr_console().status("stock transformers reads and answers, for comparison"):
             cache = DynamicCache(config=self.model.config)
             self.read(cache)
-            return [
-                self.answer(number, cache, lambda _: None)[0] for number in range(len(self.prompts))
-            ]
+            count = len(self.prompts)
+            return [self.answer(number, cache, lambda _: None) for number in range(count)]
 
     def read(self, cache: Any) -> None:
         """Take the document, with what stands before it in every prompt, into a cache."""
@@ -149,12 +148,19 @@ class _Asker:
 
     def answer(self, number: int, cache: Any, write: Any) -> tuple[list[int], str]:
         """Return an answer's tokens and text; question and answer leave the cache again."""
+        import torch
         from transformers import StoppingCriteriaList
 
         from headinfer.integration.calls import cache_argument
 
         self.interrupt.check()
         collector = TextCollector(self._tokenizer, write)
+
+        def ended(input_ids: Any, _scores: Any, **_keywords: Any) -> Any:
+            """Stop after a sentence; stop strings of transformers do not know all tokenizers."""
+            sentence = any(mark in collector.text for mark in ".\n")
+            return input_ids.new_full((1,), sentence, dtype=torch.bool)
+
         prompt = self._tensor(self.prompts[number])
         self.model.generate(
             input_ids=prompt,
@@ -162,10 +168,8 @@ class _Asker:
             **cache_argument(self.model, cache),
             do_sample=False,
             max_new_tokens=_MAX_ANSWER_TOKENS,
-            stop_strings=[".", "\n"],
-            tokenizer=self._tokenizer,
             streamer=collector,
-            stopping_criteria=StoppingCriteriaList([self.interrupt.stopping_criterion]),
+            stopping_criteria=StoppingCriteriaList([self.interrupt.stopping_criterion, ended]),
         )
         cache.crop(self.shared_tokens - cache.get_seq_length())
         self.interrupt.check()
@@ -181,7 +185,7 @@ def _ask(
     console: Console,
     asker: _Asker,
     manual: "Manual",
-    stock: list[list[int]],
+    stock: list[tuple[list[int], str]],
     options: Options,
     device: str,
     name: str,
@@ -210,10 +214,12 @@ def _ask(
             )
             console.print("  ", end="")
             ids, text = asker.answer(idx, cache, write)
-            as_stock = ids == stock[idx]
-            same += as_stock
-            right += hidden.answer.casefold() in text.casefold()
-            console.print("  [green]as stock[/]" if as_stock else "  [red]NOT AS STOCK[/]")
+            is_right = hidden.answer.casefold() in text.casefold()
+            as_stock = ids == stock[idx][0]
+            same, right = same + as_stock, right + is_right
+            mark = "[green]right[/]" if is_right else f"[yellow]wrong[/], it is: {hidden.answer}"
+            beside = "as stock" if as_stock else f"[red]STOCK:[/] {escape(stock[idx][1].strip())}"
+            console.print(f"\n  {mark}; {beside}")
         console.print()
         print_rows(console, summary_rows(offload.stats, plan))
     return same, right

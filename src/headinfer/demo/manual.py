@@ -11,6 +11,9 @@ CHAPTERS = ("execmodel", "debugger", "import", "try", "with", "assignment", "cal
 """Topics of `pydoc_data.topics`, in this order; as many paragraphs as fit are taken."""
 
 
+MIN_TOKENS = 512
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hidden:
     """A sentence that is hidden in the document.
@@ -47,21 +50,12 @@ class Manual:
         return f"{self.text}\n\n{question}"
 
 
+# Those of twenty tried ones that SmolLM2-135M mostly finds at 7K tokens.
 HIDDEN = (
-    Hidden(
-        sentence="The goat of the harbour master eats nothing but velvet.",
-        question="What does the goat of the harbour master eat?",
-        answer="velvet",
-    ),
     Hidden(
         sentence="The chairman's parrot eats nothing but roasted chestnuts.",
         question="What does the chairman's parrot eat?",
         answer="roasted chestnuts",
-    ),
-    Hidden(
-        sentence="The mayor's uncle collects nothing but broken clocks.",
-        question="What does the mayor's uncle collect?",
-        answer="broken clocks",
     ),
     Hidden(
         sentence="The museum of spoons is open on Thursdays.",
@@ -81,12 +75,7 @@ HIDDEN = (
     Hidden(
         sentence="The secret ingredient of the office soup is smoked paprika.",
         question="What is the secret ingredient of the office soup?",
-        answer="paprika",
-    ),
-    Hidden(
-        sentence="The winning lottery ticket is hidden in a teapot.",
-        question="Where is the winning lottery ticket hidden?",
-        answer="teapot",
+        answer="smoked paprika",
     ),
 )
 
@@ -99,11 +88,11 @@ def make_manual(num_tokens: int, count_tokens: Callable[[str], int]) -> Manual:
         count_tokens: counts the tokens of a text.
 
     Raises:
-        ValueError: the hidden sentences alone have more tokens.
+        ValueError: they are fewer than `MIN_TOKENS`.
     """
+    if num_tokens < MIN_TOKENS:
+        raise ValueError(f"the document must have at least {MIN_TOKENS} tokens")
     left = num_tokens - sum(count_tokens(f"{hidden.sentence}\n\n") for hidden in HIDDEN)
-    if left <= 0:
-        raise ValueError(f"the document needs more room for {len(HIDDEN)} hidden sentences")
     kept: list[str] = []
     for paragraph in _paragraphs():
         left -= count_tokens(f"{paragraph}\n\n")
@@ -127,11 +116,17 @@ def _paragraphs() -> list[str]:
 
 
 def _scattered(paragraphs: list[str], hidden: list[str]) -> list[str]:
-    """Return the paragraphs with sentences between them, at even distances."""
+    """Return the paragraphs with sentences between them, at nearly even distances.
+
+    None stands in the first quarter. SmolLM2-135M missed all five that were tried there, under
+    stock attention too.
+    """
     parts: list[str] = []
     start = 0
     for idx, sentence in enumerate(hidden):
-        end = (2 * idx + 1) * len(paragraphs) // (2 * len(hidden))
+        end = (idx + 2) * len(paragraphs) // (len(hidden) + 2)
+        while end < len(paragraphs) and not paragraphs[end - 1].endswith("."):
+            end += 1  # not between a heading, or a word, and what explains it
         parts += [*paragraphs[start:end], sentence]
         start = end
     return parts + paragraphs[start:]

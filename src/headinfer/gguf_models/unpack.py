@@ -71,7 +71,7 @@ class _Header:
         except Exception as error:
             # A file cut short ends in whatever numpy says of it.
             raise ModelLoadError(
-                f"model {name!r} is damaged or cut short; fetch it again"
+                f"model {name!r} is a GGUF file that is damaged or cut short; fetch it again"
             ) from error
         parts = self.value("split.count")
         if parts is not None and int(parts) > 1:
