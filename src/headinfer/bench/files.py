@@ -60,8 +60,8 @@ def check_continues(old: Mapping[str, Any], new: Mapping[str, Any], *, but: Set[
                 "give another --json, or leave out --resume to begin anew"
             )
     before, now = old["spec"], new["spec"]
-    for name in before.keys() - but:
-        if before[name] != now[name]:
+    for name in before:
+        if name not in but and before[name] != now[name]:
             raise OptionError(
                 f"--resume: {name} was {before[name]!r} in the results and is {now[name]!r} now; "
                 "give another --json, or leave out --resume to begin anew"
