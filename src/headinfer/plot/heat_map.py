@@ -14,7 +14,10 @@ from headinfer.plot.style import BLUE, GREY, LABEL_POINTS, ORANGE, TEXT_POINTS, 
 _COLOURS = LinearSegmentedColormap.from_list("found", [ORANGE, "#f7f7f7", BLUE])
 """From nothing over half to all, which colour-blind readers tell apart."""
 
-_PANEL_INCHES, _GAP_INCHES = 5.0, 0.35
+_COLUMN_INCHES, _LEAST_INCHES, _GAP_INCHES = 1.1, 3.4, 0.35
+_LEAST_WIDTH_INCHES = 10.0
+"""Width that the lines above the panels take."""
+
 _MARGIN_INCHES, _LETTER_INCHES = 0.9, 0.1
 _CELL_INCHES, _HEAD_INCHES, _FOOT_INCHES = 0.42, 1.5, 0.9
 
@@ -54,7 +57,8 @@ def draw(
         axes: what rows and columns are.
     """
     margin = _MARGIN_INCHES + _LETTER_INCHES * max(map(len, rows))
-    width = margin + _PANEL_INCHES * len(panels)
+    panel_inches = max(_LEAST_INCHES, _COLUMN_INCHES * len(columns))
+    width = max(margin + panel_inches * len(panels), _LEAST_WIDTH_INCHES)
     height = _HEAD_INCHES + _FOOT_INCHES + _CELL_INCHES * max(len(rows), 5)
     figure = Figure(figsize=(width, height), dpi=100, facecolor="white")
     FigureCanvasAgg(figure)
@@ -66,9 +70,9 @@ def draw(
     for number, panel in enumerate(panels):
         place = figure.add_axes(
             (
-                (margin + number * _PANEL_INCHES) / width,
+                (margin + number * panel_inches) / width,
                 _FOOT_INCHES / height,
-                (_PANEL_INCHES - _GAP_INCHES) / width,
+                (panel_inches - _GAP_INCHES) / width,
                 1 - (_HEAD_INCHES + _FOOT_INCHES) / height,
             )
         )
