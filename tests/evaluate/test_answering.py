@@ -144,3 +144,15 @@ def test_the_middle_is_cut(most, kept):
 def test_a_prompt_of_nothing_is_refused(most):
     with pytest.raises(OptionError, match=f"cut to {most} tokens is none"):
         cut_middle([1, 2, 3], most)
+
+
+def test_something_can_be_called_right_before_the_next_cache_and_once(model):
+    closed, answerer = answering(model)
+    told = []
+    with closed:
+        answerer.answer([4, 5], 1)
+        answerer.before_next_cache(lambda: told.append("limit"))
+        assert told == []
+        answerer.answer([4, 5], 1)
+        answerer.answer([4, 5], 1)
+    assert told == ["limit"]

@@ -164,6 +164,36 @@ def test_results_of_another_run_are_not_gone_on_with(model, text, tmp_path, fake
     assert path.read_text() == before
 
 
+@pytest.mark.parametrize(
+    ("machine", "told"),
+    [
+        ({"device": "cuda"}, "measured with other device"),
+        ({"hardware": {"cpu": "another", "gpu": None}}, "measured with other hardware"),
+    ],
+)
+def test_results_of_another_machine_are_not_gone_on_with(
+    model, text, tmp_path, fakes, monkeypatch, machine, told
+):
+    path = tmp_path / "out.json"
+    given = ("--model", model, "--text", text, "--contexts", "100", "--json", str(path))
+    assert run(*given).exit_code == 0
+    here = fakes.machine("cpu")
+    monkeypatch.setattr(fakes, "machine", lambda _device: here | machine)
+    result = run(*given, "--resume")
+    assert result.exit_code == 2
+    assert told in result.stderr
+
+
+def test_results_of_another_verb_are_not_gone_on_with(model, text, tmp_path, fakes):
+    path = tmp_path / "out.json"
+    given = ("--model", model, "--contexts", "100", "--json", str(path))
+    assert run(*given, "--text", text).exit_code == 0
+    arguments = ["scbench", *given, "--data", "made", "--tasks", "kv", "--resume"]
+    result = CliRunner().invoke(evaluate.app, arguments)
+    assert result.exit_code == 2
+    assert "--resume: the file holds results of needle, not of scbench" in result.stderr
+
+
 def test_a_wrong_answer_is_exit_code_1(model, text, fakes):
     fakes._job = lambda job: (
         record(f"q{number}", (5, 6 + (job.method == "headinfer"))) for number in range(5)

@@ -74,7 +74,7 @@ def test_cells_tell_the_score_the_cut_and_whether_answers_are_stocks():
     text = report([("file", needles())], "plots")
     assert "## Needle in a haystack (Figure 6)" in text
     assert "| context | standard | headinfer | kv-4bit ~ |" in text
-    assert ("| 1K | 50.0 | 50.0, 1 of 2 as stock, 1 by a tie | 0.0, cut to 976 |") in text
+    assert ("| 1K | 50.0 | 50.0, 1 of 2 as stock, 1 by a tie | 0.0, saw 60 |") in text
     assert "| 2K | - | - | - |" in text
     assert "![needle: score by method](plots/file.png)" in text
     assert "- standard: cannot run: out of memory" in text

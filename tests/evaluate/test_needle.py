@@ -101,9 +101,9 @@ def test_prompts_are_the_same_for_every_method_and_other_ones_for_every_question
     first, second = Reading(), Reading()
     list(task.records(500, first, ()))
     (last,) = task_from_json(json.loads(json.dumps(task.to_json()))).records(
-        500, second, ["depth 0, sample 0", "depth 1, sample 0", "depth 0, sample 1"]
+        500, second, ["depth 0.0, sample 0", "depth 1.0, sample 0", "depth 0.0, sample 1"]
     )
-    assert last.question == "depth 1, sample 1"
+    assert last.question == "depth 1.0, sample 1"
     assert second.prompts == first.prompts[3:]
     assert len(set(first.prompts)) == 4
     other = Reading()
@@ -149,6 +149,25 @@ def test_prose_goes_round_and_is_read_as_far_as_it_is_needed():
 def test_a_text_that_ends_nowhere_is_one_sentence():
     haystack = Haystack("no end", Spaces())
     assert len(haystack.sentences(0, 7)) == 3
+
+
+def test_a_sentence_longer_than_the_prompt_is_cut_and_not_left_out():
+    tokenizer = Spaces()
+    (part,) = Haystack("one two three four five six seven", tokenizer).sentences(0, 4)
+    assert tokenizer.text(part) == " one two three four"
+
+
+def test_sentences_end_in_other_scripts_and_at_blank_lines_too():
+    text = "\u4e00\u4e8c\u3002\u4e09\u56db\uff01 five\n\nsix"
+    assert len(Haystack(text, Spaces())) == 4
+
+
+def test_a_text_that_has_no_tokens_is_refused():
+    def nothing(texts, add_special_tokens):
+        return {"input_ids": [[] for _ in texts]}
+
+    with pytest.raises(OptionError, match="makes no tokens of the text"):
+        Haystack("One. Two.", nothing).sentences(0, 10)
 
 
 @pytest.mark.parametrize(

@@ -190,6 +190,27 @@ def test_a_row_that_was_stopped_before_it_was_judged_is_judged():
     assert done["bounded", 4096].status is Status.MISMATCH
 
 
+def test_a_finished_row_is_judged_where_stock_answers_later():
+    alone = replace(
+        unfinished("bounded", is_finished=True),
+        records=tuple(record(f"q{number}", (9, 9)) for number in range(3)),
+    )
+    done = run(answers_spec("bounded", "standard"), FakeWorkers(answering_all), Heard(), [alone])
+    assert done["standard", 4096].status is Status.OK
+    assert done["bounded", 4096].status is Status.MISMATCH
+
+
+def test_memory_that_runs_out_again_and_again_ends_no_row_that_goes_on():
+    def job(job):
+        yield record(f"q{len(job.done)}")
+        if len(job.done) < 39:
+            yield lacks_memory()
+
+    workers = FakeWorkers(job)
+    row = run(answers_spec("standard", task=Quiz(samples=40)), workers, Heard())["standard", 4096]
+    assert (row.status, len(row.records)) == (Status.OK, 40)
+
+
 def test_a_person_is_told_of_rows_answers_and_the_time_left():
     told = Heard()
     run(answers_spec("standard", contexts=(1024,)), FakeWorkers(answering_all), told)

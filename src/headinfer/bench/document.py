@@ -156,7 +156,7 @@ def provenance() -> dict[str, Any]:
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": {
             "python": platform.python_version(),
-            **{name: _version(name) for name in ("torch", "transformers", "headinfer")},
+            **{name: version_of(name) for name in ("torch", "transformers", "headinfer")},
         },
         "commit": _commit(),
     }
@@ -196,7 +196,8 @@ def _row(values: Mapping[str, Any]) -> Row:
     return Row(**(dict(values) | parts))
 
 
-def _version(name: str) -> str | None:
+def version_of(name: str) -> str | None:
+    """Return the version of an installed package; None where it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:  # running from a source tree that was not installed

@@ -42,6 +42,10 @@ def load_results(
         raise OptionError(f"{path!r} holds no results of `headinfer {verb}`") from error
 
 
+_MACHINE = ("cpu", "gpu", "host_memory_bytes")
+"""What of a header's `hardware` tells one machine from another."""
+
+
 def check_continues(old: Mapping[str, Any], new: Mapping[str, Any], *, but: Set[str]) -> None:
     """Check that the rows of a new run belong into the file of an old one.
 
@@ -51,20 +55,30 @@ def check_continues(old: Mapping[str, Any], new: Mapping[str, Any], *, but: Set[
         but: names in the header's `spec` that may be others.
 
     Raises:
-        OptionError: they do not: another program, or other values in the `spec`.
+        OptionError: they do not: another verb, program or machine, or other values in the `spec`.
     """
-    for name in ("versions", "commit"):
-        if new[name] != old[name]:
+    if new["command"] != old["command"]:
+        raise OptionError(
+            f"--resume: the file holds results of {old['command']}, not of {new['command']}; "
+            "give another --json"
+        )
+    for what, names, before, now in (
+        ("versions", ("versions",), old, new),
+        ("commit", ("commit",), old, new),
+        ("device", ("device",), old, new),
+        ("hardware", _MACHINE, old["hardware"], new["hardware"]),
+    ):
+        if any(before.get(name) != now.get(name) for name in names):
             raise OptionError(
-                f"--resume: the results were measured with other {name}; "
+                f"--resume: the results were measured with other {what}; "
                 "give another --json, or leave out --resume to begin anew"
             )
     before, now = old["spec"], new["spec"]
-    for name in before:
-        if name not in but and before[name] != now[name]:
+    for name in dict.fromkeys((*before, *now)):
+        if name not in but and before.get(name) != now.get(name):
             raise OptionError(
-                f"--resume: {name} was {before[name]!r} in the results and is {now[name]!r} now; "
-                "give another --json, or leave out --resume to begin anew"
+                f"--resume: {name} was {before.get(name)!r} in the results and is "
+                f"{now.get(name)!r} now; give another --json, or leave out --resume to begin anew"
             )
 
 

@@ -221,10 +221,11 @@ def _begin(
     spec: AnswersSpec, launcher: Launcher, progress: RunProgress, path: str | None
 ) -> Answers:
     """Return the results of an earlier run to go on with, or those of one that begins."""
-    if path is not None and Path(path).exists():
-        return Answers.load(path).continued(spec)
     progress.started("looking at the machine", None)
-    return Answers.new(spec, launcher.machine(spec.settings.device))
+    machine = launcher.machine(spec.settings.device)
+    if path is not None and Path(path).exists():
+        return Answers.load(path).continued(spec, machine)
+    return Answers.new(spec, machine)
 
 
 def _tell(results: Answers, path: str | None, console: Console, *, stopped: bool) -> None:

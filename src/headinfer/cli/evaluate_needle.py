@@ -17,7 +17,7 @@ def needle(
         str,
         typer.Option(
             metavar="SHARES",
-            help="Where the fact lies: 0,0.5,1; or how many places, evenly from 0 to 1.",
+            help="Where the fact lies: 0,0.5,1; or how many places from 0 to 1, 2 at least.",
         ),
     ] = str(_DEPTHS),
     text: Annotated[
@@ -48,7 +48,7 @@ def _shares(given: str) -> tuple[float, ...]:
     Raises:
         OptionError: it does not parse, or names fewer than one.
     """
-    if given.isdigit() and int(given) > 1:
+    if given.isdecimal() and int(given) > 1:
         return tuple(round(place / (int(given) - 1), 4) for place in range(int(given)))
     try:
         return tuple(map(float, given.split(",")))

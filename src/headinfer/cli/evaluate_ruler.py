@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from headinfer.errors import OptionError
-from headinfer.evaluate.ruler.kinds import parse_kinds
+from headinfer.evaluate.ruler.kinds import check_files, parse_kinds
 from headinfer.evaluate.ruler.task import Ruler
 
 _NEEDED = ("lm_eval", "nltk", "scipy", "wonderwords")
@@ -41,4 +41,6 @@ def ruler(
         raise OptionError(
             f"RULER needs {', '.join(missing)}, not installed; pip install 'headinfer[eval]'"
         )
-    return Ruler(kinds=parse_kinds(tasks), samples=samples, seed=seed, raw=raw, data=data)
+    task = Ruler(kinds=parse_kinds(tasks), samples=samples, seed=seed, raw=raw, data=data)
+    check_files(task.kinds, data)
+    return task

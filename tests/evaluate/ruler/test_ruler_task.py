@@ -19,7 +19,7 @@ from headinfer.evaluate.answers.record import Answer, Record
 from headinfer.evaluate.answers.task import task_from_json
 from headinfer.evaluate.harness import AnsweringLM
 from headinfer.evaluate.ruler.form import Form
-from headinfer.evaluate.ruler.kinds import KINDS, OFFLINE, parse_kinds
+from headinfer.evaluate.ruler.kinds import KINDS, OFFLINE, check_files, parse_kinds
 from headinfer.evaluate.ruler.samples import Maker
 from headinfer.evaluate.ruler.task import Ruler
 from headinfer.integration.model_shape import model_shape
@@ -180,10 +180,12 @@ def test_a_task_goes_through_json() -> None:
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=r"niah_single_2 needs PaulGrahamEssays\.json .*--data"):
-        Ruler(kinds=("niah_single_2",))
+        check_files(("niah_single_2",), None)
     with pytest.raises(OptionError, match=r"ruler_qa_squad needs dev-v2\.0\.json, which is not in"):
-        Ruler(kinds=("ruler_qa_squad",), data=str(tmp_path))
+        check_files(("ruler_qa_squad",), str(tmp_path))
     save_files(tmp_path)
-    assert Ruler(kinds=tuple(KINDS), data=str(tmp_path)).questions(1024) == 13
+    check_files(tuple(KINDS), str(tmp_path))
+    task = Ruler(kinds=tuple(KINDS), data="moved since")  # as a report reads it
+    assert task.questions(1024) == 13 * task.samples
     with pytest.raises(OptionError, match="samples must be at least 1, not 0"):
         Ruler(kinds=OFFLINE, samples=0)

@@ -48,7 +48,7 @@ class AgreementRow:
         method: its name.
         context_tokens: tokens of the text.
         exact: whether the method's predictions must be stock's.
-        status: `MISMATCH` for an exact method that does not agree in float32, or gives NaN.
+        status: `MISMATCH` for an exact method that does not agree; see `EXACT_KL` and `NO_FURTHER`.
         reason: why there is no result.
         note: what a reader must know; empty for nothing.
         positions: how many were compared.

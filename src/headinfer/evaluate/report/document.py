@@ -10,7 +10,7 @@ from headinfer.evaluate.agreement.table import markdown as agreement_table
 from headinfer.evaluate.agreement.table import notes as agreement_notes
 from headinfer.evaluate.answers.document import Answers
 from headinfer.evaluate.answers.run import AnswersRow
-from headinfer.evaluate.answers.table import compared, conditions, notes, percent
+from headinfer.evaluate.answers.table import compared, conditions, notes, percent, seen
 from headinfer.evaluate.report import paper
 from headinfer.units import exact_bytes, format_tokens
 
@@ -31,7 +31,7 @@ marked with ~ is not exact by design.
 
 _CAPPED = """\
 Every method has the memory of one small card here. A method that lacks memory for a prompt answers
-from one that is cut in the middle to what it holds, as the rows of the paper's tables do.
+from one that is cut in the middle to what it holds. The rows of the paper's tables do the same.
 """
 
 
@@ -101,7 +101,8 @@ def _answers(name: str, results: Answers, plots: str) -> Iterator[str]:
     """Yield one run's plot, tables and notes."""
     yield f"### {_title(results)}\n"
     yield _facts((*conditions(results), _made(results.header)))
-    yield f"![{results.spec.task.name}: score by method]({plots}/{plot_name(name)})\n"
+    if any(row.records for row in results.rows.values()):
+        yield f"![{results.spec.task.name}: score by method]({plots}/{plot_name(name)})\n"
     yield _score_table(results)
     yield from _group_tables(results)
     remarks = (
@@ -144,7 +145,9 @@ def _cell(results: Answers, row: AnswersRow | None) -> str:
         return "-"
     told = [percent(row)]
     if any(record.answer.is_cut for record in row.records):
-        told.append(f"cut to {format_tokens(row.limit_tokens or 0)}")
+        told.append(f"saw {seen(row)}")
+    if len(row.records) < results.spec.task.questions(row.context_tokens):
+        told.append(f"{len(row.records)} answers alone")
     like = compared(results, row)
     if like is not None:
         told.append(f"{like.same} of {like.compared} as stock")
@@ -165,7 +168,7 @@ def _group_tables(results: Answers) -> Iterator[str]:
         }
         groups = list(next(iter(of_method.values()), {}))
         if len(groups) < 2:
-            return
+            continue
         equal = method != REFERENCE_METHOD and all(
             scores.get((REFERENCE_METHOD, context)) == found for context, found in of_method.items()
         )

@@ -33,7 +33,7 @@ def figure(results: Answers) -> Figure | None:
     if any(panel.marked for panel in panels):
         within += "; black bar: from prompts cut in the middle to what the method holds"
     return draw(
-        f"{spec.task.name}: share of right answers, in percent",
+        f"{spec.task.name}: mean score, in percent",
         f"{spec.model.description.split(',')[0]}, {spec.dtype}{within}",
         panels,
         rows=groups,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from headinfer.errors import OptionError
 from headinfer.evaluate.answers.record import Record, scores_by
-from headinfer.evaluate.ruler.kinds import KINDS, check_files, check_kinds
+from headinfer.evaluate.ruler.kinds import KINDS, check_kinds
 
 if TYPE_CHECKING:
     from headinfer.evaluate.answers.answering import Answerer
@@ -42,7 +42,6 @@ class Ruler:
         check_kinds(self.kinds)
         if self.samples < 1:
             raise OptionError(f"samples must be at least 1, not {self.samples}")
-        check_files(self.kinds, self.data)
 
     @property
     def max_new_tokens(self) -> int:
