@@ -12,7 +12,6 @@ from rich.table import Table
 
 from headinfer.bench.catalogue import CATALOGUE
 from headinfer.bench.document import Results
-from headinfer.bench.files import check_replaceable
 from headinfer.bench.launch import FreshProcesses, Launcher
 from headinfer.bench.result import Status
 from headinfer.bench.rows import Row
@@ -24,14 +23,12 @@ from headinfer.cli.bench_report import report
 from headinfer.cli.command import OnceCommand
 from headinfer.cli.console import reporting_errors, stdout_console
 from headinfer.cli.output import (
-    RESUME_WITHOUT_FILE,
     STDOUT,
     JsonCommand,
-    check_writable,
+    check_results,
     write_json,
 )
 from headinfer.cli.run_progress import RunProgress, run_console, showing_progress
-from headinfer.errors import OptionError
 
 app = typer.Typer(
     help="Measure speed and memory beside what people use instead, on this machine.",
@@ -127,11 +124,7 @@ app.command(cls=OnceCommand)(report)
 def _run(command: Command, given: dict[str, Any]) -> None:
     spec = run_spec(command, given)
     path: str | None = given["json_path"]
-    check_writable("--json", path)
-    if path not in (None, STDOUT):
-        check_replaceable(str(path))
-    if given["resume"] and path in (None, STDOUT):
-        raise OptionError(RESUME_WITHOUT_FILE)
+    check_results(path, resume=given["resume"])
     console = run_console()
     with showing_progress(console) as progress:
         launcher = make_launcher()

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from headinfer.bench.catalogue import parse_methods
-from headinfer.bench.files import check_replaceable
 from headinfer.bench.result import Status
 from headinfer.bench.spec import check_lists
 from headinfer.cli.bench_options import named_model
@@ -22,11 +21,10 @@ from headinfer.cli.load import (
 )
 from headinfer.cli.options import NO_VALUE, Dtype, DtypeChoice, Threads, TrainedModel, with_flags
 from headinfer.cli.output import (
-    RESUME_WITHOUT_FILE,
     STDOUT,
     JsonPath,
     Resume,
-    check_writable,
+    check_results,
     write_json,
 )
 from headinfer.cli.prompt import encode, read_text
@@ -101,11 +99,7 @@ def agreement(
         counts = None if contexts is None else sorted(parse_contexts(contexts, "1K,4K"))
         check_lists(names, counts or (1,))
         options = Options.parse(**flags)
-        check_writable("--json", json_path)
-        if json_path not in (None, STDOUT):
-            check_replaceable(str(json_path))
-        if resume and json_path in (None, STDOUT):
-            raise OptionError(RESUME_WITHOUT_FILE)
+        check_results(json_path, resume=resume)
         if model in PRESETS:
             raise OptionError(f"{model} is a shape without weights; give a folder or hub id")
         text = read_text(file, "file", "a file with --file")

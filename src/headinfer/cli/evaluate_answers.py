@@ -10,7 +10,6 @@ import typer
 from rich.console import Console
 
 from headinfer.bench.catalogue import parse_methods
-from headinfer.bench.files import check_replaceable
 from headinfer.bench.result import Status
 from headinfer.bench.spec import check_lists
 from headinfer.cli.bench_options import named_model
@@ -28,15 +27,13 @@ from headinfer.cli.options import (
     with_flags,
 )
 from headinfer.cli.output import (
-    RESUME_WITHOUT_FILE,
     STDOUT,
     JsonPath,
     Resume,
-    check_writable,
+    check_results,
     write_json,
 )
 from headinfer.cli.run_progress import RunProgress, run_console, showing_progress
-from headinfer.errors import OptionError
 from headinfer.evaluate.answers.document import Answers
 from headinfer.evaluate.answers.job import AnswersSpec
 from headinfer.evaluate.answers.launch import Launcher, Workers
@@ -145,11 +142,7 @@ def verb(make_task: Callable[..., Task], **defaults: Any) -> Callable[..., None]
 
 def _run(task: Task, given: dict[str, Any]) -> None:
     path: str | None = given["json_path"]
-    check_writable("--json", path)
-    if path not in (None, STDOUT):
-        check_replaceable(str(path))
-    if given["resume"] and path in (None, STDOUT):
-        raise OptionError(RESUME_WITHOUT_FILE)
+    check_results(path, resume=given["resume"])
     share_cores()
     calm_transformers(verbose=False)
     console = run_console()

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from headinfer.bench.files import check_replaceable
 from headinfer.cli.command import OnceCommand
 from headinfer.cli.options import NO_VALUE, OUTPUT_PANEL
 from headinfer.errors import OptionError
@@ -52,8 +53,6 @@ Resume = Annotated[
     ),
 ]
 
-RESUME_WITHOUT_FILE = "--resume goes on with what --json FILE holds; give the file"
-
 
 def check_writable(option: str, path: str | None) -> None:
     """Check that a file can be written.
@@ -76,6 +75,23 @@ def check_writable(option: str, path: str | None) -> None:
         raise OptionError(f"{option} {path!r}: there is no folder to write it in; make it first")
     if not _can_write(path, target):
         raise OptionError(f"{option} {path!r} may not be written; choose another place")
+
+
+def check_results(path: str | None, *, resume: bool) -> None:
+    """Check that results can be written to a file, row after row, and gone on with.
+
+    Args:
+        path: of `--json`.
+        resume: whether the file is gone on with.
+
+    Raises:
+        OptionError: they cannot, or there is no file to go on with.
+    """
+    check_writable(_JSON, path)
+    if path is not None and path != STDOUT:
+        check_replaceable(path)
+    elif resume:
+        raise OptionError("--resume goes on with what --json FILE holds; give the file")
 
 
 def _can_write(path: str, target: Path) -> bool:
