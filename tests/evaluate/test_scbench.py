@@ -9,6 +9,7 @@ from test_sharing import in_force
 from headinfer.errors import OptionError
 from headinfer.evaluate.answers.record import Record
 from headinfer.evaluate.answers.task import task_from_json
+from headinfer.evaluate.prompts.chat import first_text
 from headinfer.evaluate.scbench import data as scbench_data
 from headinfer.evaluate.scbench.data import found_tasks
 from headinfer.evaluate.scbench.functions import Function, names_function
@@ -109,6 +110,43 @@ def test_a_template_that_changes_earlier_turns_is_refused():
         of_turns("scbench_kv", TWO, Forgetful(), raw=False)
 
 
+class Jinja(Letters):
+    """A tokenizer whose chat template is one of Jinja's, as transformers renders it."""
+
+    def apply_chat_template(self, messages, *, add_generation_prompt, **_settings):
+        import jinja2
+
+        return jinja2.Template(self.chat_template).render(
+            messages=messages, add_generation_prompt=add_generation_prompt
+        )
+
+
+TRIMMING = (
+    "{% for each in messages %}<{{ each.role }}> {{ each.content | trim }} {% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def test_a_template_that_trims_keeps_what_is_said():
+    tokenizer = Jinja(chat_template=TRIMMING)
+    assert first_text(tokenizer, "One?", raw=False) == "<user> One? <assistant>"
+    assert of_requests("scbench_vt", TWO, tokenizer, raw=False) == [
+        "<user> The book.",
+        "One? <assistant>",
+        "Two? <assistant>",
+    ]
+    assert of_turns("scbench_vt", TWO, tokenizer, raw=False)[1].endswith(
+        "yes <user> Two? <assistant>"
+    )
+
+
+def test_a_template_that_changes_what_is_said_is_refused():
+    tokenizer = Jinja(chat_template="{{ messages[0].content | length }}")
+    for ask in (of_turns, of_requests):
+        with pytest.raises(OptionError, match="changes what is said; leave it out with --raw"):
+            ask("scbench_vt", TWO, tokenizer, raw=False)
+
+
 def test_each_kind_of_turn_has_its_own_length():
     assert new_tokens("scbench_mf", turn("", 1)) == 5
     assert new_tokens("scbench_repoqa_and_kv", turn("", "", task="scbench_kv")) == 80
@@ -191,6 +229,7 @@ def test_functions_are_told_from_the_others_of_their_repository():
     [
         ("rouge_score.rouge_scorer", "scbench_summary", "pip install rouge-score"),
         ("nltk.translate.bleu_score", "scbench_repoqa", "pip install nltk"),
+        ("tree_sitter_language_pack", "scbench_repoqa", "pip install nltk"),
     ],
 )
 def test_a_missing_library_is_named(module, task, remedy, tmp_path, monkeypatch):
