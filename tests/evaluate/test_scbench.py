@@ -224,6 +224,18 @@ def test_functions_are_told_from_the_others_of_their_repository():
     assert not names_function("def one(): pass", "one", functions, "python")
 
 
+def test_code_of_any_depth_is_gone_through():
+    pytest.importorskip("nltk")
+    pytest.importorskip("tree_sitter_language_pack")
+    deep = "x = " + "(" * 3000 + "1" + ")" * 3000
+    one = "def one(a):\n    return a + 1 - 2"
+    functions = [Function("one", one)]
+    assert names_function(f"```\n{deep}\n{one}\n```", "one", functions, "python")
+    first = "def outer():\n    def inner(a, b, c):\n        return a\n"
+    functions = [Function("outer", first.strip()), Function("one", one)]
+    assert names_function(f"```\n{first}\n{one}\n```", "outer", functions, "python")
+
+
 @pytest.mark.parametrize(
     ("module", "task", "remedy"),
     [
@@ -379,6 +391,46 @@ def test_data_without_such_files_is_refused(tmp_path):
     data = folder(tmp_path, scbench_kv=[{"multi_turns": [{"input": "w1"}]}])
     with pytest.raises(OptionError, match="example 0 has a turn without input and answer"):
         SCBench(tasks=("scbench_kv",), data=data).questions(1)
+
+
+@pytest.mark.parametrize(
+    ("task", "changes", "words"),
+    [
+        ("scbench_kv", {"context": None}, "has no context or input"),
+        ("scbench_choice_eng", {}, "turn 0 has no options"),
+        ("scbench_choice_eng", {"options": ["Yes", "No"]}, "turn 0 has no four options"),
+        ("scbench_choice_eng", {"options": list("abcd")}, "turn 0 has no four options"),
+        ("scbench_repoqa", {"lang": "go", "repo": "r"}, "turn 0 has no name"),
+        ("scbench_repoqa", {"name": "f", "repo": "r"}, "has no lang"),
+        ("scbench_repoqa", {"name": "f", "lang": "cobol", "repo": "r"}, "lang 'cobol'"),
+        ("scbench_repoqa", {"name": "f", "lang": "go"}, "has no repo"),
+        ("scbench_summary_with_needles", {}, "turn 0 has no task"),
+        ("scbench_summary_with_needles", {"task": "scbench_kv"}, "turn 0 is of task 'scbench_kv'"),
+        ("scbench_repoqa_and_kv", {"task": "scbench_repoqa", "repo": "r"}, "turn 0 has no name"),
+    ],
+)
+def test_data_without_what_its_task_needs_is_refused(task, changes, words, tmp_path):
+    of_turn = {name: changes[name] for name in ("options", "name", "task") if name in changes}
+    of_example = {name: changes[name] for name in ("lang", "repo", "context") if name in changes}
+    bad = example(turn("One?", "yes", **of_turn)) | of_example
+    if bad["context"] is None:
+        del bad["context"]
+    data = folder(tmp_path, **{task: [bad]})
+    with pytest.raises(OptionError, match=f"example 0.* {words}") as raised:
+        scbench_data.examples(data, task)
+    assert "\n" not in str(raised.value)
+
+
+def test_data_with_what_its_task_needs_is_taken(tmp_path):
+    both = example(
+        turn("One?", "yes", task="scbench_kv"),
+        turn("Two?", "go()", task="scbench_repoqa", name="f"),
+        lang="go",
+        repo="r",
+    )
+    data = folder(tmp_path, scbench_repoqa_and_kv=[both], scbench_choice_eng=[CHOICES])
+    assert scbench_data.examples(data, "scbench_repoqa_and_kv") == [both]
+    assert scbench_data.examples(data, "scbench_choice_eng") == [CHOICES]
 
 
 def test_without_the_hubs_library_the_remedy_is_told(monkeypatch):
