@@ -127,7 +127,9 @@ def _kind(device: str) -> str:
     """
     kind, colon, index = device.partition(":")
     if colon and index != "0":
-        remedy = f"set CUDA_VISIBLE_DEVICES={index} and " if index.isdecimal() else ""
+        remedy = (
+            f"set CUDA_VISIBLE_DEVICES={index} and " if kind == "cuda" and index.isdecimal() else ""
+        )
         raise OptionError(
             f"device must be a kind, or the first of one such as cuda:0, not {device!r}; "
             f"{remedy}give device={kind}"

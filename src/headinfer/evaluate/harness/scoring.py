@@ -70,6 +70,8 @@ def score_after(reader: Reader, context: Tokens, continuations: Sequence[Tokens]
         score = _score(first[None], continuation[:1])
         if len(continuation) > 1:
             if is_moved and not _goes_back(cache, len(context)):
+                if isinstance(cache, OffloadedCache):
+                    cache.close()
                 del cache  # first: its memory is wanted
                 cache = reader.new_cache(len(context) + longest)
                 reader.prefill(context, cache)
