@@ -1,5 +1,7 @@
 """`headinfer demo` with another model than the embedded one."""
 
+import json
+
 import pytest
 
 from headinfer.demo.manual import HIDDEN, make_manual
@@ -63,6 +65,34 @@ def test_bad_input_is_one_line(cli, llama, talker):
         assert done.code == 2
         assert len(done.error_lines) == 1
         assert words in done.error_lines[0]
+
+
+def test_a_model_with_sliding_windows_is_refused_before_any_work(cli, tmp_path, monkeypatch):
+    from headinfer.cli import demo_real
+
+    monkeypatch.setattr(demo_real, "load_model", lambda *_args, **_more: pytest.fail("loaded"))
+    windowed = save_llama(tmp_path / "windowed", chat=True, positions=2048)
+    config = json.loads((windowed / "config.json").read_text())
+    windows = {
+        "model_type": "qwen2",
+        "architectures": ["Qwen2ForCausalLM"],
+        "use_sliding_window": True,
+        "sliding_window": 16,
+        "max_window_layers": 0,
+        "layer_types": ["sliding_attention"] * config["num_hidden_layers"],
+    }
+    (windowed / "config.json").write_text(json.dumps(config | windows))
+    done = demo(cli, windowed)
+    assert done.code == 2
+    (line,) = done.error_lines
+    assert "the demo needs full attention; take smollm2" in line
+
+
+def test_a_seed_is_for_the_embedded_model_alone(cli, talker):
+    done = demo(cli, talker, "--seed", "3")
+    assert done.code == 2
+    (line,) = done.error_lines
+    assert "--seed 3: it chooses a document for the model demo alone; leave it out" in line
 
 
 def test_the_document_holds_the_manual_and_all_hidden_sentences():

@@ -9,6 +9,7 @@ from test_sharing import in_force
 from headinfer.errors import OptionError
 from headinfer.evaluate.answers.record import Record
 from headinfer.evaluate.answers.task import task_from_json
+from headinfer.evaluate.prompts.chat import first_text
 from headinfer.evaluate.scbench import data as scbench_data
 from headinfer.evaluate.scbench.data import found_tasks
 from headinfer.evaluate.scbench.functions import Function, names_function
@@ -109,6 +110,43 @@ def test_a_template_that_changes_earlier_turns_is_refused():
         of_turns("scbench_kv", TWO, Forgetful(), raw=False)
 
 
+class Jinja(Letters):
+    """A tokenizer whose chat template is one of Jinja's, as transformers renders it."""
+
+    def apply_chat_template(self, messages, *, add_generation_prompt, **_settings):
+        import jinja2
+
+        return jinja2.Template(self.chat_template).render(
+            messages=messages, add_generation_prompt=add_generation_prompt
+        )
+
+
+TRIMMING = (
+    "{% for each in messages %}<{{ each.role }}> {{ each.content | trim }} {% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def test_a_template_that_trims_keeps_what_is_said():
+    tokenizer = Jinja(chat_template=TRIMMING)
+    assert first_text(tokenizer, "One?", raw=False) == "<user> One? <assistant>"
+    assert of_requests("scbench_vt", TWO, tokenizer, raw=False) == [
+        "<user> The book.",
+        "One? <assistant>",
+        "Two? <assistant>",
+    ]
+    assert of_turns("scbench_vt", TWO, tokenizer, raw=False)[1].endswith(
+        "yes <user> Two? <assistant>"
+    )
+
+
+def test_a_template_that_changes_what_is_said_is_refused():
+    tokenizer = Jinja(chat_template="{{ messages[0].content | length }}")
+    for ask in (of_turns, of_requests):
+        with pytest.raises(OptionError, match="changes what is said; leave it out with --raw"):
+            ask("scbench_vt", TWO, tokenizer, raw=False)
+
+
 def test_each_kind_of_turn_has_its_own_length():
     assert new_tokens("scbench_mf", turn("", 1)) == 5
     assert new_tokens("scbench_repoqa_and_kv", turn("", "", task="scbench_kv")) == 80
@@ -186,11 +224,24 @@ def test_functions_are_told_from_the_others_of_their_repository():
     assert not names_function("def one(): pass", "one", functions, "python")
 
 
+def test_code_of_any_depth_is_gone_through():
+    pytest.importorskip("nltk")
+    pytest.importorskip("tree_sitter_language_pack")
+    deep = "x = " + "(" * 3000 + "1" + ")" * 3000
+    one = "def one(a):\n    return a + 1 - 2"
+    functions = [Function("one", one)]
+    assert names_function(f"```\n{deep}\n{one}\n```", "one", functions, "python")
+    first = "def outer():\n    def inner(a, b, c):\n        return a\n"
+    functions = [Function("outer", first.strip()), Function("one", one)]
+    assert names_function(f"```\n{first}\n{one}\n```", "outer", functions, "python")
+
+
 @pytest.mark.parametrize(
     ("module", "task", "remedy"),
     [
         ("rouge_score.rouge_scorer", "scbench_summary", "pip install rouge-score"),
         ("nltk.translate.bleu_score", "scbench_repoqa", "pip install nltk"),
+        ("tree_sitter_language_pack", "scbench_repoqa", "pip install nltk"),
     ],
 )
 def test_a_missing_library_is_named(module, task, remedy, tmp_path, monkeypatch):
@@ -340,6 +391,46 @@ def test_data_without_such_files_is_refused(tmp_path):
     data = folder(tmp_path, scbench_kv=[{"multi_turns": [{"input": "w1"}]}])
     with pytest.raises(OptionError, match="example 0 has a turn without input and answer"):
         SCBench(tasks=("scbench_kv",), data=data).questions(1)
+
+
+@pytest.mark.parametrize(
+    ("task", "changes", "words"),
+    [
+        ("scbench_kv", {"context": None}, "has no context or input"),
+        ("scbench_choice_eng", {}, "turn 0 has no options"),
+        ("scbench_choice_eng", {"options": ["Yes", "No"]}, "turn 0 has no four options"),
+        ("scbench_choice_eng", {"options": list("abcd")}, "turn 0 has no four options"),
+        ("scbench_repoqa", {"lang": "go", "repo": "r"}, "turn 0 has no name"),
+        ("scbench_repoqa", {"name": "f", "repo": "r"}, "has no lang"),
+        ("scbench_repoqa", {"name": "f", "lang": "cobol", "repo": "r"}, "lang 'cobol'"),
+        ("scbench_repoqa", {"name": "f", "lang": "go"}, "has no repo"),
+        ("scbench_summary_with_needles", {}, "turn 0 has no task"),
+        ("scbench_summary_with_needles", {"task": "scbench_kv"}, "turn 0 is of task 'scbench_kv'"),
+        ("scbench_repoqa_and_kv", {"task": "scbench_repoqa", "repo": "r"}, "turn 0 has no name"),
+    ],
+)
+def test_data_without_what_its_task_needs_is_refused(task, changes, words, tmp_path):
+    of_turn = {name: changes[name] for name in ("options", "name", "task") if name in changes}
+    of_example = {name: changes[name] for name in ("lang", "repo", "context") if name in changes}
+    bad = example(turn("One?", "yes", **of_turn)) | of_example
+    if bad["context"] is None:
+        del bad["context"]
+    data = folder(tmp_path, **{task: [bad]})
+    with pytest.raises(OptionError, match=f"example 0.* {words}") as raised:
+        scbench_data.examples(data, task)
+    assert "\n" not in str(raised.value)
+
+
+def test_data_with_what_its_task_needs_is_taken(tmp_path):
+    both = example(
+        turn("One?", "yes", task="scbench_kv"),
+        turn("Two?", "go()", task="scbench_repoqa", name="f"),
+        lang="go",
+        repo="r",
+    )
+    data = folder(tmp_path, scbench_repoqa_and_kv=[both], scbench_choice_eng=[CHOICES])
+    assert scbench_data.examples(data, "scbench_repoqa_and_kv") == [both]
+    assert scbench_data.examples(data, "scbench_choice_eng") == [CHOICES]
 
 
 def test_without_the_hubs_library_the_remedy_is_told(monkeypatch):

@@ -183,3 +183,20 @@ def test_later_turns_that_leave_no_room_are_refused():
     closed, answerer = in_force(shared_model("llama3"), "standard")
     with closed, pytest.raises(OptionError, match="leave no room"):
         list(turns(answerer, PROMPTS, MOST, 52))
+
+
+def test_a_place_is_left_also_when_questions_are_broken_off(monkeypatch):
+    closed_places = []
+    close = rewinding.Place.close
+
+    def noted(place):
+        closed_places.append(place)
+        close(place)
+
+    monkeypatch.setattr(rewinding.Place, "close", noted)
+    closed, answerer = in_force(shared_model("gemma2"), "headinfer")
+    with closed:
+        asked = requests(answerer, PROMPTS, MOST[1:], 400)
+        next(asked)
+        asked.close()
+    assert len(closed_places) == 1

@@ -13,7 +13,7 @@ import torch
 import headinfer
 from gguf_files import write_llama
 from headinfer.errors import ModelLoadError
-from headinfer.gguf_models import PACKAGED, folder, model_folder
+from headinfer.gguf_models import PACKAGED, folder, model_folder, packaged
 from headinfer.gguf_models.packaged import PackagedModel
 
 NUM_PARTS = 3
@@ -81,6 +81,17 @@ def test_another_file_than_the_known_one(tiny, monkeypatch):
     monkeypatch.setitem(PACKAGED, "tiny", replace(tiny, sha256="0" * 64))
     with pytest.raises(ModelLoadError, match="not hold the file that was published; pip install"):
         model_folder("tiny")
+
+
+def test_parts_that_cannot_be_read(tiny, monkeypatch, caplog):
+    def unreadable(_file):
+        raise OSError(5, "Input/output error", "part")
+        yield b""
+
+    monkeypatch.setattr(packaged, "_blocks", unreadable)
+    with pytest.raises(ModelLoadError, match="'tiny' cannot be read: part: Input/output error"):
+        model_folder("tiny")
+    assert not caplog.records
 
 
 def test_importing_headinfer_imports_none_of_it():

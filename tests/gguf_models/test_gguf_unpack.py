@@ -11,6 +11,7 @@ import headinfer
 from gguf_files import CHAT, gguf, write_gemma, write_llama
 from headinfer.errors import ModelLoadError
 from headinfer.gguf_models import folder, model_folder, requirements
+from saved_models import save_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -133,6 +134,46 @@ def test_files_that_are_cut_short_or_no_gguf(tmp_path):
     refused(file, "damaged or cut short")
     file.write_bytes(b"PK" + content)
     refused(file, "no GGUF file")
+
+
+def test_a_file_that_cannot_be_read_is_not_unpacked_twice(tmp_path, monkeypatch, caplog):
+    file = tmp_path / "tiny.gguf"
+    write_llama(file)
+    tried = []
+    real_open = Path.open
+
+    def opened(path, *args, **kwargs):
+        if path.name == file.name:
+            tried.append(path)
+            raise PermissionError(13, "Permission denied", str(path))
+        return real_open(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", opened)
+    refused(file, "cannot be read", "Permission denied")
+    assert len(tried) == 1
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("name", WRITE)
+def test_what_lies_beside_a_file_has_no_say(name, tmp_path):
+    alone, beside = tmp_path / "alone" / "tiny.gguf", tmp_path / "beside" / "tiny.gguf"
+    for file in (alone, beside):
+        file.parent.mkdir()
+        WRITE[name](file)
+    save_tokenizer(beside.parent, chat=True)
+    (beside.parent / "generation_config.json").write_text(json.dumps({"eos_token_id": 7}))
+    expected, found = (model_folder(str(file)) for file in (alone, beside))
+    for part in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (found / part).read_text() == (expected / part).read_text(), part
+
+
+def test_a_file_is_unpacked_anew_by_another_transformers(tmp_path, monkeypatch):
+    file = tmp_path / "tiny.gguf"
+    write_llama(file)
+    first = model_folder(str(file))
+    folder._file_folder.cache_clear()
+    monkeypatch.setattr(requirements, "version", lambda _name: "9.9.9")
+    assert model_folder(str(file)) != first
 
 
 def test_one_file_of_several(tmp_path):

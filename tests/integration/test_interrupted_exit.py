@@ -13,7 +13,7 @@ import pytest
 
 PROGRAM = """
 import os, signal, sys
-sys.modules["tabulate"] = None  # torch imports it at the exit, by which Python forgets the signal
+sys.modules["tabulate"] = None  # torch imports it at the exit, and Python forgets the signal
 import torch
 import headinfer
 from tiny_models import random_tokens, tiny_model

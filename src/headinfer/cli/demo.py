@@ -98,6 +98,10 @@ def demo(
         else:
             from headinfer.cli import demo_real
 
+            if seed:
+                raise OptionError(
+                    f"--seed {seed}: it chooses a document for the model demo alone; leave it out"
+                )
             num_tokens = parse_tokens(tokens or demo_real.TOKENS)
             code = demo_real.run(model, num_tokens, options, verbose=verbose)
         if code:

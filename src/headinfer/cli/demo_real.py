@@ -46,6 +46,7 @@ def run(name: str, num_tokens: int, options: Options, *, verbose: bool) -> int:
         device = choose_demo_device(options)
         source = NamedSource(name=name, local_files_only=True)
         config = load_config(source)
+        _check_attention(name, config)
         tokenizer = load_tokenizer(source)
         manual = _manual(name, tokenizer, config, num_tokens)
         model, _ = load_model(source, config, dtype="auto", device=device)
@@ -70,6 +71,19 @@ def run(name: str, num_tokens: int, options: Options, *, verbose: bool) -> int:
         f"{right} of {count} right, {format_duration(time.perf_counter() - started_s)} in all"
     )
     return 0 if same == count else EXIT_UNEXPECTED
+
+
+def _check_attention(name: str, config: Any) -> None:
+    """Refuse models whose stock cache cannot go back to the document after an answer.
+
+    Raises:
+        OptionError: some layers see a window, or keep a state.
+    """
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    if any(type(layer) is not DynamicLayer for layer in DynamicCache(config=config).layers):
+        raise OptionError(f"--model {name}: the demo needs full attention; take smollm2")
 
 
 def _manual(name: str, tokenizer: Any, config: Any, num_tokens: int) -> "Manual":

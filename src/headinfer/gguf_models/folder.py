@@ -9,6 +9,7 @@ from pathlib import Path
 
 from headinfer.folders import FolderError, cache_folder
 from headinfer.gguf_models.packaged import PACKAGED, PackagedModel
+from headinfer.gguf_models.requirements import transformers_version
 from headinfer.gguf_models.unpack import unpack
 from headinfer.kept import kept_folder
 from headinfer.units import format_bytes
@@ -85,6 +86,7 @@ def _say_kept(title: str, folder: Path, terms: str | None) -> None:
 
 
 def _digest(content: str) -> str:
-    """Return a digest of what determines a folder: the model's file and how it is unpacked."""
+    """Return a digest of what determines a folder: the model's file, and what unpacks it how."""
     code = files(__package__ or "headinfer.gguf_models").joinpath("unpack.py").read_bytes()
-    return hashlib.sha256(content.encode() + code).hexdigest()[:12]
+    reader = f"{content} {transformers_version()} "
+    return hashlib.sha256(reader.encode() + code).hexdigest()[:12]

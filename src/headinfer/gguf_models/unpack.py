@@ -5,10 +5,12 @@ from the same numbers.
 """
 
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
 from headinfer.errors import HeadInferError, ModelLoadError, is_out_of_memory
+from headinfer.folders import describe
 from headinfer.gguf_models.requirements import check_readers
 
 _logger = logging.getLogger(__name__)
@@ -22,17 +24,18 @@ def unpack(file: Path, folder: Path, name: str) -> None:
 
     Args:
         file: the whole model; files that are split are refused.
-        folder: made if it does not exist.
+        folder: made if it does not exist. The folder above it is for scratch.
         name: of the model, for messages.
 
     Raises:
-        ModelLoadError: transformers cannot read the file, or not all of it.
+        ModelLoadError: the file cannot be read, or transformers does not read all of it.
         OSError: the folder cannot be written.
     """
     check_readers(f"model {name!r}")
     header = _Header(file, name)
+    alone = _alone(file, folder.with_name("file"))
     try:
-        model, tokenizer, unused = _read(file, name)
+        model, tokenizer, unused = _read(alone, name)
     except Exception as error:
         raise _load_error(name, header, error) from error
     if unused is not None:
@@ -40,6 +43,17 @@ def unpack(file: Path, folder: Path, name: str) -> None:
     _begin_as_the_file_says(tokenizer, header)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _alone(file: Path, folder: Path) -> Path:
+    """Return a file by a path in a new folder: transformers reads a tokenizer that lies beside."""
+    folder.mkdir()
+    link = folder / file.name
+    try:
+        link.symlink_to(file.absolute())
+    except OSError:  # Windows lets few users make links
+        shutil.copyfile(file, link)
+    return link
 
 
 def read_config(file: Path, name: str) -> dict[str, Any]:
@@ -61,9 +75,13 @@ class _Header:
     """A GGUF file's own words about the model in it."""
 
     def __init__(self, file: Path, name: str) -> None:
-        with file.open("rb") as opened:
-            if opened.read(len(_MAGIC)) != _MAGIC:
-                raise ModelLoadError(f"model {name!r} is no GGUF file: it does not begin with GGUF")
+        try:
+            with file.open("rb") as opened:
+                magic = opened.read(len(_MAGIC))
+        except OSError as error:
+            raise ModelLoadError(f"model {name!r} cannot be read: {describe(error)}") from error
+        if magic != _MAGIC:
+            raise ModelLoadError(f"model {name!r} is no GGUF file: it does not begin with GGUF")
         from gguf import GGUFReader
 
         try:

@@ -1,11 +1,13 @@
 """Our model type beside lm-evaluation-harness's own `hf`, on the same weights in float32."""
 
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from transformers.cache_utils import DynamicCache
+from jinja2.exceptions import TemplateError
+from transformers.cache_utils import Cache, DynamicCache, QuantizedLayer
 
 pytest.importorskip("lm_eval")
 
@@ -206,6 +208,38 @@ def test_a_template_without_system_messages_is_given_none() -> None:
     assert lm.apply_chat_template(chat) == "<user> w2 <assistant>"
 
 
+@pytest.mark.parametrize("role", ["system", "user"])
+def test_what_a_template_refuses_is_told(role: str, caplog: pytest.LogCaptureFixture) -> None:
+    lm = HeadInferLM(model_of("llama3"), make_tokenizer())
+    lm.tokenizer.chat_template = (
+        f"{{% if messages[0]['role'] == '{role}' %}}{{{{ raise_exception('no {role}') }}}}"
+        "{% endif %}" + CHAT_TEMPLATE
+    )
+    chat = [{"role": "user", "content": "w2"}]
+    if role == "user":
+        with pytest.raises(TemplateError, match="no user"):
+            lm.apply_chat_template(chat)
+        assert not caplog.records
+        return
+    for _ in range(2):
+        lm.apply_chat_template([{"role": "system", "content": "w1"}, *chat])
+    (record,) = caplog.records
+    assert "system message (no system): it is left out" in record.getMessage()
+
+
+def test_frequencies_that_follow_a_calls_length_are_told_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    HeadInferLM(model_of("llama3"), make_tokenizer()).close()
+    assert not caplog.records
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 16.0}
+    for _ in range(2):
+        model = tiny_model("llama2", rope_parameters=rope, bos_token_id=1, eos_token_id=2)
+        HeadInferLM(model, make_tokenizer()).close()
+    (record,) = caplog.records
+    assert "rotary frequencies follow the length of a call" in record.getMessage()
+
+
 class CountingReader:
     """A stock reader that counts the tokens of prefills."""
 
@@ -234,6 +268,44 @@ def test_a_context_is_read_once_unless_its_cache_cannot_go_back(name: str, times
         logits = model(torch.tensor([[*context, *rest]])).logits[0, len(context) - 1 : -1]
         wanted = logits.log_softmax(-1)[range(len(rest)), rest].sum()
         assert score.loglikelihood == pytest.approx(float(wanted), abs=1e-3)
+
+
+class Packed(QuantizedLayer):
+    """A quantised layer whose numbers are exact."""
+
+    def _quantize(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
+        return tensor
+
+    def _dequantize(self, packed: torch.Tensor) -> torch.Tensor:
+        return packed
+
+
+class PackedReader(CountingReader):
+    """A reader with quantised caches, which notes how many are alive when another is made."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self.alive: list[int] = []
+        self._made: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def new_cache(self, max_tokens: int) -> Any:
+        self.alive.append(len(self._made))
+        count = self.model.config.num_hidden_layers
+        cache = Cache(layers=[Packed(residual_length=4) for _ in range(count)])
+        self._made.add(cache)
+        return cache
+
+
+def test_a_quantised_cache_is_made_anew_once_the_old_one_is_gone() -> None:
+    model, context = model_of("llama3"), list(range(10, 71))
+    reader = PackedReader(model)
+    continuations = [[6, 7, 8, 9, 10, 11], [10, 11, 3], [4, 5, 6]]
+    found = score_after(reader, context, continuations)
+    wanted = score_after(CountingReader(model), context, continuations)
+    for score, expected in zip(found, wanted, strict=True):
+        assert score.loglikelihood == pytest.approx(expected.loglikelihood, abs=1e-3)
+    assert reader.prefilled == [len(context)] * 3
+    assert reader.alive == [0, 0, 0]
 
 
 def test_the_choices_of_a_question_read_its_context_once() -> None:
@@ -286,6 +358,9 @@ def test_options_are_checked() -> None:
     model = model_of("llama3")
     with pytest.raises(headinfer.HeadInferError, match="tile_tokens"):
         HeadInferLM(model, make_tokenizer(), tile_tokens="few")
+    with pytest.raises(OptionError, match=r"not 'cuda:1'.*CUDA_VISIBLE_DEVICES=1") as raised:
+        HeadInferLM(model, make_tokenizer(), device="cuda:1")
+    assert "\n" not in str(raised.value)
     with pytest.raises(OptionError, match="batch_size must be a positive integer, not 'auto'"):
         HeadInferLM(model, make_tokenizer(), batch_size="auto")
     lm = HeadInferLM(model, make_tokenizer(), max_length=8)

@@ -1,5 +1,7 @@
 """What the harness asks of a model type, answered through caches of one method."""
 
+import functools
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,6 +25,9 @@ from transformers.cache_utils import Cache
 from headinfer.errors import OptionError
 from headinfer.evaluate.harness.scoring import Score, score_after, score_batch
 from headinfer.integration.calls import cache_argument
+from headinfer.integration.rotary import rotary_modules_by_length
+
+_logger = logging.getLogger(__name__)
 
 Pair = tuple[tuple[str, str] | None, list[int], list[int]]
 """The texts that a request is remembered by, the tokens of its context, and those to be scored."""
@@ -69,6 +74,11 @@ class CachedLM(TemplateLM):
         self.batch_size = int(batch_size)
         self.max_gen_toks = max_gen_toks
         self.max_length = max_length or resolve_max_length(model.config, tokenizer)
+        if rotary_modules_by_length(model):
+            _warn_once(
+                "the model's rotary frequencies follow the length of a call: its scores depend on "
+                "batch_size, and on which texts share a call"
+            )
         self._device = model.device
         self._add_bos_token = add_bos_token
         self._prefix_token_id = prefix_token_id
@@ -114,7 +124,7 @@ class CachedLM(TemplateLM):
     ) -> str:
         """Return a chat as the text of a prompt.
 
-        A template that knows no system message is given the chat without it.
+        A template that takes no system message is given the chat without it, with a warning.
 
         Args:
             chat_history: messages, each with `role` and `content`.
@@ -134,8 +144,13 @@ class CachedLM(TemplateLM):
 
         try:
             return applied(chat_history)
-        except TemplateError:
-            return applied([each for each in chat_history if each["role"] != "system"])
+        except TemplateError as error:
+            others = [each for each in chat_history if each["role"] != "system"]
+            if len(others) == len(chat_history):
+                raise
+            text = applied(others)
+            _warn_once(f"the chat template takes no system message ({error}): it is left out")
+            return text
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
@@ -305,3 +320,9 @@ class CachedLM(TemplateLM):
                 f"{self.max_length:,}; give a larger max_length, or a smaller max_gen_toks"
             )
         return room
+
+
+@functools.cache
+def _warn_once(line: str) -> None:
+    """Say a line once in a process."""
+    _logger.warning("%s", line)

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from headinfer.api import attach
+from headinfer.errors import OptionError
 from headinfer.evaluate.harness.cached import CachedLM
 from headinfer.generation.model import (
     ModelSource,
@@ -67,7 +68,7 @@ class HeadInferLM(CachedLM):
         max_batch_size: int | None = None,
         **options: Any,
     ) -> None:
-        kind = str(device).split(":")[0]
+        kind = _kind(str(device))
         Options.parse(**(options | {"device": kind}))  # refused before anything is loaded
         model = pretrained
         if isinstance(pretrained, str):
@@ -116,3 +117,21 @@ class HeadInferLM(CachedLM):
     def close(self) -> None:
         """Leave the model as it was."""
         self.offload.detach()
+
+
+def _kind(device: str) -> str:
+    """Return a device without its index.
+
+    Raises:
+        OptionError: it is another GPU than the first, which no option chooses.
+    """
+    kind, colon, index = device.partition(":")
+    if colon and index != "0":
+        remedy = (
+            f"set CUDA_VISIBLE_DEVICES={index} and " if kind == "cuda" and index.isdecimal() else ""
+        )
+        raise OptionError(
+            f"device must be a kind, or the first of one such as cuda:0, not {device!r}; "
+            f"{remedy}give device={kind}"
+        )
+    return kind

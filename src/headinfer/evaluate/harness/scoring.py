@@ -6,10 +6,11 @@ from typing import Protocol
 
 import torch
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from headinfer.errors import CacheStateError
 from headinfer.evaluate.reading import most_tokens
+from headinfer.integration.cache import OffloadedCache
 from headinfer.integration.calls import cache_argument
 
 Tokens = Sequence[int]
@@ -53,7 +54,7 @@ def score_after(reader: Reader, context: Tokens, continuations: Sequence[Tokens]
     """Score several continuations of one context, which passes through the model once.
 
     Between two continuations the cache goes back to the end of the context. Where it cannot go
-    back, as with full sliding windows, the context is read again.
+    back, as with full sliding windows or quantised layers, the context is read again.
 
     Args:
         reader: of the model.
@@ -69,6 +70,9 @@ def score_after(reader: Reader, context: Tokens, continuations: Sequence[Tokens]
         score = _score(first[None], continuation[:1])
         if len(continuation) > 1:
             if is_moved and not _goes_back(cache, len(context)):
+                if isinstance(cache, OffloadedCache):
+                    cache.close()
+                del cache  # first: its memory is wanted
                 cache = reader.new_cache(len(context) + longest)
                 reader.prefill(context, cache)
             for rows, predicted in _following(reader.model, cache, continuation):
@@ -82,8 +86,8 @@ def score_after(reader: Reader, context: Tokens, continuations: Sequence[Tokens]
 def score_batch(reader: Reader, pairs: Sequence[tuple[Tokens, Tokens]]) -> list[Score]:
     """Score pairs of a context and a continuation in one pass.
 
-    Shorter rows are filled up at their ends. No token sees what comes after it, so that a row's
-    result does not depend on the others.
+    Shorter rows are filled up at their ends, and no token sees what comes after it. A row's result
+    depends on the others only where rotary frequencies follow the length of a call.
 
     Args:
         reader: of the model.
@@ -126,11 +130,19 @@ def _following(
 
 def _goes_back(cache: Cache, tokens: int) -> bool:
     """Take a cache back to its first tokens; return whether that could be done."""
+    if not isinstance(cache, OffloadedCache) and not all(map(_drops, cache.layers)):
+        return False
     try:
         cache.crop(tokens - cache.get_seq_length())
     except (CacheStateError, RuntimeError, ValueError):
         return False
     return True
+
+
+def _drops(layer: object) -> bool:
+    """Whether a layer of transformers drops its newest tokens, or says that it cannot."""
+    # Others inherit a `crop` that leaves their quantised or recurrent part as it was.
+    return type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 def _score(logits: torch.Tensor, tokens: Tokens) -> Score:

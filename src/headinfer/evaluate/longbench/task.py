@@ -1,7 +1,9 @@
 """LongBench v2: questions of four choices about long texts, as in Table 1 of the paper.
 
-Prompt, cut, answer length, extraction and scores are those of github.com/THUDM/LongBench
-(`pred.py`, `result.py` and `prompts/0shot.txt` at 2e00731).
+Prompt, answer length, extraction and scores are those of github.com/THUDM/LongBench (`pred.py`,
+`result.py` and `prompts/0shot.txt` at 2e00731). Two things differ. Answers are greedy, where the
+script draws them at temperature 0.1. A prompt is cut in the middle together with its chat template,
+where the script cuts the message before.
 """
 
 import re

@@ -4,8 +4,8 @@ from typing import Any
 
 from headinfer.errors import OptionError
 
-_MARK = "\x1f"
-"""A character that no prompt has."""
+_MARK = "\ue000"
+"""A character that no prompt has, and that templates which strip white space leave alone."""
 
 
 def has_chat(tokenizer: Any, *, raw: bool) -> bool:
@@ -22,10 +22,16 @@ def first_text(tokenizer: Any, message: str, *, raw: bool) -> str:
 
 
 def parts_around(tokenizer: Any, *, raw: bool) -> tuple[str, str]:
-    """Return what a chat template puts before a first message, and after it."""
+    """Return what a chat template puts before a first message, and after it.
+
+    Raises:
+        OptionError: the template changes the message itself.
+    """
     if not has_chat(tokenizer, raw=raw):
         return "", ""
-    before, _, after = _rendered(tokenizer, _said("user", _MARK)).partition(_MARK)
+    before, mark, after = _rendered(tokenizer, _said("user", _MARK)).partition(_MARK)
+    if not mark:
+        raise OptionError("the model's chat template changes what is said; leave it out with --raw")
     return before, after
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from headinfer.errors import OptionError
 from headinfer.evaluate.prompts.examples import MADE, Example, hub_examples, read_examples
+from headinfer.evaluate.scbench.functions import FUNCTIONS
 from headinfer.evaluate.scbench.made import MAKERS, fitted
 from headinfer.evaluate.scbench.prompts import FORMS
 
@@ -23,6 +24,9 @@ PAPER_TASKS = tuple(
 
 MADE_TASKS = tuple(MAKERS)
 """The tasks whose data can be made up."""
+
+
+_OPTIONS = 4
 
 
 def found_tasks(data: str) -> tuple[str, ...]:
@@ -74,18 +78,56 @@ def examples(data: str | None, task: str) -> list[Example]:
         raise OptionError(f"--data {data!r} has no {task}.jsonl")
     found = read_examples(file, ("multi_turns",))
     for number, example in enumerate(found):
-        turns = example["multi_turns"]
-        if not turns or any("input" not in turn or "answer" not in turn for turn in turns):
+        if lack := _lack(task, example):
             raise OptionError(
-                f"--data {str(file)!r}: example {number} has a turn without input and answer"
+                f"--data {str(file)!r}: example {number}{lack}; is it a file of this task?"
             )
     return found
+
+
+def _lack(task: str, example: Example) -> str | None:
+    """Return what an example lacks of what its task needs; None where it is whole."""
+    turns = example["multi_turns"]
+    if not turns or any("input" not in turn or "answer" not in turn for turn in turns):
+        return " has a turn without input and answer"
+    if "context" not in example and "input" not in example:
+        return " has no context or input"
+    lacks = (_turn_lack(task, turn) for turn in turns)
+    if lack := next((f", turn {each}{lack}" for each, lack in enumerate(lacks) if lack), None):
+        return lack
+    if "repoqa" not in task:
+        return None
+    if missing := [name for name in ("repo", "lang") if name not in example]:
+        return f" has no {' and no '.join(missing)}"
+    if example["lang"] not in FUNCTIONS:
+        return f" has lang {example['lang']!r}, not one of {', '.join(FUNCTIONS)}"
+    return None
+
+
+def _turn_lack(task: str, turn: Example) -> str | None:
+    kinds = FORMS[task].new_tokens
+    kind = task
+    if not isinstance(kinds, int):
+        if "task" not in turn:
+            return " has no task"
+        kind = turn["task"]
+        if kind not in kinds:
+            return f" is of task {kind!r}, not of {' or '.join(kinds)}"
+    if kind == "scbench_repoqa" and "name" not in turn:
+        return " has no name"
+    if kind == "scbench_choice_eng":
+        options = turn.get("options")
+        if options is None:
+            return " has no options"
+        if len(options) != _OPTIONS or turn["answer"] not in options:
+            return " has no four options with the answer among them"
+    return None
 
 
 def made_examples(
     task: str, samples: int, seed: int, context_tokens: int, tokenizer: Any, *, raw: bool
 ) -> Iterator[tuple[int, Example]]:
-    """Yield made-up examples of a task with their numbers; see `scbench_made`."""
+    """Yield made-up examples of a task with their numbers; see `made.fitted`."""
     for number in range(samples):
         drawn = f"{seed}/{context_tokens}/{task}/{number}"
         yield number, fitted(task, drawn, context_tokens, tokenizer, raw=raw)

@@ -13,7 +13,7 @@ from headinfer.errors import OptionError
 
 _LEAST_SIMILARITY = 0.8
 _BLOCK = re.compile(r"^```(?:\w+)?\s*\n(.*?)(?=^```)```", re.DOTALL | re.MULTILINE)
-_FUNCTIONS = {
+FUNCTIONS = {
     "python": "function_definition",
     "java": "method_declaration",
     "typescript": "function_declaration",
@@ -21,6 +21,7 @@ _FUNCTIONS = {
     "cpp": "function_definition",
     "go": "function_declaration",
 }
+"""What the grammar of each language of the benchmark calls a function."""
 _LIBRARIES = 'pip install nltk "tree-sitter-language-pack<1"'
 """From 1 on, that package fetches its grammars when they are asked for."""
 
@@ -80,7 +81,7 @@ def _function_in(response: str, language: str) -> str:
     for block in blocks:
         source = block.encode()
         for node in _nodes(_parsed(source, language)):
-            if node.type == _FUNCTIONS[language] and _is_plain(node, language):
+            if node.type == FUNCTIONS[language] and _is_plain(node, language):
                 return bytes(source[node.start_byte : node.end_byte]).decode()
     return str(blocks[0]) if blocks else response
 
@@ -105,6 +106,10 @@ def _parsed(source: bytes, language: str) -> Any:
 
 
 def _nodes(node: Any) -> Iterator[Any]:
-    yield node
-    for child in node.children:
-        yield from _nodes(child)
+    """Yield a node and all below it, each before what is in it."""
+    # Without recursion: a model may write brackets deeper than Python calls.
+    waiting = [node]
+    while waiting:
+        node = waiting.pop()
+        yield node
+        waiting += reversed(node.children)

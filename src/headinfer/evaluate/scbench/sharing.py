@@ -66,18 +66,20 @@ def requests(
     dialogue = answerer.dialogue(context, [(longest, max(most))])
     context_s = dialogue.read()
     place = dialogue.place(len(longest) + max(most))
-    last = len(questions) - 1
-    for number, (question, new_tokens) in enumerate(zip(questions, most, strict=True)):
-        answer = dialogue.answer(question, new_tokens)
-        reused_tokens = answer.kept_tokens if number else 0
-        yield (
-            answer,
-            {
-                "reused_tokens": reused_tokens,
-                "saved_s": context_s if reused_tokens else 0.0,
-                "context_s": 0.0 if number else context_s,
-            },
-        )
-        if number < last:
-            dialogue.go_back(place, again=number + 1 < last)
-    place.close()
+    try:
+        last = len(questions) - 1
+        for number, (question, new_tokens) in enumerate(zip(questions, most, strict=True)):
+            answer = dialogue.answer(question, new_tokens)
+            reused_tokens = answer.kept_tokens if number else 0
+            yield (
+                answer,
+                {
+                    "reused_tokens": reused_tokens,
+                    "saved_s": context_s if reused_tokens else 0.0,
+                    "context_s": 0.0 if number else context_s,
+                },
+            )
+            if number < last:
+                dialogue.go_back(place, again=number + 1 < last)
+    finally:
+        place.close()
