@@ -91,8 +91,8 @@ def agreement(
     Stock transformers reads the text beside each method. Compared are the
     likeliest token of every position, and the KL divergence of the logits.
 
-    Exit code 1 when an exact method does not agree in float32, is further
-    from float32 than stock in 16 bits, or nothing could be compared.
+    Exit code 1 when an exact method does not agree, or nothing could be
+    compared. In 16 bits it must be as near to float32 as stock is.
     """
     with reporting_errors():
         names = parse_methods(methods)
