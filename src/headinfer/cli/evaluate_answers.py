@@ -46,7 +46,10 @@ from headinfer.units import format_tokens
 _FIRST_TOKENS, _LAST_TOKENS = 1024, 32 * 1024
 """Ends of the contexts without `--contexts`, where the model was made for so many positions."""
 
-_EXIT = "Exit code 1 when an exact method answers otherwise than stock in float32, or none could."
+_EXIT = (
+    "Exit code 1 when an exact method answers otherwise than stock in float32, or nothing was "
+    "answered."
+)
 
 
 def make_launcher() -> Launcher:
