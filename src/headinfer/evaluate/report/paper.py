@@ -31,7 +31,7 @@ RULER_LONGEST: Mapping[str, str] = {
 """Table 8: the longest of RULER's lengths that each method holds on a 24 GB card."""
 
 SAID = {
-    "needle": "In the paper's Figure 6 HeadInfer finds what standard attention does, at every length.",
+    "needle": "In the paper's Figure 6 HeadInfer finds what standard attention finds.",
     "ruler": "The paper's Table 9 has NIAH at 100 from 4K to 128K; the rest falls with the length.",
     "longbench-v2": "The paper's Table 1 has each method read as much as it holds on a 24 GB card.",
     "scbench": "The paper's Table 2 has each method read as much as it holds on a 24 GB card.",
