@@ -15,6 +15,7 @@ from headinfer.cli.contexts import parse_contexts
 from headinfer.cli.load import (
     NamedSource,
     calm_transformers,
+    check_trained,
     max_positions,
     prepare_cpu,
     share_cores,
@@ -29,8 +30,6 @@ from headinfer.cli.output import (
 )
 from headinfer.cli.prompt import encode, read_text
 from headinfer.cli.run_progress import run_console, showing_progress
-from headinfer.errors import OptionError
-from headinfer.estimate.presets import PRESETS
 from headinfer.plan.options import Options
 from headinfer.units import format_tokens
 
@@ -100,8 +99,7 @@ def agreement(
         check_lists(names, counts or (1,))
         options = Options.parse(**flags)
         check_results(json_path, resume=resume)
-        if model in PRESETS:
-            raise OptionError(f"{model} is a shape without weights; give a folder or hub id")
+        check_trained(model)
         text = read_text(file, "file", "a file with --file")
         share_cores()
         calm_transformers(verbose=False)

@@ -15,7 +15,13 @@ from headinfer.bench.spec import check_lists
 from headinfer.cli.bench_options import named_model
 from headinfer.cli.console import reporting_errors
 from headinfer.cli.contexts import parse_contexts
-from headinfer.cli.load import NamedSource, calm_transformers, max_positions, share_cores
+from headinfer.cli.load import (
+    NamedSource,
+    calm_transformers,
+    check_trained,
+    max_positions,
+    share_cores,
+)
 from headinfer.cli.options import (
     NO_VALUE,
     Dtype,
@@ -179,6 +185,7 @@ def _spec(task: Task, given: dict[str, Any]) -> tuple[AnswersSpec, str]:
     contexts = None if text is None else sorted(parse_contexts(text, "1K,4K"))
     check_lists(methods, contexts or (1,))
     settings = Options.parse(**take_flags(dict(given)))
+    check_trained(given["model"])
 
     from headinfer.generation.model import load_config
 

@@ -5,6 +5,8 @@ import os
 import warnings
 from typing import Any
 
+from headinfer.errors import OptionError
+from headinfer.estimate.presets import PRESETS
 from headinfer.generation.model import ModelSource
 
 DEMO_MODEL = "demo"
@@ -26,6 +28,16 @@ class NamedSource(ModelSource):
 
             return str(ensure_model())
         return ModelSource.location(self)
+
+
+def check_trained(name: str) -> None:
+    """Check that a name is no preset, before the hub is asked for it.
+
+    Raises:
+        OptionError: it is one, which has no weights.
+    """
+    if name in PRESETS:
+        raise OptionError(f"{name} is a shape without weights; give a folder or hub id")
 
 
 def share_cores() -> None:
