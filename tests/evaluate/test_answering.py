@@ -82,8 +82,10 @@ def test_another_question_after_going_back_is_answered_as_if_it_were_the_first(m
     closed, answerer = answering(model, method)
     with closed:
         dialogue = answerer.dialogue(context, [(each, 4) for each in questions])
+        dialogue.read()
+        place = dialogue.place(20)
         dialogue.answer(questions[0], 4)
-        dialogue.rewind(len(context))
+        dialogue.go_back(place, again=False)
         answer = dialogue.answer(questions[1], 4)
     assert list(answer.tokens) == generated(model, [*context, *questions[1]], 4)
     assert (answer.kept_tokens, answer.read_tokens) == (60, 9)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from headinfer.bench.bound import Rates
-from headinfer.bench.files import check_continues, load_results, replace_json
+from headinfer.bench.files import check_continues, joined, load_results, replace_json
 from headinfer.bench.gate import Verdict
 from headinfer.bench.launch import Machine
 from headinfer.bench.model_spec import Model, ModelSpec
@@ -120,11 +120,7 @@ class Results:
         """
         now = header(spec, self.machine)
         check_continues(self.header, now, but={"methods", "contexts", "time_limit_s"})
-        both = {
-            name: tuple(dict.fromkeys((*getattr(spec, name), *getattr(self.spec, name))))
-            for name in ("methods", "contexts")
-        }
-        whole = replace(spec, methods=both["methods"], contexts=tuple(sorted(both["contexts"])))
+        whole = joined(spec, self.spec)
         rows = [row for row in self.rows if row.status is not Status.FAILED]
         merged = self.header | {"spec": whole.to_json()}
         return replace(self, spec=whole, header=merged, rows=rows)

@@ -3,13 +3,31 @@
 import json
 import os
 from collections.abc import Callable, Mapping, Set
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from headinfer.errors import OptionError
 from headinfer.scratch import scratch_folder
 
 Results = TypeVar("Results")
+
+
+class Asked(Protocol):
+    """A dataclass that says which methods and contexts are asked for."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Names of methods."""
+
+    @property
+    def contexts(self) -> tuple[int, ...]:
+        """Tokens."""
+
+
+Spec = TypeVar("Spec", bound=Asked)
 
 
 def load_results(
@@ -80,6 +98,15 @@ def check_continues(old: Mapping[str, Any], new: Mapping[str, Any], *, but: Set[
                 f"--resume: {name} was {before.get(name)!r} in the results and is "
                 f"{now.get(name)!r} now; give another --json, or leave out --resume to begin anew"
             )
+
+
+def joined(now: Spec, before: Spec) -> Spec:
+    """Return what a run asks for that goes on with another: the methods and contexts of both."""
+    return replace(
+        now,
+        methods=tuple(dict.fromkeys((*now.methods, *before.methods))),
+        contexts=tuple(sorted({*now.contexts, *before.contexts})),
+    )
 
 
 def replace_json(path: str, values: Mapping[str, Any], *, remedy: str) -> None:

@@ -1,19 +1,15 @@
 """`headinfer bench`: speed and memory beside what people use instead, checked and bounded."""
 
 import inspect
-from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from headinfer.bench.catalogue import CATALOGUE
 from headinfer.bench.document import Results
 from headinfer.bench.launch import FreshProcesses, Launcher
-from headinfer.bench.result import Status
 from headinfer.bench.rows import Row
 from headinfer.bench.spec import BenchSpec, Command
 from headinfer.bench.suite import Suite
@@ -23,11 +19,10 @@ from headinfer.cli.bench_report import report
 from headinfer.cli.command import OnceCommand
 from headinfer.cli.console import reporting_errors, stdout_console
 from headinfer.cli.output import (
-    STDOUT,
     JsonCommand,
     check_results,
-    write_json,
 )
+from headinfer.cli.results import collect, exit_code, tell
 from headinfer.cli.run_progress import RunProgress, run_console, showing_progress
 
 app = typer.Typer(
@@ -137,34 +132,24 @@ def _run(command: Command, given: dict[str, Any]) -> None:
             done=results.done,
             checks=results.checks,
         )
-        stopped: KeyboardInterrupt | None = None
-        try:
-            for row in suite.run():
-                results.rows.append(row)
-                results.checks = suite.checks
-                if path not in (None, STDOUT):
-                    results.save(str(path))
-        except KeyboardInterrupt as error:
-            if not results.rows:
-                raise
-            stopped = error
-    _tell(results, path, console, stopped=stopped is not None)
+
+        def keep(row: Row) -> None:
+            results.rows.append(row)
+            results.checks = suite.checks
+
+        stopped = collect(suite.run(), keep, results, path)
+    if stopped is not None and not results.rows:
+        raise stopped
+    tell(
+        results,
+        lambda: render(results.spec, results.machine, results.arranged_rows),
+        path,
+        console,
+        stopped=stopped is not None,
+    )
     if stopped is not None:
         raise stopped
-    raise typer.Exit(exit_code(results.arranged_rows))
-
-
-def _tell(results: Results, path: str | None, console: Console, *, stopped: bool) -> None:
-    """Print what is finished, and write it where it is wanted."""
-    with suppress(OSError):  # the terminal may be gone
-        console.print(render(results.spec, results.machine, results.arranged_rows))
-    if path == STDOUT:
-        write_json(STDOUT, results.to_json())
-    elif path is not None:
-        results.save(path)
-        told = "holds what is finished; --resume goes on from there"
-        with suppress(OSError):
-            console.print(f"{path} {told}" if stopped else f"written to {path}")
+    raise typer.Exit(exit_code(row.status for row in results.arranged_rows))
 
 
 def _begin(spec: BenchSpec, launcher: Launcher, progress: RunProgress, path: str | None) -> Results:
@@ -173,9 +158,3 @@ def _begin(spec: BenchSpec, launcher: Launcher, progress: RunProgress, path: str
         return Results.load(path).continued(spec)
     progress.started("measuring the machine", None)
     return Results.new(spec, launcher.machine(spec.settings.device, spec.dtype))
-
-
-def exit_code(rows: Sequence[Row]) -> int:
-    """Return 0 when all that ran was right, and something ran; otherwise 1."""
-    statuses = {row.status for row in rows}
-    return 0 if Status.OK in statuses and statuses <= {Status.OK, Status.CANNOT_RUN} else 1

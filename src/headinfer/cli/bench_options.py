@@ -12,6 +12,7 @@ from headinfer.cli.contexts import parse_contexts
 from headinfer.cli.options import (
     MODEL_PANEL,
     NO_VALUE,
+    Methods,
     check_seed,
     take_flags,
     with_flags,
@@ -50,12 +51,7 @@ def options(
             "--contexts", "--context", metavar="COUNTS", help="Tokens of the prompts: 1K,10K,100K."
         ),
     ] = "32K",
-    methods: Annotated[
-        str,
-        typer.Option(
-            metavar="NAMES", help="Comma-separated, or all; `bench methods` tells what they are."
-        ),
-    ] = "standard,headinfer",
+    methods: Methods = "standard,headinfer",
     fill: Annotated[
         Fill,
         typer.Option(

@@ -1,37 +1,41 @@
 """`headinfer evaluate agreement`: what a model predicts under each method, beside stock."""
 
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from headinfer.bench.catalogue import parse_methods
-from headinfer.bench.result import Status
 from headinfer.bench.spec import check_lists
 from headinfer.cli.bench_options import named_model
 from headinfer.cli.console import reporting_errors
 from headinfer.cli.contexts import parse_contexts
 from headinfer.cli.load import (
     NamedSource,
+    beyond_positions,
     calm_transformers,
     check_trained,
-    max_positions,
     prepare_cpu,
     share_cores,
 )
-from headinfer.cli.options import NO_VALUE, Dtype, DtypeChoice, Threads, TrainedModel, with_flags
+from headinfer.cli.options import (
+    NO_VALUE,
+    Dtype,
+    DtypeChoice,
+    Methods,
+    Threads,
+    TrainedModel,
+    with_flags,
+)
 from headinfer.cli.output import (
-    STDOUT,
     JsonPath,
     Resume,
     check_results,
-    write_json,
 )
 from headinfer.cli.prompt import encode, read_text
+from headinfer.cli.results import collect, exit_code, tell
 from headinfer.cli.run_progress import run_console, showing_progress
 from headinfer.plan.options import Options
-from headinfer.units import format_tokens
 
 if TYPE_CHECKING:
     from headinfer.evaluate.agreement.document import AgreementResults
@@ -64,12 +68,7 @@ def agreement(
             show_default="the whole text",
         ),
     ] = None,
-    methods: Annotated[
-        str,
-        typer.Option(
-            metavar="NAMES", help="Comma-separated, or all; `bench methods` tells what they are."
-        ),
-    ] = "standard,chunked-prefill,kv-4bit,bounded,headinfer",
+    methods: Methods = "standard,chunked-prefill,kv-4bit,bounded,headinfer",
     no_float32: Annotated[
         bool,
         typer.Option(
@@ -118,13 +117,16 @@ def agreement(
             )
             for note in told:
                 console.print(f"note: {note}", markup=False, soft_wrap=True)
-            stopped = _run(run, results, json_path)
-        _tell(results, json_path, console, stopped=stopped is not None)
+            stopped = collect(run.rows(), results.rows.append, results, json_path)
+        if stopped is not None and not results.rows:
+            raise stopped
+
+        from headinfer.evaluate.agreement.table import render
+
+        tell(results, lambda: render(results), json_path, console, stopped=stopped is not None)
         if stopped is not None:
             raise stopped
-        statuses = {row.status for row in results.rows}
-        wrong = Status.OK not in statuses or not statuses <= {Status.OK, Status.CANNOT_RUN}
-        raise typer.Exit(1 if wrong else 0)
+        raise typer.Exit(exit_code(row.status for row in results.rows))
 
 
 def _prepare(
@@ -171,45 +173,10 @@ def _prepare(
 
     spec_in(dtype).check_text(len(ids))
     model, note = load_model(source, config, dtype=dtype, device=device)
-    positions = max_positions(config)
-    long = ""
-    if positions and max(counts) > positions:
-        long = f"the model was made for {format_tokens(positions)} positions"
     spec = spec_in(str(model.dtype).removeprefix("torch."))
     results = AgreementResults(spec=spec, header=header(spec, model, name, text, len(ids)))
     if begun is not None and Path(begun).exists():
         results = AgreementResults.load(begun).continued(results)
     tokens = torch.tensor([ids], device=model.device)
     run = Agreement(results.spec, model, tokens, progress, done=results.done)
-    return run, results, [said for said in (note, long) if said]
-
-
-def _run(
-    run: "Agreement", results: "AgreementResults", path: str | None
-) -> KeyboardInterrupt | None:
-    """Collect the rows, and write the file after each; return what stopped it, if anything."""
-    try:
-        for row in run.rows():
-            results.rows.append(row)
-            if path not in (None, STDOUT):
-                results.save(str(path))
-    except KeyboardInterrupt as error:
-        if not results.rows:
-            raise
-        return error
-    return None
-
-
-def _tell(results: "AgreementResults", path: str | None, console: Any, *, stopped: bool) -> None:
-    """Print what is finished, and write it where it is wanted."""
-    from headinfer.evaluate.agreement.table import render
-
-    with suppress(OSError):  # the terminal may be gone
-        console.print(render(results))
-    if path == STDOUT:
-        write_json(STDOUT, results.to_json())
-    elif path is not None:
-        told = "holds what is finished; --resume goes on from there"
-        line = f"{path} {told}" if stopped else f"written to {path}"
-        with suppress(OSError):
-            console.print(line, markup=False, soft_wrap=True)
+    return run, results, [said for said in (note, beyond_positions(config, max(counts))) if said]

@@ -2,21 +2,19 @@
 
 import inspect
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from headinfer.bench.catalogue import parse_methods
-from headinfer.bench.result import Status
 from headinfer.bench.spec import check_lists
 from headinfer.cli.bench_options import named_model
 from headinfer.cli.console import reporting_errors
 from headinfer.cli.contexts import parse_contexts
 from headinfer.cli.load import (
     NamedSource,
+    beyond_positions,
     calm_transformers,
     check_trained,
     max_positions,
@@ -26,6 +24,7 @@ from headinfer.cli.options import (
     NO_VALUE,
     Dtype,
     DtypeChoice,
+    Methods,
     Threads,
     TrainedModel,
     check_seed,
@@ -33,12 +32,11 @@ from headinfer.cli.options import (
     with_flags,
 )
 from headinfer.cli.output import (
-    STDOUT,
     JsonPath,
     Resume,
     check_results,
-    write_json,
 )
+from headinfer.cli.results import collect, exit_code, tell
 from headinfer.cli.run_progress import RunProgress, run_console, showing_progress
 from headinfer.evaluate.answers.document import Answers
 from headinfer.evaluate.answers.job import AnswersSpec
@@ -47,7 +45,6 @@ from headinfer.evaluate.answers.run import AnswersRow, AnswersRun
 from headinfer.evaluate.answers.table import render
 from headinfer.evaluate.answers.task import Task
 from headinfer.plan.options import Options
-from headinfer.units import format_tokens
 
 _FIRST_TOKENS, _LAST_TOKENS = 1024, 32 * 1024
 """Ends of the contexts without `--contexts`, where the model was made for so many positions."""
@@ -86,12 +83,7 @@ def shared(
             show_default="1K, 2K, 4K and so on to the model's positions, at most 32K",
         ),
     ] = None,
-    methods: Annotated[
-        str,
-        typer.Option(
-            metavar="NAMES", help="Comma-separated, or all; `bench methods` tells what they are."
-        ),
-    ] = "standard,headinfer",
+    methods: Methods = "standard,headinfer",
     samples: Annotated[
         int, typer.Option(metavar="COUNT", min=1, help="Questions of each setting.")
     ] = 1,
@@ -162,20 +154,17 @@ def _run(task: Task, given: dict[str, Any]) -> None:
         launcher = make_launcher()
         results = _begin(spec, launcher, progress, path if given["resume"] else None)
         run = AnswersRun(results.spec, launcher, progress, results.arranged_rows)
-        stopped: KeyboardInterrupt | None = None
-        try:
-            for row in run.rows():
-                results.rows[row.key] = row
-                if path not in (None, STDOUT):
-                    results.save(str(path))
-        except KeyboardInterrupt as error:
-            if not results.rows:
-                raise
-            stopped = error
-    _tell(results, path, console, stopped=stopped is not None)
+
+        def keep(row: AnswersRow) -> None:
+            results.rows[row.key] = row
+
+        stopped = collect(run.rows(), keep, results, path)
+    if stopped is not None and not results.rows:
+        raise stopped
+    tell(results, lambda: render(results), path, console, stopped=stopped is not None)
     if stopped is not None:
         raise stopped
-    raise typer.Exit(exit_code(results.arranged_rows))
+    raise typer.Exit(exit_code(row.status for row in results.arranged_rows))
 
 
 def _spec(task: Task, given: dict[str, Any]) -> tuple[AnswersSpec, str]:
@@ -196,9 +185,6 @@ def _spec(task: Task, given: dict[str, Any]) -> tuple[AnswersSpec, str]:
     dtype = given["dtype"].value
     if dtype == "auto":
         dtype = str(config.dtype or "float32").removeprefix("torch.")
-    note = ""
-    if positions and max(contexts) > positions:
-        note = f"the model was made for {format_tokens(positions)} positions"
     spec = AnswersSpec(
         task=task,
         methods=methods,
@@ -208,7 +194,7 @@ def _spec(task: Task, given: dict[str, Any]) -> tuple[AnswersSpec, str]:
         settings=settings,
         threads=given["threads"],
     )
-    return spec, note
+    return spec, beyond_positions(config, max(contexts))
 
 
 def _contexts_up_to(positions: int) -> list[int]:
@@ -229,23 +215,3 @@ def _begin(
     if path is not None and Path(path).exists():
         return Answers.load(path).continued(spec, machine)
     return Answers.new(spec, machine)
-
-
-def _tell(results: Answers, path: str | None, console: Console, *, stopped: bool) -> None:
-    """Print what is finished, and write it where it is wanted."""
-    with suppress(OSError):  # the terminal may be gone
-        console.print(render(results))
-    if path == STDOUT:
-        write_json(STDOUT, results.to_json())
-    elif path is not None:
-        results.save(path)
-        told = "holds what is finished; --resume goes on from there"
-        with suppress(OSError):
-            line = f"{path} {told}" if stopped else f"written to {path}"
-            console.print(line, markup=False, soft_wrap=True)
-
-
-def exit_code(rows: list[AnswersRow]) -> int:
-    """Return 0 when all that ran was right, and something ran; otherwise 1."""
-    statuses = {row.status for row in rows}
-    return 0 if Status.OK in statuses and statuses <= {Status.OK, Status.CANNOT_RUN} else 1

@@ -8,6 +8,7 @@ from typing import Any
 from headinfer.errors import OptionError
 from headinfer.estimate.presets import PRESETS
 from headinfer.generation.model import ModelSource
+from headinfer.units import format_tokens
 
 DEMO_MODEL = "demo"
 
@@ -83,3 +84,11 @@ def max_positions(config: Any) -> int:
     """Return the positions a model was made for; 0 when its config does not say."""
     text_config = config.get_text_config(decoder=True)
     return int(getattr(text_config, "max_position_embeddings", 0) or 0)
+
+
+def beyond_positions(config: Any, tokens: int) -> str:
+    """Return a note for the user where a context is longer than a model was made for; else ""."""
+    positions = max_positions(config)
+    if positions and tokens > positions:
+        return f"the model was made for {format_tokens(positions)} positions"
+    return ""

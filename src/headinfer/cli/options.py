@@ -110,6 +110,12 @@ def take_flags(given: dict[str, Any]) -> dict[str, Any]:
     return flags | switches
 
 
+Methods = Annotated[
+    str,
+    typer.Option(
+        metavar="NAMES", help="Comma-separated, or all; `bench methods` tells what they are."
+    ),
+]
 TrainedModel = Annotated[
     str,
     typer.Option(

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from headinfer.bench.document import model_values, provenance
-from headinfer.bench.files import check_continues, load_results, replace_json
+from headinfer.bench.files import check_continues, joined, load_results, replace_json
 from headinfer.bench.machine import hardware
 from headinfer.bench.result import Status
 from headinfer.bench.spec import json_values
@@ -95,10 +95,7 @@ class AgreementResults:
                 "--resume: the results are of another text; give another --json, or leave out "
                 "--resume to begin anew"
             )
-        spec = now.spec
-        methods = tuple(dict.fromkeys((*spec.methods, *self.spec.methods)))
-        contexts = tuple(sorted({*spec.contexts, *self.spec.contexts}))
-        whole = replace(spec, methods=methods, contexts=contexts)
+        whole = joined(now.spec, self.spec)
         rows = [row for row in self.rows if row.status is not Status.FAILED]
         merged = now.header | {"spec": whole.to_json(), "date": self.header["date"]}
         return replace(self, spec=whole, header=merged, rows=rows)

@@ -175,10 +175,6 @@ class Dialogue:
         """Tokens that the cache holds."""
         return len(self._passed)
 
-    def append(self, tokens: Sequence[int]) -> None:
-        """Add tokens that the next answer follows."""
-        self._pending += tokens
-
     @torch.no_grad()
     def read(self) -> float:
         """Pass what is still to pass, with no answer to it; return the seconds that it took."""
@@ -258,17 +254,6 @@ class Dialogue:
         else:
             self._cache, self._pending = cache, []
             del self._passed[place.tokens :]
-
-    def rewind(self, tokens: int) -> None:
-        """Forget all but the first tokens, so that another question can follow them.
-
-        Args:
-            tokens: how many the cache is to keep.
-
-        Raises:
-            RuntimeError: the cache has layers that cannot; `place` must be called before.
-        """
-        self.go_back(Place(tokens=tokens), again=False)
 
     def _pass(self, question: Sequence[int]) -> torch.Tensor:
         """Pass what is pending, and a question; return the last logits."""

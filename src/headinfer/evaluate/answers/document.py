@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from headinfer.bench.document import model_values, provenance, version_of
-from headinfer.bench.files import check_continues, load_results, replace_json
+from headinfer.bench.files import check_continues, joined, load_results, replace_json
 from headinfer.bench.spec import json_values
 from headinfer.evaluate.answers.job import AnswersSpec
 from headinfer.evaluate.answers.run import AnswersRow
@@ -93,11 +93,7 @@ class Answers:
         check_continues(self.header, now, but={"methods", "contexts", "threads", "task"})
         before, asked = self.spec.task.to_json(), spec.task.to_json()
         check_continues(self.header | {"spec": before}, now | {"spec": asked}, but={"samples"})
-        both = {
-            name: tuple(dict.fromkeys((*getattr(spec, name), *getattr(self.spec, name))))
-            for name in ("methods", "contexts")
-        }
-        whole = replace(spec, methods=both["methods"], contexts=tuple(sorted(both["contexts"])))
+        whole = joined(spec, self.spec)
         merged = self.header | header(whole, machine) | {"date": self.header["date"]}
         return replace(self, spec=whole, header=merged)
 

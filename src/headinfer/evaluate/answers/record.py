@@ -143,3 +143,9 @@ def scores_by(
         )
         for value in values
     }
+
+
+def with_average(scores: Mapping[str, float | None]) -> dict[str, float | None]:
+    """Return scores of groups behind the mean of those that are there."""
+    there = [score for score in scores.values() if score is not None]
+    return {"average": sum(there) / len(there) if there else None, **scores}

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headinfer.errors import OptionError
-from headinfer.evaluate.answers.record import Record
+from headinfer.evaluate.answers.record import Record, mean_score
 from headinfer.evaluate.prompts import chat
 from headinfer.evaluate.prompts.examples import MADE, Example, chosen, hub_examples, read_examples
 
@@ -153,10 +153,7 @@ class LongBenchV2:
             group: [record for record in records if record.labels.get(label) == value]
             for group, (label, value) in _GROUPS.items()
         }
-        return {
-            group: sum(record.score for record in those) / len(those) if those else None
-            for group, those in groups.items()
-        }
+        return {group: mean_score(those) for group, those in groups.items()}
 
     def to_json(self) -> dict[str, Any]:
         """Return the task as JSON values."""

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from headinfer.errors import OptionError
-from headinfer.evaluate.answers.record import Record, scores_by
+from headinfer.evaluate.answers.record import Record, scores_by, with_average
 from headinfer.evaluate.ruler.kinds import KINDS, check_kinds
 
 if TYPE_CHECKING:
@@ -95,9 +95,7 @@ class Ruler:
 
     def scores(self, records: Sequence[Record]) -> dict[str, float | None]:
         """Return the mean over the tasks, and the mean score of each, as RULER tells them."""
-        by_kind = scores_by("kind", self.kinds, records)
-        there = [score for score in by_kind.values() if score is not None]
-        return {"average": sum(there) / len(there) if there else None} | by_kind
+        return with_average(scores_by("kind", self.kinds, records))
 
     def remarks(self, records: Sequence[Record]) -> list[str]:
         """Return nothing: the scores tell all."""

@@ -10,7 +10,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from headinfer.errors import OptionError
-from headinfer.evaluate.answers.record import Record
+from headinfer.evaluate.answers.record import Record, scores_by, with_average
 from headinfer.evaluate.prompts import chat
 from headinfer.evaluate.prompts.examples import MADE, Example, chosen
 from headinfer.evaluate.scbench import data as scbench_data
@@ -184,12 +184,8 @@ class SCBench:
 
     def scores(self, records: Sequence[Record]) -> dict[str, float | None]:
         """Return the mean score of each task, and the mean of those."""
-        found: dict[str, float | None] = {}
-        for task in self.tasks:
-            scores = [each.score for each in records if each.labels["task"] == task]
-            found[task.removeprefix("scbench_")] = sum(scores) / len(scores) if scores else None
-        there = [score for score in found.values() if score is not None]
-        return {"average": sum(there) / len(there) if there else None} | found
+        found = scores_by("task", self.tasks, records)
+        return with_average({task.removeprefix("scbench_"): score for task, score in found.items()})
 
     def remarks(self, records: Sequence[Record]) -> list[str]:
         """Return what the shared cache saved."""
