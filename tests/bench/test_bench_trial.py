@@ -1,6 +1,7 @@
 """Trials in this process: both methods agree, a damaged one does not, refusals are told."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -255,14 +256,32 @@ def test_the_cpu_time_of_others_is_told_from_ones_own():
     work(0.3)
     alone = neighbours.cpu_share()
     neighbours = Neighbours()
-    other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-    try:
+    spinning = f"{sys.executable} -c 'while True: pass' >/dev/null 2>&1 & echo $!"
+    shell = subprocess.run(["sh", "-c", spinning], stdout=subprocess.PIPE, check=True)
+    try:  # its parent has ended, so that it is nobody's child here
         time.sleep(0.5)
     finally:
-        other.kill()
+        os.kill(int(shell.stdout), signal.SIGKILL)
     beside = neighbours.cpu_share()
     assert 0 <= alone <= 1
     assert beside > 0.5 / (os.cpu_count() or 1)
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_the_cpu_time_of_programs_that_a_trial_starts_is_its_own(monkeypatch, ends):
+    busy_s = iter((0.0, 0.3))
+    monkeypatch.setattr("headinfer.bench.neighbours._busy_s", lambda: next(busy_s))
+    watch = Neighbours()
+    work = "import time\nwhile time.process_time() < 0.4: pass\nprint(flush=True)\n"
+    code = work if ends else f"{work}time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as started:
+        assert started.stdout is not None
+        started.stdout.readline()
+        if ends:
+            started.wait()
+        share = watch.cpu_share()
+        started.kill()
+    assert share == 0
 
 
 def test_the_machine_is_measured(monkeypatch):

@@ -218,6 +218,7 @@ def test_contexts_beyond_the_models_positions_are_noted(model, text, fakes):
     ("arguments", "told"),
     [
         (("--methods", "magic"), "there is no method 'magic'"),
+        (("--methods", "standard,standard-compiled"), "'standard-compiled' cannot be evaluated"),
         (("--contexts", "9,,8"), "has a comma too many"),
         (("--contexts", "9,9"), "a context is named twice"),
         (("--depths", "half"), "--depths 'half' names no depths"),

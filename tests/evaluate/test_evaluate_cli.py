@@ -133,6 +133,7 @@ def test_nothing_compared_is_exit_code_1(model, text):
     ("arguments", "told"),
     [
         (("--methods", "magic"), "there is no method 'magic'"),
+        (("--methods", "standard,standard-compiled"), "'standard-compiled' cannot be evaluated"),
         (("--methods", "standard,standard"), "a method is named twice"),
         (("--contexts", "1K"), "the text has 180 tokens, and contexts go to 1,024"),
         (("--contexts", "9,,8"), "has a comma too many"),

@@ -16,7 +16,7 @@ from headinfer.estimate.methods import (
 REFERENCE_METHOD = STANDARD
 """The method all others are checked against and compared with."""
 
-OFFLOADED = "transformers-offloaded"
+OFFLOADED, COMPILED = "transformers-offloaded", "standard-compiled"
 HOST_ATTENTION, SYNCHRONOUS, AUTO = "host-attention", "synchronous", "headinfer"
 
 
@@ -29,12 +29,14 @@ class MethodInfo:
         description: for people.
         exact: whether its results must be the reference's; otherwise how far they are off is told.
         is_stock: whether it is transformers' own.
+        is_evaluated: whether `evaluate` serves it: many lengths, several turns, going back.
     """
 
     name: str
     description: str
     exact: bool = True
     is_stock: bool = False
+    is_evaluated: bool = True
 
 
 def _head_wise(heads: int) -> MethodInfo:
@@ -55,6 +57,12 @@ CATALOGUE = {
         ),
         MethodInfo(
             name=CHUNKED, description="transformers with `prefill_chunk_size`", is_stock=True
+        ),
+        MethodInfo(
+            name=COMPILED,
+            description="transformers' `StaticCache`, decode steps by `torch.compile`",
+            is_stock=True,
+            is_evaluated=False,
         ),
         MethodInfo(
             name=OFFLOADED,
@@ -83,20 +91,30 @@ CATALOGUE = {
 """All methods by name, in the order of tables."""
 
 
-def parse_methods(text: str) -> tuple[str, ...]:
+def parse_methods(text: str, *, evaluated: bool = False) -> tuple[str, ...]:
     """Return the names in a comma-separated list, or all for "all".
 
+    Args:
+        text: the list.
+        evaluated: whether they are for `evaluate`, which does not serve all.
+
     Raises:
-        OptionError: there is no such method, or an empty name.
+        OptionError: there is no such method, an empty name, or one that is not served.
     """
+    served = tuple(name for name, info in CATALOGUE.items() if info.is_evaluated or not evaluated)
     names = tuple(name.strip() for name in text.split(","))
     if not all(names) and any(names):
         raise OptionError(f"--methods {text!r} has a comma too many")
     names = tuple(filter(None, names))
     if names == ("all",):
-        return tuple(CATALOGUE)
+        return served
     for name in names:
         if name not in CATALOGUE:
-            known = ", ".join((*CATALOGUE, "all"))
+            known = ", ".join((*served, "all"))
             raise OptionError(f"there is no method {name!r}; choose among {known}")
+        if name not in served:
+            raise OptionError(
+                f"method {name!r} cannot be evaluated: its cache and its compiled steps are for "
+                "one length; leave it out, and time it with `headinfer bench decode`"
+            )
     return names

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from headinfer.bench import ours, stock
-from headinfer.bench.catalogue import AUTO, HOST_ATTENTION, OFFLOADED, SYNCHRONOUS
+from headinfer.bench.catalogue import AUTO, COMPILED, HOST_ATTENTION, OFFLOADED, SYNCHRONOUS
 from headinfer.bench.held import Held
 from headinfer.bench.spec import TrialSpec
 from headinfer.estimate.methods import (
@@ -40,6 +40,9 @@ class Method(Protocol):
     def prefill(self, tokens: torch.Tensor, cache: Cache) -> torch.Tensor:
         """Pass a prompt `[1, tokens]` through the model; return its last logits `[vocab]`."""
 
+    def step(self, token: torch.Tensor, cache: Cache) -> torch.Tensor:
+        """Pass one token `[1, 1]` through the model; return its logits `[vocab]`."""
+
     def held(self, cache: Cache) -> Held:
         """Return where the KV of a used cache is."""
 
@@ -59,6 +62,7 @@ class Method(Protocol):
 METHODS: dict[str, Callable[[PreTrainedModel, TrialSpec], Method]] = {
     STANDARD: stock.Standard,
     CHUNKED: stock.ChunkedPrefill,
+    COMPILED: stock.Compiled,
     OFFLOADED: stock.Offloaded,
     QUANTISED: stock.Quantised,
     **{f"{HEAD_WISE}-{heads}": ours.head_wise(heads) for heads in (8, 4, 2, 1)},

@@ -12,7 +12,7 @@ from headinfer.bench.held import Held
 from headinfer.bench.spec import TrialSpec
 from headinfer.errors import MemoryPlanError, OptionError
 from headinfer.integration.cache import OffloadedCache
-from headinfer.integration.calls import cache_argument
+from headinfer.integration.calls import last_logits
 from headinfer.integration.model_shape import model_shape
 from headinfer.plan.plan import Plan
 
@@ -53,11 +53,11 @@ class HeadInfer:
 
     def prefill(self, tokens: torch.Tensor, cache: Cache) -> torch.Tensor:
         """Pass a prompt through the model, which is chunked by itself."""
-        output = self._model(
-            input_ids=tokens, use_cache=True, logits_to_keep=1, **cache_argument(self._model, cache)
-        )
-        row: torch.Tensor = output.logits[0, -1]
-        return row
+        return last_logits(self._model, tokens, cache)
+
+    def step(self, token: torch.Tensor, cache: Cache) -> torch.Tensor:
+        """Pass one token through the model."""
+        return last_logits(self._model, token, cache)
 
     def held(self, cache: Cache) -> Held:
         """Return the bytes of store and arena, and what a decode step does with them."""

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from matplotlib.figure import Figure
 
-from headinfer.bench.catalogue import AUTO, HOST_ATTENTION, OFFLOADED, SYNCHRONOUS
+from headinfer.bench.catalogue import AUTO, COMPILED, HOST_ATTENTION, OFFLOADED, SYNCHRONOUS
 from headinfer.bench.document import Results
 from headinfer.bench.report import Quantity, plot_name, quantities
 from headinfer.bench.rows import Row
@@ -15,6 +15,7 @@ from headinfer.plot.lines import BOUND, Line, Look, draw
 _LOOKS = {
     STANDARD: Look(color="#000000", marker="o", width_points=2.6),
     CHUNKED: Look(color="#777777", marker="s"),
+    COMPILED: Look(color="#444444", marker="D"),
     OFFLOADED: Look(color="#8c6d46", marker="^"),
     QUANTISED: Look(color="#cc79a7", marker="D"),
     "head-wise-8": Look(color="#7fb8de", marker="v"),

@@ -1,18 +1,31 @@
 """What people use instead: the caches of transformers."""
 
+import gc
 from importlib.util import find_spec
 
 import torch
-from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, QuantizedCache
+from torch._dynamo.exc import TorchDynamoException
+from transformers import CompileConfig, PreTrainedModel
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    QuantizedCache,
+    StaticCache,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
 
 from headinfer.bench.held import Held
 from headinfer.bench.spec import TrialSpec
-from headinfer.errors import UnsupportedModelError
-from headinfer.integration.calls import cache_argument
+from headinfer.errors import HeadInferError, UnsupportedModelError
+from headinfer.integration.calls import cache_argument, last_logits
 from headinfer.plan.choices import chunk_sizes
 from headinfer.plan.options import Options
 from headinfer.units import format_tokens
+
+_REHEARSED_STEPS = 4
+"""Steps taken before any is timed. The first one compiles, and the second one again where windows
+count their tokens in Python. The third one may warm up, and the fourth one record a CUDA graph."""
 
 _BITS = 4
 
@@ -51,11 +64,11 @@ class Standard:
 
     def prefill(self, tokens: torch.Tensor, cache: Cache) -> torch.Tensor:
         """Pass a prompt through the model in one call."""
-        output = self._model(
-            input_ids=tokens, use_cache=True, logits_to_keep=1, **cache_argument(self._model, cache)
-        )
-        row: torch.Tensor = output.logits[0, -1]
-        return row
+        return last_logits(self._model, tokens, cache)
+
+    def step(self, token: torch.Tensor, cache: Cache) -> torch.Tensor:
+        """Pass one token through the model."""
+        return last_logits(self._model, token, cache)
 
     def held(self, cache: Cache) -> Held:
         """Return the bytes of the cache's tensors, by where they are."""
@@ -112,6 +125,60 @@ class ChunkedPrefill(Standard):
     def sizes(self, cache: Cache) -> dict[str, int] | None:
         """Return the chunk."""
         return {"chunk_tokens": self._chunk_tokens}
+
+
+class Compiled(Standard):
+    """A static cache and compiled decode steps, as `generate` has with `cache_implementation`.
+
+    Prompts pass eagerly, as there: code is compiled for one number of tokens.
+    """
+
+    def __init__(self, model: PreTrainedModel, spec: TrialSpec) -> None:
+        super().__init__(model, spec)
+        # What `get_compiled_call` of transformers makes, but not left in the model.
+        self._compiled = torch.compile(model.__call__, **CompileConfig().to_dict())
+
+    def new_cache(self, max_tokens: int) -> Cache:
+        """Return an empty cache whose decode steps are compiled by now.
+
+        Steps are compiled for one size of the cache, and CUDA graphs recorded for one place of it.
+        So every cache holds all tokens of the trial, and some steps are rehearsed in each.
+
+        Raises:
+            HeadInferError: the steps cannot be compiled.
+        """
+        cache = StaticCache(config=self._model.config, max_cache_len=self._spec.all_tokens)
+        try:
+            self._rehearse(cache)
+        except TorchDynamoException as error:
+            raise HeadInferError(f"torch.compile failed: {str(error).splitlines()[0]}") from error
+        cache.reset()
+        gc.collect()  # compiling leaves cycles that would keep this cache beside the next
+        return cache
+
+    def step(self, token: torch.Tensor, cache: Cache) -> torch.Tensor:
+        """Pass one token through the compiled model."""
+        token = token.clone(memory_format=torch.contiguous_format)  # other strides compile anew
+        row = last_logits(self._model, token, cache, call=self._compiled)
+        return row.clone()  # the next replay of a CUDA graph writes over it
+
+    def _rehearse(self, cache: Cache) -> None:
+        """Take the decode steps before those of the trial, on a cache of zeros."""
+        token = torch.zeros(1, 1, dtype=torch.long, device=self._model.device)
+        super().prefill(token, cache)  # eagerly, to make the tensors
+        start = max(self._spec.context_tokens - _REHEARSED_STEPS, 0)
+        _set_length(cache, start)
+        for _ in range(min(_REHEARSED_STEPS, self._spec.all_tokens - start)):
+            self.step(token, cache)
+
+
+def _set_length(cache: Cache, tokens: int) -> None:
+    """Let a static cache hold so many tokens, whatever they are."""
+    for layer in cache.layers:
+        if isinstance(layer, StaticLayer):
+            layer.cumulative_length.fill_(tokens)
+        if isinstance(layer, StaticSlidingWindowLayer):
+            layer.cumulative_length_int = tokens
 
 
 class Offloaded(Standard):

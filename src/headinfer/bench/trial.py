@@ -29,7 +29,6 @@ from headinfer.bench.process_memory import PeakRss
 from headinfer.bench.result import Status, TrialFailure, TrialResult, to_json
 from headinfer.bench.spec import Fill, TrialSpec
 from headinfer.errors import HeadInferError, MemoryPlanError, ModelLoadError
-from headinfer.integration.calls import cache_argument
 from headinfer.integration.model_shape import model_shape
 from headinfer.units import format_bytes
 
@@ -55,13 +54,12 @@ def _tokens(spec: TrialSpec, device: torch.device) -> torch.Tensor:
 
 
 class _Run:
-    """A stopwatch of the calls of one model, which keeps what they predict."""
+    """A stopwatch of the calls by one method, which keeps what they predict."""
 
-    def __init__(self, model: PreTrainedModel, method: Method) -> None:
-        self._model = model
+    def __init__(self, method: Method, device: torch.device) -> None:
         self._method = method
         self._synchronize: Callable[[], object] = (
-            torch.cuda.synchronize if model.device.type == "cuda" else lambda: None
+            torch.cuda.synchronize if device.type == "cuda" else lambda: None
         )
         self.greedy_tokens: list[int] = []
         self.logits: list[str] = []
@@ -72,18 +70,7 @@ class _Run:
 
     def step(self, token: torch.Tensor, cache: Cache) -> float:
         """Pass one token `[1, 1]`; return the seconds to its likeliest next token."""
-
-        def call() -> torch.Tensor:
-            output = self._model(
-                input_ids=token,
-                use_cache=True,
-                logits_to_keep=1,
-                **cache_argument(self._model, cache),
-            )
-            row: torch.Tensor = output.logits[0, -1]
-            return row
-
-        return self._timed(call)
+        return self._timed(lambda: self._method.step(token, cache))
 
     def _timed(self, call: Callable[[], torch.Tensor]) -> float:
         self._synchronize()
@@ -140,7 +127,7 @@ def run_trial(spec: TrialSpec) -> TrialResult:
     _raise_clocks(device, model.dtype)
     weights_bytes = model_shape(model).weights_bytes
     with closing(METHODS[spec.method](model, spec)) as method:
-        first_prefill_s = _warm_up(spec, method, _Run(model, method), tokens)
+        first_prefill_s = _warm_up(spec, method, _Run(method, model.device), tokens)
         with limit_host(spec.method, spec.settings, device, weights_bytes):
             result = _measure(spec, method, model, tokens)
     return replace(
@@ -154,7 +141,7 @@ def run_trial(spec: TrialSpec) -> TrialResult:
 def _measure(
     spec: TrialSpec, method: Method, model: PreTrainedModel, tokens: torch.Tensor
 ) -> TrialResult:
-    run, on_cuda = _Run(model, method), model.device.type == "cuda"
+    run, on_cuda = _Run(method, model.device), model.device.type == "cuda"
     peak = PeakRss()
     if on_cuda:
         torch.cuda.empty_cache()

@@ -93,7 +93,7 @@ def agreement(
     compared. In 16 bits it must be as near to float32 as stock is.
     """
     with reporting_errors():
-        names = parse_methods(methods)
+        names = parse_methods(methods, evaluated=True)
         counts = None if contexts is None else sorted(parse_contexts(contexts, "1K,4K"))
         check_lists(names, counts or (1,))
         options = Options.parse(**flags)

@@ -169,7 +169,7 @@ def _run(task: Task, given: dict[str, Any]) -> None:
 
 def _spec(task: Task, given: dict[str, Any]) -> tuple[AnswersSpec, str]:
     """Return what options ask for, and a note for the user; in the order of cost."""
-    methods = parse_methods(given["methods"])
+    methods = parse_methods(given["methods"], evaluated=True)
     text = given["contexts"]
     contexts = None if text is None else sorted(parse_contexts(text, "1K,4K"))
     check_lists(methods, contexts or (1,))

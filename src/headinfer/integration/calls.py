@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -55,6 +56,28 @@ def named_arguments(
         elif arguments[name] is None:
             del arguments[name]
     return arguments
+
+
+def last_logits(
+    model: torch.nn.Module,
+    tokens: torch.Tensor,
+    cache: object,
+    *,
+    call: Callable[..., Any] | None = None,
+) -> torch.Tensor:
+    """Pass tokens `[1, tokens]` through a model in one call; return the last logits `[vocab]`.
+
+    Args:
+        model: in eval mode.
+        tokens: after those that the cache holds.
+        cache: of the model; updated in place.
+        call: another form of the model's call, such as a compiled one.
+    """
+    output = (call or model)(
+        input_ids=tokens, use_cache=True, logits_to_keep=1, **cache_argument(model, cache)
+    )
+    row: torch.Tensor = output.logits[0, -1]
+    return row
 
 
 def new_shape(arguments: dict[str, Any]) -> tuple[int, int] | None:

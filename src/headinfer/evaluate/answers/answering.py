@@ -13,7 +13,6 @@ from headinfer.errors import OptionError
 from headinfer.evaluate.answers.record import Answer
 from headinfer.evaluate.answers.rewinding import Place, place_in, went_back
 from headinfer.evaluate.divergence import tied
-from headinfer.integration.calls import cache_argument
 
 _WARM_UP_TOKENS, _WARM_UP_STEPS = 512, 3
 
@@ -117,14 +116,7 @@ class Answerer:
 
     def step(self, token: int, cache: Cache) -> torch.Tensor:
         """Pass one token through the model; return its logits `[vocab]`."""
-        output = self.model(
-            input_ids=torch.tensor([[token]], device=self.model.device),
-            use_cache=True,
-            logits_to_keep=1,
-            **cache_argument(self.model, cache),
-        )
-        row: torch.Tensor = output.logits[0, -1]
-        return row
+        return self._method.step(torch.tensor([[token]], device=self.model.device), cache)
 
     def ends(self, token: int) -> bool:
         """Whether a token is one that ends an answer."""
