@@ -109,7 +109,22 @@ def prefills() -> str:
     )
     return (
         "Prefill with no KV resident, beside stock in chunks with all KV in GPU memory (72 GiB). "
-        f"{pairs}"
+        f"{pairs} {longest()}"
+    )
+
+
+def longest() -> str:
+    """Return the longest contexts that ran."""
+    document = json.loads((RESULTS / "gpu-suite-llama-max-context.json").read_text())
+    header = document["header"]
+    host_gib = header["hardware"]["host_memory_bytes"] / 2**30
+    found = ", ".join(
+        f"{GPU_METHODS.get(row['method'], row['method'])} {row['context_tokens'] // 1024}K"
+        for row in document["rows"]
+    )
+    return (
+        f"Longest context in {header['settings']['device_memory']} of GPU and {host_gib:.0f} GiB "
+        f"of CPU memory: {found}."
     )
 
 
@@ -132,7 +147,12 @@ def updated(readme: str) -> str:
         ("table", "cpu-decode-*.json", table),
         ("gpu table", "gpu-suite-llama-decode*.json", gpu_table),
     ):
-        documents = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(pattern))]
+        documents = [
+            document
+            for path in sorted(RESULTS.glob(pattern))
+            if len((document := json.loads(path.read_text()))["header"]["spec"]["methods"])
+            >= LEAST_TO_COMPARE
+        ]
         begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
         if documents and begin in readme:
             before, rest = readme.split(begin)

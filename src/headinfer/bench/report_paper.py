@@ -24,7 +24,8 @@ _INTRO = """\
 
 Each cell: paper / measured here / predicted. The paper measured on an RTX 4090 with 24 GiB, and the
 predictions are for that card ([how](memory-model.md)). `{layer_wise}` is measured as
-`{offloaded}`, which is transformers' own.
+`{offloaded}`, which is transformers' own. A longest context measured here may have ended with the
+machine's CPU memory: the table of the longest contexts says why each ended.
 """
 
 _NONE = """\
