@@ -4,9 +4,10 @@ Every ordering the engine relies on is one `Edge`. A stream runs its work in ord
 streams is ordered only where one waits for an event the other recorded.
 """
 
+import contextlib
 import enum
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -24,6 +25,32 @@ class Edge(enum.Enum):
     TOKENS_SENT = "copy-out wrote tokens into the host store; host work attends them"
     ANSWERED = "host work wrote its partial result; compute merges it from where it is"
     HOST_SETTLED = "work on host memory or the arena is done; the host reads, moves or frees it"
+
+
+_Result = TypeVar("_Result")
+_Captured = TypeVar("_Captured", covariant=True)
+
+
+class CaptureError(Exception):
+    """An error of work that cannot be captured; its message is a clause that says why."""
+
+
+class PlaceError(CaptureError):
+    """An error of attention that cannot be captured, though all else may be."""
+
+
+class Capture(Protocol[_Captured]):
+    """A recording of compute's work that runs in few launches, mostly one, again and again.
+
+    It reads and writes the memory that was there when it was captured. Whoever replays it keeps
+    that memory.
+    """
+
+    def replay(self) -> _Captured:
+        """Enqueue the work on compute, and return the result, valid there until the next replay.
+
+        Captures of one device share memory: a replay of any of them may overwrite the result.
+        """
 
 
 class Event(Protocol):
@@ -162,6 +189,44 @@ class Device(Protocol):
 
     def host_access(self, tensor: torch.Tensor, *, write: bool, purpose: str) -> None:
         """State that the host now reads or writes `tensor` itself; only checked, never done."""
+
+    @property
+    def captures(self) -> bool:
+        """Whether work on compute can be captured."""
+
+    def apart(self) -> contextlib.AbstractContextManager[None]:
+        """Have compute be the stream that `capture` uses, in order with the caller's work.
+
+        What runs there first prepares what a capture must find prepared: workspaces and programs.
+        """
+
+    def capture(self, work: Callable[[], _Result]) -> Capture[_Result]:
+        """Record what a function enqueues on compute, without running it.
+
+        Args:
+            work: called once, now. It must wait for nothing and read nothing back but through
+                `launch`. Memory that it takes belongs to the capture.
+
+        Raises:
+            CaptureError: the device cannot, or the work is none that can be captured.
+        """
+
+    def launch(self, work: Callable[[], None]) -> None:
+        """Run what enqueues kernels on compute that read from memory what differs in each replay.
+
+        Args:
+            work: called now; a device that only simulates calls it at each replay, too.
+        """
+
+    def aside(self, work: Callable[[], None]) -> None:
+        """Have a function called between what is captured before it and after, at each replay.
+
+        So a capture is in several launches. Outside of a capture it is called now.
+
+        Args:
+            work: enqueues on compute what cannot be captured, on memory that the capture keeps. It
+                is not called during the capture.
+        """
 
     def free_bytes(self) -> int | None:
         """Return the device memory that can still be had; None where nothing limits it."""

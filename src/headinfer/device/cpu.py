@@ -1,10 +1,12 @@
 """The CPU as device: host memory is device memory, so no copy and no stream exists."""
 
+import contextlib
+from collections.abc import Callable
 from typing import NoReturn
 
 import torch
 
-from headinfer.device.base import Mark, ReachedMark
+from headinfer.device.base import CaptureError, Mark, ReachedMark
 from headinfer.device.host_pages import map_host_memory
 
 
@@ -14,6 +16,7 @@ class CpuDevice:
     name = "cpu"
     tiles_are_views = True
     checks_accesses = False
+    captures = False
     torch_device = torch.device("cpu")
 
     @property
@@ -37,6 +40,22 @@ class CpuDevice:
 
     def host_access(self, tensor: torch.Tensor, *, write: bool, purpose: str) -> None:
         """Do nothing: all work is done when its call returns."""
+
+    def apart(self) -> contextlib.AbstractContextManager[None]:
+        """Do nothing: there is no stream."""
+        return contextlib.nullcontext()
+
+    def capture(self, work: Callable[[], object]) -> NoReturn:
+        """Raise: a call of the CPU's is no launch."""
+        raise CaptureError("the CPU launches nothing")
+
+    def launch(self, work: Callable[[], None]) -> None:
+        """Run it."""
+        work()
+
+    def aside(self, work: Callable[[], None]) -> None:
+        """Call it: nothing is ever captured."""
+        work()
 
     def free_bytes(self) -> int | None:
         """Return None: device memory is host memory."""

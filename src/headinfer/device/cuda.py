@@ -2,20 +2,23 @@
 
 import contextlib
 import weakref
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 
 from headinfer.device import cuda_driver
-from headinfer.device.base import Edge, Event, Mark, Stream
+from headinfer.device.base import Capture, Edge, Event, Mark, Stream
 from headinfer.device.cuda_calls import enqueue_call
+from headinfer.device.cuda_graph import CudaCapture
 from headinfer.device.host_pages import Pieces, map_host_memory
 from headinfer.device.strips import contiguous_pieces
 from headinfer.errors import MemoryPlanError, OptionError
 from headinfer.units import format_bytes
 
 _CUDA_SUCCESS = 0
+
+_Result = TypeVar("_Result")
 
 
 class CudaEvent:
@@ -123,6 +126,7 @@ class CudaDevice:
     name = "cuda"
     tiles_are_views = False
     checks_accesses = False
+    captures = True
 
     def __init__(self, torch_device: torch.device) -> None:
         if not torch.cuda.is_available():
@@ -134,6 +138,10 @@ class CudaDevice:
         self.copy_out: Stream = CudaStream(torch_device, torch.cuda.Stream(torch_device))
         self.host_work: Stream = CudaStream(torch_device, torch.cuda.Stream(torch_device))
         self._pieces = Pieces(self._lock_new)
+        self._apart = torch.cuda.Stream(torch_device)
+        self._graph_pool: Any = None  # which all graphs share, since they never run at once
+        self._graphs: weakref.WeakSet[CudaCapture[Any]] = weakref.WeakSet()
+        self._capturing: CudaCapture[Any] | None = None
 
     def host_empty(self, num_bytes: int) -> torch.Tensor:
         """Return page-locked memory of exactly `num_bytes`.
@@ -188,6 +196,42 @@ class CudaDevice:
 
     def host_access(self, tensor: torch.Tensor, *, write: bool, purpose: str) -> None:
         """Do nothing: CUDA does not check."""
+
+    @contextlib.contextmanager
+    def apart(self) -> Iterator[None]:
+        """Have the current stream be one of ours; see `Device.apart`."""
+        outside = torch.cuda.current_stream(self.torch_device)
+        self._apart.wait_stream(outside)
+        try:
+            with torch.cuda.stream(self._apart):
+                yield
+        finally:
+            outside.wait_stream(self._apart)
+
+    def capture(self, work: Callable[[], _Result]) -> Capture[_Result]:
+        """Capture a CUDA graph; see `Device.capture`."""
+        if not self._graphs:  # torch takes none into a pool whose last graph is gone
+            self._graph_pool = torch.cuda.graph_pool_handle()
+        capture: CudaCapture[_Result] = CudaCapture(self._graph_pool)
+        with self.apart():
+            self._capturing = capture
+            try:
+                capture.record(work)
+            finally:
+                self._capturing = None
+        self._graphs.add(capture)
+        return capture
+
+    def launch(self, work: Callable[[], None]) -> None:
+        """Run it: a captured kernel reads memory by itself."""
+        work()
+
+    def aside(self, work: Callable[[], None]) -> None:
+        """Call a function now, or between two graphs of what is being captured."""
+        if self._capturing is None:
+            work()
+        else:
+            self._capturing.aside(work)
 
     def free_bytes(self) -> int | None:
         """Return what the driver has free and what torch's allocator holds unused."""

@@ -17,14 +17,15 @@ import ctypes
 import itertools
 import random
 from collections.abc import Callable, Collection, Iterator
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch.profiler import record_function
 
-from headinfer.device.base import Edge, Event, Mark, ReachedMark, Stream
+from headinfer.device.base import Capture, Edge, Event, Mark, ReachedMark, Stream
 from headinfer.device.hazards import Clock, join
 from headinfer.device.host_calls import without_collection
+from headinfer.device.simulated_capture import Recorder, SimulatedCapture
 from headinfer.device.simulated_memory import SimulatedMemory
 from headinfer.device.strips import contiguous_pieces
 
@@ -38,6 +39,8 @@ HOST_CALL_MARK = "headinfer: host function"
 """What a profiler shows around the call of a host function."""
 
 _HOST = "host"
+
+_Result = TypeVar("_Result")
 
 
 class SimulatedEvent:
@@ -222,6 +225,7 @@ class SimulatedDevice:
     name = "simulated"
     tiles_are_views = False
     checks_accesses = True
+    captures = True
     torch_device = torch.device("cpu")
 
     def __init__(self, *, seed: int = 0, skip: Collection[Edge] = ()) -> None:
@@ -240,6 +244,7 @@ class SimulatedDevice:
         self.host_work: Stream = self._host_work
         self.moments = itertools.count()
         self._in_host_function = False
+        self._recorder: Recorder | None = None  # during a capture
         self.memory = SimulatedMemory(compute=self._compute.clock, host=self.host_clock)
 
     @property
@@ -288,6 +293,32 @@ class SimulatedDevice:
         """Check an access by the host itself."""
         self.host_clock[_HOST] = self.host_clock.get(_HOST, 0) + 1
         self.memory.access(tensor, self.host_clock, _HOST, write, purpose)
+
+    def apart(self) -> contextlib.AbstractContextManager[None]:
+        """Do nothing: compute is one stream, whoever uses it."""
+        return contextlib.nullcontext()
+
+    def capture(self, work: Callable[[], _Result]) -> Capture[_Result]:
+        """Record a function's operations, which run once meanwhile; see `SimulatedCapture`."""
+        self._recorder = Recorder()
+        try:
+            return SimulatedCapture(work, self._recorder)
+        finally:
+            self._recorder = None
+
+    def launch(self, work: Callable[[], None]) -> None:
+        """Call a function now, and at each replay."""
+        if self._recorder is None:
+            work()
+        else:
+            self._recorder.launch(work)
+
+    def aside(self, work: Callable[[], None]) -> None:
+        """Call a function now, or at each replay of what is being captured."""
+        if self._recorder is None:
+            work()
+        else:
+            self._recorder.aside(work)
 
     def free_bytes(self) -> int | None:
         """Return None: device memory is host memory."""

@@ -1,0 +1,98 @@
+"""Work captured as a CUDA graph, by torch."""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from headinfer.device.base import CaptureError
+from headinfer.device.host_calls import without_collection
+
+_Result = TypeVar("_Result")
+
+
+class CudaCapture(Generic[_Result]):
+    """A CUDA graph of what a function enqueues on the current stream, which must be no default one.
+
+    It is several graphs where functions are to be called in between.
+
+    Other threads may go on meanwhile: only this one must not do what waits for the device.
+    `torch.cuda.graph` would first collect garbage and empty torch's cache, which takes longer than
+    the capture.
+
+    Args:
+        pool: memory of graphs that never run at once, of `torch.cuda.graph_pool_handle`.
+    """
+
+    _result: _Result
+
+    def __init__(self, pool: Any) -> None:
+        self._pool = pool
+        self._graphs: list[torch.cuda.CUDAGraph] = []
+        self._asides: list[Callable[[], None]] = []  # one between each two graphs
+
+    def record(self, work: Callable[[], _Result]) -> None:
+        """Capture what a function enqueues.
+
+        Args:
+            work: called once.
+
+        Raises:
+            CaptureError: the work does what cannot be captured.
+        """
+        # What is collected within may wait for the device, which ends the capture.
+        with without_collection():
+            self._begin()
+            try:
+                self._result = work()
+            except BaseException as error:
+                with contextlib.suppress(RuntimeError):  # the capture failed, as is known
+                    _end(self._graphs[-1], self._pool)
+                if isinstance(error, RuntimeError):
+                    raise CaptureError(_reason(error)) from error
+                raise
+            try:
+                _end(self._graphs[-1], self._pool)
+            except RuntimeError as error:
+                raise CaptureError(_reason(error)) from error
+
+    def _begin(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        self._graphs.append(graph)
+
+    def aside(self, work: Callable[[], None]) -> None:
+        """End a graph, have a function called behind it in each replay, and begin another."""
+        _end(self._graphs[-1], self._pool)
+        self._asides.append(work)
+        self._begin()
+
+    def replay(self) -> _Result:
+        """Launch the graphs on the current stream."""
+        for graph, aside in zip(self._graphs, self._asides, strict=False):
+            graph.replay()
+            aside()
+        self._graphs[-1].replay()
+        return self._result
+
+
+def _end(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
+    """End a capture, and have the allocator hear of it where that fails.
+
+    Torch tells it only of captures that ended well. It would go on as during a capture, and would
+    refuse all later ones into this pool.
+    """
+    try:
+        graph.capture_end()
+    except RuntimeError:
+        device_index = torch.cuda.current_device()
+        with contextlib.suppress(RuntimeError):  # it heard of it, and something else failed
+            torch._C._cuda_endAllocateToPool(device_index, pool)
+            torch._C._cuda_releasePool(device_index, pool)
+        raise
+
+
+def _reason(error: RuntimeError) -> str:
+    """Return what torch says in its first line."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

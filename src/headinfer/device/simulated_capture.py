@@ -1,0 +1,141 @@
+"""Captures of the simulated device: operations of torch, run again with the tensors they had.
+
+Nothing of Python runs again, as with a CUDA graph. Numbers that Python had are those of the
+capture. Weights are where they were, and results come into the same memory. What reads a tensor's
+contents back is refused. Unlike those of a CUDA graph, operations run while they are recorded.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from headinfer.device.base import CaptureError
+
+_Result = TypeVar("_Result")
+
+_READ_BACK = frozenset(
+    (
+        *("_local_scalar_dense", "nonzero", "masked_select", "bincount", "allclose"),
+        *("_unique2", "unique_dim", "unique_consecutive"),
+    )
+)
+"""Operations whose results have sizes, or are numbers, that a GPU would have to be waited for.
+
+`equal` is not among them: masks are looked at on the CPU, beside a GPU too.
+"""
+
+_READ_BACK_METHODS = (torch.Tensor.tolist, torch.Tensor.numpy)
+"""Methods that do so without any operation."""
+
+
+class Recorder(TorchDispatchMode):
+    """A recorder of the operations of a function; `with` it, they are run and noted.
+
+    Attributes:
+        operations: what runs them again, in order.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has no types for it
+        self.operations: list[Callable[[], object]] = []
+        self._in_launch = False
+
+    def launch(self, work: Callable[[], None]) -> None:
+        """Run a function, and note it as one operation that looks at contents when it runs."""
+        self.operations.append(work)
+        self._in_launch = True
+        try:
+            work()
+        finally:
+            self._in_launch = False
+
+    def aside(self, work: Callable[[], None]) -> None:
+        """Note a function that is called at each replay, and not now."""
+        self.operations.append(work)
+
+    def __torch_dispatch__(
+        self,
+        operation: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run an operation, and note it."""
+        kwargs = kwargs or {}
+        if self._in_launch or operation.namespace == "profiler":
+            return operation(*args, **kwargs)
+        if torch.is_inference_mode_enabled():  # where operations made of others come whole
+            with self:
+                output = operation.decompose(*args, **kwargs)
+            if output is not NotImplemented:
+                return output
+        name = operation._schema.name.split("::")[-1]
+        if name in _READ_BACK or (name == "index" and _chosen_by_mask(args[1])):
+            raise CaptureError(f"it reads back what {name} gives")
+        output = operation(*args, **kwargs)
+        noted = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs, output))
+        self.operations.append(functools.partial(_run_again, operation, *noted))
+        return output
+
+
+class _NoMethods(TorchFunctionMode):
+    """A refusal of methods that read a tensor back."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(
+        self,
+        function: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if function in _READ_BACK_METHODS and not self._recorder._in_launch:
+            raise CaptureError(f"it reads back a tensor by {function.__name__}()")
+        return function(*args, **(kwargs or {}))
+
+
+class SimulatedCapture(Generic[_Result]):
+    """A capture of what a function does with torch.
+
+    Args:
+        work: called once.
+        recorder: a new one.
+
+    Raises:
+        CaptureError: the work reads something back.
+    """
+
+    def __init__(self, work: Callable[[], _Result], recorder: Recorder) -> None:
+        with _NoMethods(recorder), recorder:
+            self._result = work()
+        self._operations = recorder.operations
+
+    def replay(self) -> _Result:
+        """Run the operations again, into the memory that their results have."""
+        with torch.no_grad():
+            for run in self._operations:
+                run()
+        return self._result
+
+
+def _chosen_by_mask(indices: Any) -> bool:
+    return any(each is not None and each.dtype in (torch.bool, torch.uint8) for each in indices)
+
+
+def _run_again(operation: Any, args: Any, kwargs: Any, outputs: Any) -> None:
+    """Run an operation again, and put into its outputs what came out."""
+    results = operation(*args, **kwargs)
+    for output, result in zip(
+        pytree.tree_leaves(outputs), pytree.tree_leaves(results), strict=True
+    ):
+        # Where they share memory, as views and what is done in place, it is there already.
+        if isinstance(output, torch.Tensor) and output.data_ptr() != result.data_ptr():
+            output.copy_(result)
