@@ -10,7 +10,7 @@ from attended import attended, reference
 from headinfer.attend.partial import Partial
 from headinfer.attend.reference import ReferenceKernel
 from headinfer.attend.table import Kernels
-from headinfer.attend.work import Kernel, Work, tile_in_hand
+from headinfer.attend.work import Kernel, TokenWork, Work, tile_in_hand
 from headinfer.kv.pair import KV
 
 if importlib.util.find_spec("triton") is None:
@@ -37,8 +37,8 @@ class Refusing:
         raise AssertionError("the other kernel was asked")
 
 
-def triton(other: Kernel | None = None) -> Kernels:
-    return TritonKernels([other or Refusing()], [], multiprocessors=6)
+def triton(other: Kernel | None = None, *, shared_bytes: int = 0) -> Kernels:
+    return TritonKernels([other or Refusing()], [], multiprocessors=6, shared_bytes=shared_bytes)
 
 
 @pytest.mark.parametrize("kind", ["tile", "padding"])
@@ -100,10 +100,13 @@ def test_tiles_partials_and_sinks_merge_like_the_reference(dtype, shape, tile_to
     ],
     ids=str,
 )
+@pytest.mark.parametrize("with_sinks", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_new_token_is_attended_and_kept_by_the_same_launch(dtype, shape, tokens):
+def test_a_new_token_is_attended_and_kept_by_the_same_launch(dtype, with_sinks, shape, tokens):
     batch, kv_heads, group, dim = shape
-    one = triton()  # whose memory and counters serve all of the calls
+    sinks = draw(kv_heads, group, dtype=dtype, seed=9).to(DEVICE) if with_sinks else None
+    # Whose memory and counters serve all of the calls; with little memory or much.
+    one = triton(shared_bytes=0 if with_sinks else 2**20)
     for kv_len in tokens:
         query = draw(batch, 1, kv_heads, group, dim, dtype=dtype).to(DEVICE).permute(0, 2, 3, 1, 4)
         new = [
@@ -119,7 +122,7 @@ def test_a_new_token_is_attended_and_kept_by_the_same_launch(dtype, shape, token
             held = [part.clone() for part in memory]
             out = query.new_empty(batch, 1, kv_heads, group, dim)
             tile = tile_in_hand(KV(*held))._replace(tokens=kv_len)
-            kernels.decode(Work(query, [tile], 0.2, new=KV(*new), out=out))
+            kernels.decode(TokenWork(query, KV(*new), tile, 0.2, out, sinks=sinks))
             results.append((out, held))
         tolerance = 1e-5 if dtype == torch.float32 else 1e-2
         torch.testing.assert_close(results[0][0], results[1][0], rtol=tolerance, atol=tolerance)
@@ -135,7 +138,7 @@ def test_layouts_that_one_launch_does_not_serve_take_several():
     for kernels in (triton(), reference()):
         held, out = values.clone().transpose(1, 2), query.new_empty(1, 1, 2, 2, 16)
         tile = tile_in_hand(KV(keys.clone(), held))
-        kernels.decode(Work(query, [tile], 1.0, new=KV(new, new), out=out))
+        kernels.decode(TokenWork(query, KV(new, new), tile, 1.0, out))
         assert torch.equal(held[:, :, -1:], new)
         results.append(out)
     torch.testing.assert_close(*results)
@@ -223,7 +226,7 @@ def test_the_last_place_of_a_tile_within_memory_is_written():
     for kernels in (triton(), reference()):
         held, out = KV(*(part.clone() for part in memory)), query.new_empty(1, 1, 2, 2, 16)
         tile = tile_in_hand(held)._replace(first=7, tokens=20, heads=slice(1, 3))
-        kernels.decode(Work(query, [tile], 0.5, new=KV(new, new), out=out))
+        kernels.decode(TokenWork(query, KV(new, new), tile, 0.5, out))
         results.append((out, held))
     torch.testing.assert_close(results[0][0], results[1][0])
     assert torch.equal(results[0][1].keys, results[1][1].keys)
@@ -235,3 +238,33 @@ def test_totals_are_those_of_the_rows():
     few, many = (draw(1, 1, 2, q_len, 16, dtype=torch.float32) for q_len in (32, 33))
     assert isinstance(triton().begin(few.to(DEVICE), scale=1.0), Slots)
     assert not isinstance(triton().begin(many.to(DEVICE), scale=1.0), Slots)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_place_read_from_memory_gives_the_same_bits_as_one_of_the_launch(dtype):
+    """For any number of tokens, wherever the first of them lies: a captured launch serves all."""
+    batch, kv_heads, group, dim, capacity = 2, 2, 3, 48, 1600
+    one = triton()
+    held = KV(*(draw(batch, kv_heads, capacity, dim, dtype=dtype, seed=n) for n in (3, 4)))
+    held = KV(held.keys.to(DEVICE), held.values.to(DEVICE))
+    query, new = draw(batch, kv_heads, group, 1, dim, dtype=dtype), draw(2, 2, 1, dim, dtype=dtype)
+    query, new = query.to(DEVICE), new.to(DEVICE)
+    place = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    counters = torch.zeros(batch * kv_heads, dtype=torch.int32, device=DEVICE)
+    for first, tokens in [(0, 1), (0, 257), (31, 64), (7, 1024), (0, capacity)]:
+        place.copy_(torch.tensor([first, tokens]))
+        results = []
+        for read in (False, True):
+            kept, out = KV(*(part.clone() for part in held)), query.new_empty(2, 1, 2, 3, dim)
+            tile = tile_in_hand(kept)
+            if not read:
+                tile = tile._replace(first=first, tokens=tokens)
+            work = TokenWork(query, KV(new, new), tile, 0.3, out)
+            if read:
+                work.place, work.counters = place, counters
+            one.decode(work)
+            results.append((out, kept))
+        assert torch.equal(results[0][0], results[1][0])
+        assert torch.equal(results[0][1].keys, results[1][1].keys)
+        assert torch.equal(results[0][1].values, results[1][1].values)
+        assert torch.equal(results[1][1].keys[:, :, first + tokens - 1], new[:, :, 0])

@@ -103,10 +103,15 @@ def run(
             assert step.end <= places.host
             fetched = step
         elif isinstance(step, Decode):
-            places.keep(Where.RESIDENT, 1, sizes)
-            kept = True
-            on_device = set(range(places.resident))
-            seen.update((head, t) for head in range(kv_heads) for t in range(places.tokens))
+            places.keep(step.where, 1, sizes)
+            kept, tokens = True, range(places.tokens)
+            if step.where is Where.WINDOW:
+                assert places.window_tokens is not None
+                tokens = tokens[-places.window_tokens :]
+            else:
+                on_device = set(range(places.resident))
+                assert len(on_device) == places.tokens, "a single place has all tokens"
+            seen.update((head, t) for head in range(kv_heads) for t in tokens)
         elif isinstance(step, Answer):
             assert asked is not None
             seen.update((head, t) for head in range(kv_heads) for t in asked)
@@ -121,7 +126,7 @@ def run(
                 assert heads
                 heads_left -= len(heads)
                 for part in step.parts:
-                    tokens: range = range(0)
+                    tokens = range(0)
                     if isinstance(part, Own):
                         own = True
                     elif isinstance(part, Near):
@@ -197,7 +202,7 @@ def test_every_pass_attends_what_it_may_see_once(
         if kind is Pass.DRAFT and not in_place and window_tokens is None:
             wanted &= on_device
         assert seen == Counter((head, t) for head in range(kv_heads) for t in wanted)
-        assert own == (new > 1 or window_tokens is not None)
+        assert own == (new > 1)
         if new > MAX_ASKED_TOKENS or kind is Pass.DRAFT:
             assert not any(isinstance(step, Ask) for step in steps.steps)
 
@@ -287,4 +292,4 @@ def test_layers_that_differ_are_named() -> None:
 
 def test_a_resident_token_takes_one_step() -> None:
     held = Held(Track(2), tokens=9, host_tokens=6, resident_tokens=9, resident_capacity=40)
-    assert route_track(held, Pass.FORWARD, 1, SIZES).steps == (Decode(),)
+    assert route_track(held, Pass.FORWARD, 1, SIZES).steps == (Decode(Where.RESIDENT),)

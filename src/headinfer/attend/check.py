@@ -8,7 +8,7 @@ import torch
 from headinfer.attend.partial import Accumulator
 from headinfer.attend.reference import ReferenceKernel
 from headinfer.attend.table import Kernels
-from headinfer.attend.work import Work, tile_in_hand
+from headinfer.attend.work import TokenWork, Work, tile_in_hand
 from headinfer.kv.pair import KV
 
 _logger = logging.getLogger(__name__)
@@ -83,9 +83,9 @@ def agrees(kernels: Kernels, torch_device: torch.device, dtype: torch.dtype, hea
         out = query.new_empty(1, 1, 2, 3, head_dim)
         wanted, wanted_past = torch.empty_like(out, dtype=torch.float64), doubled(*past)
         tile = tile_in_hand(past)
-        kernels.decode(Work(query, [tile], scale, new=new, out=out))
+        kernels.decode(TokenWork(query, new, tile, scale, out))
         tile = tile_in_hand(wanted_past)
-        reference.decode(Work(query.double(), [tile], scale, new=doubled(*new), out=wanted))
+        reference.decode(TokenWork(query.double(), doubled(*new), tile, scale, wanted))
         yield out, wanted
         yield from zip(past, wanted_past, strict=True)
 

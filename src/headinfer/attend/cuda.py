@@ -165,5 +165,7 @@ def candidates(torch_device: torch.device, dtype: torch.dtype, head_dim: int) ->
         return tables
     if not serves(dtype, head_dim):
         return tables
-    multiprocessors = torch.cuda.get_device_properties(torch_device).multi_processor_count
-    return [*(TritonKernels(kernels, rest, multiprocessors) for kernels in choices), *tables]
+    properties = torch.cuda.get_device_properties(torch_device)
+    shared_bytes = getattr(properties, "shared_memory_per_block_optin", 0)  # ROCm has none
+    sizes = properties.multi_processor_count, shared_bytes
+    return [*(TritonKernels(kernels, rest, *sizes) for kernels in choices), *tables]

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 import torch
 
 from headinfer.attend.partial import Accumulator
-from headinfer.attend.work import Kernel, Total, Work
+from headinfer.attend.work import Kernel, TokenWork, Total, Work
+from headinfer.device.base import PlaceError
+from headinfer.kv.extent import Tile
 
 
 class Kernels:
@@ -44,17 +46,35 @@ class Kernels:
                 return kernel
         raise AssertionError("the last kernel of a table serves every work")
 
-    def decode(self, work: Work) -> None:
-        """Put the new token of a work into its place, and write its attention to `work.out`."""
-        assert work.new is not None
-        assert work.out is not None
-        (tile,) = work.tiles
+    def decode(self, work: TokenWork) -> None:
+        """Put a new token into its place, and write its attention.
+
+        Raises:
+            PlaceError: the work is captured, and these kernels cannot read the token's place.
+        """
+        tile = work.tile
+        if work.place is not None:
+            tile = tile_at(tile, work.place)
         for tokens, token in zip(tile.kv, work.new, strict=True):
             tokens[:, :, -1:].copy_(token)
         into = self.begin(work.query, scale=work.scale)
-        past = Work(work.query, work.tiles, work.scale, into)
+        past = Work(work.query, (tile,), work.scale, into)
         for kernel in self.kernels:  # `pick`, without its frame
             if kernel.serves(past):
                 kernel.attend(past)
                 break
+        if work.sinks is not None:
+            into.add_sinks(work.sinks)
         into.write(work.out)
+
+
+def tile_at(tile: Tile, place: torch.Tensor) -> Tile:
+    """Return a tile with the `first` and `tokens` that a place says, see `TokenWork.place`.
+
+    Raises:
+        PlaceError: the place is in memory that only a device reads without waiting.
+    """
+    if place.device.type != "cpu":
+        raise PlaceError("its attention kernel cannot read from memory how many tokens there are")
+    first, tokens = place.tolist()
+    return tile._replace(first=first, tokens=tokens)

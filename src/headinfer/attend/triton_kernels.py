@@ -6,61 +6,46 @@ Scores are kept in base 2 within a program (`exp2` is one instruction), natural 
 import triton
 import triton.language as tl
 
-from headinfer.attend.triton_merge import merge_row
+from headinfer.attend.triton_merge import merge_rows, merge_sinks
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
 def _attend_split(
-    query,
+    q,
     keys,
     values,
     mask,
-    new_key,
-    new_value,
     scale,
     first,
     end,
-    newest,
-    query_rows,
     token_stride,
     DIM: tl.constexpr,
     MASKED: tl.constexpr,
-    WITH_NEW: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
 ):
-    """Attend the query rows of one KV head to its tokens from `first` to before `end`.
-
-    `WITH_NEW`, token `newest` is not read: it has `new_key` and `new_value`, `[DIM]`.
+    """Attend the query rows `q[BLOCK_ROWS, BLOCK_DIM]` of a KV head to tokens `first` to `end`.
 
     Returns:
-        The output `[BLOCK_ROWS, BLOCK_DIM]`, 0 where nothing is visible, and its LSE.
+        For each row its highest score in base 2, the weights that refer to that score,
+        and the values with these weights, `[BLOCK_ROWS, BLOCK_DIM]`.
     """
-    rows = tl.arange(0, BLOCK_ROWS)
     dims = tl.arange(0, BLOCK_DIM)
     real_dims = dims < DIM
-    both = (rows < query_rows)[:, None] & real_dims[None, :]
-    q = tl.load(query + rows[:, None] * DIM + dims[None, :], mask=both, other=0.0)
     highest = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
     weight = tl.zeros([BLOCK_ROWS], tl.float32)
     total = tl.zeros([BLOCK_ROWS, BLOCK_DIM], tl.float32)
     for start in range(first, end, BLOCK_TOKENS):
         tokens = start + tl.arange(0, BLOCK_TOKENS)
         real_tokens = tokens < end
-        stored = real_tokens
-        if WITH_NEW:
-            stored = stored & (tokens != newest)
-        tile = stored[:, None] & real_dims[None, :]
+        tile = real_tokens[:, None] & real_dims[None, :]
         places = tokens[:, None] * token_stride + dims[None, :]
+        # What is loaded goes to the product as it is: whatever touched it would take a detour.
         k = tl.load(keys + places, mask=tile, other=0.0)
         v = tl.load(values + places, mask=tile, other=0.0)
-        if WITH_NEW:
-            is_new = (tokens == newest)[:, None]
-            k = tl.where(is_new, new_key[None, :], k)
-            v = tl.where(is_new, new_value[None, :], v)
         visible = real_tokens
         if MASKED:
             seen = tl.load(mask + tokens, mask=real_tokens, other=0)
@@ -75,10 +60,21 @@ def _attend_split(
         weight = weight * shrink + tl.sum(p, 1)
         total = total * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
         highest = new_highest
+    return highest, weight, total
+
+
+@triton.jit
+def _store_part(
+    highest, weight, total, outs, lses, place, real_rows, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr
+):
+    """Store what `_attend_split` returned as an output, 0 where nothing is visible, and its LSE."""
+    dims = tl.arange(0, BLOCK_DIM)
     nothing = weight == 0.0
     result = total / tl.where(nothing, 1.0, weight)[:, None]
     lse = tl.where(nothing, float("-inf"), (highest + tl.log2(weight)) / _LOG2_E)
-    return result, lse
+    both = real_rows[:, None] & (dims < DIM)[None, :]
+    tl.store(outs + place[:, None] * DIM + dims[None, :], result, mask=both)
+    tl.store(lses + place, lse, mask=real_rows)
 
 
 @triton.jit(
@@ -121,37 +117,32 @@ def attend_tile(
     rows = tl.arange(0, BLOCK_ROWS)
     dims = tl.arange(0, BLOCK_DIM)
     real_rows = rows < query_rows
+    both = real_rows[:, None] & (dims < DIM)[None, :]
+    query += tl.program_id(1) * (query_rows * DIM)
     offset = start + batch * batch_stride + head * head_stride
     first = split.to(tl.int64) * split_tokens
-    result, lse = _attend_split(
-        query + tl.program_id(1) * (query_rows * DIM),
+    highest, weight, total = _attend_split(
+        tl.load(query + rows[:, None] * DIM + dims[None, :], mask=both, other=0.0),
         keys + offset,
         values + offset,
         mask + batch * kv_len,
-        0.0,
-        0.0,
         scale,
         first,
         tl.minimum(first + split_tokens, kv_len),
-        -1,
-        query_rows,
         token_stride,
         DIM,
         MASKED,
-        False,
         BLOCK_ROWS,
         BLOCK_DIM,
         BLOCK_TOKENS,
     )
     slot = (first_slot + split).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-    place = slot * query_rows + rows
     lses = parts + slots * tl.num_programs(1).to(tl.int64) * (query_rows * DIM)
-    both = real_rows[:, None] & (dims < DIM)[None, :]
-    tl.store(parts + place[:, None] * DIM + dims[None, :], result, mask=both)
-    tl.store(lses + place, lse, mask=real_rows)
+    place = slot * query_rows + rows
+    _store_part(highest, weight, total, parts, lses, place, real_rows, DIM, BLOCK_DIM)
 
 
-@triton.jit(do_not_specialize=["kv_len", "split_tokens", "kv_heads", "query_rows"])
+@triton.jit(do_not_specialize=["kv_len", "most_splits", "kv_heads"])
 def decode_token(
     query,
     new_keys,
@@ -161,89 +152,119 @@ def decode_token(
     parts,
     arrived,
     out,
+    sinks,
+    place,
     scale,
     kv_len,
-    split_tokens,
+    most_splits,
     kv_heads,
-    query_rows,
     new_batch_stride,
     new_head_stride,
     start,
     batch_stride,
     head_stride,
     token_stride,
+    QUERY_ROWS: tl.constexpr,
     DIM: tl.constexpr,
+    SINKS: tl.constexpr,
+    PLACE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
+    MERGED_ROWS: tl.constexpr,
     BLOCK_SLOTS: tl.constexpr,
+    LEAST_SPLIT: tl.constexpr,
 ):
     """Attend all query rows of one KV head to all its tokens, and put the newest in its place.
 
-    Grid: (splits, batch * kv_heads); keys and values lie as in `attend_tile`, and `parts` has a
-    slot for each split. The last token is written from `new_keys` and `new_values[batch, kv_heads,
-    DIM]`. The last program of each head merges, and writes the contiguous `out[batch, kv_heads,
-    query_rows, DIM]`. `arrived[batch * kv_heads]` counts programs, 0 before and after.
+    Grid: (splits, batch * kv_heads). There are as many splits as `kv_len` takes, or `most_splits`,
+    of which the rest return at once. Keys and values lie as in `attend_tile`. With `PLACE` the
+    first token and `kv_len` are read from `place[2]`, so that a captured launch serves other
+    lengths. `parts` has `most_splits` slots. The last token is written from `new_keys` and
+    `new_values[batch, kv_heads, DIM]`. The last program of each head merges, also
+    `sinks[kv_heads, QUERY_ROWS]`, and writes the contiguous `out`. That is `[batch, kv_heads,
+    QUERY_ROWS, DIM]`. `arrived[batch * kv_heads]` counts programs, 0 before and after.
     """
     split = tl.program_id(0)
     batch = (tl.program_id(1) // kv_heads).to(tl.int64)
     head = (tl.program_id(1) % kv_heads).to(tl.int64)
+    if PLACE:
+        start += tl.load(place) * token_stride
+        kv_len = tl.load(place + 1).to(tl.int32)
+    # Tokens are divided into parts of whole blocks, whoever reckons: results repeat bit for bit.
+    splits = tl.maximum(tl.minimum(most_splits, kv_len // LEAST_SPLIT), 1)
+    split_tokens = tl.cdiv(tl.cdiv(kv_len, BLOCK_TOKENS), splits) * BLOCK_TOKENS
+    used = tl.cdiv(kv_len, split_tokens)
+    if split >= used:
+        return
     rows = tl.arange(0, BLOCK_ROWS)
     dims = tl.arange(0, BLOCK_DIM)
-    real_rows = rows < query_rows
+    real_rows = rows < QUERY_ROWS
     real_dims = dims < DIM
     both = real_rows[:, None] & real_dims[None, :]
+    query += tl.program_id(1) * (QUERY_ROWS * DIM)
+    q = tl.load(query + rows[:, None] * DIM + dims[None, :], mask=both, other=0.0)
     offset = start + batch * batch_stride + head * head_stride
-    new_offset = batch * new_batch_stride + head * new_head_stride
-    new_key = tl.load(new_keys + new_offset + dims, mask=real_dims, other=0.0)
-    new_value = tl.load(new_values + new_offset + dims, mask=real_dims, other=0.0)
     first = split.to(tl.int64) * split_tokens
-    end = tl.minimum(first + split_tokens, kv_len)
-    result, lse = _attend_split(
-        query + tl.program_id(1) * (query_rows * DIM),
+    highest, weight, total = _attend_split(
+        q,
         keys + offset,
         values + offset,
         query,
-        new_key,
-        new_value,
         scale,
         first,
-        end,
-        kv_len - 1,
-        query_rows,
+        tl.minimum(first + split_tokens, kv_len - 1),
         token_stride,
         DIM,
         False,
-        True,
         BLOCK_ROWS,
         BLOCK_DIM,
         BLOCK_TOKENS,
     )
-    if end == kv_len:
-        newest = offset + (end - 1) * token_stride + dims
+    if split == used - 1:  # the new token, which is not read from its place, is the last
+        new_offset = batch * new_batch_stride + head * new_head_stride + dims
+        new_key = tl.load(new_keys + new_offset, mask=real_dims, other=0.0)
+        new_value = tl.load(new_values + new_offset, mask=real_dims, other=0.0)
+        newest = offset + (kv_len - 1).to(tl.int64) * token_stride + dims
         tl.store(keys + newest, new_key, mask=real_dims)
         tl.store(values + newest, new_value, mask=real_dims)
+        score = tl.sum(q.to(tl.float32) * new_key.to(tl.float32)[None, :], 1) * (scale * _LOG2_E)
+        new_highest = tl.maximum(highest, score)
+        shrink = tl.exp2(highest - new_highest)
+        p = tl.exp2(score - new_highest)
+        weight = weight * shrink + p
+        total = total * shrink[:, None] + p[:, None] * new_value.to(tl.float32)[None, :]
+        highest = new_highest
 
-    all_rows = tl.num_programs(1).to(tl.int64) * query_rows
-    lses = parts + tl.num_programs(0) * all_rows * DIM
-    first_row = tl.program_id(1).to(tl.int64) * query_rows
+    all_rows = tl.num_programs(1).to(tl.int64) * QUERY_ROWS
+    lses = parts + most_splits * all_rows * DIM
+    first_row = tl.program_id(1).to(tl.int64) * QUERY_ROWS
     place = split * all_rows + first_row + rows
-    tl.store(parts + place[:, None] * DIM + dims[None, :], result, mask=both)
-    tl.store(lses + place, lse, mask=real_rows)
+    _store_part(highest, weight, total, parts, lses, place, real_rows, DIM, BLOCK_DIM)
     tl.debug_barrier()  # all threads have stored before one of them counts
     before = tl.atomic_add(arrived + tl.program_id(1), 1, sem="acq_rel")
-    if before == tl.num_programs(0) - 1:
-        for row in range(0, query_rows):
-            total, weight, _highest = merge_row(
-                parts,
-                lses,
-                first_row + row,
-                all_rows,
-                tl.num_programs(0),
-                DIM,
-                BLOCK_SLOTS,
-                BLOCK_DIM,
+    if before == used - 1:
+        member = tl.arange(0, MERGED_ROWS)
+        real = member < QUERY_ROWS
+        merged, merged_weight, lse = merge_rows(
+            parts,
+            lses,
+            first_row + member,
+            real,
+            all_rows,
+            used,
+            DIM,
+            MERGED_ROWS,
+            BLOCK_SLOTS,
+            BLOCK_DIM,
+        )
+        if SINKS:
+            sink = tl.load(sinks + head * QUERY_ROWS + member, mask=real, other=float("-inf"))
+            merged, merged_weight, lse = merge_sinks(
+                sink.to(tl.float32), merged, merged_weight, lse
             )
-            place_out = out + (first_row + row) * DIM + dims
-            tl.store(place_out, (total / weight).to(out.dtype.element_ty), mask=real_dims)
+        result = merged / tl.where(real, merged_weight, 1.0)[:, None]
+        place_out = out + (first_row + member)[:, None] * DIM + dims[None, :]
+        written = real[:, None] & real_dims[None, :]
+        tl.store(place_out, result.to(out.dtype.element_ty), mask=written)
         tl.atomic_xchg(arrived + tl.program_id(1), 0)

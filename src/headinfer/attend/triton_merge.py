@@ -9,24 +9,23 @@ import triton.language as tl
 
 
 @triton.jit
-def _weigh(highest, lse, lse_highest):
-    """Weigh partials against sums of others that refer to the LSE `highest`.
+def _rebase(highest, lse_highest):
+    """Have sums of partials refer to the highest LSE so far.
 
-    Every merge is this: sums of outputs and of weights are multiplied by the factor. The outputs
-    and weights of the new partials, times their weights, are added.
+    Every merge is this: sums of outputs and of weights, which refer to the LSE `highest`, are
+    multiplied by the factor. New partials are added to both with the weight `exp(lse - base)`.
 
     Args:
         highest: -inf before the first.
-        lse: of the partials, each.
-        lse_highest: the highest of them.
+        lse_highest: the highest LSE of the new partials.
 
     Returns:
-        The LSE to which the sums refer from now on, the factor and the weights.
+        The LSE to which the sums refer from now on, the factor and the base.
     """
     new_highest = tl.maximum(highest, lse_highest)
     # Where nothing was visible so far, 0 in place of -inf keeps -inf - -inf out.
     base = tl.where(new_highest == float("-inf"), 0.0, new_highest)
-    return new_highest, tl.exp(highest - base), tl.exp(lse - base)
+    return new_highest, tl.exp(highest - base), base
 
 
 @triton.jit
@@ -37,42 +36,60 @@ def _lse_of(weight, highest):
 
 
 @triton.jit
-def merge_row(
+def merge_rows(
     parts,
     lses,
-    place,
+    places,
+    real_rows,
     all_rows,
     used,
     DIM: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
     BLOCK_SLOTS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ):
-    """Merge the first `used` partials of query row `place`.
+    """Merge the first `used` partials of the query rows at `places[BLOCK_ROWS]`.
 
     Loads pass by the multiprocessor's own cache, which may hold what others have overwritten.
 
     Returns:
-        The weighted sum of the outputs `[BLOCK_DIM]`, its weight, and the LSE that both refer to.
+        The weighted sums of the outputs `[BLOCK_ROWS, BLOCK_DIM]`, their weights, and the LSE that
+        both refer to.
     """
     dims = tl.arange(0, BLOCK_DIM)
-    highest = float("-inf")
-    weight = 0.0
-    total = tl.zeros([BLOCK_DIM], tl.float32)
+    highest = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
+    weight = tl.zeros([BLOCK_ROWS], tl.float32)
+    total = tl.zeros([BLOCK_ROWS, BLOCK_DIM], tl.float32)
     for start in range(0, used, BLOCK_SLOTS):
         numbers = start + tl.arange(0, BLOCK_SLOTS)
-        real = numbers < used
-        places = numbers.to(tl.int64) * all_rows + place
-        lse = tl.load(lses + places, mask=real, other=float("-inf"), cache_modifier=".cg")
+        real = real_rows[:, None] & (numbers < used)[None, :]
+        slots = numbers.to(tl.int64)[None, :] * all_rows + places[:, None]
+        lse = tl.load(lses + slots, mask=real, other=float("-inf"), cache_modifier=".cg")
         part = tl.load(
-            parts + places[:, None] * DIM + dims[None, :],
-            mask=real[:, None] & (dims < DIM)[None, :],
+            parts + slots[:, :, None] * DIM + dims[None, None, :],
+            mask=real[:, :, None] & (dims < DIM)[None, None, :],
             other=0.0,
             cache_modifier=".cg",
         )
-        highest, factor, w = _weigh(highest, lse, tl.max(lse, 0))
-        weight = weight * factor + tl.sum(w, 0)
-        total = total * factor + tl.sum(part * w[:, None], 0)
+        highest, factor, base = _rebase(highest, tl.max(lse, 1))
+        w = tl.exp(lse - base[:, None])
+        weight = weight * factor + tl.sum(w, 1)
+        total = total * factor[:, None] + tl.sum(part * w[:, :, None], 1)
     return total, weight, highest
+
+
+@triton.jit
+def merge_sinks(scores, total, weight, highest):
+    """Merge attention sinks into what `merge_rows` returned: a key each whose value is zero.
+
+    Args:
+        scores: of the sinks, `[BLOCK_ROWS]` in float32.
+        total: the weighted sums of the outputs.
+        weight: of each sum.
+        highest: the LSE that both refer to.
+    """
+    highest, factor, base = _rebase(highest, scores)
+    return total * factor[:, None], weight * factor + tl.exp(scores - base), highest
 
 
 @triton.jit(do_not_specialize=["used", "slots", "kv_heads", "group", "q_len"])
@@ -105,32 +122,33 @@ def merge_slots(
     `more[batch, kv_heads, rows, DIM]` and `more_lse[batch, kv_heads, rows]`, float32. Writes `out`
     by its strides, in its dtype, and if asked for `lse_out[batch, kv_heads, rows]`.
     """
-    place = tl.program_id(0)
+    place = tl.program_id(0) + tl.arange(0, 1)
     all_rows = tl.num_programs(0).to(tl.int64)
     lses = parts + slots * all_rows * DIM
     row = place % (group * q_len)
     head = (place // (group * q_len)) % kv_heads
     batch = (place // (group * q_len * kv_heads)).to(tl.int64)
     dims = tl.arange(0, BLOCK_DIM)
-    real_dims = dims < DIM
-    total, weight, highest = merge_row(
-        parts, lses, place, all_rows, used, DIM, BLOCK_SLOTS, BLOCK_DIM
+    real_dims = (dims < DIM)[None, :]
+    total, weight, highest = merge_rows(
+        parts, lses, place, place >= 0, all_rows, used, DIM, 1, BLOCK_SLOTS, BLOCK_DIM
     )
     if MORE:
         lse = tl.load(more_lse + place)
-        part = tl.load(more + place.to(tl.int64) * DIM + dims, mask=real_dims, other=0.0)
-        highest, factor, w = _weigh(highest, lse, lse)
+        elements = place.to(tl.int64)[:, None] * DIM + dims[None, :]
+        part = tl.load(more + elements, mask=real_dims, other=0.0)
+        highest, factor, base = _rebase(highest, lse)
+        w = tl.exp(lse - base)
         weight = weight * factor + w
-        total = total * factor + part * w
+        total = total * factor[:, None] + part * w[:, None]
     if SINKS:
         sink = tl.load(sinks + head * group + row // q_len).to(tl.float32)
-        highest, factor, w = _weigh(highest, sink, sink)
-        weight = weight * factor + w
-        total = total * factor
-    result = total / tl.where(weight == 0.0, 1.0, weight)
-    out += batch * out_batch + head.to(tl.int64) * out_head
-    out += (row // q_len) * out_group + (row % q_len) * out_token
-    tl.store(out + dims, result.to(out.dtype.element_ty), mask=real_dims)
+        total, weight, highest = merge_sinks(sink, total, weight, highest)
+    result = total / tl.where(weight == 0.0, 1.0, weight)[:, None]
+    start = batch * out_batch + head.to(tl.int64) * out_head
+    start += (row // q_len) * out_group + (row % q_len) * out_token
+    result = result.to(out.dtype.element_ty)
+    tl.store(out + start[:, None] + dims[None, :], result, mask=real_dims)
     if WITH_LSE:
         tl.store(lse_out + place, _lse_of(weight, highest))
 
@@ -187,19 +205,22 @@ def merge_two(
     lse = tl.load(first_lse + places, mask=real, other=float("-inf"))
     part = first + start + tokens[:, None] * first_token + dims[None, :]
     total = tl.load(part, mask=both, other=0.0).to(tl.float32)
-    highest, _factor, weight = _weigh(lse, lse, lse)
+    highest, _factor, base = _rebase(lse, lse)
+    weight = tl.exp(lse - base)
     total = total * weight[:, None]
     if SECOND:
         start = batch * second_batch + head * second_head + member * second_group
         part = second + start + tokens[:, None] * second_token + dims[None, :]
         lse = tl.load(second_lse + places, mask=real, other=float("-inf"))
-        highest, factor, w = _weigh(highest, lse, lse)
+        highest, factor, base = _rebase(highest, lse)
+        w = tl.exp(lse - base)
         weight = weight * factor + w
         total = total * factor[:, None]
         total += tl.load(part, mask=both, other=0.0).to(tl.float32) * w[:, None]
     if SINKS:
         sink = tl.load(sinks + head * group + member).to(tl.float32)
-        highest, factor, w = _weigh(highest, sink, sink)
+        highest, factor, base = _rebase(highest, sink)
+        w = tl.exp(sink - base)
         weight = weight * factor + w
         total = total * factor[:, None]
     total = total / tl.where(weight == 0.0, 1.0, weight)[:, None]

@@ -40,13 +40,10 @@ class Work:
             unchanged until the total is written.
         tiles: with as many heads as the queries; never expanded over the group.
         scale: factor of the scores.
-        into: collects partials of these very queries; None with `new`.
+        into: collects partials of these very queries; None until there is such a place.
         causal: query `i` sees key `j` only for `j <= i`; the one tile is the queries' own tokens.
         mask: bool `[batch or 1, q_len or 1, kv_len]` of the one tile, True where visible; not with
             `causal`. None where all is.
-        new: the one new token of each row, `[batch, kv_heads, 1, dim]`, which goes to the last
-            place of the one tile and is attended there; see `Kernels.decode`.
-        out: where the result goes with `new`, `[batch, 1, kv_heads, group, value_dim]`.
     """
 
     query: torch.Tensor
@@ -55,8 +52,34 @@ class Work:
     into: Total | None = None
     causal: bool = False
     mask: torch.Tensor | None = None
-    new: KV | None = None
-    out: torch.Tensor | None = None
+
+
+@dataclass(slots=True)
+class TokenWork:
+    """A request to attend one new token of each row, and to keep it; see `Kernels.decode`.
+
+    Attributes:
+        query: `[batch, kv_heads, group, 1, key_dim]`, any strides with a unit last one.
+        new: the token's keys and values, `[batch, kv_heads, 1, dim]`.
+        tile: all that the token sees; the last place is the token's own, still to be written.
+        scale: factor of the scores.
+        out: where the result goes, `[batch, 1, kv_heads, group, value_dim]`.
+        sinks: scores `[kv_heads, group]` of attention sinks, or None.
+        place: `[2]` of int64 where the queries are: the tile's `first` and `tokens`, which are read
+            from there when the kernel runs. So a captured launch serves the tokens that follow.
+            None where those of the tile hold.
+        counters: zeros `[batch * kv_heads]` of int32 for kernels to count with, which are zeros
+            again afterwards; with `place`, because a capture uses them wherever it is replayed.
+    """
+
+    query: torch.Tensor
+    new: KV
+    tile: Tile
+    scale: float
+    out: torch.Tensor
+    sinks: torch.Tensor | None = None
+    place: torch.Tensor | None = None
+    counters: torch.Tensor | None = None
 
 
 class Kernel(Protocol):

@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from headinfer.attend.partial import Partial
-from headinfer.attend.work import Work
+from headinfer.attend.work import TokenWork
 from headinfer.engine.attending import attend_groups, attention_mark
 from headinfer.engine.chunk import Chunk
 from headinfer.engine.fetch import TileSource
 from headinfer.engine.host_attention import HostAttention
 from headinfer.engine.pages import Pages
 from headinfer.engine.windows import WindowKeeper
-from headinfer.kv.extent import Tile
+from headinfer.kv.extent import Extent, Tile
 from headinfer.kv.ledger import Ledger
 from headinfer.kv.pair import KV
 from headinfer.schedule.route import Pass, Sizes, route_track
@@ -23,6 +23,7 @@ from headinfer.schedule.steps import (
     Answer,
     Ask,
     Attend,
+    Band,
     Decode,
     Fetch,
     Keep,
@@ -31,8 +32,6 @@ from headinfer.schedule.steps import (
     TrackSteps,
     Where,
 )
-
-_DECODE_IN_PARTS = (Near(Where.RESIDENT),)
 
 _Key = tuple[int, Pass, int, float]
 
@@ -131,18 +130,29 @@ class Executor:
     def _fetch(self, step: Fetch) -> None:
         self.source.begin(self.ledger, step)
 
-    def _decode(self, _step: Decode) -> None:
-        """Attend and keep a single token where all others are resident: in one call, if plain."""
+    def with_room(self, where: Where) -> Extent:
+        """Return the tokens of a place that has all a new one sees, with room for that one."""
+        if where is Where.RESIDENT:
+            return self.pages.residents_with_room(self.ledger)
+        return self._windows.window_with_room(self.ledger)
+
+    def _decode(self, step: Decode) -> None:
+        """Attend and keep a single token: in one call, if none is padding."""
         ledger, chunk = self.ledger, self.chunk
-        tile = self.pages.place_in_residents(ledger)
+        if chunk.padding is not None:
+            self._keep(Keep(step.where))
+            part = Near(step.where) if step.where is Where.RESIDENT else Band()
+            attend_groups(self, Attend(ledger.geometry.kv_heads, 1, (part,)))
+            return
+        extent = self.with_room(step.where)
+        tile = ledger.next_tile(extent)
+        self.pages.state_token(tile)
+        ledger.extend(extent, 1)
         try:
-            if chunk.padding is None and chunk.sinks is None:
-                work = Work(chunk.query, (tile,), chunk.scale, new=chunk.new, out=chunk.out)
-                with attention_mark():
-                    chunk.kernels.decode(work)
-            else:
-                tile.kv.cut(slice(chunk.past_tokens, None)).copy_(chunk.new)
-                attend_groups(self, Attend(ledger.geometry.kv_heads, 1, _DECODE_IN_PARTS))
+            with attention_mark():
+                chunk.kernels.decode(
+                    TokenWork(chunk.query, chunk.new, tile, chunk.scale, chunk.out, chunk.sinks)
+                )
         except BaseException:
             ledger.crop(chunk.past_tokens)  # its place may never have been written
             raise

@@ -80,19 +80,21 @@ class Pages:
             tile.kv.copy_(new.cut(slice(first, first + tile.tokens)))
             first += tile.tokens
 
-    def place_in_residents(self, ledger: Ledger) -> Tile:
-        """Return the residents with a place for a new token behind them, for compute to write."""
+    def residents_with_room(self, ledger: Ledger) -> Extent:
+        """Return the residents, which are all tokens, for compute to write one behind them."""
         resident = ledger.resident
         assert resident is not None
         if ledger.tail is not None:
             ledger.end_tail()
         if resident.piece.ready is not None:
             resident.piece.wait_ready(self._device)
-        place = ledger.extend(resident, 1)
+        return resident
+
+    def state_token(self, tile: Tile) -> None:
+        """State, where that is checked, that compute attends a tile and writes its last place."""
         if self._device.checks_accesses:
-            self._state_writes(place)
-            self._device.compute.reads(resident.piece.memory, "attention to resident tokens")
-        return Tile(0, resident.tokens, resident.piece, resident.whole)
+            self._device.compute.reads(tile.piece.memory, "attention to tokens kept here")
+            self._state_writes(tile.newest(1))
 
     def near(self, ledger: Ledger, where: Where) -> Tile:
         """Return all tokens of the residents or the page, for compute to read."""

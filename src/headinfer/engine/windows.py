@@ -41,13 +41,9 @@ class WindowKeeper:
         Returns:
             All in one piece, valid on compute until the next tokens are taken.
         """
-        tail = ledger.tail or self._begin(ledger)
-        tail.piece.wait_ready(self._device)
+        tail = self._with_room(ledger, new.tokens)
         low = max(tail.end - ledger.past_tokens, tail.start)
-        self._state(tail.piece, writes=False)
         if new.tokens <= self._page_tokens:
-            if tail.limit - tail.end < new.tokens:
-                self._restart(ledger, tail, tail.tile(tail.start, tail.end))
             self._append(ledger, tail, new)
             return tail.tile(low, tail.end)
         first = low if new.tokens >= SPARE_TOKENS else tail.start
@@ -56,6 +52,19 @@ class WindowKeeper:
         all_tokens = Tile(first, both.tokens, Piece(both.keys), both)
         self._restart(ledger, tail, all_tokens)
         return all_tokens.newest(tail.end - low)
+
+    def window_with_room(self, ledger: Ledger) -> Extent:
+        """Return the window's tokens, for compute to write one behind them."""
+        return self._with_room(ledger, 1)
+
+    def _with_room(self, ledger: Ledger, tokens: int) -> Extent:
+        """Return the tail, with room for some new tokens if so many are written in place."""
+        tail = ledger.tail or self._begin(ledger)
+        tail.piece.wait_ready(self._device)
+        self._state(tail.piece, writes=False)
+        if tail.limit - tail.end < tokens <= self._page_tokens:
+            self._restart(ledger, tail, tail.tile(tail.start, tail.end))
+        return tail
 
     def check_crop(self, ledger: Ledger, tokens: int) -> None:
         """Refuse to keep only the first `tokens` tokens where those that are seen then are gone.

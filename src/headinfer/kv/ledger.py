@@ -244,6 +244,14 @@ class Ledger:
         assert extent.tokens <= extent.capacity, "the extent has no memory for them"
         return Tile(extent.start + first, tokens, extent.piece, extent.whole, first)
 
+    def next_tile(self, extent: Extent) -> Tile:
+        """Return what a single new token sees, of an extent that has all of it.
+
+        The last place is the token's own, still to be written.
+        """
+        past = min(self.visible_tokens, extent.tokens)
+        return extent.tile(extent.end - past, extent.end + 1)
+
     def crop(self, tokens: int) -> None:
         """Keep the first `tokens` tokens; the memory stays."""
         assert 0 <= tokens <= self.tokens

@@ -138,7 +138,7 @@ def route_track(
 ) -> TrackSteps:
     """Return what a pass does with one track; see `route`."""
     if held.track.window_tokens is not None:
-        return _windowed(held, kind)
+        return _windowed(held, kind, new_tokens)
     if sizes.in_place:
         return _in_place(held, kind, new_tokens, sizes)
     steps: list[Step] = []
@@ -155,7 +155,7 @@ def route_track(
     if kind is Pass.APPEND:
         steps += keep
     elif new_tokens == 1 and where is Where.RESIDENT:
-        steps.append(Decode())
+        steps.append(Decode(where))
     else:
         share = host_share if kind is Pass.FORWARD and new_tokens <= MAX_ASKED_TOKENS else 0.0
         attend = _attended(held, kind, new_tokens, sizes, share, where)
@@ -226,9 +226,11 @@ def fetched(held: Held, sizes: Sizes, host_share: float) -> Fetch | None:
     return Fetch(start, end, sizes.tile_tokens, heads, -(-held.track.kv_heads // heads))
 
 
-def _windowed(held: Held, kind: Pass) -> TrackSteps:
+def _windowed(held: Held, kind: Pass, new_tokens: int) -> TrackSteps:
     if kind is Pass.APPEND:
         return TrackSteps((Keep(Where.WINDOW),))
+    if new_tokens == 1:
+        return TrackSteps((Decode(Where.WINDOW),))
     return TrackSteps((Keep(Where.WINDOW), Attend(held.track.kv_heads, 1, (Band(),))))
 
 

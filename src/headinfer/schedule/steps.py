@@ -99,11 +99,13 @@ class Fetch:
 
 @dataclass(frozen=True, slots=True)
 class Decode:
-    """A step that attends and keeps a single new token at once, where all tokens are resident."""
+    """A step that attends and keeps a single new token at once, where one place has all it sees."""
+
+    where: Where
 
     def __str__(self) -> str:
         """Say it in a line."""
-        return "attend the residents and the new token, and keep it there"
+        return f"attend {self.where.value} and the new token, and keep it there"
 
 
 @dataclass(frozen=True, slots=True)
