@@ -9,11 +9,13 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.masking_utils import (
     create_chunked_causal_mask,
     create_sliding_window_causal_mask,
+    sliding_window_causal_mask_function,
 )
 
 import headinfer
 from headinfer.errors import UnsupportedModelError
 from headinfer.integration.calls import cache_argument
+from headinfer.integration.visibility import _edges, visible
 from tiny_models import random_tokens, tiny_model
 
 CHUNK = {"device": "cpu", "chunk_tokens": 13}
@@ -147,3 +149,13 @@ def test_a_bidirectional_mask_is_refused(name: str) -> None:
         pytest.raises(UnsupportedModelError, match="more than causal, windowed and padded"),
     ):
         call(model, offload.new_cache(), 50)
+
+
+def test_windows_are_told_whatever_torchs_default_device_is() -> None:
+    """On a GPU they would wait for it, which nothing may in a capture."""
+    sliding = sliding_window_causal_mask_function(7)
+    _edges.cache_clear()
+    with torch.device("meta"):
+        seen = visible(1, 7, 30, 24, sliding, None, 7)
+    assert seen is not None
+    assert seen.window_tokens == 7

@@ -51,7 +51,7 @@ def test_generate_has_a_flag_for_each_option() -> None:
         {"device_memory": "24GB", "host_memory": "1.5GiB", "chunk_tokens": "4K"},
         {"device_memory": "1000000007", "tile_heads": "all", "tile_tokens": "1K"},
         {"resident_tokens": "0", "host_attention": "off", "overlap": False, "device": "cpu"},
-        {"resident_tokens": "all", "host_attention": "0.25", "tile_heads": 2},
+        {"resident_tokens": "all", "host_attention": "0.25", "tile_heads": 2, "capture": False},
     ],
 )
 def test_options_are_taken_back_as_they_are_written(given: dict[str, Any]) -> None:

@@ -38,6 +38,12 @@ def _positional_names(model_class: Any) -> tuple[str, ...]:
     return tuple(inspect.signature(model_class.forward).parameters)[1:]
 
 
+def takes_argument(model: torch.nn.Module, name: str) -> bool:
+    """Whether a model's forward names an argument."""
+    model_class: Any = type(model)
+    return name in _positional_names(model_class)
+
+
 def named_arguments(
     model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Any]:

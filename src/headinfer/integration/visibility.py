@@ -118,7 +118,7 @@ def _fault(
 def _is_sliding(mask_function: Callable[..., torch.Tensor], window_tokens: int) -> bool:
     """Whether a mask function is a causal window, judged by its values around the edges of one."""
     queries, columns, expected = _edges(window_tokens)
-    zero = torch.tensor(0)
+    zero = torch.tensor(0, device="cpu")
     seen = mask_function(zero, zero, queries, columns)
     return torch.equal(seen.expand(expected.shape), expected)
 
@@ -129,8 +129,9 @@ def _edges(window_tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
 
     There are two queries, because chunks of as many tokens may look like windows to one.
     """
-    queries = torch.arange(2)[:, None] + (window_tokens + 2)
-    columns = torch.cat((torch.arange(5), torch.arange(5) + window_tokens))[None, :]
+    queries = torch.arange(2, device="cpu")[:, None] + (window_tokens + 2)
+    few = torch.arange(5, device="cpu")
+    columns = torch.cat((few, few + window_tokens))[None, :]
     return queries, columns, (columns <= queries) & (columns > queries - window_tokens)
 
 

@@ -14,6 +14,9 @@ from headinfer.units import exact_bytes, parse_bytes, parse_tokens
 DeviceName = Literal["auto", "cpu", "cuda", "simulated"]
 DEVICE_NAMES: tuple[DeviceName, ...] = get_args(DeviceName)
 
+FuseName = Literal["auto", "off"]
+FUSE_NAMES: tuple[FuseName, ...] = get_args(FuseName)
+
 TileSize = int | Literal["auto", "all"]
 
 
@@ -46,6 +49,12 @@ def _declared(
 def _device(name: str, value: object) -> DeviceName:
     if value not in DEVICE_NAMES:
         raise OptionError(f"{name} must be one of {', '.join(DEVICE_NAMES)}, not {value!r}")
+    return value
+
+
+def _fuse(name: str, value: object) -> FuseName:
+    if value not in FUSE_NAMES:
+        raise OptionError(f"{name} must be 'auto' or 'off', not {value!r}")
     return value
 
 
@@ -110,6 +119,8 @@ class Options:
         resident_tokens: the oldest tokens of each layer that are kept in GPU memory as well.
         host_attention: share of the other tokens that the CPU attends in a decode step.
         overlap: whether copies run ahead of attention; off is the synchronous twin.
+        capture: whether decode steps are replayed in one launch, where they can be.
+        fuse: whether small kernels of a captured step are compiled into fewer, in 16 bits on CUDA.
     """
 
     device: DeviceName = field(
@@ -175,6 +186,19 @@ class Options:
         default=True,
         metadata=_declared(
             _switch, "", "Fetch, wait and attend one tile at a time, to compare with."
+        ),
+    )
+    capture: bool = field(
+        default=True,
+        metadata=_declared(_switch, "", "Launch decode steps kernel by kernel, to compare with."),
+    )
+    fuse: FuseName = field(
+        default="auto",
+        metadata=_declared(
+            _fuse,
+            "NAME",
+            "Compile norms and rotary embeddings of captured decode steps, which takes seconds the "
+            "first time on a machine: auto for 16 bits on a GPU, or off.",
         ),
     )
 

@@ -1,0 +1,106 @@
+"""Fewer kernels in a captured step: norms, rotary embeddings and gated layers, compiled by torch.
+
+A norm of one token in bfloat16 takes eight kernels and a rotary embedding ten, each of which does
+next to nothing. `torch.compile` makes one of them, from the model's own code. It rounds to 16 bits
+less often than that code does.
+
+Compiling takes some seconds in the first process on a machine. torch keeps the result on disk.
+"""
+
+import contextlib
+import functools
+import inspect
+import types
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from headinfer.engine.ending import uninterrupted
+
+_ROTARY = "apply_rotary"
+"""How transformers' functions begin that rotate queries and keys."""
+
+_PROJECTIONS = frozenset({"gate_proj", "up_proj", "down_proj"})
+"""The products of a gated feed-forward layer, under transformers' names."""
+
+
+class FusedParts:
+    """A model's small parts in their compiled form, in place only during some calls.
+
+    They stand in the instances' own `forward`. A part that has one already, as accelerate gives
+    it, is left alone.
+
+    Args:
+        model: may go while this stays.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model = weakref.ref(model)
+
+    @contextlib.contextmanager
+    def on(self) -> Iterator[None]:
+        """Have the parts compute in their compiled form until the `with` statement ends."""
+        put: list[tuple[torch.nn.Module, object]] = []
+        try:
+            for module, forward in self._parts:
+                if "forward" not in module.__dict__:
+                    bound = types.MethodType(forward, module)
+                    put.append((module, bound))
+                    module.__dict__["forward"] = bound
+            yield
+        finally:
+            uninterrupted(lambda: _take_away(put))
+
+    @functools.cached_property
+    def _parts(self) -> list[tuple[torch.nn.Module, Callable[..., Any]]]:
+        model, parts = self._model(), []
+        for module in [] if model is None else model.modules():
+            module_class: Any = type(module)
+            if (forward := _fused_forward(module_class, _kind(module))) is not None:
+                parts.append((module, forward))
+        return parts
+
+
+def _take_away(put: list[tuple[torch.nn.Module, object]]) -> None:
+    for module, forward in put:
+        if module.__dict__.get("forward") is forward:
+            del module.__dict__["forward"]
+
+
+def _kind(module: torch.nn.Module) -> str:
+    """Return what a module is that can be compiled: a norm, or gated, or maybe attention."""
+    children = dict(module.named_children())
+    if not children:
+        vectors = all(part.ndim == 1 for part in module.parameters(recurse=False))
+        return "norm" if "Norm" in type(module).__name__ and vectors else ""
+    products = [children.pop(name, None) for name in _PROJECTIONS]
+    if children.keys() <= {"act_fn"} and all(type(each) is torch.nn.Linear for each in products):
+        return "gated"
+    return "attention"
+
+
+@functools.cache
+def _fused_forward(module_class: Any, kind: str) -> Callable[..., Any] | None:
+    """Return a class's forward with what is small in it compiled; None where there is nothing."""
+    if kind in ("norm", "gated"):
+        compiled: Callable[..., Any] = torch.compile(module_class.forward)
+        return compiled
+    forward = inspect.unwrap(module_class.forward) if kind else None
+    if not isinstance(forward, types.FunctionType):
+        return None
+    rotary = {
+        name: torch.compile(function)
+        for name in forward.__code__.co_names
+        if name.startswith(_ROTARY) and callable(function := forward.__globals__.get(name))
+    }
+    if not rotary:
+        return None
+    # The same code with other functions under these names: no module of transformers is changed.
+    fused = types.FunctionType(
+        *(forward.__code__, {**forward.__globals__, **rotary}, forward.__name__),
+        *(forward.__defaults__, forward.__closure__),
+    )
+    fused.__kwdefaults__ = forward.__kwdefaults__
+    return fused

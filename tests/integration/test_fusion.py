@@ -1,0 +1,79 @@
+"""Small parts of a model compiled by torch: as near to float32 as its own, and gone afterwards."""
+
+import copy
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from headinfer.integration.fusion import FusedParts
+from tiny_models import random_tokens, tiny_model
+
+
+def names_fused(model: PreTrainedModel) -> set[str]:
+    """Return the modules that have a `forward` of their own, by the last part of their names."""
+    return {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if "forward" in module.__dict__
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("llama3", {"input_layernorm", "post_attention_layernorm", "norm", "mlp", "self_attn"}),
+        (
+            "gemma3",
+            {
+                *("input_layernorm", "post_attention_layernorm", "norm", "mlp", "self_attn"),
+                *("q_norm", "k_norm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+            },
+        ),
+    ],
+)
+@torch.no_grad()
+def test_fused_parts_are_as_near_to_float32_as_the_models_own(name: str, parts: set[str]) -> None:
+    exact = tiny_model(name)
+    model = copy.deepcopy(exact).to(torch.bfloat16)
+    exact.load_state_dict(model.state_dict())  # of the same weights
+    tokens = random_tokens(8, 40)
+    wanted, own = exact(tokens).logits, model(tokens).logits
+    with FusedParts(model).on():
+        assert names_fused(model) == parts
+        fused = model(tokens).logits
+    assert not names_fused(model)
+    assert not torch.equal(fused, own)  # it was another program
+    errors = [(each - wanted).square().mean().sqrt().item() for each in (fused, own)]
+    assert errors[0] <= 1.02 * errors[1]
+
+
+def test_a_part_with_a_forward_of_its_own_stays_as_it_is() -> None:
+    model = tiny_model("llama3")
+    layer = model.model.layers[1]
+    own = layer.mlp.forward
+    layer.mlp.forward = own  # as accelerate puts one there
+
+    def interrupted() -> None:
+        with FusedParts(model).on():
+            assert layer.mlp.__dict__["forward"] is own
+            assert "forward" in layer.input_layernorm.__dict__
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert names_fused(model) == {"mlp"}
+    del layer.mlp.forward
+
+
+def test_products_that_are_no_plain_ones_are_not_compiled() -> None:
+    model = tiny_model("llama3")
+
+    class Adapted(torch.nn.Linear):
+        """Stands for a product that somebody has adapted."""
+
+    mlp = model.model.layers[0].mlp
+    mlp.up_proj.__class__ = Adapted
+    with FusedParts(model).on():
+        assert "forward" not in mlp.__dict__
+        assert "forward" in model.model.layers[1].mlp.__dict__
