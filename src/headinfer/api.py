@@ -31,6 +31,8 @@ def attach(
     tile_tokens: str | int = "auto",
     device: str = "auto",
     overlap: bool = True,
+    capture: bool = True,
+    fuse: str = "auto",
     resident_tokens: str | int = "auto",
     host_attention: str | float = "auto",
     progress: PrefillProgress | None = None,
@@ -51,6 +53,11 @@ def attach(
         device: "auto" for where the model is. "simulated" is a device that runs on the CPU, has
             memory of its own, and checks the order of all copies.
         overlap: False to fetch, wait and attend one tile at a time.
+        capture: False to launch each kernel of a decode step by itself. Otherwise a step whose
+            tokens are all in GPU memory is captured, compared once, and replayed in one launch.
+        fuse: "auto" to have torch compile norms and rotary embeddings of captured steps, in 16 bits
+            on CUDA; or "off". Results then differ in their last bits from those of steps that are
+            not captured.
         resident_tokens: the oldest tokens to keep in GPU memory, where they need not be fetched: a
             count, 0, "all", or "auto" for what fits in `device_memory`.
         host_attention: share of the other tokens that the CPU attends in decode steps: a number
@@ -78,6 +85,8 @@ def attach(
         resident_tokens=resident_tokens,
         host_attention=host_attention,
         overlap=overlap,
+        capture=capture,
+        fuse=fuse,
     )
     if progress is not None and not callable(progress):
         raise OptionError(f"progress must be a function of two counts, not {progress!r}")

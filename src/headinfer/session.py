@@ -17,6 +17,7 @@ from headinfer.integration.attachment import Attachment
 from headinfer.integration.attention import AttentionFunctions
 from headinfer.integration.autocast import attended_dtype
 from headinfer.integration.cache import OffloadedCache, PrefillProgress
+from headinfer.integration.capture import CapturedSteps
 from headinfer.integration.model_shape import model_shape
 from headinfer.plan import memory
 from headinfer.plan.host_room import HostRoom
@@ -27,6 +28,9 @@ from headinfer.plan.resolve import resolve
 from headinfer.plan.shape import ModelShape
 from headinfer.plan.whole import passing_whole
 from headinfer.units import format_bytes
+
+_FUSED = frozenset({torch.float16, torch.bfloat16})
+"""Dtypes in which fused parts of a model round less often than those of its code."""
 
 _USED_SHARE = 0.9
 """Share of the free GPU memory that plans use.
@@ -72,7 +76,9 @@ class Session:
         self._attached = False
         self._hardware = measured_hardware(device)
         self.plan = self._resolve(1, None, [], model.dtype)
-        self._attachment = Attachment(model, self)
+        fused = options.fuse == "auto" and device.name == "cuda" and model.dtype in _FUSED
+        captures = CapturedSteps(model, device, self.stats, enabled=options.capture, fused=fused)
+        self._attachment = Attachment(model, self, captures)
         self._attached = True
 
     @property
@@ -273,7 +279,7 @@ class Session:
             self._progress(done_tokens, all_tokens)
 
     def after_call(self, cache: OffloadedCache) -> None:
-        """Note the memory held after a model call."""
+        """Note the memory held after a model call, whose work may still go on."""
         device_bytes = host_bytes = 0
         standard_bytes = 0
         own = cache.state.engine

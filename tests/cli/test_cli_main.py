@@ -26,11 +26,19 @@ def test_generate_help_has_every_option(cli, monkeypatch):
     for flag in (
         "--model", "--prompt-file", "--prompt", "--raw", "--seed", "--dtype", "--device",
         "--device-memory", "--host-memory", "--chunk-tokens", "--tile-heads", "--tile-tokens",
-        "--no-overlap", "--local-files-only", "--trust-remote-code", "--json", "--quiet",
+        "--no-overlap", "--no-capture", "--local-files-only", "--trust-remote-code", "--json",
+        "--quiet",
         "--max-new-tokens", "--no-do-sample", "--temperature", "--top-k", "--top-p", "--min-p",
         "--repetition-penalty", "--num-beams", "--prompt-lookup",
     ):  # fmt: skip
         assert f" {flag} " in text
+
+
+@pytest.mark.parametrize("verb", [("generate",), ("demo",)])
+def test_switches_can_be_turned_off(cli, verb):
+    text = cli(*verb, "--help").out
+    assert "--no-overlap" in text
+    assert "--no-capture" in text
 
 
 def test_version(cli):

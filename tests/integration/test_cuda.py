@@ -1,10 +1,14 @@
 """The CUDA path against stock attention on the same GPU; run with `pytest -m gpu`."""
 
+import threading
+import weakref
+
 import pytest
 import torch
 from transformers import DynamicCache
 
 import headinfer
+from captured import generated, launched
 from headinfer.attend.table import Kernels
 from headinfer.attend.work import Work
 from headinfer.errors import CacheStateError
@@ -123,3 +127,106 @@ def test_an_error_of_the_hosts_attention_reaches_the_caller(
         cache.reset()
         again = model(tokens, past_key_values=cache, logits_to_keep=1).logits
         torch.testing.assert_close(again, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", ["llama3", "mistral-sliding", "gemma3", "gpt-oss"])
+def test_captured_steps_have_the_bits_of_launched_ones(
+    name: str, batch: int, dtype: torch.dtype
+) -> None:
+    model = tiny_model(name, head_dim=32).to("cuda", dtype)
+    outputs = []
+    for capture in (False, True):
+        with headinfer.attach(model, resident_tokens="all", capture=capture) as offload:
+            for seed in (1, 2):
+                tokens = random_tokens(batch, 70, seed=seed).cuda()
+                outputs.append(generated(model, tokens, offload.new_cache(), max_new_tokens=200))
+            stats = offload.stats
+    assert (stats.captures, launched(stats)) == (2, 2 + 1)
+    for eager, captured in zip(outputs[:2], outputs[2:], strict=True):
+        assert torch.equal(eager.sequences, captured.sequences)
+        assert torch.equal(torch.stack(eager.logits), torch.stack(captured.logits))
+
+
+class Reading(torch.nn.Module):
+    """A module that reads back what it is given, which no capture allows."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        assert hidden.sum().item() is not None
+        return self.inner(hidden)
+
+
+def test_a_failed_capture_leaves_all_else_usable(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_model("llama3").to("cuda")
+    head = model.lm_head
+    with headinfer.attach(model, resident_tokens="all") as offload:
+        for batch in (1, 2, 3):  # each another kind of call; the second may not be captured
+            model.lm_head = Reading(head) if batch == 2 else head
+            tokens = random_tokens(batch, 40).cuda()
+            before = offload.stats.captured_steps
+            ours = generated(model, tokens, offload.new_cache())
+            assert offload.stats.captured_steps - before == (0 if batch == 2 else 17)
+            stock = generated(model, tokens, DynamicCache(config=model.config))
+            assert torch.equal(ours.sequences, stock.sequences)
+    assert sum("kernel by kernel" in message for message in caplog.messages) == 1
+
+
+def test_another_thread_computes_while_steps_are_captured() -> None:
+    model, other = tiny_model("llama3").to("cuda"), tiny_model("gemma3").to("cuda")
+    tokens = random_tokens(1, 40).cuda()
+    options = {"do_sample": False, "max_new_tokens": 40}
+    wanted = [each.generate(tokens, **options) for each in (model, other)]
+    results, done = [], threading.Event()
+
+    def compute() -> None:
+        while not done.is_set():
+            results.append(other.generate(tokens, **options))
+
+    thread = threading.Thread(target=compute)
+    with headinfer.attach(model, resident_tokens="all") as offload:
+        thread.start()
+        try:
+            for _ in range(5):
+                ours = generated(model, tokens, offload.new_cache(), max_new_tokens=40)
+                assert torch.equal(ours.sequences, wanted[0])
+        finally:
+            done.set()
+            thread.join()
+        assert launched(offload.stats) == 2 + 4
+    assert results
+    assert all(torch.equal(result, wanted[1]) for result in results)
+
+
+def test_captures_free_their_memory_with_their_cache() -> None:
+    model, tokens = tiny_model("llama3").to("cuda"), random_tokens(3, 70).cuda()
+    with headinfer.attach(model, resident_tokens="all") as offload:
+        held = []
+        for _ in range(4):
+            cache = offload.new_cache()
+            generated(model, tokens, cache)
+            cache.close()
+            held.append(torch.cuda.memory_allocated())
+        assert held[1:] == held[:1] * 3
+
+
+def test_weights_that_are_replaced_are_not_freed_under_a_capture() -> None:
+    model = tiny_model("llama3").to("cuda")
+    with headinfer.attach(model, resident_tokens="all") as offload:
+        cache = offload.new_cache()
+        model(random_tokens(1, 40).cuda(), past_key_values=cache)
+        token = torch.full((1, 1), 5, device="cuda")
+        for _ in range(5):
+            model(token, past_key_values=cache)
+        memory = weakref.ref(model.lm_head.weight.untyped_storage())
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight * 2, False)
+        model(token, past_key_values=cache)
+        assert memory() is not None
+        model(token.expand(1, 3), past_key_values=cache)
+        model(token, past_key_values=cache)
+        assert memory() is None
+        assert offload.stats.captured_steps == 3 + 1

@@ -55,6 +55,7 @@ _EXCERPT_WIDTH = 88
     "tile_heads",
     "tile_tokens",
     "overlap",
+    "capture",
     device="cpu, cuda, simulated (a device on the CPU with memory of its own, which checks every "
     "copy) or auto: CUDA if there is one, else simulated.",
 )

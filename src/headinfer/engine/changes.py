@@ -116,6 +116,7 @@ class ChangeableTokens(HeldTokens):
     def _rebuild(self, plan: Plan) -> None:
         """Take the memory of another plan; the host must hold every token, at rest."""
         self.plan = plan
+        self._forget_memory()
         # The old arena goes before the new one comes: both together would exceed either plan.
         for ledger in self._full:
             ledger.drop_device()

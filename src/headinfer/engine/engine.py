@@ -9,14 +9,15 @@ import torch
 
 from headinfer.attend.masks import Padding
 from headinfer.attend.table import Kernels
-from headinfer.engine.changes import ChangeableTokens
+from headinfer.engine.captured import CapturableTokens
 from headinfer.engine.chunk import Chunk
 from headinfer.engine.executor import PERFORM
+from headinfer.kv.ledger import Ledger
 from headinfer.kv.pair import KV
 from headinfer.schedule.route import MAX_ASKED_TOKENS, Pass
 
 
-class Engine(ChangeableTokens):
+class Engine(CapturableTokens):
     """A cache's attention layers: their ledgers, the device arena, and their attention.
 
     Not safe for use by several threads at once, like the transformers cache it serves.
@@ -60,6 +61,7 @@ class Engine(ChangeableTokens):
 
         Raises:
             CacheStateError: the cache was closed, or was made for other shapes.
+            CaptureError: it is captured, and cannot be.
             Exception: what the host's attention failed with, in this call or in one before.
         """
         new = KV(keys, values)
@@ -81,13 +83,20 @@ class Engine(ChangeableTokens):
         )
         if padding is not None:  # it ends with the new tokens
             call.padding_start = ledger.tokens + q_len - padding.valid.shape[1]
-        executor, at_once = self._executor, self.plan.chunk_tokens
+        if self._capturing is not None:
+            return self._attend_captured(layer_idx, call)
+        self._attend(ledger, call, kind)
+        return call.out
+
+    def _attend(self, ledger: Ledger, call: Chunk, kind: Pass = Pass.FORWARD) -> None:
+        """Attend new tokens of a layer, and keep them."""
+        executor, at_once, q_len = self._executor, self.plan.chunk_tokens, call.tokens
         if ledger.track.window_tokens is not None:
             at_once = max(q_len, 1)
         elif ledger is self._full[0]:  # for all layers alike, because tiles are fetched ahead
-            executor.source.host_share = 0.0 if host_kernels is None else self._balance.share
-        host_share = 0.0 if host_kernels is None else executor.source.host_share
-        assert window_tokens is None or ledger.track.window_tokens is not None
+            executor.source.host_share = 0.0 if call.host_kernels is None else self._balance.share
+        host_share = 0.0 if call.host_kernels is None else executor.source.host_share
+        assert call.window_tokens is None or ledger.track.window_tokens is not None
         executor.ledger = ledger
         if executor.source.begun:
             executor.source.drop()
@@ -104,7 +113,6 @@ class Engine(ChangeableTokens):
             executor.release()
         if self._host.pending:
             self._host.check()
-        return call.out
 
     def append(self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Keep tokens that were computed elsewhere, without attending to anything.

@@ -63,6 +63,9 @@ class HeldTokens:
         self._build()
         settle_at_exit(self)
 
+    def _forget_memory(self) -> None:
+        """Forget what refers to the memory of the tokens, before that goes."""
+
     def _build(self) -> None:
         """Take what the plan gives the engine."""
         fixed = not self.plan.host_share_adapts
@@ -135,8 +138,8 @@ class HeldTokens:
 
     def missing_bytes(self, tokens: int) -> int:
         """Return the bytes of host memory to be added for layers to hold `tokens` tokens."""
-        missing = [(ledger, ledger.missing_tokens(tokens)) for ledger in self._full]
-        return sum([ledger.geometry.num_bytes(more) for ledger, more in missing if more])
+        short = [ledger for ledger in self._full if ledger.capacity_tokens < tokens]
+        return sum([ledger.geometry.num_bytes(ledger.missing_tokens(tokens)) for ledger in short])
 
     def expect(self, tokens: int) -> int:
         """State that layers will come to hold `tokens` tokens; memory is reserved when they do.
@@ -198,6 +201,7 @@ class HeldTokens:
 
     def _empty(self) -> None:
         """Forget all tokens, with no work in flight."""
+        self._forget_memory()
         for ledger in self._ledgers:
             ledger.clear()
         self._expected_tokens = 0
@@ -221,6 +225,7 @@ class HeldTokens:
         """Free what is left, with no copy in flight; the cache is closed after this."""
         self.closed = True
         self._arena_bytes = 0
+        self._forget_memory()
         self._host.free()
         for ledger in self._ledgers:
             ledger.clear()
@@ -235,6 +240,7 @@ class HeldTokens:
         """Leave host memory that a copied cache shares to that cache."""
         if hasattr(self, "_executor"):
             self.settle()
+            self._forget_memory()
             for ledger in self._full:
                 ledger.clear()
 

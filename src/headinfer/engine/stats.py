@@ -14,6 +14,9 @@ class Stats:
             back, all rows together.
         decode_s: seconds of the model calls spent on them.
         decode_steps: those model calls.
+        captured_steps: those of them that were replayed in one launch.
+        captures: decode steps that were captured to be replayed.
+        capture_s: seconds that took; part of `decode_s`.
         bytes_to_device: KV bytes copied over the link to the device.
         bytes_to_host: KV bytes copied back.
         bytes_attended_on_host: KV bytes attended by the CPU on behalf of a device.
@@ -29,6 +32,9 @@ class Stats:
     decode_tokens: int = 0
     decode_s: float = 0.0
     decode_steps: int = 0
+    captured_steps: int = 0
+    captures: int = 0
+    capture_s: float = 0.0
     bytes_to_device: int = 0
     bytes_to_host: int = 0
     bytes_attended_on_host: int = 0

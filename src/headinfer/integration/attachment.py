@@ -20,6 +20,7 @@ from headinfer.errors import CacheStateError, UnsupportedModelError
 from headinfer.integration.attention import AttentionFunctions
 from headinfer.integration.cache import OffloadedCache
 from headinfer.integration.calls import cache_name, named_arguments, new_shape
+from headinfer.integration.capture import CapturedSteps
 from headinfer.integration.chunking import Chunking
 from headinfer.integration.configs import SwappedConfigs
 from headinfer.integration.forward import InstanceForward
@@ -46,17 +47,21 @@ class Attachment:
     Args:
         model: supported and not attached.
         owner: told of the model's calls.
+        captures: of its decode steps.
 
     Attributes:
         functions: the attention and mask functions of this attachment.
         turns: taken for each call of the model, and for what changes its caches beside a call.
     """
 
-    def __init__(self, model: PreTrainedModel, owner: AttachmentOwner) -> None:
+    def __init__(
+        self, model: PreTrainedModel, owner: AttachmentOwner, captures: CapturedSteps
+    ) -> None:
         self.turns = Turns()
         self.functions = AttentionFunctions(f"headinfer_{next(_numbers)}", self.turns)
         self._model = model
         self._owner = owner
+        self._captures = captures
         self._restore: list[Callable[[], object]] = []
         self._calls: list[ServedCall] = []  # under way; more than one where a call makes another
         self._warned = False
@@ -143,7 +148,8 @@ class Attachment:
         )
         try:
             self._calls.append(call)
-            output = forward(**call.begin(arguments))
+            arguments = call.begin(arguments)
+            output = self._captures.run(forward, cache, arguments, shape[1])
             self.functions.check_none_pending()
             return call.end(output)
         finally:

@@ -54,7 +54,7 @@ class AttachmentOwner(Protocol):
         """Hear of progress."""
 
     def after_call(self, cache: OffloadedCache) -> None:
-        """Hear of a finished call."""
+        """Hear of a call whose work is enqueued."""
 
 
 class ServedCall:
@@ -130,6 +130,7 @@ class ServedCall:
             self._positions.remove()
             self._positions.check()
         self._report_chunks(self._new_tokens, begun=0)
+        self._owner.after_call(self.cache)  # before the device is done: it has time for that
         self._owner.finish_compute()
         seconds = time.perf_counter() - self._started_s
         tokens = self._rows * self._new_tokens
@@ -145,7 +146,6 @@ class ServedCall:
         if not self._decoding:
             self._report(self._new_tokens, self._new_tokens)
         self.cache.end_call()
-        self._owner.after_call(self.cache)
         if self._logits:
             output.logits = torch.cat([*self._logits, output.logits], dim=1)
         return output

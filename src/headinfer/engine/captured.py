@@ -1,0 +1,244 @@
+"""Attention in decode steps that are captured once, and replayed for the tokens that follow.
+
+Where a layer's attention is one launch, its kernel reads from memory where the new token goes.
+Nothing in such a step depends on how many tokens there are. What does is done between replays:
+copies to the host, and counting.
+
+Elsewhere attention stands beside the capture, which is in pieces then: what the model does between
+one layer's attention and the next one's.
+"""
+
+import abc
+import contextlib
+import enum
+import weakref
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from headinfer.attend.work import TokenWork
+from headinfer.device.base import CaptureError, Device
+from headinfer.engine.changes import ChangeableTokens
+from headinfer.engine.chunk import Chunk
+from headinfer.engine.executor import PERFORM
+from headinfer.engine.stats import Stats
+from headinfer.kv.extent import Extent, Piece
+from headinfer.kv.ledger import Ledger
+from headinfer.plan.plan import Plan
+from headinfer.schedule.route import Pass
+from headinfer.schedule.steps import Decode, SendHome, Step
+
+
+class Form(enum.Enum):
+    """A form of a captured step."""
+
+    ONE_LAUNCH = "attention is captured with all else, at places read from memory"
+    IN_PIECES = "attention is enqueued anew in each replay, between the pieces of a capture"
+
+
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """A layer that is ready for a new token.
+
+    Attributes:
+        ledger: of the layer.
+        extent: has all that the token sees, and room for it.
+        after: what sends tokens home once it is there.
+    """
+
+    ledger: Ledger
+    extent: Extent
+    after: tuple[SendHome, ...]
+
+
+class CapturableTokens(ChangeableTokens, abc.ABC):
+    """A cache's tokens, to which a captured step can add one in each row.
+
+    A replay of one launch goes between `begin_step` and `end_step`, and nothing else that changes
+    the tokens does. After `begin_step` alone they are as before. A replay in pieces needs neither,
+    and adds the token by itself.
+
+    Args:
+        device: where attention is computed.
+        plan: sizes; its batch must be the batch of the tokens that come.
+        dtype: of keys and values.
+        stats: where bytes are counted.
+
+    Attributes:
+        captured: captured steps, by whatever tells them apart; forgotten when memory of the tokens
+            goes.
+    """
+
+    def __init__(self, device: Device, plan: Plan, dtype: torch.dtype, stats: Stats) -> None:
+        self.captured: dict[Hashable, Any] = {}
+        self._places: torch.Tensor | None = None  # `[layers, 2]`; see `TokenWork.place`
+        self._counters: torch.Tensor | None = None  # see `TokenWork`
+        self._ready: list[_Ready] = []
+        # What `begin_step` returns if the layers still are as noted beside it.
+        self._ahead: tuple[list[tuple[int, int]], tuple[Piece, ...]] | None = None
+        self._capturing: Form | None = None
+        super().__init__(device, plan, dtype, stats)
+
+    def begin_step(self) -> tuple[Piece, ...] | None:
+        """Make ready for a step of one new token, and write to memory where the token goes.
+
+        Returns:
+            A piece of memory for each layer, which a capture of the step reads and writes. A
+            capture with the same pieces serves the step. None where a layer takes more than one
+            launch; nothing was done then.
+
+        Raises:
+            CacheStateError: the cache was closed.
+        """
+        self._check_open()
+        if self._ahead is not None and self._ahead[0] == self._state():
+            return self._ahead[1]
+        return self._make_ready()
+
+    @property
+    def sends_home(self) -> bool:
+        """Whether a step of one new token moves tokens, which `take_back` leaves where they are.
+
+        Attention would then go through them in another order, and give other bits.
+        """
+        return any(isinstance(step, SendHome) for steps in self._next_steps() for step in steps)
+
+    def _next_steps(self) -> list[tuple[Step, ...]]:
+        """Return what each layer does with one new token."""
+        executor, host_share = self._executor, self._executor.source.host_share
+        return [
+            executor.steps_of(ledger, ledger.tokens, Pass.FORWARD, 1, host_share).steps
+            for ledger in self._ledgers
+        ]
+
+    def _state(self) -> list[tuple[int, int]]:
+        """Return what changes of each layer where a token's place does."""
+        return [(ledger.tokens, ledger.version) for ledger in self._ledgers]
+
+    def _make_ready(self) -> tuple[Piece, ...] | None:
+        """Do what `begin_step` says."""
+        self._ahead = None
+        executor, tracks = self._executor, self._next_steps()
+        if not all(isinstance(step, (Decode, SendHome)) for steps in tracks for step in steps):
+            return None
+        self._ready = []
+        for ledger, steps in zip(self._ledgers, tracks, strict=True):
+            executor.ledger = ledger
+            at = next(at for at, step in enumerate(steps) if isinstance(step, Decode))
+            for step in steps[:at]:
+                PERFORM[type(step)](executor, step)
+            decode = steps[at]
+            assert isinstance(decode, Decode)
+            after = tuple(step for step in steps[at:] if isinstance(step, SendHome))
+            self._ready.append(_Ready(ledger, executor.with_room(decode.where), after))
+        self._write_places()
+        pieces = tuple(ready.extent.piece for ready in self._ready)
+        self._ahead = self._state(), pieces
+        return pieces
+
+    def _write_places(self) -> None:
+        """Write where each layer's new token goes, on compute, for a replay to read."""
+        tiles = [ready.ledger.next_tile(ready.extent) for ready in self._ready]
+        places = torch.tensor([(tile.first, tile.tokens) for tile in tiles])
+        if self._places is None:
+            memory = self._device.device_empty(places.nbytes)
+            self._places = memory.view(places.dtype).view(places.shape)
+            heads = self.plan.batch * max(ledger.geometry.kv_heads for ledger in self._ledgers)
+            memory = self._device.device_empty(heads * torch.int32.itemsize)
+            self._counters = memory.view(torch.int32).zero_()
+        self._places.copy_(places, non_blocking=True)
+
+    @contextlib.contextmanager
+    def capturing(self, form: Form) -> Iterator[None]:
+        """Have `attend` serve one new token a row in the form that is captured.
+
+        With one launch it does by what `begin_step` made ready, and counts no token. It raises
+        `CaptureError` where it cannot.
+        """
+        self._capturing = form
+        try:
+            yield
+        finally:
+            self._capturing = None
+
+    def _attend_captured(self, layer_idx: int, chunk: Chunk) -> torch.Tensor:
+        """Attend a token, and keep it, wherever its place is when this runs."""
+        if chunk.padding is not None or chunk.tokens != 1:
+            raise CaptureError("the model masks tokens by itself")
+        if self._capturing is Form.ONE_LAUNCH:
+            self._attend_at_place(layer_idx, chunk)
+        else:
+            self._attend_aside(layer_idx, chunk)
+        return chunk.out
+
+    @abc.abstractmethod
+    def _attend(self, ledger: Ledger, call: Chunk) -> None:
+        """Attend new tokens of a layer, and keep them."""
+
+    def _attend_aside(self, layer_idx: int, chunk: Chunk) -> None:
+        """Attend a token between two pieces of a capture."""
+        engine = weakref.ref(self)  # which the engine's captures keep
+
+        def attend() -> None:
+            here = engine()
+            assert here is not None
+            chunk.waiting.clear()  # of a step that failed
+            here._attend(here._check(layer_idx, chunk.new, chunk.query), chunk)
+
+        self._device.aside(attend)
+
+    def _attend_at_place(self, layer_idx: int, chunk: Chunk) -> None:
+        """Attend a token by a launch that reads its place."""
+        places, extent = self._places, self._ready[layer_idx].extent
+        assert places is not None
+        tile, place = extent.tile(extent.start, extent.limit), places[layer_idx]
+        work = TokenWork(
+            *(chunk.query, chunk.new, tile, chunk.scale, chunk.out, chunk.sinks),
+            *(place, self._counters),
+        )
+        engine, kernels = weakref.ref(self), chunk.kernels  # which the engine's captures keep
+
+        def launch() -> None:
+            here = engine()
+            assert here is not None
+            here._state_place(layer_idx)
+            kernels.decode(work)
+
+        self._device.launch(launch)
+
+    def _state_place(self, layer_idx: int) -> None:
+        """State what compute reads and writes in a layer, where that is checked."""
+        ready = self._ready[layer_idx]
+        self._pages.state_token(ready.ledger.next_tile(ready.extent))
+
+    def end_step(self) -> None:
+        """Count the token that a replay has added, send home what is due, and make ready again.
+
+        So the next step has little to do before its replay, while the device is idle.
+        """
+        for ready in self._ready:
+            ready.ledger.extend(ready.extent, 1)
+        for ready in self._ready:
+            self._executor.ledger = ready.ledger
+            for step in ready.after:
+                PERFORM[SendHome](self._executor, step)
+        self._make_ready()
+
+    def take_back(self, lengths: Sequence[int]) -> None:
+        """Keep so many tokens of each layer, where a step has added to some."""
+        for layer_idx, tokens in enumerate(lengths):
+            if (added := self._ledgers[layer_idx].tokens - tokens) > 0:
+                self.crop(layer_idx, added)
+
+    def select(self, layer_idx: int, rows: Sequence[int]) -> None:
+        """Rearrange a layer's rows; see `ChangeableTokens.select`."""
+        self._ahead = None  # the new rows must be waited for, and nothing else tells of them
+        super().select(layer_idx, rows)
+
+    def _forget_memory(self) -> None:
+        """Forget captures, and what they are made of, before the memory of tokens goes."""
+        self.captured.clear()
+        self._ready.clear()
+        self._ahead = self._places = self._counters = None

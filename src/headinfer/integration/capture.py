@@ -1,0 +1,300 @@
+"""Decode steps of one launch: a model's whole step, captured once and replayed for each new token.
+
+Python starts some hundred kernels in a step of a small model, and thousands in one of a large one.
+A GPU does most of them faster than Python starts them. Captured, they are one launch.
+
+A capture is trusted once it was compared. Its first replay, and the first after other calls, runs
+beside the same step launched kernel by kernel, and must give the same bits. The first capture of a
+kind is compared a token later than it was made. So whatever a model does with a Python number that
+grows, or on the host, is found out.
+"""
+
+import contextlib
+import logging
+import weakref
+from collections.abc import Callable, Hashable, Iterator
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from headinfer.device.base import Device, PlaceError
+from headinfer.engine.captured import Form
+from headinfer.engine.engine import Engine
+from headinfer.engine.stats import Stats
+from headinfer.errors import is_out_of_memory
+from headinfer.integration.autocast import without_autocast
+from headinfer.integration.cache import OffloadedCache
+from headinfer.integration.captured_step import CapturedStep, Step
+from headinfer.integration.decode_call import DecodeCall, DecodeCalls
+from headinfer.integration.fusion import FusedParts
+from headinfer.integration.hooks import HooksOfOthers
+from headinfer.integration.outputs import are_equal, handed_out
+from headinfer.kv.extent import Piece
+
+_logger = logging.getLogger(__name__)
+
+_MOST_IN_VAIN = 8
+"""Kinds of calls that are captured and then come no second time, until no other is tried."""
+
+
+class CapturedSteps:
+    """An attachment's captured decode steps.
+
+    Args:
+        model: the attached one.
+        device: where attention is computed.
+        stats: where captures are counted, beside those of the cache.
+        enabled: whether to capture at all.
+        fused: whether to fuse small parts of the model in captured steps.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        device: Device,
+        stats: Stats,
+        *,
+        enabled: bool,
+        fused: bool,
+    ) -> None:
+        self._model = weakref.ref(model)
+        self._calls = DecodeCalls(model)
+        self._device = device
+        self._stats = stats
+        self._enabled = enabled and device.captures
+        self._fused = FusedParts(model) if fused else None
+        self._hooks = HooksOfOthers(model)
+        self._begun: set[Hashable] = set()
+        self._known: set[Hashable] = set()  # captures of these served more tokens than one
+        self._refused: set[Hashable] = set()
+        self._warned = False
+
+    def run(
+        self,
+        forward: Callable[..., Any],
+        cache: OffloadedCache,
+        arguments: dict[str, Any],
+        new_tokens: int,
+    ) -> Any:
+        """Return the output of a call: by a replay where that is possible.
+
+        Args:
+            forward: the model's own.
+            cache: the call's, in `arguments`, too.
+            arguments: by name.
+            new_tokens: of each row.
+        """
+        engine = cache.state.engine
+        if engine is None or not self._enabled:
+            return forward(**arguments)
+        call = self._replayable(cache, arguments) if new_tokens == 1 else None
+        pieces: tuple[Piece, ...] | None = None
+        if call is not None:
+            pieces = engine.begin_step()
+            call = self._in_form(call, pieces)
+        if call is None:
+            for other in engine.captured.values():
+                other.trusted = False
+            return forward(**arguments)
+        if call.form is Form.IN_PIECES:
+            pieces = ()
+        assert pieces is not None
+        captured = engine.captured.get(call.key)
+        trusted = captured is not None and captured.trusted
+        if call.form is Form.IN_PIECES and not trusted and engine.sends_home:
+            return self._apart(forward, arguments)  # it could not be compared: the next one can
+        if captured is None or captured.pieces != pieces:
+            engine.captured.pop(call.key, None)
+            step = self._step(forward, cache, call)
+            if call.key not in self._known:
+                return self._begin(arguments, cache, call, step, pieces)
+            captured = self._capture(cache, call, step, pieces)
+            if captured is None:
+                return self._apart(forward, arguments)
+        captured.step.fill(call.tensors)
+        with self._taking_back(engine, call, unless=captured.trusted):
+            with without_autocast(self._device.torch_device.type):  # as where the model attends
+                replayed = captured.capture.replay()
+            output = handed_out(replayed, cache)
+        if not captured.trusted:
+            wanted = self._apart(forward, arguments)
+            self._judge(engine, call, captured, are_equal(output, wanted))
+            return wanted
+        if call.form is Form.ONE_LAUNCH:
+            engine.end_step()
+        for stats in (self._stats, cache.stats):
+            stats.captured_steps += 1
+        return output
+
+    def _replayable(self, cache: OffloadedCache, arguments: dict[str, Any]) -> DecodeCall | None:
+        call = self._calls.read(cache, arguments)
+        return None if call is None or self._hooks.there_are_any() else call
+
+    def _in_form(self, call: DecodeCall, pieces: tuple[Piece, ...] | None) -> DecodeCall | None:
+        """Return a call in the best form that is not refused; None where both are."""
+        forms = (Form.IN_PIECES,) if pieces is None else (Form.ONE_LAUNCH, Form.IN_PIECES)
+        calls = [call.in_form(form) for form in forms]
+        call_in_form = next((each for each in calls if each.key not in self._refused), None)
+        if call_in_form is None or call_in_form.key in self._begun:
+            return call_in_form
+        if len(self._begun - self._known) >= _MOST_IN_VAIN:
+            self._say("their arguments are others in each call")
+            return None
+        return call_in_form
+
+    @contextlib.contextmanager
+    def _taking_back(self, engine: Engine, call: DecodeCall, *, unless: bool) -> Iterator[None]:
+        """Take the token back that a step in pieces adds by itself, also where it fails."""
+        if unless or call.form is Form.ONE_LAUNCH:
+            yield
+            return
+        lengths = engine.lengths()
+        try:
+            yield
+        finally:
+            engine.take_back(lengths)
+
+    def _apart(self, forward: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        """Run a call where captures are made, and fused as they are, but kernel by kernel."""
+        with self._device.apart(), self._fusing():
+            return forward(**arguments)
+
+    def _fusing(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self._fused is None else self._fused.on()
+
+    def _step(self, forward: Callable[..., Any], cache: OffloadedCache, call: DecodeCall) -> Step:
+        engine = cache.state.engine
+        assert engine is not None
+        with torch.inference_mode(False):  # or they could not be written to outside it
+            tensors = {name: torch.empty_like(each) for name, each in call.tensors.items()}
+        arguments = call.others | tensors
+        step = Step(
+            *(forward, weakref.ref(engine), weakref.ref(cache)),
+            *(arguments, self._calls.cache_name, call.form),
+        )
+        step.fill(call.tensors)
+        return step
+
+    def _begin(
+        self,
+        arguments: dict[str, Any],
+        cache: OffloadedCache,
+        call: DecodeCall,
+        step: Step,
+        pieces: tuple[Piece, ...],
+    ) -> Any:
+        """Run a step in the form to be captured, capture it, and run it as it is.
+
+        All that a capture must find prepared is, after the first: programs, workspaces, and
+        whatever a model makes in its first call. The last's output is returned.
+        """
+        engine = cache.state.engine
+        assert engine is not None
+        self._begun.add(call.key)
+        self._try_fusing(cache, call, step)
+        output = None
+        with self._attempt(cache, call), self._taking_back(engine, call, unless=False):
+            output = handed_out(self._apart(step.run, {}), cache)
+        if call.key not in self._refused:
+            self._capture(cache, call, step, pieces)
+        wanted = self._apart(step.forward, arguments)
+        if call.key not in self._refused and not are_equal(output, wanted):
+            self._refuse_for_its_bits(call)
+        if call.key in self._refused:
+            engine.captured.pop(call.key, None)
+        return wanted
+
+    def _try_fusing(self, cache: OffloadedCache, call: DecodeCall, step: Step) -> None:
+        """Have what is fused compiled, in a first run; fuse nothing where that fails."""
+        if self._fused is None:
+            return
+        engine, started_s = cache.state.engine, perf_counter()
+        assert engine is not None
+        try:
+            with self._taking_back(engine, call, unless=False):
+                self._apart(step.run, {})
+        except Exception as error:
+            self._fused = None
+            _logger.warning("nothing is fused in decode steps: %s", _first_line(error))
+        finally:
+            cache.state.functions.forget_pending()
+        for stats in (self._stats, cache.stats):
+            stats.capture_s += perf_counter() - started_s
+
+    def _capture(
+        self, cache: OffloadedCache, call: DecodeCall, step: Step, pieces: tuple[Piece, ...]
+    ) -> CapturedStep | None:
+        """Capture a step, for the engine to keep; return None where that was not possible."""
+        model, engine = self._model(), cache.state.engine
+        assert model is not None
+        assert engine is not None
+        captured, started_s = None, perf_counter()
+        with self._attempt(cache, call):
+            with self._fusing():
+                capture = self._device.capture(step.run)
+            weights = [each.detach() for each in (*model.parameters(), *model.buffers())]
+            captured = CapturedStep(step, capture, pieces, tuple(weights), call.past_tokens)
+            engine.captured[call.key] = captured
+        for stats in (self._stats, cache.stats):
+            stats.captures += 1
+            stats.capture_s += perf_counter() - started_s
+        return captured
+
+    @contextlib.contextmanager
+    def _attempt(self, cache: OffloadedCache, call: DecodeCall) -> Iterator[None]:
+        """Refuse a call from now on where the `with` statement fails, and go on behind it.
+
+        Who then launches the step kernel by kernel meets what is wrong with the call itself.
+        """
+        try:
+            yield
+        except Exception as error:
+            reason = _first_line(error)
+            if is_out_of_memory(error):
+                reason = "there is no GPU memory left for a capture"
+            if isinstance(error, PlaceError):
+                self._refused.add(call.key)  # the other form is left
+            else:
+                self._refuse(call, reason)
+        finally:
+            cache.state.functions.forget_pending()
+
+    def _judge(self, engine: Engine, call: DecodeCall, captured: CapturedStep, equal: bool) -> None:
+        """Trust a capture that gave what it should, and no other.
+
+        One that was right before may have been overtaken, as by another adapter. The next such call
+        then begins anew.
+        """
+        known = call.key in self._known
+        if equal:
+            captured.trusted = known or call.past_tokens != captured.past_tokens
+            if captured.trusted:
+                self._known.add(call.key)
+            return
+        engine.captured.pop(call.key, None)
+        self._known.discard(call.key)
+        if not known or call.past_tokens == captured.past_tokens:
+            self._refuse_for_its_bits(call)
+
+    def _refuse_for_its_bits(self, call: DecodeCall) -> None:
+        self._refuse(call, "captured, they give other bits")
+
+    def _refuse(self, call: DecodeCall, reason: str) -> None:
+        """Capture no such call any more, in whatever form, and say so once."""
+        self._refused.update(call.in_form(form).key for form in Form)
+        self._say(reason)
+
+    def _say(self, reason: str) -> None:
+        level = logging.DEBUG if self._warned else logging.WARNING
+        self._warned = True
+        _logger.log(
+            level,
+            "decode steps of this model are launched kernel by kernel: %s; capture=False spares "
+            "the attempt",
+            reason,
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

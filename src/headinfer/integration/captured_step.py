@@ -1,0 +1,86 @@
+"""One decode step of a model, in a form that is captured."""
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from headinfer.device.base import Capture
+from headinfer.engine.captured import Form
+from headinfer.engine.engine import Engine
+from headinfer.integration.cache import OffloadedCache
+from headinfer.integration.outputs import without_cache
+from headinfer.kv.extent import Piece
+
+
+@dataclass(slots=True)
+class Step:
+    """A step of one cache, in the form that is captured.
+
+    It keeps neither the cache nor its engine alive: the engine keeps it.
+
+    Attributes:
+        forward: the model's own.
+        engine: of the cache.
+        cache: of the call.
+        arguments: of the call, by name, without the cache. The tensors among them are memory from
+            which the step reads those of later calls.
+        cache_name: what the cache is passed as.
+        form: how attention is captured.
+    """
+
+    forward: Callable[..., Any]
+    engine: "weakref.ref[Engine]"
+    cache: "weakref.ref[OffloadedCache]"
+    arguments: dict[str, Any]
+    cache_name: str
+    form: Form
+
+    def fill(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Have the step read these, on compute."""
+        for name, tensor in tensors.items():
+            self.arguments[name].copy_(tensor)
+
+    def run(self) -> Any:
+        """Call the model, and leave the cache out of its output."""
+        engine, cache = self.engine(), self.cache()
+        assert engine is not None
+        assert cache is not None
+        with engine.capturing(self.form), _without_autocast_memory():
+            output = self.forward(**self.arguments, **{self.cache_name: cache})
+        return without_cache(output, cache)
+
+
+@dataclass(slots=True)
+class CapturedStep:
+    """A capture of a step.
+
+    Attributes:
+        step: what was captured.
+        capture: gives the output.
+        pieces: the memory of the cache's tokens, where that is captured.
+        weights: memory of the model, which the capture reads even where the model has other by now.
+        past_tokens: in the cache when it was captured.
+        trusted: whether it was compared since the cache was last used otherwise.
+    """
+
+    step: Step
+    capture: Capture[Any]
+    pieces: tuple[Piece, ...]
+    weights: tuple[torch.Tensor, ...]
+    past_tokens: int
+    trusted: bool = False
+
+
+@contextlib.contextmanager
+def _without_autocast_memory() -> Iterator[None]:
+    """Have autocast keep no casts of weights: those would go before the capture that reads them."""
+    enabled = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(enabled)

@@ -1,0 +1,99 @@
+"""Calls of a model for one new token in each row, told apart by what one capture can serve."""
+
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from headinfer.engine.captured import Form
+from headinfer.integration.cache import OffloadedCache
+from headinfer.integration.calls import cache_name, takes_argument
+from headinfer.integration.layer import OffloadedLayer
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeCall:
+    """A call of a model for one new token in each row.
+
+    Attributes:
+        past_tokens: tokens in the cache before it.
+        tensors: arguments whose contents change from call to call.
+        others: arguments that do not.
+        kind: equal for calls that are alike but for contents.
+        form: in which it is captured.
+    """
+
+    past_tokens: int
+    tensors: dict[str, torch.Tensor]
+    others: dict[str, Any]
+    kind: Hashable
+    form: Form = Form.ONE_LAUNCH
+
+    @property
+    def key(self) -> Hashable:
+        """Equal for calls that one capture serves."""
+        return self.kind, self.form
+
+    def in_form(self, form: Form) -> "DecodeCall":
+        """Return the call in another form."""
+        return replace(self, form=form)
+
+
+class DecodeCalls:
+    """A reader of a model's calls.
+
+    Args:
+        model: may go while this stays.
+
+    Attributes:
+        cache_name: what the model takes a cache as.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.cache_name = cache_name(model)
+        self._takes_positions = takes_argument(model, "position_ids")
+
+    def read(self, cache: OffloadedCache, arguments: dict[str, Any]) -> DecodeCall | None:
+        """Return a call of one new token in the form that is captured; None where it is not.
+
+        Args:
+            cache: the call's.
+            arguments: of the call, by name.
+        """
+        past_tokens = cache.get_seq_length()
+        if not past_tokens or not all(isinstance(layer, OffloadedLayer) for layer in cache.layers):
+            return None
+        tensors: dict[str, torch.Tensor] = {}
+        others: dict[str, Any] = {}
+        for name, value in arguments.items():
+            if name == self.cache_name:
+                continue
+            if isinstance(value, torch.Tensor):
+                tensors[name] = value
+            elif value is None or isinstance(value, (bool, int, float, str)):
+                others[name] = value
+            else:
+                return None
+        mask = tensors.pop("attention_mask", None)
+        if mask is not None:
+            if mask.ndim != 2 or mask.shape[1] != past_tokens + 1 or not mask.all():
+                return None
+            others["attention_mask"] = None  # nothing is padding
+        tokens = next(tensors[name] for name in ("input_ids", "inputs_embeds") if name in tensors)
+        if self._takes_positions and "position_ids" not in tensors:
+            others.pop("position_ids", None)
+            tensors["position_ids"] = torch.full((1, 1), past_tokens, device=tokens.device)
+        if any(tensor.device != tokens.device for tensor in tensors.values()):
+            return None
+        kind = _kind(tokens.device.type, tensors, others)
+        return DecodeCall(past_tokens, tensors, others, kind)
+
+
+def _kind(device_type: str, tensors: dict[str, torch.Tensor], others: dict[str, Any]) -> Hashable:
+    autocast = torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type)
+    return (
+        frozenset((name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()),
+        frozenset((name, type(value), value) for name, value in others.items()),
+        (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast),
+    )

@@ -1,0 +1,112 @@
+"""Which families have their decode steps captured: all that are served, but a list with reasons.
+
+The whole list takes one or two minutes: `pytest -m slow -k capture_families`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import transformers
+
+import headinfer
+from captured import SIMULATED, generated, launched
+from families import tiny_family
+from families_expected import SERVED, VERSION
+from generation_modes import text
+from headinfer.device.simulated import SimulatedDevice
+
+pytestmark = pytest.mark.skipif(
+    tuple(int(part) for part in transformers.__version__.split(".")[:2]) < VERSION,
+    reason=f"what is expected is known of transformers {VERSION[0]}.{VERSION[1]}",
+)
+
+# (why not, what the log says or None for nothing, who)
+NOT_CAPTURED: list[tuple[str, str | None, str]] = [
+    (
+        "layers with states of transformers' own",
+        None,
+        """
+        BambaForCausalLM GraniteMoeHybridForCausalLM JambaForCausalLM LaraMiniForCausalLM
+        Lfm2MoeForCausalLM Lfm3ForCausalLM Lfm3VlForConditionalGeneration
+        MiniCPMOcrForConditionalGeneration MiniCPMV4_6ForConditionalGeneration
+        MiniCPMV4_7ForConditionalGeneration
+        NemotronHForCausalLM OlmoHybridForCausalLM Qwen3NextForCausalLM Qwen3_5ForCausalLM
+        Qwen3_5ForConditionalGeneration Qwen3_5MoeForCausalLM Qwen3_5MoeForConditionalGeneration
+        """,
+    ),
+    (
+        "experts or adapters that are chosen on the host",
+        "it reads back what",
+        "DbrxForCausalLM Step3p7ForConditionalGeneration XmodForCausalLM",
+    ),
+    ("a mask of the model's own, that is looked at", "it reads back what", "BioGptForCausalLM"),
+    (
+        "positions for each row, which begin elsewhere than at 0",
+        "is invalid for input of size",
+        "Kosmos2_5ForConditionalGeneration",
+    ),
+    (
+        "positions that are counted in Python, whatever is passed",
+        "captured, they give other bits",
+        """
+        EvollaForProteinText2Text MossTranscribeDiarizeForConditionalGeneration
+        VibeVoiceAsrForConditionalGeneration
+        """,
+    ),
+]
+REASONS = {name: said for _, said, names in NOT_CAPTURED for name in names.split()}
+
+FEW = """
+BioGptForCausalLM CohereForCausalLM DbrxForCausalLM EvollaForProteinText2Text GPT2LMHeadModel
+GPTNeoXForCausalLM Kosmos2_5ForConditionalGeneration Lfm2MoeForCausalLM MiMoV2FlashForCausalLM
+Mistral3ForConditionalGeneration OPTForCausalLM PhimoeForCausalLM Qwen2_5_VLForConditionalGeneration
+Qwen3_5ForCausalLM SmolLM3ForCausalLM Starcoder2ForCausalLM
+"""
+"""One of each kind; the architectures of `tiny_models` have tests of their own."""
+
+NEW_TOKENS = 12
+
+
+class Capturing(SimulatedDevice):
+    """A device on which transformers sees that a step is being captured, as it does on a GPU."""
+
+    def capture(self, work: Callable[[], Any]) -> Any:
+        with mock.patch("torch.cuda.is_current_stream_capturing", return_value=True):
+            return super().capture(work)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in FEW.split() else pytest.mark.slow)
+        for name in SERVED.split()
+    ],
+)
+def test_steps_are_captured_or_not_as_listed(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    model, device, logits = tiny_family(name), Capturing(), []
+    for capture in (False, True):
+        options = {**SIMULATED, "simulated_device": device, "capture": capture}
+        with headinfer.attach(model, **options) as offload:
+            output = generated(
+                *(model, text(2, 30), offload.new_cache()),
+                **{"max_new_tokens": NEW_TOKENS, "suppress_tokens": [0, 1, 2]},
+                **{"eos_token_id": None, "pad_token_id": 0},
+            )
+            logits.append(torch.stack(output.logits))
+            stats = offload.stats
+    assert torch.equal(*logits)
+    assert stats.decode_steps == NEW_TOKENS - 1
+    said = [each for each in caplog.messages if "launched kernel by kernel" in each]
+    if name in REASONS:
+        assert stats.captured_steps == 0
+        assert len(said) == (REASONS[name] is not None)
+        assert all(str(REASONS[name]) in each for each in said)
+    else:
+        assert (stats.captures, launched(stats), said) == (1, 2, [])
+
+
+def test_the_list_names_families_that_are_served() -> None:
+    assert set(REASONS) | set(FEW.split()) <= set(SERVED.split())
