@@ -18,6 +18,7 @@ REFERENCE_METHOD = STANDARD
 
 OFFLOADED, COMPILED = "transformers-offloaded", "standard-compiled"
 HOST_ATTENTION, SYNCHRONOUS, AUTO = "host-attention", "synchronous", "headinfer"
+EAGER, UNFUSED = "resident-eager", "resident-unfused"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +80,8 @@ CATALOGUE = {
         MethodInfo(name=ADAPTIVE, description="the paper's adaptive: the most heads that fit"),
         MethodInfo(name=BOUNDED, description="tiles of bounded tokens too, nothing resident"),
         MethodInfo(name=RESIDENT, description="bounded, the oldest tokens kept where they fit"),
+        MethodInfo(name=EAGER, description="resident, decode steps launched kernel by kernel"),
+        MethodInfo(name=UNFUSED, description="resident, nothing fused in captured decode steps"),
         MethodInfo(
             name=HOST_ATTENTION, description="resident, the CPU attends a share in decode steps"
         ),

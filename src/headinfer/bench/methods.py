@@ -1,5 +1,6 @@
 """What a trial asks of a method, and the methods by name."""
 
+import functools
 from collections.abc import Callable
 from typing import Protocol
 
@@ -8,7 +9,15 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from headinfer.bench import ours, stock
-from headinfer.bench.catalogue import AUTO, COMPILED, HOST_ATTENTION, OFFLOADED, SYNCHRONOUS
+from headinfer.bench.catalogue import (
+    AUTO,
+    COMPILED,
+    EAGER,
+    HOST_ATTENTION,
+    OFFLOADED,
+    SYNCHRONOUS,
+    UNFUSED,
+)
 from headinfer.bench.held import Held
 from headinfer.bench.spec import TrialSpec
 from headinfer.estimate.methods import (
@@ -69,6 +78,8 @@ METHODS: dict[str, Callable[[PreTrainedModel, TrialSpec], Method]] = {
     ADAPTIVE: ours.adaptive,
     BOUNDED: ours.bounded,
     RESIDENT: ours.resident,
+    EAGER: functools.partial(ours.resident, capture=False),
+    UNFUSED: functools.partial(ours.resident, fuse="off"),
     HOST_ATTENTION: ours.host_attention,
     SYNCHRONOUS: ours.synchronous,
     AUTO: ours.HeadInfer,

@@ -173,9 +173,9 @@ def bounded(model: PreTrainedModel, spec: TrialSpec) -> HeadInfer:
     return HeadInfer(model, spec, **options)
 
 
-def resident(model: PreTrainedModel, spec: TrialSpec) -> HeadInfer:
+def resident(model: PreTrainedModel, spec: TrialSpec, **options: Any) -> HeadInfer:
     """Return bounded tiles, with the oldest tokens kept on the device as far as they fit."""
-    method = HeadInfer(model, spec, host_attention="off")
+    method = HeadInfer(model, spec, host_attention="off", **options)
     return method.refuse_on_cpu("nothing needs to be kept: on the CPU all KV is where it is used")
 
 

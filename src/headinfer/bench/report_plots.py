@@ -4,7 +4,15 @@ from collections.abc import Iterator
 
 from matplotlib.figure import Figure
 
-from headinfer.bench.catalogue import AUTO, COMPILED, HOST_ATTENTION, OFFLOADED, SYNCHRONOUS
+from headinfer.bench.catalogue import (
+    AUTO,
+    COMPILED,
+    EAGER,
+    HOST_ATTENTION,
+    OFFLOADED,
+    SYNCHRONOUS,
+    UNFUSED,
+)
 from headinfer.bench.document import Results
 from headinfer.bench.report import Quantity, plot_name, quantities
 from headinfer.bench.rows import Row
@@ -25,6 +33,8 @@ _LOOKS = {
     ADAPTIVE: Look(color="#9a8a00", marker="P"),
     BOUNDED: Look(color="#009e73", marker="s"),
     RESIDENT: Look(color="#e69f00", marker="p"),
+    EAGER: Look(color="#b8860b", marker="X"),
+    UNFUSED: Look(color="#f0c75e", marker="*"),
     HOST_ATTENTION: Look(color="#882255", marker="h"),
     SYNCHRONOUS: Look(color="#999933", marker="d"),
     AUTO: Look(color="#d55e00", marker="o", width_points=3.2),
