@@ -63,6 +63,9 @@ make_result() {
         evaluate "$1" needle --model gemma3-270m --contexts 32K --depths 0.5 "${stock_and_ours[@]}" ;;
     gemma3-ruler)
         evaluate "$1" ruler --model gemma3-270m --contexts 4K --samples 1 "${stock_and_ours[@]}" ;;
+    gemma3-ruler-32K) # an hour and more, so that it is made by name alone
+        evaluate "$1" ruler --model gemma3-270m --contexts 16K,32K --samples 1 --device cpu \
+            --dtype float32 --methods chunked-prefill,headinfer ;;
     gpu-smollm2-agreement-float32)
         agree "$1" --device cuda --model smollm2 --contexts 1K,8K --dtype float32 \
             --methods "$all_methods,transformers-offloaded" ;;
