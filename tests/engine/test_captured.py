@@ -13,6 +13,7 @@ from headinfer.attend.select import select_kernels
 from headinfer.device.base import CaptureError, Edge
 from headinfer.device.hazards import HazardError
 from headinfer.device.simulated import SimulatedDevice
+from headinfer.engine.captured import Form
 from headinfer.engine.engine import Engine
 from headinfer.engine.stats import Stats
 from headinfer.errors import CacheStateError
@@ -110,7 +111,7 @@ def test_steps_between_begin_and_end_are_those_of_calls() -> None:
     pieces = captured.begin_step()
 
     def work() -> torch.Tensor:
-        with captured.capturing():
+        with captured.capturing(Form.ONE_LAUNCH):
             return attend(captured, token)
 
     capture = captured._device.capture(work)
@@ -146,12 +147,13 @@ def test_what_is_not_resident_takes_more_than_a_launch() -> None:
     assert attend(engine, a_token()).isfinite().all()
 
 
-def test_only_one_token_that_is_no_padding_can_be_captured() -> None:
+@pytest.mark.parametrize("form", Form)
+def test_only_one_token_that_is_no_padding_can_be_captured(form: Form) -> None:
     engine = engine_with(3)
     engine.begin_step()
     padding = Padding.of(torch.tensor([[False, True, True, True], [True] * 4]))
     for token, options in ((a_token(2), {}), (a_token(), {"padding": padding})):
-        with engine.capturing(), pytest.raises(CaptureError, match="masks tokens by itself"):
+        with engine.capturing(form), pytest.raises(CaptureError, match="masks tokens by itself"):
             attend(engine, token, **options)
     assert engine.lengths() == [3, 3]
 
