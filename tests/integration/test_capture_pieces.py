@@ -10,6 +10,7 @@ from captured import generated, launched, prompted, step, steps, stock_generated
 from headinfer.device.base import Edge
 from headinfer.device.hazards import HazardError
 from headinfer.device.simulated import SimulatedDevice
+from headinfer.engine import balance
 from headinfer.integration.calls import cache_argument
 from headinfer.offload import Offload
 from tiny_models import random_tokens, shared_model
@@ -152,3 +153,19 @@ def test_ctrl_c_between_pieces_is_heard_and_the_cache_refused(
         cache.reset()
         model(random_tokens(1, 40), **cache_argument(model, cache))
         assert steps(model, cache, 3)
+
+
+def test_the_hosts_share_stays_while_a_step_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = shared_model("llama3")
+    monkeypatch.setattr(balance, "_FIRST_NOTES", 1)
+    with headinfer.attach(model, device="simulated", **PLACEMENTS["host"]) as offload:
+        cache = offload.new_cache()
+        model(random_tokens(1, 90), **cache_argument(model, cache))
+        corrected = cache.state.engine._balance
+        corrected.fixed, corrected._needed = False, 1  # as where a probe chose the share
+        shares = []
+        for _ in range(12):
+            step(model, cache)
+            shares.append(corrected.share)
+        assert launched(offload.stats) == 2
+        assert len(set(shares[2:])) > 1

@@ -1,5 +1,8 @@
 """The host's share of attention, corrected by who finishes first: the host or the device."""
 
+import contextlib
+from collections.abc import Iterator
+
 _FIRST_NOTES, _MOST_NOTES = 32, 256
 """Layers' attentions after which the host's share is judged: at first, and in the end. The number
 doubles each time in between. A share to begin with may be far off, but a change of it discards what
@@ -29,13 +32,25 @@ class Balance:
     def __init__(self, share: float, *, fixed: bool) -> None:
         self.share = share
         self.fixed = fixed
+        self._steady = False
         self._notes = self._late = 0
         self._needed = _FIRST_NOTES
         self._step = _FIRST_STEP
         self._grew: bool | None = None
 
+    @contextlib.contextmanager
+    def steady(self) -> Iterator[None]:
+        """Take in nothing until the `with` statement ends, so that the share stays."""
+        self._steady = True
+        try:
+            yield
+        finally:
+            self._steady = False
+
     def note(self, *, host_was_late: bool) -> None:
         """Take in whether the device had finished its part of a layer before the host did."""
+        if self._steady:
+            return
         self._notes += 1
         self._late += host_was_late
         if self.fixed or self._notes < self._needed:

@@ -226,6 +226,10 @@ class CapturableTokens(ChangeableTokens, abc.ABC):
                 PERFORM[SendHome](self._executor, step)
         self._make_ready()
 
+    def steady(self) -> contextlib.AbstractContextManager[None]:
+        """Have who attends which tokens stay, so that a step done again gives the same bits."""
+        return self._balance.steady()
+
     def take_back(self, lengths: Sequence[int]) -> None:
         """Keep so many tokens of each layer, where a step has added to some."""
         for layer_idx, tokens in enumerate(lengths):

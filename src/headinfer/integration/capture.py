@@ -101,31 +101,52 @@ class CapturedSteps:
             pieces = ()
         assert pieces is not None
         captured = engine.captured.get(call.key)
-        trusted = captured is not None and captured.trusted
-        if call.form is Form.IN_PIECES and not trusted and engine.sends_home:
-            return self._apart(forward, arguments)  # it could not be compared: the next one can
-        if captured is None or captured.pieces != pieces:
-            engine.captured.pop(call.key, None)
-            step = self._step(forward, cache, call)
-            if call.key not in self._known:
-                return self._begin(arguments, cache, call, step, pieces)
-            captured = self._capture(cache, call, step, pieces)
-            if captured is None:
-                return self._apart(forward, arguments)
-        captured.step.fill(call.tensors)
-        with self._taking_back(engine, call, unless=captured.trusted):
-            with without_autocast(self._device.torch_device.type):  # as where the model attends
-                replayed = captured.capture.replay()
-            output = handed_out(replayed, cache)
-        if not captured.trusted:
-            wanted = self._apart(forward, arguments)
-            self._judge(engine, call, captured, are_equal(output, wanted))
-            return wanted
+        if captured is not None and captured.pieces != pieces:
+            del engine.captured[call.key]
+            captured = None
+        if captured is None or not captured.trusted:
+            if call.form is Form.IN_PIECES and engine.sends_home:
+                return self._apart(forward, arguments)  # it could not be compared: the next one can
+            with engine.steady():
+                return self._compared(forward, cache, arguments, call, captured, pieces)
+        output = self._replayed(cache, call, captured)
         if call.form is Form.ONE_LAUNCH:
             engine.end_step()
         for stats in (self._stats, cache.stats):
             stats.captured_steps += 1
         return output
+
+    def _compared(
+        self,
+        forward: Callable[..., Any],
+        cache: OffloadedCache,
+        arguments: dict[str, Any],
+        call: DecodeCall,
+        captured: CapturedStep | None,
+        pieces: tuple[Piece, ...],
+    ) -> Any:
+        """Capture a step, or replay what is captured; run it as it is, and return that output."""
+        engine = cache.state.engine
+        assert engine is not None
+        if captured is None:
+            step = self._step(forward, cache, call)
+            if call.key not in self._known:
+                return self._begin(arguments, cache, call, step, pieces)
+            captured = self._capture(cache, call, step, pieces)
+        if captured is None:
+            return self._apart(forward, arguments)
+        with self._taking_back(engine, call):
+            output = self._replayed(cache, call, captured)
+        wanted = self._apart(forward, arguments)
+        self._judge(engine, call, captured, are_equal(output, wanted))
+        return wanted
+
+    def _replayed(self, cache: OffloadedCache, call: DecodeCall, captured: CapturedStep) -> Any:
+        """Replay a step for a call's tensors; return its output."""
+        captured.step.fill(call.tensors)
+        with without_autocast(self._device.torch_device.type):  # as where the model attends
+            replayed = captured.capture.replay()
+        return handed_out(replayed, cache)
 
     def _replayable(self, cache: OffloadedCache, arguments: dict[str, Any]) -> DecodeCall | None:
         call = self._calls.read(cache, arguments)
@@ -144,9 +165,9 @@ class CapturedSteps:
         return call_in_form
 
     @contextlib.contextmanager
-    def _taking_back(self, engine: Engine, call: DecodeCall, *, unless: bool) -> Iterator[None]:
+    def _taking_back(self, engine: Engine, call: DecodeCall) -> Iterator[None]:
         """Take the token back that a step in pieces adds by itself, also where it fails."""
-        if unless or call.form is Form.ONE_LAUNCH:
+        if call.form is Form.ONE_LAUNCH:
             yield
             return
         lengths = engine.lengths()
@@ -194,7 +215,7 @@ class CapturedSteps:
         self._begun.add(call.key)
         self._try_fusing(cache, call, step)
         output = None
-        with self._attempt(cache, call), self._taking_back(engine, call, unless=False):
+        with self._attempt(cache, call), self._taking_back(engine, call):
             output = handed_out(self._apart(step.run, {}), cache)
         if call.key not in self._refused:
             self._capture(cache, call, step, pieces)
@@ -212,7 +233,7 @@ class CapturedSteps:
         engine, started_s = cache.state.engine, perf_counter()
         assert engine is not None
         try:
-            with self._taking_back(engine, call, unless=False):
+            with self._taking_back(engine, call):
                 self._apart(step.run, {})
         except Exception as error:
             self._fused = None
