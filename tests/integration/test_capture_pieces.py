@@ -169,3 +169,16 @@ def test_the_hosts_share_stays_while_a_step_is_compared(monkeypatch: pytest.Monk
             shares.append(corrected.share)
         assert launched(offload.stats) == 2
         assert len(set(shares[2:])) > 1
+
+
+def test_host_memory_grows_before_a_capture_and_not_within() -> None:
+    """A second cache is captured at its first step, for which memory was not reserved."""
+    model = shared_model("llama3")
+    prompts = [random_tokens(1, 21 + 6 * number, seed=number) for number in range(3)]
+    settings = {"device": "simulated", "tile_tokens": 8, "chunk_tokens": 7}
+    with headinfer.attach(model, **settings) as offload:
+        for tokens in prompts:
+            ours = generated(model, tokens, offload.new_cache(), max_new_tokens=12)
+            stock = stock_generated(model, tokens, max_new_tokens=12)
+            assert torch.equal(ours.sequences, stock.sequences)
+        assert offload.stats.captured_steps > 0

@@ -87,12 +87,14 @@ class CapturableTokens(ChangeableTokens, abc.ABC):
         Returns:
             A piece of memory for each layer, which a capture of the step reads and writes. A
             capture with the same pieces serves the step. None where a layer takes more than one
-            launch; nothing was done then.
+            launch; nothing was done then but to reserve host memory.
 
         Raises:
             CacheStateError: the cache was closed.
         """
         self._check_open()
+        for ledger in self._full:
+            self._reserve(ledger)  # memory that came within a capture would come in each replay
         if self._ahead is not None and self._ahead[0] == self._state():
             return self._ahead[1]
         return self._make_ready()

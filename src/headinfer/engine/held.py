@@ -166,9 +166,14 @@ class HeldTokens:
                 f"value_dim) {given} in {names}, but this cache holds {wanted} in "
                 f"{geometry.dtype}; use a new cache"
             )
-        if ledger.track.window_tokens is None and ledger.capacity_tokens < self._expected_tokens:
-            ledger.reserve(self._expected_tokens)
+        if ledger.track.window_tokens is None:
+            self._reserve(ledger)
         return ledger
+
+    def _reserve(self, ledger: Ledger) -> None:
+        """Have host memory for the tokens that a layer without a window is expected to hold."""
+        if ledger.capacity_tokens < self._expected_tokens:
+            ledger.reserve(self._expected_tokens)
 
     def check(self) -> None:
         """Raise what the host's attention failed with since the last check.
