@@ -53,8 +53,9 @@ def attach(
         device: "auto" for where the model is. "simulated" is a device that runs on the CPU, has
             memory of its own, and checks the order of all copies.
         overlap: False to fetch, wait and attend one tile at a time.
-        capture: False to launch each kernel of a decode step by itself. Otherwise a step whose
-            tokens are all in GPU memory is captured, compared once, and replayed in one launch.
+        capture: False to launch each kernel of a decode step by itself. Otherwise a step is
+            captured, compared and replayed: in one launch where all its tokens are in GPU memory,
+            and elsewhere in pieces, between one layer's attention and the next one's.
         fuse: "auto" to have torch compile norms and rotary embeddings of captured steps, in 16 bits
             on CUDA; or "off". Results then differ in their last bits from those of steps that are
             not captured.

@@ -336,3 +336,31 @@ def test_arguments_that_are_others_in_each_call_are_given_up(
     stats, _ = with_and_without_capture(model, use)
     assert (stats.captures, stats.captured_steps) == (1 + 8, 3 + 4)
     assert ["others in each call" in each for each in warnings(caplog)] == [True]
+
+
+def test_places_are_noted_anew_where_a_window_began_anew_beside_the_calls() -> None:
+    """Layers called by themselves add tokens, which are taken back: as many as before remain."""
+    model = tiny_model("gemma3")
+    outcomes = []
+    for capture in (False, True):
+        with headinfer.attach(model, **SIMULATED, capture=capture) as offload:
+            found = []
+            for done in range(78, 84):
+                cache = offload.new_cache()
+                model(random_tokens(1, 240), **cache_argument(model, cache))
+                found += steps(model, cache, done)
+                model.model(random_tokens(1, 30), **cache_argument(model, cache))
+                cache.crop(-30)
+                found += steps(model, cache, 3)
+            outcomes.append(found)
+    assert all(map(torch.equal, *outcomes))
+
+
+def test_steps_begun_in_inference_mode_go_on_outside_it(model: PreTrainedModel) -> None:
+    with headinfer.attach(model, **SIMULATED) as offload:
+        with torch.inference_mode():
+            cache = prompted(offload, model)
+            steps(model, cache, 4)
+        with torch.no_grad():
+            steps(model, cache, 4)
+        assert offload.stats.captured_steps > 0

@@ -239,8 +239,8 @@ def decode_token(
     all_rows = tl.num_programs(1).to(tl.int64) * QUERY_ROWS
     lses = parts + most_splits * all_rows * DIM
     first_row = tl.program_id(1).to(tl.int64) * QUERY_ROWS
-    place = split * all_rows + first_row + rows
-    _store_part(highest, weight, total, parts, lses, place, real_rows, DIM, BLOCK_DIM)
+    slot = split * all_rows + first_row + rows
+    _store_part(highest, weight, total, parts, lses, slot, real_rows, DIM, BLOCK_DIM)
     tl.debug_barrier()  # all threads have stored before one of them counts
     before = tl.atomic_add(arrived + tl.program_id(1), 1, sem="acq_rel")
     if before == used - 1:

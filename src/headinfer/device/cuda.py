@@ -1,6 +1,7 @@
 """CUDA: pinned host memory, three streams beside the model's own, and CUDA events."""
 
 import contextlib
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -17,6 +18,9 @@ from headinfer.errors import MemoryPlanError, OptionError
 from headinfer.units import format_bytes
 
 _CUDA_SUCCESS = 0
+
+_capture_or_synchronize = threading.RLock()
+"""A device that is waited for during a capture of another thread's spoils it, and fails itself."""
 
 _Result = TypeVar("_Result")
 
@@ -213,7 +217,7 @@ class CudaDevice:
         if not self._graphs:  # torch takes none into a pool whose last graph is gone
             self._graph_pool = torch.cuda.graph_pool_handle()
         capture: CudaCapture[_Result] = CudaCapture(self._graph_pool)
-        with self.apart():
+        with _capture_or_synchronize, self.apart():
             self._capturing = capture
             try:
                 capture.record(work)
@@ -249,4 +253,5 @@ class CudaDevice:
 
     def synchronize(self) -> None:
         """Wait for all streams of this device."""
-        torch.cuda.synchronize(self.torch_device)
+        with _capture_or_synchronize:
+            torch.cuda.synchronize(self.torch_device)

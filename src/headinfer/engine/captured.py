@@ -77,7 +77,7 @@ class CapturableTokens(ChangeableTokens, abc.ABC):
         self._counters: torch.Tensor | None = None  # see `TokenWork`
         self._ready: list[_Ready] = []
         # What `begin_step` returns if the layers still are as noted beside it.
-        self._ahead: tuple[list[tuple[int, int]], tuple[Piece, ...]] | None = None
+        self._ahead: tuple[list[tuple[int, ...]], tuple[Piece, ...]] | None = None
         self._capturing: Form | None = None
         super().__init__(device, plan, dtype, stats)
 
@@ -115,9 +115,13 @@ class CapturableTokens(ChangeableTokens, abc.ABC):
             for ledger in self._ledgers
         ]
 
-    def _state(self) -> list[tuple[int, int]]:
+    def _state(self) -> list[tuple[int, ...]]:
         """Return what changes of each layer where a token's place does."""
-        return [(ledger.tokens, ledger.version) for ledger in self._ledgers]
+        return [
+            # A window's tokens move when it begins anew, however many there are.
+            (ledger.tokens, ledger.version, 0 if ledger.tail is None else ledger.tail.start)
+            for ledger in self._ledgers
+        ]
 
     def _make_ready(self) -> tuple[Piece, ...] | None:
         """Do what `begin_step` says."""
@@ -145,11 +149,12 @@ class CapturableTokens(ChangeableTokens, abc.ABC):
         tiles = [ready.ledger.next_tile(ready.extent) for ready in self._ready]
         places = torch.tensor([(tile.first, tile.tokens) for tile in tiles])
         if self._places is None:
-            memory = self._device.device_empty(places.nbytes)
-            self._places = memory.view(places.dtype).view(places.shape)
             heads = self.plan.batch * max(ledger.geometry.kv_heads for ledger in self._ledgers)
-            memory = self._device.device_empty(heads * torch.int32.itemsize)
-            self._counters = memory.view(torch.int32).zero_()
+            with torch.inference_mode(False):  # or they could not be written to outside it
+                memory = self._device.device_empty(places.nbytes)
+                self._places = memory.view(places.dtype).view(places.shape)
+                memory = self._device.device_empty(heads * torch.int32.itemsize)
+                self._counters = memory.view(torch.int32).zero_()
         self._places.copy_(places, non_blocking=True)
 
     @contextlib.contextmanager
@@ -233,10 +238,16 @@ class CapturableTokens(ChangeableTokens, abc.ABC):
         return self._balance.steady()
 
     def take_back(self, lengths: Sequence[int]) -> None:
-        """Keep so many tokens of each layer, where a step has added to some."""
-        for layer_idx, tokens in enumerate(lengths):
-            if (added := self._ledgers[layer_idx].tokens - tokens) > 0:
-                self.crop(layer_idx, added)
+        """Keep so many tokens of each layer, where a step has added to some.
+
+        What the host's attention failed with stays, for the next call to raise.
+        """
+        for ledger, tokens in zip(self._ledgers, lengths, strict=True):
+            added = ledger.tokens - tokens
+            if added > 0:
+                if ledger.track.window_tokens is None and added > ledger.tail_tokens:
+                    self._settle()
+                ledger.crop(tokens)
 
     def select(self, layer_idx: int, rows: Sequence[int]) -> None:
         """Rearrange a layer's rows; see `ChangeableTokens.select`."""

@@ -14,9 +14,9 @@ class Stats:
             back, all rows together.
         decode_s: seconds of the model calls spent on them.
         decode_steps: those model calls.
-        captured_steps: those of them that were replayed in one launch.
+        captured_steps: those of them that were replayed, in one launch or in pieces.
         captures: decode steps that were captured to be replayed.
-        capture_s: seconds that took; part of `decode_s`.
+        capture_s: seconds that took, with what torch compiled for it; part of `decode_s`.
         bytes_to_device: KV bytes copied over the link to the device.
         bytes_to_host: KV bytes copied back.
         bytes_attended_on_host: KV bytes attended by the CPU on behalf of a device.

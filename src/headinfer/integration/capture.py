@@ -1,4 +1,4 @@
-"""Decode steps of one launch: a model's whole step, captured once and replayed for each new token.
+"""Decode steps that are replayed: a model's step, captured once, in one launch or in pieces.
 
 Python starts some hundred kernels in a step of a small model, and thousands in one of a large one.
 A GPU does most of them faster than Python starts them. Captured, they are one launch.
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from headinfer.device.base import Device, PlaceError
+from headinfer.device.base import CaptureError, Device, PlaceError
 from headinfer.engine.captured import Form
 from headinfer.engine.engine import Engine
 from headinfer.engine.stats import Stats
@@ -29,7 +29,7 @@ from headinfer.integration.captured_step import CapturedStep, Step
 from headinfer.integration.decode_call import DecodeCall, DecodeCalls
 from headinfer.integration.fusion import FusedParts
 from headinfer.integration.hooks import HooksOfOthers
-from headinfer.integration.outputs import are_equal, handed_out
+from headinfer.integration.outputs import are_equal, are_near, handed_out
 from headinfer.kv.extent import Piece
 
 _logger = logging.getLogger(__name__)
@@ -64,6 +64,7 @@ class CapturedSteps:
         self._stats = stats
         self._enabled = enabled and device.captures
         self._fused = FusedParts(model) if fused else None
+        self._fusing_works = False
         self._hooks = HooksOfOthers(model)
         self._begun: set[Hashable] = set()
         self._known: set[Hashable] = set()  # captures of these served more tokens than one
@@ -150,7 +151,10 @@ class CapturedSteps:
 
     def _replayable(self, cache: OffloadedCache, arguments: dict[str, Any]) -> DecodeCall | None:
         call = self._calls.read(cache, arguments)
-        return None if call is None or self._hooks.there_are_any() else call
+        if call is None or self._hooks.there_are_any():
+            return None
+        refused = all(call.in_form(form).key in self._refused for form in Form)
+        return None if refused else call
 
     def _in_form(self, call: DecodeCall, pieces: tuple[Piece, ...] | None) -> DecodeCall | None:
         """Return a call in the best form that is not refused; None where both are."""
@@ -159,7 +163,7 @@ class CapturedSteps:
         call_in_form = next((each for each in calls if each.key not in self._refused), None)
         if call_in_form is None or call_in_form.key in self._begun:
             return call_in_form
-        if len(self._begun - self._known) >= _MOST_IN_VAIN:
+        if len(self._begun - self._known - self._refused) >= _MOST_IN_VAIN:
             self._say("their arguments are others in each call")
             return None
         return call_in_form
@@ -227,14 +231,25 @@ class CapturedSteps:
         return wanted
 
     def _try_fusing(self, cache: OffloadedCache, call: DecodeCall, step: Step) -> None:
-        """Have what is fused compiled, in a first run; fuse nothing where that fails."""
-        if self._fused is None:
+        """Have what is fused compiled, in a first run; fuse nothing where that fails.
+
+        A capture and what it is compared with are fused alike, so that this alone finds a fault.
+        """
+        if self._fused is None or self._fusing_works:
             return
-        engine, started_s = cache.state.engine, perf_counter()
+        _logger.info("torch compiles what is fused in decode steps; fuse='off' goes without")
+        engine, fused, started_s, outputs = cache.state.engine, self._fused, perf_counter(), []
         assert engine is not None
         try:
-            with self._taking_back(engine, call):
-                self._apart(step.run, {})
+            for parts in (None, fused):
+                self._fused = parts
+                with self._taking_back(engine, call):
+                    outputs.append(handed_out(self._apart(step.run, {}), cache))
+            if not are_near(*outputs):
+                raise RuntimeError("fused, they give other results")
+            self._fusing_works = True
+        except CaptureError:
+            self._fused = fused  # the step is none for a capture, whose form comes next
         except Exception as error:
             self._fused = None
             _logger.warning("nothing is fused in decode steps: %s", _first_line(error))
@@ -258,7 +273,7 @@ class CapturedSteps:
             captured = CapturedStep(step, capture, pieces, tuple(weights), call.past_tokens)
             engine.captured[call.key] = captured
         for stats in (self._stats, cache.stats):
-            stats.captures += 1
+            stats.captures += captured is not None
             stats.capture_s += perf_counter() - started_s
         return captured
 

@@ -12,6 +12,10 @@ _CACHE = object()
 """What stands for the cache in a captured output, which must not keep the cache alive."""
 
 
+_NEAR = 0.125
+"""Share of the largest logit. Eight bits of a mantissa and 32 layers make some hundredths."""
+
+
 def without_cache(output: Any, cache: OffloadedCache) -> Any:
     """Return a model's output with something else in place of its cache.
 
@@ -44,6 +48,19 @@ def are_equal(output: Any, other: Any) -> bool:
     """Whether two outputs are the same to the last bit, NaN included."""
     leaves, others = pytree.tree_leaves(output), pytree.tree_leaves(other)
     return len(leaves) == len(others) and all(map(_equal, leaves, others))
+
+
+def are_near(output: Any, other: Any) -> bool:
+    """Whether two outputs differ by no more than rounding to 16 bits makes of many layers."""
+    pairs = zip(pytree.tree_leaves(output), pytree.tree_leaves(other), strict=True)
+    return all(_near(leaf, twin) for leaf, twin in pairs if isinstance(leaf, torch.Tensor))
+
+
+def _near(leaf: torch.Tensor, other: torch.Tensor) -> bool:
+    if not leaf.is_floating_point():
+        return True
+    error, scale = (leaf.float() - other.float()).abs().max(), other.float().abs().max()
+    return not bool(error > _NEAR * scale)  # so that NaN in both is near
 
 
 def _equal(leaf: Any, other: Any) -> bool:

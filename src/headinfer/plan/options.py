@@ -119,7 +119,7 @@ class Options:
         resident_tokens: the oldest tokens of each layer that are kept in GPU memory as well.
         host_attention: share of the other tokens that the CPU attends in a decode step.
         overlap: whether copies run ahead of attention; off is the synchronous twin.
-        capture: whether decode steps are replayed in one launch, where they can be.
+        capture: whether decode steps are captured and replayed, where they can be.
         fuse: whether small kernels of a captured step are compiled into fewer, in 16 bits on CUDA.
     """
 
