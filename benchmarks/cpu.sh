@@ -23,4 +23,5 @@ bench decode --contexts 1K,4K,16K,64K,128K --fill random --new-tokens 16 --metho
 bench memory --contexts 4K,32K,64K,128K --methods "$stock,bounded,headinfer"
 bench max-context --contexts 4K,512K --fill random --device-memory 600MiB \
     --methods standard,chunked-prefill,headinfer
-"$python" -m headinfer.cli.main bench report "$out"/*-suite-*.json
+mapfile -t results < <(ls "$out"/*-suite-*.json "$out"/gpu-captured.json "$out"/gpu-1M.json 2>/dev/null)
+"$python" -m headinfer.cli.main bench report "${results[@]}"

@@ -21,7 +21,7 @@ bench() { # name of the result, verb, options
     shift
     [ "$(left)" -gt 30 ] || { echo "no time left for $name; run again"; return; }
     timeout --signal=INT "$(left)" "$python" -m headinfer.cli.main bench "$@" --device cuda \
-        --time-limit 240 --resume --json "$out/gpu-suite-$name.json" 2>&1 | tee -a "$out/gpu.log"
+        --time-limit 240 --resume --json "$out/gpu-$name.json" 2>&1 | tee -a "$out/gpu.log"
 }
 llama=(--model llama-3-8b --dummy-weights --device-memory 24GiB)
 methods=standard,head-wise-8,head-wise-1,resident,host-attention
@@ -41,20 +41,28 @@ fi
 if [ ! -e "$out/gpu-trace-100K.json" ]; then
     timeout 120 "$python" benchmarks/gpu_trace.py --folder "$out" 2>&1 | tee -a "$out/gpu.log"
 fi
-bench llama-decode decode "${llama[@]}" --contexts 1K,10K,40K --fill random --new-tokens 24 \
+bench suite-llama-decode decode "${llama[@]}" --contexts 1K,10K,40K --fill random --new-tokens 24 \
     --methods "$methods"
+# What users pick where all fits, and decode steps with and without captures.
+bench captured decode "${llama[@]}" --contexts 1K,10K,40K,100K --fill random --new-tokens 48 \
+    --methods standard,standard-compiled,resident,resident-eager,resident-unfused,host-attention
 # Some steps more: the host's share is judged after 1, 3 and 7 of them.
-bench llama-decode-long decode "${llama[@]}" --contexts 100K,200K,400K,800K --fill random \
+bench suite-llama-decode-long decode "${llama[@]}" --contexts 100K,200K,400K,800K --fill random \
     --new-tokens 12 --methods "$methods"
-bench llama-prefill prefill "${llama[@]}" --contexts 1K,10K,40K,100K \
+bench suite-llama-prefill prefill "${llama[@]}" --contexts 1K,10K,40K,100K \
     --methods standard,chunked-prefill,head-wise-1,bounded,headinfer
 # More memory than the claim is about, for the reference that keeps all on the device.
-bench llama-prefill-72GiB prefill --model llama-3-8b --dummy-weights --device-memory 72GiB \
+bench suite-llama-prefill-72GiB prefill --model llama-3-8b --dummy-weights --device-memory 72GiB \
     --contexts 10K,20K,40K,100K --methods chunked-prefill,bounded,headinfer
-bench small-decode decode --contexts 128K,1M --fill random --device-memory 4GiB \
+bench suite-small-decode decode --contexts 128K,1M --fill random --device-memory 4GiB \
     --methods "transformers-offloaded,$methods,headinfer"
-bench llama-max-context max-context "${llama[@]}" --contexts 10K,800K --fill random \
+bench suite-llama-max-context max-context "${llama[@]}" --contexts 10K,800K --fill random \
     --methods standard,transformers-offloaded,head-wise-1,resident
+# 128 GiB of KV, so that it needs a machine with more CPU memory than that.
+if [ "$(free -g | awk '/^Mem/ {print $2}')" -gt 180 ]; then
+    bench 1M decode "${llama[@]}" --contexts 1M --fill random --new-tokens 7 \
+        --methods head-wise-1,resident,host-attention
+fi
 
 tail -n 3 "$out/gpu-tests.log"
 grep -E "trial|longest|a token" "$out/gpu.log" | tail -n 40

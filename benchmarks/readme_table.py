@@ -12,9 +12,11 @@ RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
 MIB = 2**20
 LEAST_TO_COMPARE = 2
+_SHORT_MS = 30
+"""Below it a tenth of a millisecond is worth telling."""
 GPU_METHODS = {
     "standard": "standard",
-    "head-wise-8": "head=8",
+    "standard-compiled": "static cache, compiled",
     "head-wise-1": "head=1 (the paper)",
     "resident": "resident",
     "host-attention": "+ host attention",
@@ -63,7 +65,7 @@ def gpu_table(documents: list[dict[str, Any]]) -> str:
     hardware, versions, rates = header["hardware"], header["versions"], header["rates"]
     rows = {
         (row["context_tokens"], row["method"]): row
-        for document in documents
+        for document in reversed(documents)  # the first counts where several have a row
         for row in document["rows"]
     }
     names = ", ".join(BOUNDED_METHODS.values())
@@ -138,21 +140,17 @@ def _milliseconds(row: dict[str, Any] | None) -> str:
         return "-"
     if row["status"] != "ok":
         return "out of memory" if "memory" in row["reason"] else row["status"]
-    return f"{row['decode_s_per_token'] * 1000:.0f}"
+    milliseconds = row["decode_s_per_token"] * 1000
+    return f"{milliseconds:.1f}" if milliseconds < _SHORT_MS else f"{milliseconds:.0f}"
 
 
 def updated(readme: str) -> str:
     """Return the README with each table between its marks."""
-    for name, pattern, make in (
-        ("table", "cpu-decode-*.json", table),
-        ("gpu table", "gpu-suite-llama-decode*.json", gpu_table),
+    for name, files, make in (
+        ("table", [path.stem for path in sorted(RESULTS.glob("cpu-decode-*.json"))], table),
+        ("gpu table", ("gpu-captured", "gpu-suite-llama-decode-long", "gpu-1M"), gpu_table),
     ):
-        documents = [
-            document
-            for path in sorted(RESULTS.glob(pattern))
-            if len((document := json.loads(path.read_text()))["header"]["spec"]["methods"])
-            >= LEAST_TO_COMPARE
-        ]
+        documents = [json.loads((RESULTS / f"{file}.json").read_text()) for file in files]
         begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
         if documents and begin in readme:
             before, rest = readme.split(begin)

@@ -138,7 +138,9 @@ def test_captured_steps_have_the_bits_of_launched_ones(
     model = tiny_model(name, head_dim=32).to("cuda", dtype)
     outputs = []
     for capture in (False, True):
-        with headinfer.attach(model, resident_tokens="all", capture=capture) as offload:
+        # What is fused rounds less often.
+        options = {"resident_tokens": "all", "capture": capture, "fuse": "off"}
+        with headinfer.attach(model, **options) as offload:
             for seed in (1, 2):
                 tokens = random_tokens(batch, 70, seed=seed).cuda()
                 outputs.append(generated(model, tokens, offload.new_cache(), max_new_tokens=200))
@@ -147,6 +149,26 @@ def test_captured_steps_have_the_bits_of_launched_ones(
     for eager, captured in zip(outputs[:2], outputs[2:], strict=True):
         assert torch.equal(eager.sequences, captured.sequences)
         assert torch.equal(torch.stack(eager.logits), torch.stack(captured.logits))
+
+
+@pytest.mark.parametrize(
+    "placement",
+    [{"resident_tokens": 0, "tile_tokens": 50}, {"resident_tokens": 60, "host_attention": 0.5}],
+    ids=["streamed", "host"],
+)
+@pytest.mark.parametrize("name", ["llama3", "gemma2", "gemma3"])
+def test_steps_in_pieces_have_the_bits_of_launched_ones(
+    name: str, placement: dict[str, object]
+) -> None:
+    model, tokens = tiny_model(name).to("cuda"), random_tokens(2, 170).cuda()
+    outputs = []
+    for capture in (False, True):
+        with headinfer.attach(model, **placement, capture=capture) as offload:
+            outputs.append(generated(model, tokens, offload.new_cache(), max_new_tokens=90))
+    assert (offload.stats.captures, launched(offload.stats)) == (1, 2)
+    eager, captured = outputs
+    assert torch.equal(eager.sequences, captured.sequences)
+    assert torch.equal(torch.stack(eager.logits), torch.stack(captured.logits))
 
 
 class Reading(torch.nn.Module):
