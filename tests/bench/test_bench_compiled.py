@@ -78,9 +78,8 @@ def test_a_new_cache_is_empty(uncompiled):
         assert not layer.values.any()
 
 
-@pytest.mark.parametrize(
-    "name", ["llama3", pytest.param("mistral-sliding", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama3", "mistral-sliding"])
 def test_steps_are_compiled_before_the_trial_and_never_again(tmp_path, name):
     model, spec = tiny_model(name), named_spec(tmp_path, name)
     tokens = random_tokens(1, spec.all_tokens)

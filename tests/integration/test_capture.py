@@ -26,6 +26,7 @@ from headinfer.offload import Offload
 from tiny_models import ARCHITECTURES, random_tokens, shared_model, tiny_model
 
 NOT_CAPTURED = {"qwen3-next": "its linear attention keeps states of transformers' own"}
+OF_EACH_KIND = ("llama3", "mistral-sliding", "gemma3", "gpt-oss", "qwen3-next")
 WINDOWED = ("mistral-sliding", "gemma3", "gpt-oss")
 NEW_TOKENS = 150
 """Past three pages of 64, and three restarts of a window."""
@@ -37,7 +38,13 @@ def assert_as_stock(ours: Any, stock: Any) -> None:
     assert compare(*results) == "equal"
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in OF_EACH_KIND else pytest.mark.slow)
+        for name in ARCHITECTURES
+    ],
+)
 def test_generate_equals_stock_and_launches_two_steps(name: str) -> None:
     model, tokens = shared_model(name), random_tokens(2, 70)
     options = {"max_new_tokens": NEW_TOKENS}

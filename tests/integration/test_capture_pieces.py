@@ -38,8 +38,19 @@ def outcomes(
     return stats, found[1]
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("name", ["llama3", "gemma2", "gpt-oss"])
+@pytest.mark.parametrize(
+    ("name", "placement"),
+    [
+        *(("llama3", "streamed"), ("gemma2", "host"), ("gpt-oss", "synchronous")),
+        *(
+            pytest.param(name, placement, marks=pytest.mark.slow)
+            for name, placement in (
+                *(("llama3", "host"), ("llama3", "synchronous"), ("gemma2", "streamed")),
+                *(("gemma2", "synchronous"), ("gpt-oss", "streamed"), ("gpt-oss", "host")),
+            )
+        ),
+    ],
+)
 def test_generate_equals_stock_and_launches_two_steps(name: str, placement: str) -> None:
     model, tokens = shared_model(name), random_tokens(1, 70)
 

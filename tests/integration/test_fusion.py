@@ -23,12 +23,13 @@ def names_fused(model: PreTrainedModel) -> set[str]:
     ("name", "parts"),
     [
         ("llama3", {"input_layernorm", "post_attention_layernorm", "norm", "mlp", "self_attn"}),
-        (
+        pytest.param(
             "gemma3",
             {
                 *("input_layernorm", "post_attention_layernorm", "norm", "mlp", "self_attn"),
                 *("q_norm", "k_norm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
             },
+            marks=pytest.mark.slow,
         ),
     ],
 )
