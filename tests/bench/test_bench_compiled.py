@@ -110,9 +110,10 @@ def test_all_methods_are_those_that_are_served():
 
 
 def test_without_a_compiler_the_row_says_so_in_one_line(monkeypatch, tmp_path):
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    outcome = attempt(trial_spec(COMPILED))
+    # Set back by torch: monkeypatch would leave no such setting behind.
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        outcome = attempt(trial_spec(COMPILED))
     assert isinstance(outcome, TrialFailure)
     assert outcome.status is Status.CANNOT_RUN
     assert outcome.reason.startswith("torch.compile failed: ")
