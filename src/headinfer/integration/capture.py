@@ -153,15 +153,17 @@ class CapturedSteps:
         call = self._calls.read(cache, arguments)
         if call is None or self._hooks.there_are_any():
             return None
-        refused = all(call.in_form(form).key in self._refused for form in Form)
+        refused = self._refused.issuperset((call.kind, form) for form in Form)
         return None if refused else call
 
     def _in_form(self, call: DecodeCall, pieces: tuple[Piece, ...] | None) -> DecodeCall | None:
         """Return a call in the best form that is not refused; None where both are."""
         forms = (Form.IN_PIECES,) if pieces is None else (Form.ONE_LAUNCH, Form.IN_PIECES)
-        calls = [call.in_form(form) for form in forms]
-        call_in_form = next((each for each in calls if each.key not in self._refused), None)
-        if call_in_form is None or call_in_form.key in self._begun:
+        form = next((each for each in forms if (call.kind, each) not in self._refused), None)
+        if form is None:
+            return None
+        call_in_form = call.in_form(form)
+        if call_in_form.key in self._begun:
             return call_in_form
         if len(self._begun - self._known - self._refused) >= _MOST_IN_VAIN:
             self._say("their arguments are others in each call")
@@ -318,7 +320,7 @@ class CapturedSteps:
 
     def _refuse(self, call: DecodeCall, reason: str) -> None:
         """Capture no such call any more, in whatever form, and say so once."""
-        self._refused.update(call.in_form(form).key for form in Form)
+        self._refused.update((call.kind, form) for form in Form)
         self._say(reason)
 
     def _say(self, reason: str) -> None:
