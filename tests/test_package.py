@@ -47,6 +47,7 @@ ORDER = [
     "device",
     "plan",
     "schedule",
+    "heads",
     "units",
     "kept",
     "folders",
