@@ -1,6 +1,7 @@
 """What users import: attach HeadInfer to a model, and detach it again."""
 
 import logging
+import os
 from typing import TYPE_CHECKING
 
 import torch
@@ -35,6 +36,10 @@ def attach(
     fuse: str = "auto",
     resident_tokens: str | int = "auto",
     host_attention: str | float = "auto",
+    sparsity: str | float = 0.0,
+    head_pattern: str | os.PathLike[str] | None = None,
+    sink_tokens: str | int = "auto",
+    recent_tokens: str | int = "auto",
     progress: PrefillProgress | None = None,
     simulated_device: "SimulatedDevice | None" = None,
 ) -> Offload:
@@ -65,6 +70,15 @@ def attach(
             from 0 to 1, "off" or "auto". "auto" begins with the rates that `headinfer probe`
             measured, and goes on by who finishes first. The last bits of results may then differ
             from run to run; with a number or "off" they repeat.
+        sparsity: share of the KV heads that *stream*: their queries see the first tokens and the
+            newest ones alone. Approximate, and 0 by default. Half of the heads take half of the
+            CPU memory and of the time of long contexts.
+        head_pattern: scores by which these heads are chosen: a file of `headinfer heads`, KVzip or
+            Wu et al., or a folder of DuoAttention. "random" is a pattern to measure with.
+        sink_tokens: the first tokens that streaming heads see; "auto" is what the pattern says, or
+            128.
+        recent_tokens: the newest tokens that they see, a query's own included; "auto" is what the
+            pattern says, or 256.
         progress: called during prefill with the tokens done and the tokens in all.
         simulated_device: the instance to use with `device="simulated"`.
 
@@ -88,6 +102,10 @@ def attach(
         overlap=overlap,
         capture=capture,
         fuse=fuse,
+        sparsity=sparsity,
+        head_pattern=head_pattern,
+        sink_tokens=sink_tokens,
+        recent_tokens=recent_tokens,
     )
     if progress is not None and not callable(progress):
         raise OptionError(f"progress must be a function of two counts, not {progress!r}")

@@ -13,6 +13,7 @@ from headinfer.device.make import measured_hardware
 from headinfer.engine.engine import Engine
 from headinfer.engine.stats import Stats
 from headinfer.errors import CacheStateError, MemoryPlanError
+from headinfer.heads.formats import read_pattern
 from headinfer.integration.attachment import Attachment
 from headinfer.integration.attention import AttentionFunctions
 from headinfer.integration.autocast import attended_dtype
@@ -26,6 +27,12 @@ from headinfer.plan.options import Options
 from headinfer.plan.plan import Plan
 from headinfer.plan.resolve import resolve
 from headinfer.plan.shape import ModelShape
+from headinfer.plan.streaming import (
+    check_streaming,
+    kv_heads_of,
+    random_pattern,
+    with_streaming_heads,
+)
 from headinfer.plan.whole import passing_whole
 from headinfer.units import format_bytes
 
@@ -71,14 +78,15 @@ class Session:
         self.device = device
         self._options = options
         self._progress = progress
-        self._shape = model_shape(model)
+        self._shape = _with_pattern(model_shape(model), options)
         self._engines: weakref.WeakSet[Engine] = weakref.WeakSet()
         self._attached = False
         self._hardware = measured_hardware(device)
         self.plan = self._resolve(1, None, [], model.dtype)
         fused = options.fuse == "auto" and device.name == "cuda" and model.dtype in _FUSED
         captures = CapturedSteps(model, device, self.stats, enabled=options.capture, fused=fused)
-        self._attachment = Attachment(model, self, captures)
+        padded = self._shape.exact is self._shape  # sinks of streaming heads would be padding
+        self._attachment = Attachment(model, self, captures, padded=padded)
         self._attached = True
 
     @property
@@ -291,6 +299,17 @@ class Session:
                 standard_bytes = self._shape.standard_kv_bytes(tokens, batch)
                 _raise_peaks(cache.stats, device_here, host_here, standard_bytes)
         _raise_peaks(self.stats, device_bytes, host_bytes, standard_bytes)
+
+
+def _with_pattern(shape: ModelShape, options: Options) -> ModelShape:
+    """Return a model's shape with the heads that stream by the user's pattern, if any do."""
+    check_streaming(options)
+    if options.head_pattern is None:
+        return shape
+    kv_heads = kv_heads_of(shape)
+    pattern = random_pattern(options.head_pattern, kv_heads)
+    pattern = pattern or read_pattern(options.head_pattern, kv_heads)
+    return with_streaming_heads(shape, pattern, options)
 
 
 def _raise_peaks(stats: Stats, device_bytes: int, host_bytes: int, standard_bytes: int) -> None:

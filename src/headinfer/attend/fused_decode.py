@@ -305,9 +305,11 @@ class TritonKernels(Kernels):
         block_tokens = _block_tokens(dim, keys.itemsize, way.block_bytes)
         most_splits = max(self._decode_programs // heads, 1)
         splits, start = most_splits, (tile.heads.start or 0) * head_stride
+        sink_tokens = work.sink_tokens
+        seen_tokens, gap = tile.tokens + sink_tokens, tile.first - sink_tokens
         if place is None:
-            splits, _ = _split(tile.tokens, block_tokens, most_splits, way.least_tokens)
-            start += tile.first * token_stride
+            splits, _ = _split(seen_tokens, block_tokens, most_splits, way.least_tokens)
+            start += 0 if sink_tokens else tile.first * token_stride
         scratch_elements = most_splits * heads * group * (dim + 1)
         if place is None:
             parts, arrived = self._scratch_of(query, scratch_elements, heads)
@@ -321,10 +323,10 @@ class TritonKernels(Kernels):
                 *(query, new_keys, new_values, keys, values, parts, arrived, out),
                 *(sinks, arrived if place is None else place),
             ),
-            (float(work.scale), tile.tokens, most_splits, kv_heads),
+            (float(work.scale), seen_tokens, most_splits, kv_heads, sink_tokens, gap),
             (*new_keys.stride()[:2], start, batch_stride, head_stride, token_stride),
             (
-                *(group, dim, work.sinks is not None, place is not None),
+                *(group, dim, work.sinks is not None, place is not None, sink_tokens > 0),
                 *(_LEAST_BLOCK_ROWS, _power_of_2(dim), block_tokens),
                 *(_power_of_2(group), _merged_slots(group, dim), way.least_tokens),
             ),

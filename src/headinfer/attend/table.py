@@ -52,13 +52,16 @@ class Kernels:
         Raises:
             PlaceError: the work is captured, and these kernels cannot read the token's place.
         """
-        tile = work.tile
+        tile, sink_tokens = work.tile, work.sink_tokens
         if work.place is not None:
-            tile = tile_at(tile, work.place)
+            tile, sink_tokens = tile_at(tile, work.place)
         for tokens, token in zip(tile.kv, work.new, strict=True):
             tokens[:, :, -1:].copy_(token)
         into = self.begin(work.query, scale=work.scale)
-        past = Work(work.query, (tile,), work.scale, into)
+        tiles: tuple[Tile, ...] = (tile,)
+        if sink_tokens:
+            tiles = (tile._replace(start=0, first=0, tokens=sink_tokens), tile)
+        past = Work(work.query, tiles, work.scale, into)
         for kernel in self.kernels:  # `pick`, without its frame
             if kernel.serves(past):
                 kernel.attend(past)
@@ -68,13 +71,15 @@ class Kernels:
         into.write(work.out)
 
 
-def tile_at(tile: Tile, place: torch.Tensor) -> Tile:
-    """Return a tile with the `first` and `tokens` that a place says, see `TokenWork.place`.
+def tile_at(tile: Tile, place: torch.Tensor) -> tuple[Tile, int]:
+    """Return a tile with the `first` and `tokens` that a place says, and the sinks it says.
+
+    See `TokenWork.place`.
 
     Raises:
         PlaceError: the place is in memory that only a device reads without waiting.
     """
     if place.device.type != "cpu":
         raise PlaceError("its attention kernel cannot read from memory how many tokens there are")
-    first, tokens = place.tolist()
-    return tile._replace(first=first, tokens=tokens)
+    first, tokens, sink_tokens = place.tolist()
+    return tile._replace(first=first, tokens=tokens), sink_tokens

@@ -21,13 +21,18 @@ def _attend_split(
     first,
     end,
     token_stride,
+    sink_tokens,
+    gap,
     DIM: tl.constexpr,
     MASKED: tl.constexpr,
+    APART: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
 ):
     """Attend the query rows `q[BLOCK_ROWS, BLOCK_DIM]` of a KV head to tokens `first` to `end`.
+
+    With `APART` those from `sink_tokens` on lie `gap` places further behind.
 
     Returns:
         For each row its highest score in base 2, the weights that refer to that score,
@@ -42,7 +47,10 @@ def _attend_split(
         tokens = start + tl.arange(0, BLOCK_TOKENS)
         real_tokens = tokens < end
         tile = real_tokens[:, None] & real_dims[None, :]
-        places = tokens[:, None] * token_stride + dims[None, :]
+        at = tokens
+        if APART:
+            at += tl.where(tokens >= sink_tokens, gap, 0)
+        places = at[:, None] * token_stride + dims[None, :]
         # What is loaded goes to the product as it is: whatever touched it would take a detour.
         k = tl.load(keys + places, mask=tile, other=0.0)
         v = tl.load(values + places, mask=tile, other=0.0)
@@ -130,8 +138,11 @@ def attend_tile(
         first,
         tl.minimum(first + split_tokens, kv_len),
         token_stride,
+        0,
+        0,
         DIM,
         MASKED,
+        False,
         BLOCK_ROWS,
         BLOCK_DIM,
         BLOCK_TOKENS,
@@ -142,7 +153,7 @@ def attend_tile(
     _store_part(highest, weight, total, parts, lses, place, real_rows, DIM, BLOCK_DIM)
 
 
-@triton.jit(do_not_specialize=["kv_len", "most_splits", "kv_heads"])
+@triton.jit(do_not_specialize=["kv_len", "most_splits", "kv_heads", "sink_tokens", "gap"])
 def decode_token(
     query,
     new_keys,
@@ -158,6 +169,8 @@ def decode_token(
     kv_len,
     most_splits,
     kv_heads,
+    sink_tokens,
+    gap,
     new_batch_stride,
     new_head_stride,
     start,
@@ -168,6 +181,7 @@ def decode_token(
     DIM: tl.constexpr,
     SINKS: tl.constexpr,
     PLACE: tl.constexpr,
+    APART: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
@@ -178,9 +192,10 @@ def decode_token(
     """Attend all query rows of one KV head to all its tokens, and put the newest in its place.
 
     Grid: (splits, batch * kv_heads). There are as many splits as `kv_len` takes, or `most_splits`,
-    of which the rest return at once. Keys and values lie as in `attend_tile`. With `PLACE` the
-    first token and `kv_len` are read from `place[2]`, so that a captured launch serves other
-    lengths. `parts` has `most_splits` slots. The last token is written from `new_keys` and
+    of which the rest return at once. Keys and values lie as in `attend_tile`. With `APART` the
+    first `sink_tokens` of the `kv_len` tokens do, and the others `gap` places further behind.
+    With `PLACE` it is read from `place[3]`, see `TokenWork.place`, so that a captured launch serves
+    other lengths. `parts` has `most_splits` slots. The last token is written from `new_keys` and
     `new_values[batch, kv_heads, DIM]`. The last program of each head merges, also
     `sinks[kv_heads, QUERY_ROWS]`, and writes the contiguous `out`. That is `[batch, kv_heads,
     QUERY_ROWS, DIM]`. `arrived[batch * kv_heads]` counts programs, 0 before and after.
@@ -189,8 +204,13 @@ def decode_token(
     batch = (tl.program_id(1) // kv_heads).to(tl.int64)
     head = (tl.program_id(1) % kv_heads).to(tl.int64)
     if PLACE:
-        start += tl.load(place) * token_stride
         kv_len = tl.load(place + 1).to(tl.int32)
+        if APART:
+            sink_tokens = tl.load(place + 2).to(tl.int32)
+            gap = tl.load(place) - sink_tokens
+            kv_len += sink_tokens
+        else:
+            start += tl.load(place) * token_stride
     # Tokens are divided into parts of whole blocks, whoever reckons: results repeat bit for bit.
     splits = tl.maximum(tl.minimum(most_splits, kv_len // LEAST_SPLIT), 1)
     split_tokens = tl.cdiv(tl.cdiv(kv_len, BLOCK_TOKENS), splits) * BLOCK_TOKENS
@@ -215,8 +235,11 @@ def decode_token(
         first,
         tl.minimum(first + split_tokens, kv_len - 1),
         token_stride,
+        sink_tokens,
+        gap,
         DIM,
         False,
+        APART,
         BLOCK_ROWS,
         BLOCK_DIM,
         BLOCK_TOKENS,
@@ -225,7 +248,10 @@ def decode_token(
         new_offset = batch * new_batch_stride + head * new_head_stride + dims
         new_key = tl.load(new_keys + new_offset, mask=real_dims, other=0.0)
         new_value = tl.load(new_values + new_offset, mask=real_dims, other=0.0)
-        newest = offset + (kv_len - 1).to(tl.int64) * token_stride + dims
+        newest = (kv_len - 1).to(tl.int64)
+        if APART:
+            newest += gap
+        newest = offset + newest * token_stride + dims
         tl.store(keys + newest, new_key, mask=real_dims)
         tl.store(values + newest, new_value, mask=real_dims)
         score = tl.sum(q.to(tl.float32) * new_key.to(tl.float32)[None, :], 1) * (scale * _LOG2_E)

@@ -65,9 +65,11 @@ class TokenWork:
         scale: factor of the scores.
         out: where the result goes, `[batch, 1, kv_heads, group, value_dim]`.
         sinks: scores `[kv_heads, group]` of attention sinks, or None.
-        place: `[2]` of int64 where the queries are: the tile's `first` and `tokens`, which are read
-            from there when the kernel runs. So a captured launch serves the tokens that follow.
-            None where those of the tile hold.
+        sink_tokens: tokens that it sees besides, at the beginning of the tile's memory; with
+            `place`, the most there can be.
+        place: `[3]` of int64 where the queries are: the tile's `first` and `tokens`, and
+            `sink_tokens`, which are read from there when the kernel runs. So a captured launch
+            serves the tokens that follow. None where those of the work hold.
         counters: zeros `[batch * kv_heads]` of int32 for kernels to count with, which are zeros
             again afterwards; with `place`, because a capture uses them wherever it is replayed.
     """
@@ -78,6 +80,7 @@ class TokenWork:
     scale: float
     out: torch.Tensor
     sinks: torch.Tensor | None = None
+    sink_tokens: int = 0
     place: torch.Tensor | None = None
     counters: torch.Tensor | None = None
 

@@ -40,10 +40,10 @@ class Form(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class _Ready:
-    """A layer that is ready for a new token.
+    """A track that is ready for a new token.
 
     Attributes:
-        ledger: of the layer.
+        ledger: of the track.
         extent: has all that the token sees, and room for it.
         after: what sends tokens home once it is there.
     """
@@ -73,10 +73,10 @@ class CapturableTokens(ChangeableTokens, abc.ABC):
 
     def __init__(self, device: Device, plan: Plan, dtype: torch.dtype, stats: Stats) -> None:
         self.captured: dict[Hashable, Any] = {}
-        self._places: torch.Tensor | None = None  # `[layers, 2]`; see `TokenWork.place`
+        self._places: torch.Tensor | None = None  # `[tracks, 3]`; see `TokenWork.place`
         self._counters: torch.Tensor | None = None  # see `TokenWork`
         self._ready: list[_Ready] = []
-        # What `begin_step` returns if the layers still are as noted beside it.
+        # What `begin_step` returns if the tracks still are as noted beside it.
         self._ahead: tuple[list[tuple[int, ...]], tuple[Piece, ...]] | None = None
         self._capturing: Form | None = None
         super().__init__(device, plan, dtype, stats)
@@ -85,8 +85,8 @@ class CapturableTokens(ChangeableTokens, abc.ABC):
         """Make ready for a step of one new token, and write to memory where the token goes.
 
         Returns:
-            A piece of memory for each layer, which a capture of the step reads and writes. A
-            capture with the same pieces serves the step. None where a layer takes more than one
+            A piece of memory for each track, which a capture of the step reads and writes. A
+            capture with the same pieces serves the step. None where a track takes more than one
             launch; nothing was done then but to reserve host memory.
 
         Raises:
@@ -108,7 +108,7 @@ class CapturableTokens(ChangeableTokens, abc.ABC):
         return any(isinstance(step, SendHome) for steps in self._next_steps() for step in steps)
 
     def _next_steps(self) -> list[tuple[Step, ...]]:
-        """Return what each layer does with one new token."""
+        """Return what each track does with one new token."""
         executor, host_share = self._executor, self._executor.source.host_share
         return [
             executor.steps_of(ledger, ledger.tokens, Pass.FORWARD, 1, host_share).steps
@@ -116,7 +116,7 @@ class CapturableTokens(ChangeableTokens, abc.ABC):
         ]
 
     def _state(self) -> list[tuple[int, ...]]:
-        """Return what changes of each layer where a token's place does."""
+        """Return what changes of each track where a token's place does."""
         return [
             # A window's tokens move when it begins anew, however many there are.
             (ledger.tokens, ledger.version, 0 if ledger.tail is None else ledger.tail.start)
@@ -145,9 +145,12 @@ class CapturableTokens(ChangeableTokens, abc.ABC):
         return pieces
 
     def _write_places(self) -> None:
-        """Write where each layer's new token goes, on compute, for a replay to read."""
-        tiles = [ready.ledger.next_tile(ready.extent) for ready in self._ready]
-        places = torch.tensor([(tile.first, tile.tokens) for tile in tiles])
+        """Write where each track's new token goes, on compute, for a replay to read."""
+        places_of = []
+        for ready in self._ready:
+            tile = ready.ledger.next_tile(ready.extent)
+            places_of.append((tile.first, tile.tokens, ready.ledger.sink_tokens))
+        places = torch.tensor(places_of)
         if self._places is None:
             heads = self.plan.batch * max(ledger.geometry.kv_heads for ledger in self._ledgers)
             with torch.inference_mode(False):  # or they could not be written to outside it
@@ -170,54 +173,56 @@ class CapturableTokens(ChangeableTokens, abc.ABC):
         finally:
             self._capturing = None
 
-    def _attend_captured(self, layer_idx: int, chunk: Chunk) -> torch.Tensor:
-        """Attend a token, and keep it, wherever its place is when this runs."""
-        if chunk.padding is not None or chunk.tokens != 1:
+    def _attend_captured(self, layer_idx: int, chunks: Sequence[Chunk]) -> None:
+        """Attend a token by each track, and keep it, wherever its place is when this runs."""
+        if chunks[0].padding is not None or chunks[0].tokens != 1:
             raise CaptureError("the model masks tokens by itself")
-        if self._capturing is Form.ONE_LAUNCH:
-            self._attend_at_place(layer_idx, chunk)
-        else:
-            self._attend_aside(layer_idx, chunk)
-        return chunk.out
+        if self._capturing is Form.IN_PIECES:
+            self._attend_aside(layer_idx, chunks)
+            return
+        for track, chunk in enumerate(chunks, self._layers[layer_idx].first_track):
+            self._attend_at_place(track, chunk)
 
     @abc.abstractmethod
     def _attend(self, ledger: Ledger, call: Chunk) -> None:
-        """Attend new tokens of a layer, and keep them."""
+        """Attend new tokens of a track, and keep them."""
 
-    def _attend_aside(self, layer_idx: int, chunk: Chunk) -> None:
-        """Attend a token between two pieces of a capture."""
+    def _attend_aside(self, layer_idx: int, chunks: Sequence[Chunk]) -> None:
+        """Attend a token by each track between two pieces of a capture."""
         engine = weakref.ref(self)  # which the engine's captures keep
 
         def attend() -> None:
             here = engine()
             assert here is not None
-            chunk.waiting.clear()  # of a step that failed
-            here._attend(here._check(layer_idx, chunk.new, chunk.query), chunk)
+            for ledger, chunk in zip(here._layer(layer_idx).tracks, chunks, strict=True):
+                chunk.waiting.clear()  # of a step that failed
+                here._attend(ledger, chunk)
 
         self._device.aside(attend)
 
-    def _attend_at_place(self, layer_idx: int, chunk: Chunk) -> None:
+    def _attend_at_place(self, track: int, chunk: Chunk) -> None:
         """Attend a token by a launch that reads its place."""
-        places, extent = self._places, self._ready[layer_idx].extent
+        places, ready = self._places, self._ready[track]
         assert places is not None
-        tile, place = extent.tile(extent.start, extent.limit), places[layer_idx]
+        extent, sink_tokens = ready.extent, ready.ledger.track.sink_tokens
+        tile, place = extent.tile(extent.start, extent.limit), places[track]
         work = TokenWork(
             *(chunk.query, chunk.new, tile, chunk.scale, chunk.out, chunk.sinks),
-            *(place, self._counters),
+            *(sink_tokens, place, self._counters),
         )
         engine, kernels = weakref.ref(self), chunk.kernels  # which the engine's captures keep
 
         def launch() -> None:
             here = engine()
             assert here is not None
-            here._state_place(layer_idx)
+            here._state_place(track)
             kernels.decode(work)
 
         self._device.launch(launch)
 
-    def _state_place(self, layer_idx: int) -> None:
-        """State what compute reads and writes in a layer, where that is checked."""
-        ready = self._ready[layer_idx]
+    def _state_place(self, track: int) -> None:
+        """State what compute reads and writes in a track, where that is checked."""
+        ready = self._ready[track]
         self._pages.state_token(ready.ledger.next_tile(ready.extent))
 
     def end_step(self) -> None:
@@ -242,12 +247,13 @@ class CapturableTokens(ChangeableTokens, abc.ABC):
 
         What the host's attention failed with stays, for the next call to raise.
         """
-        for ledger, tokens in zip(self._ledgers, lengths, strict=True):
-            added = ledger.tokens - tokens
-            if added > 0:
-                if ledger.track.window_tokens is None and added > ledger.tail_tokens:
-                    self._settle()
-                ledger.crop(tokens)
+        for layer, tokens in zip(self._layers, lengths, strict=True):
+            for ledger in layer.tracks:
+                added = ledger.tokens - tokens
+                if added > 0:
+                    if ledger.track.window_tokens is None and added > ledger.tail_tokens:
+                        self._settle()
+                    ledger.crop(tokens)
 
     def select(self, layer_idx: int, rows: Sequence[int]) -> None:
         """Rearrange a layer's rows; see `ChangeableTokens.select`."""

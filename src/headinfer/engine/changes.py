@@ -11,6 +11,8 @@ import torch
 
 from headinfer.engine.held import HeldTokens
 from headinfer.engine.readout import Part, part_shape, read
+from headinfer.errors import CacheStateError
+from headinfer.kv.ledger import Ledger
 from headinfer.plan.plan import Plan
 
 
@@ -19,7 +21,7 @@ class ChangeableTokens(HeldTokens):
 
     def read_bytes(self, layer_idx: int, part: Part) -> int:
         """Return the bytes that `read` takes."""
-        ledger = self._ledgers[layer_idx]
+        ledger = self._whole(layer_idx)
         return math.prod(part_shape(ledger, part)) * ledger.geometry.dtype.itemsize
 
     def read(self, layer_idx: int, part: Part) -> torch.Tensor:
@@ -29,9 +31,23 @@ class ChangeableTokens(HeldTokens):
 
         Returns:
             New memory on the device, which the caller owns. What was fetched ahead is forgotten.
+
+        Raises:
+            CacheStateError: some heads stream, so that not all hold the same tokens.
         """
+        ledger = self._whole(layer_idx)
         self._come_to_rest()
-        return read(self._device, self._ledgers[layer_idx], part)
+        return read(self._device, ledger, part)
+
+    def _whole(self, layer_idx: int) -> Ledger:
+        """Return the ledger of a layer whose heads all hold the same tokens."""
+        tracks = self._layers[layer_idx].tracks
+        if len(tracks) > 1 or tracks[0].track.sink_tokens:
+            raise CacheStateError(
+                f"layer {layer_idx} has streaming heads, which keep their sinks and newest tokens "
+                "alone, so that there are no keys and values of all heads to read"
+            )
+        return tracks[0]
 
     def copy_from(self, other: "ChangeableTokens") -> None:
         """Hold what another engine of the same device and rows holds; this one must be empty.
@@ -55,9 +71,9 @@ class ChangeableTokens(HeldTokens):
         Raises:
             CacheStateError: it has.
         """
-        ledger = self._ledgers[layer_idx]
-        if ledger.track.window_tokens is not None:
-            self._windows.check_crop(ledger, max(ledger.tokens - tokens, 0))
+        for ledger in self._layers[layer_idx].tracks:
+            if ledger.track.window_tokens is not None:
+                self._windows.check_crop(ledger, max(ledger.tokens - tokens, 0))
 
     def crop(self, layer_idx: int, tokens: int) -> None:
         """Remove a layer's newest `tokens` tokens, or all it has.
@@ -67,23 +83,25 @@ class ChangeableTokens(HeldTokens):
         """
         self._check_open()
         self.check_crop(layer_idx, tokens)
-        ledger = self._ledgers[layer_idx]
-        if ledger.track.window_tokens is None and tokens > ledger.tail_tokens:
-            self._come_to_rest()
-        ledger.crop(max(ledger.tokens - tokens, 0))
+        for ledger in self._layers[layer_idx].tracks:
+            if ledger.track.window_tokens is None and tokens > ledger.tail_tokens:
+                self._come_to_rest()
+            ledger.crop(max(ledger.tokens - tokens, 0))
 
     def select(self, layer_idx: int, rows: Sequence[int]) -> None:
         """Make row `i` of a layer what row `rows[i]` was, for as many rows as the plan has."""
         self._check_open()
         assert len(rows) == self.plan.batch
-        ledger = self._ledgers[layer_idx]
-        if ledger.track.window_tokens is not None:
-            self._windows.select(ledger, rows)
-            return
-        self._come_to_rest()
+        tracks = self._layers[layer_idx].tracks
+        if any(ledger.track.window_tokens is None for ledger in tracks):
+            self._come_to_rest()
         with self.changing():
-            self._pages.select(ledger, rows)
-            ledger.select_host(rows)
+            for ledger in tracks:
+                if ledger.track.window_tokens is not None:
+                    self._windows.select(ledger, rows)
+                else:
+                    self._pages.select(ledger, rows)
+                    ledger.select_host(rows)
 
     def select_all(self, rows: Sequence[int], plan: Plan) -> None:
         """Make row `i` of every layer what row `rows[i]` was, under a plan for that many rows."""

@@ -57,6 +57,26 @@ class Chunk:
             waiting=[],
         )
 
+    def of_heads(
+        self,
+        query: torch.Tensor,
+        new: KV,
+        sinks: torch.Tensor | None,
+        window_tokens: int | None,
+    ) -> "Chunk":
+        """Return a chunk of some heads, whose result goes to memory of its own."""
+        batch, kv_heads, group, q_len, _ = query.shape
+        out = query.new_empty(batch, q_len, kv_heads, group, self.out.shape[4])
+        return dataclasses.replace(
+            self,
+            query=query,
+            new=new,
+            out=out,
+            sinks=sinks,
+            window_tokens=window_tokens,
+            waiting=[],
+        )
+
     def padding_of(self, start: int, end: int) -> torch.Tensor | None:
         """Return the mask `[batch, 1, end - start]` of some tokens; None where all are valid."""
         if self.padding is None:

@@ -5,6 +5,8 @@ It says where the new tokens are kept and when, which tokens are fetched, what t
 what the device attends. The executor performs the steps one after the other.
 """
 
+from collections.abc import Iterator
+
 import torch
 
 from headinfer.attend.masks import Padding
@@ -65,7 +67,7 @@ class Engine(CapturableTokens):
             Exception: what the host's attention failed with, in this call or in one before.
         """
         new = KV(keys, values)
-        ledger = self._check(layer_idx, new, query)
+        layer = self._check(layer_idx, new, query)
         batch, kv_heads, group, q_len, _ = query.shape
         if q_len > MAX_ASKED_TOKENS or padding is not None:
             host_kernels = None
@@ -82,14 +84,17 @@ class Engine(CapturableTokens):
             tokens=q_len,
         )
         if padding is not None:  # it ends with the new tokens
-            call.padding_start = ledger.tokens + q_len - padding.valid.shape[1]
+            call.padding_start = layer.tokens + q_len - padding.valid.shape[1]
+        chunks = layer.split(call)
         if self._capturing is not None:
-            return self._attend_captured(layer_idx, call)
-        self._attend(ledger, call, kind)
-        return call.out
+            self._attend_captured(layer_idx, chunks)
+        else:
+            for ledger, chunk in zip(layer.tracks, chunks, strict=True):
+                self._attend(ledger, chunk, kind)
+        return layer.join(call, chunks)
 
     def _attend(self, ledger: Ledger, call: Chunk, kind: Pass = Pass.FORWARD) -> None:
-        """Attend new tokens of a layer, and keep them."""
+        """Attend new tokens of a track, and keep them."""
         executor, at_once, q_len = self._executor, self.plan.chunk_tokens, call.tokens
         if ledger.track.window_tokens is not None:
             at_once = max(q_len, 1)
@@ -101,9 +106,11 @@ class Engine(CapturableTokens):
         if executor.source.begun:
             executor.source.drop()
         try:
-            for first in range(0, q_len, at_once):
-                chunk = executor.chunk = call if q_len <= at_once else call.part(first, at_once)
+            for first, tokens in _parts(ledger, q_len, at_once):
+                chunk = executor.chunk = call if q_len == tokens else call.part(first, tokens)
                 chunk.past_tokens = past = ledger.tokens
+                if past < ledger.track.sink_tokens:
+                    chunk.window_tokens = None  # what it sees are sinks
                 executor.new = chunk.new
                 for step in executor.steps_of(ledger, past, kind, chunk.tokens, host_share).steps:
                     PERFORM[type(step)](executor, step)
@@ -126,16 +133,36 @@ class Engine(CapturableTokens):
             CacheStateError: the cache was closed, or was made for other shapes.
         """
         new = KV(keys, values)
-        executor = self._executor
-        executor.ledger = ledger = self._check(layer_idx, new, keys)
-        at_once = self.plan.chunk_tokens
+        layer = self._check(layer_idx, new, keys)
+        for ledger, part in zip(layer.tracks, layer.split_new(new), strict=True):
+            self._append(ledger, part)
+
+    def _append(self, ledger: Ledger, new: KV) -> None:
+        """Keep tokens of a track."""
+        executor, at_once = self._executor, self.plan.chunk_tokens
+        executor.ledger = ledger
         if ledger.track.window_tokens is not None:
             at_once = max(new.tokens, 1)
         try:
-            for first in range(0, new.tokens, at_once):
-                part = executor.new = new.cut(slice(first, first + at_once))
-                steps = executor.steps_of(ledger, ledger.tokens, Pass.APPEND, part.tokens, 0.0)
+            for first, tokens in _parts(ledger, new.tokens, at_once):
+                executor.new = new.cut(slice(first, first + tokens))
+                steps = executor.steps_of(ledger, ledger.tokens, Pass.APPEND, tokens, 0.0)
                 for step in steps.steps:
                     PERFORM[type(step)](executor, step)
         finally:
             executor.release()
+
+
+def _parts(ledger: Ledger, new_tokens: int, at_once: int) -> Iterator[tuple[int, int]]:
+    """Yield the first of each part of some new tokens, and how many they are.
+
+    Sinks are a part of their own. Each part must be kept before the next is asked for.
+    """
+    first = 0
+    while first < new_tokens:
+        tokens = min(at_once, new_tokens - first)
+        left = ledger.track.sink_tokens - ledger.tokens
+        if left > 0:
+            tokens = min(tokens, left)
+        yield first, tokens
+        first += tokens

@@ -104,6 +104,8 @@ class Executor:
         if where is Where.WINDOW:
             assert self._window is not None
             return self._window
+        if where is Where.SINKS:
+            return self._windows.sinks(self.ledger)
         return self.pages.near(self.ledger, where)
 
     def tiles(self, heads: slice) -> Iterator[Tile]:
@@ -145,13 +147,16 @@ class Executor:
             attend_groups(self, Attend(ledger.geometry.kv_heads, 1, (part,)))
             return
         extent = self.with_room(step.where)
-        tile = ledger.next_tile(extent)
+        tile, sink_tokens = ledger.next_tile(extent), ledger.sink_tokens
         self.pages.state_token(tile)
         ledger.extend(extent, 1)
         try:
             with attention_mark():
                 chunk.kernels.decode(
-                    TokenWork(chunk.query, chunk.new, tile, chunk.scale, chunk.out, chunk.sinks)
+                    TokenWork(
+                        *(chunk.query, chunk.new, tile, chunk.scale, chunk.out),
+                        *(chunk.sinks, sink_tokens),
+                    )
                 )
         except BaseException:
             ledger.crop(chunk.past_tokens)  # its place may never have been written

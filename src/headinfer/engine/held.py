@@ -15,6 +15,7 @@ from headinfer.engine.build import build
 from headinfer.engine.ending import settle_at_exit, uninterrupted
 from headinfer.engine.executor import Executor
 from headinfer.engine.host_attention import HostAttention
+from headinfer.engine.layers import Layer
 from headinfer.engine.stats import Stats
 from headinfer.engine.windows import WindowKeeper
 from headinfer.errors import CacheStateError
@@ -51,12 +52,21 @@ class HeldTokens:
         host = HostPlace(device)
         self._ledgers = [
             Ledger(
-                Geometry(plan.batch, layer.kv_heads, layer.key_dim, layer.value_dim, dtype),
+                Geometry(plan.batch, track.kv_heads, track.key_dim, track.value_dim, dtype),
                 host,
-                layer.window_tokens or None,
+                track.window_tokens or None,
+                track.sink_tokens,
             )
             for layer in plan.shape.attention_layers
+            for track in layer.tracks
         ]
+        self._layers: list[Layer] = []
+        first = 0
+        for shape in plan.shape.attention_layers:
+            last = first + len(shape.tracks)
+            tracks = self._ledgers[first:last]
+            self._layers.append(Layer(shape, tracks, first, device.torch_device))
+            first = last
         self._full = [ledger for ledger in self._ledgers if ledger.track.window_tokens is None]
         self._windows = WindowKeeper(device, plan.page_tokens)
         self._arena_bytes = 0
@@ -108,7 +118,7 @@ class HeldTokens:
         """Return the tokens a layer holds."""
         if self.closed or self._host.pending or self._host.failure is not None:
             self._check_open()
-        return self._ledgers[layer_idx].tokens
+        return self._layers[layer_idx].tokens
 
     def lengths(self) -> list[int]:
         """Return the tokens that each layer holds.
@@ -122,11 +132,13 @@ class HeldTokens:
                 "a change of this cache was interrupted, so its layers may no longer hold the same "
                 "tokens; call reset() on it or use a new cache"
             )
-        return [ledger.tokens for ledger in self._ledgers]
+        return [layer.tokens for layer in self._layers]
 
     @property
     def interrupted(self) -> bool:
         """Whether a change has begun and not ended, so that only closing is left to do."""
+        if any(layer.uneven for layer in self._layers):
+            return True
         return self.half_done or any(ledger.half_done for ledger in self._ledgers)
 
     @contextlib.contextmanager
@@ -150,14 +162,22 @@ class HeldTokens:
         self._expected_tokens = max(self._expected_tokens, tokens)
         return self.missing_bytes(tokens)
 
-    def _check(self, layer_idx: int, new: KV, query: torch.Tensor) -> Ledger:
-        """Return a layer's ledger, with host memory; refuse tokens that do not fit the cache."""
+    def _layer(self, layer_idx: int) -> Layer:
+        """Return a layer, with host memory."""
         if self.closed or self._host.pending or self._host.failure is not None:
             self._check_open()
-        ledger = self._ledgers[layer_idx]
-        geometry, (keys, values) = ledger.geometry, new
+        layer = self._layers[layer_idx]
+        for ledger in layer.tracks:
+            if ledger.track.window_tokens is None:
+                self._reserve(ledger)
+        return layer
+
+    def _check(self, layer_idx: int, new: KV, query: torch.Tensor) -> Layer:
+        """Return a layer, with host memory; refuse tokens that do not fit the cache."""
+        layer = self._layer(layer_idx)
+        geometry, (keys, values) = layer.tracks[0].geometry, new
         given = (keys.shape[0], keys.shape[1], keys.shape[3], values.shape[3])
-        wanted = (geometry.batch, geometry.kv_heads, geometry.key_dim, geometry.value_dim)
+        wanted = (geometry.batch, layer.kv_heads, geometry.key_dim, geometry.value_dim)
         dtypes = (keys.dtype, values.dtype, query.dtype)
         if given != wanted or dtypes != (geometry.dtype,) * 3:
             names = ", ".join(sorted({str(dtype) for dtype in dtypes}))
@@ -166,9 +186,7 @@ class HeldTokens:
                 f"value_dim) {given} in {names}, but this cache holds {wanted} in "
                 f"{geometry.dtype}; use a new cache"
             )
-        if ledger.track.window_tokens is None:
-            self._reserve(ledger)
-        return ledger
+        return layer
 
     def _reserve(self, ledger: Ledger) -> None:
         """Have host memory for the tokens that a layer without a window is expected to hold."""

@@ -1,9 +1,9 @@
-"""Layers that see a window of recent tokens: all of them stay on the device, and nothing is copied.
+"""Heads that see a window of recent tokens: all of it stays on the device, and nothing is copied.
 
 A window's tokens lie in one piece of memory, the new ones behind the old, so that one call attends
 them. When the piece is full, what no query will see is dropped. The window stays, and as many
 tokens before it as can be taken back; transformers' own windows keep these where they are told to
-record. Compute alone touches them.
+record. Sinks lie at the beginning of the piece and stay there. Compute alone touches them.
 """
 
 from collections.abc import Sequence
@@ -39,19 +39,28 @@ class WindowKeeper:
             new: `[batch, kv_heads, new_tokens, dim]`, written by compute.
 
         Returns:
-            All in one piece, valid on compute until the next tokens are taken.
+            All in one piece, valid on compute until the next tokens are taken; without the sinks,
+            unless the new tokens are sinks.
         """
         tail = self._with_room(ledger, new.tokens)
-        low = max(tail.end - ledger.past_tokens, tail.start)
-        if new.tokens <= self._page_tokens:
+        low = tail.end - ledger.visible_tokens
+        # There is always room for sinks.
+        if new.tokens <= self._page_tokens or tail.end < ledger.track.sink_tokens:
             self._append(ledger, tail, new)
             return tail.tile(low, tail.end)
-        first = low if new.tokens >= SPARE_TOKENS else tail.start
+        first = low if new.tokens >= SPARE_TOKENS else tail.start + ledger.sink_tokens
         past = tail.tile(first, tail.end).kv
         both = KV(*(torch.cat(parts, dim=2) for parts in zip(past, new, strict=True)))
         all_tokens = Tile(first, both.tokens, Piece(both.keys), both)
         self._restart(ledger, tail, all_tokens)
         return all_tokens.newest(tail.end - low)
+
+    def sinks(self, ledger: Ledger) -> Tile:
+        """Return the sinks that queries see beside their window, valid on compute."""
+        tail = ledger.tail
+        assert tail is not None
+        self._state(tail.piece, writes=False)
+        return Tile(0, ledger.sink_tokens, tail.piece, tail.whole)
 
     def window_with_room(self, ledger: Ledger) -> Extent:
         """Return the window's tokens, for compute to write one behind them."""
@@ -63,7 +72,7 @@ class WindowKeeper:
         tail.piece.wait_ready(self._device)
         self._state(tail.piece, writes=False)
         if tail.limit - tail.end < tokens <= self._page_tokens:
-            self._restart(ledger, tail, tail.tile(tail.start, tail.end))
+            self._restart(ledger, tail, tail.tile(tail.start + ledger.sink_tokens, tail.end))
         return tail
 
     def check_crop(self, ledger: Ledger, tokens: int) -> None:
@@ -73,9 +82,11 @@ class WindowKeeper:
             CacheStateError: they were dropped.
         """
         if tokens < ledger.tokens and not ledger.can_crop(tokens):
+            what = "streaming heads" if ledger.track.sink_tokens else "a layer"
+            have = "have" if ledger.track.sink_tokens else "has"
             raise CacheStateError(
-                f"{ledger.tokens - tokens} tokens cannot be taken back: a layer with a window of "
-                f"{ledger.track.window_tokens} tokens has dropped those before them; take back "
+                f"{ledger.tokens - tokens} tokens cannot be taken back: {what} with a window of "
+                f"{ledger.track.window_tokens} tokens {have} dropped those before them; take back "
                 f"{SPARE_TOKENS} at most, or use a new cache"
             )
 
@@ -120,6 +131,7 @@ class WindowKeeper:
     def _begin(self, ledger: Ledger) -> Extent:
         assert ledger.track.window_tokens is not None
         capacity = window_capacity(ledger.track.window_tokens, self._page_tokens)
+        capacity += ledger.track.sink_tokens
         return ledger.begin_tail(self._piece(ledger.geometry, capacity), capacity)
 
     def _restart(self, ledger: Ledger, tail: Extent, tile: Tile) -> None:

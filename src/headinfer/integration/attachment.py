@@ -48,6 +48,7 @@ class Attachment:
         model: supported and not attached.
         owner: told of the model's calls.
         captures: of its decode steps.
+        padded: whether rows with padding are served.
 
     Attributes:
         functions: the attention and mask functions of this attachment.
@@ -55,10 +56,17 @@ class Attachment:
     """
 
     def __init__(
-        self, model: PreTrainedModel, owner: AttachmentOwner, captures: CapturedSteps
+        self,
+        model: PreTrainedModel,
+        owner: AttachmentOwner,
+        captures: CapturedSteps,
+        *,
+        padded: bool = True,
     ) -> None:
         self.turns = Turns()
-        self.functions = AttentionFunctions(f"headinfer_{next(_numbers)}", self.turns)
+        self.functions = AttentionFunctions(
+            f"headinfer_{next(_numbers)}", self.turns, padded=padded
+        )
         self._model = model
         self._owner = owner
         self._captures = captures

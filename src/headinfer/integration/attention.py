@@ -48,11 +48,13 @@ class AttentionFunctions:
     Attributes:
         name: of both functions in the registries.
         turns: of the attachment.
+        padded: whether rows with padding are served.
     """
 
-    def __init__(self, name: str, turns: Turns) -> None:
+    def __init__(self, name: str, turns: Turns, *, padded: bool) -> None:
         self.name = name
         self.turns = turns
+        self.padded = padded
         self._mine = _OfThread()
         self._warned = False
 
@@ -131,9 +133,15 @@ class AttentionFunctions:
             raise UnsupportedModelError(
                 "this model's attention mask is more than causal, windowed and padded: not served"
             )
-        return visible(
+        seen = visible(
             q_length, kv_length, int(q_offset), kv_offset, mask_function, attention_mask, local_size
         )
+        if seen is not None and seen.padding is not None and not self.padded:
+            raise UnsupportedModelError(
+                "rows with padding are not served where heads stream (sparsity), because their "
+                "sinks would be padding; pass rows of one length, or one row at a time"
+            )
+        return seen
 
     def attend(
         self,

@@ -32,6 +32,8 @@ class Ledger:
         place: gives host memory.
         window_tokens: tokens that a query sees, its own included; None for all. With a window all
             tokens lie in the tail, and older ones than are seen may be forgotten.
+        sink_tokens: the oldest tokens, which a query sees beside its window. They lie before the
+            window's in the tail.
 
     Attributes:
         geometry: shape and dtype; its batch follows the selection of rows.
@@ -46,10 +48,14 @@ class Ledger:
     """
 
     def __init__(
-        self, geometry: Geometry, place: HostPlace, window_tokens: int | None = None
+        self,
+        geometry: Geometry,
+        place: HostPlace,
+        window_tokens: int | None = None,
+        sink_tokens: int = 0,
     ) -> None:
         self.geometry = geometry
-        self.track = Track(geometry.kv_heads, window_tokens)
+        self.track = Track(geometry.kv_heads, window_tokens, sink_tokens)
         self.host_tokens = 0
         self.resident: Extent | None = None
         self.tail: Extent | None = None
@@ -89,7 +95,9 @@ class Ledger:
     def can_crop(self, tokens: int) -> bool:
         """Whether the tokens seen through the window are there once only `tokens` are left."""
         tail = self.tail
-        return not tokens or tail is None or tail.start <= max(tokens - self.past_tokens, 0)
+        if not tokens or tail is None or not tail.start:
+            return True
+        return tail.start + self.track.sink_tokens <= tokens - self.past_tokens
 
     @property
     def held(self) -> Held:
@@ -124,10 +132,21 @@ class Ledger:
         return max(unwritten, 0) + sum(shared)
 
     @property
+    def sink_tokens(self) -> int:
+        """Tokens at the beginning of the tail that queries see beside a window.
+
+        None while there are fewer tokens than sinks: all of them are seen then.
+        """
+        sink_tokens = self.track.sink_tokens
+        return sink_tokens if sink_tokens <= self.tokens else 0
+
+    @property
     def visible_tokens(self) -> int:
-        """Past tokens that the next query sees."""
+        """Past tokens that the next query sees; through its window, where it has one."""
         tokens = self.tokens
-        return tokens if self.track.window_tokens is None else min(tokens, self.past_tokens)
+        if self.track.window_tokens is None or tokens < self.track.sink_tokens:
+            return tokens
+        return min(tokens - self.track.sink_tokens, self.past_tokens)
 
     def host_tiles(
         self,
@@ -223,9 +242,13 @@ class Ledger:
         return self.tail
 
     def restart_tail(self, start: int) -> None:
-        """Empty the tail, and have it begin with token `start`; the tokens before are forgotten."""
+        """Empty the tail but for its sinks, and have token `start` come behind these.
+
+        The tokens between are forgotten.
+        """
         assert self.tail is not None
-        self.tail.start, self.tail.tokens = start, 0
+        sink_tokens = self.sink_tokens
+        self.tail.start, self.tail.tokens = start - sink_tokens, sink_tokens
 
     def end_tail(self) -> None:
         """Let go of the tail's page: the host holds its tokens now."""

@@ -15,7 +15,7 @@ PAGES = 2
 """Pages of new tokens: one is written while the other goes back to the host."""
 
 SPARE_TOKENS = 256
-"""Tokens that a sliding window keeps beyond what its queries see, so that as many can be taken back
+"""Tokens that a window keeps beyond what its queries see, so that as many can be taken back
 when drafts are rejected."""
 
 ALIGNMENT_BYTES = 256
@@ -89,16 +89,16 @@ def window_bytes(shape: ModelShape, *, chunk_tokens: int, page_tokens: int, batc
     One layer at a time also holds its window and the chunk in one piece; of a short chunk, and
     what is spare.
     """
-    windows = [layer for layer in shape.layers if layer.window_tokens]
     elements = sum(
-        window_capacity(layer.window_tokens, page_tokens) * layer.elements_per_token
-        for layer in windows
+        (layer.sink_tokens + window_capacity(layer.window_tokens, page_tokens))
+        * layer.elements_per_token
+        for layer in shape.windows
     )
     elements += max(
         (
             (layer.window_tokens - 1 + max(chunk_tokens, 2 * SPARE_TOKENS))
             * layer.elements_per_token
-            for layer in windows
+            for layer in shape.windows
         ),
         default=0,
     )
@@ -164,12 +164,14 @@ def activation_bytes(
         if layer.kv_heads:
             query = shape.query_heads * layer.key_dim
             out = shape.query_heads * layer.value_dim
-            share = min(tile_heads, layer.kv_heads) / layer.kv_heads
+            heads = min(tile_heads, layer.kv_heads)
+            alive = (query + layer.elements_per_token + out) * item
+            if layer.streaming is not None:
+                heads = max(heads, len(layer.streaming.heads))
+                alive *= 2  # in the model's order of heads, and in that of the tracks
             merge = _merge_bytes(item, on_cpu=on_cpu)
             phases.append((4 * query + layer.elements_per_token) * item)
-            phases.append(
-                (query + layer.elements_per_token + out) * item + int(out * share) * merge
-            )
+            phases.append(alive + int(out * heads / layer.kv_heads) * merge)
     logits = hidden * item * chunk_tokens + shape.vocab_size * (item + _FLOAT32_BYTES)
     # On the CPU torch 2.13 copies the output projection for a single 16-bit token, 2.15 does not.
     clone = shape.vocab_size * hidden * item if on_cpu and item < _FLOAT32_BYTES else 0

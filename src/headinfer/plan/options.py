@@ -4,6 +4,7 @@
 A field's name has its unit; the name that users write is without it.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
@@ -99,6 +100,27 @@ def _share(name: str, value: str | float) -> float | Literal["auto"]:
     return share
 
 
+def _part(name: str, value: str | float) -> float:
+    share = _share(name, value)
+    if share == "auto":
+        raise OptionError(f"{name} must be a share from 0 to 1, or 'off', not 'auto'")
+    return share
+
+
+def _pattern(name: str, value: object) -> str | None:
+    if value is None or value == "auto":
+        return None
+    if not isinstance(value, str | os.PathLike) or not str(value):
+        raise OptionError(f"{name} must be a file, a folder or 'random', not {value!r}")
+    return str(value)
+
+
+def _tokens_or_none(name: str, value: str | int) -> int | Literal["auto"]:
+    if value == "0" or (isinstance(value, int) and not isinstance(value, bool) and value == 0):
+        return 0
+    return _counted(name, value, "an integer from 0 on")
+
+
 def _switch(name: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise OptionError(f"{name} must be True or False, not {value!r}")
@@ -121,6 +143,10 @@ class Options:
         overlap: whether copies run ahead of attention; off is the synchronous twin.
         capture: whether decode steps are captured and replayed, where they can be.
         fuse: whether small kernels of a captured step are compiled into fewer, in 16 bits on CUDA.
+        sparsity: share of the KV heads that stream: they see sinks and a window alone. Approximate.
+        head_pattern: where the scores are by which these heads are chosen; None for nowhere.
+        sink_tokens: the oldest tokens, which streaming heads see; "auto" is the pattern's number.
+        recent_tokens: the newest tokens that they see; "auto" is the pattern's number.
     """
 
     device: DeviceName = field(
@@ -199,6 +225,40 @@ class Options:
             "NAME",
             "Compile norms and rotary embeddings of captured decode steps, which takes seconds the "
             "first time on a machine: auto for 16 bits on a GPU, or off.",
+        ),
+    )
+    sparsity: float = field(
+        default=0.0,
+        metadata=_declared(
+            _part,
+            "SHARE",
+            "Approximate: the share of KV heads that see their sinks and newest tokens alone, such "
+            "as 0.5, chosen by --head-pattern; 0 for none.",
+        ),
+    )
+    head_pattern: str | None = field(
+        default=None,
+        metadata=_declared(
+            _pattern,
+            "PATH",
+            "Scores of KV heads: a file of headinfer heads, of KVzip or of retrieval heads, or a "
+            "folder of DuoAttention; random (or random:SEED) to measure with.",
+        ),
+    )
+    sink_tokens: int | Literal["auto"] = field(
+        default="auto",
+        metadata=_declared(
+            _tokens_or_none,
+            "COUNT",
+            "The oldest tokens that streaming heads see; auto: the pattern's number, or 128.",
+        ),
+    )
+    recent_tokens: int | Literal["auto"] = field(
+        default="auto",
+        metadata=_declared(
+            _tokens,
+            "COUNT",
+            "The newest tokens that streaming heads see; auto: the pattern's number, or 256.",
         ),
     )
 

@@ -8,7 +8,7 @@ from headinfer.plan.choices import (
     ALL_TOKENS,
 )
 from headinfer.plan.predict import Placement
-from headinfer.plan.shape import ModelShape
+from headinfer.plan.shape import LayerKind, ModelShape
 from headinfer.schedule.route import Sizes
 from headinfer.units import format_bytes, format_tokens
 
@@ -133,6 +133,8 @@ class Plan:
         )
         if self.whole_tokens:
             yield f"up to {format_tokens(self.whole_tokens)} tokens that cannot pass in chunks"
+        if self.shape.exact is not self.shape:
+            yield f"approximate: {self._streaming()}"
         budget = self.device_memory_bytes
         runtime = f", CUDA itself {format_bytes(self.runtime_bytes)}" if self.runtime_bytes else ""
         kv = "" if self.device == "cpu" else f"KV {format_bytes(self.kv_device_bytes)}, "
@@ -157,6 +159,19 @@ class Plan:
                 f"CPU memory for the KV cache of {format_tokens(self.context_tokens)} tokens: "
                 f"{format_bytes(self.kv_host_bytes(self.context_tokens))}"
             )
+
+    def _streaming(self) -> str:
+        """Say which heads stream, and what they see."""
+        streaming = [layer.streaming for layer in self.shape.layers if layer.streaming is not None]
+        heads = sum(len(each.heads) for each in streaming)
+        all_heads = sum(
+            layer.kv_heads for layer in self.shape.layers if layer.kind is LayerKind.FULL
+        )
+        sinks, recent = streaming[0].sink_tokens, streaming[0].recent_tokens
+        return (
+            f"{heads} of {all_heads} KV heads see the first {format_tokens(sinks)} and the newest "
+            f"{format_tokens(recent)} tokens alone"
+        )
 
     def __str__(self) -> str:
         """Return `lines`, one below the other."""

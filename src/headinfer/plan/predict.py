@@ -189,11 +189,16 @@ class Predictor:
             layers, token_bytes = self._alike.get(layer.kv_heads, (0, 0))
             token_bytes += layer.elements_per_token * shape.kv_itemsize
             self._alike[layer.kv_heads] = layers + 1, token_bytes
-        # For each window there is, infinite in full layers: the summed dims of its layers.
-        self._dims: collections.Counter[float] = collections.Counter()
+        # For each window there is, infinite in full layers: the summed dims of its layers. Where
+        # some heads of a layer stream, each part counts by its share of the heads.
+        self._dims: dict[float, float] = collections.defaultdict(float)
         for layer in shape.layers:
-            window = layer.window_tokens if layer.kind is LayerKind.SLIDING else math.inf
-            self._dims[window] += layer.key_dim + layer.value_dim
+            for track in layer.tracks:
+                window: float = math.inf
+                if track.kind is LayerKind.SLIDING:
+                    window = track.sink_tokens + track.window_tokens
+                share = track.kv_heads / layer.kv_heads if layer.kv_heads else 1
+                self._dims[window] += share * (layer.key_dim + layer.value_dim)
 
     def prefill_s(self, placement: Placement, context_tokens: int) -> float:
         """Return the seconds of a prefill: the sum over its chunks."""
@@ -255,7 +260,7 @@ class Predictor:
         """Return the parts of one decode step behind `context_tokens` tokens."""
         hardware, batch = self._hardware, placement.batch
         on_host = placement.host_share * self.streamed_bytes(placement, context_tokens)
-        kv_bytes = placement.kv_share * self._shape.standard_kv_bytes(context_tokens, batch)
+        kv_bytes = placement.kv_share * self._shape.seen_kv_bytes(context_tokens, batch)
         kv_bytes -= on_host
         compute_s = (
             self.weight_bytes_read(batch) / hardware.device_bytes_per_s

@@ -2,7 +2,7 @@
 
 import enum
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 class LayerKind(enum.Enum):
@@ -19,8 +19,23 @@ class LayerKind(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StreamingHeads:
+    """A choice of KV heads of a full layer that see sinks and a window alone; approximate.
+
+    Attributes:
+        heads: indices of the KV heads, ascending.
+        sink_tokens: the oldest tokens, which they see besides; 0 for none.
+        recent_tokens: the newest tokens that they see, the query's own included.
+    """
+
+    heads: tuple[int, ...]
+    sink_tokens: int
+    recent_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerShape:
-    """A layer's shape: the KV cache of one decoder layer.
+    """A layer's shape: the KV cache of one decoder layer, or of its heads that see equally far.
 
     Attributes:
         kind: how the layer keeps its past.
@@ -28,6 +43,8 @@ class LayerShape:
         key_dim: elements of one head's key.
         value_dim: elements of one head's value.
         window_tokens: tokens a sliding layer sees, itself included; 0 for other kinds.
+        sink_tokens: the oldest tokens that a sliding layer sees besides.
+        streaming: heads of a full layer that are treated as a sliding layer's; None for none.
     """
 
     kind: LayerKind
@@ -35,6 +52,27 @@ class LayerShape:
     key_dim: int = 0
     value_dim: int = 0
     window_tokens: int = 0
+    sink_tokens: int = 0
+    streaming: StreamingHeads | None = None
+
+    @property
+    def tracks(self) -> tuple["LayerShape", ...]:
+        """The layer's heads by how far back they see: the full ones before those that stream."""
+        streaming = self.streaming
+        if streaming is None or not streaming.heads:
+            return (self,)
+        window = replace(
+            self,
+            kind=LayerKind.SLIDING,
+            kv_heads=len(streaming.heads),
+            window_tokens=streaming.recent_tokens,
+            sink_tokens=streaming.sink_tokens,
+            streaming=None,
+        )
+        full_heads = self.kv_heads - window.kv_heads
+        if not full_heads:
+            return (window,)
+        return replace(self, kv_heads=full_heads, streaming=None), window
 
     @property
     def elements_per_token(self) -> int:
@@ -76,8 +114,11 @@ class ModelShape:
 
     @functools.cached_property
     def full_layers(self) -> tuple[LayerShape, ...]:
-        """The layers whose KV cache is offloaded; a planner asks for them thousands of times."""
-        return tuple(layer for layer in self.layers if layer.kind is LayerKind.FULL)
+        """What is offloaded of each layer: the heads that see all tokens.
+
+        A planner asks for them thousands of times.
+        """
+        return tuple(track for track in self._tracks if track.kind is LayerKind.FULL)
 
     @functools.cached_property
     def attention_layers(self) -> tuple[LayerShape, ...]:
@@ -95,8 +136,13 @@ class ModelShape:
         return sum(layer.elements_per_token for layer in self.full_layers)
 
     @functools.cached_property
-    def _windows(self) -> list[LayerShape]:
-        return [layer for layer in self.layers if layer.kind is LayerKind.SLIDING]
+    def _tracks(self) -> tuple[LayerShape, ...]:
+        return tuple(track for layer in self.layers for track in layer.tracks)
+
+    @functools.cached_property
+    def windows(self) -> tuple[LayerShape, ...]:
+        """What is kept on the device of each layer: the heads that see a window."""
+        return tuple(track for track in self._tracks if track.kind is LayerKind.SLIDING)
 
     @property
     def kv_heads(self) -> int:
@@ -110,19 +156,30 @@ class ModelShape:
     def window_bytes(self, new_tokens: int, batch: int = 1) -> int:
         """Peak bytes of the sliding layers' windows while `new_tokens` tokens pass through.
 
-        A layer holds its last `window - 1` tokens and the tokens of the pass. One layer at a time
-        holds both the old and the concatenated state.
+        A layer holds its last `window - 1` tokens, its sinks and the tokens of the pass. One layer
+        at a time holds both the old and the concatenated state.
         """
         sizes = [
-            (layer.window_tokens - 1 + new_tokens) * layer.elements_per_token
-            for layer in self._windows
+            (layer.sink_tokens + layer.window_tokens - 1 + new_tokens) * layer.elements_per_token
+            for layer in self.windows
         ]
         return batch * (sum(sizes) + max(sizes, default=0)) * self.activation_itemsize
 
-    def standard_kv_bytes(self, tokens: int, batch: int = 1) -> int:
-        """Bytes of KV that standard inference holds on the device for the same tokens."""
+    def seen_kv_bytes(self, tokens: int, batch: int = 1) -> int:
+        """Bytes of KV that the queries behind `tokens` tokens see."""
         windows = sum(
-            min(layer.window_tokens - 1, tokens) * layer.elements_per_token
-            for layer in self._windows
+            min(layer.sink_tokens + layer.window_tokens - 1, tokens) * layer.elements_per_token
+            for layer in self.windows
         )
         return self.kv_bytes(tokens, batch) + batch * windows * self.kv_itemsize
+
+    def standard_kv_bytes(self, tokens: int, batch: int = 1) -> int:
+        """Bytes of KV that standard inference holds on the device for the same tokens."""
+        return self.exact.seen_kv_bytes(tokens, batch)
+
+    @functools.cached_property
+    def exact(self) -> "ModelShape":
+        """The model without heads that stream; itself where none does."""
+        if all(layer.streaming is None for layer in self.layers):
+            return self
+        return replace(self, layers=tuple(replace(layer, streaming=None) for layer in self.layers))

@@ -227,11 +227,18 @@ def fetched(held: Held, sizes: Sizes, host_share: float) -> Fetch | None:
 
 
 def _windowed(held: Held, kind: Pass, new_tokens: int) -> TrackSteps:
+    """Return the steps of a window; new tokens are sinks, or come behind all of them."""
     if kind is Pass.APPEND:
         return TrackSteps((Keep(Where.WINDOW),))
     if new_tokens == 1:
         return TrackSteps((Decode(Where.WINDOW),))
-    return TrackSteps((Keep(Where.WINDOW), Attend(held.track.kv_heads, 1, (Band(),))))
+    kv_heads, sink_tokens = held.track.kv_heads, held.track.sink_tokens
+    if held.tokens < sink_tokens:
+        assert held.tokens + new_tokens <= sink_tokens
+        band = Attend(kv_heads, 1, (Band(),))
+        return TrackSteps((Keep(Where.WINDOW), band), 0, sink_tokens)
+    parts: tuple[Part, ...] = (Near(Where.SINKS), Band()) if sink_tokens else (Band(),)
+    return TrackSteps((Keep(Where.WINDOW), Attend(kv_heads, 1, parts)), sink_tokens)
 
 
 def _in_place(held: Held, kind: Pass, new_tokens: int, sizes: Sizes) -> TrackSteps:

@@ -19,6 +19,7 @@ class Where(enum.Enum):
     CHUNK_PAGE = "a chunk page"
     HOST = "host memory"
     WINDOW = "the window"
+    SINKS = "the sinks"
 
 
 @dataclass(frozen=True, slots=True)

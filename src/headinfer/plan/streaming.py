@@ -1,0 +1,99 @@
+"""Which KV heads of a model stream, by a pattern and a share: pure arithmetic."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+
+from headinfer.errors import OptionError
+from headinfer.heads.pattern import HeadPattern
+from headinfer.plan.options import Options
+from headinfer.plan.shape import LayerKind, ModelShape, StreamingHeads
+
+SINK_TOKENS = 128
+RECENT_TOKENS = 256
+"""What streaming heads see where nothing says otherwise: what DuoAttention trains patterns with."""
+
+RANDOM = "random"
+"""Name of a pattern of no meaning, to measure with; it may be followed by a colon and a seed."""
+
+
+def random_pattern(name: str, kv_heads: Sequence[int]) -> HeadPattern | None:
+    """Return the pattern of random scores that a name stands for; None for other names.
+
+    Args:
+        name: `RANDOM`, or that with a seed, such as "random:7".
+        kv_heads: KV heads of each decoder layer.
+
+    Raises:
+        OptionError: the seed is no number.
+    """
+    kind, colon, seed = name.partition(":")
+    if kind != RANDOM:
+        return None
+    if colon and not seed.isdecimal():
+        raise OptionError(f"head_pattern 'random' takes a number as its seed, not {seed!r}")
+    drawn = random.Random(int(seed or 0))
+    scores = tuple(tuple(drawn.random() for _ in range(heads)) for heads in kv_heads)
+    return HeadPattern(scores=scores, made=f"at random, seed {int(seed or 0)}")
+
+
+def kv_heads_of(shape: ModelShape) -> tuple[int, ...]:
+    """Return the KV heads of each decoder layer, 0 where a layer has none."""
+    return tuple(layer.kv_heads for layer in shape.layers)
+
+
+def check_streaming(options: Options) -> None:
+    """Refuse options of streaming heads that mean nothing together.
+
+    Raises:
+        OptionError: they do.
+    """
+    if options.sparsity and options.head_pattern is None:
+        raise OptionError(
+            f"sparsity is {options.sparsity:g}, but no head_pattern says which heads stream; "
+            "`headinfer heads` finds one"
+        )
+    given = [
+        name
+        for name, is_given in (
+            ("head_pattern", options.head_pattern is not None),
+            ("sink_tokens", options.sink_tokens != "auto"),
+            ("recent_tokens", options.recent_tokens != "auto"),
+        )
+        if is_given
+    ]
+    if given and not options.sparsity:
+        raise OptionError(
+            f"{given[0]} is given, but sparsity is 0, so that no head streams; give the share of "
+            "KV heads that do, such as 0.5"
+        )
+
+
+def with_streaming_heads(shape: ModelShape, pattern: HeadPattern, options: Options) -> ModelShape:
+    """Return a model's shape in which the heads of the lowest scores stream.
+
+    Args:
+        shape: the model. Heads of layers that see all tokens may stream, and no others.
+        pattern: the scores.
+        options: the share of these heads, and what they see.
+
+    Raises:
+        OptionError: the pattern is of another shape than the model.
+    """
+    pattern.check(kv_heads_of(shape))
+    full = [at for at, layer in enumerate(shape.layers) if layer.kind is LayerKind.FULL]
+    chosen = pattern.streaming_heads(options.sparsity, full)
+    sinks, recent = options.sink_tokens, options.recent_tokens
+    if sinks == "auto":
+        sinks = SINK_TOKENS if pattern.sink_tokens is None else pattern.sink_tokens
+    if recent == "auto":
+        recent = RECENT_TOKENS if pattern.recent_tokens is None else pattern.recent_tokens
+    layers = [
+        replace(
+            layer, streaming=StreamingHeads(heads=heads, sink_tokens=sinks, recent_tokens=recent)
+        )
+        if heads
+        else layer
+        for layer, heads in zip(shape.layers, chosen, strict=True)
+    ]
+    return replace(shape, layers=tuple(layers))
