@@ -30,7 +30,7 @@ DOCUMENTS = [
 
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 
-INSTRUMENTS = ["cli", "evaluate", "bench", "demo", "probe", "plot", "trace", "estimate"]
+INSTRUMENTS = ["cli", "evaluate", "bench", "finding", "demo", "probe", "plot", "trace", "estimate"]
 
 # Each may import itself and those further down.
 ORDER = [
