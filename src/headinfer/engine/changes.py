@@ -41,13 +41,13 @@ class ChangeableTokens(HeldTokens):
 
     def _whole(self, layer_idx: int) -> Ledger:
         """Return the ledger of a layer whose heads all hold the same tokens."""
-        tracks = self._layers[layer_idx].tracks
-        if len(tracks) > 1 or tracks[0].track.sink_tokens:
+        layer = self._layers[layer_idx]
+        if layer.streams:
             raise CacheStateError(
                 f"layer {layer_idx} has streaming heads, which keep their sinks and newest tokens "
                 "alone, so that there are no keys and values of all heads to read"
             )
-        return tracks[0]
+        return layer.tracks[0]
 
     def copy_from(self, other: "ChangeableTokens") -> None:
         """Hold what another engine of the same device and rows holds; this one must be empty.

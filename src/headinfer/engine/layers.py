@@ -23,6 +23,7 @@ class Layer:
         tracks: the ledgers.
         first_track: index of the first one among all tracks of the cache.
         kv_heads: of all tracks together.
+        streams: whether some of its heads stream.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class Layer:
         self.tracks = tuple(tracks)
         self.first_track = first_track
         self.kv_heads = shape.kv_heads
+        self.streams = shape.streaming is not None
         self._heads: tuple[torch.Tensor, ...] = ()  # of each track, in the model's numbers
         if len(self.tracks) > 1:
             assert shape.streaming is not None
@@ -61,7 +63,7 @@ class Layer:
         All that is computed is on compute, and may be captured.
         """
         if not self._heads:
-            if self.tracks[0].track.sink_tokens:  # all of its heads stream
+            if self.streams:  # all of its heads do
                 call.window_tokens = self.tracks[0].track.window_tokens
             return (call,)
         query = call.query.index_select(1, self._order)

@@ -95,7 +95,7 @@ class Ledger:
     def can_crop(self, tokens: int) -> bool:
         """Whether the tokens seen through the window are there once only `tokens` are left."""
         tail = self.tail
-        if not tokens or tail is None or not tail.start:
+        if tokens <= self.track.sink_tokens or tail is None or not tail.start:
             return True
         return tail.start + self.track.sink_tokens <= tokens - self.past_tokens
 
@@ -281,6 +281,8 @@ class Ledger:
         if self.resident is not None:
             self.resident.tokens = min(self.resident.tokens, tokens)
         if self.tail is not None:
+            if tokens <= self.track.sink_tokens:
+                self.tail.start = 0  # they lie at its beginning, whatever came behind them
             self.tail.tokens = max(min(self.tail.tokens, tokens - self.tail.start), 0)
             if not self.tail.tokens and not (self.track.window_tokens and tokens):
                 self.tail = None
