@@ -130,6 +130,43 @@ def test_a_new_token_is_attended_and_kept_by_the_same_launch(dtype, shape, token
             assert torch.equal(ours, wanted)  # the new token is in its place, and nothing else is
 
 
+@pytest.mark.parametrize("from_memory", [False, True], ids=["given", "from memory"])
+@pytest.mark.parametrize(("sinks", "first", "tokens"), [(4, 4, 9), (20, 33, 70), (7, 300, 260)])
+def test_sinks_are_attended_wherever_the_window_begins(sinks, first, tokens, from_memory):
+    dtype = torch.float32
+    query, new = (draw(1, 2, size, 1, 32, dtype=dtype).to(DEVICE) for size in (3, 1))
+    new = KV(new[:, :, 0], -new[:, :, 0])
+    memory = [draw(1, 2, first + tokens + 5, 32, dtype=dtype, seed=seed) for seed in (3, 4)]
+    whole = KV(*(part.to(DEVICE) for part in memory))
+    tile = tile_in_hand(whole)._replace(first=first, tokens=tokens)
+    out = query.new_empty(1, 1, 2, 3, 32)
+    place = counters = None
+    if from_memory:
+        place = torch.tensor([first, tokens, sinks], device=DEVICE)
+        counters = torch.zeros(2, dtype=torch.int32, device=DEVICE)
+        tile = tile_in_hand(whole)
+    triton().decode(TokenWork(query, new, tile, 0.2, out, None, sinks, place, counters))
+    for part, token in zip(whole, new, strict=True):
+        assert torch.equal(part[:, :, first + tokens - 1], token[:, :, 0])
+    seen = [*range(sinks), *range(first, first + tokens)]
+    keys, values = (part[:, :, seen] for part in whole)
+    wanted = attended(reference(), query, keys, values, scale=0.2).out
+    torch.testing.assert_close(out.permute(0, 2, 3, 1, 4), wanted, rtol=1e-5, atol=1e-5)
+    again = query.new_empty(out.shape)
+    reference().decode(
+        TokenWork(
+            query,
+            new,
+            tile_in_hand(whole)._replace(first=first, tokens=tokens),
+            0.2,
+            again,
+            None,
+            sinks,
+        )
+    )
+    torch.testing.assert_close(again, out, rtol=1e-5, atol=1e-5)
+
+
 def test_layouts_that_one_launch_does_not_serve_take_several():
     query, new = draw(1, 2, 2, 1, 16, dtype=torch.float32), draw(1, 2, 1, 16, dtype=torch.float32)
     keys, values = draw(1, 2, 9, 16, dtype=torch.float32), draw(1, 9, 2, 16, dtype=torch.float32)
@@ -249,10 +286,10 @@ def test_a_place_read_from_memory_gives_the_same_bits_as_one_of_the_launch(dtype
     held = KV(held.keys.to(DEVICE), held.values.to(DEVICE))
     query, new = draw(batch, kv_heads, group, 1, dim, dtype=dtype), draw(2, 2, 1, dim, dtype=dtype)
     query, new = query.to(DEVICE), new.to(DEVICE)
-    place = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    place = torch.zeros(3, dtype=torch.int64, device=DEVICE)
     counters = torch.zeros(batch * kv_heads, dtype=torch.int32, device=DEVICE)
     for first, tokens in [(0, 1), (0, 257), (31, 64), (7, 1024), (0, capacity)]:
-        place.copy_(torch.tensor([first, tokens]))
+        place.copy_(torch.tensor([first, tokens, 0]))
         results = []
         for read in (False, True):
             kept, out = KV(*(part.clone() for part in held)), query.new_empty(2, 1, 2, 3, dim)

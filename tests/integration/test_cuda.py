@@ -5,14 +5,18 @@ import weakref
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 import headinfer
-from captured import generated, launched
+from captured import generated, launched, stock_generated
 from headinfer.attend.table import Kernels
 from headinfer.attend.work import Work
 from headinfer.errors import CacheStateError
+from headinfer.finding.masked import masked_heads
 from headinfer.integration import attention
+from headinfer.integration.model_shape import model_shape
+from headinfer.plan.shape import LayerKind
+from headinfer.plan.streaming import kv_heads_of, random_pattern
 from tiny_models import ARCHITECTURES, random_tokens, tiny_model
 
 pytestmark = pytest.mark.gpu
@@ -149,6 +153,83 @@ def test_captured_steps_have_the_bits_of_launched_ones(
     for eager, captured in zip(outputs[:2], outputs[2:], strict=True):
         assert torch.equal(eager.sequences, captured.sequences)
         assert torch.equal(torch.stack(eager.logits), torch.stack(captured.logits))
+
+
+STREAMING: dict[str, object] = {
+    "sparsity": 0.5,
+    "head_pattern": "random:3",
+    "sink_tokens": 5,
+    "recent_tokens": 24,
+}
+
+
+def streaming_heads(model: PreTrainedModel) -> tuple[tuple[int, ...], ...]:
+    shape = model_shape(model)
+    pattern = random_pattern("random:3", kv_heads_of(shape))
+    assert pattern is not None
+    full = [at for at, layer in enumerate(shape.layers) if layer.kind is LayerKind.FULL]
+    return pattern.streaming_heads(0.5, full)
+
+
+@pytest.mark.parametrize("capture", [False, True])
+@pytest.mark.parametrize(
+    "placement",
+    [
+        {"resident_tokens": "all"},
+        {"resident_tokens": 0, "tile_tokens": 50, "tile_heads": 1},
+        {"resident_tokens": 60, "host_attention": 0.5},
+    ],
+    ids=["resident", "streamed", "host"],
+)
+@pytest.mark.parametrize("name", ["llama3", "gemma2", "qwen3"])
+def test_streaming_heads_equal_those_of_a_masked_model(
+    name: str, placement: dict[str, object], capture: bool
+) -> None:
+    model, tokens = tiny_model(name).to("cuda"), random_tokens(1, 170).cuda()
+    with masked_heads(model, streaming_heads(model), sink_tokens=5, recent_tokens=24):
+        wanted = stock_generated(model, tokens, max_new_tokens=90)
+    with headinfer.attach(
+        model, **placement, **STREAMING, chunk_tokens=48, capture=capture
+    ) as offload:
+        ours = generated(model, tokens, offload.new_cache(), max_new_tokens=90)
+    assert torch.equal(ours.sequences, wanted.sequences)
+    error = (torch.stack(ours.logits) - torch.stack(wanted.logits)).abs().max()
+    assert error / torch.stack(wanted.logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_captured_steps_with_streaming_heads_have_the_bits_of_launched_ones(batch: int) -> None:
+    model = tiny_model("llama3", head_dim=32).to("cuda", torch.bfloat16)
+    tokens, outputs = random_tokens(batch, 70).cuda(), []
+    for capture in (False, True):
+        options = {"resident_tokens": "all", "capture": capture, "fuse": "off", **STREAMING}
+        with headinfer.attach(model, **options) as offload:
+            # The window begins anew in the middle.
+            outputs.append(generated(model, tokens, offload.new_cache(), max_new_tokens=400))
+    assert (offload.stats.captures, launched(offload.stats)) == (1, 2)
+    eager, captured = outputs
+    assert torch.equal(eager.sequences, captured.sequences)
+    assert torch.equal(torch.stack(eager.logits), torch.stack(captured.logits))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["mistral-sliding", "gemma3", "llama3"])
+def test_windows_without_masks_are_as_near_to_float64_as_stock(
+    name: str, dtype: torch.dtype
+) -> None:
+    model = tiny_model(name, head_dim=32).to("cuda")
+    tokens = random_tokens(1, 300).cuda()
+    heads = streaming_heads(model) if name == "llama3" else [()] * len(model_shape(model).layers)
+    outputs = {}
+    for at in (torch.float64, dtype):
+        model = model.to(at)
+        with masked_heads(model, heads, sink_tokens=5, recent_tokens=24):
+            outputs[at] = model(tokens).logits.double()
+    options = STREAMING if name == "llama3" else {}
+    with headinfer.attach(model, chunk_tokens=128, **options) as offload:
+        ours = model(tokens, past_key_values=offload.new_cache(), use_cache=True).logits.double()
+    exact = outputs[torch.float64]
+    assert (ours - exact).norm() < 1.5 * (outputs[dtype] - exact).norm()
 
 
 @pytest.mark.parametrize(

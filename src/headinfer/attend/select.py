@@ -5,6 +5,7 @@ import logging
 
 import torch
 
+from headinfer.attend.band import flash_band
 from headinfer.attend.check import TOLERANCE, agrees
 from headinfer.attend.cpu import CpuKernel
 from headinfer.attend.native.kernel import NativeKernel, decode_library
@@ -43,6 +44,7 @@ def select_kernels(
                 tables.insert(0, Kernels([NativeKernel()], tables[0].kernels))
     for kernels in tables:
         if agrees(kernels, torch_device, dtype, key_dim):
+            kernels.band = flash_band(torch_device, dtype, key_dim)
             return kernels
         _logger.warning("%s fails its check here; another kernel is used", kernels.name)
     return Kernels([reference])

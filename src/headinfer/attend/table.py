@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
+from headinfer.attend.band import Band
 from headinfer.attend.partial import Accumulator
 from headinfer.attend.work import Kernel, TokenWork, Total, Work
 from headinfer.device.base import PlaceError
@@ -19,7 +20,10 @@ class Kernels:
 
     Attributes:
         kernels: both, in this order; the last serves every work.
+        band: what attends the queries of a chunk within a window; None where masks do.
     """
+
+    band: Band | None = None
 
     def __init__(self, kernels: Sequence[Kernel], rest: Sequence[Kernel] = ()) -> None:
         self.kernels: tuple[Kernel, ...] = (*kernels, *rest)

@@ -85,6 +85,7 @@ def decode_work(
     on_device: bool,
     streamed_kv_bytes: int,
     host_kv_bytes: int = 0,
+    unseen_kv_bytes: int = 0,
 ) -> Work:
     """Return the work of one decode step: weights and KV are read once.
 
@@ -97,10 +98,13 @@ def decode_work(
         on_device: whether the model computes on a device with memory of its own.
         streamed_kv_bytes: KV bytes that are in host memory and needed on the device.
         host_kv_bytes: KV bytes that the CPU attends on behalf of the device.
+        unseen_kv_bytes: KV bytes that no query sees.
     """
     weight_bytes = (model.layer_parameters + model.head_parameters) * DTYPE_BYTES[dtype]
-    read_bytes = weight_bytes + model.kv_bytes(context_tokens, dtype)
-    flops = _product_flops(model, 1) + model.attention_flops(context_tokens, 1)
+    kv_bytes = model.kv_bytes(context_tokens, dtype)
+    seen = 1 - unseen_kv_bytes / kv_bytes
+    read_bytes = weight_bytes + kv_bytes - unseen_kv_bytes
+    flops = _product_flops(model, 1) + seen * model.attention_flops(context_tokens, 1)
     if not on_device:
         return Work(host_bytes=read_bytes, flops=flops)
     return Work(
@@ -112,7 +116,13 @@ def decode_work(
 
 
 def prefill_work(
-    model: Model, dtype: str, context_tokens: int, *, on_device: bool, streamed_kv_bytes: int
+    model: Model,
+    dtype: str,
+    context_tokens: int,
+    *,
+    on_device: bool,
+    streamed_kv_bytes: int,
+    unseen_kv_bytes: int = 0,
 ) -> Work:
     """Return the work of a prefill: all products once, offloaded KV to the host once.
 
@@ -122,9 +132,13 @@ def prefill_work(
         context_tokens: tokens of the prompt.
         on_device: whether the model computes on a device with memory of its own.
         streamed_kv_bytes: KV bytes that end in host memory and are made on the device.
+        unseen_kv_bytes: KV bytes that the last query does not see; as large a share of attention is
+            left out, though earlier queries see more.
     """
     weight_bytes = (model.layer_parameters + model.head_parameters) * DTYPE_BYTES[dtype]
+    unseen = unseen_kv_bytes / model.kv_bytes(context_tokens, dtype)
     flops = prefill_flops(model, context_tokens)
+    flops -= unseen * model.attention_flops(0, context_tokens)
     if not on_device:
         return Work(host_bytes=weight_bytes, flops=flops)
     return Work(device_bytes=weight_bytes, link_bytes=streamed_kv_bytes, flops=flops)

@@ -8,6 +8,7 @@ from headinfer.estimate.methods import (
     BOUNDED,
     CHUNKED,
     HEAD_WISE,
+    HEAD_WISE_SPARSE,
     QUANTISED,
     RESIDENT,
     STANDARD,
@@ -84,6 +85,12 @@ CATALOGUE = {
         MethodInfo(name=UNFUSED, description="resident, nothing fused in captured decode steps"),
         MethodInfo(
             name=HOST_ATTENTION, description="resident, the CPU attends a share in decode steps"
+        ),
+        MethodInfo(
+            name=HEAD_WISE_SPARSE,
+            description="as headinfer, but half of the KV heads (or --sparsity) see sinks and a "
+            "window alone",
+            exact=False,
         ),
         MethodInfo(
             name=SYNCHRONOUS, description="as headinfer, but copies never overlap attention"

@@ -12,9 +12,11 @@ class Held:
         device_bytes: on the device.
         streamed_bytes: what crosses the link to the device in every decode step.
         host_attended_bytes: what the CPU attends in every decode step on behalf of the device.
+        unseen_bytes: what no query sees, where heads stream; it may not be held at all.
     """
 
     host_bytes: int
     device_bytes: int
     streamed_bytes: int = 0
     host_attended_bytes: int = 0
+    unseen_bytes: int = 0

@@ -25,6 +25,7 @@ from headinfer.estimate.methods import (
     BOUNDED,
     CHUNKED,
     HEAD_WISE,
+    HEAD_WISE_SPARSE,
     QUANTISED,
     RESIDENT,
     STANDARD,
@@ -81,6 +82,7 @@ METHODS: dict[str, Callable[[PreTrainedModel, TrialSpec], Method]] = {
     EAGER: functools.partial(ours.resident, capture=False),
     UNFUSED: functools.partial(ours.resident, fuse="off"),
     HOST_ATTENTION: ours.host_attention,
+    HEAD_WISE_SPARSE: ours.head_wise_sparse,
     SYNCHRONOUS: ours.synchronous,
     AUTO: ours.HeadInfer,
 }

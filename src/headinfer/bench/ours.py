@@ -14,7 +14,9 @@ from headinfer.errors import MemoryPlanError, OptionError
 from headinfer.integration.cache import OffloadedCache
 from headinfer.integration.calls import last_logits
 from headinfer.integration.model_shape import model_shape
+from headinfer.plan.options import DECLARATIONS
 from headinfer.plan.plan import Plan
+from headinfer.plan.streaming import RANDOM, STREAMING_OPTIONS
 
 _CPU_TILE_TOKENS = "16K"
 """Tile of `bounded` on the CPU, where tiles need no memory and so have no limit of their own."""
@@ -25,12 +27,19 @@ _UNMEASURED_HOST_SHARE = 0.5
 _HEADS = (8, 4, 2, 1)
 
 
+_EXACT = {name: DECLARATIONS[name].default for name in STREAMING_OPTIONS}
+"""Options with which no head streams: for all methods but one, whatever a run's settings are."""
+
+_SPARSITY, _PATTERN = 0.5, RANDOM
+"""Share and pattern of `head_wise_sparse` where the settings have none: the paper's share."""
+
+
 class HeadInfer:
     """An attachment of HeadInfer to a model; options given here go before the run's settings."""
 
     def __init__(self, model: PreTrainedModel, spec: TrialSpec, **options: Any) -> None:
         self._model = model
-        self._offload = attach(model, **(spec.settings.keywords() | options))
+        self._offload = attach(model, **(spec.settings.keywords() | _EXACT | options))
         self.note = {"cpu": "tiles are views", "simulated": "simulated device"}.get(self.device, "")
 
     @property
@@ -69,7 +78,13 @@ class HeadInfer:
             device_bytes=stats.peak_device_kv_bytes,
             streamed_bytes=0 if self.device == "cpu" else streamed - attended,
             host_attended_bytes=attended,
+            unseen_bytes=self._unseen_bytes(plan, cache.get_seq_length()),
         )
+
+    @staticmethod
+    def _unseen_bytes(plan: Plan, tokens: int) -> int:
+        shape = plan.shape
+        return shape.standard_kv_bytes(tokens) - shape.seen_kv_bytes(tokens)
 
     def link_bytes(self) -> tuple[int, int]:
         """Return the bytes copied since the attachment."""
@@ -187,6 +202,18 @@ def host_attention(model: PreTrainedModel, spec: TrialSpec) -> HeadInfer:
     method.close()
     method = HeadInfer(model, spec, host_attention=_UNMEASURED_HOST_SHARE)
     method.note = f"{method.note} half by the CPU: no probe measured which share is best".strip()
+    return method
+
+
+def head_wise_sparse(model: PreTrainedModel, spec: TrialSpec) -> HeadInfer:
+    """Return everything on auto, with heads that stream: by the run's settings, or half of them."""
+    settings = spec.settings.keywords()
+    options = {name: settings[name] for name in STREAMING_OPTIONS}
+    if not options["sparsity"]:
+        options |= {"sparsity": _SPARSITY, "head_pattern": _PATTERN}
+    method = HeadInfer(model, spec, **options)
+    pattern = "a random pattern" if RANDOM in str(options["head_pattern"]) else "a pattern"
+    method.note = f"{method.note} {options['sparsity']:.0%} of heads stream, {pattern}".strip()
     return method
 
 

@@ -17,7 +17,15 @@ from headinfer.bench.document import Results
 from headinfer.bench.report import Quantity, plot_name, quantities
 from headinfer.bench.rows import Row
 from headinfer.bench.table import conditions
-from headinfer.estimate.methods import ADAPTIVE, BOUNDED, CHUNKED, QUANTISED, RESIDENT, STANDARD
+from headinfer.estimate.methods import (
+    ADAPTIVE,
+    BOUNDED,
+    CHUNKED,
+    HEAD_WISE_SPARSE,
+    QUANTISED,
+    RESIDENT,
+    STANDARD,
+)
 from headinfer.plot.lines import BOUND, Line, Look, draw
 
 _LOOKS = {
@@ -36,6 +44,7 @@ _LOOKS = {
     EAGER: Look(color="#b8860b", marker="X"),
     UNFUSED: Look(color="#f0c75e", marker="*"),
     HOST_ATTENTION: Look(color="#882255", marker="h"),
+    HEAD_WISE_SPARSE: Look(color="#44aa99", marker="v"),
     SYNCHRONOUS: Look(color="#999933", marker="d"),
     AUTO: Look(color="#d55e00", marker="o", width_points=3.2),
 }

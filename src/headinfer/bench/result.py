@@ -60,6 +60,7 @@ class TrialResult:
         kv_device_bytes: KV bytes held on the device at the end; 0 where there is no device memory.
         streamed_kv_bytes: KV bytes that a decode step needs over the link.
         host_attended_kv_bytes: KV bytes that the CPU attends on behalf of a device.
+        unseen_kv_bytes: KV bytes of the context that no query of a decode step sees.
         others_cpu_share: share of the CPU that other programs used meanwhile.
         planned_activation_bytes: what the method planned for activations; None if it plans none.
         plan: sizes the method chose; None if it chooses none.
@@ -84,6 +85,7 @@ class TrialResult:
     first_prefill_s: float | None = None
     streamed_kv_bytes: int = 0
     host_attended_kv_bytes: int = 0
+    unseen_kv_bytes: int = 0
     others_cpu_share: float = 0.0
     planned_activation_bytes: int | None = None
     plan: dict[str, int] | None = None

@@ -226,6 +226,7 @@ def _bounds(
         context_tokens,
         on_device=on_device,
         streamed_kv_bytes=min(result.kv_host_bytes, kv_bytes) if on_device else 0,
+        unseen_kv_bytes=result.unseen_kv_bytes,
     )
     decode = decode_work(
         spec.model,
@@ -234,6 +235,7 @@ def _bounds(
         on_device=on_device,
         streamed_kv_bytes=result.streamed_kv_bytes if on_device else 0,
         host_kv_bytes=result.host_attended_kv_bytes if on_device else 0,
+        unseen_kv_bytes=result.unseen_kv_bytes,
     )
     return bound(prefill, rates), bound(decode, rates)
 

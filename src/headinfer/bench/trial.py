@@ -178,6 +178,7 @@ def _measure(
         kv_device_bytes=held.device_bytes,
         streamed_kv_bytes=held.streamed_bytes,
         host_attended_kv_bytes=held.host_attended_bytes,
+        unseen_kv_bytes=held.unseen_bytes,
         planned_activation_bytes=method.planned_activation_bytes(cache),
         plan=method.sizes(cache),
         prefill_bytes_to_device=link[1][0] - link[0][0],

@@ -70,7 +70,10 @@ def attend_groups(tokens: Tokens, step: Attend) -> None:
                 elif isinstance(part, Own):
                     works = _own_works(chunk, query, heads, total)
                 else:
-                    works = _window_works(chunk, tokens.near(Where.WINDOW), total)
+                    window = tokens.near(Where.WINDOW)
+                    if _attended_without_masks(chunk, window, total):
+                        continue
+                    works = _window_works(chunk, window, total)
                 for work in works:
                     kernels.pick(work).attend(work)
             if step.write:
@@ -97,6 +100,17 @@ def _own_works(chunk: Chunk, query: torch.Tensor, heads: slice, total: Total) ->
     return band_works(
         query, tile, scale=chunk.scale, into=total, window_tokens=None, padding=padding
     )
+
+
+def _attended_without_masks(chunk: Chunk, tile: Tile, total: Total) -> bool:
+    """Attend a chunk to a window at once, where the device has a kernel for it."""
+    if chunk.window_tokens is None or chunk.tokens == 1 or chunk.padding is not None:
+        return False
+    band = chunk.kernels.band
+    if band is None:
+        return False
+    total.add(band(chunk.query, tile.kv, chunk.scale, chunk.window_tokens))
+    return True
 
 
 def _window_works(chunk: Chunk, tile: Tile, total: Total) -> Iterator[Work]:

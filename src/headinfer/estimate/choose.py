@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from headinfer.estimate.methods import CHUNKED, MAX_CONTEXT_TOKENS, QUANTISED
+from headinfer.estimate.methods import APPROXIMATE, CHUNKED, MAX_CONTEXT_TOKENS
 from headinfer.estimate.situation import MethodPlan, Situation
 from headinfer.plan.host_room import machine_bytes_for
 from headinfer.units import format_bytes, format_seconds, format_tokens
@@ -48,7 +48,7 @@ def choose(situation: Situation, plans: Sequence[MethodPlan]) -> Choice:
     it. Otherwise the fastest that fits.
     """
     ours = plans[-1]
-    exact = [plan for plan in plans if plan.fits and plan.method != QUANTISED]
+    exact = [plan for plan in plans if plan.fits and plan.method not in APPROXIMATE]
     if not exact:
         reasons = tuple(_shortfalls(situation, ours))
         return Choice(plan=None, why=reasons, changes=tuple(_changes(situation, plans)))
@@ -183,7 +183,7 @@ def _changes(situation: Situation, plans: Sequence[MethodPlan]) -> Iterator[Chan
     longest = max(
         MAX_CONTEXT_TOKENS if plan.max_context_tokens is None else plan.max_context_tokens
         for plan in plans
-        if plan.method != QUANTISED
+        if plan.method not in APPROXIMATE
     )
     if longest:
         shown = longest // 1024 * 1024 or longest

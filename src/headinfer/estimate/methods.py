@@ -21,7 +21,10 @@ MAX_CONTEXT_TOKENS = 2**40
 
 STANDARD, CHUNKED, QUANTISED = "standard", "chunked-prefill", "kv-4bit"
 LAYER_WISE, HEAD_WISE, ADAPTIVE = "layer-wise", "head-wise", "adaptive"
-BOUNDED, RESIDENT = "bounded", "resident"
+BOUNDED, RESIDENT, HEAD_WISE_SPARSE = "bounded", "resident", "head-wise-sparse"
+
+APPROXIMATE = frozenset({QUANTISED, HEAD_WISE_SPARSE})
+"""Methods whose results differ from standard inference by design."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

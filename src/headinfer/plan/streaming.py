@@ -13,6 +13,9 @@ SINK_TOKENS = 128
 RECENT_TOKENS = 256
 """What streaming heads see where nothing says otherwise: what DuoAttention trains patterns with."""
 
+STREAMING_OPTIONS = ("sparsity", "head_pattern", "sink_tokens", "recent_tokens")
+"""Names of the options that say which heads stream, and what these see."""
+
 RANDOM = "random"
 """Name of a pattern of no meaning, to measure with; it may be followed by a colon and a seed."""
 
