@@ -68,8 +68,15 @@ def _flag(name: str, help_text: str) -> inspect.Parameter:
         name,
         inspect.Parameter.KEYWORD_ONLY,
         annotation=Annotated[bool if switch else str, flag],
-        default=False if switch else declared.default or "auto",
+        default=False if switch else _written(declared.default),
     )
+
+
+def _written(default: object) -> str:
+    """Return a default as users write it."""
+    if default is None:
+        return "auto"
+    return f"{default:g}" if isinstance(default, float) else str(default)
 
 
 def with_flags(*names: str, **help_texts: str) -> Callable[[Callable[..., None]], Any]:
