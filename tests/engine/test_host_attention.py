@@ -141,7 +141,7 @@ def test_a_call_that_failed_fails_once() -> None:
     engine = engine_with_host_share(device, layers=2)
     for layer_idx in range(2):
         decode(engine, kernel, layer_idx)
-    first, _ = engine._host.pending
+    (first, _), _ = engine._host.pending
     while not first.finished:
         assert device.host_work.step(force=True)
     with pytest.raises(ArithmeticError):
@@ -260,8 +260,9 @@ class Judged(Balance):
         super().__init__(1.0, fixed=False)
         self.notes: list[bool] = []
 
-    def note(self, *, host_was_late: bool) -> None:
-        self.notes.append(host_was_late)
+    def note(self, *, late_s: float, host_s: float) -> None:
+        assert host_s > 0
+        self.notes.append(late_s > 0)
 
 
 def test_who_was_first_is_told_once_it_is_known() -> None:

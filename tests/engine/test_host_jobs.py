@@ -65,7 +65,7 @@ def test_the_caller_waits_for_no_job_and_each_has_memory_of_its_own() -> None:
     engine = engine_with_host_share(device, layers=3)
     for layer_idx in range(3):
         decode(engine, kernel, layer_idx)
-    pending = list(engine._host.pending)
+    pending = [work for work, _ in engine._host.pending]
     assert [type(work) for work in pending] == 3 * [Job]
     assert not any(work.finished for work in pending)
     assert len({work.argument for work in pending}) == 3

@@ -10,7 +10,7 @@ def run(balance: Balance, host_rate: float, device_rate: float, steps: int = 60)
     for _ in range(steps):
         for _ in range(32):
             host_s, device_s = balance.share / host_rate, (1 - balance.share) / device_rate
-            balance.note(host_was_late=host_s > device_s)
+            balance.note(late_s=host_s - device_s, host_s=host_s)
     return balance.share
 
 

@@ -63,8 +63,10 @@ class Event(Protocol):
     def synchronize(self, edge: Edge) -> None:
         """Block the host until the point is reached."""
 
-    def reached_before(self, other: "Event") -> bool | None:
-        """Whether this was reached before `other`; None until both are. Orders nothing.
+    def seconds_to(self, other: "Event") -> float | None:
+        """Seconds from when this was reached to when `other` was; less than 0 if that was first.
+
+        None until both are. Orders nothing.
 
         Both must have been recorded as `timed`, on whichever streams.
         """
@@ -114,7 +116,7 @@ class Stream(Protocol):
         """Return an event that is reached when all work enqueued so far is done.
 
         Args:
-            timed: whether `reached_before` will be asked.
+            timed: whether `seconds_to` will be asked.
         """
 
     def wait(self, event: Event, edge: Edge) -> None:

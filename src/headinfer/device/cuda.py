@@ -45,12 +45,12 @@ class CudaEvent:
         """Wait; edges are checked in simulation alone."""
         self.wait()
 
-    def reached_before(self, other: Event) -> bool | None:
+    def seconds_to(self, other: Event) -> float | None:
         """Compare the times at which the device reached the two."""
         assert isinstance(other, CudaEvent)
         if not (self.reached and other.reached):
             return None
-        return bool(self._event.elapsed_time(other._event) > 0)
+        return float(self._event.elapsed_time(other._event)) / 1e3
 
     def hold(self, stream: torch.cuda.Stream) -> None:
         """Make `stream` wait for the event."""

@@ -67,12 +67,12 @@ class SimulatedEvent:
         self.force()
         join(device.host_clock, self.clock)
 
-    def reached_before(self, other: Event) -> bool | None:
-        """Compare the order in which the two were reached."""
+    def seconds_to(self, other: Event) -> float | None:
+        """Compare the order in which the two were reached: a microsecond for each thing done."""
         assert isinstance(other, SimulatedEvent)
         if self.moment is None or other.moment is None:
             return None
-        return self.moment < other.moment
+        return 1e-6 * (other.moment - self.moment)
 
     def force(self) -> None:
         """Run the stream up to the event, and whatever it waits for."""

@@ -1,6 +1,7 @@
-"""The host's share of attention, corrected by who finishes first: the host or the device."""
+"""The host's share of attention, corrected by when the host and the device finish."""
 
 import contextlib
+import statistics
 from collections.abc import Iterator
 
 _FIRST_NOTES, _MOST_NOTES = 32, 256
@@ -8,15 +9,18 @@ _FIRST_NOTES, _MOST_NOTES = 32, 256
 doubles each time in between. A share to begin with may be far off, but a change of it discards what
 was fetched ahead, so that changes must become rare."""
 
-_LATE, _EARLY = 0.75, 0.25
-_FIRST_STEP, _LAST_STEP = 0.2, 0.01
-"""If the host was later than the device in more than the first share of them, its share shrinks by
-a step. If it was later in less than the second, its share grows by one. Steps get shorter each time
-they turn."""
+_LEAST_CHANGE, _MOST_CHANGE = 0.02, 0.3
+"""Changes of the share, as a share of it: the least that is worth it, and the most at once."""
+
+_MOST_SHARE = 0.98
+"""With all tokens the host would leave nothing to compare its time with."""
 
 
 class Balance:
     """A share of the tokens that are not resident: the host's, corrected by who finishes first.
+
+    The host's time grows with its share, and the device's with the rest. So a layer's lateness,
+    over the host's time for it, says how far off the share is (a step of Newton's).
 
     Only the thread that calls the engine may use it.
 
@@ -33,10 +37,8 @@ class Balance:
         self.share = share
         self.fixed = fixed
         self._steady = False
-        self._notes = self._late = 0
+        self._lateness: list[float] = []
         self._needed = _FIRST_NOTES
-        self._step = _FIRST_STEP
-        self._grew: bool | None = None
 
     @contextlib.contextmanager
     def steady(self) -> Iterator[None]:
@@ -47,23 +49,22 @@ class Balance:
         finally:
             self._steady = False
 
-    def note(self, *, host_was_late: bool) -> None:
-        """Take in whether the device had finished its part of a layer before the host did."""
-        if self._steady:
+    def note(self, *, late_s: float, host_s: float) -> None:
+        """Take in a layer's attention.
+
+        Args:
+            late_s: seconds from when the device had done its part to when the host had; less than 0
+                where the host was first.
+            host_s: seconds that the host took.
+        """
+        if self._steady or self.fixed or host_s <= 0:
             return
-        self._notes += 1
-        self._late += host_was_late
-        if self.fixed or self._notes < self._needed:
+        self._lateness.append(late_s / host_s)
+        if len(self._lateness) < self._needed:
             return
-        late = self._late / self._notes
-        self._notes = self._late = 0
+        late = statistics.median(self._lateness)  # a step that was interrupted tells nothing
+        self._lateness.clear()
         self._needed = min(2 * self._needed, _MOST_NOTES)
-        if _EARLY <= late <= _LATE:
-            return
-        grows = late < _EARLY
-        if self._grew is not None and grows != self._grew:
-            self._step = max(self._step / 2, _LAST_STEP)
-        self._grew = grows
-        self.share = (
-            min(self.share / (1 - self._step), 1.0) if grows else (self.share * (1 - self._step))
-        )
+        change = min(max(-late * (1 - self.share), -_MOST_CHANGE), _MOST_CHANGE)
+        if abs(change) >= _LEAST_CHANGE:
+            self.share = min(self.share * (1 + change), _MOST_SHARE)

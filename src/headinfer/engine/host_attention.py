@@ -104,6 +104,17 @@ class _HostWork(Protocol):
         """Let go of what was attended, once it is done."""
 
 
+@dataclass(slots=True)
+class _Time:
+    """A time that host work took.
+
+    Attributes:
+        seconds: None until it was taken in.
+    """
+
+    seconds: float | None = None
+
+
 class _Call:
     """An attention by a kernel in Python.
 
@@ -148,9 +159,11 @@ class HostAttention:
         self._stats = stats
         self._balance = balance
         self._exchanges: dict[tuple[object, ...], _Exchange] = {}
-        self.pending: collections.deque[_HostWork] = collections.deque()
-        self._asked: tuple[torch.Tensor, _Exchange, Event | None] | None = None
-        self._unjudged: collections.deque[tuple[Event, Event]] = collections.deque(maxlen=_UNJUDGED)
+        self.pending: collections.deque[tuple[_HostWork, _Time]] = collections.deque()
+        self._asked: tuple[torch.Tensor, _Exchange, Event | None, _Time] | None = None
+        self._unjudged: collections.deque[tuple[Event, Event, _Time]] = collections.deque(
+            maxlen=_UNJUDGED
+        )
         self.failure: BaseException | None = None  # written by host work, taken by `check`
         self._taken = 0  # failures; what was asked before the newest of them is not attended
 
@@ -179,19 +192,24 @@ class HostAttention:
         query = query.contiguous()
         compute.writes(query, "the query")
         exchange = self._exchange(query, geometry.value_dim, kernels, scale)
-        work = self._work(tiles, exchange, kernels, scale)
+        work, took = self._work(tiles, exchange, kernels, scale), _Time()
         host_work.wait(compute.record(), Edge.QUERY_READY)
         # The query is kept until compute waits for the answer: only then may its memory be reused.
-        self._asked = query, exchange, None  # from now on, also where Ctrl-C comes before the end
+        self._asked = (
+            query,
+            exchange,
+            None,
+            took,
+        )  # from now on, also where Ctrl-C comes before the end
         host_work.copy(exchange.query, query)
         for tile in tiles:
             if tile.piece.ready is not None:
                 host_work.wait(tile.piece.ready, Edge.TOKENS_SENT)
         if self._device.checks_accesses:
             self._state_accesses(exchange, tiles)
-        self.pending.append(work)  # or nothing would keep what it works on
+        self.pending.append((work, took))  # or nothing would keep what it works on
         host_work.run(work)
-        self._asked = query, exchange, host_work.record(timed=not self._balance.fixed)
+        self._asked = query, exchange, host_work.record(timed=not self._balance.fixed), took
         tokens = sum([tile.tokens for tile in tiles])
         self._stats.bytes_attended_on_host += geometry.num_bytes(tokens)
 
@@ -202,10 +220,10 @@ class HostAttention:
             The partial result as the device reads it, valid on compute until the next `ask`.
         """
         assert self._asked is not None, "nothing was asked"
-        _, exchange, answered = self._asked
+        _, exchange, answered, took = self._asked
         assert answered is not None
         if not self._balance.fixed:
-            self._unjudged.append((self._device.compute.record(timed=True), answered))
+            self._unjudged.append((self._device.compute.record(timed=True), answered, took))
         self._take_back()
         self._device.compute.reads(exchange.answer, "the host's partial result")
         return exchange.on_device
@@ -241,7 +259,7 @@ class HostAttention:
     def _take_back(self) -> None:
         """Order compute after what was asked, also where a failure kept it from being answered."""
         if self._asked is not None:
-            _, _, answered = self._asked
+            _, _, answered, _ = self._asked
             if answered is None:  # interrupted while it asked
                 answered = self._device.host_work.record()
             self._device.compute.wait(answered, Edge.ANSWERED)
@@ -250,18 +268,21 @@ class HostAttention:
     def _judge(self) -> None:
         """Tell the balance of the answers whose order is known by now."""
         while self._unjudged:
-            device_done, answered = self._unjudged[0]
-            host_was_late = device_done.reached_before(answered)
-            if host_was_late is None:
+            device_done, answered, took = self._unjudged[0]
+            late_s = device_done.seconds_to(answered)
+            if late_s is None:
                 return
+            if took.seconds is None:
+                self._collect()
             self._unjudged.popleft()
-            self._balance.note(host_was_late=host_was_late)
+            self._balance.note(late_s=late_s, host_s=took.seconds or 0.0)
 
     def _collect(self) -> None:
         """Take in the times of what ran since, and let go of what it attended."""
-        while self.pending and self.pending[0].finished:
-            work = self.pending.popleft()
+        while self.pending and self.pending[0][0].finished:
+            work, took = self.pending.popleft()
             start_s, end_s = work.times
+            took.seconds = end_s - start_s
             self._stats.host_attention_s += end_s - start_s
             for listener in listeners:
                 listener(start_s, end_s)
