@@ -10,7 +10,10 @@ def run(balance: Balance, host_rate: float, device_rate: float, steps: int = 60)
     for _ in range(steps):
         for _ in range(32):
             host_s, device_s = balance.share / host_rate, (1 - balance.share) / device_rate
-            balance.note(late_s=host_s - device_s, host_s=host_s)
+            late_s = host_s - device_s
+            if late_s > 0:  # the device had its tiles before the host began
+                late_s = host_s
+            balance.note(late_s=late_s, host_s=host_s)
     return balance.share
 
 
@@ -20,7 +23,7 @@ def test_the_share_goes_where_both_finish_together(
     start: float, host_rate: float, device_rate: float
 ) -> None:
     share = run(Balance(start, fixed=False), host_rate, device_rate, steps=400)
-    assert share == pytest.approx(host_rate / (host_rate + device_rate), rel=0.03)
+    assert share == pytest.approx(host_rate / (host_rate + device_rate), rel=0.05)
 
 
 def test_a_share_far_off_is_mended_within_the_first_tokens() -> None:

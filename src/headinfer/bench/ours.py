@@ -72,7 +72,7 @@ class HeadInfer:
         """Return the bytes of store and arena, and what a decode step does with them."""
         stats, plan = self._offload.stats, self._plan_of(cache)
         streamed = plan.streamed_bytes(cache.get_seq_length())
-        attended = int(streamed * plan.host_share)
+        attended = int(streamed * self._share_of(cache))
         return Held(
             host_bytes=stats.host_kv_bytes,
             device_bytes=stats.peak_device_kv_bytes,
@@ -103,7 +103,7 @@ class HeadInfer:
             "tile_heads": plan.tile_heads,
             "tile_tokens": min(plan.tile_tokens, cache.get_seq_length()),
             "resident_tokens": plan.resident_tokens,
-            "host_attended_percent": round(100 * plan.host_share),
+            "host_attended_percent": round(100 * self._share_of(cache)),
         }
 
     def check_fits(self, tokens: int) -> None:
@@ -118,6 +118,12 @@ class HeadInfer:
         """Return the plan of a cache that was used; a new one would reckon with what it holds."""
         assert isinstance(cache, OffloadedCache)
         return self._offload.plan if cache.state.engine is None else cache.state.engine.plan
+
+    def _share_of(self, cache: Cache) -> float:
+        """Return the host's share in a cache's newest step; what was planned may be corrected."""
+        assert isinstance(cache, OffloadedCache)
+        engine = cache.state.engine
+        return self.host_share if engine is None else engine.host_share
 
     def close(self) -> None:
         """Detach."""

@@ -9,8 +9,12 @@ _FIRST_NOTES, _MOST_NOTES = 32, 256
 doubles each time in between. A share to begin with may be far off, but a change of it discards what
 was fetched ahead, so that changes must become rare."""
 
-_LEAST_CHANGE, _MOST_CHANGE = 0.02, 0.3
-"""Changes of the share, as a share of it: the least that is worth it, and the most at once."""
+_LEAST_GROWTH, _MOST_GROWTH = 0.02, 0.3
+"""Growth of the share, as a share of it: the least that is worth it, and the most at once."""
+
+_LEAST_CUT, _MOST_CUT = 0.04, 0.2
+"""Cuts of the share, as a share of it. A cut is twice the one before until the host is in time, and
+the first one is the most."""
 
 _MOST_SHARE = 0.98
 """With all tokens the host would leave nothing to compare its time with."""
@@ -19,8 +23,13 @@ _MOST_SHARE = 0.98
 class Balance:
     """A share of the tokens that are not resident: the host's, corrected by who finishes first.
 
-    The host's time grows with its share, and the device's with the rest. So a layer's lateness,
-    over the host's time for it, says how far off the share is (a step of Newton's).
+    The host's time grows with its share, and the device's with the rest. Where the device is late,
+    its lateness over the host's time says how far off the share is (a step of Newton's). Where the
+    host is late, nothing says it: meanwhile the link fetches as many tiles as there are buffers. So
+    the share is cut until the device is late.
+
+    Measured beside an H100, Llama-3-8B at 100K tokens: with a share of 0.5 the device was 0.3 ms
+    late. With one of 0.6 the host was 1.4 ms late, which is all of its time.
 
     Only the thread that calls the engine may use it.
 
@@ -39,6 +48,7 @@ class Balance:
         self._steady = False
         self._lateness: list[float] = []
         self._needed = _FIRST_NOTES
+        self._cut = _MOST_CUT
 
     @contextlib.contextmanager
     def steady(self) -> Iterator[None]:
@@ -65,6 +75,11 @@ class Balance:
         late = statistics.median(self._lateness)  # a step that was interrupted tells nothing
         self._lateness.clear()
         self._needed = min(2 * self._needed, _MOST_NOTES)
-        change = min(max(-late * (1 - self.share), -_MOST_CHANGE), _MOST_CHANGE)
-        if abs(change) >= _LEAST_CHANGE:
-            self.share = min(self.share * (1 + change), _MOST_SHARE)
+        if late > 0:
+            self.share *= 1 - self._cut
+            self._cut = min(2 * self._cut, _MOST_CUT)
+            return
+        self._cut = _LEAST_CUT
+        growth = min(-late * (1 - self.share), _MOST_GROWTH)
+        if growth >= _LEAST_GROWTH:
+            self.share = min(self.share * (1 + growth), _MOST_SHARE)

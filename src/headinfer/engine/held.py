@@ -89,6 +89,11 @@ class HeldTokens:
         self._executor = Executor(source, self._pages, self._windows, self._host, sizes)
 
     @property
+    def host_share(self) -> float:
+        """Share of the tokens beside the residents that the host attends, as it is now."""
+        return self._balance.share
+
+    @property
     def device_kv_bytes(self) -> int:
         """Bytes of device memory held for KV."""
         return self._arena_bytes + self.window_bytes
