@@ -120,6 +120,29 @@ def test_a_hook_from_before_the_attachment_is_called(model: PreTrainedModel) -> 
         assert (len(calls), offload.stats.captures) == (7, 0)
 
 
+def test_what_is_launched_for_now_is_said_once_with_the_reason(
+    model: PreTrainedModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "headinfer.integration.capture")
+    with headinfer.attach(model, **SIMULATED) as offload:
+        cache = prompted(offload, model)
+        steps(model, cache, 5)
+        assert caplog.records == []
+        with forward_hook(model.lm_head, lambda *_: None):
+            steps(model, cache, 3)
+        for columns in (49, 50, 51):
+            mask = torch.ones(1, columns).long()
+            mask[0, 0] = 0
+            step(model, cache, attention_mask=mask)
+    begin = "decode steps are launched kernel by kernel while "
+    reasons = "others have hooks on the model's modules", "some of their tokens are padding"
+    assert [(each.levelno, each.getMessage()) for each in caplog.records] == [
+        (level, begin + reason)
+        for reason in reasons
+        for level in (logging.INFO, logging.DEBUG, logging.DEBUG)
+    ]
+
+
 def test_what_a_hook_returns_counts(model: PreTrainedModel) -> None:
     def use(offload: Offload) -> list[torch.Tensor]:
         cache = prompted(offload, model)

@@ -30,6 +30,7 @@ from headinfer.integration.decode_call import DecodeCall, DecodeCalls
 from headinfer.integration.fusion import FusedParts
 from headinfer.integration.hooks import HooksOfOthers
 from headinfer.integration.outputs import are_equal, are_near, handed_out
+from headinfer.integration.said import SaidOnce
 from headinfer.kv.extent import Piece
 
 _logger = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ class CapturedSteps:
         self._begun: set[Hashable] = set()
         self._known: set[Hashable] = set()  # captures of these served more tokens than one
         self._refused: set[Hashable] = set()
-        self._warned = False
+        self._log = SaidOnce(_logger)
 
     def run(
         self,
@@ -150,8 +151,18 @@ class CapturedSteps:
         return handed_out(replayed, cache)
 
     def _replayable(self, cache: OffloadedCache, arguments: dict[str, Any]) -> DecodeCall | None:
-        call = self._calls.read(cache, arguments)
-        if call is None or self._hooks.there_are_any():
+        try:
+            call = self._calls.read(cache, arguments)
+            if call is None:
+                return None
+            if self._hooks.there_are_any():
+                raise CaptureError("others have hooks on the model's modules")
+        except CaptureError as error:
+            reason = str(error)
+            self._log.say(
+                *(logging.INFO, reason),
+                *("decode steps are launched kernel by kernel while %s", reason),
+            )
             return None
         refused = self._refused.issuperset((call.kind, form) for form in Form)
         return None if refused else call
@@ -324,10 +335,8 @@ class CapturedSteps:
         self._say(reason)
 
     def _say(self, reason: str) -> None:
-        level = logging.DEBUG if self._warned else logging.WARNING
-        self._warned = True
-        _logger.log(
-            level,
+        self._log.say(
+            *(logging.WARNING, "refused"),
             "decode steps of this model are launched kernel by kernel: %s; capture=False spares "
             "the attempt",
             reason,
