@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import headinfer
-from captured import SIMULATED, launched, prompted, steps
+from captured import NEW_KIND, SIMULATED, launched, prompted, steps
 from headinfer.device.simulated import SimulatedDevice
 from headinfer.engine.engine import Engine
 from headinfer.errors import CacheStateError
@@ -46,7 +46,7 @@ def test_memory_is_freed_at_once(name: str, end: Callable[[list[Any]], None]) ->
     with headinfer.attach(model, **SIMULATED, simulated_device=device) as offload:
         caches = [prompted(offload, model)]
         steps(model, caches[0], 6)
-        assert launched(offload.stats) == 2
+        assert launched(offload.stats) == NEW_KIND
         captured = next(iter(caches[0].state.engine.captured.values()))
         static = weakref.ref(captured.step.arguments["input_ids"])
         del captured
@@ -114,7 +114,7 @@ class Interrupted(torch.nn.Module):
         return self.inner(hidden)
 
 
-STAGES = {"prepared": (0, 1), "captured": (0, 2), "first by kernel": (0, 3), "compared": (1, 1)}
+STAGES = {"prepared": (1, 1), "captured": (1, 2), "first by kernel": (1, 3), "compared": (2, 1)}
 """How many steps were served before, and which of the calls within the next one breaks off."""
 
 

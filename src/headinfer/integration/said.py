@@ -27,3 +27,8 @@ class SaidOnce:
             level = logging.DEBUG
         self._said.add(about)
         self._logger.log(level, message, *arguments)
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of what an error says, or its name where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
