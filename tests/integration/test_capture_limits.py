@@ -148,6 +148,26 @@ def test_what_is_launched_for_now_is_said_once_with_the_reason(
     ]
 
 
+def test_hooks_on_the_model_itself_are_called_around_replays(model: PreTrainedModel) -> None:
+    called: list[str] = []
+
+    def double(_model: torch.nn.Module, _args: Any, output: Any) -> None:
+        output.logits.mul_(2)
+
+    def use(offload: Offload) -> list[torch.Tensor]:
+        cache = prompted(offload, model)
+        called.clear()
+        with (
+            pre_hook(model, lambda *_: called.append("before")),
+            forward_hook(model, double),
+        ):
+            return steps(model, cache, 8)
+
+    stats, _ = with_and_without_capture(model, use)
+    assert called == ["before"] * 8
+    assert launched(stats) == NEW_KIND
+
+
 def test_what_a_hook_returns_counts(model: PreTrainedModel) -> None:
     def use(offload: Offload) -> list[torch.Tensor]:
         cache = prompted(offload, model)

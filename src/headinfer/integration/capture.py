@@ -287,8 +287,9 @@ class CapturedSteps:
         try:
             yield
         finally:
+            seconds = perf_counter() - started_s
             for stats in (self._stats, cache.stats):
-                stats.capture_s += perf_counter() - started_s
+                stats.capture_s += seconds
 
     @contextlib.contextmanager
     def _attempt(self, cache: OffloadedCache, call: DecodeCall) -> Iterator[None]:
