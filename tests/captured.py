@@ -81,3 +81,20 @@ def steps(
 ) -> list[torch.Tensor]:
     """Return the logits of some decode steps, each of another token."""
     return [step(model, cache, 3 + at % 90, **arguments) for at in range(first, first + count)]
+
+
+NEW_KIND, NEW_CACHE, NEW_TURN = 3, 2, 1
+"""Steps that are launched until a capture is replayed alone: the first, captured, compared.
+
+The first capture of a kind is compared one step later than it is made, and any other in that step.
+What a cache has captured already is only compared.
+"""
+
+
+def few(past_tokens: int, steps: int, *, begin: int = NEW_KIND) -> int:
+    """Return how many of some steps in a row are launched, the first behind so many tokens.
+
+    One of them is at each power of two, where captures are compared again.
+    """
+    alone = range(past_tokens + begin, past_tokens + steps)
+    return begin + sum(tokens & (tokens - 1) == 0 for tokens in alone)

@@ -146,16 +146,19 @@ def test_what_was_measured_adds_up(options: dict[str, Any]) -> None:
     ids = random_tokens(1, 40)[0].tolist()
     with headinfer.attach(model, **options) as offload:
         model.generate(random_tokens(1, 90), max_new_tokens=3)  # of no concern to the next call
-        before = offload.stats.prefill_s, offload.stats.decode_s
+        stats = offload.stats
+        before = stats.prefill_s, stats.decode_s, stats.capture_s
         records = list(headinfer.generate(model, ids, tokenizer=tokenizer, max_new_tokens=12))
-        last, stats = records[-1], offload.stats
+        last = records[-1]
         assert last.prefill_s + before[0] == pytest.approx(stats.prefill_s)
         assert last.decode_s + before[1] == pytest.approx(stats.decode_s)
+        assert last.capture_s + before[2] == pytest.approx(stats.capture_s)
         plan = offload.session.plan_for(1, 40 + 12)
         assert last.standard_kv_bytes == plan.shape.standard_kv_bytes(40 + 11, 1)
     assert last.prompt_tokens == 40
     assert last.prefill_s * last.prefill_tokens_per_s == pytest.approx(40)
     assert last.decode_s * last.decode_tokens_per_s == pytest.approx(11)
+    assert (last.capture_s > 0) == (options["device"] != "cpu")
     assert last.host_kv_bytes >= plan.kv_host_bytes(40)
     assert last.peak_device_kv_bytes == (0 if options["device"] == "cpu" else plan.arena_bytes)
     times = [record.prefill_s + record.decode_s for record in records]

@@ -10,7 +10,11 @@ from transformers.generation.streamers import BaseStreamer
 
 import headinfer
 from captured import (
+    NEW_CACHE,
+    NEW_KIND,
+    NEW_TURN,
     SIMULATED,
+    few,
     generated,
     launched,
     prompted,
@@ -45,7 +49,7 @@ def assert_as_stock(ours: Any, stock: Any) -> None:
         for name in ARCHITECTURES
     ],
 )
-def test_generate_equals_stock_and_launches_two_steps(name: str) -> None:
+def test_generate_equals_stock_and_launches_few_steps(name: str) -> None:
     model, tokens = shared_model(name), random_tokens(2, 70)
     options = {"max_new_tokens": NEW_TOKENS}
     outputs = []
@@ -60,7 +64,7 @@ def test_generate_equals_stock_and_launches_two_steps(name: str) -> None:
     if name in NOT_CAPTURED:
         assert (stats.captures, stats.captured_steps) == (0, 0)
     else:
-        assert (stats.captures, launched(stats)) == (1, 2)
+        assert (stats.captures, launched(stats)) == (1, few(70, NEW_TOKENS - 1))
 
 
 @pytest.mark.parametrize("name", ["llama3", "gemma3", "gpt-oss"])
@@ -72,7 +76,7 @@ def test_bfloat16_is_captured_to_the_last_bit(name: str) -> None:
         return [output.sequences, *output.logits]
 
     stats, _ = with_and_without_capture(model, use)
-    assert launched(stats) == 2
+    assert launched(stats) == few(70, NEW_TOKENS - 1)
 
 
 @pytest.mark.parametrize("batch", range(1, 9))
@@ -82,7 +86,7 @@ def test_batches_are_captured_each_for_itself(batch: int) -> None:
         other = generated(model, random_tokens(9 - batch, 20), offload.new_cache())
         ours = generated(model, tokens, offload.new_cache(), max_new_tokens=80)
         assert offload.stats.captures == 2
-        assert launched(offload.stats) == 4
+        assert launched(offload.stats) == few(20, 19) + few(30, 79)
     assert other.sequences.shape[0] == 9 - batch
     assert_as_stock(ours, stock_generated(model, tokens, max_new_tokens=80))
 
@@ -102,7 +106,7 @@ def test_ways_of_choosing_tokens(name: str, options: dict[str, Any]) -> None:
     model, tokens = shared_model(name), random_tokens(1, 40)
     with headinfer.attach(model, **SIMULATED) as offload:
         ours = generated(model, tokens, offload.new_cache(), max_new_tokens=90, **options)
-        assert launched(offload.stats) == 2
+        assert launched(offload.stats) == few(40, 89)
     stock = stock_generated(model, tokens, max_new_tokens=90, **options)
     assert torch.equal(ours.sequences, stock.sequences)
     assert_as_stock(ours, stock)
@@ -145,7 +149,7 @@ def test_streamers_and_stopping_criteria_hear_of_each_token() -> None:
             streamer=streamer,
             stopping_criteria=StoppingCriteriaList([criterion]),
         )
-        assert launched(offload.stats) == 2
+        assert launched(offload.stats) == few(40, 59)
     assert ours.sequences.shape == (1, 100)
     assert streamer.tokens == [*ours.sequences[0].tolist(), -1]
     assert criterion.seen == ours.sequences[0, 40:].tolist()
@@ -153,7 +157,7 @@ def test_streamers_and_stopping_criteria_hear_of_each_token() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama3", *WINDOWED])
-def test_the_next_cache_and_the_next_turn_launch_one_step(name: str) -> None:
+def test_the_next_cache_and_the_next_turn_launch_fewer_steps(name: str) -> None:
     model = shared_model(name)
 
     def use(offload: Offload) -> list[torch.Tensor]:
@@ -168,7 +172,13 @@ def test_the_next_cache_and_the_next_turn_launch_one_step(name: str) -> None:
 
     stats, _ = with_and_without_capture(model, use)
     assert stats.decode_steps == 2 * 3 * 39
-    assert (stats.captures, launched(stats)) == (2, (2 + 1 + 1) + (1 + 1 + 1))
+    turns = 30, 30 + 40 + 9, 30 + 40 + 9 + 40 + 10  # tokens before each turn's steps
+    assert stats.captures == 2
+    assert launched(stats) == sum(
+        few(past, 39, begin=NEW_TURN if turn else begin)
+        for begin in (NEW_KIND, NEW_CACHE)
+        for turn, past in enumerate(turns)
+    )
 
 
 @pytest.mark.parametrize("name", ["llama3", "gemma3"])
@@ -179,7 +189,7 @@ def test_outputs_stay_as_they_were_handed_out(name: str) -> None:
         outputs = steps(model, cache, 10)
         before = [output.clone() for output in outputs]
         steps(model, cache, 5)
-        assert launched(offload.stats) == 2
+        assert launched(offload.stats) == NEW_KIND
     assert all(map(torch.equal, outputs, before))
     assert len({output.data_ptr() for output in outputs}) == 10
 
@@ -196,7 +206,7 @@ def test_crop_then_going_on(name: str) -> None:
         return outputs
 
     stats, _ = with_and_without_capture(model, use)
-    assert (stats.captures, launched(stats)) == (1, 2)
+    assert (stats.captures, launched(stats)) == (1, NEW_KIND + 2)  # and at 64 and 128 tokens
 
 
 @pytest.mark.parametrize("name", ["llama3", "gemma3"])
@@ -213,7 +223,8 @@ def test_crop_of_all_then_another_prompt(name: str) -> None:
         return outputs
 
     stats, _ = with_and_without_capture(model, use)
-    assert launched(stats) == 2 + 1 + 1
+    begin = NEW_TURN if stats.captures == 1 else NEW_CACHE  # a window has other memory then
+    assert launched(stats) == few(5, 6) + few(6, 6, begin=begin) + few(7, 6, begin=begin)
 
 
 def test_steps_at_the_same_length_alone_make_no_capture_trusted() -> None:
@@ -248,7 +259,8 @@ def test_rows_that_change_places_between_steps(name: str) -> None:
         return outputs
 
     stats, _ = with_and_without_capture(model, use)
-    assert (stats.captures, launched(stats)) == (2, 4)  # one for three rows, one for two
+    of_three, of_two = few(40, 90), NEW_KIND - 1  # a step of other rows came just before
+    assert (stats.captures, launched(stats)) == (2, of_three + of_two)
 
 
 @pytest.mark.parametrize("name", ["llama3", "gpt-oss"])
@@ -266,7 +278,7 @@ def test_a_copied_cache_goes_on_by_itself(name: str) -> None:
         return outputs + steps(model, cache, 5)
 
     stats, _ = with_and_without_capture(model, use)
-    assert (stats.captures, launched(stats)) == (2, 2 + 1)
+    assert (stats.captures, launched(stats)) == (2, NEW_KIND + NEW_CACHE)
 
 
 def test_reset_and_use_again() -> None:
@@ -281,7 +293,7 @@ def test_reset_and_use_again() -> None:
         return outputs
 
     stats, _ = with_and_without_capture(model, use)
-    assert (stats.captures, launched(stats)) == (3, 2 + 1 + 1)
+    assert (stats.captures, launched(stats)) == (3, NEW_KIND + 2 * NEW_CACHE)
 
 
 def test_a_cache_that_outgrows_what_is_resident_goes_on() -> None:
@@ -296,9 +308,10 @@ def test_a_cache_that_outgrows_what_is_resident_goes_on() -> None:
         with headinfer.attach(model, **options, capture=capture) as offload:
             outcomes.append(use(offload))
     assert all(map(torch.equal, *outcomes))
-    # In one launch while all is resident, and in pieces from then on: two are compared of each. One
-    # more, which sends a page home, could not be compared.
-    assert (offload.stats.captured_steps, offload.stats.captures) == (200 - 2 - 2 - 1, 2)
+    # In one launch while all is resident, and in pieces from then on, behind a step in a row.
+    # One more, which sends a page home, could not be compared.
+    stats, again = offload.stats, 2  # at 64 and 128 tokens
+    assert (launched(stats), stats.captures) == (NEW_KIND + NEW_KIND - 1 + 1 + again, 2)
 
 
 def test_two_caches_alternate() -> None:
@@ -310,7 +323,7 @@ def test_two_caches_alternate() -> None:
 
     stats, _ = with_and_without_capture(model, use)
     assert stats.captures == 2
-    assert launched(stats) == 4  # both began before one was known to serve
+    assert launched(stats) == 2 * few(40, 80)  # both began before one was known to serve
 
 
 def test_dropping_one_of_two_caches_leaves_the_other() -> None:
@@ -323,7 +336,7 @@ def test_dropping_one_of_two_caches_leaves_the_other() -> None:
         return outputs + steps(model, second, 80)
 
     stats, _ = with_and_without_capture(model, use)
-    assert launched(stats) == 3
+    assert launched(stats) == NEW_KIND + few(40, 85, begin=NEW_CACHE)
 
 
 def test_padding_is_launched_and_right() -> None:
@@ -348,7 +361,8 @@ def test_a_mask_of_ones_is_none() -> None:
         return outputs
 
     stats, _ = with_and_without_capture(model, use)
-    assert (stats.captures, launched(stats)) == (2, 4)  # with a mask, and without one
+    # With a mask, and without one: each is captured, compared, and compared behind 64 tokens.
+    assert (stats.captures, launched(stats)) == (2, 1 + 2 * 3)
 
 
 def test_a_mask_for_other_tokens_is_refused_as_ever() -> None:
@@ -357,7 +371,7 @@ def test_a_mask_for_other_tokens_is_refused_as_ever() -> None:
         cache = prompted(offload, model)
         for at in range(4):
             step(model, cache, attention_mask=torch.ones(1, 41 + at).long())
-        assert offload.stats.captured_steps == 2
+        assert offload.stats.captured_steps == 4 - NEW_KIND
         with pytest.raises(UnsupportedModelError, match="at least 45 columns"):
             step(model, cache, attention_mask=torch.ones(1, 7).long())
 
@@ -385,7 +399,7 @@ def test_arguments_of_calls(arguments: dict[str, Any]) -> None:
         return outputs
 
     stats, outputs = with_and_without_capture(model, use)
-    assert launched(stats) == 2
+    assert launched(stats) == NEW_KIND
     assert (len(outputs) > 10) == ("output_hidden_states" in arguments)
 
 
@@ -403,7 +417,7 @@ def test_return_dict_false_gives_tuples() -> None:
         return outputs
 
     stats, _ = with_and_without_capture(model, use)
-    assert launched(stats) == 2
+    assert launched(stats) == NEW_KIND
 
 
 def test_embeddings_instead_of_tokens() -> None:
@@ -418,7 +432,7 @@ def test_embeddings_instead_of_tokens() -> None:
         ] + steps(model, cache, 5)
 
     stats, _ = with_and_without_capture(model, use)
-    assert (stats.captures, launched(stats)) == (2, 4)
+    assert (stats.captures, launched(stats)) == (2, 2 * NEW_KIND - 1)
 
 
 def test_outputs_of_no_dimension() -> None:
@@ -434,7 +448,7 @@ def test_outputs_of_no_dimension() -> None:
 
     stats, outputs = with_and_without_capture(model, use)
     assert outputs[0].ndim == 0
-    assert launched(stats) == 2
+    assert launched(stats) == NEW_KIND
 
 
 def test_inference_mode_and_no_grad_alternate() -> None:
@@ -450,7 +464,7 @@ def test_inference_mode_and_no_grad_alternate() -> None:
         return outputs
 
     stats, _ = with_and_without_capture(model, use)
-    assert (stats.captures, launched(stats)) == (2, 4)
+    assert (stats.captures, launched(stats)) == (2, 2 * NEW_KIND - 1)
 
 
 def test_autocast_whose_casts_go_after_each_step() -> None:
@@ -471,7 +485,7 @@ def test_autocast_whose_casts_go_after_each_step() -> None:
         return outputs
 
     stats, _ = with_and_without_capture(model, use)
-    assert launched(stats) == 2
+    assert launched(stats) == NEW_KIND
 
 
 def test_positions_that_the_user_gives_are_followed() -> None:
@@ -483,7 +497,7 @@ def test_positions_that_the_user_gives_are_followed() -> None:
 
     with headinfer.attach(model, **SIMULATED) as offload:
         ours = run(prompted(offload, model))
-        assert launched(offload.stats) == 2
+        assert launched(offload.stats) == NEW_KIND
     cache = stock_cache(model)
     for got, want in zip(ours, run(cache), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)

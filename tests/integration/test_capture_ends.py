@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import headinfer
-from captured import SIMULATED, launched, prompted, steps
+from captured import NEW_KIND, SIMULATED, launched, prompted, steps
 from headinfer.device.simulated import SimulatedDevice
 from headinfer.engine.engine import Engine
-from headinfer.errors import CacheStateError
+from headinfer.errors import CacheStateError, MemoryPlanError
 from headinfer.integration.calls import cache_argument
 from headinfer.kv.ledger import Ledger
 from tiny_models import random_tokens, shared_model, tiny_model
@@ -46,7 +46,7 @@ def test_memory_is_freed_at_once(name: str, end: Callable[[list[Any]], None]) ->
     with headinfer.attach(model, **SIMULATED, simulated_device=device) as offload:
         caches = [prompted(offload, model)]
         steps(model, caches[0], 6)
-        assert launched(offload.stats) == 2
+        assert launched(offload.stats) == NEW_KIND
         captured = next(iter(caches[0].state.engine.captured.values()))
         static = weakref.ref(captured.step.arguments["input_ids"])
         del captured
@@ -114,7 +114,7 @@ class Interrupted(torch.nn.Module):
         return self.inner(hidden)
 
 
-STAGES = {"prepared": (0, 1), "captured": (0, 2), "first by kernel": (0, 3), "compared": (1, 1)}
+STAGES = {"prepared": (1, 1), "captured": (1, 2), "first by kernel": (1, 3), "compared": (2, 1)}
 """How many steps were served before, and which of the calls within the next one breaks off."""
 
 
@@ -182,6 +182,36 @@ def test_ctrl_c_around_a_replay(
             cache.reset()
             cache, got = prompted(offload, model), []
         got += steps(model, cache, 80 - len(got), first=len(got))
+        assert all(map(torch.equal, got, wanted))
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("much"), MemoryPlanError("none left"), RuntimeError("no")]
+)
+def test_what_fails_after_a_replay_leaves_its_result(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = shared_model("llama3")
+    with headinfer.attach(model, **SIMULATED, capture=False) as offload:
+        wanted = steps(model, prompted(offload, model), 80)
+    with headinfer.attach(model, **SIMULATED) as offload:
+        cache = prompted(offload, model)
+        got = steps(model, cache, 6)
+        failures = [1, 2]  # after the replay, and before the next one
+
+        def fail(_engine: Engine) -> None:
+            failures.pop()
+            raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Engine, "_write_places", fail)
+            got += steps(model, cache, 1, first=6)
+            assert len(failures) == 1
+            with pytest.raises(type(error), match=str(error)):
+                steps(model, cache, 1, first=7)
+            assert failures == []
+        assert cache.get_seq_length() == 40 + 7
+        got += steps(model, cache, 73, first=7)
         assert all(map(torch.equal, got, wanted))
 
 

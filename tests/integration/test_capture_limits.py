@@ -12,7 +12,11 @@ from transformers import PreTrainedModel
 
 import headinfer
 from captured import (
+    NEW_CACHE,
+    NEW_KIND,
+    NEW_TURN,
     SIMULATED,
+    few,
     generated,
     launched,
     prompted,
@@ -20,6 +24,7 @@ from captured import (
     steps,
     with_and_without_capture,
 )
+from headinfer.device.simulated_capture import SimulatedCapture
 from headinfer.integration.calls import cache_argument
 from headinfer.offload import Offload
 from tiny_models import random_tokens, tiny_model
@@ -100,7 +105,7 @@ def test_hooks_are_called_in_each_step_they_are_there(
     with headinfer.attach(model, **SIMULATED) as offload:
         cache = prompted(offload, model)
         steps(model, cache, 5)
-        assert launched(offload.stats) == 2
+        assert launched(offload.stats) == NEW_KIND
         for _ in range(2):
             calls.clear()
             with hooked(module, note):
@@ -108,7 +113,7 @@ def test_hooks_are_called_in_each_step_they_are_there(
             assert len(calls) == 4
             steps(model, cache, 4)
             assert len(calls) == 4
-        assert launched(offload.stats) == 2 + 2 * (4 + 1)  # compared again behind each
+        assert launched(offload.stats) == NEW_KIND + 2 * (4 + NEW_TURN)
         assert offload.stats.captures == 1
 
 
@@ -120,6 +125,49 @@ def test_a_hook_from_before_the_attachment_is_called(model: PreTrainedModel) -> 
         assert (len(calls), offload.stats.captures) == (7, 0)
 
 
+def test_what_is_launched_for_now_is_said_once_with_the_reason(
+    model: PreTrainedModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "headinfer.integration.capture")
+    with headinfer.attach(model, **SIMULATED) as offload:
+        cache = prompted(offload, model)
+        steps(model, cache, 5)
+        assert caplog.records == []
+        with forward_hook(model.lm_head, lambda *_: None):
+            steps(model, cache, 3)
+        for columns in (49, 50, 51):
+            mask = torch.ones(1, columns).long()
+            mask[0, 0] = 0
+            step(model, cache, attention_mask=mask)
+    begin = "decode steps are launched kernel by kernel while "
+    reasons = "others have hooks on the model's modules", "some of their tokens are padding"
+    assert [(each.levelno, each.getMessage()) for each in caplog.records] == [
+        (level, begin + reason)
+        for reason in reasons
+        for level in (logging.INFO, logging.DEBUG, logging.DEBUG)
+    ]
+
+
+def test_hooks_on_the_model_itself_are_called_around_replays(model: PreTrainedModel) -> None:
+    called: list[str] = []
+
+    def double(_model: torch.nn.Module, _args: Any, output: Any) -> None:
+        output.logits.mul_(2)
+
+    def use(offload: Offload) -> list[torch.Tensor]:
+        cache = prompted(offload, model)
+        called.clear()
+        with (
+            pre_hook(model, lambda *_: called.append("before")),
+            forward_hook(model, double),
+        ):
+            return steps(model, cache, 8)
+
+    stats, _ = with_and_without_capture(model, use)
+    assert called == ["before"] * 8
+    assert launched(stats) == NEW_KIND
+
+
 def test_what_a_hook_returns_counts(model: PreTrainedModel) -> None:
     def use(offload: Offload) -> list[torch.Tensor]:
         cache = prompted(offload, model)
@@ -129,7 +177,7 @@ def test_what_a_hook_returns_counts(model: PreTrainedModel) -> None:
         return outputs + steps(model, cache, 5)
 
     stats, _ = with_and_without_capture(model, use)
-    assert stats.captured_steps == 3 + 4
+    assert stats.captured_steps == 5 - NEW_KIND + 5 - NEW_TURN
 
 
 @pytest.mark.parametrize("name", ["llama3", "gemma3"])
@@ -171,8 +219,51 @@ def test_a_number_that_grows_later_is_noticed_in_the_next_turn(
         return outputs
 
     stats, _ = with_and_without_capture(model, use)
-    assert stats.captured_steps == 4 + 3 + 3  # compared in vain, captured, compared
+    # Compared in vain, captured, compared: in both further turns. Their tokens count as drafts.
+    assert launched(stats) - 3 == NEW_KIND + 2 * 3
     assert warnings(caplog) == []
+
+
+def test_a_branch_at_some_length_is_noticed_when_the_tokens_have_doubled(
+    model: PreTrainedModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    caches: list[Any] = []
+
+    def branch(hidden: torch.Tensor) -> torch.Tensor | None:
+        return hidden * 2 if caches and caches[-1].get_seq_length() >= 64 else None
+
+    def use(offload: Offload) -> list[torch.Tensor]:
+        caches.clear()
+        cache = prompted(offload, model)
+        caches.append(cache)
+        return steps(model, cache, 40)
+
+    # Before its attention, where a call and a capture see the same number at the same token.
+    first = model.model.layers[0]
+    first.input_layernorm = Around(first.input_layernorm, branch)
+    stats, _ = with_and_without_capture(model, use)
+    compared_in_vain = 1
+    assert launched(stats) == NEW_KIND + compared_in_vain + NEW_KIND - 1
+    assert stats.captures == 2
+    assert warnings(caplog) == []
+
+
+@pytest.mark.parametrize("form", [{}, {"resident_tokens": 0}], ids=["one launch", "in pieces"])
+def test_what_takes_one_step_is_not_captured(form: dict[str, Any], model: PreTrainedModel) -> None:
+    with headinfer.attach(model, **{**SIMULATED, **form}) as offload:
+        for conversation in range(3):  # a score each, or an answer of two tokens
+            cache = prompted(offload, model, seed=conversation)
+            for _ in range(2):
+                steps(model, cache, 1)
+                assert offload.stats.captures == 0
+                model(random_tokens(1, 40), **cache_argument(model, cache))
+        steps(model, cache, 3)
+        assert (offload.stats.captures, offload.stats.captured_steps) == (1, 0)
+        another = prompted(offload, model)
+        steps(model, another, 1)
+        assert offload.stats.captures == 1
+        steps(model, another, 2)
+        assert (offload.stats.captures, offload.stats.captured_steps) == (2, 1)
 
 
 OF_TWO_ROWS = torch.tensor([[5], [6]])
@@ -224,7 +315,7 @@ class Failing:
             raise self.error
 
 
-@pytest.mark.parametrize("number", [1, 2], ids=["prepared", "captured"])
+@pytest.mark.parametrize("number", [2, 3], ids=["prepared", "captured"])
 @pytest.mark.parametrize("error", [ValueError("no\nsecond line"), torch.OutOfMemoryError("much")])
 def test_a_model_that_fails_when_captured_is_launched(
     error: Exception, number: int, model: PreTrainedModel, caplog: pytest.LogCaptureFixture
@@ -240,6 +331,44 @@ def test_a_model_that_fails_when_captured_is_launched(
     assert [reason in each for each in warnings(caplog)] == [True]
 
 
+@pytest.mark.parametrize("placement", [{}, {"resident_tokens": 0}], ids=["one launch", "in pieces"])
+@pytest.mark.parametrize("error", [RuntimeError("no\nsecond line"), torch.OutOfMemoryError("much")])
+@pytest.mark.parametrize("known", [False, True])
+def test_a_first_replay_that_fails_leaves_the_step_to_be_launched(
+    known: bool,
+    error: Exception,
+    placement: dict[str, Any],
+    model: PreTrainedModel,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail(capture: SimulatedCapture[Any]) -> None:
+        for run in capture._operations[:-1]:
+            run()
+        raise error
+
+    options = {**SIMULATED, **placement}
+    with headinfer.attach(model, **options, capture=False) as offload:
+        wanted = steps(model, prompted(offload, model), 12)
+    with headinfer.attach(model, **options) as offload:
+        if known:
+            steps(model, prompted(offload, model, seed=2), 6)
+        served = offload.stats.captured_steps
+        assert (served > 0) == known
+        cache = prompted(offload, model)
+        got = steps(model, cache, 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(SimulatedCapture, "replay", fail)
+            got += steps(model, cache, 2, first=1)
+        got += steps(model, cache, 9, first=3)
+        assert all(map(torch.equal, got, wanted))
+        assert cache.get_seq_length() == 40 + 12
+        assert offload.stats.captured_steps == served
+        assert not cache.state.engine.captured
+    reason = "no;" if type(error) is RuntimeError else "no GPU memory left for a capture;"
+    assert [reason in each for each in warnings(caplog)] == [True]
+
+
 def test_an_error_of_the_step_itself_reaches_the_caller(model: PreTrainedModel) -> None:
     with headinfer.attach(model, **SIMULATED) as offload:
         cache = prompted(offload, model)
@@ -247,7 +376,7 @@ def test_an_error_of_the_step_itself_reaches_the_caller(model: PreTrainedModel) 
         with pytest.raises(IndexError):
             step(model, cache, token=10**6)
         assert step(model, cache).isfinite().all()
-        assert offload.stats.captured_steps == 3 + 1
+        assert offload.stats.captured_steps == 5 - NEW_KIND + 1
 
 
 def test_an_output_that_cannot_be_copied_is_not_captured(
@@ -281,7 +410,7 @@ def test_weights_changed_in_place_are_seen_at_once(model: PreTrainedModel) -> No
         return outputs
 
     stats, _ = with_and_without_capture(model, use)
-    assert (stats.captures, launched(stats)) == (1, 2)
+    assert (stats.captures, launched(stats)) == (1, NEW_KIND)
 
 
 REPLACEMENTS: dict[str, Callable[[torch.nn.Module], Any]] = {
@@ -318,7 +447,7 @@ def test_what_is_replaced_between_turns_is_captured_anew(
             outcomes.append([*logits, *other.logits])
     assert all(map(torch.equal, *outcomes))
     # Compared in vain, prepared, compared: in each turn but the first.
-    assert launched(offload.stats) == 2 + 3 * 3 + 1
+    assert launched(offload.stats) == few(30, 9) + 3 * 3 + few(30, 9, begin=NEW_CACHE)
     assert offload.stats.captures == 4 + 1
     assert warnings(caplog) == []
 
@@ -334,7 +463,7 @@ def test_arguments_that_are_others_in_each_call_are_given_up(
         return outputs + steps(model, cache, 5)
 
     stats, _ = with_and_without_capture(model, use)
-    assert (stats.captures, stats.captured_steps) == (1 + 8, 3 + 4)
+    assert (stats.captures, stats.captured_steps) == (1 + 8, 5 - NEW_KIND + 5 - NEW_TURN)
     assert ["others in each call" in each for each in warnings(caplog)] == [True]
 
 

@@ -6,7 +6,17 @@ import pytest
 import torch
 
 import headinfer
-from captured import generated, launched, prompted, step, steps, stock_generated
+from captured import (
+    NEW_KIND,
+    NEW_TURN,
+    few,
+    generated,
+    launched,
+    prompted,
+    step,
+    steps,
+    stock_generated,
+)
 from headinfer.device.base import Edge
 from headinfer.device.hazards import HazardError
 from headinfer.device.simulated import SimulatedDevice
@@ -51,7 +61,7 @@ def outcomes(
         ),
     ],
 )
-def test_generate_equals_stock_and_launches_two_steps(name: str, placement: str) -> None:
+def test_generate_equals_stock_and_launches_few_steps(name: str, placement: str) -> None:
     model, tokens = shared_model(name), random_tokens(1, 70)
 
     def use(offload: Offload) -> list[torch.Tensor]:
@@ -61,7 +71,7 @@ def test_generate_equals_stock_and_launches_two_steps(name: str, placement: str)
     stats, ours = outcomes(name, placement, use)
     stock = stock_generated(model, tokens, max_new_tokens=NEW_TOKENS)
     assert torch.equal(ours[0], stock.sequences)
-    assert (stats.captures, launched(stats)) == (1, 2)
+    assert (stats.captures, launched(stats)) == (1, few(70, NEW_TOKENS - 1))
     moved = stats.bytes_attended_on_host if placement == "host" else stats.bytes_to_device
     assert moved > 0
 
@@ -82,7 +92,9 @@ def test_a_step_is_taken_back_before_it_is_compared_at_any_place_of_a_page(done:
 
     stats, _ = outcomes("gemma3", "streamed", use)
     # The two tokens, and the step after them; where that one ends a page, the next is compared.
-    assert launched(stats) == 2 + 1 + 1 + (done == 21)
+    again = NEW_TURN + (done == 21)
+    at_64 = done + 2 + again < 24 < done + 2 + 8
+    assert launched(stats) == NEW_KIND + 1 + again + at_64
 
 
 def test_a_conversation_goes_on_after_turns_and_crops() -> None:
@@ -98,7 +110,9 @@ def test_a_conversation_goes_on_after_turns_and_crops() -> None:
 
     stats, _ = outcomes("llama3", "host", use)
     assert stats.captures == 1
-    assert launched(stats) == 2 + 3 + 3  # and in each turn its tokens, and the step after them
+    assert (
+        launched(stats) == NEW_KIND + 3 + 3
+    )  # and in each turn its tokens, and the step after them
 
 
 def test_rows_are_rearranged_between_replays() -> None:
@@ -131,7 +145,7 @@ def test_a_replay_that_waits_too_little_is_noticed(edge: Edge, placement: str) -
     offload = headinfer.attach(model, **settings)
     cache = prompted(offload, model)
     steps(model, cache, 4)
-    assert offload.stats.captured_steps == 2
+    assert offload.stats.captured_steps == 4 - NEW_KIND
     device.skipped_edges = frozenset({edge})
     with pytest.raises(HazardError):
         steps(model, cache, 70)
@@ -178,7 +192,7 @@ def test_the_hosts_share_stays_while_a_step_is_compared(monkeypatch: pytest.Monk
         for _ in range(12):
             step(model, cache)
             shares.append(corrected.share)
-        assert launched(offload.stats) == 2
+        assert launched(offload.stats) == NEW_KIND
         assert len(set(shares[2:])) > 1
 
 

@@ -1,12 +1,15 @@
 """Small parts of a model compiled by torch: as near to float32 as its own, and gone afterwards."""
 
+import contextlib
 import copy
+from typing import Any
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
-from headinfer.integration.fusion import FusedParts
+from headinfer.device.base import CaptureError
+from headinfer.integration.fusion import FusedParts, Fusion
 from tiny_models import random_tokens, tiny_model
 
 
@@ -78,3 +81,43 @@ def test_products_that_are_no_plain_ones_are_not_compiled() -> None:
     with FusedParts(model).on():
         assert "forward" not in mlp.__dict__
         assert "forward" in model.model.layers[1].mlp.__dict__
+
+
+class Trial:
+    """A step whose outputs are given, the last of which may be an error."""
+
+    def __init__(self, *outputs: Any) -> None:
+        self.outputs = list(outputs)
+
+    def __call__(self) -> Any:
+        output = self.outputs.pop(0)
+        if isinstance(output, BaseException):
+            raise output
+        return output
+
+
+ONES = torch.ones(3)
+TRIALS: dict[str, tuple[Trial, bool, bool, str]] = {
+    # the trial, whether anything is fused after it, whether another is to come, what is said
+    "near": (Trial(ONES, ONES * 1.01), True, False, ""),
+    "far": (Trial(ONES, ONES * 2), False, False, "steps: fused, they give other results"),
+    "failed": (Trial(ONES, ValueError("no\nmore")), False, False, "steps: no"),
+    "no capture": (Trial(CaptureError("it reads")), True, True, ""),
+    "stopped": (Trial(KeyboardInterrupt()), True, True, ""),
+}
+
+
+@pytest.mark.parametrize("case", TRIALS)
+def test_nothing_is_fused_once_a_trial_has_failed(
+    case: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    trial, fused, untried, said = TRIALS[case]
+    model = tiny_model("llama3")
+    fusion = Fusion(model, enabled=True)
+    assert fusion.untried
+    with pytest.raises(KeyboardInterrupt) if case == "stopped" else contextlib.nullcontext():
+        fusion.try_out(trial)
+    with fusion.on():
+        assert bool(names_fused(model)) == fused
+    assert fusion.untried == untried
+    assert [each.endswith(said) for each in caplog.messages] == [True] * bool(said)

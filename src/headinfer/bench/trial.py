@@ -33,7 +33,9 @@ from headinfer.integration.model_shape import model_shape
 from headinfer.units import format_bytes
 
 _WARM_UP_TOKENS = 512
-_WARM_UP_STEPS = 2
+_WARM_UP_STEPS = 3
+"""A cache's second decode step is captured. The third one compares the first replay."""
+
 _PREPARED_TOKENS = 40 * 1024
 """Tokens of a prompt that a GPU passes beforehand: its libraries prepare for each new shape.
 

@@ -10,6 +10,7 @@ from rich.table import Table
 from headinfer.cli.text import print_lines
 from headinfer.estimate.choose import Choice
 from headinfer.estimate.situation import MethodPlan, Situation
+from headinfer.plan.memory import runtime_parts
 from headinfer.units import format_bytes, format_seconds, format_tokens
 
 _GIB = 2**30
@@ -67,6 +68,10 @@ def print_plans(
         "[/][red]![/][dim]: more than there is;\nmax context: what "
         f"{'memory holds' if on_cpu else 'GPU and CPU memory hold'}; times predicted[/]"
     )
+    if runtime:
+        parts = runtime_parts(situation.device).items()
+        told = ", ".join(f"{name} {_gib(num_bytes)}" for name, num_bytes in parts)
+        console.print(f"[dim]CUDA itself: {told}[/]")
     _print_choice(console, choice)
 
 

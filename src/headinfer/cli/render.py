@@ -31,7 +31,7 @@ def print_plan(console: Console, model_name: str, dtype: str, plan: Plan) -> Non
 
 def link_bytes_per_s(stats: Stats) -> float:
     """Return the mean rate over the link while the model ran; 0 when nothing was copied."""
-    seconds = stats.prefill_s + stats.decode_s
+    seconds = stats.prefill_s + stats.decode_s + stats.capture_s
     return (stats.bytes_to_device + stats.bytes_to_host) / seconds if seconds else 0.0
 
 
@@ -47,6 +47,12 @@ def summary_rows(stats: Stats, plan: Plan) -> Iterator[tuple[str, str]]:
             "decode",
             f"{stats.decode_tokens:,} tokens in {stats.decode_s:.1f} s, "
             f"{stats.decode_tokens_per_s:,.1f} tokens/s",
+        )
+    if stats.capture_s:
+        steps = "step" if stats.captures == 1 else "steps"
+        yield (
+            "captures",
+            f"{stats.captures} decode {steps} in {stats.capture_s:.1f} s, not in decode",
         )
     standard = format_bytes(stats.standard_kv_bytes)
     if plan.device == "cpu":

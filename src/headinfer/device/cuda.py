@@ -117,6 +117,20 @@ class _Mapped:
         }
 
 
+@contextlib.contextmanager
+def _workspaces_of_its_own() -> Iterator[None]:
+    """Have cuBLAS take workspaces for a capture within it, and not those of work before.
+
+    Torch keeps one for each stream until somebody has it forget all of them, as its compiler does
+    around captures of its own. What is taken within a capture stays in the memory of its graphs.
+    """
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
+
+
 class CudaDevice:
     """A CUDA GPU.
 
@@ -217,7 +231,7 @@ class CudaDevice:
         if not self._graphs:  # torch takes none into a pool whose last graph is gone
             self._graph_pool = torch.cuda.graph_pool_handle()
         capture: CudaCapture[_Result] = CudaCapture(self._graph_pool)
-        with _capture_or_synchronize, self.apart():
+        with _capture_or_synchronize, self.apart(), _workspaces_of_its_own():
             self._capturing = capture
             try:
                 capture.record(work)

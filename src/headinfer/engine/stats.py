@@ -12,11 +12,11 @@ class Stats:
         prefill_s: seconds spent on them.
         decode_tokens: tokens that passed one position at a time, or as drafts that were not taken
             back, all rows together.
-        decode_s: seconds of the model calls spent on them.
+        decode_s: seconds of the model calls spent on them, captures left out.
         decode_steps: those model calls.
         captured_steps: those of them that were replayed, in one launch or in pieces.
         captures: decode steps that were captured to be replayed.
-        capture_s: seconds that took, with what torch compiled for it; part of `decode_s`.
+        capture_s: seconds that took, with what torch compiled for it; beside `decode_s`.
         bytes_to_device: KV bytes copied over the link to the device.
         bytes_to_host: KV bytes copied back.
         bytes_attended_on_host: KV bytes attended by the CPU on behalf of a device.
@@ -50,5 +50,5 @@ class Stats:
 
     @property
     def decode_tokens_per_s(self) -> float:
-        """Decode speed; 0 before any."""
+        """Decode speed without captures; 0 before any."""
         return self.decode_tokens / self.decode_s if self.decode_s else 0.0

@@ -49,8 +49,9 @@ class Generated:
         prompt_tokens: of the prompt.
         prefill_s: seconds the prompt took.
         prefill_tokens_per_s: speed of the prompt.
-        decode_s: seconds the tokens after the first took.
+        decode_s: seconds the tokens after the first took, without captures.
         decode_tokens_per_s: speed of those.
+        capture_s: seconds that captures of decode steps took, with what torch compiled for them.
         peak_device_kv_bytes: the most GPU memory that this call's cache held.
         host_kv_bytes: the most CPU memory that this call's cache held.
         standard_kv_bytes: GPU memory that standard inference would have held for its tokens.
@@ -65,6 +66,7 @@ class Generated:
     prefill_tokens_per_s: float
     decode_s: float
     decode_tokens_per_s: float
+    capture_s: float
     peak_device_kv_bytes: int
     host_kv_bytes: int
     standard_kv_bytes: int
@@ -188,6 +190,7 @@ def _record(generation: Generation, text: str, **ended: FinishReason) -> Generat
         prefill_tokens_per_s=stats.prefill_tokens_per_s,
         decode_s=stats.decode_s,
         decode_tokens_per_s=stats.decode_tokens_per_s,
+        capture_s=stats.capture_s,
         peak_device_kv_bytes=stats.peak_device_kv_bytes,
         host_kv_bytes=stats.host_kv_bytes,
         standard_kv_bytes=stats.standard_kv_bytes,

@@ -25,6 +25,7 @@ from headinfer.integration.chunking import Chunking
 from headinfer.integration.configs import SwappedConfigs
 from headinfer.integration.forward import InstanceForward
 from headinfer.integration.rotary import rotary_modules_by_length
+from headinfer.integration.said import SaidOnce
 from headinfer.integration.serving import AttachmentOwner, ServedCall
 from headinfer.integration.support import is_static
 from headinfer.integration.turns import Turns
@@ -72,7 +73,7 @@ class Attachment:
         self._captures = captures
         self._restore: list[Callable[[], object]] = []
         self._calls: list[ServedCall] = []  # under way; more than one where a call makes another
-        self._warned = False
+        self._log = SaidOnce(_logger)
         self._chunking = Chunking(model)
         self._rotary_modules = rotary_modules_by_length(model)
         try:
@@ -195,10 +196,8 @@ class Attachment:
                 f"a {type(cache).__name__} cannot be used with an attached model; pass "
                 f"{name}=offload.new_cache()"
             )
-        level = logging.DEBUG if self._warned else logging.WARNING
-        self._warned = True
-        _logger.log(
-            level,
+        self._log.say(
+            *(logging.WARNING, "cache"),
             "the model is attached, but its KV cache is a %s and stays on the device; pass "
             "%s=offload.new_cache() to offload it",
             type(cache).__name__,

@@ -6,7 +6,11 @@ A GPU does most of them faster than Python starts them. Captured, they are one l
 A capture is trusted once it was compared. Its first replay, and the first after other calls, runs
 beside the same step launched kernel by kernel, and must give the same bits. The first capture of a
 kind is compared a token later than it was made. So whatever a model does with a Python number that
-grows, or on the host, is found out.
+grows, or on the host, is found out. What it does from some length on is found out later: a capture
+is compared again where the tokens have doubled.
+
+A cache's first step is launched, since many caches take no second one: an answer of two tokens, or
+a score.
 """
 
 import contextlib
@@ -27,9 +31,10 @@ from headinfer.integration.autocast import without_autocast
 from headinfer.integration.cache import OffloadedCache
 from headinfer.integration.captured_step import CapturedStep, Step
 from headinfer.integration.decode_call import DecodeCall, DecodeCalls
-from headinfer.integration.fusion import FusedParts
+from headinfer.integration.fusion import Fusion
 from headinfer.integration.hooks import HooksOfOthers
-from headinfer.integration.outputs import are_equal, are_near, handed_out
+from headinfer.integration.outputs import are_equal, handed_out
+from headinfer.integration.said import SaidOnce, first_line
 from headinfer.kv.extent import Piece
 
 _logger = logging.getLogger(__name__)
@@ -63,13 +68,13 @@ class CapturedSteps:
         self._device = device
         self._stats = stats
         self._enabled = enabled and device.captures
-        self._fused = FusedParts(model) if fused else None
-        self._fusing_works = False
+        self._fusion = Fusion(model, enabled=fused)
         self._hooks = HooksOfOthers(model)
+        self._in_a_row: weakref.WeakSet[Engine] = weakref.WeakSet()  # whose last call was a step
         self._begun: set[Hashable] = set()
         self._known: set[Hashable] = set()  # captures of these served more tokens than one
         self._refused: set[Hashable] = set()
-        self._warned = False
+        self._log = SaidOnce(_logger)
 
     def run(
         self,
@@ -95,6 +100,7 @@ class CapturedSteps:
             pieces = engine.begin_step()
             call = self._in_form(call, pieces)
         if call is None:
+            self._in_a_row.discard(engine)
             for other in engine.captured.values():
                 other.trusted = False
             return forward(**arguments)
@@ -105,7 +111,11 @@ class CapturedSteps:
         if captured is not None and captured.pieces != pieces:
             del engine.captured[call.key]
             captured = None
-        if captured is None or not captured.trusted:
+        first = engine not in self._in_a_row
+        self._in_a_row.add(engine)
+        if captured is None and first:
+            return forward(**arguments)  # there may be no second one
+        if captured is None or not captured.serves(call.past_tokens):
             if call.form is Form.IN_PIECES and engine.sends_home:
                 return self._apart(forward, arguments)  # it could not be compared: the next one can
             with engine.steady():
@@ -133,13 +143,18 @@ class CapturedSteps:
             step = self._step(forward, cache, call)
             if call.key not in self._known:
                 return self._begin(arguments, cache, call, step, pieces)
-            captured = self._capture(cache, call, step, pieces)
+            with self._preparing(cache):
+                captured = self._capture(cache, call, step, pieces)
         if captured is None:
             return self._apart(forward, arguments)
-        with self._taking_back(engine, call):
+        output = None
+        with self._attempt(cache, call), self._taking_back(engine, call):
             output = self._replayed(cache, call, captured)
         wanted = self._apart(forward, arguments)
-        self._judge(engine, call, captured, are_equal(output, wanted))
+        if call.key in self._refused:
+            engine.captured.pop(call.key, None)
+        else:
+            self._judge(engine, call, captured, are_equal(output, wanted))
         return wanted
 
     def _replayed(self, cache: OffloadedCache, call: DecodeCall, captured: CapturedStep) -> Any:
@@ -150,8 +165,18 @@ class CapturedSteps:
         return handed_out(replayed, cache)
 
     def _replayable(self, cache: OffloadedCache, arguments: dict[str, Any]) -> DecodeCall | None:
-        call = self._calls.read(cache, arguments)
-        if call is None or self._hooks.there_are_any():
+        try:
+            call = self._calls.read(cache, arguments)
+            if call is None:
+                return None
+            if self._hooks.there_are_any():
+                raise CaptureError("others have hooks on the model's modules")
+        except CaptureError as error:
+            reason = str(error)
+            self._log.say(
+                *(logging.INFO, reason),
+                *("decode steps are launched kernel by kernel while %s", reason),
+            )
             return None
         refused = self._refused.issuperset((call.kind, form) for form in Form)
         return None if refused else call
@@ -184,11 +209,8 @@ class CapturedSteps:
 
     def _apart(self, forward: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         """Run a call where captures are made, and fused as they are, but kernel by kernel."""
-        with self._device.apart(), self._fusing():
+        with self._device.apart(), self._fusion.on():
             return forward(**arguments)
-
-    def _fusing(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext() if self._fused is None else self._fused.on()
 
     def _step(self, forward: Callable[..., Any], cache: OffloadedCache, call: DecodeCall) -> Step:
         engine = cache.state.engine
@@ -218,47 +240,27 @@ class CapturedSteps:
         """
         engine = cache.state.engine
         assert engine is not None
+
+        def run() -> Any:
+            with self._taking_back(engine, call):
+                return handed_out(self._apart(step.run, {}), cache)
+
         self._begun.add(call.key)
-        self._try_fusing(cache, call, step)
         output = None
-        with self._attempt(cache, call), self._taking_back(engine, call):
-            output = handed_out(self._apart(step.run, {}), cache)
-        if call.key not in self._refused:
-            self._capture(cache, call, step, pieces)
+        with self._preparing(cache):
+            if self._fusion.untried:
+                self._fusion.try_out(run)
+                cache.state.functions.forget_pending()
+            with self._attempt(cache, call):
+                output = run()
+            if call.key not in self._refused:
+                self._capture(cache, call, step, pieces)
         wanted = self._apart(step.forward, arguments)
         if call.key not in self._refused and not are_equal(output, wanted):
             self._refuse_for_its_bits(call)
         if call.key in self._refused:
             engine.captured.pop(call.key, None)
         return wanted
-
-    def _try_fusing(self, cache: OffloadedCache, call: DecodeCall, step: Step) -> None:
-        """Have what is fused compiled, in a first run; fuse nothing where that fails.
-
-        A capture and what it is compared with are fused alike, so that this alone finds a fault.
-        """
-        if self._fused is None or self._fusing_works:
-            return
-        _logger.info("torch compiles what is fused in decode steps; fuse='off' goes without")
-        engine, fused, started_s, outputs = cache.state.engine, self._fused, perf_counter(), []
-        assert engine is not None
-        try:
-            for parts in (None, fused):
-                self._fused = parts
-                with self._taking_back(engine, call):
-                    outputs.append(handed_out(self._apart(step.run, {}), cache))
-            if not are_near(*outputs):
-                raise RuntimeError("fused, they give other results")
-            self._fusing_works = True
-        except CaptureError:
-            self._fused = fused  # the step is none for a capture, whose form comes next
-        except Exception as error:
-            self._fused = None
-            _logger.warning("nothing is fused in decode steps: %s", _first_line(error))
-        finally:
-            cache.state.functions.forget_pending()
-        for stats in (self._stats, cache.stats):
-            stats.capture_s += perf_counter() - started_s
 
     def _capture(
         self, cache: OffloadedCache, call: DecodeCall, step: Step, pieces: tuple[Piece, ...]
@@ -267,17 +269,27 @@ class CapturedSteps:
         model, engine = self._model(), cache.state.engine
         assert model is not None
         assert engine is not None
-        captured, started_s = None, perf_counter()
+        captured = None
         with self._attempt(cache, call):
-            with self._fusing():
+            with self._fusion.on():
                 capture = self._device.capture(step.run)
             weights = [each.detach() for each in (*model.parameters(), *model.buffers())]
             captured = CapturedStep(step, capture, pieces, tuple(weights), call.past_tokens)
             engine.captured[call.key] = captured
         for stats in (self._stats, cache.stats):
             stats.captures += captured is not None
-            stats.capture_s += perf_counter() - started_s
         return captured
+
+    @contextlib.contextmanager
+    def _preparing(self, cache: OffloadedCache) -> Iterator[None]:
+        """Count the time until the `with` statement ends as that of captures."""
+        started_s = perf_counter()
+        try:
+            yield
+        finally:
+            seconds = perf_counter() - started_s
+            for stats in (self._stats, cache.stats):
+                stats.capture_s += seconds
 
     @contextlib.contextmanager
     def _attempt(self, cache: OffloadedCache, call: DecodeCall) -> Iterator[None]:
@@ -288,7 +300,7 @@ class CapturedSteps:
         try:
             yield
         except Exception as error:
-            reason = _first_line(error)
+            reason = first_line(error)
             if is_out_of_memory(error):
                 reason = "there is no GPU memory left for a capture"
             if isinstance(error, PlaceError):
@@ -307,6 +319,7 @@ class CapturedSteps:
         known = call.key in self._known
         if equal:
             captured.trusted = known or call.past_tokens != captured.past_tokens
+            captured.compared_tokens = call.past_tokens
             if captured.trusted:
                 self._known.add(call.key)
             return
@@ -324,15 +337,9 @@ class CapturedSteps:
         self._say(reason)
 
     def _say(self, reason: str) -> None:
-        level = logging.DEBUG if self._warned else logging.WARNING
-        self._warned = True
-        _logger.log(
-            level,
+        self._log.say(
+            *(logging.WARNING, "refused"),
             "decode steps of this model are launched kernel by kernel: %s; capture=False spares "
             "the attempt",
             reason,
         )
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

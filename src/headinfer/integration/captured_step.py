@@ -65,6 +65,7 @@ class CapturedStep:
         weights: memory of the model, which the capture reads even where the model has other by now.
         past_tokens: in the cache when it was captured.
         trusted: whether it was compared since the cache was last used otherwise.
+        compared_tokens: in the cache when it was last compared, and right.
     """
 
     step: Step
@@ -73,6 +74,16 @@ class CapturedStep:
     weights: tuple[torch.Tensor, ...]
     past_tokens: int
     trusted: bool = False
+    compared_tokens: int = 0
+
+    def serves(self, past_tokens: int) -> bool:
+        """Whether it can be replayed behind so many tokens without being compared.
+
+        It is compared again at each power of two, for models that branch at some length. Those are
+        17 comparisons in 128K tokens.
+        """
+        doubled = past_tokens.bit_length() > self.compared_tokens.bit_length()
+        return self.trusted and not doubled
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from headinfer.device.base import CaptureError
 from headinfer.engine.captured import Form
 from headinfer.integration.cache import OffloadedCache
 from headinfer.integration.calls import cache_name, takes_argument
@@ -55,15 +56,20 @@ class DecodeCalls:
         self._takes_positions = takes_argument(model, "position_ids")
 
     def read(self, cache: OffloadedCache, arguments: dict[str, Any]) -> DecodeCall | None:
-        """Return a call of one new token in the form that is captured; None where it is not.
+        """Return a call of one new token in the form that is captured; None for the first token.
 
         Args:
             cache: the call's.
             arguments: of the call, by name.
+
+        Raises:
+            CaptureError: it is none that can be captured.
         """
         past_tokens = cache.get_seq_length()
-        if not past_tokens or not all(isinstance(layer, OffloadedLayer) for layer in cache.layers):
+        if not past_tokens:
             return None
+        if not all(isinstance(layer, OffloadedLayer) for layer in cache.layers):
+            raise CaptureError("layers keep states of transformers' own")
         tensors: dict[str, torch.Tensor] = {}
         others: dict[str, Any] = {}
         for name, value in arguments.items():
@@ -74,18 +80,20 @@ class DecodeCalls:
             elif value is None or isinstance(value, (bool, int, float, str)):
                 others[name] = value
             else:
-                return None
+                raise CaptureError(f"{name} is a {type(value).__name__}")
         mask = tensors.pop("attention_mask", None)
         if mask is not None:
-            if mask.ndim != 2 or mask.shape[1] != past_tokens + 1 or not mask.all():
-                return None
+            if mask.ndim != 2 or mask.shape[1] != past_tokens + 1:
+                raise CaptureError("their mask has not one column for each token")
+            if not mask.all():
+                raise CaptureError("some of their tokens are padding")
             others["attention_mask"] = None  # nothing is padding
         tokens = next(tensors[name] for name in ("input_ids", "inputs_embeds") if name in tensors)
         if self._takes_positions and "position_ids" not in tensors:
             others.pop("position_ids", None)
             tensors["position_ids"] = torch.full((1, 1), past_tokens, device=tokens.device)
         if any(tensor.device != tokens.device for tensor in tensors.values()):
-            return None
+            raise CaptureError("their arguments are on several devices")
         kind = _kind(tokens.device.type, tensors, others)
         return DecodeCall(past_tokens, tensors, others, kind)
 

@@ -10,6 +10,7 @@ Compiling takes some seconds in the first process on a machine. torch keeps the 
 import contextlib
 import functools
 import inspect
+import logging
 import types
 import weakref
 from collections.abc import Callable, Iterator
@@ -17,13 +18,66 @@ from typing import Any
 
 import torch
 
+from headinfer.device.base import CaptureError
 from headinfer.engine.ending import uninterrupted
+from headinfer.integration.outputs import are_near
+from headinfer.integration.said import first_line
+
+_logger = logging.getLogger(__name__)
 
 _ROTARY = "apply_rotary"
 """How transformers' functions begin that rotate queries and keys."""
 
 _PROJECTIONS = frozenset({"gate_proj", "up_proj", "down_proj"})
 """The products of a gated feed-forward layer, under transformers' names."""
+
+
+class Fusion:
+    """A choice to fuse small parts of captured steps, until a trial shows that they cannot be.
+
+    Args:
+        model: may go while this stays.
+        enabled: whether to fuse at all.
+    """
+
+    def __init__(self, model: torch.nn.Module, *, enabled: bool) -> None:
+        self._parts = FusedParts(model) if enabled else None
+        self._works = False
+
+    @property
+    def untried(self) -> bool:
+        """Whether a trial is to come."""
+        return self._parts is not None and not self._works
+
+    def on(self) -> contextlib.AbstractContextManager[None]:
+        """Have what is fused computed so until the `with` statement ends."""
+        return contextlib.nullcontext() if self._parts is None else self._parts.on()
+
+    def try_out(self, run: Callable[[], Any]) -> None:
+        """Have what is fused compiled, in a first run; fuse nothing where that fails.
+
+        A capture and what it is compared with are fused alike, so that this alone finds a fault.
+
+        Args:
+            run: runs a step in the form to be captured, under `on`, and returns its output.
+        """
+        _logger.info("torch compiles what is fused in decode steps; fuse='off' goes without")
+        fused, outputs = self._parts, []
+        try:
+            for parts in (None, fused):
+                self._parts = parts
+                outputs.append(run())
+            if not are_near(*outputs):
+                raise RuntimeError("fused, they give other results")
+            self._works = True
+        except CaptureError:
+            self._parts = fused  # the step is none for a capture, whose form comes next
+        except Exception as error:
+            self._parts = None
+            _logger.warning("nothing is fused in decode steps: %s", first_line(error))
+        except BaseException:
+            self._parts = fused
+            raise
 
 
 class FusedParts:

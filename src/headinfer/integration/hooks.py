@@ -14,7 +14,8 @@ _OWN = "transformers."
 class HooksOfOthers:
     """A look at a model's modules for forward hooks that are not transformers' own.
 
-    All modules are looked at again only where a hook was registered since, on whatever module.
+    All modules are looked at again only where a hook was registered since, on whatever module. The
+    model itself is none of them: its hooks are called around a replay as around any other call.
 
     Args:
         model: may go while this stays.
@@ -33,7 +34,7 @@ class HooksOfOthers:
             self._seen_id = RemovableHandle.next_id
             model = self._model()
             modules = [] if model is None else model.modules()
-            self._found = [module for module in modules if _has_any(module)]
+            self._found = [each for each in modules if each is not model and _has_any(each)]
         return any(map(_has_any, self._found))
 
 

@@ -87,6 +87,7 @@ class ServedCall:
         self._rotary_modules = rotary_modules
         self._positions: WholeCallPositions | None = None  # during a call in chunks
         self._started_s = 0.0
+        self._captured_s = 0.0  # by the cache's captures before the call
         self._decoding = False
         self._logits: list[torch.Tensor] = []
         self._chunks: list[tuple[Mark, int]] = []  # begun, with the tokens done after each
@@ -98,7 +99,7 @@ class ServedCall:
         self._decoding = past_tokens > 0 and _decodes(arguments, self._new_tokens)
         chunk_tokens = self._owner.chunk_tokens(self.cache)
         in_chunks = self._may_pass_in_chunks(arguments, chunk_tokens, past_tokens)
-        self._started_s = time.perf_counter()
+        self._started_s, self._captured_s = time.perf_counter(), self.cache.stats.capture_s
         self.cache.begin_call()
         if in_chunks:
             arguments = self._chunking.with_positions(arguments, past_tokens)
@@ -133,6 +134,7 @@ class ServedCall:
         self._owner.after_call(self.cache)  # before the device is done: it has time for that
         self._owner.finish_compute()
         seconds = time.perf_counter() - self._started_s
+        seconds -= self.cache.stats.capture_s - self._captured_s
         tokens = self._rows * self._new_tokens
         for stats in (self._owner.stats, self.cache.stats):
             if self._decoding:
