@@ -141,26 +141,31 @@ class Call:
             What a layer is given, `[1, q_len, query_heads, value_dim]`.
         """
         kv_heads, group, q_len, _ = self.query.shape
-        keys, values = self.keys.float().mT[:, None], self.values.float()[:, None]
+        keys, values = self.keys.float().mT, self.values.float()
         out = self.query.new_empty(kv_heads, group, q_len, values.shape[-1])
         most = max(1, _SCORES_BYTES // (4 * kv_heads * group * self.keys.shape[1]))
         for first in range(0, q_len, most):
             rows = slice(first, first + most)
-            scores = self.query[:, :, rows].float() @ keys
+            scores = _product(self.query[:, :, rows].float(), keys)
             if turned is not None:
                 first_keys = keys[..., :turned_keys]
-                scores[..., :turned_keys] = turned[:, :, rows].float() @ first_keys
+                scores[..., :turned_keys] = _product(turned[:, :, rows].float(), first_keys)
             probabilities = self._probabilities(scores, seen[rows])
             tell(probabilities)
-            out[:, :, rows] = (probabilities @ values).to(out.dtype)
+            out[:, :, rows] = _product(probabilities, values).to(out.dtype)
         return out.flatten(0, 1).transpose(0, 1)[None].contiguous()
 
     def _probabilities(self, scores: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
         scores = scores * self.scale
         if self.softcap is not None:
             scores = self.softcap * (scores / self.softcap).tanh()
-        scores = scores.masked_fill(~seen, -torch.inf)
+        scores.masked_fill_(~seen, -torch.inf)
         if self.sinks is None:
             return scores.softmax(-1)
         sinks = self.sinks.float()[:, :, None, None].expand(*scores.shape[:3], 1)
         return torch.cat((scores, sinks), dim=-1).softmax(-1)[..., :-1]
+
+
+def _product(rows: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
+    """Return the product of a group's rows and its KV head's matrix, which is not copied for it."""
+    return (rows.flatten(1, 2) @ matrices).unflatten(1, rows.shape[1:3])
