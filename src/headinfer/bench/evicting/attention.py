@@ -168,4 +168,5 @@ class Call:
 
 def _product(rows: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
     """Return the product of a group's rows and its KV head's matrix, which is not copied for it."""
-    return (rows.flatten(1, 2) @ matrices).unflatten(1, rows.shape[1:3])
+    product: torch.Tensor = (rows.flatten(1, 2) @ matrices).unflatten(1, rows.shape[1:3])
+    return product
