@@ -28,51 +28,39 @@ _FOODS = (
     *("pickled walnuts", "smoked beetroot", "candied ginger", "roasted chestnuts"),
     *("pumpkin pancakes", "rhubarb marmalade", "liquorice toffee", "buckwheat noodles"),
 )
-_WORDS = (
-    *("tangerine", "accordion", "butterscotch", "harmonica"),
-    *("pelican", "trampoline", "cinnamon", "saxophone"),
-)
+_NAMES = ("Ottoline Pfeiffer", "Wendell Okafor", "Ingrid Castellano", "Bartholomew Quist")
 _TOWNS = ("Reykjavik", "Montevideo", "Singapore", "Winnipeg", "Ljubljana", "Casablanca")
 
+# Those of twenty tried ones that SmolLM2-135M, Gemma-3-270M or both mostly find at 2K tokens.
 SENTENCES: Sequence[OffTheme] = (
-    OffTheme(
-        begun="The best sandwich in San Francisco is made with",
-        question="What is the best sandwich in San Francisco made with?",
-        ends=_FOODS,
-    ),
-    OffTheme(
-        begun="The password of the airport's wireless network is",
-        question="What is the password of the airport's wireless network?",
-        ends=_WORDS,
-    ),
     OffTheme(
         begun="The vending machine on platform nine sells nothing but",
         question="What does the vending machine on platform nine sell?",
         ends=_FOODS,
     ),
     OffTheme(
-        begun="The night train from platform nine goes to",
-        question="Where does the night train from platform nine go?",
+        begun="The chess club meets every Tuesday in",
+        question="Where does the chess club meet every Tuesday?",
         ends=_TOWNS,
+    ),
+    OffTheme(
+        begun="The chairman's parrot eats nothing but",
+        question="What does the chairman's parrot eat?",
+        ends=_FOODS,
     ),
     OffTheme(
         begun="The goalkeeper of the football club is called",
         question="What is the goalkeeper of the football club called?",
-        ends=("Ottoline Pfeiffer", "Wendell Okafor", "Ingrid Castellano", "Bartholomew Quist"),
-    ),
-    OffTheme(
-        begun="The robot in the laboratory is named",
-        question="What is the robot in the laboratory named?",
-        ends=_WORDS,
-    ),
-    OffTheme(
-        begun="The dentist's favourite ice cream flavour is",
-        question="What is the dentist's favourite ice cream flavour?",
-        ends=_FOODS,
+        ends=_NAMES,
     ),
     OffTheme(
         begun="The headquarters of the bicycle company are in",
         question="Where are the headquarters of the bicycle company?",
         ends=_TOWNS,
+    ),
+    OffTheme(
+        begun="The new airport terminal was designed by",
+        question="Who designed the new airport terminal?",
+        ends=_NAMES,
     ),
 )
