@@ -188,6 +188,11 @@ def test_a_cache_filled_at_random_keeps_as_much(kind):
     with closing(kind(model, spec(), kept_tokens=12)) as method:
         cache = method.new_cache(40)
         fill_randomly(model, cache, 30, seed=1)
+        one = torch.zeros(1, 4, 1, 16)
+        keys, values = cache.update(one, one, 0)
+        assert keys.shape[2] in (12, 13)  # the new one among them, or beside them
+        assert values.shape == keys.shape
+        cache.layers[0].seen_tokens -= 1
         method.step(random_tokens(1, 1), cache)
         assert [layer.keys.shape[2] for layer in cache.layers] == [12] * 3
         assert cache.get_seq_length() == 31
