@@ -20,6 +20,10 @@ REFERENCE_METHOD = STANDARD
 OFFLOADED, COMPILED = "transformers-offloaded", "standard-compiled"
 HOST_ATTENTION, SYNCHRONOUS, AUTO = "host-attention", "synchronous", "headinfer"
 EAGER, UNFUSED = "resident-eager", "resident-unfused"
+STREAMING_LLM, H2O = "streaming-llm", "h2o"
+
+KEPT_PERCENT = {STREAMING_LLM: 50, H2O: 50, f"{STREAMING_LLM}-25": 25, f"{H2O}-25": 25}
+"""Percent of the tokens that methods keep which drop the others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +34,7 @@ class MethodInfo:
         name: as in plans, where they know it.
         description: for people.
         exact: whether its results must be the reference's; otherwise how far they are off is told.
-        is_stock: whether it is transformers' own.
+        is_stock: whether it runs on a stock model, and so knows no simulated device.
         is_evaluated: whether `evaluate` serves it: many lengths, several turns, going back.
     """
 
@@ -46,6 +50,20 @@ def _head_wise(heads: int) -> MethodInfo:
     return MethodInfo(
         name=f"{HEAD_WISE}-{heads}",
         description=f"the paper's head={heads}: tiles of {heads} KV head{plural} x all tokens",
+    )
+
+
+def _evicting(name: str, percent: int) -> MethodInfo:
+    kept = (
+        "the first tokens and the newest ones"
+        if name.startswith(STREAMING_LLM)
+        else "for each KV head the tokens attended most, and the newest ones"
+    )
+    return MethodInfo(
+        name=name,
+        description=f"{kept}: {percent}% in all, the others are dropped",
+        exact=False,
+        is_stock=True,
     )
 
 
@@ -77,6 +95,7 @@ CATALOGUE = {
             exact=False,
             is_stock=True,
         ),
+        *(_evicting(name, percent) for name, percent in KEPT_PERCENT.items()),
         *(_head_wise(heads) for heads in (8, 4, 2, 1)),
         MethodInfo(name=ADAPTIVE, description="the paper's adaptive: the most heads that fit"),
         MethodInfo(name=BOUNDED, description="tiles of bounded tokens too, nothing resident"),

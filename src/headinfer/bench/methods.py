@@ -13,11 +13,15 @@ from headinfer.bench.catalogue import (
     AUTO,
     COMPILED,
     EAGER,
+    H2O,
     HOST_ATTENTION,
+    KEPT_PERCENT,
     OFFLOADED,
+    STREAMING_LLM,
     SYNCHRONOUS,
     UNFUSED,
 )
+from headinfer.bench.evicting import methods as evicting
 from headinfer.bench.held import Held
 from headinfer.bench.spec import TrialSpec
 from headinfer.estimate.methods import (
@@ -69,12 +73,21 @@ class Method(Protocol):
         """Leave the model as it was."""
 
 
+_EVICTING = {STREAMING_LLM: evicting.StreamingLLM, H2O: evicting.H2O}
+
+
+def _evicting(name: str, percent: int) -> Callable[[PreTrainedModel, TrialSpec], Method]:
+    method = _EVICTING[name.removesuffix(f"-{percent}")]
+    return functools.partial(method, kept_share=percent / 100)
+
+
 METHODS: dict[str, Callable[[PreTrainedModel, TrialSpec], Method]] = {
     STANDARD: stock.Standard,
     CHUNKED: stock.ChunkedPrefill,
     COMPILED: stock.Compiled,
     OFFLOADED: stock.Offloaded,
     QUANTISED: stock.Quantised,
+    **{name: _evicting(name, percent) for name, percent in KEPT_PERCENT.items()},
     **{f"{HEAD_WISE}-{heads}": ours.head_wise(heads) for heads in (8, 4, 2, 1)},
     ADAPTIVE: ours.adaptive,
     BOUNDED: ours.bounded,

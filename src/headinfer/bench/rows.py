@@ -220,6 +220,7 @@ def _bounds(
     """Return the bounds of prefill and of a decode step, by where the method held its KV."""
     on_device = result.device != "cpu"
     kv_bytes = spec.model.kv_bytes(context_tokens, spec.dtype)
+    kept_tokens = (result.plan or {}).get("kept_tokens", context_tokens)  # others are dropped
     prefill = prefill_work(
         spec.model,
         spec.dtype,
@@ -231,7 +232,7 @@ def _bounds(
     decode = decode_work(
         spec.model,
         spec.dtype,
-        context_tokens,
+        min(kept_tokens, context_tokens),
         on_device=on_device,
         streamed_kv_bytes=result.streamed_kv_bytes if on_device else 0,
         host_kv_bytes=result.host_attended_kv_bytes if on_device else 0,

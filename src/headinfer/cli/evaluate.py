@@ -11,6 +11,7 @@ from headinfer.cli.evaluate_benchmarks import (
     longbench_v2,
     scbench,
 )
+from headinfer.cli.evaluate_figure7 import METHODS, figure7
 from headinfer.cli.evaluate_needle import needle
 from headinfer.cli.evaluate_report import report
 from headinfer.cli.evaluate_ruler import ruler
@@ -31,6 +32,7 @@ def _verbs() -> None:
 
 app.command(cls=JsonCommand)(agreement)
 app.command("needle", cls=JsonCommand)(verb(needle))
+app.command("figure7", cls=JsonCommand)(verb(figure7, samples=3, methods=METHODS))
 app.command("ruler", cls=JsonCommand)(verb(ruler, samples=20))
 app.command("longbench-v2", cls=JsonCommand)(verb(longbench_v2, samples=LONGBENCH_SAMPLES))
 app.command("scbench", cls=JsonCommand)(verb(scbench, samples=SCBENCH_SAMPLES))

@@ -106,20 +106,20 @@ def shared(
 _OF_TASKS = ("samples", "seed", "raw")
 """Shared options that make the task."""
 
+_SEEN = "model"
+"""A shared option that makes the task too, where its maker has a parameter of this name."""
+
 
 def verb(make_task: Callable[..., Task], **defaults: Any) -> Callable[..., None]:
     """Return the verb of a task.
 
     Args:
-        make_task: makes it from options of its own, and from samples, seed and raw. Its docstring
-            is the verb's.
+        make_task: makes it from options of its own, and from samples, seed and raw, and the model
+            where it asks for that. Its docstring is the verb's.
         defaults: of shared options, where the verb has others.
     """
-    own = {
-        name: parameter
-        for name, parameter in inspect.signature(make_task).parameters.items()
-        if name not in _OF_TASKS
-    }
+    taken = inspect.signature(make_task).parameters
+    own = {name: parameter for name, parameter in taken.items() if name not in (*_OF_TASKS, _SEEN)}
     signature = inspect.signature(shared)
     parameters = [
         *own.values(),
@@ -131,8 +131,10 @@ def verb(make_task: Callable[..., Task], **defaults: Any) -> Callable[..., None]
 
     def run(**given: Any) -> None:
         with reporting_errors():
-            of_task = {name: given.pop(name) for name in own}
-            task = make_task(**of_task, **{name: given.pop(name) for name in _OF_TASKS})
+            of_task = {name: given.pop(name) for name in (*own, *_OF_TASKS)}
+            if _SEEN in taken:
+                of_task[_SEEN] = given[_SEEN]
+            task = make_task(**of_task)
             _run(task, given)
 
     run.__doc__ = f"{inspect.getdoc(make_task)}\n\n{_EXIT}"

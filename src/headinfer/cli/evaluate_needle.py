@@ -8,18 +8,18 @@ from headinfer.errors import OptionError
 from headinfer.evaluate.needle.task import Needle
 from headinfer.evaluate.prompts.haystack import prose
 
-_DEPTHS = 5
+Depths = Annotated[
+    str,
+    typer.Option(
+        metavar="SHARES",
+        help="Where the fact lies: 0,0.5,1; or how many places from 0 to 1, 2 at least.",
+    ),
+]
 
 
 def needle(
     *,
-    depths: Annotated[
-        str,
-        typer.Option(
-            metavar="SHARES",
-            help="Where the fact lies: 0,0.5,1; or how many places from 0 to 1, 2 at least.",
-        ),
-    ] = str(_DEPTHS),
+    depths: Depths = "5",
     text: Annotated[
         str | None,
         typer.Option(
@@ -37,12 +37,12 @@ def needle(
     Every method is asked the same. A method that lacks memory for a prompt
     answers from one that is cut in the middle to what it holds.
     """
-    task = Needle(depths=_shares(depths), samples=samples, seed=seed, raw=raw, text=text)
+    task = Needle(depths=parse_depths(depths), samples=samples, seed=seed, raw=raw, text=text)
     prose(text)  # told before a model is loaded
     return task
 
 
-def _shares(given: str) -> tuple[float, ...]:
+def parse_depths(given: str) -> tuple[float, ...]:
     """Return the depths that a text names.
 
     Raises:

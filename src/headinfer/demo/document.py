@@ -92,6 +92,22 @@ def make_document(num_tokens: int, seed: int = 0, *, num_facts: int = 8) -> Docu
     return _Writer(num_tokens - PROMPT_TOKENS, seed, num_facts).write()
 
 
+def make_prose(num_tokens: int, seed: int = 0) -> str:
+    """Write at least so many tokens of the chronicle, in which no fact is stated.
+
+    Args:
+        num_tokens: Fewest tokens of the text.
+        seed: Equal seeds give equal texts.
+    """
+    writer = _Writer(num_tokens, seed, num_facts=1)
+    parts: list[str] = []
+    written = 0
+    while written < num_tokens:
+        parts.append(writer.sentence())
+        written += count_tokens(" " + parts[-1])
+    return " ".join(parts)
+
+
 class _Writer:
     def __init__(self, budget_tokens: int, seed: int, num_facts: int) -> None:
         self.budget_tokens = budget_tokens
@@ -119,6 +135,10 @@ class _Writer:
             keeper_depth=starts[-1] / num_tokens,
             num_tokens=num_tokens,
         )
+
+    def sentence(self) -> str:
+        """Write a sentence of prose."""
+        return self._fill(self.random.choice(prose.SENTENCES))
 
     def _distractor_names(self, count: int) -> list[tuple[str, str]]:
         adjectives = {adjective for adjective, _ in self.fact_names}
@@ -196,9 +216,7 @@ class _Writer:
         full = False
         while waiting or not full:
             due = bool(waiting) and (full or places[waiting[-1]] <= written_prose)
-            sentence = (
-                hidden[waiting[-1]] if due else self._fill(self.random.choice(prose.SENTENCES))
-            )
+            sentence = hidden[waiting[-1]] if due else self.sentence()
             separator = "" if not parts else " " if until_break else "\n\n"
             cost = count_tokens(separator + sentence)
             if not due and num_tokens + cost + reserved > self.budget_tokens:

@@ -49,6 +49,7 @@ class Task(Protocol):
 
 
 _TASKS = {
+    "figure7": "headinfer.evaluate.figure7.task:Figure7",
     "longbench-v2": "headinfer.evaluate.longbench.task:LongBenchV2",
     "needle": "headinfer.evaluate.needle.task:Needle",
     "ruler": "headinfer.evaluate.ruler.task:Ruler",

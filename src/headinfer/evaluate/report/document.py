@@ -47,10 +47,12 @@ class _Part:
 _PARTS = (
     _Part("agreement", False, "Agreement of next tokens"),
     _Part("needle", False, "Needle in a haystack (Figure 6)"),
+    _Part("figure7", False, "A sentence off the theme (Figure 7)"),
     _Part("ruler", False, "RULER (Table 9)"),
     _Part("longbench-v2", False, "LongBench v2 (Table 1)"),
     _Part("scbench", False, "SCBench (Table 2)"),
     _Part("needle", True, "Needle under one memory cap (Figure 6)"),
+    _Part("figure7", True, "A sentence off the theme under one memory cap (Figure 7)"),
     _Part("ruler", True, "RULER under one memory cap (Tables 8 and 9)"),
     _Part("longbench-v2", True, "LongBench v2 under one memory cap (Table 1)"),
     _Part("scbench", True, "SCBench under one memory cap (Table 2)"),

@@ -32,6 +32,8 @@ RULER_LONGEST: Mapping[str, str] = {
 
 SAID = {
     "needle": "In the paper's Figure 6 HeadInfer finds what standard attention finds.",
+    "figure7": "In the paper's Figure 7 H2O and StreamingLLM lose the sentence. HeadInfer finds "
+    "it, also where 75% of the KV cache is compressed.",
     "ruler": "The paper's Table 9 has NIAH at 100 from 4K to 128K; the rest falls with the length.",
     "longbench-v2": "The paper's Table 1 has each method read as much as it holds on a 24 GB card.",
     "scbench": "The paper's Table 2 has each method read as much as it holds on a 24 GB card.",

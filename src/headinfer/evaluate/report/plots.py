@@ -7,6 +7,9 @@ from headinfer.evaluate.answers.table import compared
 from headinfer.plot.heat_map import Panel, draw
 from headinfer.units import exact_bytes, format_tokens
 
+_BY_DEPTH = ("needle", "figure7")
+"""Tasks whose groups are depths."""
+
 
 def figure(results: Answers) -> Figure | None:
     """Return heat maps of the scores by group and context, one a method; None without answers."""
@@ -38,7 +41,7 @@ def figure(results: Answers) -> Figure | None:
         panels,
         rows=groups,
         columns=[format_tokens(context) for context in spec.contexts],
-        axes=("depth of the fact" if spec.task.name == "needle" else "", "context (tokens)"),
+        axes=("depth of the fact" if spec.task.name in _BY_DEPTH else "", "context (tokens)"),
     )
 
 
