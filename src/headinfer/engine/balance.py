@@ -13,8 +13,7 @@ _LEAST_GROWTH, _MOST_GROWTH = 0.02, 0.3
 """Growth of the share, as a share of it: the least that is worth it, and the most at once."""
 
 _LEAST_CUT, _MOST_CUT = 0.04, 0.2
-"""Cuts of the share, as a share of it. A cut is twice the one before until the host is in time, and
-the first one is the most."""
+"""Cuts of the share, as a share of it. A cut is twice the one before until the host is in time."""
 
 _MOST_SHARE = 0.98
 """With all tokens the host would leave nothing to compare its time with."""
@@ -48,7 +47,7 @@ class Balance:
         self._steady = False
         self._lateness: list[float] = []
         self._needed = _FIRST_NOTES
-        self._cut = _MOST_CUT
+        self._cut = _LEAST_CUT
 
     @contextlib.contextmanager
     def steady(self) -> Iterator[None]:
