@@ -86,7 +86,7 @@ class Needle:
                     # A text as a seed gives the same numbers in every version of Python.
                     drawn = random.Random(f"{self.seed}/{context_tokens}/{question}")
                     name, number = (
-                        _name(drawn),
+                        made_up_name(drawn),
                         str(drawn.randrange(10 ** (_DIGITS - 1), 10**_DIGITS)),
                     )
                     first = drawn.randrange(len(haystack))
@@ -145,6 +145,6 @@ class Needle:
         return cls(**(dict(values) | {"depths": tuple(values["depths"])}))
 
 
-def _name(drawn: random.Random) -> str:
+def made_up_name(drawn: random.Random) -> str:
     """Return a name that nobody has."""
     return "".join(drawn.choice(_SYLLABLES) for _ in range(_NAME_SYLLABLES)).capitalize()
