@@ -1,11 +1,14 @@
 """The plot of a pattern: scores by layer and KV head. Needs matplotlib."""
 
+import textwrap
+
 from matplotlib.figure import Figure
 
 from headinfer.heads.pattern import HeadPattern
 from headinfer.plot.heat_map import Panel, draw
 
 _SPARSITY = 0.5
+_LINE_LETTERS = 96
 
 
 def figure(pattern: HeadPattern) -> Figure:
@@ -25,7 +28,7 @@ def figure(pattern: HeadPattern) -> Figure:
     )
     return draw(
         "Heads that need all tokens: scores, in percent of the highest",
-        pattern.made,
+        "\n".join(textwrap.wrap(pattern.made, _LINE_LETTERS)),
         [panel],
         rows=[str(layer) for layer in scored],
         columns=[str(head) for head in range(max(pattern.kv_heads))],
