@@ -1,8 +1,8 @@
 """The demo model with a KV head for each query head, which computes the same.
 
 In the demo model each KV head of layer 0 serves a query head that looks near and one that looks
-far, so every KV head needs all tokens. Ungrouped, two of the eight KV heads look near alone: KV
-heads 0 and 2 of layer 0. All others find what an answer is made of, wherever it stands.
+far. So every KV head needs all tokens. Ungrouped, KV heads 0 and 2 of layer 0 look near alone. All
+others find what an answer is made of, wherever it stands.
 """
 
 import copy

@@ -1,9 +1,9 @@
 """Scores of heads by copying: how often they look at the token that an answer copies.
 
-This is the way of Wu et al. (2024). A query head's score is the share of an answer's copied tokens
-where its largest attention is at the place in the text that the token stands at. The answer is
-given, not generated, so that also a model that answers wrongly shows its heads. The highest score
-of the query heads that share a KV head is that of the KV head.
+This is the way of Wu et al. (2024). A query head hits a copied token of an answer if its largest
+attention is where that token stands in the text. Its score is the share of such hits. The
+highest score of query heads that share a KV head is that of the KV head. The answer is given, not
+generated. So a model that answers wrongly shows its heads, too.
 """
 
 import torch

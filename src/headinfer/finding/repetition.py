@@ -1,8 +1,8 @@
 """Scores of heads by repetition: what they look at while a model reads a text a second time.
 
-This is KVzip's way (Kim et al., 2025). A token of the text has a score by the largest attention it
-gets from the repetition, and a head has that of its best token. We differ in two things. Tokens
-that a streaming head sees do not count, and attention is that among all tokens, not among some.
+This is KVzip's way (Kim et al., 2025). A token's score is the largest attention that it gets from
+the repetition, and a head's score is that of its best token. We differ in two things. Tokens that a
+streaming head sees do not count, and attention is that among all tokens, not among some.
 """
 
 import copy
