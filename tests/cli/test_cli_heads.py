@@ -4,6 +4,8 @@ import pytest
 
 from headinfer.finding import search
 from headinfer.heads.formats import read_pattern
+from saved_models import save_tokenizer
+from tiny_models import tiny_model
 
 DEMO = ("--model", "demo", "--tokens", "600", "--sink-tokens", "4", "--recent-tokens", "24")
 
@@ -50,6 +52,21 @@ def test_each_method_looks_at_a_model_in_a_folder(cli, chat_llama, prose, tmp_pa
     assert "200 tokens" in pattern.made
     assert str(prose) in pattern.made
     assert any(score > 0 for row in pattern.scores for score in row)
+
+
+def test_layers_with_a_window_are_left_out(cli, prose, tmp_path):
+    folder = tmp_path / "gemma3"
+    tiny_model("gemma3").save_pretrained(folder)
+    save_tokenizer(folder, chat=False)
+    reach = ("--sink-tokens", "2", "--recent-tokens", "16", "--tokens", "200")
+    output, plot = tmp_path / "pattern.json", tmp_path / "scores.svg"
+    done = cli("heads", "-m", folder, "--text", prose, *reach, "-o", output, "--plot", plot)
+    assert done.code == 0, done.err
+    pattern = read_pattern(output, kv_heads=[2, 2, 2])
+    assert [any(row) for row in pattern.scores] == [False, True, False]
+    assert "of 2 KV heads score less" in done.out
+    assert "layer 0" not in done.out
+    assert "</svg>" in plot.read_text()
 
 
 def test_a_stopped_search_goes_on(cli, tmp_path, monkeypatch):

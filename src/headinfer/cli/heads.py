@@ -1,6 +1,7 @@
 """`headinfer heads`: which KV heads of a model need all tokens."""
 
 import enum
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -170,24 +171,27 @@ def heads(
                 (text, raw),
                 console,
             )
+            from headinfer.finding.shape import HeadShape
+
+            layers = HeadShape.of(loaded, sink_tokens, recent_tokens).layers
             pattern = run_search(spec, loaded, texts, begun, progress, console)
         write_pattern(output, pattern)
         begun.unlink(missing_ok=True)
         if plot is not None:
             from headinfer.cli.heads_plot import figure
 
-            figure(pattern).savefig(plot)
+            figure(pattern, layers).savefig(plot)
             console.print(f"drawn to {plot}", markup=False, soft_wrap=True)
-        _tell(pattern, output)
+        _tell(pattern, layers, output)
 
 
-def _tell(pattern: HeadPattern, output: str) -> None:
+def _tell(pattern: HeadPattern, layers: Collection[int], output: str) -> None:
     """Print what was found: the heads that retrieve most, and how many hardly do."""
     ranked = sorted(
         (
             (score, layer, head)
-            for layer, row in enumerate(pattern.scores)
-            for head, score in enumerate(row)
+            for layer in layers
+            for head, score in enumerate(pattern.scores[layer])
         ),
         reverse=True,
     )
