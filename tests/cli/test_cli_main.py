@@ -10,7 +10,7 @@ import pytest
 def test_help_names_the_verbs(cli):
     done = cli("--help")
     assert done.code == 0
-    for verb in ("generate", "demo", "roofline"):
+    for verb in ("generate", "demo", "roofline", "heads"):
         assert verb in done.out
 
 

@@ -14,6 +14,7 @@ from headinfer.cli.command import OnceCommand
 from headinfer.cli.console import EXIT_BAD_INPUT, EXIT_INTERRUPTED, print_error, report
 from headinfer.cli.demo import demo
 from headinfer.cli.generate import generate
+from headinfer.cli.heads import heads
 from headinfer.cli.interrupt import ending_the_process, run_one_verb
 from headinfer.cli.options import NO_VALUE
 from headinfer.cli.output import JsonCommand
@@ -101,6 +102,7 @@ app.command(cls=OnceCommand)(demo)
 app.command(cls=JsonCommand)(plan)
 app.command(cls=JsonCommand)(probe)
 app.command(cls=JsonCommand)(roofline)
+app.command(cls=OnceCommand)(heads)
 
 
 _GROUP = {

@@ -15,6 +15,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     verbs = parser.add_subparsers(dest="verb", required=True)
     build = verbs.add_parser("build", help="write the model and its tokenizer to a folder")
     build.add_argument("folder", type=Path)
+    build.add_argument(
+        "--ungrouped",
+        action="store_true",
+        help="a KV head for each query head: two of the eight then look near alone",
+    )
     measure = verbs.add_parser(
         "evaluate", help="ask all questions of some documents under stock attention"
     )
@@ -37,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     if options.verb == "build":
-        build_model(options.folder)
+        build_model(options.folder, ungrouped=options.ungrouped)
     else:
         _evaluate(options)
 

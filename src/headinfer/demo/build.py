@@ -17,17 +17,22 @@ _SOURCES = (
 )
 
 
-def build_model(folder: Path) -> None:
+def build_model(folder: Path, *, ungrouped: bool = False) -> None:
     """Write the demo model and its tokenizer to a folder, in the format of `save_pretrained`.
 
     Args:
         folder: Made if it does not exist; files of the same names in it are overwritten.
+        ungrouped: Give each query head a KV head of its own; the model computes the same.
     """
     from headinfer.demo.tokenizer import build_tokenizer
+    from headinfer.demo.ungrouped import ungroup
     from headinfer.demo.weights import construct_model
 
     tokenizer = build_tokenizer()
-    construct_model(tokenizer).save_pretrained(folder)
+    model = construct_model(tokenizer)
+    if ungrouped:
+        model = ungroup(model)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

@@ -119,9 +119,25 @@ def attending_by(model: PreTrainedModel, attend: Attend) -> Iterator[None]:
         key: torch.Tensor,
         value: torch.Tensor,
         attention_mask: torch.Tensor,
+        *,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        s_aux: torch.Tensor | None = None,
         **keywords: object,
     ) -> tuple[torch.Tensor, None]:
-        out = attend(_layer_call(module, query, key, value, attention_mask, keywords))
+        _check_call(module, keywords)
+        kv_heads = key.shape[1]
+        call = LayerCall(
+            layer=layer_index(module),
+            query=query.unflatten(1, (kv_heads, -1)),
+            keys=key,
+            values=value,
+            seen=attention_mask[:, :, None, :, -key.shape[2] :],
+            scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+            softcap=softcap,
+            sinks=None if s_aux is None else s_aux.unflatten(0, (kv_heads, -1)),
+        )
+        out = attend(call)
         return out.flatten(1, 2).transpose(1, 2).contiguous(), None
 
     configs = SwappedConfigs(model, name)
@@ -136,18 +152,10 @@ def attending_by(model: PreTrainedModel, attend: Attend) -> Iterator[None]:
         AttentionMaskInterface._global_mapping.pop(name, None)
 
 
-def _layer_call(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    mask: torch.Tensor,
-    keywords: dict[str, object],
-) -> LayerCall:
-    given = dict(keywords)
-    scale, softcap, sinks = (given.pop(name, None) for name in ("scaling", "softcap", "s_aux"))
+def _check_call(module: torch.nn.Module, keywords: dict[str, object]) -> None:
+    """Refuse keywords of an attention call that would change its result."""
     # The mask says what the layer sees, as in stock eager attention; a window comes twice.
-    given.pop("sliding_window", None)
+    given = {name: value for name, value in keywords.items() if name != "sliding_window"}
     if given.pop("dropout", 0.0) or given.pop("is_causal", None) is False:
         raise UnsupportedModelError(
             f"{type(module).__name__} attends with dropout, or not causally; call eval() first"
@@ -158,17 +166,6 @@ def _layer_call(
             f"{type(module).__name__} passes {', '.join(sorted(unknown))} to its attention, "
             "which is not taken into account here"
         )
-    kv_heads = keys.shape[1]
-    return LayerCall(
-        layer=layer_index(module),
-        query=query.unflatten(1, (kv_heads, -1)),
-        keys=keys,
-        values=values,
-        seen=mask[:, :, None, :, -keys.shape[2] :],
-        scale=query.shape[-1] ** -0.5 if scale is None else float(str(scale)),
-        softcap=None if softcap is None else float(str(softcap)),
-        sinks=sinks.unflatten(0, (kv_heads, -1)) if isinstance(sinks, torch.Tensor) else None,
-    )
 
 
 def _mask(

@@ -40,7 +40,7 @@ class Needle(Hiding):
 
     def hidden(self, drawn: random.Random, sample: int) -> Hidden:
         """Return a fact."""
-        name, number = _name(drawn), str(drawn.randrange(10 ** (_DIGITS - 1), 10**_DIGITS))
+        name, number = made_up_name(drawn), str(drawn.randrange(10 ** (_DIGITS - 1), 10**_DIGITS))
         before, after = (part.format(name=name) for part in _MESSAGE)
         return Hidden(
             sentence=_FACT.format(name=name, number=number),
@@ -58,6 +58,6 @@ class Needle(Hiding):
         return []
 
 
-def _name(drawn: random.Random) -> str:
+def made_up_name(drawn: random.Random) -> str:
     """Return a name that nobody has."""
     return "".join(drawn.choice(_SYLLABLES) for _ in range(_NAME_SYLLABLES)).capitalize()
