@@ -308,3 +308,14 @@ def test_a_document_is_json_even_when_a_number_is_not():
 def test_a_copy_of_the_tree_is_told_its_commit(monkeypatch):
     monkeypatch.setenv("HEADINFER_COMMIT", "abc123")
     assert header(bench_spec(), MACHINE)["commit"] == {"id": "abc123", "changed": False}
+
+
+def test_a_bound_counts_the_tokens_that_a_method_keeps():
+    def answer(spec):
+        dropping = spec.method == "h2o"
+        return replace(trial_result(), plan={"kept_tokens": 75} if dropping else None)
+
+    whole, kept = rows_of(bench_spec((300,), ("standard", "h2o")), FakeLauncher(answer))
+    (short,) = rows_of(bench_spec((75,), ("standard",)), FakeLauncher(answer))
+    assert kept.decode_bound_s == short.decode_bound_s < whole.decode_bound_s
+    assert kept.prefill_bound_s == whole.prefill_bound_s

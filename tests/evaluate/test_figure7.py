@@ -60,10 +60,11 @@ def test_prompts_are_the_same_for_every_method_and_ends_follow_the_seed(text):
     task = Figure7(depths=(0, 1), samples=3, text=text)
     same = task_from_json(json.loads(json.dumps(task.to_json())))
     assert same == task
+    other = replace(task, seed=len(SENTENCES))  # with the same sentences
     readings = [Reading(), Reading(), Reading()]
     asked = [
         [each.expected for each in given.records(500, reading, ())]
-        for given, reading in zip((task, same, replace(task, seed=7)), readings, strict=True)
+        for given, reading in zip((task, same, other), readings, strict=True)
     ]
     assert readings[0].prompts == readings[1].prompts
     assert asked[0] != asked[2]
@@ -89,6 +90,20 @@ def test_answers_are_right_whatever_their_capitals_and_the_first_one_lost_is_tol
     )
     assert task.remarks([]) == []
     assert task.scores([records[0], wrong[1]]) == {"0.25": 1.0, "0.5": 0.0}
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_the_embedded_model_is_asked_as_it_can_be(raw):
+    reading = Reading(chat=True)
+    (found,) = Figure7(depths=(0.5,), raw=raw, is_demo=True).records(900, reading, ())
+    (prompt,) = reading.prompts
+    (number,) = found.expected
+    (told,) = re.findall(rf" The strongbox of the \w+ \w+ opens with {number}\.", prompt)
+    cloze = told.strip().removesuffix(f" {number}.")
+    asked = cloze if raw else f"{found.labels['asked']}<assistant>"
+    assert prompt.endswith(f"\n\n{asked}")
+    assert (found.labels["asked"] in prompt) == (not raw)
+    assert prompt.count("opens with") == 1 + raw
 
 
 def test_the_chronicles_prose_states_no_fact():

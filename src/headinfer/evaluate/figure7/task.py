@@ -3,9 +3,8 @@
 What has to do with the theme is attended again and again, and the sentence never. Methods that drop
 tokens are said to lose it: H2O for it is attended little, StreamingLLM for it is far back.
 
-The paper takes a document of LongBench. Here it is a stretch of one book, or any text. For the
-embedded model it is the chronicle that this model reads, and the sentence is of the one kind that
-it can be asked about.
+The paper takes a document of LongBench. Here it is a stretch of one book, or any text. The embedded
+model has its chronicle, and a sentence of the one kind that it can be asked about.
 """
 
 import random
