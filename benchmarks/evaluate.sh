@@ -63,9 +63,6 @@ make_result() {
         evaluate "$1" needle --model gemma3-270m --contexts 32K --depths 0.5 "${stock_and_ours[@]}" ;;
     gemma3-ruler)
         evaluate "$1" ruler --model gemma3-270m --contexts 4K --samples 1 "${stock_and_ours[@]}" ;;
-    gemma3-ruler-32K) # an hour and more, so that it is made by name alone
-        evaluate "$1" ruler --model gemma3-270m --contexts 16K,32K --samples 1 --device cpu \
-            --dtype float32 --methods chunked-prefill,headinfer ;;
     gpu-smollm2-agreement-float32)
         agree "$1" --device cuda --model smollm2 --contexts 1K,8K --dtype float32 \
             --methods "$all_methods,transformers-offloaded" ;;
@@ -81,6 +78,9 @@ make_result() {
     gpu-smollm2-ruler)
         evaluate "$1" ruler --device cuda --model smollm2 --contexts 1K,2K,4K,8K --samples 4 \
             --dtype bfloat16 --methods standard,head-wise-1,headinfer ;;
+    gpu-gemma3-ruler) # on two cores these take stock in chunks an hour and more
+        evaluate "$1" ruler --device cuda --model gemma3-270m --contexts 4K,16K,32K --samples 1 \
+            --dtype float32 --methods standard,headinfer ;;
     *)
         echo "there is no result $1; $0 names them" >&2
         exit 2 ;;
@@ -90,7 +90,8 @@ make_result() {
 if [ $# -gt 0 ]; then
     names=("$@")
 elif [ "${DEVICE:-cpu}" = cuda ]; then
-    names=(gpu-smollm2-{agreement-float32,agreement-bfloat16,needle,needle-float32,ruler})
+    names=(gpu-smollm2-{agreement-float32,agreement-bfloat16,needle,needle-float32,ruler}
+        gpu-gemma3-ruler)
 else
     names=(smollm2-{agreement-float32,agreement-bfloat16,needle,ruler}
         smollm2-{needle,ruler,longbench-v2,scbench}-card gemma3-{needle,needle-32K,agreement,ruler})

@@ -11,13 +11,14 @@ from headinfer.estimate.methods import method_plans
 from headinfer.estimate.presets import preset_shape
 from headinfer.estimate.situation import MethodPlan, Situation
 from headinfer.plan.memory import STAGING_BUFFERS
+from headinfer.plan.options import Options
 
 GIB = 2**30
 RUNTIME = 5 * GIB // 4
 NAMES = [
     *("standard", "chunked-prefill", "kv-4bit", "layer-wise"),
     *("head-wise-8", "head-wise-4", "head-wise-2", "head-wise-1"),
-    *("adaptive", "bounded", "resident"),
+    *("adaptive", "head-wise-sparse", "bounded", "resident"),
 ]
 SITUATION = Situation(
     shape=preset_shape("llama-3-8b"),
@@ -58,6 +59,28 @@ def test_the_papers_accounting_knows_no_runtime() -> None:
         for situation in (PAPER, SITUATION)
     }
     assert longest == {AccountingKind.PAPER: 8 * 2**20, AccountingKind.OURS: 0}
+
+
+@pytest.mark.parametrize("sparsity", [0.25, 0.5, 0.75])
+def test_heads_that_stream_take_their_share_of_memory_and_time(sparsity: float) -> None:
+    plans = plans_of(replace(SITUATION, streaming=Options(sparsity=sparsity)))
+    sparse, full = plans["head-wise-sparse"], plans["resident"]
+    left = pytest.approx(1 - sparsity)
+    assert sparse.kv_host_bytes / full.kv_host_bytes == left
+    assert sparse.max_context_tokens is not None
+    assert full.max_context_tokens is not None
+    assert full.max_context_tokens / sparse.max_context_tokens == left
+    assert sparse.decode_s_per_token < (1 - sparsity) * full.decode_s_per_token
+    paper = plans_of(replace(PAPER, streaming=Options(sparsity=sparsity)))
+    assert paper["head-wise-sparse"].kv_host_bytes / paper["resident"].kv_host_bytes == left
+
+
+def test_the_approximate_method_is_never_chosen() -> None:
+    here = replace(SITUATION, host_memory_bytes=80 * GIB)
+    plans = method_plans(here)
+    assert [plan.method for plan in plans if plan.fits] == ["head-wise-sparse"]
+    choice = choose(here, plans)
+    assert choice.plan is None
 
 
 def test_a_model_with_few_heads_has_few_methods() -> None:
@@ -145,7 +168,7 @@ def test_without_a_link_there_is_one_memory() -> None:
     cpu = replace(SITUATION.hardware, link_bytes_per_s=None, link_back_bytes_per_s=None)
     here = replace(SITUATION, hardware=cpu, context_tokens=2**15)
     plans = plans_of(here)
-    assert list(plans) == ["standard", "chunked-prefill", "kv-4bit", "bounded"]
+    assert list(plans) == ["standard", "chunked-prefill", "kv-4bit", "head-wise-sparse", "bounded"]
     assert plans["bounded"].kv_host_bytes == 0
     assert plans["bounded"].kv_device_bytes == 4 * GIB
     longest = plans["bounded"].max_context_tokens

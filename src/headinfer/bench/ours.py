@@ -16,7 +16,7 @@ from headinfer.integration.calls import last_logits
 from headinfer.integration.model_shape import model_shape
 from headinfer.plan.options import DECLARATIONS
 from headinfer.plan.plan import Plan
-from headinfer.plan.streaming import RANDOM, STREAMING_OPTIONS
+from headinfer.plan.streaming import PAPERS_SPARSITY, RANDOM, STREAMING_OPTIONS
 
 _CPU_TILE_TOKENS = "16K"
 """Tile of `bounded` on the CPU, where tiles need no memory and so have no limit of their own."""
@@ -29,9 +29,6 @@ _HEADS = (8, 4, 2, 1)
 
 _EXACT = {name: DECLARATIONS[name].default for name in STREAMING_OPTIONS}
 """Options with which no head streams: for all methods but one, whatever a run's settings are."""
-
-_SPARSITY, _PATTERN = 0.5, RANDOM
-"""Share and pattern of `head_wise_sparse` where the settings have none: the paper's share."""
 
 
 class HeadInfer:
@@ -216,7 +213,7 @@ def head_wise_sparse(model: PreTrainedModel, spec: TrialSpec) -> HeadInfer:
     settings = spec.settings.keywords()
     options = {name: settings[name] for name in STREAMING_OPTIONS}
     if not options["sparsity"]:
-        options |= {"sparsity": _SPARSITY, "head_pattern": _PATTERN}
+        options |= {"sparsity": PAPERS_SPARSITY, "head_pattern": RANDOM}
     method = HeadInfer(model, spec, **options)
     pattern = "a random pattern" if RANDOM in str(options["head_pattern"]) else "a pattern"
     method.note = f"{method.note} {options['sparsity']:.0%} of heads stream, {pattern}".strip()

@@ -24,6 +24,7 @@ from headinfer.plan.hardware import THIS, Hardware
 from headinfer.plan.host_room import HostRoom
 from headinfer.plan.options import Options
 from headinfer.plan.shape import ModelShape
+from headinfer.plan.streaming import PAPERS_SPARSITY
 from headinfer.units import parse_tokens
 
 _DEFAULT_HARDWARE = "rtx-4090"
@@ -34,10 +35,14 @@ _EXIT_NOTHING_FITS = 1
     "device_memory",
     "host_memory",
     "chunk_tokens",
+    "sparsity",
+    "sink_tokens",
+    "recent_tokens",
     device_memory="The most to use on the device, such as 24GiB; auto: all the hardware has.",
     host_memory="All of the host's memory, such as 1TiB; auto: what the hardware has. KV gets what "
     "the process, page tables and a reserve leave of it.",
     chunk_tokens="Tokens of a prefill chunk, such as 4K, or auto.",
+    sparsity="Share of KV heads that stream in the row head-wise-sparse; 0 is 0.5, the paper's.",
 )
 def plan(
     *,
@@ -137,11 +142,21 @@ def plan(
             batch=batch,
             kind=accounting,
             chunk_tokens=None if options.chunk_tokens == "auto" else options.chunk_tokens,
+            streaming=_streaming(options),
             machine_memory_bytes=here.device_memory_bytes
             if one_memory and options.device_memory_bytes is None
             else None,
         )
         raise typer.Exit(_answer(situation, which, json_path, steps=steps))
+
+
+def _streaming(options: Options) -> Options:
+    """Return what the row of streaming heads is for: half of them unless a share was given."""
+    return Options(
+        sparsity=options.sparsity or PAPERS_SPARSITY,
+        sink_tokens=options.sink_tokens,
+        recent_tokens=options.recent_tokens,
+    )
 
 
 def _check_alone(invocation: typer.Context) -> None:

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from headinfer.cli.text import print_lines
 from headinfer.estimate.choose import Choice
+from headinfer.estimate.methods import APPROXIMATE
 from headinfer.estimate.situation import MethodPlan, Situation
 from headinfer.plan.memory import runtime_parts
 from headinfer.units import format_bytes, format_seconds, format_tokens
@@ -65,7 +66,7 @@ def print_plans(
     runtime = plans[0].runtime_bytes
     console.print(
         f"[dim]Sizes in GiB{f'; total: with {_gib(runtime)} for CUDA itself' if runtime else ''}; "
-        "[/][red]![/][dim]: more than there is;\nmax context: what "
+        "[/][red]![/][dim]: more than there is;\n~: not exact by design; max context: what "
         f"{'memory holds' if on_cpu else 'GPU and CPU memory hold'}; times predicted[/]"
     )
     if runtime:
@@ -126,7 +127,7 @@ def _table(plans: Sequence[MethodPlan], choice: Choice, *, width: int, on_cpu: b
 def _cells(plan: MethodPlan, *, chosen: bool) -> list[str]:
     host = _gib(plan.kv_host_bytes) if plan.kv_host_bytes else "-"
     return [
-        f"{'> ' if chosen else '  '}{plan.method}",
+        f"{'> ' if chosen else '  '}{plan.method}{' ~' if plan.method in APPROXIMATE else ''}",
         _tile(plan),
         _gib(plan.weights_bytes),
         _gib(plan.kv_device_bytes),

@@ -36,7 +36,9 @@ def link_bytes_per_s(stats: Stats) -> float:
 
 
 def summary_rows(stats: Stats, plan: Plan) -> Iterator[tuple[str, str]]:
-    """Yield labels and texts of what was measured."""
+    """Yield labels and texts of what was measured, and of what is not exact."""
+    if plan.approximation:
+        yield "approximate", plan.approximation
     yield (
         "prefill",
         f"{stats.prefill_tokens:,} tokens in {stats.prefill_s:.1f} s, "
@@ -89,6 +91,7 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
     if plan.tile_tokens >= ALL_TOKENS:
         values["tile_tokens"] = "all"
     return values | {
+        "approximation": plan.approximation,
         "arena_bytes": plan.arena_bytes,
         "weights_bytes": plan.shape.weights_bytes,
         "kv_device_bytes": plan.kv_device_bytes,

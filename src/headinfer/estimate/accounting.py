@@ -48,7 +48,12 @@ class Accounting:
         """Bytes of the KV that methods move or keep; the paper knows no sliding windows."""
         if not self.is_paper:
             return self.shape.kv_bytes(tokens, self.batch)
-        elements = sum(layer.elements_per_token for layer in self.shape.layers)
+        elements = sum(
+            track.elements_per_token
+            for layer in self.shape.layers
+            for track in layer.tracks
+            if track.kind is layer.kind  # heads that stream keep nothing that grows
+        )
         return self.batch * tokens * elements * self.shape.kv_itemsize
 
     def layer_kv_bytes(self, tokens: int, heads: int | None = None) -> int:

@@ -1,8 +1,8 @@
 """Every way to run a long context, side by side: bytes, the longest context, and times.
 
 The methods are those of the paper's Table 10, with its head-wise offload at 8, 4, 2 and 1 heads and
-adaptive, and ours. Ours are bounded (a tile also has a fixed number of tokens) and resident (what
-is left of the device memory keeps KV there).
+adaptive, and ours. Ours are bounded (a tile also has a fixed number of tokens), resident (what is
+left of the device memory keeps KV there), and that with heads that stream, which is approximate.
 """
 
 from collections.abc import Callable, Iterator
@@ -55,6 +55,9 @@ Rule = Callable[[Situation, int], Footprint]
 def method_plans(situation: Situation) -> list[MethodPlan]:
     """Return every method that the model allows, from standard inference to ours."""
     plans = [*papers_methods(situation)]
+    if situation.shape.kv_heads and situation.streaming.sparsity:
+        sparse = situation.sparse()
+        plans.append(_of_plan(sparse, HEAD_WISE_SPARSE, sparse.resolve(keep_resident=True)))
     plans.append(_of_plan(situation, BOUNDED, situation.resolve(keep_resident=False)))
     if situation.device != "cpu":
         plans.append(_of_plan(situation, RESIDENT, situation.resolve(keep_resident=True)))

@@ -1,6 +1,6 @@
 """What a user asks about, and what is answered of one method."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from headinfer.errors import MemoryPlanError
 from headinfer.estimate.accounting import Accounting, AccountingKind
@@ -12,6 +12,7 @@ from headinfer.plan.plan import Plan
 from headinfer.plan.predict import Parts
 from headinfer.plan.resolve import least_plan, resolve
 from headinfer.plan.shape import ModelShape
+from headinfer.plan.streaming import PAPERS_SPARSITY, evenly_streaming
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +99,7 @@ class Situation:
         chunk_tokens: tokens of a prefill chunk, where a method has one; None to choose.
         machine_memory_bytes: where the CPU is the device and no memory was asked for, all of the
             machine's, which `device_memory_bytes` is what is left of; else None.
+        streaming: for the method whose heads stream in part: the share of them, and what they see.
     """
 
     shape: ModelShape
@@ -109,6 +111,11 @@ class Situation:
     kind: AccountingKind = AccountingKind.OURS
     chunk_tokens: int | None = None
     machine_memory_bytes: int | None = None
+    streaming: Options = field(default_factory=lambda: Options(sparsity=PAPERS_SPARSITY))
+
+    def sparse(self) -> "Situation":
+        """Return the situation of a model of which some heads stream, as many in each layer."""
+        return replace(self, shape=evenly_streaming(self.shape, self.streaming))
 
     @property
     def accounting(self) -> Accounting:

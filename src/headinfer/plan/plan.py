@@ -133,8 +133,8 @@ class Plan:
         )
         if self.whole_tokens:
             yield f"up to {format_tokens(self.whole_tokens)} tokens that cannot pass in chunks"
-        if self.shape.exact is not self.shape:
-            yield f"approximate: {self._streaming()}"
+        if self.approximation:
+            yield f"approximate: {self.approximation}"
         budget = self.device_memory_bytes
         runtime = f", CUDA itself {format_bytes(self.runtime_bytes)}" if self.runtime_bytes else ""
         kv = "" if self.device == "cpu" else f"KV {format_bytes(self.kv_device_bytes)}, "
@@ -160,8 +160,11 @@ class Plan:
                 f"{format_bytes(self.kv_host_bytes(self.context_tokens))}"
             )
 
-    def _streaming(self) -> str:
-        """Say which heads stream, and what they see."""
+    @property
+    def approximation(self) -> str:
+        """What keeps results from being exact, in words; empty for nothing."""
+        if self.shape.exact is self.shape:
+            return ""
         streaming = [layer.streaming for layer in self.shape.layers if layer.streaming is not None]
         heads = sum(len(each.heads) for each in streaming)
         all_heads = sum(

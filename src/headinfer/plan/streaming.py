@@ -16,6 +16,9 @@ RECENT_TOKENS = 256
 STREAMING_OPTIONS = ("sparsity", "head_pattern", "sink_tokens", "recent_tokens")
 """Names of the options that say which heads stream, and what these see."""
 
+PAPERS_SPARSITY = 0.5
+"""Share of the KV heads that stream in the paper's Table 14."""
+
 RANDOM = "random"
 """Name of a pattern of no meaning, to measure with; it may be followed by a colon and a seed."""
 
@@ -70,6 +73,12 @@ def check_streaming(options: Options) -> None:
             f"{given[0]} is given, but sparsity is 0, so that no head streams; give the share of "
             "KV heads that do, such as 0.5"
         )
+
+
+def evenly_streaming(shape: ModelShape, options: Options) -> ModelShape:
+    """Return a model's shape in which about as many heads of each layer stream, to plan with."""
+    equal = HeadPattern(scores=tuple((0.0,) * layer.kv_heads for layer in shape.layers))
+    return with_streaming_heads(shape, equal, options)
 
 
 def with_streaming_heads(shape: ModelShape, pattern: HeadPattern, options: Options) -> ModelShape:
