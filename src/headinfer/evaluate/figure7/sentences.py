@@ -31,7 +31,7 @@ _FOODS = (
 _NAMES = ("Ottoline Pfeiffer", "Wendell Okafor", "Ingrid Castellano", "Bartholomew Quist")
 _TOWNS = ("Reykjavik", "Montevideo", "Singapore", "Winnipeg", "Ljubljana", "Casablanca")
 
-# Those of twenty tried ones that SmolLM2-135M, Gemma-3-270M or both mostly find at 2K tokens.
+# Those of twelve tried ones that stock SmolLM2-135M found in 2K tokens, at one of two depths or both.
 SENTENCES: Sequence[OffTheme] = (
     OffTheme(
         begun="The vending machine on platform nine sells nothing but",
@@ -62,5 +62,10 @@ SENTENCES: Sequence[OffTheme] = (
         begun="The new airport terminal was designed by",
         question="Who designed the new airport terminal?",
         ends=_NAMES,
+    ),
+    OffTheme(
+        begun="The night train from platform nine goes to",
+        question="Where does the night train from platform nine go?",
+        ends=_TOWNS,
     ),
 )
