@@ -10,7 +10,7 @@ from headinfer.bench.rows import Row
 from headinfer.bench.spec import Command
 from headinfer.estimate.comparison import Comparison
 from headinfer.estimate.methods import LAYER_WISE
-from headinfer.estimate.paper import context_tables, latency_tables, memory_table
+from headinfer.estimate.paper import context_tables, latency_tables, memory_table, sparse_table
 from headinfer.units import exact_bytes, parse_tokens
 
 _GIB, _K = 2**30, 1024
@@ -33,7 +33,7 @@ Nothing is measured here yet: that takes a GPU, where `make bench-gpu` measures 
 
 
 def paper_section(files: Sequence[Results]) -> str:
-    """Return Tables 3, 5, 6, 7, 10 and 11 with what the files measured of the same models."""
+    """Return Tables 3, 5, 6, 7, 10, 11 and 14 with what the files measured of the same models."""
     found = _Found(files)
     table_3, _, table_5, *_ = context_tables()
     table_6, table_7 = latency_tables()
@@ -45,6 +45,7 @@ def paper_section(files: Sequence[Results]) -> str:
         (table_6, found.prefill_s),
         (table_7, found.decode_s),
         (memory_table(), found.memory_gib),
+        (sparse_table(), found.seconds_at_1m),
     ):
         parts.extend(_table(comparison, measured))
     return "\n".join(parts)
@@ -114,6 +115,10 @@ class _Found:
         commands = {Command.DECODE, Command.ABLATION}
         row = self._row(method, _MODEL, parse_tokens(context), commands)
         return None if row is None else row.decode_s_per_token
+
+    def seconds_at_1m(self, what: str, method: str) -> float | None:
+        """Return the seconds of a prefill or a decode step at 1M tokens."""
+        return self.prefill_s("1M", method) if what == "prefill" else self.decode_s("1M", method)
 
     def memory_gib(self, label: str, column: str) -> float | None:
         """Return GiB of a row such as "standard, 25K"."""

@@ -112,7 +112,7 @@ def plan(
         typer.Option(
             "--paper",
             metavar=NO_VALUE,
-            help="Print the paper's tables 3 to 8, 10 and 11 beside ours, and nothing else.",
+            help="Print the paper's tables 3 to 8, 10, 11 and 14 beside ours, and nothing else.",
         ),
     ] = False,
 ) -> None:

@@ -1,4 +1,4 @@
-"""The paper's tables 3 to 8, 10 and 11, each figure beside what formulas give for it.
+"""The paper's tables 3 to 8, 10, 11 and 14, each figure beside what formulas give for it.
 
 Table 10's formulas count bytes (`headinfer.estimate.accounting`). Where they end is where a context
 no longer fits, which tables 3, 4, 5 and 8 measured; `headinfer.plan.predict` predicts tables 6 and
@@ -14,6 +14,7 @@ from headinfer.estimate.methods import (
     ADAPTIVE,
     CHUNKED,
     HEAD_WISE,
+    HEAD_WISE_SPARSE,
     LAYER_WISE,
     QUANTISED,
     STANDARD,
@@ -38,7 +39,7 @@ _ONE_HEAD = f"{HEAD_WISE}-1"
 
 def comparisons() -> list[Comparison]:
     """Return all tables, computed now."""
-    return [memory_table(), *context_tables(), *latency_tables()]
+    return [memory_table(), *context_tables(), *latency_tables(), sparse_table()]
 
 
 def _plans(
@@ -47,6 +48,7 @@ def _plans(
     *,
     device_bytes: int = CARD_BYTES,
     kind: AccountingKind = AccountingKind.PAPER,
+    sparse: bool = False,
 ) -> dict[str, MethodPlan]:
     situation = Situation(
         shape=preset_shape(model),
@@ -56,6 +58,7 @@ def _plans(
         host_memory_bytes=HOST_BYTES,
         kind=kind,
     )
+    situation = situation.sparse() if sparse else situation
     return {plan.method: plan for plan in papers_methods(situation)}
 
 
@@ -302,6 +305,32 @@ def latency_tables() -> list[Comparison]:
             ),
         ),
     ]
+
+
+def sparse_table() -> Comparison:
+    """Return Table 14: half of the heads stream, by DuoAttention's pattern."""
+    plans = [_plans(_MODEL, _K * _K, sparse=sparse)[_ONE_HEAD] for sparse in (False, True)]
+    return Comparison(
+        title="Table 14: Llama-3-8B at 1M on the RTX 4090, half of the heads streaming",
+        unit="s",
+        columns=(_ONE_HEAD, HEAD_WISE_SPARSE),
+        rows=(
+            Row(
+                label="prefill",
+                paper=(2054, 1152),
+                ours=tuple(plan.prefill_s for plan in plans),
+            ),
+            Row(
+                label="decode",
+                paper=(6.51, 3.28),
+                ours=tuple(plan.decode_s_per_token for plan in plans),
+            ),
+        ),
+        notes=(
+            "Tiles of one head and all tokens in both columns; DuoAttention's pattern there, as "
+            "many streaming heads in each layer here.",
+        ),
+    )
 
 
 def _latency_rows(
