@@ -31,7 +31,7 @@ _FOODS = (
 _NAMES = ("Ottoline Pfeiffer", "Wendell Okafor", "Ingrid Castellano", "Bartholomew Quist")
 _TOWNS = ("Reykjavik", "Montevideo", "Singapore", "Winnipeg", "Ljubljana", "Casablanca")
 
-# Those of twelve tried ones that stock SmolLM2-135M found in 2K tokens, at one of two depths or both.
+# Those of twelve tried ones that stock SmolLM2-135M found in 2K tokens, at one of two depths.
 SENTENCES: Sequence[OffTheme] = (
     OffTheme(
         begun="The vending machine on platform nine sells nothing but",
