@@ -58,6 +58,13 @@ bench suite-small-decode decode --contexts 128K,1M --fill random --device-memory
     --methods "transformers-offloaded,$methods,headinfer"
 bench suite-llama-max-context max-context "${llama[@]}" --contexts 10K,800K --fill random \
     --methods standard,transformers-offloaded,head-wise-1,resident
+# Half of the heads stream: approximate. 1600K tokens then take 100 GiB. Two parts, of 5 and 7 minutes.
+bench sparse decode "${llama[@]}" --contexts 100K,200K,400K,800K,1600K --fill random --new-tokens 20 \
+    --methods host-attention,head-wise-sparse
+bench sparse-prefill prefill "${llama[@]}" --contexts 100K,400K --repeats 1 \
+    --methods host-attention,head-wise-1,head-wise-sparse
+bench sparse-prefill-1M prefill "${llama[@]}" --contexts 1M --repeats 1 --time-limit 520 \
+    --methods head-wise-sparse
 # 128 GiB of KV, so that it needs a machine with more CPU memory than that.
 if [ "$(free -g | awk '/^Mem/ {print $2}')" -gt 180 ]; then
     bench 1M decode "${llama[@]}" --contexts 1M --fill random --new-tokens 7 \

@@ -1,8 +1,8 @@
 """Every way to run a long context, side by side: bytes, the longest context, and times.
 
 The methods are those of the paper's Table 10, with its head-wise offload at 8, 4, 2 and 1 heads and
-adaptive, and ours. Ours are bounded (a tile also has a fixed number of tokens), resident (what is
-left of the device memory keeps KV there), and that with heads that stream, which is approximate.
+adaptive, and ours. Ours are bounded (a tile also has a fixed number of tokens) and resident (what
+is left of the device memory keeps KV there). Ours with heads that stream is approximate.
 """
 
 from collections.abc import Callable, Iterator
