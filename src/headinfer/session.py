@@ -12,7 +12,7 @@ from headinfer.device.host_memory import all_host_bytes, available_host_bytes
 from headinfer.device.make import measured_hardware
 from headinfer.engine.engine import Engine
 from headinfer.engine.stats import Stats
-from headinfer.errors import CacheStateError, MemoryPlanError
+from headinfer.errors import CacheStateError, MemoryPlanError, OptionError
 from headinfer.heads.formats import read_pattern
 from headinfer.integration.attachment import Attachment
 from headinfer.integration.attention import AttentionFunctions
@@ -309,7 +309,14 @@ def _with_pattern(shape: ModelShape, options: Options) -> ModelShape:
     kv_heads = kv_heads_of(shape)
     pattern = random_pattern(options.head_pattern, kv_heads)
     pattern = pattern or read_pattern(options.head_pattern, kv_heads)
-    return with_streaming_heads(shape, pattern, options)
+    streaming = with_streaming_heads(shape, pattern, options)
+    if streaming.exact is streaming:
+        heads = sum(layer.kv_heads for layer in shape.full_layers)
+        raise OptionError(
+            f"sparsity {options.sparsity:g} of the {heads} KV heads that see all tokens is none of "
+            "them; give a larger share, or 0 for none"
+        )
+    return streaming
 
 
 def _raise_peaks(stats: Stats, device_bytes: int, host_bytes: int, standard_bytes: int) -> None:

@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attended import native, reference
+from headinfer.attend.reference import ReferenceKernel
 from headinfer.attend.table import Kernels
+from headinfer.attend.work import Work
 from headinfer.device.base import Device
 from headinfer.device.cpu import CpuDevice
 from headinfer.device.simulated import SimulatedDevice
@@ -229,6 +231,28 @@ def test_rows_are_rearranged_and_copied(device: str) -> None:
     engine.close()
     step(copied, 1)
     step(copied, 30)
+
+
+def test_a_call_that_ends_between_the_tracks_leaves_a_cache_to_reset() -> None:
+    class Failing(ReferenceKernel):
+        """Fails at the heads that stream."""
+
+        def attend(self, work: Work) -> None:
+            if work.query.shape[1] == 3:
+                raise KeyboardInterrupt
+            super().attend(work)
+
+    chat = Chat(planned("simulated", [some(1, 2, 3)] * 2))
+    chat.step(20)
+    new, query = chat.draw(2, 1, HEADS, 3, DIM), chat.draw(1, HEADS, GROUP, 3, DIM)
+    with pytest.raises(KeyboardInterrupt):
+        chat.engine.attend(1, query, *new, kernels=Kernels([Failing()]), scale=SCALE)
+    for refused in (chat.engine.lengths, lambda: chat.engine.crop(1, 1)):
+        with pytest.raises(CacheStateError, match="was interrupted"):
+            refused()
+    chat.engine.clear()
+    chat.kv = [kv[:, :, :, :0] for kv in chat.kv]
+    chat.step(20)
 
 
 def test_keys_of_heads_that_hold_other_tokens_are_not_read() -> None:

@@ -196,6 +196,8 @@ def test_a_pattern_in_a_file_chooses_the_heads(tmp_path: Path) -> None:
         ({"sparsity": 1.5, "head_pattern": "random"}, "sparsity must be a share from 0 to 1"),
         ({"sparsity": "auto", "head_pattern": "random"}, "not 'auto'"),
         ({"sparsity": 0.5, "head_pattern": "random:x"}, "takes a number as its seed"),
+        ({"sparsity": "nan", "head_pattern": "random"}, "from 0 to 1, or 'off', not 'nan'"),
+        ({"sparsity": 0.001, "head_pattern": "random"}, "of the 12 KV heads .* is none of them"),
         ({"sparsity": 0.5, "head_pattern": "no/such"}, "no/such"),
         ({**STREAMING, "sink_tokens": -1}, "sink_tokens must be an integer from 0 on"),
         ({**STREAMING, "recent_tokens": 0}, "recent_tokens must be a positive integer"),
@@ -233,6 +235,28 @@ def test_keys_are_not_read_where_heads_stream() -> None:
         model(random_tokens(1, 40), past_key_values=cache)
         with pytest.raises(CacheStateError, match="streaming heads"):
             _ = cache.layers[0].keys
+        cache.reset()
+        assert cache.layers[0].keys is None
+
+
+def test_calls_without_such_a_cache_are_exact_and_say_so(caplog: pytest.LogCaptureFixture) -> None:
+    model, tokens = shared_model("llama3"), random_tokens(2, 60)
+    mask = torch.ones_like(tokens)
+    mask[0, :7] = 0
+    wanted = model(tokens, attention_mask=mask).logits
+    with headinfer.attach(model, device="simulated", **STREAMING):
+        for arguments in ({"use_cache": False}, {"past_key_values": DynamicCache()}):
+            caplog.clear()
+            ours = model(tokens, attention_mask=mask, **arguments).logits
+            torch.testing.assert_close(ours[:, 7:], wanted[:, 7:], rtol=1e-4, atol=1e-5)
+            assert "all heads see all tokens" in caplog.text
+
+
+def test_tiles_may_have_as_many_heads_as_the_model() -> None:
+    model, tokens = shared_model("llama3"), random_tokens(1, 60)
+    with headinfer.attach(model, device="simulated", tile_heads=4, **STREAMING) as offload:
+        assert offload.plan.tile_heads <= 4
+        assert_same(generated(model, tokens, offload.new_cache()), masked(model, tokens))
 
 
 def test_memory_is_what_the_plan_says() -> None:

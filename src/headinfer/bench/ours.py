@@ -215,7 +215,8 @@ def head_wise_sparse(model: PreTrainedModel, spec: TrialSpec) -> HeadInfer:
     if not options["sparsity"]:
         options |= {"sparsity": PAPERS_SPARSITY, "head_pattern": RANDOM}
     method = HeadInfer(model, spec, **options)
-    pattern = "a random pattern" if RANDOM in str(options["head_pattern"]) else "a pattern"
+    is_random = str(options["head_pattern"]).partition(":")[0] == RANDOM
+    pattern = "a random pattern" if is_random else "a pattern"
     method.note = f"{method.note} {options['sparsity']:.0%} of heads stream, {pattern}".strip()
     return method
 

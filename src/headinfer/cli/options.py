@@ -4,7 +4,7 @@ import enum
 import functools
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -101,7 +101,7 @@ def with_flags(*names: str, **help_texts: str) -> Callable[[Callable[..., None]]
 
         @functools.wraps(verb)
         def run(**given: Any) -> None:
-            verb(flags=take_flags(given), **given)
+            verb(flags=take_flags(given, names), **given)
 
         run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {part.name: part.annotation for part in parameters}
@@ -110,10 +110,16 @@ def with_flags(*names: str, **help_texts: str) -> Callable[[Callable[..., None]]
     return decorate
 
 
-def take_flags(given: dict[str, Any]) -> dict[str, Any]:
-    """Take what was written for options out of a verb's arguments."""
-    flags = {name: given.pop(name) for name in DECLARATIONS if name in given}
-    switches = {name: not given.pop(f"no_{name}") for name in DECLARATIONS if f"no_{name}" in given}
+def take_flags(given: dict[str, Any], names: Sequence[str] = ()) -> dict[str, Any]:
+    """Take what was written for options out of a verb's arguments.
+
+    Args:
+        given: the arguments; what is taken is gone from them.
+        names: of the options; all of them by default.
+    """
+    wanted = names or tuple(DECLARATIONS)
+    flags = {name: given.pop(name) for name in wanted if name in given}
+    switches = {name: not given.pop(f"no_{name}") for name in wanted if f"no_{name}" in given}
     return flags | switches
 
 

@@ -12,8 +12,9 @@ was fetched ahead, so that changes must become rare."""
 _LEAST_GROWTH, _MOST_GROWTH = 0.02, 0.3
 """Growth of the share, as a share of it: the least that is worth it, and the most at once."""
 
-_LEAST_CUT, _MOST_CUT = 0.04, 0.2
-"""Cuts of the share, as a share of it. A cut is twice the one before until the host is in time."""
+_FIRST_CUT, _LEAST_CUT, _MOST_CUT = 0.04, 0.01, 0.2
+"""Cuts of the share, as a share of it. A cut is twice the one before until the host is in time. The
+next time it is late, the first cut is half of what it was."""
 
 _MOST_SHARE = 0.98
 """With all tokens the host would leave nothing to compare its time with."""
@@ -47,7 +48,7 @@ class Balance:
         self._steady = False
         self._lateness: list[float] = []
         self._needed = _FIRST_NOTES
-        self._cut = _LEAST_CUT
+        self._cut = self._first_cut = _FIRST_CUT
 
     @contextlib.contextmanager
     def steady(self) -> Iterator[None]:
@@ -78,7 +79,8 @@ class Balance:
             self.share *= 1 - self._cut
             self._cut = min(2 * self._cut, _MOST_CUT)
             return
-        self._cut = _LEAST_CUT
+        if self._cut != self._first_cut:
+            self._cut = self._first_cut = max(self._first_cut / 2, _LEAST_CUT)
         growth = min(-late * (1 - self.share), _MOST_GROWTH)
         if growth >= _LEAST_GROWTH:
             self.share = min(self.share * (1 + growth), _MOST_SHARE)

@@ -71,9 +71,14 @@ class ChangeableTokens(HeldTokens):
         Raises:
             CacheStateError: it has.
         """
-        for ledger in self._layers[layer_idx].tracks:
+        layer = self._layers[layer_idx]
+        if layer.uneven:
+            self.lengths()  # refuses what was interrupted
+        for ledger in layer.tracks:
             if ledger.track.window_tokens is not None:
-                self._windows.check_crop(ledger, max(ledger.tokens - tokens, 0))
+                self._windows.check_crop(
+                    ledger, max(ledger.tokens - tokens, 0), streams=layer.streams
+                )
 
     def crop(self, layer_idx: int, tokens: int) -> None:
         """Remove a layer's newest `tokens` tokens, or all it has.

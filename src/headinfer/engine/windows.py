@@ -75,15 +75,19 @@ class WindowKeeper:
             self._restart(ledger, tail, tail.tile(tail.start + ledger.sink_tokens, tail.end))
         return tail
 
-    def check_crop(self, ledger: Ledger, tokens: int) -> None:
+    def check_crop(self, ledger: Ledger, tokens: int, *, streams: bool = False) -> None:
         """Refuse to keep only the first `tokens` tokens where those that are seen then are gone.
+
+        Args:
+            ledger: of a track with a window.
+            tokens: to be kept.
+            streams: whether these are heads that stream, and no layer with a window.
 
         Raises:
             CacheStateError: they were dropped.
         """
         if tokens < ledger.tokens and not ledger.can_crop(tokens):
-            what = "streaming heads" if ledger.track.sink_tokens else "a layer"
-            have = "have" if ledger.track.sink_tokens else "has"
+            what, have = ("streaming heads", "have") if streams else ("a layer", "has")
             raise CacheStateError(
                 f"{ledger.tokens - tokens} tokens cannot be taken back: {what} with a window of "
                 f"{ledger.track.window_tokens} tokens {have} dropped those before them; take back "

@@ -217,7 +217,10 @@ def _highest_of_groups(rows: Scores, kv_heads: Sequence[int]) -> Scores:
 def _number(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise OptionError(f"a head's score must be a number, not {str(value)[:40]!r}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise OptionError(f"a head's score is too large: {str(value)[:20]}...") from None
 
 
 def _tokens(values: dict[str, Any], name: str) -> int | None:

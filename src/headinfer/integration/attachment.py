@@ -183,6 +183,7 @@ class Attachment:
             if use_cache is None:
                 use_cache = self._model.config.get_text_config(decoder=True).use_cache
             if not use_cache:
+                self._say_exact("without a cache")
                 return None
             cache = arguments[name] = self._owner.new_cache()
         if isinstance(cache, OffloadedCache):
@@ -203,4 +204,14 @@ class Attachment:
             type(cache).__name__,
             name,
         )
+        self._say_exact("with a cache that is not of this attachment")
         return None
+
+    def _say_exact(self, how: str) -> None:
+        """Say where heads do not stream although the attachment's do."""
+        if not self.functions.padded:
+            self._log.say(
+                *(logging.WARNING, how),
+                "%s all heads see all tokens: they stream in caches of this attachment alone",
+                how,
+            )

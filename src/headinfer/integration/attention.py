@@ -133,15 +133,9 @@ class AttentionFunctions:
             raise UnsupportedModelError(
                 "this model's attention mask is more than causal, windowed and padded: not served"
             )
-        seen = visible(
+        return visible(
             q_length, kv_length, int(q_offset), kv_offset, mask_function, attention_mask, local_size
         )
-        if seen is not None and seen.padding is not None and not self.padded:
-            raise UnsupportedModelError(
-                "rows with padding are not served where heads stream (sparsity), because their "
-                "sinks would be padding; pass rows of one length, or one row at a time"
-            )
-        return seen
 
     def attend(
         self,
@@ -194,6 +188,11 @@ class AttentionFunctions:
             check_visible(module, attention_mask, sliding_window, query, key, pending)
             if attention_mask is not None:
                 window_tokens, padding = attention_mask.window_tokens, attention_mask.padding
+        if padding is not None and pending is not None and not self.padded:
+            raise UnsupportedModelError(
+                "rows with padding are not served where heads stream (sparsity), because their "
+                "sinks would be padding; pass rows of one length, or one row at a time"
+            )
         with without_autocast(query.device.type):
             kernels = select_kernels(query.device, query.dtype, key_dim, value_dim, softcap)
             if pending is None:  # a cache that is not ours

@@ -215,6 +215,8 @@ class OffloadedState:
         if self.engine is None:
             return None
         self._check_none_pending()
+        if not self.tokens(layer_idx):
+            return None
         # Whoever reads keys and values mostly joins them with others: that is a second copy.
         needed_bytes = 2 * self.engine.read_bytes(layer_idx, part)
         left = self.host.tensor_bytes_left()

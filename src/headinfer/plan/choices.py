@@ -40,7 +40,7 @@ def tile_sizes(
     copies = device != "cpu"
     heads: list[int]
     if isinstance(options.tile_heads, int):
-        heads = [options.tile_heads]
+        heads = [min(options.tile_heads, heads_all)]  # where heads stream there may be fewer
     elif options.tile_heads == "all" or not copies:
         heads = [heads_all]
     else:

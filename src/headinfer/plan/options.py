@@ -101,9 +101,12 @@ def _share(name: str, value: str | float) -> float | Literal["auto"]:
 
 
 def _part(name: str, value: str | float) -> float:
-    share = _share(name, value)
+    try:
+        share = "auto" if value == "auto" else _share(name, value)
+    except OptionError:
+        share = "auto"
     if share == "auto":
-        raise OptionError(f"{name} must be a share from 0 to 1, or 'off', not 'auto'")
+        raise OptionError(f"{name} must be a share from 0 to 1, or 'off', not {value!r}")
     return share
 
 

@@ -49,10 +49,11 @@ def resolve(
         OptionError: a tile is larger than the model allows.
         MemoryPlanError: no choice of the open settings fits the device memory.
     """
-    if isinstance(options.tile_heads, int) and 0 < shape.kv_heads < options.tile_heads:
+    kv_heads = shape.exact.kv_heads
+    if isinstance(options.tile_heads, int) and 0 < kv_heads < options.tile_heads:
         raise OptionError(
-            f"tile_heads is {options.tile_heads}, but {shape.name} has {shape.kv_heads} KV heads; "
-            f"use a number from 1 to {shape.kv_heads}, or 'all'"
+            f"tile_heads is {options.tile_heads}, but {shape.name} has {kv_heads} KV heads; "
+            f"use a number from 1 to {kv_heads}, or 'all'"
         )
     if options.tile_tokens == "all" and device != "cpu" and context_tokens is None:
         context_tokens = shape.max_positions or None
