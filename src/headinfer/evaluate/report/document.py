@@ -127,6 +127,8 @@ def _title(results: Results) -> str:
     where = hardware["gpu"] or "CPU"
     held = spec.settings.device_memory_bytes
     within = "" if held is None else f", {exact_bytes(held)}"
+    if spec.settings.sparsity:
+        within += f", {spec.settings.sparsity:.0%} of heads streaming ~"
     return f"{spec.model.description.split(',')[0]}, {spec.dtype}, {where}{within}"
 
 
