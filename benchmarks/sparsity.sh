@@ -32,6 +32,11 @@ find_heads demo-repetition --model demo --tokens 1K
 
 "$python" benchmarks/sparsity.py smollm2 "$out"/heads-smollm2-{repetition,copy,gates}.json \
     random:0 --json "$out/sparsity-smollm2.json"
+"$python" benchmarks/sparsity.py smollm2 random:1 random:2 --shares 0.5 0.25 \
+    --json "$out/sparsity-smollm2.json"
+# Three layers of Gemma attend all tokens, with one KV head each.
+"$python" benchmarks/sparsity.py gemma3-270m "$out/heads-gemma3-repetition.json" random:0 \
+    --shares 0.34 0.67 --json "$out/sparsity-gemma3.json"
 
 all=standard,head-wise-sparse,streaming-llm,h2o,streaming-llm-25,h2o-25
 figure7 demo-figure7 --model demo --methods "standard,headinfer,${all#*,}" --samples 3 \
@@ -40,5 +45,9 @@ figure7 smollm2-figure7 --model smollm2 --methods "$all" --samples 1 \
     --sparsity 0.5 --head-pattern "$out/heads-smollm2-copy.json"
 figure7 smollm2-figure7-75 --model smollm2 --methods standard,head-wise-sparse --samples 1 \
     --sparsity 0.75 --head-pattern "$out/heads-smollm2-copy.json"
+for way in repetition gates; do
+    figure7 "smollm2-figure7-$way" --model smollm2 --methods head-wise-sparse --samples 1 \
+        --sparsity 0.5 --head-pattern "$out/heads-smollm2-$way.json"
+done
 
 [ -n "${OUT:-}" ] || "$python" benchmarks/sparsity_report.py

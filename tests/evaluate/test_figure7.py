@@ -241,7 +241,7 @@ def test_the_report_tells_runs_with_streaming_heads_apart_and_marks_them():
         files.append((f"figure7-{sparsity}", results))
     document = report(files, "plots")
     for share in ("50%", "75%"):
-        assert f"{share} of heads streaming ~\n" in document
+        assert f"{share} of heads streaming by random ~\n" in document
     assert "| context | head-wise-sparse ~ |" in document
     (shown,) = [text for text in figure(files[1][1]).texts if "75%" in text.get_text()]
     assert "approximate: 75% of heads stream" in shown.get_text()
