@@ -41,13 +41,16 @@ find_heads demo-repetition --model demo --tokens 1K
 all=standard,head-wise-sparse,streaming-llm,h2o,streaming-llm-25,h2o-25
 figure7 demo-figure7 --model demo --methods "standard,headinfer,${all#*,}" --samples 3 \
     --sparsity 0.5 --head-pattern "$out/heads-demo-repetition.json"
-figure7 smollm2-figure7 --model smollm2 --methods "$all" --samples 1 \
+figure7 smollm2-figure7-copy-50 --model smollm2 --methods "$all" --samples 1 \
     --sparsity 0.5 --head-pattern "$out/heads-smollm2-copy.json"
-figure7 smollm2-figure7-75 --model smollm2 --methods standard,head-wise-sparse --samples 1 \
+figure7 smollm2-figure7-copy-75 --model smollm2 --methods standard,head-wise-sparse --samples 1 \
     --sparsity 0.75 --head-pattern "$out/heads-smollm2-copy.json"
 for way in repetition gates; do
-    figure7 "smollm2-figure7-$way" --model smollm2 --methods head-wise-sparse --samples 1 \
+    figure7 "smollm2-figure7-$way-50" --model smollm2 --methods head-wise-sparse --samples 1 \
         --sparsity 0.5 --head-pattern "$out/heads-smollm2-$way.json"
 done
 
-[ -n "${OUT:-}" ] || "$python" benchmarks/sparsity_report.py
+if [ -z "${OUT:-}" ]; then
+    "$python" benchmarks/sparsity_report.py
+    "$python" -m headinfer.cli.main evaluate report "$out"/evaluate-*.json
+fi

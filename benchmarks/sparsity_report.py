@@ -107,9 +107,8 @@ def figure(document: dict[str, Any]) -> Any:
                 marker=MARKERS[at],
                 linestyle="--" if pattern.startswith("random") else "-",
                 linewidth=2,
-                markersize=8,
+                markersize=max(16 - 3 * at, 5),  # where lines coincide, all of them show
                 label=shown(pattern),
-                zorder=9 - at,
             )
         axes.set_xlabel("share of KV heads that keep all tokens", fontsize=LABEL_POINTS + 1)
         axes.set_ylabel(quantity, fontsize=LABEL_POINTS + 1)
@@ -117,9 +116,11 @@ def figure(document: dict[str, Any]) -> Any:
             axis.set_major_formatter(FuncFormatter(lambda share, _: f"{share:.0%}"))
             axis.set_minor_locator(NullLocator())
             axis.set_minor_formatter(NullFormatter())
+        axes.set_ylim(top=1.01)
         axes.tick_params(labelsize=LABEL_POINTS)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(which="major", color="#e6e6e6", linewidth=0.8)
+    left.set_ylim(0, 1.04)
     right.legend(fontsize=LABEL_POINTS, frameon=False, loc="lower right")
     return drawn
 
