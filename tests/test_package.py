@@ -79,9 +79,9 @@ def test_imports_point_downwards(path: Path) -> None:
             assert name.split(".")[0] in ("headinfer", *sys.stdlib_module_names)
 
 
-def test_the_readmes_table_is_generated() -> None:
-    script = ROOT / "benchmarks" / "readme_table.py"
-    subprocess.run([sys.executable, str(script), "--check"], check=True)
+@pytest.mark.parametrize("script", ["readme_table.py", "sparsity_report.py"])
+def test_tables_in_documents_are_generated(script: str) -> None:
+    subprocess.run([sys.executable, str(ROOT / "benchmarks" / script), "--check"], check=True)
 
 
 def test_importing_changes_nothing() -> None:

@@ -244,7 +244,7 @@ def test_a_call_that_ends_between_the_tracks_leaves_a_cache_to_reset() -> None:
 
     chat = Chat(planned("simulated", [some(1, 2, 3)] * 2))
     chat.step(20)
-    new, query = chat.draw(2, 1, HEADS, 3, DIM), chat.draw(1, HEADS, GROUP, 3, DIM)
+    new, query = chat.draw(2, 1, HEADS, 1, DIM), chat.draw(1, HEADS, GROUP, 1, DIM)
     with pytest.raises(KeyboardInterrupt):
         chat.engine.attend(1, query, *new, kernels=Kernels([Failing()]), scale=SCALE)
     for refused in (chat.engine.lengths, lambda: chat.engine.crop(1, 1)):

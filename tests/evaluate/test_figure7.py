@@ -220,5 +220,28 @@ def test_the_report_has_a_part_for_it_and_marks_what_is_approximate(capped):
     assert "| h2o ~ | 0.25 | 0.75 |" in document
     assert "h2o at 1K: found 0 of 2 sentences; lost one at depth 0.25: What?" in document
     drawn = figure(results)
+    assert "streaming ~" not in document
     labels = [axes.get_xlabel() + axes.get_ylabel() for axes in drawn.axes]
     assert any("depth of the fact" in each for each in (*labels, str(drawn._supylabel)))
+
+
+def test_the_report_tells_runs_with_streaming_heads_apart_and_marks_them():
+    pytest.importorskip("matplotlib")
+    task = Figure7(depths=(0.25, 0.75), is_demo=True)
+    files = []
+    for sparsity in (0.5, 0.75):
+        settings = Options.parse(device="cpu", sparsity=sparsity, head_pattern="random")
+        spec = answers_spec("head-wise-sparse", task=task, contexts=(1024,), settings=settings)
+        results = Answers.new(spec, FakeWorkers(lambda _job: iter(())).machine("cpu"))
+        records = (replace(record("a"), labels={"depth": 0.25, "asked": "What?"}),)
+        row = AnswersRow(
+            method="head-wise-sparse", context_tokens=1024, exact=False, records=records
+        )
+        results.rows[row.key] = row
+        files.append((f"figure7-{sparsity}", results))
+    document = report(files, "plots")
+    for share in ("50%", "75%"):
+        assert f"{share} of heads streaming by random ~\n" in document
+    assert "| context | head-wise-sparse ~ |" in document
+    (shown,) = [text for text in figure(files[1][1]).texts if "75%" in text.get_text()]
+    assert "approximate: 75% of heads stream" in shown.get_text()

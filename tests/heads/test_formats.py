@@ -99,7 +99,7 @@ def test_a_pattern_of_another_model_is_refused_with_both_shapes(duo, tmp_path):
         ('{"format": "headinfer-heads-1"}', "must be a list of numbers for each layer"),
         ('{"format": "headinfer-heads-1", "scores": [["1"]]}', "must be a number, not '1'"),
         ('{"format": "headinfer-heads-1", "scores": [[NaN]]}', "in layer 0 is nan"),
-        ('{"format": "headinfer-heads-1", "scores": [[1' + '0' * 400 + ']]}', "is too large"),
+        ('{"format": "headinfer-heads-1", "scores": [[1' + "0" * 400 + "]]}", "is too large"),
         (
             '{"format": "headinfer-heads-1", "scores": [[1]], "kv_heads": [2]}',
             "that kv_heads",

@@ -1,6 +1,7 @@
 """HeadInfer, with the options that make it each of its methods."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -210,15 +211,27 @@ def host_attention(model: PreTrainedModel, spec: TrialSpec) -> HeadInfer:
 
 def head_wise_sparse(model: PreTrainedModel, spec: TrialSpec) -> HeadInfer:
     """Return everything on auto, with heads that stream: by the run's settings, or half of them."""
-    settings = spec.settings.keywords()
-    options = {name: settings[name] for name in STREAMING_OPTIONS}
-    if not options["sparsity"]:
-        options |= {"sparsity": PAPERS_SPARSITY, "head_pattern": RANDOM}
+    settings = spec.settings
+    options = {name: settings.keywords()[name] for name in STREAMING_OPTIONS}
+    options["sparsity"] = settings.sparsity or PAPERS_SPARSITY
+    options["head_pattern"] = settings.head_pattern or RANDOM
     method = HeadInfer(model, spec, **options)
-    is_random = str(options["head_pattern"]).partition(":")[0] == RANDOM
-    pattern = "a random pattern" if is_random else "a pattern"
-    method.note = f"{method.note} {options['sparsity']:.0%} of heads stream, {pattern}".strip()
+    method.note = ", ".join(filter(None, (method.note, _streaming(**options))))
     return method
+
+
+def _streaming(
+    sparsity: float, head_pattern: str, sink_tokens: int | str, recent_tokens: int | str
+) -> str:
+    """Return which heads stream and what these see, where it is not the pattern's own reach."""
+    is_random = head_pattern.partition(":")[0] == RANDOM
+    pattern = "a random pattern" if is_random else Path(head_pattern).name
+    told = [f"approximate: {sparsity:.0%} of KV heads stream, by {pattern}"]
+    if sink_tokens != "auto":
+        told.append(f"{sink_tokens} sinks")
+    if recent_tokens != "auto":
+        told.append(f"{recent_tokens} newest tokens")
+    return ", ".join(told)
 
 
 def synchronous(model: PreTrainedModel, spec: TrialSpec) -> HeadInfer:

@@ -35,7 +35,9 @@ from headinfer.cli.output import (
 from headinfer.cli.prompt import encode, read_text
 from headinfer.cli.results import collect, exit_code, tell
 from headinfer.cli.run_progress import run_console, showing_progress
+from headinfer.cli.streaming import check_streaming_heads
 from headinfer.plan.options import Options
+from headinfer.plan.streaming import STREAMING_OPTIONS
 
 if TYPE_CHECKING:
     from headinfer.evaluate.agreement.document import AgreementResults
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
     "tile_tokens",
     "resident_tokens",
     "host_attention",
+    *STREAMING_OPTIONS,
     device_memory="GPU memory that HeadInfer's methods may use, such as 24GiB; auto: what is free.",
 )
 def agreement(
@@ -160,6 +163,7 @@ def _prepare(
     if not counts:
         counts = [len(ids)]
     shape = named_model(source.name, dtype, dummy_weights=False)
+    check_streaming_heads(names, options, shape.planned)
 
     def spec_in(kind: str) -> AgreementSpec:
         return AgreementSpec(

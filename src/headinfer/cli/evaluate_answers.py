@@ -38,6 +38,7 @@ from headinfer.cli.output import (
 )
 from headinfer.cli.results import collect, exit_code, tell
 from headinfer.cli.run_progress import RunProgress, run_console, showing_progress
+from headinfer.cli.streaming import check_streaming_heads
 from headinfer.evaluate.answers.document import Answers
 from headinfer.evaluate.answers.job import AnswersSpec
 from headinfer.evaluate.answers.launch import Launcher, Workers
@@ -45,6 +46,7 @@ from headinfer.evaluate.answers.run import AnswersRow, AnswersRun
 from headinfer.evaluate.answers.table import render
 from headinfer.evaluate.answers.task import Task
 from headinfer.plan.options import Options
+from headinfer.plan.streaming import STREAMING_OPTIONS
 
 _FIRST_TOKENS, _LAST_TOKENS = 1024, 32 * 1024
 """Ends of the contexts without `--contexts`, where the model was made for so many positions."""
@@ -68,6 +70,7 @@ def make_launcher() -> Launcher:
     "tile_tokens",
     "resident_tokens",
     "host_attention",
+    *STREAMING_OPTIONS,
     device_memory="GPU memory that each method may use, such as 24GiB; auto: what is free.",
 )
 def shared(
@@ -187,12 +190,14 @@ def _spec(task: Task, given: dict[str, Any]) -> tuple[AnswersSpec, str]:
     dtype = given["dtype"].value
     if dtype == "auto":
         dtype = str(config.dtype or "float32").removeprefix("torch.")
+    model = named_model(given["model"], dtype, dummy_weights=False)
+    check_streaming_heads(methods, settings, model.planned)
     spec = AnswersSpec(
         task=task,
         methods=methods,
         contexts=tuple(contexts),
         dtype=dtype,
-        model=named_model(given["model"], dtype, dummy_weights=False),
+        model=model,
         settings=settings,
         threads=given["threads"],
     )

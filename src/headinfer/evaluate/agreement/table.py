@@ -88,4 +88,6 @@ def notes(rows: Sequence[AgreementRow]) -> list[str]:
             found.append(f"{row.method}: {meaning(row.status)}: {reason}")
         if row.note:
             found.append(f"{row.method}: {row.note}")
+        if not row.exact:
+            found.append(f"{row.method}: not exact")
     return list(dict.fromkeys(found))

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from headinfer.bench.catalogue import CATALOGUE, REFERENCE_METHOD
 from headinfer.evaluate.agreement.document import AgreementResults
@@ -12,6 +13,7 @@ from headinfer.evaluate.answers.document import Answers
 from headinfer.evaluate.answers.run import AnswersRow
 from headinfer.evaluate.answers.table import compared, conditions, notes, percent, seen
 from headinfer.evaluate.report import paper
+from headinfer.plan.streaming import RANDOM
 from headinfer.units import exact_bytes, format_tokens
 
 Results = Answers | AgreementResults
@@ -127,6 +129,9 @@ def _title(results: Results) -> str:
     where = hardware["gpu"] or "CPU"
     held = spec.settings.device_memory_bytes
     within = "" if held is None else f", {exact_bytes(held)}"
+    if spec.settings.sparsity:
+        pattern = Path(spec.settings.head_pattern or RANDOM).stem
+        within += f", {spec.settings.sparsity:.0%} of heads streaming by {pattern} ~"
     return f"{spec.model.description.split(',')[0]}, {spec.dtype}, {where}{within}"
 
 

@@ -33,6 +33,8 @@ def figure(results: Answers) -> Figure | None:
         return None
     held = spec.settings.device_memory_bytes
     within = "" if held is None else f", memory held to {exact_bytes(held)}"
+    if spec.settings.sparsity:
+        within += f"; head-wise-sparse is approximate: {spec.settings.sparsity:.0%} of heads stream"
     if any(panel.marked for panel in panels):
         within += "; black bar: from prompts cut in the middle to what the method holds"
     return draw(
