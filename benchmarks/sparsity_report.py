@@ -116,7 +116,7 @@ def figure(document: dict[str, Any]) -> Any:
             axis.set_major_formatter(FuncFormatter(lambda share, _: f"{share:.0%}"))
             axis.set_minor_locator(NullLocator())
             axis.set_minor_formatter(NullFormatter())
-        axes.set_ylim(top=1.01)
+        axes.set_ylim(top=1.004)
         axes.tick_params(labelsize=LABEL_POINTS)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(which="major", color="#e6e6e6", linewidth=0.8)
