@@ -149,7 +149,7 @@ def test_every_pattern_reach_chunk_and_tile_is_attended_as_defined(
 def test_decode_steps_go_on_when_the_window_begins_anew(device: str) -> None:
     chat = Chat(planned(device, [some(0, 3), some(), some(0, 1, 2, 3)]))
     chat.step(2)
-    for _ in range(2 * SPARE_TOKENS + 200):
+    for _ in range(SPARE_TOKENS + 150):
         chat.step(1)
     chat.crop(SPARE_TOKENS)
     chat.step(3)
