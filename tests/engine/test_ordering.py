@@ -15,7 +15,7 @@ from headinfer.device.simulated import SimulatedDevice
 from host_share import engine_with_host_share
 from tiny_models import random_tokens, tiny_model
 
-SEEDS = 200
+SEEDS = 100
 STREAMING: dict[str, Any] = {
     "sparsity": 0.5,
     "head_pattern": "random",
@@ -76,7 +76,7 @@ def exercise(
 def test_all_seeds_give_the_same_result(streaming: bool) -> None:
     wanted = exercise(SimulatedDevice(seed=0), overlap=False, streaming=streaming)
     assert wanted.isfinite().all()
-    for seed in range(SEEDS // 8 if streaming else SEEDS):
+    for seed in range(SEEDS // 5 if streaming else SEEDS):
         ours = exercise(SimulatedDevice(seed=seed), streaming=streaming)
         torch.testing.assert_close(ours, wanted)
 

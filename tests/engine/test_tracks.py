@@ -123,7 +123,7 @@ def patterns(draw: st.DrawFn) -> list[StreamingHeads]:
     return [some(*sorted(heads), sinks=sinks, recent=recent) for heads in chosen]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(data=st.data())
 @DEVICES
 def test_every_pattern_reach_chunk_and_tile_is_attended_as_defined(

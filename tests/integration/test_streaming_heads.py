@@ -64,11 +64,11 @@ def assert_same(ours: Any, wanted: Any) -> None:
 
 @pytest.mark.parametrize("device", ["cpu", "simulated"])
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("name", ["llama2", "llama3", "qwen2", "qwen3", "gemma2", "qwen3-moe"])
+@pytest.mark.parametrize("name", ["llama3", "qwen2", "gemma2", "qwen3-moe"])
 def test_generation_equals_that_of_a_masked_model(name: str, batch: int, device: str) -> None:
     model, tokens = shared_model(name), random_tokens(batch, 117)
     wanted = masked(model, tokens)
-    tilings = [("all", "all", 1000, 0), (1, 20, 13, 0), (1, 33, 39, 50)]
+    tilings = [(1, 20, 13, 0), (1, 33, 39, 50)]
     for tile_heads, tile_tokens, chunk_tokens, resident in tilings:
         with headinfer.attach(
             model,

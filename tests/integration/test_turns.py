@@ -4,6 +4,7 @@ import contextlib
 import signal
 import sys
 import threading
+import time
 from types import FrameType
 
 import pytest
@@ -112,7 +113,8 @@ def test_waiting_for_a_turn_can_be_interrupted() -> None:
 
     def interrupt() -> None:
         while not turns._waiting:
-            pass
+            time.sleep(0.01)
+        time.sleep(0.2)  # a signal just before a thread blocks is looked at when it goes on
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
     threading.Thread(target=interrupt, daemon=True).start()
