@@ -1,5 +1,6 @@
 import os
 import signal
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -28,6 +29,13 @@ def _own_cache_folder(tmp_path_factory) -> None:
 def _one_thread() -> None:
     """Tiny models are fastest, and results repeatable, on one thread."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _small_numbers() -> Iterator[None]:
+    """Have numbers below 2**-126 again: a command that ran in this process turns them off."""
+    yield
+    torch.set_flush_denormal(False)
 
 
 def pytest_configure() -> None:

@@ -54,8 +54,8 @@ def test_heads_of_equal_scores_are_shared_by_layers():
             st.tuples(*[st.sampled_from([0.0, 0.5, 1.0])] * heads), min_size=1, max_size=5
         )
     ),
-    st.floats(0, 1, allow_subnormal=False),
-    st.floats(0, 1, allow_subnormal=False),
+    st.floats(0, 1),
+    st.floats(0, 1),
 )
 def test_more_sparsity_only_adds_heads(rows, one, other):
     few, many = sorted((one, other))
