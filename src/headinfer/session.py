@@ -13,7 +13,6 @@ from headinfer.device.make import measured_hardware
 from headinfer.engine.engine import Engine
 from headinfer.engine.stats import Stats
 from headinfer.errors import CacheStateError, MemoryPlanError, OptionError
-from headinfer.heads.formats import read_pattern
 from headinfer.integration.attachment import Attachment
 from headinfer.integration.attention import AttentionFunctions
 from headinfer.integration.autocast import attended_dtype
@@ -29,8 +28,7 @@ from headinfer.plan.resolve import resolve
 from headinfer.plan.shape import ModelShape
 from headinfer.plan.streaming import (
     check_streaming,
-    kv_heads_of,
-    random_pattern,
+    pattern_of,
     with_streaming_heads,
 )
 from headinfer.plan.whole import passing_whole
@@ -306,9 +304,7 @@ def _with_pattern(shape: ModelShape, options: Options) -> ModelShape:
     check_streaming(options)
     if options.head_pattern is None:
         return shape
-    kv_heads = kv_heads_of(shape)
-    pattern = random_pattern(options.head_pattern, kv_heads)
-    pattern = pattern or read_pattern(options.head_pattern, kv_heads)
+    pattern = pattern_of(options.head_pattern, shape)
     streaming = with_streaming_heads(shape, pattern, options)
     if streaming.exact is streaming:
         heads = sum(layer.kv_heads for layer in shape.full_layers)

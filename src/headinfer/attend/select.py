@@ -44,7 +44,7 @@ def select_kernels(
                 tables.insert(0, Kernels([NativeKernel()], tables[0].kernels))
     for kernels in tables:
         if agrees(kernels, torch_device, dtype, key_dim):
-            kernels.band = flash_band(torch_device, dtype, key_dim)
+            kernels.find_band = functools.partial(flash_band, torch_device, dtype, key_dim)
             return kernels
         _logger.warning("%s fails its check here; another kernel is used", kernels.name)
     return Kernels([reference])

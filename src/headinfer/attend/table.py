@@ -1,6 +1,6 @@
 """The ordered table of kernels that one kind of layer is attended by."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -20,10 +20,11 @@ class Kernels:
 
     Attributes:
         kernels: both, in this order; the last serves every work.
-        band: what attends the queries of a chunk within a window; None where masks do.
+        find_band: finds what attends the queries of a chunk within a window, or None where masks
+            do. It tries that out the first time, which models without windows are spared.
     """
 
-    band: Band | None = None
+    find_band: Callable[[], Band | None] = staticmethod(lambda: None)
 
     def __init__(self, kernels: Sequence[Kernel], rest: Sequence[Kernel] = ()) -> None:
         self.kernels: tuple[Kernel, ...] = (*kernels, *rest)

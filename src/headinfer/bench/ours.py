@@ -211,8 +211,8 @@ def host_attention(model: PreTrainedModel, spec: TrialSpec) -> HeadInfer:
 
 def head_wise_sparse(model: PreTrainedModel, spec: TrialSpec) -> HeadInfer:
     """Return everything on auto, with heads that stream: by the run's settings, or half of them."""
-    settings = spec.settings
-    options = {name: settings.keywords()[name] for name in STREAMING_OPTIONS}
+    settings, written = spec.settings, spec.settings.keywords()
+    options = {name: written[name] for name in STREAMING_OPTIONS}
     options["sparsity"] = settings.sparsity or PAPERS_SPARSITY
     options["head_pattern"] = settings.head_pattern or RANDOM
     method = HeadInfer(model, spec, **options)

@@ -4,10 +4,9 @@ from collections.abc import Collection
 
 from headinfer.errors import OptionError
 from headinfer.estimate.methods import HEAD_WISE_SPARSE
-from headinfer.heads.formats import read_pattern
 from headinfer.plan.options import DECLARATIONS, Options
 from headinfer.plan.shape import ModelShape
-from headinfer.plan.streaming import STREAMING_OPTIONS, kv_heads_of, random_pattern
+from headinfer.plan.streaming import STREAMING_OPTIONS, pattern_of
 
 
 def check_streaming_heads(methods: Collection[str], settings: Options, shape: ModelShape) -> None:
@@ -30,6 +29,4 @@ def check_streaming_heads(methods: Collection[str], settings: Options, shape: Mo
             "name it with --methods"
         )
     if settings.head_pattern is not None:
-        kv_heads = kv_heads_of(shape)
-        if random_pattern(settings.head_pattern, kv_heads) is None:
-            read_pattern(settings.head_pattern, kv_heads)
+        pattern_of(settings.head_pattern, shape)

@@ -106,7 +106,7 @@ def _attended_without_masks(chunk: Chunk, tile: Tile, total: Total) -> bool:
     """Attend a chunk to a window at once, where the device has a kernel for it."""
     if chunk.window_tokens is None or chunk.tokens == 1 or chunk.padding is not None:
         return False
-    band = chunk.kernels.band
+    band = chunk.kernels.find_band()
     if band is None:
         return False
     total.add(band(chunk.query, tile.kv, chunk.scale, chunk.window_tokens))

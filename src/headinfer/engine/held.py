@@ -50,23 +50,20 @@ class HeldTokens:
         self._stats = stats
         self._expected_tokens = 0
         host = HostPlace(device)
-        self._ledgers = [
-            Ledger(
-                Geometry(plan.batch, track.kv_heads, track.key_dim, track.value_dim, dtype),
-                host,
-                track.window_tokens or None,
-                track.sink_tokens,
-            )
-            for layer in plan.shape.attention_layers
-            for track in layer.tracks
-        ]
         self._layers: list[Layer] = []
-        first = 0
+        self._ledgers: list[Ledger] = []  # of all tracks
         for shape in plan.shape.attention_layers:
-            last = first + len(shape.tracks)
-            tracks = self._ledgers[first:last]
-            self._layers.append(Layer(shape, tracks, first, device.torch_device))
-            first = last
+            tracks = [
+                Ledger(
+                    Geometry(plan.batch, track.kv_heads, track.key_dim, track.value_dim, dtype),
+                    host,
+                    track.window_tokens or None,
+                    track.sink_tokens,
+                )
+                for track in shape.tracks
+            ]
+            self._layers.append(Layer(shape, tracks, len(self._ledgers), device.torch_device))
+            self._ledgers += tracks
         self._full = [ledger for ledger in self._ledgers if ledger.track.window_tokens is None]
         self._windows = WindowKeeper(device, plan.page_tokens)
         self._arena_bytes = 0

@@ -9,6 +9,7 @@ from headinfer.errors import UnsupportedModelError
 from headinfer.integration.model_shape import model_shape
 from headinfer.integration.support import check_architecture
 from headinfer.plan.shape import LayerKind
+from headinfer.plan.streaming import kv_heads_of
 
 Rows = list[list[float]]
 """A score for each KV head of each decoder layer."""
@@ -38,14 +39,16 @@ class HeadShape:
             UnsupportedModelError: it cannot be looked into, or no layer attends all tokens.
         """
         check_architecture(model)
-        layers = model_shape(model).layers
-        full = tuple(number for number, layer in enumerate(layers) if layer.kind is LayerKind.FULL)
+        shape = model_shape(model)
+        full = tuple(
+            number for number, layer in enumerate(shape.layers) if layer.kind is LayerKind.FULL
+        )
         if not full:
             raise UnsupportedModelError(
                 f"no layer of {type(model).__name__} attends all tokens, so no head can stream"
             )
         return cls(
-            kv_heads=tuple(layer.kv_heads for layer in layers),
+            kv_heads=kv_heads_of(shape),
             layers=full,
             sink_tokens=sink_tokens,
             recent_tokens=recent_tokens,

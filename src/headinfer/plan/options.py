@@ -80,15 +80,23 @@ def _tile_size(name: str, value: str | int, wanted: str = "a positive integer") 
     return "all" if value == "all" else _counted(name, value, f"{wanted}, 'all'")
 
 
+def _is_zero(value: object) -> bool:
+    return value == "0" or (isinstance(value, int) and not isinstance(value, bool) and value == 0)
+
+
 def _tile_size_or_none(name: str, value: str | int) -> TileSize:
-    if value == "0" or (isinstance(value, int) and not isinstance(value, bool) and value == 0):
-        return 0
-    return _tile_size(name, value, "an integer from 0 on")
+    return 0 if _is_zero(value) else _tile_size(name, value, "an integer from 0 on")
+
+
+def _tokens_or_none(name: str, value: str | int) -> int | Literal["auto"]:
+    return 0 if _is_zero(value) else _counted(name, value, "an integer from 0 on")
 
 
 def _share(name: str, value: str | float) -> float | Literal["auto"]:
-    if value == "auto":
-        return "auto"
+    return "auto" if value == "auto" else _part(name, value, "'off' or 'auto'")
+
+
+def _part(name: str, value: str | float, other: str = "or 'off'") -> float:
     if value == "off":
         return 0.0
     try:
@@ -96,17 +104,7 @@ def _share(name: str, value: str | float) -> float | Literal["auto"]:
     except (TypeError, ValueError):
         share = -1.0
     if not 0 <= share <= 1:
-        raise OptionError(f"{name} must be a share from 0 to 1, 'off' or 'auto', not {value!r}")
-    return share
-
-
-def _part(name: str, value: str | float) -> float:
-    try:
-        share = "auto" if value == "auto" else _share(name, value)
-    except OptionError:
-        share = "auto"
-    if share == "auto":
-        raise OptionError(f"{name} must be a share from 0 to 1, or 'off', not {value!r}")
+        raise OptionError(f"{name} must be a share from 0 to 1, {other}, not {value!r}")
     return share
 
 
@@ -116,12 +114,6 @@ def _pattern(name: str, value: object) -> str | None:
     if not isinstance(value, str | os.PathLike) or not str(value):
         raise OptionError(f"{name} must be a file, a folder or 'random', not {value!r}")
     return str(value)
-
-
-def _tokens_or_none(name: str, value: str | int) -> int | Literal["auto"]:
-    if value == "0" or (isinstance(value, int) and not isinstance(value, bool) and value == 0):
-        return 0
-    return _counted(name, value, "an integer from 0 on")
 
 
 def _switch(name: str, value: object) -> bool:

@@ -1,10 +1,11 @@
-"""Which KV heads of a model stream, by a pattern and a share: pure arithmetic."""
+"""Which KV heads of a model stream, by a pattern and a share."""
 
 import random
 from collections.abc import Sequence
 from dataclasses import replace
 
 from headinfer.errors import OptionError
+from headinfer.heads.formats import read_pattern
 from headinfer.heads.pattern import HeadPattern
 from headinfer.plan.options import Options
 from headinfer.plan.shape import LayerKind, ModelShape, StreamingHeads
@@ -41,6 +42,20 @@ def random_pattern(name: str, kv_heads: Sequence[int]) -> HeadPattern | None:
     drawn = random.Random(int(seed or 0))
     scores = tuple(tuple(drawn.random() for _ in range(heads)) for heads in kv_heads)
     return HeadPattern(scores=scores, made=f"at random, seed {int(seed or 0)}")
+
+
+def pattern_of(name: str, shape: ModelShape) -> HeadPattern:
+    """Return the pattern that users mean by a name or a path, which fits a model.
+
+    Args:
+        name: see `random_pattern`; else the path of a file or folder.
+        shape: the model.
+
+    Raises:
+        OptionError: it cannot be read, or is of another shape than the model.
+    """
+    kv_heads = kv_heads_of(shape)
+    return random_pattern(name, kv_heads) or read_pattern(name, kv_heads)
 
 
 def kv_heads_of(shape: ModelShape) -> tuple[int, ...]:
