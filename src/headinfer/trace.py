@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from headinfer.device.simulated import COPY_MARK, HOST_CALL_MARK
+from headinfer.device.simulated_stream import COPY_MARK, HOST_CALL_MARK
 from headinfer.engine import host_attention
 from headinfer.engine.attending import ATTENTION_MARK
 

@@ -11,6 +11,7 @@ from headinfer.attend.partial import Partial
 from headinfer.attend.reference import ReferenceKernel
 from headinfer.attend.table import Kernels
 from headinfer.attend.work import Kernel, TokenWork, Work, tile_in_hand
+from headinfer.device.base import PlaceError
 from headinfer.kv.pair import KV
 
 if importlib.util.find_spec("triton") is None:
@@ -305,3 +306,43 @@ def test_a_place_read_from_memory_gives_the_same_bits_as_one_of_the_launch(dtype
         assert torch.equal(results[0][1].keys, results[1][1].keys)
         assert torch.equal(results[0][1].values, results[1][1].values)
         assert torch.equal(results[1][1].keys[:, :, first + tokens - 1], new[:, :, 0])
+
+
+@pytest.mark.parametrize("counted", [0, 1, 63, 64, 255, 256, 300, 511, 700, 1000])
+@pytest.mark.parametrize("rows", [1, 12])
+def test_a_tile_whose_tokens_are_counted_in_memory_gives_the_bits_of_one_as_long(counted, rows):
+    """Also behind another tile, in heads of a wider memory, and with room for more tokens."""
+    query = draw(2, 2, rows, 1, 32, dtype=torch.float32).to(DEVICE)
+    keys, values = (
+        draw(2, 3, 1010, 32, dtype=torch.float32, seed=seed).to(DEVICE) for seed in (3, 4)
+    )
+    tile = tile_in_hand(KV(keys, values))._replace(first=10, tokens=1000, heads=slice(1, 3))
+    before = tile._replace(first=0, tokens=300)
+    found = []
+    for by_memory in (False, True):
+        kernels = triton()
+        total = kernels.begin(query, scale=0.3)
+        kernels.pick(Work(query, [before], 0.3)).attend(Work(query, [before], 0.3, total))
+        if by_memory:
+            number = torch.tensor([counted], device=DEVICE)
+            kernels.attend_counted(Work(query, [tile._replace(counted=number)], 0.3, total))
+        elif counted:
+            shorter = tile._replace(tokens=counted)
+            kernels.pick(Work(query, [shorter], 0.3)).attend(Work(query, [shorter], 0.3, total))
+        out = query.new_full((2, 1, 2, rows, 32), 7.0)
+        total.write(out)
+        found.append(out)
+    assert torch.equal(*found)
+
+
+def test_more_slots_than_are_merged_at_once_are_refused():
+    query = draw(1, 1, 8, 8, 128, dtype=torch.float32).to(DEVICE)
+    memory = draw(1, 1, 300, 128, dtype=torch.float32).to(DEVICE)
+    tile = tile_in_hand(KV(memory, memory))
+    kernels = triton()
+    total = kernels.begin(query, scale=0.3)
+    assert isinstance(total, Slots)
+    total.used = total.capacity
+    number = torch.tensor([300], device=DEVICE)
+    with pytest.raises(PlaceError, match="more partials"):
+        kernels.attend_counted(Work(query, [tile._replace(counted=number)], 0.3, total))

@@ -23,11 +23,11 @@ from headinfer.attend import triton_kernels, triton_merge
 CONSTANTS = {
     "DIM": 128, "BLOCK_DIM": 128, "BLOCK_ROWS": 16, "BLOCK_TOKENS": 64, "BLOCK_SLOTS": 32,
     "MASKED": False, "MORE": True, "SINKS": True, "WITH_LSE": True, "SECOND": True, "PLACE": True,
-    "APART": True, "LEAST_SPLIT": 256, "QUERY_ROWS": 4, "MERGED_ROWS": 4,
+    "APART": True, "COUNTED": True, "LEAST_SPLIT": 256, "QUERY_ROWS": 4, "MERGED_ROWS": 4,
 }
 TENSORS = "query keys values new_keys new_values out sinks first second".split()
 IN_FLOAT32 = "parts more more_lse lse_out first_lse second_lse out_lse".split()
-OTHERS = {"mask": "*i1", "arrived": "*i32", "place": "*i64", "scale": "fp32"}
+OTHERS = {"mask": "*i1", "arrived": "*i32", "place": "*i64", "counted": "*i64", "scale": "fp32"}
 STRIDES = "stride start _batch _head _group _token".split()
 
 

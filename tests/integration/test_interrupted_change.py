@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import headinfer
-from headinfer.device.simulated import SimulatedDevice, SimulatedStream
+from headinfer.device.simulated import SimulatedDevice
+from headinfer.device.simulated_stream import SimulatedStream
 from headinfer.engine.engine import Engine
 from headinfer.errors import CacheStateError, MemoryPlanError
 from headinfer.integration.calls import cache_argument

@@ -51,6 +51,17 @@ class Kernels:
                 return kernel
         raise AssertionError("the last kernel of a table serves every work")
 
+    def attend_counted(self, work: Work) -> None:
+        """Attend the one tile of a work, whose `counted` says how many tokens it has.
+
+        Raises:
+            PlaceError: these kernels cannot read that number.
+        """
+        tile = counted_tile(work.tiles[0])
+        if tile.tokens:
+            work.tiles = (tile,)
+            self.pick(work).attend(work)
+
     def decode(self, work: TokenWork) -> None:
         """Put a new token into its place, and write its attention.
 
@@ -84,7 +95,22 @@ def tile_at(tile: Tile, place: torch.Tensor) -> tuple[Tile, int]:
     Raises:
         PlaceError: the place is in memory that only a device reads without waiting.
     """
-    if place.device.type != "cpu":
-        raise PlaceError("its attention kernel cannot read from memory how many tokens there are")
-    first, tokens, sink_tokens = place.tolist()
+    first, tokens, sink_tokens = _numbers(place)
     return tile._replace(first=first, tokens=tokens), sink_tokens
+
+
+def counted_tile(tile: Tile) -> Tile:
+    """Return a tile with as many tokens as its `counted` says.
+
+    Raises:
+        PlaceError: that is in memory which only a device reads without waiting.
+    """
+    assert tile.counted is not None
+    (tokens,) = _numbers(tile.counted)
+    return tile._replace(tokens=tokens, counted=None)
+
+
+def _numbers(memory: torch.Tensor) -> list[int]:
+    if memory.device.type != "cpu":
+        raise PlaceError("its attention kernel cannot read from memory how many tokens there are")
+    return [int(number) for number in memory.tolist()]

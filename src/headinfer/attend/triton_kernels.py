@@ -93,6 +93,7 @@ def attend_tile(
     keys,
     values,
     mask,
+    counted,
     parts,
     scale,
     kv_len,
@@ -107,9 +108,11 @@ def attend_tile(
     token_stride,
     DIM: tl.constexpr,
     MASKED: tl.constexpr,
+    COUNTED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
+    LEAST_SPLIT: tl.constexpr,
 ):
     """Attend all query rows of one KV head to `split_tokens` tokens of a tile.
 
@@ -117,9 +120,15 @@ def attend_tile(
     keys and values `[batch, kv_heads, kv_len, DIM]` of the strides given, which begin `start`
     elements behind the pointers, and a contiguous `mask[batch, kv_len]`. Split `s` writes slot
     `first_slot + s` of `parts[slots, batch, kv_heads, query_rows, DIM]`, float32, and of the LSE
-    that lie behind them, `[slots, batch, kv_heads, query_rows]`.
+    that lie behind them, `[slots, batch, kv_heads, query_rows]`. With `COUNTED` the number of
+    tokens is read from `counted[1]`, and divided as `slots.split` does; parts that are left are
+    empty.
     """
     split = tl.program_id(0)
+    if COUNTED:
+        kv_len = tl.load(counted).to(tl.int32)
+        splits = tl.maximum(tl.minimum(tl.num_programs(0), kv_len // LEAST_SPLIT), 1)
+        split_tokens = tl.cdiv(tl.cdiv(kv_len, BLOCK_TOKENS), splits) * BLOCK_TOKENS
     batch = (tl.program_id(1) // kv_heads).to(tl.int64)
     head = (tl.program_id(1) % kv_heads).to(tl.int64)
     rows = tl.arange(0, BLOCK_ROWS)

@@ -6,7 +6,7 @@ streams is ordered only where one waits for an event the other recorded.
 
 import contextlib
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
 import torch
@@ -24,6 +24,9 @@ class Edge(enum.Enum):
     QUERY_READY = "compute wrote a query, and merged the last answer; host work fetches and answers"
     TOKENS_SENT = "copy-out wrote tokens into the host store; host work attends them"
     ANSWERED = "host work wrote its partial result; compute merges it from where it is"
+    STEP_READY = "other streams did what a captured step finds done; compute begins the step"
+    STEP_BEGUN = "compute begins a captured step; another stream begins its part of it"
+    STEP_DONE = "another stream did its part of a captured step; compute ends the step"
     HOST_SETTLED = "work on host memory or the arena is done; the host reads, moves or frees it"
 
 
@@ -92,6 +95,40 @@ class ReachedMark:
         """Do nothing."""
 
 
+class Server(Protocol):
+    """A thread of the host's that does a task for each flag that a stream raises, in their order.
+
+    Where the flag `asks[i]` is up, it lowers it, does `tasks[i]`, and raises `answers[i]`. It goes
+    round all flags, and looks at the next one alone.
+
+    Attributes:
+        asks: flags `[tasks]` of int64, in host memory.
+        answers: flags as many.
+        tasks: what is done; replaced only while nothing is asked.
+    """
+
+    asks: torch.Tensor
+    answers: torch.Tensor
+    tasks: "Sequence[ServedTask | None]"
+
+    def begin(self) -> None:
+        """Begin the thread, if there is none yet.
+
+        Raises:
+            PlaceError: the system grants none.
+        """
+
+
+class ServedTask(Protocol):
+    """A task of a server's."""
+
+    def __call__(self) -> None:
+        """Do it."""
+
+    def state_accesses(self, stream: "Stream") -> None:
+        """State what the task reads and writes, as work of a stream."""
+
+
 class Stream(Protocol):
     """A queue of work, run in order: on the device, or beside it on the host."""
 
@@ -121,6 +158,22 @@ class Stream(Protocol):
 
     def wait(self, event: Event, edge: Edge) -> None:
         """Hold all work enqueued from now on until `event` is reached; the host goes on."""
+
+    def raise_flag(self, flag: torch.Tensor) -> None:
+        """Enqueue the raising of a flag, `[1]` of int64 in mapped host memory.
+
+        Raises:
+            PlaceError: the device knows no flags.
+        """
+
+    def lower_flag(self, flag: torch.Tensor) -> None:
+        """Enqueue the lowering of a flag; see `raise_flag`."""
+
+    def await_flag(self, flag: torch.Tensor, edge: Edge) -> None:
+        """Hold all work enqueued from now on until a flag is up; see `raise_flag`.
+
+        One that is still up from before holds nothing.
+        """
 
     def reads(self, tensor: torch.Tensor, purpose: str) -> None:
         """State that work now enqueued by other means reads `tensor`; only checked, never done."""
@@ -205,6 +258,10 @@ class Device(Protocol):
     def capture(self, work: Callable[[], _Result]) -> Capture[_Result]:
         """Record what a function enqueues on compute, without running it.
 
+        Another stream takes part from when it waits for an event that the function recorded on
+        compute. Compute must wait for its last event in the end. No event from before may be waited
+        for.
+
         Args:
             work: called once, now. It must wait for nothing and read nothing back but through
                 `launch`. Memory that it takes belongs to the capture.
@@ -228,6 +285,13 @@ class Device(Protocol):
         Args:
             work: enqueues on compute what cannot be captured, on memory that the capture keeps. It
                 is not called during the capture.
+        """
+
+    def serve(self, server: Server) -> None:
+        """Have a server do what the device's streams ask by its flags.
+
+        Raises:
+            PlaceError: there can be none.
         """
 
     def free_bytes(self) -> int | None:

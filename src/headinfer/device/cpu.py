@@ -6,7 +6,7 @@ from typing import NoReturn
 
 import torch
 
-from headinfer.device.base import CaptureError, Mark, ReachedMark
+from headinfer.device.base import CaptureError, Mark, PlaceError, ReachedMark, Server
 from headinfer.device.host_pages import map_host_memory
 
 
@@ -56,6 +56,10 @@ class CpuDevice:
     def aside(self, work: Callable[[], None]) -> None:
         """Call it: nothing is ever captured."""
         work()
+
+    def serve(self, server: Server) -> NoReturn:
+        """Raise: nothing is ever captured."""
+        raise PlaceError("the CPU launches nothing")
 
     def free_bytes(self) -> int | None:
         """Return None: device memory is host memory."""

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 from headinfer.device import cuda_driver
-from headinfer.device.base import Capture, Edge, Event, Mark, Stream
+from headinfer.device.base import Capture, Edge, Event, Mark, PlaceError, Server, Stream
 from headinfer.device.cuda_calls import enqueue_call
 from headinfer.device.cuda_graph import CudaCapture
 from headinfer.device.host_pages import Pieces, map_host_memory
@@ -97,11 +97,39 @@ class CudaStream:
         assert isinstance(event, CudaEvent)
         event.hold(self._current())
 
+    def raise_flag(self, flag: torch.Tensor) -> None:
+        """Have the driver write 1, once all before is done and can be seen by the host."""
+        self._write_flag(flag, 1)
+
+    def lower_flag(self, flag: torch.Tensor) -> None:
+        """Have the driver write 0."""
+        self._write_flag(flag, 0)
+
+    def _write_flag(self, flag: torch.Tensor, value: int) -> None:
+        with _flags_or_refused():
+            cuda_driver.write_value(self._current(), flag.data_ptr(), value)
+
+    def await_flag(self, flag: torch.Tensor, edge: Edge) -> None:
+        """Have the driver wait for a 1; edges are checked in simulation alone."""
+        with _flags_or_refused():
+            cuda_driver.wait_value(self._current(), flag.data_ptr(), 1)
+
     def reads(self, tensor: torch.Tensor, purpose: str) -> None:
         """Do nothing: CUDA does not check."""
 
     def writes(self, tensor: torch.Tensor, purpose: str) -> None:
         """Do nothing: CUDA does not check."""
+
+
+@contextlib.contextmanager
+def _flags_or_refused() -> Iterator[None]:
+    """Refuse what is captured in this form where the driver has no flags."""
+    if torch.version.hip is not None:
+        raise PlaceError("streams have no flags here")
+    try:
+        yield
+    except RuntimeError as error:
+        raise PlaceError("the driver refuses flags") from error
 
 
 class _Mapped:
@@ -250,6 +278,10 @@ class CudaDevice:
             work()
         else:
             self._capturing.aside(work)
+
+    def serve(self, server: Server) -> None:
+        """Begin its thread."""
+        server.begin()
 
     def free_bytes(self) -> int | None:
         """Return what the driver has free and what torch's allocator holds unused."""

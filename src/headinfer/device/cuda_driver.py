@@ -16,7 +16,10 @@ _SUCCESS = 0
 _WRONG_CONTEXT = 201, 400  # there is none, or the stream is of another
 _UNIFIED = 4  # CU_MEMORYTYPE_UNIFIED: the address tells on which side it is
 
+_EQUAL = 1  # CU_STREAM_WAIT_VALUE_EQ
+
 _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_size_t
+_VALUE = (_POINTER, _POINTER, ctypes.c_uint64, ctypes.c_uint)
 
 
 class _Copy(ctypes.Structure):
@@ -55,6 +58,8 @@ def driver() -> ctypes.CDLL:
         (library.cuMemcpyAsync, (_POINTER, _POINTER, _SIZE, _POINTER)),
         (library.cuMemcpy2DAsync_v2, (ctypes.POINTER(_Copy), _POINTER)),
         (library.cuMemHostGetDevicePointer_v2, (ctypes.POINTER(_POINTER), _POINTER, ctypes.c_uint)),
+        (library.cuStreamWriteValue64_v2, _VALUE),
+        (library.cuStreamWaitValue64_v2, _VALUE),
     ):
         function.argtypes = arguments
         function.restype = ctypes.c_int
@@ -70,6 +75,24 @@ def launch_host_function(
         RuntimeError: the driver refuses.
     """
     _checked("cuLaunchHostFunc", stream, stream.cuda_stream, entry, argument)
+
+
+def write_value(stream: torch.cuda.Stream, address: int, value: int) -> None:
+    """Have 64 bits of mapped memory written once all work so far on a stream is done.
+
+    Raises:
+        RuntimeError: the driver refuses.
+    """
+    _checked("cuStreamWriteValue64_v2", stream, stream.cuda_stream, address, value, 0)
+
+
+def wait_value(stream: torch.cuda.Stream, address: int, value: int) -> None:
+    """Hold later work on a stream until 64 bits of mapped memory have a value.
+
+    Raises:
+        RuntimeError: the driver refuses.
+    """
+    _checked("cuStreamWaitValue64_v2", stream, stream.cuda_stream, address, value, _EQUAL)
 
 
 def mapped_address(device: torch.device, host_address: int) -> int:

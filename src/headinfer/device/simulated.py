@@ -11,203 +11,24 @@ wait is an error even where chance let the copy run in time.
 `simulated_memory` does the same for memory that is handed out, and for memory that is freed.
 """
 
-import collections
 import contextlib
-import ctypes
 import itertools
 import random
 from collections.abc import Callable, Collection, Iterator
-from typing import TypeAlias, TypeVar
+from typing import TypeVar
 
 import torch
-from torch.profiler import record_function
 
-from headinfer.device.base import Capture, Edge, Event, Mark, ReachedMark, Stream
+from headinfer.device.base import Capture, Edge, Mark, ReachedMark, Server, Stream
 from headinfer.device.hazards import Clock, join
-from headinfer.device.host_calls import without_collection
 from headinfer.device.simulated_capture import Recorder, SimulatedCapture
+from headinfer.device.simulated_flags import SimulatedFlags
 from headinfer.device.simulated_memory import SimulatedMemory
-from headinfer.device.strips import contiguous_pieces
-
-_Step: TypeAlias = Callable[[], bool]
-"""Work at the head of a queue; returns False when it must wait for another stream."""
-
-COPY_MARK = "headinfer copy: "
-"""What a profiler shows around a copy, before the stream's name."""
-
-HOST_CALL_MARK = "headinfer: host function"
-"""What a profiler shows around the call of a host function."""
+from headinfer.device.simulated_stream import IN_GRAPH, SimulatedEvent, SimulatedStream
 
 _HOST = "host"
 
 _Result = TypeVar("_Result")
-
-
-class SimulatedEvent:
-    """A point in a simulated stream."""
-
-    def __init__(self, stream: "SimulatedStream") -> None:
-        self._stream = stream
-        self.position = stream.enqueued
-        self.clock: Clock = dict(stream.clock)
-        self.moment: int | None = None  # of a timed event, once it was reached
-
-    @property
-    def reached(self) -> bool:
-        """Whether all work before the event has run."""
-        return self._stream.executed >= self.position
-
-    def synchronize(self, edge: Edge) -> None:
-        """Run the stream up to the event and order the host after it."""
-        device = self._stream.device
-        device.check_usable()
-        if edge in device.skipped_edges:
-            return
-        device.exercised_edges.add(edge)
-        self.force()
-        join(device.host_clock, self.clock)
-
-    def seconds_to(self, other: Event) -> float | None:
-        """Compare the order in which the two were reached: a microsecond for each thing done."""
-        assert isinstance(other, SimulatedEvent)
-        if self.moment is None or other.moment is None:
-            return None
-        return 1e-6 * (other.moment - self.moment)
-
-    def force(self) -> None:
-        """Run the stream up to the event, and whatever it waits for."""
-        while not self.reached:
-            self._stream.step(force=True)
-
-
-class SimulatedStream:
-    """A queue. The compute stream is `eager`: what is enqueued by other means ran at once."""
-
-    def __init__(self, device: "SimulatedDevice", name: str, *, eager: bool) -> None:
-        self.device = device
-        self.name = name
-        self.clock: Clock = {}
-        self.enqueued = 0
-        self._eager = eager
-        self._queue: collections.deque[Callable[[bool], bool]] = collections.deque()
-
-    @property
-    def executed(self) -> int:
-        """Work that has run; not counted on its own, or Ctrl-C could leave the two at odds."""
-        return self.enqueued - len(self._queue)
-
-    def _tick(self) -> None:
-        """Start an operation: it follows all before it here, and what the host did before it."""
-        self.device.check_usable()
-        self.device.memory.check()
-        join(self.clock, self.device.host_clock)
-        self.clock[self.name] = self.clock.get(self.name, 0) + 1
-
-    def _enqueue(self, work: Callable[[bool], bool]) -> None:
-        self._queue.append(work)
-        self.enqueued += 1
-        self.device.run_some()
-
-    def step(self, *, force: bool) -> bool:
-        """Run the head of the queue; False when there is none or it waits for another stream."""
-        if not self._queue or not self._queue[0](force):
-            return False
-        self._queue.popleft()
-        return True
-
-    def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
-        """Queue a copy piece by piece, and check each against all accesses so far.
-
-        On compute it runs at once.
-        """
-        assert destination.shape == source.shape
-        assert destination.dtype == source.dtype
-        for to, piece in contiguous_pieces(destination, source):
-            self._copy_piece(to, piece)
-
-    def _copy_piece(self, destination: torch.Tensor, source: torch.Tensor) -> None:
-        self._tick()
-        purpose = f"copy of {tuple(source.shape)} as operation {self.clock[self.name]}"
-        self.device.memory.access(source, self.clock, self.name, False, purpose)
-        self.device.memory.access(destination, self.clock, self.name, True, purpose)
-
-        if self._eager:
-            destination.copy_(source)
-            return
-
-        # As on a device, a copy does not keep the memory of its ends from the next owner.
-        addresses = destination.data_ptr(), source.data_ptr(), source.nbytes
-        holds = self.device.memory.blocks.hold
-        kept = [end for end in (destination, source) if not holds(end)]
-
-        def work(_force: bool, _kept: list[torch.Tensor] = kept) -> bool:
-            with record_function(f"{COPY_MARK}{self.name}"):
-                ctypes.memmove(*addresses)
-            return True
-
-        self._enqueue(work)
-
-    def run(self, function: Callable[[], None]) -> None:
-        """Queue a call; what it accesses must be stated by `reads` and `writes`."""
-        assert not self._eager, "host functions have a stream of their own"
-        self._tick()
-
-        def work(_force: bool) -> bool:
-            with record_function(HOST_CALL_MARK), self.device.calling(), without_collection():
-                function()
-            return True
-
-        self._enqueue(work)
-
-    def record(self, *, timed: bool = False) -> Event:
-        """Return an event after all work enqueued so far."""
-        self.device.check_usable()
-        event = SimulatedEvent(self)
-        if not timed:
-            return event
-
-        def work(_force: bool) -> bool:
-            event.moment = next(self.device.moments)
-            return True
-
-        if self._eager:
-            work(True)
-        else:
-            event.position += 1  # taking the time is work, too
-            self._enqueue(work)
-        return event
-
-    def wait(self, event: Event, edge: Edge) -> None:
-        """Order later work after `event`; a queue then stops there, compute runs up to it."""
-        assert isinstance(event, SimulatedEvent)
-        self.device.check_usable()
-        if edge in self.device.skipped_edges:
-            return
-        self.device.exercised_edges.add(edge)
-        join(self.clock, event.clock)
-        if self._eager:
-            event.force()
-            return
-
-        def work(force: bool) -> bool:
-            if force:
-                event.force()
-            return event.reached
-
-        self._enqueue(work)
-
-    def reads(self, tensor: torch.Tensor, purpose: str) -> None:
-        """Check a read by work enqueued by other means."""
-        self._access(tensor, False, purpose)
-
-    def writes(self, tensor: torch.Tensor, purpose: str) -> None:
-        """Check a write by work enqueued by other means."""
-        self._access(tensor, True, purpose)
-
-    def _access(self, tensor: torch.Tensor, write: bool, purpose: str) -> None:
-        self._tick()
-        for piece, _ in contiguous_pieces(tensor, tensor):
-            self.device.memory.access(piece, self.clock, self.name, write, purpose)
 
 
 class SimulatedDevice:
@@ -220,6 +41,9 @@ class SimulatedDevice:
     Attributes:
         memory: of the host and of the device, with all accesses.
         exercised_edges: the kinds of wait seen so far.
+        flags: what streams raise, lower and await.
+        recorder: of the capture under way; None for none.
+        moments: gives a number to each timed event that was reached.
     """
 
     name = "simulated"
@@ -234,17 +58,19 @@ class SimulatedDevice:
         self.exercised_edges: set[Edge] = set()
         self._random = random.Random(seed)
         self._compute = SimulatedStream(self, "compute", eager=True)
-        self._copy_in = SimulatedStream(self, "copy-in", eager=False)
-        self._copy_out = SimulatedStream(self, "copy-out", eager=False)
-        self._host_work = SimulatedStream(self, "host-work", eager=False)
-        self._queues = (self._copy_in, self._copy_out, self._host_work)
+        names = ("copy-in", "copy-out", "host-work")
+        twins = [SimulatedStream(self, f"{name}{IN_GRAPH}", eager=False) for name in names]
+        queues = [
+            SimulatedStream(self, name, eager=False, twin=twin)
+            for name, twin in zip(names, twins, strict=True)
+        ]
         self.compute: Stream = self._compute
-        self.copy_in: Stream = self._copy_in
-        self.copy_out: Stream = self._copy_out
-        self.host_work: Stream = self._host_work
+        self.copy_in, self.copy_out, self.host_work = queues
+        self.flags = SimulatedFlags(self)
+        self._queues = (*queues, *twins, self.flags.stream)
         self.moments = itertools.count()
         self._in_host_function = False
-        self._recorder: Recorder | None = None  # during a capture
+        self.recorder: Recorder | None = None
         self.memory = SimulatedMemory(compute=self._compute.clock, host=self.host_clock)
 
     @property
@@ -299,26 +125,30 @@ class SimulatedDevice:
         return contextlib.nullcontext()
 
     def capture(self, work: Callable[[], _Result]) -> Capture[_Result]:
-        """Record a function's operations, which run once meanwhile; see `SimulatedCapture`."""
-        self._recorder = Recorder()
+        """Record a function's operations; see `SimulatedCapture`."""
+        self.recorder = Recorder(self._compute)
         try:
-            return SimulatedCapture(work, self._recorder)
+            return SimulatedCapture(work, self.recorder)
         finally:
-            self._recorder = None
+            self.recorder = None
 
     def launch(self, work: Callable[[], None]) -> None:
         """Call a function now, and at each replay."""
-        if self._recorder is None:
+        if self.recorder is None:
             work()
         else:
-            self._recorder.launch(work)
+            self.recorder.launch(work)
 
     def aside(self, work: Callable[[], None]) -> None:
         """Call a function now, or at each replay of what is being captured."""
-        if self._recorder is None:
+        if self.recorder is None:
             work()
         else:
-            self._recorder.aside(work)
+            self.recorder.aside(work)
+
+    def serve(self, server: Server) -> None:
+        """Have its tasks done by work in a queue; its thread is not begun."""
+        self.flags.serve(server)
 
     def free_bytes(self) -> int | None:
         """Return None: device memory is host memory."""

@@ -2,7 +2,8 @@
 
 Nothing of Python runs again, as with a CUDA graph. Numbers that Python had are those of the
 capture. Weights are where they were, and results come into the same memory. What reads a tensor's
-contents back is refused. Unlike those of a CUDA graph, operations run while they are recorded.
+contents back is refused. Unlike those of a CUDA graph, compute's operations run while they are
+recorded. What is enqueued on other streams runs in replays alone.
 """
 
 import functools
@@ -36,23 +37,58 @@ _READ_BACK_METHODS = (torch.Tensor.tolist, torch.Tensor.numpy)
 class Recorder(TorchDispatchMode):
     """A recorder of the operations of a function; `with` it, they are run and noted.
 
+    Args:
+        origin: the stream on which a replay is launched. Another one takes part in the capture from
+            when it waits for one that does.
+
     Attributes:
         operations: what runs them again, in order.
+        in_launch: whether a function runs that is called in each replay, too.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, origin: object) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch has no types for it
         self.operations: list[Callable[[], object]] = []
-        self._in_launch = False
+        self.in_launch = False
+        self._origin = origin
+        self._taking_part = {origin}
+        self._open: set[object] = set()  # streams with work that the origin waited not for
+
+    def note(self, stream: object, work: Callable[[], object]) -> None:
+        """Note what is enqueued on a stream.
+
+        Raises:
+            CaptureError: the stream takes no part in the capture.
+        """
+        if stream not in self._taking_part:
+            raise CaptureError("it enqueues work on a stream that takes no part in it")
+        if stream is not self._origin:
+            self._open.add(stream)
+        self.operations.append(work)
+
+    def join(self, stream: object, other: object) -> None:
+        """Note that a stream waits for all that another one has enqueued by now."""
+        self._taking_part.add(stream)
+        if stream is self._origin:
+            self._open.discard(other)
+
+    def check_joined(self) -> None:
+        """Refuse a capture whose end does not wait for all of it.
+
+        Raises:
+            CaptureError: a stream's part is not waited for.
+        """
+        if self._open:
+            raise CaptureError("its end does not wait for all streams that take part")
 
     def launch(self, work: Callable[[], None]) -> None:
         """Run a function, and note it as one operation that looks at contents when it runs."""
         self.operations.append(work)
-        self._in_launch = True
+        self.in_launch = True
         try:
             work()
         finally:
-            self._in_launch = False
+            self.in_launch = False
 
     def aside(self, work: Callable[[], None]) -> None:
         """Note a function that is called at each replay, and not now."""
@@ -67,7 +103,7 @@ class Recorder(TorchDispatchMode):
     ) -> Any:
         """Run an operation, and note it."""
         kwargs = kwargs or {}
-        if self._in_launch or operation.namespace == "profiler":
+        if self.in_launch or operation.namespace == "profiler":
             return operation(*args, **kwargs)
         if torch.is_inference_mode_enabled():  # where operations made of others come whole
             with self:
@@ -97,7 +133,7 @@ class _NoMethods(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if function in _READ_BACK_METHODS and not self._recorder._in_launch:
+        if function in _READ_BACK_METHODS and not self._recorder.in_launch:
             raise CaptureError(f"it reads back a tensor by {function.__name__}()")
         return function(*args, **(kwargs or {}))
 
@@ -116,6 +152,7 @@ class SimulatedCapture(Generic[_Result]):
     def __init__(self, work: Callable[[], _Result], recorder: Recorder) -> None:
         with _NoMethods(recorder), recorder:
             self._result = work()
+        recorder.check_joined()
         self._operations = recorder.operations
 
     def replay(self) -> _Result:

@@ -62,6 +62,8 @@ class Tile(NamedTuple):
         whole: that memory as keys and values, `[batch, heads, capacity, dim]`.
         first: index of the first token in `whole`.
         heads: which heads of `whole`.
+        counted: `[1]` of int64 on the device: how many of the tokens there are, the first ones,
+            when a kernel runs. None where that is all.
     """
 
     start: int
@@ -70,6 +72,7 @@ class Tile(NamedTuple):
     whole: KV
     first: int = 0
     heads: slice = ALL_HEADS
+    counted: torch.Tensor | None = None
 
     def newest(self, tokens: int) -> "Tile":
         """Return the newest tokens of the tile, at most so many."""
