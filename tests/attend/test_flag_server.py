@@ -1,4 +1,4 @@
-"""The thread that does jobs for flags: in their order, as often as asked, and released at the end."""
+"""The thread that does jobs for flags: in their order, as often as asked, until its end."""
 
 import shutil
 import sys
@@ -21,7 +21,7 @@ TASKS = 3
 
 
 def served() -> tuple[FlagServer, list[KV], torch.Tensor, list[Partial]]:
-    """Return a server that attends one of some tiles for each flag, and what it reads and writes."""
+    """Return a server that attends a tile for each flag, and what it reads and writes."""
     query = torch.randn(1, 2, 4, 1, 16)
     server = FlagServer(torch.zeros(2, TASKS, dtype=torch.int64))
     tiles, answers = [], []

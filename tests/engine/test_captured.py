@@ -13,8 +13,8 @@ from headinfer.attend.select import select_kernels
 from headinfer.device.base import CaptureError, Edge
 from headinfer.device.hazards import HazardError
 from headinfer.device.simulated import SimulatedDevice
-from headinfer.engine.captured import Form
 from headinfer.engine.engine import Engine
+from headinfer.engine.ready import Form
 from headinfer.engine.stats import Stats
 from headinfer.errors import CacheStateError
 from headinfer.plan.options import Options
@@ -122,7 +122,7 @@ def test_steps_between_begin_and_end_are_those_of_calls() -> None:
                 part.copy_(values)
         assert captured.begin_step() == pieces
         assert torch.equal(capture.replay(), attend(called, token))
-        captured.end_step()
+        captured.end_step(Form.ONE_LAUNCH)
         assert captured.lengths() == called.lengths()
     for layer_idx in range(2):
         assert torch.equal(captured.read(layer_idx, "keys"), called.read(layer_idx, "keys"))

@@ -27,6 +27,7 @@ class Edge(enum.Enum):
     STEP_READY = "other streams did what a captured step finds done; compute begins the step"
     STEP_BEGUN = "compute begins a captured step; another stream begins its part of it"
     STEP_DONE = "another stream did its part of a captured step; compute ends the step"
+    SERVED = "a server answered by a flag; host work goes on"
     HOST_SETTLED = "work on host memory or the arena is done; the host reads, moves or frees it"
 
 
@@ -104,12 +105,14 @@ class Server(Protocol):
     Attributes:
         asks: flags `[tasks]` of int64, in host memory.
         answers: flags as many.
-        tasks: what is done; replaced only while nothing is asked.
     """
 
     asks: torch.Tensor
     answers: torch.Tensor
-    tasks: "Sequence[ServedTask | None]"
+
+    @property
+    def tasks(self) -> "Sequence[ServedTask | None]":
+        """What is done; replaced only while nothing is asked."""
 
     def begin(self) -> None:
         """Begin the thread, if there is none yet.

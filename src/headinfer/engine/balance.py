@@ -50,6 +50,11 @@ class Balance:
         self._needed = _FIRST_NOTES
         self._cut = self._first_cut = _FIRST_CUT
 
+    @property
+    def settled(self) -> bool:
+        """Whether the share changes seldom by now."""
+        return self.fixed or self._needed == _MOST_NOTES
+
     @contextlib.contextmanager
     def steady(self) -> Iterator[None]:
         """Take in nothing until the `with` statement ends, so that the share stays."""

@@ -2,7 +2,8 @@
 
 Where a layer's attention is one launch, its kernel reads from memory where the new token goes.
 Nothing in such a step depends on how many tokens there are. What does is done between replays:
-copies to the host, and counting.
+copies to the host, and counting. Where tokens are streamed, or attended by the host, that is in the
+capture, too, with what other streams do for it (`StreamingStep`).
 
 Elsewhere attention stands beside the capture, which is in pieces then: what the model does between
 one layer's attention and the next one's.
@@ -10,47 +11,27 @@ one layer's attention and the next one's.
 
 import abc
 import contextlib
-import enum
 import weakref
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from headinfer.attend.work import TokenWork
-from headinfer.device.base import CaptureError, Device
+from headinfer.device.base import Capture, CaptureError, Device
 from headinfer.engine.changes import ChangeableTokens
 from headinfer.engine.chunk import Chunk
 from headinfer.engine.executor import PERFORM
+from headinfer.engine.ready import Form, Ready, ReadyStep
 from headinfer.engine.stats import Stats
-from headinfer.kv.extent import Extent, Piece
+from headinfer.engine.streaming_step import StreamedTrack, StreamingStep
 from headinfer.kv.ledger import Ledger
 from headinfer.plan.plan import Plan
-from headinfer.schedule.route import Pass
+from headinfer.schedule import route
+from headinfer.schedule.route import Pass, stays
 from headinfer.schedule.steps import Decode, SendHome, Step
 
-
-class Form(enum.Enum):
-    """A form of a captured step."""
-
-    ONE_LAUNCH = "attention is captured with all else, at places read from memory"
-    IN_PIECES = "attention is enqueued anew in each replay, between the pieces of a capture"
-
-
-@dataclass(frozen=True, slots=True)
-class _Ready:
-    """A track that is ready for a new token.
-
-    Attributes:
-        ledger: of the track.
-        extent: has all that the token sees, and room for it.
-        after: what sends tokens home once it is there.
-    """
-
-    ledger: Ledger
-    extent: Extent
-    after: tuple[SendHome, ...]
+_Result = TypeVar("_Result")
 
 
 class CapturableTokens(ChangeableTokens, abc.ABC):
@@ -58,7 +39,8 @@ class CapturableTokens(ChangeableTokens, abc.ABC):
 
     A replay of one launch goes between `begin_step` and `end_step`, and nothing else that changes
     the tokens does. After `begin_step` alone they are as before. A replay in pieces needs neither,
-    and adds the token by itself.
+    and adds the token by itself. Right before any of these is replayed, captured or run as it is
+    captured, `prepare` is called.
 
     Args:
         device: where attention is computed.
@@ -75,19 +57,21 @@ class CapturableTokens(ChangeableTokens, abc.ABC):
         self.captured: dict[Hashable, Any] = {}
         self._places: torch.Tensor | None = None  # `[tracks, 3]`; see `TokenWork.place`
         self._counters: torch.Tensor | None = None  # see `TokenWork`
-        self._ready: list[_Ready] = []
+        self._ready: list[Ready] = []
         # What `begin_step` returns if the tracks still are as noted beside it.
-        self._ahead: tuple[list[tuple[int, ...]], tuple[Piece, ...]] | None = None
+        self._ahead: tuple[tuple[object, ...], ReadyStep] | None = None
         self._capturing: Form | None = None
+        self._streaming: StreamingStep | None = None  # from the first such step on
+        self._steps = 0
+        self._streamed_at: int | None = None  # number of the step that was last captured so
         super().__init__(device, plan, dtype, stats)
 
-    def begin_step(self) -> tuple[Piece, ...] | None:
+    def begin_step(self) -> ReadyStep | None:
         """Make ready for a step of one new token, and write to memory where the token goes.
 
         Returns:
-            A piece of memory for each track, which a capture of the step reads and writes. A
-            capture with the same pieces serves the step. None where a track takes more than one
-            launch; nothing was done then but to reserve host memory.
+            None where a step is captured in pieces alone; nothing was done then but to reserve host
+            memory.
 
         Raises:
             CacheStateError: the cache was closed.
@@ -95,9 +79,21 @@ class CapturableTokens(ChangeableTokens, abc.ABC):
         self._check_open()
         for ledger in self._full:
             self._reserve(ledger)  # memory that came within a capture would come in each replay
+        self._steps += 1
         if self._ahead is not None and self._ahead[0] == self._state():
             return self._ahead[1]
         return self._make_ready()
+
+    @property
+    def may_capture_streamed(self) -> bool:
+        """Whether to capture a streamed step: not for a share that changes, nor often."""
+        last = self._streamed_at
+        return self._balance.settled and (last is None or self._steps - last >= route.STEADY_TOKENS)
+
+    @property
+    def _share(self) -> float:
+        """Share of the tokens beside the residents that the host attends in the next step."""
+        return self._balance.share if self._host_helps else 0.0
 
     @property
     def sends_home(self) -> bool:
@@ -109,48 +105,64 @@ class CapturableTokens(ChangeableTokens, abc.ABC):
 
     def _next_steps(self) -> list[tuple[Step, ...]]:
         """Return what each track does with one new token."""
-        executor, host_share = self._executor, self._executor.source.host_share
+        executor, host_share = self._executor, self._share
         return [
             executor.steps_of(ledger, ledger.tokens, Pass.FORWARD, 1, host_share).steps
             for ledger in self._ledgers
         ]
 
-    def _state(self) -> list[tuple[int, ...]]:
-        """Return what changes of each track where a token's place does."""
-        return [
+    def _state(self) -> tuple[object, ...]:
+        """Return what changes where a token's place does, or who attends what."""
+        return self._share, *(
             # A window's tokens move when it begins anew, however many there are.
             (ledger.tokens, ledger.version, 0 if ledger.tail is None else ledger.tail.start)
             for ledger in self._ledgers
-        ]
+        )
 
-    def _make_ready(self) -> tuple[Piece, ...] | None:
+    def _make_ready(self) -> ReadyStep | None:
         """Do what `begin_step` says."""
         self._ahead = None
-        executor, tracks = self._executor, self._next_steps()
-        if not all(isinstance(step, (Decode, SendHome)) for steps in tracks for step in steps):
+        tracks = self._next_steps()
+        form = self._form(tracks)
+        if form is None:
             return None
-        self._ready = []
-        for ledger, steps in zip(self._ledgers, tracks, strict=True):
-            executor.ledger = ledger
-            at = next(at for at, step in enumerate(steps) if isinstance(step, Decode))
-            for step in steps[:at]:
-                PERFORM[type(step)](executor, step)
-            decode = steps[at]
-            assert isinstance(decode, Decode)
-            after = tuple(step for step in steps[at:] if isinstance(step, SendHome))
-            self._ready.append(_Ready(ledger, executor.with_room(decode.where), after))
+        self._ready = [
+            self._ready_track(ledger, steps)
+            for ledger, steps in zip(self._ledgers, tracks, strict=True)
+        ]
         self._write_places()
-        pieces = tuple(ready.extent.piece for ready in self._ready)
-        self._ahead = self._state(), pieces
-        return pieces
+        step = ReadyStep(form, tuple(each for ready in self._ready for each in ready.reads))
+        self._ahead = self._state(), step
+        return step
+
+    def _form(self, tracks: Sequence[Sequence[Step]]) -> Form | None:
+        """Return the best form for what each track does; None for pieces alone."""
+        form = Form.ONE_LAUNCH
+        for ledger, steps in zip(self._ledgers, tracks, strict=True):
+            if all(isinstance(step, (Decode, SendHome)) for step in steps):
+                continue
+            if not self._executor.source.lends or not stays(ledger.held, steps):
+                return None
+            form = Form.STREAMED
+        return form
+
+    def _ready_track(self, ledger: Ledger, steps: Sequence[Step]) -> Ready:
+        """Make a track ready for a new token."""
+        executor = self._executor
+        executor.ledger = ledger
+        at = next(at for at, step in enumerate(steps) if not isinstance(step, SendHome))
+        for step in steps[:at]:
+            PERFORM[SendHome](executor, step)
+        after = tuple(step for step in steps[at:] if isinstance(step, SendHome))
+        decode = steps[at]
+        if isinstance(decode, Decode):
+            return Ready(ledger, executor.with_room(decode.where), after)
+        page = self._pages.page_with_room(ledger)
+        return Ready(ledger, page, after, StreamedTrack.of(ledger, page, steps[at:]))
 
     def _write_places(self) -> None:
         """Write where each track's new token goes, on compute, for a replay to read."""
-        places_of = []
-        for ready in self._ready:
-            tile = ready.ledger.next_tile(ready.extent)
-            places_of.append((tile.first, tile.tokens, ready.ledger.sink_tokens))
-        places = torch.tensor(places_of)
+        places = torch.tensor([ready.place for ready in self._ready])
         if self._places is None:
             heads = self.plan.batch * max(ledger.geometry.kv_heads for ledger in self._ledgers)
             with torch.inference_mode(False):  # or they could not be written to outside it
@@ -160,16 +172,56 @@ class CapturableTokens(ChangeableTokens, abc.ABC):
                 self._counters = memory.view(torch.int32).zero_()
         self._places.copy_(places, non_blocking=True)
 
+    def prepare(self, form: Form, *, runs: bool = True) -> None:
+        """Make the device ready for a step that `begin_step` made ready, right before it comes.
+
+        Args:
+            form: in which it comes.
+            runs: whether it is enqueued, and not captured.
+        """
+        if form is not Form.STREAMED:
+            return
+        if self._streaming is not None and self._streaming.failed:
+            self._device.synchronize()
+            self._streaming.end()
+            self._streaming = None
+            self.captured.clear()
+        if self._streaming is None:
+            self._streaming = StreamingStep(
+                self._device, self._executor.source, self._host, self._stats
+            )
+        self._streaming.prepare([track for track, _ in self._streamed()], runs=runs)
+        if not runs:
+            self._streamed_at = self._steps
+
+    def _streamed(self) -> list[tuple[StreamedTrack, torch.Tensor]]:
+        """Return the tracks that are ready and take more than a launch, and their places."""
+        assert self._places is not None
+        tracks = zip(self._ready, self._places, strict=True)
+        return [(ready.streamed, place) for ready, place in tracks if ready.streamed is not None]
+
+    def replay(self, form: Form, capture: Capture[_Result]) -> _Result:
+        """Replay a step."""
+        self.prepare(form)
+        result = capture.replay()
+        if form is Form.STREAMED:
+            self._replayed = self._device.compute.record()
+        return result
+
     @contextlib.contextmanager
     def capturing(self, form: Form) -> Iterator[None]:
         """Have `attend` serve one new token a row in the form that is captured.
 
-        With one launch it does by what `begin_step` made ready, and counts no token. It raises
+        But in pieces it does by what `begin_step` made ready, and counts no token. It raises
         `CaptureError` where it cannot.
         """
         self._capturing = form
+        steps: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if form is Form.STREAMED and self._streaming is not None:
+            steps = self._streaming.step(self._streamed())
         try:
-            yield
+            with steps:
+                yield
         finally:
             self._capturing = None
 
@@ -181,7 +233,13 @@ class CapturableTokens(ChangeableTokens, abc.ABC):
             self._attend_aside(layer_idx, chunks)
             return
         for track, chunk in enumerate(chunks, self._layers[layer_idx].first_track):
-            self._attend_at_place(track, chunk)
+            streamed, places = self._ready[track].streamed, self._places
+            if streamed is None:
+                self._attend_at_place(track, chunk)
+            else:
+                assert self._streaming is not None
+                assert places is not None
+                self._streaming.attend(streamed, chunk, places[track])
 
     @abc.abstractmethod
     def _attend(self, ledger: Ledger, call: Chunk) -> None:
@@ -225,12 +283,17 @@ class CapturableTokens(ChangeableTokens, abc.ABC):
         ready = self._ready[track]
         self._pages.state_token(ready.ledger.next_tile(ready.extent))
 
-    def end_step(self) -> None:
+    def end_step(self, form: Form) -> None:
         """Count the token that a replay has added, send home what is due, and make ready again.
 
         So the next step has little to do before its replay, while the device is idle. What fails in
-        that is done again by the next step, which raises it: this one is done.
+        that is done again by the next step, which raises it: this one is done. A step in pieces did
+        all of it by itself.
         """
+        if form is Form.IN_PIECES:
+            return
+        if form is Form.STREAMED and self._streaming is not None:
+            self._streaming.count_step()
         for ready in self._ready:
             ready.ledger.extend(ready.extent, 1)
         for ready in self._ready:
@@ -266,4 +329,7 @@ class CapturableTokens(ChangeableTokens, abc.ABC):
         """Forget captures, and what they are made of, before the memory of tokens goes."""
         self.captured.clear()
         self._ready.clear()
-        self._ahead = self._places = self._counters = None
+        self._ahead = self._places = self._counters = self._streamed_at = None
+        if self._streaming is not None:
+            self._streaming.end()
+            self._streaming = None

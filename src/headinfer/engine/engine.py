@@ -69,6 +69,7 @@ class Engine(CapturableTokens):
         new = KV(keys, values)
         layer = self._check(layer_idx, new, query)
         batch, kv_heads, group, q_len, _ = query.shape
+        self._host_helps = host_kernels is not None
         if q_len > MAX_ASKED_TOKENS or padding is not None:
             host_kernels = None
         call = Chunk(

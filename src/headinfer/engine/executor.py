@@ -115,7 +115,7 @@ class Executor:
     def _send_home(self, step: SendHome) -> None:
         ledger = self.ledger
         assert (step.start, step.end) == (ledger.host_tokens, ledger.tokens)
-        self.pages.send_home(ledger)
+        self.pages.send_home(ledger, turn=step.turn)
 
     def _keep(self, step: Keep) -> None:
         if step.where is not Where.WINDOW:

@@ -14,7 +14,7 @@ from headinfer.device.base import Device, Edge, Event
 from headinfer.engine.stats import Stats
 from headinfer.kv.extent import Piece, Tile
 from headinfer.kv.ledger import Ledger
-from headinfer.kv.pair import ALL_HEADS
+from headinfer.kv.pair import ALL_HEADS, Geometry
 from headinfer.schedule.route import Sizes
 from headinfer.schedule.route import fetched as fetched_by
 from headinfer.schedule.steps import Fetch
@@ -38,10 +38,12 @@ class TileSource(Protocol):
         host_share: share of the tokens beside the residents that the host attends: passes to come
             are expected to leave so much out.
         begun: whether `begin` was called for a layer, and `end` was not.
+        lends: whether `lend` gives buffers.
     """
 
     host_share: float
     begun: bool
+    lends: bool
 
     def begin(self, ledger: Ledger, step: Fetch) -> None:
         """Turn to a layer; its stored tokens stay as they are until `end`."""
@@ -58,6 +60,12 @@ class TileSource(Protocol):
     def drop(self) -> None:
         """Forget what was fetched ahead; called when stored tokens change between passes."""
 
+    def lend(self) -> tuple[Piece, ...]:
+        """Return the staging buffers, for compute to give to others until the next `begin`.
+
+        What was fetched ahead is forgotten. There are none where nothing is to be fetched ahead.
+        """
+
 
 class InPlaceTiles:
     """A source of tiles where they lie, for a device that attends host memory.
@@ -65,6 +73,8 @@ class InPlaceTiles:
     Args:
         tile_tokens: the most tokens of a tile.
     """
+
+    lends = False
 
     def __init__(self, tile_tokens: int) -> None:
         self.host_share = 0.0
@@ -84,6 +94,10 @@ class InPlaceTiles:
 
     def drop(self) -> None:
         """Do nothing: nothing is fetched ahead."""
+
+    def lend(self) -> tuple[Piece, ...]:
+        """Return nothing: there are no buffers."""
+        return ()
 
 
 class _Fetched(NamedTuple):
@@ -108,12 +122,18 @@ def fetch(
         copy_in.wait(buffer.free, Edge.TILE_FREE)
     if tile.piece.ready is not None:
         copy_in.wait(tile.piece.ready, Edge.HOST_WRITTEN)
-    keys, values = source = tile.kv
-    place = buffer.views(ledger.geometry, tile.tokens, keys.shape[1])
-    copy_in.copy(place.keys, source.keys)
-    copy_in.copy(place.values, source.values)
-    stats.bytes_to_device += keys.nbytes + values.nbytes
-    return _Fetched(turn, Tile(tile.start, tile.tokens, buffer, place), buffer, copy_in.record())
+    there = copy_tile(device, ledger.geometry, tile, buffer)
+    stats.bytes_to_device += ledger.geometry.num_bytes(tile.tokens, heads=there.whole.keys.shape[1])
+    return _Fetched(turn, there, buffer, copy_in.record())
+
+
+def copy_tile(device: Device, geometry: Geometry, tile: Tile, buffer: Piece) -> Tile:
+    """Enqueue the copy of a host tile into a staging buffer on copy-in; return where it will be."""
+    source = tile.kv
+    place = buffer.views(geometry, tile.tokens, source.keys.shape[1])
+    device.copy_in.copy(place.keys, source.keys)
+    device.copy_in.copy(place.values, source.values)
+    return Tile(tile.start, tile.tokens, buffer, place, counted=tile.counted)
 
 
 class SequentialTiles:
@@ -124,6 +144,8 @@ class SequentialTiles:
         buffer: memory for a tile.
         stats: where bytes are counted.
     """
+
+    lends = False
 
     def __init__(self, device: Device, buffer: Piece, stats: Stats) -> None:
         self.host_share = 0.0
@@ -158,6 +180,10 @@ class SequentialTiles:
     def drop(self) -> None:
         """Do nothing: nothing is fetched ahead."""
 
+    def lend(self) -> tuple[Piece, ...]:
+        """Return nothing: one tile at a time is what this is for."""
+        return ()
+
 
 class OverlappedTiles:
     """A source that keeps free buffers filling with the next tiles, across layers and passes.
@@ -179,6 +205,8 @@ class OverlappedTiles:
         stats: where bytes are counted.
     """
 
+    lends = True
+
     def __init__(
         self,
         device: Device,
@@ -196,6 +224,7 @@ class OverlappedTiles:
         self._stats = stats
         self._fetched: collections.deque[_Fetched] = collections.deque()
         self._in_hand: Piece | None = None  # the buffer that the caller attends now
+        self._lent = False
         self._restart(0)
 
     def _restart(self, layer_idx: int) -> None:
@@ -217,6 +246,9 @@ class OverlappedTiles:
     def begin(self, ledger: Ledger, step: Fetch) -> None:
         """Turn to a layer, and start over where it was not the one expected or has changed."""
         failed, self.begun = self.begun, True  # first: what is interrupted from here on has failed
+        if self._lent:  # compute has what others did with the buffers behind it
+            self._device.copy_in.wait(self._device.compute.record(), Edge.TILE_FREE)
+            self._lent = False
         if not failed:
             self._pass_by(ledger)
         state, turn = (ledger.version, step), self._turn
@@ -300,3 +332,10 @@ class OverlappedTiles:
         """Forget what was fetched ahead."""
         self._restart(0)
         self.begun = False
+
+    def lend(self) -> tuple[Piece, ...]:
+        """Return the staging buffers until the next `begin`."""
+        if not self._lent:
+            self.drop()
+            self._lent = True
+        return self._buffers

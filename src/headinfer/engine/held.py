@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from headinfer.device.base import Device, Edge
+from headinfer.device.base import Device, Edge, Event
 from headinfer.engine.balance import Balance
 from headinfer.engine.build import build
 from headinfer.engine.ending import settle_at_exit, uninterrupted
@@ -49,6 +49,8 @@ class HeldTokens:
         self._device = device
         self._stats = stats
         self._expected_tokens = 0
+        self._host_helps = False  # whether the model's attention leaves any to the host
+        self._replayed: Event | None = None  # the last step that had all streams in one capture
         host = HostPlace(device)
         self._layers: list[Layer] = []
         self._ledgers: list[Ledger] = []  # of all tracks
@@ -279,6 +281,9 @@ class HeldTokens:
         """Wait until no work touches host memory, and forget what was fetched ahead."""
         if self._device.tiles_are_views:
             return
+        if self._replayed is not None:  # our streams know nothing of what it does on them
+            self._replayed.synchronize(Edge.HOST_SETTLED)
+            self._replayed = None
         for stream in (self._device.copy_in, self._device.copy_out, self._device.host_work):
             stream.record().synchronize(Edge.HOST_SETTLED)
         self._host.forget()

@@ -42,7 +42,7 @@ _UNJUDGED = 64
 
 
 @dataclass(frozen=True, slots=True)
-class _Exchange:
+class Exchange:
     """A piece of memory through which queries of one shape go to the host, and answers come back.
 
     Owned by one `HostAttention` and reused from layer to layer. Both are in host memory. The
@@ -60,7 +60,7 @@ class _Exchange:
     @classmethod
     def allocate(
         cls, device: Device, query: torch.Tensor, value_dim: int, kernels: Kernels, scale: float
-    ) -> "_Exchange":
+    ) -> "Exchange":
         """Take the memory for queries like `query`, and for their answers."""
         dtype = accumulation_dtype(query.dtype)
         rows = query.shape[:-1]
@@ -79,6 +79,12 @@ class _Exchange:
             if isinstance(kernel, NativeKernel):
                 jobs = kernel.jobs(sent, on_host, scale=scale)
         return cls(sent, answer, on_host, on_device, jobs)
+
+
+def tell_listeners(start_s: float, end_s: float) -> None:
+    """Tell all listeners of one attention."""
+    for listener in listeners:
+        listener(start_s, end_s)
 
 
 def _as_partial(memory: torch.Tensor, rows: torch.Size, value_dim: int) -> Partial:
@@ -158,9 +164,9 @@ class HostAttention:
         self._device = device
         self._stats = stats
         self._balance = balance
-        self._exchanges: dict[tuple[object, ...], _Exchange] = {}
+        self._exchanges: dict[tuple[object, ...], Exchange] = {}
         self.pending: collections.deque[tuple[_HostWork, _Time]] = collections.deque()
-        self._asked: tuple[torch.Tensor, _Exchange, Event | None, _Time] | None = None
+        self._asked: tuple[torch.Tensor, Exchange, Event | None, _Time] | None = None
         self._unjudged: collections.deque[tuple[Event, Event, _Time]] = collections.deque(
             maxlen=_UNJUDGED
         )
@@ -191,7 +197,7 @@ class HostAttention:
         compute, host_work = self._device.compute, self._device.host_work
         query = query.contiguous()
         compute.writes(query, "the query")
-        exchange = self._exchange(query, geometry.value_dim, kernels, scale)
+        exchange = self.exchange(query, geometry.value_dim, kernels, scale)
         work, took = self._work(tiles, exchange, kernels, scale), _Time()
         host_work.wait(compute.record(), Edge.QUERY_READY)
         # The query is kept until compute waits for the answer: only then may its memory be reused.
@@ -284,22 +290,22 @@ class HostAttention:
             start_s, end_s = work.times
             took.seconds = end_s - start_s
             self._stats.host_attention_s += end_s - start_s
-            for listener in listeners:
-                listener(start_s, end_s)
+            tell_listeners(start_s, end_s)
             work.release()
 
-    def _exchange(
+    def exchange(
         self, query: torch.Tensor, value_dim: int, kernels: Kernels, scale: float
-    ) -> _Exchange:
+    ) -> Exchange:
+        """Return the memory for queries of one shape, and for their answers."""
         key = (query.shape, query.dtype, value_dim, kernels, scale)
         exchange = self._exchanges.get(key)
         if exchange is None:
-            exchange = _Exchange.allocate(self._device, query, value_dim, kernels, scale)
+            exchange = Exchange.allocate(self._device, query, value_dim, kernels, scale)
             self._exchanges[key] = exchange
         return exchange
 
     def _work(
-        self, tiles: list[Tile], exchange: _Exchange, kernels: Kernels, scale: float
+        self, tiles: list[Tile], exchange: Exchange, kernels: Kernels, scale: float
     ) -> _HostWork:
         """Return the attention of some tokens: a job where the kernel makes one."""
         if exchange.jobs is not None:
@@ -310,7 +316,7 @@ class HostAttention:
         answer = exchange.on_host
         return _Call(functools.partial(self._attend, kernels, work, answer, self._taken))
 
-    def _state_accesses(self, exchange: _Exchange, tiles: list[Tile]) -> None:
+    def _state_accesses(self, exchange: Exchange, tiles: list[Tile]) -> None:
         host_work = self._device.host_work
         host_work.reads(exchange.query, "attention on the host")
         for tile in tiles:

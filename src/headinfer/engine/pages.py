@@ -107,14 +107,29 @@ class Pages:
             self._device.compute.reads(piece.memory, "attention to tokens kept here")
         return Tile(extent.start, extent.tokens, piece, extent.whole)
 
-    def send_home(self, ledger: Ledger) -> None:
-        """Have the host hold all tokens; go on in another page."""
+    def page_with_room(self, ledger: Ledger) -> Extent:
+        """Return the page, for compute to write a token there; one begins where there is none."""
+        tail = ledger.tail or ledger.begin_tail(self._tails[ledger][0], self._page_tokens)
+        if tail.piece.ready is not None:
+            tail.piece.wait_ready(self._device)
+        return tail
+
+    def send_home(self, ledger: Ledger, *, turn: bool = True) -> None:
+        """Have the host hold all tokens.
+
+        Args:
+            ledger: of the layer.
+            turn: whether to go on in another page of the layer's own.
+        """
         tail = ledger.tail
         if tail is None:
             self._send_residents(ledger)
         else:
             shared = tail.piece is self._chunk_pages[0]
-            self._send_page(ledger, tail, self._chunk_pages if shared else self._tails[ledger])
+            self._send_page(ledger, tail)
+            if shared or turn:
+                pages = self._chunk_pages if shared else self._tails[ledger]
+                pages.append(pages.pop(0))
 
     def fill_residents(self, ledger: Ledger) -> None:
         """Fetch all tokens from the host that fit, on copy-in; the host must be at rest."""
@@ -158,14 +173,13 @@ class Pages:
         for part in place.kv:
             self._device.compute.writes(part, "new tokens")
 
-    def _send_page(self, ledger: Ledger, page: Extent, pages: list[Piece]) -> None:
-        """Send a page home and turn to the other; keep what may be resident on the way."""
+    def _send_page(self, ledger: Ledger, page: Extent) -> None:
+        """Send a page home; keep what may be resident on the way."""
         tile = page.tile(page.start, page.end)
         ledger.half_done = True
         page.piece.free = self._send(ledger, tile)
         self._make_resident(ledger, tile)
         ledger.end_tail()
-        pages.append(pages.pop(0))
         ledger.half_done = False
 
     def _make_resident(self, ledger: Ledger, tile: Tile) -> None:

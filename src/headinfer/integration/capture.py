@@ -1,5 +1,8 @@
 """Decode steps that are replayed: a model's step, captured once, in one launch or in pieces.
 
+One launch has all of a step, also the copies of tiles and the host's attention. Pieces are for what
+changes too often for that.
+
 Python starts some hundred kernels in a step of a small model, and thousands in one of a large one.
 A GPU does most of them faster than Python starts them. Captured, they are one launch.
 
@@ -23,8 +26,9 @@ from typing import Any
 import torch
 
 from headinfer.device.base import CaptureError, Device, PlaceError
-from headinfer.engine.captured import Form
+from headinfer.device.hazards import HazardError
 from headinfer.engine.engine import Engine
+from headinfer.engine.ready import IN_PIECES, Form, ReadyStep
 from headinfer.engine.stats import Stats
 from headinfer.errors import is_out_of_memory
 from headinfer.integration.autocast import without_autocast
@@ -35,7 +39,6 @@ from headinfer.integration.fusion import Fusion
 from headinfer.integration.hooks import HooksOfOthers
 from headinfer.integration.outputs import are_equal, handed_out
 from headinfer.integration.said import SaidOnce, first_line
-from headinfer.kv.extent import Piece
 
 _logger = logging.getLogger(__name__)
 
@@ -95,20 +98,16 @@ class CapturedSteps:
         if engine is None or not self._enabled:
             return forward(**arguments)
         call = self._replayable(cache, arguments) if new_tokens == 1 else None
-        pieces: tuple[Piece, ...] | None = None
+        ready = IN_PIECES
         if call is not None:
-            pieces = engine.begin_step()
-            call = self._in_form(call, pieces)
+            call, ready = self._in_form(call, engine)
         if call is None:
             self._in_a_row.discard(engine)
             for other in engine.captured.values():
                 other.trusted = False
             return forward(**arguments)
-        if call.form is Form.IN_PIECES:
-            pieces = ()
-        assert pieces is not None
         captured = engine.captured.get(call.key)
-        if captured is not None and captured.pieces != pieces:
+        if captured is not None and captured.reads != ready.reads:
             del engine.captured[call.key]
             captured = None
         first = engine not in self._in_a_row
@@ -119,10 +118,9 @@ class CapturedSteps:
             if call.form is Form.IN_PIECES and engine.sends_home:
                 return self._apart(forward, arguments)  # it could not be compared: the next one can
             with engine.steady():
-                return self._compared(forward, cache, arguments, call, captured, pieces)
+                return self._compared(forward, cache, arguments, call, captured, ready)
         output = self._replayed(cache, call, captured)
-        if call.form is Form.ONE_LAUNCH:
-            engine.end_step()
+        engine.end_step(call.form)
         for stats in (self._stats, cache.stats):
             stats.captured_steps += 1
         return output
@@ -134,7 +132,7 @@ class CapturedSteps:
         arguments: dict[str, Any],
         call: DecodeCall,
         captured: CapturedStep | None,
-        pieces: tuple[Piece, ...],
+        ready: ReadyStep,
     ) -> Any:
         """Capture a step, or replay what is captured; run it as it is, and return that output."""
         engine = cache.state.engine
@@ -142,9 +140,9 @@ class CapturedSteps:
         if captured is None:
             step = self._step(forward, cache, call)
             if call.key not in self._known:
-                return self._begin(arguments, cache, call, step, pieces)
+                return self._begin(arguments, cache, call, step, ready)
             with self._preparing(cache):
-                captured = self._capture(cache, call, step, pieces)
+                captured = self._capture(cache, call, step, ready)
         if captured is None:
             return self._apart(forward, arguments)
         output = None
@@ -159,9 +157,11 @@ class CapturedSteps:
 
     def _replayed(self, cache: OffloadedCache, call: DecodeCall, captured: CapturedStep) -> Any:
         """Replay a step for a call's tensors; return its output."""
+        engine = cache.state.engine
+        assert engine is not None
         captured.step.fill(call.tensors)
         with without_autocast(self._device.torch_device.type):  # as where the model attends
-            replayed = captured.capture.replay()
+            replayed = engine.replay(call.form, captured.capture)
         return handed_out(replayed, cache)
 
     def _replayable(self, cache: OffloadedCache, arguments: dict[str, Any]) -> DecodeCall | None:
@@ -181,24 +181,32 @@ class CapturedSteps:
         refused = self._refused.issuperset((call.kind, form) for form in Form)
         return None if refused else call
 
-    def _in_form(self, call: DecodeCall, pieces: tuple[Piece, ...] | None) -> DecodeCall | None:
-        """Return a call in the best form that is not refused; None where both are."""
-        forms = (Form.IN_PIECES,) if pieces is None else (Form.ONE_LAUNCH, Form.IN_PIECES)
-        form = next((each for each in forms if (call.kind, each) not in self._refused), None)
-        if form is None:
-            return None
-        call_in_form = call.in_form(form)
-        if call_in_form.key in self._begun:
-            return call_in_form
+    def _in_form(self, call: DecodeCall, engine: Engine) -> tuple[DecodeCall | None, ReadyStep]:
+        """Return a call in the best form that is not refused, and what is ready for it.
+
+        None where all are refused.
+        """
+        ready = engine.begin_step() or IN_PIECES
+        call = call.in_form(ready.form)
+        if ready.form is Form.STREAMED and not engine.may_capture_streamed:
+            captured = engine.captured.get(call.key)
+            if captured is None or captured.reads != ready.reads:
+                call, ready = call.in_form(Form.IN_PIECES), IN_PIECES
+        if call.key in self._refused:
+            call, ready = call.in_form(Form.IN_PIECES), IN_PIECES
+        if call.key in self._refused:
+            return None, ready
+        if call.key in self._begun:
+            return call, ready
         if len(self._begun - self._known - self._refused) >= _MOST_IN_VAIN:
             self._say("their arguments are others in each call")
-            return None
-        return call_in_form
+            return None, ready
+        return call, ready
 
     @contextlib.contextmanager
     def _taking_back(self, engine: Engine, call: DecodeCall) -> Iterator[None]:
         """Take the token back that a step in pieces adds by itself, also where it fails."""
-        if call.form is Form.ONE_LAUNCH:
+        if call.form is not Form.IN_PIECES:
             yield
             return
         lengths = engine.lengths()
@@ -231,7 +239,7 @@ class CapturedSteps:
         cache: OffloadedCache,
         call: DecodeCall,
         step: Step,
-        pieces: tuple[Piece, ...],
+        ready: ReadyStep,
     ) -> Any:
         """Run a step in the form to be captured, capture it, and run it as it is.
 
@@ -242,6 +250,7 @@ class CapturedSteps:
         assert engine is not None
 
         def run() -> Any:
+            engine.prepare(call.form)
             with self._taking_back(engine, call):
                 return handed_out(self._apart(step.run, {}), cache)
 
@@ -254,7 +263,7 @@ class CapturedSteps:
             with self._attempt(cache, call):
                 output = run()
             if call.key not in self._refused:
-                self._capture(cache, call, step, pieces)
+                self._capture(cache, call, step, ready)
         wanted = self._apart(step.forward, arguments)
         if call.key not in self._refused and not are_equal(output, wanted):
             self._refuse_for_its_bits(call)
@@ -263,7 +272,7 @@ class CapturedSteps:
         return wanted
 
     def _capture(
-        self, cache: OffloadedCache, call: DecodeCall, step: Step, pieces: tuple[Piece, ...]
+        self, cache: OffloadedCache, call: DecodeCall, step: Step, ready: ReadyStep
     ) -> CapturedStep | None:
         """Capture a step, for the engine to keep; return None where that was not possible."""
         model, engine = self._model(), cache.state.engine
@@ -271,10 +280,11 @@ class CapturedSteps:
         assert engine is not None
         captured = None
         with self._attempt(cache, call):
+            engine.prepare(call.form, runs=False)
             with self._fusion.on():
                 capture = self._device.capture(step.run)
             weights = [each.detach() for each in (*model.parameters(), *model.buffers())]
-            captured = CapturedStep(step, capture, pieces, tuple(weights), call.past_tokens)
+            captured = CapturedStep(step, capture, ready.reads, tuple(weights), call.past_tokens)
             engine.captured[call.key] = captured
         for stats in (self._stats, cache.stats):
             stats.captures += captured is not None
@@ -299,6 +309,8 @@ class CapturedSteps:
         """
         try:
             yield
+        except HazardError:  # a defect of ours, which no other form is to hide
+            raise
         except Exception as error:
             reason = first_line(error)
             if is_out_of_memory(error):
@@ -332,7 +344,14 @@ class CapturedSteps:
         self._refuse(call, "captured, they give other bits")
 
     def _refuse(self, call: DecodeCall, reason: str) -> None:
-        """Capture no such call any more, in whatever form, and say so once."""
+        """Capture no such call any more, in whatever form, and say so once.
+
+        One that streams is left the form in pieces, which is worth most of it.
+        """
+        if call.form is Form.STREAMED:
+            self._refused.add(call.key)
+            _logger.info("decode steps are replayed in pieces: %s", reason)
+            return
         self._refused.update((call.kind, form) for form in Form)
         self._say(reason)
 

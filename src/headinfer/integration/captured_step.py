@@ -9,11 +9,10 @@ from typing import Any
 import torch
 
 from headinfer.device.base import Capture
-from headinfer.engine.captured import Form
 from headinfer.engine.engine import Engine
+from headinfer.engine.ready import Form
 from headinfer.integration.cache import OffloadedCache
 from headinfer.integration.outputs import without_cache
-from headinfer.kv.extent import Piece
 
 
 @dataclass(slots=True)
@@ -61,7 +60,7 @@ class CapturedStep:
     Attributes:
         step: what was captured.
         capture: gives the output.
-        pieces: the memory of the cache's tokens, where that is captured.
+        reads: memory of the cache's tokens, and numbers, that are in the capture.
         weights: memory of the model, which the capture reads even where the model has other by now.
         past_tokens: in the cache when it was captured.
         trusted: whether it was compared since the cache was last used otherwise.
@@ -70,7 +69,7 @@ class CapturedStep:
 
     step: Step
     capture: Capture[Any]
-    pieces: tuple[Piece, ...]
+    reads: tuple[object, ...]
     weights: tuple[torch.Tensor, ...]
     past_tokens: int
     trusted: bool = False

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from headinfer.device.base import CaptureError
-from headinfer.engine.captured import Form
+from headinfer.engine.ready import Form
 from headinfer.integration.cache import OffloadedCache
 from headinfer.integration.calls import cache_name, takes_argument
 from headinfer.integration.layer import OffloadedLayer

@@ -34,6 +34,14 @@ MAX_ASKED_TOKENS = 8
 """New tokens up to which the host can help: more make it compute instead of read."""
 
 
+STEADY_TOKENS = 1024
+"""Tokens for which what is streamed stays as it is, though some are sent home meanwhile. A captured
+step serves so long."""
+
+_STEADY_FROM = 8
+"""Times as many tokens there are beside the residents, at least: what is off is then little."""
+
+
 class Pass(enum.Enum):
     """A kind of call of the model: what it does with its new tokens."""
 
@@ -101,7 +109,15 @@ class Held(NamedTuple):
         """
         # The tail's tokens may be resident before the host has them.
         first = min(self.resident_tokens, self.host_tokens)
-        return first, self.host_tokens - int(host_share * (self.host_tokens - first))
+        end = self.host_tokens
+        if self.steady and host_share:  # the newest are the host's, until there are more of them
+            end -= end % STEADY_TOKENS
+        return first, end - int(host_share * max(end - first, 0))
+
+    @property
+    def steady(self) -> bool:
+        """Whether so many tokens are not resident that what is streamed may stay a while."""
+        return self.host_tokens - self.resident_tokens >= _STEADY_FROM * STEADY_TOKENS
 
     def sent_home(self) -> "Held":
         """Return where tokens lie once the host holds all; a page's may become resident."""
@@ -142,10 +158,12 @@ def route_track(
     if sizes.in_place:
         return _in_place(held, kind, new_tokens, sizes)
     steps: list[Step] = []
+    before = held
     if held.tail_tokens and held.tail_tokens + new_tokens > sizes.page_tokens:
-        steps.append(SendHome(held.host_tokens, held.tokens))
         held = held.sent_home()
     where = _place(held, new_tokens, sizes)
+    if held is not before:
+        steps.append(SendHome(before.host_tokens, before.tokens, turn=where is Where.PAGE))
     keep: list[Step] = [Keep(where)]
     start, end = held.host_tokens, held.tokens + new_tokens
     if where is Where.PAGE and held.tail_tokens and not held.paged:
@@ -215,6 +233,23 @@ def _attended(
     attend = Attend(heads, -(-held.track.kv_heads // heads), tuple(parts), write=not asks)
     steps: list[Step] = [attend] if fetch is None else [fetch, attend]
     return [Ask(end, held.host_tokens), *steps, Answer()] if asks else steps
+
+
+def growing_end(start: int, end: int) -> int:
+    """Return the end of streamed tokens with room for more, the same while these come.
+
+    Args:
+        start: the first of them.
+        end: one past the last.
+    """
+    return start + -(-(end - start) // STEADY_TOKENS) * STEADY_TOKENS
+
+
+def stays(held: Held, steps: Sequence[Step]) -> bool:
+    """Whether the steps of a new token stay as they are for `STEADY_TOKENS`, but for lengths."""
+    asks = any(isinstance(step, Ask) for step in steps)
+    tiles = [step.tile_tokens for step in steps if isinstance(step, Fetch)]
+    return held.steady and (asks or all(tokens >= STEADY_TOKENS for tokens in tiles))
 
 
 def fetched(held: Held, sizes: Sizes, host_share: float) -> Fetch | None:

@@ -29,10 +29,13 @@ class SendHome:
     Attributes:
         start: the first of them.
         end: one past the last.
+        turn: whether new tokens follow at once, in the other page. The next pass's find the same
+            page empty.
     """
 
     start: int
     end: int
+    turn: bool = False
 
     def __str__(self) -> str:
         """Say it in a line."""

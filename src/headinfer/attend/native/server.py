@@ -71,7 +71,7 @@ class FlagServer:
     def set_task(self, index: int, task: AttendTask) -> None:
         """Have a task done for a flag; only while nothing is asked."""
         self.tasks[index] = task
-        self._entries[index] = ctypes.cast(task.job.entry, _POINTER).value
+        self._entries[index] = ctypes.cast(task.job.entry, _POINTER).value  # type: ignore[arg-type]  # a function
         self._arguments[index] = task.job.argument
 
     def begin(self) -> None:

@@ -1,0 +1,64 @@
+"""Steps of one new token that are ready to be captured or replayed, and in which form."""
+
+import enum
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from headinfer.engine.streaming_step import StreamedTrack
+from headinfer.kv.extent import Extent
+from headinfer.kv.ledger import Ledger
+from headinfer.schedule.steps import SendHome
+
+
+class Form(enum.Enum):
+    """A form of a captured step."""
+
+    ONE_LAUNCH = "attention is captured with all else, at places read from memory"
+    STREAMED = "that, with the copies of tiles and the host's attention"
+    IN_PIECES = "attention is enqueued anew in each replay, between the pieces of a capture"
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A track that is ready for a new token.
+
+    Attributes:
+        ledger: of the track.
+        extent: has all that the token sees, and room for it.
+        after: what sends tokens home once it is there.
+        streamed: what the step does where that is no single launch; None where it is.
+    """
+
+    ledger: Ledger
+    extent: Extent
+    after: tuple[SendHome, ...]
+    streamed: StreamedTrack | None = None
+
+    @property
+    def reads(self) -> tuple[object, ...]:
+        """What a capture reads, numbers that are in it included."""
+        return (self.extent.piece,) if self.streamed is None else self.streamed.reads
+
+    @property
+    def place(self) -> tuple[int, int, int]:
+        """What is written to memory; see `TokenWork.place` and `StreamedTrack.place`."""
+        if self.streamed is not None:
+            return self.streamed.place
+        tile = self.ledger.next_tile(self.extent)
+        return tile.first, tile.tokens, self.ledger.sink_tokens
+
+
+class ReadyStep(NamedTuple):
+    """A step that could be captured, or replayed.
+
+    Attributes:
+        form: in which.
+        reads: what the capture reads; one that read the same serves the step.
+    """
+
+    form: Form
+    reads: tuple[object, ...] = ()
+
+
+IN_PIECES = ReadyStep(Form.IN_PIECES)
+"""A step in pieces, which reads what it finds."""
