@@ -12,10 +12,21 @@ import headinfer
 from headinfer.device.base import Edge
 from headinfer.device.hazards import HazardError
 from headinfer.device.simulated import SimulatedDevice
+from headinfer.engine.ready import Form
+from headinfer.schedule import route
 from host_share import engine_with_host_share
 from tiny_models import random_tokens, tiny_model
 
 SEEDS = 100
+
+
+@pytest.fixture(autouse=True)
+def _few_tokens_are_steady(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have steps that stream captured in one launch, with as few tokens as there are here."""
+    monkeypatch.setattr(route, "STEADY_TOKENS", 24)
+    monkeypatch.setattr(route, "_STEADY_FROM", 0)
+
+
 STREAMING: dict[str, Any] = {
     "sparsity": 0.5,
     "head_pattern": "random",
@@ -56,6 +67,8 @@ def exercise(
         for step in range(13):  # pages of 6 tokens fill twice
             token = prompt[:, step : step + 1]
             outputs.append(model(token, past_key_values=cache).logits)
+        captured = [form for _, form in cache.state.engine.captured]
+        assert captured == [Form.STREAMED if overlap else Form.IN_PIECES]
         cache.reorder_cache(torch.tensor([1, 0]))
         outputs.append(model(prompt[:, :3], past_key_values=cache).logits)
         copied = copy.deepcopy(cache)  # which shares the host's tokens from now on

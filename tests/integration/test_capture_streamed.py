@@ -1,9 +1,7 @@
 """Decode steps in one capture though tokens are streamed in them, or attended by the host."""
 
-import copy
 import shutil
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,19 +9,11 @@ import torch
 
 import headinfer
 from captured import (
-    NEW_KIND,
-    NEW_TURN,
     few,
     generated,
     launched,
-    prompted,
-    step,
-    steps,
     stock_generated,
 )
-from headinfer.device.base import Edge
-from headinfer.device.hazards import HazardError
-from headinfer.device.simulated import SimulatedDevice
 from headinfer.engine.ready import Form
 from headinfer.offload import Offload
 from headinfer.schedule import route

@@ -26,7 +26,6 @@ class Edge(enum.Enum):
     ANSWERED = "host work wrote its partial result; compute merges it from where it is"
     STEP_READY = "other streams did what a captured step finds done; compute begins the step"
     STEP_BEGUN = "compute begins a captured step; another stream begins its part of it"
-    STEP_DONE = "another stream did its part of a captured step; compute ends the step"
     SERVED = "a server answered by a flag; host work goes on"
     HOST_SETTLED = "work on host memory or the arena is done; the host reads, moves or frees it"
 
@@ -262,8 +261,8 @@ class Device(Protocol):
         """Record what a function enqueues on compute, without running it.
 
         Another stream takes part from when it waits for an event that the function recorded on
-        compute. Compute must wait for its last event in the end. No event from before may be waited
-        for.
+        compute. In the end compute must have waited for all its work. No event from before may be
+        waited for.
 
         Args:
             work: called once, now. It must wait for nothing and read nothing back but through

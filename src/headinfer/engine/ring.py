@@ -1,7 +1,7 @@
 """The tiles of one captured step, through staging buffers that are filled anew as they come free.
 
 It is `OverlappedTiles` for a pass whose tiles are all known, and whose events are those of a
-capture: nothing from before is waited for, nor anything left on its way at the end.
+capture: nothing from before is waited for, and nothing is left on its way at the end.
 """
 
 import collections
@@ -40,7 +40,10 @@ class TileRing:
         self._any = bool(tiles)
 
     def begin(self) -> None:
-        """Have copy-in take part in the step, and fill all buffers."""
+        """Have copy-in take part in the step, and fill all buffers.
+
+        Its part ends with the last tile that is taken.
+        """
         if self._any:
             device = self._device
             device.copy_in.wait(device.compute.record(), Edge.STEP_BEGUN)
@@ -69,8 +72,3 @@ class TileRing:
             yield tile
             self._free.append((tile.piece, compute.record()))
             self._fetch_ahead()
-
-    def end(self) -> None:
-        """Have the step end with copy-in's part."""
-        if self._any:
-            self._device.compute.wait(self._device.copy_in.record(), Edge.STEP_DONE)

@@ -179,8 +179,7 @@ class StreamingStep:
         """Have a step enqueued or captured within, whose streamed tracks and places are these."""
         self.failed = True  # until it has ended
         self._begin(tracks)
-        yield
-        self._ring.end()  # host work ended with its last answer
+        yield  # other streams' parts end with the last tile and the last answer
         del self._ring
         self.failed = False
 

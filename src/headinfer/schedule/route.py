@@ -111,8 +111,8 @@ class Held(NamedTuple):
         first = min(self.resident_tokens, self.host_tokens)
         end = self.host_tokens
         if self.steady and host_share:  # the newest are the host's, until there are more of them
-            end -= end % STEADY_TOKENS
-        return first, end - int(host_share * max(end - first, 0))
+            end = max(end - end % STEADY_TOKENS, first)
+        return first, end - int(host_share * (end - first))
 
     @property
     def steady(self) -> bool:
