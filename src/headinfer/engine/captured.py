@@ -62,8 +62,8 @@ class CapturableTokens(ChangeableTokens, abc.ABC):
         self._ahead: tuple[tuple[object, ...], ReadyStep] | None = None
         self._capturing: Form | None = None
         self._streaming: StreamingStep | None = None  # from the first such step on
-        self._steps = 0
-        self._streamed_at: int | None = None  # number of the step that was last captured so
+        self._steps = 0  # that were begun since the first streamed one was captured
+        self._streamed_captures = 0
         super().__init__(device, plan, dtype, stats)
 
     def begin_step(self) -> ReadyStep | None:
@@ -79,16 +79,19 @@ class CapturableTokens(ChangeableTokens, abc.ABC):
         self._check_open()
         for ledger in self._full:
             self._reserve(ledger)  # memory that came within a capture would come in each replay
-        self._steps += 1
+        self._steps += self._streamed_captures > 0
         if self._ahead is not None and self._ahead[0] == self._state():
             return self._ahead[1]
         return self._make_ready()
 
     @property
     def may_capture_streamed(self) -> bool:
-        """Whether to capture a streamed step: not for a share that changes, nor often."""
-        last = self._streamed_at
-        return self._balance.settled and (last is None or self._steps - last >= route.STEADY_TOKENS)
+        """Whether to capture a streamed step: not for a share that changes, nor often.
+
+        The second one comes when it will: the first may have been made right before a change.
+        """
+        due = 2 + self._steps // route.STEADY_TOKENS
+        return self._balance.settled and self._streamed_captures < due
 
     @property
     def _share(self) -> float:
@@ -191,8 +194,7 @@ class CapturableTokens(ChangeableTokens, abc.ABC):
                 self._device, self._executor.source, self._host, self._stats
             )
         self._streaming.prepare([track for track, _ in self._streamed()], runs=runs)
-        if not runs:
-            self._streamed_at = self._steps
+        self._streamed_captures += not runs
 
     def _streamed(self) -> list[tuple[StreamedTrack, torch.Tensor]]:
         """Return the tracks that are ready and take more than a launch, and their places."""
@@ -329,7 +331,8 @@ class CapturableTokens(ChangeableTokens, abc.ABC):
         """Forget captures, and what they are made of, before the memory of tokens goes."""
         self.captured.clear()
         self._ready.clear()
-        self._ahead = self._places = self._counters = self._streamed_at = None
+        self._ahead = self._places = self._counters = None
+        self._steps = self._streamed_captures = 0
         if self._streaming is not None:
             self._streaming.end()
             self._streaming = None

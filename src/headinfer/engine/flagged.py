@@ -59,6 +59,7 @@ class FlaggedHost:
 
     def expect(self) -> None:
         """Wake the thread: a step is about to be enqueued."""
+        self._count_times()
         self.server.expect()
 
     def ask(self, index: int, ledger: Ledger, step: Ask, chunk: Chunk) -> "Answering":
@@ -131,10 +132,13 @@ class FlaggedHost:
         self._asked[index] = _Asked(exchange, ledger, ledger.version, step, num_bytes)
 
     def count_step(self) -> None:
-        """Count the bytes of a step, and the seconds of those that are done."""
+        """Count the bytes of a step."""
         self._stats.bytes_attended_on_host += sum(
             asked.num_bytes for asked in self._asked if asked is not None
         )
+
+    def _count_times(self) -> None:
+        """Count the seconds of what the thread has done since, before it begins anew."""
         for task in self.server.tasks:
             if task is not None and task.job.finished:
                 start_s, end_s = task.job.times
@@ -144,6 +148,7 @@ class FlaggedHost:
 
     def end(self) -> None:
         """End the thread; no step may be under way."""
+        self._count_times()
         self.server.end()
 
 

@@ -242,7 +242,7 @@ def growing_end(start: int, end: int) -> int:
         start: the first of them.
         end: one past the last.
     """
-    return start + -(-(end - start) // STEADY_TOKENS) * STEADY_TOKENS
+    return start + ((end - start) // STEADY_TOKENS + 1) * STEADY_TOKENS
 
 
 def stays(held: Held, steps: Sequence[Step]) -> bool:

@@ -90,6 +90,7 @@ static void attend_parts(void *given) {
 /* Do a job; nothing of it is touched after that. */
 void run_job(void *given) {
     struct job *job = given;
+    __atomic_store_n(&job->finished, 0, __ATOMIC_RELEASE); /* where it is done again and again */
     job->start_s = now_s();
     int64_t rows = job->heads * job->rows, elements = rows * job->dim;
     uint32_t mode = flush_tiny();
