@@ -96,9 +96,27 @@ class _Fetched(NamedTuple):
 
 
 def fetch(
-    device: Device, ledger: Ledger, tile: Tile, buffer: Piece, stats: Stats, turn: int = 0
+    device: Device,
+    ledger: Ledger,
+    tile: Tile,
+    buffer: Piece,
+    capacity: int,
+    stats: Stats,
+    turn: int = 0,
 ) -> _Fetched:
     """Enqueue the copy of a host tile into a staging buffer, on copy-in.
+
+    Heads lie as far apart in the buffer as in a full tile. So the strides are the same for every
+    tile, which kernels that prepare for strides profit from.
+
+    Args:
+        device: where the buffer is.
+        ledger: of the layer.
+        tile: tokens in host memory.
+        buffer: memory for a full tile.
+        capacity: tokens of a full tile.
+        stats: where bytes are counted.
+        turn: noted with the result.
 
     Returns:
         The tile on the device, and the event on copy-in when it is there.
@@ -109,11 +127,13 @@ def fetch(
     if tile.piece.ready is not None:
         copy_in.wait(tile.piece.ready, Edge.HOST_WRITTEN)
     keys, values = source = tile.kv
-    place = buffer.views(ledger.geometry, tile.tokens, keys.shape[1])
+    whole = buffer.views(ledger.geometry, capacity, keys.shape[1])
+    fetched = Tile(tile.start, tile.tokens, buffer, whole)
+    place = fetched.kv
     copy_in.copy(place.keys, source.keys)
     copy_in.copy(place.values, source.values)
     stats.bytes_to_device += keys.nbytes + values.nbytes
-    return _Fetched(turn, Tile(tile.start, tile.tokens, buffer, place), buffer, copy_in.record())
+    return _Fetched(turn, fetched, buffer, copy_in.record())
 
 
 class SequentialTiles:
@@ -144,7 +164,7 @@ class SequentialTiles:
         for stored in ledger.host_tiles(
             step.start, step.end, max_tokens=step.tile_tokens, groups=(heads,)
         ):
-            fetched = fetch(device, ledger, stored, self._buffer, self._stats)
+            fetched = fetch(device, ledger, stored, self._buffer, step.tile_tokens, self._stats)
             fetched.filled.synchronize(Edge.TILE_FILLED)
             compute.wait(fetched.filled, Edge.TILE_FILLED)
             compute.reads(self._buffer.memory, "attention to a tile")
@@ -253,8 +273,10 @@ class OverlappedTiles:
             stored = next(self._rest, None)
             if stored is not None:
                 turn, buffer = self._started - 1, self._free.popleft()
-                ledger = self._newest
-                self._fetched.append(fetch(self._device, ledger, stored, buffer, self._stats, turn))
+                capacity = self._sizes.tile_tokens
+                self._fetched.append(
+                    fetch(self._device, self._newest, stored, buffer, capacity, self._stats, turn)
+                )
             elif self._started < self._turn + len(self._ledgers):
                 ledger = self._layer_of(self._started)
                 self._start(ledger, fetched_by(ledger.held, self._sizes, self.host_share))
