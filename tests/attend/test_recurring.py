@@ -98,9 +98,9 @@ def test_a_prompt_has_few_shapes_to_prepare(kernels, shapes) -> None:
     shapes.clear()  # those of the check that comes first, too
     for heads in ([0, 3], [5], [1, 2, 6], [0, 1, 2, 4, 5, 6]):
         attend_in_chunks(kernels, heads, 12, staged=83)
-    # By two heads and by one: a square, and 4, 8, ... 512 tokens. A square of a layer with one head
+    # By two heads and by one: a square, and 2, 4, ... 512 tokens. A square of a layer with one head
     # besides, since torch leaves the stride of a single head as it is.
-    assert len(shapes) == 2 * (1 + 8) + 1
+    assert len(shapes) == 2 * (1 + 9) + 1
 
 
 def test_a_longer_prompt_has_a_shape_more_for_twice_the_tokens(kernels, shapes) -> None:

@@ -44,14 +44,17 @@ Measured: it took 45 to 65 ms. It then saves 32 layers of 8 heads as long, with 
 tile or twice that in a causal square. The shapes of squares come again from prompt to prompt.
 """
 
-_RECURRING = 2
-"""By how much fewer pairs are worth it where there are as many queries as in other chunks."""
+_FEWER_IN_CHUNKS = 2
+"""By how much fewer pairs are worth it where the queries are as many as those of other chunks."""
+
+_FEWER_IN_SQUARES = 4
+"""The same of a causal square, if with the tokens before it there are enough pairs."""
+
+_FEWER_IN_CUTS = 8
+"""The same of the shortest stretch that is cut from a tile which is worth it."""
 
 _LEAST_CUT_TOKENS = 2
-"""Tokens of the shortest such stretch at least: cuDNN takes no single key."""
-
-_CUT_PAIRS = 4
-"""By how much fewer pairs the shortest stretch of a tile has that is cut into powers of two."""
+"""Tokens of such a stretch, at least: cuDNN takes no single key."""
 
 _FLASH, _FLASH_CAUSAL = (
     operator("flash_attention", is_causal=causal, return_debug_mask=False)
@@ -110,17 +113,23 @@ class CudaKernel:
         if not self._least_pairs:
             return True
         if work.causal:
-            # A prompt's last square has a length of its own, and will hardly come again.
-            if not _is_of_a_chunk(q_len) or group * q_len * q_len < self._least_pairs:
+            if not self._is_worth_it_in_square(group, q_len, work.past_tokens):
                 return False
         elif not any(self._is_worth_it(group, q_len, tile.tokens) for tile in work.tiles):
             return False
         return self._works or self._check(work.query)
 
+    def _is_worth_it_in_square(self, group: int, q_len: int, past_tokens: int) -> bool:
+        """Whether a causal square is worth it, at such a place in a prompt."""
+        least, pairs = self._least_pairs, group * q_len * q_len
+        enough = group * q_len * (past_tokens + q_len) >= least
+        # A prompt's last square has a length of its own, and will hardly come again.
+        return _is_of_a_chunk(q_len) and enough and pairs >= least // _FEWER_IN_SQUARES
+
     def _is_worth_it(self, group: int, q_len: int, tokens: int) -> bool:
         """Whether a tile is worth what its shapes have to be prepared for."""
-        least = self._least_pairs
-        return group * q_len * tokens >= (least // _RECURRING if _is_of_a_chunk(q_len) else least)
+        fewer = _FEWER_IN_CHUNKS if _is_of_a_chunk(q_len) else 1
+        return group * q_len * tokens >= self._least_pairs // fewer
 
     def attend(self, work: Work) -> None:
         """Attend each tile in one fused call; see `Kernel.attend`."""
@@ -150,7 +159,8 @@ class CudaKernel:
         self, folded: torch.Tensor, tile: Tile, scale: float, group: int, into: Total
     ) -> None:
         """Attend a tile in stretches that come again; what is left of it by the other operator."""
-        least = max(self._least_pairs // _CUT_PAIRS // folded.shape[2], _LEAST_CUT_TOKENS)
+        pairs = self._least_pairs // _FEWER_IN_CUTS
+        least = max(pairs // folded.shape[2], _LEAST_CUT_TOKENS)
         for tokens in cut_in_powers(tile.tokens, least):
             kv, number = tile.kv.cut(tokens), tokens.stop - tokens.start
             if number >= least:
