@@ -454,10 +454,17 @@ def test_what_has_to_prepare_serves_where_that_is_worth_it(monkeypatch) -> None:
     assert serving(33, 31) == serving(16, 16, causal=True) == ["other"]
     assert serving(33, 33, mask=mask) == []  # the reference serves
     assert "prepared" in serving(33, 32)  # it was checked, too
-    assert serving(33, 32) == serving(34, 33) == ["prepared"]
+    assert serving(33, 32) == ["prepared"]
+    assert serving(35, 40) == ["prepared", "prepared"]  # 32 and 8 tokens
+    assert serving(35, 37) == ["prepared", "prepared", "other"]
+    assert serving(64, 9) == ["prepared", "other"]  # as many queries as in other chunks
+    assert serving(65, 9) == ["other"]
     assert serving(33, 31, 32, 5) == ["other", "prepared", "other"]  # each tile as it is worth
     assert serving(64, 64, causal=True) == serving(128, 128, causal=True) == ["prepared"]
     assert serving(63, 63, causal=True) == ["other"]  # a length that will hardly come again
+    assert serving(32, 32, causal=True) == serving(16, 16, causal=True, past_tokens=50) == ["other"]
+    assert serving(32, 32, causal=True, past_tokens=1) == ["prepared"]  # in a long prompt
+    assert serving(8, 8, causal=True, past_tokens=500) == ["other"]
 
 
 def test_the_check_of_what_has_to_prepare_waits_for_the_first_such_work(monkeypatch) -> None:

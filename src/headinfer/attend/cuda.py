@@ -12,9 +12,16 @@ import torch
 
 from headinfer.attend.check import agrees
 from headinfer.attend.fused_call import FusedCall, attend_grouped, attend_split, operator
+from headinfer.attend.recurring import (
+    attend_recurring,
+    attend_recurring_square,
+    cut_in_powers,
+    folded_queries,
+)
 from headinfer.attend.reference import ReferenceKernel
 from headinfer.attend.table import Kernels
-from headinfer.attend.work import Kernel, Work
+from headinfer.attend.work import Kernel, Total, Work
+from headinfer.kv.extent import Tile
 
 _logger = logging.getLogger(__name__)
 
@@ -36,6 +43,18 @@ _CUDNN_PAIRS = 2**28
 Measured: it took 45 to 65 ms. It then saves 32 layers of 8 heads as long, with so many pairs in a
 tile or twice that in a causal square. The shapes of squares come again from prompt to prompt.
 """
+
+_FEWER_IN_CHUNKS = 2
+"""By how much fewer pairs are worth it where the queries are as many as those of other chunks."""
+
+_FEWER_IN_SQUARES = 4
+"""The same of a causal square, if with the tokens before it there are enough pairs."""
+
+_FEWER_IN_CUTS = 8
+"""The same of the shortest stretch that is cut from a tile which is worth it."""
+
+_LEAST_CUT_TOKENS = 2
+"""Tokens of such a stretch, at least: cuDNN takes no single key."""
 
 _FLASH, _FLASH_CAUSAL = (
     operator("flash_attention", is_causal=causal, return_debug_mask=False)
@@ -93,14 +112,24 @@ class CudaKernel:
             return False
         if not self._least_pairs:
             return True
-        most_tokens = max([0, *(tile.tokens for tile in work.tiles)])
-        if group * q_len * most_tokens < self._least_pairs:
-            return False
-        # A prompt's last causal square has a length of its own, all others the plan's chunk, which
-        # is a power of two: only those come again.
-        if work.causal and q_len.bit_count() != 1:
+        if work.causal:
+            if not self._is_worth_it_in_square(group, q_len, work.past_tokens):
+                return False
+        elif not any(self._is_worth_it(group, q_len, tile.tokens) for tile in work.tiles):
             return False
         return self._works or self._check(work.query)
+
+    def _is_worth_it_in_square(self, group: int, q_len: int, past_tokens: int) -> bool:
+        """Whether a causal square is worth it, at such a place in a prompt."""
+        least, pairs = self._least_pairs, group * q_len * q_len
+        enough = group * q_len * (past_tokens + q_len) >= least
+        # A prompt's last square has a length of its own, and will hardly come again.
+        return _is_of_a_chunk(q_len) and enough and pairs >= least // _FEWER_IN_SQUARES
+
+    def _is_worth_it(self, group: int, q_len: int, tokens: int) -> bool:
+        """Whether a tile is worth what its shapes have to be prepared for."""
+        fewer = _FEWER_IN_CHUNKS if _is_of_a_chunk(q_len) else 1
+        return group * q_len * tokens >= self._least_pairs // fewer
 
     def attend(self, work: Work) -> None:
         """Attend each tile in one fused call; see `Kernel.attend`."""
@@ -108,19 +137,36 @@ class CudaKernel:
         assert into is not None
         batch, kv_heads, group, q_len, _ = query.shape
         if work.causal and q_len > 1:
-            into.add(attend_grouped(self._square, query, *work.tiles[0].kv, scale))
+            square, kv = self._square, work.tiles[0].kv
+            if self._least_pairs:
+                alike = folded_queries(query, into).unflatten(2, (group, q_len))
+                into.add(attend_recurring_square(square, alike, kv, scale))
+            else:
+                into.add(attend_grouped(square, query, *kv, scale))
             return
-        if into.folded is None:
-            into.folded = query.contiguous().flatten(2, 3)
-        rows = group * q_len
+        folded, rows = folded_queries(query, into), group * q_len
         few = rows <= _FEW_ROWS
         most_splits = self._blocks // kv_heads if few and batch == 1 else 1
         for tile in work.tiles:
-            if tokens := tile.tokens:
-                small = few or tokens == 1 or rows * tokens < self._least_pairs
-                call, splits = self._small if small else self._tile, tokens // _MIN_SPLIT_TOKENS
-                splits = min(most_splits, splits)
-                into.add(attend_split(call, into.folded, *tile.kv, scale, splits, group))
+            if self._least_pairs and not few and self._is_worth_it(group, q_len, tile.tokens):
+                self._attend_cut(folded, tile, scale, group, into)
+            elif tokens := tile.tokens:
+                call = self._small if few or tokens == 1 or self._least_pairs else self._tile
+                splits = min(most_splits, tokens // _MIN_SPLIT_TOKENS)
+                into.add(attend_split(call, folded, *tile.kv, scale, splits, group))
+
+    def _attend_cut(
+        self, folded: torch.Tensor, tile: Tile, scale: float, group: int, into: Total
+    ) -> None:
+        """Attend a tile in stretches that come again; what is left of it by the other operator."""
+        pairs = self._least_pairs // _FEWER_IN_CUTS
+        least = max(pairs // folded.shape[2], _LEAST_CUT_TOKENS)
+        for tokens in cut_in_powers(tile.tokens, least):
+            kv, number = tile.kv.cut(tokens), tokens.stop - tokens.start
+            if number >= least:
+                into.add(attend_recurring(self._tile, folded, kv, scale, group))
+            else:
+                into.add(attend_split(self._small, folded, *kv, scale, 1, group))
 
     def _check(self, query: torch.Tensor) -> bool:
         """Find out whether it works, with a kernel of its operators that serves all works."""
@@ -131,6 +177,11 @@ class CudaKernel:
             _logger.warning("%s fails its check here; another kernel is used", self.name)
             self.name = ""
         return self._works
+
+
+def _is_of_a_chunk(q_len: int) -> bool:
+    """Whether so many queries come again: the plan's chunks are powers of two."""
+    return q_len.bit_count() == 1
 
 
 def candidates(torch_device: torch.device, dtype: torch.dtype, head_dim: int) -> list[Kernels]:

@@ -44,6 +44,8 @@ class Work:
         causal: query `i` sees key `j` only for `j <= i`; the one tile is the queries' own tokens.
         mask: bool `[batch or 1, q_len or 1, kv_len]` of the one tile, True where visible; not with
             `causal`. None where all is.
+        past_tokens: with `causal`, tokens before the queries, which other works attend. They tell
+            how long the prompt is by now.
     """
 
     query: torch.Tensor
@@ -52,6 +54,7 @@ class Work:
     into: Total | None = None
     causal: bool = False
     mask: torch.Tensor | None = None
+    past_tokens: int = 0
 
 
 @dataclass(slots=True)

@@ -94,12 +94,14 @@ def _past_works(
 
 
 def _own_works(chunk: Chunk, query: torch.Tensor, heads: slice, total: Total) -> Iterator[Work]:
-    """Return what attends some heads of a chunk to itself."""
+    """Yield what attends some heads of a chunk to itself."""
     past, tile = chunk.past_tokens, tile_in_hand(chunk.new)._replace(heads=heads)
     padding = chunk.padding_of(past, past + chunk.tokens)
-    return band_works(
+    for work in band_works(
         query, tile, scale=chunk.scale, into=total, window_tokens=None, padding=padding
-    )
+    ):
+        work.past_tokens = past
+        yield work
 
 
 def _attended_without_masks(chunk: Chunk, tile: Tile, total: Total) -> bool:

@@ -8,13 +8,14 @@ the ablation. `InPlaceTiles` is for a device that attends host memory.
 
 import collections
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
-from headinfer.device.base import Device, Edge, Event
+from headinfer.device.base import Device, Edge
+from headinfer.engine.staging import Fetched, fetch
 from headinfer.engine.stats import Stats
 from headinfer.kv.extent import Piece, Tile
 from headinfer.kv.ledger import Ledger
-from headinfer.kv.pair import ALL_HEADS, Geometry
+from headinfer.kv.pair import ALL_HEADS
 from headinfer.schedule.route import Sizes
 from headinfer.schedule.route import fetched as fetched_by
 from headinfer.schedule.steps import Fetch
@@ -100,42 +101,6 @@ class InPlaceTiles:
         return ()
 
 
-class _Fetched(NamedTuple):
-    """A tile on its way to the device: where it will be, and when."""
-
-    turn: int
-    tile: Tile
-    buffer: Piece
-    filled: Event
-
-
-def fetch(
-    device: Device, ledger: Ledger, tile: Tile, buffer: Piece, stats: Stats, turn: int = 0
-) -> _Fetched:
-    """Enqueue the copy of a host tile into a staging buffer, on copy-in.
-
-    Returns:
-        The tile on the device, and the event on copy-in when it is there.
-    """
-    copy_in = device.copy_in
-    if buffer.free is not None:
-        copy_in.wait(buffer.free, Edge.TILE_FREE)
-    if tile.piece.ready is not None:
-        copy_in.wait(tile.piece.ready, Edge.HOST_WRITTEN)
-    there = copy_tile(device, ledger.geometry, tile, buffer)
-    stats.bytes_to_device += ledger.geometry.num_bytes(tile.tokens, heads=there.whole.keys.shape[1])
-    return _Fetched(turn, there, buffer, copy_in.record())
-
-
-def copy_tile(device: Device, geometry: Geometry, tile: Tile, buffer: Piece) -> Tile:
-    """Enqueue the copy of a host tile into a staging buffer on copy-in; return where it will be."""
-    source = tile.kv
-    place = buffer.views(geometry, tile.tokens, source.keys.shape[1])
-    device.copy_in.copy(place.keys, source.keys)
-    device.copy_in.copy(place.values, source.values)
-    return Tile(tile.start, tile.tokens, buffer, place, counted=tile.counted)
-
-
 class SequentialTiles:
     """A source that fetches one tile, and waits, at a time: the oracle of the overlapped twin.
 
@@ -166,7 +131,7 @@ class SequentialTiles:
         for stored in ledger.host_tiles(
             step.start, step.end, max_tokens=step.tile_tokens, groups=(heads,)
         ):
-            fetched = fetch(device, ledger, stored, self._buffer, self._stats)
+            fetched = fetch(device, ledger, stored, self._buffer, step.tile_tokens, self._stats)
             fetched.filled.synchronize(Edge.TILE_FILLED)
             compute.wait(fetched.filled, Edge.TILE_FILLED)
             compute.reads(self._buffer.memory, "attention to a tile")
@@ -222,7 +187,7 @@ class OverlappedTiles:
         self._buffers = tuple(buffers)
         self._sizes = sizes
         self._stats = stats
-        self._fetched: collections.deque[_Fetched] = collections.deque()
+        self._fetched: collections.deque[Fetched] = collections.deque()
         self._in_hand: Piece | None = None  # the buffer that the caller attends now
         self._lent = False
         self._restart(0)
@@ -285,8 +250,10 @@ class OverlappedTiles:
             stored = next(self._rest, None)
             if stored is not None:
                 turn, buffer = self._started - 1, self._free.popleft()
-                ledger = self._newest
-                self._fetched.append(fetch(self._device, ledger, stored, buffer, self._stats, turn))
+                capacity = self._sizes.tile_tokens
+                self._fetched.append(
+                    fetch(self._device, self._newest, stored, buffer, capacity, self._stats, turn)
+                )
             elif self._started < self._turn + len(self._ledgers):
                 ledger = self._layer_of(self._started)
                 self._start(ledger, fetched_by(ledger.held, self._sizes, self.host_share))

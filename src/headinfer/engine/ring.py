@@ -9,16 +9,23 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from headinfer.device.base import Device, Edge, Event
-from headinfer.engine.fetch import copy_tile
+from headinfer.engine.staging import copy_tile
 from headinfer.kv.extent import Piece, Tile
 from headinfer.kv.pair import Geometry
 
 
 class Streamed(NamedTuple):
-    """A tile of a step, and the layer it is of."""
+    """A tile of a step, and what it is a tile of.
+
+    Attributes:
+        geometry: of the layer.
+        tile: of the host.
+        capacity: tokens of a full tile.
+    """
 
     geometry: Geometry
     tile: Tile
+    capacity: int
 
 
 class TileRing:
@@ -59,7 +66,7 @@ class TileRing:
             buffer, free = self._free.popleft()
             if free is not None:
                 device.copy_in.wait(free, Edge.TILE_FREE)
-            tile = copy_tile(device, streamed.geometry, streamed.tile, buffer)
+            tile = copy_tile(device, streamed.geometry, streamed.tile, buffer, streamed.capacity)
             self._fetched.append((tile, device.copy_in.record()))
 
     def take(self, count: int) -> Iterator[Tile]:

@@ -186,8 +186,9 @@ class StreamingStep:
     def _begin(self, tracks: Sequence[tuple[StreamedTrack, torch.Tensor]]) -> None:
         self._next_ask = 0
         tiles = [
-            Streamed(track.ledger.geometry, tile)
+            Streamed(track.ledger.geometry, tile, track.fetch.tile_tokens)
             for track, place in tracks
+            if track.fetch is not None
             for group in track.groups(place)
             for tile in group
         ]

@@ -1,0 +1,69 @@
+"""Copies of host tiles into staging buffers on the device."""
+
+from typing import NamedTuple
+
+from headinfer.device.base import Device, Edge, Event
+from headinfer.engine.stats import Stats
+from headinfer.kv.extent import Piece, Tile
+from headinfer.kv.ledger import Ledger
+from headinfer.kv.pair import Geometry
+
+
+class Fetched(NamedTuple):
+    """A tile on its way to the device: where it will be, and when."""
+
+    turn: int
+    tile: Tile
+    buffer: Piece
+    filled: Event
+
+
+def fetch(
+    device: Device,
+    ledger: Ledger,
+    tile: Tile,
+    buffer: Piece,
+    capacity: int,
+    stats: Stats,
+    turn: int = 0,
+) -> Fetched:
+    """Enqueue the copy of a host tile into a staging buffer, on copy-in.
+
+    Heads lie as far apart in the buffer as in a full tile. So the strides are the same for every
+    tile, which kernels that prepare for strides profit from.
+
+    Args:
+        device: where the buffer is.
+        ledger: of the layer.
+        tile: tokens in host memory.
+        buffer: memory for a full tile.
+        capacity: tokens of a full tile.
+        stats: where bytes are counted.
+        turn: noted with the result.
+
+    Returns:
+        The tile on the device, and the event on copy-in when it is there.
+    """
+    copy_in = device.copy_in
+    if buffer.free is not None:
+        copy_in.wait(buffer.free, Edge.TILE_FREE)
+    if tile.piece.ready is not None:
+        copy_in.wait(tile.piece.ready, Edge.HOST_WRITTEN)
+    there = copy_tile(device, ledger.geometry, tile, buffer, capacity)
+    stats.bytes_to_device += ledger.geometry.num_bytes(tile.tokens, heads=there.whole.keys.shape[1])
+    return Fetched(turn, there, buffer, copy_in.record())
+
+
+def copy_tile(device: Device, geometry: Geometry, tile: Tile, buffer: Piece, capacity: int) -> Tile:
+    """Enqueue the copy of a host tile into a staging buffer on copy-in; see `fetch`.
+
+    Returns:
+        The tile on the device, once the copy is done.
+    """
+    source = tile.kv
+    whole = buffer.views(geometry, capacity, source.keys.shape[1])
+    there = Tile(tile.start, tile.tokens, buffer, whole, counted=tile.counted)
+    place = there.whole.cut(slice(0, tile.tokens))
+    device.copy_in.copy(place.keys, source.keys)
+    device.copy_in.copy(place.values, source.values)
+    return there
