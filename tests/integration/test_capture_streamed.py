@@ -198,7 +198,7 @@ def test_heads_that_stream_stand_beside_those_that_see_all() -> None:
 @pytest.mark.parametrize(
     ("edge", "placement"),
     [
-        *((edge, "streamed") for edge in (Edge.TILE_FILLED, Edge.TILE_FREE, Edge.STEP_BEGUN)),
+        *((edge, "streamed") for edge in (Edge.TILE_FILLED, Edge.TILE_FREE)),
         *((edge, "host") for edge in (Edge.QUERY_READY, Edge.SERVED, Edge.ANSWERED)),
         *((Edge.STEP_READY, placement) for placement in PLACEMENTS),
     ],

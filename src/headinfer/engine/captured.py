@@ -11,6 +11,7 @@ one layer's attention and the next one's.
 
 import abc
 import contextlib
+import math
 import weakref
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -130,8 +131,10 @@ class CapturableTokens(ChangeableTokens, abc.ABC):
         if form is None:
             return None
         self._ready = [
-            self._ready_track(ledger, steps)
-            for ledger, steps in zip(self._ledgers, tracks, strict=True)
+            self._ready_track(ledger, steps, place)
+            for ledger, steps, place in zip(
+                self._ledgers, tracks, self._places_memory(), strict=True
+            )
         ]
         self._write_places()
         step = ReadyStep(form, tuple(each for ready in self._ready for each in ready.reads))
@@ -149,7 +152,7 @@ class CapturableTokens(ChangeableTokens, abc.ABC):
             form = Form.STREAMED
         return form
 
-    def _ready_track(self, ledger: Ledger, steps: Sequence[Step]) -> Ready:
+    def _ready_track(self, ledger: Ledger, steps: Sequence[Step], place: torch.Tensor) -> Ready:
         """Make a track ready for a new token."""
         executor = self._executor
         executor.ledger = ledger
@@ -161,19 +164,24 @@ class CapturableTokens(ChangeableTokens, abc.ABC):
         if isinstance(decode, Decode):
             return Ready(ledger, executor.with_room(decode.where), after)
         page = self._pages.page_with_room(ledger)
-        return Ready(ledger, page, after, StreamedTrack.of(ledger, page, steps[at:]))
+        return Ready(ledger, page, after, StreamedTrack.of(ledger, page, steps[at:], place))
 
-    def _write_places(self) -> None:
-        """Write where each track's new token goes, on compute, for a replay to read."""
-        places = torch.tensor([ready.place for ready in self._ready])
+    def _places_memory(self) -> torch.Tensor:
+        """Return the memory that says where each track's new token goes."""
         if self._places is None:
             heads = self.plan.batch * max(ledger.geometry.kv_heads for ledger in self._ledgers)
             with torch.inference_mode(False):  # or they could not be written to outside it
-                memory = self._device.device_empty(places.nbytes)
-                self._places = memory.view(places.dtype).view(places.shape)
+                shape = len(self._ledgers), 3
+                memory = self._device.device_empty(math.prod(shape) * torch.int64.itemsize)
+                self._places = memory.view(torch.int64).view(shape)
                 memory = self._device.device_empty(heads * torch.int32.itemsize)
                 self._counters = memory.view(torch.int32).zero_()
-        self._places.copy_(places, non_blocking=True)
+        return self._places
+
+    def _write_places(self) -> None:
+        """Write there where each track's new token goes, on compute, for a replay to read."""
+        places = torch.tensor([ready.place for ready in self._ready])
+        self._places_memory().copy_(places, non_blocking=True)
 
     def prepare(self, form: Form, *, runs: bool = True) -> None:
         """Make the device ready for a step that `begin_step` made ready, right before it comes.
@@ -193,14 +201,12 @@ class CapturableTokens(ChangeableTokens, abc.ABC):
             self._streaming = StreamingStep(
                 self._device, self._executor.source, self._host, self._stats
             )
-        self._streaming.prepare([track for track, _ in self._streamed()], runs=runs)
+        self._streaming.prepare(self._streamed(), runs=runs)
         self._streamed_captures += not runs
 
-    def _streamed(self) -> list[tuple[StreamedTrack, torch.Tensor]]:
-        """Return the tracks that are ready and take more than a launch, and their places."""
-        assert self._places is not None
-        tracks = zip(self._ready, self._places, strict=True)
-        return [(ready.streamed, place) for ready, place in tracks if ready.streamed is not None]
+    def _streamed(self) -> list[StreamedTrack]:
+        """Return the tracks that are ready and take more than a launch."""
+        return [ready.streamed for ready in self._ready if ready.streamed is not None]
 
     def replay(self, form: Form, capture: Capture[_Result]) -> _Result:
         """Replay a step."""
@@ -235,13 +241,12 @@ class CapturableTokens(ChangeableTokens, abc.ABC):
             self._attend_aside(layer_idx, chunks)
             return
         for track, chunk in enumerate(chunks, self._layers[layer_idx].first_track):
-            streamed, places = self._ready[track].streamed, self._places
+            streamed = self._ready[track].streamed
             if streamed is None:
                 self._attend_at_place(track, chunk)
             else:
                 assert self._streaming is not None
-                assert places is not None
-                self._streaming.attend(streamed, chunk, places[track])
+                self._streaming.attend(streamed, chunk)
 
     @abc.abstractmethod
     def _attend(self, ledger: Ledger, call: Chunk) -> None:
@@ -303,7 +308,9 @@ class CapturableTokens(ChangeableTokens, abc.ABC):
             for step in ready.after:
                 PERFORM[SendHome](self._executor, step)
         with contextlib.suppress(Exception):
-            self._make_ready()
+            following = self._make_ready()
+            if self._streaming is not None and following is not None and following.form is form:
+                self._streaming.fill(self._streamed())
 
     def steady(self) -> contextlib.AbstractContextManager[None]:
         """Have who attends which tokens stay, so that a step done again gives the same bits."""

@@ -40,11 +40,13 @@ class TileSource(Protocol):
             are expected to leave so much out.
         begun: whether `begin` was called for a layer, and `end` was not.
         lends: whether `lend` gives buffers.
+        lent: whether it gave them and `begin` did not come since.
     """
 
     host_share: float
     begun: bool
     lends: bool
+    lent: bool
 
     def begin(self, ledger: Ledger, step: Fetch) -> None:
         """Turn to a layer; its stored tokens stay as they are until `end`."""
@@ -75,7 +77,7 @@ class InPlaceTiles:
         tile_tokens: the most tokens of a tile.
     """
 
-    lends = False
+    lends = lent = False
 
     def __init__(self, tile_tokens: int) -> None:
         self.host_share = 0.0
@@ -110,7 +112,7 @@ class SequentialTiles:
         stats: where bytes are counted.
     """
 
-    lends = False
+    lends = lent = False
 
     def __init__(self, device: Device, buffer: Piece, stats: Stats) -> None:
         self.host_share = 0.0
@@ -189,7 +191,7 @@ class OverlappedTiles:
         self._stats = stats
         self._fetched: collections.deque[Fetched] = collections.deque()
         self._in_hand: Piece | None = None  # the buffer that the caller attends now
-        self._lent = False
+        self.lent = False
         self._restart(0)
 
     def _restart(self, layer_idx: int) -> None:
@@ -211,9 +213,9 @@ class OverlappedTiles:
     def begin(self, ledger: Ledger, step: Fetch) -> None:
         """Turn to a layer, and start over where it was not the one expected or has changed."""
         failed, self.begun = self.begun, True  # first: what is interrupted from here on has failed
-        if self._lent:  # compute has what others did with the buffers behind it
+        if self.lent:  # compute has what others did with the buffers behind it
             self._device.copy_in.wait(self._device.compute.record(), Edge.TILE_FREE)
-            self._lent = False
+            self.lent = False
         if not failed:
             self._pass_by(ledger)
         state, turn = (ledger.version, step), self._turn
@@ -302,7 +304,7 @@ class OverlappedTiles:
 
     def lend(self) -> tuple[Piece, ...]:
         """Return the staging buffers until the next `begin`."""
-        if not self._lent:
+        if not self.lent:
             self.drop()
-            self._lent = True
+            self.lent = True
         return self._buffers

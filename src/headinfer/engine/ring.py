@@ -1,7 +1,8 @@
 """The tiles of one captured step, through staging buffers that are filled anew as they come free.
 
 It is `OverlappedTiles` for a pass whose tiles are all known, and whose events are those of a
-capture: nothing from before is waited for, and nothing is left on its way at the end.
+capture: nothing from before is waited for, and nothing is left on its way at the end. The buffers
+are full when the step begins: with its first tiles, which were copied since the step before.
 """
 
 import collections
@@ -9,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from headinfer.device.base import Device, Edge, Event
-from headinfer.engine.staging import copy_tile
+from headinfer.engine.staging import copy_tile, staged
 from headinfer.kv.extent import Piece, Tile
 from headinfer.kv.pair import Geometry
 
@@ -27,45 +28,47 @@ class Streamed(NamedTuple):
     tile: Tile
     capacity: int
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tile."""
+        return sum(part.nbytes for part in self.tile.kv)
+
+
+def fill(device: Device, buffers: Sequence[Piece], tiles: Sequence[Streamed]) -> int:
+    """Fill the buffers with a step's first tiles, behind all that compute and copy-out do by now.
+
+    Returns:
+        The bytes of these tiles.
+    """
+    device.copy_in.wait(device.compute.record(), Edge.TILE_FREE)
+    device.copy_in.wait(device.copy_out.record(), Edge.HOST_WRITTEN)
+    for buffer, streamed in zip(buffers, tiles, strict=False):
+        copy_tile(device, streamed.geometry, streamed.tile, buffer, streamed.capacity)
+    return sum(streamed.num_bytes for streamed in tiles[: len(buffers)])
+
 
 class TileRing:
     """A step's tiles, in the order in which they are attended.
 
     Args:
         device: where tiles are fetched to.
-        buffers: memory for a tile each, with which compute is done.
+        buffers: memory for a tile each, with the first ones; see `fill`.
         tiles: of the host; all that will be asked for.
     """
 
     def __init__(self, device: Device, buffers: Sequence[Piece], tiles: Sequence[Streamed]) -> None:
         self._device = device
-        self._rest = iter(tiles)
-        self._free: collections.deque[tuple[Piece, Event | None]] = collections.deque(
-            (buffer, None) for buffer in buffers
+        self._rest = iter(tiles[len(buffers) :])
+        self._fetched: collections.deque[tuple[Tile, Event | None]] = collections.deque(
+            (staged(*streamed, buffer), None)
+            for buffer, streamed in zip(buffers, tiles, strict=False)
         )
-        self._fetched: collections.deque[tuple[Tile, Event]] = collections.deque()
-        self._any = bool(tiles)
 
-    def begin(self) -> None:
-        """Have copy-in take part in the step, and fill all buffers.
-
-        Its part ends with the last tile that is taken.
-        """
-        if self._any:
-            device = self._device
-            device.copy_in.wait(device.compute.record(), Edge.STEP_BEGUN)
-            self._fetch_ahead()
-
-    def _fetch_ahead(self) -> None:
-        """Fill free buffers with the tiles that come next."""
-        device = self._device
-        while self._free:
-            streamed = next(self._rest, None)
-            if streamed is None:
-                return
-            buffer, free = self._free.popleft()
-            if free is not None:
-                device.copy_in.wait(free, Edge.TILE_FREE)
+    def _fetch(self, buffer: Piece) -> None:
+        """Fill a buffer that compute has read with the tile that comes next."""
+        device, streamed = self._device, next(self._rest, None)
+        if streamed is not None:
+            device.copy_in.wait(device.compute.record(), Edge.TILE_FREE)
             tile = copy_tile(device, streamed.geometry, streamed.tile, buffer, streamed.capacity)
             self._fetched.append((tile, device.copy_in.record()))
 
@@ -74,8 +77,8 @@ class TileRing:
         compute = self._device.compute
         for _ in range(count):
             tile, filled = self._fetched.popleft()
-            compute.wait(filled, Edge.TILE_FILLED)
+            if filled is not None:
+                compute.wait(filled, Edge.TILE_FILLED)
             compute.reads(tile.piece.memory, "attention to a tile")
             yield tile
-            self._free.append((tile.piece, compute.record()))
-            self._fetch_ahead()
+            self._fetch(tile.piece)

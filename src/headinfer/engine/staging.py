@@ -60,10 +60,15 @@ def copy_tile(device: Device, geometry: Geometry, tile: Tile, buffer: Piece, cap
     Returns:
         The tile on the device, once the copy is done.
     """
-    source = tile.kv
-    whole = buffer.views(geometry, capacity, source.keys.shape[1])
-    there = Tile(tile.start, tile.tokens, buffer, whole, counted=tile.counted)
-    place = there.whole.cut(slice(0, tile.tokens))
+    source, there = tile.kv, staged(geometry, tile, capacity, buffer)
+    place = there.kv
     device.copy_in.copy(place.keys, source.keys)
     device.copy_in.copy(place.values, source.values)
     return there
+
+
+def staged(geometry: Geometry, tile: Tile, capacity: int, buffer: Piece) -> Tile:
+    """Return where a host tile is once it was copied to a buffer."""
+    heads = len(range(*tile.heads.indices(geometry.kv_heads)))
+    whole = buffer.views(geometry, capacity, heads)
+    return Tile(tile.start, tile.tokens, buffer, whole, counted=tile.counted)

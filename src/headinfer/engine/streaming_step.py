@@ -7,6 +7,7 @@ has of numbers is in what it reads (`StreamedTrack.reads`); where they change, a
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ from headinfer.engine.fetch import TileSource, head_groups
 from headinfer.engine.flagged import FlaggedHost
 from headinfer.engine.host_attention import HostAttention
 from headinfer.engine.launched import LaunchedKernels
-from headinfer.engine.ring import Streamed, TileRing
+from headinfer.engine.ring import Streamed, TileRing, fill
 from headinfer.engine.stats import Stats
 from headinfer.kv.extent import Extent, Piece, Tile
 from headinfer.kv.ledger import Ledger
@@ -39,6 +40,7 @@ class StreamedTrack:
         fetch: what is fetched of that, with room for tokens to come; None for nothing.
         ask: what the host attends; None for nothing.
         counted_from: position from which the tokens that are fetched are counted in memory.
+        memory: `[3]` of int64 on the device, which has the step's `place` when it runs.
     """
 
     ledger: Ledger
@@ -47,9 +49,12 @@ class StreamedTrack:
     fetch: Fetch | None
     ask: Ask | None
     counted_from: int
+    memory: torch.Tensor
 
     @classmethod
-    def of(cls, ledger: Ledger, page: Extent, steps: Sequence[Step]) -> "StreamedTrack":
+    def of(
+        cls, ledger: Ledger, page: Extent, steps: Sequence[Step], memory: torch.Tensor
+    ) -> "StreamedTrack":
         """Return what the steps of a track say."""
         fetch = next((step for step in steps if isinstance(step, Fetch)), None)
         ask = next((step for step in steps if isinstance(step, Ask)), None)
@@ -61,7 +66,7 @@ class StreamedTrack:
             last = [tile for tile in tiles if tile.start < fetch.end][-1]
             counted_from = last.start
             fetch = dataclasses.replace(fetch, end=last.start + last.tokens)
-        return cls(ledger, page, attend, fetch, ask, counted_from)
+        return cls(ledger, page, attend, fetch, ask, counted_from, memory)
 
     @property
     def reads(self) -> tuple[object, ...]:
@@ -80,7 +85,7 @@ class StreamedTrack:
         tokens = self.page.tokens
         return tokens, tokens + 1, self.ledger.host_tokens - self.counted_from
 
-    def groups(self, place: torch.Tensor) -> Iterator[list[Tile]]:
+    def groups(self) -> Iterator[list[Tile]]:
         """Yield the tiles of each group of heads, the last one's tokens counted in memory."""
         fetch, ledger = self.fetch, self.ledger
         if fetch is None:
@@ -92,8 +97,17 @@ class StreamedTrack:
                 )
             )
             if self.ask is None:
-                tiles[-1] = tiles[-1]._replace(counted=place[2:])
+                tiles[-1] = tiles[-1]._replace(counted=self.memory[2:])
             yield tiles
+
+
+def _tiles(tracks: Sequence[StreamedTrack]) -> Iterator[Streamed]:
+    """Yield the tiles of a step, in the order in which they are attended."""
+    for track in tracks:
+        if track.fetch is not None:
+            for group in track.groups():
+                for tile in group:
+                    yield Streamed(track.ledger.geometry, tile, track.fetch.tile_tokens)
 
 
 class _Tokens:
@@ -103,19 +117,18 @@ class _Tokens:
         self,
         track: StreamedTrack,
         chunk: Chunk,
-        place: torch.Tensor,
         ring: TileRing,
         device: Device,
     ) -> None:
         self.chunk = chunk
-        self._track, self._place, self._ring, self._device = track, place, ring, device
-        self._tiles = [len(tiles) for tiles in track.groups(place)]
+        self._track, self._ring, self._device = track, ring, device
+        self._tiles = [len(tiles) for tiles in track.groups()]
 
     def near(self, where: Where) -> Tile:
         """Return the residents, or the page with as many tokens as memory says."""
         if where is Where.PAGE:
             page = self._track.page
-            tile = page.tile(page.start, page.limit)._replace(counted=self._place[1:2])
+            tile = page.tile(page.start, page.limit)._replace(counted=self._track.memory[1:2])
         else:
             resident = self._track.ledger.resident
             assert resident is not None
@@ -149,9 +162,9 @@ class StreamingStep:
         self._device, self._source, self._host, self._stats = device, source, host, stats
         self._flagged: FlaggedHost | None = None
         self.failed = False
-        self._buffers: tuple[Piece, ...] = ()
         self._next_ask = 0
         self._fetched_bytes = 0
+        self._filled: tuple[object, ...] | None = None  # whose first tiles the buffers have
 
     def prepare(self, tracks: Sequence[StreamedTrack], *, runs: bool) -> None:
         """Make the device ready for a step, right before it is enqueued or captured.
@@ -161,7 +174,7 @@ class StreamingStep:
             runs: whether it is enqueued.
         """
         device = self._device
-        self._buffers = self._source.lend()
+        self.fill(tracks)
         asked = [(track.ledger, track.ask) for track in tracks if track.ask is not None]
         if self._flagged is not None and self._flagged.count != len(asked):
             self.end()
@@ -171,43 +184,45 @@ class StreamingStep:
             self._flagged.refresh(asked)
         for stream in (device.copy_in, device.copy_out, device.host_work):
             device.compute.wait(stream.record(), Edge.STEP_READY)
-        if runs and self._flagged is not None:
-            self._flagged.expect()
+        if runs:
+            self._filled = None
+            if self._flagged is not None:
+                self._flagged.expect()
+
+    def fill(self, tracks: Sequence[StreamedTrack]) -> None:
+        """Have the buffers filled with the first tiles of a step, if they are not."""
+        state = tuple((track.ledger, track.ledger.version, track.fetch) for track in tracks)
+        if self._filled != state or not self._source.lent:
+            self._filled = None
+            buffers = self._source.lend()
+            tiles = list(itertools.islice(_tiles(tracks), len(buffers)))
+            self._stats.bytes_to_device += fill(self._device, buffers, tiles)
+            self._filled = state
 
     @contextlib.contextmanager
-    def step(self, tracks: Sequence[tuple[StreamedTrack, torch.Tensor]]) -> Iterator[None]:
-        """Have a step enqueued or captured within, whose streamed tracks and places are these."""
+    def step(self, tracks: Sequence[StreamedTrack]) -> Iterator[None]:
+        """Have a step enqueued or captured within, whose streamed tracks are these."""
         self.failed = True  # until it has ended
         self._begin(tracks)
         yield  # other streams' parts end with the last tile and the last answer
         del self._ring
         self.failed = False
 
-    def _begin(self, tracks: Sequence[tuple[StreamedTrack, torch.Tensor]]) -> None:
+    def _begin(self, tracks: Sequence[StreamedTrack]) -> None:
         self._next_ask = 0
-        tiles = [
-            Streamed(track.ledger.geometry, tile, track.fetch.tile_tokens)
-            for track, place in tracks
-            if track.fetch is not None
-            for group in track.groups(place)
-            for tile in group
-        ]
-        self._fetched_bytes = sum(
-            each.geometry.num_bytes(each.tile.tokens, heads=each.tile.kv.keys.shape[1])
-            for each in tiles
-        )
-        self._ring = TileRing(self._device, self._buffers, tiles)
-        self._ring.begin()
+        buffers, tiles = self._source.lend(), list(_tiles(tracks))
+        self._fetched_bytes = sum(each.num_bytes for each in tiles[len(buffers) :])
+        self._ring = TileRing(self._device, buffers, tiles)
 
-    def attend(self, track: StreamedTrack, chunk: Chunk, place: torch.Tensor) -> None:
+    def attend(self, track: StreamedTrack, chunk: Chunk) -> None:
         """Keep a token in its page, and attend it."""
         device, page = self._device, track.page
         device.compute.writes(page.piece.memory, "new tokens")
         for tokens, token in zip(page.whole, chunk.new, strict=True):
-            tokens.index_copy_(2, place[:1], token)
+            tokens.index_copy_(2, track.memory[:1], token)
         kernels = LaunchedKernels(chunk.kernels, device)
         chunk = dataclasses.replace(chunk, kernels=kernels, waiting=[])
-        tokens_seen = _Tokens(track, chunk, place, self._ring, device)
+        tokens_seen = _Tokens(track, chunk, self._ring, device)
         if track.ask is None:
             attend_groups(tokens_seen, track.attend)
             return
