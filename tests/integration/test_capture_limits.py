@@ -128,7 +128,7 @@ def test_a_hook_from_before_the_attachment_is_called(model: PreTrainedModel) -> 
 def test_what_is_launched_for_now_is_said_once_with_the_reason(
     model: PreTrainedModel, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.DEBUG, "headinfer.integration.capture")
+    caplog.set_level(logging.DEBUG, "headinfer.integration")
     with headinfer.attach(model, **SIMULATED) as offload:
         cache = prompted(offload, model)
         steps(model, cache, 5)

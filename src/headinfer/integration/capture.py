@@ -17,7 +17,6 @@ a score.
 """
 
 import contextlib
-import logging
 import weakref
 from collections.abc import Callable, Hashable, Iterator
 from time import perf_counter
@@ -38,9 +37,8 @@ from headinfer.integration.decode_call import DecodeCall, DecodeCalls
 from headinfer.integration.fusion import Fusion
 from headinfer.integration.hooks import HooksOfOthers
 from headinfer.integration.outputs import are_equal, handed_out
-from headinfer.integration.said import SaidOnce, first_line
-
-_logger = logging.getLogger(__name__)
+from headinfer.integration.refused import RefusedCalls
+from headinfer.integration.said import first_line
 
 _MOST_IN_VAIN = 8
 """Kinds of calls that are captured and then come no second time, until no other is tried."""
@@ -76,8 +74,7 @@ class CapturedSteps:
         self._in_a_row: weakref.WeakSet[Engine] = weakref.WeakSet()  # whose last call was a step
         self._begun: set[Hashable] = set()
         self._known: set[Hashable] = set()  # captures of these served more tokens than one
-        self._refused: set[Hashable] = set()
-        self._log = SaidOnce(_logger)
+        self._refused = RefusedCalls()
 
     def run(
         self,
@@ -149,7 +146,7 @@ class CapturedSteps:
         with self._attempt(cache, call), self._taking_back(engine, call):
             output = self._replayed(cache, call, captured)
         wanted = self._apart(forward, arguments)
-        if call.key in self._refused:
+        if call.key in self._refused.keys:
             engine.captured.pop(call.key, None)
         else:
             self._judge(engine, call, captured, are_equal(output, wanted))
@@ -172,14 +169,9 @@ class CapturedSteps:
             if self._hooks.there_are_any():
                 raise CaptureError("others have hooks on the model's modules")
         except CaptureError as error:
-            reason = str(error)
-            self._log.say(
-                *(logging.INFO, reason),
-                *("decode steps are launched kernel by kernel while %s", reason),
-            )
+            self._refused.say_for_now(str(error))
             return None
-        refused = self._refused.issuperset((call.kind, form) for form in Form)
-        return None if refused else call
+        return None if self._refused.in_all_forms(call) else call
 
     def _in_form(self, call: DecodeCall, engine: Engine) -> tuple[DecodeCall | None, ReadyStep]:
         """Return a call in the best form that is not refused, and what is ready for it.
@@ -192,14 +184,14 @@ class CapturedSteps:
             captured = engine.captured.get(call.key)
             if captured is None or captured.reads != ready.reads:
                 call, ready = call.in_form(Form.IN_PIECES), IN_PIECES
-        if call.key in self._refused:
+        if call.key in self._refused.keys:
             call, ready = call.in_form(Form.IN_PIECES), IN_PIECES
-        if call.key in self._refused:
+        if call.key in self._refused.keys:
             return None, ready
         if call.key in self._begun:
             return call, ready
-        if len(self._begun - self._known - self._refused) >= _MOST_IN_VAIN:
-            self._say("their arguments are others in each call")
+        if len(self._begun - self._known - self._refused.keys) >= _MOST_IN_VAIN:
+            self._refused.say("their arguments are others in each call")
             return None, ready
         return call, ready
 
@@ -262,12 +254,12 @@ class CapturedSteps:
                 cache.state.functions.forget_pending()
             with self._attempt(cache, call):
                 output = run()
-            if call.key not in self._refused:
+            if call.key not in self._refused.keys:
                 self._capture(cache, call, step, ready)
         wanted = self._apart(step.forward, arguments)
-        if call.key not in self._refused and not are_equal(output, wanted):
+        if call.key not in self._refused.keys and not are_equal(output, wanted):
             self._refuse_for_its_bits(call)
-        if call.key in self._refused:
+        if call.key in self._refused.keys:
             engine.captured.pop(call.key, None)
         return wanted
 
@@ -316,9 +308,9 @@ class CapturedSteps:
             if is_out_of_memory(error):
                 reason = "there is no GPU memory left for a capture"
             if isinstance(error, PlaceError):
-                self._refused.add(call.key)  # the other form is left
+                self._refused.keys.add(call.key)  # the other form is left
             else:
-                self._refuse(call, reason)
+                self._refused.refuse(call, reason)
         finally:
             cache.state.functions.forget_pending()
 
@@ -341,24 +333,4 @@ class CapturedSteps:
             self._refuse_for_its_bits(call)
 
     def _refuse_for_its_bits(self, call: DecodeCall) -> None:
-        self._refuse(call, "captured, they give other bits")
-
-    def _refuse(self, call: DecodeCall, reason: str) -> None:
-        """Capture no such call any more, in whatever form, and say so once.
-
-        One that streams is left the form in pieces, which is worth most of it.
-        """
-        if call.form is Form.STREAMED:
-            self._refused.add(call.key)
-            _logger.info("decode steps are replayed in pieces: %s", reason)
-            return
-        self._refused.update((call.kind, form) for form in Form)
-        self._say(reason)
-
-    def _say(self, reason: str) -> None:
-        self._log.say(
-            *(logging.WARNING, "refused"),
-            "decode steps of this model are launched kernel by kernel: %s; capture=False spares "
-            "the attempt",
-            reason,
-        )
+        self._refused.refuse(call, "captured, they give other bits")

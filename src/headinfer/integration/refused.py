@@ -1,0 +1,54 @@
+"""Decode steps that are not captured, in one form or in any; the log says why, once."""
+
+import logging
+from collections.abc import Hashable
+
+from headinfer.engine.ready import Form
+from headinfer.integration.decode_call import DecodeCall
+from headinfer.integration.said import SaidOnce
+
+_logger = logging.getLogger(__name__)
+
+
+class RefusedCalls:
+    """A set of the calls that are not captured any more.
+
+    Attributes:
+        keys: of these calls.
+    """
+
+    def __init__(self) -> None:
+        self.keys: set[Hashable] = set()
+        self._log = SaidOnce(_logger)
+
+    def in_all_forms(self, call: DecodeCall) -> bool:
+        """Whether no form of a call is left."""
+        return self.keys.issuperset((call.kind, form) for form in Form)
+
+    def refuse(self, call: DecodeCall, reason: str) -> None:
+        """Capture no such call any more, in whatever form, and say so once.
+
+        One that streams is left the form in pieces, which is worth most of it.
+        """
+        if call.form is Form.STREAMED:
+            self.keys.add(call.key)
+            _logger.info("decode steps are replayed in pieces: %s", reason)
+            return
+        self.keys.update((call.kind, form) for form in Form)
+        self.say(reason)
+
+    def say(self, reason: str) -> None:
+        """Say once why decode steps are not captured."""
+        self._log.say(
+            *(logging.WARNING, "refused"),
+            "decode steps of this model are launched kernel by kernel: %s; capture=False spares "
+            "the attempt",
+            reason,
+        )
+
+    def say_for_now(self, reason: str) -> None:
+        """Say once for each reason why such decode steps are not captured."""
+        self._log.say(
+            *(logging.INFO, reason),
+            *("decode steps are launched kernel by kernel while %s", reason),
+        )
