@@ -1,7 +1,7 @@
 """Streams of the simulated device: queues that run as early, or as late, as their waits allow.
 
-What is enqueued during a capture is noted, and enqueued anew in each replay: on a twin of the
-stream, since a graph's part on a stream is not in order with what is enqueued there otherwise.
+What is enqueued during a capture is noted, and enqueued anew in each replay. That goes to a twin of
+the stream: a graph's part of a stream is in no order with what is enqueued there otherwise.
 """
 
 import collections

@@ -23,7 +23,7 @@ _FLAG_BYTES = torch.int64.itemsize
 
 
 class _Asked(NamedTuple):
-    """What is asked for one layer, and of what that was made."""
+    """A question for one layer, and what it was made of."""
 
     exchange: Exchange
     ledger: Ledger

@@ -1,8 +1,8 @@
 """The tiles of one captured step, through staging buffers that are filled anew as they come free.
 
-It is `OverlappedTiles` for a pass whose tiles are all known, and whose events are those of a
-capture: nothing from before is waited for, and nothing is left on its way at the end. The buffers
-are full when the step begins: with its first tiles, which were copied since the step before.
+It is `OverlappedTiles` for a pass whose tiles are all known. Its events are those of a capture:
+nothing from before is waited for, and nothing is left on its way at the end. The buffers are full
+when the step begins. Its first tiles were copied there since the step before.
 """
 
 import collections

@@ -1,8 +1,8 @@
 """A decode step in one capture, though tokens are streamed in it or attended by the host.
 
-What changes from step to step is read from memory: the new token's place in its page, how many
-tokens that has, how many the last tile of a layer has, and what the host attends. What a capture
-has of numbers is in what it reads (`StreamedTrack.reads`); where they change, another is made.
+What changes from step to step is read from memory. That is the new token's place in its page, the
+tokens there and in a layer's last tile, and what the host attends. Numbers that are in a capture
+are among what it reads (`StreamedTrack.reads`). Where they change, another is made.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from headinfer.schedule.steps import Ask, Attend, Fetch, Step, Where
 
 @dataclass(frozen=True, slots=True)
 class StreamedTrack:
-    """What a step does with one track whose tokens are not all on the device.
+    """A track whose tokens are not all on the device, and what a step does with it.
 
     Attributes:
         ledger: of the track.
@@ -111,7 +111,10 @@ def _tiles(tracks: Sequence[StreamedTrack]) -> Iterator[Streamed]:
 
 
 class _Tokens:
-    """What one token of a track sees in a captured step; see `attending.Tokens`."""
+    """A token of a track, and where it finds what it sees in a captured step.
+
+    See `attending.Tokens`.
+    """
 
     def __init__(
         self,
@@ -142,7 +145,7 @@ class _Tokens:
 
 
 class StreamingStep:
-    """What captured steps of one cache share, and the step that is being captured or run.
+    """A cache's streamed steps: what they share, and the one that is being captured or run.
 
     Args:
         device: where attention is computed.
