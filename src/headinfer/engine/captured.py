@@ -11,7 +11,6 @@ one layer's attention and the next one's.
 
 import abc
 import contextlib
-import math
 import weakref
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -170,12 +169,10 @@ class CapturableTokens(ChangeableTokens, abc.ABC):
         """Return the memory that says where each track's new token goes."""
         if self._places is None:
             heads = self.plan.batch * max(ledger.geometry.kv_heads for ledger in self._ledgers)
+            where = self._device.torch_device
             with torch.inference_mode(False):  # or they could not be written to outside it
-                shape = len(self._ledgers), 3
-                memory = self._device.device_empty(math.prod(shape) * torch.int64.itemsize)
-                self._places = memory.view(torch.int64).view(shape)
-                memory = self._device.device_empty(heads * torch.int32.itemsize)
-                self._counters = memory.view(torch.int32).zero_()
+                self._places = torch.zeros(len(self._ledgers), 3, dtype=torch.int64, device=where)
+                self._counters = torch.zeros(heads, dtype=torch.int32, device=where)
         return self._places
 
     def _write_places(self) -> None:
