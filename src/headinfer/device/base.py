@@ -25,6 +25,7 @@ class Edge(enum.Enum):
     TOKENS_SENT = "copy-out wrote tokens into the host store; host work attends them"
     ANSWERED = "host work wrote its partial result; compute merges it from where it is"
     STEP_READY = "other streams did what a captured step finds done; compute begins the step"
+    STEP_DONE = "copy-in fetched a captured step's first tiles once more; compute ends the step"
     SERVED = "a server answered by a flag; host work goes on"
     HOST_SETTLED = "work on host memory or the arena is done; the host reads, moves or frees it"
 

@@ -22,7 +22,7 @@ from headinfer.device.base import Capture, CaptureError, Device
 from headinfer.engine.changes import ChangeableTokens
 from headinfer.engine.chunk import Chunk
 from headinfer.engine.executor import PERFORM
-from headinfer.engine.ready import Form, Ready, ReadyStep
+from headinfer.engine.ready import Form, Ready, ReadyStep, StepMemory
 from headinfer.engine.stats import Stats
 from headinfer.engine.streaming_step import StreamedTrack, StreamingStep
 from headinfer.kv.ledger import Ledger
@@ -55,8 +55,7 @@ class CapturableTokens(ChangeableTokens, abc.ABC):
 
     def __init__(self, device: Device, plan: Plan, dtype: torch.dtype, stats: Stats) -> None:
         self.captured: dict[Hashable, Any] = {}
-        self._places: torch.Tensor | None = None  # `[tracks, 3]`; see `TokenWork.place`
-        self._counters: torch.Tensor | None = None  # see `TokenWork`
+        self._step_memory: StepMemory | None = None
         self._ready: list[Ready] = []
         # What `begin_step` returns if the tracks still are as noted beside it.
         self._ahead: tuple[tuple[object, ...], ReadyStep] | None = None
@@ -64,6 +63,7 @@ class CapturableTokens(ChangeableTokens, abc.ABC):
         self._streaming: StreamingStep | None = None  # from the first such step on
         self._steps = 0  # that were begun since the first streamed one was captured
         self._streamed_captures = 0
+        self._dropped = 0  # times that captures lost the flags which they raise and await
         super().__init__(device, plan, dtype, stats)
 
     def begin_step(self) -> ReadyStep | None:
@@ -80,7 +80,8 @@ class CapturableTokens(ChangeableTokens, abc.ABC):
         for ledger in self._full:
             self._reserve(ledger)  # memory that came within a capture would come in each replay
         self._steps += self._streamed_captures > 0
-        if self._ahead is not None and self._ahead[0] == self._state():
+        failed = self._streaming is not None and self._streaming.failed
+        if self._ahead is not None and self._ahead[0] == self._state() and not failed:
             return self._ahead[1]
         return self._make_ready()
 
@@ -132,11 +133,13 @@ class CapturableTokens(ChangeableTokens, abc.ABC):
         self._ready = [
             self._ready_track(ledger, steps, place)
             for ledger, steps, place in zip(
-                self._ledgers, tracks, self._places_memory(), strict=True
+                self._ledgers, tracks, self._memory().places, strict=True
             )
         ]
-        self._write_places()
-        step = ReadyStep(form, tuple(each for ready in self._ready for each in ready.reads))
+        self._memory().write(self._ready)
+        self._check_streaming()
+        reads = (self._dropped, *(each for ready in self._ready for each in ready.reads))
+        step = ReadyStep(form, reads)
         self._ahead = self._state(), step
         return step
 
@@ -165,20 +168,13 @@ class CapturableTokens(ChangeableTokens, abc.ABC):
         page = self._pages.page_with_room(ledger)
         return Ready(ledger, page, after, StreamedTrack.of(ledger, page, steps[at:], place))
 
-    def _places_memory(self) -> torch.Tensor:
-        """Return the memory that says where each track's new token goes."""
-        if self._places is None:
+    def _memory(self) -> StepMemory:
+        """Return the memory from which captured steps read what changes."""
+        if self._step_memory is None:
             heads = self.plan.batch * max(ledger.geometry.kv_heads for ledger in self._ledgers)
             where = self._device.torch_device
-            with torch.inference_mode(False):  # or they could not be written to outside it
-                self._places = torch.zeros(len(self._ledgers), 3, dtype=torch.int64, device=where)
-                self._counters = torch.zeros(heads, dtype=torch.int32, device=where)
-        return self._places
-
-    def _write_places(self) -> None:
-        """Write there where each track's new token goes, on compute, for a replay to read."""
-        places = torch.tensor([ready.place for ready in self._ready])
-        self._places_memory().copy_(places, non_blocking=True)
+            self._step_memory = StepMemory(len(self._ledgers), heads, where)
+        return self._step_memory
 
     def prepare(self, form: Form, *, runs: bool = True) -> None:
         """Make the device ready for a step that `begin_step` made ready, right before it comes.
@@ -189,17 +185,26 @@ class CapturableTokens(ChangeableTokens, abc.ABC):
         """
         if form is not Form.STREAMED:
             return
-        if self._streaming is not None and self._streaming.failed:
-            self._device.synchronize()
-            self._streaming.end()
-            self._streaming = None
-            self.captured.clear()
+        self._check_streaming()
         if self._streaming is None:
             self._streaming = StreamingStep(
                 self._device, self._executor.source, self._host, self._stats
             )
         self._streaming.prepare(self._streamed(), runs=runs)
         self._streamed_captures += not runs
+
+    def _check_streaming(self) -> None:
+        """Drop what streamed steps share where it does not serve those that are ready."""
+        if self._streaming is not None and not self._streaming.serves(self._streamed()):
+            self._device.synchronize()
+            self._drop_streaming()
+
+    def _drop_streaming(self) -> None:
+        """Let go of what streamed steps share; no capture of one is replayed after that."""
+        if self._streaming is not None:
+            self._streaming.end()
+            self._streaming = None
+            self._dropped += 1
 
     def _streamed(self) -> list[StreamedTrack]:
         """Return the tracks that are ready and take more than a launch."""
@@ -211,6 +216,8 @@ class CapturableTokens(ChangeableTokens, abc.ABC):
         result = capture.replay()
         if form is Form.STREAMED:
             self._replayed = self._device.compute.record()
+            if self._streaming is not None:
+                self._streaming.ran()
         return result
 
     @contextlib.contextmanager
@@ -264,13 +271,12 @@ class CapturableTokens(ChangeableTokens, abc.ABC):
 
     def _attend_at_place(self, track: int, chunk: Chunk) -> None:
         """Attend a token by a launch that reads its place."""
-        places, ready = self._places, self._ready[track]
-        assert places is not None
+        memory, ready = self._memory(), self._ready[track]
         extent, sink_tokens = ready.extent, ready.ledger.track.sink_tokens
-        tile, place = extent.tile(extent.start, extent.limit), places[track]
+        tile, place = extent.tile(extent.start, extent.limit), memory.places[track]
         work = TokenWork(
             *(chunk.query, chunk.new, tile, chunk.scale, chunk.out, chunk.sinks),
-            *(sink_tokens, place, self._counters),
+            *(sink_tokens, place, memory.counters),
         )
         engine, kernels = weakref.ref(self), chunk.kernels  # which the engine's captures keep
 
@@ -308,6 +314,8 @@ class CapturableTokens(ChangeableTokens, abc.ABC):
             following = self._make_ready()
             if self._streaming is not None and following is not None and following.form is form:
                 self._streaming.fill(self._streamed())
+        if self._streaming is not None:
+            self._streaming.rest()
 
     def steady(self) -> contextlib.AbstractContextManager[None]:
         """Have who attends which tokens stay, so that a step done again gives the same bits."""
@@ -335,8 +343,7 @@ class CapturableTokens(ChangeableTokens, abc.ABC):
         """Forget captures, and what they are made of, before the memory of tokens goes."""
         self.captured.clear()
         self._ready.clear()
-        self._ahead = self._places = self._counters = None
-        self._steps = self._streamed_captures = 0
-        if self._streaming is not None:
-            self._streaming.end()
-            self._streaming = None
+        self._ahead = self._step_memory = None
+        self._steps = 0
+        self._streamed_captures = 0
+        self._drop_streaming()

@@ -146,6 +146,10 @@ class FlaggedHost:
                 tell_listeners(start_s, end_s)
                 task.job.block.finished = 0
 
+    def rest(self) -> None:
+        """Sleep until the thread has answered all of the step that was enqueued last."""
+        self.server.rest()
+
     def end(self) -> None:
         """End the thread; no step may be under way."""
         self._count_times()

@@ -1,8 +1,11 @@
 """Steps of one new token that are ready to be captured or replayed, and in which form."""
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
+
+import torch
 
 from headinfer.engine.streaming_step import StreamedTrack
 from headinfer.kv.extent import Extent
@@ -46,6 +49,30 @@ class Ready:
             return self.streamed.place
         tile = self.ledger.next_tile(self.extent)
         return tile.first, tile.tokens, self.ledger.sink_tokens
+
+
+class StepMemory:
+    """A piece of memory on the device from which captured steps read what changes.
+
+    Args:
+        tracks: of a step.
+        heads: rows of the batch x KV heads of a track, at most.
+        where: the device.
+
+    Attributes:
+        places: `[tracks, 3]` of int64; see `Ready.place`.
+        counters: zeros `[heads]` of int32; see `TokenWork`.
+    """
+
+    def __init__(self, tracks: int, heads: int, where: torch.device) -> None:
+        with torch.inference_mode(False):  # or they could not be written to outside it
+            self.places = torch.zeros(tracks, 3, dtype=torch.int64, device=where)
+            self.counters = torch.zeros(heads, dtype=torch.int32, device=where)
+
+    def write(self, ready: Sequence[Ready]) -> None:
+        """Write where each track's new token goes, on compute, for a replay to read."""
+        places = torch.tensor([each.place for each in ready])
+        self.places.copy_(places, non_blocking=True)
 
 
 class ReadyStep(NamedTuple):

@@ -2,7 +2,8 @@
 
 It is `OverlappedTiles` for a pass whose tiles are all known. Its events are those of a capture:
 nothing from before is waited for, and nothing is left on its way at the end. The buffers are full
-when the step begins. Its first tiles were copied there since the step before.
+when the step begins, with its first tiles. It ends with the same tiles in them, for the step that
+follows. So the link works on while the model ends, or waits for the host.
 """
 
 import collections
@@ -58,18 +59,25 @@ class TileRing:
 
     def __init__(self, device: Device, buffers: Sequence[Piece], tiles: Sequence[Streamed]) -> None:
         self._device = device
-        self._rest = iter(tiles[len(buffers) :])
+        again = dict(zip(buffers, tiles, strict=False)) if len(tiles) > len(buffers) else {}
+        self._rest, self._again = iter(tiles[len(buffers) :]), again
         self._fetched: collections.deque[tuple[Tile, Event | None]] = collections.deque(
             (staged(*streamed, buffer), None)
             for buffer, streamed in zip(buffers, tiles, strict=False)
         )
 
     def _fetch(self, buffer: Piece) -> None:
-        """Fill a buffer that compute has read with the tile that comes next."""
+        """Fill a buffer that compute has read with the tile that comes next.
+
+        Behind the last one that is the buffer's first.
+        """
         device, streamed = self._device, next(self._rest, None)
+        following = self._again.get(buffer) if streamed is None else streamed
+        if following is None:
+            return
+        device.copy_in.wait(device.compute.record(), Edge.TILE_FREE)
+        tile = copy_tile(device, following.geometry, following.tile, buffer, following.capacity)
         if streamed is not None:
-            device.copy_in.wait(device.compute.record(), Edge.TILE_FREE)
-            tile = copy_tile(device, streamed.geometry, streamed.tile, buffer, streamed.capacity)
             self._fetched.append((tile, device.copy_in.record()))
 
     def take(self, count: int) -> Iterator[Tile]:
@@ -82,3 +90,8 @@ class TileRing:
             compute.reads(tile.piece.memory, "attention to a tile")
             yield tile
             self._fetch(tile.piece)
+
+    def end(self) -> None:
+        """Have compute wait for the first tiles, which are in the buffers again."""
+        if self._again:
+            self._device.compute.wait(self._device.copy_in.record(), Edge.STEP_DONE)

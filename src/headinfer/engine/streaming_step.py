@@ -165,9 +165,11 @@ class StreamingStep:
         self._device, self._source, self._host, self._stats = device, source, host, stats
         self._flagged: FlaggedHost | None = None
         self.failed = False
+        self._asks = False
         self._next_ask = 0
         self._fetched_bytes = 0
-        self._filled: tuple[object, ...] | None = None  # whose first tiles the buffers have
+        self._state: tuple[object, ...] = ()  # whose first tiles the buffers have
+        self._filled = False  # whether they do
 
     def prepare(self, tracks: Sequence[StreamedTrack], *, runs: bool) -> None:
         """Make the device ready for a step, right before it is enqueued or captured.
@@ -179,42 +181,59 @@ class StreamingStep:
         device = self._device
         self.fill(tracks)
         asked = [(track.ledger, track.ask) for track in tracks if track.ask is not None]
-        if self._flagged is not None and self._flagged.count != len(asked):
-            self.end()
         if asked and self._flagged is None:
             self._flagged = FlaggedHost(device, self._host, self._stats, len(asked))
-        if self._flagged is not None:
+        self._asks = bool(asked)
+        if self._flagged is not None and asked:
             self._flagged.refresh(asked)
         for stream in (device.copy_in, device.copy_out, device.host_work):
             device.compute.wait(stream.record(), Edge.STEP_READY)
         if runs:
-            self._filled = None
-            if self._flagged is not None:
+            self.failed = True  # until it ran
+            if self._flagged is not None and asked:
                 self._flagged.expect()
+
+    def ran(self) -> None:
+        """Note that the step was enqueued as a whole."""
+        self.failed = False
+
+    def serves(self, tracks: Sequence[StreamedTrack]) -> bool:
+        """Whether steps of these tracks can go on with it."""
+        asking = sum(track.ask is not None for track in tracks)
+        other = self._flagged is not None and asking and self._flagged.count != asking
+        return not self.failed and not other
+
+    def rest(self) -> None:
+        """Sleep until the host has done its part of the step."""
+        if self._flagged is not None and self._asks:
+            self._flagged.rest()
 
     def fill(self, tracks: Sequence[StreamedTrack]) -> None:
         """Have the buffers filled with the first tiles of a step, if they are not."""
         state = tuple((track.ledger, track.ledger.version, track.fetch) for track in tracks)
-        if self._filled != state or not self._source.lent:
-            self._filled = None
+        if not self._filled or self._state != state or not self._source.lent:
+            self._filled = False
             buffers = self._source.lend()
             tiles = list(itertools.islice(_tiles(tracks), len(buffers)))
             self._stats.bytes_to_device += fill(self._device, buffers, tiles)
-            self._filled = state
+            self._state, self._filled = state, True
 
     @contextlib.contextmanager
     def step(self, tracks: Sequence[StreamedTrack]) -> Iterator[None]:
         """Have a step enqueued or captured within, whose streamed tracks are these."""
         self.failed = True  # until it has ended
         self._begin(tracks)
-        yield  # other streams' parts end with the last tile and the last answer
+        yield
+        self._ring.end()  # host work ended with its last answer
         del self._ring
-        self.failed = False
+        self.ran()
 
     def _begin(self, tracks: Sequence[StreamedTrack]) -> None:
         self._next_ask = 0
         buffers, tiles = self._source.lend(), list(_tiles(tracks))
-        self._fetched_bytes = sum(each.num_bytes for each in tiles[len(buffers) :])
+        self._fetched_bytes = sum(each.num_bytes for each in tiles)
+        if len(tiles) <= len(buffers):
+            self._fetched_bytes = 0
         self._ring = TileRing(self._device, buffers, tiles)
 
     def attend(self, track: StreamedTrack, chunk: Chunk) -> None:
@@ -242,7 +261,7 @@ class StreamingStep:
     def count_step(self) -> None:
         """Count what a replay moves and attends."""
         self._stats.bytes_to_device += self._fetched_bytes
-        if self._flagged is not None:
+        if self._flagged is not None and self._asks:
             self._flagged.count_step()
 
     def end(self) -> None:

@@ -21,7 +21,8 @@ struct server {
     void (**entries)(void *argument);            /* of each task */
     void **arguments;
     int64_t count, expected, done; /* flags in all that were announced, and that were answered */
-    uint32_t calls;                /* what a sleeping thread waits for to change */
+    uint32_t calls;                /* what the sleeping thread waits for to change */
+    uint32_t rests;                /* what others wait for to change: nothing is expected any more */
     int32_t stopping;
     pthread_t thread;
 };
@@ -30,6 +31,21 @@ static int64_t now_ns(void) {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
     return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
+}
+
+/* Sleep while a word has a value, or until somebody wakes the sleeper, or time is over. */
+static void sleep_on(uint32_t *word, uint32_t value, const struct timespec *most) {
+    syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, value, most, NULL, 0);
+}
+
+static void change(uint32_t *word) {
+    __atomic_add_fetch(word, 1, __ATOMIC_SEQ_CST);
+    syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, INT32_MAX, NULL, NULL, 0);
+}
+
+static int at_rest(const struct server *s) {
+    return __atomic_load_n(&s->done, __ATOMIC_SEQ_CST) >=
+           __atomic_load_n(&s->expected, __ATOMIC_SEQ_CST);
 }
 
 static void nap(int64_t ns) {
@@ -57,14 +73,15 @@ static void *answer_flags(void *given) {
         for (;;) {
             uint32_t calls = __atomic_load_n(&s->calls, __ATOMIC_ACQUIRE);
             if (__atomic_load_n(&s->stopping, __ATOMIC_ACQUIRE)) return NULL;
-            if (s->done < __atomic_load_n(&s->expected, __ATOMIC_ACQUIRE)) break;
-            syscall(SYS_futex, &s->calls, FUTEX_WAIT_PRIVATE, calls, NULL, NULL, 0);
+            if (!at_rest(s)) break;
+            sleep_on(&s->calls, calls, NULL);
         }
         if (!await(s, &s->asks[at])) return NULL;
         __atomic_store_n(&s->asks[at], 0, __ATOMIC_RELAXED);
         s->entries[at](s->arguments[at]);
-        s->done++;
         __atomic_store_n(&s->answers[at], 1, __ATOMIC_RELEASE);
+        __atomic_add_fetch(&s->done, 1, __ATOMIC_SEQ_CST);
+        if (at_rest(s)) change(&s->rests);
     }
 }
 
@@ -89,21 +106,23 @@ struct server *begin_server(uint64_t *asks, uint64_t *answers, void (**entries)(
     return NULL;
 }
 
-static void wake(struct server *s) {
-    __atomic_add_fetch(&s->calls, 1, __ATOMIC_ACQ_REL);
-    syscall(SYS_futex, &s->calls, FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0);
-}
-
 /* Announce that all flags will be raised once; whoever calls it has written the tasks. */
 void expect_flags(struct server *s) {
-    __atomic_add_fetch(&s->expected, s->count, __ATOMIC_ACQ_REL);
-    wake(s);
+    __atomic_add_fetch(&s->expected, s->count, __ATOMIC_SEQ_CST);
+    change(&s->calls);
+}
+
+/* Sleep until all flags that were announced are answered, or some seconds are over. */
+void await_rest(struct server *s, int64_t seconds) {
+    struct timespec most = {seconds, 0};
+    uint32_t rests = __atomic_load_n(&s->rests, __ATOMIC_SEQ_CST);
+    if (!at_rest(s)) sleep_on(&s->rests, rests, &most);
 }
 
 /* End the thread, raise all answers, so that nothing waits for one, and free the server. */
 void end_server(struct server *s) {
     __atomic_store_n(&s->stopping, 1, __ATOMIC_RELEASE);
-    wake(s);
+    change(&s->calls);
     pthread_join(s->thread, NULL);
     for (int64_t i = 0; i < s->count; i++) __atomic_store_n(&s->answers[i], 1, __ATOMIC_RELEASE);
     free(s);

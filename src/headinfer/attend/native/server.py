@@ -17,6 +17,8 @@ from headinfer.attend.native.build import compile_kernel
 from headinfer.attend.native.job import Job
 from headinfer.device.base import PlaceError, Stream
 
+_MOST_REST_S = 5
+
 _POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_int64
 
 
@@ -102,6 +104,16 @@ class FlagServer:
             assert library is not None
             library.expect_flags(self._address)
 
+    def rest(self) -> None:
+        """Sleep until all that was expected is answered, or seconds are over as on a failure.
+
+        A thread that waits for the device spins, which slows the attention down.
+        """
+        if self._address is not None:
+            library = _library()
+            assert library is not None
+            library.await_rest(self._address, _MOST_REST_S)
+
     def end(self) -> None:
         """End the thread. What still waits for an answer gets one, without the attention."""
         if self._ending is not None:
@@ -123,7 +135,8 @@ def _library() -> ctypes.CDLL | None:
     if library is not None:
         library.begin_server.argtypes = [_POINTER, _POINTER, _POINTER, _POINTER, _NUMBER]
         library.begin_server.restype = _POINTER
-        for function in (library.expect_flags, library.end_server):
-            function.argtypes = [_POINTER]
+        library.expect_flags.argtypes = library.end_server.argtypes = [_POINTER]
+        library.await_rest.argtypes = [_POINTER, _NUMBER]
+        for function in (library.expect_flags, library.end_server, library.await_rest):
             function.restype = None
     return library
