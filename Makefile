@@ -18,8 +18,9 @@ PINNED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 demo: $(VENV)/.installed$(if $(MODEL),-models)
 	$(BIN)/headinfer demo $(if $(MODEL),--model $(MODEL))
 
+# On all cores, a test taken from whoever is behind; torch has one thread in each process.
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --dist worksteal
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow
@@ -42,14 +43,14 @@ check-oldest:
 	$(OLDEST_PYTHON) -c '$(SUPPORTED)'
 	$(OLDEST_PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet -c constraints-oldest.txt -e '.[dev]'
-	$(OLDEST)/bin/python -m pytest
+	$(OLDEST)/bin/python -m pytest -n logical --dist worksteal
 
 check-newest:
 	$(NEWEST_PYTHON) -c '$(SUPPORTED)'
 	$(NEWEST_PYTHON) -m venv $(NEWEST)
 	$(NEWEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -e '.[dev]'
 	$(NEWEST)/bin/python -m pip install --quiet --upgrade torch transformers  # beyond our own range, too
-	$(NEWEST)/bin/python -m pytest
+	$(NEWEST)/bin/python -m pytest -n logical --dist worksteal
 	$(NEWEST)/bin/python -m pip freeze --exclude-editable
 
 bench: $(VENV)/.installed

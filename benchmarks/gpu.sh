@@ -65,6 +65,16 @@ bench sparse-prefill prefill "${llama[@]}" --contexts 100K,400K --repeats 1 \
     --methods host-attention,head-wise-1,head-wise-sparse
 bench sparse-prefill-1M prefill "${llama[@]}" --contexts 1M --repeats 1 --time-limit 520 \
     --methods head-wise-sparse
+# Tables 3 and 5: as many tokens as 128 GiB of CPU memory hold, and half of them before. A minute or two each.
+longest() { # model, method, contexts
+    bench "longest-$1-$2" max-context --model "$1" --dummy-weights --device-memory 24GiB --fill random \
+        --methods "$2" --contexts "$3"
+}
+longest llama-3-8b head-wise-8 448K,640K
+longest llama-2-7b head-wise-1 115K,230K
+longest qwen2-7b head-wise-1 1000K,2000K
+longest mistral-7b head-wise-1 450K,900K
+longest gemma-2-9b head-wise-1 320K,640K
 # 128 GiB of KV, so that it needs a machine with more CPU memory than that.
 if [ "$(free -g | awk '/^Mem/ {print $2}')" -gt 180 ]; then
     bench 1M decode "${llama[@]}" --contexts 1M --fill random --new-tokens 7 \
