@@ -59,8 +59,8 @@ def attach(
             memory of its own, and checks the order of all copies.
         overlap: False to fetch, wait and attend one tile at a time.
         capture: False to launch each kernel of a decode step by itself. Otherwise a step is
-            captured, compared and replayed in one launch. Where that would change too often it is
-            in pieces, between one layer's attention and the next one's.
+            captured, compared and replayed in one launch. Where that would change too often, or
+            the CPU attends much, it is in pieces between one layer's attention and the next one's.
         fuse: "auto" to have torch compile norms and rotary embeddings of captured steps, in 16 bits
             on CUDA; or "off". Results then differ in their last bits from those of steps that are
             not captured.

@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+import threading
 import time
 
 import pytest
@@ -94,3 +95,25 @@ def test_a_server_without_a_thread_ends_without_one() -> None:
     server.expect()
     server.end()
     assert not server.answers.any()
+
+
+def test_others_can_sleep_until_all_that_was_expected_is_answered() -> None:
+    server, _, _, _ = served()
+    server.begin()
+    server.rest()  # nothing is expected
+    rested: list[bool] = []
+
+    def rest() -> None:
+        server.rest()
+        rested.append(bool(server.answers[TASKS - 1]))
+
+    server.expect()
+    thread = threading.Thread(target=rest)
+    thread.start()
+    for index in range(TASKS):
+        time.sleep(0.02)
+        assert rested == []
+        server.asks[index] = 1
+    thread.join(10)
+    assert rested == [True]
+    server.end()

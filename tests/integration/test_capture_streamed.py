@@ -24,7 +24,7 @@ from headinfer.device.base import Edge
 from headinfer.device.hazards import HazardError
 from headinfer.device.simulated import SimulatedDevice
 from headinfer.device.simulated_stream import SimulatedStream
-from headinfer.engine import balance
+from headinfer.engine import balance, streaming_step
 from headinfer.engine.ready import Form
 from headinfer.engine.streaming_step import StreamingStep
 from headinfer.integration.calls import cache_argument
@@ -344,3 +344,15 @@ def test_what_a_capture_takes_goes_with_its_cache() -> None:
         del cache, engine
         device.memory.check()
     assert device.allocated_bytes == 0
+
+
+def test_where_the_host_attends_much_a_step_is_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = shared_model("llama3")
+    token_bytes = 2 * 4 * 16 * 4
+    for most_tokens, wanted in ((41, {Form.STREAMED}), (39, {Form.IN_PIECES})):
+        monkeypatch.setattr(streaming_step, "MOST_SHARED_BYTES", most_tokens * token_bytes)
+        for placement in ("host", "streamed"):
+            with attached("llama3", placement) as offload:
+                cache = prompted(offload, model)
+                steps(model, cache, 4)
+                assert forms(cache) == (wanted if placement == "host" else {Form.STREAMED})

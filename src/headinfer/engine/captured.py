@@ -24,7 +24,7 @@ from headinfer.engine.chunk import Chunk
 from headinfer.engine.executor import PERFORM
 from headinfer.engine.ready import Form, Ready, ReadyStep, StepMemory
 from headinfer.engine.stats import Stats
-from headinfer.engine.streaming_step import StreamedTrack, StreamingStep
+from headinfer.engine.streaming_step import StreamedTrack, StreamingStep, is_worth
 from headinfer.kv.ledger import Ledger
 from headinfer.plan.plan import Plan
 from headinfer.schedule import route
@@ -149,7 +149,8 @@ class CapturableTokens(ChangeableTokens, abc.ABC):
         for ledger, steps in zip(self._ledgers, tracks, strict=True):
             if all(isinstance(step, (Decode, SendHome)) for step in steps):
                 continue
-            if not self._executor.source.lends or not stays(ledger.held, steps):
+            lends = self._executor.source.lends
+            if not (lends and stays(ledger.held, steps) and is_worth(ledger, steps)):
                 return None
             form = Form.STREAMED
         return form
