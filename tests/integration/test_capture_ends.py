@@ -12,6 +12,7 @@ import headinfer
 from captured import NEW_KIND, SIMULATED, launched, prompted, steps
 from headinfer.device.simulated import SimulatedDevice
 from headinfer.engine.engine import Engine
+from headinfer.engine.ready import StepMemory
 from headinfer.errors import CacheStateError, MemoryPlanError
 from headinfer.integration.calls import cache_argument
 from headinfer.kv.ledger import Ledger
@@ -148,7 +149,7 @@ def test_ctrl_c_within_a_call_of_the_model(name: str, layer: int, stage: str) ->
     ("owner", "method", "number", "goes_on"),
     [
         (Engine, "begin_step", 1, True),
-        (Engine, "_write_places", 1, False),  # when the token is counted
+        (StepMemory, "write", 1, False),  # when the token is counted
         (Engine, "_state_place", 2, True),
         (Engine, "end_step", 1, True),
         (Ledger, "extend", 1, True),
@@ -199,12 +200,12 @@ def test_what_fails_after_a_replay_leaves_its_result(
         got = steps(model, cache, 6)
         failures = [1, 2]  # after the replay, and before the next one
 
-        def fail(_engine: Engine) -> None:
+        def fail(*_args: Any) -> None:
             failures.pop()
             raise error
 
         with monkeypatch.context() as patch:
-            patch.setattr(Engine, "_write_places", fail)
+            patch.setattr(StepMemory, "write", fail)
             got += steps(model, cache, 1, first=6)
             assert len(failures) == 1
             with pytest.raises(type(error), match=str(error)):
@@ -222,7 +223,7 @@ def test_ctrl_c_as_a_page_goes_home(monkeypatch: pytest.MonkeyPatch) -> None:
     with headinfer.attach(model, **SIMULATED) as offload:
         cache = prompted(offload, model)
 
-        def broken_off(*_args: Any) -> None:
+        def broken_off(*_args: Any, **_options: Any) -> None:
             raise KeyboardInterrupt
 
         monkeypatch.setattr(type(cache.state.engine._pages), "send_home", broken_off)
