@@ -11,7 +11,7 @@ from typing import Any
 
 from headinfer.errors import HeadInferError, ModelLoadError, is_out_of_memory
 from headinfer.folders import describe
-from headinfer.gguf_models.requirements import check_readers
+from headinfer.gguf_models.requirements import check_reader
 
 _logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ def unpack(file: Path, folder: Path, name: str) -> None:
         ModelLoadError: the file cannot be read, or transformers does not read all of it.
         OSError: the folder cannot be written.
     """
-    check_readers(f"model {name!r}")
+    check_reader(f"model {name!r}")
     header = _Header(file, name)
     alone = _alone(file, folder.with_name("file"))
     try:
@@ -62,7 +62,7 @@ def read_config(file: Path, name: str) -> dict[str, Any]:
     Raises:
         ModelLoadError: transformers cannot read the file.
     """
-    check_readers(f"model {name!r}")
+    check_reader(f"model {name!r}")
     header = _Header(file, name)
     try:
         values: dict[str, Any] = _config(file).to_dict()
