@@ -7,7 +7,12 @@ from typing import Any
 
 from headinfer.errors import HeadInferError, ModelLoadError, OptionError, is_out_of_memory
 from headinfer.generation.adapter import AdapterSource
-from headinfer.generation.quantised import check_quantisable, quantisation, quantised_by
+from headinfer.generation.quantised import (
+    check_library,
+    check_quantisable,
+    quantisation,
+    quantised_by,
+)
 from headinfer.gguf_models import UNPACKED_DTYPE, is_gguf_model, model_folder
 
 _DECODERS_WITHOUT_FLAG = ("gpt_neox", "gpt_neox_japanese")
@@ -103,6 +108,10 @@ def load_config(source: ModelSource) -> Any:
     """
     from transformers import AutoConfig
 
+    if source.load_in is not None:
+        check_library(source.load_in)
+    if source.adapter_source is not None:
+        source.adapter_source.read_config()
     location = source.location()
     try:
         config = AutoConfig.from_pretrained(location, **source.keywords())
@@ -111,8 +120,6 @@ def load_config(source: ModelSource) -> Any:
     check_causal(source, config)
     if source.load_in is not None:
         check_quantisable(source.name, source.load_in, config)
-    if source.adapter_source is not None:
-        source.adapter_source.read_config()
     return config
 
 

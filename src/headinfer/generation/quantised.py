@@ -27,8 +27,18 @@ def check_load_in(given: str | None) -> str | None:
     return given
 
 
+def check_library(load_in: str) -> None:
+    """Refuse to quantise without the library for it.
+
+    Raises:
+        ModelLoadError: says how to install it.
+    """
+    if find_spec(_LIBRARY) is None:
+        raise ModelLoadError(f"weights in {load_in} need {_LIBRARY}: pip install {_LIBRARY}")
+
+
 def check_quantisable(name: str, load_in: str, config: Any) -> None:
-    """Refuse to quantise a model that is so already, or without the library for it.
+    """Refuse to quantise a model that is so already.
 
     Args:
         name: of the model, for messages.
@@ -42,8 +52,6 @@ def check_quantisable(name: str, load_in: str, config: Any) -> None:
         raise ModelLoadError(
             f"model {name!r} is quantised already, by {method}; load it as it is, not in {load_in}"
         )
-    if find_spec(_LIBRARY) is None:
-        raise ModelLoadError(f"weights in {load_in} need {_LIBRARY}: pip install {_LIBRARY}")
 
 
 def quantised_by(config: Any) -> str | None:
@@ -60,7 +68,7 @@ def quantisation(load_in: str, config: Any, dtype: str) -> Any:
     """Return how transformers is to quantise the matrices of a model's layers.
 
     4 bits are NF4: a float32 scale for each 64 weights. 8 bits are LLM.int8: a scale for each row,
-    and columns with large inputs in 16 bits.
+    and columns with large inputs in 16 bits. Experts stay as they are.
 
     Args:
         load_in: one of `LOAD_IN`.
@@ -78,3 +86,8 @@ def quantisation(load_in: str, config: Any, dtype: str) -> Any:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=named if dtype == "auto" else getattr(torch, dtype),
     )
+
+
+def has_fused_experts(model: Any) -> bool:
+    """Whether a model has all experts of a layer in one parameter, which is not quantised."""
+    return any(weight.ndim > 2 and weight.is_floating_point() for weight in model.parameters())
