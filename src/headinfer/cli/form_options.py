@@ -126,10 +126,7 @@ def loaded_form(source: ModelSource, model: Any, weights_bytes: int) -> Iterator
         else:
             yield f"GGUF: {packed}, unpacked to {source.unpacked_dtype}"
     if source.load_in is not None:
-        experts = "experts and " if has_fused_experts(model) else ""
-        yield (
-            f"quantised at loading: {source.load_in} by bitsandbytes, {experts}the rest in {dtype}: "
-            f"{size} of weights"
-        )
+        rest = "experts and the rest" if has_fused_experts(model) else "the rest"
+        yield f"quantised: {source.load_in} by bitsandbytes, {rest} in {dtype}: {size} of weights"
     if source.adapter is not None:
         yield f"adapter {source.adapter}: {adapter_of(model)}, not merged"

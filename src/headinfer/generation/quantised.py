@@ -3,6 +3,9 @@
 transformers has other libraries for it. On 2 cores and with 135M parameters, a pass of 1 token took
 0.35 s in 4 bits by bitsandbytes and 0.77 by quanto. In 8 bits it took 0.21 s, 1.97 by quanto and
 1.81 by torchao, whose 4 bits have no kernel for the CPU.
+
+On 1536 tokens of Python's manual, the KL divergence of SmolLM2-135M's predictions from those of its
+float32 weights was 0.24 in 4 bits, and 0.028 in 8 bits as they are here.
 """
 
 from importlib.util import find_spec
@@ -67,8 +70,10 @@ def quantised_by(config: Any) -> str | None:
 def quantisation(load_in: str, config: Any, dtype: str) -> Any:
     """Return how transformers is to quantise the matrices of a model's layers.
 
-    4 bits are NF4: a float32 scale for each 64 weights. 8 bits are LLM.int8: a scale for each row,
-    and columns with large inputs in 16 bits. Experts stay as they are.
+    4 bits are NF4: a float32 scale for each 64 weights. 8 bits have a scale for each row, and so
+    have their inputs. LLM.int8 would keep columns with large inputs in 16 bits, which is nearer to
+    the float weights (0.016, not 0.028). But it chooses them by all tokens of a pass, so that a
+    prompt in chunks would give other results than the whole. Experts stay as they are.
 
     Args:
         load_in: one of `LOAD_IN`.
@@ -79,7 +84,7 @@ def quantisation(load_in: str, config: Any, dtype: str) -> Any:
     from transformers import BitsAndBytesConfig
 
     if load_in == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
     named = config.get_text_config(decoder=True).dtype or config.dtype
     return BitsAndBytesConfig(
         load_in_4bit=True,
