@@ -41,8 +41,8 @@ def encode_prompt(
         template_values: further values for the chat template, by their names in it.
 
     Raises:
-        OptionError: the prompt is none of these, the chat template refuses the messages or knows
-            no such values, or nothing is left to run the model on.
+        OptionError: the prompt is none of these, the chat template refuses messages or values, or
+            nothing is left to run the model on.
     """
     parts = None if isinstance(prompt, str) else _parts(prompt)
     if parts and all(isinstance(part, Mapping) for part in parts):
