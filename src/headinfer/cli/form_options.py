@@ -27,12 +27,16 @@ class LoadInChoice(str, enum.Enum):
     BITS_8 = "8bit"
 
 
+def _load_in(help_text: str) -> Any:
+    return typer.Option("--load-in", metavar="BITS", help=help_text, rich_help_panel=MODEL_PANEL)
+
+
 System = Annotated[
     str | None,
     typer.Option(
         "--system",
         metavar="TEXT",
-        help="What the chat template lets the system say, before the prompt.",
+        help="A message of the system, before the prompt, in the chat template.",
         rich_help_panel=PROMPT_PANEL,
     ),
 ]
@@ -56,12 +60,10 @@ Adapter = Annotated[
 ]
 LoadIn = Annotated[
     LoadInChoice | None,
-    typer.Option(
-        "--load-in",
-        metavar="BITS",
-        help="Quantise weights to 4bit or 8bit as they are loaded; needs bitsandbytes.",
-        rich_help_panel=MODEL_PANEL,
-    ),
+    _load_in("Quantise weights to 4bit or 8bit as they are loaded; needs bitsandbytes."),
+]
+PlannedLoadIn = Annotated[
+    LoadInChoice | None, _load_in("Plan for weights in 4bit or 8bit, as generate has them.")
 ]
 Stop = Annotated[
     list[str] | None,

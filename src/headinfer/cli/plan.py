@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from headinfer.cli.console import reporting_errors, stderr_console
-from headinfer.cli.form_options import LoadIn
+from headinfer.cli.form_options import PlannedLoadIn
 from headinfer.cli.hardware import hardware_of, measured_hardware
 from headinfer.cli.options import (
     MEMORY_PANEL,
@@ -79,7 +79,7 @@ def plan(
         ),
     ] = 1,
     dtype: Dtype = DtypeChoice.AUTO,
-    load_in: LoadIn = None,
+    load_in: PlannedLoadIn = None,
     hardware: Annotated[
         str | None,
         typer.Option(

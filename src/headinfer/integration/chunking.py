@@ -114,8 +114,8 @@ class Chunking:
 
 def _weighs_passes(module: torch.nn.Module) -> bool:
     """Whether a module is of LLM.int8, whose results for a token depend on the others of a pass."""
-    state = getattr(module, "state", None)
-    return type(state).__module__.startswith("bitsandbytes") and state.threshold > 0
+    state: Any = getattr(module, "state", None)
+    return type(state).__module__.startswith("bitsandbytes") and bool(state.threshold > 0)
 
 
 def _obstacle(config: Any, arguments: dict[str, Any], *, multimodal: bool) -> str | None:
