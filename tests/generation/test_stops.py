@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import StoppingCriteriaList
+from transformers import AddedToken, StoppingCriteriaList
 
 import headinfer
 from headinfer.errors import OptionError
@@ -81,6 +81,18 @@ def test_a_special_token_ends_the_text_by_its_name() -> None:
     assert "".join(pieces) == "ab"
     assert collector.stopped
     assert collector.ids == [ord("a"), ord("b"), 1]
+
+
+@pytest.mark.parametrize("token", ["</s>", "<turn>"])
+def test_special_tokens_are_known_to_a_tokenizer(token: str) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([AddedToken("<turn>", special=True), AddedToken("<plain>")])
+    stops = Stops.of([token, "<plain>", "w1"], tokenizer)
+    assert stops.ids == {tokenizer.convert_tokens_to_ids(token)}
+    assert stops.strings == ("<plain>", "w1")
+    collector = TextCollector(tokenizer, lambda _piece: None, stops=stops)
+    collector.add(tokenizer(f"w3 w4 {token} w5", add_special_tokens=False)["input_ids"])
+    assert (collector.text.strip(), collector.stopped) == ("w3 w4", True)
 
 
 def answer(stop: Any, **settings: Any) -> tuple[str, str | None, int]:

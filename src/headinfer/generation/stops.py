@@ -43,12 +43,10 @@ class Stops:
             strings: none of them empty.
             tokenizer: of transformers, whose special tokens text leaves out.
         """
-        special = set(tokenizer.all_special_tokens)
+        special = _special_ids(tokenizer) if strings else {}
         return cls(
             strings=tuple(string for string in strings if string not in special),
-            ids=frozenset(
-                tokenizer.convert_tokens_to_ids(string) for string in strings if string in special
-            ),
+            ids=frozenset(special[string] for string in strings if string in special),
         )
 
     def __bool__(self) -> bool:
@@ -70,6 +68,15 @@ class Stops:
     def held_chars(self, text: str) -> int:
         """Return how many characters at the end of a text may yet become one of the strings."""
         return max((_overlap(text, string) for string in self.strings), default=0)
+
+
+def _special_ids(tokenizer: Any) -> dict[str, int]:
+    """Return the special tokens of a tokenizer, those that have no name of their own too."""
+    named = {
+        token: tokenizer.convert_tokens_to_ids(token) for token in tokenizer.all_special_tokens
+    }
+    added = getattr(tokenizer, "added_tokens_decoder", {}).items()
+    return named | {token.content: token_id for token_id, token in added if token.special}
 
 
 def _overlap(text: str, string: str) -> int:
