@@ -156,6 +156,20 @@ def test_a_model_that_is_quantised_already(llama: Path, tmp_path: Path) -> None:
         shape_of(str(tmp_path), quantised="4bit")
 
 
+@needs_library
+def test_matrices_that_cannot_be_packed_for_a_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bitsandbytes.nn import modules
+
+    monkeypatch.setattr(modules, "has_avx512bf16", lambda: True)
+    folder = save_llama(tmp_path, hidden_size=96, intermediate_size=128)
+    with pytest.raises(ModelLoadError) as raised:
+        loaded(folder, "4bit")
+    assert "q_proj is of 96 x 96, not of multiples of 32 x 64; take 8bit" in str(raised.value)
+    assert loaded(folder, "8bit") is not None
+
+
 def test_without_the_library_an_error_says_what_to_install(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -39,7 +39,8 @@ class AdapterSource:
         try:
             config = PeftConfig.from_pretrained(self._location(), **self._keywords())
         except Exception as error:
-            raise self._refusal("cannot be loaded", error) from error
+            remedy = "; give a folder that peft saved, or an id"
+            raise self._refusal("cannot be loaded", error, remedy) from error
         kind = str(getattr(config.peft_type, "value", config.peft_type))
         if kind != "LORA":
             raise ModelLoadError(f"adapter {self.name!r} is of type {kind}; only LORA is served")
@@ -87,12 +88,12 @@ class AdapterSource:
     def _keywords(self) -> dict[str, Any]:
         return {"local_files_only": True} if self.local_files_only else {}
 
-    def _refusal(self, what: str, error: Exception) -> ModelLoadError:
+    def _refusal(self, what: str, error: Exception, remedy: str = "") -> ModelLoadError:
         """Return one line of peft's explanations: where shapes differ, it has one for each."""
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         told = next((line for line in lines if line.startswith("size mismatch")), None)
         reason = told or (lines[0] if lines else type(error).__name__)
-        return ModelLoadError(f"adapter {self.name!r} {what}: {reason.rstrip('.')}")
+        return ModelLoadError(f"adapter {self.name!r} {what}: {reason.rstrip('.')}{remedy}")
 
 
 def adapter_of(model: Any) -> str | None:

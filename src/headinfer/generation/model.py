@@ -9,6 +9,7 @@ from headinfer.errors import HeadInferError, ModelLoadError, OptionError, is_out
 from headinfer.generation.adapter import AdapterSource
 from headinfer.generation.quantised import (
     check_library,
+    check_packable,
     check_quantisable,
     quantisation,
     quantised_by,
@@ -192,6 +193,8 @@ def load_model(
         keywords["device_map"] = {"": 0 if place == "cuda" else place}
     try:
         model, note = load_checkpoint(source.name, source.location(), **keywords)
+        if source.load_in is not None:
+            check_packable(source.name, model)
         if source.adapter_source is not None:
             source.adapter_source.add_to(model, source.name)
         if model.device.type != place:  # some in 8 bits refuse even to stay

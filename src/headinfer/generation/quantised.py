@@ -17,6 +17,9 @@ LOAD_IN = ("4bit", "8bit")
 
 _LIBRARY = "bitsandbytes"
 
+_BLOCK = (32, 64)
+"""Rows and columns that bitsandbytes packs together for processors that multiply in bfloat16."""
+
 
 def check_load_in(given: str | None) -> str | None:
     """Return what weights are to be quantised to, if anything.
@@ -90,6 +93,29 @@ def quantisation(load_in: str, config: Any, dtype: str) -> Any:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=named if dtype == "auto" else getattr(torch, dtype),
     )
+
+
+def check_packable(name: str, model: Any) -> None:
+    """Refuse matrices in 4 bits that bitsandbytes fails to pack for this CPU, once it computes.
+
+    Args:
+        name: of the model, for messages.
+        model: quantised.
+
+    Raises:
+        ModelLoadError: names the first one.
+    """
+    for where, module in model.named_modules():
+        if not getattr(module, "support_avx512bf16_for_cpu", False):
+            continue
+        sizes = (module.out_features, module.in_features)
+        if module.weight.device.type == "cpu" and any(
+            size % block for size, block in zip(sizes, _BLOCK, strict=True)
+        ):
+            raise ModelLoadError(
+                f"model {name!r} cannot be had in 4bit on this CPU: {where} is of {sizes[0]} x "
+                f"{sizes[1]}, not of multiples of {_BLOCK[0]} x {_BLOCK[1]}; take 8bit"
+            )
 
 
 def has_fused_experts(model: Any) -> bool:
