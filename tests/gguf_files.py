@@ -9,7 +9,6 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, Llama
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 gguf = pytest.importorskip("gguf", reason="GGUF files are written with the package gguf")
-pytest.importorskip("accelerate", reason="transformers reads GGUF files with accelerate")
 
 CONTROL, NORMAL = 3, 1
 CHAT = "{% for message in messages %}[{{ message['content'] }}]{% endfor %}"

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import headinfer
 from gguf_files import CHAT, gguf, write_gemma, write_llama
 from headinfer.errors import ModelLoadError
-from headinfer.gguf_models import folder, model_folder, requirements
+from headinfer.gguf_models import folder, model_folder, read_stored, requirements
 from saved_models import save_tokenizer
 
 
@@ -77,6 +77,34 @@ def test_a_shape_is_told_without_unpacking(tmp_path):
     assert [layer.window_tokens for layer in shape.layers] == [8] * 5 + [0, 8]
     assert shape.max_positions == 384
     assert not list((tmp_path / "cache").glob("headinfer/tiny-*"))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_weights_are_unpacked_to_the_dtype_asked_for(dtype, tmp_path):
+    file = tmp_path / "tiny.gguf"
+    write_llama(file)
+    exact = AutoModelForCausalLM.from_pretrained(model_folder(str(file)))
+    rounded = AutoModelForCausalLM.from_pretrained(model_folder(str(file), dtype))
+    assert rounded.dtype == getattr(torch, dtype)
+    expected = exact.to(rounded.dtype).state_dict()
+    assert expected.keys() == rounded.state_dict().keys()
+    assert all(torch.equal(weight, expected[name]) for name, weight in rounded.state_dict().items())
+
+
+def test_a_file_is_kept_to_no_more_than_the_dtype_it_is_loaded_in(tmp_path):
+    file = tmp_path / "tiny.gguf"
+    write_llama(file)
+    list(headinfer.generate(str(file), "hello", dtype="bfloat16", max_new_tokens=2))
+    (kept,) = (tmp_path / "cache" / "headinfer").glob("tiny-*")
+    assert kept == model_folder(str(file), "bfloat16")
+
+
+def test_what_a_file_stored_is_known(tmp_path):
+    file = tmp_path / "tiny.gguf"
+    model = write_llama(file)
+    stored = read_stored(model_folder(str(file)))
+    assert stored.types == ("F32",)
+    assert stored.num_bytes == sum(weight.nbytes for weight in model.parameters())
 
 
 def test_generate_takes_a_file_by_its_path(tmp_path):
@@ -185,13 +213,8 @@ def test_one_file_of_several(tmp_path):
 def test_what_reads_gguf_is_named_where_it_is_missing(tmp_path, monkeypatch):
     file = tmp_path / "tiny.gguf"
     write_llama(file)
-    find = requirements.find_spec
-    monkeypatch.setattr(
-        requirements, "find_spec", lambda name: None if name == "gguf" else find(name)
-    )
-    refused(file, "needs gguf: pip install gguf")
     monkeypatch.setattr(requirements, "find_spec", lambda name: None)
-    refused(file, "needs gguf and accelerate: pip install gguf accelerate")
+    refused(file, "needs gguf: pip install gguf")
 
 
 def test_a_transformers_that_reads_tokenizers_wrongly(tmp_path, monkeypatch):

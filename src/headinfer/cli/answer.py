@@ -34,12 +34,15 @@ class Request:
     """A request: all that `generate` was asked, checked as far as it can be without the model."""
 
     text: str
+    system: str | None
+    template_values: dict[str, Any]
     raw: bool
     allow_long: bool
     source: NamedSource
     dtype: str
     options: Options
     generation: GenerationOptions
+    stop: tuple[str, ...]
     seed: int | None
     trace: str | None
     threads: int | None
@@ -127,6 +130,7 @@ class Answer:
             self._settings,
             self._stream,
             criteria=criteria,
+            stop=self._request.stop,
         )
         try:
             with bar:
@@ -209,6 +213,8 @@ class Answer:
             "text": generation.text,
             "finish_reason": self._finish_reason(generation),
             "model": self._request.source.name,
+            "load_in": self._request.source.load_in,
+            "adapter": self._request.source.adapter,
             "prompt_tokens": generation.prompt_tokens,
             "new_tokens": len(generation.ids),
             "seed": self._request.seed,

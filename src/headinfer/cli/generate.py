@@ -5,6 +5,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
+from headinfer.cli import form_options as form
 from headinfer.cli import options as opt
 from headinfer.cli.answer import Answer, Request
 from headinfer.cli.console import reporting_errors, stderr_console
@@ -25,14 +26,12 @@ from headinfer.cli.sampling import GenerationOptions, flag
 from headinfer.errors import OptionError
 from headinfer.generation.model import choose_device, load_config, load_model, load_tokenizer
 from headinfer.generation.settings import DEFAULT_NEW_TOKENS, settle
+from headinfer.gguf_models import unpacked_dtype
 from headinfer.plan.options import Options
-
-_PROMPT_PANEL = "Prompt"
-_SAMPLING_PANEL = "Generation (defaults: the model's own)"
 
 
 def _prompt_option(*flags: str, help_text: str, metavar: str = opt.NO_VALUE) -> Any:
-    return typer.Option(*flags, help=help_text, metavar=metavar, rich_help_panel=_PROMPT_PANEL)
+    return typer.Option(*flags, help=help_text, metavar=metavar, rich_help_panel=form.PROMPT_PANEL)
 
 
 def _model_option(*flags: str, help_text: str, metavar: str = opt.NO_VALUE) -> Any:
@@ -41,7 +40,7 @@ def _model_option(*flags: str, help_text: str, metavar: str = opt.NO_VALUE) -> A
 
 def _sampling_option(*flags: str, help_text: str, metavar: str = "N", **settings: Any) -> Any:
     return typer.Option(
-        *flags, help=help_text, metavar=metavar, rich_help_panel=_SAMPLING_PANEL, **settings
+        *flags, help=help_text, metavar=metavar, rich_help_panel=form.GENERATION_PANEL, **settings
     )
 
 
@@ -60,6 +59,8 @@ def generate(
             metavar="PATH",
         ),
     ] = None,
+    system: form.System = None,
+    chat_template_kwargs: form.ChatTemplateKwargs = None,
     raw: Annotated[
         bool, _prompt_option("--raw", help_text="Leave out the model's chat template.")
     ] = False,
@@ -80,6 +81,8 @@ def generate(
         ),
     ] = DEMO_MODEL,
     dtype: opt.Dtype = opt.DtypeChoice.AUTO,
+    load_in: form.LoadIn = None,
+    adapter: form.Adapter = None,
     flags: dict[str, Any],
     local_files_only: Annotated[
         bool, _model_option("--local-files-only", help_text="Never ask the model hub.")
@@ -96,6 +99,7 @@ def generate(
             help_text=f"The most tokens to generate, by default {DEFAULT_NEW_TOKENS}.",
         ),
     ] = None,
+    stop: form.Stop = None,
     do_sample: Annotated[
         bool | None,
         _sampling_option(
@@ -203,14 +207,20 @@ def generate(
             ),
             options=Options.parse(**flags),
             text=read_prompt(prompt, prompt_file or []),
+            system=system,
+            template_values=form.parse_template_values(chat_template_kwargs),
             raw=raw,
             allow_long=allow_long_prompt,
             source=NamedSource(
                 name=model,
                 local_files_only=local_files_only,
                 trust_remote_code=trust_remote_code,
+                load_in=load_in.value if load_in else None,
+                adapter=adapter,
+                unpacked_dtype=unpacked_dtype(dtype.value),
             ),
             dtype=dtype.value,
+            stop=form.parse_stop(stop),
             seed=seed,
             trace=trace,
             threads=threads,
@@ -238,7 +248,13 @@ def _load_and_run(request: Request) -> None:
         device = choose_device(request.options.device)
         config = load_config(request.source)
         tokenizer = load_tokenizer(request.source)
-        ids = encode(tokenizer, request.text, raw=request.raw)
+        ids = encode(
+            tokenizer,
+            request.text,
+            system=request.system,
+            template_values=request.template_values,
+            raw=request.raw,
+        )
         new_tokens = request.generation.max_new_tokens or DEFAULT_NEW_TOKENS
         positions = max_positions(config)
         note = check_length(len(ids), new_tokens, positions, allow_long=request.allow_long)
@@ -254,6 +270,8 @@ def _load_and_run(request: Request) -> None:
     with interrupt.handling(), attach(model, **keywords) as offload:
         plan = offload.session.plan_for(settings.rows, len(ids) + settings.max_new_tokens)
         print_plan(console, request.source.name, str(model.dtype).removeprefix("torch."), plan)
+        for line in form.loaded_form(request.source, model, plan.shape.weights_bytes):
+            console.print(f"  {escape(line)}", highlight=False)
         answer = Answer(request, settings, console, model, tokenizer, offload, plan)
         answer.generate(ids, bar, interrupt)
         interrupt.finishing = True

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from headinfer.cli.console import reporting_errors, stderr_console
+from headinfer.cli.form_options import PlannedLoadIn
 from headinfer.cli.hardware import hardware_of, measured_hardware
 from headinfer.cli.options import (
     MEMORY_PANEL,
@@ -78,6 +79,7 @@ def plan(
         ),
     ] = 1,
     dtype: Dtype = DtypeChoice.AUTO,
+    load_in: PlannedLoadIn = None,
     hardware: Annotated[
         str | None,
         typer.Option(
@@ -134,7 +136,7 @@ def plan(
         if one_memory and options.host_memory_bytes is not None:
             raise OptionError("there is one memory on a CPU: use --device-memory")
         situation = Situation(
-            shape=_shape(model, dtype.value),
+            shape=_shape(model, dtype.value, load_in.value if load_in else None),
             hardware=here,
             context_tokens=parse_tokens(context),
             device_memory_bytes=_device_memory_bytes(here, options.device_memory_bytes),
@@ -195,10 +197,10 @@ def _answer(situation: Situation, which: str, json_path: str | None, *, steps: b
     return 0 if choice.plan else _EXIT_NOTHING_FITS
 
 
-def _shape(name: str, dtype: str) -> ModelShape:
+def _shape(name: str, dtype: str, quantised: str | None) -> ModelShape:
     from headinfer.cli.shapes import shape_of
 
-    return shape_of(name, dtype=dtype)
+    return shape_of(name, dtype=dtype, quantised=quantised)
 
 
 def _hardware(name: str | None) -> tuple[Hardware, str]:

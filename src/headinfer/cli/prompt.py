@@ -1,7 +1,7 @@
 """The prompt: read from options, file or stdin, and held against the model's positions."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from headinfer.errors import OptionError
@@ -73,23 +73,57 @@ def read_text(path: str, what: str, options: str) -> str:
     return text.rstrip("\r\n")
 
 
-def encode(tokenizer: Any, text: str, *, raw: bool) -> list[int]:
+def encode(
+    tokenizer: Any,
+    text: str,
+    *,
+    system: str | None = None,
+    template_values: Mapping[str, Any] | None = None,
+    raw: bool,
+) -> list[int]:
     """Return the prompt's token ids, in the tokenizer's chat template if it has one.
 
     Args:
         tokenizer: of transformers.
         text: the user's message.
+        system: the system's message before it, if any.
+        template_values: values for the chat template.
         raw: True to leave the chat template out.
 
     Raises:
-        OptionError: the template refuses the message, or nothing is left to run the model on.
+        OptionError: the template refuses the messages, there is none for what is given, or nothing
+            is left to run the model on.
     """
     if raw or not tokenizer.chat_template:
+        _check_no_template(raw, {"--system": system, "--chat-template-kwargs": template_values})
         return encode_prompt(tokenizer, text)
+    user = [{"role": "user", "content": text}]
+    messages = user if system is None else [{"role": "system", "content": system}, *user]
     try:
-        return encode_prompt(tokenizer, [{"role": "user", "content": text}])
+        return encode_prompt(tokenizer, messages, template_values)
     except TemplateRefusalError as error:
-        raise OptionError(f"{error}; --raw leaves it out") from error
+        if system is None or not _is_taken(tokenizer, user, template_values):
+            raise OptionError(f"{error}; --raw leaves it out") from error
+        raise OptionError(f"{error}; leave out --system, or put it into --prompt") from error
+
+
+def _check_no_template(raw: bool, given: Mapping[str, object]) -> None:
+    """Refuse options that are for a chat template, where there is none."""
+    for name, value in given.items():
+        if value not in (None, {}):
+            why = "--raw leaves out" if raw else "the model's tokenizer does not have"
+            raise OptionError(f"{name} is for the chat template, which {why}; leave out {name}")
+
+
+def _is_taken(
+    tokenizer: Any, messages: list[dict[str, str]], values: Mapping[str, Any] | None
+) -> bool:
+    """Whether a chat template takes messages."""
+    try:
+        encode_prompt(tokenizer, messages, values)
+    except TemplateRefusalError:
+        return False
+    return True
 
 
 def check_length(

@@ -9,14 +9,21 @@ from typing import Any
 from headinfer.cli.load import DEMO_MODEL, NamedSource, calm_transformers
 from headinfer.errors import HeadInferError, ModelLoadError, UnsupportedModelError
 from headinfer.estimate.config import shape_from_config
-from headinfer.estimate.presets import PRESETS, preset_shape
+from headinfer.estimate.presets import PRESETS
+from headinfer.estimate.quantization import load_in
 from headinfer.generation.model import ModelSource, check_causal, load_config
 from headinfer.gguf_models.folder import gguf_file, is_gguf_model
 from headinfer.gguf_models.unpack import read_config
 from headinfer.plan.shape import ModelShape
 
 
-def shape_of(name: str, *, dtype: str = "auto", local_files_only: bool = False) -> ModelShape:
+def shape_of(
+    name: str,
+    *,
+    dtype: str = "auto",
+    quantised: str | None = None,
+    local_files_only: bool = False,
+) -> ModelShape:
     """Return the shape of a model from its config alone.
 
     Presets, and local models of the families in `headinfer.estimate.families`, need neither torch
@@ -27,16 +34,17 @@ def shape_of(name: str, *, dtype: str = "auto", local_files_only: bool = False) 
             It is the first of these that it can be. So a folder called as a preset is given as
             "./llama-3-8b".
         dtype: "auto" for the one the config names, or a torch dtype's name.
+        quantised: "4bit" or "8bit" where weights are to be quantised as they are loaded.
         local_files_only: never ask the hub.
 
     Raises:
         HeadInferError: there is no such model, or its shape cannot be told.
     """
     wanted = None if dtype == "auto" else dtype
-    if name in PRESETS:
-        return preset_shape(name, dtype=wanted)
     source = NamedSource(name=name, local_files_only=local_files_only)
-    values = _values(source)
+    values = PRESETS[name] if name in PRESETS else _values(source)
+    if quantised is not None:
+        values = load_in(values, quantised, name)
     try:
         return shape_from_config(values, name=name, dtype=wanted)
     except UnsupportedModelError as unknown:

@@ -36,12 +36,14 @@ def _grouped(settings: Settings) -> _Bits:
 
 
 def _bitsandbytes(settings: Settings) -> _Bits:
-    """8 bits; or 4, and a float32 scale for each 64 elements, itself in 8 bits if quantised."""
+    """8 bits; or 4, and a float32 scale for each 64 elements, itself in 8 bits if quantised.
+
+    Experts stay as they are: transformers has all of a layer's in one parameter.
+    """
     if not (settings.get("load_in_4bit") or settings.get("_load_in_4bit")):
-        return _Bits(8, 8)
+        return _Bits(8, None)
     scale_bits = 8 + 32 / 256 if settings.get("bnb_4bit_use_double_quant") else 32
-    each = 4 + scale_bits / 64
-    return _Bits(each, each)
+    return _Bits(4 + scale_bits / 64, None)
 
 
 def _fp8(_settings: Settings) -> _Bits:
@@ -61,6 +63,25 @@ _METHODS: dict[str, Callable[[Settings], _Bits]] = {
     "awq": _grouped,
     "fp8": _fp8,
 }
+
+
+def load_in(config: Settings, form: str, name: str) -> Settings:
+    """Return the config of a model whose weights are quantised as they are loaded.
+
+    Args:
+        config: the contents of its config.json.
+        form: "4bit" or "8bit".
+        name: of the model, for messages.
+
+    Raises:
+        ModelLoadError: it is quantised already.
+    """
+    if config.get("quantization_config"):
+        raise ModelLoadError(f"{name!r} is quantised already; plan for it as it is, not in {form}")
+    return {
+        **config,
+        "quantization_config": {"quant_method": "bitsandbytes", f"load_in_{form}": True},
+    }
 
 
 def stored_bytes(count: ParameterCount, itemsize: int, settings: Settings, name: str) -> int:

@@ -10,6 +10,8 @@ from headinfer.engine.stats import Stats
 from headinfer.errors import OptionError
 from headinfer.generation.logits_check import LogitsCheck
 from headinfer.generation.settings import Settings
+from headinfer.generation.stop_criterion import StopCriterion
+from headinfer.generation.stops import Stops
 from headinfer.generation.text import TextCollector
 from headinfer.integration.cache import OffloadedCache, PrefillProgress
 from headinfer.integration.calls import cache_argument
@@ -30,6 +32,7 @@ class Generation:
         on_text: given each new piece of text, never empty; may raise to stop.
         progress: told of the prompt, after each chunk; may raise to stop.
         criteria: asked after each token whether to stop.
+        stop: strings, none of them empty, before the first of which the text ends.
 
     Attributes:
         prompt_tokens: of the prompt.
@@ -46,6 +49,7 @@ class Generation:
         *,
         progress: PrefillProgress | None = None,
         criteria: Sequence[Criterion] = (),
+        stop: Sequence[str] = (),
     ) -> None:
         self.prompt_tokens = 0
         self.stats = Stats()
@@ -55,7 +59,10 @@ class Generation:
         self._settings = settings
         self._progress = progress
         self._criteria = criteria
-        self._collector = TextCollector(tokenizer, on_text, self._raise_if_no_numbers)
+        self._stops = Stops.of(stop, tokenizer)
+        self._collector = TextCollector(
+            tokenizer, on_text, self._raise_if_no_numbers, stops=self._stops
+        )
         self._logits = LogitsCheck(str(model.dtype).removeprefix("torch."))
 
     @property
@@ -105,7 +112,7 @@ class Generation:
     def finish_reason(self) -> str:
         """Why a call that ended by itself did: "stop", "time" or "length"."""
         ids, settings = self.ids, self._settings
-        if ids and ids[-1] in settings.end_ids:
+        if self._collector.stopped or (ids and ids[-1] in settings.end_ids):
             return "stop"
         if any(string in self.text for string in settings.stop_strings):
             return "stop"
@@ -118,6 +125,8 @@ class Generation:
         keywords = dict(settings.keywords)
         given = keywords.pop("stopping_criteria", None) or ()
         criteria = StoppingCriteriaList([self._no_numbers_criterion, *self._criteria, *given])
+        if self._stops:
+            criteria.append(StopCriterion(self._tokenizer, self._stops, prompt.shape[1]))
         if settings.stop_strings:
             keywords["tokenizer"] = self._tokenizer
         model: Any = self._model

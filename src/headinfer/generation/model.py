@@ -6,6 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from headinfer.errors import HeadInferError, ModelLoadError, OptionError, is_out_of_memory
+from headinfer.generation.adapter import AdapterSource
+from headinfer.generation.quantised import (
+    check_library,
+    check_packable,
+    check_quantisable,
+    quantisation,
+    quantised_by,
+)
+from headinfer.gguf_models import UNPACKED_DTYPE, is_gguf_model, model_folder
 
 _DECODERS_WITHOUT_FLAG = ("gpt_neox", "gpt_neox_japanese")
 """Their configs have `is_decoder=False` by default, as encoders' have, and mean nothing by it."""
@@ -19,11 +28,17 @@ class ModelSource:
         name: as the user gave it.
         local_files_only: never ask the hub.
         trust_remote_code: run code that comes with the model.
+        load_in: one of `LOAD_IN` to quantise its weights as they are loaded; None for as they are.
+        adapter: a LoRA to put on it: a folder or the id of one.
+        unpacked_dtype: that weights in GGUF are unpacked to, a torch dtype's name.
     """
 
     name: str
     local_files_only: bool = False
     trust_remote_code: bool = False
+    load_in: str | None = None
+    adapter: str | None = None
+    unpacked_dtype: str = UNPACKED_DTYPE
 
     def location(self) -> str:
         """Return the folder or hub id; a model in GGUF is unpacked if need be.
@@ -31,10 +46,8 @@ class ModelSource:
         Raises:
             ModelLoadError: the name can be neither, or what it names cannot be unpacked.
         """
-        from headinfer.gguf_models import is_gguf_model, model_folder
-
         if is_gguf_model(self.name):
-            return str(model_folder(self.name))
+            return str(model_folder(self.name, self.unpacked_dtype))
         folder = Path(self.name).expanduser()
         if folder.is_dir():
             if not (folder / "config.json").is_file():
@@ -53,6 +66,13 @@ class ModelSource:
         if looks_like_path or folder.exists() or not self.name.strip():
             raise ModelLoadError(f"model {self.name!r} is neither a folder nor a model id")
         return self.name
+
+    @property
+    def adapter_source(self) -> AdapterSource | None:
+        """Where its adapter comes from; None without one."""
+        if self.adapter is None:
+            return None
+        return AdapterSource(name=self.adapter, local_files_only=self.local_files_only)
 
     def keywords(self) -> dict[str, Any]:
         """Return keywords for every `from_pretrained`."""
@@ -84,16 +104,23 @@ def load_config(source: ModelSource) -> Any:
     """Return a model's config, and refuse at once what is not a causal language model.
 
     Raises:
-        ModelLoadError: there is no such model, or it is of another kind.
+        ModelLoadError: there is no such model, it is of another kind, or it cannot be had in the
+            form that is asked for.
     """
     from transformers import AutoConfig
 
+    if source.load_in is not None:
+        check_library(source.load_in)
+    if source.adapter_source is not None:
+        source.adapter_source.read_config()
     location = source.location()
     try:
         config = AutoConfig.from_pretrained(location, **source.keywords())
     except Exception as error:
         raise _load_error(source, "model", error) from error
     check_causal(source, config)
+    if source.load_in is not None:
+        check_quantisable(source.name, source.load_in, config)
     return config
 
 
@@ -159,12 +186,18 @@ def load_model(
 
     keywords = source.keywords() | {"config": config, "dtype": dtype}
     place = "cuda" if device == "cuda" else "cpu"
-    if getattr(config, "quantization_config", None) and place == "cuda":
-        keywords["device_map"] = {"": 0}  # quantised weights are made where they stay
-        place = ""
+    if source.load_in is not None:
+        keywords["quantization_config"] = quantisation(source.load_in, config, dtype)
+    if source.load_in is not None or (quantised_by(config) and place == "cuda"):
+        # Quantised weights are made where they stay.
+        keywords["device_map"] = {"": 0 if place == "cuda" else place}
     try:
         model, note = load_checkpoint(source.name, source.location(), **keywords)
-        if place:
+        if source.load_in is not None:
+            check_packable(source.name, model)
+        if source.adapter_source is not None:
+            source.adapter_source.add_to(model, source.name)
+        if model.device.type != place:  # some in 8 bits refuse even to stay
             model.to(place)
     except Exception as error:
         if is_out_of_memory(error):

@@ -1,6 +1,8 @@
 """Prompts in their forms, turned into token ids."""
 
+import inspect
 import operator
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +14,15 @@ Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
 Token ids may also be a tensor of one row, or what a tokenizer returns for one text.
 """
 
+_HEEDED = ("add_generation_prompt", "continue_final_message")
+"""Arguments of `apply_chat_template` that transformers heeds, whatever the template is."""
+
+_PASSED_ON = ("documents", "tools")
+"""Those that it hands to the template; all others are about the result."""
+
+_SYSTEM = "what-the-system-says"
+"""A system message no template has, to see whether it writes those it is given."""
+
 _NO_PROMPT = "the prompt must be text, messages (mappings with role and content) or token ids"
 
 
@@ -19,25 +30,28 @@ class TemplateRefusalError(OptionError):
     """A model's chat template does not take the messages."""
 
 
-def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
+def encode_prompt(
+    tokenizer: Any, prompt: Prompt, template_values: Mapping[str, Any] | None = None
+) -> list[int]:
     """Return a prompt's token ids.
 
     Args:
         tokenizer: of transformers; adds its special tokens to text, and none to messages.
         prompt: text, messages or token ids.
+        template_values: further values for the chat template, by their names in it.
 
     Raises:
-        OptionError: the prompt is none of these, the chat template refuses the messages, or
+        OptionError: the prompt is none of these, the chat template refuses messages or values, or
             nothing is left to run the model on.
     """
-    if isinstance(prompt, str):
-        ids = tokenizer(prompt)["input_ids"]
+    parts = None if isinstance(prompt, str) else _parts(prompt)
+    if parts and all(isinstance(part, Mapping) for part in parts):
+        text = _chat(tokenizer, parts, template_values or {})
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    elif template_values:
+        raise OptionError("values for the chat template are for messages, which the prompt is not")
     else:
-        parts = _parts(prompt)
-        if parts and all(isinstance(part, Mapping) for part in parts):
-            ids = tokenizer(_chat(tokenizer, parts), add_special_tokens=False)["input_ids"]
-        else:
-            ids = _token_ids(parts)
+        ids = tokenizer(prompt)["input_ids"] if parts is None else _token_ids(parts)
     if not ids:
         raise OptionError("the model's tokenizer makes no tokens of this prompt")
     return [int(token_id) for token_id in ids]
@@ -56,19 +70,45 @@ def _parts(prompt: Any) -> list[Any]:
     return list(prompt)
 
 
-def _chat(tokenizer: Any, messages: list[Any]) -> str:
+def _chat(tokenizer: Any, messages: list[Any], values: Mapping[str, Any]) -> str:
     """Return messages as the text a model was trained to answer."""
-    from jinja2 import TemplateError
-
     if not tokenizer.chat_template:
         raise TemplateRefusalError(
             "the model's tokenizer has no chat template for messages; give the prompt as text"
         )
+    _check_values(tokenizer, values)
+    text = _fill(tokenizer, messages, values)
+    marked = [_marked(message) for message in messages]
+    if marked != messages and _SYSTEM not in _fill(tokenizer, marked, values):
+        raise TemplateRefusalError("the model's chat template leaves out the system message")
+    return text
+
+
+def _marked(message: Any) -> Any:
+    """Return a message with the mark in the place of its text, if the system says it."""
+    is_system = message.get("role") == "system" and isinstance(message.get("content"), str)
+    return {**message, "content": _SYSTEM} if is_system else message
+
+
+def _fill(tokenizer: Any, messages: list[Any], values: Mapping[str, Any]) -> str:
+    keywords = {"add_generation_prompt": True} | dict(values)
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
-        raise TemplateRefusalError(f"the model's chat template fails ({error})") from error
-    return str(text)
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **keywords))
+    except Exception as error:  # a template is a program, and may fail as one
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise TemplateRefusalError(f"the model's chat template fails ({said})") from error
+
+
+def _check_values(tokenizer: Any, values: Mapping[str, Any]) -> None:
+    """Refuse values for a chat template that it would pass over."""
+    template = tokenizer.chat_template
+    source = template if isinstance(template, str) else "\n".join(template.values())
+    arguments = set(inspect.signature(tokenizer.apply_chat_template).parameters)
+    taken = {"messages", *arguments}.difference(_PASSED_ON)
+    for name in set(values).difference(_HEEDED):
+        known = re.search(rf"\b{re.escape(name)}\b", source) is not None
+        if name in taken or not known:
+            raise OptionError(f"the model's chat template has no value {name!r} to set")
 
 
 def _token_ids(parts: Sequence[Any]) -> list[int]:

@@ -1,20 +1,14 @@
-"""`headinfer.generate`: a prompt's answer as a stream of records, with what was measured.
-
-The model runs in a thread of its own, because transformers' `generate` hands text on by a call.
-"""
+"""`headinfer.generate`: a prompt's answer as a stream of records, with what was measured."""
 
 import contextlib
-import contextvars
 import logging
 import os
-import queue
 import threading
 import weakref
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-import torch
 from transformers import PreTrainedModel
 
 from headinfer.api import attach
@@ -28,7 +22,11 @@ from headinfer.generation.model import (
     load_tokenizer,
 )
 from headinfer.generation.prompt import Prompt, encode_prompt
+from headinfer.generation.quantised import check_load_in
 from headinfer.generation.settings import check_given, settle
+from headinfer.generation.stops import check_stop
+from headinfer.generation.worker import Worker
+from headinfer.gguf_models import unpacked_dtype
 from headinfer.integration.attachment import owner_of
 from headinfer.integration.cache import PrefillProgress
 from headinfer.plan.options import DECLARATIONS, Options
@@ -79,6 +77,10 @@ def generate(
     *,
     tokenizer: Any = None,
     dtype: str = "auto",
+    load_in: str | None = None,
+    adapter: "str | os.PathLike[str] | None" = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    stop: str | Sequence[str] | None = None,
     progress: PrefillProgress | None = None,
     **keywords: Any,
 ) -> Generator[Generated, None, None]:
@@ -95,6 +97,11 @@ def generate(
         prompt: text as it is, messages for the model's chat template, or token ids.
         tokenizer: of a loaded model; a model's own where it is loaded here.
         dtype: of weights that are loaded here: "auto" as they were saved, or a torch dtype's name.
+        load_in: "4bit" or "8bit" to quantise weights that are loaded here.
+        adapter: a LoRA for a model that is loaded here: a folder or the id of one.
+        chat_template_kwargs: values for the chat template, such as `{"enable_thinking": False}`.
+        stop: strings that end the answer and are no part of it. A special token may be one.
+            (`stop_strings`, which transformers has, stay in the text.)
         progress: called during prefill with the tokens done and the tokens in all; may raise.
         keywords: options of `attach`, unless the model is attached; and settings of transformers'
             `GenerationConfig`, `max_new_tokens` being 256 unless given.
@@ -110,26 +117,50 @@ def generate(
     given = {name: value for name, value in keywords.items() if value is not None}
     parsed = Options.parse(**options)
     check_given(given)
+    strings = check_stop(stop)
+    if chat_template_kwargs is not None and not isinstance(chat_template_kwargs, Mapping):
+        raise OptionError(
+            f"chat_template_kwargs must be a mapping of names, not {chat_template_kwargs!r}"
+        )
+    source = _source(model, tokenizer, dtype=dtype, load_in=load_in, adapter=adapter)
+
+    def with_model() -> Generator[Generated, None, None]:
+        attached_options, loaded, own_tokenizer = options, model, tokenizer
+        if source is not None:
+            device = choose_device(parsed.device)
+            loaded, own_tokenizer = _load(source, dtype, device, tokenizer)
+            attached_options = options | {"device": device}
+        assert isinstance(loaded, PreTrainedModel)
+        ids = encode_prompt(own_tokenizer, prompt, chat_template_kwargs)
+        _check_vocabulary(loaded, ids)
+        yield from _stream(loaded, own_tokenizer, ids, attached_options, given, strings, progress)
+
+    return with_model()
+
+
+def _source(model: object, tokenizer: object, **forms: Any) -> ModelSource | None:
+    """Return where to load a model from; None for one that is loaded, which has its form."""
     if isinstance(model, PreTrainedModel):
         if not callable(tokenizer):
             what = "" if tokenizer is None else f", which {tokenizer!r} is not"
             raise OptionError(f"a loaded model needs its tokenizer, loaded too{what}")
-        if dtype != "auto":
-            raise OptionError(f"dtype={dtype!r} is for models that are loaded here; leave it out")
-    elif not isinstance(model, (str, os.PathLike)):
+        for name, value in forms.items():
+            if value not in (None, "auto"):
+                raise OptionError(
+                    f"{name}={value!r} is for models that are loaded here; leave it out"
+                )
+        return None
+    if not isinstance(model, (str, os.PathLike)):
         raise OptionError(f"model must be a folder, an id or a loaded model, not {model!r}")
-
-    def with_model() -> Generator[Generated, None, None]:
-        attached_options, loaded, own_tokenizer = options, model, tokenizer
-        if not isinstance(loaded, PreTrainedModel):
-            device = choose_device(parsed.device)
-            loaded, own_tokenizer = _load(os.fspath(loaded), dtype, device, tokenizer)
-            attached_options = options | {"device": device}
-        ids = encode_prompt(own_tokenizer, prompt)
-        _check_vocabulary(loaded, ids)
-        yield from _stream(loaded, own_tokenizer, ids, attached_options, given, progress)
-
-    return with_model()
+    adapter = forms["adapter"]
+    if adapter is not None and not isinstance(adapter, (str, os.PathLike)):
+        raise OptionError(f"adapter must be a folder or an id, not {adapter!r}")
+    return ModelSource(
+        name=os.fspath(model),
+        load_in=check_load_in(forms["load_in"]),
+        adapter=None if adapter is None else os.fspath(adapter),
+        unpacked_dtype=unpacked_dtype(forms["dtype"]),
+    )
 
 
 def _check_vocabulary(model: PreTrainedModel, ids: list[int]) -> None:
@@ -143,8 +174,9 @@ def _check_vocabulary(model: PreTrainedModel, ids: list[int]) -> None:
         )
 
 
-def _load(name: str, dtype: str, device: str, tokenizer: Any) -> tuple[PreTrainedModel, Any]:
-    source = ModelSource(name=name)
+def _load(
+    source: ModelSource, dtype: str, device: str, tokenizer: Any
+) -> tuple[PreTrainedModel, Any]:
     config = load_config(source)
     tokenizer = tokenizer or load_tokenizer(source)
     model, unused = load_model(source, config, dtype=dtype, device=device)
@@ -159,13 +191,14 @@ def _stream(
     ids: list[int],
     options: dict[str, Any],
     given: dict[str, Any],
+    stop: Sequence[str],
     progress: PrefillProgress | None,
 ) -> Generator[Generated, None, None]:
     """Yield the records of an answer."""
     settings = settle(given, model.generation_config, len(ids))
     if (note := settings.note()) is not None:
         _logger.warning(note)
-    worker = _Worker()
+    worker = Worker[Generated]()
     with _attached(model, options) as session:
         generation = Generation(
             model,
@@ -175,6 +208,7 @@ def _stream(
             lambda piece: worker.hand_on(_record(generation, piece)),
             progress=lambda done, of: worker.report(progress, done, of),
             criteria=[worker.criterion],
+            stop=stop,
         )
         yield from worker.records(model.device.type, lambda: generation.run(ids))
     yield _record(generation, "", finish_reason=cast("FinishReason", generation.finish_reason))
@@ -232,68 +266,3 @@ def _check_shared(session: Session, options: dict[str, Any]) -> None:
     if options:
         named = ", ".join(options)
         raise OptionError(f"the model is attached already, with options of its own; drop {named}")
-
-
-class _StopError(Exception):
-    """Nobody waits for the rest of an answer."""
-
-
-class _Worker:
-    """A thread that runs a model, and the records it hands on to whoever waits for them."""
-
-    def __init__(self) -> None:
-        self._records: queue.SimpleQueue[Generated | BaseException | None] = queue.SimpleQueue()
-        self._stop = threading.Event()
-
-    def records(self, device: str, work: Callable[[], None]) -> Iterator[Generated]:
-        """Yield what `work` hands on, and raise what it raises; stop it if the caller stops.
-
-        Args:
-            device: "cpu" or "cuda": whose autocast goes on in the thread.
-            work: calls `hand_on`.
-        """
-        enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-
-        def run() -> None:
-            try:
-                with torch.autocast(device, dtype, enabled):  # else each thread has its own
-                    work()
-            except _StopError:
-                self._records.put(None)
-            except BaseException as error:
-                self._records.put(error)
-            else:
-                self._records.put(None)
-
-        context = contextvars.copy_context()
-        thread = threading.Thread(target=context.run, args=(run,), name="headinfer-generate")
-        thread.start()
-        try:
-            while (record := self._records.get()) is not None:
-                if isinstance(record, BaseException):
-                    raise record
-                yield record
-        finally:
-            self._stop.set()
-            if thread is not threading.current_thread():  # a collector's work may be done anywhere
-                thread.join()
-
-    def hand_on(self, record: Generated) -> None:
-        """Give a record to whoever waits."""
-        self._records.put(record)
-
-    @property
-    def _stopping(self) -> bool:
-        """Whether nobody waits any more, which the end of the interpreter tells too."""
-        return self._stop.is_set() or not threading.main_thread().is_alive()
-
-    def report(self, progress: PrefillProgress | None, done_tokens: int, all_tokens: int) -> None:
-        """Pass progress on, or end the prefill."""
-        if self._stopping:
-            raise _StopError
-        if progress is not None:
-            progress(done_tokens, all_tokens)
-
-    def criterion(self, input_ids: torch.Tensor, _scores: Any, **_keywords: Any) -> torch.Tensor:
-        """Stop all rows where nobody waits any more; `[rows]` of bool."""
-        return input_ids.new_full((input_ids.shape[0],), self._stopping, dtype=torch.bool)

@@ -1,11 +1,14 @@
 """Text as it comes: token ids in, whole characters out.
 
 What was written in all is exactly the text of all tokens decoded together. Nothing is held back
-until the next space. Both are unlike transformers' own `TextStreamer`.
+until the next space. Both are unlike transformers' own `TextStreamer`. Where strings are to end the
+text, what may be the beginning of one is held back.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from headinfer.generation.stops import Stops
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
@@ -17,10 +20,12 @@ class TextCollector:
         tokenizer: of transformers.
         write: given each new piece of text, never empty.
         check: called before new tokens are taken; may raise.
+        stops: what ends the text; no token is taken after it.
 
     Attributes:
         ids: the new tokens, special ones included.
         text: all that was written.
+        stopped: whether one of the stops came.
     """
 
     def __init__(
@@ -28,9 +33,14 @@ class TextCollector:
         tokenizer: Any,
         write: Callable[[str], None],
         check: Callable[[], None] = lambda: None,
+        *,
+        stops: Stops | None = None,
     ) -> None:
         self.ids: list[int] = []
         self.text = ""
+        self.stopped = False
+        self._held = ""
+        self._stops = stops or Stops()
         self._tokenizer = tokenizer
         self._write = write
         self._check = check
@@ -46,8 +56,29 @@ class TextCollector:
         self._check()
         self.add(value.flatten().tolist())
 
-    def add(self, ids: list[int]) -> None:
-        """Take new token ids and write what they complete.
+    def add(self, ids: Sequence[int]) -> None:
+        """Take new token ids and write what they complete."""
+        if not self._stops:
+            self._take(list(ids))
+            return
+        for token_id in ids:
+            if self.stopped:
+                return
+            self._take([token_id])
+            if token_id in self._stops.ids:
+                self.end()
+                self.stopped = True
+
+    def end(self) -> None:
+        """Write what was held back; may be called again."""
+        if self.stopped:
+            return
+        whole, known = self._decode(0, len(self.ids)), self.text + self._held
+        rest = whole[len(known) :] if whole.startswith(known) else ""
+        self._emit(rest, ended=True)
+
+    def _take(self, ids: list[int]) -> None:
+        """Take token ids.
 
         A token's text depends on the token before it (spaces, characters of several tokens). So the
         tokens written last are decoded once more together with the new ones.
@@ -59,12 +90,6 @@ class TextCollector:
             self._window_start, self._written_ids = self._written_ids, len(self.ids)
             self._emit(after[len(before) :])
 
-    def end(self) -> None:
-        """Write what was held back; may be called again."""
-        whole = self._decode(0, len(self.ids))
-        if whole.startswith(self.text):
-            self._emit(whole[len(self.text) :])
-
     def _decode(self, start: int, end: int) -> str:
         return str(
             self._tokenizer.decode(
@@ -72,7 +97,15 @@ class TextCollector:
             )
         )
 
-    def _emit(self, piece: str) -> None:
-        if piece:
-            self.text += piece
-            self._write(piece)
+    def _emit(self, piece: str, *, ended: bool = False) -> None:
+        """Write what cannot be the beginning of a stop, or all of it where the text has ended."""
+        piece = self._held + piece
+        cut = self._stops.cut(piece)
+        if cut is None:
+            cut = len(piece) - (0 if ended else self._stops.held_chars(piece))
+            self._held = piece[cut:]
+        else:
+            self._held, self.stopped = "", True
+        if cut:
+            self.text += piece[:cut]
+            self._write(piece[:cut])

@@ -4,7 +4,21 @@ Two small trained models are known by name, and can be installed from the packag
 GGUF file that transformers reads is taken by its path.
 """
 
-from headinfer.gguf_models.folder import is_gguf_model, model_folder
+from headinfer.gguf_models.folder import (
+    UNPACKED_DTYPE,
+    is_gguf_model,
+    model_folder,
+    unpacked_dtype,
+)
 from headinfer.gguf_models.packaged import PACKAGED
+from headinfer.gguf_models.stored import Stored, read_stored
 
-__all__ = ["PACKAGED", "is_gguf_model", "model_folder"]
+__all__ = [
+    "PACKAGED",
+    "UNPACKED_DTYPE",
+    "Stored",
+    "is_gguf_model",
+    "model_folder",
+    "read_stored",
+    "unpacked_dtype",
+]

@@ -16,6 +16,10 @@ from headinfer.units import format_bytes
 
 _logger = logging.getLogger(__name__)
 
+UNPACKED_DTYPE = "float32"
+"""That weights are unpacked to unless another is asked for; it holds them exactly."""
+
+_DTYPES = ("bfloat16", "float16")
 _SUFFIX = ".gguf"
 _MAX_STEM = 60
 
@@ -31,13 +35,19 @@ def gguf_file(name: str) -> Path | None:
     return file if file.suffix.lower() == _SUFFIX and file.is_file() else None
 
 
-def model_folder(name: str) -> Path:
+def unpacked_dtype(dtype: str) -> str:
+    """Return the dtype to unpack to, where a model is to be loaded in one; "auto" for any."""
+    return dtype if dtype in _DTYPES else UNPACKED_DTYPE
+
+
+def model_folder(name: str, dtype: str = UNPACKED_DTYPE) -> Path:
     """Return the folder of a model in GGUF; unpack it if it is not there and whole.
 
     Once a process has looked at a folder, it does not look again: that takes seconds.
 
     Args:
         name: for which `is_gguf_model`.
+        dtype: of its weights, from `unpacked_dtype`.
 
     Raises:
         ModelLoadError: it is not installed, cannot be read, or can be written nowhere.
@@ -48,45 +58,46 @@ def model_folder(name: str) -> Path:
         cache = ""
     file = gguf_file(name)
     if name in PACKAGED or file is None:
-        return _packaged_folder(PACKAGED[name], cache)
+        return _packaged_folder(PACKAGED[name], dtype, cache)
     status = file.stat()
     state = f"{file.resolve()} {status.st_size} {status.st_mtime_ns}"
-    return _file_folder(file.resolve(), name, state, cache)
+    return _file_folder(file.resolve(), name, state, dtype, cache)
 
 
 @functools.cache
-def _packaged_folder(model: PackagedModel, _cache: str) -> Path:
+def _packaged_folder(model: PackagedModel, dtype: str, _cache: str) -> Path:
     def make(folder: Path) -> None:
         parts = model.files()
         whole = model.join(parts, folder.with_name(f"{model.name}{_SUFFIX}"))
-        unpack(whole, folder, model.name)
-        _say_kept(model.title, folder, model.terms)
+        unpack(whole, folder, model.name, dtype)
+        _say_kept(model.title, folder, dtype, model.terms)
 
-    name = f"{model.name}-{_digest(model.sha256)}"
+    name = f"{model.name}-{_digest(model.sha256, dtype)}"
     return kept_folder(name, make, what=f"model {model.name!r}")
 
 
 @functools.cache
-def _file_folder(file: Path, given: str, state: str, _cache: str) -> Path:
+def _file_folder(file: Path, given: str, state: str, dtype: str, _cache: str) -> Path:
     """Return the folder of a file; what determines the file's content is in its `state`."""
 
     def make(folder: Path) -> None:
-        unpack(file, folder, given)
-        _say_kept(file.name, folder, None)
+        unpack(file, folder, given, dtype)
+        _say_kept(file.name, folder, dtype, None)
 
     stem = re.sub(r"[^\w.-]", "_", file.stem)[:_MAX_STEM]
-    return kept_folder(f"{stem}-{_digest(state)}", make, what=f"model {given!r}")
+    return kept_folder(f"{stem}-{_digest(state, dtype)}", make, what=f"model {given!r}")
 
 
-def _say_kept(title: str, folder: Path, terms: str | None) -> None:
+def _say_kept(title: str, folder: Path, dtype: str, terms: str | None) -> None:
     num_bytes = sum(path.stat().st_size for path in folder.iterdir())
     place = folder.parent.parent
     under = f"; it comes under {terms}" if terms else ""
-    _logger.warning("%s is unpacked once, %s in %s%s", title, format_bytes(num_bytes), place, under)
+    size = format_bytes(num_bytes)
+    _logger.warning("%s is unpacked once, to %s: %s in %s%s", title, dtype, size, place, under)
 
 
-def _digest(content: str) -> str:
+def _digest(content: str, dtype: str) -> str:
     """Return a digest of what determines a folder: the model's file, and what unpacks it how."""
     code = files(__package__ or "headinfer.gguf_models").joinpath("unpack.py").read_bytes()
-    reader = f"{content} {transformers_version()} "
+    reader = f"{content} {dtype} {transformers_version()} "
     return hashlib.sha256(reader.encode() + code).hexdigest()[:12]

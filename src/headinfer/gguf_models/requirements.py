@@ -5,8 +5,8 @@ from importlib.util import find_spec
 
 from headinfer.errors import ModelLoadError
 
-READERS = {"gguf": "gguf", "accelerate": "accelerate"}
-"""What transformers needs to read GGUF: the package's name for pip by its name in Python."""
+_READER = "gguf"
+"""What transformers needs to read GGUF, for pip and in Python."""
 
 _OLDEST_TRANSFORMERS = (5, 18)
 """The first that reads tokenizers right. 5.17 takes Gemma's for another kind, and the first token
@@ -19,12 +19,11 @@ def missing_command(requirement: str = "") -> str:
     Args:
         requirement: of a model, with options of pip's; none where the model is there.
     """
-    missing = _missing_readers()
-    parts = (" ".join(missing), requirement)
+    parts = (_READER if _lacks_reader() else "", requirement)
     return " && ".join(f"pip install {part}" for part in parts if part)
 
 
-def check_readers(what: str) -> None:
+def check_reader(what: str) -> None:
     """Raise unless GGUF files can be read.
 
     Args:
@@ -33,10 +32,8 @@ def check_readers(what: str) -> None:
     Raises:
         ModelLoadError: says how to install what is missing.
     """
-    if missing := _missing_readers():
-        raise ModelLoadError(
-            f"{what} is GGUF, which needs {' and '.join(missing)}: {missing_command()}"
-        )
+    if _lacks_reader():
+        raise ModelLoadError(f"{what} is GGUF, which needs {_READER}: {missing_command()}")
     found = transformers_version()
     if not found:  # it is as new as its user wants
         return
@@ -56,5 +53,5 @@ def transformers_version() -> str:
         return ""
 
 
-def _missing_readers() -> list[str]:
-    return [name for module, name in READERS.items() if find_spec(module) is None]
+def _lacks_reader() -> bool:
+    return find_spec(_READER) is None

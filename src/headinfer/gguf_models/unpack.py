@@ -1,7 +1,7 @@
 """Unpacking one GGUF file: transformers reads it, and what it loses is put right here.
 
-All weights are dequantised to float32, which holds them exactly. So every method and dtype starts
-from the same numbers.
+All weights are dequantised to float32, which holds them exactly, unless another dtype is asked for.
+So every method and dtype starts from the same numbers.
 """
 
 import logging
@@ -11,7 +11,8 @@ from typing import Any
 
 from headinfer.errors import HeadInferError, ModelLoadError, is_out_of_memory
 from headinfer.folders import describe
-from headinfer.gguf_models.requirements import check_readers
+from headinfer.gguf_models.requirements import check_reader
+from headinfer.gguf_models.stored import write_stored
 
 _logger = logging.getLogger(__name__)
 
@@ -19,23 +20,26 @@ _MAGIC = b"GGUF"
 _LAYERS_OF_GEMMA_27B = 62
 
 
-def unpack(file: Path, folder: Path, name: str) -> None:
+def unpack(file: Path, folder: Path, name: str, dtype: str) -> None:
     """Write the model and the tokenizer of a GGUF file to a folder, as `save_pretrained` does.
+
+    What the file stored is written beside them, for `read_stored`.
 
     Args:
         file: the whole model; files that are split are refused.
         folder: made if it does not exist. The folder above it is for scratch.
         name: of the model, for messages.
+        dtype: of the weights: a torch dtype's name.
 
     Raises:
         ModelLoadError: the file cannot be read, or transformers does not read all of it.
         OSError: the folder cannot be written.
     """
-    check_readers(f"model {name!r}")
+    check_reader(f"model {name!r}")
     header = _Header(file, name)
     alone = _alone(file, folder.with_name("file"))
     try:
-        model, tokenizer, unused = _read(alone, name)
+        model, tokenizer, unused = _read(alone, name, dtype)
     except Exception as error:
         raise _load_error(name, header, error) from error
     if unused is not None:
@@ -43,6 +47,7 @@ def unpack(file: Path, folder: Path, name: str) -> None:
     _begin_as_the_file_says(tokenizer, header)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    write_stored(folder, header.stored_bytes)
 
 
 def _alone(file: Path, folder: Path) -> Path:
@@ -62,7 +67,7 @@ def read_config(file: Path, name: str) -> dict[str, Any]:
     Raises:
         ModelLoadError: transformers cannot read the file.
     """
-    check_readers(f"model {name!r}")
+    check_reader(f"model {name!r}")
     header = _Header(file, name)
     try:
         values: dict[str, Any] = _config(file).to_dict()
@@ -72,7 +77,11 @@ def read_config(file: Path, name: str) -> dict[str, Any]:
 
 
 class _Header:
-    """A GGUF file's own words about the model in it."""
+    """A GGUF file's own words about the model in it.
+
+    Attributes:
+        stored_bytes: of its weights, by the file's names of their types.
+    """
 
     def __init__(self, file: Path, name: str) -> None:
         try:
@@ -85,12 +94,17 @@ class _Header:
         from gguf import GGUFReader
 
         try:
-            self._fields = GGUFReader(file).fields
+            reader = GGUFReader(file)
         except Exception as error:
             # A file cut short ends in whatever numpy says of it.
             raise ModelLoadError(
                 f"model {name!r} is a GGUF file that is damaged or cut short; fetch it again"
             ) from error
+        self._fields = reader.fields
+        self.stored_bytes: dict[str, int] = {}
+        for tensor in reader.tensors:
+            kind = tensor.tensor_type.name
+            self.stored_bytes[kind] = self.stored_bytes.get(kind, 0) + int(tensor.n_bytes)
         parts = self.value("split.count")
         if parts is not None and int(parts) > 1:
             raise ModelLoadError(
@@ -127,7 +141,7 @@ def _config(file: Path) -> Any:
     return config
 
 
-def _read(file: Path, name: str) -> tuple[Any, Any, str | None]:
+def _read(file: Path, name: str, dtype: str) -> tuple[Any, Any, str | None]:
     """Return model and tokenizer as transformers reads them, and a note on what it left out."""
     import torch
     from transformers import AutoTokenizer, GgufConfig
@@ -142,7 +156,7 @@ def _read(file: Path, name: str) -> tuple[Any, Any, str | None]:
         name,
         place,
         config=_config(file),
-        dtype=torch.float32,
+        dtype=getattr(torch, dtype),
         quantization_config=dense,
         **keywords,
     )

@@ -46,6 +46,7 @@ class Chunking:
     def __init__(self, model: Any) -> None:
         self._model = model
         self._continues: bool | None = None if has_state(model) else True
+        self._weighs_passes = any(map(_weighs_passes, model.modules()))
         self._said: set[str] = set()
 
     def drop_empty(self, arguments: dict[str, Any]) -> None:
@@ -68,6 +69,11 @@ class Chunking:
         decoder = self._model.config.get_text_config(decoder=True)
         multimodal = decoder is not self._model.config
         found = _obstacle(decoder, arguments, multimodal=multimodal)
+        if found is None and self._weighs_passes:
+            found = (
+                "bitsandbytes chooses by all tokens of a pass which columns stay in 16 bits; "
+                "quantised with llm_int8_threshold=0 none do"
+            )
         if found is None and positions_unknown(self._model, arguments, past_tokens):
             found = "it was given no position_ids"
         if found is None and self._continues is None:
@@ -104,6 +110,12 @@ class Chunking:
                 format_tokens(chunk_tokens),
                 obstacle,
             )
+
+
+def _weighs_passes(module: torch.nn.Module) -> bool:
+    """Whether a module is of LLM.int8, whose results for a token depend on the others of a pass."""
+    state: Any = getattr(module, "state", None)
+    return type(state).__module__.startswith("bitsandbytes") and bool(state.threshold > 0)
 
 
 def _obstacle(config: Any, arguments: dict[str, Any], *, multimodal: bool) -> str | None:

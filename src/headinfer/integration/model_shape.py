@@ -2,9 +2,9 @@
 
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
+from headinfer.integration.stored_weights import weights_bytes
 from headinfer.integration.support import (
     attention_modules,
     layer_index,
@@ -38,7 +38,7 @@ def model_shape(model: PreTrainedModel) -> ModelShape:
         hidden_size=int(config.hidden_size),
         mlp_width=intermediate,
         vocab_size=int(config.vocab_size),
-        weights_bytes=_weights_bytes(model),
+        weights_bytes=weights_bytes(model),
         kv_itemsize=model.dtype.itemsize,
         max_positions=int(getattr(config, "max_position_embeddings", 0) or 0),
         mlp_peak_elements=_mlp_peak_elements(model, config, intermediate),
@@ -69,10 +69,3 @@ def _layer_shape(kind: LayerKind, cache_layer: object, config: Any, module: Any)
         value_dim=int(getattr(module, "v_head_dim", 0)) or key_dim,
         window_tokens=int(getattr(cache_layer, "sliding_window", 0)),
     )
-
-
-def _weights_bytes(model: torch.nn.Module) -> int:
-    """Bytes of parameters and buffers, tied ones counted once."""
-    tensors = [*model.parameters(), *model.buffers()]
-    # Tensors on the meta device have no address.
-    return sum({tensor.data_ptr() or id(tensor): tensor.nbytes for tensor in tensors}.values())

@@ -49,7 +49,6 @@ def model_of(name: str) -> Any:
 
 
 def hf(model: Any, **keywords: Any) -> Any:
-    pytest.importorskip("accelerate")
     from lm_eval.models.huggingface import HFLM
 
     return HFLM(pretrained=sharing_weights(model), tokenizer=make_tokenizer(), **keywords)

@@ -1,0 +1,39 @@
+"""The memory that a model's weights take, however they are stored.
+
+Quantised weights are packed, with scales in tensors of their own. bitsandbytes keeps these as
+attributes of a parameter. Others have subclasses of tensors, which tell torch what is inside them.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+_DEPTH = 3
+"""Scales may be quantised too, with scales of their own."""
+
+
+def weights_bytes(model: torch.nn.Module) -> int:
+    """Return the bytes of parameters and buffers; memory that several share counts once."""
+    sizes = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        for inner in _inside(tensor, _DEPTH):
+            # Tensors on the meta device have no address.
+            sizes[inner.data_ptr() or id(inner)] = inner.nbytes
+    return sum(sizes.values())
+
+
+def _inside(value: Any, depth: int) -> Iterator[torch.Tensor]:
+    """Yield the tensors in which a tensor, or what belongs to it, is stored."""
+    if depth < 0:
+        return
+    if isinstance(value, torch.Tensor):
+        if hasattr(value, "__tensor_flatten__"):
+            names, _context = value.__tensor_flatten__()
+            for name in names:
+                yield from _inside(getattr(value, name), depth)
+            return
+        yield value
+    for part in getattr(value, "__dict__", {}).values():
+        if isinstance(part, torch.Tensor) or type(part).__module__.startswith("bitsandbytes"):
+            yield from _inside(part, depth - 1)
