@@ -35,8 +35,8 @@ They take 0.3 ms at the 117 GB/s that link and CPU of an H100's host reached tog
 0.4 ms to enqueue such a layer's attention, and is the bound up to here. Beyond, it is ahead of the
 device.
 
-Measured there, Llama-3-8B at 100K tokens, with 6 GiB beside the residents: a share of 0.6 took 58
-ms in one launch and 54 in pieces. Without host attention both took 117.
+Measured there, Llama-3-8B at 100K tokens, 6 GiB beside the residents: a share of 0.6 took 58 ms in
+one launch and 54 in pieces. Without host attention both took 117.
 """
 
 
