@@ -5,6 +5,9 @@ from typing import Any
 
 from typer.core import TyperCommand
 
+from headinfer.cli.usage import told
+from headinfer.errors import OptionError
+
 
 class OnceCommand(TyperCommand):
     """A command whose options are given once each, but for those that take several values.
@@ -13,13 +16,25 @@ class OnceCommand(TyperCommand):
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Refuse options that are given again."""
-        if not ctx.resilient_parsing:
-            _, _, given = self.make_parser(ctx).parse_args(args=list(args))
+        """Refuse options that are given again, and values that are of another kind.
+
+        Raises:
+            OptionError: says which option, and why.
+        """
+        if ctx.resilient_parsing:
+            return super().parse_args(ctx, args)
+        written: dict[str, Any] = {}
+        try:
+            written, _, given = self.make_parser(ctx).parse_args(args=list(args))
             for option, times in Counter(given).items():
                 if times > 1 and _keeps_one(option):
                     ctx.fail(f"{'/'.join(option.opts)} is given {times} times, but one can hold")
-        return super().parse_args(ctx, args)
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            # Older typer raises click's exceptions, newer ones its own: both have this method.
+            if not hasattr(error, "format_message"):
+                raise
+            raise OptionError(f"{told(error, written)} (--help lists the options)") from error
 
 
 def _keeps_one(option: Any) -> bool:

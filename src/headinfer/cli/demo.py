@@ -95,7 +95,7 @@ def demo(
     with reporting_errors():
         options = Options.parse(**flags)
         if model == DEMO_MODEL:
-            code = _run(parse_tokens(tokens or _TOKENS), seed, options, verbose=verbose)
+            code = _run(parse_tokens(tokens or _TOKENS, "--tokens"), seed, options, verbose=verbose)
         else:
             from headinfer.cli import demo_real
 
@@ -103,7 +103,7 @@ def demo(
                 raise OptionError(
                     f"--seed {seed}: it chooses a document for the model demo alone; leave it out"
                 )
-            num_tokens = parse_tokens(tokens or demo_real.TOKENS)
+            num_tokens = parse_tokens(tokens or demo_real.TOKENS, "--tokens")
             code = demo_real.run(model, num_tokens, options, verbose=verbose)
         if code:
             raise typer.Exit(code)

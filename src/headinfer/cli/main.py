@@ -21,6 +21,8 @@ from headinfer.cli.output import JsonCommand
 from headinfer.cli.plan import plan
 from headinfer.cli.probe import probe
 from headinfer.cli.roofline import roofline
+from headinfer.cli.usage import told
+from headinfer.errors import HeadInferError
 
 
 class Verbs(TyperGroup):
@@ -49,13 +51,13 @@ class Verbs(TyperGroup):
             sys.exit(EXIT_INTERRUPTED)
         except BrokenPipeError:
             raise
-        except OSError as error:
+        except (OSError, HeadInferError) as error:
             sys.exit(report(error))
         except Exception as error:
             # Older typer raises click's exceptions, newer ones its own: both have this method.
             if not hasattr(error, "format_message"):
                 raise
-            print_error(f"{' '.join(error.format_message().split())} (--help lists the options)")
+            print_error(f"{told(error, {})} (--help lists the options)")
             sys.exit(getattr(error, "exit_code", EXIT_BAD_INPUT))
         sys.exit(code or 0)
 

@@ -35,7 +35,7 @@ def check_threads(count: int | None) -> int | None:
     most = _THREADS_A_CORE * cores
     if count is not None and count > most:
         raise typer.BadParameter(
-            f"{count} is more than {most}, {_THREADS_A_CORE} for each core that this machine shows"
+            f"it must be at most {most}, {_THREADS_A_CORE} for each core that this machine shows"
         )
     return count
 
@@ -43,7 +43,7 @@ def check_threads(count: int | None) -> int | None:
 def check_seed(seed: int | None) -> int | None:
     """Refuse what torch's generators do not take."""
     if seed is not None and not -(2**63) <= seed < 2**64:
-        raise typer.BadParameter(f"{seed} is not from -2**63 to 2**64 - 1")
+        raise typer.BadParameter("it must be from -2**63 to 2**64 - 1")
     return seed
 
 

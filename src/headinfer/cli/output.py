@@ -68,6 +68,8 @@ def check_writable(option: str, path: str | None) -> None:
         return
     if path == STDOUT:
         raise OptionError(f"{option} {path!r}: only {_JSON} is for stdout; give the name of a file")
+    if not path:
+        raise OptionError(f"{option} '' names no file; give the name of a file")
     if os.path.isdir(Path(path)):
         raise OptionError(f"{option} {path!r} is a folder; give the name of a file")
     target = Path(os.path.realpath(path))  # of a link that leads nowhere, the file to be made

@@ -136,7 +136,7 @@ def plan(
         situation = Situation(
             shape=_shape(model, dtype.value),
             hardware=here,
-            context_tokens=parse_tokens(context),
+            context_tokens=parse_tokens(context, "--context"),
             device_memory_bytes=_device_memory_bytes(here, options.device_memory_bytes),
             host_memory_bytes=options.host_memory_bytes or here.host_memory_bytes,
             batch=batch,

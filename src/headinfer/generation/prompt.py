@@ -4,7 +4,7 @@ import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from headinfer.errors import OptionError
+from headinfer.errors import OptionError, is_out_of_memory, reason_of
 
 Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
 """Text as it is, messages for the chat template, or token ids.
@@ -31,6 +31,7 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
             nothing is left to run the model on.
     """
     if isinstance(prompt, str):
+        check_text(prompt)
         ids = tokenizer(prompt)["input_ids"]
     else:
         parts = _parts(prompt)
@@ -41,6 +42,21 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
     if not ids:
         raise OptionError("the model's tokenizer makes no tokens of this prompt")
     return [int(token_id) for token_id in ids]
+
+
+def check_text(text: str) -> None:
+    """Refuse text that is none in UTF-8, such as Python makes of arguments in other encodings.
+
+    Raises:
+        OptionError: says where.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise OptionError(
+            f"the prompt is not UTF-8 text: what stands at character {error.start} is "
+            f"{text[error.start]!r}; convert it first"
+        ) from None
 
 
 def _parts(prompt: Any) -> list[Any]:
@@ -58,16 +74,18 @@ def _parts(prompt: Any) -> list[Any]:
 
 def _chat(tokenizer: Any, messages: list[Any]) -> str:
     """Return messages as the text a model was trained to answer."""
-    from jinja2 import TemplateError
-
     if not tokenizer.chat_template:
         raise TemplateRefusalError(
             "the model's tokenizer has no chat template for messages; give the prompt as text"
         )
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
-        raise TemplateRefusalError(f"the model's chat template fails ({error})") from error
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        # A template is a program: it raises what it likes, and whatever its mistakes lead to.
+        raise TemplateRefusalError(f"the model's chat template fails ({reason_of(error)})") from error
+    check_text(str(text))
     return str(text)
 
 
