@@ -47,7 +47,9 @@ class Offload:
         Raises:
             CacheStateError: the model was detached.
         """
-        return self.session.new_cache(None if max_tokens is None else parse_tokens(max_tokens, "max_tokens"))
+        return self.session.new_cache(
+            None if max_tokens is None else parse_tokens(max_tokens, "max_tokens")
+        )
 
     def detach(self) -> None:
         """Leave the model exactly as it was; its caches are closed. May be called again.

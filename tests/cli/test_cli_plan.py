@@ -128,7 +128,7 @@ def test_the_papers_tables(cli) -> None:
         (("--paper", "--json"), "leave out --json"),
         (("--paper", "--context", "1M"), "leave out --context"),
         (("--context", "1M", "--context", "2M"), "--context is given 2 times"),
-        (("--device-memory", "24"), "--device-memory: '24' is 24 bytes; did you mean '24GiB'"),
+        (("--device-memory", "24"), "--device-memory: '24' is in bytes; did you mean '24GiB'"),
         (("--json", "missing/plan.json"), "there is no folder"),
     ],
 )

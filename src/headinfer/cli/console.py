@@ -29,16 +29,18 @@ EXIT_INTERRUPTED = 130
 _DEBUG_VARIABLE = "HEADINFER_DEBUG"
 
 _WORDS_OF_ENGLISH = ("device", "overlap", "capture", "fuse")
-_SHAPE = ("layers", "heads", "kv_heads", "head_dim", "hidden_size", "vocab_size")
-_ALONE = (*DECLARATIONS.keys() - set(_WORDS_OF_ENGLISH), "new_tokens", "time_limit")
-_FIRST = (*_WORDS_OF_ENGLISH, *_SHAPE, "intermediate_size", "dtype", "repeats")
+_SHAPE = ("kv_heads", "head_dim", "hidden_size", "vocab_size", "intermediate_size")
+_ALONE = (*DECLARATIONS.keys() - set(_WORDS_OF_ENGLISH), *_SHAPE, "new_tokens", "time_limit")
+_FIRST = (*_WORDS_OF_ENGLISH, "layers", "heads", "dtype", "repeats")
 
 _ARGUMENTS = re.compile(
-    rf"(?<![-'`.\w])(?:(?P<alone>{'|'.join(sorted(_ALONE))})(?:_s)?(?![\w'`.])"
+    rf"(?<![-'`.\w])(?:(?P<alone>{'|'.join(sorted(_ALONE))})(?:_s)?(?![\w'`.]| in )"
     rf"|(?P<first>(?<=^)(?:{'|'.join(_FIRST)})(?= )|(?:device|dtype)(?==)))(?P<equals>=)?"
 )
-"""Arguments of Python that a verb has as options, where they are no words of English, and unquoted:
-what is in quotes is a key of a model's config, or what the user wrote."""
+"""Arguments of Python that a verb has as options, where they are no words of English.
+
+A key *in* a model's config is none, and what is in quotes is what the user wrote.
+"""
 
 _LONG_WORD = re.compile(r"(\S{100})\S{61,}(\S{40})")
 _LONGEST = 900

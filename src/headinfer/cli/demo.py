@@ -36,7 +36,7 @@ from headinfer.errors import OptionError
 from headinfer.generation.model import load_config, load_model, load_tokenizer
 from headinfer.generation.text import TextCollector
 from headinfer.plan.options import Options
-from headinfer.units import parse_tokens
+from headinfer.units import format_tokens, parse_tokens
 
 if TYPE_CHECKING:
     from headinfer.demo import Document, Fact
@@ -114,14 +114,20 @@ def _run(num_tokens: int, seed: int, options: Options, *, verbose: bool) -> int:
     share_cores()
 
     from headinfer.demo import make_document
+    from headinfer.demo.layout import MAX_TOKENS
 
     started_s = time.perf_counter()
     console = stdout_console()
-    console.print("[bold]HeadInfer demo:[/] a tiny model looks for facts in a long document\n")
+    if num_tokens > MAX_TOKENS:
+        raise OptionError(
+            f"--tokens {format_tokens(num_tokens)}: the demo model finds facts in at most "
+            f"{format_tokens(MAX_TOKENS)} tokens"
+        )
     try:
         document = make_document(num_tokens, seed)
     except ValueError as error:
         raise OptionError(f"--tokens {num_tokens}: {error}") from error
+    console.print("[bold]HeadInfer demo:[/] a tiny model looks for facts in a long document\n")
     print_document(console, document)
     with stderr_console().status("loading the model"):
         calm_transformers(verbose=verbose)

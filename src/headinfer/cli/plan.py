@@ -29,6 +29,7 @@ from headinfer.units import parse_tokens
 
 _DEFAULT_HARDWARE = "rtx-4090"
 _EXIT_NOTHING_FITS = 1
+_MOST_ROWS = 2**16
 
 
 @with_flags(
@@ -128,6 +129,8 @@ def plan(
 
             print_paper()
             return
+        if batch > _MOST_ROWS:
+            raise OptionError(f"--batch must be at most {_MOST_ROWS:,}, not {batch}")
         options = Options.parse(**flags)
         here, which = _hardware(hardware)
         one_memory = here.link_bytes_per_s is None

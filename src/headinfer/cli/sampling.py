@@ -51,7 +51,9 @@ class GenerationOptions:
                 raise OptionError(f"{flag(name)} must be a finite number, not {number:g}")
         for name in _WHOLE_NAMES:
             if (getattr(self, name) or 0) > _MOST:
-                raise OptionError(f"{flag(name)} must be at most {_MOST:,}, not {getattr(self, name)}")
+                raise OptionError(
+                    f"{flag(name)} must be at most {_MOST:,}, not {getattr(self, name)}"
+                )
         greedy_hint = "; for greedy decoding give --no-do-sample"
         for name, good, wanted in (
             ("max_new_tokens", _at_least(self.max_new_tokens, 1), "at least 1"),

@@ -1,5 +1,6 @@
 """One call of a model's `generate`, with a cache of ours: token ids in, text out as it comes."""
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -7,9 +8,10 @@ import torch
 from transformers import PreTrainedModel, StoppingCriteriaList
 
 from headinfer.engine.stats import Stats
-from headinfer.errors import OptionError
+from headinfer.errors import OptionError, reason_of
 from headinfer.generation.logits_check import LogitsCheck
 from headinfer.generation.settings import Settings
+from headinfer.generation.stop_strings import StopStrings
 from headinfer.generation.text import TextCollector
 from headinfer.integration.cache import OffloadedCache, PrefillProgress
 from headinfer.integration.calls import cache_argument
@@ -56,6 +58,7 @@ class Generation:
         self._progress = progress
         self._criteria = criteria
         self._collector = TextCollector(tokenizer, on_text, self._raise_if_no_numbers)
+        self._stop_strings: StopStrings | None = None
         self._logits = LogitsCheck(str(model.dtype).removeprefix("torch."))
 
     @property
@@ -90,7 +93,7 @@ class Generation:
             if self.stats.prefill_tokens:
                 raise
             # Raised before the model ran: transformers refuses these settings together.
-            raise OptionError(f"generation options: {error}") from error
+            raise OptionError(self._refusal(error)) from error
         finally:
             cache.close()
         if self._settings.rows > 1:
@@ -107,7 +110,7 @@ class Generation:
         ids, settings = self.ids, self._settings
         if ids and ids[-1] in settings.end_ids:
             return "stop"
-        if any(string in self.text for string in settings.stop_strings):
+        if self._stop_strings is not None and self._stop_strings.found:
             return "stop"
         out_of_time = settings.max_time_s is not None and len(ids) < settings.max_new_tokens
         return "time" if out_of_time else "length"
@@ -119,7 +122,11 @@ class Generation:
         given = keywords.pop("stopping_criteria", None) or ()
         criteria = StoppingCriteriaList([self._no_numbers_criterion, *self._criteria, *given])
         if settings.stop_strings:
-            keywords["tokenizer"] = self._tokenizer
+            self._stop_strings = StopStrings(
+                settings.stop_strings, self._tokenizer, prompt.shape[1]
+            )
+            criteria.append(self._stop_strings)
+            keywords["stop_strings"] = None
         model: Any = self._model
         rows: torch.Tensor = model.generate(
             input_ids=prompt,
@@ -140,6 +147,15 @@ class Generation:
         """Look at the logits as a stopping criterion that stops nothing."""
         self._raise_if_no_numbers()
         return input_ids.new_zeros(input_ids.shape[0], dtype=torch.bool)
+
+    def _refusal(self, error: ValueError) -> str:
+        """Return why transformers refuses the settings, and which of them are the model's own."""
+        reason = reason_of(error)
+        known = vars(self._model.generation_config)
+        named = [name for name in re.findall(r"`(\w+)`", reason) if name in known]
+        own = sorted({name for name in named if name not in self._settings.keywords})
+        whose = f"; {', '.join(own)} is of the model's own generation config" if own else ""
+        return f"these generation settings do not go: {reason}{whose}; give other ones"
 
     def _without_padding(self, ids: list[int]) -> list[int]:
         """Cut a beam after its end token."""

@@ -4,7 +4,7 @@ transformers takes much of what they say as it is, and stops where Python cannot
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,58 @@ _AT_LEAST_1 = (
 _WHOLE = ("max_position_embeddings", "intermediate_size", "sliding_window")
 _TEXT = "text_config"
 
-_FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json")
+_GENERATION = "generation_config.json"
+_FILES = ("config.json", _GENERATION, "tokenizer_config.json", "tokenizer.json")
+_KINDS = {list: "a list", str: "a text", bool: "true or false"}
+
+
+def _is_whole(value: object, least: int = 0) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_counted(value: object) -> bool:
+    return _is_whole(value, 1)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _are_ids(value: object) -> bool:
+    return all(_is_whole(each, -1) for each in (value if isinstance(value, list) else [value]))
+
+
+def _are_texts(value: object) -> bool:
+    texts = value if isinstance(value, list) else [value]
+    return all(isinstance(each, str) and each for each in texts)
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, list)
+
+
+_SETTINGS: dict[str, tuple[Callable[[object], bool], str]] = {
+    **dict.fromkeys(
+        ("num_beams", "max_new_tokens", "max_length", "prompt_lookup_num_tokens"),
+        (_is_counted, "a whole number of at least 1"),
+    ),
+    **dict.fromkeys(
+        ("top_k", "no_repeat_ngram_size", "min_length", "min_new_tokens"),
+        (_is_whole, "a whole number of at least 0"),
+    ),
+    **dict.fromkeys(
+        ("temperature", "top_p", "min_p", "repetition_penalty", "length_penalty", "max_time"),
+        (_is_number, "a number"),
+    ),
+    **dict.fromkeys(
+        ("eos_token_id", "pad_token_id", "bos_token_id"), (_are_ids, "a token id, or several")
+    ),
+    **dict.fromkeys(
+        ("bad_words_ids", "suppress_tokens", "begin_suppress_tokens"), (_is_list, "a list")
+    ),
+    "stop_strings": (_are_texts, "a text, or several, and none of them empty"),
+}
+"""Values of a generation config that end in an error of Python where they are of another kind."""
 
 
 def check_config(name: str, location: str) -> None:
@@ -60,14 +111,19 @@ def check_files(name: str, location: str) -> None:
 
 
 def check_generation_config(name: str, location: str) -> None:
-    """Check that a model's generation config can be read: transformers goes on without a word.
+    """Check a model's generation config, which transformers leaves out where it cannot be read.
 
     Raises:
-        ModelLoadError: it cannot.
+        ModelLoadError: it cannot be read, or a value is of a kind that no option takes.
     """
-    file = _file(location, "generation_config.json")
-    if file is not None:
-        _read(name, file)
+    file = _file(location, _GENERATION)
+    if file is None:
+        return
+    values = _read(name, file)
+    for key, (is_right, wanted) in _SETTINGS.items():
+        value = values.get(key)
+        if value is not None and not is_right(value):
+            raise _wrong(name, key, value, wanted, _GENERATION)
 
 
 def _file(location: str, file_name: str) -> Path | None:
@@ -93,11 +149,12 @@ def _read(name: str, file: Path) -> Mapping[str, Any]:
             f"model {name!r}: {file.name} cannot be read: {describe(error)}"
         ) from error
     except ValueError as error:
+        what = "UTF-8 text" if isinstance(error, UnicodeError) else f"JSON ({error})"
         raise ModelLoadError(
-            f"model {name!r}: {file.name} is not JSON ({error}); fetch it again"
+            f"model {name!r}: {file.name} is not {what}; fetch it again"
         ) from error
     if not isinstance(values, Mapping):
-        kind = "null" if values is None else f"a {type(values).__name__}"
+        kind = "null" if values is None else _KINDS.get(type(values), "a number")
         raise ModelLoadError(
             f"model {name!r}: {file.name} holds {kind}, not names and values; fetch it again"
         )
@@ -106,6 +163,11 @@ def _read(name: str, file: Path) -> Mapping[str, Any]:
 
 def _check_kind(name: str, values: Mapping[str, Any]) -> None:
     model_type, classes = values.get("model_type"), values.get("architectures")
+    if model_type is None and not values.get("auto_map"):
+        raise ModelLoadError(
+            f"model {name!r}: config.json names no model_type, so that nobody knows what model it "
+            "is; fetch the file again"
+        )
     if model_type is not None and not isinstance(model_type, str):
         raise _wrong(name, "model_type", model_type, 'a name, such as "llama"')
     if classes is not None and not (
@@ -131,8 +193,7 @@ def _check_number(name: str, values: Mapping[str, Any], key: str, least: int) ->
     value = values.get(key)
     if value is None or isinstance(value, list):  # some models have one for each layer
         return
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if not whole or value < least:
+    if not _is_whole(value, least):
         raise _wrong(name, key, value, f"a whole number of at least {least}")
 
 
@@ -147,8 +208,10 @@ def _check_dtype(name: str, values: Mapping[str, Any], key: str) -> None:
         raise _wrong(name, key, value, "float32, bfloat16 or float16")
 
 
-def _wrong(name: str, key: str, value: object, wanted: str) -> ModelLoadError:
+def _wrong(
+    name: str, key: str, value: object, wanted: str, file: str = "config.json"
+) -> ModelLoadError:
     return ModelLoadError(
-        f"model {name!r}: {key} in its config.json must be {wanted}, not {value!r}; correct it, or "
+        f"model {name!r}: {key} in its {file} must be {wanted}, not {value!r}; correct it, or "
         "fetch the file again"
     )

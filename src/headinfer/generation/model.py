@@ -1,6 +1,7 @@
 """Loading config, tokenizer and weights, with every failure told in one line."""
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -180,8 +181,10 @@ def load_model(
     Raises:
         ModelLoadError: its weights cannot be loaded, or are not all there.
     """
+    from headinfer.generation.config_check import check_generation_config
     from headinfer.integration.checkpoint import load_checkpoint
 
+    check_generation_config(source.name, source.location())
     keywords = source.keywords() | {"config": config, "dtype": dtype}
     place = "cuda" if device == "cuda" else "cpu"
     if getattr(config, "quantization_config", None) and place == "cuda":
@@ -218,6 +221,11 @@ def _load_error(source: ModelSource, what: str, error: Exception) -> HeadInferEr
             reason = "it is not among the local files; give a folder, or allow downloads"
         elif "connect" in reason:
             reason = "it is not among the local files, and the model hub cannot be reached"
+    elif (field := re.match(r"Validation error for field '(\w+)'", str(error))) is not None:
+        reason = (
+            f"{field[1]} in its config.json has a value of a kind that transformers does not take; "
+            "correct it, or fetch the file again"
+        )
     elif is_bug(error):
         import transformers
 

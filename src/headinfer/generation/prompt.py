@@ -84,7 +84,9 @@ def _chat(tokenizer: Any, messages: list[Any]) -> str:
         if is_out_of_memory(error):
             raise
         # A template is a program: it raises what it likes, and whatever its mistakes lead to.
-        raise TemplateRefusalError(f"the model's chat template fails ({reason_of(error)})") from error
+        raise TemplateRefusalError(
+            f"the model's chat template fails ({reason_of(error)})"
+        ) from error
     check_text(str(text))
     return str(text)
 
