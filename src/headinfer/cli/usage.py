@@ -1,4 +1,4 @@
-"""Wrong values on the command line, in words of our own: the option, the value, and what it must be.
+"""Wrong values on the command line, in our own words: the option, the value, what it must be.
 
 The libraries below have a text for each kind of value. They name Python's types, and some leave the
 value out.

@@ -1,4 +1,4 @@
-"""A model's own JSON files, read before transformers does: a wrong one is named, with what is wrong.
+"""A model's own JSON files, read before transformers does: what is wrong in one is named.
 
 transformers takes much of what they say as it is, and stops where Python cannot go on.
 """

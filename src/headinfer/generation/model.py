@@ -65,8 +65,12 @@ class ModelSource:
 
     def _checked(self, folder: Path) -> str:
         """Return a folder that holds a model."""
-        if not os.access(folder, os.R_OK | os.X_OK):
-            raise ModelLoadError(f"folder {self.name!r} may not be read; change its permissions")
+        try:
+            os.listdir(folder)
+        except OSError as error:
+            raise ModelLoadError(
+                f"folder {self.name!r} may not be read ({error.strerror}); change its permissions"
+            ) from error
         if not (folder / "config.json").is_file():
             gguf = min(folder.glob("*.gguf"), default=None)
             instead = f"; give the GGUF file itself, as {gguf}" if gguf else ""

@@ -1,6 +1,6 @@
 """Texts that end an answer, found in the text itself.
 
-transformers looks for them in a table of its vocabulary, which not every tokenizer's words fit into.
+transformers looks for them in a table of its vocabulary, which not all tokenizers fit into.
 """
 
 from collections.abc import Sequence
