@@ -25,7 +25,7 @@ def check_history(arguments: dict[str, Any], past_tokens: int, new_tokens: int) 
             "was filled with and new tokens behind it, or a new cache"
         )
     mask = arguments.get("attention_mask")
-    if isinstance(mask, torch.Tensor) and mask.ndim == 2:
+    if past_tokens and isinstance(mask, torch.Tensor) and mask.ndim == 2:
         wanted, columns = past_tokens + new_tokens, mask.shape[1]
         if columns < wanted:
             raise CacheStateError(
