@@ -2,12 +2,14 @@
 
 import contextlib
 import errno
+import io
 import logging
 import os
 import re
 import sys
 import traceback
 from collections.abc import Iterator
+from typing import NoReturn
 
 import typer
 from rich.console import Console
@@ -46,7 +48,7 @@ _LONG_WORD = re.compile(r"(\S{100})\S{61,}(\S{40})")
 _LONGEST = 900
 """Characters of an error. Longer ones hold a name or a text that is no help to read."""
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 """Errors of writing. Those of stdout, and of files that are open already, name no file."""
 
 
@@ -142,6 +144,28 @@ def report(error: BaseException) -> int:
         f"{type(error).__name__}: {one_line(error)} ({_DEBUG_VARIABLE}=1 shows the traceback)"
     )
     return EXIT_UNEXPECTED
+
+
+class ClosedStdout(io.TextIOBase):
+    """A stdout in the place of one that was closed when the process began: it takes nothing.
+
+    Python has None there, and what is printed is lost without a word.
+    """
+
+    encoding = "utf-8"
+
+    def write(self, _text: str) -> NoReturn:
+        """Fail as writing to a closed file does."""
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+    @classmethod
+    def install(cls) -> None:
+        """Take the place, and the file's number, which the next file to be opened would get."""
+        if sys.stdout is None:
+            sys.stdout = cls()
+            number = os.open(os.devnull, os.O_WRONLY)
+            if number > 2:
+                os.close(number)
 
 
 def discard_stdout() -> None:

@@ -11,7 +11,13 @@ import typer
 from typer.core import TyperGroup
 
 from headinfer.cli.command import OnceCommand
-from headinfer.cli.console import EXIT_BAD_INPUT, EXIT_INTERRUPTED, print_error, report
+from headinfer.cli.console import (
+    EXIT_BAD_INPUT,
+    EXIT_INTERRUPTED,
+    ClosedStdout,
+    print_error,
+    report,
+)
 from headinfer.cli.demo import demo
 from headinfer.cli.generate import generate
 from headinfer.cli.heads import heads
@@ -147,6 +153,7 @@ def run() -> None:
         # A character that the terminal's encoding lacks must not end a long run.
         with contextlib.suppress(AttributeError, io.UnsupportedOperation):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # if it is a text file
+    ClosedStdout.install()
     run_one_verb()
     with ending_the_process():
         app(prog_name="headinfer")

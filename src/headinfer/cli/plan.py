@@ -187,13 +187,13 @@ def _answer(situation: Situation, which: str, json_path: str | None, *, steps: b
 
     plans = method_plans(situation)
     choice = choose(situation, plans)
+    if json_path is not None:  # first, in case stdout takes nothing
+        write_json(json_path, plan_as_json(situation, plans, choice))
     if json_path != STDOUT:
         print_plans(situation, which, plans, choice)
         if steps:
             print_steps(situation, choice)
-    if json_path is not None:
-        write_json(json_path, plan_as_json(situation, plans, choice))
-        if json_path != STDOUT:
+        if json_path is not None:
             stderr_console().print(f"written to {json_path}", markup=False)
     return 0 if choice.plan else _EXIT_NOTHING_FITS
 
