@@ -35,7 +35,8 @@ class Offload:
     def new_cache(self, max_tokens: int | str | None = None) -> OffloadedCache:
         """Return an empty cache to pass to `generate` or the model.
 
-        It is passed as `past_key_values` or, since transformers 5.24, as `cache`.
+        It is passed as `past_key_values` or, since transformers 5.24, as `cache`. With any release
+        `model.generate(**inputs, **cache.as_keyword())` is right.
 
         It may be used again for the next turn of the same conversation. Its memory is freed when it
         is closed or no longer referred to.

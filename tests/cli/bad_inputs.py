@@ -248,7 +248,10 @@ _NUMBERS: list[Row] = [
 _TOGETHER: list[Row] = [
     (("generate", "-p", "w1", "-p", "w2"), ("--prompt/-p", "2 times")),
     (("generate", "-p", "w1", "--seed", "1", "--seed", "1"), ("--seed", "2 times")),
-    (("generate", "-p", "w1", "--do-sample", "--no-do-sample"), ("--do-sample", "2 times")),
+    (
+        ("generate", "-p", "w1", "--do-sample", "--no-do-sample"),
+        ("--do-sample and --no-do-sample",),
+    ),
     (("generate", "-f", "-", "-f", "-"), ("--prompt-file -", "stdin")),
     (("generate", "-p", "w1", "--no-do-sample", "--temperature", "0.5"), ("--temperature",)),
     (
@@ -447,7 +450,7 @@ _OTHERS: list[Row] = [
     (("probe", "--device", "tpu"), ("--device", "'tpu'", "'cuda'")),
     (("probe", "--dtype", "int8"), ("--dtype", "'int8'")),
     (("probe", "--json", "/no/x"), ("--json", "no folder")),
-    (("heads",), ("--model",)),
+    (("heads",), ("Missing option", "--output")),
     (("heads", "-m", "{good}"), ("--output",)),
     (("heads", "-m", "{good}", "-o", ""), ("--output ''", "names no file")),
     (("heads", "-m", "{good}", "-o", "/no/x"), ("--output", "no folder")),
@@ -501,7 +504,7 @@ _REST: list[Row] = [
     (("bench", "report", "{null.json}", "--out", "/no/x"), ("--out", "no folder")),
     (("bench", "methods", "x"), ("unexpected", "x")),
     (("evaluate", "nope"), ("'nope'",)),
-    (("evaluate", "agreement"), ("--model",)),
+    (("evaluate", "agreement"), ("Missing option", "--file")),
     (("evaluate", "agreement", "-m", "{good}"), ("--file",)),
     (("evaluate", "agreement", "-m", "{good}", "-f", "/no"), ("'/no'", "No such file")),
     (("evaluate", "agreement", "-m", "{good}", "-f", "{latin}"), ("not UTF-8",)),

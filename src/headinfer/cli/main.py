@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
-from headinfer.cli.command import OnceCommand
+from headinfer.cli.command import Group, OnceCommand
 from headinfer.cli.console import (
     EXIT_BAD_INPUT,
     EXIT_INTERRUPTED,
@@ -31,7 +30,7 @@ from headinfer.cli.usage import told
 from headinfer.errors import HeadInferError
 
 
-class Verbs(TyperGroup):
+class Verbs(Group):
     """A group of the verbs; wrong usage is told in one line, as all other errors are."""
 
     def main(

@@ -11,9 +11,20 @@ import typer
 
 from headinfer.plan.options import DECLARATIONS
 
-MEMORY_PANEL = "Memory and tiles"
+PROMPT_PANEL = "Prompt"
 MODEL_PANEL = "Model"
+GENERATION_PANEL = "Generation (defaults: the model's own)"
 OUTPUT_PANEL = "Output"
+MEMORY_PANEL = "Memory"
+RESEARCH_PANEL = "Research: tiles, shares and switches, to measure with"
+
+_PANELS = {
+    "device": MODEL_PANEL,
+    "device_memory": MEMORY_PANEL,
+    "host_memory": MEMORY_PANEL,
+    "chunk_tokens": MEMORY_PANEL,
+}
+"""Panels of the options that everybody may need; the others are for research."""
 
 
 class DtypeChoice(str, enum.Enum):
@@ -54,7 +65,7 @@ NO_VALUE = ""
 def _flag(name: str, help_text: str) -> inspect.Parameter:
     """Return the flag of an option as a parameter of a verb."""
     declared = DECLARATIONS[name]
-    panel = MODEL_PANEL if name == "device" else MEMORY_PANEL
+    panel = _PANELS.get(name, RESEARCH_PANEL)
     switch = declared.default is True
     if switch:
         name = f"no_{name}"
