@@ -111,6 +111,7 @@ def test_adapters_of_other_models(llama: Path, lora: Path, tmp_path: Path) -> No
 def test_what_is_no_lora(llama: Path, lora: Path, tmp_path: Path) -> None:
     refused(llama, tmp_path / "nowhere", "cannot be loaded")
     refused(llama, llama, "cannot be loaded", "adapter_config.json")
+    refused(llama, Path("x" * 5000), "cannot be loaded", "give a folder")
     prompts = tmp_path / "prompts"
     prompts.mkdir()
     settings = {"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 4}

@@ -4,9 +4,9 @@ Adapters are not merged into the weights: in 16 bits that would round them, and 
 cannot take them at all. So the model computes what peft's own does.
 """
 
+import os
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from headinfer.errors import ModelLoadError, is_out_of_memory
@@ -82,8 +82,8 @@ class AdapterSource:
                 )
 
     def _location(self) -> str:
-        folder = Path(self.name).expanduser()
-        return str(folder) if folder.is_dir() else self.name
+        folder = os.path.expanduser(self.name)  # Path raises for names that are too long
+        return folder if os.path.isdir(folder) else self.name
 
     def _keywords(self) -> dict[str, Any]:
         return {"local_files_only": True} if self.local_files_only else {}
