@@ -1,12 +1,15 @@
 """Messages for chat templates: what the system says, and values that a template knows."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
+import headinfer
 from headinfer.errors import OptionError
 from headinfer.generation.prompt import encode_prompt
-from saved_models import CHAT_TEMPLATE, make_tokenizer
+from saved_models import CHAT_TEMPLATE, make_tokenizer, save_llama
 
 USER = {"role": "user", "content": "w1 w2"}
 SYSTEM = {"role": "system", "content": "w3 w4"}
@@ -76,3 +79,24 @@ def test_a_template_without_a_place_for_the_system(template: str, reason: str) -
 def test_a_template_that_fails_as_a_program() -> None:
     with pytest.raises(OptionError, match=r"chat template fails \(.*str.*\)"):
         encoded("{{ messages[0].content + 1 }}", [USER])
+
+
+def test_what_is_no_mapping_or_no_adapter_is_refused_at_once() -> None:
+    with pytest.raises(OptionError, match="must be a mapping of names, not 'thinking'"):
+        headinfer.generate("nowhere", [USER], chat_template_kwargs="thinking")  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="adapter must be a folder or an id, not 3"):
+        headinfer.generate("nowhere", "w1", adapter=3)  # type: ignore[arg-type]
+
+
+def test_generate_takes_values_for_the_template(tmp_path: Path) -> None:
+    save_llama(tmp_path, chat=True)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.chat_template = ROLES
+    tokenizer.save_pretrained(tmp_path)
+    for thinking, tokens in ((True, 4), (False, 5)):
+        *_, last = headinfer.generate(
+            *(tmp_path, [USER]),
+            **{"device": "cpu", "max_new_tokens": 2},
+            chat_template_kwargs={"thinking": thinking},
+        )
+        assert last.prompt_tokens == tokens

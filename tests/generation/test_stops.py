@@ -141,12 +141,12 @@ def test_beams_end_as_those_of_stock_transformers_do() -> None:
 
 
 def test_strings_of_the_prompt_end_nothing() -> None:
-    whole, *_ = answer(())
+    whole, *_ = answer(None)
     stop = next(word for word in PROMPT.split() if word not in whole)
     assert answer(stop) == (whole, "length", 16)
 
 
-@pytest.mark.parametrize("stop", ["", ["w1", ""], [3]])
+@pytest.mark.parametrize("stop", ["", ["w1", ""], [3], 3])
 def test_what_is_no_string_to_stop_at_is_refused_at_once(stop: Any) -> None:
     with pytest.raises(OptionError, match="to stop at must be some text, not"):
         headinfer.generate("nowhere", "hello", stop=stop)

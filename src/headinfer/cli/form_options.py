@@ -80,7 +80,7 @@ def parse_stop(given: list[str] | None) -> tuple[str, ...]:
         OptionError: one is empty.
     """
     try:
-        return check_stop(given or ())
+        return check_stop(given)
     except OptionError as error:
         raise OptionError(f"--stop: {error}") from error
 

@@ -7,16 +7,18 @@ from typing import Any
 from headinfer.errors import OptionError
 
 
-def check_stop(given: str | Sequence[str]) -> tuple[str, ...]:
+def check_stop(given: object) -> tuple[str, ...]:
     """Return the strings that end an answer.
 
     Args:
-        given: one or several.
+        given: one or several, in a list, a tuple or a set; None for none.
 
     Raises:
         OptionError: one is empty, or no string.
     """
-    strings = (given,) if isinstance(given, str) else tuple(given)
+    if given is None:
+        return ()
+    strings = tuple(given) if isinstance(given, (list, tuple, set, frozenset)) else (given,)
     for string in strings:
         if not isinstance(string, str) or not string:
             raise OptionError(f"a string to stop at must be some text, not {string!r}")

@@ -80,7 +80,7 @@ def generate(
     load_in: str | None = None,
     adapter: "str | os.PathLike[str] | None" = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
-    stop: str | Sequence[str] = (),
+    stop: str | Sequence[str] | None = None,
     progress: PrefillProgress | None = None,
     **keywords: Any,
 ) -> Generator[Generated, None, None]:
@@ -118,6 +118,10 @@ def generate(
     parsed = Options.parse(**options)
     check_given(given)
     strings = check_stop(stop)
+    if chat_template_kwargs is not None and not isinstance(chat_template_kwargs, Mapping):
+        raise OptionError(
+            f"chat_template_kwargs must be a mapping of names, not {chat_template_kwargs!r}"
+        )
     source = _source(model, tokenizer, dtype=dtype, load_in=load_in, adapter=adapter)
 
     def with_model() -> Generator[Generated, None, None]:
@@ -149,6 +153,8 @@ def _source(model: object, tokenizer: object, **forms: Any) -> ModelSource | Non
     if not isinstance(model, (str, os.PathLike)):
         raise OptionError(f"model must be a folder, an id or a loaded model, not {model!r}")
     adapter = forms["adapter"]
+    if adapter is not None and not isinstance(adapter, (str, os.PathLike)):
+        raise OptionError(f"adapter must be a folder or an id, not {adapter!r}")
     return ModelSource(
         name=os.fspath(model),
         load_in=check_load_in(forms["load_in"]),
