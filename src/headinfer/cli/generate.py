@@ -13,8 +13,8 @@ from headinfer.cli.interrupt import Interrupt
 from headinfer.cli.load import (
     DEMO_MODEL,
     NamedSource,
+    begin_loading,
     calm_transformers,
-    loading_words,
     max_positions,
     prepare_cpu,
     share_cores,
@@ -257,7 +257,7 @@ def _load_and_run(request: Request) -> None:
     console = stderr_console(quiet=request.quiet)
     share_cores()
     with Stages(console) as stages:
-        stages.begin(loading_words(request.source))
+        begin_loading(stages, request.source)
         calm_transformers(verbose=request.verbose)
         prepare_cpu(request.threads)
         device = choose_device(request.options.device)
@@ -271,7 +271,7 @@ def _load_and_run(request: Request) -> None:
             template_values=request.template_values,
             raw=request.raw,
         )
-        stages.begin(loading_words(request.source))
+        begin_loading(stages, request.source)
         new_tokens = request.generation.max_new_tokens or DEFAULT_NEW_TOKENS
         positions = max_positions(config)
         note = check_length(len(ids), new_tokens, positions, allow_long=request.allow_long)

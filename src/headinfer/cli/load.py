@@ -5,6 +5,7 @@ import os
 import warnings
 from typing import Any
 
+from headinfer.cli.stages import LOADING_S, Stages
 from headinfer.errors import OptionError
 from headinfer.estimate.presets import PRESETS
 from headinfer.generation.model import ModelSource
@@ -85,15 +86,16 @@ def calm_transformers(*, verbose: bool) -> None:
         logging.getLogger(library).setLevel(logging.ERROR)
 
 
-def loading_words(source: ModelSource) -> str:
-    """Return what is done while a model's files are looked for, for whoever waits."""
+def begin_loading(stages: Stages, source: ModelSource) -> None:
+    """Show that a model's files are looked for and read."""
     name = source.name
     if len(name) > _SHOWN:
         name = f"...{name[-_SHOWN:]}"
     known = name == DEMO_MODEL or is_gguf_model(source.name)
     if known or os.path.exists(os.path.expanduser(source.name)) or source.local_files_only:
-        return f"loading {name}"
-    return f"fetching {name} from the model hub"
+        stages.begin(f"loading {name}", quiet_s=LOADING_S)
+    else:
+        stages.begin(f"fetching {name} from the model hub, or loading it")
 
 
 def max_positions(config: Any) -> int:

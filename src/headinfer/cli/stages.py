@@ -6,8 +6,11 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-_QUIET_S = 3.0
+_QUIET_S = 5.0
 """Seconds after which a line is printed where nothing can be drawn anew."""
+
+LOADING_S = 30.0
+"""The same for what takes some seconds anyway, as importing torch."""
 
 
 class Stages:
@@ -17,12 +20,10 @@ class Stages:
 
     Args:
         console: on stderr.
-        quiet_s: how long a stage may go unmentioned there.
     """
 
-    def __init__(self, console: Console, *, quiet_s: float = _QUIET_S) -> None:
+    def __init__(self, console: Console) -> None:
         self._console = console
-        self._quiet_s = quiet_s
         self._shown = console.is_terminal and not console.quiet
         self._progress = Progress(
             SpinnerColumn(),
@@ -34,17 +35,18 @@ class Stages:
         )
         self._timer: threading.Timer | None = None
 
-    def begin(self, what: str) -> None:
+    def begin(self, what: str, *, quiet_s: float = _QUIET_S) -> None:
         """Show the next stage in place of the last one.
 
         Args:
             what: is done, as in "reading the prompt".
+            quiet_s: how long it may go unmentioned where nothing can be drawn anew.
         """
         self._end()
         if self._shown:
             self._progress.add_task(what, total=None)
         else:
-            self._timer = threading.Timer(self._quiet_s, self._say, (what,))
+            self._timer = threading.Timer(quiet_s, self._say, (what,))
             self._timer.daemon = True
             self._timer.start()
 

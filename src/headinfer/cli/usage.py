@@ -14,7 +14,7 @@ _WORDS = (
     (r"Input should be a valid number.*", "it must be a number"),
     (r"Input should be greater than or equal to (\S+)", r"it must be at least \1"),
     (r"Input should be less than or equal to (\S+)", r"it must be at most \1"),
-    (r"\S+ is not a valid (?:int|integer)\.", "it must be a whole number"),
+    (r"\S+ is not a valid (?:int|integer)(?: range)?\.", "it must be a whole number"),
     (r"\S+ is not a valid float\.", "it must be a number"),
     (r"\S+ is not in the range x>=(\S+)\.", r"it must be at least \1"),
     (r"(?:'.*?'|\S+) is not one of ", "it must be one of "),
