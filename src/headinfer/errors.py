@@ -34,3 +34,38 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and "not enough memory" in str(error)
+
+
+_BUGS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NameError,
+    RuntimeError,
+    TypeError,
+)
+"""Kinds of errors whose messages are for programmers: the kind says as much as the message."""
+
+
+def is_bug(error: BaseException) -> bool:
+    """Whether an error of a library is one that its authors did not foresee."""
+    return isinstance(error, _BUGS) and not isinstance(error, NotImplementedError)
+
+
+def reason_of(error: BaseException, most: int = 400) -> str:
+    """Return all of an error's message in one line, behind its kind where nobody foresaw it.
+
+    Args:
+        error: of a library.
+        most: characters; a longer message ends with a sentence before.
+    """
+    kind = type(error).__name__
+    words = " ".join(str(error).split())
+    if len(words) > most:
+        end = words.rfind(". ", 0, most)
+        words = words[:end] if end > 0 else f"{words[:most]} ..."
+    if not words:
+        return kind
+    words = words.rstrip(".")
+    return f"{kind}: {words}" if is_bug(error) else words

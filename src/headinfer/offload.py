@@ -35,7 +35,8 @@ class Offload:
     def new_cache(self, max_tokens: int | str | None = None) -> OffloadedCache:
         """Return an empty cache to pass to `generate` or the model.
 
-        It is passed as `past_key_values` or, since transformers 5.24, as `cache`.
+        It is passed as `past_key_values` or, since transformers 5.24, as `cache`. With any release
+        `model.generate(**inputs, **cache.as_keyword())` is right.
 
         It may be used again for the next turn of the same conversation. Its memory is freed when it
         is closed or no longer referred to.
@@ -47,7 +48,9 @@ class Offload:
         Raises:
             CacheStateError: the model was detached.
         """
-        return self.session.new_cache(None if max_tokens is None else parse_tokens(max_tokens))
+        return self.session.new_cache(
+            None if max_tokens is None else parse_tokens(max_tokens, "max_tokens")
+        )
 
     def detach(self) -> None:
         """Leave the model exactly as it was; its caches are closed. May be called again.

@@ -14,8 +14,13 @@ _BYTE_UNITS = {
 }
 _TOKEN_UNITS = {"": 1, "K": 1024, "M": 1024**2}
 _MAX_TOKENS = 2**36
+_MAX_BYTES = 2**60
 _LEAST_WITHOUT_UNIT = 2**20
 _QUANTITY = re.compile(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
+
+
+class TooManyError(OptionError):
+    """A count is one, and larger than any that makes sense."""
 
 
 def _parse(text: str, units: dict[str, int], what: str, example: str, of: str = "") -> int:
@@ -68,31 +73,38 @@ def parse_bytes(size: str | int, name: str | None = None) -> int:
         raise OptionError(f"{of}a memory size must be positive, not {size!r}")
     if without_unit and size_bytes < _LEAST_WITHOUT_UNIT:
         number = str(size).strip()
-        raise OptionError(
-            f"{of}{size!r} is {size_bytes:,} bytes; did you mean '{number}GiB'? (or '{number}B')"
-        )
+        exact = "" if "." in number else f" (or '{number}B')"
+        raise OptionError(f"{of}{size!r} is in bytes; did you mean '{number}GiB'?{exact}")
+    if size_bytes > _MAX_BYTES:
+        raise OptionError(f"{of}{size!r} is more than 1024 PiB, the most one may ask for")
     return size_bytes
 
 
-def parse_tokens(count: str | int) -> int:
+def parse_tokens(count: str | int, name: str | None = None) -> int:
     """Return `count` in tokens.
 
     Args:
         count: tokens as an integer, or text such as "128K", "1M" or "1_000_000".
+        name: of the option, for messages.
 
     Raises:
-        OptionError: the text is not a count, or the count is not positive; or it is neither text
-            nor an integer.
+        OptionError: the text is not a count, or the count is not whole and positive; or it is
+            neither text nor an integer.
+        TooManyError: the count is beyond reason.
     """
+    of = "" if name is None else f"{name}: "
     tokens = _integer(count)
     if tokens is None and not isinstance(count, str):
-        raise _wrong_kind(count, "", "a token count must be an integer, or text such as '128K'")
+        raise _wrong_kind(count, of, "a token count must be an integer, or text such as '128K'")
     if tokens is None:
-        tokens = _parse(str(count), _TOKEN_UNITS, "token count", "128K")
+        text = str(count)
+        tokens = _parse(text, _TOKEN_UNITS, "token count", "128K", of)
+        if "." in text and text.strip()[-1].isdigit():
+            raise OptionError(f"{of}a token count must be whole, not {count!r}")
     if tokens <= 0:
-        raise OptionError(f"a token count must be positive, not {count!r}")
+        raise OptionError(f"{of}a token count must be positive, not {count!r}")
     if tokens > _MAX_TOKENS:
-        raise OptionError(f"{count!r} is more than the {_MAX_TOKENS:,} tokens one may ask for")
+        raise TooManyError(f"{of}{count!r} is more than {_MAX_TOKENS:,}, the most one may ask for")
     return tokens
 
 

@@ -10,7 +10,7 @@ def test_all_answers_are_right(cli, device):
     done = cli("demo", "--tokens", "2K", "--device", device)
     assert done.code == 0, done.err
     assert done.out.count("  right") == 8
-    for text in ("8 facts", "tiles of", "Which number", "prefill", "8 of 8 right"):
+    for text in ("8 facts", "chunks of", "Which number", "prefill", "8 of 8 right"):
         assert text in done.out
 
 

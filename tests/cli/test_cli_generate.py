@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from headinfer.generation.text import TextCollector
+from headinfer.units import format_bytes
 
 GREEDY = ("--no-do-sample", "-n", 20)
 
@@ -42,6 +43,22 @@ def test_all_but_text_goes_to_stderr(cli, llama, prompt):
     for word in ("tiles of", "CPU memory", "prefill", "decode", "link", "KV in GPU memory"):
         assert word in done.err
         assert word not in done.out
+
+
+def test_a_cpu_has_no_lines_of_tiles_and_links(cli, llama, prompt):
+    done = cli("generate", "--model", llama, "-p", prompt, *GREEDY, "--device", "cpu")
+    assert "prefill" in done.err
+    for word in ("tiles", "link", "standard"):
+        assert word not in done.err
+
+
+def test_memory_for_an_answer_that_ended_early_is_no_waste(cli, llama, prompt):
+    args = ("generate", "--model", llama, "-p", prompt, "--no-do-sample", "-n", 300)
+    result = json.loads(cli(*args, "--json").out)
+    assert result["new_tokens"] < 100
+    used, held = (result["stats"][name] for name in ("standard_kv_bytes", "host_kv_bytes"))
+    (line,) = (line for line in cli(*args).err.splitlines() if line.startswith("KV in CPU"))
+    assert line.split(maxsplit=4)[4] == f"{format_bytes(used)}, of {format_bytes(held)} set aside"
 
 
 def test_quiet_says_nothing(cli, llama, prompt):

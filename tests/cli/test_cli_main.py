@@ -1,5 +1,6 @@
 """What holds for all verbs."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -95,10 +96,41 @@ def test_a_reader_that_goes_away_is_no_error(command, llama, prompt):
     assert done.stderr == ""
 
 
-@pytest.mark.parametrize("verb", ["generate", "demo", "plan", "probe", "roofline"])
-def test_help_is_whole_on_narrow_terminals(cli, monkeypatch, verb):
-    monkeypatch.setenv("COLUMNS", "80")
-    assert "…" not in cli(verb, "--help").out
+VERBS = [
+    *([verb] for verb in ("generate", "demo", "plan", "probe", "roofline", "heads")),
+    *(["bench", verb] for verb in ("decode", "prefill", "memory", "max-context", "ablation")),
+    *(["evaluate", verb] for verb in ("agreement", "needle", "figure7", "ruler", "scbench")),
+]
+
+
+@pytest.mark.parametrize("columns", ["80", "120"])
+@pytest.mark.parametrize("verb", VERBS, ids=" ".join)
+def test_help_is_whole_and_has_panels_with_names(cli, monkeypatch, verb, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+    text = cli(*verb, "--help").out
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= int(columns)
+    assert "─ Options ─" not in text
+    assert "<bool>" not in text
+    shown = panels(text)
+    assert [name for name in ORDER if name in shown] == shown[-len(set(shown) & set(ORDER)) :]
+
+
+ORDER = ["Model", "Generation", "Output", "Memory", "Research"]
+
+
+def panels(text: str) -> list[str]:
+    """Return the first words of the panels' names."""
+    return re.findall(r"^╭─ (\w+)", text, flags=re.MULTILINE)
+
+
+def test_options_stand_in_the_order_of_who_needs_them(cli):
+    text = cli("generate", "--help").out
+    assert panels(text) == ["Prompt", *ORDER]
+    places = [text.index(f" {flag} ") for flag in ("--prompt", "--temperature", "--tile-heads")]
+    assert places == sorted(places)
+    research = text.index("─ Research")
+    assert text.index("--device-memory") < research < text.index("--no-overlap")
 
 
 FULL = Path("/dev/full")

@@ -86,6 +86,21 @@ def test_an_error_for_a_closed_stderr_is_its_exit_code(command):
     assert (done.returncode, done.stdout) == (2, "")
 
 
+@pytest.mark.parametrize("args", [("plan",), ("roofline",), ("--version",), ("bench", "methods")])
+def test_what_a_closed_stdout_does_not_show_is_not_silent(command, args):
+    done = run_closed(command, ">&-", *args)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("headinfer: error: the output cannot be written: Bad file descriptor")
+
+
+@pytest.mark.parametrize("verb", ["plan", "roofline"])
+def test_a_result_for_a_file_is_not_lost_with_stdout(command, tmp_path, verb):
+    file = tmp_path / "out.json"
+    assert run_closed(command, ">&-", verb, "--json", file).returncode == 1
+    assert json.loads(file.read_text())
+
+
 @pytest.mark.parametrize("flags", [(), ("--json",)], ids=["text", "json"])
 def test_statistics_are_told_without_a_stdout(command, llama, prompt, flags):
     done = run_closed(command, ">&-", "generate", "-m", llama, "-p", prompt, "-n", 3, *flags)

@@ -130,6 +130,17 @@ def test_stop_strings_end_the_answer_and_leave_chunks(cli, asking, monkeypatch):
     assert result["text"] == whole[:3]
 
 
+@pytest.mark.parametrize("more", [(), ("--num-beams", "2")], ids=["greedy", "beams"])
+def test_stop_strings_need_no_vocabulary_of_a_certain_form(cli, asking, prompt, more):
+    args = ("-p", prompt, *NUMBERS, *more, "--json")
+    words = json.loads(cli("generate", "--model", asking(), *args).out)["text"].split()
+    stop = f"{words[3]} {words[4]}"
+    result = json.loads(cli("generate", "--model", asking(stop_strings=[stop]), *args).out)
+    assert result["finish_reason"] == "stop"
+    assert stop in result["text"]
+    assert more or result["text"].split() == words[:5]
+
+
 def test_a_limit_of_time_is_the_reason_told(cli, tmp_path, prompt):
     model = save_llama(tmp_path, eos_token_id=None)
     file = model / "generation_config.json"

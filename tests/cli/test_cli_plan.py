@@ -27,7 +27,9 @@ def _not_probed(monkeypatch, tmp_path):
 def test_a_person_reads_every_method_and_why(cli) -> None:
     outcome = cli(*QUESTION, "--context", "1M")
     assert outcome.code == 0
-    assert "rtx-4090 (not measured yet" in outcome.out
+    assert "on rtx-4090 (assumed)" in outcome.out
+    told = " ".join(outcome.out.split())
+    assert "this machine is not measured yet; rtx-4090 is assumed: --hardware names" in told
     for name in ("standard", "kv-4bit", "layer-wise", "head-wise-1", "adaptive", "bounded"):
         assert f"  {name} " in outcome.out
     assert "total: with 1.25 for CUDA itself" in outcome.out
@@ -128,7 +130,7 @@ def test_the_papers_tables(cli) -> None:
         (("--paper", "--json"), "leave out --json"),
         (("--paper", "--context", "1M"), "leave out --context"),
         (("--context", "1M", "--context", "2M"), "--context is given 2 times"),
-        (("--device-memory", "24"), "--device-memory: '24' is 24 bytes; did you mean '24GiB'"),
+        (("--device-memory", "24"), "--device-memory: '24' is in bytes; did you mean '24GiB'"),
         (("--json", "missing/plan.json"), "there is no folder"),
     ],
 )
@@ -227,7 +229,7 @@ def test_what_was_measured_on_another_machine_is_not_this(cli, measurement) -> N
     keep.save_measurement(measurement)
     outcome = cli("plan", "--context", "4K")
     said = " ".join(outcome.out.split())
-    assert "on rtx-4090 (not measured yet: the last measurement is of another machine" in said
+    assert "not measured yet: the last measurement is of another machine" in said
     for verb in ("plan", "roofline"):
         refused = cli(verb, "--hardware", "this")
         assert (refused.code, refused.out) == (2, "")

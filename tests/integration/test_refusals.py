@@ -5,7 +5,13 @@ import torch
 import transformers
 
 import headinfer
-from headinfer.errors import MemoryPlanError, OptionError, UnsupportedModelError
+from headinfer.errors import (
+    CacheStateError,
+    MemoryPlanError,
+    OptionError,
+    UnsupportedModelError,
+)
+from headinfer.integration.calls import cache_name
 from tiny_models import _COMMON, random_tokens, shared_model, tiny_model
 
 
@@ -214,3 +220,77 @@ def test_too_little_host_memory_is_refused_before_prefill() -> None:
     finally:
         handle.remove()
     assert not calls
+
+
+class Wrapped(torch.nn.Module):
+    """A wrapper around a model as PEFT has it."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.base_model = model
+
+    def get_base_model(self) -> torch.nn.Module:
+        return self.base_model
+
+
+class Pipeline:
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model
+
+
+@pytest.mark.parametrize(
+    ("wrap", "words"),
+    [
+        (Wrapped, r"Wrapped is not .* attach what its get_base_model\(\) returns"),
+        (Pipeline, r"Pipeline is not .* attach its \.model"),
+        (torch.nn.DataParallel, r"DataParallel is not .* attach its \.module"),
+        (lambda _model: "folder/model", "load 'folder/model' with AutoModelForCausalLM"),
+    ],
+    ids=["peft", "pipeline", "parallel", "name"],
+)
+def test_who_attaches_what_holds_a_model_is_told_what_to_attach(wrap, words: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=words):
+        headinfer.attach(wrap(shared_model("llama3")))
+
+
+def test_a_call_for_another_history_is_told_so() -> None:
+    model = shared_model("llama3")
+    ids = random_tokens(1, 20)
+    with headinfer.attach(model) as offload, torch.no_grad():
+        cache = offload.new_cache()
+        model(ids, **{cache_name(model): cache})
+        short = {"attention_mask": torch.ones(1, 7, dtype=torch.long), cache_name(model): cache}
+        with pytest.raises(CacheStateError, match=r"holds 20 tokens .* is for 7 and not for 23"):
+            model(ids[:, :3], **short)
+        with pytest.raises(CacheStateError, match="holds 20 tokens, and the call brings no new"):
+            model.generate(ids[:, :9], max_new_tokens=2, **{cache_name(model): cache})
+        assert cache.get_seq_length() == 20
+
+
+def test_token_types_of_text_alone_say_nothing_to_a_model_that_takes_none() -> None:
+    model = shared_model("llama3")
+    ids = random_tokens(1, 20)
+    with torch.no_grad():
+        expected = model(ids).logits
+        with headinfer.attach(model) as offload:
+            cached = {cache_name(model): offload.new_cache()}
+            logits = model(ids, token_type_ids=torch.zeros_like(ids), **cached).logits
+            torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+            with pytest.raises(OptionError, match="LlamaForCausalLM takes no token_type_ids"):
+                model(ids, token_type_ids=torch.ones_like(ids), **cached)
+
+
+def test_a_cache_that_the_generation_config_names_makes_room_and_comes_back() -> None:
+    model = tiny_model("llama3")
+    ids = random_tokens(1, 20)
+    expected = model.generate(ids, max_new_tokens=4, do_sample=False)
+    model.generation_config.cache_implementation = "static"
+    with headinfer.attach(model) as offload:
+        cached = {cache_name(model): offload.new_cache()}
+        assert torch.equal(
+            model.generate(ids, max_new_tokens=4, do_sample=False, **cached), expected
+        )
+    assert model.generation_config.cache_implementation == "static"
+    with headinfer.attach(model):
+        model.generation_config.cache_implementation = "dynamic"
+    assert model.generation_config.cache_implementation == "dynamic"

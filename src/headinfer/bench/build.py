@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrain
 
 from headinfer.bench.model_spec import ModelSpec, NamedModel
 from headinfer.bench.spec import TrialSpec
-from headinfer.errors import HeadInferError, ModelLoadError, OptionError
+from headinfer.errors import HeadInferError, ModelLoadError, OptionError, reason_of
 from headinfer.integration.checkpoint import load_checkpoint
 from headinfer.plan.options import Options
 
@@ -60,8 +60,8 @@ def _load(
             model.name, location, dtype=dtype, attn_implementation="sdpa"
         )
     except (OSError, ValueError) as error:
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ModelLoadError(f"model {model.name!r} cannot be loaded: {first}") from error
+        reason = reason_of(error)
+        raise ModelLoadError(f"model {model.name!r} cannot be loaded: {reason}") from error
     return loaded.to(device).eval(), note
 
 

@@ -69,8 +69,9 @@ class ModelSpec:
     @property
     def description(self) -> str:
         """The model in words."""
+        layers = "1 layer" if self.layers == 1 else f"{self.layers} layers"
         return (
-            f"Llama, random weights: {self.layers} layers, hidden {self.hidden_size}, "
+            f"Llama, random weights: {layers}, hidden {self.hidden_size}, "
             f"{self.heads} query and {self.kv_heads} KV heads of {self.head_dim}"
         )
 

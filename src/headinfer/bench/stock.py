@@ -17,7 +17,7 @@ from transformers.cache_utils import (
 
 from headinfer.bench.held import Held
 from headinfer.bench.spec import TrialSpec
-from headinfer.errors import HeadInferError, UnsupportedModelError
+from headinfer.errors import HeadInferError, UnsupportedModelError, reason_of
 from headinfer.integration.calls import cache_argument, last_logits
 from headinfer.plan.choices import chunk_sizes
 from headinfer.plan.options import Options
@@ -151,7 +151,7 @@ class Compiled(Standard):
         try:
             self._rehearse(cache)
         except TorchDynamoException as error:
-            raise HeadInferError(f"torch.compile failed: {str(error).splitlines()[0]}") from error
+            raise HeadInferError(f"torch.compile failed: {reason_of(error)}") from error
         cache.reset()
         gc.collect()  # compiling leaves cycles that would keep this cache beside the next
         return cache

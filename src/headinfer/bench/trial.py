@@ -28,7 +28,13 @@ from headinfer.bench.neighbours import Neighbours
 from headinfer.bench.process_memory import PeakRss
 from headinfer.bench.result import Status, TrialFailure, TrialResult, to_json
 from headinfer.bench.spec import Fill, TrialSpec
-from headinfer.errors import HeadInferError, MemoryPlanError, ModelLoadError
+from headinfer.errors import (
+    HeadInferError,
+    MemoryPlanError,
+    ModelLoadError,
+    is_bug,
+    reason_of,
+)
 from headinfer.integration.model_shape import model_shape
 from headinfer.units import format_bytes
 
@@ -211,7 +217,7 @@ def failure_of(error: Exception) -> TrialFailure:
     if isinstance(error, (HeadInferError, ImportError)):
         return TrialFailure(
             status=Status.CANNOT_RUN,
-            reason=_first_line(error),
+            reason=reason_of(error),
             grows=isinstance(error, MemoryPlanError),
             ends_run=isinstance(error, ModelLoadError),
         )
@@ -221,7 +227,8 @@ def failure_of(error: Exception) -> TrialFailure:
         if memory or "allocate memory" in str(error) or "not enough memory" in str(error):
             return _out_of_memory(error)
     traceback.print_exception(error)
-    reason = f"{type(error).__name__}: {_first_line(error)}"
+    kind = "" if is_bug(error) else f"{type(error).__name__}: "  # else the reason has it
+    reason = f"{kind}{reason_of(error)}"
     return TrialFailure(status=Status.FAILED, reason=reason)
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import json
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -103,8 +102,6 @@ class Answer:
         if self._stdout_error is not None:
             return
         try:
-            if sys.stdout is None:  # it was closed when the process began
-                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
             sys.stdout.write(text)
             sys.stdout.flush()
         except OSError as error:

@@ -16,7 +16,7 @@ from headinfer.bench.suite import Suite
 from headinfer.bench.table import render
 from headinfer.cli.bench_options import options, run_spec
 from headinfer.cli.bench_report import report
-from headinfer.cli.command import OnceCommand
+from headinfer.cli.command import Group, OnceCommand
 from headinfer.cli.console import reporting_errors, stdout_console
 from headinfer.cli.output import (
     JsonCommand,
@@ -26,14 +26,18 @@ from headinfer.cli.results import collect, exit_code, tell
 from headinfer.cli.run_progress import RunProgress, run_console, showing_progress
 
 app = typer.Typer(
+    cls=Group,
     help="Measure speed and memory beside what people use instead, on this machine.",
     no_args_is_help=True,
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-_OURS = "head-wise-8,head-wise-4,head-wise-2,head-wise-1,adaptive,bounded,resident,host-attention"
-_STOCK = "standard,chunked-prefill,transformers-offloaded,kv-4bit"
+_OURS = (
+    "head-wise-8, head-wise-4, head-wise-2, head-wise-1, adaptive, bounded, resident, "
+    "host-attention"
+)
+_STOCK = "standard, chunked-prefill, transformers-offloaded, kv-4bit"
 
 
 def make_launcher() -> Launcher:
@@ -83,7 +87,7 @@ _verb(
     Command.MEMORY,
     "Measure the memory that prefill and decode take.",
     "repeats",
-    methods=f"{_STOCK},{_OURS},headinfer",
+    methods=f"{_STOCK}, {_OURS}, headinfer",
     new_tokens=2,
 )
 _verb(
@@ -93,14 +97,14 @@ _verb(
     "last pass through the model is random keys and values.",
     "repeats",
     contexts="1K,1M",
-    methods=f"{_STOCK},{_OURS},headinfer",
+    methods=f"{_STOCK}, {_OURS}, headinfer",
     new_tokens=1,
     time_limit=600,
 )
 _verb(
     Command.ABLATION,
     "Time HeadInfer with one part of it left out or fixed at a time.",
-    methods=f"standard,{_OURS},synchronous,headinfer",
+    methods=f"standard, {_OURS}, synchronous, headinfer",
 )
 
 

@@ -51,7 +51,7 @@ def options(
             "--contexts", "--context", metavar="COUNTS", help="Tokens of the prompts: 1K,10K,100K."
         ),
     ] = "32K",
-    methods: Methods = "standard,headinfer",
+    methods: Methods = "standard, headinfer",
     fill: Annotated[
         Fill,
         typer.Option(

@@ -2,12 +2,14 @@
 
 import contextlib
 import errno
+import io
 import logging
 import os
 import re
 import sys
 import traceback
 from collections.abc import Iterator
+from typing import NoReturn
 
 import typer
 from rich.console import Console
@@ -28,14 +30,25 @@ EXIT_INTERRUPTED = 130
 
 _DEBUG_VARIABLE = "HEADINFER_DEBUG"
 
-_ARGUMENTS = re.compile(
-    rf"(?:\b({'|'.join(name for name in DECLARATIONS if '_' in name)}"
-    r"|new_tokens|time_limit|kv_heads|head_dim|hidden_size|vocab_size|intermediate_size)(?:_s)?\b"
-    r"|^(device|dtype|repeats|layers|heads)(?= )|\b(device|dtype)(?==))(=)?"
-)
-"""Arguments of Python that a verb has as options: first those that are no words of English."""
+_WORDS_OF_ENGLISH = ("device", "overlap", "capture", "fuse")
+_SHAPE = ("kv_heads", "head_dim", "hidden_size", "vocab_size", "intermediate_size")
+_ALONE = (*DECLARATIONS.keys() - set(_WORDS_OF_ENGLISH), *_SHAPE, "new_tokens", "time_limit")
+_FIRST = (*_WORDS_OF_ENGLISH, "layers", "heads", "dtype", "repeats")
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+_ARGUMENTS = re.compile(
+    rf"(?<![-'`.\w])(?:(?P<alone>{'|'.join(sorted(_ALONE))})(?:_s)?(?![\w'`.]| in )"
+    rf"|(?P<first>(?<=^)(?:{'|'.join(_FIRST)})(?= )|(?:device|dtype)(?==)))(?P<equals>=)?"
+)
+"""Arguments of Python that a verb has as options, where they are no words of English.
+
+A key *in* a model's config is none, and what is in quotes is what the user wrote.
+"""
+
+_LONG_WORD = re.compile(r"(\S{100})\S{61,}(\S{40})")
+_LONGEST = 900
+"""Characters of an error. Longer ones hold a name or a text that is no help to read."""
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 """Errors of writing. Those of stdout, and of files that are open already, name no file."""
 
 
@@ -66,19 +79,26 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def _shortened(line: str) -> str:
+    """Return an error with its long words, and then with itself, cut in the middle."""
+    line = _LONG_WORD.sub(r"\1...\2", line)
+    half = _LONGEST // 2
+    return line if len(line) <= _LONGEST else f"{line[:half]} ... {line[-half:]}"
+
+
 def with_options(message: str) -> str:
     """Return a message with the options of the command line in place of Python's arguments."""
     return _ARGUMENTS.sub(_option, message)
 
 
 def _option(found: re.Match[str]) -> str:
-    name = found[1] or found[2] or found[3]
-    return f"--{name.replace('_', '-')}{' ' if found[4] else ''}"
+    name = found["alone"] or found["first"]
+    return f"--{name.replace('_', '-')}{' ' if found['equals'] else ''}"
 
 
 def print_error(message: str) -> None:
     """Print one line to stderr in the form all errors have."""
-    _print_line(f"headinfer: error: {message}")
+    _print_line(f"headinfer: error: {_shortened(message)}")
 
 
 def _print_line(line: str) -> None:
@@ -117,10 +137,35 @@ def report(error: BaseException) -> int:
         _discard_unwritten()
         print_error(f"the output cannot be written: {error.strerror}; make room or write elsewhere")
         return EXIT_UNEXPECTED
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        print_error(f"{os.fsdecode(error.filename)!r} cannot be used: {error.strerror}")
+        return EXIT_BAD_INPUT
     print_error(
         f"{type(error).__name__}: {one_line(error)} ({_DEBUG_VARIABLE}=1 shows the traceback)"
     )
     return EXIT_UNEXPECTED
+
+
+class ClosedStdout(io.TextIOBase):
+    """A stdout in the place of one that was closed when the process began: it takes nothing.
+
+    Python has None there, and what is printed is lost without a word.
+    """
+
+    encoding = "utf-8"
+
+    def write(self, _text: str) -> NoReturn:
+        """Fail as writing to a closed file does."""
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+    @classmethod
+    def install(cls) -> None:
+        """Take the place, and the file's number, which the next file to be opened would get."""
+        if sys.stdout is None:
+            sys.stdout = cls()
+            number = os.open(os.devnull, os.O_WRONLY)
+            if number > 2:
+                os.close(number)
 
 
 def discard_stdout() -> None:

@@ -19,4 +19,4 @@ def parse_contexts(text: str, example: str) -> list[int]:
         raise OptionError(f"--contexts {text!r} names none; write for example {example}")
     if not all(parts):
         raise OptionError(f"--contexts {text!r} has a comma too many; write for example {example}")
-    return [parse_tokens(part) for part in parts]
+    return [parse_tokens(part, "--contexts") for part in parts]

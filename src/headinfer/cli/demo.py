@@ -36,7 +36,7 @@ from headinfer.errors import OptionError
 from headinfer.generation.model import load_config, load_model, load_tokenizer
 from headinfer.generation.text import TextCollector
 from headinfer.plan.options import Options
-from headinfer.units import parse_tokens
+from headinfer.units import format_tokens, parse_tokens
 
 if TYPE_CHECKING:
     from headinfer.demo import Document, Fact
@@ -95,7 +95,7 @@ def demo(
     with reporting_errors():
         options = Options.parse(**flags)
         if model == DEMO_MODEL:
-            code = _run(parse_tokens(tokens or _TOKENS), seed, options, verbose=verbose)
+            code = _run(parse_tokens(tokens or _TOKENS, "--tokens"), seed, options, verbose=verbose)
         else:
             from headinfer.cli import demo_real
 
@@ -103,7 +103,7 @@ def demo(
                 raise OptionError(
                     f"--seed {seed}: it chooses a document for the model demo alone; leave it out"
                 )
-            num_tokens = parse_tokens(tokens or demo_real.TOKENS)
+            num_tokens = parse_tokens(tokens or demo_real.TOKENS, "--tokens")
             code = demo_real.run(model, num_tokens, options, verbose=verbose)
         if code:
             raise typer.Exit(code)
@@ -114,14 +114,20 @@ def _run(num_tokens: int, seed: int, options: Options, *, verbose: bool) -> int:
     share_cores()
 
     from headinfer.demo import make_document
+    from headinfer.demo.layout import MAX_TOKENS
 
     started_s = time.perf_counter()
     console = stdout_console()
-    console.print("[bold]HeadInfer demo:[/] a tiny model looks for facts in a long document\n")
+    if num_tokens > MAX_TOKENS:
+        raise OptionError(
+            f"--tokens {format_tokens(num_tokens)}: the demo model finds facts in at most "
+            f"{format_tokens(MAX_TOKENS)} tokens"
+        )
     try:
         document = make_document(num_tokens, seed)
     except ValueError as error:
         raise OptionError(f"--tokens {num_tokens}: {error}") from error
+    console.print("[bold]HeadInfer demo:[/] a tiny model looks for facts in a long document\n")
     print_document(console, document)
     with stderr_console().status("loading the model"):
         calm_transformers(verbose=verbose)

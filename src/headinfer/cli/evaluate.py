@@ -2,7 +2,7 @@
 
 import typer
 
-from headinfer.cli.command import OnceCommand
+from headinfer.cli.command import Group, OnceCommand
 from headinfer.cli.evaluate_agreement import agreement
 from headinfer.cli.evaluate_answers import verb
 from headinfer.cli.evaluate_benchmarks import (
@@ -18,6 +18,7 @@ from headinfer.cli.evaluate_ruler import ruler
 from headinfer.cli.output import JsonCommand
 
 app = typer.Typer(
+    cls=Group,
     help="Compare what a model answers and predicts under each method with stock transformers.",
     no_args_is_help=True,
     add_completion=False,

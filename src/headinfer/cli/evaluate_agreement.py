@@ -71,7 +71,7 @@ def agreement(
             show_default="the whole text",
         ),
     ] = None,
-    methods: Methods = "standard,chunked-prefill,kv-4bit,bounded,headinfer",
+    methods: Methods = "standard, chunked-prefill, kv-4bit, bounded, headinfer",
     no_float32: Annotated[
         bool,
         typer.Option(

@@ -86,7 +86,7 @@ def shared(
             show_default="1K, 2K, 4K and so on to the model's positions, at most 32K",
         ),
     ] = None,
-    methods: Methods = "standard,headinfer",
+    methods: Methods = "standard, headinfer",
     samples: Annotated[
         int, typer.Option(metavar="COUNT", min=1, help="Questions of each setting.")
     ] = 1,

@@ -9,7 +9,7 @@ from headinfer.cli.load import DEMO_MODEL
 from headinfer.evaluate.figure7.task import Figure7
 from headinfer.evaluate.prompts.haystack import prose
 
-METHODS = "standard,headinfer,streaming-llm,h2o,streaming-llm-25,h2o-25"
+METHODS = "standard, headinfer, streaming-llm, h2o, streaming-llm-25, h2o-25"
 """What is compared without `--methods`."""
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from headinfer.cli.options import MODEL_PANEL
+from headinfer.cli.options import GENERATION_PANEL, MODEL_PANEL, PROMPT_PANEL
 from headinfer.errors import OptionError
 from headinfer.generation.adapter import adapter_of
 from headinfer.generation.model import ModelSource
@@ -15,9 +15,6 @@ from headinfer.generation.quantised import has_fused_experts
 from headinfer.generation.stops import check_stop
 from headinfer.gguf_models import is_gguf_model, model_folder, read_stored
 from headinfer.units import format_bytes
-
-PROMPT_PANEL = "Prompt"
-GENERATION_PANEL = "Generation (defaults: the model's own)"
 
 
 class LoadInChoice(str, enum.Enum):

@@ -13,6 +13,7 @@ from headinfer.cli.interrupt import Interrupt
 from headinfer.cli.load import (
     DEMO_MODEL,
     NamedSource,
+    begin_loading,
     calm_transformers,
     max_positions,
     prepare_cpu,
@@ -23,6 +24,7 @@ from headinfer.cli.progress import PrefillBar
 from headinfer.cli.prompt import check_length, encode, read_prompt
 from headinfer.cli.render import print_plan
 from headinfer.cli.sampling import GenerationOptions, flag
+from headinfer.cli.stages import Stages
 from headinfer.errors import OptionError
 from headinfer.generation.model import choose_device, load_config, load_model, load_tokenizer
 from headinfer.generation.settings import DEFAULT_NEW_TOKENS, settle
@@ -31,7 +33,7 @@ from headinfer.plan.options import Options
 
 
 def _prompt_option(*flags: str, help_text: str, metavar: str = opt.NO_VALUE) -> Any:
-    return typer.Option(*flags, help=help_text, metavar=metavar, rich_help_panel=form.PROMPT_PANEL)
+    return typer.Option(*flags, help=help_text, metavar=metavar, rich_help_panel=opt.PROMPT_PANEL)
 
 
 def _model_option(*flags: str, help_text: str, metavar: str = opt.NO_VALUE) -> Any:
@@ -40,7 +42,7 @@ def _model_option(*flags: str, help_text: str, metavar: str = opt.NO_VALUE) -> A
 
 def _sampling_option(*flags: str, help_text: str, metavar: str = "N", **settings: Any) -> Any:
     return typer.Option(
-        *flags, help=help_text, metavar=metavar, rich_help_panel=form.GENERATION_PANEL, **settings
+        *flags, help=help_text, metavar=metavar, rich_help_panel=opt.GENERATION_PANEL, **settings
     )
 
 
@@ -101,14 +103,19 @@ def generate(
     ] = None,
     stop: form.Stop = None,
     do_sample: Annotated[
-        bool | None,
+        bool,
         _sampling_option(
-            "--do-sample/--no-do-sample",
-            help_text="Sample, or take the likeliest token; temperature, top-k, top-p and min-p "
-            "turn sampling on.",
+            "--do-sample",
+            help_text="Sample; --temperature, --top-k, --top-p and --min-p turn it on, too.",
             metavar=opt.NO_VALUE,
         ),
-    ] = None,
+    ] = False,
+    no_do_sample: Annotated[
+        bool,
+        _sampling_option(
+            "--no-do-sample", help_text="Take the likeliest token.", metavar=opt.NO_VALUE
+        ),
+    ] = False,
     temperature: Annotated[
         float | None, _sampling_option("--temperature", help_text="Above 1 more varied.")
     ] = None,
@@ -166,7 +173,7 @@ def generate(
             "--trace",
             metavar="PATH",
             help="Write what the first decode steps did when, in Chrome's trace format.",
-            rich_help_panel=opt.OUTPUT_PANEL,
+            rich_help_panel=opt.RESEARCH_PANEL,
         ),
     ] = None,
     as_json: Annotated[
@@ -194,7 +201,7 @@ def generate(
         request = Request(
             generation=GenerationOptions(
                 max_new_tokens=max_new_tokens,
-                do_sample=do_sample,
+                do_sample=_yes_or_no(do_sample, no_do_sample),
                 temperature=temperature,
                 top_k=top_k,
                 top_p=top_p,
@@ -231,6 +238,13 @@ def generate(
         _load_and_run(request)
 
 
+def _yes_or_no(yes: bool, no: bool) -> bool | None:
+    """Return whether to sample, or None where the model's own config says."""
+    if yes and no:
+        raise OptionError("--do-sample and --no-do-sample exclude each other; give one")
+    return True if yes else False if no else None
+
+
 def _one_of(lookup: int | None, num_tokens: int | None) -> int | None:
     """Return the value of an option that has two names, of which one at most may be given."""
     if lookup is not None and num_tokens is not None:
@@ -242,12 +256,14 @@ def _load_and_run(request: Request) -> None:
     """Load in the order of cost: what can be refused early is."""
     console = stderr_console(quiet=request.quiet)
     share_cores()
-    with console.status(f"loading {escape(request.source.name)}"):
+    with Stages(console) as stages:
+        begin_loading(stages, request.source)
         calm_transformers(verbose=request.verbose)
         prepare_cpu(request.threads)
         device = choose_device(request.options.device)
         config = load_config(request.source)
         tokenizer = load_tokenizer(request.source)
+        stages.begin(f"tokenising {len(request.text):,} characters")
         ids = encode(
             tokenizer,
             request.text,
@@ -255,6 +271,7 @@ def _load_and_run(request: Request) -> None:
             template_values=request.template_values,
             raw=request.raw,
         )
+        begin_loading(stages, request.source)
         new_tokens = request.generation.max_new_tokens or DEFAULT_NEW_TOKENS
         positions = max_positions(config)
         note = check_length(len(ids), new_tokens, positions, allow_long=request.allow_long)

@@ -147,7 +147,7 @@ def heads(
             raise OptionError("--steps are those of --optimise; give that, too, or --samples")
         way = "gates" if optimise else (method or ScoreChoice.REPETITION).value
         units = steps or 100 if optimise else samples or (8 if way == "copy" else 2)
-        wanted = None if tokens is None else parse_tokens(tokens)
+        wanted = None if tokens is None else parse_tokens(tokens, "--tokens")
         options = Options.parse(**flags)
         begun = Path(f"{output}.part")
         if output == STDOUT:

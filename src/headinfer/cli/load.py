@@ -5,12 +5,17 @@ import os
 import warnings
 from typing import Any
 
+from headinfer.cli.stages import LOADING_S, Stages
 from headinfer.errors import OptionError
 from headinfer.estimate.presets import PRESETS
 from headinfer.generation.model import ModelSource
+from headinfer.gguf_models.folder import is_gguf_model
 from headinfer.units import format_tokens
 
 DEMO_MODEL = "demo"
+
+_SHOWN = 50
+"""Characters of a name in a line that is drawn anew."""
 
 
 class NamedSource(ModelSource):
@@ -79,6 +84,18 @@ def calm_transformers(*, verbose: bool) -> None:
     transformers.utils.logging.disable_progress_bar()
     for library in ("huggingface_hub", "bitsandbytes"):
         logging.getLogger(library).setLevel(logging.ERROR)
+
+
+def begin_loading(stages: Stages, source: ModelSource) -> None:
+    """Show that a model's files are looked for and read."""
+    name = source.name
+    if len(name) > _SHOWN:
+        name = f"...{name[-_SHOWN:]}"
+    known = name == DEMO_MODEL or is_gguf_model(source.name)
+    if known or os.path.exists(os.path.expanduser(source.name)) or source.local_files_only:
+        stages.begin(f"loading {name}", quiet_s=LOADING_S)
+    else:
+        stages.begin(f"fetching {name} from the model hub, or loading it")
 
 
 def max_positions(config: Any) -> int:

@@ -8,10 +8,15 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
-from headinfer.cli.command import OnceCommand
-from headinfer.cli.console import EXIT_BAD_INPUT, EXIT_INTERRUPTED, print_error, report
+from headinfer.cli.command import Group, OnceCommand
+from headinfer.cli.console import (
+    EXIT_BAD_INPUT,
+    EXIT_INTERRUPTED,
+    ClosedStdout,
+    print_error,
+    report,
+)
 from headinfer.cli.demo import demo
 from headinfer.cli.generate import generate
 from headinfer.cli.heads import heads
@@ -21,9 +26,11 @@ from headinfer.cli.output import JsonCommand
 from headinfer.cli.plan import plan
 from headinfer.cli.probe import probe
 from headinfer.cli.roofline import roofline
+from headinfer.cli.usage import told
+from headinfer.errors import HeadInferError
 
 
-class Verbs(TyperGroup):
+class Verbs(Group):
     """A group of the verbs; wrong usage is told in one line, as all other errors are."""
 
     def main(
@@ -49,13 +56,13 @@ class Verbs(TyperGroup):
             sys.exit(EXIT_INTERRUPTED)
         except BrokenPipeError:
             raise
-        except OSError as error:
+        except (OSError, HeadInferError) as error:
             sys.exit(report(error))
         except Exception as error:
             # Older typer raises click's exceptions, newer ones its own: both have this method.
             if not hasattr(error, "format_message"):
                 raise
-            print_error(f"{' '.join(error.format_message().split())} (--help lists the options)")
+            print_error(f"{told(error, {})} (--help lists the options)")
             sys.exit(getattr(error, "exit_code", EXIT_BAD_INPUT))
         sys.exit(code or 0)
 
@@ -145,6 +152,7 @@ def run() -> None:
         # A character that the terminal's encoding lacks must not end a long run.
         with contextlib.suppress(AttributeError, io.UnsupportedOperation):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # if it is a text file
+    ClosedStdout.install()
     run_one_verb()
     with ending_the_process():
         app(prog_name="headinfer")

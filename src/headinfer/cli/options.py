@@ -11,9 +11,20 @@ import typer
 
 from headinfer.plan.options import DECLARATIONS
 
-MEMORY_PANEL = "Memory and tiles"
+PROMPT_PANEL = "Prompt"
 MODEL_PANEL = "Model"
+GENERATION_PANEL = "Generation (defaults: the model's own)"
 OUTPUT_PANEL = "Output"
+MEMORY_PANEL = "Memory"
+RESEARCH_PANEL = "Research: tiles, shares and switches, to measure with"
+
+_PANELS = {
+    "device": MODEL_PANEL,
+    "device_memory": MEMORY_PANEL,
+    "host_memory": MEMORY_PANEL,
+    "chunk_tokens": MEMORY_PANEL,
+}
+"""Panels of the options that everybody may need; the others are for research."""
 
 
 class DtypeChoice(str, enum.Enum):
@@ -35,7 +46,7 @@ def check_threads(count: int | None) -> int | None:
     most = _THREADS_A_CORE * cores
     if count is not None and count > most:
         raise typer.BadParameter(
-            f"{count} is more than {most}, {_THREADS_A_CORE} for each core that this machine shows"
+            f"it must be at most {most}, {_THREADS_A_CORE} for each core that this machine shows"
         )
     return count
 
@@ -43,7 +54,7 @@ def check_threads(count: int | None) -> int | None:
 def check_seed(seed: int | None) -> int | None:
     """Refuse what torch's generators do not take."""
     if seed is not None and not -(2**63) <= seed < 2**64:
-        raise typer.BadParameter(f"{seed} is not from -2**63 to 2**64 - 1")
+        raise typer.BadParameter("it must be from -2**63 to 2**64 - 1")
     return seed
 
 
@@ -54,7 +65,7 @@ NO_VALUE = ""
 def _flag(name: str, help_text: str) -> inspect.Parameter:
     """Return the flag of an option as a parameter of a verb."""
     declared = DECLARATIONS[name]
-    panel = MODEL_PANEL if name == "device" else MEMORY_PANEL
+    panel = _PANELS.get(name, RESEARCH_PANEL)
     switch = declared.default is True
     if switch:
         name = f"no_{name}"

@@ -11,6 +11,7 @@ import typer
 
 from headinfer.bench.files import check_replaceable
 from headinfer.cli.command import OnceCommand
+from headinfer.cli.console import ClosedStdout
 from headinfer.cli.options import NO_VALUE, OUTPUT_PANEL
 from headinfer.errors import OptionError
 
@@ -68,6 +69,8 @@ def check_writable(option: str, path: str | None) -> None:
         return
     if path == STDOUT:
         raise OptionError(f"{option} {path!r}: only {_JSON} is for stdout; give the name of a file")
+    if not path:
+        raise OptionError(f"{option} '' names no file; give the name of a file")
     if os.path.isdir(Path(path)):
         raise OptionError(f"{option} {path!r} is a folder; give the name of a file")
     target = Path(os.path.realpath(path))  # of a link that leads nowhere, the file to be made
@@ -121,7 +124,7 @@ def write_json(path: str, document: dict[str, Any]) -> None:
             Path(path).write_text(text + "\n", encoding="utf-8")
         except OSError as error:
             raise OptionError(f"{path!r} cannot be written ({error.strerror})") from error
-    elif sys.stdout is None:  # it was closed when the process began
+    elif isinstance(sys.stdout, ClosedStdout):
         raise OptionError(f"stdout did not take the JSON: {os.strerror(errno.EBADF)}")
     else:
         typer.echo(text)

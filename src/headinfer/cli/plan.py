@@ -11,6 +11,7 @@ from headinfer.cli.options import (
     MEMORY_PANEL,
     MODEL_PANEL,
     NO_VALUE,
+    RESEARCH_PANEL,
     Dtype,
     DtypeChoice,
     with_flags,
@@ -30,6 +31,7 @@ from headinfer.units import parse_tokens
 
 _DEFAULT_HARDWARE = "rtx-4090"
 _EXIT_NOTHING_FITS = 1
+_MOST_ROWS = 2**16
 
 
 @with_flags(
@@ -97,7 +99,7 @@ def plan(
             "--accounting",
             metavar="NAME",
             help="ours: what runs of ours peak at; paper: the formulas of its Table 10.",
-            rich_help_panel=MEMORY_PANEL,
+            rich_help_panel=RESEARCH_PANEL,
         ),
     ] = AccountingKind.OURS,
     json_path: JsonPath = None,
@@ -130,15 +132,17 @@ def plan(
 
             print_paper()
             return
+        if batch > _MOST_ROWS:
+            raise OptionError(f"--batch must be at most {_MOST_ROWS:,}, not {batch}")
         options = Options.parse(**flags)
-        here, which = _hardware(hardware)
+        here, which, note = _hardware(hardware)
         one_memory = here.link_bytes_per_s is None
         if one_memory and options.host_memory_bytes is not None:
             raise OptionError("there is one memory on a CPU: use --device-memory")
         situation = Situation(
             shape=_shape(model, dtype.value, load_in.value if load_in else None),
             hardware=here,
-            context_tokens=parse_tokens(context),
+            context_tokens=parse_tokens(context, "--context"),
             device_memory_bytes=_device_memory_bytes(here, options.device_memory_bytes),
             host_memory_bytes=options.host_memory_bytes or here.host_memory_bytes,
             batch=batch,
@@ -149,7 +153,7 @@ def plan(
             if one_memory and options.device_memory_bytes is None
             else None,
         )
-        raise typer.Exit(_answer(situation, which, json_path, steps=steps))
+        raise typer.Exit(_answer(situation, (which, note), json_path, steps=steps))
 
 
 def _streaming(options: Options) -> Options:
@@ -180,19 +184,21 @@ def _device_memory_bytes(here: Hardware, asked: int | None) -> int:
     return here.device_memory_bytes
 
 
-def _answer(situation: Situation, which: str, json_path: str | None, *, steps: bool) -> int:
+def _answer(
+    situation: Situation, which: tuple[str, str | None], json_path: str | None, *, steps: bool
+) -> int:
     from headinfer.cli.plan_table import plan_as_json, print_plans, print_steps
     from headinfer.estimate.choose import choose
 
     plans = method_plans(situation)
     choice = choose(situation, plans)
+    if json_path is not None:  # first, in case stdout takes nothing
+        write_json(json_path, plan_as_json(situation, plans, choice))
     if json_path != STDOUT:
-        print_plans(situation, which, plans, choice)
+        print_plans(situation, *which, plans, choice)
         if steps:
             print_steps(situation, choice)
-    if json_path is not None:
-        write_json(json_path, plan_as_json(situation, plans, choice))
-        if json_path != STDOUT:
+        if json_path is not None:
             stderr_console().print(f"written to {json_path}", markup=False)
     return 0 if choice.plan else _EXIT_NOTHING_FITS
 
@@ -203,11 +209,15 @@ def _shape(name: str, dtype: str, quantised: str | None) -> ModelShape:
     return shape_of(name, dtype=dtype, quantised=quantised)
 
 
-def _hardware(name: str | None) -> tuple[Hardware, str]:
-    """Return the machine to plan for, and how it came to be."""
+def _hardware(name: str | None) -> tuple[Hardware, str, str | None]:
+    """Return the machine to plan for, how it came to be, and a note where nobody chose it."""
     if name is not None:
-        return hardware_of(name), "as asked for"
+        return hardware_of(name), "as asked for", None
     measured, said = measured_hardware()
     if measured is not None:
-        return measured, said
-    return preset_hardware(_DEFAULT_HARDWARE), f"{said}; `headinfer probe` measures this machine"
+        return measured, said, None
+    note = (
+        f"this machine is {said}; {_DEFAULT_HARDWARE} is assumed: --hardware names another one, "
+        "and `headinfer probe` measures this one"
+    )
+    return preset_hardware(_DEFAULT_HARDWARE), "assumed", note

@@ -50,9 +50,21 @@ def table_console() -> Console:
 
 
 def print_plans(
-    situation: Situation, which: str, plans: Sequence[MethodPlan], choice: Choice
+    situation: Situation,
+    which: str,
+    note: str | None,
+    plans: Sequence[MethodPlan],
+    choice: Choice,
 ) -> None:
-    """Print the situation, a row for each method, and what was chosen and why."""
+    """Print the situation, a row for each method, and what was chosen and why.
+
+    Args:
+        situation: planned for.
+        which: how its machine came to be.
+        note: more of that, if there is more to say.
+        plans: of all methods.
+        choice: among them.
+    """
     console = table_console()
     hardware, batch = situation.hardware, situation.batch
     rows = f", {batch} rows" if batch > 1 else ""
@@ -61,6 +73,8 @@ def print_plans(
         f"tokens{rows}, on [bold]{hardware.name}[/] ({escape(which)}): "
         f"{_memory(situation)}"
     )
+    if note is not None:
+        console.print(f"[yellow]{escape(note)}[/]")
     on_cpu = situation.device == "cpu"
     console.print(_table(plans, choice, width=console.width, on_cpu=on_cpu))
     runtime = plans[0].runtime_bytes

@@ -3,6 +3,7 @@
 import enum
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -100,15 +101,17 @@ def probe(
         check_writable("--json", json_path)
         keep.check_writable()
         measurement = _measure(device.value, dtype.value, quick=quick)
+        # Kept and written first, in case stdout takes nothing.
+        kept = None if measurement.missing else keep.save_measurement(measurement)
+        if json_path is not None:
+            write_json(json_path, keep.to_json(measurement))
         console = Console(stderr=json_path == STDOUT, highlight=False)
         if not console.is_terminal:
             console.width = _WIDTH
         _print(console, measurement)
-        _keep(console, measurement)
-        if json_path is not None:
-            write_json(json_path, keep.to_json(measurement))
-            if json_path != STDOUT:
-                console.print(f"written to {json_path}", markup=False, soft_wrap=True)
+        _tell_kept(console, measurement, kept)
+        if json_path not in (None, STDOUT):
+            console.print(f"written to {json_path}", markup=False, soft_wrap=True)
         if measurement.missing:
             raise typer.Exit(EXIT_UNEXPECTED)
 
@@ -152,15 +155,15 @@ def _device(name: str) -> "Device":
     return make_device(name)
 
 
-def _keep(console: Console, measurement: Measurement) -> None:
-    """Replace the last measurement, unless this one is of no use to plans."""
-    if measurement.missing:
+def _tell_kept(console: Console, measurement: Measurement, kept: Path | None) -> None:
+    """Tell where the measurement is kept, or why it is of no use to plans."""
+    if kept is None:
         on_cpu = not measurement.has_device
         names = ", ".join(_label(quantity, on_cpu) for quantity in measurement.missing)
         console.print(f"[bold]not kept:[/] plans need what could not be measured ({names})")
-        return
-    path = keep.save_measurement(measurement)
-    console.print(f"kept in {escape(str(path))} for [bold]--hardware this[/]", soft_wrap=True)
+    else:
+        place = escape(str(kept))
+        console.print(f"kept in {place} for [bold]--hardware this[/]", soft_wrap=True)
 
 
 def _print(console: Console, measurement: Measurement) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from headinfer.errors import OptionError
-from headinfer.generation.prompt import TemplateRefusalError, encode_prompt
+from headinfer.generation.prompt import TemplateRefusalError, check_text, encode_prompt
 from headinfer.units import format_tokens
 
 STDIN = "-"
@@ -22,6 +22,7 @@ def read_prompt(prompt: str | None, prompt_files: Sequence[str]) -> str:
     """
     if prompt is not None and not prompt.strip():
         raise OptionError("the prompt is empty; give --prompt some text")
+    check_text(prompt or "")
     if prompt is None and not prompt_files:
         if sys.stdin is None or sys.stdin.isatty():
             raise OptionError("no prompt; give --prompt or --prompt-file, or pipe text to stdin")

@@ -10,9 +10,12 @@ from rich.markup import escape
 from headinfer.engine.stats import Stats
 from headinfer.plan.choices import ALL_TOKENS
 from headinfer.plan.plan import Plan
-from headinfer.units import format_bytes
+from headinfer.units import format_bytes, format_seconds
 
 _LABEL_WIDTH = 18
+
+_SHORT_S = 0.95
+"""Seconds below which a time has milliseconds."""
 
 
 def print_plan(console: Console, model_name: str, dtype: str, plan: Plan) -> None:
@@ -41,38 +44,54 @@ def summary_rows(stats: Stats, plan: Plan) -> Iterator[tuple[str, str]]:
         yield "approximate", plan.approximation
     yield (
         "prefill",
-        f"{stats.prefill_tokens:,} tokens in {stats.prefill_s:.1f} s, "
+        f"{stats.prefill_tokens:,} tokens in {_duration(stats.prefill_s)}, "
         f"{stats.prefill_tokens_per_s:,.0f} tokens/s",
     )
     if stats.decode_tokens:
         yield (
             "decode",
-            f"{stats.decode_tokens:,} tokens in {stats.decode_s:.1f} s, "
+            f"{stats.decode_tokens:,} tokens in {_duration(stats.decode_s)}, "
             f"{stats.decode_tokens_per_s:,.1f} tokens/s",
         )
     if stats.capture_s:
         steps = "step" if stats.captures == 1 else "steps"
         yield (
             "captures",
-            f"{stats.captures} decode {steps} in {stats.capture_s:.1f} s, not in decode",
+            f"{stats.captures} decode {steps} in {_duration(stats.capture_s)}, not in decode",
         )
-    standard = format_bytes(stats.standard_kv_bytes)
-    if plan.device == "cpu":
-        yield "link", "nothing was copied: the CPU attends where the cache lies"
-        yield "KV in CPU memory", f"{format_bytes(stats.host_kv_bytes)} (standard: {standard})"
-        return
-    yield (
-        "link",
-        f"{format_bytes(stats.bytes_to_device)} to the device, "
-        f"{format_bytes(stats.bytes_to_host)} back, {format_bytes(link_bytes_per_s(stats))}/s",
-    )
-    peak = stats.peak_device_kv_bytes
-    if stats.standard_kv_bytes:
-        share = peak / stats.standard_kv_bytes
-        of = f"{share:.1%} of the" if share <= 1 else "more than the"
-        told = f"{format_bytes(peak)} at the peak, {of} {standard} of standard inference"
-        yield "KV in GPU memory", told
-    yield "KV in CPU memory", format_bytes(stats.host_kv_bytes)
+    if plan.device != "cpu":  # which copies nothing: it attends where the cache lies
+        yield from _device_rows(stats)
+    yield "KV in CPU memory", _reserved(stats.host_kv_bytes, stats.standard_kv_bytes)
+
+
+def _device_rows(stats: Stats) -> Iterator[tuple[str, str]]:
+    """Yield what tells of a GPU's memory and its link."""
+    if stats.bytes_to_device or stats.bytes_to_host:
+        yield (
+            "link",
+            f"{format_bytes(stats.bytes_to_device)} to the device, "
+            f"{format_bytes(stats.bytes_to_host)} back, {format_bytes(link_bytes_per_s(stats))}/s",
+        )
+    else:
+        yield "link", "nothing was copied: all of the cache fits in GPU memory"
+    peak, standard = stats.peak_device_kv_bytes, stats.standard_kv_bytes
+    if standard:
+        of = f"{format_bytes(peak)} at the peak, {peak / standard:.1%} of the"
+        if peak <= standard:
+            yield "KV in GPU memory", f"{of} {format_bytes(standard)} of standard inference"
+        else:
+            yield "KV in GPU memory", _reserved(peak, standard)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds >= _SHORT_S else format_seconds(seconds)
+
+
+def _reserved(held_bytes: int, used_bytes: int) -> str:
+    """Return what a cache takes: it is made for the whole answer, which may end before."""
+    if not 0 < used_bytes < held_bytes:
+        return format_bytes(held_bytes)
+    return f"{format_bytes(used_bytes)}, of {format_bytes(held_bytes)} set aside"
 
 
 def print_rows(console: Console, rows: Iterable[tuple[str, str]]) -> None:

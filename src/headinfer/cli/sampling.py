@@ -6,6 +6,16 @@ from typing import Any
 
 from headinfer.errors import OptionError
 
+_MOST = 2**31 - 1
+"""The largest whole number that all of torch and tokenizers take."""
+
+_WHOLE_NAMES = (
+    "max_new_tokens",
+    "top_k",
+    "no_repeat_ngram_size",
+    "num_beams",
+    "prompt_lookup_num_tokens",
+)
 _REAL_NAMES = ("temperature", "top_p", "min_p", "repetition_penalty", "length_penalty")
 SAMPLING_NAMES = ("temperature", "top_k", "top_p", "min_p")
 
@@ -39,6 +49,11 @@ class GenerationOptions:
             number = getattr(self, name)
             if number is not None and not math.isfinite(number):
                 raise OptionError(f"{flag(name)} must be a finite number, not {number:g}")
+        for name in _WHOLE_NAMES:
+            if (getattr(self, name) or 0) > _MOST:
+                raise OptionError(
+                    f"{flag(name)} must be at most {_MOST:,}, not {getattr(self, name)}"
+                )
         greedy_hint = "; for greedy decoding give --no-do-sample"
         for name, good, wanted in (
             ("max_new_tokens", _at_least(self.max_new_tokens, 1), "at least 1"),

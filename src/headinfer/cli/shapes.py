@@ -1,6 +1,7 @@
 """The shape of a model that a user names, before any weight is loaded."""
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -68,10 +69,11 @@ def _config_file(source: ModelSource) -> Path | None:
     Raises:
         ModelLoadError: the name can be neither.
     """
-    file = Path(source.name).expanduser()
-    if file.suffix == ".json" and not file.is_dir():
+    file = Path(os.path.expanduser(source.name))
+    # Functions of os.path and not of Path: those raise for names that are too long.
+    if file.suffix == ".json" and not os.path.isdir(file):
         return file
-    if file.is_file():
+    if os.path.isfile(file):
         raise ModelLoadError(f"{source.name!r} is no config: give a .json file, or its folder")
     if source.name == DEMO_MODEL or is_gguf_model(source.name):
         calm_transformers(verbose=False)  # it may have to be built or unpacked

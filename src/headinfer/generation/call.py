@@ -1,5 +1,6 @@
 """One call of a model's `generate`, with a cache of ours: token ids in, text out as it comes."""
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from transformers import PreTrainedModel, StoppingCriteriaList
 
 from headinfer.engine.stats import Stats
-from headinfer.errors import OptionError
+from headinfer.errors import OptionError, reason_of
 from headinfer.generation.logits_check import LogitsCheck
 from headinfer.generation.settings import Settings
 from headinfer.generation.stop_criterion import StopCriterion
@@ -63,6 +64,7 @@ class Generation:
         self._collector = TextCollector(
             tokenizer, on_text, self._raise_if_no_numbers, stops=self._stops
         )
+        self._stop_strings: StopCriterion | None = None
         self._logits = LogitsCheck(str(model.dtype).removeprefix("torch."))
 
     @property
@@ -97,7 +99,7 @@ class Generation:
             if self.stats.prefill_tokens:
                 raise
             # Raised before the model ran: transformers refuses these settings together.
-            raise OptionError(f"generation options: {error}") from error
+            raise OptionError(self._refusal(error)) from error
         finally:
             cache.close()
         if self._settings.rows > 1:
@@ -114,7 +116,7 @@ class Generation:
         ids, settings = self.ids, self._settings
         if self._collector.stopped or (ids and ids[-1] in settings.end_ids):
             return "stop"
-        if any(string in self.text for string in settings.stop_strings):
+        if self._stop_strings is not None and self._stop_strings.found:
             return "stop"
         out_of_time = settings.max_time_s is not None and len(ids) < settings.max_new_tokens
         return "time" if out_of_time else "length"
@@ -128,7 +130,10 @@ class Generation:
         if self._stops:
             criteria.append(StopCriterion(self._tokenizer, self._stops, prompt.shape[1]))
         if settings.stop_strings:
-            keywords["tokenizer"] = self._tokenizer
+            kept = Stops.of(settings.stop_strings, self._tokenizer)
+            self._stop_strings = StopCriterion(self._tokenizer, kept, prompt.shape[1])
+            criteria.append(self._stop_strings)
+            keywords["stop_strings"] = None
         model: Any = self._model
         rows: torch.Tensor = model.generate(
             input_ids=prompt,
@@ -149,6 +154,15 @@ class Generation:
         """Look at the logits as a stopping criterion that stops nothing."""
         self._raise_if_no_numbers()
         return input_ids.new_zeros(input_ids.shape[0], dtype=torch.bool)
+
+    def _refusal(self, error: ValueError) -> str:
+        """Return why transformers refuses the settings, and which of them are the model's own."""
+        reason = reason_of(error)
+        known = vars(self._model.generation_config)
+        named = [name for name in re.findall(r"`(\w+)`", reason) if name in known]
+        own = sorted({name for name in named if name not in self._settings.keywords})
+        whose = f"; {', '.join(own)} is of the model's own generation config" if own else ""
+        return f"these generation settings do not go: {reason}{whose}; give other ones"
 
     def _without_padding(self, ids: list[int]) -> list[int]:
         """Cut a beam after its end token."""

@@ -1,11 +1,19 @@
 """Loading config, tokenizer and weights, with every failure told in one line."""
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from headinfer.errors import HeadInferError, ModelLoadError, OptionError, is_out_of_memory
+from headinfer.errors import (
+    HeadInferError,
+    ModelLoadError,
+    OptionError,
+    is_bug,
+    is_out_of_memory,
+    reason_of,
+)
 from headinfer.generation.adapter import AdapterSource
 from headinfer.generation.quantised import (
     check_library,
@@ -18,6 +26,9 @@ from headinfer.gguf_models import UNPACKED_DTYPE, is_gguf_model, model_folder
 
 _DECODERS_WITHOUT_FLAG = ("gpt_neox", "gpt_neox_japanese")
 """Their configs have `is_decoder=False` by default, as encoders' have, and mean nothing by it."""
+
+_LONGEST_ID = 200
+"""Characters: a hub allows 96, and an owner before them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,23 +59,21 @@ class ModelSource:
         """
         if is_gguf_model(self.name):
             return str(model_folder(self.name, self.unpacked_dtype))
-        folder = Path(self.name).expanduser()
-        if folder.is_dir():
-            if not (folder / "config.json").is_file():
-                gguf = min(folder.glob("*.gguf"), default=None)
-                instead = f"; give the GGUF file itself, as {gguf}" if gguf else ""
-                raise ModelLoadError(
-                    f"folder {self.name!r} holds no model: no config.json in it{instead}"
-                )
-            return str(folder)
-        if folder.is_file():
+        folder = os.path.expanduser(self.name)
+        # Functions of os.path and not of Path: those raise for names that are too long.
+        if os.path.isdir(folder):
+            return self._checked(Path(folder))
+        if os.path.isfile(folder):
             raise ModelLoadError(
                 f"model {self.name!r} is a file; give a folder with config.json and safetensors "
                 "files, or a .gguf file"
             )
         looks_like_path = self.name.startswith(("/", "./", "../", "~")) or self.name.count("/") > 1
-        if looks_like_path or folder.exists() or not self.name.strip():
-            raise ModelLoadError(f"model {self.name!r} is neither a folder nor a model id")
+        blank = not self.name.strip() or not self.name.isprintable()
+        if looks_like_path or blank or os.path.exists(folder) or len(self.name) > _LONGEST_ID:
+            raise ModelLoadError(
+                f"model {self.name!r} is neither a folder nor a model id, such as 'Qwen/Qwen3-8B'"
+            )
         return self.name
 
     @property
@@ -73,6 +82,22 @@ class ModelSource:
         if self.adapter is None:
             return None
         return AdapterSource(name=self.adapter, local_files_only=self.local_files_only)
+
+    def _checked(self, folder: Path) -> str:
+        """Return a folder that holds a model."""
+        try:
+            os.listdir(folder)
+        except OSError as error:
+            raise ModelLoadError(
+                f"folder {self.name!r} may not be read ({error.strerror}); change its permissions"
+            ) from error
+        if not (folder / "config.json").is_file():
+            gguf = min(folder.glob("*.gguf"), default=None)
+            instead = f"; give the GGUF file itself, as {gguf}" if gguf else ""
+            raise ModelLoadError(
+                f"folder {self.name!r} holds no model: no config.json in it{instead}"
+            )
+        return str(folder)
 
     def keywords(self) -> dict[str, Any]:
         """Return keywords for every `from_pretrained`."""
@@ -104,20 +129,25 @@ def load_config(source: ModelSource) -> Any:
     """Return a model's config, and refuse at once what is not a causal language model.
 
     Raises:
-        ModelLoadError: there is no such model, it is of another kind, or it cannot be had in the
-            form that is asked for.
+        ModelLoadError: there is no such model, it is of another kind, its config is wrong, or it
+            cannot be had in the form asked for.
     """
     from transformers import AutoConfig
+
+    from headinfer.generation.config_check import check_config
 
     if source.load_in is not None:
         check_library(source.load_in)
     if source.adapter_source is not None:
         source.adapter_source.read_config()
     location = source.location()
+    if Path(location).is_dir():
+        check_config(source.name, location)
     try:
         config = AutoConfig.from_pretrained(location, **source.keywords())
     except Exception as error:
         raise _load_error(source, "model", error) from error
+    check_config(source.name, location)  # of a hub, once it is here
     check_causal(source, config)
     if source.load_in is not None:
         check_quantisable(source.name, source.load_in, config)
@@ -182,8 +212,10 @@ def load_model(
     Raises:
         ModelLoadError: its weights cannot be loaded, or are not all there.
     """
+    from headinfer.generation.config_check import check_generation_config
     from headinfer.integration.checkpoint import load_checkpoint
 
+    check_generation_config(source.name, source.location())
     keywords = source.keywords() | {"config": config, "dtype": dtype}
     place = "cuda" if device == "cuda" else "cpu"
     if source.load_in is not None:
@@ -207,16 +239,35 @@ def load_model(
 
 
 def _load_error(source: ModelSource, what: str, error: Exception) -> HeadInferError:
-    """Turn transformers' explanations, several lines with links, into one line."""
+    """Turn transformers' explanations, several lines with links, into one line.
+
+    Raises:
+        ModelLoadError: one of the model's files cannot be read at all.
+    """
+    from headinfer.generation.config_check import check_files
+
     if isinstance(error, HeadInferError):
         return error
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    first = lines[0] if lines else type(error).__name__
-    missing = isinstance(error, OSError) and not Path(source.location()).is_dir()
+    location = source.location()
+    folder = Path(location).is_dir()
+    check_files(source.name, location)
+    reason = reason_of(error)
     offline = source.local_files_only or os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", "")
-    if missing:
+    if isinstance(error, OSError) and not folder:
         if offline:
-            first = "it is not among the local files; give a folder, or allow downloads"
-        elif "connect" in first:
-            first = "it is not among the local files, and the model hub cannot be reached"
-    return ModelLoadError(f"{what} {source.name!r} cannot be loaded: {first}")
+            reason = "it is not among the local files; give a folder, or allow downloads"
+        elif "connect" in reason:
+            reason = "it is not among the local files, and the model hub cannot be reached"
+    elif (field := re.match(r"Validation error for field '(\w+)'", str(error))) is not None:
+        reason = (
+            f"{field[1]} in its config.json has a value of a kind that transformers does not take; "
+            "correct it, or fetch the file again"
+        )
+    elif is_bug(error):
+        import transformers
+
+        reason = (
+            f"transformers {transformers.__version__} stops with {reason}; correct its config.json "
+            "and tokenizer files, or fetch them again"
+        )
+    return ModelLoadError(f"{what} {source.name!r} cannot be loaded: {reason}")

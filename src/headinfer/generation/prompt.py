@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from headinfer.errors import OptionError
+from headinfer.errors import OptionError, is_out_of_memory, reason_of
 
 Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
 """Text as it is, messages for the chat template, or token ids.
@@ -50,11 +50,29 @@ def encode_prompt(
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     elif template_values:
         raise OptionError("values for the chat template are for messages, which the prompt is not")
+    elif isinstance(prompt, str):
+        check_text(prompt)
+        ids = tokenizer(prompt)["input_ids"]
     else:
-        ids = tokenizer(prompt)["input_ids"] if parts is None else _token_ids(parts)
+        ids = _token_ids(parts or [])
     if not ids:
         raise OptionError("the model's tokenizer makes no tokens of this prompt")
     return [int(token_id) for token_id in ids]
+
+
+def check_text(text: str) -> None:
+    """Refuse text that is none in UTF-8, such as Python makes of arguments in other encodings.
+
+    Raises:
+        OptionError: says where.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise OptionError(
+            f"the prompt is not UTF-8 text: what stands at character {error.start} is "
+            f"{text[error.start]!r}; convert it first"
+        ) from None
 
 
 def _parts(prompt: Any) -> list[Any]:
@@ -93,10 +111,16 @@ def _marked(message: Any) -> Any:
 def _fill(tokenizer: Any, messages: list[Any], values: Mapping[str, Any]) -> str:
     keywords = {"add_generation_prompt": True} | dict(values)
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, **keywords))
-    except Exception as error:  # a template is a program, and may fail as one
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise TemplateRefusalError(f"the model's chat template fails ({said})") from error
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False, **keywords))
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        # A template is a program: it raises what it likes, and whatever its mistakes lead to.
+        raise TemplateRefusalError(
+            f"the model's chat template fails ({reason_of(error)})"
+        ) from error
+    check_text(text)
+    return text
 
 
 def _check_values(tokenizer: Any, values: Mapping[str, Any]) -> None:

@@ -18,9 +18,13 @@ class StopCriterion:
         tokenizer: of transformers.
         stops: what ends a row.
         prompt_tokens: of each row.
+
+    Attributes:
+        found: whether a row had one when it was asked last.
     """
 
     def __init__(self, tokenizer: Any, stops: Stops, prompt_tokens: int) -> None:
+        self.found = False
         self._tokenizer = tokenizer
         self._stops = stops
         self._prompt_tokens = prompt_tokens
@@ -37,6 +41,7 @@ class StopCriterion:
             for collector, ids in zip(collectors, new, strict=True):
                 collector.add(ids)
         stopped = [collector.stopped for collector in collectors]
+        self.found = any(stopped)
         return torch.tensor(stopped, dtype=torch.bool, device=input_ids.device)
 
     def _collector(self) -> TextCollector:

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import logging
+import os
 import re
 from importlib.resources import files
 from pathlib import Path
@@ -31,8 +32,8 @@ def is_gguf_model(name: str) -> bool:
 
 def gguf_file(name: str) -> Path | None:
     """Return the GGUF file that a user names by its path; None for all other names."""
-    file = Path(name).expanduser()
-    return file if file.suffix.lower() == _SUFFIX and file.is_file() else None
+    file = Path(os.path.expanduser(name))
+    return file if file.suffix.lower() == _SUFFIX and os.path.isfile(file) else None
 
 
 def unpacked_dtype(dtype: str) -> str:

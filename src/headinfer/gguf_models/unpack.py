@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from headinfer.errors import HeadInferError, ModelLoadError, is_out_of_memory
+from headinfer.errors import HeadInferError, ModelLoadError, is_out_of_memory, reason_of
 from headinfer.folders import describe
 from headinfer.gguf_models.requirements import check_reader
 from headinfer.gguf_models.stored import write_stored
@@ -181,10 +181,8 @@ def _load_error(name: str, header: _Header, error: Exception) -> Exception:
         return error
     import transformers
 
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    reason = lines[0].rstrip(".") if lines else type(error).__name__
     kind = header.value("general.architecture")
     return ModelLoadError(
         f"model {name!r}: transformers {transformers.__version__} cannot read GGUF files of "
-        f"architecture {kind!r} ({reason}); give the model in safetensors files"
+        f"architecture {kind!r} ({reason_of(error)}); give the model in safetensors files"
     )

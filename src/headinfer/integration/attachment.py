@@ -22,7 +22,7 @@ from headinfer.integration.cache import OffloadedCache
 from headinfer.integration.calls import cache_name, named_arguments, new_shape
 from headinfer.integration.capture import CapturedSteps
 from headinfer.integration.chunking import Chunking
-from headinfer.integration.configs import SwappedConfigs
+from headinfer.integration.configs import OwnCacheKind, SwappedConfigs
 from headinfer.integration.forward import InstanceForward
 from headinfer.integration.rotary import rotary_modules_by_length
 from headinfer.integration.said import SaidOnce
@@ -92,6 +92,9 @@ class Attachment:
         configs = SwappedConfigs(self._model, self.functions.name)
         self._restore.append(configs.restore)
         configs.swap()
+        cache_kind = OwnCacheKind(self._model)
+        self._restore.append(cache_kind.restore)
+        cache_kind.take_out()
         forward = InstanceForward(self._model, self._serve, _MARK)
         self._restore.append(forward.remove)
         forward.install()

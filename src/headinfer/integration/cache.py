@@ -10,6 +10,7 @@ from transformers.cache_utils import DynamicCache
 
 from headinfer.engine.stats import Stats
 from headinfer.errors import CacheStateError
+from headinfer.integration.calls import cache_name
 from headinfer.integration.layer import OffloadedLayer, WindowLayer
 from headinfer.integration.rows import chosen_rows
 from headinfer.integration.state import CacheHost, OffloadedState
@@ -46,6 +47,7 @@ class OffloadedCache(DynamicCache):
     def __init__(self, model: PreTrainedModel, host: CacheHost, max_tokens: int | None) -> None:
         super().__init__(config=model.config)
         self._config = model.config
+        self._name = cache_name(model)
         self._lengths_before: list[int] | None = None  # while a model call is under way
         self.state = OffloadedState(host, max_tokens)
         self.stats = Stats()
@@ -61,6 +63,14 @@ class OffloadedCache(DynamicCache):
                 self.layers[position] = OffloadedLayer(self.state, layer_idx, None)
             layer_idx += kind is not LayerKind.STATE
         self._attention_layers = layer_idx
+
+    def as_keyword(self) -> dict[str, "OffloadedCache"]:
+        """Return the cache as a keyword argument of the model's `generate`, and of the model.
+
+        Its name is the one that the installed transformers has: `cache` since 5.24, and
+        `past_key_values` before, which 5.24 takes with a warning.
+        """
+        return {self._name: self}
 
     @property
     def turns(self) -> Turns:

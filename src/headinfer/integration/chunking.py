@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from headinfer.errors import MemoryPlanError
-from headinfer.integration.calls import CACHE_NAMES, new_shape
+from headinfer.errors import MemoryPlanError, OptionError
+from headinfer.integration.calls import CACHE_NAMES, new_shape, takes_argument
 from headinfer.integration.positions import positions_to_give, positions_unknown
 from headinfer.integration.recurrence import continues_state, has_state
 from headinfer.units import format_tokens
@@ -50,11 +50,27 @@ class Chunking:
         self._said: set[str] = set()
 
     def drop_empty(self, arguments: dict[str, Any]) -> None:
-        """Take out token types that tell of text alone, and would ask for a mask of images."""
+        """Take out token types that tell of text alone.
+
+        Some tokenizers return them with every text. A model that takes them would make a mask of
+        images, and one that does not would hand them down to its attention.
+
+        Raises:
+            OptionError: they tell of more, to a model that takes none.
+        """
         types = arguments.get("token_type_ids")
-        text_only = self._model.config.model_type in _TYPES_OF_TEXT
-        if types is not None and text_only and not bool(types.any()):
+        if types is None:
+            return
+        taken = takes_argument(self._model, "token_type_ids")
+        if taken and self._model.config.model_type not in _TYPES_OF_TEXT:
+            return
+        if not bool(types.any()):
             del arguments["token_type_ids"]
+        elif not taken:
+            raise OptionError(
+                f"{type(self._model).__name__} takes no token_type_ids, and these are not all 0; "
+                "leave them out of what the tokenizer returned"
+            )
 
     def obstacle(
         self, forward: Callable[..., Any], arguments: dict[str, Any], past_tokens: int

@@ -66,6 +66,30 @@ class SwappedConfigs:
         self._modules, self._named, self._copies = [], [], {}
 
 
+class OwnCacheKind:
+    """A note of the cache that a model's generation config asks for, while ours is in its place.
+
+    transformers' `generate` refuses to be given a cache where the config names one.
+
+    Args:
+        model: whose generation config it is.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._config = getattr(model, "generation_config", None)
+        self._kind = getattr(self._config, "cache_implementation", None)
+
+    def take_out(self) -> None:
+        """Leave the choice of a cache to whoever calls `generate`."""
+        if self._config is not None and self._kind is not None:
+            self._config.cache_implementation = None
+
+    def restore(self) -> None:
+        """Put it back, unless another was chosen meanwhile."""
+        if self._config is not None and self._config.cache_implementation is None:
+            self._config.cache_implementation = self._kind
+
+
 def _with_parts(config: Any) -> list[Any]:
     """Return a config and those within it."""
     parts = [getattr(config, key, None) for key in config.sub_configs]

@@ -10,6 +10,7 @@ from headinfer.device.base import Mark
 from headinfer.engine.stats import Stats
 from headinfer.integration.cache import OffloadedCache
 from headinfer.integration.chunking import Chunking, run_leading_chunks
+from headinfer.integration.history import check_history
 from headinfer.integration.rotary import WholeCallPositions, last_position
 from headinfer.plan.plan import Plan
 
@@ -95,6 +96,7 @@ class ServedCall:
     def begin(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Make room for the tokens, and run all chunks but the last, whose arguments it returns."""
         past_tokens = self.cache.get_seq_length()
+        check_history(arguments, past_tokens, self._new_tokens)
         self.cache.state.prepare(self._rows, self._new_tokens)
         self._decoding = past_tokens > 0 and _decodes(arguments, self._new_tokens)
         chunk_tokens = self._owner.chunk_tokens(self.cache)

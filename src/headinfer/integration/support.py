@@ -3,6 +3,7 @@
 import ast
 import functools
 import inspect
+import os
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -204,7 +205,7 @@ def check_architecture(model: object) -> None:
     """
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
-        raise UnsupportedModelError(f"{name} is not a transformers model")
+        raise UnsupportedModelError(f"{name} is not a transformers model{_instead(model)}")
     if model.config.is_encoder_decoder:
         raise UnsupportedModelError(f"{name} is an encoder-decoder; only decoders are served")
     if not model.can_generate():
@@ -217,6 +218,22 @@ def check_architecture(model: object) -> None:
             "weights never exist as a whole"
         )
     _check_layers(model, name)
+
+
+def _instead(model: object) -> str:
+    """Return what to attach in place of what is no model: mostly it has one inside."""
+    if isinstance(model, str | os.PathLike):
+        return (
+            f"; load {str(model)!r} with AutoModelForCausalLM.from_pretrained first, or give its "
+            "name to headinfer.generate"
+        )
+    if hasattr(model, "get_base_model"):
+        return "; attach what its get_base_model() returns: the adapters stay in it"
+    inside = ("module", "model", "_orig_mod")
+    for name in inside:
+        if isinstance(getattr(model, name, None), PreTrainedModel):
+            return f"; attach its .{name}"
+    return "; load one with AutoModelForCausalLM.from_pretrained"
 
 
 def _check_layers(model: PreTrainedModel, name: str) -> None:

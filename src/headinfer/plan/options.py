@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 from headinfer.errors import OptionError
-from headinfer.units import exact_bytes, parse_bytes, parse_tokens
+from headinfer.units import TooManyError, exact_bytes, parse_bytes, parse_tokens
 
 DeviceName = Literal["auto", "cpu", "cuda", "simulated"]
 DEVICE_NAMES: tuple[DeviceName, ...] = get_args(DeviceName)
@@ -68,6 +68,8 @@ def _counted(name: str, value: str | int, wanted: str) -> int | Literal["auto"]:
         return "auto"
     try:
         return parse_tokens(value)
+    except TooManyError as error:
+        raise OptionError(f"{name}: {error}") from None
     except OptionError:
         raise OptionError(f"{name} must be {wanted} or 'auto', not {value!r}") from None
 

@@ -125,12 +125,11 @@ class Plan:
         tokens = "all" if self.tile_tokens >= ALL_TOKENS else format_tokens(self.tile_tokens)
         heads = "head" if self.tile_heads == 1 else "heads"
         how = "copies overlap attention" if self.overlap else "synchronous copies"
-        if self.device == "cpu":
-            how = "tiles are attended in place"
-        yield (
-            f"tiles of {self.tile_heads} KV {heads} x {tokens} tokens, "
-            f"chunks of {format_tokens(self.chunk_tokens)} tokens; {how}"
-        )
+        chunks = f"chunks of {format_tokens(self.chunk_tokens)} tokens"
+        if self.device == "cpu":  # attends the cache where it lies: tiles and copies say nothing
+            yield f"prompts pass in {chunks}"
+        else:
+            yield f"tiles of {self.tile_heads} KV {heads} x {tokens} tokens, {chunks}; {how}"
         if self.whole_tokens:
             yield f"up to {format_tokens(self.whole_tokens)} tokens that cannot pass in chunks"
         if self.approximation:
