@@ -516,6 +516,8 @@ _REST: list[Row] = [
     ),
     (("evaluate", "needle", "-m", "{good}", "--samples", "0"), ("--samples", "at least 1")),
     (("evaluate", "needle", "-m", "{good}", "--samples", "x"), ("--samples", "'x'")),
+    (("evaluate", "needle", "-m", "{good}", "--depths", BIG), ("--depths", "more than 9,999")),
+    (("evaluate", "needle", "-m", "{good}", "--depths", "x"), ("--depths", "'x'")),
     (("evaluate", "needle", "-m", "{good}", "--seed", BIG), ("--seed", "2**64 - 1")),
     (("evaluate", "report", "{cut.json}", "--out", "/no/x"), ("--out", "no folder")),
 ]
