@@ -301,7 +301,7 @@ def test_no_options_at_all(monkeypatch):
         ("--methods ,", "no methods"),
         ("--contexts 1K,1K", "named twice"),
         ("--contexts 1K,,2K", "a comma too many"),
-        ("--device-memory 24", "--device-memory: '24' is 24 bytes"),
+        ("--device-memory 24", "--device-memory: '24' is in bytes"),
         ("--methods standard,,headinfer", "a comma too many"),
         ("--model llama-3-8b", "is for models without --model"),
         ("--dummy-weights", "needs --model"),

@@ -6,7 +6,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from bad_inputs import BEFORE_THE_MODEL, BY_THE_COMMAND, FILES, MODELS, TABLE, Row
+from bad_inputs import BY_THE_COMMAND, TABLE
+from bad_models import FILES, MODELS
+from bad_options import BEFORE_THE_MODEL, Row
 
 from saved_models import save_llama, save_tokenizer
 

@@ -353,7 +353,10 @@ def test_nothing_happens_before_the_first_record_is_asked_for() -> None:
         ({"tile_head": 1}, "no option 'tile_head'"),
         ({"tile_heads": "few"}, "tile_heads must be"),
         ({"max_length": 20}, "max_length=20 .* give max_new_tokens"),
-        ({"max_new_tokens": 0}, "max_new_tokens must be a positive integer, not 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be a whole number of at least 1, not 0"),
+        ({"num_beams": "two"}, "num_beams must be a whole number of at least 1, not 'two'"),
+        ({"temperature": "hot"}, "temperature must be a number, not 'hot'"),
+        ({"stop_strings": [""]}, "stop_strings must be a text, or several, and none"),
         ({"num_return_sequences": 2}, "num_return_sequences=2 is not served"),
         ({"use_cache": False}, "use_cache=False is not served .*HeadInfer is the cache"),
         ({"streamer": print}, "no option 'streamer'"),
@@ -380,7 +383,7 @@ def test_options_are_refused_at_once(given: dict[str, Any], words: str) -> None:
         (torch.ones(2, 3, dtype=torch.long), {}, "has 2 rows"),
         ([1, VOCAB], {}, f"token id {VOCAB}, but the model knows ids from 0 to {VOCAB - 1}"),
         ("w1 \udcff", {}, "not UTF-8 text: what stands at character 3"),
-        ("w1", {"top_k": -4, "do_sample": True}, "settings do not go: .*top_k"),
+        ("w1", {"temperature": -1.0, "do_sample": True}, "settings do not go: .*temperature"),
     ],
 )
 def test_prompts_and_settings_are_refused_with_a_reason(

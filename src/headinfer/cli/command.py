@@ -14,7 +14,6 @@ from headinfer.cli.options import (
     RESEARCH_PANEL,
 )
 from headinfer.cli.usage import told
-from headinfer.errors import OptionError
 
 _PANEL = "rich_help_panel"
 
@@ -71,7 +70,7 @@ class OnceCommand(TyperCommand):
         """Refuse options that are given again, and values that are of another kind.
 
         Raises:
-            OptionError: says which option, and why.
+            Exception: of typer or click; says which option, and why.
         """
         if ctx.resilient_parsing:
             return super().parse_args(ctx, args)
@@ -91,7 +90,9 @@ class OnceCommand(TyperCommand):
             # Older typer raises click's exceptions, newer ones its own: both have this method.
             if not hasattr(error, "format_message"):
                 raise
-            raise OptionError(f"{told(error, written)} (--help lists the options)") from error
+            words = told(error, written)
+        ctx.fail(words)
+        raise AssertionError("`fail` raises")
 
 
 def _rank(parameter: Any) -> int:

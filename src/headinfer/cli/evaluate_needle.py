@@ -8,6 +8,8 @@ from headinfer.errors import OptionError
 from headinfer.evaluate.needle.task import Needle
 from headinfer.evaluate.prompts.haystack import prose
 
+_MOST_PLACES = 9999
+
 Depths = Annotated[
     str,
     typer.Option(
@@ -48,6 +50,8 @@ def parse_depths(given: str) -> tuple[float, ...]:
     Raises:
         OptionError: it does not parse, or names fewer than one.
     """
+    if given.isdecimal() and len(given) > len(str(_MOST_PLACES)):
+        raise OptionError(f"--depths {given} is more than {_MOST_PLACES:,} places; give fewer")
     if given.isdecimal() and int(given) > 1:
         return tuple(round(place / (int(given) - 1), 4) for place in range(int(given)))
     try:

@@ -27,7 +27,6 @@ from headinfer.cli.plan import plan
 from headinfer.cli.probe import probe
 from headinfer.cli.roofline import roofline
 from headinfer.cli.usage import told
-from headinfer.errors import HeadInferError
 
 
 class Verbs(Group):
@@ -56,7 +55,7 @@ class Verbs(Group):
             sys.exit(EXIT_INTERRUPTED)
         except BrokenPipeError:
             raise
-        except (OSError, HeadInferError) as error:
+        except OSError as error:
             sys.exit(report(error))
         except Exception as error:
             # Older typer raises click's exceptions, newer ones its own: both have this method.

@@ -53,7 +53,7 @@ def _is_list(value: object) -> bool:
     return isinstance(value, list)
 
 
-_SETTINGS: dict[str, tuple[Callable[[object], bool], str]] = {
+SETTINGS: dict[str, tuple[Callable[[object], bool], str]] = {
     **dict.fromkeys(
         ("num_beams", "max_new_tokens", "max_length", "prompt_lookup_num_tokens"),
         (_is_counted, "a whole number of at least 1"),
@@ -120,7 +120,7 @@ def check_generation_config(name: str, location: str) -> None:
     if file is None:
         return
     values = _read(name, file)
-    for key, (is_right, wanted) in _SETTINGS.items():
+    for key, (is_right, wanted) in SETTINGS.items():
         value = values.get(key)
         if value is not None and not is_right(value):
             raise _wrong(name, key, value, wanted, _GENERATION)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from headinfer.errors import OptionError
+from headinfer.generation.config_check import SETTINGS
 
 DEFAULT_NEW_TOKENS = 256
 
@@ -51,6 +52,9 @@ A reason has the names of options in braces.
 _USUAL_CACHES = ("dynamic", "hybrid")
 """Stock caches that many checkpoints name, and that change no result: nothing to tell."""
 
+
+_PLAIN = (str, int, float, bool, list)
+"""Types whose values are looked at; transformers also takes tensors."""
 
 _PASSED_ON = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn")
 """Keywords of transformers' `generate` beside the fields of its config."""
@@ -110,6 +114,8 @@ def check_given(given: Mapping[str, Any]) -> None:
             if value is not None and value != held:
                 reason = re.sub(r"[{}]", "", why)
                 raise OptionError(f"{name}={value!r} is not served ({reason}); leave it out")
+        elif name in SETTINGS and type(value) in _PLAIN and not SETTINGS[name][0](value):
+            raise OptionError(f"{name} must be {SETTINGS[name][1]}, not {value!r}")
         elif name not in known and name not in _PASSED_ON:
             raise OptionError(
                 f"generate has no option {name!r}: it takes those of attach, and the fields of "
