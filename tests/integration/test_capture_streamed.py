@@ -23,6 +23,7 @@ from headinfer.attend.native import kernel as native
 from headinfer.device.base import Edge
 from headinfer.device.hazards import HazardError
 from headinfer.device.simulated import SimulatedDevice
+from headinfer.device.simulated_capture import SimulatedCapture
 from headinfer.device.simulated_stream import SimulatedStream
 from headinfer.engine import balance, streaming_step
 from headinfer.engine.ready import Form
@@ -356,3 +357,55 @@ def test_where_the_host_attends_much_a_step_is_in_pieces(monkeypatch: pytest.Mon
                 cache = prompted(offload, model)
                 steps(model, cache, 4)
                 assert forms(cache) == (wanted if placement == "host" else {Form.STREAMED})
+
+
+@pytest.mark.parametrize("placement", ["streamed", "host"])
+def test_tokens_that_are_taken_back_and_given_anew_are_counted(placement: str) -> None:
+    """As assisted generation does it, wherever in a page the tokens lie."""
+    model = shared_model("llama3")
+
+    def use(offload: Offload) -> list[torch.Tensor]:
+        cache = offload.new_cache(400)
+        model(random_tokens(1, 110), **cache_argument(model, cache))
+        logits = steps(model, cache, 4)
+        for count in range(2, 10):
+            first = 10 * count
+            logits += steps(model, cache, count, first=first)
+            tokens = cache.get_seq_length()
+            cache.crop(-3)
+            again = random_tokens(1, 3, seed=first)
+            logits.append(model(again, **cache_argument(model, cache)).logits)
+            logits.append(step(model, cache, first))
+            cache.crop(-1)
+            logits.append(step(model, cache, first + 1))
+            assert cache.get_seq_length() == tokens + 1
+        return logits
+
+    stats, _ = outcomes("llama3", placement, use)
+    assert stats.captured_steps > 8
+
+
+@pytest.mark.parametrize("way", ["close", "reset", "detach"])
+@pytest.mark.parametrize("placement", ["streamed", "host"])
+def test_an_interrupt_right_behind_a_launch_leaves_its_memory_until_it_ran(
+    placement: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = shared_model("llama3")
+    with attached("llama3", placement) as offload:
+        cache = offload.new_cache(400)
+        model(random_tokens(1, 110), **cache_argument(model, cache))
+        steps(model, cache, 8)
+        assert offload.stats.captured_steps
+        replay = SimulatedCapture.replay
+
+        def interrupted(capture: SimulatedCapture[Any]) -> None:
+            replay(capture)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(SimulatedCapture, "replay", interrupted)
+            step(model, cache)
+        if way != "detach":
+            getattr(cache, way)()
+        if way == "reset":
+            assert cache.get_seq_length() == 0

@@ -161,6 +161,7 @@ class CudaKernel:
         """Attend a tile in stretches that come again; what is left of it by the other operator."""
         pairs = self._least_pairs // _FEWER_IN_CUTS
         least = max(pairs // folded.shape[2], _LEAST_CUT_TOKENS)
+        least = 1 << (least - 1).bit_length()  # or stretches between it and a power were no power
         for tokens in cut_in_powers(tile.tokens, least):
             kv, number = tile.kv.cut(tokens), tokens.stop - tokens.start
             if number >= least:

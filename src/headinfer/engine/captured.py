@@ -118,9 +118,11 @@ class CapturableTokens(ChangeableTokens, abc.ABC):
     def _state(self) -> tuple[object, ...]:
         """Return what changes where a token's place does, or who attends what."""
         return self._share, *(
-            # A window's tokens move when it begins anew, however many there are.
-            (ledger.tokens, ledger.version, 0 if ledger.tail is None else ledger.tail.start)
+            # A window's tokens move when it begins anew, however many there are. Another extent may
+            # begin where one that was emptied began.
+            (ledger.tokens, ledger.version, tail, 0 if tail is None else tail.start)
             for ledger in self._ledgers
+            for tail in (ledger.tail,)
         )
 
     def _make_ready(self) -> ReadyStep | None:
@@ -214,9 +216,10 @@ class CapturableTokens(ChangeableTokens, abc.ABC):
     def replay(self, form: Form, capture: Capture[_Result]) -> _Result:
         """Replay a step."""
         self.prepare(form)
+        self._replaying = form is Form.STREAMED  # Ctrl-C may come before there is an event
         result = capture.replay()
         if form is Form.STREAMED:
-            self._replayed = self._device.compute.record()
+            self._replayed, self._replaying = self._device.compute.record(), False
             if self._streaming is not None:
                 self._streaming.ran()
         return result
@@ -284,15 +287,11 @@ class CapturableTokens(ChangeableTokens, abc.ABC):
         def launch() -> None:
             here = engine()
             assert here is not None
-            here._state_place(track)
+            now = here._ready[track]
+            here._pages.state_token(now.ledger.next_tile(now.extent))  # where that is checked
             kernels.decode(work)
 
         self._device.launch(launch)
-
-    def _state_place(self, track: int) -> None:
-        """State what compute reads and writes in a track, where that is checked."""
-        ready = self._ready[track]
-        self._pages.state_token(ready.ledger.next_tile(ready.extent))
 
     def end_step(self, form: Form) -> None:
         """Count the token that a replay has added, send home what is due, and make ready again.

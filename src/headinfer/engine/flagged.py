@@ -31,6 +31,10 @@ class _Asked(NamedTuple):
     step: Ask
     num_bytes: int
 
+    def is_of(self, ledger: Ledger, step: Ask) -> bool:
+        """Whether a step of a layer asks the very same."""
+        return self.ledger is ledger and (self.version, self.step) == (ledger.version, step)
+
 
 class FlaggedHost:
     """A server of the host's attention, and what captured steps of one cache ask it.
@@ -105,10 +109,11 @@ class FlaggedHost:
         settled = False
         for index, (ledger, step) in enumerate(steps):
             asked = self._asked[index]
-            if asked is None or (asked.version, asked.step) == (ledger.version, step):
+            if asked is None or asked.is_of(ledger, step):
                 continue
             if not settled:
                 self._device.finish_compute()
+                self._count_times()  # before the jobs go that know them
                 settled = True
             self._set(index, asked.exchange, ledger, step)
 
@@ -117,7 +122,7 @@ class FlaggedHost:
         if asked is not None:
             if asked.exchange is not exchange:
                 raise PlaceError("the host is asked by other queries than before")
-            if (asked.version, asked.step) == (ledger.version, step):
+            if asked.is_of(ledger, step):
                 return
         tiles = list(ledger.host_tiles(step.start, step.end))
         job = None if exchange.jobs is None else exchange.jobs.make(tiles)
@@ -142,9 +147,9 @@ class FlaggedHost:
         for task in self.server.tasks:
             if task is not None and task.job.finished:
                 start_s, end_s = task.job.times
+                task.job.block.finished = 0
                 self._stats.host_attention_s += end_s - start_s
                 tell_listeners(start_s, end_s)
-                task.job.block.finished = 0
 
     def rest(self) -> None:
         """Sleep until the thread has answered all of the step that was enqueued last."""
@@ -152,8 +157,10 @@ class FlaggedHost:
 
     def end(self) -> None:
         """End the thread; no step may be under way."""
-        self._count_times()
-        self.server.end()
+        try:
+            self._count_times()
+        finally:
+            self.server.end()
 
 
 class Answering(NamedTuple):

@@ -51,6 +51,7 @@ class HeldTokens:
         self._expected_tokens = 0
         self._host_helps = False  # whether the model's attention leaves any to the host
         self._replayed: Event | None = None  # the last step that had all streams in one capture
+        self._replaying = False  # whether one may be under way that has no such event
         host = HostPlace(device)
         self._layers: list[Layer] = []
         self._ledgers: list[Ledger] = []  # of all tracks
@@ -281,7 +282,11 @@ class HeldTokens:
         """Wait until no work touches host memory, and forget what was fetched ahead."""
         if self._device.tiles_are_views:
             return
-        if self._replayed is not None:  # our streams know nothing of what it does on them
+        # Our streams know nothing of what a capture does on them.
+        if self._replaying:
+            self._device.synchronize()
+            self._replaying = False
+        if self._replayed is not None:
             self._replayed.synchronize(Edge.HOST_SETTLED)
             self._replayed = None
         for stream in (self._device.copy_in, self._device.copy_out, self._device.host_work):
