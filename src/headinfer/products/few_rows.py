@@ -49,8 +49,8 @@ def multiply(
         bias: `[out]`, or None.
 
     Returns:
-        `[..., out]`. None where it is not served: for more rows than `MAX_ROWS`, weights that are
-        not in 16 bits on the CPU without gaps, or tensors of subclasses.
+        `[..., out]`. None for more rows than `MAX_ROWS`, or for tensors of subclasses. None for
+        weights that are not in 16 bits on the CPU without gaps.
     """
     dtype, shape = weight.dtype, x.shape
     if type(weight) not in _OWN_TYPES or type(x) is not torch.Tensor or weight.ndim != 2:
