@@ -61,9 +61,10 @@ def attach(
         capture: False to launch each kernel of a decode step by itself. Otherwise a step is
             captured, compared and replayed in one launch. Where that would change too often, or
             the CPU attends much, it is in pieces between one layer's attention and the next one's.
-        fuse: "auto" to have torch compile norms and rotary embeddings of captured steps, in 16 bits
-            on CUDA; or "off". Results then differ in their last bits from those of steps that are
-            not captured.
+        fuse: "auto" for faster parts of decode steps in 16 bits, or "off" for the model's own. On
+            CUDA torch compiles norms and rotary embeddings of captured steps. On the CPU the
+            products of few rows read weights at the speed of memory. Results of the two differ in
+            their last bits.
         resident_tokens: the oldest tokens to keep in GPU memory, where they need not be fetched: a
             count, 0, "all", or "auto" for what fits in `device_memory`.
         host_attention: share of the other tokens that the CPU attends in decode steps: a number

@@ -18,6 +18,7 @@ from headinfer.integration.attention import AttentionFunctions
 from headinfer.integration.autocast import attended_dtype
 from headinfer.integration.cache import OffloadedCache, PrefillProgress
 from headinfer.integration.capture import CapturedSteps
+from headinfer.integration.linears import FewRowLinears
 from headinfer.integration.model_shape import model_shape
 from headinfer.plan import memory
 from headinfer.plan.host_room import HostRoom
@@ -81,10 +82,15 @@ class Session:
         self._attached = False
         self._hardware = measured_hardware(device)
         self.plan = self._resolve(1, None, [], model.dtype)
-        fused = options.fuse == "auto" and device.name == "cuda" and model.dtype in _FUSED
-        captures = CapturedSteps(model, device, self.stats, enabled=options.capture, fused=fused)
+        fast = options.fuse == "auto" and model.dtype in _FUSED
+        captures = CapturedSteps(
+            *(model, device, self.stats),
+            enabled=options.capture,
+            fused=fast and device.name == "cuda",
+        )
+        linears = FewRowLinears(model, enabled=fast and device.name == "cpu")
         padded = self._shape.exact is self._shape  # sinks of streaming heads would be padding
-        self._attachment = Attachment(model, self, captures, padded=padded)
+        self._attachment = Attachment(model, self, captures, linears, padded=padded)
         self._attached = True
 
     @property

@@ -227,7 +227,8 @@ def test_results_survive_their_file(tmp_path):
 
 def test_the_repositorys_report_is_generated():
     others = [RESULTS / f"{name}.json" for name in ("gpu-captured", "gpu-1M")]
-    others += RESULTS.glob("gpu-sparse*.json")
+    for name in ("sparse", "longest"):
+        others += RESULTS.glob(f"gpu-{name}*.json")
     paths = sorted([*RESULTS.glob("*-suite-*.json"), *others])
     files = [(path.stem, Results.load(str(path))) for path in paths]
     document = RESULTS.parents[1] / "docs" / "benchmarks.md"

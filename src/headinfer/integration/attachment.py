@@ -24,6 +24,7 @@ from headinfer.integration.capture import CapturedSteps
 from headinfer.integration.chunking import Chunking
 from headinfer.integration.configs import OwnCacheKind, SwappedConfigs
 from headinfer.integration.forward import InstanceForward
+from headinfer.integration.linears import FewRowLinears
 from headinfer.integration.rotary import rotary_modules_by_length
 from headinfer.integration.said import SaidOnce
 from headinfer.integration.serving import AttachmentOwner, ServedCall
@@ -49,6 +50,7 @@ class Attachment:
         model: supported and not attached.
         owner: told of the model's calls.
         captures: of its decode steps.
+        linears: its products in calls of few rows.
         padded: whether rows with padding are served.
 
     Attributes:
@@ -61,6 +63,7 @@ class Attachment:
         model: PreTrainedModel,
         owner: AttachmentOwner,
         captures: CapturedSteps,
+        linears: FewRowLinears,
         *,
         padded: bool = True,
     ) -> None:
@@ -71,6 +74,7 @@ class Attachment:
         self._model = model
         self._owner = owner
         self._captures = captures
+        self._linears = linears
         self._restore: list[Callable[[], object]] = []
         self._calls: list[ServedCall] = []  # under way; more than one where a call makes another
         self._log = SaidOnce(_logger)
@@ -161,7 +165,8 @@ class Attachment:
         try:
             self._calls.append(call)
             arguments = call.begin(arguments)
-            output = self._captures.run(forward, cache, arguments, shape[1])
+            with self._linears.on(shape[0] * shape[1]):
+                output = self._captures.run(forward, cache, arguments, shape[1])
             self.functions.check_none_pending()
             return call.end(output)
         finally:

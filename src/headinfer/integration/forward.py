@@ -1,11 +1,15 @@
 """Standing in front of one module instance's `forward`, and going away again."""
 
+import contextlib
 import copy
 import functools
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+
+from headinfer.engine.ending import uninterrupted
 
 Serve = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 """Serves a call: given the forward behind us, and the call's arguments by position and by name."""
@@ -83,3 +87,32 @@ class InstanceForward:
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Return what is behind, to be pickled in our place."""
         return self.inner.__reduce_ex__(protocol)
+
+
+class OwnForwards:
+    """A set of forwards that stand in modules' own attributes, only during some calls.
+
+    A module that has one already is left alone, so that nobody stands in front of another.
+
+    Args:
+        methods: each bound to its module.
+    """
+
+    def __init__(self, methods: Sequence[types.MethodType]) -> None:
+        self._methods = [(method.__self__.__dict__, method) for method in methods]
+
+    @contextlib.contextmanager
+    def on(self) -> Iterator[None]:
+        """Have the modules compute by them until the `with` statement ends."""
+        try:
+            for attributes, method in self._methods:
+                if "forward" not in attributes:
+                    attributes["forward"] = method
+            yield
+        finally:
+            uninterrupted(self._take_away)
+
+    def _take_away(self) -> None:
+        for attributes, method in self._methods:
+            if attributes.get("forward") is method:
+                del attributes["forward"]

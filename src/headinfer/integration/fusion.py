@@ -13,13 +13,13 @@ import inspect
 import logging
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from headinfer.device.base import CaptureError
-from headinfer.engine.ending import uninterrupted
+from headinfer.integration.forward import OwnForwards
 from headinfer.integration.outputs import are_near
 from headinfer.integration.said import first_line
 
@@ -93,34 +93,18 @@ class FusedParts:
     def __init__(self, model: torch.nn.Module) -> None:
         self._model = weakref.ref(model)
 
-    @contextlib.contextmanager
-    def on(self) -> Iterator[None]:
+    def on(self) -> contextlib.AbstractContextManager[None]:
         """Have the parts compute in their compiled form until the `with` statement ends."""
-        put: list[tuple[torch.nn.Module, object]] = []
-        try:
-            for module, forward in self._parts:
-                if "forward" not in module.__dict__:
-                    bound = types.MethodType(forward, module)
-                    put.append((module, bound))
-                    module.__dict__["forward"] = bound
-            yield
-        finally:
-            uninterrupted(lambda: _take_away(put))
+        return self._forwards.on()
 
     @functools.cached_property
-    def _parts(self) -> list[tuple[torch.nn.Module, Callable[..., Any]]]:
-        model, parts = self._model(), []
+    def _forwards(self) -> OwnForwards:
+        model, methods = self._model(), []
         for module in [] if model is None else model.modules():
             module_class: Any = type(module)
             if (forward := _fused_forward(module_class, _kind(module))) is not None:
-                parts.append((module, forward))
-        return parts
-
-
-def _take_away(put: list[tuple[torch.nn.Module, object]]) -> None:
-    for module, forward in put:
-        if module.__dict__.get("forward") is forward:
-            del module.__dict__["forward"]
+                methods.append(types.MethodType(forward, module))
+        return OwnForwards(methods)
 
 
 def _kind(module: torch.nn.Module) -> str:

@@ -139,7 +139,7 @@ class Options:
         host_attention: share of the other tokens that the CPU attends in a decode step.
         overlap: whether copies run ahead of attention; off is the synchronous twin.
         capture: whether decode steps are captured and replayed, where they can be.
-        fuse: whether small kernels of a captured step are compiled into fewer, in 16 bits on CUDA.
+        fuse: whether decode steps in 16 bits use faster forms of norms, rotations and products.
         sparsity: share of the KV heads that stream: they see sinks and a window alone. Approximate.
         head_pattern: where the scores are by which these heads are chosen; None for nowhere.
         sink_tokens: the oldest tokens, which streaming heads see; "auto" is the pattern's number.
@@ -220,8 +220,9 @@ class Options:
         metadata=_declared(
             _fuse,
             "NAME",
-            "Compile norms and rotary embeddings of captured decode steps, which takes seconds the "
-            "first time on a machine: auto for 16 bits on a GPU, or off.",
+            "Faster parts of decode steps in 16 bits: auto, or off for the model's own. On a GPU "
+            "norms and rotary embeddings are compiled, in seconds the first time on a machine; on "
+            "the CPU products read weights at the speed of memory.",
         ),
     )
     sparsity: float = field(

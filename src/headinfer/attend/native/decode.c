@@ -15,21 +15,6 @@
 #define TOKENS_AT_ONCE (LANES / SLOTS)  /* tokens whose scores fill one vector */
 #define CHUNKS_AT_ONCE (LANES / SLOTS < CHUNKS ? LANES / SLOTS : CHUNKS)
 
-#define HALVE(s) \
-    UNROLL for (int i = 0; i < (s); i++) \
-        x[i] = HALVES(x[i], x[i + (s)], s, 0) + HALVES(x[i], x[i + (s)], s, 1)
-
-/* Return the sums over the lanes of LANES vectors; lane j is the sum of x[j]. */
-INLINE vector sums(vector x[LANES]) {
-#if LANES == 16
-    HALVE(8);
-#endif
-    HALVE(4);
-    HALVE(2);
-    HALVE(1);
-    return x[0];
-}
-
 #if defined(ELEMENT_IS_BFLOAT16) && defined(__AVX512BF16__) && HEAD_DIM % 32 == 0
 /* The processor multiplies pairs of bfloat16 into float32 sums: half the work, nothing rounded. */
 typedef uint16_t query_element;

@@ -11,18 +11,19 @@ from collections.abc import Sequence
 
 import torch
 
-from headinfer.attend.native.build import compile_kernel
 from headinfer.attend.native.splits import stealable_splits
 from headinfer.attend.native.workers import Workers, shared_workers
 from headinfer.attend.partial import Partial
 from headinfer.device.host_calls import NativeFunction
 from headinfer.kv.extent import Tile
+from headinfer.native.build import compile_kernel
 
 MIN_SPLIT_TOKENS = 512
 """Tokens that are worth a part of their own."""
 
 _FREE_THREADS_FROM = 5
 _POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_int64
+_compile = functools.partial(compile_kernel, __package__)
 
 
 class _Span(ctypes.Structure):
@@ -54,7 +55,7 @@ def job_library(dtype: torch.dtype) -> ctypes.CDLL | None:
 
     Its clock is that of `time.perf_counter` on Linux alone.
     """
-    library = compile_kernel("job.c", dtype) if sys.platform == "linux" else None
+    library = _compile("job.c", dtype) if sys.platform == "linux" else None
     if library is not None:
         library.run_job.argtypes = [_POINTER]
         library.run_job.restype = None

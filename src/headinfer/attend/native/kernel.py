@@ -13,12 +13,12 @@ import functools
 
 import torch
 
-from headinfer.attend.native.build import ELEMENTS, compile_kernel
 from headinfer.attend.native.job import MIN_SPLIT_TOKENS, Jobs, job_library
 from headinfer.attend.native.splits import even_splits, stealable_splits
 from headinfer.attend.partial import Partial
 from headinfer.attend.work import Work
 from headinfer.kv.extent import Tile
+from headinfer.native.build import ELEMENTS, compile_kernel
 
 MAX_DECODE_ROWS = 16
 """Query rows up to which reading keys and values takes longer than computing, on a matrix unit."""
@@ -35,6 +35,7 @@ _ALIGNMENT_BYTES = 64
 _FLOAT_BYTES = 4
 
 _POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_int64
+_compile = functools.partial(compile_kernel, __package__)
 
 
 @functools.cache
@@ -52,15 +53,15 @@ def decode_library(dtype: torch.dtype, head_dim: int, rows: int) -> ctypes.CDLL 
     # The unit knows bfloat16: float16 is taken apart for it, which fewer rows do not repay.
     on_tiles = dtype is torch.bfloat16 or (dtype is torch.float16 and rows > _MAX_ROWS_AT_ONCE)
     if on_tiles and head_dim % _PREFILL_DIM_MULTIPLE == 0:
-        library = compile_kernel("decode_tiles.c", dtype, HEAD_DIM=head_dim, ROWS=rows)
+        library = _compile("decode_tiles.c", dtype, HEAD_DIM=head_dim, ROWS=rows)
         if library is not None and not library.prepare():
             library = None
     if library is None:
         # Pairs of bfloat16 may be worth packing for fewer rows, which the processor decides.
         if rows > _MAX_ROWS_AT_ONCE or dtype is torch.bfloat16:
-            library = compile_kernel("decode_rows.c", dtype, HEAD_DIM=head_dim, ROWS=rows)
+            library = _compile("decode_rows.c", dtype, HEAD_DIM=head_dim, ROWS=rows)
         if rows <= _MAX_ROWS_AT_ONCE and (library is None or library.fewest_rows() > rows):
-            library = compile_kernel("decode.c", dtype, HEAD_DIM=head_dim, ROWS=rows)
+            library = _compile("decode.c", dtype, HEAD_DIM=head_dim, ROWS=rows)
     if library is not None:
         library.attend_heads.argtypes = [
             *(_POINTER, _POINTER, _POINTER),  # query, keys, values
@@ -82,9 +83,9 @@ def prefill_library(dtype: torch.dtype, head_dim: int) -> ctypes.CDLL | None:
     """
     if dtype not in ELEMENTS or head_dim % _PREFILL_DIM_MULTIPLE:
         return None
-    library = compile_kernel("prefill.c", dtype, HEAD_DIM=head_dim)
+    library = _compile("prefill.c", dtype, HEAD_DIM=head_dim)
     if library is not None and not library.prepare():
-        library = compile_kernel("prefill.c", dtype, HEAD_DIM=head_dim, WITHOUT_TILES=1)
+        library = _compile("prefill.c", dtype, HEAD_DIM=head_dim, WITHOUT_TILES=1)
     if library is not None:
         library.workspace_bytes.restype = _NUMBER
         library.attend_heads.argtypes = [

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 
 import torch
 
-from headinfer.attend.native.build import compile_kernel
 from headinfer.attend.native.job import Job
 from headinfer.device.base import PlaceError, Stream
+from headinfer.native.build import compile_kernel
 
 _MOST_REST_S = 5
 
@@ -131,7 +131,9 @@ def _end(process: int, address: int, _kept: object) -> None:
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     """Return `server.c` compiled; None where it cannot be had."""
-    library = compile_kernel("server.c", torch.float32) if sys.platform == "linux" else None
+    if sys.platform != "linux":
+        return None
+    library = compile_kernel(__package__, "server.c", torch.float32)
     if library is not None:
         library.begin_server.argtypes = [_POINTER, _POINTER, _POINTER, _POINTER, _NUMBER]
         library.begin_server.restype = _POINTER

@@ -1,5 +1,5 @@
 /*
- * Vectors of float32, and how elements of keys and values become them.
+ * Vectors of float32, and how elements of other types become them.
  *
  * Vectors are those of GCC and Clang, for any processor. The element type is ELEMENT_IS_FLOAT32,
  * ELEMENT_IS_BFLOAT16 or ELEMENT_IS_FLOAT16, by definition at compilation.
@@ -145,6 +145,21 @@ INLINE float largest_lane(vector x) {
 }
 INLINE float sum_of_lanes(vector x) {
     FOLD_ALL(ADD);
+    return x[0];
+}
+
+#define HALVE(s) \
+    UNROLL for (int i = 0; i < (s); i++) \
+        x[i] = HALVES(x[i], x[i + (s)], s, 0) + HALVES(x[i], x[i + (s)], s, 1)
+
+/* Return the sums over the lanes of LANES vectors; lane j is the sum of x[j]. */
+INLINE vector sums(vector x[LANES]) {
+#if LANES == 16
+    HALVE(8);
+#endif
+    HALVE(4);
+    HALVE(2);
+    HALVE(1);
     return x[0];
 }
 

@@ -1,4 +1,4 @@
-"""Compiles the C kernels of this package on first use and keeps them in the user's cache folder.
+"""Compiles kernels in C on first use and keeps them in the user's cache folder.
 
 Each is compiled for one shape and for the processor at hand, in half a second. What is kept is
 loaded only if this user or root wrote it and it is whole. What cannot be kept is compiled by each
@@ -31,7 +31,7 @@ ELEMENTS = {
     torch.bfloat16: "ELEMENT_IS_BFLOAT16",
     torch.float16: "ELEMENT_IS_FLOAT16",
 }
-"""Dtypes of keys and values that the kernels are compiled for."""
+"""Dtypes that kernels are compiled for."""
 
 _FLAGS: tuple[str, ...] = (
     "-O3",
@@ -41,7 +41,6 @@ _FLAGS: tuple[str, ...] = (
     "-fopenmp",
     "-fPIC",
 )
-_HEADERS = ("elements.h", "heads.h", "merge.h", "panels.h", "tiles.h", "workers.h")
 _COMPILE_TIMEOUT_S = 60
 _FORMAT = "sealed"
 """Part of a kept kernel's name: what is written otherwise has another."""
@@ -94,12 +93,15 @@ class _Recipe:
         return (folder / "kernel.so").read_bytes()
 
 
-def compile_kernel(source: str, dtype: torch.dtype, **definitions: int) -> ctypes.CDLL | None:
+def compile_kernel(
+    package: str, source: str, dtype: torch.dtype, **definitions: int
+) -> ctypes.CDLL | None:
     """Return a kernel compiled with some definitions; None where it cannot be had.
 
     Args:
-        source: the file's name, in this package.
-        dtype: of keys and values; one of `ELEMENTS`.
+        package: the name of the package that the file is in. Headers come from there and from here.
+        source: the file's name.
+        dtype: of the elements it reads; one of `ELEMENTS`.
         definitions: names and values for the preprocessor.
     """
     compiler = os.environ.get("CC", "").strip() or shutil.which("cc") or shutil.which("gcc")
@@ -112,7 +114,7 @@ def compile_kernel(source: str, dtype: torch.dtype, **definitions: int) -> ctype
         return None
     flags = (*_FLAGS, f"-D{ELEMENTS[dtype]}")
     flags += tuple(f"-D{name}={value}" for name, value in definitions.items())
-    files = {name: _read(name) for name in (source, *_HEADERS)}
+    files = _headers() | _headers(package) | {source: _read(package, source)}
     recipe = _Recipe(compiler=compiler, flags=flags, openmp=openmp, source=source, files=files)
     try:
         return _kept_library(recipe)
@@ -181,8 +183,8 @@ def _say_missing(reason: str) -> None:
     """Say why a kernel cannot be had, and what that costs; once in a process to all users."""
     _logger.log(
         logging.INFO if _missing else logging.WARNING,
-        "a compiled kernel of attention on the CPU cannot be had (%s): torch's serves, decoding at "
-        "about half the speed",
+        "compiled kernels for the CPU cannot be had (%s): torch's serve, decoding at about half "
+        "the speed",
         reason,
     )
     _missing.append(reason)
@@ -192,14 +194,20 @@ def _say_missing(reason: str) -> None:
 def _say_not_kept(reason: str) -> None:
     """Say so once in a process."""
     _logger.warning(
-        "the kernels of attention on the CPU cannot be kept (%s): each process compiles its own; "
-        "set XDG_CACHE_HOME to a folder that only you can write to",
+        "compiled kernels for the CPU cannot be kept (%s): each process compiles its own; set "
+        "XDG_CACHE_HOME to a folder that only you can write to",
         reason,
     )
 
 
-def _read(name: str) -> bytes:
-    return resources.files(__package__).joinpath(name).read_bytes()
+@functools.cache
+def _headers(package: str = __package__) -> dict[str, bytes]:
+    names = sorted(file.name for file in resources.files(package).iterdir())
+    return {name: _read(package, name) for name in names if name.endswith(".h")}
+
+
+def _read(package: str, name: str) -> bytes:
+    return resources.files(package).joinpath(name).read_bytes()
 
 
 @functools.cache

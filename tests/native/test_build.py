@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from headinfer import folders
-from headinfer.attend.native import build
+from headinfer.native import build
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as others")
 OTHER = 12345
@@ -64,7 +64,9 @@ def cache(monkeypatch, tmp_path, fast_compiler) -> Path:
 
 
 def compiled(rows: int = 1) -> ctypes.CDLL | None:
-    library = build.compile_kernel("decode.c", torch.float32, HEAD_DIM=16, ROWS=rows)
+    library = build.compile_kernel(
+        "headinfer.attend.native", "decode.c", torch.float32, HEAD_DIM=16, ROWS=rows
+    )
     assert library is None or library.attend_heads
     return library
 
@@ -90,8 +92,9 @@ def test_what_is_kept_is_closed_to_others_and_loaded_again(cache, caplog, monkey
 
 COMPILE = """
 import torch
-from headinfer.attend.native import build
-assert build.compile_kernel("decode.c", torch.float32, HEAD_DIM=16, ROWS=1).attend_heads
+from headinfer.native import build
+package = "headinfer.attend.native"
+assert build.compile_kernel(package, "decode.c", torch.float32, HEAD_DIM=16, ROWS=1).attend_heads
 """
 
 
@@ -305,12 +308,13 @@ def test_ctrl_c_is_not_for_the_compiler(tmp_path, fast_compiler):
 
 READ_ONLY = """
 import os, sys, torch
-from headinfer.attend.native import build
-build._read("decode.c")  # imports what another user may not be able to
+from headinfer.native import build
+package = "headinfer.attend.native"
+build._headers(package)  # imports what another user may not be able to
 os.seteuid(12345)
-assert build.compile_kernel("decode.c", torch.float32, HEAD_DIM=16, ROWS=1)
+assert build.compile_kernel(package, "decode.c", torch.float32, HEAD_DIM=16, ROWS=1)
 print("the first", file=sys.stderr)
-assert build.compile_kernel("decode.c", torch.float32, HEAD_DIM=16, ROWS=2)
+assert build.compile_kernel(package, "decode.c", torch.float32, HEAD_DIM=16, ROWS=2)
 os.seteuid(0)
 """
 

@@ -1,0 +1,68 @@
+"""Products of a model's decode calls on the CPU, by a kernel that reads at the speed of memory."""
+
+import contextlib
+import types
+import weakref
+
+import torch
+
+from headinfer.integration.forward import OwnForwards
+from headinfer.products.few_rows import DTYPES, MAX_ROWS, few_rows_library, multiply
+
+
+class FewRowLinears:
+    """A model's linear modules as computed by our kernel, in place only during calls of few rows.
+
+    A module that has a `forward` of its own already, as accelerate gives it, is left alone, and so
+    are subclasses, such as quantised ones.
+
+    Args:
+        model: may go while this stays.
+        enabled: whether to compute anything so.
+    """
+
+    def __init__(self, model: torch.nn.Module, *, enabled: bool) -> None:
+        self._model = weakref.ref(model)
+        self._enabled = enabled
+        self._forwards: OwnForwards | None = None
+
+    def on(self, rows: int) -> contextlib.AbstractContextManager[object]:
+        """Have the modules compute so until the `with` statement ends, if the rows are few.
+
+        Args:
+            rows: new tokens of all rows of a batch together.
+        """
+        if not self._enabled or not 0 < rows <= MAX_ROWS:
+            return contextlib.nullcontext()
+        if self._forwards is None:
+            self._forwards = OwnForwards(self._found())
+        return self._forwards.on()
+
+    def _found(self) -> list[types.MethodType]:
+        model = self._model()
+        linears = (
+            [] if model is None else (m for m in model.modules() if type(m) is torch.nn.Linear)
+        )
+        return [
+            types.MethodType(forward, linear)
+            for linear in linears
+            if linear.weight.dtype in DTYPES and few_rows_library(linear.weight.dtype, 1)
+        ]
+
+
+# Its name is that of the method it stands for: what is pickled meanwhile, by name, has that method.
+def forward(self: torch.nn.Linear, input: torch.Tensor) -> torch.Tensor:
+    """Compute a module's output by our kernel where it serves, and as ever elsewhere."""
+    parameters = self._parameters
+    if not (
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or torch.is_autocast_enabled("cpu")
+        or "weight" not in parameters  # hooks compute it, as those of pruning do
+        or "bias" not in parameters
+    ):
+        weight = parameters["weight"]
+        output = None if weight is None else multiply(input, weight, parameters["bias"])
+        if output is not None:
+            return output
+    return torch.nn.Linear.forward(self, input)
