@@ -12,6 +12,7 @@ import headinfer
 from captured import NEW_KIND, SIMULATED, launched, prompted, steps
 from headinfer.device.simulated import SimulatedDevice
 from headinfer.engine.engine import Engine
+from headinfer.engine.pages import Pages
 from headinfer.engine.ready import StepMemory
 from headinfer.errors import CacheStateError, MemoryPlanError
 from headinfer.integration.calls import cache_argument
@@ -150,7 +151,7 @@ def test_ctrl_c_within_a_call_of_the_model(name: str, layer: int, stage: str) ->
     [
         (Engine, "begin_step", 1, True),
         (StepMemory, "write", 1, False),  # when the token is counted
-        (Engine, "_state_place", 2, True),
+        (Pages, "state_token", 2, True),
         (Engine, "end_step", 1, True),
         (Ledger, "extend", 1, True),
         (Ledger, "extend", 2, False),
