@@ -7,11 +7,9 @@
  * Linux alone.
  */
 #define _GNU_SOURCE /* for the cores of threads */
-#include <stdint.h>
 #include <sys/prctl.h>
-#include <time.h>
 
-#include "workers.h"
+#include "threads.h"
 
 static const int64_t SPIN_NS = 300 * 1000, NAP_NS = 20 * 1000, LONG_NAP_NS = 1000 * 1000;
 static const int64_t NAPS_BEFORE_LONG = 50 * 1000; /* a second */
@@ -31,16 +29,6 @@ static int64_t now_ns(void) {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
     return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
-}
-
-/* Sleep while a word has a value, or until somebody wakes the sleeper, or time is over. */
-static void sleep_on(uint32_t *word, uint32_t value, const struct timespec *most) {
-    syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, value, most, NULL, 0);
-}
-
-static void change(uint32_t *word) {
-    __atomic_add_fetch(word, 1, __ATOMIC_SEQ_CST);
-    syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, INT32_MAX, NULL, NULL, 0);
 }
 
 static int at_rest(const struct server *s) {
@@ -92,16 +80,7 @@ struct server *begin_server(uint64_t *asks, uint64_t *answers, void (**entries)(
     if (!s) return NULL;
     s->asks = asks, s->answers = answers, s->entries = entries, s->arguments = arguments;
     s->count = count;
-    pthread_attr_t attributes;
-    pthread_attr_init(&attributes);
-    set_places(&attributes);
-    sigset_t all, before; /* signals are for the threads that were there before */
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    int failed = pthread_create(&s->thread, &attributes, answer_flags, s);
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-    pthread_attr_destroy(&attributes);
-    if (!failed) return s;
+    if (begin_threads(&s->thread, 1, answer_flags, s)) return s;
     free(s);
     return NULL;
 }
