@@ -182,12 +182,13 @@ def test_ctrl_c_between_pieces_is_heard_and_the_cache_refused(
 
 def test_the_hosts_share_stays_while_a_step_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     model = shared_model("llama3")
-    monkeypatch.setattr(balance, "_FIRST_NOTES", 1)
+    for notes in ("_NOTES", "_UNTRUE_NOTES"):
+        monkeypatch.setattr(balance, notes, 1)
     with headinfer.attach(model, device="simulated", **PLACEMENTS["host"]) as offload:
         cache = offload.new_cache()
         model(random_tokens(1, 90), **cache_argument(model, cache))
         corrected = cache.state.engine._balance
-        corrected.fixed, corrected._needed = False, 1  # as where a probe chose the share
+        corrected.fixed = False  # as where a probe chose the share
         shares = []
         for _ in range(12):
             step(model, cache)

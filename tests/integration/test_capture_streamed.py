@@ -25,7 +25,7 @@ from headinfer.device.hazards import HazardError
 from headinfer.device.simulated import SimulatedDevice
 from headinfer.device.simulated_capture import SimulatedCapture
 from headinfer.device.simulated_stream import SimulatedStream
-from headinfer.engine import balance, streaming_step
+from headinfer.engine import balance
 from headinfer.engine.ready import Form
 from headinfer.engine.streaming_step import StreamingStep
 from headinfer.integration.calls import cache_argument
@@ -305,13 +305,13 @@ def test_without_jobs_a_step_is_in_pieces(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_share_that_changes_is_settled_in_pieces_first(monkeypatch: pytest.MonkeyPatch) -> None:
     model = shared_model("llama3")
-    monkeypatch.setattr(balance, "_FIRST_NOTES", 1)
-    monkeypatch.setattr(balance, "_MOST_NOTES", 16)
+    for notes in ("_NOTES", "_UNTRUE_NOTES"):
+        monkeypatch.setattr(balance, notes, 1)
     with attached("llama3", "both") as offload:
         cache = offload.new_cache(300)
         model(random_tokens(1, 100), past_key_values=cache)
         corrected = cache.state.engine._balance
-        corrected.fixed, corrected._needed = False, 1  # as where a probe chose the share
+        corrected.fixed = False  # as where a probe chose the share
         shares = []
         for _ in range(25):
             step(model, cache)
@@ -325,7 +325,7 @@ def test_a_share_that_changes_is_settled_in_pieces_first(monkeypatch: pytest.Mon
         assert shares[-5:] == [settled] * 5
         captures = offload.stats.captures
         for part, more in ((0.5, 1), (0.25, 1)):  # the second one comes too soon for a capture
-            corrected.share = part * settled[0]
+            corrected._sought = part * settled[0]
             steps(model, cache, 5)
             assert offload.stats.captures == captures + more
 
@@ -345,18 +345,6 @@ def test_what_a_capture_takes_goes_with_its_cache() -> None:
         del cache, engine
         device.memory.check()
     assert device.allocated_bytes == 0
-
-
-def test_where_the_host_attends_much_a_step_is_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = shared_model("llama3")
-    token_bytes = 2 * 4 * 16 * 4
-    for most_tokens, wanted in ((41, {Form.STREAMED}), (39, {Form.IN_PIECES})):
-        monkeypatch.setattr(streaming_step, "MOST_SHARED_BYTES", most_tokens * token_bytes)
-        for placement in ("host", "streamed"):
-            with attached("llama3", placement) as offload:
-                cache = prompted(offload, model)
-                steps(model, cache, 4)
-                assert forms(cache) == (wanted if placement == "host" else {Form.STREAMED})
 
 
 @pytest.mark.parametrize("placement", ["streamed", "host"])

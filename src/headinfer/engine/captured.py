@@ -24,7 +24,7 @@ from headinfer.engine.chunk import Chunk
 from headinfer.engine.executor import PERFORM
 from headinfer.engine.ready import Form, Ready, ReadyStep, StepMemory
 from headinfer.engine.stats import Stats
-from headinfer.engine.streaming_step import StreamedTrack, StreamingStep, is_worth
+from headinfer.engine.streaming_step import StreamedTrack, StreamingStep
 from headinfer.kv.ledger import Ledger
 from headinfer.plan.plan import Plan
 from headinfer.schedule import route
@@ -83,7 +83,9 @@ class CapturableTokens(ChangeableTokens, abc.ABC):
         failed = self._streaming is not None and self._streaming.failed
         if self._ahead is not None and self._ahead[0] == self._state() and not failed:
             return self._ahead[1]
-        return self._make_ready()
+        ready = self._make_ready()
+        self._balance.one_launch = ready is not None and ready.form is Form.STREAMED
+        return ready
 
     @property
     def may_capture_streamed(self) -> bool:
@@ -151,8 +153,7 @@ class CapturableTokens(ChangeableTokens, abc.ABC):
         for ledger, steps in zip(self._ledgers, tracks, strict=True):
             if all(isinstance(step, (Decode, SendHome)) for step in steps):
                 continue
-            lends = self._executor.source.lends
-            if not (lends and stays(ledger.held, steps) and is_worth(ledger, steps)):
+            if not (self._executor.source.lends and stays(ledger.held, steps)):
                 return None
             form = Form.STREAMED
         return form

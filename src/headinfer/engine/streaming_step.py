@@ -28,24 +28,6 @@ from headinfer.kv.ledger import Ledger
 from headinfer.schedule.route import growing_end
 from headinfer.schedule.steps import Ask, Attend, Fetch, Step, Where
 
-MOST_SHARED_BYTES = 32 * 2**20
-"""Bytes of a layer beside the residents up to which one launch is worth it where the host attends.
-
-They take 0.3 ms at the 117 GB/s that link and CPU of an H100's host reached together. Python needs
-0.4 ms to enqueue such a layer's attention, and is the bound up to here. Beyond, it is ahead of the
-device.
-
-Measured there, Llama-3-8B at 100K tokens, 6 GiB beside the residents: a share of 0.6 took 58 ms in
-one launch and 54 in pieces. Without host attention both took 117.
-"""
-
-
-def is_worth(ledger: Ledger, steps: Sequence[Step]) -> bool:
-    """Whether the steps of a track are faster in one launch than in pieces."""
-    tokens = ledger.host_tokens - ledger.held.streamed(0.0)[0]
-    asks = any(isinstance(step, Ask) for step in steps)
-    return not asks or ledger.geometry.num_bytes(tokens) <= MOST_SHARED_BYTES
-
 
 @dataclass(frozen=True, slots=True)
 class StreamedTrack:
