@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import types
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from headinfer.device.base import CaptureError
+from headinfer.integration import fusion
 from headinfer.integration.fusion import FusedParts, Fusion
 from tiny_models import random_tokens, tiny_model
 
@@ -113,11 +115,21 @@ def test_nothing_is_fused_once_a_trial_has_failed(
 ) -> None:
     trial, fused, untried, said = TRIALS[case]
     model = tiny_model("llama3")
-    fusion = Fusion(model, enabled=True)
-    assert fusion.untried
+    chosen = Fusion(model, enabled=True)
+    assert chosen.untried
     with pytest.raises(KeyboardInterrupt) if case == "stopped" else contextlib.nullcontext():
-        fusion.try_out(trial)
-    with fusion.on():
+        chosen.try_out(trial)
+    with chosen.on():
         assert bool(names_fused(model)) == fused
-    assert fusion.untried == untried
+    assert chosen.untried == untried
     assert [each.endswith(said) for each in caplog.messages] == [True] * bool(said)
+
+
+def test_nothing_is_compiled_while_the_compiler_is_being_imported(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    done: list[str] = []
+    waiting = types.SimpleNamespace(join=lambda: done.append("imported"))
+    monkeypatch.setattr(fusion, "begin_import", lambda: waiting)
+    Fusion(tiny_model("llama3"), enabled=True).try_out(lambda: done.append("run") or ONES)
+    assert done == ["imported", "run", "run"]

@@ -33,6 +33,7 @@ from headinfer.errors import is_out_of_memory
 from headinfer.integration.autocast import without_autocast
 from headinfer.integration.cache import OffloadedCache
 from headinfer.integration.captured_step import CapturedStep, Step
+from headinfer.integration.compiler import begin_import
 from headinfer.integration.decode_call import DecodeCall, DecodeCalls
 from headinfer.integration.fusion import Fusion
 from headinfer.integration.hooks import HooksOfOthers
@@ -70,6 +71,8 @@ class CapturedSteps:
         self._stats = stats
         self._enabled = enabled and device.captures
         self._fusion = Fusion(model, enabled=fused)
+        if fused and self._enabled:
+            begin_import()
         self._hooks = HooksOfOthers(model)
         self._in_a_row: weakref.WeakSet[Engine] = weakref.WeakSet()  # whose last call was a step
         self._begun: set[Hashable] = set()

