@@ -83,7 +83,7 @@ class Session:
         self._hardware = measured_hardware(device)
         self.plan = self._resolve(1, None, [], model.dtype)
         fast = options.fuse == "auto" and model.dtype in _FUSED
-        captures = CapturedSteps(
+        captures = self._captures = CapturedSteps(
             *(model, device, self.stats),
             enabled=options.capture,
             fused=fast and device.name == "cuda",
@@ -287,11 +287,13 @@ class Session:
 
     def report_prefill(self, done_tokens: int, all_tokens: int) -> None:
         """Pass progress on."""
+        self._captures.expect_steps()
         if self._progress is not None:
             self._progress(done_tokens, all_tokens)
 
     def after_call(self, cache: OffloadedCache) -> None:
         """Note the memory held after a model call, whose work may still go on."""
+        self._captures.expect_steps()
         device_bytes = host_bytes = 0
         standard_bytes = 0
         own = cache.state.engine

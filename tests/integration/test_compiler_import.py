@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
+import headinfer
 from headinfer.device.simulated import SimulatedDevice
 from headinfer.engine.stats import Stats
 from headinfer.integration import capture
 from headinfer.integration.capture import CapturedSteps
-from tiny_models import tiny_model
+from tiny_models import random_tokens, tiny_model
 
 BEGUN = """
 import sys, torch
@@ -67,5 +68,22 @@ def test_it_is_begun_where_captured_steps_are_fused(
 ) -> None:
     begun: list[bool] = []
     monkeypatch.setattr(capture, "begin_import", lambda: begun.append(True))
-    CapturedSteps(tiny_model("llama3"), SimulatedDevice(), Stats(), enabled=enabled, fused=fused)
+    steps = CapturedSteps(
+        *(tiny_model("llama3"), SimulatedDevice(), Stats()), enabled=enabled, fused=fused
+    )
+    assert not begun
+    steps.expect_steps()
     assert bool(begun) == (enabled and fused)
+
+
+@pytest.mark.parametrize("tokens", [10, 40], ids=["one chunk", "several"])
+def test_it_is_begun_once_the_device_has_work(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+    done: list[object] = []
+    monkeypatch.setattr(CapturedSteps, "expect_steps", lambda _: done.append("begun"))
+    model = tiny_model("llama3")
+    model.lm_head.register_forward_hook(lambda *_: done.append("chunk"))
+    with headinfer.attach(model, device="simulated", chunk_tokens=16) as offload:
+        assert not done
+        model(random_tokens(1, tokens), past_key_values=offload.new_cache())
+    assert done.index("chunk") < done.index("begun")
+    assert done.index("begun") <= 2  # not only at the end

@@ -71,13 +71,17 @@ class CapturedSteps:
         self._stats = stats
         self._enabled = enabled and device.captures
         self._fusion = Fusion(model, enabled=fused)
-        if fused and self._enabled:
-            begin_import()
+        self._compiles = fused and self._enabled
         self._hooks = HooksOfOthers(model)
         self._in_a_row: weakref.WeakSet[Engine] = weakref.WeakSet()  # whose last call was a step
         self._begun: set[Hashable] = set()
         self._known: set[Hashable] = set()  # captures of these served more tokens than one
         self._refused = RefusedCalls()
+
+    def expect_steps(self) -> None:
+        """Prepare for steps to come; to be called while the device has work to do."""
+        if self._compiles:
+            begin_import()
 
     def run(
         self,
