@@ -51,6 +51,7 @@ ORDER = [
     "plan",
     "schedule",
     "heads",
+    "ranks",
     "units",
     "kept",
     "folders",
