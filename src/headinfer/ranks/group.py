@@ -1,8 +1,8 @@
 """What the processes of one model agree on, so that all of them do the same.
 
 A tensor-parallel model adds up its ranks' results in every layer. A rank that calls the model once
-more than the others waits for ever. So whatever decides on calls, and is measured or counted by
-each rank for itself, is agreed on: the least of all, or what any of them says.
+more than the others waits for ever. So the ranks agree on what decides about calls, wherever each
+of them measures or counts it for itself.
 """
 
 import os
