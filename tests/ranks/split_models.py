@@ -1,6 +1,7 @@
 """The models that tests split over ranks, and what is asked of them, split or whole."""
 
 import torch
+
 from tiny_models import random_tokens
 
 VOCABULARY = 98

@@ -13,12 +13,12 @@ import torch
 from torch import distributed
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from saved_models import make_tokenizer
 from split_models import DEVICES, MODELS, PATTERN, VOCABULARY, answers, logits, prompt
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 import headinfer
+from saved_models import make_tokenizer
 
 warnings.filterwarnings("ignore")
 _logger = logging.getLogger("headinfer")

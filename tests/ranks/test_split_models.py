@@ -7,9 +7,9 @@ import pytest
 import torch
 from launching import torchrun
 from split_models import DEVICES, MODELS, PATTERN, VOCABULARY, answers, logits
-from tiny_models import tiny_model
 
 import headinfer
+from tiny_models import tiny_model
 
 RANKS = 2
 PROGRAM = Path(__file__).parent / "split_program.py"
