@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import logging
 import weakref
 
 import torch
@@ -13,7 +12,7 @@ from headinfer.device.host_memory import all_host_bytes, available_host_bytes
 from headinfer.device.make import measured_hardware
 from headinfer.engine.engine import Engine
 from headinfer.engine.stats import Stats
-from headinfer.errors import CacheStateError, MemoryPlanError, OptionError
+from headinfer.errors import CacheStateError, MemoryPlanError
 from headinfer.integration.attachment import Attachment
 from headinfer.integration.attention import AttentionFunctions
 from headinfer.integration.autocast import attended_dtype
@@ -21,7 +20,7 @@ from headinfer.integration.cache import OffloadedCache, PrefillProgress
 from headinfer.integration.capture import CapturedSteps
 from headinfer.integration.linears import FewRowLinears
 from headinfer.integration.model_shape import model_shape
-from headinfer.integration.shards import rank_shape, ranks_of
+from headinfer.integration.shards import rank_shape, ranks_of, tell_of_ranks
 from headinfer.plan import memory
 from headinfer.plan.host_room import HostRoom
 from headinfer.plan.narrow import narrowed, with_fewer_residents
@@ -29,15 +28,9 @@ from headinfer.plan.options import Options
 from headinfer.plan.plan import Plan
 from headinfer.plan.resolve import resolve
 from headinfer.plan.shape import ModelShape
-from headinfer.plan.streaming import (
-    check_streaming,
-    pattern_of,
-    with_streaming_heads,
-)
+from headinfer.plan.streaming import with_pattern
 from headinfer.plan.whole import passing_whole
 from headinfer.units import format_bytes
-
-_logger = logging.getLogger(__name__)
 
 _FUSED = frozenset({torch.float16, torch.bfloat16})
 """Dtypes in which fused parts of a model round less often than those of its code."""
@@ -83,7 +76,7 @@ class Session:
         self._options = options
         self._progress = progress
         self.ranks = ranks_of(model)
-        whole = _with_pattern(model_shape(model), options)
+        whole = with_pattern(model_shape(model), options)
         self._shape = rank_shape(whole, model, self.ranks)
         self._engines: weakref.WeakSet[Engine] = weakref.WeakSet()
         self._attached = False
@@ -92,22 +85,14 @@ class Session:
         fast = options.fuse == "auto" and model.dtype in _FUSED
         captures = CapturedSteps(
             *(model, device, self.stats),
-            enabled=options.capture and self._alone("capture"),
+            enabled=options.capture and self.ranks.size == 1,
             fused=fast and device.name == "cuda",
         )
         linears = FewRowLinears(model, enabled=fast and device.name == "cpu")
         padded = whole.exact is whole  # sinks of streaming heads would be padding
         self._attachment = Attachment(model, self, captures, linears, padded=padded)
         self._attached = True
-
-    def _alone(self, option: str) -> bool:
-        """Whether the model is in this process alone; say once what is not done where it is not."""
-        if self.ranks.size > 1 and self.ranks.index == 0 and self.device.captures:
-            _logger.warning(
-                "%s: decode steps are not captured while %d ranks share the model",
-                *(option, self.ranks.size),
-            )
-        return self.ranks.size == 1
+        tell_of_ranks(self.ranks, captures=options.capture and device.captures)
 
     @property
     def functions(self) -> AttentionFunctions:
@@ -346,22 +331,6 @@ class Session:
                 standard_bytes = self._shape.standard_kv_bytes(tokens, batch)
                 _raise_peaks(cache.stats, device_here, host_here, standard_bytes)
         _raise_peaks(self.stats, device_bytes, host_bytes, standard_bytes)
-
-
-def _with_pattern(shape: ModelShape, options: Options) -> ModelShape:
-    """Return a model's shape with the heads that stream by the user's pattern, if any do."""
-    check_streaming(options)
-    if options.head_pattern is None:
-        return shape
-    pattern = pattern_of(options.head_pattern, shape)
-    streaming = with_streaming_heads(shape, pattern, options)
-    if streaming.exact is streaming:
-        heads = sum(layer.kv_heads for layer in shape.full_layers)
-        raise OptionError(
-            f"sparsity {options.sparsity:g} of the {heads} KV heads that see all tokens is none of "
-            "them; give a larger share, or 0 for none"
-        )
-    return streaming
 
 
 def _raise_peaks(stats: Stats, device_bytes: int, host_bytes: int, standard_bytes: int) -> None:

@@ -25,6 +25,16 @@ DEVICES = {
     },
 }
 
+ON_GPUS = {
+    "cuda": {
+        "chunk_tokens": 13,
+        "tile_tokens": 16,
+        "tile_heads": 1,
+        "resident_tokens": 5,
+        "host_attention": 0.4,
+    },
+}
+
 PATTERN = {
     "sparsity": 0.4,
     "head_pattern": "random:3",
@@ -39,7 +49,7 @@ def prompt(rows: int) -> torch.Tensor:
 
 def logits(model, cache: dict) -> torch.Tensor:
     with torch.no_grad():
-        return model(prompt(2), **cache).logits
+        return model(prompt(2).to(model.device), **cache).logits.cpu()
 
 
 def answers(model, cache) -> dict[str, torch.Tensor]:
@@ -49,13 +59,13 @@ def answers(model, cache) -> dict[str, torch.Tensor]:
         mask = torch.ones_like(prompt(rows))
         mask[1:, :3] = 0  # the second row is padded
         return model.generate(
-            prompt(rows),
-            attention_mask=mask,
+            prompt(rows).to(model.device),
+            attention_mask=mask.to(model.device),
             max_new_tokens=9,
             pad_token_id=0,
             **cache(),
             **settings,
-        )
+        ).cpu()
 
     def sampled() -> torch.Tensor:
         torch.manual_seed(5)

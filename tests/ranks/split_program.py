@@ -13,7 +13,7 @@ import torch
 from torch import distributed
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from split_models import DEVICES, MODELS, PATTERN, VOCABULARY, answers, logits, prompt
+from split_models import DEVICES, MODELS, ON_GPUS, PATTERN, VOCABULARY, answers, logits, prompt
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
@@ -46,7 +46,7 @@ def failure_of(work: Any) -> str:
 def parity(folder: Path, got: dict[str, Any]) -> None:
     for name in MODELS:
         model = load(folder, name)
-        for device, options in DEVICES.items():
+        for device, options in (ON_GPUS if torch.cuda.is_available() else DEVICES).items():
             with headinfer.attach(model, device=device, **options) as offload:
                 got[f"{name} {device}"] = answers(model, lambda: offload.new_cache().as_keyword())
                 got[f"{name} {device} logits"] = logits(model, offload.new_cache().as_keyword())
@@ -54,8 +54,8 @@ def parity(folder: Path, got: dict[str, Any]) -> None:
                     layer.kv_heads for layer in offload.plan.shape.layers
                 ]
                 cache = offload.new_cache()
-                model(prompt(1), **cache.as_keyword())
-                got[f"{name} {device} keys"] = cache.layers[0].keys
+                model(prompt(1).to(model.device), **cache.as_keyword())
+                got[f"{name} {device} keys"] = cache.layers[0].keys.cpu()
                 got[f"{name} {device} host bytes"] = offload.stats.host_kv_bytes
 
 
@@ -76,14 +76,14 @@ def agreement(folder: Path, got: dict[str, Any]) -> None:
         got["own chunks"] = answers(model, lambda: offload.new_cache().as_keyword())
     with headinfer.attach(model, host_memory=("1GiB", "1KiB")[rank]) as offload:
         got["host memory"] = failure_of(
-            lambda: model(prompt(1), **offload.new_cache().as_keyword())
+            lambda: model(prompt(1).to(model.device), **offload.new_cache().as_keyword())
         )
     got["device memory"] = failure_of(
         lambda: headinfer.attach(model, device_memory=("100KiB", "1GiB")[rank])
     )
     with headinfer.attach(model) as offload:
         got["other tokens"] = failure_of(
-            lambda: model(prompt(1) + rank, **offload.new_cache().as_keyword())
+            lambda: model(prompt(1).to(model.device) + rank, **offload.new_cache().as_keyword())
         )
         got["clock"] = failure_of(
             lambda: list(

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from launching import torchrun
-from split_models import DEVICES, MODELS, PATTERN, VOCABULARY, answers, logits
+from split_models import DEVICES, MODELS, PATTERN, VOCABULARY, answers, logits, prompt
 
 import headinfer
 from tiny_models import tiny_model
@@ -21,16 +21,46 @@ def models() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def got(models, tmp_path_factory) -> list[dict[str, Any]]:
-    """What each rank got."""
-    folder = tmp_path_factory.mktemp("split")
+def folder(models, tmp_path_factory) -> Path:
+    made = tmp_path_factory.mktemp("split")
     for name, model in models.items():
-        model.save_pretrained(folder / name)
+        model.save_pretrained(made / name)
     one = tiny_model("llama3", vocab_size=VOCABULARY, num_key_value_heads=1)
-    one.save_pretrained(folder / "one-kv-head")
-    done = torchrun(str(PROGRAM), str(folder))
+    one.save_pretrained(made / "one-kv-head")
+    return made
+
+
+def got_by_ranks(folder: Path, *, on_gpus: bool) -> list[dict[str, Any]]:
+    done = torchrun(str(PROGRAM), str(folder), on_gpus=on_gpus)
     assert done.returncode == 0, done.stderr
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(RANKS)]
+
+
+@pytest.fixture(scope="module")
+def got(folder) -> list[dict[str, Any]]:
+    """What each rank got, on the CPU with gloo."""
+    return got_by_ranks(folder, on_gpus=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < RANKS, reason="needs two GPUs")
+def test_ranks_on_two_gpus_answer_as_the_whole_model_does(folder, models) -> None:
+    got = got_by_ranks(folder, on_gpus=True)
+    for name, model in models.items():
+        wanted = answers(model, dict)
+        for rank in got:
+            for how in ("one row", "two rows", "beams"):  # other generators draw other samples
+                assert rank[f"{name} cuda"][how].tolist() == wanted[how].tolist(), (name, how)
+            torch.testing.assert_close(
+                rank[f"{name} cuda logits"], logits(model, {}), atol=1e-3, rtol=1e-3
+            )
+        first, second = (rank[f"{name} cuda"]["sampled"] for rank in got)
+        assert first.tolist() == second.tolist()
+        heads = model.config.num_key_value_heads // (1 if name == "phi3" else RANKS)
+        assert all(set(rank[f"{name} cuda kv_heads"]) == {heads} for rank in got)
+    for rank in got:
+        assert "2 ranks of the model were given different tokens" in rank["other tokens"]
+        assert rank["host memory"].startswith("MemoryPlanError: ")
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -49,7 +79,7 @@ def test_ranks_answer_as_the_whole_model_does(got, models, name, device) -> None
 @pytest.mark.parametrize(("name", "heads"), [("llama3", 2), ("qwen2", 1), ("phi3", 2)])
 def test_each_rank_keeps_its_own_heads(got, models, name, heads, device) -> None:
     model = models[name]
-    cache = model(torch.as_tensor(prompt_ids())).past_key_values
+    cache = model(prompt(1)).past_key_values
     for index, rank in enumerate(got):
         assert set(rank[f"{name} {device} kv_heads"]) == {heads}
         split = model.config.num_key_value_heads // heads == RANKS
@@ -57,12 +87,6 @@ def test_each_rank_keeps_its_own_heads(got, models, name, heads, device) -> None
         torch.testing.assert_close(
             rank[f"{name} {device} keys"], cache.layers[0].keys[:, own], atol=1e-5, rtol=1e-4
         )
-
-
-def prompt_ids() -> torch.Tensor:
-    from split_models import prompt
-
-    return prompt(1)
 
 
 def test_a_rank_takes_its_share_of_cpu_memory(got, models) -> None:

@@ -4,6 +4,8 @@ transformers leaves a model's config as it is when it splits the model. So what 
 asked of its modules: a projection of one token tells how many keys come out.
 """
 
+import logging
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +17,8 @@ from headinfer.errors import UnsupportedModelError
 from headinfer.integration.support import attention_modules, layer_index
 from headinfer.plan.shape import LayerShape, ModelShape
 from headinfer.ranks.group import ALONE, Ranks
+
+_logger = logging.getLogger(__name__)
 
 _KEY_PROJECTIONS = ("k_proj", "qkv_proj", "query_key_value")
 """What models call the product that keys come from."""
@@ -130,3 +134,23 @@ def _width_here(projection: torch.nn.Linear, model: PreTrainedModel) -> int:
     with torch.no_grad():
         given: torch.Tensor = projection(token)
     return int(given.shape[-1])
+
+
+def tell_of_ranks(ranks: Ranks, *, captures: bool) -> None:
+    """Say, in one rank, what is not done or is slow where several share a model.
+
+    Args:
+        ranks: all of them.
+        captures: whether decode steps would be captured in a model that is in one process.
+    """
+    if ranks.size == 1 or ranks.index:
+        return
+    if captures:
+        _logger.warning("decode steps are not captured while %d ranks share the model", ranks.size)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    if torch.get_num_threads() == 1 and cores // ranks.on_host > 1:
+        _logger.warning(
+            "each rank has one CPU thread, which is what torchrun sets; call "
+            "torch.set_num_threads(%d) for its share of the cores",
+            cores // ranks.on_host,
+        )
