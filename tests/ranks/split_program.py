@@ -74,6 +74,9 @@ def agreement(folder: Path, got: dict[str, Any]) -> None:
     model, rank = load(folder, "llama3"), distributed.get_rank()
     with headinfer.attach(model, chunk_tokens=(32, 16)[rank]) as offload:
         got["own chunks"] = answers(model, lambda: offload.new_cache().as_keyword())
+    with headinfer.attach(model, host_memory="1GiB") as offload:
+        room = offload.session.host_room(0)
+        got["host room"] = room.all_bytes, room.given_bytes
     with headinfer.attach(model, host_memory=("1GiB", "1KiB")[rank]) as offload:
         got["host memory"] = failure_of(
             lambda: model(prompt(1).to(model.device), **offload.new_cache().as_keyword())

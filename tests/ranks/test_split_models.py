@@ -9,6 +9,7 @@ from launching import torchrun
 from split_models import DEVICES, MODELS, PATTERN, VOCABULARY, answers, logits, prompt
 
 import headinfer
+from headinfer.device.host_memory import all_host_bytes
 from tiny_models import tiny_model
 
 RANKS = 2
@@ -95,6 +96,7 @@ def test_a_rank_takes_its_share_of_cpu_memory(got, models) -> None:
         whole = offload.stats.host_kv_bytes
     for rank in got:
         assert 0 < rank["llama3 cpu host bytes"] <= 0.6 * whole
+        assert rank["host room"] == (all_host_bytes() // RANKS, 2**30 // RANKS)
 
 
 def test_a_pattern_is_cut_to_the_heads_of_each_rank(got, models) -> None:
