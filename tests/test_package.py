@@ -35,6 +35,7 @@ INSTRUMENTS = ["cli", "evaluate", "bench", "finding", "demo", "probe", "plot", "
 
 # Each may import itself and those further down.
 ORDER = [
+    "__main__",
     *INSTRUMENTS,
     "generation",
     "gguf_models",
@@ -51,6 +52,7 @@ ORDER = [
     "plan",
     "schedule",
     "heads",
+    "ranks",
     "units",
     "kept",
     "folders",

@@ -29,6 +29,10 @@ class CacheStateError(HeadInferError):
     """A cache is used after it was closed, or with a model it was not made for."""
 
 
+class RanksError(HeadInferError):
+    """The processes that compute a model together do not do the same, or cannot begin."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether torch or Python ran out of memory; torch's CPU allocator says so in words alone."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":

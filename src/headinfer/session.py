@@ -12,7 +12,7 @@ from headinfer.device.host_memory import all_host_bytes, available_host_bytes
 from headinfer.device.make import measured_hardware
 from headinfer.engine.engine import Engine
 from headinfer.engine.stats import Stats
-from headinfer.errors import CacheStateError, MemoryPlanError, OptionError
+from headinfer.errors import CacheStateError, MemoryPlanError
 from headinfer.integration.attachment import Attachment
 from headinfer.integration.attention import AttentionFunctions
 from headinfer.integration.autocast import attended_dtype
@@ -20,18 +20,15 @@ from headinfer.integration.cache import OffloadedCache, PrefillProgress
 from headinfer.integration.capture import CapturedSteps
 from headinfer.integration.linears import FewRowLinears
 from headinfer.integration.model_shape import model_shape
+from headinfer.integration.shards import rank_shape, ranks_of, tell_of_ranks
 from headinfer.plan import memory
 from headinfer.plan.host_room import HostRoom
-from headinfer.plan.narrow import narrowed
+from headinfer.plan.narrow import narrowed, with_fewer_residents
 from headinfer.plan.options import Options
 from headinfer.plan.plan import Plan
 from headinfer.plan.resolve import resolve
 from headinfer.plan.shape import ModelShape
-from headinfer.plan.streaming import (
-    check_streaming,
-    pattern_of,
-    with_streaming_heads,
-)
+from headinfer.plan.streaming import with_pattern
 from headinfer.plan.whole import passing_whole
 from headinfer.units import format_bytes
 
@@ -62,6 +59,7 @@ class Session:
         device: where attention is computed.
         plan: what was chosen for one row; each cache resolves its own for its rows and length.
         stats: what was measured since the attachment.
+        ranks: the processes that compute the model; each has a session of its own.
     """
 
     def __init__(
@@ -77,21 +75,24 @@ class Session:
         self.device = device
         self._options = options
         self._progress = progress
-        self._shape = _with_pattern(model_shape(model), options)
+        self.ranks = ranks_of(model)
+        whole = with_pattern(model_shape(model), options)
+        self._shape = rank_shape(whole, model, self.ranks)
         self._engines: weakref.WeakSet[Engine] = weakref.WeakSet()
         self._attached = False
-        self._hardware = measured_hardware(device)
+        self._hardware = measured_hardware(device, self.ranks.on_host)
         self.plan = self._resolve(1, None, [], model.dtype)
         fast = options.fuse == "auto" and model.dtype in _FUSED
         captures = self._captures = CapturedSteps(
             *(model, device, self.stats),
-            enabled=options.capture,
+            enabled=options.capture and self.ranks.size == 1,
             fused=fast and device.name == "cuda",
         )
         linears = FewRowLinears(model, enabled=fast and device.name == "cpu")
-        padded = self._shape.exact is self._shape  # sinks of streaming heads would be padding
+        padded = whole.exact is whole  # sinks of streaming heads would be padding
         self._attachment = Attachment(model, self, captures, linears, padded=padded)
         self._attached = True
+        tell_of_ranks(self.ranks, captures=options.capture and device.captures)
 
     @property
     def functions(self) -> AttentionFunctions:
@@ -152,7 +153,7 @@ class Session:
         try:
             plan = self._resolve(batch, context_tokens, others, dtype)
         except MemoryPlanError:
-            if not any(engine.plan.resident_tokens for engine in others):
+            if not self.ranks.any(any(engine.plan.resident_tokens for engine in others)):
                 raise
             for engine in others:
                 if engine.plan.resident_tokens:
@@ -165,6 +166,14 @@ class Session:
         return plan
 
     def _resolve(
+        self, batch: int, context_tokens: int | None, others: list[Engine], dtype: torch.dtype
+    ) -> Plan:
+        """Return a plan that fits; where it fits on some ranks alone, none has one."""
+        plan = self.ranks.together(lambda: self._resolve_here(batch, context_tokens, others, dtype))
+        # When a cache has outgrown its residents, all ranks plan anew.
+        return with_fewer_residents(plan, *self.ranks.least(plan.resident_tokens))
+
+    def _resolve_here(
         self, batch: int, context_tokens: int | None, others: list[Engine], dtype: torch.dtype
     ) -> Plan:
         asked, budget = self._options.device_memory_bytes, self._budget_bytes()
@@ -234,17 +243,35 @@ class Session:
             working_bytes: what a call takes on the device beside KV, which may be host memory.
         """
         engines = list(self._engines)
+        sharing = self.ranks.on_host
+        given = self._options.host_memory_bytes
         # Locked memory is taken at once; other memory, once it is written.
         locked = self.device.name == "cuda"
         promised = 0 if locked else sum(engine.unwritten_host_bytes for engine in engines)
+        # Whoever asks last sees what the others took before.
+        (available,) = self.ranks.least(available_host_bytes())
         return HostRoom(
             device=self.device.name,
-            all_bytes=all_host_bytes(),
-            available_bytes=max(available_host_bytes() - promised, 0),
+            all_bytes=all_host_bytes() // sharing,
+            available_bytes=max(available // sharing - promised, 0),
             working_bytes=0 if locked else working_bytes,
-            given_bytes=self._options.host_memory_bytes,
+            given_bytes=None if given is None else given // sharing,
             held_bytes=sum(engine.host_kv_bytes for engine in engines),
         )
+
+    def check_host_room(self, needed_bytes: int, working_bytes: int, what: str) -> None:
+        """Refuse KV that host memory has no room for, on all ranks if on one.
+
+        Args:
+            needed_bytes: bytes of KV to come.
+            working_bytes: as in `host_room`.
+            what: what needs them, for the message.
+
+        Raises:
+            MemoryPlanError: there is no room.
+        """
+        room = self.host_room(working_bytes)
+        self.ranks.together(lambda: room.check(needed_bytes, what))
 
     def tensor_bytes_left(self) -> int:
         """Return the bytes that tensors where the model is may still take."""
@@ -268,7 +295,8 @@ class Session:
         """
         engine = cache.state.engine
         plan = dataclasses.replace(self.plan, batch=batch) if engine is None else engine.plan
-        whole = passing_whole(plan, self._options, tokens)
+        whole = self.ranks.together(lambda: passing_whole(plan, self._options, tokens))
+        whole = with_fewer_residents(whole, *self.ranks.least(whole.resident_tokens))
         if engine is not None and whole.arena_bytes != plan.arena_bytes:
             engine.replan(whole)
         elif engine is not None:
@@ -305,22 +333,6 @@ class Session:
                 standard_bytes = self._shape.standard_kv_bytes(tokens, batch)
                 _raise_peaks(cache.stats, device_here, host_here, standard_bytes)
         _raise_peaks(self.stats, device_bytes, host_bytes, standard_bytes)
-
-
-def _with_pattern(shape: ModelShape, options: Options) -> ModelShape:
-    """Return a model's shape with the heads that stream by the user's pattern, if any do."""
-    check_streaming(options)
-    if options.head_pattern is None:
-        return shape
-    pattern = pattern_of(options.head_pattern, shape)
-    streaming = with_streaming_heads(shape, pattern, options)
-    if streaming.exact is streaming:
-        heads = sum(layer.kv_heads for layer in shape.full_layers)
-        raise OptionError(
-            f"sparsity {options.sparsity:g} of the {heads} KV heads that see all tokens is none of "
-            "them; give a larger share, or 0 for none"
-        )
-    return streaming
 
 
 def _raise_peaks(stats: Stats, device_bytes: int, host_bytes: int, standard_bytes: int) -> None:

@@ -48,6 +48,7 @@ class Request:
     as_json: bool
     quiet: bool
     verbose: bool
+    tensor_parallel: bool = False
 
 
 class _StdoutLost(Exception):

@@ -7,8 +7,9 @@ import logging
 import os
 import re
 import sys
+import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 import typer
@@ -22,6 +23,7 @@ from headinfer.cli.interrupt import (
 )
 from headinfer.errors import HeadInferError, OptionError, is_out_of_memory
 from headinfer.plan.options import DECLARATIONS
+from headinfer.ranks.launched import is_another
 
 EXIT_UNEXPECTED = 1
 EXIT_BAD_INPUT = 2
@@ -96,13 +98,36 @@ def _option(found: re.Match[str]) -> str:
     return f"--{name.replace('_', '-')}{' ' if found['equals'] else ''}"
 
 
+_OTHERS_S = 2.0
+"""Seconds that a rank which is not to speak leaves to the one that is, which torchrun then ends."""
+
+
+def _is_first() -> bool:
+    """Whether this process is the one that speaks, before ranks have found each other."""
+    if is_another():
+        time.sleep(_OTHERS_S)
+        return False
+    return True
+
+
+class _Voice:
+    """A note of whether this process tells of its end: one of several ranks does."""
+
+    may_speak: Callable[[], bool] = staticmethod(_is_first)
+
+
+def let_speak(may_speak: Callable[[], bool]) -> None:
+    """Have errors printed only where a function says so, which is asked once for each."""
+    _Voice.may_speak = staticmethod(may_speak)
+
+
 def print_error(message: str) -> None:
     """Print one line to stderr in the form all errors have."""
     _print_line(f"headinfer: error: {_shortened(message)}")
 
 
 def _print_line(line: str) -> None:
-    if sys.stderr is None:  # it was closed when the process began
+    if sys.stderr is None or not _Voice.may_speak():  # closed when the process began, or a rank
         return
     with contextlib.suppress(OSError):  # the terminal may be gone
         sys.stderr.write(f"{line}\n")

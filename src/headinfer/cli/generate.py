@@ -1,5 +1,6 @@
 """`headinfer generate`: continue a prompt of any length."""
 
+from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
@@ -7,6 +8,7 @@ from rich.markup import escape
 
 from headinfer.cli import form_options as form
 from headinfer.cli import options as opt
+from headinfer.cli import ranks
 from headinfer.cli.answer import Answer, Request
 from headinfer.cli.console import reporting_errors, stderr_console
 from headinfer.cli.interrupt import Interrupt
@@ -30,6 +32,7 @@ from headinfer.generation.model import choose_device, load_config, load_model, l
 from headinfer.generation.settings import DEFAULT_NEW_TOKENS, settle
 from headinfer.gguf_models import unpacked_dtype
 from headinfer.plan.options import Options
+from headinfer.ranks.launched import Launched, is_another
 
 
 def _prompt_option(*flags: str, help_text: str, metavar: str = opt.NO_VALUE) -> Any:
@@ -91,6 +94,13 @@ def generate(
     ] = False,
     trust_remote_code: Annotated[
         bool, _model_option("--trust-remote-code", help_text="Run code that comes with the model.")
+    ] = False,
+    tensor_parallel: Annotated[
+        bool,
+        _model_option(
+            "--tensor-parallel",
+            help_text="Be one of the ranks, one a GPU, that torchrun started to share the model.",
+        ),
     ] = False,
     threads: opt.Threads = None,
     max_new_tokens: Annotated[
@@ -196,7 +206,9 @@ def generate(
 
     [bold]headinfer generate --model ID --prompt-file book.txt --prompt "Who ...?"[/]
     """
-    with reporting_errors(quiet=quiet):
+    with reporting_errors(quiet=quiet or is_another()):
+        if not tensor_parallel:
+            ranks.check_alone("generate")
         check_writable("--trace", trace)
         request = Request(
             generation=GenerationOptions(
@@ -232,10 +244,28 @@ def generate(
             trace=trace,
             threads=threads,
             as_json=as_json,
-            quiet=quiet,
+            quiet=quiet or is_another(),
             verbose=verbose,
+            tensor_parallel=tensor_parallel,
         )
         _load_and_run(request)
+
+
+def _begin_rank(request: Request) -> Launched:
+    """Become one of the ranks that torchrun started, unless they could not do what is asked.
+
+    Raises:
+        HeadInferError: they could not.
+    """
+    refused = {
+        "--load-in": request.source.load_in,
+        "--adapter": request.source.adapter,
+        "--trace": request.trace,
+    }
+    for option, value in refused.items():
+        if value is not None:
+            raise OptionError(f"{option} cannot be given with --tensor-parallel; leave one of them")
+    return ranks.begin(request.options.device)
 
 
 def _yes_or_no(yes: bool, no: bool) -> bool | None:
@@ -256,12 +286,19 @@ def _load_and_run(request: Request) -> None:
     """Load in the order of cost: what can be refused early is."""
     console = stderr_console(quiet=request.quiet)
     share_cores()
+    rank = _begin_rank(request) if request.tensor_parallel else None
     with Stages(console) as stages:
         begin_loading(stages, request.source)
         calm_transformers(verbose=request.verbose)
         prepare_cpu(request.threads)
         device = choose_device(request.options.device)
+        if rank is not None:
+            ranks.join(rank, device, request.threads)
         config = load_config(request.source)
+        if rank is not None:
+            from headinfer.generation.split import check_splittable
+
+            check_splittable(request.source.name, config, rank.size)
         tokenizer = load_tokenizer(request.source)
         stages.begin(f"tokenising {len(request.text):,} characters")
         ids = encode(
@@ -275,13 +312,19 @@ def _load_and_run(request: Request) -> None:
         new_tokens = request.generation.max_new_tokens or DEFAULT_NEW_TOKENS
         positions = max_positions(config)
         note = check_length(len(ids), new_tokens, positions, allow_long=request.allow_long)
-        model, unused = load_model(request.source, config, dtype=request.dtype, device=device)
+        model, unused = load_model(
+            *(request.source, config),
+            dtype=request.dtype,
+            device=device,
+            split=rank is not None,
+        )
         settings = settle(request.generation.keywords(), model.generation_config, len(ids))
 
         from headinfer.api import attach
+        from headinfer.integration.shards import ranks_of
     for told in filter(None, (note, unused, settings.note(flag))):
         console.print(f"note: {told}", markup=False)
-    interrupt = Interrupt(console)
+    interrupt = Interrupt(console, None if rank is None else ranks_of(model))
     bar = PrefillBar(console, len(ids), interrupt.check)
     keywords = request.options.keywords() | {"device": device, "progress": bar.update}
     with interrupt.handling(), attach(model, **keywords) as offload:
@@ -289,6 +332,8 @@ def _load_and_run(request: Request) -> None:
         print_plan(console, request.source.name, str(model.dtype).removeprefix("torch."), plan)
         for line in form.loaded_form(request.source, model, plan.shape.weights_bytes):
             console.print(f"  {escape(line)}", highlight=False)
+        if rank is not None and request.seed is None:
+            request = replace(request, seed=ranks.draw_seed(offload.session.ranks))
         answer = Answer(request, settings, console, model, tokenizer, offload, plan)
         answer.generate(ids, bar, interrupt)
         interrupt.finishing = True

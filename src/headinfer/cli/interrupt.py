@@ -9,9 +9,12 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from headinfer.ranks.group import Ranks  # which imports torch
 
 _Handler = Callable[[int, FrameType | None], None]
 
@@ -114,15 +117,20 @@ def _handled(handler: _Handler, *names: str) -> Iterator[None]:
 class Interrupt:
     """A note of whether the user asked to stop.
 
+    Args:
+        console: on stderr.
+        ranks: processes that compute the model, and stop together; None for this one alone.
+
     Attributes:
         requested: set by the first signal while `handling`.
         finishing: set once what was generated is being written: then only Ctrl-C still stops.
     """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, ranks: "Ranks | None" = None) -> None:
         self.requested = False
         self.finishing = False
         self._console = console
+        self._ranks = ranks
         self._number: int = signal.SIGINT
 
     @property
@@ -133,7 +141,9 @@ class Interrupt:
     @contextlib.contextmanager
     def handling(self) -> Iterator[None]:
         """Take the signals over inside the `with` statement."""
-        with _handled(self._on_signal, *_SIGNALS):
+        # Ranks must be gone at once when torchrun ends them, because one of them failed.
+        names = _SIGNALS if self._ranks is None else ("SIGINT",)
+        with _handled(self._on_signal, *names):
             yield
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
@@ -153,11 +163,17 @@ class Interrupt:
         Raises:
             Stopped: they did.
         """
-        if self.requested:
+        if self._asked():
             raise self.error
+
+    def _asked(self) -> bool:
+        """Whether the user asked any rank to stop."""
+        if self._ranks is not None:
+            self.requested = self._ranks.any(self.requested)
+        return self.requested
 
     def stopping_criterion(self, input_ids: Any, _scores: Any, **_kwargs: Any) -> Any:
         """Tell `generate` to stop all rows if the user asked to; `[batch]` of bool."""
         import torch  # late, so that `--help` answers at once
 
-        return input_ids.new_full((input_ids.shape[0],), self.requested, dtype=torch.bool)
+        return input_ids.new_full((input_ids.shape[0],), self._asked(), dtype=torch.bool)

@@ -16,6 +16,7 @@ from headinfer.cli.console import (
     ClosedStdout,
     print_error,
     report,
+    reporting_errors,
 )
 from headinfer.cli.demo import demo
 from headinfer.cli.generate import generate
@@ -25,6 +26,7 @@ from headinfer.cli.options import NO_VALUE
 from headinfer.cli.output import JsonCommand
 from headinfer.cli.plan import plan
 from headinfer.cli.probe import probe
+from headinfer.cli.ranks import check_alone, leaving
 from headinfer.cli.roofline import roofline
 from headinfer.cli.usage import told
 
@@ -99,8 +101,12 @@ def _all_verbs(
         ),
     ] = False,
 ) -> None:
-    if context.invoked_subcommand is None:
+    verb = context.invoked_subcommand
+    if verb is None:
         print(context.get_help())
+    elif verb != "generate":  # which knows by its own options
+        with reporting_errors():
+            check_alone(verb)
 
 
 app.command(cls=OnceCommand)(generate)
@@ -153,7 +159,7 @@ def run() -> None:
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # if it is a text file
     ClosedStdout.install()
     run_one_verb()
-    with ending_the_process():
+    with leaving(), ending_the_process():
         app(prog_name="headinfer")
 
 

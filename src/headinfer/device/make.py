@@ -30,11 +30,17 @@ def warn_of_options_for_a_device(options: Options) -> None:
             )
 
 
-def measured_hardware(device: Device) -> Hardware | None:
-    """Return what `headinfer probe` measured of a machine; a simulated device has no rates."""
+def measured_hardware(device: Device, sharing: int = 1) -> Hardware | None:
+    """Return what `headinfer probe` measured of a machine; a simulated device has no rates.
+
+    Args:
+        device: where attention is computed.
+        sharing: processes of one model that share the CPU and its memory.
+    """
     if device.name == "simulated":
         return None
-    return load_measured(identity(device.name))
+    measured = load_measured(identity(device.name))
+    return measured if measured is None or sharing == 1 else measured.shared_by(sharing)
 
 
 def make_device(

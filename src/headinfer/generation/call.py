@@ -88,6 +88,11 @@ class Generation:
             NotANumberError: the model's logits are no numbers.
             HeadInferError: the prompt does not fit.
         """
+        if self._settings.max_time_s is not None and self._session.ranks.size > 1:
+            raise OptionError(
+                "max_time cannot be given where several ranks share the model: their clocks would "
+                "stop them at different tokens; give max_new_tokens"
+            )
         self.prompt_tokens = len(ids)
         prompt = torch.tensor([ids], device=self._model.device)
         cache = self._session.new_cache(len(ids) + self._settings.max_new_tokens)

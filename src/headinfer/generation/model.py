@@ -196,7 +196,7 @@ def load_tokenizer(source: ModelSource) -> Any:
 
 
 def load_model(
-    source: ModelSource, config: Any, *, dtype: str, device: str
+    source: ModelSource, config: Any, *, dtype: str, device: str, split: bool = False
 ) -> tuple[Any, str | None]:
     """Return a model in eval mode, on CUDA if the device is that, else on the CPU; and a note.
 
@@ -205,6 +205,7 @@ def load_model(
         config: from `load_config`.
         dtype: "auto" or a torch dtype's name.
         device: from `choose_device`.
+        split: whether this is one of several ranks, each of which loads its part.
 
     Returns:
         The model, and what the user should know about its checkpoint, if anything.
@@ -223,6 +224,10 @@ def load_model(
     if source.load_in is not None or (quantised_by(config) and place == "cuda"):
         # Quantised weights are made where they stay.
         keywords["device_map"] = {"": 0 if place == "cuda" else place}
+    if split:
+        from transformers.distributed import DistributedConfig
+
+        keywords["distributed_config"] = DistributedConfig(tp_plan="auto")
     try:
         model, note = load_checkpoint(source.name, source.location(), **keywords)
         if source.load_in is not None:

@@ -200,6 +200,7 @@ def _stream(
         _logger.warning(note)
     worker = Worker[Generated]()
     with _attached(model, options) as session:
+        worker.ranks = session.ranks
         generation = Generation(
             model,
             tokenizer,
@@ -210,7 +211,7 @@ def _stream(
             criteria=[worker.criterion],
             stop=stop,
         )
-        yield from worker.records(model.device.type, lambda: generation.run(ids))
+        yield from worker.records(model.device, lambda: generation.run(ids))
     yield _record(generation, "", finish_reason=cast("FinishReason", generation.finish_reason))
 
 

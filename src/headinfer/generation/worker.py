@@ -9,6 +9,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from headinfer.integration.cache import PrefillProgress
+from headinfer.ranks.group import ALONE, Ranks
 
 Record = TypeVar("Record")
 
@@ -18,24 +19,32 @@ class _StopError(Exception):
 
 
 class Worker(Generic[Record]):
-    """A thread that runs a model, and the records it hands on to whoever waits for them."""
+    """A thread that runs a model, and the records it hands on to whoever waits for them.
+
+    Attributes:
+        ranks: processes that compute the model; one that stops early stops all of them.
+    """
 
     def __init__(self) -> None:
+        self.ranks: Ranks = ALONE
         self._records: queue.SimpleQueue[Record | BaseException | None] = queue.SimpleQueue()
         self._stop = threading.Event()
 
-    def records(self, device: str, work: Callable[[], None]) -> Iterator[Record]:
+    def records(self, device: torch.device, work: Callable[[], None]) -> Iterator[Record]:
         """Yield what `work` hands on, and raise what it raises; stop it if the caller stops.
 
         Args:
-            device: "cpu" or "cuda": whose autocast goes on in the thread.
+            device: the model's, which becomes the current one of the thread, with its autocast.
             work: calls `hand_on`.
         """
-        enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        kind = device.type
+        enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
 
         def run() -> None:
             try:
-                with torch.autocast(device, dtype, enabled):  # else each thread has its own
+                if kind == "cuda":
+                    torch.cuda.set_device(device)  # each thread has its own, and it begins with 0
+                with torch.autocast(kind, dtype, enabled):  # the same
                     work()
             except _StopError:
                 self._records.put(None)
@@ -61,18 +70,17 @@ class Worker(Generic[Record]):
         """Give a record to whoever waits."""
         self._records.put(record)
 
-    @property
     def _stopping(self) -> bool:
         """Whether nobody waits any more, which the end of the interpreter tells too."""
-        return self._stop.is_set() or not threading.main_thread().is_alive()
+        return self.ranks.any(self._stop.is_set() or not threading.main_thread().is_alive())
 
     def report(self, progress: PrefillProgress | None, done_tokens: int, all_tokens: int) -> None:
         """Pass progress on, or end the prefill."""
-        if self._stopping:
+        if self._stopping():
             raise _StopError
         if progress is not None:
             progress(done_tokens, all_tokens)
 
     def criterion(self, input_ids: torch.Tensor, _scores: Any, **_keywords: Any) -> torch.Tensor:
         """Stop all rows where nobody waits any more; `[rows]` of bool."""
-        return input_ids.new_full((input_ids.shape[0],), self._stopping, dtype=torch.bool)
+        return input_ids.new_full((input_ids.shape[0],), self._stopping(), dtype=torch.bool)

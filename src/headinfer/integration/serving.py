@@ -13,6 +13,7 @@ from headinfer.integration.chunking import Chunking, run_leading_chunks
 from headinfer.integration.history import check_history
 from headinfer.integration.rotary import WholeCallPositions, last_position
 from headinfer.plan.plan import Plan
+from headinfer.ranks.group import Ranks, fingerprint
 
 _FEW_TOKENS = 32
 """A call with up to so many new tokens on a filled cache counts as decoding (it is speculative)."""
@@ -32,6 +33,7 @@ class AttachmentOwner(Protocol):
     """An owner of an attachment: what calls need of the session they are served by."""
 
     stats: Stats
+    ranks: Ranks
 
     def new_cache(self) -> OffloadedCache:
         """Return a cache for a call that brings none."""
@@ -96,10 +98,16 @@ class ServedCall:
     def begin(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Make room for the tokens, and run all chunks but the last, whose arguments it returns."""
         past_tokens = self.cache.get_seq_length()
+        ranks = self._owner.ranks
+        if ranks.size > 1:
+            sizes = self._rows, self._new_tokens, past_tokens
+            ranks.check_same(fingerprint(arguments.get("input_ids"), *sizes))
         check_history(arguments, past_tokens, self._new_tokens)
         self.cache.state.prepare(self._rows, self._new_tokens)
         self._decoding = past_tokens > 0 and _decodes(arguments, self._new_tokens)
         chunk_tokens = self._owner.chunk_tokens(self.cache)
+        if self._new_tokens > 1:  # or each rank would chunk as it has room
+            (chunk_tokens,) = ranks.least(chunk_tokens)
         in_chunks = self._may_pass_in_chunks(arguments, chunk_tokens, past_tokens)
         self._started_s, self._captured_s = time.perf_counter(), self.cache.stats.capture_s
         self.cache.begin_call()
@@ -171,7 +179,8 @@ class ServedCall:
     def _report_chunks(self, all_tokens: int, *, begun: int) -> None:
         """Report and forget the chunks that are done, waiting for all but the newest `begun`."""
         chunks = self._chunks
-        while chunks and (len(chunks) > begun or chunks[0][0].reached):
+        early = self._owner.ranks.size == 1  # else what hears of it may wait for other ranks
+        while chunks and (len(chunks) > begun or (early and chunks[0][0].reached)):
             mark, done_tokens = chunks.pop(0)
             mark.wait()
             self._report(done_tokens, all_tokens)

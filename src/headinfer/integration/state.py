@@ -13,7 +13,6 @@ from headinfer.errors import CacheStateError, MemoryPlanError
 from headinfer.integration.attention import AttentionFunctions
 from headinfer.integration.pending import Pending
 from headinfer.integration.turns import in_turn
-from headinfer.plan.host_room import HostRoom
 from headinfer.plan.plan import Plan
 from headinfer.units import format_bytes, format_tokens
 
@@ -71,8 +70,8 @@ class CacheHost(Protocol):
     def kv_dtype(self, computed: torch.dtype | None = None) -> torch.dtype:
         """Return the dtype of KV here, autocast considered, for what the model computes."""
 
-    def host_room(self, working_bytes: int) -> HostRoom:
-        """Return what of host memory is left for a cache whose calls need some to compute with."""
+    def check_host_room(self, needed_bytes: int, working_bytes: int, what: str) -> None:
+        """Refuse KV without room in host memory, of a cache whose calls compute with some."""
 
     def new_cache(self, max_tokens: int | None) -> Any:
         """Return an empty `OffloadedCache`, or refuse where the model was detached."""
@@ -174,16 +173,20 @@ class OffloadedState:
         """Return an engine that will hold `tokens` tokens, with memory for them."""
         known = self.max_tokens is not None
         plan = self.host.plan_for(batch, tokens if known else _with_growth(tokens), dtype=dtype)
-        room = self.host.host_room(plan.arena_bytes + plan.activation_bytes)
-        room.check(plan.kv_host_bytes(tokens), f"{what} of {format_tokens(tokens)} tokens")
+        self.host.check_host_room(
+            plan.kv_host_bytes(tokens),
+            plan.arena_bytes + plan.activation_bytes,
+            f"{what} of {format_tokens(tokens)} tokens",
+        )
         engine = self.host.make_engine(plan, dtype)
         engine.expect(tokens)
         return engine
 
     def _check_host(self, needed_bytes: int, tokens: int, plan: Plan) -> None:
         """Refuse what host memory has no room for, under the plan of an engine that is there."""
-        self.host.host_room(plan.activation_bytes).check(
-            needed_bytes, f"the KV cache of {format_tokens(tokens)} tokens"
+        self.host.check_host_room(
+            *(needed_bytes, plan.activation_bytes),
+            f"the KV cache of {format_tokens(tokens)} tokens",
         )
 
     def update(

@@ -1,6 +1,6 @@
 """Machines as the planner sees them: memory sizes and rates, from data sheets or measured."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 THIS = "this"
 """Name of the machine that `headinfer probe` measured."""
@@ -57,3 +57,14 @@ class Hardware:
     host_shared_bytes_per_s: float | None = None
     copy_start_s: float = _COPY_START_S
     measured: bool = False
+
+    def shared_by(self, processes: int) -> "Hardware":
+        """Return what each of some processes has, which use a GPU each and the same CPU."""
+        shared = self.host_shared_bytes_per_s
+        return replace(
+            self,
+            host_memory_bytes=self.host_memory_bytes // processes,
+            host_bytes_per_s=self.host_bytes_per_s / processes,
+            host_attention_bytes_per_s=self.host_attention_bytes_per_s / processes,
+            host_shared_bytes_per_s=None if shared is None else shared / processes,
+        )

@@ -28,3 +28,11 @@ def narrowed(plan: Plan, activation_bytes: int) -> Plan:
             device=plan.device,
         )
     return replace(plan, chunk_tokens=chunk_tokens, activation_bytes=needed)
+
+
+def with_fewer_residents(plan: Plan, tokens: int) -> Plan:
+    """Return a plan that keeps no more than so many tokens resident."""
+    if plan.resident_tokens <= tokens:
+        return plan
+    size = memory.resident_bytes(plan.shape, resident_tokens=tokens, batch=plan.batch)
+    return replace(plan, resident_tokens=tokens, resident_bytes=size)

@@ -132,6 +132,9 @@ class Plan:
             yield f"tiles of {self.tile_heads} KV {heads} x {tokens} tokens, {chunks}; {how}"
         if self.whole_tokens:
             yield f"up to {format_tokens(self.whole_tokens)} tokens that cannot pass in chunks"
+        if self.shape.ranks > 1:
+            own_heads = max((layer.kv_heads for layer in self.shape.layers), default=0)
+            yield f"one of {self.shape.ranks} ranks, with KV heads of a layer: {own_heads}"
         if self.approximation:
             yield f"approximate: {self.approximation}"
         budget = self.device_memory_bytes

@@ -98,6 +98,7 @@ class ModelShape:
         weights_bytes: bytes of all parameters and buffers as loaded.
         kv_itemsize: bytes of one KV element.
         max_positions: tokens the position encoding was made for; 0 when unknown.
+        ranks: processes that the heads are split over; all else is then of one of them.
     """
 
     name: str
@@ -111,6 +112,7 @@ class ModelShape:
     max_positions: int
     mlp_peak_elements: int = 0
     computed_itemsize: int = 0
+    ranks: int = 1
 
     @functools.cached_property
     def full_layers(self) -> tuple[LayerShape, ...]:

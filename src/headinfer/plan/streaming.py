@@ -124,3 +124,23 @@ def with_streaming_heads(shape: ModelShape, pattern: HeadPattern, options: Optio
         for layer, heads in zip(shape.layers, chosen, strict=True)
     ]
     return replace(shape, layers=tuple(layers))
+
+
+def with_pattern(shape: ModelShape, options: Options) -> ModelShape:
+    """Return a model's shape with the heads that stream by the user's pattern, if any do.
+
+    Raises:
+        OptionError: the options mean nothing together, or no head would stream.
+    """
+    check_streaming(options)
+    if options.head_pattern is None:
+        return shape
+    pattern = pattern_of(options.head_pattern, shape)
+    streaming = with_streaming_heads(shape, pattern, options)
+    if streaming.exact is streaming:
+        heads = sum(layer.kv_heads for layer in shape.full_layers)
+        raise OptionError(
+            f"sparsity {options.sparsity:g} of the {heads} KV heads that see all tokens is none of "
+            "them; give a larger share, or 0 for none"
+        )
+    return streaming

@@ -1,0 +1,1 @@
+"""Processes that compute one model together, each with its own KV heads."""

@@ -1,0 +1,79 @@
+"""The models that tests split over ranks, and what is asked of them, split or whole."""
+
+import torch
+
+from tiny_models import random_tokens
+
+VOCABULARY = 98
+"""Transformers 5.17 splits no vocabulary that the ranks cannot share evenly."""
+
+MODELS = {
+    "llama3": {},  # 4 KV heads, for 8 query heads
+    "qwen2": {},  # with biases
+    "mistral-sliding": {},
+    "phi3": {},  # each rank has all heads
+}
+
+DEVICES = {
+    "cpu": {"chunk_tokens": 16},
+    "simulated": {
+        "chunk_tokens": 13,
+        "tile_tokens": 7,
+        "tile_heads": 1,
+        "resident_tokens": 5,
+        "host_attention": 0.4,
+    },
+}
+
+ON_GPUS = {
+    "cuda": {
+        "chunk_tokens": 13,
+        "tile_tokens": 16,
+        "tile_heads": 1,
+        "resident_tokens": 5,
+        "host_attention": 0.4,
+    },
+}
+
+PATTERN = {
+    "sparsity": 0.4,
+    "head_pattern": "random:3",
+    "sink_tokens": 2,
+    "recent_tokens": 8,
+}
+
+
+def prompt(rows: int) -> torch.Tensor:
+    return random_tokens(rows, 45)
+
+
+def logits(model, cache: dict) -> torch.Tensor:
+    with torch.no_grad():
+        return model(prompt(2).to(model.device), **cache).logits.cpu()
+
+
+def answers(model, cache) -> dict[str, torch.Tensor]:
+    """Return token ids by how they were generated; `cache` makes keywords for each call."""
+
+    def generate(rows: int, **settings) -> torch.Tensor:
+        mask = torch.ones_like(prompt(rows))
+        mask[1:, :3] = 0  # the second row is padded
+        return model.generate(
+            prompt(rows).to(model.device),
+            attention_mask=mask.to(model.device),
+            max_new_tokens=9,
+            pad_token_id=0,
+            **cache(),
+            **settings,
+        ).cpu()
+
+    def sampled() -> torch.Tensor:
+        torch.manual_seed(5)
+        return generate(1, do_sample=True, top_k=0)
+
+    return {
+        "one row": generate(1, do_sample=False),
+        "two rows": generate(2, do_sample=False),
+        "beams": generate(1, do_sample=False, num_beams=3),
+        "sampled": sampled(),
+    }

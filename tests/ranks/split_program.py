@@ -1,0 +1,136 @@
+"""What each rank of a split model does in the tests: run by torchrun, with a folder of models.
+
+It writes all that it got to `rank<n>.pt` in the folder.
+"""
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from split_models import DEVICES, MODELS, ON_GPUS, PATTERN, VOCABULARY, answers, logits, prompt
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
+
+import headinfer
+from saved_models import make_tokenizer
+
+warnings.filterwarnings("ignore")
+_logger = logging.getLogger("headinfer")
+
+
+def load(folder: Path, name: str) -> Any:
+    model = AutoModelForCausalLM.from_pretrained(
+        folder / name,
+        distributed_config=DistributedConfig(tp_plan="auto"),
+        dtype=torch.float32,
+    )
+    model.generation_config.eos_token_id = None
+    return model.eval()
+
+
+def failure_of(work: Any) -> str:
+    """Return the kind and the words of what is raised; empty for nothing."""
+    try:
+        work()
+    except headinfer.HeadInferError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def parity(folder: Path, got: dict[str, Any]) -> None:
+    for name in MODELS:
+        model = load(folder, name)
+        for device, options in (ON_GPUS if torch.cuda.is_available() else DEVICES).items():
+            with headinfer.attach(model, device=device, **options) as offload:
+                got[f"{name} {device}"] = answers(model, lambda: offload.new_cache().as_keyword())
+                got[f"{name} {device} logits"] = logits(model, offload.new_cache().as_keyword())
+                got[f"{name} {device} kv_heads"] = [
+                    layer.kv_heads for layer in offload.plan.shape.layers
+                ]
+                cache = offload.new_cache()
+                model(prompt(1).to(model.device), **cache.as_keyword())
+                got[f"{name} {device} keys"] = cache.layers[0].keys.cpu()
+                got[f"{name} {device} host bytes"] = offload.stats.host_kv_bytes
+
+
+def patterns(folder: Path, got: dict[str, Any]) -> None:
+    model = load(folder, "llama3")
+    with headinfer.attach(model, chunk_tokens=16, **PATTERN) as offload:
+        got["streaming"] = [
+            None if layer.streaming is None else layer.streaming.heads
+            for layer in offload.plan.shape.layers
+        ]
+        got["pattern logits"] = logits(model, offload.new_cache().as_keyword())
+
+
+def agreement(folder: Path, got: dict[str, Any]) -> None:
+    """Ranks that differ: each is the one that has more, or less, in turn."""
+    model, rank = load(folder, "llama3"), distributed.get_rank()
+    with headinfer.attach(model, chunk_tokens=(32, 16)[rank]) as offload:
+        got["own chunks"] = answers(model, lambda: offload.new_cache().as_keyword())
+    with headinfer.attach(model, host_memory="1GiB") as offload:
+        room = offload.session.host_room(0)
+        got["host room"] = room.all_bytes, room.given_bytes
+    with headinfer.attach(model, host_memory=("1GiB", "1KiB")[rank]) as offload:
+        got["host memory"] = failure_of(
+            lambda: model(prompt(1).to(model.device), **offload.new_cache().as_keyword())
+        )
+    got["device memory"] = failure_of(
+        lambda: headinfer.attach(model, device_memory=("100KiB", "1GiB")[rank])
+    )
+    with headinfer.attach(model) as offload:
+        got["other tokens"] = failure_of(
+            lambda: model(prompt(1).to(model.device) + rank, **offload.new_cache().as_keyword())
+        )
+        got["clock"] = failure_of(
+            lambda: list(
+                headinfer.generate(
+                    model, [5, 6], tokenizer=make_tokenizer(VOCABULARY), max_time=1.0
+                )
+            )
+        )
+
+
+def stopping(folder: Path, got: dict[str, Any]) -> None:
+    """A stream that one rank closes early, while the other would go on."""
+    model, rank = load(folder, "llama3"), distributed.get_rank()
+    stream = headinfer.generate(
+        model,
+        prompt(1)[0].tolist(),
+        tokenizer=make_tokenizer(VOCABULARY),
+        max_new_tokens=400,
+        chunk_tokens=16,
+    )
+    tokens = 0
+    for record in stream:
+        tokens = record.tokens
+        if rank == 0 and tokens >= 3:
+            stream.close()
+            break
+    got["stopped after"] = tokens
+
+
+def heads(folder: Path, got: dict[str, Any]) -> None:
+    model = load(folder, "one-kv-head")
+    got["one head"] = failure_of(lambda: headinfer.attach(model))
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+    got: dict[str, Any] = {}
+    for part in (parity, patterns, agreement, stopping, heads):
+        part(folder, got)
+    torch.save(got, folder / f"rank{distributed.get_rank()}.pt")
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

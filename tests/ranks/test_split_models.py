@@ -1,0 +1,148 @@
+"""Models whose heads are split over two ranks, against the whole model in one process."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launching import torchrun
+from split_models import DEVICES, MODELS, PATTERN, VOCABULARY, answers, logits, prompt
+
+import headinfer
+from headinfer.device.host_memory import all_host_bytes
+from tiny_models import tiny_model
+
+RANKS = 2
+PROGRAM = Path(__file__).parent / "split_program.py"
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, Any]:
+    return {name: tiny_model(name, vocab_size=VOCABULARY, **MODELS[name]) for name in MODELS}
+
+
+@pytest.fixture(scope="module")
+def folder(models, tmp_path_factory) -> Path:
+    made = tmp_path_factory.mktemp("split")
+    for name, model in models.items():
+        model.save_pretrained(made / name)
+    one = tiny_model("llama3", vocab_size=VOCABULARY, num_key_value_heads=1)
+    one.save_pretrained(made / "one-kv-head")
+    return made
+
+
+def got_by_ranks(folder: Path, *, on_gpus: bool) -> list[dict[str, Any]]:
+    done = torchrun(str(PROGRAM), str(folder), on_gpus=on_gpus)
+    assert done.returncode == 0, done.stderr
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(RANKS)]
+
+
+@pytest.fixture(scope="module")
+def got(folder) -> list[dict[str, Any]]:
+    """What each rank got, on the CPU with gloo."""
+    return got_by_ranks(folder, on_gpus=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < RANKS, reason="needs two GPUs")
+def test_ranks_on_two_gpus_answer_as_the_whole_model_does(folder, models) -> None:
+    got = got_by_ranks(folder, on_gpus=True)
+    for name, model in models.items():
+        wanted = answers(model, dict)
+        for rank in got:
+            for how in ("one row", "two rows", "beams"):  # other generators draw other samples
+                assert rank[f"{name} cuda"][how].tolist() == wanted[how].tolist(), (name, how)
+            torch.testing.assert_close(
+                rank[f"{name} cuda logits"], logits(model, {}), atol=1e-3, rtol=1e-3
+            )
+        first, second = (rank[f"{name} cuda"]["sampled"] for rank in got)
+        assert first.tolist() == second.tolist()
+        heads = model.config.num_key_value_heads // (1 if name == "phi3" else RANKS)
+        assert all(set(rank[f"{name} cuda kv_heads"]) == {heads} for rank in got)
+    for rank in got:
+        assert "2 ranks of the model were given different tokens" in rank["other tokens"]
+        assert rank["host memory"].startswith("MemoryPlanError: ")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", MODELS)
+def test_ranks_answer_as_the_whole_model_does(got, models, name, device) -> None:
+    wanted = answers(models[name], dict)
+    for rank in got:
+        for how, ids in wanted.items():
+            assert rank[f"{name} {device}"][how].tolist() == ids.tolist(), how
+        torch.testing.assert_close(
+            rank[f"{name} {device} logits"], logits(models[name], {}), atol=1e-5, rtol=1e-4
+        )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("name", "heads"), [("llama3", 2), ("qwen2", 1), ("phi3", 2)])
+def test_each_rank_keeps_its_own_heads(got, models, name, heads, device) -> None:
+    model = models[name]
+    cache = model(prompt(1)).past_key_values
+    for index, rank in enumerate(got):
+        assert set(rank[f"{name} {device} kv_heads"]) == {heads}
+        split = model.config.num_key_value_heads // heads == RANKS
+        own = slice(index * heads, (index + 1) * heads) if split else slice(None)
+        torch.testing.assert_close(
+            rank[f"{name} {device} keys"], cache.layers[0].keys[:, own], atol=1e-5, rtol=1e-4
+        )
+
+
+def test_a_rank_takes_its_share_of_cpu_memory(got, models) -> None:
+    with headinfer.attach(models["llama3"], **DEVICES["cpu"]) as offload:
+        answers(models["llama3"], lambda: offload.new_cache().as_keyword())
+        whole = offload.stats.host_kv_bytes
+    for rank in got:
+        assert 0 < rank["llama3 cpu host bytes"] <= 0.6 * whole
+        assert rank["host room"] == (all_host_bytes() // RANKS, 2**30 // RANKS)
+
+
+def test_a_pattern_is_cut_to_the_heads_of_each_rank(got, models) -> None:
+    with headinfer.attach(models["llama3"], chunk_tokens=16, **PATTERN) as offload:
+        wanted = logits(models["llama3"], offload.new_cache().as_keyword())
+        whole = [layer.streaming for layer in offload.plan.shape.layers]
+    for at, streaming in enumerate(whole):
+        heads = [
+            2 * index + head
+            for index, rank in enumerate(got)
+            for head in rank["streaming"][at] or ()
+        ]
+        assert heads == list(() if streaming is None else streaming.heads)
+    for rank in got:
+        torch.testing.assert_close(rank["pattern logits"], wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_chunks_are_as_long_as_the_shortest_of_all_ranks(got, models) -> None:
+    wanted = answers(models["llama3"], dict)
+    for rank in got:
+        for how, ids in wanted.items():
+            assert rank["own chunks"][how].tolist() == ids.tolist(), how
+
+
+def test_what_one_rank_lacks_memory_for_is_refused_by_all(got) -> None:
+    for asked in ("host memory", "device memory"):
+        first, second = (rank[asked] for rank in got)
+        assert first.startswith("MemoryPlanError: "), asked
+        assert first == second
+
+
+def test_calls_that_differ_between_ranks_are_refused(got) -> None:
+    for rank in got:
+        assert "2 ranks of the model were given different tokens" in rank["other tokens"]
+        assert rank["clock"].startswith("OptionError: max_time")
+
+
+def test_a_rank_that_stops_early_stops_all(got) -> None:
+    first, second = (rank["stopped after"] for rank in got)
+    assert 3 <= first < 100
+    assert 3 <= second < 400
+
+
+def test_fewer_kv_heads_than_ranks_are_refused_by_name(got) -> None:
+    for rank in got:
+        assert rank["one head"] == (
+            "UnsupportedModelError: LlamaForCausalLM has 1 KV heads in a layer, which 2 ranks "
+            "cannot share evenly; start a number of ranks that divides 1"
+        )
