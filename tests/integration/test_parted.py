@@ -245,12 +245,12 @@ def test_residents_grow_with_the_conversation() -> None:
         model,
         device="simulated",
         simulated_device=spread(0, 0, 1),
-        device_memory=["64MiB", "1250KiB"],
+        device_memory=["64MiB", "1100KiB"],
         tile_tokens=64,
         chunk_tokens=64,
     ) as offload:
         cache = offload.new_cache()
-        for length in (31, 3, 200, 1, 1500):
+        for length in (31, 3, 200, 1, 1500, 600):
             tokens = random_tokens(1, length)
             ours = model(tokens, **cache_argument(model, cache)).logits
             wanted = model(tokens, **cache_argument(model, stock_cache)).logits
