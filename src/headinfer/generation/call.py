@@ -89,7 +89,10 @@ class Generation:
             HeadInferError: the prompt does not fit.
         """
         self.prompt_tokens = len(ids)
-        prompt = torch.tensor([ids], device=self._model.device)
+        where = self._model.device
+        if where.type == "meta":  # accelerate brings what is there, and the tokens to it
+            where = self._session.device.torch_device
+        prompt = torch.tensor([ids], device=where)
         cache = self._session.new_cache(len(ids) + self._settings.max_new_tokens)
         self.stats, cache.progress = cache.stats, self._progress
         try:
