@@ -10,6 +10,7 @@ from headinfer.device.simulated import SimulatedDevice
 from headinfer.device.simulated_stream import SimulatedEvent
 from headinfer.engine.engine import Engine
 from headinfer.integration.calls import cache_argument
+from headinfer.plan.memory import STAGING_BUFFERS
 from tiny_models import random_tokens, shared_model
 
 SMALL: dict[str, Any] = {"tile_heads": 1, "tile_tokens": 20, "chunk_tokens": 16}
@@ -75,23 +76,30 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_tiles_of_each_device_are_on_their_way_before_a_step_comes_to_it(log: list[str]) -> None:
     model, tokens = shared_model("llama3"), random_tokens(1, 150)
-    first, second = LoggingDevice("A", log), LoggingDevice("B", log)
-    with headinfer.attach(
-        model, device="simulated", simulated_device=[first, second, second], **SMALL
-    ) as offload:
-        cache = offload.new_cache(300)
-        model(tokens, **cache_argument(model, cache))
-        for step in range(4):
-            log.append("step")
-            model(tokens[:, step : step + 1], **cache_argument(model, cache))
-    *_, before, last = " ".join(log).split("step")
-    assert last.index("A attends") < last.index("B attends")
-    for name in "AB":
-        after_the_last_layer = before[before.rindex(f"{name} attends") :]
-        fetched = after_the_last_layer.count(f"{name} fetches") // 2
-        # The first of the layer were there, and as many of the next step's came behind the last.
-        assert fetched >= 4 * -(-150 // 20)
-        assert f"{name} fetches" not in last[: last.index(f"{name} attends")]
+    fetched = []
+    for overlap in (True, False):
+        first, second = LoggingDevice("A", log), LoggingDevice("B", log)
+        with headinfer.attach(
+            model,
+            device="simulated",
+            simulated_device=[first, second, second],
+            overlap=overlap,
+            **SMALL,
+        ) as offload:
+            cache = offload.new_cache(300)
+            model(tokens, **cache_argument(model, cache))
+            assert cache.layers[0].keys.shape == cache.layers[1].keys.shape  # none is ahead now
+            log.clear()
+            model(tokens[:, :1], **cache_argument(model, cache))
+            assert log.index("A attends") < log.index("B attends")
+            fetched.append([log.count(f"{name} fetches") for name in "AB"])
+            log.clear()
+            model(tokens[:, 1:2], **cache_argument(model, cache))
+            ahead = [f"{name} fetches" not in log[: log.index(f"{name} attends")] for name in "AB"]
+            assert ahead == [True, True]
+    needed = [2 * layers * 4 * -(-150 // 20) for layers in (1, 2)]  # keys and values of each head
+    assert fetched[1] == needed
+    assert fetched[0] == [number + 2 * STAGING_BUFFERS for number in needed]
 
 
 @pytest.mark.parametrize("devices", [1, 2])
