@@ -167,7 +167,7 @@ def test_each_device_has_an_arena_for_its_layers() -> None:
         whole = model_shape(model).kv_bytes(60)
         assert offload.stats.host_kv_bytes >= whole
         text = str(offload.plan)
-        assert "device 1 of 2, 1 layers: simulated GPU memory" in text
+        assert "device 1 of 2, 1 layer: simulated GPU memory" in text
         assert "device 2 of 2, 2 layers: simulated GPU memory" in text
     assert first.allocated_bytes == second.allocated_bytes == 0
 

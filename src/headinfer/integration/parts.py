@@ -12,7 +12,7 @@ from headinfer.integration.placement import Placement
 from headinfer.plan import memory
 from headinfer.plan.hardware import Hardware
 from headinfer.plan.options import Options
-from headinfer.plan.plan import Plan
+from headinfer.plan.plan import Plan, part_label
 from headinfer.plan.resolve import resolve
 from headinfer.plan.shape import ModelShape
 from headinfer.units import format_bytes
@@ -143,7 +143,7 @@ def parts_of(
             shape=shape if whole else _part_of(shape, layers),
             options=own,
             hardware=measured_hardware(device),
-            label="" if whole else f"device {number} of {len(found)}, {len(layers)} layers: ",
+            label="" if whole else part_label(number, len(found), len(layers)),
         )
         parts.append(part)
     return tuple(_with_weights(part, parts, placement) for part in parts)

@@ -140,8 +140,7 @@ class Plan:
         if self.approximation:
             yield f"approximate: {self.approximation}"
         for number, part in enumerate(self.parts, 1):
-            layers = len(part.shape.attention_layers)
-            of = f"device {number} of {len(self.parts)}, {layers} layers: "
+            of = part_label(number, len(self.parts), len(part.shape.attention_layers))
             yield from (of + line for line in part._memory_lines())
         if not self.parts:
             yield from self._memory_lines()
@@ -205,6 +204,17 @@ class Plan:
     def __str__(self) -> str:
         """Return `lines`, one below the other."""
         return "\n".join(self.lines())
+
+
+def part_label(number: int, count: int, layers: int) -> str:
+    """Return what stands before a line about one of several devices.
+
+    Args:
+        number: of the device, from 1 on.
+        count: of the devices.
+        layers: that attend there.
+    """
+    return f"device {number} of {count}, {layers} {'layer' if layers == 1 else 'layers'}: "
 
 
 def joined(shape: ModelShape, parts: Sequence[Plan]) -> Plan:
