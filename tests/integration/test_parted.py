@@ -11,6 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 import headinfer
 from families import tiny_family
 from generation_modes import MODES, compare, stock
+from headinfer.engine.engine import Engine
 from headinfer.errors import CacheStateError, MemoryPlanError, OptionError
 from headinfer.integration.calls import cache_argument
 from headinfer.integration.model_shape import model_shape
@@ -280,3 +281,64 @@ def test_steps_are_launched_kernel_by_kernel_which_is_said_once(
 def test_there_must_be_a_device_for_each_layer() -> None:
     with pytest.raises(OptionError, match="2 simulated devices, but the model has 3 layers"):
         headinfer.attach(shared_model("llama3"), device="simulated", simulated_device=spread(0, 1))
+
+
+def test_a_call_that_takes_no_chunks_has_room_on_each_device() -> None:
+    model, tokens = shared_model("llama3"), random_tokens(1, 400)
+    wanted = model(tokens, output_hidden_states=True)
+    with headinfer.attach(
+        model,
+        device="simulated",
+        simulated_device=spread(0, 1, 1),
+        device_memory="4MiB",
+        chunk_tokens=64,
+        tile_tokens=64,
+    ) as offload:
+        cache = offload.new_cache()
+        model(tokens[:, :90], **cache_argument(model, cache))
+        before = cache.state.engine.plan.parts
+        cache.crop(-90)
+        ours = model(tokens, **cache_argument(model, cache), output_hidden_states=True)
+        plans = cache.state.engine.plan.parts
+        assert [plan.whole_tokens for plan in plans] == [400, 400]
+        assert all(plan.fits for plan in plans)
+        for plan, old in zip(plans, before, strict=True):
+            assert plan.activation_bytes > old.activation_bytes
+        with pytest.raises(MemoryPlanError, match="does not hold 9,000 tokens at once"):
+            model(random_tokens(1, 9000), output_hidden_states=True)
+    assert relative_error(ours.logits, wanted.logits) < TOLERANCE
+    assert relative_error(ours.hidden_states[2], wanted.hidden_states[2]) < TOLERANCE
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("at", [0, 1])
+def test_rows_that_changed_on_some_devices_alone_are_refused(
+    at: int, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokens = shared_model("llama3"), random_tokens(2, 40)
+    wanted = model(tokens).logits
+    select, calls = Engine.select_all, []
+
+    def broken_off(*args: Any) -> None:
+        calls.append(args)
+        if len(calls) == at + 1:
+            raise error
+        select(*args)
+
+    with headinfer.attach(
+        model, simulated_device=spread(0, 1, 1), **options_of((1, 20, 13, 9, 0.4))
+    ) as offload:
+        cache = offload.new_cache()
+        model(tokens, **cache_argument(model, cache))
+        with monkeypatch.context() as patch:
+            patch.setattr(Engine, "select_all", broken_off)
+            with pytest.raises(error):
+                cache.batch_repeat_interleave(2)
+        if at == 0:  # nothing has changed yet
+            model(tokens[:, :1], **cache_argument(model, cache))
+        else:
+            with pytest.raises(CacheStateError, match=r"was interrupted.* call reset\(\)"):
+                model(random_tokens(4, 1), **cache_argument(model, cache))
+        cache.reset()
+        ours = model(tokens, **cache_argument(model, cache)).logits
+    assert relative_error(ours, wanted) < TOLERANCE

@@ -67,12 +67,12 @@ def placement_of(model: PreTrainedModel) -> Placement:
     stored = bytes_by_device(model)
     stored.pop(_META, None)
     brought = _brought_bytes(model)
+    weights = {device: stored.get(device, 0) + brought.get(device, 0) for device in devices}
+    if len(devices) == 1:  # a buffer that was left elsewhere is as if it were there
+        weights = dict.fromkeys(devices, sum(stored.values()) + sum(brought.values()))
     return Placement(
         layers=tuple(_layer_devices(model, name)),
-        weights_bytes={
-            device: stored.get(device, 0) + brought.get(device, 0)
-            for device in {**stored, **brought}
-        },
+        weights_bytes=weights,
         streams=bool(brought),
     )
 
