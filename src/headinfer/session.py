@@ -244,14 +244,12 @@ class Session:
         plan = dataclasses.replace(self.plan, batch=batch) if engine is None else engine.plan
         plans = zip(self.parts, plan.of_devices, strict=True)
         whole = [passing_whole(own, part.options, tokens) for part, own in plans]
-        for part, own in zip(
-            () if engine is None else engine.parts, whole, strict=engine is not None
-        ):
-            if own.arena_bytes == part.plan.arena_bytes:
-                part.plan = own
+        for at, own in zip(engine.parts if engine else (), whole):
+            if own.arena_bytes == at.plan.arena_bytes:
+                at.plan = own
             else:
-                with part.in_use():
-                    part.replan(own)
+                with at.in_use():
+                    at.replan(own)
         return joined(plan.shape, whole)
 
     @property
