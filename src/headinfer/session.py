@@ -241,16 +241,21 @@ class Session:
             MemoryPlanError: the device memory does not hold the activations of so many tokens.
         """
         engine = cache.state.engine
-        plan = dataclasses.replace(self.plan, batch=batch) if engine is None else engine.plan
-        plans = zip(self.parts, plan.of_devices, strict=True)
-        whole = [passing_whole(own, part.options, tokens) for part, own in plans]
-        for at, own in zip(engine.parts if engine else (), whole):
-            if own.arena_bytes == at.plan.arena_bytes:
-                at.plan = own
+        if engine is None:
+            plans = [dataclasses.replace(plan, batch=batch) for plan in self.plan.of_devices]
+        else:
+            plans = [own.plan for own in engine.parts]
+        whole = [
+            passing_whole(plan, part.options, tokens)
+            for part, plan in zip(self.parts, plans, strict=True)
+        ]
+        for number, own in enumerate(engine.parts if engine is not None else ()):
+            if whole[number].arena_bytes == plans[number].arena_bytes:
+                own.plan = whole[number]
             else:
-                with at.in_use():
-                    at.replan(own)
-        return joined(plan.shape, whole)
+                with own.in_use():
+                    own.replan(whole[number])
+        return joined(self._shape if engine is None else engine.plan.shape, whole)
 
     @property
     def stages(self) -> int:
