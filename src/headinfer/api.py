@@ -2,15 +2,17 @@
 
 import logging
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedModel
 
-from headinfer.device.make import make_device, warn_of_options_for_a_device
+from headinfer.device.make import make_devices, warn_of_options_for_a_device
 from headinfer.errors import OptionError, UnsupportedModelError
 from headinfer.integration.attachment import owner_of
 from headinfer.integration.cache import PrefillProgress
+from headinfer.integration.placement import placement_of
 from headinfer.integration.support import check_supported
 from headinfer.offload import Offload
 from headinfer.plan.options import Options
@@ -25,7 +27,7 @@ _logger = logging.getLogger(__name__)
 def attach(
     model: PreTrainedModel,
     *,
-    device_memory: str | int | None = None,
+    device_memory: str | int | Sequence[str | int] | None = None,
     host_memory: str | int | None = None,
     chunk_tokens: str | int = "auto",
     tile_heads: str | int = "auto",
@@ -41,15 +43,17 @@ def attach(
     sink_tokens: str | int = "auto",
     recent_tokens: str | int = "auto",
     progress: PrefillProgress | None = None,
-    simulated_device: "SimulatedDevice | None" = None,
+    simulated_device: "SimulatedDevice | Sequence[SimulatedDevice] | None" = None,
 ) -> Offload:
     """Serve a model's attention from CPU memory, head by head, until detached.
 
     Args:
-        model: a loaded causal language model, on one device, in eval mode.
+        model: a loaded causal language model, in eval mode, on one device. Accelerate may have
+            spread its layers over several GPUs (`device_map`), or keep weights in CPU memory.
         device_memory: the most GPU memory for the model, for example "24GiB". It holds weights, KV,
             activations and CUDA itself. Where the GPU has less free, what is free is used, as with
-            None. On other devices it is a limit of their memory, and None is no limit.
+            None. On other devices it is a limit of their memory, and None is no limit. With layers
+            on several GPUs it is for each of them, or a list has a value for each.
         host_memory: the most CPU memory for the KV caches, and for nothing else. None is what is
             free, less what the process, page tables and locked pages take. There is never more.
         chunk_tokens: tokens that pass through the model at once in prefill, for example "4K".
@@ -81,7 +85,8 @@ def attach(
         recent_tokens: the newest tokens that they see, a query's own included; "auto" is what the
             pattern says, or 256.
         progress: called during prefill with the tokens done and the tokens in all.
-        simulated_device: the instance to use with `device="simulated"`.
+        simulated_device: the instance to use with `device="simulated"`, or one for each layer that
+            attends, in a list in which the same may come again.
 
     Returns:
         The attachment; use it in a `with` statement or call its `detach`.
@@ -116,10 +121,11 @@ def attach(
             "this model is attached already; detach it first, with headinfer.detach(model) where "
             "the handle is lost"
         )
-    where = make_device(options.device, model.device, simulated_device)
-    if where.tiles_are_views:
+    placement = placement_of(model)
+    devices = make_devices(options.device, placement.layers, simulated_device)
+    if devices[0].tiles_are_views:
         warn_of_options_for_a_device(options)
-    session = Session(model, where, options, progress=progress)
+    session = Session(model, placement, devices, options, progress=progress)
     if (less := session.host_room(0).less_than_given()) is not None:
         _logger.warning(less)
     return Offload(session)

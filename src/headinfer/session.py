@@ -3,16 +3,17 @@
 import contextlib
 import dataclasses
 import weakref
+from collections.abc import Sequence
 
 import torch
 from transformers import PreTrainedModel
 
-from headinfer.device.base import Device, Mark
+from headinfer.device.base import AllMarks, Device, Mark
 from headinfer.device.host_memory import all_host_bytes, available_host_bytes
-from headinfer.device.make import measured_hardware
 from headinfer.engine.engine import Engine
+from headinfer.engine.parted import CacheEngine, PartedEngine
 from headinfer.engine.stats import Stats
-from headinfer.errors import CacheStateError, MemoryPlanError
+from headinfer.errors import CacheStateError, MemoryPlanError, UnsupportedModelError
 from headinfer.integration.attachment import Attachment
 from headinfer.integration.attention import AttentionFunctions
 from headinfer.integration.autocast import attended_dtype
@@ -20,26 +21,18 @@ from headinfer.integration.cache import OffloadedCache, PrefillProgress
 from headinfer.integration.capture import CapturedSteps
 from headinfer.integration.linears import FewRowLinears
 from headinfer.integration.model_shape import model_shape
+from headinfer.integration.parts import USED_SHARE, parts_of, with_kv_itemsize
+from headinfer.integration.placement import Placement
 from headinfer.integration.shards import rank_shape, ranks_of, tell_of_ranks
-from headinfer.plan import memory
 from headinfer.plan.host_room import HostRoom
 from headinfer.plan.narrow import narrowed, with_fewer_residents
 from headinfer.plan.options import Options
-from headinfer.plan.plan import Plan
-from headinfer.plan.resolve import resolve
-from headinfer.plan.shape import ModelShape
+from headinfer.plan.plan import Plan, joined
 from headinfer.plan.streaming import with_pattern
 from headinfer.plan.whole import passing_whole
-from headinfer.units import format_bytes
 
 _FUSED = frozenset({torch.float16, torch.bfloat16})
 """Dtypes in which fused parts of a model round less often than those of its code."""
-
-_USED_SHARE = 0.9
-"""Share of the free GPU memory that plans use.
-
-The rest is left for fragments and for what the estimates leave out.
-"""
 
 
 class Session:
@@ -51,12 +44,14 @@ class Session:
 
     Args:
         model: supported and not attached.
-        device: the attachment's own.
+        placement: where it computes.
+        devices: of each layer that attends; the attachment's own.
         options: as the user gave them.
         progress: told of prefill; None for nobody.
 
     Attributes:
-        device: where attention is computed.
+        parts: the layers of each device.
+        device: where attention of the first of them is computed.
         plan: what was chosen for one row; each cache resolves its own for its rows and length.
         stats: what was measured since the attachment.
         ranks: the processes that compute the model; each has a session of its own.
@@ -65,28 +60,35 @@ class Session:
     def __init__(
         self,
         model: PreTrainedModel,
-        device: Device,
+        placement: Placement,
+        devices: Sequence[Device],
         options: Options,
         *,
         progress: PrefillProgress | None,
     ) -> None:
         self.stats = Stats()
         self._model = model
-        self.device = device
         self._options = options
         self._progress = progress
         self.ranks = ranks_of(model)
         whole = with_pattern(model_shape(model), options)
         self._shape = rank_shape(whole, model, self.ranks)
-        self._engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+        self.parts = parts_of(self._shape, placement, devices, options, self.ranks.on_host)
+        if self.ranks.size > 1 and len(self.parts) > 1:
+            raise UnsupportedModelError(
+                f"each of {self.ranks.size} ranks has layers on {len(self.parts)} devices; give a "
+                "rank one device, or load the model in one process with device_map='auto'"
+            )
+        device = self.device = self.parts[0].device
+        self._engines: weakref.WeakSet[CacheEngine] = weakref.WeakSet()
         self._attached = False
-        self._hardware = measured_hardware(device, self.ranks.on_host)
         self.plan = self._resolve(1, None, [], model.dtype)
         fast = options.fuse == "auto" and model.dtype in _FUSED
         captures = self._captures = CapturedSteps(
             *(model, device, self.stats),
             enabled=options.capture and self.ranks.size == 1,
             fused=fast and device.name == "cuda",
+            obstacle=placement.obstacle,
         )
         linears = FewRowLinears(model, enabled=fast and device.name == "cpu")
         padded = whole.exact is whole  # sinks of streaming heads would be padding
@@ -131,7 +133,7 @@ class Session:
         batch: int,
         context_tokens: int,
         *,
-        replacing: Engine | None = None,
+        replacing: CacheEngine | None = None,
         dtype: torch.dtype | None = None,
     ) -> Plan:
         """Return the plan of a cache with so many rows and tokens; refuse what does not fit.
@@ -153,20 +155,21 @@ class Session:
         try:
             plan = self._resolve(batch, context_tokens, others, dtype)
         except MemoryPlanError:
-            if not self.ranks.any(any(engine.plan.resident_tokens for engine in others)):
+            keeping = [engine for engine in others if any(_residents(engine))]
+            if not self.ranks.any(bool(keeping)):
                 raise
-            for engine in others:
-                if engine.plan.resident_tokens:
-                    engine.give_up_residents()
+            for engine in keeping:
+                engine.give_up_residents()
             plan = self._resolve(batch, context_tokens, others, dtype)
-        if plan.device_memory_bytes is not None:  # which leaves out what the others hold
-            kept = plan.total_device_bytes - plan.activation_bytes
-            for engine in others:
-                engine.plan = narrowed(engine.plan, plan.device_memory_bytes - kept)
+        for number, own in enumerate(plan.of_devices):
+            if own.device_memory_bytes is not None:  # which leaves out what the others hold
+                kept = own.total_device_bytes - own.activation_bytes
+                for other in (engine.parts[number] for engine in others):
+                    other.plan = narrowed(other.plan, own.device_memory_bytes - kept)
         return plan
 
     def _resolve(
-        self, batch: int, context_tokens: int | None, others: list[Engine], dtype: torch.dtype
+        self, batch: int, context_tokens: int | None, others: list[CacheEngine], dtype: torch.dtype
     ) -> Plan:
         """Return a plan that fits; where it fits on some ranks alone, none has one."""
         plan = self.ranks.together(lambda: self._resolve_here(batch, context_tokens, others, dtype))
@@ -174,36 +177,20 @@ class Session:
         return with_fewer_residents(plan, *self.ranks.least(plan.resident_tokens))
 
     def _resolve_here(
-        self, batch: int, context_tokens: int | None, others: list[Engine], dtype: torch.dtype
+        self, batch: int, context_tokens: int | None, others: list[CacheEngine], dtype: torch.dtype
     ) -> Plan:
-        asked, budget = self._options.device_memory_bytes, self._budget_bytes()
-        left = budget
-        if budget is not None:
-            # What they may come to hold: windows are there only while they have tokens.
-            left = max(budget - sum(engine.plan.kv_device_bytes for engine in others), 1)
-        try:
-            return resolve(
-                self._shape_in(dtype),
-                dataclasses.replace(self._options, device_memory_bytes=left),
-                device=self.device.name,
-                batch=batch,
-                context_tokens=context_tokens,
-                hardware=self._hardware,
-            )
-        except MemoryPlanError as error:
-            if budget == asked:
-                raise
-            wanted = "" if asked is None else f", not the {format_bytes(asked)} asked for"
-            raise MemoryPlanError(f"{error}; that is all the device has free{wanted}") from None
+        def planned(number: int, chunk_tokens: int | None = None) -> Plan:
+            here = [engine.parts[number] for engine in others]
+            part = self.parts[number]
+            return part.resolve(batch, context_tokens, here, dtype.itemsize, chunk_tokens)
 
-    def _shape_in(self, dtype: torch.dtype) -> ModelShape:
-        """Return the model's shape with keys and values in a dtype."""
-        computed = self._shape.kv_itemsize
-        if dtype.itemsize == computed:
-            return self._shape
-        return dataclasses.replace(
-            self._shape, kv_itemsize=dtype.itemsize, computed_itemsize=max(computed, dtype.itemsize)
-        )
+        plans = [planned(number) for number in range(len(self.parts))]
+        least = min(plan.chunk_tokens for plan in plans)  # a chunk passes through all parts
+        plans = [
+            plan if plan.chunk_tokens == least else planned(number, least)
+            for number, plan in enumerate(plans)
+        ]
+        return joined(with_kv_itemsize(self._shape, dtype.itemsize), plans)
 
     def kv_dtype(self, computed: torch.dtype | None = None) -> torch.dtype:
         """Return the dtype of keys and values under the autocast that is on here.
@@ -211,28 +198,18 @@ class Session:
         Args:
             computed: in which the model computes them; its own dtype by default.
         """
-        return attended_dtype(computed or self._model.dtype, self._model.device.type)
+        return attended_dtype(computed or self._model.dtype, self.device.torch_device.type)
 
-    def _budget_bytes(self) -> int | None:
-        """Return the device memory for weights, runtime, activations and all caches together.
-
-        That is what was asked for as far as the device has it, or most of what is free. Weights
-        and CUDA's context are there already and so not free; what caches hold counts as free.
-        """
-        asked, free = self._options.device_memory_bytes, self.device.free_bytes()
-        if free is None:
-            return asked
-        free += sum(engine.device_kv_bytes for engine in self._engines)
-        weights, runtime = self._shape.weights_bytes, memory.runtime_bytes(self.device.name)
-        most = weights + runtime + int(free * _USED_SHARE)
-        if asked is None:
-            return most
-        # The rest of the runtime, handles and fragments, is still to come out of what is free.
-        return min(asked, max(most, weights + free))
-
-    def make_engine(self, plan: Plan, dtype: torch.dtype) -> Engine:
+    def make_engine(self, plan: Plan, dtype: torch.dtype) -> CacheEngine:
         """Return an engine for a cache of keys and values in a dtype."""
-        engine = Engine(self.device, plan, dtype, self.stats)
+        engines = [
+            Engine(part.device, own, dtype, self.stats)
+            for part, own in zip(self.parts, plan.of_devices, strict=True)
+        ]
+        engine: CacheEngine = engines[0]
+        if len(engines) > 1:
+            shape = with_kv_itemsize(self._shape, dtype.itemsize)
+            engine = PartedEngine(shape, engines, [part.layers for part in self.parts])
         self._engines.add(engine)
         return engine
 
@@ -273,10 +250,11 @@ class Session:
         room = self.host_room(working_bytes)
         self.ranks.together(lambda: room.check(needed_bytes, what))
 
-    def tensor_bytes_left(self) -> int:
-        """Return the bytes that tensors where the model is may still take."""
-        free = self.device.free_bytes()
-        return available_host_bytes() if free is None else int(free * _USED_SHARE)
+    def tensor_bytes_left(self, layer_idx: int) -> int:
+        """Return the bytes that tensors may still take where a layer is."""
+        (device,) = (part.device for part in self.parts if layer_idx in part.layers)
+        free = device.free_bytes()
+        return available_host_bytes() if free is None else int(free * USED_SHARE)
 
     def owns(self, cache: OffloadedCache) -> bool:
         """Whether a cache was made here."""
@@ -294,22 +272,40 @@ class Session:
             MemoryPlanError: the device memory does not hold the activations of so many tokens.
         """
         engine = cache.state.engine
-        plan = dataclasses.replace(self.plan, batch=batch) if engine is None else engine.plan
-        whole = self.ranks.together(lambda: passing_whole(plan, self._options, tokens))
-        whole = with_fewer_residents(whole, *self.ranks.least(whole.resident_tokens))
-        if engine is not None and whole.arena_bytes != plan.arena_bytes:
-            engine.replan(whole)
-        elif engine is not None:
-            engine.plan = whole
-        return whole
+        if engine is None:
+            plans = [dataclasses.replace(plan, batch=batch) for plan in self.plan.of_devices]
+        else:
+            plans = [own.plan for own in engine.parts]
+        whole = self.ranks.together(
+            lambda: [
+                passing_whole(plan, part.options, tokens)
+                for part, plan in zip(self.parts, plans, strict=True)
+            ]
+        )
+        least = self.ranks.least(*(plan.resident_tokens for plan in whole))
+        whole = [with_fewer_residents(*each) for each in zip(whole, least, strict=True)]
+        for number, own in enumerate(engine.parts if engine is not None else ()):
+            if whole[number].arena_bytes == plans[number].arena_bytes:
+                own.plan = whole[number]
+            else:
+                with own.in_use():
+                    own.replan(whole[number])
+        return joined(self._shape if engine is None else engine.plan.shape, whole)
+
+    @property
+    def stages(self) -> int:
+        """Devices that a chunk passes through, one after the other."""
+        return len(self.parts)
 
     def mark_compute(self) -> Mark:
         """Return a mark behind the model's work so far."""
-        return self.device.mark_compute()
+        marks = [part.device.mark_compute() for part in self.parts]
+        return marks[0] if len(marks) == 1 else AllMarks(marks)
 
     def finish_compute(self) -> None:
-        """Block until the model's work on the device is done, and raise what failed in it."""
-        self.device.finish_compute()
+        """Block until the model's work on the devices is done, and raise what failed in it."""
+        for part in self.parts:
+            part.device.finish_compute()
         for engine in list(self._engines):
             engine.check()
 
@@ -333,6 +329,10 @@ class Session:
                 standard_bytes = self._shape.standard_kv_bytes(tokens, batch)
                 _raise_peaks(cache.stats, device_here, host_here, standard_bytes)
         _raise_peaks(self.stats, device_bytes, host_bytes, standard_bytes)
+
+
+def _residents(engine: CacheEngine) -> list[int]:
+    return [part.plan.resident_tokens for part in engine.parts]
 
 
 def _raise_peaks(stats: Stats, device_bytes: int, host_bytes: int, standard_bytes: int) -> None:

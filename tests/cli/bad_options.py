@@ -31,6 +31,8 @@ SIZES: list[Row] = [
     option("--device-memory", "1e9", "'1e9'"),
     option("--device-memory", "inf", "'inf'"),
     option("--device-memory", HUGE, "more than 1024 PiB"),
+    option("--device-memory", "24GiB,", "''", "24GiB"),
+    option("--device-memory", "24GiB,lots", "'lots'"),
     option("--host-memory", "lots", "'lots'"),
     option("--host-memory", "8.5", "'8.5GiB'"),
     option("--host-memory", f"{BIG}TiB", "more than 1024 PiB"),
@@ -70,6 +72,8 @@ SHARES: list[Row] = [
     option("--device", "cuda:1", "'cuda:1'"),
 ]
 NUMBERS: list[Row] = [
+    option("--gpus", "0", "'0'", "at least 1"),
+    option("--gpus", "two", "'two'"),
     option("--threads", "0", "'0'", "at least 1"),
     option("--threads", "-1", "'-1'"),
     option("--threads", "1.5", "'1.5'", "whole number"),

@@ -41,19 +41,19 @@ def small_model() -> PreTrainedModel:
 
 
 def exercise(
-    device: SimulatedDevice, *, overlap: bool = True, streaming: bool = False
+    *devices: SimulatedDevice, overlap: bool = True, streaming: bool = False
 ) -> torch.Tensor:
     """Go through all that moves KV: chunks, decoding past a page, crop, beams, a copied cache.
 
     Some tokens are resident, and some attended by the host. With `streaming` half of the heads see
-    sinks and a window alone.
+    sinks and a window alone. With several devices there is one for each layer.
     """
     model = small_model()
     prompt = random_tokens(2, 31)
     with headinfer.attach(
         model,
         device="simulated",
-        simulated_device=device,
+        simulated_device=devices if devices[1:] else devices[0],
         tile_heads=1,
         tile_tokens=16,
         chunk_tokens=12,
@@ -67,8 +67,9 @@ def exercise(
         for step in range(13):  # pages of 6 tokens fill twice
             token = prompt[:, step : step + 1]
             outputs.append(model(token, past_key_values=cache).logits)
-        captured = [form for _, form in cache.state.engine.captured]
-        assert captured == [Form.STREAMED if overlap else Form.IN_PIECES]
+        for engine in () if devices[1:] else cache.state.engine.parts:
+            captured = [form for _, form in engine.captured]
+            assert captured == [Form.STREAMED if overlap else Form.IN_PIECES]
         cache.reorder_cache(torch.tensor([1, 0]))
         outputs.append(model(prompt[:, :3], past_key_values=cache).logits)
         copied = copy.deepcopy(cache)  # which shares the host's tokens from now on
@@ -81,7 +82,8 @@ def exercise(
         cache.close()
         outputs.append(model(prompt[:, :2], past_key_values=copied).logits)
     del cache, copied
-    device.memory.check()
+    for device in devices:
+        device.memory.check()
     return torch.cat([output[:1].flatten() for output in outputs])
 
 
@@ -104,6 +106,29 @@ def test_every_kind_of_wait_is_exercised() -> None:
 def test_a_missing_wait_is_noticed(edge: Edge) -> None:
     with pytest.raises(HazardError, match="is not ordered after the"):
         exercise(SimulatedDevice(seed=1, skip=[edge]))
+
+
+OF_CAPTURES = {Edge.STEP_READY, Edge.STEP_DONE, Edge.SERVED}
+"""Waits of captured steps, which models on several devices have none of."""
+
+
+def test_layers_on_several_devices_give_the_same_result() -> None:
+    wanted = exercise(SimulatedDevice(seed=0), overlap=False)
+    for seed in range(SEEDS // 5):
+        first, second = SimulatedDevice(seed=seed), SimulatedDevice(seed=seed + 1)
+        torch.testing.assert_close(exercise(first, second, first), wanted)
+        for device in (first, second):
+            assert device.exercised_edges == set(Edge) - OF_CAPTURES
+
+
+@pytest.mark.parametrize("edge", sorted(set(Edge) - OF_CAPTURES, key=lambda edge: edge.name))
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_missing_wait_on_any_device_is_noticed(edge: Edge, at: int) -> None:
+    skipped = [[], []]
+    skipped[at].append(edge)
+    first, second = (SimulatedDevice(seed=1, skip=skip) for skip in skipped)
+    with pytest.raises(HazardError, match="is not ordered after the"):
+        exercise(first, second, second)
 
 
 def test_an_arena_freed_with_a_copy_in_flight_is_noticed() -> None:

@@ -120,7 +120,7 @@ LATE_REASONS = {
 @pytest.mark.parametrize("name", [*SERVED.split(), *LATE_REASONS, *REASONS])
 def test_family_is_served_or_refused_before_it_has_weights(name: str) -> None:
     model = tiny_family(name, device="meta")
-    reason = REASONS.get(name, "must lie on one CPU or CUDA device, not on: meta")
+    reason = REASONS.get(name, "must lie on the CPU or on CUDA devices, not on: meta")
     with pytest.raises(UnsupportedModelError, match=reason):
         headinfer.attach(model)
 

@@ -35,7 +35,8 @@ def fill_randomly(model: PreTrainedModel, cache: Cache, tokens: int, seed: int) 
         cache.state.prepare(1, tokens)
         engine = cache.state.engine
     for position, shape in enumerate(shapes):
-        generator = torch.Generator(model.device).manual_seed(seed + position)
+        where = model.device if engine is None else engine.torch_device(offloaded)
+        generator = torch.Generator(where).manual_seed(seed + position)
         chunks = _random_chunks(shape, tokens, model, generator)
         layer = cache.layers[position] if position < len(cache.layers) else None
         if engine is not None and isinstance(layer, OffloadedLayer):
@@ -43,7 +44,10 @@ def fill_randomly(model: PreTrainedModel, cache: Cache, tokens: int, seed: int) 
                 engine.append(offloaded, keys, values)
             offloaded += 1
             continue
-        keys, values = (_empty(shape.kv_heads, tokens, dim, model) for dim in _dims(shape))
+        keys, values = (
+            torch.empty(1, shape.kv_heads, tokens, dim, dtype=model.dtype, device=where)
+            for dim in _dims(shape)
+        )
         for start, (new_keys, new_values) in zip(
             range(0, tokens, _CHUNK_TOKENS), chunks, strict=True
         ):
@@ -56,10 +60,6 @@ def _dims(shape: LayerShape) -> tuple[int, int]:
     return shape.key_dim, shape.value_dim
 
 
-def _empty(heads: int, tokens: int, dim: int, model: PreTrainedModel) -> torch.Tensor:
-    return torch.empty(1, heads, tokens, dim, dtype=model.dtype, device=model.device)
-
-
 def _random_chunks(
     shape: LayerShape, tokens: int, model: PreTrainedModel, generator: torch.Generator
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -67,7 +67,9 @@ def _random_chunks(
     for start in range(0, tokens, _CHUNK_TOKENS):
         count = min(_CHUNK_TOKENS, tokens - start)
         keys, values = (
-            _empty(shape.kv_heads, count, dim, model).normal_(generator=generator)
+            torch.empty(
+                *(1, shape.kv_heads, count, dim), dtype=model.dtype, device=generator.device
+            ).normal_(generator=generator)
             for dim in _dims(shape)
         )
         yield keys, values

@@ -59,6 +59,16 @@ LoadIn = Annotated[
     LoadInChoice | None,
     _load_in("Quantise weights to 4bit or 8bit as they are loaded; needs bitsandbytes."),
 ]
+GpuCount = Annotated[
+    int | None,
+    typer.Option(
+        "--gpus",
+        min=1,
+        metavar="N",
+        help="Spread the model's layers over the first N GPUs, each with memory of its own.",
+        rich_help_panel=MODEL_PANEL,
+    ),
+]
 PlannedLoadIn = Annotated[
     LoadInChoice | None, _load_in("Plan for weights in 4bit or 8bit, as generate has them.")
 ]

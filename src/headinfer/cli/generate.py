@@ -28,6 +28,7 @@ from headinfer.cli.render import print_plan
 from headinfer.cli.sampling import GenerationOptions, flag
 from headinfer.cli.stages import Stages
 from headinfer.errors import OptionError
+from headinfer.generation.gpus import Gpus
 from headinfer.generation.model import choose_device, load_config, load_model, load_tokenizer
 from headinfer.generation.settings import DEFAULT_NEW_TOKENS, settle
 from headinfer.gguf_models import unpacked_dtype
@@ -88,6 +89,7 @@ def generate(
     dtype: opt.Dtype = opt.DtypeChoice.AUTO,
     load_in: form.LoadIn = None,
     adapter: form.Adapter = None,
+    gpus: form.GpuCount = None,
     flags: dict[str, Any],
     local_files_only: Annotated[
         bool, _model_option("--local-files-only", help_text="Never ask the model hub.")
@@ -210,6 +212,7 @@ def generate(
         if not tensor_parallel:
             ranks.check_alone("generate")
         check_writable("--trace", trace)
+        options = Options.parse(**flags)
         request = Request(
             generation=GenerationOptions(
                 max_new_tokens=max_new_tokens,
@@ -224,7 +227,7 @@ def generate(
                 length_penalty=length_penalty,
                 prompt_lookup_num_tokens=_one_of(prompt_lookup, prompt_lookup_num_tokens),
             ),
-            options=Options.parse(**flags),
+            options=options,
             text=read_prompt(prompt, prompt_file or []),
             system=system,
             template_values=form.parse_template_values(chat_template_kwargs),
@@ -237,6 +240,7 @@ def generate(
                 load_in=load_in.value if load_in else None,
                 adapter=adapter,
                 unpacked_dtype=unpacked_dtype(dtype.value),
+                gpus=Gpus.of(gpus, options),
             ),
             dtype=dtype.value,
             stop=form.parse_stop(stop),
@@ -294,6 +298,8 @@ def _load_and_run(request: Request) -> None:
         device = choose_device(request.options.device)
         if rank is not None:
             ranks.join(rank, device, request.threads)
+        if request.source.gpus is not None:
+            request.source.gpus.check(device)
         config = load_config(request.source)
         if rank is not None:
             from headinfer.generation.split import check_splittable

@@ -135,6 +135,8 @@ def plan(
         if batch > _MOST_ROWS:
             raise OptionError(f"--batch must be at most {_MOST_ROWS:,}, not {batch}")
         options = Options.parse(**flags)
+        if options.device_memory_each:
+            raise OptionError("the plan is for one GPU: give one value as --device-memory")
         here, which, note = _hardware(hardware)
         one_memory = here.link_bytes_per_s is None
         if one_memory and options.host_memory_bytes is not None:

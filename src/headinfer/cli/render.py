@@ -105,8 +105,10 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
     values: dict[str, Any] = {
         field.name: getattr(plan, field.name)
         for field in dataclasses.fields(plan)
-        if field.name != "shape"
+        if field.name not in ("shape", "parts")
     }
+    if plan.parts:
+        values["parts"] = [plan_as_json(part) for part in plan.parts]
     if plan.tile_tokens >= ALL_TOKENS:
         values["tile_tokens"] = "all"
     return values | {

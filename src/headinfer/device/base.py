@@ -95,6 +95,27 @@ class ReachedMark:
         """Do nothing."""
 
 
+class AllMarks:
+    """A mark behind the work of several devices.
+
+    Args:
+        marks: of each.
+    """
+
+    def __init__(self, marks: Sequence[Mark]) -> None:
+        self._marks = marks
+
+    @property
+    def reached(self) -> bool:
+        """Whether all are."""
+        return all(mark.reached for mark in self._marks)
+
+    def wait(self) -> None:
+        """Block the host until all are reached."""
+        for mark in self._marks:
+            mark.wait()
+
+
 class Server(Protocol):
     """A thread of the host's that does a task for each flag that a stream raises, in their order.
 
@@ -197,6 +218,12 @@ class Device(Protocol):
     @property
     def torch_device(self) -> torch.device:
         """Where attention reads tensors."""
+
+    def in_use(self) -> contextlib.AbstractContextManager[None]:
+        """Have it be the current device of this thread in the `with` statement.
+
+        It matters only where there are several: a default stream is the current device's.
+        """
 
     @property
     def tiles_are_views(self) -> bool:

@@ -34,6 +34,10 @@ class CpuDevice:
 
     device_empty = host_empty
 
+    def in_use(self) -> contextlib.AbstractContextManager[None]:
+        """Do nothing: there is one."""
+        return contextlib.nullcontext()
+
     def mapped(self, memory: torch.Tensor) -> torch.Tensor:
         """Return the memory itself."""
         return memory

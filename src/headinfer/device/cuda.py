@@ -189,6 +189,10 @@ class CudaDevice:
         self._graphs: weakref.WeakSet[CudaCapture[Any]] = weakref.WeakSet()
         self._capturing: CudaCapture[Any] | None = None
 
+    def in_use(self) -> contextlib.AbstractContextManager[None]:
+        """Return torch's own guard."""
+        return torch.cuda.device(self.torch_device)
+
     def host_empty(self, num_bytes: int) -> torch.Tensor:
         """Return page-locked memory of exactly `num_bytes`.
 

@@ -114,11 +114,15 @@ def copy(stream: torch.cuda.Stream, destination: torch.Tensor, source: torch.Ten
     """Enqueue a copy between tensors of equal shape and dtype.
 
     The host's must be page-locked, or the caller waits. torch's allocator learns nothing of the
-    stream, which must not be the default one: that is of whichever device is current.
+    stream. The default one is that of whichever device is current.
 
     Raises:
         RuntimeError: the driver refuses.
     """
+    if stream.cuda_stream == 0 and torch.cuda.current_device() != stream.device.index:
+        with torch.cuda.device(stream.device):
+            copy(stream, destination, source)
+        return
     for strip in strips(destination, source):
         if strip.height == 1:
             arguments = strip.destination, strip.source, strip.width_bytes

@@ -1,6 +1,7 @@
 """The device that an attachment's options ask for, and what is known of it."""
 
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -43,35 +44,49 @@ def measured_hardware(device: Device, sharing: int = 1) -> Hardware | None:
     return measured if measured is None or sharing == 1 else measured.shared_by(sharing)
 
 
-def make_device(
-    name: str, model_device: torch.device, simulated_device: "SimulatedDevice | None"
-) -> Device:
-    """Return the device a model on `model_device` is served on.
+def make_devices(
+    name: str,
+    layers: Sequence[torch.device],
+    simulated: "SimulatedDevice | Sequence[SimulatedDevice] | None",
+) -> list[Device]:
+    """Return the device that each layer of a model is served on.
 
     Args:
         name: the `device` of `attach`.
-        model_device: where the model's weights are.
-        simulated_device: the instance to use where a simulated one is asked for, if any.
+        layers: where each layer that attends computes.
+        simulated: the instance to use where a simulated one is asked for, or one for each layer.
 
     Raises:
-        OptionError: there is no such device, or the model is elsewhere.
+        OptionError: there is no such device, the model is elsewhere, or there are not as many
+            simulated devices as layers.
     """
+    first = layers[0]
     if name == "auto":
-        name = model_device.type
+        name = first.type
     kind = "cuda" if name == "cuda" else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise OptionError("device 'cuda' was asked for, but CUDA is not available; use 'cpu'")
-    if model_device.type != kind:
-        raise OptionError(f"device is {name!r}, but the model is on {model_device}; move it first")
-    # Each is imported where it is used: an attachment has one of them.
-    if name == "cuda":
-        from headinfer.device.cuda import CudaDevice
-
-        return CudaDevice(model_device)
+    if first.type != kind:
+        raise OptionError(f"device is {name!r}, but the model is on {first}; move it first")
+    # Each is imported where it is used: an attachment has one kind of them.
     if name == "simulated":
         from headinfer.device.simulated import SimulatedDevice
 
-        return simulated_device or SimulatedDevice()
+        given = simulated or SimulatedDevice()
+        devices = [given] * len(layers) if isinstance(given, SimulatedDevice) else list(given)
+        if len(devices) != len(layers):
+            raise OptionError(
+                f"there are {len(devices)} simulated devices, but the model has {len(layers)} "
+                "layers that attend; give one device, or one for each layer"
+            )
+        return list[Device](devices)
+    if name == "cuda":
+        from headinfer.device.cuda import CudaDevice
+
+        gpus: dict[torch.device, Device] = {
+            each: CudaDevice(each) for each in dict.fromkeys(layers)
+        }
+        return [gpus[each] for each in layers]
     from headinfer.device.cpu import CpuDevice
 
-    return CpuDevice()
+    return [CpuDevice()] * len(layers)

@@ -96,6 +96,10 @@ class SimulatedDevice:
         """Notice the use of the device by a host function, where a real driver may hang."""
         assert not self._in_host_function, "a host function must not use the device"
 
+    def in_use(self) -> contextlib.AbstractContextManager[None]:
+        """Do nothing: its streams are all its own."""
+        return contextlib.nullcontext()
+
     def run_some(self) -> None:
         """Run a random part of what is queued: often nothing, so that copies are often late."""
         for _ in range(self._random.choice((0, 0, 1, 4))):

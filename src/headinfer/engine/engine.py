@@ -25,6 +25,11 @@ class Engine(CapturableTokens):
     Not safe for use by several threads at once, like the transformers cache it serves.
     """
 
+    @property
+    def parts(self) -> "tuple[Engine, ...]":
+        """The engines of each device: this one alone; see `PartedEngine`."""
+        return (self,)
+
     def attend(
         self,
         layer_idx: int,

@@ -88,6 +88,14 @@ class HeldTokens:
         )
         self._executor = Executor(source, self._pages, self._windows, self._host, sizes)
 
+    def in_use(self) -> contextlib.AbstractContextManager[None]:
+        """Have the device be this thread's current one in the `with` statement."""
+        return self._device.in_use()
+
+    def torch_device(self, _layer_idx: int) -> torch.device:
+        """Return where a layer's tokens are attended."""
+        return self._device.torch_device
+
     @property
     def host_share(self) -> float:
         """Share of the tokens beside the residents that the host attends, as it is now."""

@@ -94,7 +94,10 @@ class Generation:
                 "stop them at different tokens; give max_new_tokens"
             )
         self.prompt_tokens = len(ids)
-        prompt = torch.tensor([ids], device=self._model.device)
+        where = self._model.device
+        if where.type == "meta":  # accelerate brings what is there, and the tokens to it
+            where = self._session.device.torch_device
+        prompt = torch.tensor([ids], device=where)
         cache = self._session.new_cache(len(ids) + self._settings.max_new_tokens)
         self.stats, cache.progress = cache.stats, self._progress
         try:

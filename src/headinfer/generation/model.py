@@ -15,6 +15,7 @@ from headinfer.errors import (
     reason_of,
 )
 from headinfer.generation.adapter import AdapterSource
+from headinfer.generation.gpus import Gpus
 from headinfer.generation.quantised import (
     check_library,
     check_packable,
@@ -42,6 +43,7 @@ class ModelSource:
         load_in: one of `LOAD_IN` to quantise its weights as they are loaded; None for as they are.
         adapter: a LoRA to put on it: a folder or the id of one.
         unpacked_dtype: that weights in GGUF are unpacked to, a torch dtype's name.
+        gpus: to spread its layers over; None for one device.
     """
 
     name: str
@@ -50,6 +52,7 @@ class ModelSource:
     load_in: str | None = None
     adapter: str | None = None
     unpacked_dtype: str = UNPACKED_DTYPE
+    gpus: Gpus | None = None
 
     def location(self) -> str:
         """Return the folder or hub id; a model in GGUF is unpacked if need be.
@@ -228,13 +231,15 @@ def load_model(
         from transformers.distributed import DistributedConfig
 
         keywords["distributed_config"] = DistributedConfig(tp_plan="auto")
+    if source.gpus is not None:
+        keywords |= source.gpus.keywords()
     try:
         model, note = load_checkpoint(source.name, source.location(), **keywords)
         if source.load_in is not None:
             check_packable(source.name, model)
         if source.adapter_source is not None:
             source.adapter_source.add_to(model, source.name)
-        if model.device.type != place:  # some in 8 bits refuse even to stay
+        if source.gpus is None and model.device.type != place:  # some in 8 bits refuse even to stay
             model.to(place)
     except Exception as error:
         if is_out_of_memory(error):

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from headinfer.api import attach
 from headinfer.errors import OptionError, UnsupportedModelError
 from headinfer.generation.call import Generation
+from headinfer.generation.gpus import Gpus
 from headinfer.generation.model import (
     ModelSource,
     choose_device,
@@ -79,6 +80,7 @@ def generate(
     dtype: str = "auto",
     load_in: str | None = None,
     adapter: "str | os.PathLike[str] | None" = None,
+    gpus: int | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     stop: str | Sequence[str] | None = None,
     progress: PrefillProgress | None = None,
@@ -99,6 +101,7 @@ def generate(
         dtype: of weights that are loaded here: "auto" as they were saved, or a torch dtype's name.
         load_in: "4bit" or "8bit" to quantise weights that are loaded here.
         adapter: a LoRA for a model that is loaded here: a folder or the id of one.
+        gpus: how many GPUs to spread the layers of a model over that is loaded here.
         chat_template_kwargs: values for the chat template, such as `{"enable_thinking": False}`.
         stop: strings that end the answer and are no part of it. A special token may be one.
             (`stop_strings`, which transformers has, stay in the text.)
@@ -122,12 +125,15 @@ def generate(
         raise OptionError(
             f"chat_template_kwargs must be a mapping of names, not {chat_template_kwargs!r}"
         )
-    source = _source(model, tokenizer, dtype=dtype, load_in=load_in, adapter=adapter)
+    forms = {"dtype": dtype, "load_in": load_in, "adapter": adapter, "gpus": gpus}
+    source = _source(model, tokenizer, Gpus.of(gpus, parsed), **forms)
 
     def with_model() -> Generator[Generated, None, None]:
         attached_options, loaded, own_tokenizer = options, model, tokenizer
         if source is not None:
             device = choose_device(parsed.device)
+            if source.gpus is not None:
+                source.gpus.check(device)
             loaded, own_tokenizer = _load(source, dtype, device, tokenizer)
             attached_options = options | {"device": device}
         assert isinstance(loaded, PreTrainedModel)
@@ -138,7 +144,9 @@ def generate(
     return with_model()
 
 
-def _source(model: object, tokenizer: object, **forms: Any) -> ModelSource | None:
+def _source(
+    model: object, tokenizer: object, spread: Gpus | None, **forms: Any
+) -> ModelSource | None:
     """Return where to load a model from; None for one that is loaded, which has its form."""
     if isinstance(model, PreTrainedModel):
         if not callable(tokenizer):
@@ -160,6 +168,7 @@ def _source(model: object, tokenizer: object, **forms: Any) -> ModelSource | Non
         load_in=check_load_in(forms["load_in"]),
         adapter=None if adapter is None else os.fspath(adapter),
         unpacked_dtype=unpacked_dtype(forms["dtype"]),
+        gpus=spread,
     )
 
 
@@ -211,7 +220,7 @@ def _stream(
             criteria=[worker.criterion],
             stop=stop,
         )
-        yield from worker.records(model.device, lambda: generation.run(ids))
+        yield from worker.records(session.device.torch_device, lambda: generation.run(ids))
     yield _record(generation, "", finish_reason=cast("FinishReason", generation.finish_reason))
 
 

@@ -54,6 +54,8 @@ class CapturedSteps:
         stats: where captures are counted, beside those of the cache.
         enabled: whether to capture at all.
         fused: whether to fuse small parts of the model in captured steps.
+        obstacle: why no step of the model can be captured, as where hooks move what it computes;
+            None where nothing is known.
     """
 
     def __init__(
@@ -64,14 +66,15 @@ class CapturedSteps:
         *,
         enabled: bool,
         fused: bool,
+        obstacle: str | None = None,
     ) -> None:
         self._model = weakref.ref(model)
         self._calls = DecodeCalls(model)
         self._device = device
         self._stats = stats
         self._enabled = enabled and device.captures
-        self._fusion = Fusion(model, enabled=fused)
-        self._compiles = fused and self._enabled
+        self._obstacle = obstacle
+        self._fusion = Fusion(model, enabled=fused and self._enabled and obstacle is None)
         self._hooks = HooksOfOthers(model)
         self._in_a_row: weakref.WeakSet[Engine] = weakref.WeakSet()  # whose last call was a step
         self._begun: set[Hashable] = set()
@@ -80,7 +83,7 @@ class CapturedSteps:
 
     def expect_steps(self) -> None:
         """Prepare for steps to come; to be called while the device has work to do."""
-        if self._compiles:
+        if self._fusion.untried:
             begin_import()
 
     def run(
@@ -100,6 +103,10 @@ class CapturedSteps:
         """
         engine = cache.state.engine
         if engine is None or not self._enabled:
+            return forward(**arguments)
+        if self._obstacle is not None or not isinstance(engine, Engine):
+            if new_tokens == 1:
+                self._refused.say_of_model(self._obstacle or "its layers lie on several devices")
             return forward(**arguments)
         call = self._replayable(cache, arguments) if new_tokens == 1 else None
         ready = IN_PIECES
@@ -140,7 +147,7 @@ class CapturedSteps:
     ) -> Any:
         """Capture a step, or replay what is captured; run it as it is, and return that output."""
         engine = cache.state.engine
-        assert engine is not None
+        assert isinstance(engine, Engine)
         if captured is None:
             step = self._step(forward, cache, call)
             if call.key not in self._known:
@@ -162,7 +169,7 @@ class CapturedSteps:
     def _replayed(self, cache: OffloadedCache, call: DecodeCall, captured: CapturedStep) -> Any:
         """Replay a step for a call's tensors; return its output."""
         engine = cache.state.engine
-        assert engine is not None
+        assert isinstance(engine, Engine)
         captured.step.fill(call.tensors)
         with without_autocast(self._device.torch_device.type):  # as where the model attends
             replayed = engine.replay(call.form, captured.capture)
@@ -221,7 +228,7 @@ class CapturedSteps:
 
     def _step(self, forward: Callable[..., Any], cache: OffloadedCache, call: DecodeCall) -> Step:
         engine = cache.state.engine
-        assert engine is not None
+        assert isinstance(engine, Engine)
         with torch.inference_mode(False):  # or they could not be written to outside it
             tensors = {name: torch.empty_like(each) for name, each in call.tensors.items()}
         arguments = call.others | tensors
@@ -246,7 +253,7 @@ class CapturedSteps:
         whatever a model makes in its first call. The last's output is returned.
         """
         engine = cache.state.engine
-        assert engine is not None
+        assert isinstance(engine, Engine)
 
         def run() -> Any:
             engine.prepare(call.form)
@@ -276,7 +283,7 @@ class CapturedSteps:
         """Capture a step, for the engine to keep; return None where that was not possible."""
         model, engine = self._model(), cache.state.engine
         assert model is not None
-        assert engine is not None
+        assert isinstance(engine, Engine)
         captured = None
         with self._attempt(cache, call):
             engine.prepare(call.form, runs=False)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from headinfer.engine.engine import Engine
+from headinfer.engine.parted import CacheEngine
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +19,7 @@ class Pending:
         window_tokens: the window that the layer keeps; None where it keeps all.
     """
 
-    engine: Engine
+    engine: CacheEngine
     layer_idx: int
     keys: torch.Tensor
     values: torch.Tensor

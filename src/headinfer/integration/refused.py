@@ -46,6 +46,13 @@ class RefusedCalls:
             reason,
         )
 
+    def say_of_model(self, reason: str) -> None:
+        """Say once why no decode step of the model can be captured, which nobody attempts."""
+        self._log.say(
+            *(logging.WARNING, reason),
+            *("decode steps of this model are launched kernel by kernel: %s", reason),
+        )
+
     def say_for_now(self, reason: str) -> None:
         """Say once for each reason why such decode steps are not captured."""
         self._log.say(

@@ -47,6 +47,10 @@ class AttachmentOwner(Protocol):
     def plan_whole(self, cache: OffloadedCache, batch: int, tokens: int) -> Plan:
         """Make room for a call whose tokens cannot pass in chunks, or refuse."""
 
+    @property
+    def stages(self) -> int:
+        """Devices that a chunk passes through, one after the other."""
+
     def mark_compute(self) -> Mark:
         """Return a mark behind the model's work so far."""
 
@@ -169,12 +173,13 @@ class ServedCall:
 
     def _after_chunk(self, done_tokens: int, all_tokens: int) -> None:
         self._chunks.append((self._owner.mark_compute(), done_tokens))
-        # The next chunk is begun while the device computes this one, so that it never waits.
+        # The next chunk is begun while each device computes one before it, so that none waits.
+        begun = self._owner.stages
         if self._positions is None:
-            self._report_chunks(all_tokens, begun=1)
+            self._report_chunks(all_tokens, begun=begun)
         else:
             with self._positions.suspended():  # who hears of progress may call the model
-                self._report_chunks(all_tokens, begun=1)
+                self._report_chunks(all_tokens, begun=begun)
 
     def _report_chunks(self, all_tokens: int, *, begun: int) -> None:
         """Report and forget the chunks that are done, waiting for all but the newest `begun`."""

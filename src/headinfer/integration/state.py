@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import torch
 
-from headinfer.engine.engine import Engine
+from headinfer.engine.parted import CacheEngine
 from headinfer.engine.readout import Part
 from headinfer.engine.stats import Stats
 from headinfer.errors import CacheStateError, MemoryPlanError
@@ -29,11 +29,13 @@ def _with_growth(tokens: int) -> int:
 
 
 def _outgrows(plan: Plan, tokens: int) -> bool:
-    """Whether a plan kept all tokens it knew of on the device, and there are more now."""
-    return 0 < (plan.context_tokens or 0) <= plan.resident_tokens < tokens
+    """Whether a plan kept all tokens it knew of on a device, and there are more now."""
+    return any(
+        0 < (part.context_tokens or 0) <= part.resident_tokens < tokens for part in plan.of_devices
+    )
 
 
-def _unlike(engine: Engine, batch: int, dtype: torch.dtype) -> str:
+def _unlike(engine: CacheEngine, batch: int, dtype: torch.dtype) -> str:
     """Say what a call asks for that a cache with tokens in it is not for."""
     if engine.plan.batch != batch:
         return f"this cache holds {engine.plan.batch} rows and was given {batch}; use a new cache"
@@ -59,12 +61,12 @@ class CacheHost(Protocol):
         batch: int,
         context_tokens: int,
         *,
-        replacing: Engine | None = None,
+        replacing: CacheEngine | None = None,
         dtype: torch.dtype | None = None,
     ) -> Plan:
         """Return the plan for a cache, in place of the one its engine has, or refuse."""
 
-    def make_engine(self, plan: Plan, dtype: torch.dtype) -> Engine:
+    def make_engine(self, plan: Plan, dtype: torch.dtype) -> CacheEngine:
         """Return an engine with its arena allocated."""
 
     def kv_dtype(self, computed: torch.dtype | None = None) -> torch.dtype:
@@ -76,8 +78,8 @@ class CacheHost(Protocol):
     def new_cache(self, max_tokens: int | None) -> Any:
         """Return an empty `OffloadedCache`, or refuse where the model was detached."""
 
-    def tensor_bytes_left(self) -> int:
-        """Bytes that tensors where the model is may still take."""
+    def tensor_bytes_left(self, layer_idx: int) -> int:
+        """Return the bytes that tensors may still take where a layer is."""
 
 
 class OffloadedState:
@@ -95,7 +97,7 @@ class OffloadedState:
         max_tokens: tokens to reserve host memory for; None to go by the prompts.
     """
 
-    engine: Engine | None = None  # also where `__init__` was interrupted
+    engine: CacheEngine | None = None  # also where `__init__` was interrupted
 
     def __init__(self, host: CacheHost, max_tokens: int | None) -> None:
         self.host = host
@@ -169,7 +171,7 @@ class OffloadedState:
             plan = self.host.plan_for(batch, _with_growth(wanted), replacing=self.engine)
             self.engine.replan(plan)
 
-    def _new_engine(self, batch: int, tokens: int, dtype: torch.dtype, what: str) -> Engine:
+    def _new_engine(self, batch: int, tokens: int, dtype: torch.dtype, what: str) -> CacheEngine:
         """Return an engine that will hold `tokens` tokens, with memory for them."""
         known = self.max_tokens is not None
         plan = self.host.plan_for(batch, tokens if known else _with_growth(tokens), dtype=dtype)
@@ -222,7 +224,7 @@ class OffloadedState:
             return None
         # Whoever reads keys and values mostly joins them with others: that is a second copy.
         needed_bytes = 2 * self.engine.read_bytes(layer_idx, part)
-        left = self.host.tensor_bytes_left()
+        left = self.host.tensor_bytes_left(layer_idx)
         if needed_bytes > left:
             tokens = format_tokens(self.tokens(layer_idx))
             raise MemoryPlanError(
@@ -252,7 +254,9 @@ class OffloadedState:
         batch, dtype = other.engine.plan.batch, other.engine.dtype
         engine = self._new_engine(batch, wanted, dtype, "a copy of the KV cache")
         try:
-            engine.copy_from(other.engine)
+            for part, source in zip(engine.parts, other.engine.parts, strict=True):
+                with part.in_use():
+                    part.copy_from(source)
         except BaseException:
             engine.close()
             raise

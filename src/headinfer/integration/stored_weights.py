@@ -15,12 +15,18 @@ _DEPTH = 3
 
 def weights_bytes(model: torch.nn.Module) -> int:
     """Return the bytes of parameters and buffers; memory that several share counts once."""
-    sizes = {}
+    return sum(bytes_by_device(model).values())
+
+
+def bytes_by_device(model: torch.nn.Module) -> dict[torch.device, int]:
+    """Return the bytes of parameters and buffers on each device; shared memory counts once."""
+    sizes: dict[torch.device, dict[int, int]] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         for inner in _inside(tensor, _DEPTH):
             # Tensors on the meta device have no address.
-            sizes[inner.data_ptr() or id(inner)] = inner.nbytes
-    return sum(sizes.values())
+            key = inner.data_ptr() or id(inner)
+            sizes.setdefault(inner.device, {})[key] = inner.nbytes
+    return {device: sum(each.values()) for device, each in sizes.items()}
 
 
 def _inside(value: Any, depth: int) -> Iterator[torch.Tensor]:

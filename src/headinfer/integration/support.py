@@ -181,7 +181,7 @@ def layer_kind(layer: object) -> LayerKind | None:
 
 
 def check_supported(model: object) -> None:
-    """Refuse a model whose attention cannot be served exactly.
+    """Refuse a model whose attention cannot be served exactly; where it lies is not looked at.
 
     Raises:
         UnsupportedModelError: names the reason; nothing was changed.
@@ -189,10 +189,6 @@ def check_supported(model: object) -> None:
     check_architecture(model)
     assert isinstance(model, PreTrainedModel), "checked before"
     name = type(model).__name__
-    devices = {parameter.device for parameter in model.parameters()}
-    if len(devices) != 1 or next(iter(devices)).type not in ("cpu", "cuda"):
-        places = ", ".join(sorted(map(str, devices))) or "no parameters"
-        raise UnsupportedModelError(f"{name} must lie on one CPU or CUDA device, not on: {places}")
     if not model.dtype.is_floating_point:
         raise UnsupportedModelError(f"{name} computes in {model.dtype}, not in a float type")
 

@@ -6,6 +6,7 @@ on what they see: stock eager attention and sdpa, which we must equal, look at n
 `sliding_window` keyword may come beside it, and some models leave it out.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,6 +38,14 @@ class Visible:
     window_tokens: int | None
     padding: Padding | None
     fault: str | None
+
+    def to(self, where: torch.device | int | str) -> "Visible":
+        """Return the mask on another device, as accelerate has all that a layer is given."""
+        padding = self.padding
+        if padding is None:
+            return self
+        valid = padding.valid.to(where)
+        return dataclasses.replace(self, padding=dataclasses.replace(padding, valid=valid))
 
     @property
     def ndim(self) -> int:

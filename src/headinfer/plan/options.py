@@ -5,7 +5,7 @@ A field's name has its unit; the name that users write is without it.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
@@ -61,6 +61,13 @@ def _fuse(name: str, value: object) -> FuseName:
 
 def _bytes(name: str, value: str | int | None) -> int | None:
     return None if value is None or value == "auto" else parse_bytes(value, name)
+
+
+def _parts(value: Any) -> Sequence[Any]:
+    """Return the values of several devices that one was given as, in a list or with commas."""
+    if isinstance(value, str):
+        return value.split(",")
+    return value if isinstance(value, list | tuple) else (value,)
 
 
 def _counted(name: str, value: str | int, wanted: str) -> int | Literal["auto"]:
@@ -144,6 +151,8 @@ class Options:
         head_pattern: where the scores are by which these heads are chosen; None for nowhere.
         sink_tokens: the oldest tokens, which streaming heads see; "auto" is the pattern's number.
         recent_tokens: the newest tokens that they see; "auto" is the pattern's number.
+        device_memory_each: the most memory of each GPU, where several values were given; the least
+            of them is `device_memory_bytes` then. No option by itself.
     """
 
     device: DeviceName = field(
@@ -160,8 +169,8 @@ class Options:
         metadata=_declared(
             _bytes,
             "SIZE",
-            "The most GPU memory for weights, KV, activations and CUDA itself, such as 24GiB; "
-            "auto: what is free.",
+            "The most GPU memory for weights, KV, activations and CUDA itself, such as 24GiB, of "
+            "each GPU, or 24GiB,16GiB; auto: what is free.",
         ),
     )
     host_memory_bytes: int | None = field(
@@ -259,6 +268,7 @@ class Options:
             "The newest tokens that streaming heads see; auto: the pattern's number, or 256.",
         ),
     )
+    device_memory_each: tuple[int, ...] = ()
 
     @classmethod
     def parse(cls, **given: Any) -> "Options":
@@ -270,21 +280,47 @@ class Options:
         Raises:
             OptionError: there is no such option, or a value does not parse or is out of range.
         """
-        values = {}
+        values: dict[str, Any] = {}
         for name, value in given.items():
             if name not in DECLARATIONS:
                 known = ", ".join(DECLARATIONS)
                 raise OptionError(f"there is no option {name!r}; the options are {known}")
             declared = DECLARATIONS[name]
+            if name == "device_memory" and len(each := _parts(value)) > 1:
+                values["device_memory_each"] = sizes = tuple(
+                    parse_bytes(size, name) for size in each
+                )
+                values[declared.field] = min(sizes)
+                continue
             values[declared.field] = declared.parse(name, value)
         return cls(**values)
 
+    def of_devices(self, count: int) -> tuple["Options", ...]:
+        """Return the options of each of the devices that a model's layers lie on, in their order.
+
+        Raises:
+            OptionError: memory was given for another number of them.
+        """
+        each = self.device_memory_each
+        if not each:
+            return (self,) * count
+        if len(each) != count:
+            where = "one device" if count == 1 else f"{count} devices"
+            raise OptionError(
+                f"device_memory has {len(each)} values, but the layers of the model lie on "
+                f"{where}; give one value, or one for each"
+            )
+        return tuple(replace(self, device_memory_bytes=own, device_memory_each=()) for own in each)
+
     def keywords(self) -> dict[str, Any]:
         """Return all values as users write them: for `attach`, `Options.parse` and records."""
-        return {
+        written = {
             name: _written(getattr(self, declared.field), size=declared.metavar == "SIZE")
             for name, declared in DECLARATIONS.items()
         }
+        if self.device_memory_each:
+            written["device_memory"] = ",".join(map(exact_bytes, self.device_memory_each))
+        return written
 
 
 def _written(value: Any, *, size: bool) -> Any:
@@ -298,5 +334,6 @@ DECLARATIONS: dict[str, Declaration] = {
         each.metadata["declaration"], default=each.default, field=each.name
     )
     for each in fields(Options)
+    if each.metadata
 }
 """The options by the names that users write, in the order of the fields."""

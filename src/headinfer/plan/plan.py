@@ -1,7 +1,7 @@
 """A plan: the sizes of chunks and tiles that were chosen, and the bytes they take."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from headinfer.plan import memory
 from headinfer.plan.choices import (
@@ -40,6 +40,7 @@ class Plan:
         host_share_adapts: whether that is where to begin, to be corrected by what is measured.
         host_unmeasured: whether it is 0 because nobody measured what the CPU reaches.
         whole_tokens: tokens of the longest call that cannot pass in chunks; 0 for none.
+        parts: the plan of each device where the layers lie on several; see `joined`.
     """
 
     shape: ModelShape
@@ -64,10 +65,18 @@ class Plan:
     host_share_adapts: bool = False
     host_unmeasured: bool = False
     whole_tokens: int = 0
+    parts: tuple["Plan", ...] = ()
+
+    @property
+    def of_devices(self) -> tuple["Plan", ...]:
+        """The plan of each device: this one where there is one device."""
+        return self.parts or (self,)
 
     @property
     def arena_bytes(self) -> int:
         """Bytes of device memory the engine allocates, once, for offloaded KV."""
+        if self.parts:
+            return sum(part.arena_bytes for part in self.parts)
         streaming = self.staging_bytes + self.tail_bytes + self.chunk_page_bytes
         pieces = streaming + self.resident_bytes
         return pieces and pieces + memory.ALIGNMENT_BYTES
@@ -86,6 +95,8 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether all that is within the budget."""
+        if self.parts:
+            return all(part.fits for part in self.parts)
         budget = self.device_memory_bytes
         return budget is None or self.total_device_bytes <= budget
 
@@ -98,6 +109,8 @@ class Plan:
 
     def streamed_bytes(self, tokens: int) -> int:
         """Bytes of `tokens` tokens in each row that are not resident."""
+        if self.parts:
+            return sum(part.streamed_bytes(tokens) for part in self.parts)
         return self.shape.kv_bytes(max(tokens - self.resident_tokens, 0), self.batch)
 
     @property
@@ -108,7 +121,8 @@ class Plan:
     @property
     def placement(self) -> Placement:
         """What the plan does with the KV cache, to predict its times."""
-        resident = self.shape.kv_bytes(self.resident_tokens, self.batch)
+        each = self.of_devices
+        resident = sum(part.shape.kv_bytes(part.resident_tokens, part.batch) for part in each)
         all_resident = 0 < (self.context_tokens or 0) <= self.resident_tokens
         return Placement(
             batch=self.batch,
@@ -122,6 +136,22 @@ class Plan:
 
     def lines(self) -> Iterator[str]:
         """Yield the plan as a few lines for people."""
+        yield from self._sizes_lines()
+        if self.approximation:
+            yield f"approximate: {self.approximation}"
+        for number, part in enumerate(self.parts, 1):
+            of = part_label(number, len(self.parts), len(part.shape.attention_layers))
+            yield from (of + line for line in part._memory_lines())
+        if not self.parts:
+            yield from self._memory_lines()
+        if self.context_tokens is not None:
+            yield (
+                f"CPU memory for the KV cache of {format_tokens(self.context_tokens)} tokens: "
+                f"{format_bytes(self.kv_host_bytes(self.context_tokens))}"
+            )
+
+    def _sizes_lines(self) -> Iterator[str]:
+        """Yield what passes at once."""
         tokens = "all" if self.tile_tokens >= ALL_TOKENS else format_tokens(self.tile_tokens)
         heads = "head" if self.tile_heads == 1 else "heads"
         how = "copies overlap attention" if self.overlap else "synchronous copies"
@@ -135,8 +165,9 @@ class Plan:
         if self.shape.ranks > 1:
             own_heads = max((layer.kv_heads for layer in self.shape.layers), default=0)
             yield f"one of {self.shape.ranks} ranks, with KV heads of a layer: {own_heads}"
-        if self.approximation:
-            yield f"approximate: {self.approximation}"
+
+    def _memory_lines(self) -> Iterator[str]:
+        """Yield what a device holds, and what the CPU attends for it."""
         budget = self.device_memory_bytes
         runtime = f", CUDA itself {format_bytes(self.runtime_bytes)}" if self.runtime_bytes else ""
         kv = "" if self.device == "cpu" else f"KV {format_bytes(self.kv_device_bytes)}, "
@@ -156,11 +187,6 @@ class Plan:
             yield f"the CPU attends {self.host_share:.0%} of the other tokens in a decode step"
         elif self.host_unmeasured and self.streamed_bytes(self.context_tokens or 0):
             yield "the CPU attends none of the other tokens until `headinfer probe` has timed it"
-        if self.context_tokens is not None:
-            yield (
-                f"CPU memory for the KV cache of {format_tokens(self.context_tokens)} tokens: "
-                f"{format_bytes(self.kv_host_bytes(self.context_tokens))}"
-            )
 
     @property
     def approximation(self) -> str:
@@ -181,3 +207,52 @@ class Plan:
     def __str__(self) -> str:
         """Return `lines`, one below the other."""
         return "\n".join(self.lines())
+
+
+def part_label(number: int, count: int, layers: int) -> str:
+    """Return what stands before a line about one of several devices.
+
+    Args:
+        number: of the device, from 1 on.
+        count: of the devices.
+        layers: that attend there.
+    """
+    return f"device {number} of {count}, {layers} {'layer' if layers == 1 else 'layers'}: "
+
+
+def joined(shape: ModelShape, parts: Sequence[Plan]) -> Plan:
+    """Return the plan of a model whose layers lie on several devices; with one it is that plan.
+
+    Its bytes are those of all devices together. Its tiles are the largest of any, and its resident
+    tokens those that all layers keep.
+
+    Args:
+        shape: the whole model.
+        parts: a plan for the layers of each device; of the same batch, context and chunks.
+    """
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    budgets = [part.device_memory_bytes for part in parts]
+    known = [budget for budget in budgets if budget is not None]
+    return replace(
+        first,
+        shape=replace(shape, weights_bytes=sum(part.shape.weights_bytes for part in parts)),
+        parts=tuple(parts),
+        chunk_tokens=min(part.chunk_tokens for part in parts),
+        tile_heads=max(part.tile_heads for part in parts),
+        tile_tokens=max(part.tile_tokens for part in parts),
+        resident_tokens=min(part.resident_tokens for part in parts),
+        device_memory_bytes=sum(known) if len(known) == len(parts) else None,
+        staging_bytes=sum(part.staging_bytes for part in parts),
+        tail_bytes=sum(part.tail_bytes for part in parts),
+        chunk_page_bytes=sum(part.chunk_page_bytes for part in parts),
+        window_bytes=sum(part.window_bytes for part in parts),
+        activation_bytes=sum(part.activation_bytes for part in parts),
+        runtime_bytes=sum(part.runtime_bytes for part in parts),
+        resident_bytes=sum(part.resident_bytes for part in parts),
+        host_share=max(part.host_share for part in parts),
+        host_share_adapts=any(part.host_share_adapts for part in parts),
+        host_unmeasured=any(part.host_unmeasured for part in parts),
+        whole_tokens=max(part.whole_tokens for part in parts),
+    )

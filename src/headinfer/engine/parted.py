@@ -1,0 +1,225 @@
+"""One cache's layers on several devices: an engine for those of each, behind one front.
+
+Nothing is shared between the engines but the CPU: each has an arena, streams, tiles and a plan of
+its own. What moves hidden states from device to device orders one device's compute after another's.
+So an engine's work is in order with the model's, as on one device.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
+
+import torch
+
+from headinfer.engine.engine import Engine
+from headinfer.engine.readout import Part
+from headinfer.plan.plan import Plan, joined
+from headinfer.plan.shape import ModelShape
+
+_Place = tuple[Engine, int]
+
+
+class PartedEngine:
+    """A cache's attention layers on several devices; what `Engine` is on one.
+
+    Layers are counted among all that attend. Each engine counts its own from 0.
+
+    Args:
+        shape: of the whole model.
+        parts: an engine for each device.
+        layers: which layers each of them has, in their order.
+    """
+
+    def __init__(
+        self, shape: ModelShape, parts: Sequence[Engine], layers: Sequence[Sequence[int]]
+    ) -> None:
+        self.parts = tuple(parts)
+        self._shape = shape
+        places: dict[int, _Place] = {}
+        for part, own in zip(parts, layers, strict=True):
+            places.update({layer_idx: (part, at) for at, layer_idx in enumerate(own)})
+        self._places = [places[layer_idx] for layer_idx in range(len(places))]
+        self._joined: tuple[tuple[Plan, ...], Plan] | None = None
+
+    @property
+    def plan(self) -> Plan:
+        """The plans of all devices as one; made anew only where one of them changed."""
+        plans = tuple(part.plan for part in self.parts)
+        known = self._joined
+        if known is None or any(a is not b for a, b in zip(known[0], plans, strict=True)):
+            known = self._joined = plans, joined(self._shape, plans)
+        return known[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of keys and values."""
+        return self.parts[0].dtype
+
+    @property
+    def closed(self) -> bool:
+        """Whether any memory was given back: all of it goes then."""
+        return any(part.closed for part in self.parts)
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether a change has begun and not ended, so that only closing is left to do."""
+        return any(part.interrupted for part in self.parts)
+
+    @property
+    def half_done(self) -> bool:
+        """Whether a change of all layers has begun and not ended."""
+        return any(part.half_done for part in self.parts)
+
+    @half_done.setter
+    def half_done(self, half_done: bool) -> None:
+        for part in self.parts:
+            part.half_done = half_done
+
+    @contextlib.contextmanager
+    def changing(self) -> Iterator[None]:
+        """Mark all layers as half done until the `with` statement ends well."""
+        with contextlib.ExitStack() as changing:
+            for part in self.parts:
+                changing.enter_context(part.changing())
+            yield
+
+    @property
+    def device_kv_bytes(self) -> int:
+        """Bytes of device memory held for KV, on all devices together."""
+        return sum(part.device_kv_bytes for part in self.parts)
+
+    @property
+    def host_kv_bytes(self) -> int:
+        """Bytes of host memory held for KV."""
+        return sum(part.host_kv_bytes for part in self.parts)
+
+    @property
+    def unwritten_host_bytes(self) -> int:
+        """Bytes of those that were never written."""
+        return sum(part.unwritten_host_bytes for part in self.parts)
+
+    @property
+    def host_share(self) -> float:
+        """Share of the tokens beside the residents that the host attends, over all layers."""
+        weighed = [(part.host_share, part.plan.shape.kv_bytes(1)) for part in self.parts]
+        return sum(share * size for share, size in weighed) / (sum(w for _, w in weighed) or 1)
+
+    def torch_device(self, layer_idx: int) -> torch.device:
+        """Return where a layer's tokens are attended."""
+        return self._places[layer_idx][0].torch_device(layer_idx)
+
+    def tokens(self, layer_idx: int) -> int:
+        """Return the tokens a layer holds."""
+        part, at = self._places[layer_idx]
+        return part.tokens(at)
+
+    def lengths(self) -> list[int]:
+        """Return the tokens that each layer holds.
+
+        Raises:
+            CacheStateError: the cache was closed, or a change of it was interrupted.
+        """
+        lengths = {part: part.lengths() for part in self.parts}
+        return [lengths[part][at] for part, at in self._places]
+
+    def missing_bytes(self, tokens: int) -> int:
+        """Return the bytes of host memory to be added for layers to hold `tokens` tokens."""
+        return sum(part.missing_bytes(tokens) for part in self.parts)
+
+    def expect(self, tokens: int) -> int:
+        """State that layers will come to hold `tokens` tokens; see `Engine.expect`."""
+        return sum([part.expect(tokens) for part in self.parts])
+
+    def attend(self, layer_idx: int, *tensors: torch.Tensor, **options: Any) -> torch.Tensor:
+        """Attend a layer's new tokens where the layer is; see `Engine.attend`."""
+        part, at = self._places[layer_idx]
+        with part.in_use():
+            return part.attend(at, *tensors, **options)
+
+    def append(self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Keep a layer's tokens; see `Engine.append`."""
+        part, at = self._places[layer_idx]
+        with part.in_use():
+            part.append(at, keys, values)
+
+    def read_bytes(self, layer_idx: int, which: Part) -> int:
+        """Return the bytes that `read` takes."""
+        part, at = self._places[layer_idx]
+        return part.read_bytes(at, which)
+
+    def read(self, layer_idx: int, which: Part) -> torch.Tensor:
+        """Return a copy of a layer's keys or values on its device; see `Engine.read`."""
+        part, at = self._places[layer_idx]
+        with part.in_use():
+            return part.read(at, which)
+
+    def check_crop(self, layer_idx: int, tokens: int) -> None:
+        """Refuse to remove a layer's newest tokens where its window has dropped the others."""
+        part, at = self._places[layer_idx]
+        part.check_crop(at, tokens)
+
+    def crop(self, layer_idx: int, tokens: int) -> None:
+        """Remove a layer's newest tokens; see `Engine.crop`."""
+        part, at = self._places[layer_idx]
+        with part.in_use():
+            part.crop(at, tokens)
+
+    def select(self, layer_idx: int, rows: Sequence[int]) -> None:
+        """Rearrange a layer's rows; see `Engine.select`."""
+        part, at = self._places[layer_idx]
+        with part.in_use():
+            part.select(at, rows)
+
+    def select_all(self, rows: Sequence[int], plan: Plan) -> None:
+        """Rearrange all rows, under a plan for as many; see `Engine.select_all`."""
+        changed = False
+        try:
+            for part, own in zip(self.parts, plan.parts, strict=True):
+                with part.in_use():
+                    part.select_all(rows, own)
+                changed = True
+        except BaseException:
+            if changed:
+                self.half_done = True
+            raise
+
+    def replan(self, plan: Plan) -> None:
+        """Go on under another plan for as many rows; see `Engine.replan`."""
+        for part, own in zip(self.parts, plan.parts, strict=True):
+            with part.in_use():
+                part.replan(own)
+
+    def give_up_residents(self) -> None:
+        """Keep no token on the devices."""
+        self._on_all(Engine.give_up_residents)
+
+    def check(self) -> None:
+        """Raise what the host's attention failed with since the last check."""
+        self._on_all(Engine.check)
+
+    def clear(self) -> None:
+        """Forget all tokens and free the host memory; the arenas stay.
+
+        Raises:
+            Exception: what the host's attention failed with, and nobody heard of; after all else.
+        """
+        self._on_all(Engine.clear)
+
+    def close(self) -> None:
+        """Free all memory; see `Engine.close`."""
+        self._on_all(Engine.close)
+
+    def _on_all(self, work: Callable[[Engine], None]) -> None:
+        """Do something with each engine, also behind one where it raises."""
+        with contextlib.ExitStack() as doing:
+            for part in reversed(self.parts):
+                doing.callback(_in_use, part, work)
+
+
+def _in_use(part: Engine, work: Callable[[Engine], None]) -> None:
+    with part.in_use():
+        work(part)
+
+
+CacheEngine: TypeAlias = Engine | PartedEngine
+"""What is behind the layers of a cache: one engine, or one for each device."""

@@ -1,0 +1,80 @@
+"""Spreading a model that is still to be loaded over several GPUs, by accelerate's `device_map`."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from headinfer.errors import OptionError
+from headinfer.plan.memory import runtime_bytes
+from headinfer.plan.options import Options
+
+_WEIGHTS_SHARE = 0.9
+"""Share of the memory left beside CUDA itself that weights may take; KV and activations follow."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gpus:
+    """A number of GPUs for a model's layers: the first ones.
+
+    Attributes:
+        count: how many.
+        memory_bytes: the most that each of them gives; None for what is free.
+    """
+
+    count: int
+    memory_bytes: tuple[int | None, ...]
+
+    @classmethod
+    def of(cls, count: int | None, options: Options) -> "Gpus | None":
+        """Return what was asked for; None where nothing was.
+
+        Raises:
+            OptionError: there can be no such number, or memory was given for another one.
+        """
+        if count is None:
+            return None
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise OptionError(f"gpus must be a number from 1 on, not {count!r}")
+        each = options.device_memory_each
+        if each and len(each) != count:
+            raise OptionError(
+                f"device_memory has {len(each)} values, but gpus is {count}; give one value, or "
+                "one for each"
+            )
+        return cls(count, tuple(own.device_memory_bytes for own in options.of_devices(count)))
+
+    def check(self, device: str) -> None:
+        """Check that they are there.
+
+        Args:
+            device: from `choose_device`.
+
+        Raises:
+            OptionError: they are not.
+        """
+        if device != "cuda":
+            raise OptionError(
+                f"gpus is {self.count}, but the device is {device!r}, which has none; leave gpus "
+                "out, or run where CUDA is available"
+            )
+        import torch
+
+        there = torch.cuda.device_count()
+        if self.count > there:
+            seen = "1 GPU" if there == 1 else f"{there} GPUs"
+            raise OptionError(
+                f"gpus is {self.count}, but CUDA shows {seen} here; give at most {there}"
+            )
+
+    def keywords(self) -> dict[str, Any]:
+        """Return keywords for `from_pretrained`; what the GPUs do not hold stays in CPU memory."""
+        import torch
+
+        from headinfer.device.host_memory import available_host_bytes
+
+        runtime = runtime_bytes("cuda")
+        most: dict[int | str, int] = {}
+        for number, asked in enumerate(self.memory_bytes):
+            free = torch.cuda.mem_get_info(number)[0]
+            given = free if asked is None else min(asked, free)
+            most[number] = max(int((given - runtime) * _WEIGHTS_SHARE), 0)
+        return {"device_map": "auto", "max_memory": {**most, "cpu": available_host_bytes()}}

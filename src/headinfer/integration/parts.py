@@ -1,0 +1,168 @@
+"""The parts of an attached model: the layers that compute on one device, and what it gives them."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from headinfer.device.base import Device
+from headinfer.device.make import measured_hardware
+from headinfer.engine.engine import Engine
+from headinfer.errors import MemoryPlanError
+from headinfer.integration.placement import Placement
+from headinfer.plan import memory
+from headinfer.plan.hardware import Hardware
+from headinfer.plan.options import Options
+from headinfer.plan.plan import Plan, part_label
+from headinfer.plan.resolve import resolve
+from headinfer.plan.shape import ModelShape
+from headinfer.units import format_bytes
+
+USED_SHARE = 0.9
+"""Share of the free GPU memory that plans use.
+
+The rest is left for fragments and for what the estimates leave out.
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelPart:
+    """A part of a model: the layers whose tokens lie on one device.
+
+    Attributes:
+        device: where their attention is computed.
+        layers: which layers, counted among those that attend.
+        shape: the model's, with these layers and the weights on the device alone.
+        options: with the memory of this device.
+        hardware: what was measured of it; None for nothing.
+        label: names the part in messages; empty where it is all of the model.
+    """
+
+    device: Device
+    layers: tuple[int, ...]
+    shape: ModelShape
+    options: Options
+    hardware: Hardware | None
+    label: str
+
+    def resolve(
+        self,
+        batch: int,
+        context_tokens: int | None,
+        others: Sequence[Engine],
+        kv_itemsize: int,
+        chunk_tokens: int | None = None,
+    ) -> Plan:
+        """Return the plan of a cache's layers here, beside what other caches have on the device.
+
+        Args:
+            batch: rows.
+            context_tokens: tokens expected in each; None when not known yet.
+            others: the engines of other caches on this device.
+            kv_itemsize: bytes of an element of keys and values.
+            chunk_tokens: tokens of a chunk that all parts can pass; None for the best here.
+
+        Raises:
+            MemoryPlanError: no plan fits.
+        """
+        asked, budget = self.options.device_memory_bytes, self._budget_bytes(others)
+        left = budget
+        if budget is not None:
+            # What they may come to hold: windows are there only while they have tokens.
+            left = max(budget - sum(engine.plan.kv_device_bytes for engine in others), 1)
+        options = dataclasses.replace(self.options, device_memory_bytes=left)
+        if chunk_tokens is not None:
+            options = dataclasses.replace(options, chunk_tokens=chunk_tokens)
+        try:
+            return resolve(
+                with_kv_itemsize(self.shape, kv_itemsize),
+                options,
+                device=self.device.name,
+                batch=batch,
+                context_tokens=context_tokens,
+                hardware=self.hardware,
+            )
+        except MemoryPlanError as error:
+            reason = f"{self.label}{error}"
+            if budget != asked:
+                wanted = "" if asked is None else f", not the {format_bytes(asked)} asked for"
+                reason = f"{reason}; that is all the device has free{wanted}"
+            raise MemoryPlanError(reason) from None
+
+    def _budget_bytes(self, others: Sequence[Engine]) -> int | None:
+        """Return the device memory for weights, runtime, activations and all caches together.
+
+        That is what was asked for as far as the device has it, or most of what is free. Weights
+        and CUDA's context are there already and so not free; what caches hold counts as free.
+        """
+        asked, free = self.options.device_memory_bytes, self.device.free_bytes()
+        if free is None:
+            return asked
+        free += sum(engine.device_kv_bytes for engine in others)
+        weights, runtime = self.shape.weights_bytes, memory.runtime_bytes(self.device.name)
+        most = weights + runtime + int(free * USED_SHARE)
+        if asked is None:
+            return most
+        # The rest of the runtime, handles and fragments, is still to come out of what is free.
+        return min(asked, max(most, weights + free))
+
+
+def with_kv_itemsize(shape: ModelShape, kv_itemsize: int) -> ModelShape:
+    """Return a model's shape with keys and values of elements of so many bytes."""
+    computed = shape.kv_itemsize
+    if kv_itemsize == computed:
+        return shape
+    return dataclasses.replace(
+        shape, kv_itemsize=kv_itemsize, computed_itemsize=max(computed, kv_itemsize)
+    )
+
+
+def parts_of(
+    shape: ModelShape,
+    placement: Placement,
+    devices: Sequence[Device],
+    options: Options,
+    sharing: int = 1,
+) -> tuple[ModelPart, ...]:
+    """Return a model's parts, in the order in which its layers come to them.
+
+    Args:
+        shape: of the whole model.
+        placement: where its weights are.
+        devices: of each layer that attends.
+        options: as the user gave them.
+        sharing: processes of the model that share the CPU and its memory.
+
+    Raises:
+        OptionError: the user gave memory for another number of devices.
+    """
+    found: dict[Device, list[int]] = {}
+    for layer_idx, device in enumerate(devices):
+        found.setdefault(device, []).append(layer_idx)
+    each = options.of_devices(len(found))
+    whole = len(found) == 1
+    parts = []
+    for number, ((device, layers), own) in enumerate(zip(found.items(), each, strict=True), 1):
+        part = ModelPart(
+            device=device,
+            layers=tuple(layers),
+            shape=shape if whole else _part_of(shape, layers),
+            options=own,
+            hardware=measured_hardware(device, sharing),
+            label="" if whole else part_label(number, len(found), len(layers)),
+        )
+        parts.append(part)
+    return tuple(_with_weights(part, parts, placement) for part in parts)
+
+
+def _part_of(shape: ModelShape, layers: Sequence[int]) -> ModelShape:
+    attending = shape.attention_layers
+    return dataclasses.replace(shape, layers=tuple(attending[layer_idx] for layer_idx in layers))
+
+
+def _with_weights(part: ModelPart, parts: Sequence[ModelPart], placement: Placement) -> ModelPart:
+    """Return a part with the weights on its device; simulated ones divide what the CPU has."""
+    there = placement.weights_bytes.get(part.device.torch_device, 0)
+    alike = [each for each in parts if each.device.torch_device == part.device.torch_device]
+    layers = sum(len(each.layers) for each in alike)
+    weights = there * len(part.layers) // layers
+    return dataclasses.replace(part, shape=dataclasses.replace(part.shape, weights_bytes=weights))

@@ -1,0 +1,71 @@
+"""Spreading a model over GPUs while it is loaded: what accelerate is asked for, and refusals."""
+
+import pytest
+import torch
+
+import headinfer
+from headinfer.errors import OptionError
+from headinfer.generation.gpus import Gpus
+from headinfer.plan.memory import runtime_bytes
+from headinfer.plan.options import Options
+from saved_models import make_tokenizer
+from tiny_models import VOCAB, shared_model
+
+GIB = 2**30
+
+
+@pytest.fixture
+def _two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(
+        torch.cuda, "mem_get_info", lambda number: ((40, 20)[number] * GIB, 80 * GIB)
+    )
+
+
+def gpus_of(count: object, **options: object) -> Gpus:
+    gpus = Gpus.of(count, Options.parse(**options))
+    assert gpus is not None
+    return gpus
+
+
+@pytest.mark.usefixtures("_two_gpus")
+def test_weights_take_a_share_of_what_each_gpu_gives() -> None:
+    def shares(count: int, **options: object) -> list[float]:
+        keywords = gpus_of(count, **options).keywords()
+        assert keywords["device_map"] == "auto"
+        most = keywords["max_memory"]
+        assert list(most) == [*range(count), "cpu"]
+        assert most["cpu"] > 0
+        return [(most[number] / 0.9 + runtime_bytes("cuda")) / GIB for number in range(count)]
+
+    assert shares(1) == pytest.approx([40])
+    assert shares(2) == pytest.approx([40, 20])
+    assert shares(2, device_memory="24GiB") == pytest.approx([24, 20])
+    assert shares(2, device_memory="30GiB,10GiB") == pytest.approx([30, 10])
+
+
+@pytest.mark.usefixtures("_two_gpus")
+def test_more_gpus_than_there_are_is_one_line() -> None:
+    gpus_of(2).check("cuda")
+    with pytest.raises(
+        OptionError, match=r"^gpus is 3, but CUDA shows 2 GPUs here; give at most 2$"
+    ):
+        gpus_of(3).check("cuda")
+    with pytest.raises(OptionError, match=r"^gpus is 2, but the device is 'cpu'"):
+        gpus_of(2).check("cpu")
+
+
+@pytest.mark.parametrize("count", [0, -1, 1.5, True, "2"])
+def test_numbers_that_cannot_be_are_refused_at_once(count: object) -> None:
+    with pytest.raises(OptionError, match=f"^gpus must be a number from 1 on, not {count!r}$"):
+        headinfer.generate("demo", "text", gpus=count)
+
+
+def test_memory_for_another_number_of_gpus_is_refused_at_once() -> None:
+    with pytest.raises(OptionError, match=r"^device_memory has 2 values, but gpus is 3"):
+        headinfer.generate("demo", "text", gpus=3, device_memory="24GiB,16GiB")
+
+
+def test_a_loaded_model_stays_where_it_is() -> None:
+    with pytest.raises(OptionError, match="gpus=2 is for models that are loaded here"):
+        headinfer.generate(shared_model("llama3"), "text", tokenizer=make_tokenizer(VOCAB), gpus=2)
