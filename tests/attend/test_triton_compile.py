@@ -24,7 +24,7 @@ CONSTANTS = {
     "DIM": 128, "BLOCK_DIM": 128, "BLOCK_ROWS": 16, "BLOCK_TOKENS": 64, "BLOCK_SLOTS": 32,
     "MASKED": False, "MORE": True, "SINKS": True, "WITH_LSE": True, "SECOND": True, "PLACE": True,
     "APART": True, "COUNTED": True, "LEAST_SPLIT": 256, "QUERY_ROWS": 4, "MERGED_ROWS": 4,
-    "CAP": 50.0, "CAUSAL": True, "WINDOW": True,
+    "CAP": 0.0, "CAUSAL": True, "WINDOW": True,
 }
 OF_CHUNKS = {"BLOCK_ROWS": 128, "MASKED": True}
 TENSORS = "query keys values new_keys new_values out sinks first second".split()
@@ -33,9 +33,9 @@ OTHERS = {"mask": "*i1", "arrived": "*i32", "place": "*i64", "counted": "*i64", 
 STRIDES = "stride start _batch _head _group _token".split()
 
 
-def compiled(program, dtype, capability, unaligned):
+def compiled(program, dtype, capability, unaligned, cap=0.0):
     signature, constants, attributes = {}, {}, {}
-    known = CONSTANTS | (OF_CHUNKS if program is triton_chunk.attend_chunk else {})
+    known = CONSTANTS | {"CAP": cap} | (OF_CHUNKS if program is triton_chunk.attend_chunk else {})
     for position, name in enumerate(program.arg_names):
         if name in known:
             signature[name], constants[position,] = "constexpr", known[name]
@@ -66,6 +66,9 @@ for module, name in (
         ptx = compiled(getattr(module, name), dtype, capability, unaligned)
         lines = [line for line in ptx.splitlines() if "global" in line]
         wide[name].append(sum(".v4." in line or ", 0x10, " in line for line in lines))
+    if "CAP" in getattr(module, name).arg_names:
+        capped = compiled(getattr(module, name), dtype, capability, (), cap=50.0)
+        assert capped.count("ex2") > ptx.count("ex2")
 print(json.dumps(wide))
 """
 

@@ -20,9 +20,11 @@ def scores_in_base_2(products, scale, CAP: tl.constexpr):
     last bit of 1. So a bounded score is off by that times the cap, as one in float32 may be.
     """
     if CAP == 0.0:
-        return products * (scale * _LOG2_E)
-    powers = tl.exp2(products * (scale * (2.0 * _LOG2_E / CAP)))
-    return CAP * _LOG2_E - (2.0 * CAP * _LOG2_E) / (powers + 1.0)
+        scores = products * (scale * _LOG2_E)
+    else:
+        powers = tl.exp2(products * (scale * (2.0 * _LOG2_E / CAP)))
+        scores = CAP * _LOG2_E - (2.0 * CAP * _LOG2_E) / (powers + 1.0)
+    return scores
 
 
 @triton.jit
