@@ -155,8 +155,8 @@ def test_tokens_are_divided_where_queries_do_not_fill_the_device(tokens):
     dtype = torch.float16
     query = draw(1, 1, 2, 40, 32, dtype=dtype).to(DEVICE)
     kv = KV(*(draw(1, 1, tokens, 32, dtype=dtype, seed=seed).to(DEVICE) for seed in (3, 4)))
-    results = []
-    for kernels in (table(32), capped_reference()):
+    many, results = chunks(32, multiprocessors=60), []
+    for kernels in (TritonKernels([many], [], 6, softcap=CAP), capped_reference()):
         total, out = kernels.begin(query, scale=0.5), query.new_empty(1, 40, 1, 2, 32)
         work = Work(query, [tile_in_hand(kv)], 0.5, total)
         kernels.pick(work).attend(work)
@@ -181,8 +181,8 @@ def test_programs_fit_the_memory_of_a_card(dim, masked):
 def test_the_check_feels_a_bound():
     """A table that ignores it, though caps are far above most scores, does not agree."""
     device, softcap = torch.device("cpu"), 50.0
-    assert agrees(only(ReferenceKernel(softcap)), device, torch.float32, 64, softcap)
-    assert not agrees(only(ReferenceKernel()), device, torch.float32, 64, softcap)
+    assert agrees(only(ReferenceKernel(softcap)), device, torch.bfloat16, 64, softcap)
+    assert not agrees(only(ReferenceKernel()), device, torch.bfloat16, 64, softcap)
 
 
 def test_the_programs_pass_the_check_with_their_bound_and_with_no_other():
