@@ -75,7 +75,12 @@ SHAPES = [  # batch, kv_heads, group, q_len, kv_len, head_dim
 
 
 def check(
-    kernels: Kernels, shape: tuple[int, ...], dtype: torch.dtype, kind: str, device: str = "cpu"
+    kernels: Kernels,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    kind: str,
+    device: str = "cpu",
+    softcap: float | None = None,
 ) -> None:
     """Compare with the definition; drawn and compared on the CPU, computed on `device`."""
     batch, kv_heads, group, q_len, kv_len, dim = shape
@@ -103,7 +108,7 @@ def check(
     )
     assert {ours.out.device.type, ours.lse.device.type} == {device}
     our_out, our_lse = ours.out.cpu().double(), ours.lse.cpu().double()
-    out, lse = by_definition(query, keys, values, 0.2, mask)
+    out, lse = by_definition(query, keys, values, 0.2, mask, softcap)
     blind = lse.isinf()
     assert torch.equal(our_lse.isinf(), blind)
     assert not our_out[blind].any()

@@ -18,24 +18,27 @@ import json, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from headinfer.attend import triton_kernels, triton_merge
+from headinfer.attend import triton_chunk, triton_kernels, triton_merge
 
 CONSTANTS = {
     "DIM": 128, "BLOCK_DIM": 128, "BLOCK_ROWS": 16, "BLOCK_TOKENS": 64, "BLOCK_SLOTS": 32,
     "MASKED": False, "MORE": True, "SINKS": True, "WITH_LSE": True, "SECOND": True, "PLACE": True,
     "APART": True, "COUNTED": True, "LEAST_SPLIT": 256, "QUERY_ROWS": 4, "MERGED_ROWS": 4,
+    "CAP": 0.0, "CAUSAL": True, "WINDOW": True,
 }
+OF_CHUNKS = {"BLOCK_ROWS": 128, "MASKED": True}
 TENSORS = "query keys values new_keys new_values out sinks first second".split()
-IN_FLOAT32 = "parts more more_lse lse_out first_lse second_lse out_lse".split()
+IN_FLOAT32 = "parts more more_lse lse_out first_lse second_lse out_lse lses".split()
 OTHERS = {"mask": "*i1", "arrived": "*i32", "place": "*i64", "counted": "*i64", "scale": "fp32"}
 STRIDES = "stride start _batch _head _group _token".split()
 
 
-def compiled(program, dtype, capability, unaligned):
+def compiled(program, dtype, capability, unaligned, cap=0.0):
     signature, constants, attributes = {}, {}, {}
+    known = CONSTANTS | {"CAP": cap} | (OF_CHUNKS if program is triton_chunk.attend_chunk else {})
     for position, name in enumerate(program.arg_names):
-        if name in CONSTANTS:
-            signature[name], constants[position,] = "constexpr", CONSTANTS[name]
+        if name in known:
+            signature[name], constants[position,] = "constexpr", known[name]
             continue
         signature[name] = OTHERS.get(name, "i32")
         if name in TENSORS or name in IN_FLOAT32:
@@ -45,9 +48,8 @@ def compiled(program, dtype, capability, unaligned):
         if special and name not in unaligned and not program.params[position].do_not_specialize:
             attributes[position,] = [["tt.divisibility", 16]]
     source = ASTSource(program, signature, constants, attributes)
-    kernel = triton.compile(
-        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4}
-    )
+    options = {"num_warps": 8 if program is triton_chunk.attend_chunk else 4}
+    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     assert kernel.asm["cubin"]
     return kernel.asm["ptx"]
 
@@ -57,12 +59,16 @@ wide = {}
 for module, name in (
     (triton_kernels, "attend_tile"), (triton_kernels, "decode_token"),
     (triton_merge, "merge_slots"), (triton_merge, "merge_two"),
+    *([(triton_chunk, "attend_chunk")] if dtype != "fp32" else []),
 ):
     wide[name] = []
     for unaligned in ((), ("start", "first_token")):
         ptx = compiled(getattr(module, name), dtype, capability, unaligned)
         lines = [line for line in ptx.splitlines() if "global" in line]
         wide[name].append(sum(".v4." in line or ", 0x10, " in line for line in lines))
+    if "CAP" in getattr(module, name).arg_names:
+        capped = compiled(getattr(module, name), dtype, capability, (), cap=50.0)
+        assert capped.count("ex2") > ptx.count("ex2")
 print(json.dumps(wide))
 """
 
@@ -84,5 +90,5 @@ def test_the_programs_compile_and_read_tiles_in_wide_loads(
     )
     assert not done.returncode, done.stderr
     for name, (aligned, unaligned) in json.loads(done.stdout).items():
-        if name in ("attend_tile", "decode_token", "merge_two"):
+        if name in ("attend_tile", "decode_token", "merge_two", "attend_chunk"):
             assert aligned > unaligned, name

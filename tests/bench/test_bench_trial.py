@@ -43,6 +43,20 @@ def test_headinfer_passes_the_gate(dtype):
     assert verdict.tokens == 4
 
 
+@pytest.mark.parametrize("saved", [False, True], ids=["random weights", "weights of its own"])
+def test_stock_heeds_bounds_of_scores(tmp_path, saved):
+    model = tiny_model("gemma2")  # whose bounds are low
+    model.save_pretrained(tmp_path)
+    shape = shape_of(str(tmp_path), dtype="float32")
+    where = str(tmp_path) if saved else None
+    config = None if saved else model.config.to_dict()
+    named = NamedModel(name="tiny", location=where, config=config, planned=shape)
+    spec = replace(trial_spec("standard", context_tokens=60), model=named)
+    stock, ours = (run_trial(replace(spec, method=name)) for name in ("standard", "headinfer"))
+    verdict = compare(stock, ours, dtype="float32", layers=named.layers, context_tokens=60)
+    assert verdict.passed, verdict.reason
+
+
 class Damaged(HeadInfer):
     """HeadInfer that forgets one token of the prompt before it decodes."""
 

@@ -135,7 +135,7 @@ def test_an_error_of_the_hosts_attention_reaches_the_caller(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("name", ["llama3", "mistral-sliding", "gemma3", "gpt-oss"])
+@pytest.mark.parametrize("name", ["llama3", "mistral-sliding", "gemma2", "gemma3", "gpt-oss"])
 def test_captured_steps_have_the_bits_of_launched_ones(
     name: str, batch: int, dtype: torch.dtype
 ) -> None:
@@ -214,7 +214,7 @@ def test_captured_steps_with_streaming_heads_have_the_bits_of_launched_ones(batc
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["mistral-sliding", "gemma3", "llama3"])
+@pytest.mark.parametrize("name", ["mistral-sliding", "gemma2", "gemma3", "llama3"])
 def test_windows_without_masks_are_as_near_to_float64_as_stock(
     name: str, dtype: torch.dtype
 ) -> None:

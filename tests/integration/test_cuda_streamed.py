@@ -29,8 +29,17 @@ def _few_tokens_are_steady(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("name", ["llama3", "gemma3", "gpt-oss"])
+@pytest.mark.parametrize(
+    ("name", "placement"),
+    [
+        *(
+            (name, placement)
+            for name in ("llama3", "gemma3", "gpt-oss")
+            for placement in PLACEMENTS
+        ),
+        ("gemma2", "streamed"),  # no compiled kernel of the host bounds scores
+    ],
+)
 def test_a_graph_has_the_bits_of_launched_steps(
     name: str, placement: str, dtype: torch.dtype
 ) -> None:

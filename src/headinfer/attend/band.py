@@ -1,7 +1,7 @@
-"""Attention within a window without masks, by torch's flash attention on CUDA.
+"""Attention within a window without masks on CUDA.
 
-A mask of a chunk of 8K queries is made, and read, in many blocks. Flash attention skips what lies
-beside the window by itself.
+A mask of a chunk of 8K queries is made, and read, in many blocks. Torch's flash attention skips
+what lies beside the window by itself, and so does our own program where scores are bounded.
 """
 
 import functools
@@ -32,21 +32,39 @@ The last query's own key is the last key. Each query sees so many keys up to its
 
 
 @functools.cache
-def flash_band(torch_device: torch.device, dtype: torch.dtype, head_dim: int) -> Band | None:
-    """Return a call that agrees with the reference here; None where there is none."""
+def find_band(
+    torch_device: torch.device, dtype: torch.dtype, head_dim: int, softcap: float | None = None
+) -> Band | None:
+    """Return a call that agrees with the reference here; None where there is none.
+
+    Args:
+        torch_device: where the tensors live.
+        dtype: of queries, keys and values.
+        head_dim: elements of one key, and of one value.
+        softcap: bound of the scores, or None.
+    """
     half = dtype in (torch.float16, torch.bfloat16)
     if torch_device.type != "cuda" or not half or head_dim % 8 or head_dim > _MOST_DIM:
         return None
     try:
-        agrees = all(_agrees(torch_device, dtype, head_dim, *sizes) for sizes in _CHECKED)
+        band = _flash if softcap is None else _capped(torch_device, head_dim, softcap)
+        agrees = all(
+            _agrees(band, torch_device, dtype, head_dim, softcap, *sizes) for sizes in _CHECKED
+        )
     except torch.OutOfMemoryError:
         raise  # says nothing about the call
-    except Exception as error:  # a private operator: its arguments may be others in this torch
-        _logger.info("no flash attention within windows: %s", error)
+    except Exception as error:  # a private operator, or no Triton: their arguments may be others
+        _logger.info("no attention within windows without masks: %s", error)
         return None
     if not agrees:
-        _logger.info("flash attention within windows fails its check here")
-    return _flash if agrees else None
+        _logger.info("attention within windows without masks fails its check here")
+    return band if agrees else None
+
+
+def _capped(torch_device: torch.device, head_dim: int, softcap: float) -> Band:
+    from headinfer.attend.fused_chunk import TritonChunks  # not every system has Triton
+
+    return TritonChunks.on(torch_device, head_dim, softcap).band
 
 
 def _flash(query: torch.Tensor, kv: KV, scale: float, window_tokens: int) -> Partial:
@@ -71,21 +89,24 @@ def _flash(query: torch.Tensor, kv: KV, scale: float, window_tokens: int) -> Par
 
 
 def _agrees(
+    band: Band,
     torch_device: torch.device,
     dtype: torch.dtype,
     head_dim: int,
+    softcap: float | None,
     q_len: int,
     kv_len: int,
     window_tokens: int,
 ) -> bool:
-    generator, reference = torch.Generator().manual_seed(0), ReferenceKernel()
+    generator, reference = torch.Generator().manual_seed(0), ReferenceKernel(softcap)
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator, device="cpu").to(torch_device, dtype)
 
     query = draw(1, 2, 3, q_len, head_dim)
-    kv, scale = KV(draw(1, 2, kv_len, head_dim), draw(1, 2, kv_len, head_dim)), head_dim**-0.5
-    ours, total = _flash(query, kv, scale, window_tokens), Accumulator()
+    kv = KV(draw(1, 2, kv_len, head_dim), draw(1, 2, kv_len, head_dim))
+    scale = head_dim**-0.5 * (softcap or 1.0)  # so that a bound is felt
+    ours, total = band(query, kv, scale, window_tokens), Accumulator()
     exact = KV(*(part.double() for part in kv))
     for work in band_works(
         query.double(),

@@ -39,10 +39,16 @@ _DECODED = (1, 1031, 1031)
 Pairs = Iterator[tuple[torch.Tensor, torch.Tensor]]
 
 
-def agrees(kernels: Kernels, torch_device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+def agrees(
+    kernels: Kernels,
+    torch_device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    softcap: float | None = None,
+) -> bool:
     """Run a table and the reference on small inputs; one that fails does not agree."""
-    reference, generator = Kernels([ReferenceKernel()]), torch.Generator().manual_seed(0)
-    scale = head_dim**-0.5
+    reference, generator = Kernels([ReferenceKernel(softcap)]), torch.Generator().manual_seed(0)
+    scale = head_dim**-0.5 * (softcap or 1.0)  # so that a bound is felt
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator, device="cpu").to(torch_device, dtype)

@@ -3,9 +3,10 @@
 For large tiles cuDNN's on Hopper and later, else flash attention, in float32 memory-efficient
 attention; all are called through torch's private operators. For few rows, where reading
 keys and values is the bound, Triton programs of our own (`fused_decode`), and flash attention where
-there is no Triton.
+there is no Triton. Bounded scores are served by Triton alone (`fused_chunk` for many rows).
 """
 
+import contextlib
 import logging
 
 import torch
@@ -185,11 +186,22 @@ def _is_of_a_chunk(q_len: int) -> bool:
     return q_len.bit_count() == 1
 
 
-def candidates(torch_device: torch.device, dtype: torch.dtype, head_dim: int) -> list[Kernels]:
-    """Return the tables that may serve this dtype and head_dim, best first."""
+def candidates(
+    torch_device: torch.device, dtype: torch.dtype, head_dim: int, softcap: float | None = None
+) -> list[Kernels]:
+    """Return the tables that may serve this dtype and head_dim, best first.
+
+    Args:
+        torch_device: which GPU.
+        dtype: of queries, keys and values.
+        head_dim: elements of one key, and of one value.
+        softcap: bound of the scores, or None.
+    """
     half = dtype in (torch.float16, torch.bfloat16)
     if head_dim % 8 or not (half or dtype == torch.float32):
         return []
+    if softcap is not None:
+        return _capped(torch_device, dtype, head_dim, softcap)
     choices: list[list[Kernel]] = []
     if half and head_dim <= 256:
         name = "torch flash attention (CUDA)"
@@ -208,16 +220,42 @@ def candidates(torch_device: torch.device, dtype: torch.dtype, head_dim: int) ->
             choices.append([flash])
     name = "memory-efficient attention (CUDA)"
     choices.append([CudaKernel(name, torch_device, tile=_EFFICIENT, square=_EFFICIENT_CAUSAL)])
-    rest = [ReferenceKernel()]
+    rest: list[Kernel] = [ReferenceKernel()]
     tables = [Kernels(kernels, rest) for kernels in choices]
+    return [*_with_triton(torch_device, dtype, head_dim, choices, rest, None), *tables]
+
+
+def _capped(
+    torch_device: torch.device, dtype: torch.dtype, head_dim: int, softcap: float
+) -> list[Kernels]:
+    """Return tables of Triton programs alone: none of torch's operators bounds scores."""
+    choices: list[list[Kernel]] = [[]]
+    if dtype != torch.float32:
+        with contextlib.suppress(Exception):  # which `_with_triton` tells of
+            from headinfer.attend.fused_chunk import TritonChunks
+
+            choices.insert(0, [TritonChunks.on(torch_device, head_dim, softcap)])
+    rest: list[Kernel] = [ReferenceKernel(softcap)]
+    return _with_triton(torch_device, dtype, head_dim, choices, rest, softcap)
+
+
+def _with_triton(
+    torch_device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    choices: list[list[Kernel]],
+    rest: list[Kernel],
+    softcap: float | None,
+) -> list[Kernels]:
+    """Return a table for each choice of kernels whose few rows Triton attends, if it can."""
     try:
         from headinfer.attend.fused_decode import TritonKernels, serves
     except Exception as error:  # it is not there, or is broken: torch's kernels serve
         _logger.info("no Triton: %s", error)
-        return tables
+        return []
     if not serves(dtype, head_dim):
-        return tables
+        return []
     properties = torch.cuda.get_device_properties(torch_device)
     shared_bytes = getattr(properties, "shared_memory_per_block_optin", 0)  # ROCm has none
     sizes = properties.multi_processor_count, shared_bytes
-    return [*(TritonKernels(kernels, rest, *sizes) for kernels in choices), *tables]
+    return [TritonKernels(kernels, rest, *sizes, softcap) for kernels in choices]

@@ -79,12 +79,14 @@ class TritonDecode:
 
     Args:
         programs: programs that fill the device.
+        softcap: bound of the scores, or None.
     """
 
     name = "Triton decode"
 
-    def __init__(self, programs: int) -> None:
+    def __init__(self, programs: int, softcap: float | None = None) -> None:
         self._programs = programs
+        self._cap = float(softcap or 0.0)
 
     def serves(self, work: Work) -> bool:
         """Whether it can attend a work: not where its queries differ in what they see."""
@@ -101,7 +103,7 @@ class TritonDecode:
         query = slots.query
         batch, kv_heads, _, _, dim = query.shape
         blocks = slots.block_rows, slots.block_dim, slots.block_tokens
-        constants = (dim, mask is not None, False, *blocks, MIN_SPLIT_TOKENS)
+        constants = (dim, mask is not None, False, self._cap, *blocks, MIN_SPLIT_TOKENS)
         for tile in work.tiles:
             if not tile.tokens:
                 continue
@@ -141,6 +143,7 @@ class TritonKernels(Kernels):
         rest: what attends the works that none of these serves.
         multiprocessors: of the device.
         shared_bytes: memory of a multiprocessor that one program may have.
+        softcap: bound of the scores, which all these kernels heed; None for none.
     """
 
     def __init__(
@@ -149,11 +152,13 @@ class TritonKernels(Kernels):
         rest: Sequence[Kernel],
         multiprocessors: int,
         shared_bytes: int = 0,
+        softcap: float | None = None,
     ) -> None:
+        self._cap = float(softcap or 0.0)
         self._programs = _PROGRAMS_PER_MULTIPROCESSOR * multiprocessors
         self._decode = _LARGE if shared_bytes >= _SHARED_BYTES else _SMALL
         self._decode_programs = self._decode.programs * multiprocessors
-        super().__init__([TritonDecode(self._programs), *kernels], rest)
+        super().__init__([TritonDecode(self._programs, softcap), *kernels], rest)
         self._scratch: dict[tuple[object, ...], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def begin(self, query: torch.Tensor, *, scale: float) -> Total:
@@ -189,8 +194,8 @@ class TritonKernels(Kernels):
             ),
             (start, batch_stride, head_stride, token_stride),
             (
-                *(query.shape[4], False, True, slots.block_rows, slots.block_dim),
-                *(slots.block_tokens, MIN_SPLIT_TOKENS),
+                *(query.shape[4], False, True, self._cap, slots.block_rows),
+                *(slots.block_dim, slots.block_tokens, MIN_SPLIT_TOKENS),
             ),
         )
         slots.used += splits
@@ -233,7 +238,7 @@ class TritonKernels(Kernels):
             (*new_keys.stride()[:2], start, batch_stride, head_stride, token_stride),
             (
                 *(group, dim, work.sinks is not None, place is not None, sink_tokens > 0),
-                *(LEAST_BLOCK_ROWS, power_of_2(dim), block_tokens),
+                *(self._cap, LEAST_BLOCK_ROWS, power_of_2(dim), block_tokens),
                 *(power_of_2(group), _merged_slots(group, dim), way.least_tokens),
             ),
         )

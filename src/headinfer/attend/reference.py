@@ -10,7 +10,8 @@ from headinfer.attend.work import Work
 from headinfer.kv.extent import Tile
 
 _MAX_SCORES = 2**23
-"""Scores computed at once: 32 MiB in float32, whatever the lengths."""
+"""Scores computed at once: 32 MiB in float32, whatever the lengths. The keys, and then the values,
+that these are computed from are as many elements at most."""
 
 
 class ReferenceKernel:
@@ -38,7 +39,9 @@ class ReferenceKernel:
     def _attend_tile(self, work: Work, tile: Tile) -> Partial:
         (keys, values), kv_len, parts = tile.kv, tile.tokens, []
         q_len, rows = work.query.shape[3], work.query.shape[:3].numel()
-        kv_block = min(kv_len, max(_MAX_SCORES // rows // min(q_len, 128), 1))
+        token_elements = keys.shape[:2].numel() * max(keys.shape[3], values.shape[3])
+        columns = min(_MAX_SCORES // rows // min(q_len, 128), _MAX_SCORES // token_elements)
+        kv_block = min(kv_len, max(columns, 1))
         q_block = max(_MAX_SCORES // rows // kv_block, 1)
         for first in range(0, q_len, q_block):
             queries = slice(first, min(first + q_block, q_len))
@@ -61,11 +64,12 @@ class ReferenceKernel:
     ) -> Partial:
         """Attend some queries of a work to the keys and values of some tokens of its tile."""
         query, mask = work.query[:, :, :, queries], work.mask
-        dtype = accumulation_dtype(query.dtype)
-        scores = torch.matmul(query.to(dtype), keys.to(dtype).unsqueeze(2).transpose(-1, -2))
-        scores *= work.scale
-        if self._softcap is not None:
-            scores = scores.div_(self._softcap).tanh_().mul_(self._softcap)
+        dtype, cap = accumulation_dtype(query.dtype), self._softcap
+        # The few queries are scaled, and not the many scores.
+        query = query.to(dtype) * (work.scale if cap is None else work.scale / cap)
+        scores = torch.matmul(query, keys.to(dtype).unsqueeze(2).transpose(-1, -2))
+        if cap is not None:
+            scores = scores.tanh_().mul_(cap)
         if work.causal:
             rows = torch.arange(queries.start, queries.stop, device=query.device)
             columns = torch.arange(tokens.start, tokens.stop, device=query.device)

@@ -5,7 +5,7 @@ import logging
 
 import torch
 
-from headinfer.attend.band import flash_band
+from headinfer.attend.band import find_band
 from headinfer.attend.check import TOLERANCE, agrees
 from headinfer.attend.cpu import CpuKernel
 from headinfer.attend.native.kernel import NativeKernel, decode_library
@@ -33,18 +33,18 @@ def select_kernels(
         softcap: bound of the scores, or None.
     """
     reference, tables = ReferenceKernel(softcap), []
-    if softcap is None and key_dim == value_dim and dtype in TOLERANCE:
+    if key_dim == value_dim and dtype in TOLERANCE:
         if torch_device.type == "cuda":
             from headinfer.attend import cuda  # which importing the package without a GPU spares
 
-            tables = cuda.candidates(torch_device, dtype, key_dim)
-        elif torch_device.type == "cpu":
+            tables = cuda.candidates(torch_device, dtype, key_dim, softcap)
+        elif torch_device.type == "cpu" and softcap is None:
             tables = [Kernels([CpuKernel()], [reference])]
             if decode_library(dtype, key_dim, 1) is not None:
                 tables.insert(0, Kernels([NativeKernel()], tables[0].kernels))
     for kernels in tables:
-        if agrees(kernels, torch_device, dtype, key_dim):
-            kernels.find_band = functools.partial(flash_band, torch_device, dtype, key_dim)
+        if agrees(kernels, torch_device, dtype, key_dim, softcap):
+            kernels.find_band = functools.partial(find_band, torch_device, dtype, key_dim, softcap)
             return kernels
         _logger.warning("%s fails its check here; another kernel is used", kernels.name)
     return Kernels([reference])

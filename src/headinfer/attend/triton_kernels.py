@@ -12,6 +12,22 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
+def scores_in_base_2(products, scale, CAP: tl.constexpr):
+    """Return the scores of some products of queries and keys, in base 2.
+
+    They are bounded by `CAP * tanh(score / CAP)`, which 0 leaves out. The hyperbolic tangent of x
+    is `1 - 2 / (exp(2 x) + 1)`: two instructions of the unit for such functions, and right to the
+    last bit of 1. So a bounded score is off by that times the cap, as one in float32 may be.
+    """
+    if CAP == 0.0:
+        scores = products * (scale * _LOG2_E)
+    else:
+        powers = tl.exp2(products * (scale * (2.0 * _LOG2_E / CAP)))
+        scores = CAP * _LOG2_E - (2.0 * CAP * _LOG2_E) / (powers + 1.0)
+    return scores
+
+
+@triton.jit
 def _attend_split(
     q,
     keys,
@@ -26,6 +42,7 @@ def _attend_split(
     DIM: tl.constexpr,
     MASKED: tl.constexpr,
     APART: tl.constexpr,
+    CAP: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
@@ -58,7 +75,8 @@ def _attend_split(
         if MASKED:
             seen = tl.load(mask + tokens, mask=real_tokens, other=0)
             visible = visible & (seen != 0)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * _LOG2_E)
+        products = tl.dot(q, tl.trans(k), input_precision="ieee")
+        scores = scores_in_base_2(products, scale, CAP)
         scores = tl.where(visible[None, :], scores, float("-inf"))
         new_highest = tl.maximum(highest, tl.max(scores, 1))
         # Where nothing was visible so far, 0 in place of -inf keeps -inf - -inf out.
@@ -109,6 +127,7 @@ def attend_tile(
     DIM: tl.constexpr,
     MASKED: tl.constexpr,
     COUNTED: tl.constexpr,
+    CAP: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
@@ -122,7 +141,7 @@ def attend_tile(
     `first_slot + s` of `parts[slots, batch, kv_heads, query_rows, DIM]`, float32, and of the LSE
     that lie behind them, `[slots, batch, kv_heads, query_rows]`. With `COUNTED` the number of
     tokens is read from `counted[1]`, and divided as `slots.split` does; parts that are left are
-    empty.
+    empty. Scores are bounded by `CAP`, unless it is 0.
     """
     split = tl.program_id(0)
     if COUNTED:
@@ -152,6 +171,7 @@ def attend_tile(
         DIM,
         MASKED,
         False,
+        CAP,
         BLOCK_ROWS,
         BLOCK_DIM,
         BLOCK_TOKENS,
@@ -191,6 +211,7 @@ def decode_token(
     SINKS: tl.constexpr,
     PLACE: tl.constexpr,
     APART: tl.constexpr,
+    CAP: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
@@ -249,6 +270,7 @@ def decode_token(
         DIM,
         False,
         APART,
+        CAP,
         BLOCK_ROWS,
         BLOCK_DIM,
         BLOCK_TOKENS,
@@ -263,7 +285,8 @@ def decode_token(
         newest = offset + newest * token_stride + dims
         tl.store(keys + newest, new_key, mask=real_dims)
         tl.store(values + newest, new_value, mask=real_dims)
-        score = tl.sum(q.to(tl.float32) * new_key.to(tl.float32)[None, :], 1) * (scale * _LOG2_E)
+        product = tl.sum(q.to(tl.float32) * new_key.to(tl.float32)[None, :], 1)
+        score = scores_in_base_2(product, scale, CAP)
         new_highest = tl.maximum(highest, score)
         shrink = tl.exp2(highest - new_highest)
         p = tl.exp2(score - new_highest)

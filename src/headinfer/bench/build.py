@@ -45,9 +45,10 @@ def build_model(spec: TrialSpec, device: torch.device) -> tuple[PreTrainedModel,
     if isinstance(model, NamedModel) and model.location is not None:
         return _load(model, model.location, dtype, device)
     torch.manual_seed(spec.seed)
+    config = _config(spec)
     with device:
         built: PreTrainedModel = AutoModelForCausalLM.from_config(
-            _config(spec), dtype=dtype, attn_implementation="sdpa"
+            config, dtype=dtype, attn_implementation=_stock_attention(config)
         )
     return built.to(device).eval(), None
 
@@ -57,12 +58,30 @@ def _load(
 ) -> tuple[PreTrainedModel, str | None]:
     try:
         loaded, note = load_checkpoint(
-            model.name, location, dtype=dtype, attn_implementation="sdpa"
+            model.name, location, dtype=dtype, attn_implementation=_saved_attention(location)
         )
     except (OSError, ValueError) as error:
         reason = reason_of(error)
         raise ModelLoadError(f"model {model.name!r} cannot be loaded: {reason}") from error
     return loaded.to(device).eval(), note
+
+
+def _stock_attention(config: Any) -> str:
+    """Return the attention that stock methods have: sdpa where it computes what the model is.
+
+    It has no bound of scores (Gemma 2). Transformers 5.17 passes over that without a word, and
+    newer releases refuse it.
+    """
+    text = config.get_text_config(decoder=True)
+    return "sdpa" if getattr(text, "attn_logit_softcapping", None) is None else "eager"
+
+
+def _saved_attention(location: str) -> str:
+    try:
+        config = AutoConfig.from_pretrained(location)
+    except Exception:  # loading the model tells what is wrong
+        return "sdpa"
+    return _stock_attention(config)
 
 
 def _config(spec: TrialSpec) -> Any:
