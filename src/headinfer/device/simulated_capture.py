@@ -33,6 +33,9 @@ _READ_BACK = frozenset(
 _COMMUNICATES = ("c10d", "_c10d_functional")
 """Namespaces of operations that processes do together."""
 
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+"""Tensors that hold no others."""
+
 _READ_BACK_METHODS = (torch.Tensor.tolist, torch.Tensor.numpy)
 """Methods that do so without any operation."""
 
@@ -106,7 +109,7 @@ class Recorder(TorchDispatchMode):
     ) -> Any:
         """Run an operation, and note it."""
         kwargs = kwargs or {}
-        if types:  # subclasses of tensors: what they do with those inside them comes next
+        if any(each not in _PLAIN for each in types):  # what they do with those inside comes next
             return NotImplemented
         if self.in_launch or operation.namespace == "profiler":
             return operation(*args, **kwargs)
