@@ -86,15 +86,16 @@ class Session:
         fast = options.fuse == "auto" and model.dtype in _FUSED
         captures = self._captures = CapturedSteps(
             *(model, device, self.stats),
-            enabled=options.capture and self.ranks.size == 1,
-            fused=fast and device.name == "cuda",
+            enabled=options.capture,
+            fused=fast and device.name == "cuda" and self.ranks.size == 1,
             obstacle=placement.obstacle,
+            ranks=self.ranks,
         )
         linears = FewRowLinears(model, enabled=fast and device.name == "cpu")
         padded = whole.exact is whole  # sinks of streaming heads would be padding
         self._attachment = Attachment(model, self, captures, linears, padded=padded)
         self._attached = True
-        tell_of_ranks(self.ranks, captures=options.capture and device.captures)
+        tell_of_ranks(self.ranks, captured=captures.enabled or not options.capture)
 
     @property
     def functions(self) -> AttentionFunctions:

@@ -53,6 +53,7 @@ def parity(folder: Path, got: dict[str, Any]) -> None:
                 got[f"{name} {device} kv_heads"] = [
                     layer.kv_heads for layer in offload.plan.shape.layers
                 ]
+                got[f"{name} {device} captured"] = offload.stats.captured_steps
                 cache = offload.new_cache()
                 model(prompt(1).to(model.device), **cache.as_keyword())
                 got[f"{name} {device} keys"] = cache.layers[0].keys.cpu()

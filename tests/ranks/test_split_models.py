@@ -90,6 +90,12 @@ def test_each_rank_keeps_its_own_heads(got, models, name, heads, device) -> None
         )
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_ranks_capture_and_replay_the_same_steps(got, name) -> None:
+    first, second = (rank[f"{name} simulated captured"] for rank in got)
+    assert first == second > 0
+
+
 def test_a_rank_takes_its_share_of_cpu_memory(got, models) -> None:
     with headinfer.attach(models["llama3"], **DEVICES["cpu"]) as offload:
         answers(models["llama3"], lambda: offload.new_cache().as_keyword())

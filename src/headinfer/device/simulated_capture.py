@@ -30,6 +30,12 @@ _READ_BACK = frozenset(
 `equal` is not among them: masks are looked at on the CPU, beside a GPU too.
 """
 
+_COMMUNICATES = ("c10d", "_c10d_functional")
+"""Namespaces of operations that processes do together."""
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+"""Tensors that hold no others."""
+
 _READ_BACK_METHODS = (torch.Tensor.tolist, torch.Tensor.numpy)
 """Methods that do so without any operation."""
 
@@ -103,6 +109,8 @@ class Recorder(TorchDispatchMode):
     ) -> Any:
         """Run an operation, and note it."""
         kwargs = kwargs or {}
+        if any(each not in _PLAIN for each in types):  # what they do with those inside comes next
+            return NotImplemented
         if self.in_launch or operation.namespace == "profiler":
             return operation(*args, **kwargs)
         if torch.is_inference_mode_enabled():  # where operations made of others come whole
@@ -114,6 +122,11 @@ class Recorder(TorchDispatchMode):
         if name in _READ_BACK or (name == "index" and _chosen_by_mask(args[1])):
             raise CaptureError(f"it reads back what {name} gives")
         output = operation(*args, **kwargs)
+        if operation.namespace in _COMMUNICATES:
+            self.operations.append(
+                functools.partial(_communicate_again, operation, args, kwargs, output)
+            )
+            return output
         noted = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs, output))
         self.operations.append(functools.partial(_run_again, operation, *noted))
         return output
@@ -165,6 +178,18 @@ class SimulatedCapture(Generic[_Result]):
 
 def _chosen_by_mask(indices: Any) -> bool:
     return any(each is not None and each.dtype in (torch.bool, torch.uint8) for each in indices)
+
+
+def _communicate_again(operation: Any, args: Any, kwargs: Any, outputs: Any) -> None:
+    """Run an operation of several processes again, and wait until what came out is there."""
+    results = operation(*args, **kwargs)
+    for output, result in zip(
+        pytree.tree_leaves(outputs), pytree.tree_leaves(results), strict=True
+    ):
+        if hasattr(result, "wait"):
+            result.wait()
+        elif isinstance(output, torch.Tensor) and output.data_ptr() != result.data_ptr():
+            output.copy_(torch.ops._c10d_functional.wait_tensor(result))
 
 
 def _run_again(operation: Any, args: Any, kwargs: Any, outputs: Any) -> None:

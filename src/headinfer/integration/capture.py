@@ -30,9 +30,10 @@ from headinfer.engine.engine import Engine
 from headinfer.engine.ready import IN_PIECES, Form, ReadyStep
 from headinfer.engine.stats import Stats
 from headinfer.errors import is_out_of_memory
+from headinfer.integration.alike import go_alike, may_capture
 from headinfer.integration.autocast import without_autocast
 from headinfer.integration.cache import OffloadedCache
-from headinfer.integration.captured_step import CapturedStep, Step
+from headinfer.integration.captured_step import CapturedStep, Step, make_step, taking_back
 from headinfer.integration.compiler import begin_import
 from headinfer.integration.decode_call import DecodeCall, DecodeCalls
 from headinfer.integration.fusion import Fusion
@@ -40,6 +41,7 @@ from headinfer.integration.hooks import HooksOfOthers
 from headinfer.integration.outputs import are_equal, handed_out
 from headinfer.integration.refused import RefusedCalls
 from headinfer.integration.said import first_line
+from headinfer.ranks.group import ALONE, Ranks
 
 _MOST_IN_VAIN = 8
 """Kinds of calls that are captured and then come no second time, until no other is tried."""
@@ -56,6 +58,8 @@ class CapturedSteps:
         fused: whether to fuse small parts of the model in captured steps.
         obstacle: why no step of the model can be captured, as where hooks move what it computes;
             None where nothing is known.
+        ranks: processes that compute the model: they run, capture and replay a step alike, or all
+            of them launch it kernel by kernel.
     """
 
     def __init__(
@@ -67,14 +71,16 @@ class CapturedSteps:
         enabled: bool,
         fused: bool,
         obstacle: str | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
+        self._ranks = ranks
         self._model = weakref.ref(model)
         self._calls = DecodeCalls(model)
         self._device = device
         self._stats = stats
-        self._enabled = enabled and device.captures
+        self.enabled = enabled and may_capture(device, ranks)
         self._obstacle = obstacle
-        self._fusion = Fusion(model, enabled=fused and self._enabled and obstacle is None)
+        self._fusion = Fusion(model, enabled=fused and self.enabled and obstacle is None)
         self._hooks = HooksOfOthers(model)
         self._in_a_row: weakref.WeakSet[Engine] = weakref.WeakSet()  # whose last call was a step
         self._begun: set[Hashable] = set()
@@ -102,7 +108,7 @@ class CapturedSteps:
             new_tokens: of each row.
         """
         engine = cache.state.engine
-        if engine is None or not self._enabled:
+        if engine is None or not self.enabled:
             return forward(**arguments)
         if self._obstacle is not None or not isinstance(engine, Engine):
             if new_tokens == 1:
@@ -112,6 +118,9 @@ class CapturedSteps:
         ready = IN_PIECES
         if call is not None:
             call, ready = self._in_form(call, engine)
+        first, known = engine not in self._in_a_row, call is not None and call.key in self._known
+        if not go_alike(self._ranks, call, ready, engine, in_a_row=not first, known=known):
+            call = None
         if call is None:
             self._in_a_row.discard(engine)
             for other in engine.captured.values():
@@ -121,7 +130,6 @@ class CapturedSteps:
         if captured is not None and captured.reads != ready.reads:
             del engine.captured[call.key]
             captured = None
-        first = engine not in self._in_a_row
         self._in_a_row.add(engine)
         if captured is None and first:
             return forward(**arguments)  # there may be no second one
@@ -136,6 +144,11 @@ class CapturedSteps:
             stats.captured_steps += 1
         return output
 
+    def _agree(self, call: DecodeCall) -> None:
+        """Refuse a call here where another rank refuses it."""
+        if self._ranks.any(call.key in self._refused.keys):
+            self._refused.keys.add(call.key)
+
     def _compared(
         self,
         forward: Callable[..., Any],
@@ -149,21 +162,25 @@ class CapturedSteps:
         engine = cache.state.engine
         assert isinstance(engine, Engine)
         if captured is None:
-            step = self._step(forward, cache, call)
+            step = make_step(forward, cache, call, self._calls.cache_name)
             if call.key not in self._known:
                 return self._begin(arguments, cache, call, step, ready)
             with self._preparing(cache):
                 captured = self._capture(cache, call, step, ready)
-        if captured is None:
+            self._agree(call)
+        if captured is None or call.key in self._refused.keys:
+            engine.captured.pop(call.key, None)
             return self._apart(forward, arguments)
         output = None
-        with self._attempt(cache, call), self._taking_back(engine, call):
+        with self._attempt(cache, call), taking_back(engine, call.form):
             output = self._replayed(cache, call, captured)
         wanted = self._apart(forward, arguments)
+        self._agree(call)
         if call.key in self._refused.keys:
             engine.captured.pop(call.key, None)
         else:
-            self._judge(engine, call, captured, are_equal(output, wanted))
+            equal = not self._ranks.any(not are_equal(output, wanted))
+            self._judge(engine, call, captured, equal)
         return wanted
 
     def _replayed(self, cache: OffloadedCache, call: DecodeCall, captured: CapturedStep) -> Any:
@@ -193,6 +210,8 @@ class CapturedSteps:
         None where all are refused.
         """
         ready = engine.begin_step() or IN_PIECES
+        if self._ranks.size > 1 and ready.form is Form.STREAMED:
+            ready = IN_PIECES  # for when the host's share is settled differs between ranks
         call = call.in_form(ready.form)
         if ready.form is Form.STREAMED and not engine.may_capture_streamed:
             captured = engine.captured.get(call.key)
@@ -209,35 +228,10 @@ class CapturedSteps:
             return None, ready
         return call, ready
 
-    @contextlib.contextmanager
-    def _taking_back(self, engine: Engine, call: DecodeCall) -> Iterator[None]:
-        """Take the token back that a step in pieces adds by itself, also where it fails."""
-        if call.form is not Form.IN_PIECES:
-            yield
-            return
-        lengths = engine.lengths()
-        try:
-            yield
-        finally:
-            engine.take_back(lengths)
-
     def _apart(self, forward: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         """Run a call where captures are made, and fused as they are, but kernel by kernel."""
         with self._device.apart(), self._fusion.on():
             return forward(**arguments)
-
-    def _step(self, forward: Callable[..., Any], cache: OffloadedCache, call: DecodeCall) -> Step:
-        engine = cache.state.engine
-        assert isinstance(engine, Engine)
-        with torch.inference_mode(False):  # or they could not be written to outside it
-            tensors = {name: torch.empty_like(each) for name, each in call.tensors.items()}
-        arguments = call.others | tensors
-        step = Step(
-            *(forward, weakref.ref(engine), weakref.ref(cache)),
-            *(arguments, self._calls.cache_name, call.form),
-        )
-        step.fill(call.tensors)
-        return step
 
     def _begin(
         self,
@@ -257,7 +251,7 @@ class CapturedSteps:
 
         def run() -> Any:
             engine.prepare(call.form)
-            with self._taking_back(engine, call):
+            with taking_back(engine, call.form):
                 return handed_out(self._apart(step.run, {}), cache)
 
         self._begun.add(call.key)
@@ -268,11 +262,15 @@ class CapturedSteps:
                 cache.state.functions.forget_pending()
             with self._attempt(cache, call):
                 output = run()
+            self._agree(call)
             if call.key not in self._refused.keys:
                 self._capture(cache, call, step, ready)
+                self._agree(call)
         wanted = self._apart(step.forward, arguments)
-        if call.key not in self._refused.keys and not are_equal(output, wanted):
-            self._refuse_for_its_bits(call)
+        if call.key not in self._refused.keys:
+            equal = are_equal(output, wanted)
+            if self._ranks.any(not equal):
+                self._refuse_for_its_bits(call)
         if call.key in self._refused.keys:
             engine.captured.pop(call.key, None)
         return wanted

@@ -12,6 +12,7 @@ from headinfer.device.base import Capture
 from headinfer.engine.engine import Engine
 from headinfer.engine.ready import Form
 from headinfer.integration.cache import OffloadedCache
+from headinfer.integration.decode_call import DecodeCall
 from headinfer.integration.outputs import without_cache
 
 
@@ -51,6 +52,42 @@ class Step:
         with engine.capturing(self.form), _without_autocast_memory():
             output = self.forward(**self.arguments, **{self.cache_name: cache})
         return without_cache(output, cache)
+
+
+def make_step(
+    forward: Callable[..., Any], cache: OffloadedCache, call: DecodeCall, cache_name: str
+) -> Step:
+    """Return a step with tensors of its own, which hold what a call brings.
+
+    Args:
+        forward: the model's own.
+        cache: the call's.
+        call: to be captured.
+        cache_name: what the model takes a cache as.
+    """
+    engine = cache.state.engine
+    assert isinstance(engine, Engine)
+    with torch.inference_mode(False):  # or they could not be written to outside it
+        tensors = {name: torch.empty_like(each) for name, each in call.tensors.items()}
+    step = Step(
+        *(forward, weakref.ref(engine), weakref.ref(cache)),
+        *(call.others | tensors, cache_name, call.form),
+    )
+    step.fill(call.tensors)
+    return step
+
+
+@contextlib.contextmanager
+def taking_back(engine: Engine, form: Form) -> Iterator[None]:
+    """Take the token back that a step in pieces adds by itself, also where it fails."""
+    if form is not Form.IN_PIECES:
+        yield
+        return
+    lengths = engine.lengths()
+    try:
+        yield
+    finally:
+        engine.take_back(lengths)
 
 
 @dataclass(slots=True)

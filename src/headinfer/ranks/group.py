@@ -72,6 +72,11 @@ class Ranks:
             return flag
         return bool(self.least(int(not flag))[0] == 0)
 
+    def same(self, number: int) -> bool:
+        """Whether all ranks give one number."""
+        low, high = self.least(number, -number)
+        return low == -high
+
     def together(self, work: Callable[[], _Result]) -> _Result:
         """Return what a function of this rank gives, unless any rank's refuses.
 
@@ -102,8 +107,7 @@ class Ranks:
         Raises:
             RanksError: the ranks' calls differ.
         """
-        low, high = self.least(told, -told)
-        if low != -high:
+        if not self.same(told):
             raise RanksError(
                 f"the {self.size} ranks of the model were given different tokens; give all of them "
                 "the same prompts, settings and seed (torch.manual_seed) in the same order"
