@@ -51,6 +51,7 @@ ORDER = [
     "plan",
     "schedule",
     "heads",
+    "saved",
     "units",
     "kept",
     "folders",

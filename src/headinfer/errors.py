@@ -29,6 +29,10 @@ class CacheStateError(HeadInferError):
     """A cache is used after it was closed, or with a model it was not made for."""
 
 
+class SessionFileError(HeadInferError):
+    """A saved session cannot be written or read, or is of another model."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether torch or Python ran out of memory; torch's CPU allocator says so in words alone."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":

@@ -2,9 +2,12 @@
 
 import contextlib
 import dataclasses
+import functools
+import os
 import weakref
 
 import torch
+import transformers
 from transformers import PreTrainedModel
 
 from headinfer.device.base import Device, Mark
@@ -20,6 +23,7 @@ from headinfer.integration.cache import OffloadedCache, PrefillProgress
 from headinfer.integration.capture import CapturedSteps
 from headinfer.integration.linears import FewRowLinears
 from headinfer.integration.model_shape import model_shape
+from headinfer.integration.saving import fill_cache
 from headinfer.plan import memory
 from headinfer.plan.host_room import HostRoom
 from headinfer.plan.narrow import narrowed
@@ -33,6 +37,7 @@ from headinfer.plan.streaming import (
     with_streaming_heads,
 )
 from headinfer.plan.whole import passing_whole
+from headinfer.saved.fingerprint import Fingerprint, fingerprint
 from headinfer.units import format_bytes
 
 _FUSED = frozenset({torch.float16, torch.bfloat16})
@@ -107,6 +112,19 @@ class Session:
         if not self._attached:
             raise CacheStateError("the model was detached; attach it again for a new cache")
         return OffloadedCache(self._model, self, max_tokens)
+
+    def load_cache(
+        self, path: str | os.PathLike[str], max_tokens: int | None, *, partial: bool
+    ) -> OffloadedCache:
+        """Return a cache with the tokens of a saved session; see `Offload.load_cache`."""
+        cache = self.new_cache(max_tokens)
+        fill = functools.partial(fill_cache, cache, self.fingerprint(), path, partial=partial)
+        self._attachment.turns.run(fill)
+        return cache
+
+    def fingerprint(self) -> Fingerprint:
+        """Return what the model is known by."""
+        return fingerprint(self._model, transformers.__version__)
 
     def detach(self) -> None:
         """Leave the model exactly as it was; its caches are closed. May be called again.
