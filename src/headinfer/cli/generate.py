@@ -7,6 +7,7 @@ from rich.markup import escape
 
 from headinfer.cli import form_options as form
 from headinfer.cli import options as opt
+from headinfer.cli import session_options as sessions
 from headinfer.cli.answer import Answer, Request
 from headinfer.cli.console import reporting_errors, stderr_console
 from headinfer.cli.interrupt import Interrupt
@@ -61,6 +62,7 @@ def generate(
             metavar="PATH",
         ),
     ] = None,
+    session: sessions.Session = None,
     system: form.System = None,
     chat_template_kwargs: form.ChatTemplateKwargs = None,
     raw: Annotated[
@@ -176,6 +178,7 @@ def generate(
             rich_help_panel=opt.RESEARCH_PANEL,
         ),
     ] = None,
+    save_session: sessions.SaveSession = None,
     as_json: Annotated[
         bool,
         typer.Option(
@@ -198,6 +201,7 @@ def generate(
     """
     with reporting_errors(quiet=quiet):
         check_writable("--trace", trace)
+        sessions.check_sessions(session, save_session)
         request = Request(
             generation=GenerationOptions(
                 max_new_tokens=max_new_tokens,
@@ -230,6 +234,8 @@ def generate(
             stop=form.parse_stop(stop),
             seed=seed,
             trace=trace,
+            session=session,
+            save_session=save_session,
             threads=threads,
             as_json=as_json,
             quiet=quiet,
@@ -278,19 +284,23 @@ def _load_and_run(request: Request) -> None:
         model, unused = load_model(request.source, config, dtype=request.dtype, device=device)
         settings = settle(request.generation.keywords(), model.generation_config, len(ids))
 
+        sessions.check_rows(settings.rows, request.session, request.save_session)
+
         from headinfer.api import attach
     for told in filter(None, (note, unused, settings.note(flag))):
         console.print(f"note: {told}", markup=False)
     interrupt = Interrupt(console)
-    bar = PrefillBar(console, len(ids), interrupt.check)
-    keywords = request.options.keywords() | {"device": device, "progress": bar.update}
+    keywords = request.options.keywords() | {"device": device}
+    tokens = len(ids) + settings.max_new_tokens
     with interrupt.handling(), attach(model, **keywords) as offload:
-        plan = offload.session.plan_for(settings.rows, len(ids) + settings.max_new_tokens)
+        plan = offload.session.plan_for(settings.rows, tokens)
         print_plan(console, request.source.name, str(model.dtype).removeprefix("torch."), plan)
         for line in form.loaded_form(request.source, model, plan.shape.weights_bytes):
             console.print(f"  {escape(line)}", highlight=False)
+        cache, kept = sessions.open_cache(console, offload, request.session, ids, tokens)
+        bar = PrefillBar(console, len(ids) - kept, interrupt.check)
         answer = Answer(request, settings, console, model, tokenizer, offload, plan)
-        answer.generate(ids, bar, interrupt)
+        answer.generate(ids, cache, bar, interrupt)
         interrupt.finishing = True
         code = answer.finish()
     if code:

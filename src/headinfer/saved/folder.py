@@ -61,7 +61,7 @@ def check_saveable(path: str | os.PathLike[str]) -> None:
         raise SessionFileError(f"{refusal} that names no folder")
     try:
         parent = Path(os.path.realpath(name)).parent
-        if not os.path.lexists(name):
+        if not _is_there(name):
             if not parent.is_dir():
                 raise SessionFileError(
                     f"{refusal} there is no folder {str(parent)!r}; make it first"
@@ -81,6 +81,14 @@ def check_saveable(path: str | os.PathLike[str]) -> None:
         )
     if not os.access(name, os.W_OK):
         raise SessionFileError(f"{refusal} that folder may not be written")
+
+
+def _is_there(name: str) -> bool:
+    try:
+        os.lstat(name)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def _is_ours(name: str) -> bool:
