@@ -50,7 +50,7 @@ def saved_session(model: Any, path: Path, parts: Any, **options: Any) -> Any:
     """Save what was read under some options; return the logits of the rest by who went on."""
     before, last, *after = parts
     with headinfer.attach(model, **options) as offload:
-        cache = offload.new_cache()
+        cache = offload.new_cache(400)  # in one piece, as tiles of others would round otherwise
         read(model, cache, before, last)
         cache.save(path, block_bytes=BLOCK)
         return read(model, cache, *after)
@@ -80,15 +80,10 @@ def test_it_has_the_bits_of_the_one_that_went_on(
     name: str, dtype: torch.dtype, option: str, tmp_path: Path
 ) -> None:
     model, parts = tiny_model(name).to(dtype), conversation(2)
-    options = {**OPTIONS[option]}
-    if options.get("host_attention"):
-        options["resident_tokens"] = 8
-    wanted = saved_session(model, tmp_path / "s", parts, **options)
-    with headinfer.attach(model, **options) as offload:
-        got = read(model, offload.load_cache(tmp_path / "s"), *parts[2:])
-    if dtype is torch.float32:
-        torch.testing.assert_close(got, wanted)
-    assert torch.equal(got.argmax(-1), wanted.argmax(-1))
+    wanted = saved_session(model, tmp_path / "s", parts, **OPTIONS[option])
+    with headinfer.attach(model, **OPTIONS[option]) as offload:
+        got = read(model, offload.load_cache(tmp_path / "s", 400), *parts[2:])
+    assert torch.equal(got, wanted)
 
 
 @pytest.mark.parametrize("device", ["cpu", "simulated"])
