@@ -6,6 +6,7 @@ takes its name in one step. So a save that is cut off at any place leaves the se
 
 import concurrent.futures
 import contextlib
+import io
 import os
 import secrets
 import shutil
@@ -31,6 +32,9 @@ from headinfer.units import format_bytes
 _BUFFERS = 2
 """While one is written the other is filled."""
 
+_MOST_ON_THE_WAY = 4
+"""Pages that the system has and the disk may not have yet."""
+
 
 class SessionWriter:
     """A writer of one session; see `writing`.
@@ -45,6 +49,9 @@ class SessionWriter:
         self._buffers = [torch.empty(0, dtype=torch.uint8) for _ in range(_BUFFERS)]
         self._written: list[concurrent.futures.Future[None] | None] = [None] * _BUFFERS
         self._pool = concurrent.futures.ThreadPoolExecutor(1, "headinfer-session-writer")
+        # In a thread of its own: the system takes the next page while the disk takes this one.
+        self._disk = concurrent.futures.ThreadPoolExecutor(1, "headinfer-session-disk")
+        self._on_disk: list[concurrent.futures.Future[None]] = []
         self._pages = 0
         self._committed = False
 
@@ -75,7 +82,7 @@ class SessionWriter:
             crc32=zlib.crc32(data),
         )
         self._pages += kind is None
-        self._written[0] = self._pool.submit(_write_file, self._folder / entry.file, data)
+        self._written[0] = self._pool.submit(self._write, self._folder / entry.file, data)
         self._buffers.append(self._buffers.pop(0))
         self._written.append(self._written.pop(0))
         return entry
@@ -88,9 +95,11 @@ class SessionWriter:
         """
         for number in range(_BUFFERS):
             self._wait(number)
+        for on_disk in self._on_disk:
+            on_disk.result()
         synchronize_folder(self._folder)
         new = self._folder / f"{INDEX_NAME}.new"
-        _write_file(new, memoryview(index.to_json(written_by).encode()), exclusive=False)
+        _synchronize(_write_file(new, memoryview(index.to_json(written_by).encode())))
         self._committed = True  # noted before: Ctrl-C behind the next line must remove nothing
         try:
             os.replace(new, self._folder / INDEX_NAME)
@@ -102,8 +111,9 @@ class SessionWriter:
             remove_unlisted(self._folder, {entry.file for entry in index.files})
 
     def close(self) -> None:
-        """End the thread, once it wrote what it has."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        """End the threads, once they wrote what they have."""
+        for pool in (self._pool, self._disk):
+            pool.shutdown(wait=True, cancel_futures=True)
 
     def abandon(self) -> None:
         """Remove what was written and not committed."""
@@ -114,6 +124,12 @@ class SessionWriter:
                 path.unlink()
         with contextlib.suppress(OSError):
             (self._folder / f"{INDEX_NAME}.new").unlink()
+
+    def _write(self, path: Path, data: memoryview) -> None:
+        """Hand a page to the system, and have another thread wait for the disk."""
+        while len(self._on_disk) >= _MOST_ON_THE_WAY:
+            self._on_disk.pop(0).result()
+        self._on_disk.append(self._disk.submit(_synchronize, _write_file(path, data)))
 
     def _wait(self, number: int) -> None:
         written, self._written[number] = self._written[number], None
@@ -166,10 +182,20 @@ def _writing(folder: Path, num_bytes: int) -> Iterator[SessionWriter]:
         writer.abandon()
 
 
-def _write_file(path: Path, data: memoryview, *, exclusive: bool = True) -> None:
-    """Write a file and have it survive a loss of power."""
-    with open(path, "xb" if exclusive else "wb", buffering=0) as file:
+def _write_file(path: Path, data: memoryview) -> io.FileIO:
+    """Return a file that was written, still open."""
+    file = io.FileIO(path, "wb")
+    try:
         left = data
         while left:
             left = left[file.write(left) :]
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def _synchronize(file: io.FileIO) -> None:
+    """Have a file survive a loss of power, and close it."""
+    with file:
         os.fsync(file.fileno())
