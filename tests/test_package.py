@@ -53,6 +53,7 @@ ORDER = [
     "schedule",
     "heads",
     "ranks",
+    "saved",
     "units",
     "kept",
     "folders",

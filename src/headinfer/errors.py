@@ -33,6 +33,10 @@ class RanksError(HeadInferError):
     """The processes that compute a model together do not do the same, or cannot begin."""
 
 
+class SessionFileError(HeadInferError):
+    """A saved session cannot be written or read, or is of another model."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether torch or Python ran out of memory; torch's CPU allocator says so in words alone."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":

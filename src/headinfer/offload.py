@@ -1,5 +1,6 @@
 """The handle on an attached model."""
 
+import os
 from types import TracebackType
 
 from headinfer.engine.stats import Stats
@@ -51,6 +52,32 @@ class Offload:
         return self.session.new_cache(
             None if max_tokens is None else parse_tokens(max_tokens, "max_tokens")
         )
+
+    def load_cache(
+        self,
+        path: str | os.PathLike[str],
+        max_tokens: int | str | None = None,
+        *,
+        partial: bool = False,
+    ) -> OffloadedCache:
+        """Return a cache with all that `OffloadedCache.save` wrote, of the same model.
+
+        The options of the attachment may be others than they were: device, tiles, memory.
+
+        Args:
+            path: of the session, a folder.
+            max_tokens: tokens to reserve CPU memory for, those of the session included.
+            partial: whether a session that is damaged gives the tokens before that place, with a
+                warning in the log. By default it is refused.
+
+        Raises:
+            SessionFileError: there is no session, it is of another model, or is damaged. The
+                message says how, and how many tokens can be used.
+            MemoryPlanError: the GPU memory or the CPU memory is too small for it.
+            CacheStateError: the model was detached.
+        """
+        most = None if max_tokens is None else parse_tokens(max_tokens, "max_tokens")
+        return self.session.load_cache(path, most, partial=partial)
 
     def detach(self) -> None:
         """Leave the model exactly as it was; its caches are closed. May be called again.

@@ -2,10 +2,13 @@
 
 import contextlib
 import dataclasses
+import functools
+import os
 import weakref
 from collections.abc import Sequence
 
 import torch
+import transformers
 from transformers import PreTrainedModel
 
 from headinfer.device.base import AllMarks, Device, Mark
@@ -23,6 +26,7 @@ from headinfer.integration.linears import FewRowLinears
 from headinfer.integration.model_shape import model_shape
 from headinfer.integration.parts import USED_SHARE, parts_of, with_kv_itemsize
 from headinfer.integration.placement import Placement
+from headinfer.integration.saving import fill_cache
 from headinfer.integration.shards import rank_shape, ranks_of, tell_of_ranks
 from headinfer.plan.host_room import HostRoom
 from headinfer.plan.narrow import narrowed, with_fewer_residents
@@ -30,6 +34,7 @@ from headinfer.plan.options import Options
 from headinfer.plan.plan import Plan, joined
 from headinfer.plan.streaming import with_pattern
 from headinfer.plan.whole import passing_whole
+from headinfer.saved.fingerprint import Fingerprint, fingerprint
 
 _FUSED = frozenset({torch.float16, torch.bfloat16})
 """Dtypes in which fused parts of a model round less often than those of its code."""
@@ -74,11 +79,6 @@ class Session:
         whole = with_pattern(model_shape(model), options)
         self._shape = rank_shape(whole, model, self.ranks)
         self.parts = parts_of(self._shape, placement, devices, options, self.ranks.on_host)
-        if self.ranks.size > 1 and len(self.parts) > 1:
-            raise UnsupportedModelError(
-                f"each of {self.ranks.size} ranks has layers on {len(self.parts)} devices; give a "
-                "rank one device, or load the model in one process with device_map='auto'"
-            )
         device = self.device = self.parts[0].device
         self._engines: weakref.WeakSet[CacheEngine] = weakref.WeakSet()
         self._attached = False
@@ -111,6 +111,23 @@ class Session:
         if not self._attached:
             raise CacheStateError("the model was detached; attach it again for a new cache")
         return OffloadedCache(self._model, self, max_tokens)
+
+    def load_cache(
+        self, path: str | os.PathLike[str], max_tokens: int | None, *, partial: bool
+    ) -> OffloadedCache:
+        """Return a cache with the tokens of a saved session; see `Offload.load_cache`."""
+        cache = self.new_cache(max_tokens)
+        fill = functools.partial(fill_cache, cache, self.fingerprint(), path, partial=partial)
+        self._attachment.turns.run(fill)
+        return cache
+
+    def fingerprint(self) -> Fingerprint:
+        """Return what the model is known by, where its sessions can be saved."""
+        if self.ranks.size > 1 or len(self.parts) > 1:
+            raise UnsupportedModelError(
+                "sessions are saved of models on one device in one process; this one is split"
+            )
+        return fingerprint(self._model, transformers.__version__)
 
     def detach(self) -> None:
         """Leave the model exactly as it was; its caches are closed. May be called again.
@@ -156,7 +173,7 @@ class Session:
         try:
             plan = self._resolve(batch, context_tokens, others, dtype)
         except MemoryPlanError:
-            keeping = [engine for engine in others if any(_residents(engine))]
+            keeping = [each for each in others if any(p.plan.resident_tokens for p in each.parts)]
             if not self.ranks.any(bool(keeping)):
                 raise
             for engine in keeping:
@@ -328,15 +345,5 @@ class Session:
             if engine is own:
                 tokens, batch = cache.get_seq_length(), engine.plan.batch
                 standard_bytes = self._shape.standard_kv_bytes(tokens, batch)
-                _raise_peaks(cache.stats, device_here, host_here, standard_bytes)
-        _raise_peaks(self.stats, device_bytes, host_bytes, standard_bytes)
-
-
-def _residents(engine: CacheEngine) -> list[int]:
-    return [part.plan.resident_tokens for part in engine.parts]
-
-
-def _raise_peaks(stats: Stats, device_bytes: int, host_bytes: int, standard_bytes: int) -> None:
-    stats.peak_device_kv_bytes = max(stats.peak_device_kv_bytes, device_bytes)
-    stats.host_kv_bytes = max(stats.host_kv_bytes, host_bytes)
-    stats.standard_kv_bytes = max(stats.standard_kv_bytes, standard_bytes)
+                cache.stats.raise_peaks(device_here, host_here, standard_bytes)
+        self.stats.raise_peaks(device_bytes, host_bytes, standard_bytes)

@@ -130,6 +130,24 @@ RUNS: list[Row] = [
     (with_model("--trace", "-"), ("--trace", "only --json")),
     (with_model("--trace", LONG), ("--trace", "xxx...xxx")),
 ]
+SESSIONS: list[Row] = [
+    (with_model("--session", ""), ("session ''", "is not there")),
+    (with_model("--session", "/no/such"), ("'/no/such'", "is not there", "--save-session")),
+    (with_model("--session", "{text}"), ("text", "is a file", "folder")),
+    (with_model("--session", "{good}"), ("is not a session", "no index.json")),
+    (with_model("--session", "{null-session}"), ("is not a session", "index.json")),
+    (with_model("--session", "{cut-session}"), ("is damaged", "index.json", "not JSON")),
+    (with_model("--session", "{later-session}"), ("format 99", "reads format 1")),
+    (with_model("--session", "{changed-session}"), ("is damaged", "checksum")),
+    (with_model("--session", LONG), ("xxx...xxx", "is not there")),
+    (with_model("--save-session", ""), ("''", "names no folder")),
+    (with_model("--save-session", "/no/such/s"), ("'/no/such/s'", "no folder '/no/such'")),
+    (with_model("--save-session", "{text}"), ("text", "a file of that name")),
+    (with_model("--save-session", "{text}/s"), ("text", "no folder")),
+    (with_model("--save-session", "{good}"), ("other things in it", "'config.json'")),
+    (with_model("--save-session", LONG), ("File name too long", "xxx...xxx")),
+    (with_model("--save-session", "{new}", "--num-beams", "2"), ("one row", "2 beams")),
+]
 PLAN: list[Row] = [
     (("plan", *args), words)
     for args, words in (
@@ -262,6 +280,7 @@ TABLE: list[Row] = [
     *CONFIGS,
     *OTHER_FILES,
     *RUNS,
+    *SESSIONS,
     *PLAN,
     *OTHERS,
     *BENCH,

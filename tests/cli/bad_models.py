@@ -134,4 +134,10 @@ MODELS: dict[str, Callable[[Path], None]] = {
     "template-type": template('{{ 1 + "x" }}'),
     "template-zero": template("{{ 1 // 0 }}"),
     "template-call": template("{{ messages() }}"),
+    "null-session": written("index.json", "null"),
+    "cut-session": written("index.json", "{"),
+    "later-session": written("index.json", '{"kind": "headinfer session", "format": 99}'),
+    "changed-session": written(
+        "index.json", '{"crc32": 1, "kind": "headinfer session", "format": 1, "tokens": 5}'
+    ),
 }

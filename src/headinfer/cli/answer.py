@@ -17,12 +17,15 @@ from headinfer.cli.load import NamedSource
 from headinfer.cli.progress import PrefillBar
 from headinfer.cli.render import plan_as_json, print_rows, stats_as_json, summary_rows
 from headinfer.cli.sampling import GenerationOptions
+from headinfer.cli.session_options import save_session
+from headinfer.errors import HeadInferError
 from headinfer.generation.settings import Settings
 from headinfer.plan.options import Options
 
 if TYPE_CHECKING:
     from headinfer.engine.stats import Stats
     from headinfer.generation.call import Generation
+    from headinfer.integration.cache import OffloadedCache
     from headinfer.offload import Offload
     from headinfer.plan.plan import Plan
     from headinfer.trace import Trace
@@ -44,6 +47,8 @@ class Request:
     stop: tuple[str, ...]
     seed: int | None
     trace: str | None
+    session: str | None
+    save_session: str | None
     threads: int | None
     as_json: bool
     quiet: bool
@@ -91,6 +96,8 @@ class Answer:
         self._stopped: Stopped | None = None
         self._trace: Trace | None = None
         self._bar: PrefillBar | None = None
+        self._cache: OffloadedCache | None = None
+        self._cached_tokens = 0
 
     def _stream(self, piece: str) -> None:
         if not self._request.as_json:
@@ -109,13 +116,22 @@ class Answer:
             self._stdout_error = error
             discard_stdout()
 
-    def generate(self, ids: list[int], bar: PrefillBar, interrupt: Interrupt) -> None:
-        """Generate, and write text as it comes; failures are kept for `finish`."""
+    def generate(
+        self, ids: list[int], cache: "OffloadedCache", bar: PrefillBar, interrupt: Interrupt
+    ) -> None:
+        """Generate, and write text as it comes; failures are kept for `finish`.
+
+        Args:
+            ids: the prompt.
+            cache: to be filled; it may hold what the prompt begins with.
+            bar: shows what is read.
+            interrupt: asked whether to stop.
+        """
         import torch
 
         from headinfer.generation.call import Generation
 
-        self._bar = bar
+        self._bar, self._cache, self._cached_tokens = bar, cache, cache.get_seq_length()
         if self._request.seed is not None:
             torch.manual_seed(self._request.seed)
         criteria = [interrupt.stopping_criterion]
@@ -127,6 +143,8 @@ class Answer:
             self._offload.session,
             self._settings,
             self._stream,
+            cache=cache,
+            progress=bar.update,
             criteria=criteria,
             stop=self._request.stop,
         )
@@ -174,13 +192,28 @@ class Answer:
             self._write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
         elif generation.text and not generation.text.endswith("\n"):
             self._write("\n")
+        unsaved = self._save()
         with contextlib.suppress(OSError):  # the terminal may be gone
             self._print_summary()
+        code = 0 if unsaved is None else report(unsaved)
         if self._failure is not None:
             return report(self._failure)
         if self._stopped is not None:
             return report(self._stopped)
+        if code:
+            return code
         return 0 if self._stdout_error is None else self._report_lost(self._stdout_error)
+
+    def _save(self) -> HeadInferError | None:
+        """Save the session, if that is asked for; return why it could not be."""
+        name, cache = self._request.save_session, self._cache
+        if name is None or cache is None or self._failure is not None:
+            return None
+        try:
+            save_session(self._console, cache, name)
+        except HeadInferError as error:
+            return error
+        return None
 
     def _stats(self) -> "Stats":
         """Return what was measured; of a prefill that was cut short, the chunks that were run."""
@@ -214,6 +247,7 @@ class Answer:
             "load_in": self._request.source.load_in,
             "adapter": self._request.source.adapter,
             "prompt_tokens": generation.prompt_tokens,
+            "cached_tokens": self._cached_tokens,
             "new_tokens": len(generation.ids),
             "seed": self._request.seed,
             "plan": plan_as_json(self._plan),

@@ -9,6 +9,7 @@ from rich.markup import escape
 from headinfer.cli import form_options as form
 from headinfer.cli import options as opt
 from headinfer.cli import ranks
+from headinfer.cli import session_options as sessions
 from headinfer.cli.answer import Answer, Request
 from headinfer.cli.console import reporting_errors, stderr_console
 from headinfer.cli.interrupt import Interrupt
@@ -36,49 +37,36 @@ from headinfer.plan.options import Options
 from headinfer.ranks.launched import Launched, is_another
 
 
-def _prompt_option(*flags: str, help_text: str, metavar: str = opt.NO_VALUE) -> Any:
-    return typer.Option(*flags, help=help_text, metavar=metavar, rich_help_panel=opt.PROMPT_PANEL)
-
-
-def _model_option(*flags: str, help_text: str, metavar: str = opt.NO_VALUE) -> Any:
-    return typer.Option(*flags, help=help_text, metavar=metavar, rich_help_panel=opt.MODEL_PANEL)
-
-
-def _sampling_option(*flags: str, help_text: str, metavar: str = "N", **settings: Any) -> Any:
-    return typer.Option(
-        *flags, help=help_text, metavar=metavar, rich_help_panel=opt.GENERATION_PANEL, **settings
-    )
-
-
 @opt.with_flags()
 def generate(
     *,
     prompt: Annotated[
-        str | None, _prompt_option("--prompt", "-p", help_text="The prompt.", metavar="TEXT")
+        str | None, opt.prompt_option("--prompt", "-p", help_text="The prompt.", metavar="TEXT")
     ] = None,
     prompt_file: Annotated[
         list[str] | None,
-        _prompt_option(
+        opt.prompt_option(
             "--prompt-file",
             "-f",
             help_text="A UTF-8 text file that comes before the prompt, -: stdin; may be repeated.",
             metavar="PATH",
         ),
     ] = None,
+    session: sessions.Session = None,
     system: form.System = None,
     chat_template_kwargs: form.ChatTemplateKwargs = None,
     raw: Annotated[
-        bool, _prompt_option("--raw", help_text="Leave out the model's chat template.")
+        bool, opt.prompt_option("--raw", help_text="Leave out the model's chat template.")
     ] = False,
     allow_long_prompt: Annotated[
         bool,
-        _prompt_option(
+        opt.prompt_option(
             "--allow-long-prompt", help_text="Run prompts beyond the positions of the model."
         ),
     ] = False,
     model: Annotated[
         str,
-        _model_option(
+        opt.model_option(
             "--model",
             "-m",
             help_text="A folder or id of a transformers model, a GGUF file, smollm2, gemma3-270m, "
@@ -92,14 +80,15 @@ def generate(
     gpus: form.GpuCount = None,
     flags: dict[str, Any],
     local_files_only: Annotated[
-        bool, _model_option("--local-files-only", help_text="Never ask the model hub.")
+        bool, opt.model_option("--local-files-only", help_text="Never ask the model hub.")
     ] = False,
     trust_remote_code: Annotated[
-        bool, _model_option("--trust-remote-code", help_text="Run code that comes with the model.")
+        bool,
+        opt.model_option("--trust-remote-code", help_text="Run code that comes with the model."),
     ] = False,
     tensor_parallel: Annotated[
         bool,
-        _model_option(
+        opt.model_option(
             "--tensor-parallel",
             help_text="Be one of the ranks, one a GPU, that torchrun started to share the model.",
         ),
@@ -107,7 +96,7 @@ def generate(
     threads: opt.Threads = None,
     max_new_tokens: Annotated[
         int | None,
-        _sampling_option(
+        opt.sampling_option(
             "--max-new-tokens",
             "-n",
             help_text=f"The most tokens to generate, by default {DEFAULT_NEW_TOKENS}.",
@@ -116,7 +105,7 @@ def generate(
     stop: form.Stop = None,
     do_sample: Annotated[
         bool,
-        _sampling_option(
+        opt.sampling_option(
             "--do-sample",
             help_text="Sample; --temperature, --top-k, --top-p and --min-p turn it on, too.",
             metavar=opt.NO_VALUE,
@@ -124,46 +113,46 @@ def generate(
     ] = False,
     no_do_sample: Annotated[
         bool,
-        _sampling_option(
+        opt.sampling_option(
             "--no-do-sample", help_text="Take the likeliest token.", metavar=opt.NO_VALUE
         ),
     ] = False,
     temperature: Annotated[
-        float | None, _sampling_option("--temperature", help_text="Above 1 more varied.")
+        float | None, opt.sampling_option("--temperature", help_text="Above 1 more varied.")
     ] = None,
     top_k: Annotated[
-        int | None, _sampling_option("--top-k", help_text="Sample from so many tokens; 0: all.")
+        int | None, opt.sampling_option("--top-k", help_text="Sample from so many tokens; 0: all.")
     ] = None,
     top_p: Annotated[
         float | None,
-        _sampling_option("--top-p", help_text="Sample from this share of probability."),
+        opt.sampling_option("--top-p", help_text="Sample from this share of probability."),
     ] = None,
     min_p: Annotated[
         float | None,
-        _sampling_option(
+        opt.sampling_option(
             "--min-p", help_text="Leave out tokens below this share of the likeliest."
         ),
     ] = None,
     repetition_penalty: Annotated[
-        float | None, _sampling_option("--repetition-penalty", help_text="1: none.")
+        float | None, opt.sampling_option("--repetition-penalty", help_text="1: none.")
     ] = None,
     no_repeat_ngram_size: Annotated[
         int | None,
-        _sampling_option(
+        opt.sampling_option(
             "--no-repeat-ngram-size", help_text="Never repeat so many tokens; 0: off."
         ),
     ] = None,
     num_beams: Annotated[
         int | None,
-        _sampling_option("--num-beams", help_text="Beams; from 2 on, text comes at the end."),
+        opt.sampling_option("--num-beams", help_text="Beams; from 2 on, text comes at the end."),
     ] = None,
     length_penalty: Annotated[
         float | None,
-        _sampling_option("--length-penalty", help_text="Of beams; above 0 prefers longer ones."),
+        opt.sampling_option("--length-penalty", help_text="Of beams; above 0 prefers longer ones."),
     ] = None,
     prompt_lookup: Annotated[
         int | None,
-        _sampling_option(
+        opt.sampling_option(
             "--prompt-lookup",
             help_text="Guess so many tokens at a time from the prompt: same text, fewer steps.",
         ),
@@ -171,13 +160,15 @@ def generate(
     prompt_lookup_num_tokens: Annotated[
         int | None,
         # The name that transformers has; too long for the help on a narrow terminal.
-        _sampling_option(
+        opt.sampling_option(
             "--prompt-lookup-num-tokens", help_text="The same as --prompt-lookup.", hidden=True
         ),
     ] = None,
     seed: Annotated[
         int | None,
-        _sampling_option("--seed", help_text="Makes sampling repeatable.", callback=opt.check_seed),
+        opt.sampling_option(
+            "--seed", help_text="Makes sampling repeatable.", callback=opt.check_seed
+        ),
     ] = None,
     trace: Annotated[
         str | None,
@@ -188,6 +179,7 @@ def generate(
             rich_help_panel=opt.RESEARCH_PANEL,
         ),
     ] = None,
+    save_session: sessions.SaveSession = None,
     as_json: Annotated[
         bool,
         typer.Option(
@@ -213,6 +205,8 @@ def generate(
             ranks.check_alone("generate")
         check_writable("--trace", trace)
         options = Options.parse(**flags)
+        split = tensor_parallel or (gpus or 1) > 1
+        sessions.check_sessions(session, save_session, split=split)
         request = Request(
             generation=GenerationOptions(
                 max_new_tokens=max_new_tokens,
@@ -246,6 +240,8 @@ def generate(
             stop=form.parse_stop(stop),
             seed=seed,
             trace=trace,
+            session=session,
+            save_session=save_session,
             threads=threads,
             as_json=as_json,
             quiet=quiet or is_another(),
@@ -326,22 +322,26 @@ def _load_and_run(request: Request) -> None:
         )
         settings = settle(request.generation.keywords(), model.generation_config, len(ids))
 
+        sessions.check_rows(settings.rows, request.session, request.save_session)
+
         from headinfer.api import attach
         from headinfer.integration.shards import ranks_of
     for told in filter(None, (note, unused, settings.note(flag))):
         console.print(f"note: {told}", markup=False)
     interrupt = Interrupt(console, None if rank is None else ranks_of(model))
-    bar = PrefillBar(console, len(ids), interrupt.check)
-    keywords = request.options.keywords() | {"device": device, "progress": bar.update}
+    keywords = request.options.keywords() | {"device": device}
+    tokens = len(ids) + settings.max_new_tokens
     with interrupt.handling(), attach(model, **keywords) as offload:
-        plan = offload.session.plan_for(settings.rows, len(ids) + settings.max_new_tokens)
+        plan = offload.session.plan_for(settings.rows, tokens)
         print_plan(console, request.source.name, str(model.dtype).removeprefix("torch."), plan)
         for line in form.loaded_form(request.source, model, plan.shape.weights_bytes):
             console.print(f"  {escape(line)}", highlight=False)
         if rank is not None and request.seed is None:
             request = replace(request, seed=ranks.draw_seed(offload.session.ranks))
+        cache, kept = sessions.open_cache(console, offload, request.session, ids, tokens)
+        bar = PrefillBar(console, len(ids) - kept, interrupt.check)
         answer = Answer(request, settings, console, model, tokenizer, offload, plan)
-        answer.generate(ids, bar, interrupt)
+        answer.generate(ids, cache, bar, interrupt)
         interrupt.finishing = True
         code = answer.finish()
     if code:

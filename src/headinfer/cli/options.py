@@ -190,3 +190,20 @@ Verbose = Annotated[
         rich_help_panel=OUTPUT_PANEL,
     ),
 ]
+
+
+def prompt_option(*flags: str, help_text: str, metavar: str = NO_VALUE) -> Any:
+    """Return an option of the prompt."""
+    return typer.Option(*flags, help=help_text, metavar=metavar, rich_help_panel=PROMPT_PANEL)
+
+
+def model_option(*flags: str, help_text: str, metavar: str = NO_VALUE) -> Any:
+    """Return an option of the model."""
+    return typer.Option(*flags, help=help_text, metavar=metavar, rich_help_panel=MODEL_PANEL)
+
+
+def sampling_option(*flags: str, help_text: str, metavar: str = "N", **settings: Any) -> Any:
+    """Return an option of how tokens are chosen."""
+    return typer.Option(
+        *flags, help=help_text, metavar=metavar, rich_help_panel=GENERATION_PANEL, **settings
+    )

@@ -19,10 +19,10 @@ import torch
 
 from headinfer.attend.work import TokenWork
 from headinfer.device.base import Capture, CaptureError, Device
-from headinfer.engine.changes import ChangeableTokens
 from headinfer.engine.chunk import Chunk
 from headinfer.engine.executor import PERFORM
 from headinfer.engine.ready import Form, Ready, ReadyStep, StepMemory
+from headinfer.engine.saving import SavableTokens
 from headinfer.engine.stats import Stats
 from headinfer.engine.streaming_step import StreamedTrack, StreamingStep
 from headinfer.kv.ledger import Ledger
@@ -34,7 +34,7 @@ from headinfer.schedule.steps import Decode, SendHome, Step
 _Result = TypeVar("_Result")
 
 
-class CapturableTokens(ChangeableTokens, abc.ABC):
+class CapturableTokens(SavableTokens, abc.ABC):
     """A cache's tokens, to which a captured step can add one in each row.
 
     A replay of one launch goes between `begin_step` and `end_step`, and nothing else that changes

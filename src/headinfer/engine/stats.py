@@ -52,3 +52,9 @@ class Stats:
     def decode_tokens_per_s(self) -> float:
         """Decode speed without captures; 0 before any."""
         return self.decode_tokens / self.decode_s if self.decode_s else 0.0
+
+    def raise_peaks(self, device_bytes: int, host_bytes: int, standard_bytes: int) -> None:
+        """Note what is held now, for the most of each: on the device, the host, and by standard."""
+        self.peak_device_kv_bytes = max(self.peak_device_kv_bytes, device_bytes)
+        self.host_kv_bytes = max(self.host_kv_bytes, host_bytes)
+        self.standard_kv_bytes = max(self.standard_kv_bytes, standard_bytes)

@@ -118,6 +118,32 @@ class WindowKeeper:
         self._append(target, tail, source.tail.tile(source.tail.start, source.tail.end).kv)
         self._note_written(tail.piece)
 
+    def saved(self, ledger: Ledger) -> tuple[int, KV]:
+        """Return copies on the CPU of what must be kept of a window, and where it begins.
+
+        These are the sinks, what the next query sees, and what can be taken back.
+
+        Returns:
+            The start for `restore`, and the sinks with the other tokens right behind them.
+        """
+        tail = ledger.tail
+        assert tail is not None
+        tail.piece.wait_ready(self._device)
+        self._state(tail.piece, writes=False)
+        sinks = tail.tile(tail.start, tail.start + ledger.sink_tokens)
+        others = tail.tile(sinks.start + sinks.tokens, tail.end)
+        if ledger.tokens >= ledger.track.sink_tokens:  # else they are sinks, and all are kept
+            others = others.newest(ledger.past_tokens + SPARE_TOKENS)
+        parts = zip(sinks.kv, others.kv, strict=True)
+        return others.start - sinks.tokens, KV(*(torch.cat(part, dim=2).cpu() for part in parts))
+
+    def restore(self, ledger: Ledger, start: int, kv: KV) -> None:
+        """Let an empty ledger hold what `saved` returned, whatever its page's size was."""
+        tail = self._begin(ledger)
+        ledger.restart_tail(start)
+        self._append(ledger, tail, kv)
+        self._note_written(tail.piece)
+
     def _state(self, piece: Piece, *, writes: bool) -> None:
         """State what compute does with a window, where that is checked."""
         if self._device.checks_accesses:

@@ -31,6 +31,8 @@ class Generation:
         session: the attachment.
         settings: from `settle`.
         on_text: given each new piece of text, never empty; may raise to stop.
+        cache: with nothing or the beginning of the prompt in it; it stays open. By default a new
+            one is made and closed.
         progress: told of the prompt, after each chunk; may raise to stop.
         criteria: asked after each token whether to stop.
         stop: strings, none of them empty, before the first of which the text ends.
@@ -48,6 +50,7 @@ class Generation:
         settings: Settings,
         on_text: Callable[[str], None],
         *,
+        cache: OffloadedCache | None = None,
         progress: PrefillProgress | None = None,
         criteria: Sequence[Criterion] = (),
         stop: Sequence[str] = (),
@@ -58,6 +61,7 @@ class Generation:
         self._tokenizer = tokenizer
         self._session = session
         self._settings = settings
+        self._cache = cache
         self._progress = progress
         self._criteria = criteria
         self._stops = Stops.of(stop, tokenizer)
@@ -98,7 +102,9 @@ class Generation:
         if where.type == "meta":  # accelerate brings what is there, and the tokens to it
             where = self._session.device.torch_device
         prompt = torch.tensor([ids], device=where)
-        cache = self._session.new_cache(len(ids) + self._settings.max_new_tokens)
+        cache = self._cache
+        if cache is None:
+            cache = self._session.new_cache(len(ids) + self._settings.max_new_tokens)
         self.stats, cache.progress = cache.stats, self._progress
         try:
             with self._logits.watching(self._model, cache):
@@ -109,7 +115,8 @@ class Generation:
             # Raised before the model ran: transformers refuses these settings together.
             raise OptionError(self._refusal(error)) from error
         finally:
-            cache.close()
+            if cache is not self._cache:
+                cache.close()
         if self._settings.rows > 1:
             self._collector.add(self._without_padding(rows[0, len(ids) :].tolist()))
         self.end()

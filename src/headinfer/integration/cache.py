@@ -1,7 +1,8 @@
 """The cache a user passes to the model: transformers' own, with attention layers of ours in it."""
 
 import copy
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -12,11 +13,15 @@ from headinfer.engine.stats import Stats
 from headinfer.errors import CacheStateError
 from headinfer.integration.calls import cache_name
 from headinfer.integration.layer import OffloadedLayer, WindowLayer
+from headinfer.integration.prefix import keep_common_prefix
 from headinfer.integration.rows import chosen_rows
+from headinfer.integration.saving import BLOCK_BYTES, SavedSession, save_cache
 from headinfer.integration.state import CacheHost, OffloadedState
 from headinfer.integration.support import layer_kind
+from headinfer.integration.token_history import TokenHistory
 from headinfer.integration.turns import Turns, in_turn
 from headinfer.plan.shape import LayerKind
+from headinfer.units import parse_bytes
 
 PrefillProgress = Callable[[int, int], None]
 """Told the tokens done and the tokens in all of a prompt, after each chunk."""
@@ -42,6 +47,7 @@ class OffloadedCache(DynamicCache):
             an attachment together.
         drafted_tokens: new tokens of the last call that may be rejected drafts, in each row.
         progress: told of the tokens done and in all after each chunk of a prompt; may raise.
+        history: the token ids that came.
     """
 
     def __init__(self, model: PreTrainedModel, host: CacheHost, max_tokens: int | None) -> None:
@@ -53,6 +59,7 @@ class OffloadedCache(DynamicCache):
         self.stats = Stats()
         self.drafted_tokens = 0
         self.progress: PrefillProgress | None = None
+        self.history = TokenHistory()
         layer_idx = 0
         for position, layer in enumerate(self.layers):
             kind = layer_kind(layer)
@@ -124,6 +131,7 @@ class OffloadedCache(DynamicCache):
         for position, layer in enumerate(self.layers):
             if not isinstance(layer, OffloadedLayer):
                 self.layers[position] = fresh[position]
+        self.history.clear()
         for layer in self._offloaded_layers():
             layer.is_initialized = False
         try:
@@ -154,6 +162,7 @@ class OffloadedCache(DynamicCache):
         with self.state.changing():
             for layer in self._offloaded_layers():
                 layer.crop(tokens_to_remove)
+        self.history.crop(-tokens_to_remove)
         self._discount(-tokens_to_remove)
 
     def _discount(self, tokens: int) -> None:
@@ -194,7 +203,7 @@ class OffloadedCache(DynamicCache):
             self._select(chosen_rows(indices, batch))
 
     def reorder_cache(self, beam_idx: Any) -> None:
-        """Make row `i` what row `beam_idx[i]` was, for beam search; as `batch_select_indices`."""
+        """Make row `i` what row `beam_idx[i]` was, for beam search."""
         self.batch_select_indices(beam_idx)
 
     def _batch(self) -> int | None:
@@ -228,6 +237,57 @@ class OffloadedCache(DynamicCache):
                     layer.select(numbers)
             for layer in self._own_layers():
                 layer.reorder_cache(rows)  # of any number; layers of states have no other method
+        self.history.select(numbers)
+
+    @property
+    def token_ids(self) -> torch.Tensor | None:
+        """The tokens it holds, `[rows, tokens]` on the CPU; None where not all are known."""
+        return self.history.ids(self._batch() or 0, self.get_seq_length())
+
+    @in_turn
+    def save(
+        self, path: str | os.PathLike[str], *, block_bytes: str | int = BLOCK_BYTES
+    ) -> SavedSession:
+        """Write all that the cache holds to a folder, for `Offload.load_cache`.
+
+        A session that is there stays as it is until the new one is whole.
+
+        Args:
+            path: of the folder, which is made; or a session's, which is replaced.
+            block_bytes: the most bytes of one file, for example "64MiB". What is damaged later
+                costs the tokens from its file on.
+
+        Returns:
+            What was written.
+
+        Raises:
+            SessionFileError: it cannot be written there; what was there is whole.
+            CacheStateError: the cache is empty, was closed, or a call with it was interrupted.
+            OptionError: `block_bytes` is no size.
+            UnsupportedModelError: the model is split over several devices or processes.
+        """
+        block = parse_bytes(block_bytes, "block_bytes")
+        model, engine = self.state.host.fingerprint(), self.state.check_savable()
+        self._check_whole()
+        return save_cache(self, engine, model, path, block)
+
+    @in_turn
+    def keep_common_prefix(self, ids: Sequence[int] | torch.Tensor) -> int:
+        """Keep what a prompt begins with, so that only the rest of it has to be read.
+
+        A model that cannot go back, having windows or states, keeps nothing then. The prompt's last
+        token is not kept, as something must be read.
+
+        Args:
+            ids: the prompt of the one row, to be passed to the model with this cache.
+
+        Returns:
+            The tokens kept.
+
+        Raises:
+            CacheStateError: the cache holds several rows, or was closed.
+        """
+        return keep_common_prefix(self, torch.as_tensor(ids).reshape(-1))
 
     def _own_layers(self) -> list[Any]:
         return [layer for layer in self.layers if not isinstance(layer, OffloadedLayer)]
@@ -262,6 +322,7 @@ class OffloadedCache(DynamicCache):
             raise
         memo[id(self.layers)] = copied.layers
         copied._lengths_before = self._lengths_before
+        copied.history = self.history.copy()
         return copied
 
     def __copy__(self) -> NoReturn:
@@ -275,15 +336,15 @@ class OffloadedCache(DynamicCache):
         )
 
     def __reduce_ex__(self, _protocol: Any) -> NoReturn:
-        """Refuse to be pickled, or saved, or sent to another process.
+        """Refuse to be pickled, or sent to another process; `save` is there for that.
 
         Raises:
             CacheStateError: always.
         """
         raise CacheStateError(
-            "an offloaded cache cannot be pickled or saved; save what iterating over it gives"
+            "an offloaded cache cannot be pickled; use cache.save() and offload.load_cache()"
         )
 
     def close(self) -> None:
-        """Free CPU and GPU memory now; the cache cannot be used any more."""
+        """Free its memory now; the cache cannot be used any more."""
         self.state.close()

@@ -184,6 +184,11 @@ class OffloadedLayer(CacheLayerMixin):
             self.device, self.dtype = other.device, other.dtype
             self.is_initialized = True
 
+    def note_loaded(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Be initialised for tokens that were loaded and are here already."""
+        self.device, self.dtype = device, dtype
+        self.is_initialized = True
+
     def offload(self) -> None:
         """Do nothing: the layer is offloaded by its own means."""
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from headinfer.device.base import Device
 from headinfer.device.make import measured_hardware
 from headinfer.engine.engine import Engine
-from headinfer.errors import MemoryPlanError
+from headinfer.errors import MemoryPlanError, UnsupportedModelError
 from headinfer.integration.placement import Placement
 from headinfer.plan import memory
 from headinfer.plan.hardware import Hardware
@@ -134,10 +134,16 @@ def parts_of(
 
     Raises:
         OptionError: the user gave memory for another number of devices.
+        UnsupportedModelError: several processes have layers on several devices each.
     """
     found: dict[Device, list[int]] = {}
     for layer_idx, device in enumerate(devices):
         found.setdefault(device, []).append(layer_idx)
+    if sharing > 1 and len(found) > 1:
+        raise UnsupportedModelError(
+            f"each of {sharing} processes has layers on {len(found)} devices; give each one, "
+            "or load the model in one process with device_map='auto'"
+        )
     each = options.of_devices(len(found))
     whole = len(found) == 1
     parts = []

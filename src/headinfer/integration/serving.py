@@ -98,6 +98,8 @@ class ServedCall:
         self._decoding = False
         self._logits: list[torch.Tensor] = []
         self._chunks: list[tuple[Mark, int]] = []  # begun, with the tokens done after each
+        self._ids: torch.Tensor | None = None
+        self._noted_tokens = 0  # new ones that the cache's history has
 
     def begin(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Make room for the tokens, and run all chunks but the last, whose arguments it returns."""
@@ -113,6 +115,9 @@ class ServedCall:
         if self._new_tokens > 1:  # or each rank would chunk as it has room
             (chunk_tokens,) = ranks.least(chunk_tokens)
         in_chunks = self._may_pass_in_chunks(arguments, chunk_tokens, past_tokens)
+        self._ids = arguments.get("input_ids")
+        if in_chunks and self._ids is not None:
+            self._ids = self._ids.cpu()  # now, for between chunks the device would be waited for
         self._started_s, self._captured_s = time.perf_counter(), self.cache.stats.capture_s
         self.cache.begin_call()
         if in_chunks:
@@ -158,6 +163,7 @@ class ServedCall:
             else:
                 stats.prefill_tokens += tokens
                 stats.prefill_s += seconds
+        self._note_tokens(self._new_tokens)
         self.cache.drafted_tokens = self._new_tokens - 1 if self._decoding else 0
         if not self._decoding:
             self._report(self._new_tokens, self._new_tokens)
@@ -171,8 +177,23 @@ class ServedCall:
         if self._positions is not None:
             self._positions.remove()
 
+    def _note_tokens(self, done_tokens: int) -> None:
+        """Have the cache know which tokens it holds, so many of them new ones."""
+        ids = self._ids
+        if ids is not None:
+            ids = ids[:, self._noted_tokens : done_tokens]
+        self.cache.history.append(ids)
+        self._noted_tokens = done_tokens
+
     def _after_chunk(self, done_tokens: int, all_tokens: int) -> None:
         self._chunks.append((self._owner.mark_compute(), done_tokens))
+        self._note_tokens(done_tokens)
+        # All layers hold the same tokens: who stops here can go on with what was read.
+        self.cache.end_call()
+        self._report_begun(all_tokens)
+        self.cache.begin_call()
+
+    def _report_begun(self, all_tokens: int) -> None:
         # The next chunk is begun while each device computes one before it, so that none waits.
         begun = self._owner.stages
         if self._positions is None:

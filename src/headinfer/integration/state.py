@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import torch
 
+from headinfer.engine.engine import Engine
 from headinfer.engine.parted import CacheEngine
 from headinfer.engine.readout import Part
 from headinfer.engine.stats import Stats
@@ -14,6 +15,7 @@ from headinfer.integration.attention import AttentionFunctions
 from headinfer.integration.pending import Pending
 from headinfer.integration.turns import in_turn
 from headinfer.plan.plan import Plan
+from headinfer.saved.fingerprint import Fingerprint
 from headinfer.units import format_bytes, format_tokens
 
 _GROWTH_DIVISOR, _LEAST_GROWTH_TOKENS = 4, 1024
@@ -80,6 +82,9 @@ class CacheHost(Protocol):
 
     def tensor_bytes_left(self, layer_idx: int) -> int:
         """Return the bytes that tensors may still take where a layer is."""
+
+    def fingerprint(self) -> Fingerprint:
+        """What the model is known by."""
 
 
 class OffloadedState:
@@ -261,6 +266,46 @@ class OffloadedState:
             engine.close()
             raise
         self.engine = engine
+
+    @in_turn
+    def begin_loading(
+        self, batch: int, tokens: int, dtype: torch.dtype, computed_dtype: str | None
+    ) -> Engine:
+        """Return a new engine for tokens that were saved.
+
+        Args:
+            batch: rows.
+            tokens: in each row.
+            dtype: of keys and values.
+            computed_dtype: what `computed_dtype` was.
+
+        Raises:
+            MemoryPlanError: the device or the host memory is too small.
+        """
+        self.check_open()
+        wanted = max(tokens, self.max_tokens or 0)
+        engine = self.engine = self._new_engine(batch, wanted, dtype, "the saved KV cache")
+        self._computed_dtype = None if computed_dtype is None else getattr(torch, computed_dtype)
+        assert isinstance(engine, Engine), "a model that is split has no sessions"
+        return engine
+
+    @property
+    def computed_dtype(self) -> str | None:
+        """The dtype in which the model computes keys; None where that is its own."""
+        return str(self._computed_dtype).removeprefix("torch.") if self._computed_dtype else None
+
+    def check_savable(self) -> Engine:
+        """Return the engine, whose tokens are all there.
+
+        Raises:
+            CacheStateError: the cache was closed, is empty, or its newest tokens were not attended.
+        """
+        self.check_open()
+        self._check_none_pending()
+        if self.engine is None or not self.tokens(0):
+            raise CacheStateError("this cache holds no tokens, so there is nothing to save")
+        assert isinstance(self.engine, Engine), "a model that is split has no sessions"
+        return self.engine
 
     def _check_none_pending(self) -> None:
         pending = self.functions.pending
