@@ -234,9 +234,12 @@ class Session:
             working_bytes: what a call takes on the device beside KV, which may be host memory.
         """
         engines = list(self._engines)
-        # Locked memory is taken at once; other memory, once it is written.
+        # Locked memory is taken when it is locked; other memory, once it is written.
         locked = self.device.name == "cuda"
-        promised = 0 if locked else sum(engine.unwritten_host_bytes for engine in engines)
+        promised = sum(
+            engine.awaited_host_bytes if locked else engine.unwritten_host_bytes
+            for engine in engines
+        )
         return HostRoom(
             device=self.device.name,
             all_bytes=all_host_bytes(),
