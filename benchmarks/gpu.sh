@@ -17,11 +17,11 @@ mkdir -p "$out"
 
 left() { echo $((end - SECONDS)); }
 bench() { # name of the result, verb, options
-    local name="$1"
-    shift
+    local name="$1" verb="$2"
+    shift 2
     [ "$(left)" -gt 30 ] || { echo "no time left for $name; run again"; return; }
-    timeout --signal=INT "$(left)" "$python" -m headinfer.cli.main bench "$@" --device cuda \
-        --time-limit 240 --resume --json "$out/gpu-$name.json" 2>&1 | tee -a "$out/gpu.log"
+    timeout --signal=INT "$(left)" "$python" -m headinfer.cli.main bench "$verb" --device cuda \
+        --time-limit 240 "$@" --resume --json "$out/gpu-$name.json" 2>&1 | tee -a "$out/gpu.log"
 }
 llama=(--model llama-3-8b --dummy-weights --device-memory 24GiB)
 methods=standard,head-wise-8,head-wise-1,resident,host-attention
@@ -51,6 +51,11 @@ bench suite-llama-decode-long decode "${llama[@]}" --contexts 100K,200K,400K,800
     --new-tokens 12 --methods "$methods"
 bench suite-llama-prefill prefill "${llama[@]}" --contexts 1K,10K,40K,100K \
     --methods standard,chunked-prefill,head-wise-1,bounded,headinfer
+# What a user meets first. Methods take turns in this order, three times; then 800K tokens, once.
+first=standard,chunked-prefill,bounded,headinfer,headinfer-chunk-4K,headinfer-chunk-8K,headinfer-chunk-16K
+bench first-token prefill "${llama[@]}" --contexts 1K,10K,100K,400K --repeats 3 --methods "$first"
+bench first-token-800K prefill "${llama[@]}" --contexts 800K --repeats 1 --time-limit 520 \
+    --methods headinfer
 # More memory than the claim is about, for the reference that keeps all on the device.
 bench suite-llama-prefill-72GiB prefill --model llama-3-8b --dummy-weights --device-memory 72GiB \
     --contexts 10K,20K,40K,100K --methods chunked-prefill,bounded,headinfer

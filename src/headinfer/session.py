@@ -238,11 +238,13 @@ class Session:
             working_bytes: what a call takes on the device beside KV, which may be host memory.
         """
         engines = list(self._engines)
-        sharing = self.ranks.on_host
-        given = self._options.host_memory_bytes
-        # Locked memory is taken at once; other memory, once it is written.
+        sharing, given = self.ranks.on_host, self._options.host_memory_bytes
+        # Locked memory is taken when it is locked; other memory, once it is written.
         locked = self.device.name == "cuda"
-        promised = 0 if locked else sum(engine.unwritten_host_bytes for engine in engines)
+        promised = sum(
+            engine.awaited_host_bytes if locked else engine.unwritten_host_bytes
+            for engine in engines
+        )
         # Whoever asks last sees what the others took before.
         (available,) = self.ranks.least(available_host_bytes())
         return HostRoom(

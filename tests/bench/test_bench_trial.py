@@ -138,6 +138,18 @@ def test_every_exact_method_agrees_with_the_reference(method, fill):
         assert result.host_attended_kv_bytes > 0
 
 
+@pytest.mark.parametrize("size", [4, 8, 16])
+def test_chunks_may_be_fixed_by_the_name_of_a_method(size):
+    settings = Options.parse(device="simulated", chunk_tokens="128")
+    reference, result = (
+        run_trial(replace(trial_spec(name), settings=settings))
+        for name in ("standard", f"headinfer-chunk-{size}K")
+    )
+    verdict = compare(reference, result, dtype="float32", layers=MODEL.layers, context_tokens=300)
+    assert verdict.passed, verdict.reason
+    assert result.plan["chunk_tokens"] == size * 1024
+
+
 def test_the_last_pass_of_a_prompt_may_be_real_where_the_rest_is_random():
     spec = replace(trial_spec("chunked-prefill"), fill=Fill.RANDOM, last_pass=True)
     chunked, ours = (run_trial(replace(spec, method=name)) for name in (spec.method, "headinfer"))

@@ -1,12 +1,16 @@
 """Host memory in small pieces of larger regions."""
 
+import ctypes
+import errno
 import gc
 import weakref
 
+import psutil
 import pytest
 import torch
 
-from headinfer.device.host_pages import Pieces, map_host_memory
+from headinfer.device import host_pages
+from headinfer.device.host_pages import Pieces, commit, map_host_memory
 from headinfer.errors import MemoryPlanError
 
 MIB = 2**20
@@ -74,3 +78,34 @@ def test_where_a_region_cannot_be_had_the_piece_is() -> None:
     assert regions.sizes == [MIB]
     with pytest.raises(MemoryPlanError, match="left"):
         pieces.take(5 * MIB)
+
+
+@pytest.mark.parametrize("threads", [0, 1, 3])
+@pytest.mark.parametrize("num_bytes", [0, 1, 4097, 50 * MIB + 5])
+def test_memory_that_is_committed_is_there_and_0(num_bytes: int, threads: int) -> None:
+    memory = map_host_memory(num_bytes)
+    before = psutil.Process().memory_info().rss
+    commit(memory, threads)
+    grown = psutil.Process().memory_info().rss - before
+    assert grown > num_bytes // 2 or num_bytes < MIB
+    assert not memory.any()
+
+
+@pytest.mark.parametrize("error", [errno.EINVAL, errno.ENOMEM])
+def test_where_the_system_commits_nothing_memory_is_written_or_refused(
+    error: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Library:
+        @staticmethod
+        def madvise(*_arguments: int) -> int:
+            ctypes.set_errno(error)
+            return -1
+
+    monkeypatch.setattr(host_pages, "_libc", Library)
+    memory = map_host_memory(MIB).fill_(1)
+    if error == errno.ENOMEM:
+        with pytest.raises(MemoryPlanError, match=r"no 1.00 MiB of CPU memory left"):
+            commit(memory, 1)
+    else:
+        commit(memory, 1)
+        assert not memory.any()

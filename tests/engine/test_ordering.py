@@ -27,6 +27,9 @@ def _few_tokens_are_steady(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(route, "_STEADY_FROM", 0)
 
 
+in_pieces = functools.partial(SimulatedDevice, host_piece_bytes=2**11)
+"""A device whose host memory is got in pieces, with tiles of each."""
+
 STREAMING: dict[str, Any] = {
     "sparsity": 0.5,
     "head_pattern": "random",
@@ -89,15 +92,15 @@ def exercise(
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["all", "half"])
 def test_all_seeds_give_the_same_result(streaming: bool) -> None:
-    wanted = exercise(SimulatedDevice(seed=0), overlap=False, streaming=streaming)
+    wanted = exercise(in_pieces(seed=0), overlap=False, streaming=streaming)
     assert wanted.isfinite().all()
     for seed in range(SEEDS // 5 if streaming else SEEDS):
-        ours = exercise(SimulatedDevice(seed=seed), streaming=streaming)
+        ours = exercise(in_pieces(seed=seed), streaming=streaming)
         torch.testing.assert_close(ours, wanted)
 
 
 def test_every_kind_of_wait_is_exercised() -> None:
-    device = SimulatedDevice(seed=1)
+    device = in_pieces(seed=1)
     exercise(device)
     assert device.exercised_edges == set(Edge)
 
@@ -105,7 +108,7 @@ def test_every_kind_of_wait_is_exercised() -> None:
 @pytest.mark.parametrize("edge", Edge)
 def test_a_missing_wait_is_noticed(edge: Edge) -> None:
     with pytest.raises(HazardError, match="is not ordered after the"):
-        exercise(SimulatedDevice(seed=1, skip=[edge]))
+        exercise(in_pieces(seed=1, skip=[edge]))
 
 
 OF_CAPTURES = {Edge.STEP_READY, Edge.STEP_DONE, Edge.SERVED}
@@ -132,7 +135,7 @@ def test_a_missing_wait_on_any_device_is_noticed(edge: Edge, at: int) -> None:
 
 
 def test_an_arena_freed_with_a_copy_in_flight_is_noticed() -> None:
-    device = SimulatedDevice(skip=[Edge.HOST_SETTLED])
+    device = in_pieces(skip=[Edge.HOST_SETTLED])
     engine = engine_with_host_share(device)
     with pytest.raises(HazardError):
         engine.replan(engine.plan)

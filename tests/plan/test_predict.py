@@ -121,7 +121,7 @@ def test_small_tiles_count_as_small_chunks_unless_nothing_is_streamed() -> None:
         predictor.chunk(placement, past, 8192).compute_s for placement in (large, small, held)
     )
     assert small_s > 1.2 * large_s
-    assert held_s == large_s
+    assert held_s == pytest.approx(large_s, rel=0.03)  # but for what is merged
     # Two rows of half a chunk see as much, and are small chunks all the same.
     two = replace(large, batch=2, chunk_tokens=4096)
     assert predictor.chunk(two, past + 2048, 4096).compute_s == pytest.approx(small_s, rel=0.01)
@@ -233,9 +233,51 @@ def test_no_fixed_setting_is_predicted_to_be_faster(
     assert chosen.arena_bytes == pieces + chosen.resident_bytes + ALIGNMENT_BYTES
     assert chosen.resident_bytes % ALIGNMENT_BYTES == 0
     assert keep_resident or chosen.resident_bytes == 0
-    time = predictor.answer_s(chosen.placement, tokens)
+    time, prefill = (
+        predict(chosen.placement, tokens) for predict in (predictor.answer_s, predictor.prefill_s)
+    )
     for other in fixed:
-        assert time <= predictor.answer_s(other.placement, tokens) * (1 + 1e-9), other
+        other_s = predictor.prefill_s(other.placement, tokens)
+        assert prefill <= 1.03 * other_s, other
+        if other_s <= prefill:
+            assert time <= predictor.answer_s(other.placement, tokens) * (1 + 1e-9), other
+
+
+@pytest.mark.parametrize("tokens", [10, 40, 100, 400])
+def test_a_prompt_is_as_fast_as_in_fixed_chunks_and_with_nothing_resident(tokens: int) -> None:
+    hardware = replace(
+        HARDWARE["h100-80gb"],
+        chunk_attention_flops_per_s=((2048, 340e12), (4096, 665e12), (8192, 672e12)),
+    )
+    known = {"device": "cuda", "context_tokens": tokens * 1024 + 1, "hardware": hardware}
+    predictor = Predictor(LLAMA_3_8B, hardware)
+
+    def prefill_s(**values: object) -> float:
+        plan = resolve(LLAMA_3_8B, Options.parse(device_memory="24GiB", **values), **known)
+        return predictor.prefill_s(plan.placement, tokens * 1024)
+
+    auto_s = prefill_s()
+    for values in ({"resident_tokens": 0}, {"chunk_tokens": "4K"}, {"chunk_tokens": "8K"}):
+        assert auto_s <= 1.03 * prefill_s(**values), values
+
+
+@pytest.mark.parametrize("tokens", [9 * 1024, 15 * 1024])
+def test_a_short_prompt_that_fits_passes_at_once(tokens: int) -> None:
+    options, known = Options.parse(device_memory="24GiB"), {"device": "cuda"}
+    for hardware in (None, RTX_4090):
+        plan = resolve(LLAMA_3_8B, options, context_tokens=tokens, hardware=hardware, **known)
+        assert plan.chunk_tokens >= tokens
+        assert plan.resident_tokens == tokens
+
+
+def test_chunks_as_measured_on_an_h100_are_ranked_so() -> None:
+    """Of `gpu-suite-llama-prefill.json`, 100K tokens: 9.38 s in chunks of 4K, 8.58 in 8K."""
+    predictor = Predictor(LLAMA_3_8B, HARDWARE["h100-80gb"])
+    tiles = {"tile_heads": 8, "tile_tokens": 16384}
+    small = Placement(chunk_tokens=4096, resident_bytes=58187 * 2**17, **tiles)
+    large = Placement(chunk_tokens=8192, **(tiles | {"tile_tokens": 102401}))
+    small_s, large_s = (predictor.prefill_s(each, 102400) for each in (small, large))
+    assert 1.02 < small_s / large_s < 1.15
 
 
 def test_without_rates_usual_tiles_are_taken() -> None:

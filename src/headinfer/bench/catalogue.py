@@ -22,6 +22,9 @@ HOST_ATTENTION, SYNCHRONOUS, AUTO = "host-attention", "synchronous", "headinfer"
 EAGER, UNFUSED = "resident-eager", "resident-unfused"
 STREAMING_LLM, H2O = "streaming-llm", "h2o"
 
+CHUNK_SIZES = ("4K", "8K", "16K")
+"""Fixed chunks of methods that have all else on auto."""
+
 KEPT_PERCENT = {STREAMING_LLM: 50, H2O: 50, f"{STREAMING_LLM}-25": 25, f"{H2O}-25": 25}
 """Percent of the tokens that methods keep which drop the others."""
 
@@ -43,6 +46,11 @@ class MethodInfo:
     exact: bool = True
     is_stock: bool = False
     is_evaluated: bool = True
+
+
+def chunked(size: str) -> str:
+    """Return the name of HeadInfer with chunks of a fixed size."""
+    return f"{AUTO}-chunk-{size}"
 
 
 def _head_wise(heads: int) -> MethodInfo:
@@ -115,6 +123,10 @@ CATALOGUE = {
             name=SYNCHRONOUS, description="as headinfer, but copies never overlap attention"
         ),
         MethodInfo(name=AUTO, description="HeadInfer with everything on auto"),
+        *(
+            MethodInfo(name=chunked(size), description=f"as headinfer, but chunks of {size} tokens")
+            for size in CHUNK_SIZES
+        ),
     )
 }
 """All methods by name, in the order of tables."""

@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache
 from headinfer.bench import ours, stock
 from headinfer.bench.catalogue import (
     AUTO,
+    CHUNK_SIZES,
     COMPILED,
     EAGER,
     H2O,
@@ -20,6 +21,7 @@ from headinfer.bench.catalogue import (
     STREAMING_LLM,
     SYNCHRONOUS,
     UNFUSED,
+    chunked,
 )
 from headinfer.bench.evicting import methods as evicting
 from headinfer.bench.held import Held
@@ -98,5 +100,6 @@ METHODS: dict[str, Callable[[PreTrainedModel, TrialSpec], Method]] = {
     HEAD_WISE_SPARSE: ours.head_wise_sparse,
     SYNCHRONOUS: ours.synchronous,
     AUTO: ours.HeadInfer,
+    **{chunked(size): functools.partial(ours.HeadInfer, chunk_tokens=size) for size in CHUNK_SIZES},
 }
 """The methods of the catalogue, made from a model and the trial."""

@@ -98,7 +98,7 @@ class ChunkedPrefill(Standard):
     def __init__(self, model: PreTrainedModel, spec: TrialSpec) -> None:
         super().__init__(model, spec)
         given = spec.settings.chunk_tokens
-        default = chunk_sizes(Options(), "cuda")[0]
+        default = chunk_sizes(Options(), "cuda", None)[0]
         self._chunk_tokens = default if given == "auto" else given
         self.note = f"chunks of {format_tokens(self._chunk_tokens)} tokens"
 

@@ -152,6 +152,23 @@ class ServedTask(Protocol):
         """State what the task reads and writes, as work of a stream."""
 
 
+class HostMemory(Protocol):
+    """A piece of host memory on its way: it is got while its owner does something else."""
+
+    def result(self) -> torch.Tensor:
+        """Block the host until it is there, and return it as `Device.host_empty` does.
+
+        Raises:
+            MemoryPlanError: it cannot be had.
+        """
+
+    def cancel(self) -> object:
+        """Say that nobody will take it: it is freed again, or not even got."""
+
+    def done(self) -> bool:
+        """Whether it is there, or cannot be had."""
+
+
 class Stream(Protocol):
     """A queue of work, run in order: on the device, or beside it on the host."""
 
@@ -255,6 +272,13 @@ class Device(Protocol):
         The caller owns it; it is freed with its last view, which must not be before every copy
         that touches it is done.
         """
+
+    @property
+    def host_piece_bytes(self) -> int | None:
+        """Host memory to be got at a time, ahead of need; None where getting it takes no time."""
+
+    def host_ahead(self, num_bytes: int) -> HostMemory:
+        """Have host memory got in the background, in the order of asking; see `host_empty`."""
 
     def device_empty(self, num_bytes: int) -> torch.Tensor:
         """Return `num_bytes` of uninitialised device memory as uint8.

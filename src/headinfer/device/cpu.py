@@ -18,6 +18,7 @@ class CpuDevice:
     checks_accesses = False
     captures = False
     torch_device = torch.device("cpu")
+    host_piece_bytes = None
 
     @property
     def compute(self) -> NoReturn:
@@ -31,6 +32,10 @@ class CpuDevice:
     def host_empty(self, num_bytes: int) -> torch.Tensor:
         """Return pageable memory; the system commits a page when it is first written."""
         return map_host_memory(num_bytes)
+
+    def host_ahead(self, num_bytes: int) -> NoReturn:
+        """Raise: memory is there at once."""
+        raise AssertionError("the CPU device has nothing to get ahead")
 
     device_empty = host_empty
 

@@ -1,8 +1,15 @@
 """Host memory for the KV cache, mapped by hand: of the size asked for, and of large pages."""
 
 import contextlib
+import ctypes
+import errno
+import functools
+import itertools
 import mmap
+import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -40,6 +47,7 @@ class Pieces:
 
     def __init__(self, allocate: Callable[[int], torch.Tensor]) -> None:
         self._allocate = allocate
+        self._turn = threading.Lock()  # memory is also got in the background
         self._left = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def take(self, num_bytes: int) -> torch.Tensor:
@@ -51,14 +59,15 @@ class Pieces:
         whole = -(-num_bytes // _PIECE_MULTIPLE) * _PIECE_MULTIPLE
         if not 0 < whole <= _LARGEST_PIECE_BYTES:
             return self._allocate(num_bytes)
-        if self._left.numel() < whole:
-            try:
-                self._left = self._allocate(_PIECES * whole)
-            except MemoryPlanError:
-                return self._allocate(num_bytes)
-        piece, left = self._left[:num_bytes], self._left[whole:]
-        self._left = left if left.numel() else torch.empty(0, dtype=torch.uint8, device="cpu")
-        return piece
+        with self._turn:
+            if self._left.numel() < whole:
+                try:
+                    self._left = self._allocate(_PIECES * whole)
+                except MemoryPlanError:
+                    return self._allocate(num_bytes)
+            piece, left = self._left[:num_bytes], self._left[whole:]
+            self._left = left if left.numel() else torch.empty(0, dtype=torch.uint8, device="cpu")
+            return piece
 
 
 def map_host_memory(num_bytes: int) -> torch.Tensor:
@@ -84,3 +93,55 @@ def map_host_memory(num_bytes: int) -> torch.Tensor:
             region.madvise(mmap.MADV_HUGEPAGE)
     with torch.inference_mode(False):  # or it could not be written to outside
         return torch.frombuffer(region, dtype=torch.uint8)[:num_bytes]
+
+
+_POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, of Linux 5.14 and later; `mmap` has no name for it
+
+_COMMITTED_AT_ONCE_BYTES = 16 * 2**20
+"""What one call commits, at least. Such a call cannot be interrupted, and begins a thread."""
+
+
+def commit(memory: torch.Tensor, threads: int) -> None:
+    """Have the system commit all pages of mapped memory, which is taken to be 0 then.
+
+    Python's lock is free meanwhile, and none of torch's threads is used: they serve the caller's.
+
+    Measured on a virtual machine, 1 GiB by one thread: large pages took 0.14 s, or 0.19 s where
+    they were written. Small pages took 0.61 s, or 0.87 s.
+
+    Args:
+        memory: of `map_host_memory`, not written yet.
+        threads: that do it.
+
+    Raises:
+        MemoryPlanError: the system has no such memory.
+    """
+    start, num_bytes = memory.data_ptr(), memory.numel()
+    if not num_bytes:
+        return
+    pages = -(-num_bytes // _PIECE_MULTIPLE)
+    parts = max(min(threads, num_bytes // _COMMITTED_AT_ONCE_BYTES), 1)
+    cuts = [pages * part // parts * _PIECE_MULTIPLE for part in range(parts)] + [num_bytes]
+    stretches = [(start + low, high - low) for low, high in itertools.pairwise(cuts)]
+    if parts == 1:
+        _commit(*stretches[0])
+        return
+    with ThreadPoolExecutor(parts) as pool:
+        list(pool.map(_commit, *zip(*stretches, strict=True)))
+
+
+def _commit(address: int, num_bytes: int) -> None:
+    """Commit pages, by writing them where the system cannot be asked to."""
+    madvise = getattr(_libc(), "madvise", None)
+    if madvise is not None:
+        madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+        if not madvise(address, num_bytes, _POPULATE_WRITE):
+            return
+        if ctypes.get_errno() in (errno.ENOMEM, errno.EFAULT):
+            raise MemoryPlanError(f"the system has no {format_bytes(num_bytes)} of CPU memory left")
+    ctypes.memset(address, 0, num_bytes)
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL | None:
+    return None if sys.platform == "win32" else ctypes.CDLL(None, use_errno=True)

@@ -19,11 +19,11 @@ from typing import TypeVar
 
 import torch
 
-from headinfer.device.base import Capture, Edge, Mark, ReachedMark, Server, Stream
+from headinfer.device.base import Capture, Edge, HostMemory, Mark, ReachedMark, Server, Stream
 from headinfer.device.hazards import Clock, join
 from headinfer.device.simulated_capture import Recorder, SimulatedCapture
 from headinfer.device.simulated_flags import SimulatedFlags
-from headinfer.device.simulated_memory import SimulatedMemory
+from headinfer.device.simulated_memory import LateMemory, SimulatedMemory
 from headinfer.device.simulated_stream import IN_GRAPH, SimulatedEvent, SimulatedStream
 
 _HOST = "host"
@@ -37,6 +37,7 @@ class SimulatedDevice:
     Args:
         seed: of the order in which queued work runs.
         skip: waits to leave out, to show that the checks notice.
+        host_piece_bytes: host memory that is got at a time, and as late as may be; None for all.
 
     Attributes:
         memory: of the host and of the device, with all accesses.
@@ -52,7 +53,10 @@ class SimulatedDevice:
     captures = True
     torch_device = torch.device("cpu")
 
-    def __init__(self, *, seed: int = 0, skip: Collection[Edge] = ()) -> None:
+    def __init__(
+        self, *, seed: int = 0, skip: Collection[Edge] = (), host_piece_bytes: int | None = None
+    ) -> None:
+        self.host_piece_bytes = host_piece_bytes
         self.host_clock: Clock = {}
         self.skipped_edges = frozenset(skip)
         self.exercised_edges: set[Edge] = set()
@@ -108,6 +112,10 @@ class SimulatedDevice:
     def host_empty(self, num_bytes: int) -> torch.Tensor:
         """Return host memory, poisoned so that a read before a write shows as NaN."""
         return self.memory.host_empty(num_bytes)
+
+    def host_ahead(self, num_bytes: int) -> HostMemory:
+        """Return host memory that is got when it is asked for: as late as may be."""
+        return LateMemory(lambda: self.host_empty(num_bytes))
 
     def device_empty(self, num_bytes: int) -> torch.Tensor:
         """Return memory of the simulated device, poisoned with NaN too, and account for it."""

@@ -67,6 +67,32 @@ class Blocks:
         return tensor.untyped_storage().data_ptr() in self._blocks
 
 
+class LateMemory:
+    """A piece of host memory that is got when somebody takes it, and no sooner.
+
+    Args:
+        get: returns it.
+    """
+
+    def __init__(self, get: Callable[[], torch.Tensor]) -> None:
+        self._get = get
+        self._memory: torch.Tensor | None = None
+
+    def result(self) -> torch.Tensor:
+        """Return it."""
+        if self._memory is None:
+            self._memory = self._get()
+        return self._memory
+
+    def cancel(self) -> None:
+        """Let go of it."""
+        self._memory = None
+
+    def done(self) -> bool:
+        """Whether it was taken."""
+        return self._memory is not None
+
+
 class SimulatedMemory:
     """A record of all memory that streams touch, from its first touch or handing out until freed.
 

@@ -78,7 +78,7 @@ class CapturableTokens(SavableTokens, abc.ABC):
         """
         self._check_open()
         for ledger in self._full:
-            self._reserve(ledger)  # memory that came within a capture would come in each replay
+            self._reserve(ledger, 1)  # memory that came within a capture would come in each replay
         self._steps += self._streamed_captures > 0
         failed = self._streaming is not None and self._streaming.failed
         if self._ahead is not None and self._ahead[0] == self._state() and not failed:
@@ -268,7 +268,7 @@ class CapturableTokens(SavableTokens, abc.ABC):
         def attend() -> None:
             here = engine()
             assert here is not None
-            for ledger, chunk in zip(here._layer(layer_idx).tracks, chunks, strict=True):
+            for ledger, chunk in zip(here._layer(layer_idx, 1).tracks, chunks, strict=True):
                 chunk.waiting.clear()  # of a step that failed
                 here._attend(ledger, chunk)
 

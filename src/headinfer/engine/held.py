@@ -4,6 +4,7 @@ What frees tokens of the host waits for the work in flight that touches them.
 """
 
 import contextlib
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 
@@ -19,6 +20,7 @@ from headinfer.engine.layers import Layer
 from headinfer.engine.stats import Stats
 from headinfer.engine.windows import WindowKeeper
 from headinfer.errors import CacheStateError
+from headinfer.kv.ahead import pieces_ahead
 from headinfer.kv.ledger import Ledger
 from headinfer.kv.pair import KV, Geometry
 from headinfer.kv.place import HostPlace
@@ -119,8 +121,13 @@ class HeldTokens:
 
     @property
     def host_kv_bytes(self) -> int:
-        """Bytes of host memory held for KV."""
+        """Bytes of host memory held for KV, or asked for."""
         return sum([ledger.host_bytes for ledger in self._full])
+
+    @property
+    def awaited_host_bytes(self) -> int:
+        """Bytes of those that the system was not asked for yet."""
+        return sum(ledger.coming.awaited_bytes for ledger in self._full)
 
     @property
     def unwritten_host_bytes(self) -> int:
@@ -163,7 +170,7 @@ class HeldTokens:
 
     def missing_bytes(self, tokens: int) -> int:
         """Return the bytes of host memory to be added for layers to hold `tokens` tokens."""
-        short = [ledger for ledger in self._full if ledger.capacity_tokens < tokens]
+        short = [ledger for ledger in self._full if ledger.promised_tokens < tokens]
         return sum([ledger.geometry.num_bytes(ledger.missing_tokens(tokens)) for ledger in short])
 
     def expect(self, tokens: int) -> int:
@@ -175,19 +182,19 @@ class HeldTokens:
         self._expected_tokens = max(self._expected_tokens, tokens)
         return self.missing_bytes(tokens)
 
-    def _layer(self, layer_idx: int) -> Layer:
-        """Return a layer, with host memory."""
+    def _layer(self, layer_idx: int, new_tokens: int) -> Layer:
+        """Return a layer, with host memory for new tokens."""
         if self.closed or self._host.pending or self._host.failure is not None:
             self._check_open()
         layer = self._layers[layer_idx]
         for ledger in layer.tracks:
             if ledger.track.window_tokens is None:
-                self._reserve(ledger)
+                self._reserve(ledger, new_tokens)
         return layer
 
     def _check(self, layer_idx: int, new: KV, query: torch.Tensor) -> Layer:
         """Return a layer, with host memory; refuse tokens that do not fit the cache."""
-        layer = self._layer(layer_idx)
+        layer = self._layer(layer_idx, new.tokens)
         geometry, (keys, values) = layer.tracks[0].geometry, new
         given = (keys.shape[0], keys.shape[1], keys.shape[3], values.shape[3])
         wanted = (geometry.batch, layer.kv_heads, geometry.key_dim, geometry.value_dim)
@@ -201,10 +208,40 @@ class HeldTokens:
             )
         return layer
 
-    def _reserve(self, ledger: Ledger) -> None:
-        """Have host memory for the tokens that a layer without a window is expected to hold."""
-        if ledger.capacity_tokens < self._expected_tokens:
+    def _reserve(self, ledger: Ledger, new_tokens: int) -> None:
+        """Have host memory on its way for all tokens that a layer without a window is to hold.
+
+        Wait for as much of it as is needed when the new tokens are sent home.
+        """
+        if ledger.capacity_tokens >= self._expected_tokens:
+            return
+        piece_bytes = self._device.host_piece_bytes
+        if piece_bytes is None:
             ledger.reserve(self._expected_tokens)
+            return
+        if ledger.promised_tokens < self._expected_tokens:
+            self._ask_ahead(piece_bytes)
+        if ledger.tail_tokens + new_tokens >= self.plan.page_tokens:  # else they wait in a page
+            ledger.reserve(min(ledger.tokens + new_tokens, self._expected_tokens))
+
+    def _ask_ahead(self, piece_bytes: int) -> None:
+        """Have the host memory that layers lack got in the background, the oldest tokens' first.
+
+        So each layer has memory for a prompt's first chunk before any has it for the last.
+        """
+        pieces = [
+            pieces_ahead(
+                ledger.missing_tokens(self._expected_tokens),
+                chunk_tokens=self.plan.chunk_tokens,
+                tile_tokens=self.plan.tile_tokens,
+                most_tokens=piece_bytes // ledger.geometry.num_bytes(1),
+            )
+            for ledger in self._full
+        ]
+        for of_layers in itertools.zip_longest(*pieces, fillvalue=0):
+            for ledger, tokens in zip(self._full, of_layers, strict=True):
+                if tokens:
+                    ledger.coming.ask(ledger.geometry, tokens)
 
     def check(self) -> None:
         """Raise what the host's attention failed with since the last check.

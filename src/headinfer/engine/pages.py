@@ -13,8 +13,8 @@ import torch
 
 from headinfer.device.base import Device, Edge, Event
 from headinfer.engine.stats import Stats
-from headinfer.kv.extent import Extent, Piece, Tile
-from headinfer.kv.ledger import Ledger, copy_rows
+from headinfer.kv.extent import Extent, Piece, Tile, copy_rows
+from headinfer.kv.ledger import Ledger
 from headinfer.kv.pair import KV
 from headinfer.schedule.steps import Where
 

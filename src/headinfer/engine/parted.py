@@ -99,6 +99,11 @@ class PartedEngine:
         return sum(part.unwritten_host_bytes for part in self.parts)
 
     @property
+    def awaited_host_bytes(self) -> int:
+        """Bytes of those that are still to be taken."""
+        return sum(part.awaited_host_bytes for part in self.parts)
+
+    @property
     def host_share(self) -> float:
         """Share of the tokens beside the residents that the host attends, over all layers."""
         weighed = [(part.host_share, part.plan.shape.kv_bytes(1)) for part in self.parts]

@@ -12,8 +12,8 @@ import torch
 
 from headinfer.device.base import Device
 from headinfer.errors import CacheStateError
-from headinfer.kv.extent import Extent, Piece, Tile
-from headinfer.kv.ledger import Ledger, copy_rows
+from headinfer.kv.extent import Extent, Piece, Tile, copy_rows
+from headinfer.kv.ledger import Ledger
 from headinfer.kv.pair import KV, Geometry
 from headinfer.plan.memory import SPARE_TOKENS, window_capacity
 

@@ -89,7 +89,7 @@ def _chunk_tokens(situation: Situation) -> int:
         return situation.chunk_tokens
     if situation.accounting.is_paper:
         return PAPER_CHUNK_TOKENS
-    return chunk_sizes(Options(), "cuda")[0]
+    return chunk_sizes(Options(), "cuda", None)[0]
 
 
 def _on_device(*, chunked: bool) -> Rule:

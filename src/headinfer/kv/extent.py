@@ -147,3 +147,14 @@ class Extent:
     def tile(self, start: int, end: int, heads: slice = ALL_HEADS) -> Tile:
         """Return the tokens from `start` to before `end`, which lie within `capacity`."""
         return Tile(start, end - start, self.piece, self.whole, start - self.start, heads)
+
+
+def copy_rows(source: Extent, target: Extent, rows: torch.Tensor) -> None:
+    """Make row `i` of an extent's tokens what row `rows[i]` is in another one, or was in itself.
+
+    One head at a time, so that it takes no more memory than one head.
+    """
+    tokens = slice(0, source.tokens)
+    for old, new in zip(source.whole, target.whole, strict=True):
+        for head in range(old.shape[1]):
+            new[:, head, tokens].copy_(old[:, head, tokens].index_select(0, rows))

@@ -9,15 +9,12 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from headinfer.kv.extent import Extent, Piece, Tile
+from headinfer.kv.ahead import missing_tokens
+from headinfer.kv.extent import Extent, Piece, Tile, copy_rows
 from headinfer.kv.pair import ALL_HEADS, Geometry
 from headinfer.kv.place import HostPlace
 from headinfer.schedule.route import Held
 from headinfer.schedule.track import Track
-
-_MIN_GROWTH_TOKENS = 256
-_GROWTH_DIVISOR = 8
-"""Host memory that nobody reserved grows by an eighth, so at most 12.5% of a cache is unused."""
 
 
 class Ledger:
@@ -44,6 +41,7 @@ class Ledger:
             are none, or they are resident.
         half_done: whether a change of where tokens lie has begun and not ended, as after Ctrl-C:
             what the ledger says may not be so.
+        coming: host memory that was asked for, and not taken yet.
         version: changes with what the host holds, so that tiles fetched ahead can be told stale.
     """
 
@@ -63,6 +61,7 @@ class Ledger:
         self.version = 0
         self._place = place
         self._host: list[Extent] = []
+        self.coming = place.coming()
         self._written_tokens = 0
 
     @property
@@ -85,6 +84,11 @@ class Ledger:
     def capacity_tokens(self) -> int:
         """Tokens that there is host memory for; looked up, as Ctrl-C may come beside any change."""
         return self._host[-1].limit if self._host else 0
+
+    @property
+    def promised_tokens(self) -> int:
+        """Tokens that there is host memory for, or was asked for."""
+        return self.capacity_tokens + self.coming.tokens
 
     @property
     def past_tokens(self) -> int:
@@ -114,8 +118,12 @@ class Ledger:
 
     @property
     def host_bytes(self) -> int:
-        """Bytes of host memory held; what is shared counts in full, as it may have to be copied."""
-        return sum([part.piece.memory.numel() for part in self._host])
+        """Bytes of host memory held, or asked for.
+
+        What is shared counts in full, as it may have to be copied.
+        """
+        taken = [part.piece.memory.numel() for part in self._host]
+        return sum(taken) + self.coming.num_bytes
 
     @property
     def unwritten_bytes(self) -> int:
@@ -174,23 +182,22 @@ class Ledger:
                     yield Tile(first, tokens, piece, whole, first - origin, heads)
 
     def missing_tokens(self, tokens: int) -> int:
-        """Return the tokens `reserve` would add: exactly what is missing the first time.
-
-        A layer that outgrows its host memory grows by an eighth at least. So one token at a time
-        does not make an extent, and so a tile, of each.
-        """
-        capacity = self.capacity_tokens
-        missing = max(tokens - capacity, 0)
-        if not missing or not capacity:
-            return missing
-        return max(missing, capacity // _GROWTH_DIVISOR, _MIN_GROWTH_TOKENS)
+        """Return the tokens to ask for, or to reserve, where there are to be `tokens` in all."""
+        return missing_tokens(self.promised_tokens, tokens)
 
     def reserve(self, tokens: int) -> None:
-        """Have host memory for `tokens` tokens in all, in one extent more if needed.
+        """Have host memory for `tokens` tokens in all, and wait for no more than that.
+
+        What was not asked for is one extent more.
 
         Raises:
             MemoryPlanError: the host memory cannot be had.
         """
+        while (start := self.capacity_tokens) < tokens:
+            extent = self.coming.take(self.geometry, start)
+            if extent is None:
+                break
+            self._host.append(extent)
         missing = self.missing_tokens(tokens)
         if missing > 0:
             start = self.capacity_tokens
@@ -299,6 +306,8 @@ class Ledger:
         """
         index, old = torch.tensor(rows, dtype=torch.long, device="cpu"), self.geometry
         self.geometry = Geometry(len(rows), old.kv_heads, old.key_dim, old.value_dim, old.dtype)
+        if len(rows) != old.batch:
+            self.coming.cancel()  # it is of another size
         for position, source in enumerate(self._host):
             in_place = len(rows) == old.batch and source.piece.holders == 1
             self._place.access(source, write=in_place, purpose="row selection")
@@ -328,6 +337,7 @@ class Ledger:
 
     def clear(self) -> None:
         """Forget all tokens and give back all host memory; device memory stays."""
+        self.coming.cancel()
         while self._host:  # forgotten first: given back twice, others would lose it
             self._place.give_back(self._host.pop())
         self.host_tokens = self._written_tokens = 0
@@ -336,14 +346,3 @@ class Ledger:
             self.resident.tokens = 0
         self.half_done = False
         self.version += 1
-
-
-def copy_rows(source: Extent, target: Extent, rows: torch.Tensor) -> None:
-    """Make row `i` of an extent's tokens what row `rows[i]` is in another one, or was in itself.
-
-    One head at a time, so that it takes no more memory than one head.
-    """
-    tokens = slice(0, source.tokens)
-    for old, new in zip(source.whole, target.whole, strict=True):
-        for head in range(old.shape[1]):
-            new[:, head, tokens].copy_(old[:, head, tokens].index_select(0, rows))

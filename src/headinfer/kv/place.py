@@ -1,9 +1,75 @@
 """Places that give memory for tokens: the host, and one arena on the device."""
 
-from headinfer.device.base import Device
+import collections
+from typing import NamedTuple
+
+from headinfer.device.base import Device, HostMemory
+from headinfer.errors import MemoryPlanError
 from headinfer.kv.extent import Extent, Piece
 from headinfer.kv.pair import Geometry
 from headinfer.plan.memory import ALIGNMENT_BYTES, aligned
+
+
+class _Asked(NamedTuple):
+    """A piece of host memory that was asked for: for how many tokens, its bytes, and the piece."""
+
+    tokens: int
+    num_bytes: int
+    memory: HostMemory
+
+
+class Coming:
+    """A queue of host memory for one layer that was asked for, and not taken yet.
+
+    Args:
+        device: gets the memory.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._asked: collections.deque[_Asked] = collections.deque()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that it has room for."""
+        return sum([each.tokens for each in self._asked])
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of it."""
+        return sum([each.num_bytes for each in self._asked])
+
+    @property
+    def awaited_bytes(self) -> int:
+        """Bytes of it that are not there yet."""
+        return sum([each.num_bytes for each in self._asked if not each.memory.done()])
+
+    def ask(self, geometry: Geometry, tokens: int) -> None:
+        """Have memory for `tokens` tokens more got in the background, in one piece."""
+        num_bytes = geometry.num_bytes(tokens)
+        self._asked.append(_Asked(tokens, num_bytes, self._device.host_ahead(num_bytes)))
+
+    def take(self, geometry: Geometry, start: int) -> Extent | None:
+        """Return an empty extent in the next piece, once that is there; None where there is none.
+
+        Raises:
+            MemoryPlanError: it cannot be had. Nothing is asked for any more.
+        """
+        if not self._asked:
+            return None
+        asked = self._asked[0]
+        try:
+            extent = Extent(Piece(asked.memory.result()), geometry, asked.tokens, start)
+        except MemoryPlanError:
+            self.cancel()
+            raise
+        self._asked.popleft()  # only now: Ctrl-C may come while it is waited for
+        return extent
+
+    def cancel(self) -> None:
+        """Ask for none of it."""
+        while self._asked:
+            self._asked.popleft().memory.cancel()
 
 
 class HostPlace:
@@ -24,6 +90,10 @@ class HostPlace:
         """
         memory = self._device.host_empty(geometry.num_bytes(tokens))
         return Extent(Piece(memory), geometry, tokens, start)
+
+    def coming(self) -> Coming:
+        """Return a queue of what a layer asks for."""
+        return Coming(self._device)
 
     def give_back(self, extent: Extent) -> None:
         """Let go of an extent that no work in flight touches."""

@@ -67,8 +67,12 @@ def resolve(
     else:
         raise _refusal(first, smallest_plan(shape, options, device=device, batch=batch))
     resident = _Residency(options, context_tokens)
-    if hardware is None or context_tokens is None:
-        return _with_host_share(resident.of(first), options, hardware)
+    largest = resident.of(first)
+    # Where the largest chunks leave room for all tokens nothing is faster: that is a short prompt's
+    # plan, which would else wait for hundreds of others to be compared.
+    fits = context_tokens is not None and 0 < context_tokens <= largest.resident_tokens
+    if hardware is None or context_tokens is None or fits:
+        return _with_host_share(largest, options, hardware)
     fitting = [first, *(plan for plan in candidates if plan.fits)]
     plans = [
         _with_host_share(plan, options, hardware)
@@ -77,12 +81,23 @@ def resolve(
     return _fastest(plans, Predictor(shape, hardware), context_tokens)
 
 
+_LATER = 1.02
+"""How much longer than the fastest plan another may take for a prompt, if its answer is faster.
+
+Smaller chunks leave room for more resident tokens, which answers profit from. But prompts are what
+users wait for first.
+"""
+
+
 def _fastest(plans: list[Plan], predictor: Predictor, tokens: int) -> Plan:
-    """Return the plan of the least predicted time.
+    """Return the plan of the least predicted time, of those that are not late with a prompt.
 
     Among equally fast plans the one that streams least leaves the most for later. Among those the
     first is preferred. Plans that cannot be it by what they take at least are not looked at closer.
     """
+    prefill_s = [predictor.prefill_s(plan.placement, tokens) for plan in plans]
+    most_s = _LATER * min(prefill_s)
+    plans = [plan for plan, seconds in zip(plans, prefill_s, strict=True) if seconds <= most_s]
     least_s = [predictor.least_answer_s(plan.placement, tokens) for plan in plans]
     best: tuple[float, int, int] | None = None
     for position in sorted(range(len(plans)), key=least_s.__getitem__):
@@ -100,7 +115,7 @@ def _candidates(
     shape: ModelShape, options: Options, device: str, batch: int, context_tokens: int | None
 ) -> Iterator[Plan]:
     """Yield plans from the largest transfers to the smallest."""
-    for chunk_tokens in chunk_sizes(options, device):
+    for chunk_tokens in chunk_sizes(options, device, context_tokens):
         for tile_heads, tile_tokens in tile_sizes(shape, options, device, context_tokens):
             yield _plan(
                 shape, options, device, batch, context_tokens, chunk_tokens, tile_heads, tile_tokens
