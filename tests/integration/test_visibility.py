@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import send_to_device
 from transformers import DynamicCache, PreTrainedModel
 from transformers.masking_utils import (
+    causal_mask_function,
     create_chunked_causal_mask,
     create_sliding_window_causal_mask,
     sliding_window_causal_mask_function,
@@ -159,3 +161,18 @@ def test_windows_are_told_whatever_torchs_default_device_is() -> None:
         seen = visible(1, 7, 30, 24, sliding, None, 7)
     assert seen is not None
     assert seen.window_tokens == 7
+
+
+def test_accelerate_sends_a_mask_to_where_its_layers_are() -> None:
+    padded = torch.ones(2, 9)
+    padded[0, :4] = 0
+    given = [
+        visible(3, 9, 6, 0, causal_mask_function, padded, None),
+        visible(3, 9, 6, 0, sliding_window_causal_mask_function(5), None, 5),
+    ]
+    sent, window = send_to_device(given, torch.device("meta"))
+    assert sent.padding.valid.device.type == "meta"
+    assert sent.padding.padded_tokens == given[0].padding.padded_tokens == 4
+    assert (sent.q_len, sent.kv_len) == (3, 9)
+    assert window == given[1]
+    assert given[0].padding.valid.device.type == "cpu"
