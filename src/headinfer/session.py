@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import os
 import weakref
 from collections.abc import Sequence
@@ -11,8 +10,9 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from headinfer.device.base import AllMarks, Device, Mark
+from headinfer.device.base import Device, Mark
 from headinfer.device.host_memory import all_host_bytes, available_host_bytes
+from headinfer.device.marks import AllMarks
 from headinfer.engine.engine import Engine
 from headinfer.engine.parted import CacheEngine, PartedEngine
 from headinfer.engine.stats import Stats
@@ -117,8 +117,8 @@ class Session:
     ) -> OffloadedCache:
         """Return a cache with the tokens of a saved session; see `Offload.load_cache`."""
         cache = self.new_cache(max_tokens)
-        fill = functools.partial(fill_cache, cache, self.fingerprint(), path, partial=partial)
-        self._attachment.turns.run(fill)
+        model = self.fingerprint()
+        self._attachment.turns.run(lambda: fill_cache(cache, model, path, partial=partial))
         return cache
 
     def fingerprint(self) -> Fingerprint:
@@ -237,13 +237,12 @@ class Session:
         Args:
             working_bytes: what a call takes on the device beside KV, which may be host memory.
         """
-        engines = list(self._engines)
-        sharing, given = self.ranks.on_host, self._options.host_memory_bytes
+        engines, sharing = list(self._engines), self.ranks.on_host
+        given = self._options.host_memory_bytes
         # Locked memory is taken when it is locked; other memory, once it is written.
         locked = self.device.name == "cuda"
         promised = sum(
-            engine.awaited_host_bytes if locked else engine.unwritten_host_bytes
-            for engine in engines
+            each.awaited_host_bytes if locked else each.unwritten_host_bytes for each in engines
         )
         # Whoever asks last sees what the others took before.
         (available,) = self.ranks.least(available_host_bytes())

@@ -6,8 +6,9 @@ from typing import NoReturn
 
 import torch
 
-from headinfer.device.base import CaptureError, Mark, PlaceError, ReachedMark, Server
+from headinfer.device.base import CaptureError, Mark, PlaceError, Server
 from headinfer.device.host_pages import map_host_memory
+from headinfer.device.marks import ReachedMark
 
 
 class CpuDevice:

@@ -19,8 +19,9 @@ from typing import TypeVar
 
 import torch
 
-from headinfer.device.base import Capture, Edge, HostMemory, Mark, ReachedMark, Server, Stream
+from headinfer.device.base import Capture, Edge, HostMemory, Mark, Server, Stream
 from headinfer.device.hazards import Clock, join
+from headinfer.device.marks import ReachedMark
 from headinfer.device.simulated_capture import Recorder, SimulatedCapture
 from headinfer.device.simulated_flags import SimulatedFlags
 from headinfer.device.simulated_memory import LateMemory, SimulatedMemory

@@ -91,8 +91,9 @@ class SavableTokens(ChangeableTokens):
         with self.changing():
             for track, part in zip(self.full_tracks, parts, strict=True):
                 ledger = self._ledgers[track]
-                self._reserve(ledger)
+                self._reserve(ledger, part.tokens)
                 start = ledger.host_tokens
+                ledger.reserve(start + part.tokens)  # it may still be on its way
                 for tile in ledger.extend_host(part.tokens):
                     self._note_access(tile, write=True)
                     _copy(tile.kv, part.cut(_places(tile, start)))
