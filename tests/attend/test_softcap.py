@@ -69,8 +69,12 @@ CHUNKS = [  # batch, kv_heads, group, q_len, kv_len, head_dim
     (1, 1, 2, 35, 135, 256),
     (1, 1, 1, 130, 140, 64),
 ]
-if ON_GPU:
-    CHUNKS += [*SHAPES, (2, 8, 2, 1000, 1003, 256), (1, 1, 2, 4096, 5000, 256)]
+if ON_GPU:  # which multiplies no rows shorter than 16
+    CHUNKS += [
+        *(shape for shape in SHAPES if serves(torch.float16, shape[-1])),
+        (2, 8, 2, 1000, 1003, 256),
+        (1, 1, 2, 4096, 5000, 256),
+    ]
 
 
 @pytest.mark.parametrize("shared_bytes", [0, H100_BYTES])

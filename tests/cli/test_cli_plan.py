@@ -48,7 +48,7 @@ def test_the_steps_of_the_chosen_method(cli) -> None:
     _, steps = result.out.split("A decode step, behind 1M tokens:\n")
     decode, chunk = steps.split("\nThe last chunk of ")
     assert decode.startswith("layers 0-31:\n  keep the new tokens in the page\n  fetch tokens ")
-    assert "\n  attend by 8 heads: the residents, the page, the tiles\n" in decode
+    assert "\n  attend by 4 x 2 heads: the residents, the page, the tiles\n" in decode
     assert chunk.endswith(" to 1048576 home\n")
     windows = cli("plan", "--model", "gpt-oss-20b", "--context", "128K", *options)
     assert "layers 0, 2, 4, " in windows.out

@@ -158,4 +158,5 @@ def test_every_causal_class_of_transformers_is_expected_to_be_something() -> Non
 def test_the_documents_name_every_reason_to_refuse() -> None:
     section = ARCHITECTURE.read_text().split("\n## What is refused\n")[1].split("\n## ")[0]
     named = [line.removeprefix("- ") for line in section.splitlines() if line.startswith("- ")]
-    assert named == [*REFUSED, *REFUSED_WHEN_CALLED, "`output_attentions`"]
+    of_ranks = "KV heads that the ranks of a model cannot share evenly"  # tested with ranks
+    assert named == [*REFUSED, *REFUSED_WHEN_CALLED, of_ranks, "`output_attentions`"]
