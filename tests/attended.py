@@ -5,6 +5,7 @@ import functools
 import torch
 
 from headinfer.attend.cpu import CpuKernel
+from headinfer.attend.masks import band_works
 from headinfer.attend.native.kernel import NativeKernel
 from headinfer.attend.partial import Accumulator, Partial
 from headinfer.attend.reference import ReferenceKernel
@@ -44,4 +45,21 @@ def attended(
     tile = tile_in_hand(KV(keys, values))
     work = Work(query, [tile], scale, total, causal=causal, mask=mask)
     kernels.pick(work).attend(work)
+    return total.result()
+
+
+def exact_band(
+    query: torch.Tensor, kv: KV, scale: float, window_tokens: int, softcap: float | None
+) -> Partial:
+    """Attend within a window by its definition, with masks, in float64."""
+    total = Accumulator()
+    for work in band_works(
+        query.double(),
+        tile_in_hand(KV(*(part.double() for part in kv))),
+        scale=scale,
+        into=total,
+        window_tokens=window_tokens,
+        padding=None,
+    ):
+        ReferenceKernel(softcap).attend(work)
     return total.result()

@@ -7,11 +7,9 @@ import pytest
 import torch
 from test_kernels import SHAPES, check, draw
 
-from attended import only
+from attended import exact_band, only
 from headinfer.attend.check import agrees
 from headinfer.attend.cuda import candidates
-from headinfer.attend.masks import band_works
-from headinfer.attend.partial import Accumulator
 from headinfer.attend.reference import ReferenceKernel
 from headinfer.attend.select import select_kernels
 from headinfer.attend.table import Kernels
@@ -93,19 +91,9 @@ def test_many_rows_by_definition(dtype, kind, shared_bytes):
 def test_a_window_without_masks_sees_what_masks_show(dtype, batch, q_len, kv_len, window):
     query = draw(batch, q_len, 2, 3, 32, dtype=dtype).to(DEVICE).permute(0, 2, 3, 1, 4)
     wide = draw(2, batch, 4, kv_len, 32, dtype=dtype).to(DEVICE)
-    kv, total = KV(*wide[:, :, 1:3]), Accumulator()  # heads at the distances of a cache
+    kv = KV(*wide[:, :, 1:3])  # heads at the distances of a cache
     ours = chunks(32).band(query, kv, 0.5, window)
-    exact = KV(*(part.double() for part in kv))
-    for work in band_works(
-        query.double(),
-        tile_in_hand(exact),
-        scale=0.5,
-        into=total,
-        window_tokens=window,
-        padding=None,
-    ):
-        ReferenceKernel(CAP).attend(work)
-    wanted = total.result()
+    wanted = exact_band(query, kv, 0.5, window, CAP)
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
     torch.testing.assert_close(ours.out.double(), wanted.out, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(ours.lse.double(), wanted.lse, rtol=1e-3, atol=1e-3)

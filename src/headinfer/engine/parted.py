@@ -111,7 +111,8 @@ class PartedEngine:
 
     def torch_device(self, layer_idx: int) -> torch.device:
         """Return where a layer's tokens are attended."""
-        return self._places[layer_idx][0].torch_device(layer_idx)
+        part, at = self._places[layer_idx]
+        return part.torch_device(at)
 
     def tokens(self, layer_idx: int) -> int:
         """Return the tokens a layer holds."""
