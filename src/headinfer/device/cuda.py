@@ -10,10 +10,11 @@ from typing import Any, TypeVar
 import torch
 
 from headinfer.device import cuda_driver
-from headinfer.device.base import Capture, HostMemory, Mark, Server, Stream
+from headinfer.device.base import Capture, Device, HostMemory, Mark, Server, Stream
 from headinfer.device.cuda_graph import CudaCapture
 from headinfer.device.cuda_stream import CudaEvent, CudaStream
 from headinfer.device.host_pages import Pieces, commit, map_host_memory
+from headinfer.device.together import Together
 from headinfer.errors import MemoryPlanError, OptionError
 from headinfer.units import format_bytes
 
@@ -92,6 +93,7 @@ class CudaDevice:
         self._graph_pool: Any = None  # which all graphs share, since they never run at once
         self._graphs: weakref.WeakSet[CudaCapture[Any]] = weakref.WeakSet()
         self._capturing: CudaCapture[Any] | None = None
+        self._pool_beside: weakref.ref[torch.cuda.MemPool] | None = None
 
     def in_use(self) -> contextlib.AbstractContextManager[None]:
         """Return torch's own guard."""
@@ -167,19 +169,45 @@ class CudaDevice:
         finally:
             outside.wait_stream(self._apart)
 
-    def capture(self, work: Callable[[], _Result]) -> Capture[_Result]:
+    def capture(self, work: Callable[[], _Result], *beside: Device) -> Capture[_Result]:
         """Capture a CUDA graph; see `Device.capture`."""
         if not self._graphs:  # torch takes none into a pool whose last graph is gone
             self._graph_pool = torch.cuda.graph_pool_handle()
-        capture: CudaCapture[_Result] = CudaCapture(self._graph_pool)
-        with _capture_or_synchronize, self.apart(), _workspaces_of_its_own():
-            self._capturing = capture
-            try:
-                capture.record(work)
-            finally:
-                self._capturing = None
+        others = [device for device in beside if isinstance(device, CudaDevice)]
+        assert len(others) == len(beside), "one kind of device captures"
+        pools = [device.pool_beside() for device in others]
+        capture: CudaCapture[_Result] = CudaCapture(self._graph_pool, Together(self, others), pools)
+        with _capture_or_synchronize, contextlib.ExitStack() as taking_part:
+            for device, pool in zip(others, pools, strict=True):
+                taking_part.enter_context(device.taking_part(capture))
+                taking_part.enter_context(torch.cuda.use_mem_pool(pool, device.torch_device))
+            taking_part.enter_context(self.taking_part(capture))
+            taking_part.enter_context(_workspaces_of_its_own())
+            capture.record(work)
         self._graphs.add(capture)
         return capture
+
+    @contextlib.contextmanager
+    def taking_part(self, capture: CudaCapture[Any]) -> Iterator[None]:
+        """Have compute take part in a capture, on a stream of ours."""
+        with self.apart():
+            self._capturing = capture
+            try:
+                yield
+            finally:
+                self._capturing = None
+
+    def pool_beside(self) -> torch.cuda.MemPool:
+        """Return memory of this device's for graphs that others launch; they keep and share it.
+
+        A graph's own pool is of the device that launches it.
+        """
+        pool = None if self._pool_beside is None else self._pool_beside()
+        if pool is None:
+            with self.in_use():
+                pool = torch.cuda.MemPool()
+            self._pool_beside = weakref.ref(pool)
+        return pool
 
     def launch(self, work: Callable[[], None]) -> None:
         """Run it: a captured kernel reads memory by itself."""

@@ -135,9 +135,15 @@ class CapturableTokens(ReadyTokens, abc.ABC):
             with here.in_use():
                 for ledger, chunk in zip(here._layer(layer_idx, 1).tracks, chunks, strict=True):
                     chunk.waiting.clear()  # of a step that failed
+                    here._device.compute.reads(chunk.query, "attention between pieces")
                     here._attend(ledger, chunk)
+                    here._device.compute.writes(chunk.out, "attention between pieces")
 
+        for chunk in chunks:
+            self._device.compute.writes(chunk.query, "the piece before")
         self._device.aside(attend)
+        for chunk in chunks:
+            self._device.compute.reads(chunk.out, "the piece behind")
 
     def _attend_at_place(self, track: int, chunk: Chunk) -> None:
         """Attend a token by a launch that reads its place."""

@@ -5,7 +5,7 @@ run it alike, or wait for each other for ever.
 """
 
 from headinfer.device.base import Device
-from headinfer.engine.engine import Engine
+from headinfer.engine.parted import CacheEngine
 from headinfer.engine.ready import Form, ReadyStep
 from headinfer.integration.decode_call import DecodeCall
 from headinfer.ranks.group import Ranks
@@ -26,7 +26,7 @@ def go_alike(
     ranks: Ranks,
     call: DecodeCall | None,
     ready: ReadyStep,
-    engine: Engine,
+    engine: CacheEngine,
     *,
     in_a_row: bool,
     known: bool,
