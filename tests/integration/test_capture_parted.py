@@ -88,7 +88,7 @@ def test_devices_differ_in_what_they_stream() -> None:
     for capture in (False, True):
         with attached(
             *(model, 0, 1, 1),
-            **{"device_memory": "4MiB,1200KiB", "tile_tokens": 16, "chunk_tokens": 16},
+            **{"device_memory": "4MiB,1200KiB", "tile_tokens": 48, "chunk_tokens": 16},
             capture=capture,
             host_attention="off",
         ) as offload:
