@@ -17,7 +17,7 @@ _Result = TypeVar("_Result")
 
 
 class CapturableParts:
-    """Engines of one cache, to whose layers a captured step can add a token in each row.
+    """A cache's engines, to whose layers a captured step can add a token in each row.
 
     What is called when is as in `CapturableTokens`.
 
