@@ -186,6 +186,9 @@ class CapturableTokens(ReadyTokens, abc.ABC):
             following = self._make_ready()
             if self._streaming is not None and following is not None and following.form is form:
                 self._streaming.fill(self._streamed())
+
+    def rest(self) -> None:
+        """Sleep until the host has done its part of a step that was replayed."""
         if self._streaming is not None:
             self._streaming.rest()
 

@@ -87,6 +87,11 @@ class CapturableParts:
             with part.in_use():
                 part.end_step(own)
 
+    def rest(self) -> None:
+        """Sleep until the host has done its part of a step, which each device asks by itself."""
+        for part in self.parts:
+            part.rest()
+
     def steady(self) -> AbstractContextManager[None]:
         """Have who attends which tokens stay; see `CapturableTokens.steady`."""
         return self._all(lambda part, _form: part.steady(), Form.IN_PIECES)

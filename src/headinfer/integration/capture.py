@@ -139,6 +139,8 @@ class CapturedSteps:
                 return self._compared(forward, cache, arguments, call, captured, ready)
         output = self._replayed(cache, call, captured)
         engine.end_step(call.form)
+        if call.form is Form.STREAMED:
+            engine.rest()
         for stats in (self._stats, cache.stats):
             stats.captured_steps += 1
         return output
