@@ -87,6 +87,7 @@ _verb(
     Command.MEMORY,
     "Measure the memory that prefill and decode take.",
     "repeats",
+    "gpus",
     methods=f"{_STOCK}, {_OURS}, headinfer",
     new_tokens=2,
 )
@@ -104,6 +105,7 @@ _verb(
 _verb(
     Command.ABLATION,
     "Time HeadInfer with one part of it left out or fixed at a time.",
+    "gpus",
     methods=f"standard, {_OURS}, synchronous, headinfer",
 )
 
@@ -161,4 +163,4 @@ def _begin(spec: BenchSpec, launcher: Launcher, progress: RunProgress, path: str
     if path is not None and Path(path).exists():
         return Results.load(path).continued(spec)
     progress.started("measuring the machine", None)
-    return Results.new(spec, launcher.machine(spec.settings.device, spec.dtype))
+    return Results.new(spec, launcher.machine(spec.settings.device, spec.dtype, spec.gpus))
