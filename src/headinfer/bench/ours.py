@@ -19,6 +19,7 @@ from headinfer.errors import MemoryPlanError, OptionError
 from headinfer.integration.cache import OffloadedCache
 from headinfer.integration.calls import last_logits
 from headinfer.integration.model_shape import model_shape
+from headinfer.integration.shards import ranks_of
 from headinfer.plan.options import DECLARATIONS
 from headinfer.plan.plan import Plan
 from headinfer.plan.streaming import PAPERS_SPARSITY, RANDOM, STREAMING_OPTIONS
@@ -222,7 +223,7 @@ def resident(model: PreTrainedModel, spec: TrialSpec, **options: Any) -> HeadInf
 def host_attention(model: PreTrainedModel, spec: TrialSpec, **options: Any) -> HeadInfer:
     """Return resident, with a share of the other tokens attended by the CPU in decode steps."""
     method = HeadInfer(model, spec, **options).refuse_on_cpu("the CPU attends everything already")
-    if method.host_share:
+    if not ranks_of(model).any(not method.host_share):  # all ranks attach anew, or none does
         return method
     method.close()
     method = HeadInfer(model, spec, host_attention=_UNMEASURED_HOST_SHARE, **options)
