@@ -86,7 +86,8 @@ def _launched(ranks: int, folder: Path) -> TrialResult | TrialFailure:
     )
     exits: dict[int, int] = {}
     try:
-        elastic_launch(config, entrypoint=sys.executable)("-m", _PROGRAM, str(folder))
+        launch = elastic_launch(config, entrypoint=sys.executable)
+        launch("-m", _PROGRAM, str(folder), str(os.getpid()))
     except ChildFailedError as error:
         exits = {rank: failure.exitcode for rank, failure in error.failures.items()}
     answers = _answers(ranks, folder)
