@@ -24,7 +24,7 @@ from headinfer.ranks.launched import Launched
 from headinfer.ranks.near import stay_near
 
 _PR_SET_PDEATHSIG = 1
-"""Of `prctl` on Linux: the signal that comes when the parent ends."""
+"""What `prctl` of Linux calls the signal that comes when the parent ends."""
 
 
 def _end_with(parent: int) -> None:
