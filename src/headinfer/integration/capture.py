@@ -30,7 +30,7 @@ from headinfer.engine.engine import Engine
 from headinfer.engine.ready import IN_PIECES, Form, ReadyStep
 from headinfer.engine.stats import Stats
 from headinfer.errors import is_out_of_memory
-from headinfer.integration.alike import go_alike, may_capture
+from headinfer.integration.alike import go_alike
 from headinfer.integration.autocast import without_autocast
 from headinfer.integration.cache import OffloadedCache
 from headinfer.integration.captured_step import CapturedStep, Step, make_step, taking_back
@@ -78,7 +78,7 @@ class CapturedSteps:
         self._calls = DecodeCalls(model)
         self._device = device
         self._stats = stats
-        self.enabled = enabled and may_capture(device, ranks)
+        self.enabled = enabled and device.captures
         self._obstacle = obstacle
         self._fusion = Fusion(model, enabled=fused and self.enabled and obstacle is None)
         self._hooks = HooksOfOthers(model)
