@@ -58,7 +58,10 @@ def main(folder: Path, parent: int) -> None:
     if isinstance(outcome, TrialFailure):
         sys.stderr.flush()
         os._exit(1)  # others may still wait for this rank in a library
-    distributed.destroy_process_group()
+    distributed.barrier()
+    # Captured steps still hold the group, which may wait for them when it is destroyed.
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
