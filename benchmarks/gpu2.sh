@@ -68,7 +68,7 @@ if [ $# -eq 0 ]; then
 fi
 probed="${TMPDIR:-/tmp}/headinfer-gpu2-probed-$(id -u)"
 if [ -z "${TINY:-}" ] && [ ! -e "$probed" ]; then # the CPU's share is chosen by it
-    timeout 90 "$python" -m headinfer.cli.main probe --quick --json "$folder/gpu2-probe.json" &&
+    timeout 90 "$python" -m headinfer.cli.main probe --quick --json "$folder/probe.json" &&
         touch "$probed"
 fi
 for part in "$@"; do

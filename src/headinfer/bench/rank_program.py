@@ -1,6 +1,6 @@
-"""What each rank of a trial runs: `python -m headinfer.bench.rank_program FOLDER`.
+"""What each rank of a trial runs: `python -m headinfer.bench.rank_program FOLDER PID`.
 
-It reads the trial from the folder and writes its outcome there.
+It reads the trial from the folder and writes its outcome there. It ends with the process PID.
 """
 
 import ctypes
@@ -24,15 +24,14 @@ from headinfer.ranks.launched import Launched
 from headinfer.ranks.near import stay_near
 
 _PR_SET_PDEATHSIG = 1
-"""Of `prctl` on Linux: the signal that comes when the parent ends."""
+"""What `prctl` of Linux calls the signal that comes when the parent ends."""
 
 
-def _end_with_parent() -> None:
-    """Be killed when torchrun's process is, as it is where a trial takes too long."""
-    parent = os.getppid()
+def _end_with(parent: int) -> None:
+    """Be killed when the process that started this one is, as where a trial takes too long."""
     with suppress(OSError, AttributeError):  # not Linux
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
+    if os.getppid() != parent:  # it ended while this one began
         os._exit(1)
 
 
@@ -45,9 +44,9 @@ def _outcome(spec: TrialSpec, launched: Launched) -> TrialResult | TrialFailure:
         return failure_of(error)
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, parent: int) -> None:
     """Measure this rank's part of a trial, and end the process."""
-    _end_with_parent()
+    _end_with(parent)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     launched = Launched.wanted()
     spec = TrialSpec.from_json(json.loads((folder / TRIAL).read_text()))
@@ -59,8 +58,11 @@ def main(folder: Path) -> None:
     if isinstance(outcome, TrialFailure):
         sys.stderr.flush()
         os._exit(1)  # others may still wait for this rank in a library
-    distributed.destroy_process_group()
+    distributed.barrier()
+    # Captured steps still hold the group, which may wait for them when it is destroyed.
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -86,28 +86,31 @@ def _launched(ranks: int, folder: Path) -> TrialResult | TrialFailure:
     )
     exits: dict[int, int] = {}
     try:
-        elastic_launch(config, entrypoint=sys.executable)("-m", _PROGRAM, str(folder))
+        launch = elastic_launch(config, entrypoint=sys.executable)
+        launch("-m", _PROGRAM, str(folder), str(os.getpid()))
     except ChildFailedError as error:
         exits = {rank: failure.exitcode for rank, failure in error.failures.items()}
     answers = _answers(ranks, folder)
-    if not exits and len(answers) == ranks:
-        return merged([_result(answers[rank]) for rank in range(ranks)])
-    return _failure(exits, answers)
+    results = [each for _at_s, each in answers.values() if isinstance(each, TrialResult)]
+    return merged(results) if len(results) == ranks else _failure(exits, answers)
 
 
-def _answers(ranks: int, folder: Path) -> dict[int, Mapping[str, Any]]:
-    """Return what each rank wrote, if anything."""
-    files = {rank: answer_file(folder, rank) for rank in range(ranks)}
-    return {rank: json.loads(file.read_text()) for rank, file in files.items() if file.exists()}
+_Answers = Mapping[int, tuple[float, TrialResult | TrialFailure]]
+"""When each rank wrote its outcome, and what; ranks that wrote nothing are not in it."""
 
 
-def _result(values: Mapping[str, Any]) -> TrialResult:
-    outcome = from_json(values["outcome"])
-    assert isinstance(outcome, TrialResult), "all ranks ended well"
-    return outcome
+def _answers(ranks: int, folder: Path) -> _Answers:
+    """Return what the ranks wrote, in their order."""
+    found = {}
+    for rank in range(ranks):
+        file = answer_file(folder, rank)
+        if file.exists():
+            values = json.loads(file.read_text())
+            found[rank] = float(values["at_s"]), from_json(values["outcome"])
+    return found
 
 
-def _failure(exits: Mapping[int, int], answers: Mapping[int, Mapping[str, Any]]) -> TrialFailure:
+def _failure(exits: Mapping[int, int], answers: _Answers) -> TrialFailure:
     """Return why there is no result: whose failure came first, as far as that is known.
 
     Args:
@@ -118,8 +121,7 @@ def _failure(exits: Mapping[int, int], answers: Mapping[int, Mapping[str, Any]])
         if code == -signal.SIGKILL:
             reason = f"rank {rank} was killed by the system, most likely for lack of memory"
             return TrialFailure(status=Status.CANNOT_RUN, reason=reason, grows=True)
-    for rank, values in sorted(answers.items(), key=lambda told: float(told[1]["at_s"])):
-        outcome = from_json(values["outcome"])
+    for rank, (_at_s, outcome) in sorted(answers.items(), key=lambda answer: answer[1][0]):
         if isinstance(outcome, TrialFailure):
             return replace(outcome, reason=f"rank {rank}: {outcome.reason}")
     codes = ", ".join(f"rank {rank} with status {code}" for rank, code in exits.items())

@@ -90,6 +90,8 @@ def random_model(
         **placing(spec, config, device),
     )
     _draw_weights(model, config.get_text_config(decoder=True).initializer_range, spec.seed)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # of what was drawn before it was split
     return model.eval()
 
 
