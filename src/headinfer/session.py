@@ -85,7 +85,7 @@ class Session:
         self.plan = self._resolve(1, None, [], model.dtype)
         fast = options.fuse == "auto" and model.dtype in _FUSED
         captures = self._captures = CapturedSteps(
-            *(model, device, self.stats),
+            *(model, [part.device for part in self.parts], self.stats),
             enabled=options.capture,
             fused=fast and device.name == "cuda" and self.ranks.size == 1,
             obstacle=placement.obstacle,

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import torch
 
 from headinfer.engine.engine import Engine
+from headinfer.engine.parted_steps import CapturableParts
 from headinfer.engine.readout import Part
 from headinfer.plan.plan import Plan, joined
 from headinfer.plan.shape import ModelShape
@@ -19,7 +20,7 @@ from headinfer.plan.shape import ModelShape
 _Place = tuple[Engine, int]
 
 
-class PartedEngine:
+class PartedEngine(CapturableParts):
     """A cache's attention layers on several devices; what `Engine` is on one.
 
     Layers are counted among all that attend. Each engine counts its own from 0.
@@ -33,7 +34,7 @@ class PartedEngine:
     def __init__(
         self, shape: ModelShape, parts: Sequence[Engine], layers: Sequence[Sequence[int]]
     ) -> None:
-        self.parts = tuple(parts)
+        super().__init__(parts, layers)
         self._shape = shape
         places: dict[int, _Place] = {}
         for part, own in zip(parts, layers, strict=True):

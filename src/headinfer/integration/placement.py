@@ -40,11 +40,11 @@ class Placement:
 
     @property
     def obstacle(self) -> str | None:
-        """What keeps a step from being captured: hooks that Python must call; None for nothing."""
+        """What keeps a step from being captured, as hooks that Python must call; or None."""
         if self.streams:
             return "accelerate brings some of its weights to where they are used"
-        if len(self.weights_bytes) > 1:
-            return "it is spread over several devices"
+        if not self.weights_bytes.keys() <= set(self.layers):
+            return "some of its weights are on a device that has no layer"
         return None
 
 
