@@ -13,10 +13,13 @@ from bench_parts import MODEL, trial_spec
 from headinfer.bench import ranked
 from headinfer.bench.gate import compare
 from headinfer.bench.launch import FreshProcesses
+from headinfer.bench.model_spec import NamedModel
 from headinfer.bench.result import Status, TrialFailure, TrialResult, from_json
 from headinfer.bench.spec import Fill, TrialSpec
 from headinfer.bench.trial import attempt, run_trial
+from headinfer.cli.shapes import shape_of
 from headinfer.plan.options import Options
+from tiny_models import tiny_model
 
 EVEN = replace(MODEL, vocab_size=98)
 """Transformers 5.17 splits no vocabulary that the ranks cannot share evenly."""
@@ -68,6 +71,23 @@ def test_heads_in_several_processes_agree_with_stock(environment, method, fill):
     assert sum(part.kv_bytes for part in result.parts) == MODEL.kv_bytes(303, "float32")
     assert result.kv_host_bytes >= MODEL.kv_bytes(303, "float32")
     assert bool(result.host_attended_kv_bytes) == (method == "heads-host")
+
+
+def test_a_model_with_weights_of_its_own_is_spread(environment, tmp_path):
+    tiny_model("llama3", vocab_size=98).save_pretrained(tmp_path)
+    shape = shape_of(str(tmp_path), dtype="float32")
+    named = NamedModel(name="tiny", location=str(tmp_path), config=None, planned=shape)
+    specs = {
+        method: replace(spec_of(method), model=named) for method in ("standard", "layers", "heads")
+    }
+    reference, layers = (run_trial(specs[method]) for method in ("standard", "layers"))
+    for result in (layers, in_ranks(specs["heads"])):
+        assert isinstance(result, TrialResult), result
+        verdict = compare(
+            reference, result, dtype="float32", layers=named.layers, context_tokens=300
+        )
+        assert verdict.passed, verdict.reason
+        assert len(result.parts) == 2
 
 
 def test_ranks_that_refuse_give_a_reason(environment):

@@ -80,14 +80,14 @@ def _load(
     spec: TrialSpec, name: str, location: str, device: torch.device
 ) -> tuple[PreTrainedModel, str | None]:
     keywords: dict[str, Any] = {"attn_implementation": _saved_attention(location)}
-    if spec.spread is not Spread.ONE:
-        keywords |= placing(spec, AutoConfig.from_pretrained(location), device)
     try:
+        if spec.spread is not Spread.ONE:
+            keywords |= placing(spec, AutoConfig.from_pretrained(location), device)
         loaded, note = load_checkpoint(name, location, dtype=getattr(torch, spec.dtype), **keywords)
     except (OSError, ValueError) as error:
         reason = reason_of(error)
         raise ModelLoadError(f"model {name!r} cannot be loaded: {reason}") from error
-    return (loaded if "device_map" in keywords else loaded.to(device)).eval(), note
+    return (loaded.to(device) if spec.spread is Spread.ONE else loaded).eval(), note
 
 
 def _stock_attention(config: Any) -> str:
