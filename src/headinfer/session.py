@@ -95,7 +95,7 @@ class Session:
         padded = whole.exact is whole  # sinks of streaming heads would be padding
         self._attachment = Attachment(model, self, captures, linears, padded=padded)
         self._attached = True
-        tell_of_ranks(self.ranks, captured=captures.enabled or not options.capture)
+        tell_of_ranks(self.ranks)
 
     @property
     def functions(self) -> AttentionFunctions:

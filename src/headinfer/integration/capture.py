@@ -29,7 +29,7 @@ from headinfer.device.together import all_apart
 from headinfer.engine.parted import CacheEngine
 from headinfer.engine.ready import IN_PIECES, Form, ReadyStep
 from headinfer.engine.stats import Stats
-from headinfer.integration.alike import go_alike, may_capture
+from headinfer.integration.alike import go_alike
 from headinfer.integration.autocast import without_autocast
 from headinfer.integration.cache import OffloadedCache
 from headinfer.integration.captured_step import CapturedStep, Step, make_step, taking_back
@@ -76,7 +76,7 @@ class CapturedSteps:
         self._calls = DecodeCalls(model)
         self._devices, self._device = devices, devices[0]
         self._stats = stats
-        self.enabled = enabled and may_capture(self._device, ranks)
+        self.enabled = enabled and self._device.captures
         self._obstacle = obstacle
         self._fusion = Fusion(model, enabled=fused and self.enabled and obstacle is None)
         self._hooks = HooksOfOthers(model)

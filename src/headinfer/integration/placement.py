@@ -6,12 +6,12 @@ that lie in CPU memory or on disk, module by module, and take them away again.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from headinfer.errors import UnsupportedModelError
+from headinfer.integration.accelerate_hooks import accelerate_hooks, device_of
 from headinfer.integration.stored_weights import bytes_by_device
 from headinfer.integration.support import (
     attention_modules,
@@ -135,17 +135,8 @@ def _brought_bytes(model: torch.nn.Module) -> dict[torch.device, int]:
 
 def _brings_to(module: torch.nn.Module) -> tuple[torch.device | None, bool]:
     """Return where a module's hook brings its weights, if it does, and whether all inside it."""
-    for hook in _hooks(module):
-        if getattr(hook, "offload", False) and hook.execution_device is not None:
-            where = hook.execution_device
-            device = torch.device("cuda", where) if isinstance(where, int) else torch.device(where)
-            if device == torch.device("cuda"):
-                device = torch.device("cuda", torch.cuda.current_device())
+    for hook in accelerate_hooks(module):
+        device = device_of(hook) if getattr(hook, "offload", False) else None
+        if device is not None:
             return device, bool(hook.place_submodules)
     return None, False
-
-
-def _hooks(module: torch.nn.Module) -> list[Any]:
-    """Return accelerate's hooks of a module: none, one, or those in a sequence."""
-    hook: Any = getattr(module, "_hf_hook", None)
-    return [] if hook is None else list(getattr(hook, "hooks", (hook,)))
