@@ -34,6 +34,7 @@ from headinfer.integration.autocast import without_autocast
 from headinfer.integration.cache import OffloadedCache
 from headinfer.integration.captured_step import CapturedStep, Step, make_step, taking_back
 from headinfer.integration.compiler import begin_import
+from headinfer.integration.crossing import Crossings
 from headinfer.integration.decode_call import DecodeCall, DecodeCalls
 from headinfer.integration.fusion import Fusion
 from headinfer.integration.hooks import HooksOfOthers
@@ -163,7 +164,8 @@ class CapturedSteps:
         engine = cache.state.engine
         assert engine is not None
         if captured is None:
-            step = make_step(forward, cache, call, self._calls.cache_name)
+            crossings = Crossings(self._model())
+            step = make_step(forward, cache, call, self._calls.cache_name, crossings)
             if call.key not in self._known:
                 return self._begin(arguments, cache, call, step, ready)
             with self._preparing(cache):
