@@ -101,6 +101,8 @@ def test_devices_differ_in_what_they_stream() -> None:
             assert first.plan.resident_tokens > 1000 > second.plan.resident_tokens
             outcomes.append(steps(model, cache, 40))
             assert (Form.STREAMED in forms(cache)) == capture
+            assert first._streaming is None  # whose share of the host need not settle, either
+            assert (second._streaming is not None) == capture
     assert all(map(torch.equal, *outcomes))
     assert launched(offload.stats) < 12
 

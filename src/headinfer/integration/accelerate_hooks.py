@@ -27,8 +27,8 @@ def device_of(hook: Any) -> torch.device | None:
 def needless_forwards(model: torch.nn.Module) -> dict[torch.nn.Module, Callable[..., Any]]:
     """Return the forwards of modules whose hooks move nothing, since one around them did.
 
-    Accelerate gives such a hook to each module within a layer, though the layer's own has brought
-    all that comes from outside, and all weights within are there.
+    Accelerate gives such a hook to each module within a layer. But the layer's own has brought all
+    that comes from outside, and the weights are there.
 
     Returns:
         What stands in front of the modules' own code, of their class.
