@@ -99,6 +99,7 @@ class ModelShape:
         kv_itemsize: bytes of one KV element.
         max_positions: tokens the position encoding was made for; 0 when unknown.
         ranks: processes that the heads are split over; all else is then of one of them.
+        uneven: whether all heads of one of these processes stream, and not those of another.
     """
 
     name: str
@@ -113,6 +114,7 @@ class ModelShape:
     mlp_peak_elements: int = 0
     computed_itemsize: int = 0
     ranks: int = 1
+    uneven: bool = False
 
     @functools.cached_property
     def full_layers(self) -> tuple[LayerShape, ...]:
