@@ -14,9 +14,10 @@ from headinfer.plan.hardware import Hardware
 from headinfer.plan.memory import ALIGNMENT_BYTES, runtime_bytes
 from headinfer.plan.options import Options
 from headinfer.plan.plan import Plan
-from headinfer.plan.predict import Placement, Predictor, active_parameters
+from headinfer.plan.predict import Predictor, active_parameters
 from headinfer.plan.resolve import resolve
 from headinfer.plan.shape import ModelShape
+from headinfer.plan.step_time import Placement
 from shapes import LLAMA_3_8B, model_shape
 
 RTX_4090 = HARDWARE["rtx-4090"]

@@ -39,6 +39,7 @@ def shape_from_config(
     itemsize = _itemsize(text, dtype)
     count = count_parameters(family, text)
     stored = stored_bytes(count, itemsize, text.section("quantization_config"), name)
+    matrix_bytes = text.size("vocab_size") * text.size("hidden_size") * itemsize
     return ModelShape(
         name=name,
         layers=_layers(family, text),
@@ -50,6 +51,9 @@ def shape_from_config(
         kv_itemsize=itemsize,
         max_positions=text.number("max_position_embeddings", 0),
         mlp_peak_elements=_mlp_peak_elements(family, text),
+        embedding_bytes=matrix_bytes,
+        output_bytes=0 if text.flag("tie_word_embeddings") else matrix_bytes,
+        splits_heads=family.splits_heads,
     )
 
 

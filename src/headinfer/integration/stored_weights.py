@@ -18,6 +18,11 @@ def weights_bytes(model: torch.nn.Module) -> int:
     return sum(bytes_by_device(model).values())
 
 
+def tensor_bytes(tensor: torch.Tensor) -> int:
+    """Return the bytes of one parameter, with its scales."""
+    return sum(inner.nbytes for inner in _inside(tensor, _DEPTH))
+
+
 def bytes_by_device(model: torch.nn.Module) -> dict[torch.device, int]:
     """Return the bytes of parameters and buffers on each device; shared memory counts once."""
     sizes: dict[torch.device, dict[int, int]] = {}

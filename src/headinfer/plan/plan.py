@@ -7,8 +7,8 @@ from headinfer.plan import memory
 from headinfer.plan.choices import (
     ALL_TOKENS,
 )
-from headinfer.plan.predict import Placement
 from headinfer.plan.shape import LayerKind, ModelShape
+from headinfer.plan.step_time import Placement
 from headinfer.schedule.route import Sizes
 from headinfer.units import format_bytes, format_tokens
 
