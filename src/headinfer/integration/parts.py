@@ -167,8 +167,14 @@ def _part_of(shape: ModelShape, layers: Sequence[int]) -> ModelShape:
 
 def _with_weights(part: ModelPart, parts: Sequence[ModelPart], placement: Placement) -> ModelPart:
     """Return a part with the weights on its device; simulated ones divide what the CPU has."""
-    there = placement.weights_bytes.get(part.device.torch_device, 0)
+    where = part.device.torch_device
+    there, brought = placement.weights_bytes.get(where, 0), placement.brought_bytes.get(where, 0)
     alike = [each for each in parts if each.device.torch_device == part.device.torch_device]
     layers = sum(len(each.layers) for each in alike)
-    weights = there * len(part.layers) // layers
-    return dataclasses.replace(part, shape=dataclasses.replace(part.shape, weights_bytes=weights))
+    own = len(part.layers)
+    shape = dataclasses.replace(
+        part.shape,
+        weights_bytes=there * own // layers,
+        brought_bytes=brought * own // layers,
+    )
+    return dataclasses.replace(part, shape=shape)
