@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from headinfer.device.base import Device, Mark
 from headinfer.device.host_memory import all_host_bytes, available_host_bytes
 from headinfer.device.marks import AllMarks
-from headinfer.engine.busy import Busy
+from headinfer.engine.busy import BusyTimes
 from headinfer.engine.engine import Engine
 from headinfer.engine.parted import CacheEngine, PartedEngine
 from headinfer.engine.stats import Stats
@@ -82,7 +82,7 @@ class Session:
         self._shape = rank_shape(whole, model, self.ranks)
         self.parts = parts_of(self._shape, placement, devices, options, self.ranks.on_host)
         device = self.device = self.parts[0].device
-        self.busy = Busy([part.device for part in self.parts])
+        self.busy = BusyTimes([part.device for part in self.parts])
         self._engines: weakref.WeakSet[CacheEngine] = weakref.WeakSet()
         self._attached = False
         self.plan = self._resolve(1, None, [], model.dtype)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import headinfer
-from headinfer.engine.busy import Busy
+from headinfer.engine.busy import BusyTimes
 from headinfer.engine.stats import Stats
 from headinfer.integration.calls import cache_argument
 from parted import spread
@@ -47,7 +47,7 @@ class Clock:
 
 def test_a_device_works_until_the_chunk_leaves_it() -> None:
     first, second = Clock(0, 2, 2, 5), Clock(2, 3, 5, 6)
-    busy = Busy([first, second])
+    busy = BusyTimes([first, second])
     for _ in range(2):
         for device in (first, first, second, second):  # two layers each
             busy.begin(device)
@@ -58,7 +58,7 @@ def test_a_device_works_until_the_chunk_leaves_it() -> None:
 
 def test_a_device_that_comes_twice_in_a_chunk_rests_in_between() -> None:
     first, second = Clock(0, 1, 4, 6), Clock(1, 4)
-    busy = Busy([first, second])
+    busy = BusyTimes([first, second])
     for device in (first, second, first):
         busy.begin(device)
     assert busy.take() == (1 + 2, 3)
@@ -66,11 +66,11 @@ def test_a_device_that_comes_twice_in_a_chunk_rests_in_between() -> None:
 
 def test_one_device_is_not_watched_and_unknown_times_are_none() -> None:
     alone = Clock()
-    busy = Busy([alone])
+    busy = BusyTimes([alone])
     busy.begin(alone)
     assert busy.take() == ()
     first, second = Clock(0, None), Clock(0, 1)
-    busy = Busy([first, second])
+    busy = BusyTimes([first, second])
     busy.begin(first)
     busy.begin(second)
     assert busy.take() == ()

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from headinfer.device.base import Device, Event
 
 
-class Busy:
+class BusyTimes:
     """A watch on the devices that a prompt's chunks pass through.
 
     A device works from its first layer's attention until the chunk comes to another one, or ends.

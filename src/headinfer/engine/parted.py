@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from headinfer.engine.busy import Busy
+from headinfer.engine.busy import BusyTimes
 from headinfer.engine.engine import Engine
 from headinfer.engine.readout import Part
 from headinfer.plan.plan import Plan, joined
@@ -37,7 +37,7 @@ class PartedEngine:
         shape: ModelShape,
         parts: Sequence[Engine],
         layers: Sequence[Sequence[int]],
-        busy: Busy,
+        busy: BusyTimes,
     ) -> None:
         self.parts = tuple(parts)
         self._busy = busy

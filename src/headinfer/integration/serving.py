@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 
 from headinfer.device.base import Mark
-from headinfer.engine.busy import Busy
+from headinfer.engine.busy import BusyTimes
 from headinfer.engine.stats import Stats
 from headinfer.integration.cache import OffloadedCache
 from headinfer.integration.chunking import Chunking, run_leading_chunks
@@ -35,7 +35,7 @@ class AttachmentOwner(Protocol):
 
     stats: Stats
     ranks: Ranks
-    busy: Busy
+    busy: BusyTimes
 
     def new_cache(self) -> OffloadedCache:
         """Return a cache for a call that brings none."""
