@@ -23,5 +23,6 @@ bench decode --contexts 1K,4K,16K,64K,128K --fill random --new-tokens 16 --metho
 bench memory --contexts 4K,32K,64K,128K --methods "$stock,bounded,headinfer"
 bench max-context --contexts 4K,512K --fill random --device-memory 600MiB \
     --methods standard,chunked-prefill,headinfer
-mapfile -t results < <(ls "$out"/*-suite-*.json "$out"/gpu-captured.json "$out"/gpu-1M.json 2>/dev/null)
+mapfile -t results < <(ls "$out"/*-suite-*.json "$out"/gpu-{captured,1M}.json \
+    "$out"/gpu-{sparse,longest}*.json "$out"/gpu2-*.json 2>/dev/null)
 "$python" -m headinfer.cli.main bench report "${results[@]}"

@@ -85,7 +85,7 @@ def test_imports_point_downwards(path: Path) -> None:
             assert name.split(".")[0] in ("headinfer", *sys.stdlib_module_names)
 
 
-@pytest.mark.parametrize("script", ["readme_table.py", "sparsity_report.py"])
+@pytest.mark.parametrize("script", ["readme_table.py", "sparsity_report.py", "gpus_tables.py"])
 def test_tables_in_documents_are_generated(script: str) -> None:
     subprocess.run([sys.executable, str(ROOT / "benchmarks" / script), "--check"], check=True)
 

@@ -88,7 +88,7 @@ class Session:
         self.plan = self._resolve(1, None, [], model.dtype)
         fast = options.fuse == "auto" and model.dtype in _FUSED
         captures = self._captures = CapturedSteps(
-            *(model, device, self.stats),
+            *(model, [part.device for part in self.parts], self.stats),
             enabled=options.capture,
             fused=fast and device.name == "cuda" and self.ranks.size == 1,
             obstacle=placement.obstacle,
@@ -98,7 +98,7 @@ class Session:
         padded = whole.exact is whole  # sinks of streaming heads would be padding
         self._attachment = Attachment(model, self, captures, linears, padded=padded)
         self._attached = True
-        tell_of_ranks(self.ranks, captured=captures.enabled or not options.capture)
+        tell_of_ranks(self.ranks)
 
     @property
     def functions(self) -> AttentionFunctions:

@@ -95,7 +95,7 @@ class FakeLauncher:
         self._answer = answer
         self.asked: list[tuple[str, int]] = []
 
-    def machine(self, device: str, dtype: str) -> Machine:
+    def machine(self, device: str, dtype: str, gpus: int) -> Machine:
         return MACHINE
 
     def trial(self, spec: TrialSpec, time_limit_s: float) -> TrialResult | TrialFailure:

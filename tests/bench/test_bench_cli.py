@@ -184,6 +184,28 @@ def test_what_is_finished_is_kept_when_a_run_is_stopped(tmp_path, monkeypatch):
     assert len(json.loads(path.read_text())["rows"]) == 4
 
 
+def test_checks_are_kept_when_a_run_is_stopped_before_its_first_row(tmp_path, monkeypatch):
+    def answer(spec):
+        if spec.method == "bounded":
+            raise KeyboardInterrupt
+        return trial_result(tokens=(3,), decode_s=(0.5,))
+
+    path = tmp_path / "out.json"
+    methods = ("--methods", "headinfer,bounded")
+    arguments = ("decode", "--context", "8000", *methods, "--json", str(path))
+    fake_launcher(monkeypatch, answer)
+    assert run(*arguments).exit_code == 130
+    assert set(json.loads(path.read_text())["checks"]) == {"standard", "headinfer"}
+    launcher = fake_launcher(monkeypatch)
+    assert run(*arguments, "--resume").exit_code == 0
+    assert launcher.asked == [
+        ("standard", GATE_TOKENS),
+        ("bounded", GATE_TOKENS),
+        ("headinfer", 8000),
+        ("bounded", 8000),
+    ]
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="its signals end a process")
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129), ("SIGINT", 130)])
 def test_a_signal_keeps_what_is_finished(tmp_path, monkeypatch, name, code):
@@ -309,6 +331,9 @@ def test_no_options_at_all(monkeypatch):
         ("--time-limit 0", "--time-limit must be at least 1"),
         ("--dtype int8", "--dtype must be one of"),
         ("--kv-heads 3", "multiple of --kv-heads"),
+        ("--gpus 0", "--gpus must be at least 1"),
+        ("--methods layers", "method 'layers' needs several GPUs"),
+        ("--gpus 2 --device-memory 1GiB,2GiB", "holds for each GPU, and not a list"),
         ("--repeats 0", "--repeats must be at least 1"),
         ("--tile-heads 0", "--tile-heads must be a positive integer"),
         ("--json /no/such/folder/out.json", "no folder"),

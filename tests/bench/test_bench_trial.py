@@ -195,9 +195,11 @@ def test_a_simulated_devices_memory_is_a_limit_of_the_system_for_stock_alone():
 def test_device_memory_on_a_gpu_leaves_torch_what_a_card_of_that_size_would(monkeypatch):
     memory, shares = SimpleNamespace(total_memory=80 * 2**30), []
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: memory)
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda share, _gpu: shares.append(share)
+    )
     for size in ("24GiB", "auto", "512GiB"):
-        limit_device(Options.parse(device_memory=size), torch.device("cuda"))
+        limit_device(Options.parse(device_memory=size), [torch.device("cuda")])
     assert shares == [23.25 / 80, 1.0]
 
 

@@ -202,7 +202,7 @@ def test_copies_over_the_link_cover_their_bytes(ways, monkeypatch):
             assert target.nbytes == source.nbytes
 
         monkeypatch.setattr(stream, "copy", copy)
-    ((run, amount),) = operations.link(device, 300, **dict.fromkeys(ways, True)).values()
+    ((run, amount),) = operations.link([device], 300, **dict.fromkeys(ways, True)).values()
     run()
     assert sorted(copied) == sorted((name, 300) for name in ways for _ in range(4))
     assert amount == 1200 * len(ways)
@@ -217,7 +217,7 @@ def test_host_memory_is_read_by_link_and_cpu_as_stated(monkeypatch):
     monkeypatch.setattr(device.copy_in, "copy", lambda to, _source: note("link", to.nbytes))
     monkeypatch.setattr(torch, "dot", lambda one, other: note("cpu", one.nbytes + other.nbytes))
     monkeypatch.setattr(torch, "mv", lambda matrix, _vector: note("cpu", matrix.nbytes))
-    for name, (run, amount) in operations.shared(device, 2**16).items():
+    for name, (run, amount) in operations.shared([device], 2**16).items():
         seen.clear()
         run()
         assert amount == pytest.approx(seen["link"] + seen["cpu"], rel=0.1)

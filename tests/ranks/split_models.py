@@ -26,7 +26,8 @@ DEVICES = {
 }
 
 ON_GPUS = {
-    "cuda": {
+    "cuda": {"chunk_tokens": 13},  # all resident: a step is one launch, with NCCL's kernels in it
+    "cuda streamed": {
         "chunk_tokens": 13,
         "tile_tokens": 16,
         "tile_heads": 1,

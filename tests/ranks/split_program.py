@@ -47,7 +47,7 @@ def parity(folder: Path, got: dict[str, Any]) -> None:
     for name in MODELS:
         model = load(folder, name)
         for device, options in (ON_GPUS if torch.cuda.is_available() else DEVICES).items():
-            with headinfer.attach(model, device=device, **options) as offload:
+            with headinfer.attach(model, device=device.split()[0], **options) as offload:
                 got[f"{name} {device}"] = answers(model, lambda: offload.new_cache().as_keyword())
                 got[f"{name} {device} logits"] = logits(model, offload.new_cache().as_keyword())
                 got[f"{name} {device} kv_heads"] = [

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from launching import torchrun
-from split_models import DEVICES, MODELS, PATTERN, VOCABULARY, answers, logits, prompt
+from split_models import DEVICES, MODELS, ON_GPUS, PATTERN, VOCABULARY, answers, logits, prompt
 
 import headinfer
 from headinfer.device.host_memory import all_host_bytes
@@ -48,17 +48,21 @@ def got(folder) -> list[dict[str, Any]]:
 def test_ranks_on_two_gpus_answer_as_the_whole_model_does(folder, models) -> None:
     got = got_by_ranks(folder, on_gpus=True)
     for name, model in models.items():
-        wanted = answers(model, dict)
-        for rank in got:
-            for how in ("one row", "two rows", "beams"):  # other generators draw other samples
-                assert rank[f"{name} cuda"][how].tolist() == wanted[how].tolist(), (name, how)
-            torch.testing.assert_close(
-                rank[f"{name} cuda logits"], logits(model, {}), atol=1e-3, rtol=1e-3
-            )
-        first, second = (rank[f"{name} cuda"]["sampled"] for rank in got)
-        assert first.tolist() == second.tolist()
+        wanted, whole = answers(model, dict), logits(model, {})
         heads = model.config.num_key_value_heads // (1 if name == "phi3" else RANKS)
-        assert all(set(rank[f"{name} cuda kv_heads"]) == {heads} for rank in got)
+        for device in ON_GPUS:
+            for rank in got:
+                for how in ("one row", "two rows", "beams"):  # other generators draw other samples
+                    ids = rank[f"{name} {device}"][how].tolist()
+                    assert ids == wanted[how].tolist(), (name, device, how)
+                torch.testing.assert_close(
+                    rank[f"{name} {device} logits"], whole, atol=1e-3, rtol=1e-3
+                )
+                assert set(rank[f"{name} {device} kv_heads"]) == {heads}
+            first, second = (rank[f"{name} {device}"]["sampled"] for rank in got)
+            assert first.tolist() == second.tolist()
+            first, second = (rank[f"{name} {device} captured"] for rank in got)
+            assert first == second > 0, (name, device)
     for rank in got:
         assert "2 ranks of the model were given different tokens" in rank["other tokens"]
         assert rank["host memory"].startswith("MemoryPlanError: ")

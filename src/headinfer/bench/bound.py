@@ -18,10 +18,11 @@ class Rates:
     Attributes:
         host_bytes_per_s: reading host memory with all cores.
         matmul_flops_per_s: multiplying matrices of the run's dtype where the model computes.
-        host_shared_bytes_per_s: reading host memory by the CPU and the link at once, both together;
+        host_shared_bytes_per_s: reading host memory by the CPU and all links at once, together;
             None without a device, or where it was not measured.
         device_bytes_per_s: reading device memory; None without a device.
         link_bytes_per_s: copying pinned host memory to the device; None without a device.
+        links_bytes_per_s: copying to all GPUs of the run at once; None where it has one.
     """
 
     host_bytes_per_s: float
@@ -29,6 +30,7 @@ class Rates:
     device_bytes_per_s: float | None = None
     link_bytes_per_s: float | None = None
     host_shared_bytes_per_s: float | None = None
+    links_bytes_per_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,9 +5,12 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
+from headinfer.bench.catalogue import Spread
 from headinfer.bench.model_spec import ModelSpec, NamedModel
 from headinfer.bench.spec import TrialSpec
+from headinfer.bench.spreading import placing, random_model
 from headinfer.errors import HeadInferError, ModelLoadError, OptionError, reason_of
+from headinfer.generation.gpus import Gpus
 from headinfer.integration.checkpoint import load_checkpoint
 from headinfer.plan.options import Options
 
@@ -31,8 +34,26 @@ def torch_device(settings: Options) -> torch.device:
     return torch.device("cuda" if name == "cuda" else "cpu")
 
 
+def used_devices(spec: TrialSpec) -> list[torch.device]:
+    """Return where this process computes in a trial: several GPUs where layers are spread.
+
+    Raises:
+        OptionError: CUDA is asked for and not there, or there are fewer GPUs.
+    """
+    device = torch_device(spec.settings)
+    if device.type != "cuda":
+        return [device]
+    Gpus(spec.gpus, ()).check("cuda")
+    if spec.spread is Spread.LAYERS:
+        return [torch.device("cuda", gpu) for gpu in range(spec.gpus)]
+    return [torch.device("cuda", torch.cuda.current_device())]
+
+
 def build_model(spec: TrialSpec, device: torch.device) -> tuple[PreTrainedModel, str | None]:
     """Return the model of a trial, in eval mode; random weights are made where they stay.
+
+    In a run with several GPUs it lies on them as the method's spread says. Random weights are then
+    the same however it does, and otherwise those that torch draws from the seed.
 
     Returns:
         The model, and what a reader must know about its checkpoint, if anything.
@@ -43,9 +64,11 @@ def build_model(spec: TrialSpec, device: torch.device) -> tuple[PreTrainedModel,
     dtype = getattr(torch, spec.dtype)
     model = spec.model
     if isinstance(model, NamedModel) and model.location is not None:
-        return _load(model, model.location, dtype, device)
+        return _load(spec, model.name, model.location, device)
     torch.manual_seed(spec.seed)
     config = _config(spec)
+    if spec.gpus > 1:
+        return random_model(spec, config, device, _stock_attention(config)), None
     with device:
         built: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=_stock_attention(config)
@@ -54,16 +77,17 @@ def build_model(spec: TrialSpec, device: torch.device) -> tuple[PreTrainedModel,
 
 
 def _load(
-    model: NamedModel, location: str, dtype: torch.dtype, device: torch.device
+    spec: TrialSpec, name: str, location: str, device: torch.device
 ) -> tuple[PreTrainedModel, str | None]:
+    keywords: dict[str, Any] = {"attn_implementation": _saved_attention(location)}
     try:
-        loaded, note = load_checkpoint(
-            model.name, location, dtype=dtype, attn_implementation=_saved_attention(location)
-        )
+        if spec.spread is not Spread.ONE:
+            keywords |= placing(spec, AutoConfig.from_pretrained(location), device)
+        loaded, note = load_checkpoint(name, location, dtype=getattr(torch, spec.dtype), **keywords)
     except (OSError, ValueError) as error:
         reason = reason_of(error)
-        raise ModelLoadError(f"model {model.name!r} cannot be loaded: {reason}") from error
-    return loaded.to(device).eval(), note
+        raise ModelLoadError(f"model {name!r} cannot be loaded: {reason}") from error
+    return (loaded.to(device) if spec.spread is Spread.ONE else loaded).eval(), note
 
 
 def _stock_attention(config: Any) -> str:

@@ -1,5 +1,6 @@
 """The methods a benchmark compares: their names and what they are. Pure Python, never torch."""
 
+import enum
 from dataclasses import dataclass
 
 from headinfer.errors import OptionError
@@ -22,11 +23,26 @@ HOST_ATTENTION, SYNCHRONOUS, AUTO = "host-attention", "synchronous", "headinfer"
 EAGER, UNFUSED = "resident-eager", "resident-unfused"
 STREAMING_LLM, H2O = "streaming-llm", "h2o"
 
+ONE, LAYERS, HEADS = "one", "layers", "heads"
+
 CHUNK_SIZES = ("4K", "8K", "16K")
 """Fixed chunks of methods that have all else on auto."""
 
 KEPT_PERCENT = {STREAMING_LLM: 50, H2O: 50, f"{STREAMING_LLM}-25": 25, f"{H2O}-25": 25}
 """Percent of the tokens that methods keep which drop the others."""
+
+
+class Spread(enum.Enum):
+    """How a model lies on the GPUs of a run."""
+
+    ONE = "one"
+    """All of it on the first one."""
+
+    LAYERS = "layers"
+    """Layers on each of them, in one process."""
+
+    HEADS = "heads"
+    """Heads on each of them, with a process for each: a rank."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +55,8 @@ class MethodInfo:
         exact: whether its results must be the reference's; otherwise how far they are off is told.
         is_stock: whether it runs on a stock model, and so knows no simulated device.
         is_evaluated: whether `evaluate` serves it: many lengths, several turns, going back.
+        spread: how its model lies on several GPUs, where a run has several.
+        needs_several: whether it is for runs with several GPUs alone.
     """
 
     name: str
@@ -46,6 +64,8 @@ class MethodInfo:
     exact: bool = True
     is_stock: bool = False
     is_evaluated: bool = True
+    spread: Spread = Spread.ONE
+    needs_several: bool = False
 
 
 def chunked(size: str) -> str:
@@ -58,6 +78,29 @@ def _head_wise(heads: int) -> MethodInfo:
     return MethodInfo(
         name=f"{HEAD_WISE}-{heads}",
         description=f"the paper's head={heads}: tiles of {heads} KV head{plural} x all tokens",
+    )
+
+
+def with_host(name: str) -> str:
+    """Return the name of a method of several GPUs where the CPU attends a share."""
+    return f"{name}-host"
+
+
+_SEVERAL = {
+    ONE: (Spread.ONE, "resident on one GPU, beside methods of several"),
+    LAYERS: (Spread.LAYERS, "resident, with layers on each GPU, in one process"),
+    HEADS: (Spread.HEADS, "resident, with heads on each GPU, a process for each"),
+}
+
+
+def _several(name: str, *, host: bool) -> MethodInfo:
+    spread, description = _SEVERAL[name]
+    return MethodInfo(
+        name=with_host(name) if host else name,
+        description=f"{description}; the CPU attends a share" if host else description,
+        is_evaluated=False,
+        spread=spread,
+        needs_several=True,
     )
 
 
@@ -82,9 +125,13 @@ CATALOGUE = {
             name=STANDARD,
             description="transformers' `DynamicCache`, the prompt in one pass",
             is_stock=True,
+            spread=Spread.LAYERS,
         ),
         MethodInfo(
-            name=CHUNKED, description="transformers with `prefill_chunk_size`", is_stock=True
+            name=CHUNKED,
+            description="transformers with `prefill_chunk_size`",
+            is_stock=True,
+            spread=Spread.LAYERS,
         ),
         MethodInfo(
             name=COMPILED,
@@ -127,22 +174,33 @@ CATALOGUE = {
             MethodInfo(name=chunked(size), description=f"as headinfer, but chunks of {size} tokens")
             for size in CHUNK_SIZES
         ),
+        *(_several(name, host=host) for name in _SEVERAL for host in (False, True)),
     )
 }
 """All methods by name, in the order of tables."""
 
 
-def parse_methods(text: str, *, evaluated: bool = False) -> tuple[str, ...]:
+def spread_of(method: str, gpus: int) -> Spread:
+    """Return how a method's model lies on the GPUs of a run."""
+    return Spread.ONE if gpus == 1 else CATALOGUE[method].spread
+
+
+def parse_methods(text: str, *, evaluated: bool = False, gpus: int = 1) -> tuple[str, ...]:
     """Return the names in a comma-separated list, or all for "all".
 
     Args:
         text: the list.
         evaluated: whether they are for `evaluate`, which does not serve all.
+        gpus: of the run.
 
     Raises:
         OptionError: there is no such method, an empty name, or one that is not served.
     """
-    served = tuple(name for name, info in CATALOGUE.items() if info.is_evaluated or not evaluated)
+    served = tuple(
+        name
+        for name, info in CATALOGUE.items()
+        if (info.is_evaluated or not evaluated) and (gpus > 1 or not info.needs_several)
+    )
     names = tuple(name.strip() for name in text.split(","))
     if not all(names) and any(names):
         raise OptionError(f"--methods {text!r} has a comma too many")
@@ -153,6 +211,11 @@ def parse_methods(text: str, *, evaluated: bool = False) -> tuple[str, ...]:
         if name not in CATALOGUE:
             known = ", ".join((*served, "all"))
             raise OptionError(f"there is no method {name!r}; choose among {known}")
+        if gpus == 1 and CATALOGUE[name].needs_several:
+            raise OptionError(
+                f"method {name!r} needs several GPUs; give `headinfer bench` --gpus 2, or leave it "
+                "out"
+            )
         if name not in served:
             raise OptionError(
                 f"method {name!r} cannot be evaluated: its cache and its compiled steps are for "

@@ -32,7 +32,7 @@ _END_S = 10
 _END: Values = {}
 """What a child sends after its last answer."""
 
-_PRELOADED = ["headinfer.bench.machine", "headinfer.bench.trial"]
+_PRELOADED = ["headinfer.bench.machine", "headinfer.bench.ranked"]
 
 
 class ChildError(Exception):

@@ -16,6 +16,7 @@ from typing import Any
 from headinfer.bench.bound import Rates
 from headinfer.bench.files import check_continues, joined, load_results, replace_json
 from headinfer.bench.gate import Verdict
+from headinfer.bench.held import HeldPart
 from headinfer.bench.launch import Machine
 from headinfer.bench.model_spec import Model, ModelSpec
 from headinfer.bench.result import Status, TrialFailure
@@ -183,6 +184,7 @@ def _row(values: Mapping[str, Any]) -> Row:
         "status": Status(values["status"]),
         "fill": Fill(values["fill"]),
         "gate": values["gate"] and _verdict(values["gate"]),
+        "parts": tuple(HeldPart(**part) for part in values.get("parts", ())),
         "tried": tuple((tokens, how) for tokens, how in values["tried"]),
         "prefill_samples_s": tuple(values["prefill_samples_s"]),
         "decode_samples_s": tuple(map(tuple, values["decode_samples_s"])),

@@ -10,6 +10,8 @@ from headinfer.errors import UnsupportedModelError
 from headinfer.integration.cache import OffloadedCache
 from headinfer.integration.layer import OffloadedLayer
 from headinfer.integration.model_shape import model_shape
+from headinfer.integration.placement import placement_of
+from headinfer.integration.shards import ranks_of
 from headinfer.plan.shape import LayerKind, LayerShape
 
 _CHUNK_TOKENS = 8192
@@ -30,18 +32,20 @@ def fill_randomly(model: PreTrainedModel, cache: Cache, tokens: int, seed: int) 
     shapes = model_shape(model).layers
     if any(shape.kind is LayerKind.STATE for shape in shapes):
         raise UnsupportedModelError("layers without keys and values cannot be filled at random")
-    engine, offloaded = None, 0
+    engine, offloaded, places = None, 0, placement_of(model).layers
+    rank = ranks_of(model).index
     if isinstance(cache, OffloadedCache):
         cache.state.prepare(1, tokens)
         engine = cache.state.engine
     for position, shape in enumerate(shapes):
-        where = model.device if engine is None else engine.torch_device(offloaded)
+        where = places[position]
         generator = torch.Generator(where).manual_seed(seed + position)
         chunks = _random_chunks(shape, tokens, model, generator)
         layer = cache.layers[position] if position < len(cache.layers) else None
         if engine is not None and isinstance(layer, OffloadedLayer):
+            heads = _own_heads(engine.plan.shape.attention_layers[offloaded], rank)
             for keys, values in chunks:
-                engine.append(offloaded, keys, values)
+                engine.append(offloaded, keys[:, heads], values[:, heads])
             offloaded += 1
             continue
         keys, values = (
@@ -54,6 +58,11 @@ def fill_randomly(model: PreTrainedModel, cache: Cache, tokens: int, seed: int) 
             part = slice(start, start + _CHUNK_TOKENS)
             keys[:, :, part], values[:, :, part] = new_keys, new_values
         cache.update(keys, values, position)
+
+
+def _own_heads(layer: LayerShape, rank: int) -> slice:
+    """Return which of a layer's heads a rank has; all of them where each rank has."""
+    return slice(rank * layer.kv_heads, (rank + 1) * layer.kv_heads)
 
 
 def _dims(shape: LayerShape) -> tuple[int, int]:

@@ -4,6 +4,25 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HeldPart:
+    """A count of what one GPU of several has to do with the KV.
+
+    Attributes:
+        layers: that compute there.
+        kv_bytes: of the context, in these layers and heads.
+        streamed_bytes: what crosses its link in every decode step.
+        host_attended_bytes: what the CPU attends on its behalf.
+        resident_tokens: that it keeps of each layer.
+    """
+
+    layers: int
+    kv_bytes: int
+    streamed_bytes: int
+    host_attended_bytes: int
+    resident_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Held:
     """A count of the bytes of KV in each place.
 
@@ -13,6 +32,7 @@ class Held:
         streamed_bytes: what crosses the link to the device in every decode step.
         host_attended_bytes: what the CPU attends in every decode step on behalf of the device.
         unseen_bytes: what no query sees, where heads stream; it may not be held at all.
+        parts: the same for each GPU, where the model is spread over several.
     """
 
     host_bytes: int
@@ -20,3 +40,4 @@ class Held:
     streamed_bytes: int = 0
     host_attended_bytes: int = 0
     unseen_bytes: int = 0
+    parts: tuple[HeldPart, ...] = ()

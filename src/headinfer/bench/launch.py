@@ -6,8 +6,11 @@ from typing import Any, Protocol
 
 from headinfer.bench import child
 from headinfer.bench.bound import Rates
+from headinfer.bench.catalogue import Spread
 from headinfer.bench.result import Status, TrialFailure, TrialResult, from_json
 from headinfer.bench.spec import TrialSpec
+
+_TRIAL, _RANKED = "headinfer.bench.trial", "headinfer.bench.ranked"
 
 Outcome = TrialResult | TrialFailure
 
@@ -32,8 +35,8 @@ class Machine:
 class Launcher(Protocol):
     """A launcher runs things where they do not disturb each other."""
 
-    def machine(self, device: str, dtype: str) -> Machine:
-        """Measure the machine."""
+    def machine(self, device: str, dtype: str, gpus: int) -> Machine:
+        """Measure the machine, with so many GPUs."""
 
     def trial(self, spec: TrialSpec, time_limit_s: float) -> Outcome:
         """Run one trial; end it when it takes longer."""
@@ -42,15 +45,17 @@ class Launcher(Protocol):
 class FreshProcesses:
     """A new process for each thing."""
 
-    def machine(self, device: str, dtype: str) -> Machine:
+    def machine(self, device: str, dtype: str, gpus: int) -> Machine:
         """Measure the machine in a process, so that this one never holds a device."""
-        answer = child.ask("headinfer.bench.machine", {"device": device, "dtype": dtype})
+        question = {"device": device, "dtype": dtype, "gpus": gpus}
+        answer = child.ask("headinfer.bench.machine", question)
         return Machine(**(answer | {"rates": Rates(**answer["rates"])}))
 
     def trial(self, spec: TrialSpec, time_limit_s: float) -> Outcome:
         """Run one trial in a process; one that dies or takes too long is a failure."""
         try:
-            answer = child.ask("headinfer.bench.trial", spec.to_json(), time_limit_s=time_limit_s)
+            module = _RANKED if spec.spread is Spread.HEADS else _TRIAL
+            answer = child.ask(module, spec.to_json(), time_limit_s=time_limit_s)
         except TimeoutError as error:
             return TrialFailure(status=Status.CANNOT_RUN, reason=str(error), grows=True)
         except child.ChildError as error:

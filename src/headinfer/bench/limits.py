@@ -1,7 +1,7 @@
 """Holding a trial to `--device-memory`, whatever its method."""
 
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,16 +14,17 @@ from headinfer.plan.options import Options
 from headinfer.units import format_bytes
 
 
-def limit_device(settings: Options, device: torch.device) -> None:
-    """Let torch allocate no more on a GPU, from now on, than on a card of the budget's size.
+def limit_device(settings: Options, devices: Sequence[torch.device]) -> None:
+    """Let torch allocate no more on each GPU, from now on, than on a card of the budget's size.
 
     What CUDA takes outside of torch's allocator is of the budget too, whatever the method.
     """
     budget = settings.device_memory_bytes
-    if device.type == "cuda" and budget is not None:
-        total = torch.cuda.get_device_properties(device).total_memory
-        for_torch = max(budget - CUDA_OUTSIDE_BYTES, 0)
-        torch.cuda.set_per_process_memory_fraction(min(for_torch / total, 1.0))
+    for device in devices:
+        if device.type == "cuda" and budget is not None:
+            total = torch.cuda.get_device_properties(device).total_memory
+            for_torch = max(budget - CUDA_OUTSIDE_BYTES, 0)
+            torch.cuda.set_per_process_memory_fraction(min(for_torch / total, 1.0), device)
 
 
 @contextmanager

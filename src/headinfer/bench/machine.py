@@ -46,6 +46,7 @@ def measure(
     buffer_bytes: int = _BUFFER_BYTES,
     host_bytes: int | None = None,
     matmul_sizes: Sequence[int] = _MATMUL_SIZES,
+    gpus: int = 1,
 ) -> tuple[Rates, dict[str, str]]:
     """Measure this machine; takes a few seconds.
 
@@ -55,6 +56,7 @@ def measure(
         buffer_bytes: of each buffer read, at least.
         host_bytes: of those that the CPU reads; None for more than its caches hold.
         matmul_sizes: rows and columns of the matrices multiplied.
+        gpus: whose links copy at once, the first ones; the other rates are the device's.
 
     Returns:
         The rates, and for each of them the operation that reached it.
@@ -69,11 +71,17 @@ def measure(
     if not on_device:
         return Rates(host_bytes_per_s=host, matmul_flops_per_s=matmul), best_by
     memory, memory_by = _best(operations.readers(device, elements), synchronize)
-    gpu = CudaDevice(device)
-    copy = operations.link(gpu, buffer_bytes, to_device=True)
+    cards = [CudaDevice(torch.device("cuda", number)) for number in range(gpus)]
+    copy = operations.link(cards[:1], buffer_bytes, to_device=True)
     link, link_by = _best(copy, synchronize)
-    shared, shared_by = _best(operations.shared(gpu, host_elements), synchronize)
+    links, links_by = None, ""
+    if gpus > 1:
+        synchronize = _synchronizing(gpus)
+        copies = operations.link(cards, buffer_bytes, to_device=True)
+        links, links_by = _best(copies, synchronize)
+    shared, shared_by = _best(operations.shared(cards, host_elements), synchronize)
     best_by |= {"device_bytes_per_s": memory_by, "link_bytes_per_s": link_by}
+    best_by |= {"links_bytes_per_s": links_by} if links_by else {}
     best_by["host_shared_bytes_per_s"] = shared_by
     rates = Rates(
         host_bytes_per_s=host,
@@ -81,8 +89,17 @@ def measure(
         device_bytes_per_s=memory,
         link_bytes_per_s=link,
         host_shared_bytes_per_s=shared,
+        links_bytes_per_s=links,
     )
     return rates, best_by
+
+
+def _synchronizing(gpus: int) -> Callable[[], object]:
+    def synchronize() -> None:
+        for number in range(gpus):
+            torch.cuda.synchronize(number)
+
+    return synchronize
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
@@ -113,7 +130,9 @@ def answer(values: dict[str, Any]) -> dict[str, Any]:
         device = torch_device(Options.parse(device=values["device"]))
     except Exception:
         device = torch.device("cpu")
-    rates, best_by = measure(device, getattr(torch, values["dtype"]))
+    there = torch.cuda.device_count() if device.type == "cuda" else 1
+    gpus = min(values["gpus"], there)
+    rates, best_by = measure(device, getattr(torch, values["dtype"]), gpus=gpus)
     return {
         "device": device.type,
         "hardware": hardware(device),

@@ -15,13 +15,17 @@ from headinfer.bench.catalogue import (
     COMPILED,
     EAGER,
     H2O,
+    HEADS,
     HOST_ATTENTION,
     KEPT_PERCENT,
+    LAYERS,
     OFFLOADED,
+    ONE,
     STREAMING_LLM,
     SYNCHRONOUS,
     UNFUSED,
     chunked,
+    with_host,
 )
 from headinfer.bench.evicting import methods as evicting
 from headinfer.bench.held import Held
@@ -101,5 +105,10 @@ METHODS: dict[str, Callable[[PreTrainedModel, TrialSpec], Method]] = {
     SYNCHRONOUS: ours.synchronous,
     AUTO: ours.HeadInfer,
     **{chunked(size): functools.partial(ours.HeadInfer, chunk_tokens=size) for size in CHUNK_SIZES},
+    **{
+        with_host(name) if host else name: functools.partial(ours.spread, host=host)
+        for name in (ONE, LAYERS, HEADS)
+        for host in (False, True)
+    },
 }
 """The methods of the catalogue, made from a model and the trial."""

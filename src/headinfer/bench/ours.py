@@ -1,6 +1,6 @@
 """HeadInfer, with the options that make it each of its methods."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +9,17 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from headinfer.api import attach
-from headinfer.bench.held import Held
+from headinfer.bench.catalogue import Spread
+from headinfer.bench.held import Held, HeldPart
 from headinfer.bench.spec import TrialSpec
+from headinfer.bench.spreading import devices_of_layers
+from headinfer.device.simulated import SimulatedDevice
+from headinfer.engine.parted import PartedEngine
 from headinfer.errors import MemoryPlanError, OptionError
 from headinfer.integration.cache import OffloadedCache
 from headinfer.integration.calls import last_logits
 from headinfer.integration.model_shape import model_shape
+from headinfer.integration.shards import ranks_of
 from headinfer.plan.options import DECLARATIONS
 from headinfer.plan.plan import Plan
 from headinfer.plan.streaming import PAPERS_SPARSITY, RANDOM, STREAMING_OPTIONS
@@ -69,15 +74,32 @@ class HeadInfer:
     def held(self, cache: Cache) -> Held:
         """Return the bytes of store and arena, and what a decode step does with them."""
         stats, plan = self._offload.stats, self._plan_of(cache)
-        streamed = plan.streamed_bytes(cache.get_seq_length())
-        attended = int(streamed * self._share_of(cache))
+        parts = tuple(self._parts(cache))
+        streamed = sum(part.streamed_bytes for part in parts)
         return Held(
             host_bytes=stats.host_kv_bytes,
             device_bytes=stats.peak_device_kv_bytes,
-            streamed_bytes=0 if self.device == "cpu" else streamed - attended,
-            host_attended_bytes=attended,
+            streamed_bytes=0 if self.device == "cpu" else streamed,
+            host_attended_bytes=sum(part.host_attended_bytes for part in parts),
             unseen_bytes=self._unseen_bytes(plan, cache.get_seq_length()),
+            parts=parts,
         )
+
+    def _parts(self, cache: Cache) -> Iterator[HeldPart]:
+        """Yield what each device of this process has to do with the KV of a used cache."""
+        assert isinstance(cache, OffloadedCache)
+        tokens, engine = cache.get_seq_length(), cache.state.engine
+        engines = engine.parts if isinstance(engine, PartedEngine) else (engine,)
+        for plan, of_device in zip(self._plan_of(cache).of_devices, engines, strict=True):
+            streamed = plan.streamed_bytes(tokens)
+            share = self.host_share if of_device is None else of_device.host_share
+            yield HeldPart(
+                layers=len(plan.shape.attention_layers),
+                kv_bytes=plan.shape.kv_bytes(tokens),
+                streamed_bytes=streamed - int(streamed * share),
+                host_attended_bytes=int(streamed * share),
+                resident_tokens=plan.resident_tokens,
+            )
 
     @staticmethod
     def _unseen_bytes(plan: Plan, tokens: int) -> int:
@@ -198,14 +220,35 @@ def resident(model: PreTrainedModel, spec: TrialSpec, **options: Any) -> HeadInf
     return method.refuse_on_cpu("nothing needs to be kept: on the CPU all KV is where it is used")
 
 
-def host_attention(model: PreTrainedModel, spec: TrialSpec) -> HeadInfer:
+def host_attention(model: PreTrainedModel, spec: TrialSpec, **options: Any) -> HeadInfer:
     """Return resident, with a share of the other tokens attended by the CPU in decode steps."""
-    method = HeadInfer(model, spec).refuse_on_cpu("the CPU attends everything already")
-    if method.host_share:
+    method = HeadInfer(model, spec, **options).refuse_on_cpu("the CPU attends everything already")
+    if not ranks_of(model).any(not method.host_share):  # all ranks attach anew, or none does
         return method
     method.close()
-    method = HeadInfer(model, spec, host_attention=_UNMEASURED_HOST_SHARE)
+    method = HeadInfer(model, spec, host_attention=_UNMEASURED_HOST_SHARE, **options)
     method.note = f"{method.note} half by the CPU: no probe measured which share is best".strip()
+    return method
+
+
+def spread(model: PreTrainedModel, spec: TrialSpec, *, host: bool) -> HeadInfer:
+    """Return resident on one GPU or on several, as the trial's model lies on them.
+
+    Args:
+        model: the model, or this rank's part of it.
+        spec: the trial.
+        host: whether the CPU attends a share.
+    """
+    options: dict[str, Any] = {}
+    if spec.spread is Spread.LAYERS and spec.settings.device == "simulated":
+        places = devices_of_layers(spec.model.layers, spec.gpus)
+        simulated = [SimulatedDevice(seed=number) for number in range(spec.gpus)]
+        options["simulated_device"] = [simulated[number] for number in places]
+    if host:
+        return host_attention(model, spec, **options)
+    method = HeadInfer(model, spec, host_attention="off", **options)
+    if spec.spread is Spread.LAYERS:
+        method.refuse_on_cpu("layers cannot be spread: there is one CPU")
     return method
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from headinfer.bench.document import Results
+from headinfer.bench.report_gpus import gpus_section, is_of_several
 from headinfer.bench.report_paper import paper_section
 from headinfer.bench.result import Status
 from headinfer.bench.rows import Row
@@ -109,12 +110,14 @@ def report(files: Sequence[tuple[str, Results]], plots: str) -> str:
         plots: folder of the plots as links of the document have it.
     """
     parts = [_INTRO]
-    ordered = sorted(files, key=lambda file: (_group(file[1]), _place(file[1])))
+    of_one = [file for file in files if not is_of_several(file[1])]
+    ordered = sorted(of_one, key=lambda file: (_group(file[1]), _place(file[1])))
     for (where, model), of_group in groupby(ordered, key=lambda file: _group(file[1])):
         parts.append(f"## {where}: {model.split(',')[0]}\n\n{model}.\n")
         for name, results in of_group:
             parts.extend(_section(name, results, plots))
-    parts.append(paper_section([results for _, results in files]))
+    parts.append(gpus_section(files))
+    parts.append(paper_section([results for _, results in of_one]))
     return "\n".join(parts)
 
 

@@ -15,6 +15,7 @@ from headinfer.bench.catalogue import (
 )
 from headinfer.bench.document import Results
 from headinfer.bench.report import Quantity, plot_name, quantities
+from headinfer.bench.report_gpus import is_of_several
 from headinfer.bench.rows import Row
 from headinfer.bench.table import conditions
 from headinfer.estimate.methods import (
@@ -53,7 +54,7 @@ _LOOKS = {
 
 def figures(name: str, results: Results) -> Iterator[tuple[str, Figure]]:
     """Yield file names and plots of a result file's stem."""
-    if results.spec.command.finds_context:
+    if results.spec.command.finds_context or is_of_several(results):
         return
     for quantity in quantities(results):
         lines = list(_lines(results, quantity))

@@ -4,6 +4,8 @@ import enum
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from headinfer.bench.held import HeldPart
+
 
 class Status(enum.Enum):
     """How a trial, or a row made of trials, ended."""
@@ -70,6 +72,7 @@ class TrialResult:
         decode_bytes_to_host: bytes copied back.
         device_peak_allocated_bytes: the most torch had allocated on the device; None without one.
         device_peak_reserved_bytes: the most torch had reserved there.
+        parts: what each GPU has to do with the KV, where the model is spread over several.
     """
 
     device: str
@@ -95,6 +98,7 @@ class TrialResult:
     decode_bytes_to_host: int = 0
     device_peak_allocated_bytes: int | None = None
     device_peak_reserved_bytes: int | None = None
+    parts: tuple[HeldPart, ...] = ()
 
 
 def to_json(outcome: TrialResult | TrialFailure) -> dict[str, Any]:
@@ -112,4 +116,5 @@ def from_json(values: dict[str, Any]) -> TrialResult | TrialFailure:
         return TrialFailure(status=status, **values)
     for name in ("decode_s", "greedy_tokens", "logits"):
         values[name] = tuple(values[name])
+    values["parts"] = tuple(HeldPart(**part) for part in values["parts"])
     return TrialResult(**values)

@@ -6,10 +6,12 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby
 
 from headinfer.bench.bound import Bound, Rates, bound, decode_work, prefill_work
-from headinfer.bench.catalogue import CATALOGUE, REFERENCE_METHOD
+from headinfer.bench.catalogue import CATALOGUE, REFERENCE_METHOD, spread_of
 from headinfer.bench.gate import Verdict
+from headinfer.bench.held import HeldPart
 from headinfer.bench.result import Status, TrialResult
 from headinfer.bench.spec import BenchSpec, Fill
+from headinfer.bench.spread_bound import spread_decode_bound, spread_prefill_bound
 
 NOISY_CPU_SHARE = 0.1
 """Where other programs use more of the CPU than this, a row's times are called noisy."""
@@ -79,8 +81,9 @@ class Row:
         bytes_to_device: copied over the link in what the command times, in one trial.
         bytes_to_host: copied back in it.
         link_bytes_per_s: both over the seconds of the same trial.
-        device_peak_allocated_bytes: the most torch allocated on the device.
+        device_peak_allocated_bytes: the most torch allocated on the device, or on any of several.
         device_peak_reserved_bytes: the most it reserved.
+        parts: what each GPU has to do with the KV, where the model is spread over several.
         others_cpu_share: share of the CPU that other programs used, the most of any trial.
         gate: the comparison with the reference.
         limited_by: what the longest context was found to be limited by.
@@ -124,6 +127,7 @@ class Row:
     link_bytes_per_s: float | None = None
     device_peak_allocated_bytes: int | None = None
     device_peak_reserved_bytes: int | None = None
+    parts: tuple[HeldPart, ...] = ()
     others_cpu_share: float | None = None
     gate: Verdict | None = None
     limited_by: str | None = None
@@ -169,7 +173,7 @@ def row_of(
     prefill = Percentiles.of(prefills) if prefills else None
     firsts = [r.first_prefill_s for r in results if r.first_prefill_s is not None]
     decode = Percentiles.of([second for result in results for second in result.decode_s])
-    prefill_bound, decode_bound = _bounds(spec, context_tokens, first, rates)
+    prefill_bound, decode_bound = _bounds(spec, method, context_tokens, first, rates)
     if spec.command.times_prefill:
         limit, measured_s = prefill_bound, prefill.p50 if prefill else math.inf
         copied = (last.prefill_bytes_to_device, last.prefill_bytes_to_host)
@@ -204,6 +208,7 @@ def row_of(
         link_bytes_per_s=sum(copied) / seconds if any(copied) else None,
         device_peak_allocated_bytes=_most([r.device_peak_allocated_bytes for r in results]),
         device_peak_reserved_bytes=_most([r.device_peak_reserved_bytes for r in results]),
+        parts=first.parts,
         others_cpu_share=max(result.others_cpu_share for result in results),
         prefill_samples_s=tuple(prefills),
         decode_samples_s=tuple(result.decode_s for result in results),
@@ -215,7 +220,7 @@ def _most(values: Sequence[int | None]) -> int | None:
 
 
 def _bounds(
-    spec: BenchSpec, context_tokens: int, result: TrialResult, rates: Rates
+    spec: BenchSpec, method: str, context_tokens: int, result: TrialResult, rates: Rates
 ) -> tuple[Bound, Bound]:
     """Return the bounds of prefill and of a decode step, by where the method held its KV."""
     on_device = result.device != "cpu"
@@ -238,7 +243,14 @@ def _bounds(
         host_kv_bytes=result.host_attended_kv_bytes if on_device else 0,
         unseen_kv_bytes=result.unseen_kv_bytes,
     )
-    return bound(prefill, rates), bound(decode, rates)
+    if not (result.parts and on_device):
+        return bound(prefill, rates), bound(decode, rates)
+    spread = spread_of(method, spec.gpus)
+    known = (spec.model, spec.dtype, context_tokens, result.parts, spread, rates)
+    return (
+        spread_prefill_bound(*known, kv_host_bytes=result.kv_host_bytes),
+        spread_decode_bound(*known),
+    )
 
 
 def arranged(spec: BenchSpec, rows: Sequence[Row]) -> list[Row]:

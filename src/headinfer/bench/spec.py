@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from headinfer.bench.catalogue import CATALOGUE, Spread, spread_of
 from headinfer.bench.model_spec import DTYPE_BYTES, Model, model_from_json
 from headinfer.errors import OptionError
 from headinfer.plan.options import Options
@@ -57,6 +58,7 @@ class TrialSpec:
         last_pass: whether the prompt's last pass through the model is a real one also where the
             rest is filled at random. A method that does not chunk has all of the prompt in that
             pass.
+        gpus: of the run; a method may use one of them.
     """
 
     method: str
@@ -68,6 +70,12 @@ class TrialSpec:
     settings: Options
     fill: Fill = Fill.PREFILL
     last_pass: bool = False
+    gpus: int = 1
+
+    @property
+    def spread(self) -> Spread:
+        """How the model lies on the GPUs."""
+        return spread_of(self.method, self.gpus)
 
     @property
     def all_tokens(self) -> int:
@@ -106,6 +114,7 @@ class BenchSpec:
             method, the others where a method leaves them open.
         fill: how caches come to hold the prompt.
         time_limit_s: a trial that takes longer is ended.
+        gpus: that methods may spread the model over; `device_memory` is of each.
 
     Raises:
         OptionError: a value is out of range.
@@ -122,18 +131,29 @@ class BenchSpec:
     settings: Options = field(default_factory=Options)
     fill: Fill = Fill.PREFILL
     time_limit_s: int = 3600
+    gpus: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("new_tokens", "repeats", "time_limit_s"):
+        for name in ("new_tokens", "repeats", "time_limit_s", "gpus"):
             if getattr(self, name) < 1:
                 raise OptionError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.dtype not in DTYPE_BYTES:
             raise OptionError(f"dtype must be one of {', '.join(DTYPE_BYTES)}, not {self.dtype!r}")
         check_lists(self.methods, self.contexts)
+        self._check_gpus()
         if self.command.finds_context and len(self.contexts) > 2:
             raise OptionError(
                 f"{self.command.value} takes one or two contexts, the first and the longest to "
                 f"try, and not {len(self.contexts)}; leave out those between"
+            )
+
+    def _check_gpus(self) -> None:
+        several = [name for name in self.methods if CATALOGUE[name].needs_several]
+        if several and self.gpus == 1:
+            raise OptionError(f"method {several[0]!r} needs several GPUs: give --gpus 2 or more")
+        if self.settings.device_memory_each:
+            raise OptionError(
+                "benchmarks take one --device-memory, which holds for each GPU, and not a list"
             )
 
     def trial(self, method: str, context_tokens: int) -> TrialSpec:
@@ -148,6 +168,7 @@ class BenchSpec:
             settings=self.settings,
             fill=self.fill,
             last_pass=self.command.finds_context,
+            gpus=self.gpus,
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ Rows are yielded as soon as they are finished, so that a run that is stopped los
 """
 
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from typing import Protocol
 
@@ -49,6 +49,7 @@ class Suite:
         progress: told what is going on.
         done: method and context of rows that an earlier run finished.
         checks: the checks before timing that an earlier run made.
+        checked: told all checks after each of them.
 
     Attributes:
         checks: the checks before timing, by method.
@@ -63,7 +64,9 @@ class Suite:
         *,
         done: Collection[tuple[str, int]] = (),
         checks: dict[str, Check] | None = None,
+        checked: Callable[[dict[str, Check]], object] = lambda _checks: None,
     ) -> None:
+        self._checked = checked
         self.checks = dict(checks or {})
         self._spec = spec
         self._launcher = launcher
@@ -144,16 +147,17 @@ class Suite:
         if not missing:
             return
         tokens = min(GATE_TOKENS, longest)
-        outcomes: dict[str, Outcome] = {}
+        reference: Outcome | None = None
         for method in dict.fromkeys((REFERENCE_METHOD, *missing)):
             trial = replace(spec.trial(method, tokens), new_tokens=GATE_STEPS, fill=Fill.PREFILL)
-            outcomes[method] = self._trial("check", trial)
-        for method, outcome in outcomes.items():
-            verdict = self._compare(outcomes[REFERENCE_METHOD], outcome, tokens)
+            outcome = self._trial("check", trial)
+            reference = reference or outcome
+            verdict = self._compare(reference, outcome, tokens)
             if verdict is not None:
                 self.checks[method] = verdict
             elif isinstance(outcome, TrialFailure):
                 self.checks[method] = outcome
+            self._checked(self.checks)
 
     def _refused(self, method: str, context_tokens: int) -> Row | None:
         """Return the row of a method that needs no trial: its check, or a shorter context, failed.

@@ -99,7 +99,8 @@ def conditions(spec: BenchSpec, machine: Machine) -> Iterable[str]:
     """Yield what the rows were measured on and how, in a few lines."""
     rates, hardware = machine.rates, machine.hardware
     yield f"{spec.model.description}, {spec.dtype}"
-    yield f"{hardware['gpu'] or hardware['cpu']}, {hardware['torch_threads']} CPU threads"
+    cards = f"{spec.gpus} x " if spec.gpus > 1 and hardware["gpu"] else ""
+    yield f"{cards}{hardware['gpu'] or hardware['cpu']}, {hardware['torch_threads']} CPU threads"
     parts = [
         f"CPU memory {rates.host_bytes_per_s / 1e9:.1f} GB/s",
         f"matmul {rates.matmul_flops_per_s / 1e9:.0f} GFLOP/s",
@@ -107,6 +108,8 @@ def conditions(spec: BenchSpec, machine: Machine) -> Iterable[str]:
     if rates.device_bytes_per_s and rates.link_bytes_per_s:
         parts.append(f"GPU memory {rates.device_bytes_per_s / 1e9:.0f} GB/s")
         parts.append(f"link {rates.link_bytes_per_s / 1e9:.1f} GB/s")
+    if rates.links_bytes_per_s:
+        parts.append(f"all links at once {rates.links_bytes_per_s / 1e9:.1f} GB/s")
     if rates.host_shared_bytes_per_s:
         parts.append(f"CPU memory and link at once {rates.host_shared_bytes_per_s / 1e9:.1f} GB/s")
     yield f"measured: {', '.join(parts)}"
@@ -116,7 +119,9 @@ def conditions(spec: BenchSpec, machine: Machine) -> Iterable[str]:
         f"{spec.new_tokens} decode step{'s' * (spec.new_tokens > 1)} each; cache filled {filled}"
     )
     if (held := spec.settings.device_memory_bytes) is not None:
-        yield f"{'CPU' if machine.device == 'cpu' else 'GPU'} memory held to {exact_bytes(held)}"
+        each = " on each GPU" if spec.gpus > 1 else ""
+        where = "CPU" if machine.device == "cpu" else "GPU"
+        yield f"{where} memory held to {exact_bytes(held)}{each}"
 
 
 def notes(rows: Sequence[Row]) -> list[str]:

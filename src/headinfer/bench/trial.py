@@ -10,7 +10,7 @@ import base64
 import re
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from headinfer.bench.build import build_model, torch_device
+from headinfer.bench.build import build_model, used_devices
+from headinfer.bench.catalogue import Spread
 from headinfer.bench.fill import fill_randomly
 from headinfer.bench.limits import limit_device, limit_host
 from headinfer.bench.methods import METHODS, Method
@@ -64,11 +65,9 @@ def _tokens(spec: TrialSpec, device: torch.device) -> torch.Tensor:
 class _Run:
     """A stopwatch of the calls by one method, which keeps what they predict."""
 
-    def __init__(self, method: Method, device: torch.device) -> None:
+    def __init__(self, method: Method, devices: Sequence[torch.device]) -> None:
         self._method = method
-        self._synchronize: Callable[[], object] = (
-            torch.cuda.synchronize if device.type == "cuda" else lambda: None
-        )
+        self._gpus = [device for device in devices if device.type == "cuda"]
         self.greedy_tokens: list[int] = []
         self.logits: list[str] = []
 
@@ -79,6 +78,10 @@ class _Run:
     def step(self, token: torch.Tensor, cache: Cache) -> float:
         """Pass one token `[1, 1]`; return the seconds to its likeliest next token."""
         return self._timed(lambda: self._method.step(token, cache))
+
+    def _synchronize(self) -> None:
+        for gpu in self._gpus:
+            torch.cuda.synchronize(gpu)
 
     def _timed(self, call: Callable[[], torch.Tensor]) -> float:
         self._synchronize()
@@ -93,15 +96,36 @@ class _Run:
         return seconds
 
 
-def _raise_clocks(device: torch.device, dtype: torch.dtype) -> None:
-    """Keep a GPU busy for a moment."""
-    if device.type != "cuda":
-        return
-    square = torch.zeros(4096, 4096, dtype=dtype, device=device)
+class _DeviceMemory:
+    """A measure of the most memory that torch takes on any GPU, from construction on."""
+
+    def __init__(self, devices: Sequence[torch.device]) -> None:
+        self._gpus = [device for device in devices if device.type == "cuda"]
+        if self._gpus:
+            torch.cuda.empty_cache()
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget the peaks so far."""
+        for gpu in self._gpus:
+            torch.cuda.synchronize(gpu)
+            torch.cuda.reset_peak_memory_stats(gpu)
+
+    def most(self, peak: Callable[[torch.device], int]) -> int | None:
+        """Return the highest of some peak on any GPU; None without one."""
+        return max(map(peak, self._gpus), default=None)
+
+
+def _raise_clocks(devices: Sequence[torch.device], dtype: torch.dtype) -> None:
+    """Keep GPUs busy for a moment."""
+    gpus = [device for device in devices if device.type == "cuda"]
+    squares = [torch.zeros(4096, 4096, dtype=dtype, device=device) for device in gpus]
     end_s = time.perf_counter() + _CLOCKS_UP_S
-    while time.perf_counter() < end_s:
-        square @ square
-        torch.cuda.synchronize()
+    while gpus and time.perf_counter() < end_s:
+        for square in squares:
+            square @ square
+        for gpu in gpus:
+            torch.cuda.synchronize(gpu)
 
 
 def _warm_up(spec: TrialSpec, method: Method, run: _Run, tokens: torch.Tensor) -> float | None:
@@ -127,17 +151,18 @@ def run_trial(spec: TrialSpec) -> TrialResult:
     Raises:
         HeadInferError: the method refuses the model, the settings or the memory.
     """
-    device = torch_device(spec.settings)
-    limit_device(spec.settings, device)
+    devices = used_devices(spec)
+    device = devices[0]
+    limit_device(spec.settings, devices)
     model, model_note = build_model(spec, device)
     neighbours = Neighbours()
     tokens = _tokens(spec, device)
-    _raise_clocks(device, model.dtype)
+    _raise_clocks(devices, model.dtype)
     weights_bytes = model_shape(model).weights_bytes
     with closing(METHODS[spec.method](model, spec)) as method:
-        first_prefill_s = _warm_up(spec, method, _Run(method, model.device), tokens)
+        first_prefill_s = _warm_up(spec, method, _Run(method, devices), tokens)
         with limit_host(spec.method, spec.settings, device, weights_bytes):
-            result = _measure(spec, method, model, tokens)
+            result = _measure(spec, method, model, tokens, devices)
     return replace(
         result,
         note="; ".join(filter(None, (result.note, model_note))),
@@ -147,22 +172,21 @@ def run_trial(spec: TrialSpec) -> TrialResult:
 
 
 def _measure(
-    spec: TrialSpec, method: Method, model: PreTrainedModel, tokens: torch.Tensor
+    spec: TrialSpec,
+    method: Method,
+    model: PreTrainedModel,
+    tokens: torch.Tensor,
+    devices: Sequence[torch.device],
 ) -> TrialResult:
-    run, on_cuda = _Run(method, model.device), model.device.type == "cuda"
-    peak = PeakRss()
-    if on_cuda:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    run, peak = _Run(method, devices), PeakRss()
+    memory = _DeviceMemory(devices)
     cache = method.new_cache(spec.all_tokens)
     passed = spec.context_tokens
     if spec.fill is Fill.RANDOM:
         passed = method.pass_tokens(spec.context_tokens) if spec.last_pass else 0
         fill_randomly(model, cache, spec.context_tokens - passed, spec.seed + 2)
         peak.restart()  # writing takes copies that are no method's own
-        if on_cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
+        memory.restart()
     link = [method.link_bytes()]
     prompt = tokens[:, spec.context_tokens - passed : spec.context_tokens]
     prefill_s = run.prefill(prompt, cache) if passed else None
@@ -193,8 +217,9 @@ def _measure(
         prefill_bytes_to_host=link[1][1] - link[0][1],
         decode_bytes_to_device=link[2][0] - link[1][0],
         decode_bytes_to_host=link[2][1] - link[1][1],
-        device_peak_allocated_bytes=torch.cuda.max_memory_allocated() if on_cuda else None,
-        device_peak_reserved_bytes=torch.cuda.max_memory_reserved() if on_cuda else None,
+        device_peak_allocated_bytes=memory.most(torch.cuda.max_memory_allocated),
+        device_peak_reserved_bytes=memory.most(torch.cuda.max_memory_reserved),
+        parts=held.parts if spec.spread is not Spread.ONE else (),
     )
 
 

@@ -12,18 +12,20 @@ from headinfer.bench.document import Results
 from headinfer.bench.launch import FreshProcesses, Launcher
 from headinfer.bench.rows import Row
 from headinfer.bench.spec import BenchSpec, Command
-from headinfer.bench.suite import Suite
+from headinfer.bench.suite import Check, Suite
 from headinfer.bench.table import render
 from headinfer.cli.bench_options import options, run_spec
 from headinfer.cli.bench_report import report
 from headinfer.cli.command import Group, OnceCommand
 from headinfer.cli.console import reporting_errors, stdout_console
 from headinfer.cli.output import (
+    STDOUT,
     JsonCommand,
     check_results,
 )
 from headinfer.cli.results import collect, exit_code, tell
 from headinfer.cli.run_progress import RunProgress, run_console, showing_progress
+from headinfer.generation.model import choose_device
 
 app = typer.Typer(
     cls=Group,
@@ -87,6 +89,7 @@ _verb(
     Command.MEMORY,
     "Measure the memory that prefill and decode take.",
     "repeats",
+    "gpus",
     methods=f"{_STOCK}, {_OURS}, headinfer",
     new_tokens=2,
 )
@@ -104,6 +107,7 @@ _verb(
 _verb(
     Command.ABLATION,
     "Time HeadInfer with one part of it left out or fixed at a time.",
+    "gpus",
     methods=f"standard, {_OURS}, synchronous, headinfer",
 )
 
@@ -122,6 +126,7 @@ app.command(cls=OnceCommand)(report)
 
 def _run(command: Command, given: dict[str, Any]) -> None:
     spec = run_spec(command, given)
+    choose_device(spec.settings.device)
     path: str | None = given["json_path"]
     check_results(path, resume=given["resume"])
     console = run_console()
@@ -135,6 +140,7 @@ def _run(command: Command, given: dict[str, Any]) -> None:
             progress,
             done=results.done,
             checks=results.checks,
+            checked=lambda checks: _keep_checks(results, checks, path),
         )
 
         def keep(row: Row) -> None:
@@ -156,9 +162,16 @@ def _run(command: Command, given: dict[str, Any]) -> None:
     raise typer.Exit(exit_code(row.status for row in results.arranged_rows))
 
 
+def _keep_checks(results: Results, checks: dict[str, Check], path: str | None) -> None:
+    """Write what was checked, so that a run that is stopped need not check it again."""
+    results.checks = dict(checks)
+    if path not in (None, STDOUT):
+        results.save(str(path))
+
+
 def _begin(spec: BenchSpec, launcher: Launcher, progress: RunProgress, path: str | None) -> Results:
     """Return the results of an earlier run to go on with, or those of one that begins."""
     if path is not None and Path(path).exists():
         return Results.load(path).continued(spec)
     progress.started("measuring the machine", None)
-    return Results.new(spec, launcher.machine(spec.settings.device, spec.dtype))
+    return Results.new(spec, launcher.machine(spec.settings.device, spec.dtype, spec.gpus))

@@ -69,6 +69,14 @@ def options(
     time_limit: Annotated[
         int, typer.Option(metavar="SECONDS", help="A trial that takes longer is ended.")
     ] = 3600,
+    gpus: Annotated[
+        int,
+        typer.Option(
+            metavar="COUNT",
+            help="GPUs for the methods one, layers and heads; --device-memory is of each. Standard "
+            "and chunked-prefill have layers on all.",
+        ),
+    ] = 1,
     seed: Annotated[
         int, typer.Option(metavar="NUMBER", callback=check_seed, help="Of weights and tokens.")
     ] = 0,
@@ -129,7 +137,7 @@ def run_spec(command: Command, given: dict[str, Any]) -> BenchSpec:
         raise OptionError(f"dtype must be one of {', '.join(DTYPE_BYTES)}, not {given['dtype']!r}")
     return BenchSpec(
         command=command,
-        methods=parse_methods(given["methods"]),
+        methods=parse_methods(given["methods"], gpus=given["gpus"]),
         contexts=tuple(sorted(parse_contexts(given["contexts"], "1K,10K,100K"))),
         new_tokens=given["new_tokens"],
         repeats=given["repeats"],
@@ -139,6 +147,7 @@ def run_spec(command: Command, given: dict[str, Any]) -> BenchSpec:
         settings=Options.parse(**take_flags(dict(given))),
         fill=given["fill"],
         time_limit_s=given["time_limit"],
+        gpus=given["gpus"],
     )
 
 

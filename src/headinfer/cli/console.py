@@ -35,7 +35,7 @@ _DEBUG_VARIABLE = "HEADINFER_DEBUG"
 _WORDS_OF_ENGLISH = ("device", "overlap", "capture", "fuse")
 _SHAPE = ("kv_heads", "head_dim", "hidden_size", "vocab_size", "intermediate_size")
 _ALONE = (*DECLARATIONS.keys() - set(_WORDS_OF_ENGLISH), *_SHAPE, "new_tokens", "time_limit")
-_FIRST = (*_WORDS_OF_ENGLISH, "layers", "heads", "dtype", "repeats")
+_FIRST = (*_WORDS_OF_ENGLISH, "layers", "heads", "dtype", "repeats", "gpus")
 
 _ARGUMENTS = re.compile(
     rf"(?<![-'`.\w])(?:(?P<alone>{'|'.join(sorted(_ALONE))})(?:_s)?(?![\w'`.]| in )"

@@ -13,6 +13,7 @@ import torch
 
 from headinfer.engine.busy import BusyTimes
 from headinfer.engine.engine import Engine
+from headinfer.engine.parted_steps import CapturableParts
 from headinfer.engine.readout import Part
 from headinfer.plan.plan import Plan, joined
 from headinfer.plan.shape import ModelShape
@@ -20,7 +21,7 @@ from headinfer.plan.shape import ModelShape
 _Place = tuple[Engine, int]
 
 
-class PartedEngine:
+class PartedEngine(CapturableParts):
     """A cache's attention layers on several devices; what `Engine` is on one.
 
     Layers are counted among all that attend. Each engine counts its own from 0.
@@ -39,7 +40,7 @@ class PartedEngine:
         layers: Sequence[Sequence[int]],
         busy: BusyTimes,
     ) -> None:
-        self.parts = tuple(parts)
+        super().__init__(parts, layers)
         self._busy = busy
         self._shape = shape
         places: dict[int, _Place] = {}

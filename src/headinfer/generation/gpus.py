@@ -50,7 +50,7 @@ class Gpus:
         """
         if device != "cuda":
             raise OptionError(
-                f"gpus is {self.count}, but the device is {device!r}, which has none; leave gpus "
+                f"gpus is {self.count}, but the device is {device!r}, which has none; leave it "
                 "out, or run where CUDA is available"
             )
         import torch

@@ -4,29 +4,17 @@ How often a model runs differs with the way: a comparison runs it twice. Ranks t
 run it alike, or wait for each other for ever.
 """
 
-from headinfer.device.base import Device
-from headinfer.engine.engine import Engine
+from headinfer.engine.parted import CacheEngine
 from headinfer.engine.ready import Form, ReadyStep
 from headinfer.integration.decode_call import DecodeCall
 from headinfer.ranks.group import Ranks
-
-CAPTURES_NCCL = False
-"""Whether captures on CUDA may hold NCCL's kernels. Torch allows it; no GPU has tried it here yet.
-
-The simulated device captures steps of several ranks, with gloo.
-"""
-
-
-def may_capture(device: Device, ranks: Ranks) -> bool:
-    """Whether a device captures the steps of a model that some ranks share."""
-    return device.captures and (ranks.size == 1 or device.name != "cuda" or CAPTURES_NCCL)
 
 
 def go_alike(
     ranks: Ranks,
     call: DecodeCall | None,
     ready: ReadyStep,
-    engine: Engine,
+    engine: CacheEngine,
     *,
     in_a_row: bool,
     known: bool,

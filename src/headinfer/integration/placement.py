@@ -6,12 +6,12 @@ that lie in CPU memory or on disk, module by module, and take them away again.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from headinfer.errors import UnsupportedModelError
+from headinfer.integration.accelerate_hooks import accelerate_hooks, device_of
 from headinfer.integration.stored_weights import bytes_by_device
 from headinfer.integration.support import (
     attention_modules,
@@ -40,11 +40,11 @@ class Placement:
 
     @property
     def obstacle(self) -> str | None:
-        """What keeps a step from being captured: hooks that Python must call; None for nothing."""
+        """What keeps a step from being captured, as hooks that Python must call; or None."""
         if self.brought_bytes:
             return "accelerate brings some of its weights to where they are used"
-        if len(self.weights_bytes) > 1:
-            return "it is spread over several devices"
+        if not self.weights_bytes.keys() <= set(self.layers):
+            return "some of its weights are on a device that has no layer"
         return None
 
 
@@ -136,17 +136,8 @@ def _brought_bytes(model: torch.nn.Module) -> dict[torch.device, list[int]]:
 
 def _brings_to(module: torch.nn.Module) -> tuple[torch.device | None, bool]:
     """Return where a module's hook brings its weights, if it does, and whether all inside it."""
-    for hook in _hooks(module):
-        if getattr(hook, "offload", False) and hook.execution_device is not None:
-            where = hook.execution_device
-            device = torch.device("cuda", where) if isinstance(where, int) else torch.device(where)
-            if device == torch.device("cuda"):
-                device = torch.device("cuda", torch.cuda.current_device())
+    for hook in accelerate_hooks(module):
+        device = device_of(hook) if getattr(hook, "offload", False) else None
+        if device is not None:
             return device, bool(hook.place_submodules)
     return None, False
-
-
-def _hooks(module: torch.nn.Module) -> list[Any]:
-    """Return accelerate's hooks of a module: none, one, or those in a sequence."""
-    hook: Any = getattr(module, "_hf_hook", None)
-    return [] if hook is None else list(getattr(hook, "hooks", (hook,)))

@@ -130,7 +130,8 @@ class ServedCall:
                 self._positions = WholeCallPositions(last)
                 self._positions.install(self._rotary_modules)
             arguments, self._logits = run_leading_chunks(
-                self._forward, arguments, chunk_tokens, past_tokens, self._after_chunk
+                *(self._forward, arguments, chunk_tokens, past_tokens, self._after_chunk),
+                self._chunking.crossings,
             )
         return arguments
 

@@ -136,17 +136,10 @@ def _width_here(projection: torch.nn.Linear, model: PreTrainedModel) -> int:
     return int(given.shape[-1])
 
 
-def tell_of_ranks(ranks: Ranks, *, captured: bool) -> None:
-    """Say, in one rank, what is not done or is slow where several share a model.
-
-    Args:
-        ranks: all of them.
-        captured: whether decode steps are captured, or were not to be.
-    """
+def tell_of_ranks(ranks: Ranks) -> None:
+    """Say, in one rank, what is slow where several share a model."""
     if ranks.size == 1 or ranks.index:
         return
-    if not captured and torch.cuda.is_available():
-        _logger.warning("decode steps are not captured while %d ranks share the model", ranks.size)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     if torch.get_num_threads() == 1 and cores // ranks.on_host > 1:
         _logger.warning(

@@ -90,22 +90,23 @@ def _product(
 
 
 def link(
-    device: Device, num_bytes: int, *, to_device: bool = False, to_host: bool = False
+    devices: Sequence[Device], num_bytes: int, *, to_device: bool = False, to_host: bool = False
 ) -> dict[str, Operation]:
-    """Return copies between pinned host memory and a device, as the engine makes them.
+    """Return copies between pinned host memory and devices, as the engine makes them.
 
     Args:
-        device: whose copy streams are used; the operation is done when the device is.
+        devices: whose copy streams are used, all at once; the operation is done when they are.
         num_bytes: of one copy.
         to_device: whether to copy into the device.
         to_host: whether to copy out of it; with both, the directions run at once.
     """
     count = -(-_LEAST_BATCH_BYTES // num_bytes)
     pairs = []
-    if to_device:
-        pairs.append((device.copy_in, device.device_empty, device.host_empty))
-    if to_host:
-        pairs.append((device.copy_out, device.host_empty, device.device_empty))
+    for device in devices:
+        if to_device:
+            pairs.append((device.copy_in, device.device_empty, device.host_empty))
+        if to_host:
+            pairs.append((device.copy_out, device.host_empty, device.device_empty))
     queues = [
         (stream, target(count * num_bytes), source(count * num_bytes))
         for stream, target, source in pairs
@@ -120,16 +121,19 @@ def link(
     return {"pinned copy": (run, float(len(queues) * count * num_bytes))}
 
 
-def shared(device: Device, elements: int) -> dict[str, Operation]:
-    """Return reads of host memory by the CPU while the link copies from it; bytes of both count.
+def shared(devices: Sequence[Device], elements: int) -> dict[str, Operation]:
+    """Return reads of host memory by the CPU while links copy from it; bytes of both count.
 
     Args:
-        device: whose link is used; the operation is done when the device is.
+        devices: whose links are used, all at once; the operation is done when they are.
         elements: float32 elements of each buffer.
     """
     one, other, matrix, vector = _buffers(torch.device("cpu"), elements)
-    pinned, arrived = device.host_empty(one.nbytes), device.device_empty(_ARRIVED_BYTES)
-    pinned.fill_(1)
+    queues = []
+    for device in devices:
+        pinned = device.host_empty(one.nbytes)
+        pinned.fill_(1)
+        queues.append((device.copy_in, pinned, device.device_empty(_ARRIVED_BYTES)))
 
     def dot(rest: slice) -> object:
         return torch.dot(one[rest], other[rest])
@@ -149,8 +153,9 @@ def shared(device: Device, elements: int) -> dict[str, Operation]:
                 reads: int = reads,
                 read: Callable[[slice], object] = read,
             ) -> None:
-                for piece in _pieces(link_bytes, pinned.numel(), _ARRIVED_BYTES):
-                    device.copy_in.copy(arrived[: piece.stop - piece.start], pinned[piece])
+                for piece in _pieces(link_bytes // len(queues), one.nbytes, _ARRIVED_BYTES):
+                    for stream, pinned, arrived in queues:
+                        stream.copy(arrived[: piece.stop - piece.start], pinned[piece])
                 for piece in _pieces(reads, elements, elements):
                     read(piece)
 

@@ -207,8 +207,8 @@ def _steps(device: Device, dtype: torch.dtype, effort: Effort) -> Iterator[_Step
     if on_gpu:
         for quantity, ways in _WAYS.items():
             for size in effort.copy_bytes:
-                yield step(quantity, partial(operations.link, device, size, **ways), size)
-        yield step(Quantity.HOST_SHARED, partial(operations.shared, device, host_elements))
+                yield step(quantity, partial(operations.link, [device], size, **ways), size)
+        yield step(Quantity.HOST_SHARED, partial(operations.shared, [device], host_elements))
 
 
 def _rate(step: _Step) -> Rate:

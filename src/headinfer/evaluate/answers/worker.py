@@ -55,7 +55,7 @@ def _run(job: JobSpec) -> Iterator[Record | str]:
         torch.set_num_threads(job.threads)
     torch.set_flush_denormal(True)  # softmax makes such numbers; some CPUs take 100 times as long
     device = torch_device(job.settings)
-    limit_device(job.settings, device)
+    limit_device(job.settings, [device])
     location = getattr(job.model, "location", None)
     if location is None:
         raise ModelLoadError(f"{job.model.description}: questions need a model with weights")

@@ -1,0 +1,58 @@
+"""Write the tables of several GPUs in two documents from the results in this folder.
+
+Run `python benchmarks/gpus_tables.py` after a new result; `--check` only compares.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "src"))
+
+from headinfer.bench.catalogue import HEADS, LAYERS, with_host  # noqa: E402
+from headinfer.bench.document import Results  # noqa: E402
+from headinfer.bench.report_gpus import made, targets_table, times_table  # noqa: E402
+from headinfer.bench.table import conditions  # noqa: E402
+
+RESULTS = Path(__file__).parent / "results"
+BEGIN, END = "<!-- gpus: begin -->", "<!-- gpus: end -->"
+SPLITS = {"several-gpus.md": LAYERS, "tensor-parallel.md": HEADS}
+"""The split that each document is about."""
+
+
+def measured(files: Sequence[Results]) -> str:
+    """Return the times of each run, with the conditions above them."""
+    parts = []
+    for results in files:
+        model, where, *how = conditions(results.spec, results.machine)
+        told = "; ".join((model, where, *how, made(results)))
+        parts += [f"`bench {results.spec.command.value}`: {told}.", times_table(results)]
+    return "\n".join(parts)
+
+
+def updated(text: str, split: str, files: Sequence[Results]) -> str:
+    """Return a document with the tables of its split between the marks."""
+    tables = targets_table(files, (split, with_host(split)))
+    if split == LAYERS:
+        tables = f"{tables}\n{measured(files)}".rstrip() + "\n"
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    return f"{before}{BEGIN}\n{tables}{END}{after}"
+
+
+def main() -> None:
+    """Rewrite the documents, or fail if they are not up to date."""
+    files = [Results.load(str(path)) for path in sorted(RESULTS.glob("gpu2-*.json"))]
+    for name, split in SPLITS.items():
+        path = ROOT / "docs" / name
+        text = path.read_text()
+        wanted = updated(text, split, files)
+        if "--check" not in sys.argv[1:]:
+            path.write_text(wanted)
+        elif text != wanted:
+            sys.exit(f"docs/{name} differs from benchmarks/results")
+
+
+if __name__ == "__main__":
+    main()
