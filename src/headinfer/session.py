@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from headinfer.device.base import Device, Mark
 from headinfer.device.host_memory import all_host_bytes, available_host_bytes
 from headinfer.device.marks import AllMarks
+from headinfer.engine.busy import BusyTimes
 from headinfer.engine.engine import Engine
 from headinfer.engine.parted import CacheEngine, PartedEngine
 from headinfer.engine.stats import Stats
@@ -24,7 +25,7 @@ from headinfer.integration.cache import OffloadedCache, PrefillProgress
 from headinfer.integration.capture import CapturedSteps
 from headinfer.integration.linears import FewRowLinears
 from headinfer.integration.model_shape import model_shape
-from headinfer.integration.parts import USED_SHARE, parts_of, with_kv_itemsize
+from headinfer.integration.parts import USED_SHARE, parts_of, plans_of, with_kv_itemsize
 from headinfer.integration.placement import Placement
 from headinfer.integration.saving import fill_cache
 from headinfer.integration.shards import rank_shape, ranks_of, tell_of_ranks
@@ -59,6 +60,7 @@ class Session:
         device: where attention of the first of them is computed.
         plan: what was chosen for one row; each cache resolves its own for its rows and length.
         stats: what was measured since the attachment.
+        busy: a watch on where the chunks of a prompt are.
         ranks: the processes that compute the model; each has a session of its own.
     """
 
@@ -80,12 +82,13 @@ class Session:
         self._shape = rank_shape(whole, model, self.ranks)
         self.parts = parts_of(self._shape, placement, devices, options, self.ranks.on_host)
         device = self.device = self.parts[0].device
+        self.busy = BusyTimes([part.device for part in self.parts])
         self._engines: weakref.WeakSet[CacheEngine] = weakref.WeakSet()
         self._attached = False
         self.plan = self._resolve(1, None, [], model.dtype)
         fast = options.fuse == "auto" and model.dtype in _FUSED
         captures = self._captures = CapturedSteps(
-            *(model, device, self.stats),
+            *(model, [part.device for part in self.parts], self.stats),
             enabled=options.capture,
             fused=fast and device.name == "cuda" and self.ranks.size == 1,
             obstacle=placement.obstacle,
@@ -197,17 +200,8 @@ class Session:
     def _resolve_here(
         self, batch: int, context_tokens: int | None, others: list[CacheEngine], dtype: torch.dtype
     ) -> Plan:
-        def planned(number: int, chunk_tokens: int | None = None) -> Plan:
-            here = [engine.parts[number] for engine in others]
-            part = self.parts[number]
-            return part.resolve(batch, context_tokens, here, dtype.itemsize, chunk_tokens)
-
-        plans = [planned(number) for number in range(len(self.parts))]
-        least = min(plan.chunk_tokens for plan in plans)  # a chunk passes through all parts
-        plans = [
-            plan if plan.chunk_tokens == least else planned(number, least)
-            for number, plan in enumerate(plans)
-        ]
+        here = [[engine.parts[number] for engine in others] for number in range(len(self.parts))]
+        plans = plans_of(self.parts, here, batch, context_tokens, dtype.itemsize)
         return joined(with_kv_itemsize(self._shape, dtype.itemsize), plans)
 
     def kv_dtype(self, computed: torch.dtype | None = None) -> torch.dtype:
@@ -227,7 +221,8 @@ class Session:
         engine: CacheEngine = engines[0]
         if len(engines) > 1:
             shape = with_kv_itemsize(self._shape, dtype.itemsize)
-            engine = PartedEngine(shape, engines, [part.layers for part in self.parts])
+            layers = [part.layers for part in self.parts]
+            engine = PartedEngine(shape, engines, layers, self.busy)
         self._engines.add(engine)
         return engine
 

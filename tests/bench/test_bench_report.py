@@ -104,6 +104,30 @@ def test_what_a_stopped_run_did_not_get_to_is_said():
     assert "- headinfer at 2K: not measured, the run was stopped before\n" in text
 
 
+def test_the_papers_table_4_is_empty_until_a_70b_was_measured_in_its_chunks():
+    large = NamedModel(
+        name="llama-3-70b", location=None, config=None, planned=preset_shape("llama-3-70b")
+    )
+    spec = replace(
+        bench_spec(
+            contexts=(800 * 1024,),
+            methods=("head-wise-1",),
+            command=Command.MAX_CONTEXT,
+            dtype="bfloat16",
+        ),
+        model=large,
+        settings=Options.parse(device_memory="24GiB", chunk_tokens="10K"),
+    )
+    nothing = report([], "plots")
+    some = report([("gpu-longest", results_of(spec, GPU))], "plots")
+    for text, measured in ((nothing, "-"), (some, "800")):
+        rows = [line_of(text, f"| {name}", after="### Table 4") for name in ("standard", "head")]
+        assert rows[0][1].startswith("10 / - / 11.4")
+        assert rows[1][0] == "head-wise-1, 10K chunks"
+        assert rows[1][1].startswith(f"950 / {measured} / ")
+        assert line_of(text, "| head-wise-1, 5K", "### Table 4")[1].startswith("1000 / - / ")
+
+
 def test_the_papers_tables_hold_what_was_measured_of_its_model_on_a_gpu():
     spec = replace(
         bench_spec(contexts=(1024, 10240), methods=("standard", "head-wise-1"), dtype="bfloat16"),

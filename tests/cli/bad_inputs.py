@@ -3,6 +3,7 @@
 In arguments, `{name}` is a model of `MODELS` or a file of `FILES`.
 """
 
+import torch
 from bad_options import BEFORE_THE_MODEL, BIG, HUGE, LONG, Row, model, option, with_model
 
 PROMPTS: list[Row] = [
@@ -249,6 +250,15 @@ BENCH: list[Row] = [
         (("--model", "{good}", "--layers", "3"), ("--layers", "--model")),
     )
 ]
+WITHOUT_CUDA: list[Row] = [
+    ((*verb, "--device", "cuda"), ("--device cuda", "not available", "--device cpu"))
+    for verb in (
+        ("bench", "decode"),
+        ("evaluate", "needle", "-m", "{good}"),
+        ("generate", "-p", "w1", "-m", "{good}"),
+    )
+    if not torch.cuda.is_available()
+]
 REST: list[Row] = [
     (("bench", "nope"), ("'nope'",)),
     (("bench", "report"), ("FILES",)),
@@ -284,6 +294,7 @@ TABLE: list[Row] = [
     *PLAN,
     *OTHERS,
     *BENCH,
+    *WITHOUT_CUDA,
     *REST,
 ]
 

@@ -39,19 +39,24 @@ STREAMING: dict[str, Any] = {
 
 
 @functools.cache
-def small_model() -> PreTrainedModel:
-    return tiny_model("llama3", num_key_value_heads=2, num_attention_heads=2)
+def small_model(layers: int) -> PreTrainedModel:
+    return tiny_model(
+        "llama3", num_hidden_layers=layers, num_key_value_heads=2, num_attention_heads=2
+    )
 
 
 def exercise(
-    *devices: SimulatedDevice, overlap: bool = True, streaming: bool = False
+    *devices: SimulatedDevice,
+    overlap: bool = True,
+    streaming: bool = False,
+    capture: bool = True,
 ) -> torch.Tensor:
     """Go through all that moves KV: chunks, decoding past a page, crop, beams, a copied cache.
 
     Some tokens are resident, and some attended by the host. With `streaming` half of the heads see
     sinks and a window alone. With several devices there is one for each layer.
     """
-    model = small_model()
+    model = small_model(max(len(devices), 3))
     prompt = random_tokens(2, 31)
     with headinfer.attach(
         model,
@@ -61,6 +66,7 @@ def exercise(
         tile_tokens=16,
         chunk_tokens=12,
         overlap=overlap,
+        capture=capture,
         resident_tokens=9,
         host_attention=0.4,
         **(STREAMING if streaming else {}),
@@ -70,9 +76,8 @@ def exercise(
         for step in range(13):  # pages of 6 tokens fill twice
             token = prompt[:, step : step + 1]
             outputs.append(model(token, past_key_values=cache).logits)
-        for engine in () if devices[1:] else cache.state.engine.parts:
-            captured = [form for _, form in engine.captured]
-            assert captured == [Form.STREAMED if overlap else Form.IN_PIECES]
+        captured = [form for _, form in cache.state.engine.captured]
+        assert captured == [Form.STREAMED if overlap else Form.IN_PIECES] * capture
         cache.reorder_cache(torch.tensor([1, 0]))
         outputs.append(model(prompt[:, :3], past_key_values=cache).logits)
         copied = copy.deepcopy(cache)  # which shares the host's tokens from now on
@@ -99,39 +104,73 @@ def test_all_seeds_give_the_same_result(streaming: bool) -> None:
         torch.testing.assert_close(ours, wanted)
 
 
+BETWEEN_DEVICES = {Edge.STEP_JOINED: 0, Edge.STEP_FORKED: 1}
+"""Waits of one device's compute for another's, and the device that waits."""
+
+WITHIN_ONE = sorted(set(Edge) - BETWEEN_DEVICES.keys(), key=lambda edge: edge.name)
+"""All other waits."""
+
+
 def test_every_kind_of_wait_is_exercised() -> None:
     device = in_pieces(seed=1)
     exercise(device)
-    assert device.exercised_edges == set(Edge)
+    assert device.exercised_edges == set(WITHIN_ONE)
 
 
-@pytest.mark.parametrize("edge", Edge)
+@pytest.mark.parametrize("edge", WITHIN_ONE)
 def test_a_missing_wait_is_noticed(edge: Edge) -> None:
     with pytest.raises(HazardError, match="is not ordered after the"):
         exercise(in_pieces(seed=1, skip=[edge]))
 
 
+@pytest.mark.parametrize("overlap", [True, False])
+def test_layers_on_several_devices_give_the_same_result(overlap: bool) -> None:
+    whole = SimulatedDevice(seed=0)
+    wanted = exercise(*[whole] * 4, overlap=False)
+    for seed in range(SEEDS // 10):
+        devices = [SimulatedDevice(seed=seed), SimulatedDevice(seed=seed + 1)]
+        first, second = devices
+        ours = exercise(first, second, second, first, overlap=overlap)
+        torch.testing.assert_close(ours, wanted)
+        for at, device in enumerate(devices):
+            others = {edge for edge, waiting in BETWEEN_DEVICES.items() if waiting != at}
+            if overlap:
+                assert device.exercised_edges == set(Edge) - others
+            else:
+                assert device.exercised_edges.isdisjoint(others)
+
+
 OF_CAPTURES = {Edge.STEP_READY, Edge.STEP_DONE, Edge.SERVED}
-"""Waits of captured steps, which models on several devices have none of."""
+"""Waits of captured steps on a device."""
+
+IN_OTHERS = {Edge.PAGE_FREE}
+"""Waits that those of captured steps make up for, in a model of few layers."""
+
+ON_EACH = [
+    (edge, at, capture)
+    for edge in WITHIN_ONE
+    for at in (0, 1)
+    for capture in (False, True)
+    if edge not in (IN_OTHERS if capture else OF_CAPTURES)
+]
 
 
-def test_layers_on_several_devices_give_the_same_result() -> None:
-    wanted = exercise(SimulatedDevice(seed=0), overlap=False)
-    for seed in range(SEEDS // 5):
-        first, second = SimulatedDevice(seed=seed), SimulatedDevice(seed=seed + 1)
-        torch.testing.assert_close(exercise(first, second, first), wanted)
-        for device in (first, second):
-            assert device.exercised_edges == set(Edge) - OF_CAPTURES
-
-
-@pytest.mark.parametrize("edge", sorted(set(Edge) - OF_CAPTURES, key=lambda edge: edge.name))
-@pytest.mark.parametrize("at", [0, 1])
-def test_a_missing_wait_on_any_device_is_noticed(edge: Edge, at: int) -> None:
+@pytest.mark.parametrize(
+    ("edge", "at", "options"),
+    [
+        *((edge, at, {"capture": capture}) for edge, at, capture in ON_EACH),
+        *((*each, {"overlap": True}) for each in BETWEEN_DEVICES.items()),
+        *((*each, {"overlap": False}) for each in BETWEEN_DEVICES.items()),
+    ],
+)
+def test_a_missing_wait_on_any_device_is_noticed(
+    edge: Edge, at: int, options: dict[str, bool]
+) -> None:
     skipped = [[], []]
     skipped[at].append(edge)
     first, second = (SimulatedDevice(seed=1, skip=skip) for skip in skipped)
     with pytest.raises(HazardError, match="is not ordered after the"):
-        exercise(first, second, second)
+        exercise(first, second, second, first, **options)
 
 
 def test_an_arena_freed_with_a_copy_in_flight_is_noticed() -> None:

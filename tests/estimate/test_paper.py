@@ -30,6 +30,23 @@ def test_host_memory_caps_three_models_exactly() -> None:
     assert row.ours[:3] == row.paper[:3]
 
 
+def test_eight_cards_by_hand() -> None:
+    """A card has 10 layers and an embedding matrix; a head of a token is 512 bytes."""
+    gib, k, width = 2**30, 1024, 2 * 28672 + 8192
+    layer = 8192 * (2 * 8192 + 2 * 1024) + 3 * 8192 * 28672 + 2 * 8192
+    free = 19.77 * gib - 2 * (10 * layer + 128256 * 8192)
+    rows = {row.label: row for row in table("Table 4").rows}
+    assert [row.paper for row in rows.values()] == [(10, 10), (950, 950), (1000, 1000)]
+    standard = free / (10 * 8 * 512 + 2 * width)
+    assert rows["standard"].ours[0] == pytest.approx(standard / k, rel=1e-3)
+    for chunk in (10, 5):
+        tokens = (free - chunk * k * 2 * width) / (2 * 512)
+        ours = rows[f"head-wise-1, {chunk}K chunks"].ours
+        assert ours[0] == pytest.approx(tokens / k, rel=1e-3)
+        # 512 GiB less 4 in reserve, 1 for the process and 88 bytes of each page with its tables.
+        assert ours[1] == pytest.approx(507 * gib * 4096 / 4184 / (80 * 4 * k) / k, rel=1e-3)
+
+
 @pytest.mark.parametrize("number", [6, 7, 14])
 def test_predicted_times_are_near_the_measured_ones(number: int) -> None:
     """To 25% from 100K tokens on, but for the 4M prefill, which took less than four times 2M."""

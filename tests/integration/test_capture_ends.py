@@ -17,6 +17,7 @@ from headinfer.engine.ready import StepMemory
 from headinfer.errors import CacheStateError, MemoryPlanError
 from headinfer.integration.calls import cache_argument
 from headinfer.kv.ledger import Ledger
+from parted import spread
 from tiny_models import random_tokens, shared_model, tiny_model
 
 
@@ -147,23 +148,33 @@ def test_ctrl_c_within_a_call_of_the_model(name: str, layer: int, stage: str) ->
 
 
 @pytest.mark.parametrize(
-    ("owner", "method", "number", "goes_on"),
+    ("owner", "method", "number", "goes_on", "layers"),
     [
-        (Engine, "begin_step", 1, True),
-        (StepMemory, "write", 1, False),  # when the token is counted
-        (Pages, "state_token", 2, True),
-        (Engine, "end_step", 1, True),
-        (Ledger, "extend", 1, True),
-        (Ledger, "extend", 2, False),
+        (Engine, "begin_step", 1, True, (0, 0, 0)),
+        (StepMemory, "write", 1, False, (0, 0, 0)),  # when the token is counted
+        (Pages, "state_token", 2, True, (0, 0, 0)),
+        (Engine, "end_step", 1, True, (0, 0, 0)),
+        (Ledger, "extend", 1, True, (0, 0, 0)),
+        (Ledger, "extend", 2, False, (0, 0, 0)),
+        (Engine, "begin_step", 2, True, (0, 1, 1)),
+        (Engine, "replaying", 2, True, (0, 1, 1)),
+        (Pages, "state_token", 2, True, (0, 1, 1)),
+        (Engine, "end_step", 1, True, (0, 1, 1)),
+        (Engine, "end_step", 2, False, (0, 1, 1)),
     ],
 )
 def test_ctrl_c_around_a_replay(
-    owner: type, method: str, number: int, goes_on: bool, monkeypatch: pytest.MonkeyPatch
+    owner: type,
+    method: str,
+    number: int,
+    goes_on: bool,
+    layers: tuple[int, ...],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = shared_model("llama3")
     with headinfer.attach(model, **SIMULATED, capture=False) as offload:
         wanted = steps(model, prompted(offload, model), 80)
-    with headinfer.attach(model, **SIMULATED) as offload:
+    with headinfer.attach(model, **SIMULATED, simulated_device=spread(*layers)) as offload:
         cache = prompted(offload, model)
         got = steps(model, cache, 6)
         with monkeypatch.context() as patch:

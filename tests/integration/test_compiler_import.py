@@ -69,7 +69,7 @@ def test_it_is_begun_where_captured_steps_are_fused(
     begun: list[bool] = []
     monkeypatch.setattr(capture, "begin_import", lambda: begun.append(True))
     steps = CapturedSteps(
-        *(tiny_model("llama3"), SimulatedDevice(), Stats()), enabled=enabled, fused=fused
+        *(tiny_model("llama3"), [SimulatedDevice()], Stats()), enabled=enabled, fused=fused
     )
     assert not begun
     steps.expect_steps()

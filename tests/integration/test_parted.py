@@ -1,7 +1,6 @@
 """Models whose layers lie on several devices, against the whole ones and stock."""
 
 import copy
-import logging
 from typing import Any
 
 import pytest
@@ -258,24 +257,6 @@ def test_residents_grow_with_the_conversation() -> None:
             assert relative_error(ours, wanted) < TOLERANCE
         first, second = cache.state.engine.plan.parts
         assert second.resident_tokens < cache.get_seq_length() <= first.resident_tokens
-
-
-def test_steps_are_launched_kernel_by_kernel_which_is_said_once(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    model, tokens = shared_model("llama3"), random_tokens(1, 30)
-    with (
-        caplog.at_level(logging.INFO),
-        headinfer.attach(model, simulated_device=spread(0, 1, 1), device="simulated") as offload,
-    ):
-        for _ in range(2):
-            generate(model, offload.new_cache(), tokens, torch.ones_like(tokens))
-    said = [text for text in caplog.messages if "kernel by kernel" in text]
-    assert said == [
-        "decode steps of this model are launched kernel by kernel: its layers lie on several "
-        "devices"
-    ]
-    assert offload.stats.captures == 0
 
 
 def test_there_must_be_a_device_for_each_layer() -> None:

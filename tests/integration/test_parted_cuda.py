@@ -12,6 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 import headinfer
 from headinfer.demo import ensure_model
 from headinfer.integration.calls import cache_argument
+from headinfer.schedule import route
 from parted import device_map, split_by_hand, split_over_gpus
 from tiny_models import ARCHITECTURES, random_tokens, tiny_model
 
@@ -157,6 +158,43 @@ def test_weights_in_cpu_memory_are_brought(layers: list[int | str]) -> None:
         with headinfer.attach(model, **settings) as offload:
             ours = generate(model, offload.new_cache(), tokens, mask)
         assert error_of(ours, stock) < 1e-4
+
+
+@needs_accelerate
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("settings", [*SETTINGS, SETTINGS[0] | {"overlap": False}])
+def test_captured_steps_give_the_bits_of_launched_ones(
+    settings: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(route, "STEADY_TOKENS", 48)
+    monkeypatch.setattr(route, "_STEADY_FROM", 0)
+    tokens = random_tokens(2, 300).cuda(0)
+    mask = torch.ones_like(tokens)
+    model = split_over_gpus(tiny_model("llama3", head_dim=64).to("cuda:0", dtype), [0, 1, 1])
+    results = []
+    for capture in (False, True):
+        with headinfer.attach(model, **settings, fuse="off", capture=capture) as offload:
+            cache = offload.new_cache()
+            results.append(generate(model, cache, tokens, mask))
+            stats = offload.stats
+    assert stats.captures > 0
+    assert stats.captured_steps > 60
+    assert torch.equal(results[0].sequences, results[1].sequences)
+    assert all(map(torch.equal, results[0].logits, results[1].logits))
+
+
+@needs_accelerate
+def test_fused_steps_are_captured_on_two_gpus() -> None:
+    model = tiny_model("llama3", head_dim=64).to("cuda:0", torch.bfloat16)
+    tokens = random_tokens(1, 300).cuda(0)
+    mask = torch.ones_like(tokens)
+    with headinfer.attach(model, resident_tokens="all", capture=False) as offload:
+        wanted = generate(model, offload.new_cache(), tokens, mask)
+    model = split_over_gpus(model, [0, 1, 1])
+    with headinfer.attach(model, resident_tokens="all") as offload:
+        ours = generate(model, offload.new_cache(), tokens, mask)
+    assert offload.stats.captured_steps > 60
+    assert error_of(ours, wanted) < 0.02
 
 
 @needs_accelerate

@@ -14,6 +14,7 @@ import headinfer
 from headinfer.errors import UnsupportedModelError
 from headinfer.integration.calls import cache_argument
 from headinfer.integration.stored_weights import weights_bytes
+from headinfer.units import format_bytes
 from parted import spread
 from tiny_models import random_tokens, shared_model, tiny_model
 
@@ -106,9 +107,16 @@ def test_only_what_is_brought_at_a_time_counts_as_weights(tmp_path: Path) -> Non
     )
     with headinfer.attach(with_weights_on_disk("llama3", tmp_path), device="simulated") as offload:
         assert offload.plan.shape.weights_bytes == kept + largest
+        brought = weights_bytes(whole) - kept
+        assert offload.plan.shape.brought_bytes == brought
+        assert f"{format_bytes(brought)} of weights lie elsewhere" in str(offload.plan)
     with headinfer.attach(in_cpu_memory("llama3", tmp_path), device="simulated") as offload:
         buffers = sum(buffer.nbytes for buffer in whole.buffers())
         assert offload.plan.shape.weights_bytes == largest + buffers
+        assert offload.plan.shape.brought_bytes == weights_bytes(whole) - buffers
+    with headinfer.attach(whole, device="simulated") as offload:
+        assert offload.plan.shape.brought_bytes == 0
+        assert "elsewhere" not in str(offload.plan)
 
 
 def test_weights_that_nobody_brings_are_refused() -> None:

@@ -14,9 +14,10 @@ from headinfer.plan.hardware import Hardware
 from headinfer.plan.memory import ALIGNMENT_BYTES, runtime_bytes
 from headinfer.plan.options import Options
 from headinfer.plan.plan import Plan
-from headinfer.plan.predict import Placement, Predictor, active_parameters
+from headinfer.plan.predict import Predictor, active_parameters
 from headinfer.plan.resolve import resolve
 from headinfer.plan.shape import ModelShape
+from headinfer.plan.step_time import Placement
 from shapes import LLAMA_3_8B, model_shape
 
 RTX_4090 = HARDWARE["rtx-4090"]
@@ -361,3 +362,27 @@ def test_windows_alone_stream_nothing() -> None:
     placement = Placement(tile_heads=1, tile_tokens=1024)
     parts = Predictor(shape, RTX_4090).decode(placement, 2**17)
     assert (parts.start_s, parts.link_s, parts.link_back_s) == (0.0, 0.0, 0.0)
+
+
+def test_weights_that_are_brought_come_before_all_else() -> None:
+    brought = replace(LLAMA_3_8B, brought_bytes=10 * 2**30)
+    placement = Placement(chunk_tokens=8192, tile_heads=8, tile_tokens=16384)
+    there, away = Predictor(LLAMA_3_8B, RTX_4090), Predictor(brought, RTX_4090)
+    once_s = 10 * 2**30 / 12.5e9  # half of the link's rate
+    for tokens in (2**15, 2**20):
+        assert away.decode_s(placement, tokens) == pytest.approx(
+            there.decode_s(placement, tokens) + once_s
+        )
+    assert away.prefill_s(placement, 2**16) == pytest.approx(
+        there.prefill_s(placement, 2**16) + 8 * once_s
+    )
+    assert away.decode(placement, 1).limited_by == "bringing weights"
+
+
+def test_where_weights_are_brought_chunks_are_large() -> None:
+    """Eight times as many chunks would bring the weights eight times as often."""
+    options = Options.parse(device_memory="24GiB", host_attention="off")
+    known = {"device": "cuda", "hardware": RTX_4090, "context_tokens": 256 * 1024}
+    there = resolve(LLAMA_3_8B, options, **known)
+    away = resolve(replace(LLAMA_3_8B, brought_bytes=10 * 2**30), options, **known)
+    assert there.chunk_tokens < away.chunk_tokens == 8192

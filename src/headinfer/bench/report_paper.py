@@ -10,11 +10,13 @@ from headinfer.bench.rows import Row
 from headinfer.bench.spec import Command
 from headinfer.estimate.comparison import Comparison
 from headinfer.estimate.methods import LAYER_WISE
-from headinfer.estimate.paper import context_tables, latency_tables, memory_table, sparse_table
+from headinfer.estimate.paper import memory_table
+from headinfer.estimate.paper_lengths import context_tables
+from headinfer.estimate.paper_times import latency_tables, sparse_table
 from headinfer.units import exact_bytes, parse_tokens
 
 _GIB, _K = 2**30, 1024
-_MODEL = "llama-3-8b"
+_MODEL, _LARGE_MODEL = "llama-3-8b", "llama-3-70b"
 
 Measured = Callable[[str, str], float | None]
 """What was measured for the label of a row and the name of a column; None where nothing was."""
@@ -33,14 +35,15 @@ Nothing is measured here yet: that takes a GPU, where `make bench-gpu` measures 
 
 
 def paper_section(files: Sequence[Results]) -> str:
-    """Return Tables 3, 5, 6, 7, 10, 11 and 14 with what the files measured of the same models."""
+    """Return Tables 3 to 7, 10, 11 and 14 with what the files measured of the same models."""
     found = _Found(files)
-    table_3, _, table_5, *_ = context_tables()
+    table_3, _, table_5, table_4, _ = context_tables()
     table_6, table_7 = latency_tables()
     parts = [_INTRO.format(layer_wise=LAYER_WISE, offloaded=OFFLOADED)]
     parts += [f"Measured on {found.where}." if found.where else _NONE, ""]
     for comparison, measured in (
         (table_3, found.longest),
+        (table_4, found.longest_of_70b),
         (table_5, lambda method, _: found.longest(method, _MODEL)),
         (table_6, found.prefill_s),
         (table_7, found.decode_s),
@@ -104,6 +107,13 @@ class _Found:
         row = self._row(method, model, None, {Command.MAX_CONTEXT})
         return None if row is None else row.context_tokens / _K
 
+    def longest_of_70b(self, label: str, _column: str) -> float | None:
+        """Return the longest context of a row such as "head-wise-1, 10K chunks", in K tokens."""
+        method, _, chunks = label.partition(", ")
+        chunk = parse_tokens(chunks.removesuffix(" chunks")) if chunks else None
+        row = self._row(method, _LARGE_MODEL, None, {Command.MAX_CONTEXT}, chunk)
+        return None if row is None else row.context_tokens / _K
+
     def prefill_s(self, context: str, method: str) -> float | None:
         """Return the seconds of a prefill."""
         commands = {Command.PREFILL, Command.ABLATION}
@@ -136,14 +146,20 @@ class _Found:
         return None if size_bytes is None else size_bytes / _GIB
 
     def _row(
-        self, method: str, model: str, context_tokens: int | None, commands: set[Command]
+        self,
+        method: str,
+        model: str,
+        context_tokens: int | None,
+        commands: set[Command],
+        chunk_tokens: int | None = None,
     ) -> Row | None:
         wanted = OFFLOADED if method == LAYER_WISE else method
         for results in self._files:
             of_model = isinstance(results.spec.model, NamedModel) and (
                 results.spec.model.name == model
             )
-            if not of_model or results.spec.command not in commands:
+            of_chunk = chunk_tokens in (None, results.spec.settings.chunk_tokens)
+            if not (of_model and of_chunk) or results.spec.command not in commands:
                 continue
             for row in results.rows:
                 here = context_tokens in (None, row.context_tokens)

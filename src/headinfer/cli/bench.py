@@ -25,6 +25,7 @@ from headinfer.cli.output import (
 )
 from headinfer.cli.results import collect, exit_code, tell
 from headinfer.cli.run_progress import RunProgress, run_console, showing_progress
+from headinfer.generation.model import choose_device
 
 app = typer.Typer(
     cls=Group,
@@ -125,6 +126,7 @@ app.command(cls=OnceCommand)(report)
 
 def _run(command: Command, given: dict[str, Any]) -> None:
     spec = run_spec(command, given)
+    choose_device(spec.settings.device)
     path: str | None = given["json_path"]
     check_results(path, resume=given["resume"])
     console = run_console()

@@ -45,6 +45,7 @@ from headinfer.evaluate.answers.launch import Launcher, Workers
 from headinfer.evaluate.answers.run import AnswersRow, AnswersRun
 from headinfer.evaluate.answers.table import render
 from headinfer.evaluate.answers.task import Task
+from headinfer.generation.model import choose_device
 from headinfer.plan.options import Options
 from headinfer.plan.streaming import STREAMING_OPTIONS
 
@@ -154,6 +155,7 @@ def _run(task: Task, given: dict[str, Any]) -> None:
     console = run_console()
     with showing_progress(console) as progress:
         spec, note = _spec(task, given)
+        choose_device(spec.settings.device)
         if note:
             console.print(f"note: {note}", markup=False, soft_wrap=True)
         launcher = make_launcher()

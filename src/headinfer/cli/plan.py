@@ -32,6 +32,7 @@ from headinfer.units import parse_tokens
 _DEFAULT_HARDWARE = "rtx-4090"
 _EXIT_NOTHING_FITS = 1
 _MOST_ROWS = 2**16
+_MOST_GPUS = 1024
 
 
 @with_flags(
@@ -80,6 +81,18 @@ def plan(
             rich_help_panel=MODEL_PANEL,
         ),
     ] = 1,
+    gpus: Annotated[
+        int | None,
+        typer.Option(
+            "--gpus",
+            min=1,
+            max=_MOST_GPUS,
+            metavar="COUNT",
+            help="Plan for so many GPUs: what fits, which split is faster, beside one. Weights "
+            "that the GPUs do not hold stay in CPU memory.",
+            rich_help_panel=MODEL_PANEL,
+        ),
+    ] = None,
     dtype: Dtype = DtypeChoice.AUTO,
     load_in: PlannedLoadIn = None,
     hardware: Annotated[
@@ -135,9 +148,15 @@ def plan(
         if batch > _MOST_ROWS:
             raise OptionError(f"--batch must be at most {_MOST_ROWS:,}, not {batch}")
         options = Options.parse(**flags)
-        if options.device_memory_each:
-            raise OptionError("the plan is for one GPU: give one value as --device-memory")
         here, which, note = _hardware(hardware)
+        if gpus is not None:
+            from headinfer.cli.plan_gpus import answer_gpus, check_gpus
+
+            check_gpus(here, options, accounting, steps=steps)
+        elif options.device_memory_each:
+            raise OptionError(
+                "the plan is for one GPU: give one value as --device-memory, or --gpus"
+            )
         one_memory = here.link_bytes_per_s is None
         if one_memory and options.host_memory_bytes is not None:
             raise OptionError("there is one memory on a CPU: use --device-memory")
@@ -155,6 +174,10 @@ def plan(
             if one_memory and options.device_memory_bytes is None
             else None,
         )
+        if gpus is not None:
+            whole = load_in is not None  # `generate` refuses to split what it quantises
+            code = answer_gpus(situation, gpus, options, (which, note), json_path, whole=whole)
+            raise typer.Exit(code)
         raise typer.Exit(_answer(situation, (which, note), json_path, steps=steps))
 
 

@@ -79,13 +79,13 @@ def print_plans(
     console.print(_table(plans, choice, width=console.width, on_cpu=on_cpu))
     runtime = plans[0].runtime_bytes
     console.print(
-        f"[dim]Sizes in GiB{f'; total: with {_gib(runtime)} for CUDA itself' if runtime else ''}; "
+        f"[dim]Sizes in GiB{f'; total: with {gib(runtime)} for CUDA itself' if runtime else ''}; "
         "[/][red]![/][dim]: more than there is;\n~: not exact by design; max context: what "
         f"{'memory holds' if on_cpu else 'GPU and CPU memory hold'}; times predicted[/]"
     )
     if runtime:
         parts = runtime_parts(situation.device).items()
-        told = ", ".join(f"{name} {_gib(num_bytes)}" for name, num_bytes in parts)
+        told = ", ".join(f"{name} {gib(num_bytes)}" for name, num_bytes in parts)
         console.print(f"[dim]CUDA itself: {told}[/]")
     _print_choice(console, choice)
 
@@ -139,17 +139,17 @@ def _table(plans: Sequence[MethodPlan], choice: Choice, *, width: int, on_cpu: b
 
 
 def _cells(plan: MethodPlan, *, chosen: bool) -> list[str]:
-    host = _gib(plan.kv_host_bytes) if plan.kv_host_bytes else "-"
+    host = gib(plan.kv_host_bytes) if plan.kv_host_bytes else "-"
     return [
         f"{'> ' if chosen else '  '}{plan.method}{' ~' if plan.method in APPROXIMATE else ''}",
         _tile(plan),
-        _gib(plan.weights_bytes),
-        _gib(plan.kv_device_bytes),
-        _gib(plan.activation_bytes),
-        _marked(_gib(plan.total_device_bytes), short=bool(plan.device_short_bytes)),
-        _gib(plan.kv_total_bytes),
-        _marked(host, short=bool(plan.host_short_bytes)),
-        _context(plan.max_context_tokens),
+        gib(plan.weights_bytes),
+        gib(plan.kv_device_bytes),
+        gib(plan.activation_bytes),
+        marked(gib(plan.total_device_bytes), short=bool(plan.device_short_bytes)),
+        gib(plan.kv_total_bytes),
+        marked(host, short=bool(plan.host_short_bytes)),
+        length(plan.max_context_tokens),
         format_seconds(plan.prefill_s) if plan.fits else "-",
         format_seconds(plan.decode_s_per_token) if plan.fits else "-",
     ]
@@ -162,7 +162,7 @@ def _tile(plan: MethodPlan) -> str:
     return f"{plan.tile_heads} x {tokens}"
 
 
-def _gib(num_bytes: int) -> str:
+def gib(num_bytes: int) -> str:
     """Return three digits, or all in front of the point."""
     size = num_bytes / _GIB
     if size >= 99.95:
@@ -170,11 +170,12 @@ def _gib(num_bytes: int) -> str:
     return f"{size:.1f}" if size >= 9.995 else f"{size:.2f}"
 
 
-def _marked(text: str, *, short: bool) -> str:
+def marked(text: str, *, short: bool) -> str:
+    """Return a size with a mark where there is less."""
     return f"[not dim red]{text}![/]" if short else text
 
 
-def _context(tokens: int | None) -> str:
+def length(tokens: int | None) -> str:
     """Return a length rounded down, as people say it: 703K, 8.07M."""
     if tokens is None:
         return "no limit"
@@ -217,6 +218,7 @@ def plan_as_json(
                 "device_memory_bytes": change.device_memory_bytes,
                 "host_memory_bytes": change.host_memory_bytes,
                 "context_tokens": change.context_tokens,
+                "gpus": change.gpus,
             }
             for change in choice.changes
         ]

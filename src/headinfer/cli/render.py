@@ -47,6 +47,9 @@ def summary_rows(stats: Stats, plan: Plan) -> Iterator[tuple[str, str]]:
         f"{stats.prefill_tokens:,} tokens in {_duration(stats.prefill_s)}, "
         f"{stats.prefill_tokens_per_s:,.0f} tokens/s",
     )
+    if stats.device_prefill_s:
+        shares = ", ".join(f"{share:.0%}" for share in stats.device_busy)
+        yield "GPUs at work", f"{shares} of the prefill"
     if stats.decode_tokens:
         yield (
             "decode",
@@ -125,6 +128,7 @@ def stats_as_json(stats: Stats) -> dict[str, Any]:
     """Return statistics as plain values, with the rates they imply."""
     return dataclasses.asdict(stats) | {
         "prefill_tokens_per_s": stats.prefill_tokens_per_s,
+        "device_busy": stats.device_busy,
         "decode_tokens_per_s": stats.decode_tokens_per_s,
         "link_bytes_per_s": link_bytes_per_s(stats),
     }

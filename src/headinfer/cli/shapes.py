@@ -9,6 +9,7 @@ from typing import Any
 
 from headinfer.cli.load import DEMO_MODEL, NamedSource, calm_transformers
 from headinfer.errors import HeadInferError, ModelLoadError, UnsupportedModelError
+from headinfer.estimate.checkpoint import checkpoint_bytes
 from headinfer.estimate.config import shape_from_config
 from headinfer.estimate.presets import PRESETS
 from headinfer.estimate.quantization import load_in
@@ -44,14 +45,28 @@ def shape_of(
     wanted = None if dtype == "auto" else dtype
     source = NamedSource(name=name, local_files_only=local_files_only)
     values = PRESETS[name] if name in PRESETS else _values(source)
+    folder = None if name in PRESETS else _weights_folder(source)
     if quantised is not None:
-        values = load_in(values, quantised, name)
+        values, folder = load_in(values, quantised, name), None
     try:
-        return shape_from_config(values, name=name, dtype=wanted)
+        return shape_from_config(values, name=name, dtype=wanted, folder=folder)
     except UnsupportedModelError as unknown:
-        if values.get("quantization_config"):
+        stored = values.get("quantization_config")
+        plain = {key: value for key, value in values.items() if key != "quantization_config"}
+        shape = _shape_of_empty_model(plain, source, wanted, unknown)
+        if not stored:
+            return shape
+        tied = bool(values.get("tie_word_embeddings"))
+        found = folder and checkpoint_bytes(folder, shape.kv_itemsize, tied=tied)
+        if not found:
             raise
-        return _shape_of_empty_model(values, source, wanted, unknown)
+        return replace(shape, weights_bytes=found)
+
+
+def _weights_folder(source: ModelSource) -> Path | None:
+    """Return the local folder that has a model's weights, in safetensors files if any."""
+    folder = Path(os.path.expanduser(source.name))
+    return folder if os.path.isdir(folder) else None
 
 
 def _values(source: ModelSource) -> Mapping[str, Any]:

@@ -27,6 +27,8 @@ class Edge(enum.Enum):
     STEP_READY = "other streams did what a captured step finds done; compute begins the step"
     STEP_DONE = "copy-in fetched a captured step's first tiles once more; compute ends the step"
     SERVED = "a server answered by a flag; host work goes on"
+    STEP_JOINED = "compute of another device came so far; compute of the one that launches goes on"
+    STEP_FORKED = "compute of the device that launches came so far; compute of another goes on"
     HOST_SETTLED = "work on host memory or the arena is done; the host reads, moves or frees it"
 
 
@@ -278,7 +280,7 @@ class Device(Protocol):
         What runs there first prepares what a capture must find prepared: workspaces and programs.
         """
 
-    def capture(self, work: Callable[[], _Result]) -> Capture[_Result]:
+    def capture(self, work: Callable[[], _Result], *beside: "Device") -> Capture[_Result]:
         """Record what a function enqueues on compute, without running it.
 
         Another stream takes part from when it waits for an event that the function recorded on
@@ -288,6 +290,7 @@ class Device(Protocol):
         Args:
             work: called once, now. It must wait for nothing and read nothing back but through
                 `launch`. Memory that it takes belongs to the capture.
+            *beside: other devices of this kind, whose compute takes part as if it were this one's.
 
         Raises:
             CaptureError: the device cannot, or the work is none that can be captured.

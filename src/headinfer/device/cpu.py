@@ -55,7 +55,7 @@ class CpuDevice:
         """Do nothing: there is no stream."""
         return contextlib.nullcontext()
 
-    def capture(self, work: Callable[[], object]) -> NoReturn:
+    def capture(self, work: Callable[[], object], *beside: object) -> NoReturn:
         """Raise: a call of the CPU's is no launch."""
         raise CaptureError("the CPU launches nothing")
 

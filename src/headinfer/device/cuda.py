@@ -1,4 +1,4 @@
-"""CUDA: pinned host memory, three streams beside the model's own, and CUDA events."""
+"""CUDA: pinned host memory, three streams beside the model's own, and captures."""
 
 import contextlib
 import threading
@@ -10,20 +10,11 @@ from typing import Any, TypeVar
 import torch
 
 from headinfer.device import cuda_driver
-from headinfer.device.base import (
-    Capture,
-    Edge,
-    Event,
-    HostMemory,
-    Mark,
-    PlaceError,
-    Server,
-    Stream,
-)
-from headinfer.device.cuda_calls import enqueue_call
+from headinfer.device.base import Capture, Device, HostMemory, Mark, Server, Stream
 from headinfer.device.cuda_graph import CudaCapture
+from headinfer.device.cuda_stream import CudaEvent, CudaStream
 from headinfer.device.host_pages import Pieces, commit, map_host_memory
-from headinfer.device.strips import contiguous_pieces
+from headinfer.device.together import Together
 from headinfer.errors import MemoryPlanError, OptionError
 from headinfer.units import format_bytes
 
@@ -41,113 +32,6 @@ _capture_or_synchronize = threading.RLock()
 """A device that is waited for during a capture of another thread's spoils it, and fails itself."""
 
 _Result = TypeVar("_Result")
-
-
-class CudaEvent:
-    """A `torch.cuda.Event`, with timing where that is asked for."""
-
-    def __init__(self, stream: torch.cuda.Stream, *, timed: bool) -> None:
-        self._event = torch.cuda.Event(enable_timing=timed)
-        self._event.record(stream)
-
-    @property
-    def reached(self) -> bool:
-        """Whether all work before it is done."""
-        return bool(self._event.query())
-
-    def wait(self) -> None:
-        """Block the host until the event is reached."""
-        self._event.synchronize()
-
-    def synchronize(self, edge: Edge) -> None:
-        """Wait; edges are checked in simulation alone."""
-        self.wait()
-
-    def seconds_to(self, other: Event) -> float | None:
-        """Compare the times at which the device reached the two."""
-        assert isinstance(other, CudaEvent)
-        if not (self.reached and other.reached):
-            return None
-        return float(self._event.elapsed_time(other._event)) / 1e3
-
-    def hold(self, stream: torch.cuda.Stream) -> None:
-        """Make `stream` wait for the event."""
-        stream.wait_event(self._event)
-
-
-class CudaStream:
-    """A stream; `None` stands for whichever stream is current when a method is called."""
-
-    def __init__(self, device: torch.device, stream: torch.cuda.Stream | None) -> None:
-        self._device_index = device.index  # torch takes ten times as long to find it by the device
-        self._stream = stream
-
-    def _current(self) -> torch.cuda.Stream:
-        return self._stream or torch.cuda.current_stream(self._device_index)
-
-    def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
-        """Enqueue a copy; asynchronous because the host side is page-locked.
-
-        torch's allocator need not know of the stream. Both sides' memory is the engine's own, or
-        kept by it until compute was made to wait for the copy.
-        """
-        if torch.version.hip is None:
-            cuda_driver.copy(self._current(), destination, source)
-            return
-        with torch.cuda.stream(self._current()):
-            for to, piece in contiguous_pieces(destination, source):
-                to.copy_(piece, non_blocking=True)
-
-    def run(self, function: Callable[[], None]) -> None:
-        """Enqueue a call on a thread of the driver's.
-
-        Waits while too many others are pending, unless it is a `NativeFunction`.
-        """
-        with torch.cuda.device(self._device_index):
-            enqueue_call(self._current(), function)
-
-    def record(self, *, timed: bool = False) -> Event:
-        """Return an event after all work enqueued so far."""
-        return CudaEvent(self._current(), timed=timed)
-
-    def wait(self, event: Event, edge: Edge) -> None:
-        """Hold later work on this stream until `event`."""
-        assert isinstance(event, CudaEvent)
-        event.hold(self._current())
-
-    def raise_flag(self, flag: torch.Tensor) -> None:
-        """Have the driver write 1, once all before is done and can be seen by the host."""
-        self._write_flag(flag, 1)
-
-    def lower_flag(self, flag: torch.Tensor) -> None:
-        """Have the driver write 0."""
-        self._write_flag(flag, 0)
-
-    def _write_flag(self, flag: torch.Tensor, value: int) -> None:
-        with _flags_or_refused():
-            cuda_driver.write_value(self._current(), flag.data_ptr(), value)
-
-    def await_flag(self, flag: torch.Tensor, edge: Edge) -> None:
-        """Have the driver wait for a 1; edges are checked in simulation alone."""
-        with _flags_or_refused():
-            cuda_driver.wait_value(self._current(), flag.data_ptr(), 1)
-
-    def reads(self, tensor: torch.Tensor, purpose: str) -> None:
-        """Do nothing: CUDA does not check."""
-
-    def writes(self, tensor: torch.Tensor, purpose: str) -> None:
-        """Do nothing: CUDA does not check."""
-
-
-@contextlib.contextmanager
-def _flags_or_refused() -> Iterator[None]:
-    """Refuse what is captured in this form where the driver has no flags."""
-    if torch.version.hip is not None:
-        raise PlaceError("streams have no flags here")
-    try:
-        yield
-    except RuntimeError as error:
-        raise PlaceError("the driver refuses flags") from error
 
 
 class _Mapped:
@@ -209,6 +93,7 @@ class CudaDevice:
         self._graph_pool: Any = None  # which all graphs share, since they never run at once
         self._graphs: weakref.WeakSet[CudaCapture[Any]] = weakref.WeakSet()
         self._capturing: CudaCapture[Any] | None = None
+        self._pool_beside: weakref.ref[torch.cuda.MemPool] | None = None
 
     def in_use(self) -> contextlib.AbstractContextManager[None]:
         """Return torch's own guard."""
@@ -284,19 +169,45 @@ class CudaDevice:
         finally:
             outside.wait_stream(self._apart)
 
-    def capture(self, work: Callable[[], _Result]) -> Capture[_Result]:
+    def capture(self, work: Callable[[], _Result], *beside: Device) -> Capture[_Result]:
         """Capture a CUDA graph; see `Device.capture`."""
         if not self._graphs:  # torch takes none into a pool whose last graph is gone
             self._graph_pool = torch.cuda.graph_pool_handle()
-        capture: CudaCapture[_Result] = CudaCapture(self._graph_pool)
-        with _capture_or_synchronize, self.apart(), _workspaces_of_its_own():
-            self._capturing = capture
-            try:
-                capture.record(work)
-            finally:
-                self._capturing = None
+        others = [device for device in beside if isinstance(device, CudaDevice)]
+        assert len(others) == len(beside), "one kind of device captures"
+        pools = [device.pool_beside() for device in others]
+        capture: CudaCapture[_Result] = CudaCapture(self._graph_pool, Together(self, others), pools)
+        with _capture_or_synchronize, contextlib.ExitStack() as taking_part:
+            for device, pool in zip(others, pools, strict=True):
+                taking_part.enter_context(device.taking_part(capture))
+                taking_part.enter_context(torch.cuda.use_mem_pool(pool, device.torch_device))
+            taking_part.enter_context(self.taking_part(capture))
+            taking_part.enter_context(_workspaces_of_its_own())
+            capture.record(work)
         self._graphs.add(capture)
         return capture
+
+    @contextlib.contextmanager
+    def taking_part(self, capture: CudaCapture[Any]) -> Iterator[None]:
+        """Have compute take part in a capture, on a stream of ours."""
+        with self.apart():
+            self._capturing = capture
+            try:
+                yield
+            finally:
+                self._capturing = None
+
+    def pool_beside(self) -> torch.cuda.MemPool:
+        """Return memory of this device's for graphs that others launch; they keep and share it.
+
+        A graph's own pool is of the device that launches it.
+        """
+        pool = None if self._pool_beside is None else self._pool_beside()
+        if pool is None:
+            with self.in_use():
+                pool = torch.cuda.MemPool()
+            self._pool_beside = weakref.ref(pool)
+        return pool
 
     def launch(self, work: Callable[[], None]) -> None:
         """Run it: a captured kernel reads memory by itself."""

@@ -1,13 +1,14 @@
 """Work captured as a CUDA graph, by torch."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
 
 from headinfer.device.base import CaptureError
 from headinfer.device.host_calls import without_collection
+from headinfer.device.together import Together
 
 _Result = TypeVar("_Result")
 
@@ -21,14 +22,22 @@ class CudaCapture(Generic[_Result]):
     `torch.cuda.graph` would first collect garbage and empty torch's cache, which takes longer than
     the capture.
 
+    A graph has nodes on several devices where their compute takes part: their streams join its
+    capture by events. One launch then serves all of them. What the work enqueues to move a tensor
+    from device to device is captured like all else, with the waits of torch's around it.
+
     Args:
         pool: memory of graphs that never run at once, of `torch.cuda.graph_pool_handle`.
+        together: the device whose current stream it is, and those that take part.
+        pools_beside: memory of those; kept as long as the graphs.
     """
 
     _result: _Result
 
-    def __init__(self, pool: Any) -> None:
+    def __init__(self, pool: Any, together: Together, pools_beside: Sequence[Any] = ()) -> None:
         self._pool = pool
+        self._together = together
+        self._pools_beside = pools_beside
         self._graphs: list[torch.cuda.CUDAGraph] = []
         self._asides: list[Callable[[], None]] = []  # one between each two graphs
 
@@ -48,33 +57,47 @@ class CudaCapture(Generic[_Result]):
                 self._result = work()
             except BaseException as error:
                 with contextlib.suppress(RuntimeError):  # the capture failed, as is known
-                    _end(self._graphs[-1], self._pool)
+                    self._end()
                 if isinstance(error, RuntimeError):
                     raise CaptureError(_reason(error)) from error
                 raise
             try:
-                _end(self._graphs[-1], self._pool)
+                self._end()
             except RuntimeError as error:
                 raise CaptureError(_reason(error)) from error
 
     def _begin(self) -> None:
-        graph = torch.cuda.CUDAGraph()
-        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-        self._graphs.append(graph)
+        with self._together.first.in_use():
+            graph = torch.cuda.CUDAGraph()
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            self._graphs.append(graph)
+            self._together.fork()
+
+    def _end(self) -> None:
+        with self._together.first.in_use():
+            try:
+                self._together.join()
+            finally:
+                _end(self._graphs[-1], self._pool)
 
     def aside(self, work: Callable[[], None]) -> None:
         """End a graph, have a function called behind it in each replay, and begin another."""
-        _end(self._graphs[-1], self._pool)
+        self._end()
         self._asides.append(work)
         self._begin()
 
     def replay(self) -> _Result:
-        """Launch the graphs on the current stream."""
+        """Launch the graphs on the current stream of the device that launches."""
         for graph, aside in zip(self._graphs, self._asides, strict=False):
-            graph.replay()
+            self._launch(graph)
             aside()
-        self._graphs[-1].replay()
+        self._launch(self._graphs[-1])
         return self._result
+
+    def _launch(self, graph: torch.cuda.CUDAGraph) -> None:
+        self._together.join()
+        graph.replay()
+        self._together.fork()
 
 
 def _end(graph: torch.cuda.CUDAGraph, pool: Any) -> None:

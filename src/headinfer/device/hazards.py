@@ -23,6 +23,21 @@ def join(clock: Clock, other: Clock) -> None:
         clock[stream] = max(clock.get(stream, 0), count)
 
 
+def abroad(clock: Clock, home: int, there: int) -> Clock:
+    """Return a clock of one device as another one counts.
+
+    A device calls its own streams by their names, and those of others by the device's number, too.
+
+    Args:
+        clock: of the one.
+        home: its number.
+        there: the number of the other.
+    """
+    suffix = f"@{there}"
+    names = {name: name if "@" in name else f"{name}@{home}" for name in clock}
+    return {names[name].removesuffix(suffix): count for name, count in clock.items()}
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Access:
     """A read or write of a byte range."""

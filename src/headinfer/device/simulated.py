@@ -19,15 +19,18 @@ from typing import TypeVar
 
 import torch
 
-from headinfer.device.base import Capture, Edge, HostMemory, Mark, Server, Stream
+from headinfer.device.base import Capture, Device, Edge, HostMemory, Mark, Server, Stream
 from headinfer.device.hazards import Clock, join
 from headinfer.device.marks import ReachedMark
-from headinfer.device.simulated_capture import Recorder, SimulatedCapture
+from headinfer.device.simulated_capture import Recorder, SimulatedCapture, SimulatedLaunches
 from headinfer.device.simulated_flags import SimulatedFlags
 from headinfer.device.simulated_memory import LateMemory, SimulatedMemory
 from headinfer.device.simulated_stream import IN_GRAPH, SimulatedEvent, SimulatedStream
+from headinfer.device.together import Together
 
 _HOST = "host"
+
+_numbers = itertools.count()
 
 _Result = TypeVar("_Result")
 
@@ -44,6 +47,7 @@ class SimulatedDevice:
         memory: of the host and of the device, with all accesses.
         exercised_edges: the kinds of wait seen so far.
         flags: what streams raise, lower and await.
+        number: tells its clocks from those of other devices.
         recorder: of the capture under way; None for none.
         moments: gives a number to each timed event that was reached.
     """
@@ -58,11 +62,13 @@ class SimulatedDevice:
         self, *, seed: int = 0, skip: Collection[Edge] = (), host_piece_bytes: int | None = None
     ) -> None:
         self.host_piece_bytes = host_piece_bytes
+        self.number = next(_numbers)
         self.host_clock: Clock = {}
         self.skipped_edges = frozenset(skip)
         self.exercised_edges: set[Edge] = set()
         self._random = random.Random(seed)
         self._compute = SimulatedStream(self, "compute", eager=True)
+        self._compute_in_graph = SimulatedStream(self, f"compute{IN_GRAPH}", eager=True)
         names = ("copy-in", "copy-out", "host-work")
         twins = [SimulatedStream(self, f"{name}{IN_GRAPH}", eager=False) for name in names]
         queues = [
@@ -76,6 +82,7 @@ class SimulatedDevice:
         self.moments = itertools.count()
         self._in_host_function = False
         self.recorder: Recorder | None = None
+        self._launches: SimulatedLaunches | None = None  # of that capture
         self.memory = SimulatedMemory(compute=self._compute.clock, host=self.host_clock)
 
     @property
@@ -121,7 +128,7 @@ class SimulatedDevice:
     def device_empty(self, num_bytes: int) -> torch.Tensor:
         """Return memory of the simulated device, poisoned with NaN too, and account for it."""
         tensor = self.memory.device_empty(num_bytes)
-        self._compute.writes(tensor, "what had this memory before")
+        self.compute.writes(tensor, "what had this memory before")
         return tensor
 
     def mapped(self, memory: torch.Tensor) -> torch.Tensor:
@@ -137,13 +144,24 @@ class SimulatedDevice:
         """Do nothing: compute is one stream, whoever uses it."""
         return contextlib.nullcontext()
 
-    def capture(self, work: Callable[[], _Result]) -> Capture[_Result]:
+    def capture(self, work: Callable[[], _Result], *beside: Device) -> Capture[_Result]:
         """Record a function's operations; see `SimulatedCapture`."""
-        self.recorder = Recorder(self._compute)
-        try:
-            return SimulatedCapture(work, self.recorder)
-        finally:
-            self.recorder = None
+        others = [device for device in beside if isinstance(device, SimulatedDevice)]
+        assert len(others) == len(beside), "one kind of device captures"
+        devices, launches = (self, *others), SimulatedLaunches(Together(self, others), others)
+        with launches.launch():
+            recorder = Recorder(device.compute for device in devices)
+            try:
+                for device in devices:
+                    device.recorder, device._launches = recorder, launches
+                return SimulatedCapture(work, recorder, launches)
+            finally:
+                for device in devices:
+                    device.recorder = device._launches = None
+
+    def move_compute(self, *, into_graph: bool) -> None:
+        """Have compute be its part of a graph that another device launches, or what it was."""
+        self.compute = self._compute_in_graph if into_graph else self._compute
 
     def launch(self, work: Callable[[], None]) -> None:
         """Call a function now, and at each replay."""
@@ -154,10 +172,10 @@ class SimulatedDevice:
 
     def aside(self, work: Callable[[], None]) -> None:
         """Call a function now, or at each replay of what is being captured."""
-        if self.recorder is None:
+        if self.recorder is None or self._launches is None:
             work()
         else:
-            self.recorder.aside(work)
+            self.recorder.aside(self._launches.aside(work))
 
     def serve(self, server: Server) -> None:
         """Have its tasks done by work in a queue; its thread is not begun."""
@@ -177,7 +195,7 @@ class SimulatedDevice:
 
     def synchronize(self) -> None:
         """Run everything and order the host after it."""
-        for stream in (*self._queues, self._compute):
+        for stream in (*self._queues, self._compute, self._compute_in_graph):
             event = SimulatedEvent(stream)
             event.force()
             join(self.host_clock, event.clock)

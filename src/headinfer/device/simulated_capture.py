@@ -6,9 +6,10 @@ contents back is refused. Unlike those of a CUDA graph, compute's operations run
 recorded. What is enqueued on other streams runs in replays alone.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -16,6 +17,10 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from headinfer.device.base import CaptureError
+from headinfer.device.together import Together
+
+if TYPE_CHECKING:
+    from headinfer.device.simulated import SimulatedDevice
 
 _Result = TypeVar("_Result")
 
@@ -44,21 +49,21 @@ class Recorder(TorchDispatchMode):
     """A recorder of the operations of a function; `with` it, they are run and noted.
 
     Args:
-        origin: the stream on which a replay is launched. Another one takes part in the capture from
-            when it waits for one that does.
+        origins: the streams that take part from the beginning until the end. Another one takes part
+            in the capture from when it waits for one that does.
 
     Attributes:
         operations: what runs them again, in order.
         in_launch: whether a function runs that is called in each replay, too.
     """
 
-    def __init__(self, origin: object) -> None:
+    def __init__(self, origins: Iterable[object]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch has no types for it
         self.operations: list[Callable[[], object]] = []
         self.in_launch = False
-        self._origin = origin
-        self._taking_part = {origin}
-        self._open: set[object] = set()  # streams with work that the origin waited not for
+        self._origins = frozenset(origins)
+        self._taking_part = set(self._origins)
+        self._open: set[object] = set()  # streams with work that no origin waited for
 
     def note(self, stream: object, work: Callable[[], object]) -> None:
         """Note what is enqueued on a stream.
@@ -68,14 +73,14 @@ class Recorder(TorchDispatchMode):
         """
         if stream not in self._taking_part:
             raise CaptureError("it enqueues work on a stream that takes no part in it")
-        if stream is not self._origin:
+        if stream not in self._origins:
             self._open.add(stream)
         self.operations.append(work)
 
     def join(self, stream: object, other: object) -> None:
         """Note that a stream waits for all that another one has enqueued by now."""
         self._taking_part.add(stream)
-        if stream is self._origin:
+        if stream in self._origins:
             self._open.discard(other)
 
     def check_joined(self) -> None:
@@ -157,23 +162,69 @@ class SimulatedCapture(Generic[_Result]):
     Args:
         work: called once.
         recorder: a new one.
+        launches: where the operations run.
 
     Raises:
         CaptureError: the work reads something back.
     """
 
-    def __init__(self, work: Callable[[], _Result], recorder: Recorder) -> None:
+    def __init__(
+        self, work: Callable[[], _Result], recorder: Recorder, launches: "SimulatedLaunches"
+    ) -> None:
         with _NoMethods(recorder), recorder:
             self._result = work()
         recorder.check_joined()
         self._operations = recorder.operations
+        self._launches = launches
 
     def replay(self) -> _Result:
         """Run the operations again, into the memory that their results have."""
-        with torch.no_grad():
+        with torch.no_grad(), self._launches.launch():
             for run in self._operations:
                 run()
         return self._result
+
+
+class SimulatedLaunches:
+    """A way of devices into a capture's launches, and out of them between two.
+
+    In a launch compute of those that take part is another stream: the graph's part of it. Nothing
+    but the device that launches orders what the two do.
+
+    Args:
+        together: the devices.
+        others: those that take part.
+    """
+
+    def __init__(self, together: Together, others: "Sequence[SimulatedDevice]") -> None:
+        self._together, self._others = together, others
+
+    @contextlib.contextmanager
+    def launch(self) -> Iterator[None]:
+        """Have what is done in the `with` statement be a launch's."""
+        self._cross(into_graph=True)
+        try:
+            yield
+        finally:
+            self._cross(into_graph=False)
+
+    def aside(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Return what calls a function between two launches, from within."""
+
+        def between() -> None:
+            self._cross(into_graph=False)
+            try:
+                work()
+            finally:
+                self._cross(into_graph=True)
+
+        return between if self._others else work
+
+    def _cross(self, *, into_graph: bool) -> None:
+        self._together.join()
+        for device in self._others:
+            device.move_compute(into_graph=into_graph)
+        self._together.fork()
 
 
 def _chosen_by_mask(indices: Any) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch.profiler import record_function
 
 from headinfer.device.base import CaptureError, Edge, Event
-from headinfer.device.hazards import Clock, join
+from headinfer.device.hazards import Clock, abroad, join
 from headinfer.device.host_calls import without_collection
 from headinfer.device.strips import contiguous_pieces
 
@@ -43,6 +43,11 @@ class SimulatedEvent:
     def reached(self) -> bool:
         """Whether all work before the event has run."""
         return self._stream.executed >= self.position
+
+    def clock_on(self, device: "SimulatedDevice") -> Clock:
+        """Return what is before it, as a device counts that need not be the stream's."""
+        here = self._stream.device
+        return self.clock if device is here else abroad(self.clock, here.number, device.number)
 
     def synchronize(self, edge: Edge) -> None:
         """Run the stream up to the event and order the host after it."""
@@ -243,7 +248,7 @@ class SimulatedStream:
         if edge in self.device.skipped_edges:
             return
         self.device.exercised_edges.add(edge)
-        join(self.clock, event.clock)
+        join(self.clock, event.clock_on(self.device))
         if self._eager:
             event.force()
             return

@@ -94,6 +94,11 @@ class HeldTokens:
         """Have the device be this thread's current one in the `with` statement."""
         return self._device.in_use()
 
+    @property
+    def device(self) -> Device:
+        """Where the layers are attended."""
+        return self._device
+
     def torch_device(self, _layer_idx: int) -> torch.device:
         """Return where a layer's tokens are attended."""
         return self._device.torch_device

@@ -11,7 +11,9 @@ from typing import Any, TypeAlias
 
 import torch
 
+from headinfer.engine.busy import BusyTimes
 from headinfer.engine.engine import Engine
+from headinfer.engine.parted_steps import CapturableParts
 from headinfer.engine.readout import Part
 from headinfer.plan.plan import Plan, joined
 from headinfer.plan.shape import ModelShape
@@ -19,7 +21,7 @@ from headinfer.plan.shape import ModelShape
 _Place = tuple[Engine, int]
 
 
-class PartedEngine:
+class PartedEngine(CapturableParts):
     """A cache's attention layers on several devices; what `Engine` is on one.
 
     Layers are counted among all that attend. Each engine counts its own from 0.
@@ -28,12 +30,18 @@ class PartedEngine:
         shape: of the whole model.
         parts: an engine for each device.
         layers: which layers each of them has, in their order.
+        busy: told where a prompt's chunks are.
     """
 
     def __init__(
-        self, shape: ModelShape, parts: Sequence[Engine], layers: Sequence[Sequence[int]]
+        self,
+        shape: ModelShape,
+        parts: Sequence[Engine],
+        layers: Sequence[Sequence[int]],
+        busy: BusyTimes,
     ) -> None:
-        self.parts = tuple(parts)
+        super().__init__(parts, layers)
+        self._busy = busy
         self._shape = shape
         places: dict[int, _Place] = {}
         for part, own in zip(parts, layers, strict=True):
@@ -139,6 +147,8 @@ class PartedEngine:
     def attend(self, layer_idx: int, *tensors: torch.Tensor, **options: Any) -> torch.Tensor:
         """Attend a layer's new tokens where the layer is; see `Engine.attend`."""
         part, at = self._places[layer_idx]
+        if tensors[0].shape[-2] > 1:
+            self._busy.begin(part.device)
         with part.in_use():
             return part.attend(at, *tensors, **options)
 

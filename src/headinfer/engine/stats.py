@@ -10,6 +10,8 @@ class Stats:
     Attributes:
         prefill_tokens: tokens that passed through the model several at a time, all rows together.
         prefill_s: seconds spent on them.
+        device_prefill_s: of those, the seconds in which each of several devices worked; empty for
+            one device, or where a device does not tell.
         decode_tokens: tokens that passed one position at a time, or as drafts that were not taken
             back, all rows together.
         decode_s: seconds of the model calls spent on them, captures left out.
@@ -29,6 +31,7 @@ class Stats:
 
     prefill_tokens: int = 0
     prefill_s: float = 0.0
+    device_prefill_s: tuple[float, ...] = ()
     decode_tokens: int = 0
     decode_s: float = 0.0
     decode_steps: int = 0
@@ -52,6 +55,25 @@ class Stats:
     def decode_tokens_per_s(self) -> float:
         """Decode speed without captures; 0 before any."""
         return self.decode_tokens / self.decode_s if self.decode_s else 0.0
+
+    @property
+    def device_busy(self) -> tuple[float, ...]:
+        """Share of the prefill in which each of several devices worked; empty for one."""
+        return tuple(seconds / self.prefill_s for seconds in self.device_prefill_s)
+
+    def add_prefill(self, tokens: int, seconds: float, device_s: tuple[float, ...]) -> None:
+        """Count tokens of a prompt.
+
+        Args:
+            tokens: of all rows together.
+            seconds: that they took.
+            device_s: seconds of each of several devices.
+        """
+        before = self.device_prefill_s or (0.0,) * len(device_s)
+        self.prefill_tokens += tokens
+        self.prefill_s += seconds
+        if device_s:
+            self.device_prefill_s = tuple(map(sum, zip(before, device_s, strict=True)))
 
     def raise_peaks(self, device_bytes: int, host_bytes: int, standard_bytes: int) -> None:
         """Note what is held now, for the most of each: on the device, the host, and by standard."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from headinfer.estimate.methods import APPROXIMATE, CHUNKED, MAX_CONTEXT_TOKENS
 from headinfer.estimate.situation import MethodPlan, Situation
+from headinfer.estimate.spread import by_layers
 from headinfer.plan.host_room import machine_bytes_for
 from headinfer.units import format_bytes, format_seconds, format_tokens
 
@@ -17,12 +18,15 @@ class Change:
         device_memory_bytes: the device memory to give; None to leave it.
         host_memory_bytes: the host memory to give; None to leave it.
         context_tokens: the context to ask for; None to leave it.
+        gpus: how many to spread the model over, so that weights may stay in CPU memory; None for
+            one that holds all of them.
         line: the change in words.
     """
 
     device_memory_bytes: int | None = None
     host_memory_bytes: int | None = None
     context_tokens: int | None = None
+    gpus: int | None = None
     line: str
 
 
@@ -88,7 +92,7 @@ def _reasons(situation: Situation, plans: Sequence[MethodPlan], plan: MethodPlan
     if plan.chunk_tokens:
         yield _chunk_reason(situation, plan)
     yield _time_reason(situation, plan)
-    yield from _position_warning(situation)
+    yield from position_warning(situation)
 
 
 def _tile_reason(plan: MethodPlan) -> str:
@@ -122,7 +126,8 @@ def _time_reason(situation: Situation, plan: MethodPlan) -> str:
     return f"{text}."
 
 
-def _position_warning(situation: Situation) -> Iterator[str]:
+def position_warning(situation: Situation) -> Iterator[str]:
+    """Say where a context is longer than the model was made for."""
     made_for = situation.shape.max_positions
     if made_for and situation.context_tokens > made_for:
         yield (
@@ -180,6 +185,7 @@ def _changes(situation: Situation, plans: Sequence[MethodPlan]) -> Iterator[Chan
         yield Change(device_memory_bytes=device, line=line)
     elif ours.host_short_bytes:
         yield Change(host_memory_bytes=host, line=_more("host", host, ours.host_short_bytes))
+    yield from _streaming_change(situation, ours)
     longest = max(
         MAX_CONTEXT_TOKENS if plan.max_context_tokens is None else plan.max_context_tokens
         for plan in plans
@@ -189,6 +195,21 @@ def _changes(situation: Situation, plans: Sequence[MethodPlan]) -> Iterator[Chan
         shown = longest // 1024 * 1024 or longest
         yield Change(
             context_tokens=shown, line=f"--context {format_tokens(shown)}, the longest that fits"
+        )
+
+
+def _streaming_change(situation: Situation, ours: MethodPlan) -> Iterator[Change]:
+    """Yield what accelerate does with weights that are more than the GPU holds."""
+    if situation.device == "cpu" or not ours.device_short_bytes:
+        return
+    spread = by_layers(situation.shape, [situation.device_memory_bytes])
+    rate = situation.hardware.brought_bytes_per_s
+    held = situation.host_short_bytes(spread.host_bytes + ours.kv_host_bytes) == 0
+    if spread.host_bytes and rate and held:
+        yield Change(
+            gpus=1,
+            line=f"--gpus 1, which keeps {format_bytes(spread.host_bytes)} of the weights in CPU "
+            f"memory: at least {format_seconds(spread.host_bytes / rate)} a token",
         )
 
 

@@ -1,11 +1,13 @@
 """The shape of a model from its config.json: no weights, no torch, no transformers."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from headinfer.errors import ModelLoadError, OptionError
+from headinfer.estimate.checkpoint import checkpoint_bytes
 from headinfer.estimate.families import FULL, LINEAR, Family, read_config
-from headinfer.estimate.parameters import buffers_bytes, count_parameters
-from headinfer.estimate.quantization import stored_bytes
+from headinfer.estimate.parameters import ParameterCount, buffers_bytes, count_parameters
+from headinfer.estimate.quantization import UNPACKED, stored_bytes
 from headinfer.estimate.text_config import TextConfig
 from headinfer.plan.memory import fused_mlp_elements
 from headinfer.plan.shape import LayerKind, LayerShape, ModelShape
@@ -15,7 +17,11 @@ _DEFAULT_DTYPE = "bfloat16"
 
 
 def shape_from_config(
-    config: Mapping[str, object], *, name: str, dtype: str | None = None
+    config: Mapping[str, object],
+    *,
+    name: str,
+    dtype: str | None = None,
+    folder: Path | None = None,
 ) -> ModelShape:
     """Return the shape a model has once loaded: what `model_shape` says of it, name aside.
 
@@ -27,6 +33,8 @@ def shape_from_config(
         name: of the shape, and for messages.
         dtype: of the weights that are not quantised and of the KV cache: "float32", "bfloat16" or
             "float16". None is the one the config names, or bfloat16 if it names none.
+        folder: with the weights' files, whose headers tell what quantised weights take; None where
+            they are not at hand.
 
     Raises:
         ModelLoadError: this is no model's config, or it misses a value or has an impossible one.
@@ -38,7 +46,10 @@ def shape_from_config(
     family, text = read_config(config, name)
     itemsize = _itemsize(text, dtype)
     count = count_parameters(family, text)
-    stored = stored_bytes(count, itemsize, text.section("quantization_config"), name)
+    # Files of a model that also sees have more than its text part.
+    files = folder if config.get("text_config") is None else None
+    stored = _stored_bytes(text, count, itemsize, files)
+    matrix_bytes = text.size("vocab_size") * text.size("hidden_size") * itemsize
     return ModelShape(
         name=name,
         layers=_layers(family, text),
@@ -50,7 +61,20 @@ def shape_from_config(
         kv_itemsize=itemsize,
         max_positions=text.number("max_position_embeddings", 0),
         mlp_peak_elements=_mlp_peak_elements(family, text),
+        embedding_bytes=matrix_bytes,
+        output_bytes=0 if text.flag("tie_word_embeddings") else matrix_bytes,
+        splits_heads=family.splits_heads,
     )
+
+
+def _stored_bytes(
+    text: TextConfig, count: ParameterCount, itemsize: int, folder: Path | None
+) -> int:
+    """Return the bytes of the weights; of quantised ones as their files say where they are here."""
+    settings, found = text.section("quantization_config"), None
+    if folder is not None and settings and settings.get("quant_method") not in UNPACKED:
+        found = checkpoint_bytes(folder, itemsize, tied=text.flag("tie_word_embeddings"))
+    return stored_bytes(count, itemsize, settings, text.name) if found is None else found
 
 
 def _itemsize(text: TextConfig, dtype: str | None) -> int:

@@ -76,6 +76,7 @@ class Family:
         rotary_by_type: whether each type of layer has rotary frequencies of its own.
         partial_rotary: whether heads may be rotated in part.
         fused_gate: whether one projection gives the MLP's gate and up.
+        splits_heads: whether transformers' tensor parallelism gives each process some of the heads.
     """
 
     layer_type: LayerType = _sliding_if_windowed
@@ -93,6 +94,7 @@ class Family:
     rotary_by_type: bool = False
     partial_rotary: bool = False
     fused_gate: bool = False
+    splits_heads: bool = True
 
     def layer_types(self, config: TextConfig) -> list[str]:
         """Return the type of every layer of a model, in order.
@@ -124,7 +126,7 @@ FAMILIES: dict[str, Family] = {
     "llama": Family(qkv_bias=_BIAS, output_bias=_BIAS, mlp_bias="mlp_bias"),
     "mistral": Family(defaults={"sliding_window": 4096}),
     "mixtral": Family(experts=Experts(width="intermediate_size")),
-    "phi3": Family(partial_rotary=True, fused_gate=True),
+    "phi3": Family(partial_rotary=True, fused_gate=True, splits_heads=False),
     "qwen2": Family(
         layer_type=_sliding_after_first,
         defaults={"sliding_window": 4096, "max_window_layers": 28},
@@ -201,6 +203,7 @@ FAMILIES: dict[str, Family] = {
         output_bias=_BIAS,
         sinks=True,
         experts=Experts(width="intermediate_size", bias=True),
+        splits_heads=False,
     ),
 }
 """The families by `model_type`."""

@@ -26,6 +26,7 @@ def _from_data_sheet(
     link_gb_per_s: float,
     host_gb_per_s: float,
     host_memory: str = "512GiB",
+    peer_gb_per_s: float | None = None,
 ) -> Hardware:
     matmul, device = tflops * 1e12, memory_gb_per_s * 1e9
     link, host = link_gb_per_s * 1e9, host_gb_per_s * 1e9
@@ -42,6 +43,7 @@ def _from_data_sheet(
         prefill_attention_flops_per_s=_ATTAINABLE * matmul,
         decode_attention_bytes_per_s=_ATTAINABLE * device,
         host_attention_bytes_per_s=_HOST_ATTAINABLE * host,
+        peer_bytes_per_s=None if peer_gb_per_s is None else _ATTAINABLE * peer_gb_per_s * 1e9,
     )
 
 
@@ -85,6 +87,7 @@ _PRESETS = (
         memory_gb_per_s=2000,
         link_gb_per_s=25,
         host_gb_per_s=140,
+        peer_gb_per_s=300,
     ),
     _from_data_sheet(
         "h100-80gb",
@@ -94,6 +97,7 @@ _PRESETS = (
         memory_gb_per_s=3350,
         link_gb_per_s=50,
         host_gb_per_s=250,
+        peer_gb_per_s=450,
     ),
     _from_data_sheet(
         "h200",
@@ -103,6 +107,7 @@ _PRESETS = (
         memory_gb_per_s=4800,
         link_gb_per_s=50,
         host_gb_per_s=250,
+        peer_gb_per_s=450,
     ),
 )
 

@@ -13,8 +13,9 @@ from headinfer.estimate.situation import MethodPlan, Situation
 from headinfer.plan.choices import ALL_TOKENS, chunk_sizes
 from headinfer.plan.options import Options
 from headinfer.plan.plan import Plan
-from headinfer.plan.predict import Placement, Predictor
+from headinfer.plan.predict import Predictor
 from headinfer.plan.resolve import PAGE_TOKENS
+from headinfer.plan.step_time import Placement
 
 MAX_CONTEXT_TOKENS = 2**40
 """Contexts are looked for up to here; one that is as long is not limited by memory."""

@@ -1,9 +1,10 @@
-"""The bytes of quantised weights, as checkpoints store them.
+"""The bytes of quantised weights, as they are once loaded, from a model's config alone.
 
 MXFP4 is exact: blocks of 32 four-bit elements share one byte of scale, in the experts only. For the
 other methods this is an approximation to about 1%. All matrices of the layers are counted as
 quantised, with their scales. Embeddings, output matrix, norms, biases and routers are counted as
 not quantised. Modules a checkpoint leaves out (`modules_to_not_convert`) are not looked at.
+Where the files are at hand, `headinfer.estimate.checkpoint` reads what they say instead.
 """
 
 from collections.abc import Callable, Mapping
@@ -52,8 +53,31 @@ def _fp8(_settings: Settings) -> _Bits:
     return _Bits(each, each)
 
 
+def _mxfp8(_settings: Settings) -> _Bits:
+    """8 bits, and a byte of scale for each 32 elements."""
+    return _Bits(8 + 8 / 32, 8 + 8 / 32)
+
+
 def _mxfp4(_settings: Settings) -> _Bits:
     return _Bits(None, 4 + 8 / 32)
+
+
+def _torchao(settings: Settings) -> _Bits:
+    """8 bits; or 4, with a 16-bit scale and zero for each group."""
+    types = settings.get("quant_type")
+    kind = types.get("default") if isinstance(types, Mapping) else types
+    name = str(kind.get("_type") if isinstance(kind, Mapping) else kind).lower()
+    if "int4" in name:
+        values = kind.get("_data") if isinstance(kind, Mapping) else None
+        group = _number(values if isinstance(values, Mapping) else {}, "group_size", 128)
+        return _Bits(4 + 32 / max(group, 1), None)
+    if "int8" in name or "float8" in name:
+        return _Bits(8, None)
+    raise _UnknownError(f"torchao as {name!r}")
+
+
+class _UnknownError(Exception):
+    """A form of weights is one whose size is not known."""
 
 
 _METHODS: dict[str, Callable[[Settings], _Bits]] = {
@@ -61,8 +85,16 @@ _METHODS: dict[str, Callable[[Settings], _Bits]] = {
     "bitsandbytes": _bitsandbytes,
     "gptq": _grouped,
     "awq": _grouped,
+    "auto-round": _grouped,
     "fp8": _fp8,
+    "fbgemm_fp8": _fp8,
+    "mxfp8": _mxfp8,
+    "torchao": _torchao,
 }
+"""The bits of each method; `UNPACKED` are loaded in the model's dtype."""
+
+UNPACKED = frozenset({"compressed-tensors"})
+"""Methods whose weights are unpacked when the model is first called, and stay so."""
 
 
 def load_in(config: Settings, form: str, name: str) -> Settings:
@@ -99,12 +131,17 @@ def stored_bytes(count: ParameterCount, itemsize: int, settings: Settings, name:
     if not settings:
         return itemsize * count.total
     method = settings.get("quant_method")
-    if not isinstance(method, str) or method not in _METHODS:
+    if method in UNPACKED:
+        return itemsize * count.total
+    try:
+        if not isinstance(method, str) or method not in _METHODS:
+            raise _UnknownError(repr(method))
+        bits, plain = _METHODS[method](settings), 8 * itemsize
+    except _UnknownError as error:
         raise ModelLoadError(
-            f"{name!r} is quantised by {method!r}, whose size is not known; known are "
-            f"{', '.join(_METHODS)}"
-        )
-    bits, plain = _METHODS[method](settings), 8 * itemsize
+            f"{name!r} is quantised by {error}, whose size is not known; give the folder with its "
+            f"safetensors files; known are {', '.join([*_METHODS, *sorted(UNPACKED)])}"
+        ) from None
     return (
         round(count.projections * (bits.projections or plain) / 8)
         + round(count.experts * (bits.experts or plain) / 8)

@@ -9,9 +9,9 @@ from headinfer.plan.hardware import Hardware
 from headinfer.plan.host_room import HostRoom, machine_bytes_for
 from headinfer.plan.options import Options
 from headinfer.plan.plan import Plan
-from headinfer.plan.predict import Parts
 from headinfer.plan.resolve import least_plan, resolve
 from headinfer.plan.shape import ModelShape
+from headinfer.plan.step_time import Parts
 from headinfer.plan.streaming import PAPERS_SPARSITY, evenly_streaming
 
 

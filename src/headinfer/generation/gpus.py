@@ -4,11 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from headinfer.errors import OptionError
-from headinfer.plan.memory import runtime_bytes
+from headinfer.plan.memory import weights_room_bytes
 from headinfer.plan.options import Options
-
-_WEIGHTS_SHARE = 0.9
-"""Share of the memory left beside CUDA itself that weights may take; KV and activations follow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +50,7 @@ class Gpus:
         """
         if device != "cuda":
             raise OptionError(
-                f"gpus is {self.count}, but the device is {device!r}, which has none; leave gpus "
+                f"gpus is {self.count}, but the device is {device!r}, which has none; leave it "
                 "out, or run where CUDA is available"
             )
         import torch
@@ -71,10 +68,9 @@ class Gpus:
 
         from headinfer.device.host_memory import available_host_bytes
 
-        runtime = runtime_bytes("cuda")
         most: dict[int | str, int] = {}
         for number, asked in enumerate(self.memory_bytes):
             free = torch.cuda.mem_get_info(number)[0]
             given = free if asked is None else min(asked, free)
-            most[number] = max(int((given - runtime) * _WEIGHTS_SHARE), 0)
+            most[number] = weights_room_bytes(given)
         return {"device_map": "auto", "max_memory": {**most, "cpu": available_host_bytes()}}

@@ -17,6 +17,7 @@ from headinfer.errors import (
 from headinfer.generation.adapter import AdapterSource
 from headinfer.generation.gpus import Gpus
 from headinfer.generation.quantised import (
+    check_installed,
     check_library,
     check_packable,
     check_quantisable,
@@ -219,6 +220,7 @@ def load_model(
     from headinfer.generation.config_check import check_generation_config
     from headinfer.integration.checkpoint import load_checkpoint
 
+    check_installed(source.name, config)
     check_generation_config(source.name, source.location())
     keywords = source.keywords() | {"config": config, "dtype": dtype}
     place = "cuda" if device == "cuda" else "cpu"

@@ -42,6 +42,48 @@ def check_library(load_in: str) -> None:
         raise ModelLoadError(f"weights in {load_in} need {_LIBRARY}: pip install {_LIBRARY}")
 
 
+_NEEDED: dict[str, tuple[tuple[str, str], ...]] = {
+    "aqlm": (("aqlm", "aqlm"),),
+    "auto-round": (("auto_round", "auto-round"),),
+    "awq": (("gptqmodel", "gptqmodel"),),
+    "bitsandbytes": (("bitsandbytes", "bitsandbytes"),),
+    "compressed-tensors": (("compressed_tensors", "compressed-tensors"),),
+    "gptq": (("optimum.gptq", "optimum"), ("gptqmodel", "gptqmodel")),
+    "hqq": (("hqq", "hqq"),),
+    "quanto": (("optimum.quanto", "optimum-quanto"),),
+    "quark": (("quark", "amd-quark"),),
+    "torchao": (("torchao", "torchao"),),
+    "vptq": (("vptq", "vptq"),),
+}
+"""The modules that transformers loads quantised checkpoints with, and the packages they are in."""
+
+
+def check_installed(name: str, config: Any) -> None:
+    """Refuse a quantised checkpoint without the libraries for it.
+
+    Args:
+        name: of the model, for messages.
+        config: the model's.
+
+    Raises:
+        ModelLoadError: says what to install.
+    """
+    method = quantised_by(config) or ""
+    lacking = [package for module, package in _NEEDED.get(method, ()) if not _is_there(module)]
+    if lacking:
+        raise ModelLoadError(
+            f"model {name!r} is quantised by {method}, which needs {' and '.join(lacking)}: "
+            f"pip install {' '.join(lacking)}"
+        )
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # the package around it
+        return False
+
+
 def check_quantisable(name: str, load_in: str, config: Any) -> None:
     """Refuse to quantise a model that is so already.
 

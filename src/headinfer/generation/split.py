@@ -3,6 +3,7 @@
 from typing import Any
 
 from headinfer.errors import UnsupportedModelError
+from headinfer.integration.model_shape import splits_heads
 from headinfer.integration.shards import refusal
 
 
@@ -25,8 +26,5 @@ def check_splittable(name: str, config: Any, ranks: int) -> None:
             "would be split; run it in one process"
         )
     heads = int(getattr(text, "num_key_value_heads", 0) or getattr(text, "num_attention_heads", 0))
-    splits_keys = any(
-        key.rsplit(".", 1)[-1] == "k_proj" and style == "colwise" for key, style in plan.items()
-    )
-    if splits_keys and heads % ranks:
+    if splits_heads(text) and heads % ranks:
         raise UnsupportedModelError(refusal(f"model {name!r}", heads, ranks))

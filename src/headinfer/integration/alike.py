@@ -4,7 +4,7 @@ How often a model runs differs with the way: a comparison runs it twice. Ranks t
 run it alike, or wait for each other for ever.
 """
 
-from headinfer.engine.engine import Engine
+from headinfer.engine.parted import CacheEngine
 from headinfer.engine.ready import Form, ReadyStep
 from headinfer.integration.decode_call import DecodeCall
 from headinfer.ranks.group import Ranks
@@ -14,7 +14,7 @@ def go_alike(
     ranks: Ranks,
     call: DecodeCall | None,
     ready: ReadyStep,
-    engine: Engine,
+    engine: CacheEngine,
     *,
     in_a_row: bool,
     known: bool,

@@ -18,18 +18,17 @@ a score.
 
 import contextlib
 import weakref
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from time import perf_counter
 from typing import Any
 
 import torch
 
-from headinfer.device.base import CaptureError, Device, PlaceError
-from headinfer.device.hazards import HazardError
-from headinfer.engine.engine import Engine
+from headinfer.device.base import CaptureError, Device
+from headinfer.device.together import all_apart
+from headinfer.engine.parted import CacheEngine
 from headinfer.engine.ready import IN_PIECES, Form, ReadyStep
 from headinfer.engine.stats import Stats
-from headinfer.errors import is_out_of_memory
 from headinfer.integration.alike import go_alike
 from headinfer.integration.autocast import without_autocast
 from headinfer.integration.cache import OffloadedCache
@@ -40,7 +39,6 @@ from headinfer.integration.fusion import Fusion
 from headinfer.integration.hooks import HooksOfOthers
 from headinfer.integration.outputs import are_equal, handed_out
 from headinfer.integration.refused import RefusedCalls
-from headinfer.integration.said import first_line
 from headinfer.ranks.group import ALONE, Ranks
 
 _MOST_IN_VAIN = 8
@@ -52,7 +50,7 @@ class CapturedSteps:
 
     Args:
         model: the attached one.
-        device: where attention is computed.
+        devices: where attention is computed; the first one launches.
         stats: where captures are counted, beside those of the cache.
         enabled: whether to capture at all.
         fused: whether to fuse small parts of the model in captured steps.
@@ -65,7 +63,7 @@ class CapturedSteps:
     def __init__(
         self,
         model: torch.nn.Module,
-        device: Device,
+        devices: Sequence[Device],
         stats: Stats,
         *,
         enabled: bool,
@@ -76,13 +74,14 @@ class CapturedSteps:
         self._ranks = ranks
         self._model = weakref.ref(model)
         self._calls = DecodeCalls(model)
-        self._device = device
+        self._devices, self._device = devices, devices[0]
         self._stats = stats
-        self.enabled = enabled and device.captures
+        self.enabled = enabled and self._device.captures
         self._obstacle = obstacle
         self._fusion = Fusion(model, enabled=fused and self.enabled and obstacle is None)
         self._hooks = HooksOfOthers(model)
-        self._in_a_row: weakref.WeakSet[Engine] = weakref.WeakSet()  # whose last call was a step
+        # Whose last call was a step.
+        self._in_a_row: weakref.WeakSet[CacheEngine] = weakref.WeakSet()
         self._begun: set[Hashable] = set()
         self._known: set[Hashable] = set()  # captures of these served more tokens than one
         self._refused = RefusedCalls()
@@ -110,9 +109,9 @@ class CapturedSteps:
         engine = cache.state.engine
         if engine is None or not self.enabled:
             return forward(**arguments)
-        if self._obstacle is not None or not isinstance(engine, Engine):
+        if self._obstacle is not None:
             if new_tokens == 1:
-                self._refused.say_of_model(self._obstacle or "its layers lie on several devices")
+                self._refused.say_of_model(self._obstacle)
             return forward(**arguments)
         call = self._replayable(cache, arguments) if new_tokens == 1 else None
         ready = IN_PIECES
@@ -140,6 +139,8 @@ class CapturedSteps:
                 return self._compared(forward, cache, arguments, call, captured, ready)
         output = self._replayed(cache, call, captured)
         engine.end_step(call.form)
+        if call.form is Form.STREAMED:
+            engine.rest()
         for stats in (self._stats, cache.stats):
             stats.captured_steps += 1
         return output
@@ -160,7 +161,7 @@ class CapturedSteps:
     ) -> Any:
         """Capture a step, or replay what is captured; run it as it is, and return that output."""
         engine = cache.state.engine
-        assert isinstance(engine, Engine)
+        assert engine is not None
         if captured is None:
             step = make_step(forward, cache, call, self._calls.cache_name)
             if call.key not in self._known:
@@ -172,7 +173,7 @@ class CapturedSteps:
             engine.captured.pop(call.key, None)
             return self._apart(forward, arguments)
         output = None
-        with self._attempt(cache, call), taking_back(engine, call.form):
+        with self._refused.attempt(cache, call), taking_back(engine, call.form):
             output = self._replayed(cache, call, captured)
         wanted = self._apart(forward, arguments)
         self._agree(call)
@@ -186,7 +187,7 @@ class CapturedSteps:
     def _replayed(self, cache: OffloadedCache, call: DecodeCall, captured: CapturedStep) -> Any:
         """Replay a step for a call's tensors; return its output."""
         engine = cache.state.engine
-        assert isinstance(engine, Engine)
+        assert engine is not None
         captured.step.fill(call.tensors)
         with without_autocast(self._device.torch_device.type):  # as where the model attends
             replayed = engine.replay(call.form, captured.capture)
@@ -204,7 +205,9 @@ class CapturedSteps:
             return None
         return None if self._refused.in_all_forms(call) else call
 
-    def _in_form(self, call: DecodeCall, engine: Engine) -> tuple[DecodeCall | None, ReadyStep]:
+    def _in_form(
+        self, call: DecodeCall, engine: CacheEngine
+    ) -> tuple[DecodeCall | None, ReadyStep]:
         """Return a call in the best form that is not refused, and what is ready for it.
 
         None where all are refused.
@@ -230,7 +233,7 @@ class CapturedSteps:
 
     def _apart(self, forward: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         """Run a call where captures are made, and fused as they are, but kernel by kernel."""
-        with self._device.apart(), self._fusion.on():
+        with all_apart(self._devices), self._fusion.on():
             return forward(**arguments)
 
     def _begin(
@@ -247,7 +250,7 @@ class CapturedSteps:
         whatever a model makes in its first call. The last's output is returned.
         """
         engine = cache.state.engine
-        assert isinstance(engine, Engine)
+        assert engine is not None
 
         def run() -> Any:
             engine.prepare(call.form)
@@ -260,7 +263,7 @@ class CapturedSteps:
             if self._fusion.untried:
                 self._fusion.try_out(run)
                 cache.state.functions.forget_pending()
-            with self._attempt(cache, call):
+            with self._refused.attempt(cache, call):
                 output = run()
             self._agree(call)
             if call.key not in self._refused.keys:
@@ -270,7 +273,7 @@ class CapturedSteps:
         if call.key not in self._refused.keys:
             equal = are_equal(output, wanted)
             if self._ranks.any(not equal):
-                self._refuse_for_its_bits(call)
+                self._refused.refuse_for_its_bits(call)
         if call.key in self._refused.keys:
             engine.captured.pop(call.key, None)
         return wanted
@@ -281,12 +284,12 @@ class CapturedSteps:
         """Capture a step, for the engine to keep; return None where that was not possible."""
         model, engine = self._model(), cache.state.engine
         assert model is not None
-        assert isinstance(engine, Engine)
+        assert engine is not None
         captured = None
-        with self._attempt(cache, call):
+        with self._refused.attempt(cache, call):
             engine.prepare(call.form, runs=False)
             with self._fusion.on():
-                capture = self._device.capture(step.run)
+                capture = self._device.capture(step.run, *self._devices[1:])
             weights = [each.detach() for each in (*model.parameters(), *model.buffers())]
             captured = CapturedStep(step, capture, ready.reads, tuple(weights), call.past_tokens)
             engine.captured[call.key] = captured
@@ -305,28 +308,9 @@ class CapturedSteps:
             for stats in (self._stats, cache.stats):
                 stats.capture_s += seconds
 
-    @contextlib.contextmanager
-    def _attempt(self, cache: OffloadedCache, call: DecodeCall) -> Iterator[None]:
-        """Refuse a call from now on where the `with` statement fails, and go on behind it.
-
-        Who then launches the step kernel by kernel meets what is wrong with the call itself.
-        """
-        try:
-            yield
-        except HazardError:  # a defect of ours, which no other form is to hide
-            raise
-        except Exception as error:
-            reason = first_line(error)
-            if is_out_of_memory(error):
-                reason = "there is no GPU memory left for a capture"
-            if isinstance(error, PlaceError):
-                self._refused.keys.add(call.key)  # the other form is left
-            else:
-                self._refused.refuse(call, reason)
-        finally:
-            cache.state.functions.forget_pending()
-
-    def _judge(self, engine: Engine, call: DecodeCall, captured: CapturedStep, equal: bool) -> None:
+    def _judge(
+        self, engine: CacheEngine, call: DecodeCall, captured: CapturedStep, equal: bool
+    ) -> None:
         """Trust a capture that gave what it should, and no other.
 
         One that was right before may have been overtaken, as by another adapter. The next such call
@@ -342,7 +326,4 @@ class CapturedSteps:
         engine.captured.pop(call.key, None)
         self._known.discard(call.key)
         if not known or call.past_tokens == captured.past_tokens:
-            self._refuse_for_its_bits(call)
-
-    def _refuse_for_its_bits(self, call: DecodeCall) -> None:
-        self._refused.refuse(call, "captured, they give other bits")
+            self._refused.refuse_for_its_bits(call)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from headinfer.device.base import Capture
-from headinfer.engine.engine import Engine
+from headinfer.engine.parted import CacheEngine
 from headinfer.engine.ready import Form
 from headinfer.integration.cache import OffloadedCache
 from headinfer.integration.decode_call import DecodeCall
@@ -33,7 +33,7 @@ class Step:
     """
 
     forward: Callable[..., Any]
-    engine: "weakref.ref[Engine]"
+    engine: "weakref.ref[CacheEngine]"
     cache: "weakref.ref[OffloadedCache]"
     arguments: dict[str, Any]
     cache_name: str
@@ -66,7 +66,7 @@ def make_step(
         cache_name: what the model takes a cache as.
     """
     engine = cache.state.engine
-    assert isinstance(engine, Engine)
+    assert engine is not None
     with torch.inference_mode(False):  # or they could not be written to outside it
         tensors = {name: torch.empty_like(each) for name, each in call.tensors.items()}
     step = Step(
@@ -78,7 +78,7 @@ def make_step(
 
 
 @contextlib.contextmanager
-def taking_back(engine: Engine, form: Form) -> Iterator[None]:
+def taking_back(engine: CacheEngine, form: Form) -> Iterator[None]:
     """Take the token back that a step in pieces adds by itself, also where it fails."""
     if form is not Form.IN_PIECES:
         yield

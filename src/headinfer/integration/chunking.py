@@ -16,6 +16,7 @@ import torch
 
 from headinfer.errors import MemoryPlanError, OptionError
 from headinfer.integration.calls import CACHE_NAMES, new_shape, takes_argument
+from headinfer.integration.crossing import Crossings
 from headinfer.integration.positions import positions_to_give, positions_unknown
 from headinfer.integration.recurrence import continues_state, has_state
 from headinfer.units import format_tokens
@@ -41,6 +42,9 @@ class Chunking:
     Args:
         model: the attached model. A few short calls, with a cache of their own, may precede its
             first long one: they tell whether it continues a recurrent state.
+
+    Attributes:
+        crossings: where its calls go from device to device.
     """
 
     def __init__(self, model: Any) -> None:
@@ -48,6 +52,7 @@ class Chunking:
         self._continues: bool | None = None if has_state(model) else True
         self._weighs_passes = any(map(_weighs_passes, model.modules()))
         self._said: set[str] = set()
+        self.crossings = Crossings(model)
 
     def drop_empty(self, arguments: dict[str, Any]) -> None:
         """Take out token types that tell of text alone.
@@ -212,6 +217,7 @@ def run_leading_chunks(
     chunk_tokens: int,
     past_tokens: int,
     after_chunk: Callable[[int, int], None],
+    crossings: Crossings,
 ) -> tuple[dict[str, Any], list[torch.Tensor]]:
     """Run all chunks of a call but the last.
 
@@ -221,6 +227,7 @@ def run_leading_chunks(
         chunk_tokens: tokens of a chunk.
         past_tokens: tokens in the cache before the call.
         after_chunk: told the new tokens done so far and all, after each chunk.
+        crossings: of the model.
 
     Returns:
         The arguments of the last chunk, and the logits of the chunks run, each `[batch, tokens,
@@ -236,7 +243,8 @@ def run_leading_chunks(
         part = slice_call(arguments, start, end, past_tokens)
         if keep:
             part["logits_to_keep"] = 1  # the least the model can compute; not used
-        output = forward(**part)
+        with crossings.once(discards=keep > 0):
+            output = forward(**part)
         if not keep:
             logits.append(output.logits)
         after_chunk(end, shape[1])

@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from headinfer.integration.stored_weights import weights_bytes
+from headinfer.integration.stored_weights import tensor_bytes, weights_bytes
 from headinfer.integration.support import (
     attention_modules,
     layer_index,
@@ -31,6 +31,8 @@ def model_shape(model: PreTrainedModel) -> ModelShape:
         expert_width = max(width) if isinstance(width, list | tuple) else int(width)
         shared = int(getattr(config, "shared_expert_intermediate_size", 0) or 0)
         intermediate = max(intermediate, int(experts) * expert_width + shared)
+    embedding = getattr(model.get_input_embeddings(), "weight", None)
+    output = getattr(model.get_output_embeddings(), "weight", None)
     return ModelShape(
         name=type(model).__name__,
         layers=tuple(layers),
@@ -42,7 +44,16 @@ def model_shape(model: PreTrainedModel) -> ModelShape:
         kv_itemsize=model.dtype.itemsize,
         max_positions=int(getattr(config, "max_position_embeddings", 0) or 0),
         mlp_peak_elements=_mlp_peak_elements(model, config, intermediate),
+        embedding_bytes=0 if embedding is None else tensor_bytes(embedding),
+        output_bytes=0 if output is None or output is embedding else tensor_bytes(output),
+        splits_heads=splits_heads(config),
     )
+
+
+def splits_heads(config: Any) -> bool:
+    """Whether transformers' tensor parallelism gives each process some of a model's heads."""
+    plan = getattr(config, "base_model_tp_plan", None) or {}
+    return any(key.endswith("k_proj") and style == "colwise" for key, style in plan.items())
 
 
 def _mlp_peak_elements(model: PreTrainedModel, config: Any, mlp_width: int) -> int:

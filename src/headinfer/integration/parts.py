@@ -106,6 +106,35 @@ class ModelPart:
         return min(asked, max(most, weights + free))
 
 
+def plans_of(
+    parts: Sequence[ModelPart],
+    others: Sequence[Sequence[Engine]],
+    batch: int,
+    context_tokens: int | None,
+    kv_itemsize: int,
+) -> list[Plan]:
+    """Return a plan for each part, with the same chunks; see `ModelPart.resolve`.
+
+    Args:
+        parts: of the model.
+        others: for each part, the engines of other caches there.
+        batch: rows.
+        context_tokens: tokens expected in each; None when not known yet.
+        kv_itemsize: bytes of an element of keys and values.
+    """
+
+    def planned(number: int, chunk_tokens: int | None = None) -> Plan:
+        sizes = batch, context_tokens, others[number], kv_itemsize
+        return parts[number].resolve(*sizes, chunk_tokens)
+
+    plans = [planned(number) for number in range(len(parts))]
+    least = min(plan.chunk_tokens for plan in plans)  # a chunk passes through all parts
+    return [
+        plan if plan.chunk_tokens == least else planned(number, least)
+        for number, plan in enumerate(plans)
+    ]
+
+
 def with_kv_itemsize(shape: ModelShape, kv_itemsize: int) -> ModelShape:
     """Return a model's shape with keys and values of elements of so many bytes."""
     computed = shape.kv_itemsize
@@ -167,8 +196,14 @@ def _part_of(shape: ModelShape, layers: Sequence[int]) -> ModelShape:
 
 def _with_weights(part: ModelPart, parts: Sequence[ModelPart], placement: Placement) -> ModelPart:
     """Return a part with the weights on its device; simulated ones divide what the CPU has."""
-    there = placement.weights_bytes.get(part.device.torch_device, 0)
+    where = part.device.torch_device
+    there, brought = placement.weights_bytes.get(where, 0), placement.brought_bytes.get(where, 0)
     alike = [each for each in parts if each.device.torch_device == part.device.torch_device]
     layers = sum(len(each.layers) for each in alike)
-    weights = there * len(part.layers) // layers
-    return dataclasses.replace(part, shape=dataclasses.replace(part.shape, weights_bytes=weights))
+    own = len(part.layers)
+    shape = dataclasses.replace(
+        part.shape,
+        weights_bytes=there * own // layers,
+        brought_bytes=brought * own // layers,
+    )
+    return dataclasses.replace(part, shape=shape)

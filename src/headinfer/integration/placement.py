@@ -6,12 +6,12 @@ that lie in CPU memory or on disk, module by module, and take them away again.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from headinfer.errors import UnsupportedModelError
+from headinfer.integration.accelerate_hooks import accelerate_hooks, device_of
 from headinfer.integration.stored_weights import bytes_by_device
 from headinfer.integration.support import (
     attention_modules,
@@ -31,20 +31,20 @@ class Placement:
     Attributes:
         layers: where each layer that attends computes.
         weights_bytes: on each device, with the most that is brought there at a time.
-        streams: whether some weights are brought for each use.
+        brought_bytes: what is brought to devices each time that the model is called, in all.
     """
 
     layers: tuple[torch.device, ...]
     weights_bytes: dict[torch.device, int]
-    streams: bool
+    brought_bytes: dict[torch.device, int]
 
     @property
     def obstacle(self) -> str | None:
-        """What keeps a step from being captured: hooks that Python must call; None for nothing."""
-        if self.streams:
+        """What keeps a step from being captured, as hooks that Python must call; or None."""
+        if self.brought_bytes:
             return "accelerate brings some of its weights to where they are used"
-        if len(self.weights_bytes) > 1:
-            return "it is spread over several devices"
+        if not self.weights_bytes.keys() <= set(self.layers):
+            return "some of its weights are on a device that has no layer"
         return None
 
 
@@ -67,13 +67,13 @@ def placement_of(model: PreTrainedModel) -> Placement:
     stored = bytes_by_device(model)
     stored.pop(_META, None)
     brought = _brought_bytes(model)
-    weights = {device: stored.get(device, 0) + brought.get(device, 0) for device in devices}
+    weights = {device: stored.get(device, 0) + max(brought.get(device, (0,))) for device in devices}
     if len(devices) == 1:  # a buffer that was left elsewhere is as if it were there
-        weights = dict.fromkeys(devices, sum(stored.values()) + sum(brought.values()))
+        weights = dict.fromkeys(devices, sum(stored.values()) + sum(map(max, brought.values())))
     return Placement(
         layers=tuple(_layer_devices(model, name)),
         weights_bytes=weights,
-        streams=bool(brought),
+        brought_bytes={device: sum(sizes) for device, sizes in brought.items()},
     )
 
 
@@ -122,30 +122,22 @@ def _bringers_above(model: torch.nn.Module) -> dict[torch.nn.Module, torch.devic
     return above
 
 
-def _brought_bytes(model: torch.nn.Module) -> dict[torch.device, int]:
-    """Return the most bytes that hooks bring to each device at a time."""
-    most: dict[torch.device, int] = {}
+def _brought_bytes(model: torch.nn.Module) -> dict[torch.device, list[int]]:
+    """Return the bytes that hooks bring to each device, one time after the other."""
+    brought: dict[torch.device, list[int]] = {}
     for module in model.modules():
         where, all_inside = _brings_to(module)
         if where is not None:
             parts = [each for each in module.parameters(recurse=all_inside) if each.is_meta]
-            most[where] = max(most.get(where, 0), sum(part.nbytes for part in parts))
-    return most
+            if parts:
+                brought.setdefault(where, []).append(sum(part.nbytes for part in parts))
+    return brought
 
 
 def _brings_to(module: torch.nn.Module) -> tuple[torch.device | None, bool]:
     """Return where a module's hook brings its weights, if it does, and whether all inside it."""
-    for hook in _hooks(module):
-        if getattr(hook, "offload", False) and hook.execution_device is not None:
-            where = hook.execution_device
-            device = torch.device("cuda", where) if isinstance(where, int) else torch.device(where)
-            if device == torch.device("cuda"):
-                device = torch.device("cuda", torch.cuda.current_device())
+    for hook in accelerate_hooks(module):
+        device = device_of(hook) if getattr(hook, "offload", False) else None
+        if device is not None:
             return device, bool(hook.place_submodules)
     return None, False
-
-
-def _hooks(module: torch.nn.Module) -> list[Any]:
-    """Return accelerate's hooks of a module: none, one, or those in a sequence."""
-    hook: Any = getattr(module, "_hf_hook", None)
-    return [] if hook is None else list(getattr(hook, "hooks", (hook,)))

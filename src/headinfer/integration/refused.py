@@ -1,11 +1,16 @@
 """Decode steps that are not captured, in one form or in any; the log says why, once."""
 
+import contextlib
 import logging
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 
+from headinfer.device.base import PlaceError
+from headinfer.device.hazards import HazardError
 from headinfer.engine.ready import Form
+from headinfer.errors import is_out_of_memory
+from headinfer.integration.cache import OffloadedCache
 from headinfer.integration.decode_call import DecodeCall
-from headinfer.integration.said import SaidOnce
+from headinfer.integration.said import SaidOnce, first_line
 
 _logger = logging.getLogger(__name__)
 
@@ -36,6 +41,31 @@ class RefusedCalls:
             return
         self.keys.update((call.kind, form) for form in Form)
         self.say(reason)
+
+    def refuse_for_its_bits(self, call: DecodeCall) -> None:
+        """Capture no such call any more: it gave other bits than what was launched."""
+        self.refuse(call, "captured, they give other bits")
+
+    @contextlib.contextmanager
+    def attempt(self, cache: OffloadedCache, call: DecodeCall) -> Iterator[None]:
+        """Refuse a call from now on where the `with` statement fails, and go on behind it.
+
+        Who then launches the step kernel by kernel meets what is wrong with the call itself.
+        """
+        try:
+            yield
+        except HazardError:  # a defect of ours, which no other form is to hide
+            raise
+        except Exception as error:
+            reason = first_line(error)
+            if is_out_of_memory(error):
+                reason = "there is no GPU memory left for a capture"
+            if isinstance(error, PlaceError):
+                self.keys.add(call.key)  # the other form is left
+            else:
+                self.refuse(call, reason)
+        finally:
+            cache.state.functions.forget_pending()
 
     def say(self, reason: str) -> None:
         """Say once why decode steps are not captured."""

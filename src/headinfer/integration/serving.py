@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 
 from headinfer.device.base import Mark
+from headinfer.engine.busy import BusyTimes
 from headinfer.engine.stats import Stats
 from headinfer.integration.cache import OffloadedCache
 from headinfer.integration.chunking import Chunking, run_leading_chunks
@@ -34,6 +35,7 @@ class AttachmentOwner(Protocol):
 
     stats: Stats
     ranks: Ranks
+    busy: BusyTimes
 
     def new_cache(self) -> OffloadedCache:
         """Return a cache for a call that brings none."""
@@ -120,6 +122,7 @@ class ServedCall:
             self._ids = self._ids.cpu()  # now, for between chunks the device would be waited for
         self._started_s, self._captured_s = time.perf_counter(), self.cache.stats.capture_s
         self.cache.begin_call()
+        self._owner.busy.take()  # what a call that failed has left
         if in_chunks:
             arguments = self._chunking.with_positions(arguments, past_tokens)
             if self._rotary_modules:
@@ -127,7 +130,8 @@ class ServedCall:
                 self._positions = WholeCallPositions(last)
                 self._positions.install(self._rotary_modules)
             arguments, self._logits = run_leading_chunks(
-                self._forward, arguments, chunk_tokens, past_tokens, self._after_chunk
+                *(self._forward, arguments, chunk_tokens, past_tokens, self._after_chunk),
+                self._chunking.crossings,
             )
         return arguments
 
@@ -150,19 +154,20 @@ class ServedCall:
             self._positions.remove()
             self._positions.check()
         self._report_chunks(self._new_tokens, begun=0)
+        self._owner.busy.pause()
         self._owner.after_call(self.cache)  # before the device is done: it has time for that
         self._owner.finish_compute()
         seconds = time.perf_counter() - self._started_s
         seconds -= self.cache.stats.capture_s - self._captured_s
         tokens = self._rows * self._new_tokens
+        device_s = self._owner.busy.take()
         for stats in (self._owner.stats, self.cache.stats):
             if self._decoding:
                 stats.decode_tokens += tokens
                 stats.decode_s += seconds
                 stats.decode_steps += 1
             else:
-                stats.prefill_tokens += tokens
-                stats.prefill_s += seconds
+                stats.add_prefill(tokens, seconds, device_s)
         self._note_tokens(self._new_tokens)
         self.cache.drafted_tokens = self._new_tokens - 1 if self._decoding else 0
         if not self._decoding:
@@ -186,6 +191,7 @@ class ServedCall:
         self._noted_tokens = done_tokens
 
     def _after_chunk(self, done_tokens: int, all_tokens: int) -> None:
+        self._owner.busy.pause()
         self._chunks.append((self._owner.mark_compute(), done_tokens))
         self._note_tokens(done_tokens)
         # All layers hold the same tokens: who stops here can go on with what was read.

@@ -2,6 +2,7 @@
 
 Quantised weights are packed, with scales in tensors of their own. bitsandbytes keeps these as
 attributes of a parameter. Others have subclasses of tensors, which tell torch what is inside them.
+compressed-tensors unpacks all weights when a model is first called, and they stay so.
 """
 
 from collections.abc import Iterator
@@ -18,6 +19,11 @@ def weights_bytes(model: torch.nn.Module) -> int:
     return sum(bytes_by_device(model).values())
 
 
+def tensor_bytes(tensor: torch.Tensor) -> int:
+    """Return the bytes of one parameter, with its scales."""
+    return sum(inner.nbytes for inner in _inside(tensor, _DEPTH))
+
+
 def bytes_by_device(model: torch.nn.Module) -> dict[torch.device, int]:
     """Return the bytes of parameters and buffers on each device; shared memory counts once."""
     sizes: dict[torch.device, dict[int, int]] = {}
@@ -26,7 +32,23 @@ def bytes_by_device(model: torch.nn.Module) -> dict[torch.device, int]:
             # Tensors on the meta device have no address.
             key = inner.data_ptr() or id(inner)
             sizes.setdefault(inner.device, {})[key] = inner.nbytes
-    return {device: sum(each.values()) for device, each in sizes.items()}
+    totals = {device: sum(each.values()) for device, each in sizes.items()}
+    for weight, more in _unpacked_later(model):
+        totals[weight.device] += more
+    return totals
+
+
+def _unpacked_later(model: torch.nn.Module) -> Iterator[tuple[torch.Tensor, int]]:
+    """Yield weights that the model's first call unpacks, and the bytes that they grow by."""
+    if not hasattr(model, "ct_decompress_hook"):
+        return
+    itemsize = getattr(model, "dtype", torch.float32).itemsize
+    for module in model.modules():
+        stored = getattr(module, "weight_packed", getattr(module, "weight", None))
+        if getattr(module, "quantization_scheme", None) is not None and stored is not None:
+            linear: Any = module
+            elements = linear.in_features * linear.out_features
+            yield stored, elements * itemsize - stored.nbytes
 
 
 def _inside(value: Any, depth: int) -> Iterator[torch.Tensor]:

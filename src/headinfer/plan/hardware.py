@@ -12,6 +12,12 @@ Measured from Python with torch 2.11 beside an H100 on PCIe 5.0, in a full queue
 took 32 us each, 5 of them for the bytes.
 """
 
+_PAGEABLE_SHARE = 0.5
+"""Share of the link's rate that copies reach of memory that is not locked, as accelerate's are.
+
+A rule of thumb: it was not measured here.
+"""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hardware:
@@ -38,6 +44,7 @@ class Hardware:
         host_shared_bytes_per_s: reading host memory by the CPU and the link at once, both together;
             None where that was not measured.
         copy_start_s: what one copy over the link takes beyond its bytes.
+        peer_bytes_per_s: one GPU to another, one direction; None by way of the host.
         measured: whether the rates come from `headinfer probe`, not from data sheets.
     """
 
@@ -56,7 +63,27 @@ class Hardware:
     chunk_attention_flops_per_s: tuple[tuple[int, float], ...] = ()
     host_shared_bytes_per_s: float | None = None
     copy_start_s: float = _COPY_START_S
+    peer_bytes_per_s: float | None = None
     measured: bool = False
+
+    @property
+    def brought_bytes_per_s(self) -> float | None:
+        """Bytes of weights that accelerate brings to a GPU in a second; None without a link."""
+        return self.link_bytes_per_s and _PAGEABLE_SHARE * self.link_bytes_per_s
+
+    def with_busy_links(self, gpus: int) -> "Hardware":
+        """Return what each of some GPUs has while the links of all of them are busy.
+
+        Links carry what they do alone, as far as host memory gives it. Measured beside two H100s:
+        55 GB/s to one, 109 to both at once.
+        """
+        most = self.host_bytes_per_s / gpus
+        link, back = self.link_bytes_per_s, self.link_back_bytes_per_s
+        return replace(
+            self,
+            link_bytes_per_s=link and min(link, most),
+            link_back_bytes_per_s=back and min(back, most),
+        )
 
     def shared_by(self, processes: int) -> "Hardware":
         """Return what each of some processes has, which use a GPU each and the same CPU."""

@@ -40,6 +40,9 @@ Measured on the same H100, when a prefill of Llama-3-8B in chunks of 8K tokens a
 more. They took 285 MiB and 32, and 256 MiB were too few.
 """
 
+_WEIGHTS_SHARE = 0.9
+"""Share of the memory beside CUDA itself that weights take of a GPU; KV and activations follow."""
+
 _FLOAT32_BYTES = 4
 _POSITION_BYTES = 8
 
@@ -67,6 +70,11 @@ def runtime_parts(device: str) -> dict[str, int]:
         "captured decode steps": CUDA_GRAPHS_BYTES,
         "fragments": _CUDA_FRAGMENTS_BYTES,
     }
+
+
+def weights_room_bytes(given_bytes: int) -> int:
+    """Return the bytes of weights that accelerate may put on a GPU which gives so much memory."""
+    return max(int((given_bytes - runtime_bytes("cuda")) * _WEIGHTS_SHARE), 0)
 
 
 def staging_bytes(shape: ModelShape, *, tile_heads: int, tile_tokens: int, batch: int) -> int:

@@ -7,8 +7,8 @@ from headinfer.plan import memory
 from headinfer.plan.choices import (
     ALL_TOKENS,
 )
-from headinfer.plan.predict import Placement
 from headinfer.plan.shape import LayerKind, ModelShape
+from headinfer.plan.step_time import Placement
 from headinfer.schedule.route import Sizes
 from headinfer.units import format_bytes, format_tokens
 
@@ -178,6 +178,11 @@ class Plan:
             f"weights {format_bytes(self.shape.weights_bytes)}, {kv}"
             f"activations {format_bytes(self.activation_bytes)} (estimate){runtime}"
         )
+        if self.shape.brought_bytes:
+            yield (
+                f"{format_bytes(self.shape.brought_bytes)} of weights lie elsewhere, and are "
+                "brought for each token, and for each chunk of a prompt"
+            )
         if self.resident_tokens:
             yield (
                 f"the oldest {format_tokens(self.resident_tokens)} tokens stay in GPU memory: "
@@ -237,7 +242,11 @@ def joined(shape: ModelShape, parts: Sequence[Plan]) -> Plan:
     known = [budget for budget in budgets if budget is not None]
     return replace(
         first,
-        shape=replace(shape, weights_bytes=sum(part.shape.weights_bytes for part in parts)),
+        shape=replace(
+            shape,
+            weights_bytes=sum(part.shape.weights_bytes for part in parts),
+            brought_bytes=sum(part.shape.brought_bytes for part in parts),
+        ),
         parts=tuple(parts),
         chunk_tokens=min(part.chunk_tokens for part in parts),
         tile_heads=max(part.tile_heads for part in parts),

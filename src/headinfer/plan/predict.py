@@ -7,11 +7,12 @@ the link back, and the host's own share. `docs/memory-model.md` states the formu
 
 import collections
 import math
-from dataclasses import dataclass
+from dataclasses import replace
 
 from headinfer.plan.hardware import Hardware
 from headinfer.plan.price import Price
 from headinfer.plan.shape import LayerKind, ModelShape
+from headinfer.plan.step_time import Parts, Placement
 from headinfer.schedule.route import Held, Pass, Sizes, route_track
 from headinfer.schedule.track import Track
 
@@ -24,17 +25,11 @@ _TILE_START_S = 100e-6
 Measured beside an H100 with torch 2.11, Llama-3-8B at 10K tokens: 512 tiles and their copies made a
 step 55 ms longer."""
 
-_LAYER_START_S = 0.75e-3
+LAYER_START_S = 0.75e-3
 """Seconds to start a layer's own kernels from Python.
 
 Measured with Llama-3-8B and nothing to stream: a step took 30 ms in the paper, and 23 to 26 beside
 an H100."""
-
-_EXPOSED = 0.1
-"""Share of starting that copies do not hide.
-
-Measured beside an H100 at 100K tokens: a step took 254 ms with 256 tiles and 252 with 32, where the
-link alone takes 248. With 160 tiles and the rest resident it took 98, where the link takes 93."""
 
 _MEASURED_TILE_TOKENS = 16 * 1024
 """Tokens of the tile that a GPU's attention of chunks was measured with. Kernels are chosen by
@@ -60,68 +55,6 @@ spread over its tokens."""
 
 _SAMPLED_CHUNKS = 16
 """Chunks of a prefill that are computed; more are represented by these."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Placement:
-    """A method's use of memory for the KV cache, as far as time depends on it.
-
-    Attributes:
-        batch: rows.
-        chunk_tokens: tokens of one prefill chunk; None for the whole prompt at once.
-        tile_heads: KV heads of one streamed tile.
-        tile_tokens: tokens of one streamed tile; None where nothing is streamed.
-        resident_bytes: KV that stays on the device.
-        kv_share: bytes read of a KV element, over its bytes as computed (less than 1 if quantised).
-        host_share: share of what is not resident that the CPU attends in a decode step.
-        overlap: whether copies run beside attention.
-    """
-
-    batch: int = 1
-    chunk_tokens: int | None = None
-    tile_heads: int = 1
-    tile_tokens: int | None = None
-    resident_bytes: int = 0
-    kv_share: float = 1.0
-    host_share: float = 0.0
-    overlap: bool = True
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Parts:
-    """A step's parts, which run beside each other.
-
-    Attributes:
-        compute_s: matrix products, attention and reading weights on the device.
-        link_s: streamed tiles on their way to the device.
-        link_back_s: new keys and values on their way to the host.
-        start_s: the host starting copies and kernels, ahead of the link.
-        host_s: the host attending its share.
-    """
-
-    compute_s: float
-    link_s: float = 0.0
-    link_back_s: float = 0.0
-    start_s: float = 0.0
-    host_s: float = 0.0
-
-    def seconds(self, *, overlap: bool) -> float:
-        """Return the time of the step."""
-        if not overlap:
-            return self.compute_s + self.link_s + self.link_back_s + self.start_s + self.host_s
-        # Threads of their own attend the host's share.
-        streams_s = max(self.link_s, self.start_s, self.host_s) + _EXPOSED * self.start_s
-        return max(self.compute_s, streams_s, self.link_back_s)
-
-    @property
-    def limited_by(self) -> str:
-        """What takes the longest, in words."""
-        times = {
-            "computing": self.compute_s,
-            "the link": max(self.link_s, self.link_back_s),
-            "the host" if self.host_s else "starting tiles": max(self.start_s, self.host_s),
-        }
-        return max(times, key=lambda name: times[name])
 
 
 def balanced_host_share(hardware: Hardware) -> float:
@@ -239,7 +172,8 @@ class Predictor:
     def chunk(self, placement: Placement, past_tokens: float, new_tokens: float) -> Parts:
         """Return the parts of one prefill chunk behind `past_tokens` tokens."""
         compute_s = self._computing_s(placement, past_tokens, new_tokens)
-        return self._parts(placement, compute_s, past_tokens, new_tokens)
+        parts = self._parts(placement, compute_s, past_tokens, new_tokens)
+        return replace(parts, brought_s=self._brought_s())
 
     def _computing_s(self, placement: Placement, past_tokens: float, new_tokens: float) -> float:
         """Return the seconds in which the device computes a prefill chunk."""
@@ -279,7 +213,13 @@ class Predictor:
             self.weight_bytes_read(batch) / hardware.device_bytes_per_s
             + kv_bytes / hardware.decode_attention_bytes_per_s
         )
-        return self._parts(placement, compute_s, context_tokens, 1)
+        parts = self._parts(placement, compute_s, context_tokens, 1)
+        return replace(parts, brought_s=self._brought_s())
+
+    def _brought_s(self) -> float:
+        """Return the seconds in which weights that lie elsewhere come to the device."""
+        rate = self._hardware.brought_bytes_per_s
+        return self._shape.brought_bytes / rate if rate else 0.0
 
     def weight_bytes_read(self, rows: float) -> float:
         """Return the bytes of weights read while `rows` tokens pass; idle experts are not read."""
@@ -334,7 +274,7 @@ class Predictor:
             compute_s=compute_s + merged * _MERGED_BYTES / hardware.device_bytes_per_s,
             link_s=price.fetched_bytes / link,
             link_back_s=price.sent_bytes / (hardware.link_back_bytes_per_s or link),
-            start_s=len(self._shape.layers) * _LAYER_START_S
+            start_s=len(self._shape.layers) * LAYER_START_S
             + price.attended * _TILE_START_S
             + price.copies * hardware.copy_start_s,
             host_s=self._host_s(streamed, price.asked_bytes) if price.asked_bytes else 0.0,

@@ -100,6 +100,11 @@ class ModelShape:
         max_positions: tokens the position encoding was made for; 0 when unknown.
         ranks: processes that the heads are split over; all else is then of one of them.
         uneven: whether all heads of one of these processes stream, and not those of another.
+        embedding_bytes: of the weights, the embedding's.
+        output_bytes: of the weights, the output matrix's; 0 where the embedding is that, too.
+        splits_heads: whether transformers can split the heads over processes.
+        brought_bytes: weights beside `weights_bytes` that lie elsewhere, and are brought to the
+            device whenever tokens pass.
     """
 
     name: str
@@ -115,6 +120,10 @@ class ModelShape:
     computed_itemsize: int = 0
     ranks: int = 1
     uneven: bool = False
+    embedding_bytes: int = 0
+    output_bytes: int = 0
+    splits_heads: bool = True
+    brought_bytes: int = 0
 
     @functools.cached_property
     def full_layers(self) -> tuple[LayerShape, ...]:
@@ -128,6 +137,12 @@ class ModelShape:
     def attention_layers(self) -> tuple[LayerShape, ...]:
         """The layers that keep keys and values, all tokens or a window of them."""
         return tuple(layer for layer in self.layers if layer.kind is not LayerKind.STATE)
+
+    @property
+    def layer_bytes(self) -> int:
+        """Bytes of the weights of one layer, taken as alike."""
+        outside = self.embedding_bytes + self.output_bytes
+        return max(self.weights_bytes - outside, 0) // max(len(self.layers), 1)
 
     @property
     def activation_itemsize(self) -> int:

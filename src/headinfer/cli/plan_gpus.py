@@ -1,0 +1,221 @@
+"""`headinfer plan --gpus`: one GPU beside several, split by layers and by heads."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from headinfer.cli.console import stderr_console
+from headinfer.cli.output import STDOUT, write_json
+from headinfer.cli.plan_table import gib, length, marked, table_console
+from headinfer.cli.text import print_lines
+from headinfer.errors import OptionError
+from headinfer.estimate.accounting import AccountingKind
+from headinfer.estimate.choose_split import SplitChoice, choose_split
+from headinfer.estimate.gpus import SplitPlan, split_plans
+from headinfer.estimate.situation import Situation
+from headinfer.generation.gpus import Gpus
+from headinfer.plan.hardware import Hardware
+from headinfer.plan.options import Options
+from headinfer.units import format_bytes, format_seconds, format_tokens
+
+_EXIT_NOTHING_FITS = 1
+_QUANTISED = "--load-in quantises whole matrices, which ranks do not have"
+
+_COLUMNS = (
+    "GPUs",
+    "split",
+    "method",
+    "weights",
+    "KV on\nGPU",
+    "total",
+    "weights\non CPU",
+    "KV on\nCPU",
+    "max\ncontext",
+    "prefill",
+    "decode\n/token",
+)
+
+
+def check_gpus(
+    hardware: Hardware, options: Options, accounting: AccountingKind, *, steps: bool
+) -> None:
+    """Refuse what a plan for several GPUs does not take into account.
+
+    Raises:
+        OptionError: names it.
+    """
+    if hardware.link_bytes_per_s is None:
+        raise OptionError(
+            "--gpus is for machines with a GPU, and this one was measured without; name one as "
+            "--hardware"
+        )
+    if accounting is not AccountingKind.OURS:
+        raise OptionError("--gpus counts by our accounting alone; leave out --accounting")
+    if options.sparsity:
+        raise OptionError("--gpus plans for exact attention alone; leave out --sparsity")
+    if steps:
+        raise OptionError("--steps are of one GPU; leave out --gpus")
+
+
+def answer_gpus(
+    situation: Situation,
+    gpus: int,
+    options: Options,
+    which: tuple[str, str | None],
+    json_path: str | None,
+    *,
+    whole: bool,
+) -> int:
+    """Print what the GPUs do, or write it as JSON; return the exit code.
+
+    Args:
+        situation: of one of them.
+        gpus: how many.
+        options: with the most to use of each.
+        which: how the machine came to be, and a note of that.
+        json_path: a file for JSON, or "-"; None for none.
+        whole: whether weights are quantised as they are loaded, which only whole ones are.
+
+    Raises:
+        OptionError: memory was given for another number of GPUs, or the model has fewer layers.
+    """
+    asked = Gpus.of(gpus, options)
+    assert asked is not None
+    has = situation.hardware.device_memory_bytes
+    memory_bytes = [has if given is None else given for given in asked.memory_bytes]
+    plans = split_plans(situation, memory_bytes, unsplit=_QUANTISED if whole else None)
+    choice = choose_split(situation, plans)
+    if json_path is not None:
+        write_json(json_path, _as_json(situation, plans, choice))
+    if json_path != STDOUT:
+        _print(situation, memory_bytes, which, plans, choice)
+        if json_path is not None:
+            stderr_console().print(f"written to {json_path}", markup=False)
+    return 0 if choice.plan else _EXIT_NOTHING_FITS
+
+
+def _print(
+    situation: Situation,
+    memory_bytes: Sequence[int],
+    which: tuple[str, str | None],
+    plans: Sequence[SplitPlan],
+    choice: SplitChoice,
+) -> None:
+    console = table_console()
+    said, note = which
+    batch = f", {situation.batch} rows" if situation.batch > 1 else ""
+    each = ", ".join(dict.fromkeys(format_bytes(size) for size in memory_bytes))
+    console.print(
+        f"[bold]{escape(situation.shape.name)}[/], {format_tokens(situation.context_tokens)} "
+        f"tokens{batch}, on {len(memory_bytes)} x [bold]{situation.hardware.name}[/] "
+        f"({escape(said)}): {each} of each GPU's memory, "
+        f"{format_bytes(situation.host_memory_bytes)} of CPU memory"
+    )
+    if note is not None:
+        console.print(f"[yellow]{escape(note)}[/]")
+    console.print(_table(plans, choice))
+    console.print(
+        "[dim]Sizes in GiB, of the fullest GPU; total: with activations and CUDA itself; [/]"
+        "[red]![/][dim]: more than there is;\nmax context: what GPU and CPU memory hold; times "
+        "predicted[/]"
+    )
+    _print_choice(console, choice)
+
+
+def _print_choice(console: Console, choice: SplitChoice) -> None:
+    console.print()
+    if choice.plan is None:
+        console.print("[bold red]Nothing fits.[/]")
+    else:
+        gpus = "1 GPU" if choice.plan.gpus == 1 else f"{choice.plan.gpus} GPUs"
+        split = "" if choice.plan.gpus == 1 else f", split by {choice.plan.split.value}"
+        console.print(f"Chosen: [bold green]{gpus}{split}[/]")
+    print_lines(console, choice.why)
+    if choice.command:
+        console.print(f"Run: {choice.command}", markup=False, soft_wrap=True)
+
+
+def _table(plans: Sequence[SplitPlan], choice: SplitChoice) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 0, 0, 1), header_style="bold")
+    for place, name in enumerate(_COLUMNS):
+        table.add_column(name, justify="left" if place in (1, 2) else "right", no_wrap=True)
+    for plan in plans:
+        chosen = plan is choice.plan
+        style = "bold green" if chosen else ("" if plan.fits else "dim")
+        table.add_row(*_cells(plan), style=style)
+    return table
+
+
+def _cells(plan: SplitPlan) -> list[str]:
+    split = "-" if plan.gpus == 1 else plan.split.value
+    if plan.obstacle is not None:
+        return [str(plan.gpus), split, plan.method, *["-"] * (len(_COLUMNS) - 3)]
+    fullest, short = plan.fullest, bool(plan.host_short_bytes)
+    on_host = [plan.weights_host_bytes, plan.kv_host_bytes]
+    return [
+        str(plan.gpus),
+        split,
+        plan.method,
+        gib(fullest.weights_bytes),
+        gib(fullest.kv_device_bytes),
+        marked(gib(fullest.total_bytes), short=bool(fullest.short_bytes)),
+        *(marked(gib(size), short=short) if size else "-" for size in on_host),
+        length(plan.max_context_tokens),
+        format_seconds(plan.prefill_s) if plan.fits else "-",
+        format_seconds(plan.decode_s_per_token) if plan.fits else "-",
+    ]
+
+
+def _as_json(
+    situation: Situation, plans: Sequence[SplitPlan], choice: SplitChoice
+) -> dict[str, Any]:
+    """Return everything as plain values: bytes, tokens and seconds."""
+    chosen = next((place for place, plan in enumerate(plans) if plan is choice.plan), None)
+    return {
+        "model": situation.shape.name,
+        "hardware": situation.hardware.name,
+        "context_tokens": situation.context_tokens,
+        "plans": [_row(plan) for plan in plans],
+        "chosen": chosen,
+        "why": list(choice.why),
+        "command": choice.command or None,
+    }
+
+
+def _row(plan: SplitPlan) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "gpus": plan.gpus,
+        "split": plan.split.value,
+        "method": plan.method,
+        "fits": plan.fits,
+        "obstacle": plan.obstacle,
+    }
+    if plan.obstacle is not None:
+        return row
+    return row | {
+        "chunk_tokens": plan.chunk_tokens,
+        "kv_host_bytes": plan.kv_host_bytes,
+        "weights_host_bytes": plan.weights_host_bytes,
+        "brought_bytes": plan.brought_bytes,
+        "max_context_tokens": plan.max_context_tokens,
+        "prefill_s": plan.prefill_s,
+        "decode_s_per_token": plan.decode_s_per_token,
+        "reduce_s": plan.reduce_s,
+        "each": [
+            {
+                "layers": use.layers,
+                "kv_heads": use.kv_heads,
+                "weights_bytes": use.weights_bytes,
+                "kv_device_bytes": use.kv_device_bytes,
+                "resident_bytes": use.resident_bytes,
+                "activation_bytes": use.activation_bytes,
+                "runtime_bytes": use.runtime_bytes,
+                "total_device_bytes": use.total_bytes,
+                "busy": use.busy,
+            }
+            for use in plan.uses
+        ],
+    }

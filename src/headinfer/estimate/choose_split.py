@@ -1,0 +1,140 @@
+"""How to split a model over several GPUs, why, and what is lacking where nothing fits."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from headinfer.estimate.choose import position_warning
+from headinfer.estimate.gpus import Split, SplitPlan
+from headinfer.estimate.methods import RESIDENT
+from headinfer.estimate.situation import Situation
+from headinfer.plan.predict import ANSWER_TOKENS
+from headinfer.units import format_bytes, format_seconds, format_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitChoice:
+    """A choice of how to split a model.
+
+    Attributes:
+        plan: what was chosen; None where nothing fits.
+        why: reasons, one line each.
+        command: what to run; empty where nothing fits.
+    """
+
+    plan: SplitPlan | None
+    why: tuple[str, ...]
+    command: str = ""
+
+
+def choose_split(situation: Situation, plans: Sequence[SplitPlan]) -> SplitChoice:
+    """Choose the fastest of ours, prompt and a short answer together; it may be one GPU."""
+    ours = [plan for plan in plans if plan.method == RESIDENT]
+    fitting = [plan for plan in ours if plan.fits]
+    if not fitting:
+        return SplitChoice(plan=None, why=tuple(_shortfalls(situation, ours)))
+    best = min(fitting, key=_answer_s)
+    others = [plan for plan in ours if plan is not best]
+    why = [*_own_reasons(situation, best), *_compared(best, others)]
+    why += position_warning(situation)
+    return SplitChoice(plan=best, why=tuple(why), command=_command(best))
+
+
+def _answer_s(plan: SplitPlan) -> float:
+    return plan.prefill_s + ANSWER_TOKENS * plan.decode_s_per_token
+
+
+def _command(plan: SplitPlan) -> str:
+    if plan.gpus == 1 and not plan.brought_bytes:
+        return "headinfer generate ..."
+    if plan.split is Split.HEADS:
+        count = plan.gpus
+        return f"torchrun --nproc-per-node {count} -m headinfer generate --tensor-parallel ..."
+    return f"headinfer generate --gpus {plan.gpus} ..."
+
+
+def _own_reasons(situation: Situation, plan: SplitPlan) -> Iterator[str]:
+    """Say what the GPUs do in a prefill and in a decode step."""
+    streamed = format_bytes(plan.streamed_bytes)
+    if plan.split is Split.HEADS:
+        each = plan.uses[0].kv_heads
+        yield (
+            f"Each GPU has {each} KV head{'' if each == 1 else 's'} of every layer. All work at "
+            f"once, and add up their results twice in a layer, which takes "
+            f"{format_seconds(plan.reduce_s)} of a decode step."
+        )
+        if plan.streamed_bytes:
+            yield f"{plan.gpus} links bring {streamed} of KV for each token, all at once."
+    elif plan.split is Split.LAYERS:
+        layers = ", ".join(str(use.layers) for use in plan.uses)
+        yield f"The GPUs have {layers} layers, in the order of the model."
+        if plan.brought_bytes:
+            yield (
+                "Weights in CPU memory compute on the first GPU, behind the others. So chunks of "
+                "a prompt do not follow each other, and one GPU works at a time."
+            )
+        else:
+            shares = ", ".join(f"{use.busy:.0%}" for use in plan.uses)
+            yield (
+                f"Chunks of {format_tokens(plan.chunk_tokens or 0)} tokens follow each other "
+                f"through them: they work {shares} of the prefill."
+            )
+        if plan.streamed_bytes:
+            yield (
+                f"In a decode step one GPU after the other works: {streamed} of KV cross one link "
+                "at a time."
+            )
+    if plan.brought_bytes:
+        yield _brought(situation, plan)
+
+
+def _brought(situation: Situation, plan: SplitPlan) -> str:
+    rate = situation.hardware.brought_bytes_per_s or 0.0
+    seconds = plan.brought_bytes / rate
+    return (
+        f"{format_bytes(plan.brought_bytes)} of weights stay in CPU memory and cross the link for "
+        f"each token, and for each chunk of a prompt: {format_seconds(seconds)} at "
+        f"{rate / 1e9:.3g} GB/s, half of what the link does from locked memory."
+    )
+
+
+def _compared(best: SplitPlan, others: Sequence[SplitPlan]) -> Iterator[str]:
+    """Say what the other splits, and one GPU, would do instead."""
+    for plan in others:
+        name = "One GPU" if plan.gpus == 1 else f"By {plan.split.value}"
+        if plan.obstacle is not None:
+            yield f"{name} it cannot be: {plan.obstacle}."
+        elif not plan.fits:
+            yield f"{name} does not fit: {_lacking(plan)}."
+        else:
+            prefill, decode = plan.prefill_s, plan.decode_s_per_token
+            yield (
+                f"{name}: {format_seconds(prefill)} and {format_seconds(decode)} a token, "
+                f"{prefill / best.prefill_s:.2f} and {decode / best.decode_s_per_token:.2f} times "
+                "as long."
+            )
+
+
+def _lacking(plan: SplitPlan) -> str:
+    fullest = plan.fullest
+    parts = []
+    if fullest.short_bytes:
+        parts.append(
+            f"{format_bytes(fullest.short_bytes)} of GPU memory are lacking, where weights take "
+            f"{format_bytes(fullest.weights_bytes)}"
+        )
+    if plan.host_short_bytes:
+        parts.append(f"{format_bytes(plan.host_short_bytes)} of CPU memory are lacking")
+    return ", and ".join(parts)
+
+
+def _shortfalls(situation: Situation, plans: Sequence[SplitPlan]) -> Iterator[str]:
+    yield from _compared(plans[-1], plans)
+    longest = max(plan.max_context_tokens or 0 for plan in plans)
+    if 0 < longest < situation.context_tokens:
+        shown = longest // 1024 * 1024 or longest
+        yield f"--context {format_tokens(shown)} is the longest that fits."
+    if any(plan.weights_host_bytes and plan.host_short_bytes for plan in plans):
+        yield (
+            "What CPU memory does not hold of the weights can lie on a disk: load the model with "
+            "device_map and offload_folder, and attach. A step then reads them from there."
+        )

@@ -1,0 +1,141 @@
+"""A model's layers and weights on several GPUs: by layers, as accelerate, or by heads, as ranks.
+
+`device_map="auto"` of transformers fills one GPU after another with whole layers, each but the last
+up to an equal part and something more. The first GPU keeps room for the largest module. What no GPU
+holds stays in CPU memory, and the first GPU computes it. A test compares this with transformers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from headinfer.plan.memory import weights_room_bytes
+from headinfer.plan.shape import LayerKind, LayerShape, ModelShape
+
+_MORE = 1.25
+"""What transformers lets a GPU take beyond an equal part, in sizes of the largest module."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """A share of a model: what one GPU holds and computes.
+
+    Attributes:
+        shape: its layers, or its heads of all layers, and its weights.
+        device_memory_bytes: the most to use of the GPU.
+    """
+
+    shape: ModelShape
+    device_memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spread:
+    """A model spread over GPUs.
+
+    Attributes:
+        shares: of each GPU that computes, in the order of the layers.
+        host_bytes: weights that stay in CPU memory.
+    """
+
+    shares: tuple[Share, ...]
+    host_bytes: int = 0
+
+
+def by_layers(shape: ModelShape, memory_bytes: Sequence[int]) -> Spread:
+    """Return a model spread by layers over GPUs that give so much memory each."""
+    modules = _modules(shape)
+    largest = max(size for _, size in modules)
+    limits = [weights_room_bytes(given) for given in memory_bytes]
+    if len(limits) > 1:
+        equal = shape.weights_bytes // len(limits) + int(_MORE * largest)
+        limits = [*(min(limit, equal) for limit in limits[:-1]), limits[-1]]
+    held: list[list[int]] = [[] for _ in limits]
+    brought: list[int] = []
+    used, gpu = [0] * len(limits), 0
+    for position, (_, size) in enumerate(modules):
+        later = max((each for _, each in modules[position + 1 :]), default=0)
+        while gpu < len(limits) and used[gpu] + size > limits[gpu] - (0 if gpu else later):
+            gpu += 1
+        if gpu == len(limits):
+            brought.append(position)
+        else:
+            held[gpu].append(position)
+            used[gpu] += size
+    held[0] += brought  # accelerate brings them to the first GPU, and there they compute
+    shares = [
+        Share(shape=_part(shape, modules, positions, brought), device_memory_bytes=given)
+        for positions, given in zip(held, memory_bytes, strict=True)
+        if any(modules[position][0] is not None for position in positions)
+    ]
+    return Spread(
+        shares=tuple(shares), host_bytes=sum(modules[position][1] for position in brought)
+    )
+
+
+def _modules(shape: ModelShape) -> list[tuple[LayerShape | None, int]]:
+    """Return embedding, layers and output matrix, with their bytes; a tied one is not there."""
+    layers: list[tuple[LayerShape | None, int]] = [
+        (layer, shape.layer_bytes) for layer in shape.layers
+    ]
+    output: list[tuple[LayerShape | None, int]] = [(None, shape.output_bytes)]
+    return [(None, shape.embedding_bytes), *layers, *(output if shape.output_bytes else [])]
+
+
+def _part(
+    shape: ModelShape,
+    modules: Sequence[tuple[LayerShape | None, int]],
+    positions: Sequence[int],
+    brought: Sequence[int],
+) -> ModelShape:
+    """Return the shape of some of a model's modules, of which some are brought for each use."""
+    sizes = {position: modules[position][1] for position in positions}
+    coming = [sizes[position] for position in brought if position in sizes]
+    outputs = len(modules) - 1 if shape.output_bytes else 0
+    return replace(
+        shape,
+        layers=tuple(
+            layer for position in positions if (layer := modules[position][0]) is not None
+        ),
+        # What is brought lies on the GPU while it is used: a layer of it at the most.
+        weights_bytes=sum(sizes.values()) - sum(coming) + max(coming, default=0),
+        brought_bytes=sum(coming),
+        vocab_size=shape.vocab_size if outputs in positions else 0,
+        embedding_bytes=sizes.get(0, 0),
+        output_bytes=sizes.get(outputs, 0) if outputs else 0,
+    )
+
+
+def by_heads(shape: ModelShape, memory_bytes: Sequence[int]) -> Spread:
+    """Return a model spread by heads over ranks that have a GPU each.
+
+    Each has the whole embedding, and a part of all else. See `heads_obstacle` for what cannot be.
+    """
+    ranks = len(memory_bytes)
+    layers = tuple(
+        replace(layer, kv_heads=layer.kv_heads // ranks) if layer.kv_heads else layer
+        for layer in shape.layers
+    )
+    own = shape.embedding_bytes + (shape.weights_bytes - shape.embedding_bytes) // ranks
+    part = replace(
+        shape,
+        layers=layers,
+        query_heads=shape.query_heads // ranks,
+        mlp_width=-(-shape.mlp_width // ranks),
+        weights_bytes=own,
+        output_bytes=shape.output_bytes // ranks,
+        ranks=ranks,
+    )
+    return Spread(
+        shares=tuple(Share(shape=part, device_memory_bytes=given) for given in memory_bytes)
+    )
+
+
+def heads_obstacle(shape: ModelShape, ranks: int) -> str | None:
+    """Return why so many ranks cannot share a model's heads; None where they can."""
+    if not shape.splits_heads:
+        return "transformers does not split the heads of this model"
+    heads = {layer.kv_heads for layer in shape.layers if layer.kind is not LayerKind.STATE}
+    odd = next((count for count in sorted(heads) if count % ranks), None)
+    if odd is not None:
+        return f"{ranks} ranks cannot share {odd} KV heads evenly"
+    return None
