@@ -1,7 +1,11 @@
 """The models that tests split over ranks, and what is asked of them, split or whole."""
 
+from pathlib import Path
+
 import torch
 
+from headinfer.heads.formats import write_pattern
+from headinfer.heads.pattern import HeadPattern
 from tiny_models import random_tokens
 
 VOCABULARY = 98
@@ -42,6 +46,23 @@ PATTERN = {
     "sink_tokens": 2,
     "recent_tokens": 8,
 }
+
+
+UNEVEN = {"sparsity": 0.5, "sink_tokens": 2, "recent_tokens": 8}
+"""Of a pattern in which all heads of the second rank stream, and none of the first."""
+
+GROWING = (random_tokens(1, 45), random_tokens(1, 600), random_tokens(1, 1))
+"""Calls of which the second takes more CPU memory than the first left room for."""
+
+
+def save_uneven_pattern(path: Path, layers: int) -> None:
+    scores = ((1.0, 1.0, 0.0, 0.0),) * layers
+    write_pattern(path, HeadPattern(model="", scores=scores, sink_tokens=2, recent_tokens=8))
+
+
+def last_logits(model, cache: dict) -> list[torch.Tensor]:
+    with torch.no_grad():
+        return [model(ids, **cache).logits[:, -1] for ids in GROWING]
 
 
 def prompt(rows: int) -> torch.Tensor:

@@ -13,7 +13,20 @@ import torch
 from torch import distributed
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from split_models import DEVICES, MODELS, ON_GPUS, PATTERN, VOCABULARY, answers, logits, prompt
+from split_models import (
+    DEVICES,
+    MODELS,
+    ON_GPUS,
+    PATTERN,
+    UNEVEN,
+    VOCABULARY,
+    answers,
+    last_logits,
+    logits,
+    prompt,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
@@ -68,6 +81,21 @@ def patterns(folder: Path, got: dict[str, Any]) -> None:
             for layer in offload.plan.shape.layers
         ]
         got["pattern logits"] = logits(model, offload.new_cache().as_keyword())
+
+
+def uneven_pattern(folder: Path, got: dict[str, Any]) -> None:
+    """All heads of the second rank stream, which so needs no CPU memory."""
+    model = load(folder, "llama3")
+    for device, options in DEVICES.items():
+        asked = options | UNEVEN | {"head_pattern": folder / "uneven.json"}
+        with headinfer.attach(model, device=device, **asked) as offload:
+            got[f"uneven {device}"] = last_logits(model, offload.new_cache().as_keyword())
+
+
+def other_splits(folder: Path, got: dict[str, Any]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder / "llama3", dtype=torch.float32)
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    got["FSDP"] = failure_of(lambda: headinfer.attach(model, device="cpu"))
 
 
 def agreement(folder: Path, got: dict[str, Any]) -> None:
@@ -127,7 +155,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
     got: dict[str, Any] = {}
-    for part in (parity, patterns, agreement, stopping, heads):
+    for part in (parity, patterns, uneven_pattern, other_splits, agreement, stopping, heads):
         part(folder, got)
     torch.save(got, folder / f"rank{distributed.get_rank()}.pt")
     distributed.destroy_process_group()

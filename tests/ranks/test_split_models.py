@@ -6,7 +6,19 @@ from typing import Any
 import pytest
 import torch
 from launching import torchrun
-from split_models import DEVICES, MODELS, ON_GPUS, PATTERN, VOCABULARY, answers, logits, prompt
+from split_models import (
+    DEVICES,
+    MODELS,
+    ON_GPUS,
+    PATTERN,
+    UNEVEN,
+    VOCABULARY,
+    answers,
+    last_logits,
+    logits,
+    prompt,
+    save_uneven_pattern,
+)
 
 import headinfer
 from headinfer.device.host_memory import all_host_bytes
@@ -28,6 +40,7 @@ def folder(models, tmp_path_factory) -> Path:
         model.save_pretrained(made / name)
     one = tiny_model("llama3", vocab_size=VOCABULARY, num_key_value_heads=1)
     one.save_pretrained(made / "one-kv-head")
+    save_uneven_pattern(made / "uneven.json", models["llama3"].config.num_hidden_layers)
     return made
 
 
@@ -122,6 +135,21 @@ def test_a_pattern_is_cut_to_the_heads_of_each_rank(got, models) -> None:
         assert heads == list(() if streaming is None else streaming.heads)
     for rank in got:
         torch.testing.assert_close(rank["pattern logits"], wanted, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_rank_whose_heads_all_stream_goes_on_with_the_others(got, models, folder, device) -> None:
+    asked = DEVICES[device] | UNEVEN | {"head_pattern": folder / "uneven.json"}
+    with headinfer.attach(models["llama3"], device=device, **asked) as offload:
+        wanted = last_logits(models["llama3"], offload.new_cache().as_keyword())
+    for rank in got:
+        for ours, whole in zip(rank[f"uneven {device}"], wanted, strict=True):
+            torch.testing.assert_close(ours, whole, atol=1e-5, rtol=1e-4)
+
+
+def test_other_splits_are_refused_by_name(got) -> None:
+    for rank in got:
+        assert "LlamaForCausalLM is split over 2 processes by FSDP; only tensor" in rank["FSDP"]
 
 
 def test_chunks_are_as_long_as_the_shortest_of_all_ranks(got, models) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import distributed
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from headinfer.errors import UnsupportedModelError
@@ -40,17 +41,24 @@ def ranks_of(model: PreTrainedModel) -> Ranks:
         ),
         None,
     )
+    if mesh is not None and any(isinstance(module, FSDPModule) for module in model.modules()):
+        raise UnsupportedModelError(_other_split(model, mesh, "FSDP"))
     if mesh is None and (getattr(model, "_tp_size", None) or 1) > 1:
         mesh = model._device_mesh["tp"]  # of quantised weights, which are plain tensors
     if mesh is None or mesh.size() == 1:
         return ALONE
     names = mesh.mesh_dim_names or ("tp",)
     if mesh.ndim > 1 or names[0] != "tp":
-        raise UnsupportedModelError(
-            f"{type(model).__name__} is split over {mesh.size()} processes by {', '.join(names)}; "
-            "only tensor parallelism is served, as by from_pretrained(..., tp_plan='auto')"
-        )
+        raise UnsupportedModelError(_other_split(model, mesh, ", ".join(names)))
     return Ranks(mesh.get_group(), model.device)
+
+
+def _other_split(model: PreTrainedModel, mesh: Any, how: str) -> str:
+    """Say that a model is split in a way that is not served."""
+    return (
+        f"{type(model).__name__} is split over {mesh.size()} processes by {how}; only tensor "
+        "parallelism is served, as by from_pretrained(..., tp_plan='auto')"
+    )
 
 
 def rank_shape(shape: ModelShape, model: PreTrainedModel, ranks: Ranks) -> ModelShape:
@@ -72,13 +80,14 @@ def rank_shape(shape: ModelShape, model: PreTrainedModel, ranks: Ranks) -> Model
     )
     whole = max((layer.kv_heads for layer in shape.layers), default=1)
     own = max((layer.kv_heads for layer in layers), default=1)
-    return replace(
+    split = replace(
         shape,
         layers=layers,
         query_heads=shape.query_heads * own // max(whole, 1),
         mlp_width=_own_mlp_width(shape.mlp_width, model),
         ranks=ranks.size,
     )
+    return replace(split, uneven=not ranks.same(int(bool(split.full_layers))))
 
 
 def _own_layer(

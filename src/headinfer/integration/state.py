@@ -169,7 +169,8 @@ class OffloadedState:
         if self.engine is None:
             self.engine = self._new_engine(batch, wanted, dtype, "the KV cache")
             return
-        if (more := self.engine.missing_bytes(wanted)) > 0:
+        more = self.engine.missing_bytes(wanted)
+        if more > 0 or self.engine.plan.shape.uneven:  # all ranks check, or none does
             self._check_host(more, wanted, self.engine.plan)
             self.engine.expect(wanted)
         if _outgrows(self.engine.plan, wanted):

@@ -99,6 +99,7 @@ class ModelShape:
         kv_itemsize: bytes of one KV element.
         max_positions: tokens the position encoding was made for; 0 when unknown.
         ranks: processes that the heads are split over; all else is then of one of them.
+        uneven: whether all heads of one of these processes stream, and not those of another.
         embedding_bytes: of the weights, the embedding's.
         output_bytes: of the weights, the output matrix's; 0 where the embedding is that, too.
         splits_heads: whether transformers can split the heads over processes.
@@ -118,6 +119,7 @@ class ModelShape:
     mlp_peak_elements: int = 0
     computed_itemsize: int = 0
     ranks: int = 1
+    uneven: bool = False
     embedding_bytes: int = 0
     output_bytes: int = 0
     splits_heads: bool = True
