@@ -12,8 +12,7 @@ sys.path.insert(0, str(ROOT / "src"))
 
 from headinfer.bench.catalogue import HEADS, LAYERS, with_host  # noqa: E402
 from headinfer.bench.document import Results  # noqa: E402
-from headinfer.bench.report_gpus import made, targets_table, times_table  # noqa: E402
-from headinfer.bench.table import conditions  # noqa: E402
+from headinfer.bench.report_gpus import targets_table, times_table, title  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 BEGIN, END = "<!-- gpus: begin -->", "<!-- gpus: end -->"
@@ -22,13 +21,8 @@ SPLITS = {"several-gpus.md": LAYERS, "tensor-parallel.md": HEADS}
 
 
 def measured(files: Sequence[Results]) -> str:
-    """Return the times of each run, with the conditions above them."""
-    parts = []
-    for results in files:
-        model, where, *how = conditions(results.spec, results.machine)
-        told = "; ".join((model, where, *how, made(results)))
-        parts += [f"`bench {results.spec.command.value}`: {told}.", times_table(results)]
-    return "\n".join(parts)
+    """Return the times of each run."""
+    return "\n".join(f"{title(results)}:\n\n{times_table(results)}" for results in files)
 
 
 def updated(text: str, split: str, files: Sequence[Results]) -> str:

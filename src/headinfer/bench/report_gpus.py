@@ -212,15 +212,22 @@ def _seconds(row: Row, results: Results) -> float | None:
 def _run(results: Results) -> Iterator[str]:
     """Yield one run's table, conditions and notes."""
     model, where, *how = conditions(results.spec, results.machine)
-    title = "Longest context" if results.spec.command.finds_context else results.spec.command.value
-    yield f"### {results.spec.model.description.split(',')[0]}: {title.capitalize()}\n"
-    facts = (f"{model}; {where}", *how, made(results))
+    yield f"### {title(results)}\n"
+    facts = (f"{model}; {where}", *how, _made(results))
     yield "\n".join(f"- {fact}" for fact in facts) + "\n"
     yield times_table(results)
-    yield "\n".join(f"- {note}" for note in notes(results.arranged_rows)) + "\n"
+    if told := notes(results.arranged_rows):
+        yield "\n".join(f"- {note}" for note in told) + "\n"
 
 
-def made(results: Results) -> str:
+def title(results: Results) -> str:
+    """Return what a run was of, in a few words."""
+    command = results.spec.command
+    what = "longest context" if command.finds_context else command.value
+    return f"{results.spec.model.description.split(',')[0]}, {what}"
+
+
+def _made(results: Results) -> str:
     """Return when a run was made, and with which code."""
     versions, commit = results.header["versions"], results.header["commit"]
     at = f", commit {commit['id'][:10]}" if commit else ""

@@ -108,11 +108,11 @@ def conditions(spec: BenchSpec, machine: Machine) -> Iterable[str]:
     if rates.device_bytes_per_s and rates.link_bytes_per_s:
         parts.append(f"GPU memory {rates.device_bytes_per_s / 1e9:.0f} GB/s")
         parts.append(f"link {rates.link_bytes_per_s / 1e9:.1f} GB/s")
-    if rates.links_bytes_per_s:
-        parts.append(f"all links at once {rates.links_bytes_per_s / 1e9:.1f} GB/s")
     if rates.host_shared_bytes_per_s:
         parts.append(f"CPU memory and link at once {rates.host_shared_bytes_per_s / 1e9:.1f} GB/s")
     yield f"measured: {', '.join(parts)}"
+    if rates.links_bytes_per_s:
+        yield f"all links at once {rates.links_bytes_per_s / 1e9:.1f} GB/s"
     filled = "by prefill" if spec.fill is Fill.PREFILL else "at random, without a prefill"
     yield (
         f"medians of {spec.repeats} fresh process{'es' * (spec.repeats > 1)} a method, "
