@@ -127,6 +127,22 @@ def test_prefills_are_held_against_those_of_one_gpu():
     assert found(text, "heads", "100K", "`one`") == "0.50, reached"
 
 
+def test_what_each_gpu_worked_of_a_prefill_is_told_where_it_was_measured(tmp_path):
+    results = results_of({("layers", 100 * K): 7.0, ("heads", 100 * K): 5.0})
+    assert "worked" not in report([("gpu2", results)], "plots")
+    layers, heads = results.rows
+    worked = [
+        replace(each, prefill_busy=busy)
+        for each, busy in zip(layers.parts, (0.91, 0.874), strict=True)
+    ]
+    results.rows[:] = [replace(layers, parts=tuple(worked)), heads]
+    told = report([("gpu2", results)], "plots")
+    assert "- layers: the GPUs worked 91%, 87% of the prefill\n" in told
+    results.save(str(tmp_path / "results.json"))
+    read = Results.load(str(tmp_path / "results.json"))
+    assert [part.prefill_busy for part in read.rows[0].parts] == [0.91, 0.874]
+
+
 def test_a_wrong_result_reaches_nothing():
     results = results_of({("one", 400 * K): 1.0, ("heads", 400 * K): 0.1})
     results.rows[1] = replace(results.rows[1], status=Status.MISMATCH)
