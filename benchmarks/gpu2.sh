@@ -14,8 +14,10 @@ cd "$(dirname "$0")/.."
 export PYTHONPATH=src PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 NCCL_NVLS_ENABLE=0
 export TORCH_CPP_LOG_LEVEL=ERROR
 python="${PYTHON:-python3}"
-folder="${FOLDER:-build/gpu2}"
-out="${OUT:-benchmarks/results}"
+kept=benchmarks/results
+[ -n "${TINY:-}" ] && kept=build/gpu2-tiny # never over what was measured
+folder="${FOLDER:-build/gpu2}${TINY:+-tiny}"
+out="${OUT:-$kept}"
 mkdir -p "$folder" "$out"
 parts=(8b-decode-100K 8b-decode-400K 8b-decode-800K 8b-prefill 70b-decode-10K 70b-decode-100K
     70b-decode-400K 70b-host 70b-prefill 70b-longest)

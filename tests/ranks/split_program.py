@@ -32,6 +32,8 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 import headinfer
+from headinfer.bench.fill import fill_randomly
+from headinfer.ranks.leaving import leave_together
 from saved_models import make_tokenizer
 
 warnings.filterwarnings("ignore")
@@ -72,6 +74,9 @@ def parity(folder: Path, got: dict[str, Any]) -> None:
                 model(prompt(1).to(model.device), **cache.as_keyword())
                 got[f"{name} {device} keys"] = cache.layers[0].keys.cpu()
                 got[f"{name} {device} host bytes"] = offload.stats.host_kv_bytes
+                filled = offload.new_cache()
+                fill_randomly(model, filled, 40, seed=1)
+                got[f"{name} {device} filled"] = filled.layers[0].keys.cpu()
 
 
 def patterns(folder: Path, got: dict[str, Any]) -> None:
@@ -164,7 +169,7 @@ def main() -> None:
     for part in (parity, patterns, uneven_pattern, other_splits, agreement, stopping, heads):
         part(folder, got)
     torch.save(got, folder / f"rank{distributed.get_rank()}.pt")
-    distributed.destroy_process_group()
+    leave_together()
 
 
 if __name__ == "__main__":

@@ -19,8 +19,10 @@ from split_models import (
     prompt,
     save_uneven_pattern,
 )
+from transformers import DynamicCache
 
 import headinfer
+from headinfer.bench.fill import fill_randomly
 from headinfer.device.host_memory import all_host_bytes
 from tiny_models import tiny_model
 
@@ -105,6 +107,16 @@ def test_each_rank_keeps_its_own_heads(got, models, name, heads, device) -> None
         torch.testing.assert_close(
             rank[f"{name} {device} keys"], cache.layers[0].keys[:, own], atol=1e-5, rtol=1e-4
         )
+
+
+@pytest.mark.parametrize(("name", "heads"), [("llama3", 2), ("phi3", 2)])
+def test_each_rank_is_filled_with_its_own_heads(got, models, name, heads) -> None:
+    stock = DynamicCache(config=models[name].config)
+    fill_randomly(models[name], stock, 40, seed=1)
+    wanted = stock.layers[0].keys
+    for index, rank in enumerate(got):
+        own = slice(index * heads, (index + 1) * heads) if name == "llama3" else slice(None)
+        assert rank[f"{name} cpu filled"].equal(wanted[:, own])
 
 
 @pytest.mark.parametrize("name", MODELS)

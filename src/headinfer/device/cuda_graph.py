@@ -97,8 +97,10 @@ class CudaCapture(Generic[_Result]):
 
     def _launch(self, graph: torch.cuda.CUDAGraph) -> None:
         self._together.join()
-        graph.replay()
-        self._together.fork()
+        try:
+            graph.replay()
+        finally:  # an interrupt may come behind the launch
+            self._together.fork()
 
 
 def _end(graph: torch.cuda.CUDAGraph, pool: Any) -> None:

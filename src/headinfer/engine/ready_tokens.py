@@ -38,8 +38,11 @@ class ReadyTokens(SavableTokens):
         self._dropped = 0  # times that captures lost the flags which they raise and await
         super().__init__(device, plan, dtype, stats)
 
-    def begin_step(self) -> ReadyStep | None:
+    def begin_step(self, *, streams_whole: bool = True) -> ReadyStep | None:
         """Make ready for a step of one new token, and write to memory where the token goes.
+
+        Args:
+            streams_whole: whether a step whose tiles are streamed may come in one launch.
 
         Returns:
             None where a step is captured in pieces alone; nothing was done then but to reserve host
@@ -56,7 +59,8 @@ class ReadyTokens(SavableTokens):
         if self._ahead is not None and self._ahead[0] == self._state() and not failed:
             return self._ahead[1]
         ready = self._make_ready()
-        self._balance.one_launch = ready is not None and ready.form is Form.STREAMED
+        streams = ready is not None and ready.form is Form.STREAMED
+        self._balance.one_launch = streams and streams_whole
         return ready
 
     @property
