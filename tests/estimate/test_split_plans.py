@@ -276,6 +276,15 @@ def test_heads_that_cannot_be_split_are_told(model: str, gpus: int, reason: str)
     assert any(reason in line for line in why(here, gpus))
 
 
+def test_a_split_that_transformers_makes_uneven_is_told() -> None:
+    """Of 32 layers the fullest of four GPUs has 12, and of two GPUs 16."""
+    odd = replace(preset_shape("llama-3-8b"), splits_heads=False)
+    told = {gpus: " ".join(why(replace(situation(), shape=odd), gpus)) for gpus in (2, 4)}
+    assert "7, 12, 12, 1 layers" in told[4]
+    assert "A device_map of your own with 8 layers on each GPU" in told[4]
+    assert "device_map" not in told[2]
+
+
 def test_each_gpu_may_give_another_amount() -> None:
     plans = split_plans(situation(), [24 * GIB, 12 * GIB])
     layers = next(plan for plan in plans if plan.split is Split.LAYERS)
