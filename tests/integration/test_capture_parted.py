@@ -221,9 +221,9 @@ def test_steps_whose_weights_are_brought_are_launched_which_is_said_once(
 def test_every_device_with_weights_has_a_part_in_a_capture() -> None:
     first, second = torch.device("cuda", 0), torch.device("cuda", 1)
     both = dict.fromkeys((first, second), 2**20)
-    spread_out = Placement(layers=(first, second), weights_bytes=both, streams=False)
+    spread_out = Placement(layers=(first, second), weights_bytes=both, brought_bytes={})
     assert spread_out.obstacle is None
-    head_apart = Placement(layers=(first, first), weights_bytes=both, streams=False)
+    head_apart = Placement(layers=(first, first), weights_bytes=both, brought_bytes={})
     assert head_apart.obstacle == "some of its weights are on a device that has no layer"
 
 
