@@ -60,6 +60,10 @@ def test_layers_on_several_devices_agree_with_stock(method, fill):
         assert sum(part.kv_bytes for part in parts) == MODEL.kv_bytes(303, "float32")
         assert sum(part.streamed_bytes for part in parts) == result.streamed_kv_bytes
         assert [part.resident_tokens for part in parts] == [100, 100]
+        worked = [part.prefill_busy for part in parts]
+        assert all(share is not None and 0 < share < 1 for share in worked) == (
+            fill is Fill.PREFILL
+        )
 
 
 @pytest.mark.parametrize(("method", "fill"), [("heads", Fill.RANDOM), ("heads-host", Fill.PREFILL)])

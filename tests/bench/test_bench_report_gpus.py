@@ -127,6 +127,22 @@ def test_prefills_are_held_against_those_of_one_gpu():
     assert found(text, "heads", "100K", "`one`") == "0.50, reached"
 
 
+def test_what_each_gpu_worked_of_a_prefill_is_told_where_it_was_measured(tmp_path):
+    results = results_of({("layers", 100 * K): 7.0, ("heads", 100 * K): 5.0})
+    assert "worked" not in report([("gpu2", results)], "plots")
+    layers, heads = results.rows
+    worked = [
+        replace(each, prefill_busy=busy)
+        for each, busy in zip(layers.parts, (0.91, 0.874), strict=True)
+    ]
+    results.rows[:] = [replace(layers, parts=tuple(worked)), heads]
+    told = report([("gpu2", results)], "plots")
+    assert "- layers: the GPUs worked 91%, 87% of the prefill\n" in told
+    results.save(str(tmp_path / "results.json"))
+    read = Results.load(str(tmp_path / "results.json"))
+    assert [part.prefill_busy for part in read.rows[0].parts] == [0.91, 0.874]
+
+
 def test_a_wrong_result_reaches_nothing():
     results = results_of({("one", 400 * K): 1.0, ("heads", 400 * K): 0.1})
     results.rows[1] = replace(results.rows[1], status=Status.MISMATCH)
@@ -145,6 +161,17 @@ def test_the_report_has_a_section_of_several_gpus_and_nothing_of_them_elsewhere(
     assert "0.62, not reached" in section
     assert "plots/gpu2-8b" not in text
     assert not list(figures("gpu2-8b", results))
+
+
+@pytest.mark.parametrize("newest_first", [False, True])
+def test_the_newest_of_several_files_counts(newest_first):
+    files = [
+        results_of({("one", 400 * K): 1.0, ("heads", 400 * K): heads_s}) for heads_s in (0.5, 0.25)
+    ]
+    for results, day in zip(files, ("01", "02"), strict=True):
+        results.header["date"] = f"2026-01-{day}T00:00:00+00:00"
+    text = targets_table(files[::-1] if newest_first else files)
+    assert found(text, "heads", "400K", "`one`") == "0.25, reached"
 
 
 def test_only_what_ran_is_a_column():

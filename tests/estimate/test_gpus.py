@@ -187,11 +187,32 @@ def test_chunks_follow_each_other_and_the_hidden_states_are_handed_on() -> None:
     assert whole.busy == pytest.approx((0.5, 0.5), abs=0.02)
 
 
-def test_launching_layers_bounds_steps_of_which_all_is_resident() -> None:
-    part = half(LLAMA), Placement()
-    assert layers_times(H100, [part, part], K).decode_s == pytest.approx(32 * 0.75e-3)
-    rank = by_heads(LLAMA, [24 * GIB] * 2).shares[0].shape
-    assert heads_times(H100, (rank, Placement()), 2, K).decode_s == pytest.approx(32 * 3.4e-3)
+@pytest.mark.parametrize(
+    ("model", "memory_gib", "k_tokens", "measured_ms"),
+    [
+        ("llama-3-8b", 24, 400, {Split.NONE: 869, Split.LAYERS: 432, Split.HEADS: 231}),
+        ("llama-3-70b", 78.5, 100, {Split.LAYERS: 251, Split.HEADS: 152}),
+    ],
+)
+def test_decode_steps_take_about_what_they_took_on_two_h100s(
+    model: str, memory_gib: float, k_tokens: int, measured_ms: dict[Split, float]
+) -> None:
+    """The figures of `benchmarks/results/gpu2-8b.json` and `gpu2-70b.json`, and their rates."""
+    machine = replace(H100, link_bytes_per_s=55e9, device_bytes_per_s=2850e9, copy_start_s=4e-6)
+    here = replace(
+        situation(model, k_tokens, hardware=machine), device_memory_bytes=int(memory_gib * GIB)
+    )
+    plans = ours(here, 2)
+    for split, milliseconds in measured_ms.items():
+        predicted_s = plans[split].decode_s_per_token
+        # Heads of the 70B had 0.7 GiB less of residents than is planned.
+        assert predicted_s == pytest.approx(milliseconds / 1e3, rel=0.12), split
+
+
+def test_launching_layers_bounds_steps_whose_weights_are_brought() -> None:
+    brought = replace(LLAMA, brought_bytes=1)
+    launched = layers_times(H100, [(brought, Placement())], K).decode_s
+    assert launched == pytest.approx(32 * 1.8e-3)
     assert layers_times(H100, [(LLAMA, Placement())], K).decode_s < 0.01  # it is captured
 
 
@@ -222,7 +243,7 @@ def test_the_longest_context_fits_and_one_token_more_does_not() -> None:
         assert not ours(replace(here, context_tokens=longest + 1), 2)[split].fits
 
 
-def test_at_400k_heads_are_split_and_at_1k_nothing_is() -> None:
+def test_at_400k_heads_are_split_and_a_model_of_odd_heads_is_split_by_layers() -> None:
     plans = ours(situation(), 2)
     # What the issue asks of two GPUs beside one.
     assert plans[Split.HEADS].decode_s_per_token < 0.45 * plans[Split.NONE].decode_s_per_token
@@ -231,11 +252,11 @@ def test_at_400k_heads_are_split_and_at_1k_nothing_is() -> None:
     assert choice.plan is not None
     assert choice.plan.split is Split.HEADS
     assert "--tensor-parallel" in choice.command
-    short = situation(k_tokens=1)
-    choice = choose_split(short, split_plans(short, [24 * GIB] * 2))
+    odd = situation("phi-4", memory_gib=32)
+    choice = choose_split(odd, split_plans(odd, [32 * GIB] * 2))
     assert choice.plan is not None
-    assert choice.plan.split is Split.NONE  # where steps are captured
-    assert choice.command == "headinfer generate ..."
+    assert choice.plan.split is Split.LAYERS
+    assert choice.command == "headinfer generate --gpus 2 ..."
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ It writes all that it got to `rank<n>.pt` in the folder.
 """
 
 import logging
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -106,6 +107,11 @@ def agreement(folder: Path, got: dict[str, Any]) -> None:
     with headinfer.attach(model, host_memory="1GiB") as offload:
         room = offload.session.host_room(0)
         got["host room"] = room.all_bytes, room.given_bytes
+    torchruns = os.environ["LOCAL_WORLD_SIZE"]
+    os.environ["LOCAL_WORLD_SIZE"] = "4"  # as if there were two models, in two ranks each
+    with headinfer.attach(model, host_memory="1GiB") as offload:
+        got["host room beside others"] = offload.session.host_room(0).given_bytes
+    os.environ["LOCAL_WORLD_SIZE"] = torchruns
     with headinfer.attach(model, host_memory=("1GiB", "1KiB")[rank]) as offload:
         got["host memory"] = failure_of(
             lambda: model(prompt(1).to(model.device), **offload.new_cache().as_keyword())

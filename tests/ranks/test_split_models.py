@@ -120,6 +120,7 @@ def test_a_rank_takes_its_share_of_cpu_memory(got, models) -> None:
     for rank in got:
         assert 0 < rank["llama3 cpu host bytes"] <= 0.6 * whole
         assert rank["host room"] == (all_host_bytes() // RANKS, 2**30 // RANKS)
+        assert rank["host room beside others"] == 2**30 // 4
 
 
 def test_a_pattern_is_cut_to_the_heads_of_each_rank(got, models) -> None:

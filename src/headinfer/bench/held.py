@@ -13,6 +13,7 @@ class HeldPart:
         streamed_bytes: what crosses its link in every decode step.
         host_attended_bytes: what the CPU attends on its behalf.
         resident_tokens: that it keeps of each layer.
+        prefill_busy: share of the prefill in which it worked; None where nobody knows.
     """
 
     layers: int
@@ -20,6 +21,7 @@ class HeldPart:
     streamed_bytes: int
     host_attended_bytes: int
     resident_tokens: int
+    prefill_busy: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

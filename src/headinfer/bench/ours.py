@@ -90,7 +90,9 @@ class HeadInfer:
         assert isinstance(cache, OffloadedCache)
         tokens, engine = cache.get_seq_length(), cache.state.engine
         engines = engine.parts if isinstance(engine, PartedEngine) else (engine,)
-        for plan, of_device in zip(self._plan_of(cache).of_devices, engines, strict=True):
+        busy = cache.stats.device_busy or (None,) * len(engines)
+        plans = self._plan_of(cache).of_devices
+        for plan, of_device, worked in zip(plans, engines, busy, strict=True):
             streamed = plan.streamed_bytes(tokens)
             share = self.host_share if of_device is None else of_device.host_share
             yield HeldPart(
@@ -99,6 +101,7 @@ class HeadInfer:
                 streamed_bytes=streamed - int(streamed * share),
                 host_attended_bytes=int(streamed * share),
                 resident_tokens=plan.resident_tokens,
+                prefill_busy=worked,
             )
 
     @staticmethod

@@ -135,6 +135,10 @@ def notes(rows: Sequence[Row]) -> list[str]:
             texts.insert(0, f"{meaning(row.status)}: {row.reason}")
         elif row.limited_by:
             texts.insert(0, f"ends at {row.limited_by}")
+        busy = [part.prefill_busy for part in row.parts if part.prefill_busy is not None]
+        if busy and row.prefill_s is not None:
+            shares = ", ".join(f"{share:.0%}" for share in busy)
+            texts.append(f"the GPUs worked {shares} of the prefill")
         if (row.others_cpu_share or 0.0) > NOISY_CPU_SHARE:
             texts.append("noisy: other programs used the CPU meanwhile")
         for text in texts:

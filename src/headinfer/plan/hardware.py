@@ -75,7 +75,7 @@ class Hardware:
         """Return what each of some GPUs has while the links of all of them are busy.
 
         Links carry what they do alone, as far as host memory gives it. Measured beside two H100s:
-        55 GB/s to one, 109 to both at once.
+        54 to 55 GB/s to one, 109 to both at once.
         """
         most = self.host_bytes_per_s / gpus
         link, back = self.link_bytes_per_s, self.link_back_bytes_per_s

@@ -25,7 +25,7 @@ _TILE_START_S = 100e-6
 Measured beside an H100 with torch 2.11, Llama-3-8B at 10K tokens: 512 tiles and their copies made a
 step 55 ms longer."""
 
-LAYER_START_S = 0.75e-3
+_LAYER_START_S = 0.75e-3
 """Seconds to start a layer's own kernels from Python.
 
 Measured with Llama-3-8B and nothing to stream: a step took 30 ms in the paper, and 23 to 26 beside
@@ -274,7 +274,7 @@ class Predictor:
             compute_s=compute_s + merged * _MERGED_BYTES / hardware.device_bytes_per_s,
             link_s=price.fetched_bytes / link,
             link_back_s=price.sent_bytes / (hardware.link_back_bytes_per_s or link),
-            start_s=len(self._shape.layers) * LAYER_START_S
+            start_s=len(self._shape.layers) * _LAYER_START_S
             + price.attended * _TILE_START_S
             + price.copies * hardware.copy_start_s,
             host_s=self._host_s(streamed, price.asked_bytes) if price.asked_bytes else 0.0,
