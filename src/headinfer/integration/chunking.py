@@ -218,6 +218,7 @@ def run_leading_chunks(
     past_tokens: int,
     after_chunk: Callable[[int, int], None],
     crossings: Crossings,
+    leaving: Callable[[], None],
 ) -> tuple[dict[str, Any], list[torch.Tensor]]:
     """Run all chunks of a call but the last.
 
@@ -228,6 +229,7 @@ def run_leading_chunks(
         past_tokens: tokens in the cache before the call.
         after_chunk: told the new tokens done so far and all, after each chunk.
         crossings: of the model.
+        leaving: called when a device's part of a chunk is all enqueued.
 
     Returns:
         The arguments of the last chunk, and the logits of the chunks run, each `[batch, tokens,
@@ -243,7 +245,7 @@ def run_leading_chunks(
         part = slice_call(arguments, start, end, past_tokens)
         if keep:
             part["logits_to_keep"] = 1  # the least the model can compute; not used
-        with crossings.once(discards=keep > 0):
+        with crossings.once(discards=keep > 0, leaving=leaving):
             output = forward(**part)
         if not keep:
             logits.append(output.logits)

@@ -131,7 +131,7 @@ class ServedCall:
                 self._positions.install(self._rotary_modules)
             arguments, self._logits = run_leading_chunks(
                 *(self._forward, arguments, chunk_tokens, past_tokens, self._after_chunk),
-                self._chunking.crossings,
+                *(self._chunking.crossings, self._owner.busy.pause),
             )
         return arguments
 
