@@ -137,7 +137,7 @@ class Session:
         Raises:
             CacheStateError: called from within a call of the model.
         """
-        self._attachment.turns.run(self._detach)
+        self._attachment.between_calls(self._detach)
 
     def _detach(self) -> None:
         self._attachment.remove()
