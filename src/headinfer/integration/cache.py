@@ -11,12 +11,13 @@ from transformers.cache_utils import DynamicCache
 
 from headinfer.engine.stats import Stats
 from headinfer.errors import CacheStateError
+from headinfer.integration.cache_host import CacheHost
 from headinfer.integration.calls import cache_name
 from headinfer.integration.layer import OffloadedLayer, WindowLayer
 from headinfer.integration.prefix import keep_common_prefix
-from headinfer.integration.rows import chosen_rows
+from headinfer.integration.rows import chosen_rows, rows_of
 from headinfer.integration.saving import BLOCK_BYTES, SavedSession, save_cache
-from headinfer.integration.state import CacheHost, OffloadedState
+from headinfer.integration.state import OffloadedState
 from headinfer.integration.support import layer_kind
 from headinfer.integration.token_history import TokenHistory
 from headinfer.integration.turns import Turns, in_turn
@@ -214,16 +215,7 @@ class OffloadedCache(DynamicCache):
         self.state.check_open()
         if self.state.engine is not None:
             return self.state.engine.plan.batch
-        for layer in self._own_layers():
-            states = getattr(layer, "conv_states", {}), getattr(layer, "recurrent_states", {})
-            kept = [
-                getattr(layer, "keys", None),
-                *(part for each in states for part in each.values()),
-            ]
-            for part in kept:
-                if part is not None and part.ndim > 1:
-                    return int(part.shape[0])
-        return None
+        return rows_of(self._own_layers())
 
     def _select(self, rows: torch.Tensor) -> None:
         """Make row `i` what row `rows[i]` was."""
@@ -231,7 +223,7 @@ class OffloadedCache(DynamicCache):
         if numbers == list(range(self._batch() or 0)):
             return
         engine = self.state.engine
-        in_place = engine is not None and len(numbers) == engine.plan.batch
+        in_place = engine is not None and len(numbers) == engine.plan.batch and not engine.parked
         if not in_place:
             self.state.select_rows(numbers)
         with self.state.changing():
@@ -303,17 +295,42 @@ class OffloadedCache(DynamicCache):
         """Return a second cache of the same attachment that holds the same tokens.
 
         It takes GPU memory as any new cache does. The two share CPU memory until one of them
-        changes what both hold. Both count in full in what is allowed.
+        changes what both hold.
 
         Raises:
             CacheStateError: it was closed, the model was detached, or a call was interrupted.
             MemoryPlanError: the GPU memory or the CPU memory is too small for a second cache.
         """
+        return self._copied(memo, parked=False)
+
+    @in_turn
+    def fork(self) -> "OffloadedCache":
+        """Return a second cache that holds the same tokens, parked: see `park`.
+
+        The two share CPU memory. Neither ever writes to what both hold, if they have one row.
+
+        Raises:
+            CacheStateError: it was closed, the model was detached, or a call was interrupted.
+        """
+        return self._copied({}, parked=True)
+
+    def park(self) -> None:
+        """Give up GPU memory, but for windows and states, until the next call with the cache.
+
+        CPU memory that was reserved for tokens to come goes, too. A parked cache can be cropped,
+        forked and saved.
+
+        Raises:
+            CacheStateError: it was closed, or its newest tokens were not attended yet.
+        """
+        self.state.park()
+
+    def _copied(self, memo: dict[int, Any], *, parked: bool) -> "OffloadedCache":
         self.state.check_open()
         self._check_whole()
         copied: OffloadedCache = self.state.host.new_cache(self.state.max_tokens)
-        copied.state.copy_from(self.state)
         try:
+            copied.state.copy_from(self.state, parked=parked)
             for position, layer in enumerate(self.layers):
                 if isinstance(layer, OffloadedLayer):
                     copied.layers[position].copy_form_of(layer)
