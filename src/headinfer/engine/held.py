@@ -6,7 +6,7 @@ What frees tokens of the host waits for the work in flight that touches them.
 import contextlib
 import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 
 import torch
 
@@ -131,10 +131,17 @@ class HeldTokens:
         """Bytes of host memory held for KV, or asked for."""
         return sum([ledger.host_bytes for ledger in self._full])
 
-    def host_pieces(self) -> dict[int, int]:
-        """Return the bytes of each piece of host memory, by a number that copies share."""
+    def host_pieces(self) -> dict[Hashable, int]:
+        """Return the bytes of each piece of host memory, by what copies have in common.
+
+        Copies of several rows have nothing in common: the order of rows may change, which takes
+        memory for all of them.
+        """
+        own = None if self.plan.batch == 1 else id(self)
         return {
-            id(piece): piece.memory.numel() for ledger in self._full for piece in ledger.host_pieces
+            (own, id(piece)): piece.memory.numel()
+            for ledger in self._full
+            for piece in ledger.host_pieces
         }
 
     @property

@@ -6,7 +6,7 @@ So an engine's work is in order with the model's, as on one device.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -209,9 +209,9 @@ class PartedEngine:
         """Give up the arenas; see `Engine.park`."""
         self._on_all(Engine.park)
 
-    def host_pieces(self) -> dict[int, int]:
-        """Return the bytes of each piece of host memory, by a number that copies share."""
-        return {number: size for part in self.parts for number, size in part.host_pieces().items()}
+    def host_pieces(self) -> dict[Hashable, int]:
+        """Return the bytes of each piece of host memory, by what copies have in common."""
+        return {piece: size for part in self.parts for piece, size in part.host_pieces().items()}
 
     def give_up_residents(self) -> None:
         """Keep no token on the devices."""

@@ -1,6 +1,6 @@
 """What of host memory is left for the caches of an attachment, by what they have taken."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 from headinfer.device.base import Device
 from headinfer.device.host_memory import all_host_bytes, available_host_bytes
@@ -19,7 +19,7 @@ def room_of(
     """Return what of host memory is left for a cache.
 
     Args:
-        engines: of all caches. Memory that several share counts once.
+        engines: of all caches. Memory that several of one row share counts once.
         device: where attention is computed.
         ranks: the processes that compute the model.
         given_bytes: the most that the caches of all processes here may take; None for no limit.
@@ -45,7 +45,7 @@ def room_of(
 
 def held_host_bytes(engines: Sequence[CacheEngine]) -> int:
     """Return the host memory that engines hold or asked for; what several share counts once."""
-    pieces: dict[int, int] = {}
+    pieces: dict[Hashable, int] = {}
     for engine in engines:
         pieces.update(engine.host_pieces())
     return sum(pieces.values()) + sum(engine.coming_host_bytes for engine in engines)
