@@ -1,6 +1,5 @@
 """Rows of a batch as callers name them: tensors, lists, tuples, masks, ranges, negative numbers."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -30,21 +29,3 @@ def chosen_rows(indices: Any, batch: int) -> torch.Tensor:
     if rows.ndim != 1 or not rows.numel():
         raise ValueError(f"a cache keeps one row or more, given as a list, not {indices!r}")
     return rows
-
-
-def rows_of(layers: Iterable[Any]) -> int | None:
-    """Return the rows that layers of transformers' own hold; None where they hold nothing.
-
-    Args:
-        layers: with keys and values, or with states.
-    """
-    for layer in layers:
-        states = getattr(layer, "conv_states", {}), getattr(layer, "recurrent_states", {})
-        kept = [
-            getattr(layer, "keys", None),
-            *(part for each in states for part in each.values()),
-        ]
-        for part in kept:
-            if part is not None and part.ndim > 1:
-                return int(part.shape[0])
-    return None

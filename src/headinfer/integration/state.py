@@ -98,6 +98,11 @@ class OffloadedState:
         return self.engine.lengths() if self.engine else None
 
     @property
+    def parked(self) -> bool:
+        """Whether there is an engine, and it is parked."""
+        return self.engine is not None and self.engine.parked
+
+    @property
     def chunk_tokens(self) -> int | None:
         """Tokens of a prefill chunk; None while there is no engine."""
         return self.engine.plan.chunk_tokens if self.engine else None
