@@ -30,6 +30,7 @@ class Kept:
         ids: its tokens, `[tokens]` of int64.
         cache: parked, with just these tokens.
         lasting: whether it is worth a place on the disk.
+        snapshot: whether it was left behind in a prompt, for others to begin with.
         home: has its first tokens on the disk, or all; it saves there.
         busy: users that it must stay as it is for.
         used: grows with each use.
@@ -39,6 +40,7 @@ class Kept:
     ids: torch.Tensor
     cache: OffloadedCache
     lasting: bool = True
+    snapshot: bool = False
     home: SavedPrefix | None = None
     busy: int = 0
     used: int = 0

@@ -123,7 +123,8 @@ class Prefixes:
         in_memory: list[_Choice] = []
         for kept in self._shelf.kept:
             tokens = kept.serves(prompt)
-            in_memory.append(_Choice(tokens, kept, tokens == len(kept.ids) and not kept.busy))
+            whole = tokens == len(kept.ids) and not (kept.busy or kept.snapshot)
+            in_memory.append(_Choice(tokens, kept, whole))
         if self._goes_back:  # else what was read is there as snapshots
             for lent in self._running:
                 tokens = usable(lent.ids[: lent.read_tokens], prompt, 0)
@@ -217,8 +218,9 @@ class Prefixes:
         if known is None or known.shape[1] < LEAST_TOKENS:
             cache.close()
             return
-        kept = Kept(ids=known[0], cache=cache, lasting=lasting)
-        if cache is lent.cache:
+        snapshot = cache is not lent.cache
+        kept = Kept(ids=known[0], cache=cache, lasting=lasting, snapshot=snapshot)
+        if not snapshot:
             lent.kept, kept.home = kept, lent.home
         self._shelf.add(kept)
 
