@@ -41,6 +41,10 @@ class _Choice(NamedTuple):
     whole: bool
 
 
+def _rank(choice: _Choice) -> tuple[int, bool]:
+    return choice.tokens, choice.whole
+
+
 class Prefixes:
     """A keeper of the caches that requests leave behind.
 
@@ -117,10 +121,24 @@ class Prefixes:
                         choice.source.busy -= 1
             if lent is not None:
                 return lent
+            self._reject(choice.source)
+
+    def _reject(self, source: Kept | Lent | SavedPrefix) -> None:
+        """Do not choose again what has given nothing."""
+        with self._shelf.mutex:
+            if isinstance(source, Lent):
+                source.read_tokens = 0
+            elif isinstance(source, Kept):
+                source.ids = source.ids[:0]
+            elif source.earliest_crop < len(source.ids):
+                source.earliest_crop = len(source.ids)
+            else:
+                source.ids = source.ids[:0]
 
     def _choose(self, prompt: torch.Tensor) -> _Choice | None:
         """Return what spares a prompt the most tokens; memory comes before the disk."""
         in_memory: list[_Choice] = []
+        on_disk: list[_Choice] = []
         for kept in self._shelf.kept:
             tokens = kept.serves(prompt)
             whole = tokens == len(kept.ids) and not (kept.busy or kept.snapshot)
@@ -129,14 +147,16 @@ class Prefixes:
             for lent in self._running:
                 tokens = usable(lent.ids[: lent.read_tokens], prompt, 0)
                 in_memory.append(_Choice(tokens, lent, whole=False))
-        best = max(in_memory, key=lambda each: (each.tokens, each.whole), default=None)
-        most = 0 if best is None else best.tokens
         for saved in self._shelf.saved:
-            tokens = usable(saved.ids, prompt, 0 if self._goes_back else len(saved.ids))
-            if (tokens - most) * _DISK_DIVISOR > tokens:
-                best = _Choice(tokens, saved, tokens == len(saved.ids) and not saved.owned)
-                most = tokens
-        return best if most else None
+            tokens = usable(saved.ids, prompt, saved.earliest_crop)
+            # Where caches cannot go back, others may need it just as it is.
+            whole = self._goes_back and tokens == len(saved.ids) and not saved.owned
+            on_disk.append(_Choice(tokens, saved, whole))
+        best, other = (max(each, key=_rank, default=None) for each in (in_memory, on_disk))
+        most = 0 if best is None else best.tokens
+        if other is not None and (other.tokens - most) * _DISK_DIVISOR > other.tokens:
+            best = other
+        return best if best is not None and best.tokens else None
 
     def _claim(self, choice: _Choice) -> None:
         """Keep others from what was chosen."""
@@ -165,9 +185,6 @@ class Prefixes:
             fork = source.cache.fork()
         except HeadInferError as error:  # of a running request that has just failed
             _logger.info("a prefix could not be forked: %s", error)
-            with self._shelf.mutex:
-                if isinstance(source, Lent) and source in self._running:
-                    source.read_tokens = 0
             return None
         return self._cut(fork, prompt, None)
 
@@ -178,8 +195,6 @@ class Prefixes:
         tokens = cache.keep_common_prefix(prompt)
         if tokens < LEAST_TOKENS:
             cache.close()
-            if home is not None:  # what could be read of it is of no use
-                self._shelf.unlist(home)
             return None
         cache.park()
         cache.compact()

@@ -16,7 +16,7 @@ from headinfer.session import Session
 
 _logger = logging.getLogger(__name__)
 
-_COVERED_DIVISOR = 8
+_COVERED_DIVISOR = 64
 """A prefix is not worth a place on the disk if another one has all but one in so many tokens."""
 
 
