@@ -37,6 +37,7 @@ INSTRUMENTS = ["cli", "evaluate", "bench", "finding", "demo", "probe", "plot", "
 ORDER = [
     "__main__",
     *INSTRUMENTS,
+    "serving",
     "generation",
     "gguf_models",
     "api",
