@@ -11,7 +11,6 @@ import transformers
 from transformers import PreTrainedModel
 
 from headinfer.device.base import Device, Mark
-from headinfer.device.host_memory import available_host_bytes
 from headinfer.device.marks import AllMarks
 from headinfer.engine.busy import BusyTimes
 from headinfer.engine.engine import Engine
@@ -26,7 +25,7 @@ from headinfer.integration.capture import CapturedSteps
 from headinfer.integration.linears import FewRowLinears
 from headinfer.integration.model_shape import model_shape
 from headinfer.integration.parts import (
-    USED_SHARE,
+    bytes_left,
     go_on_under,
     parts_of,
     passing_together,
@@ -229,8 +228,6 @@ class Session:
     def check_device(self, tokens: int) -> None:
         """Refuse a cache of one row that the devices do not hold, with no other cache on them.
 
-        Waits for no call.
-
         Raises:
             MemoryPlanError: says what is needed, and what is there.
         """
@@ -289,8 +286,7 @@ class Session:
     def tensor_bytes_left(self, layer_idx: int) -> int:
         """Return the bytes that tensors may still take where a layer is."""
         (device,) = (part.device for part in self.parts if layer_idx in part.layers)
-        free = device.free_bytes()
-        return available_host_bytes() if free is None else int(free * USED_SHARE)
+        return bytes_left(device)
 
     def owns(self, cache: OffloadedCache) -> bool:
         """Whether a cache was made here."""

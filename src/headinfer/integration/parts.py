@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from headinfer.device.base import Device
+from headinfer.device.host_memory import available_host_bytes
 from headinfer.device.make import measured_hardware
 from headinfer.engine.engine import Engine
 from headinfer.errors import MemoryPlanError, UnsupportedModelError
@@ -159,6 +160,12 @@ def passing_together(
     )
     least = ranks.least(*(plan.resident_tokens for plan in whole))
     return [with_fewer_residents(*each) for each in zip(whole, least, strict=True)]
+
+
+def bytes_left(device: Device) -> int:
+    """Return the bytes that tensors may still take on a device."""
+    free = device.free_bytes()
+    return available_host_bytes() if free is None else int(free * USED_SHARE)
 
 
 def go_on_under(plans: Sequence[Plan], engines: Sequence[Engine]) -> None:

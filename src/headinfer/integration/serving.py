@@ -239,7 +239,8 @@ class ServedCall:
         suspended = (
             contextlib.nullcontext() if self._positions is None else self._positions.suspended()
         )
-        with suspended:  # who hears of progress may call the model, as may other threads
+        # Who hears of progress may call the model, as may other threads.
+        with suspended, self._owner.busy.suspended():
             self._report_chunks(all_tokens, begun=begun)
             self._let_others(all_tokens)
 
