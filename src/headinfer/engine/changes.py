@@ -52,6 +52,8 @@ class ChangeableTokens(HeldTokens):
     def copy_from(self, other: "ChangeableTokens") -> None:
         """Hold what another engine of the same device and rows holds; this one must be empty.
 
+        Either may be parked.
+
         The two share the host memory of what both hold, until one of them changes it.
 
         Raises:
@@ -63,7 +65,8 @@ class ChangeableTokens(HeldTokens):
                 ledger.share(source)
             elif source.tail is not None:
                 self._windows.copy(source, ledger)
-        self._fill_residents()
+        if not self.parked:
+            self._fill_residents()
 
     def check_crop(self, layer_idx: int, tokens: int) -> None:
         """Refuse to remove so many of a layer's newest tokens if its window has dropped the others.
@@ -125,6 +128,23 @@ class ChangeableTokens(HeldTokens):
         self._bring_home()
         self._rebuild(plan)
 
+    def park(self) -> None:
+        """Give up the arena and host memory that is not needed; `replan` brings an arena back.
+
+        Windows stay where they are.
+        """
+        if self.parked:
+            return
+        self._bring_home()
+        self._forget_memory()
+        for ledger in self._full:
+            ledger.drop_device()
+            ledger.trim()
+        self._expected_tokens = 0
+        self._leave_arena()
+        self._arena_bytes = 0
+        self.parked = True
+
     def give_up_residents(self) -> None:
         """Keep no token on the device; costs no copy but the tail's."""
         self.replan(dataclasses.replace(self.plan, resident_tokens=0, resident_bytes=0))
@@ -132,6 +152,8 @@ class ChangeableTokens(HeldTokens):
     def _bring_home(self) -> None:
         """Have the host hold every token of the layers without a window, at rest."""
         self.lengths()  # refuses what was interrupted
+        if self.parked:
+            return
         for ledger in self._full:
             self._pages.send_home(ledger)
         self._come_to_rest()
@@ -144,12 +166,12 @@ class ChangeableTokens(HeldTokens):
         for ledger in self._full:
             ledger.drop_device()
         try:
-            del self._executor, self._pages
-            self._host.free()
+            self._leave_arena()
             self._build()
         except BaseException:
             self._abandon()
             raise
+        self.parked = False
         self._fill_residents()
 
     def _fill_residents(self) -> None:

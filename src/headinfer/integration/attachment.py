@@ -8,6 +8,7 @@ both.
 
 import itertools
 import logging
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any, cast
@@ -113,11 +114,27 @@ class Attachment:
         Raises:
             CacheStateError: called from within a call of the model.
         """
-        self.turns.run(self._remove)
+        self.between_calls(self._remove)
+
+    def between_calls(self, function: Callable[[], object]) -> None:
+        """Call a function in a turn, once no call of another thread is under way.
+
+        Raises:
+            CacheStateError: called from within a call of the model.
+        """
+
+        def attempt() -> bool:
+            if any(call.thread == threading.get_ident() for call in self._calls):
+                raise CacheStateError("a model cannot be detached from within a call of it")
+            if self._calls:  # between two chunks
+                return False
+            function()
+            return True
+
+        while not self.turns.run(attempt):
+            self.turns.pass_on()
 
     def _remove(self) -> None:
-        if self._calls:
-            raise CacheStateError("a model cannot be detached from within a call of it")
         while self._restore:
             self._restore[-1]()  # each may be called again, if this is interrupted
             self._restore.pop()
@@ -154,7 +171,9 @@ class Attachment:
         shape: tuple[int, int],
     ) -> Any:
         """Run a call with an offloaded cache."""
-        if any(other.cache is cache for other in self._calls):
+        while (own := self._calls_with(cache)) and threading.get_ident() not in own:
+            self.turns.pass_on()  # another thread's, between two chunks
+        if own:
             raise CacheStateError(
                 "the model was called with a cache that a call under way is using, as from a hook "
                 "or a progress callback; pass another cache"
@@ -176,6 +195,10 @@ class Attachment:
             return output
         finally:
             uninterrupted(lambda: self._leave(call))
+
+    def _calls_with(self, cache: OffloadedCache) -> set[int]:
+        """Return the threads of the calls under way with a cache."""
+        return {call.thread for call in self._calls if call.cache is cache}
 
     def _leave(self, call: ServedCall) -> None:
         """Forget a call, however it ended; may be called again."""

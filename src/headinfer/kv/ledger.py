@@ -126,18 +126,26 @@ class Ledger:
         return sum(taken) + self.coming.num_bytes
 
     @property
+    def host_pieces(self) -> list[Piece]:
+        """The pieces of host memory it holds; others may hold them, too."""
+        return [extent.piece for extent in self._host]
+
+    @property
     def unwritten_bytes(self) -> int:
         """Bytes of those that this ledger may still take of what the system calls available.
 
-        These were reserved and never written, or are shared.
+        These were reserved and never written, or are shared by several rows, whose order may
+        change.
         """
+        unwritten = max(self.host_bytes - self.geometry.num_bytes(self._written_tokens), 0)
+        if self.geometry.batch == 1:  # what is shared is never written to, but behind it
+            return unwritten
         shared = [
             part.piece.memory.numel() * (part.piece.holders - 1) // part.piece.holders
             for part in self._host
             if part.piece.holders > 1
         ]
-        unwritten = self.host_bytes - self.geometry.num_bytes(self._written_tokens)
-        return max(unwritten, 0) + sum(shared)
+        return unwritten + sum(shared)
 
     @property
     def sink_tokens(self) -> int:
@@ -334,6 +342,12 @@ class Ledger:
         self._host = [extent.share() for extent in other._host if extent.tokens]
         self.host_tokens = self._written_tokens = other.host_tokens
         self.version += 1
+
+    def trim(self) -> None:
+        """Give back host memory that was asked for, or reserved, and has no tokens."""
+        self.coming.cancel()
+        while self._host and not self._host[-1].tokens:
+            self._place.give_back(self._host.pop())
 
     def clear(self) -> None:
         """Forget all tokens and give back all host memory; device memory stays."""
