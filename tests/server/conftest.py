@@ -3,9 +3,9 @@ import pytest
 pytest.importorskip("fastapi")
 
 from openai import OpenAI
+from server_parts import WAIT_S, running
 
 from saved_models import save_llama
-from server_parts import WAIT_S, running
 
 
 @pytest.fixture(scope="session")
