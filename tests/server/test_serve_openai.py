@@ -59,6 +59,15 @@ def test_a_stream_has_usage_only_where_it_is_asked_for(client: OpenAI) -> None:
     assert {chunk.id for chunk in chunks} == {chunks[0].id}
 
 
+def test_the_same_prompt_again_is_not_read_again(client: OpenAI) -> None:
+    text = " ".join(f"The strongbox of the mossy phoenix opens with 41-{n}." for n in range(10, 60))
+    first = client.completions.create(model="demo", prompt=text, max_tokens=3)
+    again = client.completions.create(model="demo", prompt=text, max_tokens=3)
+    assert first.usage.prompt_tokens_details.cached_tokens == 0
+    assert again.usage.prompt_tokens_details.cached_tokens >= again.usage.prompt_tokens - 1
+    assert again.choices[0].text == first.choices[0].text
+
+
 def test_a_response_and_its_stream(client: OpenAI) -> None:
     whole = client.responses.create(model="demo", input=f"{FACT} {QUESTION}")
     chat = client.chat.completions.create(model="demo", messages=MESSAGES)
@@ -189,13 +198,12 @@ def test_the_model_is_listed(client: OpenAI) -> None:
 
 
 def test_errors_are_those_the_client_knows(client: OpenAI, endless) -> None:
+    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}
+    shown = [{"role": "user", "content": [picture]}]
+    tool = {"type": "function", "function": {"name": "look", "parameters": {}}}
     with pytest.raises(openai.BadRequestError, match="only text"):
-        picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}
-        client.chat.completions.create(
-            model="demo", messages=[{"role": "user", "content": [picture]}]
-        )
+        client.chat.completions.create(model="demo", messages=shown)
     with pytest.raises(openai.BadRequestError, match="tools"):
-        tool = {"type": "function", "function": {"name": "look", "parameters": {}}}
         client.chat.completions.create(model="demo", messages=MESSAGES, tools=[tool])
     stranger = OpenAI(base_url=f"{endless.url}/v1", api_key="wrong", max_retries=0, timeout=WAIT_S)
     with pytest.raises(openai.AuthenticationError):
