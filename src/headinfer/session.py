@@ -33,6 +33,7 @@ from headinfer.plan.host_room import HostRoom
 from headinfer.plan.narrow import narrowed, with_fewer_residents
 from headinfer.plan.options import Options
 from headinfer.plan.plan import Plan, joined
+from headinfer.plan.shape import LayerKind
 from headinfer.plan.streaming import with_pattern
 from headinfer.plan.whole import passing_whole
 from headinfer.saved.fingerprint import Fingerprint, fingerprint
@@ -129,6 +130,16 @@ class Session:
                 "sessions are saved of models on one device in one process; this one is split"
             )
         return fingerprint(self._model, transformers.__version__)
+
+    @property
+    def goes_back(self) -> bool:
+        """Whether caches can be cropped to any length: no layer has a window or a state."""
+        layers = self._shape.layers
+        return all(each.kind is LayerKind.FULL and each.streaming is None for each in layers)
+
+    def goes_on_alike(self) -> bool:
+        """Return whether a prompt gives the same if its beginning was read in another call."""
+        return self._attachment.goes_on_alike()
 
     def detach(self) -> None:
         """Leave the model exactly as it was; its caches are closed. May be called again.
@@ -240,6 +251,11 @@ class Session:
         """
         given = self._options.host_memory_bytes
         return room_of(list(self._engines), self.device, self.ranks, given, working_bytes)
+
+    def missing_host_bytes(self, cache: OffloadedCache, tokens: int) -> int:
+        """Return the bytes of host memory that a cache of one row lacks for so many tokens."""
+        engine = cache.state.engine
+        return self.plan.kv_host_bytes(tokens) if engine is None else engine.missing_bytes(tokens)
 
     def check_host_room(self, needed_bytes: int, working_bytes: int, what: str) -> None:
         """Refuse KV that host memory has no room for, on all ranks if on one.

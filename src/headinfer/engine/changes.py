@@ -63,6 +63,12 @@ class ChangeableTokens(HeldTokens):
         for ledger, source in zip(self._ledgers, other._ledgers, strict=True):
             if source.track.window_tokens is None:
                 ledger.share(source)
+            elif source.tail is not None and self.parked:
+                self._windows.park_copy(source, ledger, parked=other.parked)
+            elif source.tail is not None and other.parked:
+                tail = source.tail
+                kv = tail.tile(tail.start, tail.end).kv
+                self._windows.restore(ledger, tail.start, kv)
             elif source.tail is not None:
                 self._windows.copy(source, ledger)
         if not self.parked:
@@ -82,6 +88,11 @@ class ChangeableTokens(HeldTokens):
                 self._windows.check_crop(
                     ledger, max(ledger.tokens - tokens, 0), streams=layer.streams
                 )
+
+    @property
+    def earliest_crop(self) -> int:
+        """The fewest tokens, but for none, that each layer can be cropped to."""
+        return max((ledger.earliest_crop for ledger in self._ledgers), default=0)
 
     def crop(self, layer_idx: int, tokens: int) -> None:
         """Remove a layer's newest `tokens` tokens, or all it has.
@@ -131,19 +142,34 @@ class ChangeableTokens(HeldTokens):
     def park(self) -> None:
         """Give up the arena and host memory that is not needed; `replan` brings an arena back.
 
-        Windows stay where they are.
+        Windows wait in memory of the CPU.
         """
         if self.parked:
             return
         self._bring_home()
         self._forget_memory()
-        for ledger in self._full:
-            ledger.drop_device()
-            ledger.trim()
+        for ledger in self._ledgers:
+            if ledger.track.window_tokens is not None:
+                self._windows.park(ledger)
+            else:
+                ledger.drop_device()
+                ledger.trim()
         self._expected_tokens = 0
         self._leave_arena()
         self._arena_bytes = 0
         self.parked = True
+
+    def compact(self) -> None:
+        """Copy what a parked cache holds, where that is a small part of the memory it holds.
+
+        Raises:
+            MemoryPlanError: the host memory cannot be had.
+        """
+        assert self.parked
+        for ledger in self._full:
+            ledger.trim()
+            if ledger.host_bytes > 2 * ledger.geometry.num_bytes(ledger.host_tokens):
+                ledger.select_host(range(self.plan.batch), anew=True)
 
     def give_up_residents(self) -> None:
         """Keep no token on the device; costs no copy but the tail's."""
@@ -171,7 +197,11 @@ class ChangeableTokens(HeldTokens):
         except BaseException:
             self._abandon()
             raise
-        self.parked = False
+        if self.parked:
+            self.parked = False
+            for ledger in self._ledgers:
+                if ledger.track.window_tokens is not None:
+                    self._windows.wake(ledger)
         self._fill_residents()
 
     def _fill_residents(self) -> None:

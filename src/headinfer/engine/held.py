@@ -123,6 +123,8 @@ class HeldTokens:
     @property
     def window_bytes(self) -> int:
         """Bytes of them that sliding windows take."""
+        if self.parked:
+            return 0
         tails = [ledger.tail for ledger in self._ledgers if ledger.track.window_tokens is not None]
         return sum([tail.piece.memory.numel() for tail in tails if tail is not None])
 

@@ -213,6 +213,15 @@ class PartedEngine:
         """Return the bytes of each piece of host memory, by what copies have in common."""
         return {piece: size for part in self.parts for piece, size in part.host_pieces().items()}
 
+    @property
+    def earliest_crop(self) -> int:
+        """The fewest tokens, but for none, that each layer can be cropped to."""
+        return max(part.earliest_crop for part in self.parts)
+
+    def compact(self) -> None:
+        """Copy what is a small part of the memory it is in; see `Engine.compact`."""
+        self._on_all(Engine.compact)
+
     def give_up_residents(self) -> None:
         """Keep no token on the devices."""
         self._on_all(Engine.give_up_residents)

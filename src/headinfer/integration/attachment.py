@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any, cast
 
+import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
@@ -34,6 +35,8 @@ from headinfer.integration.turns import Turns
 
 _logger = logging.getLogger(__name__)
 _numbers = itertools.count()
+
+_TRIED_TOKENS = 32
 
 _MARK = "_headinfer_session"
 """The attribute of an attached model that holds whoever attached to it."""
@@ -138,6 +141,20 @@ class Attachment:
         while self._restore:
             self._restore[-1]()  # each may be called again, if this is interrupted
             self._restore.pop()
+
+    def goes_on_alike(self) -> bool:
+        """Whether a call gives the same for a prompt whose beginning another call has read.
+
+        A model with a recurrent state is tried out on a few tokens. Rotary frequencies that follow
+        the length of a pass are none of the beginning's.
+        """
+        if self._rotary_modules:
+            return False
+        tokens = torch.ones((1, _TRIED_TOKENS), dtype=torch.long, device=self._model.device)
+        arguments = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+        own = self._model.forward
+        inner = own.inner if isinstance(own, InstanceForward) else own
+        return self.turns.run(self._chunking.obstacle, inner, arguments, 0) is None
 
     def _serve(
         self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

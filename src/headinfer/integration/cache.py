@@ -52,6 +52,7 @@ class OffloadedCache(DynamicCache):
         drafted_tokens: new tokens of the last call that may be rejected drafts, in each row.
         progress: told of the tokens done and in all after each chunk of a prompt; may raise.
         history: the token ids that came.
+        marks: positions where a chunk of a prompt ends, wherever else it would.
         watchers: told of the model's calls with it.
         saved: what of it is on the disk, and where; None for nothing.
         lengths_before: tokens of each layer before the call that is under way; None between calls.
@@ -67,6 +68,7 @@ class OffloadedCache(DynamicCache):
         self.drafted_tokens = 0
         self.progress: PrefillProgress | None = None
         self.history = TokenHistory()
+        self.marks: tuple[int, ...] = ()
         self.watchers: list[Watcher] = []
         self.saved: SavedPages | None = None
         layer_idx = 0
@@ -230,6 +232,18 @@ class OffloadedCache(DynamicCache):
         return rows_of(self._own_layers())
 
     @property
+    def earliest_crop(self) -> int:
+        """The fewest tokens, but for none, that a parked cache can be cropped to."""
+        if self._own_layers():
+            return int(self.get_seq_length())
+        return 0 if self.state.engine is None else self.state.engine.earliest_crop
+
+    def compact(self) -> None:
+        """Copy what a parked cache holds where that is a small part of the memory it holds."""
+        if self.state.parked and self.state.engine is not None:
+            self.state.engine.compact()
+
+    @property
     def token_ids(self) -> torch.Tensor | None:
         """The tokens it holds, `[rows, tokens]` on the CPU; None where not all are known."""
         return self.history.ids(self._batch() or 0, self.get_seq_length())
@@ -316,7 +330,7 @@ class OffloadedCache(DynamicCache):
         return copied(self, {}, parked=True)
 
     def park(self) -> None:
-        """Give up GPU memory, but for windows and states, until the next call with the cache.
+        """Give up GPU memory, but for recurrent states, until the next call with the cache.
 
         CPU memory that was reserved for tokens to come goes, too. A parked cache can be cropped,
         forked and saved.

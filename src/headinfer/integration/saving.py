@@ -27,6 +27,7 @@ from headinfer.saved.folder import holding, read_index, session_name
 from headinfer.saved.index import FileEntry, Index, Page
 from headinfer.saved.layout import Layout, Spec
 from headinfer.saved.reader import DamagedFileError, read_files
+from headinfer.saved.tokens import TOKEN_IDS
 from headinfer.saved.writer import SessionWriter, writing
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ _logger = logging.getLogger(__name__)
 BLOCK_BYTES = 64 * 2**20
 """Bytes of a page: large enough for any disk's rate, and what a damaged place costs."""
 
-_IDS = "token_ids"
+_IDS = TOKEN_IDS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

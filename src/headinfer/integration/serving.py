@@ -141,23 +141,33 @@ class ServedCall:
                 last = last_position(arguments, past_tokens, self._new_tokens)
                 self._positions = WholeCallPositions(last)
                 self._positions.install(self._rotary_modules)
-            alone = ranks.size == 1
             arguments, self._logits = run_leading_chunks(
                 *(self._forward, arguments),
-                (lambda: self._owner.chunk_tokens(self.cache)) if alone else (lambda: chunk_tokens),
+                lambda: self._next_chunk(chunk_tokens, past_tokens),
                 *(past_tokens, self._after_chunk),
             )
         return arguments
+
+    def _next_chunk(self, chunk_tokens: int, past_tokens: int) -> int:
+        """Return the tokens of the next chunk: up to a mark, under the plan as it is now."""
+        if self._owner.ranks.size == 1:  # else each rank would chunk as it has room
+            chunk_tokens = self._owner.chunk_tokens(self.cache)
+        done_tokens = past_tokens + self._noted_tokens
+        to_marks = [mark - done_tokens for mark in self.cache.marks if mark > done_tokens]
+        return min([chunk_tokens, *to_marks])
 
     def _may_pass_in_chunks(
         self, arguments: dict[str, Any], chunk_tokens: int, past_tokens: int
     ) -> bool:
         """Whether the call passes in several chunks; make room for all of it where it may not."""
-        if self._new_tokens <= chunk_tokens:
+        most = self._next_chunk(chunk_tokens, past_tokens) if self._new_tokens > 1 else 1
+        if self._new_tokens <= most:
             return False
         obstacle = self._chunking.obstacle(self._forward, arguments, past_tokens)
         if obstacle is None:
             return True
+        if self._new_tokens <= chunk_tokens:
+            return False
         with self._chunking.passing_whole(obstacle, self._new_tokens, chunk_tokens):
             self._owner.plan_whole(self.cache, self._rows, self._new_tokens)
         return False
