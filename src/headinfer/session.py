@@ -227,10 +227,12 @@ class Session:
     def check_device(self, tokens: int) -> None:
         """Refuse a cache of one row that the devices do not hold, with no other cache on them.
 
+        Waits for no call.
+
         Raises:
             MemoryPlanError: says what is needed, and what is there.
         """
-        self._attachment.turns.run(lambda: self._resolve(1, tokens, [], self.kv_dtype()))
+        self._resolve(1, tokens, [], self.kv_dtype())
 
     def kv_dtype(self, computed: torch.dtype | None = None) -> torch.dtype:
         """Return the dtype of keys and values under the autocast that is on here.
