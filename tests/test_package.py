@@ -37,6 +37,7 @@ INSTRUMENTS = ["cli", "evaluate", "bench", "finding", "demo", "probe", "plot", "
 ORDER = [
     "__main__",
     *INSTRUMENTS,
+    "server",
     "serving",
     "generation",
     "gguf_models",

@@ -16,7 +16,6 @@ from headinfer.cli.console import (
     ClosedStdout,
     print_error,
     report,
-    reporting_errors,
 )
 from headinfer.cli.demo import demo
 from headinfer.cli.generate import generate
@@ -28,7 +27,9 @@ from headinfer.cli.plan import plan
 from headinfer.cli.probe import probe
 from headinfer.cli.ranks import check_alone, leaving
 from headinfer.cli.roofline import roofline
+from headinfer.cli.serve import serve
 from headinfer.cli.usage import told
+from headinfer.errors import HeadInferError
 
 
 class Verbs(Group):
@@ -105,11 +106,14 @@ def _all_verbs(
     if verb is None:
         print(context.get_help())
     elif verb != "generate":  # which knows by its own options
-        with reporting_errors():
+        try:
             check_alone(verb)
+        except HeadInferError as error:  # `reporting_errors` would end hearing signals here
+            raise typer.Exit(report(error)) from None
 
 
 app.command(cls=OnceCommand)(generate)
+app.command(cls=OnceCommand)(serve)
 app.command(cls=OnceCommand)(demo)
 app.command(cls=JsonCommand)(plan)
 app.command(cls=JsonCommand)(probe)
