@@ -81,13 +81,8 @@ def generate(
     adapter: form.Adapter = None,
     gpus: form.GpuCount = None,
     flags: dict[str, Any],
-    local_files_only: Annotated[
-        bool, opt.model_option("--local-files-only", help_text="Never ask the model hub.")
-    ] = False,
-    trust_remote_code: Annotated[
-        bool,
-        opt.model_option("--trust-remote-code", help_text="Run code that comes with the model."),
-    ] = False,
+    local_files_only: form.LocalFilesOnly = False,
+    trust_remote_code: form.TrustRemoteCode = False,
     tensor_parallel: Annotated[
         bool,
         opt.model_option(
@@ -98,12 +93,7 @@ def generate(
     threads: opt.Threads = None,
     sampling: dict[str, Any],
     stop: form.Stop = None,
-    seed: Annotated[
-        int | None,
-        opt.sampling_option(
-            "--seed", help_text="Makes sampling repeatable.", callback=opt.check_seed
-        ),
-    ] = None,
+    seed: form.Seed = None,
     trace: Annotated[
         str | None,
         typer.Option(
