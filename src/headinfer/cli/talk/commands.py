@@ -111,23 +111,15 @@ class Commands:
         """List the commands."""
         for name, command in COMMANDS.items():
             self._say(f"{f'/{name} {command.value}':<16}{command.help}")
-        self._say(
-            "Alt-Enter, or \\ and Enter: a further line. Ctrl-C: stop an answer. Ctrl-D: leave."
-        )
+        self._say("Alt-Enter, or \\ and Enter, begins a further line.")
+        self._say("Ctrl-C stops an answer. Ctrl-D leaves.")
 
     def stats(self, _rest: str) -> None:
         """Show what is held, and what the last answer took."""
         conversation, last = self._conversation, self._conversation.last
         messages = len(conversation.messages.said)
-        print_rows(
-            self._console,
-            [
-                (
-                    "conversation",
-                    f"{messages} messages, {conversation.held_tokens:,} tokens in cache",
-                )
-            ],
-        )
+        held = f"{messages} messages, {conversation.held_tokens:,} tokens in the cache"
+        print_rows(self._console, [("conversation", held)])
         if last is None:
             return
         read = f"{last.prompt_tokens - last.kept_tokens:,} of {last.prompt_tokens:,} tokens"

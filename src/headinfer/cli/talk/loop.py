@@ -24,7 +24,7 @@ def converse(conversation: Conversation, commands: Commands, lines: Lines, conso
         console: on stderr.
 
     Returns:
-        The exit code: without somebody at a terminal that of the first error, else 0.
+        The exit code: without somebody at a terminal the highest of an error, else 0.
 
     Raises:
         Stopped: a signal asked for the end of the process.
@@ -41,7 +41,7 @@ def converse(conversation: Conversation, commands: Commands, lines: Lines, conso
             console.print(_LEAVING)
             continue
         except Exception as error:
-            code = code or report(error)
+            code = max(code, report(error))
             continue
         try:
             stopped = _heed(line, conversation, commands)
@@ -54,7 +54,7 @@ def converse(conversation: Conversation, commands: Commands, lines: Lines, conso
         except (Exception, KeyboardInterrupt) as error:
             if isinstance(error, KeyboardInterrupt):
                 _let_end(error, lines)
-            code = code or report(error)
+            code = max(code, report(error))
     return 0 if lines.by_hand else code
 
 
