@@ -29,6 +29,7 @@ from headinfer.cli.plan import plan
 from headinfer.cli.probe import probe
 from headinfer.cli.ranks import check_alone, leaving
 from headinfer.cli.roofline import roofline
+from headinfer.cli.serve import serve
 from headinfer.cli.usage import told
 
 
@@ -112,6 +113,7 @@ def _all_verbs(
 
 app.command(cls=OnceCommand)(generate)
 app.command(cls=OnceCommand)(chat)
+app.command(cls=OnceCommand)(serve)
 app.command(cls=OnceCommand)(demo)
 app.command(cls=JsonCommand)(plan)
 app.command(cls=JsonCommand)(probe)

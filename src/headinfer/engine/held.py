@@ -111,13 +111,8 @@ class HeldTokens:
     @property
     def window_bytes(self) -> int:
         """Bytes of them that sliding windows take."""
-        return sum(
-            [
-                ledger.tail.piece.memory.numel()
-                for ledger in self._ledgers
-                if ledger.track.window_tokens is not None and ledger.tail is not None
-            ]
-        )
+        tails = [ledger.tail for ledger in self._ledgers if ledger.track.window_tokens is not None]
+        return sum([tail.piece.memory.numel() for tail in tails if tail is not None])
 
     @property
     def host_kv_bytes(self) -> int:
@@ -139,6 +134,11 @@ class HeldTokens:
         if self.closed or self._host.pending or self._host.failure is not None:
             self._check_open()
         return self._layers[layer_idx].tokens
+
+    @property
+    def held_tokens(self) -> int:
+        """The tokens of its last layer, in whatever state it is: the fewest while a call runs."""
+        return self._layers[-1].tokens if self._layers else 0
 
     def lengths(self) -> list[int]:
         """Return the tokens that each layer holds.

@@ -164,11 +164,16 @@ class Attachment:
         )
         try:
             self._calls.append(call)
+            for watcher in cache.watchers:
+                watcher.begin()
             arguments = call.begin(arguments)
             with self._linears.on(shape[0] * shape[1]):
                 output = self._captures.run(forward, cache, arguments, shape[1])
             self.functions.check_none_pending()
-            return call.end(output)
+            output = call.end(output)
+            for watcher in cache.watchers:
+                watcher.end(output)
+            return output
         finally:
             uninterrupted(lambda: self._leave(call))
 

@@ -20,6 +20,7 @@ from headinfer.integration.state import CacheHost, OffloadedState
 from headinfer.integration.support import layer_kind
 from headinfer.integration.token_history import TokenHistory
 from headinfer.integration.turns import Turns, in_turn
+from headinfer.integration.watchers import Watcher
 from headinfer.plan.shape import LayerKind
 from headinfer.units import parse_bytes
 
@@ -48,6 +49,7 @@ class OffloadedCache(DynamicCache):
         drafted_tokens: new tokens of the last call that may be rejected drafts, in each row.
         progress: told of the tokens done and in all after each chunk of a prompt; may raise.
         history: the token ids that came.
+        watchers: told of the model's calls with it.
     """
 
     def __init__(self, model: PreTrainedModel, host: CacheHost, max_tokens: int | None) -> None:
@@ -60,6 +62,7 @@ class OffloadedCache(DynamicCache):
         self.drafted_tokens = 0
         self.progress: PrefillProgress | None = None
         self.history = TokenHistory()
+        self.watchers: list[Watcher] = []
         layer_idx = 0
         for position, layer in enumerate(self.layers):
             kind = layer_kind(layer)

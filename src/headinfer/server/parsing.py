@@ -1,0 +1,129 @@
+"""An answer's text told apart: what is said, thought, and asked of tools.
+
+The parsers are those of transformers' own server. A model that they do not know, or text that does
+not follow its model's form, is passed on as it is.
+"""
+
+import inspect
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+_logger = logging.getLogger(__name__)
+
+_TAIL_TOKENS = 4096
+"""Tokens at the end of a prompt in which the beginning of the answer's message is looked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """A piece of the answer itself."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Thought:
+    """A piece of what a model writes for itself."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Called:
+    """A call of a tool.
+
+    Attributes:
+        name: of the tool.
+        arguments: in JSON.
+    """
+
+    name: str
+    arguments: str
+
+
+Part = Said | Thought | Called
+
+
+class MessageParser:
+    """A parser of one answer.
+
+    Args:
+        parser: of transformers, or None to take all text as said.
+    """
+
+    def __init__(self, parser: Any = None) -> None:
+        self._parser = parser
+        self._open = ""  # text of a region that nothing was handed on of
+
+    def feed(self, text: str) -> list[Part]:
+        """Take text and return what it completes."""
+        if self._parser is None:
+            return [Said(text)] if text else []
+        return self._parse(text, lambda: self._parser.feed(text))
+
+    def end(self) -> list[Part]:
+        """Return what was held back."""
+        if self._parser is None:
+            return []
+        return self._parse("", lambda: self._parser.finalize()[1])
+
+    def _parse(self, text: str, step: Any) -> list[Part]:
+        self._open += text
+        try:
+            events = step()
+        except Exception as error:
+            # It raises whatever the mistakes of a model's text lead to.
+            _logger.debug("an answer does not follow its form: %s", type(error).__name__)
+            self._parser, rest = None, self._open
+            return [Said(rest)] if rest else []
+        parts = _parts(events)
+        if parts or any(event["type"] == "region_close" for event in events):
+            self._open = ""
+        return parts
+
+
+def _parts(events: list[dict[str, Any]]) -> list[Part]:
+    """Return events of transformers' parser as parts."""
+    from transformers.cli.serving.utils import (
+        ReasoningText,
+        ToolCall,
+        response_events_to_chunks,
+    )
+
+    found: list[Part] = []
+    for chunk in response_events_to_chunks(events):
+        if isinstance(chunk, ToolCall):
+            found.append(Called(chunk.name, chunk.arguments))
+        elif isinstance(chunk, ReasoningText):
+            found.append(Thought(str(chunk)))
+        else:
+            found.append(Said(str(chunk)))
+    return found
+
+
+def parser_of(
+    model: Any, tokenizer: Any, ids: Sequence[int], tools: Sequence[Mapping[str, Any]] | None
+) -> MessageParser:
+    """Return the parser of an answer.
+
+    Args:
+        model: of transformers.
+        tokenizer: its.
+        ids: the prompt, which may begin the answer's message.
+        tools: that the model may call.
+    """
+    try:
+        from transformers.cli.serving.utils import build_response_parser
+    except ImportError:  # another release than those that were tested
+        return MessageParser()
+    try:
+        tail = list(ids[-_TAIL_TOKENS:])
+        takes_tools = "tools" in inspect.signature(build_response_parser).parameters
+        keywords = {"tools": tools} if takes_tools else {}
+        parser = build_response_parser(tokenizer, model, tail, **keywords)
+    except (KeyError, TypeError, ValueError) as error:
+        _logger.warning("answers are not parsed for tool calls: %s", error)
+        parser = None
+    return MessageParser(parser)
