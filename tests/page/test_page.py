@@ -400,6 +400,12 @@ def test_a_screen_reader_hears_of_all_that_happens(page, server):
     page.wait_for_function("document.querySelector('#status').textContent.includes('complete')")
 
 
+WIDER = """() => [...document.querySelectorAll("body *")]
+    .filter((each) => each.getBoundingClientRect().right > innerWidth + 1)
+    .filter((each) => !each.closest(".unseen"))
+    .map((each) => each.outerHTML.slice(0, 80))"""
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1440])
 def test_nothing_is_wider_than_the_window(opened, server, shot, width, scheme):
@@ -409,10 +415,14 @@ def test_nothing_is_wider_than_the_window(opened, server, shot, width, scheme):
     drop(page, ("a-name-without-any-end-" * 6 + ".txt", b"text"))
     page.locator(".file").wait_for()
     shot(page, f"file-{width}-{scheme}")
+    assert page.evaluate(WIDER) == []
     ask(page, "Pneumono" * 40)
     server.progress(3072, 131072, 1000)
     server.progress(4096, 131072, 2000)
     page.get_by_text("left").first.wait_for()
+    below = page.locator("#reading-detail").bounding_box()
+    box = page.locator("#ask").bounding_box()
+    assert below["y"] + below["height"] <= box["y"] + 1  # nothing of it is covered
     shot(page, f"reading-{width}-{scheme}")
     server.send({"content": "Donau" * 80 + "\n" + "word " * 300})
     server.end()
@@ -421,11 +431,7 @@ def test_nothing_is_wider_than_the_window(opened, server, shot, width, scheme):
     page.get_by_text("KV cache").click()
     page.locator("#slots li").nth(3).wait_for()
     shot(page, f"slots-{width}-{scheme}")
-    wider = """() => [...document.querySelectorAll("body *")]
-        .filter((each) => each.getBoundingClientRect().right > innerWidth + 1)
-        .filter((each) => !each.closest(".unseen"))
-        .map((each) => each.outerHTML.slice(0, 80))"""
-    assert page.evaluate(wider) == []
+    assert page.evaluate(WIDER) == []
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     ground, ink = page.evaluate(
         "['backgroundColor', 'color'].map((name) => getComputedStyle(document.body)[name])"

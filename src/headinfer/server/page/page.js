@@ -75,16 +75,18 @@ $("key-form").addEventListener("submit", (event) => {
 
 async function watch() {
   for (;;) {
-    if (state.model && !document.hidden) {
-      try {
-        showSlots(await (await ask("slots", state.key)).json());
-        $("cache").classList.remove("stale");
-      } catch {
-        $("cache").classList.add("stale"); // the next request says what is wrong
-        $("cache-total").textContent = "unknown: the server does not answer";
-      }
-    }
-    await pause(state.stopper ? BUSY_MS : IDLE_MS);
+    if (state.model && !document.hidden) await look();
+    await pause(state.stopper || !state.model ? BUSY_MS : IDLE_MS);
+  }
+}
+
+async function look() {
+  try {
+    showSlots(await (await ask("slots", state.key)).json());
+    $("cache").classList.remove("stale");
+  } catch {
+    $("cache").classList.add("stale"); // the next request says what is wrong
+    $("cache-total").textContent = "unknown: the server does not answer";
   }
 }
 
@@ -103,6 +105,11 @@ function showButtons() {
   $("send").hidden = busy;
   $("stop").hidden = !busy;
   $("anew").disabled = busy || !state.messages.length;
+}
+
+function showEnd() {
+  $("said").scrollTop = $("said").scrollHeight;
+  scrollTo(0, document.documentElement.scrollHeight);
 }
 
 /** Keep the newest text in sight, unless the reader went back. */
@@ -222,11 +229,13 @@ async function send() {
   state.stopper = null;
   showButtons();
   $("message").focus();
+  look();
 }
 
 /** Have messages answered; return the text, and whether that ended early. */
 async function answer(messages, chosen) {
   const reading = new Reading();
+  showEnd();
   let growing = null;
   let failed = false;
   let note = "";
@@ -293,5 +302,6 @@ $("anew").addEventListener("click", () => {
 });
 
 openWhereWide();
+showSlots([]);
 begin();
 watch();
