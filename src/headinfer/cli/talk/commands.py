@@ -37,7 +37,7 @@ class Command:
 
 
 class Commands:
-    """The commands of one conversation.
+    """A set of the commands of one conversation.
 
     Args:
         conversation: which they change.

@@ -21,7 +21,7 @@ _LONGEST_KEPT = 10_000
 
 
 class Lines(Protocol):
-    """What a user writes, message by message.
+    """A source of what a user writes, message by message.
 
     Attributes:
         by_hand: whether somebody sits at a terminal, and sees what is said.
