@@ -2,6 +2,7 @@
 
 import os
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -226,6 +227,8 @@ def _take_terminal() -> None:
     import fcntl
     import termios
 
+    for name in ("SIGHUP", "SIGINT", "SIGTERM"):  # which whoever started the tests may ignore
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 

@@ -17,7 +17,6 @@ from headinfer.cli.console import (
     ClosedStdout,
     print_error,
     report,
-    reporting_errors,
 )
 from headinfer.cli.demo import demo
 from headinfer.cli.generate import generate
@@ -31,6 +30,7 @@ from headinfer.cli.ranks import check_alone, leaving
 from headinfer.cli.roofline import roofline
 from headinfer.cli.serve import serve
 from headinfer.cli.usage import told
+from headinfer.errors import RanksError
 
 
 class Verbs(Group):
@@ -107,8 +107,10 @@ def _all_verbs(
     if verb is None:
         print(context.get_help())
     elif verb != "generate":  # which knows by its own options
-        with reporting_errors():
+        try:  # and no `reporting_errors`, which is for a verb's end: no signal is heard after it
             check_alone(verb)
+        except RanksError as error:
+            raise typer.Exit(report(error)) from None
 
 
 app.command(cls=OnceCommand)(generate)

@@ -8,6 +8,7 @@ from headinfer.cli.interrupt import Stopped
 from headinfer.cli.talk.commands import MARK, Commands, Leave
 from headinfer.cli.talk.conversation import Conversation
 from headinfer.cli.talk.lines import Lines
+from headinfer.errors import HeadInferError
 
 _LEAVING = "Ctrl-D or /exit leaves"
 
@@ -40,7 +41,7 @@ def converse(conversation: Conversation, commands: Commands, lines: Lines, conso
             _let_end(error, lines)
             console.print(_LEAVING)
             continue
-        except Exception as error:
+        except HeadInferError as error:
             code = max(code, report(error))
             continue
         try:
