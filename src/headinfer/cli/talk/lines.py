@@ -166,9 +166,32 @@ def _unless_unreadable(load: Callable[[], Iterable[str]]) -> Iterator[str]:
 
 def _completer() -> "Completer":
     """Return what Tab completes: names of commands, and paths behind those that take one."""
-    from prompt_toolkit.completion import NestedCompleter, PathCompleter
+    from prompt_toolkit.completion import (
+        CompleteEvent,
+        Completer,
+        Completion,
+        PathCompleter,
+    )
+    from prompt_toolkit.document import Document
 
     paths = PathCompleter(expanduser=True)
-    return NestedCompleter.from_nested_dict(
-        {f"{MARK}{name}": paths if each.of_path else None for name, each in COMMANDS.items()}
-    )
+
+    class Commands(Completer):
+        """A completer of one line that begins with the mark of commands."""
+
+        def get_completions(
+            self, document: Document, complete_event: CompleteEvent
+        ) -> Iterator[Completion]:
+            text = document.text_before_cursor
+            name, space, path = text.partition(" ")
+            if not space:
+                known = (f"{MARK}{each}" for each in COMMANDS if text.startswith(MARK))
+                yield from (
+                    Completion(each, start_position=-len(text))
+                    for each in known
+                    if each.startswith(text)
+                )
+            elif (command := COMMANDS.get(name.removeprefix(MARK))) and command.of_path:
+                yield from paths.get_completions(Document(path), complete_event)
+
+    return Commands()
