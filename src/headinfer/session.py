@@ -11,7 +11,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from headinfer.device.base import Device, Mark
-from headinfer.device.host_memory import all_host_bytes, available_host_bytes
+from headinfer.device.host_memory import available_host_bytes
 from headinfer.device.marks import AllMarks
 from headinfer.engine.engine import Engine
 from headinfer.engine.parted import CacheEngine, PartedEngine
@@ -26,12 +26,14 @@ from headinfer.integration.linears import FewRowLinears
 from headinfer.integration.model_shape import model_shape
 from headinfer.integration.parts import USED_SHARE, parts_of, with_kv_itemsize
 from headinfer.integration.placement import Placement
+from headinfer.integration.room import room_of
 from headinfer.integration.saving import fill_cache
 from headinfer.integration.shards import rank_shape, ranks_of, tell_of_ranks
 from headinfer.plan.host_room import HostRoom
 from headinfer.plan.narrow import narrowed, with_fewer_residents
 from headinfer.plan.options import Options
 from headinfer.plan.plan import Plan, joined
+from headinfer.plan.shape import LayerKind
 from headinfer.plan.streaming import with_pattern
 from headinfer.plan.whole import passing_whole
 from headinfer.saved.fingerprint import Fingerprint, fingerprint
@@ -129,6 +131,16 @@ class Session:
             )
         return fingerprint(self._model, transformers.__version__)
 
+    @property
+    def goes_back(self) -> bool:
+        """Whether caches can be cropped to any length: no layer has a window or a state."""
+        layers = self._shape.layers
+        return all(each.kind is LayerKind.FULL and each.streaming is None for each in layers)
+
+    def goes_on_alike(self) -> bool:
+        """Return whether a prompt gives the same if its beginning was read in another call."""
+        return self._attachment.goes_on_alike()
+
     def detach(self) -> None:
         """Leave the model exactly as it was; its caches are closed. May be called again.
 
@@ -137,7 +149,7 @@ class Session:
         Raises:
             CacheStateError: called from within a call of the model.
         """
-        self._attachment.turns.run(self._detach)
+        self._attachment.between_calls(self._detach)
 
     def _detach(self) -> None:
         self._attachment.remove()
@@ -167,8 +179,8 @@ class Session:
         """
         if not self._attached:
             raise CacheStateError("the model was detached; attach it again for a new cache")
-        open_engines = [engine for engine in self._engines if not engine.closed]
-        others = [engine for engine in open_engines if engine is not replacing]
+        others = [each for each in self._engines if not (each.closed or each.parked)]
+        others = [each for each in others if each is not replacing]
         dtype = dtype or (self.kv_dtype() if replacing is None else replacing.dtype)
         try:
             plan = self._resolve(batch, context_tokens, others, dtype)
@@ -218,10 +230,10 @@ class Session:
         """
         return attended_dtype(computed or self._model.dtype, self.device.torch_device.type)
 
-    def make_engine(self, plan: Plan, dtype: torch.dtype) -> CacheEngine:
+    def make_engine(self, plan: Plan, dtype: torch.dtype, *, parked: bool = False) -> CacheEngine:
         """Return an engine for a cache of keys and values in a dtype."""
         engines = [
-            Engine(part.device, own, dtype, self.stats)
+            Engine(part.device, own, dtype, self.stats, parked=parked)
             for part, own in zip(self.parts, plan.of_devices, strict=True)
         ]
         engine: CacheEngine = engines[0]
@@ -237,23 +249,13 @@ class Session:
         Args:
             working_bytes: what a call takes on the device beside KV, which may be host memory.
         """
-        engines, sharing = list(self._engines), self.ranks.on_host
         given = self._options.host_memory_bytes
-        # Locked memory is taken when it is locked; other memory, once it is written.
-        locked = self.device.name == "cuda"
-        promised = sum(
-            each.awaited_host_bytes if locked else each.unwritten_host_bytes for each in engines
-        )
-        # Whoever asks last sees what the others took before.
-        (available,) = self.ranks.least(available_host_bytes())
-        return HostRoom(
-            device=self.device.name,
-            all_bytes=all_host_bytes() // sharing,
-            available_bytes=max(available // sharing - promised, 0),
-            working_bytes=0 if locked else working_bytes,
-            given_bytes=None if given is None else given // sharing,
-            held_bytes=sum(engine.host_kv_bytes for engine in engines),
-        )
+        return room_of(list(self._engines), self.device, self.ranks, given, working_bytes)
+
+    def missing_host_bytes(self, cache: OffloadedCache, tokens: int) -> int:
+        """Return the bytes of host memory that a cache of one row lacks for so many tokens."""
+        engine = cache.state.engine
+        return self.plan.kv_host_bytes(tokens) if engine is None else engine.missing_bytes(tokens)
 
     def check_host_room(self, needed_bytes: int, working_bytes: int, what: str) -> None:
         """Refuse KV that host memory has no room for, on all ranks if on one.

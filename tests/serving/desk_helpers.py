@@ -86,7 +86,11 @@ def answer(desk: Desk, asked: Ask, heard: Heard | None = None) -> Heard:
 
 def stock_text(name: str, ids: tuple[int, ...], new_tokens: int = 8, **settings: Any) -> str:
     """What stock transformers answers."""
+    prompt = torch.tensor([ids])
     rows = shared_model(name).generate(
-        torch.tensor([ids]), max_new_tokens=new_tokens, **{**SETTINGS, **settings}
+        prompt,
+        attention_mask=torch.ones_like(prompt),  # or it would take a token for padding
+        max_new_tokens=new_tokens,
+        **{**SETTINGS, **settings},
     )
     return str(make_tokenizer(VOCAB).decode(rows[0, len(ids) :], skip_special_tokens=True))

@@ -8,7 +8,7 @@ import torch
 from desk_helpers import PATIENCE_S, Heard, answer, ask, desk_of, stock_text, tokens
 
 from headinfer.errors import DeskClosedError, HeadInferError, OptionError, QueueFullError
-from headinfer.serving.desk import Desk
+from headinfer.serving.desk import Desk, Ticket
 from headinfer.serving.events import Event, Piece, Progress
 from saved_models import make_tokenizer
 from tiny_models import VOCAB, shared_model
@@ -69,6 +69,27 @@ def test_without_a_seed_answers_differ(desk: Desk) -> None:
     sampled = {"do_sample": True, "temperature": 2.0}
     texts = {answer(desk, ask(tokens(30), 12, given=sampled)).text for _ in range(3)}
     assert len(texts) == 3
+
+
+def test_answers_go_on_while_another_prompt_is_read(desk: Desk) -> None:
+    """A turn is passed on after each chunk; who answers has as long as the chunk took."""
+    long, short = tokens(1500), tokens(20, seed=2)
+    others: list[Ticket] = []
+    heard = Heard()
+
+    def begin(event: Event) -> None:
+        if isinstance(event, Progress) and event.processed == 32:
+            others.append(desk.submit(ask(short, 12), heard))
+        reading.events.append(event)
+        if others and others[0].wait(0):
+            ended_at.append(len(reading.progress))
+
+    reading, ended_at = Heard(), list[int]()
+    assert desk.submit(ask(long, 3), begin).wait(PATIENCE_S)
+    assert heard.text == stock_text("llama3", short, 12)
+    assert reading.text == stock_text("llama3", long, 3)
+    assert ended_at[0] < len(reading.progress) - 20
+    assert reading.ended.usage.prefill_s > 0
 
 
 def test_the_queue_tells_places_and_is_bounded() -> None:

@@ -47,13 +47,16 @@ class CapturableTokens(SavableTokens, abc.ABC):
         plan: sizes; its batch must be the batch of the tokens that come.
         dtype: of keys and values.
         stats: where bytes are counted.
+        parked: whether to begin without an arena.
 
     Attributes:
         captured: captured steps, by whatever tells them apart; forgotten when memory of the tokens
             goes.
     """
 
-    def __init__(self, device: Device, plan: Plan, dtype: torch.dtype, stats: Stats) -> None:
+    def __init__(
+        self, device: Device, plan: Plan, dtype: torch.dtype, stats: Stats, *, parked: bool = False
+    ) -> None:
         self.captured: dict[Hashable, Any] = {}
         self._step_memory: StepMemory | None = None
         self._ready: list[Ready] = []
@@ -64,7 +67,7 @@ class CapturableTokens(SavableTokens, abc.ABC):
         self._steps = 0  # that were begun since the first streamed one was captured
         self._streamed_captures = 0
         self._dropped = 0  # times that captures lost the flags which they raise and await
-        super().__init__(device, plan, dtype, stats)
+        super().__init__(device, plan, dtype, stats, parked=parked)
 
     def begin_step(self) -> ReadyStep | None:
         """Make ready for a step of one new token, and write to memory where the token goes.

@@ -6,7 +6,7 @@ What frees tokens of the host waits for the work in flight that touches them.
 import contextlib
 import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 
 import torch
 
@@ -35,16 +35,22 @@ class HeldTokens:
         plan: sizes; its batch must be the batch of the tokens that come.
         dtype: of keys and values.
         stats: where bytes are counted.
+        parked: whether to begin parked, for tokens that are copied or loaded.
 
     Attributes:
         plan: its sizes.
         dtype: of keys and values.
         closed: whether the memory was given back.
+        parked: whether it has no arena: it can be read, cropped, copied and saved, and not attended
+            before it is given a plan.
         half_done: whether a change of all layers has begun and not ended, as after Ctrl-C.
     """
 
-    def __init__(self, device: Device, plan: Plan, dtype: torch.dtype, stats: Stats) -> None:
+    def __init__(
+        self, device: Device, plan: Plan, dtype: torch.dtype, stats: Stats, *, parked: bool = False
+    ) -> None:
         self.plan = plan
+        self.parked = parked
         self.dtype = dtype
         self.closed = False
         self.half_done = False
@@ -72,7 +78,10 @@ class HeldTokens:
         self._full = [ledger for ledger in self._ledgers if ledger.track.window_tokens is None]
         self._windows = WindowKeeper(device, plan.page_tokens)
         self._arena_bytes = 0
-        self._build()
+        self._choose_share()
+        self._host = HostAttention(self._device, self._stats, self._balance)
+        if not parked:
+            self._build()
         settle_at_exit(self)
 
     def _forget_memory(self) -> None:
@@ -80,15 +89,18 @@ class HeldTokens:
 
     def _build(self) -> None:
         """Take what the plan gives the engine."""
-        fixed = not self.plan.host_share_adapts
-        if fixed or not hasattr(self, "_balance"):  # else what was learned is kept
-            self._balance = Balance(self.plan.host_share, fixed=fixed)
+        self._choose_share()
         self._host = HostAttention(self._device, self._stats, self._balance)
         sizes = self.plan.sizes
         source, self._pages, self._arena_bytes = build(
             self._device, self.plan, sizes, self._full, self._stats
         )
         self._executor = Executor(source, self._pages, self._windows, self._host, sizes)
+
+    def _choose_share(self) -> None:
+        fixed = not self.plan.host_share_adapts
+        if fixed or not hasattr(self, "_balance"):  # else what was learned is kept
+            self._balance = Balance(self.plan.host_share, fixed=fixed)
 
     def in_use(self) -> contextlib.AbstractContextManager[None]:
         """Have the device be this thread's current one in the `with` statement."""
@@ -111,6 +123,8 @@ class HeldTokens:
     @property
     def window_bytes(self) -> int:
         """Bytes of them that sliding windows take."""
+        if self.parked:
+            return 0
         tails = [ledger.tail for ledger in self._ledgers if ledger.track.window_tokens is not None]
         return sum([tail.piece.memory.numel() for tail in tails if tail is not None])
 
@@ -118,6 +132,24 @@ class HeldTokens:
     def host_kv_bytes(self) -> int:
         """Bytes of host memory held for KV, or asked for."""
         return sum([ledger.host_bytes for ledger in self._full])
+
+    def host_pieces(self) -> dict[Hashable, int]:
+        """Return the bytes of each piece of host memory, by what copies have in common.
+
+        Copies of several rows have nothing in common: the order of rows may change, which takes
+        memory for all of them.
+        """
+        own = None if self.plan.batch == 1 else id(self)
+        return {
+            (own, id(piece)): piece.memory.numel()
+            for ledger in self._full
+            for piece in ledger.host_pieces
+        }
+
+    @property
+    def coming_host_bytes(self) -> int:
+        """Bytes of host memory that were asked for and not taken yet."""
+        return sum(ledger.coming.num_bytes for ledger in self._full)
 
     @property
     def awaited_host_bytes(self) -> int:
@@ -290,9 +322,15 @@ class HeldTokens:
             return
         self._settle()
         self._empty()
-        del self._executor, self._pages
+        self._leave_arena()
         self._abandon()
         self._host.check()
+
+    def _leave_arena(self) -> None:
+        """Let go of what uses the arena, where there is one."""
+        if not self.parked:
+            del self._executor, self._pages
+            self._host.free()
 
     def _abandon(self) -> None:
         """Free what is left, with no copy in flight; the cache is closed after this."""
@@ -311,7 +349,7 @@ class HeldTokens:
 
     def _let_go(self) -> None:
         """Leave host memory that a copied cache shares to that cache."""
-        if hasattr(self, "_executor"):
+        if self.parked or hasattr(self, "_executor"):
             self.settle()
             self._forget_memory()
             for ledger in self._full:
@@ -325,7 +363,7 @@ class HeldTokens:
 
     def _settle(self) -> None:
         """Wait until no work touches host memory, and forget what was fetched ahead."""
-        if self._device.tiles_are_views:
+        if self._device.tiles_are_views or self.parked:
             return
         # Our streams know nothing of what a capture does on them.
         if self._replaying:

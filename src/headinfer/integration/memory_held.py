@@ -1,8 +1,10 @@
 """What a cache holds, for whoever looks on while another thread uses it."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from headinfer.integration.cache import OffloadedCache
+from headinfer.integration.room import held_host_bytes
 
 
 class Holding(NamedTuple):
@@ -25,3 +27,9 @@ def held_by(cache: OffloadedCache) -> Holding:
     if engine is None or engine.closed:
         return Holding(0, 0, 0)
     return Holding(engine.parts[0].held_tokens, engine.device_kv_bytes, engine.host_kv_bytes)
+
+
+def held_together(caches: Sequence[OffloadedCache]) -> int:
+    """Return the CPU memory that caches hold; what several of one row share counts once."""
+    engines = [each.state.engine for each in caches]
+    return held_host_bytes([each for each in engines if each is not None and not each.closed])

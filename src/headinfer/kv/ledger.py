@@ -104,6 +104,14 @@ class Ledger:
         return tail.start + self.track.sink_tokens <= tokens - self.past_tokens
 
     @property
+    def earliest_crop(self) -> int:
+        """The fewest tokens, but for none, that can be left."""
+        tail = self.tail
+        if self.track.window_tokens is None or tail is None or not tail.start:
+            return 0
+        return tail.start + self.track.sink_tokens + self.past_tokens
+
+    @property
     def held(self) -> Held:
         """Where the tokens lie, in numbers."""
         resident, tail = self.resident, self.tail
@@ -126,18 +134,26 @@ class Ledger:
         return sum(taken) + self.coming.num_bytes
 
     @property
+    def host_pieces(self) -> list[Piece]:
+        """The pieces of host memory it holds; others may hold them, too."""
+        return [extent.piece for extent in self._host]
+
+    @property
     def unwritten_bytes(self) -> int:
         """Bytes of those that this ledger may still take of what the system calls available.
 
-        These were reserved and never written, or are shared.
+        These were reserved and never written, or are shared by several rows, whose order may
+        change.
         """
+        unwritten = max(self.host_bytes - self.geometry.num_bytes(self._written_tokens), 0)
+        if self.geometry.batch == 1:  # what is shared is never written to, but behind it
+            return unwritten
         shared = [
             part.piece.memory.numel() * (part.piece.holders - 1) // part.piece.holders
             for part in self._host
             if part.piece.holders > 1
         ]
-        unwritten = self.host_bytes - self.geometry.num_bytes(self._written_tokens)
-        return max(unwritten, 0) + sum(shared)
+        return unwritten + sum(shared)
 
     @property
     def sink_tokens(self) -> int:
@@ -299,21 +315,26 @@ class Ledger:
                 extent.tokens = max(min(extent.tokens, tokens - extent.start), 0)
             self.version += 1
 
-    def select_host(self, rows: Sequence[int]) -> None:
+    def select_host(self, rows: Sequence[int], *, anew: bool = False) -> None:
         """Make row `i` of what the host holds what row `rows[i]` was; rows may repeat or be left.
 
         With as many rows as before, and memory that nobody shares, this happens in place.
+
+        Args:
+            rows: numbers of rows.
+            anew: whether to take memory for the tokens alone, in any case.
         """
         index, old = torch.tensor(rows, dtype=torch.long, device="cpu"), self.geometry
         self.geometry = Geometry(len(rows), old.kv_heads, old.key_dim, old.value_dim, old.dtype)
         if len(rows) != old.batch:
             self.coming.cancel()  # it is of another size
         for position, source in enumerate(self._host):
-            in_place = len(rows) == old.batch and source.piece.holders == 1
+            in_place = not anew and len(rows) == old.batch and source.piece.holders == 1
             self._place.access(source, write=in_place, purpose="row selection")
             target = source
             if not in_place:
-                target = self._place.take(self.geometry, source.capacity, source.start)
+                capacity = source.tokens if anew else source.capacity
+                target = self._place.take(self.geometry, capacity, source.start)
                 target.tokens = source.tokens
                 self._place.access(target, write=True, purpose="row selection")
             copy_rows(source, target, index)
@@ -334,6 +355,12 @@ class Ledger:
         self._host = [extent.share() for extent in other._host if extent.tokens]
         self.host_tokens = self._written_tokens = other.host_tokens
         self.version += 1
+
+    def trim(self) -> None:
+        """Give back host memory that was asked for, or reserved, and has no tokens."""
+        self.coming.cancel()
+        while self._host and not self._host[-1].tokens:
+            self._place.give_back(self._host.pop())
 
     def clear(self) -> None:
         """Forget all tokens and give back all host memory; device memory stays."""

@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from fastapi import HTTPException
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -19,9 +20,8 @@ _OPEN = frozenset({"/", "/health"})
 
 _PAGE = "/page/"
 
-
-class BodyTooLargeError(ProblemError):
-    """A body is larger than the server takes."""
+_CLOSING = {"Connection": "close"}
+"""Header for bodies that are not read: the rest would be taken for the next request."""
 
 
 class Gate:
@@ -73,8 +73,7 @@ class Gate:
             self._tell(scope, error)
             problem = ProblemError(500, "the server failed at this request, and goes on")
         if problem is not None and not status:
-            # What was not read of a body would be taken for the next request.
-            headers = {"Connection": "close"} if problem.status == 413 else None
+            headers = _CLOSING if problem.status == 413 else None
             await problem.response(headers)(scope, receive, sending)
         self._on_answer(scope["method"], scope["path"], status)
 
@@ -124,13 +123,14 @@ def _bounded(receive: Receive, most: int) -> Receive:
         message = await receive()
         taken += len(message.get("body", b""))
         if taken > most:
-            raise _too_large(most)
+            # The one kind of error that FastAPI lets pass while it reads a body.
+            raise HTTPException(413, _too_large(most).message, _CLOSING)
         return message
 
     return receiving
 
 
 def _too_large(most: int) -> ProblemError:
-    return BodyTooLargeError(
+    return ProblemError(
         413, f"the body is larger than this server takes, {format_bytes(most)} (--max-body)"
     )

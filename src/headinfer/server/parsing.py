@@ -6,7 +6,7 @@ not follow its model's form, is passed on as it is.
 
 import inspect
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,33 +55,47 @@ class MessageParser:
 
     def __init__(self, parser: Any = None) -> None:
         self._parser = parser
-        self._open = ""  # text of a region that nothing was handed on of
+        self._text = ""
+        self._told_chars = 0  # of the text, which have become parts
+        self._read_chars = 0  # of the text, a call that is not complete included
 
     def feed(self, text: str) -> list[Part]:
         """Take text and return what it completes."""
         if self._parser is None:
             return [Said(text)] if text else []
-        return self._parse(text, lambda: self._parser.feed(text))
+        self._text += text
+        return self._parse(lambda: self._parser.feed(text))
 
     def end(self) -> list[Part]:
         """Return what was held back."""
         if self._parser is None:
             return []
-        return self._parse("", lambda: self._parser.finalize()[1])
+        return self._parse(lambda: self._parser.finalize()[1])
 
-    def _parse(self, text: str, step: Any) -> list[Part]:
-        self._open += text
+    def _parse(self, step: Callable[[], list[dict[str, Any]]]) -> list[Part]:
         try:
             events = step()
+            parts = _parts(events)
         except Exception as error:
-            # It raises whatever the mistakes of a model's text lead to.
+            # It raises whatever the mistakes of a model's text lead to. Then the text is told as
+            # it is, from what was not told yet.
             _logger.debug("an answer does not follow its form: %s", type(error).__name__)
-            self._parser, rest = None, self._open
+            self._parser, rest = None, self._text[self._told_chars :]
             return [Said(rest)] if rest else []
-        parts = _parts(events)
-        if parts or any(event["type"] == "region_close" for event in events):
-            self._open = ""
+        for event in events:
+            self._follow(event)
         return parts
+
+    def _follow(self, event: Mapping[str, Any]) -> None:
+        """Note how much of the text an event of transformers' parser is about."""
+        if event["type"] == "region_chunk":
+            text = event.get("text") or ""
+            start = self._text.find(text, self._read_chars)
+            self._read_chars = max(start, self._read_chars) + (len(text) if start >= 0 else 0)
+            if event.get("dirty"):
+                return
+        if event["type"] != "region_open":
+            self._told_chars = self._read_chars
 
 
 def _parts(events: list[dict[str, Any]]) -> list[Part]:

@@ -25,6 +25,8 @@ class Ask:
         logprobs: how many of the likeliest tokens to score beside each token; None for no scores.
         processors: makes new logits processors for this answer, such as of a JSON schema.
         seed: of what is drawn; None for a seed that nobody knows.
+        marks: positions in the prompt where messages end. A model with windows or states keeps a
+            snapshot there, for prompts that go on otherwise.
     """
 
     ids: tuple[int, ...]
@@ -33,6 +35,7 @@ class Ask:
     logprobs: int | None = None
     processors: Callable[[], Sequence[Processor]] | None = None
     seed: int | None = None
+    marks: tuple[int, ...] = ()
 
     def check(self, vocabulary: int) -> None:
         """Refuse what no model answers, before any work.

@@ -13,13 +13,21 @@ from headinfer.errors import OptionError, UnsupportedModelError
 from headinfer.integration.attachment import owner_of
 from headinfer.serving.ask import Ask
 from headinfer.serving.events import Ended, Event
+from headinfer.serving.prefix_folder import PrefixFolder
 from headinfer.serving.prefixes import Prefixes
 from headinfer.serving.queueing import Line
 from headinfer.serving.request import Request, Served
 from headinfer.serving.slots import SlotState
 from headinfer.session import Session
+from headinfer.units import parse_bytes
 
 _logger = logging.getLogger(__name__)
+
+_KEPT_DIVISOR = 2
+"""Kept prefixes may take one in so many bytes of the CPU memory that KV caches can have."""
+
+_GROW_BYTES = 4 * 2**30
+"""A prompt is saved while it is read, whenever so much is new: at most that is lost to a crash."""
 
 
 class Ticket(Protocol):
@@ -34,6 +42,13 @@ class Ticket(Protocol):
 
     def wait(self, timeout_s: float | None = None) -> Ended | None:
         """Block until it has ended, and return how; None where that takes longer."""
+
+
+def _kept_bytes(given: str | int, session: Session) -> int:
+    """Return the most CPU memory of kept prefixes."""
+    if given == "auto":
+        return session.host_room(session.plan.activation_bytes).kv_bytes // _KEPT_DIVISOR
+    return parse_bytes(given, "kept_memory")
 
 
 class Desk:
@@ -69,11 +84,13 @@ class Desk:
         for name, value, least in (("running", running, 1), ("waiting", waiting, 0)):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise OptionError(f"{name} must be at least {least}, not {value!r}")
+        kept_bytes = _kept_bytes(kept_memory, session)
+        folder = None if session_folder is None else PrefixFolder(session_folder, session)
         self._served = Served(
             model=model,
             tokenizer=tokenizer,
             session=session,
-            prefixes=Prefixes(session),
+            prefixes=Prefixes(session, kept_bytes, folder, _GROW_BYTES),
             line=Line(running, waiting),
         )
         self._mutex = threading.Lock()
@@ -118,7 +135,7 @@ class Desk:
         """Return what each request and each kept prefix holds, without waiting for any."""
         with self._mutex:
             requests = list(self._requests.values())
-        return [request.state for request in requests]
+        return [*(request.state for request in requests), *self._served.prefixes.states()]
 
     def close(self, *, timeout_s: float) -> None:
         """Cancel what runs, save kept prefixes to the session folder, and detach the model.

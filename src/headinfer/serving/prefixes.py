@@ -1,58 +1,253 @@
 """Caches of requests before, kept for those that begin with the same tokens."""
 
+import logging
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
+import torch
+
+from headinfer.engine.stats import Stats
+from headinfer.errors import HeadInferError
 from headinfer.integration.cache import OffloadedCache
+from headinfer.integration.memory_held import held_by
+from headinfer.integration.token_history import common_prefix
+from headinfer.serving.kept import LEAST_TOKENS, Kept, Lent, as_ids, next_tick, usable
+from headinfer.serving.prefix_folder import PrefixFolder, SavedPrefix
+from headinfer.serving.shelf import Shelf
+from headinfer.serving.slots import SlotState
 from headinfer.session import Session
 
+_logger = logging.getLogger(__name__)
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Lent:
-    """A cache that a request has for itself.
+_SNAPSHOTS = 8
+"""Snapshots of a prompt whose cache cannot go back, beside those at its end and at its marks."""
+
+_DISK_DIVISOR = 8
+"""What the disk has is loaded where that spares one in so many tokens more than memory does."""
+
+
+class _Choice(NamedTuple):
+    """A choice of what a prompt begins with: a cache in memory, a running request's, or the disk.
 
     Attributes:
-        cache: holds the beginning of the prompt.
-        cached_tokens: of it.
-        ids: the prompt.
+        tokens: of the prompt that it spares.
+        source: what has them.
+        whole: whether it may be taken over, as the prompt goes on where it ends.
     """
 
-    cache: OffloadedCache
-    cached_tokens: int
-    ids: tuple[int, ...]
+    tokens: int
+    source: Kept | Lent | SavedPrefix
+    whole: bool
 
 
 class Prefixes:
     """A keeper of the caches that requests leave behind.
 
+    A prompt takes the kept cache with the longest beginning in common. It takes it over where it
+    goes on at its end, and else a fork, so that the cache stays as it is. Both share CPU memory.
+
+    What yields, and to whom: kept prefixes hold no GPU memory. Their CPU memory is bounded, and the
+    least recently used goes to the disk, or is dropped without a folder. It goes at once where a
+    new request needs memory. Caches of running requests never yield CPU memory. Their resident
+    tokens in GPU memory yield only where another request could not begin at all otherwise.
+
     Args:
         session: makes caches.
+        kept_bytes: the most CPU memory of kept prefixes. What one of them shares with a running
+            request counts, too.
+        folder: of those on the disk; None for none.
+        grow_bytes: prefixes larger than this are saved while they are read, by so much at a time.
     """
 
-    def __init__(self, session: Session) -> None:
+    def __init__(
+        self, session: Session, kept_bytes: int, folder: PrefixFolder | None, grow_bytes: int
+    ) -> None:
         self._session = session
+        self._running: list[Lent] = []
+        self._reuses = session.goes_on_alike()
+        self._goes_back = session.goes_back
+        self._grow_bytes = grow_bytes
+        self._shelf = Shelf(session, kept_bytes, folder if self._reuses else None)
+        if not self._reuses:
+            _logger.warning(
+                "no prefixes are kept: this model gives other results for a prompt that is read in "
+                "two calls"
+            )
 
-    def lend(self, ids: Sequence[int], new_tokens: int) -> Lent:
-        """Return a cache for a prompt.
+    def lend(self, ids: Sequence[int], new_tokens: int, marks: Sequence[int] = ()) -> Lent:
+        """Return a cache for a prompt, with as much of it as any cache holds.
 
         Args:
             ids: the prompt.
             new_tokens: the most tokens of the answer.
-        """
-        cache = self._session.new_cache(len(ids) + new_tokens)
-        return Lent(cache=cache, cached_tokens=0, ids=tuple(ids))
+            marks: positions in the prompt at which others are likely to part from it.
 
-    def note_progress(self, lent: Lent) -> None:
-        """Hear that more of a prompt was read; called in the model's call."""
+        Raises:
+            HeadInferError: the model was detached.
+        """
+        prompt, most = as_ids(ids), len(ids) + new_tokens
+        lent = self._found(prompt) if self._reuses else None
+        if lent is None:
+            lent = Lent(cache=self._session.new_cache(), ids=prompt)
+        cache = lent.cache
+        lent.read_tokens = lent.snapshot_tokens = lent.saved_tokens = lent.cached_tokens
+        if not self._goes_back:
+            parting = (*marks, *self._parting(prompt))
+            lent.marks = frozenset(mark for mark in parting if 0 < mark < len(ids))
+        cache.marks, cache.state.max_tokens, cache.stats = tuple(lent.marks), most, Stats()
+        self._shelf.make_room(self._session.missing_host_bytes(cache, most))
+        with self._shelf.mutex:
+            self._running.append(lent)
+        return lent
+
+    def _found(self, prompt: torch.Tensor) -> Lent | None:
+        """Return the longest beginning of a prompt that any cache holds, for one request alone."""
+        while True:
+            with self._shelf.mutex:
+                choice = self._choose(prompt)
+                if choice is None:
+                    return None
+                self._claim(choice)
+            try:
+                lent = self._lent_of(choice, prompt)
+            finally:
+                if isinstance(choice.source, Kept) and not choice.whole:
+                    with self._shelf.mutex:
+                        choice.source.busy -= 1
+            if lent is not None:
+                return lent
+
+    def _choose(self, prompt: torch.Tensor) -> _Choice | None:
+        """Return what spares a prompt the most tokens; memory comes before the disk."""
+        in_memory: list[_Choice] = []
+        for kept in self._shelf.kept:
+            tokens = kept.serves(prompt)
+            whole = tokens == len(kept.ids) and not (kept.busy or kept.snapshot)
+            in_memory.append(_Choice(tokens, kept, whole))
+        if self._goes_back:  # else what was read is there as snapshots
+            for lent in self._running:
+                tokens = usable(lent.ids[: lent.read_tokens], prompt, 0)
+                in_memory.append(_Choice(tokens, lent, whole=False))
+        best = max(in_memory, key=lambda each: (each.tokens, each.whole), default=None)
+        most = 0 if best is None else best.tokens
+        for saved in self._shelf.saved:
+            tokens = usable(saved.ids, prompt, 0 if self._goes_back else len(saved.ids))
+            if (tokens - most) * _DISK_DIVISOR > tokens:
+                best = _Choice(tokens, saved, tokens == len(saved.ids) and not saved.owned)
+                most = tokens
+        return best if most else None
+
+    def _claim(self, choice: _Choice) -> None:
+        """Keep others from what was chosen."""
+        source = choice.source
+        if isinstance(source, Lent):
+            return
+        source.used = next_tick()
+        if isinstance(source, SavedPrefix):
+            source.owned = source.owned or choice.whole
+        elif choice.whole:
+            self._shelf.kept.remove(source)
+        else:
+            source.busy += 1
+
+    def _lent_of(self, choice: _Choice, prompt: torch.Tensor) -> Lent | None:
+        """Return what was chosen, for a request alone; None where it gives nothing after all."""
+        source = choice.source
+        if isinstance(source, SavedPrefix):
+            cache, home = self._shelf.load(source), source if choice.whole else None
+            return None if cache is None else self._cut(cache, prompt, home)
+        if isinstance(source, Kept) and choice.whole:
+            return Lent(
+                cache=source.cache, ids=prompt, cached_tokens=choice.tokens, home=source.home
+            )
+        try:
+            fork = source.cache.fork()
+        except HeadInferError as error:  # of a running request that has just failed
+            _logger.info("a prefix could not be forked: %s", error)
+            with self._shelf.mutex:
+                if isinstance(source, Lent) and source in self._running:
+                    source.read_tokens = 0
+            return None
+        return self._cut(fork, prompt, None)
+
+    def _cut(
+        self, cache: OffloadedCache, prompt: torch.Tensor, home: SavedPrefix | None
+    ) -> Lent | None:
+        """Return a cache of nobody else with what a prompt shares with it; None for too little."""
+        tokens = cache.keep_common_prefix(prompt)
+        if tokens < LEAST_TOKENS:
+            cache.close()
+            if home is not None:  # what could be read of it is of no use
+                self._shelf.unlist(home)
+            return None
+        cache.park()
+        cache.compact()
+        return Lent(cache=cache, ids=prompt, cached_tokens=tokens, home=home)
+
+    def _parting(self, prompt: torch.Tensor) -> list[int]:
+        """Return where a kept prefix parts from a prompt: the next prompt may part there, too."""
+        with self._shelf.mutex:
+            common = max((common_prefix(each.ids, prompt) for each in self._shelf.kept), default=0)
+        return [common] if common >= LEAST_TOKENS else []
+
+    def note_progress(self, lent: Lent, read_tokens: int) -> None:
+        """Hear how much of a prompt was read; in the model's call, with all layers alike."""
+        lent.read_tokens = read_tokens
+        if not self._reuses:
+            return
+        held = held_by(lent.cache)
+        if not self._goes_back and self._is_due(lent, held.tokens):
+            lent.snapshot_tokens = held.tokens
+            lasting = held.tokens >= len(lent.ids) or held.tokens in lent.marks
+            self._keep(lent.cache.fork(), lent, lasting=lasting)
+        per_token = held.host_bytes // max(held.tokens, 1)
+        if (held.tokens - lent.saved_tokens) * per_token > self._grow_bytes:
+            lent.saved_tokens = held.tokens
+            self._shelf.grow(lent, lent.cache.fork())
+
+    def _is_due(self, lent: Lent, held_tokens: int) -> bool:
+        """Whether to keep a snapshot of what was read."""
+        new = held_tokens - lent.snapshot_tokens
+        if held_tokens in lent.marks or held_tokens == len(lent.ids):
+            return new > 0
+        return new >= max(len(lent.ids) // _SNAPSHOTS, LEAST_TOKENS)
+
+    def _keep(self, cache: OffloadedCache, lent: Lent, *, lasting: bool) -> None:
+        known = cache.token_ids
+        if known is None or known.shape[1] < LEAST_TOKENS:
+            cache.close()
+            return
+        snapshot = cache is not lent.cache
+        kept = Kept(ids=known[0], cache=cache, lasting=lasting, snapshot=snapshot)
+        if not snapshot:
+            lent.kept, kept.home = kept, lent.home
+        self._shelf.add(kept)
 
     def give_back(self, lent: Lent, *, keep: bool) -> None:
-        """Take a cache back.
+        """Take a cache back from a request that has ended.
 
         Args:
-            lent: of a request that has ended.
+            lent: with its cache.
             keep: whether what it holds is sound.
         """
+        with self._shelf.mutex:
+            self._running.remove(lent)
+        try:
+            if keep and self._reuses and lent.cache.state.engine is not None:
+                lent.cache.park()
+                self._keep(lent.cache, lent, lasting=True)
+                return
+        except HeadInferError as error:
+            _logger.warning("what a request has read is not kept: %s", error)
+        if lent.home is not None:
+            lent.home.owned = False
         lent.cache.close()
 
+    def states(self) -> list[SlotState]:
+        """Return what is kept, without waiting for anything."""
+        return self._shelf.states()
+
     def close(self, timeout_s: float) -> None:
-        """Drop all caches, saved where there is a folder."""
+        """Save what is kept where there is a folder, the newest first, and drop all caches."""
+        self._shelf.close(time.monotonic() + timeout_s)

@@ -27,7 +27,8 @@ from headinfer.serving.events import (
     TokenScore,
     Usage,
 )
-from headinfer.serving.prefixes import Lent, Prefixes
+from headinfer.serving.kept import Lent
+from headinfer.serving.prefixes import Prefixes
 from headinfer.serving.queueing import Line
 from headinfer.serving.slots import SlotState
 from headinfer.session import Session
@@ -174,7 +175,7 @@ class Request:
         ask, served = self._ask, self._served
         given = {"num_beams": 1, **ask.given}
         settings = settle(given, served.model.generation_config, len(ask.ids))
-        lent = self._lent = served.prefixes.lend(ask.ids, settings.max_new_tokens)
+        lent = self._lent = served.prefixes.lend(ask.ids, settings.max_new_tokens, ask.marks)
         keep = False
         try:
             with contextlib.suppress(CancelledError):
@@ -224,7 +225,7 @@ class Request:
                 time_ms=1000 * (time.perf_counter() - self._began_s),
             )
             self._tell(self._progress)
-        self._served.prefixes.note_progress(lent)
+        self._served.prefixes.note_progress(lent, processed)
         if self._cancelled.is_set():
             self._cut_short = True
             raise CancelledError
