@@ -65,7 +65,8 @@ def answered(page, count: int = 1):
 def test_a_conversation_is_streamed_and_sent_along(page, server, shot):
     ask(page, "What is hidden?")
     server.send({"role": "assistant", "content": ""})
-    server.send({"content": "A let"})
+    server.send({"content": " "})
+    server.send({"content": " A let"})
     page.get_by_text("A let").wait_for()
     assert page.get_by_role("button", name="Stop").is_visible()
     server.send({"content": "ter.\n\nIn a box."})
@@ -87,7 +88,7 @@ def test_a_conversation_is_streamed_and_sent_along(page, server, shot):
     assert first["model"] == "fake-8b"
     assert second["messages"] == [
         {"role": "user", "content": "What is hidden?"},
-        {"role": "assistant", "content": "A letter.\n\nIn a box."},
+        {"role": "assistant", "content": "  A letter.\n\nIn a box."},
         {"role": "user", "content": "By whom?"},
     ]
 
@@ -351,6 +352,22 @@ def test_settings_are_sent_and_wrong_ones_are_not(page, server):
     (body,) = server.asked
     assert (body["max_tokens"], body["temperature"]) == (12, 0.5)
     assert body["messages"][0] == {"role": "system", "content": "Be brief."}
+
+
+def test_what_is_wrong_with_a_setting_is_in_sight_in_a_narrow_window(opened, server, shot):
+    page = opened(viewport={"width": 360, "height": 740}, color_scheme="dark")
+    page.locator("#send:enabled").wait_for()
+    page.get_by_text("Settings").click()
+    page.get_by_label("Tokens at most").fill("0")
+    ask(page, "Who?")
+    problem(page)
+    shot(page, "setting-narrow")
+    in_sight = """(element) => {
+        const { top, bottom } = element.getBoundingClientRect();
+        return top >= 0 && bottom <= innerHeight;
+    }"""
+    assert page.get_by_role("alert").evaluate(in_sight)
+    assert page.get_by_label("Tokens at most").evaluate(in_sight)
 
 
 def test_a_new_conversation_forgets_the_old_one(page, server):

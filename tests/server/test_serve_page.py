@@ -32,7 +32,7 @@ def test_two_questions_about_a_file(page, generate, tmp_path):
         assert fact.answer in answers.nth(number).inner_text()
     said = answers.first.locator(".text").inner_text()
     options = ("--no-do-sample", "-n", 64)
-    assert said == generate("-f", book, "-p", first.question, *options)
+    assert said == generate("-f", book, "-p", first.question, *options).strip()
     assert "were in the cache" not in answers.first.inner_text()
     assert "were in the cache" in answers.nth(1).inner_text()
     page.locator("#slots li.kept").first.wait_for()

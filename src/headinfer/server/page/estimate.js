@@ -45,6 +45,11 @@ export function duration(seconds) {
   return hours ? `${hours}:${String(minutes).padStart(2, "0")}:${end}` : `${minutes}:${end}`;
 }
 
+/** Write how long something took: short times with a part of a second. */
+export function took(seconds) {
+  return seconds < 60 ? `${seconds.toFixed(1)} s` : duration(seconds);
+}
+
 /** Write a count with marks between thousands. */
 export function count(number) {
   return Number(number).toLocaleString("en-US");

@@ -1,6 +1,6 @@
 // The page: a conversation with the model, and where its KV cache is.
 
-import { count, counted, duration } from "./estimate.js";
+import { count, counted, took } from "./estimate.js";
 import { Files, withFiles } from "./files.js";
 import { element, showSlots } from "./memory.js";
 import { Reading } from "./reading.js";
@@ -166,7 +166,8 @@ class Answer {
     this.finish = choice?.finish_reason ?? this.finish;
     const { content, reasoning_content: thought } = choice?.delta ?? {};
     if (thought) follow(() => this._think(thought));
-    if (content) follow(() => this.body.append(content));
+    const shown = this.body.hasChildNodes() ? content : content?.trimStart();
+    if (shown) follow(() => this.body.append(shown));
     this.text += content ?? "";
     return Boolean(content || thought);
   }
@@ -194,7 +195,7 @@ class Answer {
     const known = cached ? `, ${count(cached)} were in the cache` : "";
     const speed = ms > 0 && tokens > 1 ? `, ${((1000 * (tokens - 1)) / ms).toFixed(1)}/s` : "";
     const limit = this.finish === "length" ? " The answer ends at its limit." : "";
-    const prompt = `${counted(read, "token")} read in ${duration(readMs / 1000)}${known}`;
+    const prompt = `${counted(read, "token")} read in ${took(readMs / 1000)}${known}`;
     return `${prompt}. ${counted(tokens, "token")} answered${speed}.${limit}`;
   }
 }
