@@ -76,11 +76,11 @@ def verb():
 def chat(verb, chat_llama):
     """Pipe lines to a conversation, greedily and with short answers unless options say else."""
 
-    def run(*lines, options=(), model=chat_llama, tokens=6) -> Outcome:
+    def run(*lines, options=(), model=chat_llama, tokens=6, greedy=True) -> Outcome:
         text = b"".join(
             (line if isinstance(line, bytes) else str(line).encode()) + b"\n" for line in lines
         )
-        settings = ("--no-do-sample", "-n", tokens, *options)
+        settings = (*(("--no-do-sample",) if greedy else ()), "-n", tokens, *options)
         return verb("chat", "--model", model, *settings, stdin=text)
 
     return run

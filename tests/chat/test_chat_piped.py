@@ -177,6 +177,35 @@ def test_a_failure_in_the_middle_of_the_model_costs_one_message(chat, conversed,
     assert done.rows("conversation") == ["2 messages, 0 tokens in the cache"]
 
 
+def test_what_was_cut_off_is_no_part_of_the_cache(chat, tmp_path, monkeypatch):
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    model = save_llama(tmp_path / "plain")
+    plain = chat(f"{FIRST} {SECOND}", model=model, options=("--raw",))
+    forward, calls = LlamaMLP.forward, []
+
+    def fail_in_the_second_layer(self, *args, **keywords):
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate")
+        return forward(self, *args, **keywords)
+
+    monkeypatch.setattr(LlamaMLP, "forward", fail_in_the_second_layer)
+    done = chat(FIRST, f"{FIRST} {SECOND}", model=model, options=("--raw",))
+    assert len(done.errors) == 1
+    assert done.answers == plain.answers
+
+
+def test_a_seed_is_for_the_conversation_and_not_for_each_answer(chat):
+    lines = (FIRST, "/clear", FIRST, "/clear", FIRST)
+    options = ("--do-sample", "--temperature", 5.0, "--seed", 3)
+    first, again = (
+        chat(*lines, options=options, tokens=12, greedy=False).answers for _ in range(2)
+    )
+    assert first == again
+    assert len(set(first)) > 1
+
+
 def test_help_names_all_commands(chat):
     from headinfer.cli.talk.commands import COMMANDS
 
