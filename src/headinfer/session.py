@@ -222,6 +222,19 @@ class Session:
         ]
         return joined(with_kv_itemsize(self._shape, dtype.itemsize), plans)
 
+    @property
+    def max_positions(self) -> int:
+        """Tokens that the model's position encoding was made for; 0 where that is not known."""
+        return self._shape.max_positions
+
+    def check_device(self, tokens: int) -> None:
+        """Refuse a cache of one row that the devices do not hold, with no other cache on them.
+
+        Raises:
+            MemoryPlanError: says what is needed, and what is there.
+        """
+        self._attachment.turns.run(lambda: self._resolve(1, tokens, [], self.kv_dtype()))
+
     def kv_dtype(self, computed: torch.dtype | None = None) -> torch.dtype:
         """Return the dtype of keys and values under the autocast that is on here.
 

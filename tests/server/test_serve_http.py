@@ -249,6 +249,14 @@ def test_metrics_count_what_was_done(server) -> None:
     assert 'headinfer_kv_bytes{place="cpu"}' in after
 
 
+def test_what_can_never_fit_is_refused_before_anything_is_computed(endless) -> None:
+    for stream in (False, True):
+        response = endless.post(TEXT, prompt="w1", max_tokens=2**31 - 1, stream=stream)
+        assert response.status_code == 400
+        assert "2,147,483,6" in response.json()["error"]["message"]
+    assert endless.slots() == [slot for slot in endless.slots() if slot["state"] != "running"]
+
+
 def test_two_clients_get_the_answers_that_they_get_alone(server) -> None:
     questions = [MESSAGES, [{"role": "user", "content": QUESTION}]]
     alone = [server.post(CHAT, messages=each).json()["choices"] for each in questions]

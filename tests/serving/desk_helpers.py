@@ -59,11 +59,13 @@ def desk_of(name: str, *, options: dict[str, Any] | None = None, **keywords: Any
     """A desk in front of a tiny model, which is closed and detached at the end."""
     model = shared_model(name)
     headinfer.attach(model, **{"device": "cpu", **SMALL, **(options or {})})
-    desk = Desk(model, make_tokenizer(VOCAB), **keywords)
     try:
-        yield desk
+        desk = Desk(model, make_tokenizer(VOCAB), **keywords)
+        try:
+            yield desk
+        finally:
+            desk.close(timeout_s=PATIENCE_S)
     finally:
-        desk.close(timeout_s=PATIENCE_S)
         headinfer.detach(model)
 
 

@@ -147,7 +147,7 @@ def wait_until(true: Any) -> None:
 
 def test_memory_of_kept_prefixes_is_bounded_and_the_last_used_stay() -> None:
     per_token = 3 * 4 * 2 * 16 * 4  # layers, heads, keys and values, dim, bytes
-    with desk_of("llama3", kept_memory=700 * per_token) as desk:
+    with desk_of("llama3", kept_memory=f"{700 * per_token}B") as desk:
         for seed in range(6):
             check(desk, "llama3", tokens(200, seed=seed))
         shelf = desk._served.prefixes._shelf

@@ -30,7 +30,7 @@ from headinfer.cli.ranks import check_alone, leaving
 from headinfer.cli.roofline import roofline
 from headinfer.cli.serve import serve
 from headinfer.cli.usage import told
-from headinfer.errors import RanksError
+from headinfer.errors import HeadInferError
 
 
 class Verbs(Group):
@@ -107,9 +107,9 @@ def _all_verbs(
     if verb is None:
         print(context.get_help())
     elif verb != "generate":  # which knows by its own options
-        try:  # and no `reporting_errors`, which is for a verb's end: no signal is heard after it
+        try:
             check_alone(verb)
-        except RanksError as error:
+        except HeadInferError as error:  # `reporting_errors` would end hearing signals here
             raise typer.Exit(report(error)) from None
 
 

@@ -3,10 +3,12 @@
 import contextlib
 import os
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from headinfer.errors import SessionFileError
 from headinfer.saved.folder import read_index
 from headinfer.saved.index import Index, Page
+from headinfer.saved.writer import SessionWriter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,20 +33,26 @@ class SavedPages:
         pages = tuple(page for page in self.pages if page.start + page.tokens <= tokens)
         return replace(self, pages=pages)
 
-    def still_there(self, path: str | os.PathLike[str], least_tokens: int) -> tuple[Page, ...]:
-        """Return the pages that a save to a folder need not write.
+    def still_there(self, least_tokens: int) -> tuple[Page, ...]:
+        """Return the pages that a save need not write.
+
+        Others may have saved to the folder since.
 
         Args:
-            path: of the folder. Others may have saved there since.
-            least_tokens: of a page. From one with fewer on all are written again, so that a folder
+            least_tokens: of a page. From one with fewer on all are written again, so that a session
                 which grows often has few files.
         """
-        if _real(path) != self.folder:
-            return ()
         with contextlib.suppress(SessionFileError):
-            there = read_index(path).pages
-            return _leading(self.pages, there, least_tokens)
+            return _leading(self.pages, read_index(self.folder).pages, least_tokens)
         return ()
+
+    def reuse(self, writer: SessionWriter, least_tokens: int) -> tuple[Page, ...]:
+        """Have a session begin with these pages as far as they are there; return them.
+
+        A session in another folder shares the files. Where a file system cannot, none are used.
+        """
+        pages = self.still_there(least_tokens)
+        return pages if writer.share(Path(self.folder), [page.entry for page in pages]) else ()
 
 
 def _real(path: str | os.PathLike[str]) -> str:

@@ -75,15 +75,12 @@ def save_cache(
     per_token = sum(spec.num_bytes for spec in page_bytes.specs.values())
     page_tokens = max(min(block_bytes // max(per_token, 1), tokens), 1)
     state_layout = Layout({name: Spec(part.dtype, (*part.shape,)) for name, part in states.items()})
-    there = _pages_there(cache, path, page_tokens)
-    begin = sum(page.tokens for page in there)
-    num_bytes = per_token * (tokens - begin) + state_layout.num_bytes
-    with writing(path, num_bytes) as writer:
-        if _pages_there(cache, path, page_tokens) != there:
-            name = session_name(path)
-            raise SessionFileError(
-                f"session {name!r} was saved by another meanwhile; save it again"
-            )
+    known = None if ids is None else cache.saved  # all pages have token ids, or none has
+    spared = () if known is None else known.still_there(page_tokens)
+    new_tokens = tokens - sum(page.tokens for page in spared)
+    with writing(path, per_token * new_tokens + state_layout.num_bytes) as writer:
+        there = () if known is None else known.reuse(writer, page_tokens)
+        begin = sum(page.tokens for page in there)
         pages = [
             _write_page(writer, engine, ids, rows, start, min(page_tokens, tokens - start))
             for start in range(begin, tokens, page_tokens)
@@ -111,15 +108,6 @@ def save_cache(
     seconds = time.perf_counter() - started_s
     written = index.num_bytes - sum(page.entry.num_bytes for page in there)
     return SavedSession(tokens=tokens, num_bytes=written, seconds=seconds)
-
-
-def _pages_there(
-    cache: "OffloadedCache", path: str | os.PathLike[str], page_tokens: int
-) -> tuple[Page, ...]:
-    """Return the pages that are written already; all have token ids, or none has."""
-    if cache.saved is None or cache.token_ids is None:
-        return ()
-    return cache.saved.still_there(path, page_tokens)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -29,9 +29,16 @@ from headinfer.server.slots import slot_dicts
 
 PAGE = Path(__file__).parent / "page"
 
+_JSON: dict[str, Any] = {"content": {"application/json": {}}}
 _ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
-    "4XX": {"description": "The request is wrong, or there are too many."},
-    "5XX": {"description": "The server is loading, stopping, or failed."},
+    "4XX": {"description": "The request is wrong, or there are too many.", **_JSON},
+    "5XX": {"description": "The server is loading, stopping, or failed.", **_JSON},
+}
+_ANSWERS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The answer, or the stream in which it comes.",
+        "content": {"application/json": {}, "text/event-stream": {}},
+    }
 }
 
 
@@ -79,6 +86,11 @@ def _add_errors(app: FastAPI) -> None:
     async def _(_request: Request, error: ProblemError) -> Response:
         return error.response()
 
+    @app.exception_handler(Exception)
+    async def _(_request: Request, _error: Exception) -> Response:
+        # It is raised again behind this, and the gate logs it.
+        return ProblemError(500, "the server failed at this request, and goes on").response()
+
     @app.exception_handler(HTTPException)
     async def _(_request: Request, error: HTTPException) -> Response:
         headers = dict(error.headers or {})
@@ -122,7 +134,7 @@ def _add_model(app: FastAPI, service: Service, metrics: Metrics) -> None:
         answering.check_name(name)
         return _model(served, service)
 
-    @app.post("/v1/chat/completions", response_model=None)
+    @app.post("/v1/chat/completions", response_model=None, responses=_ANSWERS)
     async def chat(body: ChatBody, request: Request, served: Model) -> Response:
         """Continue a conversation."""
         answering.check_name(body.model)
@@ -140,7 +152,7 @@ def _add_model(app: FastAPI, service: Service, metrics: Metrics) -> None:
         )
         return await answering.answer(request, served, asks, reply, stream=bool(body.stream))
 
-    @app.post("/v1/completions", response_model=None)
+    @app.post("/v1/completions", response_model=None, responses=_ANSWERS)
     async def complete(body: CompletionBody, request: Request, served: Model) -> Response:
         """Continue texts."""
         answering.check_name(body.model)
@@ -154,7 +166,7 @@ def _add_model(app: FastAPI, service: Service, metrics: Metrics) -> None:
         )
         return await answering.answer(request, served, asks, reply, stream=bool(body.stream))
 
-    @app.post("/v1/responses", response_model=None)
+    @app.post("/v1/responses", response_model=None, responses=_ANSWERS)
     async def respond(body: ResponseBody, request: Request, served: Model) -> Response:
         """Respond to items."""
         answering.check_name(body.model)

@@ -22,6 +22,7 @@ from headinfer.server.served import DEFAULT_NEW_TOKENS, Limits, Served
 from headinfer.serving.ask import Ask
 
 _MOST_STOPS = 32
+_MOST_CHOICES = 64
 _SETTINGS = ("top_k", "min_p", "repetition_penalty")
 _ANY_OBJECT = {"type": "object"}
 
@@ -35,12 +36,10 @@ class Request:
     Attributes:
         asks: one for each choice, in their order.
         tools: that the model may call; in the form of chat templates.
-        parsed: whether the text is told apart into what is said, thought and called.
     """
 
     asks: tuple[Ask, ...]
     tools: list[dict[str, Any]] | None = None
-    parsed: bool = False
 
 
 def chat_request(served: Served, body: ChatBody, limits: Limits) -> Request:
@@ -58,7 +57,7 @@ def chat_request(served: Served, body: ChatBody, limits: Limits) -> Request:
         raise ProblemError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
     new_tokens = body.max_completion_tokens or body.max_tokens
     ask = _ask(served, body, ids, new_tokens, limits, logprobs, _schema(body.response_format))
-    return Request(asks=_choices(ask, body.n or 1), tools=tools, parsed=True)
+    return Request(asks=_choices(ask, body.n or 1), tools=tools)
 
 
 def completion_request(served: Served, body: CompletionBody, limits: Limits) -> Request:
@@ -77,8 +76,10 @@ def completion_request(served: Served, body: CompletionBody, limits: Limits) -> 
         schema = _schema(body.response_format)
         ask = _ask(served, body, ids, body.max_tokens, limits, body.logprobs, schema)
         asks += _choices(ask, body.n or 1)
-    if len(asks) > _MOST_STOPS:
-        raise ProblemError(400, f"{len(asks)} choices are too many; the most are {_MOST_STOPS}")
+    if not 0 < len(asks) <= _MOST_CHOICES:
+        raise ProblemError(
+            400, f"{len(asks)} choices are asked for; 1 to {_MOST_CHOICES} can be had"
+        )
     return Request(asks=tuple(asks))
 
 
@@ -99,7 +100,7 @@ def response_request(served: Served, body: ResponseBody, limits: Limits) -> Requ
     ids = _encode(served, response_messages(body.input, body.instructions), values)
     schema = _schema(body.text.format if body.text else None)
     ask = _ask(served, body, ids, body.max_output_tokens, limits, None, schema)
-    return Request(asks=(ask,), tools=tools, parsed=True)
+    return Request(asks=(ask,), tools=tools)
 
 
 def _prompts(given: str | list[str] | list[int] | list[list[int]]) -> Sequence[Prompt]:

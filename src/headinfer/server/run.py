@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import copy
 import os
 import signal
 import socket
@@ -152,8 +153,11 @@ def serve(
         HeadInferError: the address cannot be had, or the model cannot be loaded.
     """
     listening = address.listen()
+    logging = copy.deepcopy(uvicorn.config.LOGGING_CONFIG)
+    logging["handlers"]["access"]["stream"] = "ext://sys.stderr"
     config = uvicorn.Config(
         make_app(service, keys=keys, debug=debug),
+        log_config=logging,
         log_level="info" if verbose else "warning",
         access_log=verbose,
         server_header=False,
@@ -175,13 +179,14 @@ def serve(
             failure.append(error)
             server.stop()
 
-    on_listening(address.url(listening))
     thread = threading.Thread(target=loading, name="headinfer-load", daemon=True)
-    thread.start()
-    try:
-        asyncio.run(server.serve([listening]))
-    finally:
-        service.close(CLOSING_S)
+    with server.capture_signals():  # before the address is told, as whoever reads it may end us
+        on_listening(address.url(listening))
+        thread.start()
+        try:
+            asyncio.run(server.serve([listening]))
+        finally:
+            service.close(CLOSING_S)
     if failure:
         raise failure[0]
     if thread.is_alive():

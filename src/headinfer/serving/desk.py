@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from headinfer.errors import OptionError, UnsupportedModelError
 from headinfer.integration.attachment import owner_of
+from headinfer.serving.admission import Admission
 from headinfer.serving.ask import Ask
 from headinfer.serving.events import Ended, Event
 from headinfer.serving.prefix_folder import PrefixFolder
@@ -66,6 +67,7 @@ class Desk:
             what is free now.
         session_folder: where prefixes go that there is no memory for, and those that are kept at
             the end; None to drop them.
+        allow_long_prompts: whether to take more tokens than the model's positions were made for.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class Desk:
         waiting: int = 64,
         kept_memory: str | int = "auto",
         session_folder: str | os.PathLike[str] | None = None,
+        allow_long_prompts: bool = False,
     ) -> None:
         session = owner_of(model)
         if not isinstance(session, Session):
@@ -93,6 +96,7 @@ class Desk:
             prefixes=Prefixes(session, kept_bytes, folder, _GROW_BYTES),
             line=Line(running, waiting),
         )
+        self._admission = Admission(session=session, allow_long=allow_long_prompts)
         self._mutex = threading.Lock()
         self._requests: dict[str, Request] = {}
         self._vocabulary = int(model.get_input_embeddings().weight.shape[0])
@@ -102,9 +106,11 @@ class Desk:
 
         Raises:
             OptionError: a setting or a token is wrong, or the prompt is too long for the model.
-            MemoryPlanError: the CPU memory or the GPU memory is too small; with the arithmetic.
+            MemoryPlanError: the CPU memory or the GPU memory is too small, also once all other
+                requests have ended and all kept prefixes yielded; with the arithmetic.
         """
         ask.check(self._vocabulary)
+        self._admission.check(ask, self._served.prefixes.yielding_bytes)
 
     def submit(self, ask: Ask, on_event: Callable[[Event], None]) -> Ticket:
         """Have a request begin, or wait in the queue.

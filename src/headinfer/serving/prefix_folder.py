@@ -13,7 +13,9 @@ import torch
 from headinfer.errors import HeadInferError, OptionError, SessionFileError
 from headinfer.folders import describe
 from headinfer.integration.cache import OffloadedCache
+from headinfer.plan.memory import SPARE_TOKENS
 from headinfer.saved.folder import read_index
+from headinfer.saved.index import Index
 from headinfer.saved.tokens import read_token_ids
 from headinfer.session import Session
 
@@ -30,6 +32,7 @@ class SavedPrefix:
         path: of its session.
         ids: its tokens, `[tokens]` of int64.
         num_bytes: of its files.
+        earliest_crop: the fewest tokens that it may go back to.
         owned: whether a cache goes on from it, and saves to it.
         used: grows with each use.
     """
@@ -37,6 +40,7 @@ class SavedPrefix:
     path: Path
     ids: torch.Tensor
     num_bytes: int
+    earliest_crop: int
     owned: bool = False
     used: int = 0
 
@@ -80,7 +84,10 @@ class PrefixFolder:
             except SessionFileError as error:
                 _logger.warning("a kept prefix is left out: %s", error)
                 continue
-            found.append(SavedPrefix(path=path, ids=ids, num_bytes=index.num_bytes))
+            earliest = self._earliest_crop(index)
+            found.append(
+                SavedPrefix(path=path, ids=ids, num_bytes=index.num_bytes, earliest_crop=earliest)
+            )
         return found
 
     def save(self, cache: OffloadedCache, home: SavedPrefix | None) -> SavedPrefix | None:
@@ -100,9 +107,20 @@ class PrefixFolder:
             return None
         known = cache.token_ids
         assert known is not None
-        saved = home or SavedPrefix(path=path, ids=known[0], num_bytes=0, owned=True)
+        saved = home or SavedPrefix(
+            path=path, ids=known[0], num_bytes=0, earliest_crop=0, owned=True
+        )
         saved.ids, saved.num_bytes = known[0], index.num_bytes
+        saved.earliest_crop = self._earliest_crop(index)
         return saved
+
+    def _earliest_crop(self, index: Index) -> int:
+        """Return the fewest tokens that a session may go back to; whoever loads it finds out."""
+        if self._session.goes_back:
+            return 0
+        if index.state_values:
+            return index.tokens
+        return max(index.tokens - SPARE_TOKENS, 0)
 
     def load(self, saved: SavedPrefix) -> OffloadedCache | None:
         """Return a cache with a session's tokens, or those before a damaged place.

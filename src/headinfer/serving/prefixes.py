@@ -1,8 +1,9 @@
 """Caches of requests before, kept for those that begin with the same tokens."""
 
 import logging
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from headinfer.engine.stats import Stats
 from headinfer.errors import HeadInferError
 from headinfer.integration.cache import OffloadedCache
-from headinfer.integration.memory_held import held_by
+from headinfer.integration.memory_held import held_by, held_together
 from headinfer.integration.token_history import common_prefix
 from headinfer.serving.kept import LEAST_TOKENS, Kept, Lent, as_ids, next_tick, usable
 from headinfer.serving.prefix_folder import PrefixFolder, SavedPrefix
@@ -22,6 +23,9 @@ _logger = logging.getLogger(__name__)
 
 _SNAPSHOTS = 8
 """Snapshots of a prompt whose cache cannot go back, beside those at its end and at its marks."""
+
+_LOOK_S = 0.2
+"""How often one that waits for memory looks whether somebody still waits for it."""
 
 _DISK_DIVISOR = 8
 """What the disk has is loaded where that spares one in so many tokens more than memory does."""
@@ -39,6 +43,10 @@ class _Choice(NamedTuple):
     tokens: int
     source: Kept | Lent | SavedPrefix
     whole: bool
+
+
+def _rank(choice: _Choice) -> tuple[int, bool]:
+    return choice.tokens, choice.whole
 
 
 class Prefixes:
@@ -64,24 +72,34 @@ class Prefixes:
         self, session: Session, kept_bytes: int, folder: PrefixFolder | None, grow_bytes: int
     ) -> None:
         self._session = session
-        self._running: list[Lent] = []
+        self._running: list[Lent] = []  # changed with the shelf's mutex
         self._reuses = session.goes_on_alike()
         self._goes_back = session.goes_back
         self._grow_bytes = grow_bytes
         self._shelf = Shelf(session, kept_bytes, folder if self._reuses else None)
+        self._changed = threading.Condition(self._shelf.mutex)
         if not self._reuses:
             _logger.warning(
                 "no prefixes are kept: this model gives other results for a prompt that is read in "
                 "two calls"
             )
 
-    def lend(self, ids: Sequence[int], new_tokens: int, marks: Sequence[int] = ()) -> Lent:
+    def lend(
+        self,
+        ids: Sequence[int],
+        new_tokens: int,
+        marks: Sequence[int] = (),
+        given_up: Callable[[], bool] = lambda: False,
+    ) -> Lent:
         """Return a cache for a prompt, with as much of it as any cache holds.
+
+        Waits for other requests to end where these have the CPU memory.
 
         Args:
             ids: the prompt.
             new_tokens: the most tokens of the answer.
             marks: positions in the prompt at which others are likely to part from it.
+            given_up: whether nobody waits any more, asked now and then.
 
         Raises:
             HeadInferError: the model was detached.
@@ -96,10 +114,32 @@ class Prefixes:
             parting = (*marks, *self._parting(prompt))
             lent.marks = frozenset(mark for mark in parting if 0 < mark < len(ids))
         cache.marks, cache.state.max_tokens, cache.stats = tuple(lent.marks), most, Stats()
-        self._shelf.make_room(self._session.missing_host_bytes(cache, most))
-        with self._shelf.mutex:
-            self._running.append(lent)
+        try:
+            self._wait_for_room(lent, most, given_up)
+        except BaseException:
+            self._put_back(lent)
+            raise
         return lent
+
+    def _wait_for_room(self, lent: Lent, tokens: int, given_up: Callable[[], bool]) -> None:
+        """Wait for CPU memory: kept prefixes yield it at once, and running requests at their end.
+
+        What remains missing then is for the model's call to refuse.
+        """
+        while not given_up():
+            needed = self._session.missing_host_bytes(lent.cache, tokens)
+            with self._changed:
+                promised = [
+                    self._session.missing_host_bytes(each.cache, each.cache.state.max_tokens or 0)
+                    for each in self._running
+                ]
+            lacking = self._shelf.make_room(needed + sum(promised))
+            with self._changed:
+                if not lacking or not self._running:
+                    break
+                self._changed.wait(_LOOK_S)
+        with self._changed:
+            self._running.append(lent)
 
     def _found(self, prompt: torch.Tensor) -> Lent | None:
         """Return the longest beginning of a prompt that any cache holds, for one request alone."""
@@ -117,10 +157,24 @@ class Prefixes:
                         choice.source.busy -= 1
             if lent is not None:
                 return lent
+            self._reject(choice.source)
+
+    def _reject(self, source: Kept | Lent | SavedPrefix) -> None:
+        """Do not choose again what has given nothing."""
+        with self._shelf.mutex:
+            if isinstance(source, Lent):
+                source.read_tokens = 0
+            elif isinstance(source, Kept):
+                source.ids = source.ids[:0]
+            elif source.earliest_crop < len(source.ids):
+                source.earliest_crop = len(source.ids)
+            else:
+                source.ids = source.ids[:0]
 
     def _choose(self, prompt: torch.Tensor) -> _Choice | None:
         """Return what spares a prompt the most tokens; memory comes before the disk."""
         in_memory: list[_Choice] = []
+        on_disk: list[_Choice] = []
         for kept in self._shelf.kept:
             tokens = kept.serves(prompt)
             whole = tokens == len(kept.ids) and not (kept.busy or kept.snapshot)
@@ -129,14 +183,16 @@ class Prefixes:
             for lent in self._running:
                 tokens = usable(lent.ids[: lent.read_tokens], prompt, 0)
                 in_memory.append(_Choice(tokens, lent, whole=False))
-        best = max(in_memory, key=lambda each: (each.tokens, each.whole), default=None)
-        most = 0 if best is None else best.tokens
         for saved in self._shelf.saved:
-            tokens = usable(saved.ids, prompt, 0 if self._goes_back else len(saved.ids))
-            if (tokens - most) * _DISK_DIVISOR > tokens:
-                best = _Choice(tokens, saved, tokens == len(saved.ids) and not saved.owned)
-                most = tokens
-        return best if most else None
+            tokens = usable(saved.ids, prompt, saved.earliest_crop)
+            # Where caches cannot go back, others may need it just as it is.
+            whole = self._goes_back and tokens == len(saved.ids) and not saved.owned
+            on_disk.append(_Choice(tokens, saved, whole))
+        best, other = (max(each, key=_rank, default=None) for each in (in_memory, on_disk))
+        most = 0 if best is None else best.tokens
+        if other is not None and (other.tokens - most) * _DISK_DIVISOR > other.tokens:
+            best = other
+        return best if best is not None and best.tokens else None
 
     def _claim(self, choice: _Choice) -> None:
         """Keep others from what was chosen."""
@@ -165,9 +221,6 @@ class Prefixes:
             fork = source.cache.fork()
         except HeadInferError as error:  # of a running request that has just failed
             _logger.info("a prefix could not be forked: %s", error)
-            with self._shelf.mutex:
-                if isinstance(source, Lent) and source in self._running:
-                    source.read_tokens = 0
             return None
         return self._cut(fork, prompt, None)
 
@@ -178,8 +231,6 @@ class Prefixes:
         tokens = cache.keep_common_prefix(prompt)
         if tokens < LEAST_TOKENS:
             cache.close()
-            if home is not None:  # what could be read of it is of no use
-                self._shelf.unlist(home)
             return None
         cache.park()
         cache.compact()
@@ -231,18 +282,34 @@ class Prefixes:
             lent: with its cache.
             keep: whether what it holds is sound.
         """
-        with self._shelf.mutex:
+        with self._changed:
             self._running.remove(lent)
         try:
             if keep and self._reuses and lent.cache.state.engine is not None:
+                lent.cache.progress = None
                 lent.cache.park()
                 self._keep(lent.cache, lent, lasting=True)
                 return
         except HeadInferError as error:
             _logger.warning("what a request has read is not kept: %s", error)
+        finally:
+            with self._changed:
+                self._changed.notify_all()
+        self._put_back(lent)
+
+    def _put_back(self, lent: Lent) -> None:
+        """Drop a cache; what the disk has of it stays there."""
         if lent.home is not None:
             lent.home.owned = False
         lent.cache.close()
+
+    @property
+    def yielding_bytes(self) -> int:
+        """CPU memory of what is kept, and of running requests; what they share counts once."""
+        with self._shelf.mutex:
+            caches = [each.cache for each in self._shelf.kept]
+            caches += [each.cache for each in self._running]
+        return held_together(caches)
 
     def states(self) -> list[SlotState]:
         """Return what is kept, without waiting for anything."""

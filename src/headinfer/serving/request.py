@@ -175,7 +175,9 @@ class Request:
         ask, served = self._ask, self._served
         given = {"num_beams": 1, **ask.given}
         settings = settle(given, served.model.generation_config, len(ask.ids))
-        lent = self._lent = served.prefixes.lend(ask.ids, settings.max_new_tokens, ask.marks)
+        lent = self._lent = served.prefixes.lend(
+            *(ask.ids, settings.max_new_tokens, ask.marks), self._cancelled.is_set
+        )
         keep = False
         try:
             with contextlib.suppress(CancelledError):

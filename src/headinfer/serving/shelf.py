@@ -16,7 +16,7 @@ from headinfer.session import Session
 
 _logger = logging.getLogger(__name__)
 
-_COVERED_DIVISOR = 8
+_COVERED_DIVISOR = 64
 """A prefix is not worth a place on the disk if another one has all but one in so many tokens."""
 
 
@@ -107,12 +107,18 @@ class Shelf:
 
         self._jobs.put(save)
 
-    def make_room(self, needed_bytes: int) -> None:
-        """Have the least recently used prefixes yield as long as a request lacks CPU memory."""
-        working_bytes = self._session.plan.activation_bytes
+    def make_room(self, needed_bytes: int) -> bool:
+        """Have the least recently used prefixes yield as long as a request lacks CPU memory.
+
+        Returns:
+            Whether it lacks some still, and nothing is left to yield.
+        """
+        plan = self._session.plan
+        working_bytes = plan.arena_bytes + plan.activation_bytes
         while needed_bytes > self._session.host_room(working_bytes).kv_bytes:
             if not self._evict_one():
-                return
+                return True
+        return False
 
     @property
     def kept_bytes(self) -> int:
