@@ -40,7 +40,7 @@ class Lines(Protocol):
 
 
 class PipedLines:
-    """Lines of stdin, each of them a message."""
+    """A source of lines of stdin, each of them a message."""
 
     by_hand = False
 
@@ -59,7 +59,7 @@ class PipedLines:
 
 
 class TerminalLines:
-    """Lines that are edited in a terminal, with those of earlier runs behind the arrow keys.
+    """A source of lines edited in a terminal, with those of earlier runs behind the arrow keys.
 
     Args:
         console: on stderr.

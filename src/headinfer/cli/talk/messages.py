@@ -10,7 +10,6 @@ from typing import Any, TypeGuard
 from headinfer.errors import OptionError, SessionFileError
 from headinfer.folders import describe
 from headinfer.generation.prompt import TemplateRefusalError, encode_prompt
-from headinfer.saved.folder import MESSAGES_NAME
 
 _KIND, _FORMAT = "headinfer messages", 1
 _ROLES = ("user", "assistant")
@@ -47,8 +46,8 @@ class Messages:
             SessionFileError: they cannot be written; those that were there are whole.
         """
         body = {"kind": _KIND, "format": _FORMAT, "system": self.system, "messages": self.said}
-        path = Path(folder) / MESSAGES_NAME
-        new = path.with_name(f"{MESSAGES_NAME}.new")
+        path = _file(folder)
+        new = path.with_name(f"{path.name}.new")
         try:
             with new.open("w", encoding="utf-8") as file:
                 json.dump(body, file, indent=1, ensure_ascii=False)
@@ -67,9 +66,10 @@ class Messages:
         Raises:
             SessionFileError: they cannot be read, or are none.
         """
-        wrong = f"session {folder!r}: its {MESSAGES_NAME}"
+        path = _file(folder)
+        wrong = f"session {folder!r}: its {path.name}"
         try:
-            body = json.loads((Path(folder) / MESSAGES_NAME).read_bytes())
+            body = json.loads(path.read_bytes())
         except FileNotFoundError:
             return cls()
         except OSError as error:
@@ -86,6 +86,12 @@ class Messages:
         if not isinstance(system, str | None) or not _are_messages(said):
             raise SessionFileError(f"{wrong} is damaged: it holds no messages")
         return cls(system=system, said=said)
+
+
+def _file(folder: str) -> Path:
+    from headinfer.saved.folder import MESSAGES_NAME  # late, so that `--help` answers at once
+
+    return Path(folder) / MESSAGES_NAME
 
 
 def _are_messages(given: Any) -> TypeGuard[list[Message]]:
