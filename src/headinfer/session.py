@@ -24,7 +24,13 @@ from headinfer.integration.cache import OffloadedCache, PrefillProgress
 from headinfer.integration.capture import CapturedSteps
 from headinfer.integration.linears import FewRowLinears
 from headinfer.integration.model_shape import model_shape
-from headinfer.integration.parts import USED_SHARE, parts_of, with_kv_itemsize
+from headinfer.integration.parts import (
+    USED_SHARE,
+    parts_of,
+    passing_together,
+    planned_together,
+    with_kv_itemsize,
+)
 from headinfer.integration.placement import Placement
 from headinfer.integration.room import room_of
 from headinfer.integration.saving import fill_cache
@@ -35,7 +41,6 @@ from headinfer.plan.options import Options
 from headinfer.plan.plan import Plan, joined
 from headinfer.plan.shape import LayerKind
 from headinfer.plan.streaming import with_pattern
-from headinfer.plan.whole import passing_whole
 from headinfer.saved.fingerprint import Fingerprint, fingerprint
 
 _FUSED = frozenset({torch.float16, torch.bfloat16})
@@ -202,25 +207,17 @@ class Session:
         self, batch: int, context_tokens: int | None, others: list[CacheEngine], dtype: torch.dtype
     ) -> Plan:
         """Return a plan that fits; where it fits on some ranks alone, none has one."""
-        plan = self.ranks.together(lambda: self._resolve_here(batch, context_tokens, others, dtype))
+        plan = self.ranks.together(
+            lambda: planned_together(
+                self.parts,
+                with_kv_itemsize(self._shape, dtype.itemsize),
+                batch,
+                context_tokens,
+                [engine.parts for engine in others],
+            )
+        )
         # When a cache has outgrown its residents, all ranks plan anew.
         return with_fewer_residents(plan, *self.ranks.least(plan.resident_tokens))
-
-    def _resolve_here(
-        self, batch: int, context_tokens: int | None, others: list[CacheEngine], dtype: torch.dtype
-    ) -> Plan:
-        def planned(number: int, chunk_tokens: int | None = None) -> Plan:
-            here = [engine.parts[number] for engine in others]
-            part = self.parts[number]
-            return part.resolve(batch, context_tokens, here, dtype.itemsize, chunk_tokens)
-
-        plans = [planned(number) for number in range(len(self.parts))]
-        least = min(plan.chunk_tokens for plan in plans)  # a chunk passes through all parts
-        plans = [
-            plan if plan.chunk_tokens == least else planned(number, least)
-            for number, plan in enumerate(plans)
-        ]
-        return joined(with_kv_itemsize(self._shape, dtype.itemsize), plans)
 
     @property
     def max_positions(self) -> int:
@@ -230,10 +227,12 @@ class Session:
     def check_device(self, tokens: int) -> None:
         """Refuse a cache of one row that the devices do not hold, with no other cache on them.
 
+        Waits for no call.
+
         Raises:
             MemoryPlanError: says what is needed, and what is there.
         """
-        self._attachment.turns.run(lambda: self._resolve(1, tokens, [], self.kv_dtype()))
+        self._resolve(1, tokens, [], self.kv_dtype())
 
     def kv_dtype(self, computed: torch.dtype | None = None) -> torch.dtype:
         """Return the dtype of keys and values under the autocast that is on here.
@@ -310,14 +309,7 @@ class Session:
             plans = [dataclasses.replace(plan, batch=batch) for plan in self.plan.of_devices]
         else:
             plans = [own.plan for own in engine.parts]
-        whole = self.ranks.together(
-            lambda: [
-                passing_whole(plan, part.options, tokens)
-                for part, plan in zip(self.parts, plans, strict=True)
-            ]
-        )
-        least = self.ranks.least(*(plan.resident_tokens for plan in whole))
-        whole = [with_fewer_residents(*each) for each in zip(whole, least, strict=True)]
+        whole = passing_together(self.parts, plans, tokens, self.ranks)
         for number, own in enumerate(engine.parts if engine is not None else ()):
             if whole[number].arena_bytes == plans[number].arena_bytes:
                 own.plan = whole[number]

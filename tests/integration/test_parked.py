@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import headinfer
+from headinfer.device.simulated import SimulatedDevice
 from headinfer.integration.calls import cache_argument
 from headinfer.integration.memory_held import held_by
 from tiny_models import random_tokens, shared_model
@@ -54,13 +55,16 @@ def test_parking_and_forking_change_no_result(name: str, options: str) -> None:
 def test_a_parked_cache_holds_no_gpu_memory() -> None:
     prompt = random_tokens(1, 100)
     for name in ("llama3", "gemma3"):
-        model = shared_model(name)
-        with headinfer.attach(model, **OPTIONS["resident"]) as offload:
+        model, device = shared_model(name), SimulatedDevice()
+        options = {**OPTIONS["resident"], "simulated_device": device}
+        with headinfer.attach(model, **options) as offload:
             cache = offload.new_cache(400)
             read(model, cache, prompt)
             before = held_by(cache)
+            assert device.allocated_bytes > 0
             cache.park()
             after = held_by(cache)
+            assert device.allocated_bytes == 0
             assert after.tokens == before.tokens == 100
             assert before.device_bytes > after.device_bytes == 0
             cache.crop(-10)

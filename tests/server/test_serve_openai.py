@@ -60,10 +60,10 @@ def test_a_stream_has_usage_only_where_it_is_asked_for(client: OpenAI) -> None:
 
 
 def test_the_same_prompt_again_is_not_read_again(client: OpenAI) -> None:
-    text = " ".join(f"The strongbox of the mossy phoenix opens with 41-{n}." for n in range(10, 60))
+    text = " ".join(f"The strongbox of the tidy otter opens with {n}-10." for n in range(10, 60))
     first = client.completions.create(model="demo", prompt=text, max_tokens=3)
     again = client.completions.create(model="demo", prompt=text, max_tokens=3)
-    assert first.usage.prompt_tokens_details.cached_tokens == 0
+    assert first.usage.prompt_tokens_details.cached_tokens < 20  # other tests begin alike
     assert again.usage.prompt_tokens_details.cached_tokens >= again.usage.prompt_tokens - 1
     assert again.choices[0].text == first.choices[0].text
 

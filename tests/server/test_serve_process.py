@@ -11,7 +11,7 @@ from server_parts import WAIT_S, command, environment, events, running
 
 from saved_models import save_llama
 
-SECRET = "w33 w44 w55"
+SECRET = " ".join(f"w{number}" for number in range(33, 66))
 
 
 def run(*args: object, **more: str) -> "subprocess.CompletedProcess[str]":
@@ -68,6 +68,7 @@ def test_sigterm_ends_the_streams_and_then_the_process(folder, tmp_path) -> None
     assert any(kept.iterdir())  # what was read is on the disk
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_server_that_does_nothing(folder) -> None:
     with running("--model", folder, "--quiet") as server:
         code, err = server.end(signal.SIGINT)

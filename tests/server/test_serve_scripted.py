@@ -2,6 +2,7 @@
 
 import json
 import time
+from types import SimpleNamespace
 
 import httpx2
 import openai
@@ -12,7 +13,7 @@ from server_parts import WAIT_S, events, wait_until
 
 from headinfer.errors import MemoryPlanError, NotANumberError
 from headinfer.server.served import Limits
-from headinfer.serving.events import Progress, Queued
+from headinfer.serving.events import Piece, Progress, Queued, TokenScore
 
 MESSAGES = [{"role": "user", "content": "w1 w2"}]
 CALL = '<tool_call>\n{"name": "look", "arguments": {"place": "attic"}}\n</tool_call>'
@@ -85,6 +86,31 @@ def test_a_call_that_is_no_json_is_told_as_it_is() -> None:
     assert message.content.startswith("Well.")
     assert "{look: attic" in message.content
     assert message.content.endswith(" Done.")
+
+
+def test_calls_between_special_tokens_are_found(tmp_path) -> None:
+    from headinfer.demo.tokenizer import build_tokenizer
+    from headinfer.server.parsing import Called, Said, Thought, needs_special, parser_of
+
+    tokenizer = build_tokenizer()
+    marks = ["<|tool_call>", "<tool_call|>", "<|channel>", "<channel|>", "<turn|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": marks})
+    model = SimpleNamespace(config=SimpleNamespace(model_type="gemma4"))
+    assert needs_special(model, tokenizer, ())
+    text = (
+        "<|channel>thought\nDark — so.<channel|>I look."
+        '<|tool_call>call:look{place:<|"|>attic<|"|>}<tool_call|>'
+    )
+    parser = parser_of(model, tokenizer, [], TOOLS, spelled=True)
+    parts = []
+    for token_id in tokenizer(text, add_special_tokens=False)["input_ids"]:
+        parts += parser.take(Piece("", (TokenScore(token_id, "", 0.0, ()),)))
+    parts += parser.end()
+    said = "".join(part.text for part in parts if isinstance(part, Said))
+    thought = "".join(part.text for part in parts if isinstance(part, Thought))
+    (call,) = (part for part in parts if isinstance(part, Called))
+    assert (said, thought) == ("I look.", "Dark — so.")
+    assert (call.name, json.loads(call.arguments)) == ("look", {"place": "attic"})
 
 
 def test_a_model_without_a_form_is_passed_on_as_it_is() -> None:

@@ -261,3 +261,31 @@ def test_a_desk_that_closes_cancels_and_takes_no_more() -> None:
             desk.submit(ask(tokens(20)), Heard())
         assert desk.slots() == []
     assert not any(each.name.startswith("headinfer-request") for each in threading.enumerate())
+
+
+def test_a_closed_desk_leaves_the_model_as_it_was() -> None:
+    model = shared_model("llama3")
+    before, forward = set(model.__dict__), model.forward
+    with desk_of("llama3") as desk:
+        answer(desk, ask(tokens(40)))
+        desk.close(timeout_s=PATIENCE_S)
+        desk.close(timeout_s=PATIENCE_S)
+        assert set(model.__dict__) == before
+        assert model.forward == forward
+
+
+def test_a_desk_that_cannot_close_in_time_says_so_and_returns(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    begin, go_on = threading.Event(), threading.Event()
+
+    def stuck(event: Event) -> None:
+        begin.set()
+        assert go_on.wait(PATIENCE_S)
+
+    with desk_of("llama3") as desk:
+        desk.submit(ask(tokens(20)), stuck)
+        assert begin.wait(PATIENCE_S)
+        desk.close(timeout_s=0.2)
+        assert "1 requests did not end" in caplog.text
+        go_on.set()

@@ -166,6 +166,10 @@ def test_what_grows_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     desk = Desk(model, make_tokenizer(VOCAB), session_folder=tmp_path)
     heard = answer(desk, ask(tokens(700), 5), Heard())
     assert heard.text == stock_text("llama3", tokens(700), 5)
+    until_s = time.monotonic() + PATIENCE_S
+    while not list(tmp_path.glob("*.hsession/index.json")):
+        assert time.monotonic() < until_s, "nothing was saved before the end"
+        time.sleep(0.05)
     desk.close(timeout_s=PATIENCE_S)
     headinfer.detach(model)
     assert len(list(tmp_path.iterdir())) == 1

@@ -219,6 +219,7 @@ def _load(
     """Load a model and put it at a desk."""
     from headinfer.api import attach
     from headinfer.server.guide import Guide
+    from headinfer.server.parsing import needs_special
     from headinfer.server.served import Served
     from headinfer.serving.desk import Desk
 
@@ -245,4 +246,5 @@ def _load(
         desk=Desk(model, tokenizer, **desk),
         guide=Guide(tokenizer, vocabulary, end_ids),
         positions=max_positions(config),
+        spelled=needs_special(model, tokenizer, end_ids),
     )

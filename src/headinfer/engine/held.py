@@ -6,13 +6,14 @@ What frees tokens of the host waits for the work in flight that touches them.
 import contextlib
 import itertools
 import sys
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
 from headinfer.device.base import Device, Edge, Event
 from headinfer.engine.balance import Balance
 from headinfer.engine.build import build
+from headinfer.engine.counted import CountedTokens
 from headinfer.engine.ending import settle_at_exit, uninterrupted
 from headinfer.engine.executor import Executor
 from headinfer.engine.host_attention import HostAttention
@@ -27,7 +28,7 @@ from headinfer.kv.place import HostPlace
 from headinfer.plan.plan import Plan
 
 
-class HeldTokens:
+class HeldTokens(CountedTokens):
     """A cache's tokens in its attention layers: their ledgers and the device arena.
 
     Args:
@@ -115,52 +116,6 @@ class HeldTokens:
         """Share of the tokens beside the residents that the host attends, as it is now."""
         return self._balance.share
 
-    @property
-    def device_kv_bytes(self) -> int:
-        """Bytes of device memory held for KV."""
-        return self._arena_bytes + self.window_bytes
-
-    @property
-    def window_bytes(self) -> int:
-        """Bytes of them that sliding windows take."""
-        if self.parked:
-            return 0
-        tails = [ledger.tail for ledger in self._ledgers if ledger.track.window_tokens is not None]
-        return sum([tail.piece.memory.numel() for tail in tails if tail is not None])
-
-    @property
-    def host_kv_bytes(self) -> int:
-        """Bytes of host memory held for KV, or asked for."""
-        return sum([ledger.host_bytes for ledger in self._full])
-
-    def host_pieces(self) -> dict[Hashable, int]:
-        """Return the bytes of each piece of host memory, by what copies have in common.
-
-        Copies of several rows have nothing in common: the order of rows may change, which takes
-        memory for all of them.
-        """
-        own = None if self.plan.batch == 1 else id(self)
-        return {
-            (own, id(piece)): piece.memory.numel()
-            for ledger in self._full
-            for piece in ledger.host_pieces
-        }
-
-    @property
-    def coming_host_bytes(self) -> int:
-        """Bytes of host memory that were asked for and not taken yet."""
-        return sum(ledger.coming.num_bytes for ledger in self._full)
-
-    @property
-    def awaited_host_bytes(self) -> int:
-        """Bytes of those that the system was not asked for yet."""
-        return sum(ledger.coming.awaited_bytes for ledger in self._full)
-
-    @property
-    def unwritten_host_bytes(self) -> int:
-        """Bytes of those that were never written, which the system may not have given yet."""
-        return sum(ledger.unwritten_bytes for ledger in self._full)
-
     def tokens(self, layer_idx: int) -> int:
         """Return the tokens a layer holds."""
         if self.closed or self._host.pending or self._host.failure is not None:
@@ -199,11 +154,6 @@ class HeldTokens:
         before, self.half_done = self.half_done, True
         yield
         self.half_done = before
-
-    def missing_bytes(self, tokens: int) -> int:
-        """Return the bytes of host memory to be added for layers to hold `tokens` tokens."""
-        short = [ledger for ledger in self._full if ledger.promised_tokens < tokens]
-        return sum([ledger.geometry.num_bytes(ledger.missing_tokens(tokens)) for ledger in short])
 
     def expect(self, tokens: int) -> int:
         """State that layers will come to hold `tokens` tokens; memory is reserved when they do.

@@ -14,6 +14,7 @@ from headinfer.integration.cache_host import CacheHost
 from headinfer.integration.calls import cache_name
 from headinfer.integration.copying import copied
 from headinfer.integration.layer import OffloadedLayer, WindowLayer
+from headinfer.integration.parkable import ParkableCache
 from headinfer.integration.prefix import keep_common_prefix
 from headinfer.integration.row_selection import rows_of, select
 from headinfer.integration.rows import chosen_rows
@@ -22,7 +23,7 @@ from headinfer.integration.saving import BLOCK_BYTES, SavedSession, save_cache
 from headinfer.integration.state import OffloadedState
 from headinfer.integration.support import layer_kind
 from headinfer.integration.token_history import TokenHistory
-from headinfer.integration.turns import Turns, in_turn
+from headinfer.integration.turns import in_turn
 from headinfer.integration.watchers import Watcher
 from headinfer.plan.shape import LayerKind
 from headinfer.units import parse_bytes
@@ -31,7 +32,7 @@ PrefillProgress = Callable[[int, int], None]
 """Told the tokens done and the tokens in all of a prompt, after each chunk."""
 
 
-class OffloadedCache(DynamicCache):
+class OffloadedCache(ParkableCache):
     """A transformers cache whose attention layers are attended tile by tile, from CPU memory.
 
     Windows stay in GPU memory; the states of linear attention are transformers' own. Made by
@@ -89,11 +90,6 @@ class OffloadedCache(DynamicCache):
         `past_key_values` before, which 5.24 takes with a warning.
         """
         return {self._name: self}
-
-    @property
-    def turns(self) -> Turns:
-        """Taken by whatever changes the cache."""
-        return self.state.turns
 
     def _lengths(self) -> list[int]:
         """Return the tokens of each layer that keeps any."""
@@ -232,18 +228,6 @@ class OffloadedCache(DynamicCache):
         return rows_of(self._own_layers())
 
     @property
-    def earliest_crop(self) -> int:
-        """The fewest tokens, but for none, that a parked cache can be cropped to."""
-        if self._own_layers():
-            return int(self.get_seq_length())
-        return 0 if self.state.engine is None else self.state.engine.earliest_crop
-
-    def compact(self) -> None:
-        """Copy what a parked cache holds where that is a small part of the memory it holds."""
-        if self.state.parked and self.state.engine is not None:
-            self.state.engine.compact()
-
-    @property
     def token_ids(self) -> torch.Tensor | None:
         """The tokens it holds, `[rows, tokens]` on the CPU; None where not all are known."""
         return self.history.ids(self._batch() or 0, self.get_seq_length())
@@ -317,28 +301,6 @@ class OffloadedCache(DynamicCache):
             MemoryPlanError: the GPU memory or the CPU memory is too small for a second cache.
         """
         return copied(self, memo, parked=False)
-
-    @in_turn
-    def fork(self) -> "OffloadedCache":
-        """Return a second cache that holds the same tokens, parked: see `park`.
-
-        The two share CPU memory. Neither ever writes to what both hold, if they have one row.
-
-        Raises:
-            CacheStateError: it was closed, the model was detached, or a call was interrupted.
-        """
-        return copied(self, {}, parked=True)
-
-    def park(self) -> None:
-        """Give up GPU memory, but for recurrent states, until the next call with the cache.
-
-        CPU memory that was reserved for tokens to come goes, too. A parked cache can be cropped,
-        forked and saved.
-
-        Raises:
-            CacheStateError: it was closed, or its newest tokens were not attended yet.
-        """
-        self.state.park()
 
     def __copy__(self) -> NoReturn:
         """Refuse: two caches would share layers, and one would not hear of the other's tokens.

@@ -11,10 +11,13 @@ from headinfer.errors import MemoryPlanError, UnsupportedModelError
 from headinfer.integration.placement import Placement
 from headinfer.plan import memory
 from headinfer.plan.hardware import Hardware
+from headinfer.plan.narrow import with_fewer_residents
 from headinfer.plan.options import Options
-from headinfer.plan.plan import Plan, part_label
+from headinfer.plan.plan import Plan, joined, part_label
 from headinfer.plan.resolve import resolve
 from headinfer.plan.shape import ModelShape
+from headinfer.plan.whole import passing_whole
+from headinfer.ranks.group import Ranks
 from headinfer.units import format_bytes
 
 USED_SHARE = 0.9
@@ -104,6 +107,58 @@ class ModelPart:
             return most
         # The rest of the runtime, handles and fragments, is still to come out of what is free.
         return min(asked, max(most, weights + free))
+
+
+def planned_together(
+    parts: Sequence[ModelPart],
+    shape: ModelShape,
+    batch: int,
+    context_tokens: int | None,
+    others: Sequence[Sequence[Engine]],
+) -> Plan:
+    """Return the plan of a cache, whose parts pass chunks of as many tokens.
+
+    Args:
+        parts: of the model.
+        shape: of the whole model, with keys and values of the cache's dtype.
+        batch: rows.
+        context_tokens: tokens expected in each; None when not known yet.
+        others: the engines of each other cache, one for each part.
+
+    Raises:
+        MemoryPlanError: no plan fits.
+    """
+
+    def planned(number: int, chunk_tokens: int | None = None) -> Plan:
+        here = [engines[number] for engines in others]
+        part = parts[number]
+        return part.resolve(batch, context_tokens, here, shape.kv_itemsize, chunk_tokens)
+
+    plans = [planned(number) for number in range(len(parts))]
+    least = min(plan.chunk_tokens for plan in plans)  # a chunk passes through all parts
+    plans = [
+        plan if plan.chunk_tokens == least else planned(number, least)
+        for number, plan in enumerate(plans)
+    ]
+    return joined(shape, plans)
+
+
+def passing_together(
+    parts: Sequence[ModelPart], plans: Sequence[Plan], tokens: int, ranks: Ranks
+) -> list[Plan]:
+    """Return the plans of a cache's parts, changed for a call whose tokens all pass at once.
+
+    Raises:
+        MemoryPlanError: a device does not hold the activations of so many tokens.
+    """
+    whole = ranks.together(
+        lambda: [
+            passing_whole(plan, part.options, tokens)
+            for part, plan in zip(parts, plans, strict=True)
+        ]
+    )
+    least = ranks.least(*(plan.resident_tokens for plan in whole))
+    return [with_fewer_residents(*each) for each in zip(whole, least, strict=True)]
 
 
 def with_kv_itemsize(shape: ModelShape, kv_itemsize: int) -> ModelShape:

@@ -10,14 +10,15 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from headinfer.kv.ahead import missing_tokens
-from headinfer.kv.extent import Extent, Piece, Tile, copy_rows
+from headinfer.kv.extent import Extent, Piece, Tile
+from headinfer.kv.host_bytes import HostBytes
 from headinfer.kv.pair import ALL_HEADS, Geometry
 from headinfer.kv.place import HostPlace
 from headinfer.schedule.route import Held
 from headinfer.schedule.track import Track
 
 
-class Ledger:
+class Ledger(HostBytes):
     """A record of the extents that hold one layer's tokens; together they cover all, without a gap.
 
     It moves no bytes but those of rows: who copies or computes tokens enters them here. Methods
@@ -98,10 +99,7 @@ class Ledger:
 
     def can_crop(self, tokens: int) -> bool:
         """Whether the tokens seen through the window are there once only `tokens` are left."""
-        tail = self.tail
-        if tokens <= self.track.sink_tokens or tail is None or not tail.start:
-            return True
-        return tail.start + self.track.sink_tokens <= tokens - self.past_tokens
+        return tokens <= self.track.sink_tokens or tokens >= self.earliest_crop
 
     @property
     def earliest_crop(self) -> int:
@@ -123,37 +121,6 @@ class Ledger:
             resident_capacity=0 if resident is None else resident.capacity,
             paged=tail is not None and tail.tokens > 0,
         )
-
-    @property
-    def host_bytes(self) -> int:
-        """Bytes of host memory held, or asked for.
-
-        What is shared counts in full, as it may have to be copied.
-        """
-        taken = [part.piece.memory.numel() for part in self._host]
-        return sum(taken) + self.coming.num_bytes
-
-    @property
-    def host_pieces(self) -> list[Piece]:
-        """The pieces of host memory it holds; others may hold them, too."""
-        return [extent.piece for extent in self._host]
-
-    @property
-    def unwritten_bytes(self) -> int:
-        """Bytes of those that this ledger may still take of what the system calls available.
-
-        These were reserved and never written, or are shared by several rows, whose order may
-        change.
-        """
-        unwritten = max(self.host_bytes - self.geometry.num_bytes(self._written_tokens), 0)
-        if self.geometry.batch == 1:  # what is shared is never written to, but behind it
-            return unwritten
-        shared = [
-            part.piece.memory.numel() * (part.piece.holders - 1) // part.piece.holders
-            for part in self._host
-            if part.piece.holders > 1
-        ]
-        return unwritten + sum(shared)
 
     @property
     def sink_tokens(self) -> int:
@@ -330,14 +297,9 @@ class Ledger:
             self.coming.cancel()  # it is of another size
         for position, source in enumerate(self._host):
             in_place = not anew and len(rows) == old.batch and source.piece.holders == 1
-            self._place.access(source, write=in_place, purpose="row selection")
-            target = source
-            if not in_place:
-                capacity = source.tokens if anew else source.capacity
-                target = self._place.take(self.geometry, capacity, source.start)
-                target.tokens = source.tokens
-                self._place.access(target, write=True, purpose="row selection")
-            copy_rows(source, target, index)
+            capacity = source.tokens if anew else source.capacity
+            target = source if in_place else self._place.take(self.geometry, capacity, source.start)
+            self._place.copy_rows(source, target, index)
             self._host[position] = target
             if not in_place:
                 self._place.give_back(source)

@@ -141,12 +141,13 @@ def _add_model(app: FastAPI, service: Service, metrics: Metrics) -> None:
         asks = await to_thread.run_sync(asking.chat_request, served, body, service.limits)
 
         def parser() -> MessageParser:
-            return parser_of(served.model, served.tokenizer, asks.asks[0].ids, asks.tools)
+            return _parser(served, asks)
 
         options = body.stream_options
         reply = ChatReply(
             service.name,
             parser,
+            scored=bool(body.logprobs),
             progress=bool(body.return_progress),
             include_usage=bool(options and options.include_usage),
         )
@@ -171,9 +172,15 @@ def _add_model(app: FastAPI, service: Service, metrics: Metrics) -> None:
         """Respond to items."""
         answering.check_name(body.model)
         asks = await to_thread.run_sync(asking.response_request, served, body, service.limits)
-        parser = parser_of(served.model, served.tokenizer, asks.asks[0].ids, asks.tools)
-        reply = ResponseReply(service.name, body, parser)
+        reply = ResponseReply(service.name, body, _parser(served, asks))
         return await answering.answer(request, served, asks, reply, stream=bool(body.stream))
+
+
+def _parser(served: Served, asks: asking.Request) -> MessageParser:
+    """Return a parser for a choice of a conversation's answer."""
+    return parser_of(
+        *(served.model, served.tokenizer, asks.asks[0].ids, asks.tools), spelled=asks.spelled
+    )
 
 
 def _model(served: Served, service: Service) -> dict[str, Any]:

@@ -36,10 +36,12 @@ class Request:
     Attributes:
         asks: one for each choice, in their order.
         tools: that the model may call; in the form of chat templates.
+        spelled: whether pieces have tokens, which are parsed in the place of their text.
     """
 
     asks: tuple[Ask, ...]
     tools: list[dict[str, Any]] | None = None
+    spelled: bool = False
 
 
 def chat_request(served: Served, body: ChatBody, limits: Limits) -> Request:
@@ -57,7 +59,8 @@ def chat_request(served: Served, body: ChatBody, limits: Limits) -> Request:
         raise ProblemError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
     new_tokens = body.max_completion_tokens or body.max_tokens
     ask = _ask(served, body, ids, new_tokens, limits, logprobs, _schema(body.response_format))
-    return Request(asks=_choices(ask, body.n or 1), tools=tools)
+    ask, spelled = _spelled(served, ask)
+    return Request(asks=_choices(ask, body.n or 1), tools=tools, spelled=spelled)
 
 
 def completion_request(served: Served, body: CompletionBody, limits: Limits) -> Request:
@@ -100,7 +103,18 @@ def response_request(served: Served, body: ResponseBody, limits: Limits) -> Requ
     ids = _encode(served, response_messages(body.input, body.instructions), values)
     schema = _schema(body.text.format if body.text else None)
     ask = _ask(served, body, ids, body.max_output_tokens, limits, None, schema)
-    return Request(asks=(ask,), tools=tools)
+    ask, spelled = _spelled(served, ask)
+    return Request(asks=(ask,), tools=tools, spelled=spelled)
+
+
+def _spelled(served: Served, ask: Ask) -> tuple[Ask, bool]:
+    """Ask for tokens where a message is told apart by special ones.
+
+    Strings that stop an answer cut its text alone. Where there are some, the text is parsed.
+    """
+    if not served.spelled or ask.stop:
+        return ask, False
+    return (ask if ask.logprobs is not None else replace(ask, logprobs=0)), True
 
 
 def _prompts(given: str | list[str] | list[int] | list[list[int]]) -> Sequence[Prompt]:

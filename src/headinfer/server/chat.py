@@ -30,10 +30,12 @@ class ChatChoice:
 
     Args:
         parser: of its text.
+        scored: whether the log probabilities of its tokens are told.
     """
 
-    def __init__(self, parser: MessageParser) -> None:
+    def __init__(self, parser: MessageParser, *, scored: bool) -> None:
         self._parser = parser
+        self._scored = scored
         self._scores: list[TokenScore] = []
         self._all_scores: list[TokenScore] = []
         self._texts: dict[str, list[str]] = {"content": [], "reasoning_content": []}
@@ -41,9 +43,10 @@ class ChatChoice:
 
     def take(self, piece: Piece) -> list[Delta]:
         """Take a piece and return what is new of the message."""
-        self._scores += piece.tokens
-        self._all_scores += piece.tokens
-        return self._deltas(self._parser.feed(piece.text))
+        if self._scored:
+            self._scores += piece.tokens
+            self._all_scores += piece.tokens
+        return self._deltas(self._parser.take(piece))
 
     def end(self) -> list[Delta]:
         """Return what was held back."""
@@ -111,6 +114,7 @@ class ChatReply:
     Args:
         name: of the model.
         make_parser: returns a parser for a choice.
+        scored: whether the log probabilities of tokens are told.
         progress: whether the stream tells of the prompt, and of the place in the queue.
         include_usage: whether the stream ends with what it took.
     """
@@ -120,11 +124,13 @@ class ChatReply:
         name: str,
         make_parser: Callable[[], MessageParser],
         *,
+        scored: bool = False,
         progress: bool = False,
         include_usage: bool = False,
     ) -> None:
         self._name = name
         self._make_parser = make_parser
+        self._scored = scored
         self._progress = progress
         self._include_usage = include_usage
         self._id = new_id("chatcmpl-")
@@ -138,7 +144,7 @@ class ChatReply:
         """
         total, choices = Total(), list[dict[str, Any]]()
         taken: dict[str, Any] = {}
-        choice = ChatChoice(self._make_parser())
+        choice = self._new_choice()
         async for number, event in asked.events():
             if isinstance(event, Piece):
                 choice.take(event)
@@ -156,7 +162,7 @@ class ChatReply:
                         "finish_reason": finish_of(event, called=bool(choice.calls)),
                     }
                 )
-                choice = ChatChoice(self._make_parser())
+                choice = self._new_choice()
         return {
             **self._head("chat.completion"),
             "choices": choices,
@@ -167,10 +173,10 @@ class ChatReply:
     async def stream(self, asked: Asked) -> AsyncIterator[ServerSentEvent]:
         """Yield the answer as it comes."""
         total, told = Total(), Told()
-        choice, last = ChatChoice(self._make_parser()), -1
+        choice, last = self._new_choice(), -1
         async for number, event in asked.events(TICK_S if self._progress else None):
             if number != last:
-                choice, last, told = ChatChoice(self._make_parser()), number, Told()
+                choice, last, told = self._new_choice(), number, Told()
                 yield self._chunk(number, {"role": "assistant", "content": ""})
             if isinstance(event, Piece):
                 told.note(None)
@@ -193,6 +199,9 @@ class ChatReply:
                 head = self._head("chat.completion.chunk")
                 yield sse({**head, "choices": [], "usage": total.as_dict()})
         yield sse("[DONE]")
+
+    def _new_choice(self) -> ChatChoice:
+        return ChatChoice(self._make_parser(), scored=self._scored)
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._name}

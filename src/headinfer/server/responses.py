@@ -172,7 +172,7 @@ class ResponseReply:
     def _happened(self, event: object) -> Iterator[_Event]:
         """Take an event of the desk and yield those of the response."""
         if isinstance(event, Piece):
-            for part in self._parser.feed(event.text):
+            for part in self._parser.take(event):
                 yield from self._items.take(part)
         elif isinstance(event, Ended):
             for part in self._parser.end():

@@ -108,15 +108,15 @@ class _Server(uvicorn.Server):
         if self.should_exit:
             os._exit(128 + sig)
         super().handle_exit(sig, frame)
+        late = threading.Timer(_END_S, _end_at_once)
+        late.daemon = True
+        late.start()
         self.stop()
 
     def stop(self) -> None:
         """End: take no more requests, end those that run, and keep what they read."""
         self.should_exit = True
         self._service.begin_closing()
-        late = threading.Timer(_END_S, _end_at_once)
-        late.daemon = True
-        late.start()
         threading.Thread(target=self._service.close, args=(CLOSING_S,), daemon=True).start()
 
 

@@ -40,6 +40,7 @@ class Served:
         desk: takes what is asked.
         guide: for answers in JSON.
         positions: that the model was made for; 0 if unknown.
+        spelled: whether its messages are told apart by special tokens.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Served:
     desk: Desk
     guide: Guide
     positions: int
+    spelled: bool = False
 
 
 class Phase(str, enum.Enum):

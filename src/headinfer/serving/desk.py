@@ -1,5 +1,6 @@
 """The desk: where several clients of one model ask, wait and are served."""
 
+import contextlib
 import logging
 import os
 import threading
@@ -52,6 +53,19 @@ def _kept_bytes(given: str | int, session: Session) -> int:
     return parse_bytes(given, "kept_memory")
 
 
+def _keep_experts(model: Any) -> Callable[[], object]:
+    """Have `generate` leave a model's experts as they compute; return what undoes that.
+
+    On GPUs it has them compute otherwise while a request decodes. The prompts of others would then
+    copy the weights of the experts for each token.
+    """
+    name = "_optimize_model_for_decode"
+    if not hasattr(model, name):
+        return lambda: None
+    model.__dict__[name] = contextlib.nullcontext
+    return lambda: model.__dict__.pop(name, None)
+
+
 class Desk:
     """A desk in front of one attached model: it takes requests of several clients.
 
@@ -99,6 +113,7 @@ class Desk:
         self._admission = Admission(session=session, allow_long=allow_long_prompts)
         self._mutex = threading.Lock()
         self._requests: dict[str, Request] = {}
+        self._leave_experts = _keep_experts(model)
         self._vocabulary = int(model.get_input_embeddings().weight.shape[0])
 
     def check(self, ask: Ask) -> None:
@@ -152,19 +167,28 @@ class Desk:
             timeout_s: the most seconds for all that. What still runs then is left alone, with the
                 model attached, and the log says so.
         """
-        until_s = time.monotonic() + timeout_s
+        began_s = time.monotonic()
         self._served.line.close()
         with self._mutex:
             requests = list(self._requests.values())
         for request in requests:
             request.cancel()
-        late = [
-            request
-            for request in requests
-            if request.wait(max(until_s - time.monotonic(), 0)) is None
-        ]
-        self._served.prefixes.close(max(until_s - time.monotonic(), 0))
-        if late:
-            _logger.warning("%d requests did not end in %.0f s", len(late), timeout_s)
+        half_s = began_s + timeout_s / 2  # the other half is for what is kept
+        late = [each for each in requests if each.wait(max(half_s - time.monotonic(), 0)) is None]
+        left_s = max(began_s + timeout_s - time.monotonic(), 0)
+        # In a thread, because caches wait for the turn of a request that does not end.
+        closing = threading.Thread(
+            target=self._served.prefixes.close,
+            args=(left_s,),
+            name="headinfer-closing",
+            daemon=True,
+        )
+        closing.start()
+        closing.join(left_s)
+        if late or closing.is_alive():
+            _logger.warning(
+                "%d requests did not end in %.0f s; the model stays attached", len(late), timeout_s
+            )
             return
+        self._leave_experts()
         self._served.session.detach()

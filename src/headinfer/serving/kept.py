@@ -29,6 +29,8 @@ class Kept:
     Attributes:
         ids: its tokens, `[tokens]` of int64.
         cache: parked, with just these tokens.
+        earliest_crop: the fewest tokens that it can go back to; asked once, as a turn may be waited
+            for.
         lasting: whether it is worth a place on the disk.
         snapshot: whether it was left behind in a prompt, for others to begin with.
         home: has its first tokens on the disk, or all; it saves there.
@@ -39,6 +41,7 @@ class Kept:
 
     ids: torch.Tensor
     cache: OffloadedCache
+    earliest_crop: int
     lasting: bool = True
     snapshot: bool = False
     home: SavedPrefix | None = None
@@ -48,11 +51,11 @@ class Kept:
 
     def serves(self, prompt: torch.Tensor) -> int:
         """Return how many of a prompt's first tokens it spares."""
-        return usable(self.ids, prompt, self.cache.earliest_crop)
+        return usable(self.ids, prompt, self.earliest_crop)
 
     def covers(self, other: "Kept") -> bool:
         """Whether it spares whatever another one would."""
-        goes_back = self.cache.earliest_crop <= other.cache.earliest_crop
+        goes_back = self.earliest_crop <= other.earliest_crop
         return goes_back and begins_with(self.ids, other.ids)
 
     @property

@@ -270,7 +270,13 @@ class Prefixes:
             cache.close()
             return
         snapshot = cache is not lent.cache
-        kept = Kept(ids=known[0], cache=cache, lasting=lasting, snapshot=snapshot)
+        kept = Kept(
+            ids=known[0],
+            cache=cache,
+            earliest_crop=cache.earliest_crop,
+            lasting=lasting,
+            snapshot=snapshot,
+        )
         if not snapshot:
             lent.kept, kept.home = kept, lent.home
         self._shelf.add(kept)
