@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from headinfer.cli.chat import chat
 from headinfer.cli.command import Group, OnceCommand
 from headinfer.cli.console import (
     EXIT_BAD_INPUT,
@@ -113,6 +114,7 @@ def _all_verbs(
 
 
 app.command(cls=OnceCommand)(generate)
+app.command(cls=OnceCommand)(chat)
 app.command(cls=OnceCommand)(serve)
 app.command(cls=OnceCommand)(demo)
 app.command(cls=JsonCommand)(plan)
