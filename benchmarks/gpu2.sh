@@ -5,6 +5,7 @@
 # A part ends after BUDGET_S seconds (145) and is continued when it is run again. Its machine needs
 # torch, transformers and accelerate; nothing is installed. Results are kept in FOLDER (build/gpu2)
 # and copied to OUT (benchmarks/results) after each part.
+# A file holds the rows of one commit: with SUFFIX, such as -800K, others get files of their own.
 # On a copy of the tree without its history, HEADINFER_COMMIT names the commit.
 # TINY=1 tries all of this on a CPU, with a tiny shape and simulated GPUs.
 set -uo pipefail
@@ -13,8 +14,10 @@ cd "$(dirname "$0")/.."
 export PYTHONPATH=src PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 NCCL_NVLS_ENABLE=0
 export TORCH_CPP_LOG_LEVEL=ERROR
 python="${PYTHON:-python3}"
-folder="${FOLDER:-build/gpu2}"
-out="${OUT:-benchmarks/results}"
+kept=benchmarks/results
+[ -n "${TINY:-}" ] && kept=build/gpu2-tiny # never over what was measured
+folder="${FOLDER:-build/gpu2}${TINY:+-tiny}"
+out="${OUT:-$kept}"
 mkdir -p "$folder" "$out"
 parts=(8b-decode-100K 8b-decode-400K 8b-decode-800K 8b-prefill 70b-decode-10K 70b-decode-100K
     70b-decode-400K 70b-host 70b-prefill 70b-longest)
@@ -35,7 +38,7 @@ bench() { # name of the result, verb, options
     shift 2
     timeout --signal=INT --kill-after=15 "${BUDGET_S:-145}" \
         "$python" -m headinfer.cli.main bench "$verb" --gpus 2 --time-limit 140 "$@" \
-        --resume --json "$folder/gpu2-$name.json" 2>&1 | tee -a "$folder/gpu2.log"
+        --resume --json "$folder/gpu2-$name${SUFFIX:-}.json" 2>&1 | tee -a "$folder/gpu2.log"
 }
 decode() { # name of the result, contexts, methods, options
     local name="$1" contexts methods="$3"

@@ -37,6 +37,8 @@ INSTRUMENTS = ["cli", "evaluate", "bench", "finding", "demo", "probe", "plot", "
 ORDER = [
     "__main__",
     *INSTRUMENTS,
+    "server",
+    "serving",
     "generation",
     "gguf_models",
     "api",

@@ -37,6 +37,14 @@ class SessionFileError(HeadInferError):
     """A saved session cannot be written or read, or is of another model."""
 
 
+class QueueFullError(HeadInferError):
+    """A server has as many requests as it takes."""
+
+
+class DeskClosedError(HeadInferError):
+    """A server takes no requests any more."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether torch or Python ran out of memory; torch's CPU allocator says so in words alone."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":

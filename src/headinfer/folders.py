@@ -41,8 +41,7 @@ def cache_folder() -> Path:
     Raises:
         FolderError: the user has no home folder.
     """
-    configured = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(configured) if os.path.isabs(configured) else _home() / ".cache") / "headinfer"
+    return _configured("XDG_CACHE_HOME", ".cache")
 
 
 def private_folder(*parts: str) -> Path:
@@ -56,13 +55,20 @@ def private_folder(*parts: str) -> Path:
     Raises:
         OSError: it cannot be made, or others could change what is in it.
     """
-    root = Path(os.path.realpath(cache_folder()))
-    folder = root.joinpath(*parts)
-    for above in reversed(folder.parents):
-        _make_private(above, ours=above.is_relative_to(root))
-    _make_private(folder, ours=True)
+    folder = _made_private(cache_folder(), *parts)
     _clear(folder)
     return folder
+
+
+def state_folder() -> Path:
+    """Return the folder for what outlives a run, which nobody else can change; made if missing.
+
+    It is `$XDG_STATE_HOME/headinfer` or `~/.local/state/headinfer`.
+
+    Raises:
+        OSError: it cannot be made, or others could change what is in it.
+    """
+    return _made_private(_configured("XDG_STATE_HOME", ".local", "state"))
 
 
 def temporary_folder() -> Path:
@@ -78,6 +84,23 @@ def describe(error: OSError) -> str:
     """Return what an error of the system's says, with the path it is about, on one line."""
     reason = error.strerror or str(error) or type(error).__name__
     return f"{os.fsdecode(error.filename)}: {reason}" if error.filename else reason
+
+
+def _configured(variable: str, *otherwise: str) -> Path:
+    """Return our folder below the one that a variable names, or else below one at home."""
+    configured = os.environ.get(variable, "")
+    base = Path(configured) if os.path.isabs(configured) else _home().joinpath(*otherwise)
+    return base / "headinfer"
+
+
+def _made_private(ours: Path, *parts: str) -> Path:
+    """Return a folder in one of ours, once it and all above it are closed to others."""
+    root = Path(os.path.realpath(ours))
+    folder = root.joinpath(*parts)
+    for above in reversed(folder.parents):
+        _make_private(above, ours=above.is_relative_to(root))
+    _make_private(folder, ours=True)
+    return folder
 
 
 def _home() -> Path:

@@ -11,7 +11,6 @@ import transformers
 from transformers import PreTrainedModel
 
 from headinfer.device.base import Device, Mark
-from headinfer.device.host_memory import all_host_bytes, available_host_bytes
 from headinfer.device.marks import AllMarks
 from headinfer.engine.busy import BusyTimes
 from headinfer.engine.engine import Engine
@@ -25,8 +24,16 @@ from headinfer.integration.cache import OffloadedCache, PrefillProgress
 from headinfer.integration.capture import CapturedSteps
 from headinfer.integration.linears import FewRowLinears
 from headinfer.integration.model_shape import model_shape
-from headinfer.integration.parts import USED_SHARE, parts_of, plans_of, with_kv_itemsize
+from headinfer.integration.parts import (
+    bytes_left,
+    go_on_under,
+    parts_of,
+    passing_together,
+    planned_together,
+    with_kv_itemsize,
+)
 from headinfer.integration.placement import Placement
+from headinfer.integration.room import room_of
 from headinfer.integration.saving import fill_cache
 from headinfer.integration.shards import rank_shape, ranks_of, tell_of_ranks
 from headinfer.plan.host_room import HostRoom
@@ -34,7 +41,6 @@ from headinfer.plan.narrow import narrowed, with_fewer_residents
 from headinfer.plan.options import Options
 from headinfer.plan.plan import Plan, joined
 from headinfer.plan.streaming import with_pattern
-from headinfer.plan.whole import passing_whole
 from headinfer.saved.fingerprint import Fingerprint, fingerprint
 
 _FUSED = frozenset({torch.float16, torch.bfloat16})
@@ -132,6 +138,15 @@ class Session:
             )
         return fingerprint(self._model, transformers.__version__)
 
+    @property
+    def goes_back(self) -> bool:
+        """Whether caches can be cropped to any length: no layer has a window or a state."""
+        return self._shape.goes_back
+
+    def goes_on_alike(self) -> bool:
+        """Return whether a prompt gives the same if its beginning was read in another call."""
+        return self._attachment.goes_on_alike()
+
     def detach(self) -> None:
         """Leave the model exactly as it was; its caches are closed. May be called again.
 
@@ -140,7 +155,7 @@ class Session:
         Raises:
             CacheStateError: called from within a call of the model.
         """
-        self._attachment.turns.run(self._detach)
+        self._attachment.between_calls(self._detach)
 
     def _detach(self) -> None:
         self._attachment.remove()
@@ -170,8 +185,8 @@ class Session:
         """
         if not self._attached:
             raise CacheStateError("the model was detached; attach it again for a new cache")
-        open_engines = [engine for engine in self._engines if not engine.closed]
-        others = [engine for engine in open_engines if engine is not replacing]
+        others = [each for each in self._engines if not (each.closed or each.parked)]
+        others = [each for each in others if each is not replacing]
         dtype = dtype or (self.kv_dtype() if replacing is None else replacing.dtype)
         try:
             plan = self._resolve(batch, context_tokens, others, dtype)
@@ -193,16 +208,30 @@ class Session:
         self, batch: int, context_tokens: int | None, others: list[CacheEngine], dtype: torch.dtype
     ) -> Plan:
         """Return a plan that fits; where it fits on some ranks alone, none has one."""
-        plan = self.ranks.together(lambda: self._resolve_here(batch, context_tokens, others, dtype))
+        plan = self.ranks.together(
+            lambda: planned_together(
+                self.parts,
+                with_kv_itemsize(self._shape, dtype.itemsize),
+                batch,
+                context_tokens,
+                [engine.parts for engine in others],
+            )
+        )
         # When a cache has outgrown its residents, all ranks plan anew.
         return with_fewer_residents(plan, *self.ranks.least(plan.resident_tokens))
 
-    def _resolve_here(
-        self, batch: int, context_tokens: int | None, others: list[CacheEngine], dtype: torch.dtype
-    ) -> Plan:
-        here = [[engine.parts[number] for engine in others] for number in range(len(self.parts))]
-        plans = plans_of(self.parts, here, batch, context_tokens, dtype.itemsize)
-        return joined(with_kv_itemsize(self._shape, dtype.itemsize), plans)
+    @property
+    def max_positions(self) -> int:
+        """Tokens that the model's position encoding was made for; 0 where that is not known."""
+        return self._shape.max_positions
+
+    def check_device(self, tokens: int) -> None:
+        """Refuse a cache of one row that the devices do not hold, with no other cache on them.
+
+        Raises:
+            MemoryPlanError: says what is needed, and what is there.
+        """
+        self._resolve(1, tokens, [], self.kv_dtype())
 
     def kv_dtype(self, computed: torch.dtype | None = None) -> torch.dtype:
         """Return the dtype of keys and values under the autocast that is on here.
@@ -212,10 +241,10 @@ class Session:
         """
         return attended_dtype(computed or self._model.dtype, self.device.torch_device.type)
 
-    def make_engine(self, plan: Plan, dtype: torch.dtype) -> CacheEngine:
+    def make_engine(self, plan: Plan, dtype: torch.dtype, *, parked: bool = False) -> CacheEngine:
         """Return an engine for a cache of keys and values in a dtype."""
         engines = [
-            Engine(part.device, own, dtype, self.stats)
+            Engine(part.device, own, dtype, self.stats, parked=parked)
             for part, own in zip(self.parts, plan.of_devices, strict=True)
         ]
         engine: CacheEngine = engines[0]
@@ -232,23 +261,13 @@ class Session:
         Args:
             working_bytes: what a call takes on the device beside KV, which may be host memory.
         """
-        engines, sharing = list(self._engines), self.ranks.on_host
         given = self._options.host_memory_bytes
-        # Locked memory is taken when it is locked; other memory, once it is written.
-        locked = self.device.name == "cuda"
-        promised = sum(
-            each.awaited_host_bytes if locked else each.unwritten_host_bytes for each in engines
-        )
-        # Whoever asks last sees what the others took before.
-        (available,) = self.ranks.least(available_host_bytes())
-        return HostRoom(
-            device=self.device.name,
-            all_bytes=all_host_bytes() // sharing,
-            available_bytes=max(available // sharing - promised, 0),
-            working_bytes=0 if locked else working_bytes,
-            given_bytes=None if given is None else given // sharing,
-            held_bytes=sum(engine.host_kv_bytes for engine in engines),
-        )
+        return room_of(list(self._engines), self.device, self.ranks, given, working_bytes)
+
+    def missing_host_bytes(self, cache: OffloadedCache, tokens: int) -> int:
+        """Return the bytes of host memory that a cache of one row lacks for so many tokens."""
+        engine = cache.state.engine
+        return self.plan.kv_host_bytes(tokens) if engine is None else engine.missing_bytes(tokens)
 
     def check_host_room(self, needed_bytes: int, working_bytes: int, what: str) -> None:
         """Refuse KV that host memory has no room for, on all ranks if on one.
@@ -267,8 +286,7 @@ class Session:
     def tensor_bytes_left(self, layer_idx: int) -> int:
         """Return the bytes that tensors may still take where a layer is."""
         (device,) = (part.device for part in self.parts if layer_idx in part.layers)
-        free = device.free_bytes()
-        return available_host_bytes() if free is None else int(free * USED_SHARE)
+        return bytes_left(device)
 
     def owns(self, cache: OffloadedCache) -> bool:
         """Whether a cache was made here."""
@@ -290,20 +308,9 @@ class Session:
             plans = [dataclasses.replace(plan, batch=batch) for plan in self.plan.of_devices]
         else:
             plans = [own.plan for own in engine.parts]
-        whole = self.ranks.together(
-            lambda: [
-                passing_whole(plan, part.options, tokens)
-                for part, plan in zip(self.parts, plans, strict=True)
-            ]
-        )
-        least = self.ranks.least(*(plan.resident_tokens for plan in whole))
-        whole = [with_fewer_residents(*each) for each in zip(whole, least, strict=True)]
-        for number, own in enumerate(engine.parts if engine is not None else ()):
-            if whole[number].arena_bytes == plans[number].arena_bytes:
-                own.plan = whole[number]
-            else:
-                with own.in_use():
-                    own.replan(whole[number])
+        whole = passing_together(self.parts, plans, tokens, self.ranks)
+        if engine is not None:
+            go_on_under(whole, engine.parts)
         return joined(self._shape if engine is None else engine.plan.shape, whole)
 
     @property
@@ -332,14 +339,12 @@ class Session:
     def after_call(self, cache: OffloadedCache) -> None:
         """Note the memory held after a model call, whose work may still go on."""
         self._captures.expect_steps()
-        device_bytes = host_bytes = 0
-        standard_bytes = 0
-        own = cache.state.engine
+        device_bytes = host_bytes = standard_bytes = 0
         for engine in list(self._engines):
             device_here, host_here = engine.device_kv_bytes, engine.host_kv_bytes
             device_bytes, host_bytes = device_bytes + device_here, host_bytes + host_here
-            if engine is own:
-                tokens, batch = cache.get_seq_length(), engine.plan.batch
-                standard_bytes = self._shape.standard_kv_bytes(tokens, batch)
+            if engine is cache.state.engine:
+                tokens = cache.get_seq_length()
+                standard_bytes = self._shape.standard_kv_bytes(tokens, engine.plan.batch)
                 cache.stats.raise_peaks(device_here, host_here, standard_bytes)
         self.stats.raise_peaks(device_bytes, host_bytes, standard_bytes)

@@ -163,6 +163,17 @@ def test_the_report_has_a_section_of_several_gpus_and_nothing_of_them_elsewhere(
     assert not list(figures("gpu2-8b", results))
 
 
+@pytest.mark.parametrize("newest_first", [False, True])
+def test_the_newest_of_several_files_counts(newest_first):
+    files = [
+        results_of({("one", 400 * K): 1.0, ("heads", 400 * K): heads_s}) for heads_s in (0.5, 0.25)
+    ]
+    for results, day in zip(files, ("01", "02"), strict=True):
+        results.header["date"] = f"2026-01-{day}T00:00:00+00:00"
+    text = targets_table(files[::-1] if newest_first else files)
+    assert found(text, "heads", "400K", "`one`") == "0.25, reached"
+
+
 def test_only_what_ran_is_a_column():
     results = results_of({("one", 400 * K): 1.0, ("heads", 800 * K): 0.5})
     head, _, *lines = times_table(results).splitlines()

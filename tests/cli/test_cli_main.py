@@ -72,7 +72,7 @@ def test_help_and_version_import_no_torch(command):
         "import sys\n"
         "from typer.testing import CliRunner\n"
         "from headinfer.cli.main import app\n"
-        "for args in ['--help'], ['--version'], ['generate', '--help'], ['demo', '--help']:\n"
+        "for args in ['--help'], ['--version'], ['generate', '--help'], ['chat', '--help']:\n"
         "    assert CliRunner().invoke(app, args).exit_code == 0\n"
         "print([name for name in ('torch', 'transformers') if name in sys.modules])\n"
     )
@@ -97,7 +97,7 @@ def test_a_reader_that_goes_away_is_no_error(command, llama, prompt):
 
 
 VERBS = [
-    *([verb] for verb in ("generate", "demo", "plan", "probe", "roofline", "heads")),
+    *([verb] for verb in ("generate", "chat", "demo", "plan", "probe", "roofline", "heads")),
     *(["bench", verb] for verb in ("decode", "prefill", "memory", "max-context", "ablation")),
     *(["evaluate", verb] for verb in ("agreement", "needle", "figure7", "ruler", "scbench")),
 ]

@@ -97,6 +97,10 @@ def test_a_family_that_the_table_lacks(tied, tmp_path) -> None:
     name = write(tmp_path, config.to_dict() | {"dtype": "float32"})
     assert shape_of(name) == replace(model_shape(Olmo2ForCausalLM(config)), name=name)
     assert shape_of(name, dtype="float16").kv_itemsize == 2
+    whole = shape_of(name)
+    packed = {"quantization_config": {"quant_method": "compressed-tensors", "format": "int"}}
+    name = write(tmp_path, config.to_dict() | {"dtype": "float32"} | packed)
+    assert shape_of(name).weights_bytes == whole.weights_bytes  # they are unpacked when loaded
 
 
 MISTAKES = {

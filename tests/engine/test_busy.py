@@ -125,3 +125,20 @@ def test_what_a_prompt_that_failed_has_left_is_not_counted() -> None:
 
     plain, after = times(failing=False), times(failing=True)
     assert sum(after) < 1.2 * sum(plain)
+
+
+def test_what_other_calls_do_between_two_chunks_is_not_counted() -> None:
+    first, second = Clock(0, 2, 10, 20, 30, 32), Clock(2, 3, 20, 21, 32, 33)
+    busy = BusyTimes([first, second])
+
+    def chunk() -> None:
+        busy.begin(first)
+        busy.begin(second)
+        busy.pause()
+
+    chunk()
+    with busy.suspended():
+        chunk()
+        assert busy.take() == (10, 1)
+    chunk()
+    assert busy.take() == (2 + 2, 1 + 1)

@@ -298,6 +298,18 @@ def test_each_gpu_may_give_another_amount() -> None:
     assert resident.uses[0].resident_bytes > 2 * resident.uses[1].resident_bytes
 
 
+def test_ranks_wait_for_the_one_with_the_least_memory() -> None:
+    took = []
+    for given in ((24, 16), (16, 24), (16, 16)):
+        plans = split_plans(situation(), [each * GIB for each in given])
+        took += [
+            plan.decode_s_per_token
+            for plan in plans
+            if plan.split is Split.HEADS and plan.method == "resident"
+        ]
+    assert took == [took[-1]] * 3
+
+
 def test_more_gpus_than_layers_are_refused() -> None:
     with pytest.raises(OptionError, match="there are 33 GPUs, and llama-3-8b has 32 layers"):
         split_plans(situation(), [24 * GIB] * 33)

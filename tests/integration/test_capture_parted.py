@@ -1,6 +1,8 @@
 """Decode steps of layers on several devices, all of them in one capture."""
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import headinfer
 from captured import NEW_KIND, few, generated, launched, prompted, steps, stock_generated
 from headinfer.device.simulated import SimulatedDevice
 from headinfer.engine.ready import Form
+from headinfer.integration.crossing import Crossings
 from headinfer.integration.placement import Placement
 from headinfer.offload import Offload
 from headinfer.schedule import route
@@ -98,6 +101,8 @@ def test_devices_differ_in_what_they_stream() -> None:
             assert first.plan.resident_tokens > 1000 > second.plan.resident_tokens
             outcomes.append(steps(model, cache, 40))
             assert (Form.STREAMED in forms(cache)) == capture
+            assert first._streaming is None  # whose share of the host need not settle, either
+            assert (second._streaming is not None) == capture
     assert all(map(torch.equal, *outcomes))
     assert launched(offload.stats) < 12
 
@@ -225,3 +230,24 @@ def test_every_device_with_weights_has_a_part_in_a_capture() -> None:
 def test_devices_of_two_kinds_capture_nothing_together() -> None:
     with pytest.raises(AssertionError, match="one kind"):
         SimulatedDevice().capture(lambda: None, object())  # type: ignore[arg-type]
+
+
+def test_what_layers_share_crosses_once_in_a_captured_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, entered = shared_model("llama3"), []
+    once = Crossings.once
+
+    @contextlib.contextmanager
+    def noted(crossings: Crossings, *, discards: bool) -> Iterator[None]:
+        with once(crossings, discards=discards):
+            entered.append((discards, devices[1].recorder is not None))
+            yield
+
+    monkeypatch.setattr(Crossings, "once", noted)
+    devices = spread(0, 1, 1)
+    with headinfer.attach(
+        model, device="simulated", simulated_device=devices, resident_tokens="all"
+    ) as offload:
+        cache = prompted(offload, model)
+        entered.clear()  # of the prompt
+        steps(model, cache, NEW_KIND + 2)
+    assert entered == [(False, False), (False, True)]  # as it is run, and as it is captured

@@ -81,3 +81,13 @@ def test_an_output_that_is_used_comes_back() -> None:
         with Crossings(model).once(discards=False):
             assert model._hf_hook.io_same_device
             assert model(tokens).logits.equal(wanted)
+
+
+def test_a_device_is_left_before_anything_crosses(model) -> None:
+    given, left_after = given_to_layers(model), []
+    with (
+        torch.no_grad(),
+        Crossings(model).once(discards=True, leaving=lambda: left_after.append(len(given))),
+    ):
+        model(random_tokens(1, 9), use_cache=False)
+    assert left_after == [LAYERS // 2]

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import types
 from typing import Any
 
@@ -133,3 +134,73 @@ def test_nothing_is_compiled_while_the_compiler_is_being_imported(
     monkeypatch.setattr(fusion, "begin_import", lambda: waiting)
     Fusion(tiny_model("llama3"), enabled=True).try_out(lambda: done.append("run") or ONES)
     assert done == ["imported", "run", "run"]
+
+
+def dispatched(name: str, places: dict[str, str]) -> PreTrainedModel:
+    """Return a model that accelerate has spread, though all of it is on the CPU."""
+    accelerate = pytest.importorskip("accelerate")
+    model: PreTrainedModel = accelerate.dispatch_model(
+        tiny_model(name), places, main_device="cpu", force_hooks=True
+    )
+    return model
+
+
+LAYER_BY_LAYER = {
+    f"model.{name}": "cpu"
+    for name in ("embed_tokens", "rotary_emb", "layers.0", "layers.1", "layers.2", "norm")
+} | {"lm_head": "cpu"}
+
+
+@torch.no_grad()
+def test_parts_are_fused_behind_hooks_that_move_nothing() -> None:
+    model, plain = dispatched("llama3", LAYER_BY_LAYER), tiny_model("llama3")
+    tokens = random_tokens(1, 9)
+    before = {module: module.__dict__.get("forward") for module in model.modules()}
+    with FusedParts(plain).on():
+        wanted, fused = plain(tokens).logits, names_fused(plain)
+    for _ in range(2):
+        with FusedParts(model).on():
+            inside = {
+                name.rpartition(".")[2]
+                for name, module in model.model.layers.named_modules()
+                if isinstance(module.__dict__.get("forward"), types.MethodType)
+            }
+            assert inside == fused - {"norm"}
+            assert "forward" not in model.model.layers[1].mlp.up_proj.__dict__
+            assert torch.equal(model(tokens).logits, wanted)
+    assert {module: module.__dict__.get("forward") for module in model.modules()} == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda module: setattr(module._hf_hook, "execution_device", "meta"),
+        lambda module: setattr(module._hf_hook, "offload", True),
+        lambda module: setattr(module._hf_hook, "io_same_device", True),
+        lambda module: setattr(module, "_hf_hook", type("Other", (), {"offload": False})()),
+    ],
+    ids=["elsewhere", "brings", "returns", "another"],
+)
+def test_hooks_that_may_do_something_stay(change: Any) -> None:
+    model = dispatched("llama3", LAYER_BY_LAYER)
+    layers = model.model.layers
+    change(layers[1].mlp.up_proj)
+    with FusedParts(model).on():
+        kept = [isinstance(layer.mlp.forward, functools.partial) for layer in layers]
+        product = layers[1].mlp.up_proj.__dict__["forward"]
+        assert not isinstance(product, types.MethodType)
+    assert kept == [False, True, False]
+
+
+def test_hooks_that_are_gone_by_then_do_not_come_back() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = dispatched("llama3", LAYER_BY_LAYER)
+    parts = FusedParts(model)
+    with parts.on():
+        pass
+    accelerate.hooks.remove_hook_from_submodules(model)
+    left = {module: module.__dict__.get("forward") for module in model.modules()}
+    assert not any(isinstance(forward, functools.partial) for forward in left.values())
+    with parts.on():
+        pass
+    assert {module: module.__dict__.get("forward") for module in model.modules()} == left

@@ -35,6 +35,73 @@ def test_turns_are_given_in_the_order_of_asking() -> None:
     assert order == list(range(5))
 
 
+def test_a_turn_is_passed_on_to_all_that_wait_and_comes_back() -> None:
+    turns, order = Turns(), []
+
+    def hold() -> None:
+        threads = []
+        for number in range(3):
+            threads.append(threading.Thread(target=turns.run, args=(order.append, number)))
+            threads[-1].start()
+            while len(turns._waiting) <= number:
+                pass
+        turns.pass_on()
+        assert turns.mine
+        order.append("mine")
+        turns.pass_on()  # nobody waits
+        for thread in threads:
+            thread.join(60)
+
+    turns.run(hold)
+    assert order == [0, 1, 2, "mine"]
+    assert not turns.mine
+
+
+def test_a_pause_lets_one_in_that_asks_meanwhile() -> None:
+    turns, asked = Turns(), threading.Event()
+
+    def ask() -> None:
+        asked.wait(60)
+        turns.run(lambda: None)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+
+    def hold() -> None:
+        asked.set()
+        while thread.is_alive():
+            turns.pass_on(0.01)
+        assert turns.mine
+
+    turns.run(hold)
+
+
+def test_passing_on_is_undone_wherever_an_interrupt_comes() -> None:
+    for place in range(1, 60):
+        turns, others = Turns(), list[threading.Thread]()
+
+        def hold(turns=turns, others=others, place=place) -> None:  # type: ignore[no-untyped-def]
+            for _ in range(2):
+                others.append(threading.Thread(target=turns.run, args=(lambda: None,), daemon=True))
+                others[-1].start()
+                while len(turns._waiting) < len(others):
+                    pass
+            sys.setprofile(Interrupting(place))
+            try:
+                turns.pass_on()
+            finally:
+                sys.setprofile(None)
+                assert turns.mine
+
+        with contextlib.suppress(KeyboardInterrupt):
+            turns.run(hold)
+            time.sleep(0.1)  # an interrupt that was put off
+        for thread in others:
+            thread.join(60)
+            assert not thread.is_alive(), f"lost at place {place}"
+        assert not turns.mine
+
+
 class Interrupting:
     """A profiler that interrupts at a place where Python looks for signals, told by its number.
 

@@ -4,6 +4,7 @@ It writes all that it got to `rank<n>.pt` in the folder.
 """
 
 import logging
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -31,6 +32,8 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 import headinfer
+from headinfer.bench.fill import fill_randomly
+from headinfer.ranks.leaving import leave_together
 from saved_models import make_tokenizer
 
 warnings.filterwarnings("ignore")
@@ -71,6 +74,9 @@ def parity(folder: Path, got: dict[str, Any]) -> None:
                 model(prompt(1).to(model.device), **cache.as_keyword())
                 got[f"{name} {device} keys"] = cache.layers[0].keys.cpu()
                 got[f"{name} {device} host bytes"] = offload.stats.host_kv_bytes
+                filled = offload.new_cache()
+                fill_randomly(model, filled, 40, seed=1)
+                got[f"{name} {device} filled"] = filled.layers[0].keys.cpu()
 
 
 def patterns(folder: Path, got: dict[str, Any]) -> None:
@@ -106,6 +112,11 @@ def agreement(folder: Path, got: dict[str, Any]) -> None:
     with headinfer.attach(model, host_memory="1GiB") as offload:
         room = offload.session.host_room(0)
         got["host room"] = room.all_bytes, room.given_bytes
+    torchruns = os.environ["LOCAL_WORLD_SIZE"]
+    os.environ["LOCAL_WORLD_SIZE"] = "4"  # as if there were two models, in two ranks each
+    with headinfer.attach(model, host_memory="1GiB") as offload:
+        got["host room beside others"] = offload.session.host_room(0).given_bytes
+    os.environ["LOCAL_WORLD_SIZE"] = torchruns
     with headinfer.attach(model, host_memory=("1GiB", "1KiB")[rank]) as offload:
         got["host memory"] = failure_of(
             lambda: model(prompt(1).to(model.device), **offload.new_cache().as_keyword())
@@ -158,7 +169,7 @@ def main() -> None:
     for part in (parity, patterns, uneven_pattern, other_splits, agreement, stopping, heads):
         part(folder, got)
     torch.save(got, folder / f"rank{distributed.get_rank()}.pt")
-    distributed.destroy_process_group()
+    leave_together()
 
 
 if __name__ == "__main__":

@@ -19,8 +19,10 @@ from split_models import (
     prompt,
     save_uneven_pattern,
 )
+from transformers import DynamicCache
 
 import headinfer
+from headinfer.bench.fill import fill_randomly
 from headinfer.device.host_memory import all_host_bytes
 from tiny_models import tiny_model
 
@@ -107,6 +109,16 @@ def test_each_rank_keeps_its_own_heads(got, models, name, heads, device) -> None
         )
 
 
+@pytest.mark.parametrize(("name", "heads"), [("llama3", 2), ("phi3", 2)])
+def test_each_rank_is_filled_with_its_own_heads(got, models, name, heads) -> None:
+    stock = DynamicCache(config=models[name].config)
+    fill_randomly(models[name], stock, 40, seed=1)
+    wanted = stock.layers[0].keys
+    for index, rank in enumerate(got):
+        own = slice(index * heads, (index + 1) * heads) if name == "llama3" else slice(None)
+        assert rank[f"{name} cpu filled"].equal(wanted[:, own])
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_ranks_capture_and_replay_the_same_steps(got, name) -> None:
     first, second = (rank[f"{name} simulated captured"] for rank in got)
@@ -120,6 +132,7 @@ def test_a_rank_takes_its_share_of_cpu_memory(got, models) -> None:
     for rank in got:
         assert 0 < rank["llama3 cpu host bytes"] <= 0.6 * whole
         assert rank["host room"] == (all_host_bytes() // RANKS, 2**30 // RANKS)
+        assert rank["host room beside others"] == 2**30 // 4
 
 
 def test_a_pattern_is_cut_to_the_heads_of_each_rank(got, models) -> None:

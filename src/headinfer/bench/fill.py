@@ -43,7 +43,8 @@ def fill_randomly(model: PreTrainedModel, cache: Cache, tokens: int, seed: int) 
         chunks = _random_chunks(shape, tokens, model, generator)
         layer = cache.layers[position] if position < len(cache.layers) else None
         if engine is not None and isinstance(layer, OffloadedLayer):
-            heads = _own_heads(engine.plan.shape.attention_layers[offloaded], rank)
+            own = engine.plan.shape.attention_layers[offloaded]
+            heads = _own_heads(own, rank, shape.kv_heads)
             for keys, values in chunks:
                 engine.append(offloaded, keys[:, heads], values[:, heads])
             offloaded += 1
@@ -60,8 +61,10 @@ def fill_randomly(model: PreTrainedModel, cache: Cache, tokens: int, seed: int) 
         cache.update(keys, values, position)
 
 
-def _own_heads(layer: LayerShape, rank: int) -> slice:
+def _own_heads(layer: LayerShape, rank: int, heads: int) -> slice:
     """Return which of a layer's heads a rank has; all of them where each rank has."""
+    if layer.kv_heads == heads:
+        return slice(None)
     return slice(rank * layer.kv_heads, (rank + 1) * layer.kv_heads)
 
 

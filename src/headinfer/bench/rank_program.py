@@ -13,7 +13,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from torch import distributed
 
 from headinfer.bench.build import torch_device
 from headinfer.bench.ranked import TRIAL, answer_file
@@ -21,6 +20,7 @@ from headinfer.bench.result import TrialFailure, TrialResult, to_json
 from headinfer.bench.spec import TrialSpec
 from headinfer.bench.trial import failure_of, run_trial
 from headinfer.ranks.launched import Launched
+from headinfer.ranks.leaving import leave_at_once, leave_together
 from headinfer.ranks.near import stay_near
 
 _PR_SET_PDEATHSIG = 1
@@ -56,12 +56,8 @@ def main(folder: Path, parent: int) -> None:
     begun.write_text(json.dumps({"at_s": time.monotonic(), "outcome": to_json(outcome)}))
     begun.replace(file)
     if isinstance(outcome, TrialFailure):
-        sys.stderr.flush()
-        os._exit(1)  # others may still wait for this rank in a library
-    distributed.barrier()
-    # Captured steps still hold the group, which may wait for them when it is destroyed.
-    sys.stderr.flush()
-    os._exit(0)
+        leave_at_once(1)
+    leave_together()
 
 
 if __name__ == "__main__":

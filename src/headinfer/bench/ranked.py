@@ -14,13 +14,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from headinfer.bench.neighbours import Neighbours
 from headinfer.bench.result import Status, TrialFailure, TrialResult, from_json, to_json
 from headinfer.bench.spec import TrialSpec
-from headinfer.bench.trial import failure_of
+from headinfer.bench.trial import die_first, failure_of
 from headinfer.folders import temporary_folder
 from headinfer.scratch import scratch_folder
 
@@ -57,6 +58,7 @@ def answer_file(folder: Path, rank: int) -> Path:
 
 def answer(values: dict[str, Any]) -> dict[str, Any]:
     """Run the trial of a spec's JSON values in ranks; see `headinfer.bench.child`."""
+    die_first()  # the ranks inherit it
     spec = TrialSpec.from_json(values)
     if spec.settings.device in ("cpu", "simulated"):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # transformers takes a GPU wherever there is one
@@ -83,6 +85,7 @@ def _launched(ranks: int, folder: Path) -> TrialResult | TrialFailure:
         rdzv_endpoint="localhost:0",
         max_restarts=0,
         monitor_interval=0.1,
+        logs_specs=DefaultLogsSpecs(log_dir=str(folder / "logs")),
     )
     exits: dict[int, int] = {}
     try:

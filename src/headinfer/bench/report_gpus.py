@@ -183,7 +183,8 @@ def targets_table(files: Sequence[Results], methods: Iterable[str] | None = None
 
 
 def _measured(target: Target, files: Sequence[Results]) -> str:
-    for results in files:
+    """Return what the newest of some files says of a target."""
+    for results in sorted(files, key=lambda each: str(each.header["date"]), reverse=True):
         model = results.spec.model
         of_model = isinstance(model, NamedModel) and model.name == target.model
         if not of_model or results.spec.command is not target.command:

@@ -265,9 +265,13 @@ def attempt(spec: TrialSpec) -> TrialResult | TrialFailure:
         return failure_of(error)
 
 
+def die_first() -> None:
+    """Have this process die when memory runs out, and not the one that started it."""
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
+
+
 def answer(values: dict[str, Any]) -> dict[str, Any]:
     """Run the trial of a spec's JSON values; see `headinfer.bench.child`."""
-    with suppress(OSError):
-        # When memory runs out, this process is to die and not the one that started it.
-        Path("/proc/self/oom_score_adj").write_text("1000")
+    die_first()
     return to_json(attempt(TrialSpec.from_json(values)))

@@ -181,8 +181,8 @@ class Answer:
             return "error"
         return "interrupted" if self._stopped is not None else generation.finish_reason
 
-    def finish(self) -> int:
-        """Complete stdout, print the summary and the failure if any; return the exit code."""
+    def complete(self) -> str:
+        """Complete stdout with what was held back; return the text."""
         generation = self._generation
         assert generation is not None
         with contextlib.suppress(_StdoutLost):
@@ -192,6 +192,11 @@ class Answer:
             self._write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
         elif generation.text and not generation.text.endswith("\n"):
             self._write("\n")
+        return generation.text
+
+    def finish(self) -> int:
+        """Complete stdout, print the summary and the failure if any; return the exit code."""
+        self.complete()
         unsaved = self._save()
         with contextlib.suppress(OSError):  # the terminal may be gone
             self._print_summary()
@@ -200,9 +205,28 @@ class Answer:
             return report(self._failure)
         if self._stopped is not None:
             return report(self._stopped)
-        if code:
-            return code
-        return 0 if self._stdout_error is None else self._report_lost(self._stdout_error)
+        return code or self.report_lost()
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What the generation failed with."""
+        return self._failure
+
+    @property
+    def stopped(self) -> Stopped | None:
+        """The signal that ended it early."""
+        return self._stopped
+
+    @property
+    def finish_reason(self) -> str:
+        """Why it ended: "stop", "time", "length", "interrupted" or "error"."""
+        assert self._generation is not None
+        return self._finish_reason(self._generation)
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens that were generated."""
+        return 0 if self._generation is None else len(self._generation.ids)
 
     def _save(self) -> HeadInferError | None:
         """Save the session, if that is asked for; return why it could not be."""
@@ -232,8 +256,15 @@ class Answer:
             told = f"written to {self._request.trace}" if self._trace.written else "no decode step"
             self._console.print(f"trace: {told}", markup=False)
 
-    def _report_lost(self, error: OSError) -> int:
-        """Tell that stdout did not take everything; a reader of text that has enough is no news."""
+    def report_lost(self) -> int:
+        """Tell that stdout did not take everything; a reader of text that has enough is no news.
+
+        Returns:
+            The exit code; 0 where it took all.
+        """
+        error = self._stdout_error
+        if error is None:
+            return 0
         if self._request.as_json or error.errno not in (errno.EPIPE, errno.EINVAL):
             what = "the JSON" if self._request.as_json else "all of the text"
             print_error(f"stdout did not take {what}: {error.strerror}")

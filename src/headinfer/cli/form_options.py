@@ -7,7 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
-from headinfer.cli.options import GENERATION_PANEL, MODEL_PANEL, PROMPT_PANEL
+from headinfer.cli.options import (
+    GENERATION_PANEL,
+    MODEL_PANEL,
+    PROMPT_PANEL,
+    check_seed,
+    model_option,
+    sampling_option,
+)
 from headinfer.errors import OptionError
 from headinfer.generation.adapter import adapter_of
 from headinfer.generation.model import ModelSource
@@ -58,6 +65,16 @@ Adapter = Annotated[
 LoadIn = Annotated[
     LoadInChoice | None,
     _load_in("Quantise weights to 4bit or 8bit as they are loaded; needs bitsandbytes."),
+]
+LocalFilesOnly = Annotated[
+    bool, model_option("--local-files-only", help_text="Never ask the model hub.")
+]
+TrustRemoteCode = Annotated[
+    bool, model_option("--trust-remote-code", help_text="Run code that comes with the model.")
+]
+Seed = Annotated[
+    int | None,
+    sampling_option("--seed", help_text="Makes sampling repeatable.", callback=check_seed),
 ]
 GpuCount = Annotated[
     int | None,

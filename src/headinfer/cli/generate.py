@@ -26,7 +26,8 @@ from headinfer.cli.output import check_writable
 from headinfer.cli.progress import PrefillBar
 from headinfer.cli.prompt import check_length, encode, read_prompt
 from headinfer.cli.render import print_plan
-from headinfer.cli.sampling import GenerationOptions, flag
+from headinfer.cli.sampling import flag
+from headinfer.cli.sampling_options import generation_options, with_sampling
 from headinfer.cli.stages import Stages
 from headinfer.errors import OptionError
 from headinfer.generation.gpus import Gpus
@@ -38,6 +39,7 @@ from headinfer.ranks.launched import Launched, is_another
 
 
 @opt.with_flags()
+@with_sampling()
 def generate(
     *,
     prompt: Annotated[
@@ -79,13 +81,8 @@ def generate(
     adapter: form.Adapter = None,
     gpus: form.GpuCount = None,
     flags: dict[str, Any],
-    local_files_only: Annotated[
-        bool, opt.model_option("--local-files-only", help_text="Never ask the model hub.")
-    ] = False,
-    trust_remote_code: Annotated[
-        bool,
-        opt.model_option("--trust-remote-code", help_text="Run code that comes with the model."),
-    ] = False,
+    local_files_only: form.LocalFilesOnly = False,
+    trust_remote_code: form.TrustRemoteCode = False,
     tensor_parallel: Annotated[
         bool,
         opt.model_option(
@@ -94,82 +91,9 @@ def generate(
         ),
     ] = False,
     threads: opt.Threads = None,
-    max_new_tokens: Annotated[
-        int | None,
-        opt.sampling_option(
-            "--max-new-tokens",
-            "-n",
-            help_text=f"The most tokens to generate, by default {DEFAULT_NEW_TOKENS}.",
-        ),
-    ] = None,
+    sampling: dict[str, Any],
     stop: form.Stop = None,
-    do_sample: Annotated[
-        bool,
-        opt.sampling_option(
-            "--do-sample",
-            help_text="Sample; --temperature, --top-k, --top-p and --min-p turn it on, too.",
-            metavar=opt.NO_VALUE,
-        ),
-    ] = False,
-    no_do_sample: Annotated[
-        bool,
-        opt.sampling_option(
-            "--no-do-sample", help_text="Take the likeliest token.", metavar=opt.NO_VALUE
-        ),
-    ] = False,
-    temperature: Annotated[
-        float | None, opt.sampling_option("--temperature", help_text="Above 1 more varied.")
-    ] = None,
-    top_k: Annotated[
-        int | None, opt.sampling_option("--top-k", help_text="Sample from so many tokens; 0: all.")
-    ] = None,
-    top_p: Annotated[
-        float | None,
-        opt.sampling_option("--top-p", help_text="Sample from this share of probability."),
-    ] = None,
-    min_p: Annotated[
-        float | None,
-        opt.sampling_option(
-            "--min-p", help_text="Leave out tokens below this share of the likeliest."
-        ),
-    ] = None,
-    repetition_penalty: Annotated[
-        float | None, opt.sampling_option("--repetition-penalty", help_text="1: none.")
-    ] = None,
-    no_repeat_ngram_size: Annotated[
-        int | None,
-        opt.sampling_option(
-            "--no-repeat-ngram-size", help_text="Never repeat so many tokens; 0: off."
-        ),
-    ] = None,
-    num_beams: Annotated[
-        int | None,
-        opt.sampling_option("--num-beams", help_text="Beams; from 2 on, text comes at the end."),
-    ] = None,
-    length_penalty: Annotated[
-        float | None,
-        opt.sampling_option("--length-penalty", help_text="Of beams; above 0 prefers longer ones."),
-    ] = None,
-    prompt_lookup: Annotated[
-        int | None,
-        opt.sampling_option(
-            "--prompt-lookup",
-            help_text="Guess so many tokens at a time from the prompt: same text, fewer steps.",
-        ),
-    ] = None,
-    prompt_lookup_num_tokens: Annotated[
-        int | None,
-        # The name that transformers has; too long for the help on a narrow terminal.
-        opt.sampling_option(
-            "--prompt-lookup-num-tokens", help_text="The same as --prompt-lookup.", hidden=True
-        ),
-    ] = None,
-    seed: Annotated[
-        int | None,
-        opt.sampling_option(
-            "--seed", help_text="Makes sampling repeatable.", callback=opt.check_seed
-        ),
-    ] = None,
+    seed: form.Seed = None,
     trace: Annotated[
         str | None,
         typer.Option(
@@ -208,19 +132,7 @@ def generate(
         split = tensor_parallel or (gpus or 1) > 1
         sessions.check_sessions(session, save_session, split=split)
         request = Request(
-            generation=GenerationOptions(
-                max_new_tokens=max_new_tokens,
-                do_sample=_yes_or_no(do_sample, no_do_sample),
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                min_p=min_p,
-                repetition_penalty=repetition_penalty,
-                no_repeat_ngram_size=no_repeat_ngram_size,
-                num_beams=num_beams,
-                length_penalty=length_penalty,
-                prompt_lookup_num_tokens=_one_of(prompt_lookup, prompt_lookup_num_tokens),
-            ),
+            generation=generation_options(sampling),
             options=options,
             text=read_prompt(prompt, prompt_file or []),
             system=system,
@@ -266,20 +178,6 @@ def _begin_rank(request: Request) -> Launched:
         if value is not None:
             raise OptionError(f"{option} cannot be given with --tensor-parallel; leave one of them")
     return ranks.begin(request.options.device)
-
-
-def _yes_or_no(yes: bool, no: bool) -> bool | None:
-    """Return whether to sample, or None where the model's own config says."""
-    if yes and no:
-        raise OptionError("--do-sample and --no-do-sample exclude each other; give one")
-    return True if yes else False if no else None
-
-
-def _one_of(lookup: int | None, num_tokens: int | None) -> int | None:
-    """Return the value of an option that has two names, of which one at most may be given."""
-    if lookup is not None and num_tokens is not None:
-        raise OptionError("--prompt-lookup and --prompt-lookup-num-tokens are one option; give one")
-    return num_tokens if lookup is None else lookup
 
 
 def _load_and_run(request: Request) -> None:

@@ -33,6 +33,11 @@ class Stopped(KeyboardInterrupt):
         super().__init__(number)
         self.number = number
 
+    @property
+    def by_hand(self) -> bool:
+        """Whether it was Ctrl-C, which asks for the end of what is done and not of the process."""
+        return self.number == signal.SIGINT
+
 
 def stop_words(error: KeyboardInterrupt) -> str:
     """Return what a signal did, in a word or two."""

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from headinfer.cli.chat import chat
 from headinfer.cli.command import Group, OnceCommand
 from headinfer.cli.console import (
     EXIT_BAD_INPUT,
@@ -16,7 +17,6 @@ from headinfer.cli.console import (
     ClosedStdout,
     print_error,
     report,
-    reporting_errors,
 )
 from headinfer.cli.demo import demo
 from headinfer.cli.generate import generate
@@ -28,7 +28,9 @@ from headinfer.cli.plan import plan
 from headinfer.cli.probe import probe
 from headinfer.cli.ranks import check_alone, leaving
 from headinfer.cli.roofline import roofline
+from headinfer.cli.serve import serve
 from headinfer.cli.usage import told
+from headinfer.errors import HeadInferError
 
 
 class Verbs(Group):
@@ -105,11 +107,15 @@ def _all_verbs(
     if verb is None:
         print(context.get_help())
     elif verb != "generate":  # which knows by its own options
-        with reporting_errors():
+        try:
             check_alone(verb)
+        except HeadInferError as error:  # `reporting_errors` would end hearing signals here
+            raise typer.Exit(report(error)) from None
 
 
 app.command(cls=OnceCommand)(generate)
+app.command(cls=OnceCommand)(chat)
+app.command(cls=OnceCommand)(serve)
 app.command(cls=OnceCommand)(demo)
 app.command(cls=JsonCommand)(plan)
 app.command(cls=JsonCommand)(probe)

@@ -61,6 +61,7 @@ class PrefillBar:
         all_tokens: of the prompt.
         after_update: called after each chunk but the last; may raise to stop.
         clock: for tests.
+        transient: whether nothing is left of it once the prompt is read.
     """
 
     def __init__(
@@ -69,6 +70,8 @@ class PrefillBar:
         all_tokens: int,
         after_update: Callable[[], None],
         clock: Callable[[], float] = time.perf_counter,
+        *,
+        transient: bool = False,
     ) -> None:
         self._all_tokens = all_tokens
         self._after_update = after_update
@@ -82,6 +85,7 @@ class PrefillBar:
             TextColumn("{task.fields[speed]}"),
             TextColumn("[cyan]{task.fields[left]}"),
             console=console,
+            transient=transient,
             disable=console.quiet or not console.is_terminal,
         )
         self._task = self._progress.add_task(

@@ -11,6 +11,7 @@ from typing import Any
 from headinfer.cli.console import let_speak
 from headinfer.errors import RanksError
 from headinfer.ranks.launched import Launched
+from headinfer.ranks.leaving import leave_at_once, leave_together
 
 _ON_GPU = ("auto", "cuda")
 
@@ -83,7 +84,7 @@ def draw_seed(ranks: Any) -> int:
 
 @contextlib.contextmanager
 def leaving() -> Iterator[None]:
-    """End the process at once where a rank fails: others may still wait for it in a library."""
+    """End a rank's process: at once where it fails, and else with all others."""
     try:
         yield
     except SystemExit as error:
@@ -91,9 +92,5 @@ def leaving() -> Iterator[None]:
         if from_torch is None or not from_torch.is_initialized():
             raise
         if error.code:
-            for stream in (sys.stdout, sys.stderr):
-                with contextlib.suppress(Exception):
-                    stream.flush()
-            os._exit(error.code if isinstance(error.code, int) else 1)
-        from_torch.destroy_process_group()
-        raise
+            leave_at_once(error.code if isinstance(error.code, int) else 1)
+        leave_together()

@@ -12,7 +12,7 @@ from headinfer.errors import HeadInferError, ModelLoadError, UnsupportedModelErr
 from headinfer.estimate.checkpoint import checkpoint_bytes
 from headinfer.estimate.config import shape_from_config
 from headinfer.estimate.presets import PRESETS
-from headinfer.estimate.quantization import load_in
+from headinfer.estimate.quantization import UNPACKED, load_in
 from headinfer.generation.model import ModelSource, check_causal, load_config
 from headinfer.gguf_models.folder import gguf_file, is_gguf_model
 from headinfer.gguf_models.unpack import read_config
@@ -54,7 +54,7 @@ def shape_of(
         stored = values.get("quantization_config")
         plain = {key: value for key, value in values.items() if key != "quantization_config"}
         shape = _shape_of_empty_model(plain, source, wanted, unknown)
-        if not stored:
+        if not stored or (isinstance(stored, Mapping) and stored.get("quant_method") in UNPACKED):
             return shape
         tied = bool(values.get("tie_word_embeddings"))
         found = folder and checkpoint_bytes(folder, shape.kv_itemsize, tied=tied)

@@ -54,6 +54,7 @@ class CudaCapture(Generic[_Result]):
         with without_collection():
             self._begin()
             try:
+                self._together.fork()
                 self._result = work()
             except BaseException as error:
                 with contextlib.suppress(RuntimeError):  # the capture failed, as is known
@@ -71,7 +72,6 @@ class CudaCapture(Generic[_Result]):
             graph = torch.cuda.CUDAGraph()
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             self._graphs.append(graph)
-            self._together.fork()
 
     def _end(self) -> None:
         with self._together.first.in_use():
@@ -85,6 +85,7 @@ class CudaCapture(Generic[_Result]):
         self._end()
         self._asides.append(work)
         self._begin()
+        self._together.fork()
 
     def replay(self) -> _Result:
         """Launch the graphs on the current stream of the device that launches."""
@@ -96,8 +97,10 @@ class CudaCapture(Generic[_Result]):
 
     def _launch(self, graph: torch.cuda.CUDAGraph) -> None:
         self._together.join()
-        graph.replay()
-        self._together.fork()
+        try:
+            graph.replay()
+        finally:  # an interrupt may come behind the launch
+            self._together.fork()
 
 
 def _end(graph: torch.cuda.CUDAGraph, pool: Any) -> None:

@@ -1,6 +1,7 @@
 """When each of several devices works on a prompt, whose chunks follow each other through them."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 from headinfer.device.base import Device, Event
 
@@ -34,6 +35,17 @@ class BusyTimes:
             device, began = self._at
             self._at = None
             self._worked.append((device, began, _now(device)))
+
+    @contextlib.contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Watch other calls until the `with` statement ends, and forget what they leave."""
+        self.pause()
+        worked = self._worked
+        self._worked = []
+        try:
+            yield
+        finally:
+            self._at, self._worked = None, worked
 
     def take(self) -> tuple[float, ...]:
         """Return the seconds of each device since the last time, and forget them; once all is done.

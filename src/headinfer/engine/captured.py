@@ -45,16 +45,19 @@ class CapturableTokens(ReadyTokens, abc.ABC):
         plan: sizes; its batch must be the batch of the tokens that come.
         dtype: of keys and values.
         stats: where bytes are counted.
+        parked: whether to begin without an arena.
 
     Attributes:
         captured: captured steps, by whatever tells them apart; forgotten when memory of the tokens
             goes.
     """
 
-    def __init__(self, device: Device, plan: Plan, dtype: torch.dtype, stats: Stats) -> None:
+    def __init__(
+        self, device: Device, plan: Plan, dtype: torch.dtype, stats: Stats, *, parked: bool = False
+    ) -> None:
         self.captured: dict[Hashable, Any] = {}
         self._capturing: Form | None = None
-        super().__init__(device, plan, dtype, stats)
+        super().__init__(device, plan, dtype, stats, parked=parked)
 
     def prepare(self, form: Form, *, runs: bool = True) -> None:
         """Make the device ready for a step that `begin_step` made ready, right before it comes.

@@ -52,6 +52,8 @@ class ChangeableTokens(HeldTokens):
     def copy_from(self, other: "ChangeableTokens") -> None:
         """Hold what another engine of the same device and rows holds; this one must be empty.
 
+        Either may be parked.
+
         The two share the host memory of what both hold, until one of them changes it.
 
         Raises:
@@ -61,9 +63,16 @@ class ChangeableTokens(HeldTokens):
         for ledger, source in zip(self._ledgers, other._ledgers, strict=True):
             if source.track.window_tokens is None:
                 ledger.share(source)
+            elif source.tail is not None and self.parked:
+                self._windows.park_copy(source, ledger, parked=other.parked)
+            elif source.tail is not None and other.parked:
+                tail = source.tail
+                kv = tail.tile(tail.start, tail.end).kv
+                self._windows.restore(ledger, tail.start, kv)
             elif source.tail is not None:
                 self._windows.copy(source, ledger)
-        self._fill_residents()
+        if not self.parked:
+            self._fill_residents()
 
     def check_crop(self, layer_idx: int, tokens: int) -> None:
         """Refuse to remove so many of a layer's newest tokens if its window has dropped the others.
@@ -79,6 +88,11 @@ class ChangeableTokens(HeldTokens):
                 self._windows.check_crop(
                     ledger, max(ledger.tokens - tokens, 0), streams=layer.streams
                 )
+
+    @property
+    def earliest_crop(self) -> int:
+        """The fewest tokens, but for none, that each layer can be cropped to."""
+        return max((ledger.earliest_crop for ledger in self._ledgers), default=0)
 
     def crop(self, layer_idx: int, tokens: int) -> None:
         """Remove a layer's newest `tokens` tokens, or all it has.
@@ -125,6 +139,38 @@ class ChangeableTokens(HeldTokens):
         self._bring_home()
         self._rebuild(plan)
 
+    def park(self) -> None:
+        """Give up the arena and host memory that is not needed; `replan` brings an arena back.
+
+        Windows wait in memory of the CPU.
+        """
+        if self.parked:
+            return
+        self._bring_home()
+        self._forget_memory()
+        for ledger in self._ledgers:
+            if ledger.track.window_tokens is not None:
+                self._windows.park(ledger)
+            else:
+                ledger.drop_device()
+                ledger.trim()
+        self._expected_tokens = 0
+        self._leave_arena()
+        self._arena_bytes = 0
+        self.parked = True
+
+    def compact(self) -> None:
+        """Copy what a parked cache holds, where that is a small part of the memory it holds.
+
+        Raises:
+            MemoryPlanError: the host memory cannot be had.
+        """
+        assert self.parked
+        for ledger in self._full:
+            ledger.trim()
+            if ledger.host_bytes > 2 * ledger.geometry.num_bytes(ledger.host_tokens):
+                ledger.select_host(range(self.plan.batch), anew=True)
+
     def give_up_residents(self) -> None:
         """Keep no token on the device; costs no copy but the tail's."""
         self.replan(dataclasses.replace(self.plan, resident_tokens=0, resident_bytes=0))
@@ -132,6 +178,8 @@ class ChangeableTokens(HeldTokens):
     def _bring_home(self) -> None:
         """Have the host hold every token of the layers without a window, at rest."""
         self.lengths()  # refuses what was interrupted
+        if self.parked:
+            return
         for ledger in self._full:
             self._pages.send_home(ledger)
         self._come_to_rest()
@@ -144,12 +192,16 @@ class ChangeableTokens(HeldTokens):
         for ledger in self._full:
             ledger.drop_device()
         try:
-            del self._executor, self._pages
-            self._host.free()
+            self._leave_arena()
             self._build()
         except BaseException:
             self._abandon()
             raise
+        if self.parked:
+            self.parked = False
+            for ledger in self._ledgers:
+                if ledger.track.window_tokens is not None:
+                    self._windows.wake(ledger)
         self._fill_residents()
 
     def _fill_residents(self) -> None:

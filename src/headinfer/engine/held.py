@@ -13,6 +13,7 @@ import torch
 from headinfer.device.base import Device, Edge, Event
 from headinfer.engine.balance import Balance
 from headinfer.engine.build import build
+from headinfer.engine.counted import CountedTokens
 from headinfer.engine.ending import settle_at_exit, uninterrupted
 from headinfer.engine.executor import Executor
 from headinfer.engine.host_attention import HostAttention
@@ -27,7 +28,7 @@ from headinfer.kv.place import HostPlace
 from headinfer.plan.plan import Plan
 
 
-class HeldTokens:
+class HeldTokens(CountedTokens):
     """A cache's tokens in its attention layers: their ledgers and the device arena.
 
     Args:
@@ -35,16 +36,22 @@ class HeldTokens:
         plan: sizes; its batch must be the batch of the tokens that come.
         dtype: of keys and values.
         stats: where bytes are counted.
+        parked: whether to begin parked, for tokens that are copied or loaded.
 
     Attributes:
         plan: its sizes.
         dtype: of keys and values.
         closed: whether the memory was given back.
+        parked: whether it has no arena: it can be read, cropped, copied and saved, and not attended
+            before it is given a plan.
         half_done: whether a change of all layers has begun and not ended, as after Ctrl-C.
     """
 
-    def __init__(self, device: Device, plan: Plan, dtype: torch.dtype, stats: Stats) -> None:
+    def __init__(
+        self, device: Device, plan: Plan, dtype: torch.dtype, stats: Stats, *, parked: bool = False
+    ) -> None:
         self.plan = plan
+        self.parked = parked
         self.dtype = dtype
         self.closed = False
         self.half_done = False
@@ -72,7 +79,10 @@ class HeldTokens:
         self._full = [ledger for ledger in self._ledgers if ledger.track.window_tokens is None]
         self._windows = WindowKeeper(device, plan.page_tokens)
         self._arena_bytes = 0
-        self._build()
+        self._choose_share()
+        self._host = HostAttention(self._device, self._stats, self._balance)
+        if not parked:
+            self._build()
         settle_at_exit(self)
 
     def _forget_memory(self) -> None:
@@ -80,15 +90,18 @@ class HeldTokens:
 
     def _build(self) -> None:
         """Take what the plan gives the engine."""
-        fixed = not self.plan.host_share_adapts
-        if fixed or not hasattr(self, "_balance"):  # else what was learned is kept
-            self._balance = Balance(self.plan.host_share, fixed=fixed)
+        self._choose_share()
         self._host = HostAttention(self._device, self._stats, self._balance)
         sizes = self.plan.sizes
         source, self._pages, self._arena_bytes = build(
             self._device, self.plan, sizes, self._full, self._stats
         )
         self._executor = Executor(source, self._pages, self._windows, self._host, sizes)
+
+    def _choose_share(self) -> None:
+        fixed = not self.plan.host_share_adapts
+        if fixed or not hasattr(self, "_balance"):  # else what was learned is kept
+            self._balance = Balance(self.plan.host_share, fixed=fixed)
 
     def in_use(self) -> contextlib.AbstractContextManager[None]:
         """Have the device be this thread's current one in the `with` statement."""
@@ -108,42 +121,16 @@ class HeldTokens:
         """Share of the tokens beside the residents that the host attends, as it is now."""
         return self._balance.share
 
-    @property
-    def device_kv_bytes(self) -> int:
-        """Bytes of device memory held for KV."""
-        return self._arena_bytes + self.window_bytes
-
-    @property
-    def window_bytes(self) -> int:
-        """Bytes of them that sliding windows take."""
-        return sum(
-            [
-                ledger.tail.piece.memory.numel()
-                for ledger in self._ledgers
-                if ledger.track.window_tokens is not None and ledger.tail is not None
-            ]
-        )
-
-    @property
-    def host_kv_bytes(self) -> int:
-        """Bytes of host memory held for KV, or asked for."""
-        return sum([ledger.host_bytes for ledger in self._full])
-
-    @property
-    def awaited_host_bytes(self) -> int:
-        """Bytes of those that the system was not asked for yet."""
-        return sum(ledger.coming.awaited_bytes for ledger in self._full)
-
-    @property
-    def unwritten_host_bytes(self) -> int:
-        """Bytes of those that were never written, which the system may not have given yet."""
-        return sum(ledger.unwritten_bytes for ledger in self._full)
-
     def tokens(self, layer_idx: int) -> int:
         """Return the tokens a layer holds."""
         if self.closed or self._host.pending or self._host.failure is not None:
             self._check_open()
         return self._layers[layer_idx].tokens
+
+    @property
+    def held_tokens(self) -> int:
+        """The tokens of its last layer, in whatever state it is: the fewest while a call runs."""
+        return self._layers[-1].tokens if self._layers else 0
 
     def lengths(self) -> list[int]:
         """Return the tokens that each layer holds.
@@ -172,11 +159,6 @@ class HeldTokens:
         before, self.half_done = self.half_done, True
         yield
         self.half_done = before
-
-    def missing_bytes(self, tokens: int) -> int:
-        """Return the bytes of host memory to be added for layers to hold `tokens` tokens."""
-        short = [ledger for ledger in self._full if ledger.promised_tokens < tokens]
-        return sum([ledger.geometry.num_bytes(ledger.missing_tokens(tokens)) for ledger in short])
 
     def expect(self, tokens: int) -> int:
         """State that layers will come to hold `tokens` tokens; memory is reserved when they do.
@@ -295,9 +277,15 @@ class HeldTokens:
             return
         self._settle()
         self._empty()
-        del self._executor, self._pages
+        self._leave_arena()
         self._abandon()
         self._host.check()
+
+    def _leave_arena(self) -> None:
+        """Let go of what uses the arena, where there is one."""
+        if not self.parked:
+            del self._executor, self._pages
+            self._host.free()
 
     def _abandon(self) -> None:
         """Free what is left, with no copy in flight; the cache is closed after this."""
@@ -316,7 +304,7 @@ class HeldTokens:
 
     def _let_go(self) -> None:
         """Leave host memory that a copied cache shares to that cache."""
-        if hasattr(self, "_executor"):
+        if self.parked or hasattr(self, "_executor"):
             self.settle()
             self._forget_memory()
             for ledger in self._full:
@@ -330,7 +318,7 @@ class HeldTokens:
 
     def _settle(self) -> None:
         """Wait until no work touches host memory, and forget what was fetched ahead."""
-        if self._device.tiles_are_views:
+        if self._device.tiles_are_views or self.parked:
             return
         # Our streams know nothing of what a capture does on them.
         if self._replaying:

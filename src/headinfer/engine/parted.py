@@ -6,7 +6,7 @@ So an engine's work is in order with the model's, as on one device.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -107,6 +107,11 @@ class PartedEngine(CapturableParts):
         return sum(part.unwritten_host_bytes for part in self.parts)
 
     @property
+    def coming_host_bytes(self) -> int:
+        """Bytes of host memory that were asked for and not taken yet."""
+        return sum(part.coming_host_bytes for part in self.parts)
+
+    @property
     def awaited_host_bytes(self) -> int:
         """Bytes of those that are still to be taken."""
         return sum(part.awaited_host_bytes for part in self.parts)
@@ -204,6 +209,28 @@ class PartedEngine(CapturableParts):
         for part, own in zip(self.parts, plan.parts, strict=True):
             with part.in_use():
                 part.replan(own)
+
+    @property
+    def parked(self) -> bool:
+        """Whether any lacks its arena: none is attended before it is given a plan."""
+        return any(part.parked for part in self.parts)
+
+    def park(self) -> None:
+        """Give up the arenas; see `Engine.park`."""
+        self._on_all(Engine.park)
+
+    def host_pieces(self) -> dict[Hashable, int]:
+        """Return the bytes of each piece of host memory, by what copies have in common."""
+        return {piece: size for part in self.parts for piece, size in part.host_pieces().items()}
+
+    @property
+    def earliest_crop(self) -> int:
+        """The fewest tokens, but for none, that each layer can be cropped to."""
+        return max(part.earliest_crop for part in self.parts)
+
+    def compact(self) -> None:
+        """Copy what is a small part of the memory it is in; see `Engine.compact`."""
+        self._on_all(Engine.compact)
 
     def give_up_residents(self) -> None:
         """Keep no token on the devices."""

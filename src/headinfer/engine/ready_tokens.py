@@ -25,9 +25,12 @@ class ReadyTokens(SavableTokens):
         plan: sizes; its batch must be the batch of the tokens that come.
         dtype: of keys and values.
         stats: where bytes are counted.
+        parked: whether to begin without an arena.
     """
 
-    def __init__(self, device: Device, plan: Plan, dtype: torch.dtype, stats: Stats) -> None:
+    def __init__(
+        self, device: Device, plan: Plan, dtype: torch.dtype, stats: Stats, *, parked: bool = False
+    ) -> None:
         self._step_memory: StepMemory | None = None
         self._ready: list[Ready] = []
         # What `begin_step` returns if the tracks still are as noted beside it.
@@ -36,10 +39,13 @@ class ReadyTokens(SavableTokens):
         self._steps = 0  # that were begun since the first streamed one was captured
         self._streamed_captures = 0
         self._dropped = 0  # times that captures lost the flags which they raise and await
-        super().__init__(device, plan, dtype, stats)
+        super().__init__(device, plan, dtype, stats, parked=parked)
 
-    def begin_step(self) -> ReadyStep | None:
+    def begin_step(self, *, streams_whole: bool = True) -> ReadyStep | None:
         """Make ready for a step of one new token, and write to memory where the token goes.
+
+        Args:
+            streams_whole: whether a step whose tiles are streamed may come in one launch.
 
         Returns:
             None where a step is captured in pieces alone; nothing was done then but to reserve host
@@ -56,7 +62,8 @@ class ReadyTokens(SavableTokens):
         if self._ahead is not None and self._ahead[0] == self._state() and not failed:
             return self._ahead[1]
         ready = self._make_ready()
-        self._balance.one_launch = ready is not None and ready.form is Form.STREAMED
+        streams = ready is not None and ready.form is Form.STREAMED
+        self._balance.one_launch = streams and streams_whole
         return ready
 
     @property

@@ -100,7 +100,8 @@ class SavableTokens(ChangeableTokens):
 
     def end_loading(self) -> None:
         """Bring what the plan keeps there to the device, once all pages were taken."""
-        self._fill_residents()
+        if not self.parked:
+            self._fill_residents()
 
     def copy_windows(self) -> Iterator[tuple[int, int, KV]]:
         """Yield the number of each track with a window, where it begins, and copies on the CPU."""

@@ -6,6 +6,7 @@ tokens before it as can be taken back; transformers' own windows keep these wher
 record. Sinks lie at the beginning of the piece and stay there. Compute alone touches them.
 """
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -144,6 +145,33 @@ class WindowKeeper:
         self._append(ledger, tail, kv)
         self._note_written(tail.piece)
 
+    def park(self, ledger: Ledger) -> None:
+        """Move a window to memory of the CPU, which nobody writes to, until `wake`."""
+        if ledger.tail is not None and not self._device.tiles_are_views:
+            ledger.tail = _on_host(ledger.geometry, *self.saved(ledger))
+
+    def wake(self, ledger: Ledger) -> None:
+        """Bring a parked window back."""
+        tail = ledger.tail
+        if tail is not None and not self._device.tiles_are_views:
+            ledger.tail = None
+            self.restore(ledger, tail.start, tail.tile(tail.start, tail.end).kv)
+
+    def park_copy(self, source: Ledger, target: Ledger, *, parked: bool) -> None:
+        """Let an empty ledger hold a window that another one does, as a parked one.
+
+        Args:
+            source: of the same geometry.
+            target: the empty one.
+            parked: whether the source is parked, too.
+        """
+        if self._device.tiles_are_views or source.tail is None:
+            self.copy(source, target)
+        elif parked:
+            target.tail = copy.copy(source.tail)
+        else:
+            target.tail = _on_host(source.geometry, *self.saved(source))
+
     def _state(self, piece: Piece, *, writes: bool) -> None:
         """State what compute does with a window, where that is checked."""
         if self._device.checks_accesses:
@@ -176,3 +204,12 @@ class WindowKeeper:
     def _append(self, ledger: Ledger, tail: Extent, new: KV) -> None:
         self._state(tail.piece, writes=True)
         ledger.extend(tail, new.tokens).kv.copy_(new)
+
+
+def _on_host(geometry: Geometry, start: int, kv: KV) -> Extent:
+    """Return tokens in plain memory of the CPU."""
+    memory = torch.empty(geometry.num_bytes(kv.tokens), dtype=torch.uint8)
+    extent = Extent(Piece(memory), geometry, kv.tokens, start)
+    extent.whole.copy_(kv)
+    extent.tokens = kv.tokens
+    return extent

@@ -226,7 +226,8 @@ def _split_plan(
     parts = list(zip(shapes, placements, strict=True))
     tokens = situation.context_tokens
     if split is Split.HEADS:
-        times = heads_times(situation.hardware, parts[0], len(parts), tokens)
+        each = [heads_times(situation.hardware, part, len(parts), tokens) for part in set(parts)]
+        times = max(each, key=lambda own: (own.decode_s, own.prefill_s))  # they wait for each other
     else:
         times = layers_times(situation.hardware, parts, tokens)
     return SplitPlan(

@@ -2,14 +2,16 @@
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from transformers import PreTrainedModel, StoppingCriteriaList
+from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 
 from headinfer.engine.stats import Stats
 from headinfer.errors import OptionError, reason_of
+from headinfer.generation.draws import OwnDraws
 from headinfer.generation.logits_check import LogitsCheck
+from headinfer.generation.scores import TokenScores
 from headinfer.generation.settings import Settings
 from headinfer.generation.stop_criterion import StopCriterion
 from headinfer.generation.stops import Stops
@@ -18,8 +20,13 @@ from headinfer.integration.cache import OffloadedCache, PrefillProgress
 from headinfer.integration.calls import cache_argument
 from headinfer.session import Session
 
+FinishReason = Literal["stop", "length", "time"]
+
 Criterion = Callable[..., torch.Tensor]
 """Called after each token with ids `[rows, tokens]` and scores; returns `[rows]` of bool: stop."""
+
+Processor = Callable[..., torch.Tensor]
+"""Called before each token with ids `[rows, tokens]` and scores; returns scores."""
 
 
 class Generation:
@@ -36,10 +43,15 @@ class Generation:
         progress: told of the prompt, after each chunk; may raise to stop.
         criteria: asked after each token whether to stop.
         stop: strings, none of them empty, before the first of which the text ends.
+        processors: change the scores before each token; those of the settings come first.
+        seed: of what is drawn; None to draw from torch's generator, which all threads share.
+        logprobs: how many of the likeliest tokens to score beside each token of the answer; None
+            for no scores. They are of one row, and of tokens that come one by one.
 
     Attributes:
         prompt_tokens: of the prompt.
         stats: times and memory of this call alone, so far.
+        scores: those of the tokens so far; None where none were asked for.
     """
 
     def __init__(
@@ -54,6 +66,9 @@ class Generation:
         progress: PrefillProgress | None = None,
         criteria: Sequence[Criterion] = (),
         stop: Sequence[str] = (),
+        processors: Sequence[Processor] = (),
+        seed: int | None = None,
+        logprobs: int | None = None,
     ) -> None:
         self.prompt_tokens = 0
         self.stats = Stats()
@@ -64,6 +79,9 @@ class Generation:
         self._cache = cache
         self._progress = progress
         self._criteria = criteria
+        self._processors = processors
+        self._draws = None if seed is None else OwnDraws(seed)
+        self.scores = None if logprobs is None else TokenScores(logprobs)
         self._stops = Stops.of(stop, tokenizer)
         self._collector = TextCollector(
             tokenizer, on_text, self._raise_if_no_numbers, stops=self._stops
@@ -106,15 +124,19 @@ class Generation:
         if cache is None:
             cache = self._session.new_cache(len(ids) + self._settings.max_new_tokens)
         self.stats, cache.progress = cache.stats, self._progress
+        watchers = self._logits, self._draws, self.scores
+        cache.watchers = [each for each in watchers if each is not None]
         try:
-            with self._logits.watching(self._model, cache):
-                rows = self._generate(prompt, cache)
+            rows = self._generate(prompt, cache)
         except ValueError as error:
             if self.stats.prefill_tokens:
                 raise
             # Raised before the model ran: transformers refuses these settings together.
             raise OptionError(self._refusal(error)) from error
         finally:
+            cache.watchers = []
+            if self._draws is not None:
+                self._draws.leave()
             if cache is not self._cache:
                 cache.close()
         if self._settings.rows > 1:
@@ -126,7 +148,17 @@ class Generation:
         self._collector.end()
 
     @property
-    def finish_reason(self) -> str:
+    def end_ids(self) -> frozenset[int]:
+        """The tokens that end an answer."""
+        return self._settings.end_ids
+
+    @property
+    def stop(self) -> str | None:
+        """The string that ended the text, if one did."""
+        return self._collector.stop
+
+    @property
+    def finish_reason(self) -> FinishReason:
         """Why a call that ended by itself did: "stop", "time" or "length"."""
         ids, settings = self.ids, self._settings
         if self._collector.stopped or (ids and ids[-1] in settings.end_ids):
@@ -142,6 +174,10 @@ class Generation:
         keywords = dict(settings.keywords)
         given = keywords.pop("stopping_criteria", None) or ()
         criteria = StoppingCriteriaList([self._no_numbers_criterion, *self._criteria, *given])
+        processors = [*(keywords.pop("logits_processor", None) or ()), *self._processors]
+        if self._draws is not None:
+            processors.append(self._draws.processor)
+            criteria.insert(0, self._draws.criterion)
         if self._stops:
             criteria.append(StopCriterion(self._tokenizer, self._stops, prompt.shape[1]))
         if settings.stop_strings:
@@ -154,11 +190,16 @@ class Generation:
             input_ids=prompt,
             attention_mask=prompt.new_ones(prompt.shape),
             **cache_argument(model, cache),
-            streamer=self._collector if settings.rows == 1 else None,
+            streamer=self._streamer() if settings.rows == 1 else None,
+            logits_processor=LogitsProcessorList(processors),
             stopping_criteria=criteria,
             **keywords,
         )
         return rows
+
+    def _streamer(self) -> Any:
+        """Return what `generate` hands tokens to."""
+        return self._collector if self.scores is None else _Scored(self._collector, self.scores)
 
     def _raise_if_no_numbers(self) -> None:
         self._logits.raise_if_noted(len(self.ids) if self._settings.rows == 1 else None)
@@ -185,3 +226,23 @@ class Generation:
             if token_id in self._settings.end_ids:
                 return ids[: position + 1]
         return ids
+
+
+class _Scored:
+    """A streamer that has tokens scored before their text is written."""
+
+    def __init__(self, collector: TextCollector, scores: TokenScores) -> None:
+        self._collector = collector
+        self._scores = scores
+        self._prompt_is_next = True
+
+    def put(self, value: Any) -> None:
+        """Take token ids; those of the first call are the prompt."""
+        if not self._prompt_is_next:
+            self._scores.take(value.flatten().tolist())
+        self._prompt_is_next = False
+        self._collector.put(value)
+
+    def end(self) -> None:
+        """Write what was held back."""
+        self._collector.end()

@@ -1,14 +1,12 @@
 """Logits that are no numbers end an answer; left alone they would become token 0, or any other."""
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 from headinfer.errors import NotANumberError
-from headinfer.integration.calls import CACHE_NAMES
+from headinfer.integration.watchers import Watcher
 
 
-class LogitsCheck:
+class LogitsCheck(Watcher):
     """A check that a model's logits are numbers; it raises before a token is made of others.
 
     The note is made on the model's device and read where `generate` waits for the device anyway,
@@ -24,21 +22,9 @@ class LogitsCheck:
         self._calls = 0
         self._unread: list[Any] = []
 
-    @contextlib.contextmanager
-    def watching(self, model: Any, cache: Any) -> Iterator[None]:
-        """Take note of all logits a model computes with a cache, inside the `with` statement."""
-
-        def note(_model: Any, _args: Any, keywords: dict[str, Any], output: Any) -> None:
-            if any(keywords.get(name) is cache for name in CACHE_NAMES):
-                self._note(output.logits)
-
-        hook = model.register_forward_hook(note, with_kwargs=True)
-        try:
-            yield
-        finally:
-            hook.remove()
-
-    def _note(self, logits: Any) -> None:
+    def end(self, output: Any) -> None:
+        """Take note of the logits of a call."""
+        logits = output.logits
         # The largest is NaN if any is, and minus infinity if all are.
         finite = logits.amax(dim=-1, keepdim=True).isfinite()
         self._unread.append(finite.all())

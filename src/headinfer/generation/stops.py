@@ -1,7 +1,7 @@
 """Strings that end an answer: its text ends before the first of them, however its pieces fall."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from headinfer.errors import OptionError
@@ -31,11 +31,16 @@ class Stops:
 
     Attributes:
         strings: none of them empty.
-        ids: special tokens that a user named by their strings, which no text has.
+        special: special tokens that a user named, which no text has, with their strings.
     """
 
     strings: tuple[str, ...] = ()
-    ids: frozenset[int] = frozenset()
+    special: Mapping[int, str] = field(default_factory=dict)
+
+    @property
+    def ids(self) -> frozenset[int]:
+        """The special tokens."""
+        return frozenset(self.special)
 
     @classmethod
     def of(cls, strings: Sequence[str], tokenizer: Any) -> "Stops":
@@ -48,24 +53,24 @@ class Stops:
         special = _special_ids(tokenizer) if strings else {}
         return cls(
             strings=tuple(string for string in strings if string not in special),
-            ids=frozenset(special[string] for string in strings if string in special),
+            special={special[string]: string for string in strings if string in special},
         )
 
     def __bool__(self) -> bool:
-        return bool(self.strings or self.ids)
+        return bool(self.strings or self.special)
 
-    def cut(self, text: str) -> int | None:
-        """Return how much of a text comes before the string that is complete first, if one is.
+    def find(self, text: str) -> tuple[int, str] | None:
+        """Return where the string begins that is complete first, and the string, if one is.
 
         The longest counts where several end at one place. So the pieces that a text comes in do
         not matter.
         """
         found = [
-            (start + len(string), start)
+            (start + len(string), start, string)
             for string in self.strings
             if (start := text.find(string)) >= 0
         ]
-        return min(found)[1] if found else None
+        return min(found)[1:] if found else None
 
     def held_chars(self, text: str) -> int:
         """Return how many characters at the end of a text may yet become one of the strings."""

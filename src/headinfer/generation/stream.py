@@ -7,13 +7,13 @@ import threading
 import weakref
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any
 
 from transformers import PreTrainedModel
 
 from headinfer.api import attach
 from headinfer.errors import OptionError, UnsupportedModelError
-from headinfer.generation.call import Generation
+from headinfer.generation.call import FinishReason, Generation
 from headinfer.generation.gpus import Gpus
 from headinfer.generation.model import (
     ModelSource,
@@ -34,8 +34,6 @@ from headinfer.plan.options import DECLARATIONS, Options
 from headinfer.session import Session
 
 _logger = logging.getLogger(__name__)
-
-FinishReason = Literal["stop", "length", "time"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,7 +219,7 @@ def _stream(
             stop=stop,
         )
         yield from worker.records(session.device.torch_device, lambda: generation.run(ids))
-    yield _record(generation, "", finish_reason=cast("FinishReason", generation.finish_reason))
+    yield _record(generation, "", finish_reason=generation.finish_reason)
 
 
 def _record(generation: Generation, text: str, **ended: FinishReason) -> Generated:

@@ -25,7 +25,7 @@ class TextCollector:
     Attributes:
         ids: the new tokens, special ones included.
         text: all that was written.
-        stopped: whether one of the stops came.
+        stop: the stop that came; None while none did.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class TextCollector:
     ) -> None:
         self.ids: list[int] = []
         self.text = ""
-        self.stopped = False
+        self.stop: str | None = None
         self._held = ""
         self._stops = stops or Stops()
         self._tokenizer = tokenizer
@@ -47,6 +47,11 @@ class TextCollector:
         self._prompt_is_next = True
         self._window_start = 0
         self._written_ids = 0
+
+    @property
+    def stopped(self) -> bool:
+        """Whether one of the stops came."""
+        return self.stop is not None
 
     def put(self, value: Any) -> None:
         """Take token ids; those of the first call are the prompt, and left out."""
@@ -65,9 +70,9 @@ class TextCollector:
             if self.stopped:
                 return
             self._take([token_id])
-            if token_id in self._stops.ids:
+            if (stop := self._stops.special.get(token_id)) is not None:
                 self.end()
-                self.stopped = True
+                self.stop = stop
 
     def end(self) -> None:
         """Write what was held back; may be called again."""
@@ -100,12 +105,12 @@ class TextCollector:
     def _emit(self, piece: str, *, ended: bool = False) -> None:
         """Write what cannot be the beginning of a stop, or all of it where the text has ended."""
         piece = self._held + piece
-        cut = self._stops.cut(piece)
-        if cut is None:
+        found = self._stops.find(piece)
+        if found is None:
             cut = len(piece) - (0 if ended else self._stops.held_chars(piece))
             self._held = piece[cut:]
         else:
-            self._held, self.stopped = "", True
+            self._held, (cut, self.stop) = "", found
         if cut:
             self.text += piece[:cut]
             self._write(piece[:cut])

@@ -8,10 +8,12 @@ both.
 
 import itertools
 import logging
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any, cast
 
+import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
@@ -33,6 +35,8 @@ from headinfer.integration.turns import Turns
 
 _logger = logging.getLogger(__name__)
 _numbers = itertools.count()
+
+_TRIED_TOKENS = 32
 
 _MARK = "_headinfer_session"
 """The attribute of an attached model that holds whoever attached to it."""
@@ -113,14 +117,44 @@ class Attachment:
         Raises:
             CacheStateError: called from within a call of the model.
         """
-        self.turns.run(self._remove)
+        self.between_calls(self._remove)
+
+    def between_calls(self, function: Callable[[], object]) -> None:
+        """Call a function in a turn, once no call of another thread is under way.
+
+        Raises:
+            CacheStateError: called from within a call of the model.
+        """
+
+        def attempt() -> bool:
+            if any(call.thread == threading.get_ident() for call in self._calls):
+                raise CacheStateError("a model cannot be detached from within a call of it")
+            if self._calls:  # between two chunks
+                return False
+            function()
+            return True
+
+        while not self.turns.run(attempt):
+            self.turns.pass_on()
 
     def _remove(self) -> None:
-        if self._calls:
-            raise CacheStateError("a model cannot be detached from within a call of it")
         while self._restore:
             self._restore[-1]()  # each may be called again, if this is interrupted
             self._restore.pop()
+
+    def goes_on_alike(self) -> bool:
+        """Whether a call gives the same for a prompt whose beginning another call has read.
+
+        A model with a recurrent state is tried out on a few tokens. Rotary frequencies that follow
+        the length of a pass are none of the beginning's.
+        """
+        if self._rotary_modules:
+            return False
+        tokens = torch.ones((1, _TRIED_TOKENS), dtype=torch.long, device=self._model.device)
+        arguments = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+        own = self._model.forward
+        inner = own.inner if isinstance(own, InstanceForward) else own
+        return self.turns.run(self._chunking.obstacle, inner, arguments, 0) is None
 
     def _serve(
         self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -154,7 +188,9 @@ class Attachment:
         shape: tuple[int, int],
     ) -> Any:
         """Run a call with an offloaded cache."""
-        if any(other.cache is cache for other in self._calls):
+        while (own := self._calls_with(cache)) and threading.get_ident() not in own:
+            self.turns.pass_on()  # another thread's, between two chunks
+        if own:
             raise CacheStateError(
                 "the model was called with a cache that a call under way is using, as from a hook "
                 "or a progress callback; pass another cache"
@@ -164,13 +200,22 @@ class Attachment:
         )
         try:
             self._calls.append(call)
+            for watcher in cache.watchers:
+                watcher.begin()
             arguments = call.begin(arguments)
             with self._linears.on(shape[0] * shape[1]):
                 output = self._captures.run(forward, cache, arguments, shape[1])
             self.functions.check_none_pending()
-            return call.end(output)
+            output = call.end(output)
+            for watcher in cache.watchers:
+                watcher.end(output)
+            return output
         finally:
             uninterrupted(lambda: self._leave(call))
+
+    def _calls_with(self, cache: OffloadedCache) -> set[int]:
+        """Return the threads of the calls under way with a cache."""
+        return {call.thread for call in self._calls if call.cache is cache}
 
     def _leave(self, call: ServedCall) -> None:
         """Forget a call, however it ended; may be called again."""

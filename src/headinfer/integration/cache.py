@@ -1,6 +1,5 @@
 """The cache a user passes to the model: transformers' own, with attention layers of ours in it."""
 
-import copy
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -11,15 +10,21 @@ from transformers.cache_utils import DynamicCache
 
 from headinfer.engine.stats import Stats
 from headinfer.errors import CacheStateError
+from headinfer.integration.cache_host import CacheHost
 from headinfer.integration.calls import cache_name
+from headinfer.integration.copying import copied
 from headinfer.integration.layer import OffloadedLayer, WindowLayer
+from headinfer.integration.parkable import ParkableCache
 from headinfer.integration.prefix import keep_common_prefix
+from headinfer.integration.row_selection import rows_of, select
 from headinfer.integration.rows import chosen_rows
+from headinfer.integration.saved_pages import SavedPages
 from headinfer.integration.saving import BLOCK_BYTES, SavedSession, save_cache
-from headinfer.integration.state import CacheHost, OffloadedState
+from headinfer.integration.state import OffloadedState
 from headinfer.integration.support import layer_kind
 from headinfer.integration.token_history import TokenHistory
-from headinfer.integration.turns import Turns, in_turn
+from headinfer.integration.turns import in_turn
+from headinfer.integration.watchers import Watcher
 from headinfer.plan.shape import LayerKind
 from headinfer.units import parse_bytes
 
@@ -27,7 +32,7 @@ PrefillProgress = Callable[[int, int], None]
 """Told the tokens done and the tokens in all of a prompt, after each chunk."""
 
 
-class OffloadedCache(DynamicCache):
+class OffloadedCache(ParkableCache):
     """A transformers cache whose attention layers are attended tile by tile, from CPU memory.
 
     Windows stay in GPU memory; the states of linear attention are transformers' own. Made by
@@ -48,18 +53,25 @@ class OffloadedCache(DynamicCache):
         drafted_tokens: new tokens of the last call that may be rejected drafts, in each row.
         progress: told of the tokens done and in all after each chunk of a prompt; may raise.
         history: the token ids that came.
+        marks: positions where a chunk of a prompt ends, wherever else it would.
+        watchers: told of the model's calls with it.
+        saved: what of it is on the disk, and where; None for nothing.
+        lengths_before: tokens of each layer before the call that is under way; None between calls.
     """
 
     def __init__(self, model: PreTrainedModel, host: CacheHost, max_tokens: int | None) -> None:
         super().__init__(config=model.config)
         self._config = model.config
         self._name = cache_name(model)
-        self._lengths_before: list[int] | None = None  # while a model call is under way
+        self.lengths_before: list[int] | None = None
         self.state = OffloadedState(host, max_tokens)
         self.stats = Stats()
         self.drafted_tokens = 0
         self.progress: PrefillProgress | None = None
         self.history = TokenHistory()
+        self.marks: tuple[int, ...] = ()
+        self.watchers: list[Watcher] = []
+        self.saved: SavedPages | None = None
         layer_idx = 0
         for position, layer in enumerate(self.layers):
             kind = layer_kind(layer)
@@ -79,11 +91,6 @@ class OffloadedCache(DynamicCache):
         """
         return {self._name: self}
 
-    @property
-    def turns(self) -> Turns:
-        """Taken by whatever changes the cache."""
-        return self.state.turns
-
     def _lengths(self) -> list[int]:
         """Return the tokens of each layer that keeps any."""
         return self.state.lengths() or [0] * self._attention_layers
@@ -95,15 +102,19 @@ class OffloadedCache(DynamicCache):
             CacheStateError: the call before was interrupted half-way, so that some layers hold
                 tokens which others lack.
         """
-        self._lengths_before = self._check_whole()
+        self.lengths_before = self.check_whole()
 
-    def _check_whole(self) -> list[int]:
-        """Return the tokens of each layer; refuse a cache whose last call stopped half-way."""
+    def check_whole(self) -> list[int]:
+        """Return the tokens of each layer.
+
+        Raises:
+            CacheStateError: its last call stopped half-way.
+        """
         lengths = self._lengths()
-        if self._lengths_before is None:
+        if self.lengths_before is None:
             return lengths
         stateful = len(lengths) < len(self.layers)  # linear attention: nothing tells it advanced
-        if stateful or self._lengths_before != lengths:
+        if stateful or self.lengths_before != lengths:
             raise CacheStateError(
                 "a call of the model with this cache was interrupted, so its layers no longer hold "
                 "the same tokens; call reset() on it or use a new cache"
@@ -112,7 +123,7 @@ class OffloadedCache(DynamicCache):
 
     def end_call(self) -> None:
         """Note that the call went through all layers."""
-        self._lengths_before = None
+        self.lengths_before = None
 
     @in_turn
     def reset(self) -> None:
@@ -132,6 +143,7 @@ class OffloadedCache(DynamicCache):
             if not isinstance(layer, OffloadedLayer):
                 self.layers[position] = fresh[position]
         self.history.clear()
+        self.saved = None
         for layer in self._offloaded_layers():
             layer.is_initialized = False
         try:
@@ -140,7 +152,7 @@ class OffloadedCache(DynamicCache):
             elif engine is not None:
                 engine.clear()
         finally:
-            self._lengths_before = None
+            self.lengths_before = None
 
     @in_turn
     def crop(self, tokens_to_remove: int) -> None:
@@ -163,6 +175,8 @@ class OffloadedCache(DynamicCache):
             for layer in self._offloaded_layers():
                 layer.crop(tokens_to_remove)
         self.history.crop(-tokens_to_remove)
+        if self.saved is not None:
+            self.saved = self.saved.cropped(self.get_seq_length())
         self._discount(-tokens_to_remove)
 
     def _discount(self, tokens: int) -> None:
@@ -184,7 +198,7 @@ class OffloadedCache(DynamicCache):
             raise ValueError(f"rows are repeated once or more, not {repeats} times")
         batch = self._batch()
         if batch is not None:
-            self._select(torch.arange(batch).repeat_interleave(repeats))
+            select(self, torch.arange(batch).repeat_interleave(repeats), batch)
 
     @in_turn
     def batch_select_indices(self, indices: Any) -> None:
@@ -200,7 +214,7 @@ class OffloadedCache(DynamicCache):
         """
         batch = self._batch()
         if batch is not None:
-            self._select(chosen_rows(indices, batch))
+            select(self, chosen_rows(indices, batch), batch)
 
     def reorder_cache(self, beam_idx: Any) -> None:
         """Make row `i` what row `beam_idx[i]` was, for beam search."""
@@ -211,46 +225,21 @@ class OffloadedCache(DynamicCache):
         self.state.check_open()
         if self.state.engine is not None:
             return self.state.engine.plan.batch
-        for layer in self._own_layers():
-            states = getattr(layer, "conv_states", {}), getattr(layer, "recurrent_states", {})
-            kept = [
-                getattr(layer, "keys", None),
-                *(part for each in states for part in each.values()),
-            ]
-            for part in kept:
-                if part is not None and part.ndim > 1:
-                    return int(part.shape[0])
-        return None
-
-    def _select(self, rows: torch.Tensor) -> None:
-        """Make row `i` what row `rows[i]` was."""
-        numbers = rows.tolist()
-        if numbers == list(range(self._batch() or 0)):
-            return
-        engine = self.state.engine
-        in_place = engine is not None and len(numbers) == engine.plan.batch
-        if not in_place:
-            self.state.select_rows(numbers)
-        with self.state.changing():
-            if in_place:
-                for layer in self._offloaded_layers():
-                    layer.select(numbers)
-            for layer in self._own_layers():
-                layer.reorder_cache(rows)  # of any number; layers of states have no other method
-        self.history.select(numbers)
+        return rows_of(self._own_layers())
 
     @property
     def token_ids(self) -> torch.Tensor | None:
         """The tokens it holds, `[rows, tokens]` on the CPU; None where not all are known."""
         return self.history.ids(self._batch() or 0, self.get_seq_length())
 
-    @in_turn
     def save(
         self, path: str | os.PathLike[str], *, block_bytes: str | int = BLOCK_BYTES
     ) -> SavedSession:
         """Write all that the cache holds to a folder, for `Offload.load_cache`.
 
-        A session that is there stays as it is until the new one is whole.
+        A session that is there stays as it is until the new one is whole. Pages that this cache, or
+        one that it was forked or loaded from, has written there are not written again. Calls of the
+        model go on meanwhile where the cache is parked, and wait otherwise.
 
         Args:
             path: of the folder, which is made; or a session's, which is replaced.
@@ -267,9 +256,14 @@ class OffloadedCache(DynamicCache):
             UnsupportedModelError: the model is split over several devices or processes.
         """
         block = parse_bytes(block_bytes, "block_bytes")
+        if self.state.parked:  # nothing is in flight, and nobody writes to what others share
+            return self._save(path, block)
+        return self.turns.run(self._save, path, block)
+
+    def _save(self, path: str | os.PathLike[str], block_bytes: int) -> SavedSession:
         model, engine = self.state.host.fingerprint(), self.state.check_savable()
-        self._check_whole()
-        return save_cache(self, engine, model, path, block)
+        self.check_whole()
+        return save_cache(self, engine, model, path, block_bytes)
 
     @in_turn
     def keep_common_prefix(self, ids: Sequence[int] | torch.Tensor) -> int:
@@ -300,30 +294,13 @@ class OffloadedCache(DynamicCache):
         """Return a second cache of the same attachment that holds the same tokens.
 
         It takes GPU memory as any new cache does. The two share CPU memory until one of them
-        changes what both hold. Both count in full in what is allowed.
+        changes what both hold.
 
         Raises:
             CacheStateError: it was closed, the model was detached, or a call was interrupted.
             MemoryPlanError: the GPU memory or the CPU memory is too small for a second cache.
         """
-        self.state.check_open()
-        self._check_whole()
-        copied: OffloadedCache = self.state.host.new_cache(self.state.max_tokens)
-        copied.state.copy_from(self.state)
-        try:
-            for position, layer in enumerate(self.layers):
-                if isinstance(layer, OffloadedLayer):
-                    copied.layers[position].copy_form_of(layer)
-                else:
-                    copied.layers[position] = copy.deepcopy(layer, memo)
-                memo[id(layer)] = copied.layers[position]
-        except BaseException:
-            copied.close()
-            raise
-        memo[id(self.layers)] = copied.layers
-        copied._lengths_before = self._lengths_before
-        copied.history = self.history.copy()
-        return copied
+        return copied(self, memo, parked=False)
 
     def __copy__(self) -> NoReturn:
         """Refuse: two caches would share layers, and one would not hear of the other's tokens.

@@ -34,6 +34,7 @@ from headinfer.integration.autocast import without_autocast
 from headinfer.integration.cache import OffloadedCache
 from headinfer.integration.captured_step import CapturedStep, Step, make_step, taking_back
 from headinfer.integration.compiler import begin_import
+from headinfer.integration.crossing import Crossings
 from headinfer.integration.decode_call import DecodeCall, DecodeCalls
 from headinfer.integration.fusion import Fusion
 from headinfer.integration.hooks import HooksOfOthers
@@ -119,6 +120,9 @@ class CapturedSteps:
             call, ready = self._in_form(call, engine)
         first, known = engine not in self._in_a_row, call is not None and call.key in self._known
         if not go_alike(self._ranks, call, ready, engine, in_a_row=not first, known=known):
+            if call is not None:  # or what one rank alone still has would keep them apart for good
+                engine.captured.pop(call.key, None)
+                self._refused.say_for_now("the ranks would capture different steps")
             call = None
         if call is None:
             self._in_a_row.discard(engine)
@@ -163,7 +167,8 @@ class CapturedSteps:
         engine = cache.state.engine
         assert engine is not None
         if captured is None:
-            step = make_step(forward, cache, call, self._calls.cache_name)
+            crossings = Crossings(self._model())
+            step = make_step(forward, cache, call, self._calls.cache_name, crossings)
             if call.key not in self._known:
                 return self._begin(arguments, cache, call, step, ready)
             with self._preparing(cache):
@@ -173,7 +178,9 @@ class CapturedSteps:
             engine.captured.pop(call.key, None)
             return self._apart(forward, arguments)
         output = None
-        with self._refused.attempt(cache, call), taking_back(engine, call.form):
+        awaited = self._ranks.size > 1
+        attempt = self._refused.attempt(cache, call, awaited=awaited)
+        with attempt, taking_back(engine, call.form):
             output = self._replayed(cache, call, captured)
         wanted = self._apart(forward, arguments)
         self._agree(call)
@@ -212,9 +219,10 @@ class CapturedSteps:
 
         None where all are refused.
         """
-        ready = engine.begin_step() or IN_PIECES
-        if self._ranks.size > 1 and ready.form is Form.STREAMED:
-            ready = IN_PIECES  # for when the host's share is settled differs between ranks
+        alone = self._ranks.size == 1  # when the host's share is settled differs between ranks
+        ready = engine.begin_step(streams_whole=alone) or IN_PIECES
+        if not alone and ready.form is Form.STREAMED:
+            ready = IN_PIECES
         call = call.in_form(ready.form)
         if ready.form is Form.STREAMED and not engine.may_capture_streamed:
             captured = engine.captured.get(call.key)
@@ -263,7 +271,7 @@ class CapturedSteps:
             if self._fusion.untried:
                 self._fusion.try_out(run)
                 cache.state.functions.forget_pending()
-            with self._refused.attempt(cache, call):
+            with self._refused.attempt(cache, call, awaited=self._ranks.size > 1):
                 output = run()
             self._agree(call)
             if call.key not in self._refused.keys:

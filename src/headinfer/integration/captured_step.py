@@ -12,6 +12,7 @@ from headinfer.device.base import Capture
 from headinfer.engine.parted import CacheEngine
 from headinfer.engine.ready import Form
 from headinfer.integration.cache import OffloadedCache
+from headinfer.integration.crossing import Crossings
 from headinfer.integration.decode_call import DecodeCall
 from headinfer.integration.outputs import without_cache
 
@@ -30,6 +31,7 @@ class Step:
             which the step reads those of later calls.
         cache_name: what the cache is passed as.
         form: how attention is captured.
+        crossings: of the model.
     """
 
     forward: Callable[..., Any]
@@ -38,6 +40,7 @@ class Step:
     arguments: dict[str, Any]
     cache_name: str
     form: Form
+    crossings: Crossings
 
     def fill(self, tensors: dict[str, torch.Tensor]) -> None:
         """Have the step read these, on compute."""
@@ -49,13 +52,18 @@ class Step:
         engine, cache = self.engine(), self.cache()
         assert engine is not None
         assert cache is not None
-        with engine.capturing(self.form), _without_autocast_memory():
+        crossed = self.crossings.once(discards=False)
+        with engine.capturing(self.form), _without_autocast_memory(), crossed:
             output = self.forward(**self.arguments, **{self.cache_name: cache})
         return without_cache(output, cache)
 
 
 def make_step(
-    forward: Callable[..., Any], cache: OffloadedCache, call: DecodeCall, cache_name: str
+    forward: Callable[..., Any],
+    cache: OffloadedCache,
+    call: DecodeCall,
+    cache_name: str,
+    crossings: Crossings,
 ) -> Step:
     """Return a step with tensors of its own, which hold what a call brings.
 
@@ -64,6 +72,7 @@ def make_step(
         cache: the call's.
         call: to be captured.
         cache_name: what the model takes a cache as.
+        crossings: of the model.
     """
     engine = cache.state.engine
     assert engine is not None
@@ -72,6 +81,7 @@ def make_step(
     step = Step(
         *(forward, weakref.ref(engine), weakref.ref(cache)),
         *(call.others | tensors, cache_name, call.form),
+        crossings,
     )
     step.fill(call.tensors)
     return step

@@ -7,7 +7,6 @@ same result in chunks passes as a whole.
 
 import contextlib
 import inspect
-import itertools
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -182,18 +181,16 @@ def _is_empty(value: Any) -> bool:
     return value is None or value is False or (isinstance(value, list | tuple) and not value)
 
 
-def split_points(new_tokens: int, chunk_tokens: int, keep: int) -> list[int]:
-    """Return where chunks begin and the last one ends.
+def chunk_end(new_tokens: int, chunk_tokens: int, keep: int) -> int:
+    """Return how many tokens the next chunk has.
 
     Args:
-        new_tokens: tokens of the call.
+        new_tokens: tokens of the call that are left.
         chunk_tokens: tokens of a chunk.
         keep: how many of the last positions must stay together in the last chunk.
     """
-    points = list(range(0, new_tokens, chunk_tokens))
-    while len(points) > 1 and new_tokens - points[-1] < keep:
-        points.pop()
-    return [*points, new_tokens]
+    left = new_tokens - chunk_tokens
+    return new_tokens if left <= 0 or left < keep else chunk_tokens
 
 
 def slice_call(arguments: dict[str, Any], start: int, end: int, past_tokens: int) -> dict[str, Any]:
@@ -214,20 +211,22 @@ def slice_call(arguments: dict[str, Any], start: int, end: int, past_tokens: int
 def run_leading_chunks(
     forward: Callable[..., Any],
     arguments: dict[str, Any],
-    chunk_tokens: int,
+    chunk_tokens: Callable[[], int],
     past_tokens: int,
     after_chunk: Callable[[int, int], None],
     crossings: Crossings,
+    leaving: Callable[[], None],
 ) -> tuple[dict[str, Any], list[torch.Tensor]]:
     """Run all chunks of a call but the last.
 
     Args:
         forward: the model's own.
         arguments: of the call, by name and with positions; `Chunking.obstacle` found none.
-        chunk_tokens: tokens of a chunk.
+        chunk_tokens: tokens of the next chunk, asked before each: other caches may come meanwhile.
         past_tokens: tokens in the cache before the call.
         after_chunk: told the new tokens done so far and all, after each chunk.
         crossings: of the model.
+        leaving: called when a device's part of a chunk is all enqueued.
 
     Returns:
         The arguments of the last chunk, and the logits of the chunks run, each `[batch, tokens,
@@ -237,15 +236,15 @@ def run_leading_chunks(
     assert shape is not None
     keeps = "logits_to_keep" in inspect.signature(forward).parameters
     keep = int(arguments.get("logits_to_keep") or 0) if keeps else 0
-    points = split_points(shape[1], chunk_tokens, keep)
-    logits = []
-    for start, end in itertools.pairwise(points[:-1]):
+    start, new_tokens, logits = 0, shape[1], []
+    while (end := start + chunk_end(new_tokens - start, chunk_tokens(), keep)) < new_tokens:
         part = slice_call(arguments, start, end, past_tokens)
         if keep:
             part["logits_to_keep"] = 1  # the least the model can compute; not used
-        with crossings.once(discards=keep > 0):
+        with crossings.once(discards=keep > 0, leaving=leaving):
             output = forward(**part)
         if not keep:
             logits.append(output.logits)
-        after_chunk(end, shape[1])
-    return slice_call(arguments, points[-2], points[-1], past_tokens), logits
+        after_chunk(end, new_tokens)
+        start = end
+    return slice_call(arguments, start, new_tokens, past_tokens), logits

@@ -6,7 +6,7 @@ first device would reach its next chunk only when the last one is done with this
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ class Crossings:
         self._model = model
 
     @contextlib.contextmanager
-    def once(self, *, discards: bool) -> Iterator[None]:
+    def once(self, *, discards: bool, leaving: Callable[[], None] = lambda: None) -> Iterator[None]:
         """Have what layers share move once to each device, until the `with` statement ends.
 
         For one call of the model. What it was given must not change meanwhile.
@@ -36,12 +36,14 @@ class Crossings:
         Args:
             discards: whether nobody uses the output. It then stays where it was computed, and the
                 model's head is passed over where the first device has it.
+            leaving: called when a device's work is all enqueued, before anything crosses to the
+                next one: what follows on the device waits for that.
         """
         hooks = accelerate_hooks(self._model)
         places = [where for hook in hooks if (where := device_of(hook)) is not None]
         with contextlib.ExitStack() as undo:
             if places:
-                self._bring_once(places[0], undo)
+                self._bring_once(places[0], leaving, undo)
             if places and discards:
                 for hook in hooks:
                     if getattr(hook, "io_same_device", False):
@@ -50,10 +52,12 @@ class Crossings:
                 self._pass_over_head(places[0], undo)
             yield
 
-    def _bring_once(self, first: torch.device, undo: contextlib.ExitStack) -> None:
+    def _bring_once(
+        self, first: torch.device, leaving: Callable[[], None], undo: contextlib.ExitStack
+    ) -> None:
         bringers: dict[torch.device, _Bringer] = {}
         for module, where in _entries(self._model, first):
-            bringer = bringers.setdefault(where, _Bringer(where))
+            bringer = bringers.setdefault(where, _Bringer(where, leaving))
             undo.callback(module.register_forward_pre_hook(bringer, with_kwargs=True).remove)
 
     def _pass_over_head(self, first: torch.device, undo: contextlib.ExitStack) -> None:
@@ -91,15 +95,20 @@ class _Bringer:
 
     Args:
         where: the device.
+        leaving: called before anything comes from the device before.
     """
 
-    def __init__(self, where: torch.device) -> None:
+    def __init__(self, where: torch.device, leaving: Callable[[], None]) -> None:
         self._where = where
+        self._leaving: Callable[[], None] | None = leaving
         self._brought: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __call__(
         self, _module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if self._leaving is not None:
+            self._leaving()
+            self._leaving = None
         own = {
             name: value if name == _HIDDEN_STATES else self._bring(value)
             for name, value in kwargs.items()

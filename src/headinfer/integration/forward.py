@@ -4,7 +4,7 @@ import contextlib
 import copy
 import functools
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -92,27 +92,39 @@ class InstanceForward:
 class OwnForwards:
     """A set of forwards that stand in modules' own attributes, only during some calls.
 
-    A module that has one already is left alone, so that nobody stands in front of another.
+    A module that has one already is left alone, so that nobody stands in front of another. But one
+    that is needless goes away meanwhile.
 
     Args:
         methods: each bound to its module.
+        needless: forwards of others' in modules' attributes, without which they compute the same.
     """
 
-    def __init__(self, methods: Sequence[types.MethodType]) -> None:
+    def __init__(
+        self,
+        methods: Sequence[types.MethodType],
+        needless: Mapping[torch.nn.Module, Callable[..., Any]] = types.MappingProxyType({}),
+    ) -> None:
         self._methods = [(method.__self__.__dict__, method) for method in methods]
+        self._needless = [(module.__dict__, forward) for module, forward in needless.items()]
 
     @contextlib.contextmanager
     def on(self) -> Iterator[None]:
         """Have the modules compute by them until the `with` statement ends."""
+        away = [each for each in self._needless if each[0].get("forward") is each[1]]
         try:
+            for attributes, _ in away:
+                del attributes["forward"]
             for attributes, method in self._methods:
                 if "forward" not in attributes:
                     attributes["forward"] = method
             yield
         finally:
-            uninterrupted(self._take_away)
+            uninterrupted(functools.partial(self._take_away, away))
 
-    def _take_away(self) -> None:
+    def _take_away(self, away: list[tuple[dict[str, Any], Callable[..., Any]]]) -> None:
         for attributes, method in self._methods:
             if attributes.get("forward") is method:
                 del attributes["forward"]
+        for attributes, forward in away:
+            attributes.setdefault("forward", forward)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from headinfer.device.base import CaptureError
+from headinfer.integration.accelerate_hooks import needless_forwards
 from headinfer.integration.compiler import begin_import
 from headinfer.integration.forward import OwnForwards
 from headinfer.integration.outputs import are_near
@@ -85,8 +86,8 @@ class Fusion:
 class FusedParts:
     """A model's small parts in their compiled form, in place only during some calls.
 
-    They stand in the instances' own `forward`. A part that has one already, as accelerate gives
-    it, is left alone.
+    They stand in the instances' own `forward`. A part that has one already is left alone. But where
+    that is one of accelerate's that moves nothing, it goes away meanwhile.
 
     Args:
         model: may go while this stays.
@@ -102,11 +103,13 @@ class FusedParts:
     @functools.cached_property
     def _forwards(self) -> OwnForwards:
         model, methods = self._model(), []
-        for module in [] if model is None else model.modules():
+        if model is None:
+            return OwnForwards([])
+        for module in model.modules():
             module_class: Any = type(module)
             if (forward := _fused_forward(module_class, _kind(module))) is not None:
                 methods.append(types.MethodType(forward, module))
-        return OwnForwards(methods)
+        return OwnForwards(methods, needless_forwards(model))
 
 
 def _kind(module: torch.nn.Module) -> str:

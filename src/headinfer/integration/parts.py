@@ -5,16 +5,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from headinfer.device.base import Device
+from headinfer.device.host_memory import available_host_bytes
 from headinfer.device.make import measured_hardware
 from headinfer.engine.engine import Engine
 from headinfer.errors import MemoryPlanError, UnsupportedModelError
 from headinfer.integration.placement import Placement
 from headinfer.plan import memory
 from headinfer.plan.hardware import Hardware
+from headinfer.plan.narrow import with_fewer_residents
 from headinfer.plan.options import Options
-from headinfer.plan.plan import Plan, part_label
+from headinfer.plan.plan import Plan, joined, part_label
 from headinfer.plan.resolve import resolve
 from headinfer.plan.shape import ModelShape
+from headinfer.plan.whole import passing_whole
+from headinfer.ranks.group import Ranks
 from headinfer.units import format_bytes
 
 USED_SHARE = 0.9
@@ -106,33 +110,72 @@ class ModelPart:
         return min(asked, max(most, weights + free))
 
 
-def plans_of(
+def planned_together(
     parts: Sequence[ModelPart],
-    others: Sequence[Sequence[Engine]],
+    shape: ModelShape,
     batch: int,
     context_tokens: int | None,
-    kv_itemsize: int,
-) -> list[Plan]:
-    """Return a plan for each part, with the same chunks; see `ModelPart.resolve`.
+    others: Sequence[Sequence[Engine]],
+) -> Plan:
+    """Return the plan of a cache, whose parts pass chunks of as many tokens.
 
     Args:
         parts: of the model.
-        others: for each part, the engines of other caches there.
+        shape: of the whole model, with keys and values of the cache's dtype.
         batch: rows.
         context_tokens: tokens expected in each; None when not known yet.
-        kv_itemsize: bytes of an element of keys and values.
+        others: the engines of each other cache, one for each part.
+
+    Raises:
+        MemoryPlanError: no plan fits.
     """
 
     def planned(number: int, chunk_tokens: int | None = None) -> Plan:
-        sizes = batch, context_tokens, others[number], kv_itemsize
-        return parts[number].resolve(*sizes, chunk_tokens)
+        here = [engines[number] for engines in others]
+        part = parts[number]
+        return part.resolve(batch, context_tokens, here, shape.kv_itemsize, chunk_tokens)
 
     plans = [planned(number) for number in range(len(parts))]
     least = min(plan.chunk_tokens for plan in plans)  # a chunk passes through all parts
-    return [
+    plans = [
         plan if plan.chunk_tokens == least else planned(number, least)
         for number, plan in enumerate(plans)
     ]
+    return joined(shape, plans)
+
+
+def passing_together(
+    parts: Sequence[ModelPart], plans: Sequence[Plan], tokens: int, ranks: Ranks
+) -> list[Plan]:
+    """Return the plans of a cache's parts, changed for a call whose tokens all pass at once.
+
+    Raises:
+        MemoryPlanError: a device does not hold the activations of so many tokens.
+    """
+    whole = ranks.together(
+        lambda: [
+            passing_whole(plan, part.options, tokens)
+            for part, plan in zip(parts, plans, strict=True)
+        ]
+    )
+    least = ranks.least(*(plan.resident_tokens for plan in whole))
+    return [with_fewer_residents(*each) for each in zip(whole, least, strict=True)]
+
+
+def bytes_left(device: Device) -> int:
+    """Return the bytes that tensors may still take on a device."""
+    free = device.free_bytes()
+    return available_host_bytes() if free is None else int(free * USED_SHARE)
+
+
+def go_on_under(plans: Sequence[Plan], engines: Sequence[Engine]) -> None:
+    """Have the engines of a cache go on under other plans, one for each."""
+    for plan, engine in zip(plans, engines, strict=True):
+        if plan.arena_bytes == engine.plan.arena_bytes:
+            engine.plan = plan
+        else:
+            with engine.in_use():
+                engine.replan(plan)
 
 
 def with_kv_itemsize(shape: ModelShape, kv_itemsize: int) -> ModelShape:

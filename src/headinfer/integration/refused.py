@@ -4,7 +4,7 @@ import contextlib
 import logging
 from collections.abc import Hashable, Iterator
 
-from headinfer.device.base import PlaceError
+from headinfer.device.base import CaptureError, PlaceError
 from headinfer.device.hazards import HazardError
 from headinfer.engine.ready import Form
 from headinfer.errors import is_out_of_memory
@@ -47,16 +47,26 @@ class RefusedCalls:
         self.refuse(call, "captured, they give other bits")
 
     @contextlib.contextmanager
-    def attempt(self, cache: OffloadedCache, call: DecodeCall) -> Iterator[None]:
+    def attempt(
+        self, cache: OffloadedCache, call: DecodeCall, *, awaited: bool = False
+    ) -> Iterator[None]:
         """Refuse a call from now on where the `with` statement fails, and go on behind it.
 
         Who then launches the step kernel by kernel meets what is wrong with the call itself.
+
+        Args:
+            cache: the call's.
+            call: what is attempted.
+            awaited: whether other ranks wait in the midst of it for this one. Then only what all of
+                them meet alike is not raised: that the step cannot be captured.
         """
         try:
             yield
         except HazardError:  # a defect of ours, which no other form is to hide
             raise
         except Exception as error:
+            if awaited and not isinstance(error, CaptureError):
+                raise
             reason = first_line(error)
             if is_out_of_memory(error):
                 reason = "there is no GPU memory left for a capture"

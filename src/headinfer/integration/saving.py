@@ -21,11 +21,13 @@ from headinfer.errors import SessionFileError
 from headinfer.folders import describe
 from headinfer.integration import own_states
 from headinfer.integration.layer import OffloadedLayer
+from headinfer.integration.saved_pages import SavedPages
 from headinfer.kv.pair import KV
 from headinfer.saved.folder import holding, read_index, session_name
 from headinfer.saved.index import FileEntry, Index, Page
 from headinfer.saved.layout import Layout, Spec
 from headinfer.saved.reader import DamagedFileError, read_files
+from headinfer.saved.tokens import TOKEN_IDS
 from headinfer.saved.writer import SessionWriter, writing
 
 if TYPE_CHECKING:
@@ -37,7 +39,7 @@ _logger = logging.getLogger(__name__)
 BLOCK_BYTES = 64 * 2**20
 """Bytes of a page: large enough for any disk's rate, and what a damaged place costs."""
 
-_IDS = "token_ids"
+_IDS = TOKEN_IDS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,11 +75,15 @@ def save_cache(
     per_token = sum(spec.num_bytes for spec in page_bytes.specs.values())
     page_tokens = max(min(block_bytes // max(per_token, 1), tokens), 1)
     state_layout = Layout({name: Spec(part.dtype, (*part.shape,)) for name, part in states.items()})
-    num_bytes = per_token * tokens + state_layout.num_bytes
-    with writing(path, num_bytes) as writer:
+    known = None if ids is None else cache.saved  # all pages have token ids, or none has
+    spared = () if known is None else known.still_there(page_tokens)
+    new_tokens = tokens - sum(page.tokens for page in spared)
+    with writing(path, per_token * new_tokens + state_layout.num_bytes) as writer:
+        there = () if known is None else known.reuse(writer, page_tokens)
+        begin = sum(page.tokens for page in there)
         pages = [
             _write_page(writer, engine, ids, rows, start, min(page_tokens, tokens - start))
-            for start in range(0, tokens, page_tokens)
+            for start in range(begin, tokens, page_tokens)
         ]
         entry: FileEntry | None = None
         if states:
@@ -91,15 +97,17 @@ def save_cache(
             kv_dtype=_name(engine.dtype),
             computed_dtype=cache.state.computed_dtype,
             tracks=engine.described_tracks,
-            pages=tuple(pages),
+            pages=(*there, *pages),
             states=entry,
             state_values=values,
             model=model,
         )
         written_by = {name: version(name) for name in ("headinfer", "torch", "transformers")}
         writer.commit(index, written_by)
+    cache.saved = SavedPages.of(path, index)
     seconds = time.perf_counter() - started_s
-    return SavedSession(tokens=tokens, num_bytes=index.num_bytes, seconds=seconds)
+    written = index.num_bytes - sum(page.entry.num_bytes for page in there)
+    return SavedSession(tokens=tokens, num_bytes=written, seconds=seconds)
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -240,6 +248,7 @@ def _fill(
             raise SessionFileError(told) from error
         _logger.warning("%s; the rest is to be read again", told)
     if kept.tokens:
+        cache.saved = SavedPages.of(path, index).cropped(kept.tokens)
         engine.end_loading()
         for layer in cache.layers:
             if isinstance(layer, OffloadedLayer):

@@ -1,5 +1,7 @@
 """One call of an attached model: its chunks, what it took, and its logits as a whole."""
 
+import contextlib
+import threading
 import time
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -9,6 +11,7 @@ import torch
 from headinfer.device.base import Mark
 from headinfer.engine.busy import BusyTimes
 from headinfer.engine.stats import Stats
+from headinfer.errors import CacheStateError
 from headinfer.integration.cache import OffloadedCache
 from headinfer.integration.chunking import Chunking, run_leading_chunks
 from headinfer.integration.history import check_history
@@ -28,6 +31,10 @@ def _decodes(arguments: dict[str, Any], new_tokens: int) -> bool:
     kept = arguments.get("logits_to_keep")
     last_alone = isinstance(kept, int) and kept == 1
     return new_tokens == 1 or (new_tokens <= _FEW_TOKENS and not last_alone)
+
+
+_BETWEEN_STEPS_S, _PAUSE_S = 0.005, 0.0005
+"""How long one that answers may do without the model between two tokens, and how often to look."""
 
 
 class AttachmentOwner(Protocol):
@@ -76,6 +83,10 @@ class ServedCall:
         cache: the call's.
         shape: rows and new tokens.
         rotary_modules: those of the model whose frequencies follow the length of a pass.
+
+    Attributes:
+        cache: the call's.
+        thread: that makes the call.
     """
 
     def __init__(
@@ -101,6 +112,9 @@ class ServedCall:
         self._logits: list[torch.Tensor] = []
         self._chunks: list[tuple[Mark, int]] = []  # begun, with the tokens done after each
         self._ids: torch.Tensor | None = None
+        self.thread = threading.get_ident()
+        self._chunk_began_s = 0.0
+        self._others_s = 0.0  # of their turns between chunks
         self._noted_tokens = 0  # new ones that the cache's history has
 
     def begin(self, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -120,7 +134,8 @@ class ServedCall:
         self._ids = arguments.get("input_ids")
         if in_chunks and self._ids is not None:
             self._ids = self._ids.cpu()  # now, for between chunks the device would be waited for
-        self._started_s, self._captured_s = time.perf_counter(), self.cache.stats.capture_s
+        self._started_s = self._chunk_began_s = time.perf_counter()
+        self._captured_s = self.cache.stats.capture_s
         self.cache.begin_call()
         self._owner.busy.take()  # what a call that failed has left
         if in_chunks:
@@ -130,20 +145,33 @@ class ServedCall:
                 self._positions = WholeCallPositions(last)
                 self._positions.install(self._rotary_modules)
             arguments, self._logits = run_leading_chunks(
-                *(self._forward, arguments, chunk_tokens, past_tokens, self._after_chunk),
-                self._chunking.crossings,
+                *(self._forward, arguments),
+                lambda: self._next_chunk(chunk_tokens, past_tokens),
+                *(past_tokens, self._after_chunk),
+                *(self._chunking.crossings, self._owner.busy.pause),
             )
         return arguments
+
+    def _next_chunk(self, chunk_tokens: int, past_tokens: int) -> int:
+        """Return the tokens of the next chunk: up to a mark, under the plan as it is now."""
+        if self._owner.ranks.size == 1:  # else each rank would chunk as it has room
+            chunk_tokens = self._owner.chunk_tokens(self.cache)
+        done_tokens = past_tokens + self._noted_tokens
+        to_marks = [mark - done_tokens for mark in self.cache.marks if mark > done_tokens]
+        return min([chunk_tokens, *to_marks])
 
     def _may_pass_in_chunks(
         self, arguments: dict[str, Any], chunk_tokens: int, past_tokens: int
     ) -> bool:
         """Whether the call passes in several chunks; make room for all of it where it may not."""
-        if self._new_tokens <= chunk_tokens:
+        most = self._next_chunk(chunk_tokens, past_tokens) if self._new_tokens > 1 else 1
+        if self._new_tokens <= most:
             return False
         obstacle = self._chunking.obstacle(self._forward, arguments, past_tokens)
         if obstacle is None:
             return True
+        if self._new_tokens <= chunk_tokens:
+            return False
         with self._chunking.passing_whole(obstacle, self._new_tokens, chunk_tokens):
             self._owner.plan_whole(self.cache, self._rows, self._new_tokens)
         return False
@@ -153,12 +181,16 @@ class ServedCall:
         if self._positions is not None:
             self._positions.remove()
             self._positions.check()
-        self._report_chunks(self._new_tokens, begun=0)
+        stopped: BaseException | None = None
+        try:
+            self._report_chunks(self._new_tokens, begun=0)
+        except BaseException as error:  # all chunks are under way, and end before it is raised
+            stopped = error
         self._owner.busy.pause()
         self._owner.after_call(self.cache)  # before the device is done: it has time for that
         self._owner.finish_compute()
         seconds = time.perf_counter() - self._started_s
-        seconds -= self.cache.stats.capture_s - self._captured_s
+        seconds -= self.cache.stats.capture_s - self._captured_s + self._others_s
         tokens = self._rows * self._new_tokens
         device_s = self._owner.busy.take()
         for stats in (self._owner.stats, self.cache.stats):
@@ -170,9 +202,11 @@ class ServedCall:
                 stats.add_prefill(tokens, seconds, device_s)
         self._note_tokens(self._new_tokens)
         self.cache.drafted_tokens = self._new_tokens - 1 if self._decoding else 0
+        self.cache.end_call()
+        if stopped is not None:
+            raise stopped
         if not self._decoding:
             self._report(self._new_tokens, self._new_tokens)
-        self.cache.end_call()
         if self._logits:
             output.logits = torch.cat([*self._logits, output.logits], dim=1)
         return output
@@ -202,11 +236,43 @@ class ServedCall:
     def _report_begun(self, all_tokens: int) -> None:
         # The next chunk is begun while each device computes one before it, so that none waits.
         begun = self._owner.stages
-        if self._positions is None:
+        suspended = (
+            contextlib.nullcontext() if self._positions is None else self._positions.suspended()
+        )
+        # Who hears of progress may call the model, as may other threads.
+        with suspended, self._owner.busy.suspended():
             self._report_chunks(all_tokens, begun=begun)
-        else:
-            with self._positions.suspended():  # who hears of progress may call the model
-                self._report_chunks(all_tokens, begun=begun)
+            self._let_others(all_tokens)
+
+    def _let_others(self, all_tokens: int) -> None:
+        """Let other threads have their turns, with nothing of this call under way.
+
+        They have as long as the chunk took, if they ask for so long. With one step for each chunk
+        an answer would come at the pace of somebody else's chunks.
+        """
+        turns = self.cache.turns
+        if self._owner.ranks.size > 1 or not turns.awaited():  # ranks make the same calls in order
+            self._chunk_began_s = time.perf_counter()
+            return
+        self._owner.finish_compute()
+        self._report_chunks(all_tokens, begun=0)
+        held, left_s = self.cache.get_seq_length(), time.perf_counter()
+        until_s, asked_s = 2 * left_s - self._chunk_began_s, left_s
+        while (now_s := time.perf_counter()) < until_s:
+            if turns.awaited():
+                turns.pass_on()
+                asked_s = time.perf_counter()
+            elif now_s - asked_s < _BETWEEN_STEPS_S:
+                turns.pass_on(_PAUSE_S)
+            else:
+                break
+        self._chunk_began_s = time.perf_counter()
+        self._others_s += self._chunk_began_s - left_s
+        if self.cache.get_seq_length() != held:
+            raise CacheStateError(
+                "another thread changed this cache between two chunks of a call; use one cache a "
+                "thread"
+            )
 
     def _report_chunks(self, all_tokens: int, *, begun: int) -> None:
         """Report and forget the chunks that are done, waiting for all but the newest `begun`."""

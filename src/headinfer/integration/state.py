@@ -2,20 +2,17 @@
 
 import contextlib
 from collections.abc import Sequence
-from typing import Any, Protocol
 
 import torch
 
 from headinfer.engine.engine import Engine
 from headinfer.engine.parted import CacheEngine
 from headinfer.engine.readout import Part
-from headinfer.engine.stats import Stats
 from headinfer.errors import CacheStateError, MemoryPlanError
-from headinfer.integration.attention import AttentionFunctions
+from headinfer.integration.cache_host import CacheHost
 from headinfer.integration.pending import Pending
 from headinfer.integration.turns import in_turn
 from headinfer.plan.plan import Plan
-from headinfer.saved.fingerprint import Fingerprint
 from headinfer.units import format_bytes, format_tokens
 
 _GROWTH_DIVISOR, _LEAST_GROWTH_TOKENS = 4, 1024
@@ -45,46 +42,6 @@ def _unlike(engine: CacheEngine, batch: int, dtype: torch.dtype) -> str:
         f"this cache was begun in {engine.dtype} and cannot go on in {dtype}; call the model under "
         "the same torch.autocast as before, or use a new cache"
     )
-
-
-class CacheHost(Protocol):
-    """A host of caches: what a cache needs of the attachment it belongs to."""
-
-    @property
-    def stats(self) -> Stats:
-        """Totals of all caches."""
-
-    @property
-    def functions(self) -> AttentionFunctions:
-        """The attention functions that take what is pending."""
-
-    def plan_for(
-        self,
-        batch: int,
-        context_tokens: int,
-        *,
-        replacing: CacheEngine | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> Plan:
-        """Return the plan for a cache, in place of the one its engine has, or refuse."""
-
-    def make_engine(self, plan: Plan, dtype: torch.dtype) -> CacheEngine:
-        """Return an engine with its arena allocated."""
-
-    def kv_dtype(self, computed: torch.dtype | None = None) -> torch.dtype:
-        """Return the dtype of KV here, autocast considered, for what the model computes."""
-
-    def check_host_room(self, needed_bytes: int, working_bytes: int, what: str) -> None:
-        """Refuse KV without room in host memory, of a cache whose calls compute with some."""
-
-    def new_cache(self, max_tokens: int | None) -> Any:
-        """Return an empty `OffloadedCache`, or refuse where the model was detached."""
-
-    def tensor_bytes_left(self, layer_idx: int) -> int:
-        """Return the bytes that tensors may still take where a layer is."""
-
-    def fingerprint(self) -> Fingerprint:
-        """What the model is known by."""
 
 
 class OffloadedState:
@@ -141,6 +98,11 @@ class OffloadedState:
         return self.engine.lengths() if self.engine else None
 
     @property
+    def parked(self) -> bool:
+        """Whether there is an engine, and it is parked."""
+        return self.engine is not None and self.engine.parked
+
+    @property
     def chunk_tokens(self) -> int | None:
         """Tokens of a prefill chunk; None while there is no engine."""
         return self.engine.plan.chunk_tokens if self.engine else None
@@ -169,6 +131,7 @@ class OffloadedState:
         if self.engine is None:
             self.engine = self._new_engine(batch, wanted, dtype, "the KV cache")
             return
+        self._wake(wanted)
         more = self.engine.missing_bytes(wanted)
         if more > 0 or self.engine.plan.shape.uneven:  # all ranks check, or none does
             self._check_host(more, wanted, self.engine.plan)
@@ -176,6 +139,22 @@ class OffloadedState:
         if _outgrows(self.engine.plan, wanted):
             plan = self.host.plan_for(batch, _with_growth(wanted), replacing=self.engine)
             self.engine.replan(plan)
+
+    def _wake(self, tokens: int) -> None:
+        """Give a parked engine an arena, for so many tokens."""
+        engine = self.engine
+        if engine is not None and engine.parked:
+            batch, known = engine.plan.batch, self.max_tokens is not None
+            wanted = tokens if known else _with_growth(tokens)
+            engine.replan(self.host.plan_for(batch, wanted, replacing=engine))
+
+    @in_turn
+    def park(self) -> None:
+        """Give up the device's memory but for windows, until tokens come."""
+        self.check_open()
+        self._check_none_pending()
+        if self.engine is not None:
+            self.engine.park()
 
     def _new_engine(self, batch: int, tokens: int, dtype: torch.dtype, what: str) -> CacheEngine:
         """Return an engine that will hold `tokens` tokens, with memory for them."""
@@ -241,11 +220,15 @@ class OffloadedState:
         return self.engine.read(layer_idx, part)
 
     @in_turn
-    def copy_from(self, other: "OffloadedState") -> None:
+    def copy_from(self, other: "OffloadedState", *, parked: bool = False) -> None:
         """Hold what another cache of the same attachment holds.
 
         Host memory is shared until one of the two changes what both hold. Room is made sure of for
         the time when all of it was changed.
+
+        Args:
+            other: may be in use between its calls.
+            parked: whether to do without an arena until tokens come. It takes no memory then.
 
         Raises:
             CacheStateError: the other was closed, or its newest tokens were not attended yet.
@@ -256,9 +239,12 @@ class OffloadedState:
         held = other.tokens(0)
         if other.engine is None or not held:
             return
-        wanted = max(held, self.max_tokens or 0)
-        batch, dtype = other.engine.plan.batch, other.engine.dtype
-        engine = self._new_engine(batch, wanted, dtype, "a copy of the KV cache")
+        plan, dtype = other.engine.plan, other.engine.dtype
+        if parked:
+            engine = self.host.make_engine(plan, dtype, parked=True)
+        else:
+            wanted = max(held, self.max_tokens or 0)
+            engine = self._new_engine(plan.batch, wanted, dtype, "a copy of the KV cache")
         try:
             for part, source in zip(engine.parts, other.engine.parts, strict=True):
                 with part.in_use():
@@ -266,7 +252,7 @@ class OffloadedState:
         except BaseException:
             engine.close()
             raise
-        self.engine = engine
+        self.engine, self._computed_dtype = engine, other._computed_dtype
 
     @in_turn
     def begin_loading(
@@ -320,6 +306,7 @@ class OffloadedState:
     def select_rows(self, rows: Sequence[int]) -> None:
         """Make row `i` of every layer what row `rows[i]` was; the number of rows may change."""
         self.check_open()
+        self._wake(max(self.tokens(0), self.max_tokens or 0))
         if self.engine is not None and self.tokens(0):
             tokens = max(self.tokens(0), self.max_tokens or 0)
             plan = self.host.plan_for(len(rows), tokens, replacing=self.engine)

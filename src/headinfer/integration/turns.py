@@ -1,16 +1,20 @@
 """Turns at one attached model: its threads go one after the other, first come first served.
 
 Caches of one model share the device's streams and the attention functions, so only one thread may
-be inside at a time. A turn lasts for one call of the model, never for a whole `generate`.
+be inside at a time. A turn lasts for one call of the model, never for a whole `generate`. A call in
+chunks lets others have their turns between two of them.
 """
 
 import functools
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast
 
 import torch
+
+from headinfer.engine.ending import uninterrupted
 
 _Parameters = ParamSpec("_Parameters")
 _Result = TypeVar("_Result")
@@ -68,6 +72,42 @@ class Turns:
             except BaseException:  # Ctrl-C comes between any two instructions, here too
                 self._leave(turn)
                 raise
+
+    def awaited(self) -> bool:
+        """Whether threads wait for their turn."""
+        return bool(self._waiting)
+
+    def pass_on(self, pause_s: float = 0.0) -> None:
+        """Let those that wait have their turns now, and go on after them.
+
+        To be called in a turn, where others find all as between two calls. An interrupt is heard
+        once the thread has its turn again, because what it unwinds must not meet theirs.
+
+        Args:
+            pause_s: seconds to stay away where nobody waits, for one that is about to ask.
+        """
+        turn, left, paused = self._current, False, False
+        if turn is None or not self.mine or not (self.awaited() or pause_s):
+            return
+
+        def pass_it() -> None:  # called again where it was interrupted
+            nonlocal left, paused
+            with self._mutex:
+                if not left:
+                    self._leave(turn)
+                left, alone = True, self._current is None
+            if alone and not paused:
+                paused = True
+                time.sleep(pause_s)
+            with self._mutex:
+                if self._current is None:
+                    self._current = turn
+                elif self._current is not turn and turn not in self._waiting:
+                    self._waiting.append(turn)
+            while self._current is not turn:
+                turn.gate.acquire()
+
+        uninterrupted(pass_it)
 
     def retire(self, things: list[Any]) -> None:
         """Let things die in a turn, without waiting: now if nobody else is inside.

@@ -39,6 +39,11 @@ class Piece:
         self.shared_tokens = 0
         self.views = carver(memory)
 
+    @property
+    def shared_bytes(self) -> int:
+        """A holder's part of what it would take to give each holder memory of its own."""
+        return self.memory.numel() * (self.holders - 1) // self.holders
+
     def wait_ready(self, device: Device) -> None:
         """Hold the device's compute stream until what another stream wrote is there.
 

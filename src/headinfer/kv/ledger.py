@@ -10,14 +10,15 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from headinfer.kv.ahead import missing_tokens
-from headinfer.kv.extent import Extent, Piece, Tile, copy_rows
+from headinfer.kv.extent import Extent, Piece, Tile
+from headinfer.kv.host_bytes import HostBytes
 from headinfer.kv.pair import ALL_HEADS, Geometry
 from headinfer.kv.place import HostPlace
 from headinfer.schedule.route import Held
 from headinfer.schedule.track import Track
 
 
-class Ledger:
+class Ledger(HostBytes):
     """A record of the extents that hold one layer's tokens; together they cover all, without a gap.
 
     It moves no bytes but those of rows: who copies or computes tokens enters them here. Methods
@@ -98,10 +99,15 @@ class Ledger:
 
     def can_crop(self, tokens: int) -> bool:
         """Whether the tokens seen through the window are there once only `tokens` are left."""
+        return tokens <= self.track.sink_tokens or tokens >= self.earliest_crop
+
+    @property
+    def earliest_crop(self) -> int:
+        """The fewest tokens, but for none, that can be left."""
         tail = self.tail
-        if tokens <= self.track.sink_tokens or tail is None or not tail.start:
-            return True
-        return tail.start + self.track.sink_tokens <= tokens - self.past_tokens
+        if self.track.window_tokens is None or tail is None or not tail.start:
+            return 0
+        return tail.start + self.track.sink_tokens + self.past_tokens
 
     @property
     def held(self) -> Held:
@@ -115,29 +121,6 @@ class Ledger:
             resident_capacity=0 if resident is None else resident.capacity,
             paged=tail is not None and tail.tokens > 0,
         )
-
-    @property
-    def host_bytes(self) -> int:
-        """Bytes of host memory held, or asked for.
-
-        What is shared counts in full, as it may have to be copied.
-        """
-        taken = [part.piece.memory.numel() for part in self._host]
-        return sum(taken) + self.coming.num_bytes
-
-    @property
-    def unwritten_bytes(self) -> int:
-        """Bytes of those that this ledger may still take of what the system calls available.
-
-        These were reserved and never written, or are shared.
-        """
-        shared = [
-            part.piece.memory.numel() * (part.piece.holders - 1) // part.piece.holders
-            for part in self._host
-            if part.piece.holders > 1
-        ]
-        unwritten = self.host_bytes - self.geometry.num_bytes(self._written_tokens)
-        return max(unwritten, 0) + sum(shared)
 
     @property
     def sink_tokens(self) -> int:
@@ -299,24 +282,24 @@ class Ledger:
                 extent.tokens = max(min(extent.tokens, tokens - extent.start), 0)
             self.version += 1
 
-    def select_host(self, rows: Sequence[int]) -> None:
+    def select_host(self, rows: Sequence[int], *, anew: bool = False) -> None:
         """Make row `i` of what the host holds what row `rows[i]` was; rows may repeat or be left.
 
         With as many rows as before, and memory that nobody shares, this happens in place.
+
+        Args:
+            rows: numbers of rows.
+            anew: whether to take memory for the tokens alone, in any case.
         """
         index, old = torch.tensor(rows, dtype=torch.long, device="cpu"), self.geometry
         self.geometry = Geometry(len(rows), old.kv_heads, old.key_dim, old.value_dim, old.dtype)
         if len(rows) != old.batch:
             self.coming.cancel()  # it is of another size
         for position, source in enumerate(self._host):
-            in_place = len(rows) == old.batch and source.piece.holders == 1
-            self._place.access(source, write=in_place, purpose="row selection")
-            target = source
-            if not in_place:
-                target = self._place.take(self.geometry, source.capacity, source.start)
-                target.tokens = source.tokens
-                self._place.access(target, write=True, purpose="row selection")
-            copy_rows(source, target, index)
+            in_place = not anew and len(rows) == old.batch and source.piece.holders == 1
+            capacity = source.tokens if anew else source.capacity
+            target = source if in_place else self._place.take(self.geometry, capacity, source.start)
+            self._place.copy_rows(source, target, index)
             self._host[position] = target
             if not in_place:
                 self._place.give_back(source)
@@ -334,6 +317,12 @@ class Ledger:
         self._host = [extent.share() for extent in other._host if extent.tokens]
         self.host_tokens = self._written_tokens = other.host_tokens
         self.version += 1
+
+    def trim(self) -> None:
+        """Give back host memory that was asked for, or reserved, and has no tokens."""
+        self.coming.cancel()
+        while self._host and not self._host[-1].tokens:
+            self._place.give_back(self._host.pop())
 
     def clear(self) -> None:
         """Forget all tokens and give back all host memory; device memory stays."""

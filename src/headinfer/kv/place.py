@@ -3,9 +3,11 @@
 import collections
 from typing import NamedTuple
 
+import torch
+
 from headinfer.device.base import Device, HostMemory
 from headinfer.errors import MemoryPlanError
-from headinfer.kv.extent import Extent, Piece
+from headinfer.kv.extent import Extent, Piece, copy_rows
 from headinfer.kv.pair import Geometry
 from headinfer.plan.memory import ALIGNMENT_BYTES, aligned
 
@@ -100,6 +102,14 @@ class HostPlace:
         extent.piece.holders -= 1
         if not extent.piece.holders:
             self._device.host_access(extent.piece.memory, write=True, purpose="freeing host tokens")
+
+    def copy_rows(self, source: Extent, target: Extent, rows: torch.Tensor) -> None:
+        """Make row `i` of an extent what row `rows[i]` is in another one, or was in itself."""
+        self.access(source, write=source is target, purpose="row selection")
+        if source is not target:
+            target.tokens = source.tokens
+            self.access(target, write=True, purpose="row selection")
+        copy_rows(source, target, rows)
 
     def access(self, extent: Extent, *, write: bool, purpose: str) -> None:
         """State that the host itself now reads or writes an extent's memory."""

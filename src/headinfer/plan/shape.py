@@ -125,6 +125,12 @@ class ModelShape:
     splits_heads: bool = True
     brought_bytes: int = 0
 
+    @property
+    def goes_back(self) -> bool:
+        """Whether a cache can be cropped to any length: no layer has a window or a state."""
+        full = LayerKind.FULL
+        return all(each.kind is full and each.streaming is None for each in self.layers)
+
     @functools.cached_property
     def full_layers(self) -> tuple[LayerShape, ...]:
         """What is offloaded of each layer: the heads that see all tokens.

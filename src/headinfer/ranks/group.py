@@ -35,7 +35,8 @@ class Ranks:
     Attributes:
         size: the number of ranks.
         index: which of them this one is.
-        on_host: how many of them are on this host, and share its memory and cores.
+        on_host: processes that share this host's memory and cores: those that torchrun started
+            here, which may be several groups; without it, those of the group.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class Ranks:
             return 1
         given = os.environ.get(LOCAL_SIZE_VARIABLE, "")
         if given.isdecimal() and int(given) > 0:
-            return min(int(given), self.size)
+            return int(given)
         names = self._of_all(socket.gethostname())
         return names.count(socket.gethostname())
 

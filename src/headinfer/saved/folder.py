@@ -13,6 +13,9 @@ from headinfer.saved.index import INDEX_NAME, Index, is_page_name, parse_index
 if sys.platform != "win32":
     import fcntl
 
+MESSAGES_NAME = "messages.json"
+"""The file of a conversation's messages, beside the cache that has read them."""
+
 
 def session_name(path: str | os.PathLike[str]) -> str:
     """Return a session's path as text, for messages."""
@@ -92,7 +95,8 @@ def _is_there(name: str) -> bool:
 
 
 def _is_ours(name: str) -> bool:
-    return name in (INDEX_NAME, f"{INDEX_NAME}.new") or is_page_name(name)
+    known = (INDEX_NAME, MESSAGES_NAME)
+    return name.removesuffix(".new") in known or is_page_name(name)
 
 
 def remove_unlisted(folder: Path, listed: set[str]) -> None:

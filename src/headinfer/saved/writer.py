@@ -11,7 +11,7 @@ import os
 import secrets
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -53,6 +53,7 @@ class SessionWriter:
         self._disk = concurrent.futures.ThreadPoolExecutor(1, "headinfer-session-disk")
         self._on_disk: list[concurrent.futures.Future[None]] = []
         self._pages = 0
+        self._shared: list[str] = []
         self._committed = False
 
     def begin(self, layout: Layout) -> dict[str, torch.Tensor]:
@@ -87,6 +88,29 @@ class SessionWriter:
         self._written.append(self._written.pop(0))
         return entry
 
+    def share(self, folder: Path, entries: Sequence[FileEntry]) -> bool:
+        """Have files of another session be files of this one, too; return whether they are.
+
+        Args:
+            folder: of that session, or this one's own.
+            entries: of the files. Nobody changes one once it is written.
+        """
+        if folder == self._folder:
+            return True
+        try:
+            for entry in entries:
+                os.link(folder / entry.file, self._folder / entry.file)
+                self._shared.append(entry.file)
+        except OSError:
+            self._drop_shared()
+            return False
+        return True
+
+    def _drop_shared(self) -> None:
+        while self._shared:
+            with contextlib.suppress(OSError):
+                (self._folder / self._shared.pop()).unlink()
+
     def commit(self, index: Index, written_by: dict[str, str]) -> None:
         """Make what was written the session, in place of the one that was there.
 
@@ -119,6 +143,7 @@ class SessionWriter:
         """Remove what was written and not committed."""
         if self._committed:
             return
+        self._drop_shared()
         for path in self._folder.glob(f"{self._generation}-*.safetensors"):
             with contextlib.suppress(OSError):
                 path.unlink()

@@ -1,0 +1,72 @@
+"""The memory that the tokens of a cache take, in bytes."""
+
+from collections.abc import Hashable
+
+from headinfer.kv.ledger import Ledger
+from headinfer.plan.plan import Plan
+
+
+class CountedTokens:
+    """A cache's tokens, whose memory is counted; see `HeldTokens`.
+
+    Attributes:
+        plan: its sizes.
+        parked: whether it has no arena.
+    """
+
+    plan: Plan
+    parked: bool
+    _ledgers: list[Ledger]
+    _full: list[Ledger]
+    _arena_bytes: int
+
+    @property
+    def device_kv_bytes(self) -> int:
+        """Bytes of device memory held for KV."""
+        return self._arena_bytes + self.window_bytes
+
+    @property
+    def window_bytes(self) -> int:
+        """Bytes of them that sliding windows take."""
+        if self.parked:
+            return 0
+        tails = [ledger.tail for ledger in self._ledgers if ledger.track.window_tokens is not None]
+        return sum([tail.piece.memory.numel() for tail in tails if tail is not None])
+
+    @property
+    def host_kv_bytes(self) -> int:
+        """Bytes of host memory held for KV, or asked for."""
+        return sum([ledger.host_bytes for ledger in self._full])
+
+    def host_pieces(self) -> dict[Hashable, int]:
+        """Return the bytes of each piece of host memory, by what copies have in common.
+
+        Copies of several rows have nothing in common: the order of rows may change, which takes
+        memory for all of them.
+        """
+        own = None if self.plan.batch == 1 else id(self)
+        return {
+            (own, id(piece)): piece.memory.numel()
+            for ledger in self._full
+            for piece in ledger.host_pieces
+        }
+
+    @property
+    def coming_host_bytes(self) -> int:
+        """Bytes of host memory that were asked for and not taken yet."""
+        return sum(ledger.coming.num_bytes for ledger in self._full)
+
+    @property
+    def awaited_host_bytes(self) -> int:
+        """Bytes of those that the system was not asked for yet."""
+        return sum(ledger.coming.awaited_bytes for ledger in self._full)
+
+    @property
+    def unwritten_host_bytes(self) -> int:
+        """Bytes of those that were never written, which the system may not have given yet."""
+        return sum(ledger.unwritten_bytes for ledger in self._full)
+
+    def missing_bytes(self, tokens: int) -> int:
+        """Return the bytes of host memory to be added for layers to hold `tokens` tokens."""
+        short = [ledger for ledger in self._full if ledger.promised_tokens < tokens]
+        return sum([ledger.geometry.num_bytes(ledger.missing_tokens(tokens)) for ledger in short])

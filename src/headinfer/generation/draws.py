@@ -1,0 +1,79 @@
+"""Random numbers of one answer, apart from torch's global generator, which all threads share.
+
+transformers draws tokens from that generator, between the model's calls and outside all turns. So
+what a thread seeds another one uses up. A mode of torch is of one thread alone: it hands a
+generator of its own to whatever draws. The numbers are those that the same seed gives without it.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from headinfer.integration.watchers import Watcher
+
+
+class OwnDraws(Watcher, TorchFunctionMode):
+    """A source of random numbers for one call of a model's `generate`.
+
+    It is at work from when scores are processed until it is asked whether to stop: there tokens are
+    drawn. So the model itself never computes under it.
+
+    Args:
+        seed: of the numbers; the same one gives the same numbers.
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self._seed = seed
+        self._generators: dict[torch.device, torch.Generator] = {}
+        self._entered = False
+
+    def begin(self) -> None:
+        """Be at rest in a call of the model."""
+        self.leave()
+
+    def processor(self, _input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Begin, as a logits processor that changes nothing."""
+        if not self._entered:
+            self._entered = True
+            self.__enter__()  # type: ignore[no-untyped-call]  # torch's
+        return scores
+
+    def criterion(self, input_ids: torch.Tensor, _scores: Any, **_keywords: Any) -> torch.Tensor:
+        """End, as a stopping criterion that stops nothing."""
+        self.leave()
+        return input_ids.new_zeros(input_ids.shape[0], dtype=torch.bool)
+
+    def leave(self) -> None:
+        """Be at rest until scores are processed again."""
+        if self._entered:
+            self._entered = False
+            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]  # torch's
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        _types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Call a function of torch, with a generator of this answer where it draws."""
+        keywords = dict(kwargs or {})
+        if function is torch.multinomial:
+            keywords["generator"] = self._generator(args[0].device)
+        elif function is torch.rand_like:
+            like = args[0]
+            return torch.rand(
+                like.shape,
+                generator=self._generator(like.device),
+                dtype=like.dtype,
+                device=like.device,
+            )
+        return function(*args, **keywords)
+
+    def _generator(self, device: torch.device) -> torch.Generator:
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(self._seed)
+        return self._generators[device]

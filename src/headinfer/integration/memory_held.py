@@ -1,0 +1,35 @@
+"""What a cache holds, for whoever looks on while another thread uses it."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from headinfer.integration.cache import OffloadedCache
+from headinfer.integration.room import held_host_bytes
+
+
+class Holding(NamedTuple):
+    """A count of what one cache holds.
+
+    Attributes:
+        tokens: of each row.
+        device_bytes: GPU memory for them.
+        host_bytes: CPU memory for them; what several caches share counts for each.
+    """
+
+    tokens: int
+    device_bytes: int
+    host_bytes: int
+
+
+def held_by(cache: OffloadedCache) -> Holding:
+    """Return what a cache holds, without waiting for a call that is under way."""
+    engine = cache.state.engine
+    if engine is None or engine.closed:
+        return Holding(0, 0, 0)
+    return Holding(engine.parts[0].held_tokens, engine.device_kv_bytes, engine.host_kv_bytes)
+
+
+def held_together(caches: Sequence[OffloadedCache]) -> int:
+    """Return the CPU memory that caches hold; what several of one row share counts once."""
+    engines = [each.state.engine for each in caches]
+    return held_host_bytes([each for each in engines if each is not None and not each.closed])

@@ -1,0 +1,45 @@
+"""The host memory that one layer's tokens take, in bytes."""
+
+from headinfer.kv.extent import Extent, Piece
+from headinfer.kv.pair import Geometry
+from headinfer.kv.place import Coming
+
+
+class HostBytes:
+    """A layer's host memory, counted; see `Ledger`.
+
+    Attributes:
+        geometry: shape and dtype.
+        coming: memory that was asked for, and not taken yet.
+    """
+
+    geometry: Geometry
+    coming: Coming
+    _host: list[Extent]
+    _written_tokens: int
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of host memory held, or asked for.
+
+        What is shared counts in full, as it may have to be copied.
+        """
+        taken = [part.piece.memory.numel() for part in self._host]
+        return sum(taken) + self.coming.num_bytes
+
+    @property
+    def host_pieces(self) -> list[Piece]:
+        """The pieces of host memory it holds; others may hold them, too."""
+        return [extent.piece for extent in self._host]
+
+    @property
+    def unwritten_bytes(self) -> int:
+        """Bytes of those that this ledger may still take of what the system calls available.
+
+        These were reserved and never written, or are shared by several rows, whose order may
+        change.
+        """
+        unwritten = max(self.host_bytes - self.geometry.num_bytes(self._written_tokens), 0)
+        if self.geometry.batch == 1:  # what is shared is never written to, but behind it
+            return unwritten
+        return unwritten + sum([extent.piece.shared_bytes for extent in self._host])

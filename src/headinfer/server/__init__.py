@@ -1,0 +1,1 @@
+"""The HTTP server of one model: OpenAI's interface over `headinfer.serving`, for long prompts."""

@@ -1,0 +1,241 @@
+"""Requests as what a desk is asked."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from headinfer.generation.prompt import Prompt, encode_prompt
+from headinfer.server.bodies import (
+    ChatBody,
+    CompletionBody,
+    Generating,
+    ResponseBody,
+    ResponseFormat,
+    Sampling,
+    Stops,
+    TextFormat,
+)
+from headinfer.server.messages import chat_messages, chat_tools, response_messages, response_tools
+from headinfer.server.problems import ProblemError
+from headinfer.server.served import DEFAULT_NEW_TOKENS, Limits, Served
+from headinfer.serving.ask import Ask
+
+_MOST_STOPS = 32
+_MOST_CHOICES = 64
+_SETTINGS = ("top_k", "min_p", "repetition_penalty")
+_ANY_OBJECT = {"type": "object"}
+
+Processors = Callable[[], list[Any]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """A request, ready to be asked.
+
+    Attributes:
+        asks: one for each choice, in their order.
+        tools: that the model may call; in the form of chat templates.
+        spelled: whether pieces have tokens, which are parsed in the place of their text.
+    """
+
+    asks: tuple[Ask, ...]
+    tools: list[dict[str, Any]] | None = None
+    spelled: bool = False
+
+
+def chat_request(served: Served, body: ChatBody, limits: Limits) -> Request:
+    """Return what a conversation's request asks.
+
+    Raises:
+        HeadInferError: it cannot be had.
+        ProblemError: the same.
+    """
+    tools = chat_tools(body.tools, body.tool_choice)
+    values = dict(body.chat_template_kwargs or {}) | ({"tools": tools} if tools else {})
+    ids = _encode(served, chat_messages(body.messages), values)
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    if body.top_logprobs is not None and not body.logprobs:
+        raise ProblemError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
+    new_tokens = body.max_completion_tokens or body.max_tokens
+    ask = _ask(served, body, ids, new_tokens, limits, logprobs, _schema(body.response_format))
+    ask, spelled = _spelled(served, ask)
+    return Request(asks=_choices(ask, body.n or 1), tools=tools, spelled=spelled)
+
+
+def completion_request(served: Served, body: CompletionBody, limits: Limits) -> Request:
+    """Return what a text's request asks: so many choices for each prompt.
+
+    Raises:
+        HeadInferError: it cannot be had.
+        ProblemError: the same.
+    """
+    if body.echo or body.suffix or (body.best_of or 1) > (body.n or 1):
+        name = "echo" if body.echo else "suffix" if body.suffix else "best_of"
+        raise ProblemError(400, f"{name} is not served; leave it out", param=name)
+    asks: list[Ask] = []
+    for prompt in _prompts(body.prompt):
+        ids = _encode(served, prompt, {})
+        schema = _schema(body.response_format)
+        ask = _ask(served, body, ids, body.max_tokens, limits, body.logprobs, schema)
+        asks += _choices(ask, body.n or 1)
+    if not 0 < len(asks) <= _MOST_CHOICES:
+        raise ProblemError(
+            400, f"{len(asks)} choices are asked for; 1 to {_MOST_CHOICES} can be had"
+        )
+    return Request(asks=tuple(asks))
+
+
+def response_request(served: Served, body: ResponseBody, limits: Limits) -> Request:
+    """Return what a response's request asks.
+
+    Raises:
+        HeadInferError: it cannot be had.
+        ProblemError: the same.
+    """
+    for name in ("previous_response_id", "conversation", "background"):
+        if getattr(body, name):
+            raise ProblemError(
+                400, f"{name} is not served, as nothing is stored; send all items", param=name
+            )
+    tools = response_tools(body.tools, body.tool_choice)
+    values = dict(body.chat_template_kwargs or {}) | ({"tools": tools} if tools else {})
+    ids = _encode(served, response_messages(body.input, body.instructions), values)
+    schema = _schema(body.text.format if body.text else None)
+    ask = _ask(served, body, ids, body.max_output_tokens, limits, None, schema)
+    ask, spelled = _spelled(served, ask)
+    return Request(asks=(ask,), tools=tools, spelled=spelled)
+
+
+def _spelled(served: Served, ask: Ask) -> tuple[Ask, bool]:
+    """Ask for tokens where a message is told apart by special ones.
+
+    Strings that stop an answer cut its text alone. Where there are some, the text is parsed.
+    """
+    if not served.spelled or ask.stop:
+        return ask, False
+    return (ask if ask.logprobs is not None else replace(ask, logprobs=0)), True
+
+
+def _prompts(given: str | list[str] | list[int] | list[list[int]]) -> Sequence[Prompt]:
+    if isinstance(given, str):
+        return [given]
+    if given and isinstance(given[0], int):
+        return [[int(part) for part in given]]
+    return list(given)  # type: ignore[arg-type]  # several prompts
+
+
+def _encode(served: Served, prompt: Prompt, values: Mapping[str, Any]) -> tuple[int, ...]:
+    return tuple(encode_prompt(served.tokenizer, prompt, values))
+
+
+def _choices(ask: Ask, count: int) -> tuple[Ask, ...]:
+    """Return the asks of several choices: with a seed each has one of its own."""
+    if ask.seed is None:
+        return (ask,) * count
+    return tuple(replace(ask, seed=ask.seed + number) for number in range(count))
+
+
+def _ask(
+    served: Served,
+    body: Sampling,
+    ids: tuple[int, ...],
+    new_tokens: int | None,
+    limits: Limits,
+    logprobs: int | None,
+    schema: dict[str, Any] | bool | None,
+) -> Ask:
+    makers: list[Processors] = []
+    given = _settings(body)
+    if isinstance(body, Generating):
+        given |= _biases(served, body.logit_bias)
+        makers += _penalties(body)
+    if schema is not None:
+        makers.append(served.guide.processors(schema))
+    given["max_new_tokens"] = _new_tokens(served, len(ids), new_tokens, limits)
+    stop = _stops(body.stop) if isinstance(body, Generating) else ()
+    return Ask(
+        ids=ids,
+        given=given,
+        stop=stop,
+        logprobs=logprobs,
+        processors=(lambda: [part for make in makers for part in make()]) if makers else None,
+        seed=body.seed,
+    )
+
+
+def _settings(body: Sampling) -> dict[str, Any]:
+    """Return what is set of how tokens are chosen; what is not set is the model's own."""
+    given: dict[str, Any] = {
+        name: value for name in _SETTINGS if (value := getattr(body, name)) is not None
+    }
+    if body.temperature == 0:
+        return {"do_sample": False} | {
+            name: value for name, value in given.items() if name == "repetition_penalty"
+        }
+    if body.temperature is not None:
+        given["temperature"] = body.temperature
+    if body.top_p is not None:
+        given["top_p"] = body.top_p
+    if given.keys() - {"repetition_penalty"}:
+        given["do_sample"] = True
+    return given
+
+
+def _biases(served: Served, given: dict[str, float] | None) -> dict[str, Any]:
+    if not given:
+        return {}
+    vocabulary = served.model.get_input_embeddings().weight.shape[0]
+    for token in given:
+        if not re.fullmatch(r"[0-9]{1,9}", token) or int(token) >= vocabulary:
+            raise ProblemError(
+                400,
+                f"logit_bias takes ids of tokens, from 0 to {vocabulary - 1}",
+                param="logit_bias",
+            )
+    return {"sequence_bias": [[[int(token)], float(bias)] for token, bias in given.items()]}
+
+
+def _penalties(body: Generating) -> list[Processors]:
+    presence, frequency = body.presence_penalty or 0.0, body.frequency_penalty or 0.0
+    if not presence and not frequency:
+        return []
+    from headinfer.server.penalties import Penalties
+
+    return [lambda: [Penalties(presence, frequency)]]
+
+
+def _new_tokens(served: Served, prompt_tokens: int, asked: int | None, limits: Limits) -> int:
+    """Return the most tokens of an answer."""
+    most = limits.new_tokens
+    if asked is not None:
+        if most is not None and asked > most:
+            raise ProblemError(
+                400, f"{asked} new tokens are asked for; this server's limit is {most}"
+            )
+        return asked
+    bounds = [DEFAULT_NEW_TOKENS] + ([most] if most is not None else [])
+    if served.positions > prompt_tokens:
+        bounds.append(served.positions - prompt_tokens)
+    return min(bounds)
+
+
+def _stops(given: Stops) -> tuple[str, ...]:
+    stops = () if given is None else (given,) if isinstance(given, str) else tuple(given)
+    if len(stops) > _MOST_STOPS:
+        raise ProblemError(400, f"stop takes at most {_MOST_STOPS} strings", param="stop")
+    if not all(stops):
+        raise ProblemError(400, "stop takes strings that are not empty", param="stop")
+    return stops
+
+
+def _schema(form: ResponseFormat | TextFormat | None) -> dict[str, Any] | bool | None:
+    """Return the JSON schema that an answer must follow, if any."""
+    if form is None or form.type == "text":
+        return None
+    if form.type == "json_object":
+        return _ANY_OBJECT
+    holder = form.json_schema if isinstance(form, ResponseFormat) else form
+    if holder is None or holder.schema_ is None:
+        raise ProblemError(400, "json_schema needs a schema", param="response_format")
+    return holder.schema_

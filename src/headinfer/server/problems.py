@@ -1,0 +1,81 @@
+"""What goes wrong with a request, as an HTTP status and in the form of OpenAI's errors."""
+
+from typing import Any
+
+from starlette.responses import JSONResponse
+
+from headinfer.errors import (
+    DeskClosedError,
+    HeadInferError,
+    MemoryPlanError,
+    OptionError,
+    QueueFullError,
+    UnsupportedModelError,
+)
+
+_KINDS = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    413: "invalid_request_error",
+    429: "rate_limit_error",
+}
+_RETRY_S = 5
+"""Seconds after which a client may ask again, where the server is not ready."""
+
+
+class ProblemError(Exception):
+    """A request that is not answered, and what its client is told."""
+
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the body of OpenAI's errors."""
+        kind = _KINDS.get(self.status, "invalid_request_error" if self.status < 500 else "")
+        return {
+            "error": {
+                "message": self.message,
+                "type": kind or "server_error",
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+
+    def response(self, headers: dict[str, str] | None = None) -> JSONResponse:
+        """Return the response.
+
+        Args:
+            headers: further ones.
+        """
+        told = dict(headers or {})
+        if self.status in (429, 503):
+            told["Retry-After"] = str(_RETRY_S)
+        if self.status == 401:
+            told["WWW-Authenticate"] = "Bearer"
+        return JSONResponse(self.as_dict(), self.status, told)
+
+
+def problem_of(error: HeadInferError) -> ProblemError:
+    """Return what a client is told of an error of ours.
+
+    Args:
+        error: by the request where its kind says so, else by the server.
+    """
+    message = " ".join(str(error).split())
+    if isinstance(error, QueueFullError):
+        return ProblemError(429, message, code="queue_full")
+    if isinstance(error, DeskClosedError):
+        return ProblemError(503, message, code="closing")
+    if isinstance(error, MemoryPlanError):
+        return ProblemError(400, message, code="context_length_exceeded")
+    if isinstance(error, (OptionError, UnsupportedModelError)):
+        return ProblemError(400, message)
+    return ProblemError(500, message)

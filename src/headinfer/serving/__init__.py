@@ -1,0 +1,1 @@
+"""Several clients of one model: requests that take turns, prefixes that are kept, admission."""

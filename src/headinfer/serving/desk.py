@@ -1,0 +1,194 @@
+"""The desk: where several clients of one model ask, wait and are served."""
+
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from transformers import PreTrainedModel
+
+from headinfer.errors import OptionError, UnsupportedModelError
+from headinfer.integration.attachment import owner_of
+from headinfer.serving.admission import Admission
+from headinfer.serving.ask import Ask
+from headinfer.serving.events import Ended, Event
+from headinfer.serving.prefix_folder import PrefixFolder
+from headinfer.serving.prefixes import Prefixes
+from headinfer.serving.queueing import Line
+from headinfer.serving.request import Request, Served
+from headinfer.serving.slots import SlotState
+from headinfer.session import Session
+from headinfer.units import parse_bytes
+
+_logger = logging.getLogger(__name__)
+
+_KEPT_DIVISOR = 2
+"""Kept prefixes may take one in so many bytes of the CPU memory that KV caches can have."""
+
+_GROW_BYTES = 4 * 2**30
+"""A prompt is saved while it is read, whenever so much is new: at most that is lost to a crash."""
+
+
+class Ticket(Protocol):
+    """A claim on the answer to a request."""
+
+    @property
+    def id(self) -> str:
+        """A name that no other request has."""
+
+    def cancel(self) -> None:
+        """Have the request end between two tokens or chunks; what was read stays kept."""
+
+    def wait(self, timeout_s: float | None = None) -> Ended | None:
+        """Block until it has ended, and return how; None where that takes longer."""
+
+
+def _kept_bytes(given: str | int, session: Session) -> int:
+    """Return the most CPU memory of kept prefixes."""
+    if given == "auto":
+        return session.host_room(session.plan.activation_bytes).kv_bytes // _KEPT_DIVISOR
+    return parse_bytes(given, "kept_memory")
+
+
+def _keep_experts(model: Any) -> Callable[[], object]:
+    """Have `generate` leave a model's experts as they compute; return what undoes that.
+
+    On GPUs it has them compute otherwise while a request decodes. The prompts of others would then
+    copy the weights of the experts for each token.
+    """
+    name = "_optimize_model_for_decode"
+    if not hasattr(model, name):
+        return lambda: None
+    model.__dict__[name] = contextlib.nullcontext
+    return lambda: model.__dict__.pop(name, None)
+
+
+class Desk:
+    """A desk in front of one attached model: it takes requests of several clients.
+
+    Each request has a thread and a cache of its own. The threads take turns after each chunk or
+    step. The model is not to be used beside the desk.
+
+    Args:
+        model: attached (`headinfer.attach`), on its own in this process.
+        tokenizer: its.
+        running: requests that run at once.
+        waiting: requests that may wait beside them.
+        kept_memory: the most CPU memory of kept prefixes, such as "64GiB"; "auto" for a share of
+            what is free now.
+        session_folder: where prefixes go that there is no memory for, and those that are kept at
+            the end; None to drop them.
+        allow_long_prompts: whether to take more tokens than the model's positions were made for.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        *,
+        running: int = 4,
+        waiting: int = 64,
+        kept_memory: str | int = "auto",
+        session_folder: str | os.PathLike[str] | None = None,
+        allow_long_prompts: bool = False,
+    ) -> None:
+        session = owner_of(model)
+        if not isinstance(session, Session):
+            raise UnsupportedModelError("the model is not attached; call headinfer.attach first")
+        for name, value, least in (("running", running, 1), ("waiting", waiting, 0)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise OptionError(f"{name} must be at least {least}, not {value!r}")
+        kept_bytes = _kept_bytes(kept_memory, session)
+        folder = None if session_folder is None else PrefixFolder(session_folder, session)
+        self._served = Served(
+            model=model,
+            tokenizer=tokenizer,
+            session=session,
+            prefixes=Prefixes(session, kept_bytes, folder, _GROW_BYTES),
+            line=Line(running, waiting),
+        )
+        self._admission = Admission(session=session, allow_long=allow_long_prompts)
+        self._mutex = threading.Lock()
+        self._requests: dict[str, Request] = {}
+        self._leave_experts = _keep_experts(model)
+        self._vocabulary = int(model.get_input_embeddings().weight.shape[0])
+
+    def check(self, ask: Ask) -> None:
+        """Refuse what cannot be answered, before anything is computed.
+
+        Raises:
+            OptionError: a setting or a token is wrong, or the prompt is too long for the model.
+            MemoryPlanError: the CPU memory or the GPU memory is too small, also once all other
+                requests have ended and all kept prefixes yielded; with the arithmetic.
+        """
+        ask.check(self._vocabulary)
+        self._admission.check(ask, self._served.prefixes.yielding_bytes)
+
+    def submit(self, ask: Ask, on_event: Callable[[Event], None]) -> Ticket:
+        """Have a request begin, or wait in the queue.
+
+        Args:
+            ask: what is asked; it is checked here, too.
+            on_event: told what happens, from the request's own thread, one event at a time. The
+                last is `Ended`. One that raises cancels the request.
+
+        Raises:
+            QueueFullError: as many wait as may.
+            DeskClosedError: the desk was closed.
+            HeadInferError: as `check` does.
+        """
+        self.check(ask)
+        request = Request(self._served, ask, on_event, self._forget)
+        with self._mutex:
+            self._served.line.enter(request)
+            self._requests[request.id] = request
+            request.start()
+        return request
+
+    def _forget(self, request_id: str) -> None:
+        with self._mutex:
+            self._requests.pop(request_id, None)
+
+    def slots(self) -> list[SlotState]:
+        """Return what each request and each kept prefix holds, without waiting for any."""
+        with self._mutex:
+            requests = list(self._requests.values())
+        return [*(request.state for request in requests), *self._served.prefixes.states()]
+
+    def close(self, *, timeout_s: float) -> None:
+        """Cancel what runs, save kept prefixes to the session folder, and detach the model.
+
+        May be called again.
+
+        Args:
+            timeout_s: the most seconds for all that. What still runs then is left alone, with the
+                model attached, and the log says so.
+        """
+        began_s = time.monotonic()
+        self._served.line.close()
+        with self._mutex:
+            requests = list(self._requests.values())
+        for request in requests:
+            request.cancel()
+        half_s = began_s + timeout_s / 2  # the other half is for what is kept
+        late = [each for each in requests if each.wait(max(half_s - time.monotonic(), 0)) is None]
+        left_s = max(began_s + timeout_s - time.monotonic(), 0)
+        # In a thread, because caches wait for the turn of a request that does not end.
+        closing = threading.Thread(
+            target=self._served.prefixes.close,
+            args=(left_s,),
+            name="headinfer-closing",
+            daemon=True,
+        )
+        closing.start()
+        closing.join(left_s)
+        if late or closing.is_alive():
+            _logger.warning(
+                "%d requests did not end in %.0f s; the model stays attached", len(late), timeout_s
+            )
+            return
+        self._leave_experts()
+        self._served.session.detach()

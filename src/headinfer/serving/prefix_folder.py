@@ -1,0 +1,150 @@
+"""Prefixes on the disk: sessions in one folder, found by their token ids also after a restart."""
+
+import contextlib
+import logging
+import os
+import secrets
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from headinfer.errors import HeadInferError, OptionError, SessionFileError
+from headinfer.folders import describe
+from headinfer.integration.cache import OffloadedCache
+from headinfer.plan.memory import SPARE_TOKENS
+from headinfer.saved.folder import read_index
+from headinfer.saved.index import Index
+from headinfer.saved.tokens import read_token_ids
+from headinfer.session import Session
+
+_logger = logging.getLogger(__name__)
+
+_ENDING = ".hsession"
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class SavedPrefix:
+    """A prefix on the disk.
+
+    Attributes:
+        path: of its session.
+        ids: its tokens, `[tokens]` of int64.
+        num_bytes: of its files.
+        earliest_crop: the fewest tokens that it may go back to.
+        owned: whether a cache goes on from it, and saves to it.
+        used: grows with each use.
+    """
+
+    path: Path
+    ids: torch.Tensor
+    num_bytes: int
+    earliest_crop: int
+    owned: bool = False
+    used: int = 0
+
+
+class PrefixFolder:
+    """A folder of prefixes, each a session as `OffloadedCache.save` writes it.
+
+    Args:
+        path: of the folder, which is made.
+        session: makes caches of what is loaded.
+
+    Raises:
+        OptionError: it cannot be made or written.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], session: Session) -> None:
+        self._path = Path(path)
+        self._session = session
+        try:
+            self._path.mkdir(parents=True, exist_ok=True)
+            if not os.access(self._path, os.W_OK | os.X_OK):
+                raise PermissionError(13, "it may not be written")
+        except OSError as error:
+            raise OptionError(
+                f"session_folder {os.fspath(path)!r} cannot be used: {describe(error)}"
+            ) from error
+
+    def found(self) -> list[SavedPrefix]:
+        """Return each session of this model that is there, oldest first.
+
+        What is damaged is left out, with a warning; what is of another model, without one.
+        """
+        model = self._session.fingerprint()
+        found = []
+        for path in sorted(self._path.glob(f"*{_ENDING}"), key=_changed_s):
+            try:
+                index = read_index(path)
+                if index.rows != 1 or model.difference(index.model) is not None:
+                    continue
+                ids = read_token_ids(path, index)[0]
+            except SessionFileError as error:
+                _logger.warning("a kept prefix is left out: %s", error)
+                continue
+            earliest = self._earliest_crop(index)
+            found.append(
+                SavedPrefix(path=path, ids=ids, num_bytes=index.num_bytes, earliest_crop=earliest)
+            )
+        return found
+
+    def save(self, cache: OffloadedCache, home: SavedPrefix | None) -> SavedPrefix | None:
+        """Write a parked cache; None where it cannot be written, which is logged.
+
+        Args:
+            cache: with the tokens.
+            home: has the first of them, and is replaced; None for a session of its own.
+        """
+        name = f"{secrets.token_hex(8)}{_ENDING}"
+        path = self._path / name if home is None else home.path
+        try:
+            cache.save(path)
+            index = read_index(path)
+        except HeadInferError as error:
+            _logger.warning("a prefix could not be saved: %s", error)
+            return None
+        known = cache.token_ids
+        assert known is not None
+        saved = home or SavedPrefix(
+            path=path, ids=known[0], num_bytes=0, earliest_crop=0, owned=True
+        )
+        saved.ids, saved.num_bytes = known[0], index.num_bytes
+        saved.earliest_crop = self._earliest_crop(index)
+        return saved
+
+    def _earliest_crop(self, index: Index) -> int:
+        """Return the fewest tokens that a session may go back to; whoever loads it finds out."""
+        if self._session.goes_back:
+            return 0
+        if index.state_values:
+            return index.tokens
+        return max(index.tokens - SPARE_TOKENS, 0)
+
+    def load(self, saved: SavedPrefix) -> OffloadedCache | None:
+        """Return a cache with a session's tokens, or those before a damaged place.
+
+        None where none can be used; the log says why.
+        """
+        try:
+            cache = self._session.load_cache(saved.path, None, partial=True)
+        except SessionFileError as error:
+            _logger.warning("a kept prefix is left out: %s", error)
+            return None
+        if not cache.get_seq_length():
+            cache.close()
+            return None
+        return cache
+
+    def remove(self, saved: SavedPrefix) -> None:
+        """Remove a session; what cannot be removed stays."""
+        with contextlib.suppress(OSError):
+            shutil.rmtree(saved.path)
+
+
+def _changed_s(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0

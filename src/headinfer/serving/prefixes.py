@@ -1,0 +1,326 @@
+"""Caches of requests before, kept for those that begin with the same tokens."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from headinfer.engine.stats import Stats
+from headinfer.errors import HeadInferError
+from headinfer.integration.cache import OffloadedCache
+from headinfer.integration.memory_held import held_by, held_together
+from headinfer.integration.token_history import common_prefix
+from headinfer.serving.kept import LEAST_TOKENS, Kept, Lent, as_ids, next_tick, usable
+from headinfer.serving.prefix_folder import PrefixFolder, SavedPrefix
+from headinfer.serving.shelf import Shelf
+from headinfer.serving.slots import SlotState
+from headinfer.session import Session
+
+_logger = logging.getLogger(__name__)
+
+_SNAPSHOTS = 8
+"""Snapshots of a prompt whose cache cannot go back, beside those at its end and at its marks."""
+
+_LOOK_S = 0.2
+"""How often one that waits for memory looks whether somebody still waits for it."""
+
+_DISK_DIVISOR = 8
+"""What the disk has is loaded where that spares one in so many tokens more than memory does."""
+
+
+class _Choice(NamedTuple):
+    """A choice of what a prompt begins with: a cache in memory, a running request's, or the disk.
+
+    Attributes:
+        tokens: of the prompt that it spares.
+        source: what has them.
+        whole: whether it may be taken over, as the prompt goes on where it ends.
+    """
+
+    tokens: int
+    source: Kept | Lent | SavedPrefix
+    whole: bool
+
+
+def _rank(choice: _Choice) -> tuple[int, bool]:
+    return choice.tokens, choice.whole
+
+
+class Prefixes:
+    """A keeper of the caches that requests leave behind.
+
+    A prompt takes the kept cache with the longest beginning in common. It takes it over where it
+    goes on at its end, and else a fork, so that the cache stays as it is. Both share CPU memory.
+
+    What yields, and to whom: kept prefixes hold no GPU memory. Their CPU memory is bounded, and the
+    least recently used goes to the disk, or is dropped without a folder. It goes at once where a
+    new request needs memory. Caches of running requests never yield CPU memory. Their resident
+    tokens in GPU memory yield only where another request could not begin at all otherwise.
+
+    Args:
+        session: makes caches.
+        kept_bytes: the most CPU memory of kept prefixes. What one of them shares with a running
+            request counts, too.
+        folder: of those on the disk; None for none.
+        grow_bytes: prefixes larger than this are saved while they are read, by so much at a time.
+    """
+
+    def __init__(
+        self, session: Session, kept_bytes: int, folder: PrefixFolder | None, grow_bytes: int
+    ) -> None:
+        self._session = session
+        self._running: list[Lent] = []  # changed with the shelf's mutex
+        self._reuses = session.goes_on_alike()
+        self._goes_back = session.goes_back
+        self._grow_bytes = grow_bytes
+        self._shelf = Shelf(session, kept_bytes, folder if self._reuses else None)
+        self._changed = threading.Condition(self._shelf.mutex)
+        if not self._reuses:
+            _logger.warning(
+                "no prefixes are kept: this model gives other results for a prompt that is read in "
+                "two calls"
+            )
+
+    def lend(
+        self,
+        ids: Sequence[int],
+        new_tokens: int,
+        marks: Sequence[int] = (),
+        given_up: Callable[[], bool] = lambda: False,
+    ) -> Lent:
+        """Return a cache for a prompt, with as much of it as any cache holds.
+
+        Waits for other requests to end where these have the CPU memory.
+
+        Args:
+            ids: the prompt.
+            new_tokens: the most tokens of the answer.
+            marks: positions in the prompt at which others are likely to part from it.
+            given_up: whether nobody waits any more, asked now and then.
+
+        Raises:
+            HeadInferError: the model was detached.
+        """
+        prompt, most = as_ids(ids), len(ids) + new_tokens
+        lent = self._found(prompt) if self._reuses else None
+        if lent is None:
+            lent = Lent(cache=self._session.new_cache(), ids=prompt)
+        cache = lent.cache
+        lent.read_tokens = lent.snapshot_tokens = lent.saved_tokens = lent.cached_tokens
+        if not self._goes_back:
+            parting = (*marks, *self._parting(prompt))
+            lent.marks = frozenset(mark for mark in parting if 0 < mark < len(ids))
+        cache.marks, cache.state.max_tokens, cache.stats = tuple(lent.marks), most, Stats()
+        try:
+            self._wait_for_room(lent, most, given_up)
+        except BaseException:
+            self._put_back(lent)
+            raise
+        return lent
+
+    def _wait_for_room(self, lent: Lent, tokens: int, given_up: Callable[[], bool]) -> None:
+        """Wait for CPU memory: kept prefixes yield it at once, and running requests at their end.
+
+        What remains missing then is for the model's call to refuse.
+        """
+        while not given_up():
+            needed = self._session.missing_host_bytes(lent.cache, tokens)
+            with self._changed:
+                promised = [
+                    self._session.missing_host_bytes(each.cache, each.cache.state.max_tokens or 0)
+                    for each in self._running
+                ]
+            lacking = self._shelf.make_room(needed + sum(promised))
+            with self._changed:
+                if not lacking or not self._running:
+                    break
+                self._changed.wait(_LOOK_S)
+        with self._changed:
+            self._running.append(lent)
+
+    def _found(self, prompt: torch.Tensor) -> Lent | None:
+        """Return the longest beginning of a prompt that any cache holds, for one request alone."""
+        while True:
+            with self._shelf.mutex:
+                choice = self._choose(prompt)
+                if choice is None:
+                    return None
+                self._claim(choice)
+            try:
+                lent = self._lent_of(choice, prompt)
+            finally:
+                if isinstance(choice.source, Kept) and not choice.whole:
+                    with self._shelf.mutex:
+                        choice.source.busy -= 1
+            if lent is not None:
+                return lent
+            self._reject(choice.source)
+
+    def _reject(self, source: Kept | Lent | SavedPrefix) -> None:
+        """Do not choose again what has given nothing."""
+        with self._shelf.mutex:
+            if isinstance(source, Lent):
+                source.read_tokens = 0
+            elif isinstance(source, Kept):
+                source.ids = source.ids[:0]
+            elif source.earliest_crop < len(source.ids):
+                source.earliest_crop = len(source.ids)
+            else:
+                source.ids = source.ids[:0]
+
+    def _choose(self, prompt: torch.Tensor) -> _Choice | None:
+        """Return what spares a prompt the most tokens; memory comes before the disk."""
+        in_memory: list[_Choice] = []
+        on_disk: list[_Choice] = []
+        for kept in self._shelf.kept:
+            tokens = kept.serves(prompt)
+            whole = tokens == len(kept.ids) and not (kept.busy or kept.snapshot)
+            in_memory.append(_Choice(tokens, kept, whole))
+        if self._goes_back:  # else what was read is there as snapshots
+            for lent in self._running:
+                tokens = usable(lent.ids[: lent.read_tokens], prompt, 0)
+                in_memory.append(_Choice(tokens, lent, whole=False))
+        for saved in self._shelf.saved:
+            tokens = usable(saved.ids, prompt, saved.earliest_crop)
+            # Where caches cannot go back, others may need it just as it is.
+            whole = self._goes_back and tokens == len(saved.ids) and not saved.owned
+            on_disk.append(_Choice(tokens, saved, whole))
+        best, other = (max(each, key=_rank, default=None) for each in (in_memory, on_disk))
+        most = 0 if best is None else best.tokens
+        if other is not None and (other.tokens - most) * _DISK_DIVISOR > other.tokens:
+            best = other
+        return best if best is not None and best.tokens else None
+
+    def _claim(self, choice: _Choice) -> None:
+        """Keep others from what was chosen."""
+        source = choice.source
+        if isinstance(source, Lent):
+            return
+        source.used = next_tick()
+        if isinstance(source, SavedPrefix):
+            source.owned = source.owned or choice.whole
+        elif choice.whole:
+            self._shelf.kept.remove(source)
+        else:
+            source.busy += 1
+
+    def _lent_of(self, choice: _Choice, prompt: torch.Tensor) -> Lent | None:
+        """Return what was chosen, for a request alone; None where it gives nothing after all."""
+        source = choice.source
+        if isinstance(source, SavedPrefix):
+            cache, home = self._shelf.load(source), source if choice.whole else None
+            return None if cache is None else self._cut(cache, prompt, home)
+        if isinstance(source, Kept) and choice.whole:
+            return Lent(
+                cache=source.cache, ids=prompt, cached_tokens=choice.tokens, home=source.home
+            )
+        try:
+            fork = source.cache.fork()
+        except HeadInferError as error:  # of a running request that has just failed
+            _logger.info("a prefix could not be forked: %s", error)
+            return None
+        return self._cut(fork, prompt, None)
+
+    def _cut(
+        self, cache: OffloadedCache, prompt: torch.Tensor, home: SavedPrefix | None
+    ) -> Lent | None:
+        """Return a cache of nobody else with what a prompt shares with it; None for too little."""
+        tokens = cache.keep_common_prefix(prompt)
+        if tokens < LEAST_TOKENS:
+            cache.close()
+            return None
+        cache.park()
+        cache.compact()
+        return Lent(cache=cache, ids=prompt, cached_tokens=tokens, home=home)
+
+    def _parting(self, prompt: torch.Tensor) -> list[int]:
+        """Return where a kept prefix parts from a prompt: the next prompt may part there, too."""
+        with self._shelf.mutex:
+            common = max((common_prefix(each.ids, prompt) for each in self._shelf.kept), default=0)
+        return [common] if common >= LEAST_TOKENS else []
+
+    def note_progress(self, lent: Lent, read_tokens: int) -> None:
+        """Hear how much of a prompt was read; in the model's call, with all layers alike."""
+        lent.read_tokens = read_tokens
+        if not self._reuses:
+            return
+        held = held_by(lent.cache)
+        if not self._goes_back and self._is_due(lent, held.tokens):
+            lent.snapshot_tokens = held.tokens
+            lasting = held.tokens >= len(lent.ids) or held.tokens in lent.marks
+            self._keep(lent.cache.fork(), lent, lasting=lasting)
+        per_token = held.host_bytes // max(held.tokens, 1)
+        if (held.tokens - lent.saved_tokens) * per_token > self._grow_bytes:
+            lent.saved_tokens = held.tokens
+            self._shelf.grow(lent, lent.cache.fork())
+
+    def _is_due(self, lent: Lent, held_tokens: int) -> bool:
+        """Whether to keep a snapshot of what was read."""
+        new = held_tokens - lent.snapshot_tokens
+        if held_tokens in lent.marks or held_tokens == len(lent.ids):
+            return new > 0
+        return new >= max(len(lent.ids) // _SNAPSHOTS, LEAST_TOKENS)
+
+    def _keep(self, cache: OffloadedCache, lent: Lent, *, lasting: bool) -> None:
+        known = cache.token_ids
+        if known is None or known.shape[1] < LEAST_TOKENS:
+            cache.close()
+            return
+        snapshot = cache is not lent.cache
+        kept = Kept(
+            ids=known[0],
+            cache=cache,
+            earliest_crop=cache.earliest_crop,
+            lasting=lasting,
+            snapshot=snapshot,
+        )
+        if not snapshot:
+            lent.kept, kept.home = kept, lent.home
+        self._shelf.add(kept)
+
+    def give_back(self, lent: Lent, *, keep: bool) -> None:
+        """Take a cache back from a request that has ended.
+
+        Args:
+            lent: with its cache.
+            keep: whether what it holds is sound.
+        """
+        with self._changed:
+            self._running.remove(lent)
+        try:
+            if keep and self._reuses and lent.cache.state.engine is not None:
+                lent.cache.progress = None
+                lent.cache.park()
+                self._keep(lent.cache, lent, lasting=True)
+                return
+        except HeadInferError as error:
+            _logger.warning("what a request has read is not kept: %s", error)
+        finally:
+            with self._changed:
+                self._changed.notify_all()
+        self._put_back(lent)
+
+    def _put_back(self, lent: Lent) -> None:
+        """Drop a cache; what the disk has of it stays there."""
+        if lent.home is not None:
+            lent.home.owned = False
+        lent.cache.close()
+
+    @property
+    def yielding_bytes(self) -> int:
+        """CPU memory of what is kept, and of running requests; what they share counts once."""
+        with self._shelf.mutex:
+            caches = [each.cache for each in self._shelf.kept]
+            caches += [each.cache for each in self._running]
+        return held_together(caches)
+
+    def states(self) -> list[SlotState]:
+        """Return what is kept, without waiting for anything."""
+        return self._shelf.states()
+
+    def close(self, timeout_s: float) -> None:
+        """Save what is kept where there is a folder, the newest first, and drop all caches."""
+        self._shelf.close(time.monotonic() + timeout_s)

@@ -1,0 +1,141 @@
+"""The process of a server: how it begins, what it writes, and how it ends."""
+
+import signal
+import socket
+import subprocess
+import time
+from types import SimpleNamespace
+
+import pytest
+from server_parts import WAIT_S, command, environment, events, running
+
+from saved_models import save_llama
+
+SECRET = " ".join(f"w{number}" for number in range(33, 66))
+
+
+def run(*args: object, **more: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        command("serve", *args),
+        env=environment(**more),
+        capture_output=True,
+        text=True,
+        timeout=WAIT_S,
+    )
+
+
+@pytest.fixture
+def cli_in_process(monkeypatch, capsys):
+    """Run the command line in this process."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def run(*args: str) -> SimpleNamespace:
+        from headinfer.cli import main
+
+        with pytest.raises(SystemExit) as ended:
+            main.app(args, prog_name="headinfer")
+        printed = capsys.readouterr()
+        return SimpleNamespace(code=ended.value.code, out=printed.out, err=printed.err)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_llama(
+        tmp_path_factory.mktemp("served"), chat=True, eos_token_id=None, positions=2**20
+    )
+
+
+def test_sigterm_ends_the_streams_and_then_the_process(folder, tmp_path) -> None:
+    kept = tmp_path / "sessions"
+    with running("--model", folder, "--verbose", "--session-folder", kept) as server:
+        text = {"prompt": SECRET, "max_tokens": 200_000}
+        server.post("/v1/completions", prompt=SECRET, temperature="hot")
+        with server.stream("/v1/completions", **text) as response:
+            chunks = events(response)
+            next(chunk for chunk in chunks if chunk["choices"][0]["text"])
+            begun = time.monotonic()
+            server.process.send_signal(signal.SIGTERM)
+            *_, last = chunks
+        _, err = server.process.communicate(timeout=WAIT_S)
+    assert time.monotonic() - begun < 30
+    assert server.process.returncode == 0, err
+    assert last["error"]["code"] == "closing"
+    assert "Traceback" not in err
+    assert "/v1/completions" in err  # requests are logged, by their paths
+    assert not any(word in err for word in SECRET.split())
+    assert any(kept.iterdir())  # what was read is on the disk
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_server_that_does_nothing(folder) -> None:
+    with running("--model", folder, "--quiet") as server:
+        code, err = server.end(signal.SIGINT)
+    assert (code, err) == (0, "")
+
+
+def test_sigterm_while_the_model_loads_ends_the_process(folder) -> None:
+    with running("--model", folder, ready=False) as server:
+        begun = time.monotonic()
+        code, err = server.end()
+    assert time.monotonic() - begun < 30
+    assert code == 0, err
+
+
+def test_an_address_that_is_taken_is_told_in_a_line(cli_in_process) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        done = cli_in_process("serve", "--port", str(taken.getsockname()[1]))
+    assert (done.code, done.out) == (2, "")
+    (line,) = done.err.splitlines()
+    assert "--port" in line
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_server_in_a_line(cli_in_process, tmp_path) -> None:
+    done = cli_in_process("serve", "--port", "0", "--model", str(tmp_path))
+    assert done.code == 2
+    assert done.out.startswith("http://127.0.0.1:")
+    assert "Traceback" not in done.err
+    assert "no config.json" in done.err.splitlines()[-1]
+
+
+def test_what_is_missing_is_told_with_how_to_install_it(cli_in_process, monkeypatch) -> None:
+    from headinfer.server import requirements
+
+    known = requirements.find_spec
+    monkeypatch.setattr(
+        requirements, "find_spec", lambda name: None if name == "fastapi" else known(name)
+    )
+    done = cli_in_process("serve")
+    assert done.code == 2
+    assert "fastapi" in done.err
+    assert "pip install 'headinfer[serve]'" in done.err
+    assert len(done.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("--port", "70000"),
+        ("--max-body", "much"),
+        ("--cache-memory", "much"),
+        ("--parallel", "0"),
+        ("--api-key", ""),
+        ("--ping", "0"),
+        ("--host", "no.such.host.invalid"),
+        ("--model", "llama-3-8b"),
+    ],
+)
+def test_bad_options_are_refused_in_a_line(cli_in_process, args: tuple[str, ...]) -> None:
+    done = cli_in_process("serve", *args)
+    assert done.code == 2
+    assert len([line for line in done.err.splitlines() if "warning" not in line]) == 1
+    assert "Traceback" not in done.err
+
+
+def test_the_help_fits_a_narrow_terminal() -> None:
+    done = run("--help", COLUMNS="80")
+    assert done.returncode == 0
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    for option in ("--host", "--api-key", "--session-folder", "--device-memory"):
+        assert option in done.stdout

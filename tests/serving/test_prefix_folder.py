@@ -1,0 +1,175 @@
+"""Prefixes on the disk: what memory has no room for, and what is there after a restart."""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from desk_helpers import PATIENCE_S, Heard, answer, ask, desk_of, stock_text, tokens
+
+from headinfer.errors import OptionError
+from headinfer.serving import desk as desk_module
+from headinfer.serving.desk import Desk
+from saved_models import make_tokenizer
+from tiny_models import VOCAB, shared_model
+
+PER_TOKEN = 3 * 4 * 2 * 16 * 4
+"""Bytes of a token of the tiny llama3: layers, heads, keys and values, dim, bytes."""
+
+
+def cached(desk: Desk, name: str, ids: tuple[int, ...]) -> int:
+    """Ask, hold the answer against stock's, and return how much was not read again."""
+    heard = answer(desk, ask(ids, 5))
+    assert heard.text == stock_text(name, ids, 5)
+    return heard.ended.usage.cached_tokens
+
+
+@pytest.mark.parametrize("device", ["cpu", "simulated"])
+@pytest.mark.parametrize("name", ["llama3", "gemma3", "qwen3-next"])
+def test_a_restart_finds_what_was_kept(name: str, device: str, tmp_path: Path) -> None:
+    text = tokens(150)
+    with desk_of(name, session_folder=tmp_path / "kept") as desk:
+        heard = answer(desk, ask(text, 5, logprobs=0))
+        said = tuple(score.token_id for piece in heard.pieces for score in piece.tokens)
+    with desk_of(name, options={"device": device}, session_folder=tmp_path / "kept") as desk:
+        saved = [each for each in desk.slots() if each.state == "saved"]
+        assert max(each.tokens for each in saved) == 154
+        assert all(each.disk_bytes > 0 for each in saved)
+        assert cached(desk, name, (*text, *said, *tokens(9, seed=4))) == 154
+        assert cached(desk, name, (*text, *tokens(9, seed=6))) == 150
+    with desk_of(name, session_folder=tmp_path / "kept") as desk:
+        assert cached(desk, name, (*text, *tokens(9, seed=6), 5)) == 159
+
+
+def test_what_memory_has_no_room_for_goes_to_the_disk_and_comes_back(tmp_path: Path) -> None:
+    folder = tmp_path / "kept"
+    with desk_of("llama3", kept_memory=f"{500 * PER_TOKEN}B", session_folder=folder) as desk:
+        for seed in range(5):
+            assert cached(desk, "llama3", tokens(200, seed=seed)) == 0
+        shelf = desk._served.prefixes._shelf
+        until_s = time.monotonic() + PATIENCE_S
+        while shelf.kept_bytes > 500 * PER_TOKEN:
+            assert time.monotonic() < until_s
+            time.sleep(0.01)
+        states = [each.state for each in desk.slots()]
+        assert states.count("kept") <= 2
+        assert states.count("saved") >= 3
+        for seed in range(5):
+            assert cached(desk, "llama3", (*tokens(200, seed=seed), 7, 8)) == 200
+    size = sum({each.stat().st_ino: each.stat().st_size for each in folder.glob("*/*")}.values())
+    assert size < 14 * 206 * PER_TOKEN
+
+
+def test_prefixes_of_another_model_are_left_alone(tmp_path: Path) -> None:
+    with desk_of("llama3", session_folder=tmp_path) as desk:
+        cached(desk, "llama3", tokens(60))
+    with desk_of("qwen2", session_folder=tmp_path) as desk:
+        assert desk.slots() == []
+        assert cached(desk, "qwen2", tokens(60)) == 0
+    assert len(list(tmp_path.iterdir())) == 2
+    with desk_of("llama3", session_folder=tmp_path) as desk:
+        assert cached(desk, "llama3", (*tokens(60), 9)) == 60
+
+
+def damage_index(folder: Path) -> None:
+    (folder / "index.json").write_text("{}")
+
+
+def damage_page(folder: Path) -> None:
+    page = next(folder.glob("*-000000.safetensors"))
+    data = bytearray(page.read_bytes())
+    data[-100] ^= 255
+    page.write_bytes(data)
+
+
+def remove_page(folder: Path) -> None:
+    next(folder.glob("*-000000.safetensors")).unlink()
+
+
+@pytest.mark.parametrize("harm", [damage_index, damage_page, remove_page])
+def test_a_damaged_prefix_is_left_out_with_a_warning(
+    harm: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with desk_of("llama3", session_folder=tmp_path) as desk:
+        cached(desk, "llama3", tokens(60))
+    (folder,) = tmp_path.iterdir()
+    harm(folder)
+    with (
+        caplog.at_level(logging.WARNING, "headinfer"),
+        desk_of("llama3", session_folder=tmp_path) as desk,
+    ):
+        for _ in range(2):
+            assert cached(desk, "llama3", (*tokens(60), 9)) in (0, 60)
+        assert folder.name in caplog.text
+
+
+def test_a_folder_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(OptionError, match="session_folder"),
+        desk_of("llama3", session_folder=tmp_path / "file"),
+    ):
+        pass
+
+
+def test_a_long_prompt_is_saved_while_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that is killed in the middle loses what is newer than the last piece."""
+    monkeypatch.setattr(desk_module, "_GROW_BYTES", 200 * PER_TOKEN)
+    program = f"""
+import os, sys, time
+sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]}
+import torch
+torch.set_num_threads(1)
+from desk_helpers import *
+from headinfer.serving import desk as module
+module._GROW_BYTES = {200 * PER_TOKEN}
+
+def hear(event):
+    if isinstance(event, Progress):
+        print(event.processed, flush=True)
+        if event.processed > 900:
+            time.sleep(600)
+
+with desk_of("llama3", session_folder={str(tmp_path)!r}) as desk:
+    desk.submit(ask(tokens(1500)), hear).wait(600)
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if int(line) > 900:
+            break
+    until_s = time.monotonic() + PATIENCE_S
+    while not list(tmp_path.glob("*.hsession/index.json")):
+        assert time.monotonic() < until_s
+        time.sleep(0.05)
+    time.sleep(1.0)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    with desk_of("llama3", session_folder=tmp_path) as desk:
+        assert 200 <= cached(desk, "llama3", tokens(1500)) <= 950
+        assert len(list(tmp_path.iterdir())) <= 2
+
+
+def test_what_grows_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(desk_module, "_GROW_BYTES", 100 * PER_TOKEN)
+    model = shared_model("llama3")
+    import headinfer
+
+    headinfer.attach(model, device="cpu", chunk_tokens=16)
+    desk = Desk(model, make_tokenizer(VOCAB), session_folder=tmp_path)
+    heard = answer(desk, ask(tokens(700), 5), Heard())
+    assert heard.text == stock_text("llama3", tokens(700), 5)
+    until_s = time.monotonic() + PATIENCE_S
+    while not list(tmp_path.glob("*.hsession/index.json")):
+        assert time.monotonic() < until_s, "nothing was saved before the end"
+        time.sleep(0.05)
+    desk.close(timeout_s=PATIENCE_S)
+    headinfer.detach(model)
+    assert len(list(tmp_path.iterdir())) == 1
