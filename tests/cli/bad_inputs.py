@@ -80,7 +80,7 @@ CONFIGS: list[Row] = [
     model("type-unknown", "no-such-type"),
     model("encoder-decoder", "encoder-decoder"),
     model("classifier", "LlamaForSequenceClassification"),
-    model("awq", "AWQ", "install"),
+    model("awq", "awq", "install"),
     model("quantized-5", "config.json"),
 ]
 OTHER_FILES: list[Row] = [

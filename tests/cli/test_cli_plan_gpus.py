@@ -74,7 +74,17 @@ def test_where_nothing_fits_it_says_what_is_lacking(cli) -> None:
 def test_weights_quantised_while_loaded_are_not_split(cli) -> None:
     plans = json.loads(cli(*TWO, "--load-in", "4bit", "--json").out)["plans"]
     assert plans[-1]["split"] == "heads"
-    assert "--load-in" in plans[-1]["obstacle"]
+    assert "--load-in quantises whole matrices" in plans[-1]["obstacle"]
+    assert plans[3]["fits"]
+    # 35 GiB in 4 bits: bitsandbytes keeps none of them in CPU memory.
+    large = (*CARD, "--load-in", "4bit", "--gpus")
+    one = json.loads(cli(*large, "1", "--json").out)
+    assert [plan["obstacle"] for plan in one["plans"]] == [one["plans"][0]["obstacle"]]
+    assert "keeps no weights in CPU memory" in one["plans"][0]["obstacle"]
+    assert one["chosen"] is None
+    assert "--gpus 1" not in cli(*CARD, "--load-in", "4bit").out
+    three = json.loads(cli(*large, "3", "--json").out)
+    assert three["plans"][three["chosen"]]["split"] == "layers"
 
 
 @pytest.mark.parametrize(

@@ -175,10 +175,11 @@ def plan(
             else None,
         )
         if gpus is not None:
-            whole = load_in is not None  # `generate` refuses to split what it quantises
-            code = answer_gpus(situation, gpus, options, (which, note), json_path, whole=whole)
+            quantising, said = load_in is not None, (which, note)
+            code = answer_gpus(situation, gpus, options, said, json_path, quantising=quantising)
             raise typer.Exit(code)
-        raise typer.Exit(_answer(situation, (which, note), json_path, steps=steps))
+        streams = load_in is None  # bitsandbytes keeps all it quantises on the GPU
+        raise typer.Exit(_answer(situation, (which, note), json_path, streams=streams, steps=steps))
 
 
 def _streaming(options: Options) -> Options:
@@ -210,13 +211,18 @@ def _device_memory_bytes(here: Hardware, asked: int | None) -> int:
 
 
 def _answer(
-    situation: Situation, which: tuple[str, str | None], json_path: str | None, *, steps: bool
+    situation: Situation,
+    which: tuple[str, str | None],
+    json_path: str | None,
+    *,
+    streams: bool,
+    steps: bool,
 ) -> int:
     from headinfer.cli.plan_table import plan_as_json, print_plans, print_steps
     from headinfer.estimate.choose import choose
 
     plans = method_plans(situation)
-    choice = choose(situation, plans)
+    choice = choose(situation, plans, streams=streams)
     if json_path is not None:  # first, in case stdout takes nothing
         write_json(json_path, plan_as_json(situation, plans, choice))
     if json_path != STDOUT:

@@ -22,7 +22,6 @@ from headinfer.plan.options import Options
 from headinfer.units import format_bytes, format_seconds, format_tokens
 
 _EXIT_NOTHING_FITS = 1
-_QUANTISED = "--load-in quantises whole matrices, which ranks do not have"
 
 _COLUMNS = (
     "GPUs",
@@ -67,7 +66,7 @@ def answer_gpus(
     which: tuple[str, str | None],
     json_path: str | None,
     *,
-    whole: bool,
+    quantising: bool,
 ) -> int:
     """Print what the GPUs do, or write it as JSON; return the exit code.
 
@@ -77,7 +76,7 @@ def answer_gpus(
         options: with the most to use of each.
         which: how the machine came to be, and a note of that.
         json_path: a file for JSON, or "-"; None for none.
-        whole: whether weights are quantised as they are loaded, which only whole ones are.
+        quantising: whether weights are quantised as they are loaded.
 
     Raises:
         OptionError: memory was given for another number of GPUs, or the model has fewer layers.
@@ -86,7 +85,7 @@ def answer_gpus(
     assert asked is not None
     has = situation.hardware.device_memory_bytes
     memory_bytes = [has if given is None else given for given in asked.memory_bytes]
-    plans = split_plans(situation, memory_bytes, unsplit=_QUANTISED if whole else None)
+    plans = split_plans(situation, memory_bytes, quantising=quantising)
     choice = choose_split(situation, plans)
     if json_path is not None:
         write_json(json_path, _as_json(situation, plans, choice))

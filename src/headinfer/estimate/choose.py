@@ -45,17 +45,25 @@ class Choice:
     changes: tuple[Change, ...] = ()
 
 
-def choose(situation: Situation, plans: Sequence[MethodPlan]) -> Choice:
+def choose(situation: Situation, plans: Sequence[MethodPlan], *, streams: bool = True) -> Choice:
     """Choose among the methods of a situation that are exact.
 
     Ours where it fits: with all KV that the device holds resident, the others are special cases of
     it. Otherwise the fastest that fits.
+
+    Args:
+        situation: that all of them are for.
+        plans: of all methods.
+        streams: whether weights could stay in CPU memory.
     """
     ours = plans[-1]
     exact = [plan for plan in plans if plan.fits and plan.method not in APPROXIMATE]
     if not exact:
         reasons = tuple(_shortfalls(situation, ours))
-        return Choice(plan=None, why=reasons, changes=tuple(_changes(situation, plans)))
+        changes = list(_changes(situation, plans))
+        if streams:
+            changes[1:1] = _streaming_change(situation, ours)
+        return Choice(plan=None, why=reasons, changes=tuple(changes))
     plan = ours if ours.fits else min(exact, key=lambda plan: plan.decode_s_per_token)
     return Choice(plan=plan, why=tuple(_reasons(situation, plans, plan)))
 
@@ -185,7 +193,6 @@ def _changes(situation: Situation, plans: Sequence[MethodPlan]) -> Iterator[Chan
         yield Change(device_memory_bytes=device, line=line)
     elif ours.host_short_bytes:
         yield Change(host_memory_bytes=host, line=_more("host", host, ours.host_short_bytes))
-    yield from _streaming_change(situation, ours)
     longest = max(
         MAX_CONTEXT_TOKENS if plan.max_context_tokens is None else plan.max_context_tokens
         for plan in plans

@@ -111,7 +111,7 @@ def _compared(best: SplitPlan, others: Sequence[SplitPlan]) -> Iterator[str]:
     for plan in others:
         name = "One GPU" if plan.gpus == 1 else f"By {plan.split.value}"
         if plan.obstacle is not None:
-            yield f"{name} it cannot be: {plan.obstacle}."
+            yield f"{name}: not possible, for {plan.obstacle}."
         elif not plan.fits:
             yield f"{name} does not fit: {_lacking(plan)}."
         else:

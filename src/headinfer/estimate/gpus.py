@@ -15,6 +15,9 @@ from headinfer.plan.plan import Plan
 from headinfer.plan.shape import ModelShape
 from headinfer.plan.step_time import Placement
 
+_WHOLE = "--load-in quantises whole matrices, which ranks do not have"
+_ON_GPUS = "--load-in keeps no weights in CPU memory, and GPU memory does not hold them"
+
 
 class Split(str, enum.Enum):
     """What of a model each of several GPUs has."""
@@ -116,14 +119,14 @@ class SplitPlan:
 
 
 def split_plans(
-    situation: Situation, memory_bytes: Sequence[int], *, unsplit: str | None = None
+    situation: Situation, memory_bytes: Sequence[int], *, quantising: bool = False
 ) -> list[SplitPlan]:
     """Return standard inference and ours on one GPU, and on all of them by layers and by heads.
 
     Args:
         situation: of one GPU; its host memory is what all of them share.
         memory_bytes: the most to use of each GPU.
-        unsplit: why heads cannot be split, whatever the model is; None for no such reason.
+        quantising: whether weights are quantised as they are loaded.
 
     Raises:
         OptionError: the model has fewer layers than there are GPUs.
@@ -135,16 +138,26 @@ def split_plans(
             "as many GPUs"
         )
     one = memory_bytes[:1]
-    plans = [*_both(situation, Split.NONE, by_layers(shape, one))]
+    plans = _by_layers(situation, Split.NONE, one, quantising=quantising)
     if gpus == 1:
         return plans
-    plans += _both(situation, Split.LAYERS, by_layers(shape, memory_bytes))
-    obstacle = unsplit or heads_obstacle(shape, gpus)
+    plans += _by_layers(situation, Split.LAYERS, memory_bytes, quantising=quantising)
+    obstacle = _WHOLE if quantising else heads_obstacle(shape, gpus)
     if obstacle is None:
         plans += _both(situation, Split.HEADS, by_heads(shape, memory_bytes))
     else:
         plans.append(SplitPlan(method=RESIDENT, gpus=gpus, split=Split.HEADS, obstacle=obstacle))
     return plans
+
+
+def _by_layers(
+    situation: Situation, split: Split, memory_bytes: Sequence[int], *, quantising: bool
+) -> list[SplitPlan]:
+    spread = by_layers(situation.shape, memory_bytes, quantising=quantising)
+    if quantising and spread.host_bytes:
+        gpus = len(memory_bytes)
+        return [SplitPlan(method=RESIDENT, gpus=gpus, split=split, obstacle=_ON_GPUS)]
+    return _both(situation, split, spread)
 
 
 def _both(situation: Situation, split: Split, spread: Spread) -> list[SplitPlan]:

@@ -14,6 +14,9 @@ from headinfer.plan.shape import LayerKind, LayerShape, ModelShape
 _MORE = 1.25
 """What transformers lets a GPU take beyond an equal part, in sizes of the largest module."""
 
+_QUANTISING_SHARE = 0.9
+"""What transformers lets weights take of the room it is given, where bitsandbytes quantises."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Share:
@@ -41,11 +44,20 @@ class Spread:
     host_bytes: int = 0
 
 
-def by_layers(shape: ModelShape, memory_bytes: Sequence[int]) -> Spread:
-    """Return a model spread by layers over GPUs that give so much memory each."""
+def by_layers(
+    shape: ModelShape, memory_bytes: Sequence[int], *, quantising: bool = False
+) -> Spread:
+    """Return a model spread by layers over GPUs that give so much memory each.
+
+    Args:
+        shape: of the model.
+        memory_bytes: the most to use of each GPU.
+        quantising: whether bitsandbytes quantises weights as they are loaded.
+    """
     modules = _modules(shape)
     largest = max(size for _, size in modules)
-    limits = [weights_room_bytes(given) for given in memory_bytes]
+    share = _QUANTISING_SHARE if quantising else 1.0
+    limits = [int(share * weights_room_bytes(given)) for given in memory_bytes]
     if len(limits) > 1:
         equal = shape.weights_bytes // len(limits) + int(_MORE * largest)
         limits = [*(min(limit, equal) for limit in limits[:-1]), limits[-1]]
