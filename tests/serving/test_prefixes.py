@@ -180,7 +180,7 @@ def test_a_model_whose_rotary_table_follows_the_length_keeps_nothing() -> None:
     ids = tokens(100)
     stock = model.generate(torch.tensor([ids]), max_new_tokens=5, do_sample=False)
     with headinfer.attach(model, device="cpu", chunk_tokens=16):
-        desk = Desk(model, make_tokenizer(VOCAB))
+        desk = Desk(model, make_tokenizer(VOCAB), allow_long_prompts=True)
         for _ in range(2):
             heard = answer(desk, ask(ids, 5, given={"repetition_penalty": 1.0}))
             assert heard.text == make_tokenizer(VOCAB).decode(stock[0, 100:])

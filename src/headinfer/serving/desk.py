@@ -133,7 +133,8 @@ class Desk:
         Args:
             ask: what is asked; it is checked here, too.
             on_event: told what happens, from the request's own thread, one event at a time. The
-                last is `Ended`. One that raises cancels the request.
+                last is `Ended`. One that raises cancels the request. One that blocks may block all
+                requests, as some events come in the middle of a call of the model.
 
         Raises:
             QueueFullError: as many wait as may.

@@ -143,35 +143,25 @@ class Prefixes:
 
     def _found(self, prompt: torch.Tensor) -> Lent | None:
         """Return the longest beginning of a prompt that any cache holds, for one request alone."""
+        tried: list[Kept | Lent | SavedPrefix] = []
         while True:
             with self._shelf.mutex:
-                choice = self._choose(prompt)
+                choice = self._choose(prompt, tried)
                 if choice is None:
                     return None
                 self._claim(choice)
+            lent = None
             try:
                 lent = self._lent_of(choice, prompt)
+            except HeadInferError as error:  # as of a running request that has just failed
+                _logger.warning("a prefix is not used: %s", error)
             finally:
-                if isinstance(choice.source, Kept) and not choice.whole:
-                    with self._shelf.mutex:
-                        choice.source.busy -= 1
+                self._unclaim(choice, used=lent is not None)
             if lent is not None:
                 return lent
-            self._reject(choice.source)
+            tried.append(choice.source)
 
-    def _reject(self, source: Kept | Lent | SavedPrefix) -> None:
-        """Do not choose again what has given nothing."""
-        with self._shelf.mutex:
-            if isinstance(source, Lent):
-                source.read_tokens = 0
-            elif isinstance(source, Kept):
-                source.ids = source.ids[:0]
-            elif source.earliest_crop < len(source.ids):
-                source.earliest_crop = len(source.ids)
-            else:
-                source.ids = source.ids[:0]
-
-    def _choose(self, prompt: torch.Tensor) -> _Choice | None:
+    def _choose(self, prompt: torch.Tensor, tried: Sequence[object]) -> _Choice | None:
         """Return what spares a prompt the most tokens; memory comes before the disk."""
         in_memory: list[_Choice] = []
         on_disk: list[_Choice] = []
@@ -188,7 +178,10 @@ class Prefixes:
             # Where caches cannot go back, others may need it just as it is.
             whole = self._goes_back and tokens == len(saved.ids) and not saved.owned
             on_disk.append(_Choice(tokens, saved, whole))
-        best, other = (max(each, key=_rank, default=None) for each in (in_memory, on_disk))
+        best, other = (
+            max((each for each in choices if each.source not in tried), key=_rank, default=None)
+            for choices in (in_memory, on_disk)
+        )
         most = 0 if best is None else best.tokens
         if other is not None and (other.tokens - most) * _DISK_DIVISOR > other.tokens:
             best = other
@@ -207,34 +200,47 @@ class Prefixes:
         else:
             source.busy += 1
 
+    def _unclaim(self, choice: _Choice, *, used: bool) -> None:
+        """Let others have what was not taken over."""
+        source = choice.source
+        with self._shelf.mutex:
+            if isinstance(source, Kept) and not choice.whole:
+                source.busy -= 1
+            elif isinstance(source, SavedPrefix) and choice.whole and not used:
+                source.owned = False
+
     def _lent_of(self, choice: _Choice, prompt: torch.Tensor) -> Lent | None:
         """Return what was chosen, for a request alone; None where it gives nothing after all."""
         source = choice.source
-        if isinstance(source, SavedPrefix):
-            cache, home = self._shelf.load(source), source if choice.whole else None
-            return None if cache is None else self._cut(cache, prompt, home)
         if isinstance(source, Kept) and choice.whole:
             return Lent(
                 cache=source.cache, ids=prompt, cached_tokens=choice.tokens, home=source.home
             )
-        try:
-            fork = source.cache.fork()
-        except HeadInferError as error:  # of a running request that has just failed
-            _logger.info("a prefix could not be forked: %s", error)
-            return None
-        return self._cut(fork, prompt, None)
+        if not isinstance(source, SavedPrefix):
+            return self._cut(source.cache.fork(), prompt, None)
+        cache = self._shelf.load(source)
+        lent = None
+        if cache is not None:
+            lent = self._cut(cache, prompt, source if choice.whole else None)
+        if lent is None:  # it may go back less far than was thought
+            source.earliest_crop = len(source.ids)
+        return lent
 
     def _cut(
         self, cache: OffloadedCache, prompt: torch.Tensor, home: SavedPrefix | None
     ) -> Lent | None:
         """Return a cache of nobody else with what a prompt shares with it; None for too little."""
-        tokens = cache.keep_common_prefix(prompt)
-        if tokens < LEAST_TOKENS:
+        try:
+            tokens = cache.keep_common_prefix(prompt)
+            if tokens >= LEAST_TOKENS:
+                cache.park()
+                cache.compact()
+                return Lent(cache=cache, ids=prompt, cached_tokens=tokens, home=home)
+        except BaseException:
             cache.close()
-            return None
-        cache.park()
-        cache.compact()
-        return Lent(cache=cache, ids=prompt, cached_tokens=tokens, home=home)
+            raise
+        cache.close()
+        return None
 
     def _parting(self, prompt: torch.Tensor) -> list[int]:
         """Return where a kept prefix parts from a prompt: the next prompt may part there, too."""
