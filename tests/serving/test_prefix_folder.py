@@ -65,6 +65,17 @@ def test_what_memory_has_no_room_for_goes_to_the_disk_and_comes_back(tmp_path: P
     assert size < 14 * 206 * PER_TOKEN
 
 
+def test_of_two_that_have_nearly_all_of_each_other_one_is_saved(tmp_path: Path) -> None:
+    text = tokens(400)
+    with desk_of("llama3", session_folder=tmp_path) as desk:
+        for seed in (4, 6):
+            cached(desk, "llama3", (*text, seed))
+        assert [each.tokens for each in desk.slots()] == [405, 405]
+    with desk_of("llama3", session_folder=tmp_path) as desk:
+        assert [each.tokens for each in desk.slots()] == [405]
+        assert cached(desk, "llama3", (*text, 8)) == 400
+
+
 def test_prefixes_of_another_model_are_left_alone(tmp_path: Path) -> None:
     with desk_of("llama3", session_folder=tmp_path) as desk:
         cached(desk, "llama3", tokens(60))

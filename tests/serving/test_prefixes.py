@@ -60,6 +60,14 @@ def test_questions_about_one_text_share_it(name: str, device: str) -> None:
     assert cached(again) == (200 if name == "qwen3-next" else 214)
 
 
+def test_what_is_kept_counts_without_what_its_answer_had_reserved() -> None:
+    with desk_of("llama3") as desk:
+        answer(desk, ask(tokens(40), 440, given={"max_time": 0.05}))
+        (kept,) = desk.slots()
+        per_token = desk._served.session.plan.kv_host_bytes(1)
+        assert kept.tokens * per_token <= kept.host_bytes <= 2.5 * (kept.tokens + 64) * per_token
+
+
 @pytest.mark.parametrize("name", ["gemma3", "qwen3-next"])
 def test_marks_are_where_messages_end(name: str) -> None:
     text = tokens(100)

@@ -131,6 +131,8 @@ def _check_values(tokenizer: Any, values: Mapping[str, Any]) -> None:
     taken = {"messages", *arguments}.difference(_PASSED_ON)
     for name in set(values).difference(_HEEDED):
         known = re.search(rf"\b{re.escape(name)}\b", source) is not None
+        if name == "tools" and not known:
+            raise OptionError("the model's chat template takes no tools; leave tools out")
         if name in taken or not known:
             raise OptionError(f"the model's chat template has no value {name!r} to set")
 

@@ -54,7 +54,7 @@ class Answering:
         if name and name != self._service.name:
             raise ProblemError(
                 404,
-                f"the model asked for is not served here; this server has {self._service.name}",
+                f"model {name[:100]!r} is not served here; this server has {self._service.name}",
                 param="model",
                 code="model_not_found",
             )

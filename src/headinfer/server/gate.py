@@ -84,7 +84,9 @@ class Gate:
         if self._keys and not free and not self._knows(_key(headers)):
             return ProblemError(
                 401,
-                "this server wants an API key: Authorization: Bearer KEY",
+                "this API key is not known here; send another as Authorization: Bearer KEY"
+                if _key(headers)
+                else "this server wants an API key: Authorization: Bearer KEY",
                 code="invalid_api_key",
             )
         length = headers.get("content-length", "0")

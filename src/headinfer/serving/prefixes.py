@@ -1,5 +1,6 @@
 """Caches of requests before, kept for those that begin with the same tokens."""
 
+import contextlib
 import logging
 import threading
 import time
@@ -9,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from headinfer.engine.stats import Stats
-from headinfer.errors import HeadInferError
+from headinfer.errors import HeadInferError, MemoryPlanError
 from headinfer.integration.cache import OffloadedCache
 from headinfer.integration.memory_held import held_by, held_together
 from headinfer.integration.token_history import common_prefix
@@ -300,6 +301,8 @@ class Prefixes:
             if keep and self._reuses and lent.cache.state.engine is not None:
                 lent.cache.progress = None
                 lent.cache.park()
+                with contextlib.suppress(MemoryPlanError):  # it is kept with what it has reserved
+                    lent.cache.compact()
                 self._keep(lent.cache, lent, lasting=True)
                 return
         except HeadInferError as error:

@@ -152,7 +152,10 @@ class Shelf:
 
     def _save(self, kept: Kept) -> None:
         """Have the disk hold a prefix, where that is worth it."""
-        if self._folder is None or kept.is_saved or not self._is_worth_saving(kept):
+        if self._folder is None or kept.is_saved:
+            return
+        if not self._is_worth_saving(kept):
+            kept.lasting = False  # or two that have nearly all of each other would both go unsaved
             return
         saved = self._folder.save(kept.cache, kept.home)
         if saved is not None:

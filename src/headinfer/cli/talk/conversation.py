@@ -1,5 +1,6 @@
 """A conversation with one model: its messages, its cache, and what the last answer took."""
 
+import operator
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -251,9 +252,16 @@ class Conversation:
 
 def _since(before: "Stats", after: "Stats") -> "Stats":
     """Return what was measured between two moments; peaks are those of the later one."""
-    sums = {
-        field.name: getattr(after, field.name) - getattr(before, field.name)
+    since = {
+        field.name: _difference(getattr(after, field.name), getattr(before, field.name))
         for field in fields(after)
         if field.name not in _PEAKS
     }
-    return replace(after, **sums)
+    return replace(after, **since)
+
+
+def _difference(later: Any, earlier: Any) -> Any:
+    """Return a difference of numbers, or of those of each device, if there were any before."""
+    if isinstance(later, tuple):
+        return tuple(map(operator.sub, later, earlier or (0.0,) * len(later)))
+    return later - earlier

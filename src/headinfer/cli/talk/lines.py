@@ -187,7 +187,7 @@ def _completer() -> "Completer":
             if not space:
                 known = (f"{MARK}{each}" for each in COMMANDS if text.startswith(MARK))
                 yield from (
-                    Completion(each, start_position=-len(text))
+                    Completion(f"{each} ", start_position=-len(text), display=each)
                     for each in known
                     if each.startswith(text)
                 )
