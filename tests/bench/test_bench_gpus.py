@@ -77,6 +77,7 @@ def test_heads_in_several_processes_agree_with_stock(environment, method, fill):
     assert bool(result.host_attended_kv_bytes) == (method == "heads-host")
 
 
+@pytest.mark.slow
 def test_a_model_with_weights_of_its_own_is_spread(environment, tmp_path):
     tiny_model("llama3", vocab_size=98).save_pretrained(tmp_path)
     shape = shape_of(str(tmp_path), dtype="float32")
@@ -114,6 +115,7 @@ def ranks_alive(mark: str) -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit_s", [3, 20])  # ranks load libraries then, or the trial runs
 def test_ranks_end_with_a_trial_that_takes_too_long(environment, monkeypatch, limit_s):
     mark = uuid.uuid4().hex

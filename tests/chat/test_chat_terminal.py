@@ -19,6 +19,7 @@ SHORT = ("--no-do-sample", "-n", 4)
 ENDLESS = ("--no-do-sample", "-n", 200_000)
 
 
+@pytest.mark.slow
 def test_a_conversation_from_hello_to_ctrl_d(terminal, chat_llama, conversed, tmp_path):
     screen = terminal("--model", chat_llama, "--no-do-sample", "-n", 6)
     screen.wait_for("Ctrl-D leaves")
@@ -61,6 +62,7 @@ def test_ctrl_c_stops_the_answer_and_what_was_said_stays(terminal, endless_llama
     assert screen.end() == 0
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_a_file_is_read_keeps_what_was_read(terminal, endless_llama, tmp_path):
     book = tmp_path / "book.txt"
     book.write_text("w1 w2 w3 w4 " * 10_000)
@@ -111,6 +113,7 @@ def test_keys(terminal, chat_llama, tmp_path):
     assert said[0]["content"] == "w9\n\nw7\nw14\nw21"
 
 
+@pytest.mark.slow
 def test_inputs_are_kept_between_runs_for_this_user_alone(terminal, chat_llama, tmp_path):
     for keys in ("w7 w14 w21", UP):
         session = tmp_path / f"{len(keys)}.hsession"
@@ -136,6 +139,7 @@ def test_without_a_place_for_the_history_there_is_a_note(terminal, chat_llama, t
     assert screen.end() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "code", "busy"),
     [
@@ -159,6 +163,7 @@ def test_signals_end_it_and_the_session_is_saved(
     assert len(json.loads((session / "messages.json").read_text())["messages"]) == 2
 
 
+@pytest.mark.slow
 def test_a_terminal_that_is_closed_ends_it(terminal, chat_llama):
     screen = terminal("--model", chat_llama, *SHORT)
     screen.wait_for(ASKED)

@@ -60,7 +60,7 @@ def attached(model: Any, *layers: int, **options: Any) -> Offload:
     return headinfer.attach(model, device="simulated", simulated_device=spread(*layers), **options)
 
 
-@pytest.mark.parametrize("layers", [(0, 1, 1), (1, 0, 2)])
+@pytest.mark.parametrize("layers", [pytest.param((0, 1, 1), marks=pytest.mark.slow), (1, 0, 2)])
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("name", ["llama3", "gemma3"])
 def test_generate_equals_launched_steps_and_stock(

@@ -75,6 +75,7 @@ def test_ctrl_c_ends_a_server_that_does_nothing(folder) -> None:
     assert (code, err) == (0, "")
 
 
+@pytest.mark.slow
 def test_sigterm_while_the_model_loads_ends_the_process(folder) -> None:
     with running("--model", folder, ready=False) as server:
         begun = time.monotonic()

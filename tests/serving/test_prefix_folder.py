@@ -128,6 +128,7 @@ def test_a_folder_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> N
         pass
 
 
+@pytest.mark.slow
 def test_a_long_prompt_is_saved_while_it_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
