@@ -66,6 +66,16 @@ LoadIn = Annotated[
     LoadInChoice | None,
     _load_in("Quantise weights to 4bit or 8bit as they are loaded; needs bitsandbytes."),
 ]
+Model = Annotated[
+    str,
+    model_option(
+        "--model",
+        "-m",
+        help_text="A folder or id of a transformers model, a GGUF file, smollm2, gemma3-270m, "
+        "or demo: the embedded one.",
+        metavar="ID_OR_PATH",
+    ),
+]
 LocalFilesOnly = Annotated[
     bool, model_option("--local-files-only", help_text="Never ask the model hub.")
 ]

@@ -66,16 +66,7 @@ def generate(
             "--allow-long-prompt", help_text="Run prompts beyond the positions of the model."
         ),
     ] = False,
-    model: Annotated[
-        str,
-        opt.model_option(
-            "--model",
-            "-m",
-            help_text="A folder or id of a transformers model, a GGUF file, smollm2, gemma3-270m, "
-            "or demo: the embedded one.",
-            metavar="ID_OR_PATH",
-        ),
-    ] = DEMO_MODEL,
+    model: form.Model = DEMO_MODEL,
     dtype: opt.Dtype = opt.DtypeChoice.AUTO,
     load_in: form.LoadIn = None,
     adapter: form.Adapter = None,

@@ -120,28 +120,14 @@ def serve(
             min=0.001,
         ),
     ] = None,
-    model: Annotated[
-        str,
-        opt.model_option(
-            "--model",
-            "-m",
-            help_text="A folder or id of a transformers model, a GGUF file, smollm2, gemma3-270m, "
-            "or demo: the embedded one.",
-            metavar="ID_OR_PATH",
-        ),
-    ] = DEMO_MODEL,
+    model: form.Model = DEMO_MODEL,
     dtype: opt.Dtype = opt.DtypeChoice.AUTO,
     load_in: form.LoadIn = None,
     adapter: form.Adapter = None,
     gpus: form.GpuCount = None,
     flags: dict[str, Any],
-    local_files_only: Annotated[
-        bool, opt.model_option("--local-files-only", help_text="Never ask the model hub.")
-    ] = False,
-    trust_remote_code: Annotated[
-        bool,
-        opt.model_option("--trust-remote-code", help_text="Run code that comes with the model."),
-    ] = False,
+    local_files_only: form.LocalFilesOnly = False,
+    trust_remote_code: form.TrustRemoteCode = False,
     threads: opt.Threads = None,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,

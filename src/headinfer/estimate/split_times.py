@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from headinfer.estimate.pipeline import pipeline
 from headinfer.plan.hardware import Hardware
-from headinfer.plan.predict import Predictor
+from headinfer.plan.predict import Predictor, sampled_chunks
 from headinfer.plan.shape import ModelShape
 from headinfer.plan.step_time import Parts, Placement
 
@@ -25,9 +25,6 @@ _ALL_REDUCE_S = 20e-6
 
 _REDUCES_A_LAYER = 2
 """All-reduces of a layer: behind its attention, and behind its MLP."""
-
-_SAMPLED_CHUNKS = 16
-"""Chunks of a prompt whose times are computed; those between are taken as like the nearest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,12 +135,8 @@ def _chunks(
     chunk_tokens: int | None, context_tokens: int, chunk_s: _ChunkTimes
 ) -> list[list[float]]:
     """Return the times of all chunks of a prompt, which are taken as equally long."""
-    chunks = math.ceil(context_tokens / (chunk_tokens or context_tokens))
-    new_tokens = context_tokens / chunks
-    samples = min(chunks, _SAMPLED_CHUNKS)
-    stride = chunks / samples
-    sampled = [
-        chunk_s(((sample + 0.5) * stride - 0.5) * new_tokens, new_tokens)
-        for sample in range(samples)
-    ]
+    stride, past_tokens, new_tokens = sampled_chunks(chunk_tokens, context_tokens)
+    sampled = [chunk_s(past, new_tokens) for past in past_tokens]
+    samples = len(sampled)
+    chunks = round(stride * samples)
     return [sampled[chunk * samples // chunks] for chunk in range(chunks)]

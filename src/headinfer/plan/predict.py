@@ -97,15 +97,21 @@ def active_parameters(shape: ModelShape) -> int:
     return total
 
 
-def _sampled_chunks(placement: Placement, context_tokens: int) -> tuple[float, list[float], float]:
+def sampled_chunks(
+    chunk_tokens: int | None, context_tokens: int
+) -> tuple[float, list[float], float]:
     """Return the chunks of a prefill that are computed, evenly spaced, where there are many.
 
     Chunks are taken as equally long.
 
+    Args:
+        chunk_tokens: tokens of a chunk at most; None for a prompt that passes as a whole.
+        context_tokens: of the prompt.
+
     Returns:
         How many chunks each of them stands for, the tokens before each, and the tokens of one.
     """
-    chunks = math.ceil(context_tokens / (placement.chunk_tokens or context_tokens))
+    chunks = math.ceil(context_tokens / (chunk_tokens or context_tokens))
     new_tokens = context_tokens / chunks
     samples = min(chunks, _SAMPLED_CHUNKS)
     stride = chunks / samples
@@ -148,7 +154,7 @@ class Predictor:
 
     def prefill_s(self, placement: Placement, context_tokens: int) -> float:
         """Return the seconds of a prefill: the sum over its chunks."""
-        stride, past_tokens, new_tokens = _sampled_chunks(placement, context_tokens)
+        stride, past_tokens, new_tokens = sampled_chunks(placement.chunk_tokens, context_tokens)
         return stride * sum(
             self.chunk(placement, past, new_tokens).seconds(overlap=placement.overlap)
             for past in past_tokens
@@ -165,7 +171,7 @@ class Predictor:
 
     def least_answer_s(self, placement: Placement, context_tokens: int) -> float:
         """Return a lower bound of `answer_s`, at little cost: a prefill computes at least."""
-        stride, past_tokens, new_tokens = _sampled_chunks(placement, context_tokens)
+        stride, past_tokens, new_tokens = sampled_chunks(placement.chunk_tokens, context_tokens)
         computing_s = [self._computing_s(placement, past, new_tokens) for past in past_tokens]
         return stride * sum(computing_s) + ANSWER_TOKENS * self.decode_s(placement, context_tokens)
 
