@@ -134,6 +134,14 @@ def test_groups_and_query_tokens(dtype: torch.dtype) -> None:
     assert served >= 24
 
 
+@pytest.mark.parametrize("q_len", [5, 9, 16])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_rows(dtype: torch.dtype, q_len: int) -> None:
+    """As where drafted tokens are verified; the library is one for all numbers of rows."""
+    for batch, group, dim in ((1, 4, 32), (2, 7, 32), (1, 16, 64)):
+        check(Case((batch, 2, group, q_len, dim), (33, 600), dtype), dtype)
+
+
 @pytest.mark.parametrize("kv_heads", [1, 2, 3])
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -339,7 +347,7 @@ def test_what_the_kernels_cannot_read_is_left_to_others() -> None:
 
 
 @pytest.mark.parametrize(
-    "shape", [(1, 2, 17, 1, 64), (1, 2, 4, 8, 64), (1, 2, 1, 1, 40), (1, 2, 1, 0, 64)]
+    "shape", [(1, 2, 257, 1, 64), (1, 2, 20, 13, 64), (1, 2, 1, 1, 40), (1, 2, 1, 0, 64)]
 )
 def test_shapes_without_jobs(shape: tuple[int, ...]) -> None:
     query = torch.zeros(shape)
