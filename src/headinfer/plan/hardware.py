@@ -76,17 +76,6 @@ class Hardware:
         """Bytes of weights that accelerate brings to a GPU in a second; None without a link."""
         return self.link_bytes_per_s and _PAGEABLE_SHARE * self.link_bytes_per_s
 
-    def host_attention_at(self, new_tokens: int) -> float:
-        """Return the KV bytes that the CPU attends in a second for some new tokens at once.
-
-        Its time for a byte grows evenly with them, from the one measured rate to the other.
-        """
-        one, most = self.host_attention_bytes_per_s, self.host_verify_bytes_per_s
-        if new_tokens == 1 or most is None:
-            return one
-        part = (new_tokens - 1) / (MAX_ASKED_TOKENS - 1)
-        return 1 / ((1 - part) / one + part / most)
-
     def with_busy_links(self, gpus: int) -> "Hardware":
         """Return what each of some GPUs has while the links of all of them are busy.
 
@@ -112,3 +101,14 @@ class Hardware:
             host_verify_bytes_per_s=None if verify is None else verify / processes,
             host_shared_bytes_per_s=None if shared is None else shared / processes,
         )
+
+    def host_attention_at(self, new_tokens: int) -> float:
+        """Return the KV bytes that the CPU attends in a second for some new tokens at once.
+
+        Its time for a byte grows evenly with them, from the one measured rate to the other.
+        """
+        one, most = self.host_attention_bytes_per_s, self.host_verify_bytes_per_s
+        if new_tokens == 1 or most is None:
+            return one
+        part = (new_tokens - 1) / (MAX_ASKED_TOKENS - 1)
+        return 1 / ((1 - part) / one + part / most)
