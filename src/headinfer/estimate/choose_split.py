@@ -10,9 +10,6 @@ from headinfer.estimate.situation import Situation
 from headinfer.plan.predict import ANSWER_TOKENS
 from headinfer.units import format_bytes, format_seconds, format_tokens
 
-_UNEVEN = 1.2
-"""How many times an even part's layers a GPU may have before that is told."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SplitChoice:
@@ -70,12 +67,6 @@ def _own_reasons(situation: Situation, plan: SplitPlan) -> Iterator[str]:
     elif plan.split is Split.LAYERS:
         layers = ", ".join(str(use.layers) for use in plan.uses)
         yield f"The GPUs have {layers} layers, in the order of the model."
-        even = -(-len(situation.shape.layers) // plan.gpus)
-        if not plan.brought_bytes and max(use.layers for use in plan.uses) > _UNEVEN * even:
-            yield (
-                f"That is how transformers spreads it. A device_map of your own with {even} layers "
-                "on each GPU would keep all of them at work."
-            )
         if plan.brought_bytes:
             yield (
                 "Weights in CPU memory compute on the first GPU, behind the others. So chunks of "

@@ -1,13 +1,16 @@
 """A model's layers and weights on several GPUs: by layers, as accelerate, or by heads, as ranks.
 
+Where the GPUs hold all weights, each has as many layers as can be (`even_layers`). Otherwise
 `device_map="auto"` of transformers fills one GPU after another with whole layers, each but the last
 up to an equal part and something more. The first GPU keeps room for the largest module. What no GPU
-holds stays in CPU memory, and the first GPU computes it. A test compares this with transformers.
+holds stays in CPU memory, and the first GPU computes it. Tests compare both with what is loaded.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from headinfer.plan.even_layers import even_layers
 from headinfer.plan.memory import weights_room_bytes
 from headinfer.plan.shape import LayerKind, LayerShape, ModelShape
 
@@ -55,9 +58,40 @@ def by_layers(
         quantising: whether bitsandbytes quantises weights as they are loaded.
     """
     modules = _modules(shape)
-    largest = max(size for _, size in modules)
     share = _QUANTISING_SHARE if quantising else 1.0
     limits = [int(share * weights_room_bytes(given)) for given in memory_bytes]
+    held, brought = _evenly(shape, limits), list[int]()
+    if held is None:
+        held, brought = _one_after_the_other(shape, limits)
+    shares = [
+        Share(shape=_part(shape, modules, positions, brought), device_memory_bytes=given)
+        for positions, given in zip(held, memory_bytes, strict=True)
+        if any(modules[position][0] is not None for position in positions)
+    ]
+    return Spread(
+        shares=tuple(shares), host_bytes=sum(modules[position][1] for position in brought)
+    )
+
+
+def _evenly(shape: ModelShape, limits: Sequence[int]) -> list[list[int]] | None:
+    """Return the modules on each GPU, by their places; None where all do not fit."""
+    layers, each = len(shape.layers), shape.layer_bytes
+    counts = even_layers([each] * layers, shape.embedding_bytes, shape.output_bytes, limits)
+    if counts is None:
+        return None
+    ends = list(itertools.accumulate(counts, initial=1))
+    held = [list(range(*stretch)) for stretch in itertools.pairwise(ends)]
+    held[0].insert(0, 0)
+    held[-1] += [layers + 1] if shape.output_bytes else []
+    return held
+
+
+def _one_after_the_other(
+    shape: ModelShape, limits: Sequence[int]
+) -> tuple[list[list[int]], list[int]]:
+    """Return the modules on each GPU as transformers fills them, and those that are brought."""
+    modules = _modules(shape)
+    largest = max(size for _, size in modules)
     if len(limits) > 1:
         equal = shape.weights_bytes // len(limits) + int(_MORE * largest)
         limits = [*(min(limit, equal) for limit in limits[:-1]), limits[-1]]
@@ -74,14 +108,7 @@ def by_layers(
             held[gpu].append(position)
             used[gpu] += size
     held[0] += brought  # accelerate brings them to the first GPU, and there they compute
-    shares = [
-        Share(shape=_part(shape, modules, positions, brought), device_memory_bytes=given)
-        for positions, given in zip(held, memory_bytes, strict=True)
-        if any(modules[position][0] is not None for position in positions)
-    ]
-    return Spread(
-        shares=tuple(shares), host_bytes=sum(modules[position][1] for position in brought)
-    )
+    return held, brought
 
 
 def _modules(shape: ModelShape) -> list[tuple[LayerShape | None, int]]:

@@ -62,15 +62,36 @@ class Gpus:
                 f"gpus is {self.count}, but CUDA shows {seen} here; give at most {there}"
             )
 
-    def keywords(self) -> dict[str, Any]:
-        """Return keywords for `from_pretrained`; what the GPUs do not hold stays in CPU memory."""
+    def keywords(
+        self, config: Any, dtype: str, quantization: Any = None, *, trust_remote_code: bool = False
+    ) -> dict[str, Any]:
+        """Return keywords for `from_pretrained`.
+
+        Layers lie on the GPUs in even numbers where these hold all weights. Otherwise transformers
+        fills one GPU after the other, and what none holds stays in CPU memory.
+
+        Args:
+            config: the model's.
+            dtype: "auto" or a torch dtype's name.
+            quantization: how weights are quantised as they are loaded; None for not at all.
+            trust_remote_code: whether code that comes with the model may run.
+        """
+        from headinfer.device.host_memory import available_host_bytes
+        from headinfer.integration.even_map import even_map
+
+        limits = self._limits()
+        even = even_map(config, dtype, quantization, limits, trust_remote_code=trust_remote_code)
+        if even is not None:
+            return {"device_map": even}
+        most: dict[int | str, int] = dict(enumerate(limits))
+        return {"device_map": "auto", "max_memory": {**most, "cpu": available_host_bytes()}}
+
+    def _limits(self) -> list[int]:
+        """Return the most bytes of weights on each GPU."""
         import torch
 
-        from headinfer.device.host_memory import available_host_bytes
-
-        most: dict[int | str, int] = {}
+        limits = []
         for number, asked in enumerate(self.memory_bytes):
             free = torch.cuda.mem_get_info(number)[0]
-            given = free if asked is None else min(asked, free)
-            most[number] = weights_room_bytes(given)
-        return {"device_map": "auto", "max_memory": {**most, "cpu": available_host_bytes()}}
+            limits.append(weights_room_bytes(free if asked is None else min(asked, free)))
+        return limits
