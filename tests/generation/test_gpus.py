@@ -51,6 +51,25 @@ def test_weights_take_a_share_of_what_each_gpu_gives() -> None:
 
 
 @pytest.mark.usefixtures("_two_gpus")
+def test_weights_in_cpu_memory_leave_what_the_kv_cache_was_given(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = "headinfer.device.host_memory"
+    monkeypatch.setattr(f"{module}.all_host_bytes", lambda: 64 * GIB)
+    monkeypatch.setattr(f"{module}.available_host_bytes", lambda: 60 * GIB)
+    config = AutoConfig.for_model(**PRESETS["llama-3-70b"])
+
+    def for_weights(**options: object) -> float:
+        most = gpus_of(1, **options).keywords(config, "bfloat16")["max_memory"]
+        return most["cpu"] / GIB
+
+    assert for_weights() == 60
+    # 1 GiB is for the process, 1 in reserve, and pages have tables.
+    assert for_weights(host_memory="10GiB") == pytest.approx(58 * 4096 / (4096 + 88) - 10)
+    assert for_weights(host_memory="100GiB") == 0
+
+
+@pytest.mark.usefixtures("_two_gpus")
 def test_layers_are_even_where_the_gpus_hold_all_weights() -> None:
     config = AutoConfig.for_model(**PRESETS["llama-3-8b"])
 

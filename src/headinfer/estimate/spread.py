@@ -3,7 +3,8 @@
 Where the GPUs hold all weights, each has as many layers as can be (`even_layers`). Otherwise
 `device_map="auto"` of transformers fills one GPU after another with whole layers, each but the last
 up to an equal part and something more. The first GPU keeps room for the largest module. What no GPU
-holds stays in CPU memory, and the first GPU computes it. Tests compare both with what is loaded.
+holds stays in CPU memory, and what that does not hold on a disk. The first GPU computes both. Tests
+compare all of this with what is loaded.
 """
 
 import itertools
@@ -41,20 +42,27 @@ class Spread:
     Attributes:
         shares: of each GPU that computes, in the order of the layers.
         host_bytes: weights that stay in CPU memory.
+        disk_bytes: weights that stay on a disk.
     """
 
     shares: tuple[Share, ...]
     host_bytes: int = 0
+    disk_bytes: int = 0
 
 
 def by_layers(
-    shape: ModelShape, memory_bytes: Sequence[int], *, quantising: bool = False
+    shape: ModelShape,
+    memory_bytes: Sequence[int],
+    *,
+    host_bytes: int | None = None,
+    quantising: bool = False,
 ) -> Spread:
     """Return a model spread by layers over GPUs that give so much memory each.
 
     Args:
         shape: of the model.
         memory_bytes: the most to use of each GPU.
+        host_bytes: the most of CPU memory for weights; None for no limit.
         quantising: whether bitsandbytes quantises weights as they are loaded.
     """
     modules = _modules(shape)
@@ -63,14 +71,14 @@ def by_layers(
     held, brought = _evenly(shape, limits), list[int]()
     if held is None:
         held, brought = _one_after_the_other(shape, limits)
+    on_disk = _on_disk([modules[position][1] for position in brought], host_bytes)
     shares = [
-        Share(shape=_part(shape, modules, positions, brought), device_memory_bytes=given)
+        Share(shape=_part(shape, modules, positions, brought, on_disk), device_memory_bytes=given)
         for positions, given in zip(held, memory_bytes, strict=True)
         if any(modules[position][0] is not None for position in positions)
     ]
-    return Spread(
-        shares=tuple(shares), host_bytes=sum(modules[position][1] for position in brought)
-    )
+    all_bytes = sum(modules[position][1] for position in brought)
+    return Spread(shares=tuple(shares), host_bytes=all_bytes - on_disk, disk_bytes=on_disk)
 
 
 def _evenly(shape: ModelShape, limits: Sequence[int]) -> list[list[int]] | None:
@@ -111,6 +119,19 @@ def _one_after_the_other(
     return held, brought
 
 
+def _on_disk(sizes: Sequence[int], host_bytes: int | None) -> int:
+    """Return what CPU memory does not hold of some modules, the first of which it has.
+
+    It keeps room for the largest that is still to come, through which all others are read.
+    """
+    used = 0
+    for place, size in enumerate(sizes):
+        if host_bytes is not None and used + size + max(sizes[place + 1 :], default=0) > host_bytes:
+            return sum(sizes[place:])
+        used += size
+    return 0
+
+
 def _modules(shape: ModelShape) -> list[tuple[LayerShape | None, int]]:
     """Return embedding, layers and output matrix, with their bytes; a tied one is not there."""
     layers: list[tuple[LayerShape | None, int]] = [
@@ -125,6 +146,7 @@ def _part(
     modules: Sequence[tuple[LayerShape | None, int]],
     positions: Sequence[int],
     brought: Sequence[int],
+    on_disk: int,
 ) -> ModelShape:
     """Return the shape of some of a model's modules, of which some are brought for each use."""
     sizes = {position: modules[position][1] for position in positions}
@@ -138,6 +160,7 @@ def _part(
         # What is brought lies on the GPU while it is used: a layer of it at the most.
         weights_bytes=sum(sizes.values()) - sum(coming) + max(coming, default=0),
         brought_bytes=sum(coming),
+        disk_bytes=on_disk if coming else 0,
         vocab_size=shape.vocab_size if outputs in positions else 0,
         embedding_bytes=sizes.get(0, 0),
         output_bytes=sizes.get(outputs, 0) if outputs else 0,
