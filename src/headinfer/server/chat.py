@@ -144,6 +144,7 @@ class ChatReply:
         """
         total, choices = Total(), list[dict[str, Any]]()
         taken: dict[str, Any] = {}
+        slot_id: str | None = None
         choice = self._new_choice()
         async for number, event in asked.events():
             if isinstance(event, Piece):
@@ -153,7 +154,7 @@ class ChatReply:
                     raise problem
                 choice.end()
                 total.add(0, event.usage)
-                taken = taken or timings(event.usage)
+                taken, slot_id = taken or timings(event.usage), event.slot_id
                 choices.append(
                     {
                         "index": number,
@@ -168,6 +169,7 @@ class ChatReply:
             "choices": choices,
             "usage": total.as_dict(),
             "timings": taken,
+            "id_slot": slot_id,
         }
 
     async def stream(self, asked: Asked) -> AsyncIterator[ServerSentEvent]:
@@ -190,7 +192,8 @@ class ChatReply:
                     yield self._chunk(number, delta, logprobs)
                 total.add(0, event.usage)
                 finish = finish_of(event, called=bool(choice.calls))
-                yield self._chunk(number, {}, finish=finish, timings=timings(event.usage))
+                took = timings(event.usage)
+                yield self._chunk(number, {}, finish=finish, timings=took, id_slot=event.slot_id)
             elif self._progress:
                 for more in progress_fields(event, told):
                     yield self._chunk(number, {}, **more)
