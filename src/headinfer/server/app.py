@@ -21,6 +21,7 @@ from headinfer.server.chat import ChatReply
 from headinfer.server.completions import CompletionReply
 from headinfer.server.gate import Gate
 from headinfer.server.metrics import Metrics
+from headinfer.server.mistakes import mistake_of
 from headinfer.server.parsing import MessageParser, parser_of
 from headinfer.server.problems import ProblemError, problem_of
 from headinfer.server.responses import ResponseReply
@@ -98,20 +99,7 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def _(_request: Request, error: RequestValidationError) -> Response:
-        return _validation_problem(error).response()
-
-
-def _validation_problem(error: RequestValidationError) -> ProblemError:
-    """Return what is wrong with a body by its first mistake, without what the body has there."""
-    first = error.errors()[0]
-    place = [str(part) for part in first["loc"] if part != "body"]
-    if first["type"] == "json_invalid":
-        return ProblemError(400, "the body is not JSON")
-    if not place:
-        return ProblemError(
-            400, "the body must be a JSON object, sent with Content-Type: application/json"
-        )
-    return ProblemError(400, f"{'.'.join(place)}: {first['msg']}", param=place[0])
+        return mistake_of(error).response()
 
 
 def _add_model(app: FastAPI, service: Service, metrics: Metrics) -> None:

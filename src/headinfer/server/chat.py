@@ -143,7 +143,6 @@ class ChatReply:
             ProblemError: it does not come.
         """
         total, choices = Total(), list[dict[str, Any]]()
-        taken: dict[str, Any] = {}
         slot_id: str | None = None
         choice = self._new_choice()
         async for number, event in asked.events():
@@ -154,7 +153,7 @@ class ChatReply:
                     raise problem
                 choice.end()
                 total.add(0, event.usage)
-                taken, slot_id = taken or timings(event.usage), event.slot_id
+                slot_id = event.slot_id
                 choices.append(
                     {
                         "index": number,
@@ -168,7 +167,7 @@ class ChatReply:
             **self._head("chat.completion"),
             "choices": choices,
             "usage": total.as_dict(),
-            "timings": taken,
+            "timings": total.timings(),
             "id_slot": slot_id,
         }
 

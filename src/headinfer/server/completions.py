@@ -48,7 +48,6 @@ class CompletionReply:
             ProblemError: it does not come.
         """
         total, choices = Total(), list[dict[str, Any]]()
-        taken: dict[str, Any] = {}
         slot_id: str | None = None
         texts: list[str] = []
         scores: list[TokenScore] = []
@@ -60,10 +59,10 @@ class CompletionReply:
                 if (problem := problem_at(event)) is not None:
                     raise problem
                 total.add(number // self._per_prompt, event.usage)
-                taken, slot_id = taken or timings(event.usage), event.slot_id
+                slot_id = event.slot_id
                 choices.append(_choice(number, "".join(texts), scores, 0, finish_of(event)))
                 texts, scores = [], []
-        took = {"usage": total.as_dict(), "timings": taken, "id_slot": slot_id}
+        took = {"usage": total.as_dict(), "timings": total.timings(), "id_slot": slot_id}
         return {**self._head(), "choices": choices, **took}
 
     async def stream(self, asked: Asked) -> AsyncIterator[ServerSentEvent]:

@@ -62,6 +62,25 @@ class SavedPrefix:
         self.id = self.id or self.path.stem
 
 
+def make_session_folder(path: str | os.PathLike[str]) -> None:
+    """Make a folder of prefixes, where there is none.
+
+    Args:
+        path: of the folder.
+
+    Raises:
+        OptionError: it cannot be made or written.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise PermissionError(13, "it may not be written")
+    except OSError as error:
+        raise OptionError(
+            f"session_folder {os.fspath(path)!r} cannot be used: {describe(error)}"
+        ) from error
+
+
 class PrefixFolder:
     """A folder of prefixes, each a session as `OffloadedCache.save` writes it.
 
@@ -77,14 +96,7 @@ class PrefixFolder:
         self.path = Path(path)
         self._session = session
         self._model: Fingerprint | None = None
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            if not os.access(self.path, os.W_OK | os.X_OK):
-                raise PermissionError(13, "it may not be written")
-        except OSError as error:
-            raise OptionError(
-                f"session_folder {os.fspath(path)!r} cannot be used: {describe(error)}"
-            ) from error
+        make_session_folder(path)
 
     def found(self) -> list[SavedPrefix]:
         """Return each session of this model that is there, oldest first.
