@@ -119,19 +119,20 @@ def serving(
     desk: ScriptedDesk | None,
     *,
     model_type: str = "qwen3",
+    tokenizer: Any = None,
     limits: Limits | None = None,
     ping_s: float = 0.1,
 ) -> Iterator[tuple[str, Service]]:
     """Serve a scripted desk, or none, as while a model is loading; yield its URL."""
     served = None
     if desk is not None:
-        tokenizer = make_tokenizer()
+        tokenizer = tokenizer or make_tokenizer()
         tokenizer.chat_template = TEMPLATE
         model = SimpleNamespace(
             config=SimpleNamespace(model_type=model_type),
             get_input_embeddings=lambda: SimpleNamespace(weight=SimpleNamespace(shape=(96, 8))),
         )
-        guide = Guide(tokenizer, 96, frozenset({2}))
+        guide = Guide(tokenizer, len(tokenizer), frozenset({2}))
         served = Served(
             name="scripted",
             model=model,
