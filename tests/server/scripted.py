@@ -54,6 +54,7 @@ class ScriptedDesk:
 
     def __init__(self, *scripts: Sequence[Any]) -> None:
         self.scripts = list(scripts)
+        self.uses_marks = False
         self.refuse: HeadInferError | None = None
         self.asks: list[Any] = []
         self.tickets: list[ScriptedTicket] = []
@@ -169,15 +170,22 @@ def listening(
 
 @contextmanager
 def tiny_server(folder: Any, **desk: Any) -> Iterator[Running]:
-    """Serve a tiny model in this process, at a desk of its own."""
+    """Serve a tiny model's folder in this process, at a desk of its own."""
     import transformers
-
-    import headinfer
-    from headinfer.serving.desk import Desk
 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    headinfer.attach(model, device="cpu")
+    with model_server(model, tokenizer, **desk) as server:
+        yield server
+
+
+@contextmanager
+def model_server(model: Any, tokenizer: Any, **desk: Any) -> Iterator[Running]:
+    """Serve a model in this process, at a desk of its own."""
+    import headinfer
+    from headinfer.serving.desk import Desk
+
+    headinfer.attach(model, device="cpu", chunk_tokens=64)
     made = Desk(model, tokenizer, **desk)
     served = Served(
         name="scripted",

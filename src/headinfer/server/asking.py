@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from headinfer.generation.prompt import Prompt, encode_prompt
+from headinfer.generation.prompt import Prompt, encode_prompt, message_ends
 from headinfer.server.bodies import (
     ChatBody,
     CompletionBody,
@@ -54,7 +54,8 @@ def chat_request(served: Served, body: ChatBody, limits: Limits) -> Request:
     """
     tools = chat_tools(body.tools, body.tool_choice)
     values = dict(body.chat_template_kwargs or {}) | ({"tools": tools} if tools else {})
-    ids = _encode(served, chat_messages(body.messages), values)
+    messages = chat_messages(body.messages)
+    ids = _encode(served, messages, values)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     if body.top_logprobs is not None and not body.logprobs:
         raise ProblemError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
@@ -62,7 +63,7 @@ def chat_request(served: Served, body: ChatBody, limits: Limits) -> Request:
     schema = _schema(body.response_format)
     guided = _guided(served, schema, ids, wanted_tools(tools, body.tool_choice))
     ask = _ask(served, body, ids, new_tokens, limits, logprobs, guided)
-    ask, spelled = _spelled(served, ask)
+    ask, spelled = _spelled(served, _marked(served, ask, messages, values))
     return Request(asks=_choices(ask, body.n or 1), tools=tools, spelled=spelled)
 
 
@@ -103,12 +104,22 @@ def response_request(served: Served, body: ResponseBody, limits: Limits) -> Requ
             )
     tools = response_tools(body.tools, body.tool_choice)
     values = dict(body.chat_template_kwargs or {}) | ({"tools": tools} if tools else {})
-    ids = _encode(served, response_messages(body.input, body.instructions), values)
+    messages = response_messages(body.input, body.instructions)
+    ids = _encode(served, messages, values)
     schema = _schema(body.text.format if body.text else None)
     guided = _guided(served, schema, ids, wanted_tools(tools, body.tool_choice))
     ask = _ask(served, body, ids, body.max_output_tokens, limits, None, guided)
-    ask, spelled = _spelled(served, ask)
+    ask, spelled = _spelled(served, _marked(served, ask, messages, values))
     return Request(asks=(ask,), tools=tools, spelled=spelled)
+
+
+def _marked(
+    served: Served, ask: Ask, messages: Sequence[Mapping[str, Any]], values: Mapping[str, Any]
+) -> Ask:
+    """Note where messages end, for a model whose cache cannot go back there."""
+    if not served.desk.uses_marks:
+        return ask
+    return replace(ask, marks=message_ends(served.tokenizer, messages, values))
 
 
 def _spelled(served: Served, ask: Ask) -> tuple[Ask, bool]:

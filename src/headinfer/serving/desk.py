@@ -121,6 +121,11 @@ class Desk:
         self._leave_experts = _keep_experts(model)
         self._vocabulary = int(model.get_input_embeddings().weight.shape[0])
 
+    @property
+    def uses_marks(self) -> bool:
+        """Whether `Ask.marks` are of use: the model cannot go back, and prefixes are kept."""
+        return self._served.prefixes.uses_marks
+
     def check(self, ask: Ask) -> None:
         """Refuse what cannot be answered, before anything is computed.
 

@@ -328,6 +328,11 @@ class Prefixes:
         lent.cache.close()
 
     @property
+    def uses_marks(self) -> bool:
+        """Whether prompts may leave snapshots at marks."""
+        return self._reuses and not self._goes_back
+
+    @property
     def yielding_bytes(self) -> int:
         """CPU memory of what is kept, and of running requests; what they share counts once."""
         with self._shelf.mutex:
