@@ -19,6 +19,9 @@ class Stats:
         captured_steps: those of them that were replayed, in one launch or in pieces.
         captures: decode steps that were captured to be replayed.
         capture_s: seconds that took, with what torch compiled for it; beside `decode_s`.
+        draft_steps: model calls in which a token was drafted.
+        draft_s: seconds of them, captures left out.
+        captured_drafts: those of them that were replayed.
         bytes_to_device: KV bytes copied over the link to the device.
         bytes_to_host: KV bytes copied back.
         bytes_attended_on_host: KV bytes attended by the CPU on behalf of a device.
@@ -38,6 +41,9 @@ class Stats:
     captured_steps: int = 0
     captures: int = 0
     capture_s: float = 0.0
+    draft_steps: int = 0
+    draft_s: float = 0.0
+    captured_drafts: int = 0
     bytes_to_device: int = 0
     bytes_to_host: int = 0
     bytes_attended_on_host: int = 0
