@@ -19,11 +19,14 @@ class Stats:
         captured_steps: those of them that were replayed, in one launch or in pieces.
         captures: decode steps that were captured to be replayed.
         capture_s: seconds that took, with what torch compiled for it; beside `decode_s`.
-        verifications: those of the model calls that verified drafts.
+        draft_steps: model calls in which a token was drafted.
+        captured_drafts: those of them that were replayed.
+        draft_s: seconds of drafting, by these calls or otherwise, captures left out. Those of an
+            answer's drafts are part of `decode_s`.
+        verifications: decode steps that verified drafts.
+        verify_s: seconds of them, a part of `decode_s`.
         drafted_tokens: drafts that they verified.
         accepted_tokens: drafts that were right; each verification gives one token more.
-        draft_s: of those seconds, drafting.
-        verify_s: of those seconds, the calls that verified.
         bytes_to_device: KV bytes copied over the link to the device.
         bytes_to_host: KV bytes copied back.
         bytes_attended_on_host: KV bytes attended by the CPU on behalf of a device.
@@ -43,11 +46,13 @@ class Stats:
     captured_steps: int = 0
     captures: int = 0
     capture_s: float = 0.0
+    draft_steps: int = 0
+    captured_drafts: int = 0
+    draft_s: float = 0.0
     verifications: int = 0
+    verify_s: float = 0.0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
-    draft_s: float = 0.0
-    verify_s: float = 0.0
     bytes_to_device: int = 0
     bytes_to_host: int = 0
     bytes_attended_on_host: int = 0
