@@ -56,7 +56,7 @@ class Request:
     quiet: bool
     verbose: bool
     tensor_parallel: bool = False
-    draft: Number = "auto"
+    draft: Number | None = None
     assistant: str | None = None
 
 

@@ -100,11 +100,11 @@ PlannedLoadIn = Annotated[
     LoadInChoice | None, _load_in("Plan for weights in 4bit or 8bit, as generate has them.")
 ]
 Draft = Annotated[
-    str,
+    str | None,
     sampling_option(
         "--draft",
-        help_text="Tokens that --assistant or --prompt-lookup drafts at a time; auto: what is "
-        "fastest, by times measured; off.",
+        help_text="Draft so many tokens at a time, by --assistant, --prompt-lookup, or else the "
+        "model itself; auto: what is fastest, by times measured; off. Same text, fewer steps.",
         metavar="COUNT",
     ),
 ]

@@ -32,7 +32,7 @@ from headinfer.cli.stages import Stages
 from headinfer.errors import OptionError
 from headinfer.generation.gpus import Gpus
 from headinfer.generation.model import choose_device, load_config, load_model, load_tokenizer
-from headinfer.generation.pace import check_number
+from headinfer.generation.pace import check_number, drafts_itself
 from headinfer.generation.settings import DEFAULT_NEW_TOKENS, settle
 from headinfer.gguf_models import unpacked_dtype
 from headinfer.plan.options import Options
@@ -88,7 +88,7 @@ def generate(
     ] = False,
     threads: opt.Threads = None,
     sampling: dict[str, Any],
-    draft: form.Draft = "auto",
+    draft: form.Draft = None,
     stop: form.Stop = None,
     seed: form.Seed = None,
     trace: Annotated[
@@ -125,11 +125,15 @@ def generate(
         if not tensor_parallel:
             ranks.check_alone("generate")
         check_writable("--trace", trace)
+        number = None if draft is None else check_number(draft, "--draft")
+        chosen = generation_options(sampling)
+        if drafts_itself(number, assistant, chosen.keywords()):
+            flags.setdefault("draft_tokens", "auto")
         options = Options.parse(**flags)
         split = tensor_parallel or (gpus or 1) > 1
         sessions.check_sessions(session, save_session, split=split)
         request = Request(
-            generation=generation_options(sampling),
+            generation=chosen,
             options=options,
             text=read_prompt(prompt, prompt_file or []),
             system=system,
@@ -147,7 +151,7 @@ def generate(
             ),
             dtype=dtype.value,
             stop=form.parse_stop(stop),
-            draft=check_number(draft, "--draft"),
+            draft=number,
             assistant=assistant,
             seed=seed,
             trace=trace,

@@ -1,4 +1,4 @@
-"""Where drafted tokens come from: the prompt itself, or a smaller model."""
+"""Where drafted tokens come from: the prompt itself, a smaller model, or the model itself."""
 
 from typing import Any, Protocol
 
@@ -62,6 +62,35 @@ class Lookup:
         return drafted
 
 
+class Itself:
+    """A drafter that is the answering model, attending a part of its cache that lies at hand.
+
+    Args:
+        model: attached.
+        cache: of the answer.
+    """
+
+    def __init__(self, model: PreTrainedModel, cache: OffloadedCache) -> None:
+        self._model = model
+        self._cache = cache
+
+    def begin(self, ids: torch.Tensor) -> None:
+        """Do nothing: the cache holds the prompt."""
+
+    def draft(self, ids: torch.Tensor, most: int, choice: Choice) -> list[int]:
+        """Return the tokens that the model would go on with by what is at hand."""
+        if self._cache.can_draft is not None:
+            return []
+        seen = ids
+        with self._cache.drafting():
+            for _ in range(most):
+                newest = seen[:, -1:].to(self._model.device)
+                token = choice.token(seen, last_logits(self._model, newest, self._cache)[None])
+                seen = torch.cat((seen, token[None]), dim=1)
+        drafted: list[int] = seen[0, ids.shape[1] :].tolist()
+        return drafted
+
+
 class Assistant:
     """A drafter that is a smaller model with the same tokenizer, and a cache of its own.
 
@@ -103,14 +132,13 @@ class Assistant:
         """Return the tokens that the model would go on with."""
         self._forget(ids)
         held = self._cache.get_seq_length()
-        seen, new, drafted = ids, ids[:, held:], []
+        seen, new = ids, ids[:, held:]
         for _ in range(most):
             logits = last_logits(self._model, new.to(self._model.device), self._cache)
             new = choice.token(seen, self._scores(logits))[None]
             seen = torch.cat((seen, new), dim=1)
-            drafted.append(int(new))
-        self._read, self._drafted = ids.shape[1], drafted
-        return drafted
+        self._read, self._drafted = ids.shape[1], seen[0, ids.shape[1] :].tolist()
+        return self._drafted
 
     def _forget(self, ids: torch.Tensor) -> None:
         """Take back what was drafted and not accepted."""

@@ -94,13 +94,15 @@ class Drafting:
         most = min(self._pace.number(ids.shape[1]), left, MOST_DRAFTED)
         if most < 1:
             return []
-        began_s = time.perf_counter()
+        own = self._cache.stats
+        began_s, captured_s, counted_s = time.perf_counter(), own.capture_s, own.draft_s
         ahead = choice.ahead(self._ahead(ids.device) if choice.samples else None)
         drafted = self._drafter.draft(ids, most, ahead)
-        seconds = time.perf_counter() - began_s
+        seconds = time.perf_counter() - began_s - (own.capture_s - captured_s)
+        counted_s = own.draft_s - counted_s  # by the model's calls with this cache
         self._pace.note_draft(len(drafted), seconds)
         for stats in self._stats:
-            stats.draft_s += seconds
+            stats.draft_s += seconds - counted_s
             stats.decode_s += seconds
         return drafted
 

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from headinfer.errors import OptionError
-from headinfer.generation.candidates import Assistant, Drafter, Lookup
+from headinfer.generation.candidates import Assistant, Drafter, Itself, Lookup
 from headinfer.generation.pace import MOST_DRAFTED, FixedPace, MeasuredPace, Number, Pace
 from headinfer.generation.settings import Settings
 from headinfer.integration.cache import OffloadedCache
 from headinfer.integration.layer import OffloadedLayer
 from headinfer.integration.said import SaidOnce
-from headinfer.ranks.group import Ranks
+from headinfer.session import Session
 
 _logger = logging.getLogger(__name__)
 _said = SaidOnce(_logger)
@@ -26,15 +26,16 @@ class Drafts:
     """A user's word on drafts.
 
     Attributes:
-        number: to draft at a time; "auto" for what makes a token cheapest, which may be none.
+        number: to draft at a time; "auto" for what makes a token cheapest, which may be none. None
+            is "auto" where somebody can draft.
         assistant: a smaller model that drafts; None for none.
     """
 
-    number: Number = "auto"
+    number: Number | None = None
     assistant: PreTrainedModel | None = None
 
     def begin(
-        self, model: PreTrainedModel, settings: Settings, cache: OffloadedCache, ranks: Ranks
+        self, model: PreTrainedModel, settings: Settings, cache: OffloadedCache, session: Session
     ) -> tuple[Drafter, Pace] | None:
         """Return who drafts for one answer, and at which pace; None where nobody does.
 
@@ -42,33 +43,53 @@ class Drafts:
             model: that answers.
             settings: of the answer.
             cache: its.
-            ranks: processes that compute the model.
+            session: the attachment.
 
         Raises:
             OptionError: the settings do not go together.
         """
-        lookup = settings.lookup_tokens
-        if self.number == "off" or (lookup is None and self.assistant is None):
+        if self.number == "off":
             return None
-        if lookup is not None and self.assistant is not None:
-            raise OptionError(
-                "an assistant and prompt_lookup_num_tokens both draft; leave one of them out"
-            )
+        found = self._drafter(model, settings, cache, session)
+        if found is None:
+            if self.number is not None:
+                _say("the model was attached without draft_tokens, and nobody else drafts")
+            return None
         if (obstacle := _obstacle(settings, cache)) is not None:
-            _said.say(logging.WARNING, obstacle, "nothing is drafted: %s", obstacle)
+            _say(obstacle)
             return None
-        drafter: Drafter
-        if self.assistant is None:
-            assert lookup is not None
-            most, tried, drafter = lookup, lookup, Lookup(settings.lookup_ngram_tokens)
-        else:
-            vocabulary = model.config.get_text_config(decoder=True).vocab_size
-            most, tried, drafter = _AUTO_MOST, 1, Assistant(self.assistant, vocabulary)
-        if self.number != "auto":
+        drafter, most, tried = found
+        if isinstance(self.number, int):
             return drafter, FixedPace(self.number)
-        if ranks.size > 1:  # each would go by its own clock
-            return (drafter, FixedPace(lookup)) if lookup is not None else None
-        return drafter, MeasuredPace(min(most, MOST_DRAFTED), tried)
+        if session.ranks.size == 1:
+            return drafter, MeasuredPace(min(most, MOST_DRAFTED), tried)
+        if settings.lookup_tokens is not None:
+            return drafter, FixedPace(settings.lookup_tokens)
+        _say("each of several ranks would go by its own clock; give a number to draft")
+        return None
+
+    def _drafter(
+        self, model: PreTrainedModel, settings: Settings, cache: OffloadedCache, session: Session
+    ) -> tuple[Drafter, int, int] | None:
+        """Return who drafts, how many at the most and how many in a trial; None for nobody."""
+        lookup = settings.lookup_tokens
+        if self.assistant is not None:
+            if lookup is not None:
+                raise OptionError(
+                    "an assistant and prompt_lookup_num_tokens both draft; leave one of them out"
+                )
+            vocabulary = model.config.get_text_config(decoder=True).vocab_size
+            return Assistant(self.assistant, vocabulary), _AUTO_MOST, 1
+        if lookup is not None:
+            return Lookup(settings.lookup_ngram_tokens), lookup, lookup
+        if session.plan.draft_tokens:
+            return Itself(model, cache), _AUTO_MOST, 1
+        return None
+
+
+def _say(why: str) -> None:
+    """Say why nothing is drafted, once."""
+    _said.say(logging.WARNING, why, "nothing is drafted: %s", why)
 
 
 def _obstacle(settings: Settings, cache: OffloadedCache) -> str | None:

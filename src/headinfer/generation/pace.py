@@ -67,6 +67,20 @@ def check_number(given: object, name: str = "draft") -> Number:
     return number
 
 
+def drafts_itself(
+    number: Number | None, assistant: object, generation: Mapping[str, object]
+) -> bool:
+    """Whether a user who says how many to draft, and not who does, means the model itself.
+
+    Args:
+        number: that was given; None where none was.
+        assistant: that was given; None where none was.
+        generation: settings of transformers that were given, by name.
+    """
+    lookup = generation.get("prompt_lookup_num_tokens")
+    return number not in (None, "off") and assistant is None and lookup is None
+
+
 def expected_tokens(drafts: int, acceptance: float) -> float:
     """Return the tokens that a verification gives on average.
 

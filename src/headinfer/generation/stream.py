@@ -24,7 +24,7 @@ from headinfer.generation.model import (
     load_model,
     load_tokenizer,
 )
-from headinfer.generation.pace import check_number
+from headinfer.generation.pace import check_number, drafts_itself
 from headinfer.generation.prompt import Prompt, encode_prompt
 from headinfer.generation.quantised import check_load_in
 from headinfer.generation.settings import check_given, settle
@@ -95,7 +95,7 @@ def generate(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     stop: str | Sequence[str] | None = None,
     progress: PrefillProgress | None = None,
-    draft: str | int = "auto",
+    draft: str | int | None = None,
     assistant: "str | os.PathLike[str] | PreTrainedModel | None" = None,
     **keywords: Any,
 ) -> Generator[Generated, None, None]:
@@ -119,8 +119,10 @@ def generate(
         stop: strings that end the answer and are no part of it. A special token may be one.
             (`stop_strings`, which transformers has, stay in the text.)
         progress: called during prefill with the tokens done and the tokens in all; may raise.
-        draft: how many tokens the assistant, or a lookup in the prompt, drafts at a time. It is a
-            number, "off", or "auto" for what makes a token cheapest by times measured.
+        draft: how many tokens are drafted at a time: a number, "off", or "auto" for what makes a
+            token cheapest by times measured. The assistant drafts, or a lookup in the prompt.
+            Without these the model drafts itself, if it was attached with `draft_tokens`. A model
+            that is attached here is, where `draft` is given.
         assistant: a smaller model with the same tokenizer, which drafts: a folder, an id, or a
             loaded model.
         keywords: options of `attach`, unless the model is attached; and settings of transformers'
@@ -135,9 +137,12 @@ def generate(
     """
     options = {name: keywords.pop(name) for name in DECLARATIONS if name in keywords}
     given = {name: value for name, value in keywords.items() if value is not None}
-    parsed = Options.parse(**options)
     check_given(given)
-    number, helper = check_number(draft), check_assistant(assistant)
+    number = None if draft is None else check_number(draft)
+    helper = check_assistant(assistant)
+    if owner_of(model) is None and drafts_itself(number, helper, given):
+        options.setdefault("draft_tokens", "auto")
+    parsed = Options.parse(**options)
     strings = check_stop(stop)
     if chat_template_kwargs is not None and not isinstance(chat_template_kwargs, Mapping):
         raise OptionError(
