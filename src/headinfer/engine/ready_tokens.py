@@ -150,10 +150,12 @@ class ReadyTokens(SavableTokens):
     def _memory(self) -> StepMemory:
         """Return the memory from which captured steps read what changes."""
         if self._step_memory is None:
-            heads = self.plan.batch * max(ledger.geometry.kv_heads for ledger in self._ledgers)
-            where = self._device.torch_device
-            self._step_memory = StepMemory(len(self._ledgers), heads, where)
+            self._step_memory = self._new_step_memory()
         return self._step_memory
+
+    def _new_step_memory(self) -> StepMemory:
+        heads = self.plan.batch * max(ledger.geometry.kv_heads for ledger in self._ledgers)
+        return StepMemory(len(self._ledgers), heads, self._device.torch_device)
 
     def _check_streaming(self) -> None:
         """Drop what streamed steps share where it does not serve those that are ready."""

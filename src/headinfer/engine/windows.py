@@ -63,6 +63,10 @@ class WindowKeeper:
         self._state(tail.piece, writes=False)
         return Tile(0, ledger.sink_tokens, tail.piece, tail.whole)
 
+    def make_room(self, ledger: Ledger) -> None:
+        """Have room for as many new tokens as are written in place, wherever those go later."""
+        self._with_room(ledger, self._page_tokens)
+
     def window_with_room(self, ledger: Ledger) -> Extent:
         """Return the window's tokens, for compute to write one behind them."""
         return self._with_room(ledger, 1)

@@ -32,7 +32,13 @@ from headinfer.engine.stats import Stats
 from headinfer.integration.alike import Way, go_alike
 from headinfer.integration.autocast import without_autocast
 from headinfer.integration.cache import OffloadedCache
-from headinfer.integration.captured_step import CapturedStep, Step, make_step, taking_back
+from headinfer.integration.captured_step import (
+    CapturedStep,
+    Step,
+    distrust,
+    make_step,
+    taking_back,
+)
 from headinfer.integration.compiler import begin_import
 from headinfer.integration.crossing import Crossings
 from headinfer.integration.decode_call import DecodeCall, DecodeCalls
@@ -122,8 +128,7 @@ class CapturedSteps:
             if ways:
                 self._refused.say_for_now("the ranks would capture different steps")
             self._in_a_row.discard(engine)
-            for other in engine.captured.values():
-                other.trusted = False
+            distrust(engine, new_tokens)
             return forward(**arguments)
         call, ready = way
         captured = engine.captured.get(call.key)
@@ -143,7 +148,8 @@ class CapturedSteps:
         if call.form is Form.STREAMED:
             engine.rest()
         for stats in (self._stats, cache.stats):
-            stats.captured_steps += 1
+            stats.captured_drafts += engine.drafting
+            stats.captured_steps += not engine.drafting
         return output
 
     def _agree(self, call: DecodeCall) -> None:
@@ -228,7 +234,7 @@ class CapturedSteps:
             captured = engine.captured.get(call.key)
             if captured is None or captured.reads != ready.reads:
                 call, ready = call.in_form(Form.IN_PIECES), IN_PIECES
-        if call.key in self._refused.keys:
+        if call.key in self._refused.keys and not engine.drafting:  # a draft is in one launch
             call, ready = call.in_form(Form.IN_PIECES), IN_PIECES
         if call.key in self._refused.keys:
             return None
@@ -299,7 +305,10 @@ class CapturedSteps:
             with self._fusion.on():
                 capture = self._device.capture(step.run, *self._devices[1:])
             weights = [each.detach() for each in (*model.parameters(), *model.buffers())]
-            captured = CapturedStep(step, capture, ready.reads, tuple(weights), call.past_tokens)
+            captured = CapturedStep(
+                *(step, capture, ready.reads, tuple(weights)),
+                *(call.past_tokens, engine.drafting),
+            )
             engine.captured[call.key] = captured
         for stats in (self._stats, cache.stats):
             stats.captures += captured is not None

@@ -147,12 +147,14 @@ def finish_of(ended: Ended, *, called: bool = False) -> str:
 
 def timings(usage: Usage) -> dict[str, Any]:
     """Return what a choice took, with llama-server's names."""
+    drafts = {"draft_n": usage.drafted_tokens, "draft_n_accepted": usage.accepted_tokens}
     return {
         "cache_n": usage.cached_tokens,
         "prompt_n": usage.prompt_tokens - usage.cached_tokens,
         "prompt_ms": round(1000 * usage.prefill_s, 1),
         "predicted_n": usage.completion_tokens,
         "predicted_ms": round(1000 * usage.decode_s, 1),
+        **(drafts if usage.drafted_tokens else {}),
     }
 
 

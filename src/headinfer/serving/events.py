@@ -76,6 +76,8 @@ class Usage:
         completion_tokens: of the answer.
         prefill_s: seconds that the model took for the prompt.
         decode_s: seconds that it took for the tokens after the first.
+        drafted_tokens: drafts that were verified.
+        accepted_tokens: of them, those that were right.
     """
 
     prompt_tokens: int
@@ -83,6 +85,8 @@ class Usage:
     completion_tokens: int
     prefill_s: float
     decode_s: float
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -283,6 +283,8 @@ class Request:
             completion_tokens=0 if generation is None else len(generation.ids),
             prefill_s=0.0 if generation is None else generation.stats.prefill_s,
             decode_s=0.0 if generation is None else generation.stats.decode_s,
+            drafted_tokens=0 if generation is None else generation.stats.drafted_tokens,
+            accepted_tokens=0 if generation is None else generation.stats.accepted_tokens,
         )
         stop = None if generation is None else generation.stop
         return Ended(reason, usage, stop, error, None if lent is None else lent.slot_id)
