@@ -103,6 +103,21 @@ def test_what_was_cropped_is_fetched_again_and_no_more() -> None:
     chat.engine.close()
 
 
+@pytest.mark.parametrize("kept", [None, 0, 2, 30])
+def test_a_conversation_that_begins_anew_drafts_from_its_own_tokens(kept: int | None) -> None:
+    chat = talk(0, resident=0)
+    chat.step(PROMPT_TOKENS)
+    chat.draft(2)
+    if kept is None:
+        chat.engine.clear()
+        chat.kv = [kv[:, :, :0] for kv in chat.kv]
+    else:
+        chat.crop(PROMPT_TOKENS - kept)
+    chat.step(40)
+    chat.draft(2)
+    chat.engine.close()
+
+
 changes = st.lists(
     st.one_of(
         st.tuples(st.just("draft"), st.integers(0, 6)),

@@ -38,7 +38,6 @@ class DraftableTokens(ReadyTokens):
         self._draft_copies = DraftCopies(device, stats)
         self._draft_memory: StepMemory | None = None  # beside that of other steps, which stays
         self._draft_ready: list[Ready] = []
-        self._before_drafts: list[int] = []  # tokens of each track
         super().__init__(device, plan, dtype, stats, parked=parked)
 
     @property
@@ -65,17 +64,11 @@ class DraftableTokens(ReadyTokens):
         """
         self.lengths()
         self.check_no_drafts()
-        self._before_drafts = [ledger.tokens for ledger in self._ledgers]
-        uninterrupted(self._fill_drafts)
+        uninterrupted(lambda: self._draft_copies.fill(self._full))
+        for ledger in self._ledgers:
+            ledger.firm_tokens = ledger.tokens
         self._draft_ready = []
         self.drafting = True
-
-    def _fill_drafts(self) -> None:
-        for ledger in self._ledgers:
-            if ledger.track.window_tokens is not None:
-                # Now: it drops its oldest tokens for room, and drafts must not push out more.
-                self._windows.make_room(ledger)
-        self._draft_copies.fill(self._full)
 
     def check_draft(self, batch: int, new_tokens: int) -> None:
         """Refuse a draft that there is no room for, before anything is done for it.
@@ -104,13 +97,15 @@ class DraftableTokens(ReadyTokens):
         """Forget what was drafted; may be called again."""
         if not self.drafting:
             return
-        for ledger, tokens in zip(self._ledgers, self._before_drafts, strict=True):
+        for ledger in self._ledgers:
             if ledger.draft is not None:
                 ledger.draft.tokens = 0
-            elif ledger.tokens >= tokens:
-                ledger.crop(tokens)
-            else:  # it was about to begin anew
-                self.half_done = True
+            elif ledger.firm_tokens is not None:
+                if ledger.tokens < ledger.firm_tokens:  # it was about to begin anew
+                    self.half_done = True
+                else:
+                    ledger.crop(ledger.firm_tokens)
+            ledger.firm_tokens = None
         self.drafting = False
 
     def begin_step(self) -> ReadyStep | None:
