@@ -12,21 +12,22 @@ from headinfer.device.cpu import CpuDevice
 from headinfer.device.simulated import SimulatedDevice
 from headinfer.engine.engine import Engine
 from headinfer.engine.stats import Stats
-from headinfer.plan.memory import resident_bytes
+from headinfer.plan.memory import draft_sink_tokens, resident_bytes
 from headinfer.plan.options import Options
 from headinfer.plan.plan import Plan
 from headinfer.plan.resolve import resolve
-from headinfer.schedule.route import Pass
 from shapes import model_shape
 
 DIM = 8
 
 
 @functools.cache
-def planned(device: str, layers: int, resident: int, share: float, window: int = 0) -> Plan:
+def planned(
+    device: str, layers: int, resident: int, share: float, window: int = 0, drafts: int = 0
+) -> Plan:
     """Return a plan of small tiles, chunks and pages; on the CPU nothing is resident or shared."""
     shape = model_shape(layers=layers, window_tokens=window, kv_heads=2, group=2, itemsize=8)
-    options = Options.parse(tile_heads=1, tile_tokens=16, chunk_tokens=12)
+    options = Options.parse(tile_heads=1, tile_tokens=16, chunk_tokens=12, draft_tokens=drafts)
     plan = resolve(shape, options, device=device)
     if device == "cpu":
         return plan
@@ -52,12 +53,13 @@ class Conversation:
     def draw(self, *shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=self.generator, dtype=torch.float64)
 
-    def step(self, tokens: int, kind: Pass = Pass.FORWARD, seen: list[int] | None = None) -> None:
-        """Pass tokens through all layers; compare each with attention to `seen` past tokens.
+    def step(self, tokens: int, seen: list[int] | None = None) -> list[torch.Tensor]:
+        """Pass tokens through all layers; return what each gives.
 
-        All past tokens are seen by default, but nothing is compared for other passes then.
+        It is compared with attention to `seen` past tokens, or to all; in layers without a window.
         """
         host = self.kernels if self.engine.plan.host_share else None
+        outputs = []
         for layer, window in enumerate(self.windows):
             query, new = self.draw(1, 2, 2, tokens, DIM), self.draw(2, 2, tokens, DIM)
             ours = self.engine.attend(
@@ -68,13 +70,32 @@ class Conversation:
                 scale=0.3,
                 window_tokens=window or None,
                 host_kernels=host,
-                kind=kind,
             )
-            past = self.kv[layer] if seen is None else self.kv[layer][:, :, seen]
+            past = self.kv[layer] if seen is None or window else self.kv[layer][:, :, seen]
             self.kv[layer] = torch.cat((self.kv[layer], new), dim=2)
-            if kind is Pass.FORWARD or seen is not None:
-                keys, values = torch.cat((past, new), dim=2)[:, None]
-                torch.testing.assert_close(ours, by_definition(query, keys, values, window))
+            keys, values = torch.cat((past, new), dim=2)[:, None]
+            torch.testing.assert_close(ours, by_definition(query, keys, values, window))
+            outputs.append(ours)
+        return outputs
+
+    def draft(self, tokens: int) -> None:
+        """Draft tokens one by one, compare each with what it is to attend, and forget them."""
+        plan, past, kv = self.engine.plan, self.kv[0].shape[2], list(self.kv)
+        sinks = draft_sink_tokens(plan.draft_tokens)
+        seen = [*range(sinks), *range(past - plan.draft_tokens + sinks, past)]
+        self.engine.begin_drafts()
+        for drafted in range(tokens):
+            self.step(1, [*seen, *range(past, past + drafted)])
+            assert self.engine.lengths() == [past + drafted + 1] * len(kv)
+        self.engine.end_drafts()
+        self.kv = kv
+
+    def fork(self) -> None:
+        """Go on with a copy of the engine."""
+        engine = Engine(self.engine.device, self.engine.plan, self.engine.dtype, Stats())
+        engine.copy_from(self.engine)
+        self.engine.close()
+        self.engine = engine
 
     def crop(self, tokens: int) -> None:
         for layer in range(len(self.windows)):

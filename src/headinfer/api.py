@@ -37,6 +37,7 @@ def attach(
     capture: bool = True,
     fuse: str = "auto",
     resident_tokens: str | int = "auto",
+    draft_tokens: str | int = 0,
     host_attention: str | float = "auto",
     sparsity: str | float = 0.0,
     head_pattern: str | os.PathLike[str] | None = None,
@@ -71,6 +72,9 @@ def attach(
             their last bits.
         resident_tokens: the oldest tokens to keep in GPU memory, where they need not be fetched: a
             count, 0, "all", or "auto" for what fits in `device_memory`.
+        draft_tokens: tokens of each layer that drafts attend, in copies in GPU memory. They are the
+            oldest and the newest. A count, "auto" for an eighth of the context, or 0 for no drafts
+            (`OffloadedCache.drafting`).
         host_attention: share of the other tokens that the CPU attends in decode steps: a number
             from 0 to 1, "off" or "auto". "auto" begins with the rates that `headinfer probe`
             measured, and goes on by who finishes first. The last bits of results may then differ
@@ -104,6 +108,7 @@ def attach(
         tile_heads=tile_heads,
         tile_tokens=tile_tokens,
         resident_tokens=resident_tokens,
+        draft_tokens=draft_tokens,
         host_attention=host_attention,
         overlap=overlap,
         capture=capture,

@@ -191,7 +191,7 @@ class Session:
         try:
             plan = self._resolve(batch, context_tokens, others, dtype)
         except MemoryPlanError:
-            keeping = [each for each in others if any(p.plan.resident_tokens for p in each.parts)]
+            keeping = [each for each in others if any(part.can_give_up for part in each.parts)]
             if not self.ranks.any(bool(keeping)):
                 raise
             for engine in keeping:

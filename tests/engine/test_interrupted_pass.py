@@ -11,7 +11,6 @@ from headinfer.attend.reference import ReferenceKernel
 from headinfer.attend.table import Kernels
 from headinfer.attend.work import Work
 from headinfer.plan.plan import Plan
-from headinfer.schedule.route import Pass
 
 STRIDE = 17
 """Each seventeenth line of a pass is interrupted; all of them would take minutes."""
@@ -103,7 +102,8 @@ class Failing(ReferenceKernel):
 def test_a_layer_that_failed_does_not_spoil_what_comes_next(layers: int, window: int) -> None:
     for failing in range(1, 30, 2):
         kernel = Failing()
-        chat = Conversation(planned("simulated", layers, 0, 0.0, window), 0, Kernels([kernel]))
+        plan = planned("simulated", layers, 0, 0.0, window, drafts=17)
+        chat = Conversation(plan, 0, Kernels([kernel]))
         for tokens in (70, 1, 1):
             chat.step(tokens)
         before, kv = [chat.engine.tokens(layer) for layer in range(layers)], list(chat.kv)
@@ -115,7 +115,7 @@ def test_a_layer_that_failed_does_not_spoil_what_comes_next(layers: int, window:
                 chat.engine.crop(layer, chat.engine.tokens(layer) - before[layer])
             chat.kv = kv
         kernel.left = -1
-        chat.step(1, Pass.DRAFT)
         chat.step(1)
+        chat.draft(2)
         chat.step(1)
         chat.engine.close()

@@ -51,7 +51,7 @@ def exercise(
     streaming: bool = False,
     capture: bool = True,
 ) -> torch.Tensor:
-    """Go through all that moves KV: chunks, decoding past a page, crop, beams, a copied cache.
+    """Go through all that moves KV: chunks, decoding past a page, crop, beams, a copy, drafts.
 
     Some tokens are resident, and some attended by the host. With `streaming` half of the heads see
     sinks and a window alone. With several devices there is one for each layer.
@@ -69,6 +69,7 @@ def exercise(
         capture=capture,
         resident_tokens=9,
         host_attention=0.4,
+        draft_tokens=13,
         **(STREAMING if streaming else {}),
     ) as offload:
         cache = offload.new_cache()
@@ -87,12 +88,26 @@ def exercise(
         outputs.append(model(prompt[:, :14], past_key_values=cache).logits)
         cache.batch_select_indices(torch.tensor([1]))
         outputs.append(model(prompt[:1, :9], past_key_values=cache).logits)
+        outputs += drafts(model, cache, prompt[:1])
         cache.close()
         outputs.append(model(prompt[:, :2], past_key_values=copied).logits)
     del cache, copied
     for device in devices:
         device.memory.check()
     return torch.cat([output[:1].flatten() for output in outputs])
+
+
+def drafts(model: PreTrainedModel, cache: Any, prompt: torch.Tensor) -> list[torch.Tensor]:
+    """Return what drafts give, whose copies come from the page, from the host, and both."""
+    outputs = [model(prompt[:, :2], past_key_values=cache).logits]
+    with cache.drafting():
+        pass
+    cache.crop(-5)  # copies over the link then overwrite some that compute has made
+    for tokens in (3, 4):
+        with cache.drafting():
+            outputs += [model(prompt[:, :1], past_key_values=cache).logits for _ in range(5)]
+        outputs.append(model(prompt[:, :tokens], past_key_values=cache).logits)
+    return outputs
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["all", "half"])

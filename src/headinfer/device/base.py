@@ -24,6 +24,8 @@ class Edge(enum.Enum):
     QUERY_READY = "compute wrote a query, and merged the last answer; host work fetches and answers"
     TOKENS_SENT = "copy-out wrote tokens into the host store; host work attends them"
     ANSWERED = "host work wrote its partial result; compute merges it from where it is"
+    DRAFT_FREE = "compute has read copies that drafts attend; copy-in overwrites them"
+    DRAFT_FILLED = "copy-in copied tokens for drafts; compute attends them"
     STEP_READY = "other streams did what a captured step finds done; compute begins the step"
     STEP_DONE = "copy-in fetched a captured step's first tiles once more; compute ends the step"
     SERVED = "a server answered by a flag; host work goes on"

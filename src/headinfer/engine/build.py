@@ -33,6 +33,11 @@ def build(
     """
     assert sizes.in_place == device.tiles_are_views, "the plan is for a device of another kind"
     page_tokens, chunk_tokens = plan.page_tokens, plan.chunk_tokens
+    arena = Arena(device, plan.arena_bytes)
+    if plan.draft_tokens:
+        for ledger in ledgers:
+            piece = arena.take(ledger.geometry.num_bytes(plan.draft_tokens + page_tokens))
+            ledger.keep_drafts(piece, plan.draft_tokens, page_tokens)
     if device.tiles_are_views:
         pages = Pages(
             device,
@@ -42,8 +47,7 @@ def build(
             chunk_tokens=chunk_tokens,
             stats=stats,
         )
-        return InPlaceTiles(plan.tile_tokens), pages, 0
-    arena = Arena(device, plan.arena_bytes)
+        return InPlaceTiles(plan.tile_tokens), pages, arena.num_bytes
     # What lay there before may still be in use on compute. Copy-out reads what compute wrote later.
     device.copy_in.wait(device.compute.record(), Edge.MEMORY_FREE)
     buffers = [arena.take(plan.staging_bytes // STAGING_BUFFERS) for _ in range(STAGING_BUFFERS)]

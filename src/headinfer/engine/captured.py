@@ -20,9 +20,9 @@ import torch
 from headinfer.attend.work import TokenWork
 from headinfer.device.base import Capture, CaptureError, Device
 from headinfer.engine.chunk import Chunk
+from headinfer.engine.drafting import DraftableTokens
 from headinfer.engine.executor import PERFORM
 from headinfer.engine.ready import Form
-from headinfer.engine.ready_tokens import ReadyTokens
 from headinfer.engine.stats import Stats
 from headinfer.engine.streaming_step import StreamingStep
 from headinfer.kv.ledger import Ledger
@@ -32,7 +32,7 @@ from headinfer.schedule.steps import SendHome
 _Result = TypeVar("_Result")
 
 
-class CapturableTokens(ReadyTokens, abc.ABC):
+class CapturableTokens(DraftableTokens, abc.ABC):
     """A cache's tokens, to which a captured step can add one in each row.
 
     A replay of one launch goes between `begin_step` and `end_step`, and nothing else that changes
@@ -117,7 +117,7 @@ class CapturableTokens(ReadyTokens, abc.ABC):
             self._attend_aside(layer_idx, chunks)
             return
         for track, chunk in enumerate(chunks, self._layers[layer_idx].first_track):
-            streamed = self._ready[track].streamed
+            streamed = None if self.drafting else self._ready[track].streamed
             if streamed is None:
                 self._attend_at_place(track, chunk)
             else:
@@ -150,7 +150,8 @@ class CapturableTokens(ReadyTokens, abc.ABC):
 
     def _attend_at_place(self, track: int, chunk: Chunk) -> None:
         """Attend a token by a launch that reads its place."""
-        memory, ready = self._memory(), self._ready[track]
+        all_ready, memory = self._at_places()
+        ready = all_ready[track]
         extent, sink_tokens = ready.extent, ready.ledger.track.sink_tokens
         tile, place = extent.tile(extent.start, extent.limit), memory.places[track]
         work = TokenWork(
@@ -162,7 +163,7 @@ class CapturableTokens(ReadyTokens, abc.ABC):
         def launch() -> None:
             here = engine()
             assert here is not None
-            now = here._ready[track]
+            now = here._at_places()[0][track]
             here._pages.state_token(now.ledger.next_tile(now.extent))  # where that is checked
             kernels.decode(work)
 
@@ -176,6 +177,9 @@ class CapturableTokens(ReadyTokens, abc.ABC):
         all of it by itself.
         """
         if form is Form.IN_PIECES:
+            return
+        if self.drafting:
+            self._count_draft()
             return
         if form is Form.STREAMED and self._streaming is not None:
             self._streaming.count_step()

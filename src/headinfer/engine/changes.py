@@ -80,6 +80,7 @@ class ChangeableTokens(HeldTokens):
         Raises:
             CacheStateError: it has.
         """
+        self.check_no_drafts()
         layer = self._layers[layer_idx]
         if layer.uneven:
             self.lengths()  # refuses what was interrupted
@@ -178,6 +179,7 @@ class ChangeableTokens(HeldTokens):
     def _bring_home(self) -> None:
         """Have the host hold every token of the layers without a window, at rest."""
         self.lengths()  # refuses what was interrupted
+        self.check_no_drafts()
         if self.parked:
             return
         for ledger in self._full:

@@ -12,13 +12,20 @@ class CountedTokens:
     Attributes:
         plan: its sizes.
         parked: whether it has no arena.
+        drafting: whether the tokens that come are drafts.
     """
 
     plan: Plan
     parked: bool
+    drafting: bool
     _ledgers: list[Ledger]
     _full: list[Ledger]
     _arena_bytes: int
+
+    @property
+    def can_give_up(self) -> bool:
+        """Whether it has resident tokens that it can do without now."""
+        return self.plan.resident_tokens > 0 and not self.drafting
 
     @property
     def device_kv_bytes(self) -> int:

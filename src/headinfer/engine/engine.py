@@ -14,6 +14,7 @@ from headinfer.attend.table import Kernels
 from headinfer.engine.captured import CapturableTokens
 from headinfer.engine.chunk import Chunk
 from headinfer.engine.executor import PERFORM
+from headinfer.errors import CacheStateError
 from headinfer.kv.ledger import Ledger
 from headinfer.kv.pair import KV
 from headinfer.schedule.route import MAX_ASKED_TOKENS, Pass
@@ -43,9 +44,10 @@ class Engine(CapturableTokens):
         padding: Padding | None = None,
         sinks: torch.Tensor | None = None,
         host_kernels: Kernels | None = None,
-        kind: Pass = Pass.FORWARD,
     ) -> torch.Tensor:
         """Attend new tokens to the past and to themselves, and keep them.
+
+        A draft attends the copies that there are for drafts, and is kept beside what is counted.
 
         Args:
             layer_idx: which layer, counted among those that attend.
@@ -60,14 +62,14 @@ class Engine(CapturableTokens):
                 ones see. None when there is none.
             sinks: scores `[kv_heads, group]` of attention sinks, or None.
             host_kernels: what computes partials on the CPU for a device; None when nothing may.
-            kind: of pass. A draft attends only what is on the device, and is not exact.
 
         Returns:
             `[batch, q_len, kv_heads, group, value_dim]` in the query's dtype, newly allocated,
             valid on the compute stream.
 
         Raises:
-            CacheStateError: the cache was closed, or was made for other shapes.
+            CacheStateError: the cache was closed, or was made for other shapes; or a draft has
+                padding before it.
             CaptureError: it is captured, and cannot be.
             Exception: what the host's attention failed with, in this call or in one before.
         """
@@ -96,11 +98,14 @@ class Engine(CapturableTokens):
             self._attend_captured(layer_idx, chunks)
         else:
             for ledger, chunk in zip(layer.tracks, chunks, strict=True):
-                self._attend(ledger, chunk, kind)
+                self._attend(ledger, chunk)
         return layer.join(call, chunks)
 
-    def _attend(self, ledger: Ledger, call: Chunk, kind: Pass = Pass.FORWARD) -> None:
+    def _attend(self, ledger: Ledger, call: Chunk) -> None:
         """Attend new tokens of a track, and keep them."""
+        if self.drafting:
+            self._draft(ledger, call)
+            return
         executor, at_once, q_len = self._executor, self.plan.chunk_tokens, call.tokens
         if ledger.track.window_tokens is not None:
             at_once = max(q_len, 1)
@@ -119,7 +124,8 @@ class Engine(CapturableTokens):
                 if past < ledger.track.sink_tokens:
                     chunk.window_tokens = None  # what it sees are sinks
                 executor.new = chunk.new
-                for step in executor.steps_of(ledger, past, kind, chunk.tokens, host_share).steps:
+                steps = executor.steps_of(ledger, past, Pass.FORWARD, chunk.tokens, host_share)
+                for step in steps.steps:
                     PERFORM[type(step)](executor, step)
                 if executor.source.begun:
                     executor.source.end()
@@ -127,6 +133,19 @@ class Engine(CapturableTokens):
             executor.release()
         if self._host.pending:
             self._host.check()
+
+    def _draft(self, ledger: Ledger, call: Chunk) -> None:
+        """Attend a drafted token of a track, and keep it, whatever is on its way for others."""
+        if call.padding is not None:
+            raise CacheStateError("nothing is drafted behind padding; pass rows without any")
+        executor = self._executor
+        executor.ledger, executor.chunk, executor.new = ledger, call, call.new
+        call.past_tokens = tokens = ledger.tokens
+        try:
+            for step in executor.steps_of(ledger, tokens, Pass.DRAFT, call.tokens, 0.0).steps:
+                PERFORM[type(step)](executor, step)
+        finally:
+            executor.release()
 
     def append(self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Keep tokens that were computed elsewhere, without attending to anything.

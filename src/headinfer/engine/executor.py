@@ -136,6 +136,9 @@ class Executor:
         """Return the tokens of a place that has all a new one sees, with room for that one."""
         if where is Where.RESIDENT:
             return self.pages.residents_with_room(self.ledger)
+        if where is Where.DRAFT:
+            assert self.ledger.draft is not None
+            return self.ledger.draft
         return self._windows.window_with_room(self.ledger)
 
     def _decode(self, step: Decode) -> None:

@@ -45,6 +45,7 @@ class HeldTokens(CountedTokens):
         parked: whether it has no arena: it can be read, cropped, copied and saved, and not attended
             before it is given a plan.
         half_done: whether a change of all layers has begun and not ended, as after Ctrl-C.
+        drafting: whether the tokens that come are drafts.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class HeldTokens(CountedTokens):
         self.dtype = dtype
         self.closed = False
         self.half_done = False
+        self.drafting = False
         self._device = device
         self._stats = stats
         self._expected_tokens = 0
@@ -176,7 +178,7 @@ class HeldTokens(CountedTokens):
             self._check_open()
         layer = self._layers[layer_idx]
         for ledger in layer.tracks:
-            if ledger.track.window_tokens is None:
+            if ledger.track.window_tokens is None and not self.drafting:
                 self._reserve(ledger, new_tokens)
         return layer
 
@@ -244,8 +246,21 @@ class HeldTokens(CountedTokens):
             raise CacheStateError("this cache was closed; make another with offload.new_cache()")
         self._host.check()
 
+    def check_no_drafts(self) -> None:
+        """Refuse what would read or change the cache between drafts.
+
+        Raises:
+            CacheStateError: it is drafting.
+        """
+        if self.drafting:
+            raise CacheStateError(
+                "this cache has drafts in it, which are no part of its tokens; leave drafting() "
+                "before it is read or changed"
+            )
+
     def _come_to_rest(self) -> None:
         self._check_open()
+        self.check_no_drafts()
         self._settle()
         self._host.check()
 
@@ -256,6 +271,7 @@ class HeldTokens(CountedTokens):
             Exception: what the host's attention failed with, and nobody heard of; after all else.
         """
         if not self.closed:
+            self.check_no_drafts()
             self._settle()
             self._empty()
         self._check_open()
@@ -266,7 +282,7 @@ class HeldTokens(CountedTokens):
         for ledger in self._ledgers:
             ledger.clear()
         self._expected_tokens = 0
-        self.half_done = False
+        self.half_done = self.drafting = False
 
     def close(self) -> None:
         """Free all memory, once no copy touches it any more; may be called again.

@@ -49,13 +49,13 @@ class Layer:
 
     @property
     def tokens(self) -> int:
-        """Tokens the layer holds."""
-        return self.tracks[0].tokens
+        """Tokens the layer holds, drafts included."""
+        return self.tracks[0].tokens + self.tracks[0].drafted_tokens
 
     @property
     def uneven(self) -> bool:
         """Whether a call ended between its tracks, so that only closing is left to do."""
-        return len(self.tracks) > 1 and self.tracks[0].tokens != self.tracks[1].tokens
+        return len(self.tracks) > 1 and self.tokens != self.tracks[1].tokens
 
     def split(self, call: Chunk) -> tuple[Chunk, ...]:
         """Return a chunk for each track, with results of their own where there are two.

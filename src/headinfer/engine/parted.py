@@ -83,6 +83,35 @@ class PartedEngine(CapturableParts):
         for part in self.parts:
             part.half_done = half_done
 
+    @property
+    def drafting(self) -> bool:
+        """Whether the tokens that come are drafts."""
+        return any(part.drafting for part in self.parts)
+
+    def check_no_drafts(self) -> None:
+        """Refuse what would read or change the cache between drafts."""
+        for part in self.parts:
+            part.check_no_drafts()
+
+    def check_draft(self, batch: int, new_tokens: int) -> None:
+        """Refuse a draft that there is no room for; see `Engine.check_draft`."""
+        for part in self.parts:
+            part.check_draft(batch, new_tokens)
+
+    def begin_drafts(self) -> None:
+        """Have all tokens that come be drafts; see `Engine.begin_drafts`."""
+        try:
+            for part in self.parts:
+                with part.in_use():
+                    part.begin_drafts()
+        except BaseException:
+            self.end_drafts()
+            raise
+
+    def end_drafts(self) -> None:
+        """Forget what was drafted; may be called again."""
+        self._on_all(Engine.end_drafts)
+
     @contextlib.contextmanager
     def changing(self) -> Iterator[None]:
         """Mark all layers as half done until the `with` statement ends well."""

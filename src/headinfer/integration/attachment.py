@@ -200,14 +200,15 @@ class Attachment:
         )
         try:
             self._calls.append(call)
-            for watcher in cache.watchers:
+            watchers = () if cache.state.drafting else tuple(cache.watchers)
+            for watcher in watchers:
                 watcher.begin()
             arguments = call.begin(arguments)
             with self._linears.on(shape[0] * shape[1]):
                 output = self._captures.run(forward, cache, arguments, shape[1])
             self.functions.check_none_pending()
             output = call.end(output)
-            for watcher in cache.watchers:
+            for watcher in watchers:
                 watcher.end(output)
             return output
         finally:

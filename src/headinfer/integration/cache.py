@@ -13,8 +13,8 @@ from headinfer.errors import CacheStateError
 from headinfer.integration.cache_host import CacheHost
 from headinfer.integration.calls import cache_name
 from headinfer.integration.copying import copied
+from headinfer.integration.drafting import DraftableCache
 from headinfer.integration.layer import OffloadedLayer, WindowLayer
-from headinfer.integration.parkable import ParkableCache
 from headinfer.integration.prefix import keep_common_prefix
 from headinfer.integration.row_selection import rows_of, select
 from headinfer.integration.rows import chosen_rows
@@ -32,7 +32,7 @@ PrefillProgress = Callable[[int, int], None]
 """Told the tokens done and the tokens in all of a prompt, after each chunk."""
 
 
-class OffloadedCache(ParkableCache):
+class OffloadedCache(DraftableCache):
     """A transformers cache whose attention layers are attended tile by tile, from CPU memory.
 
     Windows stay in GPU memory; the states of linear attention are transformers' own. Made by
@@ -134,6 +134,8 @@ class OffloadedCache(ParkableCache):
         """
         self.state.check_open()
         engine = self.state.engine
+        if engine is not None:
+            engine.check_no_drafts()
         interrupted = engine is not None and engine.interrupted
         if engine is not None:
             engine.half_done = True  # until `clear` is done

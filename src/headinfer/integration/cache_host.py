@@ -8,6 +8,7 @@ from headinfer.engine.parted import CacheEngine
 from headinfer.engine.stats import Stats
 from headinfer.integration.attention import AttentionFunctions
 from headinfer.plan.plan import Plan
+from headinfer.ranks.group import Ranks
 from headinfer.saved.fingerprint import Fingerprint
 
 
@@ -17,6 +18,10 @@ class CacheHost(Protocol):
     @property
     def stats(self) -> Stats:
         """Totals of all caches."""
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that compute the model."""
 
     @property
     def functions(self) -> AttentionFunctions:

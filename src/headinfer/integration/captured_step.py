@@ -110,6 +110,7 @@ class CapturedStep:
         reads: memory of the cache's tokens, and numbers, that are in the capture.
         weights: memory of the model, which the capture reads even where the model has other by now.
         past_tokens: in the cache when it was captured.
+        drafts: whether it drafts a token.
         trusted: whether it was compared since the cache was last used otherwise.
         compared_tokens: in the cache when it was last compared, and right.
     """
@@ -119,6 +120,7 @@ class CapturedStep:
     reads: tuple[object, ...]
     weights: tuple[torch.Tensor, ...]
     past_tokens: int
+    drafts: bool = False
     trusted: bool = False
     compared_tokens: int = 0
 
@@ -130,6 +132,21 @@ class CapturedStep:
         """
         doubled = past_tokens.bit_length() > self.compared_tokens.bit_length()
         return self.trusted and not doubled
+
+
+def distrust(engine: CacheEngine, new_tokens: int) -> None:
+    """Have captures compared before they are used again: others may have changed the model.
+
+    A pass that verifies drafts leaves those of drafts as they are. What these give is verified in
+    any case, and a wrong one costs time alone.
+
+    Args:
+        engine: keeps the captures.
+        new_tokens: of the pass between.
+    """
+    for captured in engine.captured.values():
+        if not captured.drafts or new_tokens > engine.plan.page_tokens + 1:
+            captured.trusted = False
 
 
 @contextlib.contextmanager

@@ -94,7 +94,7 @@ class DecodeCalls:
             tensors["position_ids"] = torch.full((1, 1), past_tokens, device=tokens.device)
         if any(tensor.device != tokens.device for tensor in tensors.values()):
             raise CaptureError("their arguments are on several devices")
-        kind = _kind(tokens.device.type, tensors, others)
+        kind = cache.state.drafting, _kind(tokens.device.type, tensors, others)
         return DecodeCall(past_tokens, tensors, others, kind)
 
 

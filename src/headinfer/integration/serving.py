@@ -109,6 +109,7 @@ class ServedCall:
         self._started_s = 0.0
         self._captured_s = 0.0  # by the cache's captures before the call
         self._decoding = False
+        self._drafting = cache.state.drafting
         self._logits: list[torch.Tensor] = []
         self._chunks: list[tuple[Mark, int]] = []  # begun, with the tokens done after each
         self._ids: torch.Tensor | None = None
@@ -194,14 +195,18 @@ class ServedCall:
         tokens = self._rows * self._new_tokens
         device_s = self._owner.busy.take()
         for stats in (self._owner.stats, self.cache.stats):
-            if self._decoding:
+            if self._drafting:
+                stats.draft_s += seconds
+                stats.draft_steps += 1
+            elif self._decoding:
                 stats.decode_tokens += tokens
                 stats.decode_s += seconds
                 stats.decode_steps += 1
             else:
                 stats.add_prefill(tokens, seconds, device_s)
-        self._note_tokens(self._new_tokens)
-        self.cache.drafted_tokens = self._new_tokens - 1 if self._decoding else 0
+        if not self._drafting:  # what is drafted will be forgotten
+            self._note_tokens(self._new_tokens)
+            self.cache.drafted_tokens = self._new_tokens - 1 if self._decoding else 0
         self.cache.end_call()
         if stopped is not None:
             raise stopped

@@ -98,6 +98,11 @@ class OffloadedState:
         return self.engine.lengths() if self.engine else None
 
     @property
+    def drafting(self) -> bool:
+        """Whether the tokens that come are drafts."""
+        return self.engine is not None and self.engine.drafting
+
+    @property
     def parked(self) -> bool:
         """Whether there is an engine, and it is parked."""
         return self.engine is not None and self.engine.parked
@@ -116,10 +121,14 @@ class OffloadedState:
             new_tokens: tokens to come in each row, in this call of the model.
 
         Raises:
-            CacheStateError: the cache was closed, or holds another number of rows or dtype.
+            CacheStateError: the cache was closed, or holds another number of rows or dtype; or no
+                such tokens can be drafted.
             MemoryPlanError: the device or the host memory is too small.
         """
         self.check_open()
+        if self.engine is not None and self.engine.drafting:
+            self.engine.check_draft(batch, new_tokens)
+            return
         self._call = batch, new_tokens
         held = self.tokens(0)
         wanted = max(held + new_tokens, self.max_tokens or 0)

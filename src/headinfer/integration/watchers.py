@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Watcher:
-    """A listener to the model's calls with one cache; does nothing by itself."""
+    """A listener to the model's calls with one cache, but drafts; does nothing by itself."""
 
     def begin(self) -> None:
         """Hear that a call begins; may raise."""

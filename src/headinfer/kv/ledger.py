@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from headinfer.kv.ahead import missing_tokens
+from headinfer.kv.drafts import Drafted
 from headinfer.kv.extent import Extent, Piece, Tile
 from headinfer.kv.host_bytes import HostBytes
 from headinfer.kv.pair import ALL_HEADS, Geometry
@@ -18,7 +19,7 @@ from headinfer.schedule.route import Held
 from headinfer.schedule.track import Track
 
 
-class Ledger(HostBytes):
+class Ledger(HostBytes, Drafted):
     """A record of the extents that hold one layer's tokens; together they cover all, without a gap.
 
     It moves no bytes but those of rows: who copies or computes tokens enters them here. Methods
@@ -40,6 +41,7 @@ class Ledger(HostBytes):
         resident: the oldest tokens on the device; None where none are kept there.
         tail: a page on the device with the tokens that follow those of the host; None where there
             are none, or they are resident.
+        draft: copies of some tokens, for drafts; see `Drafted`.
         half_done: whether a change of where tokens lie has begun and not ended, as after Ctrl-C:
             what the ledger says may not be so.
         coming: host memory that was asked for, and not taken yet.
@@ -248,7 +250,7 @@ class Ledger(HostBytes):
     def drop_device(self) -> None:
         """Let go of all device memory: the host holds all tokens."""
         assert not self.tail_tokens
-        self.resident = self.tail = None
+        self.resident = self.tail = self.draft = None
 
     def extend(self, extent: Extent, tokens: int) -> Tile:
         """Lengthen the tail or the residents; return where the new tokens must be written."""
@@ -268,6 +270,8 @@ class Ledger(HostBytes):
     def crop(self, tokens: int) -> None:
         """Keep the first `tokens` tokens; the memory stays."""
         assert 0 <= tokens <= self.tokens
+        if self.draft is not None:
+            self.draft.crop(tokens)
         if self.resident is not None:
             self.resident.tokens = min(self.resident.tokens, tokens)
         if self.tail is not None:
@@ -331,6 +335,8 @@ class Ledger(HostBytes):
             self._place.give_back(self._host.pop())
         self.host_tokens = self._written_tokens = 0
         self.tail = None
+        if self.draft is not None:
+            self.draft.forget()
         if self.resident is not None:
             self.resident.tokens = 0
         self.half_done = False

@@ -18,6 +18,9 @@ SPARE_TOKENS = 256
 """Tokens that a window keeps beyond what its queries see, so that as many can be taken back
 when drafts are rejected."""
 
+DRAFT_SINK_TOKENS = 64
+"""The oldest tokens that drafts attend, and a quarter of all at the most."""
+
 ALIGNMENT_BYTES = 256
 """Every piece of the arena starts on such a boundary: what fused kernels and copy engines like."""
 
@@ -144,6 +147,23 @@ def resident_tokens(shape: ModelShape, num_bytes: int, *, batch: int) -> int:
     if not token_bytes:
         return 0
     return max((num_bytes - ALIGNMENT_BYTES * len(shape.full_layers)) // token_bytes, 0)
+
+
+def draft_sink_tokens(draft_tokens: int) -> int:
+    """Return how many of the tokens that drafts attend are the oldest; others are the newest."""
+    return min(DRAFT_SINK_TOKENS, draft_tokens // 4)
+
+
+def draft_bytes(shape: ModelShape, *, draft_tokens: int, page_tokens: int, batch: int) -> int:
+    """Bytes of what drafts attend of every offloaded layer, and of a page of drafted tokens."""
+    if not draft_tokens:
+        return 0
+    return resident_bytes(shape, resident_tokens=draft_tokens + page_tokens, batch=batch)
+
+
+def draft_tokens(shape: ModelShape, num_bytes: int, *, page_tokens: int, batch: int) -> int:
+    """Return the tokens whose `draft_bytes` fit in `num_bytes`."""
+    return max(resident_tokens(shape, num_bytes, batch=batch) - page_tokens, 0)
 
 
 def fused_mlp_elements(mlp_width: int, *, gathered: int, biased: bool) -> int:

@@ -143,6 +143,8 @@ class Options:
         tile_heads: KV heads of one tile (the paper's head=8/4/2/1, section 3.2).
         tile_tokens: tokens of one tile; they bound the GPU memory's share of the KV cache.
         resident_tokens: the oldest tokens of each layer that are kept in GPU memory as well.
+        draft_tokens: tokens of each layer that drafts attend, in copies in GPU memory; 0 where
+            nothing is drafted.
         host_attention: share of the other tokens that the CPU attends in a decode step.
         overlap: whether copies run ahead of attention; off is the synchronous twin.
         capture: whether decode steps are captured and replayed, where they can be.
@@ -202,6 +204,15 @@ class Options:
             "COUNT",
             "The oldest tokens to keep in GPU memory, so that they need not be fetched: a count, "
             "0, all, or auto for what fits.",
+        ),
+    )
+    draft_tokens: int | Literal["auto"] = field(
+        default=0,
+        metadata=_declared(
+            _tokens_or_none,
+            "COUNT",
+            "Tokens of each layer that drafts attend, in copies in GPU memory: a count, auto for "
+            "an eighth of the context, or 0 for no drafts.",
         ),
     )
     host_attention: float | Literal["auto"] = field(

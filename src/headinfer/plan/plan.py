@@ -36,6 +36,8 @@ class Plan:
         runtime_bytes: what CUDA takes beside all that.
         resident_tokens: the oldest tokens of every offloaded layer, which stay on the device.
         resident_bytes: the bytes they take.
+        draft_tokens: tokens of every offloaded layer that drafts attend, in copies on the device.
+        draft_bytes: the bytes these take, with a page of drafted tokens.
         host_share: share of the other tokens that the CPU attends in a decode step.
         verify_host_share: the same for `MAX_ASKED_TOKENS` new tokens at once; None where that is
             not known.
@@ -63,6 +65,8 @@ class Plan:
     runtime_bytes: int
     resident_tokens: int = 0
     resident_bytes: int = 0
+    draft_tokens: int = 0
+    draft_bytes: int = 0
     host_share: float = 0.0
     verify_host_share: float | None = None
     host_share_adapts: bool = False
@@ -81,7 +85,7 @@ class Plan:
         if self.parts:
             return sum(part.arena_bytes for part in self.parts)
         streaming = self.staging_bytes + self.tail_bytes + self.chunk_page_bytes
-        pieces = streaming + self.resident_bytes
+        pieces = streaming + self.resident_bytes + self.draft_bytes
         return pieces and pieces + memory.ALIGNMENT_BYTES
 
     @property
@@ -202,6 +206,11 @@ class Plan:
                 f"the oldest {format_tokens(self.resident_tokens)} tokens stay in GPU memory: "
                 f"{format_bytes(self.resident_bytes)}"
             )
+        if self.draft_tokens:
+            yield (
+                f"drafts attend {format_tokens(self.draft_tokens)} tokens of each layer, copied: "
+                f"{format_bytes(self.draft_bytes)}"
+            )
         if self.host_share:
             yield f"the CPU attends {self.host_share:.0%} of the other tokens in a decode step"
         elif self.host_unmeasured and self.streamed_bytes(self.context_tokens or 0):
@@ -274,6 +283,8 @@ def joined(shape: ModelShape, parts: Sequence[Plan]) -> Plan:
         activation_bytes=sum(part.activation_bytes for part in parts),
         runtime_bytes=sum(part.runtime_bytes for part in parts),
         resident_bytes=sum(part.resident_bytes for part in parts),
+        draft_tokens=min(part.draft_tokens for part in parts),
+        draft_bytes=sum(part.draft_bytes for part in parts),
         host_share=max(part.host_share for part in parts),
         verify_host_share=max(part.verify_host_share or 0.0 for part in parts) or None,
         host_share_adapts=any(part.host_share_adapts for part in parts),

@@ -12,6 +12,7 @@ from headinfer.plan.choices import (
     other_tile_tokens,
     tile_sizes,
 )
+from headinfer.plan.drafts import with_drafts
 from headinfer.plan.hardware import Hardware
 from headinfer.plan.options import Options
 from headinfer.plan.plan import Plan
@@ -162,7 +163,8 @@ class _Residency:
         return self.context_tokens or 0
 
     def of(self, plan: Plan) -> Plan:
-        """Return a plan with as many of them as fit beside what it has."""
+        """Return a plan with as many of them as fit beside what it has, and beside drafts."""
+        plan = with_drafts(plan, self.options)
         if plan.device == "cpu" or not self.wanted:
             return plan
         tokens = (

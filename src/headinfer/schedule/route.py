@@ -47,7 +47,7 @@ class Pass(enum.Enum):
 
     FORWARD = "attend all tokens, and keep the new ones"
     APPEND = "keep the new tokens, and attend nothing"
-    DRAFT = "attend what is on the device, and keep the new tokens"
+    DRAFT = "attend copies of some tokens, and keep the new one behind these, uncounted"
 
 
 class Sizes(NamedTuple):
@@ -155,6 +155,9 @@ def route_track(
     """Return what a pass does with one track; see `route`."""
     if held.track.window_tokens is not None:
         return _windowed(held, kind, new_tokens)
+    if kind is Pass.DRAFT:
+        assert new_tokens == 1, "tokens are drafted one by one"
+        return TrackSteps((Decode(Where.DRAFT),))
     if sizes.in_place:
         return _in_place(held, kind, new_tokens, sizes)
     steps: list[Step] = []
@@ -175,8 +178,8 @@ def route_track(
     elif new_tokens == 1 and where is Where.RESIDENT:
         steps.append(Decode(where))
     else:
-        share = host_share if kind is Pass.FORWARD and new_tokens <= MAX_ASKED_TOKENS else 0.0
-        attend = _attended(held, kind, new_tokens, sizes, share, where)
+        share = host_share if new_tokens <= MAX_ASKED_TOKENS else 0.0
+        attend = _attended(held, new_tokens, sizes, share, where)
         # A single new token sees all others and itself: it is one of them before it is attended.
         steps += [*keep, *attend] if new_tokens == 1 else [*attend, *keep]
     if where is Where.CHUNK_PAGE or end - start == sizes.page_tokens:
@@ -208,16 +211,15 @@ def _place(held: Held, new_tokens: int, sizes: Sizes) -> Where:
 
 def _attended(
     held: Held,
-    kind: Pass,
     new_tokens: int,
     sizes: Sizes,
     host_share: float,
     where: Where,
 ) -> list[Step]:
     """Return the steps that attend new tokens, to be kept in a place, to all they see."""
-    fetch = fetched(held, sizes, host_share) if kind is Pass.FORWARD else None
+    fetch = fetched(held, sizes, host_share)
     _, end = held.streamed(host_share)
-    asks = kind is Pass.FORWARD and end < held.host_tokens
+    asks = end < held.host_tokens
     parts: list[Part] = [Own()] if new_tokens > 1 else []
     one = new_tokens == 1  # it has been kept by now
     if held.resident_tokens or (one and where is Where.RESIDENT):

@@ -20,6 +20,7 @@ class Where(enum.Enum):
     HOST = "host memory"
     WINDOW = "the window"
     SINKS = "the sinks"
+    DRAFT = "the copies for drafts"
 
 
 @dataclass(frozen=True, slots=True)

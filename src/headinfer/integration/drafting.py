@@ -1,0 +1,70 @@
+"""Caches behind whose tokens others are drafted, by calls that are forgotten in the end."""
+
+import contextlib
+from collections.abc import Iterator
+
+from headinfer.engine.drafting import draft_obstacle
+from headinfer.engine.ending import uninterrupted
+from headinfer.engine.parted import CacheEngine
+from headinfer.errors import CacheStateError
+from headinfer.integration.layer import OffloadedLayer
+from headinfer.integration.parkable import ParkableCache
+
+
+class DraftableCache(ParkableCache):
+    """A cache behind whose tokens others can be drafted; see `OffloadedCache`.
+
+    Attributes:
+        lengths_before: tokens of each layer before the call that is under way; None between calls.
+    """
+
+    lengths_before: list[int] | None
+
+    @property
+    def can_draft(self) -> str | None:
+        """Why nothing can be drafted behind its tokens now, in a clause; None where it can.
+
+        Raises:
+            CacheStateError: the cache was closed.
+        """
+        self.state.check_open()
+        engine = self.state.engine
+        if not all(isinstance(layer, OffloadedLayer) for layer in self.layers):
+            return "its recurrent states cannot go back"
+        if self.state.host.ranks.size > 1:
+            return "its model is computed by several processes"
+        if engine is None or not self.get_seq_length():
+            return "it has no tokens"
+        return draft_obstacle(engine.parts)
+
+    @contextlib.contextmanager
+    def drafting(self) -> Iterator[None]:
+        """Have calls of the model with this cache draft, in the `with` statement.
+
+        Each call passes one token, which attends some of the cache's tokens, in copies in GPU
+        memory, and the drafts before it. At the end all drafts are forgotten: the cache is as
+        before. Until then it cannot be read or changed otherwise.
+
+        Raises:
+            CacheStateError: nothing can be drafted, or the last call was interrupted.
+        """
+        reason = self.can_draft
+        if reason is not None:
+            raise CacheStateError(f"nothing can be drafted behind this cache's tokens: {reason}")
+        self.check_whole()
+        engine = self.state.engine
+        assert engine is not None
+        self.turns.run(engine.begin_drafts)
+        try:
+            yield
+        finally:
+            uninterrupted(lambda: self.turns.run(self._end_drafts, engine))
+
+    def check_whole(self) -> list[int]:
+        """Return the tokens of each layer, or refuse where the last call stopped half-way."""
+        raise NotImplementedError
+
+    def _end_drafts(self, engine: CacheEngine) -> None:
+        if engine.drafting:
+            engine.end_drafts()
+            self.lengths_before = None  # of a draft that was interrupted
