@@ -81,7 +81,7 @@ def _number(way: Way, engine: CacheEngine, *, in_a_row: bool, known: Set[Hashabl
         call.key in known,
         way.in_pieces and engine.sends_home,
     )
-    return 1 + sum(2**at for at, flag in enumerate(flags) if flag)
+    return 1 + sum(1 << at for at, flag in enumerate(flags) if flag)
 
 
 def _forget(way: Way | None, engine: CacheEngine) -> None:
