@@ -160,7 +160,7 @@ def _table_4() -> Comparison:
             "tokens: the paper does not say how it split the layers. The host would hold 1638K.",
             "Ours counts three tiles, not two, and 1.25 GiB for CUDA itself.",
             "`layers` and `heads` have tiles of a bounded number of tokens: CPU memory is the "
-            "limit there, whatever the chunk. `headinfer plan --model llama-3-70b --gpus 8` tells it.",
+            "limit there, whatever the chunk: `headinfer plan --model llama-3-70b --gpus 8`.",
         ),
     )
 
