@@ -4,14 +4,16 @@ A text is this repository's own code or documents. At each of some places a mode
 greedily, for some verifications. Drafts are the model's own, over the oldest and the newest tokens;
 those of a lookup; and, to compare with, those of a stock model that attends with a mask and shares
 nothing with our loop but its weights. `headinfer bench` replays what is written here, as the
-acceptance of random weights means nothing.
+acceptance of random weights means nothing. Stopped, the same command goes on with the next text.
 """
 
 import argparse
 import copy
+import json
 import math
 import statistics
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -63,11 +65,14 @@ class Continued:
     """A model that goes on with a text at some places, with drafts and without.
 
     Args:
-        model: in float32; it is attached meanwhile.
+        name: of the model; it is loaded in float32, and attached meanwhile.
         given: options of the command line.
     """
 
-    def __init__(self, model: PreTrainedModel, given: argparse.Namespace) -> None:
+    def __init__(self, name: str, given: argparse.Namespace) -> None:
+        source = NamedSource(name=name)
+        self._tokenizer = load_tokenizer(source)
+        model, _ = load_model(source, load_config(source), dtype="float32", device="cpu")
         self._stock = sharing_weights(model)
         self._model = model
         self._given = given
@@ -79,9 +84,9 @@ class Continued:
         ]
 
     @torch.no_grad()
-    def accepted(self, text: torch.Tensor) -> dict[str, list[list[int]]]:
-        """Return by drafter what the verifications at each place accepted."""
-        given = self._given
+    def accepted(self, text_name: str) -> dict[str, list[list[int]]]:
+        """Return by drafter what the verifications at each place of a text accepted."""
+        given, text = self._given, self._read(text_name)
         found: dict[str, list[list[int]]] = {name: [] for name in (*DRAFTERS, REFERENCE)}
         first = given.tokens // 2
         step = (given.tokens - first) // given.starts
@@ -98,6 +103,14 @@ class Continued:
                         found[name].append(self._drafted(text[:, :start], fork, drafter))
                 found[REFERENCE].append(self._reference(text[:, :start], copy.deepcopy(stock)))
         return found
+
+    def _read(self, text_name: str) -> torch.Tensor:
+        """Return the tokens of a text, `[1, tokens]`."""
+        files = sorted(ROOT.glob(TEXTS[text_name]))
+        whole = "\n\n".join(file.read_text(encoding="utf-8") for file in files)
+        ids = self._tokenizer(whole[: 8 * self._given.tokens])["input_ids"][: self._given.tokens]
+        assert len(ids) == self._given.tokens
+        return torch.tensor([ids])
 
     def _drafted(
         self,
@@ -117,7 +130,7 @@ class Continued:
             eos_token_id=None,
             **cache_argument(model, cache),
         )
-        return pace.accepted[:-1]  # the last one is cut short
+        return pace.accepted
 
     def _reference(self, prompt: torch.Tensor, cache: DynamicCache) -> list[int]:
         """Return what stock's own next tokens would have accepted of drafts by a mask."""
@@ -145,21 +158,44 @@ class Continued:
         return accepted
 
 
-def rows_of(model: str, text: str, found: dict[str, list[list[int]]]) -> Iterator[dict[str, Any]]:
-    """Yield a row for each drafter: all it accepted, and by places the mean and its error."""
-    for drafter, places in found.items():
-        means = [statistics.fmean(place) for place in places if place]
-        yield {
-            "model": model,
-            "text": text,
-            "drafter": drafter,
-            "places": len(means),
-            "mean": statistics.fmean(means) if means else 0.0,
-            "standard_error": statistics.stdev(means) / math.sqrt(len(means))
-            if len(means) > 1
-            else 0.0,
-            "accepted": places,
-        }
+def rows_of(
+    model: str, text: str, found: dict[str, list[list[int]]], given: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    """Yield a row for each drafter: all it accepted, and by places the mean and its error.
+
+    The model's own drafts are also compared with the reference's, by the verifications that both
+    have at a place.
+    """
+    whole = {
+        drafter: [uncut(place, given.drafts, given.new_tokens) for place in places]
+        for drafter, places in found.items()
+    }
+    for drafter, places in whole.items():
+        row = {"model": model, "text": text, "drafter": drafter, "places": len(places)}
+        row |= mean_and_error("mean", "standard_error", filter(None, places))
+        if drafter == "itself":
+            pairs = zip(places, whole[REFERENCE], strict=True)
+            more = [[a - b for a, b in zip(*pair, strict=False)] for pair in pairs]
+            row |= mean_and_error("more_than_reference", "its_standard_error", filter(None, more))
+        yield row | {"accepted": places}
+
+
+def uncut(accepted: list[int], drafts: int, new_tokens: int) -> list[int]:
+    """Return the verifications of whole drafts: the last ones are cut by the end of the answer."""
+    done, kept = 1, []
+    for each in accepted:
+        if done + drafts >= new_tokens:
+            break
+        kept.append(each)
+        done += each + 1
+    return kept
+
+
+def mean_and_error(mean: str, error: str, places: Iterable[list[int]]) -> dict[str, float]:
+    """Return the mean over places of what each has on average, and its standard error."""
+    means = [statistics.fmean(place) for place in places]
+    spread = statistics.stdev(means) if len(means) > 1 else 0.0
+    return {mean: statistics.fmean(means), error: spread / math.sqrt(len(means))}
 
 
 def parsed() -> argparse.Namespace:
@@ -183,28 +219,32 @@ def main() -> None:
     torch.set_flush_denormal(True)
     if given.threads:
         torch.set_num_threads(given.threads)
-    document: dict[str, Any] = {
-        "header": {
-            **provenance(),
-            "hardware": hardware(torch.device("cpu")),
-            "dtype": "float32",
-            "settings": vars(given),
-        },
-        "rows": [],
+    settings = {
+        name: value for name, value in vars(given).items() if name not in ("json", "models")
     }
+    header: dict[str, Any] = {
+        **provenance(),
+        "hardware": hardware(torch.device("cpu")),
+        "dtype": "float32",
+    }
+    done: dict[tuple[str, str], dict[str, list[list[int]]]] = {}
+    if Path(given.json).exists():
+        before = json.loads(Path(given.json).read_text(encoding="utf-8"))
+        header = before["header"]
+        if any(header["settings"][name] != value for name, value in settings.items()):
+            sys.exit(f"{given.json} has other settings: {header['settings']}")
+        for row in before["rows"]:
+            done.setdefault((row["model"], row["text"]), {})[row["drafter"]] = row["accepted"]
+    document: dict[str, Any] = {"header": header | {"settings": settings}, "rows": []}
     for name in given.models.split(","):
-        source = NamedSource(name=name)
-        tokenizer = load_tokenizer(source)
-        model, _ = load_model(source, load_config(source), dtype="float32", device="cpu")
-        continued = Continued(model, given)
-        for text, pattern in TEXTS.items():
-            files = sorted(ROOT.glob(pattern))
-            whole = "\n\n".join(file.read_text(encoding="utf-8") for file in files)
-            ids = tokenizer(whole[: 8 * given.tokens])["input_ids"][: given.tokens]
-            assert len(ids) == given.tokens
-            for row in rows_of(name, text, continued.accepted(torch.tensor([ids]))):
-                told = {key: value for key, value in row.items() if key != "accepted"}
-                print(told, flush=True)
+        continued: Continued | None = None
+        for text in TEXTS:
+            found = done.get((name, text))
+            if found is None:
+                continued = continued or Continued(name, given)
+                found = continued.accepted(text)
+            for row in rows_of(name, text, found, given):
+                print({key: value for key, value in row.items() if key != "accepted"}, flush=True)
                 document["rows"].append(row)
             replace_json(given.json, document, remedy="make room, then give the command again")
 
