@@ -113,7 +113,7 @@ def test_a_conversation_that_begins_anew_drafts_from_its_own_tokens(kept: int | 
         chat.kv = [kv[:, :, :0] for kv in chat.kv]
     else:
         chat.crop(PROMPT_TOKENS - kept)
-    chat.step(40)
+    chat.step(60)
     chat.draft(2)
     chat.engine.close()
 
@@ -121,7 +121,7 @@ def test_a_conversation_that_begins_anew_drafts_from_its_own_tokens(kept: int | 
 changes = st.lists(
     st.one_of(
         st.tuples(st.just("draft"), st.integers(0, 6)),
-        st.tuples(st.just("draft"), st.integers(1, 6)),
+        st.tuples(st.just("draft"), st.integers(1, 32)),
         st.tuples(st.just("step"), st.sampled_from([1, 1, 2, 4, 7, 15, 30])),
         st.tuples(st.just("crop"), st.integers(1, 12)),
         st.tuples(st.sampled_from(["select", "fork", "replan", "give up"]), st.just(0)),
@@ -189,8 +189,8 @@ def apply(chat: Conversation, change: str, tokens: int, *, drafts: bool) -> list
 
 def test_why_nothing_can_be_drafted() -> None:
     chat = talk(0)
-    chat.step(22)
-    assert draft_obstacle([chat.engine]) == "it has 22 tokens, of which drafts would attend 23"
+    chat.step(48)
+    assert draft_obstacle([chat.engine]) == "it has 48 tokens, and drafts are worth it from 49 on"
     chat.step(1)
     assert draft_obstacle([chat.engine]) is None
     chat.engine.park()

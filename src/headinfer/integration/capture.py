@@ -87,8 +87,9 @@ class CapturedSteps:
         self._obstacle = obstacle
         self._fusion = Fusion(model, enabled=fused and self.enabled and obstacle is None)
         self._hooks = HooksOfOthers(model)
-        # Whose last call was a step.
+        # Whose last call was a step, drafts apart; and those that have drafted.
         self._in_a_row: weakref.WeakSet[CacheEngine] = weakref.WeakSet()
+        self._drafted: weakref.WeakSet[CacheEngine] = weakref.WeakSet()
         self._begun: set[Hashable] = set()
         self._known: set[Hashable] = set()  # captures of these served more tokens than one
         self._refused = RefusedCalls()
@@ -124,21 +125,22 @@ class CapturedSteps:
         ready = IN_PIECES
         if call is not None:
             call, ready = self._in_form(call, engine)
-        first, known = engine not in self._in_a_row, call is not None and call.key in self._known
+        in_a_row = self._drafted if engine.drafting else self._in_a_row
+        first, known = engine not in in_a_row, call is not None and call.key in self._known
         if not go_alike(self._ranks, call, ready, engine, in_a_row=not first, known=known):
             if call is not None:  # or what one rank alone still has would keep them apart for good
                 engine.captured.pop(call.key, None)
                 self._refused.say_for_now("the ranks would capture different steps")
             call = None
         if call is None:
-            self._in_a_row.discard(engine)
+            in_a_row.discard(engine)
             distrust(engine, new_tokens)
             return forward(**arguments)
         captured = engine.captured.get(call.key)
         if captured is not None and captured.reads != ready.reads:
             del engine.captured[call.key]
             captured = None
-        self._in_a_row.add(engine)
+        in_a_row.add(engine)
         if captured is None and first:
             return forward(**arguments)  # there may be no second one
         if captured is None or not captured.serves(call.past_tokens):
