@@ -109,6 +109,9 @@ NUMBERS: list[Row] = [
     option("--length-penalty", "1", "--num-beams"),
     option("--prompt-lookup", "0", "at least 1"),
     option("--prompt-lookup", BIG, "at most"),
+    option("--draft", "0", "from 1 to 31"),
+    option("--draft", BIG, "from 1 to 31"),
+    option("--draft", "many", "'off' or 'auto'"),
 ]
 TOGETHER: list[Row] = [
     (("generate", "-p", "w1", "-p", "w2"), ("--prompt/-p", "2 times")),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -93,6 +94,20 @@ def test_other_ways_of_generating(cli, llama, prompt, reference, settings):
     done = cli("generate", "--model", llama, "-p", prompt, *GREEDY, *flags)
     expected = reference(prompt, do_sample=False, max_new_tokens=20, **settings)
     assert (done.code, done.out) == (0, expected + "\n")
+
+
+def test_an_assistant_drafts(cli, llama, prompt):
+    args = ("generate", "--model", llama, "-p", prompt, *GREEDY)
+    plain = cli(*args)
+    done = cli(*args, "--assistant", llama, "--draft", 3)
+    assert (done.code, done.out) == (0, plain.out)
+    assert re.search(r"drafts +\d+ of \d+ accepted, \d\.\d a verification", done.err)
+    off = cli(*args, "--assistant", llama, "--draft", "off")
+    assert (off.code, off.out) == (0, plain.out)
+    assert "drafts" not in off.err
+    missing = cli(*args, "--assistant", "nowhere/at-all", "--local-files-only")
+    assert (missing.code, len(missing.error_lines)) == (2, 1)
+    assert "nowhere/at-all" in missing.err
 
 
 def test_sampling_repeats_with_a_seed(cli, llama, prompt):

@@ -30,7 +30,7 @@ def test_generate_help_has_every_option(cli, monkeypatch):
         "--no-overlap", "--no-capture", "--local-files-only", "--trust-remote-code", "--json",
         "--quiet",
         "--max-new-tokens", "--no-do-sample", "--temperature", "--top-k", "--top-p", "--min-p",
-        "--repetition-penalty", "--num-beams", "--prompt-lookup",
+        "--repetition-penalty", "--num-beams", "--prompt-lookup", "--draft", "--assistant",
     ):  # fmt: skip
         assert f" {flag} " in text
 

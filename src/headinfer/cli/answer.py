@@ -19,12 +19,14 @@ from headinfer.cli.render import plan_as_json, print_rows, stats_as_json, summar
 from headinfer.cli.sampling import GenerationOptions
 from headinfer.cli.session_options import save_session
 from headinfer.errors import HeadInferError
+from headinfer.generation.pace import Number
 from headinfer.generation.settings import Settings
 from headinfer.plan.options import Options
 
 if TYPE_CHECKING:
     from headinfer.engine.stats import Stats
     from headinfer.generation.call import Generation
+    from headinfer.generation.drafts import Drafts
     from headinfer.integration.cache import OffloadedCache
     from headinfer.offload import Offload
     from headinfer.plan.plan import Plan
@@ -54,6 +56,8 @@ class Request:
     quiet: bool
     verbose: bool
     tensor_parallel: bool = False
+    draft: Number | None = None
+    assistant: str | None = None
 
 
 class _StdoutLost(Exception):
@@ -71,6 +75,7 @@ class Answer:
         tokenizer: its.
         offload: the attachment.
         plan: of the cache.
+        drafts: what is asked of them; None leaves them to the settings.
     """
 
     def __init__(
@@ -82,6 +87,7 @@ class Answer:
         tokenizer: Any,
         offload: "Offload",
         plan: "Plan",
+        drafts: "Drafts | None" = None,
     ) -> None:
         self._request = request
         self._settings = settings
@@ -90,6 +96,7 @@ class Answer:
         self._tokenizer = tokenizer
         self._offload = offload
         self._plan = plan
+        self._drafts = drafts
         self._generation: Generation | None = None
         self._failure: BaseException | None = None
         self._stdout_error: OSError | None = None
@@ -147,6 +154,7 @@ class Answer:
             progress=bar.update,
             criteria=criteria,
             stop=self._request.stop,
+            drafts=self._drafts,
         )
         try:
             with bar:
@@ -277,6 +285,7 @@ class Answer:
             "model": self._request.source.name,
             "load_in": self._request.source.load_in,
             "adapter": self._request.source.adapter,
+            "assistant": self._request.assistant,
             "prompt_tokens": generation.prompt_tokens,
             "cached_tokens": self._cached_tokens,
             "new_tokens": len(generation.ids),

@@ -99,6 +99,23 @@ GpuCount = Annotated[
 PlannedLoadIn = Annotated[
     LoadInChoice | None, _load_in("Plan for weights in 4bit or 8bit, as generate has them.")
 ]
+Draft = Annotated[
+    str | None,
+    sampling_option(
+        "--draft",
+        help_text="Draft so many tokens at a time, by --assistant, --prompt-lookup, or else the "
+        "model itself; auto: what is fastest, by times measured; off. Same text, fewer steps.",
+        metavar="COUNT",
+    ),
+]
+Assistant = Annotated[
+    str | None,
+    model_option(
+        "--assistant",
+        help_text="A smaller model with the same tokenizer, which drafts: same text, fewer steps.",
+        metavar="ID_OR_PATH",
+    ),
+]
 Stop = Annotated[
     list[str] | None,
     typer.Option(

@@ -1,7 +1,7 @@
 """`headinfer generate`: continue a prompt of any length."""
 
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -32,10 +32,14 @@ from headinfer.cli.stages import Stages
 from headinfer.errors import OptionError
 from headinfer.generation.gpus import Gpus
 from headinfer.generation.model import choose_device, load_config, load_model, load_tokenizer
+from headinfer.generation.pace import check_number, drafts_itself
 from headinfer.generation.settings import DEFAULT_NEW_TOKENS, settle
 from headinfer.gguf_models import unpacked_dtype
 from headinfer.plan.options import Options
 from headinfer.ranks.launched import Launched, is_another
+
+if TYPE_CHECKING:
+    from headinfer.generation.drafts import Drafts
 
 
 @opt.with_flags()
@@ -70,6 +74,7 @@ def generate(
     dtype: opt.Dtype = opt.DtypeChoice.AUTO,
     load_in: form.LoadIn = None,
     adapter: form.Adapter = None,
+    assistant: form.Assistant = None,
     gpus: form.GpuCount = None,
     flags: dict[str, Any],
     local_files_only: form.LocalFilesOnly = False,
@@ -83,6 +88,7 @@ def generate(
     ] = False,
     threads: opt.Threads = None,
     sampling: dict[str, Any],
+    draft: form.Draft = None,
     stop: form.Stop = None,
     seed: form.Seed = None,
     trace: Annotated[
@@ -119,11 +125,15 @@ def generate(
         if not tensor_parallel:
             ranks.check_alone("generate")
         check_writable("--trace", trace)
+        number = None if draft is None else check_number(draft, "--draft")
+        chosen = generation_options(sampling)
+        if drafts_itself(number, assistant, chosen.keywords()):
+            flags.setdefault("draft_tokens", "auto")
         options = Options.parse(**flags)
         split = tensor_parallel or (gpus or 1) > 1
         sessions.check_sessions(session, save_session, split=split)
         request = Request(
-            generation=generation_options(sampling),
+            generation=chosen,
             options=options,
             text=read_prompt(prompt, prompt_file or []),
             system=system,
@@ -141,6 +151,8 @@ def generate(
             ),
             dtype=dtype.value,
             stop=form.parse_stop(stop),
+            draft=number,
+            assistant=assistant,
             seed=seed,
             trace=trace,
             session=session,
@@ -163,12 +175,23 @@ def _begin_rank(request: Request) -> Launched:
     refused = {
         "--load-in": request.source.load_in,
         "--adapter": request.source.adapter,
+        "--assistant": request.assistant,
         "--trace": request.trace,
     }
     for option, value in refused.items():
         if value is not None:
             raise OptionError(f"{option} cannot be given with --tensor-parallel; leave one of them")
     return ranks.begin(request.options.device)
+
+
+def _drafts(request: Request, model: Any) -> "Drafts":
+    """Return what is asked of drafts, with the assistant loaded if there is one."""
+    from headinfer.generation.assistants import load_assistant
+    from headinfer.generation.drafts import Drafts
+
+    local = request.source.local_files_only
+    assistant = load_assistant(request.assistant, model, local_files_only=local)
+    return Drafts(number=request.draft, assistant=assistant)
 
 
 def _load_and_run(request: Request) -> None:
@@ -209,6 +232,7 @@ def _load_and_run(request: Request) -> None:
             device=device,
             split=rank is not None,
         )
+        drafts = _drafts(request, model)
         settings = settle(request.generation.keywords(), model.generation_config, len(ids))
 
         sessions.check_rows(settings.rows, request.session, request.save_session)
@@ -229,7 +253,7 @@ def _load_and_run(request: Request) -> None:
             request = replace(request, seed=ranks.draw_seed(offload.session.ranks))
         cache, kept = sessions.open_cache(console, offload, request.session, ids, tokens)
         bar = PrefillBar(console, len(ids) - kept, interrupt.check)
-        answer = Answer(request, settings, console, model, tokenizer, offload, plan)
+        answer = Answer(request, settings, console, model, tokenizer, offload, plan, drafts)
         answer.generate(ids, cache, bar, interrupt)
         interrupt.finishing = True
         code = answer.finish()

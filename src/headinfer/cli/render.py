@@ -56,6 +56,13 @@ def summary_rows(stats: Stats, plan: Plan) -> Iterator[tuple[str, str]]:
             f"{stats.decode_tokens:,} tokens in {_duration(stats.decode_s)}, "
             f"{stats.decode_tokens_per_s:,.1f} tokens/s",
         )
+    if stats.verifications:
+        yield (
+            "drafts",
+            f"{stats.accepted_tokens:,} of {stats.drafted_tokens:,} accepted, "
+            f"{stats.accepted_per_verify:.1f} a verification; {_duration(stats.draft_s)} drafting, "
+            f"{_duration(stats.verify_s)} verifying",
+        )
     if stats.capture_s:
         steps = "step" if stats.captures == 1 else "steps"
         yield (

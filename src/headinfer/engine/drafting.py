@@ -109,10 +109,10 @@ class DraftableTokens(ReadyTokens):
             ledger.firm_tokens = None
         self.drafting = False
 
-    def begin_step(self, *, streams_whole: bool = True) -> ReadyStep | None:
+    def begin_step(self) -> ReadyStep | None:
         """Make ready for a step; see `ReadyTokens.begin_step`. A draft's is always one launch."""
         if not self.drafting:
-            return super().begin_step(streams_whole=streams_whole)
+            return super().begin_step()
         self._check_open()
         extents = [self._draft_extent(ledger) for ledger in self._ledgers]
         if self._draft_memory is None:

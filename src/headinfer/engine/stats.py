@@ -14,14 +14,19 @@ class Stats:
             one device, or where a device does not tell.
         decode_tokens: tokens that passed one position at a time, or as drafts that were not taken
             back, all rows together.
-        decode_s: seconds of the model calls spent on them, captures left out.
+        decode_s: seconds of the model calls spent on them and of drafting, captures left out.
         decode_steps: those model calls.
         captured_steps: those of them that were replayed, in one launch or in pieces.
         captures: decode steps that were captured to be replayed.
         capture_s: seconds that took, with what torch compiled for it; beside `decode_s`.
         draft_steps: model calls in which a token was drafted.
-        draft_s: seconds of them, captures left out.
         captured_drafts: those of them that were replayed.
+        draft_s: seconds of drafting, by these calls or otherwise, captures left out. Those of an
+            answer's drafts are part of `decode_s`.
+        verifications: decode steps that verified drafts.
+        verify_s: seconds of them, a part of `decode_s`.
+        drafted_tokens: drafts that they verified.
+        accepted_tokens: drafts that were right; each verification gives one token more.
         bytes_to_device: KV bytes copied over the link to the device.
         bytes_to_host: KV bytes copied back.
         bytes_attended_on_host: KV bytes attended by the CPU on behalf of a device.
@@ -42,8 +47,12 @@ class Stats:
     captures: int = 0
     capture_s: float = 0.0
     draft_steps: int = 0
-    draft_s: float = 0.0
     captured_drafts: int = 0
+    draft_s: float = 0.0
+    verifications: int = 0
+    verify_s: float = 0.0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     bytes_to_device: int = 0
     bytes_to_host: int = 0
     bytes_attended_on_host: int = 0
@@ -61,6 +70,11 @@ class Stats:
     def decode_tokens_per_s(self) -> float:
         """Decode speed without captures; 0 before any."""
         return self.decode_tokens / self.decode_s if self.decode_s else 0.0
+
+    @property
+    def accepted_per_verify(self) -> float:
+        """Drafts accepted by a verification on average; 0 before any."""
+        return self.accepted_tokens / self.verifications if self.verifications else 0.0
 
     @property
     def device_busy(self) -> tuple[float, ...]:

@@ -9,7 +9,9 @@ from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteriaL
 
 from headinfer.engine.stats import Stats
 from headinfer.errors import OptionError, reason_of
-from headinfer.generation.draws import OwnDraws
+from headinfer.generation.drafting import Drafting
+from headinfer.generation.drafts import Drafts
+from headinfer.generation.draws import OwnDraws, shared_ahead
 from headinfer.generation.logits_check import LogitsCheck
 from headinfer.generation.scores import TokenScores
 from headinfer.generation.settings import Settings
@@ -46,7 +48,8 @@ class Generation:
         processors: change the scores before each token; those of the settings come first.
         seed: of what is drawn; None to draw from torch's generator, which all threads share.
         logprobs: how many of the likeliest tokens to score beside each token of the answer; None
-            for no scores. They are of one row, and of tokens that come one by one.
+            for no scores. They are of one row.
+        drafts: what the user says of drafting; None leaves it to the settings.
 
     Attributes:
         prompt_tokens: of the prompt.
@@ -69,6 +72,7 @@ class Generation:
         processors: Sequence[Processor] = (),
         seed: int | None = None,
         logprobs: int | None = None,
+        drafts: Drafts | None = None,
     ) -> None:
         self.prompt_tokens = 0
         self.stats = Stats()
@@ -82,6 +86,7 @@ class Generation:
         self._processors = processors
         self._draws = None if seed is None else OwnDraws(seed)
         self.scores = None if logprobs is None else TokenScores(logprobs)
+        self._drafts = drafts or Drafts()
         self._stops = Stops.of(stop, tokenizer)
         self._collector = TextCollector(
             tokenizer, on_text, self._raise_if_no_numbers, stops=self._stops
@@ -124,10 +129,13 @@ class Generation:
         if cache is None:
             cache = self._session.new_cache(len(ids) + self._settings.max_new_tokens)
         self.stats, cache.progress = cache.stats, self._progress
-        watchers = self._logits, self._draws, self.scores
-        cache.watchers = [each for each in watchers if each is not None]
         try:
-            rows = self._generate(prompt, cache)
+            drafting = self._drafting(cache)
+            # Where drafts are verified, a call gives the scores of several tokens or of none.
+            scores = self.scores if drafting is None else None
+            watchers = self._logits, self._draws, scores
+            cache.watchers = [each for each in watchers if each is not None]
+            rows = self._generate(prompt, cache, drafting)
         except ValueError as error:
             if self.stats.prefill_tokens:
                 raise
@@ -168,7 +176,23 @@ class Generation:
         out_of_time = settings.max_time_s is not None and len(ids) < settings.max_new_tokens
         return "time" if out_of_time else "length"
 
-    def _generate(self, prompt: torch.Tensor, cache: OffloadedCache) -> torch.Tensor:
+    def _drafting(self, cache: OffloadedCache) -> Drafting | None:
+        """Return the loop of an answer with drafts; None where there are none."""
+        session = self._session
+        found = self._drafts.begin(self._model, self._settings, cache, session)
+        if found is None:
+            return None
+        drafter, pace = found
+        return Drafting(
+            *(cache, drafter, pace, [cache.stats, session.stats]),
+            ahead=shared_ahead if self._draws is None else self._draws.ahead,
+            streamer=self._streamer(),
+            note_logits=(lambda _logits: None) if self.scores is None else self.scores.note,
+        )
+
+    def _generate(
+        self, prompt: torch.Tensor, cache: OffloadedCache, drafting: Drafting | None
+    ) -> torch.Tensor:
         """Return the ids of prompt and answer, `[rows, tokens]`."""
         settings = self._settings
         keywords = dict(settings.keywords)
@@ -185,12 +209,17 @@ class Generation:
             self._stop_strings = StopCriterion(self._tokenizer, kept, prompt.shape[1])
             criteria.append(self._stop_strings)
             keywords["stop_strings"] = None
+        streamer = self._streamer() if settings.rows == 1 else None
+        if drafting is not None:
+            keywords["custom_generate"] = drafting
+            streamer = drafting.streamer
+        keywords["prompt_lookup_num_tokens"] = None  # or transformers would draft
         model: Any = self._model
         rows: torch.Tensor = model.generate(
             input_ids=prompt,
             attention_mask=prompt.new_ones(prompt.shape),
             **cache_argument(model, cache),
-            streamer=self._streamer() if settings.rows == 1 else None,
+            streamer=streamer,
             logits_processor=LogitsProcessorList(processors),
             stopping_criteria=criteria,
             **keywords,

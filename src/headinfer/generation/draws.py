@@ -14,6 +14,21 @@ from torch.overrides import TorchFunctionMode
 from headinfer.integration.watchers import Watcher
 
 
+def shared_ahead(device: torch.device) -> torch.Generator:
+    """Return a generator of what torch's own gives next on a device; it is the caller's."""
+    if device.type == "cuda":
+        number = torch.cuda.current_device() if device.index is None else device.index
+        return copied(torch.cuda.default_generators[number])
+    return copied(torch.default_generator)
+
+
+def copied(generator: torch.Generator) -> torch.Generator:
+    """Return a generator that goes on as another one does."""
+    copy = torch.Generator(generator.device)
+    copy.set_state(generator.get_state())
+    return copy
+
+
 class OwnDraws(Watcher, TorchFunctionMode):
     """A source of random numbers for one call of a model's `generate`.
 
@@ -45,6 +60,10 @@ class OwnDraws(Watcher, TorchFunctionMode):
         """End, as a stopping criterion that stops nothing."""
         self.leave()
         return input_ids.new_zeros(input_ids.shape[0], dtype=torch.bool)
+
+    def ahead(self, device: torch.device) -> torch.Generator:
+        """Return a generator of the numbers that will come next on a device; it is the caller's."""
+        return copied(self._generator(device))
 
     def leave(self) -> None:
         """Be at rest until scores are processed again."""

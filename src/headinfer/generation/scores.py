@@ -27,7 +27,10 @@ class Score:
 
 
 class TokenScores(Watcher):
-    """A collector of scores, for an answer of one row that takes its tokens one by one.
+    """A collector of scores, for an answer of one row.
+
+    It listens to the model's calls where each gives one token. Where some verify drafts, it is told
+    of the tokens' logits instead.
 
     Args:
         top: how many of the likeliest tokens to name.
@@ -40,7 +43,11 @@ class TokenScores(Watcher):
 
     def end(self, output: Any) -> None:
         """Take note of the logits of a call's last token."""
-        self._coming.append(output.logits[0, -1].detach().float().log_softmax(-1))
+        self.note(output.logits[0, -1])
+
+    def note(self, logits: torch.Tensor) -> None:
+        """Take note of the logits `[vocab]` of the token that comes next."""
+        self._coming.append(logits.detach().float().log_softmax(-1))
 
     def take(self, ids: Sequence[int]) -> None:
         """Note which tokens were taken."""

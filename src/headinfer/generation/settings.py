@@ -15,10 +15,11 @@ from headinfer.generation.config_check import SETTINGS
 
 DEFAULT_NEW_TOKENS = 256
 
+_LOOKUP = "prompt_lookup_num_tokens"
 _ONE_ANSWER = "one answer is written"
 _TEXT_ONLY = "only text is written"
 _NOT_OURS = "transformers has it in repositories of their own"
-_NO_DRAFTS = "nothing is drafted but by {prompt_lookup_num_tokens}"
+_NO_DRAFTS = "nothing is drafted but by {prompt_lookup_num_tokens} and {assistant}"
 
 _NOT_HELD: dict[str, tuple[Any, str]] = {
     "num_return_sequences": (1, _ONE_ANSWER),
@@ -71,6 +72,8 @@ class Settings:
         max_time_s: after which `generate` stops, if at all.
         stop_strings: which end the answer.
         end_ids: tokens which end the answer.
+        lookup_tokens: to draft at a time from the text so far; None for no such drafts.
+        lookup_ngram_tokens: the most tokens to look for there.
         left_out: what of the model's own does not hold, and why, with options in braces.
     """
 
@@ -80,6 +83,8 @@ class Settings:
     max_time_s: float | None
     stop_strings: tuple[str, ...]
     end_ids: frozenset[int]
+    lookup_tokens: int | None
+    lookup_ngram_tokens: int
     left_out: tuple[str, ...]
 
     def note(self, spelled: Callable[[str], str] = str) -> str | None:
@@ -167,13 +172,17 @@ def settle(given: Mapping[str, Any], own: Any, prompt_tokens: int) -> Settings:
             told.append(f"max_length={own.max_length} ({why})")
     stop_strings = asked("stop_strings") or ()
     end_ids = asked("eos_token_id")
+    keywords = instead | dict(given)
+    lookup = keywords.get(_LOOKUP, getattr(own, _LOOKUP, None))
     return Settings(
-        keywords=instead | dict(given) | {"max_new_tokens": new_tokens},
+        keywords=keywords | {"max_new_tokens": new_tokens},
         rows=rows,
         max_new_tokens=new_tokens,
         max_time_s=asked("max_time"),
         stop_strings=(stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings),
         end_ids=_ids(end_ids),
+        lookup_tokens=lookup,
+        lookup_ngram_tokens=asked("max_matching_ngram_size") or 2,
         left_out=tuple(told),
     )
 

@@ -13,7 +13,9 @@ from transformers import PreTrainedModel
 
 from headinfer.api import attach
 from headinfer.errors import OptionError, UnsupportedModelError
+from headinfer.generation.assistants import check_assistant, load_assistant
 from headinfer.generation.call import FinishReason, Generation
+from headinfer.generation.drafts import Drafts
 from headinfer.generation.gpus import Gpus
 from headinfer.generation.model import (
     ModelSource,
@@ -22,6 +24,7 @@ from headinfer.generation.model import (
     load_model,
     load_tokenizer,
 )
+from headinfer.generation.pace import check_number, drafts_itself
 from headinfer.generation.prompt import Prompt, encode_prompt
 from headinfer.generation.quantised import check_load_in
 from headinfer.generation.settings import check_given, settle
@@ -49,6 +52,11 @@ class Generated:
         decode_s: seconds the tokens after the first took, without captures.
         decode_tokens_per_s: speed of those.
         capture_s: seconds that captures of decode steps took, with what torch compiled for them.
+        verifications: passes that verified drafts.
+        drafted_tokens: drafts that they verified.
+        accepted_tokens: drafts that were right; each verification gives one token more.
+        draft_s: seconds of drafting, which are a part of `decode_s`.
+        verify_s: seconds of those passes, another part of it.
         peak_device_kv_bytes: the most GPU memory that this call's cache held.
         host_kv_bytes: the most CPU memory that this call's cache held.
         standard_kv_bytes: GPU memory that standard inference would have held for its tokens.
@@ -64,6 +72,11 @@ class Generated:
     decode_s: float
     decode_tokens_per_s: float
     capture_s: float
+    verifications: int
+    drafted_tokens: int
+    accepted_tokens: int
+    draft_s: float
+    verify_s: float
     peak_device_kv_bytes: int
     host_kv_bytes: int
     standard_kv_bytes: int
@@ -82,6 +95,8 @@ def generate(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     stop: str | Sequence[str] | None = None,
     progress: PrefillProgress | None = None,
+    draft: str | int | None = None,
+    assistant: "str | os.PathLike[str] | PreTrainedModel | None" = None,
     **keywords: Any,
 ) -> Generator[Generated, None, None]:
     """Answer a prompt, record by record.
@@ -104,6 +119,12 @@ def generate(
         stop: strings that end the answer and are no part of it. A special token may be one.
             (`stop_strings`, which transformers has, stay in the text.)
         progress: called during prefill with the tokens done and the tokens in all; may raise.
+        draft: how many tokens are drafted at a time: a number, "off", or "auto" for what makes a
+            token cheapest by times measured. The assistant drafts, or a lookup in the prompt.
+            Without these the model drafts itself, if it was attached with `draft_tokens`. A model
+            that is attached here is, where `draft` is given.
+        assistant: a smaller model with the same tokenizer, which drafts: a folder, an id, or a
+            loaded model.
         keywords: options of `attach`, unless the model is attached; and settings of transformers'
             `GenerationConfig`, `max_new_tokens` being 256 unless given.
 
@@ -116,8 +137,12 @@ def generate(
     """
     options = {name: keywords.pop(name) for name in DECLARATIONS if name in keywords}
     given = {name: value for name, value in keywords.items() if value is not None}
-    parsed = Options.parse(**options)
     check_given(given)
+    number = None if draft is None else check_number(draft)
+    helper = check_assistant(assistant)
+    if owner_of(model) is None and drafts_itself(number, helper, given):
+        options.setdefault("draft_tokens", "auto")
+    parsed = Options.parse(**options)
     strings = check_stop(stop)
     if chat_template_kwargs is not None and not isinstance(chat_template_kwargs, Mapping):
         raise OptionError(
@@ -137,7 +162,10 @@ def generate(
         assert isinstance(loaded, PreTrainedModel)
         ids = encode_prompt(own_tokenizer, prompt, chat_template_kwargs)
         _check_vocabulary(loaded, ids)
-        yield from _stream(loaded, own_tokenizer, ids, attached_options, given, strings, progress)
+        drafts = Drafts(number=number, assistant=load_assistant(helper, loaded))
+        yield from _stream(
+            *(loaded, own_tokenizer, ids, attached_options, given, strings, progress, drafts)
+        )
 
     return with_model()
 
@@ -200,6 +228,7 @@ def _stream(
     given: dict[str, Any],
     stop: Sequence[str],
     progress: PrefillProgress | None,
+    drafts: Drafts,
 ) -> Generator[Generated, None, None]:
     """Yield the records of an answer."""
     settings = settle(given, model.generation_config, len(ids))
@@ -217,6 +246,7 @@ def _stream(
             progress=lambda done, of: worker.report(progress, done, of),
             criteria=[worker.criterion],
             stop=stop,
+            drafts=drafts,
         )
         yield from worker.records(session.device.torch_device, lambda: generation.run(ids))
     yield _record(generation, "", finish_reason=generation.finish_reason)
@@ -233,6 +263,11 @@ def _record(generation: Generation, text: str, **ended: FinishReason) -> Generat
         decode_s=stats.decode_s,
         decode_tokens_per_s=stats.decode_tokens_per_s,
         capture_s=stats.capture_s,
+        verifications=stats.verifications,
+        drafted_tokens=stats.drafted_tokens,
+        accepted_tokens=stats.accepted_tokens,
+        draft_s=stats.draft_s,
+        verify_s=stats.verify_s,
         peak_device_kv_bytes=stats.peak_device_kv_bytes,
         host_kv_bytes=stats.host_kv_bytes,
         standard_kv_bytes=stats.standard_kv_bytes,

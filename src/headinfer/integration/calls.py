@@ -79,8 +79,9 @@ def last_logits(
         cache: of the model; updated in place.
         call: another form of the model's call, such as a compiled one.
     """
+    kept = {"logits_to_keep": 1} if takes_argument(model, "logits_to_keep") else {}
     output = (call or model)(
-        input_ids=tokens, use_cache=True, logits_to_keep=1, **cache_argument(model, cache)
+        input_ids=tokens, use_cache=True, **kept, **cache_argument(model, cache)
     )
     row: torch.Tensor = output.logits[0, -1]
     return row

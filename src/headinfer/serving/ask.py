@@ -70,7 +70,3 @@ class Ask:
             return
         if not 0 <= self.logprobs <= _MOST_LOGPROBS:
             raise OptionError(f"logprobs must be from 0 to {_MOST_LOGPROBS}, not {self.logprobs}")
-        if self.given.get("prompt_lookup_num_tokens") is not None:
-            raise OptionError(
-                "logprobs are of tokens that come one by one; leave out prompt_lookup_num_tokens"
-            )

@@ -76,6 +76,8 @@ class Usage:
         completion_tokens: of the answer.
         prefill_s: seconds that the model took for the prompt.
         decode_s: seconds that it took for the tokens after the first.
+        drafted_tokens: drafts that were verified.
+        accepted_tokens: of them, those that were right.
     """
 
     prompt_tokens: int
@@ -83,6 +85,8 @@ class Usage:
     completion_tokens: int
     prefill_s: float
     decode_s: float
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,12 +99,14 @@ class Ended:
         usage: what it took.
         stop: the stop string that came, if one did.
         error: what it failed with, if it did.
+        slot_id: of the slot that keeps what was read and answered, if one does.
     """
 
     finish_reason: EndReason
     usage: Usage
     stop: str | None
     error: HeadInferError | None
+    slot_id: str | None = None
 
 
 Event: TypeAlias = Queued | Progress | Piece | Ended

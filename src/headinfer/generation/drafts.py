@@ -1,0 +1,101 @@
+"""What a user says of drafts: how many, and by whom. And whether an answer has any."""
+
+import logging
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from headinfer.errors import OptionError
+from headinfer.generation.candidates import Assistant, Drafter, Itself, Lookup
+from headinfer.generation.pace import MOST_DRAFTED, FixedPace, MeasuredPace, Number, Pace
+from headinfer.generation.settings import Settings
+from headinfer.integration.cache import OffloadedCache
+from headinfer.integration.layer import OffloadedLayer
+from headinfer.integration.said import SaidOnce
+from headinfer.session import Session
+
+_logger = logging.getLogger(__name__)
+_said = SaidOnce(_logger)
+
+_AUTO_MOST = 16
+"""Drafts of one verification at the most, where nobody says how many."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drafts:
+    """A user's word on drafts.
+
+    Attributes:
+        number: to draft at a time; "auto" for what makes a token cheapest, which may be none. None
+            is "auto" where somebody can draft.
+        assistant: a smaller model that drafts; None for none.
+    """
+
+    number: Number | None = None
+    assistant: PreTrainedModel | None = None
+
+    def begin(
+        self, model: PreTrainedModel, settings: Settings, cache: OffloadedCache, session: Session
+    ) -> tuple[Drafter, Pace] | None:
+        """Return who drafts for one answer, and at which pace; None where nobody does.
+
+        Args:
+            model: that answers.
+            settings: of the answer.
+            cache: its.
+            session: the attachment.
+
+        Raises:
+            OptionError: the settings do not go together.
+        """
+        if self.number == "off":
+            return None
+        found = self._drafter(model, settings, cache, session)
+        if found is None:
+            if self.number is not None:
+                _say("the model was attached without draft_tokens, and nobody else drafts")
+            return None
+        if (obstacle := _obstacle(settings, cache)) is not None:
+            _say(obstacle)
+            return None
+        drafter, most, tried = found
+        if isinstance(self.number, int):
+            return drafter, FixedPace(self.number)
+        if session.ranks.size == 1:
+            return drafter, MeasuredPace(min(most, MOST_DRAFTED), tried)
+        if settings.lookup_tokens is not None:
+            return drafter, FixedPace(settings.lookup_tokens)
+        _say("each of several ranks would go by its own clock; give a number to draft")
+        return None
+
+    def _drafter(
+        self, model: PreTrainedModel, settings: Settings, cache: OffloadedCache, session: Session
+    ) -> tuple[Drafter, int, int] | None:
+        """Return who drafts, how many at the most and how many in a trial; None for nobody."""
+        lookup = settings.lookup_tokens
+        if self.assistant is not None:
+            if lookup is not None:
+                raise OptionError(
+                    "an assistant and prompt_lookup_num_tokens both draft; leave one of them out"
+                )
+            vocabulary = model.config.get_text_config(decoder=True).vocab_size
+            return Assistant(self.assistant, vocabulary), _AUTO_MOST, 1
+        if lookup is not None:
+            return Lookup(settings.lookup_ngram_tokens), lookup, lookup
+        if session.plan.draft_tokens:
+            return Itself(model, cache), _AUTO_MOST, 1
+        return None
+
+
+def _say(why: str) -> None:
+    """Say why nothing is drafted, once."""
+    _said.say(logging.WARNING, why, "nothing is drafted: %s", why)
+
+
+def _obstacle(settings: Settings, cache: OffloadedCache) -> str | None:
+    """Return why an answer cannot have drafts; None where it can."""
+    if settings.rows > 1:
+        return "drafts are for one row, and this answer has several"
+    if not all(isinstance(layer, OffloadedLayer) for layer in cache.layers):
+        return "the model has recurrent states, which cannot be taken back"
+    return None

@@ -1,0 +1,239 @@
+"""How many tokens to draft: as many as make a token cheapest, by what was measured so far.
+
+Drafts cost time in any case, and what they save depends on how many are accepted. Both change with
+the text and its length. So both are measured as an answer goes on, and where drafting does not pay
+there is none.
+"""
+
+import collections
+import contextlib
+import statistics
+from collections.abc import Mapping
+from typing import Literal, Protocol
+
+from headinfer.errors import OptionError
+
+Number = int | Literal["auto", "off"]
+"""Tokens to draft at a time, as users say it."""
+
+MOST_DRAFTED = 31
+"""Drafts of one verification at the most: more new tokens in a pass count as a prompt."""
+
+_MARGIN = 1.05
+"""Gain below which drafting is not worth its uncertainty."""
+
+_REMEMBERED = 5
+"""Times of one kind that a median is taken of."""
+
+_PLAIN_STEPS = 3
+"""Steps without drafts at first: the first two of a cache may be those that are captured."""
+
+_TRIALS = 2
+"""Verifications of a trial: the first one on a device may have had to compile what it runs."""
+
+_PLAIN_AGAIN = 64
+"""Verifications after which a step without drafts is timed again."""
+
+_PAUSE, _LONGEST_PAUSE = 32, 1024
+"""Steps before drafts are tried again where few were accepted: at first, and at the most."""
+
+_FORGOTTEN = 0.9
+"""Weight of acceptance that a verification leaves to what was before it."""
+
+_PRIOR_TRIED, _PRIOR_ACCEPTED = 2.0, 1.4
+"""Drafts that are taken to have been tried and accepted before any was."""
+
+
+def check_number(given: object, name: str = "draft") -> Number:
+    """Return how many tokens to draft.
+
+    Args:
+        given: "auto", "off", or a number, which may be text.
+        name: of the option, for the message.
+
+    Raises:
+        OptionError: it is none of these.
+    """
+    if given == "auto" or given == "off":
+        return given
+    number = -1
+    if isinstance(given, (int, str)) and not isinstance(given, bool):
+        with contextlib.suppress(ValueError):
+            number = int(given)
+    if not 1 <= number <= MOST_DRAFTED:
+        raise OptionError(
+            f"{name} must be from 1 to {MOST_DRAFTED}, 'off' or 'auto', not {given!r}"
+        )
+    return number
+
+
+def drafts_itself(
+    number: Number | None, assistant: object, generation: Mapping[str, object]
+) -> bool:
+    """Whether a user who says how many to draft, and not who does, means the model itself.
+
+    Args:
+        number: that was given; None where none was.
+        assistant: that was given; None where none was.
+        generation: settings of transformers that were given, by name.
+    """
+    lookup = generation.get("prompt_lookup_num_tokens")
+    return number not in (None, "off") and assistant is None and lookup is None
+
+
+def expected_tokens(drafts: int, acceptance: float) -> float:
+    """Return the tokens that a verification gives on average.
+
+    Args:
+        drafts: that are verified.
+        acceptance: probability that a draft is accepted if those before it were.
+    """
+    return sum(acceptance**number for number in range(drafts + 1))
+
+
+def best_number(draft_s: float, pass_s: Mapping[int, float], acceptance: float, most: int) -> int:
+    """Return how many tokens to draft for the least time a token.
+
+    Args:
+        draft_s: seconds of drafting one token.
+        pass_s: seconds of passes that verified so many drafts; that of none must be there. Passes
+            between two of them are taken to lie on a line, and longer ones to go on like the first.
+        acceptance: probability that a draft is accepted if those before it were.
+        most: at the most.
+
+    Returns:
+        The number; 0 where drafting gains less than a twentieth.
+    """
+
+    def token_s(drafts: int) -> float:
+        seconds = drafts * draft_s + _pass_s(pass_s, drafts)
+        return seconds / expected_tokens(drafts, acceptance)
+
+    best = min(range(most + 1), key=token_s)
+    return best if token_s(best) * _MARGIN < token_s(0) else 0
+
+
+def _pass_s(known: Mapping[int, float], drafts: int) -> float:
+    """Return the seconds of a pass that verifies so many drafts, by those that are known."""
+    if drafts in known:
+        return known[drafts]
+    low = max(number for number in known if number < drafts)
+    above = [number for number in known if number > drafts]
+    if above:
+        high = min(above)
+        share = (drafts - low) / (high - low)
+        return known[low] + share * (known[high] - known[low])
+    slope = max(known[low] - known[0], 0.0) / low if low else 0.0
+    return known[low] + slope * (drafts - low)
+
+
+class Pace(Protocol):
+    """A rule of how many tokens to draft, told how it went."""
+
+    def number(self, tokens: int) -> int:
+        """Return how many to draft next, with so many tokens of prompt and answer."""
+
+    def note_draft(self, drafts: int, seconds: float) -> None:
+        """Hear how long drafting took."""
+
+    def note_pass(self, drafts: int, seconds: float) -> None:
+        """Hear how long a pass took that verified so many drafts, or none."""
+
+    def note_accepted(self, accepted: int, *, rejected: bool) -> None:
+        """Hear how many drafts were accepted, and whether one was rejected behind them."""
+
+
+class FixedPace:
+    """A pace that never changes.
+
+    Args:
+        drafts: to make each time.
+    """
+
+    def __init__(self, drafts: int) -> None:
+        self._drafts = drafts
+
+    def number(self, tokens: int) -> int:
+        """Return the number."""
+        return self._drafts
+
+    def note_draft(self, drafts: int, seconds: float) -> None:
+        """Do nothing."""
+
+    def note_pass(self, drafts: int, seconds: float) -> None:
+        """Do nothing."""
+
+    def note_accepted(self, accepted: int, *, rejected: bool) -> None:
+        """Do nothing."""
+
+
+class MeasuredPace:
+    """A pace that follows acceptance and times.
+
+    It begins with a few steps without drafts, then tries some. Where the times say that drafting
+    cannot pay at all, it is tried again once the text is twice as long. Where too few are accepted,
+    it is tried again after pauses that grow, as if nothing were known of acceptance.
+
+    Args:
+        most: to draft at the most.
+        tried: drafts of each verification of a trial.
+    """
+
+    def __init__(self, most: int, tried: int) -> None:
+        self._most = most
+        self._tried = min(tried, most)
+        self._passes: dict[int, collections.deque[float]] = {}
+        self._drafts: collections.deque[float] = collections.deque(maxlen=_REMEMBERED)
+        self._accepted, self._tests = _PRIOR_ACCEPTED, _PRIOR_TRIED
+        self._plain_due, self._trials_due = _PLAIN_STEPS, _TRIALS
+        self._verified = 0  # since a step without drafts was timed
+        self._pause = _PAUSE
+        self._again_at = 0  # tokens
+
+    def number(self, tokens: int) -> int:
+        """Return how many to draft next, with so many tokens of prompt and answer."""
+        if self._plain_due:
+            return 0
+        if self._verified >= _PLAIN_AGAIN:
+            self._verified, self._plain_due = 0, 1
+            return 0
+        if tokens < self._again_at:
+            return 0
+        if self._trials_due:
+            return self._tried
+        best = self._best(self._accepted / self._tests)
+        if best:
+            self._pause = _PAUSE
+            return best
+        if self._best(1.0):
+            self._again_at = tokens + self._pause
+            self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+        else:
+            self._again_at = 2 * tokens
+        self._accepted, self._tests = _PRIOR_ACCEPTED, _PRIOR_TRIED
+        self._trials_due = _TRIALS
+        return 0
+
+    def _best(self, acceptance: float) -> int:
+        passes = {number: statistics.median_low(times) for number, times in self._passes.items()}
+        return best_number(statistics.median_low(self._drafts), passes, acceptance, self._most)
+
+    def note_draft(self, drafts: int, seconds: float) -> None:
+        """Hear how long drafting took."""
+        if drafts:
+            self._drafts.append(seconds / drafts)
+
+    def note_pass(self, drafts: int, seconds: float) -> None:
+        """Hear how long a pass took that verified so many drafts, or none."""
+        times = self._passes.setdefault(drafts, collections.deque(maxlen=_REMEMBERED))
+        times.append(seconds)
+        if drafts:
+            self._verified += 1
+            self._trials_due = max(self._trials_due - 1, 0)
+        else:
+            self._plain_due = max(self._plain_due - 1, 0)
+
+    def note_accepted(self, accepted: int, *, rejected: bool) -> None:
+        """Hear how many drafts were accepted, and whether one was rejected behind them."""
+        self._accepted = _FORGOTTEN * self._accepted + accepted
+        self._tests = _FORGOTTEN * self._tests + accepted + rejected

@@ -1,0 +1,122 @@
+"""How many tokens are drafted: by known times and acceptance, and as an answer goes on."""
+
+import itertools
+
+import pytest
+
+from headinfer.generation.pace import MeasuredPace, best_number, expected_tokens
+
+
+@pytest.mark.parametrize(
+    ("draft_s", "pass_s", "acceptance", "expected"),
+    [
+        (10, {0: 100}, 0.0, 0),
+        (10, {0: 100}, 1.0, 16),
+        (10, {0: 100}, 0.5, 2),
+        (10, {0: 100}, 0.9, 10),
+        (60, {0: 100}, 0.3, 0),  # a step is under two drafts
+        (60, {0: 100}, 0.9, 2),
+        (96, {0: 100}, 1.0, 0),  # a gain of a twentieth is none
+        (1, {0: 100, 4: 500}, 1.0, 0),  # a pass of several rows takes as long as so many steps
+        (1, {0: 100, 4: 120}, 0.9, 12),
+    ],
+)
+def test_a_number_makes_a_token_cheapest(
+    draft_s: float, pass_s: dict[int, float], acceptance: float, expected: int
+) -> None:
+    assert best_number(draft_s, pass_s, acceptance, 16) == expected
+
+
+@pytest.mark.parametrize("draft_s", [1, 10, 50])
+@pytest.mark.parametrize("acceptance", [0.2, 0.6, 0.95])
+def test_it_is_the_best_of_all(draft_s: float, acceptance: float) -> None:
+    """By trying out each number where passes take as long whatever they verify."""
+
+    def token_s(drafts: int) -> float:
+        tokens = 1 + sum(acceptance**each for each in range(1, drafts + 1))
+        return (100 + drafts * draft_s) / tokens
+
+    best = min(range(9), key=token_s)
+    gains = token_s(best) < token_s(0) / 1.05
+    assert best_number(draft_s, {0: 100}, acceptance, 8) == (best if gains else 0)
+
+
+def test_times_between_known_ones_lie_on_a_line() -> None:
+    """With drafts for nothing that are all accepted, the number shows what a pass is taken for."""
+    assert best_number(0, {0: 100, 8: 100, 9: 1000}, 1.0, 9) == 8
+    assert best_number(0, {0: 100, 2: 100, 4: 1000}, 1.0, 3) == 2
+    assert expected_tokens(3, 0.5) == 1.875
+
+
+class Run:
+    """An answer whose passes take known times and whose drafts are accepted in a known way."""
+
+    def __init__(self, pace: MeasuredPace, draft_s: float, step_s: float, rate: float) -> None:
+        self.pace, self.draft_s, self.step_s, self.rate = pace, draft_s, step_s, rate
+        self.tokens, self.seconds = 1000, 0.0
+        self._turn = 0.0
+
+    def go(self, verifications: int) -> list[int]:
+        numbers = []
+        for _ in range(verifications):
+            drafts = self.pace.number(self.tokens)
+            numbers.append(drafts)
+            if drafts:
+                self.pace.note_draft(drafts, drafts * self.draft_s)
+            self.pace.note_pass(drafts, self.step_s)
+            accepted = 0
+            while accepted < drafts and self._accepts():
+                accepted += 1
+            if drafts:
+                self.pace.note_accepted(accepted, rejected=accepted < drafts)
+            self.seconds += drafts * self.draft_s + self.step_s
+            self.tokens += accepted + 1
+        return numbers
+
+    def _accepts(self) -> bool:
+        self._turn += self.rate
+        accepts = self._turn >= 1
+        self._turn -= accepts
+        return accepts
+
+
+def test_a_pace_follows_acceptance() -> None:
+    run = Run(MeasuredPace(16, 1), draft_s=10, step_s=100, rate=0.9)
+    assert run.go(3) == [0, 0, 0], "some steps are timed first"
+    assert run.go(2) == [1, 1]
+    assert all(4 <= number <= 16 for number in run.go(20)[5:])
+    run.rate = 0.0
+    assert run.go(30)[-1] == 0
+    run.rate = 0.9
+    assert max(run.go(400)) >= 4, "it is tried again"
+
+
+def test_what_cannot_pay_is_tried_once() -> None:
+    run = Run(MeasuredPace(16, 1), draft_s=99, step_s=100, rate=1.0)
+    numbers = run.go(500)
+    assert [number for number, _ in itertools.groupby(numbers)] == [0, 1, 0]
+    assert run.seconds / (run.tokens - 1000) < 1.01 * 100
+    assert max(run.go(700)) == 1, "and once more when the text is twice as long"
+
+
+def test_bad_drafts_cost_little() -> None:
+    run = Run(MeasuredPace(16, 1), draft_s=10, step_s=100, rate=0.0)
+    run.go(2000)
+    assert run.seconds / (run.tokens - 1000) < 1.02 * 100
+
+
+def test_a_slow_first_pass_is_forgotten() -> None:
+    """It may have had to compile what it runs."""
+    pace = MeasuredPace(16, 1)
+    run = Run(pace, draft_s=1000, step_s=10000, rate=1.0)
+    pace._plain_due = 0
+    run.go(1)
+    run.draft_s, run.step_s = 10, 100
+    run.pace.note_pass(0, 100)
+    assert run.go(12)[-1] > 4
+
+
+def test_steps_are_timed_again_while_drafts_pay() -> None:
+    numbers = Run(MeasuredPace(16, 1), draft_s=10, step_s=100, rate=0.9).go(300)
+    assert 0 in numbers[100:]
+    assert numbers[100:].count(0) < 5
