@@ -31,8 +31,10 @@ def talk(
     return Conversation(plan, seed, stats=stats)
 
 
-@pytest.mark.parametrize("device", ["cpu", "simulated"])
-@pytest.mark.parametrize("resident", [0, RESIDENT_TOKENS, 68, 1000])
+@pytest.mark.parametrize(
+    ("device", "resident"),
+    [("cpu", 0), ("simulated", 0), ("simulated", RESIDENT_TOKENS), ("simulated", 68)],
+)
 def test_drafts_attend_the_oldest_the_newest_and_each_other(device: str, resident: int) -> None:
     chat = talk(resident, device=device, resident=resident, share=0.3)
     chat.step(PROMPT_TOKENS)
@@ -44,9 +46,8 @@ def test_drafts_attend_the_oldest_the_newest_and_each_other(device: str, residen
     chat.engine.close()
 
 
-@pytest.mark.parametrize("window", [5, 40])
-def test_windows_go_on_in_drafts_and_are_taken_back(window: int) -> None:
-    chat = talk(2, window=window)
+def test_windows_go_on_in_drafts_and_are_taken_back() -> None:
+    chat = talk(2, window=9)
     chat.step(320)
     for _ in range(12):  # windows begin anew several times
         chat.draft(6)
@@ -131,7 +132,7 @@ changes = st.lists(
 )
 
 
-@settings(max_examples=16, deadline=None, derandomize=True)
+@settings(max_examples=14, deadline=None, derandomize=True)
 @given(
     device=st.sampled_from(["cpu", "simulated", "simulated"]),
     seed=st.integers(0, 99),

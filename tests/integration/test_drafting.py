@@ -85,8 +85,10 @@ def masked(model: PreTrainedModel, past: int, count: int) -> list[torch.Tensor]:
         return [logits(model, cache, 3 + at) for at in range(count)]
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", ["llama3", "gemma3", "gpt-oss"])
+@pytest.mark.parametrize(
+    ("name", "device"),
+    [("llama3", "cpu"), ("gemma3", "streamed"), ("gemma3", "resident"), ("gpt-oss", "resident")],
+)
 def test_a_drafts_logits_are_those_of_a_masked_stock_model(name: str, device: str) -> None:
     model = shared_model(name)
     wanted = masked(model, PROMPT_TOKENS, 9)
@@ -192,7 +194,7 @@ def test_weights_that_changed_between_turns_are_seen_by_drafts() -> None:
         with attached(model, "resident", capture=capture) as offload:
             cache, ours = prompted(model, offload), []
             try:
-                for turn in range(3):
+                for turn in range(2):
                     norm.data = before * (1 + turn)
                     model(random_tokens(1, 40, seed=turn), **cache_argument(model, cache))
                     ours += drafted(model, cache, 6)
@@ -315,10 +317,7 @@ def test_a_new_cache_takes_no_memory_from_drafts_under_way() -> None:
         assert engine.can_give_up
 
 
-@pytest.mark.parametrize("drafts", [0, 3])
-def test_streamed_steps_are_replayed_between_drafts(
-    drafts: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_streamed_steps_are_replayed_between_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their tiles stay in the buffers meanwhile, and their places in memory."""
     monkeypatch.setattr(route, "STEADY_TOKENS", 24)
     monkeypatch.setattr(route, "_STEADY_FROM", 0)
@@ -327,13 +326,32 @@ def test_streamed_steps_are_replayed_between_drafts(
         with attached(model, "streamed", capture=capture) as offload:
             cache, outputs = prompted(model, offload), []
             for turn in range(12):
-                if drafts:
-                    outputs += drafted(model, cache, drafts)
+                outputs += drafted(model, cache, 3)
                 outputs.append(logits(model, cache, 5 + turn))
             forms = {key[1] for key in cache.state.engine.captured}
         outcomes.append(outputs)
     assert all(map(torch.equal, *outcomes))
-    assert forms == ({Form.STREAMED, Form.ONE_LAUNCH} if drafts else {Form.STREAMED})
+    assert forms == {Form.STREAMED, Form.ONE_LAUNCH}
+
+
+def test_two_caches_draft_by_turns() -> None:
+    model, outcomes = shared_model("gemma3"), []
+    for apart in (True, False):
+        with attached(model, "resident") as offload:
+            caches = [prompted(model, offload, tokens) for tokens in (90, 120)]
+            outputs: list[list[torch.Tensor]] = [[], []]
+            for turn in range(3) if apart else ():
+                for cache, ours in zip(caches, outputs, strict=True):
+                    ours += [*drafted(model, cache, 3), logits(model, cache, turn, 3)]
+            for turn in () if apart else range(3):
+                with caches[0].drafting(), caches[1].drafting():
+                    for at in range(3):
+                        for cache, ours in zip(caches, outputs, strict=True):
+                            ours.append(logits(model, cache, 3 + at))
+                for cache, ours in zip(caches, outputs, strict=True):
+                    ours.append(logits(model, cache, turn, 3))
+        outcomes.append([*outputs[0], *outputs[1]])
+    assert all(map(torch.equal, *outcomes))
 
 
 def test_layers_on_several_devices_draft_alike() -> None:

@@ -66,10 +66,10 @@ class DraftableTokens(ReadyTokens):
         self.lengths()
         self.check_no_drafts()
         uninterrupted(lambda: self._draft_copies.fill(self._full))
+        self._draft_ready = []
+        self.drafting = True  # first: `end_drafts` undoes what follows
         for ledger in self._ledgers:
             ledger.firm_tokens = ledger.tokens
-        self._draft_ready = []
-        self.drafting = True
 
     def check_draft(self, batch: int, new_tokens: int) -> None:
         """Refuse a draft that there is no room for, before anything is done for it.
