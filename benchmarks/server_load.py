@@ -1,6 +1,7 @@
 """Put a server under load: many clients, some of which hang up or send what is no request.
 
     python benchmarks/server_load.py [--requests 1000] [--clients 20] [--model demo] [--seed 0]
+    python benchmarks/server_load.py --model smollm2 --facts 8 --new-tokens 8
 
 It starts `headinfer serve` and sends it questions about strongboxes. A third of the requests are
 hung up at a random moment, are no requests at all, or are too large. Every answer that comes is
@@ -37,21 +38,23 @@ GROWN_MIB = 64
 def main() -> None:
     """Run it."""
     options = parse()
-    questions = make_questions(options.questions)
-    expected = {text: generate(options.model, text) for text in questions}
+    questions = make_questions(options.questions, options.facts)
+    expected = {text: generate(options, text) for text in questions}
     process = start(options)
     assert process.stdout is not None
     try:
         url = process.stdout.readline().strip()
         wait_ready(url, process)
         for text in questions:  # once each, so that prefixes are kept before memory is read
-            ask(url, text)
+            ask(url, text, options.new_tokens)
         before = memory_mib(process.pid)
         begun = time.monotonic()
         outcomes = load(url, options, questions, expected)
         seconds = time.monotonic() - begun
         wait_idle(url)
-        again = [text for text in questions if ask(url, text)[1] != expected[text]]
+        again = [
+            text for text in questions if ask(url, text, options.new_tokens)[1] != expected[text]
+        ]
         after = memory_mib(process.pid)
         kept = sum(slot["cpu_bytes"] for slot in get_json(url, "/slots")) / 2**20
         threads = len(os.listdir(f"/proc/{process.pid}/task"))
@@ -64,6 +67,7 @@ def main() -> None:
             process.kill()
     wrong = outcomes["wrong answer"] + outcomes["unexpected"] + len(again)
     report = {
+        "model": options.model,
         "requests": options.requests,
         "clients": options.clients,
         "seconds": round(seconds, 1),
@@ -88,18 +92,21 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--clients", type=int, default=20)
     parser.add_argument("--questions", type=int, default=20)
+    parser.add_argument("--facts", type=int, default=150, help="of a text, at most")
+    parser.add_argument("--new-tokens", type=int, default=256, help="of an answer, at most")
+    parser.add_argument("--cache-memory", default="64MiB", help="for kept prefixes")
     parser.add_argument("--model", default="demo")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
 
-def make_questions(count: int) -> list[str]:
-    """Return different texts of up to 150 facts, with a question about one of them at the end."""
+def make_questions(count: int, most_facts: int) -> list[str]:
+    """Return different texts of facts, each with a question about one of them at the end."""
     drawn = random.Random(1)
     names = [f"{adjective} {noun}" for adjective in words.ADJECTIVES for noun in words.NOUNS]
     texts = []
     for _ in range(count):
-        known = drawn.sample(names, drawn.randrange(1, 150))
+        known = drawn.sample(names, drawn.randint(1, most_facts))
         facts = [
             f"The strongbox of the {name} opens with"
             f"{drawn.choice(words.FIRST_HALVES)}{drawn.choice(words.SECOND_HALVES)}."
@@ -110,9 +117,10 @@ def make_questions(count: int) -> list[str]:
     return texts
 
 
-def generate(model: str, text: str) -> str:
+def generate(options: argparse.Namespace, text: str) -> str:
     """Return the command line's answer."""
-    command = [*COMMAND, "generate", "--model", model, "--device", "cpu", "-q", "-f", "-"]
+    command = [*COMMAND, "generate", "--model", options.model, "--device", "cpu", "-q", "-f", "-"]
+    command += ["--no-do-sample", "--max-new-tokens", str(options.new_tokens)]
     done = subprocess.run(command, input=text, capture_output=True, text=True, check=True)
     return done.stdout.removesuffix("\n")
 
@@ -121,7 +129,7 @@ def start(options: argparse.Namespace) -> "subprocess.Popen[str]":
     """Start the server."""
     command = [*COMMAND, "serve", "--port", "0", "--model", options.model, "--device", "cpu"]
     command += ["--max-body", f"{MOST_BODY}B", "--queue", str(options.clients), "--quiet"]
-    command += ["--cache-memory", "64MiB"]
+    command += ["--cache-memory", options.cache_memory]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
@@ -134,7 +142,7 @@ def load(
 
     def one(number: int) -> None:
         drawn = random.Random(options.seed * 1_000_003 + number)
-        outcome = send(url, drawn, questions, expected)
+        outcome = send(url, drawn, options, questions, expected)
         with lock:
             outcomes[outcome] += 1
 
@@ -143,18 +151,24 @@ def load(
     return outcomes
 
 
-def send(url: str, drawn: random.Random, questions: list[str], expected: dict[str, str]) -> str:
+def send(
+    url: str,
+    drawn: random.Random,
+    options: argparse.Namespace,
+    questions: list[str],
+    expected: dict[str, str],
+) -> str:
     """Send one request, and return how it ended."""
     text = drawn.choice(questions)
     kind = drawn.random()
     try:
         if kind < 2 / 3:
-            status, answer = ask(url, text, stream=drawn.random() < 0.5)
+            status, answer = ask(url, text, options.new_tokens, stream=drawn.random() < 0.5)
             if status != 200:
                 return "unexpected"
             return "right answer" if answer == expected[text] else "wrong answer"
         if kind < 5 / 6:
-            hang_up(url, text, drawn)
+            hang_up(url, text, options.new_tokens, drawn)
             return "hung up"
         body, status = drawn.choice(malformed())
         return "refused" if post(url, body)[0] == status else "unexpected"
@@ -178,15 +192,15 @@ def malformed() -> list[tuple[bytes, int]]:
     ]
 
 
-def body_of(text: str, *, stream: bool) -> bytes:
+def body_of(text: str, new_tokens: int, *, stream: bool) -> bytes:
     """Return a request."""
-    asked = {"messages": [{"role": "user", "content": text}], "stream": stream}
-    return json.dumps({**asked, "return_progress": stream, "max_tokens": 256}).encode()
+    asked = {"messages": [{"role": "user", "content": text}], "stream": stream, "temperature": 0}
+    return json.dumps({**asked, "return_progress": stream, "max_tokens": new_tokens}).encode()
 
 
-def ask(url: str, text: str, *, stream: bool = False) -> tuple[int, str]:
+def ask(url: str, text: str, new_tokens: int, *, stream: bool = False) -> tuple[int, str]:
     """Return the status and the answer."""
-    status, answer = post(url, body_of(text, stream=stream))
+    status, answer = post(url, body_of(text, new_tokens, stream=stream))
     if status != 200:
         return status, ""
     if not stream:
@@ -196,10 +210,10 @@ def ask(url: str, text: str, *, stream: bool = False) -> tuple[int, str]:
     return status, "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks)
 
 
-def hang_up(url: str, text: str, drawn: random.Random) -> None:
+def hang_up(url: str, text: str, new_tokens: int, drawn: random.Random) -> None:
     """Begin a request and go away at some moment."""
     connection = connect(url)
-    body = body_of(text, stream=drawn.random() < 0.5)
+    body = body_of(text, new_tokens, stream=drawn.random() < 0.5)
     connection.putrequest("POST", "/v1/chat/completions")
     connection.putheader("Content-Type", "application/json")
     connection.putheader("Content-Length", str(len(body)))

@@ -331,6 +331,7 @@ def test_no_options_at_all(monkeypatch):
         ("--kv-heads 3", "multiple of --kv-heads"),
         ("--gpus 0", "--gpus must be at least 1"),
         ("--methods layers", "method 'layers' needs several GPUs"),
+        ("--methods layers --gpus 2", "there are 2 GPUs, and layers of the model: 1;"),
         ("--gpus 2 --device-memory 1GiB,2GiB", "holds for each GPU, and not a list"),
         ("--repeats 0", "--repeats must be at least 1"),
         ("--tile-heads 0", "--tile-heads must be a positive integer"),

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import time
 import uuid
 from dataclasses import replace
@@ -68,8 +69,10 @@ def test_layers_on_several_devices_agree_with_stock(method, fill):
 
 @pytest.mark.parametrize(("method", "fill"), [("heads", Fill.RANDOM), ("heads-host", Fill.PREFILL)])
 def test_heads_in_several_processes_agree_with_stock(environment, method, fill):
+    before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
     result = in_ranks(spec_of(method, fill, resident_tokens="100"))
     assert isinstance(result, TrialResult), result
+    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == before
     agrees(result, fill)
     assert [part.resident_tokens for part in result.parts] == [100, 100]
     assert sum(part.kv_bytes for part in result.parts) == MODEL.kv_bytes(303, "float32")

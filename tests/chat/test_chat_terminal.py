@@ -126,7 +126,9 @@ def test_inputs_are_kept_between_runs_for_this_user_alone(terminal, chat_llama, 
         assert said[0]["content"] == "w7 w14 w21"
     folder = tmp_path / "state" / "headinfer"
     assert folder.stat().st_mode & 0o777 == 0o700
-    assert [path.name for path in folder.iterdir()] == ["chat-history"]
+    (history,) = folder.iterdir()
+    assert history.name == "chat-history"
+    assert history.stat().st_mode & 0o777 == 0o600
 
 
 @pytest.mark.slow

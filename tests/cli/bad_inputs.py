@@ -254,7 +254,7 @@ WITHOUT_CUDA: list[Row] = [
     ((*verb, "--device", "cuda"), ("--device cuda", "not available", "--device cpu"))
     for verb in (
         ("bench", "decode"),
-        ("evaluate", "needle", "-m", "{good}"),
+        ("evaluate", "needle", "-m", "{good}", "--text", "{text}"),
         ("generate", "-p", "w1", "-m", "{good}"),
     )
     if not torch.cuda.is_available()

@@ -18,8 +18,10 @@ def check(outcome, *words, code: int = 2) -> None:
     assert outcome.code == code, outcome.err
     assert outcome.out == ""
     assert "Traceback" not in outcome.err
-    assert len(outcome.error_lines) == 1, outcome.err
-    line = outcome.error_lines[0]
+    # A busy machine is told of stages that take seconds, before the error.
+    lines = [line for line in outcome.error_lines if not line.endswith(" ...")]
+    assert len(lines) == 1, outcome.err
+    line = lines[0]
     assert line.startswith("headinfer: error: ")
     for word in words:
         assert str(word) in line

@@ -61,6 +61,16 @@ def test_a_model_that_no_gpu_holds_streams_its_weights(cli) -> None:
     )
 
 
+def test_what_a_disk_holds_of_the_weights_is_told_and_how_slowly(cli) -> None:
+    told = " ".join(cli(*CARD, "--gpus", "1", "--host-memory", "64GiB").out.split())
+    assert "of weights stay in CPU memory and 65.71 GiB on the disk" in told
+    assert "and 1 GB/s from the disk, which is assumed." in told
+    assert "Run: headinfer generate --gpus 1 --host-memory 10.0GiB ..." in told
+    refused = cli(*CARD, "--host-memory", "64GiB")
+    assert refused.code == 1
+    assert "65.71 GiB on the disk: at least" in " ".join(refused.out.split())
+
+
 def test_where_nothing_fits_it_says_what_is_lacking(cli) -> None:
     outcome = cli(*TWO[:-2], "--device-memory", "24GiB", "--host-memory", "40GiB")
     told = " ".join(outcome.out.split())

@@ -17,6 +17,7 @@ from headinfer.estimate.presets import PRESETS, preset_shape
 from headinfer.estimate.situation import Situation
 from headinfer.estimate.split_times import heads_times, layers_times
 from headinfer.estimate.spread import by_heads, by_layers
+from headinfer.integration.even_map import even_map
 from headinfer.plan.hardware import Hardware
 from headinfer.plan.memory import weights_room_bytes
 from headinfer.plan.predict import Predictor
@@ -66,36 +67,63 @@ def test_a_pipeline_fills_once_and_then_the_slowest_gpu_sets_the_pace() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "memory_gib", "gpus"),
+    ("model", "memory_gib", "gpus", "host_gib"),
     [
-        ("llama-3-8b", 24, 2),
-        ("llama-3-8b", 24, 4),
-        ("llama-3-8b", 14, 1),
-        ("llama-3-70b", 80, 2),
-        ("llama-3-70b", 24, 1),
-        ("llama-3-70b", 24, 3),
-        ("llama-3-70b", 24, 8),
-        ("llama-3.2-1b", 24, 2),
-        ("gemma-2-9b", 24, 3),
+        ("llama-3-8b", 14, 1, 512),
+        ("llama-3-8b", 8, 1, 4),
+        ("llama-3-70b", 24, 1, 512),
+        ("llama-3-70b", 24, 1, 30),
+        ("llama-3-70b", 24, 3, 512),
+        ("llama-3-70b", 24, 3, 40),
+        ("llama-3-70b", 16, 8, 512),
     ],
 )
-def test_layers_lie_where_transformers_puts_them(model: str, memory_gib: int, gpus: int) -> None:
+def test_layers_lie_where_transformers_puts_them(
+    model: str, memory_gib: int, gpus: int, host_gib: int
+) -> None:
     config = transformers.AutoConfig.for_model(**PRESETS[model])
     with torch.device("meta"):
         stock = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     stock.tie_weights()
     whole = stock._no_split_modules
     given = memory_gib * GIB
-    most = {gpu: weights_room_bytes(given) for gpu in range(gpus)} | {"cpu": 2**50}
+    most = {gpu: weights_room_bytes(given) for gpu in range(gpus)} | {"cpu": host_gib * GIB}
     balanced = get_balanced_memory(stock, most, no_split_module_classes=whole)
     found = infer_auto_device_map(stock, balanced, no_split_module_classes=whole)
     layers = preset_shape(model).layers
     names = (f"model.layers.{layer}" for layer in range(len(layers)))
-    # What lies in CPU memory computes on the first GPU.
-    wanted = Counter(0 if found[name] == "cpu" else found[name] for name in names)
-    spread = by_layers(preset_shape(model), [given] * gpus)
+    # What lies in CPU memory or on the disk computes on the first GPU.
+    wanted = Counter(0 if found[name] in ("cpu", "disk") else found[name] for name in names)
+    spread = by_layers(preset_shape(model), [given] * gpus, host_bytes=host_gib * GIB)
     assert [len(share.shape.layers) for share in spread.shares] == list(wanted.values())
-    assert (spread.host_bytes > 0) == ("cpu" in found.values())
+    for place, taken in (("cpu", spread.host_bytes), ("disk", spread.disk_bytes)):
+        modules = [stock.get_submodule(name) for name, where in found.items() if where == place]
+        stored = sum(weight.nbytes for module in modules for weight in module.parameters())
+        assert taken == pytest.approx(stored, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model", "gpus"),
+    [
+        ("llama-3-8b", [24] * 4),
+        ("llama-3-8b", [24, 5, 9]),
+        ("llama-3-70b", [24] * 8),
+        ("llama-3-70b", [80] * 2),
+        ("llama-3.2-1b", [24] * 3),
+        ("gemma-2-9b", [24] * 3),
+    ],
+)
+def test_where_gpus_hold_all_weights_layers_lie_where_ours_are_loaded(
+    model: str, gpus: list[int]
+) -> None:
+    config = transformers.AutoConfig.for_model(**PRESETS[model])
+    given = [each * GIB for each in gpus]
+    places = even_map(config, "bfloat16", None, list(map(weights_room_bytes, given)))
+    assert places is not None
+    loaded = Counter(gpu for name, gpu in places.items() if ".layers." in name)
+    spread = by_layers(preset_shape(model), given)
+    assert [len(share.shape.layers) for share in spread.shares] == list(loaded.values())
+    assert spread.host_bytes == 0
 
 
 def test_what_one_card_does_not_hold_of_a_70b() -> None:
@@ -131,14 +159,26 @@ def why(here: Situation, gpus: int) -> tuple[str, ...]:
     return choose_split(here, split_plans(here, [here.device_memory_bytes] * gpus)).why
 
 
-def test_weights_in_cpu_memory_leave_less_of_it_for_kv() -> None:
-    here = situation("llama-3-70b", 32, 24, HARDWARE["rtx-4090"], 128)
+def test_weights_that_cpu_memory_does_not_hold_beside_kv_are_read_from_a_disk() -> None:
+    here = situation("llama-3-70b", 32, 24, HARDWARE["rtx-4090"], 64)
     plan = ours(here, 1)[Split.NONE]
-    assert plan.max_context_tokens is not None
-    # 128 GiB less 2 in reserve, 1 for the process and about 2% of page tables, less 113.5.
-    room = (128 - 2 - 1) * GIB * 4096 / (4096 + 88) - (70 * LAYER_70B + MATRIX_70B)
+    assert plan.fits
+    # 64 GiB less 1 in reserve, 1 for the process and about 2% of page tables, less 10 of KV.
+    room = (64 - 1 - 1) * GIB * 4096 / (4096 + 88)
+    layers = (room - 10 * GIB - MATRIX_70B) // LAYER_70B  # it keeps room for the output matrix
+    assert plan.weights_host_bytes == pytest.approx(layers * LAYER_70B, rel=1e-6)
+    assert plan.disk_bytes == pytest.approx((70 - layers) * LAYER_70B + MATRIX_70B, rel=1e-6)
     assert plan.max_context_tokens == pytest.approx(room / (320 * K), rel=1e-3)
-    assert not ours(replace(here, host_memory_bytes=100 * GIB), 1)[Split.NONE].fits
+    # All of it crosses the link, too.
+    once_s = (70 * LAYER_70B + MATRIX_70B) / 12.5e9 + plan.disk_bytes / 1e9
+    roomy = ours(replace(here, host_memory_bytes=512 * GIB), 1)[Split.NONE]
+    more_s = plan.decode_s_per_token - roomy.decode_s_per_token
+    assert more_s == pytest.approx(plan.disk_bytes / 1e9, rel=1e-6)
+    assert plan.decode_s_per_token > once_s
+    choice = choose_split(here, split_plans(here, [24 * GIB]))
+    assert choice.command == "headinfer generate --gpus 1 --host-memory 10.0GiB ..."
+    assert "GiB on the disk. They cross the link for each token" in " ".join(choice.why)
+    assert not ours(replace(here, host_memory_bytes=11 * GIB), 1)[Split.NONE].fits
 
 
 def test_by_layers_one_link_after_the_other_brings_kv_in_a_decode_step() -> None:
@@ -276,13 +316,12 @@ def test_heads_that_cannot_be_split_are_told(model: str, gpus: int, reason: str)
     assert any(reason in line for line in why(here, gpus))
 
 
-def test_a_split_that_transformers_makes_uneven_is_told() -> None:
-    """Of 32 layers the fullest of four GPUs has 12, and of two GPUs 16."""
-    odd = replace(preset_shape("llama-3-8b"), splits_heads=False)
-    told = {gpus: " ".join(why(replace(situation(), shape=odd), gpus)) for gpus in (2, 4)}
-    assert "7, 12, 12, 1 layers" in told[4]
-    assert "A device_map of your own with 8 layers on each GPU" in told[4]
-    assert "device_map" not in told[2]
+def test_four_gpus_have_eight_of_32_layers_each_and_work_alike() -> None:
+    """transformers would give them 7, 12, 12 and 1: its second GPU bounds a prefill."""
+    plan = ours(situation(), 4)[Split.LAYERS]
+    assert [use.layers for use in plan.uses] == [8] * 4
+    busy = [use.busy for use in plan.uses]
+    assert min(busy) > 0.9 * max(busy)
 
 
 def test_each_gpu_may_give_another_amount() -> None:

@@ -1,10 +1,14 @@
 """Spreading a model over GPUs while it is loaded: what accelerate is asked for, and refusals."""
 
+from collections import Counter
+
 import pytest
 import torch
+from transformers import AutoConfig
 
 import headinfer
 from headinfer.errors import OptionError
+from headinfer.estimate.presets import PRESETS
 from headinfer.generation.gpus import Gpus
 from headinfer.plan.memory import runtime_bytes
 from headinfer.plan.options import Options
@@ -30,8 +34,10 @@ def gpus_of(count: object, **options: object) -> Gpus:
 
 @pytest.mark.usefixtures("_two_gpus")
 def test_weights_take_a_share_of_what_each_gpu_gives() -> None:
+    config = AutoConfig.for_model(**PRESETS["llama-3-70b"])
+
     def shares(count: int, **options: object) -> list[float]:
-        keywords = gpus_of(count, **options).keywords()
+        keywords = gpus_of(count, **options).keywords(config, "bfloat16")
         assert keywords["device_map"] == "auto"
         most = keywords["max_memory"]
         assert list(most) == [*range(count), "cpu"]
@@ -42,6 +48,42 @@ def test_weights_take_a_share_of_what_each_gpu_gives() -> None:
     assert shares(2) == pytest.approx([40, 20])
     assert shares(2, device_memory="24GiB") == pytest.approx([24, 20])
     assert shares(2, device_memory="30GiB,10GiB") == pytest.approx([30, 10])
+
+
+@pytest.mark.usefixtures("_two_gpus")
+def test_weights_in_cpu_memory_leave_what_the_kv_cache_was_given(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = "headinfer.device.host_memory"
+    monkeypatch.setattr(f"{module}.all_host_bytes", lambda: 64 * GIB)
+    monkeypatch.setattr(f"{module}.available_host_bytes", lambda: 60 * GIB)
+    config = AutoConfig.for_model(**PRESETS["llama-3-70b"])
+
+    def for_weights(**options: object) -> float:
+        most = gpus_of(1, **options).keywords(config, "bfloat16")["max_memory"]
+        return most["cpu"] / GIB
+
+    assert for_weights() == 60
+    # 1 GiB is for the process, 1 in reserve, and pages have tables.
+    assert for_weights(host_memory="10GiB") == pytest.approx(58 * 4096 / (4096 + 88) - 10)
+    assert for_weights(host_memory="100GiB") == 0
+
+
+@pytest.mark.usefixtures("_two_gpus")
+def test_layers_are_even_where_the_gpus_hold_all_weights() -> None:
+    config = AutoConfig.for_model(**PRESETS["llama-3-8b"])
+
+    def layers(count: int, **options: object) -> list[int]:
+        keywords = gpus_of(count, **options).keywords(config, "bfloat16")
+        assert "max_memory" not in keywords
+        places = keywords["device_map"].items()
+        return list(Counter(gpu for name, gpu in places if ".layers." in name).values())
+
+    assert layers(1) == [32]
+    assert layers(2) == [16, 16]
+    # A layer takes 416 MiB, the output matrix 1002.
+    fit = (0.9 * (8 * GIB - runtime_bytes("cuda")) / 2**20 - 1002) // 416
+    assert layers(2, device_memory="20GiB,8GiB") == [32 - fit, fit]
 
 
 @pytest.mark.usefixtures("_two_gpus")

@@ -16,9 +16,9 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 import headinfer
-from headinfer import session as sessions
 from headinfer.device.simulated import SimulatedDevice
 from headinfer.errors import CacheStateError, MemoryPlanError
+from headinfer.integration import parts
 from headinfer.integration.cache import OffloadedCache
 from headinfer.integration.calls import cache_argument
 from headinfer.integration.layer import OffloadedLayer
@@ -130,13 +130,13 @@ def test_reading_is_refused_where_the_host_memory_is_too_small(
 ) -> None:
     with both("llama3", DEVICES[0], random_tokens(1, 64)) as (ours, _, _model):
         # 64 tokens of 4 heads of 16 float32 are 16 KiB, and as much once they are copied.
-        monkeypatch.setattr(sessions, "available_host_bytes", lambda: 20 * 2**10)
+        monkeypatch.setattr(parts, "available_host_bytes", lambda: 20 * 2**10)
         with pytest.raises(
             MemoryPlanError, match=r"keys of 64 tokens .* need 32.00 KiB"
         ) as refusal:
             list(ours)
         assert "\n" not in str(refusal.value)
-        monkeypatch.setattr(sessions, "available_host_bytes", lambda: 32 * 2**10)
+        monkeypatch.setattr(parts, "available_host_bytes", lambda: 32 * 2**10)
         list(ours)
 
 

@@ -21,6 +21,9 @@ class FakeServer:
         key: that it wants; None for none.
         loading: whether its model is loading.
         slots: what `/slots` answers; None for a status of 500.
+        sessions: that `/sessions` lists; None without a folder.
+        acts: answers to saving and restoring, by the action.
+        acted: paths and bodies of those.
         refusal: status and message for the next question, in place of an answer.
         asked: bodies of the questions.
         gone: set once a client left in the middle of an answer.
@@ -31,6 +34,9 @@ class FakeServer:
         self.key: str | None = None
         self.loading = False
         self.slots: list[dict[str, Any]] | None = []
+        self.sessions: list[dict[str, Any]] | None = []
+        self.acts: dict[str, dict[str, Any]] = {}
+        self.acted: list[tuple[str, dict[str, Any]]] = []
         self.refusal: tuple[int, str] | None = None
         self.asked: list[dict[str, Any]] = []
         self.gone = threading.Event()
@@ -65,7 +71,7 @@ class FakeServer:
         """End an answer as it should."""
         took = {"cache_n": 1024, "prompt_n": 2048, "prompt_ms": 65000.0}
         took |= {"predicted_n": new_tokens, "predicted_ms": 500.0}
-        self.send(finish_reason=finish_reason, timings=took)
+        self.send(finish_reason=finish_reason, timings=took, id_slot="abc1")
         self._steps.put("data: [DONE]\n\n")
         self.cut()
 
@@ -93,6 +99,11 @@ class FakeServer:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 if not self._may_enter():
                     return
+                path = urlsplit(self.path)
+                if path.path.startswith("/slots/"):
+                    fake.acted.append((self.path, json.loads(body)))
+                    self._json(200, fake.acts[path.query.removeprefix("action=")])
+                    return
                 fake.asked.append(json.loads(body))
                 if fake.refusal is not None:
                     (status, message), fake.refusal = fake.refusal, None
@@ -110,6 +121,10 @@ class FakeServer:
                     self._json(200, {"data": [{"id": "fake-8b", "max_model_len": 131072}]})
                 elif path == "/slots" and fake.slots is not None:
                     self._json(200, fake.slots)
+                elif path == "/sessions":
+                    self._json(
+                        200, {"enabled": fake.sessions is not None, "data": fake.sessions or []}
+                    )
                 else:
                     self._json(500 if path == "/slots" else 404, {"error": {"message": path}})
 

@@ -216,7 +216,8 @@ def test_stopping_the_reading_gives_the_message_back(page, server):
     server.progress(1024, 9216, 1000)
     page.get_by_text("Reading, 11%").first.wait_for()
     page.get_by_role("button", name="Stop").click()
-    assert "What was read stays in the cache" in problem(page)
+    page.get_by_text("What was read stays in the cache").wait_for()
+    assert not page.get_by_role("alert").is_visible()  # it is no error
     assert server.gone.wait(30)
     assert page.get_by_label("Message", exact=True).input_value() == "Who?"
     assert page.locator("article").count() == 0
@@ -370,6 +371,84 @@ def test_what_is_wrong_with_a_setting_is_in_sight_in_a_narrow_window(opened, ser
     assert page.get_by_label("Tokens at most").evaluate(in_sight)
 
 
+def test_in_a_narrow_window_one_panel_is_open_at_a_time(opened, server, shot):
+    server.slots = SLOTS
+    page = opened(viewport={"width": 360, "height": 740})
+    page.locator("#send:enabled").wait_for()
+    ask(page, "Who?")
+    server.send({"content": "He."})
+    server.end()
+    answered(page)
+    page.get_by_text("Settings").click()
+    page.get_by_text("KV cache").click()
+    page.locator("#slots li").nth(3).wait_for()
+    page.wait_for_function("!document.querySelector('#settings').open")
+    shot(page, "panels-narrow-cache")
+    page.get_by_text("Settings").click()
+    page.wait_for_function("!document.querySelector('#cache').open")
+    shot(page, "panels-narrow-settings")
+    seen = page.locator("article.assistant").evaluate(
+        """(article) => {
+            const { top, bottom } = article.getBoundingClientRect();
+            const ask = document.querySelector("#ask").getBoundingClientRect();
+            return Math.min(bottom, ask.top) - Math.max(top, 0);
+        }"""
+    )
+    assert seen > 20
+
+
+def test_a_conversation_is_saved_and_opened_again(page, server, shot):
+    server.acts = {
+        "save": {"n_saved": 3072},
+        "restore": {
+            "n_restored": 3072,
+            "id_slot": "def2",
+            "messages": [
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": MARKUP},
+                {"role": "assistant", "content": "He."},
+            ],
+        },
+    }
+    save = page.get_by_role("button", name="Save")
+    save.wait_for()
+    assert save.is_disabled()
+    ask(page, "Who?")
+    server.send({"content": "He."})
+    server.end()
+    answered(page)
+    said = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "He."}]
+    server.sessions = [
+        {"filename": "my book", "tokens": 3072, "disk_bytes": 3 * MIB, "conversation": True}
+    ]
+    page.get_by_label("Name").fill("my book")
+    save.click()
+    page.get_by_text("Saved: 3,072 tokens.").wait_for()
+    assert server.acted == [("/slots/abc1?action=save", {"filename": "my book", "messages": said})]
+    page.get_by_role("button", name="Replace").wait_for()
+    page.get_by_role("button", name="New conversation").click()
+    page.get_by_role("button", name="Open my book").click()
+    page.get_by_text("my book: 3,072 tokens are in the cache.").wait_for()
+    shot(page, "opened-wide")
+    assert page.locator("article.user .text").text_content() == MARKUP
+    assert page.get_by_label("What the system says").input_value() == "Be brief."
+    ask(page, "And?")
+    server.send({"content": "She."})
+    server.end()
+    answered(page, 2)
+    restored = server.acts["restore"]["messages"]
+    assert server.asked[-1]["messages"] == [*restored, {"role": "user", "content": "And?"}]
+
+
+def test_without_a_folder_there_is_nothing_to_save_to(opened, server):
+    server.sessions = None
+    page = opened()
+    with page.expect_response("**/sessions"):
+        page.reload()
+    page.locator("#send:enabled").wait_for()
+    assert not page.get_by_role("button", name="Save").is_visible()
+
+
 def test_a_new_conversation_forgets_the_old_one(page, server):
     for number in (1, 2):
         ask(page, f"Question {number}")
@@ -424,7 +503,7 @@ WIDER = """() => [...document.querySelectorAll("body *")]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [360, 1440])
+@pytest.mark.parametrize("width", [360, 800, 1400])
 def test_nothing_is_wider_than_the_window(opened, server, shot, width, scheme):
     server.slots = SLOTS
     page = opened(viewport={"width": width, "height": 800}, color_scheme=scheme)

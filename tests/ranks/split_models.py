@@ -6,6 +6,7 @@ import torch
 
 from headinfer.heads.formats import write_pattern
 from headinfer.heads.pattern import HeadPattern
+from headinfer.schedule import route
 from tiny_models import random_tokens
 
 VOCABULARY = 98
@@ -28,6 +29,22 @@ DEVICES = {
         "host_attention": 0.4,
     },
 }
+
+STREAMED = {
+    "streamed": {"resident_tokens": 0, "tile_heads": 1, "tile_tokens": 48, "chunk_tokens": 16},
+    "host": {"resident_tokens": 0, "host_attention": 0.99, "chunk_tokens": 16},
+    "both": {
+        "resident_tokens": 9,
+        "host_attention": 0.5,
+        "tile_heads": 2,
+        "tile_tokens": 16,
+        "chunk_tokens": 16,
+    },
+}
+"""Steps that come in one launch, once few tokens are enough for that (`few_are_steady`)."""
+
+STREAMED_TOKENS = 100
+"""New tokens, in which pages fill, and what is streamed changes."""
 
 ON_GPUS = {
     "cuda": {"chunk_tokens": 13},  # all resident: a step is one launch, with NCCL's kernels in it
@@ -53,6 +70,12 @@ UNEVEN = {"sparsity": 0.5, "sink_tokens": 2, "recent_tokens": 8}
 
 GROWING = (random_tokens(1, 45), random_tokens(1, 600), random_tokens(1, 1))
 """Calls of which the second takes more CPU memory than the first left room for."""
+
+
+def few_are_steady() -> None:
+    """Have what is streamed stay for a while though there are few tokens in a test."""
+    route.STEADY_TOKENS = 48
+    route._STEADY_FROM = 0
 
 
 def save_uneven_pattern(path: Path, layers: int) -> None:

@@ -19,9 +19,12 @@ from split_models import (
     MODELS,
     ON_GPUS,
     PATTERN,
+    STREAMED,
+    STREAMED_TOKENS,
     UNEVEN,
     VOCABULARY,
     answers,
+    few_are_steady,
     last_logits,
     logits,
     prompt,
@@ -33,6 +36,7 @@ from transformers.distributed import DistributedConfig
 
 import headinfer
 from headinfer.bench.fill import fill_randomly
+from headinfer.engine.ready_tokens import ReadyTokens
 from headinfer.ranks.leaving import leave_together
 from saved_models import make_tokenizer
 
@@ -156,6 +160,31 @@ def stopping(folder: Path, got: dict[str, Any]) -> None:
     got["stopped after"] = tokens
 
 
+def streamed_in_one_launch(folder: Path, got: dict[str, Any]) -> None:
+    """Streamed steps; then with a rank whose CPU's share is settled later than the other's."""
+    few_are_steady()
+    model, rank = load(folder, "llama3"), distributed.get_rank()
+    tokens, settings = prompt(1).to(model.device), {"max_new_tokens": STREAMED_TOKENS}
+    device = "cuda" if torch.cuda.is_available() else "simulated"
+    own = ReadyTokens.may_capture_streamed
+    for name, options in STREAMED.items():
+        for late in (False, True):
+            calls = iter(range(10**6))
+
+            def settled(engine: Any, calls: Any = calls, late: bool = late) -> bool:
+                return next(calls) >= (30 if late and rank else 0) and own.fget(engine)
+
+            ReadyTokens.may_capture_streamed = property(settled)
+            with headinfer.attach(model, device=device, **options) as offload:
+                cache = offload.new_cache()
+                ids = model.generate(
+                    tokens, do_sample=False, pad_token_id=0, **cache.as_keyword(), **settings
+                )
+                forms = {form.name for _, form in cache.state.engine.captured}
+                got[f"{name} {late} streamed"] = ids.cpu(), forms, offload.stats.captured_steps
+    ReadyTokens.may_capture_streamed = own
+
+
 def heads(folder: Path, got: dict[str, Any]) -> None:
     model = load(folder, "one-kv-head")
     got["one head"] = failure_of(lambda: headinfer.attach(model))
@@ -166,7 +195,16 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
     got: dict[str, Any] = {}
-    for part in (parity, patterns, uneven_pattern, other_splits, agreement, stopping, heads):
+    for part in (
+        parity,
+        patterns,
+        uneven_pattern,
+        other_splits,
+        agreement,
+        stopping,
+        heads,
+        streamed_in_one_launch,
+    ):
         part(folder, got)
     torch.save(got, folder / f"rank{distributed.get_rank()}.pt")
     leave_together()

@@ -11,6 +11,8 @@ from split_models import (
     MODELS,
     ON_GPUS,
     PATTERN,
+    STREAMED,
+    STREAMED_TOKENS,
     UNEVEN,
     VOCABULARY,
     answers,
@@ -81,6 +83,12 @@ def test_ranks_on_two_gpus_answer_as_the_whole_model_does(folder, models) -> Non
     for rank in got:
         assert "2 ranks of the model were given different tokens" in rank["other tokens"]
         assert rank["host memory"].startswith("MemoryPlanError: ")
+        for name in STREAMED:
+            for late in (False, True):
+                ids, forms, captured = rank[f"{name} {late} streamed"]
+                assert ids.tolist() == got[0][f"{name} {late} streamed"][0].tolist()
+                assert "STREAMED" in forms, name
+                assert captured > 0, name
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -123,6 +131,28 @@ def test_each_rank_is_filled_with_its_own_heads(got, models, name, heads) -> Non
 def test_ranks_capture_and_replay_the_same_steps(got, name) -> None:
     first, second = (rank[f"{name} simulated captured"] for rank in got)
     assert first == second > 0
+
+
+@pytest.fixture(scope="module")
+def streamed_ids(models) -> list[int]:
+    ids = models["llama3"].generate(
+        prompt(1), do_sample=False, pad_token_id=0, max_new_tokens=STREAMED_TOKENS
+    )
+    return ids.tolist()
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("name", STREAMED)
+def test_streamed_steps_of_ranks_are_one_launch(got, streamed_ids, name, late) -> None:
+    """Also where one of them is ready for it later: both are in pieces until then."""
+    replayed = []
+    for rank in got:
+        ids, forms, captured = rank[f"{name} {late} streamed"]
+        assert ids.tolist() == streamed_ids
+        assert "STREAMED" in forms
+        assert ("IN_PIECES" in forms) == late
+        replayed.append(captured)
+    assert replayed[0] == replayed[1] > STREAMED_TOKENS // 2
 
 
 def test_a_rank_takes_its_share_of_cpu_memory(got, models) -> None:

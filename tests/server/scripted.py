@@ -10,9 +10,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import uvicorn
-from server_parts import WAIT_S, wait_until
+from server_parts import WAIT_S, Running, wait_until
 
-from headinfer.errors import HeadInferError
+from headinfer.errors import HeadInferError, OptionError, SessionFileError
 from headinfer.server.app import make_app
 from headinfer.server.guide import Guide
 from headinfer.server.served import Limits, Served, Service
@@ -54,6 +54,7 @@ class ScriptedDesk:
 
     def __init__(self, *scripts: Sequence[Any]) -> None:
         self.scripts = list(scripts)
+        self.uses_marks = False
         self.refuse: HeadInferError | None = None
         self.asks: list[Any] = []
         self.tickets: list[ScriptedTicket] = []
@@ -95,6 +96,15 @@ class ScriptedDesk:
     def slots(self) -> list[Any]:
         return []
 
+    def sessions(self) -> list[Any]:
+        return []
+
+    def save_slot(self, slot_id: str, name: str, messages: Any = None) -> Any:
+        raise OptionError(f"there is no slot {slot_id!r}")
+
+    def restore_slot(self, name: str) -> Any:
+        raise SessionFileError(f"there is no session {name!r}")
+
     def close(self, *, timeout_s: float) -> None:
         self.closed = True
         for ticket in self.tickets:
@@ -110,38 +120,81 @@ def serving(
     desk: ScriptedDesk | None,
     *,
     model_type: str = "qwen3",
+    tokenizer: Any = None,
     limits: Limits | None = None,
     ping_s: float = 0.1,
 ) -> Iterator[tuple[str, Service]]:
     """Serve a scripted desk, or none, as while a model is loading; yield its URL."""
-    service = Service("scripted", limits or Limits(), ping_s=ping_s)
+    served = None
     if desk is not None:
-        tokenizer = make_tokenizer()
+        tokenizer = tokenizer or make_tokenizer()
         tokenizer.chat_template = TEMPLATE
         model = SimpleNamespace(
             config=SimpleNamespace(model_type=model_type),
             get_input_embeddings=lambda: SimpleNamespace(weight=SimpleNamespace(shape=(96, 8))),
         )
-        guide = Guide(tokenizer, 96, frozenset({2}))
-        service.ready(
-            Served(
-                name="scripted",
-                model=model,
-                tokenizer=tokenizer,
-                desk=desk,  # type: ignore[arg-type]
-                guide=guide,
-                positions=0,
-            )
+        guide = Guide(tokenizer, len(tokenizer), frozenset({2}))
+        served = Served(
+            name="scripted",
+            model=model,
+            tokenizer=tokenizer,
+            desk=desk,  # type: ignore[arg-type]
+            guide=guide,
+            positions=0,
         )
-    listening = socket.create_server(("127.0.0.1", 0))
+    with listening(served, limits=limits, ping_s=ping_s) as (url, service):
+        yield url, service
+
+
+@contextmanager
+def listening(
+    served: Served | None, *, limits: Limits | None = None, ping_s: float = 0.1
+) -> Iterator[tuple[str, Service]]:
+    """Serve a model in this process, or none."""
+    service = Service("scripted", limits or Limits(), ping_s=ping_s)
+    if served is not None:
+        service.ready(served)
+    bound = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(
         uvicorn.Config(make_app(service), log_level="warning", lifespan="off", ws="none")
     )
-    thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
+    thread = threading.Thread(target=server.run, args=([bound],), daemon=True)
     thread.start()
     wait_until(lambda: server.started)
     try:
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}", service
+        yield f"http://127.0.0.1:{bound.getsockname()[1]}", service
     finally:
         server.should_exit = server.force_exit = True
         thread.join(WAIT_S)
+
+
+@contextmanager
+def tiny_server(folder: Any, **desk: Any) -> Iterator[Running]:
+    """Serve a tiny model's folder in this process, at a desk of its own."""
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    with model_server(model, tokenizer, **desk) as server:
+        yield server
+
+
+@contextmanager
+def model_server(model: Any, tokenizer: Any, **desk: Any) -> Iterator[Running]:
+    """Serve a model in this process, at a desk of its own."""
+    import headinfer
+    from headinfer.serving.desk import Desk
+
+    headinfer.attach(model, device="cpu", chunk_tokens=64)
+    made = Desk(model, tokenizer, **desk)
+    served = Served(
+        name="scripted",
+        model=model,
+        tokenizer=tokenizer,
+        desk=made,
+        guide=Guide(tokenizer, model.config.vocab_size, frozenset({2})),
+        positions=0,
+    )
+    with listening(served, ping_s=WAIT_S) as (url, service):
+        yield Running(None, url)  # type: ignore[arg-type]
+        service.close(WAIT_S)

@@ -1,5 +1,6 @@
 """The process of a server: how it begins, what it writes, and how it ends."""
 
+import shutil
 import signal
 import socket
 import subprocess
@@ -63,6 +64,8 @@ def test_sigterm_ends_the_streams_and_then_the_process(folder, tmp_path) -> None
     assert server.process.returncode == 0, err
     assert last["error"]["code"] == "closing"
     assert "Traceback" not in err
+    (farewell,) = [line for line in err.splitlines() if line.startswith("SIGTERM")]
+    assert str(kept) in farewell
     assert "/v1/completions" in err  # requests are logged, by their paths
     assert not any(word in err for word in SECRET.split())
     assert any(kept.iterdir())  # what was read is on the disk
@@ -92,12 +95,36 @@ def test_an_address_that_is_taken_is_told_in_a_line(cli_in_process) -> None:
     assert "--port" in line
 
 
-def test_a_model_that_cannot_be_loaded_ends_the_server_in_a_line(cli_in_process, tmp_path) -> None:
-    done = cli_in_process("serve", "--port", "0", "--model", str(tmp_path))
+def test_a_model_that_cannot_be_loaded_ends_the_server_in_a_line(
+    cli_in_process, folder, tmp_path
+) -> None:
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"none")
+    done = cli_in_process("serve", "--port", "0", "--model", str(broken))
     assert done.code == 2
     assert done.out.startswith("http://127.0.0.1:")
     assert "Traceback" not in done.err
-    assert "no config.json" in done.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("smolm2", "did you mean 'smollm2'?"), ("./nowhere", "neither a folder"), (".", "config")],
+)
+def test_a_model_that_is_not_there_is_told_before_there_is_an_address(
+    cli_in_process, name: str, told: str
+) -> None:
+    done = cli_in_process("serve", "--port", "0", "--local-files-only", "--model", name)
+    assert (done.code, done.out) == (2, "")
+    (line,) = done.err.splitlines()
+    assert told in line
+
+
+def test_a_session_folder_is_looked_at_before_the_model_is_loaded(cli_in_process, tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    done = cli_in_process("serve", "--port", "0", "--session-folder", str(tmp_path / "file"))
+    assert (done.code, done.out) == (2, "")
+    (line,) = done.err.splitlines()
+    assert "--session-folder" in line
 
 
 def test_what_is_missing_is_told_with_how_to_install_it(cli_in_process, monkeypatch) -> None:

@@ -288,6 +288,9 @@ def test_choices_come_one_after_the_other() -> None:
         assert [choice.text for choice in answer.choices] == ["w3", "w4", "w5"]
         assert answer.usage.prompt_tokens == 5
         assert answer.usage.completion_tokens == 3
+        assert answer.timings["predicted_n"] == 3
+        assert answer.timings["predicted_ms"] == 750.0
+        assert answer.timings["prompt_n"] == 3
     assert [ask.seed for ask in desk.asks] == [7, 8, 9]
 
 
@@ -308,6 +311,30 @@ def test_what_is_not_set_is_left_to_the_model(body: dict, given: dict) -> None:
         asked = {**BODY, **body, "max_completion_tokens": 9}
         assert httpx2.post(f"{url}/v1/chat/completions", json=asked).status_code == 200
     assert desk.asks[0].given == given | {"max_new_tokens": 9}
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ({"messages": 1}, "messages must be a list"),
+        ({"messages": []}, "messages must be a list of at least 1"),
+        ({}, "messages is missing"),
+        ({**BODY, "temperature": "hot"}, "temperature must be a number"),
+        ({**BODY, "temperature": -1}, "temperature must be at least 0"),
+        ({**BODY, "max_tokens": 1.5}, "max_tokens must be a whole number"),
+        ({**BODY, "stop": 7}, "stop must be text or a list"),
+        ({**BODY, "stop": ["a", 7]}, "stop.1 must be text"),
+        ({**BODY, "stream": "yes"}, "stream must be true or false"),
+        ({"messages": [{"role": "user", "content": {}}]}, "messages.0.content must be text or a"),
+        ({**BODY, "response_format": {"type": "xml"}}, "response_format.type must be one of"),
+        ({**BODY, "stream_options": 3}, "stream_options must be an object"),
+    ],
+)
+def test_mistakes_are_told_in_plain_words(body: dict, told: str) -> None:
+    with serving(ScriptedDesk(["w3"])) as (url, _):
+        response = httpx2.post(f"{url}/v1/chat/completions", json=body)
+    assert response.status_code == 400
+    assert response.json()["error"]["message"].startswith(told)
 
 
 def test_a_server_that_pings_by_the_clock_does_not_wait_for_the_desk() -> None:

@@ -4,12 +4,14 @@ One of them may fail while the others wait for it in a library. torchrun then en
 the first one said is why the trial has no result.
 """
 
+import contextlib
 import json
 import os
 import signal
 import sys
+import threading
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -90,12 +92,26 @@ def _launched(ranks: int, folder: Path) -> TrialResult | TrialFailure:
     exits: dict[int, int] = {}
     try:
         launch = elastic_launch(config, entrypoint=sys.executable)
-        launch("-m", _PROGRAM, str(folder), str(os.getpid()))
+        with _handlers_restored():
+            launch("-m", _PROGRAM, str(folder), str(os.getpid()))
     except ChildFailedError as error:
         exits = {rank: failure.exitcode for rank, failure in error.failures.items()}
     answers = _answers(ranks, folder)
     results = [each for _at_s, each in answers.values() if isinstance(each, TrialResult)]
     return merged(results) if len(results) == ranks else _failure(exits, answers)
+
+
+@contextlib.contextmanager
+def _handlers_restored() -> Iterator[None]:
+    """Put back the handlers of signals, which torch's launcher replaces and leaves so."""
+    signals = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT]
+    before = {each: signal.getsignal(each) for each in signals}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for each, handler in before.items():
+                signal.signal(each, handler)
 
 
 _Answers = Mapping[int, tuple[float, TrialResult | TrialFailure]]

@@ -157,6 +157,11 @@ class BenchSpec:
         several = [name for name in self.methods if CATALOGUE[name].needs_several]
         if several and self.gpus == 1:
             raise OptionError(f"method {several[0]!r} needs several GPUs: give --gpus 2 or more")
+        if several and self.gpus > self.model.layers:
+            raise OptionError(
+                f"there are {self.gpus} GPUs, and layers of the model: {self.model.layers}; give "
+                "at most as many GPUs"
+            )
         if self.settings.device_memory_each:
             raise OptionError(
                 "benchmarks take one --device-memory, which holds for each GPU, and not a list"

@@ -1,5 +1,6 @@
 """Models that lie on several GPUs, by their layers or heads; random weights are made there."""
 
+import sys
 from typing import Any
 from zlib import crc32
 
@@ -11,6 +12,8 @@ from transformers.distributed import DistributedConfig
 from headinfer.bench.catalogue import Spread
 from headinfer.bench.spec import TrialSpec
 from headinfer.errors import UnsupportedModelError
+from headinfer.integration.even_map import DeviceMap, spread_evenly
+from headinfer.plan.even_layers import even_layers
 
 
 def devices_of_layers(layers: int, gpus: int) -> list[int]:
@@ -20,8 +23,9 @@ def devices_of_layers(layers: int, gpus: int) -> list[int]:
         layers: of the model.
         gpus: that they are spread over.
     """
-    least, more = divmod(layers, gpus)
-    return [gpu for gpu in range(gpus) for _ in range(least + (gpu < more))]
+    counts = even_layers([0] * layers, 0, 0, [0] * gpus)
+    assert counts is not None, "a run has at most as many GPUs as layers"
+    return [gpu for gpu, count in enumerate(counts) for _ in range(count)]
 
 
 def placing(spec: TrialSpec, config: Any, device: torch.device) -> dict[str, Any]:
@@ -44,26 +48,15 @@ def placing(spec: TrialSpec, config: Any, device: torch.device) -> dict[str, Any
     return {"device_map": _device_map(model, spec.gpus)}
 
 
-def _device_map(model: PreTrainedModel, gpus: int) -> dict[str, int]:
+def _device_map(model: PreTrainedModel, gpus: int) -> DeviceMap:
     """Return a GPU for each module: layers in equal numbers, what is after them on the last."""
-    inside = model.base_model
-    if not isinstance(getattr(inside, "layers", None), torch.nn.ModuleList):
+    places = spread_evenly(model, [sys.maxsize] * gpus)
+    if places is None:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no list of layers to spread; leave out methods of "
             "several GPUs"
         )
-    prefix = f"{model.base_model_prefix}."
-    first, last = 0, gpus - 1
-    tied = bool(getattr(model.config, "tie_word_embeddings", False))
-    places = {f"{prefix}{name}": first for name, _ in inside.named_children()}
-    del places[f"{prefix}layers"]
-    places |= {
-        f"{prefix}layers.{number}": gpu
-        for number, gpu in enumerate(devices_of_layers(len(inside.layers), gpus))
-    }
-    places |= {f"{prefix}norm": last} if f"{prefix}norm" in places else {}
-    outside = [name for name, module in model.named_children() if module is not inside]
-    return places | dict.fromkeys(outside, first if tied else last)
+    return places
 
 
 def random_model(

@@ -1,15 +1,17 @@
 """What the command line does before a model is loaded, and the models it knows by name."""
 
+import difflib
 import logging
 import os
 import warnings
 from typing import Any
 
 from headinfer.cli.stages import LOADING_S, Stages
-from headinfer.errors import OptionError
+from headinfer.errors import ModelLoadError, OptionError
 from headinfer.estimate.presets import PRESETS
-from headinfer.generation.model import ModelSource
+from headinfer.generation.model import ModelSource, load_config
 from headinfer.gguf_models.folder import is_gguf_model
+from headinfer.gguf_models.packaged import PACKAGED
 from headinfer.units import format_tokens
 
 DEMO_MODEL = "demo"
@@ -44,6 +46,30 @@ def check_trained(name: str) -> None:
     """
     if name in PRESETS:
         raise OptionError(f"{name} is a shape without weights; give a folder or hub id")
+
+
+def check_model(source: ModelSource) -> None:
+    """Refuse a model that is not there, before a server takes an address for it.
+
+    Args:
+        source: of which no weights are read. A model in GGUF is not unpacked.
+
+    Raises:
+        ModelLoadError: there is no such model; names one that is called alike.
+    """
+    if source.name == DEMO_MODEL:
+        return
+    if is_gguf_model(source.name):
+        if source.name in PACKAGED:
+            PACKAGED[source.name].files()
+        return
+    try:
+        load_config(source)
+    except ModelLoadError as error:
+        meant = difflib.get_close_matches(source.name, (DEMO_MODEL, *PACKAGED), 1)
+        if not meant or os.path.exists(source.name):
+            raise
+        raise ModelLoadError(f"{error}; did you mean {meant[0]!r}?") from error
 
 
 def share_cores() -> None:

@@ -199,6 +199,7 @@ def _row(plan: SplitPlan) -> dict[str, Any]:
         "kv_host_bytes": plan.kv_host_bytes,
         "weights_host_bytes": plan.weights_host_bytes,
         "brought_bytes": plan.brought_bytes,
+        "disk_bytes": plan.disk_bytes,
         "max_context_tokens": plan.max_context_tokens,
         "prefill_s": plan.prefill_s,
         "decode_s_per_token": plan.decode_s_per_token,

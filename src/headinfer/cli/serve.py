@@ -13,6 +13,7 @@ from headinfer.cli.load import (
     DEMO_MODEL,
     NamedSource,
     calm_transformers,
+    check_model,
     check_trained,
     max_positions,
     prepare_cpu,
@@ -164,13 +165,17 @@ def serve(
         share_cores()
         calm_transformers(verbose=verbose)
         prepare_cpu(threads)
+        check_model(source)
         # late, so that `--help` answers at once
         from headinfer.server import run
         from headinfer.server.served import Limits, Service
+        from headinfer.serving.prefix_folder import make_session_folder
 
         limits = Limits(body_bytes=body_bytes, new_tokens=max_new_tokens, seconds=max_seconds)
         service = Service(alias or model, limits, ping_s=ping)
         address = run.Address(host=host, port=port)
+        if session_folder is not None:
+            make_session_folder(session_folder)
         if not keys and not address.is_loopback:
             console.print(
                 f"warning: everybody who reaches {host} may use this server; give --api-key",
@@ -191,7 +196,17 @@ def serve(
             verbose=verbose,
             on_listening=lambda url: print(url, flush=True),
             on_ready=lambda: console.print(f"ready: {service.name}", markup=False),
+            on_signal=lambda name: console.print(_farewell(name, session_folder), markup=False),
         )
+
+
+def _farewell(signal_name: str, session_folder: str | None) -> str:
+    """Return what is told when a signal ends the server."""
+    if session_folder is None:
+        kept = "what was read is dropped, as there is no --session-folder"
+    else:
+        kept = f"what was read is saved to {session_folder}"
+    return f"{signal_name}: ending within 30 seconds; {kept}"
 
 
 def _load(

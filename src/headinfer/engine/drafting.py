@@ -18,6 +18,7 @@ from headinfer.engine.stats import Stats
 from headinfer.errors import CacheStateError
 from headinfer.kv.extent import Extent
 from headinfer.kv.ledger import Ledger
+from headinfer.plan.memory import MOST_DRAFTED
 from headinfer.plan.plan import Plan
 
 
@@ -38,7 +39,6 @@ class DraftableTokens(ReadyTokens):
         self._draft_copies = DraftCopies(device, stats)
         self._draft_memory: StepMemory | None = None  # beside that of other steps, which stays
         self._draft_ready: list[Ready] = []
-        self._before_drafts: list[int] = []  # tokens of each track
         super().__init__(device, plan, dtype, stats, parked=parked)
 
     @property
@@ -52,9 +52,9 @@ class DraftableTokens(ReadyTokens):
             return None
         if not self.plan.draft_tokens:
             return "its plan has no copies of tokens for drafts to attend"
-        least, tokens = self.plan.draft_tokens + self.plan.page_tokens, self._full[0].tokens
+        least, tokens = self.plan.draft_tokens + MOST_DRAFTED, self._full[0].tokens
         if tokens < least:
-            return f"it has {tokens} tokens, of which drafts would attend {least}"
+            return f"it has {tokens} tokens, and drafts are worth it from {least} on"
         return None
 
     def begin_drafts(self) -> None:
@@ -65,17 +65,11 @@ class DraftableTokens(ReadyTokens):
         """
         self.lengths()
         self.check_no_drafts()
-        self._before_drafts = [ledger.tokens for ledger in self._ledgers]
-        uninterrupted(self._fill_drafts)
+        uninterrupted(lambda: self._draft_copies.fill(self._full))
         self._draft_ready = []
-        self.drafting = True
-
-    def _fill_drafts(self) -> None:
+        self.drafting = True  # first: `end_drafts` undoes what follows
         for ledger in self._ledgers:
-            if ledger.track.window_tokens is not None:
-                # Now: it drops its oldest tokens for room, and drafts must not push out more.
-                self._windows.make_room(ledger)
-        self._draft_copies.fill(self._full)
+            ledger.firm_tokens = ledger.tokens
 
     def check_draft(self, batch: int, new_tokens: int) -> None:
         """Refuse a draft that there is no room for, before anything is done for it.
@@ -104,19 +98,21 @@ class DraftableTokens(ReadyTokens):
         """Forget what was drafted; may be called again."""
         if not self.drafting:
             return
-        for ledger, tokens in zip(self._ledgers, self._before_drafts, strict=True):
+        for ledger in self._ledgers:
             if ledger.draft is not None:
                 ledger.draft.tokens = 0
-            elif ledger.tokens >= tokens:
-                ledger.crop(tokens)
-            else:  # it was about to begin anew
-                self.half_done = True
+            elif ledger.firm_tokens is not None:
+                if ledger.tokens < ledger.firm_tokens:  # it was about to begin anew
+                    self.half_done = True
+                else:
+                    ledger.crop(ledger.firm_tokens)
+            ledger.firm_tokens = None
         self.drafting = False
 
-    def begin_step(self, *, streams_whole: bool = True) -> ReadyStep | None:
+    def begin_step(self) -> ReadyStep | None:
         """Make ready for a step; see `ReadyTokens.begin_step`. A draft's is always one launch."""
         if not self.drafting:
-            return super().begin_step(streams_whole=streams_whole)
+            return super().begin_step()
         self._check_open()
         extents = [self._draft_extent(ledger) for ledger in self._ledgers]
         if self._draft_memory is None:

@@ -39,12 +39,12 @@ class CapturableParts:
         self._layers = [tuple(own) for own in layers]
         self._forms = [Form.IN_PIECES] * len(self.parts)  # of each in the step that is ready
 
-    def begin_step(self, *, streams_whole: bool = True) -> ReadyStep | None:
+    def begin_step(self) -> ReadyStep | None:
         """Make all parts ready for a step of one new token; see `ReadyTokens.begin_step`."""
         steps: list[ReadyStep] = []
         for part in self.parts:
             with part.in_use():
-                step = part.begin_step(streams_whole=streams_whole)
+                step = part.begin_step()
             if step is None:
                 return None
             steps.append(step)

@@ -41,11 +41,8 @@ class ReadyTokens(SavableTokens):
         self._dropped = 0  # times that captures lost the flags which they raise and await
         super().__init__(device, plan, dtype, stats, parked=parked)
 
-    def begin_step(self, *, streams_whole: bool = True) -> ReadyStep | None:
+    def begin_step(self) -> ReadyStep | None:
         """Make ready for a step of one new token, and write to memory where the token goes.
-
-        Args:
-            streams_whole: whether a step whose tiles are streamed may come in one launch.
 
         Returns:
             None where a step is captured in pieces alone; nothing was done then but to reserve host
@@ -62,8 +59,7 @@ class ReadyTokens(SavableTokens):
         if self._ahead is not None and self._ahead[0] == self._state() and not failed:
             return self._ahead[1]
         ready = self._make_ready()
-        streams = ready is not None and ready.form is Form.STREAMED
-        self._balance.one_launch = streams and streams_whole
+        self._balance.one_launch = ready is not None and ready.form is Form.STREAMED
         return ready
 
     @property

@@ -63,10 +63,6 @@ class WindowKeeper:
         self._state(tail.piece, writes=False)
         return Tile(0, ledger.sink_tokens, tail.piece, tail.whole)
 
-    def make_room(self, ledger: Ledger) -> None:
-        """Have room for as many new tokens as are written in place, wherever those go later."""
-        self._with_room(ledger, self._page_tokens)
-
     def window_with_room(self, ledger: Ledger) -> Extent:
         """Return the window's tokens, for compute to write one behind them."""
         return self._with_room(ledger, 1)
@@ -198,7 +194,10 @@ class WindowKeeper:
 
     def _restart(self, ledger: Ledger, tail: Extent, tile: Tile) -> None:
         """Have the tail begin with the newest of some tokens: those that are needed."""
-        newest = tile.newest(ledger.past_tokens + SPARE_TOKENS)
+        firm_tokens = ledger.firm_tokens
+        drafted = 0 if firm_tokens is None else tail.end - firm_tokens
+        drafted = min(drafted, self._page_tokens - 1)  # or there would be no room for the next
+        newest = tile.newest(ledger.past_tokens + SPARE_TOKENS + drafted)
         kept = newest.kv
         if tile.piece is tail.piece:  # its new place may overlap the old one
             kept = KV(kept.keys.clone(), kept.values.clone())

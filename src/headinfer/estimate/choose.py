@@ -189,7 +189,7 @@ def _changes(situation: Situation, plans: Sequence[MethodPlan]) -> Iterator[Chan
         if situation.machine_memory_bytes is not None:
             machine = machine_bytes_for(device, "cpu")
             more = format_bytes(machine - situation.machine_memory_bytes)
-            line = f"a machine with {_ceiling(machine)} of memory, {more} more"
+            line = f"a machine with {ceiling(machine)} of memory, {more} more"
         yield Change(device_memory_bytes=device, line=line)
     elif ours.host_short_bytes:
         yield Change(host_memory_bytes=host, line=_more("host", host, ours.host_short_bytes))
@@ -209,22 +209,25 @@ def _streaming_change(situation: Situation, ours: MethodPlan) -> Iterator[Change
     """Yield what accelerate does with weights that are more than the GPU holds."""
     if situation.device == "cpu" or not ours.device_short_bytes:
         return
-    spread = by_layers(situation.shape, [situation.device_memory_bytes])
-    rate = situation.hardware.brought_bytes_per_s
-    held = situation.host_short_bytes(spread.host_bytes + ours.kv_host_bytes) == 0
-    if spread.host_bytes and rate and held:
+    # KV comes first: what CPU memory does not hold of the weights can lie on a disk.
+    room = max(situation.host_room_bytes - ours.kv_host_bytes, 0)
+    spread = by_layers(situation.shape, [situation.device_memory_bytes], host_bytes=room)
+    held_bytes, disk_bytes = spread.host_bytes, spread.disk_bytes
+    seconds = situation.hardware.brought_s(held_bytes + disk_bytes, disk_bytes)
+    if seconds and not ours.host_short_bytes:
+        where = f" and {format_bytes(disk_bytes)} on the disk" if disk_bytes else ""
         yield Change(
             gpus=1,
-            line=f"--gpus 1, which keeps {format_bytes(spread.host_bytes)} of the weights in CPU "
-            f"memory: at least {format_seconds(spread.host_bytes / rate)} a token",
+            line=f"--gpus 1, which keeps {format_bytes(held_bytes)} of the weights in CPU memory"
+            f"{where}: at least {format_seconds(seconds)} a token",
         )
 
 
 def _more(place: str, size_bytes: int, more_bytes: int) -> str:
-    return f"--{place}-memory {_ceiling(size_bytes)}, {format_bytes(more_bytes)} more"
+    return f"--{place}-memory {ceiling(size_bytes)}, {format_bytes(more_bytes)} more"
 
 
-def _ceiling(size_bytes: int) -> str:
+def ceiling(size_bytes: int) -> str:
     """Return a size to type, rounded up to a tenth of its unit."""
     unit, factor = ("GiB", 2**30) if size_bytes >= 2**30 else ("MiB", 2**20)
     return f"{-(-size_bytes * 10 // factor) / 10:.1f}{unit}"

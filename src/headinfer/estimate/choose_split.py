@@ -3,15 +3,13 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from headinfer.estimate.choose import position_warning
+from headinfer.estimate.choose import ceiling, position_warning
 from headinfer.estimate.gpus import Split, SplitPlan
 from headinfer.estimate.methods import RESIDENT
 from headinfer.estimate.situation import Situation
+from headinfer.plan.hardware import DISK_BYTES_PER_S
 from headinfer.plan.predict import ANSWER_TOKENS
 from headinfer.units import format_bytes, format_seconds, format_tokens
-
-_UNEVEN = 1.2
-"""How many times an even part's layers a GPU may have before that is told."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +50,8 @@ def _command(plan: SplitPlan) -> str:
     if plan.split is Split.HEADS:
         count = plan.gpus
         return f"torchrun --nproc-per-node {count} -m headinfer generate --tensor-parallel ..."
-    return f"headinfer generate --gpus {plan.gpus} ..."
+    kept = f" --host-memory {ceiling(plan.kv_host_bytes)}" if plan.disk_bytes else ""
+    return f"headinfer generate --gpus {plan.gpus}{kept} ..."
 
 
 def _own_reasons(situation: Situation, plan: SplitPlan) -> Iterator[str]:
@@ -70,16 +69,10 @@ def _own_reasons(situation: Situation, plan: SplitPlan) -> Iterator[str]:
     elif plan.split is Split.LAYERS:
         layers = ", ".join(str(use.layers) for use in plan.uses)
         yield f"The GPUs have {layers} layers, in the order of the model."
-        even = -(-len(situation.shape.layers) // plan.gpus)
-        if not plan.brought_bytes and max(use.layers for use in plan.uses) > _UNEVEN * even:
-            yield (
-                f"That is how transformers spreads it. A device_map of your own with {even} layers "
-                "on each GPU would keep all of them at work."
-            )
         if plan.brought_bytes:
             yield (
-                "Weights in CPU memory compute on the first GPU, behind the others. So chunks of "
-                "a prompt do not follow each other, and one GPU works at a time."
+                "Weights that no GPU holds compute on the first one, behind the others. So chunks "
+                "of a prompt do not follow each other, and one GPU works at a time."
             )
         else:
             shares = ", ".join(f"{use.busy:.0%}" for use in plan.uses)
@@ -97,12 +90,20 @@ def _own_reasons(situation: Situation, plan: SplitPlan) -> Iterator[str]:
 
 
 def _brought(situation: Situation, plan: SplitPlan) -> str:
-    rate = situation.hardware.brought_bytes_per_s or 0.0
-    seconds = plan.brought_bytes / rate
+    hardware, disk_bytes = situation.hardware, plan.disk_bytes
+    seconds = hardware.brought_s(plan.brought_bytes, disk_bytes)
+    rate = (hardware.brought_bytes_per_s or 0.0) / 1e9
+    stays = f"{format_bytes(plan.weights_host_bytes)} of weights stay in CPU memory"
+    read = ""
+    if disk_bytes:
+        stays += f" and {format_bytes(disk_bytes)} on the disk. They"
+        read = f", and {DISK_BYTES_PER_S / 1e9:.3g} GB/s from the disk, which is assumed"
+    else:
+        stays += " and"
     return (
-        f"{format_bytes(plan.brought_bytes)} of weights stay in CPU memory and cross the link for "
-        f"each token, and for each chunk of a prompt: {format_seconds(seconds)} at "
-        f"{rate / 1e9:.3g} GB/s, half of what the link does from locked memory."
+        f"{stays} cross the link for each token, and for each chunk of a prompt: "
+        f"{format_seconds(seconds)} at {rate:.3g} GB/s, half of what the link does from locked "
+        f"memory{read}."
     )
 
 
@@ -142,8 +143,3 @@ def _shortfalls(situation: Situation, plans: Sequence[SplitPlan]) -> Iterator[st
     if 0 < longest < situation.context_tokens:
         shown = longest // 1024 * 1024 or longest
         yield f"--context {format_tokens(shown)} is the longest that fits."
-    if any(plan.weights_host_bytes and plan.host_short_bytes for plan in plans):
-        yield (
-            "What CPU memory does not hold of the weights can lie on a disk: load the model with "
-            "device_map and offload_folder, and attach. A step then reads them from there."
-        )

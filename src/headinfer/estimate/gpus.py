@@ -36,6 +36,7 @@ class GpuUse:
         kv_heads: of a layer, as many as it has.
         weights_bytes: on it, with a layer of those that are brought.
         brought_bytes: weights that are brought to it each time that tokens pass.
+        disk_bytes: of these, what is read from a disk.
         kv_device_bytes: KV on it.
         resident_bytes: of that, what is never streamed.
         activation_bytes: the most that activations take.
@@ -48,6 +49,7 @@ class GpuUse:
     kv_heads: int
     weights_bytes: int
     brought_bytes: int
+    disk_bytes: int
     kv_device_bytes: int
     resident_bytes: int
     activation_bytes: int
@@ -117,6 +119,11 @@ class SplitPlan:
         """Weights that cross a link each time that tokens pass."""
         return sum(use.brought_bytes for use in self.uses)
 
+    @property
+    def disk_bytes(self) -> int:
+        """What is read from a disk before it crosses a link."""
+        return sum(use.disk_bytes for use in self.uses)
+
 
 def split_plans(
     situation: Situation, memory_bytes: Sequence[int], *, quantising: bool = False
@@ -157,7 +164,16 @@ def _by_layers(
     if quantising and spread.host_bytes:
         gpus = len(memory_bytes)
         return [SplitPlan(method=RESIDENT, gpus=gpus, split=split, obstacle=_ON_GPUS)]
-    return _both(situation, split, spread)
+    if not spread.host_bytes:
+        return _both(situation, split, spread)
+    # CPU memory has KV first: what it does not hold of the weights can lie on a disk.
+    room = HostRoom.of_machine(situation.host_memory_bytes, situation.device).kv_bytes
+    kv_bytes = situation.shape.kv_bytes(situation.context_tokens, situation.batch)
+    beside_none, beside_kv = (
+        by_layers(situation.shape, memory_bytes, host_bytes=max(room - taken, 0))
+        for taken in (0, kv_bytes)
+    )
+    return [_standard(situation, split, beside_none), _resident(situation, split, beside_kv)]
 
 
 def _both(situation: Situation, split: Split, spread: Spread) -> list[SplitPlan]:
@@ -189,7 +205,7 @@ def _resident(situation: Situation, split: Split, spread: Spread) -> SplitPlan:
     if any(plan.chunk_tokens != least for plan in plans):
         plans = _resolved([replace(each, chunk_tokens=least) for each in here])
     tokens, batch = situation.context_tokens, situation.batch
-    room = _host_room_bytes(situation, split, spread)
+    room = _host_room_bytes(situation, ranks if split is Split.HEADS else 1)
     token_bytes = situation.shape.kv_bytes(1, batch)
     longest = room // token_bytes if token_bytes else None
     return _split_plan(
@@ -238,7 +254,9 @@ def _split_plan(
         chunk_tokens=placements[0].chunk_tokens,
         kv_host_bytes=kv_host_bytes,
         weights_host_bytes=spread.host_bytes,
-        host_short_bytes=_host_short_bytes(situation, split, spread, kv_host_bytes),
+        host_short_bytes=_host_short_bytes(
+            situation, len(parts) if split is Split.HEADS else 1, kv_host_bytes
+        ),
         max_context_tokens=max_context_tokens,
         prefill_s=times.prefill_s,
         decode_s_per_token=times.decode_s,
@@ -261,6 +279,7 @@ def _use(here: Situation, plan: MethodPlan | Plan) -> GpuUse:
         kv_heads=max(layer.kv_heads for layer in here.shape.layers),
         weights_bytes=here.shape.weights_bytes,
         brought_bytes=here.shape.brought_bytes,
+        disk_bytes=here.shape.disk_bytes,
         kv_device_bytes=plan.kv_device_bytes,
         resident_bytes=plan.resident_bytes,
         activation_bytes=plan.activation_bytes,
@@ -269,17 +288,15 @@ def _use(here: Situation, plan: MethodPlan | Plan) -> GpuUse:
     )
 
 
-def _host_room_bytes(situation: Situation, split: Split, spread: Spread) -> int:
-    """Return the most KV in host memory, beside weights that stay there."""
-    processes = len(spread.shares) if split is Split.HEADS else 1
+def _host_room_bytes(situation: Situation, processes: int) -> int:
+    """Return the most KV in host memory; weights that it does not hold beside can be on a disk."""
     each = HostRoom.of_machine(situation.host_memory_bytes // processes, situation.device)
-    return max(processes * each.kv_bytes - spread.host_bytes, 0)
+    return processes * each.kv_bytes
 
 
-def _host_short_bytes(situation: Situation, split: Split, spread: Spread, kv_bytes: int) -> int:
-    """Return the host memory that is lacking for so much KV, and for weights that stay there."""
-    if kv_bytes <= _host_room_bytes(situation, split, spread):
+def _host_short_bytes(situation: Situation, processes: int, kv_bytes: int) -> int:
+    """Return the host memory that is lacking for so much KV."""
+    if kv_bytes <= _host_room_bytes(situation, processes):
         return 0
-    processes = len(spread.shares) if split is Split.HEADS else 1
-    each = -(-(kv_bytes + spread.host_bytes) // processes)
+    each = -(-kv_bytes // processes)
     return processes * machine_bytes_for(each, situation.device) - situation.host_memory_bytes

@@ -1,13 +1,17 @@
 """A model's layers and weights on several GPUs: by layers, as accelerate, or by heads, as ranks.
 
+Where the GPUs hold all weights, each has as many layers as can be (`even_layers`). Otherwise
 `device_map="auto"` of transformers fills one GPU after another with whole layers, each but the last
 up to an equal part and something more. The first GPU keeps room for the largest module. What no GPU
-holds stays in CPU memory, and the first GPU computes it. A test compares this with transformers.
+holds stays in CPU memory, and what that does not hold on a disk. The first GPU computes both. Tests
+compare all of this with what is loaded.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from headinfer.plan.even_layers import even_layers
 from headinfer.plan.memory import weights_room_bytes
 from headinfer.plan.shape import LayerKind, LayerShape, ModelShape
 
@@ -38,26 +42,64 @@ class Spread:
     Attributes:
         shares: of each GPU that computes, in the order of the layers.
         host_bytes: weights that stay in CPU memory.
+        disk_bytes: weights that stay on a disk.
     """
 
     shares: tuple[Share, ...]
     host_bytes: int = 0
+    disk_bytes: int = 0
 
 
 def by_layers(
-    shape: ModelShape, memory_bytes: Sequence[int], *, quantising: bool = False
+    shape: ModelShape,
+    memory_bytes: Sequence[int],
+    *,
+    host_bytes: int | None = None,
+    quantising: bool = False,
 ) -> Spread:
     """Return a model spread by layers over GPUs that give so much memory each.
 
     Args:
         shape: of the model.
         memory_bytes: the most to use of each GPU.
+        host_bytes: the most of CPU memory for weights; None for no limit.
         quantising: whether bitsandbytes quantises weights as they are loaded.
     """
     modules = _modules(shape)
-    largest = max(size for _, size in modules)
     share = _QUANTISING_SHARE if quantising else 1.0
     limits = [int(share * weights_room_bytes(given)) for given in memory_bytes]
+    held, brought = _evenly(shape, limits), list[int]()
+    if held is None:
+        held, brought = _one_after_the_other(shape, limits)
+    on_disk = _on_disk([modules[position][1] for position in brought], host_bytes)
+    shares = [
+        Share(shape=_part(shape, modules, positions, brought, on_disk), device_memory_bytes=given)
+        for positions, given in zip(held, memory_bytes, strict=True)
+        if any(modules[position][0] is not None for position in positions)
+    ]
+    all_bytes = sum(modules[position][1] for position in brought)
+    return Spread(shares=tuple(shares), host_bytes=all_bytes - on_disk, disk_bytes=on_disk)
+
+
+def _evenly(shape: ModelShape, limits: Sequence[int]) -> list[list[int]] | None:
+    """Return the modules on each GPU, by their places; None where all do not fit."""
+    layers, each = len(shape.layers), shape.layer_bytes
+    counts = even_layers([each] * layers, shape.embedding_bytes, shape.output_bytes, limits)
+    if counts is None:
+        return None
+    ends = list(itertools.accumulate(counts, initial=1))
+    held = [list(range(*stretch)) for stretch in itertools.pairwise(ends)]
+    held[0].insert(0, 0)
+    held[-1] += [layers + 1] if shape.output_bytes else []
+    return held
+
+
+def _one_after_the_other(
+    shape: ModelShape, limits: Sequence[int]
+) -> tuple[list[list[int]], list[int]]:
+    """Return the modules on each GPU as transformers fills them, and those that are brought."""
+    modules = _modules(shape)
+    largest = max(size for _, size in modules)
     if len(limits) > 1:
         equal = shape.weights_bytes // len(limits) + int(_MORE * largest)
         limits = [*(min(limit, equal) for limit in limits[:-1]), limits[-1]]
@@ -74,14 +116,20 @@ def by_layers(
             held[gpu].append(position)
             used[gpu] += size
     held[0] += brought  # accelerate brings them to the first GPU, and there they compute
-    shares = [
-        Share(shape=_part(shape, modules, positions, brought), device_memory_bytes=given)
-        for positions, given in zip(held, memory_bytes, strict=True)
-        if any(modules[position][0] is not None for position in positions)
-    ]
-    return Spread(
-        shares=tuple(shares), host_bytes=sum(modules[position][1] for position in brought)
-    )
+    return held, brought
+
+
+def _on_disk(sizes: Sequence[int], host_bytes: int | None) -> int:
+    """Return what CPU memory does not hold of some modules, the first of which it has.
+
+    It keeps room for the largest that is still to come, through which all others are read.
+    """
+    used = 0
+    for place, size in enumerate(sizes):
+        if host_bytes is not None and used + size + max(sizes[place + 1 :], default=0) > host_bytes:
+            return sum(sizes[place:])
+        used += size
+    return 0
 
 
 def _modules(shape: ModelShape) -> list[tuple[LayerShape | None, int]]:
@@ -98,6 +146,7 @@ def _part(
     modules: Sequence[tuple[LayerShape | None, int]],
     positions: Sequence[int],
     brought: Sequence[int],
+    on_disk: int,
 ) -> ModelShape:
     """Return the shape of some of a model's modules, of which some are brought for each use."""
     sizes = {position: modules[position][1] for position in positions}
@@ -111,6 +160,7 @@ def _part(
         # What is brought lies on the GPU while it is used: a layer of it at the most.
         weights_bytes=sum(sizes.values()) - sum(coming) + max(coming, default=0),
         brought_bytes=sum(coming),
+        disk_bytes=on_disk if coming else 0,
         vocab_size=shape.vocab_size if outputs in positions else 0,
         embedding_bytes=sizes.get(0, 0),
         output_bytes=sizes.get(outputs, 0) if outputs else 0,

@@ -233,9 +233,14 @@ def load_model(
         from transformers.distributed import DistributedConfig
 
         keywords["distributed_config"] = DistributedConfig(tp_plan="auto")
-    if source.gpus is not None:
-        keywords |= source.gpus.keywords()
     try:
+        if source.gpus is not None:
+            keywords |= source.gpus.keywords(
+                config,
+                dtype,
+                keywords.get("quantization_config"),
+                trust_remote_code=source.trust_remote_code,
+            )
         model, note = load_checkpoint(source.name, source.location(), **keywords)
         if source.load_in is not None:
             check_packable(source.name, model)

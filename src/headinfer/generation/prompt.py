@@ -1,5 +1,6 @@
 """Prompts in their forms, turned into token ids."""
 
+import bisect
 import inspect
 import operator
 import re
@@ -22,6 +23,9 @@ _PASSED_ON = ("documents", "tools")
 
 _SYSTEM = "what-the-system-says"
 """A system message no template has, to see whether it writes those it is given."""
+
+_MOST_ENDS = 8
+"""Messages whose ends are told, beside the first: each costs a chunk that ends there."""
 
 _NO_PROMPT = "the prompt must be text, messages (mappings with role and content) or token ids"
 
@@ -58,6 +62,35 @@ def encode_prompt(
     if not ids:
         raise OptionError("the model's tokenizer makes no tokens of this prompt")
     return [int(token_id) for token_id in ids]
+
+
+def message_ends(
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], template_values: Mapping[str, Any]
+) -> tuple[int, ...]:
+    """Return how many of a prompt's tokens the first of its messages take, and the newest ones.
+
+    Another prompt with the same messages begins with the same tokens.
+
+    Args:
+        tokenizer: of transformers; one that does not tell where its tokens stand gives none.
+        messages: that the chat template takes.
+        template_values: as for `encode_prompt`.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        return ()
+    text = _fill(tokenizer, list(messages), template_values)
+    chars = set()
+    for count in sorted({1, *range(max(len(messages) - _MOST_ENDS, 1), len(messages) + 1)}):
+        values = {**template_values, "add_generation_prompt": False}
+        try:
+            first = _fill(tokenizer, list(messages[:count]), values)
+        except TemplateRefusalError:  # of messages that end with such a one
+            continue
+        if text.startswith(first):  # else the template writes later messages into earlier ones
+            chars.add(len(first))
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ends = [end for _, end in offsets["offset_mapping"]]
+    return tuple(sorted({bisect.bisect_right(ends, each) for each in chars} - {0}))
 
 
 def check_text(text: str) -> None:

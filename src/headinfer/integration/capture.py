@@ -29,7 +29,7 @@ from headinfer.device.together import all_apart
 from headinfer.engine.parted import CacheEngine
 from headinfer.engine.ready import IN_PIECES, Form, ReadyStep
 from headinfer.engine.stats import Stats
-from headinfer.integration.alike import go_alike
+from headinfer.integration.alike import Way, go_alike
 from headinfer.integration.autocast import without_autocast
 from headinfer.integration.cache import OffloadedCache
 from headinfer.integration.captured_step import (
@@ -87,8 +87,9 @@ class CapturedSteps:
         self._obstacle = obstacle
         self._fusion = Fusion(model, enabled=fused and self.enabled and obstacle is None)
         self._hooks = HooksOfOthers(model)
-        # Whose last call was a step.
+        # Whose last call was a step, drafts apart; and those that have drafted.
         self._in_a_row: weakref.WeakSet[CacheEngine] = weakref.WeakSet()
+        self._drafted: weakref.WeakSet[CacheEngine] = weakref.WeakSet()
         self._begun: set[Hashable] = set()
         self._known: set[Hashable] = set()  # captures of these served more tokens than one
         self._refused = RefusedCalls()
@@ -121,24 +122,22 @@ class CapturedSteps:
                 self._refused.say_of_model(self._obstacle)
             return forward(**arguments)
         call = self._replayable(cache, arguments) if new_tokens == 1 else None
-        ready = IN_PIECES
-        if call is not None:
-            call, ready = self._in_form(call, engine)
-        first, known = engine not in self._in_a_row, call is not None and call.key in self._known
-        if not go_alike(self._ranks, call, ready, engine, in_a_row=not first, known=known):
-            if call is not None:  # or what one rank alone still has would keep them apart for good
-                engine.captured.pop(call.key, None)
+        ways = [] if call is None else self._ways(call, engine)
+        in_a_row = self._drafted if engine.drafting else self._in_a_row
+        first = engine not in in_a_row
+        way = go_alike(self._ranks, ways, engine, in_a_row=not first, known=self._known)
+        if way is None:
+            if ways:
                 self._refused.say_for_now("the ranks would capture different steps")
-            call = None
-        if call is None:
-            self._in_a_row.discard(engine)
+            in_a_row.discard(engine)
             distrust(engine, new_tokens)
             return forward(**arguments)
+        call, ready = way
         captured = engine.captured.get(call.key)
         if captured is not None and captured.reads != ready.reads:
             del engine.captured[call.key]
             captured = None
-        self._in_a_row.add(engine)
+        in_a_row.add(engine)
         if captured is None and first:
             return forward(**arguments)  # there may be no second one
         if captured is None or not captured.serves(call.past_tokens):
@@ -218,17 +217,20 @@ class CapturedSteps:
             return None
         return None if self._refused.in_all_forms(call) else call
 
-    def _in_form(
-        self, call: DecodeCall, engine: CacheEngine
-    ) -> tuple[DecodeCall | None, ReadyStep]:
-        """Return a call in the best form that is not refused, and what is ready for it.
+    def _ways(self, call: DecodeCall, engine: CacheEngine) -> list[Way]:
+        """Return a call in the best form that is not refused, and in what else ranks may agree on.
 
-        None where all are refused.
+        Nothing where all forms are refused.
         """
-        alone = self._ranks.size == 1  # when the host's share is settled differs between ranks
-        ready = engine.begin_step(streams_whole=alone) or IN_PIECES
-        if not alone and ready.form is Form.STREAMED:
-            ready = IN_PIECES
+        ready = engine.begin_step() or IN_PIECES
+        best = self._in_form(call, engine, ready)
+        ways = [best]
+        if best is not None and best.call.form is Form.STREAMED and self._ranks.size > 1:
+            ways.append(self._in_form(call, engine, IN_PIECES))
+        return [way for way in ways if way is not None]
+
+    def _in_form(self, call: DecodeCall, engine: CacheEngine, ready: ReadyStep) -> Way | None:
+        """Return a call in the form that is ready, or else in pieces; None where it is refused."""
         call = call.in_form(ready.form)
         if ready.form is Form.STREAMED and not engine.may_capture_streamed:
             captured = engine.captured.get(call.key)
@@ -237,13 +239,13 @@ class CapturedSteps:
         if call.key in self._refused.keys and not engine.drafting:  # a draft is in one launch
             call, ready = call.in_form(Form.IN_PIECES), IN_PIECES
         if call.key in self._refused.keys:
-            return None, ready
+            return None
         if call.key in self._begun:
-            return call, ready
+            return Way(call, ready)
         if len(self._begun - self._known - self._refused.keys) >= _MOST_IN_VAIN:
             self._refused.say("their arguments are others in each call")
-            return None, ready
-        return call, ready
+            return None
+        return Way(call, ready)
 
     def _apart(self, forward: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         """Run a call where captures are made, and fused as they are, but kernel by kernel."""

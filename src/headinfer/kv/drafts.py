@@ -105,10 +105,13 @@ class Drafted:
     Attributes:
         geometry: shape and dtype.
         draft: where drafts are attended and kept, beside all that is counted; None for nowhere.
+        firm_tokens: tokens that are no drafts; None while none are drafted. A window has drafts
+            among its own.
     """
 
     geometry: Geometry
     draft: DraftExtent | None = None
+    firm_tokens: int | None = None
 
     def keep_drafts(self, piece: Piece, copied_tokens: int, most_drafted: int) -> None:
         """Have device memory for drafts, with nothing in it."""
@@ -116,5 +119,5 @@ class Drafted:
 
     @property
     def drafted_tokens(self) -> int:
-        """Tokens that were drafted and not taken back; a window counts them among its own."""
+        """Tokens that were drafted and not taken back, beside those of the ledger."""
         return 0 if self.draft is None else self.draft.drafted_tokens

@@ -297,8 +297,6 @@ class Ledger(HostBytes, Drafted):
         """
         index, old = torch.tensor(rows, dtype=torch.long, device="cpu"), self.geometry
         self.geometry = Geometry(len(rows), old.kv_heads, old.key_dim, old.value_dim, old.dtype)
-        if self.draft is not None:
-            self.draft.forget()
         if len(rows) != old.batch:
             self.coming.cancel()  # it is of another size
         for position, source in enumerate(self._host):

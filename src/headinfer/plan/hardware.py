@@ -19,6 +19,14 @@ A rule of thumb: it was not measured here.
 """
 
 
+DISK_BYTES_PER_S = 1e9
+"""Bytes of weights that accelerate reads from a disk in a second.
+
+An assumption for all machines, below what data sheets give for any drive on PCIe: it reads through
+mapped memory, a tensor at a time.
+"""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hardware:
     """A machine: a device, its host, and the link between them.
@@ -70,6 +78,16 @@ class Hardware:
     def brought_bytes_per_s(self) -> float | None:
         """Bytes of weights that accelerate brings to a GPU in a second; None without a link."""
         return self.link_bytes_per_s and _PAGEABLE_SHARE * self.link_bytes_per_s
+
+    def brought_s(self, brought_bytes: float, disk_bytes: float) -> float:
+        """Return the seconds in which weights come to a GPU each time that tokens pass.
+
+        Args:
+            brought_bytes: all that is brought.
+            disk_bytes: of that, what is read from a disk before.
+        """
+        rate = self.brought_bytes_per_s
+        return brought_bytes / rate + disk_bytes / DISK_BYTES_PER_S if rate else 0.0
 
     def with_busy_links(self, gpus: int) -> "Hardware":
         """Return what each of some GPUs has while the links of all of them are busy.

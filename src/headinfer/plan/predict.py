@@ -224,8 +224,7 @@ class Predictor:
 
     def _brought_s(self) -> float:
         """Return the seconds in which weights that lie elsewhere come to the device."""
-        rate = self._hardware.brought_bytes_per_s
-        return self._shape.brought_bytes / rate if rate else 0.0
+        return self._hardware.brought_s(self._shape.brought_bytes, self._shape.disk_bytes)
 
     def weight_bytes_read(self, rows: float) -> float:
         """Return the bytes of weights read while `rows` tokens pass; idle experts are not read."""

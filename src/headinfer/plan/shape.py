@@ -105,6 +105,7 @@ class ModelShape:
         splits_heads: whether transformers can split the heads over processes.
         brought_bytes: weights beside `weights_bytes` that lie elsewhere, and are brought to the
             device whenever tokens pass.
+        disk_bytes: of these, what is read from a disk each time.
     """
 
     name: str
@@ -124,6 +125,7 @@ class ModelShape:
     output_bytes: int = 0
     splits_heads: bool = True
     brought_bytes: int = 0
+    disk_bytes: int = 0
 
     @property
     def goes_back(self) -> bool:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from anyio import to_thread
 from fastapi import Depends, FastAPI, Request
@@ -16,16 +16,17 @@ import headinfer
 from headinfer.errors import HeadInferError
 from headinfer.server import asking
 from headinfer.server.answering import Answering
-from headinfer.server.bodies import ChatBody, CompletionBody, ResponseBody
+from headinfer.server.bodies import ChatBody, CompletionBody, ResponseBody, SlotBody
 from headinfer.server.chat import ChatReply
 from headinfer.server.completions import CompletionReply
 from headinfer.server.gate import Gate
 from headinfer.server.metrics import Metrics
+from headinfer.server.mistakes import mistake_of
 from headinfer.server.parsing import MessageParser, parser_of
 from headinfer.server.problems import ProblemError, problem_of
 from headinfer.server.responses import ResponseReply
 from headinfer.server.served import Phase, Served, Service
-from headinfer.server.slots import slot_dicts
+from headinfer.server.slots import restore_slot, save_slot, session_list, slot_dicts
 
 PAGE = Path(__file__).parent / "page"
 
@@ -98,20 +99,7 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def _(_request: Request, error: RequestValidationError) -> Response:
-        return _validation_problem(error).response()
-
-
-def _validation_problem(error: RequestValidationError) -> ProblemError:
-    """Return what is wrong with a body by its first mistake, without what the body has there."""
-    first = error.errors()[0]
-    place = [str(part) for part in first["loc"] if part != "body"]
-    if first["type"] == "json_invalid":
-        return ProblemError(400, "the body is not JSON")
-    if not place:
-        return ProblemError(
-            400, "the body must be a JSON object, sent with Content-Type: application/json"
-        )
-    return ProblemError(400, f"{'.'.join(place)}: {first['msg']}", param=place[0])
+        return mistake_of(error).response()
 
 
 def _add_model(app: FastAPI, service: Service, metrics: Metrics) -> None:
@@ -212,6 +200,19 @@ def _add_operation(app: FastAPI, service: Service, metrics: Metrics) -> None:
     def slots() -> list[dict[str, Any]]:
         """List requests and kept prefixes, with what they hold and how far they are."""
         return slot_dicts(service.served.desk.slots())
+
+    @app.post("/slots/{slot_id}")
+    def act_on_slot(
+        slot_id: str, action: Literal["save", "restore"], body: SlotBody
+    ) -> dict[str, Any]:
+        """Save a slot as a session, or restore a session as a new slot, whatever the id."""
+        desk = service.served.desk
+        return save_slot(desk, slot_id, body) if action == "save" else restore_slot(desk, body)
+
+    @app.get("/sessions")
+    def sessions() -> dict[str, Any]:
+        """List the sessions that can be restored, the newest first."""
+        return session_list(service.served.desk.sessions())
 
 
 def _add_page(app: FastAPI) -> None:

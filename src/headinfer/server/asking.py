@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from headinfer.generation.prompt import Prompt, encode_prompt
+from headinfer.generation.prompt import Prompt, encode_prompt, message_ends
 from headinfer.server.bodies import (
     ChatBody,
     CompletionBody,
@@ -16,6 +16,7 @@ from headinfer.server.bodies import (
     Stops,
     TextFormat,
 )
+from headinfer.server.calls import call_grammar, wanted_tools
 from headinfer.server.messages import chat_messages, chat_tools, response_messages, response_tools
 from headinfer.server.problems import ProblemError
 from headinfer.server.served import DEFAULT_NEW_TOKENS, Limits, Served
@@ -53,13 +54,16 @@ def chat_request(served: Served, body: ChatBody, limits: Limits) -> Request:
     """
     tools = chat_tools(body.tools, body.tool_choice)
     values = dict(body.chat_template_kwargs or {}) | ({"tools": tools} if tools else {})
-    ids = _encode(served, chat_messages(body.messages), values)
+    messages = chat_messages(body.messages)
+    ids = _encode(served, messages, values)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     if body.top_logprobs is not None and not body.logprobs:
         raise ProblemError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
     new_tokens = body.max_completion_tokens or body.max_tokens
-    ask = _ask(served, body, ids, new_tokens, limits, logprobs, _schema(body.response_format))
-    ask, spelled = _spelled(served, ask)
+    schema = _schema(body.response_format)
+    guided = _guided(served, schema, ids, wanted_tools(tools, body.tool_choice))
+    ask = _ask(served, body, ids, new_tokens, limits, logprobs, guided)
+    ask, spelled = _spelled(served, _marked(served, ask, messages, values))
     return Request(asks=_choices(ask, body.n or 1), tools=tools, spelled=spelled)
 
 
@@ -76,8 +80,8 @@ def completion_request(served: Served, body: CompletionBody, limits: Limits) -> 
     asks: list[Ask] = []
     for prompt in _prompts(body.prompt):
         ids = _encode(served, prompt, {})
-        schema = _schema(body.response_format)
-        ask = _ask(served, body, ids, body.max_tokens, limits, body.logprobs, schema)
+        guided = _guided(served, _schema(body.response_format), ids, None)
+        ask = _ask(served, body, ids, body.max_tokens, limits, body.logprobs, guided)
         asks += _choices(ask, body.n or 1)
     if not 0 < len(asks) <= _MOST_CHOICES:
         raise ProblemError(
@@ -100,11 +104,22 @@ def response_request(served: Served, body: ResponseBody, limits: Limits) -> Requ
             )
     tools = response_tools(body.tools, body.tool_choice)
     values = dict(body.chat_template_kwargs or {}) | ({"tools": tools} if tools else {})
-    ids = _encode(served, response_messages(body.input, body.instructions), values)
+    messages = response_messages(body.input, body.instructions)
+    ids = _encode(served, messages, values)
     schema = _schema(body.text.format if body.text else None)
-    ask = _ask(served, body, ids, body.max_output_tokens, limits, None, schema)
-    ask, spelled = _spelled(served, ask)
+    guided = _guided(served, schema, ids, wanted_tools(tools, body.tool_choice))
+    ask = _ask(served, body, ids, body.max_output_tokens, limits, None, guided)
+    ask, spelled = _spelled(served, _marked(served, ask, messages, values))
     return Request(asks=(ask,), tools=tools, spelled=spelled)
+
+
+def _marked(
+    served: Served, ask: Ask, messages: Sequence[Mapping[str, Any]], values: Mapping[str, Any]
+) -> Ask:
+    """Note where messages end, for a model whose cache cannot go back there."""
+    if not served.desk.uses_marks:
+        return ask
+    return replace(ask, marks=message_ends(served.tokenizer, messages, values))
 
 
 def _spelled(served: Served, ask: Ask) -> tuple[Ask, bool]:
@@ -143,15 +158,14 @@ def _ask(
     new_tokens: int | None,
     limits: Limits,
     logprobs: int | None,
-    schema: dict[str, Any] | bool | None,
+    guided: list[Processors],
 ) -> Ask:
     makers: list[Processors] = []
     given = _settings(body)
     if isinstance(body, Generating):
         given |= _biases(served, body.logit_bias)
         makers += _penalties(body)
-    if schema is not None:
-        makers.append(served.guide.processors(schema))
+    makers += guided
     given["max_new_tokens"] = _new_tokens(served, len(ids), new_tokens, limits)
     stop = _stops(body.stop) if isinstance(body, Generating) else ()
     return Ask(
@@ -162,6 +176,23 @@ def _ask(
         processors=(lambda: [part for make in makers for part in make()]) if makers else None,
         seed=body.seed,
     )
+
+
+def _guided(
+    served: Served,
+    schema: dict[str, Any] | bool | None,
+    ids: Sequence[int],
+    wanted: Sequence[Mapping[str, Any]] | None,
+) -> list[Processors]:
+    """Return what holds an answer to a schema, or to a call of one of some tools."""
+    if wanted is None:
+        return [] if schema is None else [served.guide.processors(schema)]
+    if schema is not None:
+        raise ProblemError(
+            400, "a call is forced, so there is no text to have a form", param="response_format"
+        )
+    grammar = call_grammar(served.model, served.tokenizer, ids, wanted)
+    return [served.guide.following(grammar)]
 
 
 def _settings(body: Sampling) -> dict[str, Any]:

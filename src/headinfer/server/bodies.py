@@ -117,6 +117,13 @@ class CompletionBody(Generating):
     best_of: Count | None = None
 
 
+class SlotBody(_Body):
+    """A request to save or restore a slot."""
+
+    filename: str
+    messages: list[Message] | None = None
+
+
 class ResponseBody(Sampling):
     """A request for a response."""
 

@@ -143,7 +143,7 @@ class ChatReply:
             ProblemError: it does not come.
         """
         total, choices = Total(), list[dict[str, Any]]()
-        taken: dict[str, Any] = {}
+        slot_id: str | None = None
         choice = self._new_choice()
         async for number, event in asked.events():
             if isinstance(event, Piece):
@@ -153,7 +153,7 @@ class ChatReply:
                     raise problem
                 choice.end()
                 total.add(0, event.usage)
-                taken = taken or timings(event.usage)
+                slot_id = event.slot_id
                 choices.append(
                     {
                         "index": number,
@@ -167,7 +167,8 @@ class ChatReply:
             **self._head("chat.completion"),
             "choices": choices,
             "usage": total.as_dict(),
-            "timings": taken,
+            "timings": total.timings(),
+            "id_slot": slot_id,
         }
 
     async def stream(self, asked: Asked) -> AsyncIterator[ServerSentEvent]:
@@ -190,7 +191,8 @@ class ChatReply:
                     yield self._chunk(number, delta, logprobs)
                 total.add(0, event.usage)
                 finish = finish_of(event, called=bool(choice.calls))
-                yield self._chunk(number, {}, finish=finish, timings=timings(event.usage))
+                took = timings(event.usage)
+                yield self._chunk(number, {}, finish=finish, timings=took, id_slot=event.slot_id)
             elif self._progress:
                 for more in progress_fields(event, told):
                     yield self._chunk(number, {}, **more)

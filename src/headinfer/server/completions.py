@@ -48,7 +48,7 @@ class CompletionReply:
             ProblemError: it does not come.
         """
         total, choices = Total(), list[dict[str, Any]]()
-        taken: dict[str, Any] = {}
+        slot_id: str | None = None
         texts: list[str] = []
         scores: list[TokenScore] = []
         async for number, event in asked.events():
@@ -59,10 +59,11 @@ class CompletionReply:
                 if (problem := problem_at(event)) is not None:
                     raise problem
                 total.add(number // self._per_prompt, event.usage)
-                taken = taken or timings(event.usage)
+                slot_id = event.slot_id
                 choices.append(_choice(number, "".join(texts), scores, 0, finish_of(event)))
                 texts, scores = [], []
-        return {**self._head(), "choices": choices, "usage": total.as_dict(), "timings": taken}
+        took = {"usage": total.as_dict(), "timings": total.timings(), "id_slot": slot_id}
+        return {**self._head(), "choices": choices, **took}
 
     async def stream(self, asked: Asked) -> AsyncIterator[ServerSentEvent]:
         """Yield the answer as it comes."""
@@ -81,7 +82,8 @@ class CompletionReply:
                     break
                 total.add(number // self._per_prompt, event.usage)
                 ended = _choice(number, "", (), offset, finish_of(event))
-                yield self._chunk(ended, timings=timings(event.usage))
+                took = timings(event.usage)
+                yield self._chunk(ended, timings=took, id_slot=event.slot_id)
             elif self._progress:
                 for more in progress_fields(event, told):
                     yield self._chunk(_choice(number, "", (), offset, None), **more)

@@ -67,7 +67,6 @@ class Guide:
         Raises:
             OptionError: it is none, or has what is not known.
         """
-        known = self._tokens()
         try:
             grammar = LLMatcher.grammar_from_json_schema(
                 json.dumps(schema if isinstance(schema, dict) else {}),
@@ -75,6 +74,18 @@ class Guide:
             )
         except ValueError as error:
             raise OptionError(f"the JSON schema is not served: {_line(error)}") from error
+        return self.following(grammar)
+
+    def following(self, grammar: str) -> Callable[[], list[Guided]]:
+        """Return what makes the processors of an answer that follows a grammar.
+
+        Args:
+            grammar: of llguidance; checked here.
+
+        Raises:
+            OptionError: it has a JSON schema that is none, or that has what is not known.
+        """
+        known = self._tokens()
         if wrong := LLMatcher.validate_grammar(grammar, known):
             raise OptionError(f"the JSON schema is not served: {_line(wrong)}")
         return lambda: [Guided(LLMatcher(known, grammar, log_level=0))]

@@ -92,7 +92,7 @@ def chat_tools(tools: Any, choice: Any) -> list[dict[str, Any]] | None:
     """Return the tools that a model may call, or None.
 
     Raises:
-        ProblemError: they are none, or one is to be called whatever the model thinks.
+        ProblemError: they are none.
     """
     for tool in tools or ():
         function = tool.get("function") if isinstance(tool, dict) else None
@@ -100,10 +100,6 @@ def chat_tools(tools: Any, choice: Any) -> list[dict[str, Any]] | None:
             raise ProblemError(
                 400, "a tool must be a function with a name; others are not served", param="tools"
             )
-    if choice not in (None, "auto", "none"):
-        raise ProblemError(
-            400, "tool_choice may be auto or none; a call cannot be forced", param="tool_choice"
-        )
     return list(tools) if tools and choice != "none" else None
 
 
@@ -111,7 +107,7 @@ def response_tools(tools: Any, choice: Any) -> list[dict[str, Any]] | None:
     """Return the tools of a request for a response, or None.
 
     Raises:
-        ProblemError: they are none, or one is to be called whatever the model thinks.
+        ProblemError: they are none.
     """
     nested = []
     for tool in tools or ():

@@ -21,6 +21,7 @@ class Total:
 
     prompts: dict[int, Usage] = field(default_factory=dict)
     completion_tokens: int = 0
+    decode_s: float = 0.0
 
     def add(self, prompt: int, usage: Usage) -> None:
         """Add a choice.
@@ -31,6 +32,7 @@ class Total:
         """
         self.prompts.setdefault(prompt, usage)
         self.completion_tokens += usage.completion_tokens
+        self.decode_s += usage.decode_s
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as the interfaces of completions have it."""
@@ -42,6 +44,19 @@ class Total:
             "total_tokens": prompt_tokens + self.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": cached_tokens},
         }
+
+    def timings(self) -> dict[str, Any]:
+        """Return what all of it took, with llama-server's names."""
+        prompts = self.prompts.values()
+        return timings(
+            Usage(
+                prompt_tokens=sum(usage.prompt_tokens for usage in prompts),
+                cached_tokens=sum(usage.cached_tokens for usage in prompts),
+                completion_tokens=self.completion_tokens,
+                prefill_s=sum(usage.prefill_s for usage in prompts),
+                decode_s=self.decode_s,
+            )
+        )
 
 
 class Told:

@@ -83,11 +83,15 @@ class _Server(uvicorn.Server):
     Args:
         config: of uvicorn.
         service: told to close when a signal comes.
+        on_signal: told the name of a signal that ends it.
     """
 
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+    def __init__(
+        self, config: uvicorn.Config, service: Service, on_signal: Callable[[str], None]
+    ) -> None:
         super().__init__(config)
         self._service = service
+        self._on_signal = on_signal
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
@@ -111,13 +115,23 @@ class _Server(uvicorn.Server):
         late = threading.Timer(_END_S, _end_at_once)
         late.daemon = True
         late.start()
-        self.stop()
+        self.stop(signal.Signals(sig).name)
 
-    def stop(self) -> None:
-        """End: take no more requests, end those that run, and keep what they read."""
+    def stop(self, signal_name: str | None = None) -> None:
+        """End: take no more requests, end those that run, and keep what they read.
+
+        Args:
+            signal_name: of the signal that ends it, if one does.
+        """
         self.should_exit = True
         self._service.begin_closing()
-        threading.Thread(target=self._service.close, args=(CLOSING_S,), daemon=True).start()
+
+        def close() -> None:  # in a thread, as no handler of signals may write or wait
+            if signal_name is not None:
+                self._on_signal(signal_name)
+            self._service.close(CLOSING_S)
+
+        threading.Thread(target=close, daemon=True).start()
 
 
 def _end_at_once() -> None:
@@ -136,6 +150,7 @@ def serve(
     verbose: bool,
     on_listening: Callable[[str], None],
     on_ready: Callable[[], None],
+    on_signal: Callable[[str], None],
 ) -> None:
     """Serve until a signal comes.
 
@@ -148,6 +163,7 @@ def serve(
         verbose: whether each request is logged, by its path and status.
         on_listening: told the URL.
         on_ready: called once the model is loaded.
+        on_signal: told the name of a signal that ends the server.
 
     Raises:
         HeadInferError: the address cannot be had, or the model cannot be loaded.
@@ -165,7 +181,7 @@ def serve(
         ws="none",
         lifespan="off",
     )
-    server = _Server(config, service)
+    server = _Server(config, service, on_signal)
     failure: list[BaseException] = []
 
     def loading() -> None:

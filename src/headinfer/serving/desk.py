@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 
 from headinfer.errors import OptionError, UnsupportedModelError
 from headinfer.integration.attachment import owner_of
+from headinfer.integration.saving import SavedSession
+from headinfer.saved.messages import Messages
 from headinfer.serving.admission import Admission
 from headinfer.serving.ask import Ask
 from headinfer.serving.events import Ended, Event
@@ -19,6 +21,7 @@ from headinfer.serving.prefix_folder import PrefixFolder
 from headinfer.serving.prefixes import Prefixes
 from headinfer.serving.queueing import Line
 from headinfer.serving.request import Request, Served
+from headinfer.serving.sessions import NamedSession, RestoredSession, Sessions
 from headinfer.serving.slots import SlotState
 from headinfer.session import Session
 from headinfer.units import parse_bytes
@@ -27,6 +30,8 @@ _logger = logging.getLogger(__name__)
 
 _KEPT_DIVISOR = 2
 """Kept prefixes may take one in so many bytes of the CPU memory that KV caches can have."""
+
+_MOST_ID = 100
 
 _GROW_BYTES = 4 * 2**30
 """A prompt is saved while it is read, whenever so much is new: at most that is lost to a crash."""
@@ -116,6 +121,11 @@ class Desk:
         self._leave_experts = _keep_experts(model)
         self._vocabulary = int(model.get_input_embeddings().weight.shape[0])
 
+    @property
+    def uses_marks(self) -> bool:
+        """Whether `Ask.marks` are of use: the model cannot go back, and prefixes are kept."""
+        return self._served.prefixes.uses_marks
+
     def check(self, ask: Ask) -> None:
         """Refuse what cannot be answered, before anything is computed.
 
@@ -158,6 +168,53 @@ class Desk:
         with self._mutex:
             requests = list(self._requests.values())
         return [*(request.state for request in requests), *self._served.prefixes.states()]
+
+    def save_slot(self, slot_id: str, name: str, messages: Messages | None = None) -> SavedSession:
+        """Save what a request or a kept prefix holds as a session of the session folder.
+
+        Args:
+            slot_id: as `slots` and `Ended` tell it.
+            name: of the session; one that is there is replaced.
+            messages: of the conversation that the slot has read.
+
+        Raises:
+            OptionError: there is no such slot, no folder, or it is no name.
+            SessionFileError: it cannot be saved; what was there is whole.
+        """
+        sessions = self._sessions()
+        with self._mutex:
+            request = self._requests.get(slot_id)
+        cache = None if request is None else request.fork()
+        cache = cache or sessions.fork(slot_id)
+        if cache is None:
+            raise OptionError(
+                f"there is no slot {slot_id[:_MOST_ID]!r} that holds anything; GET /slots lists all"
+            )
+        return sessions.save(cache, name, messages)
+
+    def restore_slot(self, name: str) -> RestoredSession:
+        """Have a session of the session folder as a kept prefix, in memory.
+
+        Raises:
+            OptionError: there is no folder, or it is no name.
+            SessionFileError: there is no such session, or it is of another model.
+            MemoryPlanError: it does not fit.
+        """
+        return self._sessions().restore(name)
+
+    def sessions(self) -> list[NamedSession] | None:
+        """Return the sessions that can be restored, the newest first; None without a folder."""
+        sessions = self._served.prefixes.sessions
+        return None if sessions is None else sessions.listed()
+
+    def _sessions(self) -> Sessions:
+        sessions = self._served.prefixes.sessions
+        if sessions is None:
+            raise OptionError(
+                "no sessions are kept here; start the server with --session-folder FOLDER, and with"
+                " a model whose prefixes can be kept"
+            )
+        return sessions
 
     def close(self, *, timeout_s: float) -> None:
         """Cancel what runs, save kept prefixes to the session folder, and detach the model.

@@ -99,12 +99,14 @@ class Ended:
         usage: what it took.
         stop: the stop string that came, if one did.
         error: what it failed with, if it did.
+        slot_id: of the slot that keeps what was read and answered, if one does.
     """
 
     finish_reason: EndReason
     usage: Usage
     stop: str | None
     error: HeadInferError | None
+    slot_id: str | None = None
 
 
 Event: TypeAlias = Queued | Progress | Piece | Ended

@@ -47,7 +47,7 @@ class Kept:
     home: SavedPrefix | None = None
     busy: int = 0
     used: int = 0
-    id: str = field(default_factory=lambda: secrets.token_hex(4))
+    id: str = field(default_factory=lambda: secrets.token_hex(8))
 
     def serves(self, prompt: torch.Tensor) -> int:
         """Return how many of a prompt's first tokens it spares."""
@@ -78,6 +78,8 @@ class Lent:
         marks: positions at which others may part from the prompt.
         home: as of `Kept`.
         kept: what became of it.
+        id: of the request.
+        slot_id: of what is kept with all that it held, once it was given back.
     """
 
     cache: OffloadedCache
@@ -89,6 +91,8 @@ class Lent:
     marks: frozenset[int] = frozenset()
     home: SavedPrefix | None = None
     kept: Kept | None = None
+    id: str = field(default_factory=lambda: secrets.token_hex(8))
+    slot_id: str | None = None
 
 
 def usable(held: torch.Tensor, prompt: torch.Tensor, earliest_crop: int) -> int:

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import re
 import secrets
 import shutil
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from headinfer.errors import HeadInferError, OptionError, SessionFileError
 from headinfer.folders import describe
 from headinfer.integration.cache import OffloadedCache
 from headinfer.plan.memory import SPARE_TOKENS
+from headinfer.saved.fingerprint import Fingerprint
 from headinfer.saved.folder import read_index
 from headinfer.saved.index import Index
 from headinfer.saved.tokens import read_token_ids
@@ -22,6 +24,14 @@ from headinfer.session import Session
 _logger = logging.getLogger(__name__)
 
 _ENDING = ".hsession"
+
+_OWN_NAME = re.compile(rf"[0-9a-f]{{16}}{re.escape(_ENDING)}")
+"""Names of prefixes; all other sessions have their names from users, and are theirs."""
+
+
+def is_own_name(name: str) -> bool:
+    """Whether a folder of this name is a prefix that may be replaced and removed."""
+    return _OWN_NAME.fullmatch(name) is not None
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -33,6 +43,8 @@ class SavedPrefix:
         ids: its tokens, `[tokens]` of int64.
         num_bytes: of its files.
         earliest_crop: the fewest tokens that it may go back to.
+        named: whether a user gave it its name: then it stays as it is.
+        id: of the slot that it is, or was.
         owned: whether a cache goes on from it, and saves to it.
         used: grows with each use.
     """
@@ -41,8 +53,32 @@ class SavedPrefix:
     ids: torch.Tensor
     num_bytes: int
     earliest_crop: int
+    named: bool = False
+    id: str = ""
     owned: bool = False
     used: int = 0
+
+    def __post_init__(self) -> None:
+        self.id = self.id or self.path.stem
+
+
+def make_session_folder(path: str | os.PathLike[str]) -> None:
+    """Make a folder of prefixes, where there is none.
+
+    Args:
+        path: of the folder.
+
+    Raises:
+        OptionError: it cannot be made or written.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise PermissionError(13, "it may not be written")
+    except OSError as error:
+        raise OptionError(
+            f"session_folder {os.fspath(path)!r} cannot be used: {describe(error)}"
+        ) from error
 
 
 class PrefixFolder:
@@ -57,48 +93,67 @@ class PrefixFolder:
     """
 
     def __init__(self, path: str | os.PathLike[str], session: Session) -> None:
-        self._path = Path(path)
+        self.path = Path(path)
         self._session = session
-        try:
-            self._path.mkdir(parents=True, exist_ok=True)
-            if not os.access(self._path, os.W_OK | os.X_OK):
-                raise PermissionError(13, "it may not be written")
-        except OSError as error:
-            raise OptionError(
-                f"session_folder {os.fspath(path)!r} cannot be used: {describe(error)}"
-            ) from error
+        self._model: Fingerprint | None = None
+        make_session_folder(path)
 
     def found(self) -> list[SavedPrefix]:
         """Return each session of this model that is there, oldest first.
 
         What is damaged is left out, with a warning; what is of another model, without one.
         """
-        model = self._session.fingerprint()
         found = []
-        for path in sorted(self._path.glob(f"*{_ENDING}"), key=_changed_s):
+        for path in sorted(self.path.glob(f"*{_ENDING}"), key=changed_s):
             try:
-                index = read_index(path)
-                if index.rows != 1 or model.difference(index.model) is not None:
-                    continue
-                ids = read_token_ids(path, index)[0]
+                saved = self.described(path, named=not is_own_name(path.name))
             except SessionFileError as error:
                 _logger.warning("a kept prefix is left out: %s", error)
                 continue
-            earliest = self._earliest_crop(index)
-            found.append(
-                SavedPrefix(path=path, ids=ids, num_bytes=index.num_bytes, earliest_crop=earliest)
-            )
+            if saved is not None:
+                found.append(saved)
         return found
 
-    def save(self, cache: OffloadedCache, home: SavedPrefix | None) -> SavedPrefix | None:
+    def described(self, path: Path, *, named: bool) -> SavedPrefix | None:
+        """Return what a session has; None where it is of another model.
+
+        Args:
+            path: of the session.
+            named: whether its name is a user's.
+
+        Raises:
+            SessionFileError: it cannot be read.
+        """
+        index = read_index(path)
+        if not self.is_ours(index):
+            return None
+        return SavedPrefix(
+            path=path,
+            ids=read_token_ids(path, index)[0],
+            num_bytes=index.num_bytes,
+            earliest_crop=self._earliest_crop(index),
+            named=named,
+        )
+
+    def is_ours(self, index: Index) -> bool:
+        """Whether a session is of this model, and of one row with token ids."""
+        if self._model is None:
+            self._model = self._session.fingerprint()
+        ours = index.rows == 1 and index.with_ids
+        return ours and self._model.difference(index.model) is None
+
+    def save(
+        self, cache: OffloadedCache, home: SavedPrefix | None, slot_id: str
+    ) -> SavedPrefix | None:
         """Write a parked cache; None where it cannot be written, which is logged.
 
         Args:
             cache: with the tokens.
             home: has the first of them, and is replaced; None for a session of its own.
+            slot_id: of what is saved.
         """
         name = f"{secrets.token_hex(8)}{_ENDING}"
-        path = self._path / name if home is None else home.path
+        path = self.path / name if home is None else home.path
         try:
             cache.save(path)
             index = read_index(path)
@@ -110,7 +165,7 @@ class PrefixFolder:
         saved = home or SavedPrefix(
             path=path, ids=known[0], num_bytes=0, earliest_crop=0, owned=True
         )
-        saved.ids, saved.num_bytes = known[0], index.num_bytes
+        saved.ids, saved.num_bytes, saved.id = known[0], index.num_bytes, slot_id
         saved.earliest_crop = self._earliest_crop(index)
         return saved
 
@@ -143,7 +198,8 @@ class PrefixFolder:
             shutil.rmtree(saved.path)
 
 
-def _changed_s(path: Path) -> float:
+def changed_s(path: Path) -> float:
+    """Return when a folder was changed, in seconds; 0 where it is gone."""
     try:
         return path.stat().st_mtime
     except OSError:

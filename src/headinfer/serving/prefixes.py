@@ -16,6 +16,7 @@ from headinfer.integration.memory_held import held_by, held_together
 from headinfer.integration.token_history import common_prefix
 from headinfer.serving.kept import LEAST_TOKENS, Kept, Lent, as_ids, next_tick, usable
 from headinfer.serving.prefix_folder import PrefixFolder, SavedPrefix
+from headinfer.serving.sessions import Sessions
 from headinfer.serving.shelf import Shelf
 from headinfer.serving.slots import SlotState
 from headinfer.session import Session
@@ -67,6 +68,9 @@ class Prefixes:
             request counts, too.
         folder: of those on the disk; None for none.
         grow_bytes: prefixes larger than this are saved while they are read, by so much at a time.
+
+    Attributes:
+        sessions: those with names in the folder; None where there is none, or nothing is kept.
     """
 
     def __init__(
@@ -77,7 +81,9 @@ class Prefixes:
         self._reuses = session.goes_on_alike()
         self._goes_back = session.goes_back
         self._grow_bytes = grow_bytes
-        self._shelf = Shelf(session, kept_bytes, folder if self._reuses else None)
+        folder = folder if self._reuses else None
+        self._shelf = Shelf(session, kept_bytes, folder)
+        self.sessions = None if folder is None else Sessions(session, self._shelf, folder)
         self._changed = threading.Condition(self._shelf.mutex)
         if not self._reuses:
             _logger.warning(
@@ -177,7 +183,8 @@ class Prefixes:
         for saved in self._shelf.saved:
             tokens = usable(saved.ids, prompt, saved.earliest_crop)
             # Where caches cannot go back, others may need it just as it is.
-            whole = self._goes_back and tokens == len(saved.ids) and not saved.owned
+            taken = saved.owned or saved.named
+            whole = self._goes_back and tokens == len(saved.ids) and not taken
             on_disk.append(_Choice(tokens, saved, whole))
         best, other = (
             max((each for each in choices if each.source not in tried), key=_rank, default=None)
@@ -285,8 +292,10 @@ class Prefixes:
             snapshot=snapshot,
         )
         if not snapshot:
-            lent.kept, kept.home = kept, lent.home
-        self._shelf.add(kept)
+            lent.kept, kept.home, kept.id = kept, lent.home, lent.id
+        holder = self._shelf.add(kept)
+        if not snapshot:
+            lent.slot_id = holder.id
 
     def give_back(self, lent: Lent, *, keep: bool) -> None:
         """Take a cache back from a request that has ended.
@@ -317,6 +326,11 @@ class Prefixes:
         if lent.home is not None:
             lent.home.owned = False
         lent.cache.close()
+
+    @property
+    def uses_marks(self) -> bool:
+        """Whether prompts may leave snapshots at marks."""
+        return self._reuses and not self._goes_back
 
     @property
     def yielding_bytes(self) -> int:

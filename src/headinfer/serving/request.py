@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from headinfer.errors import HeadInferError, reason_of
+from headinfer.errors import CacheStateError, HeadInferError, reason_of
 from headinfer.generation.call import Generation
 from headinfer.generation.settings import Settings, settle
+from headinfer.integration.cache import OffloadedCache
 from headinfer.integration.memory_held import held_by
 from headinfer.serving.ask import Ask
 from headinfer.serving.events import (
@@ -134,6 +135,17 @@ class Request:
             completion_tokens=0 if generation is None else len(generation.ids),
         )
 
+    def fork(self) -> OffloadedCache | None:
+        """Return a cache with what it holds so far; None where it holds nothing, or has ended."""
+        lent = self._lent
+        if lent is None or not held_by(lent.cache).tokens:
+            return None
+        try:
+            fork: OffloadedCache = lent.cache.fork()
+        except CacheStateError:
+            return None
+        return fork
+
     def _run(self) -> None:
         line = self._served.line
         try:
@@ -178,6 +190,7 @@ class Request:
         lent = self._lent = served.prefixes.lend(
             *(ask.ids, settings.max_new_tokens, ask.marks), self._cancelled.is_set
         )
+        lent.id = self.id
         keep = False
         try:
             with contextlib.suppress(CancelledError):
@@ -274,4 +287,4 @@ class Request:
             accepted_tokens=0 if generation is None else generation.stats.accepted_tokens,
         )
         stop = None if generation is None else generation.stop
-        return Ended(reason, usage, stop, error)
+        return Ended(reason, usage, stop, error, None if lent is None else lent.slot_id)

@@ -55,8 +55,8 @@ class Shelf:
             except Exception:
                 _logger.exception("kept prefixes could not be tidied")
 
-    def add(self, kept: Kept) -> None:
-        """Keep one more; what it makes needless goes."""
+    def add(self, kept: Kept) -> Kept:
+        """Keep one more, and return what has its tokens now; what is needless goes."""
         kept.used = next_tick()
         with self.mutex:
             covering = [each for each in self.kept if each.covers(kept)]
@@ -68,6 +68,7 @@ class Shelf:
         for each in needless:
             self._drop(each)
         self._jobs.put(self._tidy)
+        return covering[0] if covering else kept
 
     def _drop(self, kept: Kept) -> None:
         """Close a cache that is off the shelf; what the disk has of it stays there."""
@@ -98,7 +99,7 @@ class Shelf:
 
         def save() -> None:
             assert self._folder is not None
-            saved = self._folder.save(fork, lent.home)
+            saved = self._folder.save(fork, lent.home, lent.id)
             fork.close()
             if saved is not None:
                 self._list(saved)
@@ -157,7 +158,7 @@ class Shelf:
         if not self._is_worth_saving(kept):
             kept.lasting = False  # or two that have nearly all of each other would both go unsaved
             return
-        saved = self._folder.save(kept.cache, kept.home)
+        saved = self._folder.save(kept.cache, kept.home, kept.id)
         if saved is not None:
             kept.home = saved
             saved.used = kept.used
@@ -184,7 +185,7 @@ class Shelf:
             needless = [
                 each
                 for each in self.saved
-                if each is not saved and not each.owned and self._replaces(saved, each)
+                if not (each is saved or each.owned or each.named) and self._replaces(saved, each)
             ]
             self.saved = [each for each in self.saved if each not in needless]
         for each in needless:
@@ -194,6 +195,13 @@ class Shelf:
     def _replaces(self, saved: SavedPrefix, other: SavedPrefix) -> bool:
         alike = self._goes_back or len(saved.ids) == len(other.ids)
         return alike and begins_with(saved.ids, other.ids)
+
+    def note_named(self, saved: SavedPrefix) -> None:
+        """List a session that a user gave a name, in place of what had it before."""
+        saved.used = next_tick()
+        with self.mutex:
+            self.saved = [each for each in self.saved if each.path != saved.path]
+            self.saved.append(saved)
 
     def states(self) -> list[SlotState]:
         """Return what is kept, in memory and on the disk, without waiting for anything."""
@@ -214,9 +222,7 @@ class Shelf:
             )
         homes = [each.home for each in kept]
         states += [
-            SlotState(
-                id=each.path.stem, state="saved", tokens=len(each.ids), disk_bytes=each.num_bytes
-            )
+            SlotState(id=each.id, state="saved", tokens=len(each.ids), disk_bytes=each.num_bytes)
             for each in saved
             if each not in homes
         ]

@@ -12,9 +12,10 @@ from headinfer.cli.interrupt import Interrupt, Stopped
 from headinfer.cli.progress import PrefillBar
 from headinfer.cli.session_options import check_sessions, save_session
 from headinfer.cli.stages import Stages
-from headinfer.cli.talk.messages import Messages, check_template, encode_messages
+from headinfer.cli.talk.messages import check_template, encode_messages
 from headinfer.errors import CacheStateError, OptionError
 from headinfer.generation.settings import Settings, settle
+from headinfer.saved.messages import Messages
 from headinfer.units import format_tokens
 
 if TYPE_CHECKING:

@@ -1,7 +1,9 @@
 """Where a user's lines come from: a pipe, or a terminal with history and several lines."""
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from rich.console import Console
@@ -151,10 +153,21 @@ def _history(console: Console) -> "History":
                 return
 
     try:
-        return KeptHistory(str(state_folder() / _HISTORY_NAME))
+        return KeptHistory(_private_file(state_folder() / _HISTORY_NAME))
     except OSError as error:
         console.print(f"note: inputs are not kept: {describe(error)}", markup=False)
         return InMemoryHistory()
+
+
+def _private_file(path: Path) -> str:
+    """Return the path of a file that is there, and that only this user reads."""
+    opened = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
+    try:
+        if sys.platform != "win32":
+            os.fchmod(opened, 0o600)  # it may be of an earlier version
+    finally:
+        os.close(opened)
+    return str(path)
 
 
 def _unless_unreadable(load: Callable[[], Iterable[str]]) -> Iterator[str]:

@@ -4,11 +4,13 @@ import { count, counted, took } from "./estimate.js";
 import { Files, withFiles } from "./files.js";
 import { element, showSlots } from "./memory.js";
 import { Reading } from "./reading.js";
+import { Sessions } from "./sessions.js";
 import { ask, stream, Told } from "./stream.js";
 
 const BUSY_MS = 1000;
 const IDLE_MS = 4000;
 const KEY = "headinfer-api-key";
+const SHOWN = 4000; // characters of a restored message, which may be a book
 
 const $ = (id) => document.getElementById(id);
 
@@ -16,13 +18,29 @@ const state = {
   key: sessionStorage.getItem(KEY) ?? "",
   model: null, // its name, once the server is ready
   messages: [],
+  said: [], // what the system said to them
+  slot: null, // of the server, with all that
   stopper: null, // while an answer is under way
 };
 const files = new Files(showProblem);
+const sessions = new Sessions({
+  key: () => state.key,
+  current: () =>
+    state.stopper ? null : { slot: state.slot, messages: [...state.said, ...state.messages] },
+  restored: takeUp,
+  onProblem: (error) => showProblem(problemOf(error)),
+});
 
 function showProblem(message) {
   $("problem").textContent = message;
   $("problem").hidden = !message;
+  showNote("");
+}
+
+/** Tell what is no error. */
+function showNote(message) {
+  $("note").textContent = message;
+  $("note").hidden = !message;
 }
 
 function problemOf(error) {
@@ -44,6 +62,7 @@ async function begin() {
       $("model").textContent = model.id + most;
       showProblem("");
       showButtons();
+      sessions.look();
       return;
     } catch (error) {
       if (error.status === 401) return wantKey();
@@ -96,6 +115,15 @@ wide.addEventListener("change", openWhereWide);
 $("cache").querySelector("summary").addEventListener("click", (event) => {
   if (wide.matches) event.preventDefault(); // beside the conversation it stays open
 });
+for (const [opened, other] of [
+  ["cache", "settings"],
+  ["settings", "cache"],
+]) {
+  $(opened).addEventListener("toggle", () => {
+    // Both at once would leave nothing of the conversation in a narrow window.
+    if ($(opened).open && !wide.matches) $(other).open = false;
+  });
+}
 
 // The conversation.
 
@@ -105,6 +133,7 @@ function showButtons() {
   $("send").hidden = busy;
   $("stop").hidden = !busy;
   $("anew").disabled = busy || !state.messages.length;
+  sessions.show();
 }
 
 function showEnd() {
@@ -221,6 +250,8 @@ async function send() {
   showButtons();
   const outcome = await answer([...system, ...state.messages, asked], chosen);
   if (outcome.text || !outcome.failed) {
+    state.said = system;
+    state.slot = outcome.slot;
     state.messages.push(asked, { role: "assistant", content: outcome.text });
   } else {
     turn.remove(); // it was not answered, so it is to be sent again or changed
@@ -233,13 +264,14 @@ async function send() {
   look();
 }
 
-/** Have messages answered; return the text, and whether that ended early. */
+/** Have messages answered; return the text, the slot that has it, and whether it ended early. */
 async function answer(messages, chosen) {
   const reading = new Reading();
   showEnd();
   let growing = null;
   let failed = false;
   let note = "";
+  let slot = null;
   const body = {
     ...chosen,
     model: state.model,
@@ -260,6 +292,7 @@ async function answer(messages, chosen) {
         growing = new Answer();
       }
       growing?.take(part);
+      slot = part.id_slot ?? slot;
     }
     note = growing?.took ?? "";
     $("status").textContent = "The answer is complete";
@@ -273,12 +306,12 @@ async function answer(messages, chosen) {
   reading.end();
   growing?.end(note);
   if (failed && growing && !growing.text) growing.turn.remove();
-  return { text: growing?.text ?? "", failed };
+  return { text: growing?.text ?? "", slot, failed };
 }
 
 function stopped(growing) {
   $("status").textContent = "Stopped";
-  if (!growing) showProblem("Stopped. What was read stays in the cache: send it again to go on.");
+  if (!growing) showNote("Stopped. What was read stays in the cache: send it again to go on.");
 }
 
 $("ask").addEventListener("submit", (event) => {
@@ -294,11 +327,31 @@ $("stop").addEventListener("click", () => state.stopper?.abort());
 addEventListener("keydown", (event) => {
   if (event.key === "Escape" && state.stopper) state.stopper.abort();
 });
-$("anew").addEventListener("click", () => {
-  state.messages = [];
+/** Go on with a conversation that was saved. */
+function takeUp({ messages, slot, tokens, name }) {
+  const said = messages.filter((message) => message.role === "system");
+  beginAnew(messages.slice(said.length), said, slot);
+  $("system").value = said[0]?.content ?? "";
+  for (const { role, content } of state.messages) {
+    const cut = content.length > SHOWN;
+    const more = cut ? ` … ${counted(content.length, "character")} in all` : "";
+    addTurn(role, content.slice(0, SHOWN).trim() + more);
+  }
+  const known = `${name}: ${counted(tokens, "token")} are in the cache.`;
+  const rest = " It has no messages: a text that begins alike goes on from there.";
+  showNote(known + (state.messages.length ? "" : rest));
+  showEnd();
+}
+
+function beginAnew(messages = [], said = [], slot = null) {
+  Object.assign(state, { messages, said, slot });
   $("said").replaceChildren();
   showProblem("");
   showButtons();
+}
+
+$("anew").addEventListener("click", () => {
+  beginAnew();
   $("message").focus();
 });
 

@@ -1,0 +1,111 @@
+"""The messages of a conversation, in a file beside the saved session that has read them."""
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from headinfer.errors import SessionFileError
+from headinfer.folders import describe
+
+_KIND, _FORMAT = "headinfer messages", 1
+_ROLES = ("user", "assistant")
+
+Message = dict[str, str]
+"""A message with `role` and `content`, as chat templates have them."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Messages:
+    """A record of what was said.
+
+    Attributes:
+        system: what the system says before all else, if anything.
+        said: the user's messages and the answers, in turn.
+    """
+
+    system: str | None = None
+    said: list[Message] = field(default_factory=list)
+
+    def with_next(self, text: str) -> "Messages":
+        """Return the messages with one more of the user's."""
+        return Messages(system=self.system, said=[*self.said, {"role": "user", "content": text}])
+
+    def answered(self, text: str) -> "Messages":
+        """Return the messages with an answer to the last one."""
+        answer = {"role": "assistant", "content": text}
+        return Messages(system=self.system, said=[*self.said, answer])
+
+    def write(self, folder: str) -> None:
+        """Write them beside a saved session, in place of those that are there.
+
+        Raises:
+            SessionFileError: they cannot be written; those that were there are whole.
+        """
+        body = {"kind": _KIND, "format": _FORMAT, "system": self.system, "messages": self.said}
+        path = _file(folder)
+        new = path.with_name(f"{path.name}.new")
+        try:
+            with new.open("w", encoding="utf-8") as file:
+                json.dump(body, file, indent=1, ensure_ascii=False)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(new, path)
+        except OSError as error:
+            raise SessionFileError(
+                f"the messages of session {folder!r} cannot be saved: {describe(error)}"
+            ) from error
+
+    @classmethod
+    def read(cls, folder: str) -> "Messages":
+        """Return the messages that a saved session has; none where it is no conversation's.
+
+        Raises:
+            SessionFileError: they cannot be read, or are none.
+        """
+        path = _file(folder)
+        wrong = f"session {folder!r}: its {path.name}"
+        try:
+            body = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            return cls()
+        except OSError as error:
+            raise SessionFileError(f"{wrong} cannot be read: {describe(error)}") from error
+        except ValueError as error:
+            raise SessionFileError(f"{wrong} is not JSON") from error
+        if not isinstance(body, dict) or body.get("kind") != _KIND:
+            raise SessionFileError(f"{wrong} is of another program")
+        if body.get("format") != _FORMAT:
+            raise SessionFileError(
+                f"{wrong} has format {body.get('format')!r}, and this version reads {_FORMAT}"
+            )
+        system, said = body.get("system"), body.get("messages")
+        if not isinstance(system, str | None) or not are_messages(said):
+            raise SessionFileError(f"{wrong} is damaged: it holds no messages")
+        return cls(system=system, said=said)
+
+
+def _file(folder: str) -> Path:
+    from headinfer.saved.folder import MESSAGES_NAME  # late, so that `--help` answers at once
+
+    return Path(folder) / MESSAGES_NAME
+
+
+def are_messages(given: Any) -> TypeGuard[list[Message]]:
+    """Whether users and answers take turns, and nothing is left to be answered.
+
+    Args:
+        given: of a file, or of a request.
+    """
+    return (
+        isinstance(given, list)
+        and len(given) % len(_ROLES) == 0
+        and all(
+            isinstance(message, dict)
+            and message.keys() == {"role", "content"}
+            and message["role"] == _ROLES[place % len(_ROLES)]
+            and isinstance(message["content"], str)
+            for place, message in enumerate(given)
+        )
+    )

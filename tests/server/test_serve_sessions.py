@@ -1,0 +1,156 @@
+"""Slots that are saved and restored over HTTP, and what the command line makes of them."""
+
+from typing import Any
+
+import pytest
+from scripted import tiny_server
+from server_parts import Running
+
+from saved_models import save_llama
+
+TEXT = " ".join(f"w{number % 90}" for number in range(0, 3000, 7))
+MORE = " ".join(f"w{number % 90}" for number in range(0, 1000, 11))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_llama(
+        tmp_path_factory.mktemp("kept"), chat=True, eos_token_id=None, positions=2**16
+    )
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("sessions")
+
+
+@pytest.fixture(scope="module")
+def keeper(folder, place):
+    """A server with a folder of sessions."""
+    with tiny_server(folder, session_folder=place) as server:
+        yield server
+
+
+def ask(server: Running, *said: str, new_tokens: int = 4) -> dict[str, Any]:
+    """Ask with messages of the user and answers in turn."""
+    roles = ("user", "assistant")
+    messages = [{"role": roles[place % 2], "content": text} for place, text in enumerate(said)]
+    body = {"messages": messages, "max_tokens": new_tokens, "temperature": 0}
+    return server.post("/v1/chat/completions", **body).json()
+
+
+def act(server: Running, action: str, slot_id: Any, filename: str, **more: Any) -> Any:
+    return server.post(f"/slots/{slot_id}?action={action}", filename=filename, **more)
+
+
+def text_of(answer: dict[str, Any]) -> str:
+    return answer["choices"][0]["message"]["content"]
+
+
+def cached(answer: dict[str, Any]) -> int:
+    return answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+
+@pytest.fixture
+def command_line(folder):
+    """Run `headinfer generate` in this process."""
+    from typer.testing import CliRunner
+
+    from headinfer.cli.main import app
+
+    def run(*args: object) -> Any:
+        options = ("--model", folder, "--device", "cpu", "--no-do-sample", "-n", 4)
+        done = CliRunner().invoke(app, ["generate", *map(str, options), *map(str, args)])
+        assert done.exit_code == 0, done.stderr
+        return done
+
+    return run
+
+
+def test_a_slot_is_saved_and_the_command_line_goes_on_with_it(keeper, command_line, place) -> None:
+    answer = ask(keeper, TEXT)
+    said = [{"role": "user", "content": TEXT}, {"role": "assistant", "content": text_of(answer)}]
+    saved = act(keeper, "save", answer["id_slot"], "book.hsession", messages=said)
+    assert saved.status_code == 200, saved.text
+    told = saved.json()
+    tokens = answer["usage"]["prompt_tokens"] + 3  # the last one was not read
+    assert (told["id_slot"], told["filename"]) == (answer["id_slot"], "book.hsession")
+    assert told["n_saved"] == tokens
+    assert told["n_written"] > 0
+    (listed,) = keeper.get("/sessions").json()["data"]
+    assert (listed["filename"], listed["tokens"]) == ("book.hsession", tokens)
+    assert listed["conversation"] is True
+    done = command_line("-p", TEXT, "--session", place / "book.hsession")
+    assert done.stdout.strip() == text_of(answer)
+    assert f"{tokens - 3 - 1:,} of the prompt's" in done.stderr
+
+
+def test_what_the_command_line_saved_is_restored(keeper, command_line, place) -> None:
+    prompt = MORE
+    done = command_line("-p", prompt, "--save-session", place / "mine")
+    restored = act(keeper, "restore", 0, "mine")
+    assert restored.status_code == 200, restored.text
+    told = restored.json()
+    assert told["n_read"] > 0
+    assert told["messages"] == []
+    slots = {slot["id"]: slot for slot in keeper.slots()}
+    assert slots[told["id_slot"]]["tokens"] == told["n_restored"]
+    answer = ask(keeper, prompt)
+    assert text_of(answer) == done.stdout.strip()
+    assert cached(answer) == answer["usage"]["prompt_tokens"] - 1
+
+
+def test_a_conversation_comes_back_with_its_messages(keeper) -> None:
+    first = ask(keeper, MORE, "w5", "w6 w7")
+    roles = ("system", "user", "assistant")
+    said = [
+        {"role": role, "content": text}
+        for role, text in zip(roles, ("w1", MORE, "w5"), strict=True)
+    ]
+    assert act(keeper, "save", first["id_slot"], "talk", messages=said).status_code == 200
+    assert act(keeper, "restore", 0, "talk").json()["messages"] == said
+    assert act(keeper, "save", first["id_slot"], "talk").status_code == 200
+    assert act(keeper, "restore", 0, "talk").json()["messages"] == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("", ".", "..", "../out", "/tmp/out", "a/b", "a\\b", "c:x", ".hidden", "a\0b", "n" * 101),
+        *("0123456789abcdef.hsession", "link"),
+    ],
+)
+@pytest.mark.parametrize("action", ["save", "restore"])
+def test_a_name_that_leaves_the_folder_is_refused(keeper, place, name: str, action: str) -> None:
+    if name == "link" and not (place / name).is_symlink():
+        (place / name).symlink_to(place.parent)
+    slot = ask(keeper, MORE)["id_slot"]
+    before = sorted(place.parent.iterdir())
+    refused = act(keeper, action, slot, name)
+    assert refused.status_code == 400
+    assert "name" in refused.json()["error"]["message"] or "leads out" in refused.text
+    assert sorted(place.parent.iterdir()) == before
+
+
+def test_what_is_not_there_is_told(keeper, place) -> None:
+    slot = ask(keeper, MORE)["id_slot"]
+    for path, body in (
+        ("/slots/none?action=save", {"filename": "x"}),
+        ("/slots/0?action=restore", {"filename": "nowhere"}),
+        (f"/slots/{slot}?action=burn", {"filename": "x"}),
+        (f"/slots/{slot}?action=save", {}),
+        (f"/slots/{slot}", {"filename": "x"}),
+    ):
+        refused = keeper.post(path, **body)
+        assert refused.status_code == 400, path
+    unanswered = [{"role": "user", "content": "w1"}]
+    assert act(keeper, "save", slot, "x", messages=unanswered).status_code == 400
+    assert not (place / "x").exists()
+
+
+def test_without_a_folder_it_says_how_to_have_one(folder) -> None:
+    with tiny_server(folder) as server:
+        refused = act(server, "restore", 0, "x")
+        assert refused.status_code == 400
+        assert "--session-folder" in refused.json()["error"]["message"]
+        assert server.get("/sessions").json()["enabled"] is False

@@ -1,0 +1,136 @@
+"""Calls of tools: an agent's client that makes use of them, and calls that are forced."""
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import httpx2
+import pytest
+import torch
+from scripted import ScriptedDesk, serving
+
+from headinfer.demo.tokenizer import build_tokenizer
+from headinfer.server.calls import call_grammar, wanted_tools
+from headinfer.server.guide import Guide
+from headinfer.server.parsing import Called, Said, parser_of
+from headinfer.server.problems import ProblemError
+from headinfer.serving.events import Piece
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "look",
+            "parameters": {
+                "type": "object",
+                "properties": {
+                    "place": {"enum": ["attic", "cellar"]},
+                    "hours": {"type": "integer"},
+                },
+                "required": ["place", "hours"],
+                "additionalProperties": False,
+            },
+        },
+    },
+    {"type": "function", "function": {"name": "wait"}},
+]
+QWEN = SimpleNamespace(config=SimpleNamespace(model_type="qwen3"))
+
+
+def call_of(name: str, **arguments: Any) -> str:
+    call = json.dumps({"name": name, "arguments": arguments})
+    return f"<tool_call>\n{call}\n</tool_call>"
+
+
+def test_an_agent_solves_a_task_with_a_tool() -> None:
+    smolagents = pytest.importorskip("smolagents")
+
+    @smolagents.tool
+    def add(first: int, second: int) -> int:
+        """Add two numbers.
+
+        Args:
+            first: a number.
+            second: another one.
+        """
+        calls.append((first, second))
+        return first + second
+
+    calls: list[tuple[int, int]] = []
+    desk = ScriptedDesk(
+        [call_of("add", first=19, second=23)], [call_of("final_answer", answer="42")]
+    )
+    with serving(desk, tokenizer=build_tokenizer()) as (url, _):
+        model = smolagents.OpenAIServerModel("scripted", api_base=f"{url}/v1", api_key="none")
+        agent = smolagents.ToolCallingAgent(tools=[add], model=model, verbosity_level=0)
+        assert agent.run("What are 19 and 23?") == "42"
+    assert calls == [(19, 23)]
+    assert len(desk.asks) == 2
+    assert all(ask.processors is not None for ask in desk.asks)  # it has calls forced
+
+
+@pytest.mark.parametrize("form", ["plain", "added", "special"])
+@pytest.mark.parametrize("prompt", ["What?", "What?<think>\n"])
+@pytest.mark.parametrize("choice", ["required", "look"])
+def test_a_forced_call_is_one_whatever_the_model_thinks(
+    choice: str, prompt: str, form: str
+) -> None:
+    tokenizer = build_tokenizer()
+    marks = ["<tool_call>", "</tool_call>", "<think>", "</think>"]
+    if form == "special":
+        tokenizer.add_special_tokens({"additional_special_tokens": marks})
+    elif form == "added":
+        tokenizer.add_tokens(marks)
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    named = {"type": "function", "function": {"name": "look"}}
+    wanted = wanted_tools(TOOLS, "required" if choice == "required" else named)
+    assert wanted is not None
+    vocabulary, end_id = len(tokenizer), tokenizer.eos_token_id
+    guide = Guide(tokenizer, vocabulary, frozenset({end_id}))
+    (guided,) = guide.following(call_grammar(QWEN, tokenizer, ids, wanted))()
+    torch.manual_seed(0)
+    row = list(ids)
+    while row[-1] != end_id and len(row) < 400:
+        scores = guided(torch.tensor([row]), torch.randn(1, vocabulary))
+        row.append(int(scores.argmax()))
+    assert row[-1] == end_id
+    text = tokenizer.decode(row[len(ids) : -1], skip_special_tokens=False)
+    parser = parser_of(QWEN, tokenizer, ids, TOOLS)
+    parts = [*parser.take(Piece(text, ())), *parser.end()]
+    (call,) = (part for part in parts if isinstance(part, Called))
+    assert not any(part.text.strip() for part in parts if isinstance(part, Said))
+    arguments = json.loads(call.arguments)
+    if choice == "look" or call.name == "look":
+        assert call.name == "look"
+        assert arguments["place"] in ("attic", "cellar")
+        assert isinstance(arguments["hours"], int)
+    else:
+        assert call.name == "wait"
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3_5", "gemma4"])
+def test_a_call_in_another_form_is_not_forced(kind: str) -> None:
+    model = SimpleNamespace(config=SimpleNamespace(model_type=kind))
+    with pytest.raises(ProblemError, match="tool_choice may be auto or none"):
+        call_grammar(model, build_tokenizer(), [], TOOLS)
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({"tool_choice": "required", "tools": []}, "names no tool"),
+        ({"tool_choice": "always"}, "auto, none, required"),
+        ({"tool_choice": {"type": "function", "function": {"name": "run"}}}, "names no tool"),
+        ({"tool_choice": {"type": "allowed_tools"}}, "auto, none, required"),
+        (
+            {"tool_choice": "required", "response_format": {"type": "json_object"}},
+            "a call is forced",
+        ),
+    ],
+)
+def test_what_cannot_be_forced_is_refused(more: dict, told: str) -> None:
+    body = {"messages": [{"role": "user", "content": "w1"}], "tools": TOOLS, **more}
+    with serving(ScriptedDesk(["w3"])) as (url, _):
+        refused = httpx2.post(f"{url}/v1/chat/completions", json=body)
+    assert refused.status_code == 400
+    assert told in refused.json()["error"]["message"]
