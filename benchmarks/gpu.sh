@@ -49,6 +49,9 @@ bench captured decode "${llama[@]}" --contexts 1K,10K,40K,100K --fill random --n
 # Some steps more: the host's share is judged after 1, 3 and 7 of them.
 bench suite-llama-decode-long decode "${llama[@]}" --contexts 100K,200K,400K,800K --fill random \
     --new-tokens 12 --methods "$methods"
+# The model drafts, over copies of an eighth of the tokens, and one pass verifies. Acceptance is replayed.
+bench drafts decode "${llama[@]}" --contexts 100K,200K,400K,800K --fill random --new-tokens 60 \
+    --methods host-attention,drafts --replay benchmarks/results/drafts-acceptance.json
 bench suite-llama-prefill prefill "${llama[@]}" --contexts 1K,10K,40K,100K \
     --methods standard,chunked-prefill,head-wise-1,bounded,headinfer
 # What a user meets first. Methods take turns in this order, three times; then 800K tokens, once.

@@ -110,6 +110,15 @@ def test_an_assistant_drafts(cli, llama, prompt):
     assert "nowhere/at-all" in missing.err
 
 
+def test_a_model_drafts_itself(cli, llama):
+    words = " ".join(f"w{number * 7 % 90}" for number in range(1100))
+    args = ("generate", "--model", llama, "-p", words, *GREEDY, "--json", "--allow-long-prompt")
+    plain, drafted = json.loads(cli(*args).out), json.loads(cli(*args, "--draft", 3).out)
+    assert drafted["text"] == plain["text"]
+    assert (plain["plan"]["draft_tokens"], plain["stats"]["verifications"]) == (0, 0)
+    assert (drafted["plan"]["draft_tokens"], drafted["stats"]["drafted_tokens"] > 0) == (256, True)
+
+
 def test_sampling_repeats_with_a_seed(cli, llama, prompt):
     def sample(seed: int) -> str:
         return cli(

@@ -10,6 +10,7 @@ from conversation import Conversation, planned
 from headinfer.attend.reference import ReferenceKernel
 from headinfer.attend.table import Kernels
 from headinfer.attend.work import Work
+from headinfer.engine import ending
 from headinfer.plan.plan import Plan
 
 STRIDE = 17
@@ -84,6 +85,42 @@ def test_an_interrupted_pass_is_refused_or_right(
             for tokens in (new, 1, 20):
                 chat.step(tokens)
         chat.engine.close()
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        planned("cpu", 2, 0, 0.0, drafts=17),
+        planned("simulated", 2, 20, 0.4, 9, drafts=17),
+    ],
+    ids=["cpu", "windows"],
+)
+def test_interrupted_drafts_are_forgotten(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ending, "_interrupt", lambda: None)  # what was put off is not heard here
+    line, left = 1, 0
+    while left <= 0:
+        chat = Conversation(plan, seed=line)
+        for tokens in (70, 1, 2):
+            chat.step(tokens)
+        before, kv = chat.engine.lengths(), list(chat.kv)
+        trace, interrupt = sys.gettrace(), Interrupt(line, None)
+        sys.settrace(interrupt)
+        try:
+            chat.draft(2)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(trace)
+        left = interrupt.left
+        chat.engine.end_drafts()
+        if not chat.engine.interrupted:
+            assert chat.engine.lengths() == before
+            chat.kv = kv
+            chat.draft(2)
+            chat.step(2)
+            chat.draft(2)
+        chat.engine.close()
+        line += 3 * STRIDE
 
 
 class Failing(ReferenceKernel):

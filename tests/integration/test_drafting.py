@@ -13,6 +13,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 import headinfer
 from captured import SIMULATED
+from headinfer.device.simulated import SimulatedDevice
+from headinfer.engine.ready import Form
 from headinfer.errors import CacheStateError
 from headinfer.finding.attention import LayerCall, attending_by
 from headinfer.integration.calls import cache_argument
@@ -20,6 +22,7 @@ from headinfer.integration.model_shape import model_shape
 from headinfer.offload import Offload
 from headinfer.plan.memory import draft_sink_tokens
 from headinfer.plan.shape import LayerKind
+from headinfer.schedule import route
 from tiny_models import random_tokens, shared_model
 
 PROMPT_TOKENS, DRAFT_TOKENS = 90, 21
@@ -82,8 +85,10 @@ def masked(model: PreTrainedModel, past: int, count: int) -> list[torch.Tensor]:
         return [logits(model, cache, 3 + at) for at in range(count)]
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", ["llama3", "gemma3", "gpt-oss"])
+@pytest.mark.parametrize(
+    ("name", "device"),
+    [("llama3", "cpu"), ("gemma3", "streamed"), ("gemma3", "resident"), ("gpt-oss", "resident")],
+)
 def test_a_drafts_logits_are_those_of_a_masked_stock_model(name: str, device: str) -> None:
     model = shared_model(name)
     wanted = masked(model, PROMPT_TOKENS, 9)
@@ -164,16 +169,19 @@ def test_drafts_and_passes_are_captured_beside_each_other(device: str) -> None:
                 ours += drafted(model, cache, 5)
                 ours.append(logits(model, cache, 3, 4, 5))  # verifies
                 ours += [logits(model, cache, 7 + at) for at in range(3)]
+                before = offload.stats.captured_drafts
+                ours += drafted(model, cache, 1)  # alone, it is worth a capture too
             outputs.append(ours)
             stats = offload.stats
-            assert (stats.draft_steps, stats.decode_steps) == (20, 16)
+            assert (stats.draft_steps, stats.decode_steps) == (24, 16)
             assert stats.draft_s > 0
             if not capture:
                 assert stats.captures == stats.captured_drafts == 0
             elif device == "resident":
                 assert stats.captures == 2
                 # Launched, captured, compared: the first three. One more as tokens double to 128.
-                assert stats.captured_drafts >= 20 - 3 - 1
+                assert stats.captured_drafts >= 24 - 3 - 1
+                assert stats.captured_drafts == before + 1
                 assert stats.captured_steps
     assert all(map(torch.equal, *outputs))
 
@@ -186,7 +194,7 @@ def test_weights_that_changed_between_turns_are_seen_by_drafts() -> None:
         with attached(model, "resident", capture=capture) as offload:
             cache, ours = prompted(model, offload), []
             try:
-                for turn in range(3):
+                for turn in range(2):
                     norm.data = before * (1 + turn)
                     model(random_tokens(1, 40, seed=turn), **cache_argument(model, cache))
                     ours += drafted(model, cache, 6)
@@ -218,7 +226,7 @@ def test_lengths_and_stats_count_drafts_while_there_are_any() -> None:
     ("name", "options", "reason"),
     [
         ("llama3", {"draft_tokens": 0}, "its plan has no copies"),
-        ("llama3", {"draft_tokens": 80}, "it has 90 tokens, of which drafts would attend 96"),
+        ("llama3", {"draft_tokens": 80}, "it has 90 tokens, and drafts are worth it from 112 on"),
         ("mistral-sliding", {}, "its layers see windows alone"),
         ("qwen3-next", {}, "its recurrent states cannot go back"),
     ],
@@ -237,7 +245,7 @@ def test_why_a_cache_cannot_draft_now() -> None:
     with attached(model, "streamed") as offload:
         cache = offload.new_cache()
         assert cache.can_draft == "it has no tokens"
-        model(random_tokens(2, 50), **cache_argument(model, cache))
+        model(random_tokens(2, 60), **cache_argument(model, cache))
         assert cache.can_draft == "it has 2 rows"
         cache.batch_select_indices(torch.tensor([1]))
         assert cache.can_draft is None
@@ -259,7 +267,7 @@ def test_why_a_cache_cannot_draft_now() -> None:
         lambda model, cache: cache.layers[0].keys,
         lambda model, cache: cache.batch_repeat_interleave(2),
         lambda model, cache: logits(model, cache, 3, 4),
-        lambda model, cache: [logits(model, cache, 3) for _ in range(17)],
+        lambda model, cache: [logits(model, cache, 3) for _ in range(32)],
         lambda model, cache: cache.drafting().__enter__(),
         lambda model, cache: model(
             torch.tensor([[3]]),
@@ -307,6 +315,58 @@ def test_a_new_cache_takes_no_memory_from_drafts_under_way() -> None:
         with cache.drafting():
             assert not engine.can_give_up
         assert engine.can_give_up
+
+
+def test_streamed_steps_are_replayed_between_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their tiles stay in the buffers meanwhile, and their places in memory."""
+    monkeypatch.setattr(route, "STEADY_TOKENS", 24)
+    monkeypatch.setattr(route, "_STEADY_FROM", 0)
+    model, outcomes = shared_model("llama3"), []
+    for capture in (False, True):
+        with attached(model, "streamed", capture=capture) as offload:
+            cache, outputs = prompted(model, offload), []
+            for turn in range(12):
+                outputs += drafted(model, cache, 3)
+                outputs.append(logits(model, cache, 5 + turn))
+            forms = {key[1] for key in cache.state.engine.captured}
+        outcomes.append(outputs)
+    assert all(map(torch.equal, *outcomes))
+    assert forms == {Form.STREAMED, Form.ONE_LAUNCH}
+
+
+def test_two_caches_draft_by_turns() -> None:
+    model, outcomes = shared_model("gemma3"), []
+    for apart in (True, False):
+        with attached(model, "resident") as offload:
+            caches = [prompted(model, offload, tokens) for tokens in (90, 120)]
+            outputs: list[list[torch.Tensor]] = [[], []]
+            for turn in range(3) if apart else ():
+                for cache, ours in zip(caches, outputs, strict=True):
+                    ours += [*drafted(model, cache, 3), logits(model, cache, turn, 3)]
+            for turn in () if apart else range(3):
+                with caches[0].drafting(), caches[1].drafting():
+                    for at in range(3):
+                        for cache, ours in zip(caches, outputs, strict=True):
+                            ours.append(logits(model, cache, 3 + at))
+                for cache, ours in zip(caches, outputs, strict=True):
+                    ours.append(logits(model, cache, turn, 3))
+        outcomes.append([*outputs[0], *outputs[1]])
+    assert all(map(torch.equal, *outcomes))
+
+
+def test_layers_on_several_devices_draft_alike() -> None:
+    model, outcomes = shared_model("gemma3"), []
+    for count in (1, 2):
+        devices = [SimulatedDevice(seed=seed) for seed in range(count)]
+        each = [devices[layer % count] for layer in range(model.config.num_hidden_layers)]
+        with attached(model, "streamed", simulated_device=each) as offload:
+            cache, outputs = prompted(model, offload), []
+            for _ in range(3):
+                outputs += drafted(model, cache, 6)
+                outputs.append(logits(model, cache, 3, 4))
+            assert offload.stats.captured_drafts > 10
+        outcomes.append(outputs)
+    assert all(map(torch.equal, *outcomes))
 
 
 def test_heads_that_stream_go_on_in_drafts() -> None:

@@ -65,9 +65,8 @@ def test_drafts_have_memory_that_residents_would_have(
     plan, plain = planned(drafts, context, **options), planned(0, context, **options)
     assert plan.fits
     assert plan.total_device_bytes <= plain.device_memory_bytes
-    assert plan.draft_bytes == memory.draft_bytes(
-        SHAPE, draft_tokens=plan.draft_tokens, page_tokens=plan.page_tokens, batch=1
-    )
+    size = memory.draft_bytes(SHAPE, draft_tokens=plan.draft_tokens, batch=1)
+    assert plan.draft_bytes == size
     assert plan.arena_bytes >= plan.draft_bytes + plan.resident_bytes
     if drafts == "auto":
         assert plan.draft_bytes <= room(plan) // 2
@@ -77,7 +76,7 @@ def test_drafts_have_memory_that_residents_would_have(
     else:
         assert plan.draft_tokens <= drafts
         if plan.draft_tokens < drafts:  # as many as there is room for, or too few to be worth it
-            most = memory.draft_tokens(SHAPE, room(plan), page_tokens=plan.page_tokens, batch=1)
+            most = memory.draft_tokens(SHAPE, room(plan), batch=1)
             assert plan.draft_tokens == most or most < 256
 
 

@@ -20,6 +20,7 @@ REFERENCE_METHOD = STANDARD
 
 OFFLOADED, COMPILED = "transformers-offloaded", "standard-compiled"
 HOST_ATTENTION, SYNCHRONOUS, AUTO = "host-attention", "synchronous", "headinfer"
+DRAFTS = "drafts"
 EAGER, UNFUSED = "resident-eager", "resident-unfused"
 STREAMING_LLM, H2O = "streaming-llm", "h2o"
 
@@ -159,6 +160,12 @@ CATALOGUE = {
         MethodInfo(name=UNFUSED, description="resident, nothing fused in captured decode steps"),
         MethodInfo(
             name=HOST_ATTENTION, description="resident, the CPU attends a share in decode steps"
+        ),
+        MethodInfo(
+            name=DRAFTS,
+            description="as headinfer, the model drafts and one pass verifies: acceptance by "
+            "--replay",
+            is_evaluated=False,
         ),
         MethodInfo(
             name=HEAD_WISE_SPARSE,

@@ -13,6 +13,7 @@ from headinfer.bench.catalogue import (
     AUTO,
     CHUNK_SIZES,
     COMPILED,
+    DRAFTS,
     EAGER,
     H2O,
     HEADS,
@@ -27,6 +28,7 @@ from headinfer.bench.catalogue import (
     chunked,
     with_host,
 )
+from headinfer.bench.drafted import Drafted
 from headinfer.bench.evicting import methods as evicting
 from headinfer.bench.held import Held
 from headinfer.bench.spec import TrialSpec
@@ -101,6 +103,7 @@ METHODS: dict[str, Callable[[PreTrainedModel, TrialSpec], Method]] = {
     EAGER: functools.partial(ours.resident, capture=False),
     UNFUSED: functools.partial(ours.resident, fuse="off"),
     HOST_ATTENTION: ours.host_attention,
+    DRAFTS: Drafted,
     HEAD_WISE_SPARSE: ours.head_wise_sparse,
     SYNCHRONOUS: ours.synchronous,
     AUTO: ours.HeadInfer,

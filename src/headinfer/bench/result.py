@@ -72,6 +72,9 @@ class TrialResult:
         decode_bytes_to_host: bytes copied back.
         device_peak_allocated_bytes: the most torch had allocated on the device; None without one.
         device_peak_reserved_bytes: the most torch had reserved there.
+        accepted_per_verify: drafts that a verification accepted, on average; None without drafts.
+        draft_s: seconds of the drafts of one verification, the median.
+        verify_s: seconds of a verifying pass, the median.
         parts: what each GPU has to do with the KV, where the model is spread over several.
     """
 
@@ -98,6 +101,9 @@ class TrialResult:
     decode_bytes_to_host: int = 0
     device_peak_allocated_bytes: int | None = None
     device_peak_reserved_bytes: int | None = None
+    accepted_per_verify: float | None = None
+    draft_s: float | None = None
+    verify_s: float | None = None
     parts: tuple[HeldPart, ...] = ()
 
 

@@ -64,6 +64,10 @@ class Row:
             libraries prepare once for each shape; the median over the repeats.
         prefill_percentiles: over the repeats.
         decode_s_per_token: seconds of a decode step.
+        accepted_per_verify: drafts that a verification accepted, on average. A step takes one
+            token more. `decode_s_per_token` is the median step by the tokens of the mean one.
+        draft_s: seconds of the drafts of one verification, the median of the first repeat.
+        verify_s: seconds of a verifying pass, the same.
         decode_percentiles: over the steps of all repeats.
         prefill_x_standard: how many times as fast as the reference in the same run.
         decode_x_standard: the same for a decode step.
@@ -109,6 +113,9 @@ class Row:
     prefill_percentiles: Percentiles | None = None
     decode_s_per_token: float | None = None
     decode_percentiles: Percentiles | None = None
+    accepted_per_verify: float | None = None
+    draft_s: float | None = None
+    verify_s: float | None = None
     prefill_x_standard: float | None = None
     decode_x_standard: float | None = None
     bound_s: float | None = None
@@ -192,6 +199,9 @@ def row_of(
         prefill_percentiles=prefill,
         decode_s_per_token=decode.p50,
         decode_percentiles=decode,
+        accepted_per_verify=first.accepted_per_verify,
+        draft_s=first.draft_s,
+        verify_s=first.verify_s,
         bound_s=limit.seconds,
         bound_by=limit.limited_by,
         bound_fraction=limit.seconds / measured_s,

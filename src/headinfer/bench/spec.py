@@ -7,6 +7,7 @@ from typing import Any
 
 from headinfer.bench.catalogue import CATALOGUE, Spread, spread_of
 from headinfer.bench.model_spec import DTYPE_BYTES, Model, model_from_json
+from headinfer.bench.replay import Replay
 from headinfer.errors import OptionError
 from headinfer.plan.options import Options
 
@@ -59,6 +60,7 @@ class TrialSpec:
             rest is filled at random. A method that does not chunk has all of the prompt in that
             pass.
         gpus: of the run; a method may use one of them.
+        replay: what verifications of drafts accept; None for methods without drafts.
     """
 
     method: str
@@ -71,6 +73,7 @@ class TrialSpec:
     fill: Fill = Fill.PREFILL
     last_pass: bool = False
     gpus: int = 1
+    replay: Replay | None = None
 
     @property
     def spread(self) -> Spread:
@@ -93,6 +96,7 @@ class TrialSpec:
             "model": model_from_json(values["model"]),
             "settings": Options.parse(**values["settings"]),
             "fill": Fill(values["fill"]),
+            "replay": Replay.from_json(values.get("replay")),
         }
         return cls(**(dict(values) | parts))
 
@@ -115,6 +119,7 @@ class BenchSpec:
         fill: how caches come to hold the prompt.
         time_limit_s: a trial that takes longer is ended.
         gpus: that methods may spread the model over; `device_memory` is of each.
+        replay: what verifications of drafts accept; None for methods without drafts.
 
     Raises:
         OptionError: a value is out of range.
@@ -132,6 +137,7 @@ class BenchSpec:
     fill: Fill = Fill.PREFILL
     time_limit_s: int = 3600
     gpus: int = 1
+    replay: Replay | None = None
 
     def __post_init__(self) -> None:
         for name in ("new_tokens", "repeats", "time_limit_s", "gpus"):
@@ -174,6 +180,7 @@ class BenchSpec:
             fill=self.fill,
             last_pass=self.command.finds_context,
             gpus=self.gpus,
+            replay=self.replay,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -190,6 +197,7 @@ class BenchSpec:
             "model": model_from_json(values["model"]),
             "settings": Options.parse(**values["settings"]),
             "fill": Fill(values["fill"]),
+            "replay": Replay.from_json(values.get("replay")),
         }
         return cls(**(dict(values) | parts))
 

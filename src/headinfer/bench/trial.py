@@ -8,6 +8,7 @@ filled alike for each method, so decode steps can be compared there too.
 
 import base64
 import re
+import statistics
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from transformers.cache_utils import Cache
 
 from headinfer.bench.build import build_model, used_devices
 from headinfer.bench.catalogue import Spread
+from headinfer.bench.drafted import Drafted
 from headinfer.bench.fill import fill_randomly
 from headinfer.bench.limits import limit_device, limit_host
 from headinfer.bench.methods import METHODS, Method
@@ -76,8 +78,29 @@ class _Run:
         return self._timed(lambda: self._method.prefill(tokens, cache))
 
     def step(self, token: torch.Tensor, cache: Cache) -> float:
-        """Pass one token `[1, 1]`; return the seconds to its likeliest next token."""
+        """Pass a token, or several `[1, tokens]`; return the seconds to the likeliest next ones."""
         return self._timed(lambda: self._method.step(token, cache))
+
+    def decode(self, tokens: torch.Tensor, cache: Cache) -> tuple[list[float], int]:
+        """Pass tokens `[1, tokens]`, one by one or as many at a time as a draft has accepted.
+
+        Returns:
+            Seconds for each token, and the steps there were. Steps with drafts do the same work,
+            however many are accepted. So the median step is divided by the tokens of the mean one.
+        """
+        method, at = self._method, 0
+        if isinstance(method, Drafted):
+            method.restart()
+        seconds: list[float] = []
+        while at < tokens.shape[1]:
+            taken = 1
+            if isinstance(method, Drafted):
+                taken = method.next_tokens(tokens.shape[1] - at, cache)
+            seconds.append(self.step(tokens[:, at : at + taken], cache))
+            at += taken
+        if len(seconds) < at:
+            return [statistics.median(seconds) * len(seconds) / at] * at, len(seconds)
+        return seconds, at
 
     def _synchronize(self) -> None:
         for gpu in self._gpus:
@@ -86,12 +109,13 @@ class _Run:
     def _timed(self, call: Callable[[], torch.Tensor]) -> float:
         self._synchronize()
         start_s = time.perf_counter()
-        row = call()
-        token = int(row.argmax())  # waits for the device
+        logits = call()
+        rows = logits if logits.ndim > 1 else logits[None]
+        tokens = rows.argmax(dim=-1).tolist()  # waits for the device
         self._synchronize()
         seconds = time.perf_counter() - start_s
-        self.greedy_tokens.append(token)
-        if len(self.logits) < _KEPT_LOGITS:
+        self.greedy_tokens += tokens
+        for row in rows[: max(_KEPT_LOGITS - len(self.logits), 0)]:
             self.logits.append(base64.b64encode(row.float().cpu().numpy().tobytes()).decode())
         return seconds
 
@@ -191,10 +215,7 @@ def _measure(
     prompt = tokens[:, spec.context_tokens - passed : spec.context_tokens]
     prefill_s = run.prefill(prompt, cache) if passed else None
     link.append(method.link_bytes())
-    decode_s = [
-        run.step(tokens[:, position : position + 1], cache)
-        for position in range(spec.context_tokens, spec.all_tokens)
-    ]
+    decode_s, steps = run.decode(tokens[:, spec.context_tokens :], cache)
     link.append(method.link_bytes())
     held = method.held(cache)
     return TrialResult(
@@ -211,6 +232,9 @@ def _measure(
         streamed_kv_bytes=held.streamed_bytes,
         host_attended_kv_bytes=held.host_attended_bytes,
         unseen_kv_bytes=held.unseen_bytes,
+        accepted_per_verify=len(decode_s) / steps - 1 if isinstance(method, Drafted) else None,
+        draft_s=method.draft_s if isinstance(method, Drafted) else None,
+        verify_s=method.verify_s if isinstance(method, Drafted) else None,
         planned_activation_bytes=method.planned_activation_bytes(cache),
         plan=method.sizes(cache),
         prefill_bytes_to_device=link[1][0] - link[0][0],

@@ -7,6 +7,7 @@ import typer
 
 from headinfer.bench.catalogue import parse_methods
 from headinfer.bench.model_spec import DTYPE_BYTES, Model, ModelSpec, NamedModel
+from headinfer.bench.replay import Replay
 from headinfer.bench.spec import BenchSpec, Command, Fill
 from headinfer.cli.contexts import parse_contexts
 from headinfer.cli.options import (
@@ -77,6 +78,14 @@ def options(
             "and chunked-prefill have layers on all.",
         ),
     ] = 1,
+    replay: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            help="What verifications accept, for the method drafts: a file that "
+            "benchmarks/drafts.py wrote.",
+        ),
+    ] = None,
     seed: Annotated[
         int, typer.Option(metavar="NUMBER", callback=check_seed, help="Of weights and tokens.")
     ] = 0,
@@ -148,6 +157,7 @@ def run_spec(command: Command, given: dict[str, Any]) -> BenchSpec:
         fill=given["fill"],
         time_limit_s=given["time_limit"],
         gpus=given["gpus"],
+        replay=None if given["replay"] is None else Replay.read(given["replay"]),
     )
 
 

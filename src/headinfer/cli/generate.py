@@ -127,8 +127,11 @@ def generate(
         check_writable("--trace", trace)
         number = None if draft is None else check_number(draft, "--draft")
         chosen = generation_options(sampling)
-        if drafts_itself(number, assistant, chosen.keywords()):
-            flags.setdefault("draft_tokens", "auto")
+        if (
+            drafts_itself(number, assistant, chosen.keywords())
+            and not Options.parse(**flags).draft_tokens
+        ):
+            flags["draft_tokens"] = "auto"
         options = Options.parse(**flags)
         split = tensor_parallel or (gpus or 1) > 1
         sessions.check_sessions(session, save_session, split=split)

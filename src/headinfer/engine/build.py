@@ -8,7 +8,7 @@ from headinfer.engine.pages import Pages
 from headinfer.engine.stats import Stats
 from headinfer.kv.ledger import Ledger
 from headinfer.kv.place import Arena
-from headinfer.plan.memory import PAGES, STAGING_BUFFERS
+from headinfer.plan.memory import MOST_DRAFTED, PAGES, STAGING_BUFFERS
 from headinfer.plan.plan import Plan
 from headinfer.schedule.route import Sizes
 
@@ -36,8 +36,8 @@ def build(
     arena = Arena(device, plan.arena_bytes)
     if plan.draft_tokens:
         for ledger in ledgers:
-            piece = arena.take(ledger.geometry.num_bytes(plan.draft_tokens + page_tokens))
-            ledger.keep_drafts(piece, plan.draft_tokens, page_tokens)
+            piece = arena.take(ledger.geometry.num_bytes(plan.draft_tokens + MOST_DRAFTED))
+            ledger.keep_drafts(piece, plan.draft_tokens, MOST_DRAFTED)
     if device.tiles_are_views:
         pages = Pages(
             device,

@@ -18,6 +18,7 @@ from headinfer.engine.stats import Stats
 from headinfer.errors import CacheStateError
 from headinfer.kv.extent import Extent
 from headinfer.kv.ledger import Ledger
+from headinfer.plan.memory import MOST_DRAFTED
 from headinfer.plan.plan import Plan
 
 
@@ -51,9 +52,9 @@ class DraftableTokens(ReadyTokens):
             return None
         if not self.plan.draft_tokens:
             return "its plan has no copies of tokens for drafts to attend"
-        least, tokens = self.plan.draft_tokens + self.plan.page_tokens, self._full[0].tokens
+        least, tokens = self.plan.draft_tokens + MOST_DRAFTED, self._full[0].tokens
         if tokens < least:
-            return f"it has {tokens} tokens, of which drafts would attend {least}"
+            return f"it has {tokens} tokens, and drafts are worth it from {least} on"
         return None
 
     def begin_drafts(self) -> None:
@@ -65,10 +66,10 @@ class DraftableTokens(ReadyTokens):
         self.lengths()
         self.check_no_drafts()
         uninterrupted(lambda: self._draft_copies.fill(self._full))
+        self._draft_ready = []
+        self.drafting = True  # first: `end_drafts` undoes what follows
         for ledger in self._ledgers:
             ledger.firm_tokens = ledger.tokens
-        self._draft_ready = []
-        self.drafting = True
 
     def check_draft(self, batch: int, new_tokens: int) -> None:
         """Refuse a draft that there is no room for, before anything is done for it.

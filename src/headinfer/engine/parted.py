@@ -100,13 +100,9 @@ class PartedEngine(CapturableParts):
 
     def begin_drafts(self) -> None:
         """Have all tokens that come be drafts; see `Engine.begin_drafts`."""
-        try:
-            for part in self.parts:
-                with part.in_use():
-                    part.begin_drafts()
-        except BaseException:
-            self.end_drafts()
-            raise
+        for part in self.parts:
+            with part.in_use():
+                part.begin_drafts()
 
     def end_drafts(self) -> None:
         """Forget what was drafted; may be called again."""

@@ -195,7 +195,8 @@ class WindowKeeper:
     def _restart(self, ledger: Ledger, tail: Extent, tile: Tile) -> None:
         """Have the tail begin with the newest of some tokens: those that are needed."""
         firm_tokens = ledger.firm_tokens
-        drafted = 0 if firm_tokens is None else tail.end - firm_tokens  # less than a page
+        drafted = 0 if firm_tokens is None else tail.end - firm_tokens
+        drafted = min(drafted, self._page_tokens - 1)  # or there would be no room for the next
         newest = tile.newest(ledger.past_tokens + SPARE_TOKENS + drafted)
         kept = newest.kv
         if tile.piece is tail.piece:  # its new place may overlap the old one

@@ -87,8 +87,9 @@ class CapturedSteps:
         self._obstacle = obstacle
         self._fusion = Fusion(model, enabled=fused and self.enabled and obstacle is None)
         self._hooks = HooksOfOthers(model)
-        # Whose last call was a step.
+        # Whose last call was a step, drafts apart; and those that have drafted.
         self._in_a_row: weakref.WeakSet[CacheEngine] = weakref.WeakSet()
+        self._drafted: weakref.WeakSet[CacheEngine] = weakref.WeakSet()
         self._begun: set[Hashable] = set()
         self._known: set[Hashable] = set()  # captures of these served more tokens than one
         self._refused = RefusedCalls()
@@ -122,12 +123,13 @@ class CapturedSteps:
             return forward(**arguments)
         call = self._replayable(cache, arguments) if new_tokens == 1 else None
         ways = [] if call is None else self._ways(call, engine)
-        first = engine not in self._in_a_row
+        in_a_row = self._drafted if engine.drafting else self._in_a_row
+        first = engine not in in_a_row
         way = go_alike(self._ranks, ways, engine, in_a_row=not first, known=self._known)
         if way is None:
             if ways:
                 self._refused.say_for_now("the ranks would capture different steps")
-            self._in_a_row.discard(engine)
+            in_a_row.discard(engine)
             distrust(engine, new_tokens)
             return forward(**arguments)
         call, ready = way
@@ -135,7 +137,7 @@ class CapturedSteps:
         if captured is not None and captured.reads != ready.reads:
             del engine.captured[call.key]
             captured = None
-        self._in_a_row.add(engine)
+        in_a_row.add(engine)
         if captured is None and first:
             return forward(**arguments)  # there may be no second one
         if captured is None or not captured.serves(call.past_tokens):

@@ -15,6 +15,7 @@ from headinfer.integration.cache import OffloadedCache
 from headinfer.integration.crossing import Crossings
 from headinfer.integration.decode_call import DecodeCall
 from headinfer.integration.outputs import without_cache
+from headinfer.plan.memory import MOST_DRAFTED
 
 
 @dataclass(slots=True)
@@ -145,7 +146,7 @@ def distrust(engine: CacheEngine, new_tokens: int) -> None:
         new_tokens: of the pass between.
     """
     for captured in engine.captured.values():
-        if not captured.drafts or new_tokens > engine.plan.page_tokens + 1:
+        if not captured.drafts or new_tokens > MOST_DRAFTED + 1:
             captured.trusted = False
 
 

@@ -54,8 +54,9 @@ class DraftableCache(ParkableCache):
         self.check_whole()
         engine = self.state.engine
         assert engine is not None
-        self.turns.run(engine.begin_drafts)
+        engine.check_no_drafts()
         try:
+            self.turns.run(engine.begin_drafts)
             yield
         finally:
             uninterrupted(lambda: self.turns.run(self._end_drafts, engine))

@@ -40,14 +40,11 @@ def with_drafts(plan: Plan, options: Options) -> Plan:
         tokens = _chosen(plan, options, left)
         left = left and left // _MEMORY_DIVISOR
     if left is not None:
-        page_tokens = plan.page_tokens
-        most = memory.draft_tokens(shape, left, page_tokens=page_tokens, batch=plan.batch)
+        most = memory.draft_tokens(shape, left, batch=plan.batch)
         if most < tokens and most < _LEAST_TOKENS:
             return plan
         tokens = min(tokens, most)
-    size = memory.draft_bytes(
-        shape, draft_tokens=tokens, page_tokens=plan.page_tokens, batch=plan.batch
-    )
+    size = memory.draft_bytes(shape, draft_tokens=tokens, batch=plan.batch)
     return replace(plan, draft_tokens=tokens, draft_bytes=size)
 
 

@@ -21,6 +21,9 @@ when drafts are rejected."""
 DRAFT_SINK_TOKENS = 64
 """The oldest tokens that drafts attend, and a quarter of all at the most."""
 
+MOST_DRAFTED = 32
+"""Tokens that may be drafted at once. Few texts are foreseen so far."""
+
 ALIGNMENT_BYTES = 256
 """Every piece of the arena starts on such a boundary: what fused kernels and copy engines like."""
 
@@ -154,16 +157,16 @@ def draft_sink_tokens(draft_tokens: int) -> int:
     return min(DRAFT_SINK_TOKENS, draft_tokens // 4)
 
 
-def draft_bytes(shape: ModelShape, *, draft_tokens: int, page_tokens: int, batch: int) -> int:
-    """Bytes of what drafts attend of every offloaded layer, and of a page of drafted tokens."""
+def draft_bytes(shape: ModelShape, *, draft_tokens: int, batch: int) -> int:
+    """Bytes of what drafts attend of every offloaded layer, and of the drafted tokens."""
     if not draft_tokens:
         return 0
-    return resident_bytes(shape, resident_tokens=draft_tokens + page_tokens, batch=batch)
+    return resident_bytes(shape, resident_tokens=draft_tokens + MOST_DRAFTED, batch=batch)
 
 
-def draft_tokens(shape: ModelShape, num_bytes: int, *, page_tokens: int, batch: int) -> int:
+def draft_tokens(shape: ModelShape, num_bytes: int, *, batch: int) -> int:
     """Return the tokens whose `draft_bytes` fit in `num_bytes`."""
-    return max(resident_tokens(shape, num_bytes, batch=batch) - page_tokens, 0)
+    return max(resident_tokens(shape, num_bytes, batch=batch) - MOST_DRAFTED, 0)
 
 
 def fused_mlp_elements(mlp_width: int, *, gathered: int, biased: bool) -> int:

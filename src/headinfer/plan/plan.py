@@ -37,7 +37,7 @@ class Plan:
         resident_tokens: the oldest tokens of every offloaded layer, which stay on the device.
         resident_bytes: the bytes they take.
         draft_tokens: tokens of every offloaded layer that drafts attend, in copies on the device.
-        draft_bytes: the bytes these take, with a page of drafted tokens.
+        draft_bytes: the bytes these take, with room for drafted tokens.
         host_share: share of the other tokens that the CPU attends in a decode step.
         verify_host_share: the same for `MAX_ASKED_TOKENS` new tokens at once; None where that is
             not known.

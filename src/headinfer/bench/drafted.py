@@ -1,0 +1,102 @@
+"""HeadInfer with a model that drafts for itself, as many tokens accepted as a record says."""
+
+import itertools
+import statistics
+import time
+
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from headinfer.bench.ours import HeadInfer
+from headinfer.bench.replay import Replay
+from headinfer.bench.spec import TrialSpec
+from headinfer.errors import OptionError
+from headinfer.integration.cache import OffloadedCache
+from headinfer.integration.calls import cache_argument, last_logits
+
+
+class Drafted(HeadInfer):
+    """A method that drafts some tokens, verifies them in one pass, and takes those accepted.
+
+    What is drafted is thrown away: the tokens that are accepted are those that every method is
+    given. So the logits can be compared, and the times are those of the work that there would be.
+
+    Args:
+        model: the model.
+        spec: the trial, with a record to replay.
+    """
+
+    def __init__(self, model: PreTrainedModel, spec: TrialSpec) -> None:
+        if spec.replay is None:
+            raise OptionError(
+                "drafts of random weights tell nothing: give --replay and a file that "
+                "benchmarks/drafts.py wrote"
+            )
+        self._replay: Replay = spec.replay
+        self._accepted = itertools.cycle(self._replay.accepted)
+        self._drafts_s: list[float] = []
+        self._passes_s: list[float] = []
+        super().__init__(model, spec, draft_tokens="auto")
+        self.note = "; ".join(filter(None, (self.note, self._replay.note)))
+
+    def next_tokens(self, left: int, cache: Cache) -> int:
+        """Return how many tokens the next step takes, of those that are left."""
+        assert isinstance(cache, OffloadedCache)
+        if cache.can_draft is not None:
+            return 1
+        return min(next(self._accepted) + 1, left)
+
+    def step(self, token: torch.Tensor, cache: Cache) -> torch.Tensor:
+        """Draft, and pass tokens `[1, tokens]` among drafts; return their logits.
+
+        Args:
+            token: as many as `next_tokens` said.
+            cache: which changes by these tokens.
+
+        Returns:
+            Logits `[tokens, vocab]`; those of one token, `[vocab]`, where nothing can be drafted.
+        """
+        assert isinstance(cache, OffloadedCache)
+        if cache.can_draft is not None:
+            return super().step(token, cache)
+        began_s = time.perf_counter()
+        drafted = self._drafted(token[:, :1], cache)
+        drafted_s = time.perf_counter()
+        taken, passed = token.shape[1], self._replay.drafts + 1
+        output = self._model(
+            input_ids=torch.cat((token, drafted[:, taken - 1 :]), dim=1)[:, :passed],
+            use_cache=True,
+            logits_to_keep=passed,
+            **cache_argument(self._model, cache),
+        )
+        if passed > taken:
+            cache.crop(taken - passed)
+        logits: torch.Tensor = output.logits[0, :taken]
+        self._drafts_s.append(drafted_s - began_s)
+        self._passes_s.append(time.perf_counter() - drafted_s)
+        return logits
+
+    def _drafted(self, newest: torch.Tensor, cache: OffloadedCache) -> torch.Tensor:
+        """Return drafts `[1, drafts]`."""
+        drafted: list[torch.Tensor] = []
+        with cache.drafting():
+            for _ in range(self._replay.drafts):
+                newest = last_logits(self._model, newest, cache).argmax()[None, None]
+                drafted.append(newest)
+        return torch.cat(drafted, dim=1)
+
+    @property
+    def draft_s(self) -> float | None:
+        """Seconds of the drafts of one verification, the median; None before any."""
+        return statistics.median(self._drafts_s) if self._drafts_s else None
+
+    @property
+    def verify_s(self) -> float | None:
+        """Seconds of a verifying pass, the median; None before any."""
+        return statistics.median(self._passes_s) if self._passes_s else None
+
+    def restart(self) -> None:
+        """Forget times, and begin the record anew."""
+        self._accepted = itertools.cycle(self._replay.accepted)
+        self._drafts_s, self._passes_s = [], []

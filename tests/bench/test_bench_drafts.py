@@ -1,0 +1,77 @@
+"""The method `drafts`: what it replays, that its logits are the reference's, what it refuses."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from bench_parts import MODEL, trial_spec
+
+from headinfer.bench.gate import compare
+from headinfer.bench.replay import Replay
+from headinfer.bench.result import Status, TrialFailure
+from headinfer.bench.spec import Fill, TrialSpec
+from headinfer.bench.trial import attempt, run_trial
+from headinfer.errors import OptionError
+from headinfer.plan.options import Options
+
+CONTEXT = 1100  # an eighth of less would be most of it
+REPLAY = Replay(drafts=3, accepted=(2, 0, 3), models=("a", "b"))
+
+
+def spec(method: str, **changes: object) -> TrialSpec:
+    settings = Options.parse(device="simulated", chunk_tokens="512", tile_tokens="512")
+    return replace(
+        trial_spec(method, context_tokens=CONTEXT),
+        **{"settings": settings, "fill": Fill.RANDOM, "new_tokens": 6, "replay": REPLAY} | changes,
+    )
+
+
+def test_a_record_is_replayed_and_the_logits_are_the_references() -> None:
+    reference, result = (run_trial(spec(name)) for name in ("standard", "drafts"))
+    verdict = compare(
+        reference, result, dtype="float32", layers=MODEL.layers, context_tokens=CONTEXT
+    )
+    assert verdict.passed, verdict.reason
+    assert verdict.tokens == 6
+    assert result.accepted_per_verify == 1.0  # three tokens, one, and the two that are left
+    assert len(result.decode_s) == 6
+    assert result.draft_s is not None
+    assert result.verify_s is not None
+    step_s = 2 * result.decode_s[0]
+    assert result.draft_s + result.verify_s < 2 * step_s
+    assert reference.draft_s is None
+    assert "acceptance replayed: 1.7 of 3 drafts in 3 verifications of a, b" in result.note
+    assert TrialSpec.from_json(spec("drafts").to_json()) == spec("drafts")
+
+
+def test_drafts_need_a_record() -> None:
+    failure = attempt(spec("drafts", replay=None))
+    assert isinstance(failure, TrialFailure)
+    assert failure.status is Status.CANNOT_RUN
+    assert "give --replay" in failure.reason
+
+
+def written(path: Path, **changes: object) -> str:
+    rows = [
+        {"model": "a", "drafter": "itself", "accepted": [[2, 0], [3]]},
+        {"model": "a", "drafter": "lookup", "accepted": [[1]]},
+        {"model": "b", "drafter": "itself", "accepted": [[]]},
+    ]
+    values = {"header": {"settings": {"drafts": 3}}, "rows": rows} | changes
+    path.write_text(json.dumps(values))
+    return str(path)
+
+
+def test_a_record_is_of_models_that_drafted_themselves(tmp_path: Path) -> None:
+    assert Replay.read(written(tmp_path / "record.json")) == REPLAY
+    assert REPLAY.mean == pytest.approx(5 / 3)
+    for wrong, told in (
+        ({"rows": []}, "no verification"),
+        ({"rows": [{"drafter": "itself"}]}, "no file of benchmarks/drafts.py"),
+        ({"header": {}}, "no file of benchmarks/drafts.py"),
+    ):
+        with pytest.raises(OptionError, match=told):
+            Replay.read(written(tmp_path / "wrong.json", **wrong))
+    with pytest.raises(OptionError, match="cannot be read"):
+        Replay.read(str(tmp_path / "none.json"))
