@@ -32,7 +32,13 @@ from headinfer.engine.stats import Stats
 from headinfer.integration.alike import go_alike
 from headinfer.integration.autocast import without_autocast
 from headinfer.integration.cache import OffloadedCache
-from headinfer.integration.captured_step import CapturedStep, Step, make_step, taking_back
+from headinfer.integration.captured_step import (
+    CapturedStep,
+    Step,
+    make_step,
+    repays,
+    taking_back,
+)
 from headinfer.integration.compiler import begin_import
 from headinfer.integration.crossing import Crossings
 from headinfer.integration.decode_call import DecodeCall, DecodeCalls
@@ -77,7 +83,7 @@ class CapturedSteps:
         self._calls = DecodeCalls(model)
         self._devices, self._device = devices, devices[0]
         self._stats = stats
-        self.enabled = enabled and self._device.captures
+        self.enabled = enabled and self._device.captures and repays(model, self._device, ranks)
         self._obstacle = obstacle
         self._fusion = Fusion(model, enabled=fused and self.enabled and obstacle is None)
         self._hooks = HooksOfOthers(model)
@@ -130,7 +136,7 @@ class CapturedSteps:
                 other.trusted = False
             return forward(**arguments)
         captured = engine.captured.get(call.key)
-        if captured is not None and captured.reads != ready.reads:
+        if captured is not None and (captured.reads != ready.reads or captured.moved):
             del engine.captured[call.key]
             captured = None
         self._in_a_row.add(engine)
@@ -300,6 +306,8 @@ class CapturedSteps:
                 capture = self._device.capture(step.run, *self._devices[1:])
             weights = [each.detach() for each in (*model.parameters(), *model.buffers())]
             captured = CapturedStep(step, capture, ready.reads, tuple(weights), call.past_tokens)
+            if self._device.tiles_are_views:
+                captured.addresses = tuple(weight.data_ptr() for weight in weights)
             engine.captured[call.key] = captured
         for stats in (self._stats, cache.stats):
             stats.captures += captured is not None

@@ -70,6 +70,8 @@ def decode_library(dtype: torch.dtype, head_dim: int, rows: int) -> ctypes.CDLL 
             ctypes.c_int,  # threads
         ]
         library.attend_heads.restype = None
+        library.attend_token.argtypes = [_POINTER]
+        library.attend_token.restype = None
     return library
 
 
