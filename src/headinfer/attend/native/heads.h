@@ -59,3 +59,5 @@ void attend_heads(const float *query, const element *keys, const element *values
         restore(mode);
     }
 }
+
+#include "token.h"

@@ -78,6 +78,8 @@ def decode_library(dtype: torch.dtype, head_dim: int, rows: int) -> ctypes.CDLL 
             *(_NUMBER, ctypes.c_int),  # rows, threads
         ]
         library.attend_heads.restype = None
+        library.attend_token.argtypes = [_POINTER]
+        library.attend_token.restype = None
     return library
 
 
