@@ -154,7 +154,7 @@ static void score_block(struct state *s, const element *keys, const element *val
 }
 
 /* The bits of bfloat16 nearest to a vector. */
-INLINE bits32 rounded(vector x) {
+INLINE bits32 rounded_bits(vector x) {
     return (bits32)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)x));
 }
 
@@ -194,9 +194,9 @@ static void weigh_block(struct state *s, const element *next, int64_t ahead) {
 #if PLANES == 2
             vector top = (vector)_mm512_and_si512((__m512i)weight, _mm512_set1_epi32(0xffff0000));
             put_weight(s->weights[0], step, row, (bits32)top >> 16);
-            put_weight(s->weights[1], step, row, rounded(weight - top));
+            put_weight(s->weights[1], step, row, rounded_bits(weight - top));
 #else
-            put_weight(s->weights[0], step, row, rounded(weight));
+            put_weight(s->weights[0], step, row, rounded_bits(weight));
 #endif
         }
     }

@@ -8,7 +8,7 @@ int omp_get_max_threads(void);
 #define MIN_SPLIT_TOKENS 512
 
 /*
- * query [heads][ROWS][HEAD_DIM] and result alike; new keys and values [heads][HEAD_DIM], and those
+ * query [heads][group][HEAD_DIM] and result alike; new keys and values [heads][HEAD_DIM], and those
  * before them [heads][][HEAD_DIM], with strides from head to head. Rows of a batch are as many heads
  * more. `place` has the first token that is seen, and how many are, the new one included. There is
  * room for `most_splits` parts in `parts`.
@@ -18,7 +18,7 @@ struct token {
     element *keys, *values, *result;
     const int64_t *place;
     float *rows, *out, *lse, *parts;
-    int64_t new_key_stride, new_value_stride, key_stride, value_stride, heads, most_splits;
+    int64_t new_key_stride, new_value_stride, key_stride, value_stride, heads, group, most_splits;
     float scale;
 };
 
@@ -32,7 +32,7 @@ static int64_t splits_of(const struct token *t, int threads, int64_t tokens) {
 
 void attend_token(const struct token *t) {
     int64_t first = t->place[0], tokens = t->place[1], last = (first + tokens - 1) * HEAD_DIM;
-    int64_t elements = t->heads * ROWS * HEAD_DIM;
+    int64_t elements = t->heads * ROWS_OF(t->group) * HEAD_DIM;
     int threads = omp_get_max_threads();
     for (int64_t head = 0; head < t->heads; head++) {
         memcpy(t->keys + head * t->key_stride + last, t->new_keys + head * t->new_key_stride,
@@ -43,6 +43,6 @@ void attend_token(const struct token *t) {
     for (int64_t i = 0; i < elements; i += LANES) put(t->rows + i, load(t->query + i));
     attend_heads(t->rows, t->keys + first * HEAD_DIM, t->values + first * HEAD_DIM, t->key_stride,
                  t->value_stride, tokens, t->heads, splits_of(t, threads, tokens), t->scale, t->parts,
-                 t->out, t->lse, threads);
+                 t->out, t->lse, t->group, threads);
     for (int64_t i = 0; i < elements; i++) t->result[i] = rounded(t->out[i]);
 }

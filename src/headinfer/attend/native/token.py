@@ -24,7 +24,8 @@ class _Block(ctypes.Structure):
         *((name, _POINTER) for name in ("keys", "values", "result", "place")),
         *((name, _POINTER) for name in ("rows", "out", "lse", "parts")),
         *((name, _NUMBER) for name in ("new_key_stride", "new_value_stride")),
-        *((name, _NUMBER) for name in ("key_stride", "value_stride", "heads", "most_splits")),
+        *((name, _NUMBER) for name in ("key_stride", "value_stride")),
+        *((name, _NUMBER) for name in ("heads", "group", "most_splits")),
         ("scale", ctypes.c_float),
     )
 
@@ -56,7 +57,8 @@ class TokenFunction(NativeFunction):
             *(whole.keys.data_ptr(), whole.values.data_ptr(), work.out.data_ptr()),
             *(place.data_ptr(), rows.data_ptr(), out.data_ptr(), lse.data_ptr()),
             *(parts.data_ptr(), new.keys.stride(1), new.values.stride(1)),
-            *(whole.keys.stride(1), whole.values.stride(1), heads, most_splits, work.scale),
+            *(whole.keys.stride(1), whole.values.stride(1)),
+            *(heads, group, most_splits, work.scale),
         )
         super().__init__(library.attend_token, ctypes.addressof(self._block))
 
