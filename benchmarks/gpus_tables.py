@@ -37,7 +37,7 @@ def updated(text: str, split: str, files: Sequence[Results]) -> str:
 
 def main() -> None:
     """Rewrite the documents, or fail if they are not up to date."""
-    files = [Results.load(str(path)) for path in sorted(RESULTS.glob("gpu2-*.json"))]
+    files = [Results.load(str(path)) for path in sorted(RESULTS.glob("gpu[248]-*.json"))]
     for name, split in SPLITS.items():
         path = ROOT / "docs" / name
         text = path.read_text()

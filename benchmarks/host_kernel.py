@@ -5,6 +5,8 @@
 One decode step's attention of each dtype, head_dim and group (query heads of a KV head), behind
 contexts of several times the processor's caches in all, none read twice in a row. The rate of
 reading is the best of several plain reads, as `headinfer probe` has it, tried again after each row.
+A second table is of several new tokens at once, as where drafted ones are verified: numbers of them
+take turns, and each rate stands beside one token's.
 """
 
 import argparse
@@ -29,6 +31,8 @@ from headinfer.probe.timing import fastest
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HEAD_DIMS = (64, 96, 128, 256)
 GROUPS = "1,2,4,5,7,8,9,12,14,16"
+NEW_TOKENS = "1,2,4,8,16"
+VERIFY_GROUP, VERIFY_HEAD_DIM = 4, 128
 KV_HEADS, CONTEXTS, LEAST_BYTES = 8, 4, 512 * 2**20
 
 
@@ -40,52 +44,44 @@ def read_rate(num_bytes: int) -> float:
 
 
 def attention_rates(
-    dtype: torch.dtype, head_dim: int, groups: list[int], num_bytes: int
-) -> dict[int, float]:
-    """Return the typical rate of each group, in bytes of keys and values a second."""
+    dtype: torch.dtype, head_dim: int, shapes: list[tuple[int, int]], num_bytes: int
+) -> list[float]:
+    """Return the typical rate of each group and number of new tokens, in bytes of KV a second."""
     kernels = select_kernels(torch.device("cpu"), dtype, head_dim, head_dim)
     tokens = num_bytes // CONTEXTS // (2 * KV_HEADS * head_dim * dtype.itemsize)
     block = torch.randn(2**20).to(dtype)
     caches = torch.empty(CONTEXTS, 2, 1, KV_HEADS, tokens, head_dim, dtype=dtype)
     for part in caches.view(-1).split(block.numel()):
         part.copy_(block[: part.numel()])
-    rates = {}
-    for group in groups:
-        query = torch.randn(1, KV_HEADS, group, 1, head_dim).to(dtype)
-        taken_s = []
-        for keys, values in [*caches[:1], *caches, *caches]:  # the first is not counted
-            tile = tile_in_hand(KV(keys, values))
+    queries = [torch.randn(1, KV_HEADS, *shape, head_dim).to(dtype) for shape in shapes]
+    taken_s: list[list[float]] = [[] for _ in shapes]
+    contexts = itertools.cycle(caches)
+    for _ in range(1 + 2 * CONTEXTS):  # the first is not counted
+        for query, times_s in zip(queries, taken_s, strict=True):
+            tile = tile_in_hand(KV(*next(contexts)))
             start_s = time.perf_counter()
             work = Work(query, [tile], head_dim**-0.5, Accumulator())
             kernels.pick(work).attend(work)
-            taken_s.append(time.perf_counter() - start_s)
-        rates[group] = caches[0].nbytes / statistics.median(taken_s[1:])
-    return rates
+            times_s.append(time.perf_counter() - start_s)
+    return [caches[0].nbytes / statistics.median(times_s[1:]) for times_s in taken_s]
 
 
 @torch.no_grad()
 def main() -> None:
     """Measure and print all of it."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--groups", default=GROUPS)
+    parser.add_argument("--groups", default=GROUPS, help="query heads of a KV head")
+    parser.add_argument("--new-tokens", default=NEW_TOKENS, help="query tokens, one first")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    groups = [int(group) for group in arguments.groups.split(",")]
+    groups = [int(group) for group in arguments.groups.split(",") if group]
+    new_tokens = [int(tokens) for tokens in arguments.new_tokens.split(",") if tokens]
     num_bytes = beyond_caches(LEAST_BYTES)
     rows: list[dict[str, Any]] = []
     read = read_rate(num_bytes)
     print(f"{cpu_name()}, {torch.get_num_threads()} threads; reads {read / 1e9:.1f} GB/s")
-    print(f"{'GB/s, group':21s}", *(f"{group:5d}" for group in groups))
-    for dtype, head_dim in itertools.product(DTYPES, HEAD_DIMS):
-        rates = attention_rates(dtype, head_dim, groups, num_bytes)
-        name = str(dtype).removeprefix("torch.")
-        shown = (f"{rate / 1e9:5.1f}" for rate in rates.values())
-        print(f"{name:9s} head_dim {head_dim:3d}", *shown, flush=True)
-        rows += [
-            {"dtype": name, "head_dim": head_dim, "group": group, "bytes_per_s": rate}
-            for group, rate in rates.items()
-        ]
-        read = max(read, read_rate(num_bytes))
+
+    def save() -> None:
         if arguments.json is not None:
             document = {
                 "cpu": cpu_name(),
@@ -95,10 +91,41 @@ def main() -> None:
                 "rows": rows,
             }
             arguments.json.write_text(json.dumps(document, indent=1) + "\n")
-    shares = sorted(row["bytes_per_s"] / read for row in rows)
-    half = sum(share >= 0.5 for share in shares)
-    print(f"reading {read / 1e9:.1f} GB/s; {half} of {len(shares)} reach half of it;", end=" ")
-    print(f"least {shares[0]:.0%}, median {statistics.median(shares):.0%}, most {shares[-1]:.0%}")
+
+    if groups:
+        print(f"{'GB/s, group':21s}", *(f"{group:5d}" for group in groups))
+    for dtype, head_dim in itertools.product(DTYPES, HEAD_DIMS if groups else ()):
+        rates = attention_rates(dtype, head_dim, [(group, 1) for group in groups], num_bytes)
+        name = str(dtype).removeprefix("torch.")
+        shown = (f"{rate / 1e9:5.1f}" for rate in rates)
+        print(f"{name:9s} head_dim {head_dim:3d}", *shown, flush=True)
+        rows += [
+            {"dtype": name, "head_dim": head_dim, "group": group, "bytes_per_s": rate}
+            for group, rate in zip(groups, rates, strict=True)
+        ]
+        read = max(read, read_rate(num_bytes))
+        save()
+    if rows:
+        shares = sorted(row["bytes_per_s"] / read for row in rows)
+        half = sum(share >= 0.5 for share in shares)
+        print(f"reading {read / 1e9:.1f} GB/s; {half} of {len(shares)} reach half of it;", end=" ")
+        print(
+            f"least {shares[0]:.0%}, median {statistics.median(shares):.0%}, most {shares[-1]:.0%}"
+        )
+    if new_tokens:
+        print(f"{'GB/s, new tokens':21s}", *(f"{tokens:11d}" for tokens in new_tokens))
+    for dtype in DTYPES if new_tokens else ():
+        shapes = [(VERIFY_GROUP, tokens) for tokens in new_tokens]
+        rates = attention_rates(dtype, VERIFY_HEAD_DIM, shapes, num_bytes)
+        name = str(dtype).removeprefix("torch.")
+        shown = (f"{rate / 1e9:5.1f} {rate / rates[0]:5.0%}" for rate in rates)
+        print(f"{name:9s} group {VERIFY_GROUP:6d}", *shown, flush=True)
+        rows += [
+            {"dtype": name, "head_dim": VERIFY_HEAD_DIM, "group": VERIFY_GROUP}
+            | {"new_tokens": tokens, "bytes_per_s": rate, "of_the_first": rate / rates[0]}
+            for tokens, rate in zip(new_tokens, rates, strict=True)
+        ]
+        save()
 
 
 if __name__ == "__main__":

@@ -23,11 +23,13 @@ def stored(layer_idx: int = 0, batch: int = 1) -> torch.Tensor:
     return torch.randn(batch, 2, 40, DIM, generator=generator)
 
 
-def engine_with_host_share(device: SimulatedDevice, layers: int = 1, batch: int = 1) -> Engine:
+def engine_with_host_share(
+    device: SimulatedDevice, layers: int = 1, batch: int = 1, chunk_tokens: int = 8
+) -> Engine:
     """Return an engine that leaves all of the 40 tokens it holds to the host."""
     plan = resolve(
         model_shape(layers=layers, group=1, key_dim=DIM, value_dim=DIM),
-        Options(chunk_tokens=8, tile_tokens=16),
+        Options(chunk_tokens=chunk_tokens, tile_tokens=16),
         device="simulated",
         batch=batch,
     )
@@ -38,12 +40,16 @@ def engine_with_host_share(device: SimulatedDevice, layers: int = 1, batch: int 
     return engine
 
 
-def decode(engine: Engine, host_kernel: Kernel, layer_idx: int = 0) -> torch.Tensor:
-    """Let a layer attend one new token."""
-    new = torch.ones(engine.plan.batch, 2, 1, DIM)
+def decode(
+    engine: Engine, host_kernel: Kernel, layer_idx: int = 0, tokens: int = 1, group: int = 1
+) -> torch.Tensor:
+    """Let a layer attend new tokens: one, or as many as are verified at once."""
+    generator = torch.Generator().manual_seed(tokens)
+    new = torch.randn(engine.plan.batch, 2, tokens, DIM, generator=generator)
+    new = new if tokens > 1 else torch.ones_like(new)
     return engine.attend(
         layer_idx,
-        new.unsqueeze(2),
+        new.unsqueeze(2).expand(-1, -1, group, -1, -1),
         new,
         new,
         kernels=reference(),

@@ -36,6 +36,7 @@ CPU_ONLY = Measurement(
         rate(Quantity.PREFILL_ATTENTION, 120e9, 1024),
         rate(Quantity.HOST_ATTENTION, 12e9, 8192),
         rate(Quantity.HOST_ATTENTION, 10e9, 131072),
+        rate(Quantity.HOST_VERIFY, 5e9, 131072),
     ),
 )
 

@@ -66,6 +66,7 @@ def attach(
         capture: False to launch each kernel of a decode step by itself. Otherwise a step is
             captured, compared and replayed in one launch. Where that would change too often, or
             the CPU attends much, it is in pieces between one layer's attention and the next one's.
+            On the CPU as the device, models of up to 2 GiB are captured.
         fuse: "auto" for faster parts of decode steps in 16 bits, or "off" for the model's own. On
             CUDA torch compiles norms and rotary embeddings of captured steps. On the CPU the
             products of few rows read weights at the speed of memory. Results of the two differ in

@@ -100,7 +100,7 @@ class Session:
             obstacle=placement.obstacle,
             ranks=self.ranks,
         )
-        linears = FewRowLinears(model, enabled=fast and device.name == "cpu")
+        linears = FewRowLinears(model, device.launch, enabled=fast and device.name == "cpu")
         padded = whole.exact is whole  # sinks of streaming heads would be padding
         self._attachment = Attachment(model, self, captures, linears, padded=padded)
         self._attached = True

@@ -253,7 +253,7 @@ def test_the_repositorys_report_is_generated():
     others = [RESULTS / f"{name}.json" for name in ("gpu-captured", "gpu-1M")]
     for name in ("sparse", "longest"):
         others += RESULTS.glob(f"gpu-{name}*.json")
-    others += RESULTS.glob("gpu2-*.json")
+    others += RESULTS.glob("gpu[248]-*.json")
     paths = sorted([*RESULTS.glob("*-suite-*.json"), *others])
     files = [(path.stem, Results.load(str(path))) for path in paths]
     document = RESULTS.parents[1] / "docs" / "benchmarks.md"

@@ -4,6 +4,7 @@ import functools
 import gc
 import weakref
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -268,7 +269,8 @@ class Judged(Balance):
 def test_who_was_first_is_told_once_it_is_known() -> None:
     device = HeldDevice()
     engine = engine_with_host_share(device)
-    engine._host._balance = balance = Judged()
+    balance = Judged()
+    engine._host._balances = SimpleNamespace(at={1: balance}.get)
     decode(engine, ReferenceKernel())
     decode(engine, ReferenceKernel())
     assert not balance.notes  # both are pending

@@ -49,6 +49,18 @@ def test_jobs_give_what_a_kernel_in_python_gives(seed: int, batch: int) -> None:
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.parametrize(("tokens", "asked"), [(5, 32), (16, 40), (17, 0)])
+def test_jobs_attend_for_all_tokens_that_are_verified_at_once(tokens: int, asked: int) -> None:
+    results = []
+    for kernel in (Unused(), ReferenceKernel()):
+        engine = engine_with_host_share(SimulatedDevice(), chunk_tokens=32)
+        results.append(decode(engine, kernel, tokens=tokens, group=4))
+        on_host = engine._stats.bytes_attended_on_host
+        assert on_host == engine._ledgers[0].geometry.num_bytes(asked)
+        engine.close()
+    torch.testing.assert_close(*results)
+
+
 def test_a_store_in_several_segments() -> None:
     results = []
     for kernel in (Unused(), ReferenceKernel()):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from headinfer.engine.balance import Balance
+from headinfer.engine.balance import Balance, Balances
 
 
 def run(balance: Balance, host_rate: float, device_rate: float, steps: int = 60) -> float:
@@ -85,3 +85,13 @@ def test_a_fixed_share_stays() -> None:
 
 def test_a_share_of_nothing_stays_nothing() -> None:
     assert run(Balance(0.0, fixed=False), 1.0, 1.0) == 0.0
+
+
+def test_passes_of_more_new_tokens_have_a_share_of_their_own() -> None:
+    """What the host attends at the speed of memory for one token, it computes for sixteen."""
+    balances = Balances(lambda tokens: 0.5 / tokens, fixed=False)
+    assert [balances.at(tokens).share for tokens in (1, 2, 9)] == [0.5, 0.25, 0.5 / 9]
+    assert balances.at(16) is balances.at(9)
+    assert run(balances.at(16), 0.2, 1.0, steps=400) == pytest.approx(0.2 / 1.2, rel=0.05)
+    assert run(balances.at(1), 1.0, 1.0, steps=400) == pytest.approx(0.5, rel=0.05)
+    assert balances.at(16).share == pytest.approx(0.2 / 1.2, rel=0.05)

@@ -36,7 +36,8 @@ def test_eight_cards_by_hand() -> None:
     layer = 8192 * (2 * 8192 + 2 * 1024) + 3 * 8192 * 28672 + 2 * 8192
     free = 19.77 * gib - 2 * (10 * layer + 128256 * 8192)
     rows = {row.label: row for row in table("Table 4").rows}
-    assert [row.paper for row in rows.values()] == [(10, 10), (950, 950), (1000, 1000)]
+    papers = [row.paper for row in rows.values()]
+    assert papers == [(10, 10), (950, 950), (1000, 1000), *[(None, None)] * 4]
     standard = free / (10 * 8 * 512 + 2 * width)
     assert rows["standard"].ours[0] == pytest.approx(standard / k, rel=1e-3)
     for chunk in (10, 5):
@@ -44,7 +45,11 @@ def test_eight_cards_by_hand() -> None:
         ours = rows[f"head-wise-1, {chunk}K chunks"].ours
         assert ours[0] == pytest.approx(tokens / k, rel=1e-3)
         # 512 GiB less 4 in reserve, 1 for the process and 88 bytes of each page with its tables.
-        assert ours[1] == pytest.approx(507 * gib * 4096 / 4184 / (80 * 4 * k) / k, rel=1e-3)
+        longest = 507 * gib * 4096 / 4184 / (80 * 4 * k) / k
+        assert ours[1] == pytest.approx(longest, rel=1e-3)
+        assert rows[f"layers, {chunk}K chunks"].ours[1] == pytest.approx(longest, rel=1e-3)
+        # Each rank is a process of its own, with 1 GiB, and has a reserve.
+        assert 0.97 * longest < rows[f"heads, {chunk}K chunks"].ours[1] < longest
 
 
 @pytest.mark.parametrize("number", [6, 7, 14])

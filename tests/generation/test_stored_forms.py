@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache
 
 import headinfer
@@ -16,6 +18,7 @@ from captured import generated
 from headinfer.cli.shapes import shape_of
 from headinfer.errors import ModelLoadError
 from headinfer.generation.model import ModelSource, load_config, load_model
+from headinfer.integration.even_map import even_map
 from headinfer.integration.model_shape import model_shape
 from saved_models import save_llama, save_tokenizer
 from tiny_models import random_tokens
@@ -26,7 +29,12 @@ BITSANDBYTES: dict[str, dict[str, Any]] = {
     "4 bits, scales in 8": {"load_in_4bit": True, "bnb_4bit_use_double_quant": True},
     "8 bits": {"load_in_8bit": True, "llm_int8_threshold": 0.0},
 }
-TORCHAO = ("Int8WeightOnlyConfig", "Float8WeightOnlyConfig")
+TORCHAO: dict[str, dict[str, Any]] = {
+    "Int8WeightOnlyConfig": {},
+    "Float8WeightOnlyConfig": {},
+    "IntxWeightOnlyConfig": {"weight_dtype": torch.int4},  # kept in a byte each
+    "Int8DynamicActivationInt8WeightConfig": {},  # a scale for each token
+}
 COMPRESSED = {
     "4 bits": ({"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128}, 7),
     "8 bits": ({"num_bits": 8, "type": "int", "strategy": "channel"}, 127),
@@ -56,7 +64,7 @@ def by_torchao(form: str, llama: Path, folder: Path) -> None:
     quantization = pytest.importorskip("torchao.quantization")
     from transformers import TorchAoConfig
 
-    settings = TorchAoConfig(getattr(quantization, form)())
+    settings = TorchAoConfig(getattr(quantization, form)(**TORCHAO[form]))
     loaded(llama, quantization_config=settings).save_pretrained(folder)
 
 
@@ -84,6 +92,28 @@ def by_compressed_tensors(form: str, llama: Path, folder: Path) -> None:
     compressor.update_config(str(folder))
 
 
+def fp8_by_hand(llama: Path, folder: Path) -> None:
+    """Save a model in fp8, with a scale for each block of 128 x 128."""
+    shutil.copytree(llama, folder, dirs_exist_ok=True)
+    weights = load_file(llama / "model.safetensors")
+    for name, weight in list(weights.items()):
+        if "_proj" in name:
+            rows, columns = weight.shape
+            blocks = weight.reshape(rows // 128, 128, columns // 128, 128)
+            scales = blocks.abs().amax((1, 3)) / 448
+            packed = (blocks / scales[:, None, :, None]).reshape(rows, columns)
+            weights[name] = packed.to(torch.float8_e4m3fn)
+            weights[name.replace("weight", "weight_scale_inv")] = scales
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((llama / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 CHECKPOINTS: list[tuple[Callable[[str, Path, Path], None], str]] = [
     *((by_bitsandbytes, form) for form in BITSANDBYTES),
     *((by_torchao, form) for form in TORCHAO),
@@ -108,12 +138,33 @@ def test_a_quantised_checkpoint_is_counted_and_answers_as_stock(
     with headinfer.attach(model, device="cpu", chunk_tokens=16) as offload:
         taken = offload.plan.shape.weights_bytes
         found = generated(model, tokens, offload.new_cache())
+    # Over GPUs it is spread by what it takes; where weights are quantised, a tenth is kept free.
+    config = load_config(source)
+    assert even_map(config, "auto", None, [int(1.15 * taken)]) is not None
+    assert even_map(config, "auto", None, [int(0.75 * taken)]) is None
     # What the first call unpacks was counted before it.
     assert model_shape(model).weights_bytes < 1.01 * taken
     assert shape_of(str(tmp_path)).weights_bytes == pytest.approx(taken, rel=0.01)
     stock = loaded(tmp_path)
     expected = generated(stock, tokens, DynamicCache(config=stock.config))
     assert found.sequences.tolist() == expected.sequences.tolist()
+
+
+def test_fp8_without_a_gpu_is_unpacked_and_answers_as_stock(llama: Path, tmp_path: Path) -> None:
+    fp8_by_hand(llama, tmp_path)
+    source = ModelSource(name=str(tmp_path))
+    model, _ = load_model(source, load_config(source), dtype="auto", device="cpu")
+    tokens = random_tokens(1, 60) % 90
+    with headinfer.attach(model, device="cpu", chunk_tokens=16) as offload:
+        taken = offload.plan.shape.weights_bytes
+        found = generated(model, tokens, offload.new_cache())
+    assert taken == shape_of(str(llama)).weights_bytes
+    stock = loaded(tmp_path)
+    expected = generated(stock, tokens, DynamicCache(config=stock.config))
+    assert found.sequences.tolist() == expected.sequences.tolist()
+    plain = loaded(llama)
+    unpacked = generated(plain, tokens, DynamicCache(config=plain.config))
+    assert not torch.equal(found.logits[0], unpacked.logits[0])  # it was quantised
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from captured import generated
 from headinfer.device.simulated import SimulatedDevice
 from headinfer.integration.even_map import even_map
 from headinfer.plan.even_layers import even_layers
-from tiny_models import ARCHITECTURES, VOCAB, random_tokens, shared_model, tiny_model
+from tiny_models import ARCHITECTURES, VOCAB, random_tokens, tiny_model
 
 MUCH = 2**40
 
@@ -81,17 +81,18 @@ def test_weights_in_4_bits_count_as_stored() -> None:
     assert not hasattr(config, "quantization_config")
 
 
-def test_a_model_that_lies_as_mapped_answers_as_the_whole_one() -> None:
-    model = shared_model("llama3")
-    places = even_map(model.config, "float32", None, [MUCH] * 2)
+@pytest.mark.parametrize(("gpus", "layers"), [(2, 3), (8, 9)])
+def test_a_model_that_lies_as_mapped_answers_as_the_whole_one(gpus: int, layers: int) -> None:
+    model = tiny_model("llama3", num_hidden_layers=layers)
+    places = even_map(model.config, "float32", None, [MUCH] * gpus)
     assert places is not None
-    devices = [SimulatedDevice(seed=gpu) for gpu in range(2)]
-    where = [devices[places[f"model.layers.{layer}"]] for layer in range(3)]
+    devices = [SimulatedDevice(seed=gpu) for gpu in range(gpus)]
+    where = [devices[places[f"model.layers.{layer}"]] for layer in range(layers)]
     tokens = random_tokens(1, 45)
     expected = generated(model, tokens, DynamicCache(config=model.config))
     settings = {"device": "simulated", "chunk_tokens": 16, "tile_tokens": 8}
     with headinfer.attach(model, simulated_device=where, **settings) as offload:
-        assert len(offload.plan.parts) == 2
+        assert len(offload.plan.parts) == gpus
         found = generated(model, tokens, offload.new_cache())
     assert found.sequences.tolist() == expected.sequences.tolist()
 

@@ -117,7 +117,17 @@ LATE_REASONS = {
 }
 
 
-@pytest.mark.parametrize("name", [*SERVED.split(), *LATE_REASONS, *REASONS])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            pytest.param(name, marks=[pytest.mark.slow] if number % 3 else [])
+            for number, name in enumerate(SERVED.split())
+        ),
+        *LATE_REASONS,
+        *REASONS,
+    ],
+)
 def test_family_is_served_or_refused_before_it_has_weights(name: str) -> None:
     model = tiny_family(name, device="meta")
     reason = REASONS.get(name, "must lie on the CPU or on CUDA devices, not on: meta")

@@ -35,6 +35,7 @@ def test_ceilings_are_the_best_and_predictions_the_median():
     # The largest size counts, in whatever order they were measured.
     assert hardware.decode_attention_bytes_per_s == 600e9
     assert hardware.host_attention_bytes_per_s == 10e9
+    assert hardware.host_verify_bytes_per_s == 5e9
     assert hardware.host_shared_bytes_per_s == 22.5e9
     assert hardware.link_bytes_per_s == 20e9
     assert hardware.link_back_bytes_per_s == 18e9

@@ -343,6 +343,26 @@ def test_the_host_takes_the_share_that_finishes_with_the_link() -> None:
     assert resolve(LLAMA_3_8B, half, **known).host_share == 0.5
 
 
+def test_the_host_takes_less_where_several_tokens_are_verified_at_once() -> None:
+    measured = replace(RTX_4090, measured=True, host_verify_bytes_per_s=17.5e9)
+    options = Options.parse(device_memory="24GiB")
+    plan = resolve(LLAMA_3_8B, options, device="cuda", context_tokens=2**20, hardware=measured)
+    assert plan.host_share_at(1) == plan.host_share == pytest.approx(70 / 95)
+    assert plan.host_share_at(16) == pytest.approx(17.5 / 42.5)
+    for tokens in (2, 5, 9, 16):
+        reached = measured.host_attention_at(tokens)
+        assert plan.host_share_at(tokens) == pytest.approx(reached / (reached + 25e9))
+    predictor = Predictor(LLAMA_3_8B, measured)
+    one = predictor.decode(plan.placement, 2**20)
+    assert predictor.chunk(plan.placement, 2**20, 16).host_s == pytest.approx(4 * one.host_s, 1e-4)
+    assert measured.shared_by(2).host_attention_at(16) == pytest.approx(17.5e9 / 2)
+    # Unless it was measured, more tokens are taken to cost the host no more.
+    rough = replace(measured, host_verify_bytes_per_s=None)
+    assert rough.host_attention_at(16) == 70e9
+    plan = resolve(LLAMA_3_8B, options, device="cuda", context_tokens=2**20, hardware=rough)
+    assert plan.host_share_at(16) == plan.host_share
+
+
 def test_a_link_as_fast_as_the_hosts_memory_leaves_the_host_some() -> None:
     slow = replace(RTX_4090, measured=True, host_bytes_per_s=20e9)
     plan = resolve(

@@ -36,6 +36,7 @@ ON_CPU = [
     (Quantity.PREFILL_ATTENTION, 16),
     (Quantity.HOST_ATTENTION, 128),
     (Quantity.HOST_ATTENTION, 512),
+    (Quantity.HOST_VERIFY, 512),
 ]
 
 BEYOND_ADDRESSES_BYTES = 2**60
@@ -49,7 +50,7 @@ def ignore(*_progress) -> None: ...
 def test_the_cpu_is_measured(dtype):
     told = []
     measurement = run_probe(make_device("cpu"), dtype, TINY, lambda *what: told.append(what))
-    assert told == [(*what, done, 7) for done, what in enumerate(ON_CPU)]
+    assert told == [(*what, done, len(ON_CPU)) for done, what in enumerate(ON_CPU)]
     assert [(rate.quantity, rate.size) for rate in measurement.rates] == ON_CPU
     for rate in measurement.rates:
         assert rate.failure is None
@@ -130,7 +131,7 @@ def test_a_gpu_that_fails_everything_leaves_the_hosts_rates(monkeypatch):
     failures = {(rate.quantity, rate.size): rate.failure for rate in measurement.rates}
     assert {quantity for quantity, _size in failures} == set(Quantity)
     for (quantity, size), failure in failures.items():
-        if quantity in (Quantity.HOST_READ, Quantity.HOST_ATTENTION):
+        if quantity in (Quantity.HOST_READ, Quantity.HOST_ATTENTION, Quantity.HOST_VERIFY):
             assert failure is None
         elif quantity is Quantity.HOST_SHARED:
             assert failure == "out of memory: cannot lock memory"

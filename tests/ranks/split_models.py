@@ -43,6 +43,9 @@ STREAMED = {
 }
 """Steps that come in one launch, once few tokens are enough for that (`few_are_steady`)."""
 
+STREAMED_RUNS = [(name, False) for name in STREAMED] + [("both", True)]
+"""Of which of these, and whether one rank is ready for it later than the other."""
+
 STREAMED_TOKENS = 100
 """New tokens, in which pages fill, and what is streamed changes."""
 

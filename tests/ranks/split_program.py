@@ -20,6 +20,7 @@ from split_models import (
     ON_GPUS,
     PATTERN,
     STREAMED,
+    STREAMED_RUNS,
     STREAMED_TOKENS,
     UNEVEN,
     VOCABULARY,
@@ -167,21 +168,20 @@ def streamed_in_one_launch(folder: Path, got: dict[str, Any]) -> None:
     tokens, settings = prompt(1).to(model.device), {"max_new_tokens": STREAMED_TOKENS}
     device = "cuda" if torch.cuda.is_available() else "simulated"
     own = ReadyTokens.may_capture_streamed
-    for name, options in STREAMED.items():
-        for late in (False, True):
-            calls = iter(range(10**6))
+    for name, late in STREAMED_RUNS:
+        calls = iter(range(10**6))
 
-            def settled(engine: Any, calls: Any = calls, late: bool = late) -> bool:
-                return next(calls) >= (30 if late and rank else 0) and own.fget(engine)
+        def settled(engine: Any, calls: Any = calls, late: bool = late) -> bool:
+            return next(calls) >= (30 if late and rank else 0) and own.fget(engine)
 
-            ReadyTokens.may_capture_streamed = property(settled)
-            with headinfer.attach(model, device=device, **options) as offload:
-                cache = offload.new_cache()
-                ids = model.generate(
-                    tokens, do_sample=False, pad_token_id=0, **cache.as_keyword(), **settings
-                )
-                forms = {form.name for _, form in cache.state.engine.captured}
-                got[f"{name} {late} streamed"] = ids.cpu(), forms, offload.stats.captured_steps
+        ReadyTokens.may_capture_streamed = property(settled)
+        with headinfer.attach(model, device=device, **STREAMED[name]) as offload:
+            cache = offload.new_cache()
+            ids = model.generate(
+                tokens, do_sample=False, pad_token_id=0, **cache.as_keyword(), **settings
+            )
+            forms = {form.name for _, form in cache.state.engine.captured}
+            got[f"{name} {late} streamed"] = ids.cpu(), forms, offload.stats.captured_steps
     ReadyTokens.may_capture_streamed = own
 
 

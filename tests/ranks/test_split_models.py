@@ -11,7 +11,7 @@ from split_models import (
     MODELS,
     ON_GPUS,
     PATTERN,
-    STREAMED,
+    STREAMED_RUNS,
     STREAMED_TOKENS,
     UNEVEN,
     VOCABULARY,
@@ -83,12 +83,11 @@ def test_ranks_on_two_gpus_answer_as_the_whole_model_does(folder, models) -> Non
     for rank in got:
         assert "2 ranks of the model were given different tokens" in rank["other tokens"]
         assert rank["host memory"].startswith("MemoryPlanError: ")
-        for name in STREAMED:
-            for late in (False, True):
-                ids, forms, captured = rank[f"{name} {late} streamed"]
-                assert ids.tolist() == got[0][f"{name} {late} streamed"][0].tolist()
-                assert "STREAMED" in forms, name
-                assert captured > 0, name
+        for name, late in STREAMED_RUNS:
+            ids, forms, captured = rank[f"{name} {late} streamed"]
+            assert ids.tolist() == got[0][f"{name} {late} streamed"][0].tolist()
+            assert "STREAMED" in forms, name
+            assert captured > 0, name
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -141,8 +140,7 @@ def streamed_ids(models) -> list[int]:
     return ids.tolist()
 
 
-@pytest.mark.parametrize("late", [False, True])
-@pytest.mark.parametrize("name", STREAMED)
+@pytest.mark.parametrize(("name", "late"), STREAMED_RUNS)
 def test_streamed_steps_of_ranks_are_one_launch(got, streamed_ids, name, late) -> None:
     """Also where one of them is ready for it later: both are in pieces until then."""
     replayed = []

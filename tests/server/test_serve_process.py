@@ -147,6 +147,8 @@ def test_what_is_missing_is_told_with_how_to_install_it(cli_in_process, monkeypa
         ("--port", "70000"),
         ("--max-body", "much"),
         ("--cache-memory", "much"),
+        ("--session-folder-size", "much"),
+        ("--session-folder-size", "1GiB"),
         ("--parallel", "0"),
         ("--api-key", ""),
         ("--ping", "0"),

@@ -61,8 +61,42 @@ def test_what_memory_has_no_room_for_goes_to_the_disk_and_comes_back(tmp_path: P
         assert states.count("saved") >= 3
         for seed in range(5):
             assert cached(desk, "llama3", (*tokens(200, seed=seed), 7, 8)) == 200
-    size = sum({each.stat().st_ino: each.stat().st_size for each in folder.glob("*/*")}.values())
-    assert size < 14 * 206 * PER_TOKEN
+    assert on_disk(folder) < 14 * 206 * PER_TOKEN
+
+
+def on_disk(folder: Path) -> int:
+    """Bytes of a folder's files; those that several sessions share count once."""
+    files = {each.stat().st_ino: each.stat().st_size for each in folder.glob("*/*")}
+    return sum(files.values())
+
+
+def test_a_folder_of_bounded_size_loses_what_was_used_least_recently(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    limit = 720 * PER_TOKEN
+    few = f"{210 * PER_TOKEN}B"
+    texts = [tokens(200, seed=seed) for seed in range(3)]
+    with desk_of("llama3", session_folder=tmp_path) as desk:
+        cached(desk, "llama3", texts[0])
+        (slot,) = desk.slots()
+        desk.save_slot(slot.id, "named.hsession")
+    options: dict[str, Any] = {"session_folder": tmp_path, "session_folder_size": limit}
+    for text in texts[1:]:
+        with desk_of("llama3", **options) as desk:
+            assert cached(desk, "llama3", text) == 0
+        assert on_disk(tmp_path) <= limit
+    with desk_of("llama3", kept_memory=few, **options) as desk:
+        assert cached(desk, "llama3", (*texts[1], 7)) == 200  # and so it is newer than the last
+    with desk_of("llama3", **options) as desk:
+        assert cached(desk, "llama3", tokens(200, seed=9)) == 0
+    assert on_disk(tmp_path) <= limit
+    with desk_of("llama3", **options) as desk:
+        assert cached(desk, "llama3", (*texts[2], 7)) == 0
+        assert cached(desk, "llama3", (*texts[0], 7)) == 200  # its name keeps it
+        assert cached(desk, "llama3", (*texts[1], 7)) >= 200
+        assert cached(desk, "llama3", tokens(900, seed=5)) == 0
+    assert "no room" in caplog.text
+    assert on_disk(tmp_path) <= limit
 
 
 def test_of_two_that_have_nearly_all_of_each_other_one_is_saved(tmp_path: Path) -> None:

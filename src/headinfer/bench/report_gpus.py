@@ -136,6 +136,7 @@ TARGETS = (
     _large(HEADS),
 )
 """What two GPUs were to reach."""
+_GPUS = 2
 
 
 def is_of_several(results: Results) -> bool:
@@ -156,8 +157,8 @@ def gpus_section(files: Iterable[tuple[str, Results]]) -> str:
     return "\n".join(parts)
 
 
-def _place(results: Results) -> tuple[int, str]:
-    return results.spec.model.layers, results.spec.command
+def _place(results: Results) -> tuple[int, int, str]:
+    return results.spec.model.layers, results.spec.gpus, results.spec.command
 
 
 def targets_table(files: Sequence[Results], methods: Iterable[str] | None = None) -> str:
@@ -187,7 +188,7 @@ def _measured(target: Target, files: Sequence[Results]) -> str:
     for results in sorted(files, key=lambda each: str(each.header["date"]), reverse=True):
         model = results.spec.model
         of_model = isinstance(model, NamedModel) and model.name == target.model
-        if not of_model or results.spec.command is not target.command:
+        if not of_model or results.spec.gpus != _GPUS or results.spec.command is not target.command:
             continue
         row = _row(results, target.method, target.tokens)
         other = None if target.beside is None else _row(results, target.beside, target.tokens)
@@ -223,9 +224,11 @@ def _run(results: Results) -> Iterator[str]:
 
 def title(results: Results) -> str:
     """Return what a run was of, in a few words."""
-    command = results.spec.command
-    what = "longest context" if command.finds_context else command.value
-    return f"{results.spec.model.description.split(',')[0]}, {what}"
+    spec = results.spec
+    what = "longest context" if spec.command.finds_context else spec.command.value
+    tokens = spec.settings.chunk_tokens
+    chunks = "" if tokens == "auto" else f", chunks of {format_tokens(tokens)}"
+    return f"{spec.model.description.split(',')[0]} on {spec.gpus} GPUs, {what}{chunks}"
 
 
 def _made(results: Results) -> str:

@@ -34,8 +34,10 @@ def _print(console: Console, comparison: Comparison) -> None:
 
 
 def _cell(paper: float | None, ours: float | None, *, exact: bool) -> str:
-    if paper is None or ours is None:
+    if ours is None:
         return "-"
+    if paper is None:
+        return f"- / {ours:.0f}"
     if exact or ours < 9.995:
         return f"{paper:g} / {ours:.2f}"
     return f"{paper:g} / {ours:.1f}" if ours < 99.95 else f"{paper:g} / {ours:.0f}"

@@ -20,6 +20,7 @@ from headinfer.cli.output import STDOUT, JsonPath, check_writable, write_json
 from headinfer.plan.measurement import Measurement, Quantity, Rate
 from headinfer.probe import keep
 from headinfer.probe.caches import beyond_caches
+from headinfer.schedule.route import MAX_ASKED_TOKENS
 from headinfer.units import format_bytes, format_tokens
 
 if TYPE_CHECKING:
@@ -45,11 +46,13 @@ _LABELS = {
     Quantity.HOST_READ: "CPU memory, read",
     Quantity.HOST_SHARED: "CPU memory, with link",
     Quantity.HOST_ATTENTION: "attention, on CPU",
+    Quantity.HOST_VERIFY: f"{MAX_ASKED_TOKENS} tokens, on CPU",
 }
 _CPU_LABELS = {
     Quantity.DEVICE_COPY: "memory, copy",
     Quantity.HOST_READ: "memory, read",
     Quantity.HOST_ATTENTION: "attention, decode",
+    Quantity.HOST_VERIFY: f"{MAX_ASKED_TOKENS} new tokens",
 }
 """Where the CPU is the device."""
 
@@ -58,6 +61,7 @@ _BY_TOKENS = (
     Quantity.PREFILL_ATTENTION,
     Quantity.DECODE_ATTENTION,
     Quantity.HOST_ATTENTION,
+    Quantity.HOST_VERIFY,
 )
 
 

@@ -81,6 +81,14 @@ def serve(
             help_text="Where prefixes go that CPU memory has no room for, and all at the end.",
         ),
     ] = None,
+    session_folder_size: Annotated[
+        str | None,
+        _server(
+            "--session-folder-size",
+            metavar="SIZE",
+            help_text="Disk space for it, as 500GiB; the least recently used prefix goes first.",
+        ),
+    ] = None,
     cache_memory: Annotated[
         str,
         _server(
@@ -148,6 +156,10 @@ def serve(
         body_bytes = parse_bytes(max_body, "max_body")
         if cache_memory != "auto":
             parse_bytes(cache_memory, "cache_memory")
+        if session_folder_size is not None:
+            parse_bytes(session_folder_size, "session_folder_size")
+            if session_folder is None:
+                raise OptionError("--session-folder-size is of a --session-folder; give that, too")
         keys = tuple(api_key or ())
         if not all(keys):
             raise OptionError("--api-key is empty; give a key, or leave it out")
@@ -186,6 +198,7 @@ def serve(
             "waiting": queue,
             "kept_memory": cache_memory,
             "session_folder": session_folder,
+            "session_folder_size": session_folder_size,
         }
         run.serve(
             service,

@@ -2,13 +2,16 @@
 
 import contextlib
 from collections.abc import Callable
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import torch
 
-from headinfer.device.base import CaptureError, Mark, PlaceError, Server
+from headinfer.device.base import Capture, Device, Mark, PlaceError, Server
+from headinfer.device.cpu_capture import CpuCapture, CpuRecording
 from headinfer.device.host_pages import map_host_memory
 from headinfer.device.marks import ReachedMark
+
+_Result = TypeVar("_Result")
 
 
 class CpuDevice:
@@ -17,9 +20,12 @@ class CpuDevice:
     name = "cpu"
     tiles_are_views = True
     checks_accesses = False
-    captures = False
+    captures = True
     torch_device = torch.device("cpu")
     host_piece_bytes = None
+
+    def __init__(self) -> None:
+        self._recording: CpuRecording | None = None
 
     @property
     def compute(self) -> NoReturn:
@@ -55,21 +61,31 @@ class CpuDevice:
         """Do nothing: there is no stream."""
         return contextlib.nullcontext()
 
-    def capture(self, work: Callable[[], object], *beside: object) -> NoReturn:
-        """Raise: a call of the CPU's is no launch."""
-        raise CaptureError("the CPU launches nothing")
+    def capture(self, work: Callable[[], _Result], *beside: Device) -> Capture[_Result]:
+        """Record a function's operations, while they run; see `CpuCapture`."""
+        recording = self._recording = CpuRecording()
+        try:
+            return CpuCapture(work, recording)
+        finally:
+            self._recording = None
 
     def launch(self, work: Callable[[], None]) -> None:
-        """Run it."""
-        work()
+        """Call a function now, and at each replay of what is being captured."""
+        if self._recording is None:
+            work()
+        else:
+            self._recording.launch(work)
 
     def aside(self, work: Callable[[], None]) -> None:
-        """Call it: nothing is ever captured."""
-        work()
+        """Call a function now, or at each replay of what is being captured."""
+        if self._recording is None:
+            work()
+        else:
+            self._recording.aside(work)
 
     def serve(self, server: Server) -> NoReturn:
-        """Raise: nothing is ever captured."""
-        raise PlaceError("the CPU launches nothing")
+        """Raise: nothing is asked by flags."""
+        raise PlaceError("the CPU has no streams")
 
     def free_bytes(self) -> int | None:
         """Return None: device memory is host memory."""

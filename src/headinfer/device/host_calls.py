@@ -1,6 +1,7 @@
 """What holds for every host function that a stream calls, on whichever thread."""
 
 import contextlib
+import ctypes
 import gc
 import threading
 from collections.abc import Callable, Iterator
@@ -25,6 +26,11 @@ class NativeFunction:
     def __init__(self, entry: Callable[[int], None], argument: int) -> None:
         self.entry = entry
         self.argument = argument
+
+    @property
+    def address(self) -> int | None:
+        """Where the machine code is."""
+        return ctypes.cast(self.entry, ctypes.c_void_p).value  # type: ignore[arg-type]
 
     def __call__(self) -> None:
         """Call it here and now."""

@@ -12,11 +12,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from headinfer.device.base import CaptureError
+from headinfer.device.recording import COMMUNICATES, Recording
 from headinfer.device.together import Together
 
 if TYPE_CHECKING:
@@ -24,48 +23,23 @@ if TYPE_CHECKING:
 
 _Result = TypeVar("_Result")
 
-_READ_BACK = frozenset(
-    (
-        *("_local_scalar_dense", "nonzero", "masked_select", "bincount", "allclose"),
-        *("_unique2", "unique_dim", "unique_consecutive"),
-    )
-)
-"""Operations whose results have sizes, or are numbers, that a GPU would have to be waited for.
 
-`equal` is not among them: masks are looked at on the CPU, beside a GPU too.
-"""
-
-_COMMUNICATES = ("c10d", "_c10d_functional")
-"""Namespaces of operations that processes do together."""
-
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
-"""Tensors that hold no others."""
-
-_READ_BACK_METHODS = (torch.Tensor.tolist, torch.Tensor.numpy)
-"""Methods that do so without any operation."""
-
-
-class Recorder(TorchDispatchMode):
-    """A recorder of the operations of a function; `with` it, they are run and noted.
+class Recorder(Recording):
+    """A recording of what a function enqueues on streams that take part in a capture.
 
     Args:
         origins: the streams that take part from the beginning until the end. Another one takes part
             in the capture from when it waits for one that does.
 
-    Attributes:
-        operations: what runs them again, in order.
-        in_launch: whether a function runs that is called in each replay, too.
     """
 
     def __init__(self, origins: Iterable[object]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch has no types for it
-        self.operations: list[Callable[[], object]] = []
-        self.in_launch = False
+        super().__init__()
         self._origins = frozenset(origins)
         self._taking_part = set(self._origins)
         self._open: set[object] = set()  # streams with work that no origin waited for
 
-    def note(self, stream: object, work: Callable[[], object]) -> None:
+    def note_enqueued(self, stream: object, work: Callable[[], object]) -> None:
         """Note what is enqueued on a stream.
 
         Raises:
@@ -92,68 +66,16 @@ class Recorder(TorchDispatchMode):
         if self._open:
             raise CaptureError("its end does not wait for all streams that take part")
 
-    def launch(self, work: Callable[[], None]) -> None:
-        """Run a function, and note it as one operation that looks at contents when it runs."""
-        self.operations.append(work)
-        self.in_launch = True
-        try:
-            work()
-        finally:
-            self.in_launch = False
-
-    def aside(self, work: Callable[[], None]) -> None:
-        """Note a function that is called at each replay, and not now."""
-        self.operations.append(work)
-
-    def __torch_dispatch__(
-        self,
-        operation: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Run an operation, and note it."""
-        kwargs = kwargs or {}
-        if any(each not in _PLAIN for each in types):  # what they do with those inside comes next
-            return NotImplemented
-        if self.in_launch or operation.namespace == "profiler":
-            return operation(*args, **kwargs)
-        if torch.is_inference_mode_enabled():  # where operations made of others come whole
-            with self:
-                output = operation.decompose(*args, **kwargs)
-            if output is not NotImplemented:
-                return output
-        name = operation._schema.name.split("::")[-1]
-        if name in _READ_BACK or (name == "index" and _chosen_by_mask(args[1])):
-            raise CaptureError(f"it reads back what {name} gives")
-        output = operation(*args, **kwargs)
-        if operation.namespace in _COMMUNICATES:
-            self.operations.append(
-                functools.partial(_communicate_again, operation, args, kwargs, output)
-            )
-            return output
-        noted = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs, output))
-        self.operations.append(functools.partial(_run_again, operation, *noted))
-        return output
-
-
-class _NoMethods(TorchFunctionMode):
-    """A refusal of methods that read a tensor back."""
-
-    def __init__(self, recorder: Recorder) -> None:
-        super().__init__()
-        self._recorder = recorder
-
-    def __torch_function__(
-        self,
-        function: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        if function in _READ_BACK_METHODS and not self._recorder.in_launch:
-            raise CaptureError(f"it reads back a tensor by {function.__name__}()")
-        return function(*args, **(kwargs or {}))
+    def note(
+        self, operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """Note an operation that was run; see `Recording.note`."""
+        if operation.namespace in COMMUNICATES:
+            again = functools.partial(_communicate_again, operation, args, kwargs, output)
+        else:
+            noted = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs, output))
+            again = functools.partial(_run_again, operation, *noted)
+        self.operations.append(again)
 
 
 class SimulatedCapture(Generic[_Result]):
@@ -171,7 +93,7 @@ class SimulatedCapture(Generic[_Result]):
     def __init__(
         self, work: Callable[[], _Result], recorder: Recorder, launches: "SimulatedLaunches"
     ) -> None:
-        with _NoMethods(recorder), recorder:
+        with recorder.recorded():
             self._result = work()
         recorder.check_joined()
         self._operations = recorder.operations
@@ -225,10 +147,6 @@ class SimulatedLaunches:
         for device in self._others:
             device.move_compute(into_graph=into_graph)
         self._together.fork()
-
-
-def _chosen_by_mask(indices: Any) -> bool:
-    return any(each is not None and each.dtype in (torch.bool, torch.uint8) for each in indices)
 
 
 def _communicate_again(operation: Any, args: Any, kwargs: Any, outputs: Any) -> None:

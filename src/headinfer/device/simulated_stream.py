@@ -134,7 +134,7 @@ class SimulatedStream:
         if recorder is None or recorder.in_launch:
             return False
         twin = self._twin
-        recorder.note(self, lambda: work(twin))
+        recorder.note_enqueued(self, lambda: work(twin))
         return True
 
     @property

@@ -2,7 +2,7 @@
 
 import contextlib
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 _NOTES, _SETTLED_NOTES = 48, 256
 """Layers' attentions by which a share is judged: while it is sought, and once it is settled."""
@@ -166,3 +166,25 @@ class Balance:
             self._settled = True
         if self._sought != before:
             self._untrue = _UNTRUE_NOTES
+
+
+class Balances:
+    """A balance for each number of new tokens, or a few alike: more of them cost the host more.
+
+    Args:
+        share: what to begin with for a number of new tokens.
+        fixed: whether a share stays.
+    """
+
+    def __init__(self, share: Callable[[int], float], *, fixed: bool) -> None:
+        self._share, self._fixed = share, fixed
+        self._balances: dict[int, Balance] = {}
+
+    def at(self, new_tokens: int) -> Balance:
+        """Return the balance of passes of so many new tokens."""
+        alike = (new_tokens - 1).bit_length()
+        balance = self._balances.get(alike)
+        if balance is None:
+            balance = Balance(self._share(new_tokens), fixed=self._fixed)
+            self._balances[alike] = balance
+        return balance

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from headinfer.attend.native.token import token_function
 from headinfer.attend.work import TokenWork
 from headinfer.device.base import Capture, CaptureError, Device
 from headinfer.engine.chunk import Chunk
@@ -131,6 +132,7 @@ class CapturableTokens(DraftableTokens, abc.ABC):
     def _attend_aside(self, layer_idx: int, chunks: Sequence[Chunk]) -> None:
         """Attend a token by each track between two pieces of a capture."""
         engine = weakref.ref(self)  # which the engine's captures keep
+        checked = self._device.checks_accesses
 
         def attend() -> None:
             here = engine()
@@ -138,14 +140,16 @@ class CapturableTokens(DraftableTokens, abc.ABC):
             with here.in_use():
                 for ledger, chunk in zip(here._layer(layer_idx, 1).tracks, chunks, strict=True):
                     chunk.waiting.clear()  # of a step that failed
-                    here._device.compute.reads(chunk.query, "attention between pieces")
+                    if checked:
+                        here._device.compute.reads(chunk.query, "attention between pieces")
                     here._attend(ledger, chunk)
-                    here._device.compute.writes(chunk.out, "attention between pieces")
+                    if checked:
+                        here._device.compute.writes(chunk.out, "attention between pieces")
 
-        for chunk in chunks:
+        for chunk in chunks if checked else ():
             self._device.compute.writes(chunk.query, "the piece before")
         self._device.aside(attend)
-        for chunk in chunks:
+        for chunk in chunks if checked else ():
             self._device.compute.reads(chunk.out, "the piece behind")
 
     def _attend_at_place(self, track: int, chunk: Chunk) -> None:
@@ -167,7 +171,8 @@ class CapturableTokens(DraftableTokens, abc.ABC):
             here._pages.state_token(now.ledger.next_tile(now.extent))  # where that is checked
             kernels.decode(work)
 
-        self._device.launch(launch)
+        native = None if self._device.checks_accesses else token_function(kernels, work)
+        self._device.launch(native or launch)
 
     def end_step(self, form: Form) -> None:
         """Count the token that a replay has added, send home what is due, and make ready again.
@@ -184,7 +189,7 @@ class CapturableTokens(DraftableTokens, abc.ABC):
         if form is Form.STREAMED and self._streaming is not None:
             self._streaming.count_step()
         for ready in self._ready:
-            ready.ledger.extend(ready.extent, 1)
+            ready.count()
         for ready in self._ready:
             self._executor.ledger = ready.ledger
             for step in ready.after:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from headinfer.device.base import Device, Edge, Event
-from headinfer.engine.balance import Balance
+from headinfer.engine.balance import Balance, Balances
 from headinfer.engine.build import build
 from headinfer.engine.counted import CountedTokens
 from headinfer.engine.ending import settle_at_exit, uninterrupted
@@ -82,7 +82,7 @@ class HeldTokens(CountedTokens):
         self._windows = WindowKeeper(device, plan.page_tokens)
         self._arena_bytes = 0
         self._choose_share()
-        self._host = HostAttention(self._device, self._stats, self._balance)
+        self._host = HostAttention(self._device, self._stats, self._balances)
         if not parked:
             self._build()
         settle_at_exit(self)
@@ -93,7 +93,7 @@ class HeldTokens(CountedTokens):
     def _build(self) -> None:
         """Take what the plan gives the engine."""
         self._choose_share()
-        self._host = HostAttention(self._device, self._stats, self._balance)
+        self._host = HostAttention(self._device, self._stats, self._balances)
         sizes = self.plan.sizes
         source, self._pages, self._arena_bytes = build(
             self._device, self.plan, sizes, self._full, self._stats
@@ -102,8 +102,9 @@ class HeldTokens(CountedTokens):
 
     def _choose_share(self) -> None:
         fixed = not self.plan.host_share_adapts
-        if fixed or not hasattr(self, "_balance"):  # else what was learned is kept
-            self._balance = Balance(self.plan.host_share, fixed=fixed)
+        if fixed or not hasattr(self, "_balances"):  # else what was learned is kept
+            self._balances = Balances(self.plan.host_share_at, fixed=fixed)
+            self._balance: Balance = self._balances.at(1)
 
     def in_use(self) -> contextlib.AbstractContextManager[None]:
         """Have the device be this thread's current one in the `with` statement."""

@@ -23,7 +23,7 @@ from headinfer.attend.partial import Accumulator, Partial, accumulation_dtype
 from headinfer.attend.table import Kernels
 from headinfer.attend.work import Work
 from headinfer.device.base import Device, Edge, Event
-from headinfer.engine.balance import Balance
+from headinfer.engine.balance import Balance, Balances
 from headinfer.engine.stats import Stats
 from headinfer.kv.extent import Tile
 from headinfer.kv.pair import Geometry
@@ -115,9 +115,11 @@ class _Time:
     """A time that host work took.
 
     Attributes:
+        balance: who is told of it.
         seconds: None until it was taken in.
     """
 
+    balance: Balance
     seconds: float | None = None
 
 
@@ -153,17 +155,17 @@ class HostAttention:
     Args:
         device: what asks.
         stats: where bytes and seconds are counted.
-        balance: told who finishes first.
+        balances: told who finishes first.
 
     Attributes:
         pending: attentions that were asked for and not taken in yet, in order.
         failure: what one of them failed with and nobody heard of; None for nothing.
     """
 
-    def __init__(self, device: Device, stats: Stats, balance: Balance) -> None:
+    def __init__(self, device: Device, stats: Stats, balances: Balances) -> None:
         self._device = device
         self._stats = stats
-        self._balance = balance
+        self._balances = balances
         self._exchanges: dict[tuple[object, ...], Exchange] = {}
         self.pending: collections.deque[tuple[_HostWork, _Time]] = collections.deque()
         self._asked: tuple[torch.Tensor, Exchange, Event | None, _Time] | None = None
@@ -198,7 +200,8 @@ class HostAttention:
         query = query.contiguous()
         compute.writes(query, "the query")
         exchange = self.exchange(query, geometry.value_dim, kernels, scale)
-        work, took = self._work(tiles, exchange, kernels, scale), _Time()
+        balance = self._balances.at(query.shape[3])
+        work, took = self._work(tiles, exchange, kernels, scale), _Time(balance)
         host_work.wait(compute.record(), Edge.QUERY_READY)
         # The query is kept until compute waits for the answer: only then may its memory be reused.
         self._asked = (
@@ -215,7 +218,7 @@ class HostAttention:
             self._state_accesses(exchange, tiles)
         self.pending.append((work, took))  # or nothing would keep what it works on
         host_work.run(work)
-        self._asked = query, exchange, host_work.record(timed=not self._balance.fixed), took
+        self._asked = query, exchange, host_work.record(timed=not balance.fixed), took
         tokens = sum([tile.tokens for tile in tiles])
         self._stats.bytes_attended_on_host += geometry.num_bytes(tokens)
 
@@ -228,7 +231,7 @@ class HostAttention:
         assert self._asked is not None, "nothing was asked"
         _, exchange, answered, took = self._asked
         assert answered is not None
-        if not self._balance.fixed:
+        if not took.balance.fixed:
             self._unjudged.append((self._device.compute.record(timed=True), answered, took))
         self._take_back()
         self._device.compute.reads(exchange.answer, "the host's partial result")
@@ -281,7 +284,7 @@ class HostAttention:
             if took.seconds is None:
                 self._collect()
             self._unjudged.popleft()
-            self._balance.note(late_s=late_s, host_s=took.seconds or 0.0)
+            took.balance.note(late_s=late_s, host_s=took.seconds or 0.0)
 
     def _collect(self) -> None:
         """Take in the times of what ran since, and let go of what it attended."""

@@ -29,13 +29,22 @@ class Ready:
         ledger: of the track.
         extent: has all that the token sees, and room for it.
         after: what sends tokens home once it is there.
+        home: whether the extent is the host's, where the device attends that in place.
         streamed: what the step does where that is no single launch; None where it is.
     """
 
     ledger: Ledger
     extent: Extent
-    after: tuple[SendHome, ...]
+    after: tuple[SendHome, ...] = ()
     streamed: StreamedTrack | None = None
+    home: bool = False
+
+    def count(self) -> None:
+        """Count the new token, which is there."""
+        if self.home:
+            self.ledger.extend_host(1)
+        else:
+            self.ledger.extend(self.extent, 1)
 
     @property
     def reads(self) -> tuple[object, ...]:

@@ -14,7 +14,7 @@ from headinfer.kv.ledger import Ledger
 from headinfer.plan.plan import Plan
 from headinfer.schedule import route
 from headinfer.schedule.route import Pass, stays
-from headinfer.schedule.steps import Decode, SendHome, Step
+from headinfer.schedule.steps import Attend, Decode, Keep, SendHome, Step, Where
 
 
 class ReadyTokens(SavableTokens):
@@ -128,10 +128,21 @@ class ReadyTokens(SavableTokens):
         for ledger, steps in zip(self._ledgers, tracks, strict=True):
             if all(isinstance(step, (Decode, SendHome)) for step in steps):
                 continue
+            if self._at_home(ledger, steps):
+                continue
             if not (self._executor.source.lends and stays(ledger.held, steps)):
                 return None
             form = Form.STREAMED
         return form
+
+    def _at_home(self, ledger: Ledger, steps: Sequence[Step]) -> bool:
+        """Whether a token is kept and attended in host memory, where all it sees is one tile."""
+        if not any(isinstance(step, Keep) and step.where is Where.HOST for step in steps):
+            return False
+        whole = ledger.tokens < self.plan.tile_tokens and all(
+            step.groups == 1 for step in steps if isinstance(step, Attend)
+        )
+        return whole and ledger.home_with_room() is not None
 
     def _ready_track(self, ledger: Ledger, steps: Sequence[Step], place: torch.Tensor) -> Ready:
         """Make a track ready for a new token."""
@@ -142,6 +153,9 @@ class ReadyTokens(SavableTokens):
             PERFORM[SendHome](executor, step)
         after = tuple(step for step in steps[at:] if isinstance(step, SendHome))
         decode = steps[at]
+        home = ledger.home_with_room() if self._at_home(ledger, steps) else None
+        if home is not None:
+            return Ready(ledger, home, home=True)
         if isinstance(decode, Decode):
             return Ready(ledger, executor.with_room(decode.where), after)
         page = self._pages.page_with_room(ledger)

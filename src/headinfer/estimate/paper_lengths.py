@@ -1,15 +1,18 @@
 """The paper's tables 3, 4, 5 and 8: the longest contexts, each beside what formulas give for it."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 from headinfer.estimate.accounting import PAPER_CHUNK_TOKENS, AccountingKind
 from headinfer.estimate.comparison import Comparison, Row
+from headinfer.estimate.gpus import split_plans
 from headinfer.estimate.machines import preset_hardware
 from headinfer.estimate.methods import (
     CHUNKED,
     HEAD_WISE,
     LAYER_WISE,
     QUANTISED,
+    RESIDENT,
     STANDARD,
     papers_methods,
 )
@@ -149,30 +152,46 @@ def _table_4() -> Comparison:
                     _over_cards(ONE_HEAD, PAPER_CHUNK_TOKENS // 2),
                 ),
             ),
+            *_ours_over_cards(),
         ),
         notes=(
             f"By the formulas the fullest card holds 10 layers and an embedding matrix, "
             f"{stage / GIB:.1f} GiB; 0.6 to 1.2 GiB are left, of which each 0.1 GiB is 100K "
             "tokens: the paper does not say how it split the layers. The host would hold 1638K.",
-            "Ours counts the split that transformers makes, 11 layers on the fullest card; three "
-            "tiles, not two; and 1.25 GiB for CUDA itself.",
-            "In tiles of a bounded number of tokens CPU memory is the limit, whatever the chunk: "
-            "`headinfer plan --model llama-3-70b --gpus 8`.",
+            "Ours counts three tiles, not two, and 1.25 GiB for CUDA itself.",
+            "`layers` and `heads` have tiles of a bounded number of tokens: CPU memory is the "
+            "limit there, whatever the chunk: `headinfer plan --model llama-3-70b --gpus 8`.",
         ),
     )
 
 
-def _over_cards(method: str, chunk_tokens: int | None) -> float:
-    """Return the longest context of a method on all cards, split as transformers does it."""
-    shape = preset_shape("llama-3-70b")
-    whole = Situation(
-        shape=shape,
+def _all_cards(chunk_tokens: int | None) -> Situation:
+    return Situation(
+        shape=preset_shape("llama-3-70b"),
         hardware=preset_hardware("rtx-4090"),
         context_tokens=K,
         device_memory_bytes=CARD_BYTES,
         host_memory_bytes=HOST_BYTES,
         chunk_tokens=chunk_tokens,
     )
+
+
+def _ours_over_cards() -> Iterator[Row]:
+    """Yield the longest contexts of both splits, which the paper does not have."""
+    for chunk_tokens in (PAPER_CHUNK_TOKENS, PAPER_CHUNK_TOKENS // 2):
+        for plan in split_plans(_all_cards(chunk_tokens), [CARD_BYTES] * _CARDS):
+            if plan.method == RESIDENT and plan.gpus == _CARDS:
+                yield Row(
+                    label=f"{plan.split.value}, {chunk_tokens // K}K chunks",
+                    paper=(None, None),
+                    ours=(None, (plan.max_context_tokens or 0) / K),
+                )
+
+
+def _over_cards(method: str, chunk_tokens: int | None) -> float:
+    """Return the longest context of a method on all cards, with as many layers on each."""
+    whole = _all_cards(chunk_tokens)
+    shape = whole.shape
     longest = [whole.host_room_bytes // shape.kv_bytes(1)]  # which all cards share
     for share in by_layers(shape, [CARD_BYTES] * _CARDS).shares:
         of_card = papers_methods(replace(whole, shape=share.shape))

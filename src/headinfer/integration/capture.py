@@ -37,6 +37,7 @@ from headinfer.integration.captured_step import (
     Step,
     distrust,
     make_step,
+    repays,
     taking_back,
 )
 from headinfer.integration.compiler import begin_import
@@ -83,7 +84,7 @@ class CapturedSteps:
         self._calls = DecodeCalls(model)
         self._devices, self._device = devices, devices[0]
         self._stats = stats
-        self.enabled = enabled and self._device.captures
+        self.enabled = enabled and self._device.captures and repays(model, self._device, ranks)
         self._obstacle = obstacle
         self._fusion = Fusion(model, enabled=fused and self.enabled and obstacle is None)
         self._hooks = HooksOfOthers(model)
@@ -134,7 +135,7 @@ class CapturedSteps:
             return forward(**arguments)
         call, ready = way
         captured = engine.captured.get(call.key)
-        if captured is not None and captured.reads != ready.reads:
+        if captured is not None and (captured.reads != ready.reads or captured.moved):
             del engine.captured[call.key]
             captured = None
         in_a_row.add(engine)
@@ -306,10 +307,11 @@ class CapturedSteps:
             engine.prepare(call.form, runs=False)
             with self._fusion.on():
                 capture = self._device.capture(step.run, *self._devices[1:])
-            weights = [each.detach() for each in (*model.parameters(), *model.buffers())]
+            weights = tuple(each.detach() for each in (*model.parameters(), *model.buffers()))
+            movable = weights if self._device.tiles_are_views else ()
             captured = CapturedStep(
-                *(step, capture, ready.reads, tuple(weights)),
-                *(call.past_tokens, engine.drafting),
+                *(step, capture, ready.reads, weights, call.past_tokens, engine.drafting),
+                tuple(weight.data_ptr() for weight in movable),
             )
             engine.captured[call.key] = captured
         for stats in (self._stats, cache.stats):

@@ -8,14 +8,29 @@ from typing import Any
 
 import torch
 
-from headinfer.device.base import Capture
+from headinfer.device.base import Capture, Device
 from headinfer.engine.parted import CacheEngine
 from headinfer.engine.ready import Form
 from headinfer.integration.cache import OffloadedCache
 from headinfer.integration.crossing import Crossings
 from headinfer.integration.decode_call import DecodeCall
 from headinfer.integration.outputs import without_cache
+from headinfer.integration.stored_weights import weights_bytes
 from headinfer.plan.memory import MOST_DRAFTED
+from headinfer.ranks.group import Ranks
+
+_REPAYING_BYTES = 2 * 2**30
+"""Weights that the CPU reads in ten times as long as a model's Python takes."""
+
+
+def repays(model: torch.nn.Module, device: Device, ranks: Ranks) -> bool:
+    """Whether captures of a model's steps are worth making; on the CPU that takes a step or two.
+
+    Ranks on the CPU do together what no capture has.
+    """
+    if not device.tiles_are_views:
+        return True
+    return ranks.size == 1 and weights_bytes(model) <= _REPAYING_BYTES
 
 
 @dataclass(slots=True)
@@ -112,6 +127,8 @@ class CapturedStep:
         weights: memory of the model, which the capture reads even where the model has other by now.
         past_tokens: in the cache when it was captured.
         drafts: whether it drafts a token.
+        addresses: of these weights, to be looked at before each replay; empty where none moves. On
+            the CPU one may, as to be shared with another process.
         trusted: whether it was compared since the cache was last used otherwise.
         compared_tokens: in the cache when it was last compared, and right.
     """
@@ -122,8 +139,15 @@ class CapturedStep:
     weights: tuple[torch.Tensor, ...]
     past_tokens: int
     drafts: bool = False
+    addresses: tuple[int, ...] = ()
     trusted: bool = False
     compared_tokens: int = 0
+
+    @property
+    def moved(self) -> bool:
+        """Whether memory of the model that it reads is no more."""
+        pairs = zip(self.weights, self.addresses, strict=False)
+        return any(weight.data_ptr() != address for weight, address in pairs)
 
     def serves(self, past_tokens: int) -> bool:
         """Whether it can be replayed behind so many tokens without being compared.

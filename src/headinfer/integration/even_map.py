@@ -14,6 +14,9 @@ from transformers.quantizers import AutoHfQuantizer
 
 from headinfer.plan.even_layers import even_layers
 
+_UNPACKED = "compressed-tensors"
+"""The method whose weights are unpacked when a model is first called, and stay so."""
+
 DeviceMap = dict[str, int]
 """A GPU for each module, by its name; what is within goes with it."""
 
@@ -97,7 +100,7 @@ def spread_evenly(
 
 
 def _quantizer(config: Any, quantization: Any) -> Any:
-    """Return transformers' own for a model; None where its weights are not quantised."""
+    """Return transformers' own for a model; None where its weights do not stay quantised."""
     stored = getattr(config, "quantization_config", None)
     if stored is None and quantization is None:
         return None
@@ -105,7 +108,7 @@ def _quantizer(config: Any, quantization: Any) -> Any:
         quantization if stored is None else stored, pre_quantized=stored is not None
     )
     quantizer.validate_environment(device_map="auto", weights_only=True)
-    return quantizer
+    return None if quantizer.quantization_config.quant_method == _UNPACKED else quantizer
 
 
 def _sizes(model: PreTrainedModel, quantizer: Any) -> dict[str, int]:

@@ -3,11 +3,12 @@
 import contextlib
 import types
 import weakref
+from collections.abc import Callable
 
 import torch
 
 from headinfer.integration.forward import OwnForwards
-from headinfer.products.few_rows import DTYPES, MAX_ROWS, few_rows_library, multiply
+from headinfer.products.few_rows import DTYPES, MAX_ROWS, few_rows_library, product
 
 
 class FewRowLinears:
@@ -18,11 +19,19 @@ class FewRowLinears:
 
     Args:
         model: may go while this stays.
+        launch: of the device; has a function called, also in each replay of what is captured.
         enabled: whether to compute anything so.
     """
 
-    def __init__(self, model: torch.nn.Module, *, enabled: bool) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        launch: Callable[[Callable[[], None]], None],
+        *,
+        enabled: bool,
+    ) -> None:
         self._model = weakref.ref(model)
+        self._launch = launch
         self._enabled = enabled
         self._forwards: OwnForwards | None = None
 
@@ -39,7 +48,7 @@ class FewRowLinears:
         return self._forwards.on()
 
     def _found(self) -> list[types.MethodType]:
-        model = self._model()
+        model, forward = self._model(), _forward_by(self._launch)
         linears = (
             [] if model is None else (m for m in model.modules() if type(m) is torch.nn.Linear)
         )
@@ -50,19 +59,25 @@ class FewRowLinears:
         ]
 
 
-# Its name is that of the method it stands for: what is pickled meanwhile, by name, has that method.
-def forward(self: torch.nn.Linear, input: torch.Tensor) -> torch.Tensor:
-    """Compute a module's output by our kernel where it serves, and as ever elsewhere."""
-    parameters = self._parameters
-    if not (
-        torch.compiler.is_compiling()
-        or torch.is_grad_enabled()
-        or torch.is_autocast_enabled("cpu")
-        or "weight" not in parameters  # hooks compute it, as those of pruning do
-        or "bias" not in parameters
-    ):
-        weight = parameters["weight"]
-        output = None if weight is None else multiply(input, weight, parameters["bias"])
-        if output is not None:
-            return output
-    return torch.nn.Linear.forward(self, input)
+def _forward_by(launch: Callable[[Callable[[], None]], None]) -> Callable[..., torch.Tensor]:
+    """Return a linear module's `forward` that has a device launch our kernel."""
+
+    # Its name is that of the method it stands for: what is pickled meanwhile has that method.
+    def forward(self: torch.nn.Linear, input: torch.Tensor) -> torch.Tensor:
+        """Compute a module's output by our kernel where it serves, and as ever elsewhere."""
+        parameters = self._parameters
+        if not (
+            torch.compiler.is_compiling()
+            or torch.is_grad_enabled()
+            or torch.is_autocast_enabled("cpu")
+            or "weight" not in parameters  # hooks compute it, as those of pruning do
+            or "bias" not in parameters
+        ):
+            weight = parameters["weight"]
+            work = None if weight is None else product(input, weight, parameters["bias"])
+            if work is not None:
+                launch(work)
+                return work.output
+        return torch.nn.Linear.forward(self, input)
+
+    return forward

@@ -211,6 +211,12 @@ class Ledger(HostBytes, Drafted):
         self.version += 1
         return list(self.host_tiles(start, end))
 
+    def home_with_room(self) -> Extent | None:
+        """Return the host's extent that has all tokens and memory for one more, if there is one."""
+        self._leave_shared(self.host_tokens)
+        first = self._host[0] if self._host else None
+        return first if first is not None and first.limit > self.host_tokens else None
+
     def _leave_shared(self, tokens: int) -> None:
         """Give up host memory behind `tokens` where another ledger reads it."""
         for position, extent in enumerate(self._host):

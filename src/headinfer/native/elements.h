@@ -80,6 +80,17 @@ INLINE vector load(const element *p) {
 }
 #endif
 
+/* The element nearest to a number, the even one of two. */
+INLINE element rounded(float value) {
+#if defined(ELEMENT_IS_BFLOAT16)
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return (element)(value != value ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+#else
+    return (element)value;
+#endif
+}
+
 INLINE vector all(float value) { return value - (vector){0}; }
 
 /* The larger in each lane; where either is NaN, that of b. */

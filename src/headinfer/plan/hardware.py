@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, replace
 
+from headinfer.schedule.route import MAX_ASKED_TOKENS
+
 THIS = "this"
 """Name of the machine that `headinfer probe` measured."""
 
@@ -47,6 +49,8 @@ class Hardware:
         prefill_attention_flops_per_s: fused attention of a large prefill chunk on the device.
         decode_attention_bytes_per_s: KV bytes attended on the device in a decode step.
         host_attention_bytes_per_s: KV bytes attended by the CPU in a decode step.
+        host_verify_bytes_per_s: the same for `MAX_ASKED_TOKENS` new tokens at once, as where
+            drafted ones are verified; None where that was not measured.
         chunk_attention_flops_per_s: the same of chunks of so many tokens, the smallest first; empty
             where it was not measured, or is the same.
         host_shared_bytes_per_s: reading host memory by the CPU and the link at once, both together;
@@ -68,6 +72,7 @@ class Hardware:
     prefill_attention_flops_per_s: float
     decode_attention_bytes_per_s: float
     host_attention_bytes_per_s: float
+    host_verify_bytes_per_s: float | None = None
     chunk_attention_flops_per_s: tuple[tuple[int, float], ...] = ()
     host_shared_bytes_per_s: float | None = None
     copy_start_s: float = _COPY_START_S
@@ -105,11 +110,23 @@ class Hardware:
 
     def shared_by(self, processes: int) -> "Hardware":
         """Return what each of some processes has, which use a GPU each and the same CPU."""
-        shared = self.host_shared_bytes_per_s
+        shared, verify = self.host_shared_bytes_per_s, self.host_verify_bytes_per_s
         return replace(
             self,
             host_memory_bytes=self.host_memory_bytes // processes,
             host_bytes_per_s=self.host_bytes_per_s / processes,
             host_attention_bytes_per_s=self.host_attention_bytes_per_s / processes,
+            host_verify_bytes_per_s=None if verify is None else verify / processes,
             host_shared_bytes_per_s=None if shared is None else shared / processes,
         )
+
+    def host_attention_at(self, new_tokens: int) -> float:
+        """Return the KV bytes that the CPU attends in a second for some new tokens at once.
+
+        Its time for a byte grows evenly with them, from the one measured rate to the other.
+        """
+        one, most = self.host_attention_bytes_per_s, self.host_verify_bytes_per_s
+        if new_tokens == 1 or most is None:
+            return one
+        part = (new_tokens - 1) / (MAX_ASKED_TOKENS - 1)
+        return 1 / ((1 - part) / one + part / most)

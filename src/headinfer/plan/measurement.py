@@ -38,6 +38,8 @@ class Quantity(enum.Enum):
     """Host memory read by the CPU and by the link at once; bytes of both count."""
     HOST_ATTENTION = "host_attention"
     """KV attended by the CPU in a decode step; the size is the context in tokens."""
+    HOST_VERIFY = "host_verify"
+    """The same for `MAX_ASKED_TOKENS` new tokens at once, as where drafted ones are verified."""
 
 
 CEILINGS = (Quantity.MATMUL, Quantity.DEVICE_READ, Quantity.HOST_READ, Quantity.HOST_SHARED)
@@ -171,6 +173,7 @@ class Measurement:
             Quantity.PREFILL_ATTENTION: (Quantity.MATMUL,),
             Quantity.DECODE_ATTENTION: (memory,),
             Quantity.HOST_ATTENTION: (Quantity.HOST_READ,),
+            Quantity.HOST_VERIFY: (Quantity.HOST_READ,),
             Quantity.HOST_SHARED: (Quantity.HOST_READ, Quantity.TO_DEVICE),
             Quantity.TO_DEVICE: (Quantity.TO_DEVICE,),
             Quantity.TO_HOST: (Quantity.TO_HOST,),
@@ -228,6 +231,7 @@ class Measurement:
             ),
             decode_attention_bytes_per_s=counted[attention],
             host_attention_bytes_per_s=counted[Quantity.HOST_ATTENTION],
+            host_verify_bytes_per_s=self.counted_per_s(Quantity.HOST_VERIFY),
             copy_start_s=self.copy_start_s,
             measured=True,
         )

@@ -9,7 +9,7 @@ from headinfer.plan.choices import (
 )
 from headinfer.plan.shape import LayerKind, ModelShape
 from headinfer.plan.step_time import Placement
-from headinfer.schedule.route import Sizes
+from headinfer.schedule.route import MAX_ASKED_TOKENS, Sizes
 from headinfer.units import format_bytes, format_tokens
 
 
@@ -39,6 +39,8 @@ class Plan:
         draft_tokens: tokens of every offloaded layer that drafts attend, in copies on the device.
         draft_bytes: the bytes these take, with room for drafted tokens.
         host_share: share of the other tokens that the CPU attends in a decode step.
+        verify_host_share: the same for `MAX_ASKED_TOKENS` new tokens at once; None where that is
+            not known.
         host_share_adapts: whether that is where to begin, to be corrected by what is measured.
         host_unmeasured: whether it is 0 because nobody measured what the CPU reaches.
         whole_tokens: tokens of the longest call that cannot pass in chunks; 0 for none.
@@ -66,6 +68,7 @@ class Plan:
     draft_tokens: int = 0
     draft_bytes: int = 0
     host_share: float = 0.0
+    verify_host_share: float | None = None
     host_share_adapts: bool = False
     host_unmeasured: bool = False
     whole_tokens: int = 0
@@ -137,6 +140,17 @@ class Plan:
             host_share=self.host_share,
             overlap=self.overlap,
         )
+
+    def host_share_at(self, new_tokens: int) -> float:
+        """Return the share that the CPU attends for some new tokens at once.
+
+        Its time for a token grows evenly with them, from a decode step's to the most there can be.
+        """
+        one, most = self.host_share, self.verify_host_share
+        if new_tokens == 1 or not one or not most:
+            return one
+        part = (new_tokens - 1) / (MAX_ASKED_TOKENS - 1)
+        return 1 / ((1 - part) / one + part / most)
 
     def lines(self) -> Iterator[str]:
         """Yield the plan as a few lines for people."""
@@ -272,6 +286,7 @@ def joined(shape: ModelShape, parts: Sequence[Plan]) -> Plan:
         draft_tokens=min(part.draft_tokens for part in parts),
         draft_bytes=sum(part.draft_bytes for part in parts),
         host_share=max(part.host_share for part in parts),
+        verify_host_share=max(part.verify_host_share or 0.0 for part in parts) or None,
         host_share_adapts=any(part.host_share_adapts for part in parts),
         host_unmeasured=any(part.host_unmeasured for part in parts),
         whole_tokens=max(part.whole_tokens for part in parts),

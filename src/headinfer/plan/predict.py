@@ -57,12 +57,16 @@ _SAMPLED_CHUNKS = 16
 """Chunks of a prefill that are computed; more are represented by these."""
 
 
-def balanced_host_share(hardware: Hardware) -> float:
+def balanced_host_share(hardware: Hardware, new_tokens: int = 1) -> float:
     """Return the share with which the host's attention and the link finish together.
 
     Where host memory is the limit of both, they are slowed down alike.
+
+    Args:
+        hardware: the machine.
+        new_tokens: that attend at once.
     """
-    link, host = hardware.link_bytes_per_s, hardware.host_attention_bytes_per_s
+    link, host = hardware.link_bytes_per_s, hardware.host_attention_at(new_tokens)
     if not link or _shared_bytes_per_s(hardware) <= link:
         return 0.0  # the link alone takes all that the memory gives
     return host / (host + link)
@@ -239,9 +243,9 @@ class Predictor:
         past_bytes = placement.batch * past_tokens * self._kv_token_bytes
         return max(past_bytes - placement.resident_bytes, 0.0)
 
-    def _host_s(self, streamed: float, asked: float) -> float:
+    def _host_s(self, streamed: float, asked: float, new_tokens: int) -> float:
         """Return the seconds in which the host attends its bytes, while the link reads the rest."""
-        attended_s = asked / self._hardware.host_attention_bytes_per_s
+        attended_s = asked / self._hardware.host_attention_at(new_tokens)
         return max(attended_s, streamed / _shared_bytes_per_s(self._hardware))
 
     def _parts(
@@ -282,5 +286,5 @@ class Predictor:
             start_s=len(self._shape.layers) * _LAYER_START_S
             + price.attended * _TILE_START_S
             + price.copies * hardware.copy_start_s,
-            host_s=self._host_s(streamed, price.asked_bytes) if price.asked_bytes else 0.0,
+            host_s=self._host_s(streamed, price.asked_bytes, new) if price.asked_bytes else 0.0,
         )

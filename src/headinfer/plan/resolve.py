@@ -18,6 +18,7 @@ from headinfer.plan.options import Options
 from headinfer.plan.plan import Plan
 from headinfer.plan.predict import Predictor, balanced_host_share
 from headinfer.plan.shape import ModelShape
+from headinfer.schedule.route import MAX_ASKED_TOKENS
 from headinfer.units import format_bytes
 
 PAGE_TOKENS = 64
@@ -183,10 +184,13 @@ def _with_host_share(plan: Plan, options: Options, hardware: Hardware | None) ->
     if options.host_attention != "auto":
         return replace(plan, host_share=options.host_attention)
     # Data sheets do not say what the CPU reaches, so it is left out until it was measured.
-    share = balanced_host_share(hardware) if hardware and hardware.measured else 0.0
+    measured = hardware if hardware is not None and hardware.measured else None
+    share = balanced_host_share(measured) if measured else 0.0
+    verified = balanced_host_share(measured, MAX_ASKED_TOKENS) if measured and share else None
     return replace(
         plan,
         host_share=share,
+        verify_host_share=verified,
         host_share_adapts=share > 0,
         host_unmeasured=plan.device == "cuda" and hardware is None,
     )

@@ -35,6 +35,7 @@ def passing_whole(plan: Plan, options: Options, tokens: int) -> Plan:
             context_tokens=plan.context_tokens,
             device_memory_bytes=plan.device_memory_bytes,
             host_share=plan.host_share,
+            verify_host_share=plan.verify_host_share,
             host_share_adapts=plan.host_share_adapts,
             host_unmeasured=plan.host_unmeasured,
         ),

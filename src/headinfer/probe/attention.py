@@ -27,7 +27,7 @@ def kv_bytes(dtype: torch.dtype, tokens: int) -> int:
 
 
 def decode(
-    device: torch.device, dtype: torch.dtype, *, tokens: int, all_tokens: int
+    device: torch.device, dtype: torch.dtype, *, tokens: int, all_tokens: int, new_tokens: int = 1
 ) -> dict[str, Operation]:
     """Return a decode step's query against many contexts, one by one, under the kernel's name.
 
@@ -39,9 +39,10 @@ def decode(
         dtype: theirs.
         tokens: of one context.
         all_tokens: of all contexts together, in bytes several times the last-level cache.
+        new_tokens: that attend at once: more than one where drafted tokens are verified.
     """
     kernels = select_kernels(device, dtype, HEAD_DIM, HEAD_DIM)
-    query = _filled(device, dtype, 1, KV_HEADS, GROUP, 1, HEAD_DIM)
+    query = _filled(device, dtype, 1, KV_HEADS, GROUP, new_tokens, HEAD_DIM)
     keys, values = (_filled(device, dtype, 1, KV_HEADS, all_tokens, HEAD_DIM) for _ in range(2))
     every = tile_in_hand(KV(keys, values))
 

@@ -16,6 +16,7 @@ from headinfer.device.identity import gpu_driver, identity
 from headinfer.plan.measurement import Measurement, Quantity, Rate
 from headinfer.probe import attention, operations
 from headinfer.probe.timing import Operation, fastest
+from headinfer.schedule.route import MAX_ASKED_TOKENS
 from headinfer.units import parse_bytes, parse_tokens
 
 _CPU = torch.device("cpu")
@@ -177,17 +178,19 @@ def _steps(device: Device, dtype: torch.dtype, effort: Effort) -> Iterator[_Step
     elements = effort.buffer_bytes // torch.float32.itemsize
     host_elements = max(effort.buffer_bytes, effort.host_bytes) // torch.float32.itemsize
 
+    longest = max(effort.decode_tokens)
+
     def step(quantity: Quantity, make: _Make, size: int | None = None) -> _Step:
         return _Step(quantity, size, make, device.synchronize, sizes.seconds)
 
     def on_host(quantity: Quantity, make: _Make, size: int | None = None) -> _Step:
         return _Step(quantity, size, make, CpuDevice().synchronize, effort.cpu.seconds)
 
-    def decode(where: torch.device, tokens: int) -> _Make:
-        longest = max(effort.decode_tokens)
+    def decode(where: torch.device, tokens: int, new_tokens: int = 1) -> _Make:
         least = effort.host_bytes if where.type == "cpu" else 0
         all_tokens = longest * -(-max(least, 1) // attention.kv_bytes(dtype, longest))
-        return partial(attention.decode, where, dtype, tokens=tokens, all_tokens=all_tokens)
+        counts = {"tokens": tokens, "all_tokens": all_tokens, "new_tokens": new_tokens}
+        return partial(attention.decode, where, dtype, **counts)
 
     copied = elements if on_gpu else host_elements
     yield step(Quantity.DEVICE_COPY, partial(operations.copies, place, copied))
@@ -204,6 +207,7 @@ def _steps(device: Device, dtype: torch.dtype, effort: Effort) -> Iterator[_Step
             yield step(Quantity.DECODE_ATTENTION, decode(place, tokens), tokens)
     for tokens in effort.decode_tokens:
         yield on_host(Quantity.HOST_ATTENTION, decode(_CPU, tokens), tokens)
+    yield on_host(Quantity.HOST_VERIFY, decode(_CPU, longest, MAX_ASKED_TOKENS), longest)
     if on_gpu:
         for quantity, ways in _WAYS.items():
             for size in effort.copy_bytes:

@@ -14,16 +14,6 @@
 #define OUTS (LANES / SLOTS) /* outputs whose sums fill one vector */
 #define STEP_BYTES 32768     /* weights that a thread takes at a time */
 
-INLINE element rounded(float value) {
-#if defined(ELEMENT_IS_BFLOAT16)
-    uint32_t bits; /* a NaN stays one: those of bfloat16, and of sums, have no low bits to carry */
-    memcpy(&bits, &value, sizeof bits);
-    return (element)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-#else
-    return (element)value;
-#endif
-}
-
 /* Up to LANES - 1 elements, and zeros behind them. */
 INLINE vector load_some(const element *p, int64_t count) {
     element some[LANES] = {0};
@@ -76,19 +66,31 @@ static void multiply_part(const element *x, const element *weights, const elemen
     }
 }
 
+int omp_get_max_threads(void);
+
+/* x [ROWS][in], weights [out][in], bias [out] or null, y [ROWS][out], all without gaps. */
+struct product {
+    const element *x, *weights, *bias;
+    element *y;
+    int64_t in, out;
+};
+
 /*
- * x [ROWS][in], weights [out][in], bias [out] or null, y [ROWS][out], all without gaps. Threads take
- * parts one after another, for cores are not equally fast; weights of one part are one thread's.
+ * By as many threads as torch is set to. They take parts one after another, for cores are not equally
+ * fast; weights of one part are one thread's.
  */
-void multiply(const element *x, const element *weights, const element *bias, element *y, int64_t in,
-              int64_t out, int threads) {
-    int64_t row_bytes = (in ? in : 1) * (int64_t)sizeof(element);
+void multiply(const struct product *given) {
+    struct product p = *given;
+    int64_t row_bytes = (p.in ? p.in : 1) * (int64_t)sizeof(element);
     int64_t step = (STEP_BYTES / row_bytes + OUTS) / OUTS * OUTS, next = 0;
-    if (out <= 2 * step || threads < 2) {
-        multiply_part(x, weights, bias, y, in, out, 0, out);
+    int threads = omp_get_max_threads();
+    if (p.out <= 2 * step || threads < 2) {
+        multiply_part(p.x, p.weights, p.bias, p.y, p.in, p.out, 0, p.out);
         return;
     }
 #pragma omp parallel num_threads(threads)
-    for (int64_t first; (first = __atomic_fetch_add(&next, step, __ATOMIC_RELAXED)) < out;)
-        multiply_part(x, weights, bias, y, in, out, first, first + step < out ? first + step : out);
+    for (int64_t first; (first = __atomic_fetch_add(&next, step, __ATOMIC_RELAXED)) < p.out;) {
+        int64_t end = first + step < p.out ? first + step : p.out;
+        multiply_part(p.x, p.weights, p.bias, p.y, p.in, p.out, first, end);
+    }
 }

@@ -30,7 +30,7 @@ from headinfer.schedule.steps import (
 )
 from headinfer.schedule.track import Track
 
-MAX_ASKED_TOKENS = 8
+MAX_ASKED_TOKENS = 16
 """New tokens up to which the host can help: more make it compute instead of read."""
 
 

@@ -86,6 +86,8 @@ class Desk:
             what is free now.
         session_folder: where prefixes go that there is no memory for, and those that are kept at
             the end; None to drop them.
+        session_folder_size: the most disk space of that folder, such as "500GiB"; None for any.
+            The prefixes that were used least recently go. Sessions that users named stay.
         allow_long_prompts: whether to take more tokens than the model's positions were made for.
     """
 
@@ -98,6 +100,7 @@ class Desk:
         waiting: int = 64,
         kept_memory: str | int = "auto",
         session_folder: str | os.PathLike[str] | None = None,
+        session_folder_size: str | int | None = None,
         allow_long_prompts: bool = False,
     ) -> None:
         session = owner_of(model)
@@ -107,12 +110,15 @@ class Desk:
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise OptionError(f"{name} must be at least {least}, not {value!r}")
         kept_bytes = _kept_bytes(kept_memory, session)
+        folder_bytes = None
+        if session_folder_size is not None:
+            folder_bytes = parse_bytes(session_folder_size, "session_folder_size")
         folder = None if session_folder is None else PrefixFolder(session_folder, session)
         self._served = Served(
             model=model,
             tokenizer=tokenizer,
             session=session,
-            prefixes=Prefixes(session, kept_bytes, folder, _GROW_BYTES),
+            prefixes=Prefixes(session, kept_bytes, folder, _GROW_BYTES, folder_bytes),
             line=Line(running, waiting),
         )
         self._admission = Admission(session=session, allow_long=allow_long_prompts)

@@ -4,6 +4,7 @@ import itertools
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -93,6 +94,24 @@ class Lent:
     kept: Kept | None = None
     id: str = field(default_factory=lambda: secrets.token_hex(8))
     slot_id: str | None = None
+
+
+class Choice(NamedTuple):
+    """A choice of what a prompt begins with: a cache in memory, a running request's, or the disk.
+
+    Attributes:
+        tokens: of the prompt that it spares.
+        source: what has them.
+        whole: whether it may be taken over, as the prompt goes on where it ends.
+    """
+
+    tokens: int
+    source: Kept | Lent | SavedPrefix
+    whole: bool
+
+    def rank(self) -> tuple[int, bool]:
+        """Return what makes it better than another one, where that is larger."""
+        return self.tokens, self.whole
 
 
 def usable(held: torch.Tensor, prompt: torch.Tensor, earliest_crop: int) -> int:

@@ -182,6 +182,8 @@ class PrefixFolder:
 
         None where none can be used; the log says why.
         """
+        with contextlib.suppress(OSError):
+            os.utime(saved.path)  # so that a restart knows which was used last
         try:
             cache = self._session.load_cache(saved.path, None, partial=True)
         except SessionFileError as error:
@@ -191,6 +193,16 @@ class PrefixFolder:
             cache.close()
             return None
         return cache
+
+    @property
+    def num_bytes(self) -> int:
+        """Disk space of all sessions in the folder; files that several share count once."""
+        files = {}
+        for path in self.path.glob("*/*"):
+            with contextlib.suppress(OSError):  # another save may just replace it
+                status = path.stat()
+                files[status.st_dev, status.st_ino] = status.st_size
+        return sum(files.values())
 
     def remove(self, saved: SavedPrefix) -> None:
         """Remove a session; what cannot be removed stays."""

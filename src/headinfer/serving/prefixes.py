@@ -5,7 +5,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 
@@ -14,7 +13,7 @@ from headinfer.errors import HeadInferError, MemoryPlanError
 from headinfer.integration.cache import OffloadedCache
 from headinfer.integration.memory_held import held_by, held_together
 from headinfer.integration.token_history import common_prefix
-from headinfer.serving.kept import LEAST_TOKENS, Kept, Lent, as_ids, next_tick, usable
+from headinfer.serving.kept import LEAST_TOKENS, Choice, Kept, Lent, as_ids, next_tick, usable
 from headinfer.serving.prefix_folder import PrefixFolder, SavedPrefix
 from headinfer.serving.sessions import Sessions
 from headinfer.serving.shelf import Shelf
@@ -31,24 +30,6 @@ _LOOK_S = 0.2
 
 _DISK_DIVISOR = 8
 """What the disk has is loaded where that spares one in so many tokens more than memory does."""
-
-
-class _Choice(NamedTuple):
-    """A choice of what a prompt begins with: a cache in memory, a running request's, or the disk.
-
-    Attributes:
-        tokens: of the prompt that it spares.
-        source: what has them.
-        whole: whether it may be taken over, as the prompt goes on where it ends.
-    """
-
-    tokens: int
-    source: Kept | Lent | SavedPrefix
-    whole: bool
-
-
-def _rank(choice: _Choice) -> tuple[int, bool]:
-    return choice.tokens, choice.whole
 
 
 class Prefixes:
@@ -68,13 +49,19 @@ class Prefixes:
             request counts, too.
         folder: of those on the disk; None for none.
         grow_bytes: prefixes larger than this are saved while they are read, by so much at a time.
+        folder_bytes: the most disk space that the folder may have; None for any.
 
     Attributes:
         sessions: those with names in the folder; None where there is none, or nothing is kept.
     """
 
     def __init__(
-        self, session: Session, kept_bytes: int, folder: PrefixFolder | None, grow_bytes: int
+        self,
+        session: Session,
+        kept_bytes: int,
+        folder: PrefixFolder | None,
+        grow_bytes: int,
+        folder_bytes: int | None = None,
     ) -> None:
         self._session = session
         self._running: list[Lent] = []  # changed with the shelf's mutex
@@ -82,7 +69,7 @@ class Prefixes:
         self._goes_back = session.goes_back
         self._grow_bytes = grow_bytes
         folder = folder if self._reuses else None
-        self._shelf = Shelf(session, kept_bytes, folder)
+        self._shelf = Shelf(session, kept_bytes, folder, folder_bytes)
         self.sessions = None if folder is None else Sessions(session, self._shelf, folder)
         self._changed = threading.Condition(self._shelf.mutex)
         if not self._reuses:
@@ -168,26 +155,30 @@ class Prefixes:
                 return lent
             tried.append(choice.source)
 
-    def _choose(self, prompt: torch.Tensor, tried: Sequence[object]) -> _Choice | None:
+    def _choose(self, prompt: torch.Tensor, tried: Sequence[object]) -> Choice | None:
         """Return what spares a prompt the most tokens; memory comes before the disk."""
-        in_memory: list[_Choice] = []
-        on_disk: list[_Choice] = []
+        in_memory: list[Choice] = []
+        on_disk: list[Choice] = []
         for kept in self._shelf.kept:
             tokens = kept.serves(prompt)
             whole = tokens == len(kept.ids) and not (kept.busy or kept.snapshot)
-            in_memory.append(_Choice(tokens, kept, whole))
+            in_memory.append(Choice(tokens, kept, whole))
         if self._goes_back:  # else what was read is there as snapshots
             for lent in self._running:
                 tokens = usable(lent.ids[: lent.read_tokens], prompt, 0)
-                in_memory.append(_Choice(tokens, lent, whole=False))
+                in_memory.append(Choice(tokens, lent, whole=False))
         for saved in self._shelf.saved:
             tokens = usable(saved.ids, prompt, saved.earliest_crop)
             # Where caches cannot go back, others may need it just as it is.
             taken = saved.owned or saved.named
             whole = self._goes_back and tokens == len(saved.ids) and not taken
-            on_disk.append(_Choice(tokens, saved, whole))
+            on_disk.append(Choice(tokens, saved, whole))
         best, other = (
-            max((each for each in choices if each.source not in tried), key=_rank, default=None)
+            max(
+                (each for each in choices if each.source not in tried),
+                key=Choice.rank,
+                default=None,
+            )
             for choices in (in_memory, on_disk)
         )
         most = 0 if best is None else best.tokens
@@ -195,7 +186,7 @@ class Prefixes:
             best = other
         return best if best is not None and best.tokens else None
 
-    def _claim(self, choice: _Choice) -> None:
+    def _claim(self, choice: Choice) -> None:
         """Keep others from what was chosen."""
         source = choice.source
         if isinstance(source, Lent):
@@ -208,7 +199,7 @@ class Prefixes:
         else:
             source.busy += 1
 
-    def _unclaim(self, choice: _Choice, *, used: bool) -> None:
+    def _unclaim(self, choice: Choice, *, used: bool) -> None:
         """Let others have what was not taken over."""
         source = choice.source
         with self._shelf.mutex:
@@ -217,7 +208,7 @@ class Prefixes:
             elif isinstance(source, SavedPrefix) and choice.whole and not used:
                 source.owned = False
 
-    def _lent_of(self, choice: _Choice, prompt: torch.Tensor) -> Lent | None:
+    def _lent_of(self, choice: Choice, prompt: torch.Tensor) -> Lent | None:
         """Return what was chosen, for a request alone; None where it gives nothing after all."""
         source = choice.source
         if isinstance(source, Kept) and choice.whole:

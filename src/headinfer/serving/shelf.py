@@ -27,6 +27,7 @@ class Shelf:
         session: the attachment.
         kept_bytes: the most CPU memory.
         folder: where the others go; None to drop them.
+        folder_bytes: the most disk space that the folder may have; None for any.
 
     Attributes:
         mutex: held while the lists are looked at or changed, and never while a turn is awaited.
@@ -34,7 +35,13 @@ class Shelf:
         saved: those on the disk, also of caches that go on from there.
     """
 
-    def __init__(self, session: Session, kept_bytes: int, folder: PrefixFolder | None) -> None:
+    def __init__(
+        self,
+        session: Session,
+        kept_bytes: int,
+        folder: PrefixFolder | None,
+        folder_bytes: int | None = None,
+    ) -> None:
         self.mutex = threading.Lock()
         self.kept: list[Kept] = []
         self.saved: list[SavedPrefix] = [] if folder is None else folder.found()
@@ -43,9 +50,11 @@ class Shelf:
         self._session = session
         self._kept_bytes = kept_bytes
         self._folder = folder
+        self._folder_bytes = folder_bytes
         self._goes_back = session.goes_back
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="headinfer-prefixes", daemon=True)
+        self._make_disk_room(0)
         self._thread.start()
 
     def _work(self) -> None:
@@ -99,7 +108,9 @@ class Shelf:
 
         def save() -> None:
             assert self._folder is not None
-            saved = self._folder.save(fork, lent.home, lent.id)
+            saved = None
+            if self._make_disk_room(held_by(fork).host_bytes, lent.home):
+                saved = self._folder.save(fork, lent.home, lent.id)
             fork.close()
             if saved is not None:
                 self._list(saved)
@@ -158,11 +169,39 @@ class Shelf:
         if not self._is_worth_saving(kept):
             kept.lasting = False  # or two that have nearly all of each other would both go unsaved
             return
+        if not self._make_disk_room(held_by(kept.cache).host_bytes, kept.home):
+            _logger.warning("a prefix of %d tokens is not saved: no room", len(kept.ids))
+            return
         saved = self._folder.save(kept.cache, kept.home, kept.id)
         if saved is not None:
             kept.home = saved
             saved.used = kept.used
             self._list(saved)
+
+    def _make_disk_room(self, needed_bytes: int, home: SavedPrefix | None = None) -> bool:
+        """Remove the least recently used prefixes from a folder of bounded size.
+
+        Sessions with names stay, and so do those that caches in memory go on from.
+
+        Args:
+            needed_bytes: of what is to be saved.
+            home: has the first of it, and is replaced.
+
+        Returns:
+            Whether there is room.
+        """
+        if self._folder is None or self._folder_bytes is None:
+            return True
+        spared = 0 if home is None else home.num_bytes
+        while self._folder.num_bytes + max(needed_bytes - spared, 0) > self._folder_bytes:
+            with self.mutex:
+                free = [each for each in self.saved if not (each.owned or each.named)]
+                if not free:
+                    return False
+                oldest = min(free, key=lambda each: each.used)
+                self.saved.remove(oldest)
+            self._folder.remove(oldest)
+        return True
 
     def _is_worth_saving(self, kept: Kept) -> bool:
         if not kept.lasting:

@@ -150,7 +150,8 @@ static inline void add_values(const element *values, const element *next_keys, i
 
 /* Attend ROWS queries to `count` keys; out [ROWS][HEAD_DIM], lse [ROWS]. */
 static void attend_part(const float *given_query, const element *keys, const element *values,
-                        int64_t count, float scale, float *out, float *lse) {
+                        int64_t count, float scale, float *out, float *lse, int64_t rows) {
+    (void)rows; /* it is ROWS */
     float scores[BLOCK * SLOTS] __attribute__((aligned(64)));
     float weights[ROWS][BLOCK] __attribute__((aligned(64)));
     float sum[ROWS][HEAD_DIM] __attribute__((aligned(64)));

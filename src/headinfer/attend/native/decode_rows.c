@@ -1,24 +1,38 @@
 /*
- * Attention of up to 16 query rows to many keys: `decode.c` where there are more than few.
+ * Attention of up to 256 query rows to many keys: `decode.c` where there are more than few.
  *
  * With more rows each key and value is multiplied so often that reading is no longer all there is to
  * do. So each block is packed for matrix products, as in `prefill.c`, but a small one, which stays in
  * the nearest caches, and while one panel is multiplied a later one is fetched from memory.
  *
- * Compiled for one HEAD_DIM (a multiple of 16), ROWS (1 to 16) and element type at a time.
+ * Compiled for one HEAD_DIM (a multiple of 16), ROWS and element type at a time. More than 16 ROWS
+ * are a maximum: their number is known when it runs, so that one library serves every draft.
  */
 #include <math.h>
 
 #define TILES 0
 #define BLOCK 128
-#ifdef __AVX512F__ /* 32 registers */
+#if ROWS > 16 /* any number of rows up to ROWS: a multiple of few is multiplied at a time */
+#define ROWS_OF(rows) (rows)
+#if !defined(__AVX512F__) /* 16 registers */
+#define ROWS_AT_ONCE 6
+#define VECTORS 2
+#elif HEAD_DIM % 32
+#define ROWS_AT_ONCE 16
+#define VECTORS 1
+#else
+#define ROWS_AT_ONCE 8
+#define VECTORS 2
+#endif
+#elif defined(__AVX512F__) /* 32 registers */
 #define ROWS_AT_ONCE ROWS
 #define VECTORS 1 /* two read 8% less: the panels are the steps in which memory is asked for more */
-#else /* 16 of them: for 6 rows at most */
+#else /* for 6 rows at most */
 #define ROWS_AT_ONCE ((ROWS + (ROWS + 5) / 6 - 1) / ((ROWS + 5) / 6))
 #define VECTORS 2
 #endif
-#define PADDED ((ROWS + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE * ROWS_AT_ONCE)
+#define PADDED_TO(rows) (((rows) + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE * ROWS_AT_ONCE)
+#define PADDED PADDED_TO(ROWS)
 
 #include "panels.h"
 
@@ -44,11 +58,12 @@ struct state {
 } __attribute__((aligned(64)));
 
 /* Scores of a block's keys, while its values are fetched. */
-static void score_block(struct state *s, const element *keys, const element *values, int64_t count) {
+static void score_block(struct state *s, const element *keys, const element *values, int64_t count,
+                        int64_t rows) {
     for (int panel = 0; panel < KEY_PANELS; panel++) {
         pack_keys(keys + panel * PANEL * HEAD_DIM, count - panel * PANEL, s->keys);
         const element *fetched = panel * PANEL < count ? values + panel * PANEL * HEAD_DIM : 0;
-        for (int row = 0; row < PADDED; row += ROWS_AT_ONCE)
+        for (int64_t row = 0; row < rows; row += ROWS_AT_ONCE)
             multiply_panel(s->query[row], DIM_STEPS, s->keys[0], DIM_STEPS,
                            s->scores[row] + panel * PANEL, BLOCK, 0,
                            row ? 0 : (const char *)fetched);
@@ -56,8 +71,8 @@ static void score_block(struct state *s, const element *keys, const element *val
 }
 
 /* Turn scores into weights; shrink what was summed under lower ones. */
-static void weigh_block(struct state *s, int64_t count, float scale) {
-    for (int row = 0; row < ROWS; row++) {
+static void weigh_block(struct state *s, int64_t count, float scale, int64_t rows) {
+    for (int64_t row = 0; row < rows; row++) {
         for (int64_t token = count; token < BLOCK; token++) s->scores[row][token] = -INFINITY;
         float shrink =
             weigh(s->scores[row], s->weights[row], scale, s->highest + row, s->total + row);
@@ -67,11 +82,12 @@ static void weigh_block(struct state *s, int64_t count, float scale) {
 }
 
 /* Add the weighted values of a block, while the `next` keys, if any, are fetched. */
-static void add_values(struct state *s, const element *values, int64_t count, const char *next) {
+static void add_values(struct state *s, const element *values, int64_t count, const char *next,
+                       int64_t rows) {
     for (int panel = 0; panel < VALUE_PANELS; panel++) {
         pack_values(values + panel * PANEL, count, s->values);
         const char *fetched = next ? next + panel * BLOCK_STEPS * PANEL_BYTES : 0;
-        for (int row = 0; row < PADDED; row += ROWS_AT_ONCE)
+        for (int64_t row = 0; row < rows; row += ROWS_AT_ONCE)
             multiply_panel(s->weights[row], BLOCK_STEPS, s->values[0], BLOCK_STEPS,
                            s->out[row] + panel * PANEL, HEAD_DIM, 1, row ? 0 : fetched);
     }
@@ -88,24 +104,33 @@ INLINE operand query_of(const float *query, int step) {
 #endif
 }
 
-/* Attend ROWS queries to `count` keys; out [ROWS][HEAD_DIM], lse [ROWS]. */
-static void attend_part(const float *query, const element *keys, const element *values,
-                        int64_t count, float scale, float *out, float *lse) {
-    struct state s;
-    memset(&s, 0, sizeof s);
-    for (int row = 0; row < ROWS; row++) {
-        s.highest[row] = NOTHING;
+/* Begin with nothing attended; rows that are multiplied in vain are zeros. */
+static void begin(struct state *s, const float *query, int64_t rows) {
+    int64_t padded = PADDED_TO(rows);
+    memset(s->out, 0, padded * sizeof *s->out);
+    memset(s->query[rows], 0, (padded - rows) * sizeof *s->query);
+    memset(s->weights[rows], 0, (padded - rows) * sizeof *s->weights);
+    for (int64_t row = 0; row < rows; row++) {
+        s->highest[row] = NOTHING;
+        s->total[row] = 0;
         for (int step = 0; step < DIM_STEPS; step++)
-            s.query[row][step] = query_of(query + row * HEAD_DIM, step);
+            s->query[row][step] = query_of(query + row * HEAD_DIM, step);
     }
+}
+
+/* Attend queries to `count` keys; out [rows][HEAD_DIM], lse [rows]. */
+static void attend_part(const float *query, const element *keys, const element *values,
+                        int64_t count, float scale, float *out, float *lse, int64_t rows) {
+    struct state s;
+    begin(&s, query, rows);
     for (int64_t start = 0; start < count; start += BLOCK) {
         int64_t left = count - start, now = left < BLOCK ? left : BLOCK;
         const element *k = keys + start * HEAD_DIM, *v = values + start * HEAD_DIM;
-        score_block(&s, k, v, now);
-        weigh_block(&s, now, scale * LOG2_E);
-        add_values(&s, v, now, left > BLOCK ? (const char *)(k + BLOCK * HEAD_DIM) : 0);
+        score_block(&s, k, v, now, rows);
+        weigh_block(&s, now, scale * LOG2_E, rows);
+        add_values(&s, v, now, left > BLOCK ? (const char *)(k + BLOCK * HEAD_DIM) : 0, rows);
     }
-    for (int row = 0; row < ROWS; row++) {
+    for (int64_t row = 0; row < rows; row++) {
         lse[row] = (s.highest[row] + log2f(s.total[row])) * LN_2;
         for (int dim = 0; dim < HEAD_DIM; dim++)
             out[row * HEAD_DIM + dim] = s.out[row][dim] / s.total[row];

@@ -1,18 +1,23 @@
 /*
- * All heads of a decode step, by the `attend_part` of whoever includes this for ROWS rows of a head.
+ * All heads of a decode step, by the `attend_part` of whoever includes this for ROWS rows of a head,
+ * or as many as ROWS_OF makes of those that are asked for.
  */
 #include "merge.h"
 #include "tiles.h"
 
+#ifndef ROWS_OF
+#define ROWS_OF(rows) ROWS /* which the compiler knows */
+#endif
+
 /*
- * Attend a stretch of one head's keys: query [ROWS][HEAD_DIM], `count` keys and values in a row, out
- * [ROWS][HEAD_DIM], lse [ROWS]. The thread's small numbers should be off, see `flush_tiny`.
+ * Attend a stretch of one head's keys: query [rows][HEAD_DIM], `count` keys and values in a row, out
+ * [rows][HEAD_DIM], lse [rows]. The thread's small numbers should be off, see `flush_tiny`.
  */
 void attend_stretch(const float *query, const element *keys, const element *values, int64_t count,
-                    float scale, float *out, float *lse) {
+                    float scale, float *out, float *lse, int64_t rows) {
     struct tile_config before;
     begin_tiles(&before);
-    attend_part(query, keys, values, count, scale, out, lse);
+    attend_part(query, keys, values, count, scale, out, lse, ROWS_OF(rows));
     end_tiles(&before);
 }
 
@@ -20,15 +25,17 @@ void attend_stretch(const float *query, const element *keys, const element *valu
  * Attend `heads` heads, each in `splits` stretches of its keys, on `threads` threads, which take one
  * stretch after another: cores are not equally fast. (Of a virtual machine's 16 some shared a core,
  * and took 1.5 ms for what the others did in 0.8.)
- * query [heads][ROWS][HEAD_DIM]; keys and values with `key_stride` and `value_stride` elements from
- * head to head; out [heads][ROWS][HEAD_DIM], lse [heads][ROWS]. With more than one split there is
+ * query [heads][rows][HEAD_DIM]; keys and values with `key_stride` and `value_stride` elements from
+ * head to head; out [heads][rows][HEAD_DIM], lse [heads][rows]. With more than one split there is
  * room in `parts` for out and then lse [heads][splits] times as large.
  */
 void attend_heads(const float *query, const element *keys, const element *values,
                   int64_t key_stride, int64_t value_stride, int64_t count, int64_t heads,
-                  int64_t splits, float scale, float *parts, float *out, float *lse, int threads) {
+                  int64_t splits, float scale, float *parts, float *out, float *lse, int64_t rows,
+                  int threads) {
+    int64_t size = ROWS_OF(rows) * HEAD_DIM;
     float *part_outs = splits > 1 ? parts : out;
-    float *part_lses = splits > 1 ? parts + heads * splits * ROWS * HEAD_DIM : lse;
+    float *part_lses = splits > 1 ? parts + heads * splits * size : lse;
 #pragma omp parallel num_threads(threads)
     {
         uint32_t mode = flush_tiny();
@@ -36,18 +43,21 @@ void attend_heads(const float *query, const element *keys, const element *values
         for (int64_t part = 0; part < heads * splits; part++) {
             int64_t head = part / splits, split = part % splits;
             int64_t start = count * split / splits, end = count * (split + 1) / splits;
-            attend_stretch(query + head * ROWS * HEAD_DIM, keys + head * key_stride + start * HEAD_DIM,
+            attend_stretch(query + head * size, keys + head * key_stride + start * HEAD_DIM,
                            values + head * value_stride + start * HEAD_DIM, end - start, scale,
-                           part_outs + part * ROWS * HEAD_DIM, part_lses + part * ROWS);
+                           part_outs + part * size, part_lses + part * ROWS_OF(rows), rows);
         }
         if (splits > 1) {
 #pragma omp for
-            for (int64_t row = 0; row < heads * ROWS; row++) {
-                int64_t first = row / ROWS * splits * ROWS + row % ROWS;
-                merge_row(part_outs + first * HEAD_DIM, ROWS * HEAD_DIM, part_lses + first, ROWS,
+            for (int64_t row = 0; row < heads * ROWS_OF(rows); row++) {
+                int64_t of_head = row / ROWS_OF(rows) * splits * ROWS_OF(rows);
+                int64_t first = of_head + row % ROWS_OF(rows);
+                merge_row(part_outs + first * HEAD_DIM, size, part_lses + first, ROWS_OF(rows),
                           splits, HEAD_DIM, out + row * HEAD_DIM, lse + row);
             }
         }
         restore(mode);
     }
 }
+
+#include "token.h"

@@ -14,7 +14,7 @@
 #include "workers.h"
 
 typedef void attend_stretch(const float *query, const element *keys, const element *values,
-                            int64_t count, float scale, float *out, float *lse);
+                            int64_t count, float scale, float *out, float *lse, int64_t rows);
 
 /* Some consecutive tokens, in `splits` parts; strides are elements from head to head. */
 struct span {
@@ -75,7 +75,7 @@ static void attend_parts(void *given) {
         job->attend(job->scratch + head * head_size,
                     span->keys + head * span->key_stride + start * job->dim,
                     span->values + head * span->value_stride + start * job->dim, end - start,
-                    job->scale, outs + at * head_size, lses + at * job->rows);
+                    job->scale, outs + at * head_size, lses + at * job->rows, job->rows);
         if (__atomic_sub_fetch(&left[head], 1, __ATOMIC_ACQ_REL)) continue;
         int64_t first = head * job->splits;
         for (int64_t row = 0; row < job->rows; row++)

@@ -1,8 +1,8 @@
 """Partial attention on the CPU by the compiled kernels.
 
-`decode.c` takes few query rows and reads at the speed of memory, `decode_rows.c` some more.
-`decode_tiles.c` takes as many as that in 16 bits, where the processor has a matrix unit.
-`prefill.c` takes many rows and multiplies matrices.
+`decode.c` takes few query rows and reads at the speed of memory, `decode_rows.c` those of some new
+tokens. Where the processor has a matrix unit, `decode_tiles.c` takes up to 16 rows in 16 bits, and
+`decode_groups.c` more of bfloat16. `prefill.c` takes many rows and multiplies matrices.
 
 No kernel knows masks. The causal square of a chunk's own tokens is torch's. Padding is left out by
 looking at the tokens behind it alone.
@@ -20,8 +20,12 @@ from headinfer.attend.work import Work
 from headinfer.kv.extent import Tile
 from headinfer.native.build import ELEMENTS, compile_kernel
 
-MAX_DECODE_ROWS = 16
-"""Query rows up to which reading keys and values takes longer than computing, on a matrix unit."""
+MAX_DECODE_ROWS = 256
+"""Query rows of a KV head up to which keys and values are read once for all: 16 tokens of a group
+of 16."""
+
+_MAX_COMPILED_ROWS = 16
+"""Query rows up to which each number has a library. One serves all above it."""
 
 _MAX_ROWS_AT_ONCE = 8
 """Query rows of `decode.c`, which fit the registers of any processor."""
@@ -49,11 +53,15 @@ def decode_library(dtype: torch.dtype, head_dim: int, rows: int) -> ctypes.CDLL 
     """
     if dtype not in ELEMENTS or head_dim % _DECODE_DIM_MULTIPLE or rows > MAX_DECODE_ROWS:
         return None
-    library = None
-    # The unit knows bfloat16: float16 is taken apart for it, which fewer rows do not repay.
-    on_tiles = dtype is torch.bfloat16 or (dtype is torch.float16 and rows > _MAX_ROWS_AT_ONCE)
+    if _MAX_COMPILED_ROWS < rows < MAX_DECODE_ROWS:
+        return decode_library(dtype, head_dim, MAX_DECODE_ROWS)
+    library, many = None, rows > _MAX_COMPILED_ROWS
+    # The unit knows bfloat16: float16 is taken apart for it, which few rows do not repay.
+    on_tiles = dtype is torch.bfloat16
+    on_tiles |= dtype is torch.float16 and not many and rows > _MAX_ROWS_AT_ONCE
     if on_tiles and head_dim % _PREFILL_DIM_MULTIPLE == 0:
-        library = _compile("decode_tiles.c", dtype, HEAD_DIM=head_dim, ROWS=rows)
+        source = "decode_groups.c" if many else "decode_tiles.c"
+        library = _compile(source, dtype, HEAD_DIM=head_dim, ROWS=rows)
         if library is not None and not library.prepare():
             library = None
     if library is None:
@@ -67,9 +75,11 @@ def decode_library(dtype: torch.dtype, head_dim: int, rows: int) -> ctypes.CDLL 
             *(_POINTER, _POINTER, _POINTER),  # query, keys, values
             *(_NUMBER, _NUMBER, _NUMBER, _NUMBER, _NUMBER),  # strides, count, heads, splits
             *(ctypes.c_float, _POINTER, _POINTER, _POINTER),  # scale, parts, out, lse
-            ctypes.c_int,  # threads
+            *(_NUMBER, ctypes.c_int),  # rows, threads
         ]
         library.attend_heads.restype = None
+        library.attend_token.argtypes = [_POINTER]
+        library.attend_token.restype = None
     return library
 
 
@@ -169,7 +179,7 @@ class NativeKernel:
                     *(keys.data_ptr() + key_at * step, values.data_ptr() + value_at * step),
                     *(head, value_head, count, heads, splits, scale, parts.data_ptr()),
                     out.data_ptr() + at * dim * _FLOAT_BYTES,
-                    *(lse.data_ptr() + at * _FLOAT_BYTES, threads),
+                    *(lse.data_ptr() + at * _FLOAT_BYTES, group * q_len, threads),
                 )
             into.add(Partial(out, lse))
 

@@ -1,0 +1,137 @@
+"""Which of torch's operations a tape does: those whose bits follow from float32, rounded once.
+
+Exponentials are not among them, for torch has its own. Means are, where the tape is found to sum in
+torch's order.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from headinfer.device.tape import AXES, Elementwise, Kind, Tape, tape_library
+
+_MOST_ELEMENTS = 32768
+"""Elements from which on torch computes an operation by several threads."""
+
+_TRIED_ROWS = 20
+"""Sums for which torch's order is tried out."""
+
+_FEWEST_SUMMED = 32
+"""Elements from which on a few sums tell one order from others."""
+
+_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+
+_aten = torch.ops.aten
+_KINDS = {
+    _aten.neg.default: (Kind.NEGATE, 1),
+    _aten.rsqrt.default: (Kind.RSQRT, 1),
+    _aten._to_copy.default: (Kind.COPY, 1),
+    _aten.clone.default: (Kind.COPY, 1),
+    _aten.add.Tensor: (Kind.ADD, 2),
+    _aten.sub.Tensor: (Kind.SUBTRACT, 2),
+    _aten.mul.Tensor: (Kind.MULTIPLY, 2),
+    _aten.div.Tensor: (Kind.DIVIDE, 2),
+}
+"""Kinds by operations, each with the number of what it is given."""
+
+_SHOWN = frozenset({_aten._to_copy.default, _aten.clone.default})
+"""Operations whose output shows what else they were given."""
+
+
+@dataclass(frozen=True, slots=True)
+class Noted:
+    """An operation that was recorded.
+
+    Attributes:
+        operation: torch's.
+        args: it was given, by position.
+        kwargs: by name.
+        output: what it gave.
+    """
+
+    operation: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+
+
+def elementwise(noted: Noted) -> list[Elementwise] | None:
+    """Return what a tape does for an operation; None for one that it does not do."""
+    operation, args, output = noted.operation, noted.args, noted.output
+    if not isinstance(output, torch.Tensor) or (noted.kwargs and operation not in _SHOWN):
+        return None
+    kind, count = _KINDS.get(operation, (None, 0))
+    parts: list[Elementwise] = []
+    if kind is not None and len(args) == count:
+        parts = [Elementwise(kind, output, args)]
+    elif operation is _aten.copy_.default:
+        parts = [Elementwise(Kind.COPY, args[0], args[1:2])]
+    elif operation is _aten.pow.Tensor_Scalar and args[1] == 2:
+        parts = [Elementwise(Kind.SQUARE, output, args[:1])]
+    elif operation is _aten.cat.default:
+        parts = _joined(output, *args)
+    elif operation is _aten.mean.dim:
+        parts = _mean(output, *args)
+    return parts if parts and all(map(_gives_the_bits, parts)) else None
+
+
+def _joined(
+    output: torch.Tensor, tensors: Sequence[torch.Tensor], axis: int = 0
+) -> list[Elementwise]:
+    """Return the copies that `torch.cat` is."""
+    if any(each.ndim != output.ndim for each in tensors):  # empty ones may have other shapes
+        return []
+    places = output.split([each.shape[axis] for each in tensors], axis)
+    pairs = zip(places, tensors, strict=True)
+    return [Elementwise(Kind.COPY, place, (each,)) for place, each in pairs if each.numel()]
+
+
+def _mean(
+    output: torch.Tensor, given: torch.Tensor, axes: Sequence[int], keepdim: bool = False
+) -> list[Elementwise]:
+    """Return the one mean along the last axis that a tape knows."""
+    if not keepdim or list(axes) not in ([-1], [given.ndim - 1]) or given.stride(-1) != 1:
+        return []
+    lanes = _lanes(given.shape[-1]) if given.dtype is torch.float32 else 0
+    return [Elementwise(Kind.MEAN, output, (given, lanes))] if lanes else []
+
+
+@functools.cache
+def _lanes(size: int) -> int:
+    """Return the lanes of torch's vectors for sums of so many elements; 0 if that is not found."""
+    if size < _FEWEST_SUMMED:
+        return 0
+    given = torch.randn(_TRIED_ROWS, size, generator=torch.Generator().manual_seed(size))
+    wanted, found = given.mean(-1, keepdim=True), torch.empty(_TRIED_ROWS, 1)
+    library = tape_library(torch.bfloat16)
+    assert library is not None
+    for lanes in (8, 16, 4):
+        Tape(library, [Elementwise(Kind.MEAN, found, (given, lanes))])()
+        if torch.equal(found, wanted):
+            return lanes
+    return 0
+
+
+def _gives_the_bits(part: Elementwise) -> bool:
+    """Whether a tape gives the bits that torch gives."""
+    output, dtypes = part.output, {each.dtype for each in part.tensors}
+    if not all(isinstance(each, (torch.Tensor, int, float)) for each in part.given):
+        return False
+    if not dtypes <= _DTYPES or len(dtypes - {torch.float32}) > 1:
+        return False
+    # With a result in 16 bits, torch may round what it is given in 32 before it computes. Of a root
+    # it rounds the last elements twice.
+    exact = part.kind is Kind.COPY or (len(dtypes) == 1 and part.kind is not Kind.RSQRT)
+    if output.dtype is not torch.float32 and not exact:
+        return False
+    sizes = [each.numel() for each in part.tensors]
+    if output.ndim > AXES or not min(sizes) or max(sizes) >= _MOST_ELEMENTS:
+        return False
+    return all(each.is_cpu and _is_plain(each) for each in part.tensors)
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_neg()

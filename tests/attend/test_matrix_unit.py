@@ -1,0 +1,75 @@
+"""Kernels for a processor's matrix unit, where there is none: compiled for it, and done in C."""
+
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+
+import pytest
+import torch
+
+from attended import attended, native, reference
+from headinfer.attend.native.kernel import decode_library
+from headinfer.native.build import ELEMENTS
+
+UNIT = Path(__file__).parent / "matrix_unit.h"
+COMPILER = shutil.which("gcc")
+
+pytestmark = pytest.mark.skipif(
+    COMPILER is None or platform.machine() != "x86_64", reason="no GCC for x86"
+)
+
+
+@pytest.fixture
+def unit_in_c(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Kernels compiled anew, with a matrix unit in plain C."""
+    if "avx512_bf16" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("what is around the matrix unit needs AVX-512 with bfloat16")
+    monkeypatch.setenv("CC", f"{COMPILER} -include {UNIT}")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    decode_library.cache_clear()
+    yield
+    decode_library.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dim", "shapes"),
+    [
+        (torch.bfloat16, 96, [(4, 16, 333), (5, 7, 128), (3, 11, 1), (17, 1, 517)]),
+        (torch.bfloat16, 32, [(4, 1, 205)]),
+    ],
+)
+def test_attention_on_a_matrix_unit_in_c(
+    unit_in_c: None, dtype: torch.dtype, dim: int, shapes: list[tuple[int, int, int]]
+) -> None:
+    for group, q_len, tokens in shapes:
+        library = decode_library(dtype, dim, group * q_len)
+        assert not hasattr(library, "fewest_rows")  # it is one for the unit
+        generator = torch.Generator().manual_seed(tokens)
+        query, keys, values = (
+            torch.randn(1, 2, *rest, dim, generator=generator).to(dtype)
+            for rest in ((group, q_len), (tokens,), (tokens,))
+        )
+        ours = attended(native(), query, keys, values, scale=0.2)
+        want = attended(reference(), query.double(), keys.double(), values.double(), scale=0.2)
+        torch.testing.assert_close(ours.out.double(), want.out, rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(ours.lse.double(), want.lse, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("source", "rows"), [("decode_tiles.c", 16), ("decode_groups.c", 256)])
+def test_kernels_compile_for_a_matrix_unit(tmp_path: Path, source: str, rows: int) -> None:
+    flags = ["-O1", "-fopenmp", "-march=icelake-server", "-mavx512bf16", "-mamx-bf16", "-mamx-tile"]
+    folders = resources.files("headinfer.attend.native"), resources.files("headinfer.native")
+    defined = [f"-D{ELEMENTS[torch.bfloat16]}", "-DHEAD_DIM=64", f"-DROWS={rows}"]
+    target = tmp_path / "kernel.s"
+    command = [
+        *(COMPILER, *flags, *defined, *(f"-I{folder}" for folder in folders)),
+        *("-S", "-o", str(target), str(folders[0] / source)),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if "unrecognized" in done.stderr:
+        pytest.skip("this GCC knows no matrix unit")
+    assert done.returncode == 0, done.stderr
+    assert "tdpbf16ps" in target.read_text()
