@@ -382,10 +382,10 @@ def test_in_a_narrow_window_one_panel_is_open_at_a_time(opened, server, shot):
     page.get_by_text("Settings").click()
     page.get_by_text("KV cache").click()
     page.locator("#slots li").nth(3).wait_for()
-    page.wait_for_function("!document.querySelector('#settings').open")
+    page.locator("#settings:not([open])").wait_for()
     shot(page, "panels-narrow-cache")
     page.get_by_text("Settings").click()
-    page.wait_for_function("!document.querySelector('#cache').open")
+    page.locator("#cache:not([open])").wait_for()
     shot(page, "panels-narrow-settings")
     seen = page.locator("article.assistant").evaluate(
         """(article) => {
@@ -505,7 +505,6 @@ WIDER = """() => [...document.querySelectorAll("body *")]
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 800, 1400])
 def test_nothing_is_wider_than_the_window(opened, server, shot, width, scheme):
-    server.slots = SLOTS
     page = opened(viewport={"width": width, "height": 800}, color_scheme=scheme)
     page.locator("#send:enabled").wait_for()
     drop(page, ("a-name-without-any-end-" * 6 + ".txt", b"text"))
@@ -516,6 +515,8 @@ def test_nothing_is_wider_than_the_window(opened, server, shot, width, scheme):
     server.progress(3072, 131072, 1000)
     server.progress(4096, 131072, 2000)
     page.get_by_text("left").first.wait_for()
+    server.slots = SLOTS  # which take a further line above
+    page.locator("#cache-total", has_text="GPU memory").wait_for(state="attached")
     below = page.locator("#reading-detail").bounding_box()
     box = page.locator("#ask").bounding_box()
     assert below["y"] + below["height"] <= box["y"] + 1  # nothing of it is covered

@@ -101,7 +101,8 @@ async function watch() {
 
 async function look() {
   try {
-    showSlots(await (await ask("slots", state.key)).json());
+    const slots = await (await ask("slots", state.key)).json();
+    follow(() => showSlots(slots)); // whose line above may break, and move all below
     $("cache").classList.remove("stale");
   } catch {
     $("cache").classList.add("stale"); // the next request says what is wrong
