@@ -219,13 +219,13 @@ def test_a_failure_on_the_way_loses_no_text(cli, llama, prompt, monkeypatch):
         return attend(self, *args, **kwargs)
 
     monkeypatch.setattr(Engine, "attend", fail_late)
-    done = cli("generate", "--model", llama, "-p", prompt, *GREEDY)
+    done = cli("generate", "--model", llama, "-p", prompt, *GREEDY, "--no-capture")
     assert done.code == 1
     assert done.out.strip()
     assert "prefill" in done.err
     assert "error: out of memory" in done.error_lines[-1]
     calls.clear()
-    result = cli("generate", "--model", llama, "-p", prompt, *GREEDY, "--json")
+    result = cli("generate", "--model", llama, "-p", prompt, *GREEDY, "--no-capture", "--json")
     assert json.loads(result.out)["finish_reason"] == "error"
     assert json.loads(result.out)["text"] + "\n" == done.out
 

@@ -225,7 +225,7 @@ def parse_methods(text: str, *, evaluated: bool = False, gpus: int = 1) -> tuple
             )
         if name not in served:
             raise OptionError(
-                f"method {name!r} cannot be evaluated: its cache and its compiled steps are for "
-                "one length; leave it out, and time it with `headinfer bench decode`"
+                f"method {name!r} cannot be evaluated: it is for timing alone; leave it out, and "
+                "time it with `headinfer bench decode`"
             )
     return names
