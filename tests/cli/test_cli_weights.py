@@ -200,7 +200,7 @@ def test_text_before_such_logits_is_kept(cli, llama, prompt, monkeypatch):
         output.logits *= 1 if len(calls) < 4 else torch.nan
         return output
 
-    args = ("generate", "--model", llama, "-p", prompt, "--no-do-sample", "-n", 20)
+    args = ("generate", "--model", llama, "-p", prompt, "--no-do-sample", "-n", 20, "--no-capture")
     expected = cli(*args).out.split()[:3]
     monkeypatch.setattr(LlamaForCausalLM, "forward", fail_late)
     done = cli(*args)

@@ -199,5 +199,5 @@ def test_a_flag_out_of_turn_is_found() -> None:
 
 
 def test_the_cpu_has_no_server() -> None:
-    with pytest.raises(PlaceError, match="launches nothing"):
+    with pytest.raises(PlaceError, match="has no streams"):
         CpuDevice().serve(Server(SimulatedDevice()))

@@ -93,7 +93,7 @@ class CapturedSteps:
         self._drafted: weakref.WeakSet[CacheEngine] = weakref.WeakSet()
         self._begun: set[Hashable] = set()
         self._known: set[Hashable] = set()  # captures of these served more tokens than one
-        self._refused = RefusedCalls()
+        self._refused = RefusedCalls(aloud=not self._device.tiles_are_views)
 
     def expect_steps(self) -> None:
         """Prepare for steps to come; to be called while the device has work to do."""

@@ -18,12 +18,16 @@ _logger = logging.getLogger(__name__)
 class RefusedCalls:
     """A set of the calls that are not captured any more.
 
+    Args:
+        aloud: whether to warn of what holds for a whole model. The CPU loses little by it.
+
     Attributes:
         keys: of these calls.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, aloud: bool = True) -> None:
         self.keys: set[Hashable] = set()
+        self._level = logging.WARNING if aloud else logging.INFO
         self._log = SaidOnce(_logger)
 
     def in_all_forms(self, call: DecodeCall) -> bool:
@@ -80,7 +84,7 @@ class RefusedCalls:
     def say(self, reason: str) -> None:
         """Say once why decode steps are not captured."""
         self._log.say(
-            *(logging.WARNING, "refused"),
+            *(self._level, "refused"),
             "decode steps of this model are launched kernel by kernel: %s; capture=False spares "
             "the attempt",
             reason,
@@ -89,7 +93,7 @@ class RefusedCalls:
     def say_of_model(self, reason: str) -> None:
         """Say once why no decode step of the model can be captured, which nobody attempts."""
         self._log.say(
-            *(logging.WARNING, reason),
+            *(self._level, reason),
             *("decode steps of this model are launched kernel by kernel: %s", reason),
         )
 
