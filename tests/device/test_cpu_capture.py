@@ -42,6 +42,8 @@ WORKS: dict[str, Work] = {
     "multiply": lambda x, y: x * y,
     "divide": lambda x, y: x / y,
     "numbers": lambda x, y: (x * 0.1 + 3) / 0.7 - 1,
+    "rounded numbers": lambda x, y: (x + 0.1, y - 0.3, 0.7 - x, x.add(y, alpha=0.3)),
+    "mean of all": lambda x, y: x.float().mean(None, keepdim=True) + y,
     "broadcast": lambda x, y: x[:, :1] * y + y[..., 2:3],
     "wider": lambda x, y: x * y.float() + 0.3,
     "a number in a tensor": lambda x, y: x * torch.tensor(1.3) + torch.tensor(2),

@@ -242,7 +242,7 @@ def test_a_number_alone_has_the_model_draft(said: pytest.LogCaptureFixture) -> N
         for _ in range(2):
             text, last = answer(model, ids, draft=3)
             assert (text, last.verifications) == (expected, 0)
-    assert said.text.count("nothing is drafted: the model was attached without draft_tokens") == 1
+    assert said.text.count("nothing is drafted: no tokens are set aside for it (draft_tokens)") == 1
 
 
 def test_drafts_are_counted() -> None:
@@ -253,6 +253,8 @@ def test_drafts_are_counted() -> None:
     assert 0 < last.draft_s + last.verify_s <= last.decode_s * (1 + 1e-9)
     _, off = answer(model, ids, assistant=assistant, draft="off")
     assert (off.drafted_tokens, off.verifications, off.draft_s) == (0, 0, 0)
+    _, few = answer(model, ids, draft=8, prompt_lookup_num_tokens=2)
+    assert 0 < few.drafted_tokens <= 2 * few.verifications, "a lookup's own limit holds"
     _, auto = answer(model, ids, assistant=assistant, max_new_tokens=60)
     assert auto.verifications < 60 - 3, "some steps without drafts are timed"
 
@@ -276,6 +278,20 @@ def test_models_that_cannot_take_tokens_back_are_not_drafted_for(
     text, last = answer(model, ids, prompt_lookup_num_tokens=4)
     assert (text, last.drafted_tokens) == (expected, 0)
     assert "nothing is drafted: the model has recurrent states" in said.text
+    with pytest.raises(OptionError, match="the assistant has recurrent states"):
+        answer(tiny_model("llama3"), prompt(), assistant=model)
+
+
+def test_models_that_rotate_by_the_length_of_a_pass_are_not_drafted_for(
+    said: pytest.LogCaptureFixture,
+) -> None:
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+    settings = {"rope_parameters": rope, "max_position_embeddings": 64}
+    ids = prompt()  # each model remembers the longest text
+    expected, _ = answer(tiny_model("llama3", **settings), ids)
+    text, last = answer(tiny_model("llama3", **settings), ids, prompt_lookup_num_tokens=4)
+    assert (text, last.drafted_tokens) == (expected, 0)
+    assert "nothing is drafted: the model's rotary frequencies follow" in said.text
 
 
 def test_what_cannot_be_drafted_is_refused(tmp_path: Any) -> None:

@@ -158,7 +158,7 @@ def test_what_was_measured_adds_up(options: dict[str, Any]) -> None:
     assert last.prompt_tokens == 40
     assert last.prefill_s * last.prefill_tokens_per_s == pytest.approx(40)
     assert last.decode_s * last.decode_tokens_per_s == pytest.approx(11)
-    assert (last.capture_s > 0) == (options["device"] != "cpu")
+    assert last.capture_s > 0
     assert last.host_kv_bytes >= plan.kv_host_bytes(40)
     assert last.peak_device_kv_bytes == (0 if options["device"] == "cpu" else plan.arena_bytes)
     times = [record.prefill_s + record.decode_s for record in records]

@@ -15,10 +15,12 @@ import headinfer
 from captured import SIMULATED
 from headinfer.device.simulated import SimulatedDevice
 from headinfer.engine.ready import Form
+from headinfer.engine.windows import WindowKeeper
 from headinfer.errors import CacheStateError
 from headinfer.finding.attention import LayerCall, attending_by
 from headinfer.integration.calls import cache_argument
 from headinfer.integration.model_shape import model_shape
+from headinfer.kv.pair import KV
 from headinfer.offload import Offload
 from headinfer.plan.memory import draft_sink_tokens
 from headinfer.plan.shape import LayerKind
@@ -332,6 +334,35 @@ def test_streamed_steps_are_replayed_between_drafts(monkeypatch: pytest.MonkeyPa
         outcomes.append(outputs)
     assert all(map(torch.equal, *outcomes))
     assert forms == {Form.STREAMED, Form.ONE_LAUNCH}
+
+
+def test_a_window_that_was_broken_off_while_it_began_anew_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    restart = WindowKeeper._restart
+
+    def broken_off(keeper: WindowKeeper, *args: Any) -> None:
+        def stop(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched:
+            patched.setattr(KV, "copy_", stop)
+            restart(keeper, *args)
+
+    model = shared_model("gemma3")
+    with attached(model, "cpu") as offload:
+        cache = prompted(model, offload)
+        monkeypatch.setattr(WindowKeeper, "_restart", broken_off)
+
+        def go_on() -> None:
+            for turn in range(400):
+                drafted(model, cache, 3)
+                logits(model, cache, turn % 90)
+
+        with pytest.raises(KeyboardInterrupt):
+            go_on()
+        with pytest.raises(CacheStateError, match="interrupted"):
+            logits(model, cache, 3)
 
 
 def test_two_caches_draft_by_turns() -> None:

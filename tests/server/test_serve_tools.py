@@ -7,6 +7,7 @@ from typing import Any
 import httpx2
 import pytest
 import torch
+from llguidance import LLMatcher, LLTokenizer
 from scripted import ScriptedDesk, serving
 
 from headinfer.demo.tokenizer import build_tokenizer
@@ -106,6 +107,30 @@ def test_a_forced_call_is_one_whatever_the_model_thinks(
         assert isinstance(arguments["hours"], int)
     else:
         assert call.name == "wait"
+
+
+def test_arguments_that_are_forced_follow_their_schema() -> None:
+    """References are to the schema of the arguments, and spaces between them have an end."""
+    tree = {
+        "type": "object",
+        "properties": {"leaf": {"$ref": "#/$defs/leaf"}, "left": {"$ref": "#"}},
+        "required": ["leaf"],
+        "additionalProperties": False,
+        "$defs": {"leaf": {"enum": ["oak"]}},
+    }
+    tool = {"type": "function", "function": {"name": "grow", "parameters": tree}}
+    tokenizer = build_tokenizer()
+    matcher = LLTokenizer("byte")
+
+    def taken(arguments: str) -> bool:
+        call = f'<tool_call>\n{{"name": "grow", "arguments": {arguments}}}\n</tool_call>'.encode()
+        grammar = call_grammar(QWEN, tokenizer, [], [tool])
+        return LLMatcher(matcher, grammar).try_consume_tokens(list(call)) == len(call)
+
+    assert taken('{"leaf": "oak", "left": {"leaf": "oak"}}')
+    assert not taken('{"leaf": "elm"}')
+    assert not taken('{"leaf": "oak", "left": {"name": "grow"}}')
+    assert not taken("{" + 20 * " " + '"leaf": "oak"}')
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3_5", "gemma4"])

@@ -99,6 +99,13 @@ def test_a_folder_of_bounded_size_loses_what_was_used_least_recently(
     assert on_disk(tmp_path) <= limit
 
 
+def test_nothing_goes_for_one_that_is_too_large_in_any_case(tmp_path: Path) -> None:
+    text, limit = tokens(200), f"{500 * PER_TOKEN}B"
+    for each, known in ((text, 0), (tokens(900, seed=5), 0), ((*text, 7), 200)):
+        with desk_of("llama3", session_folder=tmp_path, session_folder_size=limit) as desk:
+            assert cached(desk, "llama3", each) == known
+
+
 def test_of_two_that_have_nearly_all_of_each_other_one_is_saved(tmp_path: Path) -> None:
     text = tokens(400)
     with desk_of("llama3", session_folder=tmp_path) as desk:

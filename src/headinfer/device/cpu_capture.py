@@ -96,7 +96,9 @@ def _taped(noted: Noted | Callable[[], object]) -> list[Elementwise | NativeFunc
     if tape_library(torch.bfloat16) is None:
         return []
     if isinstance(noted, Noted):
-        return [*(elementwise(noted) or ())]
+        parts = elementwise(noted) or []
+        halves = {part.half for part in parts} - {None}  # not all compilers know float16
+        return [] if any(tape_library(half) is None for half in halves if half) else [*parts]
     return [noted] if isinstance(noted, NativeFunction) else []
 
 

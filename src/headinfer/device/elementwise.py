@@ -66,6 +66,8 @@ def elementwise(noted: Noted) -> list[Elementwise] | None:
     kind, count = _KINDS.get(operation, (None, 0))
     parts: list[Elementwise] = []
     if kind is not None and len(args) == count:
+        if kind in (Kind.ADD, Kind.SUBTRACT):
+            args = tuple(_as_added(each, output.dtype) for each in args)
         parts = [Elementwise(kind, output, args)]
     elif operation is _aten.copy_.default:
         parts = [Elementwise(Kind.COPY, args[0], args[1:2])]
@@ -76,6 +78,13 @@ def elementwise(noted: Noted) -> list[Elementwise] | None:
     elif operation is _aten.mean.dim:
         parts = _mean(output, *args)
     return parts if parts and all(map(_gives_the_bits, parts)) else None
+
+
+def _as_added(given: Any, dtype: torch.dtype) -> Any:
+    """Return a number as torch adds it: rounded to the dtype of the sum, unlike a factor."""
+    if not isinstance(given, (int, float)):
+        return given
+    return torch.tensor(given, dtype=torch.float32).to(dtype).item()
 
 
 def _joined(
@@ -90,10 +99,11 @@ def _joined(
 
 
 def _mean(
-    output: torch.Tensor, given: torch.Tensor, axes: Sequence[int], keepdim: bool = False
+    output: torch.Tensor, given: torch.Tensor, axes: Sequence[int] | None, keepdim: bool = False
 ) -> list[Elementwise]:
     """Return the one mean along the last axis that a tape knows."""
-    if not keepdim or list(axes) not in ([-1], [given.ndim - 1]) or given.stride(-1) != 1:
+    last = axes is not None and list(axes) in ([-1], [given.ndim - 1])
+    if not keepdim or not last or given.stride(-1) != 1:
         return []
     lanes = _lanes(given.shape[-1]) if given.dtype is torch.float32 else 0
     return [Elementwise(Kind.MEAN, output, (given, lanes))] if lanes else []

@@ -40,10 +40,16 @@ class DraftCopies:
         for ledger in ledgers:
             for copy, on_device in _copies(ledger):
                 (here if on_device or self._device.tiles_are_views else over_link).append(copy)
-        if over_link:
-            self._fetch(over_link)
-        for copy in here:
-            self._copy_here(copy)
+        try:
+            if over_link:
+                self._fetch(over_link)
+            for copy in here:
+                self._copy_here(copy)
+        except Exception:
+            for ledger in ledgers:
+                assert ledger.draft is not None
+                ledger.draft.forget()  # some of it was overwritten
+            raise
         for ledger in ledgers:
             assert ledger.draft is not None
             ledger.draft.begin(ledger.tokens)

@@ -161,8 +161,11 @@ class Executor:
                         *(chunk.sinks, sink_tokens),
                     )
                 )
-        except BaseException:
-            ledger.crop(chunk.past_tokens)  # its place may never have been written
+        except BaseException:  # its place may never have been written
+            if extent is ledger.draft:
+                extent.tokens -= 1
+            else:
+                ledger.crop(chunk.past_tokens)
             raise
 
     def _answer(self, _step: Answer) -> None:

@@ -201,8 +201,10 @@ class WindowKeeper:
         kept = newest.kv
         if tile.piece is tail.piece:  # its new place may overlap the old one
             kept = KV(kept.keys.clone(), kept.values.clone())
+        ledger.half_done = True
         ledger.restart_tail(newest.start)
         self._append(ledger, tail, kept)
+        ledger.half_done = False
 
     def _append(self, ledger: Ledger, tail: Extent, new: KV) -> None:
         self._state(tail.piece, writes=True)

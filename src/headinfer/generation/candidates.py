@@ -116,6 +116,11 @@ class Assistant:
         self._cache: Any = (
             owner.new_cache() if isinstance(owner, Session) else DynamicCache(config=model.config)
         )
+        if any(hasattr(layer, "recurrent_states") for layer in self._cache.layers):
+            raise OptionError(
+                "the assistant has recurrent states, which cannot be taken back; give one with "
+                "attention alone"
+            )
         if not isinstance(self._cache, OffloadedCache):
             self._cache.activate_past_recording()
         self._read = 0  # tokens of the answer's that were there before the last draft

@@ -13,7 +13,7 @@ import torch
 from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 
 from headinfer.engine.stats import Stats
-from headinfer.generation.acceptance import Choice
+from headinfer.generation.acceptance import Choice, accepted_tokens
 from headinfer.generation.candidates import Drafter
 from headinfer.generation.pace import MOST_DRAFTED, Pace
 from headinfer.integration.cache import OffloadedCache
@@ -81,7 +81,7 @@ class Drafting:
                 logits = self._verify(own, answer.ids, drafted, model_kwargs)
                 taken = answer.take(logits, drafted)
                 self._forget(len(drafted) - taken + 1)
-                self._count(drafted, taken)
+                self._count(drafted, answer.ids[0, -taken:].tolist())
                 model_kwargs = own._update_model_kwargs_for_generation(
                     {}, model_kwargs, num_new_tokens=taken
                 )
@@ -136,12 +136,12 @@ class Drafting:
         if rejected:
             self._cache.crop(-rejected)
 
-    def _count(self, drafted: list[int], taken: int) -> None:
-        """Count a verification that gave so many tokens, the last of which was not drafted."""
+    def _count(self, drafted: list[int], taken: list[int]) -> None:
+        """Count a verification that gave some tokens; an answer may end with a drafted one."""
         if not drafted:
             return
-        accepted = taken - 1
-        self._pace.note_accepted(accepted, rejected=accepted < len(drafted))
+        accepted = accepted_tokens(drafted, taken)
+        self._pace.note_accepted(accepted, rejected=accepted < min(len(drafted), len(taken)))
         for stats in self._stats:
             stats.verifications += 1
             stats.drafted_tokens += len(drafted)

@@ -11,6 +11,7 @@ from headinfer.generation.pace import MOST_DRAFTED, FixedPace, MeasuredPace, Num
 from headinfer.generation.settings import Settings
 from headinfer.integration.cache import OffloadedCache
 from headinfer.integration.layer import OffloadedLayer
+from headinfer.integration.rotary import rotary_modules_by_length
 from headinfer.integration.said import SaidOnce
 from headinfer.session import Session
 
@@ -51,16 +52,17 @@ class Drafts:
         if self.number == "off":
             return None
         found = self._drafter(model, settings, cache, session)
-        if found is None:
-            if self.number is not None:
-                _say("the model was attached without draft_tokens, and nobody else drafts")
+        if found is None and self.number is None:
             return None
-        if (obstacle := _obstacle(settings, cache)) is not None:
-            _say(obstacle)
+        obstacle = _obstacle(model, settings, cache)
+        if found is None and obstacle is None:
+            obstacle = "no tokens are set aside for it (draft_tokens), and nobody else drafts"
+        if found is None or obstacle is not None:
+            _say(str(obstacle))
             return None
         drafter, most, tried = found
         if isinstance(self.number, int):
-            return drafter, FixedPace(self.number)
+            return drafter, FixedPace(min(self.number, settings.lookup_tokens or MOST_DRAFTED))
         if session.ranks.size == 1:
             return drafter, MeasuredPace(min(most, MOST_DRAFTED), tried)
         if settings.lookup_tokens is not None:
@@ -92,10 +94,14 @@ def _say(why: str) -> None:
     _said.say(logging.WARNING, why, "nothing is drafted: %s", why)
 
 
-def _obstacle(settings: Settings, cache: OffloadedCache) -> str | None:
+def _obstacle(model: PreTrainedModel, settings: Settings, cache: OffloadedCache) -> str | None:
     """Return why an answer cannot have drafts; None where it can."""
     if settings.rows > 1:
         return "drafts are for one row, and this answer has several"
     if not all(isinstance(layer, OffloadedLayer) for layer in cache.layers):
         return "the model has recurrent states, which cannot be taken back"
+    if rotary_modules_by_length(
+        model
+    ):  # drafts make a pass longer, so that it is rotated otherwise
+        return "the model's rotary frequencies follow the length of a pass"
     return None

@@ -263,6 +263,7 @@ def joined(shape: ModelShape, parts: Sequence[Plan]) -> Plan:
         return first
     budgets = [part.device_memory_bytes for part in parts]
     known = [budget for budget in budgets if budget is not None]
+    drafting = [part.draft_tokens for part in parts if part.shape.full_layers]
     return replace(
         first,
         shape=replace(
@@ -283,7 +284,7 @@ def joined(shape: ModelShape, parts: Sequence[Plan]) -> Plan:
         activation_bytes=sum(part.activation_bytes for part in parts),
         runtime_bytes=sum(part.runtime_bytes for part in parts),
         resident_bytes=sum(part.resident_bytes for part in parts),
-        draft_tokens=min(part.draft_tokens for part in parts),
+        draft_tokens=min(drafting, default=0),
         draft_bytes=sum(part.draft_bytes for part in parts),
         host_share=max(part.host_share for part in parts),
         verify_host_share=max(part.verify_host_share or 0.0 for part in parts) or None,

@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from headinfer.server.guide import SPACES
 from headinfer.server.problems import ProblemError
 
 _REFUSED = "tool_choice may be auto or none with this model: the form of its calls is not known"
@@ -66,26 +67,34 @@ def call_grammar(
     added = {token.content for token in getattr(tokenizer, "added_tokens_decoder", {}).values()}
 
     def written(mark: str) -> str:
-        return mark if mark in added else json.dumps(mark)  # llguidance has added ones by name
+        if mark not in added:
+            return json.dumps(mark)
+        if re.fullmatch(r"<[^<>\s]+>", mark) is None:  # llguidance has no others by their names
+            raise ProblemError(400, _REFUSED, param="tool_choice")
+        return mark
 
     parts = [written(opened), r'"\n" call "\n"', written(closed)]
     if _in_thought(fields, tokenizer, ids):
         end = str(fields["reasoning_content"]["close"])
         parts = [r'"\n"', written(end), r'"\n\n"', *parts]
-    schema = {"anyOf": [_call(tool["function"]) for tool in tools]}
-    return f"start: {' '.join(parts)}\ncall: %json {json.dumps(schema)}\n"
+    names = " | ".join(f"call_{number}" for number in range(len(tools)))
+    rules = [f"start: {' '.join(parts)}", f"call: {names}"]
+    for number, tool in enumerate(tools):
+        rules += _call(number, tool["function"])
+    return "\n".join(rules) + "\n"
 
 
-def _call(function: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "type": "object",
-        "properties": {
-            "name": {"const": function["name"]},
-            "arguments": function.get("parameters") or {"type": "object"},
-        },
-        "required": ["name", "arguments"],
-        "additionalProperties": False,
+def _call(number: int, function: Mapping[str, Any]) -> list[str]:
+    """Return the rules of a call; the schema of its arguments is the root of its references."""
+    before = f'{{"name": {json.dumps(function["name"])}, "arguments": '
+    schema = {
+        **(function.get("parameters") or {"type": "object"}),
+        "x-guidance": {"whitespace_pattern": SPACES},
     }
+    return [
+        f'call_{number}: {json.dumps(before)} arguments_{number} "}}"',
+        f"arguments_{number}: %json {json.dumps(schema)}",
+    ]
 
 
 def _fields(model: Any, tokenizer: Any) -> Mapping[str, Any]:

@@ -11,7 +11,7 @@ from llguidance.hf import from_tokenizer
 
 from headinfer.errors import OptionError
 
-_SPACES = r"[ \n]{0,8}"
+SPACES = r"[ \n]{0,8}"
 """What may stand between the parts of JSON; without a bound some models write spaces for ever."""
 
 
@@ -70,7 +70,7 @@ class Guide:
         try:
             grammar = LLMatcher.grammar_from_json_schema(
                 json.dumps(schema if isinstance(schema, dict) else {}),
-                overrides={"whitespace_pattern": _SPACES},
+                overrides={"whitespace_pattern": SPACES},
             )
         except ValueError as error:
             raise OptionError(f"the JSON schema is not served: {_line(error)}") from error

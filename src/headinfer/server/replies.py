@@ -22,6 +22,8 @@ class Total:
     prompts: dict[int, Usage] = field(default_factory=dict)
     completion_tokens: int = 0
     decode_s: float = 0.0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
     def add(self, prompt: int, usage: Usage) -> None:
         """Add a choice.
@@ -33,6 +35,8 @@ class Total:
         self.prompts.setdefault(prompt, usage)
         self.completion_tokens += usage.completion_tokens
         self.decode_s += usage.decode_s
+        self.drafted_tokens += usage.drafted_tokens
+        self.accepted_tokens += usage.accepted_tokens
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as the interfaces of completions have it."""
@@ -55,6 +59,8 @@ class Total:
                 completion_tokens=self.completion_tokens,
                 prefill_s=sum(usage.prefill_s for usage in prompts),
                 decode_s=self.decode_s,
+                drafted_tokens=self.drafted_tokens,
+                accepted_tokens=self.accepted_tokens,
             )
         )
 

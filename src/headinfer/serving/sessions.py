@@ -84,7 +84,8 @@ class Sessions:
 
         Raises:
             OptionError: it is no name.
-            SessionFileError: it cannot be written; what was there is whole.
+            SessionFileError: it cannot be written. A cache that was there is whole; messages alone
+                may be those of before.
         """
         with contextlib.closing(cache):
             path = self._place(name)
@@ -126,10 +127,10 @@ class Sessions:
                 raise SessionFileError(f"session {name!r} is damaged at its beginning")
             cache.park()
             kept = Kept(ids=ids[0], cache=cache, earliest_crop=cache.earliest_crop)
+            described = self._folder.described(path, named=True)
         except BaseException:
             cache.close()
             raise
-        described = self._folder.described(path, named=True)
         if described is not None:
             self._shelf.note_named(described)
         return RestoredSession(

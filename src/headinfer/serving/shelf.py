@@ -193,7 +193,12 @@ class Shelf:
         if self._folder is None or self._folder_bytes is None:
             return True
         spared = 0 if home is None else home.num_bytes
-        while self._folder.num_bytes + max(needed_bytes - spared, 0) > self._folder_bytes:
+        more_bytes = max(needed_bytes - spared, 0)
+        with self.mutex:
+            removable = sum(each.num_bytes for each in self.saved if not (each.owned or each.named))
+        if self._folder.num_bytes + more_bytes - removable > self._folder_bytes:
+            return False
+        while self._folder.num_bytes + more_bytes > self._folder_bytes:
             with self.mutex:
                 free = [each for each in self.saved if not (each.owned or each.named)]
                 if not free:

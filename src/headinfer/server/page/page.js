@@ -330,6 +330,7 @@ addEventListener("keydown", (event) => {
 });
 /** Go on with a conversation that was saved. */
 function takeUp({ messages, slot, tokens, name }) {
+  if (state.stopper) return; // another conversation went on meanwhile
   const said = messages.filter((message) => message.role === "system");
   beginAnew(messages.slice(said.length), said, slot);
   $("system").value = said[0]?.content ?? "";
