@@ -21,6 +21,7 @@ def test_retrieves_at_4k(model, tokenizer, cloze):
     assert result.accuracy >= 0.99
 
 
+@pytest.mark.slow
 def test_retrieves_at_32k_with_chunked_prefill(model, tokenizer):
     result = evaluate(model, tokenizer, [make_document(32768, 1)], chunk_tokens=8192)
     assert 32768 - 64 <= result.prompt_tokens <= 32768

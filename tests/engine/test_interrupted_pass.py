@@ -48,16 +48,27 @@ class Interrupt:
         return self.local
 
 
-@pytest.mark.parametrize("functions", [None, TURNS, GROWTH], ids=["any", "turns", "growth"])
+PLANS = {
+    "cpu": (planned("cpu", 2, 0, 0.0), 120, 20),
+    "host": (planned("simulated", 3, 20, 0.4), 0, 2),
+    "reserved": (planned("simulated", 2, 0, 0.0), 400, 2),
+    "resident": (planned("simulated", 2, 100, 0.0), 0, 40),
+}
+FUNCTIONS = {"any": None, "turns": TURNS, "growth": GROWTH}
+LONG = {("reserved", "turns"), ("host", "any")}
+
+
 @pytest.mark.parametrize(
-    ("plan", "expected", "new"),
+    ("plan", "expected", "new", "functions"),
     [
-        (planned("cpu", 2, 0, 0.0), 120, 20),
-        (planned("simulated", 3, 20, 0.4), 0, 2),
-        (planned("simulated", 2, 0, 0.0), 400, 2),
-        (planned("simulated", 2, 100, 0.0), 0, 40),
+        pytest.param(
+            *(*PLANS[plan], FUNCTIONS[functions]),
+            marks=[pytest.mark.slow] if (plan, functions) in LONG else [],
+            id=f"{plan}-{functions}",
+        )
+        for plan in PLANS
+        for functions in FUNCTIONS
     ],
-    ids=["cpu", "host", "reserved", "resident"],
 )
 def test_an_interrupted_pass_is_refused_or_right(
     plan: Plan, expected: int, new: int, functions: set[str] | None

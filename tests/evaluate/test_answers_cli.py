@@ -84,6 +84,7 @@ def test_answers_are_written_with_a_header(model, text, tmp_path):
     assert "3/3" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_cap_that_stock_outgrows_leaves_it_prompts_cut_in_the_middle(tmp_path, text):
     wide = str(
         save_llama(tmp_path / "wide", positions=2**17, head_dim=1024)
