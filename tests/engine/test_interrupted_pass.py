@@ -55,7 +55,7 @@ PLANS = {
     "resident": (planned("simulated", 2, 100, 0.0), 0, 40),
 }
 FUNCTIONS = {"any": None, "turns": TURNS, "growth": GROWTH}
-LONG = {("reserved", "turns"), ("host", "any")}
+LONG = {("reserved", "turns"), ("host", "turns"), ("host", "any")}
 
 
 @pytest.mark.parametrize(
