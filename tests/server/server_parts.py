@@ -120,3 +120,23 @@ def in_thread(work: Any) -> "queue.Queue[Any]":
     done: queue.Queue[Any] = queue.Queue()
     threading.Thread(target=lambda: done.put(work()), daemon=True).start()
     return done
+
+
+def ask(server: Running, *said: str, new_tokens: int = 4) -> dict[str, Any]:
+    """Ask with messages of the user and answers in turn."""
+    roles = ("user", "assistant")
+    messages = [{"role": roles[place % 2], "content": text} for place, text in enumerate(said)]
+    body = {"messages": messages, "max_tokens": new_tokens, "temperature": 0}
+    return server.post("/v1/chat/completions", **body).json()
+
+
+def act(server: Running, action: str, slot_id: Any, filename: str, **more: Any) -> Any:
+    return server.post(f"/slots/{slot_id}?action={action}", filename=filename, **more)
+
+
+def text_of(answer: dict[str, Any]) -> str:
+    return answer["choices"][0]["message"]["content"]
+
+
+def cached(answer: dict[str, Any]) -> int:
+    return answer["usage"]["prompt_tokens_details"]["cached_tokens"]

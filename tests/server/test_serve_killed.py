@@ -15,7 +15,19 @@ from typing import Any
 
 import httpx2
 import pytest
-from server_parts import WAIT_S, Running, command, environment, in_thread, running, wait_until
+from server_parts import (
+    WAIT_S,
+    Running,
+    act,
+    ask,
+    cached,
+    command,
+    environment,
+    in_thread,
+    running,
+    text_of,
+    wait_until,
+)
 
 from saved_models import save_llama
 
@@ -33,26 +45,6 @@ def folder(tmp_path_factory):
     return save_llama(
         tmp_path_factory.mktemp("kept"), chat=True, eos_token_id=None, positions=2**16
     )
-
-
-def ask(server: Running, *said: str, new_tokens: int = 4) -> dict[str, Any]:
-    """Ask with messages of the user and answers in turn."""
-    roles = ("user", "assistant")
-    messages = [{"role": roles[place % 2], "content": text} for place, text in enumerate(said)]
-    body = {"messages": messages, "max_tokens": new_tokens, "temperature": 0}
-    return server.post("/v1/chat/completions", **body).json()
-
-
-def act(server: Running, action: str, slot_id: Any, filename: str, **more: Any) -> Any:
-    return server.post(f"/slots/{slot_id}?action={action}", filename=filename, **more)
-
-
-def text_of(answer: dict[str, Any]) -> str:
-    return answer["choices"][0]["message"]["content"]
-
-
-def cached(answer: dict[str, Any]) -> int:
-    return answer["usage"]["prompt_tokens_details"]["cached_tokens"]
 
 
 def generate(folder: Path, *args: object) -> "subprocess.CompletedProcess[str]":
