@@ -195,18 +195,22 @@ class Shelf:
         spared = 0 if home is None else home.num_bytes
         more_bytes = max(needed_bytes - spared, 0)
         with self.mutex:
-            removable = sum(each.num_bytes for each in self.saved if not (each.owned or each.named))
-        if self._folder.num_bytes + more_bytes - removable > self._folder_bytes:
+            removable_bytes = sum(each.num_bytes for each in self._removable())
+        if self._folder.num_bytes + more_bytes - removable_bytes > self._folder_bytes:
             return False
         while self._folder.num_bytes + more_bytes > self._folder_bytes:
             with self.mutex:
-                free = [each for each in self.saved if not (each.owned or each.named)]
+                free = self._removable()
                 if not free:
                     return False
                 oldest = min(free, key=lambda each: each.used)
                 self.saved.remove(oldest)
             self._folder.remove(oldest)
         return True
+
+    def _removable(self) -> list[SavedPrefix]:
+        """Return what may be removed from the folder; the mutex must be held."""
+        return [each for each in self.saved if not (each.owned or each.named)]
 
     def _is_worth_saving(self, kept: Kept) -> bool:
         if not kept.lasting:
