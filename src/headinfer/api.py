@@ -39,6 +39,7 @@ def attach(
     resident_tokens: str | int = "auto",
     draft_tokens: str | int = 0,
     host_attention: str | float = "auto",
+    kv_cache: str = "auto",
     sparsity: str | float = 0.0,
     head_pattern: str | os.PathLike[str] | None = None,
     sink_tokens: str | int = "auto",
@@ -80,6 +81,8 @@ def attach(
             from 0 to 1, "off" or "auto". "auto" begins with the rates that `headinfer probe`
             measured, and goes on by who finishes first. The last bits of results may then differ
             from run to run; with a number or "off" they repeat.
+        kv_cache: how a GPU's KV cache lies in CPU memory. "packed" keeps bfloat16 in three quarters
+            of the bytes, with every bit the same; "auto" is "dense" so far.
         sparsity: share of the KV heads that *stream*: their queries see the first tokens and the
             newest ones alone. Approximate, and 0 by default. Half of the heads take half of the
             CPU memory and of the time of long contexts.
@@ -111,6 +114,7 @@ def attach(
         resident_tokens=resident_tokens,
         draft_tokens=draft_tokens,
         host_attention=host_attention,
+        kv_cache=kv_cache,
         overlap=overlap,
         capture=capture,
         fuse=fuse,

@@ -22,6 +22,7 @@ from headinfer.integration.attention import AttentionFunctions
 from headinfer.integration.autocast import attended_dtype
 from headinfer.integration.cache import OffloadedCache, PrefillProgress
 from headinfer.integration.capture import CapturedSteps
+from headinfer.integration.host_format import with_host_format, with_kv_dtype
 from headinfer.integration.linears import FewRowLinears
 from headinfer.integration.model_shape import model_shape
 from headinfer.integration.parts import (
@@ -30,7 +31,6 @@ from headinfer.integration.parts import (
     parts_of,
     passing_together,
     planned_together,
-    with_kv_itemsize,
 )
 from headinfer.integration.placement import Placement
 from headinfer.integration.room import room_of
@@ -85,7 +85,8 @@ class Session:
         self._progress = progress
         self.ranks = ranks_of(model)
         whole = with_pattern(model_shape(model), options)
-        self._shape = rank_shape(whole, model, self.ranks)
+        shape = rank_shape(whole, model, self.ranks)
+        self._shape = with_host_format(shape, options, devices[0], model.dtype)
         self.parts = parts_of(self._shape, placement, devices, options, self.ranks.on_host)
         device = self.device = self.parts[0].device
         self.busy = BusyTimes([part.device for part in self.parts])
@@ -210,11 +211,9 @@ class Session:
         """Return a plan that fits; where it fits on some ranks alone, none has one."""
         plan = self.ranks.together(
             lambda: planned_together(
-                self.parts,
-                with_kv_itemsize(self._shape, dtype.itemsize),
-                batch,
-                context_tokens,
+                *(self.parts, self._shape, batch, context_tokens),
                 [engine.parts for engine in others],
+                dtype,
             )
         )
         # When a cache has outgrown its residents, all ranks plan anew.
@@ -249,7 +248,7 @@ class Session:
         ]
         engine: CacheEngine = engines[0]
         if len(engines) > 1:
-            shape = with_kv_itemsize(self._shape, dtype.itemsize)
+            shape = with_kv_dtype(self._shape, dtype)
             layers = [part.layers for part in self.parts]
             engine = PartedEngine(shape, engines, layers, self.busy)
         self._engines.add(engine)

@@ -21,6 +21,8 @@ class Edge(enum.Enum):
     PAGE_WRITTEN = "compute wrote keys and values into a page or the residents; copy-out reads them"
     PAGE_FREE = "copy-out has read a page; compute overwrites it"
     HOST_WRITTEN = "copy-out wrote tokens into the host store; copy-in reads them"
+    PAGES_SENT = "copy-out wrote packed pages into the host store; compute reads them there"
+    PAGES_READ = "others have read packed pages of the host store; copy-out overwrites them"
     QUERY_READY = "compute wrote a query, and merged the last answer; host work fetches and answers"
     TOKENS_SENT = "copy-out wrote tokens into the host store; host work attends them"
     ANSWERED = "host work wrote its partial result; compute merges it from where it is"

@@ -169,7 +169,7 @@ class ChangeableTokens(HeldTokens):
         assert self.parked
         for ledger in self._full:
             ledger.trim()
-            if ledger.host_bytes > 2 * ledger.geometry.num_bytes(ledger.host_tokens):
+            if ledger.host_bytes > 2 * ledger.home.num_bytes(ledger.host_tokens):
                 ledger.select_host(range(self.plan.batch), anew=True)
 
     def give_up_residents(self) -> None:

@@ -76,4 +76,4 @@ class CountedTokens:
     def missing_bytes(self, tokens: int) -> int:
         """Return the bytes of host memory to be added for layers to hold `tokens` tokens."""
         short = [ledger for ledger in self._full if ledger.promised_tokens < tokens]
-        return sum([ledger.geometry.num_bytes(ledger.missing_tokens(tokens)) for ledger in short])
+        return sum([ledger.home.num_bytes(ledger.missing_tokens(tokens)) for ledger in short])

@@ -4,9 +4,11 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from headinfer.device.base import Device, Edge
+from headinfer.engine.packing import bring
 from headinfer.engine.stats import Stats
 from headinfer.kv.extent import Tile
 from headinfer.kv.ledger import Ledger
+from headinfer.plan.format import Format
 
 
 class _Copy(NamedTuple):
@@ -61,9 +63,12 @@ class DraftCopies:
         for ledger, source, place in copies:
             if source.piece.ready is not None:
                 copy_in.wait(source.piece.ready, Edge.HOST_WRITTEN)
+            self._stats.bytes_to_device += ledger.home.num_bytes(source.tokens)
+            if source.format is Format.PACKED:
+                bring(self._device, ledger, source, place.kv)
+                continue
             for to, tokens in zip(place.kv, source.kv, strict=True):
                 copy_in.copy(to, tokens)
-            self._stats.bytes_to_device += ledger.geometry.num_bytes(source.tokens)
         compute.wait(copy_in.record(), Edge.DRAFT_FILLED)
 
     def _copy_here(self, copy: _Copy) -> None:

@@ -127,7 +127,7 @@ class Executor:
         chunk = self.chunk
         assert chunk.host_kernels is not None
         tiles = list(self.ledger.host_tiles(step.start, step.end))
-        self._host.ask(self.ledger.geometry, tiles, chunk.query, chunk.host_kernels, chunk.scale)
+        self._host.ask(self.ledger.home, tiles, chunk.query, chunk.host_kernels, chunk.scale)
 
     def _fetch(self, step: Fetch) -> None:
         self.source.begin(self.ledger, step)

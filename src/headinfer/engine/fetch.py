@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from headinfer.device.base import Device, Edge
+from headinfer.engine.packing import Packing
 from headinfer.engine.staging import Fetched, fetch
 from headinfer.engine.stats import Stats
 from headinfer.kv.extent import Piece, Tile
@@ -41,12 +42,14 @@ class TileSource(Protocol):
         begun: whether `begin` was called for a layer, and `end` was not.
         lends: whether `lend` gives buffers.
         lent: whether it gave them and `begin` did not come since.
+        packing: unpacks tiles that are packed; None where none is.
     """
 
     host_share: float
     begun: bool
     lends: bool
     lent: bool
+    packing: Packing | None
 
     def begin(self, ledger: Ledger, step: Fetch) -> None:
         """Turn to a layer; its stored tokens stay as they are until `end`."""
@@ -78,6 +81,7 @@ class InPlaceTiles:
     """
 
     lends = lent = False
+    packing: Packing | None = None
 
     def __init__(self, tile_tokens: int) -> None:
         self.host_share = 0.0
@@ -110,12 +114,16 @@ class SequentialTiles:
         device: where tiles are fetched to.
         buffer: memory for a tile.
         stats: where bytes are counted.
+        packing: unpacks tiles that are packed; None where none is.
     """
 
     lends = lent = False
 
-    def __init__(self, device: Device, buffer: Piece, stats: Stats) -> None:
+    def __init__(
+        self, device: Device, buffer: Piece, stats: Stats, packing: Packing | None = None
+    ) -> None:
         self.host_share = 0.0
+        self.packing = packing
         self.begun = False
         self._device = device
         self._buffer = buffer
@@ -137,7 +145,7 @@ class SequentialTiles:
             fetched.filled.synchronize(Edge.TILE_FILLED)
             compute.wait(fetched.filled, Edge.TILE_FILLED)
             compute.reads(self._buffer.memory, "attention to a tile")
-            yield fetched.tile
+            yield fetched.tile if self.packing is None else self.packing.dense(ledger, fetched.tile)
             self._buffer.free = compute.record()
             device.synchronize()
 
@@ -170,6 +178,7 @@ class OverlappedTiles:
         buffers: memory for a tile each.
         sizes: of tiles.
         stats: where bytes are counted.
+        packing: unpacks tiles that are packed; None where none is.
     """
 
     lends = True
@@ -181,8 +190,10 @@ class OverlappedTiles:
         buffers: Sequence[Piece],
         sizes: Sizes,
         stats: Stats,
+        packing: Packing | None = None,
     ) -> None:
         self.host_share = 0.0
+        self.packing = packing
         self.begun = False
         self._device = device
         self._ledgers = ledgers
@@ -265,7 +276,7 @@ class OverlappedTiles:
     def tiles(self, ledger: Ledger, heads: slice) -> Iterator[Tile]:
         """Yield tiles as they arrive on the device, while the next ones are on their way."""
         compute, checks = self._device.compute, self._device.checks_accesses
-        left = self._left
+        left, packing = self._left, self.packing
         while left:
             # With no tile in the caller's hands, what is not fetched by now does not exist.
             turn, tile, buffer, filled = self._fetched.popleft()
@@ -275,11 +286,15 @@ class OverlappedTiles:
             if checks:
                 compute.reads(buffer.memory, "attention to a tile")
             left -= tile.tokens
-            yield tile
+            there = tile if packing is None else packing.dense(ledger, tile)
+            if there is tile:
+                yield tile
             buffer.free = compute.record()
             self._free.append(buffer)
             self._in_hand = None
             self._fetch_ahead()
+            if there is not tile:  # the buffer was done with before
+                yield there
 
     def _take_back(self) -> None:
         """Free the buffer in the caller's hands, where its attention failed."""

@@ -133,7 +133,7 @@ class FlaggedHost:
         self.server.set_task(index, AttendTask(job, read, (exchange.answer,)))
         if before is not None:
             before.job.release()
-        num_bytes = ledger.geometry.num_bytes(step.end - step.start)
+        num_bytes = ledger.home.num_bytes(step.end - step.start)
         self._asked[index] = _Asked(exchange, ledger, ledger.version, step, num_bytes)
 
     def count_step(self) -> None:

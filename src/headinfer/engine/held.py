@@ -71,8 +71,7 @@ class HeldTokens(CountedTokens):
                 Ledger(
                     Geometry(plan.batch, track.kv_heads, track.key_dim, track.value_dim, dtype),
                     host,
-                    track.window_tokens or None,
-                    track.sink_tokens,
+                    *(track.window_tokens or None, track.sink_tokens, track.host_format),
                 )
                 for track in shape.tracks
             ]
@@ -224,14 +223,14 @@ class HeldTokens(CountedTokens):
                 ledger.missing_tokens(self._expected_tokens),
                 chunk_tokens=self.plan.chunk_tokens,
                 tile_tokens=self.plan.tile_tokens,
-                most_tokens=piece_bytes // ledger.geometry.num_bytes(1),
+                most_tokens=piece_bytes * ledger.home.format.row_tokens // ledger.home.num_bytes(1),
             )
             for ledger in self._full
         ]
         for of_layers in itertools.zip_longest(*pieces, fillvalue=0):
             for ledger, tokens in zip(self._full, of_layers, strict=True):
                 if tokens:
-                    ledger.coming.ask(ledger.geometry, tokens)
+                    ledger.coming.ask(ledger.home, tokens)
 
     def check(self) -> None:
         """Raise what the host's attention failed with since the last check.

@@ -24,6 +24,7 @@ from headinfer.attend.table import Kernels
 from headinfer.attend.work import Work
 from headinfer.device.base import Device, Edge, Event
 from headinfer.engine.balance import Balance, Balances
+from headinfer.engine.packed_here import unpacked_works
 from headinfer.engine.stats import Stats
 from headinfer.kv.extent import Tile
 from headinfer.kv.pair import Geometry
@@ -188,7 +189,7 @@ class HostAttention:
         The memory of the tokens must stay until the host-work stream is settled.
 
         Args:
-            geometry: of the layer.
+            geometry: of the layer, in host memory.
             tiles: tokens in host memory, of all heads.
             query: `[batch, kv_heads, group, q_len, key_dim]` on the device.
             kernels: of the CPU.
@@ -204,12 +205,8 @@ class HostAttention:
         work, took = self._work(tiles, exchange, kernels, scale), _Time(balance)
         host_work.wait(compute.record(), Edge.QUERY_READY)
         # The query is kept until compute waits for the answer: only then may its memory be reused.
-        self._asked = (
-            query,
-            exchange,
-            None,
-            took,
-        )  # from now on, also where Ctrl-C comes before the end
+        # From now on, also where Ctrl-C comes before the end.
+        self._asked = query, exchange, None, took
         host_work.copy(exchange.query, query)
         for tile in tiles:
             if tile.piece.ready is not None:
@@ -337,7 +334,8 @@ class HostAttention:
         try:
             with torch.no_grad():  # which each thread has a setting of its own for
                 work.into = total = Accumulator()
-                kernels.pick(work).attend(work)
+                for part in unpacked_works(work, answer.out.shape[-1]):
+                    kernels.pick(part).attend(part)
                 partial = total.result()
                 answer.out.copy_(partial.out)
                 answer.lse.copy_(partial.lse)

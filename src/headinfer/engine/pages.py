@@ -12,10 +12,12 @@ from collections.abc import Sequence
 import torch
 
 from headinfer.device.base import Device, Edge, Event
+from headinfer.engine.packing import Packing, bring
 from headinfer.engine.stats import Stats
 from headinfer.kv.extent import Extent, Piece, Tile, copy_rows
 from headinfer.kv.ledger import Ledger
 from headinfer.kv.pair import KV
+from headinfer.plan.format import Format
 from headinfer.schedule.steps import Where
 
 
@@ -29,6 +31,7 @@ class Pages:
         page_tokens: tokens of a page of a layer.
         chunk_tokens: the most tokens that are taken at once.
         stats: where bytes are counted.
+        packing: packs what goes home, where that is packed; None where nothing is.
     """
 
     def __init__(
@@ -40,8 +43,10 @@ class Pages:
         page_tokens: int,
         chunk_tokens: int,
         stats: Stats,
+        packing: Packing | None = None,
     ) -> None:
         self._device = device
+        self._packing = packing
         self._tails = tails
         self._chunk_pages = chunk_pages
         self._page_tokens = page_tokens
@@ -140,11 +145,15 @@ class Pages:
         copy_in, tokens = self._device.copy_in, min(ledger.host_tokens, resident.capacity)
         for tile in ledger.host_tiles(0, tokens):
             place, source = resident.tile(tile.start, tile.start + tile.tokens).kv, tile.kv
+            if tile.format is Format.PACKED:
+                bring(self._device, ledger, tile, place)
+                continue
             copy_in.copy(place.keys, source.keys)
             copy_in.copy(place.values, source.values)
-        resident.piece.ready = copy_in.record()
+        packed = ledger.home.format is Format.PACKED
+        resident.piece.ready = None if packed else copy_in.record()
         ledger.extend(resident, tokens)  # not before there is something to wait for
-        self._stats.bytes_to_device += ledger.geometry.num_bytes(resident.tokens)
+        self._stats.bytes_to_device += ledger.home.num_bytes(resident.tokens)
 
     def select(self, ledger: Ledger, rows: Sequence[int]) -> None:
         """Make row `i` on the device what row `rows[i]` was, for as many rows as there are."""
@@ -204,12 +213,16 @@ class Pages:
             self._send(ledger, resident.tile(ledger.host_tokens, resident.tokens))
             ledger.half_done = False
 
-    def _send(self, ledger: Ledger, tile: Tile) -> Event:
+    def _send(self, ledger: Ledger, tile: Tile) -> Event | None:
         """Send tokens that compute wrote to the host's end, on copy-out.
 
         Returns:
-            The event on copy-out when they are there.
+            The event on copy-out when they were read; None where compute alone reads them.
         """
+        if ledger.home.format is Format.PACKED:
+            assert self._packing is not None
+            self._packing.send(ledger, tile)
+            return None
         copy_out, source = self._device.copy_out, tile.kv
         copy_out.wait(self._device.compute.record(), Edge.PAGE_WRITTEN)
         if tile.piece.ready is not None:

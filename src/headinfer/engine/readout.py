@@ -9,8 +9,10 @@ from typing import Literal, TypeAlias
 import torch
 
 from headinfer.device.base import Device, Edge
+from headinfer.engine.packing import bring_part
 from headinfer.kv.extent import Tile
 from headinfer.kv.ledger import Ledger
+from headinfer.plan.format import Format
 
 Part: TypeAlias = Literal["keys", "values"]
 
@@ -40,6 +42,9 @@ def read(device: Device, ledger: Ledger, part: Part) -> torch.Tensor:
         source = tile.kv.keys if part == "keys" else tile.kv.values
         first = tile.start - origin
         place = out[:, :, first : first + tile.tokens]
+        if tile.format is Format.PACKED:
+            bring_part(device, ledger, tile, part, place)
+            continue
         if device.tiles_are_views:
             place.copy_(source)
             continue

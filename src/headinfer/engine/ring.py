@@ -11,21 +11,22 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from headinfer.device.base import Device, Edge, Event
+from headinfer.engine.packing import Packing
 from headinfer.engine.staging import copy_tile, staged
 from headinfer.kv.extent import Piece, Tile
-from headinfer.kv.pair import Geometry
+from headinfer.kv.ledger import Ledger
 
 
 class Streamed(NamedTuple):
     """A tile of a step, and what it is a tile of.
 
     Attributes:
-        geometry: of the layer.
+        ledger: of the layer.
         tile: of the host.
         capacity: tokens of a full tile.
     """
 
-    geometry: Geometry
+    ledger: Ledger
     tile: Tile
     capacity: int
 
@@ -44,7 +45,7 @@ def fill(device: Device, buffers: Sequence[Piece], tiles: Sequence[Streamed]) ->
     device.copy_in.wait(device.compute.record(), Edge.TILE_FREE)
     device.copy_in.wait(device.copy_out.record(), Edge.HOST_WRITTEN)
     for buffer, streamed in zip(buffers, tiles, strict=False):
-        copy_tile(device, streamed.geometry, streamed.tile, buffer, streamed.capacity)
+        copy_tile(device, streamed.ledger.home, streamed.tile, buffer, streamed.capacity)
     return sum(streamed.num_bytes for streamed in tiles[: len(buffers)])
 
 
@@ -55,14 +56,21 @@ class TileRing:
         device: where tiles are fetched to.
         buffers: memory for a tile each, with the first ones; see `fill`.
         tiles: of the host; all that will be asked for.
+        packing: unpacks those that are packed; None where none is.
     """
 
-    def __init__(self, device: Device, buffers: Sequence[Piece], tiles: Sequence[Streamed]) -> None:
-        self._device = device
+    def __init__(
+        self,
+        device: Device,
+        buffers: Sequence[Piece],
+        tiles: Sequence[Streamed],
+        packing: Packing | None = None,
+    ) -> None:
+        self._device, self._packing = device, packing
         again = dict(zip(buffers, tiles, strict=False)) if len(tiles) > len(buffers) else {}
         self._rest, self._again = iter(tiles[len(buffers) :]), again
-        self._fetched: collections.deque[tuple[Tile, Event | None]] = collections.deque(
-            (staged(*streamed, buffer), None)
+        self._fetched: collections.deque[tuple[Streamed, Tile, Event | None]] = collections.deque(
+            (streamed, staged(streamed.ledger.home, *streamed[1:], buffer), None)
             for buffer, streamed in zip(buffers, tiles, strict=False)
         )
 
@@ -76,20 +84,25 @@ class TileRing:
         if following is None:
             return
         device.copy_in.wait(device.compute.record(), Edge.TILE_FREE)
-        tile = copy_tile(device, following.geometry, following.tile, buffer, following.capacity)
+        home = following.ledger.home
+        tile = copy_tile(device, home, following.tile, buffer, following.capacity)
         if streamed is not None:
-            self._fetched.append((tile, device.copy_in.record()))
+            self._fetched.append((streamed, tile, device.copy_in.record()))
 
     def take(self, count: int) -> Iterator[Tile]:
         """Yield the next so many tiles, each valid on compute until the next is asked for."""
         compute = self._device.compute
         for _ in range(count):
-            tile, filled = self._fetched.popleft()
+            streamed, tile, filled = self._fetched.popleft()
             if filled is not None:
                 compute.wait(filled, Edge.TILE_FILLED)
             compute.reads(tile.piece.memory, "attention to a tile")
-            yield tile
+            there = tile if self._packing is None else self._packing.dense(streamed.ledger, tile)
+            if there is tile:
+                yield tile
             self._fetch(tile.piece)
+            if there is not tile:  # the buffer was done with before
+                yield there
 
     def end(self) -> None:
         """Have compute wait for the first tiles, which are in the buffers again."""

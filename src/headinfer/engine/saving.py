@@ -10,9 +10,11 @@ import numpy as np
 import torch
 
 from headinfer.engine.changes import ChangeableTokens
+from headinfer.engine.packed_here import pack_here, unpack_here
 from headinfer.kv.extent import Tile
 from headinfer.kv.ledger import Ledger
 from headinfer.kv.pair import KV
+from headinfer.plan.format import Format
 
 
 class SavableTokens(ChangeableTokens):
@@ -77,7 +79,11 @@ class SavableTokens(ChangeableTokens):
             ledger = self._ledgers[track]
             for tile in ledger.host_tiles(start, start + place.tokens):
                 self._note_access(tile, write=False)
-                _copy(place.cut(_places(tile, start)), tile.kv)
+                part = place.cut(_places(tile, start))
+                if tile.format is Format.PACKED:
+                    unpack_here(tile, part)
+                else:
+                    _copy(part, tile.kv)
 
     def take_page(self, parts: Sequence[KV]) -> None:
         """Put tokens behind those of each track that keeps all.
@@ -96,7 +102,11 @@ class SavableTokens(ChangeableTokens):
                 ledger.reserve(start + part.tokens)  # it may still be on its way
                 for tile in ledger.extend_host(part.tokens):
                     self._note_access(tile, write=True)
-                    _copy(tile.kv, part.cut(_places(tile, start)))
+                    new = part.cut(_places(tile, start))
+                    if tile.format is Format.PACKED:
+                        pack_here(self._device, tile, new)
+                    else:
+                        _copy(tile.kv, new)
 
     def end_loading(self) -> None:
         """Bring what the plan keeps there to the device, once all pages were taken."""

@@ -6,7 +6,8 @@ from headinfer.device.base import Device, Edge, Event
 from headinfer.engine.stats import Stats
 from headinfer.kv.extent import Piece, Tile
 from headinfer.kv.ledger import Ledger
-from headinfer.kv.pair import Geometry
+from headinfer.kv.pair import ALL_HEADS, Geometry
+from headinfer.plan.memory import covering_tokens
 
 
 class Fetched(NamedTuple):
@@ -49,13 +50,23 @@ def fetch(
         copy_in.wait(buffer.free, Edge.TILE_FREE)
     if tile.piece.ready is not None:
         copy_in.wait(tile.piece.ready, Edge.HOST_WRITTEN)
-    there = copy_tile(device, ledger.geometry, tile, buffer, capacity)
-    stats.bytes_to_device += ledger.geometry.num_bytes(tile.tokens, heads=there.whole.keys.shape[1])
+    there = copy_tile(device, ledger.home, tile, buffer, capacity)
+    heads = there.whole.keys.shape[1]
+    stats.bytes_to_device += ledger.home.num_bytes(tile.moved_tokens, heads=heads)
     return Fetched(turn, there, buffer, copy_in.record())
 
 
 def copy_tile(device: Device, geometry: Geometry, tile: Tile, buffer: Piece, capacity: int) -> Tile:
     """Enqueue the copy of a host tile into a staging buffer on copy-in; see `fetch`.
+
+    What is packed stays so.
+
+    Args:
+        device: where the buffer is.
+        geometry: of the layer in host memory.
+        tile: tokens there.
+        buffer: memory for a full tile.
+        capacity: tokens of a full tile.
 
     Returns:
         The tile on the device, once the copy is done.
@@ -69,6 +80,8 @@ def copy_tile(device: Device, geometry: Geometry, tile: Tile, buffer: Piece, cap
 
 def staged(geometry: Geometry, tile: Tile, capacity: int, buffer: Piece) -> Tile:
     """Return where a host tile is once it was copied to a buffer."""
-    heads = len(range(*tile.heads.indices(geometry.kv_heads)))
-    whole = buffer.views(geometry, capacity, heads)
-    return Tile(tile.start, tile.tokens, buffer, whole, counted=tile.counted)
+    heads, form = len(range(*tile.heads.indices(geometry.kv_heads))), tile.format
+    whole = buffer.views(geometry, covering_tokens(form, capacity), heads)
+    return tile._replace(
+        piece=buffer, whole=whole, first=tile.first % form.row_tokens, heads=ALL_HEADS
+    )

@@ -107,7 +107,7 @@ def _tiles(tracks: Sequence[StreamedTrack]) -> Iterator[Streamed]:
         if track.fetch is not None:
             for group in track.groups():
                 for tile in group:
-                    yield Streamed(track.ledger.geometry, tile, track.fetch.tile_tokens)
+                    yield Streamed(track.ledger, tile, track.fetch.tile_tokens)
 
 
 class _Tokens:
@@ -234,7 +234,7 @@ class StreamingStep:
         self._fetched_bytes = sum(each.num_bytes for each in tiles)
         if len(tiles) <= len(buffers):
             self._fetched_bytes = 0
-        self._ring = TileRing(self._device, buffers, tiles)
+        self._ring = TileRing(self._device, buffers, tiles, self._source.packing)
 
     def attend(self, track: StreamedTrack, chunk: Chunk) -> None:
         """Keep a token in its page, and attend it."""

@@ -4,11 +4,14 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from headinfer.device.base import Device
 from headinfer.device.host_memory import available_host_bytes
 from headinfer.device.make import measured_hardware
 from headinfer.engine.engine import Engine
 from headinfer.errors import MemoryPlanError, UnsupportedModelError
+from headinfer.integration.host_format import with_kv_dtype
 from headinfer.integration.placement import Placement
 from headinfer.plan import memory
 from headinfer.plan.hardware import Hardware
@@ -53,7 +56,7 @@ class ModelPart:
         batch: int,
         context_tokens: int | None,
         others: Sequence[Engine],
-        kv_itemsize: int,
+        dtype: torch.dtype,
         chunk_tokens: int | None = None,
     ) -> Plan:
         """Return the plan of a cache's layers here, beside what other caches have on the device.
@@ -62,7 +65,7 @@ class ModelPart:
             batch: rows.
             context_tokens: tokens expected in each; None when not known yet.
             others: the engines of other caches on this device.
-            kv_itemsize: bytes of an element of keys and values.
+            dtype: of keys and values.
             chunk_tokens: tokens of a chunk that all parts can pass; None for the best here.
 
         Raises:
@@ -78,7 +81,7 @@ class ModelPart:
             options = dataclasses.replace(options, chunk_tokens=chunk_tokens)
         try:
             return resolve(
-                with_kv_itemsize(self.shape, kv_itemsize),
+                with_kv_dtype(self.shape, dtype),
                 options,
                 device=self.device.name,
                 batch=batch,
@@ -116,15 +119,17 @@ def planned_together(
     batch: int,
     context_tokens: int | None,
     others: Sequence[Sequence[Engine]],
+    dtype: torch.dtype,
 ) -> Plan:
     """Return the plan of a cache, whose parts pass chunks of as many tokens.
 
     Args:
         parts: of the model.
-        shape: of the whole model, with keys and values of the cache's dtype.
+        shape: of the whole model.
         batch: rows.
         context_tokens: tokens expected in each; None when not known yet.
         others: the engines of each other cache, one for each part.
+        dtype: of the cache's keys and values.
 
     Raises:
         MemoryPlanError: no plan fits.
@@ -133,7 +138,7 @@ def planned_together(
     def planned(number: int, chunk_tokens: int | None = None) -> Plan:
         here = [engines[number] for engines in others]
         part = parts[number]
-        return part.resolve(batch, context_tokens, here, shape.kv_itemsize, chunk_tokens)
+        return part.resolve(batch, context_tokens, here, dtype, chunk_tokens)
 
     plans = [planned(number) for number in range(len(parts))]
     least = min(plan.chunk_tokens for plan in plans)  # a chunk passes through all parts
@@ -141,7 +146,7 @@ def planned_together(
         plan if plan.chunk_tokens == least else planned(number, least)
         for number, plan in enumerate(plans)
     ]
-    return joined(shape, plans)
+    return joined(with_kv_dtype(shape, dtype), plans)
 
 
 def passing_together(
@@ -176,16 +181,6 @@ def go_on_under(plans: Sequence[Plan], engines: Sequence[Engine]) -> None:
         else:
             with engine.in_use():
                 engine.replan(plan)
-
-
-def with_kv_itemsize(shape: ModelShape, kv_itemsize: int) -> ModelShape:
-    """Return a model's shape with keys and values of elements of so many bytes."""
-    computed = shape.kv_itemsize
-    if kv_itemsize == computed:
-        return shape
-    return dataclasses.replace(
-        shape, kv_itemsize=kv_itemsize, computed_itemsize=max(computed, kv_itemsize)
-    )
 
 
 def parts_of(

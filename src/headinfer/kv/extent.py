@@ -1,12 +1,14 @@
 """Stretches of tokens in memory, and the tiles that are cut from them."""
 
 import copy
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 
 from headinfer.device.base import Device, Edge, Event
 from headinfer.kv.pair import ALL_HEADS, KV, Geometry, carver
+from headinfer.plan.format import Format
 
 
 class Piece:
@@ -27,9 +29,10 @@ class Piece:
         holders: ledgers that hold tokens in it.
         shared_tokens: of its tokens, the first so many may be held by several; with more than one
             holder these are not written to.
+        raw: memory that packed pages in it refer to; kept as long as the piece.
     """
 
-    __slots__ = ("free", "holders", "memory", "ready", "shared_tokens", "views")
+    __slots__ = ("free", "holders", "memory", "raw", "ready", "shared_tokens", "views")
 
     def __init__(self, memory: torch.Tensor) -> None:
         self.memory = memory
@@ -37,7 +40,12 @@ class Piece:
         self.free: Event | None = None
         self.holders = 1
         self.shared_tokens = 0
+        self.raw: tuple[torch.Tensor, ...] = ()
         self.views = carver(memory)
+
+    def refer_to(self, raw: Iterable[torch.Tensor]) -> None:
+        """Keep memory that pages in the piece refer to."""
+        self.raw += tuple(each for each in raw if all(each is not kept for kept in self.raw))
 
     @property
     def shared_bytes(self) -> int:
@@ -64,11 +72,13 @@ class Tile(NamedTuple):
         start: position of the first token in the layer.
         tokens: number of tokens.
         piece: the memory they lie in.
-        whole: that memory as keys and values, `[batch, heads, capacity, dim]`.
-        first: index of the first token in `whole`.
+        whole: that memory as keys and values, `[batch, heads, capacity, dim]`; packed ones are
+            pages.
+        first: index of the first token in `whole`, counted in tokens.
         heads: which heads of `whole`.
         counted: `[1]` of int64 on the device: how many of the tokens there are, the first ones,
             when a kernel runs. None where that is all.
+        format: in which the tokens lie; kernels are given dense ones, unless they say otherwise.
     """
 
     start: int
@@ -78,6 +88,7 @@ class Tile(NamedTuple):
     first: int = 0
     heads: slice = ALL_HEADS
     counted: torch.Tensor | None = None
+    format: Format = Format.DENSE
 
     def newest(self, tokens: int) -> "Tile":
         """Return the newest tokens of the tile, at most so many."""
@@ -90,13 +101,24 @@ class Tile(NamedTuple):
 
     @property
     def kv(self) -> KV:
-        """Keys and values `[batch, heads, tokens, dim]`, as views of the memory."""
-        whole = not self.first and self.heads is ALL_HEADS
-        if whole and self.tokens == self.whole.keys.shape[2]:
+        """Keys and values `[batch, heads, tokens, dim]`, as views of the memory.
+
+        Packed ones are all pages that have any of the tokens.
+        """
+        first, end = self.first, self.first + self.tokens
+        if self.format is not Format.DENSE:
+            first, end = first // self.format.row_tokens, self.format.rows(end)
+        if not first and self.heads is ALL_HEADS and end == self.whole.keys.shape[2]:
             return self.whole
-        tokens = slice(self.first, self.first + self.tokens)
         keys, values = self.whole
-        return KV(keys[:, self.heads, tokens], values[:, self.heads, tokens])
+        return KV(keys[:, self.heads, first:end], values[:, self.heads, first:end])
+
+    @property
+    def moved_tokens(self) -> int:
+        """Tokens that are copied with these: packed ones are copied by whole pages."""
+        row_tokens = self.format.row_tokens
+        first = self.first // row_tokens * row_tokens
+        return self.format.rows(self.first - first + self.tokens) * row_tokens
 
 
 class Extent:
@@ -115,16 +137,18 @@ class Extent:
         start: position of the first token.
         tokens: tokens it holds.
         capacity: tokens there is memory for.
-        whole: all of the memory as keys and values, `[batch, kv_heads, capacity, dim]`.
+        whole: all of the memory as keys and values, `[batch, kv_heads, capacity, dim]`, or pages.
+        format: in which the tokens lie.
     """
 
-    __slots__ = ("capacity", "piece", "start", "tokens", "whole")
+    __slots__ = ("capacity", "format", "piece", "start", "tokens", "whole")
 
     def __init__(self, piece: Piece, geometry: Geometry, capacity: int, start: int) -> None:
         self.piece = piece
         self.capacity = capacity
         self.start = start
         self.tokens = 0
+        self.format = geometry.format
         self.whole = piece.views(geometry, capacity, None)
 
     def share(self) -> "Extent":
@@ -151,7 +175,8 @@ class Extent:
 
     def tile(self, start: int, end: int, heads: slice = ALL_HEADS) -> Tile:
         """Return the tokens from `start` to before `end`, which lie within `capacity`."""
-        return Tile(start, end - start, self.piece, self.whole, start - self.start, heads)
+        first = start - self.start
+        return Tile(start, end - start, self.piece, self.whole, first, heads, None, self.format)
 
 
 def copy_rows(source: Extent, target: Extent, rows: torch.Tensor) -> None:
@@ -159,7 +184,8 @@ def copy_rows(source: Extent, target: Extent, rows: torch.Tensor) -> None:
 
     One head at a time, so that it takes no more memory than one head.
     """
-    tokens = slice(0, source.tokens)
+    tokens = slice(0, source.format.rows(source.tokens))
+    target.piece.refer_to(source.piece.raw)
     for old, new in zip(source.whole, target.whole, strict=True):
         for head in range(old.shape[1]):
             new[:, head, tokens].copy_(old[:, head, tokens].index_select(0, rows))

@@ -1,5 +1,6 @@
 """The host memory that one layer's tokens take, in bytes."""
 
+from headinfer.kv.ahead import missing_tokens
 from headinfer.kv.extent import Extent, Piece
 from headinfer.kv.pair import Geometry
 from headinfer.kv.place import Coming
@@ -9,14 +10,28 @@ class HostBytes:
     """A layer's host memory, counted; see `Ledger`.
 
     Attributes:
-        geometry: shape and dtype.
+        home: shape and dtype, and the form in host memory.
         coming: memory that was asked for, and not taken yet.
     """
 
-    geometry: Geometry
+    home: Geometry
     coming: Coming
     _host: list[Extent]
     _written_tokens: int
+
+    @property
+    def capacity_tokens(self) -> int:
+        """Tokens that there is host memory for; looked up, as Ctrl-C may come beside any change."""
+        return self._host[-1].limit if self._host else 0
+
+    @property
+    def promised_tokens(self) -> int:
+        """Tokens that there is host memory for, or was asked for."""
+        return self.capacity_tokens + self.coming.tokens
+
+    def missing_tokens(self, tokens: int) -> int:
+        """Return the tokens to ask for, or to reserve, where there are to be `tokens` in all."""
+        return missing_tokens(self.promised_tokens, tokens)
 
     @property
     def host_bytes(self) -> int:
@@ -39,7 +54,7 @@ class HostBytes:
         These were reserved and never written, or are shared by several rows, whose order may
         change.
         """
-        unwritten = max(self.host_bytes - self.geometry.num_bytes(self._written_tokens), 0)
-        if self.geometry.batch == 1:  # what is shared is never written to, but behind it
+        unwritten = max(self.host_bytes - self.home.num_bytes(self._written_tokens), 0)
+        if self.home.batch == 1:  # what is shared is never written to, but behind it
             return unwritten
         return unwritten + sum([extent.piece.shared_bytes for extent in self._host])

@@ -6,15 +6,16 @@ tail lies behind the resident tokens while there is room, and in a page after th
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
-from headinfer.kv.ahead import missing_tokens
 from headinfer.kv.drafts import Drafted
 from headinfer.kv.extent import Extent, Piece, Tile
 from headinfer.kv.host_bytes import HostBytes
 from headinfer.kv.pair import ALL_HEADS, Geometry
 from headinfer.kv.place import HostPlace
+from headinfer.plan.format import Format
 from headinfer.schedule.route import Held
 from headinfer.schedule.track import Track
 
@@ -33,9 +34,11 @@ class Ledger(HostBytes, Drafted):
             tokens lie in the tail, and older ones than are seen may be forgotten.
         sink_tokens: the oldest tokens, which a query sees beside its window. They lie before the
             window's in the tail.
+        host_format: in which tokens lie in host memory.
 
     Attributes:
         geometry: shape and dtype; its batch follows the selection of rows.
+        home: the same for host memory.
         track: the heads, and how far back they see.
         host_tokens: tokens that the host holds: those from 0 to before it.
         resident: the oldest tokens on the device; None where none are kept there.
@@ -54,8 +57,10 @@ class Ledger(HostBytes, Drafted):
         place: HostPlace,
         window_tokens: int | None = None,
         sink_tokens: int = 0,
+        host_format: Format = Format.DENSE,
     ) -> None:
         self.geometry = geometry
+        self.home = replace(geometry, format=host_format)
         self.track = Track(geometry.kv_heads, window_tokens, sink_tokens)
         self.host_tokens = 0
         self.resident: Extent | None = None
@@ -82,16 +87,6 @@ class Ledger(HostBytes, Drafted):
         if tail is not None:
             return tail.tokens
         return 0 if resident is None else max(resident.tokens - self.host_tokens, 0)
-
-    @property
-    def capacity_tokens(self) -> int:
-        """Tokens that there is host memory for; looked up, as Ctrl-C may come beside any change."""
-        return self._host[-1].limit if self._host else 0
-
-    @property
-    def promised_tokens(self) -> int:
-        """Tokens that there is host memory for, or was asked for."""
-        return self.capacity_tokens + self.coming.tokens
 
     @property
     def past_tokens(self) -> int:
@@ -160,15 +155,12 @@ class Ledger(HostBytes, Drafted):
         for heads in groups:
             for extent in self._host:
                 piece, whole, origin = extent.piece, extent.whole, extent.start
+                form = extent.format
                 low, high = max(start, origin), min(end, origin + extent.capacity)
                 step = max_tokens or max(high - low, 1)
                 for first in range(low, high, step):
                     tokens = min(step, high - first)
-                    yield Tile(first, tokens, piece, whole, first - origin, heads)
-
-    def missing_tokens(self, tokens: int) -> int:
-        """Return the tokens to ask for, or to reserve, where there are to be `tokens` in all."""
-        return missing_tokens(self.promised_tokens, tokens)
+                    yield Tile(first, tokens, piece, whole, first - origin, heads, None, form)
 
     def reserve(self, tokens: int) -> None:
         """Have host memory for `tokens` tokens in all, and wait for no more than that.
@@ -179,14 +171,14 @@ class Ledger(HostBytes, Drafted):
             MemoryPlanError: the host memory cannot be had.
         """
         while (start := self.capacity_tokens) < tokens:
-            extent = self.coming.take(self.geometry, start)
+            extent = self.coming.take(self.home, start)
             if extent is None:
                 break
             self._host.append(extent)
         missing = self.missing_tokens(tokens)
         if missing > 0:
             start = self.capacity_tokens
-            self._host.append(self._place.take(self.geometry, missing, start))
+            self._host.append(self._place.take(self.home, missing, start))
 
     def select_window(self, geometry: Geometry, target: Extent | None) -> None:
         """Go on with other rows of a window's tokens.
@@ -221,7 +213,9 @@ class Ledger(HostBytes, Drafted):
         """Give up host memory behind `tokens` where another ledger reads it."""
         for position, extent in enumerate(self._host):
             kept_tokens = max(tokens - extent.start, 0)
-            shared = extent.piece.holders > 1 and kept_tokens < extent.piece.shared_tokens
+            # A page that is packed anew has tokens of before.
+            written = kept_tokens - kept_tokens % extent.format.row_tokens
+            shared = extent.piece.holders > 1 and written < extent.piece.shared_tokens
             if shared and extent.limit > tokens:
                 extent.capacity = kept_tokens
                 kept = position + (extent.capacity > 0)
@@ -302,13 +296,14 @@ class Ledger(HostBytes, Drafted):
             anew: whether to take memory for the tokens alone, in any case.
         """
         index, old = torch.tensor(rows, dtype=torch.long, device="cpu"), self.geometry
-        self.geometry = Geometry(len(rows), old.kv_heads, old.key_dim, old.value_dim, old.dtype)
+        self.geometry = replace(old, batch=len(rows))
+        self.home = replace(self.home, batch=len(rows))
         if len(rows) != old.batch:
             self.coming.cancel()  # it is of another size
         for position, source in enumerate(self._host):
             in_place = not anew and len(rows) == old.batch and source.piece.holders == 1
             capacity = source.tokens if anew else source.capacity
-            target = source if in_place else self._place.take(self.geometry, capacity, source.start)
+            target = source if in_place else self._place.take(self.home, capacity, source.start)
             self._place.copy_rows(source, target, index)
             self._host[position] = target
             if not in_place:

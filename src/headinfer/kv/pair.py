@@ -1,17 +1,22 @@
 """Keys and values together, and the shape they have in one layer."""
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
+from headinfer.plan.format import Format
+
 ALL_HEADS = slice(None)
 
 
 class KV(NamedTuple):
     """A pair of keys and values of the same tokens.
+
+    Those of packed pages have a page for a token, and its bytes for a dim.
 
     Attributes:
         keys: `[batch, kv_heads, tokens, key_dim]`.
@@ -38,14 +43,15 @@ class KV(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """A layer's shape and dtype of keys and values.
+    """A layer's shape and dtype of keys and values, and the form they have in some memory.
 
     Attributes:
         batch: rows of the cache.
         kv_heads: key/value heads.
         key_dim: elements of one key.
         value_dim: elements of one value.
-        dtype: of keys and values.
+        dtype: of keys and values, as they are computed.
+        format: in which they lie.
     """
 
     batch: int
@@ -53,12 +59,23 @@ class Geometry:
     key_dim: int
     value_dim: int
     dtype: torch.dtype
+    format: Format = Format.DENSE
 
     def num_bytes(self, tokens: int, *, heads: int | None = None) -> int:
         """Bytes of `tokens` tokens of `heads` heads (all by default), keys and values together."""
         heads = self.kv_heads if heads is None else heads
-        elements = self.batch * heads * tokens * (self.key_dim + self.value_dim)
-        return elements * self.dtype.itemsize
+        return self.batch * heads * self.format.rows(tokens) * sum(self._row_bytes)
+
+    @property
+    def dims(self) -> tuple[int, int]:
+        """Elements of a key, and of a value."""
+        return self.key_dim, self.value_dim
+
+    @property
+    def _row_bytes(self) -> tuple[int, int]:
+        """Bytes of a row of one head's keys, and of its values."""
+        form, itemsize = self.format, self.dtype.itemsize
+        return form.row_bytes(self.key_dim, itemsize), form.row_bytes(self.value_dim, itemsize)
 
     def carve(self, buffer: torch.Tensor, tokens: int, *, heads: int | None = None) -> KV:
         """View a uint8 buffer as contiguous keys and values.
@@ -70,18 +87,18 @@ class Geometry:
 
         Returns:
             Keys `[batch, heads, tokens, key_dim]` and values `[batch, heads, tokens, value_dim]`,
-            both views of `buffer`.
+            both views of `buffer`. Packed ones are of uint8, in pages.
         """
         heads = self.kv_heads if heads is None else heads
-        rows = self.batch * heads * tokens
-        key_bytes = rows * self.key_dim * self.dtype.itemsize
-        all_bytes = self.num_bytes(tokens, heads=heads)
-        shape = (self.batch, heads, tokens)
+        dtype = torch.uint8 if self.format is Format.PACKED else self.dtype
+        shape = (self.batch, heads, self.format.rows(tokens))
+        num_rows, (key_bytes, value_bytes) = math.prod(shape), self._row_bytes
+        ends = num_rows * key_bytes, num_rows * (key_bytes + value_bytes)
 
         def views() -> KV:
-            keys = buffer[:key_bytes].view(self.dtype).view(*shape, self.key_dim)
-            values = buffer[key_bytes:all_bytes].view(self.dtype).view(*shape, self.value_dim)
-            return KV(keys, values)
+            keys = buffer[: ends[0]].view(dtype).view(*shape, key_bytes // dtype.itemsize)
+            values = buffer[ends[0] : ends[1]].view(dtype)
+            return KV(keys, values.view(*shape, value_bytes // dtype.itemsize))
 
         if not torch.is_inference_mode_enabled():
             return views()  # leaving the mode takes longer than the views do

@@ -5,7 +5,8 @@ the activations of one chunk. Ours differ in that a tile also has a fixed number
 of the terms grows with the context.
 """
 
-from headinfer.plan.shape import ModelShape
+from headinfer.plan.format import Format
+from headinfer.plan.shape import LayerShape, ModelShape
 
 STAGING_BUFFERS = 3
 """Tiles on the device at once: one attended, the next landing, and one more. With it the link need
@@ -84,15 +85,41 @@ def weights_room_bytes(given_bytes: int) -> int:
 
 
 def staging_bytes(shape: ModelShape, *, tile_heads: int, tile_tokens: int, batch: int) -> int:
-    """Bytes of the staging buffers, sized for the widest offloaded layer."""
-    elements = max(
-        (
-            min(tile_heads, layer.kv_heads) * (layer.key_dim + layer.value_dim)
-            for layer in shape.full_layers
-        ),
-        default=0,
-    )
-    return STAGING_BUFFERS * aligned(batch * tile_tokens * elements * shape.kv_itemsize)
+    """Bytes of the staging buffers, sized for the widest offloaded layer as the host has it."""
+    tiles = [
+        layer.host_bytes(
+            covering_tokens(layer.host_format, tile_tokens), shape.kv_itemsize, tile_heads
+        )
+        for layer in shape.full_layers
+    ]
+    return STAGING_BUFFERS * aligned(batch * max(tiles, default=0))
+
+
+def covering_tokens(form: Format, tokens: int) -> int:
+    """Return the tokens whose rows always cover so many, wherever these begin."""
+    return tokens + form.row_tokens - 1 if tokens else 0
+
+
+def unpacked_bytes(shape: ModelShape, *, tile_heads: int, tile_tokens: int, batch: int) -> int:
+    """Bytes of the buffer that packed tiles are unpacked into, one after the other."""
+    tokens = covering_tokens(Format.PACKED, tile_tokens)
+    tokens = Format.PACKED.rows(tokens) * Format.PACKED.row_tokens
+    elements = [
+        min(tile_heads, layer.kv_heads) * (layer.key_dim + layer.value_dim)
+        for layer in _packed_layers(shape)
+    ]
+    return aligned(batch * tokens * max(elements, default=0) * shape.kv_itemsize)
+
+
+def packed_bytes(shape: ModelShape, *, chunk_tokens: int, batch: int) -> int:
+    """Bytes of the pages that tokens are packed into on their way home, shared by all layers."""
+    tokens = covering_tokens(Format.PACKED, chunk_tokens)
+    each = [layer.host_bytes(tokens, shape.kv_itemsize) for layer in _packed_layers(shape)]
+    return PAGES * aligned(batch * max(each, default=0))
+
+
+def _packed_layers(shape: ModelShape) -> list[LayerShape]:
+    return [layer for layer in shape.full_layers if layer.host_format is Format.PACKED]
 
 
 def tail_bytes(shape: ModelShape, *, page_tokens: int, batch: int) -> int:

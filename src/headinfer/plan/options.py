@@ -4,21 +4,31 @@
 A field's name has its unit; the name that users write is without it.
 """
 
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from headinfer.errors import OptionError
-from headinfer.units import TooManyError, exact_bytes, parse_bytes, parse_tokens
-
-DeviceName = Literal["auto", "cpu", "cuda", "simulated"]
-DEVICE_NAMES: tuple[DeviceName, ...] = get_args(DeviceName)
-
-FuseName = Literal["auto", "off"]
-FUSE_NAMES: tuple[FuseName, ...] = get_args(FuseName)
-
-TileSize = int | Literal["auto", "all"]
+from headinfer.plan.option_values import (
+    DeviceName,
+    FuseName,
+    KVCacheName,
+    TileSize,
+    device_name,
+    fuse_name,
+    kv_cache_name,
+    part,
+    parts,
+    pattern,
+    share,
+    size,
+    switch,
+    tile_size,
+    tile_size_or_none,
+    token_count,
+    token_count_or_none,
+)
+from headinfer.units import exact_bytes, parse_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,90 +57,6 @@ def _declared(
     return {"declaration": Declaration(parse=parse, metavar=metavar, help=help_text)}
 
 
-def _device(name: str, value: object) -> DeviceName:
-    if value not in DEVICE_NAMES:
-        raise OptionError(f"{name} must be one of {', '.join(DEVICE_NAMES)}, not {value!r}")
-    return value
-
-
-def _fuse(name: str, value: object) -> FuseName:
-    if value not in FUSE_NAMES:
-        raise OptionError(f"{name} must be 'auto' or 'off', not {value!r}")
-    return value
-
-
-def _bytes(name: str, value: str | int | None) -> int | None:
-    return None if value is None or value == "auto" else parse_bytes(value, name)
-
-
-def _parts(value: Any) -> Sequence[Any]:
-    """Return the values of several devices that one was given as, in a list or with commas."""
-    if isinstance(value, str):
-        return value.split(",")
-    return value if isinstance(value, list | tuple) else (value,)
-
-
-def _counted(name: str, value: str | int, wanted: str) -> int | Literal["auto"]:
-    if value == "auto":
-        return "auto"
-    try:
-        return parse_tokens(value)
-    except TooManyError as error:
-        raise OptionError(f"{name}: {error}") from None
-    except OptionError:
-        raise OptionError(f"{name} must be {wanted} or 'auto', not {value!r}") from None
-
-
-def _tokens(name: str, value: str | int) -> int | Literal["auto"]:
-    return _counted(name, value, "a positive integer")
-
-
-def _tile_size(name: str, value: str | int, wanted: str = "a positive integer") -> TileSize:
-    return "all" if value == "all" else _counted(name, value, f"{wanted}, 'all'")
-
-
-def _is_zero(value: object) -> bool:
-    return value == "0" or (isinstance(value, int) and not isinstance(value, bool) and value == 0)
-
-
-def _tile_size_or_none(name: str, value: str | int) -> TileSize:
-    return 0 if _is_zero(value) else _tile_size(name, value, "an integer from 0 on")
-
-
-def _tokens_or_none(name: str, value: str | int) -> int | Literal["auto"]:
-    return 0 if _is_zero(value) else _counted(name, value, "an integer from 0 on")
-
-
-def _share(name: str, value: str | float) -> float | Literal["auto"]:
-    return "auto" if value == "auto" else _part(name, value, "'off' or 'auto'")
-
-
-def _part(name: str, value: str | float, other: str = "or 'off'") -> float:
-    if value == "off":
-        return 0.0
-    try:
-        share = -1.0 if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        share = -1.0
-    if not 0 <= share <= 1:
-        raise OptionError(f"{name} must be a share from 0 to 1, {other}, not {value!r}")
-    return share
-
-
-def _pattern(name: str, value: object) -> str | None:
-    if value is None or value == "auto":
-        return None
-    if not isinstance(value, str | os.PathLike) or not str(value):
-        raise OptionError(f"{name} must be a file, a folder or 'random', not {value!r}")
-    return str(value)
-
-
-def _switch(name: str, value: object) -> bool:
-    if not isinstance(value, bool):
-        raise OptionError(f"{name} must be True or False, not {value!r}")
-    return value
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
     """A set of validated options of one attachment; `Options.parse` makes it of what users write.
@@ -146,6 +72,7 @@ class Options:
         draft_tokens: tokens of each layer that drafts attend, in copies in GPU memory; 0 where
             nothing is drafted.
         host_attention: share of the other tokens that the CPU attends in a decode step.
+        kv_cache: the form of tokens in host memory; `packed` gives the same bits from fewer bytes.
         overlap: whether copies run ahead of attention; off is the synchronous twin.
         capture: whether decode steps are captured and replayed, where they can be.
         fuse: whether decode steps in 16 bits use faster forms of norms, rotations and products.
@@ -160,7 +87,7 @@ class Options:
     device: DeviceName = field(
         default="auto",
         metadata=_declared(
-            _device,
+            device_name,
             "NAME",
             "cpu, cuda, simulated (a device on the CPU with memory of its own, which checks every "
             "copy) or auto: CUDA if there is one.",
@@ -169,7 +96,7 @@ class Options:
     device_memory_bytes: int | None = field(
         default=None,
         metadata=_declared(
-            _bytes,
+            size,
             "SIZE",
             "The most GPU memory for weights, KV, activations and CUDA itself, such as 24GiB, of "
             "each GPU, or 24GiB,16GiB; auto: what is free.",
@@ -178,7 +105,7 @@ class Options:
     host_memory_bytes: int | None = field(
         default=None,
         metadata=_declared(
-            _bytes,
+            size,
             "SIZE",
             "The most CPU memory for the KV cache, and for nothing else; auto: what is free.",
         ),
@@ -186,21 +113,21 @@ class Options:
     chunk_tokens: int | Literal["auto"] = field(
         default="auto",
         metadata=_declared(
-            _tokens, "COUNT", "Prompt tokens that pass through the model at once, such as 4K."
+            token_count, "COUNT", "Prompt tokens that pass through the model at once, such as 4K."
         ),
     )
     tile_heads: TileSize = field(
         default="auto",
-        metadata=_declared(_tile_size, "COUNT", "KV heads of one tile: a number, all or auto."),
+        metadata=_declared(tile_size, "COUNT", "KV heads of one tile: a number, all or auto."),
     )
     tile_tokens: TileSize = field(
         default="auto",
-        metadata=_declared(_tile_size, "COUNT", "Tokens of one tile: a count, all or auto."),
+        metadata=_declared(tile_size, "COUNT", "Tokens of one tile: a count, all or auto."),
     )
     resident_tokens: TileSize = field(
         default="auto",
         metadata=_declared(
-            _tile_size_or_none,
+            tile_size_or_none,
             "COUNT",
             "The oldest tokens to keep in GPU memory, so that they need not be fetched: a count, "
             "0, all, or auto for what fits.",
@@ -209,7 +136,7 @@ class Options:
     draft_tokens: int | Literal["auto"] = field(
         default=0,
         metadata=_declared(
-            _tokens_or_none,
+            token_count_or_none,
             "COUNT",
             "Tokens of each layer that drafts attend, in copies in GPU memory: a count, auto for "
             "an eighth of the context, or 0 for no drafts.",
@@ -218,27 +145,36 @@ class Options:
     host_attention: float | Literal["auto"] = field(
         default="auto",
         metadata=_declared(
-            _share,
+            share,
             "SHARE",
             "Share of the other tokens that the CPU attends in each decode step, from 0 to 1; off, "
             "or auto by the rates that headinfer probe measured, and then by who finishes first: "
             "only a number or off repeat results to the last bit.",
         ),
     )
+    kv_cache: KVCacheName = field(
+        default="auto",
+        metadata=_declared(
+            kv_cache_name,
+            "NAME",
+            "How a GPU's KV cache lies in CPU memory: dense, packed (bfloat16 in three "
+            "quarters of the bytes, every bit the same), or auto, which is dense so far.",
+        ),
+    )
     overlap: bool = field(
         default=True,
         metadata=_declared(
-            _switch, "", "Fetch, wait and attend one tile at a time, to compare with."
+            switch, "", "Fetch, wait and attend one tile at a time, to compare with."
         ),
     )
     capture: bool = field(
         default=True,
-        metadata=_declared(_switch, "", "Launch decode steps kernel by kernel, to compare with."),
+        metadata=_declared(switch, "", "Launch decode steps kernel by kernel, to compare with."),
     )
     fuse: FuseName = field(
         default="auto",
         metadata=_declared(
-            _fuse,
+            fuse_name,
             "NAME",
             "Faster parts of decode steps in 16 bits: auto, or off for the model's own. On a GPU "
             "norms and rotary embeddings are compiled, in seconds the first time on a machine; on "
@@ -248,7 +184,7 @@ class Options:
     sparsity: float = field(
         default=0.0,
         metadata=_declared(
-            _part,
+            part,
             "SHARE",
             "Approximate: the share of KV heads that see their sinks and newest tokens alone, such "
             "as 0.5, chosen by --head-pattern; 0 for none.",
@@ -257,7 +193,7 @@ class Options:
     head_pattern: str | None = field(
         default=None,
         metadata=_declared(
-            _pattern,
+            pattern,
             "PATH",
             "Scores of KV heads: a file of headinfer heads, of KVzip or of retrieval heads, or a "
             "folder of DuoAttention; random (or random:SEED) to measure with.",
@@ -266,7 +202,7 @@ class Options:
     sink_tokens: int | Literal["auto"] = field(
         default="auto",
         metadata=_declared(
-            _tokens_or_none,
+            token_count_or_none,
             "COUNT",
             "The oldest tokens that streaming heads see; auto: the pattern's number, or 128.",
         ),
@@ -274,7 +210,7 @@ class Options:
     recent_tokens: int | Literal["auto"] = field(
         default="auto",
         metadata=_declared(
-            _tokens,
+            token_count,
             "COUNT",
             "The newest tokens that streaming heads see; auto: the pattern's number, or 256.",
         ),
@@ -297,9 +233,9 @@ class Options:
                 known = ", ".join(DECLARATIONS)
                 raise OptionError(f"there is no option {name!r}; the options are {known}")
             declared = DECLARATIONS[name]
-            if name == "device_memory" and len(each := _parts(value)) > 1:
+            if name == "device_memory" and len(each := parts(value)) > 1:
                 values["device_memory_each"] = sizes = tuple(
-                    parse_bytes(size, name) for size in each
+                    parse_bytes(each_size, name) for each_size in each
                 )
                 values[declared.field] = min(sizes)
                 continue

@@ -31,6 +31,8 @@ class Plan:
         staging_bytes: the buffers that tiles are fetched into.
         tail_bytes: the newest tokens of every offloaded layer.
         chunk_page_bytes: the pages a chunk is written back from.
+        unpacked_bytes: the buffer that tiles which are packed on the host are unpacked into.
+        packed_bytes: the pages that tokens are packed into before they are written back.
         window_bytes: the sliding-window layers' own caches.
         activation_bytes: estimate of one chunk's activations, or of a longer call's at once.
         runtime_bytes: what CUDA takes beside all that.
@@ -60,6 +62,8 @@ class Plan:
     staging_bytes: int
     tail_bytes: int
     chunk_page_bytes: int
+    unpacked_bytes: int = 0
+    packed_bytes: int = 0
     window_bytes: int
     activation_bytes: int
     runtime_bytes: int
@@ -85,6 +89,7 @@ class Plan:
         if self.parts:
             return sum(part.arena_bytes for part in self.parts)
         streaming = self.staging_bytes + self.tail_bytes + self.chunk_page_bytes
+        streaming += self.unpacked_bytes + self.packed_bytes
         pieces = streaming + self.resident_bytes + self.draft_bytes
         return pieces and pieces + memory.ALIGNMENT_BYTES
 
@@ -112,13 +117,13 @@ class Plan:
 
         It holds the resident ones too, so that they can be given up without a copy.
         """
-        return self.shape.kv_bytes(tokens, self.batch)
+        return self.shape.host_kv_bytes(tokens, self.batch)
 
     def streamed_bytes(self, tokens: int) -> int:
-        """Bytes of `tokens` tokens in each row that are not resident."""
+        """Bytes in host memory of `tokens` tokens in each row that are not resident."""
         if self.parts:
             return sum(part.streamed_bytes(tokens) for part in self.parts)
-        return self.shape.kv_bytes(max(tokens - self.resident_tokens, 0), self.batch)
+        return self.shape.host_kv_bytes(max(tokens - self.resident_tokens, 0), self.batch)
 
     @property
     def sizes(self) -> Sizes:
@@ -280,6 +285,8 @@ def joined(shape: ModelShape, parts: Sequence[Plan]) -> Plan:
         staging_bytes=sum(part.staging_bytes for part in parts),
         tail_bytes=sum(part.tail_bytes for part in parts),
         chunk_page_bytes=sum(part.chunk_page_bytes for part in parts),
+        unpacked_bytes=sum(part.unpacked_bytes for part in parts),
+        packed_bytes=sum(part.packed_bytes for part in parts),
         window_bytes=sum(part.window_bytes for part in parts),
         activation_bytes=sum(part.activation_bytes for part in parts),
         runtime_bytes=sum(part.runtime_bytes for part in parts),

@@ -53,6 +53,9 @@ _PRICED_PAGE_TOKENS = 1
 """Each token of a decode step is priced as if it was sent home by itself: a page's way there is
 spread over its tokens."""
 
+_MANY_TOKENS = 1024
+"""Tokens of whole pages, where they are packed, by which a token's bytes are known."""
+
 _SAMPLED_CHUNKS = 16
 """Chunks of a prefill that are computed; more are represented by these."""
 
@@ -139,11 +142,12 @@ class Predictor:
         self._kv_token_bytes = shape.kv_bytes(1)
         value_dims = [layer.value_dim for layer in shape.full_layers]
         self._out_elements = shape.query_heads * max(value_dims, default=0)
-        # Layers with equal numbers of KV heads do the same: how many, and the bytes of a token.
-        self._alike: dict[int, tuple[int, int]] = {}
+        # Layers with equal numbers of KV heads do the same: how many, and the bytes of a token on
+        # the host.
+        self._alike: dict[int, tuple[int, float]] = {}
         for layer in shape.full_layers:
-            layers, token_bytes = self._alike.get(layer.kv_heads, (0, 0))
-            token_bytes += layer.elements_per_token * shape.kv_itemsize
+            layers, token_bytes = self._alike.get(layer.kv_heads, (0, 0.0))
+            token_bytes += layer.host_bytes(_MANY_TOKENS, shape.kv_itemsize) / _MANY_TOKENS
             self._alike[layer.kv_heads] = layers + 1, token_bytes
         # For each window there is, infinite in full layers: the summed dims of its layers. Where
         # some heads of a layer stream, each part counts by its share of the heads.

@@ -240,6 +240,11 @@ def _plan(
         tail_bytes=copies * memory.tail_bytes(shape, page_tokens=page_tokens, batch=batch),
         chunk_page_bytes=copies
         * memory.chunk_page_bytes(shape, chunk_tokens=chunk_tokens, batch=batch),
+        unpacked_bytes=copies
+        * memory.unpacked_bytes(
+            shape, tile_heads=tile_heads, tile_tokens=tile_tokens if copies else 0, batch=batch
+        ),
+        packed_bytes=copies * memory.packed_bytes(shape, chunk_tokens=chunk_tokens, batch=batch),
         window_bytes=memory.window_bytes(
             shape, chunk_tokens=chunk_tokens, page_tokens=page_tokens, batch=batch
         ),

@@ -4,6 +4,8 @@ import enum
 import functools
 from dataclasses import dataclass, replace
 
+from headinfer.plan.format import Format, can_pack
+
 
 class LayerKind(enum.Enum):
     """How a decoder layer keeps its past."""
@@ -45,6 +47,7 @@ class LayerShape:
         window_tokens: tokens a sliding layer sees, itself included; 0 for other kinds.
         sink_tokens: the oldest tokens that a sliding layer sees besides.
         streaming: heads of a full layer that are treated as a sliding layer's; None for none.
+        host_format: the form of its tokens in host memory.
     """
 
     kind: LayerKind
@@ -54,6 +57,7 @@ class LayerShape:
     window_tokens: int = 0
     sink_tokens: int = 0
     streaming: StreamingHeads | None = None
+    host_format: Format = Format.DENSE
 
     @property
     def tracks(self) -> tuple["LayerShape", ...]:
@@ -68,6 +72,7 @@ class LayerShape:
             window_tokens=streaming.recent_tokens,
             sink_tokens=streaming.sink_tokens,
             streaming=None,
+            host_format=Format.DENSE,
         )
         full_heads = self.kv_heads - window.kv_heads
         if not full_heads:
@@ -78,6 +83,19 @@ class LayerShape:
     def elements_per_token(self) -> int:
         """Elements of keys and values that one token adds to this layer."""
         return self.kv_heads * (self.key_dim + self.value_dim)
+
+    def host_bytes(self, tokens: int, itemsize: int, heads: int | None = None) -> int:
+        """Bytes of some tokens in host memory, by whole rows of their form.
+
+        Args:
+            tokens: how many, of one sequence.
+            itemsize: bytes of an element as it is computed.
+            heads: of how many heads, at most all; None for all.
+        """
+        form = self.host_format
+        row = form.row_bytes(self.key_dim, itemsize) + form.row_bytes(self.value_dim, itemsize)
+        heads = self.kv_heads if heads is None else min(heads, self.kv_heads)
+        return heads * form.rows(tokens) * row
 
 
 @dataclass(frozen=True, kw_only=True)  # without slots, where a cached property has no place
@@ -179,6 +197,46 @@ class ModelShape:
     def kv_bytes(self, tokens: int, batch: int = 1) -> int:
         """Bytes of the offloaded layers' KV cache for `tokens` tokens in each of `batch` rows."""
         return batch * tokens * self._full_elements * self.kv_itemsize
+
+    def host_kv_bytes(self, tokens: int, batch: int = 1) -> int:
+        """Bytes of the same tokens in host memory, where they may be packed."""
+        if not self.packs:
+            return self.kv_bytes(tokens, batch)
+        each = [layer.host_bytes(tokens, self.kv_itemsize) for layer in self.full_layers]
+        return batch * sum(each)
+
+    @functools.cached_property
+    def packs(self) -> bool:
+        """Whether tokens of any layer are packed in host memory."""
+        return any(layer.host_format is not Format.DENSE for layer in self.full_layers)
+
+    @functools.cached_property
+    def host_share_of_bytes(self) -> float:
+        """Bytes that tokens take in host memory, over those of them as they are computed."""
+        many = Format.PACKED.row_tokens
+        return self.host_kv_bytes(many) / (self.kv_bytes(many) or 1) if self.packs else 1.0
+
+    @functools.cached_property
+    def packed(self) -> "ModelShape":
+        """The model with tokens packed in host memory, in each layer whose dims allow it.
+
+        Its keys and values must be bfloat16.
+        """
+        return self._with_formats(Format.PACKED)
+
+    @functools.cached_property
+    def dense(self) -> "ModelShape":
+        """The model with tokens in host memory as they are computed."""
+        return self._with_formats(Format.DENSE) if self.packs else self
+
+    def _with_formats(self, wanted: Format) -> "ModelShape":
+        layers = tuple(
+            replace(layer, host_format=wanted)
+            if layer.kind is LayerKind.FULL and can_pack(layer.key_dim, layer.value_dim)
+            else layer
+            for layer in self.layers
+        )
+        return replace(self, layers=layers)
 
     def window_bytes(self, new_tokens: int, batch: int = 1) -> int:
         """Peak bytes of the sliding layers' windows while `new_tokens` tokens pass through.

@@ -1,0 +1,116 @@
+"""Packing and unpacking of tokens that begin within a page, and by the CPU in its own memory."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from headinfer.attend.work import Work, tile_in_hand
+from headinfer.device.base import Device
+from headinfer.kv.extent import Tile
+from headinfer.kv.pair import KV
+from headinfer.packed.codec import Codec, codec_for
+from headinfer.packed.layout import PageLayout
+from headinfer.packed.reference import overflowed
+from headinfer.plan.format import Format
+
+_CPU = torch.device("cpu")
+
+_UNPACKED_TOKENS = 4096
+"""Tokens that the CPU unpacks at a time, where no compiled kernel attends them as they are."""
+
+
+def packed_in_two(before: KV, new: KV, pages: KV) -> Sequence[tuple[torch.Tensor, torch.Tensor]]:
+    """Return what is to be packed into which pages: the first page where others were, and the rest.
+
+    Args:
+        before: tokens of the first page that are packed anew; fewer than fill it.
+        new: tokens that follow them.
+        pages: as many as they take.
+    """
+    split = Format.PACKED.row_tokens - before.tokens if before.tokens else 0
+    found = []
+    for old, values, page in zip(before, new, pages, strict=True):
+        if split:
+            found.append((torch.cat([old, values[:, :, :split]], 2), page[:, :, :1]))
+        if values.shape[2] > split:
+            found.append((values[:, :, split:], page[:, :, bool(split) :]))
+    return found
+
+
+def unpack_from(codec: Codec, pages: torch.Tensor, first: int, values: torch.Tensor) -> None:
+    """Unpack tokens that may begin within a page.
+
+    Args:
+        codec: unpacks.
+        pages: those that have the tokens.
+        first: the first token's index; its page is the first.
+        values: `[batch, heads, tokens, dim]`; written.
+    """
+    row_tokens, tokens = Format.PACKED.row_tokens, values.shape[2]
+    lead = first % row_tokens
+    split = min(row_tokens - lead, tokens) if lead else 0
+    if split:
+        shape = (*values.shape[:2], lead + split, values.shape[3])
+        page = values.new_empty(shape)
+        codec.unpack(pages[:, :, :1], page)
+        values[:, :, :split].copy_(page[:, :, lead:])
+    if tokens > split:
+        codec.unpack(pages[:, :, bool(split) :], values[:, :, split:])
+
+
+def unpack_here(tile: Tile, place: KV) -> None:
+    """Unpack tokens of host memory into other memory of the CPU; see `bring`."""
+    for pages, values in zip(tile.kv, place, strict=True):
+        unpack_from(codec_for(_CPU), pages, tile.first, values)
+
+
+def pack_here(device: Device, tile: Tile, new: KV) -> None:
+    """Pack tokens of the CPU's memory into a tile of host memory.
+
+    Args:
+        device: gives memory for pages that overflow.
+        tile: takes the tokens; those before them in its first page are there.
+        new: as many tokens.
+    """
+    codec, lead = codec_for(_CPU), tile.first % tile.format.row_tokens
+    before = KV(*(part.new_empty(*part.shape[:2], lead, part.shape[3]) for part in new))
+    if lead:
+        unpack_here(tile._replace(first=tile.first - lead, tokens=lead), before)
+    for values, pages in packed_in_two(before, new, tile.kv):
+        codec.pack(values, pages)
+        layout = PageLayout(values.shape[3])
+        count = int(overflowed(pages, layout.dim).sum())
+        if count:
+            raw = device.host_empty(count * layout.raw_bytes)
+            taken = torch.zeros(1, dtype=torch.int64)
+            codec.keep_raw(values, pages, raw.view(count, layout.raw_bytes), taken)
+            tile.piece.refer_to([raw])
+
+
+def unpacked_works(work: Work, value_dim: int) -> Iterator[Work]:
+    """Yield works that attend the same tokens as they are, of which few are unpacked at a time.
+
+    Args:
+        work: whose tiles may be packed, in memory of the CPU.
+        value_dim: elements of a value.
+    """
+    if all(tile.format is Format.DENSE for tile in work.tiles):
+        yield work
+        return
+    codec, dims = codec_for(work.query.device), (work.query.shape[-1], value_dim)
+    for tile in work.tiles:
+        for first in range(0, tile.tokens, _UNPACKED_TOKENS):
+            tokens = min(_UNPACKED_TOKENS, tile.tokens - first)
+            part = tile._replace(tokens=tokens, first=tile.first + first)
+            yield dataclasses.replace(work, tiles=(_unpacked(codec, part, dims),))
+
+
+def _unpacked(codec: Codec, tile: Tile, dims: tuple[int, int]) -> Tile:
+    """Return a tile of new memory with the tokens of a packed one."""
+    parts = []
+    for pages, dim in zip(tile.kv, dims, strict=True):
+        shape = (*pages.shape[:2], tile.tokens, dim)
+        parts.append(torch.empty(shape, dtype=torch.bfloat16, device=pages.device))
+        unpack_from(codec, pages, tile.first, parts[-1])
+    return tile_in_hand(KV(*parts))

@@ -1,0 +1,173 @@
+"""Tokens packed on their way to host memory, and unpacked on their way back, on compute.
+
+Tiles that are streamed are copied packed, and unpacked into one buffer for the kernels. Compute
+reads what is rarely needed in host memory, without a copy. That is residents, and what users read.
+A page that is not full is read so, too, and packed anew with the tokens that follow.
+"""
+
+import functools
+
+import torch
+
+from headinfer.device.base import Device, Edge, Event
+from headinfer.engine.packed_here import packed_in_two, unpack_from
+from headinfer.engine.raw_pages import RawPages
+from headinfer.engine.stats import Stats
+from headinfer.kv.extent import Piece, Tile
+from headinfer.kv.ledger import Ledger
+from headinfer.kv.pair import KV
+from headinfer.packed.codec import Codec, codec_for
+from headinfer.plan.format import Format
+
+
+class Packing:
+    """A packer of one cache's tokens on a device that has memory of its own.
+
+    Args:
+        device: where tokens are packed and unpacked.
+        unpacked: takes one tile after another; compute's alone.
+        pages: take what goes home, in turn.
+        raw: takes pages that overflow.
+        stats: where bytes are counted.
+    """
+
+    def __init__(
+        self, device: Device, unpacked: Piece, pages: list[Piece], raw: RawPages, stats: Stats
+    ) -> None:
+        self._device = device
+        self._unpacked = unpacked
+        self._pages = pages
+        self._raw = raw
+        self._stats = stats
+        self._codec = codec_for(device.torch_device)
+
+    def dense(self, ledger: Ledger, tile: Tile) -> Tile:
+        """Return a tile in a staging buffer as kernels read it, valid on compute until the next.
+
+        What was packed is unpacked; the staging buffer is done with once that is enqueued. It is a
+        launch of a capture, too.
+        """
+        if tile.format is Format.DENSE:
+            return tile
+        _, heads, rows, _ = tile.whole.keys.shape
+        whole = self._unpacked.views(ledger.geometry, rows * tile.format.row_tokens, heads)
+        there = tile._replace(piece=self._unpacked, whole=whole, format=Format.DENSE)
+        self._device.launch(functools.partial(_unpack_tile, self._codec, tile, whole))
+        return there
+
+    def send(self, ledger: Ledger, tile: Tile) -> Event:
+        """Pack tokens that compute wrote, and send them to the host's end.
+
+        Their memory on the device is compute's again at once.
+
+        Returns:
+            The event on copy-out when they are there.
+        """
+        if tile.piece.ready is not None:
+            tile.piece.wait_ready(self._device)
+        self._device.compute.reads(tile.piece.memory, "tokens to be packed")
+        targets = ledger.extend_host(tile.tokens)
+        for target in targets:
+            first = target.start - tile.start
+            self._send(ledger, target, tile.kv.cut(slice(first, first + target.tokens)))
+        sent = self._device.copy_out.record()
+        for target in targets:
+            target.piece.ready = sent
+        return sent
+
+    def _send(self, ledger: Ledger, target: Tile, new: KV) -> None:
+        """Pack and send tokens of one extent."""
+        device, copy_out = self._device, self._device.copy_out
+        buffer = self._pages[0]
+        self._pages.append(self._pages.pop(0))
+        if buffer.free is not None:
+            device.compute.wait(buffer.free, Edge.PAGE_FREE)
+        lead = target.first % target.format.row_tokens
+        pages = buffer.views(ledger.home, lead + target.tokens, None)
+        for part in pages if device.checks_accesses else ():
+            device.compute.writes(part, "packed tokens")
+        before = KV(*(part[:, :, :0] for part in new))
+        if lead:
+            before = self._before(ledger, target, lead)
+        self._pack(ledger, before, new, pages)
+        target.piece.refer_to([self._raw.block])
+        copy_out.wait(device.compute.record(), Edge.PAGE_WRITTEN)
+        if lead:  # the page was there, and others may read it
+            for stream in (device.copy_in, device.host_work):
+                copy_out.wait(stream.record(), Edge.PAGES_READ)
+        place = target.kv
+        copy_out.copy(place.keys, pages.keys)
+        copy_out.copy(place.values, pages.values)
+        self._stats.bytes_to_host += pages.keys.nbytes + pages.values.nbytes
+        buffer.free = copy_out.record()
+
+    def _before(self, ledger: Ledger, target: Tile, tokens: int) -> KV:
+        """Return the tokens of a target's first page that come before it."""
+        first = target._replace(
+            start=target.start - tokens, tokens=tokens, first=target.first - tokens
+        )
+        before = new_tokens(ledger, tokens, self._device.torch_device)
+        bring(self._device, ledger, first, before)
+        return before
+
+    def _pack(self, ledger: Ledger, before: KV, new: KV, pages: KV) -> None:
+        """Pack tokens that follow others of their first page, with these."""
+        count = pages.keys.shape[:3].numel() * len(pages)
+        self._raw.have_room(count)
+        for values, page in packed_in_two(before, new, pages):
+            self._codec.pack(values, page)
+            self._codec.keep_raw(values, page, self._raw.on_device, self._raw.taken)
+        self._raw.note(count)
+
+
+def new_tokens(ledger: Ledger, tokens: int, where: torch.device) -> KV:
+    """Return memory for some tokens of a layer, as they are computed."""
+    geometry = ledger.geometry
+    shape = geometry.batch, geometry.kv_heads, tokens
+    return KV(
+        *(
+            torch.empty(*shape, dim, dtype=geometry.dtype, device=where)
+            for dim in (geometry.key_dim, geometry.value_dim)
+        )
+    )
+
+
+def bring(device: Device, ledger: Ledger, tile: Tile, place: KV) -> None:
+    """Unpack tokens of the host into memory on the device, which reads them where they lie.
+
+    Args:
+        device: whose compute does it.
+        ledger: of the layer.
+        tile: packed tokens of all heads in host memory.
+        place: for as many tokens, on the device.
+    """
+    for part, values in zip(("keys", "values"), place, strict=True):
+        bring_part(device, ledger, tile, part, values)
+
+
+def bring_part(device: Device, ledger: Ledger, tile: Tile, part: str, values: torch.Tensor) -> None:
+    """Unpack keys or values of the host into memory on the device; see `bring`.
+
+    Args:
+        device: whose compute does it.
+        ledger: of the layer.
+        tile: packed tokens of all heads in host memory.
+        part: "keys" or "values".
+        values: `[batch, kv_heads, tokens, dim]` on the device.
+    """
+    if tile.piece.ready is not None:
+        device.compute.wait(tile.piece.ready, Edge.PAGES_SENT)
+    if device.checks_accesses:
+        device.compute.reads(getattr(tile.kv, part), "packed tokens in host memory")
+        device.compute.writes(values, "tokens that were packed")
+    capacity = tile.whole.keys.shape[2] * tile.format.row_tokens
+    whole = ledger.home.carve(device.mapped(tile.piece.memory), capacity)
+    pages: torch.Tensor = getattr(tile._replace(whole=whole).kv, part)
+    unpack_from(codec_for(device.torch_device), pages, tile.first, values)
+    device.copy_out.wait(device.compute.record(), Edge.PAGES_READ)
+
+
+def _unpack_tile(codec: Codec, tile: Tile, whole: KV) -> None:
+    end = tile.first + tile.tokens
+    for pages, values in zip(tile.kv, whole, strict=True):
+        codec.unpack(pages, values[:, :, :end], tile.first, tile.counted)

@@ -1,0 +1,99 @@
+"""Host memory for pages that a packed form has no room for, kept as they are.
+
+Whether a page overflows is known on the device, long after its copy home was enqueued. So there is
+room for all pages of a chunk, should all of them overflow. How many did is written to host memory
+behind each chunk, and looked at before room could run out.
+"""
+
+import collections
+from typing import NamedTuple
+
+import torch
+
+from headinfer.device.base import Device, Mark
+from headinfer.errors import MemoryPlanError
+
+_CHUNKS = 4
+"""Chunks whose pages may all overflow before any count of them must be waited for."""
+
+_COUNTS = 64
+"""Counts on their way at most."""
+
+
+class _Count(NamedTuple):
+    """A count on its way: when it is there, where, and how much it can add at most."""
+
+    mark: Mark
+    at: int
+    most: int
+
+
+class RawPages:
+    """A pool of slots in host memory, for pages as they are.
+
+    Compute takes slots, and none is given back. Whoever refers to a slot keeps the block it is in.
+
+    Args:
+        device: takes the slots.
+        slot_bytes: of a page as it is.
+        most_pages: that are asked for at once.
+
+    Attributes:
+        block: `[slots, slot_bytes]` of uint8 in host memory, where slots are taken now.
+        on_device: the same memory, as the device addresses it.
+        taken: `[1]` of int64 on the device: slots taken of the block.
+    """
+
+    block: torch.Tensor
+    on_device: torch.Tensor
+
+    def __init__(self, device: Device, slot_bytes: int, most_pages: int) -> None:
+        self._device, self._slot_bytes = device, slot_bytes
+        self._slots = _CHUNKS * most_pages
+        self._counts: collections.deque[_Count] = collections.deque()
+        self._next = 0
+        self._known = self._slots  # of the block, and so there is none yet
+        with torch.inference_mode(False):  # or they could not be written to outside it
+            self.taken = torch.zeros(1, dtype=torch.int64, device=device.torch_device)
+            memory = device.host_empty(_COUNTS * torch.int64.itemsize)
+            self._seen = memory.view(torch.int64)
+            self._seen_on_device = device.mapped(memory).view(torch.int64)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of a block."""
+        return self._slots * self._slot_bytes
+
+    def have_room(self, pages: int) -> None:
+        """Have slots for some pages, should all of them overflow."""
+        while self._known + sum(count.most for count in self._counts) + pages > self._slots:
+            if not self._counts:
+                self._begin_block()
+                return
+            self._look()
+        if len(self._counts) == _COUNTS:
+            self._look()
+
+    def note(self, pages: int) -> None:
+        """Have the slots counted that so many pages may have taken, behind compute's work."""
+        at, self._next = self._next, (self._next + 1) % _COUNTS
+        self._seen_on_device[at : at + 1].copy_(self.taken)
+        self._counts.append(_Count(self._device.mark_compute(), at, pages))
+
+    def _look(self) -> None:
+        """Wait for the oldest count."""
+        self._counts[0].mark.wait()
+        self._known = int(self._seen[self._counts.popleft().at])
+
+    def _begin_block(self) -> None:
+        with torch.inference_mode(False):
+            memory = self._device.host_empty(self.num_bytes)
+            self.block = memory.view(self._slots, self._slot_bytes)
+            self.on_device = self._device.mapped(memory).view(self._slots, self._slot_bytes)
+        if self.on_device.data_ptr() != memory.data_ptr():
+            raise MemoryPlanError(
+                "kv_cache=packed needs one address for CPU memory on the CPU and the GPU, and this "
+                "system has two; use kv_cache=dense (--kv-cache dense)"
+            )
+        self.taken.zero_()
+        self._known = 0

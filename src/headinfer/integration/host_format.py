@@ -1,0 +1,52 @@
+"""The form in which a model's tokens lie in host memory: as they are computed, or packed."""
+
+import dataclasses
+import logging
+
+import torch
+
+from headinfer.device.base import Device
+from headinfer.plan.options import Options
+from headinfer.plan.shape import ModelShape
+
+_logger = logging.getLogger(__name__)
+
+
+def with_host_format(
+    shape: ModelShape, options: Options, device: Device, dtype: torch.dtype
+) -> ModelShape:
+    """Return a model's shape with the form that the user wants in host memory.
+
+    Where tokens cannot be packed that is said in the log, and they are not.
+
+    Args:
+        shape: of the model.
+        options: what the user set.
+        device: where attention is computed.
+        dtype: of keys and values, mostly.
+    """
+    if options.kv_cache != "packed" or not shape.full_layers:
+        return shape
+    packed = shape.packed
+    if device.tiles_are_views:
+        reason = "on the CPU, which attends the KV cache where it lies"
+    elif dtype is not torch.bfloat16:
+        reason = f"on {str(dtype).removeprefix('torch.')}: only bfloat16 can be packed"
+    elif not packed.packs:
+        reason = "on this model: no layer has keys and values of a multiple of 16 elements"
+    else:
+        return packed
+    _logger.warning("kv_cache=packed has no effect %s", reason)
+    return shape
+
+
+def with_kv_dtype(shape: ModelShape, dtype: torch.dtype) -> ModelShape:
+    """Return a model's shape with keys and values of a dtype, packed where that can be."""
+    if dtype is not torch.bfloat16:
+        shape = shape.dense
+    computed = shape.kv_itemsize
+    if dtype.itemsize == computed:
+        return shape
+    return dataclasses.replace(
+        shape, kv_itemsize=dtype.itemsize, computed_itemsize=max(computed, dtype.itemsize)
+    )

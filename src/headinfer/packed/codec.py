@@ -1,0 +1,90 @@
+"""What packs and unpacks on a device: one protocol, and the choice for each kind of device."""
+
+from typing import Protocol
+
+import torch
+
+from headinfer.packed import reference
+from headinfer.packed.layout import PAGE_TOKENS, PageLayout
+
+
+class Codec(Protocol):
+    """A packer of keys or values into pages, enqueued on the stream that is current."""
+
+    def pack(self, values: torch.Tensor, pages: torch.Tensor) -> None:
+        """Pack values `[batch, heads, tokens, dim]`; see `reference.pack`."""
+
+    def unpack(
+        self,
+        pages: torch.Tensor,
+        values: torch.Tensor,
+        first: int = 0,
+        counted: torch.Tensor | None = None,
+    ) -> None:
+        """Unpack pages into values.
+
+        Args:
+            pages: `[batch, heads, pages, page_bytes]` of uint8.
+            values: `[batch, heads, tokens, dim]` of bfloat16, the tokens from the first page's
+                first on; written.
+            first: index of the first token that matters.
+            counted: `[1]` of int64 where the values are: how many tokens from there on there are
+                when this runs. Pages without any are not looked at. None where all are there.
+        """
+
+    def keep_raw(
+        self, values: torch.Tensor, pages: torch.Tensor, raw: torch.Tensor, taken: torch.Tensor
+    ) -> None:
+        """Copy the values of pages that have overflowed, and write into these where the copies are.
+
+        Args:
+            values: as they were packed.
+            pages: as they were packed.
+            raw: `[slots, slot_bytes]` of uint8 in memory of the CPU, as the device addresses it.
+            taken: `[1]` of int64 where the values are: slots that are taken; counted up.
+        """
+
+
+class ReferenceCodec:
+    """A codec by torch's operations, for tensors in memory of the CPU."""
+
+    def pack(self, values: torch.Tensor, pages: torch.Tensor) -> None:
+        """Pack values."""
+        reference.pack(values, pages)
+
+    def unpack(
+        self,
+        pages: torch.Tensor,
+        values: torch.Tensor,
+        first: int = 0,
+        counted: torch.Tensor | None = None,
+    ) -> None:
+        """Unpack pages into values."""
+        tokens, dim = values.shape[2:]
+        if counted is not None:
+            tokens = min(first + int(counted.item()), tokens)
+        reference.unpack(pages, dim, tokens, values[:, :, :tokens])
+
+    def keep_raw(
+        self, values: torch.Tensor, pages: torch.Tensor, raw: torch.Tensor, taken: torch.Tensor
+    ) -> None:
+        """Copy the values of pages that have overflowed."""
+        dim = values.shape[3]
+        num_bytes = PageLayout(dim).raw_bytes
+        for row, head, page in reference.overflowed(pages, dim).nonzero().tolist():
+            first = page * PAGE_TOKENS
+            part = values[row, head, first : first + PAGE_TOKENS].contiguous()
+            slot = raw[int(taken.item())]
+            slot[:num_bytes].zero_()
+            slot[: part.nbytes].copy_(part.view(torch.uint8).flatten())
+            reference.set_raw_address(pages[row, head, page], dim, slot.data_ptr())
+            taken += 1
+
+
+_REFERENCE = ReferenceCodec()
+
+
+def codec_for(where: torch.device) -> Codec:
+    """Return the codec for tensors on a device."""
+    assert where.type == "cpu"
+    return _REFERENCE
