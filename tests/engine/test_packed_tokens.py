@@ -1,0 +1,125 @@
+"""Tokens packed in host memory: every bit comes back, and compute and copies wait for each other."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from attended import reference
+from headinfer.device.base import Edge
+from headinfer.device.hazards import HazardError
+from headinfer.device.simulated import SimulatedDevice
+from headinfer.engine.engine import Engine
+from headinfer.engine.stats import Stats
+from headinfer.kv.pair import KV
+from headinfer.plan.options import Options
+from headinfer.plan.resolve import resolve
+from packed_values import bits_of, drawn
+from shapes import model_shape
+
+KEY_DIM, VALUE_DIM, KINDS = 16, 32, ("normal", "any bits", "special")
+
+
+def packing_engine(
+    device: SimulatedDevice, *, batch: int = 1, chunk_tokens: int = 24, residents: int = 0
+) -> Engine:
+    shape = model_shape(layers=1, group=1, key_dim=KEY_DIM, value_dim=VALUE_DIM, itemsize=2)
+    options = Options(chunk_tokens=chunk_tokens, tile_tokens=16, resident_tokens=residents)
+    plan = resolve(shape.packed, options, device="simulated", batch=batch)
+    assert plan.shape.packs
+    return Engine(device, plan, torch.bfloat16, Stats())
+
+
+def new_tokens(kind: str, tokens: int, seed: int, batch: int = 1) -> KV:
+    dims = KEY_DIM, VALUE_DIM
+    return KV(*(drawn(kind, (batch, 2, tokens, dim), seed * 2 + at) for at, dim in enumerate(dims)))
+
+
+class Plain:
+    """A cache of plain tensors beside an engine that packs."""
+
+    def __init__(self, engine: Engine, batch: int) -> None:
+        self.engine, self.batch = engine, batch
+        self.kv = new_tokens("zeros", 0, 0, batch)
+
+    def append(self, tokens: int, kind: str) -> None:
+        new = new_tokens(kind, tokens, self.kv.tokens, self.batch)
+        self.engine.append(0, *new)
+        self.kv = KV(*(torch.cat(parts, 2) for parts in zip(self.kv, new, strict=True)))
+
+    def crop(self, tokens: int, _kind: str) -> None:
+        kept = max(self.kv.tokens - tokens, 0)
+        self.engine.crop(0, tokens)
+        self.kv = self.kv.cut(slice(0, kept))
+
+    def select(self, _tokens: int, _kind: str) -> None:
+        rows = list(reversed(range(self.batch)))
+        self.engine.select(0, rows)
+        self.kv = KV(*(part[rows] for part in self.kv))
+
+    def replan(self, _tokens: int, _kind: str) -> None:
+        self.engine.replan(self.engine.plan)
+
+    def fork(self, _tokens: int, _kind: str) -> None:
+        """Go on with a copy, while whoever shares its host memory goes on as well."""
+        before, engine = self.engine, self.engine
+        self.engine = Engine(engine.device, engine.plan, torch.bfloat16, Stats())
+        self.engine.copy_from(before)
+        before.append(0, *new_tokens("any bits", 30, 1, self.batch))
+        self.check()
+
+    def save(self, _tokens: int, _kind: str) -> None:
+        """Go on with tokens that were copied out, in two pages, and in again."""
+        engine, tokens = self.engine, self.kv.tokens
+        engine.begin_saving()
+        self.engine = Engine(engine.device, engine.plan, torch.bfloat16, Stats())
+        self.engine.expect(tokens)
+        for start, end in ((0, tokens // 3), (tokens // 3, tokens)):
+            page = new_tokens("zeros", end - start, 0, self.batch)
+            engine.copy_page(start, [page])
+            self.engine.take_page([page])
+        self.engine.end_loading()
+
+    def check(self) -> None:
+        for part, wanted in zip(("keys", "values"), self.kv, strict=True):
+            assert torch.equal(bits_of(self.engine.read(0, part)), bits_of(wanted))
+
+
+CHANGES = ("append", "append", "append", "crop", "select", "replan", "fork", "save")
+changes = st.lists(
+    st.tuples(st.sampled_from(CHANGES), st.integers(1, 150), st.sampled_from(KINDS)), max_size=7
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(changes, st.integers(1, 2), st.sampled_from([5, 24, 130]), st.sampled_from([0, 70]))
+def test_every_bit_comes_back(
+    steps: list[tuple[str, int, str]], batch: int, chunk_tokens: int, residents: int
+) -> None:
+    device = SimulatedDevice(seed=len(steps))
+    engine = packing_engine(device, batch=batch, chunk_tokens=chunk_tokens, residents=residents)
+    cache = Plain(engine, batch)
+    for name, tokens, kind in [("append", 90, "any bits"), *steps, ("append", 70, "normal")]:
+        getattr(cache, name)(tokens, kind)
+        cache.check()
+    device.memory.check()
+
+
+def go_on(device: SimulatedDevice) -> None:
+    """Keep tokens with none attended between, and attend to tiles while others go home."""
+    engine = packing_engine(device)
+    for tokens in (20, 30, 7, 64):
+        engine.append(0, *new_tokens("normal", tokens, tokens))
+    engine = packing_engine(device)
+    for tokens in (50, 1, 1, 24, 5, 9):
+        keys, values = new_tokens("normal", tokens, tokens)
+        engine.attend(0, keys.unsqueeze(2), keys, values, kernels=reference(), scale=1.0)
+    engine.close()
+
+
+@pytest.mark.parametrize("edge", [Edge.PAGES_SENT, Edge.PAGES_READ])
+def test_a_missing_wait_for_a_page_that_is_packed_anew_is_noticed(edge: Edge) -> None:
+    go_on(whole := SimulatedDevice(seed=1))
+    assert edge in whole.exercised_edges
+    with pytest.raises(HazardError, match="is not ordered after the"):
+        go_on(SimulatedDevice(seed=1, skip=[edge]))
