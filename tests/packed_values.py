@@ -39,11 +39,11 @@ def drawn(kind: str, shape: tuple[int, int, int, int], seed: int = 0) -> torch.T
     # One exponent, but for so many values anywhere in each page whose exponents are far from it.
     tokens = shape[2]
     pages = -(-tokens // PAGE_TOKENS)
-    exponents = torch.full((*shape[:2], pages, PAGE_TOKENS * dim), 120)
+    exponents = torch.full((*shape[:2], pages, PAGE_TOKENS * dim), 110)
     inside = min(tokens - (pages - 1) * PAGE_TOKENS, PAGE_TOKENS) * dim
     order = torch.rand((*shape[:2], pages, inside), generator=generator).argsort(-1)
     count = room if kind == "full" else room + 1
-    exponents.scatter_(-1, order[..., :count], 255)
+    exponents.scatter_(-1, order[..., :count], 126)
     exponents = exponents.view(*shape[:2], pages * PAGE_TOKENS, dim)[:, :, :tokens]
     return (bits & ~0x7F80 | exponents << 7).short().view(torch.bfloat16)
 

@@ -11,9 +11,16 @@ import pytest
 import torch
 
 from attended import attended, native, reference
-from headinfer.attend.native.kernel import decode_library
+from headinfer.attend.native.kernel import NativeKernel, decode_library
+from headinfer.attend.partial import Accumulator
+from headinfer.attend.work import Work
+from headinfer.kv.extent import Piece, Tile
+from headinfer.kv.pair import KV
 from headinfer.native.build import ELEMENTS
+from headinfer.packed.reference import pack
+from packed_values import drawn
 
+SPANS = [(0, 192), (64, 150), (5, 290)]
 UNIT = Path(__file__).parent / "matrix_unit.h"
 COMPILER = shutil.which("gcc")
 
@@ -56,6 +63,21 @@ def test_attention_on_a_matrix_unit_in_c(
         want = attended(reference(), query.double(), keys.double(), values.double(), scale=0.2)
         torch.testing.assert_close(ours.out.double(), want.out, rtol=1e-2, atol=1e-2)
         torch.testing.assert_close(ours.lse.double(), want.lse, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [4, 17])
+def test_packed_pages_on_a_matrix_unit_in_c(unit_in_c: None, rows: int) -> None:
+    """The same bits as of the same tokens as they are; blocks begin within pages, too."""
+    kv = KV(*(drawn("full", (1, 2, 300, 32), seed) for seed in (0, 1)))
+    pages = KV(*map(pack, kv))
+    query, results = torch.randn(1, 2, rows, 1, 32).bfloat16(), []
+    for whole in (kv, pages):
+        total = Accumulator()
+        tiles = [Tile(0, tokens, Piece(whole.keys), whole, first) for first, tokens in SPANS]
+        NativeKernel().attend(Work(query, tiles, 0.2, total))
+        results.append(total.result())
+    assert torch.equal(results[0].out, results[1].out)
+    assert torch.equal(results[0].lse, results[1].lse)
 
 
 @pytest.mark.parametrize(("source", "rows"), [("decode_tiles.c", 16), ("decode_groups.c", 256)])

@@ -99,6 +99,15 @@ class PageLayout:
         return self.values * 2
 
     @property
+    def definitions(self) -> dict[str, int]:
+        """What the kernels in C are told of it."""
+        return {
+            "HEAD_DIM": self.dim,
+            "PAGE_BYTES": self.page_bytes,
+            "MAX_ESCAPES": self.max_escapes,
+        }
+
+    @property
     def _area_bytes(self) -> int:
         """Bytes of header and escapes: up to 0.35 bits a value, in whole cache lines."""
         return max(self.dim * 11 // 4 // _LINE_BYTES, 1) * _LINE_BYTES

@@ -11,6 +11,7 @@
 
 #define CHUNKS (HEAD_DIM / LANES)
 #define BLOCK 64                        /* tokens of a block, which stays in the nearest caches */
+#include "stored.h"
 #define SLOTS (ROWS <= 1 ? 1 : ROWS <= 2 ? 2 : ROWS <= 4 ? 4 : 8) /* rows, rounded up */
 #define TOKENS_AT_ONCE (LANES / SLOTS)  /* tokens whose scores fill one vector */
 #define CHUNKS_AT_ONCE (LANES / SLOTS < CHUNKS ? LANES / SLOTS : CHUNKS)
@@ -41,8 +42,8 @@ INLINE query_element query_of(float value) { return value; }
 #endif
 
 /* Ask for a row of keys or values that the next phase will read. */
-INLINE void prefetch(const element *row) {
-    UNROLL for (int byte = 0; byte < HEAD_DIM * (int)sizeof(element); byte += 64)
+INLINE void prefetch(const stored *row) {
+    UNROLL for (int byte = 0; byte < ROW * (int)sizeof(stored); byte += 64)
         __builtin_prefetch((const char *)row + byte, 0, 2);
 }
 
@@ -62,11 +63,11 @@ INLINE vector score_step(const query_element *query, const element *keys, int no
 }
 
 /* Scores `[BLOCK][SLOTS]` of up to BLOCK keys, while their values are fetched. */
-static inline void score_block(const query_element *query, const element *keys, const element *values,
+static inline void score_block(const query_element *query, const element *keys, const stored *values,
                                int64_t count, float scale, float *scores) {
     int64_t first = 0;
     for (; first + TOKENS_AT_ONCE <= count; first += TOKENS_AT_ONCE) {
-        UNROLL for (int t = 0; t < TOKENS_AT_ONCE; t++) prefetch(values + (first + t) * HEAD_DIM);
+        UNROLL for (int t = 0; t < TOKENS_AT_ONCE; t++) prefetch(values + (first + t) * ROW);
         vector sum = score_step(query, keys + first * HEAD_DIM, TOKENS_AT_ONCE, scale);
         put(scores + first * SLOTS, sum);
     }
@@ -123,14 +124,14 @@ static inline void weigh_block(float *scores, float weights[ROWS][BLOCK], vector
 }
 
 /* Add the weighted values of a block to the sums, while the next block's keys are fetched. */
-static inline void add_values(const element *values, const element *next_keys, int64_t count,
+static inline void add_values(const element *values, const stored *next_keys, int64_t count,
                               int64_t next_count, float weights[ROWS][BLOCK],
                               float out[ROWS][HEAD_DIM]) {
     for (int chunk = 0; chunk < CHUNKS; chunk += CHUNKS_AT_ONCE) {
         vector sum[ROWS][CHUNKS_AT_ONCE];
         memset(sum, 0, sizeof sum);
         for (int64_t token = 0; token < count; token++) {
-            if (chunk == 0 && token < next_count) prefetch(next_keys + token * HEAD_DIM);
+            if (chunk == 0 && token < next_count) prefetch(next_keys + token * ROW);
             vector value[CHUNKS_AT_ONCE];
             UNROLL for (int c = 0; c < CHUNKS_AT_ONCE; c++)
                 if (chunk + c < CHUNKS)
@@ -148,10 +149,12 @@ static inline void add_values(const element *values, const element *next_keys, i
     }
 }
 
-/* Attend ROWS queries to `count` keys; out [ROWS][HEAD_DIM], lse [ROWS]. */
-static void attend_part(const float *given_query, const element *keys, const element *values,
-                        int64_t count, float scale, float *out, float *lse, int64_t rows) {
+/* Attend ROWS queries to `count` keys from `first` on; out [ROWS][HEAD_DIM], lse [ROWS]. */
+static void attend_part(const float *given_query, const stored *keys, const stored *values,
+                        int64_t first, int64_t count, float scale, float *out, float *lse,
+                        int64_t rows) {
     (void)rows; /* it is ROWS */
+    element room[ROOM][HEAD_DIM] __attribute__((aligned(64)));
     float scores[BLOCK * SLOTS] __attribute__((aligned(64)));
     float weights[ROWS][BLOCK] __attribute__((aligned(64)));
     float sum[ROWS][HEAD_DIM] __attribute__((aligned(64)));
@@ -163,10 +166,12 @@ static void attend_part(const float *given_query, const element *keys, const ele
     for (int64_t start = 0; start < count; start += BLOCK) {
         int64_t now = count - start < BLOCK ? count - start : BLOCK;
         int64_t left = count - start - now, next = left < BLOCK ? left : BLOCK;
-        const element *k = keys + start * HEAD_DIM, *v = values + start * HEAD_DIM;
-        score_block(query, k, v, now, scale, scores);
+        int64_t at = first + start;
+        const element *k = rows_of(keys, at, now, room);
+        score_block(query, k, values + at * ROW, now, scale, scores);
         weigh_block(scores, weights, &highest, &total, sum);
-        add_values(v, k + now * HEAD_DIM, now, next, weights, sum);
+        const element *v = rows_of(values, at, now, room);
+        add_values(v, keys + (at + now) * ROW, now, next, weights, sum);
     }
     total = sum_of_row(total);
     for (int row = 0; row < ROWS; row++) {

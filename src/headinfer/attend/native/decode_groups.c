@@ -19,6 +19,7 @@ int prepare(void) { return 0; }
 #define TILES 1
 #define ROWS_OF(rows) (rows)
 #define BLOCK 128 /* tokens whose keys and values stay in the nearest caches */
+#include "stored.h"
 #define STEP 16   /* tokens of a tile of keys, rows of a group */
 #define DIMS 32   /* of a tile of keys; tokens of a tile of weights */
 #define CHUNKS (HEAD_DIM / DIMS)
@@ -37,7 +38,7 @@ struct state {
     float sum[GROUPS][CHUNKS][2][16][16];   /* rows by dims, see `dim_of` */
     vector highest[GROUPS];                 /* by rows */
     vector total[GROUPS * STEP];            /* by tokens, to be added up at last */
-    element tail[2][BLOCK][HEAD_DIM];       /* the last keys and values, with zeros behind */
+    element room[ROOM][HEAD_DIM];           /* keys or values that are not as they are stored */
 } __attribute__((aligned(64)));
 
 /*
@@ -59,6 +60,8 @@ INLINE void ask(struct ahead *a) {
         }
     }
 }
+
+INLINE int64_t lines_of(int64_t tokens) { return tokens * ROW * (int64_t)sizeof(stored) / 64; }
 
 /* Times that two groups `ask` in a block: each takes about as long, but a step of weights twice. */
 #define ASKED (BLOCK / DIMS * CHUNKS + 2 * 2 * BLOCK / STEP + CHUNKS * BLOCK / DIMS)
@@ -189,27 +192,21 @@ static void begin(struct state *s, const float *query, int64_t rows, int64_t gro
     STORED();
 }
 
-/* Attend queries to `count` keys; out [rows][HEAD_DIM], lse [rows]. */
-static void attend_part(const float *query, const element *keys, const element *values, int64_t count,
-                        float scale, float *out, float *lse, int64_t rows) {
-    const int64_t lines = HEAD_DIM * (int64_t)sizeof *keys / 64;
+/* Attend queries to `count` keys from `first` on; out [rows][HEAD_DIM], lse [rows]. */
+static void attend_part(const float *query, const stored *keys, const stored *values, int64_t first,
+                        int64_t count, float scale, float *out, float *lse, int64_t rows) {
     int64_t groups = (rows + STEP - 1) / STEP, asked = (groups + 1) / 2 * ASKED;
     struct state s;
     begin(&s, query, rows, groups);
     for (int64_t start = 0; start < count; start += BLOCK) {
         int64_t left = count - start, next = left - BLOCK < BLOCK ? left - BLOCK : BLOCK;
-        const element *k = keys + start * HEAD_DIM, *v = values + start * HEAD_DIM;
-        struct ahead a = {.values = (const char *)v, .keys = (const char *)(k + BLOCK * HEAD_DIM)};
-        a.value_lines = (left < BLOCK ? left : BLOCK) * lines;
-        a.key_lines = next > 0 ? next * lines : 0;
+        int64_t at = first + start;
+        struct ahead a = {.values = (const char *)(values + at * ROW),
+                          .keys = (const char *)(keys + (at + BLOCK) * ROW)};
+        a.value_lines = lines_of(left < BLOCK ? left : BLOCK);
+        a.key_lines = next > 0 ? lines_of(next) : 0;
         a.each = (a.value_lines + a.key_lines + asked - 1) / asked;
-        if (left < BLOCK) {
-            memset(s.tail, 0, sizeof s.tail);
-            memcpy(s.tail[0], k, left * HEAD_DIM * sizeof *k);
-            memcpy(s.tail[1], v, left * HEAD_DIM * sizeof *v);
-            k = s.tail[0][0], v = s.tail[1][0];
-            STORED();
-        }
+        const element *k = block_of(keys, at, left, s.room);
         for (int64_t group = 0; group < groups; group += 2) {
             score_block(&s, k, group, group + 1 < groups, &a);
             for (int64_t token = left; token < BLOCK; token++)
@@ -217,7 +214,7 @@ static void attend_part(const float *query, const element *keys, const element *
             weigh_block(&s, group, 0, scale * LOG2_E, &a);
             if (group + 1 < groups) weigh_block(&s, group + 1, STEP, scale * LOG2_E, &a);
         }
-        add_values(&s, v, groups, &a);
+        add_values(&s, block_of(values, at, left, s.room), groups, &a);
     }
     for (int64_t row = 0; row < rows; row++) {
         float total = _mm512_reduce_add_ps((__m512)s.total[row]);

@@ -35,6 +35,7 @@
 #define PADDED PADDED_TO(ROWS)
 
 #include "panels.h"
+#include "stored.h"
 
 /*
  * Rows from which this is faster than `decode.c`. (A core of an EPYC with AVX-512 multiplies 49 to 59
@@ -55,14 +56,15 @@ struct state {
     operand weights[PADDED][BLOCK_STEPS];
     float out[PADDED][HEAD_DIM];
     float highest[ROWS], total[ROWS];
+    element room[ROOM][HEAD_DIM]; /* keys or values that are not as they are stored */
 } __attribute__((aligned(64)));
 
 /* Scores of a block's keys, while its values are fetched. */
-static void score_block(struct state *s, const element *keys, const element *values, int64_t count,
+static void score_block(struct state *s, const element *keys, const stored *values, int64_t count,
                         int64_t rows) {
     for (int panel = 0; panel < KEY_PANELS; panel++) {
         pack_keys(keys + panel * PANEL * HEAD_DIM, count - panel * PANEL, s->keys);
-        const element *fetched = panel * PANEL < count ? values + panel * PANEL * HEAD_DIM : 0;
+        const stored *fetched = panel * PANEL < count ? values + panel * PANEL * ROW : 0;
         for (int64_t row = 0; row < rows; row += ROWS_AT_ONCE)
             multiply_panel(s->query[row], DIM_STEPS, s->keys[0], DIM_STEPS,
                            s->scores[row] + panel * PANEL, BLOCK, 0,
@@ -118,17 +120,18 @@ static void begin(struct state *s, const float *query, int64_t rows) {
     }
 }
 
-/* Attend queries to `count` keys; out [rows][HEAD_DIM], lse [rows]. */
-static void attend_part(const float *query, const element *keys, const element *values,
+/* Attend queries to `count` keys from `first` on; out [rows][HEAD_DIM], lse [rows]. */
+static void attend_part(const float *query, const stored *keys, const stored *values, int64_t first,
                         int64_t count, float scale, float *out, float *lse, int64_t rows) {
     struct state s;
     begin(&s, query, rows);
     for (int64_t start = 0; start < count; start += BLOCK) {
         int64_t left = count - start, now = left < BLOCK ? left : BLOCK;
-        const element *k = keys + start * HEAD_DIM, *v = values + start * HEAD_DIM;
-        score_block(&s, k, v, now, rows);
+        int64_t at = first + start;
+        score_block(&s, rows_of(keys, at, now, s.room), values + at * ROW, now, rows);
         weigh_block(&s, now, scale * LOG2_E, rows);
-        add_values(&s, v, now, left > BLOCK ? (const char *)(k + BLOCK * HEAD_DIM) : 0, rows);
+        const char *next = left > BLOCK ? (const char *)(keys + (at + BLOCK) * ROW) : 0;
+        add_values(&s, rows_of(values, at, now, s.room), now, next, rows);
     }
     for (int64_t row = 0; row < rows; row++) {
         lse[row] = (s.highest[row] + log2f(s.total[row])) * LN_2;

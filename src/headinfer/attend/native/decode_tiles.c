@@ -23,6 +23,7 @@ int prepare(void) { return 0; }
 #else
 #define TILES 1
 #define BLOCK 64 /* tokens of a block, which stays in the nearest caches */
+#include "stored.h"
 #define STEP 16  /* tokens of a tile */
 #define STEPS (BLOCK / STEP)
 #define DIMS 32  /* of a tile */
@@ -49,7 +50,7 @@ struct state {
     float sum[PLANES][HALVES_OF_ROWS][CHUNKS][16][16]; /* even dims and odd ones, in turn */
     vector highest;                             /* by rows */
     vector total[ROWS];                         /* by tokens, to be added up at last */
-    element tail[2][BLOCK][HEAD_DIM];           /* the last keys and values, with zeros behind */
+    element room[ROOM][HEAD_DIM];               /* keys or values that are not as they are stored */
 #if PLANES == 2
     uint16_t planes[PLANES * BLOCK][PANEL];     /* of the keys or values at hand */
 #endif
@@ -97,14 +98,14 @@ INLINE const uint16_t *panel_of(struct state *s, const element *from, int tokens
  * arithmetic, so each phase asks for a little all the time. (A core of a Xeon with AMX reads 13 GB/s
  * like this, 11 in two bursts a block, 9.5 by tiles alone, and 15 where it only reads.)
  */
-INLINE void prefetch(const element *rows, int64_t count, int part, int parts) {
-    const char *from = (const char *)(rows + count * part / parts * HEAD_DIM);
-    const char *end = (const char *)(rows + count * (part + 1) / parts * HEAD_DIM);
+INLINE void prefetch(const stored *rows, int64_t count, int part, int parts) {
+    const char *from = (const char *)(rows + count * part / parts * ROW);
+    const char *end = (const char *)(rows + count * (part + 1) / parts * ROW);
     for (; from < end; from += 64) __builtin_prefetch(from, 0, 2);
 }
 
 /* Scores of BLOCK keys, while the values of the block are fetched. */
-static void score_block(struct state *s, const element *keys, const element *values, float scale) {
+static void score_block(struct state *s, const element *keys, const stored *values, float scale) {
     for (int first = 0; first < BLOCK; first += 2 * STEP) {
         _tile_zero(0);
         _tile_zero(1);
@@ -169,7 +170,7 @@ INLINE void put_weight(uint32_t weights[HALVES_OF_ROWS][STEPS][16][16], int step
  * Turn scores into weights, powers of two over the highest so far; shrink what was summed before.
  * Meanwhile the first of `ahead` keys of the next block are fetched.
  */
-static void weigh_block(struct state *s, const element *next, int64_t ahead) {
+static void weigh_block(struct state *s, const stored *next, int64_t ahead) {
     vector high = s->highest;
     for (int token = 0; token < BLOCK; token++) high = larger(get(s->scores[token]), high);
     if (memcmp(&high, &s->highest, sizeof high)) {
@@ -204,7 +205,7 @@ static void weigh_block(struct state *s, const element *next, int64_t ahead) {
 }
 
 /* Add the weighted values of a block, while the rest of `ahead` keys of the next are fetched. */
-static void add_values(struct state *s, const element *values, const element *next, int64_t ahead) {
+static void add_values(struct state *s, const element *values, const stored *next, int64_t ahead) {
     for (int chunk = 0; chunk < CHUNKS; chunk += 2) {
         int both = chunk + 1 < CHUNKS;
         const uint16_t *panel = panel_of(s, values + chunk * DIMS, BLOCK, both ? PANEL : DIMS);
@@ -248,12 +249,12 @@ static void add_values(struct state *s, const element *values, const element *ne
     }
 }
 
-/* Attend ROWS queries to `count` keys; out [ROWS][HEAD_DIM], lse [ROWS]. */
-static void attend_part(const float *query, const element *keys, const element *values, int64_t count,
-                        float scale, float *out, float *lse, int64_t rows) {
+/* Attend ROWS queries to `count` keys from `first` on; out [ROWS][HEAD_DIM], lse [ROWS]. */
+static void attend_part(const float *query, const stored *keys, const stored *values, int64_t first,
+                        int64_t count, float scale, float *out, float *lse, int64_t rows) {
     (void)rows; /* it is ROWS */
     struct state s;
-    memset(&s, 0, offsetof(struct state, tail)); /* the rest is written before it is read */
+    memset(&s, 0, offsetof(struct state, room)); /* the rest is written before it is read */
     s.highest = all(NOTHING);
     for (int row = 0; row < ROWS; row++)
         for (int i = 0; i < HEAD_DIM; i++) {
@@ -272,18 +273,11 @@ static void attend_part(const float *query, const element *keys, const element *
     for (int64_t start = 0; start < count; start += BLOCK) {
         int64_t left = count - start, ahead = left - BLOCK < BLOCK ? left - BLOCK : BLOCK;
         if (ahead < 0) ahead = 0;
-        const element *k = keys + start * HEAD_DIM, *v = values + start * HEAD_DIM;
-        if (left < BLOCK) {
-            memset(s.tail, 0, sizeof s.tail);
-            memcpy(s.tail[0], k, left * HEAD_DIM * sizeof *k);
-            memcpy(s.tail[1], v, left * HEAD_DIM * sizeof *v);
-            k = s.tail[0][0], v = s.tail[1][0];
-            STORED();
-        }
-        score_block(&s, k, v, scale * LOG2_E);
+        int64_t at = first + start;
+        score_block(&s, block_of(keys, at, left, s.room), values + at * ROW, scale * LOG2_E);
         for (int64_t token = left; token < BLOCK; token++) put(s.scores[token], all(-INFINITY));
-        weigh_block(&s, keys + (start + BLOCK) * HEAD_DIM, ahead);
-        add_values(&s, v, keys + (start + BLOCK) * HEAD_DIM, ahead);
+        weigh_block(&s, keys + (at + BLOCK) * ROW, ahead);
+        add_values(&s, block_of(values, at, left, s.room), keys + (at + BLOCK) * ROW, ahead);
     }
     for (int row = 0; row < ROWS; row++) {
         float total = _mm512_reduce_add_ps((__m512)s.total[row]);

@@ -11,15 +11,17 @@
 
 #include "elements.h"
 #include "merge.h"
+#include "parts.h"
 #include "workers.h"
 
-typedef void attend_stretch(const float *query, const element *keys, const element *values,
+typedef void attend_stretch(const float *query, const void *keys, const void *values, int64_t first,
                             int64_t count, float scale, float *out, float *lse, int64_t rows);
 
-/* Some consecutive tokens, in `splits` parts; strides are elements from head to head. */
+/* Consecutive tokens from `first` on, in `splits` parts; strides are bytes from head to head. */
 struct span {
-    const element *keys, *values;
-    int64_t key_stride, value_stride, tokens, splits;
+    attend_stretch *attend; /* compiled for their form */
+    const char *keys, *values;
+    int64_t key_stride, value_stride, first, tokens, splits;
 };
 
 /*
@@ -29,7 +31,6 @@ struct span {
  * a count of 4 bytes for each head.
  */
 struct job {
-    attend_stretch *attend;
     struct workers *workers;
     const element *query;
     float *out, *lse, *scratch;
@@ -70,12 +71,11 @@ static void attend_parts(void *given) {
         int64_t head = at / job->splits, part = at % job->splits;
         const struct span *span = job->spans;
         while (part >= span->splits) part -= span++->splits;
-        int64_t start = span->tokens * part / span->splits;
-        int64_t end = span->tokens * (part + 1) / span->splits;
-        job->attend(job->scratch + head * head_size,
-                    span->keys + head * span->key_stride + start * job->dim,
-                    span->values + head * span->value_stride + start * job->dim, end - start,
-                    job->scale, outs + at * head_size, lses + at * job->rows, job->rows);
+        int64_t start = part_start(span->first, span->tokens, part, span->splits);
+        int64_t end = part_start(span->first, span->tokens, part + 1, span->splits);
+        span->attend(job->scratch + head * head_size, span->keys + head * span->key_stride,
+                     span->values + head * span->value_stride, start, end - start, job->scale,
+                     outs + at * head_size, lses + at * job->rows, job->rows);
         if (__atomic_sub_fetch(&left[head], 1, __ATOMIC_ACQ_REL)) continue;
         int64_t first = head * job->splits;
         for (int64_t row = 0; row < job->rows; row++)

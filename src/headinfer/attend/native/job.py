@@ -8,6 +8,7 @@ import ctypes
 import functools
 import sys
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 
@@ -17,6 +18,7 @@ from headinfer.attend.partial import Partial
 from headinfer.device.host_calls import NativeFunction
 from headinfer.kv.extent import Tile
 from headinfer.native.build import compile_kernel
+from headinfer.packed.layout import PageLayout
 
 MIN_SPLIT_TOKENS = 512
 """Tokens that are worth a part of their own."""
@@ -30,8 +32,9 @@ class _Span(ctypes.Structure):
     """A `struct span` of `job.c`."""
 
     _fields_ = (
-        *((name, _POINTER) for name in ("keys", "values")),
-        *((name, _NUMBER) for name in ("key_stride", "value_stride", "tokens", "splits")),
+        *((name, _POINTER) for name in ("attend", "keys", "values")),
+        *((name, _NUMBER) for name in ("key_stride", "value_stride")),
+        *((name, _NUMBER) for name in ("first", "tokens", "splits")),
     )
 
 
@@ -39,7 +42,7 @@ class _Block(ctypes.Structure):
     """A `struct job` of `job.c`."""
 
     _fields_ = (
-        *((name, _POINTER) for name in ("attend", "workers", "query", "out", "lse")),
+        *((name, _POINTER) for name in ("workers", "query", "out", "lse")),
         *((name, _POINTER) for name in ("scratch", "spans")),
         *((name, _NUMBER) for name in ("splits", "heads", "rows", "dim")),
         *((name, ctypes.c_double) for name in ("start_s", "end_s")),
@@ -64,6 +67,18 @@ def job_library(dtype: torch.dtype) -> ctypes.CDLL | None:
         library.stop_workers.argtypes = [_POINTER]
         library.stop_workers.restype = None
     return library
+
+
+def row_size(dtype: torch.dtype, dim: int) -> int:
+    """Return the elements of a token as it is stored, or the bytes of a packed page."""
+    return PageLayout(dim).page_bytes if dtype is torch.uint8 else dim
+
+
+class Attending(Protocol):
+    """A function that returns the library for tokens of a form; None where it cannot be had."""
+
+    def __call__(self, *, packed: bool) -> ctypes.CDLL | None:
+        """Return it; its `attend_stretch` attends some tokens of one head."""
 
 
 class Job(NativeFunction):
@@ -114,7 +129,7 @@ class Jobs:
     memory, too.
 
     Args:
-        attend: the library whose `attend_stretch` is compiled for the shape.
+        attend: gives the library whose `attend_stretch` is compiled for the shape, `packed` or not.
         library: `job_library` of the query's dtype.
         query: `[batch, kv_heads, group, q_len, dim]`, contiguous; read when a job runs.
         answer: of the same shape, contiguous, in float32; written when a job runs.
@@ -123,7 +138,7 @@ class Jobs:
 
     def __init__(
         self,
-        attend: ctypes.CDLL,
+        attend: Attending,
         library: ctypes.CDLL,
         query: torch.Tensor,
         answer: Partial,
@@ -131,15 +146,15 @@ class Jobs:
     ) -> None:
         batch, kv_heads, group, q_len, dim = query.shape
         self._library = library
-        self._kv_heads, self._dim = kv_heads, dim
-        self._dtype, self._itemsize = query.dtype, query.dtype.itemsize
+        self._kv_heads, self._dim, self._dtype = kv_heads, dim, query.dtype
+        self._addresses: dict[bool, int | None] = {}
         self._heads, self._rows = batch * kv_heads, group * q_len
         self._scratch = torch.empty(0, dtype=torch.float32, device="cpu")
-        self._memory = attend, query, answer  # jobs know them by address
+        self._attend = attend
+        self._memory = query, answer  # jobs know them by address
         self._free: list[Job] = []
         self._workers: Workers | None = None  # kept from job to job
         self._template = _Block(
-            attend=ctypes.cast(attend.attend_stretch, _POINTER).value,
             query=query.data_ptr(),
             out=answer.out.data_ptr(),
             lse=answer.lse.data_ptr(),
@@ -165,14 +180,14 @@ class Jobs:
         for tile in tiles:
             (keys, values), first, tokens = tile.whole, tile.first, tile.tokens
             key_stride, value_stride = self._head_stride(keys), self._head_stride(values)
-            if key_stride is None or value_stride is None:
+            attend = self._address(packed=keys.dtype is torch.uint8)
+            if key_stride is None or value_stride is None or attend is None:
                 return None
             if not tokens:
                 continue
             splits = stealable_splits(threads, self._heads, tokens // MIN_SPLIT_TOKENS)
-            start_bytes = first * self._dim * self._itemsize
-            addresses = keys.data_ptr() + start_bytes, values.data_ptr() + start_bytes
-            spans.append((*addresses, key_stride, value_stride, tokens, splits))
+            where = attend, keys.data_ptr(), values.data_ptr(), key_stride, value_stride
+            spans.append((*where, first, tokens, splits))
             parts += splits
         floats = self._heads * (self._rows * (self._dim + parts * (self._dim + 1)) + 1)
         if self._scratch.numel() < floats:
@@ -185,17 +200,28 @@ class Jobs:
         job.block.workers = workers.address
         return job
 
-    def _head_stride(self, part: torch.Tensor) -> int | None:
-        """Return the elements from head to head; None where rows of the batch are not like heads.
+    def _address(self, *, packed: bool) -> int | None:
+        """Return where the function is that attends tokens of a form; None where there is none."""
+        if packed not in self._addresses:
+            library = self._attend(packed=packed)
+            self._addresses[packed] = (
+                None if library is None else ctypes.cast(library.attend_stretch, _POINTER).value
+            )
+        return self._addresses[packed]
 
-        The kernels read tokens of one dtype that follow each other without a gap.
+    def _head_stride(self, part: torch.Tensor) -> int | None:
+        """Return the bytes from head to head; None where rows of the batch are not like heads.
+
+        The kernels read tokens of one dtype, or pages, that follow each other without a gap.
         """
         row, head, token, element = part.stride()
-        if (token, element) != (self._dim, 1) or part.dtype is not self._dtype:
+        if part.dtype not in (self._dtype, torch.uint8):
+            return None
+        if (token, element) != (row_size(part.dtype, self._dim), 1):
             return None
         if row != head * self._kv_heads and self._heads != self._kv_heads:
             return None
-        return head
+        return head * part.itemsize
 
     def _new(self) -> Job:
         return Job(self._library, _Block.from_buffer_copy(self._template), self._free)

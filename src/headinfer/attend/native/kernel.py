@@ -13,12 +13,13 @@ import functools
 
 import torch
 
-from headinfer.attend.native.job import MIN_SPLIT_TOKENS, Jobs, job_library
+from headinfer.attend.native.job import MIN_SPLIT_TOKENS, Jobs, job_library, row_size
 from headinfer.attend.native.splits import even_splits, stealable_splits
 from headinfer.attend.partial import Partial
 from headinfer.attend.work import Work
 from headinfer.kv.extent import Tile
 from headinfer.native.build import ELEMENTS, compile_kernel
+from headinfer.packed.layout import PageLayout, packs
 
 MAX_DECODE_ROWS = 256
 """Query rows of a KV head up to which keys and values are read once for all: 16 tokens of a group
@@ -43,43 +44,53 @@ _compile = functools.partial(compile_kernel, __package__)
 
 
 @functools.cache
-def decode_library(dtype: torch.dtype, head_dim: int, rows: int) -> ctypes.CDLL | None:
+def decode_library(
+    dtype: torch.dtype, head_dim: int, rows: int, *, packed: bool = False
+) -> ctypes.CDLL | None:
     """Return a kernel for a decode step compiled for one shape; None where it cannot be had.
 
     Args:
         dtype: of keys and values.
         head_dim: elements of one key, and of one value.
         rows: query rows of one KV head.
+        packed: whether keys and values are packed pages.
     """
     if dtype not in ELEMENTS or head_dim % _DECODE_DIM_MULTIPLE or rows > MAX_DECODE_ROWS:
         return None
+    if packed and (dtype is not torch.bfloat16 or not packs(head_dim)):
+        return None
     if _MAX_COMPILED_ROWS < rows < MAX_DECODE_ROWS:
-        return decode_library(dtype, head_dim, MAX_DECODE_ROWS)
+        return decode_library(dtype, head_dim, MAX_DECODE_ROWS, packed=packed)
     library, many = None, rows > _MAX_COMPILED_ROWS
+    shape = {"HEAD_DIM": head_dim, "ROWS": rows}
+    if packed:
+        shape |= {"PACKED": 1, **PageLayout(head_dim).definitions}
     # The unit knows bfloat16: float16 is taken apart for it, which few rows do not repay.
     on_tiles = dtype is torch.bfloat16
     on_tiles |= dtype is torch.float16 and not many and rows > _MAX_ROWS_AT_ONCE
     if on_tiles and head_dim % _PREFILL_DIM_MULTIPLE == 0:
         source = "decode_groups.c" if many else "decode_tiles.c"
-        library = _compile(source, dtype, HEAD_DIM=head_dim, ROWS=rows)
+        library = _compile(source, dtype, **shape)
         if library is not None and not library.prepare():
             library = None
     if library is None:
         # Pairs of bfloat16 may be worth packing for fewer rows, which the processor decides.
         if rows > _MAX_ROWS_AT_ONCE or dtype is torch.bfloat16:
-            library = _compile("decode_rows.c", dtype, HEAD_DIM=head_dim, ROWS=rows)
+            library = _compile("decode_rows.c", dtype, **shape)
         if rows <= _MAX_ROWS_AT_ONCE and (library is None or library.fewest_rows() > rows):
-            library = _compile("decode.c", dtype, HEAD_DIM=head_dim, ROWS=rows)
+            library = _compile("decode.c", dtype, **shape)
     if library is not None:
         library.attend_heads.argtypes = [
             *(_POINTER, _POINTER, _POINTER),  # query, keys, values
-            *(_NUMBER, _NUMBER, _NUMBER, _NUMBER, _NUMBER),  # strides, count, heads, splits
+            *(_NUMBER, _NUMBER, _NUMBER, _NUMBER),  # strides, first, count
+            *(_NUMBER, _NUMBER),  # heads, splits
             *(ctypes.c_float, _POINTER, _POINTER, _POINTER),  # scale, parts, out, lse
             *(_NUMBER, ctypes.c_int),  # rows, threads
         ]
         library.attend_heads.restype = None
-        library.attend_token.argtypes = [_POINTER]
-        library.attend_token.restype = None
+        if not packed:
+            library.attend_token.argtypes = [_POINTER]
+            library.attend_token.restype = None
     return library
 
 
@@ -111,6 +122,9 @@ def prefill_library(dtype: torch.dtype, head_dim: int) -> ctypes.CDLL | None:
 class NativeKernel:
     """A kernel in C for tiles, under masks that leave each row of the batch a stretch of tokens.
 
+    Tiles of uint8 are packed pages of bfloat16 (`headinfer.packed`), `[batch, heads, pages,
+    page_bytes]`, which few rows attend as they are.
+
     Results are float32 whatever the input, so that merging rounds once. Uses as many threads as
     torch is set to.
     """
@@ -128,11 +142,15 @@ class NativeKernel:
             rows <= _MAX_ROWS_AT_ONCE or prefill_library(dtype, dim) is None
         ):
             return False
-        layout = (dim, 1)  # tokens of one dtype that follow each other without a gap
         for tile in work.tiles:
             keys, values = tile.whole
-            if keys.dtype is not dtype or values.dtype is not dtype:
+            packed = keys.dtype is torch.uint8
+            if packed and decode_library(dtype, dim, rows, packed=True) is None:
                 return False
+            stored = torch.uint8 if packed else dtype
+            if keys.dtype is not stored or values.dtype is not stored:
+                return False
+            layout = row_size(stored, dim), 1  # rows follow each other without a gap
             if keys.stride()[2:] != layout or values.stride()[2:] != layout:
                 return False
         return mask is None or _visible_spans(mask, query.shape[0]) is not None
@@ -149,12 +167,18 @@ class NativeKernel:
                     into.add(self._attend_many(work, tile))
             return
         spans = None if mask is None else _visible_spans(mask, batch)
-        threads, step = torch.get_num_threads(), query.dtype.itemsize
+        threads = torch.get_num_threads()
         rows = query.float().contiguous()
         for tile in work.tiles:
             (keys, values), first, count = tile.whole, tile.first, tile.tokens
             if not count:
                 continue
+            packed, step = keys.dtype is torch.uint8, keys.itemsize
+            attend_heads = library.attend_heads
+            if packed:
+                of_pages = decode_library(query.dtype, dim, group * q_len, packed=True)
+                assert of_pages is not None
+                attend_heads = of_pages.attend_heads
             row, head, _, _ = keys.stride()
             value_row, value_head, _, _ = values.stride()
             first_head = tile.heads.start or 0
@@ -172,12 +196,12 @@ class NativeKernel:
                     continue
                 splits = stealable_splits(threads, heads, count // MIN_SPLIT_TOKENS)
                 parts = rows.new_empty(splits * results * (dim + 1) if splits > 1 else 0)
-                at, key_at = call * results, call * row + first_head * head + first * dim
-                value_at = call * value_row + first_head * value_head + first * dim
-                library.attend_heads(
+                at, key_at = call * results, call * row + first_head * head
+                value_at = call * value_row + first_head * value_head
+                attend_heads(
                     rows.data_ptr() + at * dim * _FLOAT_BYTES,
                     *(keys.data_ptr() + key_at * step, values.data_ptr() + value_at * step),
-                    *(head, value_head, count, heads, splits, scale, parts.data_ptr()),
+                    *(head, value_head, first, count, heads, splits, scale, parts.data_ptr()),
                     out.data_ptr() + at * dim * _FLOAT_BYTES,
                     *(lse.data_ptr() + at * _FLOAT_BYTES, group * q_len, threads),
                 )
@@ -227,7 +251,8 @@ class NativeKernel:
         library = job_library(query.dtype) if attend is not None else None
         if attend is None or library is None:
             return None
-        return Jobs(attend, library, query, answer, scale)
+        of_form = functools.partial(decode_library, query.dtype, head_dim, rows)
+        return Jobs(of_form, library, query, answer, scale)
 
 
 def _visible_spans(mask: torch.Tensor, batch: int) -> list[tuple[int, int]] | None:

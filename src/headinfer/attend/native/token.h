@@ -41,8 +41,8 @@ void attend_token(const struct token *t) {
                HEAD_DIM * sizeof(element));
     }
     for (int64_t i = 0; i < elements; i += LANES) put(t->rows + i, load(t->query + i));
-    attend_heads(t->rows, t->keys + first * HEAD_DIM, t->values + first * HEAD_DIM, t->key_stride,
-                 t->value_stride, tokens, t->heads, splits_of(t, threads, tokens), t->scale, t->parts,
-                 t->out, t->lse, t->group, threads);
+    attend_heads(t->rows, t->keys, t->values, t->key_stride, t->value_stride, first, tokens, t->heads,
+                 splits_of(t, threads, tokens), t->scale, t->parts, t->out, t->lse, t->group,
+                 threads);
     for (int64_t i = 0; i < elements; i++) t->result[i] = rounded(t->out[i]);
 }

@@ -1,0 +1,48 @@
+/*
+ * Keys and values as they are stored: elements, or, where PACKED is defined, pages of 64 tokens, which
+ * are unpacked into a thread's own memory, a block at a time. Tokens are counted from where a head's
+ * begin, for a page is read as a whole.
+ *
+ * Whoever includes this defines, besides HEAD_DIM, BLOCK: tokens of a block.
+ */
+#ifdef PACKED
+#include "pages.h"
+typedef uint8_t stored;
+#define ROW (PAGE_BYTES / PAGE_TOKENS) /* a token's part of a page */
+#define ROOM (BLOCK + PAGE_TOKENS)     /* tokens of the pages that a block may have a part of */
+#else
+typedef element stored;
+#define ROW HEAD_DIM
+#define ROOM BLOCK
+#endif
+
+/* Return `count` tokens from `first` on, in `room` or where they are. */
+INLINE const element *rows_of(const stored *from, int64_t first, int64_t count,
+                              element room[ROOM][HEAD_DIM]) {
+#ifdef PACKED
+    int64_t page = first / PAGE_TOKENS, end = (first + count + PAGE_TOKENS - 1) / PAGE_TOKENS;
+    for (int64_t i = 0; page + i < end; i++)
+        unpack_page(from + (page + i) * PAGE_BYTES, room[i * PAGE_TOKENS]);
+    return room[first % PAGE_TOKENS];
+#else
+    (void)room, (void)count;
+    return from + first * HEAD_DIM;
+#endif
+}
+
+/*
+ * Return BLOCK tokens from `first` on, in `room` or where they are; those from `count` on are zeros.
+ * Compilers do not know what a matrix unit loads: without this they may leave out what was stored.
+ */
+INLINE const element *block_of(const stored *from, int64_t first, int64_t count,
+                               element room[ROOM][HEAD_DIM]) {
+    const element *rows = rows_of(from, first, count < BLOCK ? count : BLOCK, room);
+    if (count < BLOCK) {
+#ifndef PACKED
+        rows = memcpy(room[0], rows, count * sizeof *room);
+#endif
+        memset((element *)rows + count * HEAD_DIM, 0, (BLOCK - count) * sizeof *room);
+    }
+    __asm__ volatile("" ::: "memory");
+    return rows;
+}

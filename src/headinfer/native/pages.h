@@ -1,0 +1,117 @@
+/*
+ * Packed pages of bfloat16: their layout, and unpacking one. See headinfer/packed/layout.py.
+ *
+ * By definition at compilation: HEAD_DIM, PAGE_BYTES and MAX_ESCAPES.
+ */
+#define PAGE_TOKENS 64
+#define PAGE_VALUES (PAGE_TOKENS * HEAD_DIM)
+#define HALF_PAGE (PAGE_VALUES / 2)
+#define CODES_AT PAGE_VALUES
+#define HEADER_AT (PAGE_VALUES + HALF_PAGE)
+#define PLACES_AT (HEADER_AT + 8)
+#define EXPONENTS_AT (PLACES_AT + 2 * MAX_ESCAPES)
+#define WINDOW 14
+#define ESCAPE 15
+
+struct page_header {
+    uint16_t escapes;
+    uint8_t base, overflowed, none[4];
+};
+
+INLINE struct page_header header_of(const uint8_t *page) {
+    struct page_header header;
+    memcpy(&header, page + HEADER_AT, sizeof header);
+    return header;
+}
+
+#if defined(__AVX512BW__) || defined(__AVX2__)
+#ifdef __AVX512BW__
+#define AT_ONCE 64 /* values in a vector of bytes */
+typedef __m512i bytes;
+#define DO(operation) _mm512_##operation
+#define GET_BYTES(p) _mm512_loadu_si512(p)
+#define PUT_BYTES(p, x) _mm512_storeu_si512(p, x)
+#define BOTH(a, b) _mm512_and_si512(a, b)
+#define EITHER(a, b) _mm512_or_si512(a, b)
+#define BUT_NOT(a, b) _mm512_andnot_si512(b, a)
+#define TABLE(t) _mm512_broadcast_i32x4(t)
+/* Quarters of words such that interleaving lower and upper halves of lanes keeps the order. */
+INLINE bytes spread(bytes x) {
+    return _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), x);
+}
+#else
+#define AT_ONCE 32
+typedef __m256i bytes;
+#define DO(operation) _mm256_##operation
+#define GET_BYTES(p) _mm256_loadu_si256((const __m256i *)(p))
+#define PUT_BYTES(p, x) _mm256_storeu_si256((__m256i *)(p), x)
+#define BOTH(a, b) _mm256_and_si256(a, b)
+#define EITHER(a, b) _mm256_or_si256(a, b)
+#define BUT_NOT(a, b) _mm256_andnot_si256(b, a)
+#define TABLE(t) _mm256_broadcastsi128_si256(t)
+INLINE bytes spread(bytes x) { return _mm256_permute4x64_epi64(x, 0xd8); }
+#endif
+
+/* Exponents by their codes, as they go into the lower and the upper byte of a value. */
+struct tables {
+    bytes low, high, digits, mantissa;
+};
+INLINE struct tables tables_of(uint8_t base) {
+    const __m128i codes = _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    __m128i exponents = _mm_add_epi8(_mm_set1_epi8((char)base), codes);
+    exponents = _mm_andnot_si128(_mm_cmpeq_epi8(codes, _mm_setzero_si128()), exponents);
+    return (struct tables){
+        TABLE(_mm_and_si128(_mm_slli_epi16(exponents, 7), _mm_set1_epi8((char)0x80))),
+        TABLE(_mm_and_si128(_mm_srli_epi16(exponents, 1), _mm_set1_epi8(0x7f))),
+        DO(set1_epi8)(0x0f),
+        DO(set1_epi8)(0x7f),
+    };
+}
+
+/* Values from their signs and mantissas, and their codes, which are `spread`. */
+INLINE void put_values(uint16_t *to, const uint8_t *kept, bytes codes, struct tables t) {
+    bytes rest = spread(GET_BYTES(kept));
+    bytes low = EITHER(BOTH(rest, t.mantissa), DO(shuffle_epi8)(t.low, codes));
+    bytes high = EITHER(BUT_NOT(rest, t.mantissa), DO(shuffle_epi8)(t.high, codes));
+    PUT_BYTES(to, DO(unpacklo_epi8)(low, high));
+    PUT_BYTES(to + AT_ONCE / 2, DO(unpackhi_epi8)(low, high));
+}
+INLINE void unpack_codes(const uint8_t *page, uint8_t base, uint16_t *to) {
+    struct tables t = tables_of(base);
+    for (int at = 0; at < HALF_PAGE; at += AT_ONCE) {
+        bytes codes = spread(GET_BYTES(page + CODES_AT + at));
+        put_values(to + at, page + at, BOTH(codes, t.digits), t);
+        codes = BOTH(DO(srli_epi16)(codes, 4), t.digits);
+        put_values(to + HALF_PAGE + at, page + HALF_PAGE + at, codes, t);
+    }
+}
+#else
+INLINE uint16_t value_of(uint8_t kept, uint16_t code, uint8_t base) {
+    uint16_t exponent = (uint16_t)(code ? base + code : 0);
+    return (uint16_t)((kept & 0x80) << 8 | (exponent << 7 & 0x7f80) | (kept & 0x7f));
+}
+INLINE void unpack_codes(const uint8_t *page, uint8_t base, uint16_t *to) {
+    for (int at = 0; at < HALF_PAGE; at++) {
+        uint8_t codes = page[CODES_AT + at];
+        to[at] = value_of(page[at], codes & 15, base);
+        to[HALF_PAGE + at] = value_of(page[HALF_PAGE + at], codes >> 4, base);
+    }
+}
+#endif
+
+/* Unpack a page into [PAGE_TOKENS][HEAD_DIM] values, which may lie at any address. */
+static inline void unpack_page(const uint8_t *page, uint16_t *to) {
+    struct page_header header = header_of(page);
+    if (header.overflowed) {
+        uint64_t address;
+        memcpy(&address, page + PLACES_AT, sizeof address);
+        memcpy(to, (const void *)(uintptr_t)address, PAGE_VALUES * sizeof *to);
+        return;
+    }
+    unpack_codes(page, header.base, to);
+    for (int i = 0; i < header.escapes; i++) {
+        uint16_t place;
+        memcpy(&place, page + PLACES_AT + 2 * i, sizeof place);
+        to[place] = (uint16_t)((to[place] & 0x807f) | page[EXPONENTS_AT + i] << 7);
+    }
+}
