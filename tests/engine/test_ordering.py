@@ -58,7 +58,7 @@ def exercise(
 
     Some tokens are resident, and some attended by the host. With `streaming` half of the heads see
     sinks and a window alone. With several devices there is one for each layer. With `drafting`
-    there are drafts, too. With `packed` tokens are packed in host memory, and not attended there.
+    there are drafts, too. With `packed` tokens are packed in host memory.
     """
     model = small_model(max(len(devices), 3), torch.bfloat16 if packed else torch.float32)
     prompt = random_tokens(2, 31)
@@ -67,12 +67,12 @@ def exercise(
         device="simulated",
         simulated_device=devices if devices[1:] else devices[0],
         tile_heads=1,
-        tile_tokens=24 if packed else 16,  # without the host none is smaller than what is steady
+        tile_tokens=16,
         chunk_tokens=12,
         overlap=overlap,
         capture=capture,
         resident_tokens=9,
-        host_attention="off" if packed else 0.4,
+        host_attention=0.4,
         draft_tokens=13,
         kv_cache="packed" if packed else "dense",
         **(STREAMING if streaming else {}),
@@ -129,11 +129,11 @@ def test_all_seeds_give_the_same_result(streaming: bool, seeds: int) -> None:
         torch.testing.assert_close(ours, wanted)
 
 
-@pytest.mark.parametrize("seeds", [1, pytest.param(SEEDS // 4, marks=pytest.mark.slow)])
-def test_all_seeds_give_the_same_result_from_packed_tokens(seeds: int) -> None:
+@pytest.mark.slow
+def test_all_seeds_give_the_same_result_from_packed_tokens() -> None:
     wanted = exercise(in_pieces(seed=0), overlap=False, drafting=True, packed=True)
     assert wanted.isfinite().all()
-    for seed in range(1, seeds + 1):
+    for seed in range(1, SEEDS // 4):
         assert torch.equal(exercise(in_pieces(seed=seed), drafting=True, packed=True), wanted)
 
 
@@ -178,7 +178,7 @@ def test_a_missing_wait_is_noticed(edge: Edge) -> None:
     "edge",
     [
         *(Edge.HOST_WRITTEN, Edge.PAGE_FREE, Edge.PAGE_WRITTEN, Edge.TILE_FILLED, Edge.TILE_FREE),
-        *(Edge.STEP_READY, Edge.STEP_DONE),
+        *(Edge.STEP_READY, Edge.STEP_DONE, Edge.SERVED, Edge.TOKENS_SENT, Edge.ANSWERED),
     ],
 )
 def test_a_missing_wait_of_packed_tokens_is_noticed(edge: Edge) -> None:

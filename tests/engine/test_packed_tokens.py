@@ -91,9 +91,7 @@ changes = st.lists(
 )
 
 
-@settings(max_examples=25, deadline=None)
-@given(changes, st.integers(1, 2), st.sampled_from([5, 24, 130]), st.sampled_from([0, 70]))
-def test_every_bit_comes_back(
+def check_changes(
     steps: list[tuple[str, int, str]], batch: int, chunk_tokens: int, residents: int
 ) -> None:
     device = SimulatedDevice(seed=len(steps))
@@ -103,6 +101,13 @@ def test_every_bit_comes_back(
         getattr(cache, name)(tokens, kind)
         cache.check()
     device.memory.check()
+
+
+every = given(changes, st.integers(1, 2), st.sampled_from([5, 24, 130]), st.sampled_from([0, 70]))
+test_every_bit_comes_back = settings(max_examples=12, deadline=None)(every(check_changes))
+test_every_bit_comes_back_from_many = pytest.mark.slow(
+    settings(max_examples=200, deadline=None)(every(check_changes))
+)
 
 
 def go_on(device: SimulatedDevice) -> None:

@@ -6,6 +6,7 @@ import torch
 
 from headinfer.packed import reference
 from headinfer.packed.layout import PAGE_TOKENS, PageLayout
+from headinfer.packed.native import pack_native, pages_library, unpack_native
 
 
 class Codec(Protocol):
@@ -45,12 +46,16 @@ class Codec(Protocol):
         """
 
 
-class ReferenceCodec:
-    """A codec by torch's operations, for tensors in memory of the CPU."""
+class CpuCodec:
+    """A codec for tensors in memory of the CPU: in C where that can be had, else by torch."""
 
     def pack(self, values: torch.Tensor, pages: torch.Tensor) -> None:
         """Pack values."""
-        reference.pack(values, pages)
+        library = pages_library(values.shape[3])
+        if library is None or values.stride(3) != 1:
+            reference.pack(values, pages)
+        else:
+            pack_native(library, values, pages)
 
     def unpack(
         self,
@@ -63,7 +68,11 @@ class ReferenceCodec:
         tokens, dim = values.shape[2:]
         if counted is not None:
             tokens = min(first + int(counted.item()), tokens)
-        reference.unpack(pages, dim, tokens, values[:, :, :tokens])
+        library, values = pages_library(dim), values[:, :, :tokens]
+        if library is None or values.stride(3) != 1:
+            reference.unpack(pages, dim, tokens, values)
+        else:
+            unpack_native(library, pages, values)
 
     def keep_raw(
         self, values: torch.Tensor, pages: torch.Tensor, raw: torch.Tensor, taken: torch.Tensor
@@ -81,10 +90,10 @@ class ReferenceCodec:
             taken += 1
 
 
-_REFERENCE = ReferenceCodec()
+_ON_CPU = CpuCodec()
 
 
 def codec_for(where: torch.device) -> Codec:
     """Return the codec for tensors on a device."""
     assert where.type == "cpu"
-    return _REFERENCE
+    return _ON_CPU

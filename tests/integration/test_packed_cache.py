@@ -1,0 +1,104 @@
+"""A cache whose tokens are packed in host memory gives the bits of one whose tokens are dense."""
+
+import copy
+import functools
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+import headinfer
+from headinfer.device.simulated import SimulatedDevice
+from headinfer.engine.ready import Form
+from headinfer.schedule import route
+from tiny_models import random_tokens, tiny_model
+
+STREAMING: dict[str, Any] = {
+    "sparsity": 0.5,
+    "head_pattern": "random",
+    "sink_tokens": 3,
+    "recent_tokens": 7,
+}
+SIZES: dict[str, Any] = {"tile_heads": 1, "tile_tokens": 40, "chunk_tokens": 50}
+WAYS: dict[str, dict[str, Any]] = {
+    "sequential": {"overlap": False, "capture": False},
+    "overlapped": {"capture": False, "resident_tokens": 30},
+    "streamed in one launch": {},
+    "with host attention": {"host_attention": 0.4, "resident_tokens": 30},
+    "in several pieces of memory": {"pieces": True, "draft_tokens": 30},
+    "streaming heads": STREAMING,
+    "two devices": {"devices": 2, "host_attention": 0.3},
+}
+_SLOW = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def _few_tokens_are_steady(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have steps that stream captured in one launch, with as few tokens as there are here."""
+    monkeypatch.setattr(route, "STEADY_TOKENS", 24)
+    monkeypatch.setattr(route, "_STEADY_FROM", 0)
+
+
+@functools.cache
+def small_model(dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
+    model = tiny_model("llama3", num_hidden_layers=2, num_key_value_heads=2, num_attention_heads=2)
+    return model.to(dtype)
+
+
+def attached(kv_cache: str, model: PreTrainedModel, options: dict[str, Any]) -> headinfer.Offload:
+    options = {"resident_tokens": 0, "host_attention": "off", **SIZES, **options}
+    count, piece_bytes = options.pop("devices", 1), 2**13 if options.pop("pieces", False) else None
+    devices = [SimulatedDevice(seed=at, host_piece_bytes=piece_bytes) for at in range(count)]
+    one = devices[0] if count == 1 else devices
+    return headinfer.attach(
+        model, device="simulated", simulated_device=one, kv_cache=kv_cache, **options
+    )
+
+
+def use(
+    offload: headinfer.Offload, model: PreTrainedModel, *, whole: bool
+) -> tuple[list[torch.Tensor], set[Form]]:
+    """Go through all that moves tokens; return what comes of it, and the forms of captures.
+
+    Where the cache is not `whole` some heads stream, so that it cannot be read or cropped.
+    """
+    prompt = random_tokens(2, 171)
+    cache = offload.new_cache()
+    outputs = [model(prompt, past_key_values=cache, logits_to_keep=1).logits]
+    for step in range(40):  # a page of 25 tokens goes home
+        token = prompt[:, step : step + 1]
+        outputs.append(model(token, past_key_values=cache).logits)
+    forms = {form for _, form in cache.state.engine.captured}
+    if whole:
+        outputs += [cache.layers[0].keys, cache.layers[1].values]
+        cache.crop(-70)
+        outputs.append(model(prompt[:, :9], past_key_values=cache).logits)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    copied = copy.deepcopy(cache)
+    outputs.append(model(prompt[:, :60], past_key_values=cache).logits)
+    outputs.append(model(prompt[:, :3], past_key_values=copied).logits)
+    copied.batch_select_indices(torch.tensor([1]))
+    outputs.append(model(prompt[:1, :70], past_key_values=copied).logits)
+    return outputs, forms
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        pytest.param(way, marks=[] if way in ("overlapped", "with host attention") else _SLOW)
+        for way in WAYS
+    ],
+)
+def test_packed_tokens_give_the_bits_of_dense_ones(way: str) -> None:
+    model, outcomes = small_model(), []
+    for kv_cache in ("dense", "packed"):
+        with attached(kv_cache, model, WAYS[way]) as offload:
+            outputs, forms = use(offload, model, whole=way != "streaming heads")
+            assert offload.plan.shape.packs == (kv_cache == "packed")
+            outcomes.append(outputs)
+            if way in ("streamed in one launch", "with host attention"):
+                assert forms == {Form.STREAMED}
+    assert all(map(torch.equal, *outcomes))
