@@ -1,4 +1,4 @@
-"""Tokens packed in host memory: every bit comes back, and compute and copies wait for each other."""
+"""Packed tokens in host memory: every bit comes back, and no copy overtakes another one."""
 
 import pytest
 import torch

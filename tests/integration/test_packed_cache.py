@@ -2,13 +2,11 @@
 
 import copy
 import functools
-import logging
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 import headinfer
 from headinfer.device.simulated import SimulatedDevice

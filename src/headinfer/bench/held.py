@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+DENSE = "dense"
+"""Name of KV that lies in memory as it is computed."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldPart:
@@ -34,6 +37,7 @@ class Held:
         streamed_bytes: what crosses the link to the device in every decode step.
         host_attended_bytes: what the CPU attends in every decode step on behalf of the device.
         unseen_bytes: what no query sees, where heads stream; it may not be held at all.
+        format: the form of KV in host memory: "dense", or "packed".
         parts: the same for each GPU, where the model is spread over several.
     """
 
@@ -42,4 +46,5 @@ class Held:
     streamed_bytes: int = 0
     host_attended_bytes: int = 0
     unseen_bytes: int = 0
+    format: str = DENSE
     parts: tuple[HeldPart, ...] = ()

@@ -20,6 +20,7 @@ from headinfer.integration.cache import OffloadedCache
 from headinfer.integration.calls import last_logits
 from headinfer.integration.model_shape import model_shape
 from headinfer.integration.shards import ranks_of
+from headinfer.plan.format import Format
 from headinfer.plan.options import DECLARATIONS
 from headinfer.plan.plan import Plan
 from headinfer.plan.streaming import PAPERS_SPARSITY, RANDOM, STREAMING_OPTIONS
@@ -82,6 +83,7 @@ class HeadInfer:
             streamed_bytes=0 if self.device == "cpu" else streamed,
             host_attended_bytes=sum(part.host_attended_bytes for part in parts),
             unseen_bytes=self._unseen_bytes(plan, cache.get_seq_length()),
+            format=(Format.PACKED if plan.shape.packs else Format.DENSE).value,
             parts=parts,
         )
 

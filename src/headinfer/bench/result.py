@@ -4,7 +4,7 @@ import enum
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from headinfer.bench.held import HeldPart
+from headinfer.bench.held import DENSE, HeldPart
 
 
 class Status(enum.Enum):
@@ -63,6 +63,7 @@ class TrialResult:
         streamed_kv_bytes: KV bytes that a decode step needs over the link.
         host_attended_kv_bytes: KV bytes that the CPU attends on behalf of a device.
         unseen_kv_bytes: KV bytes of the context that no query of a decode step sees.
+        format: the form of KV in host memory.
         others_cpu_share: share of the CPU that other programs used meanwhile.
         planned_activation_bytes: what the method planned for activations; None if it plans none.
         plan: sizes the method chose; None if it chooses none.
@@ -92,6 +93,7 @@ class TrialResult:
     streamed_kv_bytes: int = 0
     host_attended_kv_bytes: int = 0
     unseen_kv_bytes: int = 0
+    format: str = DENSE
     others_cpu_share: float = 0.0
     planned_activation_bytes: int | None = None
     plan: dict[str, int] | None = None

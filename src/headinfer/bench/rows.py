@@ -8,7 +8,7 @@ from itertools import groupby
 from headinfer.bench.bound import Bound, Rates, bound, decode_work, prefill_work
 from headinfer.bench.catalogue import CATALOGUE, REFERENCE_METHOD, spread_of
 from headinfer.bench.gate import Verdict
-from headinfer.bench.held import HeldPart
+from headinfer.bench.held import DENSE, HeldPart
 from headinfer.bench.result import Status, TrialResult
 from headinfer.bench.spec import BenchSpec, Fill
 from headinfer.bench.spread_bound import spread_decode_bound, spread_prefill_bound
@@ -82,6 +82,7 @@ class Row:
         plan: sizes the method chose.
         kv_host_bytes: KV held in host memory.
         kv_device_bytes: KV held on the device.
+        format: the form of KV in host memory: "dense", or "packed" with every bit the same.
         bytes_to_device: copied over the link in what the command times, in one trial.
         bytes_to_host: copied back in it.
         link_bytes_per_s: both over the seconds of the same trial.
@@ -129,6 +130,7 @@ class Row:
     plan: dict[str, int] | None = None
     kv_host_bytes: int | None = None
     kv_device_bytes: int | None = None
+    format: str = DENSE
     bytes_to_device: int | None = None
     bytes_to_host: int | None = None
     link_bytes_per_s: float | None = None
@@ -213,6 +215,7 @@ def row_of(
         plan=first.plan,
         kv_host_bytes=first.kv_host_bytes,
         kv_device_bytes=first.kv_device_bytes,
+        format=first.format,
         bytes_to_device=copied[0],
         bytes_to_host=copied[1],
         link_bytes_per_s=sum(copied) / seconds if any(copied) else None,

@@ -232,6 +232,7 @@ def _measure(
         streamed_kv_bytes=held.streamed_bytes,
         host_attended_kv_bytes=held.host_attended_bytes,
         unseen_kv_bytes=held.unseen_bytes,
+        format=held.format,
         accepted_per_verify=len(decode_s) / steps - 1 if isinstance(method, Drafted) else None,
         draft_s=method.draft_s if isinstance(method, Drafted) else None,
         verify_s=method.verify_s if isinstance(method, Drafted) else None,

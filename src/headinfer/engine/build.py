@@ -9,11 +9,8 @@ from headinfer.engine.pages import Pages
 from headinfer.engine.raw_pages import RawPages
 from headinfer.engine.stats import Stats
 from headinfer.kv.ledger import Ledger
-from headinfer.kv.pair import KV
 from headinfer.kv.place import Arena
-from headinfer.packed.layout import PageLayout
-from headinfer.plan.format import Format
-from headinfer.plan.memory import MOST_DRAFTED, PAGES, STAGING_BUFFERS, covering_tokens
+from headinfer.plan.memory import MOST_DRAFTED, PAGES, STAGING_BUFFERS, raw_slot_bytes
 from headinfer.plan.plan import Plan
 from headinfer.schedule.route import Sizes
 
@@ -64,7 +61,7 @@ def build(
         if plan.resident_tokens:
             piece = arena.take(ledger.geometry.num_bytes(plan.resident_tokens))
             ledger.keep_residents(piece, plan.resident_tokens)
-    packing = _packing(device, plan, arena, ledgers, stats)
+    packing = _packing(device, plan, arena, stats)
     pages = Pages(
         device,
         tails=tails,
@@ -81,20 +78,14 @@ def build(
     return source, pages, arena.num_bytes
 
 
-def _packing(
-    device: Device, plan: Plan, arena: Arena, ledgers: Sequence[Ledger], stats: Stats
-) -> Packing | None:
+def _packing(device: Device, plan: Plan, arena: Arena, stats: Stats) -> Packing | None:
     """Return what packs and unpacks tokens, with its memory; None where nothing is packed."""
-    packed = [ledger.home for ledger in ledgers if ledger.home.format is Format.PACKED]
-    if not packed:
+    if not plan.shape.packs:
         return None
-    slot_bytes = max(PageLayout(dim).raw_bytes for home in packed for dim in home.dims)
-    chunk_rows = Format.PACKED.rows(covering_tokens(Format.PACKED, plan.chunk_tokens))
-    heads = max(home.kv_heads for home in packed)
     return Packing(
         device,
         arena.take(plan.unpacked_bytes),
         [arena.take(plan.packed_bytes // PAGES) for _ in range(PAGES)],
-        RawPages(device, slot_bytes, len(KV._fields) * plan.batch * heads * chunk_rows),
+        RawPages(device, raw_slot_bytes(plan.shape), plan.raw_page_bytes),
         stats,
     )

@@ -43,7 +43,15 @@ class CountedTokens:
     @property
     def host_kv_bytes(self) -> int:
         """Bytes of host memory held for KV, or asked for."""
-        return sum([ledger.host_bytes for ledger in self._full])
+        return sum([ledger.host_bytes for ledger in self._full]) + self._raw_page_bytes
+
+    @property
+    def _raw_page_bytes(self) -> int:
+        """Bytes of host memory for pages that do not pack."""
+        if not self.plan.shape.packs:
+            return 0
+        pieces = [piece for ledger in self._full for piece in ledger.host_pieces]
+        return sum({id(raw): raw.nbytes for piece in pieces for raw in piece.raw}.values())
 
     def host_pieces(self) -> dict[Hashable, int]:
         """Return the bytes of each piece of host memory, by what copies have in common.
@@ -76,4 +84,7 @@ class CountedTokens:
     def missing_bytes(self, tokens: int) -> int:
         """Return the bytes of host memory to be added for layers to hold `tokens` tokens."""
         short = [ledger for ledger in self._full if ledger.promised_tokens < tokens]
-        return sum([ledger.home.num_bytes(ledger.missing_tokens(tokens)) for ledger in short])
+        raw_bytes = max(self.plan.raw_page_bytes - self._raw_page_bytes, 0) if short else 0
+        return raw_bytes + sum(
+            [ledger.home.num_bytes(ledger.missing_tokens(tokens)) for ledger in short]
+        )

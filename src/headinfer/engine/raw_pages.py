@@ -13,9 +13,6 @@ import torch
 from headinfer.device.base import Device, Mark
 from headinfer.errors import MemoryPlanError
 
-_CHUNKS = 4
-"""Chunks whose pages may all overflow before any count of them must be waited for."""
-
 _COUNTS = 64
 """Counts on their way at most."""
 
@@ -36,7 +33,8 @@ class RawPages:
     Args:
         device: takes the slots.
         slot_bytes: of a page as it is.
-        most_pages: that are asked for at once.
+        num_bytes: of all slots of a block. That is enough for all pages of a chunk, and as many
+            more as may have been taken before anybody waits to hear how many were.
 
     Attributes:
         block: `[slots, slot_bytes]` of uint8 in host memory, where slots are taken now.
@@ -47,9 +45,9 @@ class RawPages:
     block: torch.Tensor
     on_device: torch.Tensor
 
-    def __init__(self, device: Device, slot_bytes: int, most_pages: int) -> None:
+    def __init__(self, device: Device, slot_bytes: int, num_bytes: int) -> None:
         self._device, self._slot_bytes = device, slot_bytes
-        self._slots = _CHUNKS * most_pages
+        self._slots = num_bytes // slot_bytes
         self._counts: collections.deque[_Count] = collections.deque()
         self._next = 0
         self._known = self._slots  # of the block, and so there is none yet
@@ -58,11 +56,6 @@ class RawPages:
             memory = device.host_empty(_COUNTS * torch.int64.itemsize)
             self._seen = memory.view(torch.int64)
             self._seen_on_device = device.mapped(memory).view(torch.int64)
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of a block."""
-        return self._slots * self._slot_bytes
 
     def have_room(self, pages: int) -> None:
         """Have slots for some pages, should all of them overflow."""
@@ -87,7 +80,7 @@ class RawPages:
 
     def _begin_block(self) -> None:
         with torch.inference_mode(False):
-            memory = self._device.host_empty(self.num_bytes)
+            memory = self._device.host_empty(self._slots * self._slot_bytes)
             self.block = memory.view(self._slots, self._slot_bytes)
             self.on_device = self._device.mapped(memory).view(self._slots, self._slot_bytes)
         if self.on_device.data_ptr() != memory.data_ptr():

@@ -67,11 +67,6 @@ class Geometry:
         return self.batch * heads * self.format.rows(tokens) * sum(self._row_bytes)
 
     @property
-    def dims(self) -> tuple[int, int]:
-        """Elements of a key, and of a value."""
-        return self.key_dim, self.value_dim
-
-    @property
     def _row_bytes(self) -> tuple[int, int]:
         """Bytes of a row of one head's keys, and of its values."""
         form, itemsize = self.format, self.dtype.itemsize

@@ -25,6 +25,11 @@ DRAFT_SINK_TOKENS = 64
 MOST_DRAFTED = 32
 """Tokens that may be drafted at once. Few texts are foreseen so far."""
 
+RAW_CHUNKS = 2
+"""Chunks whose packed pages may all overflow, at a time."""
+
+_KEYS_AND_VALUES = 2
+
 ALIGNMENT_BYTES = 256
 """Every piece of the arena starts on such a boundary: what fused kernels and copy engines like."""
 
@@ -116,6 +121,21 @@ def packed_bytes(shape: ModelShape, *, chunk_tokens: int, batch: int) -> int:
     tokens = covering_tokens(Format.PACKED, chunk_tokens)
     each = [layer.host_bytes(tokens, shape.kv_itemsize) for layer in _packed_layers(shape)]
     return PAGES * aligned(batch * max(each, default=0))
+
+
+def raw_page_bytes(shape: ModelShape, *, chunk_tokens: int, batch: int) -> int:
+    """Bytes of host memory set aside for packed pages that overflow: for all of some chunks."""
+    rows = Format.PACKED.rows(covering_tokens(Format.PACKED, chunk_tokens))
+    layers = _packed_layers(shape)
+    heads = max((layer.kv_heads for layer in layers), default=0)
+    slots = RAW_CHUNKS * batch * heads * rows * _KEYS_AND_VALUES
+    return slots * raw_slot_bytes(shape)
+
+
+def raw_slot_bytes(shape: ModelShape) -> int:
+    """Bytes of a page as it is, of keys or values, in the layer where that is largest."""
+    dims = [max(layer.key_dim, layer.value_dim) for layer in _packed_layers(shape)]
+    return Format.PACKED.row_tokens * max(dims, default=0) * shape.kv_itemsize
 
 
 def _packed_layers(shape: ModelShape) -> list[LayerShape]:

@@ -117,7 +117,14 @@ class Plan:
 
         It holds the resident ones too, so that they can be given up without a copy.
         """
-        return self.shape.host_kv_bytes(tokens, self.batch)
+        return self.shape.host_kv_bytes(tokens, self.batch) + self.raw_page_bytes
+
+    @property
+    def raw_page_bytes(self) -> int:
+        """Bytes of host memory set aside for pages that do not pack."""
+        if self.parts:
+            return sum(part.raw_page_bytes for part in self.parts)
+        return memory.raw_page_bytes(self.shape, chunk_tokens=self.chunk_tokens, batch=self.batch)
 
     def streamed_bytes(self, tokens: int) -> int:
         """Bytes in host memory of `tokens` tokens in each row that are not resident."""
@@ -169,7 +176,8 @@ class Plan:
             yield from self._memory_lines()
         if self.context_tokens is not None:
             yield (
-                f"CPU memory for the KV cache of {format_tokens(self.context_tokens)} tokens: "
+                f"CPU memory for the KV cache of {format_tokens(self.context_tokens)} tokens"
+                f"{', packed' if self.shape.packs else ''}: "
                 f"{format_bytes(self.kv_host_bytes(self.context_tokens))}"
             )
 
