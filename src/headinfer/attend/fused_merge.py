@@ -9,8 +9,8 @@ in.
 import torch
 
 from headinfer.attend.partial import Partial
-from headinfer.attend.triton_launch import Program
 from headinfer.attend.triton_merge import merge_two
+from headinfer.native.triton_launch import Program
 
 _BLOCK_ELEMENTS = 2048
 """Elements of an output that one program merges: 16 for each of its threads."""

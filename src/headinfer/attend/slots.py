@@ -8,8 +8,8 @@ import functools
 import torch
 
 from headinfer.attend.partial import Partial
-from headinfer.attend.triton_launch import Program
 from headinfer.attend.triton_merge import merge_slots
+from headinfer.native.triton_launch import Program
 
 LEAST_BLOCK_ROWS = 16
 """Rows of a matrix product at least, and `decode_token` serves no more. In float32 and the largest

@@ -18,8 +18,8 @@ places. What is not used is 0, so that equal values are packed into equal bytes.
 little-endian.
 
 A page with more escapes than there is room for has overflowed, and lists none. Its places begin
-with an address, 8 bytes: that of its values as they are, `[64, dim]` of bfloat16. Whoever packed
-the page owns that memory.
+with an address, 8 bytes: that of its values as they are, `[64, dim]` of bfloat16. It is a multiple
+of 16. Whoever packed the page owns that memory.
 """
 
 from dataclasses import dataclass

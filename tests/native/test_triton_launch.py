@@ -7,8 +7,8 @@ import torch
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("no Triton", allow_module_level=True)
-from headinfer.attend import triton_launch
-from headinfer.attend.triton_launch import Program
+from headinfer.native import triton_launch
+from headinfer.native.triton_launch import Program
 
 
 class Variant:

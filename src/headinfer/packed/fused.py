@@ -1,0 +1,103 @@
+"""Packing and unpacking on CUDA, each in one launch, by Triton's programs."""
+
+import torch
+
+from headinfer.native.triton_launch import Program
+from headinfer.packed.layout import PageLayout, num_pages
+from headinfer.packed.triton_pages import keep_raw_pages, pack_pages, unpack_pages
+
+_AT_ONCE = 2048
+"""Codes that a program handles at a time: 16 for each of its threads, which one load reads."""
+
+_UNPACK = Program(unpack_pages, num_warps=4)
+_PACK = Program(pack_pages, num_warps=4)
+_KEEP_RAW = Program(keep_raw_pages, num_warps=4)
+
+
+class TritonCodec:
+    """A packer of keys or values into pages, enqueued on the stream that is current."""
+
+    def pack(self, values: torch.Tensor, pages: torch.Tensor) -> None:
+        """Pack values; see `reference.pack`.
+
+        Args:
+            values: `[batch, heads, tokens, dim]` of bfloat16, any strides with a unit last one.
+            pages: `[batch, heads, pages, page_bytes]` of uint8, likewise; written.
+        """
+        batch, heads, tokens, dim = values.shape
+        layout = PageLayout(dim)
+        area_bytes = layout.page_bytes - layout.header_at
+        _PACK.launch(
+            (num_pages(tokens), batch * heads, 1),
+            (values.view(torch.int16), pages),
+            (tokens, heads),
+            (*values.stride()[:3], *pages.stride()[:3]),
+            (
+                *(dim, layout.max_escapes, area_bytes),
+                *(_block(dim), _power_of_two(area_bytes)),
+            ),
+        )
+
+    def unpack(
+        self,
+        pages: torch.Tensor,
+        values: torch.Tensor,
+        first: int = 0,
+        counted: torch.Tensor | None = None,
+    ) -> None:
+        """Unpack pages into values.
+
+        Values of pages that have overflowed are read where they lie, in memory that the device can
+        address.
+
+        Args:
+            pages: `[batch, heads, pages, page_bytes]` of uint8.
+            values: `[batch, heads, tokens, dim]` of bfloat16, the tokens from the first page's
+                first on; written.
+            first: index of the first token that matters. Pages before it are left alone.
+            counted: `[1]` of int64 on the device: how many tokens from there on there are when this
+                runs. Pages without any are left alone. None where all are there.
+        """
+        batch, heads, tokens, dim = values.shape
+        layout = PageLayout(dim)
+        block = _block(dim)
+        _UNPACK.launch(
+            (num_pages(tokens) * (layout.values // 2 // block), batch * heads, 1),
+            (pages, values.view(torch.int16), pages if counted is None else counted),
+            (tokens, first, heads),
+            (*pages.stride()[:3], *values.stride()[:3]),
+            (
+                *(dim, layout.max_escapes, counted is not None),
+                *(block, _power_of_two(layout.max_escapes)),
+            ),
+        )
+
+    def keep_raw(
+        self, values: torch.Tensor, pages: torch.Tensor, raw: torch.Tensor, taken: torch.Tensor
+    ) -> None:
+        """Copy the values of pages that have overflowed, and write into these where the copies are.
+
+        Args:
+            values: as they were packed.
+            pages: as they were packed.
+            raw: `[slots, slot_bytes]` of uint8 in memory of the CPU, as the device addresses it.
+            taken: `[1]` of int64 on the device: slots that are taken; counted up.
+        """
+        batch, heads, tokens, dim = values.shape
+        _KEEP_RAW.launch(
+            (num_pages(tokens), batch * heads, 1),
+            (values.view(torch.int16), pages, raw, taken),
+            (tokens, heads, raw.stride(0)),
+            (*values.stride()[:3], *pages.stride()[:3]),
+            (dim, _block(dim)),
+        )
+
+
+def _block(dim: int) -> int:
+    """Return a power of two that divides half of a page's values."""
+    half = PageLayout(dim).values // 2
+    return min(half & -half, _AT_ONCE)
+
+
+def _power_of_two(least: int) -> int:
+    return 1 << (least - 1).bit_length()
