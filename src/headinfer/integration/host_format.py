@@ -6,6 +6,7 @@ import logging
 import torch
 
 from headinfer.device.base import Device
+from headinfer.packed.codec import codec_for
 from headinfer.plan.options import Options
 from headinfer.plan.shape import ModelShape
 
@@ -24,6 +25,9 @@ def with_host_format(
         options: what the user set.
         device: where attention is computed.
         dtype: of keys and values, mostly.
+
+    Raises:
+        OptionError: nothing packs them on the device.
     """
     if options.kv_cache != "packed" or not shape.full_layers:
         return shape
@@ -35,6 +39,7 @@ def with_host_format(
     elif not packed.packs:
         reason = "on this model: no layer has keys and values of a multiple of 16 elements"
     else:
+        codec_for(device.torch_device)
         return packed
     _logger.warning("kv_cache=packed has no effect %s", reason)
     return shape

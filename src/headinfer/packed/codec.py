@@ -1,9 +1,11 @@
 """What packs and unpacks on a device: one protocol, and the choice for each kind of device."""
 
+import functools
 from typing import Protocol
 
 import torch
 
+from headinfer.errors import OptionError
 from headinfer.packed import reference
 from headinfer.packed.layout import PAGE_TOKENS, PageLayout
 from headinfer.packed.native import pack_native, pages_library, unpack_native
@@ -90,10 +92,45 @@ class CpuCodec:
             taken += 1
 
 
-_ON_CPU = CpuCodec()
+_CHECKED_SHAPE = (2, 2, 150, 48)
 
 
+@functools.cache
 def codec_for(where: torch.device) -> Codec:
-    """Return the codec for tensors on a device."""
-    assert where.type == "cpu"
-    return _ON_CPU
+    """Return the codec for tensors on a device, which was seen to give every bit back.
+
+    Raises:
+        OptionError: there is none, or it does not.
+    """
+    if where.type == "cpu":
+        return CpuCodec()
+    try:
+        from headinfer.packed.fused import TritonCodec
+    except ImportError:
+        raise OptionError(
+            f"kv_cache=packed needs Triton for {where}, and it cannot be imported; use "
+            "kv_cache=dense (--kv-cache dense)"
+        ) from None
+    return checked(TritonCodec(), where)
+
+
+def checked(codec: Codec, where: torch.device) -> Codec:
+    """Return a codec that packs a few values there to the bytes of the reference, and unpacks them.
+
+    Raises:
+        OptionError: it does not.
+    """
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(_CHECKED_SHAPE, generator=generator).bfloat16()
+    values[0, 0, 3, :5] *= 2.0**60  # which escape
+    wanted, there = reference.pack(values), values.to(where)
+    pages = torch.zeros_like(wanted, device=where)
+    back = torch.zeros_like(there)
+    codec.pack(there, pages)
+    codec.unpack(pages, back)
+    if torch.equal(pages.cpu(), wanted) and torch.equal(back, there):
+        return codec
+    raise OptionError(
+        f"kv_cache=packed fails its check on {where}: packed values differ from the reference's; "
+        "use kv_cache=dense (--kv-cache dense)"
+    )
