@@ -122,6 +122,8 @@ def conditions(spec: BenchSpec, machine: Machine) -> Iterable[str]:
         each = " on each GPU" if spec.gpus > 1 else ""
         where = "CPU" if machine.device == "cpu" else "GPU"
         yield f"{where} memory held to {exact_bytes(held)}{each}"
+    if spec.settings.kv_cache == "packed" and machine.device != "cpu":
+        yield "KV of HeadInfer's methods packed in CPU memory, where it is bfloat16"
 
 
 def notes(rows: Sequence[Row]) -> list[str]:

@@ -43,7 +43,7 @@ def _size(name: str, help_text: str) -> Any:
     return _shape_option(help_text, str(_DEFAULT_SHAPE[name]))
 
 
-@with_flags("device", "device_memory", "chunk_tokens", "tile_heads", "tile_tokens")
+@with_flags("device", "device_memory", "chunk_tokens", "tile_heads", "tile_tokens", "kv_cache")
 def options(
     *,
     contexts: Annotated[

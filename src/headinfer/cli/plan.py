@@ -39,6 +39,7 @@ _MOST_GPUS = 1024
     "device_memory",
     "host_memory",
     "chunk_tokens",
+    "kv_cache",
     "sparsity",
     "sink_tokens",
     "recent_tokens",
@@ -46,6 +47,7 @@ _MOST_GPUS = 1024
     host_memory="All of the host's memory, such as 1TiB; auto: what the hardware has. KV gets what "
     "the process, page tables and a reserve leave of it.",
     chunk_tokens="Tokens of a prefill chunk, such as 4K, or auto.",
+    kv_cache="How the KV cache lies in CPU memory, in our methods: dense, packed or auto (dense).",
     sparsity="Share of KV heads that stream in the row head-wise-sparse; 0 is 0.5, the paper's.",
 )
 def plan(
@@ -170,6 +172,7 @@ def plan(
             kind=accounting,
             chunk_tokens=None if options.chunk_tokens == "auto" else options.chunk_tokens,
             streaming=_streaming(options),
+            packed=_packs(options, dtype),
             machine_memory_bytes=here.device_memory_bytes
             if one_memory and options.device_memory_bytes is None
             else None,
@@ -180,6 +183,20 @@ def plan(
             raise typer.Exit(code)
         streams = load_in is None  # bitsandbytes keeps all it quantises on the GPU
         raise typer.Exit(_answer(situation, (which, note), json_path, streams=streams, steps=steps))
+
+
+def _packs(options: Options, dtype: DtypeChoice) -> bool:
+    """Return whether tokens are to be packed in host memory.
+
+    Raises:
+        OptionError: they are of another dtype than bfloat16.
+    """
+    packs = options.kv_cache == "packed"
+    if packs and dtype.value not in ("auto", "bfloat16"):
+        raise OptionError(
+            f"--kv-cache packed is for bfloat16 alone, not {dtype.value}; leave out one of the two"
+        )
+    return packs
 
 
 def _streaming(options: Options) -> Options:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from headinfer.estimate.accounting import PAPER_CHUNK_TOKENS
 from headinfer.estimate.situation import MethodPlan, Situation
 from headinfer.plan.choices import ALL_TOKENS, chunk_sizes
+from headinfer.plan.format import Format
 from headinfer.plan.options import Options
 from headinfer.plan.plan import Plan
 from headinfer.plan.predict import Predictor
@@ -56,6 +57,7 @@ Rule = Callable[[Situation, int], Footprint]
 def method_plans(situation: Situation) -> list[MethodPlan]:
     """Return every method that the model allows, from standard inference to ours."""
     plans = [*papers_methods(situation)]
+    situation = situation.of_ours()
     if situation.shape.kv_heads and situation.streaming.sparsity:
         sparse = situation.sparse()
         plans.append(_of_plan(sparse, HEAD_WISE_SPARSE, sparse.resolve(keep_resident=True)))
@@ -203,6 +205,7 @@ def _plan(
         resident_bytes=placement.resident_bytes,
         host_share=placement.host_share,
         decode_parts=predictor.decode(placement, tokens),
+        packed_share=situation.shape.packed_share,
     )
 
 
@@ -246,9 +249,19 @@ def _of_plan(situation: Situation, name: str, plan: Plan) -> MethodPlan:
     if on_cpu:
         on_device = footprint.kv_device_bytes + kv_bytes
         footprint = replace(footprint, kv_device_bytes=on_device, kv_host_bytes=0)
-    token_bytes = accounting.kv_bytes(1)
-    max_context = max(room, 0) // token_bytes if token_bytes else None
+    max_context = _most_tokens(situation, room)
     return _plan(situation, name, footprint, max_context if spare >= 0 else 0)
+
+
+def _most_tokens(situation: Situation, room: int) -> int | None:
+    """Return the tokens of KV that some host memory has room for; None where KV takes none."""
+    many = Format.PACKED.row_tokens if situation.shape.packs else 1
+    if situation.shape.packs:
+        room -= situation.least_plan().raw_page_bytes
+        many_bytes = situation.shape.host_kv_bytes(many, situation.batch)
+    else:
+        many_bytes = situation.accounting.kv_bytes(1)
+    return max(room, 0) // many_bytes * many if many_bytes else None
 
 
 def _footprint(plan: Plan, tokens: int) -> Footprint:

@@ -39,6 +39,7 @@ class MethodPlan:
         resident_bytes: KV that is never streamed.
         host_share: share of the rest that the CPU attends in a decode step.
         decode_parts: what the time of a decode step consists of.
+        packed_share: bytes of a token in host memory, over those of it as it is computed.
     """
 
     method: str
@@ -59,6 +60,7 @@ class MethodPlan:
     resident_bytes: int
     host_share: float
     decode_parts: Parts
+    packed_share: float = 1.0
 
     @property
     def total_device_bytes(self) -> int:
@@ -69,14 +71,18 @@ class MethodPlan:
     @property
     def streamed_bytes(self) -> int:
         """KV that crosses the link in every decode step."""
-        rest = self.kv_total_bytes - self.resident_bytes if self.tile_heads else 0
-        return rest - int(self.host_share * rest)
+        return self._beside_bytes - self.host_attended_bytes
 
     @property
     def host_attended_bytes(self) -> int:
         """KV that the CPU attends in every decode step."""
+        return int(self.host_share * self._beside_bytes)
+
+    @property
+    def _beside_bytes(self) -> int:
+        """KV that is not resident, as it lies in host memory."""
         rest = self.kv_total_bytes - self.resident_bytes if self.tile_heads else 0
-        return int(self.host_share * rest)
+        return int(self.packed_share * rest)
 
     @property
     def fits(self) -> bool:
@@ -100,6 +106,7 @@ class Situation:
         machine_memory_bytes: where the CPU is the device and no memory was asked for, all of the
             machine's, which `device_memory_bytes` is what is left of; else None.
         streaming: for the method whose heads stream in part: the share of them, and what they see.
+        packed: whether methods of ours pack tokens in host memory; the paper's methods do not.
     """
 
     shape: ModelShape
@@ -112,6 +119,13 @@ class Situation:
     chunk_tokens: int | None = None
     machine_memory_bytes: int | None = None
     streaming: Options = field(default_factory=lambda: Options(sparsity=PAPERS_SPARSITY))
+    packed: bool = False
+
+    def of_ours(self) -> "Situation":
+        """Return the situation of methods of ours: with packed tokens where there is a link."""
+        if not self.packed or self.device == "cpu" or self.accounting.is_paper:
+            return self
+        return replace(self, shape=self.shape.packed)
 
     def sparse(self) -> "Situation":
         """Return the situation of a model of which some heads stream, as many in each layer."""

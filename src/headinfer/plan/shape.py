@@ -211,7 +211,7 @@ class ModelShape:
         return any(layer.host_format is not Format.DENSE for layer in self.full_layers)
 
     @functools.cached_property
-    def host_share_of_bytes(self) -> float:
+    def packed_share(self) -> float:
         """Bytes that tokens take in host memory, over those of them as they are computed."""
         many = Format.PACKED.row_tokens
         return self.host_kv_bytes(many) / (self.kv_bytes(many) or 1) if self.packs else 1.0
