@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -85,10 +86,7 @@ def use(
 
 @pytest.mark.parametrize(
     "way",
-    [
-        pytest.param(way, marks=[] if way in ("overlapped", "with host attention") else _SLOW)
-        for way in WAYS
-    ],
+    [pytest.param(way, marks=[] if way == "with host attention" else _SLOW) for way in WAYS],
 )
 def test_packed_tokens_give_the_bits_of_dense_ones(way: str) -> None:
     model, outcomes = small_model(), []
@@ -100,3 +98,52 @@ def test_packed_tokens_give_the_bits_of_dense_ones(way: str) -> None:
             if way in ("streamed in one launch", "with host attention"):
                 assert forms == {Form.STREAMED}
     assert all(map(torch.equal, *outcomes))
+
+
+def test_generation_is_that_of_stock() -> None:
+    model, prompt = small_model(), random_tokens(1, 171)
+    mask = torch.ones_like(prompt)
+    stock = model.generate(prompt, attention_mask=mask, max_new_tokens=8, do_sample=False)
+    with attached("packed", model, {"chunk_tokens": 200}) as offload:
+        cache = offload.new_cache()
+        ours = model.generate(
+            prompt,
+            attention_mask=mask,
+            max_new_tokens=8,
+            do_sample=False,
+            **cache.as_keyword(),
+        )
+        # 171 of the tokens are at home, and the others in a page on the device.
+        assert offload.stats.bytes_to_host == offload.plan.shape.host_kv_bytes(171)
+    assert torch.equal(ours, stock)
+
+
+def test_sessions_go_on_under_the_other_form(tmp_path: Path) -> None:
+    model, prompt = small_model(), random_tokens(1, 180)
+    wanted = []
+    for kv_cache in ("packed", "dense"):
+        with attached(kv_cache, model, {}) as offload:
+            cache = offload.new_cache(200)
+            model(prompt[:, :171], past_key_values=cache)
+            cache.save(tmp_path / kv_cache)
+            wanted.append(model(prompt[:, 171:], past_key_values=cache).logits)
+    assert torch.equal(*wanted)
+    for kv_cache, saved in (("packed", "dense"), ("dense", "packed")):
+        with attached(kv_cache, model, {}) as offload:
+            cache = offload.load_cache(tmp_path / saved, max_tokens=200)
+            ours = model(prompt[:, 171:], past_key_values=cache).logits
+        assert torch.equal(ours, wanted[0])
+
+
+def test_what_cannot_be_packed_stays_dense_and_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    narrow = tiny_model("llama3", head_dim=8, num_hidden_layers=1).bfloat16()
+    for model, options, reason in (
+        (small_model(), {"device": "cpu"}, "on the CPU, which attends"),
+        (small_model(torch.float32), {"device": "simulated"}, "on float32: only bfloat16"),
+        (narrow, {"device": "simulated"}, "on this model: no layer has keys and values"),
+    ):
+        caplog.clear()
+        with headinfer.attach(model, kv_cache="packed", **options) as offload:
+            assert not offload.plan.shape.packs
+        (record,) = caplog.records
+        assert record.getMessage().startswith(f"kv_cache=packed has no effect {reason}")
