@@ -7,6 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from headinfer.bench.held import DENSE
 from headinfer.bench.launch import Machine
 from headinfer.bench.result import Status
 from headinfer.bench.rows import NOISY_CPU_SHARE, Row
@@ -122,8 +123,6 @@ def conditions(spec: BenchSpec, machine: Machine) -> Iterable[str]:
         each = " on each GPU" if spec.gpus > 1 else ""
         where = "CPU" if machine.device == "cpu" else "GPU"
         yield f"{where} memory held to {exact_bytes(held)}{each}"
-    if spec.settings.kv_cache == "packed" and machine.device != "cpu":
-        yield "KV of HeadInfer's methods packed in CPU memory, where it is bfloat16"
 
 
 def notes(rows: Sequence[Row]) -> list[str]:
@@ -133,6 +132,8 @@ def notes(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         contexts.setdefault(row.method, []).append(row.context_tokens)
         texts = row.note.split("; ") if row.note else []
+        if row.format != DENSE:
+            texts.append(f"KV {row.format} in CPU memory")
         if row.status is not Status.OK:
             texts.insert(0, f"{meaning(row.status)}: {row.reason}")
         elif row.limited_by:

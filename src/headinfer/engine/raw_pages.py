@@ -70,7 +70,8 @@ class RawPages:
     def note(self, pages: int) -> None:
         """Have the slots counted that so many pages may have taken, behind compute's work."""
         at, self._next = self._next, (self._next + 1) % _COUNTS
-        self._seen_on_device[at : at + 1].copy_(self.taken)
+        # A kernel writes there, as others read what is mapped; a copy would be the driver's.
+        torch.add(self.taken, 0, out=self._seen_on_device[at : at + 1])
         self._counts.append(_Count(self._device.mark_compute(), at, pages))
 
     def _look(self) -> None:
