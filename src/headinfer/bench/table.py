@@ -114,7 +114,11 @@ def conditions(spec: BenchSpec, machine: Machine) -> Iterable[str]:
     yield f"measured: {', '.join(parts)}"
     if rates.links_bytes_per_s:
         yield f"all links at once {rates.links_bytes_per_s / 1e9:.1f} GB/s"
-    filled = "by prefill" if spec.fill is Fill.PREFILL else "at random, without a prefill"
+    filled = {
+        Fill.PREFILL: "by prefill",
+        Fill.RANDOM: "at random, without a prefill",
+        Fill.RECORDED: "at random with real models' exponents, without a prefill",
+    }[spec.fill]
     yield (
         f"medians of {spec.repeats} fresh process{'es' * (spec.repeats > 1)} a method, "
         f"{spec.new_tokens} decode step{'s' * (spec.new_tokens > 1)} each; cache filled {filled}"
