@@ -35,6 +35,8 @@ fi
 if [ ! -e "$out/gpu-prefill-attention.json" ]; then
     timeout 90 "$python" benchmarks/host_kernel.py --groups 1,4,8,16 \
         --json "$out/gpu-host-kernel.json" 2>&1 | tee -a "$out/gpu.log"
+    timeout 60 "$python" benchmarks/host_kernel.py --groups "" --new-tokens 1,4,8,16 \
+        --json "$out/gpu-host-kernel-verify.json" 2>&1 | tee -a "$out/gpu.log"
     timeout 60 "$python" benchmarks/gpu_prefill_attention.py \
         --json "$out/gpu-prefill-attention.json" 2>&1 | tee -a "$out/gpu.log"
 fi
@@ -49,9 +51,12 @@ bench captured decode "${llama[@]}" --contexts 1K,10K,40K,100K --fill random --n
 # Some steps more: the host's share is judged after 1, 3 and 7 of them.
 bench suite-llama-decode-long decode "${llama[@]}" --contexts 100K,200K,400K,800K --fill random \
     --new-tokens 12 --methods "$methods"
-# The model drafts, over copies of an eighth of the tokens, and one pass verifies. Acceptance is replayed.
+# The model drafts, over copies of an eighth of the tokens, and one pass verifies. Acceptance is
+# replayed, and then a stated one.
 bench drafts decode "${llama[@]}" --contexts 100K,200K,400K,800K --fill random --new-tokens 60 \
     --methods host-attention,drafts --replay benchmarks/results/drafts-acceptance.json
+bench drafts-4of7 decode "${llama[@]}" --contexts 100K,200K,400K,800K --fill random --new-tokens 60 \
+    --methods host-attention,drafts --replay 4/7
 bench suite-llama-prefill prefill "${llama[@]}" --contexts 1K,10K,40K,100K \
     --methods standard,chunked-prefill,head-wise-1,bounded,headinfer
 # What a user meets first. Methods take turns in this order, three times; then 800K tokens, once.

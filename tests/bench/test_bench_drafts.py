@@ -75,3 +75,15 @@ def test_a_record_is_of_models_that_drafted_themselves(tmp_path: Path) -> None:
             Replay.read(written(tmp_path / "wrong.json", **wrong))
     with pytest.raises(OptionError, match="cannot be read"):
         Replay.read(str(tmp_path / "none.json"))
+
+
+def test_a_number_may_be_stated_instead_of_a_record() -> None:
+    stated = Replay.parse("4/7")
+    assert (stated.drafts, stated.accepted, stated.mean) == (7, (4,), 4.0)
+    assert stated.note == "acceptance stated, not measured: 4 of 7 drafts"
+
+
+@pytest.mark.parametrize("text", ["8/7", "0/0", "1/32"])
+def test_a_stated_number_is_one_of_drafts(text: str) -> None:
+    with pytest.raises(OptionError, match="how many of 1 to 31 drafts are accepted"):
+        Replay.parse(text)

@@ -10,6 +10,7 @@ from bench_parts import MACHINE, bench_spec, trial_result
 from typer.testing import CliRunner
 
 from headinfer.bench.bound import Rates
+from headinfer.bench.catalogue import CATALOGUE
 from headinfer.bench.document import Results
 from headinfer.bench.model_spec import NamedModel
 from headinfer.bench.report import report
@@ -93,6 +94,19 @@ def test_a_run_about_memory_tells_its_prefill_too():
     assert line_of(text, "| 1K", after="### Prefill at")[1:3] == ["5 s", "5 s"]
     assert "](plots/cpu-memory.png)" in text
     assert "](plots/cpu-memory-prefill.png)" in text
+
+
+@pytest.mark.parametrize(
+    "method", [name for name, info in CATALOGUE.items() if not info.needs_several]
+)
+def test_every_method_can_be_plotted(method):
+    pytest.importorskip("matplotlib")
+    from headinfer.bench.report_plots import figures
+
+    spec = bench_spec(methods=(method,), contexts=(1024, 4096))
+    (name, figure), *_ = figures("cpu-decode", results_of(spec))
+    assert name == "cpu-decode.png"
+    assert method in [text.get_text() for text in figure.axes[0].texts]
 
 
 def test_what_a_stopped_run_did_not_get_to_is_said():
@@ -250,7 +264,7 @@ def test_results_survive_their_file(tmp_path):
 
 
 def test_the_repositorys_report_is_generated():
-    others = [RESULTS / f"{name}.json" for name in ("gpu-captured", "gpu-1M")]
+    others = [RESULTS / f"{name}.json" for name in ("gpu-captured", "gpu-1M", "gpu-drafts")]
     for name in ("sparse", "longest"):
         others += RESULTS.glob(f"gpu-{name}*.json")
     others += RESULTS.glob("gpu[248]-*.json")

@@ -1,9 +1,11 @@
-"""What verifications accepted of drafts, recorded from real models. Pure Python, never torch.
+"""What verifications accept of drafts, recorded from real models. Pure Python, never torch.
 
-Random weights accept what chance has. So a benchmark of a shape replays what real models accepted.
+Random weights accept what chance has. So a benchmark of a shape replays what real models accepted,
+or takes a number that is stated.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 
 from headinfer.errors import OptionError
 from headinfer.folders import describe
+from headinfer.generation.pace import MOST_DRAFTED
 
 _DRAFTER = "itself"
 
@@ -22,7 +25,7 @@ class Replay:
     Attributes:
         drafts: that each verified.
         accepted: drafts that were right, for each verification in order; never empty.
-        models: whose verifications they are.
+        models: whose verifications they are; none where the number is only stated.
     """
 
     drafts: int
@@ -37,6 +40,8 @@ class Replay:
     @property
     def note(self) -> str:
         """What a reader of numbers by it must know."""
+        if not self.models:
+            return f"acceptance stated, not measured: {self.mean:g} of {self.drafts} drafts"
         return (
             f"acceptance replayed: {self.mean:.1f} of {self.drafts} drafts in "
             f"{len(self.accepted)} verifications of {', '.join(self.models)}"
@@ -52,6 +57,25 @@ class Replay:
             accepted=tuple(values["accepted"]),
             models=tuple(values["models"]),
         )
+
+    @classmethod
+    def parse(cls, text: str) -> "Replay":
+        """Return what a user gave: `4/7` for 4 of 7 drafts each time, or the path of a record.
+
+        Raises:
+            OptionError: there is no such file, it is no record, or more would be accepted than
+                drafted.
+        """
+        stated = re.fullmatch(r"(\d{1,3})/(\d{1,3})", text)
+        if stated is None:
+            return cls.read(text)
+        accepted, drafts = map(int, stated.groups())
+        if not accepted <= drafts <= MOST_DRAFTED or not drafts:
+            raise OptionError(
+                f"--replay {text}: give how many of 1 to {MOST_DRAFTED} drafts are accepted, "
+                "as in 4/7"
+            )
+        return cls(drafts=drafts, accepted=(accepted,), models=())
 
     @classmethod
     def read(cls, path: str) -> "Replay":

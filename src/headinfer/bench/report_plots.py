@@ -1,5 +1,6 @@
 """The plots of the report; needs matplotlib."""
 
+import itertools
 from collections.abc import Iterator
 
 from matplotlib.figure import Figure
@@ -7,6 +8,7 @@ from matplotlib.figure import Figure
 from headinfer.bench.catalogue import (
     AUTO,
     COMPILED,
+    DRAFTS,
     EAGER,
     HOST_ATTENTION,
     OFFLOADED,
@@ -45,11 +47,15 @@ _LOOKS = {
     EAGER: Look(color="#b8860b", marker="X"),
     UNFUSED: Look(color="#f0c75e", marker="*"),
     HOST_ATTENTION: Look(color="#882255", marker="h"),
+    DRAFTS: Look(color="#332288", marker="P"),
     HEAD_WISE_SPARSE: Look(color="#44aa99", marker="v"),
     SYNCHRONOUS: Look(color="#999933", marker="d"),
     AUTO: Look(color="#d55e00", marker="o", width_points=3.2),
 }
 """Look of each method in every plot: what people use in black and greys, ours in colours."""
+
+_OTHER_COLORS = ("#117733", "#6699cc", "#aa4466", "#ddcc77", "#661100", "#999999")
+"""Colours of methods without a look of their own, in the order of a run."""
 
 
 def figures(name: str, results: Results) -> Iterator[tuple[str, Figure]]:
@@ -74,6 +80,7 @@ def figures(name: str, results: Results) -> Iterator[tuple[str, Figure]]:
 def _lines(results: Results, quantity: Quantity) -> Iterator[Line]:
     rows = results.arranged_rows
     bounds: dict[int, float] = {}
+    others = itertools.cycle(_OTHER_COLORS)
     for method in results.spec.methods:
         of_method = [row for row in rows if row.method == method]
         points = tuple(_points(of_method, quantity))
@@ -86,7 +93,7 @@ def _lines(results: Results, quantity: Quantity) -> Iterator[Line]:
             yield Line(
                 name=method,
                 points=points,
-                look=_LOOKS[method],
+                look=_LOOKS.get(method) or Look(color=next(others), marker="x"),
                 broken_off=points[-1][0] < last,
             )
     if bounds:

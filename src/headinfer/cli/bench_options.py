@@ -81,9 +81,9 @@ def options(
     replay: Annotated[
         str | None,
         typer.Option(
-            metavar="PATH",
+            metavar="PATH|N/M",
             help="What verifications accept, for the method drafts: a file that "
-            "benchmarks/drafts.py wrote.",
+            "benchmarks/drafts.py wrote, or N of M drafts each time.",
         ),
     ] = None,
     seed: Annotated[
@@ -157,7 +157,7 @@ def run_spec(command: Command, given: dict[str, Any]) -> BenchSpec:
         fill=given["fill"],
         time_limit_s=given["time_limit"],
         gpus=given["gpus"],
-        replay=None if given["replay"] is None else Replay.read(given["replay"]),
+        replay=None if given["replay"] is None else Replay.parse(given["replay"]),
     )
 
 

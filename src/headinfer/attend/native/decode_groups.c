@@ -109,9 +109,11 @@ static void shrink_sums(struct state *s, int64_t group, vector high) {
 
 /* Turn a group's scores, `at` in each row, into weights: powers of two over the highest so far. */
 static void weigh_block(struct state *s, int64_t group, int at, float scale, struct ahead *a) {
-    vector high = s->highest[group];
-    for (int token = 0; token < BLOCK; token++)
-        high = larger(get(s->scores[token] + at) * scale, high);
+    vector most[4] = {all(NOTHING), all(NOTHING), all(NOTHING), all(NOTHING)}; /* no chain of all */
+    for (int token = 0; token < BLOCK; token += 4)
+        UNROLL for (int i = 0; i < 4; i++) most[i] = larger(get(s->scores[token + i] + at), most[i]);
+    vector high = larger(larger(most[0], most[1]), larger(most[2], most[3])) * scale;
+    high = larger(high, s->highest[group]);
     if (memcmp(&high, &s->highest[group], sizeof high)) shrink_sums(s, group, high);
     for (int first = 0; first < BLOCK; first += STEP) {
         vector x[16];
