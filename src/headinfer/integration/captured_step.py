@@ -1,4 +1,4 @@
-"""One decode step of a model, in a form that is captured."""
+"""One decode step of a model, or a pass that verifies drafts, in a form that is captured."""
 
 import contextlib
 import weakref
@@ -105,7 +105,7 @@ def make_step(
 
 @contextlib.contextmanager
 def taking_back(engine: CacheEngine, form: Form) -> Iterator[None]:
-    """Take the token back that a step in pieces adds by itself, also where it fails."""
+    """Take back what a step in pieces adds by itself, also where it fails."""
     if form is not Form.IN_PIECES:
         yield
         return
@@ -126,6 +126,7 @@ class CapturedStep:
         reads: memory of the cache's tokens, and numbers, that are in the capture.
         weights: memory of the model, which the capture reads even where the model has other by now.
         past_tokens: in the cache when it was captured.
+        new_tokens: of each row.
         drafts: whether it drafts a token.
         addresses: of these weights, to be looked at before each replay; empty where none moves. On
             the CPU one may, as to be shared with another process.
@@ -138,6 +139,7 @@ class CapturedStep:
     reads: tuple[object, ...]
     weights: tuple[torch.Tensor, ...]
     past_tokens: int
+    new_tokens: int = 1
     drafts: bool = False
     addresses: tuple[int, ...] = ()
     trusted: bool = False
@@ -157,6 +159,26 @@ class CapturedStep:
         """
         doubled = past_tokens.bit_length() > self.compared_tokens.bit_length()
         return self.trusted and not doubled
+
+
+_MOST_NUMBERS = 2
+"""Numbers of new tokens, beside one, of which a cache keeps captures at once."""
+
+
+def make_room(engine: CacheEngine, call: DecodeCall) -> None:
+    """Let go of the oldest captures where a call is of another number of tokens than all of them.
+
+    Args:
+        engine: keeps the captures.
+        call: about to be captured.
+    """
+    numbers = dict.fromkeys(each.new_tokens for each in engine.captured.values())
+    several = [number for number in numbers if number not in (1, call.new_tokens)]
+    if call.new_tokens == 1 or len(several) < _MOST_NUMBERS:
+        return
+    for key, captured in list(engine.captured.items()):
+        if captured.new_tokens == several[0]:
+            del engine.captured[key]
 
 
 def distrust(engine: CacheEngine, new_tokens: int) -> None:
