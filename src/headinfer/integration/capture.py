@@ -1,5 +1,7 @@
 """Decode steps that are replayed: a model's step, captured once, in one launch or in pieces.
 
+So are passes of a few tokens that come again with as many, as those that verify drafts.
+
 One launch has all of a step, also the copies of tiles and the host's attention. Pieces are for what
 changes too often for that.
 
@@ -16,10 +18,8 @@ A cache's first step is launched, since many caches take no second one: an answe
 a score.
 """
 
-import contextlib
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from time import perf_counter
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ from headinfer.integration.captured_step import (
     distrust,
     make_room,
     make_step,
+    preparing,
     repays,
     taking_back,
 )
@@ -130,10 +131,7 @@ class CapturedSteps:
         if way is None:
             if ways:
                 self._refused.say_for_now("the ranks would capture different steps")
-            if new_tokens == 1:
-                self._repeated.forget(engine)
-            else:
-                self._repeated.note(engine, new_tokens)
+            self._repeated.note_launched(engine, new_tokens)
             distrust(engine, new_tokens)
             return forward(**arguments)
         call, ready = way
@@ -181,7 +179,7 @@ class CapturedSteps:
             step = make_step(forward, cache, call, self._calls.cache_name, crossings)
             if call.key not in self._known:
                 return self._begin(arguments, cache, call, step, ready)
-            with self._preparing(cache):
+            with preparing(self._stats, cache.stats):
                 captured = self._capture(cache, call, step, ready)
             self._agree(call)
         if captured is None or call.key in self._refused.keys:
@@ -282,7 +280,7 @@ class CapturedSteps:
 
         self._begun.add(call.key)
         output = None
-        with self._preparing(cache):
+        with preparing(self._stats, cache.stats):
             if self._fusion.untried:
                 self._fusion.try_out(run)
                 cache.state.functions.forget_pending()
@@ -325,17 +323,6 @@ class CapturedSteps:
         for stats in (self._stats, cache.stats):
             stats.captures += captured is not None
         return captured
-
-    @contextlib.contextmanager
-    def _preparing(self, cache: OffloadedCache) -> Iterator[None]:
-        """Count the time until the `with` statement ends as that of captures."""
-        started_s = perf_counter()
-        try:
-            yield
-        finally:
-            seconds = perf_counter() - started_s
-            for stats in (self._stats, cache.stats):
-                stats.capture_s += seconds
 
     def _judge(
         self, engine: CacheEngine, call: DecodeCall, captured: CapturedStep, equal: bool

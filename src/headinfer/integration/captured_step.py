@@ -4,6 +4,7 @@ import contextlib
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from headinfer.device.base import Capture, Device
 from headinfer.engine.parted import CacheEngine
 from headinfer.engine.ready import Form
+from headinfer.engine.stats import Stats
 from headinfer.integration.cache import OffloadedCache
 from headinfer.integration.crossing import Crossings
 from headinfer.integration.decode_call import DecodeCall
@@ -101,6 +103,18 @@ def make_step(
     )
     step.fill(call.tensors)
     return step
+
+
+@contextlib.contextmanager
+def preparing(*stats: Stats) -> Iterator[None]:
+    """Count the time until the `with` statement ends as that of captures."""
+    started_s = perf_counter()
+    try:
+        yield
+    finally:
+        seconds = perf_counter() - started_s
+        for each in stats:
+            each.capture_s += seconds
 
 
 @contextlib.contextmanager

@@ -48,9 +48,12 @@ class RepeatedCalls:
         """Note a call."""
         self._of(engine)[engine] = new_tokens
 
-    def forget(self, engine: CacheEngine) -> None:
-        """Note a call that no later one is like."""
-        self._of(engine).pop(engine, None)
+    def note_launched(self, engine: CacheEngine, new_tokens: int) -> None:
+        """Note a call that is launched: no step is like it where it had one token."""
+        calls = self._of(engine)
+        calls.pop(engine, None)
+        if new_tokens > 1:
+            calls[engine] = new_tokens
 
     def _of(self, engine: CacheEngine) -> "weakref.WeakKeyDictionary[CacheEngine, int]":
         return self._drafts if engine.drafting else self._calls
