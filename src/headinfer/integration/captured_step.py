@@ -198,8 +198,8 @@ def make_room(engine: CacheEngine, call: DecodeCall) -> None:
 def distrust(engine: CacheEngine, new_tokens: int) -> None:
     """Have captures compared before they are used again: others may have changed the model.
 
-    A pass that verifies drafts leaves those of drafts as they are. What these give is verified in
-    any case, and a wrong one costs time alone.
+    A pass that verifies drafts leaves those of drafts as they are, where it is launched. What these
+    give is verified in any case, and a wrong one costs time alone.
 
     Args:
         engine: keeps the captures.

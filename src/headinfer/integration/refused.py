@@ -44,7 +44,13 @@ class RefusedCalls:
             _logger.info("decode steps are replayed in pieces: %s", reason)
             return
         self.keys.update((call.kind, form) for form in Form)
-        self.say(reason)
+        if call.new_tokens == 1:
+            self.say(reason)
+        else:
+            self._log.say(
+                *(logging.INFO, f"passes: {reason}"),
+                *("passes of %s tokens are launched kernel by kernel: %s", call.new_tokens, reason),
+            )
 
     def refuse_for_its_bits(self, call: DecodeCall) -> None:
         """Capture no such call any more: it gave other bits than what was launched."""
