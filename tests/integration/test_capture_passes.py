@@ -17,6 +17,7 @@ from headinfer.engine.ready import Form
 from headinfer.integration.calls import cache_argument
 from headinfer.offload import Offload
 from headinfer.schedule import route
+from parted import spread
 from tiny_models import random_tokens, shared_model
 
 PLACEMENTS: dict[str, dict[str, Any]] = {
@@ -55,9 +56,11 @@ def forms(cache: Any, new_tokens: int) -> set[Form]:
     return {form for (_, form), each in captured.items() if each.new_tokens == new_tokens}
 
 
-def verified(model: Any, cache: Any, count: int, accepted: int, seed: int) -> torch.Tensor:
+def verified(
+    model: Any, cache: Any, count: int, accepted: int, seed: int, *, rows: int = 1
+) -> torch.Tensor:
     """Return the logits of a pass, all but some of whose tokens are then taken back."""
-    tokens = random_tokens(1, count, seed=seed)
+    tokens = random_tokens(rows, count, seed=seed)
     logits: torch.Tensor = model(tokens, **cache_argument(model, cache)).logits
     if accepted < count:
         cache.crop(accepted - count)
@@ -70,9 +73,9 @@ def passes(model: Any, cache: Any, number: int) -> None:
         verified(model, cache, 3, 2, seed)
 
 
-def prompted(offload: Offload, model: Any, seed: int = 1) -> Any:
+def prompted(offload: Offload, model: Any, *, rows: int = 1) -> Any:
     cache = offload.new_cache(400)
-    model(random_tokens(1, PROMPT_TOKENS, seed=seed), **cache_argument(model, cache))
+    model(random_tokens(rows, PROMPT_TOKENS), **cache_argument(model, cache))
     return cache
 
 
@@ -105,7 +108,7 @@ def outcomes(name: str, placement: str, use: Any, **options: Any) -> headinfer.S
 )
 def test_passes_have_the_bits_of_launched_ones(name: str, placement: str, count: int) -> None:
     """Whatever is accepted of them, over several pages."""
-    taken = [1 + (3 * at) % count for at in range(20)]
+    taken = [1 + (3 * at) % count for at in range(16)]
 
     def use(offload: Offload, model: Any) -> list[torch.Tensor]:
         cache = prompted(offload, model)
@@ -138,6 +141,30 @@ def test_passes_with_windows_are_in_pieces(name: str, placement: str) -> None:
         return found
 
     assert outcomes(name, placement, use).captured_verifications > 4
+
+
+@pytest.mark.parametrize(
+    ("placement", "rows"), [("streamed", 2), pytest.param("both", 3, marks=pytest.mark.slow)]
+)
+def test_rows_pass_together(placement: str, rows: int) -> None:
+    def use(offload: Offload, model: Any) -> list[torch.Tensor]:
+        cache = prompted(offload, model, rows=rows)
+        return [verified(model, cache, 3, 2, at, rows=rows) for at in range(7)]
+
+    assert outcomes("llama3", placement, use).captured_verifications == 7 - NEW_KIND
+
+
+@pytest.mark.parametrize("placement", ["both", pytest.param("resident", marks=pytest.mark.slow)])
+def test_layers_on_several_devices_pass_in_one_capture(placement: str) -> None:
+    model, found = shared_model("llama3"), []
+    for capture in (False, True):
+        settings = {**SIMULATED, **PLACEMENTS[placement], "simulated_device": spread(0, 1, 1)}
+        with headinfer.attach(model, **settings, capture=capture) as offload:
+            cache = prompted(offload, model)
+            found += [[verified(model, cache, 5, 1 + at % 5, at) for at in range(9)]]
+            assert (BEST[placement] in forms(cache, 5)) == capture
+            assert (offload.stats.captured_verifications > 4) == capture
+    assert all(map(torch.equal, *found))
 
 
 @pytest.mark.parametrize("placement", [pytest.param("resident", marks=pytest.mark.slow), "both"])

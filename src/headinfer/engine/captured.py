@@ -93,6 +93,11 @@ class CapturableTokens(DraftableTokens, abc.ABC):
             if self._streaming is not None:
                 self._streaming.ran()
 
+    @property
+    def is_capturing(self) -> bool:
+        """Whether `attend` serves a step in the form that is captured."""
+        return self._capturing is not None
+
     @contextlib.contextmanager
     def capturing(self, form: Form) -> Iterator[None]:
         """Have `attend` serve the new tokens of a step in the form that is captured.
