@@ -256,6 +256,13 @@ def test_passes_wait_for_a_share_that_is_settled(monkeypatch: pytest.MonkeyPatch
         assert seen[3] == (False, {Form.IN_PIECES})
         assert seen[-1] == (True, {Form.IN_PIECES, Form.STREAMED})
         assert balances.at(1).share == 0.5
+        settled, stats = balances.at(3).share, offload.stats
+        captures, before = stats.captures, stats.captured_verifications
+        for at in range(24):  # past a page, whose first pass is launched
+            verified(model, cache, 3, 3, at)
+        assert balances.at(3).share == settled
+        assert Form.STREAMED in forms(cache, 3)
+        assert stats.captured_verifications - before >= 24 - 1 - 2 * (stats.captures - captures)
 
 
 @pytest.mark.parametrize(

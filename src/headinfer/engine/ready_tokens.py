@@ -65,8 +65,13 @@ class ReadyTokens(SavableTokens):
         failed = self._streaming is not None and self._streaming.failed
         if self._ahead is not None and self._ahead[0] == self._state() and not failed:
             return self._ahead[1]
-        ready = self._make_ready()
-        self._step_balance.one_launch = ready is not None and ready.form is Form.STREAMED
+        ready, balance = self._make_ready(), self._step_balance
+        streamed = ready is not None and ready.form is Form.STREAMED
+        if streamed and not balance.one_launch:
+            balance.one_launch = True
+            return self._make_ready()  # the share may be another one now
+        if new_tokens == 1:  # of several some are launched now and then, and change no share
+            balance.one_launch = streamed
         return ready
 
     @property
