@@ -1,5 +1,6 @@
 """How many tokens are drafted: by known times and acceptance, and as an answer goes on."""
 
+import collections
 import itertools
 
 import pytest
@@ -124,6 +125,27 @@ def test_a_pass_is_faster_once_it_is_captured() -> None:
     run.go(3)
     run.step_s = 62
     assert run.go(3)[-1] > 0
+
+
+class CapturedRun(Run):
+    """An answer whose passes take four times as long until they were captured and compared."""
+
+    def go(self, verifications: int) -> list[int]:
+        numbers, captured_s = [], self.step_s
+        seen: collections.Counter[int] = collections.Counter()
+        for _ in range(verifications):
+            drafts = self.pace.number(self.tokens)
+            seen[drafts] += 1
+            self.step_s = captured_s if seen[drafts] > 3 else 4 * captured_s
+            numbers += super().go(1)
+        return numbers
+
+
+def test_a_number_is_kept_until_its_passes_are_captured() -> None:
+    run = CapturedRun(MeasuredPace(15, 1), draft_s=9, step_s=60, rate=0.85)
+    numbers = run.go(60)
+    assert set(numbers[20:]) <= {3, 5, 7, 11, 15}
+    assert numbers[20:] == [numbers[20]] * 40
 
 
 def test_bad_drafts_cost_little() -> None:

@@ -185,7 +185,8 @@ class MeasuredPace:
 
     It begins with a few steps without drafts, then tries some. Where the times say that drafting
     cannot pay at all, it is tried again once the text is twice as long. Where too few are accepted,
-    it is tried again after pauses that grow, as if nothing were known of acceptance.
+    it is tried again after pauses that grow, as if nothing were known of acceptance. A number that
+    is new is kept for as many verifications as a trial has: the first passes may be launched.
 
     Args:
         most: to draft at the most.
@@ -195,7 +196,7 @@ class MeasuredPace:
     def __init__(self, most: int, tried: int) -> None:
         self._numbers = [number for number in _NUMBERS if number <= most]
         self._now = 0
-        self._tried = min(tried, most)
+        self._first_tried = self._tried = min(tried, most)
         self._passes: dict[int, collections.deque[float]] = {}
         self._drafts: collections.deque[float] = collections.deque(maxlen=_REMEMBERED)
         self._accepted, self._tests = _PRIOR_ACCEPTED, _PRIOR_TRIED
@@ -219,6 +220,8 @@ class MeasuredPace:
         self._now = best
         if best:
             self._pause = _PAUSE
+            if best not in self._passes:  # a pass of another length is not captured yet
+                self._tried, self._trials_due = best, _TRIALS
             return best
         if self._best(1.0):
             self._again_at = tokens + self._pause
@@ -226,7 +229,7 @@ class MeasuredPace:
         else:
             self._again_at = 2 * tokens
         self._accepted, self._tests = _PRIOR_ACCEPTED, _PRIOR_TRIED
-        self._trials_due = _TRIALS
+        self._tried, self._trials_due = self._first_tried, _TRIALS
         return 0
 
     def _best(self, acceptance: float) -> int:

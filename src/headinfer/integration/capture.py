@@ -92,7 +92,7 @@ class CapturedSteps:
         self._fusion = Fusion(model, enabled=fused and self.enabled and obstacle is None)
         self._hooks = HooksOfOthers(model)
         self._repeated = RepeatedCalls(several=not self._device.tiles_are_views)
-        self._begun: set[Hashable] = set()
+        self._begun: dict[Hashable, bool] = {}  # whether with several tokens
         self._known: set[Hashable] = set()  # captures of these served more tokens than one
         self._refused = RefusedCalls(aloud=not self._device.tiles_are_views)
 
@@ -247,8 +247,9 @@ class CapturedSteps:
             return None
         if call.key in self._begun:
             return Way(call, ready)
-        if len(self._begun - self._known - self._refused.keys) >= _MOST_IN_VAIN:
-            self._refused.say("their arguments are others in each call")
+        in_vain = self._begun.keys() - self._known - self._refused.keys
+        if sum(self._begun[key] == call.several for key in in_vain) >= _MOST_IN_VAIN:
+            self._refused.say("their arguments are others in each call", call.new_tokens)
             return None
         return Way(call, ready)
 
@@ -278,7 +279,7 @@ class CapturedSteps:
             with taking_back(engine, call.form):
                 return handed_out(self._apart(step.run, {}), cache)
 
-        self._begun.add(call.key)
+        self._begun[call.key] = call.several
         output = None
         with preparing(self._stats, cache.stats):
             if self._fusion.untried:

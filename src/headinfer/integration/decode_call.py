@@ -38,6 +38,11 @@ class DecodeCall:
         """Equal for calls that one capture serves."""
         return self.kind, self.form
 
+    @property
+    def several(self) -> bool:
+        """Whether there are several new tokens in each row."""
+        return self.new_tokens > 1
+
     def in_form(self, form: Form) -> "DecodeCall":
         """Return the call in another form."""
         return replace(self, form=form)
