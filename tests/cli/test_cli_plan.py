@@ -33,7 +33,7 @@ def test_a_person_reads_every_method_and_why(cli) -> None:
     for name in ("standard", "kv-4bit", "layer-wise", "head-wise-1", "adaptive", "bounded"):
         assert f"  {name} " in outcome.out
     assert "total: with 1.25 for CUDA itself" in outcome.out
-    parts = "context and libraries 0.75, captured decode steps 0.06, fragments 0.44"
+    parts = "context and libraries 0.75, captured decode steps 0.12, fragments 0.38"
     assert f"CUDA itself: {parts}\n" in outcome.out
     assert "> resident" in outcome.out
     assert "Chosen: resident" in outcome.out

@@ -1,5 +1,6 @@
 """How many tokens are drafted: by known times and acceptance, and as an answer goes on."""
 
+import collections
 import itertools
 
 import pytest
@@ -24,7 +25,7 @@ from headinfer.generation.pace import MeasuredPace, best_number, expected_tokens
 def test_a_number_makes_a_token_cheapest(
     draft_s: float, pass_s: dict[int, float], acceptance: float, expected: int
 ) -> None:
-    assert best_number(draft_s, pass_s, acceptance, 16) == expected
+    assert best_number(draft_s, pass_s, acceptance, range(17)) == expected
 
 
 @pytest.mark.parametrize("draft_s", [1, 10, 50])
@@ -38,13 +39,22 @@ def test_it_is_the_best_of_all(draft_s: float, acceptance: float) -> None:
 
     best = min(range(9), key=token_s)
     gains = token_s(best) < token_s(0) / 1.05
-    assert best_number(draft_s, {0: 100}, acceptance, 8) == (best if gains else 0)
+    assert best_number(draft_s, {0: 100}, acceptance, range(9)) == (best if gains else 0)
+
+
+def test_a_number_stays_where_another_one_gains_little() -> None:
+    """A pass of as many tokens as before is captured."""
+    few = [0, 1, 2, 3, 5, 7]
+    assert best_number(10, {0: 100}, 0.7, few) == 5
+    assert best_number(10, {0: 100}, 0.7, few, 3) == 3
+    assert best_number(10, {0: 100}, 0.7, few, 1) == 5
+    assert best_number(10, {0: 100}, 0.0, few, 5) == 0
 
 
 def test_times_between_known_ones_lie_on_a_line() -> None:
     """With drafts for nothing that are all accepted, the number shows what a pass is taken for."""
-    assert best_number(0, {0: 100, 8: 100, 9: 1000}, 1.0, 9) == 8
-    assert best_number(0, {0: 100, 2: 100, 4: 1000}, 1.0, 3) == 2
+    assert best_number(0, {0: 100, 8: 100, 9: 1000}, 1.0, range(10)) == 8
+    assert best_number(0, {0: 100, 2: 100, 4: 1000}, 1.0, range(4)) == 2
     assert expected_tokens(3, 0.5) == 1.875
 
 
@@ -82,11 +92,11 @@ class Run:
 
 def test_a_pace_follows_acceptance() -> None:
     run = Run(MeasuredPace(16, 1), draft_s=10, step_s=100, rate=0.9)
-    assert run.go(3) == [0, 0, 0], "some steps are timed first"
-    assert run.go(2) == [1, 1]
-    assert all(4 <= number <= 16 for number in run.go(20)[5:])
+    assert run.go(5) == [0] * 5, "some steps are timed first"
+    assert run.go(5) == [1] * 5
+    assert all(number in (5, 7, 11, 15) for number in run.go(20)[5:])
     run.rate = 0.0
-    assert run.go(30)[-1] == 0
+    assert run.go(45)[-1] == 0
     run.rate = 0.9
     assert max(run.go(400)) >= 4, "it is tried again"
 
@@ -97,6 +107,45 @@ def test_what_cannot_pay_is_tried_once() -> None:
     assert [number for number, _ in itertools.groupby(numbers)] == [0, 1, 0]
     assert run.seconds / (run.tokens - 1000) < 1.01 * 100
     assert max(run.go(700)) == 1, "and once more when the text is twice as long"
+
+
+def test_the_numbers_are_few() -> None:
+    run = Run(MeasuredPace(31, 1), draft_s=10, step_s=100, rate=0.8)
+    numbers = run.go(400)[10:]
+    changes = sum(a != b for a, b in itertools.pairwise(number for number in numbers if number))
+    assert len(set(numbers)) <= 5
+    assert changes < 15
+
+
+def test_a_pass_is_faster_once_it_is_captured() -> None:
+    """What launched passes take is forgotten before a trial ends."""
+    run = Run(MeasuredPace(7, 3), draft_s=9, step_s=62, rate=0.8)
+    run.go(5)
+    run.step_s = 300
+    run.go(3)
+    run.step_s = 62
+    assert run.go(3)[-1] > 0
+
+
+class CapturedRun(Run):
+    """An answer whose passes take four times as long until they were captured and compared."""
+
+    def go(self, verifications: int) -> list[int]:
+        numbers, captured_s = [], self.step_s
+        seen: collections.Counter[int] = collections.Counter()
+        for _ in range(verifications):
+            drafts = self.pace.number(self.tokens)
+            seen[drafts] += 1
+            self.step_s = captured_s if seen[drafts] > 3 else 4 * captured_s
+            numbers += super().go(1)
+        return numbers
+
+
+def test_a_number_is_kept_until_its_passes_are_captured() -> None:
+    run = CapturedRun(MeasuredPace(15, 1), draft_s=9, step_s=60, rate=0.85)
+    numbers = run.go(60)
+    assert set(numbers[20:]) <= {3, 5, 7, 11, 15}
+    assert numbers[20:] == [numbers[20]] * 40
 
 
 def test_bad_drafts_cost_little() -> None:

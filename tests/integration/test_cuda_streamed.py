@@ -60,6 +60,34 @@ def test_a_graph_has_the_bits_of_launched_steps(
         assert torch.equal(torch.stack(eager.logits), torch.stack(captured.logits))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [2, 5, 8])
+@pytest.mark.parametrize("placement", ["resident", *PLACEMENTS])
+def test_a_graph_has_the_bits_of_launched_passes(
+    placement: str, count: int, dtype: torch.dtype
+) -> None:
+    """Of several tokens, some of which are taken back."""
+    model = tiny_model("llama3", head_dim=32).to("cuda", dtype)
+    options = {**PLACEMENTS.get(placement, {"resident_tokens": "all"}), "chunk_tokens": 128}
+    best = Form.ONE_LAUNCH if placement == "resident" else Form.STREAMED
+    outputs: list[list[torch.Tensor]] = []
+    for capture in (False, True):
+        with headinfer.attach(model, **options, capture=capture, fuse="off") as offload:
+            cache, found = offload.new_cache(600), []
+            model(random_tokens(1, 170).cuda(), past_key_values=cache)
+            for at in range(50):
+                tokens = random_tokens(1, count, seed=at).cuda()
+                found.append(model(tokens, past_key_values=cache).logits.clone())
+                rejected = at % count
+                if rejected:
+                    cache.crop(-rejected)
+            forms = {form for _, form in cache.state.engine.captured}
+            assert (best in forms) == capture
+            assert (offload.stats.captured_verifications > 25) == capture
+        outputs.append(found)
+    assert all(map(torch.equal, *outputs))
+
+
 @pytest.mark.parametrize("fails_at", [2, 5], ids=["as it runs", "as it is captured"])
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_nothing_waits_for_ever_where_a_layer_fails(

@@ -16,6 +16,9 @@ from tiny_models import random_tokens, tiny_model
 pytestmark = pytest.mark.gpu
 
 PROMPT_TOKENS, DRAFT_TOKENS, DRAFTS = 900, 200, 12
+NOT_CAPTURED = {"gpt-oss"}
+"""Outside of `generate` these choose their experts on the host, which no capture has."""
+
 OPTIONS: dict[str, Any] = {
     "tile_heads": 1,
     "tile_tokens": 128,
@@ -72,8 +75,9 @@ def test_a_drafts_logits_are_those_of_a_masked_stock_model(
         for _ in range(2):  # the second time by a capture that is there
             error = (torch.stack(drafted(model, cache)) - wanted).abs().max() / wanted.abs().max()
             assert error < 1e-4
-        assert offload.stats.captures == 1
-        assert offload.stats.captured_drafts > DRAFTS
+        captured = name not in NOT_CAPTURED
+        assert offload.stats.captures == captured
+        assert (offload.stats.captured_drafts > DRAFTS) == captured
 
 
 @pytest.mark.parametrize("resident_tokens", [0, 300, "all"])

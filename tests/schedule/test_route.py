@@ -303,3 +303,19 @@ def test_a_draft_takes_one_step_wherever_tokens_lie(in_place: bool) -> None:
 def test_a_resident_token_takes_one_step() -> None:
     held = Held(Track(2), tokens=9, host_tokens=6, resident_tokens=9, resident_capacity=40)
     assert route_track(held, Pass.FORWARD, 1, SIZES).steps == (Decode(Where.RESIDENT),)
+
+
+@pytest.mark.parametrize("resident_capacity", [0, 40])
+def test_what_several_tokens_fill_goes_home_before_the_next_ones(resident_capacity: int) -> None:
+    """Some of them may be taken back, which one token is not."""
+    resident = 22 if resident_capacity else 0
+    held = Held(Track(2), 22, 20, resident, resident_capacity, paged=not resident)
+    several = route_track(held, Pass.FORWARD, 4, SIZES)
+    assert not any(isinstance(step, SendHome) for step in several.steps)
+    assert several.serves(22)
+    full = held._replace(tokens=26, resident_tokens=26 if resident else 0)
+    for new_tokens in (1, 4):
+        first = route_track(full, Pass.FORWARD, new_tokens, SIZES).steps[0]
+        assert first == SendHome(20, 26, turn=not resident)
+    one = held._replace(tokens=25, resident_tokens=25 if resident else 0)
+    assert route_track(one, Pass.FORWARD, 1, SIZES).steps[-1] == SendHome(20, 26)

@@ -25,7 +25,7 @@ from headinfer.engine.drafting import DraftableTokens
 from headinfer.engine.executor import PERFORM
 from headinfer.engine.ready import Form
 from headinfer.engine.stats import Stats
-from headinfer.engine.streaming_step import StreamingStep
+from headinfer.engine.streaming_step import StreamingStep, attend_kept
 from headinfer.kv.ledger import Ledger
 from headinfer.plan.plan import Plan
 from headinfer.schedule.steps import SendHome
@@ -34,7 +34,7 @@ _Result = TypeVar("_Result")
 
 
 class CapturableTokens(DraftableTokens, abc.ABC):
-    """A cache's tokens, to which a captured step can add one in each row.
+    """A cache's tokens, to which a captured step can add one in each row, or a few.
 
     A replay of one launch goes between `begin_step` and `end_step`, and nothing else that changes
     the tokens does. After `begin_step` alone they are as before. A replay in pieces needs neither,
@@ -75,7 +75,7 @@ class CapturableTokens(DraftableTokens, abc.ABC):
                 self._device, self._executor.source, self._host, self._stats
             )
         self._streaming.prepare(self._streamed(), runs=runs)
-        self._streamed_captures += not runs
+        self._streamed_captures[self._new_tokens] += not runs
 
     def replay(self, form: Form, capture: Capture[_Result]) -> _Result:
         """Replay a step."""
@@ -93,9 +93,14 @@ class CapturableTokens(DraftableTokens, abc.ABC):
             if self._streaming is not None:
                 self._streaming.ran()
 
+    @property
+    def is_capturing(self) -> bool:
+        """Whether `attend` serves a step in the form that is captured."""
+        return self._capturing is not None
+
     @contextlib.contextmanager
     def capturing(self, form: Form) -> Iterator[None]:
-        """Have `attend` serve one new token a row in the form that is captured.
+        """Have `attend` serve the new tokens of a step in the form that is captured.
 
         But in pieces it does by what `begin_step` made ready, and counts no token. It raises
         `CaptureError` where it cannot.
@@ -111,8 +116,8 @@ class CapturableTokens(DraftableTokens, abc.ABC):
             self._capturing = None
 
     def _attend_captured(self, layer_idx: int, chunks: Sequence[Chunk]) -> None:
-        """Attend a token by each track, and keep it, wherever its place is when this runs."""
-        if chunks[0].padding is not None or chunks[0].tokens != 1:
+        """Attend tokens by each track, and keep them, wherever their places are when this runs."""
+        if chunks[0].padding is not None or chunks[0].tokens != self._new_tokens:
             raise CaptureError("the model masks tokens by itself")
         if self._capturing is Form.IN_PIECES:
             self._attend_aside(layer_idx, chunks)
@@ -121,6 +126,8 @@ class CapturableTokens(DraftableTokens, abc.ABC):
             streamed = None if self.drafting else self._ready[track].streamed
             if streamed is None:
                 self._attend_at_place(track, chunk)
+            elif self._capturing is Form.ONE_LAUNCH:
+                attend_kept(self._device, streamed, chunk)
             else:
                 assert self._streaming is not None
                 self._streaming.attend(streamed, chunk)
@@ -130,15 +137,18 @@ class CapturableTokens(DraftableTokens, abc.ABC):
         """Attend new tokens of a track, and keep them."""
 
     def _attend_aside(self, layer_idx: int, chunks: Sequence[Chunk]) -> None:
-        """Attend a token by each track between two pieces of a capture."""
+        """Attend tokens by each track between two pieces of a capture."""
         engine = weakref.ref(self)  # which the engine's captures keep
+        new_tokens = chunks[0].tokens
         checked = self._device.checks_accesses
 
         def attend() -> None:
             here = engine()
             assert here is not None
             with here.in_use():
-                for ledger, chunk in zip(here._layer(layer_idx, 1).tracks, chunks, strict=True):
+                for ledger, chunk in zip(
+                    here._layer(layer_idx, new_tokens).tracks, chunks, strict=True
+                ):
                     chunk.waiting.clear()  # of a step that failed
                     if checked:
                         here._device.compute.reads(chunk.query, "attention between pieces")
@@ -175,11 +185,11 @@ class CapturableTokens(DraftableTokens, abc.ABC):
         self._device.launch(native or launch)
 
     def end_step(self, form: Form) -> None:
-        """Count the token that a replay has added, send home what is due, and make ready again.
+        """Count what a replay has added, send home what is due, and make ready again.
 
         So the next step has little to do before its replay, while the device is idle. What fails in
         that is done again by the next step, which raises it: this one is done. A step in pieces did
-        all of it by itself.
+        all of it by itself. Behind several tokens nothing is made ready: some may be taken back.
         """
         if form is Form.IN_PIECES:
             return
@@ -189,11 +199,13 @@ class CapturableTokens(DraftableTokens, abc.ABC):
         if form is Form.STREAMED and self._streaming is not None:
             self._streaming.count_step()
         for ready in self._ready:
-            ready.count()
+            ready.count(self._new_tokens)
         for ready in self._ready:
             self._executor.ledger = ready.ledger
             for step in ready.after:
                 PERFORM[SendHome](self._executor, step)
+        if self._new_tokens > 1:
+            return
         with contextlib.suppress(Exception):
             following = self._make_ready()
             if self._streaming is not None and following is not None and following.form is form:
@@ -206,7 +218,7 @@ class CapturableTokens(DraftableTokens, abc.ABC):
 
     def steady(self) -> contextlib.AbstractContextManager[None]:
         """Have who attends which tokens stay, so that a step done again gives the same bits."""
-        return self._balance.steady()
+        return self._step_balance.steady()
 
     def take_back(self, lengths: Sequence[int]) -> None:
         """Keep so many tokens of each layer, where a step has added to some.

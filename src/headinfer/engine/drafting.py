@@ -109,11 +109,12 @@ class DraftableTokens(ReadyTokens):
             ledger.firm_tokens = None
         self.drafting = False
 
-    def begin_step(self) -> ReadyStep | None:
+    def begin_step(self, new_tokens: int = 1) -> ReadyStep | None:
         """Make ready for a step; see `ReadyTokens.begin_step`. A draft's is always one launch."""
         if not self.drafting:
-            return super().begin_step()
+            return super().begin_step(new_tokens)
         self._check_open()
+        self._new_tokens = new_tokens
         extents = [self._draft_extent(ledger) for ledger in self._ledgers]
         if self._draft_memory is None:
             self._draft_memory = self._new_step_memory()

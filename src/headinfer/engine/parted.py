@@ -177,7 +177,7 @@ class PartedEngine(CapturableParts):
     def attend(self, layer_idx: int, *tensors: torch.Tensor, **options: Any) -> torch.Tensor:
         """Attend a layer's new tokens where the layer is; see `Engine.attend`."""
         part, at = self._places[layer_idx]
-        if tensors[0].shape[-2] > 1:
+        if tensors[0].shape[-2] > 1 and not part.is_capturing:
             self._busy.begin(part.device)
         with part.in_use():
             return part.attend(at, *tensors, **options)

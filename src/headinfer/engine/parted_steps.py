@@ -17,7 +17,7 @@ _Result = TypeVar("_Result")
 
 
 class CapturableParts:
-    """A cache's engines, to whose layers a captured step can add a token in each row.
+    """A cache's engines, to whose layers a captured step can add a token in each row, or a few.
 
     What is called when is as in `CapturableTokens`.
 
@@ -39,12 +39,12 @@ class CapturableParts:
         self._layers = [tuple(own) for own in layers]
         self._forms = [Form.IN_PIECES] * len(self.parts)  # of each in the step that is ready
 
-    def begin_step(self) -> ReadyStep | None:
-        """Make all parts ready for a step of one new token; see `ReadyTokens.begin_step`."""
+    def begin_step(self, new_tokens: int = 1) -> ReadyStep | None:
+        """Make all parts ready for a step; see `ReadyTokens.begin_step`."""
         steps: list[ReadyStep] = []
         for part in self.parts:
             with part.in_use():
-                step = part.begin_step()
+                step = part.begin_step(new_tokens)
             if step is None:
                 return None
             steps.append(step)
@@ -82,7 +82,7 @@ class CapturableParts:
         return self._all(Engine.capturing, form)
 
     def end_step(self, form: Form) -> None:
-        """Count the token that a replay has added; see `CapturableTokens.end_step`."""
+        """Count the tokens that a replay has added; see `CapturableTokens.end_step`."""
         for part, own in self._in_forms(form):
             with part.in_use():
                 part.end_step(own)

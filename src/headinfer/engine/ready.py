@@ -1,4 +1,4 @@
-"""Steps of one new token that are ready to be captured or replayed, and in which form."""
+"""Steps of a few new tokens that are ready to be captured or replayed, and in which form."""
 
 import enum
 from collections.abc import Sequence
@@ -23,12 +23,12 @@ class Form(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """A track that is ready for a new token.
+    """A track that is ready for new tokens.
 
     Attributes:
         ledger: of the track.
-        extent: has all that the token sees, and room for it.
-        after: what sends tokens home once it is there.
+        extent: has room for them, and all that they see unless tokens are streamed.
+        after: what sends tokens home once they are there.
         home: whether the extent is the host's, where the device attends that in place.
         streamed: what the step does where that is no single launch; None where it is.
     """
@@ -39,12 +39,12 @@ class Ready:
     streamed: StreamedTrack | None = None
     home: bool = False
 
-    def count(self) -> None:
-        """Count the new token, which is there."""
+    def count(self, new_tokens: int) -> None:
+        """Count the new tokens, which are there."""
         if self.home:
-            self.ledger.extend_host(1)
+            self.ledger.extend_host(new_tokens)
         else:
-            self.ledger.extend(self.extent, 1)
+            self.ledger.extend(self.extent, new_tokens)
 
     @property
     def reads(self) -> tuple[object, ...]:
@@ -52,7 +52,7 @@ class Ready:
         return (self.extent.piece,) if self.streamed is None else self.streamed.reads
 
     @property
-    def place(self) -> tuple[int, int, int]:
+    def place(self) -> tuple[int, ...]:
         """What is written to memory; see `TokenWork.place` and `StreamedTrack.place`."""
         if self.streamed is not None:
             return self.streamed.place
@@ -66,20 +66,21 @@ class StepMemory:
     Args:
         tracks: of a step.
         heads: rows of the batch x KV heads of a track, at most.
+        new_tokens: of each row.
         where: the device.
 
     Attributes:
-        places: `[tracks, 3]` of int64; see `Ready.place`.
+        places: `[tracks, 2 + new_tokens]` of int64; see `Ready.place`.
         counters: zeros `[heads]` of int32; see `TokenWork`.
     """
 
-    def __init__(self, tracks: int, heads: int, where: torch.device) -> None:
+    def __init__(self, tracks: int, heads: int, new_tokens: int, where: torch.device) -> None:
         with torch.inference_mode(False):  # or they could not be written to outside it
-            self.places = torch.zeros(tracks, 3, dtype=torch.int64, device=where)
+            self.places = torch.zeros(tracks, 2 + new_tokens, dtype=torch.int64, device=where)
             self.counters = torch.zeros(heads, dtype=torch.int32, device=where)
 
     def write(self, ready: Sequence[Ready]) -> None:
-        """Write where each track's new token goes, on compute, for a replay to read."""
+        """Write where each track's new tokens go, on compute, for a replay to read."""
         places = torch.tensor([each.place for each in ready])
         self.places.copy_(places, non_blocking=True)
 

@@ -1,10 +1,12 @@
-"""What a step of one new token finds ready: places for the token, and the form that serves it."""
+"""What a step of a few new tokens finds ready: places for them, and the form that serves it."""
 
+import collections
 from collections.abc import Sequence
 
 import torch
 
 from headinfer.device.base import Device
+from headinfer.engine.balance import Balance
 from headinfer.engine.executor import PERFORM
 from headinfer.engine.ready import Form, Ready, ReadyStep, StepMemory
 from headinfer.engine.saving import SavableTokens
@@ -13,12 +15,12 @@ from headinfer.engine.streaming_step import StreamedTrack, StreamingStep
 from headinfer.kv.ledger import Ledger
 from headinfer.plan.plan import Plan
 from headinfer.schedule import route
-from headinfer.schedule.route import Pass, stays
+from headinfer.schedule.route import Pass, keeps_in_page, stays
 from headinfer.schedule.steps import Attend, Decode, Keep, SendHome, Step, Where
 
 
 class ReadyTokens(SavableTokens):
-    """A cache's tokens, made ready for a step of one new token in each row.
+    """A cache's tokens, made ready for a step of one new token in each row, or of a few.
 
     Args:
         device: where attention is computed.
@@ -31,18 +33,22 @@ class ReadyTokens(SavableTokens):
     def __init__(
         self, device: Device, plan: Plan, dtype: torch.dtype, stats: Stats, *, parked: bool = False
     ) -> None:
-        self._step_memory: StepMemory | None = None
+        self._new_tokens = 1  # of the step that was begun last, in each row
+        self._step_memory: dict[int, StepMemory] = {}  # by new tokens
         self._ready: list[Ready] = []
         # What `begin_step` returns if the tracks still are as noted beside it.
         self._ahead: tuple[tuple[object, ...], ReadyStep] | None = None
         self._streaming: StreamingStep | None = None  # from the first such step on
-        self._steps = 0  # that were begun since the first streamed one was captured
-        self._streamed_captures = 0
+        self._stepped_tokens = 0  # of steps that were begun since a streamed one was captured
+        self._streamed_captures: collections.Counter[int] = collections.Counter()  # by new tokens
         self._dropped = 0  # times that captures lost the flags which they raise and await
         super().__init__(device, plan, dtype, stats, parked=parked)
 
-    def begin_step(self) -> ReadyStep | None:
-        """Make ready for a step of one new token, and write to memory where the token goes.
+    def begin_step(self, new_tokens: int = 1) -> ReadyStep | None:
+        """Make ready for a step of a few new tokens, and write to memory where they go.
+
+        Args:
+            new_tokens: of each row.
 
         Returns:
             None where a step is captured in pieces alone; nothing was done then but to reserve host
@@ -52,49 +58,61 @@ class ReadyTokens(SavableTokens):
             CacheStateError: the cache was closed.
         """
         self._check_open()
-        for ledger in self._full:
-            self._reserve(ledger, 1)  # memory that came within a capture would come in each replay
-        self._steps += self._streamed_captures > 0
+        self._new_tokens = new_tokens
+        for ledger in self._full:  # memory that came within a capture would come in each replay
+            self._reserve(ledger, new_tokens)
+        self._stepped_tokens += new_tokens if self._streamed_captures else 0
         failed = self._streaming is not None and self._streaming.failed
         if self._ahead is not None and self._ahead[0] == self._state() and not failed:
             return self._ahead[1]
-        ready = self._make_ready()
-        self._balance.one_launch = ready is not None and ready.form is Form.STREAMED
+        ready, balance = self._make_ready(), self._step_balance
+        streamed = ready is not None and ready.form is Form.STREAMED
+        if streamed and not balance.one_launch:
+            balance.one_launch = True
+            return self._make_ready()  # the share may be another one now
+        if new_tokens == 1:  # of several some are launched now and then, and change no share
+            balance.one_launch = streamed
         return ready
 
     @property
     def may_capture_streamed(self) -> bool:
-        """Whether to capture a streamed step: not for a share that changes, nor often.
+        """Whether to capture the streamed step: not for a share that changes, nor often.
 
         The second one comes when it will: the first may have been made right before a change.
         """
-        due = 2 + self._steps // route.STEADY_TOKENS
-        return self._balance.settled and self._streamed_captures < due
+        due = 2 + self._stepped_tokens // route.STEADY_TOKENS
+        return self._step_balance.settled and self._streamed_captures[self._new_tokens] < due
+
+    @property
+    def _step_balance(self) -> Balance:
+        """The balance of steps of so many new tokens."""
+        return self._balances.at(self._new_tokens)
 
     @property
     def _share(self) -> float:
         """Share of the tokens beside the residents that the host attends in the next step."""
-        return self._balance.share if self._host_helps else 0.0
+        return self._step_balance.share if self._host_helps else 0.0
 
     @property
     def sends_home(self) -> bool:
-        """Whether a step of one new token moves tokens, which `take_back` leaves where they are.
+        """Whether the step moves tokens, which `take_back` leaves where they are.
 
         Attention would then go through them in another order, and give other bits.
         """
         return any(isinstance(step, SendHome) for steps in self._next_steps() for step in steps)
 
     def _next_steps(self) -> list[tuple[Step, ...]]:
-        """Return what each track does with one new token."""
-        executor, host_share = self._executor, self._share
+        """Return what each track does with the new tokens."""
+        executor, new_tokens, host_share = self._executor, self._new_tokens, self._share
         return [
-            executor.steps_of(ledger, ledger.tokens, Pass.FORWARD, 1, host_share).steps
+            executor.steps_of(ledger, ledger.tokens, Pass.FORWARD, new_tokens, host_share).steps
             for ledger in self._ledgers
         ]
 
     def _state(self) -> tuple[object, ...]:
         """Return what changes where a token's place does, or who attends what."""
-        return self._share, *(
+        who = self._new_tokens, self._share
+        return *who, *(
             # A window's tokens move when it begins anew, however many there are. Another extent may
             # begin where one that was emptied began.
             (ledger.tokens, ledger.version, tail, 0 if tail is None else tail.start)
@@ -128,16 +146,22 @@ class ReadyTokens(SavableTokens):
         for ledger, steps in zip(self._ledgers, tracks, strict=True):
             if all(isinstance(step, (Decode, SendHome)) for step in steps):
                 continue
-            if self._at_home(ledger, steps):
+            if self._at_home(ledger, steps) or self._behind_residents(steps):
                 continue
+            if self._new_tokens > 1 and not keeps_in_page(ledger.held, steps):
+                return None
             if not (self._executor.source.lends and stays(ledger.held, steps)):
                 return None
             form = Form.STREAMED
         return form
 
+    def _behind_residents(self, steps: Sequence[Step]) -> bool:
+        """Whether several tokens are kept behind residents which are all that they see."""
+        return self._new_tokens > 1 and Keep(Where.RESIDENT) in steps
+
     def _at_home(self, ledger: Ledger, steps: Sequence[Step]) -> bool:
         """Whether a token is kept and attended in host memory, where all it sees is one tile."""
-        if not any(isinstance(step, Keep) and step.where is Where.HOST for step in steps):
+        if self._new_tokens > 1 or Keep(Where.HOST) not in steps:
             return False
         whole = ledger.tokens < self.plan.tile_tokens and all(
             step.groups == 1 for step in steps if isinstance(step, Attend)
@@ -145,7 +169,7 @@ class ReadyTokens(SavableTokens):
         return whole and ledger.home_with_room() is not None
 
     def _ready_track(self, ledger: Ledger, steps: Sequence[Step], place: torch.Tensor) -> Ready:
-        """Make a track ready for a new token."""
+        """Make a track ready for the new tokens."""
         executor = self._executor
         executor.ledger = ledger
         at = next(at for at, step in enumerate(steps) if not isinstance(step, SendHome))
@@ -158,18 +182,23 @@ class ReadyTokens(SavableTokens):
             return Ready(ledger, home, home=True)
         if isinstance(decode, Decode):
             return Ready(ledger, executor.with_room(decode.where), after)
-        page = self._pages.page_with_room(ledger)
+        page = (
+            executor.with_room(Where.RESIDENT)
+            if self._behind_residents(steps)
+            else self._pages.page_with_room(ledger)
+        )
         return Ready(ledger, page, after, StreamedTrack.of(ledger, page, steps[at:], place))
 
     def _memory(self) -> StepMemory:
-        """Return the memory from which captured steps read what changes."""
-        if self._step_memory is None:
-            self._step_memory = self._new_step_memory()
-        return self._step_memory
+        """Return the memory from which captured steps of so many tokens read what changes."""
+        memory = self._step_memory.get(self._new_tokens)
+        if memory is None:
+            memory = self._step_memory[self._new_tokens] = self._new_step_memory(self._new_tokens)
+        return memory
 
-    def _new_step_memory(self) -> StepMemory:
+    def _new_step_memory(self, new_tokens: int = 1) -> StepMemory:
         heads = self.plan.batch * max(ledger.geometry.kv_heads for ledger in self._ledgers)
-        return StepMemory(len(self._ledgers), heads, self._device.torch_device)
+        return StepMemory(len(self._ledgers), heads, new_tokens, self._device.torch_device)
 
     def _check_streaming(self) -> None:
         """Drop what streamed steps share where it does not serve those that are ready."""
@@ -196,8 +225,9 @@ class ReadyTokens(SavableTokens):
     def _forget_memory(self) -> None:
         """Forget what is ready before the memory of tokens goes."""
         self._ready.clear()
-        self._ahead = self._step_memory = None
-        self._steps = 0
-        self._streamed_captures = 0
+        self._ahead = None
+        self._step_memory.clear()
+        self._stepped_tokens = 0
+        self._streamed_captures.clear()
         self._drop_streaming()
         super()._forget_memory()

@@ -17,6 +17,7 @@ class Stats:
         decode_s: seconds of the model calls spent on them and of drafting, captures left out.
         decode_steps: those model calls.
         captured_steps: those of them that were replayed, in one launch or in pieces.
+        captured_verifications: those of them that had several new tokens, as to verify drafts.
         captures: decode steps that were captured to be replayed.
         capture_s: seconds that took, with what torch compiled for it; beside `decode_s`.
         draft_steps: model calls in which a token was drafted.
@@ -44,6 +45,7 @@ class Stats:
     decode_s: float = 0.0
     decode_steps: int = 0
     captured_steps: int = 0
+    captured_verifications: int = 0
     captures: int = 0
     capture_s: float = 0.0
     draft_steps: int = 0

@@ -1,8 +1,8 @@
 """A decode step in one capture, though tokens are streamed in it or attended by the host.
 
-What changes from step to step is read from memory. That is the new token's place in its page, the
-tokens there and in a layer's last tile, and what the host attends. Numbers that are in a capture
-are among what it reads (`StreamedTrack.reads`). Where they change, another is made.
+What changes from step to step is read from memory. That is the new tokens' places in their page,
+the tokens there and in a layer's last tile, and what the host attends. Numbers that are in a
+capture are among what it reads (`StreamedTrack.reads`). Where they change, another is made.
 """
 
 import contextlib
@@ -35,12 +35,13 @@ class StreamedTrack:
 
     Attributes:
         ledger: of the track.
-        page: takes the new token.
-        attend: all that it sees.
+        page: takes the new tokens: a page, or residents that are all they see.
+        attend: all that they see.
         fetch: what is fetched of that, with room for tokens to come; None for nothing.
         ask: what the host attends; None for nothing.
         counted_from: position from which the tokens that are fetched are counted in memory.
-        memory: `[3]` of int64 on the device, which has the step's `place` when it runs.
+        memory: `[2 + new_tokens]` of int64 on the device, which has the step's `place` when it
+            runs.
     """
 
     ledger: Ledger
@@ -72,6 +73,8 @@ class StreamedTrack:
     def reads(self) -> tuple[object, ...]:
         """What a capture reads: memory, and the numbers that are in it."""
         resident, fetch = self.ledger.resident, self.fetch
+        if resident is self.page:
+            return self.page.piece, self.attend
         pieces: tuple[Piece, ...] = ()
         if fetch is not None:
             pieces = tuple(tile.piece for tile in self.ledger.host_tiles(fetch.start, fetch.end))
@@ -80,10 +83,20 @@ class StreamedTrack:
         return (self.page.piece, *near, self.attend, fetch, ask_from, *pieces)
 
     @property
-    def place(self) -> tuple[int, int, int]:
-        """Where the new token goes in its page, the tokens there with it, and a last tile's."""
-        tokens = self.page.tokens
-        return tokens, tokens + 1, self.ledger.host_tokens - self.counted_from
+    def place(self) -> tuple[int, ...]:
+        """The tokens that are attended in the page, a last tile's, and where the new ones go.
+
+        One new token is among those in the page. Several attend each other by themselves.
+        """
+        tokens, new_tokens = self.page.tokens, self.new_tokens
+        attended = tokens + 1 if new_tokens == 1 else tokens
+        last = self.ledger.host_tokens - self.counted_from
+        return attended, last, *range(tokens, tokens + new_tokens)
+
+    @property
+    def new_tokens(self) -> int:
+        """New tokens of each row."""
+        return self.memory.shape[0] - 2
 
     def groups(self) -> Iterator[list[Tile]]:
         """Yield the tiles of each group of heads, the last one's tokens counted in memory."""
@@ -97,7 +110,7 @@ class StreamedTrack:
                 )
             )
             if self.ask is None:
-                tiles[-1] = tiles[-1]._replace(counted=self.memory[2:])
+                tiles[-1] = tiles[-1]._replace(counted=self.memory[1:2])
             yield tiles
 
 
@@ -111,7 +124,7 @@ def _tiles(tracks: Sequence[StreamedTrack]) -> Iterator[Streamed]:
 
 
 class _Tokens:
-    """A token of a track, and where it finds what it sees in a captured step.
+    """A chunk of a track, and where it finds what it sees in a captured step.
 
     See `attending.Tokens`.
     """
@@ -120,7 +133,7 @@ class _Tokens:
         self,
         track: StreamedTrack,
         chunk: Chunk,
-        ring: TileRing,
+        ring: TileRing | None,
         device: Device,
     ) -> None:
         self.chunk = chunk
@@ -129,11 +142,10 @@ class _Tokens:
 
     def near(self, where: Where) -> Tile:
         """Return the residents, or the page with as many tokens as memory says."""
-        if where is Where.PAGE:
-            page = self._track.page
-            tile = page.tile(page.start, page.limit)._replace(counted=self._track.memory[1:2])
+        page, resident = self._track.page, self._track.ledger.resident
+        if where is Where.PAGE or resident is page:
+            tile = page.tile(page.start, page.limit)._replace(counted=self._track.memory[:1])
         else:
-            resident = self._track.ledger.resident
             assert resident is not None
             tile = Tile(resident.start, resident.tokens, resident.piece, resident.whole)
         self._device.compute.reads(tile.piece.memory, "attention to tokens kept here")
@@ -141,7 +153,50 @@ class _Tokens:
 
     def tiles(self, heads: slice) -> Iterator[Tile]:
         """Yield the tiles of the next group of heads."""
+        assert self._ring is not None
         return self._ring.take(self._tiles.pop(0))
+
+
+def attend_kept(
+    device: Device, track: StreamedTrack, chunk: Chunk, ring: TileRing | None = None
+) -> Chunk:
+    """Keep new tokens where memory says, and attend them to all that is on the device or comes.
+
+    Args:
+        device: which.
+        track: of the tokens.
+        chunk: the new tokens.
+        ring: brings tiles; None where none are streamed.
+
+    Returns:
+        The chunk; what the host has to answer first is in `Chunk.waiting`.
+    """
+    page = track.page
+    _state_writes(device, track)
+    for tokens, new in zip(page.whole, chunk.new, strict=True):
+        tokens.index_copy_(2, track.memory[2:], new)
+    kernels = LaunchedKernels(chunk.kernels, device)
+    chunk = dataclasses.replace(chunk, kernels=kernels, waiting=[])
+    attend_groups(_Tokens(track, chunk, ring, device), track.attend)
+    return chunk
+
+
+def _state_writes(device: Device, track: StreamedTrack) -> None:
+    """State, where that is checked, that compute writes the new tokens' places.
+
+    Residents may be on their way home meanwhile, but for those places.
+    """
+    page = track.page
+    if page is not track.ledger.resident:
+        device.compute.writes(page.piece.memory, "new tokens")
+        return
+
+    def state() -> None:
+        for part in page.tile(page.end, page.end + track.new_tokens).kv:
+            device.compute.writes(part, "new tokens")
+
+    if device.checks_accesses:
+        device.launch(state)
 
 
 class StreamingStep:
@@ -163,11 +218,12 @@ class StreamingStep:
         self, device: Device, source: TileSource, host: HostAttention, stats: Stats
     ) -> None:
         self._device, self._source, self._host, self._stats = device, source, host, stats
-        self._flagged: FlaggedHost | None = None
+        self._hosts: dict[int, FlaggedHost] = {}  # by new tokens, each with queries of its own
+        self._flagged: FlaggedHost | None = None  # that of the step; None where nothing is asked
         self.failed = False
-        self._asks = False
         self._next_ask = 0
-        self._fetched_bytes = 0
+        self._fetched_bytes: dict[int, int] = {}  # by new tokens
+        self._new_tokens = 1  # of the step
         self._state: tuple[object, ...] = ()  # whose first tiles the buffers have
         self._filled = False  # whether they do
 
@@ -181,16 +237,17 @@ class StreamingStep:
         device = self._device
         self.fill(tracks)
         asked = [(track.ledger, track.ask) for track in tracks if track.ask is not None]
-        if asked and self._flagged is None:
-            self._flagged = FlaggedHost(device, self._host, self._stats, len(asked))
-        self._asks = bool(asked)
-        if self._flagged is not None and asked:
+        self._new_tokens = new_tokens = tracks[0].new_tokens
+        if asked and new_tokens not in self._hosts:
+            self._hosts[new_tokens] = FlaggedHost(device, self._host, self._stats, len(asked))
+        self._flagged = self._hosts[new_tokens] if asked else None
+        if self._flagged is not None:
             self._flagged.refresh(asked)
         for stream in (device.copy_in, device.copy_out, device.host_work):
             device.compute.wait(stream.record(), Edge.STEP_READY)
         if runs:
             self.failed = True  # until it ran
-            if self._flagged is not None and asked:
+            if self._flagged is not None:
                 self._flagged.expect()
 
     def ran(self) -> None:
@@ -200,12 +257,12 @@ class StreamingStep:
     def serves(self, tracks: Sequence[StreamedTrack]) -> bool:
         """Whether steps of these tracks can go on with it."""
         asking = sum(track.ask is not None for track in tracks)
-        other = self._flagged is not None and asking and self._flagged.count != asking
-        return not self.failed and not other
+        host = self._hosts.get(tracks[0].new_tokens) if asking else None
+        return not self.failed and (host is None or host.count == asking)
 
     def rest(self) -> None:
         """Sleep until the host has done its part of the step."""
-        if self._flagged is not None and self._asks:
+        if self._flagged is not None:
             self._flagged.rest()
 
     def fill(self, tracks: Sequence[StreamedTrack]) -> None:
@@ -231,28 +288,20 @@ class StreamingStep:
     def _begin(self, tracks: Sequence[StreamedTrack]) -> None:
         self._next_ask = 0
         buffers, tiles = self._source.lend(), list(_tiles(tracks))
-        self._fetched_bytes = sum(each.num_bytes for each in tiles)
-        if len(tiles) <= len(buffers):
-            self._fetched_bytes = 0
+        fetched_bytes = sum(each.num_bytes for each in tiles)
+        self._fetched_bytes[self._new_tokens] = fetched_bytes if len(tiles) > len(buffers) else 0
         self._ring = TileRing(self._device, buffers, tiles, self._source.packing)
 
     def attend(self, track: StreamedTrack, chunk: Chunk) -> None:
-        """Keep a token in its page, and attend it."""
-        device, page = self._device, track.page
-        device.compute.writes(page.piece.memory, "new tokens")
-        for tokens, token in zip(page.whole, chunk.new, strict=True):
-            tokens.index_copy_(2, track.memory[:1], token)
-        kernels = LaunchedKernels(chunk.kernels, device)
-        chunk = dataclasses.replace(chunk, kernels=kernels, waiting=[])
-        tokens_seen = _Tokens(track, chunk, self._ring, device)
+        """Keep new tokens in their page, and attend them."""
         if track.ask is None:
-            attend_groups(tokens_seen, track.attend)
+            attend_kept(self._device, track, chunk, self._ring)
             return
         flagged = self._flagged
         assert flagged is not None
         asked = flagged.ask(self._next_ask, track.ledger, track.ask, chunk)
         self._next_ask += 1
-        attend_groups(tokens_seen, track.attend)
+        chunk = attend_kept(self._device, track, chunk, self._ring)
         answer = flagged.answer(asked)
         for heads, total in chunk.waiting:
             total.add(Partial(answer.out[:, heads], answer.lse[:, heads]))
@@ -260,12 +309,12 @@ class StreamingStep:
 
     def count_step(self) -> None:
         """Count what a replay moves and attends."""
-        self._stats.bytes_to_device += self._fetched_bytes
-        if self._flagged is not None and self._asks:
+        self._stats.bytes_to_device += self._fetched_bytes[self._new_tokens]
+        if self._flagged is not None:
             self._flagged.count_step()
 
     def end(self) -> None:
-        """Let go of the host's thread; no step may be under way."""
-        if self._flagged is not None:
-            self._flagged.end()
-            self._flagged = None
+        """Let go of the host's threads; no step may be under way."""
+        self._flagged = None
+        while self._hosts:
+            self._hosts.popitem()[1].end()

@@ -8,7 +8,7 @@ there is none.
 import collections
 import contextlib
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, Protocol
 
 from headinfer.errors import OptionError
@@ -22,14 +22,17 @@ MOST_DRAFTED = 31
 _MARGIN = 1.05
 """Gain below which drafting is not worth its uncertainty."""
 
-_REMEMBERED = 5
-"""Times of one kind that a median is taken of."""
+_NUMBERS = (0, 1, 2, 3, 5, 7, 11, 15, 23, 31)
+"""Drafts to choose from. A pass that comes again with as many tokens is captured, and few are."""
 
-_PLAIN_STEPS = 3
-"""Steps without drafts at first: the first two of a cache may be those that are captured."""
+_REMEMBERED = 3
+"""Times of one kind that a median is taken of: the newest, for a pass is faster once captured."""
 
-_TRIALS = 2
-"""Verifications of a trial: the first one on a device may have had to compile what it runs."""
+_PLAIN_STEPS = 5
+"""Steps without drafts at first: the first three of a cache may be launched to be captured."""
+
+_TRIALS = 5
+"""Verifications of a trial: the first three may be launched, and may have to compile."""
 
 _PLAIN_AGAIN = 64
 """Verifications after which a step without drafts is timed again."""
@@ -91,7 +94,13 @@ def expected_tokens(drafts: int, acceptance: float) -> float:
     return sum(acceptance**number for number in range(drafts + 1))
 
 
-def best_number(draft_s: float, pass_s: Mapping[int, float], acceptance: float, most: int) -> int:
+def best_number(
+    draft_s: float,
+    pass_s: Mapping[int, float],
+    acceptance: float,
+    numbers: Sequence[int],
+    now: int = 0,
+) -> int:
     """Return how many tokens to draft for the least time a token.
 
     Args:
@@ -99,18 +108,22 @@ def best_number(draft_s: float, pass_s: Mapping[int, float], acceptance: float, 
         pass_s: seconds of passes that verified so many drafts; that of none must be there. Passes
             between two of them are taken to lie on a line, and longer ones to go on like the first.
         acceptance: probability that a draft is accepted if those before it were.
-        most: at the most.
+        numbers: to choose from.
+        now: how many were drafted last.
 
     Returns:
-        The number; 0 where drafting gains less than a twentieth.
+        One of the numbers; what was drafted last, and else 0, where another one gains less than a
+        twentieth.
     """
 
     def token_s(drafts: int) -> float:
         seconds = drafts * draft_s + _pass_s(pass_s, drafts)
         return seconds / expected_tokens(drafts, acceptance)
 
-    best = min(range(most + 1), key=token_s)
-    return best if token_s(best) * _MARGIN < token_s(0) else 0
+    best_s, best = min((token_s(number), number) for number in numbers)
+    if best_s * _MARGIN >= token_s(0):
+        return 0
+    return now if now in numbers and token_s(now) <= best_s * _MARGIN else best
 
 
 def _pass_s(known: Mapping[int, float], drafts: int) -> float:
@@ -172,7 +185,8 @@ class MeasuredPace:
 
     It begins with a few steps without drafts, then tries some. Where the times say that drafting
     cannot pay at all, it is tried again once the text is twice as long. Where too few are accepted,
-    it is tried again after pauses that grow, as if nothing were known of acceptance.
+    it is tried again after pauses that grow, as if nothing were known of acceptance. A number that
+    is new is kept for as many verifications as a trial has: the first passes may be launched.
 
     Args:
         most: to draft at the most.
@@ -180,8 +194,9 @@ class MeasuredPace:
     """
 
     def __init__(self, most: int, tried: int) -> None:
-        self._most = most
-        self._tried = min(tried, most)
+        self._numbers = [number for number in _NUMBERS if number <= most]
+        self._now = 0
+        self._first_tried = self._tried = min(tried, most)
         self._passes: dict[int, collections.deque[float]] = {}
         self._drafts: collections.deque[float] = collections.deque(maxlen=_REMEMBERED)
         self._accepted, self._tests = _PRIOR_ACCEPTED, _PRIOR_TRIED
@@ -202,8 +217,11 @@ class MeasuredPace:
         if self._trials_due:
             return self._tried
         best = self._best(self._accepted / self._tests)
+        self._now = best
         if best:
             self._pause = _PAUSE
+            if best not in self._passes:  # a pass of another length is not captured yet
+                self._tried, self._trials_due = best, _TRIALS
             return best
         if self._best(1.0):
             self._again_at = tokens + self._pause
@@ -211,12 +229,13 @@ class MeasuredPace:
         else:
             self._again_at = 2 * tokens
         self._accepted, self._tests = _PRIOR_ACCEPTED, _PRIOR_TRIED
-        self._trials_due = _TRIALS
+        self._tried, self._trials_due = self._first_tried, _TRIALS
         return 0
 
     def _best(self, acceptance: float) -> int:
         passes = {number: statistics.median_low(times) for number, times in self._passes.items()}
-        return best_number(statistics.median_low(self._drafts), passes, acceptance, self._most)
+        draft_s = statistics.median_low(self._drafts)
+        return best_number(draft_s, passes, acceptance, self._numbers, self._now)
 
     def note_draft(self, drafts: int, seconds: float) -> None:
         """Hear how long drafting took."""

@@ -47,7 +47,7 @@ def go_alike(
         ranks: all of them.
         ways: of this rank, the best first: one in a single launch, and one in pieces.
         engine: the cache's. It loses the captures that other ranks lack.
-        in_a_row: whether its call before was a step, too.
+        in_a_row: whether its call before was a step of as many tokens, too.
         known: calls whose captures served more tokens than one.
     """
     if ranks.size == 1:

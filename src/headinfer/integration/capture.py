@@ -1,5 +1,7 @@
 """Decode steps that are replayed: a model's step, captured once, in one launch or in pieces.
 
+So are passes of a few tokens that come again with as many, as those that verify drafts.
+
 One launch has all of a step, also the copies of tiles and the host's attention. Pieces are for what
 changes too often for that.
 
@@ -16,10 +18,8 @@ A cache's first step is launched, since many caches take no second one: an answe
 a score.
 """
 
-import contextlib
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from time import perf_counter
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -36,7 +36,9 @@ from headinfer.integration.captured_step import (
     CapturedStep,
     Step,
     distrust,
+    make_room,
     make_step,
+    preparing,
     repays,
     taking_back,
 )
@@ -47,6 +49,7 @@ from headinfer.integration.fusion import Fusion
 from headinfer.integration.hooks import HooksOfOthers
 from headinfer.integration.outputs import are_equal, handed_out
 from headinfer.integration.refused import RefusedCalls
+from headinfer.integration.repeated import RepeatedCalls
 from headinfer.ranks.group import ALONE, Ranks
 
 _MOST_IN_VAIN = 8
@@ -88,10 +91,8 @@ class CapturedSteps:
         self._obstacle = obstacle
         self._fusion = Fusion(model, enabled=fused and self.enabled and obstacle is None)
         self._hooks = HooksOfOthers(model)
-        # Whose last call was a step, drafts apart; and those that have drafted.
-        self._in_a_row: weakref.WeakSet[CacheEngine] = weakref.WeakSet()
-        self._drafted: weakref.WeakSet[CacheEngine] = weakref.WeakSet()
-        self._begun: set[Hashable] = set()
+        self._repeated = RepeatedCalls(several=not self._device.tiles_are_views)
+        self._begun: dict[Hashable, bool] = {}  # whether with several tokens
         self._known: set[Hashable] = set()  # captures of these served more tokens than one
         self._refused = RefusedCalls(aloud=not self._device.tiles_are_views)
 
@@ -122,15 +123,15 @@ class CapturedSteps:
             if new_tokens == 1:
                 self._refused.say_of_model(self._obstacle)
             return forward(**arguments)
-        call = self._replayable(cache, arguments) if new_tokens == 1 else None
+        first, call = self._repeated.is_new(engine, new_tokens), None
+        if self._repeated.may_capture(engine, arguments, new_tokens):
+            call = self._replayable(cache, arguments, new_tokens)
         ways = [] if call is None else self._ways(call, engine)
-        in_a_row = self._drafted if engine.drafting else self._in_a_row
-        first = engine not in in_a_row
         way = go_alike(self._ranks, ways, engine, in_a_row=not first, known=self._known)
         if way is None:
             if ways:
                 self._refused.say_for_now("the ranks would capture different steps")
-            in_a_row.discard(engine)
+            self._repeated.note_launched(engine, new_tokens)
             distrust(engine, new_tokens)
             return forward(**arguments)
         call, ready = way
@@ -138,7 +139,7 @@ class CapturedSteps:
         if captured is not None and (captured.reads != ready.reads or captured.moved):
             del engine.captured[call.key]
             captured = None
-        in_a_row.add(engine)
+        self._repeated.note(engine, new_tokens)
         if captured is None and first:
             return forward(**arguments)  # there may be no second one
         if captured is None or not captured.serves(call.past_tokens):
@@ -153,6 +154,7 @@ class CapturedSteps:
         for stats in (self._stats, cache.stats):
             stats.captured_drafts += engine.drafting
             stats.captured_steps += not engine.drafting
+            stats.captured_verifications += new_tokens > 1
         return output
 
     def _agree(self, call: DecodeCall) -> None:
@@ -177,7 +179,7 @@ class CapturedSteps:
             step = make_step(forward, cache, call, self._calls.cache_name, crossings)
             if call.key not in self._known:
                 return self._begin(arguments, cache, call, step, ready)
-            with self._preparing(cache):
+            with preparing(self._stats, cache.stats):
                 captured = self._capture(cache, call, step, ready)
             self._agree(call)
         if captured is None or call.key in self._refused.keys:
@@ -206,9 +208,11 @@ class CapturedSteps:
             replayed = engine.replay(call.form, captured.capture)
         return handed_out(replayed, cache)
 
-    def _replayable(self, cache: OffloadedCache, arguments: dict[str, Any]) -> DecodeCall | None:
+    def _replayable(
+        self, cache: OffloadedCache, arguments: dict[str, Any], new_tokens: int
+    ) -> DecodeCall | None:
         try:
-            call = self._calls.read(cache, arguments)
+            call = self._calls.read(cache, arguments, new_tokens)
             if call is None:
                 return None
             if self._hooks.there_are_any():
@@ -223,7 +227,7 @@ class CapturedSteps:
 
         Nothing where all forms are refused.
         """
-        ready = engine.begin_step() or IN_PIECES
+        ready = engine.begin_step(call.new_tokens) or IN_PIECES
         best = self._in_form(call, engine, ready)
         ways = [best]
         if best is not None and best.call.form is Form.STREAMED and self._ranks.size > 1:
@@ -243,8 +247,9 @@ class CapturedSteps:
             return None
         if call.key in self._begun:
             return Way(call, ready)
-        if len(self._begun - self._known - self._refused.keys) >= _MOST_IN_VAIN:
-            self._refused.say("their arguments are others in each call")
+        in_vain = self._begun.keys() - self._known - self._refused.keys
+        if sum(self._begun[key] == call.several for key in in_vain) >= _MOST_IN_VAIN:
+            self._refused.say("their arguments are others in each call", call.new_tokens)
             return None
         return Way(call, ready)
 
@@ -274,9 +279,9 @@ class CapturedSteps:
             with taking_back(engine, call.form):
                 return handed_out(self._apart(step.run, {}), cache)
 
-        self._begun.add(call.key)
+        self._begun[call.key] = call.several
         output = None
-        with self._preparing(cache):
+        with preparing(self._stats, cache.stats):
             if self._fusion.untried:
                 self._fusion.try_out(run)
                 cache.state.functions.forget_pending()
@@ -303,6 +308,7 @@ class CapturedSteps:
         assert model is not None
         assert engine is not None
         captured = None
+        make_room(engine, call)
         with self._refused.attempt(cache, call):
             engine.prepare(call.form, runs=False)
             with self._fusion.on():
@@ -310,24 +316,14 @@ class CapturedSteps:
             weights = tuple(each.detach() for each in (*model.parameters(), *model.buffers()))
             movable = weights if self._device.tiles_are_views else ()
             captured = CapturedStep(
-                *(step, capture, ready.reads, weights, call.past_tokens, engine.drafting),
+                *(step, capture, ready.reads, weights),
+                *(call.past_tokens, call.new_tokens, engine.drafting),
                 tuple(weight.data_ptr() for weight in movable),
             )
             engine.captured[call.key] = captured
         for stats in (self._stats, cache.stats):
             stats.captures += captured is not None
         return captured
-
-    @contextlib.contextmanager
-    def _preparing(self, cache: OffloadedCache) -> Iterator[None]:
-        """Count the time until the `with` statement ends as that of captures."""
-        started_s = perf_counter()
-        try:
-            yield
-        finally:
-            seconds = perf_counter() - started_s
-            for stats in (self._stats, cache.stats):
-                stats.capture_s += seconds
 
     def _judge(
         self, engine: CacheEngine, call: DecodeCall, captured: CapturedStep, equal: bool

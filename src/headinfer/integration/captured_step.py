@@ -1,9 +1,10 @@
-"""One decode step of a model, in a form that is captured."""
+"""One decode step of a model, or a pass that verifies drafts, in a form that is captured."""
 
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from headinfer.device.base import Capture, Device
 from headinfer.engine.parted import CacheEngine
 from headinfer.engine.ready import Form
+from headinfer.engine.stats import Stats
 from headinfer.integration.cache import OffloadedCache
 from headinfer.integration.crossing import Crossings
 from headinfer.integration.decode_call import DecodeCall
@@ -104,8 +106,20 @@ def make_step(
 
 
 @contextlib.contextmanager
+def preparing(*stats: Stats) -> Iterator[None]:
+    """Count the time until the `with` statement ends as that of captures."""
+    started_s = perf_counter()
+    try:
+        yield
+    finally:
+        seconds = perf_counter() - started_s
+        for each in stats:
+            each.capture_s += seconds
+
+
+@contextlib.contextmanager
 def taking_back(engine: CacheEngine, form: Form) -> Iterator[None]:
-    """Take the token back that a step in pieces adds by itself, also where it fails."""
+    """Take back what a step in pieces adds by itself, also where it fails."""
     if form is not Form.IN_PIECES:
         yield
         return
@@ -126,6 +140,7 @@ class CapturedStep:
         reads: memory of the cache's tokens, and numbers, that are in the capture.
         weights: memory of the model, which the capture reads even where the model has other by now.
         past_tokens: in the cache when it was captured.
+        new_tokens: of each row.
         drafts: whether it drafts a token.
         addresses: of these weights, to be looked at before each replay; empty where none moves. On
             the CPU one may, as to be shared with another process.
@@ -138,6 +153,7 @@ class CapturedStep:
     reads: tuple[object, ...]
     weights: tuple[torch.Tensor, ...]
     past_tokens: int
+    new_tokens: int = 1
     drafts: bool = False
     addresses: tuple[int, ...] = ()
     trusted: bool = False
@@ -159,11 +175,31 @@ class CapturedStep:
         return self.trusted and not doubled
 
 
+_MOST_NUMBERS = 2
+"""Numbers of new tokens, beside one, of which a cache keeps captures at once."""
+
+
+def make_room(engine: CacheEngine, call: DecodeCall) -> None:
+    """Let go of the oldest captures where a call is of another number of tokens than all of them.
+
+    Args:
+        engine: keeps the captures.
+        call: about to be captured.
+    """
+    numbers = dict.fromkeys(each.new_tokens for each in engine.captured.values())
+    several = [number for number in numbers if number not in (1, call.new_tokens)]
+    if call.new_tokens == 1 or len(several) < _MOST_NUMBERS:
+        return
+    for key, captured in list(engine.captured.items()):
+        if captured.new_tokens == several[0]:
+            del engine.captured[key]
+
+
 def distrust(engine: CacheEngine, new_tokens: int) -> None:
     """Have captures compared before they are used again: others may have changed the model.
 
-    A pass that verifies drafts leaves those of drafts as they are. What these give is verified in
-    any case, and a wrong one costs time alone.
+    A pass that verifies drafts leaves those of drafts as they are, where it is launched. What these
+    give is verified in any case, and a wrong one costs time alone.
 
     Args:
         engine: keeps the captures.

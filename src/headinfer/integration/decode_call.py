@@ -1,6 +1,6 @@
-"""Calls of a model for one new token in each row, told apart by what one capture can serve."""
+"""Calls of a model for a few new tokens in each row, told apart by what a capture can serve."""
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,10 +15,11 @@ from headinfer.integration.layer import OffloadedLayer
 
 @dataclass(frozen=True, slots=True)
 class DecodeCall:
-    """A call of a model for one new token in each row.
+    """A call of a model for one new token in each row, or a few.
 
     Attributes:
         past_tokens: tokens in the cache before it.
+        new_tokens: of each row.
         tensors: arguments whose contents change from call to call.
         others: arguments that do not.
         kind: equal for calls that are alike but for contents.
@@ -26,6 +27,7 @@ class DecodeCall:
     """
 
     past_tokens: int
+    new_tokens: int
     tensors: dict[str, torch.Tensor]
     others: dict[str, Any]
     kind: Hashable
@@ -36,9 +38,26 @@ class DecodeCall:
         """Equal for calls that one capture serves."""
         return self.kind, self.form
 
+    @property
+    def several(self) -> bool:
+        """Whether there are several new tokens in each row."""
+        return self.new_tokens > 1
+
     def in_form(self, form: Form) -> "DecodeCall":
         """Return the call in another form."""
         return replace(self, form=form)
+
+
+def verifies(arguments: Mapping[str, Any]) -> bool:
+    """Whether a call of a few tokens behind others may check drafts.
+
+    Who checks drafts wants all their logits. A short prompt wants the last alone.
+
+    Args:
+        arguments: of the call, by name.
+    """
+    kept = arguments.get("logits_to_keep")
+    return not (isinstance(kept, int) and kept == 1)
 
 
 class DecodeCalls:
@@ -55,12 +74,17 @@ class DecodeCalls:
         self.cache_name = cache_name(model)
         self._takes_positions = takes_argument(model, "position_ids")
 
-    def read(self, cache: OffloadedCache, arguments: dict[str, Any]) -> DecodeCall | None:
-        """Return a call of one new token in the form that is captured; None for the first token.
+    def read(
+        self, cache: OffloadedCache, arguments: dict[str, Any], new_tokens: int
+    ) -> DecodeCall | None:
+        """Return a call of a few new tokens in the form that is captured.
+
+        None for the first tokens, and for those of which some passed as a chunk.
 
         Args:
             cache: the call's.
             arguments: of the call, by name.
+            new_tokens: of each row.
 
         Raises:
             CaptureError: it is none that can be captured.
@@ -83,19 +107,22 @@ class DecodeCalls:
                 raise CaptureError(f"{name} is a {type(value).__name__}")
         mask = tensors.pop("attention_mask", None)
         if mask is not None:
-            if mask.ndim != 2 or mask.shape[1] != past_tokens + 1:
+            if mask.ndim != 2 or mask.shape[1] != past_tokens + new_tokens:
                 raise CaptureError("their mask has not one column for each token")
             if not mask.all():
                 raise CaptureError("some of their tokens are padding")
             others["attention_mask"] = None  # nothing is padding
         tokens = next(tensors[name] for name in ("input_ids", "inputs_embeds") if name in tensors)
+        if tokens.shape[1] != new_tokens:
+            return None
         if self._takes_positions and "position_ids" not in tensors:
             others.pop("position_ids", None)
-            tensors["position_ids"] = torch.full((1, 1), past_tokens, device=tokens.device)
+            positions = torch.arange(past_tokens, past_tokens + new_tokens, device=tokens.device)
+            tensors["position_ids"] = positions[None]
         if any(tensor.device != tokens.device for tensor in tensors.values()):
             raise CaptureError("their arguments are on several devices")
         kind = cache.state.drafting, _kind(tokens.device.type, tensors, others)
-        return DecodeCall(past_tokens, tensors, others, kind)
+        return DecodeCall(past_tokens, new_tokens, tensors, others, kind)
 
 
 def _kind(device_type: str, tensors: dict[str, torch.Tensor], others: dict[str, Any]) -> Hashable:

@@ -44,7 +44,7 @@ class RefusedCalls:
             _logger.info("decode steps are replayed in pieces: %s", reason)
             return
         self.keys.update((call.kind, form) for form in Form)
-        self.say(reason)
+        self.say(reason, call.new_tokens)
 
     def refuse_for_its_bits(self, call: DecodeCall) -> None:
         """Capture no such call any more: it gave other bits than what was launched."""
@@ -81,8 +81,14 @@ class RefusedCalls:
         finally:
             cache.state.functions.forget_pending()
 
-    def say(self, reason: str) -> None:
-        """Say once why decode steps are not captured."""
+    def say(self, reason: str, new_tokens: int = 1) -> None:
+        """Say once why decode steps are not captured, or passes of several tokens."""
+        if new_tokens > 1:
+            self._log.say(
+                *(logging.INFO, f"passes: {reason}"),
+                *("passes of %s tokens are launched kernel by kernel: %s", new_tokens, reason),
+            )
+            return
         self._log.say(
             *(self._level, "refused"),
             "decode steps of this model are launched kernel by kernel: %s; capture=False spares "

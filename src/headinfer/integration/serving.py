@@ -14,6 +14,7 @@ from headinfer.engine.stats import Stats
 from headinfer.errors import CacheStateError
 from headinfer.integration.cache import OffloadedCache
 from headinfer.integration.chunking import Chunking, run_leading_chunks
+from headinfer.integration.decode_call import verifies
 from headinfer.integration.history import check_history
 from headinfer.integration.rotary import WholeCallPositions, last_position
 from headinfer.plan.plan import Plan
@@ -24,13 +25,8 @@ _FEW_TOKENS = 32
 
 
 def _decodes(arguments: dict[str, Any], new_tokens: int) -> bool:
-    """Whether a call on a filled cache decodes: it has one new token, or checks a few drafts.
-
-    Who checks drafts wants all their logits. A short prompt wants the last alone.
-    """
-    kept = arguments.get("logits_to_keep")
-    last_alone = isinstance(kept, int) and kept == 1
-    return new_tokens == 1 or (new_tokens <= _FEW_TOKENS and not last_alone)
+    """Whether a call on a filled cache decodes: it has one new token, or checks a few drafts."""
+    return new_tokens == 1 or (new_tokens <= _FEW_TOKENS and verifies(arguments))
 
 
 _BETWEEN_STEPS_S, _PAUSE_S = 0.005, 0.0005

@@ -182,7 +182,8 @@ def route_track(
         attend = _attended(held, new_tokens, sizes, share, where)
         # A single new token sees all others and itself: it is one of them before it is attended.
         steps += [*keep, *attend] if new_tokens == 1 else [*attend, *keep]
-    if where is Where.CHUNK_PAGE or end - start == sizes.page_tokens:
+    few = kind is Pass.FORWARD and 1 < new_tokens <= MAX_ASKED_TOKENS  # they may be taken back
+    if where is Where.CHUNK_PAGE or (end - start == sizes.page_tokens and not few):
         steps.append(SendHome(start, end))
     moved = any(isinstance(step, SendHome) for step in steps)
     if moved:
@@ -193,6 +194,8 @@ def route_track(
 def _serving(held: Held, where: Where, new_tokens: int, sizes: Sizes) -> tuple[int, int]:
     """Return the numbers of tokens from and before which steps serve that send nothing home."""
     end = held.host_tokens + sizes.page_tokens - new_tokens
+    if 1 < new_tokens <= MAX_ASKED_TOKENS:
+        end += 1  # a page that they fill stays, until others come
     if where is Where.RESIDENT:
         end = min(end, held.resident_capacity - new_tokens + 1)
     if new_tokens > 1 and held.tail_tokens == 0:
@@ -252,6 +255,15 @@ def stays(held: Held, steps: Sequence[Step]) -> bool:
     asks = any(isinstance(step, Ask) for step in steps)
     tiles = [step.tile_tokens for step in steps if isinstance(step, Fetch)]
     return held.steady and (asks or all(tokens >= STEADY_TOKENS for tokens in tiles))
+
+
+def keeps_in_page(held: Held, steps: Sequence[Step]) -> bool:
+    """Whether new tokens come behind others in their page, and nothing is sent home for them.
+
+    An empty page is not attended before them. To attend nothing there would shift all that follows.
+    """
+    moves = any(isinstance(step, SendHome) for step in steps)
+    return held.paged and not moves and Keep(Where.PAGE) in steps
 
 
 def fetched(held: Held, sizes: Sizes, host_share: float) -> Fetch | None:
