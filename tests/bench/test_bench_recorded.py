@@ -23,7 +23,7 @@ def test_exponents_are_as_recorded_and_pages_pack(part: str) -> None:
     """Each kind of layer takes its turn; no page overflows, as none of the models' did."""
     kinds = [row for row in ROWS if row["part"] == part]
     for layer, row in enumerate(kinds):
-        shape = (1, 4, 2048, 64)
+        shape = (1, 32, 256, 64)
         drawn = [
             recorded_values(shape, part, number, torch.bfloat16, torch.Generator().manual_seed(3))
             for number in (layer, layer + len(kinds))
@@ -31,12 +31,14 @@ def test_exponents_are_as_recorded_and_pages_pack(part: str) -> None:
         assert torch.equal(*drawn)
         pages, layout = pack(drawn[0]), PageLayout(64)
         assert not overflowed(pages, 64).any()
-        exponents = (drawn[0].view(torch.int16) >> 7 & 0xFF).view(1, 4, -1, layout.values)
+        exponents = (drawn[0].view(torch.int16) >> 7 & 0xFF).view(1, 32, -1, layout.values)
         bases = pages[..., layout.header_at + 2, None].int()
         outside = (exponents > 0) & ((exponents <= bases) | (exponents > bases + WINDOW))
         assert outside.float().mean() == pytest.approx(row["escapes_share"], rel=0.5)
         zeros = row["zeros"] / (row["zeros"] + sum(row["offsets"].values()))
         assert (exponents == 0).float().mean() == pytest.approx(zeros, rel=0.2)
+        mean = sum(int(base) * count for base, count in row["bases"].items()) / row["pages"]
+        assert bases.float().mean() == pytest.approx(mean, abs=0.7)
         frequent, _ = Counter(row["offsets"]).most_common(1)[0]
         offsets = (exponents - bases).flatten()
         assert abs(int(offsets.mode().values) - int(frequent)) <= 1
