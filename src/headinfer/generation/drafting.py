@@ -17,6 +17,7 @@ from headinfer.generation.acceptance import Choice, accepted_tokens
 from headinfer.generation.candidates import Drafter
 from headinfer.generation.pace import MOST_DRAFTED, Pace
 from headinfer.integration.cache import OffloadedCache
+from headinfer.integration.turns import waited_s
 
 
 class Drafting:
@@ -95,10 +96,10 @@ class Drafting:
         if most < 1:
             return []
         own = self._cache.stats
-        began_s, captured_s, counted_s = time.perf_counter(), own.capture_s, own.draft_s
+        began_s, captured_s, counted_s = _own_s(), own.capture_s, own.draft_s
         ahead = choice.ahead(self._ahead(ids.device) if choice.samples else None)
         drafted = self._drafter.draft(ids, most, ahead)
-        seconds = time.perf_counter() - began_s - (own.capture_s - captured_s)
+        seconds = _own_s() - began_s - (own.capture_s - captured_s)
         counted_s = own.draft_s - counted_s  # by the model's calls with this cache
         self._pace.note_draft(len(drafted), seconds)
         for stats in self._stats:
@@ -152,6 +153,11 @@ class Drafting:
         self._note_logits(logits)
         if self.streamer is not None:
             self.streamer.put(token.cpu())
+
+
+def _own_s() -> float:
+    """Return a clock's seconds, which stand still while this thread waits for its turn."""
+    return time.perf_counter() - waited_s()
 
 
 class _Answer:
