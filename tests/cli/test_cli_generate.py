@@ -102,7 +102,7 @@ def test_an_assistant_drafts(cli, llama, prompt):
     done = cli(*args, "--assistant", llama, "--draft", 3)
     assert (done.code, done.out) == (0, plain.out)
     assert re.search(r"drafts +\d+ of \d+ accepted, \d\.\d a verification", done.err)
-    off = cli(*args, "--assistant", llama, "--draft", "off")
+    off = cli(*args, "--draft", "off")
     assert (off.code, off.out) == (0, plain.out)
     assert "drafts" not in off.err
     missing = cli(*args, "--assistant", "nowhere/at-all", "--local-files-only")

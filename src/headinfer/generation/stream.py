@@ -140,9 +140,10 @@ def generate(
     check_given(given)
     number = None if draft is None else check_number(draft)
     helper = check_assistant(assistant)
-    if owner_of(model) is None and drafts_itself(number, helper, given):
-        options.setdefault("draft_tokens", "auto")
     parsed = Options.parse(**options)
+    set_aside = parsed.draft_tokens if "draft_tokens" in options else None
+    if drafts_itself(number, helper, given, set_aside) and owner_of(model) is None:
+        options.setdefault("draft_tokens", "auto")
     strings = check_stop(stop)
     if chat_template_kwargs is not None and not isinstance(chat_template_kwargs, Mapping):
         raise OptionError(
