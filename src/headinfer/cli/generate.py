@@ -247,7 +247,11 @@ def _load_and_run(request: Request) -> None:
     interrupt = Interrupt(console, None if rank is None else ranks_of(model))
     keywords = request.options.keywords() | {"device": device}
     tokens = len(ids) + settings.max_new_tokens
-    with interrupt.handling(), attach(model, **keywords) as offload:
+    with (
+        interrupt.handling(),
+        attach(model, **keywords) as offload,
+        offload.session.assistants.during(drafts.assistant, tokens),
+    ):
         plan = offload.session.plan_for(settings.rows, tokens)
         print_plan(console, request.source.name, str(model.dtype).removeprefix("torch."), plan)
         for line in form.loaded_form(request.source, model, plan.shape.weights_bytes):

@@ -74,7 +74,7 @@ class Drafting:
         model_kwargs = own._update_model_kwargs_for_generation(output, model_kwargs)
         del output  # the logits of a prompt may be large
         if not answer.ended:
-            self._drafter.begin(answer.ids)
+            self._begin(answer.ids)
         with own._optimize_model_for_decode():
             while not answer.ended:
                 left = generation_config.max_length - answer.ids.shape[1] - 1
@@ -89,6 +89,14 @@ class Drafting:
         if self.streamer is not None:
             self.streamer.end()
         return answer.ids
+
+    def _begin(self, ids: torch.Tensor) -> None:
+        """Have the drafter hear of the prompt, and count how long that takes."""
+        began_s = _own_s()
+        if not self._drafter.begin(ids):
+            return
+        for stats in self._stats:
+            stats.draft_read_s += _own_s() - began_s
 
     def _draft(self, ids: torch.Tensor, choice: Choice, left: int) -> list[int]:
         """Return tokens that may follow, none of them beyond the `left` that matter."""
