@@ -60,7 +60,7 @@ class OffloadedCache(DraftableCache):
     """
 
     def __init__(self, model: PreTrainedModel, host: CacheHost, max_tokens: int | None) -> None:
-        super().__init__(config=model.config)
+        super().__init__(model.config)
         self._config = model.config
         self._name = cache_name(model)
         self.lengths_before: list[int] | None = None
