@@ -143,8 +143,8 @@ class CapturedStep:
         past_tokens: in the cache when it was captured.
         addresses: of these weights, to be looked at before each replay; empty where none moves. On
             the CPU one may, as to be shared with another process.
-        owned: the model's parameters and buffers when it was captured, where it drafts a token; a
-            pass that verifies drafts leaves it trusted as long as they are the same.
+        owned: the model's parameters and buffers when it was captured, where it drafts a token. As
+            long as they are the same, a pass that verifies drafts leaves it trusted.
         trusted: whether it was compared since the cache was last used otherwise.
         compared_tokens: in the cache when it was last compared, and right.
     """
