@@ -17,6 +17,7 @@ from headinfer.device.elementwise import Noted, elementwise
 from headinfer.device.host_calls import NativeFunction
 from headinfer.device.recording import COMMUNICATES, Recording
 from headinfer.device.tape import Elementwise, Tape, tape_library
+from headinfer.native.threads import take_torchs_threads
 
 _Result = TypeVar("_Result")
 
@@ -67,6 +68,7 @@ class CpuCapture(Generic[_Result]):
 
     def replay(self) -> _Result:
         """Run the operations again, into the memory that their results have."""
+        take_torchs_threads()
         with torch.no_grad():
             for call in self._calls:
                 call()
