@@ -27,6 +27,10 @@ _EMPTY = frozenset(
 """Operations that give memory with anything in it."""
 
 
+_HALF = torch.bfloat16
+"""What a tape is compiled for where nothing of it is in 16 bits."""
+
+
 class CpuRecording(Recording):
     """A recording of operations that are run again on the CPU.
 
@@ -95,17 +99,18 @@ def _calls(noted: Iterable[Noted | Callable[[], object]]) -> Iterator[Callable[[
 
 def _taped(noted: Noted | Callable[[], object]) -> list[Elementwise | NativeFunction]:
     """Return what a tape does for something that was noted; nothing where it does not do it."""
-    if tape_library(torch.bfloat16) is None:
-        return []
+    parts: list[Elementwise | NativeFunction] = []
     if isinstance(noted, Noted):
-        parts = elementwise(noted) or []
-        halves = {part.half for part in parts} - {None}  # not all compilers know float16
-        return [] if any(tape_library(half) is None for half in halves if half) else [*parts]
-    return [noted] if isinstance(noted, NativeFunction) else []
+        parts += elementwise(noted) or []
+    elif isinstance(noted, NativeFunction):
+        parts.append(noted)
+    halves = {part.half or _HALF for part in parts if isinstance(part, Elementwise)} or {_HALF}
+    # Not all compilers know float16.
+    return [] if any(tape_library(half) is None for half in halves) else parts
 
 
 def _tape(run: list[Elementwise | NativeFunction], half: torch.dtype | None) -> Tape:
-    library = tape_library(half or torch.bfloat16)
+    library = tape_library(half or _HALF)
     assert library is not None
     return Tape(library, run)
 
