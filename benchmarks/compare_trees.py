@@ -49,6 +49,11 @@ CPU: Settings = {
 _SIZES = {"8B": (4096, 14336, 32, 32, 8, 128256), "tiny": (256, 512, 4, 8, 4, 512)}
 
 
+def as_keyword(cache: Any) -> dict[str, Any]:
+    """Return a cache as a call takes it; trees before transformers 5.24 had one name for that."""
+    return cache.as_keyword() if hasattr(cache, "as_keyword") else {"past_key_values": cache}
+
+
 def measure(settings: Settings) -> dict[str, dict[str, float]]:
     """Return seconds of a prefill and of a decode step under each of some settings."""
     import torch
@@ -89,7 +94,7 @@ def measure(settings: Settings) -> dict[str, dict[str, float]]:
             for _ in range(2):  # the first compiles
                 cache = offload.new_cache(context + 64)
                 start_s = now()
-                model(tokens[:, :context], past_key_values=cache, logits_to_keep=1)
+                model(tokens[:, :context], **as_keyword(cache), logits_to_keep=1)
                 prefills.append(now() - start_s)
                 if len(prefills) < 2:
                     cache.close()
@@ -97,7 +102,7 @@ def measure(settings: Settings) -> dict[str, dict[str, float]]:
             for step in range(_WARM_UP_STEPS + _STEPS):
                 token = tokens[:, context + step, None]
                 start_s = now()
-                model(token, past_key_values=cache)
+                model(token, **as_keyword(cache))
                 steps.append(now() - start_s)
             cache.close()
         results[name] = {

@@ -96,12 +96,12 @@ def count(llama: LlamaForCausalLM, **options: Any) -> Counter:
     counter = Counter()
     with headinfer.attach(llama, device="simulated", **options) as offload, torch.no_grad():
         cache = offload.new_cache(2000)
-        llama(tokens[:, :_PROMPT_TOKENS], past_key_values=cache, logits_to_keep=1)
+        llama(tokens[:, :_PROMPT_TOKENS], **cache.as_keyword(), logits_to_keep=1)
         for step in range(3 + _STEPS):
             token = tokens[:, _PROMPT_TOKENS + step, None]
             if step >= 3:
                 sys.setprofile(counter)
-            llama(token, past_key_values=cache)
+            llama(token, **cache.as_keyword())
             sys.setprofile(None)
     return counter
 

@@ -37,6 +37,14 @@ class SessionFileError(HeadInferError):
     """A saved session cannot be written or read, or is of another model."""
 
 
+class SessionRoomError(SessionFileError):
+    """A session cannot be written because the disk has no room for it."""
+
+
+class SessionBusyError(SessionFileError):
+    """A session is being saved or read by somebody else."""
+
+
 class QueueFullError(HeadInferError):
     """A server has as many requests as it takes."""
 

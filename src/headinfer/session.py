@@ -17,6 +17,7 @@ from headinfer.engine.engine import Engine
 from headinfer.engine.parted import CacheEngine, PartedEngine
 from headinfer.engine.stats import Stats
 from headinfer.errors import CacheStateError, MemoryPlanError, UnsupportedModelError
+from headinfer.integration.assistants import Assistants
 from headinfer.integration.attachment import Attachment
 from headinfer.integration.attention import AttentionFunctions
 from headinfer.integration.autocast import attended_dtype
@@ -28,6 +29,7 @@ from headinfer.integration.model_shape import model_shape
 from headinfer.integration.parts import (
     bytes_left,
     go_on_under,
+    making_room,
     parts_of,
     passing_together,
     planned_together,
@@ -37,7 +39,7 @@ from headinfer.integration.room import room_of
 from headinfer.integration.saving import fill_cache
 from headinfer.integration.shards import rank_shape, ranks_of, tell_of_ranks
 from headinfer.plan.host_room import HostRoom
-from headinfer.plan.narrow import narrowed, with_fewer_residents
+from headinfer.plan.narrow import with_fewer_residents
 from headinfer.plan.options import Options
 from headinfer.plan.plan import Plan, joined
 from headinfer.plan.streaming import with_pattern
@@ -68,6 +70,7 @@ class Session:
         stats: what was measured since the attachment.
         busy: a watch on where the chunks of a prompt are.
         ranks: the processes that compute the model; each has a session of its own.
+        assistants: of the answers that are under way, for plans to count.
     """
 
     def __init__(
@@ -84,6 +87,7 @@ class Session:
         self._options = options
         self._progress = progress
         self.ranks = ranks_of(model)
+        self.assistants = Assistants()
         whole = with_pattern(model_shape(model), options)
         shape = rank_shape(whole, model, self.ranks)
         self._shape = with_host_format(shape, options, devices[0], model.dtype)
@@ -198,12 +202,7 @@ class Session:
             for engine in keeping:
                 engine.give_up_residents()
             plan = self._resolve(batch, context_tokens, others, dtype)
-        for number, own in enumerate(plan.of_devices):
-            if own.device_memory_bytes is not None:  # which leaves out what the others hold
-                kept = own.total_device_bytes - own.activation_bytes
-                for other in (engine.parts[number] for engine in others):
-                    other.plan = narrowed(other.plan, own.device_memory_bytes - kept)
-        return plan
+        return making_room(plan, [engine.parts for engine in others])
 
     def _resolve(
         self, batch: int, context_tokens: int | None, others: list[CacheEngine], dtype: torch.dtype
@@ -214,6 +213,7 @@ class Session:
                 *(self.parts, self._shape, batch, context_tokens),
                 [engine.parts for engine in others],
                 dtype,
+                self.assistants.on,
             )
         )
         # When a cache has outgrown its residents, all ranks plan anew.

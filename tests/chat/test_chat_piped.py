@@ -328,7 +328,7 @@ def test_messages_are_whole_where_they_cannot_be_written_again(chat, tmp_path, m
     def full(_number):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("headinfer.saved.messages.os.fsync", full)
+    monkeypatch.setattr("headinfer.saved.writer.os.fsync", full)
     done = chat(FIRST, SECOND, f"/save {session}")
     assert done.code == 2
     assert "No space left on device" in done.errors[0]

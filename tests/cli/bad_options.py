@@ -135,6 +135,20 @@ TOGETHER: list[Row] = [
         ("generate", "-p", "w1", "--num-beams", "2", "--length-penalty", "nan"),
         ("--length-penalty", "finite"),
     ),
+    (
+        ("generate", "-p", "w1", "--draft", "auto", "--draft-tokens", "0"),
+        ("--draft auto", "--draft-tokens 0", "leave one of them out"),
+    ),
+    (
+        ("generate", "-p", "w1", "--draft", "off", "--assistant", "x"),
+        ("--draft off", "--assistant"),
+    ),
+    (("generate", "-p", "w1", "--draft", "off", "--prompt-lookup", "3"), ("--prompt-lookup",)),
+    (("generate", "-p", "w1", "--draft", "off", "--draft-tokens", "9"), ("--draft-tokens",)),
+    (
+        ("generate", "-p", "w1", "--assistant", "x", "--prompt-lookup", "3"),
+        ("--assistant and --prompt-lookup both draft",),
+    ),
     (("generate", "-p", "w1", "--no-such-option"), ("--no-such-option",)),
     (("generate", "-p", "w1", "--dtype"), ("--dtype", "requires an argument")),
     (("generate", "w1"), ("unexpected", "w1")),

@@ -102,9 +102,11 @@ def test_an_assistant_drafts(cli, llama, prompt):
     done = cli(*args, "--assistant", llama, "--draft", 3)
     assert (done.code, done.out) == (0, plain.out)
     assert re.search(r"drafts +\d+ of \d+ accepted, \d\.\d a verification", done.err)
-    off = cli(*args, "--assistant", llama, "--draft", "off")
+    assert re.search(r"assistant +read the prompt in \d", done.err)
+    assert re.search(r"  the assistant: weights .*B, KV and activations .*B \(estimate\)", done.err)
+    off = cli(*args, "--draft", "off")
     assert (off.code, off.out) == (0, plain.out)
-    assert "drafts" not in off.err
+    assert not re.search("drafts|assistant", off.err)
     missing = cli(*args, "--assistant", "nowhere/at-all", "--local-files-only")
     assert (missing.code, len(missing.error_lines)) == (2, 1)
     assert "nowhere/at-all" in missing.err

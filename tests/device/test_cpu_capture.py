@@ -1,6 +1,7 @@
 """What a capture on the CPU does again: the bits that a call gives, for whatever is in memory."""
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from headinfer.device import tape
 from headinfer.device.base import CaptureError
 from headinfer.device.cpu import CpuDevice
+from headinfer.products.few_rows import few_rows_library, product
 
 Work = Callable[[torch.Tensor, torch.Tensor], Any]
 
@@ -147,3 +149,35 @@ def test_a_capture_keeps_what_it_needs() -> None:
     others = [torch.full((700,), 9.0) for _ in range(50)]
     assert capture.replay().eq(13).all()
     assert others
+
+
+@pytest.fixture
+def other_threads() -> Iterator[int]:
+    """Have torch use another number of threads than the environment says."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 2)
+    yield before + 2
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("how", ["capture", "product"])
+def test_a_fresh_thread_computes_on_as_many_threads_as_torch(how: str, other_threads: int) -> None:
+    """Where nothing of torch's has run in it before."""
+    x, weight = torch.ones(1, 64, dtype=torch.bfloat16), torch.ones(64, 64, dtype=torch.bfloat16)
+    library, work = few_rows_library(torch.bfloat16, 1), product(x, weight, None)
+    if library is None or work is None:
+        pytest.skip("no compiler")
+    captured = CpuDevice().capture(lambda: x * 2)
+    run = captured.replay if how == "capture" else work
+    told: list[int] = []
+
+    def compute() -> None:
+        told.append(library.omp_get_max_threads())
+        run()
+        told.append(library.omp_get_max_threads())
+
+    thread = threading.Thread(target=compute)
+    thread.start()
+    thread.join()
+    assert told[0] != other_threads, "what the environment says"
+    assert told[1] == other_threads

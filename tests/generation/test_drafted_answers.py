@@ -211,7 +211,8 @@ def test_a_cache_holds_what_it_does_without_drafts() -> None:
 def test_a_model_drafts_itself_where_it_is_asked_to(device: dict[str, Any]) -> None:
     model, ids = tiny_model("llama3"), random_tokens(1, 140)[0].tolist()
     settings = device | {"draft_tokens": 64, "chunk_tokens": 128, "tile_tokens": 32}
-    expected, plain = answer(model, ids, **settings, draft="off", max_new_tokens=24)
+    plainly = settings | {"draft_tokens": 0}
+    expected, plain = answer(model, ids, **plainly, draft="off", max_new_tokens=24)
     assert plain.verifications == 0
     text, last = answer(model, ids, **settings, draft=3, max_new_tokens=24)
     assert text == expected
@@ -251,7 +252,7 @@ def test_drafts_are_counted() -> None:
     _, last = answer(model, ids, assistant=assistant, draft=4, max_new_tokens=21)
     assert (last.drafted_tokens, last.accepted_tokens, last.verifications) == (16, 16, 4)
     assert 0 < last.draft_s + last.verify_s <= last.decode_s * (1 + 1e-9)
-    _, off = answer(model, ids, assistant=assistant, draft="off")
+    _, off = answer(model, ids, draft="off")
     assert (off.drafted_tokens, off.verifications, off.draft_s) == (0, 0, 0)
     _, few = answer(model, ids, draft=8, prompt_lookup_num_tokens=2)
     assert 0 < few.drafted_tokens <= 2 * few.verifications, "a lookup's own limit holds"
@@ -303,9 +304,25 @@ def test_what_cannot_be_drafted_is_refused(tmp_path: Any) -> None:
         headinfer.generate(model, ids, tokenizer=TOKENIZER, assistant=3)
     with pytest.raises(OptionError, match="both draft; leave one of them out"):
         answer(model, ids, assistant=model, prompt_lookup_num_tokens=3)
+    for given in ({"assistant": model}, {"prompt_lookup_num_tokens": 3}, {"draft_tokens": 64}):
+        with pytest.raises(
+            OptionError, match=f"draft off has nothing drafted, which {next(iter(given))}"
+        ):
+            headinfer.generate(model, ids, tokenizer=TOKENIZER, draft="off", **given)
+    with pytest.raises(OptionError, match="draft_tokens 0 leaves its drafts nothing to attend"):
+        headinfer.generate(model, ids, tokenizer=TOKENIZER, draft=4, draft_tokens=0)
     other = tiny_model("llama3", vocab_size=VOCAB + 2000)
     with pytest.raises(OptionError, match="knows 2,097 tokens and the model 97"):
         answer(model, ids, assistant=other)
+
+
+def test_an_assistant_comes_before_a_lookup_that_the_model_has_of_its_own() -> None:
+    model, ids = tiny_model("llama3"), prompt()
+    assistant = like(model, "llama3", noise=0)
+    _, last = answer(model, ids, assistant=assistant, draft=4, max_new_tokens=21)
+    model.generation_config.prompt_lookup_num_tokens = 2
+    _, own = answer(model, ids, assistant=assistant, draft=4, max_new_tokens=21)
+    assert own.drafted_tokens == last.drafted_tokens == 16
 
 
 def test_an_assistant_is_loaded_by_its_name(tmp_path: Any) -> None:

@@ -25,7 +25,7 @@ from headinfer.offload import Offload
 from headinfer.plan.memory import draft_sink_tokens
 from headinfer.plan.shape import LayerKind
 from headinfer.schedule import route
-from tiny_models import random_tokens, shared_model
+from tiny_models import random_tokens, shared_model, tiny_model
 
 PROMPT_TOKENS, DRAFT_TOKENS = 90, 21
 DEVICES: dict[str, dict[str, Any]] = {
@@ -412,4 +412,32 @@ def test_heads_that_stream_go_on_in_drafts() -> None:
                 if drafts:
                     drafted(model, cache, 5)
                 outputs[-1].append(logits(model, cache, *range(count)))
+    assert all(map(torch.equal, *outputs))
+
+
+def replace_weights(model: PreTrainedModel, how: str) -> None:
+    layer, rotary = model.model.layers[0].mlp.down_proj, model.model.rotary_emb
+    if how == "parameter":
+        layer.weight = torch.nn.Parameter(layer.weight * -3, requires_grad=False)
+    elif how == "data":
+        layer.weight.data = layer.weight.data * -3
+    else:
+        rotary.inv_freq = rotary.inv_freq * 0.5
+
+
+@pytest.mark.parametrize("how", ["parameter", "data", "buffer"])
+@pytest.mark.parametrize("device", ["cpu", "resident"])
+def test_drafts_are_of_the_weights_that_there_are(device: str, how: str) -> None:
+    """Also where a pass that verifies drafts is all that lies between."""
+    outputs = []
+    for capture in (False, True):
+        model, ours = tiny_model("llama3"), []
+        with attached(model, device, capture=capture) as offload:
+            cache = prompted(model, offload)
+            for turn in range(6):
+                if turn == 3:
+                    replace_weights(model, how)
+                ours += [logits(model, cache, turn, 4), *drafted(model, cache, 4)]
+            assert (offload.stats.captured_drafts > 10) == capture
+        outputs.append(ours)
     assert all(map(torch.equal, *outputs))

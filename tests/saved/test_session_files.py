@@ -15,9 +15,10 @@ import safetensors.torch
 import torch
 
 import headinfer
-from headinfer.errors import SessionFileError
+from headinfer.errors import SessionFileError, SessionRoomError
 from headinfer.integration.calls import cache_argument
 from headinfer.offload import Offload
+from headinfer.saved.messages import Messages
 from tiny_models import random_tokens, shared_model
 
 BLOCK = "20KiB"
@@ -181,6 +182,52 @@ def test_what_was_there_is_whole_when_the_disk_fails(
     monkeypatch.undo()
     cache.save(session)  # a cache outlives a save that failed
     assert offload.load_cache(session).keep_common_prefix(random_tokens(1, TOKENS, seed=2)[0]) > 0
+
+
+def said(text: str) -> Messages:
+    return Messages().with_next(text).answered("yes")
+
+
+def test_a_cache_and_its_messages_are_replaced_together_or_not_at_all(
+    offload: Offload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, caches = tmp_path / "s", [filled(offload, seed=seed) for seed in (1, 2)]
+    caches[0].save(session, messages=said("first"))
+    before, failures = content(session), 0
+    while True:  # at each call of the disk, until none is left to fail
+        fail_at(monkeypatch, failures, OSError(28, "No space left on device"))
+        try:
+            caches[1].save(session, messages=said("second"))
+        except SessionRoomError:
+            assert content(session) == before
+            failures += 1
+        else:
+            break
+        finally:
+            monkeypatch.undo()
+    assert failures == 4, "a page, the folder, the index and the messages"
+    assert Messages.read(str(session)) == said("second")
+    assert content(session).keys() != before.keys()
+    caches[0].save(session)
+    assert Messages.read(str(session)) == said("second"), "they stay where none are given"
+
+
+def test_old_messages_go_where_the_new_ones_cannot_take_their_place(
+    offload: Offload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, replace = tmp_path / "s", os.replace
+    filled(offload, seed=1).save(session, messages=said("first"))
+
+    def failing(source: Path, target: Path) -> None:
+        if target.name == "messages.json":
+            raise OSError(5, "Input/output error")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(SessionFileError, match="saved without its messages: Input/output error"):
+        filled(offload, seed=2).save(session, messages=said("second"))
+    assert Messages.read(str(session)) == Messages()
+    assert offload.load_cache(session).get_seq_length() == TOKENS
 
 
 def test_a_disk_without_room_is_told_before_anything_is_written(

@@ -1,11 +1,14 @@
 """Slots that are saved and restored over HTTP, and what the command line makes of them."""
 
+import os
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from scripted import tiny_server
 from server_parts import act, ask, cached, text_of
 
+from headinfer.saved.folder import holding
 from saved_models import save_llama
 
 TEXT = " ".join(f"w{number % 90}" for number in range(0, 3000, 7))
@@ -110,6 +113,38 @@ def test_a_name_that_leaves_the_folder_is_refused(keeper, place, name: str, acti
     assert refused.status_code == 400
     assert "name" in refused.json()["error"]["message"] or "leads out" in refused.text
     assert sorted(place.parent.iterdir()) == before
+
+
+def test_what_keeps_a_slot_from_being_saved_has_its_own_status(keeper, place, monkeypatch) -> None:
+    slot = ask(keeper, MORE)["id_slot"]
+    assert act(keeper, "save", slot, "held").status_code == 200
+    (place / "other").mkdir()
+    (place / "other" / "letter.txt").write_text("dear")
+    refused = act(keeper, "save", slot, "other")
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "filename")
+    with holding(place / "held", alone=True):
+        for action in ("save", "restore"):
+            assert act(keeper, action, slot, "held").status_code == 409
+    with monkeypatch.context() as full:
+        full.setattr("shutil.disk_usage", lambda _path: SimpleNamespace(free=0))
+        refused = act(keeper, "save", slot, "held")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (507, "disk_full")
+    assert "are free where" in refused.json()["error"]["message"]
+    with monkeypatch.context() as failing:
+        failing.setattr(os, "fsync", lambda _file: (_ for _ in ()).throw(OSError(5, "I/O error")))
+        assert act(keeper, "save", slot, "held").status_code == 500
+    assert act(keeper, "restore", 0, "held").status_code == 200
+
+
+def test_a_session_has_one_slot_whatever_others_are_called(keeper) -> None:
+    slot = ask(keeper, MORE)["id_slot"]
+    for name in ("tale", "tale.hsession"):
+        assert act(keeper, "save", slot, name).status_code == 200
+    ids = [each["id"] for each in keeper.slots()]
+    assert len(set(ids)) == len(ids)
+    assert "tale" not in ids
+    again = act(keeper, "save", "tale.hsession", "again")
+    assert again.status_code == 200, again.text
 
 
 def test_what_is_not_there_is_told(keeper, place) -> None:

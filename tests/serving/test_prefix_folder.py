@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -126,6 +127,42 @@ def test_prefixes_of_another_model_are_left_alone(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 2
     with desk_of("llama3", session_folder=tmp_path) as desk:
         assert cached(desk, "llama3", (*tokens(60), 9)) == 60
+
+
+def test_a_session_is_used_by_its_name_before_a_restart_as_after_it(tmp_path: Path) -> None:
+    with desk_of("llama3", session_folder=tmp_path) as desk:
+        for seed, name in enumerate(("book", "book.hsession")):
+            slot = answer(desk, ask(tokens(60, seed=seed), 5)).ended.slot_id
+            assert slot is not None
+            desk.save_slot(slot, name)
+            desk._served.prefixes._shelf._evict_one()
+        for path in tmp_path.iterdir():
+            if path.name not in ("book", "book.hsession"):
+                shutil.rmtree(path)  # as the bound of the folder has them removed
+        desk._served.prefixes._shelf.saved = [
+            each for each in desk._served.prefixes._shelf.saved if each.path.exists()
+        ]
+        before = [cached(desk, "llama3", (*tokens(60, seed=seed), 9)) for seed in range(2)]
+    with desk_of("llama3", session_folder=tmp_path) as desk:
+        names = {each.id for each in desk.slots()} & {"book", "book.hsession"}
+    assert before == [0, 60]
+    assert names == {"book.hsession"}
+
+
+def test_links_out_of_the_folder_are_left_alone(tmp_path: Path) -> None:
+    inside, outside = tmp_path / "inside", tmp_path / "outside"
+    for folder in (inside, outside):
+        with desk_of("llama3", session_folder=folder) as desk:
+            slot = answer(desk, ask(tokens(60), 5)).ended.slot_id
+            assert slot is not None
+            desk.save_slot(slot, "mine.hsession")
+    for path in inside.iterdir():
+        shutil.rmtree(path)
+    (inside / "there.hsession").symlink_to(outside / "mine.hsession")
+    (inside / f"{'0' * 16}.hsession").symlink_to(outside / "mine.hsession")
+    with desk_of("llama3", session_folder=inside) as desk:
+        assert desk.sessions() == []
+        assert desk.slots() == []
 
 
 def damage_index(folder: Path) -> None:

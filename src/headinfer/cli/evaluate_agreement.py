@@ -7,6 +7,7 @@ import typer
 
 from headinfer.bench.catalogue import parse_methods
 from headinfer.bench.spec import check_lists
+from headinfer.cli import form_options as form
 from headinfer.cli.bench_options import named_model
 from headinfer.cli.console import reporting_errors
 from headinfer.cli.contexts import parse_contexts
@@ -36,6 +37,7 @@ from headinfer.cli.prompt import encode, read_text
 from headinfer.cli.results import collect, exit_code, tell
 from headinfer.cli.run_progress import run_console, showing_progress
 from headinfer.cli.streaming import check_streaming_heads
+from headinfer.gguf_models import unpacked_dtype
 from headinfer.plan.options import Options
 from headinfer.plan.streaming import STREAMING_OPTIONS
 
@@ -82,6 +84,7 @@ def agreement(
         ),
     ] = False,
     dtype: Dtype = DtypeChoice.AUTO,
+    adapter: form.Adapter = None,
     flags: dict[str, Any],
     threads: Threads = None,
     json_path: JsonPath = None,
@@ -109,7 +112,11 @@ def agreement(
         with showing_progress(console := run_console()) as progress:
             progress.started(f"loading {model}", None)
             run, results, told = _prepare(
-                NamedSource(name=model),
+                NamedSource(
+                    name=model,
+                    adapter=adapter,
+                    unpacked_dtype=unpacked_dtype(dtype.value),
+                ),
                 (file, text),
                 (names, counts),
                 options=options,
@@ -173,6 +180,7 @@ def _prepare(
             model=shape,
             settings=options,
             float32=float32,
+            adapter=source.adapter,
         )
 
     spec_in(dtype).check_text(len(ids))

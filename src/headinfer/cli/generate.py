@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 @with_sampling()
 def generate(
     *,
+    invocation: typer.Context,
     prompt: Annotated[
         str | None, opt.prompt_option("--prompt", "-p", help_text="The prompt.", metavar="TEXT")
     ] = None,
@@ -127,12 +128,11 @@ def generate(
         check_writable("--trace", trace)
         number = None if draft is None else check_number(draft, "--draft")
         chosen = generation_options(sampling)
-        if (
-            drafts_itself(number, assistant, chosen.keywords())
-            and not Options.parse(**flags).draft_tokens
-        ):
-            flags["draft_tokens"] = "auto"
         options = Options.parse(**flags)
+        set_aside = options.draft_tokens if opt.was_given(invocation, "draft_tokens") else None
+        itself = drafts_itself(number, assistant, chosen.keywords(), set_aside, flag)
+        if itself and set_aside is None:
+            options = replace(options, draft_tokens="auto")
         split = tensor_parallel or (gpus or 1) > 1
         sessions.check_sessions(session, save_session, split=split)
         request = Request(
@@ -247,7 +247,11 @@ def _load_and_run(request: Request) -> None:
     interrupt = Interrupt(console, None if rank is None else ranks_of(model))
     keywords = request.options.keywords() | {"device": device}
     tokens = len(ids) + settings.max_new_tokens
-    with interrupt.handling(), attach(model, **keywords) as offload:
+    with (
+        interrupt.handling(),
+        attach(model, **keywords) as offload,
+        offload.session.assistants.during(drafts.assistant, tokens),
+    ):
         plan = offload.session.plan_for(settings.rows, tokens)
         print_plan(console, request.source.name, str(model.dtype).removeprefix("torch."), plan)
         for line in form.loaded_form(request.source, model, plan.shape.weights_bytes):

@@ -134,6 +134,12 @@ def take_flags(given: dict[str, Any], names: Sequence[str] = ()) -> dict[str, An
     return flags | switches
 
 
+def was_given(invocation: typer.Context, name: str | None) -> bool:
+    """Whether a user wrote an option, by its parameter's name, or has what its default says."""
+    source = invocation.get_parameter_source(name or "")
+    return source is not None and source.name == "COMMANDLINE"
+
+
 Methods = Annotated[
     str,
     typer.Option(

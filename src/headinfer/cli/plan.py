@@ -14,6 +14,7 @@ from headinfer.cli.options import (
     RESEARCH_PANEL,
     Dtype,
     DtypeChoice,
+    was_given,
     with_flags,
 )
 from headinfer.cli.output import STDOUT, JsonPath, check_writable, write_json
@@ -211,8 +212,7 @@ def _streaming(options: Options) -> Options:
 def _check_alone(invocation: typer.Context) -> None:
     """Refuse what `--paper` would ignore."""
     for option in invocation.command.params:
-        source = invocation.get_parameter_source(option.name or "")
-        if option.name != "paper" and source is not None and source.name == "COMMANDLINE":
+        if option.name != "paper" and was_given(invocation, option.name):
             raise OptionError(
                 f"--paper prints the paper's tables and nothing else; leave out {option.opts[0]}"
             )

@@ -63,6 +63,8 @@ def summary_rows(stats: Stats, plan: Plan) -> Iterator[tuple[str, str]]:
             f"{stats.accepted_per_verify:.1f} a verification; {_duration(stats.draft_s)} drafting, "
             f"{_duration(stats.verify_s)} verifying",
         )
+    if stats.draft_read_s:
+        yield "assistant", f"read the prompt in {_duration(stats.draft_read_s)}"
     if stats.capture_s:
         steps = "step" if stats.captures == 1 else "steps"
         yield (
@@ -115,13 +117,14 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
     values: dict[str, Any] = {
         field.name: getattr(plan, field.name)
         for field in dataclasses.fields(plan)
-        if field.name not in ("shape", "parts")
+        if field.name not in ("shape", "parts", "assistant")
     }
     if plan.parts:
         values["parts"] = [plan_as_json(part) for part in plan.parts]
     if plan.tile_tokens >= ALL_TOKENS:
         values["tile_tokens"] = "all"
     return values | {
+        "assistant": dataclasses.asdict(plan.assistant),
         "approximation": plan.approximation,
         "arena_bytes": plan.arena_bytes,
         "weights_bytes": plan.shape.weights_bytes,

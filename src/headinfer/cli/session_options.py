@@ -14,6 +14,7 @@ from headinfer.units import format_bytes
 if TYPE_CHECKING:
     from headinfer.integration.cache import OffloadedCache
     from headinfer.offload import Offload
+    from headinfer.saved.messages import Messages
 
 Session = Annotated[
     str | None,
@@ -109,8 +110,10 @@ def open_cache(
     return cache, kept
 
 
-def save_session(console: Console, cache: "OffloadedCache", session: str) -> None:
-    """Save a cache, and tell how large it is.
+def save_session(
+    console: Console, cache: "OffloadedCache", session: str, messages: "Messages | None" = None
+) -> None:
+    """Save a cache, with the messages of a conversation, and tell how large it is.
 
     Raises:
         SessionFileError: it cannot be saved.
@@ -118,7 +121,7 @@ def save_session(console: Console, cache: "OffloadedCache", session: str) -> Non
     """
     with Stages(console) as stages:
         stages.begin(f"saving session {session}")
-        saved = cache.save(session)
+        saved = cache.save(session, messages=messages)
     rate = saved.num_bytes / max(saved.seconds, 1e-9)
     console.print(
         f"session: {saved.tokens:,} tokens saved to {os.path.normpath(session)}, "

@@ -17,6 +17,7 @@ from headinfer.device.elementwise import Noted, elementwise
 from headinfer.device.host_calls import NativeFunction
 from headinfer.device.recording import COMMUNICATES, Recording
 from headinfer.device.tape import Elementwise, Tape, tape_library
+from headinfer.native.threads import take_torchs_threads
 
 _Result = TypeVar("_Result")
 
@@ -24,6 +25,10 @@ _EMPTY = frozenset(
     ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "empty_permuted")
 )
 """Operations that give memory with anything in it."""
+
+
+_HALF = torch.bfloat16
+"""What a tape is compiled for where nothing of it is in 16 bits."""
 
 
 class CpuRecording(Recording):
@@ -67,6 +72,7 @@ class CpuCapture(Generic[_Result]):
 
     def replay(self) -> _Result:
         """Run the operations again, into the memory that their results have."""
+        take_torchs_threads()
         with torch.no_grad():
             for call in self._calls:
                 call()
@@ -93,17 +99,18 @@ def _calls(noted: Iterable[Noted | Callable[[], object]]) -> Iterator[Callable[[
 
 def _taped(noted: Noted | Callable[[], object]) -> list[Elementwise | NativeFunction]:
     """Return what a tape does for something that was noted; nothing where it does not do it."""
-    if tape_library(torch.bfloat16) is None:
-        return []
+    parts: list[Elementwise | NativeFunction] = []
     if isinstance(noted, Noted):
-        parts = elementwise(noted) or []
-        halves = {part.half for part in parts} - {None}  # not all compilers know float16
-        return [] if any(tape_library(half) is None for half in halves if half) else [*parts]
-    return [noted] if isinstance(noted, NativeFunction) else []
+        parts += elementwise(noted) or []
+    elif isinstance(noted, NativeFunction):
+        parts.append(noted)
+    halves = {part.half or _HALF for part in parts if isinstance(part, Elementwise)} or {_HALF}
+    # Not all compilers know float16.
+    return [] if any(tape_library(half) is None for half in halves) else parts
 
 
 def _tape(run: list[Elementwise | NativeFunction], half: torch.dtype | None) -> Tape:
-    library = tape_library(half or torch.bfloat16)
+    library = tape_library(half or _HALF)
     assert library is not None
     return Tape(library, run)
 

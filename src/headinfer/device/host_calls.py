@@ -6,6 +6,8 @@ import gc
 import threading
 from collections.abc import Callable, Iterator
 
+from headinfer.native.threads import take_torchs_threads
+
 _lock = threading.Lock()
 _running = 0  # host functions, on all threads
 _was_enabled = True
@@ -34,6 +36,7 @@ class NativeFunction:
 
     def __call__(self) -> None:
         """Call it here and now."""
+        take_torchs_threads()
         self.entry(self.argument)
 
 

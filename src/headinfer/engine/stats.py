@@ -24,6 +24,7 @@ class Stats:
         captured_drafts: those of them that were replayed.
         draft_s: seconds of drafting, by these calls or otherwise, captures left out. Those of an
             answer's drafts are part of `decode_s`.
+        draft_read_s: seconds in which assistants read prompts; beside all other times.
         verifications: decode steps that verified drafts.
         verify_s: seconds of them, a part of `decode_s`.
         drafted_tokens: drafts that they verified.
@@ -51,6 +52,7 @@ class Stats:
     draft_steps: int = 0
     captured_drafts: int = 0
     draft_s: float = 0.0
+    draft_read_s: float = 0.0
     verifications: int = 0
     verify_s: float = 0.0
     drafted_tokens: int = 0

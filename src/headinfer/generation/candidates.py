@@ -11,10 +11,8 @@ from headinfer.generation.acceptance import Choice, accepted_tokens
 from headinfer.integration.attachment import owner_of
 from headinfer.integration.cache import OffloadedCache
 from headinfer.integration.calls import last_logits
+from headinfer.plan.assistant import READ_TOKENS
 from headinfer.session import Session
-
-_READ_TOKENS = 2048
-"""Tokens of a prompt that an assistant reads at once."""
 
 _SAME_SCORES = 1024
 """Scores by which two models with one tokenizer may differ: their vocabularies are padded."""
@@ -23,8 +21,8 @@ _SAME_SCORES = 1024
 class Drafter(Protocol):
     """A source of drafts for one answer of one row."""
 
-    def begin(self, ids: torch.Tensor) -> None:
-        """Hear of the prompt, `[1, tokens]`, before the first draft."""
+    def begin(self, ids: torch.Tensor) -> bool:
+        """Hear of the prompt, `[1, tokens]`, before the first draft; return whether it was read."""
 
     def draft(self, ids: torch.Tensor, most: int, choice: Choice) -> list[int]:
         """Return up to `most` tokens that may follow.
@@ -46,8 +44,9 @@ class Lookup:
     def __init__(self, ngram_tokens: int) -> None:
         self._ngram_tokens = ngram_tokens
 
-    def begin(self, ids: torch.Tensor) -> None:
+    def begin(self, ids: torch.Tensor) -> bool:
         """Do nothing: the text itself is looked at."""
+        return False
 
     def draft(self, ids: torch.Tensor, most: int, choice: Choice) -> list[int]:
         """Return what transformers' lookup finds."""
@@ -74,8 +73,9 @@ class Itself:
         self._model = model
         self._cache = cache
 
-    def begin(self, ids: torch.Tensor) -> None:
+    def begin(self, ids: torch.Tensor) -> bool:
         """Do nothing: the cache holds the prompt."""
+        return False
 
     def draft(self, ids: torch.Tensor, most: int, choice: Choice) -> list[int]:
         """Return the tokens that the model would go on with by what is at hand."""
@@ -126,12 +126,13 @@ class Assistant:
         self._read = 0  # tokens of the answer's that were there before the last draft
         self._drafted: list[int] = []
 
-    def begin(self, ids: torch.Tensor) -> None:
-        """Read the prompt."""
-        for part in ids[:, :-1].split(_READ_TOKENS, dim=1):
+    def begin(self, ids: torch.Tensor) -> bool:
+        """Read the prompt, and wait until that is done: it is timed."""
+        for part in ids[:, :-1].split(READ_TOKENS, dim=1):
             if part.shape[1]:
-                last_logits(self._model, part.to(self._model.device), self._cache)
+                last_logits(self._model, part.to(self._model.device), self._cache).cpu()
         self._read, self._drafted = ids.shape[1], []
+        return True
 
     def draft(self, ids: torch.Tensor, most: int, choice: Choice) -> list[int]:
         """Return the tokens that the model would go on with."""

@@ -17,6 +17,7 @@ from headinfer.generation.acceptance import Choice, accepted_tokens
 from headinfer.generation.candidates import Drafter
 from headinfer.generation.pace import MOST_DRAFTED, Pace
 from headinfer.integration.cache import OffloadedCache
+from headinfer.integration.turns import waited_s
 
 
 class Drafting:
@@ -73,7 +74,7 @@ class Drafting:
         model_kwargs = own._update_model_kwargs_for_generation(output, model_kwargs)
         del output  # the logits of a prompt may be large
         if not answer.ended:
-            self._drafter.begin(answer.ids)
+            self._begin(answer.ids)
         with own._optimize_model_for_decode():
             while not answer.ended:
                 left = generation_config.max_length - answer.ids.shape[1] - 1
@@ -89,16 +90,24 @@ class Drafting:
             self.streamer.end()
         return answer.ids
 
+    def _begin(self, ids: torch.Tensor) -> None:
+        """Have the drafter hear of the prompt, and count how long that takes."""
+        began_s = _own_s()
+        if not self._drafter.begin(ids):
+            return
+        for stats in self._stats:
+            stats.draft_read_s += _own_s() - began_s
+
     def _draft(self, ids: torch.Tensor, choice: Choice, left: int) -> list[int]:
         """Return tokens that may follow, none of them beyond the `left` that matter."""
         most = min(self._pace.number(ids.shape[1]), left, MOST_DRAFTED)
         if most < 1:
             return []
         own = self._cache.stats
-        began_s, captured_s, counted_s = time.perf_counter(), own.capture_s, own.draft_s
+        began_s, captured_s, counted_s = _own_s(), own.capture_s, own.draft_s
         ahead = choice.ahead(self._ahead(ids.device) if choice.samples else None)
         drafted = self._drafter.draft(ids, most, ahead)
-        seconds = time.perf_counter() - began_s - (own.capture_s - captured_s)
+        seconds = _own_s() - began_s - (own.capture_s - captured_s)
         counted_s = own.draft_s - counted_s  # by the model's calls with this cache
         self._pace.note_draft(len(drafted), seconds)
         for stats in self._stats:
@@ -152,6 +161,11 @@ class Drafting:
         self._note_logits(logits)
         if self.streamer is not None:
             self.streamer.put(token.cpu())
+
+
+def _own_s() -> float:
+    """Return a clock's seconds, which stand still while this thread waits for its turn."""
+    return time.perf_counter() - waited_s()
 
 
 class _Answer:

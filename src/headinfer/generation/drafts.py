@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from headinfer.errors import OptionError
 from headinfer.generation.candidates import Assistant, Drafter, Itself, Lookup
 from headinfer.generation.pace import MOST_DRAFTED, FixedPace, MeasuredPace, Number, Pace
 from headinfer.generation.settings import Settings
@@ -47,10 +46,11 @@ class Drafts:
             session: the attachment.
 
         Raises:
-            OptionError: the settings do not go together.
+            OptionError: the assistant cannot draft for the model.
         """
         if self.number == "off":
             return None
+        lookup = None if self.assistant is not None else settings.lookup_tokens
         found = self._drafter(model, settings, cache, session)
         if found is None and self.number is None:
             return None
@@ -62,11 +62,11 @@ class Drafts:
             return None
         drafter, most, tried = found
         if isinstance(self.number, int):
-            return drafter, FixedPace(min(self.number, settings.lookup_tokens or MOST_DRAFTED))
+            return drafter, FixedPace(min(self.number, lookup or MOST_DRAFTED))
         if session.ranks.size == 1:
             return drafter, MeasuredPace(min(most, MOST_DRAFTED), tried)
-        if settings.lookup_tokens is not None:
-            return drafter, FixedPace(settings.lookup_tokens)
+        if lookup is not None:
+            return drafter, FixedPace(lookup)
         _say("each of several ranks would go by its own clock; give a number to draft")
         return None
 
@@ -75,11 +75,7 @@ class Drafts:
     ) -> tuple[Drafter, int, int] | None:
         """Return who drafts, how many at the most and how many in a trial; None for nobody."""
         lookup = settings.lookup_tokens
-        if self.assistant is not None:
-            if lookup is not None:
-                raise OptionError(
-                    "an assistant and prompt_lookup_num_tokens both draft; leave one of them out"
-                )
+        if self.assistant is not None:  # also where the model's own settings have a lookup
             vocabulary = model.config.get_text_config(decoder=True).vocab_size
             return Assistant(self.assistant, vocabulary), _AUTO_MOST, 1
         if lookup is not None:

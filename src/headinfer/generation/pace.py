@@ -8,13 +8,15 @@ there is none.
 import collections
 import contextlib
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, Protocol
 
 from headinfer.errors import OptionError
 
 Number = int | Literal["auto", "off"]
 """Tokens to draft at a time, as users say it."""
+
+_LOOKUP = "prompt_lookup_num_tokens"
 
 MOST_DRAFTED = 31
 """Drafts of one verification at the most: more new tokens in a pass count as a prompt."""
@@ -71,7 +73,11 @@ def check_number(given: object, name: str = "draft") -> Number:
 
 
 def drafts_itself(
-    number: Number | None, assistant: object, generation: Mapping[str, object]
+    number: Number | None,
+    assistant: object,
+    generation: Mapping[str, object],
+    draft_tokens: object,
+    spelled: Callable[[str], str] = str,
 ) -> bool:
     """Whether a user who says how many to draft, and not who does, means the model itself.
 
@@ -79,9 +85,33 @@ def drafts_itself(
         number: that was given; None where none was.
         assistant: that was given; None where none was.
         generation: settings of transformers that were given, by name.
+        draft_tokens: tokens that drafts attend, parsed; None where none were given.
+        spelled: returns an option's name as the user writes it.
+
+    Raises:
+        OptionError: what was given contradicts itself.
     """
-    lookup = generation.get("prompt_lookup_num_tokens")
-    return number not in (None, "off") and assistant is None and lookup is None
+    others = {"assistant": assistant, _LOOKUP: generation.get(_LOOKUP)}
+    if number == "off":
+        asked = {**others, "draft_tokens": draft_tokens or None}
+        against = [name for name, value in asked.items() if value is not None]
+        if against:
+            raise OptionError(
+                f"{spelled('draft')} off has nothing drafted, which {spelled(against[0])} is for; "
+                "leave one of them out"
+            )
+    if all(value is not None for value in others.values()):
+        raise OptionError(
+            f"{spelled('assistant')} and {spelled(_LOOKUP)} both draft; leave one of them out"
+        )
+    itself = number not in (None, "off") and all(value is None for value in others.values())
+    if itself and draft_tokens == 0:
+        raise OptionError(
+            f"{spelled('draft')} {number} has the model draft itself, and "
+            f"{spelled('draft_tokens')} 0 leaves its drafts nothing to attend; leave one of them "
+            f"out, or give {spelled('assistant')}"
+        )
+    return itself
 
 
 def expected_tokens(drafts: int, acceptance: float) -> float:

@@ -56,6 +56,7 @@ class Generated:
         drafted_tokens: drafts that they verified.
         accepted_tokens: drafts that were right; each verification gives one token more.
         draft_s: seconds of drafting, which are a part of `decode_s`.
+        draft_read_s: seconds in which an assistant read the prompt, beside all other times.
         verify_s: seconds of those passes, another part of it.
         peak_device_kv_bytes: the most GPU memory that this call's cache held.
         host_kv_bytes: the most CPU memory that this call's cache held.
@@ -76,6 +77,7 @@ class Generated:
     drafted_tokens: int
     accepted_tokens: int
     draft_s: float
+    draft_read_s: float
     verify_s: float
     peak_device_kv_bytes: int
     host_kv_bytes: int
@@ -140,9 +142,10 @@ def generate(
     check_given(given)
     number = None if draft is None else check_number(draft)
     helper = check_assistant(assistant)
-    if owner_of(model) is None and drafts_itself(number, helper, given):
-        options.setdefault("draft_tokens", "auto")
     parsed = Options.parse(**options)
+    set_aside = parsed.draft_tokens if "draft_tokens" in options else None
+    if drafts_itself(number, helper, given, set_aside) and owner_of(model) is None:
+        options.setdefault("draft_tokens", "auto")
     strings = check_stop(stop)
     if chat_template_kwargs is not None and not isinstance(chat_template_kwargs, Mapping):
         raise OptionError(
@@ -235,7 +238,11 @@ def _stream(
     if (note := settings.note()) is not None:
         _logger.warning(note)
     worker = Worker[Generated]()
-    with _attached(model, options) as session:
+    tokens = len(ids) + settings.max_new_tokens
+    with (
+        _attached(model, options) as session,
+        session.assistants.during(drafts.assistant, tokens),
+    ):
         worker.ranks = session.ranks
         generation = Generation(
             model,
@@ -267,6 +274,7 @@ def _record(generation: Generation, text: str, **ended: FinishReason) -> Generat
         drafted_tokens=stats.drafted_tokens,
         accepted_tokens=stats.accepted_tokens,
         draft_s=stats.draft_s,
+        draft_read_s=stats.draft_read_s,
         verify_s=stats.verify_s,
         peak_device_kv_bytes=stats.peak_device_kv_bytes,
         host_kv_bytes=stats.host_kv_bytes,

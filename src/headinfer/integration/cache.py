@@ -26,6 +26,7 @@ from headinfer.integration.token_history import TokenHistory
 from headinfer.integration.turns import in_turn
 from headinfer.integration.watchers import Watcher
 from headinfer.plan.shape import LayerKind
+from headinfer.saved.messages import Messages
 from headinfer.units import parse_bytes
 
 PrefillProgress = Callable[[int, int], None]
@@ -60,7 +61,7 @@ class OffloadedCache(DraftableCache):
     """
 
     def __init__(self, model: PreTrainedModel, host: CacheHost, max_tokens: int | None) -> None:
-        super().__init__(config=model.config)
+        super().__init__(model.config)
         self._config = model.config
         self._name = cache_name(model)
         self.lengths_before: list[int] | None = None
@@ -235,7 +236,11 @@ class OffloadedCache(DraftableCache):
         return self.history.ids(self._batch() or 0, self.get_seq_length())
 
     def save(
-        self, path: str | os.PathLike[str], *, block_bytes: str | int = BLOCK_BYTES
+        self,
+        path: str | os.PathLike[str],
+        *,
+        block_bytes: str | int = BLOCK_BYTES,
+        messages: Messages | None = None,
     ) -> SavedSession:
         """Write all that the cache holds to a folder, for `Offload.load_cache`.
 
@@ -247,6 +252,8 @@ class OffloadedCache(DraftableCache):
             path: of the folder, which is made; or a session's, which is replaced.
             block_bytes: the most bytes of one file, for example "64MiB". What is damaged later
                 costs the tokens from its file on.
+            messages: of the conversation that was read; both are replaced, or none. By default
+                messages that are there stay.
 
         Returns:
             What was written.
@@ -259,13 +266,16 @@ class OffloadedCache(DraftableCache):
         """
         block = parse_bytes(block_bytes, "block_bytes")
         if self.state.parked:  # nothing is in flight, and nobody writes to what others share
-            return self._save(path, block)
-        return self.turns.run(self._save, path, block)
+            return self._save(path, block, messages)
+        return self.turns.run(self._save, path, block, messages)
 
-    def _save(self, path: str | os.PathLike[str], block_bytes: int) -> SavedSession:
+    def _save(
+        self, path: str | os.PathLike[str], block_bytes: int, messages: Messages | None
+    ) -> SavedSession:
         model, engine = self.state.host.fingerprint(), self.state.check_savable()
         self.check_whole()
-        return save_cache(self, engine, model, path, block_bytes)
+        said = None if messages is None else messages.as_bytes()
+        return save_cache(self, engine, model, path, block_bytes, said)
 
     @in_turn
     def keep_common_prefix(self, ids: Sequence[int] | torch.Tensor) -> int:

@@ -13,9 +13,6 @@ beside the same step launched kernel by kernel, and must give the same bits. The
 kind is compared a token later than it was made. So whatever a model does with a Python number that
 grows, or on the host, is found out. What it does from some length on is found out later: a capture
 is compared again where the tokens have doubled.
-
-A cache's first step is launched, since many caches take no second one: an answer of two tokens, or
-a score.
 """
 
 import weakref
@@ -38,6 +35,7 @@ from headinfer.integration.captured_step import (
     distrust,
     make_room,
     make_step,
+    owned_by,
     preparing,
     repays,
     taking_back,
@@ -141,7 +139,7 @@ class CapturedSteps:
             captured = None
         self._repeated.note(engine, new_tokens)
         if captured is None and first:
-            return forward(**arguments)  # there may be no second one
+            return forward(**arguments)  # many caches take no second one
         if captured is None or not captured.serves(call.past_tokens):
             if call.form is Form.IN_PIECES and engine.sends_home:
                 return self._apart(forward, arguments)  # it could not be compared: the next one can
@@ -317,8 +315,9 @@ class CapturedSteps:
             movable = weights if self._device.tiles_are_views else ()
             captured = CapturedStep(
                 *(step, capture, ready.reads, weights),
-                *(call.past_tokens, call.new_tokens, engine.drafting),
-                tuple(weight.data_ptr() for weight in movable),
+                *(call.past_tokens, call.new_tokens),
+                addresses=tuple(weight.data_ptr() for weight in movable),
+                owned=owned_by(model) if engine.drafting else (),
             )
             engine.captured[call.key] = captured
         for stats in (self._stats, cache.stats):

@@ -35,6 +35,21 @@ def repays(model: torch.nn.Module, device: Device, ranks: Ranks) -> bool:
     return ranks.size == 1 and weights_bytes(model) <= _REPAYING_BYTES
 
 
+Owned = tuple[dict[str, Any], str, torch.Tensor, int]
+"""A tensor of a module: where the module keeps it, its name there, itself, and its address."""
+
+
+def owned_by(model: torch.nn.Module) -> tuple[Owned, ...]:
+    """Return the parameters and buffers of a model; those without memory of their own apart."""
+    return tuple(
+        (owner, name, tensor, tensor.data_ptr())
+        for module in model.modules()
+        for owner in (module._parameters, module._buffers)
+        for name, tensor in owner.items()
+        if tensor is not None and not hasattr(tensor, "__tensor_flatten__")
+    )
+
+
 @dataclass(slots=True)
 class Step:
     """A step of one cache, in the form that is captured.
@@ -141,9 +156,10 @@ class CapturedStep:
         weights: memory of the model, which the capture reads even where the model has other by now.
         past_tokens: in the cache when it was captured.
         new_tokens: of each row.
-        drafts: whether it drafts a token.
         addresses: of these weights, to be looked at before each replay; empty where none moves. On
             the CPU one may, as to be shared with another process.
+        owned: the model's parameters and buffers when it was captured, where it drafts a token. As
+            long as they are the same, a pass that verifies drafts leaves it trusted.
         trusted: whether it was compared since the cache was last used otherwise.
         compared_tokens: in the cache when it was last compared, and right.
     """
@@ -154,8 +170,8 @@ class CapturedStep:
     weights: tuple[torch.Tensor, ...]
     past_tokens: int
     new_tokens: int = 1
-    drafts: bool = False
     addresses: tuple[int, ...] = ()
+    owned: tuple[Owned, ...] = ()
     trusted: bool = False
     compared_tokens: int = 0
 
@@ -164,6 +180,14 @@ class CapturedStep:
         """Whether memory of the model that it reads is no more."""
         pairs = zip(self.weights, self.addresses, strict=False)
         return any(weight.data_ptr() != address for weight, address in pairs)
+
+    @property
+    def outdated(self) -> bool:
+        """Whether a parameter or buffer of the model is another one now, or elsewhere."""
+        return any(
+            (now := owner.get(name)) is not tensor or now.data_ptr() != address
+            for owner, name, tensor, address in self.owned
+        )
 
     def serves(self, past_tokens: int) -> bool:
         """Whether it can be replayed behind so many tokens without being compared.
@@ -198,15 +222,16 @@ def make_room(engine: CacheEngine, call: DecodeCall) -> None:
 def distrust(engine: CacheEngine, new_tokens: int) -> None:
     """Have captures compared before they are used again: others may have changed the model.
 
-    A pass that verifies drafts leaves those of drafts as they are, where it is launched. What these
-    give is verified in any case, and a wrong one costs time alone.
+    A pass that verifies drafts leaves those of drafts as they are, where it is launched, unless
+    weights were replaced. What these give is verified in any case, and a wrong one costs time
+    alone.
 
     Args:
         engine: keeps the captures.
         new_tokens: of the pass between.
     """
     for captured in engine.captured.values():
-        if not captured.drafts or new_tokens > MOST_DRAFTED + 1:
+        if not captured.owned or new_tokens > MOST_DRAFTED + 1 or captured.outdated:
             captured.trusted = False
 
 

@@ -1,7 +1,9 @@
 """Caches behind whose tokens others are drafted, by calls that are forgotten in the end."""
 
 import contextlib
+import threading
 from collections.abc import Iterator
+from typing import Any
 
 from headinfer.engine.drafting import draft_obstacle
 from headinfer.engine.ending import uninterrupted
@@ -19,6 +21,11 @@ class DraftableCache(ParkableCache):
     """
 
     lengths_before: list[int] | None
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config=config)
+        self._drafter: int | None = None  # the thread that drafts
+        self._drafts_ended = threading.Event()
 
     @property
     def can_draft(self) -> str | None:
@@ -56,7 +63,7 @@ class DraftableCache(ParkableCache):
         assert engine is not None
         engine.check_no_drafts()
         try:
-            self.turns.run(engine.begin_drafts)
+            self.turns.run(self._begin_drafts, engine)
             yield
         finally:
             uninterrupted(lambda: self.turns.run(self._end_drafts, engine))
@@ -65,7 +72,32 @@ class DraftableCache(ParkableCache):
         """Return the tokens of each layer, or refuse where the last call stopped half-way."""
         raise NotImplementedError
 
+    def _begin_drafts(self, engine: CacheEngine) -> None:
+        self._drafter = threading.get_ident()
+        self._drafts_ended.clear()
+        engine.begin_drafts()
+
     def _end_drafts(self, engine: CacheEngine) -> None:
         if engine.drafting:
             engine.end_drafts()
             self.lengths_before = None  # of a draft that was interrupted
+        self._drafts_ended.set()
+
+    def fork(self) -> Any:
+        """Return a second cache; see `ParkableCache.fork`. Waits until another thread's drafts end.
+
+        Raises:
+            CacheStateError: it was closed, the model was detached, or a call was interrupted; or
+                this thread drafts.
+        """
+        if self.turns.mine:  # nobody else could end theirs
+            return super().fork()
+        while (forked := self.turns.run(self._fork_or_wait)) is None:
+            self._drafts_ended.wait()
+        return forked
+
+    def _fork_or_wait(self) -> Any:
+        """Return a fork; None while another thread drafts, which ends out of this turn."""
+        if self.state.drafting and self._drafter != threading.get_ident():
+            return None
+        return super().fork()

@@ -1,7 +1,7 @@
 """The parts of an attached model: the layers that compute on one device, and what it gives them."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +14,9 @@ from headinfer.errors import MemoryPlanError, UnsupportedModelError
 from headinfer.integration.host_format import with_kv_dtype
 from headinfer.integration.placement import Placement
 from headinfer.plan import memory
+from headinfer.plan.assistant import AssistantBytes
 from headinfer.plan.hardware import Hardware
-from headinfer.plan.narrow import with_fewer_residents
+from headinfer.plan.narrow import narrowed, with_fewer_residents
 from headinfer.plan.options import Options
 from headinfer.plan.plan import Plan, joined, part_label
 from headinfer.plan.resolve import resolve
@@ -57,6 +58,7 @@ class ModelPart:
         context_tokens: int | None,
         others: Sequence[Engine],
         dtype: torch.dtype,
+        assistant: AssistantBytes,
         chunk_tokens: int | None = None,
     ) -> Plan:
         """Return the plan of a cache's layers here, beside what other caches have on the device.
@@ -66,21 +68,29 @@ class ModelPart:
             context_tokens: tokens expected in each; None when not known yet.
             others: the engines of other caches on this device.
             dtype: of keys and values.
+            assistant: what assistants take of this device.
             chunk_tokens: tokens of a chunk that all parts can pass; None for the best here.
 
         Raises:
             MemoryPlanError: no plan fits.
         """
-        asked, budget = self.options.device_memory_bytes, self._budget_bytes(others)
+        asked, budget = self.options.device_memory_bytes, self._budget_bytes(others, assistant)
         left = budget
         if budget is not None:
             # What they may come to hold: windows are there only while they have tokens.
-            left = max(budget - sum(engine.plan.kv_device_bytes for engine in others), 1)
+            held = sum(engine.plan.kv_device_bytes for engine in others)
+            left = max(budget - held - assistant.total_bytes, 1)
+            if left == 1 and assistant.total_bytes:
+                raise MemoryPlanError(
+                    f"{self.label}the assistant takes {format_bytes(assistant.total_bytes)}, which "
+                    f"leaves nothing of the {format_bytes(budget)} of device memory; give more of "
+                    "it, or no assistant"
+                )
         options = dataclasses.replace(self.options, device_memory_bytes=left)
         if chunk_tokens is not None:
             options = dataclasses.replace(options, chunk_tokens=chunk_tokens)
         try:
-            return resolve(
+            plan = resolve(
                 with_kv_dtype(self.shape, dtype),
                 options,
                 device=self.device.name,
@@ -93,9 +103,15 @@ class ModelPart:
             if budget != asked:
                 wanted = "" if asked is None else f", not the {format_bytes(asked)} asked for"
                 reason = f"{reason}; that is all the device has free{wanted}"
+            if assistant.total_bytes:
+                taken = format_bytes(assistant.total_bytes)
+                reason = f"{reason}; an assistant takes {taken} beside that"
             raise MemoryPlanError(reason) from None
+        if left is not None:
+            left += assistant.total_bytes
+        return dataclasses.replace(plan, assistant=assistant, device_memory_bytes=left)
 
-    def _budget_bytes(self, others: Sequence[Engine]) -> int | None:
+    def _budget_bytes(self, others: Sequence[Engine], assistant: AssistantBytes) -> int | None:
         """Return the device memory for weights, runtime, activations and all caches together.
 
         That is what was asked for as far as the device has it, or most of what is free. Weights
@@ -105,7 +121,8 @@ class ModelPart:
         if free is None:
             return asked
         free += sum(engine.device_kv_bytes for engine in others)
-        weights, runtime = self.shape.weights_bytes, memory.runtime_bytes(self.device.name)
+        weights = self.shape.weights_bytes + assistant.weights_bytes
+        runtime = memory.runtime_bytes(self.device.name)
         most = weights + runtime + int(free * USED_SHARE)
         if asked is None:
             return most
@@ -120,6 +137,7 @@ def planned_together(
     context_tokens: int | None,
     others: Sequence[Sequence[Engine]],
     dtype: torch.dtype,
+    assistants: Callable[[torch.device], AssistantBytes],
 ) -> Plan:
     """Return the plan of a cache, whose parts pass chunks of as many tokens.
 
@@ -130,6 +148,7 @@ def planned_together(
         context_tokens: tokens expected in each; None when not known yet.
         others: the engines of each other cache, one for each part.
         dtype: of the cache's keys and values.
+        assistants: returns what they take of a device.
 
     Raises:
         MemoryPlanError: no plan fits.
@@ -138,7 +157,8 @@ def planned_together(
     def planned(number: int, chunk_tokens: int | None = None) -> Plan:
         here = [engines[number] for engines in others]
         part = parts[number]
-        return part.resolve(batch, context_tokens, here, dtype, chunk_tokens)
+        assistant = assistants(part.device.torch_device)
+        return part.resolve(batch, context_tokens, here, dtype, assistant, chunk_tokens)
 
     plans = [planned(number) for number in range(len(parts))]
     least = min(plan.chunk_tokens for plan in plans)  # a chunk passes through all parts
@@ -147,6 +167,21 @@ def planned_together(
         for number, plan in enumerate(plans)
     ]
     return joined(with_kv_dtype(shape, dtype), plans)
+
+
+def making_room(plan: Plan, others: Sequence[Sequence[Engine]]) -> Plan:
+    """Have calls of other caches pass fewer tokens at once, where a new plan leaves no room.
+
+    Args:
+        plan: of a cache, whose device memory leaves out what the others hold; it is returned.
+        others: the engines of each other cache, one for each part.
+    """
+    for number, own in enumerate(plan.of_devices):
+        if own.device_memory_bytes is not None:
+            kept = own.total_device_bytes - own.activation_bytes
+            for other in (engines[number] for engines in others):
+                other.plan = narrowed(other.plan, own.device_memory_bytes - kept)
+    return plan
 
 
 def passing_together(

@@ -63,6 +63,7 @@ def save_cache(
     model: "Fingerprint",
     path: str | os.PathLike[str],
     block_bytes: int,
+    messages: bytes | None = None,
 ) -> SavedSession:
     """Write all that a cache holds to a folder; see `OffloadedCache.save`."""
     started_s = time.perf_counter()
@@ -78,7 +79,8 @@ def save_cache(
     known = None if ids is None else cache.saved  # all pages have token ids, or none has
     spared = () if known is None else known.still_there(page_tokens)
     new_tokens = tokens - sum(page.tokens for page in spared)
-    with writing(path, per_token * new_tokens + state_layout.num_bytes) as writer:
+    more_bytes = state_layout.num_bytes + len(messages or b"")
+    with writing(path, per_token * new_tokens + more_bytes) as writer:
         there = () if known is None else known.reuse(writer, page_tokens)
         begin = sum(page.tokens for page in there)
         pages = [
@@ -103,7 +105,7 @@ def save_cache(
             model=model,
         )
         written_by = {name: version(name) for name in ("headinfer", "torch", "transformers")}
-        writer.commit(index, written_by)
+        writer.commit(index, written_by, messages)
     cache.saved = SavedPages.of(path, index)
     seconds = time.perf_counter() - started_s
     written = index.num_bytes - sum(page.entry.num_bytes for page in there)

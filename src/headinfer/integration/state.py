@@ -171,7 +171,7 @@ class OffloadedState:
         plan = self.host.plan_for(batch, tokens if known else _with_growth(tokens), dtype=dtype)
         self.host.check_host_room(
             plan.kv_host_bytes(tokens),
-            plan.arena_bytes + plan.activation_bytes,
+            plan.arena_bytes + plan.activation_bytes + plan.assistant.working_bytes,
             f"{what} of {format_tokens(tokens)} tokens",
         )
         engine = self.host.make_engine(plan, dtype)

@@ -20,6 +20,32 @@ _Parameters = ParamSpec("_Parameters")
 _Result = TypeVar("_Result")
 
 
+class _Waits(threading.local):
+    """A count of the seconds for which each thread had no turn and wanted one."""
+
+    seconds = 0.0
+
+
+_waits = _Waits()
+
+
+def waited_s() -> float:
+    """Return the seconds that the calling thread has waited for turns so far, at any model.
+
+    Who times what a thread does takes them off: they are the work of other threads.
+    """
+    return _waits.seconds
+
+
+def _wait(gate: threading.Lock) -> None:
+    """Acquire a lock, and count how long that took, also where it is interrupted."""
+    began_s = time.perf_counter()
+    try:
+        gate.acquire()
+    finally:
+        _waits.seconds += time.perf_counter() - began_s
+
+
 class _Turn:
     """A thread's wish to be inside, waiting or granted."""
 
@@ -105,7 +131,7 @@ class Turns:
                 elif self._current is not turn and turn not in self._waiting:
                     self._waiting.append(turn)
             while self._current is not turn:
-                turn.gate.acquire()
+                _wait(turn.gate)
 
         uninterrupted(pass_it)
 
@@ -127,7 +153,7 @@ class Turns:
                 self._current = turn
                 return
             self._waiting.append(turn)
-        turn.gate.acquire()
+        _wait(turn.gate)
 
     def _leave(self, turn: _Turn) -> None:
         """Stop waiting, or hand on; may be interrupted anywhere and is then called again."""

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from headinfer.plan import memory
+from headinfer.plan.assistant import NO_ASSISTANT, AssistantBytes
 from headinfer.plan.choices import (
     ALL_TOKENS,
 )
@@ -36,6 +37,7 @@ class Plan:
         window_bytes: the sliding-window layers' own caches.
         activation_bytes: estimate of one chunk's activations, or of a longer call's at once.
         runtime_bytes: what CUDA takes beside all that.
+        assistant: what assistants take of the device, or of all devices together.
         resident_tokens: the oldest tokens of every offloaded layer, which stay on the device.
         resident_bytes: the bytes they take.
         draft_tokens: tokens of every offloaded layer that drafts attend, in copies on the device.
@@ -71,6 +73,7 @@ class Plan:
     resident_bytes: int = 0
     draft_tokens: int = 0
     draft_bytes: int = 0
+    assistant: AssistantBytes = NO_ASSISTANT
     host_share: float = 0.0
     verify_host_share: float | None = None
     host_share_adapts: bool = False
@@ -100,9 +103,9 @@ class Plan:
 
     @property
     def total_device_bytes(self) -> int:
-        """Weights, KV, activations and the runtime on the device."""
+        """Weights, KV, activations and the runtime on the device, and what assistants take."""
         used = self.shape.weights_bytes + self.kv_device_bytes + self.activation_bytes
-        return used + self.runtime_bytes
+        return used + self.runtime_bytes + self.assistant.total_bytes
 
     @property
     def fits(self) -> bool:
@@ -202,13 +205,20 @@ class Plan:
         budget = self.device_memory_bytes
         runtime = f", CUDA itself {format_bytes(self.runtime_bytes)}" if self.runtime_bytes else ""
         kv = "" if self.device == "cpu" else f"KV {format_bytes(self.kv_device_bytes)}, "
+        helper = self.assistant
+        assistant = f", an assistant {format_bytes(helper.total_bytes)}" * bool(helper.total_bytes)
         where = {"cpu": "CPU", "cuda": "GPU"}.get(self.device, f"{self.device} GPU")
         yield (
             f"{where} memory {format_bytes(self.total_device_bytes)}"
             f"{f' of {format_bytes(budget)}' if budget else ''}: "
             f"weights {format_bytes(self.shape.weights_bytes)}, {kv}"
-            f"activations {format_bytes(self.activation_bytes)} (estimate){runtime}"
+            f"activations {format_bytes(self.activation_bytes)} (estimate){runtime}{assistant}"
         )
+        if helper.total_bytes:
+            yield (
+                f"the assistant: weights {format_bytes(helper.weights_bytes)}, KV and activations "
+                f"{format_bytes(helper.working_bytes)} (estimate)"
+            )
         if self.shape.brought_bytes:
             yield (
                 f"{format_bytes(self.shape.brought_bytes)} of weights lie elsewhere, and are "
@@ -301,6 +311,7 @@ def joined(shape: ModelShape, parts: Sequence[Plan]) -> Plan:
         resident_bytes=sum(part.resident_bytes for part in parts),
         draft_tokens=min(drafting, default=0),
         draft_bytes=sum(part.draft_bytes for part in parts),
+        assistant=sum((part.assistant for part in parts), NO_ASSISTANT),
         host_share=max(part.host_share for part in parts),
         verify_host_share=max(part.verify_host_share or 0.0 for part in parts) or None,
         host_share_adapts=any(part.host_share_adapts for part in parts),

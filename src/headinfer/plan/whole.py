@@ -34,6 +34,7 @@ def passing_whole(plan: Plan, options: Options, tokens: int) -> Plan:
             smallest,
             context_tokens=plan.context_tokens,
             device_memory_bytes=plan.device_memory_bytes,
+            assistant=plan.assistant,
             host_share=plan.host_share,
             verify_host_share=plan.verify_host_share,
             host_share_adapts=plan.host_share_adapts,

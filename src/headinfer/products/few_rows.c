@@ -83,7 +83,7 @@ void multiply(const struct product *given) {
     struct product p = *given;
     int64_t row_bytes = (p.in ? p.in : 1) * (int64_t)sizeof(element);
     int64_t step = (STEP_BYTES / row_bytes + OUTS) / OUTS * OUTS, next = 0;
-    int threads = omp_get_max_threads();
+    int threads = omp_get_max_threads(); /* torch's: native/threads.py */
     if (p.out <= 2 * step || threads < 2) {
         multiply_part(p.x, p.weights, p.bias, p.y, p.in, p.out, 0, p.out);
         return;

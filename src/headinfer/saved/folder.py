@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from headinfer.errors import SessionFileError
+from headinfer.errors import SessionBusyError, SessionFileError
 from headinfer.folders import describe
 from headinfer.saved.index import INDEX_NAME, Index, is_page_name, parse_index
 
@@ -118,7 +118,7 @@ def holding(folder: Path, *, alone: bool) -> Iterator[None]:
         alone: whether to keep others from reading it, too.
 
     Raises:
-        SessionFileError: it is being saved or read by somebody else.
+        SessionBusyError: it is being saved or read by somebody else.
     """
     if sys.platform == "win32":
         yield
@@ -128,7 +128,7 @@ def holding(folder: Path, *, alone: bool) -> Iterator[None]:
         try:
             fcntl.flock(lock, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise SessionFileError(
+            raise SessionBusyError(
                 f"session {str(folder)!r} is being saved or read by another process; try again "
                 "when that is done"
             ) from None

@@ -1,7 +1,6 @@
 """The messages of a conversation, in a file beside the saved session that has read them."""
 
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -37,25 +36,10 @@ class Messages:
         answer = {"role": "assistant", "content": text}
         return Messages(system=self.system, said=[*self.said, answer])
 
-    def write(self, folder: str) -> None:
-        """Write them beside a saved session, in place of those that are there.
-
-        Raises:
-            SessionFileError: they cannot be written; those that were there are whole.
-        """
+    def as_bytes(self) -> bytes:
+        """Return what the file beside a session has; `OffloadedCache.save` writes it."""
         body = {"kind": _KIND, "format": _FORMAT, "system": self.system, "messages": self.said}
-        path = _file(folder)
-        new = path.with_name(f"{path.name}.new")
-        try:
-            with new.open("w", encoding="utf-8") as file:
-                json.dump(body, file, indent=1, ensure_ascii=False)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(new, path)
-        except OSError as error:
-            raise SessionFileError(
-                f"the messages of session {folder!r} cannot be saved: {describe(error)}"
-            ) from error
+        return json.dumps(body, indent=1, ensure_ascii=False).encode()
 
     @classmethod
     def read(cls, folder: str) -> "Messages":

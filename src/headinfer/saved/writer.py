@@ -6,6 +6,7 @@ takes its name in one step. So a save that is cut off at any place leaves the se
 
 import concurrent.futures
 import contextlib
+import errno
 import io
 import os
 import secrets
@@ -16,9 +17,10 @@ from pathlib import Path
 
 import torch
 
-from headinfer.errors import SessionFileError
+from headinfer.errors import SessionFileError, SessionRoomError
 from headinfer.folders import describe
 from headinfer.saved.folder import (
+    MESSAGES_NAME,
     check_saveable,
     holding,
     remove_unlisted,
@@ -31,6 +33,8 @@ from headinfer.units import format_bytes
 
 _BUFFERS = 2
 """While one is written the other is filled."""
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _MOST_ON_THE_WAY = 4
 """Pages that the system has and the disk may not have yet."""
@@ -111,11 +115,19 @@ class SessionWriter:
             with contextlib.suppress(OSError):
                 (self._folder / self._shared.pop()).unlink()
 
-    def commit(self, index: Index, written_by: dict[str, str]) -> None:
+    def commit(
+        self, index: Index, written_by: dict[str, str], messages: bytes | None = None
+    ) -> None:
         """Make what was written the session, in place of the one that was there.
+
+        Args:
+            index: of all files.
+            written_by: versions, by program.
+            messages: that go with it; None to leave those that are there.
 
         Raises:
             OSError: a file could not be written; the session is as it was.
+            SessionFileError: the messages alone could not take their place; it has none now.
         """
         for number in range(_BUFFERS):
             self._wait(number)
@@ -124,15 +136,35 @@ class SessionWriter:
         synchronize_folder(self._folder)
         new = self._folder / f"{INDEX_NAME}.new"
         _synchronize(_write_file(new, memoryview(index.to_json(written_by).encode())))
+        if messages is not None:  # before: both go together, or none
+            _synchronize(_write_file(self._new_messages, memoryview(messages)))
         self._committed = True  # noted before: Ctrl-C behind the next line must remove nothing
         try:
             os.replace(new, self._folder / INDEX_NAME)
         except OSError:
             self._committed = False
             raise
+        if messages is not None:
+            self._place_messages()
         with contextlib.suppress(OSError):  # it is the session now, whatever comes
             synchronize_folder(self._folder)
             remove_unlisted(self._folder, {entry.file for entry in index.files})
+
+    @property
+    def _new_messages(self) -> Path:
+        return self._folder / f"{MESSAGES_NAME}.new"
+
+    def _place_messages(self) -> None:
+        """Have the new messages take the place of the old ones, which are not this session's."""
+        try:
+            os.replace(self._new_messages, self._folder / MESSAGES_NAME)
+        except OSError as error:
+            for path in (self._new_messages, self._folder / MESSAGES_NAME):
+                with contextlib.suppress(OSError):
+                    path.unlink()
+            raise SessionFileError(
+                f"session {str(self._folder)!r} is saved without its messages: {describe(error)}"
+            ) from error
 
     def close(self) -> None:
         """End the threads, once they wrote what they have."""
@@ -147,8 +179,9 @@ class SessionWriter:
         for path in self._folder.glob(f"{self._generation}-*.safetensors"):
             with contextlib.suppress(OSError):
                 path.unlink()
-        with contextlib.suppress(OSError):
-            (self._folder / f"{INDEX_NAME}.new").unlink()
+        for path in (self._folder / f"{INDEX_NAME}.new", self._new_messages):
+            with contextlib.suppress(OSError):
+                path.unlink()
 
     def _write(self, path: Path, data: memoryview) -> None:
         """Hand a page to the system, and have another thread wait for the disk."""
@@ -171,7 +204,8 @@ def writing(path: str | os.PathLike[str], num_bytes: int) -> Iterator[SessionWri
         num_bytes: that will be written, to be told early that there is no room.
 
     Raises:
-        SessionFileError: it cannot be written there. The session that was there is whole.
+        SessionFileError: it cannot be written there, for want of room (`SessionRoomError`) or
+            otherwise. The session that was there is whole.
     """
     check_saveable(path)
     name = session_name(path)
@@ -182,7 +216,8 @@ def writing(path: str | os.PathLike[str], num_bytes: int) -> Iterator[SessionWri
         with holding(folder, alone=True):
             yield from _writing(folder, num_bytes)
     except OSError as error:
-        raise SessionFileError(
+        kind = SessionRoomError if error.errno in _NO_ROOM else SessionFileError
+        raise kind(
             f"the session cannot be saved as {name!r}: {describe(error)}; {format_bytes(num_bytes)}"
             f" are needed{'' if new else ', and the session that was there is as it was'}"
         ) from error
@@ -195,7 +230,7 @@ def writing(path: str | os.PathLike[str], num_bytes: int) -> Iterator[SessionWri
 def _writing(folder: Path, num_bytes: int) -> Iterator[SessionWriter]:
     free = shutil.disk_usage(folder).free
     if num_bytes > free:
-        raise SessionFileError(
+        raise SessionRoomError(
             f"the session needs {format_bytes(num_bytes)} on disk, and {format_bytes(free)} are "
             f"free where {str(folder)!r} is; free some, or choose another place"
         )

@@ -10,6 +10,9 @@ from headinfer.errors import (
     MemoryPlanError,
     OptionError,
     QueueFullError,
+    SessionBusyError,
+    SessionFileError,
+    SessionRoomError,
     UnsupportedModelError,
 )
 
@@ -76,6 +79,12 @@ def problem_of(error: HeadInferError) -> ProblemError:
         return ProblemError(503, message, code="closing")
     if isinstance(error, MemoryPlanError):
         return ProblemError(400, message, code="context_length_exceeded")
+    if isinstance(error, SessionRoomError):
+        return ProblemError(507, message, code="disk_full")
+    if isinstance(error, SessionBusyError):
+        return ProblemError(409, message, code="session_busy")
+    if isinstance(error, SessionFileError) and not isinstance(error.__cause__, OSError):
+        return ProblemError(400, message, param="filename")
     if isinstance(error, (OptionError, UnsupportedModelError)):
         return ProblemError(400, message)
     return ProblemError(500, message)

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-from headinfer.errors import SessionFileError
 from headinfer.saved.messages import Messages, are_messages
 from headinfer.server.bodies import Message, SlotBody
 from headinfer.server.messages import chat_messages
@@ -68,12 +67,8 @@ def restore_slot(desk: Desk, body: SlotBody) -> dict[str, Any]:
 
     Raises:
         HeadInferError: it cannot be restored.
-        ProblemError: there is no such session of this model.
     """
-    try:
-        restored = desk.restore_slot(body.filename)
-    except SessionFileError as error:
-        raise ProblemError(400, " ".join(str(error).split()), param="filename") from error
+    restored = desk.restore_slot(body.filename)
     said = restored.messages
     system = [] if said.system is None else [{"role": "system", "content": said.system}]
     return {

@@ -34,6 +34,11 @@ def is_own_name(name: str) -> bool:
     return _OWN_NAME.fullmatch(name) is not None
 
 
+def is_prefix_name(name: str) -> bool:
+    """Whether prompts go on from a session of this name, without its being restored."""
+    return name.endswith(_ENDING)
+
+
 @dataclass(slots=True, kw_only=True, eq=False)
 class SavedPrefix:
     """A prefix on the disk.
@@ -59,7 +64,8 @@ class SavedPrefix:
     used: int = 0
 
     def __post_init__(self) -> None:
-        self.id = self.id or self.path.stem
+        # A user may have `book` beside `book.hsession`.
+        self.id = self.id or (self.path.name if self.named else self.path.stem)
 
 
 def make_session_folder(path: str | os.PathLike[str]) -> None:
@@ -98,6 +104,10 @@ class PrefixFolder:
         self._model: Fingerprint | None = None
         make_session_folder(path)
 
+    def has(self, path: Path) -> bool:
+        """Whether a session lies in the folder itself, and no link leads out of it."""
+        return Path(os.path.realpath(path)).parent == Path(os.path.realpath(self.path))
+
     def found(self) -> list[SavedPrefix]:
         """Return each session of this model that is there, oldest first.
 
@@ -105,6 +115,8 @@ class PrefixFolder:
         """
         found = []
         for path in sorted(self.path.glob(f"*{_ENDING}"), key=changed_s):
+            if not self.has(path):
+                continue
             try:
                 saved = self.described(path, named=not is_own_name(path.name))
             except SessionFileError as error:

@@ -17,6 +17,7 @@ from headinfer.generation.call import Generation
 from headinfer.generation.settings import Settings, settle
 from headinfer.integration.cache import OffloadedCache
 from headinfer.integration.memory_held import held_by
+from headinfer.integration.token_history import common_prefix
 from headinfer.serving.ask import Ask
 from headinfer.serving.events import (
     Ended,
@@ -28,7 +29,7 @@ from headinfer.serving.events import (
     TokenScore,
     Usage,
 )
-from headinfer.serving.kept import Lent
+from headinfer.serving.kept import Lent, as_ids
 from headinfer.serving.prefixes import Prefixes
 from headinfer.serving.queueing import Line
 from headinfer.serving.slots import SlotState
@@ -144,6 +145,12 @@ class Request:
             fork: OffloadedCache = lent.cache.fork()
         except CacheStateError:
             return None
+        generation = self._generation
+        known = [*self._ask.ids, *(() if generation is None else generation.ids)]
+        if fork.token_ids is not None:  # drafts that were not yet verified are none of the answer's
+            drafted = fork.get_seq_length() - common_prefix(fork.token_ids[0], as_ids(known))
+            if drafted:
+                fork.crop(-drafted)
         return fork
 
     def _run(self) -> None:

@@ -12,7 +12,7 @@ from headinfer.integration.saving import SavedSession
 from headinfer.saved.folder import MESSAGES_NAME, read_index
 from headinfer.saved.messages import Messages
 from headinfer.serving.kept import Kept
-from headinfer.serving.prefix_folder import PrefixFolder, changed_s, is_own_name
+from headinfer.serving.prefix_folder import PrefixFolder, changed_s, is_own_name, is_prefix_name
 from headinfer.serving.shelf import Shelf
 from headinfer.session import Session
 
@@ -84,19 +84,14 @@ class Sessions:
 
         Raises:
             OptionError: it is no name.
-            SessionFileError: it cannot be written. A cache that was there is whole; messages alone
-                may be those of before.
+            SessionFileError: it cannot be written; what was there is whole.
         """
         with contextlib.closing(cache):
             path = self._place(name)
-            saved = cache.save(path)
-            if messages is not None:
-                messages.write(os.fspath(path))
-            else:  # those of a conversation that had the name before
+            saved = cache.save(path, messages=messages)
+            if messages is None:  # those of a conversation that had the name before
                 (path / MESSAGES_NAME).unlink(missing_ok=True)
-        described = self._folder.described(path, named=True)
-        if described is not None:
-            self._shelf.note_named(described)
+        self._note(path)
         return saved
 
     def restore(self, name: str) -> RestoredSession:
@@ -127,12 +122,10 @@ class Sessions:
                 raise SessionFileError(f"session {name!r} is damaged at its beginning")
             cache.park()
             kept = Kept(ids=ids[0], cache=cache, earliest_crop=cache.earliest_crop)
-            described = self._folder.described(path, named=True)
+            self._note(path)
         except BaseException:
             cache.close()
             raise
-        if described is not None:
-            self._shelf.note_named(described)
         return RestoredSession(
             slot_id=self._shelf.add(kept).id,
             tokens=len(kept.ids),
@@ -140,6 +133,13 @@ class Sessions:
             seconds=time.monotonic() - began_s,
             messages=messages,
         )
+
+    def _note(self, path: Path) -> None:
+        """Have prompts go on from a session, where they do after a restart, too: by its name."""
+        if is_prefix_name(path.name):
+            described = self._folder.described(path, named=True)
+            if described is not None:
+                self._shelf.note_named(described)
 
     def fork(self, slot_id: str) -> OffloadedCache | None:
         """Return a cache with what a slot keeps, in memory or on the disk; None for no such slot.
@@ -171,7 +171,7 @@ class Sessions:
         """Return each of this model's sessions that has a name, the newest first."""
         found = []
         for path in self._folder.path.iterdir():
-            if is_own_name(path.name) or not path.is_dir():
+            if is_own_name(path.name) or not path.is_dir() or not self._folder.has(path):
                 continue
             try:
                 index = read_index(path)
@@ -194,7 +194,7 @@ class Sessions:
                 f"a session's name must be that of a folder without a path, of at most "
                 f"{_MOST_CHARS} characters, not {name[:_MOST_CHARS]!r}"
             )
-        if Path(os.path.realpath(whole)).parent != Path(os.path.realpath(self._folder.path)):
+        if not self._folder.has(whole):
             raise OptionError(f"session {name!r} leads out of the session folder")
         if is_own_name(name):
             raise OptionError(f"session {name!r} has a name of the server's own; choose another")

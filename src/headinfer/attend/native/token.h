@@ -33,7 +33,7 @@ static int64_t splits_of(const struct token *t, int threads, int64_t tokens) {
 void attend_token(const struct token *t) {
     int64_t first = t->place[0], tokens = t->place[1], last = (first + tokens - 1) * HEAD_DIM;
     int64_t elements = t->heads * ROWS_OF(t->group) * HEAD_DIM;
-    int threads = omp_get_max_threads();
+    int threads = omp_get_max_threads(); /* torch's: native/threads.py */
     for (int64_t head = 0; head < t->heads; head++) {
         memcpy(t->keys + head * t->key_stride + last, t->new_keys + head * t->new_key_stride,
                HEAD_DIM * sizeof(element));

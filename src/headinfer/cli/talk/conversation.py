@@ -205,8 +205,7 @@ class Conversation:
             raise OptionError("nothing was said yet, so there is nothing to save")
         if not self._is_whole():
             self._begin_anew()
-        save_session(self._talker.console, self._cache, path)
-        self.messages.write(path)
+        save_session(self._talker.console, self._cache, path, self.messages)
 
     def load(self, path: str) -> None:
         """Go on with a saved session, and with its messages where it has any.

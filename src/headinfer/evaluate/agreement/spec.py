@@ -21,6 +21,7 @@ class AgreementSpec:
         model: the model.
         settings: where to run and how to offload, where a method leaves it open.
         float32: whether 16-bit results are also held against the same weights in float32.
+        adapter: a LoRA on the model: a folder or the id of one; None for none.
 
     Raises:
         OptionError: a value is out of range.
@@ -32,6 +33,7 @@ class AgreementSpec:
     model: Model
     settings: Options
     float32: bool = True
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         check_lists(self.methods, self.contexts)
