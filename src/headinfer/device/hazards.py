@@ -6,7 +6,8 @@ overlapping bytes, at least one of them a write, must be ordered. The method is 
 happens-before race detectors; what is tracked here is byte ranges of tensor storages.
 """
 
-from dataclasses import dataclass, field
+import bisect
+from typing import NamedTuple
 
 import torch
 
@@ -38,14 +39,11 @@ def abroad(clock: Clock, home: int, there: int) -> Clock:
     return {names[name].removesuffix(suffix): count for name, count in clock.items()}
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Access:
-    """A read or write of a byte range."""
+class Access(NamedTuple):
+    """A read or write; `operation` is its number on its stream."""
 
     stream: str
-    count: int
-    start: int
-    end: int
+    operation: int
     write: bool
     purpose: str
 
@@ -55,7 +53,7 @@ class Access:
 
     def precedes(self, clock: Clock) -> bool:
         """Whether the access is ordered before an operation with `clock`."""
-        return clock.get(self.stream, 0) >= self.count
+        return clock.get(self.stream, 0) >= self.operation
 
 
 def byte_range(tensor: torch.Tensor) -> tuple[int, int]:
@@ -68,11 +66,24 @@ def byte_range(tensor: torch.Tensor) -> tuple[int, int]:
     return start, start + tensor.numel() * tensor.element_size()
 
 
-@dataclass(slots=True)
+_Stretch = tuple[int, tuple[Access, ...]]
+"""The address of the first byte of some that were accessed alike, and the accesses that later ones
+must still be ordered after. It ends where the next one of the storage begins."""
+
+
+def _cut(stretches: list[_Stretch], address: int) -> int:
+    """Have a stretch begin at an address, and return which one does."""
+    index = bisect.bisect_left(stretches, (address,))
+    if index == len(stretches) or stretches[index][0] != address:
+        stretches.insert(index, (address, stretches[index - 1][1]))
+    return index
+
+
 class AccessLog:
     """A log of the accesses that later ones must still be ordered after."""
 
-    _by_storage: dict[int, list[Access]] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self._by_storage: dict[int, list[_Stretch]] = {}  # ascending
 
     def add(self, tensor: torch.Tensor, clock: Clock, stream: str, write: bool, what: str) -> None:
         """Check an access against all before it, and remember it.
@@ -90,22 +101,25 @@ class AccessLog:
         if tensor.numel() == 0:
             return
         start, end = byte_range(tensor)
-        access = Access(stream, clock.get(stream, 0), start, end, write, what)
-        past_accesses = self._by_storage.setdefault(tensor.untyped_storage().data_ptr(), [])
-        superseded = []
-        for past in past_accesses:
-            if past.start >= end or start >= past.end:
-                continue
-            if (write or past.write) and not past.precedes(clock):
-                raise HazardError(f"{access} is not ordered after the {past}")
-            # Whatever must come after a covered access must come after this one too, either
-            # because this is a write that came after it, or because it is the same stream's read.
-            covered = start <= past.start and past.end <= end
-            if covered and (write or (past.stream == stream and not past.write)):
-                superseded.append(past)
-        for past in superseded:
-            past_accesses.remove(past)
-        past_accesses.append(access)
+        access = Access(stream, clock.get(stream, 0), write, what)
+        storage = tensor.untyped_storage().data_ptr()
+        stretches = self._by_storage.get(storage)
+        if stretches is None:
+            stretches = self._by_storage[storage] = [(0, ())]
+        first, last = _cut(stretches, start), _cut(stretches, end)
+        for _, accesses in stretches[first:last]:
+            for past in accesses:
+                if (write or past.write) and not past.precedes(clock):
+                    raise HazardError(f"{access} is not ordered after the {past}")
+        # Whatever must come after what is dropped here must come after this access too, either
+        # because this is a write that came after it, or because it is the same stream's read.
+        if write:
+            stretches[first:last] = [(start, (access,))]
+        else:
+            stretches[first:last] = [
+                (at, (*(past for past in accesses if past.write or past.stream != stream), access))
+                for at, accesses in stretches[first:last]
+            ]
 
     def release(self, storage_address: int, clock: Clock, next_use: str) -> None:
         """Drop the accesses of a storage that is freed, so that its address can be used again.
@@ -118,6 +132,7 @@ class AccessLog:
         Raises:
             HazardError: an access is not ordered before the next owner's.
         """
-        for past in self._by_storage.pop(storage_address, ()):
-            if not past.precedes(clock):
-                raise HazardError(f"{next_use} is not ordered after the {past}")
+        for _, accesses in self._by_storage.pop(storage_address, ()):
+            for past in accesses:
+                if not past.precedes(clock):
+                    raise HazardError(f"{next_use} is not ordered after the {past}")
