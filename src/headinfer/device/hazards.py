@@ -6,7 +6,7 @@ overlapping bytes, at least one of them a write, must be ordered. The method is 
 happens-before race detectors; what is tracked here is byte ranges of tensor storages.
 """
 
-import bisect
+from bisect import bisect_left
 from typing import NamedTuple
 
 import torch
@@ -66,24 +66,48 @@ def byte_range(tensor: torch.Tensor) -> tuple[int, int]:
     return start, start + tensor.numel() * tensor.element_size()
 
 
-_Stretch = tuple[int, tuple[Access, ...]]
-"""The address of the first byte of some that were accessed alike, and the accesses that later ones
-must still be ordered after. It ends where the next one of the storage begins."""
+class _Newest:
+    """A storage's bytes, each with the newest access to it of one kind.
 
+    Those before must come before it, so that what comes after it comes after them.
+    """
 
-def _cut(stretches: list[_Stretch], address: int) -> int:
-    """Have a stretch begin at an address, and return which one does."""
-    index = bisect.bisect_left(stretches, (address,))
-    if index == len(stretches) or stretches[index][0] != address:
-        stretches.insert(index, (address, stretches[index - 1][1]))
-    return index
+    __slots__ = ("_latest", "_stretches")
+
+    def __init__(self) -> None:
+        self._latest: Clock = {}
+        # Addresses, ascending, and the access from each one to the next.
+        self._stretches: list[tuple[int, Access | None]] = [(0, None)]
+
+    def put(self, start: int, end: int, access: Access) -> None:
+        """Note an access to the bytes between two addresses."""
+        self._latest[access.stream] = access.operation
+        stretches = self._stretches
+        first, last = bisect_left(stretches, (start,)), bisect_left(stretches, (end,))
+        changed: list[tuple[int, Access | None]] = [(start, access)]
+        if last == len(stretches) or stretches[last][0] != end:
+            changed.append((end, stretches[last - 1][1]))
+        stretches[first:last] = changed
+
+    def unordered(self, clock: Clock, start: int = 0, end: int | None = None) -> Access | None:
+        """Return an access, to a byte between two addresses, that is not before a clock."""
+        if all(clock.get(stream, 0) >= latest for stream, latest in self._latest.items()):
+            return None
+        stretches = self._stretches
+        first = bisect_left(stretches, (start + 1,)) - 1
+        last = None if end is None else bisect_left(stretches, (end,))
+        for _, past in stretches[first:last]:
+            if past is not None and not past.precedes(clock):
+                return past
+        return None
 
 
 class AccessLog:
     """A log of the accesses that later ones must still be ordered after."""
 
     def __init__(self) -> None:
-        self._by_storage: dict[int, list[_Stretch]] = {}  # ascending
+        # By storage and, for reads, by stream; None for all writes.
+        self._by_storage: dict[int, dict[str | None, _Newest]] = {}
 
     def add(self, tensor: torch.Tensor, clock: Clock, stream: str, write: bool, what: str) -> None:
         """Check an access against all before it, and remember it.
@@ -102,24 +126,16 @@ class AccessLog:
             return
         start, end = byte_range(tensor)
         access = Access(stream, clock.get(stream, 0), write, what)
-        storage = tensor.untyped_storage().data_ptr()
-        stretches = self._by_storage.get(storage)
-        if stretches is None:
-            stretches = self._by_storage[storage] = [(0, ())]
-        first, last = _cut(stretches, start), _cut(stretches, end)
-        for _, accesses in stretches[first:last]:
-            for past in accesses:
-                if (write or past.write) and not past.precedes(clock):
+        logs = self._by_storage.setdefault(tensor.untyped_storage().data_ptr(), {})
+        for kind, newest in logs.items():
+            if write or kind is None:
+                past = newest.unordered(clock, start, end)
+                if past is not None:
                     raise HazardError(f"{access} is not ordered after the {past}")
-        # Whatever must come after what is dropped here must come after this access too, either
-        # because this is a write that came after it, or because it is the same stream's read.
-        if write:
-            stretches[first:last] = [(start, (access,))]
-        else:
-            stretches[first:last] = [
-                (at, (*(past for past in accesses if past.write or past.stream != stream), access))
-                for at, accesses in stretches[first:last]
-            ]
+        kind = None if write else stream
+        if kind not in logs:
+            logs[kind] = _Newest()
+        logs[kind].put(start, end, access)
 
     def release(self, storage_address: int, clock: Clock, next_use: str) -> None:
         """Drop the accesses of a storage that is freed, so that its address can be used again.
@@ -132,7 +148,7 @@ class AccessLog:
         Raises:
             HazardError: an access is not ordered before the next owner's.
         """
-        for _, accesses in self._by_storage.pop(storage_address, ()):
-            for past in accesses:
-                if not past.precedes(clock):
-                    raise HazardError(f"{next_use} is not ordered after the {past}")
+        for newest in self._by_storage.pop(storage_address, {}).values():
+            past = newest.unordered(clock)
+            if past is not None:
+                raise HazardError(f"{next_use} is not ordered after the {past}")
