@@ -272,9 +272,16 @@ def test_the_native_kernels_are_compiled_once_and_chosen(
 
 
 @needs_compiler
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    "flags", ["-mno-amx-tile", "-mno-amx-tile -mno-avx512bf16", "-mno-avx512f"]
+    ("flags", "dtype"),
+    [  # those with which another code is compiled; AMX and AVX512-BF16 mean nothing to float32
+        ("-mno-amx-tile", torch.bfloat16),
+        ("-mno-amx-tile", torch.float16),
+        ("-mno-amx-tile -mno-avx512bf16", torch.bfloat16),
+        ("-mno-avx512f", torch.float32),
+        ("-mno-avx512f", torch.bfloat16),
+        ("-mno-avx512f", torch.float16),
+    ],
 )
 def test_the_native_kernels_of_lesser_processors(
     fresh_build: Path, monkeypatch: pytest.MonkeyPatch, flags: str, dtype: torch.dtype

@@ -1,8 +1,11 @@
 """Every mistake a user can make: one line on stderr, exit code 2, no traceback."""
 
+import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ from bad_inputs import BY_THE_COMMAND, TABLE
 from bad_models import FILES, MODELS
 from bad_options import BEFORE_THE_MODEL, Row
 
+from conftest import Outcome
 from saved_models import save_llama, save_tokenizer
 
 
@@ -72,10 +76,56 @@ def test_a_mistake_is_one_line(cli, places, row, monkeypatch):
     assert not os.path.exists(places["new"])
 
 
+COMMANDS = """
+import gc, json, os, sys
+import torch, transformers
+from transformers import modeling_utils
+from headinfer.cli.main import run
+
+gc.freeze()  # or each of them would look through all of torch at its end
+for number, arguments in enumerate(json.load(sys.stdin)):
+    child = os.fork()
+    if child:
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        continue
+    for descriptor, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{number}.{name}", os.O_WRONLY | os.O_CREAT), descriptor)
+    sys.argv = ["headinfer", *arguments]
+    run()
+"""
+
+
+@pytest.fixture(scope="module")
+def by_the_command(command, places, tmp_path_factory) -> dict[Row, Outcome]:
+    """What the command itself says of each mistake: in processes of which one imports torch."""
+    folder = tmp_path_factory.mktemp("commands")
+    rows = [row for row in BY_THE_COMMAND if hasattr(os, "fork")]
+    done = subprocess.run(
+        [sys.executable, "-c", COMMANDS],
+        env=command[1],
+        input=json.dumps([filled(args, places) for args, _ in rows]),
+        capture_output=True,
+        cwd=folder,
+        text=True,
+        timeout=300,
+    )
+    assert done.stderr == ""
+    said = [
+        [(folder / f"{number}.{name}").read_text() for name in ("out", "err")]
+        for number in range(len(rows))
+    ]
+    codes = map(int, done.stdout.split())
+    return {row: Outcome(code, *texts) for row, code, texts in zip(rows, codes, said, strict=True)}
+
+
 @pytest.mark.parametrize("row", BY_THE_COMMAND, ids=named)
-def test_a_mistake_is_one_line_of_the_command(process, places, row):
-    args, words = row
-    check(process(*filled(args, places)), *words)
+def test_a_mistake_is_one_line_of_the_command(by_the_command, row):
+    check(by_the_command[row], *row[1])
+
+
+def test_a_mistake_is_one_line_of_a_process(process, places):
+    (row,) = (row for row in BY_THE_COMMAND if "{template-type}" in row[0])
+    check(process(*filled(row[0], places)), *row[1])
 
 
 UNREADABLE = Path("/proc/self/mem")

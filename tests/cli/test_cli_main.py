@@ -72,7 +72,9 @@ def test_help_and_version_import_no_torch(command):
         "import sys\n"
         "from typer.testing import CliRunner\n"
         "from headinfer.cli.main import app\n"
-        "for args in ['--help'], ['--version'], ['generate', '--help'], ['chat', '--help']:\n"
+        "for args in ['--help'], ['--version'], ['generate', '--help'], ['chat', '--help'], [\n"
+        "    'bench', '--help'], ['evaluate', '--help'], ['evaluate', 'needle', '--help'\n"
+        "]:\n"
         "    assert CliRunner().invoke(app, args).exit_code == 0\n"
         "print([name for name in ('torch', 'transformers') if name in sys.modules])\n"
     )

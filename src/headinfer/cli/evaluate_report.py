@@ -8,20 +8,23 @@ from typing import TYPE_CHECKING
 from headinfer.cli.console import reporting_errors
 from headinfer.cli.report import Files, Out, Plots, write_report
 from headinfer.evaluate.answers.document import Answers
-from headinfer.evaluate.report.document import Results, plot_name
-from headinfer.evaluate.report.document import report as text_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from headinfer.evaluate.report.document import Results
+
 
 def report(files: Files, out: Out = "docs/evaluation.md", plots: Plots = "docs/plots") -> None:
     """Write results as a document with tables and plots, the paper's figures beside them."""
+    # Imported here and not above: it imports torch, which the verbs' help does without.
+    from headinfer.evaluate.report.document import report as text_of
+
     with reporting_errors():
         write_report(files, out, plots, load=_load, text_of=text_of, figures=_figures)
 
 
-def _load(path: str) -> Results:
+def _load(path: str) -> "Results":
     """Return the results of either kind.
 
     Raises:
@@ -36,7 +39,8 @@ def _load(path: str) -> Results:
     return AgreementResults.load(path) if command == "agreement" else Answers.load(path)
 
 
-def _figures(stem: str, results: Results) -> "Iterator[tuple[str, Figure]]":
+def _figures(stem: str, results: "Results") -> "Iterator[tuple[str, Figure]]":
+    from headinfer.evaluate.report.document import plot_name
     from headinfer.evaluate.report.plots import figure  # needs matplotlib
 
     drawn = figure(results) if isinstance(results, Answers) else None

@@ -5,6 +5,7 @@ once. Elsewhere each stops at once.
 """
 
 import contextlib
+import gc
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -88,12 +89,14 @@ def ending_the_process() -> Iterator[None]:
     """Ignore signals that ask to stop once the `with` statement has ended, however it did.
 
     Then the process ends anyway, with a code that is settled. But torch's end takes a second or
-    two. A signal in that time would add a traceback, or put another code in its place.
+    two. A signal in that time would add a traceback, or put another code in its place. Memory is
+    the system's to take back, so that Python need not look for cycles in it. That took a second.
     """
     try:
         yield
     finally:
         if _Process.runs_one_verb:
+            gc.freeze()
             for name in _SIGNALS:
                 if hasattr(signal, name):  # Windows has no SIGHUP
                     signal.signal(getattr(signal, name), signal.SIG_IGN)

@@ -6,7 +6,8 @@ overlapping bytes, at least one of them a write, must be ordered. The method is 
 happens-before race detectors; what is tracked here is byte ranges of tensor storages.
 """
 
-from dataclasses import dataclass, field
+from bisect import bisect_left
+from typing import NamedTuple
 
 import torch
 
@@ -38,14 +39,11 @@ def abroad(clock: Clock, home: int, there: int) -> Clock:
     return {names[name].removesuffix(suffix): count for name, count in clock.items()}
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Access:
-    """A read or write of a byte range."""
+class Access(NamedTuple):
+    """A read or write; `operation` is its number on its stream."""
 
     stream: str
-    count: int
-    start: int
-    end: int
+    operation: int
     write: bool
     purpose: str
 
@@ -55,7 +53,7 @@ class Access:
 
     def precedes(self, clock: Clock) -> bool:
         """Whether the access is ordered before an operation with `clock`."""
-        return clock.get(self.stream, 0) >= self.count
+        return clock.get(self.stream, 0) >= self.operation
 
 
 def byte_range(tensor: torch.Tensor) -> tuple[int, int]:
@@ -68,11 +66,48 @@ def byte_range(tensor: torch.Tensor) -> tuple[int, int]:
     return start, start + tensor.numel() * tensor.element_size()
 
 
-@dataclass(slots=True)
+class _Newest:
+    """A storage's bytes, each with the newest access to it of one kind.
+
+    Those before must come before it, so that what comes after it comes after them.
+    """
+
+    __slots__ = ("_latest", "_stretches")
+
+    def __init__(self) -> None:
+        self._latest: Clock = {}
+        # Addresses, ascending, and the access from each one to the next.
+        self._stretches: list[tuple[int, Access | None]] = [(0, None)]
+
+    def put(self, start: int, end: int, access: Access) -> None:
+        """Note an access to the bytes between two addresses."""
+        self._latest[access.stream] = access.operation
+        stretches = self._stretches
+        first, last = bisect_left(stretches, (start,)), bisect_left(stretches, (end,))
+        changed: list[tuple[int, Access | None]] = [(start, access)]
+        if last == len(stretches) or stretches[last][0] != end:
+            changed.append((end, stretches[last - 1][1]))
+        stretches[first:last] = changed
+
+    def unordered(self, clock: Clock, start: int = 0, end: int | None = None) -> Access | None:
+        """Return an access, to a byte between two addresses, that is not before a clock."""
+        if all(clock.get(stream, 0) >= latest for stream, latest in self._latest.items()):
+            return None
+        stretches = self._stretches
+        first = bisect_left(stretches, (start + 1,)) - 1
+        last = None if end is None else bisect_left(stretches, (end,))
+        for _, past in stretches[first:last]:
+            if past is not None and not past.precedes(clock):
+                return past
+        return None
+
+
 class AccessLog:
     """A log of the accesses that later ones must still be ordered after."""
 
-    _by_storage: dict[int, list[Access]] = field(default_factory=dict)
+    def __init__(self) -> None:
+        # By storage and, for reads, by stream; None for all writes.
+        self._by_storage: dict[int, dict[str | None, _Newest]] = {}
 
     def add(self, tensor: torch.Tensor, clock: Clock, stream: str, write: bool, what: str) -> None:
         """Check an access against all before it, and remember it.
@@ -90,22 +125,17 @@ class AccessLog:
         if tensor.numel() == 0:
             return
         start, end = byte_range(tensor)
-        access = Access(stream, clock.get(stream, 0), start, end, write, what)
-        past_accesses = self._by_storage.setdefault(tensor.untyped_storage().data_ptr(), [])
-        superseded = []
-        for past in past_accesses:
-            if past.start >= end or start >= past.end:
-                continue
-            if (write or past.write) and not past.precedes(clock):
-                raise HazardError(f"{access} is not ordered after the {past}")
-            # Whatever must come after a covered access must come after this one too, either
-            # because this is a write that came after it, or because it is the same stream's read.
-            covered = start <= past.start and past.end <= end
-            if covered and (write or (past.stream == stream and not past.write)):
-                superseded.append(past)
-        for past in superseded:
-            past_accesses.remove(past)
-        past_accesses.append(access)
+        access = Access(stream, clock.get(stream, 0), write, what)
+        logs = self._by_storage.setdefault(tensor.untyped_storage().data_ptr(), {})
+        for kind, newest in logs.items():
+            if write or kind is None:
+                past = newest.unordered(clock, start, end)
+                if past is not None:
+                    raise HazardError(f"{access} is not ordered after the {past}")
+        kind = None if write else stream
+        if kind not in logs:
+            logs[kind] = _Newest()
+        logs[kind].put(start, end, access)
 
     def release(self, storage_address: int, clock: Clock, next_use: str) -> None:
         """Drop the accesses of a storage that is freed, so that its address can be used again.
@@ -118,6 +148,7 @@ class AccessLog:
         Raises:
             HazardError: an access is not ordered before the next owner's.
         """
-        for past in self._by_storage.pop(storage_address, ()):
-            if not past.precedes(clock):
+        for newest in self._by_storage.pop(storage_address, {}).values():
+            past = newest.unordered(clock)
+            if past is not None:
                 raise HazardError(f"{next_use} is not ordered after the {past}")

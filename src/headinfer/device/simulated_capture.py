@@ -73,8 +73,12 @@ class Recorder(Recording):
         if operation.namespace in COMMUNICATES:
             again = functools.partial(_communicate_again, operation, args, kwargs, output)
         else:
-            noted = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs, output))
-            again = functools.partial(_run_again, operation, *noted)
+            if operation.is_view:  # of memory that stays where it is
+                return
+            args, kwargs, output = pytree.tree_map_only(
+                torch.Tensor, torch.Tensor.detach, (args, kwargs, output)
+            )
+            again = functools.partial(_run_again, operation, args, kwargs, _leaves(output))
         self.operations.append(again)
 
 
@@ -161,12 +165,14 @@ def _communicate_again(operation: Any, args: Any, kwargs: Any, outputs: Any) -> 
             output.copy_(torch.ops._c10d_functional.wait_tensor(result))
 
 
-def _run_again(operation: Any, args: Any, kwargs: Any, outputs: Any) -> None:
+def _leaves(output: Any) -> Sequence[Any]:
+    return (output,) if isinstance(output, torch.Tensor) else pytree.tree_leaves(output)
+
+
+def _run_again(operation: Any, args: Any, kwargs: Any, outputs: Sequence[Any]) -> None:
     """Run an operation again, and put into its outputs what came out."""
     results = operation(*args, **kwargs)
-    for output, result in zip(
-        pytree.tree_leaves(outputs), pytree.tree_leaves(results), strict=True
-    ):
+    for output, result in zip(outputs, _leaves(results), strict=True):
         # Where they share memory, as views and what is done in place, it is there already.
         if isinstance(output, torch.Tensor) and output.data_ptr() != result.data_ptr():
             output.copy_(result)

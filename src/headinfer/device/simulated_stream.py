@@ -5,6 +5,7 @@ the stream: a graph's part of a stream is in no order with what is enqueued ther
 """
 
 import collections
+import contextlib
 import ctypes
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -28,6 +29,13 @@ HOST_CALL_MARK = "headinfer: host function"
 
 IN_GRAPH = " in a graph"
 """Ends the name of a stream that has another one's part of captures."""
+
+_UNMARKED = contextlib.nullcontext()
+
+
+def _mark(name: str) -> contextlib.AbstractContextManager[object]:
+    """Mark what is done within, if a profiler looks on: a mark takes longer than a small copy."""
+    return record_function(name) if torch._C._autograd._profiler_enabled() else _UNMARKED
 
 
 class SimulatedEvent:
@@ -189,7 +197,7 @@ class SimulatedStream:
         kept = [end for end in (destination, source) if not holds(end)]
 
         def work(_force: bool, _kept: list[torch.Tensor] = kept) -> bool:
-            with record_function(f"{COPY_MARK}{self.name.removesuffix(IN_GRAPH)}"):
+            with _mark(f"{COPY_MARK}{self.name.removesuffix(IN_GRAPH)}"):
                 ctypes.memmove(*addresses)
             return True
 
@@ -203,7 +211,7 @@ class SimulatedStream:
         self._tick()
 
         def work(_force: bool) -> bool:
-            with record_function(HOST_CALL_MARK), self.device.calling(), without_collection():
+            with _mark(HOST_CALL_MARK), self.device.calling(), without_collection():
                 function()
             return True
 
@@ -307,7 +315,7 @@ class SimulatedStream:
                 asked.force()
             if not asked.reached:
                 return False
-            with record_function(HOST_CALL_MARK), self.device.calling(), without_collection():
+            with _mark(HOST_CALL_MARK), self.device.calling(), without_collection():
                 serve()
             return True
 
