@@ -22,7 +22,9 @@ from headinfer.estimate.methods import (
     ADAPTIVE,
     BOUNDED,
     CHUNKED,
+    FP8,
     HEAD_WISE_SPARSE,
+    INT8,
     QUANTISED,
     RESIDENT,
     STANDARD,
@@ -46,6 +48,8 @@ _LOOKS = {
     UNFUSED: Look(color="#f0c75e", marker="*"),
     HOST_ATTENTION: Look(color="#882255", marker="h"),
     HEAD_WISE_SPARSE: Look(color="#44aa99", marker="v"),
+    INT8: Look(color="#117733", marker="^"),
+    FP8: Look(color="#6a3d9a", marker="v"),
     SYNCHRONOUS: Look(color="#999933", marker="d"),
     AUTO: Look(color="#d55e00", marker="o", width_points=3.2),
 }

@@ -123,6 +123,7 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
         values["tile_tokens"] = "all"
     return values | {
         "approximation": plan.approximation,
+        "format": plan.shape.host_format.value,
         "arena_bytes": plan.arena_bytes,
         "weights_bytes": plan.shape.weights_bytes,
         "kv_device_bytes": plan.kv_device_bytes,
