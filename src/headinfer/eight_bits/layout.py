@@ -4,16 +4,16 @@ A page is 64 tokens of one KV head, of keys or of values. Its bytes, in this ord
 
 - a code of each value, 8 bits, token by token;
 - scales, bfloat16, little-endian. `INT8` has one for each element of a key or value, which all 64
-  tokens share: keys have elements that are large in every token. `FP8` has one for the page, and
+  tokens share: some elements of keys are large in every token. `FP8` has one for the page, and
   zeros behind it up to 16 bytes.
 
 A value is its code times its scale, in float32, rounded to the dtype. A scale is the largest
 magnitude over the largest code, rounded up, and 0 below 2^-126.
 
-A page is kept as it is where it is not full, or has a value that is not finite or beyond half of
-the largest number of its dtype. Its first scale is NaN then, and its bytes begin with an address,
-8 bytes: that of its values, `[64, dim]`. All else of it is 0. So a page is rounded once, when it is
-full: a page that grows token by token has the bytes of one that came as a whole.
+A page is kept as it is while it is not full. The same holds where a value is not finite, or beyond
+half of the largest number of its dtype. Its first scale is NaN then, and its bytes begin with an
+address, 8 bytes: that of its values, `[64, dim]`. All else of it is 0. So a page is rounded once,
+when it is full. One that grows token by token has the bytes of one that came as a whole.
 """
 
 import enum

@@ -33,8 +33,8 @@ class RawPages:
     Args:
         device: takes the slots.
         slot_bytes: of a page as it is.
-        num_bytes: of all slots of a block. That is enough for all pages of a chunk, and as many
-            more as may have been taken before anybody waits to hear how many were.
+        num_bytes: of all slots of a block. It is enough for all pages of a chunk, and for as many
+            more as may be taken before anybody hears how many were.
 
     Attributes:
         block: `[slots, slot_bytes]` of uint8 in host memory, where slots are taken now.
