@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attended import reference
-from headinfer.device.base import Edge
+from headinfer.device.base import Device, Edge
 from headinfer.device.hazards import HazardError
 from headinfer.device.simulated import SimulatedDevice
 from headinfer.engine.engine import Engine
@@ -21,11 +21,11 @@ KEY_DIM, VALUE_DIM, KINDS = 16, 32, ("normal", "any bits", "special")
 
 
 def packing_engine(
-    device: SimulatedDevice, *, batch: int = 1, chunk_tokens: int = 24, residents: int = 0
+    device: Device, *, batch: int = 1, chunk_tokens: int = 24, residents: int = 0
 ) -> Engine:
     shape = model_shape(layers=1, group=1, key_dim=KEY_DIM, value_dim=VALUE_DIM, itemsize=2)
     options = Options(chunk_tokens=chunk_tokens, tile_tokens=16, resident_tokens=residents)
-    plan = resolve(shape.packed, options, device="simulated", batch=batch)
+    plan = resolve(shape.packed, options, device=device.name, batch=batch)
     assert plan.shape.packs
     return Engine(device, plan, torch.bfloat16, Stats())
 
@@ -44,7 +44,7 @@ class Plain:
 
     def append(self, tokens: int, kind: str) -> None:
         new = new_tokens(kind, tokens, self.kv.tokens, self.batch)
-        self.engine.append(0, *new)
+        self.engine.append(0, *(part.to(self.engine.device.torch_device) for part in new))
         self.kv = KV(*(torch.cat(parts, 2) for parts in zip(self.kv, new, strict=True)))
 
     def crop(self, tokens: int, _kind: str) -> None:
@@ -65,7 +65,8 @@ class Plain:
         before, engine = self.engine, self.engine
         self.engine = Engine(engine.device, engine.plan, torch.bfloat16, Stats())
         self.engine.copy_from(before)
-        before.append(0, *new_tokens("any bits", 30, 1, self.batch))
+        new = new_tokens("any bits", 30, 1, self.batch)
+        before.append(0, *(part.to(engine.device.torch_device) for part in new))
         self.check()
 
     def save(self, _tokens: int, _kind: str) -> None:
@@ -82,7 +83,7 @@ class Plain:
 
     def check(self) -> None:
         for part, wanted in zip(("keys", "values"), self.kv, strict=True):
-            assert torch.equal(bits_of(self.engine.read(0, part)), bits_of(wanted))
+            assert torch.equal(bits_of(self.engine.read(0, part).cpu()), bits_of(wanted))
 
 
 CHANGES = ("append", "append", "append", "crop", "select", "replan", "fork", "save")
@@ -108,6 +109,25 @@ test_every_bit_comes_back = settings(max_examples=12, deadline=None)(every(check
 test_every_bit_comes_back_from_many = pytest.mark.slow(
     settings(max_examples=200, deadline=None)(every(check_changes))
 )
+
+
+@pytest.mark.gpu
+def test_every_bit_comes_back_from_a_gpu() -> None:
+    from headinfer.device.cuda import CudaDevice
+
+    for chunk_tokens, residents, batch in ((24, 0, 1), (130, 70, 2)):
+        device = CudaDevice(torch.device("cuda"))
+        engine = packing_engine(device, batch=batch, chunk_tokens=chunk_tokens, residents=residents)
+        cache = Plain(engine, batch)
+        for kind in KINDS * 3:
+            for name, tokens in (("append", 150), ("crop", 30), ("append", 77)):
+                getattr(cache, name)(tokens, kind)
+                cache.check()
+        for name in ("select", "replan", "fork", "save"):
+            getattr(cache, name)(0, "normal")
+            cache.check()
+            cache.append(70, "any bits")
+            cache.check()
 
 
 def go_on(device: SimulatedDevice) -> None:

@@ -20,7 +20,7 @@ SHAPES = [(2, 2, 150, 64), (1, 3, 1, 80), (1, 2, 200, 128), (1, 1, 70, 256), (1,
 
 
 @pytest.mark.parametrize("shape", SHAPES if ON_GPU else [(1, 2, 70, 48)], ids=str)
-@pytest.mark.parametrize("kind", KINDS if ON_GPU else ["special", "one too many"])
+@pytest.mark.parametrize("kind", KINDS if ON_GPU else ["full", "one too many"])
 def test_pages_are_the_references_and_every_bit_comes_back(
     kind: str, shape: tuple[int, int, int, int]
 ) -> None:

@@ -7,6 +7,7 @@ import pytest
 from headinfer.estimate.machines import HARDWARE
 from headinfer.packed.layout import PageLayout
 from headinfer.plan.format import Format
+from headinfer.plan.memory import resident_bytes
 from headinfer.plan.options import Options
 from headinfer.plan.plan import Plan
 from headinfer.plan.predict import Predictor
@@ -45,6 +46,15 @@ def test_device_memory_has_packed_tiles_and_one_that_is_unpacked() -> None:
     host_bytes = packed.shape.host_kv_bytes(2**17)
     assert packed.kv_host_bytes(2**17) == host_bytes + packed.raw_page_bytes
     assert any(line.startswith("CPU memory") and "packed" in line for line in packed.lines())
+
+
+def test_tiles_begin_where_pages_do() -> None:
+    options = Options.parse(device_memory="24GiB")
+    plan = resolve(LLAMA_3_8B.packed, options, device="cuda", context_tokens=2**20)
+    assert plan.resident_tokens % 64 == 0 < plan.resident_tokens
+    spare = plan.device_memory_bytes - plan.total_device_bytes
+    assert 0 <= spare < resident_bytes(plan.shape, resident_tokens=64, batch=1)
+    assert plan.tile_tokens % 64 == 0
 
 
 def test_what_the_link_bounds_takes_as_much_less_time() -> None:

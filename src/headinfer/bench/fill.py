@@ -1,11 +1,13 @@
 """Filling a cache with random keys and values, at the cost of writing them and no more."""
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 
 import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from headinfer.bench.recorded import recorded_values
 from headinfer.errors import UnsupportedModelError
 from headinfer.integration.cache import OffloadedCache
 from headinfer.integration.layer import OffloadedLayer
@@ -17,7 +19,9 @@ from headinfer.plan.shape import LayerKind, LayerShape
 _CHUNK_TOKENS = 8192
 
 
-def fill_randomly(model: PreTrainedModel, cache: Cache, tokens: int, seed: int) -> None:
+def fill_randomly(
+    model: PreTrainedModel, cache: Cache, tokens: int, seed: int, *, recorded: bool = False
+) -> None:
     """Let an empty cache hold tokens, whose keys and values depend on nothing but the seed.
 
     Args:
@@ -25,6 +29,7 @@ def fill_randomly(model: PreTrainedModel, cache: Cache, tokens: int, seed: int) 
         cache: transformers' own or ours; updated in place.
         tokens: how many.
         seed: of keys and values.
+        recorded: whether exponents are distributed as those of real models; else values are normal.
 
     Raises:
         UnsupportedModelError: the model has layers without keys and values.
@@ -40,7 +45,8 @@ def fill_randomly(model: PreTrainedModel, cache: Cache, tokens: int, seed: int) 
     for position, shape in enumerate(shapes):
         where = places[position]
         generator = torch.Generator(where).manual_seed(seed + position)
-        chunks = _random_chunks(shape, tokens, model, generator)
+        draw = functools.partial(_draw, position if recorded else None, model.dtype, generator)
+        chunks = _random_chunks(shape, tokens, draw)
         layer = cache.layers[position] if position < len(cache.layers) else None
         if engine is not None and isinstance(layer, OffloadedLayer):
             own = engine.plan.shape.attention_layers[offloaded]
@@ -73,15 +79,26 @@ def _dims(shape: LayerShape) -> tuple[int, int]:
 
 
 def _random_chunks(
-    shape: LayerShape, tokens: int, model: PreTrainedModel, generator: torch.Generator
+    shape: LayerShape, tokens: int, draw: Callable[[str, tuple[int, ...]], torch.Tensor]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield keys and values of a layer, a few thousand tokens at a time."""
     for start in range(0, tokens, _CHUNK_TOKENS):
         count = min(_CHUNK_TOKENS, tokens - start)
         keys, values = (
-            torch.empty(
-                *(1, shape.kv_heads, count, dim), dtype=model.dtype, device=generator.device
-            ).normal_(generator=generator)
-            for dim in _dims(shape)
+            draw(part, (1, shape.kv_heads, count, dim))
+            for part, dim in zip(("keys", "values"), _dims(shape), strict=True)
         )
         yield keys, values
+
+
+def _draw(
+    recorded_layer: int | None,
+    dtype: torch.dtype,
+    generator: torch.Generator,
+    part: str,
+    shape: tuple[int, ...],
+) -> torch.Tensor:
+    """Return keys or values, normal ones where there is no number of a layer."""
+    if recorded_layer is None:
+        return torch.empty(shape, dtype=dtype, device=generator.device).normal_(generator=generator)
+    return recorded_values(shape, part, recorded_layer, dtype, generator)

@@ -41,6 +41,9 @@ class Fill(str, enum.Enum):
     RANDOM = "random"
     """Random keys and values, the same for each method, as the paper's decode measurements have."""
 
+    RECORDED = "recorded"
+    """Random ones whose exponents are distributed as those of real models, for codes of these."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrialSpec:

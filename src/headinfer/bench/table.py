@@ -7,6 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from headinfer.bench.held import DENSE
 from headinfer.bench.launch import Machine
 from headinfer.bench.result import Status
 from headinfer.bench.rows import NOISY_CPU_SHARE, Row
@@ -113,7 +114,11 @@ def conditions(spec: BenchSpec, machine: Machine) -> Iterable[str]:
     yield f"measured: {', '.join(parts)}"
     if rates.links_bytes_per_s:
         yield f"all links at once {rates.links_bytes_per_s / 1e9:.1f} GB/s"
-    filled = "by prefill" if spec.fill is Fill.PREFILL else "at random, without a prefill"
+    filled = {
+        Fill.PREFILL: "by prefill",
+        Fill.RANDOM: "at random, without a prefill",
+        Fill.RECORDED: "at random with real models' exponents, without a prefill",
+    }[spec.fill]
     yield (
         f"medians of {spec.repeats} fresh process{'es' * (spec.repeats > 1)} a method, "
         f"{spec.new_tokens} decode step{'s' * (spec.new_tokens > 1)} each; cache filled {filled}"
@@ -122,8 +127,6 @@ def conditions(spec: BenchSpec, machine: Machine) -> Iterable[str]:
         each = " on each GPU" if spec.gpus > 1 else ""
         where = "CPU" if machine.device == "cpu" else "GPU"
         yield f"{where} memory held to {exact_bytes(held)}{each}"
-    if spec.settings.kv_cache == "packed" and machine.device != "cpu":
-        yield "KV of HeadInfer's methods packed in CPU memory, where it is bfloat16"
 
 
 def notes(rows: Sequence[Row]) -> list[str]:
@@ -133,6 +136,8 @@ def notes(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         contexts.setdefault(row.method, []).append(row.context_tokens)
         texts = row.note.split("; ") if row.note else []
+        if row.format != DENSE:
+            texts.append(f"KV {row.format} in CPU memory")
         if row.status is not Status.OK:
             texts.insert(0, f"{meaning(row.status)}: {row.reason}")
         elif row.limited_by:

@@ -206,9 +206,10 @@ def _measure(
     memory = _DeviceMemory(devices)
     cache = method.new_cache(spec.all_tokens)
     passed = spec.context_tokens
-    if spec.fill is Fill.RANDOM:
+    if spec.fill is not Fill.PREFILL:
         passed = method.pass_tokens(spec.context_tokens) if spec.last_pass else 0
-        fill_randomly(model, cache, spec.context_tokens - passed, spec.seed + 2)
+        recorded = spec.fill is Fill.RECORDED
+        fill_randomly(model, cache, spec.context_tokens - passed, spec.seed + 2, recorded=recorded)
         peak.restart()  # writing takes copies that are no method's own
         memory.restart()
     link = [method.link_bytes()]

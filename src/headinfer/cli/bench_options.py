@@ -58,8 +58,8 @@ def options(
         Fill,
         typer.Option(
             metavar="HOW",
-            help="How caches come to hold the prompt: prefill, or random keys and values, which "
-            "takes no time.",
+            help="How caches come to hold the prompt: prefill; or random keys and values, which "
+            "takes no time; or recorded, random ones with the exponents of real models.",
         ),
     ] = Fill.PREFILL,
     new_tokens: Annotated[

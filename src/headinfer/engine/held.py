@@ -70,8 +70,7 @@ class HeldTokens(CountedTokens):
             tracks = [
                 Ledger(
                     Geometry(plan.batch, track.kv_heads, track.key_dim, track.value_dim, dtype),
-                    host,
-                    *(track.window_tokens or None, track.sink_tokens, track.host_format),
+                    *(host, track.window_tokens or None, track.sink_tokens, track.host_format),
                 )
                 for track in shape.tracks
             ]
@@ -343,7 +342,9 @@ class HeldTokens(CountedTokens):
         if self._replayed is not None:
             self._replayed.synchronize(Edge.HOST_SETTLED)
             self._replayed = None
-        for stream in (self._device.copy_in, self._device.copy_out, self._device.host_work):
+        device = self._device  # whose compute reads host memory, too, where that is packed
+        compute = (device.compute,) if self.plan.shape.packs else ()
+        for stream in (device.copy_in, device.copy_out, device.host_work, *compute):
             stream.record().synchronize(Edge.HOST_SETTLED)
         self._host.forget()
         self._executor.source.drop()

@@ -33,8 +33,8 @@ class RawPages:
     Args:
         device: takes the slots.
         slot_bytes: of a page as it is.
-        num_bytes: of all slots of a block. It is enough for all pages of a chunk, and for as many
-            more as may be taken before anybody hears how many were.
+        num_bytes: of all slots of a block. They are enough for the pages of two chunks, so that
+            mostly nobody waits to hear how many were taken.
 
     Attributes:
         block: `[slots, slot_bytes]` of uint8 in host memory, where slots are taken now.
@@ -70,7 +70,8 @@ class RawPages:
     def note(self, pages: int) -> None:
         """Have the slots counted that so many pages may have taken, behind compute's work."""
         at, self._next = self._next, (self._next + 1) % _COUNTS
-        self._seen_on_device[at : at + 1].copy_(self.taken)
+        # A kernel writes there, as others read what is mapped; a copy would be the driver's.
+        torch.add(self.taken, 0, out=self._seen_on_device[at : at + 1])
         self._counts.append(_Count(self._device.mark_compute(), at, pages))
 
     def _look(self) -> None:

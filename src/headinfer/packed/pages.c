@@ -99,7 +99,7 @@ static void each_page(const struct pages *p, int packs) {
         uint8_t *page = p->pages + row * p->page_strides[0] + head * p->page_strides[1] +
                         number * p->page_strides[2];
         int direct = tokens == PAGE_TOKENS && step == HEAD_DIM;
-        if (!packs) unpack_page(page, direct ? values : room[0]);
+        if (!packs) unpack_page(page, direct ? values : room[0], page + PAGE_BYTES);
         if (packs && tokens < PAGE_TOKENS) memset(room, 0, sizeof room);
         for (int64_t token = 0; !direct && token < tokens; token++)
             if (packs)

@@ -13,6 +13,7 @@ from headinfer.plan.choices import (
     tile_sizes,
 )
 from headinfer.plan.drafts import with_drafts
+from headinfer.plan.format import Format
 from headinfer.plan.hardware import Hardware
 from headinfer.plan.options import Options
 from headinfer.plan.plan import Plan
@@ -172,7 +173,10 @@ class _Residency:
         )
         if plan.device_memory_bytes is not None:
             left = plan.device_memory_bytes - plan.total_device_bytes
-            tokens = min(tokens, memory.resident_tokens(plan.shape, left, batch=plan.batch))
+            fitting = memory.resident_tokens(plan.shape, left, batch=plan.batch)
+            if plan.shape.packs:  # tiles behind them then begin where pages do
+                fitting -= fitting % Format.PACKED.row_tokens
+            tokens = min(tokens, fitting)
         size = memory.resident_bytes(plan.shape, resident_tokens=tokens, batch=plan.batch)
         return replace(plan, resident_tokens=tokens, resident_bytes=size)
 

@@ -43,7 +43,7 @@ INLINE query_element query_of(float value) { return value; }
 
 /* Ask for a row of keys or values that the next phase will read. */
 INLINE void prefetch(const stored *row) {
-    UNROLL for (int byte = 0; byte < ROW * (int)sizeof(stored); byte += 64)
+    UNROLL for (int byte = 0; byte < REST * (int)sizeof(stored); byte += 64)
         __builtin_prefetch((const char *)row + byte, 0, 2);
 }
 
@@ -67,7 +67,7 @@ static inline void score_block(const query_element *query, const element *keys, 
                                int64_t count, float scale, float *scores) {
     int64_t first = 0;
     for (; first + TOKENS_AT_ONCE <= count; first += TOKENS_AT_ONCE) {
-        UNROLL for (int t = 0; t < TOKENS_AT_ONCE; t++) prefetch(values + (first + t) * ROW);
+        UNROLL for (int t = 0; t < TOKENS_AT_ONCE; t++) prefetch(values + (first + t) * REST);
         vector sum = score_step(query, keys + first * HEAD_DIM, TOKENS_AT_ONCE, scale);
         put(scores + first * SLOTS, sum);
     }
@@ -131,7 +131,7 @@ static inline void add_values(const element *values, const stored *next_keys, in
         vector sum[ROWS][CHUNKS_AT_ONCE];
         memset(sum, 0, sizeof sum);
         for (int64_t token = 0; token < count; token++) {
-            if (chunk == 0 && token < next_count) prefetch(next_keys + token * ROW);
+            if (chunk == 0 && token < next_count) prefetch(next_keys + token * REST);
             vector value[CHUNKS_AT_ONCE];
             UNROLL for (int c = 0; c < CHUNKS_AT_ONCE; c++)
                 if (chunk + c < CHUNKS)
@@ -167,11 +167,12 @@ static void attend_part(const float *given_query, const stored *keys, const stor
         int64_t now = count - start < BLOCK ? count - start : BLOCK;
         int64_t left = count - start - now, next = left < BLOCK ? left : BLOCK;
         int64_t at = first + start;
-        const element *k = rows_of(keys, at, now, room);
-        score_block(query, k, values + at * ROW, now, scale, scores);
+        const stored *these = values + at * ROW, *those = keys + (at + now) * ROW;
+        const element *k = rows_of(keys, at, now, room, these);
+        score_block(query, k, these + FETCHED, now, scale, scores);
         weigh_block(scores, weights, &highest, &total, sum);
-        const element *v = rows_of(values, at, now, room);
-        add_values(v, keys + (at + now) * ROW, now, next, weights, sum);
+        const element *v = rows_of(values, at, now, room, those);
+        add_values(v, those + FETCHED, now, next, weights, sum);
     }
     total = sum_of_row(total);
     for (int row = 0; row < ROWS; row++) {

@@ -61,7 +61,7 @@ INLINE void ask(struct ahead *a) {
     }
 }
 
-INLINE int64_t lines_of(int64_t tokens) { return tokens * ROW * (int64_t)sizeof(stored) / 64; }
+INLINE int64_t lines_of(int64_t tokens) { return tokens * REST * (int64_t)sizeof(stored) / 64; }
 
 /* Times that two groups `ask` in a block: each takes about as long, but a step of weights twice. */
 #define ASKED (BLOCK / DIMS * CHUNKS + 2 * 2 * BLOCK / STEP + CHUNKS * BLOCK / DIMS)
@@ -201,12 +201,13 @@ static void attend_part(const float *query, const stored *keys, const stored *va
     for (int64_t start = 0; start < count; start += BLOCK) {
         int64_t left = count - start, next = left - BLOCK < BLOCK ? left - BLOCK : BLOCK;
         int64_t at = first + start;
-        struct ahead a = {.values = (const char *)(values + at * ROW),
-                          .keys = (const char *)(keys + (at + BLOCK) * ROW)};
+        const stored *these = values + at * ROW, *those = keys + (at + BLOCK) * ROW;
+        struct ahead a = {.values = (const char *)(these + FETCHED),
+                          .keys = (const char *)(those + FETCHED)};
         a.value_lines = lines_of(left < BLOCK ? left : BLOCK);
         a.key_lines = next > 0 ? lines_of(next) : 0;
         a.each = (a.value_lines + a.key_lines + asked - 1) / asked;
-        const element *k = block_of(keys, at, left, s.room);
+        const element *k = block_of(keys, at, left, s.room, these);
         for (int64_t group = 0; group < groups; group += 2) {
             score_block(&s, k, group, group + 1 < groups, &a);
             for (int64_t token = left; token < BLOCK; token++)
@@ -214,7 +215,7 @@ static void attend_part(const float *query, const stored *keys, const stored *va
             weigh_block(&s, group, 0, scale * LOG2_E, &a);
             if (group + 1 < groups) weigh_block(&s, group + 1, STEP, scale * LOG2_E, &a);
         }
-        add_values(&s, block_of(values, at, left, s.room), groups, &a);
+        add_values(&s, block_of(values, at, left, s.room, those), groups, &a);
     }
     for (int64_t row = 0; row < rows; row++) {
         float total = _mm512_reduce_add_ps((__m512)s.total[row]);

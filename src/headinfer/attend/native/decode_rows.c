@@ -35,7 +35,6 @@
 #define PADDED PADDED_TO(ROWS)
 
 #include "panels.h"
-#include "stored.h"
 
 /*
  * Rows from which this is faster than `decode.c`. (A core of an EPYC with AVX-512 multiplies 49 to 59
@@ -64,7 +63,7 @@ static void score_block(struct state *s, const element *keys, const stored *valu
                         int64_t rows) {
     for (int panel = 0; panel < KEY_PANELS; panel++) {
         pack_keys(keys + panel * PANEL * HEAD_DIM, count - panel * PANEL, s->keys);
-        const stored *fetched = panel * PANEL < count ? values + panel * PANEL * ROW : 0;
+        const stored *fetched = panel * PANEL < count ? values + panel * PANEL * REST : 0;
         for (int64_t row = 0; row < rows; row += ROWS_AT_ONCE)
             multiply_panel(s->query[row], DIM_STEPS, s->keys[0], DIM_STEPS,
                            s->scores[row] + panel * PANEL, BLOCK, 0,
@@ -88,7 +87,7 @@ static void add_values(struct state *s, const element *values, int64_t count, co
                        int64_t rows) {
     for (int panel = 0; panel < VALUE_PANELS; panel++) {
         pack_values(values + panel * PANEL, count, s->values);
-        const char *fetched = next ? next + panel * BLOCK_STEPS * PANEL_BYTES : 0;
+        const char *fetched = next ? next + panel * BLOCK_STEPS * STEP_BYTES : 0;
         for (int64_t row = 0; row < rows; row += ROWS_AT_ONCE)
             multiply_panel(s->weights[row], BLOCK_STEPS, s->values[0], BLOCK_STEPS,
                            s->out[row] + panel * PANEL, HEAD_DIM, 1, row ? 0 : fetched);
@@ -128,10 +127,12 @@ static void attend_part(const float *query, const stored *keys, const stored *va
     for (int64_t start = 0; start < count; start += BLOCK) {
         int64_t left = count - start, now = left < BLOCK ? left : BLOCK;
         int64_t at = first + start;
-        score_block(&s, rows_of(keys, at, now, s.room), values + at * ROW, now, rows);
+        const stored *these = values + at * ROW, *those = keys + (at + BLOCK) * ROW;
+        const element *k = rows_of(keys, at, now, s.room, these);
+        score_block(&s, k, these + FETCHED, now, rows);
         weigh_block(&s, now, scale * LOG2_E, rows);
-        const char *next = left > BLOCK ? (const char *)(keys + (at + BLOCK) * ROW) : 0;
-        add_values(&s, rows_of(values, at, now, s.room), now, next, rows);
+        const element *v = rows_of(values, at, now, s.room, those);
+        add_values(&s, v, now, left > BLOCK ? (const char *)(those + FETCHED) : 0, rows);
     }
     for (int64_t row = 0; row < rows; row++) {
         lse[row] = (s.highest[row] + log2f(s.total[row])) * LN_2;

@@ -99,8 +99,8 @@ INLINE const uint16_t *panel_of(struct state *s, const element *from, int tokens
  * like this, 11 in two bursts a block, 9.5 by tiles alone, and 15 where it only reads.)
  */
 INLINE void prefetch(const stored *rows, int64_t count, int part, int parts) {
-    const char *from = (const char *)(rows + count * part / parts * ROW);
-    const char *end = (const char *)(rows + count * (part + 1) / parts * ROW);
+    const char *from = (const char *)(rows + count * part / parts * REST);
+    const char *end = (const char *)(rows + count * (part + 1) / parts * REST);
     for (; from < end; from += 64) __builtin_prefetch(from, 0, 2);
 }
 
@@ -274,10 +274,12 @@ static void attend_part(const float *query, const stored *keys, const stored *va
         int64_t left = count - start, ahead = left - BLOCK < BLOCK ? left - BLOCK : BLOCK;
         if (ahead < 0) ahead = 0;
         int64_t at = first + start;
-        score_block(&s, block_of(keys, at, left, s.room), values + at * ROW, scale * LOG2_E);
+        const stored *these = values + at * ROW, *those = keys + (at + BLOCK) * ROW;
+        const element *k = block_of(keys, at, left, s.room, these);
+        score_block(&s, k, these + FETCHED, scale * LOG2_E);
         for (int64_t token = left; token < BLOCK; token++) put(s.scores[token], all(-INFINITY));
-        weigh_block(&s, keys + (at + BLOCK) * ROW, ahead);
-        add_values(&s, block_of(values, at, left, s.room), keys + (at + BLOCK) * ROW, ahead);
+        weigh_block(&s, those + FETCHED, ahead);
+        add_values(&s, block_of(values, at, left, s.room, those), those + FETCHED, ahead);
     }
     for (int row = 0; row < ROWS; row++) {
         float total = _mm512_reduce_add_ps((__m512)s.total[row]);

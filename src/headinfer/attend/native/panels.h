@@ -8,6 +8,7 @@
  * where a matrix unit multiplies instead.
  */
 #include "elements.h"
+#include "stored.h"
 
 #if defined(ELEMENT_IS_BFLOAT16) && defined(__AVX512BF16__) && HEAD_DIM % 32 == 0
 #define PAIRS 1
@@ -67,11 +68,12 @@ INLINE vector multiply_add(vector sum, operand a, vector b) {
 #endif
 }
 
-#define PANEL_BYTES (PANEL * PER_STEP * (int)sizeof(element)) /* a step's, before it was packed */
+/* A step's bytes of a panel as it is stored, and is not fetched otherwise. */
+#define STEP_BYTES (PANEL * PER_STEP * REST * (int)sizeof(stored) / HEAD_DIM)
 
 /*
  * c [ROWS_AT_ONCE][PANEL] = (add ? c : 0) + a [ROWS_AT_ONCE][steps] x b [steps][PANEL]
- * Meanwhile `fetched`, if any, is asked for: as many bytes as the panel took before it was packed, a
+ * Meanwhile `fetched`, if any, is asked for: as many bytes as the panel takes as it is stored, a
  * little at each step, because a core has few requests to memory in flight.
  */
 INLINE void multiply_panel(const operand *a, int64_t a_stride, const operand *b, int64_t steps,
@@ -86,8 +88,8 @@ INLINE void multiply_panel(const operand *a, int64_t a_stride, const operand *b,
         vector columns[VECTORS];
         UNROLL for (int i = 0; i < VECTORS; i++) columns[i] = get(b + step * PANEL + i * LANES);
         if (fetched)
-            UNROLL for (int byte = 0; byte < PANEL_BYTES; byte += 64)
-                __builtin_prefetch(fetched + step * PANEL_BYTES + byte, 0, 2);
+            UNROLL for (int byte = 0; byte < STEP_BYTES; byte += 64)
+                __builtin_prefetch(fetched + step * STEP_BYTES + byte, 0, 2);
         UNROLL for (int row = 0; row < ROWS_AT_ONCE; row++) {
             operand one = a[row * a_stride + step];
             UNROLL for (int i = 0; i < VECTORS; i++)

@@ -14,22 +14,30 @@
 typedef uint8_t stored;
 #define ROW (PAGE_BYTES / PAGE_TOKENS) /* a token's part of a page, rounded down: for prefetching */
 #define ROOM (BLOCK + PAGE_TOKENS)     /* tokens of the pages that a block may have a part of */
+#define FETCHED (BLOCK / 2 * HEAD_DIM) /* of the next block, while this one is unpacked */
 #else
 typedef element stored;
 #define ROW HEAD_DIM
 #define ROOM BLOCK
+#define FETCHED 0
 #endif
 
-/* Return `count` tokens from `first` on, in `room` or where they are. */
+/* What is fetched of a block while another one is attended: of each token, the same part of the rest. */
+#define REST (ROW - FETCHED / BLOCK)
+
+/*
+ * Return `count` tokens from `first` on, in `room` or where they are. If they are unpacked, FETCHED of
+ * what lies at `ahead` is fetched meanwhile.
+ */
 INLINE const element *rows_of(const stored *from, int64_t first, int64_t count,
-                              element room[ROOM][HEAD_DIM]) {
+                              element room[ROOM][HEAD_DIM], const stored *ahead) {
 #ifdef PACKED
     int64_t page = first / PAGE_TOKENS, end = (first + count + PAGE_TOKENS - 1) / PAGE_TOKENS;
     for (int64_t i = 0; page + i < end; i++)
-        unpack_page(from + (page + i) * PAGE_BYTES, room[i * PAGE_TOKENS]);
+        unpack_page(from + (page + i) * PAGE_BYTES, room[i * PAGE_TOKENS], ahead + i * HALF_PAGE);
     return room[first % PAGE_TOKENS];
 #else
-    (void)room, (void)count;
+    (void)room, (void)count, (void)ahead;
     return from + first * HEAD_DIM;
 #endif
 }
@@ -39,8 +47,8 @@ INLINE const element *rows_of(const stored *from, int64_t first, int64_t count,
  * Compilers do not know what a matrix unit loads: without this they may leave out what was stored.
  */
 INLINE const element *block_of(const stored *from, int64_t first, int64_t count,
-                               element room[ROOM][HEAD_DIM]) {
-    const element *rows = rows_of(from, first, count < BLOCK ? count : BLOCK, room);
+                               element room[ROOM][HEAD_DIM], const stored *ahead) {
+    const element *rows = rows_of(from, first, count < BLOCK ? count : BLOCK, room, ahead);
     if (count < BLOCK) {
 #ifndef PACKED
         rows = memcpy(room[0], rows, count * sizeof *room);
