@@ -28,6 +28,7 @@ from headinfer.kv.extent import Piece, Tile
 from headinfer.kv.pair import KV
 from headinfer.packed.layout import PageLayout, num_pages
 from headinfer.packed.native import pack_native, pages_library, unpack_native
+from headinfer.plan.format import Format
 from headinfer.probe.caches import beyond_caches
 
 KV_HEADS, CONTEXTS, LEAST_BYTES = 8, 4, 256 * 2**20
