@@ -28,6 +28,7 @@ from headinfer.kv.extent import Piece, Tile
 from headinfer.kv.pair import KV
 from headinfer.packed.layout import PageLayout, num_pages
 from headinfer.packed.native import pack_native, pages_library, unpack_native
+from headinfer.plan.format import Format
 from headinfer.probe.caches import beyond_caches
 
 KV_HEADS, CONTEXTS, LEAST_BYTES = 8, 4, 256 * 2**20
@@ -76,7 +77,7 @@ def attention(dim: int, groups: list[int], rounds: int) -> list[dict[str, Any]]:
         for values, page in zip(kv, pages, strict=True):
             pack_native(library, values, page)
         dense.append(Tile(0, tokens, Piece(kv.keys), kv))
-        packed.append(Tile(0, tokens, Piece(pages.keys), pages))
+        packed.append(Tile(0, tokens, Piece(pages.keys), pages, format=Format.PACKED))
     rows = []
     for group in groups:
         query = torch.randn(1, KV_HEADS, group, 1, dim).bfloat16()

@@ -52,6 +52,7 @@ ORDER = [
     "device",
     "plan",
     "schedule",
+    "eight_bits",
     "packed",
     "native",
     "heads",

@@ -18,6 +18,7 @@ from headinfer.kv.extent import Piece, Tile
 from headinfer.kv.pair import KV
 from headinfer.native.build import ELEMENTS
 from headinfer.packed.reference import pack
+from headinfer.plan.format import Format
 from packed_values import drawn
 
 SPANS = [(0, 192), (64, 150), (5, 290)]
@@ -71,9 +72,10 @@ def test_packed_pages_on_a_matrix_unit_in_c(unit_in_c: None, rows: int) -> None:
     kv = KV(*(drawn("full", (1, 2, 300, 32), seed) for seed in (0, 1)))
     pages = KV(*map(pack, kv))
     query, results = torch.randn(1, 2, rows, 1, 32).bfloat16(), []
-    for whole in (kv, pages):
+    for whole, form in ((kv, Format.DENSE), (pages, Format.PACKED)):
         total = Accumulator()
-        tiles = [Tile(0, tokens, Piece(whole.keys), whole, first) for first, tokens in SPANS]
+        piece = Piece(whole.keys)
+        tiles = [Tile(0, tokens, piece, whole, first, format=form) for first, tokens in SPANS]
         NativeKernel().attend(Work(query, tiles, 0.2, total))
         results.append(total.result())
     assert torch.equal(results[0].out, results[1].out)

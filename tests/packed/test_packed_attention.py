@@ -13,6 +13,7 @@ from headinfer.attend.work import Work
 from headinfer.kv.extent import Piece, Tile
 from headinfer.kv.pair import KV
 from headinfer.packed.reference import pack
+from headinfer.plan.format import Format
 from packed_values import drawn, keep_raw
 
 pytestmark = pytest.mark.skipif(
@@ -52,7 +53,8 @@ class Case:
             pages = KV(*map(pack, kv))
             self.kept += [keep_raw(*both) for both in zip(pages, kv, strict=True)]
             self.dense.append(Tile(0, tokens, Piece(kv.keys), kv, first))
-            self.packed.append(Tile(0, tokens, Piece(pages.keys), pages, first))
+            piece = Piece(pages.keys)
+            self.packed.append(Tile(0, tokens, piece, pages, first, format=Format.PACKED))
 
     def attended(self, tiles: list[Tile], mask: torch.Tensor | None = None) -> Partial:
         total = Accumulator()
@@ -128,5 +130,5 @@ def test_what_is_not_served() -> None:
     """Pages of another size are not taken for such tokens, and other dtypes have no pages."""
     case = Case((1, 2, 1, 1, 64), [(0, 100)])
     assert not NativeKernel().serves(Work(case.query[..., :48], case.packed, SCALE))
-    assert decode_library(torch.float16, 64, 3, packed=True) is None
-    assert decode_library(torch.bfloat16, 2048, 3, packed=True) is None
+    assert decode_library(torch.float16, 64, 3, Format.PACKED) is None
+    assert decode_library(torch.bfloat16, 2048, 3, Format.PACKED) is None

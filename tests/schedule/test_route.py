@@ -38,6 +38,7 @@ class Places:
     host: int = 0
     resident: int = 0
     page: range | None = None
+    row_tokens: int = 1
 
     def held(self, kv_heads: int) -> Held:
         return Held(
@@ -47,6 +48,7 @@ class Places:
             self.resident,
             self.resident_capacity,
             self.page is not None,
+            -self.host % self.row_tokens,
         )
 
     def keep(self, where: Where, new: int, sizes: Sizes) -> None:
@@ -170,6 +172,7 @@ passes = st.lists(
     tile_tokens=st.sampled_from([1, 4, 16]),
     capacity=st.sampled_from([0, 1, 7, 20, 1000]),
     kind_of_track=st.sampled_from(["paged"] * 6 + ["in place", "1", "4", "30"]),
+    row_tokens=st.sampled_from([1, 4, 9]),
     sequence=passes,
 )
 def test_every_pass_attends_what_it_may_see_once(
@@ -178,12 +181,14 @@ def test_every_pass_attends_what_it_may_see_once(
     tile_tokens: int,
     capacity: int,
     kind_of_track: str,
+    row_tokens: int,
     sequence: list[tuple[Pass, int, float, int]],
 ) -> None:
     in_place = kind_of_track == "in place"
     window_tokens = int(kind_of_track) if kind_of_track.isdigit() else None
     sizes = Sizes(tile_heads, tile_tokens, SIZES.page_tokens, in_place)
     places = Places(0 if in_place or window_tokens else capacity, window_tokens)
+    places.row_tokens = row_tokens
     sequence = [(Pass.FORWARD, 12, 0.0, 0), *sequence]
     for kind, new, share, taken_back in sequence:
         if window_tokens is None:
@@ -218,14 +223,15 @@ def crop(places: Places, tokens: int) -> None:
     capacity=st.sampled_from([0, 3, 20]),
     share=st.sampled_from([0.0, 0.4]),
     prompt=st.integers(0, 30),
+    row_tokens=st.sampled_from([1, 4, 9]),
     changes=st.lists(
         st.tuples(st.integers(0, 3), st.sampled_from([1, 1, 1, 2, 4])), min_size=5, max_size=40
     ),
 )
 def test_steps_that_serve_are_those_that_would_be_made(
-    capacity: int, share: float, prompt: int, changes: list[tuple[int, int]]
+    capacity: int, share: float, prompt: int, row_tokens: int, changes: list[tuple[int, int]]
 ) -> None:
-    places = Places(capacity)
+    places = Places(capacity, row_tokens=row_tokens)
     if prompt:
         run(route_track(places.held(2), Pass.APPEND, prompt, SIZES).steps, places, 2, prompt, SIZES)
     known: tuple[int, int, TrackSteps] | None = None  # as the executor keeps them: the newest alone
@@ -237,6 +243,17 @@ def test_steps_that_serve_are_those_that_would_be_made(
             assert known[2].steps == fresh.steps
         known = new, places.host, fresh
         run(fresh.steps, places, 2, new, SIZES)
+
+
+def test_pages_of_packed_tokens_are_filled_by_the_first_tail() -> None:
+    """What goes home after that fills whole pages: none is packed anew."""
+    places = Places(0, tokens=150, host=150, row_tokens=64)
+    sizes, sent = Sizes(tile_heads=1, tile_tokens=256, page_tokens=64), []
+    for _ in range(200):
+        steps = route_track(places.held(2), Pass.FORWARD, 1, sizes).steps
+        run(steps, places, 2, 1, sizes)
+        sent += [places.host for step in steps if isinstance(step, SendHome)]
+    assert sent == [192, 256, 320]
 
 
 @pytest.mark.parametrize("capacity", [0, 40, 10**7])

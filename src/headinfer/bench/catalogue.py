@@ -12,6 +12,7 @@ from headinfer.estimate.methods import (
     HEAD_WISE_SPARSE,
     QUANTISED,
     RESIDENT,
+    ROUNDED,
     STANDARD,
 )
 
@@ -172,6 +173,14 @@ CATALOGUE = {
             description="as headinfer, but half of the KV heads (or --sparsity) see sinks and a "
             "window alone",
             exact=False,
+        ),
+        *(
+            MethodInfo(
+                name=name,
+                description=f"as bounded, but KV in CPU memory is rounded to {form.value}",
+                exact=False,
+            )
+            for form, name in ROUNDED.items()
         ),
         MethodInfo(
             name=SYNCHRONOUS, description="as headinfer, but copies never overlap attention"

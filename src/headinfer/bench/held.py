@@ -37,7 +37,7 @@ class Held:
         streamed_bytes: what crosses the link to the device in every decode step.
         host_attended_bytes: what the CPU attends in every decode step on behalf of the device.
         unseen_bytes: what no query sees, where heads stream; it may not be held at all.
-        format: the form of KV in host memory: "dense", or "packed".
+        format: the form of KV in host memory: "dense", "packed", "int8" or "fp8".
         parts: the same for each GPU, where the model is spread over several.
     """
 

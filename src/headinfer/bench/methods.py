@@ -40,6 +40,7 @@ from headinfer.estimate.methods import (
     HEAD_WISE_SPARSE,
     QUANTISED,
     RESIDENT,
+    ROUNDED,
     STANDARD,
 )
 
@@ -105,6 +106,9 @@ METHODS: dict[str, Callable[[PreTrainedModel, TrialSpec], Method]] = {
     HOST_ATTENTION: ours.host_attention,
     DRAFTS: Drafted,
     HEAD_WISE_SPARSE: ours.head_wise_sparse,
+    **{
+        name: functools.partial(ours.rounded, kv_cache=form.value) for form, name in ROUNDED.items()
+    },
     SYNCHRONOUS: ours.synchronous,
     AUTO: ours.HeadInfer,
     **{chunked(size): functools.partial(ours.HeadInfer, chunk_tokens=size) for size in CHUNK_SIZES},

@@ -20,7 +20,6 @@ from headinfer.integration.cache import OffloadedCache
 from headinfer.integration.calls import last_logits
 from headinfer.integration.model_shape import model_shape
 from headinfer.integration.shards import ranks_of
-from headinfer.plan.format import Format
 from headinfer.plan.options import DECLARATIONS
 from headinfer.plan.plan import Plan
 from headinfer.plan.streaming import PAPERS_SPARSITY, RANDOM, STREAMING_OPTIONS
@@ -83,7 +82,7 @@ class HeadInfer:
             streamed_bytes=0 if self.device == "cpu" else streamed,
             host_attended_bytes=sum(part.host_attended_bytes for part in parts),
             unseen_bytes=self._unseen_bytes(plan, cache.get_seq_length()),
-            format=(Format.PACKED if plan.shape.packs else Format.DENSE).value,
+            format=plan.shape.host_format.value,
             parts=parts,
         )
 
@@ -280,6 +279,14 @@ def _streaming(
     if recent_tokens != "auto":
         told.append(f"{recent_tokens} newest tokens")
     return ", ".join(told)
+
+
+def rounded(model: PreTrainedModel, spec: TrialSpec, *, kv_cache: str) -> HeadInfer:
+    """Return bounded tiles whose tokens lie in host memory in 8 bits, so that all are rounded."""
+    method = HeadInfer(model, spec, kv_cache=kv_cache, resident_tokens=0, host_attention="off")
+    told = f"approximate: KV rounded to {kv_cache} in CPU memory"
+    method.note = ", ".join(filter(None, (method.note, told)))
+    return method.refuse_on_cpu("nothing is rounded: on the CPU all KV is attended where it lies")
 
 
 def synchronous(model: PreTrainedModel, spec: TrialSpec) -> HeadInfer:

@@ -24,7 +24,9 @@ from headinfer.estimate.methods import (
     ADAPTIVE,
     BOUNDED,
     CHUNKED,
+    FP8,
     HEAD_WISE_SPARSE,
+    INT8,
     QUANTISED,
     RESIDENT,
     STANDARD,
@@ -49,6 +51,8 @@ _LOOKS = {
     HOST_ATTENTION: Look(color="#882255", marker="h"),
     DRAFTS: Look(color="#332288", marker="P"),
     HEAD_WISE_SPARSE: Look(color="#44aa99", marker="v"),
+    INT8: Look(color="#117733", marker="^"),
+    FP8: Look(color="#6a3d9a", marker="v"),
     SYNCHRONOUS: Look(color="#999933", marker="d"),
     AUTO: Look(color="#d55e00", marker="o", width_points=3.2),
 }

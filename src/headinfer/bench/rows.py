@@ -82,7 +82,8 @@ class Row:
         plan: sizes the method chose.
         kv_host_bytes: KV held in host memory.
         kv_device_bytes: KV held on the device.
-        format: the form of KV in host memory: "dense", or "packed" with every bit the same.
+        format: the form of KV in host memory: "dense", "packed" with every bit the same,
+            or "int8" and "fp8", which are not exact.
         bytes_to_device: copied over the link in what the command times, in one trial.
         bytes_to_host: copied back in it.
         link_bytes_per_s: both over the seconds of the same trial.

@@ -20,6 +20,7 @@ from headinfer.cli.options import (
 )
 from headinfer.cli.output import JsonPath, Resume
 from headinfer.errors import OptionError
+from headinfer.estimate.methods import ROUNDED
 from headinfer.estimate.presets import PRESETS
 from headinfer.plan.options import Options
 
@@ -144,6 +145,12 @@ def run_spec(command: Command, given: dict[str, Any]) -> BenchSpec:
     """
     if given["dtype"] not in DTYPE_BYTES:
         raise OptionError(f"dtype must be one of {', '.join(DTYPE_BYTES)}, not {given['dtype']!r}")
+    settings = Options.parse(**take_flags(dict(given)))
+    if settings.kv_cache in (form.value for form in ROUNDED):
+        raise OptionError(
+            f"--kv-cache {settings.kv_cache} is approximate, and most methods are exact; leave it "
+            f"out, and name headinfer-{settings.kv_cache} in --methods"
+        )
     return BenchSpec(
         command=command,
         methods=parse_methods(given["methods"], gpus=given["gpus"]),
@@ -153,7 +160,7 @@ def run_spec(command: Command, given: dict[str, Any]) -> BenchSpec:
         dtype=given["dtype"],
         seed=given["seed"],
         model=_model(given),
-        settings=Options.parse(**take_flags(dict(given))),
+        settings=settings,
         fill=given["fill"],
         time_limit_s=given["time_limit"],
         gpus=given["gpus"],

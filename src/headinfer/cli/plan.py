@@ -23,6 +23,7 @@ from headinfer.estimate.accounting import AccountingKind
 from headinfer.estimate.machines import preset_hardware
 from headinfer.estimate.methods import method_plans
 from headinfer.estimate.situation import Situation
+from headinfer.plan.format import Format
 from headinfer.plan.hardware import THIS, Hardware
 from headinfer.plan.host_room import HostRoom
 from headinfer.plan.options import Options
@@ -48,7 +49,8 @@ _MOST_GPUS = 1024
     host_memory="All of the host's memory, such as 1TiB; auto: what the hardware has. KV gets what "
     "the process, page tables and a reserve leave of it.",
     chunk_tokens="Tokens of a prefill chunk, such as 4K, or auto.",
-    kv_cache="How the KV cache lies in CPU memory, in our methods: dense, packed or auto (dense).",
+    kv_cache="How the KV cache lies in CPU memory, in our methods: dense, packed or auto (dense). "
+    "int8 and fp8 are a method more, which is approximate.",
     sparsity="Share of KV heads that stream in the row head-wise-sparse; 0 is 0.5, the paper's.",
 )
 def plan(
@@ -173,7 +175,7 @@ def plan(
             kind=accounting,
             chunk_tokens=None if options.chunk_tokens == "auto" else options.chunk_tokens,
             streaming=_streaming(options),
-            packed=_packs(options, dtype),
+            host_format=_host_format(options, dtype),
             machine_memory_bytes=here.device_memory_bytes
             if one_memory and options.device_memory_bytes is None
             else None,
@@ -186,18 +188,18 @@ def plan(
         raise typer.Exit(_answer(situation, (which, note), json_path, streams=streams, steps=steps))
 
 
-def _packs(options: Options, dtype: DtypeChoice) -> bool:
-    """Return whether tokens are to be packed in host memory.
+def _host_format(options: Options, dtype: DtypeChoice) -> Format:
+    """Return the form of tokens in host memory.
 
     Raises:
-        OptionError: they are of another dtype than bfloat16.
+        OptionError: they are to be packed, and of another dtype than bfloat16.
     """
-    packs = options.kv_cache == "packed"
-    if packs and dtype.value not in ("auto", "bfloat16"):
+    form = Format.DENSE if options.kv_cache == "auto" else Format(options.kv_cache)
+    if form is Format.PACKED and dtype.value not in ("auto", "bfloat16"):
         raise OptionError(
             f"--kv-cache packed is for bfloat16 alone, not {dtype.value}; leave out one of the two"
         )
-    return packs
+    return form
 
 
 def _streaming(options: Options) -> Options:

@@ -55,7 +55,7 @@ def check_gpus(
         raise OptionError("--gpus counts by our accounting alone; leave out --accounting")
     if options.sparsity:
         raise OptionError("--gpus plans for exact attention alone; leave out --sparsity")
-    if options.kv_cache == "packed":
+    if options.kv_cache not in ("auto", "dense"):
         raise OptionError("--gpus plans for dense KV alone; leave out --kv-cache")
     if steps:
         raise OptionError("--steps are of one GPU; leave out --gpus")

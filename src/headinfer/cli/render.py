@@ -126,6 +126,7 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
     return values | {
         "assistant": dataclasses.asdict(plan.assistant),
         "approximation": plan.approximation,
+        "format": plan.shape.host_format.value,
         "arena_bytes": plan.arena_bytes,
         "weights_bytes": plan.shape.weights_bytes,
         "kv_device_bytes": plan.kv_device_bytes,

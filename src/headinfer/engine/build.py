@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from headinfer.device.base import Device, Edge
+from headinfer.engine.codecs import codec_of
 from headinfer.engine.fetch import InPlaceTiles, OverlappedTiles, SequentialTiles, TileSource
 from headinfer.engine.packing import Packing
 from headinfer.engine.pages import Pages
@@ -10,6 +11,7 @@ from headinfer.engine.raw_pages import RawPages
 from headinfer.engine.stats import Stats
 from headinfer.kv.ledger import Ledger
 from headinfer.kv.place import Arena
+from headinfer.plan.format import Format
 from headinfer.plan.memory import MOST_DRAFTED, PAGES, STAGING_BUFFERS, raw_slot_bytes
 from headinfer.plan.plan import Plan
 from headinfer.schedule.route import Sizes
@@ -61,7 +63,7 @@ def build(
         if plan.resident_tokens:
             piece = arena.take(ledger.geometry.num_bytes(plan.resident_tokens))
             ledger.keep_residents(piece, plan.resident_tokens)
-    packing = _packing(device, plan, arena, stats)
+    packing = _packing(device, plan, arena, ledgers, stats)
     pages = Pages(
         device,
         tails=tails,
@@ -78,12 +80,16 @@ def build(
     return source, pages, arena.num_bytes
 
 
-def _packing(device: Device, plan: Plan, arena: Arena, stats: Stats) -> Packing | None:
+def _packing(
+    device: Device, plan: Plan, arena: Arena, ledgers: Sequence[Ledger], stats: Stats
+) -> Packing | None:
     """Return what packs and unpacks tokens, with its memory; None where nothing is packed."""
     if not plan.shape.packs:
         return None
+    home = next(each.home for each in ledgers if each.home.format is not Format.DENSE)
     return Packing(
         device,
+        codec_of(home.format, device.torch_device, home.dtype),
         arena.take(plan.unpacked_bytes),
         [arena.take(plan.packed_bytes // PAGES) for _ in range(PAGES)],
         RawPages(device, raw_slot_bytes(plan.shape), plan.raw_page_bytes),

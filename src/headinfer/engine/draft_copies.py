@@ -64,7 +64,7 @@ class DraftCopies:
             if source.piece.ready is not None:
                 copy_in.wait(source.piece.ready, Edge.HOST_WRITTEN)
             self._stats.bytes_to_device += ledger.home.num_bytes(source.tokens)
-            if source.format is Format.PACKED:
+            if source.format is not Format.DENSE:
                 bring(self._device, ledger, source, place.kv)
                 continue
             for to, tokens in zip(place.kv, source.kv, strict=True):

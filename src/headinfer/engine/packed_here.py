@@ -7,11 +7,10 @@ import torch
 
 from headinfer.attend.work import Work, tile_in_hand
 from headinfer.device.base import Device
+from headinfer.engine.codecs import codec_of
 from headinfer.kv.extent import Tile
 from headinfer.kv.pair import KV
-from headinfer.packed.codec import Codec, codec_for
-from headinfer.packed.layout import PageLayout
-from headinfer.packed.reference import overflowed
+from headinfer.packed.codec import Codec
 from headinfer.plan.format import Format
 
 _CPU = torch.device("cpu")
@@ -62,7 +61,7 @@ def unpack_from(codec: Codec, pages: torch.Tensor, first: int, values: torch.Ten
 def unpack_here(tile: Tile, place: KV) -> None:
     """Unpack tokens of host memory into other memory of the CPU; see `bring`."""
     for pages, values in zip(tile.kv, place, strict=True):
-        unpack_from(codec_for(_CPU), pages, tile.first, values)
+        unpack_from(codec_of(tile.format, _CPU, values.dtype), pages, tile.first, values)
 
 
 def pack_here(device: Device, tile: Tile, new: KV) -> None:
@@ -73,18 +72,19 @@ def pack_here(device: Device, tile: Tile, new: KV) -> None:
         tile: takes the tokens; those before them in its first page are there.
         new: as many tokens.
     """
-    codec, lead = codec_for(_CPU), tile.first % tile.format.row_tokens
+    codec = codec_of(tile.format, _CPU, new.keys.dtype)
+    lead = tile.first % tile.format.row_tokens
     before = KV(*(part.new_empty(*part.shape[:2], lead, part.shape[3]) for part in new))
     if lead:
         unpack_here(tile._replace(first=tile.first - lead, tokens=lead), before)
     for values, pages in packed_in_two(before, new, tile.kv):
         codec.pack(values, pages)
-        layout = PageLayout(values.shape[3])
-        count = int(overflowed(pages, layout.dim).sum())
+        count = int(codec.overflowed(pages, values.shape[3]).sum())
         if count:
-            raw = device.host_empty(count * layout.raw_bytes)
+            slot_bytes = tile.format.row_tokens * values.shape[3] * values.itemsize
+            raw = device.host_empty(count * slot_bytes)
             taken = torch.zeros(1, dtype=torch.int64)
-            codec.keep_raw(values, pages, raw.view(count, layout.raw_bytes), taken)
+            codec.keep_raw(values, pages, raw.view(count, slot_bytes), taken)
             tile.piece.refer_to([raw])
 
 
@@ -98,19 +98,19 @@ def unpacked_works(work: Work, value_dim: int) -> Iterator[Work]:
     if all(tile.format is Format.DENSE for tile in work.tiles):
         yield work
         return
-    codec, dims = codec_for(work.query.device), (work.query.shape[-1], value_dim)
+    query, dims = work.query, (work.query.shape[-1], value_dim)
     for tile in work.tiles:
         for first in range(0, tile.tokens, _UNPACKED_TOKENS):
             tokens = min(_UNPACKED_TOKENS, tile.tokens - first)
             part = tile._replace(tokens=tokens, first=tile.first + first)
-            yield dataclasses.replace(work, tiles=(_unpacked(codec, part, dims),))
+            yield dataclasses.replace(work, tiles=(_unpacked(part, dims, query.dtype),))
 
 
-def _unpacked(codec: Codec, tile: Tile, dims: tuple[int, int]) -> Tile:
+def _unpacked(tile: Tile, dims: tuple[int, int], dtype: torch.dtype) -> Tile:
     """Return a tile of new memory with the tokens of a packed one."""
-    parts = []
+    codec, parts = codec_of(tile.format, _CPU, dtype), []
     for pages, dim in zip(tile.kv, dims, strict=True):
         shape = (*pages.shape[:2], tile.tokens, dim)
-        parts.append(torch.empty(shape, dtype=torch.bfloat16, device=pages.device))
+        parts.append(torch.empty(shape, dtype=dtype, device=pages.device))
         unpack_from(codec, pages, tile.first, parts[-1])
     return tile_in_hand(KV(*parts))

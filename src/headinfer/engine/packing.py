@@ -10,13 +10,14 @@ import functools
 import torch
 
 from headinfer.device.base import Device, Edge, Event
+from headinfer.engine.codecs import codec_of
 from headinfer.engine.packed_here import packed_in_two, unpack_from
 from headinfer.engine.raw_pages import RawPages
 from headinfer.engine.stats import Stats
 from headinfer.kv.extent import Piece, Tile
 from headinfer.kv.ledger import Ledger
 from headinfer.kv.pair import KV
-from headinfer.packed.codec import Codec, codec_for
+from headinfer.packed.codec import Codec
 from headinfer.plan.format import Format
 
 
@@ -25,6 +26,7 @@ class Packing:
 
     Args:
         device: where tokens are packed and unpacked.
+        codec: packs and unpacks them.
         unpacked: takes one tile after another; compute's alone.
         pages: take what goes home, in turn.
         raw: takes pages that overflow.
@@ -32,14 +34,20 @@ class Packing:
     """
 
     def __init__(
-        self, device: Device, unpacked: Piece, pages: list[Piece], raw: RawPages, stats: Stats
+        self,
+        device: Device,
+        codec: Codec,
+        unpacked: Piece,
+        pages: list[Piece],
+        raw: RawPages,
+        stats: Stats,
     ) -> None:
         self._device = device
         self._unpacked = unpacked
         self._pages = pages
         self._raw = raw
         self._stats = stats
-        self._codec = codec_for(device.torch_device)
+        self._codec = codec
 
     def dense(self, ledger: Ledger, tile: Tile) -> Tile:
         """Return a tile in a staging buffer as kernels read it, valid on compute until the next.
@@ -163,7 +171,7 @@ def bring_part(device: Device, ledger: Ledger, tile: Tile, part: str, values: to
     capacity = tile.whole.keys.shape[2] * tile.format.row_tokens
     whole = ledger.home.carve(device.mapped(tile.piece.memory), capacity)
     pages: torch.Tensor = getattr(tile._replace(whole=whole).kv, part)
-    unpack_from(codec_for(device.torch_device), pages, tile.first, values)
+    unpack_from(codec_of(tile.format, device.torch_device, values.dtype), pages, tile.first, values)
     device.copy_out.wait(device.compute.record(), Edge.PAGES_READ)
 
 

@@ -145,12 +145,12 @@ class Pages:
         copy_in, tokens = self._device.copy_in, min(ledger.host_tokens, resident.capacity)
         for tile in ledger.host_tiles(0, tokens):
             place, source = resident.tile(tile.start, tile.start + tile.tokens).kv, tile.kv
-            if tile.format is Format.PACKED:
+            if tile.format is not Format.DENSE:
                 bring(self._device, ledger, tile, place)
                 continue
             copy_in.copy(place.keys, source.keys)
             copy_in.copy(place.values, source.values)
-        packed = ledger.home.format is Format.PACKED
+        packed = ledger.home.format is not Format.DENSE
         resident.piece.ready = None if packed else copy_in.record()
         ledger.extend(resident, tokens)  # not before there is something to wait for
         self._stats.bytes_to_device += ledger.home.num_bytes(resident.tokens)
@@ -219,7 +219,7 @@ class Pages:
         Returns:
             The event on copy-out when they were read; None where compute alone reads them.
         """
-        if ledger.home.format is Format.PACKED:
+        if ledger.home.format is not Format.DENSE:
             assert self._packing is not None
             self._packing.send(ledger, tile)
             return None

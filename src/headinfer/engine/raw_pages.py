@@ -86,7 +86,7 @@ class RawPages:
             self.on_device = self._device.mapped(memory).view(self._slots, self._slot_bytes)
         if self.on_device.data_ptr() != memory.data_ptr():
             raise MemoryPlanError(
-                "kv_cache=packed needs one address for CPU memory on the CPU and the GPU, and this "
+                "this kv_cache needs one address for CPU memory on the CPU and the GPU, and this "
                 "system has two; use kv_cache=dense (--kv-cache dense)"
             )
         self.taken.zero_()

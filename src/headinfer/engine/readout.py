@@ -42,7 +42,7 @@ def read(device: Device, ledger: Ledger, part: Part) -> torch.Tensor:
         source = tile.kv.keys if part == "keys" else tile.kv.values
         first = tile.start - origin
         place = out[:, :, first : first + tile.tokens]
-        if tile.format is Format.PACKED:
+        if tile.format is not Format.DENSE:
             bring_part(device, ledger, tile, part, place)
             continue
         if device.tiles_are_views:

@@ -80,7 +80,7 @@ class SavableTokens(ChangeableTokens):
             for tile in ledger.host_tiles(start, start + place.tokens):
                 self._note_access(tile, write=False)
                 part = place.cut(_places(tile, start))
-                if tile.format is Format.PACKED:
+                if tile.format is not Format.DENSE:
                     unpack_here(tile, part)
                 else:
                     _copy(part, tile.kv)
@@ -103,7 +103,7 @@ class SavableTokens(ChangeableTokens):
                 for tile in ledger.extend_host(part.tokens):
                     self._note_access(tile, write=True)
                     new = part.cut(_places(tile, start))
-                    if tile.format is Format.PACKED:
+                    if tile.format is not Format.DENSE:
                         pack_here(self._device, tile, new)
                     else:
                         _copy(tile.kv, new)

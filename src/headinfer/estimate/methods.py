@@ -2,7 +2,8 @@
 
 The methods are those of the paper's Table 10, with its head-wise offload at 8, 4, 2 and 1 heads and
 adaptive, and ours. Ours are bounded (a tile also has a fixed number of tokens) and resident (what
-is left of the device memory keeps KV there). Ours with heads that stream is approximate.
+is left of the device memory keeps KV there). Ours are approximate with heads that stream, or
+with KV in 8 bits in host memory.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,7 +26,11 @@ STANDARD, CHUNKED, QUANTISED = "standard", "chunked-prefill", "kv-4bit"
 LAYER_WISE, HEAD_WISE, ADAPTIVE = "layer-wise", "head-wise", "adaptive"
 BOUNDED, RESIDENT, HEAD_WISE_SPARSE = "bounded", "resident", "head-wise-sparse"
 
-APPROXIMATE = frozenset({QUANTISED, HEAD_WISE_SPARSE})
+INT8, FP8 = "headinfer-int8", "headinfer-fp8"
+ROUNDED = {Format.INT8: INT8, Format.FP8: FP8}
+"""Ours with tokens in 8 bits in host memory, by their form."""
+
+APPROXIMATE = frozenset({QUANTISED, HEAD_WISE_SPARSE, INT8, FP8})
 """Methods whose results differ from standard inference by design."""
 
 
@@ -57,6 +62,10 @@ Rule = Callable[[Situation, int], Footprint]
 def method_plans(situation: Situation) -> list[MethodPlan]:
     """Return every method that the model allows, from standard inference to ours."""
     plans = [*papers_methods(situation)]
+    rounded = situation.in_its_format()
+    if rounded.shape.host_format.code is not None:
+        name = ROUNDED[rounded.shape.host_format]
+        plans.append(_of_plan(rounded, name, rounded.resolve(keep_resident=True)))
     situation = situation.of_ours()
     if situation.shape.kv_heads and situation.streaming.sparsity:
         sparse = situation.sparse()

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from headinfer.errors import MemoryPlanError
 from headinfer.estimate.accounting import Accounting, AccountingKind
 from headinfer.plan import memory
+from headinfer.plan.format import Format
 from headinfer.plan.hardware import Hardware
 from headinfer.plan.host_room import HostRoom, machine_bytes_for
 from headinfer.plan.options import Options
@@ -106,7 +107,7 @@ class Situation:
         machine_memory_bytes: where the CPU is the device and no memory was asked for, all of the
             machine's, which `device_memory_bytes` is what is left of; else None.
         streaming: for the method whose heads stream in part: the share of them, and what they see.
-        packed: whether methods of ours pack tokens in host memory; the paper's methods do not.
+        host_format: of tokens in host memory under methods of ours; the paper's are dense.
     """
 
     shape: ModelShape
@@ -119,13 +120,18 @@ class Situation:
     chunk_tokens: int | None = None
     machine_memory_bytes: int | None = None
     streaming: Options = field(default_factory=lambda: Options(sparsity=PAPERS_SPARSITY))
-    packed: bool = False
+    host_format: Format = Format.DENSE
 
     def of_ours(self) -> "Situation":
-        """Return the situation of methods of ours: with packed tokens where there is a link."""
-        if not self.packed or self.device == "cpu" or self.accounting.is_paper:
+        """Return the situation of exact methods of ours: with packed tokens where they can be."""
+        return self if self.host_format.code is not None else self.in_its_format()
+
+    def in_its_format(self) -> "Situation":
+        """Return the situation with tokens in the form asked for, where there is a link."""
+        dense = self.host_format is Format.DENSE
+        if dense or self.device == "cpu" or self.accounting.is_paper:
             return self
-        return replace(self, shape=self.shape.packed)
+        return replace(self, shape=self.shape.stored_as(self.host_format))
 
     def sparse(self) -> "Situation":
         """Return the situation of a model of which some heads stream, as many in each layer."""

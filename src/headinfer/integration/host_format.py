@@ -1,4 +1,4 @@
-"""The form in which a model's tokens lie in host memory: as they are computed, or packed."""
+"""The form in which a model's tokens lie in host memory: as they are computed, or in pages."""
 
 import dataclasses
 import logging
@@ -6,7 +6,8 @@ import logging
 import torch
 
 from headinfer.device.base import Device
-from headinfer.packed.codec import codec_for
+from headinfer.engine.codecs import codec_of
+from headinfer.plan.format import Format
 from headinfer.plan.options import Options
 from headinfer.plan.shape import ModelShape
 
@@ -18,7 +19,7 @@ def with_host_format(
 ) -> ModelShape:
     """Return a model's shape with the form that the user wants in host memory.
 
-    Where tokens cannot be packed that is said in the log, and they are not.
+    Where tokens cannot have it that is said in the log, and they are dense.
 
     Args:
         shape: of the model.
@@ -29,25 +30,26 @@ def with_host_format(
     Raises:
         OptionError: nothing packs them on the device.
     """
-    if options.kv_cache != "packed" or not shape.full_layers:
+    form = Format.DENSE if options.kv_cache == "auto" else Format(options.kv_cache)
+    if form is Format.DENSE or not shape.full_layers:
         return shape
-    packed = shape.packed
+    stored = shape.stored_as(form)
     if device.tiles_are_views:
         reason = "on the CPU, which attends the KV cache where it lies"
-    elif dtype is not torch.bfloat16:
+    elif form is Format.PACKED and dtype is not torch.bfloat16:
         reason = f"on {str(dtype).removeprefix('torch.')}: only bfloat16 can be packed"
-    elif not packed.packs:
+    elif not stored.packs:
         reason = "on this model: no layer has keys and values of a multiple of 16 elements"
     else:
-        codec_for(device.torch_device)
-        return packed
-    _logger.warning("kv_cache=packed has no effect %s", reason)
+        codec_of(form, device.torch_device, dtype)
+        return stored
+    _logger.warning("kv_cache=%s has no effect %s", form.value, reason)
     return shape
 
 
 def with_kv_dtype(shape: ModelShape, dtype: torch.dtype) -> ModelShape:
     """Return a model's shape with keys and values of a dtype, packed where that can be."""
-    if dtype is not torch.bfloat16:
+    if dtype is not torch.bfloat16 and shape.host_format is Format.PACKED:
         shape = shape.dense
     computed = shape.kv_itemsize
     if dtype.itemsize == computed:

@@ -33,6 +33,13 @@ class HostBytes:
         """Return the tokens to ask for, or to reserve, where there are to be `tokens` in all."""
         return missing_tokens(self.promised_tokens, tokens)
 
+    def wanting_tokens(self, tokens: int) -> int:
+        """Return what the page behind so many tokens wants to be full; 0 where none is begun."""
+        for extent in reversed(self._host):
+            if extent.start <= tokens < extent.limit:
+                return (extent.start - tokens) % extent.format.row_tokens
+        return 0
+
     @property
     def host_bytes(self) -> int:
         """Bytes of host memory held, or asked for.

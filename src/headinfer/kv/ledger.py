@@ -117,6 +117,7 @@ class Ledger(HostBytes, Drafted):
             resident_tokens=0 if resident is None else resident.tokens,
             resident_capacity=0 if resident is None else resident.capacity,
             paged=tail is not None and tail.tokens > 0,
+            wanting_tokens=self.wanting_tokens(self.host_tokens),
         )
 
     @property

@@ -85,7 +85,7 @@ class Geometry:
             both views of `buffer`. Packed ones are of uint8, in pages.
         """
         heads = self.kv_heads if heads is None else heads
-        dtype = torch.uint8 if self.format is Format.PACKED else self.dtype
+        dtype = self.dtype if self.format is Format.DENSE else torch.uint8
         shape = (self.batch, heads, self.format.rows(tokens))
         num_rows, (key_bytes, value_bytes) = math.prod(shape), self._row_bytes
         ends = num_rows * key_bytes, num_rows * (key_bytes + value_bytes)

@@ -47,6 +47,9 @@ class Codec(Protocol):
             taken: `[1]` of int64 where the values are: slots that are taken; counted up.
         """
 
+    def overflowed(self, pages: torch.Tensor, dim: int) -> torch.Tensor:
+        """Return which pages have overflowed, bool `[batch, heads, pages]`."""
+
 
 class CpuCodec:
     """A codec for tensors in memory of the CPU: in C where that can be had, else by torch."""
@@ -90,6 +93,10 @@ class CpuCodec:
             slot[: part.nbytes].copy_(part.view(torch.uint8).flatten())
             reference.set_raw_address(pages[row, head, page], dim, slot.data_ptr())
             taken += 1
+
+    def overflowed(self, pages: torch.Tensor, dim: int) -> torch.Tensor:
+        """Return which pages have overflowed."""
+        return reference.overflowed(pages, dim)
 
 
 _CHECKED_SHAPE = (2, 2, 150, 48)

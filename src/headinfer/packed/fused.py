@@ -4,6 +4,7 @@ import torch
 
 from headinfer.native.triton_launch import Program
 from headinfer.packed.layout import PageLayout, num_pages
+from headinfer.packed.reference import overflowed
 from headinfer.packed.triton_pages import keep_raw_pages, pack_pages, unpack_pages
 
 _AT_ONCE = 2048
@@ -91,6 +92,10 @@ class TritonCodec:
             (*values.stride()[:3], *pages.stride()[:3]),
             (dim, _block(dim)),
         )
+
+    def overflowed(self, pages: torch.Tensor, dim: int) -> torch.Tensor:
+        """Return which pages have overflowed, bool `[batch, heads, pages]`."""
+        return overflowed(pages, dim)
 
 
 def _block(dim: int) -> int:

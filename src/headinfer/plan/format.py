@@ -2,6 +2,7 @@
 
 import enum
 
+from headinfer.eight_bits.layout import Code, EightBitLayout
 from headinfer.packed.layout import PAGE_TOKENS, PageLayout, packs
 
 
@@ -14,10 +15,21 @@ class Format(enum.Enum):
     PACKED = "packed"
     """By a lossless code: a row is a page of `PAGE_TOKENS` tokens."""
 
+    INT8 = "int8"
+    """Rounded to whole numbers of 8 bits, with scales; approximate. A row is such a page, too."""
+
+    FP8 = "fp8"
+    """Rounded to floating point of 8 bits, with scales; the same."""
+
+    @property
+    def code(self) -> Code | None:
+        """The code that values are rounded to; None where every bit comes back."""
+        return Code(self.value) if self in (Format.INT8, Format.FP8) else None
+
     @property
     def row_tokens(self) -> int:
         """Tokens of a row."""
-        return PAGE_TOKENS if self is Format.PACKED else 1
+        return 1 if self is Format.DENSE else PAGE_TOKENS
 
     def rows(self, tokens: int) -> int:
         """Return the rows that so many tokens take; the last one may be partly filled."""
@@ -30,9 +42,12 @@ class Format(enum.Enum):
             dim: elements of one key or value.
             itemsize: bytes of an element as it is computed.
         """
+        code = self.code
+        if code is not None:
+            return EightBitLayout(code, dim).page_bytes
         return PageLayout(dim).page_bytes if self is Format.PACKED else dim * itemsize
 
 
 def can_pack(key_dim: int, value_dim: int) -> bool:
-    """Whether keys and values of such a size can be packed, where they are bfloat16."""
+    """Whether keys and values of such a size can lie in pages; packed ones must be bfloat16."""
     return packs(key_dim) and packs(value_dim)

@@ -139,7 +139,7 @@ def raw_slot_bytes(shape: ModelShape) -> int:
 
 
 def _packed_layers(shape: ModelShape) -> list[LayerShape]:
-    return [layer for layer in shape.full_layers if layer.host_format is Format.PACKED]
+    return [layer for layer in shape.full_layers if layer.host_format is not Format.DENSE]
 
 
 def tail_bytes(shape: ModelShape, *, page_tokens: int, batch: int) -> int:

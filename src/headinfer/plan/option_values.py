@@ -16,7 +16,7 @@ DEVICE_NAMES: tuple[DeviceName, ...] = get_args(DeviceName)
 FuseName = Literal["auto", "off"]
 FUSE_NAMES: tuple[FuseName, ...] = get_args(FuseName)
 
-KVCacheName = Literal["auto", "dense", "packed"]
+KVCacheName = Literal["auto", "dense", "packed", "int8", "fp8"]
 KV_CACHE_NAMES: tuple[KVCacheName, ...] = get_args(KVCacheName)
 
 TileSize = int | Literal["auto", "all"]

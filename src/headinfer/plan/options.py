@@ -72,7 +72,8 @@ class Options:
         draft_tokens: tokens of each layer that drafts attend, in copies in GPU memory; 0 where
             nothing is drafted.
         host_attention: share of the other tokens that the CPU attends in a decode step.
-        kv_cache: the form of tokens in host memory; `packed` gives the same bits from fewer bytes.
+        kv_cache: the form of tokens in host memory; `packed` gives the same bits from fewer bytes,
+            `int8` and `fp8` are approximate.
         overlap: whether copies run ahead of attention; off is the synchronous twin.
         capture: whether decode steps are captured and replayed, where they can be.
         fuse: whether decode steps in 16 bits use faster forms of norms, rotations and products.
@@ -158,7 +159,8 @@ class Options:
             kv_cache_name,
             "NAME",
             "How a GPU's KV cache lies in CPU memory: dense, packed (bfloat16 in three "
-            "quarters of the bytes, every bit the same), or auto, which is dense so far.",
+            "quarters of the bytes, every bit the same), int8 or fp8 (approximate: 8 bits a "
+            "value), or auto, which is dense so far.",
         ),
     )
     overlap: bool = field(

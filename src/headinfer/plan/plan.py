@@ -180,7 +180,7 @@ class Plan:
         if self.context_tokens is not None:
             yield (
                 f"CPU memory for the KV cache of {format_tokens(self.context_tokens)} tokens"
-                f"{', packed' if self.shape.packs else ''}: "
+                f"{f', {self.shape.host_format.value}' if self.shape.packs else ''}: "
                 f"{format_bytes(self.kv_host_bytes(self.context_tokens))}"
             )
 
@@ -242,6 +242,16 @@ class Plan:
     @property
     def approximation(self) -> str:
         """What keeps results from being exact, in words; empty for nothing."""
+        told = [self._rounding(), self._streaming()]
+        return "; ".join(filter(None, told))
+
+    def _rounding(self) -> str:
+        form = self.shape.host_format
+        if form.code is None:
+            return ""
+        return f"keys and values in CPU memory are rounded to 8 bits ({form.value})"
+
+    def _streaming(self) -> str:
         if self.shape.exact is self.shape:
             return ""
         streaming = [layer.streaming for layer in self.shape.layers if layer.streaming is not None]

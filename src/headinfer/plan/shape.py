@@ -211,6 +211,12 @@ class ModelShape:
         return any(layer.host_format is not Format.DENSE for layer in self.full_layers)
 
     @functools.cached_property
+    def host_format(self) -> Format:
+        """The form of tokens in host memory, of the layers that are not dense where any is."""
+        forms = [layer.host_format for layer in self.full_layers]
+        return next((form for form in forms if form is not Format.DENSE), Format.DENSE)
+
+    @functools.cached_property
     def packed_share(self) -> float:
         """Bytes that tokens take in host memory, over those of them as they are computed."""
         many = Format.PACKED.row_tokens
@@ -222,14 +228,15 @@ class ModelShape:
 
         Its keys and values must be bfloat16.
         """
-        return self._with_formats(Format.PACKED)
+        return self.stored_as(Format.PACKED)
 
     @functools.cached_property
     def dense(self) -> "ModelShape":
         """The model with tokens in host memory as they are computed."""
-        return self._with_formats(Format.DENSE) if self.packs else self
+        return self.stored_as(Format.DENSE) if self.packs else self
 
-    def _with_formats(self, wanted: Format) -> "ModelShape":
+    def stored_as(self, wanted: Format) -> "ModelShape":
+        """Return the model with tokens of a form in host memory, in each layer that can have it."""
         layers = tuple(
             replace(layer, host_format=wanted)
             if layer.kind is LayerKind.FULL and can_pack(layer.key_dim, layer.value_dim)

@@ -77,6 +77,8 @@ class Held(NamedTuple):
         resident_tokens: the oldest, which the device holds.
         resident_capacity: tokens that could be resident.
         paged: whether tokens lie in a page: those behind the host's.
+        wanting_tokens: tokens that the host's last page of packed ones wants to be full; 0 where
+            it is, or tokens are not packed.
     """
 
     track: Track
@@ -85,6 +87,7 @@ class Held(NamedTuple):
     resident_tokens: int = 0
     resident_capacity: int = 0
     paged: bool = False
+    wanting_tokens: int = 0
 
     @property
     def tail_tokens(self) -> int:
@@ -124,7 +127,8 @@ class Held(NamedTuple):
         resident = self.resident_tokens
         if self.paged and self.host_tokens == resident:
             resident = min(self.resident_capacity, self.tokens)
-        return self._replace(host_tokens=self.tokens, resident_tokens=resident, paged=False)
+        home = self._replace(host_tokens=self.tokens, resident_tokens=resident, paged=False)
+        return home._replace(wanting_tokens=0)  # nobody knows: the next steps are made anew
 
 
 def route(
@@ -183,7 +187,8 @@ def route_track(
         # A single new token sees all others and itself: it is one of them before it is attended.
         steps += [*keep, *attend] if new_tokens == 1 else [*attend, *keep]
     few = kind is Pass.FORWARD and 1 < new_tokens <= MAX_ASKED_TOKENS  # they may be taken back
-    if where is Where.CHUNK_PAGE or (end - start == sizes.page_tokens and not few):
+    full = end - start in _sent_at(held, sizes) and not few
+    if where is Where.CHUNK_PAGE or full:
         steps.append(SendHome(start, end))
     moved = any(isinstance(step, SendHome) for step in steps)
     if moved:
@@ -191,18 +196,25 @@ def route_track(
     return TrackSteps(tuple(steps), *_serving(held, where, new_tokens, sizes))
 
 
+def _sent_at(held: Held, sizes: Sizes) -> tuple[int, ...]:
+    """Return at how many tokens a tail is sent home: where it is full, or fills a packed page."""
+    wanting = held.wanting_tokens
+    return (wanting, sizes.page_tokens) if 0 < wanting < sizes.page_tokens else (sizes.page_tokens,)
+
+
 def _serving(held: Held, where: Where, new_tokens: int, sizes: Sizes) -> tuple[int, int]:
     """Return the numbers of tokens from and before which steps serve that send nothing home."""
-    end = held.host_tokens + sizes.page_tokens - new_tokens
-    if 1 < new_tokens <= MAX_ASKED_TOKENS:
-        end += 1  # a page that they fill stays, until others come
+    few = 1 < new_tokens <= MAX_ASKED_TOKENS  # a page that they fill stays, until others come
+    sent_at = (sizes.page_tokens,) if few else _sent_at(held, sizes)
+    ends = [held.host_tokens + tokens - new_tokens + few for tokens in sent_at]
+    end = next((end for end in ends if end > held.tokens), ends[-1])
+    first = max((passed + 1 for passed in ends if passed < held.tokens), default=0)
     if where is Where.RESIDENT:
         end = min(end, held.resident_capacity - new_tokens + 1)
     if new_tokens > 1 and held.tail_tokens == 0:
         return held.tokens, held.tokens + 1  # the tail is attended from its first token on
-    if held.tail_tokens and (held.paged or new_tokens > 1):
-        return held.host_tokens + 1, end
-    return held.host_tokens, end
+    attended = held.tail_tokens > 0 and (held.paged or new_tokens > 1)
+    return max(held.host_tokens + attended, first), end
 
 
 def _place(held: Held, new_tokens: int, sizes: Sizes) -> Where:

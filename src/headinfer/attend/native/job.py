@@ -18,7 +18,7 @@ from headinfer.attend.partial import Partial
 from headinfer.device.host_calls import NativeFunction
 from headinfer.kv.extent import Tile
 from headinfer.native.build import compile_kernel
-from headinfer.packed.layout import PageLayout
+from headinfer.plan.format import Format
 
 MIN_SPLIT_TOKENS = 512
 """Tokens that are worth a part of their own."""
@@ -69,15 +69,15 @@ def job_library(dtype: torch.dtype) -> ctypes.CDLL | None:
     return library
 
 
-def row_size(dtype: torch.dtype, dim: int) -> int:
-    """Return the elements of a token as it is stored, or the bytes of a packed page."""
-    return PageLayout(dim).page_bytes if dtype is torch.uint8 else dim
+def row_size(form: Format, dim: int) -> int:
+    """Return the elements of a token as it is stored, or the bytes of a page."""
+    return dim if form is Format.DENSE else form.row_bytes(dim, 0)
 
 
 class Attending(Protocol):
     """A function that returns the library for tokens of a form; None where it cannot be had."""
 
-    def __call__(self, *, packed: bool) -> ctypes.CDLL | None:
+    def __call__(self, form: Format) -> ctypes.CDLL | None:
         """Return it; its `attend_stretch` attends some tokens of one head."""
 
 
@@ -129,7 +129,8 @@ class Jobs:
     memory, too.
 
     Args:
-        attend: gives the library whose `attend_stretch` is compiled for the shape, `packed` or not.
+        attend: gives the library whose `attend_stretch` is compiled for the shape and for
+            a form of tokens.
         library: `job_library` of the query's dtype.
         query: `[batch, kv_heads, group, q_len, dim]`, contiguous; read when a job runs.
         answer: of the same shape, contiguous, in float32; written when a job runs.
@@ -147,7 +148,7 @@ class Jobs:
         batch, kv_heads, group, q_len, dim = query.shape
         self._library = library
         self._kv_heads, self._dim, self._dtype = kv_heads, dim, query.dtype
-        self._addresses: dict[bool, int | None] = {}
+        self._addresses: dict[Format, int | None] = {}
         self._heads, self._rows = batch * kv_heads, group * q_len
         self._scratch = torch.empty(0, dtype=torch.float32, device="cpu")
         self._attend = attend
@@ -179,8 +180,9 @@ class Jobs:
         spans, parts = [], 0
         for tile in tiles:
             (keys, values), first, tokens = tile.whole, tile.first, tile.tokens
-            key_stride, value_stride = self._head_stride(keys), self._head_stride(values)
-            attend = self._address(packed=keys.dtype is torch.uint8)
+            form = tile.format
+            key_stride, value_stride = (self._head_stride(part, form) for part in tile.whole)
+            attend = self._address(form)
             if key_stride is None or value_stride is None or attend is None:
                 return None
             if not tokens:
@@ -200,24 +202,24 @@ class Jobs:
         job.block.workers = workers.address
         return job
 
-    def _address(self, *, packed: bool) -> int | None:
+    def _address(self, form: Format) -> int | None:
         """Return where the function is that attends tokens of a form; None where there is none."""
-        if packed not in self._addresses:
-            library = self._attend(packed=packed)
-            self._addresses[packed] = (
+        if form not in self._addresses:
+            library = self._attend(form)
+            self._addresses[form] = (
                 None if library is None else ctypes.cast(library.attend_stretch, _POINTER).value
             )
-        return self._addresses[packed]
+        return self._addresses[form]
 
-    def _head_stride(self, part: torch.Tensor) -> int | None:
+    def _head_stride(self, part: torch.Tensor, form: Format) -> int | None:
         """Return the bytes from head to head; None where rows of the batch are not like heads.
 
         The kernels read tokens of one dtype, or pages, that follow each other without a gap.
         """
         row, head, token, element = part.stride()
-        if part.dtype not in (self._dtype, torch.uint8):
+        if part.dtype is not (self._dtype if form is Format.DENSE else torch.uint8):
             return None
-        if (token, element) != (row_size(part.dtype, self._dim), 1):
+        if (token, element) != (row_size(form, self._dim), 1):
             return None
         if row != head * self._kv_heads and self._heads != self._kv_heads:
             return None

@@ -17,9 +17,11 @@ from headinfer.attend.native.job import MIN_SPLIT_TOKENS, Jobs, job_library, row
 from headinfer.attend.native.splits import even_splits, stealable_splits
 from headinfer.attend.partial import Partial
 from headinfer.attend.work import Work
+from headinfer.eight_bits.layout import EightBitLayout
 from headinfer.kv.extent import Tile
 from headinfer.native.build import ELEMENTS, compile_kernel
 from headinfer.packed.layout import PageLayout, packs
+from headinfer.plan.format import Format
 
 MAX_DECODE_ROWS = 256
 """Query rows of a KV head up to which keys and values are read once for all: 16 tokens of a group
@@ -45,7 +47,7 @@ _compile = functools.partial(compile_kernel, __package__)
 
 @functools.cache
 def decode_library(
-    dtype: torch.dtype, head_dim: int, rows: int, *, packed: bool = False
+    dtype: torch.dtype, head_dim: int, rows: int, form: Format = Format.DENSE
 ) -> ctypes.CDLL | None:
     """Return a kernel for a decode step compiled for one shape; None where it cannot be had.
 
@@ -53,18 +55,18 @@ def decode_library(
         dtype: of keys and values.
         head_dim: elements of one key, and of one value.
         rows: query rows of one KV head.
-        packed: whether keys and values are packed pages.
+        form: in which keys and values lie.
     """
     if dtype not in ELEMENTS or head_dim % _DECODE_DIM_MULTIPLE or rows > MAX_DECODE_ROWS:
         return None
-    if packed and (dtype is not torch.bfloat16 or not packs(head_dim)):
+    if form is not Format.DENSE and not packs(head_dim):
+        return None
+    if form is Format.PACKED and dtype is not torch.bfloat16:
         return None
     if _MAX_COMPILED_ROWS < rows < MAX_DECODE_ROWS:
-        return decode_library(dtype, head_dim, MAX_DECODE_ROWS, packed=packed)
+        return decode_library(dtype, head_dim, MAX_DECODE_ROWS, form)
     library, many = None, rows > _MAX_COMPILED_ROWS
-    shape = {"HEAD_DIM": head_dim, "ROWS": rows}
-    if packed:
-        shape |= {"PACKED": 1, **PageLayout(head_dim).definitions}
+    shape = {"HEAD_DIM": head_dim, "ROWS": rows, **_definitions(form, head_dim)}
     # The unit knows bfloat16: float16 is taken apart for it, which few rows do not repay.
     on_tiles = dtype is torch.bfloat16
     on_tiles |= dtype is torch.float16 and not many and rows > _MAX_ROWS_AT_ONCE
@@ -88,10 +90,19 @@ def decode_library(
             *(_NUMBER, ctypes.c_int),  # rows, threads
         ]
         library.attend_heads.restype = None
-        if not packed:
+        if form is Format.DENSE:
             library.attend_token.argtypes = [_POINTER]
             library.attend_token.restype = None
     return library
+
+
+def _definitions(form: Format, head_dim: int) -> dict[str, int]:
+    """Return what the kernels are told of pages."""
+    if form is Format.DENSE:
+        return {}
+    code = form.code
+    layout = PageLayout(head_dim) if code is None else EightBitLayout(code, head_dim)
+    return {"PACKED": 1, **layout.definitions}
 
 
 @functools.cache
@@ -122,8 +133,8 @@ def prefill_library(dtype: torch.dtype, head_dim: int) -> ctypes.CDLL | None:
 class NativeKernel:
     """A kernel in C for tiles, under masks that leave each row of the batch a stretch of tokens.
 
-    Tiles of uint8 are packed pages of bfloat16 (`headinfer.packed`), `[batch, heads, pages,
-    page_bytes]`, which few rows attend as they are.
+    Tiles that are not dense are pages of uint8, `[batch, heads, pages, page_bytes]`, which few
+    rows attend as they are.
 
     Results are float32 whatever the input, so that merging rounds once. Uses as many threads as
     torch is set to.
@@ -144,13 +155,13 @@ class NativeKernel:
             return False
         for tile in work.tiles:
             keys, values = tile.whole
-            packed = keys.dtype is torch.uint8
-            if packed and decode_library(dtype, dim, rows, packed=True) is None:
+            form = tile.format
+            if form is not Format.DENSE and decode_library(dtype, dim, rows, form) is None:
                 return False
-            stored = torch.uint8 if packed else dtype
+            stored = dtype if form is Format.DENSE else torch.uint8
             if keys.dtype is not stored or values.dtype is not stored:
                 return False
-            layout = row_size(stored, dim), 1  # rows follow each other without a gap
+            layout = row_size(form, dim), 1  # rows follow each other without a gap
             if keys.stride()[2:] != layout or values.stride()[2:] != layout:
                 return False
         return mask is None or _visible_spans(mask, query.shape[0]) is not None
@@ -173,12 +184,9 @@ class NativeKernel:
             (keys, values), first, count = tile.whole, tile.first, tile.tokens
             if not count:
                 continue
-            packed, step = keys.dtype is torch.uint8, keys.itemsize
-            attend_heads = library.attend_heads
-            if packed:
-                of_pages = decode_library(query.dtype, dim, group * q_len, packed=True)
-                assert of_pages is not None
-                attend_heads = of_pages.attend_heads
+            step = keys.itemsize
+            of_form = decode_library(query.dtype, dim, group * q_len, tile.format)
+            assert of_form is not None
             row, head, _, _ = keys.stride()
             value_row, value_head, _, _ = values.stride()
             first_head = tile.heads.start or 0
@@ -198,7 +206,7 @@ class NativeKernel:
                 parts = rows.new_empty(splits * results * (dim + 1) if splits > 1 else 0)
                 at, key_at = call * results, call * row + first_head * head
                 value_at = call * value_row + first_head * value_head
-                attend_heads(
+                of_form.attend_heads(
                     rows.data_ptr() + at * dim * _FLOAT_BYTES,
                     *(keys.data_ptr() + key_at * step, values.data_ptr() + value_at * step),
                     *(head, value_head, first, count, heads, splits, scale, parts.data_ptr()),

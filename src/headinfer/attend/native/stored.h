@@ -6,9 +6,13 @@
  * Whoever includes this defines, besides HEAD_DIM, BLOCK: tokens of a block.
  */
 #ifdef PACKED
+#if defined(INT8_PAGES) || defined(FP8_PAGES)
+#include "eight_bits.h"
+#else
 #include "pages.h"
+#endif
 typedef uint8_t stored;
-#define ROW (PAGE_BYTES / PAGE_TOKENS) /* a token's part of a page */
+#define ROW (PAGE_BYTES / PAGE_TOKENS) /* a token's part of a page, rounded down: for prefetching */
 #define ROOM (BLOCK + PAGE_TOKENS)     /* tokens of the pages that a block may have a part of */
 #define FETCHED (BLOCK / 2 * HEAD_DIM) /* of the next block, while this one is unpacked */
 #else

@@ -1,0 +1,1 @@
+"""Keys and values in 8 bits each, with scales: approximate, in half the bytes."""

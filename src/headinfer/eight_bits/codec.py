@@ -1,0 +1,104 @@
+"""What rounds to 8 bits and back on a device, and the choice for each kind of device."""
+
+import functools
+
+import torch
+
+from headinfer.eight_bits import reference
+from headinfer.eight_bits.layout import Code, EightBitLayout
+from headinfer.errors import OptionError
+from headinfer.packed.codec import Codec
+from headinfer.packed.layout import PAGE_TOKENS
+
+
+class CpuEightBits:
+    """A codec of 8 bits for tensors in memory of the CPU, by torch.
+
+    Args:
+        code: of 8 bits.
+    """
+
+    def __init__(self, code: Code) -> None:
+        self._code = code
+
+    def pack(self, values: torch.Tensor, pages: torch.Tensor) -> None:
+        """Round values; see `reference.pack`."""
+        reference.pack(self._code, values, pages)
+
+    def unpack(
+        self,
+        pages: torch.Tensor,
+        values: torch.Tensor,
+        first: int = 0,
+        counted: torch.Tensor | None = None,
+    ) -> None:
+        """Give values of pages; see `Codec.unpack`."""
+        tokens = values.shape[2]
+        if counted is not None:
+            tokens = min(first + int(counted.item()), tokens)
+        reference.unpack(self._code, pages, values[:, :, :tokens])
+
+    def keep_raw(
+        self, values: torch.Tensor, pages: torch.Tensor, raw: torch.Tensor, taken: torch.Tensor
+    ) -> None:
+        """Copy the values of pages that are kept as they are; see `Codec.keep_raw`."""
+        for row, head, page in self.overflowed(pages, values.shape[3]).nonzero().tolist():
+            first = page * PAGE_TOKENS
+            part = values[row, head, first : first + PAGE_TOKENS].contiguous()
+            slot = raw[int(taken.item())]
+            slot.zero_()
+            slot[: part.nbytes].copy_(part.view(torch.uint8).flatten())
+            reference.set_raw_address(pages[row, head, page], slot.data_ptr())
+            taken += 1
+
+    def overflowed(self, pages: torch.Tensor, dim: int) -> torch.Tensor:
+        """Return which pages are kept as they are, bool `[batch, heads, pages]`."""
+        return reference.kept_as_they_are(pages, EightBitLayout(self._code, dim))
+
+
+_CHECKED_SHAPE = (2, 2, 2 * PAGE_TOKENS, 48)
+
+
+@functools.cache
+def eight_bits_for(code: Code, where: torch.device, dtype: torch.dtype) -> Codec:
+    """Return the codec for tensors on a device, which was seen to give the reference's bits.
+
+    Args:
+        code: of 8 bits.
+        where: the device.
+        dtype: of keys and values.
+
+    Raises:
+        OptionError: there is none, or it does not.
+    """
+    if where.type == "cpu":
+        return CpuEightBits(code)
+    try:
+        from headinfer.eight_bits.fused import TritonEightBits
+    except ImportError:
+        raise OptionError(
+            f"kv_cache={code.value} needs Triton for {where}, and it cannot be imported; use "
+            "kv_cache=dense (--kv-cache dense)"
+        ) from None
+    return checked(code, TritonEightBits(code), where, dtype)
+
+
+def checked(code: Code, codec: Codec, where: torch.device, dtype: torch.dtype) -> Codec:
+    """Return a codec that gives the reference's pages there, and its values of them.
+
+    Raises:
+        OptionError: it does not.
+    """
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(_CHECKED_SHAPE, generator=generator).to(dtype)
+    wanted, given = reference.pack(code, values), torch.zeros_like(values)
+    reference.unpack(code, wanted, given)
+    pages, back = torch.zeros_like(wanted, device=where), torch.zeros_like(values, device=where)
+    codec.pack(values.to(where), pages)
+    codec.unpack(pages, back)
+    if torch.equal(pages.cpu(), wanted) and torch.equal(back.cpu(), given):
+        return codec
+    raise OptionError(
+        f"kv_cache={code.value} fails its check on {where}: values in 8 bits differ from the "
+        "reference's; use kv_cache=dense (--kv-cache dense)"
+    )

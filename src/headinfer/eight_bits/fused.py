@@ -1,0 +1,85 @@
+"""Rounding to 8 bits and back on CUDA, each in one launch, by Triton's programs."""
+
+import torch
+
+from headinfer.eight_bits.layout import Code, EightBitLayout
+from headinfer.eight_bits.reference import kept_as_they_are, largest_kept
+from headinfer.eight_bits.triton_eight_bits import keep_raw_pages, pack_pages, unpack_pages
+from headinfer.native.triton_launch import Program
+from headinfer.packed.layout import PAGE_TOKENS, num_pages
+
+_AT_ONCE = 4096
+"""Values that a program unpacks at a time."""
+
+_UNPACK = Program(unpack_pages, num_warps=4)
+_PACK = Program(pack_pages, num_warps=8)
+_KEEP_RAW = Program(keep_raw_pages, num_warps=4)
+
+
+class TritonEightBits:
+    """A codec of 8 bits, enqueued on the stream that is current.
+
+    Args:
+        code: of 8 bits.
+    """
+
+    def __init__(self, code: Code) -> None:
+        self._code = code
+
+    def pack(self, values: torch.Tensor, pages: torch.Tensor) -> None:
+        """Round values `[batch, heads, tokens, dim]` with a unit last stride into pages."""
+        batch, heads, tokens, dim = values.shape
+        _PACK.launch(
+            (num_pages(tokens), batch * heads, 1),
+            (values, pages),
+            (tokens, heads, largest_kept(values.dtype)),
+            (*values.stride()[:3], *pages.stride()[:3]),
+            (
+                *(dim, _power_of_two(dim), EightBitLayout(self._code, dim).page_bytes),
+                self._code is Code.INT8,
+            ),
+        )
+
+    def unpack(
+        self,
+        pages: torch.Tensor,
+        values: torch.Tensor,
+        first: int = 0,
+        counted: torch.Tensor | None = None,
+    ) -> None:
+        """Give values of pages; see `Codec.unpack`.
+
+        Those of pages that are kept as they are are read where they lie, in memory that the device
+        can address.
+        """
+        batch, heads, tokens, dim = values.shape
+        width = _power_of_two(dim)
+        block = max(min(_AT_ONCE // width, PAGE_TOKENS), 1)
+        _UNPACK.launch(
+            (num_pages(tokens) * (PAGE_TOKENS // block), batch * heads, 1),
+            (pages, values, pages if counted is None else counted),
+            (tokens, first, heads),
+            (*pages.stride()[:3], *values.stride()[:3]),
+            (dim, width, self._code is Code.INT8, counted is not None, block),
+        )
+
+    def keep_raw(
+        self, values: torch.Tensor, pages: torch.Tensor, raw: torch.Tensor, taken: torch.Tensor
+    ) -> None:
+        """Copy the values of pages that are kept as they are; see `Codec.keep_raw`."""
+        batch, heads, tokens, dim = values.shape
+        _KEEP_RAW.launch(
+            (num_pages(tokens), batch * heads, 1),
+            (values, pages, raw, taken),
+            (tokens, heads, raw.stride(0)),
+            (*values.stride()[:3], *pages.stride()[:3]),
+            (dim, _power_of_two(dim)),
+        )
+
+    def overflowed(self, pages: torch.Tensor, dim: int) -> torch.Tensor:
+        """Return which pages are kept as they are, bool `[batch, heads, pages]`."""
+        return kept_as_they_are(pages, EightBitLayout(self._code, dim))
+
+
+def _power_of_two(least: int) -> int:
+    return 1 << (least - 1).bit_length()

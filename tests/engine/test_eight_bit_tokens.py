@@ -1,0 +1,125 @@
+"""Tokens in 8 bits in host memory: rounded once, whichever way they come."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from eight_bit_values import drawn, keep_raw, unpacked
+from headinfer.device.simulated import SimulatedDevice
+from headinfer.eight_bits.reference import pack
+from headinfer.engine.engine import Engine
+from headinfer.engine.stats import Stats
+from headinfer.kv.pair import KV
+from headinfer.plan.format import Format
+from headinfer.plan.options import Options
+from headinfer.plan.resolve import resolve
+from shapes import model_shape
+
+KEY_DIM, VALUE_DIM, TOKENS = 16, 32, 250
+FORMS = (Format.INT8, Format.FP8)
+
+
+def engine_of(
+    form: Format, *, dtype: torch.dtype = torch.bfloat16, chunk_tokens: int = 24, residents: int = 0
+) -> Engine:
+    shape = model_shape(
+        layers=1, group=1, key_dim=KEY_DIM, value_dim=VALUE_DIM, itemsize=dtype.itemsize
+    )
+    options = Options(chunk_tokens=chunk_tokens, tile_tokens=16, resident_tokens=residents)
+    plan = resolve(shape.stored_as(form), options, device="simulated", batch=1)
+    engine = Engine(SimulatedDevice(seed=chunk_tokens), plan, dtype, Stats())
+    engine.expect(TOKENS)  # in one piece of memory
+    return engine
+
+
+def tokens_of(count: int, dtype: torch.dtype = torch.bfloat16) -> KV:
+    dims = KEY_DIM, VALUE_DIM
+    return KV(*(drawn("outliers", (1, 2, count, dim), at, dtype) for at, dim in enumerate(dims)))
+
+
+def rounded(form: Format, kv: KV) -> KV:
+    """What one rounding of all full pages gives."""
+    code, found = form.code, []
+    assert code is not None
+    for values in kv:
+        pages = pack(code, values)
+        kept = keep_raw(code, pages, values)
+        found.append(unpacked(code, pages, values))
+        del kept
+    return KV(*found)
+
+
+def read(engine: Engine) -> KV:
+    engine.begin_saving()  # the host has all tokens
+    return KV(engine.read(0, "keys"), engine.read(0, "values"))
+
+
+def append(engine: Engine, kv: KV, counts: Sequence[int]) -> None:
+    start = 0
+    for count in counts:
+        engine.append(0, *kv.cut(slice(start, start + count)))
+        start += count
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    st.sampled_from(FORMS),
+    st.lists(st.integers(1, 60), min_size=1, max_size=9),
+    st.sampled_from([5, 24, 130]),
+    st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
+)
+def test_tokens_that_come_in_many_calls_are_those_of_one(
+    form: Format, counts: list[int], chunk_tokens: int, dtype: torch.dtype
+) -> None:
+    """A page that is not full is as it was computed, and nothing is rounded twice."""
+    total = min(sum(counts), TOKENS)
+    kv, engine = tokens_of(total, dtype), engine_of(form, dtype=dtype, chunk_tokens=chunk_tokens)
+    while sum(counts) > TOKENS:
+        counts.pop()
+    append(engine, kv, [*counts, total - sum(counts)][: len(counts) + (total > sum(counts))])
+    assert all(map(torch.equal, read(engine), rounded(form, kv)))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_one_token_after_another(form: Format) -> None:
+    kv, engine = tokens_of(TOKENS), engine_of(form)
+    append(engine, kv, [1] * TOKENS)
+    assert all(map(torch.equal, read(engine), rounded(form, kv)))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_numbers_that_are_not_finite_come_back(form: Format) -> None:
+    kv, engine = tokens_of(TOKENS), engine_of(form)
+    kv.keys[0, 1, 70, 2], kv.values[0, 0, 3, 5] = torch.inf, torch.nan
+    append(engine, kv, [100, 150])
+    found = read(engine)
+    assert torch.equal(found.keys[0, 1, 64:128], kv.keys[0, 1, 64:128])
+    assert torch.equal(found.values[0, 0, :64].nan_to_num(7), kv.values[0, 0, :64].nan_to_num(7))
+    assert found.keys[0, 0].isfinite().all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_tokens_go_on_after_a_crop_a_fork_and_a_load(form: Format) -> None:
+    """What a crop leaves of a page stays as it reads until the page is full again."""
+    kv, engine = tokens_of(TOKENS), engine_of(form, residents=30)
+    append(engine, kv, [200])
+    before = read(engine)
+    engine.crop(0, 50)
+    append(engine, kv, [20])
+    found = read(engine)
+    for got, old, new in zip(found, before, kv, strict=True):
+        assert torch.equal(got, torch.cat([old[:, :, :150], new[:, :, :20]], 2))
+    fork = Engine(engine.device, engine.plan, torch.bfloat16, Stats())
+    fork.copy_from(engine)
+    append(engine, kv, [60])
+    assert all(map(torch.equal, read(fork), found))
+    loaded = engine_of(form)
+    page = KV(*(torch.empty_like(part) for part in found))
+    fork.copy_page(0, [page])
+    assert all(map(torch.equal, page, found))
+    loaded.take_page([page])
+    loaded.end_loading()
+    assert all(map(torch.equal, read(loaded), rounded(form, page)))
