@@ -137,6 +137,8 @@ class CapturedSteps:
         if captured is not None and (captured.reads != ready.reads or captured.moved):
             del engine.captured[call.key]
             captured = None
+        if captured is not None and new_tokens > 1 and captured.outdated:
+            distrust(engine, new_tokens)  # nothing but drafts and such passes may come in an answer
         self._repeated.note(engine, new_tokens)
         if captured is None and first:
             return forward(**arguments)  # many caches take no second one
@@ -315,9 +317,9 @@ class CapturedSteps:
             movable = weights if self._device.tiles_are_views else ()
             captured = CapturedStep(
                 *(step, capture, ready.reads, weights),
-                *(call.past_tokens, call.new_tokens),
+                *(call.past_tokens, call.new_tokens, engine.drafting),
                 addresses=tuple(weight.data_ptr() for weight in movable),
-                owned=owned_by(model) if engine.drafting else (),
+                owned=owned_by(model) if engine.drafting or call.new_tokens > 1 else (),
             )
             engine.captured[call.key] = captured
         for stats in (self._stats, cache.stats):

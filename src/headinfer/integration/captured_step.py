@@ -156,10 +156,11 @@ class CapturedStep:
         weights: memory of the model, which the capture reads even where the model has other by now.
         past_tokens: in the cache when it was captured.
         new_tokens: of each row.
+        drafts: whether it drafts a token.
         addresses: of these weights, to be looked at before each replay; empty where none moves. On
             the CPU one may, as to be shared with another process.
-        owned: the model's parameters and buffers when it was captured, where it drafts a token. As
-            long as they are the same, a pass that verifies drafts leaves it trusted.
+        owned: the model's parameters and buffers when it was captured, where it drafts a token or
+            verifies drafts. As long as they are the same, a pass that verifies leaves it trusted.
         trusted: whether it was compared since the cache was last used otherwise.
         compared_tokens: in the cache when it was last compared, and right.
     """
@@ -170,6 +171,7 @@ class CapturedStep:
     weights: tuple[torch.Tensor, ...]
     past_tokens: int
     new_tokens: int = 1
+    drafts: bool = False
     addresses: tuple[int, ...] = ()
     owned: tuple[Owned, ...] = ()
     trusted: bool = False
@@ -231,7 +233,7 @@ def distrust(engine: CacheEngine, new_tokens: int) -> None:
         new_tokens: of the pass between.
     """
     for captured in engine.captured.values():
-        if not captured.owned or new_tokens > MOST_DRAFTED + 1 or captured.outdated:
+        if not captured.drafts or new_tokens > MOST_DRAFTED + 1 or captured.outdated:
             captured.trusted = False
 
 
