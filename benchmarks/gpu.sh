@@ -57,6 +57,15 @@ bench drafts decode "${llama[@]}" --contexts 100K,200K,400K,800K --fill random -
     --methods host-attention,drafts --replay benchmarks/results/drafts-acceptance.json
 bench drafts-4of7 decode "${llama[@]}" --contexts 100K,200K,400K,800K --fill random --new-tokens 60 \
     --methods host-attention,drafts --replay 4/7
+# The exponents of real models, as random ones would flatter what packs them.
+for form in dense packed; do
+    bench "packed-$form" decode "${llama[@]}" --contexts 100K,200K,400K,800K --fill recorded \
+        --new-tokens 24 --methods host-attention,resident --kv-cache "$form"
+done
+if [ ! -e "$out/gpu-packed-kernel.json" ]; then
+    timeout 60 "$python" benchmarks/packed_kernel.py --dims 128 --groups 1,4,8 \
+        --json "$out/gpu-packed-kernel.json" 2>&1 | tee -a "$out/gpu.log"
+fi
 bench suite-llama-prefill prefill "${llama[@]}" --contexts 1K,10K,40K,100K \
     --methods standard,chunked-prefill,head-wise-1,bounded,headinfer
 # What a user meets first. Methods take turns in this order, three times; then 800K tokens, once.

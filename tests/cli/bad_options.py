@@ -85,7 +85,7 @@ NUMBERS: list[Row] = [
     option("--seed", BIG, BIG, "2**64 - 1"),
     option("--seed", "-9223372036854775809", "-2**63"),
     option("--dtype", "float64", "'float64'", "'bfloat16'"),
-    option("--kv-cache", "int8", "'int8'", "dense, packed"),
+    option("--kv-cache", "int4", "'int4'", "dense, packed"),
     option("--dtype", "", "''", "'bfloat16'"),
     option("--max-new-tokens", "0", "at least 1"),
     option("--max-new-tokens", "4K", "'4K'", "whole number"),

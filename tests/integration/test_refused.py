@@ -10,7 +10,9 @@ from headinfer.integration.decode_call import DecodeCall
 from headinfer.integration.refused import RefusedCalls
 
 CACHE = SimpleNamespace(state=SimpleNamespace(functions=SimpleNamespace(forget_pending=int)))
-CALL = SimpleNamespace(key=("step", Form.ONE_LAUNCH), kind="step", form=Form.ONE_LAUNCH)
+CALL = SimpleNamespace(
+    key=("step", Form.ONE_LAUNCH), kind="step", form=Form.ONE_LAUNCH, new_tokens=1
+)
 
 
 def attempt(refused: RefusedCalls, error: Exception, *, awaited: bool) -> None:

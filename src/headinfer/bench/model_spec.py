@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from headinfer.errors import OptionError
+from headinfer.plan.format import Format
 from headinfer.plan.predict import active_parameters
 from headinfer.plan.shape import LayerKind, LayerShape, ModelShape
 
@@ -187,7 +188,12 @@ def model_from_json(values: Mapping[str, Any]) -> Model:
     if "planned" not in values:
         return ModelSpec(**values)
     planned = values["planned"]
-    layers = tuple(
-        LayerShape(**(layer | {"kind": LayerKind(layer["kind"])})) for layer in planned["layers"]
-    )
+    layers = tuple(map(_layer_from_json, planned["layers"]))
     return NamedModel(**(dict(values) | {"planned": ModelShape(**(planned | {"layers": layers}))}))
+
+
+def _layer_from_json(values: Mapping[str, Any]) -> LayerShape:
+    own: dict[str, Any] = {"kind": LayerKind(values["kind"])}
+    if "host_format" in values:  # older results have none
+        own["host_format"] = Format(values["host_format"])
+    return LayerShape(**(dict(values) | own))

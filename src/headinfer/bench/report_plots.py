@@ -16,7 +16,7 @@ from headinfer.bench.catalogue import (
     UNFUSED,
 )
 from headinfer.bench.document import Results
-from headinfer.bench.report import Quantity, plot_name, quantities
+from headinfer.bench.report import Quantity, least_name, plot_name, quantities
 from headinfer.bench.report_gpus import is_of_several
 from headinfer.bench.rows import Row
 from headinfer.bench.table import conditions
@@ -101,7 +101,8 @@ def _lines(results: Results, quantity: Quantity) -> Iterator[Line]:
                 broken_off=points[-1][0] < last,
             )
     if bounds:
-        yield Line(name="least possible", points=tuple(sorted(bounds.items())), look=BOUND)
+        name = least_name(results.spec.methods)
+        yield Line(name=name, points=tuple(sorted(bounds.items())), look=BOUND)
 
 
 def _points(rows: list[Row], quantity: Quantity) -> Iterator[tuple[int, float]]:
