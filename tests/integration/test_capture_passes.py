@@ -119,8 +119,9 @@ def test_passes_have_the_bits_of_launched_ones(name: str, placement: str, count:
 
     stats = outcomes(name, placement, use)
     assert stats.captured_verifications == stats.captured_steps
-    crossed = 0 if placement == "resident" else 1 + (PROMPT_TOKENS + sum(taken)) // 64 - 2
-    assert stats.captured_verifications >= len(taken) - NEW_KIND - 2 * crossed
+    doubled = PROMPT_TOKENS + sum(taken) >= 256  # where captures are compared again
+    crossed = 0 if placement == "resident" else (PROMPT_TOKENS + sum(taken)) // 64 - 1
+    assert stats.captured_verifications >= len(taken) - NEW_KIND - doubled - 2 * crossed
 
 
 @pytest.mark.parametrize(
