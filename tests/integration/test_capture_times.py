@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 import headinfer
 from captured import SIMULATED, prompted, steps
 from headinfer.cli.render import link_bytes_per_s, stats_as_json, summary_rows
-from headinfer.integration import capture, serving
+from headinfer.integration import captured_step, serving
 from tiny_models import tiny_model
 
 LAUNCHED, COMPARED = 1, 1
@@ -30,7 +30,7 @@ def model(monkeypatch: pytest.MonkeyPatch) -> PreTrainedModel:
 
     clock: Callable[[], float] = lambda: passed[0]  # noqa: E731
     model.lm_head.forward = forward
-    monkeypatch.setattr(capture, "perf_counter", clock)
+    monkeypatch.setattr(captured_step, "perf_counter", clock)
     monkeypatch.setattr(serving.time, "perf_counter", clock)
     return model
 
