@@ -1,7 +1,9 @@
 """Passes of several tokens that are captured and replayed, as those that verify drafts are."""
 
+import gc
 import shutil
 import sys
+import weakref
 from typing import Any
 
 import pytest
@@ -18,7 +20,7 @@ from headinfer.integration.calls import cache_argument
 from headinfer.offload import Offload
 from headinfer.schedule import route
 from parted import spread
-from tiny_models import random_tokens, shared_model
+from tiny_models import random_tokens, shared_model, tiny_model
 
 PLACEMENTS: dict[str, dict[str, Any]] = {
     "resident": {"resident_tokens": "all"},
@@ -61,7 +63,8 @@ def verified(
 ) -> torch.Tensor:
     """Return the logits of a pass, all but some of whose tokens are then taken back."""
     tokens = random_tokens(rows, count, seed=seed)
-    logits: torch.Tensor = model(tokens, **cache_argument(model, cache)).logits
+    with cache.verifying():
+        logits: torch.Tensor = model(tokens, **cache_argument(model, cache)).logits
     if accepted < count:
         cache.crop(accepted - count)
     return logits
@@ -218,7 +221,7 @@ def test_few_numbers_of_tokens_are_captured_at_once() -> None:
 
     stats = outcomes("llama3", "resident", use)
     assert stats.captures == 4, "none of 6 and 7, and one of 5 again"
-    assert stats.captured_verifications == 3 + 1
+    assert stats.captured_verifications == 3 + 2
 
 
 def test_short_prompts_are_no_passes() -> None:
@@ -287,3 +290,44 @@ def test_a_replay_that_waits_too_little_is_noticed(edge: Edge, placement: str) -
     device.skipped_edges = frozenset()
     device.synchronize()
     offload.detach()
+
+
+@pytest.mark.parametrize("how", ["forward", "weight"])
+def test_a_model_that_changes_between_plain_calls_is_seen(how: str) -> None:
+    """Calls that nobody says to verify are launched, and steps behind them compared anew."""
+
+    def use(offload: Offload, model: Any) -> list[torch.Tensor]:
+        cache, found = prompted(offload, model), []
+        head, forward, weight = model.lm_head, model.lm_head.forward, model.lm_head.weight
+        for turn in range(3):
+            if turn == 1 and how == "forward":
+                head.forward = lambda hidden: -2 * forward(hidden)
+            elif turn == 1:
+                head.weight = torch.nn.Parameter(weight * -2, requires_grad=False)
+            elif turn == 2:
+                head.forward, head.weight = forward, weight
+            for count in (3, 3, 3, 3, 1, 1, 1, 1):
+                tokens = random_tokens(1, count, seed=turn)
+                found.append(model(tokens, **cache_argument(model, cache)).logits.clone())
+        del head.forward
+        return [torch.cat(found, dim=1)]
+
+    stats = outcomes("llama3", "resident", use)
+    assert stats.captured_steps > 0
+    assert stats.captured_verifications == 0
+
+
+def test_replaced_weights_are_let_go_by_captures_of_other_numbers() -> None:
+    model = tiny_model("llama3")
+    with headinfer.attach(model, **SIMULATED) as offload:
+        cache = prompted(offload, model)
+        for count in (5, 3):
+            for seed in range(5):
+                verified(model, cache, count, 1, seed)
+        assert offload.stats.captures == 2
+        old = weakref.ref(model.lm_head.weight)
+        model.lm_head.weight = torch.nn.Parameter(old() * -2, requires_grad=False)
+        for seed in range(3):
+            verified(model, cache, 3, 1, seed)
+        gc.collect()
+        assert old() is None

@@ -64,12 +64,13 @@ class Drafted(HeadInfer):
         drafted = self._drafted(token[:, :1], cache)
         drafted_s = time.perf_counter()
         taken, passed = token.shape[1], self._replay.drafts + 1
-        output = self._model(
-            input_ids=torch.cat((token, drafted[:, taken - 1 :]), dim=1)[:, :passed],
-            use_cache=True,
-            logits_to_keep=passed,
-            **cache_argument(self._model, cache),
-        )
+        with cache.verifying():
+            output = self._model(
+                input_ids=torch.cat((token, drafted[:, taken - 1 :]), dim=1)[:, :passed],
+                use_cache=True,
+                logits_to_keep=passed,
+                **cache_argument(self._model, cache),
+            )
         if passed > taken:
             cache.crop(taken - passed)
         logits: torch.Tensor = output.logits[0, :taken]

@@ -132,7 +132,8 @@ class Drafting:
         if "logits_to_keep" in inputs:
             inputs["logits_to_keep"] = new_tokens
         before_s = self._cache.stats.decode_s
-        logits: torch.Tensor = model(**inputs, return_dict=True).logits[:, -new_tokens:]
+        with self._cache.verifying():
+            logits: torch.Tensor = model(**inputs, return_dict=True).logits[:, -new_tokens:]
         seconds = self._cache.stats.decode_s - before_s
         self._pace.note_pass(len(drafted), seconds)
         if drafted:

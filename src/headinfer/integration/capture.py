@@ -121,8 +121,10 @@ class CapturedSteps:
             if new_tokens == 1:
                 self._refused.say_of_model(self._obstacle)
             return forward(**arguments)
+        if new_tokens > 1:
+            distrust(engine, new_tokens, verifies=cache.verifies)
         first, call = self._repeated.is_new(engine, new_tokens), None
-        if self._repeated.may_capture(engine, arguments, new_tokens):
+        if self._repeated.may_capture(engine, cache, arguments, new_tokens):
             call = self._replayable(cache, arguments, new_tokens)
         ways = [] if call is None else self._ways(call, engine)
         way = go_alike(self._ranks, ways, engine, in_a_row=not first, known=self._known)
@@ -130,15 +132,14 @@ class CapturedSteps:
             if ways:
                 self._refused.say_for_now("the ranks would capture different steps")
             self._repeated.note_launched(engine, new_tokens)
-            distrust(engine, new_tokens)
+            if new_tokens == 1:
+                distrust(engine, new_tokens)
             return forward(**arguments)
         call, ready = way
         captured = engine.captured.get(call.key)
         if captured is not None and (captured.reads != ready.reads or captured.moved):
             del engine.captured[call.key]
             captured = None
-        if captured is not None and new_tokens > 1 and captured.outdated:
-            distrust(engine, new_tokens)  # nothing but drafts and such passes may come in an answer
         self._repeated.note(engine, new_tokens)
         if captured is None and first:
             return forward(**arguments)  # many caches take no second one

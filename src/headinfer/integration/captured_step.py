@@ -36,17 +36,20 @@ def repays(model: torch.nn.Module, device: Device, ranks: Ranks) -> bool:
 
 
 Owned = tuple[dict[str, Any], str, torch.Tensor, int]
-"""A tensor of a module: where the module keeps it, its name there, itself, and its address."""
+"""A tensor of a module: where the module keeps it, its name there, itself, and its address.
+
+The address is 0 where it has no memory of its own, as a quantised one that wraps others.
+"""
 
 
 def owned_by(model: torch.nn.Module) -> tuple[Owned, ...]:
-    """Return the parameters and buffers of a model; those without memory of their own apart."""
+    """Return the parameters and buffers of a model."""
     return tuple(
-        (owner, name, tensor, tensor.data_ptr())
+        (owner, name, tensor, 0 if hasattr(tensor, "__tensor_flatten__") else tensor.data_ptr())
         for module in model.modules()
         for owner in (module._parameters, module._buffers)
         for name, tensor in owner.items()
-        if tensor is not None and not hasattr(tensor, "__tensor_flatten__")
+        if tensor is not None
     )
 
 
@@ -187,7 +190,7 @@ class CapturedStep:
     def outdated(self) -> bool:
         """Whether a parameter or buffer of the model is another one now, or elsewhere."""
         return any(
-            (now := owner.get(name)) is not tensor or now.data_ptr() != address
+            (now := owner.get(name)) is not tensor or (address and now.data_ptr() != address)
             for owner, name, tensor, address in self.owned
         )
 
@@ -221,19 +224,22 @@ def make_room(engine: CacheEngine, call: DecodeCall) -> None:
             del engine.captured[key]
 
 
-def distrust(engine: CacheEngine, new_tokens: int) -> None:
+def distrust(engine: CacheEngine, new_tokens: int, *, verifies: bool = False) -> None:
     """Have captures compared before they are used again: others may have changed the model.
 
-    A pass that verifies drafts leaves those of drafts as they are, where it is launched, unless
-    weights were replaced. What these give is verified in any case, and a wrong one costs time
-    alone.
+    Those that read weights which were replaced go, with these weights. A pass that verifies drafts
+    leaves the others as they are. Any pass of few tokens does so with drafts: what these give is
+    verified in any case, and a wrong one costs time alone.
 
     Args:
         engine: keeps the captures.
         new_tokens: of the pass between.
+        verifies: whether that is said to verify drafts.
     """
-    for captured in engine.captured.values():
-        if not captured.drafts or new_tokens > MOST_DRAFTED + 1 or captured.outdated:
+    for key, captured in tuple(engine.captured.items()):
+        if captured.outdated:
+            del engine.captured[key]
+        elif not verifies and not (captured.drafts and new_tokens <= MOST_DRAFTED + 1):
             captured.trusted = False
 
 

@@ -18,6 +18,7 @@ class DraftableCache(ParkableCache):
 
     Attributes:
         lengths_before: tokens of each layer before the call that is under way; None between calls.
+        verifies: whether calls of several tokens are said to verify drafts.
     """
 
     lengths_before: list[int] | None
@@ -26,6 +27,7 @@ class DraftableCache(ParkableCache):
         super().__init__(config=config)
         self._drafter: int | None = None  # the thread that drafts
         self._drafts_ended = threading.Event()
+        self.verifies = False
 
     @property
     def can_draft(self) -> str | None:
@@ -67,6 +69,21 @@ class DraftableCache(ParkableCache):
             yield
         finally:
             uninterrupted(lambda: self.turns.run(self._end_drafts, engine))
+
+    @contextlib.contextmanager
+    def verifying(self) -> Iterator[None]:
+        """Say that calls with this cache verify drafts, in the `with` statement.
+
+        A call of 2 to 16 tokens is then captured and replayed, as steps of one token are. The
+        model must not change between such calls, but by other parameters and buffers: these are
+        noticed. What changes otherwise, as an adapter that is switched, is seen after any other
+        call.
+        """
+        before, self.verifies = self.verifies, True
+        try:
+            yield
+        finally:
+            self.verifies = before
 
     def check_whole(self) -> list[int]:
         """Return the tokens of each layer, or refuse where the last call stopped half-way."""

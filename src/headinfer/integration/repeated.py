@@ -6,6 +6,7 @@ from typing import Any
 
 from headinfer.engine.parted import CacheEngine
 from headinfer.integration.decode_call import verifies
+from headinfer.integration.drafting import DraftableCache
 from headinfer.schedule.route import MAX_ASKED_TOKENS
 
 
@@ -28,18 +29,25 @@ class RepeatedCalls:
         return self._of(engine).get(engine) != new_tokens
 
     def may_capture(
-        self, engine: CacheEngine, arguments: Mapping[str, Any], new_tokens: int
+        self,
+        engine: CacheEngine,
+        cache: DraftableCache,
+        arguments: Mapping[str, Any],
+        new_tokens: int,
     ) -> bool:
-        """Whether a call may be captured: one token, or a few as at the last time.
+        """Whether a call may be captured: one token, or a few to verify, as at the last time.
 
         Args:
             engine: of the cache.
+            cache: of the call.
             arguments: of the call, by name.
             new_tokens: of each row.
         """
         if new_tokens == 1:
             return True
-        if not self._several or new_tokens > MAX_ASKED_TOKENS or not verifies(arguments):
+        if not (self._several and cache.verifies and verifies(arguments)):
+            return False
+        if new_tokens > MAX_ASKED_TOKENS:
             return False
         known = any(each.new_tokens == new_tokens for each in engine.captured.values())
         return known or not self.is_new(engine, new_tokens)
