@@ -252,8 +252,8 @@ class OffloadedCache(DraftableCache):
             path: of the folder, which is made; or a session's, which is replaced.
             block_bytes: the most bytes of one file, for example "64MiB". What is damaged later
                 costs the tokens from its file on.
-            messages: of the conversation that was read; both are replaced, or none. By default
-                messages that are there stay.
+            messages: of the conversation that was read; where that fails, both stay as they were.
+                By default messages that are there stay.
 
         Returns:
             What was written.

@@ -95,7 +95,7 @@ def staging_bytes(shape: ModelShape, *, tile_heads: int, tile_tokens: int, batch
         layer.host_bytes(
             covering_tokens(layer.host_format, tile_tokens), shape.kv_itemsize, tile_heads
         )
-        for layer in shape.full_layers
+        for layer in shape.kinds_of_full_layers
     ]
     return STAGING_BUFFERS * aligned(batch * max(tiles, default=0))
 
@@ -139,7 +139,8 @@ def raw_slot_bytes(shape: ModelShape) -> int:
 
 
 def _packed_layers(shape: ModelShape) -> list[LayerShape]:
-    return [layer for layer in shape.full_layers if layer.host_format is not Format.DENSE]
+    kinds = shape.kinds_of_full_layers
+    return [layer for layer in kinds if layer.host_format is not Format.DENSE]
 
 
 def tail_bytes(shape: ModelShape, *, page_tokens: int, batch: int) -> int:
@@ -152,7 +153,7 @@ def tail_bytes(shape: ModelShape, *, page_tokens: int, batch: int) -> int:
 
 def chunk_page_bytes(shape: ModelShape, *, chunk_tokens: int, batch: int) -> int:
     """Bytes of the pages a prefill chunk is written back from, shared by all layers."""
-    elements = max((layer.elements_per_token for layer in shape.full_layers), default=0)
+    elements = max((layer.elements_per_token for layer in shape.kinds_of_full_layers), default=0)
     return PAGES * aligned(batch * chunk_tokens * elements * shape.kv_itemsize)
 
 

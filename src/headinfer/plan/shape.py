@@ -160,6 +160,11 @@ class ModelShape:
         return tuple(track for track in self._tracks if track.kind is LayerKind.FULL)
 
     @functools.cached_property
+    def kinds_of_full_layers(self) -> tuple[LayerShape, ...]:
+        """One of each group of layers of `full_layers` that are equal."""
+        return tuple(dict.fromkeys(self.full_layers))
+
+    @functools.cached_property
     def attention_layers(self) -> tuple[LayerShape, ...]:
         """The layers that keep keys and values, all tokens or a window of them."""
         return tuple(layer for layer in self.layers if layer.kind is not LayerKind.STATE)

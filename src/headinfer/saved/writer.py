@@ -136,7 +136,7 @@ class SessionWriter:
         synchronize_folder(self._folder)
         new = self._folder / f"{INDEX_NAME}.new"
         _synchronize(_write_file(new, memoryview(index.to_json(written_by).encode())))
-        if messages is not None:  # before: both go together, or none
+        if messages is not None:  # before: what fails here leaves both as they were
             _synchronize(_write_file(self._new_messages, memoryview(messages)))
         self._committed = True  # noted before: Ctrl-C behind the next line must remove nothing
         try:
