@@ -67,7 +67,10 @@ def test_layers_on_several_devices_agree_with_stock(method, fill):
         )
 
 
-@pytest.mark.parametrize(("method", "fill"), [("heads", Fill.RANDOM), ("heads-host", Fill.PREFILL)])
+@pytest.mark.parametrize(
+    ("method", "fill"),
+    [pytest.param("heads", Fill.RANDOM, marks=pytest.mark.slow), ("heads-host", Fill.PREFILL)],
+)
 def test_heads_in_several_processes_agree_with_stock(environment, method, fill):
     before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
     result = in_ranks(spec_of(method, fill, resident_tokens="100"))

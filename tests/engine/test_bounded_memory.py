@@ -38,7 +38,7 @@ def peak_device_bytes(context_tokens: int, *, overlap: bool = True) -> tuple[int
     return device.peak_bytes, planned
 
 
-@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("overlap", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_peak_is_the_same_at_8k_and_64k_tokens(overlap: bool) -> None:
     short = peak_device_bytes(2**13, overlap=overlap)
     long = peak_device_bytes(2**16, overlap=overlap)

@@ -51,7 +51,7 @@ def test_long_questions_are_answered_and_scored_by_group(model, tmp_path):
     assert "2/2" in text
 
 
-@pytest.mark.parametrize("mode", ["multi-turn", "scdq"])
+@pytest.mark.parametrize("mode", [pytest.param("multi-turn", marks=pytest.mark.slow), "scdq"])
 def test_shared_contexts_are_computed_once_and_the_time_told(model, mode, tmp_path):
     path = tmp_path / "out.json"
     data = folder(tmp_path, scbench_vt=[worded(1), worded(5)])

@@ -97,7 +97,7 @@ def test_a_copy_and_its_original_go_on_by_themselves(options: dict[str, Any]) ->
         torch.testing.assert_close(logits, model(doubled).logits[:, -3:])
 
 
-@pytest.mark.parametrize("device", ["cpu", "simulated"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("simulated", marks=pytest.mark.slow)])
 def test_a_copy_takes_host_memory_for_what_one_of_the_two_changes(device: str) -> None:
     model = shared_model("llama3")
     tokens = random_tokens(1, 700)

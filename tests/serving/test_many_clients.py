@@ -61,7 +61,10 @@ class Client:
 STOCK: dict[tuple[int, ...], str] = {}
 
 
-@pytest.mark.parametrize("name", BOUNDS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(each, marks=[pytest.mark.slow] * (each == "qwen3-next")) for each in BOUNDS],
+)
 def test_many_clients_of_whom_a_third_hang_up(name: str, tmp_path: Path) -> None:
     texts = [tokens(count, seed=count) for count in (60, 150, 260)]
     prompts = [
