@@ -123,3 +123,17 @@ def test_tokens_go_on_after_a_crop_a_fork_and_a_load(form: Format) -> None:
     loaded.take_page([page])
     loaded.end_loading()
     assert all(map(torch.equal, read(loaded), rounded(form, page)))
+
+
+@pytest.mark.parametrize("form", [Format.PACKED, *FORMS])
+def test_parking_keeps_no_block_of_raw_pages_more(form: Format) -> None:
+    kv, engine = tokens_of(TOKENS), engine_of(form, chunk_tokens=130)
+    append(engine, kv.cut(slice(0, 200)), [130, 70])
+    most = engine.host_kv_bytes
+    if form is not Format.PACKED:  # each time a page that is not full has a copy of itself
+        most += engine.plan.raw_page_bytes
+    for turn in range(10):
+        engine.park()
+        engine.replan(engine.plan)
+        append(engine, kv.cut(slice(200 + turn, TOKENS)), [1])
+    assert engine.host_kv_bytes <= most
