@@ -137,3 +137,15 @@ def test_parking_keeps_no_block_of_raw_pages_more(form: Format) -> None:
         engine.replan(engine.plan)
         append(engine, kv.cut(slice(200 + turn, TOKENS)), [1])
     assert engine.host_kv_bytes <= most
+
+
+@pytest.mark.parametrize("form", [Format.PACKED, *FORMS])
+def test_copies_count_the_raw_pages_that_they_share_once(form: Format) -> None:
+    engine = engine_of(form)
+    append(engine, tokens_of(200), [130, 70])
+    engine.park()
+    fork = Engine(engine.device, engine.plan, engine.dtype, Stats(), parked=True)
+    fork.copy_from(engine)
+    pieces = engine.host_pieces()
+    assert sum(pieces.values()) == engine.host_kv_bytes
+    assert sum((pieces | fork.host_pieces()).values()) == engine.host_kv_bytes

@@ -66,11 +66,10 @@ class CountedTokens:
         memory for all of them.
         """
         own = None if self.plan.batch == 1 else id(self)
-        return {
-            (own, id(piece)): piece.memory.numel()
-            for ledger in self._full
-            for piece in ledger.host_pieces
+        held = {
+            id(piece): piece.memory.numel() for ledger in self._full for piece in ledger.host_pieces
         }
+        return {(own, piece): size for piece, size in (held | self._raw_blocks()).items()}
 
     @property
     def coming_host_bytes(self) -> int:
