@@ -15,7 +15,7 @@ from headinfer.bench.launch import FreshProcesses
 from headinfer.bench.longest import longest_context
 from headinfer.bench.model_spec import NamedModel
 from headinfer.bench.result import Status, TrialFailure, from_json, to_json
-from headinfer.bench.rows import Percentiles
+from headinfer.bench.rows import Percentiles, row_of
 from headinfer.bench.spec import BenchSpec, Command, Fill, TrialSpec
 from headinfer.bench.suite import GATE_TOKENS
 from headinfer.bench.table import notes, render
@@ -319,3 +319,12 @@ def test_a_bound_counts_the_tokens_that_a_method_keeps():
     (short,) = rows_of(bench_spec((75,), ("standard",)), FakeLauncher(answer))
     assert kept.decode_bound_s == short.decode_bound_s < whole.decode_bound_s
     assert kept.prefill_bound_s == whole.prefill_bound_s
+
+
+def test_the_bound_of_a_prefill_has_no_room_for_raw_pages_in_it():
+    spec = bench_spec((300,), ("standard",), command=Command.PREFILL)
+    rates = replace(MACHINE.rates, link_bytes_per_s=1.0, device_bytes_per_s=1e9)
+    plain = trial_result(device="cuda", kv_host_bytes=1000)
+    pooled = replace(plain, kv_host_bytes=51_000, raw_page_bytes=50_000)
+    rows = [row_of(spec, "standard", 300, [each], rates, None) for each in (plain, pooled)]
+    assert rows[0].prefill_bound_s == rows[1].prefill_bound_s == 1000

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from headinfer.estimate.presets import PRESETS
 from headinfer.probe import keep
 from measurements import CPU_ONLY, WITH_GPU, measured_here
 
@@ -79,6 +80,23 @@ def test_json_goes_to_a_file_beside_the_table(cli, tmp_path) -> None:
     assert outcome.code == 0
     assert "Chosen:" in outcome.out
     assert json.loads(path.read_text())["context_tokens"] == 2**17
+
+
+@pytest.mark.parametrize("form", ["packed", "int8"])
+def test_the_papers_accounting_refuses_other_forms_of_tokens(cli, form) -> None:
+    outcome = cli(*QUESTION, "--accounting", "paper", "--kv-cache", form)
+    assert outcome.code == 2
+    assert outcome.err.strip().endswith("counts dense KV alone; leave out --kv-cache")
+
+
+def test_tokens_that_the_config_has_in_float16_are_not_planned_packed(cli, tmp_path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**PRESETS["llama-3-8b"], "dtype": "float16"}))
+    asked = "plan", "--model", str(config), "--context", "128K", "--kv-cache", "packed"
+    outcome = cli(*asked)
+    assert outcome.code == 2
+    assert "names float16; leave out --kv-cache, or give --dtype bfloat16" in outcome.err
+    assert cli(*asked, "--dtype", "bfloat16", "--device-memory", "24GiB").code == 0
 
 
 def test_the_papers_accounting(cli) -> None:

@@ -123,3 +123,29 @@ def test_tokens_go_on_after_a_crop_a_fork_and_a_load(form: Format) -> None:
     loaded.take_page([page])
     loaded.end_loading()
     assert all(map(torch.equal, read(loaded), rounded(form, page)))
+
+
+@pytest.mark.parametrize("form", [Format.PACKED, *FORMS])
+def test_parking_keeps_no_block_of_raw_pages_more(form: Format) -> None:
+    kv, engine = tokens_of(TOKENS), engine_of(form, chunk_tokens=130)
+    append(engine, kv.cut(slice(0, 200)), [130, 70])
+    most = engine.host_kv_bytes
+    if form is not Format.PACKED:  # each time a page that is not full has a copy of itself
+        most += engine.plan.raw_page_bytes
+    for turn in range(10):
+        engine.park()
+        engine.replan(engine.plan)
+        append(engine, kv.cut(slice(200 + turn, TOKENS)), [1])
+    assert engine.host_kv_bytes <= most
+
+
+@pytest.mark.parametrize("form", [Format.PACKED, *FORMS])
+def test_copies_count_the_raw_pages_that_they_share_once(form: Format) -> None:
+    engine = engine_of(form)
+    append(engine, tokens_of(200), [130, 70])
+    engine.park()
+    fork = Engine(engine.device, engine.plan, engine.dtype, Stats(), parked=True)
+    fork.copy_from(engine)
+    pieces = engine.host_pieces()
+    assert sum(pieces.values()) == engine.host_kv_bytes
+    assert sum((pieces | fork.host_pieces()).values()) == engine.host_kv_bytes

@@ -2,6 +2,7 @@
 
 import platform
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,3 +67,27 @@ def test_pages_are_written_and_read_where_they_lie() -> None:
     unpack_native(library, cut, target[..., :48])
     assert torch.equal(bits_of(target[..., :48]), bits_of(values))
     assert not target[..., 48:].any()
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="no list of threads")
+def test_a_fresh_thread_packs_with_as_many_threads_as_torch_is_set_to() -> None:
+    library, counts = pages_library(48), []
+    assert library is not None
+    values = drawn("normal", (1, 2, 64 * 64, 48), 1)
+    pages = pack(values)
+
+    def work() -> None:
+        for _ in range(2):
+            counts.append(len(list(Path("/proc/self/task").iterdir())))
+            pack_native(library, values, pages)
+            unpack_native(library, pages, values)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    finally:
+        torch.set_num_threads(before)
+    assert counts[0] == counts[1]

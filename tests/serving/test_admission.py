@@ -34,6 +34,19 @@ def test_what_cpu_memory_never_holds_is_refused_with_what_would_fit() -> None:
         desk.check(ask(tokens(1000, seed=5), 24))  # what is kept will yield
 
 
+def test_what_would_fit_is_told_without_the_room_for_raw_pages() -> None:
+    options = {"device": "simulated", "kv_cache": "fp8", "device_memory": "1GiB"}
+    with desk_of("llama3", options=options, allow_long_prompts=True) as desk:
+        plan = desk._served.session.plan
+        assert plan.raw_page_bytes
+        there = plan.kv_host_bytes(1024)
+    options["host_memory"] = f"{there}B"
+    with desk_of("llama3", options=options, allow_long_prompts=True) as desk:
+        desk.check(ask(tokens(1000), 24))
+        with pytest.raises(MemoryPlanError, match=r"1K tokens fit"):
+            desk.check(ask(tokens(1000), 100))
+
+
 def test_a_request_waits_for_the_memory_of_one_that_runs() -> None:
     begun, go_on = threading.Event(), threading.Event()
     slow, heard = Heard(), Heard()

@@ -47,6 +47,28 @@ def test_a_restart_finds_what_was_kept(name: str, device: str, tmp_path: Path) -
         assert cached(desk, name, (*text, *tokens(9, seed=6), 5)) == 159
 
 
+@pytest.mark.parametrize("end", [{}, {"kept_memory": "1B"}])
+def test_rounded_prefixes_are_kept_in_memory_alone(end: dict[str, Any], tmp_path: Path) -> None:
+    """An exact server finds none of them, and one that rounds takes none of an exact one."""
+    text, rounded = tokens(150), {"device": "simulated", "kv_cache": "int8"}
+    with desk_of("llama3", options=rounded, session_folder=tmp_path, **end) as desk:
+        answer(desk, ask(text, 5))
+        if not end:
+            assert answer(desk, ask((*text, 5), 5)).ended.usage.cached_tokens == 150
+            sessions = desk._served.prefixes.sessions
+            assert sessions is not None
+            cache = sessions.fork(desk.slots()[0].id)
+            assert cache is not None
+            assert sessions.save(cache, "mine.hsession", None).tokens == 150 + 5 - 1
+            assert sessions.restore("mine.hsession").tokens == 150 + 5 - 1
+            shutil.rmtree(tmp_path / "mine.hsession")
+    with desk_of("llama3", session_folder=tmp_path) as desk:
+        assert cached(desk, "llama3", text) == 0
+    with desk_of("llama3", options=rounded, session_folder=tmp_path, **end) as desk:
+        assert answer(desk, ask((*text, 5), 5)).ended.usage.cached_tokens == 0
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 def test_what_memory_has_no_room_for_goes_to_the_disk_and_comes_back(tmp_path: Path) -> None:
     folder = tmp_path / "kept"
     with desk_of("llama3", kept_memory=f"{500 * PER_TOKEN}B", session_folder=folder) as desk:

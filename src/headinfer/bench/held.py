@@ -38,6 +38,7 @@ class Held:
         host_attended_bytes: what the CPU attends in every decode step on behalf of the device.
         unseen_bytes: what no query sees, where heads stream; it may not be held at all.
         format: the form of KV in host memory: "dense", "packed", "int8" or "fp8".
+        raw_page_bytes: room in host memory for pages that do not pack; it is in `host_bytes`.
         parts: the same for each GPU, where the model is spread over several.
     """
 
@@ -47,4 +48,5 @@ class Held:
     host_attended_bytes: int = 0
     unseen_bytes: int = 0
     format: str = DENSE
+    raw_page_bytes: int = 0
     parts: tuple[HeldPart, ...] = ()

@@ -83,6 +83,7 @@ class HeadInfer:
             host_attended_bytes=sum(part.host_attended_bytes for part in parts),
             unseen_bytes=self._unseen_bytes(plan, cache.get_seq_length()),
             format=plan.shape.host_format.value,
+            raw_page_bytes=plan.raw_page_bytes,
             parts=parts,
         )
 

@@ -35,6 +35,7 @@ _PROGRAM = "headinfer.bench.rank_program"
 _SUMS = (
     "peak_rss_growth_bytes",
     "kv_host_bytes",
+    "raw_page_bytes",
     "kv_device_bytes",
     "streamed_kv_bytes",
     "host_attended_kv_bytes",

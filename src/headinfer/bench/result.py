@@ -64,6 +64,7 @@ class TrialResult:
         host_attended_kv_bytes: KV bytes that the CPU attends on behalf of a device.
         unseen_kv_bytes: KV bytes of the context that no query of a decode step sees.
         format: the form of KV in host memory.
+        raw_page_bytes: room in host memory for pages that do not pack, in `kv_host_bytes`.
         others_cpu_share: share of the CPU that other programs used meanwhile.
         planned_activation_bytes: what the method planned for activations; None if it plans none.
         plan: sizes the method chose; None if it chooses none.
@@ -106,6 +107,7 @@ class TrialResult:
     accepted_per_verify: float | None = None
     draft_s: float | None = None
     verify_s: float | None = None
+    raw_page_bytes: int = 0
     parts: tuple[HeldPart, ...] = ()
 
 

@@ -239,13 +239,14 @@ def _bounds(
     """Return the bounds of prefill and of a decode step, by where the method held its KV."""
     on_device = result.device != "cpu"
     kv_bytes = spec.model.kv_bytes(context_tokens, spec.dtype)
+    host_bytes = max(result.kv_host_bytes - result.raw_page_bytes, 0)  # hardly ever does any cross
     kept_tokens = (result.plan or {}).get("kept_tokens", context_tokens)  # others are dropped
     prefill = prefill_work(
         spec.model,
         spec.dtype,
         context_tokens,
         on_device=on_device,
-        streamed_kv_bytes=min(result.kv_host_bytes, kv_bytes) if on_device else 0,
+        streamed_kv_bytes=min(host_bytes, kv_bytes) if on_device else 0,
         unseen_kv_bytes=result.unseen_kv_bytes,
     )
     decode = decode_work(
@@ -262,7 +263,7 @@ def _bounds(
     spread = spread_of(method, spec.gpus)
     known = (spec.model, spec.dtype, context_tokens, result.parts, spread, rates)
     return (
-        spread_prefill_bound(*known, kv_host_bytes=result.kv_host_bytes),
+        spread_prefill_bound(*known, kv_host_bytes=host_bytes),
         spread_decode_bound(*known),
     )
 

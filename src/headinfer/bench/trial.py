@@ -234,6 +234,7 @@ def _measure(
         host_attended_kv_bytes=held.host_attended_bytes,
         unseen_kv_bytes=held.unseen_bytes,
         format=held.format,
+        raw_page_bytes=held.raw_page_bytes,
         accepted_per_verify=len(decode_s) / steps - 1 if isinstance(method, Drafted) else None,
         draft_s=method.draft_s if isinstance(method, Drafted) else None,
         verify_s=method.verify_s if isinstance(method, Drafted) else None,

@@ -175,7 +175,7 @@ def plan(
             kind=accounting,
             chunk_tokens=None if options.chunk_tokens == "auto" else options.chunk_tokens,
             streaming=_streaming(options),
-            host_format=_host_format(options, dtype),
+            host_format=_host_format(options, model, dtype, accounting),
             machine_memory_bytes=here.device_memory_bytes
             if one_memory and options.device_memory_bytes is None
             else None,
@@ -188,14 +188,31 @@ def plan(
         raise typer.Exit(_answer(situation, (which, note), json_path, streams=streams, steps=steps))
 
 
-def _host_format(options: Options, dtype: DtypeChoice) -> Format:
+def _host_format(
+    options: Options, model: str, dtype: DtypeChoice, accounting: AccountingKind
+) -> Format:
     """Return the form of tokens in host memory.
 
     Raises:
-        OptionError: they are to be packed, and of another dtype than bfloat16.
+        OptionError: the accounting knows dense ones alone; or they are to be packed, and of another
+            dtype than bfloat16.
     """
     form = Format.DENSE if options.kv_cache == "auto" else Format(options.kv_cache)
-    if form is Format.PACKED and dtype.value not in ("auto", "bfloat16"):
+    if form is not Format.DENSE and accounting is not AccountingKind.OURS:
+        raise OptionError(
+            f"--accounting {accounting.value} counts dense KV alone; leave out --kv-cache"
+        )
+    if form is not Format.PACKED:
+        return form
+    if dtype is DtypeChoice.AUTO:
+        from headinfer.cli.shapes import dtype_of
+
+        if (named := dtype_of(model)) != "bfloat16":
+            raise OptionError(
+                f"--kv-cache packed is for bfloat16 alone, and the config of {model!r} names "
+                f"{named}; leave out --kv-cache, or give --dtype bfloat16"
+            )
+    elif dtype is not DtypeChoice.BFLOAT16:
         raise OptionError(
             f"--kv-cache packed is for bfloat16 alone, not {dtype.value}; leave out one of the two"
         )

@@ -63,6 +63,23 @@ def shape_of(
         return replace(shape, weights_bytes=found)
 
 
+def dtype_of(name: str) -> str:
+    """Return the dtype that a model's config names, or bfloat16 where it names none.
+
+    Args:
+        name: of the model, as for `shape_of`.
+
+    Raises:
+        ModelLoadError: there is no such model.
+    """
+    values = PRESETS[name] if name in PRESETS else _values(NamedSource(name=name))
+    text = values.get("text_config")
+    for each in (text if isinstance(text, Mapping) else {}, values):
+        if named := each.get("dtype") or each.get("torch_dtype"):
+            return str(named)
+    return "bfloat16"
+
+
 def _weights_folder(source: ModelSource) -> Path | None:
     """Return the local folder that has a model's weights, in safetensors files if any."""
     folder = Path(os.path.expanduser(source.name))

@@ -18,8 +18,13 @@ from headinfer.schedule.route import Sizes
 
 
 def build(
-    device: Device, plan: Plan, sizes: Sizes, ledgers: Sequence[Ledger], stats: Stats
-) -> tuple[TileSource, Pages, int]:
+    device: Device,
+    plan: Plan,
+    sizes: Sizes,
+    ledgers: Sequence[Ledger],
+    stats: Stats,
+    raw: RawPages | None = None,
+) -> tuple[TileSource, Pages, int, RawPages | None]:
     """Choose the strategies of a device, and take the memory a plan gives them.
 
     Args:
@@ -28,9 +33,11 @@ def build(
         sizes: of tiles and pages.
         ledgers: of the layers; each is given its memory for resident tokens.
         stats: where bytes are counted.
+        raw: what takes pages that do not pack, under a plan before; used on where it is enough.
 
     Returns:
-        The source of tiles, the pages of new tokens, and the bytes of device memory taken.
+        The source of tiles, the pages of new tokens, and the bytes of device memory taken. The last
+        is what takes pages that do not pack, or None.
 
     Raises:
         MemoryPlanError: the device has no such memory left.
@@ -51,7 +58,7 @@ def build(
             chunk_tokens=chunk_tokens,
             stats=stats,
         )
-        return InPlaceTiles(plan.tile_tokens), pages, arena.num_bytes
+        return InPlaceTiles(plan.tile_tokens), pages, arena.num_bytes, None
     # What lay there before may still be in use on compute. Copy-out reads what compute wrote later.
     device.copy_in.wait(device.compute.record(), Edge.MEMORY_FREE)
     buffers = [arena.take(plan.staging_bytes // STAGING_BUFFERS) for _ in range(STAGING_BUFFERS)]
@@ -63,7 +70,8 @@ def build(
         if plan.resident_tokens:
             piece = arena.take(ledger.geometry.num_bytes(plan.resident_tokens))
             ledger.keep_residents(piece, plan.resident_tokens)
-    packing = _packing(device, plan, arena, ledgers, stats)
+    raw = _raw_pages(device, plan, raw)
+    packing = None if raw is None else _packing(device, plan, arena, ledgers, stats, raw)
     pages = Pages(
         device,
         tails=tails,
@@ -77,21 +85,37 @@ def build(
         source: TileSource = OverlappedTiles(device, ledgers, buffers, sizes, stats, packing)
     else:
         source = SequentialTiles(device, buffers[0], stats, packing)
-    return source, pages, arena.num_bytes
+    return source, pages, arena.num_bytes, raw
+
+
+def _raw_pages(device: Device, plan: Plan, before: RawPages | None) -> RawPages | None:
+    """Return what takes pages that do not pack; None where nothing is packed.
+
+    Each anew would begin a block, and tokens that are there keep the blocks before.
+    """
+    if not plan.shape.packs:
+        return None
+    slot_bytes, num_bytes = raw_slot_bytes(plan.shape), plan.raw_page_bytes
+    if before is not None and before.is_enough(slot_bytes, num_bytes):
+        return before
+    return RawPages(device, slot_bytes, num_bytes)
 
 
 def _packing(
-    device: Device, plan: Plan, arena: Arena, ledgers: Sequence[Ledger], stats: Stats
-) -> Packing | None:
-    """Return what packs and unpacks tokens, with its memory; None where nothing is packed."""
-    if not plan.shape.packs:
-        return None
+    device: Device,
+    plan: Plan,
+    arena: Arena,
+    ledgers: Sequence[Ledger],
+    stats: Stats,
+    raw: RawPages,
+) -> Packing:
+    """Return what packs and unpacks tokens, with its memory."""
     home = next(each.home for each in ledgers if each.home.format is not Format.DENSE)
     return Packing(
         device,
         codec_of(home.format, device.torch_device, home.dtype),
         arena.take(plan.unpacked_bytes),
         [arena.take(plan.packed_bytes // PAGES) for _ in range(PAGES)],
-        RawPages(device, raw_slot_bytes(plan.shape), plan.raw_page_bytes),
+        raw,
         stats,
     )

@@ -155,6 +155,8 @@ class ChangeableTokens(HeldTokens):
             else:
                 ledger.drop_device()
                 ledger.trim()
+        if not any(ledger.host_tokens for ledger in self._full):
+            self._raw = None
         self._expected_tokens = 0
         self._leave_arena()
         self._arena_bytes = 0

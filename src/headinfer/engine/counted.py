@@ -2,6 +2,7 @@
 
 from collections.abc import Hashable
 
+from headinfer.engine.raw_pages import RawPages
 from headinfer.kv.ledger import Ledger
 from headinfer.plan.plan import Plan
 
@@ -21,6 +22,7 @@ class CountedTokens:
     _ledgers: list[Ledger]
     _full: list[Ledger]
     _arena_bytes: int
+    _raw: RawPages | None = None  # stays when the arena goes: tokens refer to its block
 
     @property
     def can_give_up(self) -> bool:
@@ -48,10 +50,14 @@ class CountedTokens:
     @property
     def _raw_page_bytes(self) -> int:
         """Bytes of host memory for pages that do not pack."""
+        return sum(self._raw_blocks().values())
+
+    def _raw_blocks(self) -> dict[int, int]:
+        """Return the bytes of each block of such pages, by its identity."""
         if not self.plan.shape.packs:
-            return 0
+            return {}
         pieces = [piece for ledger in self._full for piece in ledger.host_pieces]
-        return sum({id(raw): raw.nbytes for piece in pieces for raw in piece.raw}.values())
+        return {id(raw): raw.nbytes for piece in pieces for raw in piece.raw}
 
     def host_pieces(self) -> dict[Hashable, int]:
         """Return the bytes of each piece of host memory, by what copies have in common.
@@ -60,11 +66,10 @@ class CountedTokens:
         memory for all of them.
         """
         own = None if self.plan.batch == 1 else id(self)
-        return {
-            (own, id(piece)): piece.memory.numel()
-            for ledger in self._full
-            for piece in ledger.host_pieces
+        held = {
+            id(piece): piece.memory.numel() for ledger in self._full for piece in ledger.host_pieces
         }
+        return {(own, piece): size for piece, size in (held | self._raw_blocks()).items()}
 
     @property
     def coming_host_bytes(self) -> int:

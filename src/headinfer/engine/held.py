@@ -93,8 +93,8 @@ class HeldTokens(CountedTokens):
         self._choose_share()
         self._host = HostAttention(self._device, self._stats, self._balances)
         sizes = self.plan.sizes
-        source, self._pages, self._arena_bytes = build(
-            self._device, self.plan, sizes, self._full, self._stats
+        source, self._pages, self._arena_bytes, self._raw = build(
+            self._device, self.plan, sizes, self._full, self._stats, self._raw
         )
         self._executor = Executor(source, self._pages, self._windows, self._host, sizes)
 
@@ -305,7 +305,7 @@ class HeldTokens(CountedTokens):
     def _abandon(self) -> None:
         """Free what is left, with no copy in flight; the cache is closed after this."""
         self.closed = True
-        self._arena_bytes = 0
+        self._arena_bytes, self._raw = 0, None
         self._forget_memory()
         self._host.free()
         for ledger in self._ledgers:

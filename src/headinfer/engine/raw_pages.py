@@ -57,6 +57,10 @@ class RawPages:
             self._seen = memory.view(torch.int64)
             self._seen_on_device = device.mapped(memory).view(torch.int64)
 
+    def is_enough(self, slot_bytes: int, num_bytes: int) -> bool:
+        """Whether its slots are of a size, and as many as fit into so many bytes."""
+        return self._slot_bytes == slot_bytes and self._slots >= num_bytes // slot_bytes
+
     def have_room(self, pages: int) -> None:
         """Have slots for some pages, should all of them overflow."""
         while self._known + sum(count.most for count in self._counts) + pages > self._slots:

@@ -6,6 +6,7 @@ import functools
 import torch
 
 from headinfer.native.build import compile_kernel
+from headinfer.native.threads import take_torchs_threads
 from headinfer.packed.layout import PageLayout, num_pages
 
 _Strides = ctypes.c_int64 * 3
@@ -35,11 +36,13 @@ def pages_library(dim: int) -> ctypes.CDLL | None:
 
 def pack_native(library: ctypes.CDLL, values: torch.Tensor, pages: torch.Tensor) -> None:
     """Pack `[batch, heads, tokens, dim]` into pages; both have a unit last stride."""
+    take_torchs_threads()
     library.pack(ctypes.byref(_block(values, pages)))
 
 
 def unpack_native(library: ctypes.CDLL, pages: torch.Tensor, values: torch.Tensor) -> None:
     """Unpack pages into `[batch, heads, tokens, dim]`; both have a unit last stride."""
+    take_torchs_threads()
     library.unpack(ctypes.byref(_block(values, pages)))
 
 

@@ -245,11 +245,16 @@ class Plan:
         told = [self._rounding(), self._streaming()]
         return "; ".join(filter(None, told))
 
+    @property
+    def rounds(self) -> bool:
+        """Whether tokens in host memory are not what was computed."""
+        return self.shape.host_format.code is not None
+
     def _rounding(self) -> str:
-        form = self.shape.host_format
-        if form.code is None:
+        if not self.rounds:
             return ""
-        return f"keys and values in CPU memory are rounded to 8 bits ({form.value})"
+        form = self.shape.host_format.value
+        return f"keys and values in CPU memory are rounded to 8 bits ({form})"
 
     def _streaming(self) -> str:
         if self.shape.exact is self.shape:

@@ -61,7 +61,9 @@ class Admission:
         there = room.kv_bytes + yielding_bytes
         if needed <= there:
             return
-        fitting = there // max(plan.kv_host_bytes(1), 1)
+        raw_bytes, page = plan.raw_page_bytes, plan.shape.host_format.row_tokens
+        page_bytes = max(plan.kv_host_bytes(page) - raw_bytes, 1)  # of what grows with the tokens
+        fitting = max(there - raw_bytes, 0) // page_bytes * page
         raise MemoryPlanError(
             f"prompt and answer of {tokens:,} tokens need {format_bytes(needed)} of CPU memory for "
             f"the KV cache, and {format_bytes(there)} can be had once all else has ended: "

@@ -47,7 +47,8 @@ class Prefixes:
         session: makes caches.
         kept_bytes: the most CPU memory of kept prefixes. What one of them shares with a running
             request counts, too.
-        folder: of those on the disk; None for none.
+        folder: of those on the disk; None for none. Where the plan rounds tokens it has sessions
+            with names alone.
         grow_bytes: prefixes larger than this are saved while they are read, by so much at a time.
         folder_bytes: the most disk space that the folder may have; None for any.
 
@@ -69,7 +70,9 @@ class Prefixes:
         self._goes_back = session.goes_back
         self._grow_bytes = grow_bytes
         folder = folder if self._reuses else None
-        self._shelf = Shelf(session, kept_bytes, folder, folder_bytes)
+        # An exact server finds prefixes by their ids alone, and would take rounded ones, too.
+        shared = None if session.plan.rounds else folder
+        self._shelf = Shelf(session, kept_bytes, shared, folder_bytes)
         self.sessions = None if folder is None else Sessions(session, self._shelf, folder)
         self._changed = threading.Condition(self._shelf.mutex)
         if not self._reuses:

@@ -246,6 +246,8 @@ class Shelf:
 
     def note_named(self, saved: SavedPrefix) -> None:
         """List a session that a user gave a name, in place of what had it before."""
+        if self._folder is None:
+            return
         saved.used = next_tick()
         with self.mutex:
             self.saved = [each for each in self.saved if each.path != saved.path]
