@@ -1,6 +1,7 @@
 """A cache whose tokens are rounded to 8 bits in host memory: near the stock cache, and labelled."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from headinfer.device.simulated import SimulatedDevice
 from headinfer.engine.ready import Form
 from headinfer.errors import OptionError
 from headinfer.plan.format import Format
+from headinfer.saved.folder import read_index
 from headinfer.schedule import route
 from tiny_models import random_tokens, tiny_model
 
@@ -89,3 +91,26 @@ def test_nothing_is_rounded_on_the_cpu(caplog: pytest.LogCaptureFixture) -> None
 def test_other_names_are_refused() -> None:
     with pytest.raises(OptionError, match="kv_cache must be one of auto, dense, packed, int8, fp8"):
         headinfer.attach(tiny_model("llama3"), kv_cache="int4")
+
+
+def test_a_session_says_that_its_tokens_were_rounded(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also where an exact cache goes on with it and is saved again; no folder serves it by ids."""
+    model, prompt = tiny_model("llama3", num_hidden_layers=1).bfloat16(), random_tokens(1, 200)
+    options = {"device": "simulated", "chunk_tokens": 64, "resident_tokens": 0}
+    for kv_cache, path in (("dense", "exact"), ("int8", "rounded")):
+        with headinfer.attach(model, kv_cache=kv_cache, **options) as offload:
+            cache = offload.new_cache(300)
+            model(prompt, past_key_values=cache)
+            cache.save(tmp_path / path)
+    with headinfer.attach(model, kv_cache="dense", **options) as offload:
+        assert not caplog.records
+        cache = copy.deepcopy(offload.load_cache(tmp_path / "rounded", max_tokens=300))
+        assert "rounded' has keys and values that were rounded to 8 bits (int8)" in caplog.text
+        cache.save(tmp_path / "again")
+        cache.reset()
+        model(prompt, past_key_values=cache)
+        cache.save(tmp_path / "anew")
+    found = {path.name: read_index(path).rounded for path in tmp_path.iterdir()}
+    assert found == {"exact": None, "rounded": "int8", "again": "int8", "anew": None}

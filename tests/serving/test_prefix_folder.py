@@ -61,12 +61,11 @@ def test_rounded_prefixes_are_kept_in_memory_alone(end: dict[str, Any], tmp_path
             assert cache is not None
             assert sessions.save(cache, "mine.hsession", None).tokens == 150 + 5 - 1
             assert sessions.restore("mine.hsession").tokens == 150 + 5 - 1
-            shutil.rmtree(tmp_path / "mine.hsession")
     with desk_of("llama3", session_folder=tmp_path) as desk:
         assert cached(desk, "llama3", text) == 0
     with desk_of("llama3", options=rounded, session_folder=tmp_path, **end) as desk:
         assert answer(desk, ask((*text, 5), 5)).ended.usage.cached_tokens == 0
-    assert len(list(tmp_path.iterdir())) == 1
+    assert len(list(tmp_path.iterdir())) == 1 + (not end)
 
 
 def test_what_memory_has_no_room_for_goes_to_the_disk_and_comes_back(tmp_path: Path) -> None:

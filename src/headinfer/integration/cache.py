@@ -57,6 +57,7 @@ class OffloadedCache(DraftableCache):
         marks: positions where a chunk of a prompt ends, wherever else it would.
         watchers: told of the model's calls with it.
         saved: what of it is on the disk, and where; None for nothing.
+        rounded: the form in which tokens that were loaded had been rounded; None for none.
         lengths_before: tokens of each layer before the call that is under way; None between calls.
     """
 
@@ -73,6 +74,7 @@ class OffloadedCache(DraftableCache):
         self.marks: tuple[int, ...] = ()
         self.watchers: list[Watcher] = []
         self.saved: SavedPages | None = None
+        self.rounded: str | None = None
         layer_idx = 0
         for position, layer in enumerate(self.layers):
             kind = layer_kind(layer)
@@ -146,7 +148,7 @@ class OffloadedCache(DraftableCache):
             if not isinstance(layer, OffloadedLayer):
                 self.layers[position] = fresh[position]
         self.history.clear()
-        self.saved = None
+        self.saved = self.rounded = None
         for layer in self._offloaded_layers():
             layer.is_initialized = False
         try:

@@ -34,4 +34,5 @@ def copied(cache: "OffloadedCache", memo: dict[int, Any], *, parked: bool) -> "O
     memo[id(cache.layers)] = made.layers
     made.lengths_before = cache.lengths_before
     made.history, made.saved = cache.history.copy(), cache.saved
+    made.rounded = cache.rounded
     return made

@@ -103,6 +103,7 @@ def save_cache(
             states=entry,
             state_values=values,
             model=model,
+            rounded=engine.plan.shape.host_format.value if engine.plan.rounds else cache.rounded,
         )
         written_by = {name: version(name) for name in ("headinfer", "torch", "transformers")}
         writer.commit(index, written_by, messages)
@@ -251,6 +252,10 @@ def _fill(
         _logger.warning("%s; the rest is to be read again", told)
     if kept.tokens:
         cache.saved = SavedPages.of(path, index).cropped(kept.tokens)
+        cache.rounded = index.rounded
+        if index.rounded is not None:
+            told = "session %r has keys and values that were rounded to 8 bits (%s): not exact"
+            _logger.warning(told, name, index.rounded)
         engine.end_loading()
         for layer in cache.layers:
             if isinstance(layer, OffloadedLayer):

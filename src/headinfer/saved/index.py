@@ -71,6 +71,8 @@ class Index:
         states: the file of windows and recurrent states; None where the model has none.
         state_values: what these states have beside tensors, by layer and attribute.
         model: whose session it is.
+        rounded: the form in which its tokens were rounded before they were saved; None where they
+            are as they were computed.
     """
 
     rows: int
@@ -83,6 +85,7 @@ class Index:
     states: FileEntry | None
     state_values: dict[str, Any]
     model: Fingerprint
+    rounded: str | None = None
 
     @property
     def files(self) -> list[FileEntry]:

@@ -148,10 +148,10 @@ class PrefixFolder:
         )
 
     def is_ours(self, index: Index) -> bool:
-        """Whether a session is of this model, and of one row with token ids."""
+        """Whether a session is of this model, of one row with token ids, and was never rounded."""
         if self._model is None:
             self._model = self._session.fingerprint()
-        ours = index.rows == 1 and index.with_ids
+        ours = index.rows == 1 and index.with_ids and index.rounded is None
         return ours and self._model.difference(index.model) is None
 
     def save(
