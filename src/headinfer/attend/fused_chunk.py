@@ -15,12 +15,11 @@ from typing import NamedTuple
 import torch
 
 from headinfer.attend.partial import Partial
-from headinfer.attend.slots import power_of_2
 from headinfer.attend.triton_chunk import attend_chunk
 from headinfer.attend.work import Work, tile_in_hand
 from headinfer.kv.extent import Tile
 from headinfer.kv.pair import KV
-from headinfer.native.triton_launch import Program
+from headinfer.native.triton_launch import Program, power_of_2
 
 LEAST_SPLIT_TOKENS = 1024
 _MOST_SPLITS = 16

@@ -21,14 +21,13 @@ from headinfer.attend.slots import (
     MIN_SPLIT_TOKENS,
     Slots,
     block_tokens_of,
-    power_of_2,
     split,
 )
 from headinfer.attend.table import Kernels
 from headinfer.attend.triton_kernels import attend_tile, decode_token
 from headinfer.attend.work import Kernel, TokenWork, Total, Work
 from headinfer.device.base import PlaceError
-from headinfer.native.triton_launch import Program
+from headinfer.native.triton_launch import Program, power_of_2
 
 MAX_ROWS = 64
 """Query rows of one KV head up to which a step is bound by reading keys and values."""

@@ -9,7 +9,7 @@ import torch
 
 from headinfer.attend.partial import Partial
 from headinfer.attend.triton_merge import merge_slots
-from headinfer.native.triton_launch import Program
+from headinfer.native.triton_launch import Program, power_of_2
 
 LEAST_BLOCK_ROWS = 16
 """Rows of a matrix product at least, and `decode_token` serves no more. In float32 and the largest
@@ -25,11 +25,6 @@ BLOCK_BYTES = 2**14
 """Keys that a program reads at once, twice that in flight with the values."""
 
 _MERGE = Program(merge_slots, num_warps=4)
-
-
-def power_of_2(number: int) -> int:
-    """Return the least power of 2 that is not below a number."""
-    return 1 << (number - 1).bit_length()
 
 
 @functools.lru_cache(1024)  # asked for each tile

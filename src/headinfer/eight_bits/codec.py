@@ -7,7 +7,7 @@ import torch
 from headinfer.eight_bits import reference
 from headinfer.eight_bits.layout import Code, EightBitLayout
 from headinfer.errors import OptionError
-from headinfer.packed.codec import Codec
+from headinfer.packed.codec import Codec, raw_copies
 from headinfer.packed.layout import PAGE_TOKENS
 
 
@@ -42,14 +42,9 @@ class CpuEightBits:
         self, values: torch.Tensor, pages: torch.Tensor, raw: torch.Tensor, taken: torch.Tensor
     ) -> None:
         """Copy the values of pages that are kept as they are; see `Codec.keep_raw`."""
-        for row, head, page in self.overflowed(pages, values.shape[3]).nonzero().tolist():
-            first = page * PAGE_TOKENS
-            part = values[row, head, first : first + PAGE_TOKENS].contiguous()
-            slot = raw[int(taken.item())]
-            slot.zero_()
-            slot[: part.nbytes].copy_(part.view(torch.uint8).flatten())
-            reference.set_raw_address(pages[row, head, page], slot.data_ptr())
-            taken += 1
+        kept = self.overflowed(pages, values.shape[3])
+        for place, address in raw_copies(values, kept, raw, taken):
+            reference.set_raw_address(pages[place], address)
 
     def overflowed(self, pages: torch.Tensor, dim: int) -> torch.Tensor:
         """Return which pages are kept as they are, bool `[batch, heads, pages]`."""

@@ -5,7 +5,7 @@ import torch
 from headinfer.eight_bits.layout import Code, EightBitLayout
 from headinfer.eight_bits.reference import kept_as_they_are, largest_kept
 from headinfer.eight_bits.triton_eight_bits import keep_raw_pages, pack_pages, unpack_pages
-from headinfer.native.triton_launch import Program
+from headinfer.native.triton_launch import Program, power_of_2
 from headinfer.packed.layout import PAGE_TOKENS, num_pages
 
 _AT_ONCE = 4096
@@ -35,7 +35,7 @@ class TritonEightBits:
             (tokens, heads, largest_kept(values.dtype)),
             (*values.stride()[:3], *pages.stride()[:3]),
             (
-                *(dim, _power_of_two(dim), EightBitLayout(self._code, dim).page_bytes),
+                *(dim, power_of_2(dim), EightBitLayout(self._code, dim).page_bytes),
                 self._code is Code.INT8,
             ),
         )
@@ -53,7 +53,7 @@ class TritonEightBits:
         can address.
         """
         batch, heads, tokens, dim = values.shape
-        width = _power_of_two(dim)
+        width = power_of_2(dim)
         block = max(min(_AT_ONCE // width, PAGE_TOKENS), 1)
         _UNPACK.launch(
             (num_pages(tokens) * (PAGE_TOKENS // block), batch * heads, 1),
@@ -73,13 +73,9 @@ class TritonEightBits:
             (values, pages, raw, taken),
             (tokens, heads, raw.stride(0)),
             (*values.stride()[:3], *pages.stride()[:3]),
-            (dim, _power_of_two(dim)),
+            (dim, power_of_2(dim)),
         )
 
     def overflowed(self, pages: torch.Tensor, dim: int) -> torch.Tensor:
         """Return which pages are kept as they are, bool `[batch, heads, pages]`."""
         return kept_as_they_are(pages, EightBitLayout(self._code, dim))
-
-
-def _power_of_two(least: int) -> int:
-    return 1 << (least - 1).bit_length()

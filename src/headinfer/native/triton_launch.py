@@ -9,6 +9,11 @@ _UNALIGNED = 15  # bits of an address, or of a stride, that is no multiple of 16
 _MAX_INT32 = 2**31 - 1
 
 
+def power_of_2(number: int) -> int:
+    """Return the least power of 2 that is not below a number."""
+    return 1 << (number - 1).bit_length()
+
+
 class Program:
     """A jitted program that finds its compiled variant once, not at each launch.
 

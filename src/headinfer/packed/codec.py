@@ -1,13 +1,14 @@
 """What packs and unpacks on a device: one protocol, and the choice for each kind of device."""
 
 import functools
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
 
 from headinfer.errors import OptionError
 from headinfer.packed import reference
-from headinfer.packed.layout import PAGE_TOKENS, PageLayout
+from headinfer.packed.layout import PAGE_TOKENS
 from headinfer.packed.native import pack_native, pages_library, unpack_native
 
 
@@ -51,6 +52,27 @@ class Codec(Protocol):
         """Return which pages have overflowed, bool `[batch, heads, pages]`."""
 
 
+def raw_copies(
+    values: torch.Tensor, kept: torch.Tensor, raw: torch.Tensor, taken: torch.Tensor
+) -> Iterator[tuple[tuple[int, int, int], int]]:
+    """Copy the values of some pages into slots, by the CPU; yield each page and its copy's address.
+
+    Args:
+        values: `[batch, heads, tokens, dim]`.
+        kept: bool `[batch, heads, pages]`: which pages.
+        raw: `[slots, slot_bytes]` of uint8; a slot behind the values is zeros.
+        taken: `[1]` of int64: slots that are taken; counted up.
+    """
+    for row, head, page in kept.nonzero().tolist():
+        first = page * PAGE_TOKENS
+        part = values[row, head, first : first + PAGE_TOKENS].contiguous()
+        slot = raw[int(taken.item())]
+        slot.zero_()
+        slot[: part.nbytes].copy_(part.view(torch.uint8).flatten())
+        yield (row, head, page), slot.data_ptr()
+        taken += 1
+
+
 class CpuCodec:
     """A codec for tensors in memory of the CPU: in C where that can be had, else by torch."""
 
@@ -84,15 +106,8 @@ class CpuCodec:
     ) -> None:
         """Copy the values of pages that have overflowed."""
         dim = values.shape[3]
-        num_bytes = PageLayout(dim).raw_bytes
-        for row, head, page in reference.overflowed(pages, dim).nonzero().tolist():
-            first = page * PAGE_TOKENS
-            part = values[row, head, first : first + PAGE_TOKENS].contiguous()
-            slot = raw[int(taken.item())]
-            slot[:num_bytes].zero_()
-            slot[: part.nbytes].copy_(part.view(torch.uint8).flatten())
-            reference.set_raw_address(pages[row, head, page], dim, slot.data_ptr())
-            taken += 1
+        for place, address in raw_copies(values, self.overflowed(pages, dim), raw, taken):
+            reference.set_raw_address(pages[place], dim, address)
 
     def overflowed(self, pages: torch.Tensor, dim: int) -> torch.Tensor:
         """Return which pages have overflowed."""

@@ -2,7 +2,7 @@
 
 import torch
 
-from headinfer.native.triton_launch import Program
+from headinfer.native.triton_launch import Program, power_of_2
 from headinfer.packed.layout import PageLayout, num_pages
 from headinfer.packed.reference import overflowed
 from headinfer.packed.triton_pages import keep_raw_pages, pack_pages, unpack_pages
@@ -35,7 +35,7 @@ class TritonCodec:
             (*values.stride()[:3], *pages.stride()[:3]),
             (
                 *(dim, layout.max_escapes, area_bytes),
-                *(_block(dim), _power_of_two(area_bytes)),
+                *(_block(dim), power_of_2(area_bytes)),
             ),
         )
 
@@ -69,7 +69,7 @@ class TritonCodec:
             (*pages.stride()[:3], *values.stride()[:3]),
             (
                 *(dim, layout.max_escapes, counted is not None),
-                *(block, _power_of_two(layout.max_escapes)),
+                *(block, power_of_2(layout.max_escapes)),
             ),
         )
 
@@ -102,7 +102,3 @@ def _block(dim: int) -> int:
     """Return a power of two that divides half of a page's values."""
     half = PageLayout(dim).values // 2
     return min(half & -half, _AT_ONCE)
-
-
-def _power_of_two(least: int) -> int:
-    return 1 << (least - 1).bit_length()
