@@ -57,6 +57,7 @@ ORDER = [
     "native",
     "heads",
     "ranks",
+    "disk",
     "saved",
     "units",
     "kept",

@@ -45,6 +45,10 @@ class SessionBusyError(SessionFileError):
     """A session is being saved or read by somebody else."""
 
 
+class DiskError(HeadInferError):
+    """A disk cache cannot be written or read."""
+
+
 class QueueFullError(HeadInferError):
     """A server has as many requests as it takes."""
 
