@@ -29,6 +29,7 @@ def attach(
     *,
     device_memory: str | int | Sequence[str | int] | None = None,
     host_memory: str | int | None = None,
+    disk_cache: str | os.PathLike[str] | None = None,
     chunk_tokens: str | int = "auto",
     tile_heads: str | int = "auto",
     tile_tokens: str | int = "auto",
@@ -58,6 +59,8 @@ def attach(
             on several GPUs it is for each of them, or a list has a value for each.
         host_memory: the most CPU memory for the KV caches, and for nothing else. None is what is
             free, less what the process, page tables and locked pages take. There is never more.
+        disk_cache: a folder on a fast disk, for the oldest tokens that CPU memory has no room for.
+            They lie in a file without a name, which goes with the process. None is no disk.
         chunk_tokens: tokens that pass through the model at once in prefill, for example "4K".
         tile_heads: KV heads of one tile: a number, "all" or "auto".
         tile_tokens: tokens of one tile: a count, "all" or "auto".
@@ -109,6 +112,7 @@ def attach(
         device=device,
         device_memory=device_memory,
         host_memory=host_memory,
+        disk_cache=disk_cache,
         chunk_tokens=chunk_tokens,
         tile_heads=tile_heads,
         tile_tokens=tile_tokens,

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 import weakref
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from headinfer.integration.attention import AttentionFunctions
 from headinfer.integration.autocast import attended_dtype
 from headinfer.integration.cache import OffloadedCache, PrefillProgress
 from headinfer.integration.capture import CapturedSteps
+from headinfer.integration.disk_below import DiskBelow
 from headinfer.integration.host_format import with_host_format, with_kv_dtype
 from headinfer.integration.linears import FewRowLinears
 from headinfer.integration.model_shape import model_shape
@@ -53,8 +55,8 @@ class Session:
     """A model's attachment with all that its caches share, until `detach`.
 
     It serves the model's calls (`AttachmentOwner`) and its caches (`CacheHost`). Users hold an
-    `Offload`; the model itself holds the session. Several threads may use the model, each with
-    caches of its own: their calls take turns, first come first served.
+    `Offload`; the model itself holds the session. Threads use the model with caches of their own:
+    their calls take turns, first come first served.
 
     Args:
         model: supported and not attached.
@@ -94,6 +96,7 @@ class Session:
         self.parts = parts_of(self._shape, placement, devices, options, self.ranks.on_host)
         device = self.device = self.parts[0].device
         self.busy = BusyTimes([part.device for part in self.parts])
+        self._disk = DiskBelow(options, self._shape, len(self.parts), device, self.ranks.size)
         self._engines: weakref.WeakSet[CacheEngine] = weakref.WeakSet()
         self._attached = False
         self.plan = self._resolve(1, None, [], model.dtype)
@@ -166,6 +169,7 @@ class Session:
         self._attachment.remove()
         self._attached = False
         with contextlib.ExitStack() as closing:  # all of them, also where one raises
+            closing.callback(self._disk.close)
             for engine in list(self._engines):
                 closing.callback(engine.close)
 
@@ -202,7 +206,9 @@ class Session:
             for engine in keeping:
                 engine.give_up_residents()
             plan = self._resolve(batch, context_tokens, others, dtype)
-        return making_room(plan, [engine.parts for engine in others])
+        plan = making_room(plan, [engine.parts for engine in others])
+        left = functools.partial(self.host_room, plan.activation_bytes)
+        return self._disk.planned(plan, left, replacing, list(self._engines))
 
     def _resolve(
         self, batch: int, context_tokens: int | None, others: list[CacheEngine], dtype: torch.dtype
@@ -225,11 +231,7 @@ class Session:
         return self._shape.max_positions
 
     def check_device(self, tokens: int) -> None:
-        """Refuse a cache of one row that the devices do not hold, with no other cache on them.
-
-        Raises:
-            MemoryPlanError: says what is needed, and what is there.
-        """
+        """Refuse, by a `MemoryPlanError`, a cache of one row that the devices alone do not hold."""
         self._resolve(1, tokens, [], self.kv_dtype())
 
     def kv_dtype(self, computed: torch.dtype | None = None) -> torch.dtype:
@@ -243,7 +245,7 @@ class Session:
     def make_engine(self, plan: Plan, dtype: torch.dtype, *, parked: bool = False) -> CacheEngine:
         """Return an engine for a cache of keys and values in a dtype."""
         engines = [
-            Engine(part.device, own, dtype, self.stats, parked=parked)
+            Engine(part.device, own, dtype, self.stats, parked=parked, file=self._disk.file)
             for part, own in zip(self.parts, plan.of_devices, strict=True)
         ]
         engine: CacheEngine = engines[0]
@@ -255,11 +257,7 @@ class Session:
         return engine
 
     def host_room(self, working_bytes: int) -> HostRoom:
-        """Return what of host memory is left for a cache.
-
-        Args:
-            working_bytes: what a call takes on the device beside KV, which may be host memory.
-        """
+        """Return what of host memory is left for a cache, beside what a call computes with."""
         given = self._options.host_memory_bytes
         return room_of(list(self._engines), self.device, self.ranks, given, working_bytes)
 
@@ -340,8 +338,8 @@ class Session:
         self._captures.expect_steps()
         device_bytes = host_bytes = standard_bytes = 0
         for engine in list(self._engines):
-            device_here, host_here = engine.device_kv_bytes, engine.host_kv_bytes
-            device_bytes, host_bytes = device_bytes + device_here, host_bytes + host_here
+            device_bytes += (device_here := engine.device_kv_bytes)
+            host_bytes += (host_here := engine.host_kv_bytes)
             if engine is cache.state.engine:
                 tokens = cache.get_seq_length()
                 standard_bytes = self._shape.standard_kv_bytes(tokens, engine.plan.batch)

@@ -22,6 +22,7 @@ _PANELS = {
     "device": MODEL_PANEL,
     "device_memory": MEMORY_PANEL,
     "host_memory": MEMORY_PANEL,
+    "disk_cache": MEMORY_PANEL,
     "chunk_tokens": MEMORY_PANEL,
 }
 """Panels of the options that everybody may need; the others are for research."""

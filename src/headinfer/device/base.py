@@ -33,6 +33,9 @@ class Edge(enum.Enum):
     SERVED = "a server answered by a flag; host work goes on"
     STEP_JOINED = "compute of another device came so far; compute of the one that launches goes on"
     STEP_FORKED = "compute of the device that launches came so far; compute of another goes on"
+    BLOCK_SENT = "copy-out wrote a block into the host store; the host writes it to the disk"
+    BLOCK_READ = "others have read a block that is on the disk now; copy-out overwrites its memory"
+    READ_COPIED = "copy-in has read tokens that came from the disk; the host reads others there"
     HOST_SETTLED = "work on host memory or the arena is done; the host reads, moves or frees it"
 
 

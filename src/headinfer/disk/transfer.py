@@ -24,6 +24,10 @@ class Transfer:
         """Whether it has ended, well or not."""
         return all(part.done() for part in self._parts)
 
+    def settle(self) -> None:
+        """Block until all of it has ended, well or not."""
+        wait(self._parts)
+
     def wait(self) -> None:
         """Block until all of it has ended.
 

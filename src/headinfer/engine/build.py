@@ -4,13 +4,18 @@ from collections.abc import Sequence
 
 from headinfer.device.base import Device, Edge
 from headinfer.engine.codecs import codec_of
-from headinfer.engine.fetch import InPlaceTiles, OverlappedTiles, SequentialTiles, TileSource
+from headinfer.engine.disk_tiles import DiskTiles
+from headinfer.engine.fetch import InPlaceTiles, OverlappedTiles, TileSource
+from headinfer.engine.fetch_in_turn import SequentialTiles
 from headinfer.engine.packing import Packing
 from headinfer.engine.pages import Pages
 from headinfer.engine.raw_pages import RawPages
 from headinfer.engine.stats import Stats
+from headinfer.kv.disk_place import aligned_host
+from headinfer.kv.extent import Piece
 from headinfer.kv.ledger import Ledger
 from headinfer.kv.place import Arena
+from headinfer.plan.disk_blocks import READS
 from headinfer.plan.format import Format
 from headinfer.plan.memory import MOST_DRAFTED, PAGES, STAGING_BUFFERS, raw_slot_bytes
 from headinfer.plan.plan import Plan
@@ -82,10 +87,21 @@ def build(
         packing=packing,
     )
     if plan.overlap:
-        source: TileSource = OverlappedTiles(device, ledgers, buffers, sizes, stats, packing)
+        source: TileSource = OverlappedTiles(
+            *(device, ledgers, buffers, sizes, stats, packing), _disk_tiles(device, plan, stats)
+        )
     else:
-        source = SequentialTiles(device, buffers[0], stats, packing)
+        disk = _disk_tiles(device, plan, stats)
+        source = SequentialTiles(device, buffers[0], stats, packing, disk)
     return source, pages, arena.num_bytes, raw
+
+
+def _disk_tiles(device: Device, plan: Plan, stats: Stats) -> DiskTiles | None:
+    """Return what reads tiles from the disk, with its buffers; None where no disk lies below."""
+    if not plan.disk_buffers_bytes:
+        return None
+    size = plan.disk_buffers_bytes // READS
+    return DiskTiles(device, [Piece(aligned_host(device, size)) for _ in range(READS)], stats)
 
 
 def _raw_pages(device: Device, plan: Plan, before: RawPages | None) -> RawPages | None:

@@ -20,6 +20,7 @@ import torch
 from headinfer.attend.native.token import token_function
 from headinfer.attend.work import TokenWork
 from headinfer.device.base import Capture, CaptureError, Device
+from headinfer.disk.file import SpillFile
 from headinfer.engine.chunk import Chunk
 from headinfer.engine.drafting import DraftableTokens
 from headinfer.engine.executor import PERFORM
@@ -47,6 +48,7 @@ class CapturableTokens(DraftableTokens, abc.ABC):
         dtype: of keys and values.
         stats: where bytes are counted.
         parked: whether to begin without an arena.
+        file: what lies below host memory; None where nothing does.
 
     Attributes:
         captured: captured steps, by whatever tells them apart; forgotten when memory of the tokens
@@ -54,11 +56,18 @@ class CapturableTokens(DraftableTokens, abc.ABC):
     """
 
     def __init__(
-        self, device: Device, plan: Plan, dtype: torch.dtype, stats: Stats, *, parked: bool = False
+        self,
+        device: Device,
+        plan: Plan,
+        dtype: torch.dtype,
+        stats: Stats,
+        *,
+        parked: bool = False,
+        file: SpillFile | None = None,
     ) -> None:
         self.captured: dict[Hashable, Any] = {}
         self._capturing: Form | None = None
-        super().__init__(device, plan, dtype, stats, parked=parked)
+        super().__init__(device, plan, dtype, stats, parked=parked, file=file)
 
     def prepare(self, form: Form, *, runs: bool = True) -> None:
         """Make the device ready for a step that `begin_step` made ready, right before it comes.
@@ -219,6 +228,10 @@ class CapturableTokens(DraftableTokens, abc.ABC):
     def steady(self) -> contextlib.AbstractContextManager[None]:
         """Have who attends which tokens stay, so that a step done again gives the same bits."""
         return self._step_balance.steady()
+
+    def keeps_all(self, layers: int) -> bool:
+        """Whether as many layers keep all their tokens, so that any can be taken back."""
+        return len(self._layers) == layers and len(self._full) == len(self._ledgers)
 
     def take_back(self, lengths: Sequence[int]) -> None:
         """Keep so many tokens of each layer, where a step has added to some.

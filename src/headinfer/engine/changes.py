@@ -13,6 +13,7 @@ from headinfer.engine.held import HeldTokens
 from headinfer.engine.readout import Part, part_shape, read
 from headinfer.errors import CacheStateError
 from headinfer.kv.ledger import Ledger
+from headinfer.plan.disk_blocks import LEAST_BLOCKS
 from headinfer.plan.plan import Plan
 
 
@@ -71,6 +72,8 @@ class ChangeableTokens(HeldTokens):
                 self._windows.restore(ledger, tail.start, kv)
             elif source.tail is not None:
                 self._windows.copy(source, ledger)
+        for ledger in self._full:
+            ledger.lower_blocks()
         if not self.parked:
             self._fill_residents()
 
@@ -127,6 +130,7 @@ class ChangeableTokens(HeldTokens):
         """Make row `i` of every layer what row `rows[i]` was, under a plan for that many rows."""
         self._bring_home()
         with self.changing():
+            self._choose_blocks(plan)
             for ledger in self._full:
                 ledger.drop_device()
                 ledger.select_host(rows)
@@ -173,6 +177,22 @@ class ChangeableTokens(HeldTokens):
             ledger.trim()
             if ledger.host_bytes > 2 * ledger.home.num_bytes(ledger.host_tokens):
                 ledger.select_host(range(self.plan.batch), anew=True)
+
+    def lower_blocks(self) -> bool:
+        """Keep half of the blocks above a disk in memory; return whether they could be fewer.
+
+        Raises:
+            DiskError: the disk has no room for the others.
+        """
+        blocks = max(self.plan.disk_host_blocks // 2, LEAST_BLOCKS)
+        if self.closed or self.drafting or blocks >= self.plan.disk_host_blocks:
+            return False
+        self._come_to_rest()
+        self.plan = dataclasses.replace(self.plan, disk_host_blocks=blocks)
+        self._choose_blocks(self.plan)
+        for ledger in self._full:
+            ledger.lower_blocks()
+        return True
 
     def give_up_residents(self) -> None:
         """Keep no token on the device; costs no copy but the tail's."""

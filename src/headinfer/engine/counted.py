@@ -22,6 +22,7 @@ class CountedTokens:
     _ledgers: list[Ledger]
     _full: list[Ledger]
     _arena_bytes: int
+    _expected_tokens = 0
     _raw: RawPages | None = None  # stays when the arena goes: tokens refer to its block
 
     @property
@@ -45,7 +46,25 @@ class CountedTokens:
     @property
     def host_kv_bytes(self) -> int:
         """Bytes of host memory held for KV, or asked for."""
-        return sum([ledger.host_bytes for ledger in self._full]) + self._raw_page_bytes
+        taken = sum([ledger.host_bytes for ledger in self._full]) + self._raw_page_bytes
+        return taken + self._disk_buffers_bytes
+
+    @property
+    def taken_host_bytes(self) -> int:
+        """Bytes of host memory held for KV, or promised to it."""
+        return self.host_kv_bytes + (
+            self._coming_blocks_bytes if self.plan.disk_block_tokens else 0
+        )
+
+    @property
+    def _disk_buffers_bytes(self) -> int:
+        """Bytes of host memory that tokens on the disk are read to."""
+        return 0 if self.parked else self.plan.disk_buffers_bytes
+
+    @property
+    def disk_tokens(self) -> int:
+        """Tokens of the last layer, in each row, that lie on the disk."""
+        return self._full[-1].disk_tokens if self._full else 0
 
     @property
     def _raw_page_bytes(self) -> int:
@@ -67,18 +86,36 @@ class CountedTokens:
         """
         own = None if self.plan.batch == 1 else id(self)
         held = {
-            id(piece): piece.memory.numel() for ledger in self._full for piece in ledger.host_pieces
+            id(piece): piece.host_bytes for ledger in self._full for piece in ledger.host_pieces
         }
-        return {(own, piece): size for piece, size in (held | self._raw_blocks()).items()}
+        pieces = {(own, piece): size for piece, size in (held | self._raw_blocks()).items()}
+        return pieces | {(id(self), "read from the disk"): self._disk_buffers_bytes}
 
     @property
     def coming_host_bytes(self) -> int:
         """Bytes of host memory that were asked for and not taken yet."""
+        if self.plan.disk_block_tokens:
+            return self._coming_blocks_bytes
         return sum(ledger.coming.num_bytes for ledger in self._full)
+
+    @property
+    def _coming_blocks_bytes(self) -> int:
+        """Bytes of blocks above a disk that the expected tokens will take."""
+        return self._blocks_bytes(self._expected_tokens)
+
+    def _blocks_bytes(self, tokens: int) -> int:
+        """Return the bytes of blocks above a disk to be taken for `tokens` tokens in all."""
+        plan = self.plan
+        blocks = min(-(-tokens // plan.disk_block_tokens), plan.disk_host_blocks)
+        size = [ledger.home.num_bytes(plan.disk_block_tokens) for ledger in self._full]
+        held = [ledger.host_bytes for ledger in self._full]
+        return sum(max(blocks * each - had, 0) for each, had in zip(size, held, strict=True))
 
     @property
     def awaited_host_bytes(self) -> int:
         """Bytes of those that the system was not asked for yet."""
+        if self.plan.disk_block_tokens:
+            return self._coming_blocks_bytes
         return sum(ledger.coming.awaited_bytes for ledger in self._full)
 
     @property
@@ -88,6 +125,8 @@ class CountedTokens:
 
     def missing_bytes(self, tokens: int) -> int:
         """Return the bytes of host memory to be added for layers to hold `tokens` tokens."""
+        if self.plan.disk_block_tokens:
+            return max(self._blocks_bytes(tokens) - self._coming_blocks_bytes, 0)
         short = [ledger for ledger in self._full if ledger.promised_tokens < tokens]
         raw_bytes = max(self.plan.raw_page_bytes - self._raw_page_bytes, 0) if short else 0
         return raw_bytes + sum(

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from headinfer.device.base import Device
+from headinfer.disk.file import SpillFile
 from headinfer.engine.draft_copies import DraftCopies
 from headinfer.engine.ending import uninterrupted
 from headinfer.engine.ready import Form, Ready, ReadyStep, StepMemory
@@ -34,12 +35,19 @@ class DraftableTokens(ReadyTokens):
     """
 
     def __init__(
-        self, device: Device, plan: Plan, dtype: torch.dtype, stats: Stats, *, parked: bool = False
+        self,
+        device: Device,
+        plan: Plan,
+        dtype: torch.dtype,
+        stats: Stats,
+        *,
+        parked: bool = False,
+        file: SpillFile | None = None,
     ) -> None:
         self._draft_copies = DraftCopies(device, stats)
         self._draft_memory: StepMemory | None = None  # beside that of other steps, which stays
         self._draft_ready: list[Ready] = []
-        super().__init__(device, plan, dtype, stats, parked=parked)
+        super().__init__(device, plan, dtype, stats, parked=parked, file=file)
 
     @property
     def draft_obstacle(self) -> str | None:

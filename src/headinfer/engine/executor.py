@@ -127,6 +127,7 @@ class Executor:
         chunk = self.chunk
         assert chunk.host_kernels is not None
         tiles = list(self.ledger.host_tiles(step.start, step.end))
+        assert not any(tile.piece.region for tile in tiles), "the host has no such memory"
         self._host.ask(self.ledger.home, tiles, chunk.query, chunk.host_kernels, chunk.scale)
 
     def _fetch(self, step: Fetch) -> None:

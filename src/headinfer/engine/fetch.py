@@ -2,8 +2,8 @@
 
 The three ways are twins behind `TileSource`. The tiles of a whole pass, and of the next one, are
 known beforehand, so `OverlappedTiles` runs ahead across layers (the paper's section 3.3).
-`SequentialTiles` fetches, waits and attends one tile at a time: it is the oracle of the former, and
-the ablation. `InPlaceTiles` is for a device that attends host memory.
+`SequentialTiles` (in `fetch_in_turn`) fetches, waits and attends one tile at a time. It is the
+oracle of the former, and the ablation. `InPlaceTiles` is for a device that attends host memory.
 """
 
 import collections
@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from headinfer.device.base import Device, Edge
+from headinfer.engine.disk_tiles import DiskTiles, Next, ReadAhead
 from headinfer.engine.packing import Packing
 from headinfer.engine.staging import Fetched, fetch
 from headinfer.engine.stats import Stats
@@ -107,59 +108,6 @@ class InPlaceTiles:
         return ()
 
 
-class SequentialTiles:
-    """A source that fetches one tile, and waits, at a time: the oracle of the overlapped twin.
-
-    Args:
-        device: where tiles are fetched to.
-        buffer: memory for a tile.
-        stats: where bytes are counted.
-        packing: unpacks tiles that are packed; None where none is.
-    """
-
-    lends = lent = False
-
-    def __init__(
-        self, device: Device, buffer: Piece, stats: Stats, packing: Packing | None = None
-    ) -> None:
-        self.host_share = 0.0
-        self.packing = packing
-        self.begun = False
-        self._device = device
-        self._buffer = buffer
-        self._stats = stats
-
-    def begin(self, ledger: Ledger, step: Fetch) -> None:
-        """Turn to a layer; nothing is fetched before it is asked for."""
-        self._step = step
-        self._buffer.free = self._device.compute.record()  # also where attention to a tile failed
-
-    def tiles(self, ledger: Ledger, heads: slice) -> Iterator[Tile]:
-        """Yield tiles, waiting on the host for each to arrive and to be attended."""
-        device, compute = self._device, self._device.compute
-        step = self._step
-        for stored in ledger.host_tiles(
-            step.start, step.end, max_tokens=step.tile_tokens, groups=(heads,)
-        ):
-            fetched = fetch(device, ledger, stored, self._buffer, step.tile_tokens, self._stats)
-            fetched.filled.synchronize(Edge.TILE_FILLED)
-            compute.wait(fetched.filled, Edge.TILE_FILLED)
-            compute.reads(self._buffer.memory, "attention to a tile")
-            yield fetched.tile if self.packing is None else self.packing.dense(ledger, fetched.tile)
-            self._buffer.free = compute.record()
-            device.synchronize()
-
-    def end(self) -> None:
-        """Never called: nothing is left to do."""
-
-    def drop(self) -> None:
-        """Do nothing: nothing is fetched ahead."""
-
-    def lend(self) -> tuple[Piece, ...]:
-        """Return nothing: one tile at a time is what this is for."""
-        return ()
-
-
 class OverlappedTiles:
     """A source that keeps free buffers filling with the next tiles, across layers and passes.
 
@@ -179,6 +127,7 @@ class OverlappedTiles:
         sizes: of tiles.
         stats: where bytes are counted.
         packing: unpacks tiles that are packed; None where none is.
+        disk: reads tiles that are on the disk; None where none is.
     """
 
     lends = True
@@ -191,10 +140,13 @@ class OverlappedTiles:
         sizes: Sizes,
         stats: Stats,
         packing: Packing | None = None,
+        disk: DiskTiles | None = None,
     ) -> None:
         self.host_share = 0.0
         self.packing = packing
         self.begun = False
+        self._disk = disk
+        self._ahead = ReadAhead(disk)
         self._device = device
         self._ledgers = ledgers
         self._buffers = tuple(buffers)
@@ -209,6 +161,7 @@ class OverlappedTiles:
         """Begin a new order at `layer_idx`; fills in flight stay in copy-in's order."""
         self._take_back()
         self._fetched.clear()
+        self._ahead.drop()
         self._free = collections.deque(self._buffers)  # also one that Ctrl-C left half fetched
         self._first_layer = layer_idx
         self._turn = 0  # the turn being attended, or next to be
@@ -260,18 +213,28 @@ class OverlappedTiles:
     def _fetch_ahead(self) -> None:
         """Fill free buffers with the tiles that come next, as far as they are known."""
         while self._free:
+            taken = self._ahead.take(self._next)
+            if taken is None:
+                return
+            (turn, ledger, stored), read = taken
+            source = None if read is None or self._disk is None else self._disk.end(read)
+            buffer, capacity = self._free.popleft(), self._sizes.tile_tokens
+            self._fetched.append(
+                fetch(self._device, ledger, stored, buffer, capacity, self._stats, turn, source)
+            )
+            if read is not None and self._disk is not None:
+                self._disk.copied(read)
+
+    def _next(self) -> Next | None:
+        """Return the tile behind all that were taken, as far as it is known."""
+        while True:
             stored = next(self._rest, None)
             if stored is not None:
-                turn, buffer = self._started - 1, self._free.popleft()
-                capacity = self._sizes.tile_tokens
-                self._fetched.append(
-                    fetch(self._device, self._newest, stored, buffer, capacity, self._stats, turn)
-                )
-            elif self._started < self._turn + len(self._ledgers):
-                ledger = self._layer_of(self._started)
-                self._start(ledger, fetched_by(ledger.held, self._sizes, self.host_share))
-            else:
-                return
+                return Next(self._started - 1, self._newest, stored)
+            if self._started >= self._turn + len(self._ledgers):
+                return None
+            ledger = self._layer_of(self._started)
+            self._start(ledger, fetched_by(ledger.held, self._sizes, self.host_share))
 
     def tiles(self, ledger: Ledger, heads: slice) -> Iterator[Tile]:
         """Yield tiles as they arrive on the device, while the next ones are on their way."""

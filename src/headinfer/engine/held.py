@@ -4,31 +4,31 @@ What frees tokens of the host waits for the work in flight that touches them.
 """
 
 import contextlib
-import itertools
 import sys
 from collections.abc import Callable, Iterator
 
 import torch
 
 from headinfer.device.base import Device, Edge, Event
+from headinfer.disk.file import SpillFile
 from headinfer.engine.balance import Balance, Balances
 from headinfer.engine.build import build
-from headinfer.engine.counted import CountedTokens
 from headinfer.engine.ending import settle_at_exit, uninterrupted
 from headinfer.engine.executor import Executor
 from headinfer.engine.host_attention import HostAttention
 from headinfer.engine.layers import Layer
+from headinfer.engine.reserving import ReservedTokens
 from headinfer.engine.stats import Stats
 from headinfer.engine.windows import WindowKeeper
 from headinfer.errors import CacheStateError
-from headinfer.kv.ahead import pieces_ahead
+from headinfer.kv.disk_place import DiskPlace
 from headinfer.kv.ledger import Ledger
 from headinfer.kv.pair import KV, Geometry
 from headinfer.kv.place import HostPlace
 from headinfer.plan.plan import Plan
 
 
-class HeldTokens(CountedTokens):
+class HeldTokens(ReservedTokens):
     """A cache's tokens in its attention layers: their ledgers and the device arena.
 
     Args:
@@ -37,6 +37,7 @@ class HeldTokens(CountedTokens):
         dtype: of keys and values.
         stats: where bytes are counted.
         parked: whether to begin parked, for tokens that are copied or loaded.
+        file: what lies below host memory; None where nothing does.
 
     Attributes:
         plan: its sizes.
@@ -49,7 +50,14 @@ class HeldTokens(CountedTokens):
     """
 
     def __init__(
-        self, device: Device, plan: Plan, dtype: torch.dtype, stats: Stats, *, parked: bool = False
+        self,
+        device: Device,
+        plan: Plan,
+        dtype: torch.dtype,
+        stats: Stats,
+        *,
+        parked: bool = False,
+        file: SpillFile | None = None,
     ) -> None:
         self.plan = plan
         self.parked = parked
@@ -59,11 +67,11 @@ class HeldTokens(CountedTokens):
         self.drafting = False
         self._device = device
         self._stats = stats
-        self._expected_tokens = 0
         self._host_helps = False  # whether the model's attention leaves any to the host
         self._replayed: Event | None = None  # the last step that had all streams in one capture
         self._replaying = False  # whether one may be under way that has no such event
-        host = HostPlace(device)
+        host = HostPlace(device) if file is None else DiskPlace(device, file, self._note_written)
+        self._place = host
         self._layers: list[Layer] = []
         self._ledgers: list[Ledger] = []  # of all tracks
         for shape in plan.shape.attention_layers:
@@ -80,6 +88,7 @@ class HeldTokens(CountedTokens):
         self._windows = WindowKeeper(device, plan.page_tokens)
         self._arena_bytes = 0
         self._choose_share()
+        self._choose_blocks(self.plan)
         self._host = HostAttention(self._device, self._stats, self._balances)
         if not parked:
             self._build()
@@ -91,6 +100,7 @@ class HeldTokens(CountedTokens):
     def _build(self) -> None:
         """Take what the plan gives the engine."""
         self._choose_share()
+        self._choose_blocks(self.plan)
         self._host = HostAttention(self._device, self._stats, self._balances)
         sizes = self.plan.sizes
         source, self._pages, self._arena_bytes, self._raw = build(
@@ -103,6 +113,15 @@ class HeldTokens(CountedTokens):
         if fixed or not hasattr(self, "_balances"):  # else what was learned is kept
             self._balances = Balances(self.plan.host_share_at, fixed=fixed)
             self._balance: Balance = self._balances.at(1)
+
+    def _choose_blocks(self, plan: Plan) -> None:
+        """Have host memory above a disk be in a plan's blocks."""
+        if isinstance(self._place, DiskPlace):
+            self._place.block_tokens = plan.disk_block_tokens
+            self._place.host_blocks = plan.disk_host_blocks
+
+    def _note_written(self, num_bytes: int) -> None:
+        self._stats.bytes_to_disk += num_bytes
 
     def in_use(self) -> contextlib.AbstractContextManager[None]:
         """Have the device be this thread's current one in the `with` statement."""
@@ -161,15 +180,6 @@ class HeldTokens(CountedTokens):
         yield
         self.half_done = before
 
-    def expect(self, tokens: int) -> int:
-        """State that layers will come to hold `tokens` tokens; memory is reserved when they do.
-
-        Returns:
-            The bytes of host memory that this adds to what is held.
-        """
-        self._expected_tokens = max(self._expected_tokens, tokens)
-        return self.missing_bytes(tokens)
-
     def _layer(self, layer_idx: int, new_tokens: int) -> Layer:
         """Return a layer, with host memory for new tokens."""
         if self.closed or self._host.pending or self._host.failure is not None:
@@ -195,41 +205,6 @@ class HeldTokens(CountedTokens):
                 f"{geometry.dtype}; use a new cache"
             )
         return layer
-
-    def _reserve(self, ledger: Ledger, new_tokens: int) -> None:
-        """Have host memory on its way for all tokens that a layer without a window is to hold.
-
-        Wait for as much of it as is needed when the new tokens are sent home.
-        """
-        if ledger.capacity_tokens >= self._expected_tokens:
-            return
-        piece_bytes = self._device.host_piece_bytes
-        if piece_bytes is None:
-            ledger.reserve(self._expected_tokens)
-            return
-        if ledger.promised_tokens < self._expected_tokens:
-            self._ask_ahead(piece_bytes)
-        if ledger.tail_tokens + new_tokens >= self.plan.page_tokens:  # else they wait in a page
-            ledger.reserve(min(ledger.tokens + new_tokens, self._expected_tokens))
-
-    def _ask_ahead(self, piece_bytes: int) -> None:
-        """Have the host memory that layers lack got in the background, the oldest tokens' first.
-
-        So each layer has memory for a prompt's first chunk before any has it for the last.
-        """
-        pieces = [
-            pieces_ahead(
-                ledger.missing_tokens(self._expected_tokens),
-                chunk_tokens=self.plan.chunk_tokens,
-                tile_tokens=self.plan.tile_tokens,
-                most_tokens=piece_bytes * ledger.home.format.row_tokens // ledger.home.num_bytes(1),
-            )
-            for ledger in self._full
-        ]
-        for of_layers in itertools.zip_longest(*pieces, fillvalue=0):
-            for ledger, tokens in zip(self._full, of_layers, strict=True):
-                if tokens:
-                    ledger.coming.ask(ledger.home, tokens)
 
     def check(self) -> None:
         """Raise what the host's attention failed with since the last check.

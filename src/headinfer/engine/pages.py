@@ -12,8 +12,10 @@ from collections.abc import Sequence
 import torch
 
 from headinfer.device.base import Device, Edge, Event
+from headinfer.engine.disk_tiles import tile_now
 from headinfer.engine.packing import Packing, bring
 from headinfer.engine.stats import Stats
+from headinfer.errors import DiskError
 from headinfer.kv.extent import Extent, Piece, Tile, copy_rows
 from headinfer.kv.ledger import Ledger
 from headinfer.kv.pair import KV
@@ -143,13 +145,19 @@ class Pages:
             return
         assert not resident.tokens, "what is kept must not be fetched again"
         copy_in, tokens = self._device.copy_in, min(ledger.host_tokens, resident.capacity)
+        read: list[KV] = []
         for tile in ledger.host_tiles(0, tokens):
             place, source = resident.tile(tile.start, tile.start + tile.tokens).kv, tile.kv
             if tile.format is not Format.DENSE:
                 bring(self._device, ledger, tile, place)
                 continue
+            if tile.piece.region is not None:
+                source = tile_now(tile)
+                read.append(source)
             copy_in.copy(place.keys, source.keys)
             copy_in.copy(place.values, source.values)
+        if read:
+            copy_in.record().synchronize(Edge.READ_COPIED)
         packed = ledger.home.format is not Format.DENSE
         resident.piece.ready = None if packed else copy_in.record()
         ledger.extend(resident, tokens)  # not before there is something to wait for
@@ -227,14 +235,29 @@ class Pages:
         copy_out.wait(self._device.compute.record(), Edge.PAGE_WRITTEN)
         if tile.piece.ready is not None:
             copy_out.wait(tile.piece.ready, Edge.PAGE_WRITTEN)
-        targets = ledger.extend_host(tile.tokens)
-        for target in targets:
-            first = target.start - tile.start
-            part, place = source.cut(slice(first, first + target.tokens)), target.kv
-            copy_out.copy(place.keys, part.keys)
-            copy_out.copy(place.values, part.values)
+        sent, first = None, 0
+        while first < tile.tokens:
+            tokens = ledger.sent_at_once(tile.tokens - first)
+            try:
+                targets = ledger.extend_host(tokens)
+            except DiskError:
+                self._take_back(ledger, tile)
+                raise
+            for target in targets:
+                cut = target.start - tile.start
+                part, place = source.cut(slice(cut, cut + target.tokens)), target.kv
+                copy_out.copy(place.keys, part.keys)
+                copy_out.copy(place.values, part.values)
+            sent = copy_out.record()
+            for target in targets:
+                target.piece.ready = sent
+            first += tokens
         self._stats.bytes_to_host += ledger.geometry.num_bytes(tile.tokens)
-        sent = copy_out.record()
-        for target in targets:
-            target.piece.ready = sent
         return sent
+
+    def _take_back(self, ledger: Ledger, tile: Tile) -> None:
+        """Have the host hold none of some tokens, part of which were sent; the page has them."""
+        for stream in (self._device.copy_in, self._device.copy_out, self._device.host_work):
+            stream.record().synchronize(Edge.HOST_SETTLED)
+        ledger.crop_host(tile.start)
+        ledger.half_done = False

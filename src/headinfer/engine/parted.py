@@ -122,6 +122,11 @@ class PartedEngine(CapturableParts):
         return sum(part.device_kv_bytes for part in self.parts)
 
     @property
+    def taken_host_bytes(self) -> int:
+        """Bytes of host memory held for KV, or promised to it."""
+        return sum(part.taken_host_bytes for part in self.parts)
+
+    @property
     def host_kv_bytes(self) -> int:
         """Bytes of host memory held for KV."""
         return sum(part.host_kv_bytes for part in self.parts)

@@ -9,6 +9,7 @@ from typing import Literal, TypeAlias
 import torch
 
 from headinfer.device.base import Device, Edge
+from headinfer.engine.disk_tiles import tile_now
 from headinfer.engine.packing import bring_part
 from headinfer.kv.extent import Tile
 from headinfer.kv.ledger import Ledger
@@ -44,6 +45,10 @@ def read(device: Device, ledger: Ledger, part: Part) -> torch.Tensor:
         place = out[:, :, first : first + tile.tokens]
         if tile.format is not Format.DENSE:
             bring_part(device, ledger, tile, part, place)
+            continue
+        if tile.piece.region is not None:
+            kv = tile_now(tile)
+            place.copy_(kv.keys if part == "keys" else kv.values)
             continue
         if device.tiles_are_views:
             place.copy_(source)

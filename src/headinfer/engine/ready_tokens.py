@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from headinfer.device.base import Device
+from headinfer.disk.file import SpillFile
 from headinfer.engine.balance import Balance
 from headinfer.engine.executor import PERFORM
 from headinfer.engine.ready import Form, Ready, ReadyStep, StepMemory
@@ -31,7 +32,14 @@ class ReadyTokens(SavableTokens):
     """
 
     def __init__(
-        self, device: Device, plan: Plan, dtype: torch.dtype, stats: Stats, *, parked: bool = False
+        self,
+        device: Device,
+        plan: Plan,
+        dtype: torch.dtype,
+        stats: Stats,
+        *,
+        parked: bool = False,
+        file: SpillFile | None = None,
     ) -> None:
         self._new_tokens = 1  # of the step that was begun last, in each row
         self._step_memory: dict[int, StepMemory] = {}  # by new tokens
@@ -42,7 +50,7 @@ class ReadyTokens(SavableTokens):
         self._stepped_tokens = 0  # of steps that were begun since a streamed one was captured
         self._streamed_captures: collections.Counter[int] = collections.Counter()  # by new tokens
         self._dropped = 0  # times that captures lost the flags which they raise and await
-        super().__init__(device, plan, dtype, stats, parked=parked)
+        super().__init__(device, plan, dtype, stats, parked=parked, file=file)
 
     def begin_step(self, new_tokens: int = 1) -> ReadyStep | None:
         """Make ready for a step of a few new tokens, and write to memory where they go.
@@ -149,6 +157,8 @@ class ReadyTokens(SavableTokens):
             if self._at_home(ledger, steps) or self._behind_residents(steps):
                 continue
             if self._new_tokens > 1 and not keeps_in_page(ledger.held, steps):
+                return None
+            if self.plan.disk_block_tokens:  # a capture cannot wait for what is read
                 return None
             if not (self._executor.source.lends and stays(ledger.held, steps)):
                 return None

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from headinfer.engine.changes import ChangeableTokens
+from headinfer.engine.disk_tiles import tile_now
 from headinfer.engine.packed_here import pack_here, unpack_here
 from headinfer.kv.extent import Tile
 from headinfer.kv.ledger import Ledger
@@ -78,8 +79,11 @@ class SavableTokens(ChangeableTokens):
         for track, place in zip(self.full_tracks, into, strict=True):
             ledger = self._ledgers[track]
             for tile in ledger.host_tiles(start, start + place.tokens):
-                self._note_access(tile, write=False)
                 part = place.cut(_places(tile, start))
+                if tile.piece.region is not None:
+                    _copy(part, tile_now(tile))
+                    continue
+                self._note_access(tile, write=False)
                 if tile.format is not Format.DENSE:
                     unpack_here(tile, part)
                 else:
@@ -99,14 +103,20 @@ class SavableTokens(ChangeableTokens):
                 ledger = self._ledgers[track]
                 self._reserve(ledger, part.tokens)
                 start = ledger.host_tokens
-                ledger.reserve(start + part.tokens)  # it may still be on its way
-                for tile in ledger.extend_host(part.tokens):
-                    self._note_access(tile, write=True)
-                    new = part.cut(_places(tile, start))
-                    if tile.format is not Format.DENSE:
-                        pack_here(self._device, tile, new)
-                    else:
-                        _copy(tile.kv, new)
+                end = start + part.tokens
+                while ledger.host_tokens < end:
+                    tokens = ledger.sent_at_once(end - ledger.host_tokens)
+                    ledger.reserve(ledger.host_tokens + tokens)  # it may still be on its way
+                    for tile in ledger.extend_host(tokens):
+                        self._take(tile, part.cut(_places(tile, start)))
+
+    def _take(self, tile: Tile, new: KV) -> None:
+        """Write tokens to host memory."""
+        self._note_access(tile, write=True)
+        if tile.format is not Format.DENSE:
+            pack_here(self._device, tile, new)
+        else:
+            _copy(tile.kv, new)
 
     def end_loading(self) -> None:
         """Bring what the plan keeps there to the device, once all pages were taken."""

@@ -6,7 +6,7 @@ from headinfer.device.base import Device, Edge, Event
 from headinfer.engine.stats import Stats
 from headinfer.kv.extent import Piece, Tile
 from headinfer.kv.ledger import Ledger
-from headinfer.kv.pair import ALL_HEADS, Geometry
+from headinfer.kv.pair import ALL_HEADS, KV, Geometry
 from headinfer.plan.memory import covering_tokens
 
 
@@ -27,6 +27,7 @@ def fetch(
     capacity: int,
     stats: Stats,
     turn: int = 0,
+    source: KV | None = None,
 ) -> Fetched:
     """Enqueue the copy of a host tile into a staging buffer, on copy-in.
 
@@ -41,6 +42,7 @@ def fetch(
         capacity: tokens of a full tile.
         stats: where bytes are counted.
         turn: noted with the result.
+        source: where the tile was read to, if it is on the disk.
 
     Returns:
         The tile on the device, and the event on copy-in when it is there.
@@ -50,13 +52,20 @@ def fetch(
         copy_in.wait(buffer.free, Edge.TILE_FREE)
     if tile.piece.ready is not None:
         copy_in.wait(tile.piece.ready, Edge.HOST_WRITTEN)
-    there = copy_tile(device, ledger.home, tile, buffer, capacity)
+    there = copy_tile(device, ledger.home, tile, buffer, capacity, source)
     heads = there.whole.keys.shape[1]
     stats.bytes_to_device += ledger.home.num_bytes(tile.moved_tokens, heads=heads)
     return Fetched(turn, there, buffer, copy_in.record())
 
 
-def copy_tile(device: Device, geometry: Geometry, tile: Tile, buffer: Piece, capacity: int) -> Tile:
+def copy_tile(
+    device: Device,
+    geometry: Geometry,
+    tile: Tile,
+    buffer: Piece,
+    capacity: int,
+    source: KV | None = None,
+) -> Tile:
     """Enqueue the copy of a host tile into a staging buffer on copy-in; see `fetch`.
 
     What is packed stays so.
@@ -67,11 +76,12 @@ def copy_tile(device: Device, geometry: Geometry, tile: Tile, buffer: Piece, cap
         tile: tokens there.
         buffer: memory for a full tile.
         capacity: tokens of a full tile.
+        source: where the tile was read to, if it is on the disk.
 
     Returns:
         The tile on the device, once the copy is done.
     """
-    source, there = tile.kv, staged(geometry, tile, capacity, buffer)
+    source, there = source or tile.kv, staged(geometry, tile, capacity, buffer)
     place = there.kv
     device.copy_in.copy(place.keys, source.keys)
     device.copy_in.copy(place.values, source.values)

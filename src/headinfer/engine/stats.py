@@ -31,6 +31,8 @@ class Stats:
         accepted_tokens: drafts that were right; each verification gives one token more.
         bytes_to_device: KV bytes copied over the link to the device.
         bytes_to_host: KV bytes copied back.
+        bytes_to_disk: KV bytes written to the disk below host memory.
+        bytes_from_disk: KV bytes read from there.
         bytes_attended_on_host: KV bytes attended by the CPU on behalf of a device.
         host_attention_s: seconds that took.
         peak_device_kv_bytes: the most device memory the arenas held at once, by allocation.
@@ -59,6 +61,8 @@ class Stats:
     accepted_tokens: int = 0
     bytes_to_device: int = 0
     bytes_to_host: int = 0
+    bytes_to_disk: int = 0
+    bytes_from_disk: int = 0
     bytes_attended_on_host: int = 0
     host_attention_s: float = 0.0
     peak_device_kv_bytes: int = 0

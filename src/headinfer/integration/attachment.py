@@ -18,13 +18,14 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from headinfer.engine.ending import uninterrupted
-from headinfer.errors import CacheStateError, UnsupportedModelError
+from headinfer.errors import CacheStateError, DiskError, UnsupportedModelError
 from headinfer.integration.attention import AttentionFunctions
 from headinfer.integration.cache import OffloadedCache
 from headinfer.integration.calls import cache_name, named_arguments, new_shape
 from headinfer.integration.capture import CapturedSteps
 from headinfer.integration.chunking import Chunking
 from headinfer.integration.configs import OwnCacheKind, SwappedConfigs
+from headinfer.integration.disk_below import take_back_failed
 from headinfer.integration.forward import InstanceForward
 from headinfer.integration.linears import FewRowLinears
 from headinfer.integration.rotary import rotary_modules_by_length
@@ -211,6 +212,9 @@ class Attachment:
             for watcher in watchers:
                 watcher.end(output)
             return output
+        except DiskError:
+            take_back_failed(cache)
+            raise
         finally:
             uninterrupted(lambda: self._leave(call))
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from headinfer.device.base import Device, Edge, Event
+from headinfer.disk.region import Region
 from headinfer.kv.pair import ALL_HEADS, KV, Geometry, carver
 from headinfer.plan.format import Format
 
@@ -30,12 +31,14 @@ class Piece:
         shared_tokens: of its tokens, the first so many may be held by several; with more than one
             holder these are not written to.
         raw: memory that packed pages in it refer to; kept as long as the piece.
+        region: where its bytes lie on the disk; None where they lie in `memory`.
     """
 
-    __slots__ = ("free", "holders", "memory", "raw", "ready", "shared_tokens", "views")
+    __slots__ = ("free", "holders", "memory", "raw", "ready", "region", "shared_tokens", "views")
 
-    def __init__(self, memory: torch.Tensor) -> None:
+    def __init__(self, memory: torch.Tensor, region: Region | None = None) -> None:
         self.memory = memory
+        self.region = region
         self.ready: Event | None = None
         self.free: Event | None = None
         self.holders = 1
@@ -47,10 +50,20 @@ class Piece:
         """Keep memory that pages in the piece refer to."""
         self.raw += tuple(each for each in raw if all(each is not kept for kept in self.raw))
 
+    @classmethod
+    def on_disk(cls, region: Region) -> "Piece":
+        """Return a piece without memory: its views say where in the region tokens lie."""
+        return cls(torch.empty(region.num_bytes, dtype=torch.uint8, device="meta"), region)
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of memory it takes; none on the disk."""
+        return self.memory.numel() if self.region is None else 0
+
     @property
     def shared_bytes(self) -> int:
         """A holder's part of what it would take to give each holder memory of its own."""
-        return self.memory.numel() * (self.holders - 1) // self.holders
+        return self.host_bytes * (self.holders - 1) // self.holders
 
     def wait_ready(self, device: Device) -> None:
         """Hold the device's compute stream until what another stream wrote is there.

@@ -46,13 +46,18 @@ class HostBytes:
 
         What is shared counts in full, as it may have to be copied.
         """
-        taken = [part.piece.memory.numel() for part in self._host]
+        taken = [part.piece.host_bytes for part in self._host]
         return sum(taken) + self.coming.num_bytes
 
     @property
     def host_pieces(self) -> list[Piece]:
         """The pieces of host memory it holds; others may hold them, too."""
-        return [extent.piece for extent in self._host]
+        return [extent.piece for extent in self._host if extent.piece.region is None]
+
+    @property
+    def disk_tokens(self) -> int:
+        """The oldest tokens, which the host holds on the disk."""
+        return max([part.end for part in self._host if part.piece.region is not None], default=0)
 
     @property
     def unwritten_bytes(self) -> int:
@@ -61,7 +66,8 @@ class HostBytes:
         These were reserved and never written, or are shared by several rows, whose order may
         change.
         """
-        unwritten = max(self.host_bytes - self.home.num_bytes(self._written_tokens), 0)
+        written = max(self._written_tokens - self.disk_tokens, 0)
+        unwritten = max(self.host_bytes - self.home.num_bytes(written), 0)
         if self.home.batch == 1:  # what is shared is never written to, but behind it
             return unwritten
         return unwritten + sum([extent.piece.shared_bytes for extent in self._host])

@@ -10,8 +10,10 @@ from dataclasses import replace
 
 import torch
 
+from headinfer.kv.disk_place import DiskPlace
 from headinfer.kv.drafts import Drafted
 from headinfer.kv.extent import Extent, Piece, Tile
+from headinfer.kv.growth import Growth
 from headinfer.kv.host_bytes import HostBytes
 from headinfer.kv.pair import ALL_HEADS, Geometry
 from headinfer.kv.place import HostPlace
@@ -20,7 +22,7 @@ from headinfer.schedule.route import Held
 from headinfer.schedule.track import Track
 
 
-class Ledger(HostBytes, Drafted):
+class Ledger(Growth, HostBytes, Drafted):
     """A record of the extents that hold one layer's tokens; together they cover all, without a gap.
 
     It moves no bytes but those of rows: who copies or computes tokens enters them here. Methods
@@ -118,6 +120,7 @@ class Ledger(HostBytes, Drafted):
             resident_capacity=0 if resident is None else resident.capacity,
             paged=tail is not None and tail.tokens > 0,
             wanting_tokens=self.wanting_tokens(self.host_tokens),
+            disk_tokens=self.disk_tokens_of(self.tokens),
         )
 
     @property
@@ -163,24 +166,6 @@ class Ledger(HostBytes, Drafted):
                     tokens = min(step, high - first)
                     yield Tile(first, tokens, piece, whole, first - origin, heads, None, form)
 
-    def reserve(self, tokens: int) -> None:
-        """Have host memory for `tokens` tokens in all, and wait for no more than that.
-
-        What was not asked for is one extent more.
-
-        Raises:
-            MemoryPlanError: the host memory cannot be had.
-        """
-        while (start := self.capacity_tokens) < tokens:
-            extent = self.coming.take(self.home, start)
-            if extent is None:
-                break
-            self._host.append(extent)
-        missing = self.missing_tokens(tokens)
-        if missing > 0:
-            start = self.capacity_tokens
-            self._host.append(self._place.take(self.home, missing, start))
-
     def select_window(self, geometry: Geometry, target: Extent | None) -> None:
         """Go on with other rows of a window's tokens.
 
@@ -209,20 +194,6 @@ class Ledger(HostBytes, Drafted):
         self._leave_shared(self.host_tokens)
         first = self._host[0] if self._host else None
         return first if first is not None and first.limit > self.host_tokens else None
-
-    def _leave_shared(self, tokens: int) -> None:
-        """Give up host memory behind `tokens` where another ledger reads it."""
-        for position, extent in enumerate(self._host):
-            kept_tokens = max(tokens - extent.start, 0)
-            # A page that is packed anew has tokens of before.
-            written = kept_tokens - kept_tokens % extent.format.row_tokens
-            shared = extent.piece.holders > 1 and written < extent.piece.shared_tokens
-            if shared and extent.limit > tokens:
-                extent.capacity = kept_tokens
-                kept = position + (extent.capacity > 0)
-                while len(self._host) > kept:
-                    self._place.give_back(self._host.pop())
-                return
 
     def keep_residents(self, piece: Piece, capacity: int) -> None:
         """Have device memory for the oldest `capacity` tokens, none of which is there yet."""
@@ -281,7 +252,12 @@ class Ledger(HostBytes, Drafted):
             self.tail.tokens = max(min(self.tail.tokens, tokens - self.tail.start), 0)
             if not self.tail.tokens and not (self.track.window_tokens and tokens):
                 self.tail = None
+        self.crop_host(tokens)
+
+    def crop_host(self, tokens: int) -> None:
+        """Have the host hold the first `tokens` tokens alone; their memory stays."""
         if tokens < self.host_tokens:
+            self._cut_disk(tokens)
             self.host_tokens = tokens
             for extent in self._host:
                 extent.tokens = max(min(extent.tokens, tokens - extent.start), 0)
@@ -296,21 +272,32 @@ class Ledger(HostBytes, Drafted):
             rows: numbers of rows.
             anew: whether to take memory for the tokens alone, in any case.
         """
-        index, old = torch.tensor(rows, dtype=torch.long, device="cpu"), self.geometry
-        self.geometry = replace(old, batch=len(rows))
-        self.home = replace(self.home, batch=len(rows))
+        index, old = torch.tensor(rows, dtype=torch.long, device="cpu"), self.home
+        self.geometry = replace(self.geometry, batch=len(rows))
+        self.home = replace(old, batch=len(rows))
         if len(rows) != old.batch:
             self.coming.cancel()  # it is of another size
         for position, source in enumerate(self._host):
-            in_place = not anew and len(rows) == old.batch and source.piece.holders == 1
-            capacity = source.tokens if anew else source.capacity
-            target = source if in_place else self._place.take(self.home, capacity, source.start)
-            self._place.copy_rows(source, target, index)
+            target = self._selected(source, old, index, anew=anew)
+            if target is source:
+                continue
             self._host[position] = target
-            if not in_place:
-                self._place.give_back(source)
-                self._written_tokens = self.host_tokens
+            self._place.give_back(source)
+            self._written_tokens = self.host_tokens
+        self.lower_blocks()
         self.version += 1
+
+    def _selected(self, source: Extent, old: Geometry, rows: torch.Tensor, *, anew: bool) -> Extent:
+        """Return an extent with other rows of one that the host holds; itself, if in place."""
+        place = self._place
+        if source.piece.region is not None:
+            assert isinstance(place, DiskPlace)
+            return place.select(source, old, self.home, rows)
+        in_place = not anew and len(rows) == old.batch and source.piece.holders == 1
+        capacity = source.tokens if anew else source.capacity
+        target = source if in_place else place.take(self.home, capacity, source.start)
+        place.copy_rows(source, target, rows)
+        return target
 
     def share(self, other: "Ledger") -> None:
         """Hold the tokens that another ledger's host memory holds, in the same memory.

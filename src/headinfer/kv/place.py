@@ -79,7 +79,12 @@ class HostPlace:
 
     Args:
         device: what the memory is for; it says how it must be allocated.
+
+    Attributes:
+        block_tokens: tokens of a block, where a disk lies below; 0 where none does.
     """
+
+    block_tokens = 0
 
     def __init__(self, device: Device) -> None:
         self._device = device

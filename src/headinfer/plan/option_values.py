@@ -117,6 +117,15 @@ def pattern(name: str, value: object) -> str | None:
     return str(value)
 
 
+def folder(name: str, value: object) -> str | None:
+    """Return where a folder is; None for none."""
+    if value is None or value == "auto":
+        return None
+    if not isinstance(value, str | os.PathLike) or not str(value):
+        raise OptionError(f"{name} must be a folder, not {value!r}")
+    return str(value)
+
+
 def switch(name: str, value: object) -> bool:
     """Return True or False as given."""
     if not isinstance(value, bool):

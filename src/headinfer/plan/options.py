@@ -15,6 +15,7 @@ from headinfer.plan.option_values import (
     KVCacheName,
     TileSize,
     device_name,
+    folder,
     fuse_name,
     kv_cache_name,
     part,
@@ -65,6 +66,7 @@ class Options:
         device: where attention is computed and what stands between it and the host store.
         device_memory_bytes: the most GPU memory for the model; None for no limit.
         host_memory_bytes: the most CPU memory for the KV caches; None for no limit.
+        disk_cache: a folder for the tokens that host memory has no room for; None for no disk.
         chunk_tokens: tokens that pass through the model at once in prefill.
         tile_heads: KV heads of one tile (the paper's head=8/4/2/1, section 3.2).
         tile_tokens: tokens of one tile; they bound the GPU memory's share of the KV cache.
@@ -109,6 +111,15 @@ class Options:
             size,
             "SIZE",
             "The most CPU memory for the KV cache, and for nothing else; auto: what is free.",
+        ),
+    )
+    disk_cache: str | None = field(
+        default=None,
+        metadata=_declared(
+            folder,
+            "FOLDER",
+            "A folder on a fast disk, for the oldest tokens that CPU memory has no room for; they "
+            "lie in a file without a name, which goes with the process.",
         ),
     )
     chunk_tokens: int | Literal["auto"] = field(

@@ -47,6 +47,9 @@ class Plan:
             not known.
         host_share_adapts: whether that is where to begin, to be corrected by what is measured.
         host_unmeasured: whether it is 0 because nobody measured what the CPU reaches.
+        disk_block_tokens: tokens of a block of host memory above a disk; 0 where there is none.
+        disk_host_blocks: blocks of every offloaded layer in host memory; older ones are below.
+        disk_buffers_bytes: the host memory that tokens on the disk are read to.
         whole_tokens: tokens of the longest call that cannot pass in chunks; 0 for none.
         parts: the plan of each device where the layers lie on several; see `joined`.
     """
@@ -78,6 +81,9 @@ class Plan:
     verify_host_share: float | None = None
     host_share_adapts: bool = False
     host_unmeasured: bool = False
+    disk_block_tokens: int = 0
+    disk_host_blocks: int = 0
+    disk_buffers_bytes: int = 0
     whole_tokens: int = 0
     parts: tuple["Plan", ...] = ()
 
@@ -120,7 +126,16 @@ class Plan:
 
         It holds the resident ones too, so that they can be given up without a copy.
         """
+        if self.disk_block_tokens:
+            blocks = min(-(-tokens // self.disk_block_tokens), self.disk_host_blocks)
+            held = self.shape.host_kv_bytes(blocks * self.disk_block_tokens, self.batch)
+            return held + self.disk_buffers_bytes
         return self.shape.host_kv_bytes(tokens, self.batch) + self.raw_page_bytes
+
+    def disk_tokens(self, tokens: int) -> int:
+        """Tokens of `tokens` in each layer's rows that lie on the disk, once all were sent home."""
+        blocks = -(-tokens // self.disk_block_tokens) if self.disk_block_tokens else 0
+        return max(blocks - self.disk_host_blocks, 0) * self.disk_block_tokens
 
     @property
     def raw_page_bytes(self) -> int:

@@ -79,6 +79,8 @@ class Held(NamedTuple):
         paged: whether tokens lie in a page: those behind the host's.
         wanting_tokens: tokens that the host's last page of packed ones wants to be full; 0 where
             it is, or tokens are not packed.
+        disk_tokens: the oldest, which the host cannot attend: they lie on the disk, or will once it
+            holds all.
     """
 
     track: Track
@@ -88,6 +90,7 @@ class Held(NamedTuple):
     resident_capacity: int = 0
     paged: bool = False
     wanting_tokens: int = 0
+    disk_tokens: int = 0
 
     @property
     def tail_tokens(self) -> int:
@@ -115,7 +118,8 @@ class Held(NamedTuple):
         end = self.host_tokens
         if self.steady and host_share:  # the newest are the host's, until there are more of them
             end = max(end - end % STEADY_TOKENS, first)
-        return first, end - int(host_share * (end - first))
+        end -= int(host_share * (end - first))
+        return first, max(end, self.disk_tokens)
 
     @property
     def steady(self) -> bool:

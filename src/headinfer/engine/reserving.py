@@ -1,0 +1,58 @@
+"""Host memory of a cache, had before its tokens come."""
+
+import itertools
+
+from headinfer.device.base import Device
+from headinfer.engine.counted import CountedTokens
+from headinfer.kv.ahead import pieces_ahead
+from headinfer.kv.ledger import Ledger
+
+
+class ReservedTokens(CountedTokens):
+    """A cache's tokens, and those to come, whose host memory is asked for; see `HeldTokens`."""
+
+    _device: Device
+
+    def expect(self, tokens: int) -> int:
+        """State that layers will come to hold `tokens` tokens; memory is reserved when they do.
+
+        Returns:
+            The bytes of host memory that this adds to what is held.
+        """
+        self._expected_tokens = max(self._expected_tokens, tokens)
+        return self.missing_bytes(tokens)
+
+    def _reserve(self, ledger: Ledger, new_tokens: int) -> None:
+        """Have host memory on its way for all tokens that a layer without a window is to hold.
+
+        Wait for as much of it as is needed when the new tokens are sent home.
+        """
+        if ledger.capacity_tokens >= self._expected_tokens or self.plan.disk_block_tokens:
+            return  # blocks above a disk are taken as tokens are sent home
+        piece_bytes = self._device.host_piece_bytes
+        if piece_bytes is None:
+            ledger.reserve(self._expected_tokens)
+            return
+        if ledger.promised_tokens < self._expected_tokens:
+            self._ask_ahead(piece_bytes)
+        if ledger.tail_tokens + new_tokens >= self.plan.page_tokens:  # else they wait in a page
+            ledger.reserve(min(ledger.tokens + new_tokens, self._expected_tokens))
+
+    def _ask_ahead(self, piece_bytes: int) -> None:
+        """Have the host memory that layers lack got in the background, the oldest tokens' first.
+
+        So each layer has memory for a prompt's first chunk before any has it for the last.
+        """
+        pieces = [
+            pieces_ahead(
+                ledger.missing_tokens(self._expected_tokens),
+                chunk_tokens=self.plan.chunk_tokens,
+                tile_tokens=self.plan.tile_tokens,
+                most_tokens=piece_bytes * ledger.home.format.row_tokens // ledger.home.num_bytes(1),
+            )
+            for ledger in self._full
+        ]
+        for of_layers in itertools.zip_longest(*pieces, fillvalue=0):
+            for ledger, tokens in zip(self._full, of_layers, strict=True):
+                if tokens:
+                    ledger.coming.ask(ledger.home, tokens)

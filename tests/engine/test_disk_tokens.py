@@ -1,0 +1,253 @@
+"""Tokens on a disk below host memory: the same bits as in memory alone, in all that moves them."""
+
+import copy
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+import headinfer
+from headinfer.device.base import Edge
+from headinfer.device.hazards import HazardError
+from headinfer.device.simulated import SimulatedDevice
+from headinfer.errors import DiskError, MemoryPlanError, OptionError
+from headinfer.offload import Offload
+from tiny_models import random_tokens, shared_model, tiny_model
+
+TOKENS = 700
+MEMORY = "400KiB"
+"""128 KiB of it are for what is read. A block of 64 tokens takes 32 KiB in both layers."""
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return tiny_model(
+        "llama3", num_hidden_layers=2, num_key_value_heads=2, num_attention_heads=4
+    ).eval()
+
+
+def attached(
+    model: PreTrainedModel, folder: Path | None, device: SimulatedDevice, **options: Any
+) -> Offload:
+    settings: dict[str, Any] = {
+        "tile_heads": 1,
+        "tile_tokens": 64,
+        "chunk_tokens": 90,
+        "resident_tokens": 0,
+        "host_attention": "off",
+        "host_memory": None if folder is None else MEMORY,
+        **options,
+    }
+    return headinfer.attach(
+        model, device="simulated", simulated_device=device, disk_cache=folder, **settings
+    )
+
+
+def exercise(
+    model: PreTrainedModel,
+    folder: Path | None,
+    device: SimulatedDevice,
+    rows: int = 1,
+    **options: Any,
+) -> torch.Tensor:
+    """Go through all that moves tokens on the disk, and return all logits."""
+    prompt, outputs = random_tokens(rows, TOKENS), []
+
+    def step(cache: Any, tokens: torch.Tensor) -> None:
+        outputs.append(model(tokens, past_key_values=cache, logits_to_keep=2).logits[:1])
+
+    with attached(model, folder, device, **options) as offload:
+        cache = offload.new_cache(TOKENS + 300)
+        step(cache, prompt)
+        for at in range(3):
+            step(cache, prompt[:, at : at + 1])
+        assert (offload.stats.bytes_from_disk > 0) is (folder is not None)
+        for at in range(11):  # pages are sent home before what they wait for is attended
+            step(cache, prompt[:, 9 * at : 9 * at + 9])
+        copied = copy.deepcopy(cache)  # which shares blocks in memory and on the disk
+        step(copied, prompt[:, :70])
+        cache.crop(133 - cache.get_seq_length())  # into a block on the disk
+        step(cache, prompt[:, :99])
+        cache.crop(128 - cache.get_seq_length())  # where one ends
+        step(cache, prompt[:, 7:210])
+        outputs.append(copied.layers[1].keys.flatten())
+        if rows > 1:
+            copied.reorder_cache(torch.tensor([1, 0]))
+            step(copied, prompt[:, :3])
+            copied.batch_select_indices(torch.tensor([1]))
+            step(copied, prompt[:1, :9])
+        copied.park()
+        step(copied, prompt[: 1 if rows > 1 else rows, :4])
+        cache.close()
+        step(copied, prompt[:1, :2])
+        copied.close()
+    device.memory.check()
+    return torch.cat([output.flatten() for output in outputs])
+
+
+@pytest.mark.parametrize(
+    ("rows", "options"),
+    [
+        (1, {}),
+        (2, {"host_memory": "800KiB"}),
+        (1, {"overlap": False}),
+        (1, {"resident_tokens": 64}),
+        (1, {"chunk_tokens": 600, "capture": False}),
+    ],
+    ids=["one", "two-rows", "in-turn", "residents", "chunks-beyond-memory"],
+)
+def test_the_same_bits_as_in_memory(
+    model: PreTrainedModel, tmp_path: Path, rows: int, options: dict[str, Any]
+) -> None:
+    without = {**options, "host_memory": None}
+    wanted = exercise(model, None, SimulatedDevice(), rows, **without)
+    assert wanted.isfinite().all()
+    ours = exercise(model, tmp_path, SimulatedDevice(seed=1), rows, **options)
+    assert torch.equal(ours, wanted)
+    assert not os.listdir(tmp_path)  # the file has no name
+
+
+@pytest.mark.slow
+def test_all_seeds_give_the_same_bits(model: PreTrainedModel, tmp_path: Path) -> None:
+    wanted = exercise(model, tmp_path, SimulatedDevice(seed=0))
+    for seed in range(1, 20):
+        assert torch.equal(exercise(model, tmp_path, SimulatedDevice(seed=seed)), wanted)
+
+
+@pytest.mark.parametrize("options", [{"resident_tokens": 21}, {"host_attention": 0.7}])
+def test_odd_residents_and_the_host_agree(
+    model: PreTrainedModel, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    wanted = exercise(model, None, SimulatedDevice())
+    ours = exercise(model, tmp_path, SimulatedDevice(seed=3), **options)
+    torch.testing.assert_close(ours, wanted)
+
+
+def test_the_same_as_stock_transformers(model: PreTrainedModel, tmp_path: Path) -> None:
+    prompt = random_tokens(2, 333)
+    wanted = model.generate(prompt, max_new_tokens=9, do_sample=False, num_beams=2)
+    with attached(model, tmp_path, SimulatedDevice(), host_memory="900KiB") as offload:
+        cache = offload.new_cache()
+        ours = model.generate(
+            prompt, max_new_tokens=9, do_sample=False, num_beams=2, past_key_values=cache
+        )
+        assert offload.stats.bytes_to_disk > 0
+        assert offload.stats.host_kv_bytes <= 900 * 1024
+    assert torch.equal(ours, wanted)
+
+
+def test_a_saved_session_has_the_tokens_on_the_disk(model: PreTrainedModel, tmp_path: Path) -> None:
+    prompt, new = random_tokens(1, TOKENS), random_tokens(1, 5)
+    with attached(model, tmp_path, SimulatedDevice()) as offload:
+        cache = offload.new_cache()
+        model(prompt, past_key_values=cache)
+        cache.save(tmp_path / "saved")
+        wanted = model(new, past_key_values=cache).logits
+        cache.close()
+        loaded = offload.load_cache(tmp_path / "saved")
+        assert loaded.state.engine.disk_tokens > 0
+        assert torch.equal(model(new, past_key_values=loaded).logits, wanted)
+
+
+OF_DISK = (Edge.BLOCK_SENT, Edge.BLOCK_READ, Edge.READ_COPIED)
+
+
+def grow(model: PreTrainedModel, folder: Path, device: SimulatedDevice) -> None:
+    """Have blocks go to the disk that were fetched ahead, as pages are sent home before a pass."""
+    with attached(model, folder, device) as offload:
+        cache = offload.new_cache()
+        for tokens in (440, *[9] * 14):
+            model(random_tokens(1, tokens), past_key_values=cache)
+        assert offload.stats.bytes_to_disk > 0
+        cache.close()
+    device.memory.check()
+
+
+@pytest.mark.parametrize("edge", OF_DISK)
+def test_a_missing_wait_is_noticed(model: PreTrainedModel, tmp_path: Path, edge: Edge) -> None:
+    go = grow if edge is Edge.BLOCK_READ else exercise
+    device = SimulatedDevice(seed=1)
+    go(model, tmp_path, device)
+    assert edge in device.exercised_edges
+    with pytest.raises(HazardError, match="is not ordered after the"):
+        go(model, tmp_path, SimulatedDevice(seed=1, skip=[edge]))
+
+
+class Failing:
+    """A system call that fails from some call on.
+
+    Args:
+        real: the call.
+        error: what it then raises.
+        calls: that go well.
+    """
+
+    def __init__(self, real: Any, error: OSError, calls: int) -> None:
+        self.real, self.error, self.left = real, error, calls
+
+    def __call__(self, *args: Any) -> int:
+        self.left -= 1
+        if self.left < 0:
+            raise self.error
+        return self.real(*args)
+
+
+@pytest.mark.parametrize(
+    ("call", "number", "told"),
+    [("pwritev", errno.ENOSPC, "has no room"), ("preadv", errno.EIO, "failed: Input/output error")],
+    ids=["full", "read"],
+)
+def test_a_fault_ends_the_call_and_no_token_is_wrong(
+    model: PreTrainedModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    call: str,
+    number: int,
+    told: str,
+) -> None:
+    prompt, device = random_tokens(1, TOKENS), SimulatedDevice()
+    with attached(model, tmp_path, device) as offload:
+        cache = offload.new_cache(TOKENS)
+        wanted = model(prompt, past_key_values=cache, logits_to_keep=1).logits
+        for well in (0, 3, 5):
+            cache.reset()
+            with monkeypatch.context() as faulty:
+                fails = Failing(getattr(os, call), OSError(number, os.strerror(number)), well)
+                faulty.setattr(os, call, fails)
+                with pytest.raises(DiskError, match=told):
+                    model(prompt, past_key_values=cache)
+            held = cache.get_seq_length()  # of the chunks before
+            assert held < TOKENS
+            rest = model(prompt[:, held:], past_key_values=cache, logits_to_keep=1).logits
+            assert torch.equal(rest, wanted)
+        cache.close()
+    device.memory.check()
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"device": "cpu"}, "is for a GPU's cache"),
+        ({"draft_tokens": 8}, "cannot be combined with draft_tokens"),
+        ({"kv_cache": "int8"}, "takes dense tokens alone"),
+    ],
+)
+def test_what_cannot_be_combined_is_refused(
+    tmp_path: Path, options: dict[str, Any], told: str
+) -> None:
+    model = shared_model("llama3")
+    with pytest.raises(OptionError, match=told):
+        headinfer.attach(model, **{"device": "simulated", **options}, disk_cache=tmp_path)
+
+
+def test_too_little_host_memory_is_refused(model: PreTrainedModel, tmp_path: Path) -> None:
+    with attached(model, tmp_path, SimulatedDevice(), host_memory="50KiB") as offload:
+        cache = offload.new_cache()
+        with pytest.raises(
+            MemoryPlanError, match=r"needs .* of CPU memory at least, and 50.00 KiB"
+        ):
+            model(random_tokens(1, 9), past_key_values=cache)
