@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import tempfile
 
 import torch
 
@@ -10,6 +11,7 @@ from headinfer.attend.table import Kernels
 from headinfer.device.base import Device
 from headinfer.device.cpu import CpuDevice
 from headinfer.device.simulated import SimulatedDevice
+from headinfer.disk.file import SpillFile
 from headinfer.engine.engine import Engine
 from headinfer.engine.stats import Stats
 from headinfer.plan.memory import draft_sink_tokens, resident_bytes
@@ -45,7 +47,8 @@ class Conversation:
     ) -> None:
         device: Device = CpuDevice() if plan.device == "cpu" else SimulatedDevice(seed=seed)
         self.kernels = kernels or reference()
-        self.engine = Engine(device, plan, torch.float64, stats or Stats())
+        self.file = SpillFile(tempfile.gettempdir()) if plan.disk_block_tokens else None
+        self.engine = Engine(device, plan, torch.float64, stats or Stats(), file=self.file)
         self.windows = [layer.window_tokens for layer in plan.shape.layers]
         self.generator = torch.Generator().manual_seed(seed)
         self.kv = [self.draw(2, 2, 0, DIM) for _ in self.windows]
@@ -92,7 +95,8 @@ class Conversation:
 
     def fork(self) -> None:
         """Go on with a copy of the engine."""
-        engine = Engine(self.engine.device, self.engine.plan, self.engine.dtype, Stats())
+        like = self.engine
+        engine = Engine(like.device, like.plan, like.dtype, Stats(), file=self.file)
         engine.copy_from(self.engine)
         self.engine.close()
         self.engine = engine

@@ -66,7 +66,7 @@ def exercise(
         for at in range(3):
             step(cache, prompt[:, at : at + 1])
         assert (offload.stats.bytes_from_disk > 0) is (folder is not None)
-        for at in range(11):  # pages are sent home before what they wait for is attended
+        for at in range(6):  # pages are sent home before what they wait for is attended
             step(cache, prompt[:, 9 * at : 9 * at + 9])
         copied = copy.deepcopy(cache)  # which shares blocks in memory and on the disk
         step(copied, prompt[:, :70])

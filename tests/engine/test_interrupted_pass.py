@@ -11,6 +11,7 @@ from headinfer.attend.reference import ReferenceKernel
 from headinfer.attend.table import Kernels
 from headinfer.attend.work import Work
 from headinfer.engine import ending
+from headinfer.plan.disk_blocks import with_disk
 from headinfer.plan.plan import Plan
 
 STRIDE = 17
@@ -48,26 +49,31 @@ class Interrupt:
         return self.local
 
 
+BLOCKS = {"_add_block", "lower", "reuse", "write"}
+READS = {"begin", "end", "copied", "drop", "take"}
+
 PLANS = {
     "cpu": (planned("cpu", 2, 0, 0.0), 120, 20),
     "host": (planned("simulated", 3, 20, 0.4), 0, 2),
     "reserved": (planned("simulated", 2, 0, 0.0), 400, 2),
+    "disk": (with_disk(planned("simulated", 1, 0, 0.0), 160 * 1024), 0, 70),
     "resident": (planned("simulated", 2, 100, 0.0), 0, 40),
 }
 FUNCTIONS = {"any": None, "turns": TURNS, "growth": GROWTH}
-LONG = {("reserved", "turns"), ("host", "turns"), ("host", "any")}
+BELOW = {"blocks": BLOCKS, "reads": READS}
+LONG = {("disk", "reads"), ("reserved", "turns"), ("host", "turns"), ("host", "any")}
 
 
 @pytest.mark.parametrize(
     ("plan", "expected", "new", "functions"),
     [
         pytest.param(
-            *(*PLANS[plan], FUNCTIONS[functions]),
+            *(*PLANS[plan], (FUNCTIONS | BELOW)[functions]),
             marks=[pytest.mark.slow] if (plan, functions) in LONG else [],
             id=f"{plan}-{functions}",
         )
         for plan in PLANS
-        for functions in FUNCTIONS
+        for functions in (FUNCTIONS if plan != "disk" else BELOW)
     ],
 )
 def test_an_interrupted_pass_is_refused_or_right(

@@ -86,6 +86,9 @@ def _device_rows(stats: Stats) -> Iterator[tuple[str, str]]:
         )
     else:
         yield "link", "nothing was copied: all of the cache fits in GPU memory"
+    if stats.bytes_to_disk:
+        read, written = format_bytes(stats.bytes_from_disk), format_bytes(stats.bytes_to_disk)
+        yield "disk", f"{written} written, {read} read"
     peak, standard = stats.peak_device_kv_bytes, stats.standard_kv_bytes
     if standard:
         of = f"{format_bytes(peak)} at the peak, {peak / standard:.1%} of the"

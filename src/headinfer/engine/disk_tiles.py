@@ -15,6 +15,7 @@ from headinfer.disk.file import aligned_empty
 from headinfer.disk.reading import placed, read_bytes, strips
 from headinfer.disk.transfer import Transfer
 from headinfer.engine.stats import Stats
+from headinfer.kv.disk_place import aligned_host
 from headinfer.kv.extent import Piece, Tile
 from headinfer.kv.ledger import Ledger
 from headinfer.kv.pair import KV
@@ -60,10 +61,11 @@ class DiskTiles:
 
     def __init__(self, device: Device, buffers: Sequence[Piece], stats: Stats) -> None:
         self._device = device
-        self._buffers = tuple(buffers)
+        self._buffers = list(buffers)
         self._stats = stats
         self._free = collections.deque(self._buffers)
         self._reads: list[Read] = []
+        self._beginning: Piece | None = None  # to be read to, as far as anybody knows
 
     def begin(self, tile: Tile, *, wait: bool = True) -> Read | None:
         """Begin to read a tile.
@@ -80,11 +82,12 @@ class DiskTiles:
                 return None
             buffer.free.synchronize(Edge.READ_COPIED)
             buffer.free = None
-        self._free.popleft()
+        self._beginning = self._free.popleft()
         self._device.host_access(buffer.memory, write=True, purpose="reading from the disk")
         read = Read(_placed(tile, buffer.memory), buffer, [])
         self._reads.append(read)
         _begin(tile, buffer.memory, read.transfers)
+        self._beginning = None
         return read
 
     def end(self, read: Read) -> KV:
@@ -111,6 +114,11 @@ class DiskTiles:
                 transfer.settle()
             read.buffer.free = self._device.copy_in.record()
         self._reads.clear()
+        lost = self._beginning
+        if lost is not None:  # Ctrl-C came while it began: a transfer nobody knows may write there
+            memory = aligned_host(self._device, lost.memory.numel())
+            self._buffers = [Piece(memory) if each is lost else each for each in self._buffers]
+            self._beginning = None
         self._free = collections.deque(self._buffers)
 
 

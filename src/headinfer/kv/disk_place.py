@@ -44,30 +44,33 @@ class DiskPlace(HostPlace):
         capacity = max(-(-tokens // self.block_tokens), 1) * self.block_tokens
         return Extent(Piece(self._memory(geometry, capacity)), geometry, capacity, start)
 
-    def take_from(self, oldest: Extent, geometry: Geometry, start: int) -> tuple[Extent, Extent]:
-        """Write a block to the disk, for its memory to serve another one.
+    def lower(self, oldest: Extent, geometry: Geometry) -> Extent:
+        """Write a block to the disk, and return what is there.
 
-        Returns:
-            The extent on the disk, and an empty block.
+        Its memory may be written by copy-out after this, and freed by the host after `settle`.
 
         Raises:
             DiskError: the disk has no room for it, or failed; the block is as it was.
-            MemoryPlanError: the memory is shared, and no other can be had.
         """
-        device, piece = self._device, oldest.piece
+        piece = oldest.piece
         if piece.ready is not None:
             piece.ready.synchronize(Edge.BLOCK_SENT)
         lower = self.write(oldest, geometry)
-        for stream in (device.copy_in, device.host_work):
-            device.copy_out.wait(stream.record(), Edge.BLOCK_READ)
-        if piece.holders == 1 and piece.memory.numel() == geometry.num_bytes(self.block_tokens):
-            memory = piece.memory
-        else:
-            memory = self._memory(geometry, self.block_tokens)
-            for stream in (device.copy_in, device.host_work):
-                stream.record().synchronize(Edge.BLOCK_READ)
-            self.give_back(oldest)
-        return lower, Extent(Piece(memory), geometry, self.block_tokens, start)
+        for stream in (self._device.copy_in, self._device.host_work):
+            self._device.copy_out.wait(stream.record(), Edge.BLOCK_READ)
+        return lower
+
+    def reuse(self, oldest: Extent, geometry: Geometry, start: int) -> Extent | None:
+        """Return an empty block in the memory of a lowered one; None where it cannot serve."""
+        piece, size = oldest.piece, geometry.num_bytes(self.block_tokens)
+        if piece.holders > 1 or piece.memory.numel() != size:
+            return None
+        return Extent(Piece(piece.memory), geometry, self.block_tokens, start)
+
+    def settle(self) -> None:
+        """Wait for all that may still read memory of lowered blocks."""
+        for stream in (self._device.copy_in, self._device.host_work):
+            stream.record().synchronize(Edge.BLOCK_READ)
 
     def write(self, extent: Extent, geometry: Geometry) -> Extent:
         """Write a block that nothing in flight changes; return what is on the disk.
@@ -78,9 +81,12 @@ class DiskPlace(HostPlace):
         memory = extent.piece.memory
         self._device.host_access(memory, write=False, purpose="writing to the disk")
         region = Region(self._file, self._file.allocate(memory.numel()), memory.numel())
+        # Where Ctrl-C comes before there is a transfer to wait for, the region is never used again.
+        transfer = self._file.write(region.offset, memory)
         try:
-            self._file.write(region.offset, memory).wait()
+            transfer.wait()
         except BaseException:
+            transfer.settle()
             region.free()
             raise
         self._written(region.num_bytes)

@@ -59,9 +59,15 @@ class Growth(HostBytes):
             return
         oldest = self._host[lowered]
         assert oldest.end <= self.host_tokens, "a block goes to the disk that was never filled"
-        lower, block = place.take_from(oldest, self.home, start)
-        self._host[lowered] = lower
-        self._host.append(block)
+        lower = place.lower(oldest, self.home)
+        block = place.reuse(oldest, self.home, start)
+        if block is not None:  # in one statement, as Ctrl-C may come before any
+            self._host[lowered:] = [lower, *self._host[lowered + 1 :], block]
+        else:
+            place.settle()
+            self._host[lowered] = lower  # first: given back twice, others would lose it
+            place.give_back(oldest)
+            self._host.append(place.take(self.home, place.block_tokens, start))
         self.version += 1
 
     def disk_tokens_of(self, tokens: int) -> int:
