@@ -15,7 +15,9 @@ from headinfer.device.base import Edge
 from headinfer.device.hazards import HazardError
 from headinfer.device.simulated import SimulatedDevice
 from headinfer.errors import DiskError, MemoryPlanError, OptionError
+from headinfer.integration.memory_held import held_together
 from headinfer.offload import Offload
+from headinfer.units import parse_bytes
 from tiny_models import random_tokens, shared_model, tiny_model
 
 TOKENS = 700
@@ -70,6 +72,10 @@ def exercise(
             step(cache, prompt[:, 9 * at : 9 * at + 9])
         copied = copy.deepcopy(cache)  # which shares blocks in memory and on the disk
         step(copied, prompt[:, :70])
+        step(cache, prompt[:, :140])  # beyond blocks that the copy holds, too
+        if folder is not None:
+            limit_bytes = parse_bytes(options.get("host_memory", MEMORY), "host_memory")
+            assert held_together([cache, copied]) <= limit_bytes
         cache.crop(133 - cache.get_seq_length())  # into a block on the disk
         step(cache, prompt[:, :99])
         cache.crop(128 - cache.get_seq_length())  # where one ends
