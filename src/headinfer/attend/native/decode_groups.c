@@ -39,9 +39,9 @@ struct state {
  * has few requests to memory in flight, so that each phase asks for a little all the time.
  */
 struct ahead {
-    const char *at, *end;     /* lines that are not asked for */
-    const char *keys;         /* what follows the end */
-    int64_t each;             /* bytes */
+    const char *at, *end; /* the first line that is not asked for, and where these lines end */
+    const char *keys;     /* what follows the end */
+    int64_t each;         /* bytes that are asked for at once */
 };
 INLINE void ask(struct ahead *a) {
     if (a->at >= a->end) a->at = a->keys, a->keys = a->end = a->at + BLOCK * REST * sizeof(stored);
