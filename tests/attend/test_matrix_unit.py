@@ -66,6 +66,21 @@ def test_attention_on_a_matrix_unit_in_c(
         torch.testing.assert_close(ours.lse.double(), want.lse, rtol=1e-4, atol=1e-4)
 
 
+def test_scores_that_grow_and_fall_on_a_matrix_unit_in_c(unit_in_c: None) -> None:
+    """Highest scores rise by more and by less than is let pass, in blocks and between them."""
+    heights = torch.tensor([0, 40, 3, 43, 90, -60, 0, 91, 180, 178]).repeat_interleave(32)[:301]
+    generator = torch.Generator().manual_seed(7)
+    query = torch.linspace(0.25, 1, 18)[:, None, None].expand(1, 1, 18, 1, 32).bfloat16()
+    keys = (torch.rand(1, 1, 301, 32, generator=generator) + heights[:, None] / 32).bfloat16()
+    values = torch.randn(1, 1, 301, 32, generator=generator).bfloat16()
+    for tokens in (301, 288, 225, 160, 33):  # later tokens outweigh earlier ones
+        given = query, keys[:, :, :tokens], values[:, :, :tokens]
+        ours = attended(native(), *given, scale=0.7)
+        want = attended(reference(), *(part.double() for part in given), scale=0.7)
+        torch.testing.assert_close(ours.out.double(), want.out, rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(ours.lse.double(), want.lse, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("rows", [4, 17])
 def test_packed_pages_on_a_matrix_unit_in_c(unit_in_c: None, rows: int) -> None:
     """The same bits as of the same tokens as they are; blocks begin within pages, too."""

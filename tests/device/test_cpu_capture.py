@@ -1,11 +1,13 @@
 """What a capture on the CPU does again: the bits that a call gives, for whatever is in memory."""
 
+import itertools
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional
 
 from headinfer.device import tape
 from headinfer.device.base import CaptureError
@@ -59,6 +61,7 @@ WORKS: dict[str, Work] = {
     "norm": norm,
     "rotate": rotated,
     "in place": changed_in_place,
+    "activations": lambda x, y: (functional.silu(x), functional.gelu(y, approximate="tanh")),
     "several": lambda x, y: torch.topk(x.float().softmax(-1) + y, 2),
     "views": lambda x, y: (x.reshape(-1)[3:], y.chunk(2, -1)),
 }
@@ -91,6 +94,56 @@ def test_a_replay_gives_the_bits_of_a_call(
                 place.copy_(contents)
             wanted = bits(work(*memory))
             assert all(map(torch.equal, bits(capture.replay()), wanted))
+
+
+@pytest.fixture
+def flushed() -> Iterator[None]:
+    yield
+    torch.set_flush_denormal(False)
+
+
+@pytest.mark.usefixtures("flushed")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("activation", [functional.silu, functional.gelu])
+@pytest.mark.parametrize("size", [2**14, 63])
+def test_an_activation_has_the_bits_of_a_call_for_each_value(
+    activation: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype, size: int
+) -> None:
+    """Also where the tiny ones among them are 0, which users may choose at any time."""
+    values = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
+    memory = torch.empty(size, dtype=dtype)
+    capture = CpuDevice().capture(lambda: activation(memory))
+    for flush in (False, True, False):
+        torch.set_flush_denormal(flush)
+        for some in values.split(size):
+            memory[: len(some)].copy_(some)
+            assert all(map(torch.equal, bits(capture.replay()), bits(activation(memory))))
+
+
+def test_threads_that_stay_awake_do_all_of_each_product(other_threads: int) -> None:
+    """More threads than cores: some come late to a task, or when it is over."""
+    sizes = (65, 1031, 400, 2051, 65)
+    weights = [
+        torch.randn(out, size, generator=torch.Generator().manual_seed(out)).bfloat16() / size**0.5
+        for size, out in itertools.pairwise(sizes)
+    ]
+    (x, _), device = filled(torch.bfloat16, 1, (1, sizes[0])), CpuDevice()
+
+    def work() -> torch.Tensor:
+        y = x
+        for weight in weights * 3:
+            made = product(y, weight, None)
+            if made is None:
+                pytest.skip("no compiler")
+            device.launch(made)
+            y = made.output + 0.5
+        return y
+
+    capture = device.capture(work)
+    for seed in range(100):
+        x.copy_(filled(torch.bfloat16, seed, x.shape)[0])
+        assert all(map(torch.equal, bits(capture.replay()), bits(work())))
+    assert torch.get_num_threads() == other_threads
 
 
 def test_without_a_compiler_torch_does_all(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,7 +102,7 @@ def _taped(noted: Noted | Callable[[], object]) -> list[Elementwise | NativeFunc
     parts: list[Elementwise | NativeFunction] = []
     if isinstance(noted, Noted):
         parts += elementwise(noted) or []
-    elif isinstance(noted, NativeFunction):
+    elif isinstance(noted, NativeFunction) and noted.in_team is not None:
         parts.append(noted)
     halves = {part.half or _HALF for part in parts if isinstance(part, Elementwise)} or {_HALF}
     # Not all compilers know float16.

@@ -1,9 +1,10 @@
 """Which of torch's operations a tape does: those whose bits follow from float32, rounded once.
 
-Exponentials are not among them, for torch has its own. Means are, where the tape is found to sum in
-torch's order.
+Exponentials are not among them, for torch has its own. Activations in 16 bits are looked up in
+tables of what torch gives. Means are done where the tape is found to sum in torch's order.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from headinfer.device.tape import AXES, Elementwise, Kind, Tape, tape_library
 
 _MOST_ELEMENTS = 32768
 """Elements from which on torch computes an operation by several threads."""
+
+_PIECE = _MOST_ELEMENTS // 2
+"""Elements that one thread computes."""
 
 _TRIED_ROWS = 20
 """Sums for which torch's order is tried out."""
@@ -40,6 +44,15 @@ _KINDS = {
 _SHOWN = frozenset({_aten._to_copy.default, _aten.clone.default})
 """Operations whose output shows what else they were given."""
 
+_LOOKED_UP = frozenset({_aten.silu.default, _aten.gelu.default})
+"""Operations that are looked up."""
+
+_VALUES = 2**16
+"""That a dtype in 16 bits has."""
+
+_WHOLE_VECTORS = 64
+"""Elements that torch computes alike. Those behind a multiple of them have another exponential."""
+
 
 @dataclass(frozen=True, slots=True)
 class Noted:
@@ -61,7 +74,11 @@ class Noted:
 def elementwise(noted: Noted) -> list[Elementwise] | None:
     """Return what a tape does for an operation; None for one that it does not do."""
     operation, args, output = noted.operation, noted.args, noted.output
-    if not isinstance(output, torch.Tensor) or (noted.kwargs and operation not in _SHOWN):
+    if not isinstance(output, torch.Tensor):
+        return None
+    if operation in _LOOKED_UP:
+        return _looked_up(noted)
+    if noted.kwargs and operation not in _SHOWN:
         return None
     kind, count = _KINDS.get(operation, (None, 0))
     parts: list[Elementwise] = []
@@ -78,6 +95,51 @@ def elementwise(noted: Noted) -> list[Elementwise] | None:
     elif operation is _aten.mean.dim:
         parts = _mean(output, *args)
     return parts if parts and all(map(_gives_the_bits, parts)) else None
+
+
+def _looked_up(noted: Noted) -> list[Elementwise] | None:
+    """Return the one look-up that an activation is; None where torch has two ways for it."""
+    (given, *rest), output = noted.args, noted.output
+    if given.dtype not in _DTYPES - {torch.float32} or output.dtype is not given.dtype:
+        return None
+    if rest or given.numel() % _WHOLE_VECTORS or not given.is_contiguous():
+        return None
+    part = Elementwise(Kind.LOOK_UP, output, (given,))
+    if not output.is_contiguous() or not _gives_the_bits(part):
+        return None
+    table = _table(noted.operation, given.dtype, tuple(noted.kwargs.items()))
+    return None if table is None else [dataclasses.replace(part, table=table)]
+
+
+@functools.cache
+def _table(
+    operation: Any, dtype: torch.dtype, options: tuple[tuple[str, Any], ...]
+) -> torch.Tensor | None:
+    """Return what an operation gives for all values, and again where tiny numbers are 0.
+
+    None where that cannot be said, as where it depends on an element's place.
+    """
+    values = torch.arange(_VALUES, dtype=torch.int32).to(torch.int16).view(dtype)
+
+    def computed(some: torch.Tensor) -> torch.Tensor:
+        results = [operation(each, **dict(options)) for each in some.split(_PIECE)]
+        return torch.cat(results).view(torch.int16)
+
+    flushed, tables = _flushes_tiny(), []
+    try:
+        for flush in (False, True):
+            torch.set_flush_denormal(flush)
+            table, backwards = computed(values), computed(values.flip(0))
+            if _flushes_tiny() is not flush or not table.equal(backwards.flip(0)):
+                return None
+            tables.append(table)
+    finally:
+        torch.set_flush_denormal(flushed)
+    return torch.cat(tables)
+
+
+def _flushes_tiny() -> bool:
+    return bool(torch.tensor(1e-39) * 1 == 0)
 
 
 def _as_added(given: Any, dtype: torch.dtype) -> Any:

@@ -13,6 +13,11 @@ _running = 0  # host functions, on all threads
 _was_enabled = True
 
 
+def address_of(function: Callable[..., None]) -> int | None:
+    """Return where the machine code of a function of ctypes' is."""
+    return ctypes.cast(function, ctypes.c_void_p).value  # type: ignore[arg-type]
+
+
 class NativeFunction:
     """A host function in machine code: it needs neither Python nor its lock.
 
@@ -21,18 +26,26 @@ class NativeFunction:
     Args:
         entry: a function of ctypes' that takes an address and returns nothing.
         argument: the address it is given.
+        in_team: the same function of ctypes' for threads that stay awake: it takes the address of a
+            `struct team` (`team.h`), too. None where there is none.
     """
 
-    __slots__ = ("argument", "entry")
+    __slots__ = ("argument", "entry", "in_team")
 
-    def __init__(self, entry: Callable[[int], None], argument: int) -> None:
+    def __init__(
+        self,
+        entry: Callable[[int], None],
+        argument: int,
+        in_team: Callable[[int, int], None] | None = None,
+    ) -> None:
         self.entry = entry
         self.argument = argument
+        self.in_team = in_team
 
     @property
     def address(self) -> int | None:
         """Where the machine code is."""
-        return ctypes.cast(self.entry, ctypes.c_void_p).value  # type: ignore[arg-type]
+        return address_of(self.entry)
 
     def __call__(self) -> None:
         """Call it here and now."""

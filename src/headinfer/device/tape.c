@@ -6,18 +6,19 @@
  * Compiled for one element type of 16 bits beside float32.
  */
 #include "elements.h"
+#include "team.h"
 #include <math.h>
 
 #define BLOCK 512 /* elements at once: three blocks of float32 stay in the first cache */
 #define AXES 4
 
-enum { CALL, COPY, NEGATE, SQUARE, RSQRT, ADD_UP, SUBTRACT, MULTIPLY, DIVIDE, MEAN };
+enum { CALL, COPY, NEGATE, SQUARE, RSQRT, ADD_UP, SUBTRACT, MULTIPLY, DIVIDE, MEAN, LOOK_UP };
 enum { FLOAT, ELEMENT };
 
 /* What `tape.py` fills. The result comes first, then what is given. Strides are elements. */
 struct operation {
-    void (*call)(void *);
-    void *argument;
+    void (*call)(void *, struct team *);
+    void *argument; /* of a call, or where a table is */
     void *memory[3];
     int64_t sizes[AXES];
     int64_t strides[3][AXES];
@@ -148,6 +149,24 @@ static float mean(const float *from, int64_t count, int64_t lanes) {
     return total / (float)count;
 }
 
+#define VALUES 65536 /* of an element type, whose results by torch a table has */
+
+/* Whether numbers below 2^-126 are 0 to this thread now, which torch lets users choose. */
+static int flushes_tiny(void) {
+    volatile float tiny = 1e-39f;
+    return tiny * 1.0f == 0.0f;
+}
+
+/* One run along the last axis, without gaps. */
+static void look_up(const struct operation *op, element *to, const element *from) {
+    const element *table = (const element *)op->argument + (flushes_tiny() ? VALUES : 0);
+    for (int64_t i = 0; i < op->sizes[AXES - 1]; i++) {
+        uint16_t bits;
+        memcpy(&bits, from + i, sizeof bits);
+        to[i] = table[bits];
+    }
+}
+
 static void elementwise(const struct operation *op) {
     for (int64_t i = 0; i < op->sizes[0]; i++)
         for (int64_t j = 0; j < op->sizes[1]; j++)
@@ -162,15 +181,35 @@ static void elementwise(const struct operation *op) {
                 }
                 if (op->kind == MEAN)
                     *(float *)start[0] = mean(start[1], op->sizes[AXES - 1], (int64_t)op->value);
+                else if (op->kind == LOOK_UP)
+                    look_up(op, start[0], start[1]);
                 else
                     along(op, start);
             }
 }
 
-void run_tape(const struct operation *operations, int64_t count) {
+static void run(const struct operation *operations, int64_t count, struct team *team) {
     for (const struct operation *op = operations; op < operations + count; op++)
         if (op->kind == CALL)
-            op->call(op->argument);
+            op->call(op->argument, team);
         else
             elementwise(op);
+}
+
+int omp_get_thread_num(void);
+
+/* `calls` is how many of the operations are calls, which share their work among threads. */
+void run_tape(const struct operation *operations, int64_t count, int64_t calls) {
+    struct team team = {.threads = omp_get_max_threads()};
+    if (!calls || team.threads < 2) {
+        run(operations, count, 0);
+        return;
+    }
+#pragma omp parallel num_threads(team.threads)
+    if (omp_get_thread_num()) {
+        help(&team);
+    } else {
+        run(operations, count, &team);
+        end_run(&team);
+    }
 }

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from headinfer.device.host_calls import NativeFunction
+from headinfer.device.host_calls import NativeFunction, address_of
 from headinfer.native.build import compile_kernel
 
 AXES = 4
@@ -20,7 +20,7 @@ _POINTER = ctypes.c_void_p
 class Kind(enum.IntEnum):
     """A kind of operation, as `tape.c` numbers them."""
 
-    CALL, COPY, NEGATE, SQUARE, RSQRT, ADD, SUBTRACT, MULTIPLY, DIVIDE, MEAN = range(10)
+    CALL, COPY, NEGATE, SQUARE, RSQRT, ADD, SUBTRACT, MULTIPLY, DIVIDE, MEAN, LOOK_UP = range(11)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +32,14 @@ class Elementwise:
         output: where the result goes; its dtype is float32, or one of 16 bits.
         given: tensors or numbers, one or two; tensors are broadcast. For a mean a tensor of float32
             and the lanes of torch's vectors, in whose order it is summed.
+        table: for a look-up what torch gives for each of the 65536 values of a dtype in 16 bits.
+            The same follows for where numbers below 2**-126 are 0.
     """
 
     kind: Kind
     output: torch.Tensor
     given: tuple[torch.Tensor | float, ...]
+    table: torch.Tensor | None = None
 
     @property
     def tensors(self) -> list[torch.Tensor]:
@@ -65,7 +68,7 @@ def tape_library(dtype: torch.dtype) -> ctypes.CDLL | None:
     """Return `tape.c` compiled for one dtype of 16 bits; None where it cannot be had."""
     library = compile_kernel(__package__, "tape.c", dtype)
     if library is not None:
-        library.run_tape.argtypes = [_POINTER, ctypes.c_int64]
+        library.run_tape.argtypes = [_POINTER, ctypes.c_int64, ctypes.c_int64]
         library.run_tape.restype = None
     return library
 
@@ -77,7 +80,8 @@ class Tape:
 
     Args:
         library: `tape_library` of their dtype.
-        operations: in order.
+        operations: in order. Functions among them have an `in_team`, whose threads stay awake from
+            the first operation to the last.
     """
 
     __slots__ = ("_kept", "_operations", "_run")
@@ -87,15 +91,18 @@ class Tape:
     ) -> None:
         self._kept = tuple(operations)
         self._operations = (_Operation * len(operations))()
+        calls = 0
         for filled, operation in zip(self._operations, operations, strict=True):
             if isinstance(operation, Elementwise):
                 _fill(filled, operation)
             else:
+                assert operation.in_team is not None
                 filled.kind = Kind.CALL
-                filled.call = operation.address
+                filled.call = address_of(operation.in_team)
                 filled.argument = operation.argument
+                calls += 1
         self._run = functools.partial(
-            library.run_tape, ctypes.addressof(self._operations), len(operations)
+            library.run_tape, ctypes.addressof(self._operations), len(operations), calls
         )
 
     def __call__(self) -> None:
@@ -108,6 +115,7 @@ def _fill(filled: _Operation, operation: Elementwise) -> None:
     shape = operation.tensors[1].shape if operation.kind is Kind.MEAN else output.shape
     lead = (0,) * (AXES - output.ndim)
     filled.kind = operation.kind
+    filled.argument = None if operation.table is None else operation.table.data_ptr()
     filled.sizes[:] = (1,) * len(lead) + tuple(shape)
     for part, each in enumerate((output, *operation.given)):
         if not isinstance(each, torch.Tensor):

@@ -9,6 +9,7 @@
  * two rows, 576 x 1536: 24 GB/s, and 30 this way.
  */
 #include "elements.h"
+#include "team.h"
 
 #define SLOTS (ROWS <= 1 ? 1 : ROWS <= 2 ? 2 : ROWS <= 4 ? 4 : 8) /* rows, rounded up */
 #define OUTS (LANES / SLOTS) /* outputs whose sums fill one vector */
@@ -66,8 +67,6 @@ static void multiply_part(const element *x, const element *weights, const elemen
     }
 }
 
-int omp_get_max_threads(void);
-
 /* x [ROWS][in], weights [out][in], bias [out] or null, y [ROWS][out], all without gaps. */
 struct product {
     const element *x, *weights, *bias;
@@ -75,22 +74,30 @@ struct product {
     int64_t in, out;
 };
 
-/*
- * By as many threads as torch is set to. They take parts one after another, for cores are not equally
- * fast; weights of one part are one thread's.
- */
-void multiply(const struct product *given) {
-    struct product p = *given;
-    int64_t row_bytes = (p.in ? p.in : 1) * (int64_t)sizeof(element);
-    int64_t step = (STEP_BYTES / row_bytes + OUTS) / OUTS * OUTS, next = 0;
-    int threads = omp_get_max_threads(); /* torch's: native/threads.py */
-    if (p.out <= 2 * step || threads < 2) {
-        multiply_part(p.x, p.weights, p.bias, p.y, p.in, p.out, 0, p.out);
-        return;
-    }
-#pragma omp parallel num_threads(threads)
-    for (int64_t first; (first = __atomic_fetch_add(&next, step, __ATOMIC_RELAXED)) < p.out;) {
+struct shared_product {
+    struct product product;
+    int64_t step, next; /* outputs that are taken at a time, and from which on they are left */
+};
+
+static void multiply_parts(void *given) {
+    struct shared_product *shared = given;
+    struct product p = shared->product;
+    int64_t step = shared->step, first;
+    while ((first = __atomic_fetch_add(&shared->next, step, __ATOMIC_RELAXED)) < p.out) {
         int64_t end = first + step < p.out ? first + step : p.out;
         multiply_part(p.x, p.weights, p.bias, p.y, p.in, p.out, first, end);
     }
 }
+
+/*
+ * By the threads of a team, or without one by as many as torch is set to. They take parts one after
+ * another, for cores are not equally fast; weights of one part are one thread's.
+ */
+void multiply_in(const struct product *p, struct team *team) {
+    int64_t row_bytes = (p->in ? p->in : 1) * (int64_t)sizeof(element);
+    int64_t step = (STEP_BYTES / row_bytes + OUTS) / OUTS * OUTS;
+    struct shared_product shared = {*p, step, 0};
+    share(team, p->out <= 2 * step ? 1 : threads_of(team), multiply_parts, &shared);
+}
+
+void multiply(const struct product *p) { multiply_in(p, 0); }

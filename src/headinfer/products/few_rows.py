@@ -62,7 +62,7 @@ class Product(NativeFunction):
             *(x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr()),
             *(output.data_ptr(), size, out),
         )
-        super().__init__(library.multiply, ctypes.addressof(self._block))
+        super().__init__(library.multiply, ctypes.addressof(self._block), library.multiply_in)
 
 
 @functools.cache

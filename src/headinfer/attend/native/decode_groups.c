@@ -16,28 +16,21 @@
 #if !defined(__AMX_TILE__) || !defined(__AMX_BF16__)
 int prepare(void) { return 0; }
 #else
-#define TILES 1
 #define ROWS_OF(rows) (rows)
-#define BLOCK 128 /* tokens whose keys and values stay in the nearest caches */
-#include "stored.h"
-#define STEP 16   /* tokens of a tile of keys, rows of a group */
-#define DIMS 32   /* of a tile of keys; tokens of a tile of weights */
-#define CHUNKS (HEAD_DIM / DIMS)
+#define BLOCK 128 /* tokens whose weights are summed up at once */
+#include "key_tiles.h"
 #define GROUPS (ROWS / STEP)
-#define TILE_BYTES 64 /* from row to row of a tile that is packed */
-
-/* GCC does not know that tiles are loaded from memory: without this it may leave out what was stored. */
-#define STORED() __asm__ volatile("" ::: "memory")
+#define SPAN (2 * STEP) /* tokens whose scores are taken at once, and stay in the nearest cache */
+#define SLACK 8 /* weights are 2^SLACK at most */
 
 /* What one stretch of keys is attended in. */
 struct state {
     uint32_t query[GROUPS][CHUNKS][16][16]; /* pairs of dims by rows */
-    float scores[BLOCK][2 * STEP];          /* of two groups, by rows */
+    float scores[SPAN][2 * STEP];           /* of two groups, by rows */
     uint16_t weights[GROUPS * STEP][BLOCK];
-    uint32_t values[BLOCK / 2][DIMS];       /* pairs of tokens by dims, see `dim_of` */
-    float sum[GROUPS][CHUNKS][2][16][16];   /* rows by dims, see `dim_of` */
-    vector highest[GROUPS];                 /* by rows */
-    vector total[GROUPS * STEP];            /* by tokens, to be added up at last */
+    uint32_t values[BLOCK / 2][DIMS];       /* pairs of tokens by dims, see `in_order` */
+    float sum[GROUPS][CHUNKS][2][16][16];   /* rows by dims, see `in_order` */
+    vector highest[GROUPS], total[GROUPS];  /* by rows */
     element room[ROOM][HEAD_DIM];           /* keys or values that are not as they are stored */
 } __attribute__((aligned(64)));
 
@@ -46,95 +39,123 @@ struct state {
  * has few requests to memory in flight, so that each phase asks for a little all the time.
  */
 struct ahead {
-    const char *values, *keys; /* the first line that is not asked for */
-    int64_t value_lines, key_lines, each;
+    const char *at, *end; /* the first line that is not asked for, and where these lines end */
+    const char *keys;     /* what follows the end */
+    int64_t each;         /* bytes that are asked for at once */
 };
 INLINE void ask(struct ahead *a) {
-    for (int64_t i = 0; i < a->each; i++) {
-        if (a->value_lines) {
-            __builtin_prefetch(a->values, 0, 2);
-            a->values += 64, a->value_lines--;
-        } else if (a->key_lines) {
-            __builtin_prefetch(a->keys, 0, 2);
-            a->keys += 64, a->key_lines--;
-        }
-    }
+    if (a->at >= a->end) a->at = a->keys, a->keys = a->end = a->at + BLOCK * REST * sizeof(stored);
+    for (int64_t byte = 0; byte < a->each; byte += 64) __builtin_prefetch(a->at + byte, 0, 2);
+    a->at += a->each;
 }
 
-INLINE int64_t lines_of(int64_t tokens) { return tokens * REST * (int64_t)sizeof(stored) / 64; }
+/* Times that two groups `ask` in a block: twice as often for weights, which take as much longer. */
+#define ASKED (BLOCK / SPAN * (CHUNKS + 2 * 4) + BLOCK / DIMS * CHUNKS)
 
-/* Times that two groups `ask` in a block: each takes about as long, but a step of weights twice. */
-#define ASKED (BLOCK / DIMS * CHUNKS + 2 * 2 * BLOCK / STEP + CHUNKS * BLOCK / DIMS)
-
-/* Scores of BLOCK keys for a group, and for the next one where there are `both`. */
-static void score_block(struct state *s, const element *keys, int64_t group, int both, struct ahead *a) {
-    for (int first = 0; first < BLOCK; first += 2 * STEP) {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-        for (int chunk = 0; chunk < CHUNKS; chunk++) {
-            const element *here = keys + first * HEAD_DIM + chunk * DIMS;
-            ask(a);
-            _tile_loadd(4, here, HEAD_DIM * 2);
-            _tile_loadd(5, here + STEP * HEAD_DIM, HEAD_DIM * 2);
-            _tile_loadd(6, s->query[group][chunk], TILE_BYTES);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_dpbf16ps(2, 5, 6);
-            if (both) {
-                _tile_loadd(7, s->query[group + 1][chunk], TILE_BYTES);
-                _tile_dpbf16ps(1, 4, 7);
-                _tile_dpbf16ps(3, 5, 7);
-            }
-        }
-        _tile_stored(0, s->scores[first], 2 * TILE_BYTES);
-        _tile_stored(1, s->scores[first] + STEP, 2 * TILE_BYTES);
-        _tile_stored(2, s->scores[first + STEP], 2 * TILE_BYTES);
-        _tile_stored(3, s->scores[first + STEP] + STEP, 2 * TILE_BYTES);
-    }
+INLINE struct ahead ahead_of(const stored *values, const stored *keys, int64_t pairs) {
+    int64_t bytes = BLOCK * REST * sizeof(stored), asked = pairs * ASKED * 64;
+    const char *from = (const char *)values;
+    return (struct ahead){from, from + bytes, (const char *)keys, (2 * bytes + asked - 1) / asked * 64};
 }
 
-/* Shrink what a group summed under a lower score than `high`. */
-static void shrink_sums(struct state *s, int64_t group, vector high) {
-    vector shrink = exp2_of(s->highest[group] - high);
-    s->highest[group] = high;
-    for (int row = 0; row < STEP; row++) {
-        s->total[group * STEP + row] *= shrink[row];
-        for (int i = 0; i < CHUNKS * 2; i++) {
-            float *to = s->sum[group][i / 2][i % 2][row];
-            put(to, get(to) * shrink[row]);
-        }
-    }
-}
-
-/* Turn a group's scores, `at` in each row, into weights: powers of two over the highest so far. */
-static void weigh_block(struct state *s, int64_t group, int at, float scale, struct ahead *a) {
-    vector most[4] = {all(NOTHING), all(NOTHING), all(NOTHING), all(NOTHING)}; /* no chain of all */
-    for (int token = 0; token < BLOCK; token += 4)
-        UNROLL for (int i = 0; i < 4; i++) most[i] = larger(get(s->scores[token + i] + at), most[i]);
-    vector high = larger(larger(most[0], most[1]), larger(most[2], most[3])) * scale;
-    high = larger(high, s->highest[group]);
-    if (memcmp(&high, &s->highest[group], sizeof high)) shrink_sums(s, group, high);
-    for (int first = 0; first < BLOCK; first += STEP) {
-        vector x[16];
+/* Scores of SPAN keys for a group, and for the next one where there are `both`. */
+INLINE void score_span(struct state *s, const element *keys, int64_t group, int both, struct ahead *a) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int chunk = 0; chunk < CHUNKS; chunk++) {
         ask(a);
-        UNROLL for (int t = 0; t < STEP; t++) x[t] = get(s->scores[first + t] + at) * scale - high;
-        transpose(x);
-        ask(a);
-        UNROLL for (int row = 0; row < STEP; row++) {
-            vector weight = exp2_of(x[row]);
-            s->total[group * STEP + row] += weight;
-            _mm256_storeu_si256((__m256i *)&s->weights[group * STEP + row][first],
-                                (__m256i)_mm512_cvtneps_pbh((__m512)weight));
+        _tile_loadd(4, keys + chunk * DIMS, HEAD_DIM * 2);
+        _tile_loadd(5, keys + chunk * DIMS + STEP * HEAD_DIM, HEAD_DIM * 2);
+        _tile_loadd(6, s->query[group][chunk], TILE_BYTES);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(2, 5, 6);
+        if (both) {
+            _tile_loadd(7, s->query[group + 1][chunk], TILE_BYTES);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_dpbf16ps(3, 5, 7);
         }
+    }
+    _tile_stored(0, s->scores[0], 2 * TILE_BYTES);
+    _tile_stored(2, s->scores[STEP], 2 * TILE_BYTES);
+    if (both) {
+        _tile_stored(1, s->scores[0] + STEP, 2 * TILE_BYTES);
+        _tile_stored(3, s->scores[STEP] + STEP, 2 * TILE_BYTES);
     }
     STORED();
 }
 
-/* Which of DIMS values is at a place of a packed row: halves of vectors are taken in turn. */
-INLINE int dim_of(int place) { return place % 16 / 4 * 8 + place % 4 + place / 16 * 4; }
+/* Shrink what a group summed under a lower score than `high`, and `first` weights not yet summed. */
+static __attribute__((noinline)) void shrink_sums(struct state *s, int64_t group, vector high,
+                                                  int first) {
+    vector shrink = exp2_of(s->highest[group] - high);
+    s->highest[group] = high;
+    s->total[group] *= shrink;
+    for (int row = 0; row < STEP; row++) {
+        for (int i = 0; i < CHUNKS * 2; i++) {
+            float *to = s->sum[group][i / 2][i % 2][row];
+            put(to, get(to) * shrink[row]);
+        }
+        uint16_t *weights = s->weights[group * STEP + row];
+        for (int token = 0; token < first; token++) {
+            uint32_t bits = (uint32_t)weights[token] << 16;
+            float weight;
+            memcpy(&weight, &bits, sizeof weight);
+            weights[token] = rounded(weight * shrink[row]);
+        }
+    }
+}
 
-/* Pack DIMS of BLOCK values: pairs of tokens. */
+/* Pairs of bfloat16 nearest to two vectors that are not negative; of two as near, the larger. */
+INLINE vector pairs_of(vector early, vector late) {
+    bits32 half = {0}, upper = (bits32)late + (half + 0x8000), lower = (bits32)early + (half + 0x8000);
+    return (vector)(upper & 0xffff0000 | lower >> 16);
+}
+
+/*
+ * Turn a group's scores of SPAN tokens, `at` in each row, into weights: powers of two over the highest
+ * score, or one that is lower by SLACK at most. So what was summed must seldom shrink.
+ */
+INLINE void weigh_span(struct state *s, int64_t group, int at, int first, float scale, struct ahead *a) {
+    vector most[4], total[2] = {s->total[group], all(0)}, pairs[16]; /* no chain of all */
+    UNROLL for (int i = 0; i < 4; i++) most[i] = get(s->scores[i] + at);
+    UNROLL for (int token = 4; token < SPAN; token += 4)
+        UNROLL for (int i = 0; i < 4; i++) most[i] = larger(get(s->scores[token + i] + at), most[i]);
+    vector high = larger(larger(most[0], most[1]), larger(most[2], most[3])) * scale;
+    ask(a);
+    if (_mm512_cmp_ps_mask((__m512)high, (__m512)(s->highest[group] + SLACK), _CMP_GT_OQ)) {
+        shrink_sums(s, group, larger(high, s->highest[group]), first);
+        total[0] = s->total[group];
+    }
+    high = s->highest[group];
+    ask(a);
+    UNROLL for (int pair = 0; pair < 16; pair++) {
+        vector early = exp2_shortly(get(s->scores[2 * pair] + at) * scale - high);
+        vector late = exp2_shortly(get(s->scores[2 * pair + 1] + at) * scale - high);
+        total[0] += early;
+        total[1] += late;
+        pairs[pair] = pairs_of(early, late);
+        if (pair % 8 == 7) ask(a);
+    }
+    s->total[group] = total[0] + total[1];
+    transpose(pairs);
+    UNROLL for (int row = 0; row < STEP; row++) put(&s->weights[group * STEP + row][first], pairs[row]);
+}
+
+/* Turn BLOCK keys, of which `count` are there, into weights of a group, or of two. */
+static void weigh_block(struct state *s, const element *keys, int64_t count, int64_t group, int both,
+                        float scale, struct ahead *a) {
+    for (int first = 0; first < BLOCK; first += SPAN) {
+        score_span(s, keys + first * HEAD_DIM, group, both, a);
+        for (int64_t token = count > first ? count - first : 0; token < SPAN; token++)
+            for (int at = 0; at < 2 * STEP; at += STEP) put(s->scores[token] + at, all(-INFINITY));
+        weigh_span(s, group, 0, first, scale, a);
+        if (both) weigh_span(s, group + 1, STEP, first, scale, a);
+    }
+}
+
+/* Pack DIMS of BLOCK values: pairs of tokens. Halves of vectors are taken in turn, see `in_order`. */
 INLINE void pack_values(struct state *s, const element *values) {
     for (int pair = 0; pair < BLOCK / 2; pair++, values += 2 * HEAD_DIM) {
         __m512i early = _mm512_loadu_si512(values), late = _mm512_loadu_si512(values + HEAD_DIM);
@@ -144,87 +165,97 @@ INLINE void pack_values(struct state *s, const element *values) {
     STORED();
 }
 
-/* Add the weighted values of a block to the sums of all groups. */
+/* Put DIMS sums of a row, divided by `total`, in the order of dims. */
+INLINE void in_order(float *to, const float *lower, const float *upper, vector total) {
+    const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+    __m512 low = (__m512)get(lower), high = (__m512)get(upper);
+    put(to, (vector)_mm512_permutex2var_ps(low, first, high) / total);
+    put(to + LANES, (vector)_mm512_permutex2var_ps(low, second, high) / total);
+}
+
+/* Add a chunk of the weighted values of a block to the sums of a group, or of two. */
+INLINE void add_chunk(struct state *s, int chunk, int64_t group, int both, struct ahead *a) {
+    float(*one)[16][16] = s->sum[group][chunk], (*other)[16][16] = s->sum[group + both][chunk];
+    _tile_loadd(0, one[0], TILE_BYTES);
+    _tile_loadd(1, one[1], TILE_BYTES);
+    _tile_loadd(2, other[0], TILE_BYTES);
+    _tile_loadd(3, other[1], TILE_BYTES);
+    for (int first = 0; first < BLOCK; first += DIMS) {
+        ask(a);
+        _tile_loadd(4, &s->weights[group * STEP][first], BLOCK * 2);
+        _tile_loadd(6, s->values[first / 2], DIMS * 4);
+        _tile_loadd(7, s->values[first / 2] + LANES, DIMS * 4);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        if (both) {
+            _tile_loadd(5, &s->weights[(group + 1) * STEP][first], BLOCK * 2);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    _tile_stored(0, one[0], TILE_BYTES);
+    _tile_stored(1, one[1], TILE_BYTES);
+    if (both) {
+        _tile_stored(2, other[0], TILE_BYTES);
+        _tile_stored(3, other[1], TILE_BYTES);
+    }
+}
+
+/* Add the weighted values of a block to the sums of all groups; each chunk begins where one ended. */
 static void add_values(struct state *s, const element *values, int64_t groups, struct ahead *a) {
+    int64_t pairs = (groups + 1) / 2;
     for (int chunk = 0; chunk < CHUNKS; chunk++) {
         pack_values(s, values + chunk * DIMS);
-        for (int64_t group = 0; group < groups; group += 2) {
-            int both = group + 1 < groups;
-            float(*one)[16][16] = s->sum[group][chunk], (*other)[16][16] = s->sum[group + both][chunk];
-            _tile_loadd(0, one[0], TILE_BYTES);
-            _tile_loadd(1, one[1], TILE_BYTES);
-            _tile_loadd(2, other[0], TILE_BYTES);
-            _tile_loadd(3, other[1], TILE_BYTES);
-            for (int first = 0; first < BLOCK; first += DIMS) {
-                ask(a);
-                _tile_loadd(4, &s->weights[group * STEP][first], BLOCK * 2);
-                _tile_loadd(6, s->values[first / 2], DIMS * 4);
-                _tile_loadd(7, s->values[first / 2] + LANES, DIMS * 4);
-                _tile_dpbf16ps(0, 4, 6);
-                _tile_dpbf16ps(1, 4, 7);
-                if (both) {
-                    _tile_loadd(5, &s->weights[(group + 1) * STEP][first], BLOCK * 2);
-                    _tile_dpbf16ps(2, 5, 6);
-                    _tile_dpbf16ps(3, 5, 7);
-                }
-            }
-            _tile_stored(0, one[0], TILE_BYTES);
-            _tile_stored(1, one[1], TILE_BYTES);
-            if (both) {
-                _tile_stored(2, other[0], TILE_BYTES);
-                _tile_stored(3, other[1], TILE_BYTES);
-            }
+        for (int64_t pair = 0; pair < pairs; pair++) {
+            int64_t group = 2 * (chunk % 2 ? pairs - 1 - pair : pair);
+            add_chunk(s, chunk, group, group + 1 < groups, a);
         }
     }
 }
 
 /* Begin with nothing attended; rows that fill the last group are zeros. */
 static void begin(struct state *s, const float *query, int64_t rows, int64_t groups) {
-    memset(s->query, 0, groups * sizeof *s->query);
     memset(s->sum, 0, groups * sizeof *s->sum);
-    memset(s->total, 0, groups * STEP * sizeof *s->total);
-    for (int64_t group = 0; group < groups; group++) s->highest[group] = all(NOTHING);
-    for (int64_t row = 0; row < rows; row++)
-        for (int dim = 0; dim < HEAD_DIM; dim++) {
-            uint32_t bits; /* of a number that was a bfloat16 before */
-            memcpy(&bits, query + row * HEAD_DIM + dim, sizeof bits);
-            uint32_t *to = &s->query[row / STEP][dim / DIMS][dim % DIMS / 2][row % STEP];
-            *to |= dim % 2 ? bits : bits >> 16;
+    for (int64_t group = 0; group < groups; group++) {
+        s->highest[group] = all(NOTHING), s->total[group] = all(0);
+        for (int chunk = 0; chunk < CHUNKS; chunk++) {
+            vector x[16];
+            UNROLL for (int i = 0; i < STEP; i++) {
+                const float *from = query + (group * STEP + i) * HEAD_DIM + chunk * DIMS;
+                x[i] = all(0);
+                if (group * STEP + i < rows) /* bfloat16 before */
+                    x[i] = (vector)_mm512_cvtne2ps_pbh((__m512)get(from + LANES), (__m512)get(from));
+            }
+            transpose(x);
+            UNROLL for (int i = 0; i < 16; i++) put(s->query[group][chunk][i], x[i]);
         }
+    }
     STORED();
 }
 
 /* Attend queries to `count` keys from `first` on; out [rows][HEAD_DIM], lse [rows]. */
 static void attend_part(const float *query, const stored *keys, const stored *values, int64_t first,
                         int64_t count, float scale, float *out, float *lse, int64_t rows) {
-    int64_t groups = (rows + STEP - 1) / STEP, asked = (groups + 1) / 2 * ASKED;
+    int64_t groups = (rows + STEP - 1) / STEP;
     struct state s;
     begin(&s, query, rows, groups);
     for (int64_t start = 0; start < count; start += BLOCK) {
-        int64_t left = count - start, next = left - BLOCK < BLOCK ? left - BLOCK : BLOCK;
-        int64_t at = first + start;
+        int64_t left = count - start, at = first + start;
         const stored *these = values + at * ROW, *those = keys + (at + BLOCK) * ROW;
-        struct ahead a = {.values = (const char *)(these + FETCHED),
-                          .keys = (const char *)(those + FETCHED)};
-        a.value_lines = lines_of(left < BLOCK ? left : BLOCK);
-        a.key_lines = next > 0 ? lines_of(next) : 0;
-        a.each = (a.value_lines + a.key_lines + asked - 1) / asked;
+        struct ahead a = ahead_of(these + FETCHED, those + FETCHED, (groups + 1) / 2);
         const element *k = block_of(keys, at, left, s.room, these);
-        for (int64_t group = 0; group < groups; group += 2) {
-            score_block(&s, k, group, group + 1 < groups, &a);
-            for (int64_t token = left; token < BLOCK; token++)
-                for (int at = 0; at < 2 * STEP; at += STEP) put(s.scores[token] + at, all(-INFINITY));
-            weigh_block(&s, group, 0, scale * LOG2_E, &a);
-            if (group + 1 < groups) weigh_block(&s, group + 1, STEP, scale * LOG2_E, &a);
-        }
+        for (int64_t group = 0; group < groups; group += 2)
+            weigh_block(&s, k, left, group, group + 1 < groups, scale * LOG2_E, &a);
         add_values(&s, block_of(values, at, left, s.room, those), groups, &a);
     }
     for (int64_t row = 0; row < rows; row++) {
-        float total = _mm512_reduce_add_ps((__m512)s.total[row]);
-        lse[row] = (s.highest[row / STEP][row % STEP] + log2f(total)) * LN_2;
-        for (int i = 0; i < HEAD_DIM; i++)
-            out[row * HEAD_DIM + i / DIMS * DIMS + dim_of(i % DIMS)] =
-                s.sum[row / STEP][i / DIMS][i % DIMS / 16][row % STEP][i % 16] / total;
+        int group = row / STEP, lane = row % STEP;
+        float total = s.total[group][lane];
+        lse[row] = (s.highest[group][lane] + log2f(total)) * LN_2;
+        for (int chunk = 0; chunk < CHUNKS; chunk++)
+            in_order(out + row * HEAD_DIM + chunk * DIMS, s.sum[group][chunk][0][lane],
+                     s.sum[group][chunk][1][lane], all(total));
     }
 }
 

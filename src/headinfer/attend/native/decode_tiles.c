@@ -21,25 +21,17 @@
 #if !defined(__AMX_TILE__) || !defined(__AMX_BF16__)
 int prepare(void) { return 0; }
 #else
-#define TILES 1
 #define BLOCK 64 /* tokens of a block, which stays in the nearest caches */
-#include "stored.h"
-#define STEP 16  /* tokens of a tile */
+#include "key_tiles.h"
 #define STEPS (BLOCK / STEP)
-#define DIMS 32  /* of a tile */
 #define PANEL (2 * DIMS) /* dims that are taken at once */
-#define CHUNKS (HEAD_DIM / DIMS)
 #define PAIRS ((CHUNKS + 1) / 2)
 #define HALVES_OF_ROWS (ROWS > 8 ? 2 : 1) /* eight query rows take the sixteen of a tile */
-#define TILE_BYTES 64                     /* from row to row of a tile that is packed */
 #ifdef ELEMENT_IS_FLOAT16
 #define PLANES 2
 #else
 #define PLANES 1
 #endif
-
-/* GCC does not know that tiles are loaded from memory: without this it may leave out what was stored. */
-#define STORED() __asm__ volatile("" ::: "memory")
 
 /* What one stretch of keys is attended in. */
 struct state {

@@ -41,20 +41,3 @@ INLINE const element *rows_of(const stored *from, int64_t first, int64_t count,
     return from + first * HEAD_DIM;
 #endif
 }
-
-/*
- * Return BLOCK tokens from `first` on, in `room` or where they are; those from `count` on are zeros.
- * Compilers do not know what a matrix unit loads: without this they may leave out what was stored.
- */
-INLINE const element *block_of(const stored *from, int64_t first, int64_t count,
-                               element room[ROOM][HEAD_DIM], const stored *ahead) {
-    const element *rows = rows_of(from, first, count < BLOCK ? count : BLOCK, room, ahead);
-    if (count < BLOCK) {
-#ifndef PACKED
-        rows = memcpy(room[0], rows, count * sizeof *room);
-#endif
-        memset((element *)rows + count * HEAD_DIM, 0, (BLOCK - count) * sizeof *room);
-    }
-    __asm__ volatile("" ::: "memory");
-    return rows;
-}

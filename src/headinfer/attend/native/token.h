@@ -2,8 +2,6 @@
  * A decode step's attention of one layer with nothing of Python in it: the new token is put into its
  * place, and attended with all before it. Where its place is, is read from memory.
  */
-int omp_get_max_threads(void);
-
 #define PARTS_PER_THREAD 8 /* as in splits.py, and so on: the same parts give the same bits */
 #define MIN_SPLIT_TOKENS 512
 
@@ -30,10 +28,10 @@ static int64_t splits_of(const struct token *t, int threads, int64_t tokens) {
     return wanted > 1 ? wanted : 1;
 }
 
-void attend_token(const struct token *t) {
+void attend_token_in(const struct token *t, struct team *team) {
     int64_t first = t->place[0], tokens = t->place[1], last = (first + tokens - 1) * HEAD_DIM;
     int64_t elements = t->heads * ROWS_OF(t->group) * HEAD_DIM;
-    int threads = omp_get_max_threads(); /* torch's: native/threads.py */
+    int threads = threads_of(team);
     for (int64_t head = 0; head < t->heads; head++) {
         memcpy(t->keys + head * t->key_stride + last, t->new_keys + head * t->new_key_stride,
                HEAD_DIM * sizeof(element));
@@ -41,8 +39,10 @@ void attend_token(const struct token *t) {
                HEAD_DIM * sizeof(element));
     }
     for (int64_t i = 0; i < elements; i += LANES) put(t->rows + i, load(t->query + i));
-    attend_heads(t->rows, t->keys, t->values, t->key_stride, t->value_stride, first, tokens, t->heads,
-                 splits_of(t, threads, tokens), t->scale, t->parts, t->out, t->lse, t->group,
-                 threads);
+    attend_heads_in(team, t->rows, t->keys, t->values, t->key_stride, t->value_stride, first, tokens,
+                    t->heads, splits_of(t, threads, tokens), t->scale, t->parts, t->out, t->lse,
+                    t->group, threads);
     for (int64_t i = 0; i < elements; i++) t->result[i] = rounded(t->out[i]);
 }
+
+void attend_token(const struct token *t) { attend_token_in(t, 0); }

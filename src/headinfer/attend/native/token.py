@@ -60,7 +60,8 @@ class TokenFunction(NativeFunction):
             *(whole.keys.stride(1), whole.values.stride(1)),
             *(heads, group, most_splits, work.scale),
         )
-        super().__init__(library.attend_token, ctypes.addressof(self._block))
+        block = ctypes.addressof(self._block)
+        super().__init__(library.attend_token, block, library.attend_token_in)
 
 
 def token_function(kernels: Kernels, work: TokenWork) -> TokenFunction | None:
