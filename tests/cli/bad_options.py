@@ -114,6 +114,14 @@ NUMBERS: list[Row] = [
     option("--draft", BIG, "from 1 to 31"),
     option("--draft", "many", "'off' or 'auto'"),
 ]
+DISK_FOLDERS = [
+    ("", "must be a folder"),
+    ("/nowhere/at/all", "is not there"),
+    ("/dev/null", "is a file"),
+    ("a\0b", "names no folder"),
+]
+"""What `--disk-cache` cannot be, and what is said of it."""
+
 TOGETHER: list[Row] = [
     (("generate", "-p", "w1", "-p", "w2"), ("--prompt/-p", "2 times")),
     (("generate", "-p", "w1", "--seed", "1", "--seed", "1"), ("--seed", "2 times")),
@@ -148,6 +156,11 @@ TOGETHER: list[Row] = [
     (
         ("generate", "-p", "w1", "--assistant", "x", "--prompt-lookup", "3"),
         ("--assistant and --prompt-lookup both draft",),
+    ),
+    *(
+        ((*verb, "--disk-cache", folder), ("--disk-cache", words))
+        for verb in (("generate", "-p", "w1"), ("chat",), ("serve",))
+        for folder, words in DISK_FOLDERS
     ),
     (("generate", "-p", "w1", "--no-such-option"), ("--no-such-option",)),
     (("generate", "-p", "w1", "--dtype"), ("--dtype", "requires an argument")),

@@ -352,6 +352,7 @@ def test_nothing_happens_before_the_first_record_is_asked_for() -> None:
     [
         ({"tile_head": 1}, "no option 'tile_head'"),
         ({"tile_heads": "few"}, "tile_heads must be"),
+        ({"disk_cache": "/nowhere"}, "disk_cache '/nowhere' is not there"),
         ({"max_length": 20}, "max_length=20 .* give max_new_tokens"),
         ({"max_new_tokens": 0}, "max_new_tokens must be a whole number of at least 1, not 0"),
         ({"num_beams": "two"}, "num_beams must be a whole number of at least 1, not 'two'"),

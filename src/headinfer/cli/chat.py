@@ -34,7 +34,6 @@ from headinfer.errors import HeadInferError
 from headinfer.generation.gpus import Gpus
 from headinfer.generation.model import choose_device, load_config, load_model, load_tokenizer
 from headinfer.gguf_models import unpacked_dtype
-from headinfer.plan.options import Options
 
 
 @opt.with_flags()
@@ -86,7 +85,7 @@ def chat(
     [bold]headinfer chat --model ID --prompt-file book.txt[/]
     """
     with reporting_errors(quiet=quiet):
-        options = Options.parse(**flags)
+        options = opt.parse_flags(flags)
         sessions.check_sessions(session, save_session, split=(gpus or 1) > 1)
         request = Request(
             generation=generation_options(sampling),

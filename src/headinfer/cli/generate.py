@@ -35,7 +35,6 @@ from headinfer.generation.model import choose_device, load_config, load_model, l
 from headinfer.generation.pace import check_number, drafts_itself
 from headinfer.generation.settings import DEFAULT_NEW_TOKENS, settle
 from headinfer.gguf_models import unpacked_dtype
-from headinfer.plan.options import Options
 from headinfer.ranks.launched import Launched, is_another
 
 if TYPE_CHECKING:
@@ -128,7 +127,7 @@ def generate(
         check_writable("--trace", trace)
         number = None if draft is None else check_number(draft, "--draft")
         chosen = generation_options(sampling)
-        options = Options.parse(**flags)
+        options = opt.parse_flags(flags)
         set_aside = options.draft_tokens if opt.was_given(invocation, "draft_tokens") else None
         itself = drafts_itself(number, assistant, chosen.keywords(), set_aside, flag)
         if itself and set_aside is None:

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from headinfer.plan.options import DECLARATIONS
+from headinfer.disk.folder import check_folder
+from headinfer.plan.options import DECLARATIONS, Options
 
 PROMPT_PANEL = "Prompt"
 MODEL_PANEL = "Model"
@@ -133,6 +134,21 @@ def take_flags(given: dict[str, Any], names: Sequence[str] = ()) -> dict[str, An
     flags = {name: given.pop(name) for name in wanted if name in given}
     switches = {name: not given.pop(f"no_{name}") for name in wanted if f"no_{name}" in given}
     return flags | switches
+
+
+def parse_flags(flags: dict[str, Any]) -> Options:
+    """Return the options of a verb that attaches a model, before it is loaded.
+
+    Args:
+        flags: as `with_flags` gives them.
+
+    Raises:
+        OptionError: a value does not parse, or the folder for a disk cache cannot be used.
+    """
+    options = Options.parse(**flags)
+    if options.disk_cache is not None:
+        check_folder(options.disk_cache)
+    return options
 
 
 def was_given(invocation: typer.Context, name: str | None) -> bool:

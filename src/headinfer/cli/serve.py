@@ -152,7 +152,7 @@ def serve(
     """
     with reporting_errors(quiet=quiet):
         check_installed()
-        options = Options.parse(**flags)
+        options = opt.parse_flags(flags)
         body_bytes = parse_bytes(max_body, "max_body")
         if cache_memory != "auto":
             parse_bytes(cache_memory, "cache_memory")

@@ -3,6 +3,7 @@
 import os
 
 from headinfer.errors import OptionError
+from headinfer.folders import describe
 
 
 def check_folder(folder: str) -> None:
@@ -12,11 +13,20 @@ def check_folder(folder: str) -> None:
         folder: as the user named it.
 
     Raises:
-        OptionError: it is not there, is no folder, or may not be written.
+        OptionError: it is not there, is no folder, cannot be looked at, or may not be written.
     """
     named = f"disk_cache {folder!r}"
+    try:
+        os.stat(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        raise OptionError(
+            f"{named} is not there; give a folder on a fast disk, or make it first"
+        ) from None
+    except ValueError:  # a zero byte
+        raise OptionError(f"{named} names no folder; give a folder on a fast disk") from None
+    except OSError as error:
+        raise OptionError(f"{named} cannot be used: {describe(error)}") from None
     if not os.path.isdir(folder):
-        found = "is a file" if os.path.exists(folder) else "is not there"
-        raise OptionError(f"{named} {found}; give a folder on a fast disk, or make it first")
+        raise OptionError(f"{named} is a file; give a folder on a fast disk")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise OptionError(f"{named} may not be written; give a folder that you can write to")

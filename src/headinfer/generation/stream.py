@@ -12,6 +12,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from headinfer.api import attach
+from headinfer.disk.folder import check_folder
 from headinfer.errors import OptionError, UnsupportedModelError
 from headinfer.generation.assistants import check_assistant, load_assistant
 from headinfer.generation.call import FinishReason, Generation
@@ -143,6 +144,8 @@ def generate(
     number = None if draft is None else check_number(draft)
     helper = check_assistant(assistant)
     parsed = Options.parse(**options)
+    if parsed.disk_cache is not None:
+        check_folder(parsed.disk_cache)
     set_aside = parsed.draft_tokens if "draft_tokens" in options else None
     if drafts_itself(number, helper, given, set_aside) and owner_of(model) is None:
         options.setdefault("draft_tokens", "auto")
