@@ -49,8 +49,11 @@ _CUDA_FRAGMENTS_BYTES = 512 * 2**20 - CUDA_GRAPHS_BYTES
 """What torch's allocator holds and cannot use, and cuBLAS's workspaces.
 
 Measured on the same H100, when a prefill of Llama-3-8B in chunks of 8K tokens asked for 224 MiB
-more. They took 285 MiB and 32, and 256 MiB were too few.
+more. They took 285 MiB and 32, and 256 MiB were too few. Larger chunks take more: see
+`_fragments_beyond`.
 """
+
+_CUBLAS_BYTES = 32 * 2**20
 
 _WEIGHTS_SHARE = 0.9
 """Share of the memory beside CUDA itself that weights take of a GPU; KV and activations follow."""
@@ -271,7 +274,19 @@ def activation_bytes(
     logits = hidden * item * chunk_tokens + shape.vocab_size * (item + _FLOAT32_BYTES)
     # On the CPU torch 2.13 copies the output projection for a single 16-bit token, 2.15 does not.
     clone = shape.vocab_size * hidden * item if on_cpu and item < _FLOAT32_BYTES else 0
-    return max(batch * chunk_tokens * (common + max(phases)), batch * logits + clone)
+    tokens = batch * chunk_tokens
+    fragments = 0 if on_cpu else _fragments_beyond(tokens * shape.mlp_width * item)
+    return max(tokens * (common + max(phases)), batch * logits + clone) + fragments
+
+
+def _fragments_beyond(tensor_bytes: int) -> int:
+    """Bytes that torch's allocator holds and cannot use, more than what CUDA itself has for them.
+
+    They grow with the MLP's tensors. For chunks of 8K and 10K tokens of Llama-3-8B an H100's
+    allocator held 1.4 to 1.7 times such a tensor more than it gave. A prompt of 100K tokens in
+    chunks of 16K ran out of memory, with no more than CUDA's own share for that.
+    """
+    return max(tensor_bytes * 7 // 4 + _CUBLAS_BYTES - _CUDA_FRAGMENTS_BYTES, 0)
 
 
 def _merge_bytes(itemsize: int, *, on_cpu: bool) -> int:
