@@ -17,6 +17,7 @@ from headinfer.bench.report import report
 from headinfer.bench.result import Status
 from headinfer.bench.rows import row_of, row_without_result
 from headinfer.bench.spec import BenchSpec, Command
+from headinfer.bench.variant import variant_of
 from headinfer.cli import bench
 from headinfer.errors import OptionError
 from headinfer.estimate.presets import preset_shape
@@ -46,13 +47,17 @@ def results_of(spec: BenchSpec, machine=MACHINE, missing=()) -> Results:
         for method in spec.methods:
             if (method, context) in missing:
                 reason = "out of memory: 3 TiB"
-                row = row_without_result(spec, method, context, Status.CANNOT_RUN, reason)
+                row = row_without_result(
+                    spec, variant_of(method, "auto"), context, Status.CANNOT_RUN, reason
+                )
             else:
                 step_s = context / 2048
                 trial = trial_result(
                     prefill_s=10 * step_s, decode_s=(step_s,), device=machine.device
                 )
-                row = row_of(spec, method, context, [trial], machine.rates, None)
+                row = row_of(
+                    spec, variant_of(method, "auto"), context, [trial], machine.rates, None
+                )
             results.rows.append(row)
     return results
 
