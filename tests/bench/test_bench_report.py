@@ -174,10 +174,10 @@ def test_the_longest_contexts_are_a_table_and_stand_in_the_papers_tables():
     )
     results = Results.new(spec, GPU)
     trial = trial_result(device="cuda")
-    row = row_of(spec, "head-wise-2", 524288, [trial], GPU.rates, None)
+    row = row_of(spec, variant_of("head-wise-2", "auto"), 524288, [trial], GPU.rates, None)
     results.rows = [
         replace(row, limited_by="600K: out of memory"),
-        row_without_result(spec, "kv-4bit", 0, Status.CANNOT_RUN, "no library"),
+        row_without_result(spec, variant_of("kv-4bit", "auto"), 0, Status.CANNOT_RUN, "no library"),
     ]
     text = report([("gpu-longest", results)], "plots")
     assert line_of(text, "| head-wise-2") == ["head-wise-2", "512K", "600K: out of memory"]

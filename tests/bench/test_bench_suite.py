@@ -293,8 +293,9 @@ def test_rows_measured_beside_other_programs_are_called_noisy():
         busy = 0.3 if (spec.method, spec.context_tokens) == ("headinfer", 300) else 0.02
         return replace(trial_result(), others_cpu_share=busy)
 
-    rows = rows_of(bench_spec(contexts=(300, 600)), FakeLauncher(answer))
-    assert notes(rows) == ["headinfer at 300: noisy: other programs used the CPU meanwhile"]
+    spec = bench_spec(contexts=(300, 600))
+    rows = rows_of(spec, FakeLauncher(answer))
+    assert notes(spec, rows) == ["headinfer at 300: noisy: other programs used the CPU meanwhile"]
 
 
 def test_a_document_is_json_even_when_a_number_is_not():
