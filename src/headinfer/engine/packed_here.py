@@ -10,10 +10,13 @@ from headinfer.device.base import Device
 from headinfer.engine.codecs import codec_of
 from headinfer.kv.extent import Tile
 from headinfer.kv.pair import KV
-from headinfer.packed.codec import Codec
+from headinfer.packed.codec import Codec, CpuCodec
 from headinfer.plan.format import Format
 
 _CPU = torch.device("cpu")
+
+_ALONE = CpuCodec(threads=1)
+"""Unpacks in the background of a session that is saved: threads would wait for each other."""
 
 _UNPACKED_TOKENS = 4096
 """Tokens that the CPU unpacks at a time, where no compiled kernel attends them as they are."""
@@ -59,9 +62,11 @@ def unpack_from(codec: Codec, pages: torch.Tensor, first: int, values: torch.Ten
 
 
 def unpack_here(tile: Tile, place: KV) -> None:
-    """Unpack tokens of host memory into other memory of the CPU; see `bring`."""
+    """Unpack tokens of host memory into other memory of the CPU, in this thread alone."""
     for pages, values in zip(tile.kv, place, strict=True):
-        unpack_from(codec_of(tile.format, _CPU, values.dtype), pages, tile.first, values)
+        packed = tile.format is Format.PACKED
+        codec = _ALONE if packed else codec_of(tile.format, _CPU, values.dtype)
+        unpack_from(codec, pages, tile.first, values)
 
 
 def pack_here(device: Device, tile: Tile, new: KV) -> None:

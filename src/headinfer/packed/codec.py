@@ -74,7 +74,14 @@ def raw_copies(
 
 
 class CpuCodec:
-    """A codec for tensors in memory of the CPU: in C where that can be had, else by torch."""
+    """A codec for tensors in memory of the CPU: in C where that can be had, else by torch.
+
+    Args:
+        threads: that share the work in C; as many as torch is set to by default.
+    """
+
+    def __init__(self, threads: int | None = None) -> None:
+        self._threads = threads
 
     def pack(self, values: torch.Tensor, pages: torch.Tensor) -> None:
         """Pack values."""
@@ -82,7 +89,7 @@ class CpuCodec:
         if library is None or values.stride(3) != 1:
             reference.pack(values, pages)
         else:
-            pack_native(library, values, pages)
+            pack_native(library, values, pages, self._threads)
 
     def unpack(
         self,
@@ -99,7 +106,7 @@ class CpuCodec:
         if library is None or values.stride(3) != 1:
             reference.unpack(pages, dim, tokens, values)
         else:
-            unpack_native(library, pages, values)
+            unpack_native(library, pages, values, self._threads)
 
     def keep_raw(
         self, values: torch.Tensor, pages: torch.Tensor, raw: torch.Tensor, taken: torch.Tensor
