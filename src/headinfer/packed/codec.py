@@ -136,10 +136,7 @@ def codec_for(where: torch.device) -> Codec:
     try:
         from headinfer.packed.fused import TritonCodec
     except ImportError:
-        raise OptionError(
-            f"kv_cache=packed needs Triton for {where}, and it cannot be imported; use "
-            "kv_cache=dense (--kv-cache dense)"
-        ) from None
+        raise without_triton("packed", where) from None
     return checked(TritonCodec(), where)
 
 
@@ -152,14 +149,44 @@ def checked(codec: Codec, where: torch.device) -> Codec:
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(_CHECKED_SHAPE, generator=generator).bfloat16()
     values[0, 0, 3, :5] *= 2.0**60  # which escape
-    wanted, there = reference.pack(values), values.to(where)
-    pages = torch.zeros_like(wanted, device=where)
-    back = torch.zeros_like(there)
-    codec.pack(there, pages)
-    codec.unpack(pages, back)
-    if torch.equal(pages.cpu(), wanted) and torch.equal(back, there):
+    return compared(codec, where, values, reference.pack(values), values, "packed")
+
+
+def compared(
+    codec: Codec,
+    where: torch.device,
+    values: torch.Tensor,
+    pages: torch.Tensor,
+    given: torch.Tensor,
+    form: str,
+) -> Codec:
+    """Return a codec that gives a reference's bytes on a device.
+
+    Args:
+        codec: tried there.
+        where: the device.
+        values: to be packed.
+        pages: what the reference packs them to.
+        given: the values that the reference gives of its pages.
+        form: as users name it.
+
+    Raises:
+        OptionError: it gives others.
+    """
+    made, back = torch.zeros_like(pages, device=where), torch.zeros_like(values, device=where)
+    codec.pack(values.to(where), made)
+    codec.unpack(made, back)
+    if torch.equal(made.cpu(), pages) and torch.equal(back.cpu(), given):
         return codec
     raise OptionError(
-        f"kv_cache=packed fails its check on {where}: packed values differ from the reference's; "
-        "use kv_cache=dense (--kv-cache dense)"
+        f"kv_cache={form} fails its check on {where}: its pages or values differ from the "
+        "reference's; use kv_cache=dense (--kv-cache dense)"
+    )
+
+
+def without_triton(form: str, where: torch.device) -> OptionError:
+    """Return the error where a form needs Triton, and it cannot be imported."""
+    return OptionError(
+        f"kv_cache={form} needs Triton for {where}, and it cannot be imported; use "
+        "kv_cache=dense (--kv-cache dense)"
     )
