@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from headinfer.engine.changes import ChangeableTokens
-from headinfer.engine.packed_here import pack_here, unpack_here
+from headinfer.engine.packed_here import pack_here, state_access, unpack_here
 from headinfer.kv.extent import Tile
 from headinfer.kv.ledger import Ledger
 from headinfer.kv.pair import KV
@@ -104,7 +104,7 @@ class SavableTokens(ChangeableTokens):
                     self._note_access(tile, write=True)
                     new = part.cut(_places(tile, start))
                     if tile.format is not Format.DENSE:
-                        pack_here(self._device, tile, new)
+                        pack_here(self._device, ledger, tile, new)
                     else:
                         _copy(tile.kv, new)
 
@@ -127,7 +127,7 @@ class SavableTokens(ChangeableTokens):
         return ledger.track.window_tokens is None
 
     def _note_access(self, tile: Tile, *, write: bool) -> None:
-        self._device.host_access(tile.piece.memory, write=write, purpose="a saved session")
+        state_access(self._device, tile, write=write, purpose="a saved session")
 
 
 def _copy(place: KV, source: KV) -> None:

@@ -239,9 +239,10 @@ def _stream(
         _logger.warning(note)
     worker = Worker[Generated]()
     tokens = len(ids) + settings.max_new_tokens
+    held = drafts.assistant_tokens(model, settings, tokens)
     with (
         _attached(model, options) as session,
-        session.assistants.during(drafts.assistant, tokens),
+        session.assistants.during(drafts.assistant, held),
     ):
         worker.ranks = session.ranks
         generation = Generation(

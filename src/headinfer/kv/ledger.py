@@ -179,6 +179,7 @@ class Ledger(HostBytes, Drafted):
         missing = self.missing_tokens(tokens)
         if missing > 0:
             start = self.capacity_tokens
+            missing = self.home.format.covering(missing)  # their rows are paid for
             self._host.append(self._place.take(self.home, missing, start))
 
     def select_window(self, geometry: Geometry, target: Extent | None) -> None:
@@ -303,7 +304,7 @@ class Ledger(HostBytes, Drafted):
             self.coming.cancel()  # it is of another size
         for position, source in enumerate(self._host):
             in_place = not anew and len(rows) == old.batch and source.piece.holders == 1
-            capacity = source.tokens if anew else source.capacity
+            capacity = source.needed_tokens if anew else source.capacity
             target = source if in_place else self._place.take(self.home, capacity, source.start)
             self._place.copy_rows(source, target, index)
             self._host[position] = target
@@ -316,12 +317,15 @@ class Ledger(HostBytes, Drafted):
         """Hold the tokens that another ledger's host memory holds, in the same memory.
 
         This ledger must be empty. Whoever of the two first changes what both hold takes memory of
-        its own for that.
+        its own for that. A page that is not full is left out, with memory for a copy.
         """
         assert not self.tokens
         self.clear()
-        self._host = [extent.share() for extent in other._host if extent.tokens]
-        self.host_tokens = self._written_tokens = other.host_tokens
+        shared = other.host_tokens - other.begun_tokens
+        self._host = [extent.share(shared) for extent in other._host if extent.start < shared]
+        if other.begun_tokens:
+            self._host.append(self._place.take(self.home, self.home.format.row_tokens, shared))
+        self.host_tokens = self._written_tokens = shared
         self.version += 1
 
     def trim(self) -> None:
@@ -336,7 +340,7 @@ class Ledger(HostBytes, Drafted):
         while self._host:  # forgotten first: given back twice, others would lose it
             self._place.give_back(self._host.pop())
         self.host_tokens = self._written_tokens = 0
-        self.tail = None
+        self.tail = self.begun_slots = None
         if self.draft is not None:
             self.draft.forget()
         if self.resident is not None:

@@ -28,7 +28,7 @@ MOST_DRAFTED = 32
 RAW_CHUNKS = 2
 """Chunks whose packed pages may all overflow, at a time."""
 
-_KEYS_AND_VALUES = 2
+KEYS_AND_VALUES = 2
 
 ALIGNMENT_BYTES = 256
 """Every piece of the arena starts on such a boundary: what fused kernels and copy engines like."""
@@ -127,11 +127,25 @@ def packed_bytes(shape: ModelShape, *, chunk_tokens: int, batch: int) -> int:
 
 
 def raw_page_bytes(shape: ModelShape, *, chunk_tokens: int, batch: int) -> int:
-    """Bytes of host memory set aside for packed pages that overflow: for all of some chunks."""
+    """Bytes of host memory set aside for packed pages as they are.
+
+    There is room for all pages of some chunks, and for a page of each layer that is not full.
+    """
+    begun = sum(
+        layer.kv_heads * max(layer.key_dim, layer.value_dim)
+        for layer in shape.full_layers
+        if layer.host_format is not Format.DENSE
+    )
+    begun_bytes = Format.PACKED.row_tokens * KEYS_AND_VALUES * batch * begun * shape.kv_itemsize
+    return raw_chunk_bytes(shape, chunk_tokens=chunk_tokens, batch=batch) + begun_bytes
+
+
+def raw_chunk_bytes(shape: ModelShape, *, chunk_tokens: int, batch: int) -> int:
+    """Bytes of them for all pages of some chunks, should these overflow."""
     rows = Format.PACKED.rows(covering_tokens(Format.PACKED, chunk_tokens))
     layers = _packed_layers(shape)
     heads = max((layer.kv_heads for layer in layers), default=0)
-    slots = RAW_CHUNKS * batch * heads * rows * _KEYS_AND_VALUES
+    slots = RAW_CHUNKS * batch * heads * rows * KEYS_AND_VALUES
     return slots * raw_slot_bytes(shape)
 
 
