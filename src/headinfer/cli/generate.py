@@ -208,6 +208,8 @@ def _load_and_run(request: Request) -> None:
         begin_loading(stages, request.source)
         calm_transformers(verbose=request.verbose)
         prepare_cpu(request.threads)
+        if request.source.gpus is not None:
+            request.source.gpus.prepare()
         device = choose_device(request.options.device)
         if rank is not None:
             ranks.join(rank, device, request.threads)

@@ -157,6 +157,8 @@ def generate(
     def with_model() -> Generator[Generated, None, None]:
         attached_options, loaded, own_tokenizer = options, model, tokenizer
         if source is not None:
+            if source.gpus is not None:
+                source.gpus.prepare()
             device = choose_device(parsed.device)
             if source.gpus is not None:
                 source.gpus.check(device)
