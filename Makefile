@@ -18,6 +18,9 @@ PINNED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 demo: $(VENV)/.installed$(if $(MODEL),-models)
 	$(BIN)/headinfer demo $(if $(MODEL),--model $(MODEL))
 
+# Each process that collects the tests compiles them: where that was kept, 17 s of CPU became 9.
+test test-slow: export PYTHONDONTWRITEBYTECODE :=
+
 # On all cores, a test taken from whoever is behind; torch has one thread in each process.
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n logical --dist worksteal

@@ -55,13 +55,18 @@ bench suite-llama-decode-long decode "${llama[@]}" --contexts 100K,200K,400K,800
 # replayed, and then a stated one.
 bench drafts decode "${llama[@]}" --contexts 100K,200K,400K,800K --fill random --new-tokens 60 \
     --methods host-attention,drafts --replay benchmarks/results/drafts-acceptance.json
-bench drafts-4of7 decode "${llama[@]}" --contexts 100K,200K,400K,800K --fill random --new-tokens 60 \
-    --methods host-attention,drafts --replay 4/7
-# The exponents of real models, as random ones would flatter what packs them.
-for form in dense packed; do
-    bench "packed-$form" decode "${llama[@]}" --contexts 100K,200K,400K,800K --fill recorded \
-        --new-tokens 24 --methods host-attention,resident --kv-cache "$form"
-done
+bench drafts-4of7 decode "${llama[@]}" --contexts 100K,200K,400K,800K --fill recorded \
+    --kv-cache dense,packed --new-tokens 60 --methods host-attention,drafts --replay 4/7
+# The exponents of real models, as random ones would flatter what packs them. int8 is approximate.
+forms=(--fill recorded --kv-cache dense,packed,int8)
+bench packed decode "${llama[@]}" "${forms[@]}" --contexts 100K,200K,400K,800K --new-tokens 24 \
+    --methods host-attention
+bench packed-resident decode "${llama[@]}" "${forms[@]}" --contexts 100K,200K,400K,800K \
+    --new-tokens 24 --methods resident
+bench packed-prefill prefill "${llama[@]}" --kv-cache dense,packed --contexts 100K --repeats 3 \
+    --methods bounded
+bench packed-1M decode "${llama[@]}" --fill recorded --kv-cache packed --contexts 1M \
+    --new-tokens 12 --methods host-attention
 if [ ! -e "$out/gpu-packed-kernel.json" ]; then
     timeout 60 "$python" benchmarks/packed_kernel.py --dims 128 --groups 1,4,8 \
         --json "$out/gpu-packed-kernel.json" 2>&1 | tee -a "$out/gpu.log"

@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from headinfer.attend import triton_chunk, triton_kernels, triton_merge
-from headinfer.packed import triton_pages
+from headinfer.packed import triton_pages, triton_raw
 
 CONSTANTS = {
     "DIM": 128, "BLOCK_DIM": 128, "BLOCK_ROWS": 16, "BLOCK_TOKENS": 64, "BLOCK_SLOTS": 32,
@@ -29,6 +29,7 @@ CONSTANTS = {
 }
 OF_CHUNKS = {"BLOCK_ROWS": 128, "MASKED": True}
 OF_PAGES = {"MAX_ESCAPES": 104, "AREA": 320, "BLOCK": 2048, "BLOCK_AREA": 512, "BLOCK_ESCAPES": 128}
+OF_FLAGS = {"FLAG_AT": 12290, "FLAG_MASK": 0xFF00, "FLAG": 0x100, "ADDRESS_AT": 12296}
 IN_PAGES = {"values": "*i16", "pages": "*u8", "raw": "*u8", "taken": "*i64", "first": "i32"}
 TENSORS = "query keys values new_keys new_values out sinks first second".split()
 IN_FLOAT32 = "parts more more_lse lse_out first_lse second_lse out_lse lses".split()
@@ -39,8 +40,8 @@ STRIDES = "stride start _batch _head _group _token slot_bytes".split()
 def compiled(program, dtype, capability, unaligned, cap=0.0):
     signature, constants, attributes = {}, {}, {}
     known = CONSTANTS | {"CAP": cap} | (OF_CHUNKS if program is triton_chunk.attend_chunk else {})
-    of_pages = program.fn.__module__ == triton_pages.__name__
-    known |= OF_PAGES if of_pages else {}
+    of_pages = program.fn.__module__ in (triton_pages.__name__, triton_raw.__name__)
+    known |= OF_PAGES | OF_FLAGS if of_pages else {}
     for position, name in enumerate(program.arg_names):
         if name in known:
             signature[name], constants[position,] = "constexpr", known[name]
@@ -78,7 +79,7 @@ for module, name in (
         assert capped.count("ex2") > ptx.count("ex2")
 if dtype == "bf16":
     compiled(triton_pages.pack_pages, dtype, capability, ())
-    compiled(triton_pages.keep_raw_pages, dtype, capability, ())
+    compiled(triton_raw.keep_raw_pages, dtype, capability, ())
 print(json.dumps(wide))
 """
 

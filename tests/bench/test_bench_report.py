@@ -17,6 +17,7 @@ from headinfer.bench.report import report
 from headinfer.bench.result import Status
 from headinfer.bench.rows import row_of, row_without_result
 from headinfer.bench.spec import BenchSpec, Command
+from headinfer.bench.variant import variant_of
 from headinfer.cli import bench
 from headinfer.errors import OptionError
 from headinfer.estimate.presets import preset_shape
@@ -46,13 +47,17 @@ def results_of(spec: BenchSpec, machine=MACHINE, missing=()) -> Results:
         for method in spec.methods:
             if (method, context) in missing:
                 reason = "out of memory: 3 TiB"
-                row = row_without_result(spec, method, context, Status.CANNOT_RUN, reason)
+                row = row_without_result(
+                    spec, variant_of(method, "auto"), context, Status.CANNOT_RUN, reason
+                )
             else:
                 step_s = context / 2048
                 trial = trial_result(
                     prefill_s=10 * step_s, decode_s=(step_s,), device=machine.device
                 )
-                row = row_of(spec, method, context, [trial], machine.rates, None)
+                row = row_of(
+                    spec, variant_of(method, "auto"), context, [trial], machine.rates, None
+                )
             results.rows.append(row)
     return results
 
@@ -169,10 +174,10 @@ def test_the_longest_contexts_are_a_table_and_stand_in_the_papers_tables():
     )
     results = Results.new(spec, GPU)
     trial = trial_result(device="cuda")
-    row = row_of(spec, "head-wise-2", 524288, [trial], GPU.rates, None)
+    row = row_of(spec, variant_of("head-wise-2", "auto"), 524288, [trial], GPU.rates, None)
     results.rows = [
         replace(row, limited_by="600K: out of memory"),
-        row_without_result(spec, "kv-4bit", 0, Status.CANNOT_RUN, "no library"),
+        row_without_result(spec, variant_of("kv-4bit", "auto"), 0, Status.CANNOT_RUN, "no library"),
     ]
     text = report([("gpu-longest", results)], "plots")
     assert line_of(text, "| head-wise-2") == ["head-wise-2", "512K", "600K: out of memory"]

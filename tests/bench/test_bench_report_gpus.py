@@ -17,6 +17,7 @@ from headinfer.bench.report_plots import figures
 from headinfer.bench.result import Status
 from headinfer.bench.rows import row_of
 from headinfer.bench.spec import Command
+from headinfer.bench.variant import variant_of
 from headinfer.estimate.presets import preset_shape
 
 K = 1024
@@ -76,7 +77,9 @@ def results_of(
             trial_result(prefill_s=each, decode_s=(each,), device="cuda"),
             parts=() if method.startswith("one") else (part(streamed_bytes),) * 2,
         )
-        results.rows.append(row_of(spec, method, context, [trial], CARDS.rates, RIGHT))
+        results.rows.append(
+            row_of(spec, variant_of(method, "auto"), context, [trial], CARDS.rates, RIGHT)
+        )
     return results
 
 

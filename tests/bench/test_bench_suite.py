@@ -19,6 +19,7 @@ from headinfer.bench.rows import Percentiles, row_of
 from headinfer.bench.spec import BenchSpec, Command, Fill, TrialSpec
 from headinfer.bench.suite import GATE_TOKENS
 from headinfer.bench.table import notes, render
+from headinfer.bench.variant import REFERENCE, Variant
 from shapes import LLAMA_3_8B
 
 NO_MEMORY = TrialFailure(status=Status.CANNOT_RUN, reason="out of memory: 3 TiB")
@@ -143,7 +144,7 @@ def test_a_process_that_dies_is_a_failure(monkeypatch, returncode, status, word)
         raise child.ChildError(returncode, "Traceback\nBoom: it broke\n")
 
     monkeypatch.setattr(child, "ask", die)
-    outcome = FreshProcesses().trial(bench_spec().trial("standard", 300), 60)
+    outcome = FreshProcesses().trial(bench_spec().trial(REFERENCE, 300), 60)
     assert isinstance(outcome, TrialFailure)
     assert outcome.status is status
     assert word in outcome.reason
@@ -160,7 +161,7 @@ def test_the_first_prefill_of_each_process_is_kept_beside_the_timed_one():
 
 
 def test_specs_and_outcomes_survive_json():
-    spec = bench_spec().trial("headinfer", 300)
+    spec = bench_spec().trial(Variant("headinfer", "auto"), 300)
     assert TrialSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
     named = NamedModel(name="a", location=None, config={"b": 1}, planned=LLAMA_3_8B)
     whole = replace(bench_spec(fill=Fill.RANDOM), model=named)
@@ -281,7 +282,7 @@ def test_the_time_left_goes_by_each_methods_own_speed():
 
 
 def test_a_trial_that_takes_too_long_is_ended():
-    outcome = FreshProcesses().trial(bench_spec().trial("standard", 300), 0.01)
+    outcome = FreshProcesses().trial(bench_spec().trial(REFERENCE, 300), 0.01)
     assert isinstance(outcome, TrialFailure)
     assert outcome.status is Status.CANNOT_RUN
     assert "longer than 0.01 s" in outcome.reason
@@ -292,8 +293,9 @@ def test_rows_measured_beside_other_programs_are_called_noisy():
         busy = 0.3 if (spec.method, spec.context_tokens) == ("headinfer", 300) else 0.02
         return replace(trial_result(), others_cpu_share=busy)
 
-    rows = rows_of(bench_spec(contexts=(300, 600)), FakeLauncher(answer))
-    assert notes(rows) == ["headinfer at 300: noisy: other programs used the CPU meanwhile"]
+    spec = bench_spec(contexts=(300, 600))
+    rows = rows_of(spec, FakeLauncher(answer))
+    assert notes(spec, rows) == ["headinfer at 300: noisy: other programs used the CPU meanwhile"]
 
 
 def test_a_document_is_json_even_when_a_number_is_not():
@@ -326,5 +328,5 @@ def test_the_bound_of_a_prefill_has_no_room_for_raw_pages_in_it():
     rates = replace(MACHINE.rates, link_bytes_per_s=1.0, device_bytes_per_s=1e9)
     plain = trial_result(device="cuda", kv_host_bytes=1000)
     pooled = replace(plain, kv_host_bytes=51_000, raw_page_bytes=50_000)
-    rows = [row_of(spec, "standard", 300, [each], rates, None) for each in (plain, pooled)]
+    rows = [row_of(spec, REFERENCE, 300, [each], rates, None) for each in (plain, pooled)]
     assert rows[0].prefill_bound_s == rows[1].prefill_bound_s == 1000

@@ -112,6 +112,13 @@ def test_an_assistant_drafts(cli, llama, prompt):
     assert "nowhere/at-all" in missing.err
 
 
+def test_the_embedded_model_is_an_assistant_by_its_name(cli, llama, prompt):
+    """It has another tokenizer, which is told once it is found."""
+    done = cli("generate", "--model", llama, "-p", prompt, *GREEDY, "--assistant", "demo")
+    assert done.code == 2
+    assert "they have not the same tokenizer" in done.error_lines[-1]
+
+
 def test_a_model_drafts_itself(cli, llama):
     words = " ".join(f"w{number * 7 % 90}" for number in range(1100))
     args = ("generate", "--model", llama, "-p", words, *GREEDY, "--json", "--allow-long-prompt")

@@ -1,5 +1,9 @@
 """Packed tokens in host memory: every bit comes back, and no copy overtakes another one."""
 
+import platform
+import threading
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -109,6 +113,33 @@ test_every_bit_comes_back = settings(max_examples=12, deadline=None)(every(check
 test_every_bit_comes_back_from_many = pytest.mark.slow(
     settings(max_examples=200, deadline=None)(every(check_changes))
 )
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="no list of threads")
+def test_a_page_is_saved_in_the_background_by_one_thread() -> None:
+    """Many would wait for each other, and for those that compute."""
+    engine, counts = packing_engine(SimulatedDevice(seed=0)), []
+    cache = Plain(engine, 1)
+    cache.append(256, "normal")
+    engine.begin_saving()
+    page = new_tokens("zeros", 256, 0)
+
+    def save() -> None:
+        for _ in range(2):
+            counts.append(len(list(Path("/proc/self/task").iterdir())))
+            engine.copy_page(0, [page])
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        engine.copy_page(0, [page])  # nothing is compiled there
+        thread = threading.Thread(target=save)
+        thread.start()
+        thread.join()
+    finally:
+        torch.set_num_threads(before)
+    assert counts[0] == counts[1]
+    assert all(map(torch.equal, page, cache.kv))
 
 
 @pytest.mark.gpu

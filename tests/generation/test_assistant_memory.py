@@ -103,3 +103,23 @@ def test_an_answers_plan_and_times_have_the_assistant(monkeypatch: pytest.Monkey
     *_, last = headinfer.generate(model, ids, prompt_lookup_num_tokens=2, **settings)
     assert {plan.assistant.total_bytes for plan in plans} == {0}
     assert last.draft_read_s == 0
+
+
+def test_an_assistant_that_cannot_draft_has_no_cache_in_the_plan(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its weights are there all the same."""
+    model, assistant, plans = tiny_model("qwen3-next"), tiny_model("llama3"), []
+    resolve = Session.plan_for
+
+    def noted(*args: Any, **keywords: Any) -> Any:
+        plans.append(resolve(*args, **keywords))
+        return plans[-1]
+
+    monkeypatch.setattr(Session, "plan_for", noted)
+    settings = {"tokenizer": make_tokenizer(VOCAB), "max_new_tokens": 2, **MEMORY}
+    ids = random_tokens(1, 30)[0].tolist()
+    *_, last = headinfer.generate(model, ids, assistant=assistant, draft=2, **settings)
+    assert last.drafted_tokens == 0
+    assert {plan.assistant.weights_bytes for plan in plans} == {weights_bytes(assistant)}
+    assert {plan.assistant.working_bytes for plan in plans} == {0}

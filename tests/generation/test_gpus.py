@@ -1,5 +1,6 @@
 """Spreading a model over GPUs while it is loaded: what accelerate is asked for, and refusals."""
 
+import os
 from collections import Counter
 
 import pytest
@@ -111,3 +112,31 @@ def test_memory_for_another_number_of_gpus_is_refused_at_once() -> None:
 def test_a_loaded_model_stays_where_it_is() -> None:
     with pytest.raises(OptionError, match="gpus=2 is for models that are loaded here"):
         headinfer.generate(shared_model("llama3"), "text", tokenizer=make_tokenizer(VOCAB), gpus=2)
+
+
+@pytest.mark.parametrize(
+    ("count", "own", "set_to"), [(1, None, None), (2, None, "4x"), (8, "1x", "1x")]
+)
+def test_queues_of_launches_are_deep_for_several_gpus(
+    monkeypatch: pytest.MonkeyPatch, count: int, own: str | None, set_to: str | None
+) -> None:
+    monkeypatch.setenv("CUDA_SCALE_LAUNCH_QUEUES", own or "")
+    if own is None:
+        monkeypatch.delenv("CUDA_SCALE_LAUNCH_QUEUES")
+    gpus_of(count).prepare()
+    assert os.environ.get("CUDA_SCALE_LAUNCH_QUEUES") == set_to
+
+
+def test_queues_are_deep_before_cuda_is_asked_for_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_SCALE_LAUNCH_QUEUES", "")
+    monkeypatch.delenv("CUDA_SCALE_LAUNCH_QUEUES")
+    seen = []
+
+    def is_available() -> bool:
+        seen.append(os.environ.get("CUDA_SCALE_LAUNCH_QUEUES"))
+        return False
+
+    monkeypatch.setattr(torch.cuda, "is_available", is_available)
+    with pytest.raises(OptionError, match="CUDA is not available"):
+        next(iter(headinfer.generate("no-such-model", "x", gpus=2, device="cuda")))
+    assert seen[:1] == ["4x"]

@@ -129,7 +129,9 @@ def test_experts_stay_as_they_are(load_in: str, tmp_path: Path) -> None:
 
 @needs_library
 def test_generate_quantises_and_takes_an_adapter_with_it(llama: Path, tmp_path: Path) -> None:
-    from lora_files import peft, save_lora
+    import peft
+
+    from lora_files import save_lora
 
     lora = save_lora(llama, tmp_path)
     tokens = random_tokens(1, 40)

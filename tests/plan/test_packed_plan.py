@@ -38,7 +38,9 @@ def test_device_memory_has_packed_tiles_and_one_that_is_unpacked() -> None:
     assert packed.staging_bytes == 3 * 8 * (4096 // 64 + 1) * 2 * PAGE_BYTES
     assert packed.unpacked_bytes == 8 * (4096 + 64) * 2 * 128 * 2
     assert packed.packed_bytes == 2 * 8 * (packed.chunk_tokens // 64 + 1) * 2 * PAGE_BYTES
-    assert packed.raw_page_bytes == 2 * 8 * (packed.chunk_tokens // 64 + 1) * 2 * 64 * 128 * 2
+    assert (
+        packed.raw_page_bytes == (2 * (packed.chunk_tokens // 64 + 1) + 32) * 8 * 2 * 64 * 128 * 2
+    )
     added = packed.unpacked_bytes + packed.packed_bytes
     assert packed.arena_bytes - dense.arena_bytes == added + (
         packed.staging_bytes - dense.staging_bytes

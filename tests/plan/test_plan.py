@@ -75,6 +75,22 @@ def test_cuda_itself_is_counted_and_told() -> None:
         assert ("CUDA itself 1.25 GiB" in str(plan)) == (plan.device == "cuda")
 
 
+def test_large_chunks_leave_room_for_what_torchs_allocator_cannot_use() -> None:
+    """An MLP's tensor of a chunk of 16K takes 448 MiB, and the allocator holds more than one."""
+    activations = {
+        chunk: resolve(
+            LLAMA_3_8B,
+            Options.parse(device_memory="24GiB", chunk_tokens=chunk, resident_tokens="all"),
+            device="cuda",
+            context_tokens=100 * 1024,
+        ).activation_bytes
+        for chunk in ("4K", "16K")
+    }
+    tensor, cudas_own = 16 * 1024 * 14336 * 2, 384 * 2**20
+    more = activations["16K"] - 4 * activations["4K"]
+    assert 5 * tensor // 4 < more + cudas_own < 3 * tensor // 2
+
+
 def test_a_cpu_plan_copies_nothing() -> None:
     plan = resolve(LLAMA_3_8B, Options(), device="cpu")
     assert plan.arena_bytes == 0

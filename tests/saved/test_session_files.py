@@ -230,6 +230,37 @@ def test_old_messages_go_where_the_new_ones_cannot_take_their_place(
     assert offload.load_cache(session).get_seq_length() == TOKENS
 
 
+def test_a_crash_before_the_messages_take_their_place_costs_none(
+    offload: Offload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, replace = tmp_path / "s", os.replace
+    filled(offload, seed=1).save(session, messages=said("first"))
+
+    def dying(source: Path, target: Path) -> None:
+        if target.name == "messages.json":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", dying)
+    with pytest.raises(KeyboardInterrupt):
+        filled(offload, seed=2).save(session, messages=said("second"))
+    monkeypatch.undo()
+    assert Messages.read(str(session)) == said("second"), "they are of the session that is there"
+    filled(offload, seed=3).save(session)
+    assert Messages.read(str(session)) == said("second"), "they stay where none are given"
+
+
+def test_messages_of_another_save_are_refused(offload: Offload, tmp_path: Path) -> None:
+    session, other = tmp_path / "s", tmp_path / "t"
+    filled(offload, seed=1).save(session, messages=said("first"))
+    filled(offload, seed=2).save(other, messages=said("second"))
+    (session / "messages.json").write_bytes((other / "messages.json").read_bytes())
+    with pytest.raises(SessionFileError, match="not the one that was saved with it; remove"):
+        Messages.read(str(session))
+    (session / "messages.json").unlink()
+    assert Messages.read(str(session)) == Messages()
+
+
 def test_a_disk_without_room_is_told_before_anything_is_written(
     offload: Offload, session: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

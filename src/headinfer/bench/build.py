@@ -40,6 +40,8 @@ def used_devices(spec: TrialSpec) -> list[torch.device]:
     Raises:
         OptionError: CUDA is asked for and not there, or there are fewer GPUs.
     """
+    if spec.spread is Spread.LAYERS:
+        Gpus(spec.gpus, ()).prepare()
     device = torch_device(spec.settings)
     if device.type != "cuda":
         return [device]

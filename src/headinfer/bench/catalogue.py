@@ -69,6 +69,11 @@ class MethodInfo:
     spread: Spread = Spread.ONE
     needs_several: bool = False
 
+    @property
+    def takes_forms(self) -> bool:
+        """Whether the form of its KV in CPU memory can be chosen."""
+        return not self.is_stock and self.name not in ROUNDED.values()
+
 
 def chunked(size: str) -> str:
     """Return the name of HeadInfer with chunks of a fixed size."""

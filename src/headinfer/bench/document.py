@@ -23,9 +23,13 @@ from headinfer.bench.result import Status, TrialFailure
 from headinfer.bench.rows import Percentiles, Row, arranged
 from headinfer.bench.spec import BenchSpec, Fill, json_values
 from headinfer.bench.suite import Check
+from headinfer.bench.variant import Variant, variant_of
 
 FORMAT = 2
 """Raised when a field changes its meaning."""
+
+_MAY_DIFFER = ("methods", "kv_caches", "contexts", "time_limit_s")
+"""What of a run's spec may be another where a run goes on with the rows of an earlier one."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -37,7 +41,7 @@ class Results:
         machine: where.
         header: what the rows share.
         rows: finished ones, in any order.
-        checks: those before timing, by method.
+        checks: those before timing, by the names of variants.
     """
 
     spec: BenchSpec
@@ -57,17 +61,19 @@ class Results:
         return arranged(self.spec, self.rows)
 
     @property
-    def done(self) -> set[tuple[str, int]]:
-        """Method and context of the rows that need not be measured again."""
+    def done(self) -> set[tuple[Variant, int]]:
+        """Variant and context of the rows that need not be measured again."""
         return {
-            (row.method, row.context_tokens) for row in self.rows if row.status is not Status.FAILED
+            (row.variant, row.context_tokens)
+            for row in self.rows
+            if row.status is not Status.FAILED
         }
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of a result file."""
         checks = {
-            method: asdict(check) | {"ran": isinstance(check, Verdict)}
-            for method, check in self.checks.items()
+            name: asdict(check) | {"ran": isinstance(check, Verdict)}
+            for name, check in self.checks.items()
         }
         values: dict[str, Any] = json_values(
             {
@@ -98,8 +104,9 @@ class Results:
     @classmethod
     def _from_json(cls, values: Mapping[str, Any]) -> "Results":
         head = values["header"]
+        spec = BenchSpec.from_json(head["spec"])
         return cls(
-            spec=BenchSpec.from_json(head["spec"]),
+            spec=spec,
             machine=Machine(
                 device=head["device"],
                 hardware=head["hardware"],
@@ -107,21 +114,22 @@ class Results:
                 rates_by=head["rates_by"],
             ),
             header=head,
-            rows=[_row(row) for row in values["rows"]],
-            checks={method: _check(check) for method, check in values["checks"].items()},
+            rows=[_row(row, spec) for row in values["rows"]],
+            checks={name: _check(check) for name, check in values["checks"].items()},
         )
 
     def continued(self, spec: BenchSpec) -> "Results":
         """Return these results as the beginning of another run, here and now.
 
-        Methods and contexts may be others; all else must be as it was.
+        Methods, forms and contexts may be others; all else must be as it was.
 
         Raises:
             OptionError: the runs differ, so that their rows do not belong into one file.
         """
         now = header(spec, self.machine)
-        check_continues(self.header, now, but={"methods", "contexts", "time_limit_s"})
-        whole = joined(spec, self.spec)
+        check_continues(self.header, now, but={*_MAY_DIFFER})
+        forms = tuple(dict.fromkeys((*spec.kv_caches, *self.spec.kv_caches)))
+        whole = replace(joined(spec, self.spec), kv_caches=forms)
         rows = [row for row in self.rows if row.status is not Status.FAILED]
         merged = self.header | {"spec": whole.to_json()}
         return replace(self, spec=whole, header=merged, rows=rows)
@@ -142,7 +150,7 @@ def header(spec: BenchSpec, machine: Machine) -> dict[str, Any]:
         "seed": spec.seed,
         "repeats": spec.repeats,
         "new_tokens": spec.new_tokens,
-        "settings": spec.settings.keywords(),
+        "settings": spec.settings.keywords() | {"kv_cache": ",".join(spec.kv_caches)},
         "spec": spec.to_json(),
     }
 
@@ -179,8 +187,11 @@ def _verdict(values: Mapping[str, Any]) -> Verdict:
     return Verdict(**(dict(values) | {"logits_error": float("nan") if error is None else error}))
 
 
-def _row(values: Mapping[str, Any]) -> Row:
+def _row(values: Mapping[str, Any], spec: BenchSpec) -> Row:
+    """Return a row of a run; those of runs with one form did not name it."""
+    only = variant_of(values["method"], spec.kv_caches[0])
     parts = {
+        "kv_cache": values.get("kv_cache", only.kv_cache),
         "status": Status(values["status"]),
         "fill": Fill(values["fill"]),
         "gate": values["gate"] and _verdict(values["gate"]),

@@ -43,7 +43,22 @@ class HeadInfer:
     def __init__(self, model: PreTrainedModel, spec: TrialSpec, **options: Any) -> None:
         self._model = model
         self._offload = attach(model, **(spec.settings.keywords() | _EXACT | options))
-        self.note = {"cpu": "tiles are views", "simulated": "simulated device"}.get(self.device, "")
+        self._check_form(spec.settings.kv_cache)
+        told = [{"cpu": "tiles are views", "simulated": "simulated device"}.get(self.device, "")]
+        form = self._offload.plan.shape.host_format
+        if form.code is not None:
+            told.append(f"approximate: KV rounded to {form.value} in CPU memory")
+        self.note = ", ".join(filter(None, told))
+
+    def _check_form(self, asked: str) -> None:
+        """Detach and refuse where KV has another form in CPU memory than the trial asks for."""
+        form = self._offload.plan.shape.host_format
+        if asked not in ("auto", form.value):
+            self.close()
+            raise OptionError(
+                f"KV is {form.value} here and cannot be {asked}, as the log says; leave {asked} "
+                "out of --kv-cache"
+            )
 
     @property
     def device(self) -> str:
@@ -285,8 +300,6 @@ def _streaming(
 def rounded(model: PreTrainedModel, spec: TrialSpec, *, kv_cache: str) -> HeadInfer:
     """Return bounded tiles whose tokens lie in host memory in 8 bits, so that all are rounded."""
     method = HeadInfer(model, spec, kv_cache=kv_cache, resident_tokens=0, host_attention="off")
-    told = f"approximate: KV rounded to {kv_cache} in CPU memory"
-    method.note = ", ".join(filter(None, (method.note, told)))
     return method.refuse_on_cpu("nothing is rounded: on the CPU all KV is attended where it lies")
 
 

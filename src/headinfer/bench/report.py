@@ -147,24 +147,27 @@ def _section(name: str, results: Results, plots: str) -> Iterator[str]:
     facts = "\n".join(f"- {fact}" for fact in (*how, _made(results)))
     if results.spec.command.finds_context:
         yield f"### Longest context that ran\n\n{facts}\n"
-        yield _longest_table(rows)
+        yield _longest_table(results, rows)
         return
     for quantity in quantities(results):
         yield f"### {_title(quantity, results)}\n\n{facts}\n"
         yield _table(results, rows, quantity)
         yield f"![{quantity.title} over context]({plots}/{plot_name(name, quantity)})\n"
-    listed = "\n".join(f"- {note}" for note in (*notes(rows), *_not_measured(results)))
+    listed = "\n".join(
+        f"- {note}" for note in (*notes(results.spec, rows), *_not_measured(results))
+    )
     yield f"{listed}\n"
 
 
 def _not_measured(results: Results) -> Iterator[str]:
     """Yield what a run that was stopped did not get to."""
-    measured = {(row.method, row.context_tokens) for row in results.arranged_rows}
-    for method in results.spec.methods:
-        missing = [at for at in results.spec.contexts if (method, at) not in measured]
+    measured = {(row.variant, row.context_tokens) for row in results.arranged_rows}
+    for variant in results.spec.variants:
+        missing = [at for at in results.spec.contexts if (variant, at) not in measured]
         if missing:
             contexts = ", ".join(map(format_tokens, missing))
-            yield f"{method} at {contexts}: not measured, the run was stopped before"
+            name = results.spec.name_of(variant)
+            yield f"{name} at {contexts}: not measured, the run was stopped before"
 
 
 def _made(results: Results) -> str:
@@ -178,22 +181,22 @@ def _made(results: Results) -> str:
 
 
 def _table(results: Results, rows: Sequence[Row], quantity: Quantity) -> str:
-    """Return contexts down and methods across, without those that never ran."""
-    by_place = {(row.method, row.context_tokens): row for row in rows}
-    methods = [
-        method
-        for method in results.spec.methods
-        if any(row.method == method and quantity.of(row) is not None for row in rows)
+    """Return contexts down and variants across, without those that never ran."""
+    by_place = {(row.variant, row.context_tokens): row for row in rows}
+    variants = [
+        variant
+        for variant in results.spec.variants
+        if any(row.variant == variant and quantity.of(row) is not None for row in rows)
     ]
-    heads = [f"{method}{'' if _exact(rows, method) else ' ~'}" for method in methods]
-    least_of_all = least_name(methods)
-    lines = [_line(["context", *heads, least_of_all]), _line(["---:"] * (len(methods) + 2))]
+    heads = [f"{results.spec.name_of(each)}{'' if each.exact else ' ~'}" for each in variants]
+    least_of_all = least_name([variant.method for variant in variants])
+    lines = [_line(["context", *heads, least_of_all]), _line(["---:"] * (len(variants) + 2))]
     for context in results.spec.contexts:
-        cells = [_cell(by_place.get((method, context)), quantity) for method in methods]
+        cells = [_cell(by_place.get((variant, context)), quantity) for variant in variants]
         bounds = [
             bound
-            for method in methods
-            if (row := by_place.get((method, context))) is not None
+            for variant in variants
+            if (row := by_place.get((variant, context))) is not None
             and (bound := quantity.bound_of(row)) is not None
         ]
         least = quantity.text(min(bounds)) if bounds else "-"
@@ -206,22 +209,24 @@ def least_name(methods: Iterable[str]) -> str:
     return "least possible" + (" without drafts" if DRAFTS in methods else "")
 
 
-def _exact(rows: Iterable[Row], method: str) -> bool:
-    return next(row.exact for row in rows if row.method == method)
-
-
 def _cell(row: Row | None, quantity: Quantity) -> str:
     value = None if row is None else quantity.of(row)
     return "-" if value is None else quantity.text(value)
 
 
-def _longest_table(rows: Sequence[Row]) -> str:
+def _longest_table(results: Results, rows: Sequence[Row]) -> str:
     lines = [_line(["method", "longest", "because"]), _line(["---", "---:", "---"])]
     for row in rows:
         ran = row.status in (Status.OK, Status.UNCHECKED)
         why = row.limited_by if ran else row.reason
         lines.append(
-            _line([row.method, format_tokens(row.context_tokens) if ran else "-", why or "-"])
+            _line(
+                [
+                    results.spec.name_of(row.variant),
+                    format_tokens(row.context_tokens) if ran else "-",
+                    why or "-",
+                ]
+            )
         )
     return "\n".join(lines) + "\n"
 

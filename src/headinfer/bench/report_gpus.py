@@ -199,8 +199,8 @@ def _measured(target: Target, files: Sequence[Results]) -> str:
 
 
 def _row(results: Results, method: str, tokens: int) -> Row | None:
-    """Return a row that ran and is right."""
-    for row in results.rows:
+    """Return a row that ran and is right, in the first form of the run."""
+    for row in results.arranged_rows:
         if (row.method, row.context_tokens, row.status) == (method, tokens, Status.OK):
             return row
     return None
@@ -218,7 +218,7 @@ def _run(results: Results) -> Iterator[str]:
     facts = (f"{model}; {where}", *how, _made(results))
     yield "\n".join(f"- {fact}" for fact in facts) + "\n"
     yield times_table(results)
-    if told := notes(results.arranged_rows):
+    if told := notes(results.spec, results.arranged_rows):
         yield "\n".join(f"- {note}" for note in told) + "\n"
 
 
@@ -241,18 +241,19 @@ def _made(results: Results) -> str:
 
 def times_table(results: Results) -> str:
     """Return contexts down and methods across, with the share of the bound in brackets."""
-    rows = results.arranged_rows
+    rows, name = results.arranged_rows, results.spec.name_of
     if results.spec.command.finds_context:
         lines = ["| method | longest | because |", "|---|---:|---|"]
         for row in rows:
             why = row.limited_by or row.reason
-            lines.append(f"| {row.method} | {format_tokens(row.context_tokens)} | {why} |")
+            lines.append(f"| {name(row.variant)} | {format_tokens(row.context_tokens)} | {why} |")
         return "\n".join(lines) + "\n"
-    by_place = {(row.method, row.context_tokens): row for row in rows}
-    methods = [name for name in results.spec.methods if any(row.method == name for row in rows)]
-    lines = [f"| context | {' | '.join(methods)} |", f"|---:|{'---:|' * len(methods)}"]
+    by_place = {(row.variant, row.context_tokens): row for row in rows}
+    variants = [each for each in results.spec.variants if any(row.variant == each for row in rows)]
+    lines = [f"| context | {' | '.join(map(name, variants))} |"]
+    lines.append(f"|---:|{'---:|' * len(variants)}")
     for tokens in results.spec.contexts:
-        cells = [_cell(by_place.get((method, tokens)), results) for method in methods]
+        cells = [_cell(by_place.get((each, tokens)), results) for each in variants]
         lines.append(f"| {format_tokens(tokens)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

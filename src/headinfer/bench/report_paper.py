@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from headinfer.bench.catalogue import OFFLOADED
 from headinfer.bench.document import Results
+from headinfer.bench.held import DENSE
 from headinfer.bench.model_spec import NamedModel
 from headinfer.bench.result import Status
 from headinfer.bench.rows import Row
@@ -163,6 +164,7 @@ class _Found:
                 continue
             for row in results.rows:
                 here = context_tokens in (None, row.context_tokens)
-                if row.method == wanted and here and row.status is Status.OK:
+                is_papers = row.method == wanted and row.format == DENSE
+                if is_papers and here and row.status is Status.OK:
                     return row
         return None

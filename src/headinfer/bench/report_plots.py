@@ -59,7 +59,7 @@ _LOOKS = {
 """Look of each method in every plot: what people use in black and greys, ours in colours."""
 
 _OTHER_COLORS = ("#117733", "#6699cc", "#aa4466", "#ddcc77", "#661100", "#999999")
-"""Colours of methods without a look of their own, in the order of a run."""
+"""Colours of methods without a look of their own, and of further forms, in the order of a run."""
 
 
 def figures(name: str, results: Results) -> Iterator[tuple[str, Figure]]:
@@ -84,20 +84,23 @@ def figures(name: str, results: Results) -> Iterator[tuple[str, Figure]]:
 def _lines(results: Results, quantity: Quantity) -> Iterator[Line]:
     rows = results.arranged_rows
     bounds: dict[int, float] = {}
-    others = itertools.cycle(_OTHER_COLORS)
-    for method in results.spec.methods:
-        of_method = [row for row in rows if row.method == method]
-        points = tuple(_points(of_method, quantity))
-        for row in of_method:
+    others, seen = itertools.cycle(_OTHER_COLORS), set[str]()
+    for variant in results.spec.variants:
+        of_variant = [row for row in rows if row.variant == variant]
+        points = tuple(_points(of_variant, quantity))
+        for row in of_variant:
             bound = quantity.bound_of(row)
             if quantity.of(row) is not None and bound is not None:
                 bounds[row.context_tokens] = min(bound, bounds.get(row.context_tokens, bound))
         if points:
-            last = max(row.context_tokens for row in of_method)
+            look = None if variant.method in seen else _LOOKS.get(variant.method)
+            look = look or Look(color=next(others), marker="x")
+            seen.add(variant.method)
+            last = max(row.context_tokens for row in of_variant)
             yield Line(
-                name=method,
+                name=results.spec.name_of(variant),
                 points=points,
-                look=_LOOKS.get(method) or Look(color=next(others), marker="x"),
+                look=look,
                 broken_off=points[-1][0] < last,
             )
     if bounds:

@@ -6,12 +6,14 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby
 
 from headinfer.bench.bound import Bound, Rates, bound, decode_work, prefill_work
-from headinfer.bench.catalogue import CATALOGUE, REFERENCE_METHOD, spread_of
+from headinfer.bench.catalogue import REFERENCE_METHOD, spread_of
 from headinfer.bench.gate import Verdict
 from headinfer.bench.held import DENSE, HeldPart
 from headinfer.bench.result import Status, TrialResult
 from headinfer.bench.spec import BenchSpec, Fill
 from headinfer.bench.spread_bound import spread_decode_bound, spread_prefill_bound
+from headinfer.bench.variant import Variant
+from headinfer.plan.option_values import KVCacheName
 
 NOISY_CPU_SHARE = 0.1
 """Where other programs use more of the CPU than this, a row's times are called noisy."""
@@ -41,7 +43,7 @@ def _quantile(ordered: Sequence[float], share: float) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """A row: one method at one context, an entry of `rows` in a result file.
+    """A row: one method, in one form, at one context; an entry of `rows` in a result file.
 
     Fields that were not measured, because the method did not run or there is no such thing here,
     are None. Seconds are medians; `*_percentiles` holds the rest.
@@ -52,7 +54,8 @@ class Row:
         status: how it ended.
         reason: why it is not ok; empty when it is.
         note: what a reader of its numbers must know.
-        exact: whether the method's results must be the reference's.
+        exact: whether the method's results, in this form, must be the reference's.
+        kv_cache: the form that was asked for; None where the method leaves no choice.
         dtype: of weights and KV.
         kv_bytes: bytes of keys and values of prompt and new tokens, by arithmetic.
         fill: how the cache was filled before decoding: by a real prefill, or at random.
@@ -71,6 +74,8 @@ class Row:
         decode_percentiles: over the steps of all repeats.
         prefill_x_standard: how many times as fast as the reference in the same run.
         decode_x_standard: the same for a decode step.
+        prefill_x_dense: how many times as fast as the same method with dense KV in the same run.
+        decode_x_dense: the same for a decode step.
         bound_s: the least possible seconds of what the command times.
         bound_by: what that is limited by.
         bound_fraction: `bound_s` over what was measured; 1 is ideal.
@@ -104,6 +109,7 @@ class Row:
     reason: str = ""
     note: str = ""
     exact: bool = True
+    kv_cache: KVCacheName | None = None
     dtype: str
     kv_bytes: int
     fill: Fill = Fill.PREFILL
@@ -120,6 +126,8 @@ class Row:
     verify_s: float | None = None
     prefill_x_standard: float | None = None
     decode_x_standard: float | None = None
+    prefill_x_dense: float | None = None
+    decode_x_dense: float | None = None
     bound_s: float | None = None
     bound_by: str | None = None
     bound_fraction: float | None = None
@@ -145,10 +153,15 @@ class Row:
     prefill_samples_s: tuple[float, ...] = field(default=())
     decode_samples_s: tuple[tuple[float, ...], ...] = field(default=())
 
+    @property
+    def variant(self) -> Variant:
+        """The method with the form that was asked for."""
+        return Variant(self.method, self.kv_cache)
+
 
 def row_without_result(
     spec: BenchSpec,
-    method: str,
+    variant: Variant,
     context_tokens: int,
     status: Status,
     reason: str,
@@ -156,11 +169,12 @@ def row_without_result(
 ) -> Row:
     """Return the row of a method that has nothing to show."""
     return Row(
-        method=method,
+        method=variant.method,
+        kv_cache=variant.kv_cache,
         context_tokens=context_tokens,
         status=status,
         reason=reason,
-        exact=CATALOGUE[method].exact,
+        exact=variant.exact,
         dtype=spec.dtype,
         fill=spec.fill,
         kv_bytes=spec.model.kv_bytes(context_tokens + spec.new_tokens, spec.dtype),
@@ -171,7 +185,7 @@ def row_without_result(
 
 def row_of(
     spec: BenchSpec,
-    method: str,
+    variant: Variant,
     context_tokens: int,
     results: Sequence[TrialResult],
     rates: Rates,
@@ -183,7 +197,7 @@ def row_of(
     prefill = Percentiles.of(prefills) if prefills else None
     firsts = [r.first_prefill_s for r in results if r.first_prefill_s is not None]
     decode = Percentiles.of([second for result in results for second in result.decode_s])
-    prefill_bound, decode_bound = _bounds(spec, method, context_tokens, first, rates)
+    prefill_bound, decode_bound = _bounds(spec, variant.method, context_tokens, first, rates)
     if spec.command.times_prefill:
         limit, measured_s = prefill_bound, prefill.p50 if prefill else math.inf
         copied = (last.prefill_bytes_to_device, last.prefill_bytes_to_host)
@@ -193,7 +207,7 @@ def row_of(
         copied = (last.decode_bytes_to_device, last.decode_bytes_to_host)
         seconds = sum(last.decode_s)
     return replace(
-        row_without_result(spec, method, context_tokens, Status.OK, "", gate),
+        row_without_result(spec, variant, context_tokens, Status.OK, "", gate),
         note=first.note,
         repeats=len(results),
         device=first.device,
@@ -269,11 +283,11 @@ def _bounds(
 
 
 def arranged(spec: BenchSpec, rows: Sequence[Row]) -> list[Row]:
-    """Return rows by context and in the order of the methods, with ratios to the reference."""
-    order = {method: place for place, method in enumerate(spec.methods)}
+    """Return rows by context and in the order of the variants, with ratios."""
+    order = {variant: place for place, variant in enumerate(spec.variants)}
     if spec.command.finds_context:
-        return sorted(rows, key=lambda row: order[row.method])
-    ordered = sorted(rows, key=lambda row: (row.context_tokens, order[row.method]))
+        return sorted(rows, key=lambda row: order[row.variant])
+    ordered = sorted(rows, key=lambda row: (row.context_tokens, order[row.variant]))
     return [
         row
         for _, of_context in groupby(ordered, key=lambda row: row.context_tokens)
@@ -282,19 +296,30 @@ def arranged(spec: BenchSpec, rows: Sequence[Row]) -> list[Row]:
 
 
 def with_ratios(rows: Sequence[Row]) -> list[Row]:
-    """Return the rows of one context, each compared with the reference's where that ran."""
+    """Return the rows of one context, compared with the reference's and with dense ones' times."""
     reference = next((row for row in rows if row.method == REFERENCE_METHOD), None)
-    if reference is None or reference.status is not Status.OK:
-        return list(rows)
-    return [
-        replace(
+    if reference is not None and reference.status is not Status.OK:
+        reference = None
+    dense = {row.method: row for row in rows if row.kv_cache == DENSE}
+    return [_compared(row, reference, dense.get(row.method)) for row in rows]
+
+
+def _compared(row: Row, reference: Row | None, dense: Row | None) -> Row:
+    """Return a row with how many times as fast it is as others of its context, where there are."""
+    if reference is not None:
+        row = replace(
             row,
             prefill_x_standard=_ratio(reference.prefill_s, row.prefill_s),
             decode_x_standard=_ratio(reference.decode_s_per_token, row.decode_s_per_token),
         )
-        for row in rows
-    ]
+    if dense is not None:
+        row = replace(
+            row,
+            prefill_x_dense=_ratio(dense.prefill_s, row.prefill_s),
+            decode_x_dense=_ratio(dense.decode_s_per_token, row.decode_s_per_token),
+        )
+    return row
 
 
-def _ratio(reference_s: float | None, seconds: float | None) -> float | None:
-    return reference_s / seconds if reference_s and seconds else None
+def _ratio(other_s: float | None, seconds: float | None) -> float | None:
+    return other_s / seconds if other_s and seconds else None

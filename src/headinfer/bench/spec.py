@@ -2,13 +2,15 @@
 
 import enum
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from headinfer.bench.catalogue import CATALOGUE, Spread, spread_of
 from headinfer.bench.model_spec import DTYPE_BYTES, Model, model_from_json
 from headinfer.bench.replay import Replay
+from headinfer.bench.variant import Variant, variants_of
 from headinfer.errors import OptionError
+from headinfer.plan.option_values import KVCacheName
 from headinfer.plan.options import Options
 
 
@@ -106,7 +108,7 @@ class TrialSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchSpec:
-    """A whole run: methods x contexts x repeats.
+    """A whole run: methods x forms x contexts x repeats.
 
     Attributes:
         command: what is looked for.
@@ -118,7 +120,8 @@ class BenchSpec:
         seed: of weights and tokens.
         model: the model.
         settings: where to run and how to offload. `device` and `device_memory` hold for every
-            method, the others where a method leaves them open.
+            method, the others where a method leaves them open. The form of KV is not among them.
+        kv_caches: forms of KV in CPU memory, for each method that leaves a choice.
         fill: how caches come to hold the prompt.
         time_limit_s: a trial that takes longer is ended.
         gpus: that methods may spread the model over; `device_memory` is of each.
@@ -137,6 +140,7 @@ class BenchSpec:
     model: Model
     seed: int = 0
     settings: Options = field(default_factory=Options)
+    kv_caches: tuple[KVCacheName, ...] = ("auto",)
     fill: Fill = Fill.PREFILL
     time_limit_s: int = 3600
     gpus: int = 1
@@ -149,12 +153,40 @@ class BenchSpec:
         if self.dtype not in DTYPE_BYTES:
             raise OptionError(f"dtype must be one of {', '.join(DTYPE_BYTES)}, not {self.dtype!r}")
         check_lists(self.methods, self.contexts)
+        self._check_forms()
         self._check_gpus()
         if self.command.finds_context and len(self.contexts) > 2:
             raise OptionError(
                 f"{self.command.value} takes one or two contexts, the first and the longest to "
                 f"try, and not {len(self.contexts)}; leave out those between"
             )
+
+    def _check_forms(self) -> None:
+        assert self.settings.kv_cache == "auto", "forms are in kv_caches"
+        listed = ",".join(self.kv_caches)
+        if len(set(self.kv_caches)) < len(self.kv_caches):
+            raise OptionError(f"a form is named twice in --kv-cache {listed}")
+        if self.kv_caches != ("auto",) and not any(
+            CATALOGUE[method].takes_forms for method in self.methods
+        ):
+            raise OptionError(
+                f"--kv-cache {listed} has no effect on {', '.join(self.methods)}; leave it out, or "
+                "name another method"
+            )
+
+    @property
+    def variants(self) -> tuple[Variant, ...]:
+        """Methods with forms, in the order of the rows."""
+        return tuple(variants_of(self.methods, self.kv_caches))
+
+    @property
+    def compares_forms(self) -> bool:
+        """Whether `dense` is among several forms, so that others are compared with it."""
+        return len(self.kv_caches) > 1 and "dense" in self.kv_caches
+
+    def name_of(self, variant: Variant) -> str:
+        """Return what tables call a variant: by its method alone where there is one form."""
+        return variant.name if len(self.kv_caches) > 1 else variant.method
 
     def _check_gpus(self) -> None:
         several = [name for name in self.methods if CATALOGUE[name].needs_several]
@@ -170,16 +202,19 @@ class BenchSpec:
                 "benchmarks take one --device-memory, which holds for each GPU, and not a list"
             )
 
-    def trial(self, method: str, context_tokens: int) -> TrialSpec:
-        """Return the trial of one method at one context."""
+    def trial(self, variant: Variant, context_tokens: int) -> TrialSpec:
+        """Return the trial of one method, in one form, at one context."""
+        settings = self.settings
+        if variant.kv_cache is not None:
+            settings = replace(settings, kv_cache=variant.kv_cache)
         return TrialSpec(
-            method=method,
+            method=variant.method,
             context_tokens=context_tokens,
             new_tokens=self.new_tokens,
             dtype=self.dtype,
             seed=self.seed,
             model=self.model,
-            settings=self.settings,
+            settings=settings,
             fill=self.fill,
             last_pass=self.command.finds_context,
             gpus=self.gpus,
@@ -192,13 +227,15 @@ class BenchSpec:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "BenchSpec":
-        """Return the run that `to_json` gave."""
+        """Return the run that `to_json` gave; runs of one form had it among their settings."""
+        settings = Options.parse(**values["settings"])
         parts = {
             "command": Command(values["command"]),
             "methods": tuple(values["methods"]),
             "contexts": tuple(values["contexts"]),
             "model": model_from_json(values["model"]),
-            "settings": Options.parse(**values["settings"]),
+            "settings": replace(settings, kv_cache="auto"),
+            "kv_caches": tuple(values.get("kv_caches", (settings.kv_cache,))),
             "fill": Fill(values["fill"]),
             "replay": Replay.from_json(values.get("replay")),
         }

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from headinfer.bench.bound import Rates
-from headinfer.bench.catalogue import CATALOGUE, REFERENCE_METHOD
+from headinfer.bench.catalogue import REFERENCE_METHOD
 from headinfer.bench.forecast import Forecast
 from headinfer.bench.gate import Verdict, compare
 from headinfer.bench.launch import Launcher, Outcome
@@ -17,6 +17,7 @@ from headinfer.bench.longest import longest_context
 from headinfer.bench.result import Status, TrialFailure, TrialResult
 from headinfer.bench.rows import Row, row_of, row_without_result
 from headinfer.bench.spec import BenchSpec, Fill, TrialSpec
+from headinfer.bench.variant import REFERENCE, Variant
 from headinfer.errors import ModelLoadError
 from headinfer.units import format_seconds, format_tokens
 
@@ -47,12 +48,12 @@ class Suite:
         launcher: runs the trials.
         rates: of the machine.
         progress: told what is going on.
-        done: method and context of rows that an earlier run finished.
+        done: variant and context of rows that an earlier run finished.
         checks: the checks before timing that an earlier run made.
         checked: told all checks after each of them.
 
     Attributes:
-        checks: the checks before timing, by method.
+        checks: the checks before timing, by the names of variants.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class Suite:
         rates: Rates,
         progress: Progress,
         *,
-        done: Collection[tuple[str, int]] = (),
+        done: Collection[tuple[Variant, int]] = (),
         checks: dict[str, Check] | None = None,
         checked: Callable[[dict[str, Check]], object] = lambda _checks: None,
     ) -> None:
@@ -74,7 +75,7 @@ class Suite:
         self._progress = progress
         self._done = set(done)
         self._forecast = Forecast(list(self._trials_to_come()), prefills=spec.fill is Fill.PREFILL)
-        self._too_long: dict[str, tuple[int, TrialFailure]] = {}
+        self._too_long: dict[Variant, tuple[int, TrialFailure]] = {}
 
     def run(self) -> Iterator[Row]:
         """Yield the rows that were not done, context by context; see `rows.arranged`.
@@ -84,9 +85,9 @@ class Suite:
         """
         self._check_before_timing()
         if self._spec.command.finds_context:
-            for method in self._spec.methods:
-                if not any(method == done for done, _ in self._done):
-                    yield self._longest(method)
+            for variant in self._spec.variants:
+                if not any(variant == done for done, _ in self._done):
+                    yield self._longest(variant)
             return
         for context_tokens in self._spec.contexts:
             yield from self._rows(context_tokens)
@@ -95,12 +96,12 @@ class Suite:
         if self._spec.command.finds_context:
             return  # nobody knows how many there will be
         for context_tokens in self._spec.contexts:
-            for method in self._spec.methods:
-                if (method, context_tokens) not in self._done:
-                    yield from [(method, context_tokens)] * self._spec.repeats
+            for variant in self._spec.variants:
+                if (variant, context_tokens) not in self._done:
+                    yield from [(variant.name, context_tokens)] * self._spec.repeats
 
-    def _trial(self, what: str, spec: TrialSpec) -> Outcome:
-        name = f"{what}: {spec.method}, {format_tokens(spec.context_tokens)} tokens"
+    def _trial(self, what: str, variant: Variant, spec: TrialSpec) -> Outcome:
+        name = f"{what}: {self._spec.name_of(variant)}, {format_tokens(spec.context_tokens)} tokens"
         self._progress.started(name, self._forecast.left_s())
         start_s = time.monotonic()
         outcome = self._launcher.trial(spec, self._spec.time_limit_s)
@@ -108,9 +109,9 @@ class Suite:
             raise ModelLoadError(outcome.reason)
         if isinstance(outcome, TrialResult):
             seconds = time.monotonic() - start_s
-            self._forecast.finished(spec.method, spec.context_tokens, seconds)
+            self._forecast.finished(variant.name, spec.context_tokens, seconds)
         else:
-            self._forecast.dropped(spec.method, spec.context_tokens)
+            self._forecast.dropped(variant.name, spec.context_tokens)
         self._progress.finished(name, describe(outcome))
         return outcome
 
@@ -143,101 +144,101 @@ class Suite:
             and not self._done
         ):
             return
-        missing = [method for method in spec.methods if method not in self.checks]
+        missing = [variant for variant in spec.variants if variant.name not in self.checks]
         if not missing:
             return
         tokens = min(GATE_TOKENS, longest)
         reference: Outcome | None = None
-        for method in dict.fromkeys((REFERENCE_METHOD, *missing)):
-            trial = replace(spec.trial(method, tokens), new_tokens=GATE_STEPS, fill=Fill.PREFILL)
-            outcome = self._trial("check", trial)
+        for variant in dict.fromkeys((REFERENCE, *missing)):
+            trial = replace(spec.trial(variant, tokens), new_tokens=GATE_STEPS, fill=Fill.PREFILL)
+            outcome = self._trial("check", variant, trial)
             reference = reference or outcome
             verdict = self._compare(reference, outcome, tokens)
             if verdict is not None:
-                self.checks[method] = verdict
+                self.checks[variant.name] = verdict
             elif isinstance(outcome, TrialFailure):
-                self.checks[method] = outcome
+                self.checks[variant.name] = outcome
             self._checked(self.checks)
 
-    def _refused(self, method: str, context_tokens: int) -> Row | None:
-        """Return the row of a method that needs no trial: its check, or a shorter context, failed.
+    def _refused(self, variant: Variant, context_tokens: int) -> Row | None:
+        """Return the row of a variant that needs no trial: its check, or a shorter context, failed.
 
         One that only lacked memory or time in the check may still serve a shorter context.
         """
-        check = self.checks.get(method)
+        check = self.checks.get(variant.name)
         if isinstance(check, TrialFailure):
             if check.grows and context_tokens < GATE_TOKENS:
                 return None
             return row_without_result(
-                self._spec, method, context_tokens, check.status, check.reason
+                self._spec, variant, context_tokens, check.status, check.reason
             )
-        if check is not None and not check.passed and CATALOGUE[method].exact:
+        if check is not None and not check.passed and variant.exact:
             return row_without_result(
-                self._spec, method, context_tokens, Status.MISMATCH, check.reason, check
+                self._spec, variant, context_tokens, Status.MISMATCH, check.reason, check
             )
-        if method in self._too_long:
-            shorter, failure = self._too_long[method]
+        if variant in self._too_long:
+            shorter, failure = self._too_long[variant]
             if shorter <= context_tokens:
                 reason = f"already at {format_tokens(shorter)}: {failure.reason}"
                 return row_without_result(
-                    self._spec, method, context_tokens, failure.status, reason
+                    self._spec, variant, context_tokens, failure.status, reason
                 )
         return None
 
     def _rows(self, context_tokens: int) -> Iterator[Row]:
-        """Time every method at one context, and yield each row after its last trial.
+        """Time every variant at one context, and yield each row after its last trial.
 
-        Methods take turns over the repeats, so that a slow spell of the machine meets each.
+        Variants take turns over the repeats, so that a slow spell of the machine meets each.
         """
-        methods = []
-        for method in self._spec.methods:
-            if (method, context_tokens) in self._done:
+        variants = []
+        for variant in self._spec.variants:
+            if (variant, context_tokens) in self._done:
                 continue
-            row = self._refused(method, context_tokens)
+            row = self._refused(variant, context_tokens)
             if row is None:
-                methods.append(method)
+                variants.append(variant)
                 continue
             for _ in range(self._spec.repeats):
-                self._forecast.dropped(method, context_tokens)
+                self._forecast.dropped(variant.name, context_tokens)
             yield row
-        methods.sort(key=lambda method: method != REFERENCE_METHOD)  # others are compared with it
-        outcomes: dict[str, list[Outcome]] = {method: [] for method in methods}
+        variants.sort(key=lambda variant: variant != REFERENCE)  # others are compared with it
+        outcomes: dict[Variant, list[Outcome]] = {variant: [] for variant in variants}
         for repeat in range(self._spec.repeats):
-            for method in methods:
-                if any(isinstance(outcome, TrialFailure) for outcome in outcomes[method]):
-                    self._forecast.dropped(method, context_tokens)
+            for variant in variants:
+                if any(isinstance(outcome, TrialFailure) for outcome in outcomes[variant]):
+                    self._forecast.dropped(variant.name, context_tokens)
                 else:
                     what = f"trial {repeat + 1} of {self._spec.repeats}"
-                    trial = self._spec.trial(method, context_tokens)
-                    outcomes[method].append(self._trial(what, trial))
+                    trial = self._spec.trial(variant, context_tokens)
+                    outcomes[variant].append(self._trial(what, variant, trial))
                 if repeat + 1 == self._spec.repeats:
-                    reference = next(iter(outcomes.get(REFERENCE_METHOD, [])), None)
-                    yield self._row(method, context_tokens, outcomes[method], reference)
+                    reference = next(iter(outcomes.get(REFERENCE, [])), None)
+                    yield self._row(variant, context_tokens, outcomes[variant], reference)
 
     def _row(
         self,
-        method: str,
+        variant: Variant,
         context_tokens: int,
         outcomes: list[Outcome],
         reference: Outcome | None,
     ) -> Row:
         """Return one row; the verdict of the timed trials themselves outranks the check's."""
-        check = self.checks.get(method)
+        check = self.checks.get(variant.name)
         verdict = check if isinstance(check, Verdict) else None
         results = []
         for outcome in outcomes:
             if isinstance(outcome, TrialFailure):
                 if outcome.grows:
-                    self._too_long[method] = context_tokens, outcome
+                    self._too_long[variant] = context_tokens, outcome
                 return row_without_result(
-                    self._spec, method, context_tokens, outcome.status, outcome.reason, verdict
+                    self._spec, variant, context_tokens, outcome.status, outcome.reason, verdict
                 )
             results.append(outcome)
             verdict = self._compare(reference, outcome, context_tokens) or verdict
             if verdict is not None and not verdict.passed:
                 break
         return self._judged(
-            row_of(self._spec, method, context_tokens, results, self._rates, verdict)
+            row_of(self._spec, variant, context_tokens, results, self._rates, verdict)
         )
 
     def _judged(self, row: Row) -> Row:
@@ -251,19 +252,20 @@ class Suite:
             off = f"not exact: logits are off by {row.gate.logits_error:.2g} of their length"
             return replace(row, note=f"{row.note}; {off}" if row.note else off)
         return row_without_result(
-            self._spec, row.method, row.context_tokens, Status.MISMATCH, row.gate.reason, row.gate
+            self._spec, row.variant, row.context_tokens, Status.MISMATCH, row.gate.reason, row.gate
         )
 
-    def _longest(self, method: str) -> Row:
-        """Find the longest context of a method by running it."""
+    def _longest(self, variant: Variant) -> Row:
+        """Find the longest context of a variant by running it."""
         first, last = min(self._spec.contexts), max(self._spec.contexts)
-        refused = self._refused(method, first)
+        refused = self._refused(variant, first)
         if refused is not None:
             return refused
         outcomes: dict[int, Outcome] = {}
 
         def runs(tokens: int) -> bool:
-            outcomes[tokens] = self._trial("longest", self._spec.trial(method, tokens))
+            trial = self._spec.trial(variant, tokens)
+            outcomes[tokens] = self._trial("longest", variant, trial)
             return isinstance(outcomes[tokens], TrialResult)
 
         tokens = longest_context(runs, first=first, last=last)
@@ -272,9 +274,9 @@ class Suite:
         if not tokens:
             failure = outcomes[first]
             assert isinstance(failure, TrialFailure)
-            row = row_without_result(self._spec, method, 0, failure.status, failure.reason)
+            row = row_without_result(self._spec, variant, 0, failure.status, failure.reason)
             return replace(row, tried=tried)
-        row = self._row(method, tokens, [outcomes[tokens]], None)
+        row = self._row(variant, tokens, [outcomes[tokens]], None)
         limit = f"the most that was tried, {format_tokens(last)}"
         if failed is not None:
             limit = f"{format_tokens(failed)}: {describe(outcomes[failed])}"

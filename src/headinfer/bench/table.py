@@ -67,16 +67,22 @@ _PEAKS: tuple[Column, ...] = (
 )
 
 
-def _columns(command: Command) -> tuple[Column, ...]:
+def _columns(spec: BenchSpec) -> tuple[Column, ...]:
+    command = spec.command
     if command is Command.MEMORY:
         return (_CONTEXT, *_SIZES, *_PEAKS)
     if command is Command.MAX_CONTEXT:
         return (("longest", _CONTEXT[1]), *_SIZES[:3], _GROWTH, *_PEAKS)
     prefills = command.times_prefill
+    dense: Column = (
+        "x\ndense",
+        lambda row: _ratio(row.prefill_x_dense if prefills else row.decode_x_dense),
+    )
     unit = "s" if prefills else "ms/token"
     return (
         _CONTEXT,
         *_TIMES,
+        *([dense] if spec.compares_forms else []),
         (f"bound\n{unit}", lambda row: number(row.bound_s, 1 if prefills else 1000)),
         ("% of\nbound", lambda row: _share(row.bound_fraction)),
         _GROWTH,
@@ -88,12 +94,12 @@ def render(spec: BenchSpec, machine: Machine, rows: Sequence[Row]) -> Renderable
     """Return the table, with the conditions above it and what did not run below it."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("method", no_wrap=True)
-    columns = _columns(spec.command)
+    columns = _columns(spec)
     for heading, _ in columns:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(row.method, *(cell(row) for _, cell in columns))
-    return Group(*map(Text, conditions(spec, machine)), table, *map(Text, notes(rows)))
+        table.add_row(spec.name_of(row.variant), *(cell(row) for _, cell in columns))
+    return Group(*map(Text, conditions(spec, machine)), table, *map(Text, notes(spec, rows)))
 
 
 def conditions(spec: BenchSpec, machine: Machine) -> Iterable[str]:
@@ -129,12 +135,13 @@ def conditions(spec: BenchSpec, machine: Machine) -> Iterable[str]:
         yield f"{where} memory held to {exact_bytes(held)}{each}"
 
 
-def notes(rows: Sequence[Row]) -> list[str]:
+def notes(spec: BenchSpec, rows: Sequence[Row]) -> list[str]:
     """Return what must be known of rows, each text once with the contexts it is about."""
     about: dict[tuple[str, str], list[int]] = {}
     contexts: dict[str, list[int]] = {}
     for row in rows:
-        contexts.setdefault(row.method, []).append(row.context_tokens)
+        name = spec.name_of(row.variant)
+        contexts.setdefault(name, []).append(row.context_tokens)
         texts = row.note.split("; ") if row.note else []
         if row.format != DENSE:
             texts.append(f"KV {row.format} in CPU memory")
@@ -149,10 +156,10 @@ def notes(rows: Sequence[Row]) -> list[str]:
         if (row.others_cpu_share or 0.0) > NOISY_CPU_SHARE:
             texts.append("noisy: other programs used the CPU meanwhile")
         for text in texts:
-            about.setdefault((row.method, text), []).append(row.context_tokens)
+            about.setdefault((name, text), []).append(row.context_tokens)
     return [
-        f"{method}{'' if at == contexts[method] else _listed(at)}: {text}"
-        for (method, text), at in about.items()
+        f"{name}{'' if at == contexts[name] else _listed(at)}: {text}"
+        for (name, text), at in about.items()
     ]
 
 

@@ -20,8 +20,8 @@ from headinfer.cli.options import (
 )
 from headinfer.cli.output import JsonPath, Resume
 from headinfer.errors import OptionError
-from headinfer.estimate.methods import ROUNDED
 from headinfer.estimate.presets import PRESETS
+from headinfer.plan.option_values import KVCacheName, kv_cache_name
 from headinfer.plan.options import Options
 
 _DEFAULT_SHAPE = {
@@ -44,7 +44,16 @@ def _size(name: str, help_text: str) -> Any:
     return _shape_option(help_text, str(_DEFAULT_SHAPE[name]))
 
 
-@with_flags("device", "device_memory", "chunk_tokens", "tile_heads", "tile_tokens", "kv_cache")
+@with_flags(
+    "device",
+    "device_memory",
+    "chunk_tokens",
+    "tile_heads",
+    "tile_tokens",
+    "kv_cache",
+    kv_cache="Forms of a GPU's KV cache in CPU memory, comma-separated: auto, dense, packed, and "
+    "int8 and fp8 (approximate). Each method that leaves the choice is measured with each.",
+)
 def options(
     *,
     contexts: Annotated[
@@ -145,12 +154,8 @@ def run_spec(command: Command, given: dict[str, Any]) -> BenchSpec:
     """
     if given["dtype"] not in DTYPE_BYTES:
         raise OptionError(f"dtype must be one of {', '.join(DTYPE_BYTES)}, not {given['dtype']!r}")
-    settings = Options.parse(**take_flags(dict(given)))
-    if settings.kv_cache in (form.value for form in ROUNDED):
-        raise OptionError(
-            f"--kv-cache {settings.kv_cache} is approximate, and most methods are exact; leave it "
-            f"out, and name headinfer-{settings.kv_cache} in --methods"
-        )
+    flags = take_flags(dict(given))
+    kv_caches = _forms(flags.pop("kv_cache"))
     return BenchSpec(
         command=command,
         methods=parse_methods(given["methods"], gpus=given["gpus"]),
@@ -160,12 +165,18 @@ def run_spec(command: Command, given: dict[str, Any]) -> BenchSpec:
         dtype=given["dtype"],
         seed=given["seed"],
         model=_model(given),
-        settings=settings,
+        settings=Options.parse(**flags),
+        kv_caches=kv_caches,
         fill=given["fill"],
         time_limit_s=given["time_limit"],
         gpus=given["gpus"],
         replay=None if given["replay"] is None else Replay.parse(given["replay"]),
     )
+
+
+def _forms(text: str) -> tuple[KVCacheName, ...]:
+    """Return the forms in a comma-separated list."""
+    return tuple(kv_cache_name("kv_cache", name.strip()) for name in text.split(","))
 
 
 def _model(given: dict[str, Any]) -> Model:

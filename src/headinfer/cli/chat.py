@@ -131,6 +131,8 @@ def _loaded(request: Request, console: Console) -> Iterator[Talker]:
         begin_loading(stages, request.source)
         calm_transformers(verbose=request.verbose)
         prepare_cpu(request.threads)
+        if request.source.gpus is not None:
+            request.source.gpus.prepare()
         device = choose_device(request.options.device)
         if request.source.gpus is not None:
             request.source.gpus.check(device)

@@ -191,9 +191,11 @@ def _drafts(request: Request, model: Any) -> "Drafts":
     from headinfer.generation.assistants import load_assistant
     from headinfer.generation.drafts import Drafts
 
-    local = request.source.local_files_only
-    assistant = load_assistant(request.assistant, model, local_files_only=local)
-    return Drafts(number=request.draft, assistant=assistant)
+    source = None
+    if request.assistant is not None:
+        local = request.source.local_files_only
+        source = NamedSource(name=request.assistant, local_files_only=local)
+    return Drafts(number=request.draft, assistant=load_assistant(source, model))
 
 
 def _load_and_run(request: Request) -> None:
@@ -205,6 +207,8 @@ def _load_and_run(request: Request) -> None:
         begin_loading(stages, request.source)
         calm_transformers(verbose=request.verbose)
         prepare_cpu(request.threads)
+        if request.source.gpus is not None:
+            request.source.gpus.prepare()
         device = choose_device(request.options.device)
         if rank is not None:
             ranks.join(rank, device, request.threads)
@@ -249,7 +253,9 @@ def _load_and_run(request: Request) -> None:
     with (
         interrupt.handling(),
         attach(model, **keywords) as offload,
-        offload.session.assistants.during(drafts.assistant, tokens),
+        offload.session.assistants.during(
+            drafts.assistant, drafts.assistant_tokens(model, settings, tokens)
+        ),
     ):
         plan = offload.session.plan_for(settings.rows, tokens)
         print_plan(console, request.source.name, str(model.dtype).removeprefix("torch."), plan)

@@ -238,6 +238,8 @@ def _load(
     from headinfer.serving.desk import Desk
 
     console.print(f"loading {source.name} ...", markup=False)
+    if source.gpus is not None:
+        source.gpus.prepare()
     device = choose_device(options.device)
     if source.gpus is not None:
         source.gpus.check(device)

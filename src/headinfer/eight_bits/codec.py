@@ -6,8 +6,7 @@ import torch
 
 from headinfer.eight_bits import reference
 from headinfer.eight_bits.layout import Code, EightBitLayout
-from headinfer.errors import OptionError
-from headinfer.packed.codec import Codec, raw_copies
+from headinfer.packed.codec import Codec, compared, raw_copies, without_triton
 from headinfer.packed.layout import PAGE_TOKENS
 
 
@@ -71,10 +70,7 @@ def eight_bits_for(code: Code, where: torch.device, dtype: torch.dtype) -> Codec
     try:
         from headinfer.eight_bits.fused import TritonEightBits
     except ImportError:
-        raise OptionError(
-            f"kv_cache={code.value} needs Triton for {where}, and it cannot be imported; use "
-            "kv_cache=dense (--kv-cache dense)"
-        ) from None
+        raise without_triton(code.value, where) from None
     return checked(code, TritonEightBits(code), where, dtype)
 
 
@@ -88,12 +84,4 @@ def checked(code: Code, codec: Codec, where: torch.device, dtype: torch.dtype) -
     values = torch.randn(_CHECKED_SHAPE, generator=generator).to(dtype)
     wanted, given = reference.pack(code, values), torch.zeros_like(values)
     reference.unpack(code, wanted, given)
-    pages, back = torch.zeros_like(wanted, device=where), torch.zeros_like(values, device=where)
-    codec.pack(values.to(where), pages)
-    codec.unpack(pages, back)
-    if torch.equal(pages.cpu(), wanted) and torch.equal(back.cpu(), given):
-        return codec
-    raise OptionError(
-        f"kv_cache={code.value} fails its check on {where}: values in 8 bits differ from the "
-        "reference's; use kv_cache=dense (--kv-cache dense)"
-    )
+    return compared(codec, where, values, wanted, given, code.value)

@@ -4,8 +4,9 @@ import torch
 
 from headinfer.eight_bits.layout import Code, EightBitLayout
 from headinfer.eight_bits.reference import kept_as_they_are, largest_kept
-from headinfer.eight_bits.triton_eight_bits import keep_raw_pages, pack_pages, unpack_pages
+from headinfer.eight_bits.triton_eight_bits import pack_pages, unpack_pages
 from headinfer.native.triton_launch import Program, power_of_2
+from headinfer.packed.keeping import keep_raw
 from headinfer.packed.layout import PAGE_TOKENS, num_pages
 
 _AT_ONCE = 4096
@@ -13,7 +14,6 @@ _AT_ONCE = 4096
 
 _UNPACK = Program(unpack_pages, num_warps=4)
 _PACK = Program(pack_pages, num_warps=8)
-_KEEP_RAW = Program(keep_raw_pages, num_warps=4)
 
 
 class TritonEightBits:
@@ -67,14 +67,8 @@ class TritonEightBits:
         self, values: torch.Tensor, pages: torch.Tensor, raw: torch.Tensor, taken: torch.Tensor
     ) -> None:
         """Copy the values of pages that are kept as they are; see `Codec.keep_raw`."""
-        batch, heads, tokens, dim = values.shape
-        _KEEP_RAW.launch(
-            (num_pages(tokens), batch * heads, 1),
-            (values, pages, raw, taken),
-            (tokens, heads, raw.stride(0)),
-            (*values.stride()[:3], *pages.stride()[:3]),
-            (dim, power_of_2(dim)),
-        )
+        flag = EightBitLayout(self._code, values.shape[3]).raw_flag
+        keep_raw(values, pages, raw, taken, flag)
 
     def overflowed(self, pages: torch.Tensor, dim: int) -> torch.Tensor:
         """Return which pages are kept as they are, bool `[batch, heads, pages]`."""

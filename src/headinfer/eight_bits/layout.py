@@ -19,7 +19,7 @@ when it is full. One that grows token by token has the bytes of one that came as
 import enum
 from dataclasses import dataclass
 
-from headinfer.packed.layout import PAGE_TOKENS
+from headinfer.packed.layout import PAGE_TOKENS, RawFlag
 
 RAW_SCALE = 0x7FC0
 """The bits of the first scale of a page that is kept as it is."""
@@ -72,6 +72,11 @@ class EightBitLayout:
     def scales(self) -> int:
         """Scales of a page."""
         return self.dim if self.code is Code.INT8 else 1
+
+    @property
+    def raw_flag(self) -> RawFlag:
+        """What marks a page that is kept as it is."""
+        return RawFlag(self.scales_at, 0xFFFF, RAW_SCALE, 0)
 
     @property
     def page_bytes(self) -> int:

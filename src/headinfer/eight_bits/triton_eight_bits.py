@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from headinfer.packed.triton_raw import place_of
+
 _PAGE_TOKENS = tl.constexpr(64)
 _RAW_SCALE = tl.constexpr(0x7FC0)
 _LEAST_SCALE_BITS = tl.constexpr(0x0080)
@@ -98,10 +100,8 @@ def unpack_pages(
         limit = tl.minimum(limit, first + tl.load(counted)).to(tl.int32)
     first_token = page * _PAGE_TOKENS
     if (first_token < limit) & (first_token + _PAGE_TOKENS > first):
-        source = pages + row // heads * page_batch + row % heads * page_head
-        source += page.to(tl.int64) * page_stride
-        target = values + row // heads * value_batch + row % heads * value_head
-        target += first_token.to(tl.int64) * value_token
+        source = place_of(pages, row, heads, page, page_batch, page_head, page_stride)
+        target = place_of(values, row, heads, first_token, value_batch, value_head, value_token)
         token = at + tl.arange(0, BLOCK)
         element = tl.arange(0, BLOCK_DIM)
         inside = element < DIM
@@ -151,11 +151,10 @@ def pack_pages(
     """
     page = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
-    source = values + row // heads * value_batch + row % heads * value_head
-    source += (page * _PAGE_TOKENS).to(tl.int64) * value_token
-    target = pages + row // heads * page_batch + row % heads * page_head
-    target += page.to(tl.int64) * page_stride
-    left = tokens - page * _PAGE_TOKENS
+    first_token = page * _PAGE_TOKENS
+    source = place_of(values, row, heads, first_token, value_batch, value_head, value_token)
+    target = place_of(pages, row, heads, page, page_batch, page_head, page_stride)
+    left = tokens - first_token
     token = tl.arange(0, _PAGE_TOKENS)
     element = tl.arange(0, BLOCK_DIM)
     inside = element < DIM
@@ -182,47 +181,3 @@ def pack_pages(
     bits = tl.where(rounds, bits, kept).to(tl.uint16)
     to = (target + _PAGE_TOKENS * DIM).to(tl.pointer_type(tl.uint16))
     tl.store(to + element, bits, mask=element < (PAGE_BYTES - _PAGE_TOKENS * DIM) // 2)
-
-
-@triton.jit(do_not_specialize=["tokens", "heads", "slot_bytes"])
-def keep_raw_pages(
-    values,
-    pages,
-    raw,
-    taken,
-    tokens,
-    heads,
-    slot_bytes,
-    value_batch,
-    value_head,
-    value_token,
-    page_batch,
-    page_head,
-    page_stride,
-    DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-):
-    """Copy a page's values as they are into the next slot, and write its address, if it is kept so.
-
-    Grid: (pages, batch * heads). Arguments are those of `pack_pages`, and slots `raw[slots,
-    slot_bytes]` of uint8, of which `taken[1]` of int64 are taken.
-    """
-    page = tl.program_id(0)
-    row = tl.program_id(1).to(tl.int64)
-    target = pages + row // heads * page_batch + row % heads * page_head
-    target += page.to(tl.int64) * page_stride
-    scale = tl.load((target + _PAGE_TOKENS * DIM).to(tl.pointer_type(tl.uint16)))
-    if scale.to(tl.int32) == _RAW_SCALE:
-        source = values + row // heads * value_batch + row % heads * value_head
-        source += (page * _PAGE_TOKENS).to(tl.int64) * value_token
-        left = tokens - page * _PAGE_TOKENS
-        slot = raw + tl.atomic_add(taken, 1) * slot_bytes
-        to = slot.to(tl.pointer_type(values.dtype.element_ty))
-        token = tl.arange(0, _PAGE_TOKENS)
-        element = tl.arange(0, BLOCK_DIM)
-        inside = (element < DIM)[None, :]
-        there = (token < left)[:, None] & inside
-        from_ = source + token[:, None] * value_token + element[None, :]
-        numbers = tl.load(from_, mask=there, other=0)
-        tl.store(to + token[:, None] * DIM + element[None, :], numbers, mask=inside)
-        tl.store(target.to(tl.pointer_type(tl.int64)), slot.to(tl.int64))

@@ -17,7 +17,13 @@ from headinfer.kv.ledger import Ledger
 from headinfer.kv.place import Arena
 from headinfer.plan.disk_blocks import READS
 from headinfer.plan.format import Format
-from headinfer.plan.memory import MOST_DRAFTED, PAGES, STAGING_BUFFERS, raw_slot_bytes
+from headinfer.plan.memory import (
+    MOST_DRAFTED,
+    PAGES,
+    STAGING_BUFFERS,
+    raw_chunk_bytes,
+    raw_slot_bytes,
+)
 from headinfer.plan.plan import Plan
 from headinfer.schedule.route import Sizes
 
@@ -111,7 +117,8 @@ def _raw_pages(device: Device, plan: Plan, before: RawPages | None) -> RawPages 
     """
     if not plan.shape.packs:
         return None
-    slot_bytes, num_bytes = raw_slot_bytes(plan.shape), plan.raw_page_bytes
+    slot_bytes = raw_slot_bytes(plan.shape)
+    num_bytes = raw_chunk_bytes(plan.shape, chunk_tokens=plan.chunk_tokens, batch=plan.batch)
     if before is not None and before.is_enough(slot_bytes, num_bytes):
         return before
     return RawPages(device, slot_bytes, num_bytes)

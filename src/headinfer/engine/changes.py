@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from headinfer.engine.held import HeldTokens
+from headinfer.engine.packed_here import copy_begun_page
 from headinfer.engine.readout import Part, part_shape, read
 from headinfer.errors import CacheStateError
 from headinfer.kv.ledger import Ledger
@@ -64,6 +65,7 @@ class ChangeableTokens(HeldTokens):
         for ledger, source in zip(self._ledgers, other._ledgers, strict=True):
             if source.track.window_tokens is None:
                 ledger.share(source)
+                copy_begun_page(self._device, ledger, source)
             elif source.tail is not None and self.parked:
                 self._windows.park_copy(source, ledger, parked=other.parked)
             elif source.tail is not None and other.parked:

@@ -128,7 +128,7 @@ class FlaggedHost:
         job = None if exchange.jobs is None else exchange.jobs.make(tiles)
         if job is None:
             raise PlaceError("the host attends by no compiled kernel")
-        read = (exchange.query, *(part for tile in tiles for part in tile.kv))
+        read = (exchange.query, *(part for tile in tiles for part in (*tile.kv, *tile.piece.raw)))
         before = self.server.tasks[index]
         self.server.set_task(index, AttendTask(job, read, (exchange.answer,)))
         if before is not None:

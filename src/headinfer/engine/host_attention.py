@@ -320,7 +320,7 @@ class HostAttention:
         host_work = self._device.host_work
         host_work.reads(exchange.query, "attention on the host")
         for tile in tiles:
-            for part in tile.kv:
+            for part in (*tile.kv, *tile.piece.raw):
                 host_work.reads(part, "attention on the host")
         host_work.writes(exchange.answer, "result of the host's attention")
 

@@ -8,12 +8,17 @@ import torch
 from headinfer.attend.work import Work, tile_in_hand
 from headinfer.device.base import Device
 from headinfer.engine.codecs import codec_of
+from headinfer.engine.raw_pages import begun_slots
 from headinfer.kv.extent import Tile
+from headinfer.kv.ledger import Ledger
 from headinfer.kv.pair import KV
-from headinfer.packed.codec import Codec
+from headinfer.packed.codec import Codec, CpuCodec
 from headinfer.plan.format import Format
 
 _CPU = torch.device("cpu")
+
+_ALONE = CpuCodec(threads=1)
+"""Unpacks in the background of a session that is saved: threads would wait for each other."""
 
 _UNPACKED_TOKENS = 4096
 """Tokens that the CPU unpacks at a time, where no compiled kernel attends them as they are."""
@@ -35,6 +40,29 @@ def packed_in_two(before: KV, new: KV, pages: KV) -> Sequence[tuple[torch.Tensor
         if values.shape[2] > split:
             found.append((values[:, :, split:], page[:, :, bool(split) :]))
     return found
+
+
+def full_and_begun(
+    ledger: Ledger, tile: Tile, parts: Sequence[tuple[torch.Tensor, torch.Tensor]]
+) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Return what was packed into pages that stay, and into one that the next tokens go on in.
+
+    Args:
+        ledger: of the layer.
+        tile: the tokens.
+        parts: what `packed_in_two` gave of them.
+    """
+    goes_on = ledger.wanting_tokens(tile.start + tile.tokens) > 0
+    full, begun = [], []
+    for values, pages in parts:
+        left = values.shape[2] % tile.format.row_tokens if goes_on else 0
+        split = values.shape[2] - left
+        rows = tile.format.rows(split)
+        if split:
+            full.append((values[:, :, :split], pages[:, :, :rows]))
+        if left:
+            begun.append((values[:, :, split:], pages[:, :, rows:]))
+    return full, begun
 
 
 def unpack_from(codec: Codec, pages: torch.Tensor, first: int, values: torch.Tensor) -> None:
@@ -59,16 +87,19 @@ def unpack_from(codec: Codec, pages: torch.Tensor, first: int, values: torch.Ten
 
 
 def unpack_here(tile: Tile, place: KV) -> None:
-    """Unpack tokens of host memory into other memory of the CPU; see `bring`."""
+    """Unpack tokens of host memory into other memory of the CPU, in this thread alone."""
     for pages, values in zip(tile.kv, place, strict=True):
-        unpack_from(codec_of(tile.format, _CPU, values.dtype), pages, tile.first, values)
+        packed = tile.format is Format.PACKED
+        codec = _ALONE if packed else codec_of(tile.format, _CPU, values.dtype)
+        unpack_from(codec, pages, tile.first, values)
 
 
-def pack_here(device: Device, tile: Tile, new: KV) -> None:
-    """Pack tokens of the CPU's memory into a tile of host memory.
+def pack_here(device: Device, ledger: Ledger, tile: Tile, new: KV) -> None:
+    """Pack tokens of the CPU's memory into a tile of host memory, which is at rest.
 
     Args:
         device: gives memory for pages that overflow.
+        ledger: of the layer.
         tile: takes the tokens; those before them in its first page are there.
         new: as many tokens.
     """
@@ -77,15 +108,60 @@ def pack_here(device: Device, tile: Tile, new: KV) -> None:
     before = KV(*(part.new_empty(*part.shape[:2], lead, part.shape[3]) for part in new))
     if lead:
         unpack_here(tile._replace(first=tile.first - lead, tokens=lead), before)
-    for values, pages in packed_in_two(before, new, tile.kv):
+    parts = packed_in_two(before, new, tile.kv)
+    for values, pages in parts:
         codec.pack(values, pages)
+    full, begun = full_and_begun(ledger, tile, parts)
+    for values, pages in full:
         count = int(codec.overflowed(pages, values.shape[3]).sum())
         if count:
             slot_bytes = tile.format.row_tokens * values.shape[3] * values.itemsize
-            raw = device.host_empty(count * slot_bytes)
-            taken = torch.zeros(1, dtype=torch.int64)
-            codec.keep_raw(values, pages, raw.view(count, slot_bytes), taken)
-            tile.piece.refer_to([raw])
+            raw = device.host_empty(count * slot_bytes).view(count, slot_bytes)
+            _keep_here(device, codec, tile, raw, [(values, pages)])
+    if begun:
+        _keep_here(device, codec, tile, begun_slots(device, ledger), begun)
+
+
+def _keep_here(
+    device: Device,
+    codec: Codec,
+    tile: Tile,
+    slots: torch.Tensor,
+    parts: Sequence[tuple[torch.Tensor, torch.Tensor]],
+) -> None:
+    device.host_access(slots, write=True, purpose="pages as they are")
+    taken = torch.zeros(1, dtype=torch.int64)
+    for values, pages in parts:
+        codec.keep_raw(values, pages, slots, taken)
+    tile.piece.refer_to([slots])
+
+
+def copy_begun_page(device: Device, ledger: Ledger, source: Ledger) -> None:
+    """Copy the tokens of a page that is not full, which ledgers do not share; both are at rest.
+
+    Args:
+        device: gives memory for pages that overflow.
+        ledger: shares all tokens before those, and has memory for them.
+        source: has them.
+    """
+    start, end = ledger.host_tokens, source.host_tokens
+    for tile in source.host_tiles(start, end):
+        geometry = source.geometry
+        shape = geometry.batch, geometry.kv_heads, tile.tokens
+        dims = geometry.key_dim, geometry.value_dim
+        new = KV(*(torch.empty(*shape, dim, dtype=geometry.dtype) for dim in dims))
+        state_access(device, tile, write=False, purpose="a copied cache")
+        unpack_here(tile, new)
+        (place,) = ledger.extend_host(tile.tokens)
+        state_access(device, place, write=True, purpose="a copied cache")
+        pack_here(device, ledger, place, new)
+
+
+def state_access(device: Device, tile: Tile, *, write: bool, purpose: str) -> None:
+    """State that the host itself reads or writes a tile, and reads pages as they are."""
+    for raw in tile.piece.raw:
+        device.host_access(raw, write=False, purpose=purpose)
+    device.host_access(tile.piece.memory, write=write, purpose=purpose)
 
 
 def unpacked_works(work: Work, value_dim: int) -> Iterator[Work]:

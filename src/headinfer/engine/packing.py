@@ -6,13 +6,14 @@ A page that is not full is read so, too, and packed anew with the tokens that fo
 """
 
 import functools
+from collections.abc import Sequence
 
 import torch
 
 from headinfer.device.base import Device, Edge, Event
 from headinfer.engine.codecs import codec_of
-from headinfer.engine.packed_here import packed_in_two, unpack_from
-from headinfer.engine.raw_pages import RawPages
+from headinfer.engine.packed_here import full_and_begun, packed_in_two, unpack_from
+from headinfer.engine.raw_pages import RawPages, addressed, begun_slots
 from headinfer.engine.stats import Stats
 from headinfer.kv.extent import Piece, Tile
 from headinfer.kv.ledger import Ledger
@@ -97,8 +98,10 @@ class Packing:
         before = KV(*(part[:, :, :0] for part in new))
         if lead:
             before = self._before(ledger, target, lead)
-        self._pack(ledger, before, new, pages)
-        target.piece.refer_to([self._raw.block])
+        parts = packed_in_two(before, new, pages)
+        for values, page in parts:
+            self._codec.pack(values, page)
+        self._keep_raw(ledger, target, parts)
         copy_out.wait(device.compute.record(), Edge.PAGE_WRITTEN)
         if lead:  # the page was there, and others may read it
             for stream in (device.copy_in, device.host_work):
@@ -118,14 +121,31 @@ class Packing:
         bring(self._device, ledger, first, before)
         return before
 
-    def _pack(self, ledger: Ledger, before: KV, new: KV, pages: KV) -> None:
-        """Pack tokens that follow others of their first page, with these."""
-        count = pages.keys.shape[:3].numel() * len(pages)
-        self._raw.have_room(count)
-        for values, page in packed_in_two(before, new, pages):
-            self._codec.pack(values, page)
-            self._codec.keep_raw(values, page, self._raw.on_device, self._raw.taken)
-        self._raw.note(count)
+    def _keep_raw(
+        self, ledger: Ledger, target: Tile, parts: Sequence[tuple[torch.Tensor, torch.Tensor]]
+    ) -> None:
+        """Keep copies of the pages that did not pack, or are not full."""
+        full, begun = full_and_begun(ledger, target, parts)
+        count = sum(page.shape[:3].numel() for _, page in full)
+        if count:
+            raw = self._raw
+            raw.have_room(count)
+            target.piece.refer_to([raw.block])
+            self._state_writes(raw.on_device)
+            for values, page in full:
+                self._codec.keep_raw(values, page, raw.on_device, raw.taken)
+            raw.note(count)
+        if begun:
+            slots = begun_slots(self._device, ledger)
+            target.piece.refer_to([slots])
+            there, taken = addressed(self._device, slots), self._raw.begun_taken.zero_()
+            self._state_writes(there)
+            for values, page in begun:
+                self._codec.keep_raw(values, page, there, taken)
+
+    def _state_writes(self, slots: torch.Tensor) -> None:
+        if self._device.checks_accesses:
+            self._device.compute.writes(slots, "pages as they are")
 
 
 def new_tokens(ledger: Ledger, tokens: int, where: torch.device) -> KV:
@@ -166,6 +186,8 @@ def bring_part(device: Device, ledger: Ledger, tile: Tile, part: str, values: to
     if tile.piece.ready is not None:
         device.compute.wait(tile.piece.ready, Edge.PAGES_SENT)
     if device.checks_accesses:
+        for raw in tile.piece.raw:
+            device.compute.reads(raw, "pages as they are")
         device.compute.reads(getattr(tile.kv, part), "packed tokens in host memory")
         device.compute.writes(values, "tokens that were packed")
     capacity = tile.whole.keys.shape[2] * tile.format.row_tokens

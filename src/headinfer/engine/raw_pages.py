@@ -1,8 +1,11 @@
-"""Host memory for pages that a packed form has no room for, kept as they are.
+"""Host memory for pages that a packed form has no room for, or that are not full, as they are.
 
 Whether a page overflows is known on the device, long after its copy home was enqueued. So there is
 room for all pages of a chunk, should all of them overflow. How many did is written to host memory
 behind each chunk, and looked at before room could run out.
+
+A page that is not full is packed anew with the tokens that follow. So each layer has slots of its
+own for that one page, which are written over until it is full.
 """
 
 import collections
@@ -12,6 +15,8 @@ import torch
 
 from headinfer.device.base import Device, Mark
 from headinfer.errors import MemoryPlanError
+from headinfer.kv.ledger import Ledger
+from headinfer.plan.memory import KEYS_AND_VALUES
 
 _COUNTS = 64
 """Counts on their way at most."""
@@ -23,6 +28,43 @@ class _Count(NamedTuple):
     mark: Mark
     at: int
     most: int
+
+
+def begun_slots(device: Device, ledger: Ledger) -> torch.Tensor:
+    """Return a layer's slots for the page that its next tokens go on in.
+
+    Whoever writes there comes behind all that reads that page: tiles fetched before are stale.
+
+    Returns:
+        `[slots, slot_bytes]` of uint8 in host memory, for keys and values of all heads. The ledger
+        owns it, and each piece that has had such a page.
+    """
+    geometry = ledger.geometry
+    count = KEYS_AND_VALUES * geometry.batch * geometry.kv_heads
+    dim = max(geometry.key_dim, geometry.value_dim)
+    slot_bytes = ledger.home.format.row_tokens * dim * geometry.dtype.itemsize
+    slots = ledger.begun_slots
+    if slots is None or slots.shape != (count, slot_bytes):  # rows may have come or gone
+        with torch.inference_mode(False):
+            slots = device.host_empty(count * slot_bytes).view(count, slot_bytes)
+        ledger.begun_slots = slots
+    return slots
+
+
+def addressed(device: Device, memory: torch.Tensor) -> torch.Tensor:
+    """Return slots of host memory as the device addresses them.
+
+    Raises:
+        MemoryPlanError: their address is another one there.
+    """
+    with torch.inference_mode(False):
+        there = device.mapped(memory.view(-1)).view(memory.shape)
+    if there.data_ptr() != memory.data_ptr():
+        raise MemoryPlanError(
+            "this kv_cache needs one address for CPU memory on the CPU and the GPU, and this "
+            "system has two; use kv_cache=dense (--kv-cache dense)"
+        )
+    return there
 
 
 class RawPages:
@@ -40,6 +82,7 @@ class RawPages:
         block: `[slots, slot_bytes]` of uint8 in host memory, where slots are taken now.
         on_device: the same memory, as the device addresses it.
         taken: `[1]` of int64 on the device: slots taken of the block.
+        begun_taken: the same of a layer's own slots, from 0 on for each of its pages.
     """
 
     block: torch.Tensor
@@ -53,6 +96,7 @@ class RawPages:
         self._known = self._slots  # of the block, and so there is none yet
         with torch.inference_mode(False):  # or they could not be written to outside it
             self.taken = torch.zeros(1, dtype=torch.int64, device=device.torch_device)
+            self.begun_taken = torch.zeros_like(self.taken)
             memory = device.host_empty(_COUNTS * torch.int64.itemsize)
             self._seen = memory.view(torch.int64)
             self._seen_on_device = device.mapped(memory).view(torch.int64)
@@ -87,11 +131,6 @@ class RawPages:
         with torch.inference_mode(False):
             memory = self._device.host_empty(self._slots * self._slot_bytes)
             self.block = memory.view(self._slots, self._slot_bytes)
-            self.on_device = self._device.mapped(memory).view(self._slots, self._slot_bytes)
-        if self.on_device.data_ptr() != memory.data_ptr():
-            raise MemoryPlanError(
-                "this kv_cache needs one address for CPU memory on the CPU and the GPU, and this "
-                "system has two; use kv_cache=dense (--kv-cache dense)"
-            )
+        self.on_device = addressed(self._device, self.block)
         self.taken.zero_()
         self._known = 0

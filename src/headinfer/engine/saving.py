@@ -11,7 +11,7 @@ import torch
 
 from headinfer.engine.changes import ChangeableTokens
 from headinfer.engine.disk_tiles import tile_now
-from headinfer.engine.packed_here import pack_here, unpack_here
+from headinfer.engine.packed_here import pack_here, state_access, unpack_here
 from headinfer.kv.extent import Tile
 from headinfer.kv.ledger import Ledger
 from headinfer.kv.pair import KV
@@ -108,13 +108,13 @@ class SavableTokens(ChangeableTokens):
                     tokens = ledger.sent_at_once(end - ledger.host_tokens)
                     ledger.reserve(ledger.host_tokens + tokens)  # it may still be on its way
                     for tile in ledger.extend_host(tokens):
-                        self._take(tile, part.cut(_places(tile, start)))
+                        self._take(ledger, tile, part.cut(_places(tile, start)))
 
-    def _take(self, tile: Tile, new: KV) -> None:
+    def _take(self, ledger: Ledger, tile: Tile, new: KV) -> None:
         """Write tokens to host memory."""
         self._note_access(tile, write=True)
         if tile.format is not Format.DENSE:
-            pack_here(self._device, tile, new)
+            pack_here(self._device, ledger, tile, new)
         else:
             _copy(tile.kv, new)
 
@@ -137,7 +137,7 @@ class SavableTokens(ChangeableTokens):
         return ledger.track.window_tokens is None
 
     def _note_access(self, tile: Tile, *, write: bool) -> None:
-        self._device.host_access(tile.piece.memory, write=write, purpose="a saved session")
+        state_access(self._device, tile, write=write, purpose="a saved session")
 
 
 def _copy(place: KV, source: KV) -> None:

@@ -3,15 +3,16 @@
 import logging
 from dataclasses import dataclass
 
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from headinfer.generation.candidates import Assistant, Drafter, Itself, Lookup
 from headinfer.generation.pace import MOST_DRAFTED, FixedPace, MeasuredPace, Number, Pace
 from headinfer.generation.settings import Settings
 from headinfer.integration.cache import OffloadedCache
-from headinfer.integration.layer import OffloadedLayer
 from headinfer.integration.rotary import rotary_modules_by_length
 from headinfer.integration.said import SaidOnce
+from headinfer.integration.support import layer_kind
+from headinfer.plan.shape import LayerKind
 from headinfer.session import Session
 
 _logger = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ class Drafts:
         found = self._drafter(model, settings, cache, session)
         if found is None and self.number is None:
             return None
-        obstacle = _obstacle(model, settings, cache)
+        obstacle = _obstacle(model, settings)
         if found is None and obstacle is None:
             obstacle = "no tokens are set aside for it (draft_tokens), and nobody else drafts"
         if found is None or obstacle is not None:
@@ -69,6 +70,16 @@ class Drafts:
             return drafter, FixedPace(lookup)
         _say("each of several ranks would go by its own clock; give a number to draft")
         return None
+
+    def assistant_tokens(self, model: PreTrainedModel, settings: Settings, tokens: int) -> int:
+        """Return how many of an answer's tokens the assistant holds: none where it cannot draft.
+
+        Args:
+            model: that answers.
+            settings: of the answer.
+            tokens: of prompt and answer.
+        """
+        return tokens if _obstacle(model, settings) is None else 0
 
     def _drafter(
         self, model: PreTrainedModel, settings: Settings, cache: OffloadedCache, session: Session
@@ -90,11 +101,12 @@ def _say(why: str) -> None:
     _said.say(logging.WARNING, why, "nothing is drafted: %s", why)
 
 
-def _obstacle(model: PreTrainedModel, settings: Settings, cache: OffloadedCache) -> str | None:
+def _obstacle(model: PreTrainedModel, settings: Settings) -> str | None:
     """Return why an answer cannot have drafts; None where it can."""
     if settings.rows > 1:
         return "drafts are for one row, and this answer has several"
-    if not all(isinstance(layer, OffloadedLayer) for layer in cache.layers):
+    layers = DynamicCache(config=model.config).layers
+    if any(layer_kind(layer) is LayerKind.STATE for layer in layers):
         return "the model has recurrent states, which cannot be taken back"
     if rotary_modules_by_length(
         model

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from headinfer.device.launch_queues import deepen_launch_queues
 from headinfer.errors import OptionError
 from headinfer.plan.host_room import HostRoom
 from headinfer.plan.memory import weights_room_bytes
@@ -42,6 +43,11 @@ class Gpus:
             )
         most = tuple(own.device_memory_bytes for own in options.of_devices(count))
         return cls(count, most, options.host_memory_bytes or 0)
+
+    def prepare(self) -> None:
+        """Have one thread be able to feed all of them; to be called before CUDA begins."""
+        if self.count > 1:
+            deepen_launch_queues()
 
     def check(self, device: str) -> None:
         """Check that they are there.

@@ -160,6 +160,8 @@ def generate(
     def with_model() -> Generator[Generated, None, None]:
         attached_options, loaded, own_tokenizer = options, model, tokenizer
         if source is not None:
+            if source.gpus is not None:
+                source.gpus.prepare()
             device = choose_device(parsed.device)
             if source.gpus is not None:
                 source.gpus.check(device)
@@ -242,9 +244,10 @@ def _stream(
         _logger.warning(note)
     worker = Worker[Generated]()
     tokens = len(ids) + settings.max_new_tokens
+    held = drafts.assistant_tokens(model, settings, tokens)
     with (
         _attached(model, options) as session,
-        session.assistants.during(drafts.assistant, tokens),
+        session.assistants.during(drafts.assistant, held),
     ):
         worker.ranks = session.ranks
         generation = Generation(

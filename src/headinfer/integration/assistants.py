@@ -38,12 +38,12 @@ class Assistants:
 
         Args:
             assistant: None for none.
-            tokens: of prompt and answer.
+            tokens: of prompt and answer; 0 where it drafts nothing, and so needs no cache.
         """
         if assistant is None:
             yield
             return
-        entry = assistant, _working_bytes(assistant, tokens)
+        entry = assistant, _working_bytes(assistant, tokens) if tokens else 0
         self._working.append(entry)
         try:
             yield

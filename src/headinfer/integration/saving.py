@@ -8,6 +8,7 @@ import contextlib
 import logging
 import os
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -104,6 +105,7 @@ def save_cache(
             state_values=values,
             model=model,
             rounded=engine.plan.shape.host_format.value if engine.plan.rounds else cache.rounded,
+            messages_crc32=None if messages is None else zlib.crc32(messages),
         )
         written_by = {name: version(name) for name in ("headinfer", "torch", "transformers")}
         writer.commit(index, written_by, messages)

@@ -164,15 +164,15 @@ class Extent:
         self.format = geometry.format
         self.whole = piece.views(geometry, capacity, None)
 
-    def share(self) -> "Extent":
-        """Return another extent of the same tokens in the same memory, for another ledger.
+    def share(self, end: int) -> "Extent":
+        """Return another extent of the tokens before `end` in the same memory, for another ledger.
 
         That one has no memory for more.
         """
         other, piece = copy.copy(self), self.piece
-        other.capacity = self.tokens
+        other.tokens = other.capacity = min(self.tokens, end - self.start)
         before = piece.shared_tokens if piece.holders > 1 else 0
-        piece.shared_tokens = max(before, self.tokens)
+        piece.shared_tokens = max(before, other.tokens)
         piece.holders += 1
         return other
 
@@ -185,6 +185,11 @@ class Extent:
     def limit(self) -> int:
         """One past the last token there is memory for."""
         return self.start + self.capacity
+
+    @property
+    def needed_tokens(self) -> int:
+        """Tokens of the rows that it needs for what it holds."""
+        return min(self.format.covering(self.tokens), self.capacity)
 
     def tile(self, start: int, end: int, heads: slice = ALL_HEADS) -> Tile:
         """Return the tokens from `start` to before `end`, which lie within `capacity`."""

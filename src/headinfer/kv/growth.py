@@ -41,6 +41,7 @@ class Growth(HostBytes):
         missing = self.missing_tokens(tokens)
         if missing > 0:
             start = self.capacity_tokens
+            missing = self.home.format.covering(missing)  # their rows are paid for
             self._host.append(place.take(self.home, missing, start))
 
     def sent_at_once(self, tokens: int) -> int:

@@ -1,5 +1,7 @@
 """The host memory that one layer's tokens take, in bytes."""
 
+import torch
+
 from headinfer.kv.ahead import missing_tokens
 from headinfer.kv.extent import Extent, Piece
 from headinfer.kv.pair import Geometry
@@ -12,10 +14,13 @@ class HostBytes:
     Attributes:
         home: shape and dtype, and the form in host memory.
         coming: memory that was asked for, and not taken yet.
+        begun_slots: `[slots, slot_bytes]` of uint8 in host memory, for the raw copies of a page
+            that is not full; None where there was none. See `slots_of_begun_page`.
     """
 
     home: Geometry
     coming: Coming
+    begun_slots: torch.Tensor | None = None
     _host: list[Extent]
     _written_tokens: int
 
@@ -39,6 +44,12 @@ class HostBytes:
             if extent.start <= tokens < extent.limit:
                 return (extent.start - tokens) % extent.format.row_tokens
         return 0
+
+    @property
+    def begun_tokens(self) -> int:
+        """Tokens of the host's last page, where that is not full."""
+        last = next((extent for extent in reversed(self._host) if extent.tokens), None)
+        return 0 if last is None else last.tokens % last.format.row_tokens
 
     @property
     def host_bytes(self) -> int:

@@ -294,7 +294,7 @@ class Ledger(Growth, HostBytes, Drafted):
             assert isinstance(place, DiskPlace)
             return place.select(source, old, self.home, rows)
         in_place = not anew and len(rows) == old.batch and source.piece.holders == 1
-        capacity = source.tokens if anew else source.capacity
+        capacity = source.needed_tokens if anew else source.capacity
         target = source if in_place else place.take(self.home, capacity, source.start)
         place.copy_rows(source, target, rows)
         return target
@@ -303,12 +303,15 @@ class Ledger(Growth, HostBytes, Drafted):
         """Hold the tokens that another ledger's host memory holds, in the same memory.
 
         This ledger must be empty. Whoever of the two first changes what both hold takes memory of
-        its own for that.
+        its own for that. A page that is not full is left out, with memory for a copy.
         """
         assert not self.tokens
         self.clear()
-        self._host = [extent.share() for extent in other._host if extent.tokens]
-        self.host_tokens = self._written_tokens = other.host_tokens
+        shared = other.host_tokens - other.begun_tokens
+        self._host = [extent.share(shared) for extent in other._host if extent.start < shared]
+        if other.begun_tokens:
+            self._host.append(self._place.take(self.home, self.home.format.row_tokens, shared))
+        self.host_tokens = self._written_tokens = shared
         self.version += 1
 
     def trim(self) -> None:
@@ -323,7 +326,7 @@ class Ledger(Growth, HostBytes, Drafted):
         while self._host:  # forgotten first: given back twice, others would lose it
             self._place.give_back(self._host.pop())
         self.host_tokens = self._written_tokens = 0
-        self.tail = None
+        self.tail = self.begun_slots = None
         if self.draft is not None:
             self.draft.forget()
         if self.resident is not None:

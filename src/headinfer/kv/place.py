@@ -47,7 +47,8 @@ class Coming:
         return sum([each.num_bytes for each in self._asked if not each.memory.done()])
 
     def ask(self, geometry: Geometry, tokens: int) -> None:
-        """Have memory for `tokens` tokens more got in the background, in one piece."""
+        """Have memory for the rows of `tokens` tokens got in the background, in one piece."""
+        tokens = geometry.format.covering(tokens)
         num_bytes = geometry.num_bytes(tokens)
         self._asked.append(_Asked(tokens, num_bytes, self._device.host_ahead(num_bytes)))
 

@@ -74,7 +74,14 @@ def raw_copies(
 
 
 class CpuCodec:
-    """A codec for tensors in memory of the CPU: in C where that can be had, else by torch."""
+    """A codec for tensors in memory of the CPU: in C where that can be had, else by torch.
+
+    Args:
+        threads: that share the work in C; as many as torch is set to by default.
+    """
+
+    def __init__(self, threads: int | None = None) -> None:
+        self._threads = threads
 
     def pack(self, values: torch.Tensor, pages: torch.Tensor) -> None:
         """Pack values."""
@@ -82,7 +89,7 @@ class CpuCodec:
         if library is None or values.stride(3) != 1:
             reference.pack(values, pages)
         else:
-            pack_native(library, values, pages)
+            pack_native(library, values, pages, self._threads)
 
     def unpack(
         self,
@@ -99,7 +106,7 @@ class CpuCodec:
         if library is None or values.stride(3) != 1:
             reference.unpack(pages, dim, tokens, values)
         else:
-            unpack_native(library, pages, values)
+            unpack_native(library, pages, values, self._threads)
 
     def keep_raw(
         self, values: torch.Tensor, pages: torch.Tensor, raw: torch.Tensor, taken: torch.Tensor
@@ -129,10 +136,7 @@ def codec_for(where: torch.device) -> Codec:
     try:
         from headinfer.packed.fused import TritonCodec
     except ImportError:
-        raise OptionError(
-            f"kv_cache=packed needs Triton for {where}, and it cannot be imported; use "
-            "kv_cache=dense (--kv-cache dense)"
-        ) from None
+        raise without_triton("packed", where) from None
     return checked(TritonCodec(), where)
 
 
@@ -145,14 +149,44 @@ def checked(codec: Codec, where: torch.device) -> Codec:
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(_CHECKED_SHAPE, generator=generator).bfloat16()
     values[0, 0, 3, :5] *= 2.0**60  # which escape
-    wanted, there = reference.pack(values), values.to(where)
-    pages = torch.zeros_like(wanted, device=where)
-    back = torch.zeros_like(there)
-    codec.pack(there, pages)
-    codec.unpack(pages, back)
-    if torch.equal(pages.cpu(), wanted) and torch.equal(back, there):
+    return compared(codec, where, values, reference.pack(values), values, "packed")
+
+
+def compared(
+    codec: Codec,
+    where: torch.device,
+    values: torch.Tensor,
+    pages: torch.Tensor,
+    given: torch.Tensor,
+    form: str,
+) -> Codec:
+    """Return a codec that gives a reference's bytes on a device.
+
+    Args:
+        codec: tried there.
+        where: the device.
+        values: to be packed.
+        pages: what the reference packs them to.
+        given: the values that the reference gives of its pages.
+        form: as users name it.
+
+    Raises:
+        OptionError: it gives others.
+    """
+    made, back = torch.zeros_like(pages, device=where), torch.zeros_like(values, device=where)
+    codec.pack(values.to(where), made)
+    codec.unpack(made, back)
+    if torch.equal(made.cpu(), pages) and torch.equal(back.cpu(), given):
         return codec
     raise OptionError(
-        f"kv_cache=packed fails its check on {where}: packed values differ from the reference's; "
-        "use kv_cache=dense (--kv-cache dense)"
+        f"kv_cache={form} fails its check on {where}: its pages or values differ from the "
+        "reference's; use kv_cache=dense (--kv-cache dense)"
+    )
+
+
+def without_triton(form: str, where: torch.device) -> OptionError:
+    """Return the error where a form needs Triton, and it cannot be imported."""
+    return OptionError(
+        f"kv_cache={form} needs Triton for {where}, and it cannot be imported; use "
+        "kv_cache=dense (--kv-cache dense)"
     )

@@ -3,16 +3,16 @@
 import torch
 
 from headinfer.native.triton_launch import Program, power_of_2
+from headinfer.packed.keeping import keep_raw
 from headinfer.packed.layout import PageLayout, num_pages
 from headinfer.packed.reference import overflowed
-from headinfer.packed.triton_pages import keep_raw_pages, pack_pages, unpack_pages
+from headinfer.packed.triton_pages import pack_pages, unpack_pages
 
 _AT_ONCE = 2048
 """Codes that a program handles at a time: 16 for each of its threads, which one load reads."""
 
 _UNPACK = Program(unpack_pages, num_warps=4)
 _PACK = Program(pack_pages, num_warps=4)
-_KEEP_RAW = Program(keep_raw_pages, num_warps=4)
 
 
 class TritonCodec:
@@ -76,22 +76,9 @@ class TritonCodec:
     def keep_raw(
         self, values: torch.Tensor, pages: torch.Tensor, raw: torch.Tensor, taken: torch.Tensor
     ) -> None:
-        """Copy the values of pages that have overflowed, and write into these where the copies are.
-
-        Args:
-            values: as they were packed.
-            pages: as they were packed.
-            raw: `[slots, slot_bytes]` of uint8 in memory of the CPU, as the device addresses it.
-            taken: `[1]` of int64 on the device: slots that are taken; counted up.
-        """
-        batch, heads, tokens, dim = values.shape
-        _KEEP_RAW.launch(
-            (num_pages(tokens), batch * heads, 1),
-            (values.view(torch.int16), pages, raw, taken),
-            (tokens, heads, raw.stride(0)),
-            (*values.stride()[:3], *pages.stride()[:3]),
-            (dim, _block(dim)),
-        )
+        """Copy the values of pages that have overflowed; see `keeping.keep_raw`."""
+        flag = PageLayout(values.shape[3]).raw_flag
+        keep_raw(values.view(torch.int16), pages, raw, taken, flag)
 
     def overflowed(self, pages: torch.Tensor, dim: int) -> torch.Tensor:
         """Return which pages have overflowed, bool `[batch, heads, pages]`."""

@@ -23,6 +23,7 @@ of 16. Whoever packed the page owns that memory.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 PAGE_TOKENS = 64
 """Tokens of a page. What of a page holds no token is packed as zeros."""
@@ -36,6 +37,7 @@ ESCAPE = 15
 MAX_BASE = 255 - WINDOW
 
 HEADER_BYTES = 8
+_BASE_AT = 2  # the byte behind says whether the page has overflowed
 ADDRESS_BYTES = 8
 _ESCAPE_BYTES = 3
 _DIM_MULTIPLE = 16
@@ -46,6 +48,22 @@ _LINE_BYTES = 64
 def packs(dim: int) -> bool:
     """Whether keys or values of so many elements can be packed."""
     return 0 < dim <= _MAX_DIM and dim % _DIM_MULTIPLE == 0
+
+
+class RawFlag(NamedTuple):
+    """A mark of pages that are kept as they are: where it is, and where they say they lie.
+
+    Attributes:
+        at: where two bytes of a page are, little-endian.
+        mask: which bits of them matter.
+        bits: what these are in a page that is kept as it is.
+        address_at: where the address of its values begins.
+    """
+
+    at: int
+    mask: int
+    bits: int
+    address_at: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +110,11 @@ class PageLayout:
     def page_bytes(self) -> int:
         """Bytes of a page, a multiple of 64."""
         return self.header_at + self._area_bytes
+
+    @property
+    def raw_flag(self) -> RawFlag:
+        """What marks a page that has overflowed."""
+        return RawFlag(self.header_at + _BASE_AT, 0xFF00, 1 << 8, self.places_at)
 
     @property
     def raw_bytes(self) -> int:

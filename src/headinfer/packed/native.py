@@ -17,7 +17,7 @@ class _Pages(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("values", "pages")),
-        *((name, ctypes.c_int64) for name in ("batch", "heads", "tokens")),
+        *((name, ctypes.c_int64) for name in ("batch", "heads", "tokens", "threads")),
         *((name, _Strides) for name in ("value_strides", "page_strides")),
     )
 
@@ -34,23 +34,33 @@ def pages_library(dim: int) -> ctypes.CDLL | None:
     return library
 
 
-def pack_native(library: ctypes.CDLL, values: torch.Tensor, pages: torch.Tensor) -> None:
-    """Pack `[batch, heads, tokens, dim]` into pages; both have a unit last stride."""
-    take_torchs_threads()
-    library.pack(ctypes.byref(_block(values, pages)))
+def pack_native(
+    library: ctypes.CDLL, values: torch.Tensor, pages: torch.Tensor, threads: int | None = None
+) -> None:
+    """Pack `[batch, heads, tokens, dim]` into pages; both have a unit last stride.
+
+    Args:
+        library: compiled for the dim.
+        values: read.
+        pages: written.
+        threads: that share the work; as many as torch is set to by default.
+    """
+    library.pack(ctypes.byref(_block(values, pages, threads)))
 
 
-def unpack_native(library: ctypes.CDLL, pages: torch.Tensor, values: torch.Tensor) -> None:
-    """Unpack pages into `[batch, heads, tokens, dim]`; both have a unit last stride."""
-    take_torchs_threads()
-    library.unpack(ctypes.byref(_block(values, pages)))
+def unpack_native(
+    library: ctypes.CDLL, pages: torch.Tensor, values: torch.Tensor, threads: int | None = None
+) -> None:
+    """Unpack pages into `[batch, heads, tokens, dim]`; see `pack_native`."""
+    library.unpack(ctypes.byref(_block(values, pages, threads)))
 
 
-def _block(values: torch.Tensor, pages: torch.Tensor) -> _Pages:
+def _block(values: torch.Tensor, pages: torch.Tensor, threads: int | None) -> _Pages:
     batch, heads, tokens, _ = values.shape
     assert values.stride(3) == pages.stride(3) == 1
     assert pages.shape[2] >= num_pages(tokens)
     return _Pages(
         *(values.data_ptr(), pages.data_ptr(), batch, heads, tokens),
+        threads or take_torchs_threads(),
         *(_Strides(*values.stride()[:3]), _Strides(*pages.stride()[:3])),
     )

@@ -1,5 +1,5 @@
 /*
- * Packing and unpacking of many pages, by as many threads as torch is set to. See layout.py.
+ * Packing and unpacking of many pages, by as many threads as the caller says. See layout.py.
  *
  * Compiled for one HEAD_DIM, and for PAGE_BYTES and MAX_ESCAPES that belong to it.
  */
@@ -81,14 +81,12 @@ static void pack_page(const uint16_t *values, uint8_t *page) {
 struct pages {
     uint16_t *values;
     uint8_t *pages;
-    int64_t batch, heads, tokens, value_strides[3], page_strides[3];
+    int64_t batch, heads, tokens, threads, value_strides[3], page_strides[3];
 };
-
-int omp_get_max_threads(void);
 
 static void each_page(const struct pages *p, int packs) {
     int64_t count = (p->tokens + PAGE_TOKENS - 1) / PAGE_TOKENS, all = p->batch * p->heads * count;
-#pragma omp parallel for schedule(dynamic, 4) num_threads(omp_get_max_threads())
+#pragma omp parallel for schedule(dynamic, 4) num_threads((int)p->threads)
     for (int64_t i = 0; i < all; i++) {
         uint16_t room[PAGE_TOKENS][HEAD_DIM];
         int64_t row = i / count / p->heads, head = i / count % p->heads, number = i % count;

@@ -7,6 +7,8 @@ So codes are read once for both, and all is read and written in wide pieces.
 import triton
 import triton.language as tl
 
+from headinfer.packed.triton_raw import place_of
+
 _PAGE_TOKENS = tl.constexpr(64)
 _WINDOW = tl.constexpr(14)
 _ESCAPE = tl.constexpr(15)
@@ -71,10 +73,8 @@ def unpack_pages(
         limit = tl.minimum(limit, first + tl.load(counted)).to(tl.int32)
     first_token = page * _PAGE_TOKENS
     if (first_token < limit) & (first_token + _PAGE_TOKENS > first):
-        source = pages + row // heads * page_batch + row % heads * page_head
-        source += page.to(tl.int64) * page_stride
-        target = values + row // heads * value_batch + row % heads * value_head
-        target += first_token.to(tl.int64) * value_token
+        source = place_of(pages, row, heads, page, page_batch, page_head, page_stride)
+        target = place_of(values, row, heads, first_token, value_batch, value_head, value_token)
         low = at + tl.arange(0, BLOCK)
         high = half + low
         to_low = target + _value_places(low, value_token, DIM)
@@ -203,11 +203,10 @@ def pack_pages(
     half: tl.constexpr = 32 * DIM
     page = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
-    source = values + row // heads * value_batch + row % heads * value_head
-    source += (page * _PAGE_TOKENS).to(tl.int64) * value_token
-    target = pages + row // heads * page_batch + row % heads * page_head
-    target += page.to(tl.int64) * page_stride
-    left = tokens - page * _PAGE_TOKENS
+    first_token = page * _PAGE_TOKENS
+    source = place_of(values, row, heads, first_token, value_batch, value_head, value_token)
+    target = place_of(pages, row, heads, page, page_batch, page_head, page_stride)
+    left = tokens - first_token
     low_counts = _count_exponents(source, 0, left, value_token, DIM, BLOCK)
     high_counts = _count_exponents(source, half, left, value_token, DIM, BLOCK)
     low_inside = _inside(low_counts)
@@ -252,45 +251,3 @@ def pack_pages(
             MAX_ESCAPES,
         )
         tl.store(target + 2 * half + places, (low | high << 4).to(tl.uint8))
-
-
-@triton.jit(do_not_specialize=["tokens", "heads"])
-def keep_raw_pages(
-    values,
-    pages,
-    raw,
-    taken,
-    tokens,
-    heads,
-    slot_bytes,
-    value_batch,
-    value_head,
-    value_token,
-    page_batch,
-    page_head,
-    page_stride,
-    DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Copy a page's values as they are into the next slot, and write its address, if it overflowed.
-
-    Grid: (pages, batch * heads). Arguments are those of `pack_pages`, and slots `raw[slots,
-    slot_bytes]` of uint8, of which `taken[1]` of int64 are taken.
-    """
-    half: tl.constexpr = 32 * DIM
-    page = tl.program_id(0)
-    row = tl.program_id(1).to(tl.int64)
-    target = pages + row // heads * page_batch + row % heads * page_head
-    target += page.to(tl.int64) * page_stride
-    if tl.load(target + 3 * half + 3) != 0:
-        source = values + row // heads * value_batch + row % heads * value_head
-        source += (page * _PAGE_TOKENS).to(tl.int64) * value_token
-        left = tokens - page * _PAGE_TOKENS
-        slot = raw + tl.atomic_add(taken, 1) * slot_bytes
-        to = slot.to(tl.pointer_type(tl.int16))
-        for first in range(0, 2 * half, BLOCK):
-            places = first + tl.arange(0, BLOCK)
-            bits = _load_bits(source, places, left, value_token, DIM)
-            tl.store(to + places, bits.to(tl.int16))
-        listed = target + 3 * half + _HEADER_BYTES
-        tl.store(listed.to(tl.pointer_type(tl.int64)), slot.to(tl.int64))

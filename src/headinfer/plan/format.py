@@ -35,6 +35,10 @@ class Format(enum.Enum):
         """Return the rows that so many tokens take; the last one may be partly filled."""
         return -(-tokens // self.row_tokens)
 
+    def covering(self, tokens: int) -> int:
+        """Return the tokens of the rows that so many tokens take."""
+        return self.rows(tokens) * self.row_tokens
+
     def row_bytes(self, dim: int, itemsize: int) -> int:
         """Return the bytes of a row of keys, or of values.
 

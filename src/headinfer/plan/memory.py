@@ -28,7 +28,7 @@ MOST_DRAFTED = 32
 RAW_CHUNKS = 2
 """Chunks whose packed pages may all overflow, at a time."""
 
-_KEYS_AND_VALUES = 2
+KEYS_AND_VALUES = 2
 
 ALIGNMENT_BYTES = 256
 """Every piece of the arena starts on such a boundary: what fused kernels and copy engines like."""
@@ -49,8 +49,11 @@ _CUDA_FRAGMENTS_BYTES = 512 * 2**20 - CUDA_GRAPHS_BYTES
 """What torch's allocator holds and cannot use, and cuBLAS's workspaces.
 
 Measured on the same H100, when a prefill of Llama-3-8B in chunks of 8K tokens asked for 224 MiB
-more. They took 285 MiB and 32, and 256 MiB were too few.
+more. They took 285 MiB and 32, and 256 MiB were too few. Larger chunks take more: see
+`_fragments_beyond`.
 """
+
+_CUBLAS_BYTES = 32 * 2**20
 
 _WEIGHTS_SHARE = 0.9
 """Share of the memory beside CUDA itself that weights take of a GPU; KV and activations follow."""
@@ -124,11 +127,25 @@ def packed_bytes(shape: ModelShape, *, chunk_tokens: int, batch: int) -> int:
 
 
 def raw_page_bytes(shape: ModelShape, *, chunk_tokens: int, batch: int) -> int:
-    """Bytes of host memory set aside for packed pages that overflow: for all of some chunks."""
+    """Bytes of host memory set aside for packed pages as they are.
+
+    There is room for all pages of some chunks, and for a page of each layer that is not full.
+    """
+    begun = sum(
+        layer.kv_heads * max(layer.key_dim, layer.value_dim)
+        for layer in shape.full_layers
+        if layer.host_format is not Format.DENSE
+    )
+    begun_bytes = Format.PACKED.row_tokens * KEYS_AND_VALUES * batch * begun * shape.kv_itemsize
+    return raw_chunk_bytes(shape, chunk_tokens=chunk_tokens, batch=batch) + begun_bytes
+
+
+def raw_chunk_bytes(shape: ModelShape, *, chunk_tokens: int, batch: int) -> int:
+    """Bytes of them for all pages of some chunks, should these overflow."""
     rows = Format.PACKED.rows(covering_tokens(Format.PACKED, chunk_tokens))
     layers = _packed_layers(shape)
     heads = max((layer.kv_heads for layer in layers), default=0)
-    slots = RAW_CHUNKS * batch * heads * rows * _KEYS_AND_VALUES
+    slots = RAW_CHUNKS * batch * heads * rows * KEYS_AND_VALUES
     return slots * raw_slot_bytes(shape)
 
 
@@ -271,7 +288,19 @@ def activation_bytes(
     logits = hidden * item * chunk_tokens + shape.vocab_size * (item + _FLOAT32_BYTES)
     # On the CPU torch 2.13 copies the output projection for a single 16-bit token, 2.15 does not.
     clone = shape.vocab_size * hidden * item if on_cpu and item < _FLOAT32_BYTES else 0
-    return max(batch * chunk_tokens * (common + max(phases)), batch * logits + clone)
+    tokens = batch * chunk_tokens
+    fragments = 0 if on_cpu else _fragments_beyond(tokens * shape.mlp_width * item)
+    return max(tokens * (common + max(phases)), batch * logits + clone) + fragments
+
+
+def _fragments_beyond(tensor_bytes: int) -> int:
+    """Bytes that torch's allocator holds and cannot use, more than what CUDA itself has for them.
+
+    They grow with the MLP's tensors. On an H100 they were 1.27 times such a tensor, 285 MiB, in the
+    prefill that CUDA's own share was measured by. A prompt of 100K tokens in chunks of 16K ran out
+    of memory with no more than that share.
+    """
+    return max(tensor_bytes * 4 // 3 + _CUBLAS_BYTES - _CUDA_FRAGMENTS_BYTES, 0)
 
 
 def _merge_bytes(itemsize: int, *, on_cpu: bool) -> int:

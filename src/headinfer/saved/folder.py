@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -97,6 +98,23 @@ def _is_there(name: str) -> bool:
 def _is_ours(name: str) -> bool:
     known = (INDEX_NAME, MESSAGES_NAME)
     return name.removesuffix(".new") in known or is_page_name(name)
+
+
+def messages_path(folder: Path, index: Index) -> Path:
+    """Return where the messages lie that were saved with an index.
+
+    A save that was cut off between its last two steps left them beside the older ones.
+    """
+    path, crc32 = folder / MESSAGES_NAME, index.messages_crc32
+    new = folder / f"{MESSAGES_NAME}.new"
+    return new if crc32 is not None and _crc32(path) != crc32 == _crc32(new) else path
+
+
+def _crc32(path: Path) -> int | None:
+    try:
+        return zlib.crc32(path.read_bytes())
+    except OSError:
+        return None
 
 
 def remove_unlisted(folder: Path, listed: set[str]) -> None:

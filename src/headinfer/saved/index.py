@@ -73,6 +73,7 @@ class Index:
         model: whose session it is.
         rounded: the form in which its tokens were rounded before they were saved; None where they
             are as they were computed.
+        messages_crc32: of the messages that were saved with it; None where none were.
     """
 
     rows: int
@@ -86,6 +87,7 @@ class Index:
     state_values: dict[str, Any]
     model: Fingerprint
     rounded: str | None = None
+    messages_crc32: int | None = None
 
     @property
     def files(self) -> list[FileEntry]:

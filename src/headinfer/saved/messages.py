@@ -1,6 +1,7 @@
 """The messages of a conversation, in a file beside the saved session that has read them."""
 
 import json
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -46,12 +47,18 @@ class Messages:
         """Return the messages that a saved session has; none where it is no conversation's.
 
         Raises:
-            SessionFileError: they cannot be read, or are none.
+            SessionFileError: there is no session; or they cannot be read, are none, or were not
+                saved with it.
         """
-        path = _file(folder)
+        # late, so that `--help` answers at once
+        from headinfer.saved.folder import messages_path, read_index
+
+        index = read_index(folder)
+        path = messages_path(Path(folder), index)
         wrong = f"session {folder!r}: its {path.name}"
         try:
-            body = json.loads(path.read_bytes())
+            data = path.read_bytes()
+            body = json.loads(data)
         except FileNotFoundError:
             return cls()
         except OSError as error:
@@ -67,13 +74,12 @@ class Messages:
         system, said = body.get("system"), body.get("messages")
         if not isinstance(system, str | None) or not are_messages(said):
             raise SessionFileError(f"{wrong} is damaged: it holds no messages")
+        if index.messages_crc32 not in (None, zlib.crc32(data)):
+            raise SessionFileError(
+                f"{wrong} is not the one that was saved with it; remove that file to go on from "
+                "the session's tokens alone"
+            )
         return cls(system=system, said=said)
-
-
-def _file(folder: str) -> Path:
-    from headinfer.saved.folder import MESSAGES_NAME  # late, so that `--help` answers at once
-
-    return Path(folder) / MESSAGES_NAME
 
 
 def are_messages(given: Any) -> TypeGuard[list[Message]]:

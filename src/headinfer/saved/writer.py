@@ -23,6 +23,8 @@ from headinfer.saved.folder import (
     MESSAGES_NAME,
     check_saveable,
     holding,
+    messages_path,
+    read_index,
     remove_unlisted,
     session_name,
     synchronize_folder,
@@ -234,12 +236,21 @@ def _writing(folder: Path, num_bytes: int) -> Iterator[SessionWriter]:
             f"the session needs {format_bytes(num_bytes)} on disk, and {format_bytes(free)} are "
             f"free where {str(folder)!r} is; free some, or choose another place"
         )
+    _settle_messages(folder)
     writer = SessionWriter(folder)
     try:
         yield writer
     finally:
         writer.close()
         writer.abandon()
+
+
+def _settle_messages(folder: Path) -> None:
+    """Do what a save that was cut off left to do, as this one may leave the messages alone."""
+    with contextlib.suppress(OSError, SessionFileError):  # there may be no session yet
+        path = messages_path(folder, read_index(folder))
+        if path.name != MESSAGES_NAME:
+            os.replace(path, folder / MESSAGES_NAME)
 
 
 def _write_file(path: Path, data: memoryview) -> io.FileIO:
