@@ -1,7 +1,6 @@
 """Budgets, plans, engines and caches of one attached model."""
 
 import contextlib
-import dataclasses
 import functools
 import os
 import weakref
@@ -30,11 +29,10 @@ from headinfer.integration.linears import FewRowLinears
 from headinfer.integration.model_shape import model_shape
 from headinfer.integration.parts import (
     bytes_left,
-    go_on_under,
     making_room,
     parts_of,
-    passing_together,
     planned_together,
+    whole_together,
 )
 from headinfer.integration.placement import Placement
 from headinfer.integration.room import room_of
@@ -43,7 +41,7 @@ from headinfer.integration.shards import rank_shape, ranks_of, tell_of_ranks
 from headinfer.plan.host_room import HostRoom
 from headinfer.plan.narrow import with_fewer_residents
 from headinfer.plan.options import Options
-from headinfer.plan.plan import Plan, joined
+from headinfer.plan.plan import Plan
 from headinfer.plan.streaming import with_pattern
 from headinfer.saved.fingerprint import Fingerprint, fingerprint
 
@@ -73,6 +71,7 @@ class Session:
         busy: a watch on where the chunks of a prompt are.
         ranks: the processes that compute the model; each has a session of its own.
         assistants: of the answers that are under way, for plans to count.
+        disk: below host memory, where one is.
     """
 
     def __init__(
@@ -96,7 +95,7 @@ class Session:
         self.parts = parts_of(self._shape, placement, devices, options, self.ranks.on_host)
         device = self.device = self.parts[0].device
         self.busy = BusyTimes([part.device for part in self.parts])
-        self._disk = DiskBelow(options, self._shape, len(self.parts), device, self.ranks.size)
+        self.disk = DiskBelow(options, self._shape, len(self.parts), device, self.ranks.size)
         self._engines: weakref.WeakSet[CacheEngine] = weakref.WeakSet()
         self._attached = False
         self.plan = self._resolve(1, None, [], model.dtype)
@@ -169,7 +168,7 @@ class Session:
         self._attachment.remove()
         self._attached = False
         with contextlib.ExitStack() as closing:  # all of them, also where one raises
-            closing.callback(self._disk.close)
+            closing.callback(self.disk.close)
             for engine in list(self._engines):
                 closing.callback(engine.close)
 
@@ -197,21 +196,28 @@ class Session:
         others = [each for each in self._engines if not (each.closed or each.parked)]
         others = [each for each in others if each is not replacing]
         dtype = dtype or (self.kv_dtype() if replacing is None else replacing.dtype)
+        room = functools.partial(self.host_room, self.plan.activation_bytes)
+        room_bytes = self.disk.room_bytes(room, replacing)
         try:
-            plan = self._resolve(batch, context_tokens, others, dtype)
+            plan = self._resolve(batch, context_tokens, others, dtype, room_bytes)
         except MemoryPlanError:
             keeping = [each for each in others if any(part.can_give_up for part in each.parts)]
             if not self.ranks.any(bool(keeping)):
                 raise
             for engine in keeping:
                 engine.give_up_residents()
-            plan = self._resolve(batch, context_tokens, others, dtype)
+            plan = self._resolve(batch, context_tokens, others, dtype, room_bytes)
         plan = making_room(plan, [engine.parts for engine in others])
         left = functools.partial(self.host_room, plan.activation_bytes)
-        return self._disk.planned(plan, left, replacing, list(self._engines))
+        return self.disk.planned(plan, left, replacing, list(self._engines))
 
     def _resolve(
-        self, batch: int, context_tokens: int | None, others: list[CacheEngine], dtype: torch.dtype
+        self,
+        batch: int,
+        context_tokens: int | None,
+        others: list[CacheEngine],
+        dtype: torch.dtype,
+        disk_room_bytes: int | None = None,
     ) -> Plan:
         """Return a plan that fits; where it fits on some ranks alone, none has one."""
         plan = self.ranks.together(
@@ -220,6 +226,7 @@ class Session:
                 [engine.parts for engine in others],
                 dtype,
                 self.assistants.on,
+                disk_room_bytes,
             )
         )
         # When a cache has outgrown its residents, all ranks plan anew.
@@ -245,7 +252,7 @@ class Session:
     def make_engine(self, plan: Plan, dtype: torch.dtype, *, parked: bool = False) -> CacheEngine:
         """Return an engine for a cache of keys and values in a dtype."""
         engines = [
-            Engine(part.device, own, dtype, self.stats, parked=parked, file=self._disk.file)
+            Engine(part.device, own, dtype, self.stats, parked=parked, file=self.disk.file)
             for part, own in zip(self.parts, plan.of_devices, strict=True)
         ]
         engine: CacheEngine = engines[0]
@@ -264,7 +271,11 @@ class Session:
     def missing_host_bytes(self, cache: OffloadedCache, tokens: int) -> int:
         """Return the bytes of host memory that a cache of one row lacks for so many tokens."""
         engine = cache.state.engine
-        return self.plan.kv_host_bytes(tokens) if engine is None else engine.missing_bytes(tokens)
+        return self.host_bytes_for(tokens) if engine is None else engine.missing_bytes(tokens)
+
+    def host_bytes_for(self, tokens: int) -> int:
+        """Return the bytes of host memory that a new cache of one row cannot do without."""
+        return self.disk.host_bytes(self.plan, tokens)
 
     def check_host_room(self, needed_bytes: int, working_bytes: int, what: str) -> None:
         """Refuse KV that host memory has no room for, on all ranks if on one.
@@ -300,15 +311,7 @@ class Session:
         Raises:
             MemoryPlanError: the device memory does not hold the activations of so many tokens.
         """
-        engine = cache.state.engine
-        if engine is None:
-            plans = [dataclasses.replace(plan, batch=batch) for plan in self.plan.of_devices]
-        else:
-            plans = [own.plan for own in engine.parts]
-        whole = passing_together(self.parts, plans, tokens, self.ranks)
-        if engine is not None:
-            go_on_under(whole, engine.parts)
-        return joined(self._shape if engine is None else engine.plan.shape, whole)
+        return whole_together(self.parts, self.plan, cache.state.engine, batch, tokens, self.ranks)
 
     @property
     def stages(self) -> int:

@@ -8,6 +8,7 @@ import torch
 
 from headinfer.device.base import Device
 from headinfer.device.identity import identity
+from headinfer.disk.mount import mount_of
 from headinfer.errors import OptionError
 from headinfer.plan.hardware import Hardware
 from headinfer.plan.measured import load_measured
@@ -31,16 +32,20 @@ def warn_of_options_for_a_device(options: Options) -> None:
             )
 
 
-def measured_hardware(device: Device, sharing: int = 1) -> Hardware | None:
+def measured_hardware(
+    device: Device, sharing: int = 1, disk_cache: str | None = None
+) -> Hardware | None:
     """Return what `headinfer probe` measured of a machine; a simulated device has no rates.
 
     Args:
         device: where attention is computed.
         sharing: processes of one model that share the CPU and its memory.
+        disk_cache: a folder on the disk below host memory; None for no disk.
     """
     if device.name == "simulated":
         return None
-    measured = load_measured(identity(device.name))
+    disk = None if disk_cache is None else mount_of(disk_cache).disk
+    measured = load_measured(identity(device.name), disk)
     return measured if measured is None or sharing == 1 else measured.shared_by(sharing)
 
 

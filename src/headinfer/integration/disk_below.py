@@ -4,15 +4,19 @@ from collections.abc import Callable, Iterable
 
 from headinfer.device.base import Device
 from headinfer.disk.file import SpillFile
+from headinfer.disk.mount import free_bytes
 from headinfer.engine.engine import Engine
 from headinfer.engine.parted import CacheEngine
 from headinfer.errors import MemoryPlanError, OptionError
 from headinfer.integration.cache import OffloadedCache
+from headinfer.plan.below_host import disk_bytes, in_few_blocks
 from headinfer.plan.disk_blocks import with_disk
 from headinfer.plan.host_room import HostRoom
 from headinfer.plan.options import Options
 from headinfer.plan.plan import Plan
+from headinfer.plan.resolve import least_plan
 from headinfer.plan.shape import ModelShape
+from headinfer.units import format_bytes
 
 
 class DiskBelow:
@@ -37,6 +41,7 @@ class DiskBelow:
         self, options: Options, shape: ModelShape, devices: int, device: Device, ranks: int
     ) -> None:
         self.file: SpillFile | None = None
+        self._least: Plan | None = None  # of one row, in as little host memory as there can be
         if options.disk_cache is None:
             return
         split = devices > 1 or ranks > 1
@@ -44,6 +49,9 @@ class DiskBelow:
         if refusal is not None:
             raise OptionError(f"disk_cache {refusal}")
         self.file = SpillFile(options.disk_cache)
+        self._folder = options.disk_cache
+        if shape.kinds_of_full_layers:
+            self._least = in_few_blocks(least_plan(shape, options, device=device.name))
 
     def planned(
         self,
@@ -75,6 +83,50 @@ class DiskBelow:
                 lowered = [other.lower_blocks() for other in others]
                 if not any(lowered):
                     raise
+
+    def room_bytes(self, room: Callable[[], HostRoom], replacing: CacheEngine | None) -> int | None:
+        """Return the host memory for a cache; None where there is no disk.
+
+        Args:
+            room: returns what is left beside all caches.
+            replacing: what it has already.
+        """
+        if self.file is None:
+            return None
+        return room().kv_bytes + (0 if replacing is None else replacing.taken_host_bytes)
+
+    def host_bytes(self, plan: Plan, tokens: int) -> int:
+        """Return the host memory that a new cache cannot do without.
+
+        Args:
+            plan: of one row, without blocks.
+            tokens: in it.
+        """
+        needed_bytes = plan.kv_host_bytes(tokens)
+        if self._least is None:
+            return needed_bytes
+        return min(needed_bytes, self._least.kv_host_bytes(tokens))
+
+    def check(self, tokens: int, room_bytes: int) -> None:
+        """Refuse a prompt and its answer that host memory and the disk together never hold.
+
+        Args:
+            tokens: of both, in one row.
+            room_bytes: host memory that its cache can have once all else has ended.
+
+        Raises:
+            MemoryPlanError: there is no room.
+        """
+        if self.file is None or self._least is None:
+            return
+        below_bytes = disk_bytes(with_disk(self._least, room_bytes), tokens)
+        free = free_bytes(self._folder) + self.file.size_bytes  # what others have there, they free
+        if below_bytes > free:
+            raise MemoryPlanError(
+                f"prompt and answer of {tokens:,} tokens need {format_bytes(below_bytes)} below "
+                f"CPU memory, and disk_cache {self._folder!r} has room for {format_bytes(free)}; "
+                "shorten the prompt, ask for fewer new tokens, free space or give more host_memory"
+            )
 
     def close(self) -> None:
         """Give the file up, with no cache left."""

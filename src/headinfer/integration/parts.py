@@ -10,6 +10,7 @@ from headinfer.device.base import Device
 from headinfer.device.host_memory import available_host_bytes
 from headinfer.device.make import measured_hardware
 from headinfer.engine.engine import Engine
+from headinfer.engine.parted import CacheEngine
 from headinfer.errors import MemoryPlanError, UnsupportedModelError
 from headinfer.integration.host_format import with_kv_dtype
 from headinfer.integration.placement import Placement
@@ -60,6 +61,7 @@ class ModelPart:
         dtype: torch.dtype,
         assistant: AssistantBytes,
         chunk_tokens: int | None = None,
+        disk_room_bytes: int | None = None,
     ) -> Plan:
         """Return the plan of a cache's layers here, beside what other caches have on the device.
 
@@ -70,6 +72,7 @@ class ModelPart:
             dtype: of keys and values.
             assistant: what assistants take of this device.
             chunk_tokens: tokens of a chunk that all parts can pass; None for the best here.
+            disk_room_bytes: as in `headinfer.plan.resolve.resolve`.
 
         Raises:
             MemoryPlanError: no plan fits.
@@ -97,6 +100,7 @@ class ModelPart:
                 batch=batch,
                 context_tokens=context_tokens,
                 hardware=self.hardware,
+                disk_room_bytes=disk_room_bytes,
             )
         except MemoryPlanError as error:
             reason = f"{self.label}{error}"
@@ -138,6 +142,7 @@ def planned_together(
     others: Sequence[Sequence[Engine]],
     dtype: torch.dtype,
     assistants: Callable[[torch.device], AssistantBytes],
+    disk_room_bytes: int | None = None,
 ) -> Plan:
     """Return the plan of a cache, whose parts pass chunks of as many tokens.
 
@@ -149,6 +154,7 @@ def planned_together(
         others: the engines of each other cache, one for each part.
         dtype: of the cache's keys and values.
         assistants: returns what they take of a device.
+        disk_room_bytes: as in `headinfer.plan.resolve.resolve`.
 
     Raises:
         MemoryPlanError: no plan fits.
@@ -158,7 +164,8 @@ def planned_together(
         here = [engines[number] for engines in others]
         part = parts[number]
         assistant = assistants(part.device.torch_device)
-        return part.resolve(batch, context_tokens, here, dtype, assistant, chunk_tokens)
+        sizes = (chunk_tokens, disk_room_bytes)
+        return part.resolve(batch, context_tokens, here, dtype, assistant, *sizes)
 
     plans = [planned(number) for number in range(len(parts))]
     least = min(plan.chunk_tokens for plan in plans)  # a chunk passes through all parts
@@ -200,6 +207,35 @@ def passing_together(
     )
     least = ranks.least(*(plan.resident_tokens for plan in whole))
     return [with_fewer_residents(*each) for each in zip(whole, least, strict=True)]
+
+
+def whole_together(
+    parts: Sequence[ModelPart],
+    plan: Plan,
+    engine: CacheEngine | None,
+    batch: int,
+    tokens: int,
+    ranks: Ranks,
+) -> Plan:
+    """Return the plan of a cache, changed for a call whose tokens all pass at once.
+
+    Args:
+        parts: of the model.
+        plan: of one row, for a cache without an engine.
+        engine: of the cache, which goes on under the new plan; None where it has none.
+        batch: rows.
+        tokens: of each row, in the call.
+        ranks: the processes that compute the model.
+
+    Raises:
+        MemoryPlanError: a device does not hold the activations of so many tokens.
+    """
+    if engine is None:
+        plans = [dataclasses.replace(own, batch=batch) for own in plan.of_devices]
+        return joined(plan.shape, passing_together(parts, plans, tokens, ranks))
+    whole = passing_together(parts, [own.plan for own in engine.parts], tokens, ranks)
+    go_on_under(whole, engine.parts)
+    return joined(engine.plan.shape, whole)
 
 
 def bytes_left(device: Device) -> int:
@@ -255,7 +291,7 @@ def parts_of(
             layers=tuple(layers),
             shape=shape if whole else _part_of(shape, layers),
             options=own,
-            hardware=measured_hardware(device, sharing),
+            hardware=measured_hardware(device, sharing, own.disk_cache),
             label="" if whole else part_label(number, len(found), len(layers)),
         )
         parts.append(part)

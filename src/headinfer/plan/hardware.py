@@ -22,11 +22,32 @@ A rule of thumb: it was not measured here.
 
 
 DISK_BYTES_PER_S = 1e9
-"""Bytes of weights that accelerate reads from a disk in a second.
+"""Bytes of weights that accelerate reads from a disk in a second, and of tokens that we do.
 
-An assumption for all machines, below what data sheets give for any drive on PCIe: it reads through
-mapped memory, a tensor at a time.
+An assumption for all machines, below what data sheets give for any drive on PCIe: accelerate reads
+through mapped memory, a tensor at a time. `headinfer probe --disk` measures the rate for tokens.
 """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskRate:
+    """A disk as measured, in the sizes and the depth that tokens are moved with.
+
+    Attributes:
+        disk: what tells it from others: its device and file system.
+        date: when, ISO 8601 in UTC.
+        direct: whether reads and writes left out the page cache.
+        read_bytes_per_s: the median of several stretches of a file.
+        best_read_bytes_per_s: the fastest of them.
+        write_bytes_per_s: the median.
+    """
+
+    disk: str
+    date: str
+    direct: bool
+    read_bytes_per_s: float
+    best_read_bytes_per_s: float
+    write_bytes_per_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +78,9 @@ class Hardware:
             None where that was not measured.
         copy_start_s: what one copy over the link takes beyond its bytes.
         peer_bytes_per_s: one GPU to another, one direction; None by way of the host.
+        disk_read_bytes_per_s: tokens on the disk below host memory to host memory.
+        disk_write_bytes_per_s: host memory to that disk.
+        disk_measured: whether the two come from `headinfer probe`, and are not assumed.
         measured: whether the rates come from `headinfer probe`, not from data sheets.
     """
 
@@ -77,6 +101,9 @@ class Hardware:
     host_shared_bytes_per_s: float | None = None
     copy_start_s: float = _COPY_START_S
     peer_bytes_per_s: float | None = None
+    disk_read_bytes_per_s: float = DISK_BYTES_PER_S
+    disk_write_bytes_per_s: float = DISK_BYTES_PER_S
+    disk_measured: bool = False
     measured: bool = False
 
     @property
@@ -93,6 +120,17 @@ class Hardware:
         """
         rate = self.brought_bytes_per_s
         return brought_bytes / rate + disk_bytes / DISK_BYTES_PER_S if rate else 0.0
+
+    def above_disk(self, rate: DiskRate | None) -> "Hardware":
+        """Return the machine with a measured disk below its host memory; None changes nothing."""
+        if rate is None:
+            return self
+        return replace(
+            self,
+            disk_read_bytes_per_s=rate.read_bytes_per_s,
+            disk_write_bytes_per_s=rate.write_bytes_per_s,
+            disk_measured=True,
+        )
 
     def with_busy_links(self, gpus: int) -> "Hardware":
         """Return what each of some GPUs has while the links of all of them are busy.

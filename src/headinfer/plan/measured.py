@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from headinfer.checked_files import DamagedError, read_private
 from headinfer.folders import cache_folder
-from headinfer.plan.hardware import Hardware
+from headinfer.plan.hardware import DiskRate, Hardware
 from headinfer.plan.measurement import Identity, Measurement, Quantity, Rate
 
 _logger = logging.getLogger(__name__)
@@ -21,7 +21,7 @@ _MAX_BYTES = 2**20
 _SMALLEST, _LARGEST = 1e-12, 1e24
 """What sizes and rates of machines lie between; with others, arithmetic may end in an error."""
 
-_Record = TypeVar("_Record", Identity, Measurement, Rate)
+_Record = TypeVar("_Record", DiskRate, Identity, Measurement, Rate)
 
 
 def measurement_path() -> Path:
@@ -33,17 +33,18 @@ def measurement_path() -> Path:
     return cache_folder() / NAME
 
 
-def load_measured(identity: Identity | None = None) -> Hardware | None:
+def load_measured(identity: Identity | None = None, disk: str | None = None) -> Hardware | None:
     """Return this machine as the planner sees it.
 
     Args:
         identity: of the machine as it is now; what was measured on another is then ignored.
+        disk: below host memory, as `DiskRate` names it; None for no disk.
 
     Returns:
         None when this machine was never probed, or the file cannot be used; a warning says why.
     """
     measurement = read_measurement(identity)
-    return measurement.hardware if measurement else None
+    return measurement.hardware_above(disk) if measurement else None
 
 
 def read_measurement(identity: Identity | None = None) -> Measurement | None:
@@ -77,14 +78,18 @@ def from_json(values: Any) -> Measurement:
     if values.get("format") != FORMAT:
         raise ValueError(f"its format is {values.get('format')!r}, not {FORMAT}")
     versions, rates = values.get("versions"), values.get("rates")
+    disks = values.get("disks", [])  # files from before disks were measured lack them
     if not isinstance(versions, dict) or not isinstance(rates, list):
         raise ValueError("versions or rates are missing")
+    if not isinstance(disks, list):
+        raise ValueError(f"disks is {disks!r}")
     measurement = _record(
         Measurement,
         values,
         identity=_record(Identity, values.get("identity")),
         versions={name: str(version) for name, version in versions.items()},
         rates=tuple(_rate(rate) for rate in rates),
+        disks=tuple(_record(DiskRate, disk) for disk in disks),
     )
     if measurement.missing:
         raise ValueError(f"it lacks {', '.join(rate.value for rate in measurement.missing)}")

@@ -6,9 +6,9 @@ would be none. Rates that predict times (attention, copies over the link) are me
 
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from headinfer.plan.hardware import THIS, Hardware
+from headinfer.plan.hardware import THIS, DiskRate, Hardware
 
 NO_GPU = "none"
 """Stands for the GPU's name where the CPU is the device."""
@@ -113,6 +113,7 @@ class Measurement:
         device_free_bytes: what was free of it.
         versions: of headinfer, torch and, where there is one, NVIDIA's driver.
         rates: in the order they were measured.
+        disks: that were measured here, now or before.
     """
 
     identity: Identity
@@ -126,6 +127,18 @@ class Measurement:
     device_free_bytes: int
     versions: Mapping[str, str]
     rates: tuple[Rate, ...]
+    disks: tuple[DiskRate, ...] = ()
+
+    def disk_rate(self, disk: str) -> DiskRate | None:
+        """Return what was measured of a disk; None where nothing was."""
+        return next((rate for rate in self.disks if rate.disk == disk), None)
+
+    def keeping_disks(self, before: "Measurement | None") -> "Measurement":
+        """Return this with the disks that an earlier one knows, and this one does not."""
+        if before is None or not replace(before.identity, gpu=None).matches(self.identity):
+            return self
+        known = [rate for rate in before.disks if self.disk_rate(rate.disk) is None]
+        return replace(self, disks=(*self.disks, *known))
 
     @property
     def has_device(self) -> bool:
@@ -202,6 +215,11 @@ class Measurement:
             needed += [Quantity.DEVICE_READ, Quantity.DECODE_ATTENTION]
             needed += [Quantity.TO_DEVICE, Quantity.TO_HOST]
         return tuple(quantity for quantity in needed if not self.rates_of(quantity))
+
+    def hardware_above(self, disk: str | None) -> Hardware | None:
+        """Return `hardware` with a disk below it, as far as that was measured."""
+        hardware, rate = self.hardware, self.disk_rate(disk) if disk else None
+        return hardware and hardware.above_disk(rate)
 
     @property
     def hardware(self) -> Hardware | None:

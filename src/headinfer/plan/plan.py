@@ -5,11 +5,9 @@ from dataclasses import dataclass, replace
 
 from headinfer.plan import memory
 from headinfer.plan.assistant import NO_ASSISTANT, AssistantBytes
-from headinfer.plan.choices import (
-    ALL_TOKENS,
-)
+from headinfer.plan.choices import ALL_TOKENS
 from headinfer.plan.shape import LayerKind, ModelShape
-from headinfer.plan.step_time import Placement
+from headinfer.plan.step_time import Placement, tokens_below
 from headinfer.schedule.route import MAX_ASKED_TOKENS, Sizes
 from headinfer.units import format_bytes, format_tokens
 
@@ -134,8 +132,7 @@ class Plan:
 
     def disk_tokens(self, tokens: int) -> int:
         """Tokens of `tokens` in each layer's rows that lie on the disk, once all were sent home."""
-        blocks = -(-tokens // self.disk_block_tokens) if self.disk_block_tokens else 0
-        return max(blocks - self.disk_host_blocks, 0) * self.disk_block_tokens
+        return tokens_below(tokens, self.disk_block_tokens, self.disk_host_blocks)
 
     @property
     def raw_page_bytes(self) -> int:
@@ -160,15 +157,18 @@ class Plan:
         """What the plan does with the KV cache, to predict its times."""
         each = self.of_devices
         resident = sum(part.shape.kv_bytes(part.resident_tokens, part.batch) for part in each)
+        tile_tokens = min(self.tile_tokens, self.disk_block_tokens or self.tile_tokens)
         all_resident = 0 < (self.context_tokens or 0) <= self.resident_tokens
         return Placement(
             batch=self.batch,
             chunk_tokens=self.chunk_tokens,
             tile_heads=self.tile_heads,
-            tile_tokens=None if all_resident else self.tile_tokens,
+            tile_tokens=None if all_resident else tile_tokens,
             resident_bytes=resident,
             host_share=self.host_share,
             overlap=self.overlap,
+            disk_block_tokens=self.disk_block_tokens,
+            disk_host_blocks=self.disk_host_blocks,
         )
 
     def host_share_at(self, new_tokens: int) -> float:

@@ -220,7 +220,9 @@ class Predictor:
     def decode(self, placement: Placement, context_tokens: int) -> Parts:
         """Return the parts of one decode step behind `context_tokens` tokens."""
         hardware, batch = self._hardware, placement.batch
-        on_host = placement.host_share * self.streamed_bytes(placement, context_tokens)
+        on_host = self._host_share(placement, context_tokens) * self.streamed_bytes(
+            placement, context_tokens
+        )
         kv_bytes = placement.kv_share * self._shape.seen_kv_bytes(context_tokens, batch)
         kv_bytes -= on_host
         compute_s = (
@@ -247,6 +249,30 @@ class Predictor:
         past_bytes = placement.batch * past_tokens * self._kv_token_bytes
         return max(past_bytes - placement.resident_bytes, 0.0)
 
+    def _host_share(self, placement: Placement, past_tokens: int) -> float:
+        """Return the host's share of what is not resident; it cannot attend what is on a disk."""
+        below = placement.disk_tokens(past_tokens)
+        if not below:
+            return placement.host_share
+        beside = past_tokens - min(self._resident_tokens(placement), past_tokens)
+        return min(placement.host_share, (past_tokens - below) / beside) if beside else 0.0
+
+    def _resident_tokens(self, placement: Placement) -> int:
+        return int(placement.resident_bytes / (placement.batch * self._kv_token_bytes or 1))
+
+    def _disk_s(self, placement: Placement, past_tokens: int, new_tokens: int) -> float:
+        """Return the seconds in which tokens are read from a disk, and new ones written to it."""
+        below = placement.disk_tokens(past_tokens)
+        read = max(below - self._resident_tokens(placement), 0)
+        # A block goes at once: each token is taken to write its own part of it.
+        spill = placement.disk_host_blocks * placement.disk_block_tokens
+        written = min(max(past_tokens + new_tokens - spill, 0), new_tokens) if spill else 0
+        token_bytes = placement.batch * sum(size for _, size in self._alike.values())
+        return token_bytes * (
+            read / self._hardware.disk_read_bytes_per_s
+            + written / self._hardware.disk_write_bytes_per_s
+        )
+
     def _host_s(self, streamed: float, asked: float, new_tokens: int) -> float:
         """Return the seconds in which the host attends its bytes, while the link reads the rest."""
         attended_s = asked / self._hardware.host_attention_at(new_tokens)
@@ -257,7 +283,7 @@ class Predictor:
     ) -> Parts:
         """Add what the steps beside attention take to what the device computes."""
         link, batch = self._hardware.link_bytes_per_s, placement.batch
-        resident_tokens = int(placement.resident_bytes / (batch * self._kv_token_bytes or 1))
+        resident_tokens = self._resident_tokens(placement)
         past, new = round(past_tokens), max(round(new_tokens), 1)
         if new > 1 and placement.tile_tokens is not None and link is not None:
             compute_s += len(self._shape.layers) * _CHUNK_LAYER_S
@@ -274,7 +300,8 @@ class Predictor:
         resident = min(past, resident_tokens)
         partials = 0.0  # of all heads, to be merged into others
         for kv_heads, (layers, token_bytes) in self._alike.items():
-            held = Held(Track(kv_heads), past, past, resident, resident_tokens)
+            track, below = Track(kv_heads), placement.disk_tokens(past)
+            held = Held(track, past, past, resident, resident_tokens, disk_tokens=below)
             before = price.attended
             for step in route_track(held, Pass.FORWARD, new, sizes, share).steps:
                 price.add(step, batch * token_bytes, layers, kv_heads)
@@ -291,4 +318,5 @@ class Predictor:
             + price.attended * _TILE_START_S
             + price.copies * hardware.copy_start_s,
             host_s=self._host_s(streamed, price.asked_bytes, new) if price.asked_bytes else 0.0,
+            disk_s=self._disk_s(placement, past, new),
         )

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from headinfer.errors import MemoryPlanError, OptionError
 from headinfer.plan import memory
+from headinfer.plan.below_host import InBlocks, share_in_memory
 from headinfer.plan.choices import (
     MIN_CHUNK_TOKENS,
     MIN_TILE_TOKENS,
@@ -34,6 +35,7 @@ def resolve(
     batch: int = 1,
     context_tokens: int | None = None,
     hardware: Hardware | None = None,
+    disk_room_bytes: int | None = None,
 ) -> Plan:
     """Turn options into a plan that fits, choosing what was left to "auto".
 
@@ -47,6 +49,8 @@ def resolve(
         batch: rows of the cache.
         context_tokens: tokens expected in the cache; None when not known yet.
         hardware: the machine whose rates predict times.
+        disk_room_bytes: host memory for the cache, where a disk lies below it: tokens then are in
+            blocks, unless there is no room for any. None for no disk.
 
     Raises:
         OptionError: a tile is larger than the model allows.
@@ -62,12 +66,21 @@ def resolve(
         context_tokens = shape.max_positions or None
         if context_tokens is None:
             raise OptionError("tile_tokens 'all' needs a known context; give a number of tokens")
-    candidates = _candidates(shape, options, device, batch, context_tokens)
+    in_blocks = InBlocks(disk_room_bytes)
+    candidates = _candidates(shape, options, device, batch, context_tokens, in_blocks)
     first = None
     for first in candidates:
         if first.fits:
             break
     else:
+        if first is None and disk_room_bytes is not None:  # whoever asks refuses it, or makes room
+            return resolve(
+                *(shape, options),
+                device=device,
+                batch=batch,
+                context_tokens=context_tokens,
+                hardware=hardware,
+            )
         raise _refusal(first, smallest_plan(shape, options, device=device, batch=batch))
     resident = _Residency(options, context_tokens)
     largest = resident.of(first)
@@ -79,7 +92,7 @@ def resolve(
     fitting = [first, *(plan for plan in candidates if plan.fits)]
     plans = [
         _with_host_share(plan, options, hardware)
-        for plan in _fastest_candidates(fitting, options, resident, context_tokens)
+        for plan in _fastest_candidates(fitting, options, resident, context_tokens, in_blocks)
     ]
     return _fastest(plans, Predictor(shape, hardware), context_tokens)
 
@@ -115,18 +128,30 @@ def _fastest(plans: list[Plan], predictor: Predictor, tokens: int) -> Plan:
 
 
 def _candidates(
-    shape: ModelShape, options: Options, device: str, batch: int, context_tokens: int | None
+    shape: ModelShape,
+    options: Options,
+    device: str,
+    batch: int,
+    context_tokens: int | None,
+    in_blocks: InBlocks,
 ) -> Iterator[Plan]:
     """Yield plans from the largest transfers to the smallest."""
     for chunk_tokens in chunk_sizes(options, device, context_tokens):
         for tile_heads, tile_tokens in tile_sizes(shape, options, device, context_tokens):
-            yield _plan(
-                shape, options, device, batch, context_tokens, chunk_tokens, tile_heads, tile_tokens
+            yield from in_blocks.of(
+                _plan(
+                    *(shape, options, device, batch, context_tokens),
+                    *(chunk_tokens, tile_heads, tile_tokens),
+                )
             )
 
 
 def _fastest_candidates(
-    fitting: list[Plan], options: Options, residency: "_Residency", context_tokens: int
+    fitting: list[Plan],
+    options: Options,
+    residency: "_Residency",
+    context_tokens: int,
+    in_blocks: InBlocks,
 ) -> Iterator[Plan]:
     """Yield those of the plans that fit among which the fastest is, the preferred ones first.
 
@@ -142,9 +167,9 @@ def _fastest_candidates(
         if plan.device == "cpu":
             continue  # its tiles are views of any size
         for tile_tokens in other_tile_tokens(options, plan.tile_tokens, context_tokens):
-            other = _replan(plan, options, tile_tokens)
-            if other.fits:
-                yield residency.of(other)
+            for other in in_blocks.of(_replan(plan, options, tile_tokens)):
+                if other.fits:
+                    yield residency.of(other)
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,10 +216,11 @@ def _with_host_share(plan: Plan, options: Options, hardware: Hardware | None) ->
     measured = hardware if hardware is not None and hardware.measured else None
     share = balanced_host_share(measured) if measured else 0.0
     verified = balanced_host_share(measured, MAX_ASKED_TOKENS) if measured and share else None
+    most = share_in_memory(plan)
     return replace(
         plan,
-        host_share=share,
-        verify_host_share=verified,
+        host_share=min(share, most),
+        verify_host_share=None if verified is None else min(verified, most),
         host_share_adapts=share > 0,
         host_unmeasured=plan.device == "cuda" and hardware is None,
     )
@@ -269,7 +295,7 @@ def _least(plans: list[Plan]) -> Plan:
 
 def least_plan(shape: ModelShape, options: Options, *, device: str, batch: int = 1) -> Plan:
     """Return the plan that takes the least device memory of those that options allow."""
-    return _least(list(_candidates(shape, options, device, batch, None)))
+    return _least(list(_candidates(shape, options, device, batch, None, InBlocks())))
 
 
 def smallest_plan(shape: ModelShape, options: Options, *, device: str, batch: int = 1) -> Plan:

@@ -61,6 +61,9 @@ class Admission:
         there = room.kv_bytes + yielding_bytes
         if needed <= there:
             return
+        if self.session.disk.file is not None:
+            self.session.disk.check(tokens, there)
+            return
         raw_bytes, page = plan.raw_page_bytes, plan.shape.host_format.row_tokens
         page_bytes = max(plan.kv_host_bytes(page) - raw_bytes, 1)  # of what grows with the tokens
         fitting = max(there - raw_bytes, 0) // page_bytes * page

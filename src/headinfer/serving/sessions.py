@@ -114,7 +114,7 @@ class Sessions:
                 "be restored"
             )
         messages = Messages.read(os.fspath(path))
-        self._shelf.make_room(self._session.plan.kv_host_bytes(index.tokens))
+        self._shelf.make_room(self._session.host_bytes_for(index.tokens))
         cache = self._session.load_cache(path, None, partial=True)
         try:
             ids = cache.token_ids

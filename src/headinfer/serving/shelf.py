@@ -88,7 +88,7 @@ class Shelf:
     def load(self, saved: SavedPrefix) -> OffloadedCache | None:
         """Return a cache with what the disk has; one that gives nothing is not listed any more."""
         assert self._folder is not None
-        self.make_room(self._session.plan.kv_host_bytes(len(saved.ids)))
+        self.make_room(self._session.host_bytes_for(len(saved.ids)))
         cache = self._folder.load(saved)
         if cache is None:
             self.unlist(saved)

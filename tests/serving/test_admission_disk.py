@@ -1,0 +1,48 @@
+"""A server above a disk admits what CPU memory and the disk hold together."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from desk_helpers import answer, ask, desk_of, stock_text, tokens
+
+from headinfer.errors import MemoryPlanError
+from headinfer.integration import disk_below
+
+MEMORY = {"device": "simulated", "host_memory": "700KiB", "chunk_tokens": 90}
+"""Room for 466 dense tokens. A block of 64 takes 96 KiB in all layers."""
+PROMPT, OTHER = tokens(640), tokens(600, seed=3)
+
+
+@pytest.fixture(scope="module")
+def disk(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return MEMORY | {"tile_tokens": 64, "disk_cache": tmp_path_factory.mktemp("disk")}
+
+
+def test_a_prompt_beyond_cpu_memory_is_admitted_and_answered(disk: dict[str, Any]) -> None:
+    without = MEMORY | {"tile_tokens": 64}
+    with desk_of("llama3", options=without) as desk, pytest.raises(MemoryPlanError, match="fit"):
+        desk.check(ask(PROMPT))
+    with desk_of("llama3", options=disk) as desk:
+        first, other = answer(desk, ask(PROMPT)), answer(desk, ask(OTHER))
+        stats = desk._served.session.stats
+        assert stats.bytes_to_disk > 0
+        assert stats.bytes_from_disk > 0
+    assert first.text == stock_text("llama3", PROMPT)
+    assert other.text == stock_text("llama3", OTHER)
+
+
+def test_what_the_disk_never_holds_is_refused_with_its_room(
+    disk: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(disk_below, "free_bytes", lambda folder: 2**20)
+    with desk_of("llama3", options=disk) as desk:
+        with pytest.raises(MemoryPlanError, match=r"has room for 1.00 MiB; shorten"):
+            desk.check(ask(tokens(1900)))
+        desk.check(ask(PROMPT))
+
+
+def test_too_little_cpu_memory_for_any_block_is_refused(disk: dict[str, Any]) -> None:
+    refusal = pytest.raises(MemoryPlanError, match=r"disk below needs .* of CPU memory at least")
+    with desk_of("llama3", options=disk | {"host_memory": "256KiB"}) as desk, refusal:
+        desk.check(ask(PROMPT))
