@@ -15,7 +15,7 @@ from measurements import CPU_ONLY, WITH_GPU, measured_here
 ROW = [
     *("method", "tile_heads", "tile_tokens", "weights_bytes", "kv_device_bytes"),
     *("activation_bytes", "runtime_bytes", "total_device_bytes", "kv_total_bytes", "kv_host_bytes"),
-    *("max_context_tokens", "prefill_s", "decode_s_per_token"),
+    *("kv_disk_bytes", "max_context_tokens", "prefill_s", "decode_s_per_token"),
 ]
 QUESTION = ("plan", "--model", "llama-3-8b", "--device-memory", "24GiB", "--host-memory", "1TiB")
 
@@ -62,7 +62,7 @@ def test_the_steps_of_the_chosen_method(cli) -> None:
 def test_json_is_as_documented(cli) -> None:
     outcome = cli(*QUESTION, "--context", "1M", "--hardware", "h200", "--json")
     document = json.loads(outcome.out)
-    assert list(document) == ["model", "hardware", "context_tokens", "methods", "chosen"]
+    assert list(document) == ["model", "hardware", "context_tokens", "disk", "methods", "chosen"]
     assert document["model"] == "llama-3-8b"
     assert document["hardware"] == "h200"
     assert document["context_tokens"] == 2**20

@@ -14,18 +14,22 @@ from headinfer.cli.options import (
     RESEARCH_PANEL,
     Dtype,
     DtypeChoice,
+    parse_flags,
     was_given,
     with_flags,
 )
 from headinfer.cli.output import STDOUT, JsonPath, check_writable, write_json
+from headinfer.disk.mount import free_bytes, mount_of
 from headinfer.errors import OptionError
 from headinfer.estimate.accounting import AccountingKind
+from headinfer.estimate.below import Disk
 from headinfer.estimate.machines import preset_hardware
 from headinfer.estimate.methods import method_plans
 from headinfer.estimate.situation import Situation
 from headinfer.plan.format import Format
 from headinfer.plan.hardware import THIS, Hardware
 from headinfer.plan.host_room import HostRoom
+from headinfer.plan.measured import read_measurement
 from headinfer.plan.options import Options
 from headinfer.plan.shape import ModelShape
 from headinfer.plan.streaming import PAPERS_SPARSITY
@@ -40,6 +44,7 @@ _MOST_GPUS = 1024
 @with_flags(
     "device_memory",
     "host_memory",
+    "disk_cache",
     "chunk_tokens",
     "kv_cache",
     "sparsity",
@@ -48,6 +53,8 @@ _MOST_GPUS = 1024
     device_memory="The most to use on the device, such as 24GiB; auto: all the hardware has.",
     host_memory="All of the host's memory, such as 1TiB; auto: what the hardware has. KV gets what "
     "the process, page tables and a reserve leave of it.",
+    disk_cache="A folder on a fast disk, for the oldest tokens that CPU memory has no room for. "
+    "Its free space counts, and its rate as `headinfer probe --disk` measured it.",
     chunk_tokens="Tokens of a prefill chunk, such as 4K, or auto.",
     kv_cache="How the KV cache lies in CPU memory, in our methods: dense, packed or auto (dense). "
     "int8 and fp8 are a method more, which is approximate.",
@@ -152,8 +159,11 @@ def plan(
             return
         if batch > _MOST_ROWS:
             raise OptionError(f"--batch must be at most {_MOST_ROWS:,}, not {batch}")
-        options = Options.parse(**flags)
+        options = parse_flags(flags)
         here, which, note = _hardware(hardware)
+        disk = None
+        if options.disk_cache is not None:
+            here, disk = _above_disk(here, options, accounting, several=gpus is not None)
         if gpus is not None:
             from headinfer.cli.plan_gpus import answer_gpus, check_gpus
 
@@ -176,6 +186,7 @@ def plan(
             chunk_tokens=None if options.chunk_tokens == "auto" else options.chunk_tokens,
             streaming=_streaming(options),
             host_format=_host_format(options, model, dtype, accounting),
+            disk=disk,
             machine_memory_bytes=here.device_memory_bytes
             if one_memory and options.device_memory_bytes is None
             else None,
@@ -186,6 +197,32 @@ def plan(
             raise typer.Exit(code)
         streams = load_in is None  # bitsandbytes keeps all it quantises on the GPU
         raise typer.Exit(_answer(situation, (which, note), json_path, streams=streams, steps=steps))
+
+
+def _above_disk(
+    here: Hardware, options: Options, accounting: AccountingKind, *, several: bool
+) -> tuple[Hardware, Disk]:
+    """Return a machine with the rates of the disk that a folder is on, and that disk.
+
+    Raises:
+        OptionError: nothing can lie below host memory here.
+    """
+    folder = options.disk_cache or ""
+    if here.link_bytes_per_s is None:
+        raise OptionError("--disk-cache is below a GPU's CPU memory; leave it out on a CPU")
+    if several:
+        raise OptionError("--disk-cache serves a model on one GPU; leave out --gpus")
+    if accounting is not AccountingKind.OURS:
+        raise OptionError(f"--accounting {accounting.value} knows no disk; leave out --disk-cache")
+    if options.kv_cache not in ("auto", "dense"):
+        raise OptionError(
+            f"--disk-cache takes dense tokens; leave out --kv-cache {options.kv_cache}"
+        )
+    mount = mount_of(folder)
+    disk = Disk(folder=folder, said=mount.said, free_bytes=free_bytes(folder))
+    measurement = read_measurement()
+    rate = None if measurement is None else measurement.disk_rate(mount.disk)
+    return here.above_disk(rate), disk
 
 
 def _host_format(

@@ -27,6 +27,7 @@ _COLUMNS = (
     "total",
     "KV\nin all",
     "KV on\nCPU",
+    "KV on\ndisk",
     "max\ncontext",
     "prefill",
     "decode\n/token",
@@ -76,12 +77,13 @@ def print_plans(
     if note is not None:
         console.print(f"[yellow]{escape(note)}[/]")
     on_cpu = situation.device == "cpu"
-    console.print(_table(plans, choice, width=console.width, on_cpu=on_cpu))
+    above_disk = situation.disk is not None
+    console.print(_table(plans, choice, console.width, on_cpu=on_cpu, above_disk=above_disk))
     runtime = plans[0].runtime_bytes
     console.print(
         f"[dim]Sizes in GiB{f'; total: with {gib(runtime)} for CUDA itself' if runtime else ''}; "
         "[/][red]![/][dim]: more than there is;\n~: not exact by design; max context: what "
-        f"{'memory holds' if on_cpu else 'GPU and CPU memory hold'}; times predicted[/]"
+        f"{_holding(situation)}; times predicted[/]"
     )
     if runtime:
         parts = runtime_parts(situation.device).items()
@@ -92,7 +94,7 @@ def print_plans(
 
 def print_steps(situation: Situation, choice: Choice) -> None:
     """Print what the chosen method does, layer by layer, in a decode step and in the last chunk."""
-    from headinfer.estimate.steps import pass_schedule
+    from headinfer.estimate.steps import disk_line, pass_schedule
 
     plan, context = choice.plan, situation.context_tokens
     if plan is None:
@@ -107,6 +109,7 @@ def print_steps(situation: Situation, choice: Choice) -> None:
         for name, past, new in passes:
             lines += ["", f"{name}, behind {format_tokens(past)} tokens:"]
             lines += pass_schedule(situation, plan, past, new).lines()
+            lines += filter(None, [disk_line(situation, plan, past)])
     console = table_console()
     for line in lines:
         console.print(line, markup=False, soft_wrap=True)
@@ -116,15 +119,32 @@ def _memory(situation: Situation) -> str:
     device = format_bytes(situation.device_memory_bytes)
     if situation.device == "cpu":
         return f"{device} of memory"
-    return f"{device} of GPU memory, {format_bytes(situation.host_memory_bytes)} of CPU memory"
+    text = f"{device} of GPU memory, {format_bytes(situation.host_memory_bytes)} of CPU memory"
+    if situation.disk is not None:
+        free = format_bytes(situation.disk.free_bytes)
+        text += f", {free} free below ({escape(situation.disk.said)})"
+    return text
 
 
-def _table(plans: Sequence[MethodPlan], choice: Choice, *, width: int, on_cpu: bool) -> Table:
+def _holding(situation: Situation) -> str:
+    """Say what holds the longest context."""
+    if situation.device == "cpu":
+        return "memory holds"
+    return "GPU and CPU memory hold" + (", with the disk" if situation.disk else "")
+
+
+def _table(
+    plans: Sequence[MethodPlan], choice: Choice, width: int, *, on_cpu: bool, above_disk: bool
+) -> Table:
     gap = 2 if width >= _ROOMY else 1
     table = Table(box=None, pad_edge=False, padding=(0, 0, 0, gap), header_style="bold")
     columns = {name: index for index, name in enumerate(_COLUMNS) if name not in _LEFT_OUT}
     if width >= _WIDTH:
         columns = {name: index for index, name in enumerate(_COLUMNS)}
+    if above_disk:
+        columns.pop("KV\nin all", None)  # where the other one comes
+    else:
+        del columns["KV on\ndisk"]
     if on_cpu:
         del columns["KV on\nCPU"]
     for name, index in columns.items():
@@ -140,6 +160,7 @@ def _table(plans: Sequence[MethodPlan], choice: Choice, *, width: int, on_cpu: b
 
 def _cells(plan: MethodPlan, *, chosen: bool) -> list[str]:
     host = gib(plan.kv_host_bytes) if plan.kv_host_bytes else "-"
+    disk = gib(plan.kv_disk_bytes) if plan.kv_disk_bytes else "-"
     return [
         f"{'> ' if chosen else '  '}{plan.method}{' ~' if plan.method in APPROXIMATE else ''}",
         _tile(plan),
@@ -149,6 +170,7 @@ def _cells(plan: MethodPlan, *, chosen: bool) -> list[str]:
         marked(gib(plan.total_device_bytes), short=bool(plan.device_short_bytes)),
         gib(plan.kv_total_bytes),
         marked(host, short=bool(plan.host_short_bytes)),
+        marked(disk, short=bool(plan.disk_short_bytes)),
         length(plan.max_context_tokens),
         format_seconds(plan.prefill_s) if plan.fits else "-",
         format_seconds(plan.decode_s_per_token) if plan.fits else "-",
@@ -202,14 +224,15 @@ def plan_as_json(
     """Return everything as plain values: bytes, tokens and seconds.
 
     `tile_heads` and `tile_tokens` are null where nothing is offloaded, and "all" where a tile has
-    all tokens. `chosen` is a method's row with its chunk and the reasons; where nothing fits its
-    `method` is null and `changes` says what would.
+    all tokens. `disk` is null without one below CPU memory. `chosen` is a method's row with its
+    chunk and the reasons; where nothing fits its `method` is null and `changes` says what would.
     """
     chosen: dict[str, Any] = {"method": None, "why": list(choice.why)}
     if choice.plan:
         chosen = _row(choice.plan) | {
             "chunk_tokens": choice.plan.chunk_tokens,
             "resident_bytes": choice.plan.resident_bytes,
+            "disk_read_bytes": choice.plan.disk_read_bytes,
             "why": list(choice.why),
         }
     else:
@@ -226,8 +249,24 @@ def plan_as_json(
         "model": situation.shape.name,
         "hardware": situation.hardware.name,
         "context_tokens": situation.context_tokens,
+        "disk": _disk(situation),
         "methods": [_row(plan) for plan in plans],
         "chosen": chosen,
+    }
+
+
+def _disk(situation: Situation) -> dict[str, Any] | None:
+    """Return the disk below CPU memory; None where there is none."""
+    disk, hardware = situation.disk, situation.hardware
+    if disk is None:
+        return None
+    return {
+        "folder": disk.folder,
+        "file_system": disk.said,
+        "free_bytes": disk.free_bytes,
+        "read_bytes_per_s": hardware.disk_read_bytes_per_s,
+        "write_bytes_per_s": hardware.disk_write_bytes_per_s,
+        "measured": hardware.disk_measured,
     }
 
 
@@ -243,6 +282,7 @@ def _row(plan: MethodPlan) -> dict[str, Any]:
         "total_device_bytes": plan.total_device_bytes,
         "kv_total_bytes": plan.kv_total_bytes,
         "kv_host_bytes": plan.kv_host_bytes,
+        "kv_disk_bytes": plan.kv_disk_bytes,
         "max_context_tokens": plan.max_context_tokens,
         "prefill_s": plan.prefill_s,
         "decode_s_per_token": plan.decode_s_per_token,

@@ -59,7 +59,7 @@ def choose(situation: Situation, plans: Sequence[MethodPlan], *, streams: bool =
     ours = plans[-1]
     exact = [plan for plan in plans if plan.fits and plan.method not in APPROXIMATE]
     if not exact:
-        reasons = tuple(_shortfalls(situation, ours))
+        reasons = (*_shortfalls(situation, ours), *_disk_shortfall(situation, ours))
         changes = list(_changes(situation, plans))
         if streams:
             changes[1:1] = _streaming_change(situation, ours)
@@ -97,6 +97,13 @@ def _reasons(situation: Situation, plans: Sequence[MethodPlan], plan: MethodPlan
                 f"In decode steps the CPU attends {format_bytes(plan.host_attended_bytes)} where "
                 "they lie, and finishes with the link."
             )
+    if situation.disk is not None and plan.kv_disk_bytes:
+        disk = situation.disk
+        yield (
+            f"{format_bytes(plan.kv_disk_bytes)} of KV lie in {disk.folder!r} ({disk.said}), which "
+            f"has {format_bytes(disk.free_bytes)} free: a decode step reads "
+            f"{format_bytes(plan.disk_read_bytes)} of them."
+        )
     if plan.chunk_tokens:
         yield _chunk_reason(situation, plan)
     yield _time_reason(situation, plan)
@@ -131,6 +138,10 @@ def _time_reason(situation: Situation, plan: MethodPlan) -> str:
     text = f"A decode step takes {step}, limited by {parts.limited_by}"
     if parts.limited_by == "the link" and link:
         text += f": {format_bytes(plan.streamed_bytes)} at {link / 1e9:.4g} GB/s"
+    if parts.limited_by == "the disk":
+        hardware = situation.hardware
+        text += f" at {hardware.disk_read_bytes_per_s / 1e9:.4g} GB/s"
+        text += "" if hardware.disk_measured else ", which is assumed: `headinfer probe --disk`"
     return f"{text}."
 
 
@@ -160,6 +171,16 @@ def _shortfalls(situation: Situation, plan: MethodPlan) -> Iterator[str]:
             f"CPU memory is {format_bytes(plan.host_short_bytes)} short: the KV cache of "
             f"{format_tokens(situation.context_tokens)} tokens takes "
             f"{format_bytes(plan.kv_host_bytes)} there{_kept_back(situation, plan)}."
+        )
+
+
+def _disk_shortfall(situation: Situation, plan: MethodPlan) -> Iterator[str]:
+    """Say what the disk lacks."""
+    if situation.disk is not None and plan.disk_short_bytes:
+        yield (
+            f"The disk is {format_bytes(plan.disk_short_bytes)} short: "
+            f"{format_bytes(plan.kv_disk_bytes)} of KV are more than CPU memory holds, and "
+            f"{situation.disk.folder!r} has room for {format_bytes(situation.disk.free_bytes)}."
         )
 
 
@@ -193,6 +214,9 @@ def _changes(situation: Situation, plans: Sequence[MethodPlan]) -> Iterator[Chan
         yield Change(device_memory_bytes=device, line=line)
     elif ours.host_short_bytes:
         yield Change(host_memory_bytes=host, line=_more("host", host, ours.host_short_bytes))
+    if ours.disk_short_bytes and not ours.device_short_bytes:
+        more = format_bytes(ours.disk_short_bytes)
+        yield Change(line=f"--disk-cache with {more} more free, or as much more --host-memory")
     longest = max(
         MAX_CONTEXT_TOKENS if plan.max_context_tokens is None else plan.max_context_tokens
         for plan in plans

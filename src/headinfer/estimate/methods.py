@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from headinfer.estimate.accounting import PAPER_CHUNK_TOKENS
 from headinfer.estimate.situation import MethodPlan, Situation
+from headinfer.plan.below_host import disk_bytes, disk_read_bytes
 from headinfer.plan.choices import ALL_TOKENS, chunk_sizes
 from headinfer.plan.format import Format
 from headinfer.plan.options import Options
@@ -259,7 +260,26 @@ def _of_plan(situation: Situation, name: str, plan: Plan) -> MethodPlan:
         on_device = footprint.kv_device_bytes + kv_bytes
         footprint = replace(footprint, kv_device_bytes=on_device, kv_host_bytes=0)
     max_context = _most_tokens(situation, room)
-    return _plan(situation, name, footprint, max_context if spare >= 0 else 0)
+    if situation.disk is not None and plan.disk_block_tokens:
+        held = plan.disk_host_blocks * plan.disk_block_tokens
+        max_context = held + (_most_tokens(situation, situation.disk.free_bytes) or 0)
+    method = _plan(situation, name, footprint, max_context if spare >= 0 else 0)
+    return _with_disk(situation, method, plan) if plan.disk_block_tokens else method
+
+
+def _with_disk(situation: Situation, method: MethodPlan, plan: Plan) -> MethodPlan:
+    """Return a method of ours with what its plan leaves to the disk."""
+    assert situation.disk is not None
+    tokens = situation.context_tokens
+    below_bytes = disk_bytes(plan, tokens)
+    return replace(
+        method,
+        kv_disk_bytes=below_bytes,
+        disk_read_bytes=disk_read_bytes(plan, tokens),
+        disk_short_bytes=max(below_bytes - situation.disk.free_bytes, 0),
+        disk_block_tokens=plan.disk_block_tokens,
+        disk_host_blocks=plan.disk_host_blocks,
+    )
 
 
 def _most_tokens(situation: Situation, room: int) -> int | None:
@@ -274,13 +294,14 @@ def _most_tokens(situation: Situation, room: int) -> int | None:
 
 
 def _footprint(plan: Plan, tokens: int) -> Footprint:
+    tile_tokens = min(plan.tile_tokens, plan.disk_block_tokens or plan.tile_tokens)
     return Footprint(
         kv_device_bytes=plan.kv_device_bytes,
         activation_bytes=plan.activation_bytes,
         kv_total_bytes=plan.shape.kv_bytes(tokens, plan.batch),
         kv_host_bytes=plan.kv_host_bytes(tokens),
         placement=plan.placement,
-        tile_tokens=None if plan.tile_tokens >= ALL_TOKENS else plan.tile_tokens,
+        tile_tokens=None if tile_tokens >= ALL_TOKENS else tile_tokens,
     )
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 
 from headinfer.errors import MemoryPlanError
 from headinfer.estimate.accounting import Accounting, AccountingKind
+from headinfer.estimate.below import Disk
 from headinfer.plan import memory
 from headinfer.plan.format import Format
 from headinfer.plan.hardware import Hardware
@@ -41,6 +42,11 @@ class MethodPlan:
         host_share: share of the rest that the CPU attends in a decode step.
         decode_parts: what the time of a decode step consists of.
         packed_share: bytes of a token in host memory, over those of it as it is computed.
+        kv_disk_bytes: KV on a disk below host memory.
+        disk_read_bytes: of that, what a decode step reads.
+        disk_short_bytes: space on the disk that it lacks here; 0 where it fits.
+        disk_block_tokens: tokens of a block above the disk; 0 where there is none.
+        disk_host_blocks: blocks of a layer that host memory holds.
     """
 
     method: str
@@ -62,6 +68,11 @@ class MethodPlan:
     host_share: float
     decode_parts: Parts
     packed_share: float = 1.0
+    kv_disk_bytes: int = 0
+    disk_read_bytes: int = 0
+    disk_short_bytes: int = 0
+    disk_block_tokens: int = 0
+    disk_host_blocks: int = 0
 
     @property
     def total_device_bytes(self) -> int:
@@ -87,8 +98,8 @@ class MethodPlan:
 
     @property
     def fits(self) -> bool:
-        """Whether device and host memory hold it."""
-        return not (self.device_short_bytes or self.host_short_bytes)
+        """Whether device, host memory and disk hold it."""
+        return not (self.device_short_bytes or self.host_short_bytes or self.disk_short_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +119,7 @@ class Situation:
             machine's, which `device_memory_bytes` is what is left of; else None.
         streaming: for the method whose heads stream in part: the share of them, and what they see.
         host_format: of tokens in host memory under methods of ours; the paper's are dense.
+        disk: below host memory under methods of ours; None for no disk.
     """
 
     shape: ModelShape
@@ -121,6 +133,7 @@ class Situation:
     machine_memory_bytes: int | None = None
     streaming: Options = field(default_factory=lambda: Options(sparsity=PAPERS_SPARSITY))
     host_format: Format = Format.DENSE
+    disk: Disk | None = None
 
     def of_ours(self) -> "Situation":
         """Return the situation of exact methods of ours: with packed tokens where they can be."""
@@ -186,6 +199,7 @@ class Situation:
                 batch=self.batch,
                 context_tokens=self.context_tokens,
                 hardware=self.hardware,
+                disk_room_bytes=None if self.disk is None else self.host_room_bytes,
             )
         except MemoryPlanError:
             return self.least_plan()

@@ -3,6 +3,7 @@
 from headinfer.estimate.situation import MethodPlan, Situation
 from headinfer.plan.resolve import PAGE_TOKENS
 from headinfer.plan.shape import LayerKind
+from headinfer.plan.step_time import tokens_below
 from headinfer.schedule.route import Held, Pass, Sizes, route
 from headinfer.schedule.steps import Schedule
 from headinfer.schedule.track import Track
@@ -24,6 +25,8 @@ def pass_schedule(
     resident_tokens = plan.resident_bytes // token_bytes if token_bytes else 0
     if plan.tile_heads is None:
         resident_tokens = past_tokens + new_tokens
+    below = tokens_below(past_tokens, plan.disk_block_tokens, plan.disk_host_blocks)
+    tile_tokens = plan.tile_tokens or max(past_tokens, 1)
     tracks = []
     for layer in shape.attention_layers:
         track = Track(layer.kv_heads, layer.window_tokens or None)
@@ -31,11 +34,22 @@ def pass_schedule(
             tracks.append(Held(track, past_tokens))
             continue
         resident = min(past_tokens, resident_tokens)
-        tracks.append(Held(track, past_tokens, past_tokens, resident, resident_tokens))
+        held = Held(track, past_tokens, past_tokens, resident, resident_tokens)
+        tracks.append(held._replace(disk_tokens=below))
     sizes = Sizes(
         tile_heads=plan.tile_heads or shape.kv_heads,
-        tile_tokens=plan.tile_tokens or max(past_tokens, 1),
+        tile_tokens=min(tile_tokens, plan.disk_block_tokens or tile_tokens),
         page_tokens=PAGE_TOKENS,
         in_place=situation.device == "cpu",
     )
     return route(tracks, Pass.FORWARD, new_tokens, sizes, plan.host_share)
+
+
+def disk_line(situation: Situation, plan: MethodPlan, past_tokens: int) -> str | None:
+    """Say which tokens a pass reads from the disk; None where it reads none."""
+    below = tokens_below(past_tokens, plan.disk_block_tokens, plan.disk_host_blocks)
+    token_bytes = situation.shape.kv_bytes(1, situation.batch)
+    first = plan.resident_bytes // token_bytes if token_bytes else 0
+    if below <= first:
+        return None
+    return f"  tokens {first} to {below} are read from the disk ahead of the link"

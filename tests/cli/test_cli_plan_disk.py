@@ -1,0 +1,95 @@
+"""`headinfer plan --disk-cache`: what lies below CPU memory, its rate, and what is refused."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from headinfer.cli import plan as plan_verb
+from headinfer.disk.mount import Mount, mount_of
+from headinfer.plan.hardware import DiskRate
+from headinfer.probe import keep
+from measurements import WITH_GPU, measured_here
+
+QUESTION = ("plan", "--host-memory", "4GiB", "--hardware", "rtx-4090")
+
+
+@pytest.fixture(autouse=True)
+def _not_probed(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(plan_verb, "free_bytes", lambda folder: 20 * 2**30)
+    monkeypatch.setattr(plan_verb, "mount_of", lambda folder: Mount("/dev/x", "ext4"))
+
+
+def test_a_context_beyond_cpu_memory_is_planned_with_a_disk_alone(cli, tmp_path) -> None:
+    without = cli(*QUESTION, "--context", "100K")
+    assert without.code == 1
+    assert "CPU memory is" in without.out
+    outcome = cli(*QUESTION, "--context", "100K", "--disk-cache", tmp_path, "--steps")
+    assert outcome.code == 0
+    told = " ".join(outcome.out.split())
+    assert "4.00 GiB of CPU memory, 20.00 GiB free below (ext4)" in told
+    assert f"GiB of KV lie in '{tmp_path}' (ext4), which has 20.00 GiB free" in told
+    assert "limited by the disk at 1 GB/s, which is assumed: `headinfer probe --disk`" in told
+    assert outcome.out.count("are read from the disk ahead of the link") == 2  # a step, a chunk
+    assert max(map(len, outcome.out.splitlines())) <= 100
+    assert "\n  standard                 -    15.0" in outcome.out
+
+
+def test_a_measured_disk_has_its_own_rate(cli, tmp_path) -> None:
+    disk = DiskRate(
+        disk=Mount("/dev/x", "ext4").disk,
+        date="2026-03-01T10:00:00+00:00",
+        direct=True,
+        read_bytes_per_s=2.5e9,
+        best_read_bytes_per_s=3e9,
+        write_bytes_per_s=2e9,
+    )
+    keep.save_measurement(replace(measured_here(WITH_GPU), disks=(disk,)))
+    outcome = cli(*QUESTION, "--context", "100K", "--disk-cache", tmp_path)
+    assert "limited by the disk at 2.5 GB/s." in " ".join(outcome.out.split())
+    document = json.loads(cli(*QUESTION, "--disk-cache", tmp_path, "--json").out)
+    assert document["disk"] == {
+        "folder": str(tmp_path),
+        "file_system": "ext4",
+        "free_bytes": 20 * 2**30,
+        "read_bytes_per_s": 2.5e9,
+        "write_bytes_per_s": 2e9,
+        "measured": True,
+    }
+    rows = {row["method"]: row for row in document["methods"]}
+    assert rows["standard"]["kv_disk_bytes"] == 0
+    chosen = document["chosen"]
+    assert 0 < chosen["disk_read_bytes"] < rows["bounded"]["kv_disk_bytes"]
+    assert chosen["kv_host_bytes"] + chosen["kv_disk_bytes"] >= chosen["kv_total_bytes"]
+
+
+def test_what_memory_and_disk_do_not_hold_is_refused_with_the_room(cli, tmp_path) -> None:
+    outcome = cli(*QUESTION, "--context", "1M", "--disk-cache", tmp_path)
+    assert outcome.code == 1
+    told = " ".join(outcome.out.split())
+    assert f"'{tmp_path}' has room for 20.00 GiB." in told
+    assert "more free, or as much more --host-memory" in told
+    longest = told.split("--context ")[1].split(",")[0]
+    assert cli(*QUESTION, "--context", longest, "--disk-cache", tmp_path).code == 0
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--gpus", "2"), "leave out --gpus"),
+        (("--kv-cache", "int8"), "leave out --kv-cache int8"),
+        (("--accounting", "paper"), "leave out --disk-cache"),
+        (("--disk-cache", "/nowhere/at/all"), "is not there"),
+    ],
+)
+def test_where_no_disk_can_be_is_told_in_one_line(cli, tmp_path, args, message) -> None:
+    given = () if "--disk-cache" in args else ("--disk-cache", tmp_path)
+    outcome = cli("plan", *given, *args)
+    assert outcome.code == 2
+    assert len(outcome.error_lines) == 1
+    assert message in outcome.err
+
+
+def test_the_folder_under_a_name_of_its_own_is_the_same_disk(tmp_path) -> None:
+    assert mount_of(str(tmp_path)) == mount_of(str(tmp_path / ".." / tmp_path.name))
