@@ -17,6 +17,9 @@ from headinfer.cli import options as opt
 from headinfer.cli.console import EXIT_UNEXPECTED, reporting_errors, stderr_console
 from headinfer.cli.load import share_cores
 from headinfer.cli.output import STDOUT, JsonPath, check_writable, write_json
+from headinfer.disk.folder import check_folder
+from headinfer.plan.hardware import DiskRate
+from headinfer.plan.measured import read_measurement
 from headinfer.plan.measurement import Measurement, Quantity, Rate
 from headinfer.probe import keep
 from headinfer.probe.caches import beyond_caches
@@ -93,6 +96,15 @@ def probe(
         bool,
         typer.Option("--quick", metavar=opt.NO_VALUE, help="A rough measurement in a few seconds."),
     ] = False,
+    disk: Annotated[
+        str | None,
+        typer.Option(
+            "--disk",
+            metavar="FOLDER",
+            help="Also measure the disk that a folder is on, for `--disk-cache`. Up to 2 GiB are "
+            "written to a file without a name there.",
+        ),
+    ] = None,
     json_path: JsonPath = None,
 ) -> None:
     """Measure this machine once, so that plans count with its own rates.
@@ -104,20 +116,33 @@ def probe(
     with reporting_errors():
         check_writable("--json", json_path)
         keep.check_writable()
+        rate = None if disk is None else _measure_disk(disk, quick=quick)
         measurement = _measure(device.value, dtype.value, quick=quick)
+        measurement = replace(measurement, disks=(rate,) if rate else ())
         # Kept and written first, in case stdout takes nothing.
-        kept = None if measurement.missing else keep.save_measurement(measurement)
+        before = read_measurement()
+        whole = measurement.keeping_disks(before)
+        kept = None if measurement.missing else keep.save_measurement(whole)
         if json_path is not None:
             write_json(json_path, keep.to_json(measurement))
         console = Console(stderr=json_path == STDOUT, highlight=False)
         if not console.is_terminal:
             console.width = _WIDTH
-        _print(console, measurement)
+        _print(console, measurement, disk)
         _tell_kept(console, measurement, kept)
         if json_path not in (None, STDOUT):
             console.print(f"written to {json_path}", markup=False, soft_wrap=True)
         if measurement.missing:
             raise typer.Exit(EXIT_UNEXPECTED)
+
+
+def _measure_disk(folder: str, *, quick: bool) -> DiskRate:
+    """Measure a disk first: nothing else is to use it, and a folder may be wrong."""
+    check_folder(folder)
+    with stderr_console().status("measuring the disk"):
+        from headinfer.probe.disk import measure_disk
+
+        return measure_disk(folder, quick=quick)
 
 
 def _measure(device_name: str, dtype_name: str, *, quick: bool) -> Measurement:
@@ -170,7 +195,7 @@ def _tell_kept(console: Console, measurement: Measurement, kept: Path | None) ->
         console.print(f"kept in {place} for [bold]--hardware this[/]", soft_wrap=True)
 
 
-def _print(console: Console, measurement: Measurement) -> None:
+def _print(console: Console, measurement: Measurement, disk: str | None) -> None:
     """Print the conditions, the table, and below it what could not be measured."""
     for line in _conditions(measurement):
         console.print(line, markup=False)
@@ -179,10 +204,14 @@ def _print(console: Console, measurement: Measurement) -> None:
     for heading in ("size", "rate", "share"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("reached by")
-    for rate in measurement.rates:
-        table.add_row(*_cells(measurement, rate))
+    for measured in measurement.rates:
+        table.add_row(*_cells(measurement, measured))
+    if disk is not None:
+        for rate in measurement.disks:
+            for row in _disk_rows(rate, disk):
+                table.add_row(*row)
     console.print(table)
-    console.print("attention and copies: medians; others: the best; share: of what bounds it")
+    console.print("attention, copies, disk: medians; others: the best; share: of what bounds it")
     if measurement.slowdown > _BUSY:
         console.print(
             f"[bold]this machine was busy:[/] medians up to {measurement.slowdown:.0%} below the "
@@ -214,6 +243,15 @@ def _cells(measurement: Measurement, rate: Rate) -> Iterator[str]:
     share = measurement.share_of_ceiling(rate)
     yield _NOTHING if share is None else f"{share:.0%}"
     yield rate.reached_by
+
+
+def _disk_rows(rate: DiskRate, folder: str) -> Iterator[tuple[str, ...]]:
+    """Yield a row for writing and one for reading."""
+    from headinfer.probe.disk import how
+
+    ways = {"write": rate.write_bytes_per_s, "read": rate.read_bytes_per_s}
+    for way, per_s in ways.items():
+        yield f"disk, {way}", "", _per_second(per_s, "B/s"), _NOTHING, how(rate, folder)
 
 
 def _label(quantity: Quantity, on_cpu: bool) -> str:
