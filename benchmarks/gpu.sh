@@ -5,6 +5,7 @@
 # on the device; then a smaller shape at 1M, and the longest contexts.
 # Ends itself after BUDGET_S seconds (570); run again with the same OUT it goes on where it was.
 # Results go to OUT.
+# DISK is a folder on the disk that lies below CPU memory in the runs named disk (/tmp). It needs 15 GiB.
 # On a copy of the tree without its history, HEADINFER_COMMIT names the commit.
 # PYTHON must have torch, transformers and pytest; nothing is installed.
 set -uo pipefail
@@ -31,7 +32,8 @@ if [ ! -e "$out/gpu-tests.log" ]; then
     timeout 240 "$python" -m pytest -m gpu "${workers[@]}" -q --no-header -p no:cacheprovider \
         tests 2>&1 | tee "$out/gpu-tests.log"
 fi
-"$python" -m headinfer.cli.main probe --quick --json "$out/gpu-probe.json"
+disk="${DISK:-/tmp}"
+"$python" -m headinfer.cli.main probe --quick --disk "$disk" --json "$out/gpu-probe.json"
 if [ ! -e "$out/gpu-prefill-attention.json" ]; then
     timeout 90 "$python" benchmarks/host_kernel.py --groups 1,4,8,16 \
         --json "$out/gpu-host-kernel.json" 2>&1 | tee -a "$out/gpu.log"
@@ -71,6 +73,11 @@ if [ ! -e "$out/gpu-packed-kernel.json" ]; then
     timeout 60 "$python" benchmarks/packed_kernel.py --dims 128 --groups 1,4,8 \
         --json "$out/gpu-packed-kernel.json" 2>&1 | tee -a "$out/gpu.log"
 fi
+# 4 GiB of CPU memory for 12.5 GiB of KV: nothing resident first, then what the GPU has room for.
+below=(--contexts 100K --fill random --host-memory 4GiB --disk-cache "$disk")
+bench disk decode "${llama[@]}" "${below[@]}" --new-tokens 24 --methods bounded
+bench disk-resident decode "${llama[@]}" "${below[@]}" --new-tokens 24 \
+    --methods resident,host-attention
 bench suite-llama-prefill prefill "${llama[@]}" --contexts 1K,10K,40K,100K \
     --methods standard,chunked-prefill,head-wise-1,bounded,headinfer
 # What a user meets first. Methods take turns in this order, three times; then 800K tokens, once.

@@ -23,6 +23,8 @@ class Rates:
         device_bytes_per_s: reading device memory; None without a device.
         link_bytes_per_s: copying pinned host memory to the device; None without a device.
         links_bytes_per_s: copying to all GPUs of the run at once; None where it has one.
+        disk_read_bytes_per_s: reading the disk below host memory; None where the run has none.
+        disk_write_bytes_per_s: writing to it.
     """
 
     host_bytes_per_s: float
@@ -31,6 +33,8 @@ class Rates:
     link_bytes_per_s: float | None = None
     host_shared_bytes_per_s: float | None = None
     links_bytes_per_s: float | None = None
+    disk_read_bytes_per_s: float | None = None
+    disk_write_bytes_per_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,12 +46,16 @@ class Work:
         device_bytes: read from device memory.
         link_bytes: copied over the link, either way.
         flops: of matrix products; a multiplication and an addition are two.
+        disk_read_bytes: read from the disk below host memory.
+        disk_written_bytes: written to it.
     """
 
     host_bytes: float = 0.0
     device_bytes: float = 0.0
     link_bytes: float = 0.0
     flops: float = 0.0
+    disk_read_bytes: float = 0.0
+    disk_written_bytes: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,8 +64,8 @@ class Bound:
 
     Attributes:
         seconds: the time.
-        limited_by: what takes it: "host memory", "host memory and link", "device memory", "link" or
-            "matmul".
+        limited_by: what takes it: "host memory", "host memory and link", "device memory", "link",
+            "matmul", "disk", or "disk, written".
     """
 
     seconds: float
@@ -73,6 +81,8 @@ def bound(work: Work, rates: Rates) -> Bound:
         "device memory": (work.device_bytes, rates.device_bytes_per_s),
         "link": (work.link_bytes, rates.link_bytes_per_s),
         "matmul": (work.flops, rates.matmul_flops_per_s),
+        "disk": (work.disk_read_bytes, rates.disk_read_bytes_per_s),
+        "disk, written": (work.disk_written_bytes, rates.disk_write_bytes_per_s),
     }
     times = {name: amount / rate for name, (amount, rate) in parts.items() if rate}
     limited_by = max(times, key=lambda name: times[name])

@@ -40,6 +40,8 @@ class Held:
         format: the form of KV in host memory: "dense", "packed", "int8" or "fp8".
         raw_page_bytes: room in host memory for pages that do not pack; it is in `host_bytes`.
         parts: the same for each GPU, where the model is spread over several.
+        disk_bytes: on a disk below host memory.
+        disk_read_bytes: of that, what every decode step reads.
     """
 
     host_bytes: int
@@ -50,3 +52,5 @@ class Held:
     format: str = DENSE
     raw_page_bytes: int = 0
     parts: tuple[HeldPart, ...] = ()
+    disk_bytes: int = 0
+    disk_read_bytes: int = 0

@@ -1,7 +1,7 @@
 """Where trials run: each in a fresh process, so that none disturbs the next. Pure Python."""
 
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from headinfer.bench import child
@@ -9,6 +9,7 @@ from headinfer.bench.bound import Rates
 from headinfer.bench.catalogue import Spread
 from headinfer.bench.result import Status, TrialFailure, TrialResult, from_json
 from headinfer.bench.spec import TrialSpec
+from headinfer.errors import OptionError
 
 _TRIAL, _RANKED = "headinfer.bench.trial", "headinfer.bench.ranked"
 
@@ -38,6 +39,9 @@ class Launcher(Protocol):
     def machine(self, device: str, dtype: str, gpus: int) -> Machine:
         """Measure the machine, with so many GPUs."""
 
+    def above_disk(self, machine: Machine, folder: str) -> Machine:
+        """Measure the disk that a folder is on, too."""
+
     def trial(self, spec: TrialSpec, time_limit_s: float) -> Outcome:
         """Run one trial; end it when it takes longer."""
 
@@ -50,6 +54,15 @@ class FreshProcesses:
         question = {"device": device, "dtype": dtype, "gpus": gpus}
         answer = child.ask("headinfer.bench.machine", question)
         return Machine(**(answer | {"rates": Rates(**answer["rates"])}))
+
+    def above_disk(self, machine: Machine, folder: str) -> Machine:
+        """Measure the disk in a process, after all else."""
+        found = child.ask("headinfer.bench.machine_disk", {"folder": folder, "quick": False})
+        if "refusal" in found:
+            raise OptionError(found["refusal"])
+        rates = replace(machine.rates, **found["rates"])
+        by = machine.rates_by | {name: str(how) for name, how in found["rates_by"].items()}
+        return replace(machine, rates=rates, rates_by=by)
 
     def trial(self, spec: TrialSpec, time_limit_s: float) -> Outcome:
         """Run one trial in a process; one that dies or takes too long is a failure."""

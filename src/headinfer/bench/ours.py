@@ -20,6 +20,7 @@ from headinfer.integration.cache import OffloadedCache
 from headinfer.integration.calls import last_logits
 from headinfer.integration.model_shape import model_shape
 from headinfer.integration.shards import ranks_of
+from headinfer.plan.below_host import disk_bytes, disk_read_bytes
 from headinfer.plan.options import DECLARATIONS
 from headinfer.plan.plan import Plan
 from headinfer.plan.streaming import PAPERS_SPARSITY, RANDOM, STREAMING_OPTIONS
@@ -100,6 +101,8 @@ class HeadInfer:
             format=plan.shape.host_format.value,
             raw_page_bytes=plan.raw_page_bytes,
             parts=parts,
+            disk_bytes=disk_bytes(plan, cache.get_seq_length()),
+            disk_read_bytes=disk_read_bytes(plan, cache.get_seq_length()),
         )
 
     def _parts(self, cache: Cache) -> Iterator[HeldPart]:
@@ -112,11 +115,13 @@ class HeadInfer:
         for plan, of_device, worked in zip(plans, engines, busy, strict=True):
             streamed = plan.streamed_bytes(tokens)
             share = self.host_share if of_device is None else of_device.host_share
+            in_memory = streamed - disk_read_bytes(plan, tokens)  # the CPU attends nothing else
+            attended = min(int(streamed * share), in_memory)
             yield HeldPart(
                 layers=len(plan.shape.attention_layers),
                 kv_bytes=plan.shape.kv_bytes(tokens),
-                streamed_bytes=streamed - int(streamed * share),
-                host_attended_bytes=int(streamed * share),
+                streamed_bytes=streamed - attended,
+                host_attended_bytes=attended,
                 resident_tokens=plan.resident_tokens,
                 prefill_busy=worked,
             )

@@ -78,6 +78,8 @@ class TrialResult:
         draft_s: seconds of the drafts of one verification, the median.
         verify_s: seconds of a verifying pass, the median.
         parts: what each GPU has to do with the KV, where the model is spread over several.
+        kv_disk_bytes: KV bytes on a disk below host memory at the end.
+        disk_read_bytes: KV bytes that a decode step reads from it.
     """
 
     device: str
@@ -109,6 +111,8 @@ class TrialResult:
     verify_s: float | None = None
     raw_page_bytes: int = 0
     parts: tuple[HeldPart, ...] = ()
+    kv_disk_bytes: int = 0
+    disk_read_bytes: int = 0
 
 
 def to_json(outcome: TrialResult | TrialFailure) -> dict[str, Any]:

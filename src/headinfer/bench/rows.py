@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
+from typing import Any
 
 from headinfer.bench.bound import Bound, Rates, bound, decode_work, prefill_work
 from headinfer.bench.catalogue import REFERENCE_METHOD, spread_of
@@ -87,6 +88,9 @@ class Row:
         plan: sizes the method chose.
         kv_host_bytes: KV held in host memory.
         kv_device_bytes: KV held on the device.
+        kv_disk_bytes: KV on a disk below host memory; None where the run has no disk.
+        disk_read_bytes: KV that a decode step reads from it.
+        disk_bound_s: the least seconds in which it does, at the disk's rate.
         format: the form of KV in host memory: "dense", "packed" with every bit the same,
             or "int8" and "fp8", which are not exact.
         bytes_to_device: copied over the link in what the command times, in one trial.
@@ -139,6 +143,9 @@ class Row:
     plan: dict[str, int] | None = None
     kv_host_bytes: int | None = None
     kv_device_bytes: int | None = None
+    kv_disk_bytes: int | None = None
+    disk_read_bytes: int | None = None
+    disk_bound_s: float | None = None
     format: str = DENSE
     bytes_to_device: int | None = None
     bytes_to_host: int | None = None
@@ -230,6 +237,7 @@ def row_of(
         plan=first.plan,
         kv_host_bytes=first.kv_host_bytes,
         kv_device_bytes=first.kv_device_bytes,
+        **_on_disk(first, rates),
         format=first.format,
         bytes_to_device=copied[0],
         bytes_to_host=copied[1],
@@ -243,6 +251,18 @@ def row_of(
     )
 
 
+def _on_disk(result: TrialResult, rates: Rates) -> dict[str, Any]:
+    """Return the fields about a disk; none where the run has no disk."""
+    per_s = rates.disk_read_bytes_per_s
+    if per_s is None:
+        return {}
+    return {
+        "kv_disk_bytes": result.kv_disk_bytes,
+        "disk_read_bytes": result.disk_read_bytes,
+        "disk_bound_s": result.disk_read_bytes / per_s,
+    }
+
+
 def _most(values: Sequence[int | None]) -> int | None:
     return max((value for value in values if value is not None), default=None)
 
@@ -254,6 +274,7 @@ def _bounds(
     on_device = result.device != "cpu"
     kv_bytes = spec.model.kv_bytes(context_tokens, spec.dtype)
     host_bytes = max(result.kv_host_bytes - result.raw_page_bytes, 0)  # hardly ever does any cross
+    host_bytes += result.kv_disk_bytes
     kept_tokens = (result.plan or {}).get("kept_tokens", context_tokens)  # others are dropped
     prefill = prefill_work(
         spec.model,
@@ -272,6 +293,8 @@ def _bounds(
         host_kv_bytes=result.host_attended_kv_bytes if on_device else 0,
         unseen_kv_bytes=result.unseen_kv_bytes,
     )
+    prefill = replace(prefill, disk_written_bytes=result.kv_disk_bytes)
+    decode = replace(decode, disk_read_bytes=result.disk_read_bytes)
     if not (result.parts and on_device):
         return bound(prefill, rates), bound(decode, rates)
     spread = spread_of(method, spec.gpus)

@@ -12,7 +12,7 @@ from headinfer.bench.launch import Machine
 from headinfer.bench.result import Status
 from headinfer.bench.rows import NOISY_CPU_SHARE, Row
 from headinfer.bench.spec import BenchSpec, Command, Fill
-from headinfer.units import exact_bytes, format_bytes, format_tokens
+from headinfer.units import exact_bytes, format_bytes, format_seconds, format_tokens
 
 _NOTHING = "-"
 
@@ -120,6 +120,10 @@ def conditions(spec: BenchSpec, machine: Machine) -> Iterable[str]:
     yield f"measured: {', '.join(parts)}"
     if rates.links_bytes_per_s:
         yield f"all links at once {rates.links_bytes_per_s / 1e9:.1f} GB/s"
+    if rates.disk_read_bytes_per_s and rates.disk_write_bytes_per_s:
+        read, written = rates.disk_read_bytes_per_s / 1e9, rates.disk_write_bytes_per_s / 1e9
+        how = machine.rates_by["disk_read_bytes_per_s"]
+        yield f"disk: read {read:.2f} GB/s, written {written:.2f} GB/s ({how})"
     filled = {
         Fill.PREFILL: "by prefill",
         Fill.RANDOM: "at random, without a prefill",
@@ -133,6 +137,8 @@ def conditions(spec: BenchSpec, machine: Machine) -> Iterable[str]:
         each = " on each GPU" if spec.gpus > 1 else ""
         where = "CPU" if machine.device == "cpu" else "GPU"
         yield f"{where} memory held to {exact_bytes(held)}{each}"
+    if (held := spec.settings.host_memory_bytes) is not None:
+        yield f"CPU memory for KV held to {exact_bytes(held)}"
 
 
 def notes(spec: BenchSpec, rows: Sequence[Row]) -> list[str]:
@@ -149,6 +155,9 @@ def notes(spec: BenchSpec, rows: Sequence[Row]) -> list[str]:
             texts.insert(0, f"{meaning(row.status)}: {row.reason}")
         elif row.limited_by:
             texts.insert(0, f"ends at {row.limited_by}")
+        if row.disk_read_bytes and row.disk_bound_s:
+            read, least = format_bytes(row.disk_read_bytes), format_seconds(row.disk_bound_s)
+            texts.append(f"a step reads {read} from the disk, which takes {least} at least")
         busy = [part.prefill_busy for part in row.parts if part.prefill_busy is not None]
         if busy and row.prefill_s is not None:
             shares = ", ".join(f"{share:.0%}" for share in busy)

@@ -235,6 +235,8 @@ def _measure(
         unseen_kv_bytes=held.unseen_bytes,
         format=held.format,
         raw_page_bytes=held.raw_page_bytes,
+        kv_disk_bytes=held.disk_bytes,
+        disk_read_bytes=held.disk_read_bytes,
         accepted_per_verify=len(decode_s) / steps - 1 if isinstance(method, Drafted) else None,
         draft_s=method.draft_s if isinstance(method, Drafted) else None,
         verify_s=method.verify_s if isinstance(method, Drafted) else None,

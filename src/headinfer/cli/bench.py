@@ -174,4 +174,8 @@ def _begin(spec: BenchSpec, launcher: Launcher, progress: RunProgress, path: str
     if path is not None and Path(path).exists():
         return Results.load(path).continued(spec)
     progress.started("measuring the machine", None)
-    return Results.new(spec, launcher.machine(spec.settings.device, spec.dtype, spec.gpus))
+    machine = launcher.machine(spec.settings.device, spec.dtype, spec.gpus)
+    if spec.settings.disk_cache is not None:
+        progress.started("measuring the disk", None)
+        machine = launcher.above_disk(machine, spec.settings.disk_cache)
+    return Results.new(spec, machine)

@@ -15,6 +15,7 @@ from headinfer.cli.options import (
     NO_VALUE,
     Methods,
     check_seed,
+    parse_flags,
     take_flags,
     with_flags,
 )
@@ -22,7 +23,6 @@ from headinfer.cli.output import JsonPath, Resume
 from headinfer.errors import OptionError
 from headinfer.estimate.presets import PRESETS
 from headinfer.plan.option_values import KVCacheName, kv_cache_name
-from headinfer.plan.options import Options
 
 _DEFAULT_SHAPE = {
     "layers": 4,
@@ -47,6 +47,8 @@ def _size(name: str, help_text: str) -> Any:
 @with_flags(
     "device",
     "device_memory",
+    "host_memory",
+    "disk_cache",
     "chunk_tokens",
     "tile_heads",
     "tile_tokens",
@@ -165,7 +167,7 @@ def run_spec(command: Command, given: dict[str, Any]) -> BenchSpec:
         dtype=given["dtype"],
         seed=given["seed"],
         model=_model(given),
-        settings=Options.parse(**flags),
+        settings=parse_flags(flags),
         kv_caches=kv_caches,
         fill=given["fill"],
         time_limit_s=given["time_limit"],
