@@ -8,6 +8,7 @@ from desk_helpers import answer, ask, desk_of, stock_text, tokens
 
 from headinfer.errors import MemoryPlanError
 from headinfer.integration import disk_below
+from tiny_models import random_tokens, shared_model
 
 MEMORY = {"device": "simulated", "host_memory": "700KiB", "chunk_tokens": 90}
 """Room for 466 dense tokens. A block of 64 takes 96 KiB in all layers."""
@@ -46,3 +47,16 @@ def test_too_little_cpu_memory_for_any_block_is_refused(disk: dict[str, Any]) ->
     refusal = pytest.raises(MemoryPlanError, match=r"disk below needs .* of CPU memory at least")
     with desk_of("llama3", options=disk | {"host_memory": "256KiB"}) as desk, refusal:
         desk.check(ask(PROMPT))
+
+
+def test_a_call_that_the_disk_has_no_room_for_is_refused_before_it_begins(
+    disk: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk_below, "free_bytes", lambda folder: 2**20)
+    with desk_of("llama3", options=disk) as desk:
+        session, model = desk._served.session, shared_model("llama3")
+        cache = session.new_cache(4000)
+        with pytest.raises(MemoryPlanError, match=r"4,000 tokens need .* has room for 1.00 MiB"):
+            model(random_tokens(1, 20), past_key_values=cache)
+        assert session.stats.prefill_tokens == 0
+        model(random_tokens(1, 20), past_key_values=session.new_cache(700))

@@ -1,6 +1,6 @@
 """What a cache needs of the attachment it belongs to."""
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -10,6 +10,9 @@ from headinfer.integration.attention import AttentionFunctions
 from headinfer.plan.plan import Plan
 from headinfer.ranks.group import Ranks
 from headinfer.saved.fingerprint import Fingerprint
+
+if TYPE_CHECKING:
+    from headinfer.integration.disk_below import DiskBelow
 
 
 class CacheHost(Protocol):
@@ -36,6 +39,10 @@ class CacheHost(Protocol):
         dtype: torch.dtype | None = None,
     ) -> Plan:
         """Return the plan for a cache, in place of the one its engine has, or refuse."""
+
+    @property
+    def disk(self) -> "DiskBelow":
+        """Below host memory, where one is."""
 
     def make_engine(self, plan: Plan, dtype: torch.dtype, *, parked: bool = False) -> CacheEngine:
         """Return an engine with its arena allocated, or without one."""

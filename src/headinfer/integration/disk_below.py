@@ -119,8 +119,25 @@ class DiskBelow:
         """
         if self.file is None or self._least is None:
             return
-        below_bytes = disk_bytes(with_disk(self._least, room_bytes), tokens)
+        plan = with_disk(self._least, room_bytes)
         free = free_bytes(self._folder) + self.file.size_bytes  # what others have there, they free
+        self._check_space(plan, tokens, free)
+
+    def check_space(self, plan: Plan, tokens: int) -> None:
+        """Refuse tokens of a new cache that host memory and the disk have no room for now.
+
+        Args:
+            plan: of the cache.
+            tokens: that it is to hold in each row.
+
+        Raises:
+            MemoryPlanError: there is no room.
+        """
+        if self.file is not None:
+            self._check_space(plan, tokens, free_bytes(self._folder))
+
+    def _check_space(self, plan: Plan, tokens: int, free: int) -> None:
+        below_bytes = disk_bytes(plan, tokens)
         if below_bytes > free:
             raise MemoryPlanError(
                 f"prompt and answer of {tokens:,} tokens need {format_bytes(below_bytes)} below "

@@ -174,6 +174,7 @@ class OffloadedState:
             plan.arena_bytes + plan.activation_bytes + plan.assistant.working_bytes,
             f"{what} of {format_tokens(tokens)} tokens",
         )
+        self.host.disk.check_space(plan, tokens)
         engine = self.host.make_engine(plan, dtype)
         engine.expect(tokens)
         return engine
