@@ -96,6 +96,7 @@ def test_plans_are_chosen_in_blocks_that_there_is_room_for() -> None:
     assert plan.disk_block_tokens * plan.disk_host_blocks * TOKEN + plan.disk_buffers_bytes <= 2**32
     assert plan.kv_host_bytes(CONTEXT) <= 2**32
     assert disk_read_bytes(plan, CONTEXT) == disk_bytes(plan, CONTEXT) > 8 * 2**30
+    assert f"the oldest {plan.disk_tokens(CONTEXT) // 1024}K tokens on disk: " in str(plan)
     kept = planned()
     assert kept.resident_tokens
     less = disk_bytes(plan, CONTEXT) - kept.resident_tokens * TOKEN

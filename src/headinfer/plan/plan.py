@@ -95,9 +95,8 @@ class Plan:
         """Bytes of device memory the engine allocates, once, for offloaded KV."""
         if self.parts:
             return sum(part.arena_bytes for part in self.parts)
-        streaming = self.staging_bytes + self.tail_bytes + self.chunk_page_bytes
-        streaming += self.unpacked_bytes + self.packed_bytes
-        pieces = streaming + self.resident_bytes + self.draft_bytes
+        pieces = self.staging_bytes + self.tail_bytes + self.chunk_page_bytes + self.resident_bytes
+        pieces += self.unpacked_bytes + self.packed_bytes + self.draft_bytes
         return pieces and pieces + memory.ALIGNMENT_BYTES
 
     @property
@@ -155,8 +154,8 @@ class Plan:
     @property
     def placement(self) -> Placement:
         """What the plan does with the KV cache, to predict its times."""
-        each = self.of_devices
-        resident = sum(part.shape.kv_bytes(part.resident_tokens, part.batch) for part in each)
+        parts = self.of_devices
+        resident = sum(part.shape.kv_bytes(part.resident_tokens, part.batch) for part in parts)
         tile_tokens = min(self.tile_tokens, self.disk_block_tokens or self.tile_tokens)
         all_resident = 0 < (self.context_tokens or 0) <= self.resident_tokens
         return Placement(
@@ -198,6 +197,9 @@ class Plan:
                 f"{f', {self.shape.host_format.value}' if self.shape.packs else ''}: "
                 f"{format_bytes(self.kv_host_bytes(self.context_tokens))}"
             )
+            if below := self.disk_tokens(self.context_tokens):
+                size = format_bytes(self.shape.host_kv_bytes(below, self.batch))
+                yield f"the oldest {format_tokens(below)} tokens on disk: {size}"
 
     def _sizes_lines(self) -> Iterator[str]:
         """Yield what passes at once."""
@@ -257,8 +259,7 @@ class Plan:
     @property
     def approximation(self) -> str:
         """What keeps results from being exact, in words; empty for nothing."""
-        told = [self._rounding(), self._streaming()]
-        return "; ".join(filter(None, told))
+        return "; ".join(filter(None, [self._rounding(), self._streaming()]))
 
     @property
     def rounds(self) -> bool:
@@ -268,20 +269,19 @@ class Plan:
     def _rounding(self) -> str:
         if not self.rounds:
             return ""
-        form = self.shape.host_format.value
-        return f"keys and values in CPU memory are rounded to 8 bits ({form})"
+        return (
+            f"keys and values in CPU memory are rounded to 8 bits ({self.shape.host_format.value})"
+        )
 
     def _streaming(self) -> str:
         if self.shape.exact is self.shape:
             return ""
         streaming = [layer.streaming for layer in self.shape.layers if layer.streaming is not None]
         heads = sum(len(each.heads) for each in streaming)
-        all_heads = sum(
-            layer.kv_heads for layer in self.shape.layers if layer.kind is LayerKind.FULL
-        )
+        full = [layer.kv_heads for layer in self.shape.layers if layer.kind is LayerKind.FULL]
         sinks, recent = streaming[0].sink_tokens, streaming[0].recent_tokens
         return (
-            f"{heads} of {all_heads} KV heads see the first {format_tokens(sinks)} and the newest "
+            f"{heads} of {sum(full)} KV heads see the first {format_tokens(sinks)} and the newest "
             f"{format_tokens(recent)} tokens alone"
         )
 

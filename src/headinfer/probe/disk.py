@@ -52,7 +52,7 @@ class _Moving:
 def measure_disk(folder: str, *, quick: bool) -> DiskRate:
     """Measure the disk that a folder is on, with a file without a name, which goes behind.
 
-    Reads and writes have the size and the depth of those of a cache, and leave out the page cache
+    Reads and writes have the size and the depth of those of a cache. They leave out the page cache
     where the file system lets them. What is written are random bytes, in order.
 
     Args:
