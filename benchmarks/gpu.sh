@@ -33,7 +33,8 @@ if [ ! -e "$out/gpu-tests.log" ]; then
         tests 2>&1 | tee "$out/gpu-tests.log"
 fi
 disk="${DISK:-/tmp}"
-"$python" -m headinfer.cli.main probe --quick --disk "$disk" --json "$out/gpu-probe.json"
+"$python" -m headinfer.cli.main probe --quick --disk "$disk" --json "$out/gpu-probe.json" ||
+    "$python" -m headinfer.cli.main probe --quick --json "$out/gpu-probe.json"
 if [ ! -e "$out/gpu-prefill-attention.json" ]; then
     timeout 90 "$python" benchmarks/host_kernel.py --groups 1,4,8,16 \
         --json "$out/gpu-host-kernel.json" 2>&1 | tee -a "$out/gpu.log"

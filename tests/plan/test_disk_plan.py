@@ -79,6 +79,7 @@ def test_the_host_attends_no_more_than_lies_in_memory() -> None:
     parts = predictor.decode(replace(PLACED, host_share=0.9), CONTEXT)
     in_memory = predictor.decode(replace(PLACED, host_share=8 * 4096 / CONTEXT), CONTEXT)
     assert parts.link_s == pytest.approx(in_memory.link_s)
+    assert parts.compute_s == pytest.approx(in_memory.compute_s)
     plan = resolve(
         LLAMA_3_8B,
         Options(device_memory_bytes=24 * 2**30, resident_tokens=0),
