@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from desk_helpers import answer, ask, desk_of, stock_text, tokens
 
+from headinfer.disk.mount import Mount
 from headinfer.errors import MemoryPlanError
 from headinfer.integration import disk_below
 from tiny_models import random_tokens, shared_model
@@ -60,3 +61,14 @@ def test_a_call_that_the_disk_has_no_room_for_is_refused_before_it_begins(
             model(random_tokens(1, 20), past_key_values=cache)
         assert session.stats.prefill_tokens == 0
         model(random_tokens(1, 20), past_key_values=session.new_cache(700))
+
+
+def test_a_folder_in_memory_is_told(
+    disk: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(disk_below, "mount_of", lambda folder: Mount("/dev/x", "ext4"))
+    with desk_of("llama3", options=disk):
+        assert "does not count" not in caplog.text
+    monkeypatch.setattr(disk_below, "mount_of", lambda folder: Mount("tmpfs", "tmpfs"))
+    with desk_of("llama3", options=disk):
+        assert "is in memory (tmpfs): what lies there takes CPU memory" in caplog.text

@@ -1,10 +1,11 @@
 """A disk below the host memory of an attachment: where it may be, its file, and plans with it."""
 
+import logging
 from collections.abc import Callable, Iterable
 
 from headinfer.device.base import Device
 from headinfer.disk.file import SpillFile
-from headinfer.disk.mount import free_bytes
+from headinfer.disk.mount import free_bytes, mount_of
 from headinfer.engine.engine import Engine
 from headinfer.engine.parted import CacheEngine
 from headinfer.errors import MemoryPlanError, OptionError
@@ -17,6 +18,8 @@ from headinfer.plan.plan import Plan
 from headinfer.plan.resolve import least_plan
 from headinfer.plan.shape import ModelShape
 from headinfer.units import format_bytes
+
+_logger = logging.getLogger(__name__)
 
 
 class DiskBelow:
@@ -50,6 +53,12 @@ class DiskBelow:
             raise OptionError(f"disk_cache {refusal}")
         self.file = SpillFile(options.disk_cache)
         self._folder = options.disk_cache
+        if (mount := mount_of(self._folder)).in_memory:
+            _logger.warning(
+                "disk_cache %r is %s: what lies there takes CPU memory that host_memory does not "
+                "count; name a folder on a disk",
+                *(self._folder, mount.said),
+            )
         if shape.kinds_of_full_layers:
             self._least = in_few_blocks(least_plan(shape, options, device=device.name))
 
