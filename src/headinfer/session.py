@@ -193,23 +193,23 @@ class Session:
         """
         if not self._attached:
             raise CacheStateError("the model was detached; attach it again for a new cache")
-        others = [each for each in self._engines if not (each.closed or each.parked)]
-        others = [each for each in others if each is not replacing]
+        engines = list(self._engines)
+        others = [each for each in engines if not (each is replacing or each.closed or each.parked)]
         dtype = dtype or (self.kv_dtype() if replacing is None else replacing.dtype)
         room = functools.partial(self.host_room, self.plan.activation_bytes)
-        room_bytes = self.disk.room_bytes(room, replacing)
+        resolve = functools.partial(self._resolve, batch, context_tokens, others, dtype)
         try:
-            plan = self._resolve(batch, context_tokens, others, dtype, room_bytes)
+            plan = self.disk.chosen(resolve, room, replacing, engines)
         except MemoryPlanError:
             keeping = [each for each in others if any(part.can_give_up for part in each.parts)]
             if not self.ranks.any(bool(keeping)):
                 raise
             for engine in keeping:
                 engine.give_up_residents()
-            plan = self._resolve(batch, context_tokens, others, dtype, room_bytes)
+            plan = self.disk.chosen(resolve, room, replacing, engines)
         plan = making_room(plan, [engine.parts for engine in others])
         left = functools.partial(self.host_room, plan.activation_bytes)
-        return self.disk.planned(plan, left, replacing, list(self._engines))
+        return self.disk.planned(plan, left, replacing, engines)
 
     def _resolve(
         self,

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from desk_helpers import answer, ask, desk_of, stock_text, tokens
+from desk_helpers import PATIENCE_S, Heard, answer, ask, desk_of, stock_text, tokens
 
 from headinfer.disk.mount import Mount
 from headinfer.errors import MemoryPlanError
@@ -32,6 +32,16 @@ def test_a_prompt_beyond_cpu_memory_is_admitted_and_answered(disk: dict[str, Any
         assert stats.bytes_from_disk > 0
     assert first.text == stock_text("llama3", PROMPT)
     assert other.text == stock_text("llama3", OTHER)
+
+
+def test_requests_at_once_have_room_beside_each_other(disk: dict[str, Any]) -> None:
+    prompts = [PROMPT, OTHER, tokens(300, seed=5)]
+    heard = [Heard() for _ in prompts]
+    with desk_of("llama3", options=disk, running=2) as desk:
+        asked = [desk.submit(ask(ids, 3), each) for ids, each in zip(prompts, heard, strict=True)]
+        assert [ticket.wait(PATIENCE_S) for ticket in asked] == [each.ended for each in heard]
+    texts = [stock_text("llama3", ids, 3) for ids in prompts]
+    assert [each.text for each in heard] == texts
 
 
 def test_what_the_disk_never_holds_is_refused_with_its_room(

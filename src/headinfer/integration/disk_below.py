@@ -93,16 +93,36 @@ class DiskBelow:
                 if not any(lowered):
                     raise
 
-    def room_bytes(self, room: Callable[[], HostRoom], replacing: CacheEngine | None) -> int | None:
-        """Return the host memory for a cache; None where there is no disk.
+    def chosen(
+        self,
+        resolve: Callable[[int | None], Plan],
+        room: Callable[[], HostRoom],
+        replacing: CacheEngine | None,
+        engines: Iterable[CacheEngine],
+    ) -> Plan:
+        """Return a plan of sizes whose blocks there is room for; others lower theirs for that.
 
         Args:
+            resolve: makes a plan for some host memory; None where there is no disk.
             room: returns what is left beside all caches.
-            replacing: what it has already.
+            replacing: what the cache has already; None where it is new.
+            engines: of all caches, between their calls.
+
+        Raises:
+            DiskError: the disk has no room for the blocks of others.
+            MemoryPlanError: no plan fits the device.
         """
         if self.file is None:
-            return None
-        return room().kv_bytes + (0 if replacing is None else replacing.taken_host_bytes)
+            return resolve(None)
+        held_bytes = 0 if replacing is None else replacing.taken_host_bytes
+        others = [part for each in engines if each is not replacing for part in each.parts]
+        while True:
+            plan = resolve(room().kv_bytes + held_bytes)
+            if plan.disk_block_tokens or not plan.shape.kinds_of_full_layers:
+                return plan
+            lowered = [other.lower_blocks() for other in others]
+            if not any(lowered):
+                return plan
 
     def host_bytes(self, plan: Plan, tokens: int) -> int:
         """Return the host memory that a new cache cannot do without.

@@ -95,6 +95,12 @@ class Lent:
     id: str = field(default_factory=lambda: secrets.token_hex(8))
     slot_id: str | None = None
 
+    @property
+    def begun(self) -> bool:
+        """Whether its first pass has begun, and so has taken memory."""
+        engine = self.cache.state.engine
+        return engine is not None and not engine.parked
+
 
 class Choice(NamedTuple):
     """A choice of what a prompt begins with: a cache in memory, a running request's, or the disk.

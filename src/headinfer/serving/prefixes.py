@@ -74,6 +74,7 @@ class Prefixes:
         shared = None if session.plan.rounds else folder
         self._shelf = Shelf(session, kept_bytes, shared, folder_bytes)
         self.sessions = None if folder is None else Sessions(session, self._shelf, folder)
+        self._entering = threading.Lock()  # so that two do not count on the same memory
         self._changed = threading.Condition(self._shelf.mutex)
         if not self._reuses:
             _logger.warning(
@@ -123,20 +124,26 @@ class Prefixes:
 
         What remains missing then is for the model's call to refuse.
         """
-        while not given_up():
-            needed = self._session.missing_host_bytes(lent.cache, tokens)
+        while True:
+            with self._entering:
+                if given_up() or self._has_room(lent.cache, tokens):
+                    with self._changed:
+                        self._running.append(lent)
+                    return
             with self._changed:
-                promised = [
-                    self._session.missing_host_bytes(each.cache, each.cache.state.max_tokens or 0)
-                    for each in self._running
-                ]
-            lacking = self._shelf.make_room(needed + sum(promised))
-            with self._changed:
-                if not lacking or not self._running:
-                    break
                 self._changed.wait(_LOOK_S)
+
+    def _has_room(self, cache: OffloadedCache, tokens: int) -> bool:
+        """Have kept prefixes yield for a cache; return whether there is room, or none will come."""
+        missing = self._session.missing_host_bytes
         with self._changed:
-            self._running.append(lent)
+            if self._session.disk.file and not all(each.begun for each in self._running):
+                return False  # above a disk each takes all that is left
+            promised = [
+                missing(run.cache, run.cache.state.max_tokens or 0) for run in self._running
+            ]
+        lacking = self._shelf.make_room(missing(cache, tokens) + sum(promised))
+        return not (lacking and self._running)
 
     def _found(self, prompt: torch.Tensor) -> Lent | None:
         """Return the longest beginning of a prompt that any cache holds, for one request alone."""
