@@ -179,6 +179,7 @@ class Session:
         context_tokens: int,
         *,
         replacing: CacheEngine | None = None,
+        sharing: CacheEngine | None = None,
         dtype: torch.dtype | None = None,
     ) -> Plan:
         """Return the plan of a cache with so many rows and tokens; refuse what does not fit.
@@ -190,6 +191,7 @@ class Session:
             batch: rows.
             context_tokens: tokens expected.
             replacing: the cache's engine, if it has one, whose memory the plan may use again.
+            sharing: the engine of which the cache is to be a copy.
             dtype: of keys and values; by default that of `replacing`, or of a new cache here.
         """
         if not self._attached:
@@ -208,7 +210,7 @@ class Session:
             plan = self._resolve(batch, context_tokens, others, dtype)
         plan = making_room(plan, [engine.parts for engine in others])
         left = functools.partial(self.host_room, plan.activation_bytes)
-        return self._disk.planned(plan, left, replacing, list(self._engines))
+        return self._disk.planned(plan, left, replacing, list(self._engines), sharing)
 
     def _resolve(
         self, batch: int, context_tokens: int | None, others: list[CacheEngine], dtype: torch.dtype
