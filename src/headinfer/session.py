@@ -84,9 +84,7 @@ class Session:
         progress: PrefillProgress | None,
     ) -> None:
         self.stats = Stats()
-        self._model = model
-        self._options = options
-        self._progress = progress
+        self._model, self._options, self._progress = model, options, progress
         self.ranks = ranks_of(model)
         self.assistants = Assistants()
         whole = with_pattern(model_shape(model), options)
@@ -178,6 +176,7 @@ class Session:
         context_tokens: int,
         *,
         replacing: CacheEngine | None = None,
+        sharing: CacheEngine | None = None,
         dtype: torch.dtype | None = None,
     ) -> Plan:
         """Return the plan of a cache with so many rows and tokens; refuse what does not fit.
@@ -189,6 +188,7 @@ class Session:
             batch: rows.
             context_tokens: tokens expected.
             replacing: the cache's engine, if it has one, whose memory the plan may use again.
+            sharing: the engine of which the cache is to be a copy.
             dtype: of keys and values; by default that of `replacing`, or of a new cache here.
         """
         if not self._attached:
@@ -209,7 +209,7 @@ class Session:
             plan = self.disk.chosen(resolve, room, replacing, engines)
         plan = making_room(plan, [engine.parts for engine in others])
         left = functools.partial(self.host_room, plan.activation_bytes)
-        return self.disk.planned(plan, left, replacing, engines)
+        return self.disk.planned(plan, left, replacing, engines, sharing)
 
     def _resolve(
         self,

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -188,3 +189,67 @@ def test_folders_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     for name, words in (("file", "is a file"), ("none", "is not there")):
         with pytest.raises(OptionError, match=words):
             check_folder(str(tmp_path / name))
+
+
+def test_threads_that_allocate_and_free_get_regions_of_their_own(spill: SpillFile) -> None:
+    held: dict[int, int] = {}
+    faults: list[str] = []
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+
+    def work(size: int) -> None:
+        mine: list[int] = []
+        for _ in range(300):
+            offset = spill.allocate(size)
+            for part in range(offset, offset + size, BLOCK):
+                if held.setdefault(part, size) != size:
+                    faults.append(f"{part} was handed out twice")
+            mine.append(offset)
+            if len(mine) > 3:
+                freed = mine.pop(0)
+                for part in range(freed, freed + size, BLOCK):
+                    held.pop(part, None)
+                spill.free(freed, size)
+
+    threads = [threading.Thread(target=work, args=(size * BLOCK,)) for size in (1, 2, 3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    sys.setswitchinterval(before)
+    assert not faults
+
+
+def test_what_a_collector_frees_while_a_region_is_handed_out(
+    spill: SpillFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spill.allocate(BLOCK)
+    last = spill.allocate(BLOCK)
+    real = Regions.allocate
+
+    def interleaved(regions: Regions, num_bytes: int) -> int:
+        spill.free(last, BLOCK)  # in the same thread, which must not wait for itself
+        end = regions.end
+        offset = real(regions, num_bytes)
+        assert offset == end, "it was freed in the middle"
+        return offset
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Regions, "allocate", interleaved)
+        third = spill.allocate(BLOCK)
+    assert spill.allocate(BLOCK) == last != third
+
+
+def test_a_region_freed_after_the_file_was_closed_cuts_no_other_file(
+    spill: SpillFile, tmp_path: Path
+) -> None:
+    spill.allocate(BLOCK)
+    last = spill.allocate(BLOCK)
+    spill.close()
+    others = [open(tmp_path / f"other{i}", "w+b", buffering=0) for i in range(8)]  # noqa: SIM115
+    for other in others:
+        other.write(b"x" * 100_000)
+    spill.free(last, BLOCK)
+    assert all(os.fstat(other.fileno()).st_size == 100_000 for other in others)
+    for other in others:
+        other.close()

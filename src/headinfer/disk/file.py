@@ -1,9 +1,11 @@
 """A temporary file for tokens of running requests, read and written past the page cache."""
 
+import collections
 import contextlib
 import errno
 import os
 import tempfile
+import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import CancelledError, ThreadPoolExecutor
@@ -44,7 +46,8 @@ class SpillFile:
     Python's lock, and each moves some MiB. io_uring has a package with wheels, but many containers
     forbid it. So threads would be needed anyway.
 
-    One thread at a time may allocate, free, read, write and close.
+    One thread at a time may read, write and close. Any thread may free a region at any time. So may
+    the garbage collector, while others are handed out: freeing never waits.
 
     Args:
         folder: where there is room for it.
@@ -68,6 +71,8 @@ class SpillFile:
         self._folder = folder
         self._part_bytes = part_bytes
         self._regions = Regions()
+        self._handing_out = threading.Lock()
+        self._freed: collections.deque[tuple[int, int]] = collections.deque()
         try:
             self._fd = _open_unnamed(folder)
             self._closing = weakref.finalize(self, os.close, self._fd)
@@ -83,7 +88,9 @@ class SpillFile:
 
     def allocate(self, num_bytes: int) -> int:
         """Return the offset of a region for so many bytes; freed regions are used again."""
-        return self._regions.allocate(self._whole(num_bytes))
+        with self._handing_out:
+            self._take_back()
+            return self._regions.allocate(self._whole(num_bytes))
 
     def free(self, offset: int, num_bytes: int) -> None:
         """Give a region back, which nothing is under way with.
@@ -92,9 +99,19 @@ class SpillFile:
             offset: as allocated.
             num_bytes: as allocated.
         """
+        self._freed.append((offset, self._whole(num_bytes)))
+        if self._handing_out.acquire(blocking=False):  # else whoever is at it, or comes next, does
+            try:
+                self._take_back()
+            finally:
+                self._handing_out.release()
+
+    def _take_back(self) -> None:
+        """Have freed regions handed out again, and what is behind all others given to the disk."""
         before = self._regions.end
-        self._regions.free(offset, self._whole(num_bytes))
-        if self._regions.end < before:
+        while self._freed:
+            self._regions.free(*self._freed.popleft())
+        if self._regions.end < before and self._closing.alive:  # else the number is another file's
             with contextlib.suppress(OSError):  # the space is then free later
                 os.ftruncate(self._fd, self._regions.end)
 
@@ -149,6 +166,8 @@ class SpillFile:
             return os.pwritev(self._fd, [view[at:]], offset + at)
 
         self._move_all(len(view), write, OSError(errno.EIO, "nothing was written"))
+        if not self.direct:
+            os.fdatasync(self._fd)  # pages that are not on the disk yet cannot be given up
         self._forget(offset, len(view))
 
     def _read_part(self, offset: int, view: memoryview) -> None:

@@ -5,8 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from headinfer.disk.file import SpillFile, aligned_empty
-from headinfer.disk.region import Region
+from headinfer.disk.file import SpillFile
 
 
 class Strip(NamedTuple):
@@ -76,17 +75,6 @@ def placed(part: torch.Tensor, memory: torch.Tensor, place: int) -> torch.Tensor
     strides = (part.shape[1] * slot // size, slot // size, part.shape[3], 1)
     offset = int(whole.storage_offset()) + (place + _slack(part)) // size
     return whole.as_strided(part.shape, strides, offset)
-
-
-def read_now(region: Region) -> torch.Tensor:
-    """Return all bytes of a region, in new memory.
-
-    Raises:
-        DiskError: they cannot be read.
-    """
-    memory = aligned_empty(region.num_bytes)
-    region.file.read(region.offset, memory).wait()
-    return memory
 
 
 def _slack(part: torch.Tensor) -> int:

@@ -83,6 +83,7 @@ def build(
             ledger.keep_residents(piece, plan.resident_tokens)
     raw = _raw_pages(device, plan, raw)
     packing = None if raw is None else _packing(device, plan, arena, ledgers, stats, raw)
+    disk = _disk_tiles(device, plan, stats)
     pages = Pages(
         device,
         tails=tails,
@@ -91,13 +92,11 @@ def build(
         chunk_tokens=chunk_tokens,
         stats=stats,
         packing=packing,
+        disk=disk,
     )
     if plan.overlap:
-        source: TileSource = OverlappedTiles(
-            *(device, ledgers, buffers, sizes, stats, packing), _disk_tiles(device, plan, stats)
-        )
+        source: TileSource = OverlappedTiles(device, ledgers, buffers, sizes, stats, packing, disk)
     else:
-        disk = _disk_tiles(device, plan, stats)
         source = SequentialTiles(device, buffers[0], stats, packing, disk)
     return source, pages, arena.num_bytes, raw
 
@@ -107,7 +106,10 @@ def _disk_tiles(device: Device, plan: Plan, stats: Stats) -> DiskTiles | None:
     if not plan.disk_buffers_bytes:
         return None
     size = plan.disk_buffers_bytes // READS
-    return DiskTiles(device, [Piece(aligned_host(device, size)) for _ in range(READS)], stats)
+    buffers = [Piece(aligned_host(device, size)) for _ in range(READS)]
+    return DiskTiles(
+        device, buffers, stats, tile_heads=plan.tile_heads, tile_tokens=plan.tile_tokens
+    )
 
 
 def _raw_pages(device: Device, plan: Plan, before: RawPages | None) -> RawPages | None:

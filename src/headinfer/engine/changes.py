@@ -74,8 +74,7 @@ class ChangeableTokens(HeldTokens):
                 self._windows.restore(ledger, tail.start, kv)
             elif source.tail is not None:
                 self._windows.copy(source, ledger)
-        for ledger in self._full:
-            ledger.lower_blocks()
+        self._lower_to(self.plan)
         if not self.parked:
             self._fill_residents()
 
@@ -177,6 +176,8 @@ class ChangeableTokens(HeldTokens):
         assert self.parked
         for ledger in self._full:
             ledger.trim()
+            if self.plan.disk_block_tokens:
+                continue  # blocks stay whole; others have them written to the disk
             if ledger.host_bytes > 2 * ledger.home.num_bytes(ledger.host_tokens):
                 ledger.select_host(range(self.plan.batch), anew=True)
 
@@ -189,12 +190,24 @@ class ChangeableTokens(HeldTokens):
         blocks = max(self.plan.disk_host_blocks // 2, LEAST_BLOCKS)
         if self.closed or self.drafting or blocks >= self.plan.disk_host_blocks:
             return False
+        self.keep_blocks(blocks)
+        return True
+
+    def keep_blocks(self, blocks: int) -> None:
+        """Have so many blocks above a disk in memory from now on.
+
+        Raises:
+            DiskError: the disk has no room for the others.
+        """
         self._come_to_rest()
         self.plan = dataclasses.replace(self.plan, disk_host_blocks=blocks)
-        self._choose_blocks(self.plan)
+        self._lower_to(self.plan)
+
+    def _lower_to(self, plan: Plan) -> None:
+        """Have no more blocks in memory than a plan says, at rest."""
+        self._choose_blocks(plan)
         for ledger in self._full:
             ledger.lower_blocks()
-        return True
 
     def give_up_residents(self) -> None:
         """Keep no token on the device; costs no copy but the tail's."""
@@ -213,6 +226,7 @@ class ChangeableTokens(HeldTokens):
     def _rebuild(self, plan: Plan) -> None:
         """Take the memory of another plan; the host must hold every token, at rest."""
         self.plan = plan
+        self._lower_to(plan)
         self._forget_memory()
         # The old arena goes before the new one comes: both together would exceed either plan.
         for ledger in self._full:

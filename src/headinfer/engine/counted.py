@@ -12,11 +12,13 @@ class CountedTokens:
 
     Attributes:
         plan: its sizes.
+        closed: whether the memory was given back.
         parked: whether it has no arena.
         drafting: whether the tokens that come are drafts.
     """
 
     plan: Plan
+    closed: bool
     parked: bool
     drafting: bool
     _ledgers: list[Ledger]
@@ -59,7 +61,7 @@ class CountedTokens:
     @property
     def _disk_buffers_bytes(self) -> int:
         """Bytes of host memory that tokens on the disk are read to."""
-        return 0 if self.parked else self.plan.disk_buffers_bytes
+        return 0 if self.parked or self.closed else self.plan.disk_buffers_bytes
 
     @property
     def disk_tokens(self) -> int:
@@ -82,9 +84,11 @@ class CountedTokens:
         """Return the bytes of each piece of host memory, by what copies have in common.
 
         Copies of several rows have nothing in common: the order of rows may change, which takes
-        memory for all of them.
+        memory for all of them. Neither have those above a disk: whichever writes a block there
+        takes memory of its own, and the other keeps what was shared.
         """
-        own = None if self.plan.batch == 1 else id(self)
+        parts = self.plan.batch > 1 or (self.plan.disk_block_tokens and not self.parked)
+        own = id(self) if parts else None
         held = {
             id(piece): piece.host_bytes for ledger in self._full for piece in ledger.host_pieces
         }

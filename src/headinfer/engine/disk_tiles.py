@@ -57,10 +57,21 @@ class DiskTiles:
         device: copies them from there, on copy-in.
         buffers: memory of the host for a tile each.
         stats: where bytes are counted.
+        tile_heads: of a tile, at most.
+        tile_tokens: of a tile, at most.
     """
 
-    def __init__(self, device: Device, buffers: Sequence[Piece], stats: Stats) -> None:
+    def __init__(
+        self,
+        device: Device,
+        buffers: Sequence[Piece],
+        stats: Stats,
+        *,
+        tile_heads: int,
+        tile_tokens: int,
+    ) -> None:
         self._device = device
+        self._tile_heads, self._tile_tokens = tile_heads, tile_tokens
         self._buffers = list(buffers)
         self._stats = stats
         self._free = collections.deque(self._buffers)
@@ -106,6 +117,30 @@ class DiskTiles:
         read.buffer.free = self._device.copy_in.record()
         self._reads.remove(read)
         self._free.append(read.buffer)
+
+    def copy_all(self, tile: Tile, place: KV) -> None:
+        """Copy any tokens on the disk to the device, on copy-in, by tiles that buffers hold.
+
+        Args:
+            tile: on the disk, of all heads.
+            place: on the device, for as many tokens.
+
+        Raises:
+            DiskError: they cannot be read.
+        """
+        heads, tokens = place.keys.shape[1], self._tile_tokens
+        self.drop()
+        for head in range(0, heads, self._tile_heads):
+            group = slice(head, min(head + self._tile_heads, heads))
+            for first in range(0, tile.tokens, tokens):
+                end = min(first + tokens, tile.tokens)
+                cut = tile._replace(first=tile.first + first, tokens=end - first, heads=group)
+                read = self.begin(cut)
+                assert read is not None, "no buffer is free"
+                source = self.end(read)
+                for to, part in zip(place, source, strict=True):
+                    self._device.copy_in.copy(to[:, group, first:end], part)
+                self.copied(read)
 
     def drop(self) -> None:
         """Wait for what is under way, and forget it; also where a copy of it failed."""

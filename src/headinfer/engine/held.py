@@ -70,7 +70,8 @@ class HeldTokens(ReservedTokens):
         self._host_helps = False  # whether the model's attention leaves any to the host
         self._replayed: Event | None = None  # the last step that had all streams in one capture
         self._replaying = False  # whether one may be under way that has no such event
-        host = HostPlace(device) if file is None else DiskPlace(device, file, self._note_written)
+        # What the place holds must not hold the engine: it is to die with its cache.
+        host = HostPlace(device) if file is None else DiskPlace(device, file, stats)
         self._place = host
         self._layers: list[Layer] = []
         self._ledgers: list[Ledger] = []  # of all tracks
@@ -116,12 +117,11 @@ class HeldTokens(ReservedTokens):
 
     def _choose_blocks(self, plan: Plan) -> None:
         """Have host memory above a disk be in a plan's blocks."""
-        if isinstance(self._place, DiskPlace):
-            self._place.block_tokens = plan.disk_block_tokens
-            self._place.host_blocks = plan.disk_host_blocks
-
-    def _note_written(self, num_bytes: int) -> None:
-        self._stats.bytes_to_disk += num_bytes
+        place = self._place
+        if isinstance(place, DiskPlace):
+            assert place.block_tokens in (0, plan.disk_block_tokens), "blocks stay as large as ever"
+            place.block_tokens = plan.disk_block_tokens
+            place.host_blocks = plan.disk_host_blocks
 
     def in_use(self) -> contextlib.AbstractContextManager[None]:
         """Have the device be this thread's current one in the `with` statement."""

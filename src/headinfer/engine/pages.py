@@ -12,10 +12,10 @@ from collections.abc import Sequence
 import torch
 
 from headinfer.device.base import Device, Edge, Event
-from headinfer.engine.disk_tiles import tile_now
+from headinfer.engine.disk_tiles import DiskTiles
 from headinfer.engine.packing import Packing, bring
 from headinfer.engine.stats import Stats
-from headinfer.errors import DiskError
+from headinfer.errors import DiskError, MemoryPlanError
 from headinfer.kv.extent import Extent, Piece, Tile, copy_rows
 from headinfer.kv.ledger import Ledger
 from headinfer.kv.pair import KV
@@ -34,6 +34,7 @@ class Pages:
         chunk_tokens: the most tokens that are taken at once.
         stats: where bytes are counted.
         packing: packs what goes home, where that is packed; None where nothing is.
+        disk: reads tiles that are on the disk; None where none is.
     """
 
     def __init__(
@@ -46,8 +47,10 @@ class Pages:
         chunk_tokens: int,
         stats: Stats,
         packing: Packing | None = None,
+        disk: DiskTiles | None = None,
     ) -> None:
         self._device = device
+        self._disk = disk
         self._packing = packing
         self._tails = tails
         self._chunk_pages = chunk_pages
@@ -145,19 +148,16 @@ class Pages:
             return
         assert not resident.tokens, "what is kept must not be fetched again"
         copy_in, tokens = self._device.copy_in, min(ledger.host_tokens, resident.capacity)
-        read: list[KV] = []
         for tile in ledger.host_tiles(0, tokens):
-            place, source = resident.tile(tile.start, tile.start + tile.tokens).kv, tile.kv
+            place = resident.tile(tile.start, tile.start + tile.tokens).kv
             if tile.format is not Format.DENSE:
                 bring(self._device, ledger, tile, place)
-                continue
-            if tile.piece.region is not None:
-                source = tile_now(tile)
-                read.append(source)
-            copy_in.copy(place.keys, source.keys)
-            copy_in.copy(place.values, source.values)
-        if read:
-            copy_in.record().synchronize(Edge.READ_COPIED)
+            elif tile.piece.region is not None:
+                assert self._disk is not None
+                self._disk.copy_all(tile, place)
+            else:
+                copy_in.copy(place.keys, tile.kv.keys)
+                copy_in.copy(place.values, tile.kv.values)
         packed = ledger.home.format is not Format.DENSE
         resident.piece.ready = None if packed else copy_in.record()
         ledger.extend(resident, tokens)  # not before there is something to wait for
@@ -240,7 +240,7 @@ class Pages:
             tokens = ledger.sent_at_once(tile.tokens - first)
             try:
                 targets = ledger.extend_host(tokens)
-            except DiskError:
+            except (DiskError, MemoryPlanError):
                 self._take_back(ledger, tile)
                 raise
             for target in targets:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from headinfer.engine.ending import uninterrupted
-from headinfer.errors import CacheStateError, DiskError, UnsupportedModelError
+from headinfer.errors import CacheStateError, DiskError, MemoryPlanError, UnsupportedModelError
 from headinfer.integration.attention import AttentionFunctions
 from headinfer.integration.cache import OffloadedCache
 from headinfer.integration.calls import cache_name, named_arguments, new_shape
@@ -212,7 +212,7 @@ class Attachment:
             for watcher in watchers:
                 watcher.end(output)
             return output
-        except DiskError:
+        except (DiskError, MemoryPlanError):
             take_back_failed(cache)
             raise
         finally:

@@ -36,6 +36,7 @@ class CacheHost(Protocol):
         context_tokens: int,
         *,
         replacing: CacheEngine | None = None,
+        sharing: CacheEngine | None = None,
         dtype: torch.dtype | None = None,
     ) -> Plan:
         """Return the plan for a cache, in place of the one its engine has, or refuse."""

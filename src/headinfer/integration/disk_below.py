@@ -1,5 +1,6 @@
 """A disk below the host memory of an attachment: where it may be, its file, and plans with it."""
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterable
 
@@ -8,7 +9,7 @@ from headinfer.disk.file import SpillFile
 from headinfer.disk.mount import free_bytes, mount_of
 from headinfer.engine.engine import Engine
 from headinfer.engine.parted import CacheEngine
-from headinfer.errors import MemoryPlanError, OptionError
+from headinfer.errors import HeadInferError, MemoryPlanError, OptionError
 from headinfer.integration.cache import OffloadedCache
 from headinfer.plan.below_host import disk_bytes, in_few_blocks
 from headinfer.plan.disk_blocks import with_disk
@@ -68,6 +69,7 @@ class DiskBelow:
         room: Callable[[], HostRoom],
         replacing: CacheEngine | None,
         engines: Iterable[CacheEngine],
+        sharing: CacheEngine | None = None,
     ) -> Plan:
         """Return a plan with its blocks; where there is no room for it, others lower theirs.
 
@@ -76,6 +78,7 @@ class DiskBelow:
             room: returns what is left for it.
             replacing: what it has already; None where it is new.
             engines: of all caches, between their calls.
+            sharing: whose blocks it is to hold; None where it has none of another.
 
         Raises:
             DiskError: the disk has no room for the blocks of others.
@@ -85,9 +88,11 @@ class DiskBelow:
             return plan
         held_bytes = 0 if replacing is None else replacing.taken_host_bytes
         others = [part for each in engines if each is not replacing for part in each.parts]
+        before = replacing or sharing
+        block_tokens = 0 if before is None else before.plan.disk_block_tokens
         while True:
             try:
-                return with_disk(plan, room().kv_bytes + held_bytes)
+                return with_disk(plan, room().kv_bytes + held_bytes, block_tokens)
             except MemoryPlanError:
                 lowered = [other.lower_blocks() for other in others]
                 if not any(lowered):
@@ -194,10 +199,13 @@ def _refusal(options: Options, shape: ModelShape, device: str, *, split: bool) -
 
 
 def take_back_failed(cache: OffloadedCache) -> None:
-    """Have a cache be as it was before a pass that the disk has failed, where that can be.
+    """Have a cache be as it was before a pass that failed for want of memory or disk, if it can be.
 
     Where it cannot, as with windows and states, the cache refuses to go on.
     """
     engine, before = cache.state.engine, cache.lengths_before
-    if before is not None and isinstance(engine, Engine) and engine.keeps_all(len(cache.layers)):
-        engine.take_back(before)
+    if not isinstance(engine, Engine) or not engine.plan.disk_block_tokens or engine.closed:
+        return
+    if before is not None and engine.keeps_all(len(cache.layers)):
+        with contextlib.suppress(HeadInferError):  # which would hide what failed first
+            engine.take_back(before)

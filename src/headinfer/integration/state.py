@@ -12,26 +12,9 @@ from headinfer.errors import CacheStateError, MemoryPlanError
 from headinfer.integration.cache_host import CacheHost
 from headinfer.integration.pending import Pending
 from headinfer.integration.turns import in_turn
+from headinfer.plan.growing import outgrows, with_growth
 from headinfer.plan.plan import Plan
 from headinfer.units import format_bytes, format_tokens
-
-_GROWTH_DIVISOR, _LEAST_GROWTH_TOKENS = 4, 1024
-"""A cache is planned for a quarter more than it is known to hold, or so many tokens.
-
-An answer and the next turns follow. Where all tokens are resident another plan brings them back
-over the link.
-"""
-
-
-def _with_growth(tokens: int) -> int:
-    return tokens + max(tokens // _GROWTH_DIVISOR, _LEAST_GROWTH_TOKENS)
-
-
-def _outgrows(plan: Plan, tokens: int) -> bool:
-    """Whether a plan kept all tokens it knew of on a device, and there are more now."""
-    return any(
-        0 < (part.context_tokens or 0) <= part.resident_tokens < tokens for part in plan.of_devices
-    )
 
 
 def _unlike(engine: CacheEngine, batch: int, dtype: torch.dtype) -> str:
@@ -143,18 +126,33 @@ class OffloadedState:
         self._wake(wanted)
         more = self.engine.missing_bytes(wanted)
         if more > 0 or self.engine.plan.shape.uneven:  # all ranks check, or none does
-            self._check_host(more, wanted, self.engine.plan)
+            self._make_room(self.engine, wanted)
             self.engine.expect(wanted)
-        if _outgrows(self.engine.plan, wanted):
-            plan = self.host.plan_for(batch, _with_growth(wanted), replacing=self.engine)
+        if outgrows(self.engine.plan, wanted):
+            plan = self.host.plan_for(batch, with_growth(wanted), replacing=self.engine)
             self.engine.replan(plan)
+
+    def _make_room(self, engine: CacheEngine, tokens: int) -> None:
+        """Make sure of host memory for so many tokens; above a disk have fewer blocks, if need be.
+
+        Others may have been planned with what this cache was to take, and had not taken yet.
+        """
+        try:
+            self._check_host(engine.missing_bytes(tokens), tokens, engine.plan)
+        except MemoryPlanError:
+            if not engine.plan.disk_block_tokens:
+                raise
+            plan = self.host.plan_for(engine.plan.batch, tokens, replacing=engine)
+            for part, own in zip(engine.parts, plan.of_devices, strict=True):
+                part.keep_blocks(own.disk_host_blocks)
+            self._check_host(engine.missing_bytes(tokens), tokens, engine.plan)
 
     def _wake(self, tokens: int) -> None:
         """Give a parked engine an arena, for so many tokens."""
         engine = self.engine
         if engine is not None and engine.parked:
             batch, known = engine.plan.batch, self.max_tokens is not None
-            wanted = tokens if known else _with_growth(tokens)
+            wanted = tokens if known else with_growth(tokens)
             engine.replan(self.host.plan_for(batch, wanted, replacing=engine))
 
     @in_turn
@@ -165,10 +163,17 @@ class OffloadedState:
         if self.engine is not None:
             self.engine.park()
 
-    def _new_engine(self, batch: int, tokens: int, dtype: torch.dtype, what: str) -> CacheEngine:
+    def _new_engine(
+        self,
+        batch: int,
+        tokens: int,
+        dtype: torch.dtype,
+        what: str,
+        sharing: CacheEngine | None = None,
+    ) -> CacheEngine:
         """Return an engine that will hold `tokens` tokens, with memory for them."""
-        known = self.max_tokens is not None
-        plan = self.host.plan_for(batch, tokens if known else _with_growth(tokens), dtype=dtype)
+        planned_tokens = with_growth(tokens) if self.max_tokens is None else tokens
+        plan = self.host.plan_for(batch, planned_tokens, sharing=sharing, dtype=dtype)
         self.host.check_host_room(
             plan.kv_host_bytes(tokens),
             plan.arena_bytes + plan.activation_bytes + plan.assistant.working_bytes,
@@ -254,7 +259,9 @@ class OffloadedState:
             engine = self.host.make_engine(plan, dtype, parked=True)
         else:
             wanted = max(held, self.max_tokens or 0)
-            engine = self._new_engine(plan.batch, wanted, dtype, "a copy of the KV cache")
+            engine = self._new_engine(
+                plan.batch, wanted, dtype, "a copy of the KV cache", other.engine
+            )
         try:
             for part, source in zip(engine.parts, other.engine.parts, strict=True):
                 with part.in_use():

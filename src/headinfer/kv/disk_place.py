@@ -1,16 +1,28 @@
 """Host memory with a disk below: the newest blocks of a layer in memory, older ones in a file."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 
 from headinfer.device.base import Device, Edge
-from headinfer.disk.file import SpillFile
-from headinfer.disk.reading import read_now
+from headinfer.disk.file import SpillFile, aligned_empty
 from headinfer.disk.region import Region
-from headinfer.kv.extent import Extent, Piece, copy_rows
+from headinfer.kv.extent import Extent, Piece
 from headinfer.kv.pair import Geometry
 from headinfer.kv.place import HostPlace
+
+
+class Counts(Protocol):
+    """A count of what moves.
+
+    Attributes:
+        bytes_to_disk: that were written.
+        bytes_from_disk: that were read.
+    """
+
+    bytes_to_disk: int
+    bytes_from_disk: int
 
 
 class DiskPlace(HostPlace):
@@ -22,7 +34,7 @@ class DiskPlace(HostPlace):
     Args:
         device: what the memory is for.
         file: what lies below.
-        written: told of bytes that were written.
+        counts: where bytes are counted.
 
     Attributes:
         host_blocks: blocks of a layer that may lie in memory.
@@ -30,19 +42,22 @@ class DiskPlace(HostPlace):
 
     host_blocks = 0
 
-    def __init__(self, device: Device, file: SpillFile, written: Callable[[int], None]) -> None:
+    def __init__(self, device: Device, file: SpillFile, counts: Counts) -> None:
         super().__init__(device)
         self._file = file
-        self._written = written
+        self._counts = counts
 
     def take(self, geometry: Geometry, tokens: int, start: int) -> Extent:
-        """Return an empty block of memory, or one of as many tokens as several have.
+        """Return an empty block of memory, for all of its tokens or fewer.
 
         Raises:
             MemoryPlanError: the host memory cannot be had.
         """
-        capacity = max(-(-tokens // self.block_tokens), 1) * self.block_tokens
-        return Extent(Piece(self._memory(geometry, capacity)), geometry, capacity, start)
+        assert 0 < tokens <= self.block_tokens
+        size = geometry.num_bytes(self.block_tokens)
+        block = Extent(Piece(self._memory(size)), geometry, self.block_tokens, start)
+        block.capacity = tokens
+        return block
 
     def lower(self, oldest: Extent, geometry: Geometry) -> Extent:
         """Write a block to the disk, and return what is there.
@@ -62,8 +77,9 @@ class DiskPlace(HostPlace):
 
     def reuse(self, oldest: Extent, geometry: Geometry, start: int) -> Extent | None:
         """Return an empty block in the memory of a lowered one; None where it cannot serve."""
-        piece, size = oldest.piece, geometry.num_bytes(self.block_tokens)
-        if piece.holders > 1 or piece.memory.numel() != size:
+        piece = oldest.piece
+        assert piece.memory.numel() == geometry.num_bytes(self.block_tokens)
+        if piece.holders > 1:
             return None
         return Extent(Piece(piece.memory), geometry, self.block_tokens, start)
 
@@ -73,11 +89,12 @@ class DiskPlace(HostPlace):
             stream.record().synchronize(Edge.BLOCK_READ)
 
     def write(self, extent: Extent, geometry: Geometry) -> Extent:
-        """Write a block that nothing in flight changes; return what is on the disk.
+        """Write a full block that nothing in flight changes; return what is on the disk.
 
         Raises:
             DiskError: the disk has no room for it, or failed.
         """
+        assert extent.tokens == extent.capacity, "a block goes to the disk that is not full"
         memory = extent.piece.memory
         self._device.host_access(memory, write=False, purpose="writing to the disk")
         region = Region(self._file, self._file.allocate(memory.numel()), memory.numel())
@@ -89,11 +106,24 @@ class DiskPlace(HostPlace):
             transfer.settle()
             region.free()
             raise
-        self._written(region.num_bytes)
-        capacity = region.num_bytes // geometry.num_bytes(1)
-        lower = Extent(Piece.on_disk(region), geometry, capacity, extent.start)
-        lower.tokens = lower.capacity = extent.tokens
-        return lower
+        self._counts.bytes_to_disk += region.num_bytes
+        return self._on_disk(region, geometry, extent)
+
+    def bring(self, lower: Extent, geometry: Geometry) -> Extent:
+        """Return a block of memory with the tokens of one on the disk, which stays.
+
+        Raises:
+            DiskError: it cannot be read.
+            MemoryPlanError: the host memory cannot be had.
+        """
+        region = lower.piece.region
+        assert region is not None
+        block = self.take(geometry, lower.capacity, lower.start)
+        memory = block.piece.memory
+        self._device.host_access(memory, write=True, purpose="reading a block back from the disk")
+        self._read(region, 0, memory)
+        block.tokens = lower.tokens
+        return block
 
     def give_back(self, extent: Extent) -> None:
         """Let go of an extent that no work in flight touches."""
@@ -104,24 +134,51 @@ class DiskPlace(HostPlace):
         if not extent.piece.holders:
             extent.piece.region.free()
 
-    def select(self, source: Extent, old: Geometry, new: Geometry, rows: torch.Tensor) -> Extent:
+    def select(self, source: Extent, new: Geometry, rows: Sequence[int]) -> Extent:
         """Return an extent on the disk with rows of another one on the disk, which stays.
+
+        It takes the memory of one row's keys or values. Rows begin at alignments, as heads do.
 
         Raises:
             DiskError: the disk has no room for it, or failed.
         """
-        assert source.piece.region is not None
-        capacity = source.piece.region.num_bytes // old.num_bytes(1)
-        brought = Extent(Piece(read_now(source.piece.region)), old, capacity, source.start)
-        brought.tokens = source.tokens
-        target = Extent(Piece(self._memory(new, capacity)), new, capacity, source.start)
-        target.tokens = source.tokens
-        copy_rows(brought, target, rows)
-        return self.write(target, new)
+        lower = source.piece.region
+        assert lower is not None
+        num_bytes = new.num_bytes(self.block_tokens)
+        region = Region(self._file, self._file.allocate(num_bytes), num_bytes)
+        target = self._on_disk(region, new, source)
+        try:
+            for old_part, new_part in zip(source.whole, target.whole, strict=True):
+                memory = aligned_empty(old_part.stride(0) * old_part.element_size())
+                for to, row in enumerate(rows):
+                    self._read(lower, _place(old_part, row), memory)
+                    self._file.write(region.offset + _place(new_part, to), memory).wait()
+                    self._counts.bytes_to_disk += memory.numel()
+        except BaseException:
+            region.free()
+            raise
+        return target
 
-    def _memory(self, geometry: Geometry, tokens: int) -> torch.Tensor:
-        """Return memory of the host for some tokens, at an address that files can be read to."""
-        return aligned_host(self._device, geometry.num_bytes(tokens))
+    def _on_disk(self, region: Region, geometry: Geometry, like: Extent) -> Extent:
+        """Return an extent in a region, of the tokens that another one has."""
+        piece = Piece.on_disk(region)
+        lower = Extent(piece, geometry, self.block_tokens, like.start)
+        lower.tokens = lower.capacity = like.tokens
+        return lower
+
+    def _read(self, region: Region, start: int, memory: torch.Tensor) -> None:
+        """Read bytes of a region, from one on, to memory that nobody else has."""
+        self._file.read(region.offset + start, memory).wait()
+        self._counts.bytes_from_disk += memory.numel()
+
+    def _memory(self, num_bytes: int) -> torch.Tensor:
+        """Return memory of the host, at an address that files can be read to."""
+        return aligned_host(self._device, num_bytes)
+
+
+def _place(part: torch.Tensor, row: int) -> int:
+    """Return where a row of keys or values begins in their block, in bytes."""
+    return (int(part.storage_offset()) + row * part.stride(0)) * part.element_size()
 
 
 def aligned_host(device: Device, num_bytes: int) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """How what the host holds of a layer grows: by pieces of memory, or by blocks above a disk."""
 
+from headinfer.errors import DiskError, MemoryPlanError
 from headinfer.kv.disk_place import DiskPlace
 from headinfer.kv.extent import Extent
 from headinfer.kv.host_bytes import HostBytes
@@ -59,31 +60,35 @@ class Growth(HostBytes):
             self._host.append(place.take(self.home, place.block_tokens, start))
             return
         oldest = self._host[lowered]
-        assert oldest.end <= self.host_tokens, "a block goes to the disk that was never filled"
         lower = place.lower(oldest, self.home)
         block = place.reuse(oldest, self.home, start)
         if block is not None:  # in one statement, as Ctrl-C may come before any
             self._host[lowered:] = [lower, *self._host[lowered + 1 :], block]
+            self.version += 1
         else:
             place.settle()
             self._host[lowered] = lower  # first: given back twice, others would lose it
+            self.version += 1
             place.give_back(oldest)
             self._host.append(place.take(self.home, place.block_tokens, start))
-        self.version += 1
 
     def disk_tokens_of(self, tokens: int) -> int:
         """Return the tokens on the disk once the host holds `tokens` tokens in all."""
         place, lowered = self._place, self._num_lowered
         if not isinstance(place, DiskPlace):
             return 0
-        shared = bool(self._host) and self._host[-1].piece.holders > 1  # it may be cut
-        capacity = self.host_tokens if shared else self.capacity_tokens
+        capacity, extents, cut = self.capacity_tokens, len(self._host), self._shared_behind()
+        if cut is not None:  # as it will be for the next tokens
+            capacity = self.host_tokens
+            extents = cut + (capacity > self._host[cut].start)
+            lowered = min(lowered, extents)
         more = -(-max(tokens - capacity, 0) // place.block_tokens)
-        lowered += max(more - max(place.host_blocks - len(self._host) + lowered, 0), 0)
+        lowered += max(more - max(place.host_blocks - extents + lowered, 0), 0)
         if not lowered:
             return 0
-        beyond = max(lowered - len(self._host), 0) * place.block_tokens
-        return min(self._host[min(lowered, len(self._host)) - 1].limit + beyond, tokens)
+        if lowered > extents:
+            return min(capacity + (lowered - extents) * place.block_tokens, tokens)
+        return min(capacity if lowered == extents else self._host[lowered - 1].limit, tokens)
 
     @property
     def _num_lowered(self) -> int:
@@ -94,45 +99,95 @@ class Growth(HostBytes):
         return len(self._host)
 
     def lower_blocks(self) -> None:
-        """Have no more blocks in memory than may be, with no work in flight that touches them."""
+        """Have no more blocks in memory than may be, with no work in flight that touches them.
+
+        Raises:
+            DiskError: the disk has no room for the others, or failed.
+        """
         place = self._place
         if not isinstance(place, DiskPlace):
             return
         lowered = self._num_lowered
         while len(self._host) - lowered > place.host_blocks:
-            block = self._host[lowered]
-            if not block.tokens:  # nothing lies in it, nor in those behind
+            if not self._host[-1].tokens:  # those that are full then lie one behind the other
                 place.give_back(self._host.pop())
                 continue
+            block = self._host[lowered]
             self._host[lowered] = place.write(block, self.home)
             place.give_back(block)
             lowered += 1
             self.version += 1
+        self._count_tokens()
 
-    def _leave_shared(self, tokens: int) -> None:
-        """Give up host memory behind `tokens` where another ledger reads it."""
+    def _count_tokens(self) -> None:
+        """Have extents hold the host's tokens, which they tile without a gap or an overlap.
+
+        Whatever changes extents ends with this.
+        """
+        start, below = 0, True
+        for extent in self._host:
+            assert extent.start == start, "extents leave a gap, or overlap"
+            extent.tokens = max(min(self.host_tokens, extent.limit) - start, 0)
+            on_disk = extent.piece.region is not None
+            assert below or not on_disk, "a block is on the disk, and an older one in memory"
+            assert not on_disk or extent.tokens == extent.capacity, "a block on the disk has gaps"
+            start, below = extent.limit, on_disk
+        assert start >= self.host_tokens, "tokens of the host lie nowhere"
+
+    def _shared_behind(self) -> int | None:
+        """Return the first extent with room behind the host's tokens that another ledger reads."""
+        tokens = self.host_tokens
         for position, extent in enumerate(self._host):
-            kept_tokens = max(tokens - extent.start, 0)
-            # A page that is packed anew has tokens of before.
-            written = kept_tokens - kept_tokens % extent.format.row_tokens
-            shared = extent.piece.holders > 1 and written < extent.piece.shared_tokens
-            if shared and extent.limit > tokens:
-                self._cut(position, extent, kept_tokens)
-                return
+            if extent.limit > tokens and _is_shared(extent, tokens):
+                return position
+        return None
 
-    def _cut_disk(self, tokens: int) -> None:
-        """Give up what lies behind `tokens`, where that begins on the disk.
+    def _leave_shared(self) -> None:
+        """Give up host memory behind the host's tokens where another ledger reads it."""
+        position = self._shared_behind()
+        if position is not None:
+            self._cut(position, max(self.host_tokens - self._host[position].start, 0))
+
+    def _leave_disk(self, tokens: int) -> None:
+        """Give up what lies behind `tokens` on the disk; bring the block back that is cut.
+
+        So the tokens to come lie where they would without a disk. Where the block cannot be brought
+        back it ends with the tokens that are kept, and the next ones begin another.
 
         Must be called with no work in flight that touches it.
         """
+        place = self._place
+        if not isinstance(place, DiskPlace):
+            return
         for position, extent in enumerate(self._host[: self._num_lowered]):
-            if extent.limit > tokens:
-                self._cut(position, extent, max(tokens - extent.start, 0))
-                return
+            if extent.limit <= tokens:
+                continue
+            capacity, kept_tokens = extent.capacity, max(tokens - extent.start, 0)
+            self._cut(position, kept_tokens)
+            if kept_tokens and not _is_shared(extent, tokens):
+                extent.capacity = capacity
+                try:
+                    block = place.bring(extent, self.home)
+                except (DiskError, MemoryPlanError):
+                    extent.capacity = kept_tokens
+                else:
+                    self._host[position] = block
+                    place.give_back(extent)
+            return
 
-    def _cut(self, position: int, extent: Extent, kept_tokens: int) -> None:
+    def _cut(self, position: int, kept_tokens: int) -> None:
         """Keep so many tokens of an extent, and none behind it."""
+        extent = self._host[position]
         extent.capacity = kept_tokens
+        extent.tokens = min(extent.tokens, kept_tokens)
         kept = position + (extent.capacity > 0)
         while len(self._host) > kept:
             self._place.give_back(self._host.pop())
+
+
+def _is_shared(extent: Extent, tokens: int) -> bool:
+    """Whether another ledger reads what tokens behind `tokens` would be written over."""
+    kept_tokens = max(tokens - extent.start, 0)
+    # A page that is packed anew has tokens of before.
+    written = kept_tokens - kept_tokens % extent.format.row_tokens
+    return extent.piece.holders > 1 and written < extent.piece.shared_tokens

@@ -180,18 +180,17 @@ class Ledger(Growth, HostBytes, Drafted):
     def extend_host(self, tokens: int) -> list[Tile]:
         """Lengthen what the host holds; return where the tokens must be written, in order."""
         start, end = self.host_tokens, self.host_tokens + tokens
-        self._leave_shared(start)
+        self._leave_shared()
         self.reserve(end)
         self.host_tokens = end
         self._written_tokens = max(self._written_tokens, end)
-        for extent in self._host:
-            extent.tokens = max(min(end, extent.limit) - extent.start, 0)
+        self._count_tokens()
         self.version += 1
         return list(self.host_tiles(start, end))
 
     def home_with_room(self) -> Extent | None:
         """Return the host's extent that has all tokens and memory for one more, if there is one."""
-        self._leave_shared(self.host_tokens)
+        self._leave_shared()
         first = self._host[0] if self._host else None
         return first if first is not None and first.limit > self.host_tokens else None
 
@@ -257,10 +256,9 @@ class Ledger(Growth, HostBytes, Drafted):
     def crop_host(self, tokens: int) -> None:
         """Have the host hold the first `tokens` tokens alone; their memory stays."""
         if tokens < self.host_tokens:
-            self._cut_disk(tokens)
+            self._leave_disk(tokens)
             self.host_tokens = tokens
-            for extent in self._host:
-                extent.tokens = max(min(extent.tokens, tokens - extent.start), 0)
+            self._count_tokens()
             self.version += 1
 
     def select_host(self, rows: Sequence[int], *, anew: bool = False) -> None:
@@ -271,28 +269,34 @@ class Ledger(Growth, HostBytes, Drafted):
         Args:
             rows: numbers of rows.
             anew: whether to take memory for the tokens alone, in any case.
+
+        Raises:
+            DiskError: the disk has no room for them, or failed.
+            MemoryPlanError: the host memory cannot be had.
         """
+        self.lower_blocks()
         index, old = torch.tensor(rows, dtype=torch.long, device="cpu"), self.home
         self.geometry = replace(self.geometry, batch=len(rows))
         self.home = replace(old, batch=len(rows))
         if len(rows) != old.batch:
             self.coming.cancel()  # it is of another size
         for position, source in enumerate(self._host):
-            target = self._selected(source, old, index, anew=anew)
+            if source.piece.region is not None:
+                assert isinstance(self._place, DiskPlace)
+                target = self._place.select(source, self.home, rows)
+            else:
+                target = self._selected(source, old, index, anew=anew)
             if target is source:
                 continue
             self._host[position] = target
             self._place.give_back(source)
             self._written_tokens = self.host_tokens
-        self.lower_blocks()
+        self._count_tokens()
         self.version += 1
 
     def _selected(self, source: Extent, old: Geometry, rows: torch.Tensor, *, anew: bool) -> Extent:
         """Return an extent with other rows of one that the host holds; itself, if in place."""
         place = self._place
-        if source.piece.region is not None:
-            assert isinstance(place, DiskPlace)
-            return place.select(source, old, self.home, rows)
         in_place = not anew and len(rows) == old.batch and source.piece.holders == 1
         capacity = source.needed_tokens if anew else source.capacity
         target = source if in_place else place.take(self.home, capacity, source.start)
@@ -312,6 +316,7 @@ class Ledger(Growth, HostBytes, Drafted):
         if other.begun_tokens:
             self._host.append(self._place.take(self.home, self.home.format.row_tokens, shared))
         self.host_tokens = self._written_tokens = shared
+        self._count_tokens()
         self.version += 1
 
     def trim(self) -> None:

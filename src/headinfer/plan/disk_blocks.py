@@ -23,7 +23,7 @@ _GOOD_BLOCKS = 8
 """With so many a layer's memory is well used, as the newest one is half empty on average."""
 
 
-def with_disk(plan: Plan, room_bytes: int) -> Plan:
+def with_disk(plan: Plan, room_bytes: int, block_tokens: int = 0) -> Plan:
     """Return a plan whose tokens lie in blocks, as many of them in host memory as there is room.
 
     A block has whole tiles where that can be, so that attention has the same tiles as without a
@@ -32,20 +32,14 @@ def with_disk(plan: Plan, room_bytes: int) -> Plan:
     Args:
         plan: without a disk.
         room_bytes: host memory that the cache may take.
+        block_tokens: of the blocks that it has already, which stay as large; 0 where it has none.
 
     Raises:
         MemoryPlanError: that is too little.
     """
-    layers, itemsize = plan.shape.kinds_of_full_layers, plan.shape.kv_itemsize
-    if not layers:
+    if not plan.shape.kinds_of_full_layers:
         return plan
-    rows = [dim * itemsize for layer in layers for dim in (layer.key_dim, layer.value_dim)]
-    unit = math.lcm(*(ALIGNMENT_BYTES // math.gcd(ALIGNMENT_BYTES, row) for row in rows))
-    tiled = math.lcm(unit, plan.tile_tokens)
-    unit = tiled if tiled <= _MOST_BLOCK_TOKENS else unit
-    block_tokens, most = unit, max(_MOST_BLOCK_TOKENS, unit)
-    while 2 * block_tokens <= most and _blocks(plan, 2 * block_tokens, room_bytes) >= _GOOD_BLOCKS:
-        block_tokens *= 2
+    block_tokens = block_tokens or _block_tokens(plan, room_bytes)
     blocks = _blocks(plan, block_tokens, room_bytes)
     if blocks < LEAST_BLOCKS:
         least = _buffers_bytes(plan, block_tokens)
@@ -60,6 +54,19 @@ def with_disk(plan: Plan, room_bytes: int) -> Plan:
         disk_host_blocks=blocks,
         disk_buffers_bytes=_buffers_bytes(plan, block_tokens),
     )
+
+
+def _block_tokens(plan: Plan, room_bytes: int) -> int:
+    """Return the tokens of a block, where nothing is kept in other ones."""
+    layers, itemsize = plan.shape.kinds_of_full_layers, plan.shape.kv_itemsize
+    rows = [dim * itemsize for layer in layers for dim in (layer.key_dim, layer.value_dim)]
+    unit = math.lcm(*(ALIGNMENT_BYTES // math.gcd(ALIGNMENT_BYTES, row) for row in rows))
+    tiled = math.lcm(unit, plan.tile_tokens)
+    unit = tiled if tiled <= _MOST_BLOCK_TOKENS else unit
+    block_tokens, most = unit, max(_MOST_BLOCK_TOKENS, unit)
+    while 2 * block_tokens <= most and _blocks(plan, 2 * block_tokens, room_bytes) >= _GOOD_BLOCKS:
+        block_tokens *= 2
+    return block_tokens
 
 
 def _blocks(plan: Plan, block_tokens: int, room_bytes: int) -> int:
