@@ -55,6 +55,33 @@ compiler.begin_import()
     assert run(code) == (0, "slow\n", "")
 
 
+def test_other_threads_wait_little_for_the_interpreter_meanwhile(tmp_path: Path) -> None:
+    (tmp_path / "noting.py").write_text("import sys; print(sys.getswitchinterval() < 1e-3)")
+    code = f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+from headinfer.integration import compiler
+compiler._MODULES = ("noting",)
+before = sys.getswitchinterval()
+compiler.begin_import().join()
+print(sys.getswitchinterval() == before)
+"""
+    assert run(code) == (0, "True\nTrue\n", "")
+
+
+def test_an_interval_that_the_caller_sets_meanwhile_stays(tmp_path: Path) -> None:
+    (tmp_path / "setting.py").write_text("import sys; sys.setswitchinterval(0.25)")
+    code = f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+from headinfer.integration import compiler
+compiler._MODULES = ("setting",)
+compiler.begin_import().join()
+print(sys.getswitchinterval())
+"""
+    assert run(code) == (0, "0.25\n", "")
+
+
 def test_what_cannot_be_imported_is_left_to_who_needs_it() -> None:
     code = FAILING + "import torch\nsys.meta_path.insert(0, Missing())" + BEGUN + "thread.join()"
     assert run(code) == (0, "", "")
