@@ -29,6 +29,9 @@ STREAMING: dict[str, Any] = {
     "sink_tokens": 5,
     "recent_tokens": 24,
 }
+OTHERS = ["gemma3", "qwen3-next"]
+"""Architectures that are saved and loaded in fewer pairs of options and dtypes than llama3 is."""
+
 BLOCK = "40KiB"
 """Bytes of a page: several for a tiny model."""
 
@@ -56,9 +59,14 @@ def saved_session(model: Any, path: Path, parts: Any, **options: Any) -> Any:
         return read(model, cache, *after)
 
 
-@pytest.mark.parametrize("loaded", OPTIONS)
-@pytest.mark.parametrize("saved", ["cpu", "shared"])
-@pytest.mark.parametrize("name", ["llama3", "gemma3", "qwen3-next"])
+@pytest.mark.parametrize(
+    ("name", "saved", "loaded"),
+    [
+        *(("llama3", saved, loaded) for saved in ("cpu", "shared") for loaded in OPTIONS),
+        *((name, "cpu", loaded) for name in OTHERS for loaded in ("link", "shared", "resident")),
+        *((name, "shared", loaded) for name in OTHERS for loaded in ("cpu", "cpu-large")),
+    ],
+)
 def test_a_loaded_cache_goes_on_as_stock(
     name: str, saved: str, loaded: str, tmp_path: Path
 ) -> None:
@@ -73,9 +81,14 @@ def test_a_loaded_cache_goes_on_as_stock(
         torch.testing.assert_close(read(model, cache, *parts[2:]), wanted)
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["llama3", "gemma3", "qwen3-next"])
+@pytest.mark.parametrize(
+    ("name", "dtype", "option"),
+    [
+        *(("llama3", dtype, each) for dtype in (torch.float32, torch.bfloat16) for each in OPTIONS),
+        *((name, torch.float32, each) for name in OTHERS for each in ("cpu", "link")),
+        *((name, torch.bfloat16, each) for name in OTHERS for each in ("shared", "resident")),
+    ],
+)
 def test_it_has_the_bits_of_the_one_that_went_on(
     name: str, dtype: torch.dtype, option: str, tmp_path: Path
 ) -> None:
