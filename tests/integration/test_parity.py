@@ -12,7 +12,7 @@ import headinfer
 from tiny_models import ARCHITECTURES, random_tokens, shared_model, tiny_model
 
 PROMPT = 117
-NEW = 16
+NEW = 12
 TOLERANCE = 1e-5
 
 # (tile_heads, tile_tokens, chunk_tokens): whole; many odd tiles and chunks; a chunk that divides
