@@ -5,8 +5,8 @@ positions to each layer that is elsewhere, and logits back to where the tokens c
 first device would reach its next chunk only when the last one is done with this one. What layers
 share therefore goes from each device to the next, as hidden states do, and nothing comes back.
 
-Measured on four H100s: tables went from the first GPU to the fourth. The first one then began with a
-chunk when the fourth was done with the last but one.
+Measured on four H100s: tables went from the first GPU to the fourth. The first one then began with
+a chunk when the fourth was done with the last but one.
 """
 
 import contextlib
