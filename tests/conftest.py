@@ -1,10 +1,13 @@
 import gc
+import importlib.util
 import os
 import signal
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+from interpreted import patched_once
 
 if not torch.cuda.is_available():
     # Triton's programs then run in its interpreter, which must be known when it is first imported,
@@ -43,6 +46,16 @@ def _own_folders(tmp_path_factory) -> None:
 def _one_thread() -> None:
     """Tiny models are fastest, and results repeatable, on one thread."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def patch_once() -> Iterator[None]:
+    """Spare Triton's interpreter a third of its time, where there is no GPU."""
+    if torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
+        yield
+        return
+    with patched_once():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import functools
 import io
 import itertools
 import re
@@ -97,6 +98,7 @@ def test_tables_in_documents_are_generated(script: str) -> None:
 
 def test_importing_changes_nothing() -> None:
     program = """
+import sys
 import torch, transformers
 from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -108,6 +110,7 @@ before = state()
 import headinfer
 headinfer.attach
 assert state() == before
+assert "headinfer.gguf_models" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", program], check=True)
 
@@ -152,19 +155,23 @@ def test_readme_is_short_and_its_example_runs() -> None:
     assert "prompts pass in chunks of" in printed.getvalue()
 
 
+@functools.cache
+def sources() -> str:
+    folders = (ROOT / "src", ROOT / "tests")
+    files = [file for folder in folders for file in folder.rglob("*.py")]
+    return "\n".join(file.read_text() for file in (*files, ROOT / "Makefile"))
+
+
+@functools.cache
+def is_named(name: str) -> bool:
+    return name in sources()
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_names_in_documents_exist(path: Path) -> None:
-    sources = (
-        "\n".join(
-            file.read_text()
-            for folder in ("src", "tests")
-            for file in (ROOT / folder).rglob("*.py")
-        )
-        + (ROOT / "Makefile").read_text()
-    )
     text = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
     for name in re.findall(r"`([A-Za-z_][\w.]*)`", text):
-        assert name.split(".")[-1] in sources, f"{path.name} speaks of {name}"
+        assert is_named(name.split(".")[-1]), f"{path.name} speaks of {name}"
     files = [
         file.as_posix()
         for folder in ("src", "tests", "benchmarks")

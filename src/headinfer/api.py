@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import PreTrainedModel
 
+from headinfer.attend.ahead import begin_preparing
 from headinfer.device.make import make_devices, warn_of_options_for_a_device
 from headinfer.errors import OptionError, UnsupportedModelError
 from headinfer.integration.attachment import owner_of
@@ -140,6 +141,8 @@ def attach(
     devices = make_devices(options.device, placement.layers, simulated_device)
     if devices[0].tiles_are_views:
         warn_of_options_for_a_device(options)
+    if devices[0].torch_device.type == "cuda":
+        begin_preparing()
     session = Session(model, placement, devices, options, progress=progress)
     if (less := session.host_room(0).less_than_given()) is not None:
         _logger.warning(less)

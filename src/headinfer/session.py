@@ -332,7 +332,7 @@ class Session:
 
     def report_prefill(self, done_tokens: int, all_tokens: int) -> None:
         """Pass progress on."""
-        self._captures.expect_steps()
+        self._captures.expect_steps(more_chunks=done_tokens < all_tokens)
         if self._progress is not None:
             self._progress(done_tokens, all_tokens)
 

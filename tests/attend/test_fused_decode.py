@@ -46,7 +46,7 @@ def triton(other: Kernel | None = None, *, shared_bytes: int = 0) -> Kernels:
 @pytest.mark.parametrize("kind", ["tile", "padding"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_tile_by_definition(dtype, kind):
-    for shape in SHAPES:
+    for shape in SHAPES if ON_GPU or kind == "tile" else SHAPES[::2]:
         if serves(dtype, shape[-1]) and shape[2] * shape[3] <= MAX_ROWS:
             check(triton(), shape, dtype, kind, device=DEVICE)
 

@@ -476,7 +476,8 @@ def test_what_has_to_prepare_serves_where_that_is_worth_it(monkeypatch) -> None:
     assert serving(65, 9) == ["other"]
     assert serving(33, 31, 32, 5) == ["other", "prepared", "other"]  # each tile as it is worth
     assert serving(64, 64, causal=True) == serving(128, 128, causal=True) == ["prepared"]
-    assert serving(63, 63, causal=True) == ["other"]  # a length that will hardly come again
+    assert serving(39, 39, causal=True) == ["other"]  # a length that will hardly come again
+    assert serving(40, 40, causal=True) == serving(63, 63, causal=True) == ["prepared"]
     assert serving(32, 32, causal=True) == serving(16, 16, causal=True, past_tokens=50) == ["other"]
     assert serving(32, 32, causal=True, past_tokens=1) == ["prepared"]  # in a long prompt
     assert serving(8, 8, causal=True, past_tokens=500) == ["other"]
@@ -590,7 +591,7 @@ def test_a_kernel_that_errs_in_one_kind_of_call_is_not_chosen(fault, dtype, monk
 
     monkeypatch.setattr(select, "Kernels", Faulty)
     monkeypatch.setattr(select, "decode_library", lambda *_kind: None)
-    monkeypatch.setattr(select, "agrees", noting := Noting(select.agrees))
+    monkeypatch.setattr(select, "agrees_here", noting := Noting(select.agrees_here))
     select_kernels.__wrapped__(torch.device("cpu"), dtype, 16, 16)
     fault = ""
     select_kernels.__wrapped__(torch.device("cpu"), dtype, 16, 16)

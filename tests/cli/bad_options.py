@@ -154,6 +154,11 @@ TOGETHER: list[Row] = [
     (("generate", "-p", "w1", "--draft", "off", "--prompt-lookup", "3"), ("--prompt-lookup",)),
     (("generate", "-p", "w1", "--draft", "off", "--draft-tokens", "9"), ("--draft-tokens",)),
     (
+        ("generate", "-p", "w1", "--prompt-lookup", "3", "--draft-tokens", "9"),
+        ("--draft-tokens 9", "--prompt-lookup drafts", "leave one of them out"),
+    ),
+    (("generate", "-p", "w1", "--assistant", "x", "--draft-tokens", "auto"), ("--draft-tokens",)),
+    (
         ("generate", "-p", "w1", "--assistant", "x", "--prompt-lookup", "3"),
         ("--assistant and --prompt-lookup both draft",),
     ),

@@ -16,7 +16,7 @@ from headinfer.eight_bits.fused import TritonEightBits
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
-pytestmark = [pytest.mark.gpu] if ON_GPU else []  # without one the interpreter serves
+pytestmark = pytest.mark.gpu if ON_GPU else pytest.mark.usefixtures("patch_once")
 SHAPES = [(2, 2, 150, 64), (1, 3, 1, 80), (1, 2, 200, 128), (1, 1, 70, 256), (1, 1, 130, 512)]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 

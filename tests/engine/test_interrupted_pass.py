@@ -1,7 +1,8 @@
 """Ctrl-C before any line of a pass: the cache refuses to go on, or goes on right."""
 
 import sys
-from types import FrameType
+from collections import Counter
+from types import CodeType, FrameType
 from typing import Any
 
 import pytest
@@ -14,8 +15,11 @@ from headinfer.engine import ending
 from headinfer.plan.disk_blocks import with_disk
 from headinfer.plan.plan import Plan
 
-STRIDE = 17
-"""Each seventeenth line of a pass is interrupted; all of them would take minutes."""
+STRIDE = 8
+"""Each eighth line of a pass is interrupted; all of them would take minutes."""
+
+TIMES = 3
+"""A line that a pass runs often counts so many times: what is seldom run is interrupted, too."""
 
 TURNS = {"begin", "_pass_by", "_start", "_fetch_ahead", "end", "_advance", "_restart"}
 GROWTH = {"reserve", "missing_tokens", "extend_host", "_leave_shared"}
@@ -28,11 +32,14 @@ class Interrupt:
     Args:
         line: how many lines are run before, and one.
         functions: whose lines count; None for all of the engine's.
+        times: how often a line counts; None for each time it is run.
     """
 
-    def __init__(self, line: int, functions: set[str] | None) -> None:
+    def __init__(self, line: int, functions: set[str] | None, times: int | None = TIMES) -> None:
         self.left = line
         self.functions = functions
+        self.times = times
+        self.runs: Counter[tuple[CodeType, int]] = Counter()
 
     def __call__(self, frame: FrameType, _event: str, _argument: Any) -> Any:
         file = frame.f_code.co_filename
@@ -40,8 +47,12 @@ class Interrupt:
         counts = self.functions is None or frame.f_code.co_name in self.functions
         return self.local if ours and counts else None
 
-    def local(self, _frame: FrameType, event: str, _argument: Any) -> Any:
+    def local(self, frame: FrameType, event: str, _argument: Any) -> Any:
         if event == "line":
+            line = frame.f_code, frame.f_lineno
+            self.runs[line] += 1
+            if self.times is not None and self.runs[line] > self.times:
+                return self.local
             self.left -= 1
             if self.left == 0:
                 sys.settrace(None)
@@ -65,10 +76,11 @@ LONG = {("disk", "reads"), ("reserved", "turns"), ("host", "turns"), ("host", "a
 
 
 @pytest.mark.parametrize(
-    ("plan", "expected", "new", "functions"),
+    ("plan", "expected", "new", "functions", "times"),
     [
         pytest.param(
             *(*PLANS[plan], (FUNCTIONS | BELOW)[functions]),
+            None if (plan, functions) in LONG else TIMES,
             marks=[pytest.mark.slow] if (plan, functions) in LONG else [],
             id=f"{plan}-{functions}",
         )
@@ -77,7 +89,7 @@ LONG = {("disk", "reads"), ("reserved", "turns"), ("host", "turns"), ("host", "a
     ],
 )
 def test_an_interrupted_pass_is_refused_or_right(
-    plan: Plan, expected: int, new: int, functions: set[str] | None
+    plan: Plan, expected: int, new: int, functions: set[str] | None, times: int | None
 ) -> None:
     line = 1
     while True:
@@ -89,7 +101,7 @@ def test_an_interrupted_pass_is_refused_or_right(
         chat.engine.settle()  # so that tiles are fetched from the first one on
         before, kv = chat.engine.lengths(), list(chat.kv)
         trace = sys.gettrace()
-        sys.settrace(Interrupt(line, functions))
+        sys.settrace(Interrupt(line, functions, times))
         try:
             chat.step(new)
             break
@@ -137,7 +149,7 @@ def test_interrupted_drafts_are_forgotten(plan: Plan, monkeypatch: pytest.Monkey
             chat.step(2)
             chat.draft(2)
         chat.engine.close()
-        line += 3 * STRIDE
+        line += 2 * STRIDE
 
 
 class Failing(ReferenceKernel):

@@ -311,6 +311,10 @@ def test_what_cannot_be_drafted_is_refused(tmp_path: Any) -> None:
             headinfer.generate(model, ids, tokenizer=TOKENIZER, draft="off", **given)
     with pytest.raises(OptionError, match="draft_tokens 0 leaves its drafts nothing to attend"):
         headinfer.generate(model, ids, tokenizer=TOKENIZER, draft=4, draft_tokens=0)
+    with pytest.raises(OptionError, match="draft_tokens 64 takes memory for drafts of the model"):
+        headinfer.generate(
+            model, ids, tokenizer=TOKENIZER, prompt_lookup_num_tokens=3, draft_tokens=64
+        )
     other = tiny_model("llama3", vocab_size=VOCAB + 2000)
     with pytest.raises(OptionError, match="knows 2,097 tokens and the model 97"):
         answer(model, ids, assistant=other)

@@ -32,7 +32,7 @@ from tiny_models import ARCHITECTURES, random_tokens, shared_model, tiny_model
 NOT_CAPTURED = {"qwen3-next": "its linear attention keeps states of transformers' own"}
 OF_EACH_KIND = ("llama3", "mistral-sliding", "gemma3", "gpt-oss", "qwen3-next")
 WINDOWED = ("mistral-sliding", "gemma3", "gpt-oss")
-NEW_TOKENS = 150
+NEW_TOKENS = 75
 """Past three pages of 64, and three restarts of a window."""
 
 
@@ -79,7 +79,7 @@ def test_bfloat16_is_captured_to_the_last_bit(name: str) -> None:
     assert launched(stats) == few(70, NEW_TOKENS - 1)
 
 
-@pytest.mark.parametrize("batch", range(1, 9))
+@pytest.mark.parametrize("batch", [1, 2, 3, 5, 8])
 def test_batches_are_captured_each_for_itself(batch: int) -> None:
     model, tokens = shared_model("gemma3"), random_tokens(batch, 30, seed=batch)
     with headinfer.attach(model, **SIMULATED) as offload:

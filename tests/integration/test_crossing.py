@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from headinfer.integration.crossing import Crossings
@@ -13,14 +14,15 @@ from tiny_models import random_tokens, tiny_model
 LAYERS = 4
 
 
-def spread_model() -> PreTrainedModel:
-    """Return a model with its later half on the meta device, as accelerate would spread it."""
+def spread_model(*others: str) -> PreTrainedModel:
+    """Return a model whose later half is spread over the meta device, or parts of it."""
     model = tiny_model("llama3", num_hidden_layers=LAYERS)
     add_hook_to_module(model, AlignDevicesHook(execution_device="cpu", io_same_device=True))
     inside: Any = model.model
-    for module in (*inside.layers[LAYERS // 2 :], inside.norm):
+    places = [*(others or ["meta"] * (LAYERS // 2)), (others or ["meta"])[-1]]
+    for module, place in zip((*inside.layers[LAYERS // 2 :], inside.norm), places, strict=True):
         for part in module.modules():
-            add_hook_to_module(part, AlignDevicesHook(execution_device="meta"))
+            add_hook_to_module(part, AlignDevicesHook(execution_device=place))
     return model
 
 
@@ -48,6 +50,30 @@ def test_rotary_tables_move_once_to_a_device(model) -> None:
     third, fourth = given[LAYERS // 2 :]
     assert third[0] is fourth[0]
     assert third[1] is fourth[1]
+
+
+class Moves(TorchFunctionMode):
+    """Notes from which kind of device what layers share is moved, and to which place."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, str]] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func is torch.Tensor.to and "non_blocking" in (kwargs or {}):
+            self.seen.append((args[0].device.type, str(args[1])))
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_layers_share_goes_from_each_device_to_the_next() -> None:
+    model = spread_model("meta:1", "meta:2")
+    given = given_to_layers(model)
+    moves = Moves()
+    with torch.no_grad(), Crossings(model).once(discards=True), moves:
+        model(random_tokens(1, 9), use_cache=False)
+    assert [tables[0].device.type for tables in given] == ["cpu", "cpu", "meta", "meta"]
+    assert ("cpu", "meta:1") in moves.seen
+    assert ("meta", "meta:2") in moves.seen
+    assert ("cpu", "meta:2") not in moves.seen
 
 
 def test_an_output_that_nobody_uses_stays_where_it_is(model) -> None:

@@ -18,7 +18,7 @@ from headinfer.units import parse_bytes
 from parted import spread
 from tiny_models import ARCHITECTURES, random_tokens, shared_model, tiny_model
 
-PROMPT, NEW, TOLERANCE = 117, 16, 1e-5
+PROMPT, NEW, TOLERANCE = 117, 12, 1e-5
 
 # (tile_heads, tile_tokens, chunk_tokens, resident_tokens, host_attention)
 SETTINGS = [

@@ -19,7 +19,10 @@ if importlib.util.find_spec("triton") is None:
 from headinfer.attend.fused_chunk import TritonChunks
 from headinfer.attend.fused_decode import TritonKernels
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs them by itself")
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs them by itself"),
+    pytest.mark.usefixtures("patch_once"),
+]
 
 PROMPT, NEW_TOKENS = 43, 12
 PLACEMENTS: dict[str, dict[str, Any]] = {

@@ -10,11 +10,9 @@ ROOT = Path(__file__).parents[2]
 LIMIT_S = 150
 
 
-def torchrun(
-    *command: str, ranks: int = 2, on_gpus: bool = False
-) -> subprocess.CompletedProcess[str]:
-    """Run a command in each of some ranks; none of them outlives the limit."""
-    arguments = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+def torchrun(*command: str, on_gpus: bool = False) -> subprocess.CompletedProcess[str]:
+    """Run a command in each of two ranks; none of them outlives the limit."""
+    arguments = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]),

@@ -30,6 +30,14 @@ DEVICES = {
     },
 }
 
+ON = [
+    *(("llama3", device) for device in DEVICES),
+    *(("phi3", device) for device in DEVICES),
+    ("qwen2", "cpu"),
+    ("mistral-sliding", "simulated"),
+]
+"""On which of the CPU's devices each of the models is: how it is split has no part in that."""
+
 STREAMED = {
     "streamed": {"resident_tokens": 0, "tile_heads": 1, "tile_tokens": 48, "chunk_tokens": 16},
     "host": {"resident_tokens": 0, "host_attention": 0.99, "chunk_tokens": 16},

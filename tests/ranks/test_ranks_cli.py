@@ -47,12 +47,13 @@ def test_a_rank_that_fails_ends_all_with_one_message(folder) -> None:
     assert line.startswith("headinfer: error: LookupError: something nobody foresaw")
 
 
-def test_ranks_that_cannot_share_the_heads_say_so_once(folder) -> None:
-    done = torchrun("-m", "headinfer", *GENERATE, "--model", str(folder), ranks=3)
+def test_ranks_that_cannot_share_the_heads_say_so_once(tmp_path) -> None:
+    save_llama(tmp_path, num_attention_heads=4, num_key_value_heads=1)
+    done = torchrun("-m", "headinfer", *GENERATE, "--model", str(tmp_path))
     assert done.returncode != 0
     assert "exitcode  : 2" in done.stderr
     (line,) = lines_of_ours(done.stderr)
-    assert "has 2 KV heads in a layer, which 3 ranks cannot share evenly" in line
+    assert "has 1 KV heads in a layer, which 2 ranks cannot share evenly" in line
     assert done.stdout == ""
 
 

@@ -6,11 +6,12 @@ import logging
 import torch
 
 from headinfer.attend.band import find_band
-from headinfer.attend.check import TOLERANCE, agrees
+from headinfer.attend.check import TOLERANCE
 from headinfer.attend.cpu import CpuKernel
 from headinfer.attend.native.kernel import NativeKernel, decode_library
 from headinfer.attend.reference import ReferenceKernel
 from headinfer.attend.table import Kernels
+from headinfer.attend.verdict import agrees_here
 
 _logger = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ def select_kernels(
             if decode_library(dtype, key_dim, 1) is not None:
                 tables.insert(0, Kernels([NativeKernel()], tables[0].kernels))
     for kernels in tables:
-        if agrees(kernels, torch_device, dtype, key_dim, softcap):
+        if agrees_here(kernels, torch_device, dtype, key_dim, softcap):
             kernels.find_band = functools.partial(find_band, torch_device, dtype, key_dim, softcap)
             return kernels
         _logger.warning("%s fails its check here; another kernel is used", kernels.name)

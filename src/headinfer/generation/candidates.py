@@ -4,7 +4,6 @@ from typing import Any, Protocol
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
-from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
 from headinfer.errors import OptionError
 from headinfer.generation.acceptance import Choice, accepted_tokens
@@ -49,16 +48,30 @@ class Lookup:
         return False
 
     def draft(self, ids: torch.Tensor, most: int, choice: Choice) -> list[int]:
-        """Return what transformers' lookup finds."""
-        tokens = ids.shape[1]
-        finder: Any = PromptLookupCandidateGenerator(
-            num_output_tokens=most,
-            max_matching_ngram_size=self._ngram_tokens,
-            max_length=tokens + most + 1,
-        )
-        found, _ = finder.get_candidates(ids)
-        drafted: list[int] = found[0, tokens:].tolist()
-        return drafted
+        """Return what followed where most of the newest tokens stood last.
+
+        transformers' lookup takes the place where they stood first. The newest one is more often
+        right: a text goes on with what it is about.
+        """
+        text = ids[0]
+        ends = _places(text[:-1], text[-1])
+        for back in range(1, min(self._ngram_tokens, len(text))):
+            longer = ends[ends >= back]
+            longer = longer[text[longer - back] == text[-1 - back]]
+            if not len(longer):
+                break
+            ends = longer
+        if not len(ends):
+            return []
+        followed: list[int] = text[int(ends[-1]) + 1 :][:most].tolist()
+        while len(followed) < most:  # the text repeats itself from there on
+            followed += followed[: most - len(followed)]
+        return followed
+
+
+def _places(text: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+    """Return where a token stands in a text, the newest place last."""
+    return (text == token).nonzero()[:, 0]
 
 
 class Itself:

@@ -104,7 +104,13 @@ def drafts_itself(
         raise OptionError(
             f"{spelled('assistant')} and {spelled(_LOOKUP)} both draft; leave one of them out"
         )
-    itself = number not in (None, "off") and all(value is None for value in others.values())
+    drafter = next((name for name, value in others.items() if value is not None), None)
+    if drafter is not None and draft_tokens:
+        raise OptionError(
+            f"{spelled('draft_tokens')} {draft_tokens} takes memory for drafts of the model "
+            f"itself, and {spelled(drafter)} drafts; leave one of them out"
+        )
+    itself = number not in (None, "off") and drafter is None
     if itself and draft_tokens == 0:
         raise OptionError(
             f"{spelled('draft')} {number} has the model draft itself, and "

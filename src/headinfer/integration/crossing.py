@@ -2,7 +2,11 @@
 
 torch orders a copy between two devices behind the work of both. accelerate moves rotary tables and
 positions to each layer that is elsewhere, and logits back to where the tokens came from. So the
-first device would reach its next chunk only when the last one is done with this one.
+first device would reach its next chunk only when the last one is done with this one. What layers
+share therefore goes from each device to the next, as hidden states do, and nothing comes back.
+
+Measured on four H100s: tables went from the first GPU to the fourth. The first one then began with
+a chunk when the fourth was done with the last but one.
 """
 
 import contextlib
@@ -56,8 +60,9 @@ class Crossings:
         self, first: torch.device, leaving: Callable[[], None], undo: contextlib.ExitStack
     ) -> None:
         bringers: dict[torch.device, _Bringer] = {}
+        newest: _Copies = {}
         for module, where in _entries(self._model, first):
-            bringer = bringers.setdefault(where, _Bringer(where, leaving))
+            bringer = bringers.setdefault(where, _Bringer(where, leaving, newest))
             undo.callback(module.register_forward_pre_hook(bringer, with_kwargs=True).remove)
 
     def _pass_over_head(self, first: torch.device, undo: contextlib.ExitStack) -> None:
@@ -88,6 +93,10 @@ def _entries(
             yield from _entries(child, first)
 
 
+_Copies = dict[int, tuple[torch.Tensor, torch.Tensor]]
+"""Tensors and a copy of each, by the number (`id`) of the first, which is its own while kept."""
+
+
 class _Bringer:
     """A hook in front of modules on one device that brings each of their arguments once.
 
@@ -96,12 +105,14 @@ class _Bringer:
     Args:
         where: the device.
         leaving: called before anything comes from the device before.
+        newest: of what was brought anywhere, the copy on the device that was reached last.
     """
 
-    def __init__(self, where: torch.device, leaving: Callable[[], None]) -> None:
+    def __init__(self, where: torch.device, leaving: Callable[[], None], newest: _Copies) -> None:
         self._where = where
         self._leaving: Callable[[], None] | None = leaving
-        self._brought: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._newest = newest
+        self._brought: _Copies = {}
 
     def __call__(
         self, _module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -120,6 +131,8 @@ class _Bringer:
             return type(value)(map(self._bring, value))
         if not isinstance(value, torch.Tensor) or value.device == self._where:
             return value
-        if id(value) not in self._brought:  # kept beside its copy, so that its number stays its own
-            self._brought[id(value)] = value, value.to(self._where, non_blocking=True)
+        if id(value) not in self._brought:
+            _, source = self._newest.get(id(value), (value, value))
+            copy = value, source.to(self._where, non_blocking=True)
+            self._brought[id(value)] = self._newest[id(value)] = copy
         return self._brought[id(value)][1]

@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from headinfer.integration.calls import CACHE_NAMES, new_shape
+from headinfer.integration.class_source import class_source
 
 _COUNTING = "create_position_ids_from_input_ids"
 """What transformers calls the function that does."""
@@ -73,10 +74,7 @@ def _counts_tokens(model: torch.nn.Module) -> bool:
 
 @functools.cache
 def _counts_no_padding(module_class: Any) -> bool:
-    try:
-        return _COUNTING in inspect.getsource(module_class)
-    except (OSError, TypeError):
-        return False
+    return _COUNTING in class_source(module_class, [_COUNTING])
 
 
 def _restarts(model: torch.nn.Module) -> bool:

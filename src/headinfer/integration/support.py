@@ -21,6 +21,7 @@ from transformers.cache_utils import (
 
 from headinfer.errors import UnsupportedModelError
 from headinfer.integration.calls import CACHE_NAMES
+from headinfer.integration.class_source import class_source
 from headinfer.plan.shape import LayerKind
 
 HONOURED_KEYWORDS = frozenset(
@@ -116,10 +117,7 @@ def _cache_methods(module_class: Any) -> frozenset[str]:
     for base in module_class.__mro__:
         if base.__module__ != module_class.__module__:
             continue
-        try:
-            source = textwrap.dedent(inspect.getsource(base))
-        except (OSError, TypeError):
-            continue
+        source = textwrap.dedent(class_source(base, _CACHE_VARIABLES))
         if not any(name in source for name in _CACHE_VARIABLES):
             continue
         methods |= {

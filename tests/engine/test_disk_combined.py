@@ -1,0 +1,117 @@
+"""A disk below host memory beside windows, states, streaming heads and odd batches."""
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+import headinfer
+from headinfer.device.simulated import SimulatedDevice
+from headinfer.errors import CacheStateError, DiskError, OptionError
+from tiny_models import random_tokens, shared_model, tiny_model
+
+SETTINGS: dict[str, Any] = {
+    "device": "simulated",
+    "tile_heads": 1,
+    "tile_tokens": 64,
+    "chunk_tokens": 90,
+    "resident_tokens": 0,
+    "host_attention": "off",
+}
+
+
+def no_room(*_: Any) -> int:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "memory"),
+    [
+        ("gemma3", {"num_hidden_layers": 3, "sliding_window": 24}, "700KiB"),
+        ("qwen3-next", {"num_hidden_layers": 2}, "400KiB"),
+    ],
+    ids=["windows", "states"],
+)
+def test_a_full_disk_beside_windows_and_states(
+    name: str,
+    changes: dict[str, Any],
+    memory: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if name == "gemma3":
+        changes = {**changes, "layer_types": ["sliding_attention", *["full_attention"] * 2]}
+    else:
+        changes = {**changes, "layer_types": ["linear_attention", "full_attention"]}
+    model, prompt = tiny_model(name, **changes), random_tokens(1, 1500)
+    with headinfer.attach(model, **SETTINGS, disk_cache=tmp_path, host_memory=memory) as offload:
+        cache = offload.new_cache()
+        wanted = model(prompt, past_key_values=cache, logits_to_keep=1).logits
+        assert offload.stats.bytes_to_disk > 0
+        cache.reset()
+        with monkeypatch.context() as faulty:
+            faulty.setattr(os, "pwritev", no_room)
+            with pytest.raises(DiskError, match="has no room"):
+                model(prompt, past_key_values=cache)
+        with pytest.raises(CacheStateError):  # what a window or a state has lost does not come back
+            model(prompt[:, -3:], past_key_values=cache)
+        cache.reset()
+        again = model(prompt, past_key_values=cache, logits_to_keep=1).logits
+        assert torch.equal(again, wanted)
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return tiny_model("llama3", num_hidden_layers=2, num_key_value_heads=2, num_attention_heads=4)
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "memory"),
+    [
+        (
+            1,
+            {"sparsity": 0.5, "head_pattern": "random", "sink_tokens": 3, "recent_tokens": 7},
+            "260KiB",
+        ),
+        (2, {"tile_tokens": 48, "chunk_tokens": 77}, "900KiB"),
+        (3, {"tile_tokens": 128, "tile_heads": 2, "chunk_tokens": 101}, "1800KiB"),
+    ],
+    ids=["streaming", "two", "three"],
+)
+def test_the_same_as_in_memory(
+    model: PreTrainedModel, tmp_path: Path, rows: int, options: dict[str, Any], memory: str
+) -> None:
+    prompt, found = random_tokens(rows, 733), []
+    for folder in (None, tmp_path):
+        device = SimulatedDevice(seed=2)
+        with headinfer.attach(
+            model,
+            **{**SETTINGS, **options},
+            simulated_device=device,
+            disk_cache=folder,
+            host_memory=folder and memory,
+        ) as offload:
+            cache = offload.new_cache(900)
+            logits = [model(prompt, past_key_values=cache, logits_to_keep=1).logits]
+            for tokens in (1, 1, 37, 1, 90):
+                logits.append(model(prompt[:, :tokens], past_key_values=cache).logits)
+            assert (offload.stats.bytes_from_disk > 0) is (folder is not None)
+            cache.close()
+        device.memory.check()
+        found.append(torch.cat([each.flatten() for each in logits]))
+    assert torch.equal(*found)
+
+
+def test_several_devices_are_refused_by_name(tmp_path: Path) -> None:
+    devices = [SimulatedDevice() for _ in range(3)]
+    with pytest.raises(OptionError, match=r"disk_cache .*one device in one process.*split"):
+        headinfer.attach(
+            shared_model("llama3"),
+            device="simulated",
+            simulated_device=devices,
+            disk_cache=tmp_path,
+        )
