@@ -160,7 +160,7 @@ def test_a_dropped_cache_frees_all_at_once(model: PreTrainedModel, tmp_path: Pat
         try:
             del cache
             assert not list(session._engines)
-            assert not session._disk.file.size_bytes
+            assert not session.disk.file.size_bytes
         finally:
             gc.enable()
 
