@@ -57,8 +57,8 @@ class SpillFile:
     Attributes:
         ALIGNMENT: bytes that offsets, sizes and addresses are multiples of.
         direct: whether the page cache is left out (`O_DIRECT`). Where the file system refuses that,
-            its pages are given up behind each use (`posix_fadvise`). In a folder in memory (tmpfs)
-            they are all there is, and no plan counts them.
+            its pages are given up behind each use (`posix_fadvise`). In memory (tmpfs) they
+            stay, and no plan counts them.
 
     Raises:
         OptionError: the folder cannot be used.
