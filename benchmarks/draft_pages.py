@@ -52,7 +52,7 @@ class Choice:
     Attributes:
         share: one part in `share` of a text's tokens is attended.
         page_tokens: of a page; 0 for the newest tokens and the sinks alone.
-        pages: how much of what is attended, without the sinks, lies in pages.
+        pages: how much of what is attended, without the sinks, lies in pages, nearly.
         by_head: whether each KV head has pages of its own, else each layer.
         rows: newest rows whose weights are added up.
     """
@@ -63,6 +63,17 @@ class Choice:
     by_head: bool = True
     rows: int = ROWS
 
+    def count(self, tokens: int) -> int:
+        """Return how many pages are attended, of a text of so many tokens."""
+        size, rest = self.page_tokens, self._divided(tokens)[1]
+        return min(round(rest * self.pages / size), rest // size) if size else 0
+
+    def _divided(self, tokens: int) -> tuple[int, int]:
+        """Return how many tokens are attended as sinks, and otherwise."""
+        attended = tokens // self.share
+        sinks = draft_sink_tokens(attended)
+        return sinks, attended - sinks
+
     def attended(self, masses: torch.Tensor, reach: int, own: int, tokens: int) -> torch.Tensor:
         """Return which tokens of a text are attended, `[kv_heads, n]`, beside a place's own.
 
@@ -72,12 +83,10 @@ class Choice:
             own: tokens behind the place that are attended in any case, among the newest.
             tokens: of the text.
         """
-        attended = tokens // self.share
-        sinks, kv_heads = draft_sink_tokens(attended), masses.shape[1]
-        rest = attended - sinks
-        size = self.page_tokens
-        count = min(round(rest * self.pages / size), (rest - own) // size) if size else 0
+        sinks, rest = self._divided(tokens)
+        size, count, kv_heads = self.page_tokens, self.count(tokens), masses.shape[1]
         first = reach + own - (rest - count * size)
+        assert first <= reach
         parts = [torch.arange(sinks).expand(kv_heads, -1)]
         if count:
             fine, there = size // FINE_TOKENS, (first - sinks) // size
@@ -100,7 +109,6 @@ CHOICES = (
     *(Choice(share=8, page_tokens=size, rows=1) for size in (64, 256)),
     Choice(share=32),
     *(Choice(share=32, page_tokens=size) for size in (16, 64, 128)),
-    Choice(share=32, page_tokens=64, pages=0.75),
     Choice(share=32, page_tokens=64, rows=1),
 )
 
@@ -253,30 +261,34 @@ def rows_of(name: str, found: list[list[int]]) -> Iterator[dict[str, Any]]:
         yield {"text": name} | asdict(choice) | {"accepted": places}
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
+def table(rows: Sequence[dict[str, Any]], tokens: int) -> str:
     """Return a table: what is accepted by text, and how much more than of the newest alone."""
     texts = list(dict.fromkeys(row["text"] for row in rows))
     lines = [
-        "| attended | pages of | chosen by | rows | in pages | " + " | ".join(texts) + " | more |",
-        "|---|---:|---|---:|---:|" + "---:|" * (len(texts) + 1),
+        "| attended | pages | chosen by | rows | " + " | ".join(texts) + " |",
+        "|---|---|---|---:|" + "---:|" * len(texts),
     ]
-    newest: dict[int, list[int]] = {}
+    newest: dict[tuple[int, str], list[int]] = {}
     for choice in CHOICES:
-        of = [row for row in rows if all(row[key] == at for key, at in asdict(choice).items())]
-        places = [each for row in of for each in row["accepted"]]
-        means = [f"{statistics.fmean(row['accepted']):.2f}" for row in of]
-        cells = [f"1/{choice.share}", "the newest", "", "", ""]
-        more = ""
+        cells = [f"1/{choice.share}", "none", "", ""]
         if choice.page_tokens:
             head = "head" if choice.by_head else "layer"
-            cells[1:] = [str(choice.page_tokens), head, str(choice.rows), f"{choice.pages:.0%}"]
-            gains = [a - b for a, b in zip(places, newest[choice.share], strict=True)]
-            error = statistics.stdev(gains) / math.sqrt(len(gains))
-            more = f"{statistics.fmean(gains):+.2f} ± {error:.2f}"
-        else:
-            newest[choice.share] = places
-        lines.append("| " + " | ".join([*cells, *means, more]) + " |")
+            pages = f"{choice.count(tokens)} of {choice.page_tokens}"
+            cells[1:] = [pages, head, str(choice.rows)]
+        for row in rows:
+            if all(row[key] == value for key, value in asdict(choice).items()):
+                places = row["accepted"]
+                before = newest.setdefault((choice.share, row["text"]), places)
+                gain = _gain(places, before) if choice.page_tokens else ""
+                cells.append(f"{statistics.fmean(places):.2f}{gain}")
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _gain(places: Sequence[int], before: Sequence[int]) -> str:
+    """Return the mean of what each place has more than before, and its standard error."""
+    gains = [a - b for a, b in zip(places, before, strict=True)]
+    return f" ({statistics.fmean(gains):+.2f} ± {statistics.stdev(gains) / len(gains) ** 0.5:.2f})"
 
 
 def parsed() -> argparse.Namespace:
@@ -318,7 +330,7 @@ def main() -> None:
             found = accepted(read, reaches, behind, given.tokens)
             document["rows"] += rows_of("chat" if said else name, found)
             replace_json(given.json, document, remedy="make room, then give the command again")
-            print(table(document["rows"]), flush=True)
+            print(table(document["rows"], given.tokens), flush=True)
 
 
 if __name__ == "__main__":

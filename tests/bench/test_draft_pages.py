@@ -1,19 +1,26 @@
 """The script that says what drafts are worth which attend the pages of the most attention mass."""
 
+import json
 import runpy
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "draft_pages.py"
+ROOT = Path(__file__).parents[2]
 TOKENS = 128
 REACHES = torch.tensor([97, 103])
 
 
+@pytest.fixture(scope="module")
+def script() -> dict[str, Any]:
+    return runpy.run_path(str(ROOT / "benchmarks" / "draft_pages.py"))
+
+
 @torch.no_grad()
-def test_drafts_are_right_that_attend_all_tokens_and_others_are_not() -> None:
-    script = runpy.run_path(str(SCRIPT))
+def test_drafts_are_right_that_attend_all_tokens_and_others_are_not(script: dict[str, Any]) -> None:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
@@ -38,8 +45,10 @@ def test_drafts_are_right_that_attend_all_tokens_and_others_are_not() -> None:
         assert not masses[..., 7:].any()  # no place sees more tokens
 
 
-def test_pages_of_the_most_mass_are_chosen_beside_the_newest_tokens() -> None:
-    choice = runpy.run_path(str(SCRIPT))["Choice"]
+def test_pages_of_the_most_mass_are_chosen_beside_the_newest_tokens(
+    script: dict[str, Any],
+) -> None:
+    choice = script["Choice"]
     masses = torch.zeros(8, 2, 32)
     masses[:, 0, 12], masses[:, 1, 20] = 0.5, 0.75
     masses[-1, 0, 9] = 0.75
@@ -52,6 +61,12 @@ def test_pages_of_the_most_mass_are_chosen_beside_the_newest_tokens() -> None:
     assert chosen() == [[*sinks, *range(192, 224), *newest], [*sinks, *range(320, 352), *newest]]
     assert chosen(rows=1)[0] == [*sinks, *range(128, 160), *newest]
     assert chosen(by_head=False) == [[*sinks, *range(320, 352), *newest]] * 2
+
+
+def test_the_documents_table_is_generated(script: dict[str, Any]) -> None:
+    results = json.loads((ROOT / "benchmarks" / "results" / "draft-pages.json").read_text())
+    table = script["table"](results["rows"], results["header"]["settings"]["tokens"])
+    assert table in (ROOT / "docs" / "drafts.md").read_text()
 
 
 def _greedy(model: LlamaForCausalLM, text: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
