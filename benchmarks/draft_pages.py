@@ -6,6 +6,7 @@ the most weight. The engine has no such pages: this says what they would be wort
 """
 
 import argparse
+import itertools
 import math
 import pydoc_data.topics
 import statistics
@@ -265,8 +266,8 @@ def table(rows: Sequence[dict[str, Any]], tokens: int) -> str:
     """Return a table: what is accepted by text, and how much more than of the newest alone."""
     texts = list(dict.fromkeys(row["text"] for row in rows))
     lines = [
-        "| attended | pages | chosen by | rows | " + " | ".join(texts) + " |",
-        "|---|---|---|---:|" + "---:|" * len(texts),
+        "| attended | pages | chosen by | rows | " + " | ".join([*texts, "all"]) + " |",
+        "|---|---|---|---:|" + "---:|" * (len(texts) + 1),
     ]
     newest: dict[tuple[int, str], list[int]] = {}
     for choice in CHOICES:
@@ -275,12 +276,13 @@ def table(rows: Sequence[dict[str, Any]], tokens: int) -> str:
             head = "head" if choice.by_head else "layer"
             pages = f"{choice.count(tokens)} of {choice.page_tokens}"
             cells[1:] = [pages, head, str(choice.rows)]
-        for row in rows:
-            if all(row[key] == value for key, value in asdict(choice).items()):
-                places = row["accepted"]
-                before = newest.setdefault((choice.share, row["text"]), places)
-                gain = _gain(places, before) if choice.page_tokens else ""
-                cells.append(f"{statistics.fmean(places):.2f}{gain}")
+        own = [row for row in rows if all(row[key] == of for key, of in asdict(choice).items())]
+        by_text = {row["text"]: row["accepted"] for row in own}
+        together = list(itertools.chain.from_iterable(by_text.values()))
+        for name, places in (by_text | {"all": together}).items():
+            before = newest.setdefault((choice.share, name), places)
+            gain = _gain(places, before) if choice.page_tokens else ""
+            cells.append(f"{statistics.fmean(places):.2f}{gain}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
