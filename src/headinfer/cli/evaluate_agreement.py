@@ -157,6 +157,7 @@ def _prepare(
     """
     import torch
 
+    from headinfer.bench.quantised import check_backends
     from headinfer.evaluate.agreement.document import AgreementResults, header
     from headinfer.evaluate.agreement.run import Agreement
     from headinfer.evaluate.agreement.spec import AgreementSpec
@@ -165,6 +166,7 @@ def _prepare(
     name, text = named_text
     names, counts = asked
     device = choose_device(options.device)
+    check_backends(names)
     config = load_config(source)
     ids = encode(load_tokenizer(source), text, raw=True)
     if not counts:

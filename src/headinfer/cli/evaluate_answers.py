@@ -183,8 +183,11 @@ def _spec(task: Task, given: dict[str, Any]) -> tuple[AnswersSpec, str]:
     settings = Options.parse(**take_flags(dict(given)))
     check_trained(given["model"])
 
+    from headinfer.bench.quantised import check_backends
     from headinfer.generation.model import load_config
 
+    if given["methods"] != "all":  # of which those that cannot run say so in their rows
+        check_backends(methods)
     config = load_config(NamedSource(name=given["model"]))
     positions = max_positions(config)
     if contexts is None:
