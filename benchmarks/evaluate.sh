@@ -48,7 +48,7 @@ make_result() {
     smollm2-agreement-8bit) # chunks, for what passes at once attends nothing that was rounded
         agree "$1" "${eight_bits[@]}" --contexts 1K,2K --chunk-tokens 128 ;;
     smollm2-needle-8bit)
-        evaluate "$1" needle "${eight_bits[@]}" --contexts 1K,2K --depths 3 --chunk-tokens 512 ;;
+        evaluate "$1" needle "${eight_bits[@]}" --contexts 1K --depths 3 --chunk-tokens 512 ;;
     smollm2-ruler)
         evaluate "$1" ruler --model smollm2 --contexts 1K,2K,4K,8K --samples 2 "${stock_and_ours[@]}" ;;
     smollm2-needle-card)
