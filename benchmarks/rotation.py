@@ -1,4 +1,4 @@
-"""Whether a rotation of keys and values before they are rounded to 8 bits brings predictions nearer.
+"""What a rotation before keys and values are rounded to 8 bits gains on a trained model.
 
     python benchmarks/rotation.py --json benchmarks/results/rotation-smollm2.json
 

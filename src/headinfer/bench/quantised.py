@@ -78,8 +78,8 @@ class Quantised(Standard):
         spec: of the trial.
         method: name of one whose backend is chosen by it; None for 4 bits by what is installed.
 
-    A prompt passes at once, or in chunks where the method names its backend and `chunk_tokens` is
-    given: what passes at once attends nothing that was rounded.
+    A prompt passes at once, and so attends nothing that was rounded. It passes in chunks where the
+    method names its backend and `chunk_tokens` is given.
 
     Raises:
         ImportError: no library for 4 bits is installed.
