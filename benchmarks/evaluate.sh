@@ -33,6 +33,8 @@ agree() { # name of the result, options
 card=(--model smollm2 --dtype float32 --device simulated --device-memory 640MiB --chunk-tokens 512
     --methods standard,chunked-prefill,kv-4bit,head-wise-1,headinfer)
 stock_and_ours=(--device cpu --dtype float32 --methods standard,headinfer)
+eight_bits=(--model smollm2 --device simulated --dtype float32 --threads 1 --methods
+    standard,bounded,headinfer-int8,headinfer-fp8,quantized-hqq-8bit,quantized-fp8,quantized-quanto-4bit)
 all_methods=standard,chunked-prefill,kv-4bit,head-wise-1,bounded,headinfer
 
 make_result() {
@@ -43,6 +45,10 @@ make_result() {
         agree "$1" --device cpu --model smollm2 --contexts 4K --dtype bfloat16 --methods "$all_methods" ;;
     smollm2-needle)
         evaluate "$1" needle --model smollm2 --contexts 1K,2K,4K,8K --depths 7 "${stock_and_ours[@]}" ;;
+    smollm2-agreement-8bit) # chunks, for what passes at once attends nothing that was rounded
+        agree "$1" "${eight_bits[@]}" --contexts 1K,2K --chunk-tokens 128 ;;
+    smollm2-needle-8bit)
+        evaluate "$1" needle "${eight_bits[@]}" --contexts 1K --depths 3 --chunk-tokens 512 ;;
     smollm2-ruler)
         evaluate "$1" ruler --model smollm2 --contexts 1K,2K,4K,8K --samples 2 "${stock_and_ours[@]}" ;;
     smollm2-needle-card)
@@ -93,7 +99,7 @@ elif [ "${DEVICE:-cpu}" = cuda ]; then
     names=(gpu-smollm2-{agreement-float32,agreement-bfloat16,needle,needle-float32,ruler}
         gpu-gemma3-ruler)
 else
-    names=(smollm2-{agreement-float32,agreement-bfloat16,needle,ruler}
+    names=(smollm2-{agreement-float32,agreement-bfloat16,agreement-8bit,needle,needle-8bit,ruler}
         smollm2-{needle,ruler,longbench-v2,scbench}-card gemma3-{needle,needle-32K,agreement,ruler})
 fi
 failed=0

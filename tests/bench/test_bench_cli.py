@@ -12,7 +12,7 @@ from bench_parts import FakeLauncher, trial_result
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from headinfer.bench import stock
+from headinfer.bench import quantised
 from headinfer.bench.catalogue import CATALOGUE
 from headinfer.bench.methods import METHODS
 from headinfer.bench.ours import HeadInfer
@@ -107,7 +107,7 @@ def test_a_wrong_method_is_a_failed_row_and_exit_code_1(in_process, monkeypatch)
 
 
 def test_methods_that_cannot_run_are_rows_that_say_why(in_process, monkeypatch):
-    monkeypatch.setattr(stock, "_installed", lambda _module: False)
+    monkeypatch.setattr(quantised, "_installed", lambda _module: False)
     why = {
         "transformers-offloaded": "needs a GPU",
         "kv-4bit": "pip install optimum optimum-quanto",

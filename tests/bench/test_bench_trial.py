@@ -13,7 +13,7 @@ import pytest
 import torch
 from bench_parts import MODEL, trial_spec
 
-from headinfer.bench import machine, stock
+from headinfer.bench import machine, quantised
 from headinfer.bench.gate import Verdict, compare
 from headinfer.bench.limits import limit_device, limit_host
 from headinfer.bench.methods import METHODS
@@ -160,7 +160,7 @@ def test_the_last_pass_of_a_prompt_may_be_real_where_the_rest_is_random():
 
 
 def test_a_quantised_cache_is_near_the_reference():
-    pytest.importorskip("hqq" if not stock._installed("optimum.quanto") else "optimum.quanto")
+    pytest.importorskip("hqq" if not quantised._installed("optimum.quanto") else "optimum.quanto")
     verdict = verdict_on("kv-4bit", "float32")
     assert 0 < verdict.logits_error < 1
 

@@ -34,6 +34,9 @@ def test_values_are_near_and_those_of_other_pages_are_the_same(
     pages = pack(code, values)
     kept = keep_raw(code, pages, values)
     back = unpacked(code, pages, values)
+    by_one_thread = torch.empty_like(values)
+    CpuEightBits(code, alone=True).unpack(pages, by_one_thread)
+    assert torch.equal(by_one_thread.view(torch.uint8), back.view(torch.uint8))
     raw = kept_as_they_are(pages, EightBitLayout(code, shape[-1]))
     as_it_is = raw.repeat_interleave(PAGE_TOKENS, 2)[:, :, : shape[2]]
     ints = torch.int32 if dtype is torch.float32 else torch.int16

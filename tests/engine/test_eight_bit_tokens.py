@@ -1,6 +1,9 @@
 """Tokens in 8 bits in host memory: rounded once, whichever way they come."""
 
+import platform
+import threading
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -193,3 +196,30 @@ def test_a_page_that_is_read_before_it_was_kept_is_noticed() -> None:
         engine.copy_page(0, [tokens_of(100)])
     engine.device.synchronize()
     engine.device.skipped_edges = frozenset()  # or its end would fail as well
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="no list of threads")
+@pytest.mark.parametrize("form", FORMS)
+def test_a_page_is_saved_in_the_background_by_one_thread(form: Format) -> None:
+    """Many would wait for each other, and for those that compute."""
+    engine, counts, given = engine_of(form, chunk_tokens=600), [], tokens_of(1117)
+    engine.expect(1117)
+    append(engine, given, [1117])
+    engine.begin_saving()
+    page = KV(*map(torch.zeros_like, given))
+
+    def save() -> None:
+        for _ in range(2):
+            counts.append(len(list(Path("/proc/self/task").iterdir())))
+            engine.copy_page(0, [page])
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        thread = threading.Thread(target=save)
+        thread.start()
+        thread.join()
+    finally:
+        torch.set_num_threads(before)
+    assert counts[0] == counts[1]
+    assert all(map(torch.equal, page, rounded(form, given)))

@@ -8,7 +8,7 @@ import torch
 from agreement_parts import Told, agreement_spec, rows_of
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from headinfer.bench import stock
+from headinfer.bench import quantised, stock
 from headinfer.bench.catalogue import CATALOGUE
 from headinfer.bench.methods import METHODS
 from headinfer.bench.ours import HeadInfer
@@ -209,7 +209,7 @@ def test_ties_are_no_disagreement_of_exact_methods(monkeypatch: pytest.MonkeyPat
 
 
 def test_what_cannot_run_is_a_row_that_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stock, "_installed", lambda _module: False)
+    monkeypatch.setattr(quantised, "_installed", lambda _module: False)
     methods = ("kv-4bit", "transformers-offloaded", "head-wise-8", "standard")
     rows = rows_of(tiny_model("qwen2"), *methods)
     why = {

@@ -8,7 +8,7 @@ point.
 
 from dataclasses import dataclass
 
-from headinfer.bench.model_spec import DTYPE_BYTES, Model
+from headinfer.bench.model_spec import Model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +112,7 @@ def decode_work(
         host_kv_bytes: KV bytes that the CPU attends on behalf of the device.
         unseen_kv_bytes: KV bytes that no query sees.
     """
-    weight_bytes = (model.layer_parameters + model.head_parameters) * DTYPE_BYTES[dtype]
+    weight_bytes = model.weight_bytes(dtype)
     kv_bytes = model.kv_bytes(context_tokens, dtype)
     seen = 1 - unseen_kv_bytes / kv_bytes
     read_bytes = weight_bytes + kv_bytes - unseen_kv_bytes
@@ -147,7 +147,7 @@ def prefill_work(
         unseen_kv_bytes: KV bytes that the last query does not see; as large a share of attention is
             left out, though earlier queries see more.
     """
-    weight_bytes = (model.layer_parameters + model.head_parameters) * DTYPE_BYTES[dtype]
+    weight_bytes = model.weight_bytes(dtype)
     unseen = unseen_kv_bytes / model.kv_bytes(context_tokens, dtype)
     flops = prefill_flops(model, context_tokens)
     flops -= unseen * model.attention_flops(0, context_tokens)

@@ -11,6 +11,7 @@ from headinfer.bench.spec import TrialSpec
 from headinfer.bench.spreading import placing, random_model
 from headinfer.errors import HeadInferError, ModelLoadError, OptionError, reason_of
 from headinfer.generation.gpus import Gpus
+from headinfer.generation.quantised import check_packable, quantisation
 from headinfer.integration.checkpoint import load_checkpoint
 from headinfer.plan.options import Options
 
@@ -66,7 +67,7 @@ def build_model(spec: TrialSpec, device: torch.device) -> tuple[PreTrainedModel,
     dtype = getattr(torch, spec.dtype)
     model = spec.model
     if isinstance(model, NamedModel) and model.location is not None:
-        return _load(spec, model.name, model.location, device)
+        return _load(spec, model, model.location, device)
     torch.manual_seed(spec.seed)
     config = _config(spec)
     if spec.gpus > 1:
@@ -79,17 +80,25 @@ def build_model(spec: TrialSpec, device: torch.device) -> tuple[PreTrainedModel,
 
 
 def _load(
-    spec: TrialSpec, name: str, location: str, device: torch.device
+    spec: TrialSpec, model: NamedModel, location: str, device: torch.device
 ) -> tuple[PreTrainedModel, str | None]:
+    name = model.name
     keywords: dict[str, Any] = {"attn_implementation": _saved_attention(location)}
     try:
+        if model.load_in is not None:  # quantised weights are made where they stay
+            config = AutoConfig.from_pretrained(location)
+            keywords["quantization_config"] = quantisation(model.load_in, config, spec.dtype)
+            keywords["device_map"] = {"": device}
         if spec.spread is not Spread.ONE:
             keywords |= placing(spec, AutoConfig.from_pretrained(location), device)
         loaded, note = load_checkpoint(name, location, dtype=getattr(torch, spec.dtype), **keywords)
     except (OSError, ValueError) as error:
         reason = reason_of(error)
         raise ModelLoadError(f"model {name!r} cannot be loaded: {reason}") from error
-    return (loaded.to(device) if spec.spread is Spread.ONE else loaded).eval(), note
+    if model.load_in is not None:
+        check_packable(name, loaded)
+    stays = model.load_in is not None or spec.spread is not Spread.ONE
+    return (loaded if stays else loaded.to(device)).eval(), note
 
 
 def _stock_attention(config: Any) -> str:

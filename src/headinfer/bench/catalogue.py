@@ -34,6 +34,14 @@ KEPT_PERCENT = {STREAMING_LLM: 50, H2O: 50, f"{STREAMING_LLM}-25": 25, f"{H2O}-2
 """Percent of the tokens that methods keep which drop the others."""
 
 
+QUANTISED_BACKENDS = {
+    "quantized-quanto-4bit": ("quanto", 4),
+    "quantized-hqq-8bit": ("hqq", 8),
+    "quantized-fp8": ("fp8", 8),
+}
+"""Methods of transformers' `QuantizedCache`: the backend of each, by its name there, and bits."""
+
+
 class Spread(enum.Enum):
     """How a model lies on the GPUs of a run."""
 
@@ -156,6 +164,15 @@ CATALOGUE = {
             description="transformers' `QuantizedCache` in 4 bits, by optimum-quanto or HQQ",
             exact=False,
             is_stock=True,
+        ),
+        *(
+            MethodInfo(
+                name=name,
+                description=f"transformers' `QuantizedCache` in {bits} bits, backend {backend}",
+                exact=False,
+                is_stock=True,
+            )
+            for name, (backend, bits) in QUANTISED_BACKENDS.items()
         ),
         *(_evicting(name, percent) for name, percent in KEPT_PERCENT.items()),
         *(_head_wise(heads) for heads in (8, 4, 2, 1)),

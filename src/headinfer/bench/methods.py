@@ -22,6 +22,7 @@ from headinfer.bench.catalogue import (
     LAYERS,
     OFFLOADED,
     ONE,
+    QUANTISED_BACKENDS,
     STREAMING_LLM,
     SYNCHRONOUS,
     UNFUSED,
@@ -31,6 +32,7 @@ from headinfer.bench.catalogue import (
 from headinfer.bench.drafted import Drafted
 from headinfer.bench.evicting import methods as evicting
 from headinfer.bench.held import Held
+from headinfer.bench.quantised import Quantised
 from headinfer.bench.spec import TrialSpec
 from headinfer.estimate.methods import (
     ADAPTIVE,
@@ -95,7 +97,8 @@ METHODS: dict[str, Callable[[PreTrainedModel, TrialSpec], Method]] = {
     CHUNKED: stock.ChunkedPrefill,
     COMPILED: stock.Compiled,
     OFFLOADED: stock.Offloaded,
-    QUANTISED: stock.Quantised,
+    QUANTISED: Quantised,
+    **{name: functools.partial(Quantised, method=name) for name in QUANTISED_BACKENDS},
     **{name: _evicting(name, percent) for name, percent in KEPT_PERCENT.items()},
     **{f"{HEAD_WISE}-{heads}": ours.head_wise(heads) for heads in (8, 4, 2, 1)},
     ADAPTIVE: ours.adaptive,

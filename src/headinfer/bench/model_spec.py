@@ -14,6 +14,10 @@ DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 """Bytes of one element of each dtype a benchmark can use."""
 
 
+_LOADED_IN_BYTES = {"4bit": 4.5 / 8, "8bit": 1.0}
+"""Bytes of a layer's weight that is quantised as it is loaded: 4 bits have a scale for each 64."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
     """A Llama of random weights, by shape; embeddings are not tied.
@@ -67,6 +71,10 @@ class ModelSpec:
         """All parameters."""
         return self.layer_parameters + 2 * self.head_parameters
 
+    def weight_bytes(self, dtype: str) -> float:
+        """Bytes of the weights that a token is multiplied with."""
+        return (self.layer_parameters + self.head_parameters) * DTYPE_BYTES[dtype]
+
     @property
     def description(self) -> str:
         """The model in words."""
@@ -116,12 +124,14 @@ class NamedModel:
         location: where its weights are; None for random ones.
         config: its config, for random weights; None where the location has it.
         planned: its shape.
+        load_in: "4bit" or "8bit" where its weights are quantised as they are loaded.
     """
 
     name: str
     location: str | None
     config: Mapping[str, Any] | None
     planned: ModelShape
+    load_in: str | None = None
 
     @property
     def layers(self) -> int:
@@ -143,10 +153,18 @@ class NamedModel:
         """Parameters of the output projection."""
         return self.planned.vocab_size * self.planned.hidden_size
 
+    def weight_bytes(self, dtype: str) -> float:
+        """Bytes of the weights that a token is multiplied with, as they are loaded."""
+        size = DTYPE_BYTES[dtype]
+        of_layers = size if self.load_in is None else _LOADED_IN_BYTES[self.load_in]
+        return self.layer_parameters * of_layers + self.head_parameters * size
+
     @property
     def description(self) -> str:
         """The model in words."""
         weights = "random weights" if self.location is None else "its own weights"
+        if self.load_in is not None:
+            weights += f" in {self.load_in}"
         return f"{self.name}, {weights}: {self.layers} layers, {self.planned.kv_heads} KV heads"
 
     def kv_bytes(self, tokens: int, dtype: str) -> int:

@@ -1,7 +1,6 @@
 """What people use instead: the caches of transformers."""
 
 import gc
-from importlib.util import find_spec
 
 import torch
 from torch._dynamo.exc import TorchDynamoException
@@ -9,7 +8,6 @@ from transformers import CompileConfig, PreTrainedModel
 from transformers.cache_utils import (
     Cache,
     DynamicCache,
-    QuantizedCache,
     StaticCache,
     StaticLayer,
     StaticSlidingWindowLayer,
@@ -26,22 +24,6 @@ from headinfer.units import format_tokens
 _REHEARSED_STEPS = 4
 """Steps taken before any is timed. The first one compiles, and the second one again where windows
 count their tokens in Python. The third one may warm up, and the fourth one record a CUDA graph."""
-
-_BITS = 4
-
-_BACKENDS = (
-    # The name of each, the modules it needs, and the axis it quantises keys and values along.
-    ("quanto", ("optimum.quanto", "optimum"), 0),
-    ("hqq", ("hqq",), 1),
-)
-_INSTALL = "pip install optimum optimum-quanto (or: pip install hqq)"
-
-
-def _installed(module: str) -> bool:
-    try:
-        return find_spec(module) is not None
-    except ModuleNotFoundError:  # of the package it would be in
-        return False
 
 
 class Standard:
@@ -203,36 +185,3 @@ class Offloaded(Standard):
             device_bytes=held.device_bytes,
             streamed_bytes=held.host_bytes + held.device_bytes,
         )
-
-
-class Quantised(Standard):
-    """A cache of 4-bit integers, unpacked layer by layer to be attended."""
-
-    def __init__(self, model: PreTrainedModel, spec: TrialSpec) -> None:
-        super().__init__(model, spec)
-        for name, modules, axis in _BACKENDS:
-            if all(map(_installed, modules)):
-                self._backend, self._axis = name, axis
-                break
-        else:
-            raise ImportError(f"no library for quantised caches is installed: {_INSTALL}")
-        self.note = f"{_BITS} bits by {self._backend}"
-
-    def new_cache(self, max_tokens: int) -> Cache:
-        """Return an empty cache."""
-        return QuantizedCache(
-            self._backend,
-            self._model.config,
-            nbits=_BITS,
-            axis_key=self._axis,
-            axis_value=self._axis,
-        )
-
-    def held(self, cache: Cache) -> Held:
-        """Return the bits of the elements; scales and zeros are not counted."""
-        elements = sum(
-            layer.elements_per_token for layer in self._spec.model.shape(self._spec.dtype).layers
-        )
-        held = cache.get_seq_length() * elements * _BITS // 8
-        on_host = self._model.device.type == "cpu"
-        return Held(host_bytes=held if on_host else 0, device_bytes=0 if on_host else held)

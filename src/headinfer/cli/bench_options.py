@@ -9,6 +9,7 @@ from headinfer.bench.catalogue import parse_methods
 from headinfer.bench.model_spec import DTYPE_BYTES, Model, ModelSpec, NamedModel
 from headinfer.bench.replay import Replay
 from headinfer.bench.spec import BenchSpec, Command, Fill
+from headinfer.cli import form_options as form
 from headinfer.cli.contexts import parse_contexts
 from headinfer.cli.options import (
     MODEL_PANEL,
@@ -128,6 +129,7 @@ def options(
             metavar="TYPE", help="bfloat16, float16 or float32.", rich_help_panel=MODEL_PANEL
         ),
     ] = "bfloat16",
+    load_in: form.LoadIn = None,
     layers: Annotated[int | None, _size("layers", "Decoder layers.")] = None,
     hidden_size: Annotated[int | None, _size("hidden_size", "Hidden width.")] = None,
     heads: Annotated[int | None, _size("heads", "Query heads.")] = None,
@@ -187,7 +189,12 @@ def _model(given: dict[str, Any]) -> Model:
         for name in (*_DEFAULT_SHAPE, "intermediate_size")
         if given[name] is not None
     }
-    name = given["model"]
+    name, load_in = given["model"], given["load_in"]
+    if load_in is not None and (name is None or given["dummy_weights"] or given["gpus"] > 1):
+        raise OptionError(
+            f"--load-in {load_in.value} quantises weights that are loaded onto one device: give "
+            "--model, and neither --dummy-weights nor --gpus"
+        )
     if name is None:
         if given["dummy_weights"]:
             raise OptionError("--dummy-weights needs --model; without it weights are random anyway")
@@ -197,11 +204,28 @@ def _model(given: dict[str, Any]) -> Model:
     if sizes:
         flag = f"--{next(iter(sizes)).replace('_', '-')}"
         raise OptionError(f"{flag} is for models without --model; leave one of them out")
-    return named_model(name, given["dtype"], dummy_weights=given["dummy_weights"])
+    return named_model(
+        name,
+        given["dtype"],
+        dummy_weights=given["dummy_weights"],
+        load_in=load_in and load_in.value,
+    )
 
 
-def named_model(name: str, dtype: str, *, dummy_weights: bool) -> NamedModel:
-    """Return a model by the name a user has for it: a preset, a folder or a hub id."""
+def named_model(
+    name: str, dtype: str, *, dummy_weights: bool = False, load_in: str | None = None
+) -> NamedModel:
+    """Return a model by the name a user has for it: a preset, a folder or a hub id.
+
+    Args:
+        name: the name.
+        dtype: a torch dtype's name.
+        dummy_weights: whether its weights are random.
+        load_in: "4bit" or "8bit" to quantise weights as they are loaded.
+
+    Raises:
+        HeadInferError: there is no such model, or it cannot be had in this form.
+    """
     from headinfer.cli.load import NamedSource
     from headinfer.cli.shapes import shape_of
     from headinfer.generation.model import load_config
@@ -210,10 +234,17 @@ def named_model(name: str, dtype: str, *, dummy_weights: bool) -> NamedModel:
         raise OptionError(
             f"{name} is a shape without weights: add --dummy-weights, or give a folder or hub id"
         )
-    shape = shape_of(name, dtype=dtype)
+    if load_in is not None and dtype == "float32":
+        raise OptionError(
+            f"--load-in {load_in} has products that depend on how many tokens pass at once, so "
+            "that methods cannot be compared in float32: take --dtype bfloat16"
+        )
+    if load_in is not None:
+        load_config(NamedSource(name=name, load_in=load_in))  # or why not
+    shape = shape_of(name, dtype=dtype, quantised=load_in)
     if not dummy_weights:
         location = NamedSource(name=name).location()
-        return NamedModel(name=name, location=location, config=None, planned=shape)
+        return NamedModel(name=name, location=location, config=None, planned=shape, load_in=load_in)
     config = PRESETS.get(name) or load_config(NamedSource(name=_folder(name))).to_dict()
     kept = {key: value for key, value in config.items() if key != "quantization_config"}
     return NamedModel(name=name, location=None, config=kept, planned=shape)

@@ -84,6 +84,7 @@ def agreement(
         ),
     ] = False,
     dtype: Dtype = DtypeChoice.AUTO,
+    load_in: form.LoadIn = None,
     adapter: form.Adapter = None,
     flags: dict[str, Any],
     threads: Threads = None,
@@ -114,6 +115,7 @@ def agreement(
             run, results, told = _prepare(
                 NamedSource(
                     name=model,
+                    load_in=load_in and load_in.value,
                     adapter=adapter,
                     unpacked_dtype=unpacked_dtype(dtype.value),
                 ),
@@ -121,7 +123,7 @@ def agreement(
                 (names, counts),
                 options=options,
                 dtype=dtype.value,
-                float32=not no_float32,
+                float32=not no_float32 and load_in is None,  # quantised weights have no float32
                 progress=progress,
                 begun=json_path if resume else None,
             )
@@ -157,6 +159,7 @@ def _prepare(
     """
     import torch
 
+    from headinfer.bench.quantised import check_backends
     from headinfer.evaluate.agreement.document import AgreementResults, header
     from headinfer.evaluate.agreement.run import Agreement
     from headinfer.evaluate.agreement.spec import AgreementSpec
@@ -165,11 +168,12 @@ def _prepare(
     name, text = named_text
     names, counts = asked
     device = choose_device(options.device)
+    check_backends(names)
     config = load_config(source)
     ids = encode(load_tokenizer(source), text, raw=True)
     if not counts:
         counts = [len(ids)]
-    shape = named_model(source.name, dtype, dummy_weights=False)
+    shape = named_model(source.name, dtype, load_in=source.load_in)
     check_streaming_heads(names, options, shape.planned)
 
     def spec_in(kind: str) -> AgreementSpec:

@@ -9,6 +9,7 @@ import typer
 
 from headinfer.bench.catalogue import parse_methods
 from headinfer.bench.spec import check_lists
+from headinfer.cli import form_options as form
 from headinfer.cli.bench_options import named_model
 from headinfer.cli.console import reporting_errors
 from headinfer.cli.contexts import parse_contexts
@@ -99,6 +100,7 @@ def shared(
         typer.Option("--raw", metavar=NO_VALUE, help="Leave the model's chat template out."),
     ] = False,
     dtype: Dtype = DtypeChoice.AUTO,
+    load_in: form.LoadIn = None,
     flags: dict[str, Any],
     threads: Threads = None,
     json_path: JsonPath = None,
@@ -183,16 +185,19 @@ def _spec(task: Task, given: dict[str, Any]) -> tuple[AnswersSpec, str]:
     settings = Options.parse(**take_flags(dict(given)))
     check_trained(given["model"])
 
+    from headinfer.bench.quantised import check_backends
     from headinfer.generation.model import load_config
 
+    if given["methods"] != "all":  # of which those that cannot run say so in their rows
+        check_backends(methods)
     config = load_config(NamedSource(name=given["model"]))
     positions = max_positions(config)
     if contexts is None:
         contexts = _contexts_up_to(positions or _LAST_TOKENS)
-    dtype = given["dtype"].value
+    dtype, load_in = given["dtype"].value, given["load_in"]
     if dtype == "auto":
         dtype = str(config.dtype or "float32").removeprefix("torch.")
-    model = named_model(given["model"], dtype, dummy_weights=False)
+    model = named_model(given["model"], dtype, load_in=load_in and load_in.value)
     check_streaming_heads(methods, settings, model.planned)
     spec = AnswersSpec(
         task=task,

@@ -1,13 +1,18 @@
 """What rounds to 8 bits and back on a device, and the choice for each kind of device."""
 
 import functools
+from collections.abc import Iterator
+from itertools import product
 
 import torch
 
 from headinfer.eight_bits import reference
 from headinfer.eight_bits.layout import Code, EightBitLayout
 from headinfer.packed.codec import Codec, compared, raw_copies, without_triton
-from headinfer.packed.layout import PAGE_TOKENS
+from headinfer.packed.layout import PAGE_TOKENS, num_pages
+
+_ONE_THREADS_ELEMENTS = 2**15 - 1
+"""torch shares an operation on more elements among its threads."""
 
 
 class CpuEightBits:
@@ -15,10 +20,12 @@ class CpuEightBits:
 
     Args:
         code: of 8 bits.
+        alone: whether values are given by the thread that asks, and not by torch's threads.
     """
 
-    def __init__(self, code: Code) -> None:
+    def __init__(self, code: Code, *, alone: bool = False) -> None:
         self._code = code
+        self._alone = alone
 
     def pack(self, values: torch.Tensor, pages: torch.Tensor) -> None:
         """Round values; see `reference.pack`."""
@@ -35,7 +42,9 @@ class CpuEightBits:
         tokens = values.shape[2]
         if counted is not None:
             tokens = min(first + int(counted.item()), tokens)
-        reference.unpack(self._code, pages, values[:, :, :tokens])
+        values = values[:, :, :tokens]
+        for part, place in _in_pieces(pages, values) if self._alone else ((pages, values),):
+            reference.unpack(self._code, part, place)
 
     def keep_raw(
         self, values: torch.Tensor, pages: torch.Tensor, raw: torch.Tensor, taken: torch.Tensor
@@ -48,6 +57,18 @@ class CpuEightBits:
     def overflowed(self, pages: torch.Tensor, dim: int) -> torch.Tensor:
         """Return which pages are kept as they are, bool `[batch, heads, pages]`."""
         return reference.kept_as_they_are(pages, EightBitLayout(self._code, dim))
+
+
+def _in_pieces(
+    pages: torch.Tensor, values: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield pages of one head and their values, of as few elements as one thread takes."""
+    batch, heads, tokens, dim = values.shape
+    count = max(1, _ONE_THREADS_ELEMENTS // (PAGE_TOKENS * dim))
+    for row, head, page in product(range(batch), range(heads), range(0, num_pages(tokens), count)):
+        part = pages[row : row + 1, head : head + 1, page : page + count]
+        first, end = page * PAGE_TOKENS, (page + count) * PAGE_TOKENS
+        yield part, values[row : row + 1, head : head + 1, first:end]
 
 
 _CHECKED_SHAPE = (2, 2, 2 * PAGE_TOKENS, 48)

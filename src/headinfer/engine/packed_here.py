@@ -7,6 +7,8 @@ import torch
 
 from headinfer.attend.work import Work, tile_in_hand
 from headinfer.device.base import Device
+from headinfer.eight_bits.codec import CpuEightBits
+from headinfer.eight_bits.layout import Code
 from headinfer.engine.codecs import codec_of
 from headinfer.engine.raw_pages import begun_slots
 from headinfer.kv.extent import Tile
@@ -17,8 +19,11 @@ from headinfer.plan.format import Format
 
 _CPU = torch.device("cpu")
 
-_ALONE = CpuCodec(threads=1)
-"""Unpacks in the background of a session that is saved: threads would wait for each other."""
+_ALONE: dict[Code | None, Codec] = {
+    None: CpuCodec(threads=1),
+    **{code: CpuEightBits(code, alone=True) for code in Code},
+}
+"""Unpack in the background of a session that is saved: threads would wait for each other."""
 
 _UNPACKED_TOKENS = 4096
 """Tokens that the CPU unpacks at a time, where no compiled kernel attends them as they are."""
@@ -89,9 +94,7 @@ def unpack_from(codec: Codec, pages: torch.Tensor, first: int, values: torch.Ten
 def unpack_here(tile: Tile, place: KV) -> None:
     """Unpack tokens of host memory into other memory of the CPU, in this thread alone."""
     for pages, values in zip(tile.kv, place, strict=True):
-        packed = tile.format is Format.PACKED
-        codec = _ALONE if packed else codec_of(tile.format, _CPU, values.dtype)
-        unpack_from(codec, pages, tile.first, values)
+        unpack_from(_ALONE[tile.format.code], pages, tile.first, values)
 
 
 def pack_here(device: Device, ledger: Ledger, tile: Tile, new: KV) -> None:

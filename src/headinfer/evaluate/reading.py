@@ -24,8 +24,11 @@ def sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
     """Return a second instance of a model, with modules and configs of its own.
 
     Its parameters and buffers are the first one's. So both read in turns, the one attached and the
-    other stock, and the weights take no memory twice.
+    other stock, and the weights take no memory twice. Quantised weights are copied, for their
+    modules pack them when they are first used.
     """
+    if getattr(model, "is_quantized", False):
+        return copy.deepcopy(model)
     shared = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
     return copy.deepcopy(model, shared)
 

@@ -59,7 +59,7 @@ def _run(job: JobSpec) -> Iterator[Record | str]:
     location = getattr(job.model, "location", None)
     if location is None:
         raise ModelLoadError(f"{job.model.description}: questions need a model with weights")
-    source = ModelSource(name=location)
+    source = ModelSource(name=location, load_in=getattr(job.model, "load_in", None))
     tokenizer = load_tokenizer(source)
     model, note = load_model(source, load_config(source), dtype=job.dtype, device=device.type)
     task = task_from_json(job.task)
