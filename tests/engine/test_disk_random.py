@@ -104,8 +104,8 @@ class Run:
             self.moved = True
             self.caches.append(copy.deepcopy(self.caches[at]))
         else:
-            self.caches.pop(at ^ 1).close()
-            self.caches.insert(at ^ 1, self.offload.new_cache(MOST_TOKENS))
+            self.caches.pop((at + 1) % 3).close()
+            self.caches.insert((at + 1) % 3, self.offload.new_cache(MOST_TOKENS))
 
     def choose(self, at: int) -> None:
         cache = self.caches[at]

@@ -327,7 +327,7 @@ class OffloadedState:
         if self.engine is not None and self.tokens(0):
             tokens = max(self.tokens(0), self.max_tokens or 0)
             plan = self.host.plan_for(len(rows), tokens, replacing=self.engine)
-            more = plan.kv_host_bytes(tokens) - self.engine.host_kv_bytes
+            more = plan.kv_host_bytes(tokens) - self.engine.taken_host_bytes
             self._check_host(more, tokens, self.engine.plan)
             self.engine.select_all(rows, plan)
 
