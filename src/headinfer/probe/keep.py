@@ -58,4 +58,5 @@ def to_json(measurement: Measurement) -> dict[str, Any]:
     rates = [
         dataclasses.asdict(rate) | {"quantity": rate.quantity.value} for rate in measurement.rates
     ]
-    return {"format": FORMAT} | dataclasses.asdict(measurement) | {"rates": rates}
+    values = dataclasses.asdict(measurement)
+    return {"format": FORMAT} | values | {"rates": rates, "disks": list(values["disks"])}
