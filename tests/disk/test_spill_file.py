@@ -6,8 +6,10 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headinfer.disk import file as disk_file
+from headinfer.disk import transfer
 from headinfer.disk.file import SpillFile, aligned_empty
 from headinfer.disk.folder import check_folder
 from headinfer.disk.regions import Regions
@@ -253,3 +256,38 @@ def test_a_region_freed_after_the_file_was_closed_cuts_no_other_file(
     assert all(os.fstat(other.fileno()).st_size == 100_000 for other in others)
     for other in others:
         other.close()
+
+
+def test_ctrl_c_while_a_transfer_is_waited_for_leaves_none_under_way(
+    spill: SpillFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory, write = content(4), os.pwritev
+    wait, waited = transfer.wait, [0]
+
+    def slowly(*arguments: Any) -> int:
+        time.sleep(0.05)
+        return write(*arguments)
+
+    def interrupted(parts: Any) -> Any:
+        waited[0] += 1
+        if waited[0] == 1:
+            raise KeyboardInterrupt
+        return wait(parts)
+
+    monkeypatch.setattr(os, "pwritev", slowly)
+    monkeypatch.setattr(transfer, "wait", interrupted)
+    begun = spill.write(spill.allocate(memory.nbytes), memory)
+    with pytest.raises(KeyboardInterrupt):
+        begun.wait()
+    assert begun.done()
+
+
+def test_what_lies_between_regions_counts_as_free(spill: SpillFile) -> None:
+    first, second, third = (spill.allocate(blocks * BLOCK) for blocks in (3, 2, 1))
+    assert spill.free_bytes == 0
+    spill.free(first, 3 * BLOCK)
+    assert spill.free_bytes == 3 * BLOCK
+    spill.free(second, 2 * BLOCK)
+    assert spill.free_bytes == 5 * BLOCK
+    spill.free(third, BLOCK)
+    assert (spill.free_bytes, spill.size_bytes) == (0, 0)

@@ -11,8 +11,10 @@ from transformers import PreTrainedModel
 
 import headinfer
 from headinfer.device.simulated import SimulatedDevice
-from headinfer.errors import DiskError, MemoryPlanError
+from headinfer.errors import CacheStateError, DiskError, MemoryPlanError
+from headinfer.integration import disk_below
 from headinfer.integration.memory_held import held_together
+from headinfer.kv.disk_place import DiskPlace
 from headinfer.offload import Offload
 from headinfer.units import parse_bytes
 from tiny_models import random_tokens, tiny_model
@@ -316,3 +318,43 @@ def test_a_full_disk_while_rows_are_chosen_is_one_error(
         monkeypatch.undo()
         cache.reset()
         assert model(random_tokens(2, 3), past_key_values=cache).logits.isfinite().all()
+
+
+def test_a_crop_that_is_interrupted_is_no_cache_to_go_on_with_and_harms_no_other(
+    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = random_tokens(1, 700)
+    with attached(model, None) as offload:
+        wanted = model(prompt, past_key_values=offload.new_cache()).logits
+    with attached(model, tmp_path) as offload:
+        cache, other = offload.new_cache(), offload.new_cache()
+        model(prompt, past_key_values=cache)
+
+        def interrupted(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as faulty:
+            faulty.setattr(DiskPlace, "bring", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                cache.crop(133 - 700)
+        with pytest.raises(CacheStateError, match="interrupted"):
+            model(prompt[:, :3], past_key_values=cache)
+        with pytest.raises(MemoryPlanError):  # whose blocks cannot be lowered
+            model(prompt, past_key_values=other)
+        cache.close()
+        torch.testing.assert_close(model(prompt, past_key_values=other).logits, wanted)
+
+
+def test_a_new_cache_may_fill_what_others_left_free_in_the_file(
+    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = random_tokens(1, 900)
+    with attached(model, tmp_path, "800KiB") as offload:
+        first, second = offload.new_cache(900), offload.new_cache(900)
+        model(prompt, past_key_values=first)
+        model(prompt, past_key_values=second)
+        monkeypatch.setattr(disk_below, "free_bytes", lambda _folder: 0)  # the disk is full
+        with pytest.raises(MemoryPlanError, match="has room for 0 B"):
+            model(prompt, past_key_values=offload.new_cache(900))
+        first.close()
+        model(prompt, past_key_values=offload.new_cache(900))

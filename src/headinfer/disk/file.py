@@ -87,6 +87,13 @@ class SpillFile:
         """Bytes of the disk that regions take, those between them included."""
         return self._regions.end
 
+    @property
+    def free_bytes(self) -> int:
+        """Bytes between regions, which are used again before the file grows."""
+        with self._handing_out:
+            self._take_back()
+            return self._regions.free_bytes
+
     def allocate(self, num_bytes: int) -> int:
         """Return the offset of a region for so many bytes; freed regions are used again."""
         with self._handing_out:

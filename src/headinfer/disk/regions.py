@@ -12,6 +12,11 @@ class Regions:
         self.end = 0
         self._free: dict[int, int] = {}  # bytes by offset; no two of them touch
 
+    @property
+    def free_bytes(self) -> int:
+        """Bytes before `end` that are nobody's."""
+        return sum(self._free.values())
+
     def allocate(self, num_bytes: int) -> int:
         """Return the offset of a region: the first free one that is large enough, or a new one."""
         for offset in sorted(self._free):

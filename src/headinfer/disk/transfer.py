@@ -29,12 +29,18 @@ class Transfer:
         wait(self._parts)
 
     def wait(self) -> None:
-        """Block until all of it has ended.
+        """Block until all of it has ended, also where Ctrl-C comes meanwhile.
+
+        Its memory, and its place in the file, are in use no more.
 
         Raises:
-            DiskError: a part failed. None of its memory is in use any more.
+            DiskError: a part failed.
         """
-        wait(self._parts)
+        try:
+            wait(self._parts)
+        except BaseException:
+            self.settle()
+            raise
         for part in self._parts:
             try:
                 part.result()

@@ -190,6 +190,8 @@ class ChangeableTokens(HeldTokens):
         blocks = max(self.plan.disk_host_blocks // 2, LEAST_BLOCKS)
         if self.closed or self.drafting or blocks >= self.plan.disk_host_blocks:
             return False
+        if self.interrupted or self._host.failure is not None:  # its own next call is told
+            return False
         self.keep_blocks(blocks)
         return True
 

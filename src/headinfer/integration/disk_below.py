@@ -168,7 +168,8 @@ class DiskBelow:
             MemoryPlanError: there is no room.
         """
         if self.file is not None:
-            self._check_space(plan, tokens, free_bytes(self._folder))
+            free = free_bytes(self._folder) + self.file.free_bytes
+            self._check_space(plan, tokens, free)
 
     def _check_space(self, plan: Plan, tokens: int, free: int) -> None:
         below_bytes = disk_bytes(plan, tokens)

@@ -256,10 +256,12 @@ class Ledger(Growth, HostBytes, Drafted):
     def crop_host(self, tokens: int) -> None:
         """Have the host hold the first `tokens` tokens alone; their memory stays."""
         if tokens < self.host_tokens:
+            self.half_done = True  # as a block may have to be read
             self._leave_disk(tokens)
             self.host_tokens = tokens
             self._count_tokens()
             self.version += 1
+            self.half_done = False
 
     def select_host(self, rows: Sequence[int], *, anew: bool = False) -> None:
         """Make row `i` of what the host holds what row `rows[i]` was; rows may repeat or be left.
