@@ -64,6 +64,10 @@ NO_VALUE = ""
 """Metavar of flags: newer typer would print `<bool>` beside each."""
 
 
+_FOR_NONE = ("disk_cache", "head_pattern")
+"""Options that are off without a value, which "auto" would not say."""
+
+
 def _flag(name: str, help_text: str) -> inspect.Parameter:
     """Return the flag of an option as a parameter of a verb."""
     declared = DECLARATIONS[name]
@@ -76,6 +80,7 @@ def _flag(name: str, help_text: str) -> inspect.Parameter:
         metavar=declared.metavar,  # empty for a switch, as `NO_VALUE`
         help=help_text or declared.help,
         rich_help_panel=panel,
+        show_default=name not in _FOR_NONE,
     )
     return inspect.Parameter(
         name,
