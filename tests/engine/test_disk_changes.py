@@ -10,14 +10,14 @@ import torch
 from transformers import PreTrainedModel
 
 import headinfer
+from above_disk import attached, small_model
 from headinfer.device.simulated import SimulatedDevice
 from headinfer.errors import CacheStateError, DiskError, MemoryPlanError
 from headinfer.integration import disk_below
 from headinfer.integration.memory_held import held_together
 from headinfer.kv.disk_place import DiskPlace
-from headinfer.offload import Offload
 from headinfer.units import parse_bytes
-from tiny_models import random_tokens, tiny_model
+from tiny_models import random_tokens
 
 pytestmark = pytest.mark.usefixtures("inference")
 
@@ -30,37 +30,7 @@ def inference() -> Any:
 
 @pytest.fixture(scope="module")
 def model() -> PreTrainedModel:
-    return tiny_model(
-        "llama3", num_hidden_layers=2, num_key_value_heads=2, num_attention_heads=4
-    ).eval()
-
-
-def attached(
-    model: PreTrainedModel,
-    folder: Path | None,
-    memory: str = "400KiB",
-    device: SimulatedDevice | None = None,
-    **options: Any,
-) -> Offload:
-    """Attach with tiles of 64 tokens; a block of them takes 32 KiB in both layers.
-
-    128 KiB of the memory are for what is read.
-    """
-    return headinfer.attach(
-        model,
-        device="simulated",
-        simulated_device=device or SimulatedDevice(),
-        disk_cache=folder,
-        host_memory=None if folder is None else memory,
-        **{
-            "tile_heads": 1,
-            "tile_tokens": 64,
-            "chunk_tokens": 90,
-            "resident_tokens": 0,
-            "host_attention": "off",
-            **options,
-        },
-    )
+    return small_model()
 
 
 @pytest.mark.parametrize("overlap", [True, False], ids=["overlapped", "in-turn"])

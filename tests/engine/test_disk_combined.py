@@ -10,18 +10,10 @@ import torch
 from transformers import PreTrainedModel
 
 import headinfer
+from above_disk import SETTINGS, small_model
 from headinfer.device.simulated import SimulatedDevice
 from headinfer.errors import CacheStateError, DiskError, OptionError
 from tiny_models import random_tokens, shared_model, tiny_model
-
-SETTINGS: dict[str, Any] = {
-    "device": "simulated",
-    "tile_heads": 1,
-    "tile_tokens": 64,
-    "chunk_tokens": 90,
-    "resident_tokens": 0,
-    "host_attention": "off",
-}
 
 
 def no_room(*_: Any) -> int:
@@ -66,7 +58,7 @@ def test_a_full_disk_beside_windows_and_states(
 
 @pytest.fixture(scope="module")
 def model() -> PreTrainedModel:
-    return tiny_model("llama3", num_hidden_layers=2, num_key_value_heads=2, num_attention_heads=4)
+    return small_model()
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,11 @@ import torch
 from transformers import PreTrainedModel
 
 import headinfer
+from above_disk import SETTINGS, small_model
 from headinfer.device.simulated import SimulatedDevice
 from headinfer.errors import MemoryPlanError
 from headinfer.integration.memory_held import held_together
-from tiny_models import random_tokens, tiny_model
+from tiny_models import random_tokens
 
 MOST_TOKENS = 900
 HELD_KIB = 1500
@@ -23,9 +24,7 @@ HELD_KIB = 1500
 
 @pytest.fixture(scope="module")
 def model() -> PreTrainedModel:
-    return tiny_model(
-        "llama3", num_hidden_layers=2, num_key_value_heads=2, num_attention_heads=4
-    ).eval()
+    return small_model()
 
 
 class Run:
@@ -61,14 +60,7 @@ class Run:
     def outputs(self, changes: int) -> Iterator[torch.Tensor]:
         """Yield what the model gives after each change."""
         offload = headinfer.attach(
-            self.model,
-            device="simulated",
-            simulated_device=self.device,
-            tile_heads=1,
-            tile_tokens=64,
-            chunk_tokens=90,
-            host_attention="off",
-            **self.options,
+            self.model, simulated_device=self.device, **{**SETTINGS, **self.options}
         )
         with offload, torch.inference_mode():
             self.offload = offload

@@ -11,42 +11,21 @@ import torch
 from transformers import PreTrainedModel
 
 import headinfer
+from above_disk import MEMORY, attached, small_model
 from headinfer.device.base import Edge
 from headinfer.device.hazards import HazardError
 from headinfer.device.simulated import SimulatedDevice
 from headinfer.errors import DiskError, MemoryPlanError, OptionError
 from headinfer.integration.memory_held import held_together
-from headinfer.offload import Offload
 from headinfer.units import parse_bytes
-from tiny_models import random_tokens, shared_model, tiny_model
+from tiny_models import random_tokens, shared_model
 
 TOKENS = 700
-MEMORY = "400KiB"
-"""128 KiB of it are for what is read. A block of 64 tokens takes 32 KiB in both layers."""
 
 
 @pytest.fixture(scope="module")
 def model() -> PreTrainedModel:
-    return tiny_model(
-        "llama3", num_hidden_layers=2, num_key_value_heads=2, num_attention_heads=4
-    ).eval()
-
-
-def attached(
-    model: PreTrainedModel, folder: Path | None, device: SimulatedDevice, **options: Any
-) -> Offload:
-    settings: dict[str, Any] = {
-        "tile_heads": 1,
-        "tile_tokens": 64,
-        "chunk_tokens": 90,
-        "resident_tokens": 0,
-        "host_attention": "off",
-        "host_memory": None if folder is None else MEMORY,
-        **options,
-    }
-    return headinfer.attach(
-        model, device="simulated", simulated_device=device, disk_cache=folder, **settings
-    )
+    return small_model()
 
 
 def exercise(
@@ -62,7 +41,7 @@ def exercise(
     def step(cache: Any, tokens: torch.Tensor) -> None:
         outputs.append(model(tokens, past_key_values=cache, logits_to_keep=2).logits[:1])
 
-    with attached(model, folder, device, **options) as offload:
+    with attached(model, folder, device=device, **options) as offload:
         cache = offload.new_cache(TOKENS + 300)
         step(cache, prompt)
         for at in range(3):
@@ -136,7 +115,7 @@ def test_odd_residents_and_the_host_agree(
 def test_the_same_as_stock_transformers(model: PreTrainedModel, tmp_path: Path) -> None:
     prompt = random_tokens(2, 333)
     wanted = model.generate(prompt, max_new_tokens=9, do_sample=False, num_beams=2)
-    with attached(model, tmp_path, SimulatedDevice(), host_memory="900KiB") as offload:
+    with attached(model, tmp_path, "900KiB") as offload:
         cache = offload.new_cache()
         ours = model.generate(
             prompt, max_new_tokens=9, do_sample=False, num_beams=2, past_key_values=cache
@@ -148,7 +127,7 @@ def test_the_same_as_stock_transformers(model: PreTrainedModel, tmp_path: Path) 
 
 def test_a_saved_session_has_the_tokens_on_the_disk(model: PreTrainedModel, tmp_path: Path) -> None:
     prompt, new = random_tokens(1, TOKENS), random_tokens(1, 5)
-    with attached(model, tmp_path, SimulatedDevice()) as offload:
+    with attached(model, tmp_path) as offload:
         cache = offload.new_cache()
         model(prompt, past_key_values=cache)
         cache.save(tmp_path / "saved")
@@ -164,7 +143,7 @@ OF_DISK = (Edge.BLOCK_SENT, Edge.BLOCK_READ, Edge.READ_COPIED)
 
 def grow(model: PreTrainedModel, folder: Path, device: SimulatedDevice) -> None:
     """Have blocks go to the disk that were fetched ahead, as pages are sent home before a pass."""
-    with attached(model, folder, device) as offload:
+    with attached(model, folder, device=device) as offload:
         cache = offload.new_cache()
         for tokens in (440, *[9] * 14):
             model(random_tokens(1, tokens), past_key_values=cache)
@@ -216,7 +195,7 @@ def test_a_fault_ends_the_call_and_no_token_is_wrong(
     told: str,
 ) -> None:
     prompt, device = random_tokens(1, TOKENS), SimulatedDevice()
-    with attached(model, tmp_path, device) as offload:
+    with attached(model, tmp_path, device=device) as offload:
         cache = offload.new_cache(TOKENS)
         wanted = model(prompt, past_key_values=cache, logits_to_keep=1).logits
         for well in (0, 3, 5):
@@ -251,7 +230,7 @@ def test_what_cannot_be_combined_is_refused(
 
 
 def test_too_little_host_memory_is_refused(model: PreTrainedModel, tmp_path: Path) -> None:
-    with attached(model, tmp_path, SimulatedDevice(), host_memory="50KiB") as offload:
+    with attached(model, tmp_path, "50KiB") as offload:
         cache = offload.new_cache()
         with pytest.raises(
             MemoryPlanError, match=r"needs .* of CPU memory at least, and 50.00 KiB"

@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from headinfer.device.base import Device
 from headinfer.disk.file import SpillFile
@@ -86,17 +86,14 @@ class DiskBelow:
         """
         if self.file is None:
             return plan
-        held_bytes = 0 if replacing is None else replacing.taken_host_bytes
-        others = [part for each in engines if each is not replacing for part in each.parts]
         before = replacing or sharing
         block_tokens = 0 if before is None else before.plan.disk_block_tokens
-        while True:
+        for room_bytes in _rooms(room, replacing, engines):
             try:
-                return with_disk(plan, room().kv_bytes + held_bytes, block_tokens)
-            except MemoryPlanError:
-                lowered = [other.lower_blocks() for other in others]
-                if not any(lowered):
-                    raise
+                return with_disk(plan, room_bytes, block_tokens)
+            except MemoryPlanError as error:
+                refusal = error
+        raise refusal
 
     def chosen(
         self,
@@ -119,15 +116,11 @@ class DiskBelow:
         """
         if self.file is None:
             return resolve(None)
-        held_bytes = 0 if replacing is None else replacing.taken_host_bytes
-        others = [part for each in engines if each is not replacing for part in each.parts]
-        while True:
-            plan = resolve(room().kv_bytes + held_bytes)
+        for room_bytes in _rooms(room, replacing, engines):
+            plan = resolve(room_bytes)
             if plan.disk_block_tokens or not plan.shape.kinds_of_full_layers:
-                return plan
-            lowered = [other.lower_blocks() for other in others]
-            if not any(lowered):
-                return plan
+                break
+        return plan
 
     def host_bytes(self, plan: Plan, tokens: int) -> int:
         """Return the host memory that a new cache cannot do without.
@@ -184,6 +177,28 @@ class DiskBelow:
         """Give the file up, with no cache left."""
         if self.file is not None:
             self.file.close()
+
+
+def _rooms(
+    room: Callable[[], HostRoom], replacing: CacheEngine | None, engines: Iterable[CacheEngine]
+) -> Iterator[int]:
+    """Yield the bytes that a cache can have, and again each time that others have lowered blocks.
+
+    Args:
+        room: returns what is left for it.
+        replacing: what it has already; None where it is new.
+        engines: of all caches, between their calls.
+
+    Raises:
+        DiskError: the disk has no room for the blocks of others.
+    """
+    held_bytes = 0 if replacing is None else replacing.taken_host_bytes
+    others = [part for each in engines if each is not replacing for part in each.parts]
+    while True:
+        yield room().kv_bytes + held_bytes
+        lowered = [other.lower_blocks() for other in others]
+        if not any(lowered):
+            return
 
 
 def _refusal(options: Options, shape: ModelShape, device: str, *, split: bool) -> str | None:

@@ -103,7 +103,6 @@ class DiskPlace(HostPlace):
         try:
             transfer.wait()
         except BaseException:
-            transfer.settle()
             region.free()
             raise
         self._counts.bytes_to_disk += region.num_bytes
