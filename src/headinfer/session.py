@@ -35,7 +35,7 @@ from headinfer.integration.parts import (
     whole_together,
 )
 from headinfer.integration.placement import Placement
-from headinfer.integration.room import room_of
+from headinfer.integration.room import RoomOfCaches
 from headinfer.integration.saving import fill_cache
 from headinfer.integration.shards import rank_shape, ranks_of, tell_of_ranks
 from headinfer.plan.host_room import HostRoom
@@ -83,23 +83,23 @@ class Session:
         *,
         progress: PrefillProgress | None,
     ) -> None:
-        self.stats = Stats()
         self._model, self._options, self._progress = model, options, progress
-        self.ranks = ranks_of(model)
-        self.assistants = Assistants()
+        self.ranks, self.stats, self.assistants = ranks_of(model), Stats(), Assistants()
         whole = with_pattern(model_shape(model), options)
         shape = rank_shape(whole, model, self.ranks)
         self._shape = with_host_format(shape, options, devices[0], model.dtype)
         self.parts = parts_of(self._shape, placement, devices, options, self.ranks.on_host)
         device = self.device = self.parts[0].device
-        self.busy = BusyTimes([part.device for part in self.parts])
+        all_devices = [part.device for part in self.parts]
+        self._room = RoomOfCaches(all_devices, self.ranks, options.host_memory_bytes)
+        self.busy = BusyTimes(all_devices)
         self.disk = DiskBelow(options, self._shape, len(self.parts), device, self.ranks.size)
         self._engines: weakref.WeakSet[CacheEngine] = weakref.WeakSet()
         self._attached = False
         self.plan = self._resolve(1, None, [], model.dtype)
         fast = options.fuse == "auto" and model.dtype in _FUSED
         captures = self._captures = CapturedSteps(
-            *(model, [part.device for part in self.parts], self.stats),
+            *(model, all_devices, self.stats),
             enabled=options.capture,
             fused=fast and device.name == "cuda" and self.ranks.size == 1,
             obstacle=placement.obstacle,
@@ -167,6 +167,7 @@ class Session:
         self._attached = False
         with contextlib.ExitStack() as closing:  # all of them, also where one raises
             closing.callback(self.disk.close)
+            closing.callback(self._room.close)
             for engine in list(self._engines):
                 closing.callback(engine.close)
 
@@ -265,8 +266,7 @@ class Session:
 
     def host_room(self, working_bytes: int) -> HostRoom:
         """Return what of host memory is left for a cache, beside what a call computes with."""
-        given = self._options.host_memory_bytes
-        return room_of(list(self._engines), self.device, self.ranks, given, working_bytes)
+        return self._room.left(list(self._engines), working_bytes)
 
     def missing_host_bytes(self, cache: OffloadedCache, tokens: int) -> int:
         """Return the bytes of host memory that a cache of one row lacks for so many tokens."""

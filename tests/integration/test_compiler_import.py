@@ -3,15 +3,13 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import headinfer
-from headinfer.device.simulated import SimulatedDevice
-from headinfer.engine.stats import Stats
-from headinfer.integration import compiler
+from headinfer.integration import compiler, fusion
 from headinfer.integration.capture import CapturedSteps
-from headinfer.integration.compiler import CompilerImport
 from tiny_models import random_tokens, tiny_model
 
 BEGUN = """
@@ -88,49 +86,66 @@ def test_what_cannot_be_imported_is_left_to_who_needs_it() -> None:
     assert run(code) == (0, "", "")
 
 
-@pytest.mark.parametrize(
-    ("enabled", "fused"), [(True, True), (True, False), (False, True), (False, False)]
-)
-def test_it_is_begun_where_captured_steps_are_fused(
-    monkeypatch: pytest.MonkeyPatch, enabled: bool, fused: bool
-) -> None:
-    begun: list[bool] = []
-    monkeypatch.setattr(compiler, "begin_import", lambda: begun.append(True))
-    steps = CapturedSteps(
-        *(tiny_model("llama3"), [SimulatedDevice()], Stats()), enabled=enabled, fused=fused
-    )
-    assert not begun
-    steps.expect_steps()
-    assert bool(begun) == (enabled and fused)
-
-
-@pytest.mark.parametrize("tokens", [10, 40], ids=["one chunk", "several"])
-def test_it_is_begun_once_the_last_chunk_is_launched(
-    monkeypatch: pytest.MonkeyPatch, tokens: int
-) -> None:
-    done = chunks_and_import(monkeypatch, tokens)
-    assert done == ["chunk"] * (len(done) - 1) + ["begun"]
-    assert len(done) == 1 + -(-tokens // 16)
-
-
-def test_it_is_begun_earlier_where_chunks_take_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiler, "_LONG_CHUNK_S", 0.0)
-    assert chunks_and_import(monkeypatch, 60)[:3] == ["chunk", "chunk", "begun"]
-
-
-def chunks_and_import(monkeypatch: pytest.MonkeyPatch, tokens: int) -> list[str]:
-    """Return in which order a prompt's chunks were launched, and the import first begun."""
+@pytest.fixture
+def begun(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was done, in order: "begun" where the import first was."""
     done: list[str] = []
-    begun = CompilerImport()  # as where steps are fused, which they are on CUDA
+
+    def begin() -> None:
+        if "begun" not in done:
+            done.append("begun")
+
+    for module in (compiler, fusion):
+        monkeypatch.setattr(module, "begin_import", begin)
+    return done
+
+
+@pytest.fixture
+def fusing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have steps fused wherever they are captured, as on CUDA."""
+    known = CapturedSteps.__init__
     monkeypatch.setattr(
         CapturedSteps,
-        "expect_steps",
-        lambda _, more_chunks=False: begun.chunk_launched(more=more_chunks),
+        "__init__",
+        lambda self, *args, **kwargs: known(self, *args, **{**kwargs, "fused": True}),
     )
-    monkeypatch.setattr(compiler, "begin_import", lambda: "begun" in done or done.append("begun"))
+
+
+def launched(done: list[str], prompts: list[int], **options: Any) -> list[str]:
+    """Have a model read prompts, the first of a cache each but for single tokens; note chunks."""
     model = tiny_model("llama3")
     model.lm_head.register_forward_hook(lambda *_: done.append("chunk"))
-    with headinfer.attach(model, device="simulated", chunk_tokens=16) as offload:
+    with headinfer.attach(model, device="simulated", chunk_tokens=16, **options) as offload:
         assert not done
-        model(random_tokens(1, tokens), past_key_values=offload.new_cache())
+        for tokens in prompts:
+            if tokens > 1:
+                cache = offload.new_cache()
+            model(random_tokens(1, tokens), past_key_values=cache)
     return done
+
+
+@pytest.mark.usefixtures("fusing")
+def test_it_is_begun_once_the_last_of_several_chunks_is_launched(begun: list[str]) -> None:
+    assert launched(begun, [40]) == ["chunk", "chunk", "chunk", "begun"]
+
+
+@pytest.mark.usefixtures("fusing")
+def test_prompts_of_one_chunk_go_without_and_the_first_step_begins_it(begun: list[str]) -> None:
+    assert launched(begun, [10, 12, 1]) == ["chunk", "chunk", "begun", "chunk"]
+
+
+@pytest.mark.usefixtures("fusing")
+def test_it_is_begun_earlier_where_chunks_take_long(
+    begun: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiler, "_LONG_CHUNK_S", 0.0)
+    assert launched(begun, [60])[:3] == ["chunk", "chunk", "begun"]
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_it_is_never_begun_where_no_step_is_fused(
+    begun: list[str], request: pytest.FixtureRequest, fused: bool
+) -> None:
+    if fused:
+        request.getfixturevalue("fusing")
+    assert "begun" not in launched(begun, [40, 1, 1], capture=not fused)

@@ -259,6 +259,16 @@ class Device(Protocol):
     def host_ahead(self, num_bytes: int) -> HostMemory:
         """Have host memory got in the background, in the order of asking; see `host_empty`."""
 
+    @property
+    def spare_host_bytes(self) -> int:
+        """Host memory that is kept for the next caches, and that can be had at once."""
+
+    def keep_host_memory(self, spare_bytes: int, most_bytes: int | None) -> None:
+        """Keep so much host memory of caches that are gone, where getting it takes time.
+
+        With what is used it is no more than `most_bytes`, unless that is None.
+        """
+
     def device_empty(self, num_bytes: int) -> torch.Tensor:
         """Return `num_bytes` of uninitialised device memory as uint8.
 

@@ -23,6 +23,7 @@ class CpuDevice:
     captures = True
     torch_device = torch.device("cpu")
     host_piece_bytes = None
+    spare_host_bytes = 0
 
     def __init__(self) -> None:
         self._recording: CpuRecording | None = None
@@ -43,6 +44,9 @@ class CpuDevice:
     def host_ahead(self, num_bytes: int) -> NoReturn:
         """Raise: memory is there at once."""
         raise AssertionError("the CPU device has nothing to get ahead")
+
+    def keep_host_memory(self, spare_bytes: int, most_bytes: int | None) -> None:
+        """Do nothing: getting memory takes no time."""
 
     device_empty = host_empty
 

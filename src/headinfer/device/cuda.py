@@ -1,10 +1,11 @@
 """CUDA: pinned host memory, three streams beside the model's own, and captures."""
 
 import contextlib
+import functools
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import torch
@@ -13,7 +14,9 @@ from headinfer.device import cuda_driver
 from headinfer.device.base import Capture, Device, HostMemory, Mark, Server, Stream
 from headinfer.device.cuda_graph import CudaCapture
 from headinfer.device.cuda_stream import CudaEvent, CudaStream
-from headinfer.device.host_pages import Pieces, commit, map_host_memory
+from headinfer.device.host_memory import available_host_bytes
+from headinfer.device.host_pages import Pieces, commit, map_pages
+from headinfer.device.regions import Region, SpareRegions
 from headinfer.device.together import Together
 from headinfer.errors import MemoryPlanError, OptionError
 from headinfer.units import format_bytes
@@ -61,6 +64,32 @@ def _workspaces_of_its_own() -> Iterator[None]:
         torch._C._cuda_clearCublasWorkspaces()
 
 
+def _locked(torch_device: torch.device, num_bytes: int) -> Region:
+    """Map and lock memory, rounded up to whole pages.
+
+    The memory is mapped and registered by hand because torch's pinned allocator rounds up to a
+    power of two. For a KV cache that can double the host memory used.
+    """
+    # Committed before, because locking commits pages one by one, in the driver: beside an H100
+    # 1 GiB took 203 ms so, and 59 ms where all threads had written it.
+    pages = map_pages(num_bytes)
+    tensor = Region(pages).tensor(num_bytes)
+    commit(tensor, min(torch.get_num_threads() // 4, _MOST_COMMITTING_THREADS))
+    storage = tensor.untyped_storage()
+    address = storage.data_ptr()
+    cudart: Any = torch.cuda.cudart()
+    with torch.cuda.device(torch_device):
+        status = int(cudart.cudaHostRegister(address, storage.nbytes(), 0))
+    if status != _CUDA_SUCCESS:
+        with contextlib.suppress(RuntimeError):  # the next operation would report it again
+            torch.zeros(1, device=torch_device)
+        raise MemoryPlanError(
+            f"cannot lock {format_bytes(num_bytes)} of CPU memory for the KV cache (CUDA "
+            f"error {status}); free memory or raise the limit shown by `ulimit -l`"
+        )
+    return Region(pages, functools.partial(cudart.cudaHostUnregister, address))
+
+
 class CudaDevice:
     """A CUDA GPU.
 
@@ -86,7 +115,8 @@ class CudaDevice:
         self.copy_in: Stream = CudaStream(torch_device, torch.cuda.Stream(torch_device))
         self.copy_out: Stream = CudaStream(torch_device, torch.cuda.Stream(torch_device))
         self.host_work: Stream = CudaStream(torch_device, torch.cuda.Stream(torch_device))
-        self._pieces = Pieces(self._lock_new)
+        self._regions = SpareRegions(functools.partial(_locked, torch_device), available_host_bytes)
+        self._pieces = Pieces(self._regions.take, self._regions.take_spare)
         # One thread: the driver locks one region at a time. It ends with the device.
         self._getting = ThreadPoolExecutor(1, "headinfer-host-memory")
         self._apart = torch.cuda.Stream(torch_device)
@@ -109,32 +139,21 @@ class CudaDevice:
 
     def host_ahead(self, num_bytes: int) -> HostMemory:
         """Have host memory committed and locked by a thread of its own; see `host_empty`."""
-        return self._getting.submit(self.host_empty, num_bytes)
+        ready = self._pieces.take_ready(num_bytes)
+        if ready is None:
+            return self._getting.submit(self.host_empty, num_bytes)
+        memory: Future[torch.Tensor] = Future()
+        memory.set_result(ready)
+        return memory
 
-    def _lock_new(self, num_bytes: int) -> torch.Tensor:
-        """Map and lock memory, rounded up to whole pages.
+    @property
+    def spare_host_bytes(self) -> int:
+        """Host memory that is kept for the next caches."""
+        return self._regions.spare_bytes
 
-        The memory is mapped and registered by hand because torch's pinned allocator rounds up to a
-        power of two. For a KV cache that can double the host memory used.
-        """
-        # Committed before, because locking commits pages one by one, in the driver: beside an H100
-        # 1 GiB took 203 ms so, and 59 ms where all threads had written it.
-        tensor = map_host_memory(num_bytes)
-        commit(tensor, min(torch.get_num_threads() // 4, _MOST_COMMITTING_THREADS))
-        storage = tensor.untyped_storage()
-        cudart: Any = torch.cuda.cudart()
-        with torch.cuda.device(self.torch_device):
-            status = int(cudart.cudaHostRegister(storage.data_ptr(), storage.nbytes(), 0))
-        if status != _CUDA_SUCCESS:
-            with contextlib.suppress(RuntimeError):  # the next operation would report it again
-                torch.zeros(1, device=self.torch_device)
-            raise MemoryPlanError(
-                f"cannot lock {format_bytes(num_bytes)} of CPU memory for the KV cache (CUDA "
-                f"error {status}); free memory or raise the limit shown by `ulimit -l`"
-            )
-        finalizer = weakref.finalize(storage, cudart.cudaHostUnregister, storage.data_ptr())
-        finalizer.atexit = False  # the driver frees it, and may be gone by then
-        return tensor
+    def keep_host_memory(self, spare_bytes: int, most_bytes: int | None) -> None:
+        """Keep locked memory of caches that are gone; see `Device.keep_host_memory`."""
+        self._regions.keep(spare_bytes, most_bytes)
 
     def device_empty(self, num_bytes: int) -> torch.Tensor:
         """Return memory from torch's caching allocator on this device."""

@@ -56,6 +56,7 @@ class SimulatedDevice:
     tiles_are_views = False
     checks_accesses = True
     captures = True
+    spare_host_bytes = 0
     torch_device = torch.device("cpu")
 
     def __init__(
@@ -124,6 +125,9 @@ class SimulatedDevice:
     def host_ahead(self, num_bytes: int) -> HostMemory:
         """Return host memory that is got when it is asked for: as late as may be."""
         return LateMemory(lambda: self.host_empty(num_bytes))
+
+    def keep_host_memory(self, spare_bytes: int, most_bytes: int | None) -> None:
+        """Do nothing: memory that is freed is known as such."""
 
     def device_empty(self, num_bytes: int) -> torch.Tensor:
         """Return memory of the simulated device, poisoned with NaN too, and account for it."""

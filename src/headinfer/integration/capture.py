@@ -40,7 +40,6 @@ from headinfer.integration.captured_step import (
     repays,
     taking_back,
 )
-from headinfer.integration.compiler import CompilerImport
 from headinfer.integration.crossing import Crossings
 from headinfer.integration.decode_call import DecodeCall, DecodeCalls
 from headinfer.integration.fusion import Fusion
@@ -90,15 +89,13 @@ class CapturedSteps:
         self._fusion = Fusion(model, enabled=fused and self.enabled and obstacle is None)
         self._hooks = HooksOfOthers(model)
         self._repeated = RepeatedCalls(several=not self._device.tiles_are_views)
-        self._import = CompilerImport()
         self._begun: dict[Hashable, bool] = {}  # whether with several tokens
         self._known: set[Hashable] = set()  # captures of these served more tokens than one
         self._refused = RefusedCalls(aloud=not self._device.tiles_are_views)
 
     def expect_steps(self, *, more_chunks: bool = False) -> None:
         """Prepare for steps to come; to be called once a chunk runs, of which more may come."""
-        if self._fusion.untried:
-            self._import.chunk_launched(more=more_chunks)
+        self._fusion.chunk_launched(more=more_chunks)
 
     def run(
         self,
@@ -124,6 +121,8 @@ class CapturedSteps:
             return forward(**arguments)
         if new_tokens > 1:
             distrust(engine, new_tokens, verifies=cache.verifies)
+        else:
+            self._fusion.step_begins()
         first, call = self._repeated.is_new(engine, new_tokens), None
         if self._repeated.may_capture(engine, cache, arguments, new_tokens):
             call = self._replayable(cache, arguments, new_tokens)

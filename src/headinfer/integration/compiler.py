@@ -1,10 +1,12 @@
 """torch's compiler, imported in the background before the first step that needs it.
 
-It begins while the device computes the last chunk of a prompt. Before, it would compete with the
-caller's thread for the interpreter, and the first token would come later.
+It begins while the device computes the last chunk of a long prompt, and else with the first step.
+Before, it would compete with the caller's thread for the interpreter, and first tokens would come
+later: also those of prompts without any step.
 
 Measured beside an H100: the second token of a process took 7.9 s, and 1.2 s where the compiler had
-been imported.
+been imported. With an import behind each prompt's only chunk, the four next prompts of 1K tokens
+took 0.6 to 1.8 s instead of 0.13.
 """
 
 import contextlib
@@ -39,7 +41,7 @@ Measured beside an H100: chunks took 1.2 to 1.8 s to launch while the compiler w
 
 
 class CompilerImport:
-    """A choice of when the import begins."""
+    """A choice of the chunk behind which the import begins."""
 
     def __init__(self) -> None:
         self._launched_s: float | None = None  # when a chunk was, by the clock
@@ -48,12 +50,13 @@ class CompilerImport:
         """Begin it if the device has work to do for long enough.
 
         Args:
-            more: whether another chunk comes. Then it begins where one takes long.
+            more: whether another chunk comes. Then it begins where one takes long. Behind the last
+                of several it begins in any case.
         """
-        before_s, self._launched_s = self._launched_s, time.monotonic()
-        if more and (before_s is None or self._launched_s - before_s < _LONG_CHUNK_S):
-            return
-        begin_import()
+        now_s = time.monotonic()
+        before_s, self._launched_s = self._launched_s, now_s if more else None
+        if before_s is not None and not (more and now_s - before_s < _LONG_CHUNK_S):
+            begin_import()
 
 
 @functools.cache

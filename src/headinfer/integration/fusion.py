@@ -20,7 +20,7 @@ import torch
 
 from headinfer.device.base import CaptureError
 from headinfer.integration.accelerate_hooks import needless_forwards
-from headinfer.integration.compiler import begin_import
+from headinfer.integration.compiler import CompilerImport, begin_import
 from headinfer.integration.forward import OwnForwards
 from headinfer.integration.outputs import are_near
 from headinfer.integration.said import first_line
@@ -45,11 +45,22 @@ class Fusion:
     def __init__(self, model: torch.nn.Module, *, enabled: bool) -> None:
         self._parts = FusedParts(model) if enabled else None
         self._works = False
+        self._import = CompilerImport()
 
     @property
     def untried(self) -> bool:
         """Whether a trial is to come."""
         return self._parts is not None and not self._works
+
+    def chunk_launched(self, *, more: bool) -> None:
+        """Prepare for steps to come, behind a chunk's launches; see `CompilerImport`."""
+        if self.untried:
+            self._import.chunk_launched(more=more)
+
+    def step_begins(self) -> None:
+        """Prepare for steps to come: this is the first of them."""
+        if self.untried:
+            begin_import()
 
     def on(self) -> contextlib.AbstractContextManager[None]:
         """Have what is fused computed so until the `with` statement ends."""

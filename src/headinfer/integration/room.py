@@ -8,39 +8,63 @@ from headinfer.engine.parted import CacheEngine
 from headinfer.plan.host_room import HostRoom
 from headinfer.ranks.group import Ranks
 
+_MOST_SPARE_BYTES = 2 * 2**30
+"""What 16K tokens of Llama-3-8B take."""
 
-def room_of(
-    engines: Sequence[CacheEngine],
-    device: Device,
-    ranks: Ranks,
-    given_bytes: int | None,
-    working_bytes: int,
-) -> HostRoom:
-    """Return what of host memory is left for a cache.
+_SPARE_SHARE = 1 / 16
+"""Share of all host memory that is kept at most."""
+
+
+class RoomOfCaches:
+    """An account of the host memory that an attachment's caches may have.
+
+    Devices keep some memory of caches that are gone, for the next ones. It counts as free.
 
     Args:
-        engines: of all caches. Memory that several of one row share counts once.
-        device: where attention is computed.
+        devices: where attention is computed, the attachment's own.
         ranks: the processes that compute the model.
         given_bytes: the most that the caches of all processes here may take; None for no limit.
-        working_bytes: what a call takes on the device beside KV, which may be host memory.
     """
-    sharing = ranks.on_host
-    # Locked memory is taken when it is locked; other memory, once it is written.
-    locked = device.name == "cuda"
-    promised = sum(
-        each.awaited_host_bytes if locked else each.unwritten_host_bytes for each in engines
-    )
-    # Whoever asks last sees what the others took before.
-    (available,) = ranks.least(available_host_bytes())
-    return HostRoom(
-        device=device.name,
-        all_bytes=all_host_bytes() // sharing,
-        available_bytes=max(available // sharing - promised, 0),
-        working_bytes=0 if locked else working_bytes,
-        given_bytes=None if given_bytes is None else given_bytes // sharing,
-        held_bytes=held_host_bytes(engines),
-    )
+
+    def __init__(self, devices: Sequence[Device], ranks: Ranks, given_bytes: int | None) -> None:
+        self._devices, self._ranks = devices, ranks
+        self._given_bytes = given_bytes
+        owners = len(devices) * ranks.on_host
+        spare_bytes = min(_MOST_SPARE_BYTES, int(all_host_bytes() * _SPARE_SHARE)) // owners
+        if given_bytes is not None and owners > 1:
+            spare_bytes = 0  # what the others hold is not known
+        for device in devices:
+            device.keep_host_memory(spare_bytes, given_bytes)
+
+    def left(self, engines: Sequence[CacheEngine], working_bytes: int) -> HostRoom:
+        """Return what is left for a cache.
+
+        Args:
+            engines: of all caches. Memory that several of one row share counts once.
+            working_bytes: what a call takes on the device beside KV, which may be host memory.
+        """
+        sharing, given_bytes = self._ranks.on_host, self._given_bytes
+        # Locked memory is taken when it is locked; other memory, once it is written.
+        locked = self._devices[0].name == "cuda"
+        promised = sum(
+            each.awaited_host_bytes if locked else each.unwritten_host_bytes for each in engines
+        )
+        spare = sum(device.spare_host_bytes for device in self._devices)
+        # Whoever asks last sees what the others took before.
+        (available,) = self._ranks.least(available_host_bytes() + spare)
+        return HostRoom(
+            device=self._devices[0].name,
+            all_bytes=all_host_bytes() // sharing,
+            available_bytes=max(available // sharing - promised, 0),
+            working_bytes=0 if locked else working_bytes,
+            given_bytes=None if given_bytes is None else given_bytes // sharing,
+            held_bytes=held_host_bytes(engines),
+        )
+
+    def close(self) -> None:
+        """Keep no memory any more."""
+        for device in self._devices:
+            device.keep_host_memory(0, None)
 
 
 def held_host_bytes(engines: Sequence[CacheEngine]) -> int:
