@@ -274,6 +274,7 @@ class TestOnCuda:
 
     def test_the_caller_does_not_wait(self) -> None:
         device, held = self.make(), threading.Event()
+        torch.ones(10, device="cuda").add(1)  # a kernel that is loaded later waits for the device
         device.host_work.run(lambda: held.wait(WAIT_S))
         device.compute.wait(device.host_work.record(), Edge.ANSWERED)
         result = torch.ones(10, device="cuda") + 1

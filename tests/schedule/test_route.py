@@ -57,7 +57,7 @@ class Places:
             assert start == self.resident, "the residents are all tokens"
             self.resident += new
             assert self.resident <= self.resident_capacity
-            assert self.resident - self.host <= sizes.page_tokens
+            assert self.resident - self.host <= max(sizes.page_tokens, new)
         elif where is Where.HOST:
             assert start == self.host
             self.host += new
@@ -149,6 +149,7 @@ def run(
             assert not heads_left
     assert kept
     assert asked is None
+    assert places.resident - places.host <= sizes.page_tokens, "a chunk is sent home at once"
     assert places.tokens == first_new + new
     return seen, own
 

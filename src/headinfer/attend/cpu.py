@@ -10,7 +10,7 @@ import functools
 
 import torch
 
-from headinfer.attend.fused_call import attend_grouped, attend_split, operator
+from headinfer.attend.fused_call import attend_grouped, attend_shared, attend_split, operator
 from headinfer.attend.partial import Partial
 from headinfer.attend.work import Work
 
@@ -54,7 +54,7 @@ class CpuKernel:
                 if converted:
                     block = block[0].float(), block[1].float()
                 if square:
-                    into.add(attend_grouped(_SQUARE, query, *block, scale))
+                    into.add(attend_shared(_SQUARE, query, *block, scale))
                 elif mask is not None:
                     into.add(_attend_masked(query, *block, scale, mask[:, :, tokens]))
                 else:  # folded here: a copy is not to be held while the partial is merged

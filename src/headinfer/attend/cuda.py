@@ -11,7 +11,13 @@ import logging
 
 import torch
 
-from headinfer.attend.fused_call import FusedCall, attend_grouped, attend_split, operator
+from headinfer.attend.fused_call import (
+    FusedCall,
+    attend_grouped,
+    attend_shared,
+    attend_split,
+    operator,
+)
 from headinfer.attend.recurring import (
     attend_recurring,
     attend_recurring_square,
@@ -93,6 +99,7 @@ class CudaKernel:
         small: the operator for tiles of few query rows, of a single key, or of less than
             `least_pairs`; by default that for all tiles.
         least_pairs: query rows x keys of one head from which a tile is worth it.
+        knows_groups: whether `square` takes fewer KV heads than query heads.
     """
 
     def __init__(
@@ -104,9 +111,11 @@ class CudaKernel:
         square: FusedCall,
         small: FusedCall | None = None,
         least_pairs: int = 0,
+        knows_groups: bool = False,
     ) -> None:
         self.name = name
         self._tile, self._square, self._small = tile, square, small or tile
+        self._attend_square = attend_shared if knows_groups else attend_grouped
         self._torch_device = torch_device
         self._least_pairs = least_pairs
         self._works = None if least_pairs else True  # None is not known yet
@@ -151,7 +160,7 @@ class CudaKernel:
                 alike = folded_queries(query, into).unflatten(2, (group, q_len))
                 into.add(attend_recurring_square(square, alike, kv, scale))
             else:
-                into.add(attend_grouped(square, query, *kv, scale))
+                into.add(self._attend_square(square, query, *kv, scale))
             return
         folded, rows = folded_queries(query, into), group * q_len
         few = rows <= _FEW_ROWS
@@ -213,7 +222,7 @@ def candidates(
     choices: list[list[Kernel]] = []
     if half and head_dim <= 256:
         name = "torch flash attention (CUDA)"
-        flash = CudaKernel(name, torch_device, tile=_FLASH, square=_FLASH_CAUSAL)
+        flash = CudaKernel(name, torch_device, tile=_FLASH, square=_FLASH_CAUSAL, knows_groups=True)
         hopper = torch.cuda.get_device_capability(torch_device)[0] >= _HOPPER
         if hopper and head_dim <= 128:
             cudnn = CudaKernel(

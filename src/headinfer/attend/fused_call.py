@@ -131,3 +131,24 @@ def attend_grouped(
     if batch == 1:
         return Partial(outs[0].unsqueeze(0), lses[0].unsqueeze(0))
     return Partial(torch.stack(outs), torch.stack(lses))
+
+
+def attend_shared(
+    call: FusedCall, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+) -> Partial:
+    """Attend queries and keys of the same tokens by an operator that knows groups of heads.
+
+    Few views are made, as each takes the caller's thread microseconds.
+
+    Args:
+        call: the operator.
+        query: `[batch, kv_heads, group, q_len, key_dim]`.
+        keys: `[batch, kv_heads, q_len, key_dim]`.
+        values: `[batch, kv_heads, q_len, value_dim]`.
+        scale: factor of the scores.
+    """
+    shape, q_len = query.shape[1:3], query.shape[3]
+    out, lse = call(query.flatten(1, 2), keys, values, scale=scale)[:2]
+    if lse.shape[2] > q_len:
+        lse = lse[:, :, :q_len]
+    return Partial(out.unflatten(1, shape), lse.unflatten(1, shape))

@@ -8,7 +8,7 @@ in.
 
 import torch
 
-from headinfer.attend.partial import Partial
+from headinfer.attend.partial import Partial, as_result
 from headinfer.attend.triton_merge import merge_two
 from headinfer.native.triton_launch import Program
 
@@ -52,6 +52,12 @@ class FusedAccumulator:
     def add_sinks(self, sinks: torch.Tensor) -> None:
         """Merge attention sinks `[kv_heads, group]`."""
         self._sinks = sinks.contiguous()
+
+    def alone(self, dtype: torch.dtype) -> torch.Tensor | None:
+        """Return the output of the one partial that was added; see `Total.alone`."""
+        if self._merged is None or self._waiting is not None or self._sinks is not None:
+            return None
+        return as_result(self._merged, dtype)
 
     def write(self, out: torch.Tensor) -> None:
         """Write the result to `out[batch, q_len, kv_heads, group, value_dim]`, in its dtype."""

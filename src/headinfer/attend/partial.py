@@ -42,6 +42,15 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def as_result(partial: Partial, dtype: torch.dtype) -> torch.Tensor | None:
+    """Return a partial's output `[batch, q_len, kv_heads, group, value_dim]`, where it lies so.
+
+    None where it would have to be copied.
+    """
+    out = partial.out.permute(0, 3, 1, 2, 4)
+    return out if out.dtype == dtype and out.is_contiguous() else None
+
+
 class Accumulator:
     """A total by torch: merges partials one by one, in place, in float32.
 
@@ -85,6 +94,10 @@ class Accumulator:
         """Return what was merged."""
         assert self._merged is not None, "nothing was merged yet"
         return self._merged
+
+    def alone(self, dtype: torch.dtype) -> torch.Tensor | None:
+        """Return the output of the one partial that was added; see `Total.alone`."""
+        return None if self._owned or self._merged is None else as_result(self._merged, dtype)
 
     def write(self, out: torch.Tensor) -> None:
         """Write the result to `out[batch, q_len, kv_heads, group, value_dim]`, in its dtype."""

@@ -89,6 +89,9 @@ class Slots:
         self.slots = query.new_empty(self.capacity * slot_elements, dtype=torch.float32)
         self.used = 0
 
+    def alone(self, dtype: torch.dtype) -> None:
+        """Return None: partials lie in slots, and are merged."""
+
     def add(self, partial: Partial) -> None:
         """Merge a partial of the same queries; the first must stay as it is until the end."""
         out, lse = partial.out, partial.lse

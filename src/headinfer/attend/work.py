@@ -27,6 +27,14 @@ class Total(Protocol):
     def add_sinks(self, sinks: torch.Tensor) -> None:
         """Merge attention sinks `[kv_heads, group]`, once all partials are."""
 
+    def alone(self, dtype: torch.dtype) -> torch.Tensor | None:
+        """Return the output of the one partial that was added, as it is.
+
+        Returns:
+            `[batch, q_len, kv_heads, group, value_dim]`, contiguous; None where others were merged,
+            or where its layout or dtype is another.
+        """
+
     def write(self, out: torch.Tensor) -> None:
         """Write the result to `out[batch, q_len, kv_heads, group, value_dim]`, in its dtype."""
 

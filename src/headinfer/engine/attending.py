@@ -55,6 +55,7 @@ def attend_groups(tokens: Tokens, step: Attend) -> None:
     """
     chunk = tokens.chunk
     kernels, kv_heads, whole = chunk.kernels, chunk.new.keys.shape[1], step.groups == 1
+    lone = len(step.parts) == 1 and isinstance(step.parts[0], Own)  # what is new is in new memory
     near = [tokens.near(part.where) if isinstance(part, Near) else None for part in step.parts]
     with attention_mark():
         for first in range(0, kv_heads, step.heads):
@@ -76,6 +77,8 @@ def attend_groups(tokens: Tokens, step: Attend) -> None:
                     works = _window_works(chunk, window, total)
                 for work in works:
                     kernels.pick(work).attend(work)
+            if whole and lone and chunk.finish_alone(total):
+                continue
             if step.write:
                 chunk.finish(heads, total)
             else:

@@ -128,6 +128,8 @@ class CapturableTokens(DraftableTokens, abc.ABC):
         """Attend tokens by each track, and keep them, wherever their places are when this runs."""
         if chunks[0].padding is not None or chunks[0].tokens != self._new_tokens:
             raise CaptureError("the model masks tokens by itself")
+        for chunk in chunks:
+            chunk.have_place()  # for what is replayed, too
         if self._capturing is Form.IN_PIECES:
             self._attend_aside(layer_idx, chunks)
             return

@@ -18,7 +18,6 @@ class Chunk:
     Attributes:
         query: `[batch, kv_heads, group, q_len, key_dim]` on the device.
         new: the new tokens' keys and values `[batch, kv_heads, q_len, dim]`.
-        out: where the result goes, `[batch, q_len, kv_heads, group, value_dim]`.
         kernels: what computes partials on the device.
         scale: factor of the scores.
         padding: of the tokens from `padding_start` on, past and new; None when there is none.
@@ -29,11 +28,11 @@ class Chunk:
         padding_start: position of the first token that `padding` tells of.
         tokens: number of new tokens.
         waiting: groups of heads whose result waits for the host's answer, each with its total.
+        result: where the result goes, or is; None until there is a place. See `out`.
     """
 
     query: torch.Tensor
     new: KV
-    out: torch.Tensor
     kernels: Kernels
     scale: float
     padding: Padding | None
@@ -44,6 +43,22 @@ class Chunk:
     padding_start: int = 0
     tokens: int
     waiting: list[tuple[slice, Total]] = field(default_factory=list)
+    result: torch.Tensor | None = None
+
+    @property
+    def out(self) -> torch.Tensor:
+        """Where the result goes, `[batch, q_len, kv_heads, group, value_dim]`; made when needed."""
+        if self.result is None:
+            self.have_place()
+        assert self.result is not None
+        return self.result
+
+    def have_place(self) -> None:
+        """Have memory for the result now, for whatever computes it."""
+        batch, kv_heads, group, q_len, _ = self.query.shape
+        self.result = self.query.new_empty(
+            (batch, q_len, kv_heads, group, self.new.values.shape[3])
+        )
 
     def part(self, first: int, tokens: int) -> "Chunk":
         """Return at most `tokens` of the tokens as a chunk of their own."""
@@ -52,7 +67,7 @@ class Chunk:
             self,
             query=self.query[:, :, :, part],
             new=self.new.cut(part),
-            out=self.out[:, part],
+            result=self.out[:, part],
             tokens=part.stop - part.start,
             waiting=[],
         )
@@ -65,13 +80,11 @@ class Chunk:
         window_tokens: int | None,
     ) -> "Chunk":
         """Return a chunk of some heads, whose result goes to memory of its own."""
-        batch, kv_heads, group, q_len, _ = query.shape
-        out = query.new_empty(batch, q_len, kv_heads, group, self.out.shape[4])
         return dataclasses.replace(
             self,
             query=query,
             new=new,
-            out=out,
+            result=None,
             sinks=sinks,
             window_tokens=window_tokens,
             waiting=[],
@@ -88,3 +101,17 @@ class Chunk:
         if self.sinks is not None:
             total.add_sinks(self.sinks[heads])
         total.write(self.out[:, :, heads])
+
+    def finish_alone(self, total: Total) -> bool:
+        """Have the output of the only partial be the result, where nothing is to be copied.
+
+        Args:
+            total: of all heads. The partial's memory is nobody else's.
+
+        Returns:
+            Whether it is.
+        """
+        if self.result is None and self.sinks is None:
+            self.result = total.alone(self.query.dtype)
+            return self.result is not None
+        return False

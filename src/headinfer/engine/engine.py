@@ -75,14 +75,14 @@ class Engine(CapturableTokens):
         """
         new = KV(keys, values)
         layer = self._check(layer_idx, new, query)
-        batch, kv_heads, group, q_len, _ = query.shape
-        self._host_helps = host_kernels is not None
+        q_len = query.shape[3]
+        if q_len <= MAX_ASKED_TOKENS:
+            self._host_helps = host_kernels is not None
         if q_len > MAX_ASKED_TOKENS or padding is not None:
             host_kernels = None
         call = Chunk(
             query=query,
             new=new,
-            out=query.new_empty(batch, q_len, kv_heads, group, values.shape[3]),
             kernels=kernels,
             scale=scale,
             window_tokens=window_tokens,

@@ -42,6 +42,9 @@ class LaunchedTotal:
         """Merge a partial."""
         self._device.launch(lambda: self.now.add(partial))
 
+    def alone(self, dtype: torch.dtype) -> None:
+        """Return None: what there is, only a replay knows."""
+
     def add_sinks(self, sinks: torch.Tensor) -> None:
         """Merge attention sinks."""
         self._device.launch(lambda: self.now.add_sinks(sinks))

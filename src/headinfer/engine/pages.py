@@ -2,9 +2,9 @@
 
 A device with memory of its own keeps the newest tokens of every layer, as the layer's tail, until
 they are worth a transfer. The tail lies right behind the resident tokens while there is room, so
-that one call attends both. After that it lies in a page of its own. A prefill chunk goes through
-one of two pages that all layers share. Compute fills a page, copy-out empties it, and neither
-overtakes the other.
+that one call attends both. After that it lies in a page of its own. A prefill chunk that fits
+behind the resident tokens is kept there. Another goes through one of two pages that all layers
+share. Compute fills a page, copy-out empties it, and neither overtakes the other.
 """
 
 from collections.abc import Sequence
@@ -245,7 +245,9 @@ class Pages:
                 raise
             for target in targets:
                 cut = target.start - tile.start
-                part, place = source.cut(slice(cut, cut + target.tokens)), target.kv
+                whole = target.tokens == tile.tokens
+                part = source if whole else source.cut(slice(cut, cut + target.tokens))
+                place = target.kv
                 copy_out.copy(place.keys, part.keys)
                 copy_out.copy(place.values, part.values)
             sent = copy_out.record()

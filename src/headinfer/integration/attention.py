@@ -28,6 +28,7 @@ from headinfer.integration.turns import Turns
 from headinfer.integration.visibility import Visible, check_visible, visible
 from headinfer.kv.pair import KV
 from headinfer.plan.plan import Plan
+from headinfer.schedule.route import MAX_ASKED_TOKENS
 
 _logger = logging.getLogger(__name__)
 
@@ -197,19 +198,18 @@ class AttentionFunctions:
             kernels = select_kernels(query.device, query.dtype, key_dim, value_dim, softcap)
             if pending is None:  # a cache that is not ours
                 kv = KV(key, value)
-                out = query.new_empty(batch, q_len, *grouped.shape[1:3], value_dim)
                 chunk = Chunk(
                     window_tokens=window_tokens,
                     tokens=q_len,
                     query=grouped,
                     new=kv.cut(slice(kv.tokens - q_len, None)),
-                    out=out,
                     kernels=kernels,
                     scale=scale,
                     padding=padding,
                     sinks=sinks,
                 )
                 attend_in_hand(chunk, kv)
+                out = chunk.out
             else:
                 attend: Callable[..., torch.Tensor] = pending.engine.attend
                 if not self.turns.mine:  # a layer that is called by itself
@@ -249,8 +249,9 @@ def _host_kernels(
     """Return what attends on the CPU on behalf of a device; None where that is not planned.
 
     A share that was chosen by measurement is for the kernel that was measured, and no slower one.
+    No prompt waits for a kernel to be compiled that it does not use.
     """
-    if not plan.host_share:
+    if not plan.host_share or query.shape[2] > MAX_ASKED_TOKENS:
         return None
     kernels = select_kernels(torch.device("cpu"), query.dtype, query.shape[-1], value_dim, softcap)
     if plan.host_share_adapts and not isinstance(kernels.kernels[0], NativeKernel):

@@ -30,7 +30,8 @@ class RoomOfCaches:
         self._devices, self._ranks = devices, ranks
         self._given_bytes = given_bytes
         owners = len(devices) * ranks.on_host
-        spare_bytes = min(_MOST_SPARE_BYTES, int(all_host_bytes() * _SPARE_SHARE)) // owners
+        self._all_bytes = all_host_bytes()
+        spare_bytes = min(_MOST_SPARE_BYTES, int(self._all_bytes * _SPARE_SHARE)) // owners
         if given_bytes is not None and owners > 1:
             spare_bytes = 0  # what the others hold is not known
         for device in devices:
@@ -54,7 +55,7 @@ class RoomOfCaches:
         (available,) = self._ranks.least(available_host_bytes() + spare)
         return HostRoom(
             device=self._devices[0].name,
-            all_bytes=all_host_bytes() // sharing,
+            all_bytes=self._all_bytes // sharing,
             available_bytes=max(available // sharing - promised, 0),
             working_bytes=0 if locked else working_bytes,
             given_bytes=None if given_bytes is None else given_bytes // sharing,

@@ -124,7 +124,9 @@ class Tile(NamedTuple):
         if not first and self.heads is ALL_HEADS and end == self.whole.keys.shape[2]:
             return self.whole
         keys, values = self.whole
-        return KV(keys[:, self.heads, first:end], values[:, self.heads, first:end])
+        if self.heads is not ALL_HEADS:
+            keys, values = keys[:, self.heads], values[:, self.heads]
+        return KV(keys.narrow(2, first, end - first), values.narrow(2, first, end - first))
 
     @property
     def moved_tokens(self) -> int:

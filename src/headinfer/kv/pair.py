@@ -87,13 +87,18 @@ class Geometry:
         heads = self.kv_heads if heads is None else heads
         dtype = self.dtype if self.format is Format.DENSE else torch.uint8
         shape = (self.batch, heads, self.format.rows(tokens))
-        num_rows, (key_bytes, value_bytes) = math.prod(shape), self._row_bytes
-        ends = num_rows * key_bytes, num_rows * (key_bytes + value_bytes)
+        num_rows, row_bytes = math.prod(shape), self._row_bytes
+        num_bytes = num_rows * sum(row_bytes)
 
         def views() -> KV:
-            keys = buffer[: ends[0]].view(dtype).view(*shape, key_bytes // dtype.itemsize)
-            values = buffer[ends[0] : ends[1]].view(dtype)
-            return KV(keys, values.view(*shape, value_bytes // dtype.itemsize))
+            cut = buffer if buffer.numel() == num_bytes else buffer[:num_bytes]
+            whole, parts = cut.view(dtype), []
+            first = whole.storage_offset()
+            for dim in (size // dtype.itemsize for size in row_bytes):
+                strides = (heads * shape[2] * dim, shape[2] * dim, dim, 1)
+                parts.append(whole.as_strided((*shape, dim), strides, first))
+                first += num_rows * dim
+            return KV(*parts)
 
         if not torch.is_inference_mode_enabled():
             return views()  # leaving the mode takes longer than the views do

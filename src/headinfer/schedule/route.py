@@ -192,7 +192,7 @@ def route_track(
         steps += [*keep, *attend] if new_tokens == 1 else [*attend, *keep]
     few = kind is Pass.FORWARD and 1 < new_tokens <= MAX_ASKED_TOKENS  # they may be taken back
     full = end - start in _sent_at(held, sizes) and not few
-    if where is Where.CHUNK_PAGE or full:
+    if new_tokens > sizes.page_tokens or full:
         steps.append(SendHome(start, end))
     moved = any(isinstance(step, SendHome) for step in steps)
     if moved:
@@ -223,9 +223,9 @@ def _serving(held: Held, where: Where, new_tokens: int, sizes: Sizes) -> tuple[i
 
 def _place(held: Held, new_tokens: int, sizes: Sizes) -> Where:
     """Return where new tokens are kept: behind the residents while all of them fit there."""
-    if new_tokens > sizes.page_tokens:
-        return Where.CHUNK_PAGE
-    return Where.RESIDENT if held.has_room(new_tokens) else Where.PAGE
+    if held.has_room(new_tokens):
+        return Where.RESIDENT
+    return Where.CHUNK_PAGE if new_tokens > sizes.page_tokens else Where.PAGE
 
 
 def _attended(
