@@ -46,8 +46,8 @@ class SpareRegions:
 
     To lock memory takes longer than to pass a short prompt, and it holds the caller up.
 
-    Measured beside an H100, 1K tokens of Llama-3-8B's shape, 128 MiB of KV: the first layer waited
-    14 ms for locked memory, and unlocking it took 6.
+    Measured beside an H100, with 128 MiB of KV: the first layer waited 14 ms for locked memory, and
+    unlocking it took 6.
 
     Args:
         make: returns a new region of so many bytes, or raises `MemoryPlanError`.
