@@ -81,6 +81,65 @@ print(sys.getswitchinterval())
     assert run(code) == (0, "0.25\n", "")
 
 
+HELD = """
+import sys, threading, time
+sys.path.insert(0, {folder!r})
+from headinfer.integration import compiler
+compiler._MODULES = ("first", "second")
+"""
+
+
+@pytest.fixture
+def two_modules(tmp_path: Path) -> str:
+    """Code with two modules to import, the first of which imports another, and says when."""
+    (tmp_path / "first.py").write_text("import inner; print('first', flush=True)")
+    (tmp_path / "inner.py").write_text("print('inner', flush=True)")
+    (tmp_path / "second.py").write_text("print('second', flush=True)")
+    return HELD.format(folder=str(tmp_path))
+
+
+def test_it_is_held_up_while_a_prompt_is_launched(two_modules: str) -> None:
+    code = two_modules + """
+with compiler.import_held(is_prompt=True):
+    thread = compiler.begin_import()
+    time.sleep(0.5)
+    print("launched", flush=True)
+thread.join(0.5)  # it goes on at once
+print("done", thread.is_alive(), len([each for each in sys.meta_path if "Held" in repr(each)]))
+print(type(sys.modules["inner"].__loader__).__mro__[1].__name__, sys.modules["inner"].__file__[-8:])
+"""
+    wanted = "launched inner first second done False 0 SourceFileLoader inner.py"
+    assert run(code)[1].split() == wanted.split()
+
+
+def test_it_goes_on_beside_steps_and_what_takes_long(two_modules: str) -> None:
+    code = two_modules + """
+compiler._LONGEST_HOLD_S = 0.3
+with compiler.import_held(is_prompt=False):
+    compiler.begin_import().join()
+    print("step")
+compiler.begin_import.cache_clear()
+compiler._MODULES = ("third",)
+open(sys.path[0] + "/third.py", "w").write("print('third', flush=True)")
+with compiler.import_held(is_prompt=True):
+    compiler.begin_import().join()
+    print("prompt")
+"""
+    assert run(code)[1].split() == ["inner", "first", "second", "step", "third", "prompt"]
+
+
+def test_what_others_import_meanwhile_is_not_held_up(two_modules: str) -> None:
+    code = two_modules + """
+with compiler.import_held(is_prompt=True):
+    thread = compiler.begin_import()
+    time.sleep(0.2)
+    import second
+    print("imported", flush=True)
+thread.join()
+"""
+    assert run(code)[1].split() == ["second", "imported", "inner", "first"]
+
+
 def test_what_cannot_be_imported_is_left_to_who_needs_it() -> None:
     code = FAILING + "import torch\nsys.meta_path.insert(0, Missing())" + BEGUN + "thread.join()"
     assert run(code) == (0, "", "")

@@ -24,6 +24,7 @@ from headinfer.integration.cache import OffloadedCache
 from headinfer.integration.calls import cache_name, named_arguments, new_shape
 from headinfer.integration.capture import CapturedSteps
 from headinfer.integration.chunking import Chunking
+from headinfer.integration.compiler import import_held
 from headinfer.integration.configs import OwnCacheKind, SwappedConfigs
 from headinfer.integration.disk_below import take_back_failed
 from headinfer.integration.forward import InstanceForward
@@ -33,6 +34,7 @@ from headinfer.integration.said import SaidOnce
 from headinfer.integration.serving import AttachmentOwner, ServedCall
 from headinfer.integration.support import is_static
 from headinfer.integration.turns import Turns
+from headinfer.schedule.route import MAX_ASKED_TOKENS
 
 _logger = logging.getLogger(__name__)
 _numbers = itertools.count()
@@ -204,9 +206,10 @@ class Attachment:
             watchers = () if cache.state.drafting else tuple(cache.watchers)
             for watcher in watchers:
                 watcher.begin()
-            arguments = call.begin(arguments)
-            with self._linears.on(shape[0] * shape[1]):
-                output = self._captures.run(forward, cache, arguments, shape[1])
+            with import_held(is_prompt=shape[1] > MAX_ASKED_TOKENS):
+                arguments = call.begin(arguments)
+                with self._linears.on(shape[0] * shape[1]):
+                    output = self._captures.run(forward, cache, arguments, shape[1])
             self.functions.check_none_pending()
             output = call.end(output)
             for watcher in watchers:
