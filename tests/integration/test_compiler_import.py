@@ -99,7 +99,9 @@ def two_modules(tmp_path: Path) -> str:
 
 
 def test_it_is_held_up_while_a_prompt_is_launched(two_modules: str) -> None:
-    code = two_modules + """
+    code = (
+        two_modules
+        + """
 with compiler.import_held(is_prompt=True):
     thread = compiler.begin_import()
     time.sleep(0.5)
@@ -108,12 +110,29 @@ thread.join(0.5)  # it goes on at once
 print("done", thread.is_alive(), len([each for each in sys.meta_path if "Held" in repr(each)]))
 print(type(sys.modules["inner"].__loader__).__mro__[1].__name__, sys.modules["inner"].__file__[-8:])
 """
+    )
     wanted = "launched inner first second done False 0 SourceFileLoader inner.py"
     assert run(code)[1].split() == wanted.split()
 
 
+def test_it_is_awaited_where_it_has_begun(two_modules: str) -> None:
+    code = (
+        two_modules
+        + """
+compiler.await_import()
+print("nothing")
+compiler.begin_import()
+compiler.await_import()
+print("awaited")
+"""
+    )
+    assert run(code)[1].split() == ["nothing", "inner", "first", "second", "awaited"]
+
+
 def test_it_goes_on_beside_steps_and_what_takes_long(two_modules: str) -> None:
-    code = two_modules + """
+    code = (
+        two_modules
+        + """
 compiler._LONGEST_HOLD_S = 0.3
 with compiler.import_held(is_prompt=False):
     compiler.begin_import().join()
@@ -125,11 +144,14 @@ with compiler.import_held(is_prompt=True):
     compiler.begin_import().join()
     print("prompt")
 """
+    )
     assert run(code)[1].split() == ["inner", "first", "second", "step", "third", "prompt"]
 
 
 def test_what_others_import_meanwhile_is_not_held_up(two_modules: str) -> None:
-    code = two_modules + """
+    code = (
+        two_modules
+        + """
 with compiler.import_held(is_prompt=True):
     thread = compiler.begin_import()
     time.sleep(0.2)
@@ -137,6 +159,7 @@ with compiler.import_held(is_prompt=True):
     print("imported", flush=True)
 thread.join()
 """
+    )
     assert run(code)[1].split() == ["second", "imported", "inner", "first"]
 
 

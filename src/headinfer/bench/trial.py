@@ -38,6 +38,7 @@ from headinfer.errors import (
     is_bug,
     reason_of,
 )
+from headinfer.integration.compiler import await_import
 from headinfer.integration.model_shape import model_shape
 from headinfer.units import format_bytes
 
@@ -165,6 +166,7 @@ def _warm_up(spec: TrialSpec, method: Method, run: _Run, tokens: torch.Tensor) -
     prefill_s = run.prefill(tokens[:, :prompt_tokens], cache)
     for position in range(prompt_tokens, end):
         run.step(tokens[:, position : position + 1], cache)
+    await_import()  # which the first step began; `first_prefill_s` is what a process meets first
     return prefill_s if timed and prompt_tokens == spec.context_tokens else None
 
 

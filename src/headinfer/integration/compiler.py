@@ -20,6 +20,8 @@ import time
 import types
 from collections.abc import Iterator, Sequence
 
+_THREAD = "headinfer-compiler-import"
+
 _MODULES = (
     *("torch._dynamo", "torch._higher_order_ops", "torch._functorch.aot_autograd"),
     *("torch._inductor.decomposition", "torch._inductor.lowering", "torch._inductor.compile_fx"),
@@ -155,9 +157,16 @@ def begin_import() -> threading.Thread:
         The thread, to be joined before anything is compiled: two threads that import the same
         modules might see parts of them.
     """
-    thread = threading.Thread(target=_import_all, name="headinfer-compiler-import")
+    thread = threading.Thread(target=_import_all, name=_THREAD)
     thread.start()
     return thread
+
+
+def await_import() -> None:
+    """Wait for the import to end, if it has begun: until then it slows down what is launched."""
+    for thread in threading.enumerate():
+        if thread.name == _THREAD:
+            thread.join()
 
 
 def _import_all() -> None:
