@@ -77,12 +77,10 @@ def attend_groups(tokens: Tokens, step: Attend) -> None:
                     works = _window_works(chunk, window, total)
                 for work in works:
                     kernels.pick(work).attend(work)
-            if whole and lone and chunk.finish_alone(total):
-                continue
-            if step.write:
-                chunk.finish(heads, total)
-            else:
+            if not step.write:
                 chunk.waiting.append((heads, total))
+            elif not (whole and lone and chunk.finish_alone(total)):
+                chunk.finish(heads, total)
 
 
 def _past_works(
