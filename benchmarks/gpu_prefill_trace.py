@@ -26,6 +26,7 @@ from headinfer.bench.spec import Fill, TrialSpec
 from headinfer.cli.bench_options import named_model
 from headinfer.device.cuda import CudaDevice
 from headinfer.device.cuda_stream import CudaEvent
+from headinfer.device.regions import SpareRegions
 from headinfer.device.simulated import SimulatedDevice
 from headinfer.engine.busy import BusyTimes
 from headinfer.kv.place import Coming
@@ -36,7 +37,7 @@ SUSPECTS: tuple[tuple[type, str], ...] = (
     (CudaEvent, "wait"),
     (CudaDevice, "finish_compute"),
     (CudaDevice, "device_empty"),
-    (CudaDevice, "_lock_new"),  # by threads in the background, too
+    (SpareRegions, "take"),  # locks memory; by threads in the background, too
     (SimulatedDevice, "finish_compute"),
     (Coming, "take"),
     (torch.Tensor, "item"),

@@ -240,6 +240,7 @@ def test_steps_are_made_anew_only_where_tokens_move(monkeypatch: pytest.MonkeyPa
         made.clear()
         for _ in range(3 * chat.engine.plan.page_tokens):
             chat.step(1)
-        # Each page: steps to fill it, and to send it home. In place no token ever moves.
-        assert len(made) == LAYERS * (1 if device == "cpu" else 6)
+        # Each page: steps to fill it, and to send it home. In place no token ever moves. All layers
+        # have them from the first one.
+        assert len(made) == (1 if device == "cpu" else 6)
         chat.engine.close()

@@ -120,7 +120,7 @@ def test_a_chunk_takes_what_was_planned(name: str, dtype: torch.dtype) -> None:
         # The windows themselves are there before the chunk is measured.
         planned = plan.activation_bytes + plan.window_bytes - cache.state.engine.window_bytes
     # One layer's window is planned to be there twice at the peak, which may come after that.
-    assert planned == pytest.approx(measured, rel=0.1 if plan.window_bytes else 0.07)
+    assert planned == pytest.approx(measured, rel=0.12 if plan.window_bytes else 0.07)
 
 
 def test_long_tiles_take_no_more() -> None:

@@ -278,7 +278,10 @@ def activation_bytes(
             query = shape.query_heads * layer.key_dim
             out = shape.query_heads * layer.value_dim
             heads = min(tile_heads, layer.kv_heads)
-            alive = (query + layer.elements_per_token + out) * item
+            # On the CPU the result of all heads at once takes the place of what was merged. CUDA's
+            # figures are as they were before that.
+            late = on_cpu and heads == layer.kv_heads and layer.streaming is None
+            alive = (query + layer.elements_per_token + (0 if late else out)) * item
             if layer.streaming is not None:
                 heads = max(heads, len(layer.streaming.heads))
                 alive *= 2  # in the model's order of heads, and in that of the tracks
