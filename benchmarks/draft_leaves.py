@@ -31,16 +31,7 @@ from headinfer.plan.memory import draft_sink_tokens
 from headinfer.plan.shape import LayerKind
 
 ROOT = Path(__file__).parents[1]
-QUESTION = (
-    "\n\n<|im_end|>\n<|im_start|>user\nWhat is said above?<|im_end|>\n<|im_start|>assistant\n"
-)
-TEXTS = {
-    "code": ("src/headinfer/**/*.py", ""),
-    "documents": ("docs/*.md", ""),
-    "chat": ("docs/*.md", QUESTION),
-}
-"""What is read, and what is said at each place before a model goes on."""
-
+TEXTS = {"code": "src/headinfer/**/*.py", "documents": "docs/*.md"}
 DRAFTS = 15
 """The most of a verification."""
 
@@ -114,25 +105,20 @@ class Read:
         model(text, logits_to_keep=1, **cache_argument(model, cache))
         self._kv = [(layer.keys[0], layer.values[0]) for layer in cache.layers]
 
-    def continued(
-        self, reaches: torch.Tensor, said: Sequence[int], steps: int
-    ) -> tuple[torch.Tensor, list[Any]]:
+    def continued(self, reaches: torch.Tensor, steps: int) -> tuple[torch.Tensor, list[Any]]:
         """Go on at each place, over all tokens.
 
         Args:
             reaches: tokens of the text that each place sees.
-            said: tokens behind them; none for the text's own next one.
             steps: tokens to write.
 
         Returns:
-            What was said and what is written behind it, `[places, n]`; keys and values of all but
-            the last, by layer, `[places, kv_heads, n - 1, dim]`.
+            The text's own next token and what is written behind it, `[places, 1 + steps]`; keys and
+            values of all but the last, by layer, `[places, kv_heads, steps, dim]`.
         """
         seen = torch.arange(self._text.shape[1]) < reaches[:, None]
         own: list[Any] = [([], []) for _ in self._kv]
-        written = [torch.tensor(each).expand(len(reaches)) for each in said]
-        written = written or [self._text[0, reaches]]
-        forced = len(written)
+        written = [self._text[0, reaches]]
 
         def attend(call: LayerCall) -> torch.Tensor:
             for part, new in zip(own[call.layer], (call.keys, call.values), strict=True):
@@ -141,26 +127,23 @@ class Read:
             return _attended(call, self._kv[call.layer], near, seen)
 
         with attending_by(self._model, attend):
-            for step in range(forced - 1 + steps):
-                scores = self._scores(written[step], reaches + step)
-                if step + 1 >= forced:
-                    written.append(scores.argmax(-1))
+            for step in range(steps):
+                written.append(self._scores(written[step], reaches + step).argmax(-1))
         return torch.stack(written, 1), [[torch.cat(part, 2) for part in kv] for kv in own]
 
     def drafted(
-        self, attended_tokens: int, reach: int, own: Any, written: torch.Tensor, count: int
+        self, attended_tokens: int, reach: int, own: Any, written: torch.Tensor
     ) -> list[list[Node]]:
-        """Return what is drafted at one place behind each token, but the first and the last.
+        """Return what is drafted at one place behind each token that was written, but the last.
 
         Args:
             attended_tokens: that a draft attends, beside what was drafted.
             reach: tokens of the text that the place sees.
             own: keys and values of what was written, by layer, `[kv_heads, n, dim]`.
             written: what was written, `[n + 1]`.
-            count: how many are the first ones.
         """
         rows, sinks = len(written) - 1, draft_sink_tokens(attended_tokens)
-        tokens, starts = torch.arange(reach + rows), reach + torch.arange(count, rows)[:, None]
+        tokens, starts = torch.arange(reach + rows), reach + torch.arange(rows)[:, None]
         newest = tokens >= starts - (attended_tokens - sinks)
         seen = ((tokens < sinks) | newest) & (tokens < starts)
         some = seen.any(0)
@@ -169,7 +152,7 @@ class Read:
             for both in zip(self._kv, own, strict=True)
         ]
         drafts: list[Any] = [([], []) for _ in far]
-        found: list[list[Node]] = [[] for _ in range(count, rows)]
+        found: list[list[Node]] = [[] for _ in range(rows)]
 
         def attend(call: LayerCall) -> torch.Tensor:
             for part, new in zip(drafts[call.layer], (call.keys, call.values), strict=True):
@@ -177,7 +160,7 @@ class Read:
             near = [torch.cat(part, 2) for part in drafts[call.layer]]
             return _attended(call, far[call.layer], near, seen[:, some])
 
-        newer = written[count:-1]
+        newer = written[:-1]
         with attending_by(self._model, attend):
             for step in range(DRAFTS):
                 scores = self._scores(newer, starts[:, 0] + step)
@@ -266,19 +249,26 @@ def verified(
     return found
 
 
+def counted(verifications: Sequence[Sequence[int]], drafts: int) -> list[int]:
+    """Return how many verifications there are, accepted drafts, rejections, and right leaves."""
+    accepted = [number for number, _leaf in verifications]
+    rejections = sum(number < drafts for number in accepted)
+    return [len(accepted), sum(accepted), rejections, sum(leaf for _, leaf in verifications)]
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Return a table: tokens a verification by text, and what they gain over the drafts alone."""
     texts = [*dict.fromkeys(row["text"] for row in rows), "all"]
     head = ["drafts", "attend", "leaves", "branch", "rows", "right where rejected", *texts]
     lines = [_line(head), "|---|---|---:|---|---:|---:|" + "---:|" * len(texts)]
     for choice in CHOICES:
-        every = [each for place in _places(rows, choice, "all") for each in place]
-        rejected = [leaf for accepted, leaf in every if accepted < choice.drafts]
-        right = f"{sum(rejected)} of {len(rejected)} ({sum(rejected) / max(len(rejected), 1):.0%})"
+        _, _, rejected, right = map(sum, zip(*_places(rows, choice, "all"), strict=True))
         cells = [f"{choice.drafts} of {'itself' if choice.share else 'lookup'}"]
         cells += [f"1/{choice.share}" if choice.share else "", str(choice.leaves or "")]
         cells += ["lookup" if choice.branch else "", str(choice.rows)]
-        cells.append(right if choice.leaves else "")
+        cells.append(
+            f"{right} of {rejected} ({right / max(rejected, 1):.0%})" if choice.leaves else ""
+        )
         alone = Choice(share=choice.share, drafts=choice.drafts)
         for name in texts:
             own, before = (_tokens(_places(rows, each, name)) for each in (choice, alone))
@@ -293,14 +283,14 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def _places(rows: Sequence[dict[str, Any]], choice: Choice, text: str) -> list[Any]:
-    """Return the verifications of a choice, at each place of a text or of all."""
+    """Return the counts of a choice, at each place of a text or of all."""
     own = [row for row in rows if all(row[key] == of for key, of in asdict(choice).items())]
     return [place for row in own if text in (row["text"], "all") for place in row["places"]]
 
 
 def _tokens(places: Sequence[Any]) -> list[float]:
     """Return the tokens a verification at each place."""
-    return [statistics.fmean(accepted + 1 + leaf for accepted, leaf in place) for place in places]
+    return [1 + (accepted + right) / count for count, accepted, _, right in places]
 
 
 def _error(places: Sequence[float]) -> float:
@@ -315,24 +305,24 @@ def _gain(places: Sequence[float], before: Sequence[float]) -> str:
 
 
 def rows_of(
-    read: Read, name: str, ids: Sequence[int], said: Sequence[int], given: argparse.Namespace
+    read: Read, name: str, ids: Sequence[int], given: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
-    """Yield a row for each choice: all verifications at each place of a text."""
+    """Yield a row for each choice: what is counted at each place of a text."""
     quarter = given.tokens // 4
-    most = quarter - given.new_tokens - len(said) - 1
+    most = quarter - given.new_tokens - 1
     reaches = [given.tokens - quarter + at * most // given.starts for at in range(given.starts)]
-    written, own = read.continued(torch.tensor(reaches), said, given.new_tokens)
-    count = max(len(said) - 1, 0)
-    found: dict[Choice, list[list[tuple[int, bool]]]] = {choice: [] for choice in CHOICES}
+    written, kv = read.continued(torch.tensor(reaches), given.new_tokens)
+    found: dict[Choice, list[list[int]]] = {choice: [] for choice in CHOICES}
     for place, reach in enumerate(reaches):
-        kv = [[part[place] for part in both] for both in own]
+        own_kv = [[part[place] for part in both] for both in kv]
         drafts = {
-            share: read.drafted(given.tokens // share, reach, kv, written[place], count)
+            share: read.drafted(given.tokens // share, reach, own_kv, written[place])
             for share in SHARES
         }
-        begun, right = written[place].tolist()[: count + 1], written[place].tolist()[count + 1 :]
+        first, *right = written[place].tolist()
         for choice, places in found.items():
-            places.append(verified(choice, [*ids[:reach], *begun], right, drafts.get(choice.share)))
+            own = verified(choice, [*ids[:reach], first], right, drafts.get(choice.share))
+            places.append(counted(own, choice.drafts))
     for choice, places in found.items():
         yield {"text": name} | asdict(choice) | {"places": places}
 
@@ -363,13 +353,12 @@ def main() -> None:
     settings = {name: value for name, value in vars(given).items() if name != "json"}
     header = {**provenance(), "hardware": hardware(torch.device("cpu")), "settings": settings}
     document: dict[str, Any] = {"header": header, "rows": []}
-    for name, (files, said) in TEXTS.items():
+    for name, files in TEXTS.items():
         whole = "\n\n".join(file.read_text(encoding="utf-8") for file in sorted(ROOT.glob(files)))
         ids = tokenizer(whole[: 8 * given.tokens])["input_ids"][: given.tokens]
         assert len(ids) == given.tokens
-        behind = tokenizer(said)["input_ids"] if said else []
         read = Read(model, torch.tensor([ids]))
-        document["rows"] += rows_of(read, name, ids, behind, given)
+        document["rows"] += rows_of(read, name, ids, given)
         replace_json(given.json, document, remedy="make room, then give the command again")
         print(table(document["rows"]), flush=True)
 

@@ -1,5 +1,6 @@
 """The script that says what second choices are worth that are verified beside the drafts."""
 
+import json
 import runpy
 from pathlib import Path
 from typing import Any
@@ -34,24 +35,20 @@ def test_drafts_and_second_choices_are_those_of_a_model_that_sees_what_drafts_at
     model = LlamaForCausalLM(config).eval()
     text = torch.randint(97, (1, TOKENS))
     read = script["Read"](model, text)
-    for said in ((), (5, 6, 7)):
-        written, kv = read.continued(REACHES, said, STEPS)
-        begun = max(len(said), 1)
-        for place, reach in enumerate(REACHES.tolist()):
-            whole = torch.cat((text[:, :reach], written[place, None]), 1)
-            following = model(whole).logits[0].topk(2)
-            right = following.indices[reach + begun - 1 : -1, 0]
-            assert torch.equal(written[place, begun:], right)
-            own = [[part[place] for part in both] for both in kv]
-            drafts = read.drafted(4 * TOKENS, reach, own, written[place], begun - 1)  # it sees all
-            assert len(drafts) == STEPS
-            for at, draft in enumerate(drafts[: -script["DRAFTS"]]):
-                first = reach + begun - 1 + at
-                tokens = following.indices[first : first + len(draft)].tolist()
-                assert [[node.token, node.second] for node in draft] == tokens
-            few = read.drafted(16, reach, own, written[place], begun - 1)
-            masked = _scores_of_few(model, whole[:, :-1], begun + reach - 1)
-            assert [draft[0].token for draft in few] == masked.argmax(-1).tolist()
+    written, kv = read.continued(REACHES, STEPS)
+    for place, reach in enumerate(REACHES.tolist()):
+        whole = torch.cat((text[:, :reach], written[place, None]), 1)
+        following = model(whole).logits[0, reach:].topk(2).indices
+        assert torch.equal(written[place], torch.cat((text[0, reach, None], following[:-1, 0])))
+        own = [[part[place] for part in both] for both in kv]
+        drafts = read.drafted(4 * TOKENS, reach, own, written[place])  # it sees all
+        assert len(drafts) == STEPS
+        for at, draft in enumerate(drafts[: -script["DRAFTS"]]):
+            tokens = following[at : at + len(draft)].tolist()
+            assert [[node.token, node.second] for node in draft] == tokens
+        few = read.drafted(16, reach, own, written[place])
+        masked = _scores_of_few(model, whole[:, :-1], reach)
+        assert [draft[0].token for draft in few] == masked.argmax(-1).tolist()
 
 
 def test_a_leaf_counts_where_the_draft_before_it_was_rejected(script: dict[str, Any]) -> None:
@@ -71,6 +68,8 @@ def test_a_leaf_counts_where_the_draft_before_it_was_rejected(script: dict[str, 
     assert accepted(share=8, drafts=4, leaves=4) == [(1, False), (1, True), (1, True)]
     assert accepted(share=8, drafts=4, leaves=1) == [(1, False), (1, True), (1, True)]
     assert script["likeliest"](drafts[0], 2) == [1, 3]
+    assert script["counted"](accepted(share=8, drafts=4, leaves=4), 4) == [3, 3, 3, 2]
+    assert script["counted"]([(4, False), (0, True)], 4) == [2, 4, 1, 1]
     assert choice(share=8, drafts=7, leaves=7).rows == choice(share=8, drafts=7, branch=True).rows
 
 
@@ -91,6 +90,11 @@ def test_a_lookup_finds_what_the_library_finds_and_then_another_branch(
     branch = script["Choice"](share=0, drafts=2, branch=True)
     assert script["verified"](branch, text, following, None)[0] == (2, False)
     assert script["verified"](branch, text, [5, 1, *following], None)[0] == (2, False)
+
+
+def test_the_documents_table_is_generated(script: dict[str, Any]) -> None:
+    results = json.loads((ROOT / "benchmarks" / "results" / "draft-leaves.json").read_text())
+    assert script["table"](results["rows"]) in (ROOT / "docs" / "drafts.md").read_text()
 
 
 def _scores_of_few(model: LlamaForCausalLM, text: torch.Tensor, first: int) -> torch.Tensor:
