@@ -125,8 +125,8 @@ class Plan:
         """
         if self.disk_block_tokens:
             blocks = min(-(-tokens // self.disk_block_tokens), self.disk_host_blocks)
-            held = self.shape.host_kv_bytes(blocks * self.disk_block_tokens, self.batch)
-            return held + self.disk_buffers_bytes
+            held = blocks * memory.blocks_bytes(self.shape, self.disk_block_tokens, self.batch)
+            return held + self.disk_buffers_bytes + self.raw_page_bytes
         return self.shape.host_kv_bytes(tokens, self.batch) + self.raw_page_bytes
 
     def disk_tokens(self, tokens: int) -> int:
