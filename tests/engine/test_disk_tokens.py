@@ -256,6 +256,7 @@ class Failing:
         return self.real(*args)
 
 
+@pytest.mark.parametrize("form", ["dense", "packed"])
 @pytest.mark.parametrize(
     ("call", "number", "told"),
     [("pwritev", errno.ENOSPC, "has no room"), ("preadv", errno.EIO, "failed: Input/output error")],
@@ -268,9 +269,12 @@ def test_a_fault_ends_the_call_and_no_token_is_wrong(
     call: str,
     number: int,
     told: str,
+    form: str,
 ) -> None:
     prompt, device = random_tokens(1, TOKENS), SimulatedDevice()
-    with attached(model, tmp_path, device=device) as offload:
+    model = small_model().bfloat16() if form == "packed" else model
+    memory = "256KiB" if form == "packed" else MEMORY
+    with attached(model, tmp_path, memory, device, kv_cache=form) as offload:
         cache = offload.new_cache(TOKENS)
         wanted = model(prompt, past_key_values=cache, logits_to_keep=1).logits
         for well in (0, 3, 5):

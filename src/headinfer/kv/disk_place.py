@@ -11,6 +11,7 @@ from headinfer.disk.region import Region
 from headinfer.kv.extent import Extent, Piece
 from headinfer.kv.pair import Geometry
 from headinfer.kv.place import HostPlace
+from headinfer.plan.format import Format
 from headinfer.plan.memory import block_bytes
 
 
@@ -91,10 +92,11 @@ class DiskPlace(HostPlace):
             return None
         return Extent(Piece(piece.memory), geometry, self.block_tokens, start)
 
-    def settle(self) -> None:
-        """Wait for all that may still read memory of lowered blocks: compute reads packed pages."""
+    def settle(self, block: Extent) -> None:
+        """Wait for all that may still read a lowered block's memory; compute reads packed pages."""
         device = self._device
-        for stream in (device.copy_in, device.host_work, device.compute):
+        compute = () if block.format is Format.DENSE else (device.compute,)
+        for stream in (device.copy_in, device.host_work, *compute):
             stream.record().synchronize(Edge.BLOCK_READ)
 
     def write(self, extent: Extent, geometry: Geometry) -> Extent:
