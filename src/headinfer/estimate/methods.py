@@ -262,9 +262,9 @@ def _of_plan(situation: Situation, name: str, plan: Plan) -> MethodPlan:
         footprint = replace(footprint, kv_device_bytes=on_device, kv_host_bytes=0)
     max_context = _most_tokens(situation, room)
     if situation.disk is not None and plan.disk_block_tokens:
-        block = blocks_bytes(plan.shape, plan.disk_block_tokens, plan.batch)
-        blocks = plan.disk_host_blocks + situation.disk.free_bytes // block
-        max_context = blocks * plan.disk_block_tokens
+        tokens = plan.disk_block_tokens
+        block = blocks_bytes(plan.shape, tokens, tokens, plan.batch)
+        max_context = (plan.disk_host_blocks + situation.disk.free_bytes // block) * tokens
     method = _plan(situation, name, footprint, max_context if spare >= 0 else 0)
     return _with_disk(situation, method, plan) if plan.disk_block_tokens else method
 

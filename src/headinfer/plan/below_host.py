@@ -49,8 +49,8 @@ def disk_bytes(plan: Plan, tokens: int) -> int:
     """Return the bytes that blocks on the disk take of `tokens` tokens in each row."""
     if not plan.disk_block_tokens:
         return 0
-    blocks = plan.disk_tokens(tokens) // plan.disk_block_tokens
-    return blocks * blocks_bytes(plan.shape, plan.disk_block_tokens, plan.batch)
+    below = plan.disk_tokens(tokens)
+    return blocks_bytes(plan.shape, below, plan.disk_block_tokens, plan.batch)
 
 
 def disk_read_bytes(plan: Plan, tokens: int) -> int:

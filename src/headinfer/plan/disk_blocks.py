@@ -49,7 +49,8 @@ def with_disk(plan: Plan, room_bytes: int, block_tokens: int = 0) -> Plan:
     blocks = _blocks(plan, block_tokens, room_bytes)
     if blocks < LEAST_BLOCKS:
         least = _beside_bytes(plan, block_tokens)
-        least += LEAST_BLOCKS * blocks_bytes(plan.shape, block_tokens, plan.batch)
+        tokens = LEAST_BLOCKS * block_tokens
+        least += blocks_bytes(plan.shape, tokens, block_tokens, plan.batch)
         raise MemoryPlanError(
             f"a KV cache with a disk below needs {format_bytes(least)} of CPU memory at least, and "
             f"{format_bytes(max(room_bytes, 0))} can be had; give more host_memory or smaller tiles"
@@ -85,7 +86,7 @@ def _unit(layer: LayerShape, shape: ModelShape) -> int:
 def _blocks(plan: Plan, block_tokens: int, room_bytes: int) -> int:
     """Return the blocks of each layer that there is room for beside all else."""
     left = room_bytes - _beside_bytes(plan, block_tokens)
-    return max(left // blocks_bytes(plan.shape, block_tokens, plan.batch), 0)
+    return max(left // blocks_bytes(plan.shape, block_tokens, block_tokens, plan.batch), 0)
 
 
 def _beside_bytes(plan: Plan, block_tokens: int) -> int:

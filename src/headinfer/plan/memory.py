@@ -75,10 +75,10 @@ def block_bytes(num_bytes: int) -> int:
     return -(-num_bytes // DISK_ALIGNMENT_BYTES) * DISK_ALIGNMENT_BYTES
 
 
-def blocks_bytes(shape: ModelShape, block_tokens: int, batch: int) -> int:
-    """Return the bytes of a block of each offloaded layer above a disk."""
+def blocks_bytes(shape: ModelShape, tokens: int, block_tokens: int, batch: int) -> int:
+    """Return the bytes of the blocks of all offloaded layers that have so many tokens."""
     each = (layer.host_bytes(block_tokens, shape.kv_itemsize) for layer in shape.full_layers)
-    return sum(block_bytes(batch * size) for size in each)
+    return -(-tokens // block_tokens) * sum(block_bytes(batch * size) for size in each)
 
 
 def runtime_bytes(device: str) -> int:
