@@ -74,11 +74,22 @@ def test_what_memory_and_disk_do_not_hold_is_refused_with_the_room(cli, tmp_path
     assert cli(*QUESTION, "--context", longest, "--disk-cache", tmp_path).code == 0
 
 
+def test_packed_tokens_take_less_of_the_disk(cli, tmp_path) -> None:
+    given = (*QUESTION, "--context", "100K", "--disk-cache", tmp_path)
+    found = []
+    for form in ("dense", "packed"):
+        outcome = cli(*given, "--kv-cache", form, "--json", tmp_path / form)
+        assert outcome.code == 0
+        found.append(json.loads((tmp_path / form).read_text())["chosen"])
+    dense, packed = (each["kv_host_bytes"] + each["kv_disk_bytes"] for each in found)
+    assert 0 < packed < 0.85 * dense
+    assert found[1]["disk_read_bytes"] < found[0]["disk_read_bytes"]
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
         (("--gpus", "2"), "leave out --gpus"),
-        (("--kv-cache", "int8"), "leave out --kv-cache int8"),
         (("--accounting", "paper"), "leave out --disk-cache"),
         (("--disk-cache", "/nowhere/at/all"), "is not there"),
     ],

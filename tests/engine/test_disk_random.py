@@ -52,10 +52,11 @@ class Run:
             "host_memory": None if folder is None else f"{memory}KiB",
             "resident_tokens": self.random.choice((0, 0, 64)),
             "overlap": self.random.random() < 0.7,
+            "draft_tokens": self.random.choice((0, 96)) if self.rows == 1 else 0,
         }
         self.caches: list[Any] = []
         often = [self.extend, self.crop] * 2
-        self.changes = [*often, self.copy, self.choose, self.park, self.save]
+        self.changes = [*often, self.copy, self.choose, self.park, self.save, self.draft]
 
     def outputs(self, changes: int) -> Iterator[torch.Tensor]:
         """Yield what the model gives after each change."""
@@ -90,6 +91,12 @@ class Run:
         cache = self.caches[at]
         held = cache.get_seq_length()
         cache.crop(self.random.choice((0, 1, held // 3, held - 1, held * 3 // 4)) - held)
+
+    def draft(self, at: int) -> None:
+        cache = self.caches[at]
+        if cache.can_draft is None:
+            with cache.drafting():
+                self.model(random_tokens(1, 1), past_key_values=cache)
 
     def copy(self, at: int) -> None:
         if len(self.caches) < 3:

@@ -33,16 +33,17 @@ def exercise(
     folder: Path | None,
     device: SimulatedDevice,
     rows: int = 1,
+    tokens: int = TOKENS,
     **options: Any,
 ) -> torch.Tensor:
     """Go through all that moves tokens on the disk, and return all logits."""
-    prompt, outputs = random_tokens(rows, TOKENS), []
+    prompt, outputs = random_tokens(rows, tokens), []
 
     def step(cache: Any, tokens: torch.Tensor) -> None:
         outputs.append(model(tokens, past_key_values=cache, logits_to_keep=2).logits[:1])
 
     with attached(model, folder, device=device, **options) as offload:
-        cache = offload.new_cache(TOKENS + 300)
+        cache = offload.new_cache(tokens + 300)
         step(cache, prompt)
         for at in range(3):
             step(cache, prompt[:, at : at + 1])
@@ -94,6 +95,80 @@ def test_the_same_bits_as_in_memory(
     ours = exercise(model, tmp_path, SimulatedDevice(seed=1), rows, **options)
     assert torch.equal(ours, wanted)
     assert not os.listdir(tmp_path)  # the file has no name
+
+
+def forms(form: str, dtype: torch.dtype, folder: Path | None, memory: str) -> torch.Tensor:
+    """Return the logits of a prompt, steps, verified tokens and what follows a crop."""
+    model, device = small_model().to(dtype), SimulatedDevice(seed=3)
+    prompt, outputs = random_tokens(1, TOKENS), []
+    with attached(model, folder, memory, device, kv_cache=form) as offload:
+        cache = offload.new_cache(TOKENS + 200)
+
+        def step(first: int, end: int) -> None:
+            new = prompt[:, first:end]
+            outputs.append(model(new, past_key_values=cache, logits_to_keep=2).logits.flatten())
+
+        step(0, TOKENS)
+        for at in range(3):
+            step(at, at + 1)
+        for at in range(8):
+            step(9 * at, 9 * at + 9)
+        cache.crop(-75)
+        step(3, 70)
+        cache.crop(133 - cache.get_seq_length())  # into a block on the disk, and into a page
+        step(0, 95)
+        step(0, 1)
+        assert (offload.stats.bytes_from_disk > 0) is (folder is not None)
+        if folder is not None:
+            assert offload.stats.host_kv_bytes <= parse_bytes(memory, "host_memory")
+        outputs.append(cache.layers[1].values.flatten())
+        cache.close()
+    device.memory.check()
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize(
+    ("form", "dtype", "memory"),
+    [
+        ("packed", torch.bfloat16, "256KiB"),
+        ("int8", torch.float32, "320KiB"),
+        ("fp8", torch.bfloat16, "256KiB"),
+    ],
+)
+def test_other_forms_have_the_same_bits_as_in_memory(
+    tmp_path: Path, form: str, dtype: torch.dtype, memory: str
+) -> None:
+    wanted = forms(form, dtype, None, memory)
+    assert wanted.isfinite().all()
+    assert torch.equal(forms(form, dtype, tmp_path, memory), wanted)
+
+
+@pytest.mark.parametrize("form", ["dense", "packed"])
+def test_drafts_are_verified_above_a_disk(tmp_path: Path, form: str) -> None:
+    model, ids, found = small_model().bfloat16(), random_tokens(1, TOKENS), []
+    for folder in (None, tmp_path):
+        device, outputs = SimulatedDevice(seed=4), []
+        with attached(
+            model, folder, "256KiB", device, kv_cache=form, draft_tokens=96, capture=False
+        ) as offload:
+            cache = offload.new_cache(TOKENS + 100)
+            model(ids, past_key_values=cache, logits_to_keep=1)
+            engine = cache.state.engine
+            for at in range(8):
+                with cache.drafting():
+                    for draft in range(3):
+                        new = ids[:, at + draft : at + draft + 1]
+                        outputs.append(model(new, past_key_values=cache).logits)
+                below, before = engine.disk_tokens, offload.stats.bytes_from_disk
+                with cache.verifying():
+                    outputs.append(model(ids[:, 7 : 7 + 9], past_key_values=cache).logits)
+                read = offload.stats.bytes_from_disk - before
+                cache.crop(-(at % 7) - 1)  # the rejected ones, which lie above the disk
+                assert cache.get_seq_length() > engine.disk_tokens >= below
+                assert (read > 0) is (folder is not None)
+        device.memory.check()
+        found.append(torch.cat([each.flatten() for each in outputs]))
+    assert torch.equal(*found)
 
 
 @pytest.mark.slow
@@ -181,6 +256,7 @@ class Failing:
         return self.real(*args)
 
 
+@pytest.mark.parametrize("form", ["dense", "packed"])
 @pytest.mark.parametrize(
     ("call", "number", "told"),
     [("pwritev", errno.ENOSPC, "has no room"), ("preadv", errno.EIO, "failed: Input/output error")],
@@ -193,9 +269,12 @@ def test_a_fault_ends_the_call_and_no_token_is_wrong(
     call: str,
     number: int,
     told: str,
+    form: str,
 ) -> None:
     prompt, device = random_tokens(1, TOKENS), SimulatedDevice()
-    with attached(model, tmp_path, device=device) as offload:
+    model = small_model().bfloat16() if form == "packed" else model
+    memory = "256KiB" if form == "packed" else MEMORY
+    with attached(model, tmp_path, memory, device, kv_cache=form) as offload:
         cache = offload.new_cache(TOKENS)
         wanted = model(prompt, past_key_values=cache, logits_to_keep=1).logits
         for well in (0, 3, 5):
@@ -217,8 +296,6 @@ def test_a_fault_ends_the_call_and_no_token_is_wrong(
     ("options", "told"),
     [
         ({"device": "cpu"}, "is for a GPU's cache"),
-        ({"draft_tokens": 8}, "cannot be combined with draft_tokens"),
-        ({"kv_cache": "int8"}, "takes dense tokens alone"),
     ],
 )
 def test_what_cannot_be_combined_is_refused(

@@ -1,7 +1,9 @@
 """Packed tokens in host memory: every bit comes back, and no copy overtakes another one."""
 
 import platform
+import random
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,25 +15,35 @@ from attended import reference
 from headinfer.device.base import Device, Edge
 from headinfer.device.hazards import HazardError
 from headinfer.device.simulated import SimulatedDevice
+from headinfer.disk.file import SpillFile
 from headinfer.engine.engine import Engine
 from headinfer.engine.stats import Stats
 from headinfer.kv.pair import KV
+from headinfer.plan.below_host import in_few_blocks
 from headinfer.plan.options import Options
 from headinfer.plan.resolve import resolve
 from packed_values import bits_of, drawn
 from shapes import model_shape
 
+SLOW = pytest.mark.slow
 KEY_DIM, VALUE_DIM, KINDS = 16, 32, ("normal", "any bits", "special")
 
 
 def packing_engine(
-    device: Device, *, batch: int = 1, chunk_tokens: int = 24, residents: int = 0
+    device: Device,
+    *,
+    batch: int = 1,
+    chunk_tokens: int = 24,
+    residents: int = 0,
+    file: SpillFile | None = None,
 ) -> Engine:
     shape = model_shape(layers=1, group=1, key_dim=KEY_DIM, value_dim=VALUE_DIM, itemsize=2)
     options = Options(chunk_tokens=chunk_tokens, tile_tokens=16, resident_tokens=residents)
     plan = resolve(shape.packed, options, device=device.name, batch=batch)
     assert plan.shape.packs
-    return Engine(device, plan, torch.bfloat16, Stats())
+    if file is not None:
+        plan = replace(in_few_blocks(plan), disk_host_blocks=2)
+    return Engine(device, plan, torch.bfloat16, Stats(), file=file)
 
 
 def new_tokens(kind: str, tokens: int, seed: int, batch: int = 1) -> KV:
@@ -42,9 +54,14 @@ def new_tokens(kind: str, tokens: int, seed: int, batch: int = 1) -> KV:
 class Plain:
     """A cache of plain tensors beside an engine that packs."""
 
-    def __init__(self, engine: Engine, batch: int) -> None:
-        self.engine, self.batch = engine, batch
+    def __init__(self, engine: Engine, batch: int, file: SpillFile | None = None) -> None:
+        self.engine, self.batch, self.file = engine, batch, file
         self.kv = new_tokens("zeros", 0, 0, batch)
+
+    def another(self) -> Engine:
+        """Return an empty engine that is like ours."""
+        engine = self.engine
+        return Engine(engine.device, engine.plan, torch.bfloat16, Stats(), file=self.file)
 
     def append(self, tokens: int, kind: str) -> None:
         new = new_tokens(kind, tokens, self.kv.tokens, self.batch)
@@ -66,8 +83,8 @@ class Plain:
 
     def fork(self, _tokens: int, _kind: str) -> None:
         """Go on with a copy, while whoever shares its host memory goes on as well."""
-        before, engine = self.engine, self.engine
-        self.engine = Engine(engine.device, engine.plan, torch.bfloat16, Stats())
+        before = engine = self.engine
+        self.engine = self.another()
         self.engine.copy_from(before)
         new = new_tokens("any bits", 30, 1, self.batch)
         before.append(0, *(part.to(engine.device.torch_device) for part in new))
@@ -77,7 +94,7 @@ class Plain:
         """Go on with tokens that were copied out, in two pages, and in again."""
         engine, tokens = self.engine, self.kv.tokens
         engine.begin_saving()
-        self.engine = Engine(engine.device, engine.plan, torch.bfloat16, Stats())
+        self.engine = self.another()
         self.engine.expect(tokens)
         for start, end in ((0, tokens // 3), (tokens // 3, tokens)):
             page = new_tokens("zeros", end - start, 0, self.batch)
@@ -97,22 +114,47 @@ changes = st.lists(
 
 
 def check_changes(
-    steps: list[tuple[str, int, str]], batch: int, chunk_tokens: int, residents: int
+    steps: list[tuple[str, int, str]],
+    batch: int,
+    chunk_tokens: int,
+    residents: int,
+    file: SpillFile | None,
 ) -> None:
-    device = SimulatedDevice(seed=len(steps))
-    engine = packing_engine(device, batch=batch, chunk_tokens=chunk_tokens, residents=residents)
-    cache = Plain(engine, batch)
+    device, on_disk = SimulatedDevice(seed=len(steps)), []
+    engine = packing_engine(
+        device, batch=batch, chunk_tokens=chunk_tokens, residents=residents, file=file
+    )
+    cache = Plain(engine, batch, file)
     for name, tokens, kind in [("append", 90, "any bits"), *steps, ("append", 70, "normal")]:
         getattr(cache, name)(tokens, kind)
         cache.check()
+        on_disk.append(cache.engine.disk_tokens)
+    assert any(on_disk) is (file is not None)
     device.memory.check()
 
 
-every = given(changes, st.integers(1, 2), st.sampled_from([5, 24, 130]), st.sampled_from([0, 70]))
+every = given(
+    changes,
+    st.integers(1, 2),
+    st.sampled_from([5, 24, 130]),
+    st.sampled_from([0, 70]),
+    st.none(),
+)
 test_every_bit_comes_back = settings(max_examples=12, deadline=None)(every(check_changes))
 test_every_bit_comes_back_from_many = pytest.mark.slow(
     settings(max_examples=200, deadline=None)(every(check_changes))
 )
+
+
+@pytest.mark.parametrize("seed", [*range(4), *(pytest.param(n, marks=SLOW) for n in range(4, 60))])
+def test_every_bit_comes_back_from_a_disk(tmp_path: Path, seed: int) -> None:
+    """Above a disk blocks have a page, or few: most tokens lie there, and raw pages in memory."""
+    draw, file = random.Random(seed), SpillFile(str(tmp_path))
+    steps = [(draw.choice(CHANGES), draw.randrange(1, 150), draw.choice(KINDS)) for _ in range(5)]
+    before = [("append", 200, "any bits"), ("append", 150, "special")]
+    sizes = draw.choice([1, 2]), draw.choice([24, 130]), draw.choice([0, 70])
+    check_changes([*before, *steps], *sizes, file)
+    file.close()
 
 
 @pytest.mark.skipif(platform.system() != "Linux", reason="no list of threads")

@@ -214,10 +214,6 @@ def _above_disk(
         raise OptionError("--disk-cache serves a model on one GPU; leave out --gpus")
     if accounting is not AccountingKind.OURS:
         raise OptionError(f"--accounting {accounting.value} knows no disk; leave out --disk-cache")
-    if options.kv_cache not in ("auto", "dense"):
-        raise OptionError(
-            f"--disk-cache takes dense tokens; leave out --kv-cache {options.kv_cache}"
-        )
     mount = mount_of(folder)
     disk = Disk(folder=folder, said=mount.said, free_bytes=free_bytes(folder))
     measurement = read_measurement()

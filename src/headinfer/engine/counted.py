@@ -4,6 +4,7 @@ from collections.abc import Hashable
 
 from headinfer.engine.raw_pages import RawPages
 from headinfer.kv.ledger import Ledger
+from headinfer.plan.memory import block_bytes
 from headinfer.plan.plan import Plan
 
 
@@ -53,10 +54,13 @@ class CountedTokens:
 
     @property
     def taken_host_bytes(self) -> int:
-        """Bytes of host memory held for KV, or promised to it."""
-        return self.host_kv_bytes + (
-            self._coming_blocks_bytes if self.plan.disk_block_tokens else 0
-        )
+        """Bytes of host memory held for KV, or promised to it, which another plan may use.
+
+        Pages that do not pack may take more than planned, and that stays.
+        """
+        beyond = max(self._raw_page_bytes - self.plan.raw_page_bytes, 0)
+        coming = self._coming_blocks_bytes if self.plan.disk_block_tokens else 0
+        return self.host_kv_bytes + coming - beyond
 
     @property
     def _disk_buffers_bytes(self) -> int:
@@ -77,22 +81,22 @@ class CountedTokens:
         """Return the bytes of each block of such pages, by its identity."""
         if not self.plan.shape.packs:
             return {}
-        pieces = [piece for ledger in self._full for piece in ledger.host_pieces]
-        return {id(raw): raw.nbytes for piece in pieces for raw in piece.raw}
+        return {id(raw): raw.nbytes for ledger in self._full for raw in ledger.raw_memory}
 
     def host_pieces(self) -> dict[Hashable, int]:
         """Return the bytes of each piece of host memory, by what copies have in common.
 
         Copies of several rows have nothing in common: the order of rows may change, which takes
         memory for all of them. Neither have those above a disk: whichever writes a block there
-        takes memory of its own, and the other keeps what was shared.
+        takes memory of its own, and the other keeps what was shared. Nobody copies raw pages.
         """
         parts = self.plan.batch > 1 or (self.plan.disk_block_tokens and not self.parked)
         own = id(self) if parts else None
         held = {
             id(piece): piece.host_bytes for ledger in self._full for piece in ledger.host_pieces
         }
-        pieces = {(own, piece): size for piece, size in (held | self._raw_blocks()).items()}
+        pieces: dict[Hashable, int] = {(own, piece): size for piece, size in held.items()}
+        pieces.update(self._raw_blocks().items())
         return pieces | {(id(self), "read from the disk"): self._disk_buffers_bytes}
 
     @property
@@ -104,16 +108,18 @@ class CountedTokens:
 
     @property
     def _coming_blocks_bytes(self) -> int:
-        """Bytes of blocks above a disk that the expected tokens will take."""
+        """Bytes that the expected tokens will take above a disk."""
         return self._blocks_bytes(self._expected_tokens)
 
     def _blocks_bytes(self, tokens: int) -> int:
-        """Return the bytes of blocks above a disk to be taken for `tokens` tokens in all."""
+        """Return the bytes to be taken for `tokens` tokens in all: blocks, and raw pages."""
         plan = self.plan
+        raw_bytes = max(plan.raw_page_bytes - self._raw_page_bytes, 0) if tokens else 0
         blocks = min(-(-tokens // plan.disk_block_tokens), plan.disk_host_blocks)
-        size = [ledger.home.num_bytes(plan.disk_block_tokens) for ledger in self._full]
+        size = [block_bytes(ledger.home.num_bytes(plan.disk_block_tokens)) for ledger in self._full]
         held = [ledger.host_bytes for ledger in self._full]
-        return sum(max(blocks * each - had, 0) for each, had in zip(size, held, strict=True))
+        missing = [max(blocks * each - had, 0) for each, had in zip(size, held, strict=True)]
+        return sum(missing) + raw_bytes
 
     @property
     def awaited_host_bytes(self) -> int:

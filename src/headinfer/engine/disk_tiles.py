@@ -18,7 +18,7 @@ from headinfer.engine.stats import Stats
 from headinfer.kv.disk_place import aligned_host
 from headinfer.kv.extent import Piece, Tile
 from headinfer.kv.ledger import Ledger
-from headinfer.kv.pair import KV
+from headinfer.kv.pair import ALL_HEADS, KV
 from headinfer.plan.disk_blocks import READS
 
 
@@ -198,12 +198,14 @@ class ReadAhead:
             self._disk.drop()
 
 
-def tile_now(tile: Tile) -> KV:
-    """Return a tile on the disk, in new memory of the CPU.
+def in_memory(tile: Tile) -> Tile:
+    """Return a tile whose tokens are in memory of the CPU: itself, or what was read of the disk.
 
     Raises:
         DiskError: it cannot be read.
     """
+    if tile.piece.region is None:
+        return tile
     memory = aligned_empty(sum(map(read_bytes, tile.kv)))
     transfers: list[Transfer] = []
     try:
@@ -213,7 +215,10 @@ def tile_now(tile: Tile) -> KV:
             transfer.settle()
     for transfer in transfers:
         transfer.wait()
-    return _placed(tile, memory)
+    piece = Piece(memory)
+    piece.refer_to(tile.piece.raw)
+    first = tile.first % tile.format.row_tokens
+    return tile._replace(piece=piece, whole=_placed(tile, memory), first=first, heads=ALL_HEADS)
 
 
 def _begin(tile: Tile, memory: torch.Tensor, transfers: list[Transfer]) -> None:

@@ -4,10 +4,12 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from headinfer.device.base import Device, Edge
+from headinfer.engine.disk_tiles import in_memory
 from headinfer.engine.packing import bring
 from headinfer.engine.stats import Stats
 from headinfer.kv.extent import Tile
 from headinfer.kv.ledger import Ledger
+from headinfer.kv.pair import KV
 from headinfer.plan.format import Format
 
 
@@ -57,7 +59,10 @@ class DraftCopies:
             ledger.draft.begin(ledger.tokens)
 
     def _fetch(self, copies: Sequence[_Copy]) -> None:
-        """Copy what the host alone has, on copy-in."""
+        """Copy what the host alone has: on copy-in, and on compute what was packed, or on the disk.
+
+        Tiles of the next pass stay on their way from the disk, so that buffers are not free.
+        """
         compute, copy_in = self._device.compute, self._device.copy_in
         copy_in.wait(compute.record(), Edge.DRAFT_FREE)
         for ledger, source, place in copies:
@@ -66,6 +71,9 @@ class DraftCopies:
             self._stats.bytes_to_device += ledger.home.num_bytes(source.tokens)
             if source.format is not Format.DENSE:
                 bring(self._device, ledger, source, place.kv)
+                continue
+            if source.piece.region is not None:
+                self._write_here(place, in_memory(source).kv)
                 continue
             for to, tokens in zip(place.kv, source.kv, strict=True):
                 copy_in.copy(to, tokens)
@@ -76,11 +84,14 @@ class DraftCopies:
         source, place = copy.source, copy.place
         source.piece.wait_ready(self._device)  # on the CPU there is nothing to wait for
         if self._device.checks_accesses:
-            compute = self._device.compute
-            compute.reads(source.piece.memory, "tokens that drafts are to attend")
-            for part in place.kv:
-                compute.writes(part, "tokens that drafts are to attend")
-        place.kv.copy_(source.kv)
+            self._device.compute.reads(source.piece.memory, "tokens that drafts are to attend")
+        self._write_here(place, source.kv)
+
+    def _write_here(self, place: Tile, kv: KV) -> None:
+        """Write tokens on compute; those of the CPU's memory, once compute is there."""
+        for part in place.kv if self._device.checks_accesses else ():
+            self._device.compute.writes(part, "tokens that drafts are to attend")
+        place.kv.copy_(kv)
 
 
 def _copies(ledger: Ledger) -> Iterator[tuple[_Copy, bool]]:

@@ -10,6 +10,7 @@ from headinfer.device.base import Device
 from headinfer.eight_bits.codec import CpuEightBits
 from headinfer.eight_bits.layout import Code
 from headinfer.engine.codecs import codec_of
+from headinfer.engine.disk_tiles import in_memory
 from headinfer.engine.raw_pages import begun_slots
 from headinfer.kv.extent import Tile
 from headinfer.kv.ledger import Ledger
@@ -97,6 +98,19 @@ def unpack_here(tile: Tile, place: KV) -> None:
         unpack_from(_ALONE[tile.format.code], pages, tile.first, values)
 
 
+def unpacked_here(tile: Tile, part: str, like: torch.Tensor) -> torch.Tensor:
+    """Return keys or values of packed tokens in memory of the CPU, unpacked into more of it.
+
+    Args:
+        tile: the tokens.
+        part: "keys" or "values".
+        like: of the shape and dtype that they are to have.
+    """
+    values = torch.empty(like.shape, dtype=like.dtype)
+    unpack_from(codec_of(tile.format, _CPU, like.dtype), getattr(tile.kv, part), tile.first, values)
+    return values
+
+
 def pack_here(device: Device, ledger: Ledger, tile: Tile, new: KV) -> None:
     """Pack tokens of the CPU's memory into a tile of host memory, which is at rest.
 
@@ -148,7 +162,7 @@ def copy_begun_page(device: Device, ledger: Ledger, source: Ledger) -> None:
         source: has them.
     """
     start, end = ledger.host_tokens, source.host_tokens
-    for tile in source.host_tiles(start, end):
+    for tile in map(in_memory, source.host_tiles(start, end)):
         geometry = source.geometry
         shape = geometry.batch, geometry.kv_heads, tile.tokens
         dims = geometry.key_dim, geometry.value_dim

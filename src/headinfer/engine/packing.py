@@ -10,9 +10,10 @@ from collections.abc import Sequence
 
 import torch
 
-from headinfer.device.base import Device, Edge, Event
+from headinfer.device.base import Device, Edge
 from headinfer.engine.codecs import codec_of
-from headinfer.engine.packed_here import full_and_begun, packed_in_two, unpack_from
+from headinfer.engine.disk_tiles import in_memory
+from headinfer.engine.packed_here import full_and_begun, packed_in_two, unpack_from, unpacked_here
 from headinfer.engine.raw_pages import RawPages, addressed, begun_slots
 from headinfer.engine.stats import Stats
 from headinfer.kv.extent import Piece, Tile
@@ -64,28 +65,16 @@ class Packing:
         self._device.launch(functools.partial(_unpack_tile, self._codec, tile, whole))
         return there
 
-    def send(self, ledger: Ledger, tile: Tile) -> Event:
-        """Pack tokens that compute wrote, and send them to the host's end.
+    def send(self, ledger: Ledger, target: Tile, new: KV) -> None:
+        """Pack tokens that compute wrote, and send them to the host's end, on copy-out.
 
         Their memory on the device is compute's again at once.
 
-        Returns:
-            The event on copy-out when they are there.
+        Args:
+            ledger: of the layer.
+            target: takes them in host memory, in one extent.
+            new: as many tokens on the device.
         """
-        if tile.piece.ready is not None:
-            tile.piece.wait_ready(self._device)
-        self._device.compute.reads(tile.piece.memory, "tokens to be packed")
-        targets = ledger.extend_host(tile.tokens)
-        for target in targets:
-            first = target.start - tile.start
-            self._send(ledger, target, tile.kv.cut(slice(first, first + target.tokens)))
-        sent = self._device.copy_out.record()
-        for target in targets:
-            target.piece.ready = sent
-        return sent
-
-    def _send(self, ledger: Ledger, target: Tile, new: KV) -> None:
-        """Pack and send tokens of one extent."""
         device, copy_out = self._device, self._device.copy_out
         buffer = self._pages[0]
         self._pages.append(self._pages.pop(0))
@@ -176,13 +165,23 @@ def bring(device: Device, ledger: Ledger, tile: Tile, place: KV) -> None:
 def bring_part(device: Device, ledger: Ledger, tile: Tile, part: str, values: torch.Tensor) -> None:
     """Unpack keys or values of the host into memory on the device; see `bring`.
 
+    What is on the disk is read and unpacked by the CPU. That is rare, and nobody works meanwhile.
+
     Args:
         device: whose compute does it.
         ledger: of the layer.
         tile: packed tokens of all heads in host memory.
         part: "keys" or "values".
         values: `[batch, kv_heads, tokens, dim]` on the device.
+
+    Raises:
+        DiskError: they cannot be read.
     """
+    if tile.piece.region is not None:
+        if device.checks_accesses:
+            device.compute.writes(values, "tokens that were packed on the disk")
+        values.copy_(unpacked_here(in_memory(tile), part, values))
+        return
     if tile.piece.ready is not None:
         device.compute.wait(tile.piece.ready, Edge.PAGES_SENT)
     if device.checks_accesses:

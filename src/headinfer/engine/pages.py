@@ -227,14 +227,15 @@ class Pages:
         Returns:
             The event on copy-out when they were read; None where compute alone reads them.
         """
-        if ledger.home.format is not Format.DENSE:
-            assert self._packing is not None
-            self._packing.send(ledger, tile)
-            return None
-        copy_out, source = self._device.copy_out, tile.kv
-        copy_out.wait(self._device.compute.record(), Edge.PAGE_WRITTEN)
-        if tile.piece.ready is not None:
-            copy_out.wait(tile.piece.ready, Edge.PAGE_WRITTEN)
+        device, dense = self._device, ledger.home.format is Format.DENSE
+        copy_out, ready = device.copy_out, tile.piece.ready
+        if dense:
+            copy_out.wait(device.compute.record(), Edge.PAGE_WRITTEN)
+            if ready is not None:
+                copy_out.wait(ready, Edge.PAGE_WRITTEN)
+        else:
+            tile.piece.wait_ready(device)
+            device.compute.reads(tile.piece.memory, "tokens to be packed")
         sent, first = None, 0
         while first < tile.tokens:
             tokens = ledger.sent_at_once(tile.tokens - first)
@@ -244,18 +245,24 @@ class Pages:
                 self._take_back(ledger, tile)
                 raise
             for target in targets:
-                cut = target.start - tile.start
                 whole = target.tokens == tile.tokens
-                part = source if whole else source.cut(slice(cut, cut + target.tokens))
-                place = target.kv
-                copy_out.copy(place.keys, part.keys)
-                copy_out.copy(place.values, part.values)
+                new = tile.kv if whole else tile.kv.cut(_within(target, tile))
+                self._send_part(ledger, target, new)
             sent = copy_out.record()
             for target in targets:
                 target.piece.ready = sent
             first += tokens
-        self._stats.bytes_to_host += ledger.geometry.num_bytes(tile.tokens)
-        return sent
+        return sent if dense else None
+
+    def _send_part(self, ledger: Ledger, target: Tile, new: KV) -> None:
+        """Send tokens of one extent, packed where the host has them so."""
+        if target.format is not Format.DENSE:
+            assert self._packing is not None
+            self._packing.send(ledger, target, new)
+            return
+        for place, part in zip(target.kv, new, strict=True):
+            self._device.copy_out.copy(place, part)
+            self._stats.bytes_to_host += part.nbytes
 
     def _take_back(self, ledger: Ledger, tile: Tile) -> None:
         """Have the host hold none of some tokens, part of which were sent; the page has them."""
@@ -263,3 +270,9 @@ class Pages:
             stream.record().synchronize(Edge.HOST_SETTLED)
         ledger.crop_host(tile.start)
         ledger.half_done = False
+
+
+def _within(part: Tile, tile: Tile) -> slice:
+    """Return where tokens are in a tile that has them and others."""
+    first = part.start - tile.start
+    return slice(first, first + part.tokens)

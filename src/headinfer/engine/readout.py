@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 import torch
 
 from headinfer.device.base import Device, Edge
-from headinfer.engine.disk_tiles import tile_now
+from headinfer.engine.disk_tiles import in_memory
 from headinfer.engine.packing import bring_part
 from headinfer.kv.extent import Tile
 from headinfer.kv.ledger import Ledger
@@ -47,7 +47,7 @@ def read(device: Device, ledger: Ledger, part: Part) -> torch.Tensor:
             bring_part(device, ledger, tile, part, place)
             continue
         if tile.piece.region is not None:
-            kv = tile_now(tile)
+            kv = in_memory(tile).kv
             place.copy_(kv.keys if part == "keys" else kv.values)
             continue
         if device.tiles_are_views:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from headinfer.engine.changes import ChangeableTokens
-from headinfer.engine.disk_tiles import tile_now
+from headinfer.engine.disk_tiles import in_memory
 from headinfer.engine.packed_here import pack_here, state_access, unpack_here
 from headinfer.kv.extent import Tile
 from headinfer.kv.ledger import Ledger
@@ -78,11 +78,8 @@ class SavableTokens(ChangeableTokens):
         """
         for track, place in zip(self.full_tracks, into, strict=True):
             ledger = self._ledgers[track]
-            for tile in ledger.host_tiles(start, start + place.tokens):
-                part = place.cut(_places(tile, start))
-                if tile.piece.region is not None:
-                    _copy(part, tile_now(tile))
-                    continue
+            for stored in ledger.host_tiles(start, start + place.tokens):
+                tile, part = in_memory(stored), place.cut(_places(stored, start))
                 self._note_access(tile, write=False)
                 if tile.format is not Format.DENSE:
                     unpack_here(tile, part)

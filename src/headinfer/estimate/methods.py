@@ -14,6 +14,7 @@ from headinfer.estimate.situation import MethodPlan, Situation
 from headinfer.plan.below_host import disk_bytes, disk_read_bytes
 from headinfer.plan.choices import ALL_TOKENS, chunk_sizes
 from headinfer.plan.format import Format
+from headinfer.plan.memory import blocks_bytes
 from headinfer.plan.options import Options
 from headinfer.plan.plan import Plan
 from headinfer.plan.predict import Predictor
@@ -261,8 +262,9 @@ def _of_plan(situation: Situation, name: str, plan: Plan) -> MethodPlan:
         footprint = replace(footprint, kv_device_bytes=on_device, kv_host_bytes=0)
     max_context = _most_tokens(situation, room)
     if situation.disk is not None and plan.disk_block_tokens:
-        held = plan.disk_host_blocks * plan.disk_block_tokens
-        max_context = held + (_most_tokens(situation, situation.disk.free_bytes) or 0)
+        tokens = plan.disk_block_tokens
+        block = blocks_bytes(plan.shape, tokens, tokens, plan.batch)
+        max_context = (plan.disk_host_blocks + situation.disk.free_bytes // block) * tokens
     method = _plan(situation, name, footprint, max_context if spare >= 0 else 0)
     return _with_disk(situation, method, plan) if plan.disk_block_tokens else method
 

@@ -49,7 +49,7 @@ class DiskBelow:
         if options.disk_cache is None:
             return
         split = devices > 1 or ranks > 1
-        refusal = _refusal(options, shape, device.name, split=split)
+        refusal = _refusal(device.name, split=split)
         if refusal is not None:
             raise OptionError(f"disk_cache {refusal}")
         self.file = SpillFile(options.disk_cache)
@@ -201,16 +201,12 @@ def _rooms(
             return
 
 
-def _refusal(options: Options, shape: ModelShape, device: str, *, split: bool) -> str | None:
+def _refusal(device: str, *, split: bool) -> str | None:
     """Say why there can be no disk below; None where there can."""
     if device == "cpu":
         return "is for a GPU's cache; the CPU attends host memory, and has nothing below it"
     if split:
         return "serves a model on one device in one process; this one is split"
-    if shape.packs:
-        return f"takes dense tokens alone; leave out kv_cache={options.kv_cache}"
-    if options.draft_tokens != 0:
-        return "cannot be combined with draft_tokens; draft with another model, or by prompt lookup"
     return None
 
 

@@ -6,11 +6,13 @@ from typing import Protocol
 import torch
 
 from headinfer.device.base import Device, Edge
-from headinfer.disk.file import SpillFile, aligned_empty
+from headinfer.disk.file import SpillFile
 from headinfer.disk.region import Region
 from headinfer.kv.extent import Extent, Piece
 from headinfer.kv.pair import Geometry
 from headinfer.kv.place import HostPlace
+from headinfer.plan.format import Format
+from headinfer.plan.memory import block_bytes
 
 
 class Counts(Protocol):
@@ -28,8 +30,11 @@ class Counts(Protocol):
 class DiskPlace(HostPlace):
     """A place in host memory, in blocks, that writes blocks to a file to take others.
 
-    A block is written once, as it lies in memory. It is never changed on the disk: who cuts or
-    rearranges it writes another one.
+    A block is written once, as it lies in memory: dense, or in packed pages, all of them full. It
+    is never changed on the disk: who cuts or rearranges it writes another one.
+
+    Packed pages that did not pack have addresses of raw copies. These copies stay in memory of the
+    CPU, and the block on the disk keeps them. So a page read back from there is as good as before.
 
     Args:
         device: what the memory is for.
@@ -54,10 +59,14 @@ class DiskPlace(HostPlace):
             MemoryPlanError: the host memory cannot be had.
         """
         assert 0 < tokens <= self.block_tokens
-        size = geometry.num_bytes(self.block_tokens)
-        block = Extent(Piece(self._memory(size)), geometry, self.block_tokens, start)
+        memory = aligned_host(self._device, self.block_bytes(geometry))
+        block = Extent(Piece(memory), geometry, self.block_tokens, start)
         block.capacity = tokens
         return block
+
+    def block_bytes(self, geometry: Geometry) -> int:
+        """Return the bytes of a block of a layer, in whole alignments."""
+        return block_bytes(geometry.num_bytes(self.block_tokens))
 
     def lower(self, oldest: Extent, geometry: Geometry) -> Extent:
         """Write a block to the disk, and return what is there.
@@ -78,14 +87,16 @@ class DiskPlace(HostPlace):
     def reuse(self, oldest: Extent, geometry: Geometry, start: int) -> Extent | None:
         """Return an empty block in the memory of a lowered one; None where it cannot serve."""
         piece = oldest.piece
-        assert piece.memory.numel() == geometry.num_bytes(self.block_tokens)
+        assert piece.memory.numel() == self.block_bytes(geometry)
         if piece.holders > 1:
             return None
         return Extent(Piece(piece.memory), geometry, self.block_tokens, start)
 
-    def settle(self) -> None:
-        """Wait for all that may still read memory of lowered blocks."""
-        for stream in (self._device.copy_in, self._device.host_work):
+    def settle(self, block: Extent) -> None:
+        """Wait for all that may still read a lowered block's memory; compute reads packed pages."""
+        device = self._device
+        compute = () if block.format is Format.DENSE else (device.compute,)
+        for stream in (device.copy_in, device.host_work, *compute):
             stream.record().synchronize(Edge.BLOCK_READ)
 
     def write(self, extent: Extent, geometry: Geometry) -> Extent:
@@ -120,7 +131,9 @@ class DiskPlace(HostPlace):
         block = self.take(geometry, lower.capacity, lower.start)
         memory = block.piece.memory
         self._device.host_access(memory, write=True, purpose="reading a block back from the disk")
-        self._read(region, 0, memory)
+        region.file.read(region.offset, memory).wait()
+        self._counts.bytes_from_disk += memory.numel()
+        block.piece.refer_to(lower.piece.raw)
         block.tokens = lower.tokens
         return block
 
@@ -133,51 +146,32 @@ class DiskPlace(HostPlace):
         if not extent.piece.holders:
             extent.piece.region.free()
 
-    def select(self, source: Extent, new: Geometry, rows: Sequence[int]) -> Extent:
+    def select(self, source: Extent, old: Geometry, new: Geometry, rows: Sequence[int]) -> Extent:
         """Return an extent on the disk with rows of another one on the disk, which stays.
 
-        It takes the memory of one row's keys or values. Rows begin at alignments, as heads do.
+        It takes the memory of both for a moment.
+
+        Args:
+            source: on the disk.
+            old: its geometry.
+            new: that of the rows.
+            rows: row `i` is to be what row `rows[i]` is.
 
         Raises:
             DiskError: the disk has no room for it, or failed.
+            MemoryPlanError: the host memory cannot be had.
         """
-        lower = source.piece.region
-        assert lower is not None
-        num_bytes = new.num_bytes(self.block_tokens)
-        region = Region(self._file, self._file.allocate(num_bytes), num_bytes)
-        target = self._on_disk(region, new, source)
-        try:
-            for old_part, new_part in zip(source.whole, target.whole, strict=True):
-                memory = aligned_empty(old_part.stride(0) * old_part.element_size())
-                for to, row in enumerate(rows):
-                    self._read(lower, _place(old_part, row), memory)
-                    self._file.write(region.offset + _place(new_part, to), memory).wait()
-                    self._counts.bytes_to_disk += memory.numel()
-        except BaseException:
-            region.free()
-            raise
-        return target
+        block, target = self.bring(source, old), self.take(new, source.capacity, source.start)
+        self.copy_rows(block, target, torch.tensor(rows, dtype=torch.long, device="cpu"))
+        return self.write(target, new)
 
     def _on_disk(self, region: Region, geometry: Geometry, like: Extent) -> Extent:
         """Return an extent in a region, of the tokens that another one has."""
         piece = Piece.on_disk(region)
+        piece.refer_to(like.piece.raw)
         lower = Extent(piece, geometry, self.block_tokens, like.start)
         lower.tokens = lower.capacity = like.tokens
         return lower
-
-    def _read(self, region: Region, start: int, memory: torch.Tensor) -> None:
-        """Read bytes of a region, from one on, to memory that nobody else has."""
-        self._file.read(region.offset + start, memory).wait()
-        self._counts.bytes_from_disk += memory.numel()
-
-    def _memory(self, num_bytes: int) -> torch.Tensor:
-        """Return memory of the host, at an address that files can be read to."""
-        return aligned_host(self._device, num_bytes)
-
-
-def _place(part: torch.Tensor, row: int) -> int:
-    """Return where a row of keys or values begins in their block, in bytes."""
-    return (int(part.storage_offset()) + row * part.stride(0)) * part.element_size()
 
 
 def aligned_host(device: Device, num_bytes: int) -> torch.Tensor:

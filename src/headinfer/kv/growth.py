@@ -66,7 +66,7 @@ class Growth(HostBytes):
             self._host[lowered:] = [lower, *self._host[lowered + 1 :], block]
             self.version += 1
         else:
-            place.settle()
+            place.settle(oldest)
             self._host[lowered] = lower  # first: given back twice, others would lose it
             self.version += 1
             place.give_back(oldest)

@@ -66,6 +66,11 @@ class HostBytes:
         return [extent.piece for extent in self._host if extent.piece.region is None]
 
     @property
+    def raw_memory(self) -> list[torch.Tensor]:
+        """Memory that packed pages refer to, also those on the disk; it may be named repeatedly."""
+        return [raw for extent in self._host for raw in extent.piece.raw]
+
+    @property
     def disk_tokens(self) -> int:
         """The oldest tokens, which the host holds on the disk."""
         return max([part.end for part in self._host if part.piece.region is not None], default=0)

@@ -285,7 +285,7 @@ class Ledger(Growth, HostBytes, Drafted):
         for position, source in enumerate(self._host):
             if source.piece.region is not None:
                 assert isinstance(self._place, DiskPlace)
-                target = self._place.select(source, self.home, rows)
+                target = self._place.select(source, old, self.home, rows)
             else:
                 target = self._selected(source, old, index, anew=anew)
             if target is source:

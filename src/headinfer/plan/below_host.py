@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from headinfer.errors import MemoryPlanError
 from headinfer.plan.disk_blocks import with_disk
+from headinfer.plan.memory import blocks_bytes
 from headinfer.plan.plan import Plan
 
 
@@ -45,8 +46,11 @@ def share_in_memory(plan: Plan) -> float:
 
 
 def disk_bytes(plan: Plan, tokens: int) -> int:
-    """Return the bytes of `tokens` tokens in each row that lie on the disk."""
-    return plan.shape.host_kv_bytes(plan.disk_tokens(tokens), plan.batch)
+    """Return the bytes that blocks on the disk take of `tokens` tokens in each row."""
+    if not plan.disk_block_tokens:
+        return 0
+    below = plan.disk_tokens(tokens)
+    return blocks_bytes(plan.shape, below, plan.disk_block_tokens, plan.batch)
 
 
 def disk_read_bytes(plan: Plan, tokens: int) -> int:

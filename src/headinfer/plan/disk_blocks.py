@@ -4,11 +4,16 @@ import math
 from dataclasses import replace
 
 from headinfer.errors import MemoryPlanError
+from headinfer.plan.format import Format
+from headinfer.plan.memory import (
+    DISK_ALIGNMENT_BYTES,
+    block_bytes,
+    blocks_bytes,
+    covering_tokens,
+)
 from headinfer.plan.plan import Plan
+from headinfer.plan.shape import LayerShape, ModelShape
 from headinfer.units import format_bytes
-
-ALIGNMENT_BYTES = 4096
-"""What reads and writes past the page cache begin at, and are multiples of."""
 
 READS = 8
 """Tiles that are on their way from the disk, or waiting for the link."""
@@ -27,7 +32,8 @@ def with_disk(plan: Plan, room_bytes: int, block_tokens: int = 0) -> Plan:
     """Return a plan whose tokens lie in blocks, as many of them in host memory as there is room.
 
     A block has whole tiles where that can be, so that attention has the same tiles as without a
-    disk. Each head of a block begins at an alignment, so that a tile is read in few large reads.
+    disk. Each head of a dense block begins at an alignment, so that a tile is read in few large
+    reads. Packed blocks have whole pages, and theirs begin anywhere.
 
     Args:
         plan: without a disk.
@@ -42,8 +48,9 @@ def with_disk(plan: Plan, room_bytes: int, block_tokens: int = 0) -> Plan:
     block_tokens = block_tokens or _block_tokens(plan, room_bytes)
     blocks = _blocks(plan, block_tokens, room_bytes)
     if blocks < LEAST_BLOCKS:
-        least = _buffers_bytes(plan, block_tokens)
-        least += plan.shape.host_kv_bytes(LEAST_BLOCKS * block_tokens, plan.batch)
+        least = _beside_bytes(plan, block_tokens)
+        tokens = LEAST_BLOCKS * block_tokens
+        least += blocks_bytes(plan.shape, tokens, block_tokens, plan.batch)
         raise MemoryPlanError(
             f"a KV cache with a disk below needs {format_bytes(least)} of CPU memory at least, and "
             f"{format_bytes(max(room_bytes, 0))} can be had; give more host_memory or smaller tiles"
@@ -58,9 +65,7 @@ def with_disk(plan: Plan, room_bytes: int, block_tokens: int = 0) -> Plan:
 
 def _block_tokens(plan: Plan, room_bytes: int) -> int:
     """Return the tokens of a block, where nothing is kept in other ones."""
-    layers, itemsize = plan.shape.kinds_of_full_layers, plan.shape.kv_itemsize
-    rows = [dim * itemsize for layer in layers for dim in (layer.key_dim, layer.value_dim)]
-    unit = math.lcm(*(ALIGNMENT_BYTES // math.gcd(ALIGNMENT_BYTES, row) for row in rows))
+    unit = math.lcm(*(_unit(layer, plan.shape) for layer in plan.shape.kinds_of_full_layers))
     tiled = math.lcm(unit, plan.tile_tokens)
     unit = tiled if tiled <= _MOST_BLOCK_TOKENS else unit
     block_tokens, most = unit, max(_MOST_BLOCK_TOKENS, unit)
@@ -69,22 +74,42 @@ def _block_tokens(plan: Plan, room_bytes: int) -> int:
     return block_tokens
 
 
+def _unit(layer: LayerShape, shape: ModelShape) -> int:
+    """Return the tokens that blocks of a layer have a multiple of."""
+    if layer.host_format is not Format.DENSE:
+        return layer.host_format.row_tokens
+    rows = [dim * shape.kv_itemsize for dim in (layer.key_dim, layer.value_dim)]
+    units = (DISK_ALIGNMENT_BYTES // math.gcd(DISK_ALIGNMENT_BYTES, row) for row in rows)
+    return math.lcm(*units)
+
+
 def _blocks(plan: Plan, block_tokens: int, room_bytes: int) -> int:
-    """Return the blocks of each layer that there is room for beside the buffers."""
-    left = room_bytes - _buffers_bytes(plan, block_tokens)
-    return max(left // plan.shape.host_kv_bytes(block_tokens, plan.batch), 0)
+    """Return the blocks of each layer that there is room for beside all else."""
+    left = room_bytes - _beside_bytes(plan, block_tokens)
+    return max(left // blocks_bytes(plan.shape, block_tokens, block_tokens, plan.batch), 0)
+
+
+def _beside_bytes(plan: Plan, block_tokens: int) -> int:
+    """Return the host memory beside blocks: buffers, and pages that do not pack."""
+    return _buffers_bytes(plan, block_tokens) + plan.raw_page_bytes
 
 
 def _buffers_bytes(plan: Plan, block_tokens: int) -> int:
-    """Return the bytes of all buffers: a tile each, whose heads begin where the disk's do."""
-    itemsize, tokens = plan.shape.kv_itemsize, min(plan.tile_tokens, block_tokens)
+    """Return the bytes of all buffers: a tile each, by whole alignments of each head."""
+    shape, tokens = plan.shape, min(plan.tile_tokens, block_tokens)
 
-    def slot_bytes(dim: int) -> int:  # an alignment more, where a tile begins behind one
-        return (-(-tokens * dim * itemsize // ALIGNMENT_BYTES) + 1) * ALIGNMENT_BYTES
+    def part_bytes(layer: LayerShape, dim: int) -> int:
+        form = layer.host_format
+        rows, heads = form.rows(covering_tokens(form, tokens)), min(plan.tile_heads, layer.kv_heads)
+        size = block_bytes(rows * form.row_bytes(dim, shape.kv_itemsize))
+        # A tile that begins behind an alignment takes one more. Packed heads do so, each elsewhere:
+        # what lies between two of them is up to three.
+        apart = 1 if form is Format.DENSE else 3
+        heads *= plan.batch
+        return heads * size + ((heads - 1) * apart + 1) * DISK_ALIGNMENT_BYTES
 
     tiles = [
-        min(plan.tile_heads, layer.kv_heads)
-        * (slot_bytes(layer.key_dim) + slot_bytes(layer.value_dim))
-        for layer in plan.shape.kinds_of_full_layers
+        part_bytes(layer, layer.key_dim) + part_bytes(layer, layer.value_dim)
+        for layer in shape.kinds_of_full_layers
     ]
-    return READS * plan.batch * max(tiles)
+    return READS * max(tiles)

@@ -33,6 +33,9 @@ KEYS_AND_VALUES = 2
 ALIGNMENT_BYTES = 256
 """Every piece of the arena starts on such a boundary: what fused kernels and copy engines like."""
 
+DISK_ALIGNMENT_BYTES = 4096
+"""What reads and writes past the page cache begin at, and are multiples of."""
+
 CUDA_OUTSIDE_BYTES = 768 * 2**20
 """What CUDA's context and the handles of its libraries take beside torch's allocator.
 
@@ -65,6 +68,17 @@ _POSITION_BYTES = 8
 def aligned(num_bytes: int) -> int:
     """Return a size rounded up to whole alignments."""
     return -(-num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+
+def block_bytes(num_bytes: int) -> int:
+    """Return the bytes of a block of host memory above a disk: rounded up to what is written."""
+    return -(-num_bytes // DISK_ALIGNMENT_BYTES) * DISK_ALIGNMENT_BYTES
+
+
+def blocks_bytes(shape: ModelShape, tokens: int, block_tokens: int, batch: int) -> int:
+    """Return the bytes of the blocks of all offloaded layers that have so many tokens."""
+    each = (layer.host_bytes(block_tokens, shape.kv_itemsize) for layer in shape.full_layers)
+    return -(-tokens // block_tokens) * sum(block_bytes(batch * size) for size in each)
 
 
 def runtime_bytes(device: str) -> int:

@@ -124,9 +124,9 @@ class Plan:
         It holds the resident ones too, so that they can be given up without a copy.
         """
         if self.disk_block_tokens:
-            blocks = min(-(-tokens // self.disk_block_tokens), self.disk_host_blocks)
-            held = self.shape.host_kv_bytes(blocks * self.disk_block_tokens, self.batch)
-            return held + self.disk_buffers_bytes
+            tokens = min(tokens, self.disk_host_blocks * self.disk_block_tokens)
+            held = memory.blocks_bytes(self.shape, tokens, self.disk_block_tokens, self.batch)
+            return held + self.disk_buffers_bytes + self.raw_page_bytes
         return self.shape.host_kv_bytes(tokens, self.batch) + self.raw_page_bytes
 
     def disk_tokens(self, tokens: int) -> int:
@@ -198,8 +198,8 @@ class Plan:
                 f"{format_bytes(self.kv_host_bytes(self.context_tokens))}"
             )
             if below := self.disk_tokens(self.context_tokens):
-                size = format_bytes(self.shape.host_kv_bytes(below, self.batch))
-                yield f"the oldest {format_tokens(below)} tokens on disk: {size}"
+                size = memory.blocks_bytes(self.shape, below, self.disk_block_tokens, self.batch)
+                yield f"the oldest {format_tokens(below)} tokens on disk: {format_bytes(size)}"
 
     def _sizes_lines(self) -> Iterator[str]:
         """Yield what passes at once."""
