@@ -15,6 +15,8 @@ from tiny_models import VOCAB, random_tokens, tiny_model
 
 TOKENS = 1001
 MEMORY = {"device": "simulated", "device_memory": "32MiB"}
+ONE_CHUNK = 4096
+"""Chunks of one size: what an assistant leaves could go to larger ones instead."""
 
 
 def weights_bytes(model: torch.nn.Module) -> int:
@@ -36,10 +38,12 @@ def plan_with(assistant: Any, tokens: int = TOKENS, **options: Any) -> Any:
 @pytest.mark.parametrize("name", ["llama3", "gemma3"])
 def test_an_assistant_takes_of_the_memory_that_was_given(name: str) -> None:
     assistant = tiny_model(name)
-    most, taken = plan_with(None), plan_with(assistant).assistant
+    most = plan_with(None, chunk_tokens=ONE_CHUNK)
+    taken = plan_with(assistant, chunk_tokens=ONE_CHUNK).assistant
     assert most.resident_tokens == TOKENS
     given = most.total_device_bytes + taken.total_bytes - most.resident_bytes // 2
-    alone, beside = (plan_with(each, device_memory=f"{given}B") for each in (None, assistant))
+    options = {"device_memory": f"{given}B", "chunk_tokens": ONE_CHUNK}
+    alone, beside = (plan_with(each, **options) for each in (None, assistant))
     assert beside.assistant == taken
     assert beside.assistant.weights_bytes == weights_bytes(assistant)
     cache = DynamicCache(config=assistant.config)
