@@ -62,16 +62,15 @@ class _Hold:
 
     def end(self) -> None:
         """Have it go on."""
-        if self._until_s:
+        with self._changed:
             self._until_s = 0.0
-            with self._changed:
-                self._changed.notify_all()
+            self._changed.notify_all()
 
     def wait(self) -> None:
         """Block the importing thread while it is held up."""
-        while (left_s := self._until_s - time.monotonic()) > 0:
-            with self._changed:
-                self._changed.wait(min(left_s, 0.05))
+        with self._changed:
+            while (left_s := self._until_s - time.monotonic()) > 0:
+                self._changed.wait(left_s)
 
 
 _hold = _Hold()
