@@ -48,6 +48,8 @@ def test_a_process_that_ends_meanwhile_waits_for_one_module_at_most(tmp_path: Pa
 import sys
 sys.path.insert(0, {str(tmp_path)!r})
 from headinfer.integration import compiler
+from headinfer.device import launches as module
+launches = module.launches
 compiler._MODULES = ("slow", "unwanted")
 compiler.begin_import()
 """
@@ -60,6 +62,8 @@ def test_other_threads_wait_little_for_the_interpreter_meanwhile(tmp_path: Path)
 import sys
 sys.path.insert(0, {str(tmp_path)!r})
 from headinfer.integration import compiler
+from headinfer.device import launches as module
+launches = module.launches
 compiler._MODULES = ("noting",)
 before = sys.getswitchinterval()
 compiler.begin_import().join()
@@ -74,6 +78,8 @@ def test_an_interval_that_the_caller_sets_meanwhile_stays(tmp_path: Path) -> Non
 import sys
 sys.path.insert(0, {str(tmp_path)!r})
 from headinfer.integration import compiler
+from headinfer.device import launches as module
+launches = module.launches
 compiler._MODULES = ("setting",)
 compiler.begin_import().join()
 print(sys.getswitchinterval())
@@ -85,6 +91,8 @@ HELD = """
 import sys, threading, time
 sys.path.insert(0, {folder!r})
 from headinfer.integration import compiler
+from headinfer.device import launches as module
+launches = module.launches
 compiler._MODULES = ("first", "second")
 """
 
@@ -102,7 +110,7 @@ def test_it_is_held_up_while_a_prompt_is_launched(two_modules: str) -> None:
     code = (
         two_modules
         + """
-with compiler.import_held(is_prompt=True):
+with launches.under_way():
     thread = compiler.begin_import()
     time.sleep(0.5)
     print("launched", flush=True)
@@ -119,17 +127,16 @@ def test_it_goes_on_beside_steps_and_what_takes_long(two_modules: str) -> None:
     code = (
         two_modules
         + """
-compiler._LONGEST_HOLD_S = 0.3
+module._LONGEST_S = 0.3
 compiler.await_import()
 print("nothing to wait for", flush=True)
-with compiler.import_held(is_prompt=False):
-    compiler.begin_import()
-    compiler.await_import()
-    print("step")
+compiler.begin_import()
+compiler.await_import()
+print("step")
 compiler.begin_import.cache_clear()
 compiler._MODULES = ("third",)
 open(sys.path[0] + "/third.py", "w").write("print('third', flush=True)")
-with compiler.import_held(is_prompt=True):
+with launches.under_way():
     compiler.begin_import().join()
     print("prompt")
 """
@@ -142,7 +149,7 @@ def test_what_others_import_meanwhile_is_not_held_up(two_modules: str) -> None:
     code = (
         two_modules
         + """
-with compiler.import_held(is_prompt=True):
+with launches.under_way():
     thread = compiler.begin_import()
     time.sleep(0.2)
     import second

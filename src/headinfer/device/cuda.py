@@ -16,6 +16,7 @@ from headinfer.device.cuda_graph import CudaCapture
 from headinfer.device.cuda_stream import CudaEvent, CudaStream
 from headinfer.device.host_memory import available_host_bytes
 from headinfer.device.host_pages import Pieces, commit, map_pages
+from headinfer.device.launches import launches
 from headinfer.device.regions import Region, SpareRegions
 from headinfer.device.together import Together
 from headinfer.errors import MemoryPlanError, OptionError
@@ -78,6 +79,7 @@ def _locked(torch_device: torch.device, num_bytes: int) -> Region:
     storage = tensor.untyped_storage()
     address = storage.data_ptr()
     cudart: Any = torch.cuda.cudart()
+    launches.wait()  # nothing can be launched while the driver locks memory
     with torch.cuda.device(torch_device):
         status = int(cudart.cudaHostRegister(address, storage.nbytes(), 0))
     if status != _CUDA_SUCCESS:
@@ -135,7 +137,10 @@ class CudaDevice:
         Raises:
             MemoryPlanError: the system refuses to map or to lock that much.
         """
-        return self._pieces.take(num_bytes)
+        with (
+            launches.paused()
+        ):  # or whoever locks memory would wait for this thread, and it for them
+            return self._pieces.take(num_bytes)
 
     def host_ahead(self, num_bytes: int) -> HostMemory:
         """Have host memory committed and locked by a thread of its own; see `host_empty`."""

@@ -6,6 +6,7 @@ notice. The instance's calls come to us first, through a `forward` of its own. D
 both.
 """
 
+import contextlib
 import itertools
 import logging
 import threading
@@ -17,6 +18,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from headinfer.device.launches import launches
 from headinfer.engine.ending import uninterrupted
 from headinfer.errors import CacheStateError, DiskError, MemoryPlanError, UnsupportedModelError
 from headinfer.integration.attention import AttentionFunctions
@@ -24,7 +26,6 @@ from headinfer.integration.cache import OffloadedCache
 from headinfer.integration.calls import cache_name, named_arguments, new_shape
 from headinfer.integration.capture import CapturedSteps
 from headinfer.integration.chunking import Chunking
-from headinfer.integration.compiler import import_held
 from headinfer.integration.configs import OwnCacheKind, SwappedConfigs
 from headinfer.integration.disk_below import take_back_failed
 from headinfer.integration.forward import InstanceForward
@@ -206,7 +207,10 @@ class Attachment:
             watchers = () if cache.state.drafting else tuple(cache.watchers)
             for watcher in watchers:
                 watcher.begin()
-            with import_held(is_prompt=shape[1] > MAX_ASKED_TOKENS):
+            is_prompt = (
+                shape[1] > MAX_ASKED_TOKENS
+            )  # steps are launched beside whatever else goes on
+            with launches.under_way() if is_prompt else contextlib.nullcontext():
                 arguments = call.begin(arguments)
                 with self._linears.on(shape[0] * shape[1]):
                     output = self._captures.run(forward, cache, arguments, shape[1])

@@ -2,11 +2,12 @@
 
 It begins while the device computes the last chunk of a long prompt, and else with the first step.
 Before, it would compete with the caller's thread for the interpreter, and first tokens would come
-later: also those of prompts without any step.
+later: also those of prompts without any step. For the same reason it stops, between two modules,
+while a prompt is launched.
 
 Measured beside an H100: the second token of a process took 7.9 s, and 1.2 s where the compiler had
 been imported. With an import behind each prompt's only chunk, the four next prompts of 1K tokens
-took 0.6 to 1.8 s instead of 0.13.
+took 0.6 to 1.8 s instead of 0.13. A prompt of 1K took 1.1 s beside the import, and 0.07 without.
 """
 
 import contextlib
@@ -19,6 +20,8 @@ import threading
 import time
 import types
 from collections.abc import Iterator, Sequence
+
+from headinfer.device.launches import launches
 
 _THREAD = "headinfer-compiler-import"
 
@@ -45,62 +48,12 @@ Measured beside an H100: chunks took 1.2 to 1.8 s to launch while the compiler w
 """
 
 
-_LONGEST_HOLD_S = 1.0
-"""Seconds that the import is held up by one chunk, which may itself need what is being imported."""
-
-
-class _Hold:
-    """A wish of those who launch a prompt that the import goes on later."""
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._until_s = 0.0
-
-    def renew(self) -> None:
-        """Hold the import up from now on, for a while."""
-        self._until_s = time.monotonic() + _LONGEST_HOLD_S
-
-    def end(self) -> None:
-        """Have it go on."""
-        with self._changed:
-            self._until_s = 0.0
-            self._changed.notify_all()
-
-    def wait(self) -> None:
-        """Block the importing thread while it is held up."""
-        with self._changed:
-            while (left_s := self._until_s - time.monotonic()) > 0:
-                self._changed.wait(left_s)
-
-
-_hold = _Hold()
-
-
-@contextlib.contextmanager
-def import_held(*, is_prompt: bool) -> Iterator[None]:
-    """Hold an import under way up, between two modules, while a prompt is launched.
-
-    Measured beside an H100: a prompt of 1K tokens took 1.1 s beside the import, and 0.07 without.
-
-    Args:
-        is_prompt: whether it is one. A step goes on beside the import, which it waits for itself.
-    """
-    if not is_prompt:
-        yield
-        return
-    _hold.renew()
-    try:
-        yield
-    finally:
-        _hold.end()
-
-
 class _HeldLoader(importlib.machinery.SourceFileLoader):
-    """A loader that has each module wait before it runs, with no lock but the modules' own."""
+    """A loader whose modules wait for launches before they run, with no lock but their own."""
 
     def exec_module(self, module: types.ModuleType) -> None:
         """Run the module's code."""
-        _hold.wait()
+        launches.wait()
         super().exec_module(module)
 
 
@@ -137,8 +90,6 @@ class CompilerImport:
             more: whether another chunk comes. Then it begins where one takes long. Behind the last
                 of several it begins in any case.
         """
-        if more:
-            _hold.renew()
         now_s = time.monotonic()
         before_s, self._launched_s = self._launched_s, now_s if more else None
         if before_s is not None and not (more and now_s - before_s < _LONG_CHUNK_S):

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from headinfer.device.base import Mark
+from headinfer.device.launches import launches
 from headinfer.engine.busy import BusyTimes
 from headinfer.engine.stats import Stats
 from headinfer.errors import CacheStateError
@@ -281,7 +282,8 @@ class ServedCall:
         early = self._owner.ranks.size == 1  # else what hears of it may wait for other ranks
         while chunks and (len(chunks) > begun or (early and chunks[0][0].reached)):
             mark, done_tokens = chunks.pop(0)
-            mark.wait()
+            with launches.paused():
+                mark.wait()
             self._report(done_tokens, all_tokens)
 
     def _report(self, done_tokens: int, all_tokens: int) -> None:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 from headinfer.device.base import Device, HostMemory
+from headinfer.device.launches import launches
 from headinfer.errors import MemoryPlanError
 from headinfer.kv.extent import Extent, Piece, copy_rows
 from headinfer.kv.pair import Geometry
@@ -62,7 +63,9 @@ class Coming:
             return None
         asked = self._asked[0]
         try:
-            extent = Extent(Piece(asked.memory.result()), geometry, asked.tokens, start)
+            with launches.paused():  # which it waits for
+                memory = asked.memory.result()
+            extent = Extent(Piece(memory), geometry, asked.tokens, start)
         except MemoryPlanError:
             self.cancel()
             raise
