@@ -8,7 +8,7 @@ import pytest
 from bench_parts import MACHINE, FakeLauncher, NoProgress, bench_spec, trial_result
 from typer.testing import CliRunner
 
-from headinfer.bench import child
+from headinfer.bench import child, trial
 from headinfer.bench.bound import Rates, Work, bound
 from headinfer.bench.document import Results
 from headinfer.bench.launch import FreshProcesses
@@ -23,6 +23,7 @@ from headinfer.bench.trial import attempt
 from headinfer.cli import bench
 from headinfer.cli.bench_options import run_spec
 from headinfer.errors import OptionError
+from headinfer.plan.hardware import DiskRate
 from headinfer.plan.options import Options
 from headinfer.probe import disk
 
@@ -85,7 +86,29 @@ def test_rows_say_what_the_disk_takes_at_least(tmp_path: Path) -> None:
     assert next(iter(without.run())).disk_read_bytes is None
 
 
-def test_a_trial_tells_what_its_steps_read(tmp_path: Path) -> None:
+def test_the_fastest_that_a_disk_was_seen_to_read_is_the_bound(tmp_path: Path) -> None:
+    def behind(per_s: float) -> Row:
+        rows = rows_above(
+            spec_above(tmp_path),
+            lambda bounded: replace(measured(bounded), disk_read_bytes_per_s=per_s),
+        )
+        return rows[1]
+
+    assert behind(1e9).disk_bound_s == pytest.approx(0.25)
+    assert behind(8e9).disk_bound_s == pytest.approx(0.125)
+    assert behind(8e9).bound_fraction == pytest.approx(0.25)
+
+
+def test_a_trial_tells_what_its_steps_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rate = DiskRate(
+        disk="",
+        date="",
+        direct=True,
+        read_bytes_per_s=6e9,
+        best_read_bytes_per_s=7e9,
+        write_bytes_per_s=1e9,
+    )
+    monkeypatch.setattr(trial, "measure_disk", lambda folder, quick: rate)
     spec = spec_above(tmp_path)
     settings = Options.parse(
         device="simulated",
@@ -94,14 +117,13 @@ def test_a_trial_tells_what_its_steps_read(tmp_path: Path) -> None:
         host_memory="640KiB",
         disk_cache=str(tmp_path),
     )
-    trial = replace(
-        replace(spec, settings=settings, new_tokens=1).trial(spec.variants[1], 1024),
-    )
-    result = attempt(trial)
+    bounded = replace(spec, settings=settings, new_tokens=1).trial(spec.variants[1], 1024)
+    result = attempt(bounded)
     assert isinstance(result, TrialResult), result
     assert result.disk_read_bytes == result.kv_disk_bytes > 0
     assert result.kv_host_bytes <= 640 * 2**10
     assert result.streamed_kv_bytes >= result.disk_read_bytes
+    assert result.disk_read_bytes_per_s == 7e9
 
 
 def test_a_disk_that_cannot_be_measured_is_refused_in_one_line(

@@ -80,6 +80,7 @@ class TrialResult:
         parts: what each GPU has to do with the KV, where the model is spread over several.
         kv_disk_bytes: KV bytes on a disk below host memory at the end.
         disk_read_bytes: KV bytes that a decode step reads from it.
+        disk_read_bytes_per_s: the rate of its disk right behind the steps; 0 where there is none.
     """
 
     device: str
@@ -113,6 +114,7 @@ class TrialResult:
     parts: tuple[HeldPart, ...] = ()
     kv_disk_bytes: int = 0
     disk_read_bytes: int = 0
+    disk_read_bytes_per_s: float = 0.0
 
 
 def to_json(outcome: TrialResult | TrialFailure) -> dict[str, Any]:

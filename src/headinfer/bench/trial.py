@@ -40,6 +40,7 @@ from headinfer.errors import (
 )
 from headinfer.integration.compiler import await_import
 from headinfer.integration.model_shape import model_shape
+from headinfer.probe.disk import measure_disk
 from headinfer.units import format_bytes
 
 _WARM_UP_TOKENS = 512
@@ -189,6 +190,10 @@ def run_trial(spec: TrialSpec) -> TrialResult:
         first_prefill_s = _warm_up(spec, method, _Run(method, devices), tokens)
         with limit_host(spec.method, spec.settings, device, weights_bytes):
             result = _measure(spec, method, model, tokens, devices)
+    folder = spec.settings.disk_cache
+    if folder is not None and result.disk_read_bytes:  # now that the steps' file is gone
+        rate = measure_disk(folder, quick=False).best_read_bytes_per_s
+        result = replace(result, disk_read_bytes_per_s=rate)
     return replace(
         result,
         note="; ".join(filter(None, (result.note, model_note))),
