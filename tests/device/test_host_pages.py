@@ -80,12 +80,11 @@ def test_where_a_region_cannot_be_had_the_piece_is() -> None:
         pieces.take(5 * MIB)
 
 
-@pytest.mark.parametrize("threads", [0, 1, 3])
 @pytest.mark.parametrize("num_bytes", [0, 1, 4097, 50 * MIB + 5])
-def test_memory_that_is_committed_is_there_and_0(num_bytes: int, threads: int) -> None:
+def test_memory_that_is_committed_is_there_and_0(num_bytes: int) -> None:
     memory = map_host_memory(num_bytes)
     before = psutil.Process().memory_info().rss
-    commit(memory, threads)
+    commit(memory)
     grown = psutil.Process().memory_info().rss - before
     assert grown > num_bytes // 2 or num_bytes < MIB
     assert not memory.any()
@@ -105,7 +104,7 @@ def test_where_the_system_commits_nothing_memory_is_written_or_refused(
     memory = map_host_memory(MIB).fill_(1)
     if error == errno.ENOMEM:
         with pytest.raises(MemoryPlanError, match=r"no 1.00 MiB of CPU memory left"):
-            commit(memory, 1)
+            commit(memory)
     else:
-        commit(memory, 1)
+        commit(memory)
         assert not memory.any()

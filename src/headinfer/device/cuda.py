@@ -29,9 +29,6 @@ _HOST_PIECE_BYTES = 256 * 2**20
 
 Locking took 40 ms for 1 GiB beside an H100, and so takes 10 for this."""
 
-_MOST_COMMITTING_THREADS = 4
-"""Threads that commit pages of host memory: few, as another one launches kernels meanwhile."""
-
 _capture_or_synchronize = threading.RLock()
 """A device that is waited for during a capture of another thread's spoils it, and fails itself."""
 
@@ -75,7 +72,7 @@ def _locked(torch_device: torch.device, num_bytes: int) -> Region:
     # 1 GiB took 203 ms so, and 59 ms where all threads had written it.
     pages = map_pages(num_bytes)
     tensor = Region(pages).tensor(num_bytes)
-    commit(tensor, min(torch.get_num_threads() // 4, _MOST_COMMITTING_THREADS))
+    commit(tensor)
     storage = tensor.untyped_storage()
     address = storage.data_ptr()
     cudart: Any = torch.cuda.cudart()
