@@ -4,13 +4,15 @@ import ctypes
 import errno
 import gc
 import weakref
+from pathlib import Path
 
 import psutil
 import pytest
 import torch
 
 from headinfer.device import host_pages
-from headinfer.device.host_pages import Pieces, commit, map_host_memory
+from headinfer.device.host_pages import Pieces, commit, map_host_memory, map_pages
+from headinfer.device.regions import Region
 from headinfer.errors import MemoryPlanError
 
 MIB = 2**20
@@ -108,3 +110,31 @@ def test_where_the_system_commits_nothing_memory_is_written_or_refused(
     else:
         commit(memory)
         assert not memory.any()
+
+
+def large_pages_of(address: int) -> int:
+    """Return the bytes in large pages of the mapping that has an address."""
+    is_mine = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, *rest = line.split()
+        if not first.endswith(":"):
+            begin, end = (int(each, 16) for each in first.split("-"))
+            is_mine = begin <= address < end
+        elif is_mine and first == "AnonHugePages:":
+            return int(rest[0]) * 1024
+    return 0
+
+
+LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(
+    not LARGE_PAGES.exists() or "[madvise]" not in LARGE_PAGES.read_text(),
+    reason="the system does not give large pages where they are asked for",
+)
+@pytest.mark.parametrize("at_once", [True, False])
+def test_what_is_committed_at_once_has_large_pages(at_once: bool) -> None:
+    memory = Region(map_pages(8 * MIB, at_once=at_once)).tensor(8 * MIB)
+    commit(memory)
+    large = large_pages_of(memory.data_ptr())
+    assert 6 * MIB <= large <= 8 * MIB if at_once else not large

@@ -70,7 +70,7 @@ def _locked(torch_device: torch.device, num_bytes: int) -> Region:
     """
     # Committed before, because locking commits pages one by one, in the driver: beside an H100
     # 1 GiB took 203 ms so, and 59 ms where all threads had written it.
-    pages = map_pages(num_bytes)
+    pages = map_pages(num_bytes, at_once=True)
     tensor = Region(pages).tensor(num_bytes)
     commit(tensor)
     storage = tensor.untyped_storage()

@@ -24,6 +24,8 @@ _LEAST_LARGE_BYTES = 32 * 2**20
 """Smaller regions have small pages. A large page is committed whole by its first byte, and what a
 cache grows by is written little by little."""
 
+_LEAST_LARGE_COMMITTED_BYTES = 4 * 2**20
+"""The same for regions that are committed at once: two large pages, wherever they begin."""
 
 _PIECES = 8
 _LARGEST_PIECE_BYTES = 8 * 2**20
@@ -114,13 +116,17 @@ def map_host_memory(num_bytes: int) -> torch.Tensor:
     return Region(map_pages(num_bytes)).tensor(num_bytes)
 
 
-def map_pages(num_bytes: int) -> mmap.mmap:
+def map_pages(num_bytes: int, *, at_once: bool = False) -> mmap.mmap:
     """Return a mapping of pages that the system commits as they are written.
 
     The pages are large where the system grants them.
 
     Measured on a virtual machine, where each miss of the page table costs twice: large pages made
     attention in a decode step 11% faster.
+
+    Args:
+        num_bytes: of it.
+        at_once: whether all of it will be committed before it is used; see `commit`.
 
     Raises:
         MemoryPlanError: the system refuses to map that much.
@@ -131,7 +137,8 @@ def map_pages(num_bytes: int) -> mmap.mmap:
         raise MemoryPlanError(
             f"cannot map {format_bytes(num_bytes)} of CPU memory: {error}"
         ) from error
-    if num_bytes >= _LEAST_LARGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
+    least = _LEAST_LARGE_COMMITTED_BYTES if at_once else _LEAST_LARGE_BYTES
+    if num_bytes >= least and hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # not every kernel has them
             region.madvise(mmap.MADV_HUGEPAGE)
     return region

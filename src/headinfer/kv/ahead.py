@@ -6,13 +6,13 @@ _LEAST_GROWTH_TOKENS = 256
 _GROWTH_DIVISOR = 8
 """Host memory that nobody reserved grows by an eighth, so at most 12.5% of a cache is unused."""
 
-_FIRST_CHUNKS = 2
-_PIECE_GROWTH = 3
-"""Tokens of a piece for each token of the pieces before it. A layer has few pieces then, and tiles,
-which never cross pieces, are hardly more than without.
+_PIECE_DIVISOR = 2
+"""A piece has half as many tokens as all before it, or those of a chunk. So a layer has few pieces,
+and few tiles, which never cross pieces. Yet no chunk waits long for memory that later ones fill.
 
-An H100's host locks a token in a quarter of the time that the first chunks take to compute it. So
-the pieces of all layers are there in time, each got while those before it are filled.
+Measured beside H100s: to commit and lock 1 GiB takes some 0.2 s, in which one computes as much KV
+of Llama-3-8B. With pieces of three times all before them, the third of 13 chunks took 1.1 s to
+launch, and later ones took 0.1.
 """
 
 
@@ -39,13 +39,13 @@ def pieces_ahead(
 
     Args:
         tokens: of all pieces.
-        chunk_tokens: of a prefill chunk; the first piece is for a few.
+        chunk_tokens: of a prefill chunk, for which the first piece is.
         tile_tokens: of a tile. Pieces grow to this size at least.
         most_tokens: of a piece otherwise.
     """
     most, done = max(most_tokens, tile_tokens), 0
     while done < tokens:
-        piece = min(_PIECE_GROWTH * done or _FIRST_CHUNKS * chunk_tokens, most)
+        piece = min(max(done // _PIECE_DIVISOR, chunk_tokens), most)
         if tokens - done - piece < chunk_tokens:
             piece = tokens - done  # what would be left is not worth a piece
         yield piece
