@@ -1,12 +1,15 @@
 """Prompts whose host memory is got in the background, a piece at a time, while they pass."""
 
 import threading
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 import torch
 
 import headinfer
+from headinfer.device import launches as launches_module
+from headinfer.device.launches import launches
 from headinfer.device.simulated import SimulatedDevice
 from headinfer.errors import MemoryPlanError
 from headinfer.integration.calls import cache_argument
@@ -107,3 +110,32 @@ def test_memory_that_is_refused_in_the_background_fails_the_call_that_needs_it()
         prompt = random_tokens(1, 150)
         found = model(prompt, **cache_argument(model, cache)).logits
     torch.testing.assert_close(found, model(prompt).logits, rtol=1e-4, atol=1e-5)
+
+
+class Polite(Background):
+    """Gets host memory while no prompt is launched, as the driver would hold that up."""
+
+    def __init__(self, *, seed: int = 0) -> None:
+        super().__init__(seed=seed)
+        self.alone: list[bool] = []
+
+    def _get(self, num_bytes: int, held: bool) -> torch.Tensor:
+        began_s = time.monotonic()
+        launches.wait()
+        self.alone.append(time.monotonic() - began_s < 10)
+        return super()._get(num_bytes, held)
+
+
+def test_memory_is_got_while_the_prompt_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launches_module, "_LONGEST_S", 20.0)
+    model, prompt = shared_model("llama3"), random_tokens(2, 101)
+    wanted = model(prompt).logits
+    device = Polite(seed=3)
+    with headinfer.attach(
+        model, device="simulated", simulated_device=device, chunk_tokens=7, tile_tokens=5
+    ) as offload:
+        cache = offload.new_cache()
+        found = model(prompt, **cache_argument(model, cache)).logits
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    assert len(device.alone) == len(device.asked)
+    assert all(device.alone), "the prompt did not pause"

@@ -252,7 +252,8 @@ def times_table(results: Results) -> str:
     variants = [each for each in results.spec.variants if any(row.variant == each for row in rows)]
     lines = [f"| context | {' | '.join(map(name, variants))} |"]
     lines.append(f"|---:|{'---:|' * len(variants)}")
-    for tokens in results.spec.contexts:
+    measured = {row.context_tokens for row in rows}
+    for tokens in [each for each in results.spec.contexts if each in measured]:
         cells = [_cell(by_place.get((each, tokens)), results) for each in variants]
         lines.append(f"| {format_tokens(tokens)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
