@@ -71,6 +71,8 @@ def drafted(
     """
     model, assistant = tiny_model("llama3"), tiny_model("llama3")
     assistant.load_state_dict(model.state_dict())
+    settings: dict[str, Any] = {"tokenizer": TOKENIZER, "max_new_tokens": tokens}
+    plain = [record.text for record in headinfer.generate(model, PROMPT, **settings)]
     numbers: list[int] = []
 
     def passes(_layer: Any, given: tuple[torch.Tensor], _output: Any) -> None:
@@ -86,10 +88,9 @@ def drafted(
 
     model.get_input_embeddings().register_forward_hook(passes)
     assistant.register_forward_hook(drafts, with_kwargs=True)
-    records = headinfer.generate(
-        model, PROMPT, tokenizer=TOKENIZER, assistant=assistant, max_new_tokens=tokens
-    )
-    *_, last = records
+    records = list(headinfer.generate(model, PROMPT, assistant=assistant, **settings))
+    assert "".join(record.text for record in records) == "".join(plain)
+    last = records[-1]
     assert last.drafted_tokens == sum(numbers[1:])
     assert last.verifications == sum(number > 0 for number in numbers[1:])
     return numbers[1:-1]  # without the prompt, and the end, where fewer are left

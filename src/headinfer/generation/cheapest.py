@@ -28,8 +28,8 @@ def best_number(
     Args:
         draft_s: seconds of drafting one token.
         pass_s: seconds of passes that verified so many drafts; that of none must be there. Passes
-            between two of them are taken to lie on a line. Longer ones are taken to go on as from
-            the last but one that verified drafts to the last, or as from the pass without drafts.
+            between two of them are taken to lie on a line. Longer ones go on like the last two that
+            verified drafts; where there is one, like that and the pass without.
         acceptance: probability that a draft is accepted if those before it were.
         numbers: to choose from.
         now: how many were drafted last.
