@@ -45,6 +45,19 @@ def test_a_record_is_replayed_and_the_logits_are_the_references() -> None:
     assert TrialSpec.from_json(spec("drafts").to_json()) == spec("drafts")
 
 
+def test_as_many_drafts_are_replayed_as_auto_takes_at_the_most() -> None:
+    replay = Replay.parse("9/15")
+    reference, result = (
+        run_trial(spec(name, replay=replay, new_tokens=20)) for name in ("standard", "drafts")
+    )
+    verdict = compare(
+        reference, result, dtype="float32", layers=MODEL.layers, context_tokens=CONTEXT
+    )
+    assert verdict.passed, verdict.reason
+    assert verdict.tokens == 20
+    assert result.accepted_per_verify == 9.0
+
+
 def test_drafts_need_a_record() -> None:
     failure = attempt(spec("drafts", replay=None))
     assert isinstance(failure, TrialFailure)

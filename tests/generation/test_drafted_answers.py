@@ -57,15 +57,17 @@ def like(model: PreTrainedModel, name: str, noise: float = 0.05) -> PreTrainedMo
     return assistant
 
 
-def drafters(name: str, model: PreTrainedModel) -> dict[str, dict[str, Any]]:
+def drafters(name: str, model: PreTrainedModel, drafts: int = 4) -> dict[str, dict[str, Any]]:
     return {
-        "lookup": {"prompt_lookup_num_tokens": 5, "draft": 5},
-        "assistant": {"assistant": like(model, name), "draft": 4},
-        "itself": {"draft": 4},
+        "lookup": {"prompt_lookup_num_tokens": drafts + 1, "draft": drafts + 1},
+        "assistant": {"assistant": like(model, name), "draft": drafts},
+        "itself": {"draft": drafts},
     }
 
 
-def check_same(name: str, seeds: range, device: dict[str, Any], **settings: Any) -> int:
+def check_same(
+    name: str, seeds: range, device: dict[str, Any], drafts: int = 4, **settings: Any
+) -> int:
     """Compare answers with those without drafts; return how many drafts were accepted."""
     model = tiny_model(name)
     accepted = 0
@@ -73,7 +75,7 @@ def check_same(name: str, seeds: range, device: dict[str, Any], **settings: Any)
         for seed in seeds:
             ids = prompt(seed + 1)
             text, plain = answer(model, ids, seed, draft="off", **settings)
-            for own in drafters(name, model).values():
+            for own in drafters(name, model, drafts).values():
                 drafted, last = answer(model, ids, seed, **settings, **own)
                 assert drafted == text
                 found_none = name in WINDOWED or "prompt_lookup_num_tokens" in own
@@ -88,6 +90,13 @@ def test_an_answer_is_the_one_without_drafts(settings: str) -> None:
     assert check_same("llama3", range(1), {"device": "cpu"}, **SETTINGS[settings]) > 4
 
 
+@pytest.mark.parametrize(("name", "chunk_tokens"), [("llama3", 16), ("gemma3", 8)])
+def test_as_many_drafts_as_auto_takes_at_the_most(name: str, chunk_tokens: int) -> None:
+    """The pass that verifies them is a whole chunk, or two."""
+    device = SMALL | {"chunk_tokens": chunk_tokens}
+    assert check_same(name, range(1), device, 15, max_new_tokens=40) > 4
+
+
 @pytest.mark.parametrize("name", ["gemma3"])
 def test_windows_take_drafts_back(name: str) -> None:
     assert check_same(name, range(1), SMALL, **SETTINGS["warped"], max_new_tokens=20) > 4
@@ -98,13 +107,15 @@ def test_windows_take_drafts_back(name: str) -> None:
 @pytest.mark.parametrize("name", sorted({*ARCHITECTURES} - RECURRENT))
 def test_answers_of_all_architectures(name: str, settings: str) -> None:
     for device in ({"device": "cpu"}, SMALL):
-        check_same(name, range(3), device, **SETTINGS[settings], max_new_tokens=60)
+        for seeds, number in ((range(2), 4), (range(2, 4), 15)):
+            check_same(name, seeds, device, number, **SETTINGS[settings], max_new_tokens=60)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_answers_of_many_seeds(settings: str) -> None:
-    check_same("llama3", range(200), {"device": "cpu"}, **SETTINGS[settings])
+    check_same("llama3", range(0, 200, 2), {"device": "cpu"}, **SETTINGS[settings])
+    check_same("llama3", range(1, 200, 2), {"device": "cpu"}, 15, **SETTINGS[settings])
 
 
 class StopAt(StoppingCriteria):

@@ -5,7 +5,8 @@ import itertools
 
 import pytest
 
-from headinfer.generation.pace import MeasuredPace, best_number, expected_tokens
+from headinfer.generation.cheapest import best_number, expected_tokens
+from headinfer.generation.pace import MeasuredPace
 
 
 @pytest.mark.parametrize(
@@ -56,6 +57,23 @@ def test_times_between_known_ones_lie_on_a_line() -> None:
     assert best_number(0, {0: 100, 8: 100, 9: 1000}, 1.0, range(10)) == 8
     assert best_number(0, {0: 100, 2: 100, 4: 1000}, 1.0, range(4)) == 2
     assert expected_tokens(3, 0.5) == 1.875
+
+
+def test_longer_passes_go_on_as_those_with_drafts_did() -> None:
+    """The step without drafts may be captured, or attended by other kernels."""
+    assert best_number(1, {0: 50, 1: 100, 3: 104}, 0.9, range(16)) == 15
+    assert best_number(1, {0: 50, 1: 52, 3: 150}, 0.9, range(16)) == 1
+    assert best_number(1, {0: 50, 1: 100}, 0.9, range(16)) == 0, "nothing else is known of a draft"
+
+
+def test_a_captured_step_keeps_no_drafts_from_being_tried() -> None:
+    """It is one launch, and passes with drafts take three times as long, however many they have."""
+    pace = MeasuredPace(15, 1)
+    run = Run(pace, draft_s=5, step_s=50, rate=0.95)
+    run.go(5)
+    run.step_s = 150
+    assert run.go(5) == [1] * 5
+    assert run.go(15)[-1] == 15
 
 
 class Run:

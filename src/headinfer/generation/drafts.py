@@ -13,13 +13,16 @@ from headinfer.integration.rotary import rotary_modules_by_length
 from headinfer.integration.said import SaidOnce
 from headinfer.integration.support import layer_kind
 from headinfer.plan.shape import LayerKind
+from headinfer.schedule.route import MAX_ASKED_TOKENS
 from headinfer.session import Session
 
 _logger = logging.getLogger(__name__)
 _said = SaidOnce(_logger)
 
-_AUTO_MOST = 16
-"""Drafts of one verification at the most, where nobody says how many."""
+_AUTO_MOST = MAX_ASKED_TOKENS - 1
+"""Drafts of one verification at the most, where nobody says how many.
+
+The CPU takes no part in longer passes, and they are not captured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

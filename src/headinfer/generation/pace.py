@@ -8,10 +8,11 @@ there is none.
 import collections
 import contextlib
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Literal, Protocol
 
 from headinfer.errors import OptionError
+from headinfer.generation.cheapest import number_to_try
 
 Number = int | Literal["auto", "off"]
 """Tokens to draft at a time, as users say it."""
@@ -20,9 +21,6 @@ _LOOKUP = "prompt_lookup_num_tokens"
 
 MOST_DRAFTED = 31
 """Drafts of one verification at the most: more new tokens in a pass count as a prompt."""
-
-_MARGIN = 1.05
-"""Gain below which drafting is not worth its uncertainty."""
 
 _NUMBERS = (0, 1, 2, 3, 5, 7, 11, 15, 23, 31)
 """Drafts to choose from. A pass that comes again with as many tokens is captured, and few are."""
@@ -44,6 +42,10 @@ _PAUSE, _LONGEST_PAUSE = 32, 1024
 
 _FORGOTTEN = 0.9
 """Weight of acceptance that a verification leaves to what was before it."""
+
+_MOST_REMEMBERED = 32
+"""Drafts that acceptance is remembered of at the most. Many drafts that were right would otherwise
+outweigh all the few that a verification tells of where most are wrong."""
 
 _PRIOR_TRIED, _PRIOR_ACCEPTED = 2.0, 1.4
 """Drafts that are taken to have been tried and accepted before any was."""
@@ -118,62 +120,6 @@ def drafts_itself(
             f"out, or give {spelled('assistant')}"
         )
     return itself
-
-
-def expected_tokens(drafts: int, acceptance: float) -> float:
-    """Return the tokens that a verification gives on average.
-
-    Args:
-        drafts: that are verified.
-        acceptance: probability that a draft is accepted if those before it were.
-    """
-    return sum(acceptance**number for number in range(drafts + 1))
-
-
-def best_number(
-    draft_s: float,
-    pass_s: Mapping[int, float],
-    acceptance: float,
-    numbers: Sequence[int],
-    now: int = 0,
-) -> int:
-    """Return how many tokens to draft for the least time a token.
-
-    Args:
-        draft_s: seconds of drafting one token.
-        pass_s: seconds of passes that verified so many drafts; that of none must be there. Passes
-            between two of them are taken to lie on a line, and longer ones to go on like the first.
-        acceptance: probability that a draft is accepted if those before it were.
-        numbers: to choose from.
-        now: how many were drafted last.
-
-    Returns:
-        One of the numbers; what was drafted last, and else 0, where another one gains less than a
-        twentieth.
-    """
-
-    def token_s(drafts: int) -> float:
-        seconds = drafts * draft_s + _pass_s(pass_s, drafts)
-        return seconds / expected_tokens(drafts, acceptance)
-
-    best_s, best = min((token_s(number), number) for number in numbers)
-    if best_s * _MARGIN >= token_s(0):
-        return 0
-    return now if now in numbers and token_s(now) <= best_s * _MARGIN else best
-
-
-def _pass_s(known: Mapping[int, float], drafts: int) -> float:
-    """Return the seconds of a pass that verifies so many drafts, by those that are known."""
-    if drafts in known:
-        return known[drafts]
-    low = max(number for number in known if number < drafts)
-    above = [number for number in known if number > drafts]
-    if above:
-        high = min(above)
-        share = (drafts - low) / (high - low)
-        return known[low] + share * (known[high] - known[low])
-    slope = max(known[low] - known[0], 0.0) / low if low else 0.0
-    return known[low] + slope * (drafts - low)
 
 
 class Pace(Protocol):
@@ -271,7 +217,7 @@ class MeasuredPace:
     def _best(self, acceptance: float) -> int:
         passes = {number: statistics.median_low(times) for number, times in self._passes.items()}
         draft_s = statistics.median_low(self._drafts)
-        return best_number(draft_s, passes, acceptance, self._numbers, self._now)
+        return number_to_try(draft_s, passes, acceptance, self._numbers, self._now)
 
     def note_draft(self, drafts: int, seconds: float) -> None:
         """Hear how long drafting took."""
@@ -290,5 +236,6 @@ class MeasuredPace:
 
     def note_accepted(self, accepted: int, *, rejected: bool) -> None:
         """Hear how many drafts were accepted, and whether one was rejected behind them."""
-        self._accepted = _FORGOTTEN * self._accepted + accepted
-        self._tests = _FORGOTTEN * self._tests + accepted + rejected
+        weight = min(_FORGOTTEN, _MOST_REMEMBERED / self._tests)
+        self._accepted = weight * self._accepted + accepted
+        self._tests = weight * self._tests + accepted + rejected
