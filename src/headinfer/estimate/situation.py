@@ -6,6 +6,7 @@ from headinfer.errors import MemoryPlanError
 from headinfer.estimate.accounting import Accounting, AccountingKind
 from headinfer.estimate.below import Disk
 from headinfer.plan import memory
+from headinfer.plan.below_host import InBlocks
 from headinfer.plan.format import Format
 from headinfer.plan.hardware import Hardware
 from headinfer.plan.host_room import HostRoom, machine_bytes_for
@@ -199,7 +200,7 @@ class Situation:
                 batch=self.batch,
                 context_tokens=self.context_tokens,
                 hardware=self.hardware,
-                disk_room_bytes=None if self.disk is None else self.host_room_bytes,
+                in_blocks=InBlocks(None if self.disk is None else self.host_room_bytes),
             )
         except MemoryPlanError:
             return self.least_plan()
