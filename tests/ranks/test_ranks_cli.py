@@ -63,7 +63,7 @@ def test_a_disk_that_fails_one_rank_ends_all_with_one_message(folder, tmp_path) 
     assert "exitcode  : 2" in done.stderr
     assert done.stdout == ""
     (line,) = lines_of_ours(done.stderr)
-    assert f"disk_cache '{tmp_path}' has no room for" in line
+    assert f"disk-cache '{tmp_path}' has no room for" in line
 
 
 def test_ranks_that_cannot_share_the_heads_say_so_once(tmp_path) -> None:

@@ -121,6 +121,7 @@ class Situation:
         streaming: for the method whose heads stream in part: the share of them, and what they see.
         host_format: of tokens in host memory under methods of ours; the paper's are dense.
         disk: below host memory under methods of ours; None for no disk.
+        beside: what of the model other GPUs of the process have. Their tokens share host memory.
     """
 
     shape: ModelShape
@@ -135,6 +136,7 @@ class Situation:
     streaming: Options = field(default_factory=lambda: Options(sparsity=PAPERS_SPARSITY))
     host_format: Format = Format.DENSE
     disk: Disk | None = None
+    beside: tuple[ModelShape, ...] = ()
 
     def of_ours(self) -> "Situation":
         """Return the situation of exact methods of ours: with packed tokens where they can be."""
@@ -200,7 +202,7 @@ class Situation:
                 batch=self.batch,
                 context_tokens=self.context_tokens,
                 hardware=self.hardware,
-                in_blocks=InBlocks(None if self.disk is None else self.host_room_bytes),
+                in_blocks=InBlocks(self.host_room_bytes, self.beside) if self.disk else InBlocks(),
             )
         except MemoryPlanError:
             return self.least_plan()
