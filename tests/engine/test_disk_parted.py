@@ -13,6 +13,7 @@ from above_disk import TOKENS, Failing, attached, exercise, small_model
 from headinfer.device.simulated import SimulatedDevice
 from headinfer.errors import CacheStateError, DiskError, MemoryPlanError
 from headinfer.integration.memory_held import held_together
+from headinfer.plan.below_host import disk_read_bytes
 from headinfer.units import parse_bytes
 from parted import spread
 from tiny_models import random_tokens, tiny_model
@@ -77,7 +78,7 @@ def test_memory_is_divided_so_that_layers_keep_as_many_tokens(
     model: PreTrainedModel, tmp_path: Path
 ) -> None:
     with attached(model, tmp_path, MEMORY, spread(0, 1, 1)) as offload:
-        cache = offload.new_cache(TOKENS)
+        cache = offload.new_cache(TOKENS + 2)
         model(random_tokens(1, TOKENS), past_key_values=cache)
         plan, engine = cache.state.engine.plan, cache.state.engine
         first, second = plan.parts
@@ -87,6 +88,11 @@ def test_memory_is_divided_so_that_layers_keep_as_many_tokens(
         assert plan.kv_host_bytes(TOKENS) == engine.host_kv_bytes <= parse_bytes(MEMORY)
         assert "tokens on disk" in str(plan)
         assert offload.stats.bytes_to_disk == plan.disk_bytes(TOKENS)
+        for _ in range(2):  # also what the step before has read ahead
+            before = offload.stats.bytes_from_disk
+            model(random_tokens(1, 1), past_key_values=cache)
+            read_bytes = offload.stats.bytes_from_disk - before
+            assert read_bytes == disk_read_bytes(plan, TOKENS) == plan.disk_bytes(TOKENS)
 
 
 def test_too_little_memory_is_told_for_all_devices_together(

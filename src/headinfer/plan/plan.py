@@ -134,7 +134,7 @@ class Plan:
     def disk_tokens(self, tokens: int) -> int:
         """Tokens of `tokens` in each layer's rows that lie on the disk, once all were sent home.
 
-        Of several devices those that have the most there.
+        Where there are several devices, it is the most that any has there.
         """
         if self.parts:
             return max(part.disk_tokens(tokens) for part in self.parts)
