@@ -34,7 +34,10 @@ def model() -> PreTrainedModel:
     ("layers", "memory", "options"),
     [
         ((0, 1, 1), MEMORY, {}),
-        ((0, 1, 1), "720KiB", {"overlap": False, "resident_tokens": 64}),
+        pytest.param(
+            *((0, 1, 1), "720KiB", {"overlap": False, "resident_tokens": 64}),
+            marks=pytest.mark.slow,
+        ),
         ((1, 0, 2, 0), "1040KiB", {"chunk_tokens": 77}),
     ],
     ids=["two", "in-turn-with-residents", "three-in-another-order"],
@@ -50,7 +53,7 @@ def test_the_same_bits_as_one_device_in_memory(
     assert not os.listdir(tmp_path)  # the file has no name
 
 
-@pytest.mark.parametrize("form", ["packed", "int8"])
+@pytest.mark.parametrize("form", ["packed", pytest.param("int8", marks=pytest.mark.slow)])
 def test_packed_tokens_and_drafts_have_the_same_bits(tmp_path: Path, form: str) -> None:
     model, ids, found = small_model(3).bfloat16(), random_tokens(1, TOKENS), []
     drafts = 96 if form == "packed" else 0
@@ -77,7 +80,7 @@ def test_packed_tokens_and_drafts_have_the_same_bits(tmp_path: Path, form: str) 
 def test_memory_is_divided_so_that_layers_keep_as_many_tokens(
     model: PreTrainedModel, tmp_path: Path
 ) -> None:
-    with attached(model, tmp_path, MEMORY, spread(0, 1, 1)) as offload:
+    with attached(model, tmp_path, MEMORY, spread(0, 1, 1), capture=False) as offload:
         cache = offload.new_cache(TOKENS + 2)
         model(random_tokens(1, TOKENS), past_key_values=cache)
         plan, engine = cache.state.engine.plan, cache.state.engine
