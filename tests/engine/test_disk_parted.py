@@ -2,6 +2,7 @@
 
 import errno
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from headinfer.device.simulated import SimulatedDevice
 from headinfer.errors import CacheStateError, DiskError, MemoryPlanError
 from headinfer.integration.memory_held import held_together
 from headinfer.plan.below_host import disk_read_bytes
+from headinfer.plan.joining import joined
 from headinfer.units import parse_bytes
 from parted import spread
 from tiny_models import random_tokens, tiny_model
@@ -175,6 +177,34 @@ def test_a_file_cut_short_is_one_error_in_a_step(
         assert cache.get_seq_length() == TOKENS + 1
         cache.crop(-1)
         assert torch.equal(model(prompt[:, :1], past_key_values=cache).logits, wanted)
+
+
+@pytest.mark.parametrize("well", [0, 2, 5])
+def test_a_full_disk_as_plans_change_leaves_the_plans_before(
+    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, well: int
+) -> None:
+    prompt = random_tokens(1, TOKENS)
+    with attached(model, None) as offload:
+        cache = offload.new_cache(TOKENS)
+        model(prompt[:, :600], past_key_values=cache)
+        wanted = model(prompt[:, 600:], past_key_values=cache, logits_to_keep=1).logits
+    devices = spread(0, 1, 1)
+    with attached(model, tmp_path, "1MiB", devices, resident_tokens=0) as offload:
+        cache = offload.new_cache(TOKENS)
+        model(prompt[:, :600], past_key_values=cache)
+        engine = cache.state.engine
+        shorter = [replace(own, disk_host_blocks=2, chunk_tokens=30) for own in engine.plan.parts]
+        with monkeypatch.context() as faulty:
+            full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            faulty.setattr(os, "pwritev", Failing(os.pwritev, full, well))
+            with pytest.raises(DiskError, match="has no room"):
+                engine.replan(joined(engine.plan.shape, shorter))
+        changed = [own.chunk_tokens for own in engine.plan.parts]
+        assert changed == [30 if well == 5 else 90, 90]
+        ours = model(prompt[:, 600:], past_key_values=cache, logits_to_keep=1).logits
+        torch.testing.assert_close(ours, wanted)  # a page was sent home: other tiles
+    for device in devices:
+        device.memory.check()
 
 
 def test_with_windows_it_refuses_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
