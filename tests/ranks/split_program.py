@@ -195,7 +195,7 @@ def streamed_in_one_launch(folder: Path, got: dict[str, Any]) -> None:
 
 
 def above_disk(folder: Path, got: dict[str, Any]) -> None:
-    """Tokens on a disk; then ranks of which one has less memory, a full disk, or no folder."""
+    """Tokens on a disk; then ranks of which one has less memory, or less disk, or no folder."""
     model, rank = load(folder, "llama3"), distributed.get_rank()
     below = {**ABOVE_DISK, "disk_cache": folder}
     with headinfer.attach(model, **ABOVE_DISK) as offload:
@@ -206,7 +206,7 @@ def above_disk(folder: Path, got: dict[str, Any]) -> None:
             got[f"on disk {name} bytes"] = offload.stats.bytes_from_disk
             got[f"on disk {name} held"] = offload.stats.host_kv_bytes
     with headinfer.attach(model, **below, host_memory="600KiB") as offload:
-        free, disk_below.free_bytes = disk_below.free_bytes, lambda _folder: (0, 2**30)[rank]
+        free, disk_below.free_bytes = disk_below.free_bytes, lambda _folder: (500 * 1024, 2**30)[rank]
         got["full disk"] = failure_of(
             lambda: model(random_tokens(1, LONG), **offload.new_cache(LONG).as_keyword())
         )

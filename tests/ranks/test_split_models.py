@@ -236,7 +236,7 @@ def test_ranks_above_a_disk_have_the_bits_of_memory_alone(got, how) -> None:
 
 
 def test_a_disk_that_one_rank_cannot_use_is_refused_by_all(got) -> None:
-    for asked, words in (("full disk", "has room for 0 B"), ("no folder", "is not there")):
+    for asked, words in (("full disk", "has room for 250.00 KiB"), ("no folder", "is not there")):
         first, second = (rank[asked] for rank in got)
         assert words in first
         assert first.split(": ", 1)[1] == second.split(": ", 1)[1]
