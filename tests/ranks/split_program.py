@@ -206,7 +206,8 @@ def above_disk(folder: Path, got: dict[str, Any]) -> None:
             got[f"on disk {name} bytes"] = offload.stats.bytes_from_disk
             got[f"on disk {name} held"] = offload.stats.host_kv_bytes
     with headinfer.attach(model, **below, host_memory="600KiB") as offload:
-        free, disk_below.free_bytes = disk_below.free_bytes, lambda _folder: (500 * 1024, 2**30)[rank]
+        free, here = disk_below.free_bytes, (500 * 1024, 2**30)[rank]
+        disk_below.free_bytes = lambda _folder: here
         got["full disk"] = failure_of(
             lambda: model(random_tokens(1, LONG), **offload.new_cache(LONG).as_keyword())
         )

@@ -4,11 +4,12 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from typing import TypeVar
 
 from headinfer.disk.file import SpillFile
 from headinfer.disk.mount import free_bytes, mount_of
 from headinfer.engine.parted import CacheEngine
-from headinfer.errors import HeadInferError, MemoryPlanError, OptionError
+from headinfer.errors import DiskError, HeadInferError, MemoryPlanError, OptionError
 from headinfer.integration.cache import OffloadedCache
 from headinfer.integration.parts import ModelPart
 from headinfer.plan.below_host import above_disk, in_few_blocks
@@ -20,6 +21,8 @@ from headinfer.plan.resolve import least_plan
 from headinfer.plan.shape import ModelShape
 from headinfer.ranks.group import Ranks
 from headinfer.units import format_bytes
+
+_Result = TypeVar("_Result")
 
 _logger = logging.getLogger(__name__)
 
@@ -182,7 +185,14 @@ class DiskBelow:
         Raises:
             DiskError: the disk has no room for the others.
         """
-        self._ranks.together(partial(_lower_to, engine, plan))
+        self._lowering(partial(_lower_to, engine, plan))
+
+    def _lowering(self, work: Callable[[], _Result]) -> _Result:
+        """Return what a function of this rank gives, unless the disk of any rank fails."""
+        try:
+            return self._ranks.together(work)
+        except MemoryPlanError as error:  # of another rank, in its words
+            raise DiskError(str(error)) from None
 
     def _check_space(self, plan: Plan, tokens: int, free: int) -> None:
         below_bytes = plan.disk_bytes(tokens)
@@ -218,7 +228,7 @@ class DiskBelow:
         others = [each for each in engines if each is not replacing]
         while True:
             yield room().kv_bytes + held_bytes
-            lowered = self._ranks.together(partial(_lower_some, others))
+            lowered = self._lowering(partial(_lower_some, others))
             if not self._ranks.any(lowered):
                 return
 
