@@ -93,7 +93,7 @@ class Session:
         all_devices = [part.device for part in self.parts]
         self._room = RoomOfCaches(all_devices, self.ranks, options.host_memory_bytes)
         self.busy = BusyTimes(all_devices)
-        self.disk = DiskBelow(options, self._shape, len(self.parts), device, self.ranks.size)
+        self.disk = DiskBelow(options, self._shape, self.parts, self.ranks)
         self._engines: weakref.WeakSet[CacheEngine] = weakref.WeakSet()
         self._attached = False
         self.plan = self._resolve(1, None, [], model.dtype)

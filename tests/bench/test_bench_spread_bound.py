@@ -1,12 +1,14 @@
 """Bounds of several GPUs against numbers computed by hand."""
 
+from dataclasses import replace
+
 import pytest
 
-from headinfer.bench.bound import Rates, bound, decode_work, prefill_work
+from headinfer.bench.bound import Rates, Work, bound, decode_work, prefill_work
 from headinfer.bench.catalogue import Spread
 from headinfer.bench.held import HeldPart
 from headinfer.bench.model_spec import ModelSpec
-from headinfer.bench.spread_bound import spread_decode_bound, spread_prefill_bound
+from headinfer.bench.spread_bound import above_disk, spread_decode_bound, spread_prefill_bound
 
 MODEL = ModelSpec(
     layers=4,
@@ -93,3 +95,15 @@ def test_all_gpus_work_at_a_prompt(spread):
     )
     whole = prefill_work(MODEL, "bfloat16", TOKENS, on_device=True, streamed_kv_bytes=0)
     assert found.seconds == pytest.approx(bound(whole, slow).seconds / 2)
+
+
+def test_one_disk_is_below_all_of_them():
+    alone = decode(Spread.LAYERS, part(2, 40 * 2**20), part(2, 0))
+    rates = replace(RATES, disk_read_bytes_per_s=2e9, disk_write_bytes_per_s=1e9)
+    reads = Work(disk_read_bytes=3e9, device_bytes=1e15)  # the devices' is in the bound before
+    found = above_disk(alone, reads, rates)
+    assert (found.seconds, found.limited_by) == (1.5, "disk")
+    assert above_disk(alone, Work(disk_written_bytes=3e9), rates).seconds == 3
+    for little in (Work(disk_read_bytes=1e3), Work()):
+        assert above_disk(alone, little, rates) == alone
+    assert above_disk(alone, reads, RATES) == alone  # a run without a disk

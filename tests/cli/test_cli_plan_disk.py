@@ -86,10 +86,49 @@ def test_packed_tokens_take_less_of_the_disk(cli, tmp_path) -> None:
     assert found[1]["disk_read_bytes"] < found[0]["disk_read_bytes"]
 
 
+def test_several_gpus_share_cpu_memory_and_the_disk(cli, tmp_path) -> None:
+    given = ("plan", "--model", "llama-3-8b", "--hardware", "h100-80gb", "--gpus", "2")
+    given += ("--device-memory", "18GiB", "--host-memory", "16GiB", "--disk-cache", tmp_path)
+    outcome = cli(*given, "--context", "250K", "--json", tmp_path / "plan")
+    assert outcome.code == 0
+    told = " ".join(outcome.out.split())
+    assert "16.00 GiB of CPU memory, 20.00 GiB free below (ext4)" in told
+    assert f"of KV lie in '{tmp_path}' (ext4), which has 20.00 GiB free: a decode step" in told
+    assert "The disk reads 1 GB/s, which is assumed: `headinfer probe --disk`." in told
+    assert f"--disk-cache {tmp_path} ..." in told
+    assert max(map(len, outcome.out.split("Run: ")[0].splitlines())) <= 100
+    document = json.loads((tmp_path / "plan").read_text())
+    assert document["disk"]["free_bytes"] == 20 * 2**30
+    ours = [row for row in document["plans"] if row["method"] == "resident"]
+    assert [(row["gpus"], row["split"]) for row in ours] == [
+        *((1, "none"), (2, "layers"), (2, "heads"))
+    ]
+    kv_bytes = 250 * 1024 * 128 * 1024
+    for row in ours:
+        assert row["kv_host_bytes"] <= 15 * 2**30
+        assert row["kv_host_bytes"] + row["kv_disk_bytes"] >= kv_bytes
+        assert 0 < row["disk_read_bytes"] <= row["kv_disk_bytes"]
+        assert row["decode_s_per_token"] >= row["disk_read_bytes"] / 1e9  # there is one disk
+    outcome = cli(*given, "--context", "4M")
+    assert outcome.code == 1
+    assert "of the disk are lacking" in outcome.out
+    longest = max(row["max_context_tokens"] for row in ours) // 1024
+    assert f"--context {longest}K is the longest that fits." in outcome.out
+
+
+def test_one_of_the_gpus_is_planned_as_without_them(cli, tmp_path) -> None:
+    given = (*QUESTION, "--context", "100K", "--disk-cache", tmp_path, "--json")
+    alone = json.loads(cli(*given).out)["chosen"]
+    assert alone["method"] == "resident"
+    *_, one = json.loads(cli(*given, "--gpus", "1").out)["plans"]
+    for name in ("kv_host_bytes", "kv_disk_bytes", "disk_read_bytes", "decode_s_per_token"):
+        assert one[name] == alone[name], name
+    assert one["max_context_tokens"] // 1024 == alone["max_context_tokens"] // 1024
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("--gpus", "2"), "leave out --gpus"),
         (("--accounting", "paper"), "leave out --disk-cache"),
         (("--disk-cache", "/nowhere/at/all"), "is not there"),
     ],

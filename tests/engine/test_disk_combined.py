@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 import headinfer
 from above_disk import SETTINGS, small_model
 from headinfer.device.simulated import SimulatedDevice
-from headinfer.errors import CacheStateError, DiskError, OptionError
-from tiny_models import random_tokens, shared_model, tiny_model
+from headinfer.errors import CacheStateError, DiskError
+from tiny_models import random_tokens, tiny_model
 
 
 def no_room(*_: Any) -> int:
@@ -96,14 +96,3 @@ def test_the_same_as_in_memory(
         device.memory.check()
         found.append(torch.cat([each.flatten() for each in logits]))
     assert torch.equal(*found)
-
-
-def test_several_devices_are_refused_by_name(tmp_path: Path) -> None:
-    devices = [SimulatedDevice() for _ in range(3)]
-    with pytest.raises(OptionError, match=r"disk_cache .*one device in one process.*split"):
-        headinfer.attach(
-            shared_model("llama3"),
-            device="simulated",
-            simulated_device=devices,
-            disk_cache=tmp_path,
-        )

@@ -1,6 +1,5 @@
 """Tokens on a disk below host memory: the same bits as in memory alone, in all that moves them."""
 
-import copy
 import errno
 import os
 from pathlib import Path
@@ -11,68 +10,18 @@ import torch
 from transformers import PreTrainedModel
 
 import headinfer
-from above_disk import MEMORY, attached, small_model
+from above_disk import MEMORY, TOKENS, Failing, attached, exercise, small_model
 from headinfer.device.base import Edge
 from headinfer.device.hazards import HazardError
 from headinfer.device.simulated import SimulatedDevice
 from headinfer.errors import DiskError, MemoryPlanError, OptionError
-from headinfer.integration.memory_held import held_together
 from headinfer.units import parse_bytes
 from tiny_models import random_tokens, shared_model
-
-TOKENS = 700
 
 
 @pytest.fixture(scope="module")
 def model() -> PreTrainedModel:
     return small_model()
-
-
-def exercise(
-    model: PreTrainedModel,
-    folder: Path | None,
-    device: SimulatedDevice,
-    rows: int = 1,
-    tokens: int = TOKENS,
-    **options: Any,
-) -> torch.Tensor:
-    """Go through all that moves tokens on the disk, and return all logits."""
-    prompt, outputs = random_tokens(rows, tokens), []
-
-    def step(cache: Any, tokens: torch.Tensor) -> None:
-        outputs.append(model(tokens, past_key_values=cache, logits_to_keep=2).logits[:1])
-
-    with attached(model, folder, device=device, **options) as offload:
-        cache = offload.new_cache(tokens + 300)
-        step(cache, prompt)
-        for at in range(3):
-            step(cache, prompt[:, at : at + 1])
-        assert (offload.stats.bytes_from_disk > 0) is (folder is not None)
-        for at in range(6):  # pages are sent home before what they wait for is attended
-            step(cache, prompt[:, 9 * at : 9 * at + 9])
-        copied = copy.deepcopy(cache)  # which shares blocks in memory and on the disk
-        step(copied, prompt[:, :70])
-        step(cache, prompt[:, :140])  # beyond blocks that the copy holds, too
-        if folder is not None:
-            limit_bytes = parse_bytes(options.get("host_memory", MEMORY), "host_memory")
-            assert held_together([cache, copied]) <= limit_bytes
-        cache.crop(133 - cache.get_seq_length())  # into a block on the disk
-        step(cache, prompt[:, :99])
-        cache.crop(128 - cache.get_seq_length())  # where one ends
-        step(cache, prompt[:, 7:210])
-        outputs.append(copied.layers[1].keys.flatten())
-        if rows > 1:
-            copied.reorder_cache(torch.tensor([1, 0]))
-            step(copied, prompt[:, :3])
-            copied.batch_select_indices(torch.tensor([1]))
-            step(copied, prompt[:1, :9])
-        copied.park()
-        step(copied, prompt[: 1 if rows > 1 else rows, :4])
-        cache.close()
-        step(copied, prompt[:1, :2])
-        copied.close()
-    device.memory.check()
-    return torch.cat([output.flatten() for output in outputs])
 
 
 @pytest.mark.parametrize(
@@ -235,25 +184,6 @@ def test_a_missing_wait_is_noticed(model: PreTrainedModel, tmp_path: Path, edge:
     assert edge in device.exercised_edges
     with pytest.raises(HazardError, match="is not ordered after the"):
         go(model, tmp_path, SimulatedDevice(seed=1, skip=[edge]))
-
-
-class Failing:
-    """A system call that fails from some call on.
-
-    Args:
-        real: the call.
-        error: what it then raises.
-        calls: that go well.
-    """
-
-    def __init__(self, real: Any, error: OSError, calls: int) -> None:
-        self.real, self.error, self.left = real, error, calls
-
-    def __call__(self, *args: Any) -> int:
-        self.left -= 1
-        if self.left < 0:
-            raise self.error
-        return self.real(*args)
 
 
 @pytest.mark.parametrize("form", ["dense", "packed"])

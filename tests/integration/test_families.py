@@ -169,5 +169,5 @@ def test_the_documents_name_every_reason_to_refuse() -> None:
     section = ARCHITECTURE.read_text().split("\n## What is refused\n")[1].split("\n## ")[0]
     named = [line.removeprefix("- ") for line in section.splitlines() if line.startswith("- ")]
     of_ranks = "KV heads that the ranks of a model cannot share evenly"  # tested with ranks
-    of_disks = "a disk below the CPU as the device, or split models"  # tested with disks
+    of_disks = "a disk below the CPU as the device"  # tested with disks
     assert named == [*REFUSED, *REFUSED_WHEN_CALLED, of_disks, of_ranks, "`output_attentions`"]

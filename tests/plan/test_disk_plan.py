@@ -11,7 +11,7 @@ from headinfer.device.simulated import SimulatedDevice
 from headinfer.disk.mount import Mount, mount_of
 from headinfer.estimate.machines import HARDWARE
 from headinfer.plan import measured
-from headinfer.plan.below_host import disk_bytes, disk_read_bytes
+from headinfer.plan.below_host import InBlocks, disk_read_bytes
 from headinfer.plan.hardware import DISK_BYTES_PER_S, DiskRate
 from headinfer.plan.options import Options
 from headinfer.plan.plan import Plan
@@ -49,7 +49,7 @@ def planned(room: int | None = 4 * 2**30, disk: DiskRate | None = DISK, **option
         device="cuda",
         context_tokens=CONTEXT,
         hardware=RTX_4090.above_disk(disk),
-        disk_room_bytes=room,
+        in_blocks=InBlocks(room),
     )
 
 
@@ -86,7 +86,7 @@ def test_the_host_attends_no_more_than_lies_in_memory() -> None:
         device="cuda",
         context_tokens=CONTEXT,
         hardware=replace(WITH_GPU.hardware, host_attention_bytes_per_s=300e9),
-        disk_room_bytes=4 * 2**30,
+        in_blocks=InBlocks(4 * 2**30),
     )
     held = CONTEXT - plan.disk_tokens(CONTEXT)
     assert 0 < plan.host_share <= held / CONTEXT
@@ -96,11 +96,11 @@ def test_plans_are_chosen_in_blocks_that_there_is_room_for() -> None:
     plan = planned(resident_tokens=0)
     assert plan.disk_block_tokens * plan.disk_host_blocks * TOKEN + plan.disk_buffers_bytes <= 2**32
     assert plan.kv_host_bytes(CONTEXT) <= 2**32
-    assert disk_read_bytes(plan, CONTEXT) == disk_bytes(plan, CONTEXT) > 8 * 2**30
+    assert disk_read_bytes(plan, CONTEXT) == plan.disk_bytes(CONTEXT) > 8 * 2**30
     assert f"the oldest {plan.disk_tokens(CONTEXT) // 1024}K tokens on disk: " in str(plan)
     kept = planned()
     assert kept.resident_tokens
-    less = disk_bytes(plan, CONTEXT) - kept.resident_tokens * TOKEN
+    less = plan.disk_bytes(CONTEXT) - kept.resident_tokens * TOKEN
     assert disk_read_bytes(kept, CONTEXT) == pytest.approx(less, abs=2**30)
     assert plan.placement.tile_tokens <= plan.disk_block_tokens  # a tile ends with its block
     for without in (planned(room=None), planned(room=2**20)):  # no disk; no room for a block

@@ -79,6 +79,18 @@ PATTERN = {
 UNEVEN = {"sparsity": 0.5, "sink_tokens": 2, "recent_tokens": 8}
 """Of a pattern in which all heads of the second rank stream, and none of the first."""
 
+ABOVE_DISK = {
+    "device": "simulated",
+    "tile_heads": 1,
+    "tile_tokens": 64,
+    "chunk_tokens": 90,
+    "resident_tokens": 0,
+    "host_attention": "off",
+}
+
+LONG = 700
+"""Tokens of which a disk has some."""
+
 GROWING = (random_tokens(1, 45), random_tokens(1, 600), random_tokens(1, 1))
 """Calls of which the second takes more CPU memory than the first left room for."""
 
@@ -97,6 +109,21 @@ def save_uneven_pattern(path: Path, layers: int) -> None:
 def last_logits(model, cache: dict) -> list[torch.Tensor]:
     with torch.no_grad():
         return [model(ids, **cache).logits[:, -1] for ids in GROWING]
+
+
+def two_caches(model, offload) -> list[torch.Tensor]:
+    """Return logits of two caches, which have all tokens or outgrow what the other leaves."""
+    ids, found = random_tokens(1, LONG).to(model.device), []
+    first, second = (offload.new_cache(LONG + 50) for _ in range(2))
+    with torch.no_grad():
+        for cache, start, end in (
+            *((first, 0, 99), (second, 0, LONG), (first, 99, LONG)),
+            *((first, at, at + 1) for at in range(3)),
+            *((second, 9 * at, 9 * at + 9) for at in range(4)),
+        ):
+            call = cache.as_keyword()
+            found.append(model(ids[:, start:end], **call, logits_to_keep=2).logits.cpu())
+    return found
 
 
 def prompt(rows: int) -> torch.Tensor:

@@ -15,7 +15,9 @@ from torch import distributed
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from split_models import (
+    ABOVE_DISK,
     DEVICES,
+    LONG,
     MODELS,
     ON,
     ON_GPUS,
@@ -30,6 +32,7 @@ from split_models import (
     last_logits,
     logits,
     prompt,
+    two_caches,
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -39,8 +42,10 @@ from transformers.distributed import DistributedConfig
 import headinfer
 from headinfer.bench.fill import fill_randomly
 from headinfer.engine.ready_tokens import ReadyTokens
+from headinfer.integration import disk_below
 from headinfer.ranks.leaving import leave_together
 from saved_models import make_tokenizer
+from tiny_models import random_tokens
 
 warnings.filterwarnings("ignore")
 _logger = logging.getLogger("headinfer")
@@ -189,6 +194,29 @@ def streamed_in_one_launch(folder: Path, got: dict[str, Any]) -> None:
     ReadyTokens.may_capture_streamed = own
 
 
+def above_disk(folder: Path, got: dict[str, Any]) -> None:
+    """Tokens on a disk; then ranks of which one has less memory, or less disk, or no folder."""
+    model, rank = load(folder, "llama3"), distributed.get_rank()
+    below = {**ABOVE_DISK, "disk_cache": folder}
+    with headinfer.attach(model, **ABOVE_DISK) as offload:
+        got["in memory"] = two_caches(model, offload)
+    for name, memory in (("alike", ("1400KiB",) * 2), ("apart", ("2MiB", "1200KiB"))):
+        with headinfer.attach(model, **below, host_memory=memory[rank]) as offload:
+            got[f"on disk {name}"] = two_caches(model, offload)
+            got[f"on disk {name} bytes"] = offload.stats.bytes_from_disk
+            got[f"on disk {name} held"] = offload.stats.host_kv_bytes
+    with headinfer.attach(model, **below, host_memory="600KiB") as offload:
+        free, here = disk_below.free_bytes, (500 * 1024, 2**30)[rank]
+        disk_below.free_bytes = lambda _folder: here
+        got["full disk"] = failure_of(
+            lambda: model(random_tokens(1, LONG), **offload.new_cache(LONG).as_keyword())
+        )
+        disk_below.free_bytes = free
+    missing = {**below, "disk_cache": (folder, folder / "missing")[rank]}
+    got["no folder"] = failure_of(lambda: headinfer.attach(model, **missing))
+    got["files"] = [each.name for each in folder.iterdir() if each.is_file()]
+
+
 def heads(folder: Path, got: dict[str, Any]) -> None:
     model = load(folder, "one-kv-head")
     got["one head"] = failure_of(lambda: headinfer.attach(model))
@@ -205,6 +233,7 @@ def main() -> None:
         uneven_pattern,
         other_splits,
         agreement,
+        above_disk,
         stopping,
         heads,
         streamed_in_one_launch,

@@ -41,10 +41,29 @@ def test_one_rank_prints_what_the_whole_model_says(folder) -> None:
 
 def test_a_rank_that_fails_ends_all_with_one_message(folder) -> None:
     program = str(Path(__file__).parent / "failing_program.py")
-    done = torchrun(program, *GENERATE, "--model", str(folder), "-n", "12", "1")
+    done = torchrun(program, *GENERATE, "--model", str(folder), "-n", "12", "1 answer")
     assert done.returncode != 0
     (line,) = lines_of_ours(done.stderr)
     assert line.startswith("headinfer: error: LookupError: something nobody foresaw")
+
+
+@pytest.mark.slow
+def test_a_disk_that_fails_one_rank_ends_all_with_one_message(folder, tmp_path) -> None:
+    program = str(Path(__file__).parent / "failing_program.py")
+    words = " ".join(f"w{at % 90}" for at in range(480))
+    asked = ["generate", "--tensor-parallel", "--device", "simulated", "-p", words, "-n", "12"]
+    below = ["--disk-cache", str(tmp_path), "--host-memory", "340KiB", "--tile-tokens", "64"]
+    command = [*asked, *below, "--tile-heads", "1", "--chunk-tokens", "90", "--model", str(folder)]
+    whole = torchrun("-m", "headinfer", *command)
+    assert whole.returncode == 0, whole.stderr
+    assert whole.stdout.count("w") > 5
+    assert "tokens on disk" in whole.stderr
+    done = torchrun(program, *command, "1 disk")
+    assert done.returncode != 0
+    assert "exitcode  : 2" in done.stderr
+    assert done.stdout == ""
+    (line,) = lines_of_ours(done.stderr)
+    assert f"disk-cache '{tmp_path}' has no room for" in line
 
 
 def test_ranks_that_cannot_share_the_heads_say_so_once(tmp_path) -> None:

@@ -221,6 +221,31 @@ def test_a_rank_that_stops_early_stops_all(got) -> None:
     assert 3 <= second < 400
 
 
+@pytest.mark.parametrize("how", ["alike", "apart"])
+def test_ranks_above_a_disk_have_the_bits_of_memory_alone(got, how) -> None:
+    """Also where one of them has to lower blocks for a second cache, and the other has not."""
+    for rank in got:
+        for ours, wanted in zip(rank[f"on disk {how}"], rank["in memory"], strict=True):
+            assert torch.equal(ours, wanted)
+    read = [rank[f"on disk {how} bytes"] for rank in got]
+    assert min(read) > 0
+    assert (read[0] == read[1]) is (how == "alike")
+    limits = (2 * 2**20, 1200 * 1024) if how == "apart" else (1400 * 1024,) * 2
+    for rank, limit in zip(got, limits, strict=True):
+        assert rank[f"on disk {how} held"] <= limit // RANKS
+
+
+def test_a_disk_that_one_rank_cannot_use_is_refused_by_all(got) -> None:
+    for asked, words in (("full disk", "has room for 250.00 KiB"), ("no folder", "is not there")):
+        first, second = (rank[asked] for rank in got)
+        assert words in first
+        assert first.split(": ", 1)[1] == second.split(": ", 1)[1]
+
+
+def test_files_of_ranks_have_no_names(got) -> None:
+    assert all(rank["files"] == ["uneven.json"] for rank in got)
+
+
 def test_fewer_kv_heads_than_ranks_are_refused_by_name(got) -> None:
     for rank in got:
         assert rank["one head"] == (

@@ -20,7 +20,7 @@ from headinfer.integration.cache import OffloadedCache
 from headinfer.integration.calls import last_logits
 from headinfer.integration.model_shape import model_shape
 from headinfer.integration.shards import ranks_of
-from headinfer.plan.below_host import disk_bytes, disk_read_bytes
+from headinfer.plan.below_host import disk_read_bytes
 from headinfer.plan.options import DECLARATIONS
 from headinfer.plan.plan import Plan
 from headinfer.plan.streaming import PAPERS_SPARSITY, RANDOM, STREAMING_OPTIONS
@@ -101,7 +101,7 @@ class HeadInfer:
             format=plan.shape.host_format.value,
             raw_page_bytes=plan.raw_page_bytes,
             parts=parts,
-            disk_bytes=disk_bytes(plan, cache.get_seq_length()),
+            disk_bytes=plan.disk_bytes(cache.get_seq_length()),
             disk_read_bytes=disk_read_bytes(plan, cache.get_seq_length()),
         )
 

@@ -40,6 +40,8 @@ _SUMS = (
     "streamed_kv_bytes",
     "host_attended_kv_bytes",
     "unseen_kv_bytes",
+    "kv_disk_bytes",
+    "disk_read_bytes",
     "prefill_bytes_to_device",
     "prefill_bytes_to_host",
     "decode_bytes_to_device",

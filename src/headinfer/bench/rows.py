@@ -12,7 +12,7 @@ from headinfer.bench.gate import Verdict
 from headinfer.bench.held import DENSE, HeldPart
 from headinfer.bench.result import Status, TrialResult
 from headinfer.bench.spec import BenchSpec, Fill
-from headinfer.bench.spread_bound import spread_decode_bound, spread_prefill_bound
+from headinfer.bench.spread_bound import above_disk, spread_decode_bound, spread_prefill_bound
 from headinfer.bench.variant import Variant
 from headinfer.plan.option_values import KVCacheName
 
@@ -301,8 +301,8 @@ def _bounds(
     spread = spread_of(method, spec.gpus)
     known = (spec.model, spec.dtype, context_tokens, result.parts, spread, rates)
     return (
-        spread_prefill_bound(*known, kv_host_bytes=host_bytes),
-        spread_decode_bound(*known),
+        above_disk(spread_prefill_bound(*known, kv_host_bytes=host_bytes), prefill, rates),
+        above_disk(spread_decode_bound(*known), decode, rates),
     )
 
 

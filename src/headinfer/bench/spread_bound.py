@@ -85,6 +85,19 @@ def spread_prefill_bound(
     return _at_once(works, rates)
 
 
+def above_disk(found: Bound, work: Work, rates: Rates) -> Bound:
+    """Return a bound of several GPUs, or that of the one disk below all of them if it is later.
+
+    Args:
+        found: without the disk.
+        work: of all GPUs, of which the disk's counts.
+        rates: of the machine.
+    """
+    read_bytes, written_bytes = work.disk_read_bytes, work.disk_written_bytes
+    disk = Work(disk_read_bytes=read_bytes, disk_written_bytes=written_bytes)
+    return max(found, bound(disk, rates), key=lambda each: each.seconds)
+
+
 def _at_once(works: Sequence[Work], rates: Rates) -> Bound:
     """Return the time of the slowest of some GPUs; host memory serves all of them together."""
     link = rates.link_bytes_per_s

@@ -163,7 +163,7 @@ def plan(
         here, which, note = _hardware(hardware)
         disk = None
         if options.disk_cache is not None:
-            here, disk = _above_disk(here, options, accounting, several=gpus is not None)
+            here, disk = _above_disk(here, options, accounting)
         if gpus is not None:
             from headinfer.cli.plan_gpus import answer_gpus, check_gpus
 
@@ -200,7 +200,7 @@ def plan(
 
 
 def _above_disk(
-    here: Hardware, options: Options, accounting: AccountingKind, *, several: bool
+    here: Hardware, options: Options, accounting: AccountingKind
 ) -> tuple[Hardware, Disk]:
     """Return a machine with the rates of the disk that a folder is on, and that disk.
 
@@ -210,8 +210,6 @@ def _above_disk(
     folder = options.disk_cache or ""
     if here.link_bytes_per_s is None:
         raise OptionError("--disk-cache is below a GPU's CPU memory; leave it out on a CPU")
-    if several:
-        raise OptionError("--disk-cache serves a model on one GPU; leave out --gpus")
     if accounting is not AccountingKind.OURS:
         raise OptionError(f"--accounting {accounting.value} knows no disk; leave out --disk-cache")
     mount = mount_of(folder)

@@ -3,13 +3,20 @@
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.markup import escape
 from rich.table import Table
 
 from headinfer.cli.console import stderr_console
 from headinfer.cli.output import STDOUT, write_json
-from headinfer.cli.plan_table import gib, length, marked, table_console
+from headinfer.cli.plan_table import (
+    disk_as_json,
+    free_below,
+    gib,
+    length,
+    marked,
+    table_console,
+)
 from headinfer.cli.text import print_lines
 from headinfer.errors import OptionError
 from headinfer.estimate.accounting import AccountingKind
@@ -23,6 +30,9 @@ from headinfer.units import format_bytes, format_seconds, format_tokens
 
 _EXIT_NOTHING_FITS = 1
 
+_ON_DISK = "KV on\ndisk"
+"""The column that is left out without a disk."""
+
 _COLUMNS = (
     "GPUs",
     "split",
@@ -32,6 +42,7 @@ _COLUMNS = (
     "total",
     "weights\non CPU",
     "KV on\nCPU",
+    _ON_DISK,
     "max\ncontext",
     "prefill",
     "decode\n/token",
@@ -113,14 +124,15 @@ def _print(
         f"[bold]{escape(situation.shape.name)}[/], {format_tokens(situation.context_tokens)} "
         f"tokens{batch}, on {len(memory_bytes)} x [bold]{situation.hardware.name}[/] "
         f"({escape(said)}): {each} of each GPU's memory, "
-        f"{format_bytes(situation.host_memory_bytes)} of CPU memory"
+        f"{format_bytes(situation.host_memory_bytes)} of CPU memory{free_below(situation)}"
     )
     if note is not None:
         console.print(f"[yellow]{escape(note)}[/]")
-    console.print(_table(plans, choice))
+    console.print(_table(plans, choice, above_disk=situation.disk is not None))
+    holding = "GPU and CPU memory" + (" and the disk" if situation.disk else "")
     console.print(
         "[dim]Sizes in GiB, of the fullest GPU; total: with activations and CUDA itself; [/]"
-        "[red]![/][dim]: more than there is;\nmax context: what GPU and CPU memory hold; times "
+        f"[red]![/][dim]: more than there is;\nmax context: what {holding} hold; times "
         "predicted[/]"
     )
     _print_choice(console, choice)
@@ -139,14 +151,17 @@ def _print_choice(console: Console, choice: SplitChoice) -> None:
         console.print(f"Run: {choice.command}", markup=False, soft_wrap=True)
 
 
-def _table(plans: Sequence[SplitPlan], choice: SplitChoice) -> Table:
+def _table(plans: Sequence[SplitPlan], choice: SplitChoice, *, above_disk: bool) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 0, 0, 1), header_style="bold")
-    for place, name in enumerate(_COLUMNS):
-        table.add_column(name, justify="left" if place in (1, 2) else "right", no_wrap=True)
+    shown = [place for place, name in enumerate(_COLUMNS) if above_disk or name != _ON_DISK]
+    for place in shown:
+        justify: JustifyMethod = "left" if place in (1, 2) else "right"
+        table.add_column(_COLUMNS[place], justify=justify, no_wrap=True)
     for plan in plans:
         chosen = plan is choice.plan
         style = "bold green" if chosen else ("" if plan.fits else "dim")
-        table.add_row(*_cells(plan), style=style)
+        cells = _cells(plan)
+        table.add_row(*(cells[place] for place in shown), style=style)
     return table
 
 
@@ -156,6 +171,7 @@ def _cells(plan: SplitPlan) -> list[str]:
         return [str(plan.gpus), split, plan.method, *["-"] * (len(_COLUMNS) - 3)]
     fullest, short = plan.fullest, bool(plan.host_short_bytes)
     on_host = [plan.weights_host_bytes, plan.kv_host_bytes]
+    on_disk = gib(plan.kv_disk_bytes) if plan.kv_disk_bytes else "-"
     return [
         str(plan.gpus),
         split,
@@ -164,6 +180,7 @@ def _cells(plan: SplitPlan) -> list[str]:
         gib(fullest.kv_device_bytes),
         marked(gib(fullest.total_bytes), short=bool(fullest.short_bytes)),
         *(marked(gib(size), short=short) if size else "-" for size in on_host),
+        marked(on_disk, short=bool(plan.disk_short_bytes)),
         length(plan.max_context_tokens),
         format_seconds(plan.prefill_s) if plan.fits else "-",
         format_seconds(plan.decode_s_per_token) if plan.fits else "-",
@@ -179,6 +196,7 @@ def _as_json(
         "model": situation.shape.name,
         "hardware": situation.hardware.name,
         "context_tokens": situation.context_tokens,
+        "disk": disk_as_json(situation),
         "plans": [_row(plan) for plan in plans],
         "chosen": chosen,
         "why": list(choice.why),
@@ -199,6 +217,8 @@ def _row(plan: SplitPlan) -> dict[str, Any]:
     return row | {
         "chunk_tokens": plan.chunk_tokens,
         "kv_host_bytes": plan.kv_host_bytes,
+        "kv_disk_bytes": plan.kv_disk_bytes,
+        "disk_read_bytes": plan.disk_read_bytes,
         "weights_host_bytes": plan.weights_host_bytes,
         "brought_bytes": plan.brought_bytes,
         "disk_bytes": plan.disk_bytes,

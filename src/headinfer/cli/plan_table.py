@@ -120,10 +120,15 @@ def _memory(situation: Situation) -> str:
     if situation.device == "cpu":
         return f"{device} of memory"
     text = f"{device} of GPU memory, {format_bytes(situation.host_memory_bytes)} of CPU memory"
-    if situation.disk is not None:
-        free = format_bytes(situation.disk.free_bytes)
-        text += f", {free} free below ({escape(situation.disk.said)})"
-    return text
+    return text + free_below(situation)
+
+
+def free_below(situation: Situation) -> str:
+    """Say how much room there is on a disk below CPU memory; nothing without one."""
+    if situation.disk is None:
+        return ""
+    free = format_bytes(situation.disk.free_bytes)
+    return f", {free} free below ({escape(situation.disk.said)})"
 
 
 def _holding(situation: Situation) -> str:
@@ -249,13 +254,13 @@ def plan_as_json(
         "model": situation.shape.name,
         "hardware": situation.hardware.name,
         "context_tokens": situation.context_tokens,
-        "disk": _disk(situation),
+        "disk": disk_as_json(situation),
         "methods": [_row(plan) for plan in plans],
         "chosen": chosen,
     }
 
 
-def _disk(situation: Situation) -> dict[str, Any] | None:
+def disk_as_json(situation: Situation) -> dict[str, Any] | None:
     """Return the disk below CPU memory; None where there is none."""
     disk, hardware = situation.disk, situation.hardware
     if disk is None:

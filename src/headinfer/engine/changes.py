@@ -12,7 +12,7 @@ import torch
 from headinfer.engine.held import HeldTokens
 from headinfer.engine.packed_here import copy_begun_page
 from headinfer.engine.readout import Part, part_shape, read
-from headinfer.errors import CacheStateError
+from headinfer.errors import CacheStateError, DiskError
 from headinfer.kv.ledger import Ledger
 from headinfer.plan.disk_blocks import LEAST_BLOCKS
 from headinfer.plan.plan import Plan
@@ -202,14 +202,23 @@ class ChangeableTokens(HeldTokens):
             DiskError: the disk has no room for the others.
         """
         self._come_to_rest()
-        self.plan = dataclasses.replace(self.plan, disk_host_blocks=blocks)
-        self._lower_to(self.plan)
+        plan = dataclasses.replace(self.plan, disk_host_blocks=blocks)
+        self._lower_to(plan)
+        self.plan = plan
 
     def _lower_to(self, plan: Plan) -> None:
-        """Have no more blocks in memory than a plan says, at rest."""
+        """Have no more blocks in memory than a plan says, at rest; where that fails stay as before.
+
+        Raises:
+            DiskError: the disk has no room for the others.
+        """
         self._choose_blocks(plan)
-        for ledger in self._full:
-            ledger.lower_blocks()
+        try:
+            for ledger in self._full:
+                ledger.lower_blocks()
+        except DiskError:
+            self._choose_blocks(self.plan)
+            raise
 
     def give_up_residents(self) -> None:
         """Keep no token on the device; costs no copy but the tail's."""
@@ -227,8 +236,8 @@ class ChangeableTokens(HeldTokens):
 
     def _rebuild(self, plan: Plan) -> None:
         """Take the memory of another plan; the host must hold every token, at rest."""
-        self.plan = plan
         self._lower_to(plan)
+        self.plan = plan
         self._forget_memory()
         # The old arena goes before the new one comes: both together would exceed either plan.
         for ledger in self._full:

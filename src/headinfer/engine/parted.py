@@ -15,7 +15,8 @@ from headinfer.engine.busy import BusyTimes
 from headinfer.engine.engine import Engine
 from headinfer.engine.parted_steps import CapturableParts
 from headinfer.engine.readout import Part
-from headinfer.plan.plan import Plan, joined
+from headinfer.plan.joining import joined
+from headinfer.plan.plan import Plan
 from headinfer.plan.shape import ModelShape
 
 _Place = tuple[Engine, int]

@@ -96,6 +96,12 @@ class CapturableParts:
         """Have who attends which tokens stay; see `CapturableTokens.steady`."""
         return self._all(lambda part, _form: part.steady(), Form.IN_PIECES)
 
+    def keeps_all(self, layers: int) -> bool:
+        """Whether as many layers keep all their tokens, so that any can be taken back."""
+        owned = zip(self.parts, self._layers, strict=True)
+        kept = [part.keeps_all(len(own)) for part, own in owned]
+        return all(kept) and sum(len(own) for own in self._layers) == layers
+
     def take_back(self, lengths: Sequence[int]) -> None:
         """Keep so many tokens of each layer, where a step has added to some."""
         for part, own in zip(self.parts, self._layers, strict=True):

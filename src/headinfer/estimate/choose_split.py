@@ -1,8 +1,10 @@
 """How to split a model over several GPUs, why, and what is lacking where nothing fits."""
 
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from headinfer.estimate.below import Disk
 from headinfer.estimate.choose import ceiling, position_warning
 from headinfer.estimate.gpus import Split, SplitPlan
 from headinfer.estimate.methods import RESIDENT
@@ -37,21 +39,24 @@ def choose_split(situation: Situation, plans: Sequence[SplitPlan]) -> SplitChoic
     others = [plan for plan in ours if plan is not best]
     why = [*_own_reasons(situation, best), *_compared(best, others)]
     why += position_warning(situation)
-    return SplitChoice(plan=best, why=tuple(why), command=_command(best))
+    return SplitChoice(plan=best, why=tuple(why), command=_command(situation, best))
 
 
 def _answer_s(plan: SplitPlan) -> float:
     return plan.prefill_s + ANSWER_TOKENS * plan.decode_s_per_token
 
 
-def _command(plan: SplitPlan) -> str:
+def _command(situation: Situation, plan: SplitPlan) -> str:
+    below = ""
+    if situation.disk is not None and plan.kv_disk_bytes:
+        below = f" --disk-cache {shlex.quote(situation.disk.folder)}"
     if plan.gpus == 1 and not plan.brought_bytes:
-        return "headinfer generate ..."
+        return f"headinfer generate{below} ..."
     if plan.split is Split.HEADS:
-        count = plan.gpus
-        return f"torchrun --nproc-per-node {count} -m headinfer generate --tensor-parallel ..."
+        ranks = f"torchrun --nproc-per-node {plan.gpus}"
+        return f"{ranks} -m headinfer generate --tensor-parallel{below} ..."
     kept = f" --host-memory {ceiling(plan.kv_host_bytes)}" if plan.disk_bytes else ""
-    return f"headinfer generate --gpus {plan.gpus}{kept} ..."
+    return f"headinfer generate --gpus {plan.gpus}{kept}{below} ..."
 
 
 def _own_reasons(situation: Situation, plan: SplitPlan) -> Iterator[str]:
@@ -85,8 +90,23 @@ def _own_reasons(situation: Situation, plan: SplitPlan) -> Iterator[str]:
                 f"In a decode step one GPU after the other works: {streamed} of KV cross one link "
                 "at a time."
             )
+    if situation.disk is not None and plan.kv_disk_bytes:
+        yield _on_disk(situation, situation.disk, plan)
     if plan.brought_bytes:
         yield _brought(situation, plan)
+
+
+def _on_disk(situation: Situation, disk: Disk, plan: SplitPlan) -> str:
+    hardware, each = situation.hardware, ""
+    if plan.split is Split.HEADS:
+        each = ", each rank its own part, all at once"
+    assumed = "" if hardware.disk_measured else ", which is assumed: `headinfer probe --disk`"
+    return (
+        f"{format_bytes(plan.kv_disk_bytes)} of KV lie in {disk.folder!r} ({disk.said}), which has "
+        f"{format_bytes(disk.free_bytes)} free: a decode step reads "
+        f"{format_bytes(plan.disk_read_bytes)} of them{each}. The disk reads "
+        f"{hardware.disk_read_bytes_per_s / 1e9:.4g} GB/s{assumed}."
+    )
 
 
 def _brought(situation: Situation, plan: SplitPlan) -> str:
@@ -134,6 +154,8 @@ def _lacking(plan: SplitPlan) -> str:
         )
     if plan.host_short_bytes:
         parts.append(f"{format_bytes(plan.host_short_bytes)} of CPU memory are lacking")
+    if plan.disk_short_bytes:
+        parts.append(f"{format_bytes(plan.disk_short_bytes)} of the disk are lacking")
     return ", and ".join(parts)
 
 

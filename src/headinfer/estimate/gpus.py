@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from headinfer.errors import OptionError
 from headinfer.estimate.methods import RESIDENT, STANDARD, papers_methods
 from headinfer.estimate.situation import MethodPlan, Situation
+from headinfer.estimate.split_disk import below_host
 from headinfer.estimate.split_times import heads_times, layers_times, shared_hardware
 from headinfer.estimate.spread import Share, Spread, by_heads, by_layers, heads_obstacle
 from headinfer.plan.hardware import Hardware
@@ -76,6 +77,10 @@ class SplitPlan:
         uses: of each GPU.
         chunk_tokens: tokens of a prefill chunk; None for the whole prompt at once.
         kv_host_bytes: KV in host memory.
+        kv_home_bytes: KV that lies there, or on a disk below.
+        kv_disk_bytes: of that, what lies on the disk.
+        disk_read_bytes: of that, what a decode step reads.
+        disk_short_bytes: space on the disk that it lacks.
         weights_host_bytes: weights that stay there.
         host_short_bytes: host memory it lacks.
         max_context_tokens: the longest context that the memories hold; None for no limit.
@@ -91,6 +96,10 @@ class SplitPlan:
     uses: tuple[GpuUse, ...] = ()
     chunk_tokens: int | None = None
     kv_host_bytes: int = 0
+    kv_home_bytes: int = 0
+    kv_disk_bytes: int = 0
+    disk_read_bytes: int = 0
+    disk_short_bytes: int = 0
     weights_host_bytes: int = 0
     host_short_bytes: int = 0
     max_context_tokens: int | None = 0
@@ -102,7 +111,8 @@ class SplitPlan:
     def fits(self) -> bool:
         """Whether all memories hold it."""
         short = any(use.short_bytes for use in self.uses)
-        return self.obstacle is None and not (short or self.host_short_bytes)
+        short = short or bool(self.host_short_bytes or self.disk_short_bytes)
+        return self.obstacle is None and not short
 
     @property
     def fullest(self) -> GpuUse:
@@ -112,7 +122,7 @@ class SplitPlan:
     @property
     def streamed_bytes(self) -> int:
         """KV that crosses the links in a decode step, unless the CPU attends it; of all GPUs."""
-        return self.kv_host_bytes - sum(use.resident_bytes for use in self.uses)
+        return self.kv_home_bytes - sum(use.resident_bytes for use in self.uses)
 
     @property
     def brought_bytes(self) -> int:
@@ -198,24 +208,47 @@ def _standard(situation: Situation, split: Split, spread: Spread) -> SplitPlan:
 def _resident(situation: Situation, split: Split, spread: Spread) -> SplitPlan:
     """Return ours: KV in host memory, and on each GPU what fits."""
     ranks = len(spread.shares)
+    processes = ranks if split is Split.HEADS else 1
     hardware = shared_hardware(situation.hardware, ranks) if split is Split.HEADS else None
     here = [_of_share(situation, share, hardware) for share in spread.shares]
+    if split is Split.HEADS:
+        memory_bytes = situation.host_memory_bytes // processes
+        here = [replace(each, host_memory_bytes=memory_bytes) for each in here]
+    else:
+        here = [replace(each, beside=_beside(each, here)) for each in here]
     plans = _resolved(here)
     least = min(plan.chunk_tokens for plan in plans)  # a chunk passes through all GPUs
     if any(plan.chunk_tokens != least for plan in plans):
         plans = _resolved([replace(each, chunk_tokens=least) for each in here])
-    tokens, batch = situation.context_tokens, situation.batch
-    room = _host_room_bytes(situation, ranks if split is Split.HEADS else 1)
-    token_bytes = situation.shape.kv_bytes(1, batch)
+    kv_bytes = situation.shape.kv_bytes(situation.context_tokens, situation.batch)
+    room = _host_room_bytes(situation, processes)
+    token_bytes = situation.shape.kv_bytes(1, situation.batch)
     longest = room // token_bytes if token_bytes else None
-    return _split_plan(
+    below = below_host(situation, plans, processes) if token_bytes else None
+    if below is not None:
+        plans, longest = list(below.plans), below.max_context_tokens
+    found = _split_plan(
         situation,
         (RESIDENT, split, spread),
         [_use(each, plan) for each, plan in zip(here, plans, strict=True)],
         [plan.placement for plan in plans],
-        kv_host_bytes=situation.shape.kv_bytes(tokens, batch),
+        kv_host_bytes=kv_bytes if below is None else below.kv_host_bytes,
         max_context_tokens=longest if all(each.least_plan().fits for each in here) else 0,
     )
+    if below is None:
+        return replace(found, kv_home_bytes=kv_bytes)
+    return replace(
+        found,
+        kv_home_bytes=kv_bytes,
+        kv_disk_bytes=below.kv_disk_bytes,
+        disk_read_bytes=below.disk_read_bytes,
+        disk_short_bytes=below.disk_short_bytes,
+    )
+
+
+def _beside(situation: Situation, here: Sequence[Situation]) -> tuple[ModelShape, ...]:
+    """Return what of a model the other GPUs of a process have."""
+    return tuple(each.shape for each in here if each is not situation)
 
 
 def _resolved(here: Sequence[Situation]) -> list[Plan]:

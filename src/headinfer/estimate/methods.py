@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from headinfer.estimate.accounting import PAPER_CHUNK_TOKENS
 from headinfer.estimate.situation import MethodPlan, Situation
-from headinfer.plan.below_host import disk_bytes, disk_read_bytes
+from headinfer.plan.below_host import disk_read_bytes
 from headinfer.plan.choices import ALL_TOKENS, chunk_sizes
 from headinfer.plan.format import Format
 from headinfer.plan.memory import blocks_bytes
@@ -273,7 +273,7 @@ def _with_disk(situation: Situation, method: MethodPlan, plan: Plan) -> MethodPl
     """Return a method of ours with what its plan leaves to the disk."""
     assert situation.disk is not None
     tokens = situation.context_tokens
-    below_bytes = disk_bytes(plan, tokens)
+    below_bytes = plan.disk_bytes(tokens)
     return replace(
         method,
         kv_disk_bytes=below_bytes,

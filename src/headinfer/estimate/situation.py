@@ -6,6 +6,7 @@ from headinfer.errors import MemoryPlanError
 from headinfer.estimate.accounting import Accounting, AccountingKind
 from headinfer.estimate.below import Disk
 from headinfer.plan import memory
+from headinfer.plan.below_host import InBlocks
 from headinfer.plan.format import Format
 from headinfer.plan.hardware import Hardware
 from headinfer.plan.host_room import HostRoom, machine_bytes_for
@@ -120,6 +121,7 @@ class Situation:
         streaming: for the method whose heads stream in part: the share of them, and what they see.
         host_format: of tokens in host memory under methods of ours; the paper's are dense.
         disk: below host memory under methods of ours; None for no disk.
+        beside: what of the model other GPUs of the process have. Their tokens share host memory.
     """
 
     shape: ModelShape
@@ -134,6 +136,7 @@ class Situation:
     streaming: Options = field(default_factory=lambda: Options(sparsity=PAPERS_SPARSITY))
     host_format: Format = Format.DENSE
     disk: Disk | None = None
+    beside: tuple[ModelShape, ...] = ()
 
     def of_ours(self) -> "Situation":
         """Return the situation of exact methods of ours: with packed tokens where they can be."""
@@ -199,7 +202,7 @@ class Situation:
                 batch=self.batch,
                 context_tokens=self.context_tokens,
                 hardware=self.hardware,
-                disk_room_bytes=None if self.disk is None else self.host_room_bytes,
+                in_blocks=InBlocks(self.host_room_bytes, self.beside) if self.disk else InBlocks(),
             )
         except MemoryPlanError:
             return self.least_plan()

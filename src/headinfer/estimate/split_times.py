@@ -62,7 +62,7 @@ def layers_times(hardware: Hardware, parts: Sequence[Planned], context_tokens: i
         parts: of each GPU; all with the same chunks.
         context_tokens: of the prompt.
     """
-    busy = hardware.with_busy_links(len(parts))
+    busy = hardware.with_busy_links(len(parts)).with_shared_disk(len(parts))
     predictors = [Predictor(shape, busy) for shape, _ in parts]
     _, first = parts[0]
     rows = first.batch * min(first.chunk_tokens or context_tokens, context_tokens)

@@ -2,23 +2,27 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import TypeVar
 
-from headinfer.device.base import Device
 from headinfer.disk.file import SpillFile
 from headinfer.disk.mount import free_bytes, mount_of
-from headinfer.engine.engine import Engine
 from headinfer.engine.parted import CacheEngine
-from headinfer.errors import HeadInferError, MemoryPlanError, OptionError
+from headinfer.errors import DiskError, HeadInferError, MemoryPlanError, OptionError
 from headinfer.integration.cache import OffloadedCache
-from headinfer.plan.below_host import disk_bytes, in_few_blocks
-from headinfer.plan.disk_blocks import with_disk
+from headinfer.integration.parts import ModelPart
+from headinfer.plan.below_host import above_disk, in_few_blocks
 from headinfer.plan.host_room import HostRoom
+from headinfer.plan.joining import joined
 from headinfer.plan.options import Options
 from headinfer.plan.plan import Plan
 from headinfer.plan.resolve import least_plan
 from headinfer.plan.shape import ModelShape
+from headinfer.ranks.group import Ranks
 from headinfer.units import format_bytes
+
+_Result = TypeVar("_Result")
 
 _logger = logging.getLogger(__name__)
 
@@ -26,12 +30,14 @@ _logger = logging.getLogger(__name__)
 class DiskBelow:
     """A disk below host memory, for all caches of an attachment; or none, where none was given.
 
+    Each rank has a file of its own, for the tokens of its heads. Ranks that have one ask the same
+    in the same order, and all lower blocks where one lacks memory.
+
     Args:
         options: of the attachment.
         shape: of the model, as its tokens lie in host memory.
-        devices: how many the layers lie on.
-        device: the first of them.
-        ranks: processes that compute the model.
+        parts: of the model.
+        ranks: the processes that compute it.
 
     Attributes:
         file: takes what host memory has no room for; None where there is no disk.
@@ -42,26 +48,31 @@ class DiskBelow:
     """
 
     def __init__(
-        self, options: Options, shape: ModelShape, devices: int, device: Device, ranks: int
+        self, options: Options, shape: ModelShape, parts: Sequence[ModelPart], ranks: Ranks
     ) -> None:
         self.file: SpillFile | None = None
+        self._ranks = ranks
         self._least: Plan | None = None  # of one row, in as little host memory as there can be
         if options.disk_cache is None:
             return
-        split = devices > 1 or ranks > 1
-        refusal = _refusal(device.name, split=split)
-        if refusal is not None:
-            raise OptionError(f"disk_cache {refusal}")
-        self.file = SpillFile(options.disk_cache)
+        if parts[0].device.name == "cpu":
+            raise OptionError(
+                "disk_cache is for a GPU's cache; the CPU attends host memory, and has nothing "
+                "below it"
+            )
         self._folder = options.disk_cache
-        if (mount := mount_of(self._folder)).in_memory:
+        self.file = ranks.together(lambda: SpillFile(self._folder))
+        if (mount := mount_of(self._folder)).in_memory and not ranks.index:
             _logger.warning(
                 "disk_cache %r is %s: what lies there takes CPU memory that host_memory does not "
                 "count; name a folder on a disk",
                 *(self._folder, mount.said),
             )
         if shape.kinds_of_full_layers:
-            self._least = in_few_blocks(least_plan(shape, options, device=device.name))
+            least = [
+                least_plan(each.shape, each.options, device=each.device.name) for each in parts
+            ]
+            self._least = in_few_blocks(joined(shape, least))
 
     def planned(
         self,
@@ -87,10 +98,11 @@ class DiskBelow:
         if self.file is None:
             return plan
         before = replacing or sharing
-        block_tokens = 0 if before is None else before.plan.disk_block_tokens
-        for room_bytes in _rooms(room, replacing, engines):
+        parts = () if before is None else before.parts
+        block_tokens = [part.plan.disk_block_tokens for part in parts]
+        for room_bytes in self._rooms(room, replacing, engines):
             try:
-                return with_disk(plan, room_bytes, block_tokens)
+                return self._ranks.together(partial(above_disk, plan, room_bytes, block_tokens))
             except MemoryPlanError as error:
                 refusal = error
         raise refusal
@@ -116,9 +128,10 @@ class DiskBelow:
         """
         if self.file is None:
             return resolve(None)
-        for room_bytes in _rooms(room, replacing, engines):
+        for room_bytes in self._rooms(room, replacing, engines):
             plan = resolve(room_bytes)
-            if plan.disk_block_tokens or not plan.shape.kinds_of_full_layers:
+            lacking = not plan.disk_block_tokens and bool(plan.shape.kinds_of_full_layers)
+            if not self._ranks.any(lacking):
                 break
         return plan
 
@@ -146,12 +159,14 @@ class DiskBelow:
         """
         if self.file is None or self._least is None:
             return
-        plan = with_disk(self._least, room_bytes)
+        plan = above_disk(self._least, room_bytes)
         free = free_bytes(self._folder) + self.file.size_bytes  # what others have there, they free
         self._check_space(plan, tokens, free)
 
     def check_space(self, plan: Plan, tokens: int) -> None:
         """Refuse tokens of a new cache that host memory and the disk have no room for now.
+
+        Each rank has its share of what is free on the disk.
 
         Args:
             plan: of the cache.
@@ -161,11 +176,26 @@ class DiskBelow:
             MemoryPlanError: there is no room.
         """
         if self.file is not None:
-            free = free_bytes(self._folder) + self.file.free_bytes
-            self._check_space(plan, tokens, free)
+            free = free_bytes(self._folder) // self._ranks.on_host + self.file.free_bytes
+            self._ranks.together(partial(self._check_space, plan, tokens, free))
+
+    def lower_to(self, engine: CacheEngine, plan: Plan) -> None:
+        """Have a cache keep no more blocks in memory than a plan says.
+
+        Raises:
+            DiskError: the disk has no room for the others.
+        """
+        self._lowering(partial(_lower_to, engine, plan))
+
+    def _lowering(self, work: Callable[[], _Result]) -> _Result:
+        """Return what a function of this rank gives, unless the disk of any rank fails."""
+        try:
+            return self._ranks.together(work)
+        except MemoryPlanError as error:  # of another rank, in its words
+            raise DiskError(str(error)) from None
 
     def _check_space(self, plan: Plan, tokens: int, free: int) -> None:
-        below_bytes = disk_bytes(plan, tokens)
+        below_bytes = plan.disk_bytes(tokens)
         if below_bytes > free:
             raise MemoryPlanError(
                 f"prompt and answer of {tokens:,} tokens need {format_bytes(below_bytes)} below "
@@ -178,36 +208,44 @@ class DiskBelow:
         if self.file is not None:
             self.file.close()
 
+    def _rooms(
+        self,
+        room: Callable[[], HostRoom],
+        replacing: CacheEngine | None,
+        engines: Iterable[CacheEngine],
+    ) -> Iterator[int]:
+        """Yield the bytes that a cache can have, and again each time that others lower blocks.
 
-def _rooms(
-    room: Callable[[], HostRoom], replacing: CacheEngine | None, engines: Iterable[CacheEngine]
-) -> Iterator[int]:
-    """Yield the bytes that a cache can have, and again each time that others have lowered blocks.
+        Args:
+            room: returns what is left for it.
+            replacing: what it has already; None where it is new.
+            engines: of all caches, between their calls.
 
-    Args:
-        room: returns what is left for it.
-        replacing: what it has already; None where it is new.
-        engines: of all caches, between their calls.
-
-    Raises:
-        DiskError: the disk has no room for the blocks of others.
-    """
-    held_bytes = 0 if replacing is None else replacing.taken_host_bytes
-    others = [part for each in engines if each is not replacing for part in each.parts]
-    while True:
-        yield room().kv_bytes + held_bytes
-        lowered = [other.lower_blocks() for other in others]
-        if not any(lowered):
-            return
+        Raises:
+            DiskError: the disk has no room for the blocks of others.
+        """
+        held_bytes = 0 if replacing is None else replacing.taken_host_bytes
+        others = [each for each in engines if each is not replacing]
+        while True:
+            yield room().kv_bytes + held_bytes
+            lowered = self._lowering(partial(_lower_some, others))
+            if not self._ranks.any(lowered):
+                return
 
 
-def _refusal(device: str, *, split: bool) -> str | None:
-    """Say why there can be no disk below; None where there can."""
-    if device == "cpu":
-        return "is for a GPU's cache; the CPU attends host memory, and has nothing below it"
-    if split:
-        return "serves a model on one device in one process; this one is split"
-    return None
+def _lower_some(engines: Sequence[CacheEngine]) -> bool:
+    """Have caches keep fewer blocks in memory; return whether any could."""
+    lowered = []
+    for part in (part for each in engines for part in each.parts):
+        with part.in_use():
+            lowered.append(part.lower_blocks())
+    return any(lowered)
+
+
+def _lower_to(engine: CacheEngine, plan: Plan) -> None:
+    for part, own in zip(engine.parts, plan.of_devices, strict=True):
+        with part.in_use():
+            part.keep_blocks(own.disk_host_blocks)
 
 
 def take_back_failed(cache: OffloadedCache) -> None:
@@ -216,8 +254,10 @@ def take_back_failed(cache: OffloadedCache) -> None:
     Where it cannot, as with windows and states, the cache refuses to go on.
     """
     engine, before = cache.state.engine, cache.lengths_before
-    if not isinstance(engine, Engine) or not engine.plan.disk_block_tokens or engine.closed:
+    if engine is None or not engine.plan.disk_block_tokens or engine.closed:
         return
     if before is not None and engine.keeps_all(len(cache.layers)):
         with contextlib.suppress(HeadInferError):  # which would hide what failed first
             engine.take_back(before)
+            if engine.lengths() == before:  # else a change that follows would look like a half call
+                cache.end_call()

@@ -16,15 +16,19 @@ from headinfer.integration.host_format import with_kv_dtype
 from headinfer.integration.placement import Placement
 from headinfer.plan import memory
 from headinfer.plan.assistant import AssistantBytes
+from headinfer.plan.below_host import InBlocks
 from headinfer.plan.hardware import Hardware
+from headinfer.plan.joining import joined
 from headinfer.plan.narrow import narrowed, with_fewer_residents
 from headinfer.plan.options import Options
-from headinfer.plan.plan import Plan, joined, part_label
+from headinfer.plan.plan import Plan, part_label
 from headinfer.plan.resolve import resolve
 from headinfer.plan.shape import ModelShape
 from headinfer.plan.whole import passing_whole
 from headinfer.ranks.group import Ranks
 from headinfer.units import format_bytes
+
+_NO_DISK = InBlocks()
 
 USED_SHARE = 0.9
 """Share of the free GPU memory that plans use.
@@ -61,7 +65,7 @@ class ModelPart:
         dtype: torch.dtype,
         assistant: AssistantBytes,
         chunk_tokens: int | None = None,
-        disk_room_bytes: int | None = None,
+        in_blocks: InBlocks = _NO_DISK,
     ) -> Plan:
         """Return the plan of a cache's layers here, beside what other caches have on the device.
 
@@ -72,7 +76,7 @@ class ModelPart:
             dtype: of keys and values.
             assistant: what assistants take of this device.
             chunk_tokens: tokens of a chunk that all parts can pass; None for the best here.
-            disk_room_bytes: as in `headinfer.plan.resolve.resolve`.
+            in_blocks: as in `headinfer.plan.resolve.resolve`.
 
         Raises:
             MemoryPlanError: no plan fits.
@@ -100,7 +104,7 @@ class ModelPart:
                 batch=batch,
                 context_tokens=context_tokens,
                 hardware=self.hardware,
-                disk_room_bytes=disk_room_bytes,
+                in_blocks=in_blocks,
             )
         except MemoryPlanError as error:
             reason = f"{self.label}{error}"
@@ -154,7 +158,7 @@ def planned_together(
         others: the engines of each other cache, one for each part.
         dtype: of the cache's keys and values.
         assistants: returns what they take of a device.
-        disk_room_bytes: as in `headinfer.plan.resolve.resolve`.
+        disk_room_bytes: host memory for all parts, where a disk lies below it; None for no disk.
 
     Raises:
         MemoryPlanError: no plan fits.
@@ -164,7 +168,9 @@ def planned_together(
         here = [engines[number] for engines in others]
         part = parts[number]
         assistant = assistants(part.device.torch_device)
-        sizes = (chunk_tokens, disk_room_bytes)
+        beside = (each.shape for each in parts if each is not part)
+        shapes = tuple(with_kv_dtype(other, dtype) for other in beside)
+        sizes = (chunk_tokens, InBlocks(disk_room_bytes, shapes))
         return part.resolve(batch, context_tokens, here, dtype, assistant, *sizes)
 
     plans = [planned(number) for number in range(len(parts))]

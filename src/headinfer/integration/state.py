@@ -125,7 +125,7 @@ class OffloadedState:
             return
         self._wake(wanted)
         more = self.engine.missing_bytes(wanted)
-        if more > 0 or self.engine.plan.shape.uneven:  # all ranks check, or none does
+        if more > 0 or self.engine.plan.ranks_differ:  # all ranks check, or none does
             self._make_room(self.engine, wanted)
             self.engine.expect(wanted)
         if outgrows(self.engine.plan, wanted):
@@ -140,11 +140,10 @@ class OffloadedState:
         try:
             self._check_host(engine.missing_bytes(tokens), tokens, engine.plan)
         except MemoryPlanError:
-            if not engine.plan.disk_block_tokens:
+            if self.host.disk.file is None:
                 raise
             plan = self.host.plan_for(engine.plan.batch, tokens, replacing=engine)
-            for part, own in zip(engine.parts, plan.of_devices, strict=True):
-                part.keep_blocks(own.disk_host_blocks)
+            self.host.disk.lower_to(engine, plan)
             self._check_host(engine.missing_bytes(tokens), tokens, engine.plan)
 
     def _wake(self, tokens: int) -> None:

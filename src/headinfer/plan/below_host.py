@@ -1,13 +1,14 @@
 """Plans of host memory above a disk: which have room for their blocks, and what is read from it."""
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from headinfer.errors import MemoryPlanError
-from headinfer.plan.disk_blocks import with_disk
-from headinfer.plan.memory import blocks_bytes
+from headinfer.plan.disk_blocks import all_with_disk
+from headinfer.plan.joining import joined
 from headinfer.plan.plan import Plan
+from headinfer.plan.shape import ModelShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,25 +17,43 @@ class InBlocks:
 
     Attributes:
         room_bytes: host memory for the cache; None where no disk lies below it.
+        beside: what of the model lies on other devices, whose blocks share that memory. They are
+            taken to have the same sizes, as they are not chosen yet.
     """
 
     room_bytes: int | None = None
+    beside: tuple[ModelShape, ...] = ()
 
     def of(self, plan: Plan) -> Iterator[Plan]:
         """Yield a plan with its blocks; nothing where there is no room for any."""
         if self.room_bytes is None:
             yield plan
             return
+        others = [replace(plan, shape=shape) for shape in self.beside]
         with contextlib.suppress(MemoryPlanError):
-            yield with_disk(plan, self.room_bytes)
+            yield all_with_disk([plan, *others], self.room_bytes)[0]
+
+
+def above_disk(plan: Plan, room_bytes: int, block_tokens: Sequence[int] = ()) -> Plan:
+    """Return a plan with its blocks, of one device or of several.
+
+    Args:
+        plan: of a cache.
+        room_bytes: host memory that it may take.
+        block_tokens: of the blocks that it has already on each device; empty for none.
+
+    Raises:
+        MemoryPlanError: that is too little.
+    """
+    return joined(plan.shape, all_with_disk(plan.of_devices, room_bytes, block_tokens))
 
 
 def in_few_blocks(plan: Plan) -> Plan:
     """Return a plan in blocks of little host memory: at most an eighth above the least."""
     room_bytes = 2**16
     while True:
-        for found in InBlocks(room_bytes).of(plan):
-            return found
+        with contextlib.suppress(MemoryPlanError):
+            return above_disk(plan, room_bytes)
         room_bytes += room_bytes // 8
 
 
@@ -45,15 +64,11 @@ def share_in_memory(plan: Plan) -> float:
     return min((tokens - below) / beside, 1.0) if below and beside > 0 else 1.0
 
 
-def disk_bytes(plan: Plan, tokens: int) -> int:
-    """Return the bytes that blocks on the disk take of `tokens` tokens in each row."""
-    if not plan.disk_block_tokens:
-        return 0
-    below = plan.disk_tokens(tokens)
-    return blocks_bytes(plan.shape, below, plan.disk_block_tokens, plan.batch)
-
-
 def disk_read_bytes(plan: Plan, tokens: int) -> int:
     """Return the bytes that a decode step behind `tokens` tokens reads from the disk."""
-    read = max(plan.disk_tokens(tokens) - plan.resident_tokens, 0)
-    return plan.shape.host_kv_bytes(read, plan.batch)
+    return sum(
+        part.shape.host_kv_bytes(
+            max(part.disk_tokens(tokens) - part.resident_tokens, 0), part.batch
+        )
+        for part in plan.of_devices
+    )

@@ -1,6 +1,7 @@
 """How host memory above a disk is cut into blocks. Pure arithmetic."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 from headinfer.errors import MemoryPlanError
@@ -43,32 +44,83 @@ def with_disk(plan: Plan, room_bytes: int, block_tokens: int = 0) -> Plan:
     Raises:
         MemoryPlanError: that is too little.
     """
+    (found,) = all_with_disk([plan], room_bytes, [block_tokens])
+    return found
+
+
+def all_with_disk(
+    plans: Sequence[Plan], room_bytes: int, block_tokens: Sequence[int] = ()
+) -> list[Plan]:
+    """Return plans of layers on several devices, whose blocks share host memory; see `with_disk`.
+
+    Each has what it needs at least. The rest is divided by the bytes of a token, so that as many
+    tokens of each layer are in memory.
+
+    Args:
+        plans: of each device, without a disk.
+        room_bytes: host memory that the cache may take in all.
+        block_tokens: of the blocks that each has already; 0 where one has none, empty where none
+            has.
+
+    Raises:
+        MemoryPlanError: that is too little.
+    """
+    given = block_tokens or [0] * len(plans)
+    known = [
+        (have or _least_block_tokens(plan)) if plan.shape.kinds_of_full_layers else 0
+        for plan, have in zip(plans, given, strict=True)
+    ]
+    if not any(known):
+        return list(plans)
+    least = [_least_bytes(plan, tokens) for plan, tokens in zip(plans, known, strict=True)]
+    left_bytes = room_bytes - sum(least)
+    if left_bytes < 0:
+        raise MemoryPlanError(
+            f"a KV cache with a disk below needs {format_bytes(sum(least))} of CPU memory at "
+            f"least, and {format_bytes(max(room_bytes, 0))} can be had; give more host_memory or "
+            "smaller tiles"
+        )
+    weights = [plan.shape.host_kv_bytes(_MOST_BLOCK_TOKENS) for plan in plans]
+    shares = [
+        needed + left_bytes * weight // sum(weights)
+        for needed, weight in zip(least, weights, strict=True)
+    ]
+    return [_in_blocks(*each) for each in zip(plans, shares, given, strict=True)]
+
+
+def _in_blocks(plan: Plan, room_bytes: int, block_tokens: int) -> Plan:
+    """Return a plan in blocks of so many tokens, of a good number for 0; there is room for them."""
     if not plan.shape.kinds_of_full_layers:
         return plan
     block_tokens = block_tokens or _block_tokens(plan, room_bytes)
-    blocks = _blocks(plan, block_tokens, room_bytes)
-    if blocks < LEAST_BLOCKS:
-        least = _beside_bytes(plan, block_tokens)
-        tokens = LEAST_BLOCKS * block_tokens
-        least += blocks_bytes(plan.shape, tokens, block_tokens, plan.batch)
-        raise MemoryPlanError(
-            f"a KV cache with a disk below needs {format_bytes(least)} of CPU memory at least, and "
-            f"{format_bytes(max(room_bytes, 0))} can be had; give more host_memory or smaller tiles"
-        )
     return replace(
         plan,
         disk_block_tokens=block_tokens,
-        disk_host_blocks=blocks,
+        disk_host_blocks=_blocks(plan, block_tokens, room_bytes),
         disk_buffers_bytes=_buffers_bytes(plan, block_tokens),
     )
 
 
-def _block_tokens(plan: Plan, room_bytes: int) -> int:
-    """Return the tokens of a block, where nothing is kept in other ones."""
+def _least_bytes(plan: Plan, block_tokens: int) -> int:
+    """Return the host memory that a plan in blocks of so many tokens needs; 0 for no blocks."""
+    if not block_tokens:
+        return 0
+    tokens = LEAST_BLOCKS * block_tokens
+    held_bytes = blocks_bytes(plan.shape, tokens, block_tokens, plan.batch)
+    return held_bytes + _beside_bytes(plan, block_tokens)
+
+
+def _least_block_tokens(plan: Plan) -> int:
+    """Return the tokens of the smallest blocks that keep tiles whole, where that can be."""
     unit = math.lcm(*(_unit(layer, plan.shape) for layer in plan.shape.kinds_of_full_layers))
     tiled = math.lcm(unit, plan.tile_tokens)
-    unit = tiled if tiled <= _MOST_BLOCK_TOKENS else unit
-    block_tokens, most = unit, max(_MOST_BLOCK_TOKENS, unit)
+    return tiled if tiled <= _MOST_BLOCK_TOKENS else unit
+
+
+def _block_tokens(plan: Plan, room_bytes: int) -> int:
+    """Return the tokens of a block, where nothing is kept in other ones."""
+    block_tokens = _least_block_tokens(plan)
+    most = max(_MOST_BLOCK_TOKENS, block_tokens)
     while 2 * block_tokens <= most and _blocks(plan, 2 * block_tokens, room_bytes) >= _GOOD_BLOCKS:
         block_tokens *= 2
     return block_tokens

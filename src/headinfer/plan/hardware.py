@@ -146,11 +146,19 @@ class Hardware:
             link_back_bytes_per_s=back and min(back, most),
         )
 
+    def with_shared_disk(self, devices: int) -> "Hardware":
+        """Return what each of some devices has while all of them use the disk."""
+        return replace(
+            self,
+            disk_read_bytes_per_s=self.disk_read_bytes_per_s / devices,
+            disk_write_bytes_per_s=self.disk_write_bytes_per_s / devices,
+        )
+
     def shared_by(self, processes: int) -> "Hardware":
         """Return what each of some processes has, which use a GPU each and the same CPU."""
         shared, verify = self.host_shared_bytes_per_s, self.host_verify_bytes_per_s
         return replace(
-            self,
+            self.with_shared_disk(processes),
             host_memory_bytes=self.host_memory_bytes // processes,
             host_bytes_per_s=self.host_bytes_per_s / processes,
             host_attention_bytes_per_s=self.host_attention_bytes_per_s / processes,

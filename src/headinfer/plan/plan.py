@@ -1,7 +1,7 @@
 """A plan: the sizes of chunks and tiles that were chosen, and the bytes they take."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 from headinfer.plan import memory
 from headinfer.plan.assistant import NO_ASSISTANT, AssistantBytes
@@ -49,7 +49,7 @@ class Plan:
         disk_host_blocks: blocks of every offloaded layer in host memory; older ones are below.
         disk_buffers_bytes: the host memory that tokens on the disk are read to.
         whole_tokens: tokens of the longest call that cannot pass in chunks; 0 for none.
-        parts: the plan of each device where the layers lie on several; see `joined`.
+        parts: the plan of each device where the layers lie on several; see `plan.joining`.
     """
 
     shape: ModelShape
@@ -123,6 +123,8 @@ class Plan:
 
         It holds the resident ones too, so that they can be given up without a copy.
         """
+        if self.parts:
+            return sum(part.kv_host_bytes(tokens) for part in self.parts)
         if self.disk_block_tokens:
             tokens = min(tokens, self.disk_host_blocks * self.disk_block_tokens)
             held = memory.blocks_bytes(self.shape, tokens, self.disk_block_tokens, self.batch)
@@ -130,8 +132,27 @@ class Plan:
         return self.shape.host_kv_bytes(tokens, self.batch) + self.raw_page_bytes
 
     def disk_tokens(self, tokens: int) -> int:
-        """Tokens of `tokens` in each layer's rows that lie on the disk, once all were sent home."""
+        """Tokens of `tokens` in each layer's rows that lie on the disk, once all were sent home.
+
+        Where there are several devices, it is the most that any has there.
+        """
+        if self.parts:
+            return max(part.disk_tokens(tokens) for part in self.parts)
         return tokens_below(tokens, self.disk_block_tokens, self.disk_host_blocks)
+
+    def disk_bytes(self, tokens: int) -> int:
+        """Bytes that blocks on the disk take of `tokens` tokens in each row."""
+        if self.parts:
+            return sum(part.disk_bytes(tokens) for part in self.parts)
+        if not self.disk_block_tokens:
+            return 0
+        below = self.disk_tokens(tokens)
+        return memory.blocks_bytes(self.shape, below, self.disk_block_tokens, self.batch)
+
+    @property
+    def ranks_differ(self) -> bool:
+        """Whether ranks may lack host memory at different times: all of them look, or none."""
+        return self.shape.uneven or (self.shape.ranks > 1 and self.disk_block_tokens > 0)
 
     @property
     def raw_page_bytes(self) -> int:
@@ -198,8 +219,8 @@ class Plan:
                 f"{format_bytes(self.kv_host_bytes(self.context_tokens))}"
             )
             if below := self.disk_tokens(self.context_tokens):
-                size = memory.blocks_bytes(self.shape, below, self.disk_block_tokens, self.batch)
-                yield f"the oldest {format_tokens(below)} tokens on disk: {format_bytes(size)}"
+                size = format_bytes(self.disk_bytes(self.context_tokens))
+                yield f"the oldest {format_tokens(below)} tokens on disk: {size}"
 
     def _sizes_lines(self) -> Iterator[str]:
         """Yield what passes at once."""
@@ -299,52 +320,3 @@ def part_label(number: int, count: int, layers: int) -> str:
         layers: that attend there.
     """
     return f"device {number} of {count}, {layers} {'layer' if layers == 1 else 'layers'}: "
-
-
-def joined(shape: ModelShape, parts: Sequence[Plan]) -> Plan:
-    """Return the plan of a model whose layers lie on several devices; with one it is that plan.
-
-    Its bytes are those of all devices together. Its tiles are the largest of any, and its resident
-    tokens those that all layers keep.
-
-    Args:
-        shape: the whole model.
-        parts: a plan for the layers of each device; of the same batch, context and chunks.
-    """
-    first = parts[0]
-    if len(parts) == 1:
-        return first
-    budgets = [part.device_memory_bytes for part in parts]
-    known = [budget for budget in budgets if budget is not None]
-    drafting = [part.draft_tokens for part in parts if part.shape.full_layers]
-    return replace(
-        first,
-        shape=replace(
-            shape,
-            weights_bytes=sum(part.shape.weights_bytes for part in parts),
-            brought_bytes=sum(part.shape.brought_bytes for part in parts),
-        ),
-        parts=tuple(parts),
-        chunk_tokens=min(part.chunk_tokens for part in parts),
-        tile_heads=max(part.tile_heads for part in parts),
-        tile_tokens=max(part.tile_tokens for part in parts),
-        resident_tokens=min(part.resident_tokens for part in parts),
-        device_memory_bytes=sum(known) if len(known) == len(parts) else None,
-        staging_bytes=sum(part.staging_bytes for part in parts),
-        tail_bytes=sum(part.tail_bytes for part in parts),
-        chunk_page_bytes=sum(part.chunk_page_bytes for part in parts),
-        unpacked_bytes=sum(part.unpacked_bytes for part in parts),
-        packed_bytes=sum(part.packed_bytes for part in parts),
-        window_bytes=sum(part.window_bytes for part in parts),
-        activation_bytes=sum(part.activation_bytes for part in parts),
-        runtime_bytes=sum(part.runtime_bytes for part in parts),
-        resident_bytes=sum(part.resident_bytes for part in parts),
-        draft_tokens=min(drafting, default=0),
-        draft_bytes=sum(part.draft_bytes for part in parts),
-        assistant=sum((part.assistant for part in parts), NO_ASSISTANT),
-        host_share=max(part.host_share for part in parts),
-        verify_host_share=max(part.verify_host_share or 0.0 for part in parts) or None,
-        host_share_adapts=any(part.host_share_adapts for part in parts),
-        host_unmeasured=any(part.host_unmeasured for part in parts),
-        whole_tokens=max(part.whole_tokens for part in parts),
-    )

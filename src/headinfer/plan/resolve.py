@@ -26,6 +26,8 @@ from headinfer.units import format_bytes
 PAGE_TOKENS = 64
 """Tokens of one decode-tail page: 32 layers of Llama-3-8B then send 8 MiB home at a time."""
 
+_NO_DISK = InBlocks()
+
 
 def resolve(
     shape: ModelShape,
@@ -35,7 +37,7 @@ def resolve(
     batch: int = 1,
     context_tokens: int | None = None,
     hardware: Hardware | None = None,
-    disk_room_bytes: int | None = None,
+    in_blocks: InBlocks = _NO_DISK,
 ) -> Plan:
     """Turn options into a plan that fits, choosing what was left to "auto".
 
@@ -49,8 +51,8 @@ def resolve(
         batch: rows of the cache.
         context_tokens: tokens expected in the cache; None when not known yet.
         hardware: the machine whose rates predict times.
-        disk_room_bytes: host memory for the cache, where a disk lies below it: tokens then are in
-            blocks, unless there is no room for any. None for no disk.
+        in_blocks: of host memory, where a disk lies below it: tokens then are in blocks, unless
+            there is no room for any.
 
     Raises:
         OptionError: a tile is larger than the model allows.
@@ -66,14 +68,14 @@ def resolve(
         context_tokens = shape.max_positions or None
         if context_tokens is None:
             raise OptionError("tile_tokens 'all' needs a known context; give a number of tokens")
-    in_blocks = InBlocks(disk_room_bytes)
     candidates = _candidates(shape, options, device, batch, context_tokens, in_blocks)
     first = None
     for first in candidates:
         if first.fits:
             break
     else:
-        if first is None and disk_room_bytes is not None:  # whoever asks refuses it, or makes room
+        if first is None and in_blocks.room_bytes is not None:
+            # Whoever asks refuses it, or makes room.
             return resolve(
                 *(shape, options),
                 device=device,
