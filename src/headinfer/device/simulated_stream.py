@@ -7,7 +7,7 @@ the stream: a graph's part of a stream is in no order with what is enqueued ther
 import collections
 import contextlib
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -180,6 +180,20 @@ class SimulatedStream:
             return
         for to, piece in contiguous_pieces(destination, source):
             self._copy_piece(to, piece)
+
+    def copy_tokens(
+        self,
+        destination: Sequence[torch.Tensor],
+        at: int,
+        source: Sequence[torch.Tensor],
+        first: int,
+        tokens: int,
+    ) -> None:
+        """Queue the copy of each tensor's tokens; see `Stream.copy_tokens`."""
+        for to, start in zip(destination, source, strict=True):
+            assert to.is_contiguous()
+            assert start.is_contiguous()
+            self.copy(to.narrow(2, at, tokens), start.narrow(2, first, tokens))
 
     def _copy_piece(self, destination: torch.Tensor, source: torch.Tensor) -> None:
         self._tick()

@@ -245,24 +245,25 @@ class Pages:
                 self._take_back(ledger, tile)
                 raise
             for target in targets:
-                whole = target.tokens == tile.tokens
-                new = tile.kv if whole else tile.kv.cut(_within(target, tile))
-                self._send_part(ledger, target, new)
+                self._send_part(ledger, target, tile)
             sent = copy_out.record()
             for target in targets:
                 target.piece.ready = sent
             first += tokens
         return sent if dense else None
 
-    def _send_part(self, ledger: Ledger, target: Tile, new: KV) -> None:
-        """Send tokens of one extent, packed where the host has them so."""
+    def _send_part(self, ledger: Ledger, target: Tile, tile: Tile) -> None:
+        """Send those of some tokens that go to one extent, packed where the host has them so."""
+        first, tokens = target.start - tile.start, target.tokens
         if target.format is not Format.DENSE:
             assert self._packing is not None
+            whole = tokens == tile.tokens
+            new = tile.kv if whole else tile.kv.cut(slice(first, first + tokens))
             self._packing.send(ledger, target, new)
             return
-        for place, part in zip(target.kv, new, strict=True):
-            self._device.copy_out.copy(place, part)
-            self._stats.bytes_to_host += part.nbytes
+        first += tile.first
+        self._device.copy_out.copy_tokens(target.whole, target.first, tile.whole, first, tokens)
+        self._stats.bytes_to_host += ledger.home.num_bytes(tokens)
 
     def _take_back(self, ledger: Ledger, tile: Tile) -> None:
         """Have the host hold none of some tokens, part of which were sent; the page has them."""
@@ -271,8 +272,3 @@ class Pages:
         ledger.crop_host(tile.start)
         ledger.half_done = False
 
-
-def _within(part: Tile, tile: Tile) -> slice:
-    """Return where tokens are in a tile that has them and others."""
-    first = part.start - tile.start
-    return slice(first, first + part.tokens)

@@ -43,16 +43,22 @@ class ReservedTokens(CountedTokens):
 
         So each layer has memory for a prompt's first chunk before any has it for the last.
         """
-        pieces = [
-            pieces_ahead(
-                ledger.missing_tokens(self._expected_tokens),
-                chunk_tokens=self.plan.chunk_tokens,
-                tile_tokens=self.plan.tile_tokens,
-                most_tokens=piece_bytes * ledger.home.format.row_tokens // ledger.home.num_bytes(1),
-            )
-            for ledger in self._full
-        ]
-        for of_layers in itertools.zip_longest(*pieces, fillvalue=0):
+        pieces: dict[tuple[int, int], list[int]] = {}  # of layers alike
+        of_all = []
+        for ledger in self._full:
+            missing, home = ledger.missing_tokens(self._expected_tokens), ledger.home
+            most_tokens = piece_bytes * home.format.row_tokens // home.num_bytes(1)
+            if (missing, most_tokens) not in pieces:
+                pieces[missing, most_tokens] = [
+                    *pieces_ahead(
+                        missing,
+                        chunk_tokens=self.plan.chunk_tokens,
+                        tile_tokens=self.plan.tile_tokens,
+                        most_tokens=most_tokens,
+                    )
+                ]
+            of_all.append(pieces[missing, most_tokens])
+        for of_layers in itertools.zip_longest(*of_all, fillvalue=0):
             for ledger, tokens in zip(self._full, of_layers, strict=True):
                 if tokens:
                     ledger.coming.ask(ledger.home, tokens)
