@@ -64,10 +64,11 @@ def attend_groups(tokens: Tokens, step: Attend) -> None:
             query = chunk.query if whole else chunk.query[:, heads]
             total = kernels.begin(query, scale=chunk.scale)
             for part, tile in zip(step.parts, near, strict=True):
+                works: Iterable[Work]
                 if tile is not None:
-                    works = _past_works(chunk, query, [tile._replace(heads=heads)], total)
+                    works = (_past_work(chunk, query, tile._replace(heads=heads), total),)
                 elif isinstance(part, Tiles):
-                    works = _past_works(chunk, query, tokens.tiles(heads), total)
+                    works = (_past_work(chunk, query, t, total) for t in tokens.tiles(heads))
                 elif isinstance(part, Own):
                     works = _own_works(chunk, query, heads, total)
                 else:
@@ -83,26 +84,24 @@ def attend_groups(tokens: Tokens, step: Attend) -> None:
                 chunk.finish(heads, total)
 
 
-def _past_works(
-    chunk: Chunk, query: torch.Tensor, tiles: Iterable[Tile], total: Total
-) -> Iterator[Work]:
-    """Yield what attends some heads of a chunk to tiles before it."""
-    for tile in tiles:
-        mask = None
-        if chunk.padding is not None:
-            mask = chunk.padding_of(tile.start, tile.start + tile.tokens)
-        yield Work(query, (tile,), chunk.scale, total, mask=mask)
+def _past_work(chunk: Chunk, query: torch.Tensor, tile: Tile, total: Total) -> Work:
+    """Return what attends some heads of a chunk to a tile before it."""
+    mask = None
+    if chunk.padding is not None:
+        mask = chunk.padding_of(tile.start, tile.start + tile.tokens)
+    return Work(query, (tile,), chunk.scale, total, mask=mask)
 
 
-def _own_works(chunk: Chunk, query: torch.Tensor, heads: slice, total: Total) -> Iterator[Work]:
-    """Yield what attends some heads of a chunk to itself."""
-    past, tile = chunk.past_tokens, tile_in_hand(chunk.new)._replace(heads=heads)
-    padding = chunk.padding_of(past, past + chunk.tokens)
-    for work in band_works(
+def _own_works(chunk: Chunk, query: torch.Tensor, heads: slice, total: Total) -> Iterable[Work]:
+    """Return what attends some heads of a chunk to itself."""
+    past, tile, padding = chunk.past_tokens, tile_in_hand(chunk.new, heads), None
+    if chunk.padding is not None:
+        padding = chunk.padding_of(past, past + chunk.tokens)
+    if padding is None:
+        return (Work(query, (tile,), chunk.scale, total, causal=True, past_tokens=past),)
+    return band_works(
         query, tile, scale=chunk.scale, into=total, window_tokens=None, padding=padding
-    ):
-        work.past_tokens = past
-        yield work
+    )
 
 
 def _attended_without_masks(chunk: Chunk, tile: Tile, total: Total) -> bool:

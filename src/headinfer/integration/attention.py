@@ -181,7 +181,7 @@ class AttentionFunctions:
         batch, query_heads, q_len, key_dim = query.shape
         kv_heads, value_dim = value.shape[1], value.shape[3]
         scale = key_dim**-0.5 if scaling is None else float(scaling)
-        grouped = query.unflatten(1, (kv_heads, query_heads // kv_heads))
+        grouped = query.view(batch, kv_heads, query_heads // kv_heads, q_len, key_dim)
         sinks = None if s_aux is None else s_aux.unflatten(0, (kv_heads, -1))
         window_tokens, padding = None, None
         kept = None if pending is None else pending.window_tokens
