@@ -53,35 +53,42 @@ def attend_groups(tokens: Tokens, step: Attend) -> None:
         tokens: the chunk, and what it attends.
         step: which parts, by which groups of heads.
     """
-    chunk = tokens.chunk
+    if torch._C._autograd._profiler_enabled():
+        with record_function(ATTENTION_MARK):
+            _attend_groups(tokens, step)
+    else:
+        _attend_groups(tokens, step)
+
+
+def _attend_groups(tokens: Tokens, step: Attend) -> None:
+    chunk, parts = tokens.chunk, step.parts
     kernels, kv_heads, whole = chunk.kernels, chunk.new.keys.shape[1], step.groups == 1
-    lone = len(step.parts) == 1 and isinstance(step.parts[0], Own)  # what is new is in new memory
-    near = [tokens.near(part.where) if isinstance(part, Near) else None for part in step.parts]
-    with attention_mark():
-        for first in range(0, kv_heads, step.heads):
-            # A view of all heads would be the same, and takes time.
-            heads = ALL_HEADS if whole else slice(first, min(first + step.heads, kv_heads))
-            query = chunk.query if whole else chunk.query[:, heads]
-            total = kernels.begin(query, scale=chunk.scale)
-            for part, tile in zip(step.parts, near, strict=True):
-                works: Iterable[Work]
-                if tile is not None:
-                    works = (_past_work(chunk, query, tile._replace(heads=heads), total),)
-                elif isinstance(part, Tiles):
-                    works = (_past_work(chunk, query, t, total) for t in tokens.tiles(heads))
-                elif isinstance(part, Own):
-                    works = _own_works(chunk, query, heads, total)
-                else:
-                    window = tokens.near(Where.WINDOW)
-                    if _attended_without_masks(chunk, window, total):
-                        continue
-                    works = _window_works(chunk, window, total)
-                for work in works:
-                    kernels.pick(work).attend(work)
-            if not step.write:
-                chunk.waiting.append((heads, total))
-            elif not (whole and lone and chunk.finish_alone(total)):
-                chunk.finish(heads, total)
+    near = [tokens.near(part.where) if isinstance(part, Near) else None for part in parts]
+    for first in range(0, kv_heads, step.heads):
+        # A view of all heads would be the same, and takes time.
+        heads = ALL_HEADS if whole else slice(first, min(first + step.heads, kv_heads))
+        query = chunk.query if whole else chunk.query[:, heads]
+        total = kernels.begin(query, scale=chunk.scale)
+        for part, kept in zip(parts, near, strict=True):
+            works: Iterable[Work]
+            if kept is not None:
+                works = (_past_work(chunk, query, kept._replace(heads=heads), total),)
+            elif isinstance(part, Own):
+                works = _own_works(chunk, query, heads, total)
+            elif isinstance(part, Tiles):
+                works = (_past_work(chunk, query, tile, total) for tile in tokens.tiles(heads))
+            else:
+                window = tokens.near(Where.WINDOW)
+                if _attended_without_masks(chunk, window, total):
+                    continue
+                works = _window_works(chunk, window, total)
+            for work in works:
+                kernels.pick(work).attend(work)
+        lone = len(parts) == 1 and isinstance(parts[0], Own)  # what is new is in new memory
+        if not step.write:
+            chunk.waiting.append((heads, total))
+        elif not (whole and lone and chunk.finish_alone(total)):
+            chunk.finish(heads, total)
 
 
 def _past_work(chunk: Chunk, query: torch.Tensor, tile: Tile, total: Total) -> Work:

@@ -131,6 +131,8 @@ class Engine(CapturableTokens):
                     executor.source.end()
         finally:
             executor.release()
+        if self._full and ledger is self._full[-1]:
+            executor.send_late()
         if self._host.pending:
             self._host.check()
 
@@ -177,6 +179,8 @@ class Engine(CapturableTokens):
                     PERFORM[type(step)](executor, step)
         finally:
             executor.release()
+        if self._full and ledger is self._full[-1]:
+            executor.send_late()
 
 
 def _parts(ledger: Ledger, new_tokens: int, at_once: int) -> Iterator[tuple[int, int]]:

@@ -25,7 +25,8 @@ class ReservedTokens(CountedTokens):
     def _reserve(self, ledger: Ledger, new_tokens: int) -> None:
         """Have host memory on its way for all tokens that a layer without a window is to hold.
 
-        Wait for as much of it as is needed when the new tokens are sent home.
+        Wait for as much of it as is needed when the new tokens are sent home, unless they are kept
+        behind residents. These are sent at the end of the pass, which waits then.
         """
         if ledger.capacity_tokens >= self._expected_tokens or self.plan.disk_block_tokens:
             return  # blocks above a disk are taken as tokens are sent home
@@ -35,8 +36,11 @@ class ReservedTokens(CountedTokens):
             return
         if ledger.promised_tokens < self._expected_tokens:
             self._ask_ahead(piece_bytes)
+        resident, tokens = ledger.resident, ledger.tokens + new_tokens
+        if resident is not None and ledger.tail is None and tokens <= resident.capacity:
+            return
         if ledger.tail_tokens + new_tokens >= self.plan.page_tokens:  # else they wait in a page
-            ledger.reserve(min(ledger.tokens + new_tokens, self._expected_tokens))
+            ledger.reserve(min(tokens, self._expected_tokens))
 
     def _ask_ahead(self, piece_bytes: int) -> None:
         """Have the host memory that layers lack got in the background, the oldest tokens' first.

@@ -175,8 +175,11 @@ class AttentionFunctions:
         """
         pending, self._mine.pending = self._mine.pending, None
         _check_call(module, query, attention_mask, dropout, is_causal, kwargs)
-        if pending is not None:
-            _check_pending(module, pending, key, value)
+        if pending is not None and (key is not pending.keys or value is not pending.values):
+            raise UnsupportedModelError(
+                f"{type(module).__name__} changes its keys between cache and attention, or "
+                "shares them between layers: not served"
+            )
         query, key, value = in_attended_dtype(type(module).__name__, query, key, value)
         batch, query_heads, q_len, key_dim = query.shape
         kv_heads, value_dim = value.shape[1], value.shape[3]
@@ -227,20 +230,6 @@ class AttentionFunctions:
                     host_kernels=_host_kernels(pending.engine.plan, query, value_dim, softcap),
                 )
         return out.view(batch, q_len, query_heads, value_dim), None
-
-
-def _check_pending(
-    module: torch.nn.Module,
-    pending: Pending,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-) -> None:
-    """Refuse to attend other keys and values than the cache was given."""
-    if keys is not pending.keys or values is not pending.values:
-        raise UnsupportedModelError(
-            f"{type(module).__name__} changes its keys between cache and attention, or "
-            "shares them between layers: not served"
-        )
 
 
 def _host_kernels(
