@@ -93,13 +93,16 @@ def token_strips(
             found[-1] = found[-1]._replace(height=2 * strip.height)
         else:
             found.append(strip)
-    if max(found[0].destination_pitch_bytes, found[0].source_pitch_bytes) <= MAX_PITCH_BYTES:
+    if max([max(strip[-2:]) for strip in found]) <= MAX_PITCH_BYTES:
         return found
-    return [head for strip in found for head in _alone(strip)]
+    return [head for strip in found for head in _in_reach(strip)]
 
 
-def _alone(strip: Strip) -> Iterator[Strip]:
-    """Yield the stretches of a strip as strips of their own."""
+def _in_reach(strip: Strip) -> Iterator[Strip]:
+    """Yield a strip, or its stretches one by one where they lie too far apart for a copy engine."""
+    if max(strip[-2:]) <= MAX_PITCH_BYTES:
+        yield strip
+        return
     for index in range(strip.height):
         yield strip._replace(
             destination=strip.destination + index * strip.destination_pitch_bytes,

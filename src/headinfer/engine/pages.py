@@ -181,10 +181,12 @@ class Pages:
         if piece.free is not None:
             self._device.compute.wait(piece.free, Edge.PAGE_FREE)
             piece.free = None
-        place = ledger.extend(extent, new.keys.shape[2])
+        first, tokens = extent.tokens, new.keys.shape[2]
+        place = ledger.extend(extent, tokens)
         if self._device.checks_accesses:
             self._state_writes(place)
-        place.kv.copy_(new)
+        for memory, part in zip(extent.whole, new, strict=True):
+            memory.narrow(2, first, tokens).copy_(part)
 
     def _state_writes(self, place: Tile) -> None:
         for part in place.kv:

@@ -28,19 +28,20 @@ class ReservedTokens(CountedTokens):
         Wait for as much of it as is needed when the new tokens are sent home, unless they are kept
         behind residents. These are sent at the end of the pass, which waits then.
         """
-        if ledger.capacity_tokens >= self._expected_tokens or self.plan.disk_block_tokens:
+        expected, capacity = self._expected_tokens, ledger.capacity_tokens
+        if capacity >= expected or self.plan.disk_block_tokens:
             return  # blocks above a disk are taken as tokens are sent home
         piece_bytes = self._device.host_piece_bytes
         if piece_bytes is None:
-            ledger.reserve(self._expected_tokens)
+            ledger.reserve(expected)
             return
-        if ledger.promised_tokens < self._expected_tokens:
+        if capacity + ledger.coming.tokens < expected:
             self._ask_ahead(piece_bytes)
         resident, tokens = ledger.resident, ledger.tokens + new_tokens
         if resident is not None and ledger.tail is None and tokens <= resident.capacity:
             return
         if ledger.tail_tokens + new_tokens >= self.plan.page_tokens:  # else they wait in a page
-            ledger.reserve(min(tokens, self._expected_tokens))
+            ledger.reserve(min(tokens, expected))
 
     def _ask_ahead(self, piece_bytes: int) -> None:
         """Have the host memory that layers lack got in the background, the oldest tokens' first.

@@ -142,11 +142,9 @@ class Growth(HostBytes):
                 return position
         return None
 
-    def _leave_shared(self) -> None:
-        """Give up host memory behind the host's tokens where another ledger reads it."""
-        position = self._shared_behind()
-        if position is not None:
-            self._cut(position, max(self.host_tokens - self._host[position].start, 0))
+    def _leave_shared(self, position: int) -> None:
+        """Give up host memory behind the host's tokens, from an extent that is shared on."""
+        self._cut(position, max(self.host_tokens - self._host[position].start, 0))
 
     def _leave_disk(self, tokens: int) -> None:
         """Give up what lies behind `tokens` on the disk; bring the block back that is cut.

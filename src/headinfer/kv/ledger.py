@@ -182,7 +182,9 @@ class Ledger(Growth, HostBytes, Drafted):
     def extend_host(self, tokens: int) -> list[Tile]:
         """Lengthen what the host holds; return where the tokens must be written, in order."""
         start, end = self.host_tokens, self.host_tokens + tokens
-        self._leave_shared()
+        shared = self._shared_behind()
+        if shared is not None:
+            self._leave_shared(shared)
         if self.capacity_tokens < end:
             self.reserve(end)
         self.host_tokens = end
@@ -193,7 +195,9 @@ class Ledger(Growth, HostBytes, Drafted):
 
     def home_with_room(self) -> Extent | None:
         """Return the host's extent that has all tokens and memory for one more, if there is one."""
-        self._leave_shared()
+        shared = self._shared_behind()
+        if shared is not None:
+            self._leave_shared(shared)
         first = self._host[0] if self._host else None
         return first if first is not None and first.limit > self.host_tokens else None
 

@@ -69,7 +69,8 @@ class Geometry:
     def num_bytes(self, tokens: int, *, heads: int | None = None) -> int:
         """Bytes of `tokens` tokens of `heads` heads (all by default), keys and values together."""
         heads = self.kv_heads if heads is None else heads
-        return self.batch * heads * self.format.rows(tokens) * sum(self._row_bytes)
+        rows = -(-tokens // self.format.row_tokens)
+        return self.batch * heads * rows * (self._row_bytes[0] + self._row_bytes[1])
 
     def carve(self, buffer: torch.Tensor, tokens: int, *, heads: int | None = None) -> KV:
         """View a uint8 buffer as contiguous keys and values.

@@ -43,7 +43,10 @@ class Coming:
     @property
     def num_bytes(self) -> int:
         """Bytes of it."""
-        return sum([each.num_bytes for each in self._asked])
+        num_bytes = 0
+        for each in self._asked:
+            num_bytes += each.num_bytes
+        return num_bytes
 
     @property
     def awaited_bytes(self) -> int:

@@ -39,7 +39,7 @@ class Format(enum.Enum):
 
     def covering(self, tokens: int) -> int:
         """Return the tokens of the rows that so many tokens take."""
-        return self.rows(tokens) * self.row_tokens
+        return -(-tokens // self.row_tokens) * self.row_tokens
 
     def row_bytes(self, dim: int, itemsize: int) -> int:
         """Return the bytes of a row of keys, or of values.
