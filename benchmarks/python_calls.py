@@ -1,14 +1,16 @@
-"""Python calls that a decode step makes in each layer: what a step costs where Python is the bound.
+"""Python calls that a decode step or a short prompt makes in each layer, where Python is the bound.
 
 Counts calls of functions in the package's own files, on the simulated device, for four layers of
-four KV heads after 1000 tokens. The simulated device's own work, which no GPU needs, is left out.
-Prints JSON: calls a layer and step, and the frames between the attention function and a kernel.
+four KV heads: decode steps after 1000 tokens, and a prompt as long that passes in one chunk and is
+resident. The simulated device's own work, which no GPU needs, is left out. Prints JSON: calls a
+layer and step, and the frames between the attention function and a kernel.
 
     python benchmarks/python_calls.py [--top 20]
 """
 
 import argparse
 import collections
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -20,9 +22,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import headinfer
 from headinfer.integration.attention import AttentionFunctions
+from headinfer.integration.layer import OffloadedLayer
 
 _ROOT = str(Path(headinfer.__file__).parent)
-_SIMULATOR = ("simulated.py", "hazards.py")
+_SIMULATOR = (f"{_ROOT}/device/simulated", f"{_ROOT}/device/hazards.py")
 _LAYERS, _STEPS, _PROMPT_TOKENS = 4, 10, 1000
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -63,7 +66,9 @@ class Counter:
         self.calls: collections.Counter[str] = collections.Counter()
         self.deepest: list[str] = []
         self._attend = AttentionFunctions.attend.__code__
+        self._of_layers = self._attend, inspect.unwrap(OffloadedLayer.update).__code__
         self._simulating = 0  # calls within the simulator that have not returned
+        self._layer: FrameType | None = None  # the call of a layer that has not returned
 
     def __call__(self, frame: FrameType, event: str, _argument: object) -> None:
         """Count one event."""
@@ -73,12 +78,21 @@ class Counter:
             if f"{_ROOT}/attend/" in file and not self._simulating:
                 self._note_depth(frame)
         elif own and event == "call":
-            if self._simulating or file.endswith(_SIMULATOR):
+            if self._simulating or file.startswith(_SIMULATOR):
                 self._simulating += 1
             else:
                 self.calls[f"{file.removeprefix(_ROOT + '/')} {_name(frame)}"] += 1
         elif own and event == "return" and self._simulating:
             self._simulating -= 1
+
+    def in_layers(self, frame: FrameType, event: str, argument: object) -> None:
+        """Count one event of a layer's update or attention; leave out what is done once a call."""
+        if self._layer is None and frame.f_code in self._of_layers:
+            self._layer = frame
+        if self._layer is not None:
+            self(frame, event, argument)
+        if event == "return" and frame is self._layer:
+            self._layer = None
 
     def _note_depth(self, frame: FrameType | None) -> None:
         names: list[str] = []
@@ -91,10 +105,10 @@ class Counter:
 
 
 def count(llama: LlamaForCausalLM, **options: Any) -> Counter:
-    """Return what decode steps call under some options of `attach`."""
+    """Return what decode steps that are not captured call, under some options of `attach`."""
     tokens = torch.randint(0, 97, (1, _PROMPT_TOKENS + 3 + _STEPS))
-    counter = Counter()
-    with headinfer.attach(llama, device="simulated", **options) as offload, torch.no_grad():
+    counter, options = Counter(), {"device": "simulated", "capture": False, **options}
+    with headinfer.attach(llama, **options) as offload, torch.no_grad():
         cache = offload.new_cache(2000)
         llama(tokens[:, :_PROMPT_TOKENS], **cache.as_keyword(), logits_to_keep=1)
         for step in range(3 + _STEPS):
@@ -106,6 +120,30 @@ def count(llama: LlamaForCausalLM, **options: Any) -> Counter:
     return counter
 
 
+def count_prompt(llama: LlamaForCausalLM, **options: Any) -> Counter:
+    """Return what the update and the attention of a prompt's layers call, in a second cache."""
+    prompt, counter = torch.randint(0, 97, (1, _PROMPT_TOKENS)), Counter()
+    with headinfer.attach(llama, device="simulated", **options) as offload, torch.no_grad():
+        for profile in (None, counter.in_layers):
+            cache = offload.new_cache()
+            sys.setprofile(profile)
+            llama(prompt, **cache.as_keyword(), logits_to_keep=1)
+            sys.setprofile(None)
+    return counter
+
+
+def result(counter: Counter, top: int, each: int) -> dict[str, Any]:
+    """Return what is printed of the calls counted in so many layers."""
+    found: dict[str, Any] = {
+        "calls": round(sum(counter.calls.values()) / each, 1),
+        "frames": len(counter.deepest),
+        "deepest": counter.deepest,
+    }
+    if top:
+        found["most"] = {f: n / each for f, n in counter.calls.most_common(top)}
+    return found
+
+
 def main() -> None:
     """Count under each setting, and print JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -113,15 +151,9 @@ def main() -> None:
     top = parser.parse_args().top
     llama, results = model(), {}
     for name, options in SETTINGS.items():
-        counter = count(llama, **options)
-        each = _STEPS * _LAYERS
-        results[name] = {
-            "calls": round(sum(counter.calls.values()) / each, 1),
-            "frames": len(counter.deepest),
-            "deepest": counter.deepest,
-        }
-        if top:
-            results[name]["most"] = {f: n / each for f, n in counter.calls.most_common(top)}
+        results[name] = result(count(llama, **options), top, _STEPS * _LAYERS)
+    prompt = count_prompt(llama, chunk_tokens=1024, resident_tokens=1024)
+    results["a prompt, resident"] = result(prompt, top, _LAYERS)
     print(json.dumps(results, indent=2))
 
 

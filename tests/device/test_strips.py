@@ -1,6 +1,7 @@
 """Copies as strips: whatever the layouts, the strips together are the copy."""
 
 import ctypes
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -8,13 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headinfer.device import strips as module
-from headinfer.device.strips import strips
+from headinfer.device.strips import Strip, strips, token_strips
 
 
 def run(destination: torch.Tensor, source: torch.Tensor) -> int:
-    """Copy strip by strip, as a copy engine does; return how many there were."""
+    """Copy between tensors, strip by strip; return how many there were."""
+    return perform(strips(destination, source))
+
+
+def perform(found: Iterable[Strip]) -> int:
+    """Copy as a copy engine does; return how many strips there were."""
     count = 0
-    for strip in strips(destination, source):
+    for strip in found:
         assert strip.width_bytes <= strip.destination_pitch_bytes
         assert strip.width_bytes <= strip.source_pitch_bytes
         for row in range(strip.height):
@@ -55,6 +61,61 @@ def test_the_strips_of_any_two_layouts_are_the_copy(
     run(destination, source)
     assert torch.equal(destination, source)
     assert int(around.count_nonzero()) == int(source.count_nonzero())  # nothing else was written
+
+
+def pair(
+    batch: int, heads: int, capacity: int, dims: tuple[int, int], dtype: torch.dtype
+) -> list[torch.Tensor]:
+    """Return zeros for keys and values, which lie one behind the other as in a layer's memory."""
+    sizes = [batch * heads * capacity * dim for dim in dims]
+    parts = torch.zeros(sum(sizes), dtype=dtype).split(sizes)
+    return [part.view(batch, heads, capacity, dim) for part, dim in zip(parts, dims, strict=True)]
+
+
+@settings(deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    heads=st.integers(1, 4),
+    dims=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    tokens=st.integers(1, 5),
+    around=st.tuples(*[st.integers(0, 3)] * 4),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    most_pitch_bytes=st.sampled_from([8, 2**31 - 1]),
+)
+def test_the_strips_of_tokens_are_their_copy(
+    batch: int,
+    heads: int,
+    dims: tuple[int, int],
+    tokens: int,
+    around: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    most_pitch_bytes: int,
+) -> None:
+    at, behind, first, more = around
+    destination = pair(batch, heads, at + tokens + behind, dims, dtype)
+    source = pair(batch, heads, first + tokens + more, dims, dtype)
+    for part in source:
+        part.copy_(torch.arange(1, part.numel() + 1).reshape(part.shape) % 97)
+    with pytest.MonkeyPatch.context() as patching:
+        patching.setattr(module, "MAX_PITCH_BYTES", most_pitch_bytes)
+        found = token_strips(destination, at, source, first, tokens)
+    assert all(
+        strip.height == 1
+        or max(strip.destination_pitch_bytes, strip.source_pitch_bytes) <= most_pitch_bytes
+        for strip in found
+    )
+    perform(found)
+    for ours, whole in zip(destination, source, strict=True):
+        sent = whole[:, :, first : first + tokens]
+        assert torch.equal(ours[:, :, at : at + tokens], sent)
+        assert int(ours.count_nonzero()) == int(sent.count_nonzero())  # nothing else was written
+
+
+def test_keys_and_values_that_lie_alike_are_one_strip() -> None:
+    destination, source = (pair(2, 4, capacity, (8, 8), torch.bfloat16) for capacity in (50, 30))
+    assert len(token_strips(destination, 40, source, 5, 10)) == 1
+    apart = [part.clone() for part in source]
+    assert len(token_strips(destination, 40, apart, 5, 10)) == 2
 
 
 def test_the_heads_of_a_tile_are_one_strip() -> None:

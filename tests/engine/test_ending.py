@@ -9,7 +9,7 @@ import torch
 
 from headinfer.device.base import Edge
 from headinfer.device.simulated import SimulatedDevice
-from headinfer.device.simulated_stream import SimulatedEvent
+from headinfer.device.simulated_event import SimulatedEvent
 from headinfer.engine import ending
 from held_device import HeldDevice
 from host_share import engine_with_host_share

@@ -191,6 +191,40 @@ def test_a_missing_wait_of_packed_tokens_is_noticed(edge: Edge) -> None:
         exercise(in_pieces(seed=1, skip=[edge]), packed=True)
 
 
+def send_late(device: SimulatedDevice) -> torch.Tensor:
+    """Pass prompts that are resident, and are sent home behind the last layer; return logits."""
+    model, prompt = small_model(3), random_tokens(1, 12)
+    with headinfer.attach(
+        model,
+        device="simulated",
+        simulated_device=device,
+        chunk_tokens=12,
+        resident_tokens=40,
+    ) as offload:
+        cache = offload.new_cache()
+        model(prompt, past_key_values=cache, logits_to_keep=1)
+        cache.crop(-5)  # compute overwrites what is sent
+        model(prompt, past_key_values=cache, logits_to_keep=1)
+        copied = copy.deepcopy(cache)  # its residents come from the host
+        logits: torch.Tensor = model(prompt, past_key_values=copied).logits
+        del cache, copied
+    device.memory.check()
+    return logits
+
+
+def test_all_seeds_give_the_same_result_behind_the_last_layer() -> None:
+    wanted = send_late(in_pieces(seed=0))
+    assert wanted.isfinite().all()
+    for seed in range(1, SEEDS // 32):
+        assert torch.equal(send_late(in_pieces(seed=seed)), wanted)
+
+
+@pytest.mark.parametrize("edge", [Edge.PAGE_WRITTEN, Edge.HOST_SETTLED])
+def test_a_missing_wait_behind_the_last_layer_is_noticed(edge: Edge) -> None:
+    with pytest.raises(HazardError, match="is not ordered after the"):
+        send_late(in_pieces(seed=1, skip=[edge]))
+
+
 @pytest.mark.parametrize("overlap", [True, False])
 def test_layers_on_several_devices_give_the_same_result(overlap: bool) -> None:
     whole = SimulatedDevice(seed=0)

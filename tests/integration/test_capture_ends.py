@@ -238,7 +238,7 @@ def test_ctrl_c_as_a_page_goes_home(monkeypatch: pytest.MonkeyPatch) -> None:
         def broken_off(*_args: Any, **_options: Any) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(type(cache.state.engine._pages), "send_home", broken_off)
+        monkeypatch.setattr(type(cache.state.engine._pages), "_send", broken_off)
         with pytest.raises(KeyboardInterrupt):
             steps(model, cache, 90)
         monkeypatch.undo()

@@ -7,7 +7,7 @@ import torch
 
 import headinfer
 from headinfer.device.simulated import SimulatedDevice
-from headinfer.device.simulated_stream import SimulatedEvent
+from headinfer.device.simulated_event import SimulatedEvent
 from headinfer.engine.engine import Engine
 from headinfer.integration.calls import cache_argument
 from headinfer.plan.memory import STAGING_BUFFERS

@@ -336,4 +336,4 @@ def test_what_several_tokens_fill_goes_home_before_the_next_ones(resident_capaci
         first = route_track(full, Pass.FORWARD, new_tokens, SIZES).steps[0]
         assert first == SendHome(20, 26, turn=not resident)
     one = held._replace(tokens=25, resident_tokens=25 if resident else 0)
-    assert route_track(one, Pass.FORWARD, 1, SIZES).steps[-1] == SendHome(20, 26)
+    assert route_track(one, Pass.FORWARD, 1, SIZES).steps[-1] == SendHome(20, 26, late=resident > 0)

@@ -147,8 +147,8 @@ def attend_shared(
         values: `[batch, kv_heads, q_len, value_dim]`.
         scale: factor of the scores.
     """
-    shape, q_len = query.shape[1:3], query.shape[3]
+    shape = query.shape[:4]
     out, lse = call(query.flatten(1, 2), keys, values, scale=scale)[:2]
-    if lse.shape[2] > q_len:
-        lse = lse[:, :, :q_len]
-    return Partial(out.unflatten(1, shape), lse.unflatten(1, shape))
+    if lse.shape[2] > shape[3]:
+        lse = lse[:, :, : shape[3]]
+    return Partial(out.view(*shape, out.shape[3]), lse.view(shape))

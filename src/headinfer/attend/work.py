@@ -8,7 +8,7 @@ import torch
 
 from headinfer.attend.partial import Partial
 from headinfer.kv.extent import Piece, Tile
-from headinfer.kv.pair import KV
+from headinfer.kv.pair import ALL_HEADS, KV
 
 
 class Total(Protocol):
@@ -118,6 +118,6 @@ class Kernel(Protocol):
         """
 
 
-def tile_in_hand(kv: KV) -> Tile:
-    """Return all tokens of keys and values that are in no ledger."""
-    return Tile(0, kv.keys.shape[2], Piece(kv.keys), kv)
+def tile_in_hand(kv: KV, heads: slice = ALL_HEADS) -> Tile:
+    """Return all tokens of some heads of keys and values that are in no ledger."""
+    return Tile(0, kv.keys.shape[2], Piece(kv.keys), kv, 0, heads)

@@ -11,6 +11,8 @@ from typing import Protocol, TypeVar
 
 import torch
 
+from headinfer.device.host_ahead import HostMemory
+
 
 class Edge(enum.Enum):
     """Every wait between streams: what was produced where, and who must not start before it."""
@@ -131,23 +133,6 @@ class ServedTask(Protocol):
         """State what the task reads and writes, as work of a stream."""
 
 
-class HostMemory(Protocol):
-    """A piece of host memory on its way: it is got while its owner does something else."""
-
-    def result(self) -> torch.Tensor:
-        """Block the host until it is there, and return it as `Device.host_empty` does.
-
-        Raises:
-            MemoryPlanError: it cannot be had.
-        """
-
-    def cancel(self) -> object:
-        """Say that nobody will take it: it is freed again, or not even got."""
-
-    def done(self) -> bool:
-        """Whether it is there, or cannot be had."""
-
-
 class Stream(Protocol):
     """A queue of work, run in order: on the device, or beside it on the host."""
 
@@ -156,6 +141,20 @@ class Stream(Protocol):
 
         A tile, whose heads lie apart, takes one transfer for each head, or one for all where the
         device copies strips.
+        """
+
+    def copy_tokens(
+        self,
+        destination: Sequence[torch.Tensor],
+        at: int,
+        source: Sequence[torch.Tensor],
+        first: int,
+        tokens: int,
+    ) -> None:
+        """Enqueue copies of `tokens` tokens from `first` on of each source, to `at`; see `copy`.
+
+        Tensors are contiguous, `[batch, heads, tokens, dim]`. Each is copied to the one that has
+        its place in `destination`, alike but for the number of tokens.
         """
 
     def run(self, function: Callable[[], None]) -> None:

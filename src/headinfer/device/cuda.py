@@ -5,15 +5,16 @@ import functools
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import torch
 
 from headinfer.device import cuda_driver
-from headinfer.device.base import Capture, Device, HostMemory, Mark, Server, Stream
+from headinfer.device.base import Capture, Device, Mark, Server, Stream
 from headinfer.device.cuda_graph import CudaCapture
 from headinfer.device.cuda_stream import CudaEvent, CudaStream
+from headinfer.device.host_ahead import HostMemory, ReadyMemory
 from headinfer.device.host_memory import available_host_bytes
 from headinfer.device.host_pages import Pieces, commit, map_pages
 from headinfer.device.launches import launches
@@ -144,9 +145,7 @@ class CudaDevice:
         ready = self._pieces.take_ready(num_bytes)
         if ready is None:
             return self._getting.submit(self.host_empty, num_bytes)
-        memory: Future[torch.Tensor] = Future()
-        memory.set_result(ready)
-        return memory
+        return ReadyMemory(ready)
 
     @property
     def spare_host_bytes(self) -> int:

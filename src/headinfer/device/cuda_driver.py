@@ -6,11 +6,11 @@
 import ctypes
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
-from headinfer.device.strips import Strip, strips
+from headinfer.device.strips import Strip
 
 _SUCCESS = 0
 _WRONG_CONTEXT = 201, 400  # there is none, or the stream is of another
@@ -110,20 +110,20 @@ def mapped_address(device: torch.device, host_address: int) -> int:
     return address.value
 
 
-def copy(stream: torch.cuda.Stream, destination: torch.Tensor, source: torch.Tensor) -> None:
-    """Enqueue a copy between tensors of equal shape and dtype.
+def copy(stream: torch.cuda.Stream, strips: Iterable[Strip]) -> None:
+    """Enqueue copies.
 
-    The host's must be page-locked, or the caller waits. torch's allocator learns nothing of the
-    stream. The default one is that of whichever device is current.
+    The host's memory must be page-locked, or the caller waits. torch's allocator learns nothing of
+    the stream. The default one is that of whichever device is current.
 
     Raises:
         RuntimeError: the driver refuses.
     """
     if stream.cuda_stream == 0 and torch.cuda.current_device() != stream.device.index:
         with torch.cuda.device(stream.device):
-            copy(stream, destination, source)
+            copy(stream, strips)
         return
-    for strip in strips(destination, source):
+    for strip in strips:
         if strip.height == 1:
             arguments = strip.destination, strip.source, strip.width_bytes
             _checked("cuMemcpyAsync", stream, *arguments, stream.cuda_stream)

@@ -1,14 +1,14 @@
 """CUDA streams and events: those of torch, with copies and flags by the driver."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from headinfer.device import cuda_driver
 from headinfer.device.base import Edge, Event, PlaceError
 from headinfer.device.cuda_calls import enqueue_call
-from headinfer.device.strips import contiguous_pieces
+from headinfer.device.strips import contiguous_pieces, strips, token_strips
 
 
 class CudaEvent:
@@ -60,11 +60,27 @@ class CudaStream:
         kept by it until compute was made to wait for the copy.
         """
         if torch.version.hip is None:
-            cuda_driver.copy(self._current(), destination, source)
+            cuda_driver.copy(self._current(), strips(destination, source))
             return
         with torch.cuda.stream(self._current()):
             for to, piece in contiguous_pieces(destination, source):
                 to.copy_(piece, non_blocking=True)
+
+    def copy_tokens(
+        self,
+        destination: Sequence[torch.Tensor],
+        at: int,
+        source: Sequence[torch.Tensor],
+        first: int,
+        tokens: int,
+    ) -> None:
+        """Enqueue copies, in one transfer where they lie alike; see `copy`."""
+        if torch.version.hip is None:
+            found = token_strips(destination, at, source, first, tokens)
+            cuda_driver.copy(self._current(), found)
+            return
+        for to, start in zip(destination, source, strict=True):
+            self.copy(to.narrow(2, at, tokens), start.narrow(2, first, tokens))
 
     def run(self, function: Callable[[], None]) -> None:
         """Enqueue a call on a thread of the driver's.

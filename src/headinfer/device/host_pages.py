@@ -55,7 +55,8 @@ class Pieces:
     ) -> None:
         self._allocate, self._allocate_ready = allocate, allocate_ready
         self._turn = threading.Lock()  # memory is also got in the background
-        self._left = torch.empty(0, dtype=torch.uint8, device="cpu")
+        self._region = torch.empty(0, dtype=torch.uint8, device="cpu")
+        self._used_bytes = 0  # of the region
 
     def take(self, num_bytes: int) -> torch.Tensor:
         """Return memory `[num_bytes]` of uint8 that nobody else has.
@@ -67,9 +68,9 @@ class Pieces:
         if not 0 < whole <= _LARGEST_PIECE_BYTES:
             return self._allocate(num_bytes)
         with self._turn:
-            if self._left.numel() < whole:
+            if self._used_bytes + whole > self._region.numel():
                 try:
-                    self._left = self._allocate(_region_bytes(whole))
+                    self._begin(self._allocate(_region_bytes(whole)))
                 except MemoryPlanError:
                     return self._allocate(num_bytes)
             return self._cut(num_bytes, whole)
@@ -82,18 +83,23 @@ class Pieces:
         if not self._turn.acquire(blocking=False):
             return None
         try:
-            if self._left.numel() < whole:
+            if self._used_bytes + whole > self._region.numel():
                 region = self._allocate_ready(_region_bytes(whole))
                 if region is None:
                     return None
-                self._left = region
+                self._begin(region)
             return self._cut(num_bytes, whole)
         finally:
             self._turn.release()
 
+    def _begin(self, region: torch.Tensor) -> None:
+        self._region, self._used_bytes = region, 0
+
     def _cut(self, num_bytes: int, whole: int) -> torch.Tensor:
-        piece, left = self._left[:num_bytes], self._left[whole:]
-        self._left = left if left.numel() else torch.empty(0, dtype=torch.uint8, device="cpu")
+        first, self._used_bytes = self._used_bytes, self._used_bytes + whole
+        piece = self._region[first : first + num_bytes]
+        if self._used_bytes == self._region.numel():  # or it would outlive its pieces
+            self._begin(torch.empty(0, dtype=torch.uint8, device="cpu"))
         return piece
 
 

@@ -19,13 +19,15 @@ from typing import TypeVar
 
 import torch
 
-from headinfer.device.base import Capture, Device, Edge, HostMemory, Mark, Server, Stream
+from headinfer.device.base import Capture, Device, Edge, Mark, Server, Stream
 from headinfer.device.hazards import Clock, join
+from headinfer.device.host_ahead import HostMemory
 from headinfer.device.marks import ReachedMark
 from headinfer.device.simulated_capture import Recorder, SimulatedCapture, SimulatedLaunches
+from headinfer.device.simulated_event import SimulatedEvent
 from headinfer.device.simulated_flags import SimulatedFlags
 from headinfer.device.simulated_memory import LateMemory, SimulatedMemory
-from headinfer.device.simulated_stream import IN_GRAPH, SimulatedEvent, SimulatedStream
+from headinfer.device.simulated_stream import IN_GRAPH, SimulatedStream
 from headinfer.device.together import Together
 
 _HOST = "host"

@@ -13,7 +13,8 @@ import torch
 
 from headinfer.device.base import Server
 from headinfer.device.hazards import HazardError, join
-from headinfer.device.simulated_stream import SimulatedEvent, SimulatedStream
+from headinfer.device.simulated_event import SimulatedEvent
+from headinfer.device.simulated_stream import SimulatedStream
 
 if TYPE_CHECKING:
     from headinfer.device.simulated import SimulatedDevice

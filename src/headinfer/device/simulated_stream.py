@@ -7,15 +7,16 @@ the stream: a graph's part of a stream is in no order with what is enqueued ther
 import collections
 import contextlib
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch.profiler import record_function
 
 from headinfer.device.base import CaptureError, Edge, Event
-from headinfer.device.hazards import Clock, abroad, join
+from headinfer.device.hazards import Clock, join
 from headinfer.device.host_calls import without_collection
+from headinfer.device.simulated_event import RecordedEvent, SimulatedEvent
 from headinfer.device.strips import contiguous_pieces
 
 if TYPE_CHECKING:
@@ -36,78 +37,6 @@ _UNMARKED = contextlib.nullcontext()
 def _mark(name: str) -> contextlib.AbstractContextManager[object]:
     """Mark what is done within, if a profiler looks on: a mark takes longer than a small copy."""
     return record_function(name) if torch._C._autograd._profiler_enabled() else _UNMARKED
-
-
-class SimulatedEvent:
-    """A point in a simulated stream."""
-
-    def __init__(self, stream: "SimulatedStream") -> None:
-        self._stream = stream
-        self.position = stream.enqueued
-        self.clock: Clock = dict(stream.clock)
-        self.moment: int | None = None  # of a timed event, once it was reached
-
-    @property
-    def reached(self) -> bool:
-        """Whether all work before the event has run."""
-        return self._stream.executed >= self.position
-
-    def clock_on(self, device: "SimulatedDevice") -> Clock:
-        """Return what is before it, as a device counts that need not be the stream's."""
-        here = self._stream.device
-        return self.clock if device is here else abroad(self.clock, here.number, device.number)
-
-    def synchronize(self, edge: Edge) -> None:
-        """Run the stream up to the event and order the host after it."""
-        device = self._stream.device
-        device.check_usable()
-        if edge in device.skipped_edges:
-            return
-        device.exercised_edges.add(edge)
-        self.force()
-        join(device.host_clock, self.clock)
-
-    def seconds_to(self, other: Event) -> float | None:
-        """Compare the order in which the two were reached: a microsecond for each thing done."""
-        assert isinstance(other, SimulatedEvent)
-        if self.moment is None or other.moment is None:
-            return None
-        return 1e-6 * (other.moment - self.moment)
-
-    def force(self) -> None:
-        """Run the stream up to the event, and whatever it waits for."""
-        while not self.reached:
-            self._stream.step(force=True)
-
-
-class RecordedEvent:
-    """A point in a stream's part of a capture: another event in each replay.
-
-    Args:
-        stream: that it was recorded on.
-
-    Attributes:
-        stream: that it was recorded on.
-        now: of the replay under way.
-    """
-
-    reached = False
-    now: Event
-
-    def __init__(self, stream: "SimulatedStream") -> None:
-        self.stream = stream
-
-    def synchronize(self, edge: Edge) -> None:
-        """Raise: the host cannot wait for it.
-
-        Raises:
-            CaptureError: always.
-        """
-        raise CaptureError("it waits for the device")
-
-    def seconds_to(self, other: Event) -> float | None:
-        """Return None: nobody knows."""
-        return None
 
 
 class SimulatedStream:
@@ -180,6 +109,20 @@ class SimulatedStream:
             return
         for to, piece in contiguous_pieces(destination, source):
             self._copy_piece(to, piece)
+
+    def copy_tokens(
+        self,
+        destination: Sequence[torch.Tensor],
+        at: int,
+        source: Sequence[torch.Tensor],
+        first: int,
+        tokens: int,
+    ) -> None:
+        """Queue the copy of each tensor's tokens; see `Stream.copy_tokens`."""
+        for to, start in zip(destination, source, strict=True):
+            assert to.is_contiguous()
+            assert start.is_contiguous()
+            self.copy(to.narrow(2, at, tokens), start.narrow(2, first, tokens))
 
     def _copy_piece(self, destination: torch.Tensor, source: torch.Tensor) -> None:
         self._tick()

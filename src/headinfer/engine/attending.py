@@ -53,56 +53,62 @@ def attend_groups(tokens: Tokens, step: Attend) -> None:
         tokens: the chunk, and what it attends.
         step: which parts, by which groups of heads.
     """
-    chunk = tokens.chunk
+    if torch._C._autograd._profiler_enabled():
+        with record_function(ATTENTION_MARK):
+            _attend_groups(tokens, step)
+    else:
+        _attend_groups(tokens, step)
+
+
+def _attend_groups(tokens: Tokens, step: Attend) -> None:
+    chunk, parts = tokens.chunk, step.parts
     kernels, kv_heads, whole = chunk.kernels, chunk.new.keys.shape[1], step.groups == 1
-    lone = len(step.parts) == 1 and isinstance(step.parts[0], Own)  # what is new is in new memory
-    near = [tokens.near(part.where) if isinstance(part, Near) else None for part in step.parts]
-    with attention_mark():
-        for first in range(0, kv_heads, step.heads):
-            # A view of all heads would be the same, and takes time.
-            heads = ALL_HEADS if whole else slice(first, min(first + step.heads, kv_heads))
-            query = chunk.query if whole else chunk.query[:, heads]
-            total = kernels.begin(query, scale=chunk.scale)
-            for part, tile in zip(step.parts, near, strict=True):
-                if tile is not None:
-                    works = _past_works(chunk, query, [tile._replace(heads=heads)], total)
-                elif isinstance(part, Tiles):
-                    works = _past_works(chunk, query, tokens.tiles(heads), total)
-                elif isinstance(part, Own):
-                    works = _own_works(chunk, query, heads, total)
-                else:
-                    window = tokens.near(Where.WINDOW)
-                    if _attended_without_masks(chunk, window, total):
-                        continue
-                    works = _window_works(chunk, window, total)
-                for work in works:
-                    kernels.pick(work).attend(work)
-            if not step.write:
-                chunk.waiting.append((heads, total))
-            elif not (whole and lone and chunk.finish_alone(total)):
-                chunk.finish(heads, total)
+    near = [tokens.near(part.where) if isinstance(part, Near) else None for part in parts]
+    for first in range(0, kv_heads, step.heads):
+        # A view of all heads would be the same, and takes time.
+        heads = ALL_HEADS if whole else slice(first, min(first + step.heads, kv_heads))
+        query = chunk.query if whole else chunk.query[:, heads]
+        total = kernels.begin(query, scale=chunk.scale)
+        for part, kept in zip(parts, near, strict=True):
+            works: Iterable[Work]
+            if kept is not None:
+                works = (_past_work(chunk, query, kept._replace(heads=heads), total),)
+            elif isinstance(part, Own):
+                works = _own_works(chunk, query, heads, total)
+            elif isinstance(part, Tiles):
+                works = (_past_work(chunk, query, tile, total) for tile in tokens.tiles(heads))
+            else:
+                window = tokens.near(Where.WINDOW)
+                if _attended_without_masks(chunk, window, total):
+                    continue
+                works = _window_works(chunk, window, total)
+            for work in works:
+                kernels.pick(work).attend(work)
+        lone = len(parts) == 1 and isinstance(parts[0], Own)  # what is new is in new memory
+        if not step.write:
+            chunk.waiting.append((heads, total))
+        elif not (whole and lone and chunk.finish_alone(total)):
+            chunk.finish(heads, total)
 
 
-def _past_works(
-    chunk: Chunk, query: torch.Tensor, tiles: Iterable[Tile], total: Total
-) -> Iterator[Work]:
-    """Yield what attends some heads of a chunk to tiles before it."""
-    for tile in tiles:
-        mask = None
-        if chunk.padding is not None:
-            mask = chunk.padding_of(tile.start, tile.start + tile.tokens)
-        yield Work(query, (tile,), chunk.scale, total, mask=mask)
+def _past_work(chunk: Chunk, query: torch.Tensor, tile: Tile, total: Total) -> Work:
+    """Return what attends some heads of a chunk to a tile before it."""
+    mask = None
+    if chunk.padding is not None:
+        mask = chunk.padding_of(tile.start, tile.start + tile.tokens)
+    return Work(query, (tile,), chunk.scale, total, mask=mask)
 
 
-def _own_works(chunk: Chunk, query: torch.Tensor, heads: slice, total: Total) -> Iterator[Work]:
-    """Yield what attends some heads of a chunk to itself."""
-    past, tile = chunk.past_tokens, tile_in_hand(chunk.new)._replace(heads=heads)
-    padding = chunk.padding_of(past, past + chunk.tokens)
-    for work in band_works(
+def _own_works(chunk: Chunk, query: torch.Tensor, heads: slice, total: Total) -> Iterable[Work]:
+    """Return what attends some heads of a chunk to itself."""
+    past, tile, padding = chunk.past_tokens, tile_in_hand(chunk.new, heads), None
+    if chunk.padding is not None:
+        padding = chunk.padding_of(past, past + chunk.tokens)
+    if padding is None:
+        return (Work(query, (tile,), chunk.scale, total, causal=True, past_tokens=past),)
+    return band_works(
         query, tile, scale=chunk.scale, into=total, window_tokens=None, padding=padding
-    ):
-        work.past_tokens = past
-        yield work
+    )
 
 
 def _attended_without_masks(chunk: Chunk, tile: Tile, total: Total) -> bool:

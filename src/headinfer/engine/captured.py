@@ -215,6 +215,7 @@ class CapturableTokens(DraftableTokens, abc.ABC):
             self._executor.ledger = ready.ledger
             for step in ready.after:
                 PERFORM[SendHome](self._executor, step)
+        self._executor.send_late()
         if self._new_tokens > 1:
             return
         with contextlib.suppress(Exception):

@@ -5,8 +5,6 @@ It says where the new tokens are kept and when, which tokens are fetched, what t
 what the device attends. The executor performs the steps one after the other.
 """
 
-from collections.abc import Iterator
-
 import torch
 
 from headinfer.attend.masks import Padding
@@ -118,7 +116,9 @@ class Engine(CapturableTokens):
         if executor.source.begun:
             executor.source.drop()
         try:
-            for first, tokens in _parts(ledger, q_len, at_once):
+            first = 0
+            while first < q_len:
+                tokens = _at_once(ledger, min(at_once, q_len - first))
                 chunk = executor.chunk = call if q_len == tokens else call.part(first, tokens)
                 chunk.past_tokens = past = ledger.tokens
                 if past < ledger.track.sink_tokens:
@@ -129,8 +129,11 @@ class Engine(CapturableTokens):
                     PERFORM[type(step)](executor, step)
                 if executor.source.begun:
                     executor.source.end()
+                first += tokens
         finally:
             executor.release()
+        if self._full and ledger is self._full[-1]:
+            executor.send_late()
         if self._host.pending:
             self._host.check()
 
@@ -170,25 +173,22 @@ class Engine(CapturableTokens):
         if ledger.track.window_tokens is not None:
             at_once = max(new.tokens, 1)
         try:
-            for first, tokens in _parts(ledger, new.tokens, at_once):
+            first = 0
+            while first < new.tokens:
+                tokens = _at_once(ledger, min(at_once, new.tokens - first))
                 executor.new = new.cut(slice(first, first + tokens))
                 steps = executor.steps_of(ledger, ledger.tokens, Pass.APPEND, tokens, 0.0)
                 for step in steps.steps:
                     PERFORM[type(step)](executor, step)
+                first += tokens
         finally:
             executor.release()
+        if self._full and ledger is self._full[-1]:
+            executor.send_late()
 
 
-def _parts(ledger: Ledger, new_tokens: int, at_once: int) -> Iterator[tuple[int, int]]:
-    """Yield the first of each part of some new tokens, and how many they are.
-
-    Sinks are a part of their own. Each part must be kept before the next is asked for.
-    """
-    first = 0
-    while first < new_tokens:
-        tokens = min(at_once, new_tokens - first)
-        left = ledger.track.sink_tokens - ledger.tokens
-        if left > 0:
-            tokens = min(tokens, left)
-        yield first, tokens
-        first += tokens
+def _at_once(ledger: Ledger, new_tokens: int) -> int:
+    """Return how many of some new tokens pass at once: sinks are a part of their own."""
+    sink_tokens = ledger.track.sink_tokens
+    left = sink_tokens - ledger.tokens if sink_tokens else 0
+    return min(new_tokens, left) if left > 0 else new_tokens

@@ -78,6 +78,7 @@ class Executor:
         self._known: dict[Ledger, tuple[_Key, TrackSteps]] = {}
         self._newest: tuple[_Asked, TrackSteps] | None = None
         self._window: Tile | None = None
+        self._late: dict[Ledger, None] = {}  # to be sent home behind the last layer
 
     def steps_of(
         self, ledger: Ledger, tokens: int, kind: Pass, new_tokens: int, host_share: float
@@ -121,7 +122,19 @@ class Executor:
     def _send_home(self, step: SendHome) -> None:
         ledger = self.ledger
         assert (step.start, step.end) == (ledger.host_tokens, ledger.tokens)
-        self.pages.send_home(ledger, turn=step.turn)
+        if step.late:
+            self._late[ledger] = None
+        else:
+            self.pages.send_home(ledger, turn=step.turn)
+
+    def send_late(self) -> None:
+        """Send home what the steps of layers have left to the end of a pass.
+
+        A pass that ended early may have left some to this one, or they were sent since.
+        """
+        ledgers, self._late = self._late, {}
+        if ledgers:
+            self.pages.send_residents(ledgers)
 
     def _keep(self, step: Keep) -> None:
         if step.where is not Where.WINDOW:

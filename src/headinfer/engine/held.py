@@ -192,9 +192,10 @@ class HeldTokens(ReservedTokens):
 
     def _check(self, layer_idx: int, new: KV, query: torch.Tensor) -> Layer:
         """Return a layer, with host memory; refuse tokens that do not fit the cache."""
-        layer = self._layer(layer_idx, new.tokens)
-        geometry, (keys, values) = layer.tracks[0].geometry, new
-        given = (keys.shape[0], keys.shape[1], keys.shape[3], values.shape[3])
+        keys, values = new
+        batch, kv_heads, tokens, key_dim = keys.shape
+        layer = self._layer(layer_idx, tokens)
+        geometry, given = layer.tracks[0].geometry, (batch, kv_heads, key_dim, values.shape[3])
         wanted = (geometry.batch, layer.kv_heads, geometry.key_dim, geometry.value_dim)
         dtypes = (keys.dtype, values.dtype, query.dtype)
         if given != wanted or dtypes != (geometry.dtype,) * 3:

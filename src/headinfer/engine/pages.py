@@ -7,7 +7,7 @@ behind the resident tokens is kept there. Another goes through one of two pages 
 share. Compute fills a page, copy-out empties it, and neither overtakes the other.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -133,7 +133,7 @@ class Pages:
         """
         tail = ledger.tail
         if tail is None:
-            self._send_residents(ledger)
+            self.send_residents([ledger])
         else:
             shared = tail.piece is self._chunk_pages[0]
             self._send_page(ledger, tail)
@@ -181,10 +181,12 @@ class Pages:
         if piece.free is not None:
             self._device.compute.wait(piece.free, Edge.PAGE_FREE)
             piece.free = None
-        place = ledger.extend(extent, new.keys.shape[2])
+        first, tokens = extent.tokens, new.keys.shape[2]
+        place = ledger.extend(extent, tokens)
         if self._device.checks_accesses:
             self._state_writes(place)
-        place.kv.copy_(new)
+        for memory, part in zip(extent.whole, new, strict=True):
+            memory.narrow(2, first, tokens).copy_(part)
 
     def _state_writes(self, place: Tile) -> None:
         for part in place.kv:
@@ -194,7 +196,7 @@ class Pages:
         """Send a page home; keep what may be resident on the way."""
         tile = page.tile(page.start, page.end)
         ledger.half_done = True
-        page.piece.free = self._send(ledger, tile)
+        page.piece.free = self._send([(ledger, tile)])
         self._make_resident(ledger, tile)
         ledger.end_tail()
         ledger.half_done = False
@@ -210,34 +212,64 @@ class Pages:
             self._device.compute.reads(tile.piece.memory, "new tokens into the resident ones")
             self._write(ledger, resident, tile._replace(tokens=tokens).kv)
 
-    def _send_residents(self, ledger: Ledger) -> None:
+    def send_residents(self, ledgers: Iterable[Ledger]) -> None:
         """Send the resident tokens that the host lacks.
 
         Nothing is written over them before they arrived: a crop that reaches host tokens waits.
-        """
-        resident = ledger.resident
-        if resident is not None and resident.tokens > ledger.host_tokens:
-            ledger.half_done = True
-            self._send(ledger, resident.tile(ledger.host_tokens, resident.tokens))
-            ledger.half_done = False
 
-    def _send(self, ledger: Ledger, tile: Tile) -> Event | None:
-        """Send tokens that compute wrote to the host's end, on copy-out.
+        Args:
+            ledgers: of layers; one whose host lacks none is passed by.
+        """
+        lacking = []
+        for ledger in ledgers:
+            resident = ledger.resident
+            if resident is not None and resident.tokens > ledger.host_tokens:
+                lacking.append((ledger, resident.tile(ledger.host_tokens, resident.tokens)))
+        if not lacking:
+            return
+        try:
+            self._send(lacking)
+        except (DiskError, MemoryPlanError):  # those before are there, and the others as they were
+            _end_changes(lacking)
+            raise
+        _end_changes(lacking)
+
+    def _send(self, tiles: Sequence[tuple[Ledger, Tile]]) -> Event | None:
+        """Send tokens of layers, which compute wrote, to the host's end on copy-out.
+
+        The layers are half done after this, as the caller has more to do.
 
         Returns:
             The event on copy-out when they were read; None where compute alone reads them.
         """
-        device, dense = self._device, ledger.home.format is Format.DENSE
-        copy_out, ready = device.copy_out, tile.piece.ready
-        if dense:
-            copy_out.wait(device.compute.record(), Edge.PAGE_WRITTEN)
-            if ready is not None:
-                copy_out.wait(ready, Edge.PAGE_WRITTEN)
-        else:
-            tile.piece.wait_ready(device)
-            device.compute.reads(tile.piece.memory, "tokens to be packed")
-        sent, first = None, 0
-        while first < tile.tokens:
+        device, written = self._device, False
+        copy_out, targets = device.copy_out, []
+        try:
+            for ledger, tile in tiles:
+                ready = tile.piece.ready
+                if ledger.home.format is not Format.DENSE:
+                    tile.piece.wait_ready(device)
+                    device.compute.reads(tile.piece.memory, "tokens to be packed")
+                else:
+                    if not written:
+                        copy_out.wait(device.compute.record(), Edge.PAGE_WRITTEN)
+                        written = True
+                    if ready is not None:
+                        copy_out.wait(ready, Edge.PAGE_WRITTEN)
+                if not ledger.half_done:  # what it takes long to wait for leaves nothing half done
+                    ledger.reserve(tile.start + ledger.sent_at_once(tile.tokens))
+                    ledger.half_done = True
+                targets += self._send_tile(ledger, tile)
+        finally:
+            sent = copy_out.record()
+            for target in targets:
+                target.piece.ready = sent
+        return sent if written else None
+
+    def _send_tile(self, ledger: Ledger, tile: Tile) -> list[Tile]:
+        """Send tokens of a layer; return where the last of them go, for the caller's event."""
+        first = 0
+        while True:
             tokens = ledger.sent_at_once(tile.tokens - first)
             try:
                 targets = ledger.extend_host(tokens)
@@ -245,24 +277,26 @@ class Pages:
                 self._take_back(ledger, tile)
                 raise
             for target in targets:
-                whole = target.tokens == tile.tokens
-                new = tile.kv if whole else tile.kv.cut(_within(target, tile))
-                self._send_part(ledger, target, new)
-            sent = copy_out.record()
-            for target in targets:
-                target.piece.ready = sent
+                self._send_part(ledger, target, tile)
             first += tokens
-        return sent if dense else None
+            if first == tile.tokens:
+                return targets
+            sent = self._device.copy_out.record()
+            for target in targets:  # the next block may take the memory of this one
+                target.piece.ready = sent
 
-    def _send_part(self, ledger: Ledger, target: Tile, new: KV) -> None:
-        """Send tokens of one extent, packed where the host has them so."""
+    def _send_part(self, ledger: Ledger, target: Tile, tile: Tile) -> None:
+        """Send those of some tokens that go to one extent, packed where the host has them so."""
+        first, tokens = target.start - tile.start, target.tokens
         if target.format is not Format.DENSE:
             assert self._packing is not None
+            whole = tokens == tile.tokens
+            new = tile.kv if whole else tile.kv.cut(slice(first, first + tokens))
             self._packing.send(ledger, target, new)
             return
-        for place, part in zip(target.kv, new, strict=True):
-            self._device.copy_out.copy(place, part)
-            self._stats.bytes_to_host += part.nbytes
+        first += tile.first
+        self._device.copy_out.copy_tokens(target.whole, target.first, tile.whole, first, tokens)
+        self._stats.bytes_to_host += ledger.home.num_bytes(tokens)
 
     def _take_back(self, ledger: Ledger, tile: Tile) -> None:
         """Have the host hold none of some tokens, part of which were sent; the page has them."""
@@ -272,7 +306,7 @@ class Pages:
         ledger.half_done = False
 
 
-def _within(part: Tile, tile: Tile) -> slice:
-    """Return where tokens are in a tile that has them and others."""
-    first = part.start - tile.start
-    return slice(first, first + part.tokens)
+def _end_changes(changed: Iterable[tuple[Ledger, Tile]]) -> None:
+    """Note that no change of layers is half done any more."""
+    for ledger, _ in changed:
+        ledger.half_done = False

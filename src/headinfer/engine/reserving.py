@@ -25,34 +25,45 @@ class ReservedTokens(CountedTokens):
     def _reserve(self, ledger: Ledger, new_tokens: int) -> None:
         """Have host memory on its way for all tokens that a layer without a window is to hold.
 
-        Wait for as much of it as is needed when the new tokens are sent home.
+        Wait for as much of it as is needed when the new tokens are sent home, unless they are kept
+        behind residents. These are sent at the end of the pass, which waits then.
         """
-        if ledger.capacity_tokens >= self._expected_tokens or self.plan.disk_block_tokens:
+        expected, capacity = self._expected_tokens, ledger.capacity_tokens
+        if capacity >= expected or self.plan.disk_block_tokens:
             return  # blocks above a disk are taken as tokens are sent home
         piece_bytes = self._device.host_piece_bytes
         if piece_bytes is None:
-            ledger.reserve(self._expected_tokens)
+            ledger.reserve(expected)
             return
-        if ledger.promised_tokens < self._expected_tokens:
+        if capacity + ledger.coming.tokens < expected:
             self._ask_ahead(piece_bytes)
+        resident, tokens = ledger.resident, ledger.tokens + new_tokens
+        if resident is not None and ledger.tail is None and tokens <= resident.capacity:
+            return
         if ledger.tail_tokens + new_tokens >= self.plan.page_tokens:  # else they wait in a page
-            ledger.reserve(min(ledger.tokens + new_tokens, self._expected_tokens))
+            ledger.reserve(min(tokens, expected))
 
     def _ask_ahead(self, piece_bytes: int) -> None:
         """Have the host memory that layers lack got in the background, the oldest tokens' first.
 
         So each layer has memory for a prompt's first chunk before any has it for the last.
         """
-        pieces = [
-            pieces_ahead(
-                ledger.missing_tokens(self._expected_tokens),
-                chunk_tokens=self.plan.chunk_tokens,
-                tile_tokens=self.plan.tile_tokens,
-                most_tokens=piece_bytes * ledger.home.format.row_tokens // ledger.home.num_bytes(1),
-            )
-            for ledger in self._full
-        ]
-        for of_layers in itertools.zip_longest(*pieces, fillvalue=0):
+        pieces: dict[tuple[int, int], list[int]] = {}  # of layers alike
+        of_all = []
+        for ledger in self._full:
+            missing, home = ledger.missing_tokens(self._expected_tokens), ledger.home
+            most_tokens = piece_bytes * home.format.row_tokens // home.num_bytes(1)
+            if (missing, most_tokens) not in pieces:
+                pieces[missing, most_tokens] = [
+                    *pieces_ahead(
+                        missing,
+                        chunk_tokens=self.plan.chunk_tokens,
+                        tile_tokens=self.plan.tile_tokens,
+                        most_tokens=most_tokens,
+                    )
+                ]
+            of_all.append(pieces[missing, most_tokens])
+        for of_layers in itertools.zip_longest(*of_all, fillvalue=0):
             for ledger, tokens in zip(self._full, of_layers, strict=True):
                 if tokens:
                     ledger.coming.ask(ledger.home, tokens)

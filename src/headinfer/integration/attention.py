@@ -21,13 +21,12 @@ from headinfer.attend.table import Kernels
 from headinfer.engine.attending import attend_in_hand
 from headinfer.engine.chunk import Chunk
 from headinfer.errors import HeadInferError, UnsupportedModelError
-from headinfer.integration.autocast import in_attended_dtype, without_autocast
+from headinfer.integration.autocast import in_attended_dtype
 from headinfer.integration.pending import Pending
 from headinfer.integration.support import HARMLESS_KEYWORDS
 from headinfer.integration.turns import Turns
 from headinfer.integration.visibility import Visible, check_visible, visible
 from headinfer.kv.pair import KV
-from headinfer.plan.plan import Plan
 from headinfer.schedule.route import MAX_ASKED_TOKENS
 
 _logger = logging.getLogger(__name__)
@@ -75,7 +74,8 @@ class AttentionFunctions:
         Raises:
             UnsupportedModelError: the ones before were never attended.
         """
-        self.check_none_pending()
+        if self._mine.pending is not None:
+            self.check_none_pending()
         self._mine.pending = pending
 
     def warn_of_bypass(self) -> None:
@@ -175,13 +175,39 @@ class AttentionFunctions:
         """
         pending, self._mine.pending = self._mine.pending, None
         _check_call(module, query, attention_mask, dropout, is_causal, kwargs)
-        if pending is not None:
-            _check_pending(module, pending, key, value)
-        query, key, value = in_attended_dtype(type(module).__name__, query, key, value)
+        if pending is not None and (key is not pending.keys or value is not pending.values):
+            raise UnsupportedModelError(
+                f"{type(module).__name__} changes its keys between cache and attention, or "
+                "shares them between layers: not served"
+            )
+        qkv = in_attended_dtype(type(module).__name__, query, key, value)
+        attended = functools.partial(
+            self._attended,
+            *(module, pending, *qkv, attention_mask, scaling, softcap, s_aux, sliding_window),
+        )
+        if torch.is_autocast_enabled(query.device.type):  # kernels choose their own precision
+            with torch.autocast(query.device.type, enabled=False):
+                return attended(), None
+        return attended(), None
+
+    def _attended(
+        self,
+        module: torch.nn.Module,
+        pending: Pending | None,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: Visible | None,
+        scaling: float | None,
+        softcap: float | None,
+        s_aux: torch.Tensor | None,
+        sliding_window: int | None,
+    ) -> torch.Tensor:
+        """Return what `attend` does, of a call that was checked, in one dtype."""
         batch, query_heads, q_len, key_dim = query.shape
         kv_heads, value_dim = value.shape[1], value.shape[3]
         scale = key_dim**-0.5 if scaling is None else float(scaling)
-        grouped = query.unflatten(1, (kv_heads, query_heads // kv_heads))
+        grouped = query.view(batch, kv_heads, query_heads // kv_heads, q_len, key_dim)
         sinks = None if s_aux is None else s_aux.unflatten(0, (kv_heads, -1))
         window_tokens, padding = None, None
         kept = None if pending is None else pending.window_tokens
@@ -194,66 +220,51 @@ class AttentionFunctions:
                 "rows with padding are not served where heads stream (sparsity), because their "
                 "sinks would be padding; pass rows of one length, or one row at a time"
             )
-        with without_autocast(query.device.type):
-            kernels = select_kernels(query.device, query.dtype, key_dim, value_dim, softcap)
-            if pending is None:  # a cache that is not ours
-                kv = KV(key, value)
-                chunk = Chunk(
-                    window_tokens=window_tokens,
-                    tokens=q_len,
-                    query=grouped,
-                    new=kv.cut(slice(kv.tokens - q_len, None)),
-                    kernels=kernels,
-                    scale=scale,
-                    padding=padding,
-                    sinks=sinks,
-                )
-                attend_in_hand(chunk, kv)
-                out = chunk.out
-            else:
-                attend: Callable[..., torch.Tensor] = pending.engine.attend
-                if not self.turns.mine:  # a layer that is called by itself
-                    attend = functools.partial(self.turns.run, attend)
-                out = attend(
-                    pending.layer_idx,
-                    grouped,
-                    key,
-                    value,
-                    kernels=kernels,
-                    scale=scale,
-                    window_tokens=window_tokens,
-                    padding=padding,
-                    sinks=sinks,
-                    host_kernels=_host_kernels(pending.engine.plan, query, value_dim, softcap),
-                )
-        return out.view(batch, q_len, query_heads, value_dim), None
+        kernels = select_kernels(query.device, query.dtype, key_dim, value_dim, softcap)
+        if pending is None:  # a cache that is not ours
+            kv = KV(key, value)
+            chunk = Chunk(
+                window_tokens=window_tokens,
+                tokens=q_len,
+                query=grouped,
+                new=kv.cut(slice(kv.tokens - q_len, None)),
+                kernels=kernels,
+                scale=scale,
+                padding=padding,
+                sinks=sinks,
+            )
+            attend_in_hand(chunk, kv)
+            out = chunk.out
+        else:
+            attend: Callable[..., torch.Tensor] = pending.engine.attend
+            if not self.turns.mine:  # a layer that is called by itself
+                attend = functools.partial(self.turns.run, attend)
+            asks = q_len <= MAX_ASKED_TOKENS  # more make the host compute instead of read
+            out = attend(
+                pending.layer_idx,
+                grouped,
+                key,
+                value,
+                kernels=kernels,
+                scale=scale,
+                window_tokens=window_tokens,
+                padding=padding,
+                sinks=sinks,
+                host_kernels=_host_kernels(pending, query, softcap) if asks else None,
+            )
+        return out.view(batch, q_len, query_heads, value_dim)
 
 
-def _check_pending(
-    module: torch.nn.Module,
-    pending: Pending,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-) -> None:
-    """Refuse to attend other keys and values than the cache was given."""
-    if keys is not pending.keys or values is not pending.values:
-        raise UnsupportedModelError(
-            f"{type(module).__name__} changes its keys between cache and attention, or "
-            "shares them between layers: not served"
-        )
-
-
-def _host_kernels(
-    plan: Plan, query: torch.Tensor, value_dim: int, softcap: float | None
-) -> Kernels | None:
+def _host_kernels(pending: Pending, query: torch.Tensor, softcap: float | None) -> Kernels | None:
     """Return what attends on the CPU on behalf of a device; None where that is not planned.
 
     A share that was chosen by measurement is for the kernel that was measured, and no slower one.
     No prompt waits for a kernel to be compiled that it does not use.
     """
-    if not plan.host_share or query.shape[2] > MAX_ASKED_TOKENS:
+    plan, dims = pending.engine.plan, (query.shape[3], pending.values.shape[3])
+    if not plan.host_share:
         return None
-    kernels = select_kernels(torch.device("cpu"), query.dtype, query.shape[-1], value_dim, softcap)
+    kernels = select_kernels(torch.device("cpu"), query.dtype, *dims, softcap)
     if plan.host_share_adapts and not isinstance(kernels.kernels[0], NativeKernel):
         return None
     return kernels

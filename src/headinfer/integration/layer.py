@@ -97,7 +97,8 @@ class OffloadedLayer(CacheLayerMixin):
             self._state.functions.warn_of_bypass()
         taken = self._state.update(self._layer_idx, key_states, value_states, self._window_tokens)
         if not self._initialized:
-            self.lazy_initialization(key_states, value_states)
+            self.device, self.dtype = key_states.device, key_states.dtype
+            self._initialized = True
         return taken
 
     def get_seq_length(self) -> int:

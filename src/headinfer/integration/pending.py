@@ -1,14 +1,13 @@
 """New tokens between a cache's `update` and the attention call that takes them."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from headinfer.engine.parted import CacheEngine
 
 
-@dataclass(frozen=True, slots=True)
-class Pending:
+class Pending(NamedTuple):
     """A layer's new tokens, which its attention must take next.
 
     Attributes:

@@ -8,8 +8,11 @@ import torch
 
 from headinfer.device.base import Device, Edge, Event
 from headinfer.disk.region import Region
-from headinfer.kv.pair import ALL_HEADS, KV, Geometry, carver
+from headinfer.kv.pair import ALL_HEADS, KV, Geometry
 from headinfer.plan.format import Format
+
+_KEPT_VIEWS = 8
+"""Views that a piece keeps: of whole tiles or pages, and of a layer's last tile, which grows."""
 
 
 class Piece:
@@ -34,7 +37,7 @@ class Piece:
         region: where its bytes lie on the disk; None where they lie in `memory`.
     """
 
-    __slots__ = ("free", "holders", "memory", "raw", "ready", "region", "shared_tokens", "views")
+    __slots__ = ("_views", "free", "holders", "memory", "raw", "ready", "region", "shared_tokens")
 
     def __init__(self, memory: torch.Tensor, region: Region | None = None) -> None:
         self.memory = memory
@@ -44,7 +47,20 @@ class Piece:
         self.holders = 1
         self.shared_tokens = 0
         self.raw: tuple[torch.Tensor, ...] = ()
-        self.views = carver(memory)
+        self._views: dict[tuple[Geometry, int, int | None], KV] = {}
+
+    def views(self, geometry: Geometry, tokens: int, heads: int | None) -> KV:
+        """Return `Geometry.carve` of the memory, which remembers the views it made last.
+
+        Making them takes longer than all else that a small tile or a new token needs.
+        """
+        key, made = (geometry, tokens, heads), self._views
+        views = made.get(key)
+        if views is None:
+            if len(made) == _KEPT_VIEWS:
+                del made[next(iter(made))]
+            views = made[key] = geometry.carve(self.memory, tokens, heads=heads)
+        return views
 
     def refer_to(self, raw: Iterable[torch.Tensor]) -> None:
         """Keep memory that pages in the piece refer to."""

@@ -34,16 +34,14 @@ class Growth(HostBytes):
             while self.capacity_tokens < tokens:
                 self._add_block(place)
             return
-        while (start := self.capacity_tokens) < tokens:
+        start = self.capacity_tokens
+        while start < tokens:
             extent = self.coming.take(self.home, start)
-            if extent is None:
-                break
+            if extent is None:  # the rows of what is missing are paid for
+                missing = self.home.format.covering(self.missing_tokens(tokens))
+                extent = place.take(self.home, missing, start)
             self._host.append(extent)
-        missing = self.missing_tokens(tokens)
-        if missing > 0:
-            start = self.capacity_tokens
-            missing = self.home.format.covering(missing)  # their rows are paid for
-            self._host.append(place.take(self.home, missing, start))
+            start += extent.capacity
 
     def sent_at_once(self, tokens: int) -> int:
         """Return how many of some new tokens the host can take at once: those of a block."""
@@ -124,29 +122,29 @@ class Growth(HostBytes):
 
         Whatever changes extents ends with this.
         """
-        start, below = 0, True
+        start, below, host_tokens = 0, True, self.host_tokens
         for extent in self._host:
             assert extent.start == start, "extents leave a gap, or overlap"
-            extent.tokens = max(min(self.host_tokens, extent.limit) - start, 0)
+            limit = start + extent.capacity
+            extent.tokens = max(min(host_tokens, limit) - start, 0)
             on_disk = extent.piece.region is not None
             assert below or not on_disk, "a block is on the disk, and an older one in memory"
             assert not on_disk or extent.tokens == extent.capacity, "a block on the disk has gaps"
-            start, below = extent.limit, on_disk
-        assert start >= self.host_tokens, "tokens of the host lie nowhere"
+            start, below = limit, on_disk
+        assert start >= host_tokens, "tokens of the host lie nowhere"
 
     def _shared_behind(self) -> int | None:
         """Return the first extent with room behind the host's tokens that another ledger reads."""
         tokens = self.host_tokens
         for position, extent in enumerate(self._host):
-            if extent.limit > tokens and _is_shared(extent, tokens):
+            shared = extent.piece.holders > 1
+            if shared and extent.limit > tokens and _is_shared(extent, tokens):
                 return position
         return None
 
-    def _leave_shared(self) -> None:
-        """Give up host memory behind the host's tokens where another ledger reads it."""
-        position = self._shared_behind()
-        if position is not None:
-            self._cut(position, max(self.host_tokens - self._host[position].start, 0))
+    def _leave_shared(self, position: int) -> None:
+        """Give up host memory behind the host's tokens, from an extent that is shared on."""
+        self._cut(position, max(self.host_tokens - self._host[position].start, 0))
 
     def _leave_disk(self, tokens: int) -> None:
         """Give up what lies behind `tokens` on the disk; bring the block back that is cut.

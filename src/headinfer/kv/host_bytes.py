@@ -27,7 +27,10 @@ class HostBytes:
     @property
     def capacity_tokens(self) -> int:
         """Tokens that there is host memory for; looked up, as Ctrl-C may come beside any change."""
-        return self._host[-1].limit if self._host else 0
+        if not self._host:
+            return 0
+        last = self._host[-1]
+        return last.start + last.capacity
 
     @property
     def promised_tokens(self) -> int:
@@ -57,8 +60,10 @@ class HostBytes:
 
         What is shared counts in full, as it may have to be copied.
         """
-        taken = [part.piece.host_bytes for part in self._host]
-        return sum(taken) + self.coming.num_bytes
+        num_bytes = self.coming.num_bytes
+        for extent in self._host:
+            num_bytes += extent.piece.host_bytes
+        return num_bytes
 
     @property
     def host_pieces(self) -> list[Piece]:

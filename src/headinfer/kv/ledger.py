@@ -62,7 +62,8 @@ class Ledger(Growth, HostBytes, Drafted):
         host_format: Format = Format.DENSE,
     ) -> None:
         self.geometry = geometry
-        self.home = replace(geometry, format=host_format)
+        dense = host_format is geometry.format
+        self.home = geometry if dense else replace(geometry, format=host_format)
         self.track = Track(geometry.kv_heads, window_tokens, sink_tokens)
         self.host_tokens = 0
         self.resident: Extent | None = None
@@ -112,15 +113,16 @@ class Ledger(Growth, HostBytes, Drafted):
     def held(self) -> Held:
         """Where the tokens lie, in numbers."""
         resident, tail = self.resident, self.tail
+        tokens, host_tokens, dense = self.tokens, self.host_tokens, self.home.format.row_tokens == 1
         return Held(
             track=self.track,
-            tokens=self.tokens,
-            host_tokens=self.host_tokens,
+            tokens=tokens,
+            host_tokens=host_tokens,
             resident_tokens=0 if resident is None else resident.tokens,
             resident_capacity=0 if resident is None else resident.capacity,
             paged=tail is not None and tail.tokens > 0,
-            wanting_tokens=self.wanting_tokens(self.host_tokens),
-            disk_tokens=self.disk_tokens_of(self.tokens),
+            wanting_tokens=0 if dense else self.wanting_tokens(host_tokens),
+            disk_tokens=self.disk_tokens_of(tokens) if self._place.block_tokens else 0,
         )
 
     @property
@@ -180,8 +182,11 @@ class Ledger(Growth, HostBytes, Drafted):
     def extend_host(self, tokens: int) -> list[Tile]:
         """Lengthen what the host holds; return where the tokens must be written, in order."""
         start, end = self.host_tokens, self.host_tokens + tokens
-        self._leave_shared()
-        self.reserve(end)
+        shared = self._shared_behind()
+        if shared is not None:
+            self._leave_shared(shared)
+        if self.capacity_tokens < end:
+            self.reserve(end)
         self.host_tokens = end
         self._written_tokens = max(self._written_tokens, end)
         self._count_tokens()
@@ -190,7 +195,9 @@ class Ledger(Growth, HostBytes, Drafted):
 
     def home_with_room(self) -> Extent | None:
         """Return the host's extent that has all tokens and memory for one more, if there is one."""
-        self._leave_shared()
+        shared = self._shared_behind()
+        if shared is not None:
+            self._leave_shared(shared)
         first = self._host[0] if self._host else None
         return first if first is not None and first.limit > self.host_tokens else None
 

@@ -1,9 +1,6 @@
 """Keys and values together, and the shape they have in one layer."""
 
-import functools
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -60,17 +57,20 @@ class Geometry:
     value_dim: int
     dtype: torch.dtype
     format: Format = Format.DENSE
+    # Bytes of a row of one head's keys, and of its values. Asked for several times a layer.
+    _row_bytes: tuple[int, int] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Count the bytes of a row."""
+        form, itemsize = self.format, self.dtype.itemsize
+        row_bytes = form.row_bytes(self.key_dim, itemsize), form.row_bytes(self.value_dim, itemsize)
+        object.__setattr__(self, "_row_bytes", row_bytes)
 
     def num_bytes(self, tokens: int, *, heads: int | None = None) -> int:
         """Bytes of `tokens` tokens of `heads` heads (all by default), keys and values together."""
         heads = self.kv_heads if heads is None else heads
-        return self.batch * heads * self.format.rows(tokens) * sum(self._row_bytes)
-
-    @property
-    def _row_bytes(self) -> tuple[int, int]:
-        """Bytes of a row of one head's keys, and of its values."""
-        form, itemsize = self.format, self.dtype.itemsize
-        return form.row_bytes(self.key_dim, itemsize), form.row_bytes(self.value_dim, itemsize)
+        rows = -(-tokens // self.format.row_tokens)
+        return self.batch * heads * rows * (self._row_bytes[0] + self._row_bytes[1])
 
     def carve(self, buffer: torch.Tensor, tokens: int, *, heads: int | None = None) -> KV:
         """View a uint8 buffer as contiguous keys and values.
@@ -84,43 +84,22 @@ class Geometry:
             Keys `[batch, heads, tokens, key_dim]` and values `[batch, heads, tokens, value_dim]`,
             both views of `buffer`. Packed ones are of uint8, in pages.
         """
-        heads = self.kv_heads if heads is None else heads
-        dtype = self.dtype if self.format is Format.DENSE else torch.uint8
-        shape = (self.batch, heads, self.format.rows(tokens))
-        num_rows, row_bytes = math.prod(shape), self._row_bytes
-        num_bytes = num_rows * sum(row_bytes)
-
-        def views() -> KV:
-            cut = buffer if buffer.numel() == num_bytes else buffer[:num_bytes]
-            whole, parts = cut.view(dtype), []
-            first = whole.storage_offset()
-            for dim in (size // dtype.itemsize for size in row_bytes):
-                strides = (heads * shape[2] * dim, shape[2] * dim, dim, 1)
-                parts.append(whole.as_strided((*shape, dim), strides, first))
-                first += num_rows * dim
-            return KV(*parts)
-
         if not torch.is_inference_mode_enabled():
-            return views()  # leaving the mode takes longer than the views do
+            return self._views(buffer, tokens, heads)  # leaving the mode takes longer than that
         # A view that changes the dtype in inference mode could not be written to outside it.
         with torch.inference_mode(False):
-            return views()
+            return self._views(buffer, tokens, heads)
 
-
-Carve = Callable[[Geometry, int, int | None], KV]
-
-_CARVED_SIZES = 8
-"""Views that are kept: of whole tiles or pages, and of a layer's last tile, which grows."""
-
-
-def carver(buffer: torch.Tensor) -> Carve:
-    """Return `Geometry.carve` of one buffer, which remembers the views it made last.
-
-    Making them takes longer than all else that a small tile or a new token needs.
-    """
-
-    @functools.lru_cache(_CARVED_SIZES)
-    def carve(geometry: Geometry, tokens: int, heads: int | None) -> KV:
-        return geometry.carve(buffer, tokens, heads=heads)
-
-    return carve
+    def _views(self, buffer: torch.Tensor, tokens: int, heads: int | None) -> KV:
+        heads = self.kv_heads if heads is None else heads
+        dtype = self.dtype if self.format is Format.DENSE else torch.uint8
+        rows, (key_bytes, value_bytes) = self.format.rows(tokens), self._row_bytes
+        key_dim, value_dim = key_bytes // dtype.itemsize, value_bytes // dtype.itemsize
+        num_bytes = self.num_bytes(tokens, heads=heads)
+        whole = (buffer if buffer.numel() == num_bytes else buffer[:num_bytes]).view(dtype)
+        first = whole.storage_offset()
+        shape, step = (self.batch, heads, rows), rows * key_dim
+        keys = whole.as_strided((*shape, key_dim), (heads * step, step, key_dim, 1), first)
+        first, step = first + self.batch * heads * step, rows * value_dim
+        values = whole.as_strided((*shape, value_dim), (heads * step, step, value_dim, 1), first)
+        return KV(keys, values)

@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 import torch
 
-from headinfer.device.base import Device, HostMemory
+from headinfer.device.base import Device
+from headinfer.device.host_ahead import HostMemory
 from headinfer.device.launches import launches
 from headinfer.errors import MemoryPlanError
 from headinfer.kv.extent import Extent, Piece, copy_rows
@@ -35,12 +36,18 @@ class Coming:
     @property
     def tokens(self) -> int:
         """Tokens that it has room for."""
-        return sum([each.tokens for each in self._asked])
+        tokens = 0
+        for each in self._asked:  # without the frame of a comprehension
+            tokens += each.tokens
+        return tokens
 
     @property
     def num_bytes(self) -> int:
         """Bytes of it."""
-        return sum([each.num_bytes for each in self._asked])
+        num_bytes = 0
+        for each in self._asked:
+            num_bytes += each.num_bytes
+        return num_bytes
 
     @property
     def awaited_bytes(self) -> int:

@@ -7,7 +7,15 @@ from headinfer.packed.layout import PAGE_TOKENS, PageLayout, packs
 
 
 class Format(enum.Enum):
-    """A form of the tokens of a head in memory, in rows of equal size."""
+    """A form of the tokens of a head in memory, in rows of equal size.
+
+    Attributes:
+        code: that values are rounded to; None where every bit comes back.
+        row_tokens: tokens of a row.
+    """
+
+    code: Code | None
+    row_tokens: int
 
     DENSE = "dense"
     """As they are computed: a row is a token's."""
@@ -21,15 +29,9 @@ class Format(enum.Enum):
     FP8 = "fp8"
     """Rounded to floating point of 8 bits, with scales; the same."""
 
-    @property
-    def code(self) -> Code | None:
-        """The code that values are rounded to; None where every bit comes back."""
-        return Code(self.value) if self in (Format.INT8, Format.FP8) else None
-
-    @property
-    def row_tokens(self) -> int:
-        """Tokens of a row."""
-        return 1 if self is Format.DENSE else PAGE_TOKENS
+    def __init__(self, value: str) -> None:
+        self.code = Code(value) if value in ("int8", "fp8") else None
+        self.row_tokens = 1 if value == "dense" else PAGE_TOKENS
 
     def rows(self, tokens: int) -> int:
         """Return the rows that so many tokens take; the last one may be partly filled."""
@@ -37,7 +39,7 @@ class Format(enum.Enum):
 
     def covering(self, tokens: int) -> int:
         """Return the tokens of the rows that so many tokens take."""
-        return self.rows(tokens) * self.row_tokens
+        return -(-tokens // self.row_tokens) * self.row_tokens
 
     def row_bytes(self, dim: int, itemsize: int) -> int:
         """Return the bytes of a row of keys, or of values.
@@ -46,9 +48,8 @@ class Format(enum.Enum):
             dim: elements of one key or value.
             itemsize: bytes of an element as it is computed.
         """
-        code = self.code
-        if code is not None:
-            return EightBitLayout(code, dim).page_bytes
+        if self.code is not None:
+            return EightBitLayout(self.code, dim).page_bytes
         return PageLayout(dim).page_bytes if self is Format.PACKED else dim * itemsize
 
 

@@ -193,7 +193,7 @@ def route_track(
     few = kind is Pass.FORWARD and 1 < new_tokens <= MAX_ASKED_TOKENS  # they may be taken back
     full = end - start in _sent_at(held, sizes) and not few
     if new_tokens > sizes.page_tokens or full:
-        steps.append(SendHome(start, end))
+        steps.append(SendHome(start, end, late=where is Where.RESIDENT))
     moved = any(isinstance(step, SendHome) for step in steps)
     if moved:
         return TrackSteps(tuple(steps), held.tokens, held.tokens + 1)

@@ -32,15 +32,19 @@ class SendHome:
         end: one past the last.
         turn: whether new tokens follow at once, in the other page. The next pass's find the same
             page empty.
+        late: whether residents are sent, which nothing waits for: those of all layers go at once,
+            behind the last layer.
     """
 
     start: int
     end: int
     turn: bool = False
+    late: bool = False
 
     def __str__(self) -> str:
         """Say it in a line."""
-        return f"send tokens {self.start} to {self.end} home"
+        when = " behind the last layer" if self.late else ""
+        return f"send tokens {self.start} to {self.end} home{when}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,62 @@
+"""Residents go home behind the last layer: those of all layers at once, also after a failure."""
+
+import pytest
+
+from conversation import DIM, Conversation, planned
+from headinfer.attend.reference import ReferenceKernel
+from headinfer.attend.table import Kernels
+from headinfer.attend.work import Work
+from headinfer.engine.stats import Stats
+
+LAYERS, CHUNK_TOKENS = 3, 12
+TOKEN_BYTES = 2 * 2 * DIM * 8  # keys and values of two heads, in float64
+
+
+class Watching(ReferenceKernel):
+    """A kernel that notes what was sent home before each work, and fails at one of them."""
+
+    def __init__(self, stats: Stats, failing: int = 0) -> None:
+        super().__init__()
+        self.stats, self.failing = stats, failing
+        self.sent: list[int] = []
+
+    def attend(self, work: Work) -> None:
+        self.sent.append(self.stats.bytes_to_host)
+        if len(self.sent) == self.failing:
+            raise MemoryError("no more")
+        super().attend(work)
+
+
+@pytest.mark.parametrize("resident", [100, CHUNK_TOKENS])
+def test_nothing_is_sent_before_the_last_layer_is_attended(resident: int) -> None:
+    stats = Stats()
+    kernel = Watching(stats)
+    chat = Conversation(planned("simulated", LAYERS, resident, 0.0), 0, Kernels([kernel]), stats)
+    chat.step(CHUNK_TOKENS)
+    assert set(kernel.sent) == {0}
+    assert stats.bytes_to_host == LAYERS * CHUNK_TOKENS * TOKEN_BYTES
+    chat.engine.give_up_residents()  # from now on all come from the host
+    assert stats.bytes_to_host == LAYERS * CHUNK_TOKENS * TOKEN_BYTES
+    chat.step(2)
+    chat.engine.close()
+
+
+@pytest.mark.parametrize("failing", range(1, LAYERS + 1))
+@pytest.mark.parametrize("tokens", [1, 5, CHUNK_TOKENS, 2 * CHUNK_TOKENS + 1])
+def test_what_a_failed_pass_left_is_sent_by_the_next(failing: int, tokens: int) -> None:
+    stats = Stats()
+    kernel = Watching(stats)
+    chat = Conversation(planned("simulated", LAYERS, 60, 0.0), 1, Kernels([kernel]), stats)
+    chat.step(1)
+    before, kv = 1, list(chat.kv)
+    kernel.failing = len(kernel.sent) + failing
+    with pytest.raises(MemoryError):
+        chat.step(CHUNK_TOKENS)
+    for layer in range(LAYERS):
+        chat.engine.crop(layer, chat.engine.tokens(layer) - before)
+    chat.kv, kernel.failing = kv, 0
+    chat.step(tokens)
+    chat.step(CHUNK_TOKENS)
+    chat.engine.give_up_residents()
+    chat.step(2)
+    chat.engine.close()
