@@ -2,11 +2,15 @@
 
 import pytest
 
+import headinfer
 from conversation import DIM, Conversation, planned
 from headinfer.attend.reference import ReferenceKernel
 from headinfer.attend.table import Kernels
 from headinfer.attend.work import Work
+from headinfer.device.simulated import SimulatedDevice
 from headinfer.engine.stats import Stats
+from headinfer.integration.calls import cache_argument
+from tiny_models import random_tokens, tiny_model
 
 LAYERS, CHUNK_TOKENS = 3, 12
 TOKEN_BYTES = 2 * 2 * DIM * 8  # keys and values of two heads, in float64
@@ -60,3 +64,32 @@ def test_what_a_failed_pass_left_is_sent_by_the_next(failing: int, tokens: int) 
     chat.engine.give_up_residents()
     chat.step(2)
     chat.engine.close()
+
+
+@pytest.mark.parametrize("kv_cache", ["dense", "packed"])
+def test_what_is_packed_goes_home_layer_by_layer(kv_cache: str) -> None:
+    model = tiny_model("llama3").bfloat16()
+    device = SimulatedDevice(seed=0)
+    sent: list[int] = []
+    with headinfer.attach(
+        model,
+        device="simulated",
+        simulated_device=device,
+        kv_cache=kv_cache,
+        resident_tokens=192,
+        chunk_tokens=128,
+    ) as offload:
+        cache = offload.new_cache()
+        hooks = [
+            layer.register_forward_hook(lambda *_: sent.append(offload.stats.bytes_to_host))
+            for layer in model.model.layers
+        ]
+        model(random_tokens(1, 128), **cache_argument(model, cache))
+        for hook in hooks:
+            hook.remove()
+    layers = model.config.num_hidden_layers
+    if kv_cache == "dense":
+        assert sent == [0] * (layers - 1) + sent[-1:]
+    else:
+        assert sent == [sent[0] * (number + 1) for number in range(layers)]
+    assert sent[-1] > 0

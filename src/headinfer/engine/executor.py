@@ -18,6 +18,7 @@ from headinfer.engine.windows import WindowKeeper
 from headinfer.kv.extent import Extent, Tile
 from headinfer.kv.ledger import Ledger
 from headinfer.kv.pair import KV
+from headinfer.plan.format import Format
 from headinfer.schedule.route import Held, Pass, Sizes, route_track
 from headinfer.schedule.steps import (
     Answer,
@@ -122,8 +123,8 @@ class Executor:
     def _send_home(self, step: SendHome) -> None:
         ledger = self.ledger
         assert (step.start, step.end) == (ledger.host_tokens, ledger.tokens)
-        if step.late:
-            self._late[ledger] = None
+        if step.late and ledger.home.format is Format.DENSE:
+            self._late[ledger] = None  # what is packed would wait for counts of layers before
         else:
             self.pages.send_home(ledger, turn=step.turn)
 

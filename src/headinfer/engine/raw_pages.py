@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from headinfer.device.base import Device, Mark
+from headinfer.device.launches import launches
 from headinfer.errors import MemoryPlanError
 from headinfer.kv.ledger import Ledger
 from headinfer.plan.memory import KEYS_AND_VALUES
@@ -124,7 +125,8 @@ class RawPages:
 
     def _look(self) -> None:
         """Wait for the oldest count."""
-        self._counts[0].mark.wait()
+        with launches.paused():
+            self._counts[0].mark.wait()
         self._known = int(self._seen[self._counts.popleft().at])
 
     def _begin_block(self) -> None:
