@@ -76,7 +76,7 @@ def test_a_prompt_in_pieces_of_memory_gives_stocks_logits(
 
 def test_a_chunk_does_not_wait_for_memory_of_later_ones_nor_does_closing() -> None:
     model, layers = shared_model("llama3"), shared_model("llama3").config.num_hidden_layers
-    prompt = random_tokens(1, 12)
+    prompt = random_tokens(1, 8)
     wanted = model(prompt).logits
     device = Background(free=layers)
     with headinfer.attach(
