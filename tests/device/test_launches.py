@@ -91,3 +91,28 @@ def test_nobody_waits_long(launches: Launches, monkeypatch: pytest.MonkeyPatch) 
     began_s = time.monotonic()
     launches.wait()
     assert time.monotonic() - began_s < 0.1
+
+
+def test_each_of_two_threads_that_launch_has_pauses_of_its_own(launches: Launches) -> None:
+    begun, pausing, ending = threading.Event(), threading.Event(), threading.Event()
+
+    def launch() -> None:
+        with launches.under_way():
+            begun.set()
+            assert pausing.wait(60)
+            with launches.paused():
+                assert ending.wait(60)
+
+    with launches.under_way():
+        other = threading.Thread(target=launch)
+        other.start()
+        assert begun.wait(60)
+    third = waiting(launches)
+    assert not ends(third, 0.1)  # the other one goes on
+    pausing.set()
+    assert ends(third)
+    ending.set()
+    assert ends(other)
+    with launches.paused():
+        pass
+    assert ends(waiting(launches))  # nobody launches

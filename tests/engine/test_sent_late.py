@@ -67,29 +67,64 @@ def test_what_a_failed_pass_left_is_sent_by_the_next(failing: int, tokens: int) 
 
 
 @pytest.mark.parametrize("kv_cache", ["dense", "packed"])
-def test_what_is_packed_goes_home_layer_by_layer(kv_cache: str) -> None:
-    model = tiny_model("llama3").bfloat16()
-    device = SimulatedDevice(seed=0)
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_prompt_is_sent_behind_all_of_its_kernels_unless_it_is_packed(
+    kv_cache: str, devices: int
+) -> None:
+    model = tiny_model("llama3", num_hidden_layers=4).bfloat16()
+    simulated = [SimulatedDevice(seed=at) for at in range(devices)]
     sent: list[int] = []
     with headinfer.attach(
         model,
         device="simulated",
-        simulated_device=device,
+        simulated_device=[simulated[layer * devices // 4] for layer in range(4)],
         kv_cache=kv_cache,
-        resident_tokens=192,
+        resident_tokens=400,
         chunk_tokens=128,
     ) as offload:
         cache = offload.new_cache()
+        watched = [*model.model.layers, model.lm_head]
         hooks = [
-            layer.register_forward_hook(lambda *_: sent.append(offload.stats.bytes_to_host))
-            for layer in model.model.layers
+            each.register_forward_hook(lambda *_: sent.append(offload.stats.bytes_to_host))
+            for each in watched
         ]
-        model(random_tokens(1, 128), **cache_argument(model, cache))
+        model(random_tokens(1, 256), logits_to_keep=1, **cache_argument(model, cache))
         for hook in hooks:
             hook.remove()
-    layers = model.config.num_hidden_layers
+        whole = offload.stats.bytes_to_host
+        assert not cache.state.engine.sends_late
+    first, second = sent[:4], sent[-5:]
     if kv_cache == "dense":
-        assert sent == [0] * (layers - 1) + sent[-1:]
+        assert first == [0] * 4
+        assert second == [whole // 2] * 5
     else:
-        assert sent == [sent[0] * (number + 1) for number in range(layers)]
-    assert sent[-1] > 0
+        assert first == [first[0] * number for number in (1, 2, 3, 4)]
+        assert second[-1] == whole
+    assert whole > 0
+
+
+def test_ctrl_c_while_memory_is_waited_for_leaves_nothing_half_done(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stats = Stats()
+    chat = Conversation(
+        planned("simulated", LAYERS, 60, 0.0), 1, Kernels([ReferenceKernel()]), stats
+    )
+    last = chat.engine._full[-1]
+
+    def stopped(_tokens: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(last, "reserve", stopped)
+    kv = list(chat.kv)
+    with pytest.raises(KeyboardInterrupt):
+        chat.step(CHUNK_TOKENS)
+    monkeypatch.undo()
+    assert not chat.engine.interrupted
+    assert chat.engine.lengths() == [CHUNK_TOKENS] * LAYERS
+    for layer in range(LAYERS):
+        chat.engine.crop(layer, CHUNK_TOKENS)
+    chat.kv = kv
+    chat.step(CHUNK_TOKENS)
+    chat.step(2)
+    chat.engine.close()

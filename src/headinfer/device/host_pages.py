@@ -25,7 +25,7 @@ _LEAST_LARGE_BYTES = 32 * 2**20
 cache grows by is written little by little."""
 
 _LEAST_LARGE_COMMITTED_BYTES = 4 * 2**20
-"""The same for regions that are committed at once: two large pages, wherever they begin."""
+"""The same for regions that are committed at once: one large page at least, wherever they begin."""
 
 _PIECES = 8
 _LARGEST_PIECE_BYTES = 8 * 2**20

@@ -10,54 +10,56 @@ _LONGEST_S = 1.0
 
 
 class Launches:
-    """A state of the process: whether one of its threads launches a prompt's kernels.
+    """A state of the process: which of its threads launch a prompt's kernels.
 
-    That thread should be ahead of its devices. Whoever would hold it up waits for its next pause,
+    Such a thread should be ahead of its devices. Whoever would hold it up waits for its next pause,
     in which it waits itself.
     """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._thread: int | None = None
-        self._until_s = 0.0
+        self._until_s: dict[int, float] = {}  # by thread: when others wait no more for it
 
     @contextlib.contextmanager
     def under_way(self) -> Iterator[None]:
-        """Launch within the block, on this thread."""
-        before, self._thread = self._thread, threading.get_ident()  # it may be another's turn
-        self._renew()
+        """Launch within the block, on this thread; blocks do not nest."""
+        thread = threading.get_ident()
         try:
+            self._set(thread, time.monotonic() + _LONGEST_S)
             yield
         finally:
-            self._let_others()
-            self._thread = before
+            self._set(thread, None)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Let others go on within the block; without effect on a thread that launches nothing."""
-        if self._thread != threading.get_ident():
+        thread = threading.get_ident()
+        if thread not in self._until_s:
             yield
             return
-        self._let_others()
+        self._set(thread, 0.0)
         try:
             yield
         finally:
-            self._renew()
+            self._set(thread, time.monotonic() + _LONGEST_S)
 
     def wait(self) -> None:
-        """Block until no other thread launches, or one has launched for long without a pause."""
+        """Block until no other thread launches, or each has launched for long without a pause."""
+        own = threading.get_ident()
         with self._changed:
-            while (left_s := self._until_s - time.monotonic()) > 0:
-                if self._thread == threading.get_ident():
+            while True:
+                others = [until_s for thread, until_s in self._until_s.items() if thread != own]
+                left_s = max(others, default=0.0) - time.monotonic()
+                if left_s <= 0:
                     return
                 self._changed.wait(left_s)
 
-    def _renew(self) -> None:
-        self._until_s = time.monotonic() + _LONGEST_S
-
-    def _let_others(self) -> None:
+    def _set(self, thread: int, until_s: float | None) -> None:
         with self._changed:
-            self._until_s = 0.0
+            if until_s is None:
+                self._until_s.pop(thread, None)
+            else:
+                self._until_s[thread] = until_s
             self._changed.notify_all()
 
 

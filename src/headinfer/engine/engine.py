@@ -22,7 +22,13 @@ class Engine(CapturableTokens):
     """A cache's attention layers: their ledgers, the device arena, and their attention.
 
     Not safe for use by several threads at once, like the transformers cache it serves.
+
+    Attributes:
+        sends_late: whether whoever calls the model sends residents home, by `send_late`, once all
+            of its kernels are launched. Otherwise that is done behind the last layer's attention.
     """
+
+    sends_late = False
 
     @property
     def parts(self) -> "tuple[Engine, ...]":
@@ -132,8 +138,7 @@ class Engine(CapturableTokens):
                 first += tokens
         finally:
             executor.release()
-        if self._full and ledger is self._full[-1]:
-            executor.send_late()
+        self._end_layers(ledger)
         if self._host.pending:
             self._host.check()
 
@@ -183,8 +188,20 @@ class Engine(CapturableTokens):
                 first += tokens
         finally:
             executor.release()
-        if self._full and ledger is self._full[-1]:
-            executor.send_late()
+        self._end_layers(ledger)
+
+    def _end_layers(self, ledger: Ledger) -> None:
+        """Send home what layers have left to the last of them, unless more is launched behind."""
+        if self._full and ledger is self._full[-1] and not self.sends_late:
+            self._executor.send_late()
+
+    def send_late(self) -> None:
+        """Send home the residents of a pass that the host lacks; see `sends_late`.
+
+        Raises:
+            MemoryPlanError: the host memory cannot be had. They stay where they are.
+        """
+        self._executor.send_late()
 
 
 def _at_once(ledger: Ledger, new_tokens: int) -> int:

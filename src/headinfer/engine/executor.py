@@ -196,6 +196,10 @@ class Executor:
             chunk.finish(heads, total)
         chunk.waiting.clear()
 
+    def forget_late(self) -> None:
+        """Send none of it: the layers are empty."""
+        self._late.clear()
+
     def release(self) -> None:
         """Let go of the chunk, whose memory is the caller's."""
         self.__dict__.pop("chunk", None)

@@ -255,6 +255,8 @@ class HeldTokens(ReservedTokens):
         self._forget_memory()
         for ledger in self._ledgers:
             ledger.clear()
+        if not self.parked:
+            self._executor.forget_late()
         self._expected_tokens = 0
         self.half_done = self.drafting = False
 

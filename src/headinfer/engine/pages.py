@@ -244,6 +244,9 @@ class Pages:
         """
         device, written = self._device, False
         copy_out, targets = device.copy_out, []
+        for ledger, tile in tiles:  # first: what it takes long to wait for leaves nothing half done
+            if not ledger.half_done:
+                ledger.reserve(tile.start + ledger.sent_at_once(tile.tokens))
         try:
             for ledger, tile in tiles:
                 ready = tile.piece.ready
@@ -256,9 +259,7 @@ class Pages:
                         written = True
                     if ready is not None:
                         copy_out.wait(ready, Edge.PAGE_WRITTEN)
-                if not ledger.half_done:  # what it takes long to wait for leaves nothing half done
-                    ledger.reserve(tile.start + ledger.sent_at_once(tile.tokens))
-                    ledger.half_done = True
+                ledger.half_done = True
                 targets += self._send_tile(ledger, tile)
         finally:
             sent = copy_out.record()

@@ -85,6 +85,20 @@ class PartedEngine(CapturableParts):
             part.half_done = half_done
 
     @property
+    def sends_late(self) -> bool:
+        """Whether residents go home by `send_late`; see `Engine`."""
+        return any(part.sends_late for part in self.parts)
+
+    @sends_late.setter
+    def sends_late(self, sends_late: bool) -> None:
+        for part in self.parts:
+            part.sends_late = sends_late
+
+    def send_late(self) -> None:
+        """Send residents home; see `Engine.send_late`."""
+        self._on_all(Engine.send_late)
+
+    @property
     def drafting(self) -> bool:
         """Whether the tokens that come are drafts."""
         return any(part.drafting for part in self.parts)

@@ -11,6 +11,7 @@ import torch
 from headinfer.device.base import Mark
 from headinfer.device.launches import launches
 from headinfer.engine.busy import BusyTimes
+from headinfer.engine.parted import CacheEngine
 from headinfer.engine.stats import Stats
 from headinfer.errors import CacheStateError
 from headinfer.integration.cache import OffloadedCache
@@ -20,6 +21,7 @@ from headinfer.integration.history import check_history
 from headinfer.integration.rotary import WholeCallPositions, last_position
 from headinfer.plan.plan import Plan
 from headinfer.ranks.group import Ranks, fingerprint
+from headinfer.schedule.route import MAX_ASKED_TOKENS
 
 _FEW_TOKENS = 32
 """A call with up to so many new tokens on a filled cache counts as decoding (it is speculative)."""
@@ -107,6 +109,7 @@ class ServedCall:
         self._captured_s = 0.0  # by the cache's captures before the call
         self._decoding = False
         self._drafting = cache.state.drafting
+        self._sending: CacheEngine | None = None  # what a prompt's tokens are sent home by
         self._logits: list[torch.Tensor] = []
         self._chunks: list[tuple[Mark, int]] = []  # begun, with the tokens done after each
         self._ids: torch.Tensor | None = None
@@ -124,6 +127,10 @@ class ServedCall:
             ranks.check_same(fingerprint(arguments.get("input_ids"), *sizes))
         check_history(arguments, past_tokens, self._new_tokens)
         self.cache.state.prepare(self._rows, self._new_tokens)
+        engine = self.cache.state.engine
+        if engine is not None and self._new_tokens > MAX_ASKED_TOKENS:
+            self._sending = engine
+            engine.sends_late = True
         self._decoding = past_tokens > 0 and _decodes(arguments, self._new_tokens)
         chunk_tokens = self._owner.chunk_tokens(self.cache)
         if self._new_tokens > 1:  # or each rank would chunk as it has room
@@ -176,6 +183,7 @@ class ServedCall:
 
     def end(self, output: Any) -> Any:
         """Count the call, and join the logits of its chunks."""
+        self._send_late()
         if self._positions is not None:
             self._positions.remove()
             self._positions.check()
@@ -214,9 +222,16 @@ class ServedCall:
         return output
 
     def leave(self) -> None:
-        """Leave the model's modules as they were, also where the call failed."""
+        """Leave the model and the cache as they were, also where the call failed."""
         if self._positions is not None:
             self._positions.remove()
+        if self._sending is not None:
+            self._sending.sends_late = False
+
+    def _send_late(self) -> None:
+        """Send residents of a prompt home, now that all of its kernels are launched."""
+        if self._sending is not None:
+            self._sending.send_late()
 
     def _note_tokens(self, done_tokens: int) -> None:
         """Have the cache know which tokens it holds, so many of them new ones."""
@@ -228,6 +243,7 @@ class ServedCall:
 
     def _after_chunk(self, done_tokens: int, all_tokens: int) -> None:
         self._owner.busy.pause()
+        self._send_late()
         self._chunks.append((self._owner.mark_compute(), done_tokens))
         self._note_tokens(done_tokens)
         # All layers hold the same tokens: who stops here can go on with what was read.
@@ -242,7 +258,7 @@ class ServedCall:
             contextlib.nullcontext() if self._positions is None else self._positions.suspended()
         )
         # Who hears of progress may call the model, as may other threads.
-        with suspended, self._owner.busy.suspended():
+        with suspended, self._owner.busy.suspended(), launches.paused():
             self._report_chunks(all_tokens, begun=begun)
             self._let_others(all_tokens)
 
@@ -282,8 +298,7 @@ class ServedCall:
         early = self._owner.ranks.size == 1  # else what hears of it may wait for other ranks
         while chunks and (len(chunks) > begun or (early and chunks[0][0].reached)):
             mark, done_tokens = chunks.pop(0)
-            with launches.paused():
-                mark.wait()
+            mark.wait()
             self._report(done_tokens, all_tokens)
 
     def _report(self, done_tokens: int, all_tokens: int) -> None:
