@@ -1,10 +1,12 @@
 """Models whose heads are split over two ranks, against the whole model in one process."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from launching import torchrun
 from split_models import (
     DEVICES,
@@ -43,25 +45,35 @@ def models() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def folder(models, tmp_path_factory) -> Path:
-    made = tmp_path_factory.mktemp("split")
-    for name, model in models.items():
-        model.save_pretrained(made / name)
-    one = tiny_model("llama3", vocab_size=VOCABULARY, num_key_value_heads=1)
-    one.save_pretrained(made / "one-kv-head")
-    save_uneven_pattern(made / "uneven.json", models["llama3"].config.num_hidden_layers)
+    """A folder with all models, one for all processes of a test run: ranks answer once."""
+    base = tmp_path_factory.getbasetemp()
+    made = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "split"
+    with FileLock(f"{made}.lock"):
+        if (made / "uneven.json").exists():
+            return made
+        for name, model in models.items():
+            model.save_pretrained(made / name)
+        one = tiny_model("llama3", vocab_size=VOCABULARY, num_key_value_heads=1)
+        one.save_pretrained(made / "one-kv-head")
+        save_uneven_pattern(made / "uneven.json", models["llama3"].config.num_hidden_layers)
     return made
 
 
 def got_by_ranks(folder: Path, *, on_gpus: bool) -> list[dict[str, Any]]:
-    done = torchrun(str(PROGRAM), str(folder), on_gpus=on_gpus)
-    assert done.returncode == 0, done.stderr
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(RANKS)]
+    with FileLock(f"{folder}.lock"):
+        done = torchrun(str(PROGRAM), str(folder), on_gpus=on_gpus)
+        assert done.returncode == 0, done.stderr
+        return [torch.load(folder / f"rank{rank}.pt") for rank in range(RANKS)]
 
 
 @pytest.fixture(scope="module")
 def got(folder) -> list[dict[str, Any]]:
     """What each rank got, on the CPU with gloo."""
-    return got_by_ranks(folder, on_gpus=False)
+    answered = folder.with_suffix(".pt")
+    with FileLock(f"{answered}.lock"):
+        if not answered.exists():
+            torch.save(got_by_ranks(folder, on_gpus=False), answered)
+    return torch.load(answered)
 
 
 @pytest.mark.gpu
