@@ -135,9 +135,8 @@ class CudaDevice:
         Raises:
             MemoryPlanError: the system refuses to map or to lock that much.
         """
-        with (
-            launches.paused()
-        ):  # or whoever locks memory would wait for this thread, and it for them
+        # A pause, or whoever locks memory would wait for this thread, and it for them.
+        with launches.paused():
             return self._pieces.take(num_bytes)
 
     def host_ahead(self, num_bytes: int) -> HostMemory:

@@ -53,10 +53,7 @@ def attend_groups(tokens: Tokens, step: Attend) -> None:
         tokens: the chunk, and what it attends.
         step: which parts, by which groups of heads.
     """
-    if torch._C._autograd._profiler_enabled():
-        with record_function(ATTENTION_MARK):
-            _attend_groups(tokens, step)
-    else:
+    with attention_mark():
         _attend_groups(tokens, step)
 
 
@@ -64,6 +61,7 @@ def _attend_groups(tokens: Tokens, step: Attend) -> None:
     chunk, parts = tokens.chunk, step.parts
     kernels, kv_heads, whole = chunk.kernels, chunk.new.keys.shape[1], step.groups == 1
     near = [tokens.near(part.where) if isinstance(part, Near) else None for part in parts]
+    lone = whole and len(parts) == 1 and isinstance(parts[0], Own)  # what is new is in new memory
     for first in range(0, kv_heads, step.heads):
         # A view of all heads would be the same, and takes time.
         heads = ALL_HEADS if whole else slice(first, min(first + step.heads, kv_heads))
@@ -84,10 +82,9 @@ def _attend_groups(tokens: Tokens, step: Attend) -> None:
                 works = _window_works(chunk, window, total)
             for work in works:
                 kernels.pick(work).attend(work)
-        lone = len(parts) == 1 and isinstance(parts[0], Own)  # what is new is in new memory
         if not step.write:
             chunk.waiting.append((heads, total))
-        elif not (whole and lone and chunk.finish_alone(total)):
+        elif not (lone and chunk.finish_alone(total)):
             chunk.finish(heads, total)
 
 
