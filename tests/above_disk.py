@@ -1,9 +1,11 @@
 """A small model, and how tests attach it above a disk or, to compare, without one."""
 
 import copy
+import errno
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import PreTrainedModel
 
@@ -18,6 +20,13 @@ MEMORY = "400KiB"
 """128 KiB of it are for what is read. A block of 64 tokens takes 32 KiB in both layers."""
 
 TOKENS = 700
+
+FAULTS = pytest.mark.parametrize(
+    ("call", "number", "told"),
+    [("pwritev", errno.ENOSPC, "has no room"), ("preadv", errno.EIO, "failed: Input/output error")],
+    ids=["full", "read"],
+)
+"""What of `os` fails, with which error, and what is told then."""
 
 SETTINGS: dict[str, Any] = {
     "device": "simulated",

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from above_disk import TOKENS, Failing, attached, exercise, small_model
+from above_disk import FAULTS, TOKENS, Failing, attached, exercise, small_model
 from headinfer.device.simulated import SimulatedDevice
 from headinfer.errors import CacheStateError, DiskError, MemoryPlanError
 from headinfer.integration.memory_held import held_together
@@ -126,11 +126,7 @@ def test_two_caches_share_one_budget(model: PreTrainedModel, tmp_path: Path) -> 
     assert all(torch.equal(a, b) for a, b in zip(ours, wanted, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("call", "number", "told"),
-    [("pwritev", errno.ENOSPC, "has no room"), ("preadv", errno.EIO, "failed: Input/output error")],
-    ids=["full", "read"],
-)
+@FAULTS
 def test_a_fault_on_any_device_ends_the_call_and_no_token_is_wrong(
     model: PreTrainedModel,
     tmp_path: Path,

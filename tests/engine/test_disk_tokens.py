@@ -1,6 +1,5 @@
 """Tokens on a disk below host memory: the same bits as in memory alone, in all that moves them."""
 
-import errno
 import os
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 import headinfer
-from above_disk import MEMORY, TOKENS, Failing, attached, exercise, small_model
+from above_disk import FAULTS, MEMORY, TOKENS, Failing, attached, exercise, small_model
 from headinfer.device.base import Edge
 from headinfer.device.hazards import HazardError
 from headinfer.device.simulated import SimulatedDevice
@@ -187,11 +186,7 @@ def test_a_missing_wait_is_noticed(model: PreTrainedModel, tmp_path: Path, edge:
 
 
 @pytest.mark.parametrize("form", ["dense", "packed"])
-@pytest.mark.parametrize(
-    ("call", "number", "told"),
-    [("pwritev", errno.ENOSPC, "has no room"), ("preadv", errno.EIO, "failed: Input/output error")],
-    ids=["full", "read"],
-)
+@FAULTS
 def test_a_fault_ends_the_call_and_no_token_is_wrong(
     model: PreTrainedModel,
     tmp_path: Path,
