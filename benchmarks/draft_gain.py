@@ -10,9 +10,9 @@ The times are those that a user waits: from the first token to the last, capture
 
 import argparse
 import time
-from pathlib import Path
 from typing import Any
 
+from draft_texts import TEXTS, text_of
 from transformers import PreTrainedModel
 
 import headinfer
@@ -23,8 +23,6 @@ from headinfer.cli.load import NamedSource, calm_transformers
 from headinfer.generation.model import load_config, load_model, load_tokenizer
 from headinfer.units import parse_tokens
 
-ROOT = Path(__file__).parents[1]
-TEXTS = {"code": "src/headinfer/**/*.py", "documents": "docs/*.md"}
 OFF = "off"
 
 
@@ -45,10 +43,9 @@ def loaded(given: argparse.Namespace, tokens: int) -> tuple[PreTrainedModel, Any
     return model, load_tokenizer(source)
 
 
-def text_of(name: str, tokenizer: Any, tokens: int) -> list[int]:
+def last_tokens(tokenizer: Any, text: str, tokens: int) -> list[int]:
     """Return the last `tokens` tokens of a text, which goes round if it is shorter."""
-    files = sorted(ROOT.glob(TEXTS[name]))
-    ids = tokenizer("\n\n".join(file.read_text(encoding="utf-8") for file in files))["input_ids"]
+    ids = tokenizer(text)["input_ids"]
     return (ids * (tokens // len(ids) + 1))[-tokens:]
 
 
@@ -120,7 +117,7 @@ def main() -> None:
     header = provenance() | {"hardware": hardware(model.device), "settings": vars(given)}
     document: dict[str, Any] = {"header": header, "rows": []}
     for name in given.texts.split(","):
-        prompt = text_of(name, tokenizer, tokens)
+        prompt = last_tokens(tokenizer, text_of(name), tokens)
         alone: dict[str, Any] = {}
         for draft in given.drafts.split(","):
             row = {"context": name, "tokens": tokens} | answered(

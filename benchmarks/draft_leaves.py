@@ -12,10 +12,10 @@ import math
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from draft_texts import TEXTS, first_tokens, text_of
 from transformers import DynamicCache, PreTrainedModel
 
 from headinfer.bench.document import provenance
@@ -30,8 +30,6 @@ from headinfer.integration.model_shape import model_shape
 from headinfer.plan.memory import draft_sink_tokens
 from headinfer.plan.shape import LayerKind
 
-ROOT = Path(__file__).parents[1]
-TEXTS = {"code": "src/headinfer/**/*.py", "documents": "docs/*.md"}
 DRAFTS = 15
 """The most of a verification."""
 
@@ -353,10 +351,8 @@ def main() -> None:
     settings = {name: value for name, value in vars(given).items() if name != "json"}
     header = {**provenance(), "hardware": hardware(torch.device("cpu")), "settings": settings}
     document: dict[str, Any] = {"header": header, "rows": []}
-    for name, files in TEXTS.items():
-        whole = "\n\n".join(file.read_text(encoding="utf-8") for file in sorted(ROOT.glob(files)))
-        ids = tokenizer(whole[: 8 * given.tokens])["input_ids"][: given.tokens]
-        assert len(ids) == given.tokens
+    for name in TEXTS:
+        ids = first_tokens(tokenizer, text_of(name), given.tokens)
         read = Read(model, torch.tensor([ids]))
         document["rows"] += rows_of(read, name, ids, given)
         replace_json(given.json, document, remedy="make room, then give the command again")

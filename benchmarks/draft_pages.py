@@ -12,9 +12,9 @@ import pydoc_data.topics
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
+import draft_texts
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache, PreTrainedModel
@@ -31,7 +31,6 @@ from headinfer.integration.model_shape import model_shape
 from headinfer.plan.memory import draft_sink_tokens
 from headinfer.plan.shape import LayerKind
 
-ROOT = Path(__file__).parents[1]
 DRAFTS = 8
 ROWS = 8
 """Tokens behind a place whose rows weigh the pages."""
@@ -252,8 +251,7 @@ def text_of(name: str) -> str:
     """Return a text."""
     if name == "manual":
         return "\n\n".join(pydoc_data.topics.topics.values())
-    files = {"code": "src/headinfer/**/*.py", "documents": "docs/*.md"}[name]
-    return "\n\n".join(file.read_text(encoding="utf-8") for file in sorted(ROOT.glob(files)))
+    return draft_texts.text_of(name)
 
 
 def rows_of(name: str, found: list[list[int]]) -> Iterator[dict[str, Any]]:
@@ -322,8 +320,7 @@ def main() -> None:
     quarter = given.tokens // 4
     last = given.tokens - quarter
     for name in given.texts.split(","):
-        ids = tokenizer(text_of(name)[: 8 * given.tokens])["input_ids"][: given.tokens]
-        assert len(ids) == given.tokens
+        ids = draft_texts.first_tokens(tokenizer, text_of(name), given.tokens)
         read = Read(model, torch.tensor([ids]))
         for said in TEXTS[name]:
             behind = tokenizer(said)["input_ids"] if said else []

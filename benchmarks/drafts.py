@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from draft_texts import TEXTS, first_tokens, text_of
 from transformers import DynamicCache, PreTrainedModel
 
 import headinfer
@@ -40,8 +41,6 @@ from headinfer.integration.model_shape import model_shape
 from headinfer.plan.memory import draft_sink_tokens
 from headinfer.plan.shape import LayerKind
 
-ROOT = Path(__file__).parents[1]
-TEXTS = {"code": "src/headinfer/**/*.py", "documents": "docs/*.md"}
 DRAFTERS: dict[str, Callable[[PreTrainedModel, OffloadedCache], Drafter]] = {
     "itself": Itself,
     "lookup": lambda _model, _cache: Lookup(3),
@@ -106,11 +105,7 @@ class Continued:
 
     def _read(self, text_name: str) -> torch.Tensor:
         """Return the tokens of a text, `[1, tokens]`."""
-        files = sorted(ROOT.glob(TEXTS[text_name]))
-        whole = "\n\n".join(file.read_text(encoding="utf-8") for file in files)
-        ids = self._tokenizer(whole[: 8 * self._given.tokens])["input_ids"][: self._given.tokens]
-        assert len(ids) == self._given.tokens
-        return torch.tensor([ids])
+        return torch.tensor([first_tokens(self._tokenizer, text_of(text_name), self._given.tokens)])
 
     def _drafted(
         self,
