@@ -173,13 +173,15 @@ def _mean(
 
 @functools.cache
 def _lanes(size: int) -> int:
-    """Return the lanes of torch's vectors for sums of so many elements; 0 if that is not found."""
-    if size < _FEWEST_SUMMED:
+    """Return the lanes of torch's vectors for sums of so many elements; 0 if that is not found.
+
+    Without a compiler it is not: torch does all then.
+    """
+    library = tape_library(torch.bfloat16)
+    if size < _FEWEST_SUMMED or library is None:
         return 0
     given = torch.randn(_TRIED_ROWS, size, generator=torch.Generator().manual_seed(size))
     wanted, found = given.mean(-1, keepdim=True), torch.empty(_TRIED_ROWS, 1)
-    library = tape_library(torch.bfloat16)
-    assert library is not None
     for lanes in (8, 16, 4):
         Tape(library, [Elementwise(Kind.MEAN, found, (given, lanes))])()
         if torch.equal(found, wanted):
