@@ -1,6 +1,6 @@
 """What each rank of a split model does in the tests: run by torchrun, with a folder of models.
 
-It writes all that it got to `rank<n>.pt` in the folder.
+The names of parts may follow: they alone are run. `rank<n>.pt` of the folder has all that was got.
 """
 
 import logging
@@ -197,8 +197,9 @@ def streamed_in_one_launch(folder: Path, got: dict[str, Any]) -> None:
 def above_disk(folder: Path, got: dict[str, Any]) -> None:
     """Tokens on a disk; then ranks of which one has less memory, or less disk, or no folder."""
     model, rank = load(folder, "llama3"), distributed.get_rank()
-    below = {**ABOVE_DISK, "disk_cache": folder}
-    with headinfer.attach(model, **ABOVE_DISK) as offload:
+    above = ABOVE_DISK | ({"device": "cuda"} if torch.cuda.is_available() else {})
+    below = {**above, "disk_cache": folder}
+    with headinfer.attach(model, **above) as offload:
         got["in memory"] = two_caches(model, offload)
     for name, memory in (("alike", ("1400KiB",) * 2), ("apart", ("2MiB", "1200KiB"))):
         with headinfer.attach(model, **below, host_memory=memory[rank]) as offload:
@@ -209,7 +210,9 @@ def above_disk(folder: Path, got: dict[str, Any]) -> None:
         free, here = disk_below.free_bytes, (500 * 1024, 2**30)[rank]
         disk_below.free_bytes = lambda _folder: here
         got["full disk"] = failure_of(
-            lambda: model(random_tokens(1, LONG), **offload.new_cache(LONG).as_keyword())
+            lambda: model(
+                random_tokens(1, LONG).to(model.device), **offload.new_cache(LONG).as_keyword()
+            )
         )
         disk_below.free_bytes = free
     missing = {**below, "disk_cache": (folder, folder / "missing")[rank]}
@@ -222,23 +225,27 @@ def heads(folder: Path, got: dict[str, Any]) -> None:
     got["one head"] = failure_of(lambda: headinfer.attach(model))
 
 
+PARTS = (
+    parity,
+    patterns,
+    uneven_pattern,
+    other_splits,
+    agreement,
+    above_disk,
+    stopping,
+    heads,
+    streamed_in_one_launch,
+)
+
+
 def main() -> None:
-    folder = Path(sys.argv[1])
+    folder, asked = Path(sys.argv[1]), sys.argv[2:]
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
     got: dict[str, Any] = {}
-    for part in (
-        parity,
-        patterns,
-        uneven_pattern,
-        other_splits,
-        agreement,
-        above_disk,
-        stopping,
-        heads,
-        streamed_in_one_launch,
-    ):
-        part(folder, got)
+    for part in PARTS:
+        if not asked or part.__name__ in asked:
+            part(folder, got)
     torch.save(got, folder / f"rank{distributed.get_rank()}.pt")
     leave_together()
 

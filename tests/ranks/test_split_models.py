@@ -59,9 +59,9 @@ def folder(models, tmp_path_factory) -> Path:
     return made
 
 
-def got_by_ranks(folder: Path, *, on_gpus: bool) -> list[dict[str, Any]]:
+def got_by_ranks(folder: Path, *parts: str, on_gpus: bool) -> list[dict[str, Any]]:
     with FileLock(f"{folder}.lock"):
-        done = torchrun(str(PROGRAM), str(folder), on_gpus=on_gpus)
+        done = torchrun(str(PROGRAM), str(folder), *parts, on_gpus=on_gpus)
         assert done.returncode == 0, done.stderr
         return [torch.load(folder / f"rank{rank}.pt") for rank in range(RANKS)]
 
@@ -79,7 +79,8 @@ def got(folder) -> list[dict[str, Any]]:
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < RANKS, reason="needs two GPUs")
 def test_ranks_on_two_gpus_answer_as_the_whole_model_does(folder, models) -> None:
-    got = got_by_ranks(folder, on_gpus=True)
+    parts = "parity", "patterns", "agreement", "stopping", "streamed_in_one_launch"
+    got = got_by_ranks(folder, *parts, on_gpus=True)
     for name, model in models.items():
         wanted, whole = answers(model, dict), logits(model, {})
         heads = model.config.num_key_value_heads // (1 if name == "phi3" else RANKS)
@@ -104,6 +105,16 @@ def test_ranks_on_two_gpus_answer_as_the_whole_model_does(folder, models) -> Non
             assert ids.tolist() == got[0][f"{name} {late} streamed"][0].tolist()
             assert "STREAMED" in forms, name
             assert captured > 0, name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < RANKS, reason="needs two GPUs")
+def test_ranks_on_two_gpus_above_a_disk_have_the_bits_of_memory_alone(folder) -> None:
+    for rank in got_by_ranks(folder, "above_disk", on_gpus=True):
+        for how in ("alike", "apart"):
+            for ours, wanted in zip(rank[f"on disk {how}"], rank["in memory"], strict=True):
+                assert torch.equal(ours, wanted)
+            assert rank[f"on disk {how} bytes"] > 0
 
 
 @pytest.mark.parametrize(("name", "device"), ON)
