@@ -4,7 +4,9 @@
 
 Random weights are made and quantised matrix by matrix where they stay, so that CPU memory never has
 more than the KV cache. transformers puts bitsandbytes' matrices into the model, as `--load-in 4bit`
-does. Before anything is timed, logits are compared with stock's. `--tiny` tries it on the CPU.
+does. Before anything is timed, logits are compared with stock's, and torch is held to the memory.
+A step's bound has each byte of weights and of KV read once, where it lies, at the rates of this
+machine. `--tiny` tries all of it on the CPU.
 """
 
 import argparse
@@ -12,6 +14,7 @@ import json
 import os
 import statistics
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +26,19 @@ import transformers
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
 import headinfer
+from headinfer.bench.bound import Rates, Work, bound
+from headinfer.bench.document import provenance
+from headinfer.bench.files import replace_json
 from headinfer.bench.fill import fill_randomly
 from headinfer.bench.gate import LOGITS_TOLERANCE_PER_LAYER
-from headinfer.device.identity import identity
+from headinfer.bench.limits import limit_device
+from headinfer.bench.machine import hardware, measure
 from headinfer.estimate.presets import PRESETS
 from headinfer.generation.quantised import quantisation
 from headinfer.integration.calls import cache_argument
 from headinfer.integration.model_shape import model_shape
-from headinfer.units import format_bytes, format_tokens, parse_tokens
+from headinfer.plan.options import Options
+from headinfer.units import format_bytes, format_seconds, format_tokens, parse_tokens
 
 MODEL = "llama-3-70b"
 GATE_TOKENS, STEPS, WARM_STEPS = 2048, 8, 6
@@ -95,10 +103,11 @@ def logits(model: Any, tokens: int, **cache: Any) -> torch.Tensor:
     return torch.stack(rows).float()
 
 
-def decode_row(model: Any, offload: Any, tokens: int, steps: int) -> dict[str, Any]:
-    """Return what a decode step takes behind so many random tokens."""
+def decode_row(model: Any, offload: Any, tokens: int, steps: int, rates: Rates) -> dict[str, Any]:
+    """Return what a decode step takes behind so many random tokens, beside its bound."""
     device = model.device
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     cache = offload.new_cache(tokens + WARM_STEPS + steps + 1)
     fill_randomly(model, cache, tokens, seed=0)
@@ -110,14 +119,17 @@ def decode_row(model: Any, offload: Any, tokens: int, steps: int) -> dict[str, A
         model(ids, **cache.as_keyword())
         synchronise(device)
         seconds.append(time.perf_counter() - start_s)
-    plan = cache.state.engine.plan
+    plan, share = cache.state.engine.plan, cache.state.engine.host_share
+    least = bound(decode_work(plan, share, tokens), rates)
     row = {
         "context_tokens": tokens,
         "decode_s": seconds[WARM_STEPS:],
         "decode_s_per_token": statistics.median(seconds[WARM_STEPS:]),
+        "bound_s": least.seconds,
+        "bound_by": least.limited_by,
         "captured_steps": cache.stats.captured_steps,
         "resident_tokens": plan.resident_tokens,
-        "host_share": plan.host_share,
+        "host_share": share,
         "planned_device_bytes": plan.total_device_bytes,
         "kv_host_bytes": cache.stats.host_kv_bytes,
         "peak_reserved_bytes": torch.cuda.max_memory_reserved(device)
@@ -126,6 +138,17 @@ def decode_row(model: Any, offload: Any, tokens: int, steps: int) -> dict[str, A
     }
     cache.close()
     return row
+
+
+def decode_work(plan: Any, host_share: float, tokens: int) -> Work:
+    """Return the bytes of a step: weights and resident KV on the GPU, the rest by link and CPU."""
+    streamed = plan.streamed_bytes(tokens)
+    by_host = int(streamed * host_share)
+    return Work(
+        host_bytes=by_host,
+        link_bytes=streamed - by_host,
+        device_bytes=plan.shape.weights_bytes + plan.shape.kv_bytes(tokens) - by_host,
+    )
 
 
 @torch.inference_mode()
@@ -140,6 +163,7 @@ def main() -> None:
     given = parser.parse_args()
     contexts = [parse_tokens(each, "--contexts") for each in given.contexts.split(",")]
     device = torch.device("cpu" if given.tiny else "cuda")
+    rates, _ = measure(device, torch.bfloat16)
     start_s = time.perf_counter()
     config = shape(tiny=given.tiny, positions=max(contexts) + 2**16)
     model = in_four_bits(config, device)
@@ -149,6 +173,7 @@ def main() -> None:
     stock = logits(model, gate_tokens)
     allowed = LOGITS_TOLERANCE_PER_LAYER["bfloat16"] * config.num_hidden_layers
     limit = None if given.tiny else given.device_memory
+    limit_device(Options.parse(device_memory=limit or "auto"), [device])
     rows = json.loads(given.json.read_text())["rows"] if given.json and given.json.exists() else []
     with headinfer.attach(model, device_memory=limit) as offload:
         ours = logits(model, gate_tokens, **offload.new_cache().as_keyword())
@@ -157,45 +182,28 @@ def main() -> None:
         print(
             f"logits are off from stock's by {error:.2g} of their length; {allowed:.2g} is allowed"
         )
+        header = provenance() | {
+            "hardware": hardware(device),
+            "rates": asdict(rates),
+            "bitsandbytes": bitsandbytes.__version__,
+            "settings": {"contexts": given.contexts, "device_memory": limit},
+        }
+        found = {"header": header, "model": MODEL, "weights_bytes": weights, "logits_error": error}
         for tokens in contexts:
             if not same or any(row["context_tokens"] == tokens for row in rows):
                 continue
-            rows.append(decode_row(model, offload, tokens, given.steps))
-            seconds, planned = rows[-1]["decode_s_per_token"], rows[-1]["planned_device_bytes"]
+            row = decode_row(model, offload, tokens, given.steps, rates)
+            rows.append(row)
             print(
-                f"{format_tokens(tokens)}: {seconds * 1e3:.1f} ms a token, "
-                f"{rows[-1]['resident_tokens']} tokens resident, {format_bytes(planned)} planned"
+                f"{format_tokens(tokens)}: {format_seconds(row['decode_s_per_token'])} a token, "
+                f"{row['bound_s'] / row['decode_s_per_token']:.0%} of the bound by "
+                f"{row['bound_by']}, {row['resident_tokens']} tokens resident, "
+                f"{format_bytes(row['planned_device_bytes'])} planned"
             )
-            save(given, weights, error, rows)
+            if given.json:
+                replace_json(given.json, found | {"rows": rows}, remedy="make room on the disk")
     if not same:
         raise SystemExit(1)
-
-
-def save(
-    given: argparse.Namespace, weights_bytes: int, error: float, rows: list[dict[str, Any]]
-) -> None:
-    """Write all that was found so far."""
-    if given.json is None:
-        return
-    found = identity("cpu" if given.tiny else "cuda")
-    document = {
-        "model": MODEL,
-        "tiny": given.tiny,
-        "cpu": found.cpu,
-        "gpu": found.gpu,
-        "device_memory": given.device_memory,
-        "weights_bytes": weights_bytes,
-        "logits_error": error,
-        "commit": os.environ.get("HEADINFER_COMMIT"),
-        "versions": {
-            "headinfer": headinfer.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "bitsandbytes": bitsandbytes.__version__,
-        },
-        "rows": rows,
-    }
-    given.json.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ import sys
 for path in sys.argv[1:]:
     with open(path) as file:
         result = json.load(file)
-    if "rows" not in result or "header" not in result:
+    if "command" not in result.get("header", {}):
         continue
     name = "prefill_s" if result["header"]["command"] == "prefill" else "decode_s_per_token"
     alone = {row["context_tokens"]: row[name] for row in result["rows"] if row["method"] == "one"}

@@ -21,8 +21,11 @@ SPLITS = {"several-gpus.md": LAYERS, "tensor-parallel.md": HEADS}
 
 
 def measured(files: Sequence[Results]) -> str:
-    """Return the times of each run."""
-    return "\n".join(f"{title(results)}:\n\n{times_table(results)}" for results in files)
+    """Return the times of all runs, in one table for those of a title."""
+    of_title: dict[str, list[Results]] = {}
+    for results in sorted(files, key=lambda each: (each.spec.model.layers, each.spec.gpus)):
+        of_title.setdefault(title(results), []).append(results)
+    return "\n".join(f"{words}:\n\n{times_table(*runs)}" for words, runs in of_title.items())
 
 
 def updated(text: str, split: str, files: Sequence[Results]) -> str:

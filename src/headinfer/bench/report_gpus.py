@@ -239,23 +239,40 @@ def _made(results: Results) -> str:
     return f"{date}, torch {versions['torch']}, transformers {versions['transformers']}{at}"
 
 
-def times_table(results: Results) -> str:
-    """Return contexts down and methods across, with the share of the bound in brackets."""
-    rows, name = results.arranged_rows, results.spec.name_of
-    if results.spec.command.finds_context:
-        lines = ["| method | longest | because |", "|---|---:|---|"]
-        for row in rows:
-            why = row.limited_by or row.reason
-            lines.append(f"| {name(row.variant)} | {format_tokens(row.context_tokens)} | {why} |")
-        return "\n".join(lines) + "\n"
-    by_place = {(row.variant, row.context_tokens): row for row in rows}
-    variants = [each for each in results.spec.variants if any(row.variant == each for row in rows)]
-    lines = [f"| context | {' | '.join(map(name, variants))} |"]
+def times_table(*runs: Results) -> str:
+    """Return contexts down and methods across, with the share of the bound in brackets.
+
+    Args:
+        runs: of one title (`title`). Each line is of one run: the newest that has its context.
+    """
+    if runs[0].spec.command.finds_context:
+        return _longest_table(runs)
+    by_age = sorted(runs, key=lambda each: str(each.header["date"]))
+    lines_of = {row.context_tokens: run for run in by_age for row in run.arranged_rows}
+    shown = [
+        (run, {row.variant for row in run.arranged_rows})
+        for run in by_age
+        if run in lines_of.values()
+    ]
+    variants = dict.fromkeys(
+        variant for run, ran in shown for variant in run.spec.variants if variant in ran
+    )
+    lines = [f"| context | {' | '.join(map(runs[0].spec.name_of, variants))} |"]
     lines.append(f"|---:|{'---:|' * len(variants)}")
-    measured = {row.context_tokens for row in rows}
-    for tokens in [each for each in results.spec.contexts if each in measured]:
-        cells = [_cell(by_place.get((each, tokens)), results) for each in variants]
+    for tokens, run in sorted(lines_of.items()):
+        rows = {row.variant: row for row in run.arranged_rows if row.context_tokens == tokens}
+        cells = [_cell(rows.get(each), run) for each in variants]
         lines.append(f"| {format_tokens(tokens)} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _longest_table(runs: Sequence[Results]) -> str:
+    """Return the longest context of each method, and why it is no longer."""
+    lines = ["| method | longest | because |", "|---|---:|---|"]
+    for run in runs:
+        for row in run.arranged_rows:
+            name, why = run.spec.name_of(row.variant), row.limited_by or row.reason
+            lines.append(f"| {name} | {format_tokens(row.context_tokens)} | {why} |")
     return "\n".join(lines) + "\n"
 
 
