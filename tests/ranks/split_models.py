@@ -57,7 +57,7 @@ STREAMED_RUNS = [(name, False) for name in STREAMED] + [("both", True)]
 STREAMED_TOKENS = 100
 """New tokens, in which pages fill, and what is streamed changes."""
 
-ON_GPUS = {
+GPU_DEVICES = {
     "cuda": {"chunk_tokens": 13},  # all resident: a step is one launch, with NCCL's kernels in it
     "cuda streamed": {
         "chunk_tokens": 13,
@@ -67,6 +67,14 @@ ON_GPUS = {
         "host_attention": 0.4,
     },
 }
+
+ON_GPUS = [
+    *(("llama3", device) for device in GPU_DEVICES),
+    ("phi3", "cuda"),
+    ("qwen2", "cuda"),
+    ("mistral-sliding", "cuda streamed"),
+]
+"""On which of them each model is: both compile kernels for each, which takes long."""
 
 PATTERN = {
     "sparsity": 0.4,

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from split_models import (
     ABOVE_DISK,
     DEVICES,
+    GPU_DEVICES,
     LONG,
     MODELS,
     ON,
@@ -73,10 +74,9 @@ def failure_of(work: Any) -> str:
 def parity(folder: Path, got: dict[str, Any]) -> None:
     for name in MODELS:
         model = load(folder, name)
-        devices = ON_GPUS
-        if not torch.cuda.is_available():
-            devices = {device: DEVICES[device] for each, device in ON if each == name}
-        for device, options in devices.items():
+        on = ON_GPUS if torch.cuda.is_available() else ON
+        for device in (device for each, device in on if each == name):
+            options = (DEVICES | GPU_DEVICES)[device]
             with headinfer.attach(model, device=device.split()[0], **options) as offload:
                 got[f"{name} {device}"] = answers(model, lambda: offload.new_cache().as_keyword())
                 got[f"{name} {device} logits"] = logits(model, offload.new_cache().as_keyword())

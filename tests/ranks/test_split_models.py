@@ -81,22 +81,19 @@ def got(folder) -> list[dict[str, Any]]:
 def test_ranks_on_two_gpus_answer_as_the_whole_model_does(folder, models) -> None:
     parts = "parity", "patterns", "agreement", "stopping", "streamed_in_one_launch"
     got = got_by_ranks(folder, *parts, on_gpus=True)
-    for name, model in models.items():
+    for name, device in ON_GPUS:
+        model, at = models[name], f"{name} {device}"
         wanted, whole = answers(model, dict), logits(model, {})
         heads = model.config.num_key_value_heads // (1 if name == "phi3" else RANKS)
-        for device in ON_GPUS:
-            for rank in got:
-                for how in ("one row", "two rows", "beams"):  # other generators draw other samples
-                    ids = rank[f"{name} {device}"][how].tolist()
-                    assert ids == wanted[how].tolist(), (name, device, how)
-                torch.testing.assert_close(
-                    rank[f"{name} {device} logits"], whole, atol=1e-3, rtol=1e-3
-                )
-                assert set(rank[f"{name} {device} kv_heads"]) == {heads}
-            first, second = (rank[f"{name} {device}"]["sampled"] for rank in got)
-            assert first.tolist() == second.tolist()
-            first, second = (rank[f"{name} {device} captured"] for rank in got)
-            assert first == second > 0, (name, device)
+        for rank in got:
+            for how in ("one row", "two rows", "beams"):  # other generators draw other samples
+                assert rank[at][how].tolist() == wanted[how].tolist(), (at, how)
+            torch.testing.assert_close(rank[f"{at} logits"], whole, atol=1e-3, rtol=1e-3)
+            assert set(rank[f"{at} kv_heads"]) == {heads}
+        first, second = (rank[at]["sampled"] for rank in got)
+        assert first.tolist() == second.tolist()
+        first, second = (rank[f"{at} captured"] for rank in got)
+        assert first == second > 0, at
     for rank in got:
         assert "2 ranks of the model were given different tokens" in rank["other tokens"]
         assert rank["host memory"].startswith("MemoryPlanError: ")
