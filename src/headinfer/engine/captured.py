@@ -15,20 +15,15 @@ import weakref
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, TypeVar
 
-import torch
-
 from headinfer.attend.native.token import token_function
 from headinfer.attend.work import TokenWork
-from headinfer.device.base import Capture, CaptureError, Device
-from headinfer.disk.file import SpillFile
+from headinfer.device.base import Capture, CaptureError
 from headinfer.engine.chunk import Chunk
 from headinfer.engine.drafting import DraftableTokens
 from headinfer.engine.executor import PERFORM
 from headinfer.engine.ready import Form
-from headinfer.engine.stats import Stats
 from headinfer.engine.streaming_step import StreamingStep, attend_kept
 from headinfer.kv.ledger import Ledger
-from headinfer.plan.plan import Plan
 from headinfer.schedule.steps import SendHome
 
 _Result = TypeVar("_Result")
@@ -42,32 +37,15 @@ class CapturableTokens(DraftableTokens, abc.ABC):
     and adds the token by itself. Right before any of these is replayed, captured or run as it is
     captured, `prepare` is called.
 
-    Args:
-        device: where attention is computed.
-        plan: sizes; its batch must be the batch of the tokens that come.
-        dtype: of keys and values.
-        stats: where bytes are counted.
-        parked: whether to begin without an arena.
-        file: what lies below host memory; None where nothing does.
-
     Attributes:
         captured: captured steps, by whatever tells them apart; forgotten when memory of the tokens
             goes.
     """
 
-    def __init__(
-        self,
-        device: Device,
-        plan: Plan,
-        dtype: torch.dtype,
-        stats: Stats,
-        *,
-        parked: bool = False,
-        file: SpillFile | None = None,
-    ) -> None:
+    def _begin(self) -> None:
+        super()._begin()
         self.captured: dict[Hashable, Any] = {}
         self._capturing: Form | None = None
-        super().__init__(device, plan, dtype, stats, parked=parked, file=file)
 
     def prepare(self, form: Form, *, runs: bool = True) -> None:
         """Make the device ready for a step that `begin_step` made ready, right before it comes.

@@ -7,47 +7,24 @@ way.
 
 from collections.abc import Sequence
 
-import torch
-
-from headinfer.device.base import Device
-from headinfer.disk.file import SpillFile
 from headinfer.engine.draft_copies import DraftCopies
 from headinfer.engine.ending import uninterrupted
 from headinfer.engine.ready import Form, Ready, ReadyStep, StepMemory
 from headinfer.engine.ready_tokens import ReadyTokens
-from headinfer.engine.stats import Stats
 from headinfer.errors import CacheStateError
 from headinfer.kv.extent import Extent
 from headinfer.kv.ledger import Ledger
 from headinfer.plan.memory import MOST_DRAFTED
-from headinfer.plan.plan import Plan
 
 
 class DraftableTokens(ReadyTokens):
-    """A cache's tokens, behind which others can be drafted, one at a time, and forgotten.
+    """A cache's tokens, behind which others can be drafted, one at a time, and forgotten."""
 
-    Args:
-        device: where attention is computed.
-        plan: sizes; its batch must be the batch of the tokens that come.
-        dtype: of keys and values.
-        stats: where bytes are counted.
-        parked: whether to begin without an arena.
-    """
-
-    def __init__(
-        self,
-        device: Device,
-        plan: Plan,
-        dtype: torch.dtype,
-        stats: Stats,
-        *,
-        parked: bool = False,
-        file: SpillFile | None = None,
-    ) -> None:
-        self._draft_copies = DraftCopies(device, stats)
+    def _begin(self) -> None:
+        super()._begin()
+        self._draft_copies = DraftCopies(self._device, self._stats)
         self._draft_memory: StepMemory | None = None  # beside that of other steps, which stays
         self._draft_ready: list[Ready] = []
-        super().__init__(device, plan, dtype, stats, parked=parked, file=file)
 
     @property
     def draft_obstacle(self) -> str | None:

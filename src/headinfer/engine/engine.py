@@ -21,7 +21,8 @@ from headinfer.schedule.route import MAX_ASKED_TOKENS, Pass
 class Engine(CapturableTokens):
     """A cache's attention layers: their ledgers, the device arena, and their attention.
 
-    Not safe for use by several threads at once, like the transformers cache it serves.
+    Not safe for use by several threads at once, like the transformers cache it serves. `HeldTokens`
+    says what it is made of.
 
     Attributes:
         sends_late: whether whoever calls the model sends residents home, by `send_late`, once all

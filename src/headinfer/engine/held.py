@@ -70,6 +70,7 @@ class HeldTokens(ReservedTokens):
         self._host_helps = False  # whether the model's attention leaves any to the host
         self._replayed: Event | None = None  # the last step that had all streams in one capture
         self._replaying = False  # whether one may be under way that has no such event
+        self._begin()
         # What the place holds must not hold the engine: it is to die with its cache.
         host = HostPlace(device) if file is None else DiskPlace(device, file, stats)
         self._place = host
@@ -94,6 +95,9 @@ class HeldTokens(ReservedTokens):
         if not parked:
             self._build()
         settle_at_exit(self)
+
+    def _begin(self) -> None:
+        """Begin with what there is before any token, and before any memory."""
 
     def _forget_memory(self) -> None:
         """Forget what refers to the memory of the tokens, before that goes."""

@@ -5,42 +5,22 @@ from collections.abc import Sequence
 
 import torch
 
-from headinfer.device.base import Device
-from headinfer.disk.file import SpillFile
 from headinfer.engine.balance import Balance
 from headinfer.engine.executor import PERFORM
 from headinfer.engine.ready import Form, Ready, ReadyStep, StepMemory
 from headinfer.engine.saving import SavableTokens
-from headinfer.engine.stats import Stats
 from headinfer.engine.streaming_step import StreamedTrack, StreamingStep
 from headinfer.kv.ledger import Ledger
-from headinfer.plan.plan import Plan
 from headinfer.schedule import route
 from headinfer.schedule.route import Pass, keeps_in_page, stays
 from headinfer.schedule.steps import Attend, Decode, Keep, SendHome, Step, Where
 
 
 class ReadyTokens(SavableTokens):
-    """A cache's tokens, made ready for a step of one new token in each row, or of a few.
+    """A cache's tokens, made ready for a step of one new token in each row, or of a few."""
 
-    Args:
-        device: where attention is computed.
-        plan: sizes; its batch must be the batch of the tokens that come.
-        dtype: of keys and values.
-        stats: where bytes are counted.
-        parked: whether to begin without an arena.
-    """
-
-    def __init__(
-        self,
-        device: Device,
-        plan: Plan,
-        dtype: torch.dtype,
-        stats: Stats,
-        *,
-        parked: bool = False,
-        file: SpillFile | None = None,
-    ) -> None:
+    def _begin(self) -> None:
+        super()._begin()
         self._new_tokens = 1  # of the step that was begun last, in each row
         self._step_memory: dict[int, StepMemory] = {}  # by new tokens
         self._ready: list[Ready] = []
@@ -50,7 +30,6 @@ class ReadyTokens(SavableTokens):
         self._stepped_tokens = 0  # of steps that were begun since a streamed one was captured
         self._streamed_captures: collections.Counter[int] = collections.Counter()  # by new tokens
         self._dropped = 0  # times that captures lost the flags which they raise and await
-        super().__init__(device, plan, dtype, stats, parked=parked, file=file)
 
     def begin_step(self, new_tokens: int = 1) -> ReadyStep | None:
         """Make ready for a step of a few new tokens, and write to memory where they go.
