@@ -15,16 +15,13 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
+from draft_runs import document_of, loaded
 from draft_texts import TEXTS, first_tokens, text_of
 from transformers import DynamicCache, PreTrainedModel
 
-from headinfer.bench.document import provenance
 from headinfer.bench.files import replace_json
-from headinfer.bench.machine import hardware
-from headinfer.cli.load import NamedSource, calm_transformers
 from headinfer.finding.attention import LayerCall, attending_by
 from headinfer.generation.acceptance import accepted_tokens
-from headinfer.generation.model import load_config, load_model, load_tokenizer
 from headinfer.integration.calls import cache_argument
 from headinfer.integration.model_shape import model_shape
 from headinfer.plan.memory import draft_sink_tokens
@@ -341,16 +338,8 @@ def parsed() -> argparse.Namespace:
 def main() -> None:
     """Measure each choice on each text."""
     given = parsed()
-    calm_transformers(verbose=False)
-    torch.set_flush_denormal(True)
-    if given.threads:
-        torch.set_num_threads(given.threads)
-    source = NamedSource(name=given.model)
-    tokenizer = load_tokenizer(source)
-    model, _ = load_model(source, load_config(source), dtype="float32", device="cpu")
-    settings = {name: value for name, value in vars(given).items() if name != "json"}
-    header = {**provenance(), "hardware": hardware(torch.device("cpu")), "settings": settings}
-    document: dict[str, Any] = {"header": header, "rows": []}
+    model, tokenizer = loaded(given.model, given.threads)
+    document = document_of(given)
     for name in TEXTS:
         ids = first_tokens(tokenizer, text_of(name), given.tokens)
         read = Read(model, torch.tensor([ids]))

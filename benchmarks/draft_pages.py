@@ -14,18 +14,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import draft_texts
 import torch
+from draft_runs import document_of, loaded
+from draft_texts import first_tokens
+from draft_texts import text_of as text_of_repository
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache, PreTrainedModel
 
-from headinfer.bench.document import provenance
 from headinfer.bench.files import replace_json
-from headinfer.bench.machine import hardware
-from headinfer.cli.load import NamedSource, calm_transformers
 from headinfer.finding.attention import LayerCall, attending_by
 from headinfer.generation.acceptance import accepted_tokens
-from headinfer.generation.model import load_config, load_model, load_tokenizer
 from headinfer.integration.calls import cache_argument
 from headinfer.integration.model_shape import model_shape
 from headinfer.plan.memory import draft_sink_tokens
@@ -251,7 +249,7 @@ def text_of(name: str) -> str:
     """Return a text."""
     if name == "manual":
         return "\n\n".join(pydoc_data.topics.topics.values())
-    return draft_texts.text_of(name)
+    return text_of_repository(name)
 
 
 def rows_of(name: str, found: list[list[int]]) -> Iterator[dict[str, Any]]:
@@ -307,20 +305,12 @@ def parsed() -> argparse.Namespace:
 def main() -> None:
     """Measure each choice on each text."""
     given = parsed()
-    calm_transformers(verbose=False)
-    torch.set_flush_denormal(True)
-    if given.threads:
-        torch.set_num_threads(given.threads)
-    source = NamedSource(name=given.model)
-    tokenizer = load_tokenizer(source)
-    model, _ = load_model(source, load_config(source), dtype="float32", device="cpu")
-    settings = {name: value for name, value in vars(given).items() if name != "json"}
-    header = {**provenance(), "hardware": hardware(torch.device("cpu")), "settings": settings}
-    document: dict[str, Any] = {"header": header, "rows": []}
+    model, tokenizer = loaded(given.model, given.threads)
+    document = document_of(given)
     quarter = given.tokens // 4
     last = given.tokens - quarter
     for name in given.texts.split(","):
-        ids = draft_texts.first_tokens(tokenizer, text_of(name), given.tokens)
+        ids = first_tokens(tokenizer, text_of(name), given.tokens)
         read = Read(model, torch.tensor([ids]))
         for said in TEXTS[name]:
             behind = tokenizer(said)["input_ids"] if said else []
