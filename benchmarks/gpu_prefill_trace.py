@@ -154,6 +154,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device-memory")
+    parser.add_argument("--kv-cache", default="auto")
     given = parser.parse_args()
     named = named_model(given.model, given.dtype, dummy_weights=True)
     config = dict(named.config or {}) | {"num_hidden_layers": given.layers}
@@ -163,6 +164,7 @@ def main() -> None:
     planned = dataclasses.replace(named.planned, layers=named.planned.layers[: given.layers])
     named = dataclasses.replace(named, config=config, planned=planned)
     options = {"device": given.device, "chunk_tokens": given.chunk_tokens}
+    options["kv_cache"] = given.kv_cache
     if given.device_memory:
         options["device_memory"] = given.device_memory
     spec = TrialSpec(
