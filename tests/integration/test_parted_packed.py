@@ -12,8 +12,8 @@ from headinfer.engine.engine import Engine
 from headinfer.plan import raw_room
 from tiny_models import random_tokens, tiny_model
 
-CHUNK, LAYERS, CHUNKS = 64, 8, 8
-SIZES: dict[str, Any] = {"tile_heads": 1, "tile_tokens": 64, "chunk_tokens": CHUNK}
+CHUNK, LAYERS, CHUNKS = 256, 8, 6
+SIZES: dict[str, Any] = {"tile_heads": 2, "tile_tokens": 512, "chunk_tokens": CHUNK}
 _LAUNCH = 0.05
 """What the thread takes for a layer of a chunk, over what a device takes for it."""
 
@@ -91,7 +91,7 @@ def prefill_layers(devices: int, kv_cache: str) -> float:
     return each[-1].done
 
 
-@pytest.mark.parametrize(("devices", "lead"), [(1, 2), (2, 2), (3, 3), (3, 8)])
+@pytest.mark.parametrize(("devices", "lead"), [(1, 2), (2, 2), (3, 2), (3, 8)])
 def test_no_device_idles_while_the_thread_waits_for_what_another_has_packed(
     devices: int, lead: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,7 +129,8 @@ def test_pages_that_do_not_pack_anywhere_give_the_bits_of_dense_ones(
             simulated_device=[devices[number] for number in where],
             kv_cache=kv_cache,
             resident_tokens=0,
-            **SIZES,
+            chunk_tokens=64,
+            tile_tokens=64,
         ) as offload:
             cache = offload.new_cache(500)
             outputs = [
