@@ -117,9 +117,10 @@ def _raw_pages(device: Device, plan: Plan, before: RawPages | None) -> RawPages 
     """
     if not plan.shape.packs:
         return None
-    if before is not None and before.goes_on_under(plan.raw_room):
-        return before
-    return RawPages(device, plan.raw_room)
+    if before is None or not before.serves(plan.raw_room):
+        return RawPages(device, plan.raw_room)
+    before.go_on_in(plan.raw_room)
+    return before
 
 
 def _packing(

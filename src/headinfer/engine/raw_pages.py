@@ -18,7 +18,7 @@ from headinfer.device.launches import launches
 from headinfer.errors import MemoryPlanError
 from headinfer.kv.ledger import Ledger
 from headinfer.plan.memory import KEYS_AND_VALUES
-from headinfer.plan.raw_room import RawRoom
+from headinfer.plan.raw_room import LEAST_LEAD, RawRoom
 
 
 def begun_slots(device: Device, ledger: Ledger) -> torch.Tensor:
@@ -112,8 +112,8 @@ class _Count(NamedTuple):
 class RawPages:
     """A pool of slots in host memory, for pages as they are.
 
-    No slot is given back. Blocks are taken as they are needed, up to those of a room; one that has
-    no slots left is replaced. Beyond that whoever needs room waits for what was counted.
+    No slot is given back. Blocks are taken as they are needed, up to those of a room. Behind them
+    whoever needs slots waits for what was counted, and replaces blocks that have too few.
 
     Args:
         device: takes the slots.
@@ -132,12 +132,14 @@ class RawPages:
         with torch.inference_mode(False):
             self.begun_taken = torch.zeros(1, dtype=torch.int64, device=device.torch_device)
 
-    def goes_on_under(self, room: RawRoom) -> bool:
-        """Take blocks up to those of another room, if its slots are as large, and these enough."""
-        if self._slot_bytes != room.slot_bytes or self._block_slots < 2 * room.chunk_slots:
-            return False
+    def serves(self, room: RawRoom) -> bool:
+        """Whether its blocks do for another room: their slots are as large, and enough."""
+        least = LEAST_LEAD * room.chunk_slots
+        return self._slot_bytes == room.slot_bytes and self._block_slots >= least
+
+    def go_on_in(self, room: RawRoom) -> None:
+        """Take as many blocks as another room has slots for, which it must serve."""
         self._most_blocks = max(room.slots // self._block_slots, 1)
-        return True
 
     def with_room(self, pages: int) -> Block:
         """Return a block that has slots for some pages, should none of them pack."""
@@ -147,7 +149,8 @@ class RawPages:
             for block in self._blocks:
                 if block.room >= pages:
                     return block
-            self._blocks = [block for block in self._blocks if block.coming]
+            if len(self._blocks) >= self._most_blocks:
+                self._blocks = [block for block in self._blocks if block.coming]
             if len(self._blocks) < self._most_blocks:
                 self._blocks.append(Block(self._device, self._block_slots, self._slot_bytes))
             else:

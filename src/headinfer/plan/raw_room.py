@@ -17,7 +17,7 @@ It needs a lead while it launches the layers of other devices, and where memory 
 With shorter chunks these are more layers in the same bytes.
 """
 
-_LEAST_LEAD = 2
+LEAST_LEAD = 2
 """Layers of a chunk that the thread is ahead by, whatever the chunk."""
 
 
@@ -66,7 +66,7 @@ def raw_room(
     layers = shape.packed_layers
     dims = [max(layer.key_dim, layer.value_dim) for layer in layers]
     heads = max((layer.kv_heads for layer in layers), default=0)
-    lead = max(min(_LEAD_TOKENS // chunk_tokens, len(layers)), _LEAST_LEAD)
+    lead = max(min(_LEAD_TOKENS // chunk_tokens, len(layers)), LEAST_LEAD)
     ahead = lead + shape.stage * len(layers)
     if context_tokens is not None:
         ahead = min(ahead, -(-context_tokens // chunk_tokens) * len(layers))
