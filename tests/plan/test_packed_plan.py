@@ -1,6 +1,7 @@
 """Plans of tokens that are packed in host memory: fewer bytes there, and what packing takes."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -74,6 +75,25 @@ def test_pages_that_do_not_pack_have_room_by_where_a_chunk_comes_to_the_layers()
     for chunk_tokens, lead in ((2**16, 2), (2**12, 8), (64, 10)):
         sizes["chunk_tokens"] = chunk_tokens
         assert raw_room(shape, **sizes, context_tokens=None).block_chunks == lead
+
+
+def test_the_documents_say_what_that_room_takes() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "several-gpus.md").read_text()
+    for name, layers, gpus in (
+        ("llama-3-8b", 32, 1),
+        ("llama-3-8b", 32, 2),
+        ("llama-3-70b", 80, 2),
+        ("llama-3-70b", 80, 4),
+        ("llama-3-70b", 80, 8),
+    ):
+        one, own = LLAMA_3_8B.packed.layers[0], layers // gpus  # both have 8 KV heads of 128
+        shapes = [
+            dataclasses.replace(LLAMA_3_8B, layers=(one,) * own, stage=stage)
+            for stage in range(gpus)
+        ]
+        sizes: dict[str, Any] = {"chunk_tokens": 8192, "batch": 1, "context_tokens": None}
+        num_bytes = sum(raw_room(shape, **sizes).num_bytes for shape in shapes)
+        assert f"| {name} | {gpus} | {num_bytes / 2**30:.2f} GiB |" in text
 
 
 def test_tiles_begin_where_pages_do() -> None:
