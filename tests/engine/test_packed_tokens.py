@@ -36,8 +36,11 @@ def packing_engine(
     chunk_tokens: int = 24,
     residents: int = 0,
     file: SpillFile | None = None,
+    layers: int = 1,
+    stage: int = 0,
 ) -> Engine:
-    shape = model_shape(layers=1, group=1, key_dim=KEY_DIM, value_dim=VALUE_DIM, itemsize=2)
+    shape = model_shape(layers=layers, group=1, key_dim=KEY_DIM, value_dim=VALUE_DIM, itemsize=2)
+    shape = replace(shape, stage=stage)
     options = Options(chunk_tokens=chunk_tokens, tile_tokens=16, resident_tokens=residents)
     plan = resolve(shape.packed, options, device=device.name, batch=batch)
     assert plan.shape.packs
@@ -155,6 +158,90 @@ def test_every_bit_comes_back_from_a_disk(tmp_path: Path, seed: int) -> None:
     sizes = draw.choice([1, 2]), draw.choice([24, 130]), draw.choice([0, 70])
     check_changes([*before, *steps], *sizes, file)
     file.close()
+
+
+class LateMark:
+    """A mark that is reached by chance, or once it is waited for: what was counted is there then.
+
+    Args:
+        chance: that it is, each time somebody looks.
+        draw: draws that.
+        counts: numbers that the device has written, and the memory of the host that takes them.
+    """
+
+    def __init__(
+        self, chance: float, draw: random.Random, counts: list[tuple[torch.Tensor, torch.Tensor]]
+    ) -> None:
+        self._chance, self._draw = chance, draw
+        self._counts = [(number.clone(), memory) for number, memory in counts]
+
+    @property
+    def reached(self) -> bool:
+        if self._draw.random() >= self._chance:
+            return False
+        self.wait()
+        return True
+
+    def wait(self) -> None:
+        for number, memory in self._counts:
+            memory.copy_(number)
+
+
+class LateDevice(SimulatedDevice):
+    """A simulated device whose single numbers come to the host as late as its marks."""
+
+    def __init__(self, seed: int, chance: float) -> None:
+        super().__init__(seed=seed)
+        self._chance, self._draw = chance, random.Random(seed)
+        self._counts: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def mapped(self, memory: torch.Tensor) -> torch.Tensor:
+        if memory.numel() != 8:
+            return memory
+        self._counts.append((memory.clone(), memory))
+        return self._counts[-1][0]
+
+    def mark_compute(self) -> LateMark:
+        return LateMark(self._chance, self._draw, self._counts)
+
+
+def check_late_counts(steps: list[tuple[int, str]], stage: int, chance: float) -> None:
+    layers = range(3)
+    engine = packing_engine(LateDevice(len(steps), chance), layers=len(layers), stage=stage)
+    room = engine.plan.raw_page_bytes
+    block_bytes = engine.plan.raw_room.num_bytes // engine.plan.raw_room.blocks
+    appended: list[list[KV]] = [[] for _ in layers]
+    for tokens, kind in [(130, "normal"), *steps, (1, "normal")]:
+        for layer_idx in layers:
+            new = new_tokens(kind, tokens, 8 * len(appended[layer_idx]) + layer_idx)
+            engine.append(layer_idx, *new)
+            appended[layer_idx].append(new)
+        if all(kind == "normal" for _, kind in steps):
+            spare_blocks = engine.plan.raw_room.blocks - 1 if chance == 1 else 0
+            assert engine._raw_page_bytes <= room - spare_blocks * block_bytes
+    for layer_idx in layers:
+        for part in ("keys", "values"):
+            wanted = torch.cat([getattr(new, part) for new in appended[layer_idx]], 2)
+            assert torch.equal(bits_of(engine.read(layer_idx, part)), bits_of(wanted))
+
+
+late = given(
+    st.lists(st.tuples(st.integers(1, 150), st.sampled_from(KINDS)), max_size=6),
+    st.integers(0, 2),
+    st.sampled_from([0.0, 0.2, 1.0]),
+)
+test_every_bit_comes_back_however_late_pages_are_counted = settings(max_examples=20, deadline=None)(
+    late(check_late_counts)
+)
+test_every_bit_comes_back_however_late_many_pages_are_counted = pytest.mark.slow(
+    settings(max_examples=400, deadline=None)(late(check_late_counts))
+)
+
+
+@pytest.mark.parametrize("chance", [0.0, 1.0])
+def test_pages_that_pack_take_no_more_memory_than_is_set_aside(chance: float) -> None:
+    for stage in range(3):
+        check_late_counts([(n, "normal") for n in (70, 64, 24, 200)], stage, chance)
 
 
 @pytest.mark.skipif(platform.system() != "Linux", reason="no list of threads")

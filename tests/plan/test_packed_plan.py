@@ -1,6 +1,8 @@
 """Plans of tokens that are packed in host memory: fewer bytes there, and what packing takes."""
 
 import dataclasses
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,6 +13,7 @@ from headinfer.plan.memory import resident_bytes
 from headinfer.plan.options import Options
 from headinfer.plan.plan import Plan
 from headinfer.plan.predict import Predictor
+from headinfer.plan.raw_room import raw_room
 from headinfer.plan.resolve import resolve
 from headinfer.plan.shape import LayerKind, LayerShape, ModelShape, StreamingHeads
 from shapes import LLAMA_3_8B, model_shape
@@ -38,8 +41,11 @@ def test_device_memory_has_packed_tiles_and_one_that_is_unpacked() -> None:
     assert packed.staging_bytes == 3 * 8 * (4096 // 64 + 1) * 2 * PAGE_BYTES
     assert packed.unpacked_bytes == 8 * (4096 + 64) * 2 * 128 * 2
     assert packed.packed_bytes == 2 * 8 * (packed.chunk_tokens // 64 + 1) * 2 * PAGE_BYTES
+    lead = 2**15 // packed.chunk_tokens
+    assert lead >= 2
     assert (
-        packed.raw_page_bytes == (2 * (packed.chunk_tokens // 64 + 1) + 32) * 8 * 2 * 64 * 128 * 2
+        packed.raw_page_bytes
+        == (lead * (packed.chunk_tokens // 64 + 1) + 32) * 8 * 2 * 64 * 128 * 2
     )
     added = packed.unpacked_bytes + packed.packed_bytes
     assert packed.arena_bytes - dense.arena_bytes == added + (
@@ -48,6 +54,46 @@ def test_device_memory_has_packed_tiles_and_one_that_is_unpacked() -> None:
     host_bytes = packed.shape.host_kv_bytes(2**17)
     assert packed.kv_host_bytes(2**17) == host_bytes + packed.raw_page_bytes
     assert any(line.startswith("CPU memory") and "packed" in line for line in packed.lines())
+
+
+def test_pages_that_do_not_pack_have_room_by_where_a_chunk_comes_to_the_layers() -> None:
+    """A device has room for the chunks that others work on behind it, and for a lead."""
+    layer_bytes = (8192 // 64 + 1) * 8 * 2 * 64 * 128 * 2
+    shape = dataclasses.replace(LLAMA_3_8B.packed, layers=LLAMA_3_8B.packed.layers[:10])
+    sizes: dict[str, Any] = {"chunk_tokens": 8192, "batch": 1}
+    for stage, context, wanted in (
+        (0, None, 4),
+        (1, None, 16),
+        (3, None, 36),
+        (3, 8192 + 1, 20),  # fewer chunks than that have fewer pages
+        (0, 100, 4),
+    ):
+        own = dataclasses.replace(shape, stage=stage)
+        room = raw_room(own, **sizes, context_tokens=context)
+        assert room.block_chunks == 4
+        assert room.num_bytes == wanted * layer_bytes
+    for chunk_tokens, lead in ((2**16, 2), (2**12, 8), (64, 10)):
+        sizes["chunk_tokens"] = chunk_tokens
+        assert raw_room(shape, **sizes, context_tokens=None).block_chunks == lead
+
+
+def test_the_documents_say_what_that_room_takes() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "several-gpus.md").read_text()
+    for name, layers, gpus in (
+        ("llama-3-8b", 32, 1),
+        ("llama-3-8b", 32, 2),
+        ("llama-3-70b", 80, 2),
+        ("llama-3-70b", 80, 4),
+        ("llama-3-70b", 80, 8),
+    ):
+        one, own = LLAMA_3_8B.packed.layers[0], layers // gpus  # both have 8 KV heads of 128
+        shapes = [
+            dataclasses.replace(LLAMA_3_8B, layers=(one,) * own, stage=stage)
+            for stage in range(gpus)
+        ]
+        sizes: dict[str, Any] = {"chunk_tokens": 8192, "batch": 1, "context_tokens": None}
+        num_bytes = sum(raw_room(shape, **sizes).num_bytes for shape in shapes)
+        assert f"| {name} | {gpus} | {num_bytes / 2**30:.2f} GiB |" in text
 
 
 def test_tiles_begin_where_pages_do() -> None:

@@ -21,8 +21,6 @@ from headinfer.plan.memory import (
     MOST_DRAFTED,
     PAGES,
     STAGING_BUFFERS,
-    raw_chunk_bytes,
-    raw_slot_bytes,
 )
 from headinfer.plan.plan import Plan
 from headinfer.schedule.route import Sizes
@@ -119,11 +117,10 @@ def _raw_pages(device: Device, plan: Plan, before: RawPages | None) -> RawPages 
     """
     if not plan.shape.packs:
         return None
-    slot_bytes = raw_slot_bytes(plan.shape)
-    num_bytes = raw_chunk_bytes(plan.shape, chunk_tokens=plan.chunk_tokens, batch=plan.batch)
-    if before is not None and before.is_enough(slot_bytes, num_bytes):
-        return before
-    return RawPages(device, slot_bytes, num_bytes)
+    if before is None or not before.serves(plan.raw_room):
+        return RawPages(device, plan.raw_room)
+    before.go_on_in(plan.raw_room)
+    return before
 
 
 def _packing(

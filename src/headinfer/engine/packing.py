@@ -117,13 +117,12 @@ class Packing:
         full, begun = full_and_begun(ledger, target, parts)
         count = sum(page.shape[:3].numel() for _, page in full)
         if count:
-            raw = self._raw
-            raw.have_room(count)
-            target.piece.refer_to([raw.block])
-            self._state_writes(raw.on_device)
+            block = self._raw.with_room(count)
+            target.piece.refer_to([block.memory])
+            self._state_writes(block.on_device)
             for values, page in full:
-                self._codec.keep_raw(values, page, raw.on_device, raw.taken)
-            raw.note(count)
+                self._codec.keep_raw(values, page, block.on_device, block.taken)
+            self._raw.note(block, count)
         if begun:
             slots = begun_slots(self._device, ledger)
             target.piece.refer_to([slots])

@@ -1,8 +1,8 @@
 """Host memory for pages that a packed form has no room for, or that are not full, as they are.
 
 Whether a page overflows is known on the device, long after its copy home was enqueued. So there is
-room for all pages of a chunk, should all of them overflow. How many did is written to host memory
-behind each chunk, and looked at before room could run out.
+room for all pages of some chunks, should all of them overflow. How many did is written to host
+memory behind each chunk. That is looked at when it is there, and waited for where there is no room.
 
 A page that is not full is packed anew with the tokens that follow. So each layer has slots of its
 own for that one page, which are written over until it is full.
@@ -18,17 +18,7 @@ from headinfer.device.launches import launches
 from headinfer.errors import MemoryPlanError
 from headinfer.kv.ledger import Ledger
 from headinfer.plan.memory import KEYS_AND_VALUES
-
-_COUNTS = 64
-"""Counts on their way at most."""
-
-
-class _Count(NamedTuple):
-    """A count on its way: when it is there, where, and how much it can add at most."""
-
-    mark: Mark
-    at: int
-    most: int
+from headinfer.plan.raw_room import LEAST_LEAD, RawRoom
 
 
 def begun_slots(device: Device, ledger: Ledger) -> torch.Tensor:
@@ -68,71 +58,112 @@ def addressed(device: Device, memory: torch.Tensor) -> torch.Tensor:
     return there
 
 
+class Block:
+    """A block of slots in host memory for pages as they are. Compute takes slots, one by one.
+
+    Args:
+        device: whose compute takes them.
+        slots: how many.
+        slot_bytes: of each.
+
+    Attributes:
+        memory: `[slots, slot_bytes]` of uint8; whoever refers to a slot keeps all of it.
+        on_device: the same memory, as the device addresses it.
+        taken: `[1]` of int64 on the device: slots that are taken.
+        room: slots that are left, should compute take all that it may.
+    """
+
+    def __init__(self, device: Device, slots: int, slot_bytes: int) -> None:
+        with torch.inference_mode(False):  # or they could not be written to outside it
+            self.memory = device.host_empty(slots * slot_bytes).view(slots, slot_bytes)
+            self.taken = torch.zeros(1, dtype=torch.int64, device=device.torch_device)
+            counted = device.host_empty(torch.int64.itemsize)
+            self._counted = counted.view(torch.int64)
+            self._counted_on_device = device.mapped(counted).view(torch.int64)
+        self.on_device = addressed(device, self.memory)
+        self._slots = self.room = slots
+        self.coming = 0  # pages that may have taken a slot each, and are not counted yet
+
+    def may_take(self, pages: int) -> None:
+        """Have the slots counted, behind compute's work for so many pages."""
+        # A kernel writes there, as others read what is mapped; a copy would be the driver's.
+        torch.add(self.taken, 0, out=self._counted_on_device)
+        self.coming += pages
+        self.room -= pages
+
+    def was_counted(self, pages: int) -> None:
+        """Make room for what so many pages did not take, now that this was counted.
+
+        Slots that later pages took may be in the number already. These count twice until their
+        own turn comes: there is more room then, never less.
+        """
+        self.coming -= pages
+        self.room = self._slots - int(self._counted) - self.coming
+
+
+class _Count(NamedTuple):
+    """A count on its way: when it is there, of which block, and for how many pages."""
+
+    mark: Mark
+    block: Block
+    pages: int
+
+
 class RawPages:
     """A pool of slots in host memory, for pages as they are.
 
-    Compute takes slots, and none is given back. Whoever refers to a slot keeps the block it is in.
+    No slot is given back. Blocks are taken as they are needed, up to those of a room. Behind them
+    whoever needs slots waits for what was counted, and replaces blocks that have too few.
 
     Args:
         device: takes the slots.
-        slot_bytes: of a page as it is.
-        num_bytes: of all slots of a block. They are enough for the pages of two chunks, so that
-            mostly nobody waits to hear how many were taken.
+        room: for pages.
 
     Attributes:
-        block: `[slots, slot_bytes]` of uint8 in host memory, where slots are taken now.
-        on_device: the same memory, as the device addresses it.
-        taken: `[1]` of int64 on the device: slots taken of the block.
-        begun_taken: the same of a layer's own slots, from 0 on for each of its pages.
+        begun_taken: slots taken of a layer's own, `[1]` of int64 on the device: from 0 on for each
+            of its pages.
     """
 
-    block: torch.Tensor
-    on_device: torch.Tensor
-
-    def __init__(self, device: Device, slot_bytes: int, num_bytes: int) -> None:
-        self._device, self._slot_bytes = device, slot_bytes
-        self._slots = num_bytes // slot_bytes
+    def __init__(self, device: Device, room: RawRoom) -> None:
+        self._device, self._slot_bytes = device, room.slot_bytes
+        self._block_slots, self._most_blocks = room.block_chunks * room.chunk_slots, room.blocks
+        self._blocks: list[Block] = []
         self._counts: collections.deque[_Count] = collections.deque()
-        self._next = 0
-        self._known = self._slots  # of the block, and so there is none yet
-        with torch.inference_mode(False):  # or they could not be written to outside it
-            self.taken = torch.zeros(1, dtype=torch.int64, device=device.torch_device)
-            self.begun_taken = torch.zeros_like(self.taken)
-            memory = device.host_empty(_COUNTS * torch.int64.itemsize)
-            self._seen = memory.view(torch.int64)
-            self._seen_on_device = device.mapped(memory).view(torch.int64)
-
-    def is_enough(self, slot_bytes: int, num_bytes: int) -> bool:
-        """Whether its slots are of a size, and as many as fit into so many bytes."""
-        return self._slot_bytes == slot_bytes and self._slots >= num_bytes // slot_bytes
-
-    def have_room(self, pages: int) -> None:
-        """Have slots for some pages, should all of them overflow."""
-        while self._known + sum(count.most for count in self._counts) + pages > self._slots:
-            if not self._counts:
-                self._begin_block()
-                return
-            self._look()
-        if len(self._counts) == _COUNTS:
-            self._look()
-
-    def note(self, pages: int) -> None:
-        """Have the slots counted that so many pages may have taken, behind compute's work."""
-        at, self._next = self._next, (self._next + 1) % _COUNTS
-        # A kernel writes there, as others read what is mapped; a copy would be the driver's.
-        torch.add(self.taken, 0, out=self._seen_on_device[at : at + 1])
-        self._counts.append(_Count(self._device.mark_compute(), at, pages))
-
-    def _look(self) -> None:
-        """Wait for the oldest count."""
-        with launches.paused():
-            self._counts[0].mark.wait()
-        self._known = int(self._seen[self._counts.popleft().at])
-
-    def _begin_block(self) -> None:
         with torch.inference_mode(False):
-            memory = self._device.host_empty(self._slots * self._slot_bytes)
-            self.block = memory.view(self._slots, self._slot_bytes)
-        self.on_device = addressed(self._device, self.block)
-        self.taken.zero_()
-        self._known = 0
+            self.begun_taken = torch.zeros(1, dtype=torch.int64, device=device.torch_device)
+
+    def serves(self, room: RawRoom) -> bool:
+        """Whether its blocks do for another room: their slots are as large, and enough."""
+        least = LEAST_LEAD * room.chunk_slots
+        return self._slot_bytes == room.slot_bytes and self._block_slots >= least
+
+    def go_on_in(self, room: RawRoom) -> None:
+        """Take as many blocks as another room has slots for, which it must serve."""
+        self._most_blocks = max(room.slots // self._block_slots, 1)
+
+    def with_room(self, pages: int) -> Block:
+        """Return a block that has slots for some pages, should none of them pack."""
+        while self._counts and self._counts[0].mark.reached:
+            self._hear()
+        while True:
+            for block in self._blocks:
+                if block.room >= pages:
+                    return block
+            if len(self._blocks) >= self._most_blocks:
+                self._blocks = [block for block in self._blocks if block.coming]
+            if len(self._blocks) < self._most_blocks:
+                self._blocks.append(Block(self._device, self._block_slots, self._slot_bytes))
+            else:
+                with launches.paused():
+                    self._counts[0].mark.wait()
+                self._hear()
+
+    def note(self, block: Block, pages: int) -> None:
+        """Have the slots counted that so many pages may have taken, behind compute's work."""
+        block.may_take(pages)
+        self._counts.append(_Count(self._device.mark_compute(), block, pages))
+
+    def _hear(self) -> None:
+        """Take note of the oldest count, which is there."""
+        count = self._counts.popleft()
+        count.block.was_counted(count.pages)

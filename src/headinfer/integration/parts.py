@@ -295,7 +295,7 @@ def parts_of(
         part = ModelPart(
             device=device,
             layers=tuple(layers),
-            shape=shape if whole else _part_of(shape, layers),
+            shape=shape if whole else _part_of(shape, layers, number - 1),
             options=own,
             hardware=measured_hardware(device, sharing, own.disk_cache),
             label="" if whole else part_label(number, len(found), len(layers)),
@@ -304,9 +304,10 @@ def parts_of(
     return tuple(_with_weights(part, parts, placement) for part in parts)
 
 
-def _part_of(shape: ModelShape, layers: Sequence[int]) -> ModelShape:
+def _part_of(shape: ModelShape, layers: Sequence[int], stage: int) -> ModelShape:
     attending = shape.attention_layers
-    return dataclasses.replace(shape, layers=tuple(attending[layer_idx] for layer_idx in layers))
+    own = tuple(attending[layer_idx] for layer_idx in layers)
+    return dataclasses.replace(shape, layers=own, stage=stage)
 
 
 def _with_weights(part: ModelPart, parts: Sequence[ModelPart], placement: Placement) -> ModelPart:

@@ -25,9 +25,6 @@ DRAFT_SINK_TOKENS = 64
 MOST_DRAFTED = 32
 """Tokens that may be drafted at once. Few texts are foreseen so far."""
 
-RAW_CHUNKS = 2
-"""Chunks whose packed pages may all overflow, at a time."""
-
 KEYS_AND_VALUES = 2
 
 ALIGNMENT_BYTES = 256
@@ -128,7 +125,7 @@ def unpacked_bytes(shape: ModelShape, *, tile_heads: int, tile_tokens: int, batc
     tokens = Format.PACKED.rows(tokens) * Format.PACKED.row_tokens
     elements = [
         min(tile_heads, layer.kv_heads) * (layer.key_dim + layer.value_dim)
-        for layer in _packed_layers(shape)
+        for layer in _packed_kinds(shape)
     ]
     return aligned(batch * tokens * max(elements, default=0) * shape.kv_itemsize)
 
@@ -136,40 +133,11 @@ def unpacked_bytes(shape: ModelShape, *, tile_heads: int, tile_tokens: int, batc
 def packed_bytes(shape: ModelShape, *, chunk_tokens: int, batch: int) -> int:
     """Bytes of the pages that tokens are packed into on their way home, shared by all layers."""
     tokens = covering_tokens(Format.PACKED, chunk_tokens)
-    each = [layer.host_bytes(tokens, shape.kv_itemsize) for layer in _packed_layers(shape)]
+    each = [layer.host_bytes(tokens, shape.kv_itemsize) for layer in _packed_kinds(shape)]
     return PAGES * aligned(batch * max(each, default=0))
 
 
-def raw_page_bytes(shape: ModelShape, *, chunk_tokens: int, batch: int) -> int:
-    """Bytes of host memory set aside for packed pages as they are.
-
-    There is room for all pages of some chunks, and for a page of each layer that is not full.
-    """
-    begun = sum(
-        layer.kv_heads * max(layer.key_dim, layer.value_dim)
-        for layer in shape.full_layers
-        if layer.host_format is not Format.DENSE
-    )
-    begun_bytes = Format.PACKED.row_tokens * KEYS_AND_VALUES * batch * begun * shape.kv_itemsize
-    return raw_chunk_bytes(shape, chunk_tokens=chunk_tokens, batch=batch) + begun_bytes
-
-
-def raw_chunk_bytes(shape: ModelShape, *, chunk_tokens: int, batch: int) -> int:
-    """Bytes of them for all pages of some chunks, should these overflow."""
-    rows = Format.PACKED.rows(covering_tokens(Format.PACKED, chunk_tokens))
-    layers = _packed_layers(shape)
-    heads = max((layer.kv_heads for layer in layers), default=0)
-    slots = RAW_CHUNKS * batch * heads * rows * KEYS_AND_VALUES
-    return slots * raw_slot_bytes(shape)
-
-
-def raw_slot_bytes(shape: ModelShape) -> int:
-    """Bytes of a page as it is, of keys or values, in the layer where that is largest."""
-    dims = [max(layer.key_dim, layer.value_dim) for layer in _packed_layers(shape)]
-    return Format.PACKED.row_tokens * max(dims, default=0) * shape.kv_itemsize
-
-
-def _packed_layers(shape: ModelShape) -> list[LayerShape]:
+def _packed_kinds(shape: ModelShape) -> list[LayerShape]:
     kinds = shape.kinds_of_full_layers
     return [layer for layer in kinds if layer.host_format is not Format.DENSE]
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from headinfer.plan import memory
 from headinfer.plan.assistant import NO_ASSISTANT, AssistantBytes
 from headinfer.plan.choices import ALL_TOKENS
+from headinfer.plan.raw_room import RawRoom, begun_page_bytes, raw_room
 from headinfer.plan.shape import LayerKind, ModelShape
 from headinfer.plan.step_time import Placement, tokens_below
 from headinfer.schedule.route import MAX_ASKED_TOKENS, Sizes
@@ -159,7 +160,19 @@ class Plan:
         """Bytes of host memory set aside for pages that do not pack."""
         if self.parts:
             return sum(part.raw_page_bytes for part in self.parts)
-        return memory.raw_page_bytes(self.shape, chunk_tokens=self.chunk_tokens, batch=self.batch)
+        if not self.shape.packs:
+            return 0
+        return self.raw_room.num_bytes + begun_page_bytes(self.shape, batch=self.batch)
+
+    @property
+    def raw_room(self) -> RawRoom:
+        """Most of them: for the full pages of chunks, on one device."""
+        return raw_room(
+            self.shape,
+            chunk_tokens=self.chunk_tokens,
+            batch=self.batch,
+            context_tokens=self.context_tokens,
+        )
 
     def streamed_bytes(self, tokens: int) -> int:
         """Bytes in host memory of `tokens` tokens in each row that are not resident."""

@@ -124,6 +124,7 @@ class ModelShape:
         brought_bytes: weights beside `weights_bytes` that lie elsewhere, and are brought to the
             device whenever tokens pass.
         disk_bytes: of these, what is read from a disk each time.
+        stage: devices that a chunk passes before it comes to these layers.
     """
 
     name: str
@@ -144,6 +145,7 @@ class ModelShape:
     splits_heads: bool = True
     brought_bytes: int = 0
     disk_bytes: int = 0
+    stage: int = 0
 
     @property
     def goes_back(self) -> bool:
@@ -211,9 +213,15 @@ class ModelShape:
         return batch * sum(each)
 
     @functools.cached_property
+    def packed_layers(self) -> tuple[LayerShape, ...]:
+        """Those of `full_layers` whose tokens are packed in host memory."""
+        dense = Format.DENSE
+        return tuple(layer for layer in self.full_layers if layer.host_format is not dense)
+
+    @property
     def packs(self) -> bool:
         """Whether tokens of any layer are packed in host memory."""
-        return any(layer.host_format is not Format.DENSE for layer in self.full_layers)
+        return bool(self.packed_layers)
 
     @functools.cached_property
     def host_format(self) -> Format:
