@@ -1,6 +1,7 @@
 """The result file: one JSON object with a `header`, `checks` and `rows`. Pure Python.
 
-It is written anew after every row, so that a run that is stopped can go on.
+It is written anew after every trial, so that a run that is stopped can go on. Until a row is
+finished its trials are in `unfinished`, which no table reads.
 """
 
 import os
@@ -19,10 +20,11 @@ from headinfer.bench.gate import Verdict
 from headinfer.bench.held import HeldPart
 from headinfer.bench.launch import Machine
 from headinfer.bench.model_spec import Model, ModelSpec
-from headinfer.bench.result import Status, TrialFailure
+from headinfer.bench.result import Status, TrialFailure, from_json, to_json
 from headinfer.bench.rows import Percentiles, Row, arranged
 from headinfer.bench.spec import BenchSpec, Fill, json_values
 from headinfer.bench.suite import Check
+from headinfer.bench.unfinished import Ended, Unfinished
 from headinfer.bench.variant import Variant, variant_of
 
 FORMAT = 2
@@ -42,6 +44,7 @@ class Results:
         header: what the rows share.
         rows: finished ones, in any order.
         checks: those before timing, by the names of variants.
+        unfinished: trials of rows that are not finished.
     """
 
     spec: BenchSpec
@@ -49,6 +52,7 @@ class Results:
     header: dict[str, Any]
     rows: list[Row] = field(default_factory=list)
     checks: dict[str, Check] = field(default_factory=dict)
+    unfinished: Unfinished = field(default_factory=Unfinished)
 
     @classmethod
     def new(cls, spec: BenchSpec, machine: Machine) -> "Results":
@@ -75,13 +79,16 @@ class Results:
             name: asdict(check) | {"ran": isinstance(check, Verdict)}
             for name, check in self.checks.items()
         }
-        values: dict[str, Any] = json_values(
-            {
-                "header": self.header,
-                "checks": checks,
-                "rows": [asdict(row) for row in self.arranged_rows],
-            }
-        )
+        parts: dict[str, Any] = {
+            "header": self.header,
+            "checks": checks,
+            "rows": [asdict(row) for row in self.arranged_rows],
+        }
+        if self.unfinished:
+            parts["unfinished"] = [
+                asdict(trial) | {"outcome": to_json(trial.outcome)} for trial in self.unfinished
+            ]
+        values: dict[str, Any] = json_values(parts)
         return values
 
     def save(self, path: str) -> None:
@@ -116,6 +123,7 @@ class Results:
             header=head,
             rows=[_row(row, spec) for row in values["rows"]],
             checks={name: _check(check) for name, check in values["checks"].items()},
+            unfinished=Unfinished(map(_ended, values.get("unfinished", ()))),
         )
 
     def continued(self, spec: BenchSpec) -> "Results":
@@ -132,7 +140,8 @@ class Results:
         whole = replace(joined(spec, self.spec), kv_caches=forms)
         rows = [row for row in self.rows if row.status is not Status.FAILED]
         merged = self.header | {"spec": whole.to_json()}
-        return replace(self, spec=whole, header=merged, rows=rows)
+        unfinished = self.unfinished.worth_keeping()
+        return replace(self, spec=whole, header=merged, rows=rows, unfinished=unfinished)
 
 
 def header(spec: BenchSpec, machine: Machine) -> dict[str, Any]:
@@ -185,6 +194,15 @@ def _check(values: Mapping[str, Any]) -> Check:
 def _verdict(values: Mapping[str, Any]) -> Verdict:
     error = values["logits_error"]
     return Verdict(**(dict(values) | {"logits_error": float("nan") if error is None else error}))
+
+
+def _ended(values: Mapping[str, Any]) -> Ended:
+    return Ended(
+        variant=Variant(**values["variant"]),
+        context_tokens=values["context_tokens"],
+        outcome=from_json(values["outcome"]),
+        verdict=values["verdict"] and _verdict(values["verdict"]),
+    )
 
 
 def _row(values: Mapping[str, Any], spec: BenchSpec) -> Row:

@@ -1,0 +1,83 @@
+"""Trials that ended, of rows that are not finished: what a run that goes on need not run again.
+
+Pure Python, never torch.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from headinfer.bench.gate import Verdict
+from headinfer.bench.launch import Outcome
+from headinfer.bench.result import Status, TrialFailure, TrialResult
+from headinfer.bench.variant import Variant
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """A trial that ended.
+
+    Attributes:
+        variant: what ran.
+        context_tokens: tokens of its prompt.
+        outcome: how it ended. Logits are left out: those of nine steps take megabytes.
+        verdict: its logits compared with the reference's; None where there was no reference.
+    """
+
+    variant: Variant
+    context_tokens: int
+    outcome: Outcome
+    verdict: Verdict | None
+
+
+class Unfinished:
+    """A collection of trials whose rows are not finished, in the order they ended.
+
+    Args:
+        trials: of an earlier run.
+    """
+
+    def __init__(self, trials: Iterable[Ended] = ()) -> None:
+        self._trials = list(trials)
+
+    def __iter__(self) -> Iterator[Ended]:
+        return iter(self._trials)
+
+    def __len__(self) -> int:
+        return len(self._trials)
+
+    def add(
+        self, variant: Variant, context_tokens: int, outcome: Outcome, verdict: Verdict | None
+    ) -> Ended:
+        """Keep a trial, and return what is kept."""
+        if isinstance(outcome, TrialResult):
+            outcome = replace(outcome, logits=())
+        trial = Ended(
+            variant=variant, context_tokens=context_tokens, outcome=outcome, verdict=verdict
+        )
+        self._trials.append(trial)
+        return trial
+
+    def of(self, variant: Variant, context_tokens: int) -> list[Ended]:
+        """Return the trials of a variant at one context."""
+        return [
+            trial
+            for trial in self._trials
+            if (trial.variant, trial.context_tokens) == (variant, context_tokens)
+        ]
+
+    def drop(self, variant: Variant, context_tokens: int | None = None) -> None:
+        """Forget the trials of a row that is finished; of None, those of a whole search."""
+        self._trials = [
+            trial
+            for trial in self._trials
+            if trial.variant != variant or context_tokens not in (None, trial.context_tokens)
+        ]
+
+    def worth_keeping(self) -> "Unfinished":
+        """Return those that another run goes on with: an error that is no limit may not recur."""
+        return Unfinished(
+            trial
+            for trial in self._trials
+            if not isinstance(trial.outcome, TrialFailure)
+            or trial.outcome.status is not Status.FAILED
+        )
