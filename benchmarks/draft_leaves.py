@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from draft_texts import TEXTS, first_tokens, text_of
+from kept_rows import add_options, kept_rows, settings_of
 from transformers import DynamicCache, PreTrainedModel
 
 from headinfer.bench.document import provenance
@@ -333,7 +334,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--starts", type=int, default=28, help="places in its last quarter")
     parser.add_argument("--new-tokens", type=int, default=64, help="at each place")
     parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--json", required=True, help="results, written anew after every text")
+    add_options(parser, "text")
     return parser.parse_args()
 
 
@@ -348,10 +349,13 @@ def main() -> None:
     source = NamedSource(name=given.model)
     tokenizer = load_tokenizer(source)
     model, _ = load_model(source, load_config(source), dtype="float32", device="cpu")
-    settings = {name: value for name, value in vars(given).items() if name != "json"}
-    header = {**provenance(), "hardware": hardware(torch.device("cpu")), "settings": settings}
-    document: dict[str, Any] = {"header": header, "rows": []}
+    hardware_here = hardware(torch.device("cpu"))
+    header = {**provenance(), "hardware": hardware_here, "settings": settings_of(given)}
+    document: dict[str, Any] = {"header": header, "rows": kept_rows(given, header)}
+    done = {row["text"] for row in document["rows"]}
     for name in TEXTS:
+        if name in done:
+            continue
         ids = first_tokens(tokenizer, text_of(name), given.tokens)
         read = Read(model, torch.tensor([ids]))
         document["rows"] += rows_of(read, name, ids, given)

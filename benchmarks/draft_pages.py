@@ -16,6 +16,7 @@ from typing import Any
 
 import draft_texts
 import torch
+from kept_rows import add_options, kept_rows, settings_of
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache, PreTrainedModel
 
@@ -299,7 +300,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--starts", type=int, default=16, help="places in its last quarter")
     parser.add_argument("--texts", default=",".join(TEXTS))
     parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--json", required=True, help="results, written anew after every text")
+    add_options(parser, "text")
     return parser.parse_args()
 
 
@@ -314,15 +315,19 @@ def main() -> None:
     source = NamedSource(name=given.model)
     tokenizer = load_tokenizer(source)
     model, _ = load_model(source, load_config(source), dtype="float32", device="cpu")
-    settings = {name: value for name, value in vars(given).items() if name != "json"}
-    header = {**provenance(), "hardware": hardware(torch.device("cpu")), "settings": settings}
-    document: dict[str, Any] = {"header": header, "rows": []}
+    hardware_here = hardware(torch.device("cpu"))
+    header = {**provenance(), "hardware": hardware_here, "settings": settings_of(given)}
+    document: dict[str, Any] = {"header": header, "rows": kept_rows(given, header, but={"texts"})}
+    done = {row["text"] for row in document["rows"]}
     quarter = given.tokens // 4
     last = given.tokens - quarter
     for name in given.texts.split(","):
+        missing = [said for said in TEXTS[name] if ("chat" if said else name) not in done]
+        if not missing:
+            continue
         ids = draft_texts.first_tokens(tokenizer, text_of(name), given.tokens)
         read = Read(model, torch.tensor([ids]))
-        for said in TEXTS[name]:
+        for said in missing:
             behind = tokenizer(said)["input_ids"] if said else []
             most = quarter - 2 * DRAFTS - len(behind) - 1
             reaches = [last + at * most // given.starts for at in range(given.starts)]

@@ -23,6 +23,7 @@ import transformers
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
 import headinfer
+from headinfer.bench.files import replace_json
 from headinfer.bench.fill import fill_randomly
 from headinfer.bench.gate import LOGITS_TOLERANCE_PER_LAYER
 from headinfer.device.identity import identity
@@ -140,6 +141,7 @@ def main() -> None:
     given = parser.parse_args()
     contexts = [parse_tokens(each, "--contexts") for each in given.contexts.split(",")]
     device = torch.device("cpu" if given.tiny else "cuda")
+    rows = rows_so_far(given)
     start_s = time.perf_counter()
     config = shape(tiny=given.tiny, positions=max(contexts) + 2**16)
     model = in_four_bits(config, device)
@@ -149,7 +151,6 @@ def main() -> None:
     stock = logits(model, gate_tokens)
     allowed = LOGITS_TOLERANCE_PER_LAYER["bfloat16"] * config.num_hidden_layers
     limit = None if given.tiny else given.device_memory
-    rows = json.loads(given.json.read_text())["rows"] if given.json and given.json.exists() else []
     with headinfer.attach(model, device_memory=limit) as offload:
         ours = logits(model, gate_tokens, **offload.new_cache().as_keyword())
         error = ((ours - stock).norm(dim=-1) / stock.norm(dim=-1)).max().item()
@@ -177,15 +178,21 @@ def save(
     """Write all that was found so far."""
     if given.json is None:
         return
+    found = {"weights_bytes": weights_bytes, "logits_error": error, "rows": rows}
+    replace_json(
+        str(given.json), header(given) | found, remedy="make room, then give the command again"
+    )
+
+
+def header(given: argparse.Namespace) -> dict[str, Any]:
+    """Return what all rows of a file share."""
     found = identity("cpu" if given.tiny else "cuda")
-    document = {
+    return {
         "model": MODEL,
         "tiny": given.tiny,
         "cpu": found.cpu,
         "gpu": found.gpu,
         "device_memory": given.device_memory,
-        "weights_bytes": weights_bytes,
-        "logits_error": error,
         "commit": os.environ.get("HEADINFER_COMMIT"),
         "versions": {
             "headinfer": headinfer.__version__,
@@ -193,9 +200,22 @@ def save(
             "transformers": transformers.__version__,
             "bitsandbytes": bitsandbytes.__version__,
         },
-        "rows": rows,
     }
-    given.json.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def rows_so_far(given: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return the rows that the file has; one of another run ends the program."""
+    if not given.json or not given.json.exists():
+        return []
+    before: dict[str, Any] = json.loads(given.json.read_text(encoding="utf-8"))
+    for name, value in header(given).items():
+        if before[name] != value:
+            raise SystemExit(
+                f"{given.json} was measured with another {name}, {before[name]!r} and not "
+                f"{value!r}; give another --json"
+            )
+    rows: list[dict[str, Any]] = before["rows"]
+    return rows
 
 
 if __name__ == "__main__":
