@@ -154,3 +154,17 @@ def test_a_trial_that_failed_is_tried_again(
     assert run(stop_at=5, answer=failing)[0].exit_code == 130
     _done, asked = run("--resume")
     assert asked == [("standard", tokens) for tokens in SEARCHED[2:]]
+
+
+def test_a_check_that_failed_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = TrialFailure(status=Status.FAILED, reason="the process ended with status 1: why")
+    run = Run(monkeypatch, tmp_path / "out.json", "decode", "--context", "4500")
+
+    def failing(spec: TrialSpec) -> Outcome:
+        return failed if spec.method == "headinfer" else answer(spec)
+
+    assert run(answer=failing)[0].exit_code == 1
+    done, asked = run("--resume")
+    assert asked == [("standard", GATE_TOKENS), ("headinfer", GATE_TOKENS), ("headinfer", 4500)]
+    assert done.exit_code == 0, done.stderr
+    assert [row["status"] for row in run.document["rows"]] == ["ok", "ok"]

@@ -129,7 +129,8 @@ class Results:
     def continued(self, spec: BenchSpec) -> "Results":
         """Return these results as the beginning of another run, here and now.
 
-        Methods, forms and contexts may be others; all else must be as it was.
+        Methods, forms and contexts may be others; all else must be as it was. What failed is left
+        out, to be tried again.
 
         Raises:
             OptionError: the runs differ, so that their rows do not belong into one file.
@@ -139,9 +140,20 @@ class Results:
         forms = tuple(dict.fromkeys((*spec.kv_caches, *self.spec.kv_caches)))
         whole = replace(joined(spec, self.spec), kv_caches=forms)
         rows = [row for row in self.rows if row.status is not Status.FAILED]
-        merged = self.header | {"spec": whole.to_json()}
-        unfinished = self.unfinished.worth_keeping()
-        return replace(self, spec=whole, header=merged, rows=rows, unfinished=unfinished)
+        checks = {name: check for name, check in self.checks.items() if not _failed(check)}
+        return replace(
+            self,
+            spec=whole,
+            header=self.header | {"spec": whole.to_json()},
+            rows=rows,
+            checks=checks,
+            unfinished=Unfinished(each for each in self.unfinished if not _failed(each.outcome)),
+        )
+
+
+def _failed(ended: object) -> bool:
+    """Whether a trial or a check ended by an error that is nobody's limit, and may not recur."""
+    return isinstance(ended, TrialFailure) and ended.status is Status.FAILED
 
 
 def header(spec: BenchSpec, machine: Machine) -> dict[str, Any]:

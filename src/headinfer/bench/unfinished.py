@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from headinfer.bench.gate import Verdict
 from headinfer.bench.launch import Outcome
-from headinfer.bench.result import Status, TrialFailure, TrialResult
+from headinfer.bench.result import TrialResult
 from headinfer.bench.variant import Variant
 
 
@@ -72,12 +72,3 @@ class Unfinished:
             for trial in self._trials
             if trial.variant != variant or context_tokens not in (None, trial.context_tokens)
         ]
-
-    def worth_keeping(self) -> "Unfinished":
-        """Return those that another run goes on with: an error that is no limit may not recur."""
-        return Unfinished(
-            trial
-            for trial in self._trials
-            if not isinstance(trial.outcome, TrialFailure)
-            or trial.outcome.status is not Status.FAILED
-        )
