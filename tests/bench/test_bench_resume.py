@@ -101,7 +101,7 @@ def test_an_unfinished_search_is_no_result(tmp_path: Path, monkeypatch: pytest.M
     assert asked[1:] == [("standard", tokens) for tokens in SEARCHED[:3]]
     document = run.document
     assert document["rows"] == []
-    assert [trial["context_tokens"] for trial in document["unfinished"]] == [1024, 2048]
+    assert [trial["context_tokens"] for trial in document["unfinished"]["trials"]] == [1024, 2048]
     results = Results.load(str(tmp_path / "out.json"))
     assert results.arranged_rows == []
     assert "2K" not in report([("out", results)], "plots")
@@ -168,3 +168,20 @@ def test_a_check_that_failed_is_made_again(tmp_path: Path, monkeypatch: pytest.M
     assert asked == [("standard", GATE_TOKENS), ("headinfer", GATE_TOKENS), ("headinfer", 4500)]
     assert done.exit_code == 0, done.stderr
     assert [row["status"] for row in run.document["rows"]] == ["ok", "ok"]
+
+
+def test_checks_go_on_with_the_reference_that_was_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(spec: TrialSpec) -> Outcome:
+        return trial_result(logits=(4.0, 3.0) if spec.method == "bounded" else (3.0, 4.0))
+
+    arguments = ("decode", "--context", "4500", "--methods", "headinfer,bounded")
+    run = Run(monkeypatch, tmp_path / "out.json", *arguments)
+    assert run(stop_at=3, answer=wrong)[0].exit_code == 130
+    assert run.document["unfinished"]["reference"]["context_tokens"] == GATE_TOKENS
+    done, asked = run("--resume", answer=wrong)
+    assert done.exit_code == 1
+    assert asked == [("bounded", GATE_TOKENS), ("headinfer", 4500)]
+    assert [row["status"] for row in run.document["rows"]] == ["ok", "mismatch"]
+    assert "unfinished" not in run.document

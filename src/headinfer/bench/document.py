@@ -84,10 +84,12 @@ class Results:
             "checks": checks,
             "rows": [asdict(row) for row in self.arranged_rows],
         }
-        if self.unfinished:
-            parts["unfinished"] = [
-                asdict(trial) | {"outcome": to_json(trial.outcome)} for trial in self.unfinished
-            ]
+        reference = self.unfinished.reference
+        if self.unfinished or reference:
+            parts["unfinished"] = {
+                "reference": reference and _ended_values(reference),
+                "trials": [_ended_values(trial) for trial in self.unfinished],
+            }
         values: dict[str, Any] = json_values(parts)
         return values
 
@@ -123,7 +125,7 @@ class Results:
             header=head,
             rows=[_row(row, spec) for row in values["rows"]],
             checks={name: _check(check) for name, check in values["checks"].items()},
-            unfinished=Unfinished(map(_ended, values.get("unfinished", ()))),
+            unfinished=_unfinished(values.get("unfinished")),
         )
 
     def continued(self, spec: BenchSpec) -> "Results":
@@ -141,13 +143,17 @@ class Results:
         whole = replace(joined(spec, self.spec), kv_caches=forms)
         rows = [row for row in self.rows if row.status is not Status.FAILED]
         checks = {name: check for name, check in self.checks.items() if not _failed(check)}
+        reference = self.unfinished.reference
         return replace(
             self,
             spec=whole,
             header=self.header | {"spec": whole.to_json()},
             rows=rows,
             checks=checks,
-            unfinished=Unfinished(each for each in self.unfinished if not _failed(each.outcome)),
+            unfinished=Unfinished(
+                (each for each in self.unfinished if not _failed(each.outcome)),
+                None if reference is None or _failed(reference.outcome) else reference,
+            ),
         )
 
 
@@ -206,6 +212,17 @@ def _check(values: Mapping[str, Any]) -> Check:
 def _verdict(values: Mapping[str, Any]) -> Verdict:
     error = values["logits_error"]
     return Verdict(**(dict(values) | {"logits_error": float("nan") if error is None else error}))
+
+
+def _unfinished(values: Mapping[str, Any] | None) -> Unfinished:
+    if values is None:
+        return Unfinished()
+    reference = values["reference"]
+    return Unfinished(map(_ended, values["trials"]), reference and _ended(reference))
+
+
+def _ended_values(trial: Ended) -> dict[str, Any]:
+    return asdict(trial) | {"outcome": to_json(trial.outcome)}
 
 
 def _ended(values: Mapping[str, Any]) -> Ended:

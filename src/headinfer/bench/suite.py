@@ -153,14 +153,24 @@ class Suite:
         ):
             return
         missing = [variant for variant in spec.variants if variant.name not in self._checks]
-        if not missing:
-            return
-        tokens = min(GATE_TOKENS, longest)
-        reference: Outcome | None = None
-        for variant in dict.fromkeys((REFERENCE, *missing)):
-            trial = replace(spec.trial(variant, tokens), new_tokens=GATE_STEPS, fill=Fill.PREFILL)
+        if missing:
+            self._check(missing, min(GATE_TOKENS, longest))
+        self._unfinished.reference = None
+
+    def _check(self, missing: Sequence[Variant], tokens: int) -> None:
+        """Compare variants with the reference, which an earlier run may have checked."""
+        kept = self._unfinished.reference
+        reference = kept.outcome if kept is not None and kept.context_tokens == tokens else None
+        first = () if reference else (REFERENCE,)
+        for variant in dict.fromkeys((*first, *missing)):
+            trial = self._spec.trial(variant, tokens)
+            trial = replace(trial, new_tokens=GATE_STEPS, fill=Fill.PREFILL)
             outcome = self._trial("check", variant, trial)
-            reference = reference or outcome
+            if reference is None:
+                reference = outcome
+                self._unfinished.reference = Ended(
+                    variant=REFERENCE, context_tokens=tokens, outcome=outcome, verdict=None
+                )
             verdict = self._compare(reference, outcome, tokens)
             if verdict is not None:
                 self._checks[variant.name] = verdict

@@ -19,7 +19,7 @@ class Ended:
     Attributes:
         variant: what ran.
         context_tokens: tokens of its prompt.
-        outcome: how it ended. Logits are left out: those of nine steps take megabytes.
+        outcome: how it ended. Only that of a check has logits: those of nine steps take megabytes.
         verdict: its logits compared with the reference's; None where there was no reference.
     """
 
@@ -34,10 +34,15 @@ class Unfinished:
 
     Args:
         trials: of an earlier run.
+        reference: what the checks before timing are compared with.
+
+    Attributes:
+        reference: what they are compared with, as long as some are missing; else None.
     """
 
-    def __init__(self, trials: Iterable[Ended] = ()) -> None:
+    def __init__(self, trials: Iterable[Ended] = (), reference: Ended | None = None) -> None:
         self._trials = list(trials)
+        self.reference = reference
 
     def __iter__(self) -> Iterator[Ended]:
         return iter(self._trials)
