@@ -13,6 +13,7 @@ import time
 from typing import Any
 
 from draft_texts import TEXTS, text_of
+from kept_rows import add_options, kept_rows, settings_of
 from transformers import PreTrainedModel
 
 import headinfer
@@ -104,7 +105,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--device-memory", default="1GiB", help="weights included")
     parser.add_argument("--chunk-tokens")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--json", required=True, help="results, written anew after every answer")
+    add_options(parser, "answer")
     return parser.parse_args()
 
 
@@ -114,12 +115,17 @@ def main() -> None:
     calm_transformers(verbose=False)
     tokens = parse_tokens(given.tokens)
     model, tokenizer = loaded(given, tokens + given.new_tokens)
-    header = provenance() | {"hardware": hardware(model.device), "settings": vars(given)}
-    document: dict[str, Any] = {"header": header, "rows": []}
+    header = provenance() | {"hardware": hardware(model.device), "settings": settings_of(given)}
+    rows = kept_rows(given, header, but={"texts", "drafts"})
+    done = {(row["context"], row["draft"]): row for row in rows}
+    document: dict[str, Any] = {"header": header, "rows": rows}
     for name in given.texts.split(","):
         prompt = last_tokens(tokenizer, text_of(name), tokens)
         alone: dict[str, Any] = {}
         for draft in given.drafts.split(","):
+            if (name, draft) in done:
+                alone = alone or done[name, draft]
+                continue
             row = {"context": name, "tokens": tokens} | answered(
                 model, tokenizer, prompt, given, draft
             )

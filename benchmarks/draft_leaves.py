@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from draft_runs import document_of, loaded
 from draft_texts import TEXTS, first_tokens, text_of
+from kept_rows import add_options
 from transformers import DynamicCache, PreTrainedModel
 
 from headinfer.bench.files import replace_json
@@ -330,7 +331,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--starts", type=int, default=28, help="places in its last quarter")
     parser.add_argument("--new-tokens", type=int, default=64, help="at each place")
     parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--json", required=True, help="results, written anew after every text")
+    add_options(parser, "text")
     return parser.parse_args()
 
 
@@ -340,7 +341,10 @@ def main() -> None:
     given = parsed()
     model, tokenizer = loaded(given.model, given.threads)
     document = document_of(given)
+    done = {row["text"] for row in document["rows"]}
     for name in TEXTS:
+        if name in done:
+            continue
         ids = first_tokens(tokenizer, text_of(name), given.tokens)
         read = Read(model, torch.tensor([ids]))
         document["rows"] += rows_of(read, name, ids, given)

@@ -18,6 +18,7 @@ import torch
 from draft_runs import document_of, loaded
 from draft_texts import first_tokens
 from draft_texts import text_of as text_of_repository
+from kept_rows import add_options
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache, PreTrainedModel
 
@@ -297,7 +298,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--starts", type=int, default=16, help="places in its last quarter")
     parser.add_argument("--texts", default=",".join(TEXTS))
     parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--json", required=True, help="results, written anew after every text")
+    add_options(parser, "text")
     return parser.parse_args()
 
 
@@ -306,13 +307,17 @@ def main() -> None:
     """Measure each choice on each text."""
     given = parsed()
     model, tokenizer = loaded(given.model, given.threads)
-    document = document_of(given)
+    document = document_of(given, but={"texts"})
+    done = {row["text"] for row in document["rows"]}
     quarter = given.tokens // 4
     last = given.tokens - quarter
     for name in given.texts.split(","):
+        missing = [said for said in TEXTS[name] if ("chat" if said else name) not in done]
+        if not missing:
+            continue
         ids = first_tokens(tokenizer, text_of(name), given.tokens)
         read = Read(model, torch.tensor([ids]))
-        for said in TEXTS[name]:
+        for said in missing:
             behind = tokenizer(said)["input_ids"] if said else []
             most = quarter - 2 * DRAFTS - len(behind) - 1
             reaches = [last + at * most // given.starts for at in range(given.starts)]

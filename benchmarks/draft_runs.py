@@ -4,9 +4,11 @@ They share it, and it is no program of its own.
 """
 
 import argparse
+from collections.abc import Set
 from typing import Any
 
 import torch
+from kept_rows import kept_rows, settings_of
 from transformers import PreTrainedModel
 
 from headinfer.bench.document import provenance
@@ -32,8 +34,13 @@ def loaded(name: str, threads: int | None) -> tuple[PreTrainedModel, Any]:
     return model, tokenizer
 
 
-def document_of(given: argparse.Namespace) -> dict[str, Any]:
-    """Return results without a row yet, which say what they are of."""
-    settings = {name: value for name, value in vars(given).items() if name != "json"}
-    header = {**provenance(), "hardware": hardware(torch.device("cpu")), "settings": settings}
-    return {"header": header, "rows": []}
+def document_of(given: argparse.Namespace, *, but: Set[str] = frozenset()) -> dict[str, Any]:
+    """Return results to add rows to, which say what they are of.
+
+    Args:
+        given: the options, with those of `kept_rows.add_options`.
+        but: names of settings that may be others where rows are gone on with.
+    """
+    here = hardware(torch.device("cpu"))
+    header = {**provenance(), "hardware": here, "settings": settings_of(given)}
+    return {"header": header, "rows": kept_rows(given, header, but=but)}

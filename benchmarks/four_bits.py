@@ -10,12 +10,10 @@ machine. `--tiny` tries all of it on the CPU.
 """
 
 import argparse
-import json
 import os
 import statistics
 import time
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line has it
@@ -23,6 +21,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line has i
 import bitsandbytes
 import torch
 import transformers
+from kept_rows import add_options, kept_rows, settings_of
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
 import headinfer
@@ -153,17 +152,24 @@ def decode_work(plan: Any, host_share: float, tokens: int) -> Work:
 
 @torch.inference_mode()
 def main() -> None:
-    """Measure and print all of it; contexts that the file has already are passed over."""
+    """Measure and print all of it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--contexts", default="10K,100K")
     parser.add_argument("--device-memory", default="48GiB")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--json", type=Path)
+    add_options(parser, "context")
     given = parser.parse_args()
     contexts = [parse_tokens(each, "--contexts") for each in given.contexts.split(",")]
     device = torch.device("cpu" if given.tiny else "cuda")
     rates, _ = measure(device, torch.bfloat16)
+    header = provenance() | {
+        "hardware": hardware(device),
+        "rates": asdict(rates),
+        "bitsandbytes": bitsandbytes.__version__,
+        "settings": settings_of(given),
+    }
+    rows = kept_rows(given, header, but={"contexts"})
     start_s = time.perf_counter()
     config = shape(tiny=given.tiny, positions=max(contexts) + 2**16)
     model = in_four_bits(config, device)
@@ -174,7 +180,6 @@ def main() -> None:
     allowed = LOGITS_TOLERANCE_PER_LAYER["bfloat16"] * config.num_hidden_layers
     limit = None if given.tiny else given.device_memory
     limit_device(Options.parse(device_memory=limit or "auto"), [device])
-    rows = json.loads(given.json.read_text())["rows"] if given.json and given.json.exists() else []
     with headinfer.attach(model, device_memory=limit) as offload:
         ours = logits(model, gate_tokens, **offload.new_cache().as_keyword())
         error = ((ours - stock).norm(dim=-1) / stock.norm(dim=-1)).max().item()
@@ -182,12 +187,6 @@ def main() -> None:
         print(
             f"logits are off from stock's by {error:.2g} of their length; {allowed:.2g} is allowed"
         )
-        header = provenance() | {
-            "hardware": hardware(device),
-            "rates": asdict(rates),
-            "bitsandbytes": bitsandbytes.__version__,
-            "settings": {"contexts": given.contexts, "device_memory": limit},
-        }
         found = {"header": header, "model": MODEL, "weights_bytes": weights, "logits_error": error}
         for tokens in contexts:
             if not same or any(row["context_tokens"] == tokens for row in rows):
@@ -200,8 +199,8 @@ def main() -> None:
                 f"{row['bound_by']}, {row['resident_tokens']} tokens resident, "
                 f"{format_bytes(row['planned_device_bytes'])} planned"
             )
-            if given.json:
-                replace_json(given.json, found | {"rows": rows}, remedy="make room on the disk")
+            remedy = "make room, then give the command again"
+            replace_json(given.json, found | {"rows": rows}, remedy=remedy)
     if not same:
         raise SystemExit(1)
 

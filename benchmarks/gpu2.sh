@@ -6,7 +6,7 @@
 set -uo pipefail
 name=gpu2 gpus=2 default_budget_s=145
 parts=(8b-decode-100K 8b-decode-400K 8b-decode-800K 8b-prefill 70b-decode-10K 70b-decode-100K
-    70b-decode-400K 70b-host 70b-prefill 70b-longest)
+    70b-decode-400K 70b-decode-longest 70b-host 70b-prefill 70b-longest)
 . "$(dirname "$0")/gpus.sh"
 
 small=(--device cuda --model llama-3-8b --dummy-weights --device-memory 24GiB)
@@ -16,6 +16,7 @@ if [ -n "${TINY:-}" ]; then
         --vocab-size 96)
     large=("${small[@]}")
 fi
+planned=(plan --model llama-3-70b --gpus 2 --hardware "$machine")
 both=one,layers,heads,one-host,layers-host,heads-host
 
 run_part() {
@@ -23,6 +24,7 @@ run_part() {
     8b-decode-*) decode 8b "${1##*-}" "$both" "${small[@]}" ;;
     8b-prefill)
         bench 8b-prefill prefill "${small[@]}" --contexts "$(scale 100K)" --methods one,layers,heads ;;
+    70b-decode-longest) decode 70b "$(longest)" layers,heads "${large[@]}" ;;
     70b-decode-*) decode 70b "${1##*-}" layers,heads "${large[@]}" ;;
     70b-host) decode 70b-host 100K layers-host,heads-host "${large[@]}" ;;
     70b-prefill)

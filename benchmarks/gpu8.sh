@@ -28,23 +28,7 @@ if [ -n "${TINY:-}" ]; then
     small=("${large[@]}")
 fi
 splits=layers,heads
-machine="${HARDWARE:-this}" # as `probe` measured it
-
 planned=(plan --model llama-3-70b --gpus "$gpus" --device-memory "$card" --hardware "$machine")
-
-longest() { # tokens of a chunk: the longest context that host memory holds by either split
-    if [ -n "${TINY:-}" ]; then
-        echo 96
-        return
-    fi
-    headinfer "${planned[@]}" --chunk-tokens "$1" --context 100K --json - | "$python" -c '
-import json, sys
-plans = json.load(sys.stdin)["plans"]
-most = [plan["max_context_tokens"] for plan in plans
-        if plan["method"] == "resident" and plan["split"] != "none"]
-print(min(most) * 31 // 32 // 1024 * 1024)  # what is free is less than all that there is
-'
-}
 
 four_bits() { # contexts
     local tiny=()
@@ -54,12 +38,12 @@ four_bits() { # contexts
             export PYTHONPATH="$PYTHONPATH:build/wheels/site"
     fi
     run "$python" benchmarks/four_bits.py "${tiny[@]}" --contexts "$(scale "$1")" \
-        --device-memory 48GiB --json "$folder/$name-70b-4bit${SUFFIX:-}.json"
+        --device-memory 48GiB --resume --json "$folder/$name-70b-4bit${SUFFIX:-}.json"
 }
 
 find_longest() { # tokens of a chunk
     local tokens
-    tokens="$(longest "$1")"
+    tokens="$(longest --chunk-tokens "$1")"
     bench "70b-longest-$1" max-context "${large[@]}" --chunk-tokens "$(scale "$1")" --fill random \
         --methods "$splits" --contexts "$tokens,$((tokens * 17 / 16))"
 }
@@ -68,7 +52,9 @@ run_part() {
     case "$1" in
     plan) run "$python" -m headinfer.cli.main "${planned[@]}" --chunk-tokens 10K --context 400K ;;
     70b-decode-longest)
-        decode 70b "$(longest 10K)" "$splits" "${large[@]}" --chunk-tokens "$(scale 10K)" ;;
+        decode 70b "$(longest --chunk-tokens 10K)" "$splits" "${large[@]}" \
+            --chunk-tokens "$(scale 10K)"
+        ;;
     70b-decode-*)
         decode 70b "${1##*-}" "$splits" "${large[@]}" --chunk-tokens "$(scale 10K)" ;;
     70b-longest-*) find_longest "${1##*-}" ;;

@@ -111,14 +111,14 @@ def main() -> None:
             f"{whole_s / streamed_s:.0%}",
             flush=True,
         )
-    if arguments.json is not None:
-        document = {
-            "gpu": torch.cuda.get_device_name(),
-            "torch": torch.__version__,
-            "kernel": kernels.name,
-            "rows": rows,
-        }
-        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+        if arguments.json is not None:
+            document = {
+                "gpu": torch.cuda.get_device_name(),
+                "torch": torch.__version__,
+                "kernel": kernels.name,
+                "rows": rows,
+            }
+            arguments.json.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -124,17 +124,17 @@ def main() -> None:
             f"link's; busy: {busy}",
             flush=True,
         )
+        summary = {
+            "gpu": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "link_bytes_per_s": rates.link_bytes_per_s,
+            "model": model_spec.description,
+            "rows": rows,
+        }
+        path = arguments.folder / f"gpu-trace-{arguments.context}.json"
+        path.write_text(json.dumps(summary, indent=1) + "\n")
         gc.collect()
         torch.cuda.empty_cache()
-    summary = {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "link_bytes_per_s": rates.link_bytes_per_s,
-        "model": model_spec.description,
-        "rows": rows,
-    }
-    path = arguments.folder / f"gpu-trace-{arguments.context}.json"
-    path.write_text(json.dumps(summary, indent=1) + "\n")
 
 
 if __name__ == "__main__":

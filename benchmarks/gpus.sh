@@ -1,9 +1,10 @@
 # What gpu2.sh and gpu8.sh share; they source it. It is no program of its own.
 #
 # Before it `name` is set (results are $name-*.json), `gpus`, and `parts`; `run_part PART` is defined
-# there. A part ends after BUDGET_S seconds and is continued when it is run again. Its machine needs
-# torch, transformers and accelerate; nothing is installed. Results are kept in FOLDER (build/$name)
-# and copied to OUT (benchmarks/results) after each part.
+# there, and `planned`, which `longest` plans by for the machine HARDWARE (this). A part ends after
+# BUDGET_S seconds and is continued when it is run again. Its machine needs torch, transformers and
+# accelerate; nothing is installed. Results are kept in FOLDER (build/$name) and copied to OUT
+# (benchmarks/results) after each part.
 # A file holds the rows of one commit: with SUFFIX, such as -800K, others get files of their own.
 # On a copy of the tree without its history, HEADINFER_COMMIT names the commit.
 # TINY=1 tries all of this on a CPU, with a tiny shape and simulated GPUs. DRY=1 prints the commands.
@@ -17,6 +18,7 @@ kept=benchmarks/results
 folder="${FOLDER:-build/$name}${TINY:+-tiny}"
 out="${OUT:-$kept}"
 budget_s="${BUDGET_S:-$default_budget_s}"
+machine="${HARDWARE:-this}" # as `probe` measured it
 
 if [ -n "${TINY:-}" ]; then
     export OMP_NUM_THREADS=1
@@ -27,6 +29,20 @@ scale() { # tokens: as many as there would be thousands, in a trial
 }
 
 headinfer() { "$python" -m headinfer.cli.main "$@"; }
+
+longest() { # options of the plan: the longest context that host memory holds by either split
+    if [ -n "${TINY:-}" ]; then
+        echo 96
+        return
+    fi
+    headinfer "${planned[@]}" "$@" --context 100K --json - | "$python" -c '
+import json, sys
+plans = json.load(sys.stdin)["plans"]
+most = [plan["max_context_tokens"] for plan in plans
+        if plan["method"] == "resident" and plan["split"] != "none"]
+print(min(most) * 31 // 32 // 1024 * 1024)  # what is free is less than all that there is
+'
+}
 
 run() { # a command, for as long as a part may take
     if [ -n "${DRY:-}" ]; then

@@ -181,8 +181,8 @@ def main() -> None:
             rows.append(codec_on_cuda(dim, given.rounds))
             print_row(rows[-1])
         rows += attention(dim, groups, given.rounds)
-    if given.json is not None:
-        given.json.write_text(json.dumps({"header": header, "rows": rows}, indent=1) + "\n")
+        if given.json is not None:
+            given.json.write_text(json.dumps({"header": header, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -94,13 +94,13 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
+    header = {**provenance(), "hardware": hardware(torch.device("cpu")), "tokens": given.tokens}
+    header["chunk_tokens"] = CHUNK_TOKENS
     for row in measured(given.tokens):
         print(row, flush=True)
         rows.append(row)
-    header = {**provenance(), "hardware": hardware(torch.device("cpu")), "tokens": given.tokens}
-    header["chunk_tokens"] = CHUNK_TOKENS
-    if given.json:
-        given.json.write_text(json.dumps({"header": header, "rows": rows}, indent=1) + "\n")
+        if given.json:
+            given.json.write_text(json.dumps({"header": header, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

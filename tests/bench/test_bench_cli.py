@@ -197,7 +197,6 @@ def test_checks_are_kept_when_a_run_is_stopped_before_its_first_row(tmp_path, mo
     launcher = fake_launcher(monkeypatch)
     assert run(*arguments, "--resume").exit_code == 0
     assert launcher.asked == [
-        ("standard", GATE_TOKENS),
         ("bounded", GATE_TOKENS),
         ("headinfer", 8000),
         ("bounded", 8000),

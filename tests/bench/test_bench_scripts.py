@@ -77,6 +77,10 @@ def test_each_part_asks_for_what_there_is(
     parts = parts_of(name, GPUS=gpus)
     found = asked(specs, name, gpus, tmp_path, *parts)
     assert found.keys() == set(parts) - {"plan", "70b-4bit"}
+    if gpus == "2":
+        assert found["70b-decode-longest"].methods == ("layers", "heads")
+        (longest,) = found["70b-decode-longest"].contexts
+        assert 2**20 < longest < 2**21  # by the plan for 512 GiB of CPU memory
     if gpus != "8":
         return
     settings = {part: spec.settings for part, spec in found.items()}

@@ -1,5 +1,6 @@
 """A run over methods and contexts: its order, memory that lacks, wrong answers, going on."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -72,6 +73,40 @@ def test_a_method_that_lacks_memory_goes_on_with_what_it_is_found_to_hold():
     assert len([job for job in workers.jobs if job.context_tokens == 8192]) == 1
     assert all(row.status is Status.OK and len(row.records) == 3 for row in rows.values())
     assert rows["standard", 4096].notes == ("half the heads",)
+
+
+def test_a_search_for_what_a_method_holds_goes_on_from_what_was_tried():
+    spec = answers_spec("standard", contexts=(4096, 8192))
+    whole = FakeWorkers(holding(2000), holds=lambda _method: 2000)
+    rows = run(spec, whole, Heard())
+
+    class Stopping(FakeWorkers):
+        """Workers that are stopped at their third trial."""
+
+        def trial(self, spec):
+            if len(self.trials) == 2:
+                raise KeyboardInterrupt
+            return super().trial(spec)
+
+    kept = {}
+    cut = Stopping(holding(2000), holds=lambda _method: 2000)
+    stopped = AnswersRun(spec, cut, Heard(), noted=lambda row: kept.update({row.key: row}))
+    with pytest.raises(KeyboardInterrupt):
+        list(stopped.rows())
+    row = AnswersRow.from_json(json.loads(json.dumps(kept["standard", 4096].to_json())))
+    assert (len(row.tried), row.records, row.is_finished) == (2, (), False)
+    again = FakeWorkers(holding(2000), holds=lambda _method: 2000)
+    assert run(spec, again, Heard(), [row]) == rows
+    assert cut.trials + again.trials == whole.trials
+    assert len(cut.trials) == 2
+
+
+def test_a_limit_is_kept_before_the_first_answer_below_it():
+    kept = []
+    workers = FakeWorkers(holding(2000), holds=lambda _method: 2000)
+    list(AnswersRun(answers_spec("standard"), workers, Heard(), noted=kept.append).rows())
+    assert kept[-1].limit_tokens
+    assert (kept[-1].tried, kept[-1].records) == ((), ())
 
 
 def test_a_cut_that_lacks_memory_all_the_same_is_made_shorter():

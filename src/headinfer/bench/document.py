@@ -1,6 +1,7 @@
 """The result file: one JSON object with a `header`, `checks` and `rows`. Pure Python.
 
-It is written anew after every row, so that a run that is stopped can go on.
+It is written anew after every trial, so that a run that is stopped can go on. Until a row is
+finished its trials are in `unfinished`, which no table reads.
 """
 
 import os
@@ -19,10 +20,11 @@ from headinfer.bench.gate import Verdict
 from headinfer.bench.held import HeldPart
 from headinfer.bench.launch import Machine
 from headinfer.bench.model_spec import Model, ModelSpec
-from headinfer.bench.result import Status, TrialFailure
+from headinfer.bench.result import Status, TrialFailure, from_json, to_json
 from headinfer.bench.rows import Percentiles, Row, arranged
 from headinfer.bench.spec import BenchSpec, Fill, json_values
 from headinfer.bench.suite import Check
+from headinfer.bench.unfinished import Ended, Unfinished
 from headinfer.bench.variant import Variant, variant_of
 
 FORMAT = 2
@@ -42,6 +44,7 @@ class Results:
         header: what the rows share.
         rows: finished ones, in any order.
         checks: those before timing, by the names of variants.
+        unfinished: trials of rows that are not finished.
     """
 
     spec: BenchSpec
@@ -49,6 +52,7 @@ class Results:
     header: dict[str, Any]
     rows: list[Row] = field(default_factory=list)
     checks: dict[str, Check] = field(default_factory=dict)
+    unfinished: Unfinished = field(default_factory=Unfinished)
 
     @classmethod
     def new(cls, spec: BenchSpec, machine: Machine) -> "Results":
@@ -75,13 +79,18 @@ class Results:
             name: asdict(check) | {"ran": isinstance(check, Verdict)}
             for name, check in self.checks.items()
         }
-        values: dict[str, Any] = json_values(
-            {
-                "header": self.header,
-                "checks": checks,
-                "rows": [asdict(row) for row in self.arranged_rows],
+        parts: dict[str, Any] = {
+            "header": self.header,
+            "checks": checks,
+            "rows": [asdict(row) for row in self.arranged_rows],
+        }
+        reference = self.unfinished.reference
+        if self.unfinished or reference:
+            parts["unfinished"] = {
+                "reference": reference and _ended_values(reference),
+                "trials": [_ended_values(trial) for trial in self.unfinished],
             }
-        )
+        values: dict[str, Any] = json_values(parts)
         return values
 
     def save(self, path: str) -> None:
@@ -116,12 +125,14 @@ class Results:
             header=head,
             rows=[_row(row, spec) for row in values["rows"]],
             checks={name: _check(check) for name, check in values["checks"].items()},
+            unfinished=_unfinished(values.get("unfinished")),
         )
 
     def continued(self, spec: BenchSpec) -> "Results":
         """Return these results as the beginning of another run, here and now.
 
-        Methods, forms and contexts may be others; all else must be as it was.
+        Methods, forms and contexts may be others; all else must be as it was. What failed is left
+        out, to be tried again.
 
         Raises:
             OptionError: the runs differ, so that their rows do not belong into one file.
@@ -131,8 +142,24 @@ class Results:
         forms = tuple(dict.fromkeys((*spec.kv_caches, *self.spec.kv_caches)))
         whole = replace(joined(spec, self.spec), kv_caches=forms)
         rows = [row for row in self.rows if row.status is not Status.FAILED]
-        merged = self.header | {"spec": whole.to_json()}
-        return replace(self, spec=whole, header=merged, rows=rows)
+        checks = {name: check for name, check in self.checks.items() if not _failed(check)}
+        reference = self.unfinished.reference
+        return replace(
+            self,
+            spec=whole,
+            header=self.header | {"spec": whole.to_json()},
+            rows=rows,
+            checks=checks,
+            unfinished=Unfinished(
+                (each for each in self.unfinished if not _failed(each.outcome)),
+                None if reference is None or _failed(reference.outcome) else reference,
+            ),
+        )
+
+
+def _failed(ended: object) -> bool:
+    """Whether a trial or a check ended by an error that is nobody's limit, and may not recur."""
+    return isinstance(ended, TrialFailure) and ended.status is Status.FAILED
 
 
 def header(spec: BenchSpec, machine: Machine) -> dict[str, Any]:
@@ -185,6 +212,26 @@ def _check(values: Mapping[str, Any]) -> Check:
 def _verdict(values: Mapping[str, Any]) -> Verdict:
     error = values["logits_error"]
     return Verdict(**(dict(values) | {"logits_error": float("nan") if error is None else error}))
+
+
+def _unfinished(values: Mapping[str, Any] | None) -> Unfinished:
+    if values is None:
+        return Unfinished()
+    reference = values["reference"]
+    return Unfinished(map(_ended, values["trials"]), reference and _ended(reference))
+
+
+def _ended_values(trial: Ended) -> dict[str, Any]:
+    return asdict(trial) | {"outcome": to_json(trial.outcome)}
+
+
+def _ended(values: Mapping[str, Any]) -> Ended:
+    return Ended(
+        variant=Variant(**values["variant"]),
+        context_tokens=values["context_tokens"],
+        outcome=from_json(values["outcome"]),
+        verdict=values["verdict"] and _verdict(values["verdict"]),
+    )
 
 
 def _row(values: Mapping[str, Any], spec: BenchSpec) -> Row:

@@ -1,10 +1,11 @@
 """A whole run: check each method, time it, make rows. Pure Python; models run in other processes.
 
-Rows are yielded as soon as they are finished, so that a run that is stopped loses little.
+Rows are yielded as soon as they are finished, and trials are noted as soon as they end. A run that
+is stopped loses no more than the trial that was running.
 """
 
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -17,6 +18,7 @@ from headinfer.bench.longest import longest_context
 from headinfer.bench.result import Status, TrialFailure, TrialResult
 from headinfer.bench.rows import Row, row_of, row_without_result
 from headinfer.bench.spec import BenchSpec, Fill, TrialSpec
+from headinfer.bench.unfinished import Ended, Unfinished
 from headinfer.bench.variant import REFERENCE, Variant
 from headinfer.errors import ModelLoadError
 from headinfer.units import format_seconds, format_tokens
@@ -49,11 +51,11 @@ class Suite:
         rates: of the machine.
         progress: told what is going on.
         done: variant and context of rows that an earlier run finished.
-        checks: the checks before timing that an earlier run made.
-        checked: told all checks after each of them.
-
-    Attributes:
-        checks: the checks before timing, by the names of variants.
+        checks: those before timing that an earlier run made, by the names of variants; others are
+            added.
+        unfinished: trials of an earlier run whose rows it did not finish; others are added, and go
+            when their row is yielded.
+        noted: called after each addition to either.
     """
 
     def __init__(
@@ -65,10 +67,12 @@ class Suite:
         *,
         done: Collection[tuple[Variant, int]] = (),
         checks: dict[str, Check] | None = None,
-        checked: Callable[[dict[str, Check]], object] = lambda _checks: None,
+        unfinished: Unfinished | None = None,
+        noted: Callable[[], object] = lambda: None,
     ) -> None:
-        self._checked = checked
-        self.checks = dict(checks or {})
+        self._noted = noted
+        self._checks = {} if checks is None else checks
+        self._unfinished = Unfinished() if unfinished is None else unfinished
         self._spec = spec
         self._launcher = launcher
         self._rates = rates
@@ -87,7 +91,9 @@ class Suite:
         if self._spec.command.finds_context:
             for variant in self._spec.variants:
                 if not any(variant == done for done, _ in self._done):
-                    yield self._longest(variant)
+                    row = self._longest(variant)
+                    self._unfinished.drop(variant)
+                    yield row
             return
         for context_tokens in self._spec.contexts:
             yield from self._rows(context_tokens)
@@ -98,7 +104,8 @@ class Suite:
         for context_tokens in self._spec.contexts:
             for variant in self._spec.variants:
                 if (variant, context_tokens) not in self._done:
-                    yield from [(variant.name, context_tokens)] * self._spec.repeats
+                    ended = len(self._unfinished.of(variant, context_tokens))
+                    yield from [(variant.name, context_tokens)] * (self._spec.repeats - ended)
 
     def _trial(self, what: str, variant: Variant, spec: TrialSpec) -> Outcome:
         name = f"{what}: {self._spec.name_of(variant)}, {format_tokens(spec.context_tokens)} tokens"
@@ -142,30 +149,41 @@ class Suite:
             and REFERENCE_METHOD in spec.methods
             and spec.fill is Fill.PREFILL
             and not self._done
+            and not self._unfinished
         ):
             return
-        missing = [variant for variant in spec.variants if variant.name not in self.checks]
-        if not missing:
-            return
-        tokens = min(GATE_TOKENS, longest)
-        reference: Outcome | None = None
-        for variant in dict.fromkeys((REFERENCE, *missing)):
-            trial = replace(spec.trial(variant, tokens), new_tokens=GATE_STEPS, fill=Fill.PREFILL)
+        missing = [variant for variant in spec.variants if variant.name not in self._checks]
+        if missing:
+            self._check(missing, min(GATE_TOKENS, longest))
+        self._unfinished.reference = None
+
+    def _check(self, missing: Sequence[Variant], tokens: int) -> None:
+        """Compare variants with the reference, which an earlier run may have checked."""
+        kept = self._unfinished.reference
+        reference = kept.outcome if kept is not None and kept.context_tokens == tokens else None
+        first = () if reference else (REFERENCE,)
+        for variant in dict.fromkeys((*first, *missing)):
+            trial = self._spec.trial(variant, tokens)
+            trial = replace(trial, new_tokens=GATE_STEPS, fill=Fill.PREFILL)
             outcome = self._trial("check", variant, trial)
-            reference = reference or outcome
+            if reference is None:
+                reference = outcome
+                self._unfinished.reference = Ended(
+                    variant=REFERENCE, context_tokens=tokens, outcome=outcome, verdict=None
+                )
             verdict = self._compare(reference, outcome, tokens)
             if verdict is not None:
-                self.checks[variant.name] = verdict
+                self._checks[variant.name] = verdict
             elif isinstance(outcome, TrialFailure):
-                self.checks[variant.name] = outcome
-            self._checked(self.checks)
+                self._checks[variant.name] = outcome
+            self._noted()
 
     def _refused(self, variant: Variant, context_tokens: int) -> Row | None:
         """Return the row of a variant that needs no trial: its check, or a shorter context, failed.
 
         One that only lacked memory or time in the check may still serve a shorter context.
         """
-        check = self.checks.get(variant.name)
+        check = self._checks.get(variant.name)
         if isinstance(check, TrialFailure):
             if check.grows and context_tokens < GATE_TOKENS:
                 return None
@@ -200,33 +218,43 @@ class Suite:
                 continue
             for _ in range(self._spec.repeats):
                 self._forecast.dropped(variant.name, context_tokens)
+            self._unfinished.drop(variant, context_tokens)
             yield row
         variants.sort(key=lambda variant: variant != REFERENCE)  # others are compared with it
-        outcomes: dict[Variant, list[Outcome]] = {variant: [] for variant in variants}
+        reference: Outcome | None = None
         for repeat in range(self._spec.repeats):
             for variant in variants:
-                if any(isinstance(outcome, TrialFailure) for outcome in outcomes[variant]):
+                ended = self._unfinished.of(variant, context_tokens)
+                if any(isinstance(trial.outcome, TrialFailure) for trial in ended):
                     self._forecast.dropped(variant.name, context_tokens)
-                else:
+                elif len(ended) <= repeat:
                     what = f"trial {repeat + 1} of {self._spec.repeats}"
                     trial = self._spec.trial(variant, context_tokens)
-                    outcomes[variant].append(self._trial(what, variant, trial))
+                    outcome = self._trial(what, variant, trial)
+                    if variant == REFERENCE:
+                        reference = reference or outcome
+                    ended.append(self._ended(variant, context_tokens, outcome, reference))
                 if repeat + 1 == self._spec.repeats:
-                    reference = next(iter(outcomes.get(REFERENCE, [])), None)
-                    yield self._row(variant, context_tokens, outcomes[variant], reference)
+                    row = self._row(variant, context_tokens, ended)
+                    self._unfinished.drop(variant, context_tokens)
+                    yield row
 
-    def _row(
-        self,
-        variant: Variant,
-        context_tokens: int,
-        outcomes: list[Outcome],
-        reference: Outcome | None,
-    ) -> Row:
+    def _ended(
+        self, variant: Variant, context_tokens: int, outcome: Outcome, reference: Outcome | None
+    ) -> Ended:
+        """Keep a trial, compared with the reference's, until its row is finished."""
+        verdict = self._compare(reference, outcome, context_tokens)
+        ended = self._unfinished.add(variant, context_tokens, outcome, verdict)
+        self._noted()
+        return ended
+
+    def _row(self, variant: Variant, context_tokens: int, ended: Sequence[Ended]) -> Row:
         """Return one row; the verdict of the timed trials themselves outranks the check's."""
-        check = self.checks.get(variant.name)
+        check = self._checks.get(variant.name)
         verdict = check if isinstance(check, Verdict) else None
         results = []
-        for outcome in outcomes:
+        for trial in ended:
+            outcome = trial.outcome
             if isinstance(outcome, TrialFailure):
                 if outcome.grows:
                     self._too_long[variant] = context_tokens, outcome
@@ -234,7 +262,7 @@ class Suite:
                     self._spec, variant, context_tokens, outcome.status, outcome.reason, verdict
                 )
             results.append(outcome)
-            verdict = self._compare(reference, outcome, context_tokens) or verdict
+            verdict = trial.verdict or verdict
             if verdict is not None and not verdict.passed:
                 break
         return self._judged(
@@ -261,26 +289,33 @@ class Suite:
         refused = self._refused(variant, first)
         if refused is not None:
             return refused
-        outcomes: dict[int, Outcome] = {}
+        ended: dict[int, Ended] = {}
 
         def runs(tokens: int) -> bool:
-            trial = self._spec.trial(variant, tokens)
-            outcomes[tokens] = self._trial("longest", variant, trial)
-            return isinstance(outcomes[tokens], TrialResult)
+            before = self._unfinished.of(variant, tokens)
+            ended[tokens] = before[0] if before else self._try(variant, tokens)
+            return isinstance(ended[tokens].outcome, TrialResult)
 
         tokens = longest_context(runs, first=first, last=last)
-        tried = tuple((tokens, describe(outcomes[tokens])) for tokens in sorted(outcomes))
+        outcomes = {tokens: ended[tokens].outcome for tokens in sorted(ended)}
+        tried = tuple((tokens, describe(outcome)) for tokens, outcome in outcomes.items())
         failed = min((n for n in outcomes if n > tokens), default=None)
         if not tokens:
             failure = outcomes[first]
             assert isinstance(failure, TrialFailure)
             row = row_without_result(self._spec, variant, 0, failure.status, failure.reason)
             return replace(row, tried=tried)
-        row = self._row(variant, tokens, [outcomes[tokens]], None)
+        row = self._row(variant, tokens, [ended[tokens]])
         limit = f"the most that was tried, {format_tokens(last)}"
         if failed is not None:
             limit = f"{format_tokens(failed)}: {describe(outcomes[failed])}"
         return replace(row, tried=tried, limited_by=limit)
+
+    def _try(self, variant: Variant, context_tokens: int) -> Ended:
+        """Run a trial of a search."""
+        trial = self._spec.trial(variant, context_tokens)
+        outcome = self._trial("longest", variant, trial)
+        return self._ended(variant, context_tokens, outcome, None)
 
 
 def describe(outcome: Outcome) -> str:

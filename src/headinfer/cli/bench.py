@@ -10,20 +10,15 @@ from rich.table import Table
 from headinfer.bench.catalogue import CATALOGUE
 from headinfer.bench.document import Results
 from headinfer.bench.launch import FreshProcesses, Launcher
-from headinfer.bench.rows import Row
 from headinfer.bench.spec import BenchSpec, Command
-from headinfer.bench.suite import Check, Suite
+from headinfer.bench.suite import Suite
 from headinfer.bench.table import render
 from headinfer.cli.bench_options import options, run_spec
 from headinfer.cli.bench_report import report
 from headinfer.cli.command import Group, OnceCommand
 from headinfer.cli.console import reporting_errors, stdout_console
-from headinfer.cli.output import (
-    STDOUT,
-    JsonCommand,
-    check_results,
-)
-from headinfer.cli.results import collect, exit_code, tell
+from headinfer.cli.output import JsonCommand, check_results
+from headinfer.cli.results import collect, exit_code, save, tell, tell_kept
 from headinfer.cli.run_progress import RunProgress, run_console, showing_progress
 from headinfer.generation.model import choose_device
 
@@ -140,15 +135,13 @@ def _run(command: Command, given: dict[str, Any]) -> None:
             progress,
             done=results.done,
             checks=results.checks,
-            checked=lambda checks: _keep_checks(results, checks, path),
+            unfinished=results.unfinished,
+            noted=lambda: save(results, path),
         )
-
-        def keep(row: Row) -> None:
-            results.rows.append(row)
-            results.checks = suite.checks
-
-        stopped = collect(suite.run(), keep, results, path)
+        stopped = collect(suite.run(), results.rows.append, results, path)
     if stopped is not None and not results.rows:
+        if results.checks or results.unfinished:
+            tell_kept(path, console)
         raise stopped
     tell(
         results,
@@ -160,13 +153,6 @@ def _run(command: Command, given: dict[str, Any]) -> None:
     if stopped is not None:
         raise stopped
     raise typer.Exit(exit_code(row.status for row in results.arranged_rows))
-
-
-def _keep_checks(results: Results, checks: dict[str, Check], path: str | None) -> None:
-    """Write what was checked, so that a run that is stopped need not check it again."""
-    results.checks = dict(checks)
-    if path not in (None, STDOUT):
-        results.save(str(path))
 
 
 def _begin(spec: BenchSpec, launcher: Launcher, progress: RunProgress, path: str | None) -> Results:

@@ -37,7 +37,7 @@ from headinfer.cli.output import (
     Resume,
     check_results,
 )
-from headinfer.cli.results import collect, exit_code, tell
+from headinfer.cli.results import collect, exit_code, save, tell
 from headinfer.cli.run_progress import RunProgress, run_console, showing_progress
 from headinfer.cli.streaming import check_streaming_heads
 from headinfer.evaluate.answers.document import Answers
@@ -162,11 +162,15 @@ def _run(task: Task, given: dict[str, Any]) -> None:
             console.print(f"note: {note}", markup=False, soft_wrap=True)
         launcher = make_launcher()
         results = _begin(spec, launcher, progress, path if given["resume"] else None)
-        run = AnswersRun(results.spec, launcher, progress, results.arranged_rows)
 
         def keep(row: AnswersRow) -> None:
             results.rows[row.key] = row
 
+        def keep_tried(row: AnswersRow) -> None:
+            keep(row)
+            save(results, path)
+
+        run = AnswersRun(results.spec, launcher, progress, results.arranged_rows, keep_tried)
         stopped = collect(run.rows(), keep, results, path)
     if stopped is not None and not results.rows:
         raise stopped

@@ -39,11 +39,16 @@ def collect(
     try:
         for row in rows:
             keep(row)
-            if path not in (None, STDOUT):
-                results.save(str(path))
+            save(results, path)
     except KeyboardInterrupt as error:
         return error
     return None
+
+
+def save(results: ResultFile, path: str | None) -> None:
+    """Write what there is so far, where `--json` is a file."""
+    if path not in (None, STDOUT):
+        results.save(str(path))
 
 
 def tell(
@@ -61,8 +66,17 @@ def tell(
         write_json(STDOUT, results.to_json())
     elif path is not None:
         results.save(path)
-        told = "holds what is finished; --resume goes on from there"
-        line = f"{path} {told}" if stopped else f"written to {path}"
+        if stopped:
+            tell_kept(path, console)
+            return
+        with suppress(OSError):
+            console.print(f"written to {path}", markup=False, soft_wrap=True)
+
+
+def tell_kept(path: str | None, console: Console) -> None:
+    """Say that a run which was stopped can go on, where `--json` is a file."""
+    if path not in (None, STDOUT):
+        line = f"{path} holds what is finished; --resume goes on from there"
         with suppress(OSError):
             console.print(line, markup=False, soft_wrap=True)
 

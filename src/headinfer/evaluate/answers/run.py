@@ -4,7 +4,7 @@ Models run in other processes. A method that lacks memory for a prompt goes on w
 cut in the middle to what it holds. The rows of the paper's Tables 1, 2 and 8 do the same.
 """
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -45,6 +45,7 @@ class AnswersRow:
         limit_tokens: the most tokens that the method holds; None where no limit was met.
         is_finished: whether every question was answered, or none can be any more.
         records: of the questions answered.
+        tried: while that limit is looked for, the contexts that were tried and whether each ran.
     """
 
     method: str
@@ -56,6 +57,7 @@ class AnswersRow:
     limit_tokens: int | None = None
     is_finished: bool = False
     records: tuple[Record, ...] = ()
+    tried: tuple[tuple[int, bool], ...] = ()
 
     @property
     def key(self) -> tuple[str, int]:
@@ -83,6 +85,7 @@ class AnswersRow:
             "status": Status(values["status"]),
             "notes": tuple(values["notes"]),
             "records": tuple(map(Record.from_json, values["records"])),
+            "tried": tuple(map(tuple, values.get("tried", ()))),
         }
         return cls(**(rest | parts))
 
@@ -95,6 +98,7 @@ class AnswersRun:
         launcher: runs the jobs.
         progress: told of every row and answer.
         rows: of an earlier run; finished ones are left as they are, others are gone on with.
+        noted: told of a row each time that a context was tried for it.
     """
 
     def __init__(
@@ -103,7 +107,9 @@ class AnswersRun:
         launcher: Launcher,
         progress: Progress,
         rows: Sequence[AnswersRow] = (),
+        noted: Callable[[AnswersRow], object] = lambda _row: None,
     ) -> None:
+        self._noted = noted
         self._spec = spec
         self._launcher = launcher
         self._progress = progress
@@ -161,8 +167,9 @@ class AnswersRun:
                 break
             cuts += 1
             self._limits[row.method] = limit
-            row = replace(row, limit_tokens=limit)
-        row = self._ended(row, failure)
+            row = replace(row, limit_tokens=limit, tried=())
+            self._noted(row)
+        row = self._ended(replace(row, tried=()), failure)
         self._progress.finished(what, row.reason or said(row))
         yield row
 
@@ -231,16 +238,25 @@ class AnswersRun:
             shorter = int(row.limit_tokens * _SHARE_LESS)
             return shorter if shorter > new_tokens else None
 
+        tried = dict(row.tried)
+
         def runs(tokens: int) -> bool:
-            self._progress.moved(
-                f"{row.method}: does it hold {format_tokens(tokens)} tokens?", self._pace.left_s()
-            )
-            trial = self._spec.job(row.method, tokens, None, ()).trial()
-            return isinstance(self._launcher.trial(trial), TrialResult)
+            if tokens not in tried:
+                tried[tokens] = self._holds(row.method, tokens)
+                self._noted(replace(row, tried=tuple(tried.items())))
+            return tried[tokens]
 
         first = min(_FIRST_TOKENS, row.context_tokens)
         held = longest_context(runs, first=first, last=row.context_tokens, step_tokens=_STEP_TOKENS)
         return held + new_tokens if held else None
+
+    def _holds(self, method: str, tokens: int) -> bool:
+        """Try whether a method holds so many tokens."""
+        self._progress.moved(
+            f"{method}: does it hold {format_tokens(tokens)} tokens?", self._pace.left_s()
+        )
+        trial = self._spec.job(method, tokens, None, ()).trial()
+        return isinstance(self._launcher.trial(trial), TrialResult)
 
 
 def said(row: AnswersRow) -> str:
