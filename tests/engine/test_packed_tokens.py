@@ -3,7 +3,6 @@
 import platform
 import random
 import threading
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,46 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attended import reference
-from headinfer.device.base import Device, Edge
+from headinfer.device.base import Edge
 from headinfer.device.hazards import HazardError
 from headinfer.device.simulated import SimulatedDevice
 from headinfer.disk.file import SpillFile
 from headinfer.engine.engine import Engine
 from headinfer.engine.stats import Stats
 from headinfer.kv.pair import KV
-from headinfer.plan.below_host import in_few_blocks
-from headinfer.plan.options import Options
-from headinfer.plan.resolve import resolve
-from packed_values import bits_of, drawn
-from shapes import model_shape
+from packed_values import bits_of
+from packing_engines import LateDevice, new_tokens, packing_engine
 
 SLOW = pytest.mark.slow
-KEY_DIM, VALUE_DIM, KINDS = 16, 32, ("normal", "any bits", "special")
-
-
-def packing_engine(
-    device: Device,
-    *,
-    batch: int = 1,
-    chunk_tokens: int = 24,
-    residents: int = 0,
-    file: SpillFile | None = None,
-    layers: int = 1,
-    stage: int = 0,
-) -> Engine:
-    shape = model_shape(layers=layers, group=1, key_dim=KEY_DIM, value_dim=VALUE_DIM, itemsize=2)
-    shape = replace(shape, stage=stage)
-    options = Options(chunk_tokens=chunk_tokens, tile_tokens=16, resident_tokens=residents)
-    plan = resolve(shape.packed, options, device=device.name, batch=batch)
-    assert plan.shape.packs
-    if file is not None:
-        plan = replace(in_few_blocks(plan), disk_host_blocks=2)
-    return Engine(device, plan, torch.bfloat16, Stats(), file=file)
-
-
-def new_tokens(kind: str, tokens: int, seed: int, batch: int = 1) -> KV:
-    dims = KEY_DIM, VALUE_DIM
-    return KV(*(drawn(kind, (batch, 2, tokens, dim), seed * 2 + at) for at, dim in enumerate(dims)))
+KINDS = ("normal", "any bits", "special")
 
 
 class Plain:
@@ -158,51 +129,6 @@ def test_every_bit_comes_back_from_a_disk(tmp_path: Path, seed: int) -> None:
     sizes = draw.choice([1, 2]), draw.choice([24, 130]), draw.choice([0, 70])
     check_changes([*before, *steps], *sizes, file)
     file.close()
-
-
-class LateMark:
-    """A mark that is reached by chance, or once it is waited for: what was counted is there then.
-
-    Args:
-        chance: that it is, each time somebody looks.
-        draw: draws that.
-        counts: numbers that the device has written, and the memory of the host that takes them.
-    """
-
-    def __init__(
-        self, chance: float, draw: random.Random, counts: list[tuple[torch.Tensor, torch.Tensor]]
-    ) -> None:
-        self._chance, self._draw = chance, draw
-        self._counts = [(number.clone(), memory) for number, memory in counts]
-
-    @property
-    def reached(self) -> bool:
-        if self._draw.random() >= self._chance:
-            return False
-        self.wait()
-        return True
-
-    def wait(self) -> None:
-        for number, memory in self._counts:
-            memory.copy_(number)
-
-
-class LateDevice(SimulatedDevice):
-    """A simulated device whose single numbers come to the host as late as its marks."""
-
-    def __init__(self, seed: int, chance: float) -> None:
-        super().__init__(seed=seed)
-        self._chance, self._draw = chance, random.Random(seed)
-        self._counts: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def mapped(self, memory: torch.Tensor) -> torch.Tensor:
-        if memory.numel() != 8:
-            return memory
-        self._counts.append((memory.clone(), memory))
-        return self._counts[-1][0]
-
-    def mark_compute(self) -> LateMark:
-        return LateMark(self._chance, self._draw, self._counts)
 
 
 def check_late_counts(steps: list[tuple[int, str]], stage: int, chance: float) -> None:

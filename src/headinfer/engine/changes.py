@@ -160,12 +160,22 @@ class ChangeableTokens(HeldTokens):
             else:
                 ledger.drop_device()
                 ledger.trim()
-        if not any(ledger.host_tokens for ledger in self._full):
-            self._raw = None
+        self._forget_raw()
         self._expected_tokens = 0
         self._leave_arena()
         self._arena_bytes = 0
         self.parked = True
+
+    def _forget_raw(self) -> None:
+        """Let go of memory for pages that do not pack, as far as there are none."""
+        if self._raw is None:
+            return
+        if not any(ledger.host_tokens for ledger in self._full):
+            self._raw = None
+            return
+        unused = self._raw.forget_unused()
+        for ledger in self._full:
+            ledger.forget_raw(unused)
 
     def compact(self) -> None:
         """Copy what a parked cache holds, where that is a small part of the memory it holds.

@@ -81,7 +81,9 @@ class CountedTokens:
         """Return the bytes of each block of such pages, by its identity."""
         if not self.plan.shape.packs:
             return {}
-        return {id(raw): raw.nbytes for ledger in self._full for raw in ledger.raw_memory}
+        blocks = [] if self._raw is None else self._raw.memory
+        held = [raw for ledger in self._full for raw in ledger.raw_memory]
+        return {id(raw): raw.nbytes for raw in (*blocks, *held)}
 
     def host_pieces(self) -> dict[Hashable, int]:
         """Return the bytes of each piece of host memory, by what copies have in common.

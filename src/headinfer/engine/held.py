@@ -261,6 +261,8 @@ class HeldTokens(ReservedTokens):
             ledger.clear()
         if not self.parked:
             self._executor.forget_late()
+        if self._raw is not None:
+            self._raw.forget()
         self._expected_tokens = 0
         self.half_done = self.drafting = False
 

@@ -274,11 +274,11 @@ class Pages:
             tokens = ledger.sent_at_once(tile.tokens - first)
             try:
                 targets = ledger.extend_host(tokens)
+                for target in targets:  # pages that do not pack may lack memory
+                    self._send_part(ledger, target, tile)
             except (DiskError, MemoryPlanError):
                 self._take_back(ledger, tile)
                 raise
-            for target in targets:
-                self._send_part(ledger, target, tile)
             first += tokens
             if first == tile.tokens:
                 return targets

@@ -71,6 +71,7 @@ class Block:
         on_device: the same memory, as the device addresses it.
         taken: `[1]` of int64 on the device: slots that are taken.
         room: slots that are left, should compute take all that it may.
+        coming: pages that may take a slot each, and are not counted yet.
     """
 
     def __init__(self, device: Device, slots: int, slot_bytes: int) -> None:
@@ -82,14 +83,22 @@ class Block:
             self._counted_on_device = device.mapped(counted).view(torch.int64)
         self.on_device = addressed(device, self.memory)
         self._slots = self.room = slots
-        self.coming = 0  # pages that may have taken a slot each, and are not counted yet
+        self.coming = 0
+
+    @property
+    def is_unused(self) -> bool:
+        """Whether no slot is taken, and none may be."""
+        return self.room == self._slots
 
     def may_take(self, pages: int) -> None:
-        """Have the slots counted, behind compute's work for so many pages."""
-        # A kernel writes there, as others read what is mapped; a copy would be the driver's.
-        torch.add(self.taken, 0, out=self._counted_on_device)
+        """Have so many slots be those of pages to come."""
         self.coming += pages
         self.room -= pages
+
+    def count(self) -> None:
+        """Have the slots counted, behind compute's work."""
+        # A kernel writes there, as others read what is mapped; a copy would be the driver's.
+        torch.add(self.taken, 0, out=self._counted_on_device)
 
     def was_counted(self, pages: int) -> None:
         """Make room for what so many pages did not take, now that this was counted.
@@ -112,8 +121,9 @@ class _Count(NamedTuple):
 class RawPages:
     """A pool of slots in host memory, for pages as they are.
 
-    No slot is given back. Blocks are taken as they are needed, up to those of a room. Behind them
-    whoever needs slots waits for what was counted, and replaces blocks that have too few.
+    No slot is given back. Blocks are taken as they are needed, up to those of a room. Behind them,
+    or where no memory is left for one, whoever needs slots waits for what was counted. Blocks that
+    have too few are replaced.
 
     Args:
         device: takes the slots.
@@ -132,6 +142,11 @@ class RawPages:
         with torch.inference_mode(False):
             self.begun_taken = torch.zeros(1, dtype=torch.int64, device=device.torch_device)
 
+    @property
+    def memory(self) -> list[torch.Tensor]:
+        """What the blocks lie in that slots are taken of."""
+        return [block.memory for block in self._blocks]
+
     def serves(self, room: RawRoom) -> bool:
         """Whether its blocks do for another room: their slots are as large, and enough."""
         least = LEAST_LEAD * room.chunk_slots
@@ -142,26 +157,66 @@ class RawPages:
         self._most_blocks = max(room.slots // self._block_slots, 1)
 
     def with_room(self, pages: int) -> Block:
-        """Return a block that has slots for some pages, should none of them pack."""
+        """Return a block in which some pages have slots from now on, should none of them pack.
+
+        Whoever launches what takes them calls `note` behind it.
+
+        Raises:
+            MemoryPlanError: there is no memory for a block, and no count to wait for.
+        """
         while self._counts and self._counts[0].mark.reached:
             self._hear()
         while True:
             for block in self._blocks:
                 if block.room >= pages:
+                    block.may_take(pages)  # first: an interruption leaves none that nobody counts
                     return block
             if len(self._blocks) >= self._most_blocks:
                 self._blocks = [block for block in self._blocks if block.coming]
-            if len(self._blocks) < self._most_blocks:
-                self._blocks.append(Block(self._device, self._block_slots, self._slot_bytes))
-            else:
-                with launches.paused():
-                    self._counts[0].mark.wait()
-                self._hear()
+            if not self._took_block():
+                self._wait()
 
     def note(self, block: Block, pages: int) -> None:
-        """Have the slots counted that so many pages may have taken, behind compute's work."""
-        block.may_take(pages)
+        """Have a block's slots counted, behind compute's work for so many pages."""
+        block.count()
         self._counts.append(_Count(self._device.mark_compute(), block, pages))
+
+    def forget_unused(self) -> list[torch.Tensor]:
+        """Let go of blocks that no page has a slot of; return what they lie in. It waits."""
+        while self._counts:
+            self._wait()
+        unused = [block.memory for block in self._blocks if block.is_unused]
+        self._blocks = [block for block in self._blocks if not block.is_unused]
+        return unused
+
+    def forget(self) -> None:
+        """Let go of all blocks: no page has a slot any more. It waits for the device."""
+        if not self._blocks:
+            return
+        self._device.synchronize()  # what was interrupted is in no count
+        self._counts.clear()
+        self._blocks.clear()
+
+    def _took_block(self) -> bool:
+        """Take another block, if there may be one and there is memory for it."""
+        if len(self._blocks) >= self._most_blocks:
+            return False
+        try:
+            self._blocks.append(Block(self._device, self._block_slots, self._slot_bytes))
+        except MemoryPlanError:
+            if not self._counts:
+                raise
+            return False
+        return True
+
+    def _wait(self) -> None:
+        """Wait for the oldest count; without one, blocks have slots that nobody will count."""
+        if not self._counts:
+            self.forget()
+            return
+        with launches.paused():
+            self._counts[0].mark.wait()
+        self._hear()
 
     def _hear(self) -> None:
         """Take note of the oldest count, which is there."""

@@ -66,6 +66,11 @@ class Piece:
         """Keep memory that pages in the piece refer to."""
         self.raw += tuple(each for each in raw if all(each is not kept for kept in self.raw))
 
+    def forget(self, raw: Iterable[torch.Tensor]) -> None:
+        """Let go of memory that no page in the piece refers to."""
+        gone = list(raw)
+        self.raw = tuple(each for each in self.raw if all(each is not old for old in gone))
+
     @classmethod
     def on_disk(cls, region: Region) -> "Piece":
         """Return a piece without memory: its views say where in the region tokens lie."""

@@ -1,5 +1,9 @@
 """How what the host holds of a layer grows: by pieces of memory, or by blocks above a disk."""
 
+from collections.abc import Sequence
+
+import torch
+
 from headinfer.errors import DiskError, MemoryPlanError
 from headinfer.kv.disk_place import DiskPlace
 from headinfer.kv.extent import Extent
@@ -18,6 +22,11 @@ class Growth(HostBytes):
     host_tokens: int
     version: int
     _place: HostPlace
+
+    def forget_raw(self, memory: Sequence[torch.Tensor]) -> None:
+        """Let go of memory for pages as they are, of which none refers to it."""
+        for extent in self._host:
+            extent.piece.forget(memory)
 
     def reserve(self, tokens: int) -> None:
         """Have host memory for `tokens` tokens in all, and wait for no more than that.
