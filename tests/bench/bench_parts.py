@@ -3,6 +3,7 @@
 import base64
 from array import array
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from headinfer.bench.bound import Rates
 from headinfer.bench.launch import Machine
@@ -97,6 +98,9 @@ class FakeLauncher:
 
     def machine(self, device: str, dtype: str, gpus: int) -> Machine:
         return MACHINE
+
+    def identity(self, device: str) -> dict[str, Any]:
+        return {"device": MACHINE.device, "hardware": MACHINE.hardware}
 
     def trial(self, spec: TrialSpec, time_limit_s: float) -> TrialResult | TrialFailure:
         self.asked.append((spec.method, spec.context_tokens))

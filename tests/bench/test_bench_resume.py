@@ -185,3 +185,32 @@ def test_checks_go_on_with_the_reference_that_was_checked(
     assert asked == [("bounded", GATE_TOKENS), ("headinfer", 4500)]
     assert [row["status"] for row in run.document["rows"]] == ["ok", "mismatch"]
     assert "unfinished" not in run.document
+
+
+def test_another_machine_does_not_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(monkeypatch, tmp_path / "found.json", "max-context", "--contexts", "1K,64K")
+    assert run(stop_at=5)[0].exit_code == 130
+    there = {"device": "cpu", "hardware": {"cpu": "another one"}}
+    monkeypatch.setattr(FakeLauncher, "identity", lambda _launcher, _device: there)
+    done, asked = run("--resume")
+    assert done.exit_code == 2
+    assert "measured with other hardware" in done.stderr
+    assert not asked
+
+
+def test_a_trial_that_ran_out_of_time_is_tried_again_with_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late = TrialFailure(status=Status.CANNOT_RUN, reason="took longer than 60 s", grows=True)
+
+    def slow(spec: TrialSpec) -> Outcome:
+        return late if spec.context_tokens == 4096 else answer(spec)
+
+    arguments = ("max-context", "--contexts", "1K,64K", "--methods", "standard")
+    run = Run(monkeypatch, tmp_path / "found.json", *arguments)
+    cut, asked = run("--time-limit", "60", stop_at=5, answer=slow)
+    assert (cut.exit_code, asked[-1]) == (130, ("standard", 3072))
+    done, asked = run("--resume", "--time-limit", "600")
+    assert done.exit_code == 0, done.stderr
+    assert [tokens for _, tokens in asked] == [4096, 8192, 6144, 5120]
+    assert run.document["rows"][0]["context_tokens"] == 4096

@@ -101,6 +101,24 @@ def test_a_search_for_what_a_method_holds_goes_on_from_what_was_tried():
     assert len(cut.trials) == 2
 
 
+def test_an_error_in_a_search_is_not_kept_as_what_a_method_cannot_hold():
+    died = TrialFailure(status=Status.FAILED, reason="died")
+
+    class Dying(FakeWorkers):
+        """Workers of which the second trial dies."""
+
+        def trial(self, spec):
+            found = super().trial(spec)
+            return died if len(self.trials) == 2 else found
+
+    kept = []
+    workers = Dying(holding(2000), holds=lambda _method: 2000)
+    list(AnswersRun(answers_spec("standard"), workers, Heard(), noted=kept.append).rows())
+    second = workers.trials[1].context_tokens
+    assert all(second not in dict(row.tried) for row in kept)
+    assert any(row.tried for row in kept)
+
+
 def test_a_limit_is_kept_before_the_first_answer_below_it():
     kept = []
     workers = FakeWorkers(holding(2000), holds=lambda _method: 2000)

@@ -128,22 +128,32 @@ class Results:
             unfinished=_unfinished(values.get("unfinished")),
         )
 
-    def continued(self, spec: BenchSpec) -> "Results":
+    def continued(self, spec: BenchSpec, identity: Mapping[str, Any]) -> "Results":
         """Return these results as the beginning of another run, here and now.
 
         Methods, forms and contexts may be others; all else must be as it was. What failed is left
-        out, to be tried again.
+        out, to be tried again. So are trials that did not run while they might take less time.
+
+        Args:
+            spec: of the other run.
+            identity: kind of `device`, and `hardware`, that it runs on.
 
         Raises:
             OptionError: the runs differ, so that their rows do not belong into one file.
         """
-        now = header(spec, self.machine)
+        now = header(spec, replace(self.machine, **identity))
         check_continues(self.header, now, but={*_MAY_DIFFER})
         forms = tuple(dict.fromkeys((*spec.kv_caches, *self.spec.kv_caches)))
         whole = replace(joined(spec, self.spec), kv_caches=forms)
         rows = [row for row in self.rows if row.status is not Status.FAILED]
         checks = {name: check for name, check in self.checks.items() if not _failed(check)}
         reference = self.unfinished.reference
+        longer = spec.time_limit_s > self.spec.time_limit_s
+
+        def stays(trial: Ended) -> bool:
+            failed = isinstance(trial.outcome, TrialFailure)
+            return not (_failed(trial.outcome) or (longer and failed))
+
         return replace(
             self,
             spec=whole,
@@ -151,8 +161,8 @@ class Results:
             rows=rows,
             checks=checks,
             unfinished=Unfinished(
-                (each for each in self.unfinished if not _failed(each.outcome)),
-                None if reference is None or _failed(reference.outcome) else reference,
+                filter(stays, self.unfinished),
+                reference if reference is not None and stays(reference) else None,
             ),
         )
 

@@ -39,6 +39,9 @@ class Launcher(Protocol):
     def machine(self, device: str, dtype: str, gpus: int) -> Machine:
         """Measure the machine, with so many GPUs."""
 
+    def identity(self, device: str) -> dict[str, Any]:
+        """Return the kind of `device` that a run computes on, and its `hardware`."""
+
     def above_disk(self, machine: Machine, folder: str) -> Machine:
         """Measure the disk that a folder is on, too."""
 
@@ -51,9 +54,13 @@ class FreshProcesses:
 
     def machine(self, device: str, dtype: str, gpus: int) -> Machine:
         """Measure the machine in a process, so that this one never holds a device."""
-        question = {"device": device, "dtype": dtype, "gpus": gpus}
+        question = {"device": device, "dtype": dtype, "gpus": gpus, "rates": True}
         answer = child.ask("headinfer.bench.machine", question)
         return Machine(**(answer | {"rates": Rates(**answer["rates"])}))
+
+    def identity(self, device: str) -> dict[str, Any]:
+        """Ask in a process, for the same reason."""
+        return child.ask("headinfer.bench.machine", {"device": device, "rates": False})
 
     def above_disk(self, machine: Machine, folder: str) -> Machine:
         """Measure the disk in a process, after all else."""

@@ -122,20 +122,18 @@ def hardware(device: torch.device) -> dict[str, Any]:
 
 
 def answer(values: dict[str, Any]) -> dict[str, Any]:
-    """Return device, hardware and rates; without the device asked for, the host's.
+    """Return device, hardware and, where they are asked for, rates.
 
-    See `headinfer.bench.child`.
+    Without the device asked for they are the host's. See `headinfer.bench.child`.
     """
     try:
         device = torch_device(Options.parse(device=values["device"]))
     except Exception:
         device = torch.device("cpu")
+    found = {"device": device.type, "hardware": hardware(device)}
+    if not values["rates"]:
+        return found
     there = torch.cuda.device_count() if device.type == "cuda" else 1
     gpus = min(values["gpus"], there)
     rates, best_by = measure(device, getattr(torch, values["dtype"]), gpus=gpus)
-    return {
-        "device": device.type,
-        "hardware": hardware(device),
-        "rates": asdict(rates),
-        "rates_by": best_by,
-    }
+    return found | {"rates": asdict(rates), "rates_by": best_by}

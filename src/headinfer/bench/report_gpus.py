@@ -10,7 +10,8 @@ from headinfer.bench.result import Status
 from headinfer.bench.rows import Row
 from headinfer.bench.spec import Command
 from headinfer.bench.table import conditions, notes
-from headinfer.units import format_seconds, format_tokens
+from headinfer.bench.variant import Variant
+from headinfer.units import exact_bytes, format_seconds, format_tokens
 
 _NOT_MEASURED = "not measured"
 
@@ -228,7 +229,9 @@ def title(results: Results) -> str:
     what = "longest context" if spec.command.finds_context else spec.command.value
     tokens = spec.settings.chunk_tokens
     chunks = "" if tokens == "auto" else f", chunks of {format_tokens(tokens)}"
-    return f"{spec.model.description.split(',')[0]} on {spec.gpus} GPUs, {what}{chunks}"
+    memory = spec.settings.device_memory_bytes
+    held = "" if memory is None else f" held to {exact_bytes(memory)}"
+    return f"{spec.model.description.split(',')[0]} on {spec.gpus} GPUs{held}, {what}{chunks}"
 
 
 def _made(results: Results) -> str:
@@ -243,26 +246,29 @@ def times_table(*runs: Results) -> str:
     """Return contexts down and methods across, with the share of the bound in brackets.
 
     Args:
-        runs: of one title (`title`). Each line is of one run: the newest that has its context.
+        runs: of one title (`title`). Each line is of one run, the newest first. A context has more
+            than one line where an older run has methods that newer ones lack.
     """
     if runs[0].spec.command.finds_context:
         return _longest_table(runs)
     by_age = sorted(runs, key=lambda each: str(each.header["date"]))
-    lines_of = {row.context_tokens: run for run in by_age for row in run.arranged_rows}
-    shown = [
-        (run, {row.variant for row in run.arranged_rows})
-        for run in by_age
-        if run in lines_of.values()
-    ]
     variants = dict.fromkeys(
-        variant for run, ran in shown for variant in run.spec.variants if variant in ran
+        variant
+        for run in by_age
+        for variant in run.spec.variants
+        if any(row.variant == variant for row in run.arranged_rows)
     )
     lines = [f"| context | {' | '.join(map(runs[0].spec.name_of, variants))} |"]
     lines.append(f"|---:|{'---:|' * len(variants)}")
-    for tokens, run in sorted(lines_of.items()):
-        rows = {row.variant: row for row in run.arranged_rows if row.context_tokens == tokens}
-        cells = [_cell(rows.get(each), run) for each in variants]
-        lines.append(f"| {format_tokens(tokens)} | {' | '.join(cells)} |")
+    for tokens in sorted({row.context_tokens for run in runs for row in run.arranged_rows}):
+        told: set[Variant] = set()
+        for run in reversed(by_age):
+            rows = {row.variant: row for row in run.arranged_rows if row.context_tokens == tokens}
+            rows = {variant: row for variant, row in rows.items() if variant not in told}
+            if rows:
+                cells = [_cell(rows.get(variant), run) for variant in variants]
+                lines.append(f"| {format_tokens(tokens)} | {' | '.join(cells)} |")
+            told |= rows.keys()
     return "\n".join(lines) + "\n"
 
 

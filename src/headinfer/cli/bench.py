@@ -158,7 +158,8 @@ def _run(command: Command, given: dict[str, Any]) -> None:
 def _begin(spec: BenchSpec, launcher: Launcher, progress: RunProgress, path: str | None) -> Results:
     """Return the results of an earlier run to go on with, or those of one that begins."""
     if path is not None and Path(path).exists():
-        return Results.load(path).continued(spec)
+        progress.started("looking at the machine", None)
+        return Results.load(path).continued(spec, launcher.identity(spec.settings.device))
     progress.started("measuring the machine", None)
     machine = launcher.machine(spec.settings.device, spec.dtype, spec.gpus)
     if spec.settings.disk_cache is not None:

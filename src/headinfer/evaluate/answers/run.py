@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from headinfer.bench.catalogue import CATALOGUE, REFERENCE_METHOD
+from headinfer.bench.launch import Outcome
 from headinfer.bench.longest import longest_context
 from headinfer.bench.result import Status, TrialFailure, TrialResult
 from headinfer.errors import ModelLoadError
@@ -241,22 +242,26 @@ class AnswersRun:
         tried = dict(row.tried)
 
         def runs(tokens: int) -> bool:
-            if tokens not in tried:
-                tried[tokens] = self._holds(row.method, tokens)
-                self._noted(replace(row, tried=tuple(tried.items())))
+            if tokens in tried:
+                return tried[tokens]
+            outcome = self._tried(row.method, tokens)
+            if isinstance(outcome, TrialFailure) and outcome.status is Status.FAILED:
+                return False  # and tried anew when this goes on: an error may not come again
+            tried[tokens] = isinstance(outcome, TrialResult)
+            self._noted(replace(row, tried=tuple(tried.items())))
             return tried[tokens]
 
         first = min(_FIRST_TOKENS, row.context_tokens)
         held = longest_context(runs, first=first, last=row.context_tokens, step_tokens=_STEP_TOKENS)
         return held + new_tokens if held else None
 
-    def _holds(self, method: str, tokens: int) -> bool:
+    def _tried(self, method: str, tokens: int) -> Outcome:
         """Try whether a method holds so many tokens."""
         self._progress.moved(
             f"{method}: does it hold {format_tokens(tokens)} tokens?", self._pace.left_s()
         )
         trial = self._spec.job(method, tokens, None, ()).trial()
-        return isinstance(self._launcher.trial(trial), TrialResult)
+        return self._launcher.trial(trial)
 
 
 def said(row: AnswersRow) -> str:
