@@ -62,7 +62,8 @@ def test_the_steps_of_the_chosen_method(cli) -> None:
 def test_json_is_as_documented(cli) -> None:
     outcome = cli(*QUESTION, "--context", "1M", "--hardware", "h200", "--json")
     document = json.loads(outcome.out)
-    assert list(document) == ["model", "hardware", "context_tokens", "disk", "methods", "chosen"]
+    names = ["model", "hardware", "kv_cache", "context_tokens", "disk", "methods", "chosen"]
+    assert list(document) == names
     assert document["model"] == "llama-3-8b"
     assert document["hardware"] == "h200"
     assert document["context_tokens"] == 2**20

@@ -9,7 +9,8 @@ TWO = (*QUESTION, "--gpus", "2", "--device-memory", "24GiB")
 CARD = ("plan", "--model", "llama-3-70b", "--hardware", "rtx-4090", "--context", "32K")
 EACH = [
     *("layers", "kv_heads", "weights_bytes", "kv_device_bytes", "resident_bytes"),
-    *("activation_bytes", "runtime_bytes", "total_device_bytes", "busy"),
+    *("activation_bytes", "kv_host_bytes", "raw_page_bytes", "runtime_bytes"),
+    *("total_device_bytes", "busy"),
 ]
 
 

@@ -15,14 +15,17 @@ from headinfer.cli.plan_table import (
     gib,
     length,
     marked,
+    print_form,
     table_console,
 )
 from headinfer.cli.text import print_lines
 from headinfer.errors import OptionError
 from headinfer.estimate.accounting import AccountingKind
 from headinfer.estimate.choose_split import SplitChoice, choose_split
-from headinfer.estimate.gpus import SplitPlan, split_plans
+from headinfer.estimate.gpus import split_plans
+from headinfer.estimate.methods import APPROXIMATE
 from headinfer.estimate.situation import Situation
+from headinfer.estimate.split_plan import SplitPlan
 from headinfer.generation.gpus import Gpus
 from headinfer.plan.hardware import Hardware
 from headinfer.plan.options import Options
@@ -66,8 +69,6 @@ def check_gpus(
         raise OptionError("--gpus counts by our accounting alone; leave out --accounting")
     if options.sparsity:
         raise OptionError("--gpus plans for exact attention alone; leave out --sparsity")
-    if options.kv_cache not in ("auto", "dense"):
-        raise OptionError("--gpus plans for dense KV alone; leave out --kv-cache")
     if steps:
         raise OptionError("--steps are of one GPU; leave out --gpus")
 
@@ -130,11 +131,13 @@ def _print(
         console.print(f"[yellow]{escape(note)}[/]")
     console.print(_table(plans, choice, above_disk=situation.disk is not None))
     holding = "GPU and CPU memory" + (" and the disk" if situation.disk else "")
+    rounded = any(plan.method in APPROXIMATE for plan in plans)
     console.print(
         "[dim]Sizes in GiB, of the fullest GPU; total: with activations and CUDA itself; [/]"
-        f"[red]![/][dim]: more than there is;\nmax context: what {holding} hold; times "
-        "predicted[/]"
+        f"[red]![/][dim]: more than there is;\n{'~: not exact by design; ' if rounded else ''}"
+        f"max context: what {holding} hold; times predicted[/]"
     )
+    print_form(console, situation)
     _print_choice(console, choice)
 
 
@@ -167,15 +170,16 @@ def _table(plans: Sequence[SplitPlan], choice: SplitChoice, *, above_disk: bool)
 
 def _cells(plan: SplitPlan) -> list[str]:
     split = "-" if plan.gpus == 1 else plan.split.value
+    method = f"{plan.method} ~" if plan.method in APPROXIMATE else plan.method
     if plan.obstacle is not None:
-        return [str(plan.gpus), split, plan.method, *["-"] * (len(_COLUMNS) - 3)]
+        return [str(plan.gpus), split, method, *["-"] * (len(_COLUMNS) - 3)]
     fullest, short = plan.fullest, bool(plan.host_short_bytes)
     on_host = [plan.weights_host_bytes, plan.kv_host_bytes]
     on_disk = gib(plan.kv_disk_bytes) if plan.kv_disk_bytes else "-"
     return [
         str(plan.gpus),
         split,
-        plan.method,
+        method,
         gib(fullest.weights_bytes),
         gib(fullest.kv_device_bytes),
         marked(gib(fullest.total_bytes), short=bool(fullest.short_bytes)),
@@ -195,6 +199,7 @@ def _as_json(
     return {
         "model": situation.shape.name,
         "hardware": situation.hardware.name,
+        "kv_cache": situation.host_format.value,
         "context_tokens": situation.context_tokens,
         "disk": disk_as_json(situation),
         "plans": [_row(plan) for plan in plans],
@@ -234,6 +239,8 @@ def _row(plan: SplitPlan) -> dict[str, Any]:
                 "kv_device_bytes": use.kv_device_bytes,
                 "resident_bytes": use.resident_bytes,
                 "activation_bytes": use.activation_bytes,
+                "kv_host_bytes": use.kv_host_bytes,
+                "raw_page_bytes": use.raw_page_bytes,
                 "runtime_bytes": use.runtime_bytes,
                 "total_device_bytes": use.total_bytes,
                 "busy": use.busy,

@@ -85,11 +85,22 @@ def print_plans(
         "[/][red]![/][dim]: more than there is;\n~: not exact by design; max context: what "
         f"{_holding(situation)}; times predicted[/]"
     )
+    print_form(console, situation)
     if runtime:
         parts = runtime_parts(situation.device).items()
         told = ", ".join(f"{name} {gib(num_bytes)}" for name, num_bytes in parts)
         console.print(f"[dim]CUDA itself: {told}[/]")
     _print_choice(console, choice)
+
+
+def print_form(console: Console, situation: Situation) -> None:
+    """Print how tokens of our exact methods lie in CPU memory, where they are not dense."""
+    shape = situation.of_ours().shape
+    if shape.packs:
+        console.print(
+            f"[dim]KV on CPU: {shape.host_format.value} in our methods, {shape.packed_share:.2f} "
+            "of its bytes[/]"
+        )
 
 
 def print_steps(situation: Situation, choice: Choice) -> None:
@@ -253,6 +264,7 @@ def plan_as_json(
     return {
         "model": situation.shape.name,
         "hardware": situation.hardware.name,
+        "kv_cache": situation.host_format.value,
         "context_tokens": situation.context_tokens,
         "disk": disk_as_json(situation),
         "methods": [_row(plan) for plan in plans],

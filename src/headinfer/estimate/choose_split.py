@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from headinfer.estimate.below import Disk
 from headinfer.estimate.choose import ceiling, position_warning
-from headinfer.estimate.gpus import Split, SplitPlan
 from headinfer.estimate.methods import RESIDENT
 from headinfer.estimate.situation import Situation
+from headinfer.estimate.split_plan import Split, SplitPlan
 from headinfer.plan.hardware import DISK_BYTES_PER_S
 from headinfer.plan.predict import ANSWER_TOKENS
 from headinfer.units import format_bytes, format_seconds, format_tokens
@@ -48,8 +48,10 @@ def _answer_s(plan: SplitPlan) -> float:
 
 def _command(situation: Situation, plan: SplitPlan) -> str:
     below = ""
+    if plan.packed_share != 1:
+        below = f" --kv-cache {situation.host_format.value}"
     if situation.disk is not None and plan.kv_disk_bytes:
-        below = f" --disk-cache {shlex.quote(situation.disk.folder)}"
+        below += f" --disk-cache {shlex.quote(situation.disk.folder)}"
     if plan.gpus == 1 and not plan.brought_bytes:
         return f"headinfer generate{below} ..."
     if plan.split is Split.HEADS:
@@ -90,10 +92,22 @@ def _own_reasons(situation: Situation, plan: SplitPlan) -> Iterator[str]:
                 f"In a decode step one GPU after the other works: {streamed} of KV cross one link "
                 "at a time."
             )
+    if plan.packed_share != 1:
+        yield _raw_pages(situation, plan)
     if situation.disk is not None and plan.kv_disk_bytes:
         yield _on_disk(situation, situation.disk, plan)
     if plan.brought_bytes:
         yield _brought(situation, plan)
+
+
+def _raw_pages(situation: Situation, plan: SplitPlan) -> str:
+    """Say what CPU memory is set aside for pages that do not pack, and for which GPU."""
+    sizes = [format_bytes(use.raw_page_bytes) for use in plan.uses]
+    each = f", by GPU: {', '.join(sizes)}" if len(set(sizes)) > 1 else ""
+    return (
+        f"KV is {situation.host_format.value} in CPU memory, where "
+        f"{format_bytes(plan.raw_page_bytes)} are set aside for pages that do not pack{each}."
+    )
 
 
 def _on_disk(situation: Situation, disk: Disk, plan: SplitPlan) -> str:

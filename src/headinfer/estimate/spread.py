@@ -49,6 +49,11 @@ class Spread:
     host_bytes: int = 0
     disk_bytes: int = 0
 
+    @property
+    def on_no_gpu_bytes(self) -> int:
+        """Weights that no GPU holds."""
+        return self.host_bytes + self.disk_bytes
+
 
 def by_layers(
     shape: ModelShape,
@@ -76,6 +81,10 @@ def by_layers(
         Share(shape=_part(shape, modules, positions, brought, on_disk), device_memory_bytes=given)
         for positions, given in zip(held, memory_bytes, strict=True)
         if any(modules[position][0] is not None for position in positions)
+    ]
+    shares = [
+        replace(share, shape=replace(share.shape, stage=stage))
+        for stage, share in enumerate(shares)
     ]
     all_bytes = sum(modules[position][1] for position in brought)
     return Spread(shares=tuple(shares), host_bytes=all_bytes - on_disk, disk_bytes=on_disk)
