@@ -10,11 +10,13 @@ from rich.table import Table
 from headinfer.cli.console import stderr_console
 from headinfer.cli.output import STDOUT, write_json
 from headinfer.cli.plan_table import (
+    changes_as_json,
     disk_as_json,
     free_below,
     gib,
     length,
     marked,
+    print_changes,
     print_form,
     table_console,
 )
@@ -100,7 +102,7 @@ def answer_gpus(
     has = situation.hardware.device_memory_bytes
     memory_bytes = [has if given is None else given for given in asked.memory_bytes]
     plans = split_plans(situation, memory_bytes, quantising=quantising)
-    choice = choose_split(situation, plans)
+    choice = choose_split(situation, plans, memory_bytes, quantising=quantising)
     if json_path is not None:
         write_json(json_path, _as_json(situation, plans, choice))
     if json_path != STDOUT:
@@ -150,6 +152,7 @@ def _print_choice(console: Console, choice: SplitChoice) -> None:
         split = "" if choice.plan.gpus == 1 else f", split by {choice.plan.split.value}"
         console.print(f"Chosen: [bold green]{gpus}{split}[/]")
     print_lines(console, choice.why)
+    print_changes(console, choice.changes)
     if choice.command:
         console.print(f"Run: {choice.command}", markup=False, soft_wrap=True)
 
@@ -206,6 +209,7 @@ def _as_json(
         "chosen": chosen,
         "why": list(choice.why),
         "command": choice.command or None,
+        "changes": changes_as_json(choice.changes),
     }
 
 

@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from headinfer.cli.text import print_lines
-from headinfer.estimate.choose import Choice
+from headinfer.estimate.choose import Change, Choice
 from headinfer.estimate.methods import APPROXIMATE
 from headinfer.estimate.situation import MethodPlan, Situation
 from headinfer.plan.memory import runtime_parts
@@ -229,9 +229,14 @@ def _print_choice(console: Console, choice: Choice) -> None:
     else:
         console.print("[bold red]No exact method fits.[/]")
     print_lines(console, choice.why)
-    if choice.changes:
-        console.print("What would do:" if len(choice.changes) == 1 else "Either of these would do:")
-        print_lines(console, (change.line for change in choice.changes))
+    print_changes(console, choice.changes)
+
+
+def print_changes(console: Console, changes: Sequence[Change]) -> None:
+    """Print what would help where nothing fits."""
+    if changes:
+        console.print("What would do:" if len(changes) == 1 else "Either of these would do:")
+        print_lines(console, (change.line for change in changes))
 
 
 def plan_as_json(
@@ -252,15 +257,7 @@ def plan_as_json(
             "why": list(choice.why),
         }
     else:
-        chosen["changes"] = [
-            {
-                "device_memory_bytes": change.device_memory_bytes,
-                "host_memory_bytes": change.host_memory_bytes,
-                "context_tokens": change.context_tokens,
-                "gpus": change.gpus,
-            }
-            for change in choice.changes
-        ]
+        chosen["changes"] = changes_as_json(choice.changes)
     return {
         "model": situation.shape.name,
         "hardware": situation.hardware.name,
@@ -270,6 +267,19 @@ def plan_as_json(
         "methods": [_row(plan) for plan in plans],
         "chosen": chosen,
     }
+
+
+def changes_as_json(changes: Sequence[Change]) -> list[dict[str, int | None]]:
+    """Return what would help as plain values; null for what each leaves as it is."""
+    return [
+        {
+            "device_memory_bytes": change.device_memory_bytes,
+            "host_memory_bytes": change.host_memory_bytes,
+            "context_tokens": change.context_tokens,
+            "gpus": change.gpus,
+        }
+        for change in changes
+    ]
 
 
 def disk_as_json(situation: Situation) -> dict[str, Any] | None:

@@ -23,7 +23,6 @@ from headinfer.plan.shape import ModelShape
 from headinfer.plan.step_time import Placement
 
 _WHOLE = "--load-in quantises whole matrices, which ranks do not have"
-_ON_GPUS = "--load-in keeps no weights in CPU memory, and GPU memory does not hold them"
 
 
 _Spreading = Callable[[ModelShape, int], Spread]
@@ -52,10 +51,11 @@ def split_plans(
             "as many GPUs"
         )
     one = memory_bytes[:1]
-    plans = _by_layers(situation, Split.NONE, one, quantising=quantising)
+    plans = _methods(situation, Split.NONE, _in_layers(situation, one, quantising=quantising))
     if gpus == 1:
         return plans
-    plans += _by_layers(situation, Split.LAYERS, memory_bytes, quantising=quantising)
+    spreading = _in_layers(situation, memory_bytes, quantising=quantising)
+    plans += _methods(situation, Split.LAYERS, spreading)
     obstacle = _WHOLE if quantising else heads_obstacle(shape, gpus)
     if obstacle is None:
         plans += _methods(situation, Split.HEADS, lambda shape, _: by_heads(shape, memory_bytes))
@@ -64,20 +64,27 @@ def split_plans(
     return plans
 
 
-def _by_layers(
-    situation: Situation, split: Split, memory_bytes: Sequence[int], *, quantising: bool
-) -> list[SplitPlan]:
+def layers_plan(
+    situation: Situation, memory_bytes: Sequence[int], *, quantising: bool = False
+) -> SplitPlan:
+    """Return ours by layers alone; see `split_plans`."""
+    spreading = _in_layers(situation, memory_bytes, quantising=quantising)
+    return _beside_weights(situation.of_ours(), RESIDENT, Split.LAYERS, spreading)
+
+
+def _in_layers(
+    situation: Situation, memory_bytes: Sequence[int], *, quantising: bool
+) -> _Spreading:
     # CPU memory has KV first: what it does not hold of the weights can lie on a disk.
     room = HostRoom.of_machine(situation.host_memory_bytes, situation.device).kv_bytes
 
     def spreading(shape: ModelShape, kv_bytes: int) -> Spread:
+        if quantising and len(memory_bytes) == 1:  # nothing spreads it
+            return Spread(shares=(Share(shape=shape, device_memory_bytes=memory_bytes[0]),))
         host_bytes = max(room - kv_bytes, 0)
         return by_layers(shape, memory_bytes, host_bytes=host_bytes, quantising=quantising)
 
-    if quantising and spreading(situation.shape, 0).on_no_gpu_bytes:
-        gpus = len(memory_bytes)
-        return [SplitPlan(method=RESIDENT, gpus=gpus, split=split, obstacle=_ON_GPUS)]
-    return _methods(situation, split, spreading)
+    return spreading
 
 
 def _methods(situation: Situation, split: Split, spreading: _Spreading) -> list[SplitPlan]:
@@ -199,18 +206,22 @@ def _split_plan(
         times = max(each, key=lambda own: (own.decode_s, own.prefill_s))  # they wait for each other
     else:
         times = layers_times(situation.hardware, parts, tokens)
+    lacking = any(share.short_bytes for share in spread.shares)
     return SplitPlan(
         method=method,
         gpus=len(spread.shares),
         split=split,
-        uses=tuple(replace(use, busy=busy) for use, busy in zip(uses, times.busy, strict=True)),
+        uses=tuple(
+            replace(use, busy=busy, short_bytes=max(use.short_bytes, share.short_bytes))
+            for use, busy, share in zip(uses, times.busy, spread.shares, strict=True)
+        ),
         chunk_tokens=placements[0].chunk_tokens,
         kv_host_bytes=kv_host_bytes,
         weights_host_bytes=spread.host_bytes,
         host_short_bytes=_host_short_bytes(
             situation, len(parts) if split is Split.HEADS else 1, kv_host_bytes
         ),
-        max_context_tokens=max_context_tokens,
+        max_context_tokens=0 if lacking else max_context_tokens,
         prefill_s=times.prefill_s,
         decode_s_per_token=times.decode_s,
         reduce_s=times.reduce_s,
