@@ -21,15 +21,12 @@ from headinfer.cli.plan_table import (
     table_console,
 )
 from headinfer.cli.text import print_lines
-from headinfer.errors import OptionError
-from headinfer.estimate.accounting import AccountingKind
 from headinfer.estimate.choose_split import SplitChoice, choose_split
 from headinfer.estimate.gpus import split_plans
 from headinfer.estimate.methods import APPROXIMATE
 from headinfer.estimate.situation import Situation
 from headinfer.estimate.split_plan import SplitPlan
 from headinfer.generation.gpus import Gpus
-from headinfer.plan.hardware import Hardware
 from headinfer.plan.options import Options
 from headinfer.units import format_bytes, format_seconds, format_tokens
 
@@ -52,27 +49,6 @@ _COLUMNS = (
     "prefill",
     "decode\n/token",
 )
-
-
-def check_gpus(
-    hardware: Hardware, options: Options, accounting: AccountingKind, *, steps: bool
-) -> None:
-    """Refuse what a plan for several GPUs does not take into account.
-
-    Raises:
-        OptionError: names it.
-    """
-    if hardware.link_bytes_per_s is None:
-        raise OptionError(
-            "--gpus is for machines with a GPU, and this one was measured without; name one as "
-            "--hardware"
-        )
-    if accounting is not AccountingKind.OURS:
-        raise OptionError("--gpus counts by our accounting alone; leave out --accounting")
-    if options.sparsity:
-        raise OptionError("--gpus plans for exact attention alone; leave out --sparsity")
-    if steps:
-        raise OptionError("--steps are of one GPU; leave out --gpus")
 
 
 def answer_gpus(

@@ -170,7 +170,7 @@ def _compared(best: SplitPlan, others: Sequence[SplitPlan]) -> Iterator[str]:
         if plan.obstacle is not None:
             yield f"{name}: not possible, for {plan.obstacle}."
         elif not plan.fits:
-            yield f"{name} does not fit: {_lacking(plan)}."
+            yield f"{name} does not fit: {lacking(plan)}."
         else:
             prefill, decode = plan.prefill_s, plan.decode_s_per_token
             yield (
@@ -180,7 +180,8 @@ def _compared(best: SplitPlan, others: Sequence[SplitPlan]) -> Iterator[str]:
             )
 
 
-def _lacking(plan: SplitPlan) -> str:
+def lacking(plan: SplitPlan) -> str:
+    """Say what memory a plan of ours lacks."""
     fullest = plan.fullest
     parts = []
     if fullest.short_bytes:
