@@ -2,7 +2,7 @@
 
 import json
 
-QUESTION = ("plan", "--hardware", "h100-80gb", "--context", "400K", "--device-memory", "24GiB")
+QUESTION = ("plan", "--hardware", "h100-80gb", "--context", "400K", "--chunk-tokens", "4K")
 
 
 def test_a_person_reads_the_form_and_the_room_for_pages_that_do_not_pack(cli) -> None:

@@ -7,8 +7,8 @@ import pytest
 
 from headinfer.estimate.machines import HARDWARE
 
-QUESTION = ("plan", "--model", "llama-3-8b", "--context", "400K")
-LARGE = ("plan", "--model", "llama-3-70b", "--context", "64K")
+QUESTION = ("plan", "--model", "llama-3-8b", "--context", "400K", "--chunk-tokens", "8K")
+LARGE = ("plan", "--model", "llama-3-70b", "--context", "64K", "--chunk-tokens", "4K")
 
 
 def test_rows_say_what_the_plan_of_each_machine_says(cli) -> None:

@@ -30,6 +30,7 @@ def situation(form: Format, *, model: str = "llama-3-8b", k_tokens: int = 400) -
         device_memory_bytes=24 * GIB,
         host_memory_bytes=256 * GIB,
         host_format=form,
+        chunk_tokens=4 * K,
     )
 
 
@@ -99,7 +100,7 @@ def test_fewer_bytes_cross_the_links_and_lie_in_cpu_memory() -> None:
 
 
 def test_the_longest_context_leaves_room_for_pages_that_do_not_pack() -> None:
-    here = replace(situation(Format.PACKED), host_memory_bytes=64 * GIB, chunk_tokens=4 * K)
+    here = replace(situation(Format.PACKED), host_memory_bytes=64 * GIB)
     plans = in_form(here, 4)
     for split in (Split.LAYERS, Split.HEADS):
         longest = plans[split].max_context_tokens
