@@ -243,6 +243,18 @@ def test_a_cpu_has_no_host_memory_beside_its_own(cli, hardware) -> None:
     assert "there is one memory on a CPU: use --device-memory" in outcome.err
 
 
+def test_a_machine_without_a_gpu_is_compared_with_others(cli) -> None:
+    save_cpu_with(64)
+    asked = ("plan", "--context", "16K", "--hardware", "this,h200", "--chunk-tokens", "4K")
+    told = " ".join(cli(*asked, "--kv-cache", "packed").out.split())
+    assert "this - - 64.0 - bounded " in told
+    assert "h200 1 131 512 - resident " in told
+    assert "KV on CPU: packed" in told
+    refused = cli(*asked, "--gpus", "1")
+    assert (refused.code, refused.out) == (2, "")
+    assert "--gpus is for machines with a GPU" in refused.err
+
+
 @pytest.mark.parametrize("measurement", [CPU_ONLY, WITH_GPU], ids=["cpu", "gpu"])
 def test_what_was_measured_on_another_machine_is_not_this(cli, measurement) -> None:
     keep.save_measurement(measurement)

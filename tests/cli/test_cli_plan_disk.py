@@ -57,6 +57,10 @@ def test_a_measured_disk_has_its_own_rate(cli, tmp_path) -> None:
         "write_bytes_per_s": 2e9,
         "measured": True,
     }
+    asked = ("--context", "100K", "--disk-cache", tmp_path, "--chunk-tokens", "4K")
+    several = " ".join(cli(*QUESTION[:3], "--hardware", "rtx-4090,h200", *asked).out.split())
+    assert "each machine, 20.00 GiB free below (ext4)" in several
+    assert "what they hold, with the disk; times" in several
     rows = {row["method"]: row for row in document["methods"]}
     assert rows["standard"]["kv_disk_bytes"] == 0
     chosen = document["chosen"]

@@ -9,7 +9,14 @@ from rich.table import Table
 
 from headinfer.cli.console import stderr_console
 from headinfer.cli.output import STDOUT, write_json
-from headinfer.cli.plan_table import gib, length, print_form, table_console
+from headinfer.cli.plan_table import (
+    disk_as_json,
+    free_below,
+    gib,
+    length,
+    print_form,
+    table_console,
+)
 from headinfer.cli.text import print_lines
 from headinfer.estimate.choose import position_warning
 from headinfer.estimate.machine_rows import MachineRow, gpus_row, machine_row
@@ -101,18 +108,18 @@ def _print(asked: Sequence[Asked], rows: Sequence[MachineRow], best: MachineRow 
     batch = f", {situation.batch} rows" if situation.batch > 1 else ""
     console.print(
         f"[bold]{escape(situation.shape.name)}[/], {format_tokens(situation.context_tokens)} "
-        f"tokens{batch}, by the best method of each machine"
+        f"tokens{batch}, by the best method of each machine{free_below(situation)}"
     )
     for note in dict.fromkeys(note for _, (_, note) in asked if note is not None):
         console.print(f"[yellow]{escape(note)}[/]")
     console.print(_table(rows, best))
     console.print(
-        "[dim]Memory in GiB, of each GPU and of the CPU; max context: what they hold; times "
-        "predicted[/]"
+        "[dim]Memory in GiB, of each GPU and of the CPU; max context: what they hold"
+        f"{', with the disk' if situation.disk else ''}; times predicted[/]"
     )
     if any(row.brought_bytes for row in rows):
         console.print("[dim]weights off GPU: in GiB, they cross the link for each token[/]")
-    print_form(console, situation)
+    print_form(console, next((each for each, _ in asked if each.device != "cpu"), situation))
     _print_choice(console, rows, best)
 
 
@@ -160,12 +167,14 @@ def _table(rows: Sequence[MachineRow], best: MachineRow | None) -> Table:
 
 def _cells(row: MachineRow) -> list[str]:
     each = dict.fromkeys(gib(size) for size in row.memory_bytes)
-    on_cpu = row.situation.device == "cpu"
+    on_cpu, on_host = row.situation.device == "cpu", row.situation.host_memory_bytes
+    if on_cpu:
+        on_host = row.situation.machine_memory_bytes or row.situation.device_memory_bytes
     return [
         row.situation.hardware.name,
         "-" if on_cpu else str(row.gpus),
         "-" if on_cpu else ", ".join(each),
-        gib(row.situation.device_memory_bytes if on_cpu else row.situation.host_memory_bytes),
+        gib(on_host),
         "-" if row.split is Split.NONE else row.split.value,
         row.method or "-",
         gib(row.brought_bytes) if row.brought_bytes else "-",
@@ -183,6 +192,7 @@ def _as_json(rows: Sequence[MachineRow], best: MachineRow | None) -> dict[str, A
         "kv_cache": situation.host_format.value,
         "context_tokens": situation.context_tokens,
         "batch": situation.batch,
+        "disk": disk_as_json(situation),
         "rows": [_row(row) for row in rows],
         "fastest": next((place for place, row in enumerate(rows) if row is best), None),
     }
