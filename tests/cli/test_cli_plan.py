@@ -62,7 +62,8 @@ def test_the_steps_of_the_chosen_method(cli) -> None:
 def test_json_is_as_documented(cli) -> None:
     outcome = cli(*QUESTION, "--context", "1M", "--hardware", "h200", "--json")
     document = json.loads(outcome.out)
-    assert list(document) == ["model", "hardware", "context_tokens", "disk", "methods", "chosen"]
+    names = ["model", "hardware", "kv_cache", "context_tokens", "disk", "methods", "chosen"]
+    assert list(document) == names
     assert document["model"] == "llama-3-8b"
     assert document["hardware"] == "h200"
     assert document["context_tokens"] == 2**20
@@ -240,6 +241,18 @@ def test_a_cpu_has_no_host_memory_beside_its_own(cli, hardware) -> None:
     outcome = cli("plan", *hardware, "--host-memory", "1GiB")
     assert (outcome.code, outcome.out) == (2, "")
     assert "there is one memory on a CPU: use --device-memory" in outcome.err
+
+
+def test_a_machine_without_a_gpu_is_compared_with_others(cli) -> None:
+    save_cpu_with(64)
+    asked = ("plan", "--context", "16K", "--hardware", "this,h200", "--chunk-tokens", "4K")
+    told = " ".join(cli(*asked, "--kv-cache", "packed").out.split())
+    assert "this - - 64.0 - bounded " in told
+    assert "h200 1 131 512 - resident " in told
+    assert "KV on CPU: packed" in told
+    refused = cli(*asked, "--gpus", "1")
+    assert (refused.code, refused.out) == (2, "")
+    assert "--gpus is for machines with a GPU" in refused.err
 
 
 @pytest.mark.parametrize("measurement", [CPU_ONLY, WITH_GPU], ids=["cpu", "gpu"])

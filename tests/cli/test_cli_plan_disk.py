@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from headinfer.cli import plan as plan_verb
+from headinfer.cli import plan_question
 from headinfer.disk.mount import Mount, mount_of
 from headinfer.plan.hardware import DiskRate
 from headinfer.probe import keep
@@ -17,8 +17,8 @@ QUESTION = ("plan", "--host-memory", "4GiB", "--hardware", "rtx-4090")
 @pytest.fixture(autouse=True)
 def _not_probed(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(plan_verb, "free_bytes", lambda folder: 20 * 2**30)
-    monkeypatch.setattr(plan_verb, "mount_of", lambda folder: Mount("/dev/x", "ext4"))
+    monkeypatch.setattr(plan_question, "free_bytes", lambda folder: 20 * 2**30)
+    monkeypatch.setattr(plan_question, "mount_of", lambda folder: Mount("/dev/x", "ext4"))
 
 
 def test_a_context_beyond_cpu_memory_is_planned_with_a_disk_alone(cli, tmp_path) -> None:
@@ -57,6 +57,10 @@ def test_a_measured_disk_has_its_own_rate(cli, tmp_path) -> None:
         "write_bytes_per_s": 2e9,
         "measured": True,
     }
+    asked = ("--context", "100K", "--disk-cache", tmp_path, "--chunk-tokens", "4K")
+    several = " ".join(cli(*QUESTION[:3], "--hardware", "rtx-4090,h200", *asked).out.split())
+    assert "each machine, 20.00 GiB free below (ext4)" in several
+    assert "what they hold, with the disk; times" in several
     rows = {row["method"]: row for row in document["methods"]}
     assert rows["standard"]["kv_disk_bytes"] == 0
     chosen = document["chosen"]

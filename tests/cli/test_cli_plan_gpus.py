@@ -9,7 +9,8 @@ TWO = (*QUESTION, "--gpus", "2", "--device-memory", "24GiB")
 CARD = ("plan", "--model", "llama-3-70b", "--hardware", "rtx-4090", "--context", "32K")
 EACH = [
     *("layers", "kv_heads", "weights_bytes", "kv_device_bytes", "resident_bytes"),
-    *("activation_bytes", "runtime_bytes", "total_device_bytes", "busy"),
+    *("activation_bytes", "kv_host_bytes", "raw_page_bytes", "runtime_bytes"),
+    *("total_device_bytes", "busy"),
 ]
 
 
@@ -86,15 +87,38 @@ def test_weights_quantised_while_loaded_are_not_split(cli) -> None:
     assert plans[-1]["split"] == "heads"
     assert "--load-in quantises whole matrices" in plans[-1]["obstacle"]
     assert plans[3]["fits"]
-    # 35 GiB in 4 bits: bitsandbytes keeps none of them in CPU memory.
-    large = (*CARD, "--load-in", "4bit", "--gpus")
-    one = json.loads(cli(*large, "1", "--json").out)
-    assert [plan["obstacle"] for plan in one["plans"]] == [one["plans"][0]["obstacle"]]
-    assert "keeps no weights in CPU memory" in one["plans"][0]["obstacle"]
-    assert one["chosen"] is None
-    assert "--gpus 1" not in cli(*CARD, "--load-in", "4bit").out
-    three = json.loads(cli(*large, "3", "--json").out)
+
+
+def test_quantised_weights_that_gpus_do_not_hold_say_what_is_lacking_and_what_would_do(cli) -> None:
+    """35 GiB in 4 bits: bitsandbytes keeps none of them in CPU memory."""
+    large = (*CARD, "--load-in", "4bit")
+    outcome = cli(*large, "--gpus", "2")
+    told = " ".join(outcome.out.split())
+    assert outcome.code == 1
+    assert "--load-in keeps no weights in CPU memory" in told
+    assert "By layers does not fit: 1.80 GiB of GPU memory are lacking on the GPU with the" in told
+    assert "Either of these would do: - --gpus 3 - --device-memory 25.9GiB, 1.80 GiB more" in told
+    three = json.loads(cli(*large, "--gpus", "3", "--json").out)
     assert three["plans"][three["chosen"]]["split"] == "layers"
+    assert three["changes"] == []
+    assert cli(*large, "--gpus", "2", "--device-memory", "25.9GiB").code == 0
+    assert cli(*large, "--gpus", "2", "--device-memory", "25.7GiB").code == 1
+    one = json.loads(cli(*large, "--gpus", "1", "--json").out)
+    assert one["chosen"] is None
+    assert one["changes"][0]["gpus"] == 3
+    # One GPU is asked for what the plan without --gpus asks for.
+    alone = json.loads(cli(*large, "--json").out)["chosen"]["changes"]
+    asked = alone[0]["device_memory_bytes"]
+    assert one["changes"][1]["device_memory_bytes"] == asked
+    assert all(change["gpus"] is None for change in alone)
+
+
+def test_gpus_that_give_unlike_memory_are_joined_by_such_as_the_last(cli) -> None:
+    asked = (*CARD, "--load-in", "4bit", "--gpus")
+    outcome = cli(*asked, "3", "--device-memory", "24GiB,16GiB,8GiB", "--json")
+    (change,) = json.loads(outcome.out)["changes"]
+    assert (change["gpus"], change["device_memory_bytes"]) == (4, None)
+    assert cli(*asked, "4", "--device-memory", "24GiB,16GiB,8GiB,8GiB").code == 0
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,12 @@ from transformers.integrations.accelerate import get_balanced_memory, infer_auto
 
 from headinfer.errors import OptionError
 from headinfer.estimate.choose_split import choose_split
-from headinfer.estimate.gpus import Split, SplitPlan, split_plans
+from headinfer.estimate.gpus import split_plans
 from headinfer.estimate.machines import HARDWARE
 from headinfer.estimate.pipeline import pipeline
 from headinfer.estimate.presets import PRESETS, preset_shape
 from headinfer.estimate.situation import Situation
+from headinfer.estimate.split_plan import Split, SplitPlan
 from headinfer.estimate.split_times import heads_times, layers_times
 from headinfer.estimate.spread import by_heads, by_layers
 from headinfer.integration.even_map import even_map

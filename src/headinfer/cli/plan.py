@@ -19,26 +19,25 @@ from headinfer.cli.options import (
     with_flags,
 )
 from headinfer.cli.output import STDOUT, JsonPath, check_writable, write_json
-from headinfer.disk.mount import free_bytes, mount_of
+from headinfer.cli.plan_question import (
+    ALL,
+    Question,
+    check_alike,
+    host_format_of,
+    parse_counts,
+    parse_machines,
+)
 from headinfer.errors import OptionError
 from headinfer.estimate.accounting import AccountingKind
-from headinfer.estimate.below import Disk
-from headinfer.estimate.machines import preset_hardware
+from headinfer.estimate.machines import HARDWARE, preset_hardware
 from headinfer.estimate.methods import method_plans
 from headinfer.estimate.situation import Situation
-from headinfer.plan.format import Format
 from headinfer.plan.hardware import THIS, Hardware
-from headinfer.plan.host_room import HostRoom
-from headinfer.plan.measured import read_measurement
-from headinfer.plan.options import Options
-from headinfer.plan.shape import ModelShape
-from headinfer.plan.streaming import PAPERS_SPARSITY
 from headinfer.units import parse_tokens
 
 _DEFAULT_HARDWARE = "rtx-4090"
 _EXIT_NOTHING_FITS = 1
 _MOST_ROWS = 2**16
-_MOST_GPUS = 1024
 
 
 @with_flags(
@@ -94,14 +93,12 @@ def plan(
         ),
     ] = 1,
     gpus: Annotated[
-        int | None,
+        str | None,
         typer.Option(
             "--gpus",
-            min=1,
-            max=_MOST_GPUS,
             metavar="COUNT",
             help="Plan for so many GPUs: what fits, which split is faster, beside one. Weights "
-            "that the GPUs do not hold stay in CPU memory.",
+            "that the GPUs do not hold stay in CPU memory. Several, such as 1,2,4, are compared.",
             rich_help_panel=MODEL_PANEL,
         ),
     ] = None,
@@ -112,8 +109,9 @@ def plan(
         typer.Option(
             "--hardware",
             metavar="NAME",
-            help=f"A machine by name, or {THIS}: as measured by `headinfer probe`, which is the "
-            f"default where it was; otherwise {_DEFAULT_HARDWARE}.",
+            help=f"{', '.join(HARDWARE)}, or {THIS}: as measured by `headinfer probe`, which is "
+            f"the default where it was; otherwise {_DEFAULT_HARDWARE}. Several of them, with "
+            f"commas, or {ALL} but {THIS}, are compared.",
             rich_help_panel=MEMORY_PANEL,
         ),
     ] = None,
@@ -160,103 +158,36 @@ def plan(
         if batch > _MOST_ROWS:
             raise OptionError(f"--batch must be at most {_MOST_ROWS:,}, not {batch}")
         options = parse_flags(flags)
-        here, which, note = _hardware(hardware)
-        disk = None
-        if options.disk_cache is not None:
-            here, disk = _above_disk(here, options, accounting)
-        if gpus is not None:
-            from headinfer.cli.plan_gpus import answer_gpus, check_gpus
+        counts = parse_counts(gpus)
+        machines = [_hardware(each) for each in parse_machines(hardware)]
+        check_alike([here for here, _, _ in machines], counts, options, accounting, steps=steps)
+        from headinfer.cli.shapes import shape_of
 
-            check_gpus(here, options, accounting, steps=steps)
-        elif options.device_memory_each:
-            raise OptionError(
-                "the plan is for one GPU: give one value as --device-memory, or --gpus"
-            )
-        one_memory = here.link_bytes_per_s is None
-        if one_memory and options.host_memory_bytes is not None:
-            raise OptionError("there is one memory on a CPU: use --device-memory")
-        situation = Situation(
-            shape=_shape(model, dtype.value, load_in.value if load_in else None),
-            hardware=here,
+        question = Question(
+            shape=shape_of(model, dtype=dtype.value, quantised=load_in.value if load_in else None),
             context_tokens=parse_tokens(context, "--context"),
-            device_memory_bytes=_device_memory_bytes(here, options.device_memory_bytes),
-            host_memory_bytes=options.host_memory_bytes or here.host_memory_bytes,
             batch=batch,
-            kind=accounting,
-            chunk_tokens=None if options.chunk_tokens == "auto" else options.chunk_tokens,
-            streaming=_streaming(options),
-            host_format=_host_format(options, model, dtype, accounting),
-            disk=disk,
-            machine_memory_bytes=here.device_memory_bytes
-            if one_memory and options.device_memory_bytes is None
-            else None,
+            options=options,
+            accounting=accounting,
+            host_format=host_format_of(options, model, dtype, accounting),
         )
-        if gpus is not None:
-            quantising, said = load_in is not None, (which, note)
-            code = answer_gpus(situation, gpus, options, said, json_path, quantising=quantising)
-            raise typer.Exit(code)
-        streams = load_in is None  # bitsandbytes keeps all it quantises on the GPU
-        raise typer.Exit(_answer(situation, (which, note), json_path, streams=streams, steps=steps))
+        asked = [(question.on(here), (which, note)) for here, which, note in machines]
+        quantising = load_in is not None
+        if len(asked) > 1 or len(counts) > 1:
+            from headinfer.cli.plan_machines import answer_machines
 
+            code = answer_machines(asked, counts, options, json_path, quantising=quantising)
+        elif counts:
+            from headinfer.cli.plan_gpus import answer_gpus
 
-def _above_disk(
-    here: Hardware, options: Options, accounting: AccountingKind
-) -> tuple[Hardware, Disk]:
-    """Return a machine with the rates of the disk that a folder is on, and that disk.
-
-    Raises:
-        OptionError: nothing can lie below host memory here.
-    """
-    folder = options.disk_cache or ""
-    if here.link_bytes_per_s is None:
-        raise OptionError("--disk-cache is below a GPU's CPU memory; leave it out on a CPU")
-    if accounting is not AccountingKind.OURS:
-        raise OptionError(f"--accounting {accounting.value} knows no disk; leave out --disk-cache")
-    mount = mount_of(folder)
-    disk = Disk(folder=folder, said=mount.said, free_bytes=free_bytes(folder))
-    measurement = read_measurement()
-    rate = None if measurement is None else measurement.disk_rate(mount.disk)
-    return here.above_disk(rate), disk
-
-
-def _host_format(
-    options: Options, model: str, dtype: DtypeChoice, accounting: AccountingKind
-) -> Format:
-    """Return the form of tokens in host memory.
-
-    Raises:
-        OptionError: the accounting knows dense ones alone; or they are to be packed, and of another
-            dtype than bfloat16.
-    """
-    form = Format.DENSE if options.kv_cache == "auto" else Format(options.kv_cache)
-    if form is not Format.DENSE and accounting is not AccountingKind.OURS:
-        raise OptionError(
-            f"--accounting {accounting.value} counts dense KV alone; leave out --kv-cache"
-        )
-    if form is not Format.PACKED:
-        return form
-    if dtype is DtypeChoice.AUTO:
-        from headinfer.cli.shapes import dtype_of
-
-        if (named := dtype_of(model)) != "bfloat16":
-            raise OptionError(
-                f"--kv-cache packed is for bfloat16 alone, and the config of {model!r} names "
-                f"{named}; leave out --kv-cache, or give --dtype bfloat16"
+            ((situation, said),) = asked
+            code = answer_gpus(
+                *(situation, counts[0], options, said, json_path), quantising=quantising
             )
-    elif dtype is not DtypeChoice.BFLOAT16:
-        raise OptionError(
-            f"--kv-cache packed is for bfloat16 alone, not {dtype.value}; leave out one of the two"
-        )
-    return form
-
-
-def _streaming(options: Options) -> Options:
-    """Return what the row of streaming heads is for: half of them unless a share was given."""
-    return Options(
-        sparsity=options.sparsity or PAPERS_SPARSITY,
-        sink_tokens=options.sink_tokens,
-        recent_tokens=options.recent_tokens,
-    )
+        else:
+            # bitsandbytes keeps all it quantises on the GPU.
+            code = _answer(*asked[0], json_path, streams=not quantising, steps=steps)
+        raise typer.Exit(code)
 
 
 def _check_alone(invocation: typer.Context) -> None:
@@ -266,15 +197,6 @@ def _check_alone(invocation: typer.Context) -> None:
             raise OptionError(
                 f"--paper prints the paper's tables and nothing else; leave out {option.opts[0]}"
             )
-
-
-def _device_memory_bytes(here: Hardware, asked: int | None) -> int:
-    """Return the memory for weights, KV and activations; on a CPU not all there is."""
-    if asked is not None:
-        return asked
-    if here.link_bytes_per_s is None:
-        return HostRoom.of_machine(here.device_memory_bytes, "cpu").kv_bytes
-    return here.device_memory_bytes
 
 
 def _answer(
@@ -299,12 +221,6 @@ def _answer(
         if json_path is not None:
             stderr_console().print(f"written to {json_path}", markup=False)
     return 0 if choice.plan else _EXIT_NOTHING_FITS
-
-
-def _shape(name: str, dtype: str, quantised: str | None) -> ModelShape:
-    from headinfer.cli.shapes import shape_of
-
-    return shape_of(name, dtype=dtype, quantised=quantised)
 
 
 def _hardware(name: str | None) -> tuple[Hardware, str, str | None]:

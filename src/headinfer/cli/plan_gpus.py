@@ -10,21 +10,23 @@ from rich.table import Table
 from headinfer.cli.console import stderr_console
 from headinfer.cli.output import STDOUT, write_json
 from headinfer.cli.plan_table import (
+    changes_as_json,
     disk_as_json,
     free_below,
     gib,
     length,
     marked,
+    print_changes,
+    print_form,
     table_console,
 )
 from headinfer.cli.text import print_lines
-from headinfer.errors import OptionError
-from headinfer.estimate.accounting import AccountingKind
 from headinfer.estimate.choose_split import SplitChoice, choose_split
-from headinfer.estimate.gpus import SplitPlan, split_plans
+from headinfer.estimate.gpus import split_plans
+from headinfer.estimate.methods import APPROXIMATE
 from headinfer.estimate.situation import Situation
+from headinfer.estimate.split_plan import SplitPlan
 from headinfer.generation.gpus import Gpus
-from headinfer.plan.hardware import Hardware
 from headinfer.plan.options import Options
 from headinfer.units import format_bytes, format_seconds, format_tokens
 
@@ -47,29 +49,6 @@ _COLUMNS = (
     "prefill",
     "decode\n/token",
 )
-
-
-def check_gpus(
-    hardware: Hardware, options: Options, accounting: AccountingKind, *, steps: bool
-) -> None:
-    """Refuse what a plan for several GPUs does not take into account.
-
-    Raises:
-        OptionError: names it.
-    """
-    if hardware.link_bytes_per_s is None:
-        raise OptionError(
-            "--gpus is for machines with a GPU, and this one was measured without; name one as "
-            "--hardware"
-        )
-    if accounting is not AccountingKind.OURS:
-        raise OptionError("--gpus counts by our accounting alone; leave out --accounting")
-    if options.sparsity:
-        raise OptionError("--gpus plans for exact attention alone; leave out --sparsity")
-    if options.kv_cache not in ("auto", "dense"):
-        raise OptionError("--gpus plans for dense KV alone; leave out --kv-cache")
-    if steps:
-        raise OptionError("--steps are of one GPU; leave out --gpus")
 
 
 def answer_gpus(
@@ -99,7 +78,7 @@ def answer_gpus(
     has = situation.hardware.device_memory_bytes
     memory_bytes = [has if given is None else given for given in asked.memory_bytes]
     plans = split_plans(situation, memory_bytes, quantising=quantising)
-    choice = choose_split(situation, plans)
+    choice = choose_split(situation, plans, memory_bytes, quantising=quantising)
     if json_path is not None:
         write_json(json_path, _as_json(situation, plans, choice))
     if json_path != STDOUT:
@@ -130,11 +109,13 @@ def _print(
         console.print(f"[yellow]{escape(note)}[/]")
     console.print(_table(plans, choice, above_disk=situation.disk is not None))
     holding = "GPU and CPU memory" + (" and the disk" if situation.disk else "")
+    rounded = any(plan.method in APPROXIMATE for plan in plans)
     console.print(
         "[dim]Sizes in GiB, of the fullest GPU; total: with activations and CUDA itself; [/]"
-        f"[red]![/][dim]: more than there is;\nmax context: what {holding} hold; times "
-        "predicted[/]"
+        f"[red]![/][dim]: more than there is;\n{'~: not exact by design; ' if rounded else ''}"
+        f"max context: what {holding} hold; times predicted[/]"
     )
+    print_form(console, situation)
     _print_choice(console, choice)
 
 
@@ -147,6 +128,7 @@ def _print_choice(console: Console, choice: SplitChoice) -> None:
         split = "" if choice.plan.gpus == 1 else f", split by {choice.plan.split.value}"
         console.print(f"Chosen: [bold green]{gpus}{split}[/]")
     print_lines(console, choice.why)
+    print_changes(console, choice.changes)
     if choice.command:
         console.print(f"Run: {choice.command}", markup=False, soft_wrap=True)
 
@@ -167,15 +149,16 @@ def _table(plans: Sequence[SplitPlan], choice: SplitChoice, *, above_disk: bool)
 
 def _cells(plan: SplitPlan) -> list[str]:
     split = "-" if plan.gpus == 1 else plan.split.value
+    method = f"{plan.method} ~" if plan.method in APPROXIMATE else plan.method
     if plan.obstacle is not None:
-        return [str(plan.gpus), split, plan.method, *["-"] * (len(_COLUMNS) - 3)]
+        return [str(plan.gpus), split, method, *["-"] * (len(_COLUMNS) - 3)]
     fullest, short = plan.fullest, bool(plan.host_short_bytes)
     on_host = [plan.weights_host_bytes, plan.kv_host_bytes]
     on_disk = gib(plan.kv_disk_bytes) if plan.kv_disk_bytes else "-"
     return [
         str(plan.gpus),
         split,
-        plan.method,
+        method,
         gib(fullest.weights_bytes),
         gib(fullest.kv_device_bytes),
         marked(gib(fullest.total_bytes), short=bool(fullest.short_bytes)),
@@ -195,12 +178,14 @@ def _as_json(
     return {
         "model": situation.shape.name,
         "hardware": situation.hardware.name,
+        "kv_cache": situation.host_format.value,
         "context_tokens": situation.context_tokens,
         "disk": disk_as_json(situation),
         "plans": [_row(plan) for plan in plans],
         "chosen": chosen,
         "why": list(choice.why),
         "command": choice.command or None,
+        "changes": changes_as_json(choice.changes),
     }
 
 
@@ -234,6 +219,8 @@ def _row(plan: SplitPlan) -> dict[str, Any]:
                 "kv_device_bytes": use.kv_device_bytes,
                 "resident_bytes": use.resident_bytes,
                 "activation_bytes": use.activation_bytes,
+                "kv_host_bytes": use.kv_host_bytes,
+                "raw_page_bytes": use.raw_page_bytes,
                 "runtime_bytes": use.runtime_bytes,
                 "total_device_bytes": use.total_bytes,
                 "busy": use.busy,

@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from headinfer.cli.text import print_lines
-from headinfer.estimate.choose import Choice
+from headinfer.estimate.choose import Change, Choice
 from headinfer.estimate.methods import APPROXIMATE
 from headinfer.estimate.situation import MethodPlan, Situation
 from headinfer.plan.memory import runtime_parts
@@ -85,11 +85,22 @@ def print_plans(
         "[/][red]![/][dim]: more than there is;\n~: not exact by design; max context: what "
         f"{_holding(situation)}; times predicted[/]"
     )
+    print_form(console, situation)
     if runtime:
         parts = runtime_parts(situation.device).items()
         told = ", ".join(f"{name} {gib(num_bytes)}" for name, num_bytes in parts)
         console.print(f"[dim]CUDA itself: {told}[/]")
     _print_choice(console, choice)
+
+
+def print_form(console: Console, situation: Situation) -> None:
+    """Print how tokens of our exact methods lie in CPU memory, where they are not dense."""
+    shape = situation.of_ours().shape
+    if shape.packs:
+        console.print(
+            f"[dim]KV on CPU: {shape.host_format.value} in our methods, {shape.packed_share:.2f} "
+            "of its bytes[/]"
+        )
 
 
 def print_steps(situation: Situation, choice: Choice) -> None:
@@ -218,9 +229,14 @@ def _print_choice(console: Console, choice: Choice) -> None:
     else:
         console.print("[bold red]No exact method fits.[/]")
     print_lines(console, choice.why)
-    if choice.changes:
-        console.print("What would do:" if len(choice.changes) == 1 else "Either of these would do:")
-        print_lines(console, (change.line for change in choice.changes))
+    print_changes(console, choice.changes)
+
+
+def print_changes(console: Console, changes: Sequence[Change]) -> None:
+    """Print what would help where nothing fits."""
+    if changes:
+        console.print("What would do:" if len(changes) == 1 else "Either of these would do:")
+        print_lines(console, (change.line for change in changes))
 
 
 def plan_as_json(
@@ -241,23 +257,29 @@ def plan_as_json(
             "why": list(choice.why),
         }
     else:
-        chosen["changes"] = [
-            {
-                "device_memory_bytes": change.device_memory_bytes,
-                "host_memory_bytes": change.host_memory_bytes,
-                "context_tokens": change.context_tokens,
-                "gpus": change.gpus,
-            }
-            for change in choice.changes
-        ]
+        chosen["changes"] = changes_as_json(choice.changes)
     return {
         "model": situation.shape.name,
         "hardware": situation.hardware.name,
+        "kv_cache": situation.host_format.value,
         "context_tokens": situation.context_tokens,
         "disk": disk_as_json(situation),
         "methods": [_row(plan) for plan in plans],
         "chosen": chosen,
     }
+
+
+def changes_as_json(changes: Sequence[Change]) -> list[dict[str, int | None]]:
+    """Return what would help as plain values; null for what each leaves as it is."""
+    return [
+        {
+            "device_memory_bytes": change.device_memory_bytes,
+            "host_memory_bytes": change.host_memory_bytes,
+            "context_tokens": change.context_tokens,
+            "gpus": change.gpus,
+        }
+        for change in changes
+    ]
 
 
 def disk_as_json(situation: Situation) -> dict[str, Any] | None:

@@ -5,13 +5,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from headinfer.estimate.below import Disk
-from headinfer.estimate.choose import ceiling, position_warning
-from headinfer.estimate.gpus import Split, SplitPlan
+from headinfer.estimate.choose import Change, ceiling, position_warning
 from headinfer.estimate.methods import RESIDENT
 from headinfer.estimate.situation import Situation
+from headinfer.estimate.split_changes import split_changes
+from headinfer.estimate.split_plan import Split, SplitPlan
 from headinfer.plan.hardware import DISK_BYTES_PER_S
 from headinfer.plan.predict import ANSWER_TOKENS
 from headinfer.units import format_bytes, format_seconds, format_tokens
+
+_ALL_ON_GPUS = "--load-in keeps no weights in CPU memory: the GPUs must hold all of them."
+_PART_OF_EACH = "transformers lets them take nine tenths of what several GPUs have for weights."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,19 +26,37 @@ class SplitChoice:
         plan: what was chosen; None where nothing fits.
         why: reasons, one line each.
         command: what to run; empty where nothing fits.
+        changes: where nothing fits, what would help, each by itself.
     """
 
     plan: SplitPlan | None
     why: tuple[str, ...]
     command: str = ""
+    changes: tuple[Change, ...] = ()
 
 
-def choose_split(situation: Situation, plans: Sequence[SplitPlan]) -> SplitChoice:
-    """Choose the fastest of ours, prompt and a short answer together; it may be one GPU."""
+def choose_split(
+    situation: Situation,
+    plans: Sequence[SplitPlan],
+    memory_bytes: Sequence[int] = (),
+    *,
+    quantising: bool = False,
+) -> SplitChoice:
+    """Choose the fastest of ours, prompt and a short answer together; it may be one GPU.
+
+    Args:
+        situation: of one GPU.
+        plans: of all GPUs.
+        memory_bytes: the most to use of each GPU; empty where no changes are to be tried.
+        quantising: whether weights are quantised as they are loaded.
+    """
     ours = [plan for plan in plans if plan.method == RESIDENT]
     fitting = [plan for plan in ours if plan.fits]
     if not fitting:
-        return SplitChoice(plan=None, why=tuple(_shortfalls(situation, ours)))
+        why = [_ALL_ON_GPUS, *[_PART_OF_EACH] * (len(memory_bytes) > 1)] if quantising else []
+        why += _shortfalls(situation, ours)
+        changes = tuple(split_changes(situation, memory_bytes, quantising=quantising))
+        return SplitChoice(plan=None, why=tuple(why), changes=changes)
     best = min(fitting, key=_answer_s)
     others = [plan for plan in ours if plan is not best]
     why = [*_own_reasons(situation, best), *_compared(best, others)]
@@ -48,8 +70,10 @@ def _answer_s(plan: SplitPlan) -> float:
 
 def _command(situation: Situation, plan: SplitPlan) -> str:
     below = ""
+    if plan.packed_share != 1:
+        below = f" --kv-cache {situation.host_format.value}"
     if situation.disk is not None and plan.kv_disk_bytes:
-        below = f" --disk-cache {shlex.quote(situation.disk.folder)}"
+        below += f" --disk-cache {shlex.quote(situation.disk.folder)}"
     if plan.gpus == 1 and not plan.brought_bytes:
         return f"headinfer generate{below} ..."
     if plan.split is Split.HEADS:
@@ -90,10 +114,22 @@ def _own_reasons(situation: Situation, plan: SplitPlan) -> Iterator[str]:
                 f"In a decode step one GPU after the other works: {streamed} of KV cross one link "
                 "at a time."
             )
+    if plan.packed_share != 1:
+        yield _raw_pages(situation, plan)
     if situation.disk is not None and plan.kv_disk_bytes:
         yield _on_disk(situation, situation.disk, plan)
     if plan.brought_bytes:
         yield _brought(situation, plan)
+
+
+def _raw_pages(situation: Situation, plan: SplitPlan) -> str:
+    """Say what CPU memory is set aside for pages that do not pack, and for which GPU."""
+    sizes = [format_bytes(use.raw_page_bytes) for use in plan.uses]
+    each = f", by GPU: {', '.join(sizes)}" if len(set(sizes)) > 1 else ""
+    return (
+        f"KV is {situation.host_format.value} in CPU memory, where "
+        f"{format_bytes(plan.raw_page_bytes)} are set aside for pages that do not pack{each}."
+    )
 
 
 def _on_disk(situation: Situation, disk: Disk, plan: SplitPlan) -> str:
@@ -134,7 +170,7 @@ def _compared(best: SplitPlan, others: Sequence[SplitPlan]) -> Iterator[str]:
         if plan.obstacle is not None:
             yield f"{name}: not possible, for {plan.obstacle}."
         elif not plan.fits:
-            yield f"{name} does not fit: {_lacking(plan)}."
+            yield f"{name} does not fit: {lacking(plan)}."
         else:
             prefill, decode = plan.prefill_s, plan.decode_s_per_token
             yield (
@@ -144,13 +180,15 @@ def _compared(best: SplitPlan, others: Sequence[SplitPlan]) -> Iterator[str]:
             )
 
 
-def _lacking(plan: SplitPlan) -> str:
+def lacking(plan: SplitPlan) -> str:
+    """Say what memory a plan of ours lacks."""
     fullest = plan.fullest
     parts = []
     if fullest.short_bytes:
+        where = " on the GPU with the least room" if plan.gpus > 1 else ""
         parts.append(
-            f"{format_bytes(fullest.short_bytes)} of GPU memory are lacking, where weights take "
-            f"{format_bytes(fullest.weights_bytes)}"
+            f"{format_bytes(fullest.short_bytes)} of GPU memory are lacking{where}, where weights "
+            f"take {format_bytes(fullest.weights_bytes)}"
         )
     if plan.host_short_bytes:
         parts.append(f"{format_bytes(plan.host_short_bytes)} of CPU memory are lacking")

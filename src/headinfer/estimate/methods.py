@@ -6,7 +6,7 @@ is left of the device memory keeps KV there). Ours are approximate with heads th
 with KV in 8 bits in host memory.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from headinfer.estimate.accounting import PAPER_CHUNK_TOKENS
@@ -260,7 +260,7 @@ def _of_plan(situation: Situation, name: str, plan: Plan) -> MethodPlan:
     if on_cpu:
         on_device = footprint.kv_device_bytes + kv_bytes
         footprint = replace(footprint, kv_device_bytes=on_device, kv_host_bytes=0)
-    max_context = _most_tokens(situation, room)
+    max_context = most_tokens(situation, room, [plan])
     if situation.disk is not None and plan.disk_block_tokens:
         tokens = plan.disk_block_tokens
         block = blocks_bytes(plan.shape, tokens, tokens, plan.batch)
@@ -284,15 +284,21 @@ def _with_disk(situation: Situation, method: MethodPlan, plan: Plan) -> MethodPl
     )
 
 
-def _most_tokens(situation: Situation, room: int) -> int | None:
-    """Return the tokens of KV that some host memory has room for; None where KV takes none."""
-    many = Format.PACKED.row_tokens if situation.shape.packs else 1
-    if situation.shape.packs:
-        room -= situation.least_plan().raw_page_bytes
-        many_bytes = situation.shape.host_kv_bytes(many, situation.batch)
-    else:
-        many_bytes = situation.accounting.kv_bytes(1)
-    return max(room, 0) // many_bytes * many if many_bytes else None
+def most_tokens(situation: Situation, room_bytes: int, plans: Sequence[Plan]) -> int | None:
+    """Return the tokens of KV that some host memory has room for; None where KV takes none.
+
+    Args:
+        situation: of the whole model.
+        room_bytes: for all of its KV.
+        plans: of each device, whose chunks say how much room pages need that do not pack.
+    """
+    shape = situation.shape
+    if not shape.packs:
+        token_bytes = situation.accounting.kv_bytes(1)
+        return max(room_bytes, 0) // token_bytes if token_bytes else None
+    many = Format.PACKED.row_tokens
+    room_bytes -= sum(replace(plan, context_tokens=None).raw_page_bytes for plan in plans)
+    return max(room_bytes, 0) // shape.host_kv_bytes(many, situation.batch) * many
 
 
 def _footprint(plan: Plan, tokens: int) -> Footprint:

@@ -18,7 +18,6 @@ class BelowHost:
 
     Attributes:
         plans: of each GPU, with its blocks.
-        kv_host_bytes: in host memory, with what is read from the disk.
         kv_disk_bytes: on the disk.
         disk_read_bytes: of that, what a decode step reads.
         disk_short_bytes: space on the disk that is lacking.
@@ -26,7 +25,6 @@ class BelowHost:
     """
 
     plans: tuple[Plan, ...]
-    kv_host_bytes: int
     kv_disk_bytes: int
     disk_read_bytes: int
     disk_short_bytes: int
@@ -53,7 +51,6 @@ def below_host(situation: Situation, plans: Sequence[Plan], processes: int) -> B
     free_bytes, on_disk = situation.disk.free_bytes, _disk_bytes(blocks, tokens)
     return BelowHost(
         plans=blocks,
-        kv_host_bytes=sum(plan.kv_host_bytes(tokens) for plan in blocks),
         kv_disk_bytes=on_disk,
         disk_read_bytes=sum(disk_read_bytes(plan, tokens) for plan in blocks),
         disk_short_bytes=max(on_disk - free_bytes, 0),

@@ -139,4 +139,4 @@ def _chunks(
     sampled = [chunk_s(past, new_tokens) for past in past_tokens]
     samples = len(sampled)
     chunks = round(stride * samples)
-    return [sampled[chunk * samples // chunks] for chunk in range(chunks)]
+    return [sampled[(2 * chunk + 1) * samples // (2 * chunks)] for chunk in range(chunks)]

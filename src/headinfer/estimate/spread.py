@@ -4,15 +4,18 @@ Where the GPUs hold all weights, each has as many layers as can be (`even_layers
 `device_map="auto"` of transformers fills one GPU after another with whole layers, each but the last
 up to an equal part and something more. The first GPU keeps room for the largest module. What no GPU
 holds stays in CPU memory, and what that does not hold on a disk. The first GPU computes both. Tests
-compare all of this with what is loaded.
+compare all of this with what is loaded. Weights that bitsandbytes quantises stay on the GPUs: where
+these do not hold them, each share says what it lacks.
 """
 
+import bisect
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from headinfer.plan.even_layers import even_layers
-from headinfer.plan.memory import weights_room_bytes
+from headinfer.plan.memory import memory_for_weights_bytes, weights_room_bytes
 from headinfer.plan.shape import LayerKind, LayerShape, ModelShape
 
 _MORE = 1.25
@@ -20,6 +23,9 @@ _MORE = 1.25
 
 _QUANTISING_SHARE = 0.9
 """What transformers lets weights take of the room it is given, where bitsandbytes quantises."""
+
+_STEP_BYTES = 2**20
+"""By how much more memory is tried where GPUs do not hold quantised weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,10 +35,12 @@ class Share:
     Attributes:
         shape: its layers, or its heads of all layers, and its weights.
         device_memory_bytes: the most to use of the GPU.
+        short_bytes: memory it lacks for weights that can be nowhere else; 0 where they fit.
     """
 
     shape: ModelShape
     device_memory_bytes: int
+    short_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,9 +74,10 @@ def by_layers(
         quantising: whether bitsandbytes quantises weights as they are loaded.
     """
     modules = _modules(shape)
-    share = _QUANTISING_SHARE if quantising else 1.0
-    limits = [int(share * weights_room_bytes(given)) for given in memory_bytes]
+    limits = _limits(memory_bytes, quantising=quantising)
     held, brought = _evenly(shape, limits), list[int]()
+    if held is None and quantising:
+        held = _least_lacking(shape, memory_bytes)
     if held is None:
         held, brought = _one_after_the_other(shape, limits)
     on_disk = _on_disk([modules[position][1] for position in brought], host_bytes)
@@ -77,8 +86,44 @@ def by_layers(
         for positions, given in zip(held, memory_bytes, strict=True)
         if any(modules[position][0] is not None for position in positions)
     ]
+    shares = [
+        replace(
+            share,
+            shape=replace(share.shape, stage=stage),
+            short_bytes=_short_bytes(share) if quantising else 0,
+        )
+        for stage, share in enumerate(shares)
+    ]
     all_bytes = sum(modules[position][1] for position in brought)
     return Spread(shares=tuple(shares), host_bytes=all_bytes - on_disk, disk_bytes=on_disk)
+
+
+def _limits(memory_bytes: Sequence[int], *, quantising: bool) -> list[int]:
+    """Return the most weights on each GPU."""
+    share = _QUANTISING_SHARE if quantising else 1.0
+    return [int(share * weights_room_bytes(given)) for given in memory_bytes]
+
+
+def _least_lacking(shape: ModelShape, memory_bytes: Sequence[int]) -> list[list[int]] | None:
+    """Return the modules on each GPU if all gave as little more memory as it takes."""
+
+    def with_more(steps: int) -> list[list[int]] | None:
+        more = [given + steps * _STEP_BYTES for given in memory_bytes]
+        return _evenly(shape, _limits(more, quantising=True))
+
+    most = _quantised_memory_bytes(shape.weights_bytes) // _STEP_BYTES + 1
+    return with_more(
+        bisect.bisect_left(range(most), True, key=lambda steps: with_more(steps) is not None)
+    )
+
+
+def _quantised_memory_bytes(weights_bytes: int) -> int:
+    return memory_for_weights_bytes(math.ceil(weights_bytes / _QUANTISING_SHARE))
+
+
+def _short_bytes(share: Share) -> int:
+    needed = _quantised_memory_bytes(share.shape.weights_bytes)
+    return max(needed - share.device_memory_bytes, 0)
 
 
 def _evenly(shape: ModelShape, limits: Sequence[int]) -> list[list[int]] | None:

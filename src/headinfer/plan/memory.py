@@ -5,6 +5,8 @@ the activations of one chunk. Ours differ in that a tile also has a fixed number
 of the terms grows with the context.
 """
 
+import math
+
 from headinfer.plan.format import Format
 from headinfer.plan.shape import LayerShape, ModelShape
 
@@ -101,6 +103,11 @@ def runtime_parts(device: str) -> dict[str, int]:
 def weights_room_bytes(given_bytes: int) -> int:
     """Return the bytes of weights that accelerate may put on a GPU which gives so much memory."""
     return max(int((given_bytes - runtime_bytes("cuda")) * _WEIGHTS_SHARE), 0)
+
+
+def memory_for_weights_bytes(weights_bytes: int) -> int:
+    """Return the memory that a GPU must give for `weights_room_bytes` to be so much."""
+    return math.ceil(weights_bytes / _WEIGHTS_SHARE) + runtime_bytes("cuda")
 
 
 def staging_bytes(shape: ModelShape, *, tile_heads: int, tile_tokens: int, batch: int) -> int:
