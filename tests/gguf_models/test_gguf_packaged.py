@@ -64,6 +64,27 @@ def test_what_was_unpacked_outlives_its_packages(tiny, monkeypatch):
     assert model_folder("tiny") == first
 
 
+def test_a_server_takes_what_was_unpacked_and_refuses_what_is_nowhere(tiny, monkeypatch, capsys):
+    from headinfer.cli import main
+    from headinfer.server import run
+
+    def serve() -> str:
+        with pytest.raises(SystemExit) as ended:
+            main.app(("serve", "--port", "0", "--model", "tiny"), prog_name="headinfer")
+        assert ended.value.code == (2 if served == [] else 0)
+        return capsys.readouterr().err
+
+    served = []
+    monkeypatch.setattr(run, "serve", lambda service, *_, **__: served.append(service.name))
+    monkeypatch.setitem(PACKAGED, "tiny", replace(tiny, parts=(("gone", "part"),)))
+    assert "'tiny' is not installed" in serve()
+    monkeypatch.setitem(PACKAGED, "tiny", tiny)
+    model_folder("tiny")
+    monkeypatch.setitem(PACKAGED, "tiny", replace(tiny, parts=(("gone", "part"),)))
+    serve()
+    assert served == ["tiny"]
+
+
 def test_one_that_is_not_installed(tiny, monkeypatch):
     missing = replace(tiny, parts=(*tiny.parts, ("tiny_gguf_part9", "data/part")))
     monkeypatch.setitem(PACKAGED, "tiny", missing)
