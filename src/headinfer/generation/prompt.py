@@ -116,7 +116,8 @@ def _parts(prompt: Any) -> list[Any]:
         if prompt.ndim > 1 and prompt.shape[0] != 1:
             raise OptionError(f"the prompt has {prompt.shape[0]} rows; give one row at a time")
         return list(prompt.flatten().tolist())
-    if isinstance(prompt, Mapping) or not isinstance(prompt, Iterable):
+    text_or_bytes = isinstance(prompt, str | bytes | bytearray | memoryview)
+    if isinstance(prompt, Mapping) or text_or_bytes or not isinstance(prompt, Iterable):
         raise OptionError(_NO_PROMPT)
     return list(prompt)
 
