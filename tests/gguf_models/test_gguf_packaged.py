@@ -9,7 +9,8 @@ import torch
 
 import headinfer
 from gguf_files import write_llama
-from headinfer.errors import ModelLoadError
+from headinfer.demo import ensure_model
+from headinfer.errors import ModelLoadError, OptionError
 from headinfer.gguf_models import PACKAGED, folder, model_folder, packaged
 from headinfer.gguf_models.packaged import PackagedModel
 
@@ -45,6 +46,13 @@ def tiny(monkeypatch, tmp_path) -> PackagedModel:
 def test_generate_takes_its_name(tiny):
     parts = list(headinfer.generate("tiny", "hello", device="cpu", max_new_tokens=3))
     assert parts[-1].tokens > 0
+
+
+def test_its_folder_is_had_by_its_name(tiny):
+    assert ensure_model("tiny") == model_folder("tiny")
+    for name in ("tinny", "./tiny", None, ["tiny"]):
+        with pytest.raises(OptionError, match=r"ensure_model knows demo, smollm2, .*tiny, and not"):
+            ensure_model(name)
 
 
 def test_it_is_joined_once_and_its_terms_are_said(tiny, caplog):

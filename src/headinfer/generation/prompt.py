@@ -128,6 +128,12 @@ def _chat(tokenizer: Any, messages: list[Any], values: Mapping[str, Any]) -> str
         raise TemplateRefusalError(
             "the model's tokenizer has no chat template for messages; give the prompt as text"
         )
+    for number, message in enumerate(messages):
+        if not isinstance(message.get("role"), str):
+            named = ", ".join(map(repr, message)) or "nothing"
+            raise OptionError(
+                f"message {number} of the prompt has no role, such as 'user'; it has {named}"
+            )
     _check_values(tokenizer, values)
     text = _fill(tokenizer, messages, values)
     marked = [_marked(message) for message in messages]
