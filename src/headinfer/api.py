@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from headinfer.attend.ahead import begin_preparing
 from headinfer.device.make import make_devices, warn_of_options_for_a_device
+from headinfer.disk.folder import check_folder
 from headinfer.errors import OptionError, UnsupportedModelError
 from headinfer.integration.attachment import owner_of
 from headinfer.integration.cache import PrefillProgress
@@ -129,8 +130,9 @@ def attach(
         sink_tokens=sink_tokens,
         recent_tokens=recent_tokens,
     )
-    if progress is not None and not callable(progress):
-        raise OptionError(f"progress must be a function of two counts, not {progress!r}")
+    check_progress(progress)
+    if options.disk_cache is not None:
+        check_folder(options.disk_cache)
     check_supported(model)
     if owner_of(model) is not None:
         raise UnsupportedModelError(
@@ -147,6 +149,16 @@ def attach(
     if (less := session.host_room(0).less_than_given()) is not None:
         _logger.warning(less)
     return Offload(session)
+
+
+def check_progress(progress: object) -> None:
+    """Refuse what cannot be told of a prompt's progress; None is for nobody.
+
+    Raises:
+        OptionError: it cannot be called.
+    """
+    if progress is not None and not callable(progress):
+        raise OptionError(f"progress must be a function of two counts, not {progress!r}")
 
 
 def detach(model: torch.nn.Module) -> None:

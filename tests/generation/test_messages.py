@@ -34,6 +34,12 @@ def encoded(template: str, messages: list[dict[str, str]], /, **values: Any) -> 
     return str(tokenizer.decode(encode_prompt(tokenizer, messages, values)))
 
 
+@pytest.mark.parametrize("message", [{"content": "w1"}, {"role": None, "content": "w1"}, {}])
+def test_a_message_has_a_role(message: dict[str, Any]) -> None:
+    with pytest.raises(OptionError, match=r"^message 1 of the prompt has no role, such as 'user'"):
+        encoded(ROLES, [USER, message])
+
+
 def test_values_reach_the_template() -> None:
     assert encoded(ROLES, [USER]) == "<user> w1 w2 <assistant>"
     assert encoded(ROLES, [USER], thinking=False) == "w9 <user> w1 w2 <assistant>"

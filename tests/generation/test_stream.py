@@ -384,7 +384,7 @@ def test_options_are_refused_at_once(given: dict[str, Any], words: str) -> None:
         (torch.ones(2, 3, dtype=torch.long), {}, "has 2 rows"),
         ([1, VOCAB], {}, f"token id {VOCAB}, but the model knows ids from 0 to {VOCAB - 1}"),
         ("w1 \udcff", {}, "not UTF-8 text: what stands at character 3"),
-        ("w1", {"temperature": -1.0, "do_sample": True}, "settings do not go: .*temperature"),
+        ("w1", {"typical_p": -1.0, "do_sample": True}, "settings do not go: .*typical_p"),
     ],
 )
 def test_prompts_and_settings_are_refused_with_a_reason(

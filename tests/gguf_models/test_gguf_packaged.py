@@ -9,7 +9,8 @@ import torch
 
 import headinfer
 from gguf_files import write_llama
-from headinfer.errors import ModelLoadError
+from headinfer.demo import ensure_model
+from headinfer.errors import ModelLoadError, OptionError
 from headinfer.gguf_models import PACKAGED, folder, model_folder, packaged
 from headinfer.gguf_models.packaged import PackagedModel
 
@@ -47,6 +48,13 @@ def test_generate_takes_its_name(tiny):
     assert parts[-1].tokens > 0
 
 
+def test_its_folder_is_had_by_its_name(tiny):
+    assert ensure_model("tiny") == model_folder("tiny")
+    for name in ("tinny", "./tiny", None, ["tiny"]):
+        with pytest.raises(OptionError, match=r"ensure_model knows demo, smollm2, .*tiny, and not"):
+            ensure_model(name)
+
+
 def test_it_is_joined_once_and_its_terms_are_said(tiny, caplog):
     first = model_folder("tiny")
     folder._packaged_folder.cache_clear()  # as another process begins
@@ -62,6 +70,27 @@ def test_what_was_unpacked_outlives_its_packages(tiny, monkeypatch):
     folder._packaged_folder.cache_clear()
     monkeypatch.setitem(PACKAGED, "tiny", replace(tiny, parts=(("gone", "part"),)))
     assert model_folder("tiny") == first
+
+
+def test_a_server_takes_what_was_unpacked_and_refuses_what_is_nowhere(tiny, monkeypatch, capsys):
+    from headinfer.cli import main
+    from headinfer.server import run
+
+    def serve() -> str:
+        with pytest.raises(SystemExit) as ended:
+            main.app(("serve", "--port", "0", "--model", "tiny"), prog_name="headinfer")
+        assert ended.value.code == (2 if served == [] else 0)
+        return capsys.readouterr().err
+
+    served = []
+    monkeypatch.setattr(run, "serve", lambda service, *_, **__: served.append(service.name))
+    monkeypatch.setitem(PACKAGED, "tiny", replace(tiny, parts=(("gone", "part"),)))
+    assert "'tiny' is not installed" in serve()
+    monkeypatch.setitem(PACKAGED, "tiny", tiny)
+    model_folder("tiny")
+    monkeypatch.setitem(PACKAGED, "tiny", replace(tiny, parts=(("gone", "part"),)))
+    serve()
+    assert served == ["tiny"]
 
 
 def test_one_that_is_not_installed(tiny, monkeypatch):

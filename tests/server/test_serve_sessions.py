@@ -91,7 +91,9 @@ def test_a_conversation_comes_back_with_its_messages(keeper) -> None:
         for role, text in zip(roles, ("w1", MORE, "w5"), strict=True)
     ]
     assert act(keeper, "save", first["id_slot"], "talk", messages=said).status_code == 200
-    assert act(keeper, "restore", 0, "talk").json()["messages"] == said
+    restored = act(keeper, "restore", 0, "talk").json()
+    assert restored["messages"] == said
+    assert restored["id_slot"] == first["id_slot"]  # which is kept and has all of it
     assert act(keeper, "save", first["id_slot"], "talk").status_code == 200
     assert act(keeper, "restore", 0, "talk").json()["messages"] == []
 

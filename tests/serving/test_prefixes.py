@@ -114,6 +114,34 @@ def test_a_cancelled_prompt_goes_on_where_it_was(name: str, device: str) -> None
         assert session.stats.prefill_tokens - before == 300 - cached(second)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_a_prompt_waits_for_the_first_chunk_of_one_that_was_hung_up(name: str) -> None:
+    ids, reading, go_on = tokens(300), threading.Event(), threading.Event()
+
+    def hold(*_: Any) -> None:
+        if not reading.is_set():
+            reading.set()
+            assert go_on.wait(PATIENCE_S)
+
+    with desk_of(name, options={"chunk_tokens": 64}) as desk:
+        check(desk, name, (*ids[:20], *tokens(30, seed=6)))
+        embedding = desk._served.model.get_input_embeddings()
+        hook = embedding.register_forward_pre_hook(hold)
+        first, second = Heard(), Heard()
+        hung_up = desk.submit(ask(ids), first)
+        assert reading.wait(PATIENCE_S)
+        hung_up.cancel()
+        again = desk.submit(ask(ids, 6), second)
+        time.sleep(0.2)  # in which it would take what is kept
+        go_on.set()
+        assert again.wait(PATIENCE_S)
+        hook.remove()
+    assert first.ended.finish_reason == "cancelled"
+    assert second.text == stock_text(name, ids, 6)
+    # A chunk of a model that cannot go back ends where another prompt parted.
+    assert (20 if name == "qwen3-next" else 64) <= cached(second) < 300
+
+
 def test_a_prefix_is_shared_with_one_that_runs() -> None:
     text = tokens(160)
     others: list[Any] = []

@@ -10,7 +10,7 @@ from headinfer.cli.stages import LOADING_S, Stages
 from headinfer.errors import ModelLoadError, OptionError
 from headinfer.estimate.presets import PRESETS
 from headinfer.generation.model import ModelSource, load_config
-from headinfer.gguf_models.folder import is_gguf_model
+from headinfer.gguf_models.folder import check_packaged, is_gguf_model
 from headinfer.gguf_models.packaged import PACKAGED
 from headinfer.units import format_tokens
 
@@ -60,8 +60,7 @@ def check_model(source: ModelSource) -> None:
     if source.name == DEMO_MODEL:
         return
     if is_gguf_model(source.name):
-        if source.name in PACKAGED:
-            PACKAGED[source.name].files()
+        check_packaged(source.name, source.unpacked_dtype)
         return
     try:
         load_config(source)

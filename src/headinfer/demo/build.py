@@ -4,7 +4,10 @@ import hashlib
 from importlib.resources import files
 from pathlib import Path
 
+from headinfer.errors import OptionError
 from headinfer.kept import kept_folder
+
+DEMO = "demo"
 
 _SOURCES = (
     "codes.py",
@@ -36,18 +39,32 @@ def build_model(folder: Path, *, ungrouped: bool = False) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def ensure_model() -> Path:
-    """Return the demo model's folder in the user's cache; build it if it is not there and whole.
+def ensure_model(name: str = DEMO) -> Path:
+    """Return the folder of a model that is known by name, in the user's cache; make it if need be.
 
-    The folder's name holds a digest of the sources that determine the model, so a new version is
-    built anew. Where nothing can be kept it is built for this process.
+    A folder's name holds a digest of what determines the model, so a new version is made anew. The
+    demo is built; where nothing can be kept that is for this process. A packaged model is unpacked.
+
+    Args:
+        name: "demo", or a packaged model that is installed: "smollm2" or "gemma3-270m".
 
     Raises:
-        ModelLoadError: it can be written nowhere.
+        OptionError: there is no such name.
+        ModelLoadError: it is not installed, or can be written nowhere.
     """
-    return kept_folder(
-        f"demo-{_digest()}", lambda folder: build_model(folder), what="the demo model"
-    )
+    if name == DEMO:
+        return kept_folder(
+            f"demo-{_digest()}", lambda folder: build_model(folder), what="the demo model"
+        )
+    from headinfer.gguf_models import PACKAGED, model_folder
+
+    if not isinstance(name, str) or name not in PACKAGED:
+        known = ", ".join((DEMO, *PACKAGED))
+        raise OptionError(
+            f"ensure_model knows {known}, and not {name!r}; a folder or a model id needs no folder "
+            "made for it"
+        )
+    return model_folder(name)
 
 
 def _digest() -> str:

@@ -78,7 +78,12 @@ def make_devices(
         from headinfer.device.simulated import SimulatedDevice
 
         given = simulated or SimulatedDevice()
-        devices = [given] * len(layers) if isinstance(given, SimulatedDevice) else list(given)
+        each_given = given if isinstance(given, Sequence) else [given]
+        if not all(isinstance(each, SimulatedDevice) for each in each_given):
+            raise OptionError(
+                f"simulated_device must be a SimulatedDevice, or a list of them, not {given!r}"
+            )
+        devices = [given] * len(layers) if isinstance(given, SimulatedDevice) else list(each_given)
         if len(devices) != len(layers):
             raise OptionError(
                 f"there are {len(devices)} simulated devices, but the model has {len(layers)} "

@@ -11,7 +11,21 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from headinfer.errors import OptionError
 from headinfer.integration.watchers import Watcher
+
+_SEEDS = range(-(2**63), 2**64)
+
+
+def check_seed(seed: object) -> None:
+    """Refuse a seed that torch's generators do not take; None is no seed.
+
+    Raises:
+        OptionError: says what a seed is.
+    """
+    whole = isinstance(seed, int) and not isinstance(seed, bool)
+    if seed is not None and not (whole and seed in _SEEDS):
+        raise OptionError(f"seed must be a whole number from -2**63 to 2**64 - 1, not {seed!r}")
 
 
 def shared_ahead(device: torch.device) -> torch.Generator:

@@ -9,6 +9,8 @@ from headinfer.plan.host_room import HostRoom
 from headinfer.plan.memory import weights_room_bytes
 from headinfer.plan.options import Options
 
+_MOST = 2**16
+
 
 @dataclass(frozen=True, slots=True)
 class Gpus:
@@ -35,6 +37,8 @@ class Gpus:
             return None
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:
             raise OptionError(f"gpus must be a number from 1 on, not {count!r}")
+        if count > _MOST:
+            raise OptionError(f"gpus must be at most {_MOST:,}, not {count}")
         each = options.device_memory_each
         if each and len(each) != count:
             raise OptionError(

@@ -116,7 +116,8 @@ def _parts(prompt: Any) -> list[Any]:
         if prompt.ndim > 1 and prompt.shape[0] != 1:
             raise OptionError(f"the prompt has {prompt.shape[0]} rows; give one row at a time")
         return list(prompt.flatten().tolist())
-    if isinstance(prompt, Mapping) or not isinstance(prompt, Iterable):
+    text_or_bytes = isinstance(prompt, str | bytes | bytearray | memoryview)
+    if isinstance(prompt, Mapping) or text_or_bytes or not isinstance(prompt, Iterable):
         raise OptionError(_NO_PROMPT)
     return list(prompt)
 
@@ -127,6 +128,12 @@ def _chat(tokenizer: Any, messages: list[Any], values: Mapping[str, Any]) -> str
         raise TemplateRefusalError(
             "the model's tokenizer has no chat template for messages; give the prompt as text"
         )
+    for number, message in enumerate(messages):
+        if not isinstance(message.get("role"), str):
+            named = ", ".join(map(repr, message)) or "nothing"
+            raise OptionError(
+                f"message {number} of the prompt has no role, such as 'user'; it has {named}"
+            )
     _check_values(tokenizer, values)
     text = _fill(tokenizer, messages, values)
     marked = [_marked(message) for message in messages]

@@ -4,14 +4,16 @@ Settings that transformers honours with our cache and a streamer hold as they ar
 hold here, and the user is told.
 """
 
+import difflib
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from headinfer.errors import OptionError
 from headinfer.generation.config_check import SETTINGS
+from headinfer.generation.sampling import check_sampling, with_sampling_on
 
 DEFAULT_NEW_TOKENS = 256
 
@@ -54,8 +56,13 @@ _USUAL_CACHES = ("dynamic", "hybrid")
 """Stock caches that many checkpoints name, and that change no result: nothing to tell."""
 
 
-_PLAIN = (str, int, float, bool, list)
-"""Types whose values are looked at; transformers also takes tensors."""
+_ELSEWHERE = {
+    "prompt_lookup": "it is prompt_lookup_num_tokens here",
+    "system": "give messages as the prompt, the first with the role 'system'",
+    "session": "offload.load_cache reads a session, and model.generate goes on from its cache",
+    "save_session": "cache.save writes one, of a cache that model.generate was given",
+}
+"""What others than `headinfer.generate` call an option, or do; by the names that users try."""
 
 _PASSED_ON = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn")
 """Keywords of transformers' `generate` beside the fields of its config."""
@@ -99,11 +106,12 @@ class Settings:
         return f"of the model's own generation settings these do not hold here: {told}"
 
 
-def check_given(given: Mapping[str, Any]) -> None:
+def check_given(given: Mapping[str, Any], others: Iterable[str] = ()) -> None:
     """Refuse settings that a user cannot have, before any work.
 
     Args:
         given: keywords for transformers' `generate`.
+        others: names of further options that the user may have meant.
 
     Raises:
         OptionError: names the setting and the reason.
@@ -119,16 +127,30 @@ def check_given(given: Mapping[str, Any]) -> None:
             if value is not None and value != held:
                 reason = re.sub(r"[{}]", "", why)
                 raise OptionError(f"{name}={value!r} is not served ({reason}); leave it out")
-        elif name in SETTINGS and type(value) in _PLAIN and not SETTINGS[name][0](value):
+        elif name in SETTINGS and not _is_right(name, value):
             raise OptionError(f"{name} must be {SETTINGS[name][1]}, not {value!r}")
         elif name not in known and name not in _PASSED_ON:
-            raise OptionError(
-                f"generate has no option {name!r}: it takes those of attach, and the fields of "
-                "transformers' GenerationConfig"
-            )
+            raise OptionError(_unknown(name, {*known.difference(_NOT_HELD), *others}))
     tokens = given.get("max_new_tokens", 1)
     if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
         raise OptionError(f"max_new_tokens must be a positive integer, not {tokens!r}")
+    check_sampling(given)
+
+
+def _is_right(name: str, value: Any) -> bool:
+    """Whether a setting's value is of its kind; transformers also takes tensors."""
+    if hasattr(value, "tolist"):
+        return True
+    listed = list(value) if isinstance(value, tuple | set | frozenset) else value
+    return SETTINGS[name][0](listed)
+
+
+def _unknown(name: str, known: set[str]) -> str:
+    """Return what is said of an option that is none, with what may have been meant."""
+    takes = "it takes those of attach, and the fields of transformers' GenerationConfig"
+    near = difflib.get_close_matches(name, known, 1)
+    meant = _ELSEWHERE.get(name) or (f"did you mean {near[0]!r}?" if near else takes)
+    return f"generate has no option {name!r}: {meant}"
 
 
 def settle(given: Mapping[str, Any], own: Any, prompt_tokens: int) -> Settings:
@@ -139,6 +161,7 @@ def settle(given: Mapping[str, Any], own: Any, prompt_tokens: int) -> Settings:
         own: the model's `GenerationConfig`.
         prompt_tokens: of the prompt.
     """
+    given = with_sampling_on(given)
     instead: dict[str, Any] = {}
     told: list[str] = []
 

@@ -1,6 +1,7 @@
 """`headinfer.generate`: a prompt's answer as a stream of records, with what was measured."""
 
 import contextlib
+import inspect
 import logging
 import os
 import threading
@@ -11,12 +12,13 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from headinfer.api import attach
+from headinfer.api import attach, check_progress
 from headinfer.disk.folder import check_folder
 from headinfer.errors import OptionError, UnsupportedModelError
 from headinfer.generation.assistants import check_assistant, load_assistant
 from headinfer.generation.call import FinishReason, Generation
 from headinfer.generation.drafts import Drafts
+from headinfer.generation.draws import check_seed
 from headinfer.generation.gpus import Gpus
 from headinfer.generation.model import (
     ModelSource,
@@ -100,6 +102,7 @@ def generate(
     progress: PrefillProgress | None = None,
     draft: str | int | None = None,
     assistant: "str | os.PathLike[str] | PreTrainedModel | None" = None,
+    seed: int | None = None,
     **keywords: Any,
 ) -> Generator[Generated, None, None]:
     """Answer a prompt, record by record.
@@ -128,8 +131,10 @@ def generate(
             that is attached here is, where `draft` is given.
         assistant: a smaller model with the same tokenizer, which drafts: a folder, an id, or a
             loaded model.
+        seed: of what is drawn; the same one draws the same tokens. None for torch's generator.
         keywords: options of `attach`, unless the model is attached; and settings of transformers'
-            `GenerationConfig`, `max_new_tokens` being 256 unless given.
+            `GenerationConfig`, `max_new_tokens` being 256 unless given. `temperature`, `top_k`,
+            `top_p` and `min_p` turn sampling on.
 
     Returns:
         A generator of records.
@@ -140,7 +145,9 @@ def generate(
     """
     options = {name: keywords.pop(name) for name in DECLARATIONS if name in keywords}
     given = {name: value for name, value in keywords.items() if value is not None}
-    check_given(given)
+    check_given(given, {*DECLARATIONS, *inspect.signature(generate).parameters} - {"keywords"})
+    check_seed(seed)
+    check_progress(progress)
     number = None if draft is None else check_number(draft)
     helper = check_assistant(assistant)
     parsed = Options.parse(**options)
@@ -172,7 +179,8 @@ def generate(
         _check_vocabulary(loaded, ids)
         drafts = Drafts(number=number, assistant=load_assistant(helper, loaded))
         yield from _stream(
-            *(loaded, own_tokenizer, ids, attached_options, given, strings, progress, drafts)
+            *(loaded, own_tokenizer, ids, attached_options, given, strings, progress, drafts),
+            seed=seed,
         )
 
     return with_model()
@@ -237,6 +245,8 @@ def _stream(
     stop: Sequence[str],
     progress: PrefillProgress | None,
     drafts: Drafts,
+    *,
+    seed: int | None,
 ) -> Generator[Generated, None, None]:
     """Yield the records of an answer."""
     settings = settle(given, model.generation_config, len(ids))
@@ -260,6 +270,7 @@ def _stream(
             criteria=[worker.criterion],
             stop=stop,
             drafts=drafts,
+            seed=seed,
         )
         yield from worker.records(session.device.torch_device, lambda: generation.run(ids))
     yield _record(generation, "", finish_reason=generation.finish_reason)

@@ -6,6 +6,7 @@ GGUF file that transformers reads is taken by its path.
 
 from headinfer.gguf_models.folder import (
     UNPACKED_DTYPE,
+    check_packaged,
     is_gguf_model,
     model_folder,
     unpacked_dtype,
@@ -17,6 +18,7 @@ __all__ = [
     "PACKAGED",
     "UNPACKED_DTYPE",
     "Stored",
+    "check_packaged",
     "is_gguf_model",
     "model_folder",
     "read_stored",

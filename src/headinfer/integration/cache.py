@@ -15,7 +15,8 @@ from headinfer.integration.calls import cache_name
 from headinfer.integration.copying import copied
 from headinfer.integration.drafting import DraftableCache
 from headinfer.integration.layer import OffloadedLayer, WindowLayer
-from headinfer.integration.prefix import keep_common_prefix
+from headinfer.integration.memory_held import described
+from headinfer.integration.prefix import keep_common_prefix, prompt_ids
 from headinfer.integration.row_selection import rows_of, select
 from headinfer.integration.rows import chosen_rows
 from headinfer.integration.saved_pages import SavedPages
@@ -294,8 +295,9 @@ class OffloadedCache(DraftableCache):
 
         Raises:
             CacheStateError: the cache holds several rows, or was closed.
+            OptionError: it is no prompt's token ids.
         """
-        return keep_common_prefix(self, torch.as_tensor(ids).reshape(-1))
+        return keep_common_prefix(self, prompt_ids(ids))
 
     def _own_layers(self) -> list[Any]:
         return [layer for layer in self.layers if not isinstance(layer, OffloadedLayer)]
@@ -335,6 +337,10 @@ class OffloadedCache(DraftableCache):
         raise CacheStateError(
             "an offloaded cache cannot be pickled; use cache.save() and offload.load_cache()"
         )
+
+    def __repr__(self) -> str:
+        """Return what it holds in one line, without waiting for a call that is under way."""
+        return f"{type(self).__name__}({described(self)})"
 
     def close(self) -> None:
         """Free its memory now; the cache cannot be used any more."""

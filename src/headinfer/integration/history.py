@@ -1,10 +1,20 @@
 """Whether a call goes on where its cache ends, told before transformers computes shapes from it."""
 
-from typing import Any
+import logging
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from headinfer.errors import CacheStateError
+from headinfer.integration.token_history import common_prefix
+
+if TYPE_CHECKING:
+    from headinfer.integration.cache import OffloadedCache
+
+_logger = logging.getLogger(__name__)
+
+_LEAST_TOKENS = 16
+"""Fewer that are alike are a chat template's."""
 
 
 def check_history(arguments: dict[str, Any], past_tokens: int, new_tokens: int) -> None:
@@ -33,3 +43,29 @@ def check_history(arguments: dict[str, Any], past_tokens: int, new_tokens: int) 
                 f"{columns:,} and not for {wanted:,}: pass the mask of the whole conversation, or "
                 "a new cache for another one"
             )
+
+
+def tell_of_repetition(cache: "OffloadedCache", new_ids: torch.Tensor) -> None:
+    """Warn where new tokens are those that the cache begins with: the prompt is read twice then.
+
+    `generate` leaves tokens out of a prompt that is no longer than what a cache holds: as many as
+    there are more in the cache. So the new ones may begin later in the prompt.
+
+    Args:
+        cache: filled.
+        new_ids: `[rows, tokens]`. Several rows are not looked at: they may begin with padding.
+    """
+    known = cache.token_ids
+    if known is None or len(known) != 1 or len(new_ids) != 1 or new_ids.shape[1] < _LEAST_TOKENS:
+        return
+    held, new = known[0], new_ids[0].to("cpu", torch.long)
+    left_out, odd = divmod(len(held) - len(new), 2)
+    starts = {0} if odd or left_out < 0 else {0, left_out}
+    alike = max(common_prefix(held[start:], new) for start in starts)
+    if alike >= _LEAST_TOKENS:
+        _logger.warning(
+            "the cache holds %d tokens, and %d of them come again: the model sees them twice; "
+            "cache.keep_common_prefix(ids) before the call goes on from what is alike",
+            len(held),
+            alike,
+        )

@@ -1,10 +1,13 @@
 """What a cache holds, for whoever looks on while another thread uses it."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from headinfer.integration.cache import OffloadedCache
 from headinfer.integration.room import held_host_bytes
+from headinfer.units import format_bytes
+
+if TYPE_CHECKING:
+    from headinfer.integration.cache import OffloadedCache
 
 
 class Holding(NamedTuple):
@@ -21,7 +24,7 @@ class Holding(NamedTuple):
     host_bytes: int
 
 
-def held_by(cache: OffloadedCache) -> Holding:
+def held_by(cache: "OffloadedCache") -> Holding:
     """Return what a cache holds, without waiting for a call that is under way."""
     engine = cache.state.engine
     if engine is None or engine.closed:
@@ -29,7 +32,23 @@ def held_by(cache: OffloadedCache) -> Holding:
     return Holding(engine.parts[0].held_tokens, engine.device_kv_bytes, engine.host_kv_bytes)
 
 
-def held_together(caches: Sequence[OffloadedCache]) -> int:
+def described(cache: "OffloadedCache") -> str:
+    """Return what a cache holds in words, without waiting for a call that is under way."""
+    engine, held = cache.state.engine, held_by(cache)
+    if cache.state.closed or (engine is not None and engine.closed):
+        return "closed"
+    if engine is None:
+        return f"no tokens, {len(cache.layers)} layers"
+    rows = engine.plan.batch
+    of_rows = "" if rows == 1 else f" in each of {rows} rows"
+    on_gpu = f", {format_bytes(held.device_bytes)} of GPU memory" if held.device_bytes else ""
+    return (
+        f"{held.tokens} tokens{of_rows}, {len(cache.layers)} layers, "
+        f"{format_bytes(held.host_bytes)} of CPU memory{on_gpu}"
+    )
+
+
+def held_together(caches: "Sequence[OffloadedCache]") -> int:
     """Return the CPU memory that caches hold; what several of one row share counts once."""
     engines = [each.state.engine for each in caches]
     return held_host_bytes([each for each in engines if each is not None and not each.closed])

@@ -17,7 +17,7 @@ from headinfer.errors import CacheStateError
 from headinfer.integration.cache import OffloadedCache
 from headinfer.integration.chunking import Chunking, run_leading_chunks
 from headinfer.integration.decode_call import verifies
-from headinfer.integration.history import check_history
+from headinfer.integration.history import check_history, tell_of_repetition
 from headinfer.integration.rotary import WholeCallPositions, last_position
 from headinfer.plan.plan import Plan
 from headinfer.ranks.group import Ranks, fingerprint
@@ -132,11 +132,13 @@ class ServedCall:
             self._sending = engine
             engine.sends_late = True
         self._decoding = past_tokens > 0 and _decodes(arguments, self._new_tokens)
+        self._ids = arguments.get("input_ids")
+        if past_tokens and not (self._decoding or self._drafting) and self._ids is not None:
+            tell_of_repetition(self.cache, self._ids)
         chunk_tokens = self._owner.chunk_tokens(self.cache)
         if self._new_tokens > 1:  # or each rank would chunk as it has room
             (chunk_tokens,) = ranks.least(chunk_tokens)
         in_chunks = self._may_pass_in_chunks(arguments, chunk_tokens, past_tokens)
-        self._ids = arguments.get("input_ids")
         if in_chunks and self._ids is not None:
             self._ids = self._ids.cpu()  # now, for between chunks the device would be waited for
         self._started_s = self._chunk_began_s = time.perf_counter()

@@ -19,7 +19,13 @@ MESSAGES_NAME = "messages.json"
 
 
 def session_name(path: str | os.PathLike[str]) -> str:
-    """Return a session's path as text, for messages."""
+    """Return a session's path as text, for messages.
+
+    Raises:
+        SessionFileError: it is no path.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise SessionFileError(f"a session is a folder, given as a path, and not {path!r}")
     return os.fsdecode(os.fspath(path))
 
 

@@ -205,7 +205,7 @@ def _add_operation(app: FastAPI, service: Service, metrics: Metrics) -> None:
     def act_on_slot(
         slot_id: str, action: Literal["save", "restore"], body: SlotBody
     ) -> dict[str, Any]:
-        """Save a slot as a session, or restore a session as a new slot, whatever the id."""
+        """Save a slot as a session, or have a session as a slot again, whatever the id."""
         desk = service.served.desk
         return save_slot(desk, slot_id, body) if action == "save" else restore_slot(desk, body)
 

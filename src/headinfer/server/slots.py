@@ -59,7 +59,9 @@ def save_slot(desk: Desk, slot_id: str, body: SlotBody) -> dict[str, Any]:
 
 
 def restore_slot(desk: Desk, body: SlotBody) -> dict[str, Any]:
-    """Restore a session as a new slot; return what llama-server tells of it, and what was said.
+    """Have a session as a slot; return what llama-server tells of it, and what was said.
+
+    A slot that is kept and has all of its tokens stands for it.
 
     Args:
         desk: of the model.

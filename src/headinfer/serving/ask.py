@@ -6,12 +6,11 @@ from typing import Any
 
 from headinfer.errors import OptionError
 from headinfer.generation.call import Processor
+from headinfer.generation.draws import check_seed
 from headinfer.generation.settings import check_given
 from headinfer.generation.stops import check_stop
 
 _MOST_LOGPROBS = 100
-_SEEDS = range(-(2**63), 2**64)
-"""What torch takes as a seed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,8 +56,7 @@ class Ask:
         check_given(self.given)
         check_stop(self.stop)
         self._check_rows()
-        if self.seed is not None and self.seed not in _SEEDS:
-            raise OptionError(f"seed must be a whole number of 64 bits, not {self.seed}")
+        check_seed(self.seed)
 
     def _check_rows(self) -> None:
         beams = self.given.get("num_beams")

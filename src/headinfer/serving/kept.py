@@ -2,7 +2,7 @@
 
 import itertools
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -14,6 +14,9 @@ from headinfer.serving.prefix_folder import SavedPrefix
 
 LEAST_TOKENS = 16
 """A shorter common beginning is read again: most prompts of a model begin with the same few."""
+
+_SNAPSHOTS = 8
+"""Snapshots of a prompt whose cache cannot go back, beside those at its end and at its marks."""
 
 _ticks = itertools.count(1)
 
@@ -81,6 +84,8 @@ class Lent:
         kept: what became of it.
         id: of the request.
         slot_id: of what is kept with all that it held, once it was given back.
+        given_up: whether nobody waits for the answer any more.
+        ended: whether the request has, though what it read may not be kept yet.
     """
 
     cache: OffloadedCache
@@ -94,12 +99,25 @@ class Lent:
     kept: Kept | None = None
     id: str = field(default_factory=lambda: secrets.token_hex(8))
     slot_id: str | None = None
+    given_up: Callable[[], bool] = lambda: False
+    ended: bool = False
 
     @property
     def begun(self) -> bool:
         """Whether its first pass has begun, and so has taken memory."""
         engine = self.cache.state.engine
         return engine is not None and not engine.parked
+
+    def will_leave(self, prompt: torch.Tensor) -> int:
+        """Return how many of a prompt's tokens it may leave behind, after its running chunk."""
+        return usable(self.ids, prompt, 0) if self.ended or self.given_up() else 0
+
+    def is_due(self, held_tokens: int) -> bool:
+        """Whether to keep a snapshot of what was read."""
+        new = held_tokens - self.snapshot_tokens
+        if held_tokens in self.marks or held_tokens == len(self.ids):
+            return new > 0
+        return new >= max(len(self.ids) // _SNAPSHOTS, LEAST_TOKENS)
 
 
 class Choice(NamedTuple):

@@ -22,9 +22,6 @@ from headinfer.session import Session
 
 _logger = logging.getLogger(__name__)
 
-_SNAPSHOTS = 8
-"""Snapshots of a prompt whose cache cannot go back, beside those at its end and at its marks."""
-
 _LOOK_S = 0.2
 """How often one that waits for memory looks whether somebody still waits for it."""
 
@@ -66,6 +63,7 @@ class Prefixes:
     ) -> None:
         self._session = session
         self._running: list[Lent] = []  # changed with the shelf's mutex
+        self._returning: list[Lent] = []  # so, too: those that run, and those not kept yet
         self._reuses = session.goes_on_alike()
         self._goes_back = session.goes_back
         self._grow_bytes = grow_bytes
@@ -91,7 +89,8 @@ class Prefixes:
     ) -> Lent:
         """Return a cache for a prompt, with as much of it as any cache holds.
 
-        Waits for other requests to end where these have the CPU memory.
+        Waits for other requests to end where these have the CPU memory. Waits as well for those
+        that are about to end, where they may leave more of the prompt.
 
         Args:
             ids: the prompt.
@@ -103,10 +102,10 @@ class Prefixes:
             HeadInferError: the model was detached.
         """
         prompt, most = as_ids(ids), len(ids) + new_tokens
-        lent = self._found(prompt) if self._reuses else None
+        lent = self._found(prompt, given_up) if self._reuses else None
         if lent is None:
             lent = Lent(cache=self._session.new_cache(), ids=prompt)
-        cache = lent.cache
+        cache, lent.given_up = lent.cache, given_up
         lent.read_tokens = lent.snapshot_tokens = lent.saved_tokens = lent.cached_tokens
         if not self._goes_back:
             parting = (*marks, *self._parting(prompt))
@@ -129,6 +128,7 @@ class Prefixes:
                 if given_up() or self._has_room(lent.cache, tokens):
                     with self._changed:
                         self._running.append(lent)
+                        self._returning.append(lent)
                     return
             with self._changed:
                 self._changed.wait(_LOOK_S)
@@ -145,12 +145,16 @@ class Prefixes:
         lacking = self._shelf.make_room(missing(cache, tokens) + sum(promised))
         return not (lacking and self._running)
 
-    def _found(self, prompt: torch.Tensor) -> Lent | None:
+    def _found(self, prompt: torch.Tensor, given_up: Callable[[], bool]) -> Lent | None:
         """Return the longest beginning of a prompt that any cache holds, for one request alone."""
         tried: list[Kept | Lent | SavedPrefix] = []
         while True:
             with self._shelf.mutex:
                 choice = self._choose(prompt, tried)
+                most = 0 if choice is None else choice.tokens
+                if not given_up() and any(e.will_leave(prompt) > most for e in self._returning):
+                    self._changed.wait(_LOOK_S)
+                    continue
                 if choice is None:
                     return None
                 self._claim(choice)
@@ -263,7 +267,7 @@ class Prefixes:
         if not self._reuses:
             return
         held = held_by(lent.cache)
-        if not self._goes_back and self._is_due(lent, held.tokens):
+        if not self._goes_back and lent.is_due(held.tokens):
             lent.snapshot_tokens = held.tokens
             lasting = held.tokens >= len(lent.ids) or held.tokens in lent.marks
             self._keep(lent.cache.fork(), lent, lasting=lasting)
@@ -271,13 +275,6 @@ class Prefixes:
         if (held.tokens - lent.saved_tokens) * per_token > self._grow_bytes:
             lent.saved_tokens = held.tokens
             self._shelf.grow(lent, lent.cache.fork())
-
-    def _is_due(self, lent: Lent, held_tokens: int) -> bool:
-        """Whether to keep a snapshot of what was read."""
-        new = held_tokens - lent.snapshot_tokens
-        if held_tokens in lent.marks or held_tokens == len(lent.ids):
-            return new > 0
-        return new >= max(len(lent.ids) // _SNAPSHOTS, LEAST_TOKENS)
 
     def _keep(self, cache: OffloadedCache, lent: Lent, *, lasting: bool) -> None:
         known = cache.token_ids
@@ -307,6 +304,7 @@ class Prefixes:
         """
         with self._changed:
             self._running.remove(lent)
+            lent.ended = True
         try:
             if keep and self._reuses and lent.cache.state.engine is not None:
                 lent.cache.progress = None
@@ -319,6 +317,7 @@ class Prefixes:
             _logger.warning("what a request has read is not kept: %s", error)
         finally:
             with self._changed:
+                self._returning.remove(lent)
                 self._changed.notify_all()
         self._put_back(lent)
 

@@ -43,7 +43,7 @@ class RestoredSession:
     """A session that is a slot again.
 
     Attributes:
-        slot_id: of the slot.
+        slot_id: of the slot; of one that was kept before, where that has all of the tokens.
         tokens: that it holds.
         num_bytes: of the session.
         seconds: that it took.
