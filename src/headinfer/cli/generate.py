@@ -264,6 +264,7 @@ def _load_and_run(request: Request) -> None:
         if rank is not None and request.seed is None:
             request = replace(request, seed=ranks.draw_seed(offload.session.ranks))
         cache, kept = sessions.open_cache(console, offload, request.session, ids, tokens)
+        sessions.check_room(cache, plan, request.save_session, tokens)
         bar = PrefillBar(console, len(ids) - kept, interrupt.check)
         answer = Answer(request, settings, console, model, tokenizer, offload, plan, drafts)
         answer.generate(ids, cache, bar, interrupt)
