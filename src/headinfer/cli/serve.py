@@ -178,7 +178,7 @@ def serve(
         share_cores()
         calm_transformers(verbose=verbose)
         prepare_cpu(threads)
-        check_model(source)
+        check_model(console, source)
         # late, so that `--help` answers at once
         from headinfer.server import run
         from headinfer.server.served import Limits, Service
