@@ -110,3 +110,13 @@ def test_statistics_are_told_without_a_stdout(command, llama, prompt, flags):
     what = "the JSON" if flags else "all of the text"
     last = done.stderr.splitlines()[-1]
     assert last == f"headinfer: error: stdout did not take {what}: Bad file descriptor"
+
+
+@pytest.mark.parametrize("verb", ["bench", "evaluate"])
+def test_reports_tell_first_that_there_are_no_results(cli, tmp_path, monkeypatch, verb):
+    monkeypatch.chdir(tmp_path)
+    done = cli(verb, "report", "nope.json")
+    assert done.code == 2
+    (line,) = done.error_lines
+    assert "'nope.json'" in line
+    assert "No such file" in line

@@ -45,11 +45,11 @@ def write_report(
     Raises:
         OptionError: a file cannot be read, or something cannot be written.
     """
+    results = [(Path(file).stem, load(file)) for file in files]  # first: it is what users name
     folder, document = Path(plots), Path(out)
     if not document.parent.is_dir():
         raise OptionError(f"--out {out!r}: there is no folder to write it in; make it first")
     check_plot(str(folder / "plot.png"))
-    results = [(Path(file).stem, load(file)) for file in files]
     document.write_text(text_of(results, _link(folder, document)), encoding="utf-8")
     console = stderr_console()
     console.print(f"written to {out}", markup=False)
