@@ -17,7 +17,7 @@ from headinfer.bench.table import render
 from headinfer.cli.bench_options import options, run_spec
 from headinfer.cli.bench_report import report
 from headinfer.cli.command import Group, OnceCommand
-from headinfer.cli.console import reporting_errors, stdout_console
+from headinfer.cli.console import reporting_errors
 from headinfer.cli.output import (
     STDOUT,
     JsonCommand,
@@ -25,6 +25,7 @@ from headinfer.cli.output import (
 )
 from headinfer.cli.results import collect, exit_code, tell
 from headinfer.cli.run_progress import RunProgress, run_console, showing_progress
+from headinfer.cli.text import wrapping_console
 from headinfer.generation.model import choose_device
 
 app = typer.Typer(
@@ -118,7 +119,7 @@ def methods() -> None:
     table = Table(box=None, pad_edge=False, show_header=False)
     for info in CATALOGUE.values():
         table.add_row(info.name, info.description.replace("`", ""))
-    stdout_console().print(table)
+    wrapping_console().print(table)
 
 
 app.command(cls=OnceCommand)(report)

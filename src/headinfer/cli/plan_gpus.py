@@ -15,9 +15,8 @@ from headinfer.cli.plan_table import (
     gib,
     length,
     marked,
-    table_console,
 )
-from headinfer.cli.text import print_lines
+from headinfer.cli.text import print_lines, wrapping_console
 from headinfer.errors import OptionError
 from headinfer.estimate.accounting import AccountingKind
 from headinfer.estimate.choose_split import SplitChoice, choose_split
@@ -116,7 +115,7 @@ def _print(
     plans: Sequence[SplitPlan],
     choice: SplitChoice,
 ) -> None:
-    console = table_console()
+    console = wrapping_console()
     said, note = which
     batch = f", {situation.batch} rows" if situation.batch > 1 else ""
     each = ", ".join(dict.fromkeys(format_bytes(size) for size in memory_bytes))
