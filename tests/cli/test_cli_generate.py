@@ -84,6 +84,13 @@ def test_warnings_of_the_library_are_notes(cli, llama, prompt):
     assert note.startswith("note: --kv-cache int8 has no effect on the CPU")
 
 
+def test_one_is_singular(cli, llama):
+    done = cli("generate", "--model", llama, "-p", "w1", "--no-do-sample", "-n", 2)
+    assert "prefill           1 token in" in done.err
+    assert "decode            1 token in" in done.err
+    assert " 1 tokens" not in done.err
+
+
 def test_transformers_is_silent(process, llama, prompt):
     done = process("generate", "--model", llama, "-p", prompt, "-n", 3, "--quiet")
     assert done.code == 0

@@ -11,7 +11,7 @@ from rich.console import Console
 from headinfer.cli.options import OUTPUT_PANEL, PROMPT_PANEL
 from headinfer.cli.stages import Stages
 from headinfer.errors import HeadInferError, OptionError, SessionFileError, SessionRoomError
-from headinfer.units import format_bytes
+from headinfer.units import format_bytes, plural
 
 if TYPE_CHECKING:
     from headinfer.integration.cache import OffloadedCache
@@ -139,7 +139,7 @@ def open_cache(
     told = f"{kept:,} of the prompt's {len(ids):,} need not be read again"
     if not kept:
         told = "none of them is used: the prompt begins otherwise, or the model cannot go back"
-    told = f"session {session}: {held:,} tokens; {told}"
+    told = f"session {session}: {held:,} {plural(held, 'token')}; {told}"
     console.print(told, markup=False)
     return cache, kept
 
@@ -211,7 +211,8 @@ def _save_less(
 def _tell_saved(console: Console, session: str, saved: "SavedSession") -> None:
     rate = saved.num_bytes / max(saved.seconds, 1e-9)
     console.print(
-        f"session: {saved.tokens:,} tokens saved to {os.path.normpath(session)}, "
+        f"session: {saved.tokens:,} {plural(saved.tokens, 'token')} saved to "
+        f"{os.path.normpath(session)}, "
         f"{format_bytes(saved.num_bytes)} at {rate / 1e9:.1f} GB/s",
         markup=False,
     )

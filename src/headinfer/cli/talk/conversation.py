@@ -16,7 +16,7 @@ from headinfer.cli.talk.messages import check_template, encode_messages
 from headinfer.errors import CacheStateError, OptionError, SessionRoomError
 from headinfer.generation.settings import Settings, settle
 from headinfer.saved.messages import Messages
-from headinfer.units import format_tokens
+from headinfer.units import format_tokens, plural
 
 if TYPE_CHECKING:
     from headinfer.engine.stats import Stats
@@ -189,7 +189,8 @@ class Conversation:
                 told = "stopped before an answer; send it again to go on where the reading was"
             console.print(told)
         elif answer.stopped is None and answer.finish_reason == "length":
-            console.print(f"the answer ends at its {answer.new_tokens} tokens (--max-new-tokens)")
+            tokens = f"{answer.new_tokens} {plural(answer.new_tokens, 'token')}"
+            console.print(f"the answer ends at its {tokens} (--max-new-tokens)")
 
     def _check_positions(self, tokens: int) -> None:
         most = self._talker.positions
