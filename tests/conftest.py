@@ -43,6 +43,12 @@ def _own_folders(tmp_path_factory) -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
+def _no_terminal() -> None:
+    """Print as wide as where nobody says how wide, also in processes of pytest-xdist."""
+    os.environ.pop("COLUMNS", None)
+
+
+@pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     """Tiny models are fastest, and results repeatable, on one thread."""
     torch.set_num_threads(1)

@@ -4,7 +4,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headinfer.errors import OptionError
-from headinfer.units import format_bytes, format_si, format_tokens, parse_bytes, parse_tokens
+from headinfer.units import (
+    counted_tokens,
+    format_bytes,
+    format_si,
+    format_tokens,
+    parse_bytes,
+    parse_tokens,
+)
 
 
 @pytest.mark.parametrize(
@@ -100,3 +107,10 @@ def test_what_is_neither_text_nor_an_integer_is_refused(value: object) -> None:
 def test_integers_of_any_kind_are_taken() -> None:
     assert parse_tokens(np.int64(4096)) == 4096  # type: ignore[arg-type]  # it is as good as one
     assert parse_bytes(np.int64(2**30)) == 2**30  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("count", "said"), [(0, "0 tokens"), (1, "1 token"), (2, "2 tokens"), (2048, "2K tokens")]
+)
+def test_one_token_is_singular(count: int, said: str) -> None:
+    assert counted_tokens(count) == said

@@ -339,6 +339,10 @@ class Session:
     def after_call(self, cache: OffloadedCache) -> None:
         """Note the memory held after a model call, whose work may still go on."""
         self._captures.expect_steps()
+        self.note_memory(cache)
+
+    def note_memory(self, cache: OffloadedCache) -> None:
+        """Note the memory that all caches hold, and what standard inference takes for one."""
         device_bytes = host_bytes = standard_bytes = 0
         for engine in list(self._engines):
             device_bytes += (device_here := engine.device_kv_bytes)

@@ -144,6 +144,21 @@ def format_tokens(tokens: int) -> str:
     return f"{tokens:,}"
 
 
+def plural(count: float, one: str) -> str:
+    """Return a noun as it stands behind a number: "token" behind 1, else "tokens".
+
+    Args:
+        count: the number as it is shown: 1.0 has digits, and takes the plural, where 1 does not.
+        one: of them.
+    """
+    return one if count == 1 else f"{one}s"
+
+
+def counted_tokens(tokens: int) -> str:
+    """Return a token count for people with its noun: 1 token, 128K tokens."""
+    return f"{format_tokens(tokens)} {plural(tokens, 'token')}"
+
+
 def format_si(value: float, unit: str = "") -> str:
     """Return three significant digits with a prefix of 1000: 17.2G, or 165 TFLOP/s with a unit."""
     prefixes = iter(("", *"KMGTPEZY"))

@@ -16,7 +16,11 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
         raise ValueError("it broke")
     if what == "exit":
         os._exit(7)
-    if what == "die":
+    if what == "draw and die":
+        from tqdm import tqdm
+
+        list(tqdm([1]))
+    if what.endswith("die"):
         os.kill(os.getpid(), signal.SIGKILL)
     if what == "sleep":
         time.sleep(60)

@@ -63,6 +63,26 @@ def test_an_interrupt_is_for_the_caller_alone(tmp_path, seconds):
     assert (out, err) == ("interrupted\n", "")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="its semaphores have no names")
+def test_a_death_beside_a_bar_leaves_no_semaphore(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "from headinfer.bench import child\n"
+        "child._PRELOADED = []  # torch, which takes its time\n"
+        "try:\n"
+        "    child.ask('answering', {'do': 'draw and die'})\n"
+        "except child.ChildError as error:\n"
+        "    print(error.returncode)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(program)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.stdout, done.stderr) == ("-9\n", "")
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="its folders have no modes")
 def test_what_is_said_is_not_kept_where_others_can_read_it(tmp_path, monkeypatch):
     tmp_path.chmod(0o777)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 
@@ -308,6 +309,25 @@ def test_messages_that_cannot_be_used_are_refused(chat, conversed, tmp_path, tex
     assert done.code == 2
     assert why in done.errors[0]
     assert done.answers == conversed(FIRST, SECOND)
+
+
+def test_a_session_without_room_is_told_before_a_message_is_read(
+    chat, conversed, tmp_path, monkeypatch
+):
+    session = tmp_path / "talk.hsession"
+    monkeypatch.setattr("shutil.disk_usage", lambda _path: SimpleNamespace(free=20 * 256))
+    options = ("--save-session", session)
+    refused = chat(" ".join([FIRST] * 4), options=options)
+    assert refused.answers == []
+    assert "the session of 27 tokens needs" in refused.errors[0]
+    assert not session.exists()
+    done = chat(FIRST, SECOND, THIRD, options=options)
+    assert done.answers == conversed(FIRST, SECOND, THIRD)
+    (note,) = (line for line in done.err.splitlines() if line.startswith("note: "))
+    assert note.endswith("free some, or choose another place; /save FOLDER saves it elsewhere")
+    (error,) = done.errors
+    assert "the first " in error
+    assert "tokens were saved" in error
 
 
 def test_nothing_is_saved_where_nothing_was_said_or_something_else_is(chat, tmp_path):

@@ -114,6 +114,25 @@ def test_keys(terminal, chat_llama, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_conversation_that_cannot_be_saved_goes_on(terminal, chat_llama, tmp_path):
+    place, elsewhere = tmp_path / "place", tmp_path / "elsewhere"
+    place.mkdir()
+    screen = terminal("--model", chat_llama, *SHORT, "--save-session", place / "s")
+    screen.say("w7")
+    screen.wait_for(ASKED)
+    place.rmdir()
+    screen.type(CTRL_D)
+    screen.wait_for("there is no folder")
+    screen.wait_for("the conversation goes on: /save FOLDER saves it elsewhere, Ctrl-D leaves")
+    screen.say(f"/save {elsewhere}")
+    screen.wait_for("tokens saved to")
+    screen.wait_for(ASKED)
+    screen.type(CTRL_D)
+    assert screen.end() == 0
+    assert len(json.loads((elsewhere / "messages.json").read_text())["messages"]) == 2
+
+
+@pytest.mark.slow
 def test_inputs_are_kept_between_runs_for_this_user_alone(terminal, chat_llama, tmp_path):
     for keys in ("w7 w14 w21", UP):
         session = tmp_path / f"{len(keys)}.hsession"

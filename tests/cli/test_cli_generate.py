@@ -80,6 +80,15 @@ def test_warnings_of_the_library_are_notes(cli, llama, prompt):
         if "resident" in line
     )
     assert note.startswith("note: --resident-tokens 4096 has no effect on the CPU")
+    (note,) = (line for line in cli(*args[:-2], "--kv-cache", "int8").error_lines if "int8" in line)
+    assert note.startswith("note: --kv-cache int8 has no effect on the CPU")
+
+
+def test_one_is_singular(cli, llama):
+    done = cli("generate", "--model", llama, "-p", "w1", "--no-do-sample", "-n", 2)
+    assert "prefill           1 token in" in done.err
+    assert "decode            1 token in" in done.err
+    assert " 1 tokens" not in done.err
 
 
 def test_transformers_is_silent(process, llama, prompt):

@@ -110,3 +110,34 @@ def test_statistics_are_told_without_a_stdout(command, llama, prompt, flags):
     what = "the JSON" if flags else "all of the text"
     last = done.stderr.splitlines()[-1]
     assert last == f"headinfer: error: stdout did not take {what}: Bad file descriptor"
+
+
+@pytest.mark.parametrize("verb", ["bench", "evaluate"])
+def test_reports_tell_first_that_there_are_no_results(cli, tmp_path, monkeypatch, verb):
+    monkeypatch.chdir(tmp_path)
+    done = cli(verb, "report", "nope.json")
+    assert done.code == 2
+    (line,) = done.error_lines
+    assert "'nope.json'" in line
+    assert "are not there" in line
+
+
+@pytest.mark.parametrize("columns", ["80", "130", "", "0", "many"])
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("plan", "--model", "llama-3-8b", "--context", "128K"),
+        ("plan", "--model", "llama-3-70b", "--context", "128K", "--gpus", "4"),
+        ("bench", "methods"),
+    ],
+    ids=["plan", "plan of GPUs", "methods"],
+)
+def test_lines_in_a_pipe_are_as_long_as_columns_says_and_not_padded(
+    cli, monkeypatch, args, columns
+):
+    monkeypatch.setenv("COLUMNS", columns)
+    lines = cli(*args).out.splitlines()
+    longest = max(map(len, lines))
+    most = int(columns) if columns in ("80", "130") else 100
+    assert most - 20 < longest <= most
+    assert [line for line in lines if line != line.rstrip()] == []

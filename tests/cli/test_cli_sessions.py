@@ -7,14 +7,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from headinfer.saved import writer
 from saved_models import save_llama
 
 SMALL = ("--device", "simulated", "--tile-tokens", 16, "--chunk-tokens", 32)
 GREEDY = ("--no-do-sample", "-n", 12)
 NO_SIGNALS = pytest.mark.skipif(sys.platform == "win32", reason="its signals end a process")
+
+
+TOKEN_BYTES = 256
+"""Of the keys and values of `llama`, without its id."""
 
 
 def pages(session: Path) -> list[Path]:
@@ -108,6 +114,75 @@ def test_a_session_that_cannot_be_saved_costs_no_text(
     assert "No space left on device" in line
     assert "as it was" in line
     assert {path.name: path.read_bytes() for path in session.iterdir()} == before
+
+
+def fill_disk(monkeypatch, free_bytes: int) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _path: SimpleNamespace(free=free_bytes))
+
+
+def test_a_session_without_room_is_refused_before_the_prompt_is_read(
+    cli, llama, prompt, tmp_path, monkeypatch
+):
+    session = tmp_path / "s"
+    args = ("generate", "--model", llama, "-p", prompt, *GREEDY, "--save-session", session)
+    fill_disk(monkeypatch, 81 * TOKEN_BYTES - 1)
+    done = cli(*args, "--quiet")
+    assert done.code == 2
+    assert done.out == ""
+    (line,) = done.error_lines
+    assert "the session of 81 tokens needs 20.25 KiB on disk, and 20.25 KiB are free" in line
+    assert list(tmp_path.iterdir()) == []
+    fill_disk(monkeypatch, 10**6)
+    assert cli(*args).code == 0
+    fill_disk(monkeypatch, 81 * TOKEN_BYTES - 1)
+    again = cli(*args, "--quiet")
+    assert again.out == ""
+    assert "on disk, beside the one that is there, and" in again.error_lines[0]
+
+
+def test_a_disk_that_fills_up_takes_the_first_tokens(cli, llama, prompt, tmp_path, monkeypatch):
+    session, real = tmp_path / "s", writer._write_file
+    args = ("generate", "--model", llama, "-p", prompt, *GREEDY)
+
+    def fills_up(path, data):
+        if len(data) > 60 * TOKEN_BYTES:
+            fill_disk(filling, 60 * TOKEN_BYTES)
+            raise OSError(28, "No space left on device", str(path))
+        return real(path, data)
+
+    with monkeypatch.context() as filling:
+        filling.setattr("headinfer.saved.writer._write_file", fills_up)
+        done = cli(*args, "--save-session", session, "--quiet")
+    assert done.code == 2
+    plain = cli(*args)
+    assert done.out == plain.out
+    (line,) = done.error_lines
+    assert "No space left on device" in line
+    assert "the first 52 of its 81 tokens were saved, and --session goes on from there" in line
+    on = cli(*args, "--session", session)
+    assert on.out == plain.out
+    assert "52 tokens; 52 of the prompt's 70 need not be read again" in on.err
+
+
+@pytest.mark.parametrize("name", ["/proc/x", "{closed}/s", "{session}"])
+def test_a_place_that_cannot_be_written_is_refused_before_a_model_is_loaded(
+    cli, llama, prompt, tmp_path, monkeypatch, name
+):
+    closed, session = tmp_path / "closed", tmp_path / "s"
+    for folder in (closed, session):
+        folder.mkdir()
+    place = name.format(closed=closed, session=session)
+
+    def refuses(self, *_args, **_keywords):
+        raise OSError(30, "Read-only file system", str(self))
+
+    monkeypatch.setattr(Path, "mkdir", refuses)  # whoever may do all finds out so
+    monkeypatch.setattr(Path, "touch", refuses)
+    done = cli("generate", "--model", tmp_path / "none", "-p", prompt, "--save-session", place)
+    assert done.code == 2
+    (line,) = done.error_lines
+    assert f"a session cannot be saved as {place!r}: Read-only file system" in line
+    assert line.endswith("choose a place that you can write to")
 
 
 @NO_SIGNALS

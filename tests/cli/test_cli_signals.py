@@ -141,6 +141,7 @@ def test_the_part_of_a_prompt_that_was_run_is_told(cli, llama, prompt, monkeypat
     stats = json.loads(done.out)["stats"]
     assert stats["prefill_tokens"] == 32 * beams
     assert stats["prefill_s"] > 0
+    assert stats["host_kv_bytes"] >= stats["standard_kv_bytes"] >= 32 * 256 * beams
     assert f"prefill           {32 * beams} tokens" in done.err
 
 

@@ -54,7 +54,7 @@ def test_what_a_window_dropped_cannot_be_taken_back() -> None:
     assert engine.tokens(0) == 400
     engine.crop(0, SPARE_TOKENS)
     assert engine.tokens(0) == 400 - SPARE_TOKENS
-    with pytest.raises(CacheStateError, match="1 tokens cannot be taken back"):
+    with pytest.raises(CacheStateError, match="1 token cannot be taken back"):
         engine.crop(0, 1)
     engine.crop(0, 400)
     assert engine.tokens(0) == 0

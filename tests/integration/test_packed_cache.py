@@ -139,10 +139,12 @@ def test_sessions_go_on_under_the_other_form(tmp_path: Path) -> None:
 
 def test_what_cannot_be_packed_stays_dense_and_is_named(caplog: pytest.LogCaptureFixture) -> None:
     narrow = tiny_model("llama3", head_dim=8, num_hidden_layers=1).bfloat16()
+    windows = tiny_model("mistral-sliding", num_hidden_layers=1).bfloat16()
     for model, options, reason in (
         (small_model(), {"device": "cpu"}, "on the CPU, which attends"),
         (small_model(torch.float32), {"device": "simulated"}, "on float32: only bfloat16"),
         (narrow, {"device": "simulated"}, "on this model: no layer has keys and values"),
+        (windows, {"device": "simulated"}, "on this model: no layer keeps tokens in CPU memory"),
     ):
         caplog.clear()
         with headinfer.attach(model, kv_cache="packed", **options) as offload:

@@ -337,3 +337,10 @@ def test_what_several_tokens_fill_goes_home_before_the_next_ones(resident_capaci
         assert first == SendHome(20, 26, turn=not resident)
     one = held._replace(tokens=25, resident_tokens=25 if resident else 0)
     assert route_track(one, Pass.FORWARD, 1, SIZES).steps[-1] == SendHome(20, 26, late=resident > 0)
+
+
+def test_one_is_singular() -> None:
+    fetch = Fetch(start=0, end=9, tile_tokens=16, heads=1, groups=1)
+    assert str(fetch) == "fetch tokens 0 to 9 in 1 tile of 1 head x 16 tokens"
+    attend = Attend(heads=1, groups=1, parts=(Own(),))
+    assert str(attend) == "attend by 1 head: the new tokens"

@@ -127,6 +127,31 @@ def test_a_session_folder_is_looked_at_before_the_model_is_loaded(cli_in_process
     assert "--session-folder" in line
 
 
+def test_a_session_folder_that_takes_no_file_is_refused(
+    cli_in_process, tmp_path, monkeypatch
+) -> None:
+    def refuses(**_keywords: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuses)  # the system lets root look otherwise
+    done = cli_in_process("serve", "--port", "0", "--session-folder", str(tmp_path))
+    assert (done.code, done.out) == (2, "")
+    assert done.err.endswith("Read-only file system; give a folder that you can write to\n")
+
+
+def test_a_session_folder_larger_than_the_disk_is_told(
+    cli_in_process, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _path: SimpleNamespace(free=2**30))
+    args = ("--session-folder", str(tmp_path), "--host", "no.such.host.invalid")
+    (tmp_path / "book.hsession").mkdir()
+    (tmp_path / "book.hsession" / "index.json").write_bytes(bytes(2**20))
+    told = cli_in_process("serve", *args, "--session-folder-size", "3GiB").err
+    assert "warning: --session-folder-size 3GiB is 2.00 GiB more than the disk has" in told
+    fits = cli_in_process("serve", *args, "--session-folder-size", "1025MiB").err
+    assert "--session-folder-size" not in fits
+
+
 def test_what_is_missing_is_told_with_how_to_install_it(cli_in_process, monkeypatch) -> None:
     from headinfer.server import requirements
 

@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
@@ -165,6 +166,17 @@ def _context() -> Any:
     return context
 
 
+def _have_no_semaphore() -> None:
+    """Give tqdm a lock of this process alone, as transformers loads models beside its bars.
+
+    Its own one is a semaphore of the system. A process that is killed leaves that behind, and
+    Python warns of it on the caller's stderr.
+    """
+    from tqdm import tqdm
+
+    tqdm.set_lock(threading.RLock())
+
+
 def _run(
     asked: tuple[str, str, str], sender: Connection, said: str, environment: dict[str, str]
 ) -> None:
@@ -178,6 +190,7 @@ def _run(
         os.dup2(file.fileno(), 2)
     os.environ.clear()
     os.environ.update(environment)
+    _have_no_semaphore()
     module, function, question = asked
     answer: Callable[[Values], Any] = getattr(importlib.import_module(module), function)
     given = answer(json.loads(question))

@@ -56,9 +56,11 @@ class HeadInfer:
         form = self._offload.plan.shape.host_format
         if asked not in ("auto", form.value):
             self.close()
+            where = "the CPU attends it where it lies"
+            why = f": {where}" if self.device == "cpu" else ", as the log says"
             raise OptionError(
-                f"KV is {form.value} here and cannot be {asked}, as the log says; leave {asked} "
-                "out of --kv-cache"
+                f"KV is {form.value} here and cannot be {asked}{why}; leave {asked} out of "
+                "--kv-cache"
             )
 
     @property

@@ -17,7 +17,7 @@ from headinfer.cli.load import NamedSource
 from headinfer.cli.progress import PrefillBar
 from headinfer.cli.render import plan_as_json, print_rows, stats_as_json, summary_rows
 from headinfer.cli.sampling import GenerationOptions
-from headinfer.cli.session_options import save_session
+from headinfer.cli.session_options import save_at_the_end
 from headinfer.errors import HeadInferError
 from headinfer.generation.pace import Number
 from headinfer.generation.settings import Settings
@@ -242,7 +242,7 @@ class Answer:
         if name is None or cache is None or self._failure is not None:
             return None
         try:
-            save_session(self._console, cache, name)
+            save_at_the_end(self._console, cache, self._plan, name)
         except HeadInferError as error:
             return error
         return None

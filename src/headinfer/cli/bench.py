@@ -16,10 +16,11 @@ from headinfer.bench.table import render
 from headinfer.cli.bench_options import options, run_spec
 from headinfer.cli.bench_report import report
 from headinfer.cli.command import Group, OnceCommand
-from headinfer.cli.console import reporting_errors, stdout_console
+from headinfer.cli.console import reporting_errors
 from headinfer.cli.output import JsonCommand, check_results
 from headinfer.cli.results import collect, exit_code, save, tell, tell_kept
 from headinfer.cli.run_progress import RunProgress, run_console, showing_progress
+from headinfer.cli.text import wrapping_console
 from headinfer.generation.model import choose_device
 
 app = typer.Typer(
@@ -113,7 +114,7 @@ def methods() -> None:
     table = Table(box=None, pad_edge=False, show_header=False)
     for info in CATALOGUE.values():
         table.add_row(info.name, info.description.replace("`", ""))
-    stdout_console().print(table)
+    wrapping_console().print(table)
 
 
 app.command(cls=OnceCommand)(report)

@@ -27,7 +27,7 @@ from headinfer.cli.sampling import flag
 from headinfer.cli.sampling_options import BEAMS, generation_options, with_sampling
 from headinfer.cli.stages import Stages
 from headinfer.cli.talk.commands import Commands
-from headinfer.cli.talk.conversation import Conversation, Talker
+from headinfer.cli.talk.conversation import SAVE_ELSEWHERE, Conversation, Talker
 from headinfer.cli.talk.lines import Lines, open_lines
 from headinfer.cli.talk.loop import converse
 from headinfer.errors import HeadInferError
@@ -172,21 +172,33 @@ def _converse(talker: Talker, lines: Lines, files: list[str]) -> int:
         commands.file(path)
     if lines.by_hand:
         console.print("/help lists the commands, Ctrl-D leaves")
+    save = request.save_session
     try:
         code = converse(conversation, commands, lines, console)
+        unsaved = _save(conversation, save, ending=not lines.by_hand)
+        if unsaved and lines.by_hand:
+            console.print(f"the conversation goes on: {SAVE_ELSEWHERE}, Ctrl-D leaves")
+            code = converse(conversation, commands, lines, console)
+            unsaved = _save(conversation, save, ending=True)
     except Stopped:
         console.quiet = True  # the terminal may be gone
-        _save(conversation, request.save_session)
+        _save(conversation, save, ending=True)
         raise
-    return _save(conversation, request.save_session) or code
+    return unsaved or code
 
 
-def _save(conversation: Conversation, path: str | None) -> int:
-    """Save a session where a path is given, and return the exit code."""
+def _save(conversation: Conversation, path: str | None, *, ending: bool) -> int:
+    """Save a session where a path is given, and return the exit code.
+
+    Args:
+        conversation: that was saved elsewhere, perhaps: then that is enough.
+        path: where to save it.
+        ending: whether the conversation cannot go on.
+    """
     if path is None or not conversation.messages.said:
         return 0
     try:
-        conversation.save(path)
+        conversation.save(path, ending=ending)
     except HeadInferError as error:
-        return report(error)
+        return 0 if conversation.saved == conversation.messages else report(error)
     return 0

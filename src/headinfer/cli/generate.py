@@ -36,6 +36,7 @@ from headinfer.generation.pace import check_number, drafts_itself
 from headinfer.generation.settings import DEFAULT_NEW_TOKENS, settle
 from headinfer.gguf_models import unpacked_dtype
 from headinfer.ranks.launched import Launched, is_another
+from headinfer.units import plural
 
 if TYPE_CHECKING:
     from headinfer.generation.drafts import Drafts
@@ -220,7 +221,8 @@ def _load_and_run(request: Request) -> None:
 
             check_splittable(request.source.name, config, rank.size)
         tokenizer = load_tokenizer(request.source)
-        stages.begin(f"tokenising {len(request.text):,} characters")
+        characters = plural(len(request.text), "character")
+        stages.begin(f"tokenising {len(request.text):,} {characters}")
         ids = encode(
             tokenizer,
             request.text,
@@ -264,6 +266,7 @@ def _load_and_run(request: Request) -> None:
         if rank is not None and request.seed is None:
             request = replace(request, seed=ranks.draw_seed(offload.session.ranks))
         cache, kept = sessions.open_cache(console, offload, request.session, ids, tokens)
+        sessions.check_room(cache, plan, request.save_session, tokens)
         bar = PrefillBar(console, len(ids) - kept, interrupt.check)
         answer = Answer(request, settings, console, model, tokenizer, offload, plan, drafts)
         answer.generate(ids, cache, bar, interrupt)

@@ -1,17 +1,17 @@
 """What the command line does before a model is loaded, and the models it knows by name."""
 
-import difflib
 import logging
 import os
 import warnings
 from typing import Any
 
+from rich.console import Console
+
 from headinfer.cli.stages import LOADING_S, Stages
-from headinfer.errors import ModelLoadError, OptionError
+from headinfer.errors import OptionError
 from headinfer.estimate.presets import PRESETS
 from headinfer.generation.model import ModelSource, load_config
 from headinfer.gguf_models.folder import check_packaged, is_gguf_model
-from headinfer.gguf_models.packaged import PACKAGED
 from headinfer.units import format_tokens
 
 DEMO_MODEL = "demo"
@@ -37,6 +37,10 @@ class NamedSource(ModelSource):
             return str(ensure_model())
         return ModelSource.location(self)
 
+    def known_names(self) -> tuple[str, ...]:
+        """Return names of models that are not of the hub: the embedded one too."""
+        return (DEMO_MODEL, *ModelSource.known_names(self))
+
 
 def check_trained(name: str) -> None:
     """Check that a name is no preset, before the hub is asked for it.
@@ -48,10 +52,11 @@ def check_trained(name: str) -> None:
         raise OptionError(f"{name} is a shape without weights; give a folder or hub id")
 
 
-def check_model(source: ModelSource) -> None:
+def check_model(console: Console, source: ModelSource) -> None:
     """Refuse a model that is not there, before a server takes an address for it.
 
     Args:
+        console: on stderr; told where the hub takes its time.
         source: of which no weights are read. A model in GGUF is not unpacked.
 
     Raises:
@@ -62,13 +67,9 @@ def check_model(source: ModelSource) -> None:
     if is_gguf_model(source.name):
         check_packaged(source.name, source.unpacked_dtype)
         return
-    try:
+    with Stages(console) as stages:
+        begin_loading(stages, source)
         load_config(source)
-    except ModelLoadError as error:
-        meant = difflib.get_close_matches(source.name, (DEMO_MODEL, *PACKAGED), 1)
-        if not meant or os.path.exists(source.name):
-            raise
-        raise ModelLoadError(f"{error}; did you mean {meant[0]!r}?") from error
 
 
 def share_cores() -> None:

@@ -18,9 +18,8 @@ from headinfer.cli.plan_table import (
     marked,
     print_changes,
     print_form,
-    table_console,
 )
-from headinfer.cli.text import print_lines
+from headinfer.cli.text import print_lines, wrapping_console
 from headinfer.estimate.choose_split import SplitChoice, choose_split
 from headinfer.estimate.gpus import split_plans
 from headinfer.estimate.methods import APPROXIMATE
@@ -95,7 +94,7 @@ def _print(
     plans: Sequence[SplitPlan],
     choice: SplitChoice,
 ) -> None:
-    console = table_console()
+    console = wrapping_console()
     said, note = which
     batch = f", {situation.batch} rows" if situation.batch > 1 else ""
     each = ", ".join(dict.fromkeys(format_bytes(size) for size in memory_bytes))

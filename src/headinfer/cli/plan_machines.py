@@ -15,9 +15,8 @@ from headinfer.cli.plan_table import (
     gib,
     length,
     print_form,
-    table_console,
 )
-from headinfer.cli.text import print_lines
+from headinfer.cli.text import print_lines, wrapping_console
 from headinfer.estimate.choose import position_warning
 from headinfer.estimate.machine_rows import MachineRow, gpus_row, machine_row
 from headinfer.estimate.situation import Situation
@@ -103,7 +102,7 @@ def _rows(
 
 
 def _print(asked: Sequence[Asked], rows: Sequence[MachineRow], best: MachineRow | None) -> None:
-    console = table_console()
+    console = wrapping_console()
     situation = asked[0][0]
     batch = f", {situation.batch} rows" if situation.batch > 1 else ""
     console.print(

@@ -4,15 +4,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from headinfer.cli.plan_table import table_console
-from headinfer.cli.text import print_lines
+from headinfer.cli.text import print_lines, wrapping_console
 from headinfer.estimate.comparison import Comparison
 from headinfer.estimate.paper import comparisons
 
 
 def print_paper() -> None:
     """Print all tables with why they differ."""
-    console = table_console()
+    console = wrapping_console()
     console.print("Each cell: paper / ours. K is 1024 tokens, GiB is 2**30 bytes.")
     for comparison in comparisons():
         console.print()

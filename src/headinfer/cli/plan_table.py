@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from headinfer.cli.text import print_lines
+from headinfer.cli.text import WIDTH, print_lines, wrapping_console
 from headinfer.estimate.choose import Change, Choice
 from headinfer.estimate.methods import APPROXIMATE
 from headinfer.estimate.situation import MethodPlan, Situation
@@ -15,9 +15,6 @@ from headinfer.plan.memory import runtime_parts
 from headinfer.units import format_bytes, format_seconds, format_tokens
 
 _GIB = 2**30
-_WIDTH = 100
-"""Columns where the terminal does not tell; all of the table fits in them."""
-
 _COLUMNS = (
     "method",
     "tile",
@@ -42,14 +39,6 @@ _ROOMY = 110
 """Columns from which on the table's columns stand two spaces apart."""
 
 
-def table_console() -> Console:
-    """Return a console on stdout, `_WIDTH` wide where it is no terminal."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = max(console.width, _WIDTH)
-    return console
-
-
 def print_plans(
     situation: Situation,
     which: str,
@@ -66,7 +55,7 @@ def print_plans(
         plans: of all methods.
         choice: among them.
     """
-    console = table_console()
+    console = wrapping_console()
     hardware, batch = situation.hardware, situation.batch
     rows = f", {batch} rows" if batch > 1 else ""
     console.print(
@@ -121,7 +110,7 @@ def print_steps(situation: Situation, choice: Choice) -> None:
             lines += ["", f"{name}, behind {format_tokens(past)} tokens:"]
             lines += pass_schedule(situation, plan, past, new).lines()
             lines += filter(None, [disk_line(situation, plan, past)])
-    console = table_console()
+    console = wrapping_console()
     for line in lines:
         console.print(line, markup=False, soft_wrap=True)
 
@@ -155,7 +144,7 @@ def _table(
     gap = 2 if width >= _ROOMY else 1
     table = Table(box=None, pad_edge=False, padding=(0, 0, 0, gap), header_style="bold")
     columns = {name: index for index, name in enumerate(_COLUMNS) if name not in _LEFT_OUT}
-    if width >= _WIDTH:
+    if width >= WIDTH:
         columns = {name: index for index, name in enumerate(_COLUMNS)}
     if above_disk:
         columns.pop("KV\nin all", None)  # where the other one comes

@@ -17,6 +17,7 @@ from headinfer.cli import options as opt
 from headinfer.cli.console import EXIT_UNEXPECTED, reporting_errors, stderr_console
 from headinfer.cli.load import share_cores
 from headinfer.cli.output import STDOUT, JsonPath, check_writable, write_json
+from headinfer.cli.text import wrapping_console
 from headinfer.disk.folder import check_folder
 from headinfer.plan.hardware import DiskRate
 from headinfer.plan.measured import read_measurement
@@ -28,9 +29,6 @@ from headinfer.units import format_bytes, format_tokens
 
 if TYPE_CHECKING:
     from headinfer.device.base import Device
-
-_WIDTH = 100
-"""Columns where there is no terminal."""
 
 _NOTHING = "-"
 
@@ -125,9 +123,7 @@ def probe(
         kept = None if measurement.missing else keep.save_measurement(whole)
         if json_path is not None:
             write_json(json_path, keep.to_json(measurement))
-        console = Console(stderr=json_path == STDOUT, highlight=False)
-        if not console.is_terminal:
-            console.width = _WIDTH
+        console = wrapping_console(stderr=json_path == STDOUT)
         _print(console, measurement, disk)
         _tell_kept(console, measurement, kept)
         if json_path not in (None, STDOUT):

@@ -7,6 +7,8 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from headinfer.units import plural
+
 
 def seconds_left(points: list[tuple[int, float]], all_tokens: int) -> float | None:
     """Guess the seconds until all tokens are done.
@@ -93,7 +95,7 @@ class PrefillBar:
         )
 
     def _count(self, done_tokens: int) -> str:
-        return f"{done_tokens:,} of {self._all_tokens:,} tokens"
+        return f"{done_tokens:,} of {self._all_tokens:,} {plural(self._all_tokens, 'token')}"
 
     @property
     def done(self) -> tuple[int, float]:
@@ -108,11 +110,12 @@ class PrefillBar:
         self._points.append((done_tokens, elapsed_s))
         left_s = seconds_left(self._points, all_tokens) or 0.0
         finished = done_tokens >= all_tokens
+        speed = round(done_tokens / max(elapsed_s, 1e-9))
         self._progress.update(
             self._task,
             completed=done_tokens,
             tokens=self._count(done_tokens),
-            speed=f"{done_tokens / max(elapsed_s, 1e-9):,.0f} tokens/s",
+            speed=f"{speed:,} {plural(speed, 'token')}/s",
             left=f"in {format_duration(elapsed_s)}"
             if finished
             else f"{format_duration(left_s)} left",

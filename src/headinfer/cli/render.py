@@ -10,7 +10,7 @@ from rich.markup import escape
 from headinfer.engine.stats import Stats
 from headinfer.plan.choices import ALL_TOKENS
 from headinfer.plan.plan import Plan
-from headinfer.units import format_bytes, format_seconds
+from headinfer.units import format_bytes, format_seconds, plural
 
 _LABEL_WIDTH = 18
 
@@ -44,8 +44,8 @@ def summary_rows(stats: Stats, plan: Plan) -> Iterator[tuple[str, str]]:
         yield "approximate", plan.approximation
     yield (
         "prefill",
-        f"{stats.prefill_tokens:,} tokens in {_duration(stats.prefill_s)}, "
-        f"{stats.prefill_tokens_per_s:,.0f} tokens/s",
+        f"{_tokens(stats.prefill_tokens)} in {_duration(stats.prefill_s)}, "
+        f"{_tokens(round(stats.prefill_tokens_per_s))}/s",
     )
     if stats.device_prefill_s:
         shares = ", ".join(f"{share:.0%}" for share in stats.device_busy)
@@ -53,7 +53,7 @@ def summary_rows(stats: Stats, plan: Plan) -> Iterator[tuple[str, str]]:
     if stats.decode_tokens:
         yield (
             "decode",
-            f"{stats.decode_tokens:,} tokens in {_duration(stats.decode_s)}, "
+            f"{_tokens(stats.decode_tokens)} in {_duration(stats.decode_s)}, "
             f"{stats.decode_tokens_per_s:,.1f} tokens/s",
         )
     if stats.verifications:
@@ -66,10 +66,10 @@ def summary_rows(stats: Stats, plan: Plan) -> Iterator[tuple[str, str]]:
     if stats.draft_read_s:
         yield "assistant", f"read the prompt in {_duration(stats.draft_read_s)}"
     if stats.capture_s:
-        steps = "step" if stats.captures == 1 else "steps"
         yield (
             "captures",
-            f"{stats.captures} decode {steps} in {_duration(stats.capture_s)}, not in decode",
+            f"{stats.captures} decode {plural(stats.captures, 'step')} in "
+            f"{_duration(stats.capture_s)}, not in decode",
         )
     if plan.device != "cpu":  # which copies nothing: it attends where the cache lies
         yield from _device_rows(stats)
@@ -96,6 +96,10 @@ def _device_rows(stats: Stats) -> Iterator[tuple[str, str]]:
             yield "KV in GPU memory", f"{of} {format_bytes(standard)} of standard inference"
         else:
             yield "KV in GPU memory", _reserved(peak, standard)
+
+
+def _tokens(count: int) -> str:
+    return f"{count:,} {plural(count, 'token')}"
 
 
 def _duration(seconds: float) -> str:

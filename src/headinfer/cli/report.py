@@ -1,5 +1,6 @@
 """What `bench report` and `evaluate report` share: result files in, a document with plots out."""
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
@@ -45,6 +46,9 @@ def write_report(
     Raises:
         OptionError: a file cannot be read, or something cannot be written.
     """
+    for file in files:  # first: the other paths may be the defaults
+        if not os.path.exists(file):
+            raise OptionError(f"results {file!r} are not there; give a file that --json wrote")
     folder, document = Path(plots), Path(out)
     if not document.parent.is_dir():
         raise OptionError(f"--out {out!r}: there is no folder to write it in; make it first")

@@ -8,17 +8,12 @@ from rich.console import Console
 from rich.status import Status as Spinner
 
 from headinfer.cli.progress import format_duration
-
-_WIDTH = 100
-"""Columns where stderr is not a terminal."""
+from headinfer.cli.text import wrapping_console
 
 
 def run_console() -> Console:
     """Return a console on stderr that breaks lines, for tables."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        console.width = _WIDTH
-    return console
+    return wrapping_console(stderr=True, highlight=True)
 
 
 class RunProgress:

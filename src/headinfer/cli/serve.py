@@ -26,7 +26,7 @@ from headinfer.generation.model import choose_device, load_config, load_model, l
 from headinfer.gguf_models import unpacked_dtype
 from headinfer.plan.options import Options
 from headinfer.server.requirements import check_installed
-from headinfer.units import parse_bytes
+from headinfer.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from headinfer.server.served import Served
@@ -156,8 +156,9 @@ def serve(
         body_bytes = parse_bytes(max_body, "max_body")
         if cache_memory != "auto":
             parse_bytes(cache_memory, "cache_memory")
+        most_bytes = 0
         if session_folder_size is not None:
-            parse_bytes(session_folder_size, "session_folder_size")
+            most_bytes = parse_bytes(session_folder_size, "session_folder_size")
             if session_folder is None:
                 raise OptionError("--session-folder-size is of a --session-folder; give that, too")
         keys = tuple(api_key or ())
@@ -177,17 +178,24 @@ def serve(
         share_cores()
         calm_transformers(verbose=verbose)
         prepare_cpu(threads)
-        check_model(source)
+        check_model(console, source)
         # late, so that `--help` answers at once
         from headinfer.server import run
         from headinfer.server.served import Limits, Service
-        from headinfer.serving.prefix_folder import make_session_folder
+        from headinfer.serving.prefix_folder import lacking_bytes, make_session_folder
 
         limits = Limits(body_bytes=body_bytes, new_tokens=max_new_tokens, seconds=max_seconds)
         service = Service(alias or model, limits, ping_s=ping)
         address = run.Address(host=host, port=port)
         if session_folder is not None:
             make_session_folder(session_folder)
+            if lacking := lacking_bytes(session_folder, most_bytes):
+                console.print(
+                    f"warning: --session-folder-size {session_folder_size} is "
+                    f"{format_bytes(lacking)} more than the disk has; what is read beyond it is "
+                    "not kept",
+                    markup=False,
+                )
         if not keys and not address.is_loopback:
             console.print(
                 f"warning: everybody who reaches {host} may use this server; give --api-key",

@@ -19,6 +19,16 @@ from headinfer.gguf_models.unpack import read_config
 from headinfer.plan.shape import ModelShape
 
 
+class _ShapeSource(NamedSource):
+    """A source of a shape: presets have one, too."""
+
+    __slots__ = ()
+
+    def known_names(self) -> tuple[str, ...]:
+        """Return names that need no network."""
+        return (*NamedSource.known_names(self), *PRESETS)
+
+
 def shape_of(
     name: str,
     *,
@@ -43,7 +53,7 @@ def shape_of(
         HeadInferError: there is no such model, or its shape cannot be told.
     """
     wanted = None if dtype == "auto" else dtype
-    source = NamedSource(name=name, local_files_only=local_files_only)
+    source = _ShapeSource(name=name, local_files_only=local_files_only)
     values = PRESETS[name] if name in PRESETS else _values(source)
     folder = None if name in PRESETS else _weights_folder(source)
     if quantised is not None:
@@ -72,7 +82,7 @@ def dtype_of(name: str) -> str:
     Raises:
         ModelLoadError: there is no such model.
     """
-    values = PRESETS[name] if name in PRESETS else _values(NamedSource(name=name))
+    values = PRESETS[name] if name in PRESETS else _values(_ShapeSource(name=name))
     text = values.get("text_config")
     for each in (text if isinstance(text, Mapping) else {}, values):
         if named := each.get("dtype") or each.get("torch_dtype"):
@@ -129,8 +139,8 @@ def _hub_config(source: ModelSource) -> Mapping[str, Any]:
     try:
         values: Mapping[str, Any] = load_config(source).to_dict()
     except ModelLoadError as error:
-        if not isinstance(error.__cause__, OSError):
-            raise
+        if not isinstance(error.__cause__, OSError) or str(error).endswith("?"):
+            raise  # another name was meant
         known = ", ".join(PRESETS)
         raise ModelLoadError(f"{error}; these need no network: {known}") from error
     return values

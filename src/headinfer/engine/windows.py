@@ -17,6 +17,7 @@ from headinfer.kv.extent import Extent, Piece, Tile, copy_rows
 from headinfer.kv.ledger import Ledger
 from headinfer.kv.pair import KV, Geometry
 from headinfer.plan.memory import SPARE_TOKENS, window_capacity
+from headinfer.units import plural
 
 
 class WindowKeeper:
@@ -89,10 +90,11 @@ class WindowKeeper:
         """
         if tokens < ledger.tokens and not ledger.can_crop(tokens):
             what, have = ("streaming heads", "have") if streams else ("a layer", "has")
+            removed = ledger.tokens - tokens
             raise CacheStateError(
-                f"{ledger.tokens - tokens} tokens cannot be taken back: {what} with a window of "
-                f"{ledger.track.window_tokens} tokens {have} dropped those before them; take back "
-                f"{SPARE_TOKENS} at most, or use a new cache"
+                f"{removed} {plural(removed, 'token')} cannot be taken back: {what} with a window "
+                f"of {ledger.track.window_tokens} tokens {have} dropped those before them; take "
+                f"back {SPARE_TOKENS} at most, or use a new cache"
             )
 
     def select(self, ledger: Ledger, rows: Sequence[int]) -> None:

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from headinfer.errors import ModelLoadError, is_out_of_memory
+from headinfer.generation.hub import check_reachable
 
 _NAMED = "default"
 
@@ -37,6 +38,8 @@ class AdapterSource:
         from peft import PeftConfig
 
         try:
+            if not self.local_files_only and not os.path.isdir(self._location()):
+                check_reachable(self._location(), "adapter_config.json")
             config = PeftConfig.from_pretrained(self._location(), **self._keywords())
         except Exception as error:
             remedy = "; give a folder that peft saved, or an id"

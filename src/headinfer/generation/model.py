@@ -16,6 +16,7 @@ from headinfer.errors import (
 )
 from headinfer.generation.adapter import AdapterSource
 from headinfer.generation.gpus import Gpus
+from headinfer.generation.hub import check_reachable, hint
 from headinfer.generation.quantised import (
     check_installed,
     check_library,
@@ -25,6 +26,7 @@ from headinfer.generation.quantised import (
     quantised_by,
 )
 from headinfer.gguf_models import UNPACKED_DTYPE, is_gguf_model, model_folder
+from headinfer.gguf_models.packaged import PACKAGED
 
 _DECODERS_WITHOUT_FLAG = ("gpt_neox", "gpt_neox_japanese")
 """Their configs have `is_decoder=False` by default, as encoders' have, and mean nothing by it."""
@@ -79,6 +81,10 @@ class ModelSource:
                 f"model {self.name!r} is neither a folder nor a model id, such as 'Qwen/Qwen3-8B'"
             )
         return self.name
+
+    def known_names(self) -> tuple[str, ...]:
+        """Return names of models that are not of the hub, for whoever mistypes one."""
+        return tuple(PACKAGED)
 
     @property
     def adapter_source(self) -> AdapterSource | None:
@@ -148,6 +154,8 @@ def load_config(source: ModelSource) -> Any:
     if Path(location).is_dir():
         check_config(source.name, location)
     try:
+        if not source.local_files_only and not Path(location).is_dir():
+            check_reachable(location)
         config = AutoConfig.from_pretrained(location, **source.keywords())
     except Exception as error:
         raise _load_error(source, "model", error) from error
@@ -268,9 +276,10 @@ def _load_error(source: ModelSource, what: str, error: Exception) -> HeadInferEr
     location = source.location()
     folder = Path(location).is_dir()
     check_files(source.name, location)
-    reason = reason_of(error)
+    reason, meant = reason_of(error), ""
     offline = source.local_files_only or os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", "")
     if isinstance(error, OSError) and not folder:
+        meant = hint(source.name, source.known_names())
         if offline:
             reason = "it is not among the local files; give a folder, or allow downloads"
         elif "connect" in reason:
@@ -287,4 +296,4 @@ def _load_error(source: ModelSource, what: str, error: Exception) -> HeadInferEr
             f"transformers {transformers.__version__} stops with {reason}; correct its config.json "
             "and tokenizer files, or fetch them again"
         )
-    return ModelLoadError(f"{what} {source.name!r} cannot be loaded: {reason}")
+    return ModelLoadError(f"{what} {source.name!r} cannot be loaded: {reason}{meant}")

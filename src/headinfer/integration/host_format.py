@@ -31,11 +31,13 @@ def with_host_format(
         OptionError: nothing packs them on the device.
     """
     form = Format.DENSE if options.kv_cache == "auto" else Format(options.kv_cache)
-    if form is Format.DENSE or not shape.full_layers:
+    if form is Format.DENSE:
         return shape
     stored = shape.stored_as(form)
     if device.tiles_are_views:
         reason = "on the CPU, which attends the KV cache where it lies"
+    elif not shape.full_layers:
+        reason = "on this model: no layer keeps tokens in CPU memory"
     elif form is Format.PACKED and dtype is not torch.bfloat16:
         reason = f"on {str(dtype).removeprefix('torch.')}: only bfloat16 can be packed"
     elif not stored.packs:

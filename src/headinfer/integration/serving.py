@@ -71,6 +71,9 @@ class AttachmentOwner(Protocol):
     def after_call(self, cache: OffloadedCache) -> None:
         """Hear of a call whose work is enqueued."""
 
+    def note_memory(self, cache: OffloadedCache) -> None:
+        """Count the memory held between two chunks: there may be no later one."""
+
 
 class ServedCall:
     """A call with an offloaded cache, from `begin` until `end`, and then `leave` in any case.
@@ -248,6 +251,7 @@ class ServedCall:
         self._send_late()
         self._chunks.append((self._owner.mark_compute(), done_tokens))
         self._note_tokens(done_tokens)
+        self._owner.note_memory(self.cache)
         # All layers hold the same tokens: who stops here can go on with what was read.
         self.cache.end_call()
         self._report_begun(all_tokens)

@@ -10,7 +10,7 @@ from headinfer.plan.raw_room import RawRoom, begun_page_bytes, raw_room
 from headinfer.plan.shape import LayerKind, ModelShape
 from headinfer.plan.step_time import Placement, tokens_below
 from headinfer.schedule.route import MAX_ASKED_TOKENS, Sizes
-from headinfer.units import format_bytes, format_tokens
+from headinfer.units import counted_tokens, format_bytes, format_tokens, plural
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,7 +227,7 @@ class Plan:
             yield from self._memory_lines()
         if self.context_tokens is not None:
             yield (
-                f"CPU memory for the KV cache of {format_tokens(self.context_tokens)} tokens"
+                f"CPU memory for the KV cache of {counted_tokens(self.context_tokens)}"
                 f"{f', {self.shape.host_format.value}' if self.shape.packs else ''}: "
                 f"{format_bytes(self.kv_host_bytes(self.context_tokens))}"
             )
@@ -237,14 +237,15 @@ class Plan:
 
     def _sizes_lines(self) -> Iterator[str]:
         """Yield what passes at once."""
-        tokens = "all" if self.tile_tokens >= ALL_TOKENS else format_tokens(self.tile_tokens)
-        heads = "head" if self.tile_heads == 1 else "heads"
+        all_at_once = self.tile_tokens >= ALL_TOKENS
+        tokens = "all tokens" if all_at_once else counted_tokens(self.tile_tokens)
+        heads = plural(self.tile_heads, "head")
         how = "copies overlap attention" if self.overlap else "synchronous copies"
-        chunks = f"chunks of {format_tokens(self.chunk_tokens)} tokens"
+        chunks = f"chunks of {counted_tokens(self.chunk_tokens)}"
         if self.device == "cpu":  # attends the cache where it lies: tiles and copies say nothing
             yield f"prompts pass in {chunks}"
         else:
-            yield f"tiles of {self.tile_heads} KV {heads} x {tokens} tokens, {chunks}; {how}"
+            yield f"tiles of {self.tile_heads} KV {heads} x {tokens}, {chunks}; {how}"
         if self.whole_tokens:
             yield f"up to {format_tokens(self.whole_tokens)} tokens that cannot pass in chunks"
         if self.shape.ranks > 1:

@@ -2,20 +2,25 @@
 
 import contextlib
 import os
+import secrets
+import shutil
 import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from headinfer.errors import SessionBusyError, SessionFileError
+from headinfer.errors import SessionBusyError, SessionFileError, SessionRoomError
 from headinfer.folders import describe
 from headinfer.saved.index import INDEX_NAME, Index, is_page_name, parse_index
+from headinfer.units import format_bytes, plural
 
 if sys.platform != "win32":
     import fcntl
 
 MESSAGES_NAME = "messages.json"
 """The file of a conversation's messages, beside the cache that has read them."""
+
+_ELSEWHERE = "choose a place that you can write to"
 
 
 def session_name(path: str | os.PathLike[str]) -> str:
@@ -77,7 +82,9 @@ def check_saveable(path: str | os.PathLike[str]) -> None:
                     f"{refusal} there is no folder {str(parent)!r}; make it first"
                 )
             if not os.access(parent, os.W_OK):
-                raise SessionFileError(f"{refusal} folder {str(parent)!r} may not be written")
+                raise SessionFileError(
+                    f"{refusal} folder {str(parent)!r} may not be written; {_ELSEWHERE}"
+                )
             return
         if not os.path.isdir(name):
             raise SessionFileError(f"{refusal} there is a file of that name; choose another name")
@@ -90,7 +97,64 @@ def check_saveable(path: str | os.PathLike[str]) -> None:
             "another name"
         )
     if not os.access(name, os.W_OK):
-        raise SessionFileError(f"{refusal} that folder may not be written")
+        raise SessionFileError(f"{refusal} that folder may not be written; {_ELSEWHERE}")
+
+
+def try_place(path: str | os.PathLike[str]) -> None:
+    """Refuse a place where nothing can be written, as the system alone knows it.
+
+    A folder or a file is made and removed. Should that be cut off, what is left is in no
+    session's way.
+
+    Args:
+        path: of a session that is there, or of one to be made.
+
+    Raises:
+        SessionFileError: it cannot be written there, or there is something else.
+    """
+    check_saveable(path)
+    name = session_name(path)
+    folder = Path(os.path.realpath(name))
+    try:
+        if folder.is_dir():
+            trial = folder / f"{secrets.token_hex(4)}-000000.safetensors"
+            trial.touch(exist_ok=False)
+            trial.unlink()
+        else:
+            folder.mkdir(exist_ok=True)
+            with contextlib.suppress(OSError):  # another process may just save there
+                folder.rmdir()
+    except OSError as error:
+        raise SessionFileError(
+            f"a session cannot be saved as {name!r}: {error.strerror or describe(error)}; "
+            f"{_ELSEWHERE}"
+        ) from error
+
+
+def check_room(path: str | os.PathLike[str], num_bytes: int, tokens: int | None = None) -> None:
+    """Refuse to save what the disk has no room for.
+
+    Args:
+        path: of a session, which stays until the new one is whole.
+        num_bytes: that are to be written.
+        tokens: that they hold, for the message; None to leave them out.
+
+    Raises:
+        SessionRoomError: there is too little room now.
+        OSError: the system does not tell.
+    """
+    name = session_name(path)
+    folder = Path(os.path.realpath(name))
+    there = folder.is_dir()
+    free = shutil.disk_usage(folder if there else folder.parent).free
+    if num_bytes <= free:
+        return
+    beside = ", beside the one that is there" if there and os.listdir(folder) else ""
+    of = "" if tokens is None else f" of {tokens:,} {plural(tokens, 'token')}"
+    raise SessionRoomError(
+        f"the session{of} needs {format_bytes(num_bytes)} on disk{beside}, and "
+        f"{format_bytes(free)} are free where {name!r} is; free some, or choose another place"
+    )
 
 
 def _is_there(name: str) -> bool:

@@ -10,7 +10,6 @@ import errno
 import io
 import os
 import secrets
-import shutil
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from headinfer.errors import SessionFileError, SessionRoomError
 from headinfer.folders import describe
 from headinfer.saved.folder import (
     MESSAGES_NAME,
+    check_room,
     check_saveable,
     holding,
     messages_path,
@@ -230,12 +230,7 @@ def writing(path: str | os.PathLike[str], num_bytes: int) -> Iterator[SessionWri
 
 
 def _writing(folder: Path, num_bytes: int) -> Iterator[SessionWriter]:
-    free = shutil.disk_usage(folder).free
-    if num_bytes > free:
-        raise SessionRoomError(
-            f"the session needs {format_bytes(num_bytes)} on disk, and {format_bytes(free)} are "
-            f"free where {str(folder)!r} is; free some, or choose another place"
-        )
+    check_room(folder, num_bytes)
     _settle_messages(folder)
     writer = SessionWriter(folder)
     try:

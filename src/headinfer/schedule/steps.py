@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from headinfer.units import plural
+
 
 class Where(enum.Enum):
     """A place that tokens are written to, and attended in."""
@@ -102,8 +104,10 @@ class Fetch:
 
     def __str__(self) -> str:
         """Say it in a line."""
-        tile = f"{self.heads} head{'s' if self.heads > 1 else ''} x {self.tile_tokens} tokens"
-        return f"fetch tokens {self.start} to {self.end} in {self.tiles} tiles of {tile}"
+        tokens = plural(self.tile_tokens, "token")
+        tile = f"{self.heads} {plural(self.heads, 'head')} x {self.tile_tokens} {tokens}"
+        tiles = f"{self.tiles} {plural(self.tiles, 'tile')}"
+        return f"fetch tokens {self.start} to {self.end} in {tiles} of {tile}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +180,9 @@ class Attend:
 
     def __str__(self) -> str:
         """Say it in a line."""
-        each = f"{self.groups} x {self.heads} heads" if self.groups > 1 else f"{self.heads} heads"
+        each = f"{self.heads} {plural(self.heads, 'head')}"
+        if self.groups > 1:
+            each = f"{self.groups} x {self.heads} heads"
         return f"attend by {each}: {', '.join(map(str, self.parts))}"
 
 

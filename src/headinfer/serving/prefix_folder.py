@@ -6,6 +6,7 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,12 +80,35 @@ def make_session_folder(path: str | os.PathLike[str]) -> None:
     """
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
-        if not os.access(path, os.W_OK | os.X_OK):
-            raise PermissionError(13, "it may not be written")
+        with tempfile.TemporaryFile(dir=path):  # what may be written only trying tells
+            pass
     except OSError as error:
+        reason = error.strerror or describe(error)
         raise OptionError(
-            f"session_folder {os.fspath(path)!r} cannot be used: {describe(error)}"
+            f"session_folder {os.fspath(path)!r} cannot be used: {reason}; give a folder that you "
+            "can write to"
         ) from error
+
+
+def lacking_bytes(path: str | os.PathLike[str], most_bytes: int) -> int:
+    """Return what the disk lacks now for a folder of prefixes to be as large as it may.
+
+    Args:
+        path: of the folder, whose prefixes count as room: they are replaced.
+        most_bytes: that they may take.
+    """
+    free_bytes = shutil.disk_usage(path).free
+    return max(most_bytes - free_bytes - _sessions_bytes(Path(path)), 0)
+
+
+def _sessions_bytes(folder: Path) -> int:
+    """Return the bytes of all sessions in a folder; files that several share count once."""
+    files = {}
+    for path in folder.glob("*/*"):
+        with contextlib.suppress(OSError):  # another save may just replace it
+            status = path.stat()
+            files[status.st_dev, status.st_ino] = status.st_size
+    return sum(files.values())
 
 
 class PrefixFolder:
@@ -209,12 +233,7 @@ class PrefixFolder:
     @property
     def num_bytes(self) -> int:
         """Disk space of all sessions in the folder; files that several share count once."""
-        files = {}
-        for path in self.path.glob("*/*"):
-            with contextlib.suppress(OSError):  # another save may just replace it
-                status = path.stat()
-                files[status.st_dev, status.st_ino] = status.st_size
-        return sum(files.values())
+        return _sessions_bytes(self.path)
 
     def remove(self, saved: SavedPrefix) -> None:
         """Remove a session; what cannot be removed stays."""

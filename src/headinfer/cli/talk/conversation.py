@@ -10,17 +10,19 @@ from rich.console import Console
 from headinfer.cli.answer import Answer, Request
 from headinfer.cli.interrupt import Interrupt, Stopped
 from headinfer.cli.progress import PrefillBar
-from headinfer.cli.session_options import check_sessions, save_session
+from headinfer.cli.session_options import check_room, check_sessions, save_at_the_end, save_session
 from headinfer.cli.stages import Stages
 from headinfer.cli.talk.messages import check_template, encode_messages
-from headinfer.errors import CacheStateError, OptionError
+from headinfer.errors import CacheStateError, OptionError, SessionRoomError
 from headinfer.generation.settings import Settings, settle
 from headinfer.saved.messages import Messages
-from headinfer.units import format_tokens
+from headinfer.units import format_tokens, plural
 
 if TYPE_CHECKING:
     from headinfer.engine.stats import Stats
     from headinfer.offload import Offload
+
+SAVE_ELSEWHERE = "/save FOLDER saves it elsewhere"
 
 _PEAKS = ("peak_device_kv_bytes", "host_kv_bytes", "standard_kv_bytes")
 
@@ -78,12 +80,15 @@ class Conversation:
         messages: what was said.
         files: names and texts that come before the next message.
         last: the last answer; None before the first.
+        saved: the messages that were saved last; None before the first time.
     """
 
     def __init__(self, talker: Talker) -> None:
         self.messages = Messages()
         self.files: list[tuple[str, str]] = []
         self.last: Reply | None = None
+        self.saved: Messages | None = None
+        self._told_of_room = False
         self._talker = talker
         self._seed = talker.request.seed
         self._cache = talker.offload.new_cache()
@@ -141,6 +146,7 @@ class Conversation:
         )
         self._check_positions(len(ids))
         kept, before = self._cache.keep_common_prefix(ids), replace(self._cache.stats)
+        self._check_room(len(ids))
         answer, said = self._answer(ids, kept)
         self.last = Reply(
             prompt_tokens=len(ids),
@@ -183,7 +189,8 @@ class Conversation:
                 told = "stopped before an answer; send it again to go on where the reading was"
             console.print(told)
         elif answer.stopped is None and answer.finish_reason == "length":
-            console.print(f"the answer ends at its {answer.new_tokens} tokens (--max-new-tokens)")
+            tokens = f"{answer.new_tokens} {plural(answer.new_tokens, 'token')}"
+            console.print(f"the answer ends at its {tokens} (--max-new-tokens)")
 
     def _check_positions(self, tokens: int) -> None:
         most = self._talker.positions
@@ -194,8 +201,26 @@ class Conversation:
                 "goes beyond"
             )
 
-    def save(self, path: str) -> None:
+    def _check_room(self, tokens: int) -> None:
+        """Refuse a first message whose session there is no room for; of later ones tell it once."""
+        request, plan = self._talker.request, self._talker.offload.plan
+        tokens += self._talker.settings(tokens).max_new_tokens
+        try:
+            check_room(self._cache, plan, request.save_session, tokens)
+        except SessionRoomError as error:
+            if not self.messages.said:
+                raise
+            if not self._told_of_room:
+                self._talker.console.print(f"note: {error}; {SAVE_ELSEWHERE}", markup=False)
+            self._told_of_room = True
+
+    def save(self, path: str, *, ending: bool = False) -> None:
         """Save the cache as a session, and the messages with it.
+
+        Args:
+            path: of the session.
+            ending: whether nothing is said any more, so that its first tokens are saved where the
+                disk takes no more.
 
         Raises:
             OptionError: nothing was said.
@@ -205,7 +230,12 @@ class Conversation:
             raise OptionError("nothing was said yet, so there is nothing to save")
         if not self._is_whole():
             self._begin_anew()
-        save_session(self._talker.console, self._cache, path, self.messages)
+        console, plan = self._talker.console, self._talker.offload.plan
+        if ending:
+            save_at_the_end(console, self._cache, plan, path, self.messages)
+        else:
+            save_session(console, self._cache, path, self.messages)
+        self.saved = self.messages
 
     def load(self, path: str) -> None:
         """Go on with a saved session, and with its messages where it has any.
