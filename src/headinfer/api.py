@@ -15,6 +15,7 @@ from headinfer.errors import OptionError, UnsupportedModelError
 from headinfer.integration.attachment import owner_of
 from headinfer.integration.cache import PrefillProgress
 from headinfer.integration.placement import placement_of
+from headinfer.integration.shards import ranks_of
 from headinfer.integration.support import check_supported
 from headinfer.offload import Offload
 from headinfer.plan.options import Options
@@ -131,9 +132,9 @@ def attach(
         recent_tokens=recent_tokens,
     )
     check_progress(progress)
-    if options.disk_cache is not None:
-        check_folder(options.disk_cache)
     check_supported(model)
+    if options.disk_cache is not None and ranks_of(model).size == 1:  # ranks refuse one together
+        check_folder(options.disk_cache)
     if owner_of(model) is not None:
         raise UnsupportedModelError(
             "this model is attached already; detach it first, with headinfer.detach(model) where "
