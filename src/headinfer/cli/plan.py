@@ -36,7 +36,6 @@ from headinfer.plan.hardware import THIS, Hardware
 from headinfer.units import parse_tokens
 
 _DEFAULT_HARDWARE = "rtx-4090"
-_EXIT_NOTHING_FITS = 1
 _MOST_ROWS = 2**16
 
 
@@ -207,7 +206,12 @@ def _answer(
     streams: bool,
     steps: bool,
 ) -> int:
-    from headinfer.cli.plan_table import plan_as_json, print_plans, print_steps
+    from headinfer.cli.plan_table import (
+        EXIT_NOTHING_FITS,
+        plan_as_json,
+        print_plans,
+        print_steps,
+    )
     from headinfer.estimate.choose import choose
 
     plans = method_plans(situation)
@@ -220,7 +224,7 @@ def _answer(
             print_steps(situation, choice)
         if json_path is not None:
             stderr_console().print(f"written to {json_path}", markup=False)
-    return 0 if choice.plan else _EXIT_NOTHING_FITS
+    return 0 if choice.plan else EXIT_NOTHING_FITS
 
 
 def _hardware(name: str | None) -> tuple[Hardware, str, str | None]:

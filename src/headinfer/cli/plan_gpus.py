@@ -10,6 +10,7 @@ from rich.table import Table
 from headinfer.cli.console import stderr_console
 from headinfer.cli.output import STDOUT, write_json
 from headinfer.cli.plan_table import (
+    EXIT_NOTHING_FITS,
     changes_as_json,
     disk_as_json,
     free_below,
@@ -28,8 +29,6 @@ from headinfer.estimate.split_plan import SplitPlan
 from headinfer.generation.gpus import Gpus
 from headinfer.plan.options import Options
 from headinfer.units import format_bytes, format_seconds, format_tokens
-
-_EXIT_NOTHING_FITS = 1
 
 _ON_DISK = "KV on\ndisk"
 """The column that is left out without a disk."""
@@ -84,7 +83,7 @@ def answer_gpus(
         _print(situation, memory_bytes, which, plans, choice)
         if json_path is not None:
             stderr_console().print(f"written to {json_path}", markup=False)
-    return 0 if choice.plan else _EXIT_NOTHING_FITS
+    return 0 if choice.plan else EXIT_NOTHING_FITS
 
 
 def _print(

@@ -10,6 +10,7 @@ from rich.table import Table
 from headinfer.cli.console import stderr_console
 from headinfer.cli.output import STDOUT, write_json
 from headinfer.cli.plan_table import (
+    EXIT_NOTHING_FITS,
     disk_as_json,
     free_below,
     gib,
@@ -24,8 +25,6 @@ from headinfer.estimate.split_plan import Split
 from headinfer.generation.gpus import Gpus
 from headinfer.plan.options import Options
 from headinfer.units import format_seconds, format_tokens
-
-_EXIT_NOTHING_FITS = 1
 
 _BROUGHT = "weights\noff GPU"
 """The column that is left out where the GPUs hold all weights."""
@@ -84,7 +83,7 @@ def answer_machines(
         _print(asked, rows, best)
         if json_path is not None:
             stderr_console().print(f"written to {json_path}", markup=False)
-    return 0 if fitting else _EXIT_NOTHING_FITS
+    return 0 if fitting else EXIT_NOTHING_FITS
 
 
 def _rows(

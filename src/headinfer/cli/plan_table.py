@@ -14,6 +14,9 @@ from headinfer.estimate.situation import MethodPlan, Situation
 from headinfer.plan.memory import runtime_parts
 from headinfer.units import format_bytes, format_seconds, format_tokens
 
+EXIT_NOTHING_FITS = 1
+"""The exit code of plans by which nothing fits."""
+
 _GIB = 2**30
 _COLUMNS = (
     "method",
