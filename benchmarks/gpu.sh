@@ -3,6 +3,10 @@
 # streaming costs the attention of a chunk; then Llama-3-8B's shape with random weights held to 24
 # GiB: a trace of the link, decode from 1K to 800K tokens (100 GiB of KV), prefill, also beside all KV
 # on the device; then a smaller shape at 1M, and the longest contexts.
+#   benchmarks/gpu.sh            all of it
+#   benchmarks/gpu.sh PART...    some parts: tests, kernels, trace, or what follows gpu- in the name of
+#                                a result, such as first-token
+# A machine is probed before its first part. DRY=1 prints the benchmarks' commands and runs nothing.
 # Ends itself after BUDGET_S seconds (570); run again with the same OUT it goes on where it was.
 # Results go to OUT.
 # DISK is a folder on the disk that lies below CPU memory in the runs named disk (/tmp). It needs 15 GiB.
@@ -14,28 +18,47 @@ export PYTHONPATH=src:tests PYTHONUNBUFFERED=1
 python="${PYTHON:-python3}"
 out="${OUT:-benchmarks/results}"
 end=$((SECONDS + ${BUDGET_S:-570}))
+wanted=("$@") parts=()
 mkdir -p "$out"
 
 left() { echo $((end - SECONDS)); }
-bench() { # name of the result, verb, options
+disk="${DISK:-/tmp}"
+probe() { # once on a machine: the CPU's share is chosen by it
+    local probed
+    probed="${TMPDIR:-/tmp}/headinfer-gpu-probed-$(id -u)"
+    [ -e "$probed" ] && return
+    "$python" -m headinfer.cli.main probe --quick --disk "$disk" --json "$out/gpu-probe.json" ||
+        "$python" -m headinfer.cli.main probe --quick --json "$out/gpu-probe.json"
+    touch "$probed"
+}
+chosen() { # part: whether it is to run
+    parts+=("$1")
+    [ ${#wanted[@]} -eq 0 ] || [[ " ${wanted[*]} " == *" $1 "* ]]
+}
+bench() { # name of the result, verb, options; limit_s: seconds of a trial
     local name="$1" verb="$2"
     shift 2
+    chosen "$name" || return
+    set -- "$python" -m headinfer.cli.main bench "$verb" --device cuda \
+        --time-limit "${limit_s:-240}" "$@" --resume --json "$out/gpu-$name.json"
+    if [ -n "${DRY:-}" ]; then
+        echo "$@"
+        return
+    fi
+    probe
     [ "$(left)" -gt 30 ] || { echo "no time left for $name; run again"; return; }
-    timeout --signal=INT "$(left)" "$python" -m headinfer.cli.main bench "$verb" --device cuda \
-        --time-limit 240 "$@" --resume --json "$out/gpu-$name.json" 2>&1 | tee -a "$out/gpu.log"
+    timeout --signal=INT "$(left)" "$@" 2>&1 | tee -a "$out/gpu.log"
 }
 llama=(--model llama-3-8b --dummy-weights --device-memory 24GiB)
 methods=standard,head-wise-8,head-wise-1,resident,host-attention
 
-if [ ! -e "$out/gpu-tests.log" ]; then
+if chosen tests && [ -z "${DRY:-}" ] && [ ! -e "$out/gpu-tests.log" ]; then
     "$python" -c "import xdist" 2>/dev/null && workers=(-n 8) || workers=()
     timeout 240 "$python" -m pytest -m gpu "${workers[@]}" -q --no-header -p no:cacheprovider \
         tests 2>&1 | tee "$out/gpu-tests.log"
 fi
-disk="${DISK:-/tmp}"
-"$python" -m headinfer.cli.main probe --quick --disk "$disk" --json "$out/gpu-probe.json" ||
-    "$python" -m headinfer.cli.main probe --quick --json "$out/gpu-probe.json"
-if [ ! -e "$out/gpu-prefill-attention.json" ]; then
+if chosen kernels && [ -z "${DRY:-}" ] && [ ! -e "$out/gpu-prefill-attention.json" ]; then
+    probe
     timeout 90 "$python" benchmarks/host_kernel.py --groups 1,4,8,16 \
         --json "$out/gpu-host-kernel.json" 2>&1 | tee -a "$out/gpu.log"
     timeout 60 "$python" benchmarks/host_kernel.py --groups "" --new-tokens 1,4,8,16 \
@@ -43,7 +66,7 @@ if [ ! -e "$out/gpu-prefill-attention.json" ]; then
     timeout 60 "$python" benchmarks/gpu_prefill_attention.py \
         --json "$out/gpu-prefill-attention.json" 2>&1 | tee -a "$out/gpu.log"
 fi
-if [ ! -e "$out/gpu-trace-100K.json" ]; then
+if chosen trace && [ -z "${DRY:-}" ] && [ ! -e "$out/gpu-trace-100K.json" ]; then
     timeout 120 "$python" benchmarks/gpu_trace.py --folder "$out" 2>&1 | tee -a "$out/gpu.log"
 fi
 bench suite-llama-decode decode "${llama[@]}" --contexts 1K,10K,40K --fill random --new-tokens 24 \
@@ -73,7 +96,7 @@ bench packed-prefill prefill "${llama[@]}" --kv-cache dense,packed --contexts 10
     --methods bounded
 bench packed-1M decode "${llama[@]}" --fill recorded --kv-cache packed --contexts 1M \
     --new-tokens 12 --methods host-attention
-if [ ! -e "$out/gpu-packed-kernel.json" ]; then
+if chosen kernels && [ -z "${DRY:-}" ] && [ ! -e "$out/gpu-packed-kernel.json" ]; then
     timeout 60 "$python" benchmarks/packed_kernel.py --dims 128 --groups 1,4,8 \
         --json "$out/gpu-packed-kernel.json" 2>&1 | tee -a "$out/gpu.log"
 fi
@@ -91,9 +114,9 @@ bench first-token-1K prefill "${llama[@]}" --contexts 1K --repeats 5 \
     --methods standard,chunked-prefill,bounded,headinfer
 bench first-token prefill "${llama[@]}" --contexts 10K,100K --repeats 3 \
     --methods "standard,chunked-prefill,bounded,headinfer,$fixed"
-bench first-token-400K prefill "${llama[@]}" --contexts 400K --repeats 1 --time-limit 240 \
+bench first-token-400K prefill "${llama[@]}" --contexts 400K --repeats 1 \
     --methods "headinfer,bounded,$fixed"
-bench first-token-800K prefill "${llama[@]}" --contexts 800K --repeats 1 --time-limit 520 \
+limit_s=520 bench first-token-800K prefill "${llama[@]}" --contexts 800K --repeats 1 \
     --methods headinfer
 # More memory than the claim is about, for the reference that keeps all on the device.
 bench suite-llama-prefill-72GiB prefill --model llama-3-8b --dummy-weights --device-memory 72GiB \
@@ -107,7 +130,7 @@ bench sparse decode "${llama[@]}" --contexts 100K,200K,400K,800K,1600K --fill ra
     --methods host-attention,head-wise-sparse
 bench sparse-prefill prefill "${llama[@]}" --contexts 100K,400K --repeats 1 \
     --methods host-attention,head-wise-1,head-wise-sparse
-bench sparse-prefill-1M prefill "${llama[@]}" --contexts 1M --repeats 1 --time-limit 520 \
+limit_s=520 bench sparse-prefill-1M prefill "${llama[@]}" --contexts 1M --repeats 1 \
     --methods head-wise-sparse
 # Tables 3 and 5: as many tokens as 128 GiB of CPU memory hold, and half of them before. A minute or two each.
 longest() { # model, method, contexts
@@ -123,7 +146,16 @@ longest gemma-2-9b head-wise-1 320K,640K
 if [ "$(free -g | awk '/^Mem/ {print $2}')" -gt 180 ]; then
     bench 1M decode "${llama[@]}" --contexts 1M --fill random --new-tokens 7 \
         --methods head-wise-1,resident,host-attention
+else
+    parts+=(1M)
 fi
 
-tail -n 3 "$out/gpu-tests.log"
+for part in "${wanted[@]}"; do
+    if [[ " ${parts[*]} " != *" $part "* ]]; then
+        echo "there is no part $part; the parts are: $(printf '%s\n' "${parts[@]}" | awk '!seen[$0]++' | xargs)" >&2
+        exit 2
+    fi
+done
+[ -z "${DRY:-}" ] || exit 0
+[ -e "$out/gpu-tests.log" ] && tail -n 3 "$out/gpu-tests.log"
 grep -E "trial|longest|a token" "$out/gpu.log" | tail -n 40

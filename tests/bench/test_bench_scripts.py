@@ -1,4 +1,4 @@
-"""The scripts for several GPUs: each command they would run is one that the command line takes."""
+"""The scripts for GPUs: each command they would run is one that the command line takes."""
 
 import os
 import shlex
@@ -107,3 +107,25 @@ def test_other_parts_and_numbers_are_refused_in_a_line() -> None:
     assert other.returncode == 2
     assert "there is no part 70b-nothing; the parts are: plan 70b-decode-10K" in other.stderr
     assert "GPUS is 8, 4 or 1, not 3" in script("gpu8.sh", GPUS="3").stderr
+
+
+def test_each_result_of_one_gpu_is_asked_for_as_the_command_line_takes_it(
+    specs: list[BenchSpec], tmp_path: Path
+) -> None:
+    done = script("gpu.sh", OUT=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    lines = [shlex.split(line) for line in done.stdout.splitlines()]
+    for words in lines:
+        result = CliRunner().invoke(bench.app, words[words.index("bench") + 1 :])
+        assert result.exit_code == 0, (words, result.output)
+    files = [Path(words[-1]).name for words in lines]
+    assert len(set(files)) == len(files) == len(specs) > 20
+    once = script("gpu.sh", "first-token", "packed-1M", OUT=str(tmp_path))
+    asked_for = [Path(line.split()[-1]).name for line in once.stdout.splitlines()]
+    assert asked_for == ["gpu-packed-1M.json", "gpu-first-token.json"]
+    other = script("gpu.sh", "first-tokens", OUT=str(tmp_path))
+    assert other.returncode == 2
+    assert other.stderr.startswith(
+        "there is no part first-tokens; the parts are: tests kernels trace"
+    )
+    assert not other.stdout
