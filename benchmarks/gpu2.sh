@@ -30,7 +30,7 @@ run_part() {
     70b-prefill)
         bench 70b-prefill prefill "${large[@]}" --contexts "$(scale 100K)" --methods layers,heads ;;
     70b-longest)
-        bench 70b-longest max-context "${large[@]}" --contexts "$(scale 8K),$(scale 128K)" \
+        bench 70b-longest max-context "${large[@]}" --contexts "$(scale 24K),$(scale 32K)" \
             --fill random --methods standard ;;
     *) no_part "$1" ;;
     esac
