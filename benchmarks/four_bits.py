@@ -161,7 +161,7 @@ def main() -> None:
     add_options(parser, "context")
     given = parser.parse_args()
     contexts = [parse_tokens(each, "--contexts") for each in given.contexts.split(",")]
-    device = torch.device("cpu" if given.tiny else "cuda")
+    device = torch.device("cpu") if given.tiny else torch.device("cuda", 0)
     rates, _ = measure(device, torch.bfloat16)
     header = provenance() | {
         "hardware": hardware(device),
