@@ -1,11 +1,13 @@
-"""Write the tables of several GPUs in two documents from the results in this folder.
+"""Write the tables of large models in three documents from the results in this folder.
 
 Run `python benchmarks/gpus_tables.py` after a new result; `--check` only compares.
 """
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "src"))
@@ -13,6 +15,7 @@ sys.path.insert(0, str(ROOT / "src"))
 from headinfer.bench.catalogue import HEADS, LAYERS, with_host  # noqa: E402
 from headinfer.bench.document import Results  # noqa: E402
 from headinfer.bench.report_gpus import targets_table, times_table, title  # noqa: E402
+from headinfer.units import format_bytes, format_seconds, format_tokens  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 BEGIN, END = "<!-- gpus: begin -->", "<!-- gpus: end -->"
@@ -28,26 +31,60 @@ def measured(files: Sequence[Results]) -> str:
     return "\n".join(f"{words}:\n\n{times_table(*runs)}" for words, runs in of_title.items())
 
 
-def updated(text: str, split: str, files: Sequence[Results]) -> str:
-    """Return a document with the tables of its split between the marks."""
-    tables = targets_table(files, (split, with_host(split)))
-    if split == LAYERS:
-        tables = f"{tables}\n{measured(files)}".rstrip() + "\n"
+def four_bits(found: dict[str, Any]) -> str:
+    """Return what `four_bits.py` found, with what it was measured on."""
+    header = found["header"]
+    hardware, versions = header["hardware"], header["versions"]
+    weights = format_bytes(found["weights_bytes"])
+    columns = ("context", "a token", "of the bound", "bound by", "resident", "planned", "by torch")
+    lines = [
+        f"{found['model']}'s shape has {weights} of random weights in 4 bits. "
+        f"{hardware['gpu']} held to {header['settings']['device_memory']}, "
+        f"{hardware['cpu_threads']} CPU threads.",
+        f"Torch {versions['torch']}, transformers {versions['transformers']}, "
+        f"bitsandbytes {header['bitsandbytes']}. Logits are off from stock's by "
+        f"{found['logits_error']:.2g} of their length.",
+        "Behind tokens drawn at random; GPU memory as planned, and the most that torch took.",
+        "",
+        "| " + " | ".join(columns) + " |",
+        "|---:|---:|---:|---|---:|---:|---:|",
+    ]
+    lines += [
+        f"| {format_tokens(row['context_tokens'])} | {format_seconds(row['decode_s_per_token'])} "
+        f"| {row['bound_s'] / row['decode_s_per_token']:.0%} | {row['bound_by']} "
+        f"| {format_tokens(row['resident_tokens'])} | {format_bytes(row['planned_device_bytes'])} "
+        f"| {format_bytes(row['peak_reserved_bytes'])} |"
+        for row in found["rows"]
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def between_marks(text: str, tables: str) -> str:
+    """Return a document with other tables between its marks."""
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
     return f"{before}{BEGIN}\n{tables}{END}{after}"
 
 
+def of_split(split: str, files: Sequence[Results]) -> str:
+    """Return the tables of the document about a split."""
+    tables = targets_table(files, (split, with_host(split)))
+    if split == LAYERS:
+        tables = f"{tables}\n{measured(files)}".rstrip() + "\n"
+    return tables
+
+
 def main() -> None:
     """Rewrite the documents, or fail if they are not up to date."""
     files = [Results.load(str(path)) for path in sorted(RESULTS.glob("gpu[248]-*.json"))]
-    for name, split in SPLITS.items():
+    tables = {name: of_split(split, files) for name, split in SPLITS.items()}
+    tables["models.md"] = four_bits(json.loads((RESULTS / "gpu1-70b-4bit.json").read_text()))
+    for name, wanted in tables.items():
         path = ROOT / "docs" / name
         text = path.read_text()
-        wanted = updated(text, split, files)
         if "--check" not in sys.argv[1:]:
-            path.write_text(wanted)
-        elif text != wanted:
+            path.write_text(between_marks(text, wanted))
+        elif text != between_marks(text, wanted):
             sys.exit(f"docs/{name} differs from benchmarks/results")
 
 
