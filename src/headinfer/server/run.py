@@ -196,17 +196,19 @@ def serve(
             server.stop()
 
     thread = threading.Thread(target=loading, name="headinfer-load", daemon=True)
+    ended = False
     with server.capture_signals():  # before the address is told, as whoever reads it may end us
         on_listening(address.url(listening))
         thread.start()
         try:
             asyncio.run(server.serve([listening]))
         finally:
-            service.close(CLOSING_S)
+            ended = service.close(CLOSING_S)
     if failure:
         raise failure[0]
-    if thread.is_alive():
-        # The interpreter's end would take modules apart under a thread that imports them.
+    if thread.is_alive() or not ended:
+        # The interpreter's end would take modules apart under a thread that imports them, and
+        # would abort the process at a thread in the model.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
