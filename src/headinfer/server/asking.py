@@ -59,6 +59,8 @@ def chat_request(served: Served, body: ChatBody, limits: Limits) -> Request:
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     if body.top_logprobs is not None and not body.logprobs:
         raise ProblemError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
+    if logprobs is not None:
+        served.guide.bytes_of(0, "")  # here, in a thread, as the first one takes a second
     new_tokens = body.max_completion_tokens or body.max_tokens
     schema = _schema(body.response_format)
     guided = _guided(served, schema, ids, wanted_tools(tools, body.tool_choice))
@@ -77,6 +79,8 @@ def completion_request(served: Served, body: CompletionBody, limits: Limits) -> 
     if body.echo or body.suffix or (body.best_of or 1) > (body.n or 1):
         name = "echo" if body.echo else "suffix" if body.suffix else "best_of"
         raise ProblemError(400, f"{name} is not served; leave it out", param=name)
+    if body.logprobs is not None:
+        served.guide.bytes_of(0, "")  # as above
     asks: list[Ask] = []
     for prompt in _prompts(body.prompt):
         ids = _encode(served, prompt, {})
