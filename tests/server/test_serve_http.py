@@ -151,6 +151,10 @@ BAD = {
     ),
     "a forced call": (CHAT, {"messages": MESSAGES, "tool_choice": "required"}),
     "a tool": (CHAT, {"messages": MESSAGES, "tools": [{"type": "hello-there"}]}),
+    "functions": (CHAT, {"messages": MESSAGES, "functions": [{"name": "hello-there"}]}),
+    "a function's call": (CHAT, {"messages": MESSAGES, "function_call": "auto"}),
+    "sound": (CHAT, {"messages": MESSAGES, "audio": {"voice": "hello-there"}}),
+    "a search of the web": (CHAT, {"messages": MESSAGES, "web_search_options": {}}),
     "a value of the template": (
         CHAT,
         {"messages": MESSAGES, "chat_template_kwargs": {"hello_there": 1}},

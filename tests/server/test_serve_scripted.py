@@ -14,6 +14,7 @@ from server_parts import WAIT_S, events, wait_until
 from headinfer.errors import ContextLengthError, HeadInferError, MemoryPlanError, NotANumberError
 from headinfer.server.served import Limits
 from headinfer.serving.events import Piece, Progress, Queued, TokenScore
+from saved_models import make_tokenizer
 
 MESSAGES = [{"role": "user", "content": "w1 w2"}]
 CALL = '<tool_call>\n{"name": "look", "arguments": {"place": "attic"}}\n</tool_call>'
@@ -348,6 +349,21 @@ def test_a_server_that_pings_by_the_clock_does_not_wait_for_the_desk() -> None:
         ) as response:
             assert next(line for line in response.iter_lines() if line).startswith(": ping")
         assert time.monotonic() - begun < WAIT_S / 2
+
+
+@pytest.mark.parametrize("more", [{}, {"chat_template_kwargs": {"reasoning_effort": "w7"}}])
+def test_an_effort_reaches_templates_that_know_it(more: dict) -> None:
+    desk = ScriptedDesk(["w3"])
+    tokenizer = make_tokenizer()
+    wanted = "w7" if more else "w5"  # what is said of the template itself is taken
+    with serving(desk, tokenizer=tokenizer) as (url, _):
+        tokenizer.chat_template = "<user> {{ reasoning_effort }} {{ messages[0]['content'] }}"
+        chat = {**BODY, "reasoning_effort": "w5", **more}
+        response = {"input": "w1 w2", "reasoning": {"effort": "w5"}, **more}
+        for path, body in (("chat/completions", chat), ("responses", response)):
+            assert httpx2.post(f"{url}/v1/{path}", json=body).status_code == 200
+    expected = tuple(tokenizer(f"<user> {wanted} w1 w2")["input_ids"])
+    assert [ask.ids for ask in desk.asks] == [expected] * 2
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from headinfer.generation.prompt import Prompt, encode_prompt, message_ends
+from headinfer.generation.prompt import Prompt, encode_prompt, knows_value, message_ends
 from headinfer.server.bodies import (
     ChatBody,
     CompletionBody,
@@ -26,6 +26,14 @@ _MOST_STOPS = 32
 _MOST_CHOICES = 64
 _SETTINGS = ("top_k", "min_p", "repetition_penalty")
 _ANY_OBJECT = {"type": "object"}
+
+_UNSERVED = {
+    "functions": "send them as tools",
+    "function_call": "send tool_choice",
+    "audio": "leave it out",
+    "web_search_options": "leave it out",
+}
+"""Fields that would change the answer, and what to do instead."""
 
 Processors = Callable[[], list[Any]]
 
@@ -52,8 +60,11 @@ def chat_request(served: Served, body: ChatBody, limits: Limits) -> Request:
         HeadInferError: it cannot be had.
         ProblemError: the same.
     """
+    for name, remedy in _UNSERVED.items():
+        if getattr(body, name) is not None:
+            raise ProblemError(400, f"{name} is not served; {remedy}", param=name)
     tools = chat_tools(body.tools, body.tool_choice)
-    values = dict(body.chat_template_kwargs or {}) | ({"tools": tools} if tools else {})
+    values = _values(served, body, tools, body.reasoning_effort)
     messages = chat_messages(body.messages)
     ids = _encode(served, messages, values)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
@@ -107,7 +118,7 @@ def response_request(served: Served, body: ResponseBody, limits: Limits) -> Requ
                 400, f"{name} is not served, as nothing is stored; send all items", param=name
             )
     tools = response_tools(body.tools, body.tool_choice)
-    values = dict(body.chat_template_kwargs or {}) | ({"tools": tools} if tools else {})
+    values = _values(served, body, tools, body.reasoning.effort if body.reasoning else None)
     messages = response_messages(body.input, body.instructions)
     ids = _encode(served, messages, values)
     schema = _schema(body.text.format if body.text else None)
@@ -115,6 +126,20 @@ def response_request(served: Served, body: ResponseBody, limits: Limits) -> Requ
     ask = _ask(served, body, ids, body.max_output_tokens, limits, None, guided)
     ask, spelled = _spelled(served, _marked(served, ask, messages, values))
     return Request(asks=(ask,), tools=tools, spelled=spelled)
+
+
+def _values(
+    served: Served,
+    body: ChatBody | ResponseBody,
+    tools: list[dict[str, Any]] | None,
+    effort: str | None,
+) -> dict[str, Any]:
+    """Return values for the chat template; an effort means nothing to most models."""
+    values: dict[str, Any] = {}
+    if effort is not None and knows_value(served.tokenizer, "reasoning_effort"):
+        values["reasoning_effort"] = effort
+    values |= body.chat_template_kwargs or {}
+    return values | ({"tools": tools} if tools else {})
 
 
 def _marked(
