@@ -1,6 +1,8 @@
 """Raw requests, as curl sends them, against the real command."""
 
+import http.client
 import re
+import time
 
 import httpx2
 import pytest
@@ -215,6 +217,19 @@ def test_paths_and_methods_that_are_not_there(server) -> None:
 def test_a_base_url_that_is_wrong_is_told(server, base: str) -> None:
     told = server.post(f"{base}/chat/completions", messages=MESSAGES).json()["error"]["message"]
     assert "the base URL must end in /v1" in told
+
+
+@pytest.mark.slow
+def test_an_idle_connection_outlasts_those_of_proxies(server) -> None:
+    connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=WAIT_S)
+    connection.auto_open = 0  # it must not be opened again
+    connection.connect()
+    for idle_s in (6, 0):  # uvicorn closes after 5 seconds by default, nginx after 60
+        connection.request("GET", "/health")
+        response = connection.getresponse()
+        assert response.read() == b'{"status":"ok"}'
+        time.sleep(idle_s)
+    connection.close()
 
 
 def test_what_is_not_served_is_told_with_what_is(server) -> None:

@@ -24,6 +24,10 @@ CLOSING_S = 20.0
 _STREAMS_S = 22
 """Seconds after which connections that are still open are cut off."""
 
+_IDLE_S = 75
+"""Seconds that an idle connection stays open: longer than proxies and clients keep theirs, so that
+none sends a request into one that is just closed."""
+
 _END_S = 28.0
 """Seconds after a signal in which the process has ended, whatever still runs."""
 
@@ -178,6 +182,7 @@ def serve(
         access_log=verbose,
         server_header=False,
         timeout_graceful_shutdown=_STREAMS_S,
+        timeout_keep_alive=_IDLE_S,
         ws="none",
         lifespan="off",
     )
