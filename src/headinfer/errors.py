@@ -9,6 +9,10 @@ class OptionError(HeadInferError):
     """An option does not parse or lies outside its range."""
 
 
+class ContextLengthError(OptionError):
+    """A prompt and its answer have more tokens than the model was made for."""
+
+
 class UnsupportedModelError(HeadInferError):
     """The model, or the way it is called, cannot be served exactly."""
 

@@ -75,6 +75,8 @@ def test_ctrl_c_while_a_file_is_read_keeps_what_was_read(terminal, endless_llama
     screen.wait_for("0 messages")
     (held,) = re.findall(r"0 messages, ([\d,]+) tokens in the cache", screen.shown)
     assert 64 <= int(held.replace(",", "")) < 40_000
+    screen.wait_for("were read")
+    assert re.findall(r"([\d,]+) of [\d,]+ tokens were read", screen.shown) == [held]
     screen.say("w7")  # the file still comes before it
     screen.wait_for(" left")
     screen.type(CTRL_C)

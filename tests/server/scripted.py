@@ -105,10 +105,11 @@ class ScriptedDesk:
     def restore_slot(self, name: str) -> Any:
         raise SessionFileError(f"there is no session {name!r}")
 
-    def close(self, *, timeout_s: float) -> None:
+    def close(self, *, timeout_s: float) -> bool:
         self.closed = True
         for ticket in self.tickets:
             ticket.cancel()
+        return True
 
 
 def ended(reason: Any, tokens: int = 1, error: HeadInferError | None = None) -> Event:

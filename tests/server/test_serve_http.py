@@ -1,6 +1,8 @@
 """Raw requests, as curl sends them, against the real command."""
 
+import http.client
 import re
+import time
 
 import httpx2
 import pytest
@@ -151,6 +153,10 @@ BAD = {
     ),
     "a forced call": (CHAT, {"messages": MESSAGES, "tool_choice": "required"}),
     "a tool": (CHAT, {"messages": MESSAGES, "tools": [{"type": "hello-there"}]}),
+    "functions": (CHAT, {"messages": MESSAGES, "functions": [{"name": "hello-there"}]}),
+    "a function's call": (CHAT, {"messages": MESSAGES, "function_call": "auto"}),
+    "sound": (CHAT, {"messages": MESSAGES, "audio": {"voice": "hello-there"}}),
+    "a search of the web": (CHAT, {"messages": MESSAGES, "web_search_options": {}}),
     "a value of the template": (
         CHAT,
         {"messages": MESSAGES, "chat_template_kwargs": {"hello_there": 1}},
@@ -194,7 +200,7 @@ def test_bad_input_is_refused_in_a_line(server, case: str, stream: bool) -> None
 def test_what_is_no_json_is_refused(server, body: bytes, kind: str, status: int) -> None:
     response = httpx2.post(server.url + TEXT, content=body, headers={"Content-Type": kind})
     assert response.status_code == status
-    assert response.json()["error"]["message"]
+    assert "JSON" in response.json()["error"]["message"]
 
 
 def test_paths_and_methods_that_are_not_there(server) -> None:
@@ -204,6 +210,38 @@ def test_paths_and_methods_that_are_not_there(server) -> None:
     wrong = server.get(CHAT)
     assert wrong.status_code == 405
     assert wrong.headers["allow"] == "POST"
+    assert wrong.json()["error"]["message"] == f"{CHAT} does not take GET"
+
+
+@pytest.mark.parametrize("base", ["", "/v1/v1", "/v1/"])
+def test_a_base_url_that_is_wrong_is_told(server, base: str) -> None:
+    told = server.post(f"{base}/chat/completions", messages=MESSAGES).json()["error"]["message"]
+    assert "the base URL must end in /v1" in told
+
+
+@pytest.mark.slow
+def test_an_idle_connection_outlasts_those_of_proxies(server) -> None:
+    connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=WAIT_S)
+    connection.auto_open = 0  # it must not be opened again
+    connection.connect()
+    for idle_s in (6, 0):  # uvicorn closes after 5 seconds by default, nginx after 60
+        connection.request("GET", "/health")
+        response = connection.getresponse()
+        assert response.read() == b'{"status":"ok"}'
+        time.sleep(idle_s)
+    connection.close()
+
+
+def test_what_is_not_served_is_told_with_what_is(server) -> None:
+    told = server.post("/v1/embeddings", input="a").json()["error"]["message"]
+    assert "/v1/embeddings" in told
+    assert "/v1/chat/completions, /v1/completions, /v1/responses" in told
+
+
+@pytest.mark.parametrize("path", ["/health", "/"])
+def test_watchers_may_ask_for_the_head_alone(server, path: str) -> None:
+    head = httpx2.head(server.url + path)
+    assert (head.status_code, head.content) == (200, b"")
 
 
 def test_a_body_that_is_too_large_is_refused(server) -> None:

@@ -4,11 +4,12 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
 import pytest
-from server_parts import WAIT_S, command, environment, events, running
+from server_parts import WAIT_S, Running, command, environment, events, running
 
 from saved_models import save_llama
 
@@ -69,6 +70,38 @@ def test_sigterm_ends_the_streams_and_then_the_process(folder, tmp_path) -> None
     assert "/v1/completions" in err  # requests are logged, by their paths
     assert not any(word in err for word in SECRET.split())
     assert any(kept.iterdir())  # what was read is on the disk
+
+
+HASTY = """
+import sys
+from headinfer.server import run
+run.CLOSING_S = 0.5
+from headinfer.cli import main
+main.app(sys.argv[1:])
+"""
+
+
+def test_a_chunk_that_does_not_end_does_not_abort_the_process(folder) -> None:
+    # The model computes while the interpreter ends, which aborts a process that waits for nothing.
+    options = ("--port", 0, "--model", folder, "--device", "cpu", "--chunk-tokens", "256K")
+    process = subprocess.Popen(
+        [sys.executable, "-c", HASTY, "serve", *map(str, options)],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        assert process.stdout is not None
+        server = Running(process, process.stdout.readline().strip())
+        server.wait_ready()
+        text = {"prompt": [7] * 200_000, "max_tokens": 1, "return_progress": True}
+        with server.stream("/v1/completions", **text) as response:
+            next(events(response))
+            code, err = server.end()
+    assert code == 0, err
+    assert "requests that still run: 1" in err
+    assert "terminate" not in err
 
 
 @pytest.mark.slow

@@ -11,9 +11,10 @@ from openai import OpenAI
 from scripted import Pause, ScriptedDesk, ended, serving
 from server_parts import WAIT_S, events, wait_until
 
-from headinfer.errors import MemoryPlanError, NotANumberError
+from headinfer.errors import ContextLengthError, HeadInferError, MemoryPlanError, NotANumberError
 from headinfer.server.served import Limits
 from headinfer.serving.events import Piece, Progress, Queued, TokenScore
+from saved_models import make_tokenizer
 
 MESSAGES = [{"role": "user", "content": "w1 w2"}]
 CALL = '<tool_call>\n{"name": "look", "arguments": {"place": "attic"}}\n</tool_call>'
@@ -211,13 +212,15 @@ def test_the_client_hears_of_a_failure_in_the_stream() -> None:
             list(chunks)
 
 
-def test_what_does_not_fit_is_refused_before_the_stream_begins() -> None:
+@pytest.mark.parametrize("kind", [ContextLengthError, MemoryPlanError])
+def test_what_does_not_fit_is_refused_before_the_stream_begins(kind: type[HeadInferError]) -> None:
     desk = ScriptedDesk(["w3"])
-    desk.refuse = MemoryPlanError("the prompt needs 9 GiB of CPU memory, there are 4 GiB")
+    desk.refuse = kind("the prompt needs 9 GiB of CPU memory, there are 4 GiB")
     with serving(desk) as (url, _):
         response = httpx2.post(f"{url}/v1/chat/completions", json={**BODY, "stream": True})
     assert response.status_code == 400
     assert "9 GiB" in response.json()["error"]["message"]
+    assert response.json()["error"]["code"] == "context_length_exceeded"
     assert desk.asks == []
 
 
@@ -346,3 +349,54 @@ def test_a_server_that_pings_by_the_clock_does_not_wait_for_the_desk() -> None:
         ) as response:
             assert next(line for line in response.iter_lines() if line).startswith(": ping")
         assert time.monotonic() - begun < WAIT_S / 2
+
+
+@pytest.mark.parametrize("more", [{}, {"chat_template_kwargs": {"reasoning_effort": "w7"}}])
+def test_an_effort_reaches_templates_that_know_it(more: dict) -> None:
+    desk = ScriptedDesk(["w3"])
+    tokenizer = make_tokenizer()
+    wanted = "w7" if more else "w5"  # what is said of the template itself is taken
+    with serving(desk, tokenizer=tokenizer) as (url, _):
+        tokenizer.chat_template = "<user> {{ reasoning_effort }} {{ messages[0]['content'] }}"
+        chat = {**BODY, "reasoning_effort": "w5", **more}
+        response = {"input": "w1 w2", "reasoning": {"effort": "w5"}, **more}
+        for path, body in (("chat/completions", chat), ("responses", response)):
+            assert httpx2.post(f"{url}/v1/{path}", json=body).status_code == 200
+    expected = tuple(tokenizer(f"<user> {wanted} w1 w2")["input_ids"])
+    assert [ask.ids for ask in desk.asks] == [expected] * 2
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_tokens_with_log_probabilities_keep_their_spaces(stream: bool) -> None:
+    # Llama 2's tokenizers leave out the space of a token that is decoded alone.
+    scores = [TokenScore(1, "w1", -0.5, ((1, "w1", -0.5),)), TokenScore(4, "\ufffd", -0.5, ())]
+    desk = ScriptedDesk([Piece(" w1", (scores[0],)), Piece("", (scores[1],))])
+    with serving(desk, tokenizer=spaced_tokenizer()) as (url, _):
+        client = client_of(url)
+        asked = {"model": "scripted", "logprobs": True, "top_logprobs": 1, "stream": stream}
+        chat = client.chat.completions.create(messages=MESSAGES, **asked)
+        asked = {"model": "scripted", "logprobs": 1, "stream": stream}
+        text = client.completions.create(prompt="w1", **asked)
+        chats = list(chat) if stream else [chat]
+        texts = list(text) if stream else [text]
+    told = [choice.logprobs for answer in chats for choice in answer.choices if choice.logprobs]
+    entries = [entry for each in told for entry in each.content]
+    assert [entry.token for entry in entries] == [" w1", "\ufffd"]
+    assert [entry.bytes for entry in entries] == [[0x20, 0x77, 0x31], [0xE2]]
+    assert entries[0].top_logprobs[0].token == " w1"
+    told = [choice.logprobs for answer in texts for choice in answer.choices if choice.logprobs]
+    assert [token for each in told for token in each.tokens] == [" w1", "\ufffd"]
+    assert told[0].top_logprobs[0] == {" w1": -0.5}
+
+
+def spaced_tokenizer():
+    """Return a tokenizer in the way of Llama 2's, which writes bytes that it has no token for."""
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<unk>", "\u2581w1", *(f"<0x{byte:02X}>" for byte in (0x20, 0x77, 0xE2))]
+    inner = Tokenizer(models.WordLevel({word: at for at, word in enumerate(words)}, "<unk>"))
+    inner.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="<unk>")

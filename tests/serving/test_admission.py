@@ -6,7 +6,7 @@ import pytest
 from desk_helpers import PATIENCE_S, Heard, answer, ask, desk_of, stock_text, tokens
 
 import headinfer
-from headinfer.errors import MemoryPlanError, OptionError
+from headinfer.errors import ContextLengthError, MemoryPlanError
 from headinfer.serving.events import Event, Piece
 from tiny_models import shared_model
 
@@ -15,9 +15,11 @@ PER_TOKEN = 3 * 4 * 2 * 16 * 4
 
 def test_more_tokens_than_the_model_has_positions_are_refused() -> None:
     with desk_of("llama3") as desk:
-        with pytest.raises(OptionError, match=r"2,048 tokens .* 1, 2,049 .* for 2,048; shorten"):
+        with pytest.raises(
+            ContextLengthError, match=r"2,048 tokens .* 1, 2,049 .* for 2,048; shorten"
+        ):
             desk.check(ask(tokens(2048), 1))
-        with pytest.raises(OptionError, match="at most 48 new tokens fit"):
+        with pytest.raises(ContextLengthError, match="at most 48 new tokens fit"):
             desk.submit(ask(tokens(2000), 49), Heard())
         desk.check(ask(tokens(2000), 48))
         assert desk._served.session.stats.prefill_tokens == 0

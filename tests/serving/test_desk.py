@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -286,6 +287,31 @@ def test_a_desk_that_cannot_close_in_time_says_so_and_returns(
     with desk_of("llama3") as desk:
         desk.submit(ask(tokens(20)), stuck)
         assert begin.wait(PATIENCE_S)
-        desk.close(timeout_s=0.2)
-        assert "1 requests did not end" in caplog.text
+        assert not desk.close(timeout_s=0.2)
+        assert "requests that still run: 1" in caplog.text
         go_on.set()
+
+
+def test_what_a_request_read_that_ended_late_is_saved(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    begin, go_on = threading.Event(), threading.Event()
+
+    def stuck(event: Event) -> None:
+        if isinstance(event, Progress) and event.processed:
+            begin.set()
+            assert go_on.wait(PATIENCE_S)
+
+    with desk_of("llama3", session_folder=tmp_path) as desk:
+        prefixes = desk._served.prefixes
+        close = prefixes.close
+
+        def closing(timeout_s: float) -> None:
+            close(timeout_s)
+            go_on.set()  # the request ends only now
+
+        monkeypatch.setattr(prefixes, "close", closing)
+        desk.submit(ask(tokens(300)), stuck)
+        assert begin.wait(PATIENCE_S)
+        assert desk.close(timeout_s=4.0)
+    assert any(tmp_path.glob("*.hsession"))

@@ -163,14 +163,24 @@ def _fill(tokenizer: Any, messages: list[Any], values: Mapping[str, Any]) -> str
     return text
 
 
+def knows_value(tokenizer: Any, name: str) -> bool:
+    """Whether a model's chat template names a value, so that setting it may mean something.
+
+    Args:
+        tokenizer: of transformers.
+        name: of the value, as templates write it.
+    """
+    template = tokenizer.chat_template or ""
+    source = template if isinstance(template, str) else "\n".join(template.values())
+    return re.search(rf"\b{re.escape(name)}\b", source) is not None
+
+
 def _check_values(tokenizer: Any, values: Mapping[str, Any]) -> None:
     """Refuse values for a chat template that it would pass over."""
-    template = tokenizer.chat_template
-    source = template if isinstance(template, str) else "\n".join(template.values())
     arguments = set(inspect.signature(tokenizer.apply_chat_template).parameters)
     taken = {"messages", *arguments}.difference(_PASSED_ON)
     for name in set(values).difference(_HEEDED):
-        known = re.search(rf"\b{re.escape(name)}\b", source) is not None
+        known = knows_value(tokenizer, name)
         if name == "tools" and not known:
             raise OptionError("the model's chat template takes no tools; leave tools out")
         if name in taken or not known:

@@ -23,12 +23,15 @@ from headinfer.server.gate import Gate
 from headinfer.server.metrics import Metrics
 from headinfer.server.mistakes import mistake_of
 from headinfer.server.parsing import MessageParser, parser_of
-from headinfer.server.problems import ProblemError, problem_of
+from headinfer.server.problems import ProblemError, missing_path, problem_of
 from headinfer.server.responses import ResponseReply
 from headinfer.server.served import Phase, Served, Service
 from headinfer.server.slots import restore_slot, save_slot, session_list, slot_dicts
 
 PAGE = Path(__file__).parent / "page"
+
+_UNREADABLE = "There was an error parsing the body"
+"""What FastAPI says of a body that Python's JSON cannot read."""
 
 _JSON: dict[str, Any] = {"content": {"application/json": {}}}
 _ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
@@ -93,9 +96,15 @@ def _add_errors(app: FastAPI) -> None:
         return ProblemError(500, "the server failed at this request, and goes on").response()
 
     @app.exception_handler(HTTPException)
-    async def _(_request: Request, error: HTTPException) -> Response:
+    async def _(request: Request, error: HTTPException) -> Response:
         headers = dict(error.headers or {})
-        return ProblemError(error.status_code, str(error.detail)).response(headers)
+        if error.status_code in (404, 405):
+            told = missing_path(app.routes, request.method, request.url.path, error.status_code)
+        elif error.detail == _UNREADABLE:
+            told = "the body is not JSON; it must be UTF-8, not compressed, and not nested deeply"
+        else:
+            told = str(error.detail)
+        return ProblemError(error.status_code, told).response(headers)
 
     @app.exception_handler(RequestValidationError)
     async def _(_request: Request, error: RequestValidationError) -> Response:
@@ -135,7 +144,7 @@ def _add_model(app: FastAPI, service: Service, metrics: Metrics) -> None:
         reply = ChatReply(
             service.name,
             parser,
-            scored=bool(body.logprobs),
+            bytes_of=served.guide.bytes_of if body.logprobs else None,
             progress=bool(body.return_progress),
             include_usage=bool(options and options.include_usage),
         )
@@ -150,6 +159,7 @@ def _add_model(app: FastAPI, service: Service, metrics: Metrics) -> None:
         reply = CompletionReply(
             service.name,
             body.n or 1,
+            served.guide.bytes_of,
             progress=bool(body.return_progress),
             include_usage=bool(options and options.include_usage),
         )
@@ -184,6 +194,7 @@ def _model(served: Served, service: Service) -> dict[str, Any]:
 def _add_operation(app: FastAPI, service: Service, metrics: Metrics) -> None:
     """Add what whoever runs the server asks."""
 
+    @app.head("/health", include_in_schema=False)  # which proxies and watchers ask
     @app.get("/health")
     async def health() -> JSONResponse:
         """Tell whether requests are taken."""
@@ -220,7 +231,7 @@ def _add_page(app: FastAPI) -> None:
     if not (PAGE / "index.html").is_file():
         return
 
-    @app.get("/", include_in_schema=False)
+    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def page() -> FileResponse:
         return FileResponse(PAGE / "index.html")
 

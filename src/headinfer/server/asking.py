@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from headinfer.generation.prompt import Prompt, encode_prompt, message_ends
+from headinfer.generation.prompt import Prompt, encode_prompt, knows_value, message_ends
 from headinfer.server.bodies import (
     ChatBody,
     CompletionBody,
@@ -26,6 +26,14 @@ _MOST_STOPS = 32
 _MOST_CHOICES = 64
 _SETTINGS = ("top_k", "min_p", "repetition_penalty")
 _ANY_OBJECT = {"type": "object"}
+
+_UNSERVED = {
+    "functions": "send them as tools",
+    "function_call": "send tool_choice",
+    "audio": "leave it out",
+    "web_search_options": "leave it out",
+}
+"""Fields that would change the answer, and what to do instead."""
 
 Processors = Callable[[], list[Any]]
 
@@ -52,13 +60,18 @@ def chat_request(served: Served, body: ChatBody, limits: Limits) -> Request:
         HeadInferError: it cannot be had.
         ProblemError: the same.
     """
+    for name, remedy in _UNSERVED.items():
+        if getattr(body, name) is not None:
+            raise ProblemError(400, f"{name} is not served; {remedy}", param=name)
     tools = chat_tools(body.tools, body.tool_choice)
-    values = dict(body.chat_template_kwargs or {}) | ({"tools": tools} if tools else {})
+    values = _values(served, body, tools, body.reasoning_effort)
     messages = chat_messages(body.messages)
     ids = _encode(served, messages, values)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     if body.top_logprobs is not None and not body.logprobs:
         raise ProblemError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
+    if logprobs is not None:
+        served.guide.bytes_of(0, "")  # here, in a thread, as the first one takes a second
     new_tokens = body.max_completion_tokens or body.max_tokens
     schema = _schema(body.response_format)
     guided = _guided(served, schema, ids, wanted_tools(tools, body.tool_choice))
@@ -77,6 +90,8 @@ def completion_request(served: Served, body: CompletionBody, limits: Limits) -> 
     if body.echo or body.suffix or (body.best_of or 1) > (body.n or 1):
         name = "echo" if body.echo else "suffix" if body.suffix else "best_of"
         raise ProblemError(400, f"{name} is not served; leave it out", param=name)
+    if body.logprobs is not None:
+        served.guide.bytes_of(0, "")  # as above
     asks: list[Ask] = []
     for prompt in _prompts(body.prompt):
         ids = _encode(served, prompt, {})
@@ -103,7 +118,7 @@ def response_request(served: Served, body: ResponseBody, limits: Limits) -> Requ
                 400, f"{name} is not served, as nothing is stored; send all items", param=name
             )
     tools = response_tools(body.tools, body.tool_choice)
-    values = dict(body.chat_template_kwargs or {}) | ({"tools": tools} if tools else {})
+    values = _values(served, body, tools, body.reasoning.effort if body.reasoning else None)
     messages = response_messages(body.input, body.instructions)
     ids = _encode(served, messages, values)
     schema = _schema(body.text.format if body.text else None)
@@ -111,6 +126,20 @@ def response_request(served: Served, body: ResponseBody, limits: Limits) -> Requ
     ask = _ask(served, body, ids, body.max_output_tokens, limits, None, guided)
     ask, spelled = _spelled(served, _marked(served, ask, messages, values))
     return Request(asks=(ask,), tools=tools, spelled=spelled)
+
+
+def _values(
+    served: Served,
+    body: ChatBody | ResponseBody,
+    tools: list[dict[str, Any]] | None,
+    effort: str | None,
+) -> dict[str, Any]:
+    """Return values for the chat template; an effort means nothing to most models."""
+    values: dict[str, Any] = {}
+    if effort is not None and knows_value(served.tokenizer, "reasoning_effort"):
+        values["reasoning_effort"] = effort
+    values |= body.chat_template_kwargs or {}
+    return values | ({"tools": tools} if tools else {})
 
 
 def _marked(

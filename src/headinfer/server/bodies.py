@@ -104,7 +104,12 @@ class ChatBody(Generating):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
+    reasoning_effort: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    functions: list[Any] | None = None
+    function_call: str | dict[str, Any] | None = None
+    audio: dict[str, Any] | None = None
+    web_search_options: dict[str, Any] | None = None
 
 
 class CompletionBody(Generating):
@@ -124,6 +129,12 @@ class SlotBody(_Body):
     messages: list[Message] | None = None
 
 
+class Reasoning(_Body):
+    """A set of options of a response's thoughts."""
+
+    effort: str | None = None
+
+
 class ResponseBody(Sampling):
     """A request for a response."""
 
@@ -133,6 +144,7 @@ class ResponseBody(Sampling):
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     text: ResponseText | None = None
+    reasoning: Reasoning | None = None
     metadata: dict[str, Any] | None = None
     previous_response_id: str | None = None
     conversation: str | dict[str, Any] | None = None

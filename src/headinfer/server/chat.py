@@ -10,6 +10,7 @@ from headinfer.server.listening import Asked
 from headinfer.server.parsing import Called, MessageParser, Part, Thought
 from headinfer.server.replies import (
     TICK_S,
+    TokenBytes,
     Told,
     Total,
     finish_of,
@@ -30,12 +31,12 @@ class ChatChoice:
 
     Args:
         parser: of its text.
-        scored: whether the log probabilities of its tokens are told.
+        bytes_of: what a token writes; None to tell no log probabilities.
     """
 
-    def __init__(self, parser: MessageParser, *, scored: bool) -> None:
+    def __init__(self, parser: MessageParser, bytes_of: TokenBytes | None) -> None:
         self._parser = parser
-        self._scored = scored
+        self._bytes_of = bytes_of
         self._scores: list[TokenScore] = []
         self._all_scores: list[TokenScore] = []
         self._texts: dict[str, list[str]] = {"content": [], "reasoning_content": []}
@@ -43,7 +44,7 @@ class ChatChoice:
 
     def take(self, piece: Piece) -> list[Delta]:
         """Take a piece and return what is new of the message."""
-        if self._scored:
+        if self._bytes_of is not None:
             self._scores += piece.tokens
             self._all_scores += piece.tokens
         return self._deltas(self._parser.take(piece))
@@ -68,7 +69,7 @@ class ChatChoice:
 
     def logprobs(self) -> dict[str, Any] | None:
         """Return the log probabilities of all tokens, if they were asked for."""
-        return logprobs_of(self._all_scores) if self._all_scores else None
+        return self._told(self._all_scores)
 
     def _deltas(self, parts: Sequence[Part]) -> list[Delta]:
         return [(self._delta(part), self._taken_scores()) for part in parts]
@@ -85,27 +86,36 @@ class ChatChoice:
 
     def _taken_scores(self) -> dict[str, Any] | None:
         taken, self._scores = self._scores, []
-        return logprobs_of(taken) if taken else None
+        return self._told(taken)
+
+    def _told(self, scores: Sequence[TokenScore]) -> dict[str, Any] | None:
+        return logprobs_of(scores, self._bytes_of) if scores and self._bytes_of else None
 
 
-def logprobs_of(scores: Sequence[TokenScore]) -> dict[str, Any]:
-    """Return log probabilities as chats have them."""
+def logprobs_of(scores: Sequence[TokenScore], bytes_of: TokenBytes) -> dict[str, Any]:
+    """Return log probabilities as chats have them.
+
+    Args:
+        scores: of tokens.
+        bytes_of: what a token writes.
+    """
+
+    def entry(token_id: int, text: str, logprob: float) -> dict[str, Any]:
+        written = bytes_of(token_id, text)
+        # JSON has no -inf; the least that OpenAI itself tells is this.
+        told = {"token": written.decode(errors="replace"), "logprob": max(logprob, -9999.0)}
+        return {**told, "bytes": list(written)}
+
     return {
         "content": [
             {
-                **_entry(score.text, score.logprob),
-                "top_logprobs": [_entry(text, logprob) for _, text, logprob in score.top],
+                **entry(score.token_id, score.text, score.logprob),
+                "top_logprobs": [entry(*each) for each in score.top],
             }
             for score in scores
         ],
         "refusal": None,
     }
-
-
-def _entry(text: str, logprob: float) -> dict[str, Any]:
-    # JSON has no -inf; the least that OpenAI itself tells is this.
-    told = max(logprob, -9999.0)
-    return {"token": text, "logprob": told, "bytes": list(text.encode(errors="replace"))}
 
 
 class ChatReply:
@@ -114,7 +124,7 @@ class ChatReply:
     Args:
         name: of the model.
         make_parser: returns a parser for a choice.
-        scored: whether the log probabilities of tokens are told.
+        bytes_of: what a token writes; None to tell no log probabilities.
         progress: whether the stream tells of the prompt, and of the place in the queue.
         include_usage: whether the stream ends with what it took.
     """
@@ -124,13 +134,13 @@ class ChatReply:
         name: str,
         make_parser: Callable[[], MessageParser],
         *,
-        scored: bool = False,
+        bytes_of: TokenBytes | None = None,
         progress: bool = False,
         include_usage: bool = False,
     ) -> None:
         self._name = name
         self._make_parser = make_parser
-        self._scored = scored
+        self._bytes_of = bytes_of
         self._progress = progress
         self._include_usage = include_usage
         self._id = new_id("chatcmpl-")
@@ -203,7 +213,7 @@ class ChatReply:
         yield sse("[DONE]")
 
     def _new_choice(self) -> ChatChoice:
-        return ChatChoice(self._make_parser(), scored=self._scored)
+        return ChatChoice(self._make_parser(), self._bytes_of)
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._name}

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from sse_starlette import ServerSentEvent
@@ -9,6 +10,7 @@ from sse_starlette import ServerSentEvent
 from headinfer.server.listening import Asked
 from headinfer.server.replies import (
     TICK_S,
+    TokenBytes,
     Told,
     Total,
     finish_of,
@@ -27,15 +29,23 @@ class CompletionReply:
     Args:
         name: of the model.
         per_prompt: choices of each prompt.
+        bytes_of: what a token writes.
         progress: whether the stream tells of the prompt, and of the place in the queue.
         include_usage: whether the stream ends with what it took.
     """
 
     def __init__(
-        self, name: str, per_prompt: int, *, progress: bool = False, include_usage: bool = False
+        self,
+        name: str,
+        per_prompt: int,
+        bytes_of: TokenBytes,
+        *,
+        progress: bool = False,
+        include_usage: bool = False,
     ) -> None:
         self._name = name
         self._per_prompt = per_prompt
+        self._bytes_of = bytes_of
         self._progress = progress
         self._include_usage = include_usage
         self._id = new_id("cmpl-")
@@ -54,7 +64,7 @@ class CompletionReply:
         async for number, event in asked.events():
             if isinstance(event, Piece):
                 texts.append(event.text)
-                scores += event.tokens
+                scores += self._written(event.tokens)
             elif isinstance(event, Ended):
                 if (problem := problem_at(event)) is not None:
                     raise problem
@@ -74,7 +84,8 @@ class CompletionReply:
             if isinstance(event, Piece):
                 told.note(None)
                 if event.text or event.tokens:
-                    yield self._chunk(_choice(number, event.text, event.tokens, offset, None))
+                    scores = self._written(event.tokens)
+                    yield self._chunk(_choice(number, event.text, scores, offset, None))
                 offset += len(event.text)
             elif isinstance(event, Ended):
                 if (problem := problem_at(event)) is not None:
@@ -91,6 +102,21 @@ class CompletionReply:
             if self._include_usage:
                 yield sse({**self._head(), "choices": [], "usage": total.as_dict()})
         yield sse("[DONE]")
+
+    def _written(self, scores: Sequence[TokenScore]) -> list[TokenScore]:
+        """Return scores with what tokens write: some tokenizers leave out spaces of one alone."""
+
+        def text(token_id: int, alone: str) -> str:
+            return self._bytes_of(token_id, alone).decode(errors="replace")
+
+        return [
+            replace(
+                score,
+                text=text(score.token_id, score.text),
+                top=tuple((each, text(each, alone), logprob) for each, alone, logprob in score.top),
+            )
+            for score in scores
+        ]
 
     def _head(self) -> dict[str, Any]:
         return {

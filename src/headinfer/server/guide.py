@@ -57,6 +57,7 @@ class Guide:
         self._vocabulary = vocabulary
         self._end_ids = sorted(end_ids)
         self._known: LLTokenizer | None = None
+        self._unknown: OptionError | None = None
 
     def processors(self, schema: dict[str, Any] | bool) -> Callable[[], list[Guided]]:
         """Return what makes the processors of an answer that follows a JSON schema.
@@ -90,17 +91,32 @@ class Guide:
             raise OptionError(f"the JSON schema is not served: {_line(wrong)}")
         return lambda: [Guided(LLMatcher(known, grammar, log_level=0))]
 
+    def bytes_of(self, token_id: int, text: str) -> bytes:
+        """Return what a token writes: of a part of a character, its bytes.
+
+        Args:
+            token_id: of the model.
+            text: it alone, for tokenizers that llguidance does not know.
+        """
+        try:
+            return bytes(self._tokens().decode_bytes([token_id]))
+        except OptionError:
+            return text.encode(errors="replace")
+
     def _tokens(self) -> LLTokenizer:
         """Return the tokenizer as llguidance has it, which takes a second the first time."""
         if self._known is None:
+            if self._unknown is not None:
+                raise self._unknown
             try:
                 self._known = from_tokenizer(
                     self._tokenizer, n_vocab=self._vocabulary, eos_token=self._end_ids or None
                 )
             except ValueError as error:
-                raise OptionError(
+                self._unknown = OptionError(
                     f"JSON is not served with this model's tokenizer: {_line(error)}"
-                ) from error
+                )
+                raise self._unknown from error
         return self._known
 
 

@@ -1,10 +1,13 @@
 """What goes wrong with a request, as an HTTP status and in the form of OpenAI's errors."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from starlette.responses import JSONResponse
+from starlette.routing import BaseRoute
 
 from headinfer.errors import (
+    ContextLengthError,
     DeskClosedError,
     HeadInferError,
     MemoryPlanError,
@@ -24,6 +27,7 @@ _KINDS = {
     413: "invalid_request_error",
     429: "rate_limit_error",
 }
+_MOST_PATH = 100
 _RETRY_S = 5
 """Seconds after which a client may ask again, where the server is not ready."""
 
@@ -66,6 +70,26 @@ class ProblemError(Exception):
         return JSONResponse(self.as_dict(), self.status, told)
 
 
+def missing_path(routes: Sequence[BaseRoute], method: str, path: str, status: int) -> str:
+    """Return what a client is told that asked for a path or method that is not there.
+
+    Args:
+        routes: of the application.
+        method: of the request.
+        path: of the request, without its query.
+        status: 404 or 405.
+    """
+    if status == 405:
+        return f"{path[:_MOST_PATH]} does not take {method[:_MOST_PATH]}"
+    served = [str(getattr(route, "path", "")) for route in routes]
+    end = path.rstrip("/").rpartition("/v1/")[2].lstrip("/")
+    there = f"/v1/{end}"
+    if there in served and there != path:
+        return f"nothing is served at {path[:_MOST_PATH]}; the base URL must end in /v1, once"
+    kinds = ", ".join(each for each in served if each.startswith("/v1/") and "{" not in each)
+    return f"nothing is served at {path[:_MOST_PATH]}; this server has {kinds}, and others"
+
+
 def problem_of(error: HeadInferError) -> ProblemError:
     """Return what a client is told of an error of ours.
 
@@ -77,7 +101,7 @@ def problem_of(error: HeadInferError) -> ProblemError:
         return ProblemError(429, message, code="queue_full")
     if isinstance(error, DeskClosedError):
         return ProblemError(503, message, code="closing")
-    if isinstance(error, MemoryPlanError):
+    if isinstance(error, (ContextLengthError, MemoryPlanError)):
         return ProblemError(400, message, code="context_length_exceeded")
     if isinstance(error, SessionRoomError):
         return ProblemError(507, message, code="disk_full")

@@ -3,6 +3,7 @@
 import json
 import secrets
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,9 @@ from headinfer.serving.events import Ended, Event, Progress, Queued, Usage
 
 TICK_S = 0.8
 """Seconds after which progress is told again, though no chunk was read; a busy CPU adds some."""
+
+TokenBytes = Callable[[int, str], bytes]
+"""Returns the bytes that a token writes, given its id and its text alone."""
 
 
 @dataclass(slots=True)

@@ -24,6 +24,10 @@ CLOSING_S = 20.0
 _STREAMS_S = 22
 """Seconds after which connections that are still open are cut off."""
 
+_IDLE_S = 75
+"""Seconds that an idle connection stays open: longer than proxies and clients keep theirs, so that
+none sends a request into one that is just closed."""
+
 _END_S = 28.0
 """Seconds after a signal in which the process has ended, whatever still runs."""
 
@@ -178,6 +182,7 @@ def serve(
         access_log=verbose,
         server_header=False,
         timeout_graceful_shutdown=_STREAMS_S,
+        timeout_keep_alive=_IDLE_S,
         ws="none",
         lifespan="off",
     )
@@ -196,17 +201,19 @@ def serve(
             server.stop()
 
     thread = threading.Thread(target=loading, name="headinfer-load", daemon=True)
+    ended = False
     with server.capture_signals():  # before the address is told, as whoever reads it may end us
         on_listening(address.url(listening))
         thread.start()
         try:
             asyncio.run(server.serve([listening]))
         finally:
-            service.close(CLOSING_S)
+            ended = service.close(CLOSING_S)
     if failure:
         raise failure[0]
-    if thread.is_alive():
-        # The interpreter's end would take modules apart under a thread that imports them.
+    if thread.is_alive() or not ended:
+        # The interpreter's end would take modules apart under a thread that imports them, and
+        # would abort the process at a thread in the model.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)

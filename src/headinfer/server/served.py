@@ -78,6 +78,7 @@ class Service:
         self._closing = threading.Lock()
         self._phase = Phase.LOADING
         self._served: Served | None = None
+        self._ended = True
 
     @property
     def phase(self) -> Phase:
@@ -105,17 +106,21 @@ class Service:
             self._served, self._phase = served, Phase.READY
             return True
 
-    def close(self, timeout_s: float) -> None:
+    def close(self, timeout_s: float) -> bool:
         """End all that runs and keep its prefixes; a second call waits for the first.
 
         Args:
             timeout_s: seconds it may take.
+
+        Returns:
+            Whether all has ended.
         """
         self.begin_closing()
         with self._closing:
             served, self._served = self._served, None
             if served is not None:
-                served.desk.close(timeout_s=timeout_s)
+                self._ended = served.desk.close(timeout_s=timeout_s)
+            return self._ended
 
     def begin_closing(self) -> None:
         """Take no new requests."""

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from headinfer.errors import MemoryPlanError, OptionError
+from headinfer.errors import ContextLengthError, MemoryPlanError
 from headinfer.generation.settings import DEFAULT_NEW_TOKENS
 from headinfer.serving.ask import Ask
 from headinfer.session import Session
@@ -30,7 +30,7 @@ class Admission:
             yielding_bytes: CPU memory of what yields or ends: kept prefixes and other requests.
 
         Raises:
-            OptionError: the model has no positions for so many tokens.
+            ContextLengthError: the model has no positions for so many tokens.
             MemoryPlanError: the CPU memory or the GPU memory never holds so many.
         """
         prompt_tokens, given = len(ask.ids), ask.given.get("max_new_tokens")
@@ -48,7 +48,7 @@ class Admission:
             return
         room = most - prompt_tokens
         told = f"at most {room:,} new tokens fit" if room > 0 else "shorten the prompt"
-        raise OptionError(
+        raise ContextLengthError(
             f"the prompt has {prompt_tokens:,} tokens and the answer may have "
             f"{wanted - prompt_tokens:,}, {wanted:,} together, and the model was made for "
             f"{most:,}; {told}"

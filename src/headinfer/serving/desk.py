@@ -222,7 +222,7 @@ class Desk:
             )
         return sessions
 
-    def close(self, *, timeout_s: float) -> None:
+    def close(self, *, timeout_s: float) -> bool:
         """Cancel what runs, save kept prefixes to the session folder, and detach the model.
 
         May be called again.
@@ -230,6 +230,9 @@ class Desk:
         Args:
             timeout_s: the most seconds for all that. What still runs then is left alone, with the
                 model attached, and the log says so.
+
+        Returns:
+            Whether all has ended. A thread that is left may be in a call of the model.
         """
         began_s = time.monotonic()
         self._served.line.close()
@@ -237,9 +240,28 @@ class Desk:
             requests = list(self._requests.values())
         for request in requests:
             request.cancel()
-        half_s = began_s + timeout_s / 2  # the other half is for what is kept
-        late = [each for each in requests if each.wait(max(half_s - time.monotonic(), 0)) is None]
-        left_s = max(began_s + timeout_s - time.monotonic(), 0)
+        until_s = began_s + timeout_s
+        late = _late(requests, began_s + timeout_s / 2)  # the other half is for what is kept
+        closed = self._close_prefixes(until_s)
+        if late and closed:
+            waited, late = late, _late(late, until_s)
+            if len(late) < len(waited):  # what they read is kept since, too
+                closed = self._close_prefixes(until_s)
+        if late or not closed:
+            _logger.warning(
+                "not all ended in %.0f s, requests that still run: %d; what they read last is not "
+                "kept, and the model stays attached",
+                timeout_s,
+                len(late),
+            )
+            return False
+        self._leave_experts()
+        self._served.session.detach()
+        return True
+
+    def _close_prefixes(self, until_s: float) -> bool:
+        """Save and drop kept prefixes; return whether that is done in time."""
+        left_s = max(until_s - time.monotonic(), 0)
         # In a thread, because caches wait for the turn of a request that does not end.
         closing = threading.Thread(
             target=self._served.prefixes.close,
@@ -249,10 +271,9 @@ class Desk:
         )
         closing.start()
         closing.join(left_s)
-        if late or closing.is_alive():
-            _logger.warning(
-                "%d requests did not end in %.0f s; the model stays attached", len(late), timeout_s
-            )
-            return
-        self._leave_experts()
-        self._served.session.detach()
+        return not closing.is_alive()
+
+
+def _late(requests: list[Request], until_s: float) -> list[Request]:
+    """Wait for requests until then, and return those that still run."""
+    return [each for each in requests if each.wait(max(until_s - time.monotonic(), 0)) is None]

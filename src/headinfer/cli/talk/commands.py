@@ -129,9 +129,7 @@ class Commands:
         print_rows(self._console, [("conversation", held)])
         if last is None:
             return
-        read = (
-            f"{last.prompt_tokens - last.kept_tokens:,} of {_counted(last.prompt_tokens, 'token')}"
-        )
+        read = f"{last.read_tokens:,} of {_counted(last.prompt_tokens, 'token')}"
         rows = [
             ("last prompt", f"{read} were read, the cache had {last.kept_tokens:,}"),
             ("last answer", _counted(last.new_tokens, "token")),

@@ -60,12 +60,14 @@ class Reply:
     Attributes:
         prompt_tokens: of the whole conversation before it.
         kept_tokens: of those, the ones that the cache had.
+        read_tokens: of the others, those that were read; fewer than all where Ctrl-C stopped that.
         new_tokens: of the answer.
         stats: of this answer alone, but for peaks.
     """
 
     prompt_tokens: int
     kept_tokens: int
+    read_tokens: int
     new_tokens: int
     stats: "Stats"
 
@@ -151,6 +153,7 @@ class Conversation:
         self.last = Reply(
             prompt_tokens=len(ids),
             kept_tokens=kept,
+            read_tokens=max(min(len(ids), self.held_tokens) - kept, 0),
             new_tokens=answer.new_tokens,
             stats=_since(before, self._cache.stats),
         )
