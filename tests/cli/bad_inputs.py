@@ -14,6 +14,7 @@ PROMPTS: list[Row] = [
     (("generate", "-f", "{latin}"), ("not UTF-8", "0xe9 at offset 3")),
     (("generate", "-f", "{empty}"), ("is empty",)),
     (("generate", "-f", "{blank}"), ("is empty",)),
+    (("generate", "-f", "/dev/zero"), ("is a device, which may never end", "give a file")),
     (("generate", "-f", "/"), ("cannot be read", "directory")),
     (("generate", "-f", ""), ("''", "No such file")),
     (("generate", "-f", LONG), ("File name too long", "xxx...xxx")),

@@ -1,5 +1,7 @@
 """The prompt: read from options, file or stdin, and held against the model's positions."""
 
+import os
+import stat
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -50,7 +52,7 @@ def read_text(path: str, what: str, options: str) -> str:
         options: what may be given in place of stdin, for messages.
 
     Raises:
-        OptionError: it is empty, or cannot be read as UTF-8.
+        OptionError: it is empty, a device, or cannot be read as UTF-8.
     """
     name = "stdin" if path == STDIN else f"{what} {path!r}"
     try:
@@ -58,6 +60,8 @@ def read_text(path: str, what: str, options: str) -> str:
             data = sys.stdin.buffer.read()
         else:
             with open(path, "rb") as file:
+                if stat.S_ISCHR(os.fstat(file.fileno()).st_mode) and not file.isatty():
+                    raise OptionError(f"{name} is a device, which may never end; give a file")
                 data = file.read()
     except OSError as error:
         raise OptionError(f"{name} cannot be read: {error.strerror}") from error
