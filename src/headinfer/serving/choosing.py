@@ -47,8 +47,7 @@ class Chooser:
 
     Args:
         shelf: what is kept.
-        running: caches of requests, changed with the shelf's mutex; only looked at here.
-        returning: so, too: those that run, and those not kept yet.
+        lent: caches of requests, changed with the shelf's mutex; only looked at here.
         changed: with the shelf's mutex; told of each request that has ended.
         goes_back: whether caches can be cropped.
     """
@@ -56,15 +55,13 @@ class Chooser:
     def __init__(
         self,
         shelf: Shelf,
-        running: list[Lent],
-        returning: list[Lent],
+        lent: list[Lent],
         changed: threading.Condition,
         *,
         goes_back: bool,
     ) -> None:
         self._shelf = shelf
-        self._running = running
-        self._returning = returning
+        self._lent = lent
         self._changed = changed
         self._goes_back = goes_back
 
@@ -85,7 +82,7 @@ class Chooser:
             with self._shelf.mutex:
                 choice = self._choose(prompt, tried)
                 most = 0 if choice is None else choice.tokens
-                if not given_up() and any(e.will_leave(prompt) > most for e in self._returning):
+                if not given_up() and any(e.will_leave(prompt) > most for e in self._lent):
                     self._changed.wait(LOOK_S)
                     continue
                 if choice is None:
@@ -111,7 +108,7 @@ class Chooser:
             whole = tokens == len(kept.ids) and not (kept.busy or kept.snapshot)
             in_memory.append(Choice(tokens, kept, whole))
         if self._goes_back:  # else what was read is there as snapshots
-            for lent in self._running:
+            for lent in (each for each in self._lent if not each.ended):
                 tokens = usable(lent.ids[: lent.read_tokens], prompt, 0)
                 in_memory.append(Choice(tokens, lent, whole=False))
         for saved in self._shelf.saved:

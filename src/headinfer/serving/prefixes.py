@@ -57,8 +57,7 @@ class Prefixes:
         folder_bytes: int | None = None,
     ) -> None:
         self._session = session
-        self._running: list[Lent] = []  # changed with the shelf's mutex
-        self._returning: list[Lent] = []  # so, too: those that run, and those not kept yet
+        self._lent: list[Lent] = []  # until they are kept; changed with the shelf's mutex
         self._reuses = session.goes_on_alike()
         self._goes_back = session.goes_back
         self._grow_bytes = grow_bytes
@@ -69,9 +68,7 @@ class Prefixes:
         self.sessions = None if folder is None else Sessions(session, self._shelf, folder)
         self._entering = threading.Lock()  # so that two do not count on the same memory
         self._changed = threading.Condition(self._shelf.mutex)
-        self._chooser = Chooser(
-            self._shelf, self._running, self._returning, self._changed, goes_back=self._goes_back
-        )
+        self._chooser = Chooser(self._shelf, self._lent, self._changed, goes_back=self._goes_back)
         if not self._reuses:
             _logger.warning(
                 "no prefixes are kept: this model gives other results for a prompt that is read in "
@@ -116,6 +113,11 @@ class Prefixes:
             raise
         return lent
 
+    @property
+    def _running(self) -> list[Lent]:
+        """The caches of requests that have not ended."""
+        return [each for each in self._lent if not each.ended]
+
     def _wait_for_room(self, lent: Lent, tokens: int, given_up: Callable[[], bool]) -> None:
         """Wait for CPU memory: kept prefixes yield it at once, and running requests at their end.
 
@@ -125,8 +127,7 @@ class Prefixes:
             with self._entering:
                 if given_up() or self._has_room(lent.cache, tokens):
                     with self._changed:
-                        self._running.append(lent)
-                        self._returning.append(lent)
+                        self._lent.append(lent)
                     return
             with self._changed:
                 self._changed.wait(LOOK_S)
@@ -135,11 +136,10 @@ class Prefixes:
         """Have kept prefixes yield for a cache; return whether there is room, or none will come."""
         missing = self._session.missing_host_bytes
         with self._changed:
-            if self._session.disk.file and not all(each.begun for each in self._running):
+            running = self._running
+            if self._session.disk.file and not all(each.begun for each in running):
                 return False  # above a disk each takes all that is left
-            promised = [
-                missing(run.cache, run.cache.state.max_tokens or 0) for run in self._running
-            ]
+            promised = [missing(run.cache, run.cache.state.max_tokens or 0) for run in running]
         lacking = self._shelf.make_room(missing(cache, tokens) + sum(promised))
         return not (lacking and self._running)
 
@@ -191,7 +191,6 @@ class Prefixes:
             keep: whether what it holds is sound.
         """
         with self._changed:
-            self._running.remove(lent)
             lent.ended = True
         try:
             if keep and self._reuses and lent.cache.state.engine is not None:
@@ -205,7 +204,7 @@ class Prefixes:
             _logger.warning("what a request has read is not kept: %s", error)
         finally:
             with self._changed:
-                self._returning.remove(lent)
+                self._lent.remove(lent)
                 self._changed.notify_all()
         self._put_back(lent)
 
