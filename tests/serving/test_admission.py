@@ -17,7 +17,7 @@ def test_more_tokens_than_the_model_has_positions_are_refused() -> None:
     with desk_of("llama3") as desk:
         with pytest.raises(OptionError, match=r"2,048 tokens .* 1, 2,049 .* for 2,048; shorten"):
             desk.check(ask(tokens(2048), 1))
-        with pytest.raises(OptionError, match="at most 48 new tokens fit"):
+        with pytest.raises(OptionError, match="ask for 48 new tokens at most"):
             desk.submit(ask(tokens(2000), 49), Heard())
         desk.check(ask(tokens(2000), 48))
         assert desk._served.session.stats.prefill_tokens == 0

@@ -24,7 +24,7 @@ from headinfer.serving.request import Request, Served
 from headinfer.serving.sessions import NamedSession, RestoredSession, Sessions
 from headinfer.serving.slots import SlotState
 from headinfer.session import Session
-from headinfer.units import parse_bytes
+from headinfer.units import counted, parse_bytes
 
 _logger = logging.getLogger(__name__)
 
@@ -251,7 +251,9 @@ class Desk:
         closing.join(left_s)
         if late or closing.is_alive():
             _logger.warning(
-                "%d requests did not end in %.0f s; the model stays attached", len(late), timeout_s
+                "%s did not end in %.0f s; the model stays attached",
+                counted(len(late), "request"),
+                timeout_s,
             )
             return
         self._leave_experts()
