@@ -61,9 +61,10 @@ class PlantedTexts:
         around = frame(self._tokenizer, _MESSAGE, _BEGUN, raw=self._raw)
         room = tokens - around.tokens - 2 * sum(len(said) + len(key) for said, key in facts)
         if room < 0:
+            whose = "its" if count == 1 else "their"
             raise OptionError(
                 f"a text of {counted(tokens, 'token')} is too short for "
-                f"{counted(count, 'passkey')} and their question; give at least {tokens - room} "
+                f"{counted(count, 'passkey')} and {whose} question; give at least {tokens - room} "
                 "with --tokens"
             )
         sentences = self._haystack.sentences(drawn.randrange(len(self._haystack)), room)
