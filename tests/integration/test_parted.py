@@ -260,7 +260,7 @@ def test_residents_grow_with_the_conversation() -> None:
 
 
 def test_there_must_be_a_device_for_each_layer() -> None:
-    with pytest.raises(OptionError, match="2 simulated devices.* 3 attention layers"):
+    with pytest.raises(OptionError, match=r"2 simulated devices.* 3 attention layers"):
         headinfer.attach(shared_model("llama3"), device="simulated", simulated_device=spread(0, 1))
 
 
