@@ -231,24 +231,6 @@ def test_what_cannot_be_combined_is_refused(
         headinfer.attach(model, **{"device": "simulated", **options}, disk_cache=tmp_path)
 
 
-def test_attach_looks_at_the_folder_once(
-    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    looked: list[str] = []
-    access = os.access
-
-    def noting(path: str, mode: int) -> bool:
-        looked.append(path)
-        return access(path, mode)
-
-    monkeypatch.setattr(os, "access", noting)
-    with headinfer.attach(model, device="simulated", disk_cache=tmp_path):
-        assert looked.count(str(tmp_path)) == 1
-    with pytest.raises(OptionError, match="is not there"):
-        headinfer.attach(model, device="simulated", disk_cache=tmp_path / "nowhere")
-    headinfer.attach(model, device="simulated").detach()  # as nothing was attached
-
-
 def test_too_little_host_memory_is_refused(model: PreTrainedModel, tmp_path: Path) -> None:
     with attached(model, tmp_path, "50KiB") as offload:
         cache = offload.new_cache()
