@@ -12,14 +12,13 @@ import argparse
 import time
 from typing import Any
 
+from draft_runs import document_of
 from draft_texts import TEXTS, text_of
-from kept_rows import add_options, kept_rows, settings_of
+from kept_rows import add_options
 from transformers import PreTrainedModel
 
 import headinfer
-from headinfer.bench.document import provenance
 from headinfer.bench.files import replace_json
-from headinfer.bench.machine import hardware
 from headinfer.cli.load import NamedSource, calm_transformers
 from headinfer.generation.model import load_config, load_model, load_tokenizer
 from headinfer.units import parse_tokens
@@ -115,10 +114,8 @@ def main() -> None:
     calm_transformers(verbose=False)
     tokens = parse_tokens(given.tokens)
     model, tokenizer = loaded(given, tokens + given.new_tokens)
-    header = provenance() | {"hardware": hardware(model.device), "settings": settings_of(given)}
-    rows = kept_rows(given, header, but={"texts", "drafts"})
-    done = {(row["context"], row["draft"]): row for row in rows}
-    document: dict[str, Any] = {"header": header, "rows": rows}
+    document = document_of(given, model.device, but={"texts", "drafts"})
+    done = {(row["context"], row["draft"]): row for row in document["rows"]}
     for name in given.texts.split(","):
         prompt = last_tokens(tokenizer, text_of(name), tokens)
         alone: dict[str, Any] = {}

@@ -10,6 +10,7 @@ import itertools
 import math
 import pydoc_data.topics
 import statistics
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -66,6 +67,13 @@ class Choice:
         """Return how many pages are attended, of a text of so many tokens."""
         size, rest = self.page_tokens, self._divided(tokens)[1]
         return min(round(rest * self.pages / size), rest // size) if size else 0
+
+    def fits(self, reach: int, own: int, tokens: int) -> bool:
+        """Whether there are so many tokens at a place, and pages of them; see `attended`."""
+        sinks, rest = self._divided(tokens)
+        size, count = self.page_tokens, self.count(tokens)
+        first = reach + own - (rest - count * size)
+        return first <= reach and (not count or (first - sinks) // size >= count)
 
     def _divided(self, tokens: int) -> tuple[int, int]:
         """Return how many tokens are attended as sinks, and otherwise."""
@@ -228,6 +236,30 @@ def _put(
     return [part[:, :, : at + 1] for part in room]
 
 
+def check_tokens(given: argparse.Namespace, behind: int) -> None:
+    """End the program with a line where a text has no room for the choices.
+
+    Args:
+        given: the options.
+        behind: the most tokens that are said at a place.
+    """
+
+    def fits(tokens: int) -> bool:
+        quarter, own = tokens // 4, max(behind, 1) + ROWS
+        room = quarter - 2 * DRAFTS - behind > given.starts
+        return room and all(each.fits(tokens - quarter, own, tokens) for each in CHOICES)
+
+    if given.tokens % 64 == 0 and fits(given.tokens):
+        return
+    above = itertools.count(max(-(-given.tokens // 64), 1) * 64, 64)
+    print(
+        f"draft_pages.py: --tokens {given.tokens} leaves no room for the pages that are compared, "
+        f"or is not in 64s; give {next(filter(fits, above))}",
+        file=sys.stderr,
+    )
+    sys.exit(2)
+
+
 def accepted(read: Read, reaches: Sequence[int], said: Sequence[int], tokens: int) -> list[Any]:
     """Return how many drafts are accepted, by choice and place."""
     written, masses, own = read.continued(torch.tensor(reaches), said)
@@ -309,9 +341,12 @@ def main() -> None:
     model, tokenizer = loaded(given.model, given.threads)
     document = document_of(given, but={"texts"})
     done = {row["text"] for row in document["rows"]}
+    names = given.texts.split(",")
+    said_behind = {said for name in names for said in TEXTS[name]}
+    check_tokens(given, max(len(tokenizer(said)["input_ids"]) for said in said_behind))
     quarter = given.tokens // 4
     last = given.tokens - quarter
-    for name in given.texts.split(","):
+    for name in names:
         missing = [said for said in TEXTS[name] if ("chat" if said else name) not in done]
         if not missing:
             continue

@@ -34,13 +34,19 @@ def loaded(name: str, threads: int | None) -> tuple[PreTrainedModel, Any]:
     return model, tokenizer
 
 
-def document_of(given: argparse.Namespace, *, but: Set[str] = frozenset()) -> dict[str, Any]:
+def document_of(
+    given: argparse.Namespace,
+    device: torch.device | None = None,
+    *,
+    but: Set[str] = frozenset(),
+) -> dict[str, Any]:
     """Return results to add rows to, which say what they are of.
 
     Args:
         given: the options, with those of `kept_rows.add_options`.
+        device: that computes; None for the CPU.
         but: names of settings that may be others where rows are gone on with.
     """
-    here = hardware(torch.device("cpu"))
+    here = hardware(device or torch.device("cpu"))
     header = {**provenance(), "hardware": here, "settings": settings_of(given)}
     return {"header": header, "rows": kept_rows(given, header, but=but)}

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from headinfer.errors import OptionError
 from headinfer.units import (
+    counted,
     counted_tokens,
     format_bytes,
     format_si,
@@ -114,3 +115,16 @@ def test_integers_of_any_kind_are_taken() -> None:
 )
 def test_one_token_is_singular(count: int, said: str) -> None:
     assert counted_tokens(count) == said
+
+
+@pytest.mark.parametrize(
+    ("count", "one", "said"),
+    [
+        (0, "row", "0 rows"),
+        (1, "KV head", "1 KV head"),
+        (1500, "row", "1,500 rows"),
+        (2, "process", "2 processes"),
+    ],
+)
+def test_a_count_has_its_noun(count: int, one: str, said: str) -> None:
+    assert counted(count, one) == said

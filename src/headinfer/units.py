@@ -151,12 +151,19 @@ def plural(count: float, one: str) -> str:
         count: the number as it is shown: 1.0 has digits, and takes the plural, where 1 does not.
         one: of them.
     """
-    return one if count == 1 else f"{one}s"
+    if count == 1:
+        return one
+    return f"{one}es" if one.endswith("s") else f"{one}s"
 
 
-def counted_tokens(tokens: int) -> str:
-    """Return a token count for people with its noun: 1 token, 128K tokens."""
-    return f"{format_tokens(tokens)} {plural(tokens, 'token')}"
+def counted(count: int, one: str) -> str:
+    """Return a count for people with its noun: 1 KV head, 1,500 rows, 2 processes."""
+    return f"{count:,} {plural(count, one)}"
+
+
+def counted_tokens(tokens: int, one: str = "token") -> str:
+    """Return a token count for people with its noun: 1 token, 128K tokens, 8K positions."""
+    return f"{format_tokens(tokens)} {plural(tokens, one)}"
 
 
 def format_si(value: float, unit: str = "") -> str:

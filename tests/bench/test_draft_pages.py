@@ -2,12 +2,15 @@
 
 import json
 import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from saved_models import save_llama
 
 ROOT = Path(__file__).parents[2]
 TOKENS = 128
@@ -67,6 +70,25 @@ def test_the_documents_table_is_generated(script: dict[str, Any]) -> None:
     results = json.loads((ROOT / "benchmarks" / "results" / "draft-pages.json").read_text())
     table = script["table"](results["rows"], results["header"]["settings"]["tokens"])
     assert table in (ROOT / "docs" / "drafts.md").read_text()
+
+
+def test_too_few_tokens_are_refused_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = {
+        "model": save_llama(tmp_path / "model", positions=128),
+        "tokens": 128,
+        "texts": "manual",
+        "json": tmp_path / "found.json",
+    }
+    words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    monkeypatch.setattr(sys, "argv", ["draft_pages.py", *words])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "benchmarks" / "draft_pages.py"), run_name="__main__")
+    assert ended.value.code == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "--tokens 128 leaves no room" in line
+    assert line.endswith("give 384")
 
 
 def _greedy(model: LlamaForCausalLM, text: torch.Tensor, written: torch.Tensor) -> torch.Tensor:

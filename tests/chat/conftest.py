@@ -6,11 +6,11 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from command_line import Outcome, invoked, without_hub
 from saved_models import WORDS, save_llama
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -25,51 +25,15 @@ TEMPLATE = (
 """Unlike that of other tests it repeats answers as the model gave them."""
 
 
-@dataclass(frozen=True)
-class Outcome:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def answers(self) -> list[str]:
-        return self.out.splitlines()
-
-    @property
-    def errors(self) -> list[str]:
-        return [line for line in self.err.splitlines() if line.startswith("headinfer: ")]
-
-    def rows(self, label: str) -> list[str]:
-        """Return what `/stats` said behind a label, each time."""
-        return [
-            line.removeprefix(label).strip()
-            for line in self.err.splitlines()
-            if line.startswith(label)
-        ]
-
-
 @pytest.fixture(autouse=True)
 def _no_hub(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    # Read once at import, which another test may have been the cause of.
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.delenv("HEADINFER_DEBUG", raising=False)
+    without_hub(monkeypatch)
 
 
 @pytest.fixture
 def verb():
     """Run a verb in this process."""
-    from typer.testing import CliRunner
-
-    from headinfer.cli.main import app
-
-    def run(*args, stdin: bytes = b"") -> Outcome:
-        result = CliRunner().invoke(app, [str(arg) for arg in args], input=stdin)
-        if result.exception and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        return Outcome(result.exit_code, result.stdout, result.stderr)
-
-    return run
+    return invoked
 
 
 @pytest.fixture

@@ -3,49 +3,25 @@
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from command_line import Outcome, invoked, without_hub
 from saved_models import WORDS, save_llama
 
 PROJECT = Path(__file__).resolve().parents[2]
 
 
-@dataclass(frozen=True)
-class Outcome:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def error_lines(self) -> list[str]:
-        return [line for line in self.err.splitlines() if line.strip()]
-
-
 @pytest.fixture(autouse=True)
 def _no_hub(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    # Read once at import, which another test may have been the cause of.
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.delenv("HEADINFER_DEBUG", raising=False)
+    without_hub(monkeypatch)
 
 
 @pytest.fixture
-def cli(monkeypatch):
+def cli():
     """Run the command line in this process."""
-    from typer.testing import CliRunner
-
-    from headinfer.cli.main import app
-
-    def run(*args, stdin=None) -> Outcome:
-        result = CliRunner().invoke(app, [str(arg) for arg in args], input=stdin)
-        if result.exception and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        return Outcome(result.exit_code, result.stdout, result.stderr)
-
-    return run
+    return invoked
 
 
 @pytest.fixture(scope="session")

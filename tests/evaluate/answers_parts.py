@@ -1,20 +1,48 @@
 """Questions, records and launchers small enough for tests."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from agreement_parts import Told
+from transformers import PreTrainedModel
 
+from headinfer.bench.methods import METHODS
 from headinfer.bench.model_spec import NamedModel
 from headinfer.bench.result import TrialFailure, TrialResult
 from headinfer.bench.spec import TrialSpec
+from headinfer.evaluate.answers.answering import Answerer
 from headinfer.evaluate.answers.job import AnswersSpec, JobSpec
 from headinfer.evaluate.answers.record import Answer, Record
 from headinfer.evaluate.answers.run import AnswersRow, AnswersRun
 from headinfer.integration.model_shape import model_shape
 from headinfer.plan.options import Options
+from saved_models import make_tokenizer
 from tiny_models import shared_model
+
+TOKENIZER = make_tokenizer()
+
+
+def answering(
+    model: PreTrainedModel,
+    method: str = "standard",
+    *,
+    context_tokens: int = 200,
+    limit_tokens: int | None = None,
+) -> tuple[closing[Any], Answerer]:
+    """Return a method in force on a model, to be closed, and an answerer."""
+    spec = TrialSpec(
+        method=method,
+        context_tokens=context_tokens,
+        new_tokens=20,
+        dtype="float32",
+        seed=0,
+        model=None,
+        settings=Options.parse(device="simulated", chunk_tokens="37", tile_tokens="16"),
+    )
+    in_force = METHODS[method](model, spec)
+    return closing(in_force), Answerer(model, TOKENIZER, in_force, limit_tokens)
 
 
 def answer(

@@ -1,39 +1,17 @@
 """Greedy answers through one cache, held against stock's `generate`."""
 
-from contextlib import closing
-
 import pytest
 import torch
+from answers_parts import TOKENIZER, answering
 
-from headinfer.bench.methods import METHODS
-from headinfer.bench.spec import TrialSpec
 from headinfer.errors import OptionError
-from headinfer.evaluate.answers.answering import Answerer, cut_middle
-from headinfer.plan.options import Options
-from saved_models import make_tokenizer
+from headinfer.evaluate.answers.answering import cut_middle
 from tiny_models import random_tokens, shared_model
-
-TOKENIZER = make_tokenizer()
 
 
 @pytest.fixture(scope="module")
 def model():
     return shared_model("llama3")
-
-
-def answering(model, method="standard", limit_tokens=None):
-    """Return a method in force on a model, to be closed, and an answerer."""
-    spec = TrialSpec(
-        method=method,
-        context_tokens=200,
-        new_tokens=20,
-        dtype="float32",
-        seed=0,
-        model=None,
-        settings=Options.parse(device="simulated", chunk_tokens="37", tile_tokens="16"),
-    )
-    in_force = METHODS[method](model, spec)
-    return closing(in_force), Answerer(model, TOKENIZER, in_force, limit_tokens)
 
 
 def generated(model, prompt: list[int], new_tokens: int) -> list[int]:

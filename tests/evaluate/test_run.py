@@ -269,6 +269,7 @@ def test_a_person_is_told_of_rows_answers_and_the_time_left():
     run(answers_spec("standard", contexts=(1024,)), FakeWorkers(answering_all), told)
     assert told.lines == [
         "begin standard at 1K tokens",
-        *(f"standard at 1K tokens: {count} answers, score 100%" for count in (1, 2, 3)),
-        "standard at 1K tokens: 3 answers, score 100%",
+        "standard at 1K tokens: 1 answer, score 100%",
+        "standard at 1K tokens: 2 answers, score 100%",
+        *["standard at 1K tokens: 3 answers, score 100%"] * 2,
     ]

@@ -1,40 +1,18 @@
 """Several questions through one cache are answered as they are through caches of their own."""
 
-from contextlib import closing
-
 import pytest
 import torch
+from answers_parts import TOKENIZER, answering
 
-from headinfer.bench.methods import METHODS
-from headinfer.bench.spec import TrialSpec
 from headinfer.errors import MemoryPlanError, OptionError
 from headinfer.evaluate.answers import rewinding
-from headinfer.evaluate.answers.answering import Answerer
 from headinfer.evaluate.scbench.sharing import requests, turns
 from headinfer.integration.cache import OffloadedCache
-from headinfer.plan.options import Options
-from saved_models import make_tokenizer
 from tiny_models import random_tokens, shared_model
 
-TOKENIZER = make_tokenizer()
 METHODS_ALIKE = ["standard", "chunked-prefill", "headinfer"]
 MODELS = ["llama3", "gemma2", "qwen3-next"]
 """Full attention; windows of 24 tokens between; and recurrent layers between."""
-
-
-def in_force(model, name, *, limit_tokens=None):
-    """Return a method in force on a model, to be closed, and an answerer."""
-    spec = TrialSpec(
-        method=name,
-        context_tokens=600,
-        new_tokens=20,
-        dtype="float32",
-        seed=0,
-        model=None,
-        settings=Options.parse(device="simulated", chunk_tokens="37", tile_tokens="16"),
-    )
-    method = METHODS[name](model, spec)
-    return closing(method), Answerer(model, TOKENIZER, method, limit_tokens)
 
 
 def words(tokens: int, seed: int) -> list[int]:
@@ -60,7 +38,7 @@ MOST = [6, 9, 4, 7]
 @pytest.mark.parametrize("family", MODELS)
 def test_each_turn_is_answered_as_one_prompt_without_earlier_answers(family, name):
     model = shared_model(family)
-    closed, answerer = in_force(model, name)
+    closed, answerer = answering(model, name, context_tokens=600)
     with closed:
         told = list(turns(answerer, PROMPTS, MOST, 400))
     asked: list[int] = []
@@ -80,7 +58,7 @@ def test_each_turn_is_answered_as_one_prompt_without_earlier_answers(family, nam
 def test_each_request_is_answered_as_if_it_were_the_only_one(family, name):
     model = shared_model(family)
     context, *questions = [*PROMPTS, words(3, 5)]
-    closed, answerer = in_force(model, name)
+    closed, answerer = answering(model, name, context_tokens=600)
     with closed:
         told = list(requests(answerer, [context, *questions], MOST, 400))
     for question, most, (answer, _) in zip(questions, MOST, told, strict=True):
@@ -97,7 +75,7 @@ def asked_for_more_than_windows_keep_spare(ask, monkeypatch):
     monkeypatch.setattr(rewinding, "SPARE_TOKENS", 0)
     model = shared_model("gemma2")
     prompts = PROMPTS if ask is turns else [*PROMPTS, words(3, 5)]
-    closed, answerer = in_force(model, "headinfer")
+    closed, answerer = answering(model, "headinfer", context_tokens=600)
     with closed:
         told = list(ask(answerer, prompts, MOST, 400))
     for number, (answer, _) in enumerate(told):
@@ -113,7 +91,7 @@ def asked_for_more_than_windows_keep_spare(ask, monkeypatch):
 @pytest.mark.parametrize("ask", [turns, requests])
 def test_windows_that_can_take_back_an_answer_are_not_copied(ask, monkeypatch):
     monkeypatch.setattr(OffloadedCache, "__deepcopy__", lambda *_given: pytest.fail("a copy"))
-    closed, answerer = in_force(shared_model("gemma2"), "headinfer")
+    closed, answerer = answering(shared_model("gemma2"), "headinfer", context_tokens=600)
     with closed:
         assert len(list(ask(answerer, PROMPTS, MOST[: 4 if ask is turns else 3], 400))) > 2
 
@@ -153,7 +131,7 @@ def test_without_memory_for_a_copy_everything_passes_again(ask, copies, monkeypa
 
 def test_a_first_turn_is_cut_so_that_all_turns_fit():
     model = shared_model("llama3")
-    closed, answerer = in_force(model, "standard", limit_tokens=400)
+    closed, answerer = answering(model, "standard", limit_tokens=400, context_tokens=600)
     with closed:
         told = list(turns(answerer, PROMPTS, MOST, 100))
     later = sum(map(len, PROMPTS[1:]))
@@ -167,7 +145,7 @@ def test_a_first_turn_is_cut_so_that_all_turns_fit():
 
 def test_a_method_with_less_memory_sees_less_of_the_shared_context():
     model = shared_model("llama3")
-    closed, answerer = in_force(model, "standard", limit_tokens=60)
+    closed, answerer = answering(model, "standard", limit_tokens=60, context_tokens=600)
     with closed:
         told = list(requests(answerer, [PROMPTS[0], words(7, 2), words(9, 3)], [5, 4], 400))
     kept = 60 - 9 - 5
@@ -180,7 +158,7 @@ def test_a_method_with_less_memory_sees_less_of_the_shared_context():
 
 
 def test_later_turns_that_leave_no_room_are_refused():
-    closed, answerer = in_force(shared_model("llama3"), "standard")
+    closed, answerer = answering(shared_model("llama3"), "standard", context_tokens=600)
     with closed, pytest.raises(OptionError, match="leave no room"):
         list(turns(answerer, PROMPTS, MOST, 52))
 
@@ -194,7 +172,7 @@ def test_a_place_is_left_also_when_questions_are_broken_off(monkeypatch):
         close(place)
 
     monkeypatch.setattr(rewinding.Place, "close", noted)
-    closed, answerer = in_force(shared_model("gemma2"), "headinfer")
+    closed, answerer = answering(shared_model("gemma2"), "headinfer", context_tokens=600)
     with closed:
         asked = requests(answerer, PROMPTS, MOST[1:], 400)
         next(asked)

@@ -85,7 +85,7 @@ def test_the_template_can_be_left_out():
 
 def test_a_text_too_short_for_a_passkey_is_refused():
     with pytest.raises(
-        OptionError, match=r"200 tokens is too short for 1 passkeys.*at least"
+        OptionError, match=r"200 tokens is too short for 1 passkey and its question.*at least"
     ) as told:
         planted(tokens=200)
     least = int(str(told.value).split("at least ")[1].split()[0])

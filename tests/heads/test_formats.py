@@ -85,7 +85,7 @@ def test_a_pattern_of_another_model_is_refused_with_both_shapes(duo, tmp_path):
     with pytest.raises(OptionError, match=r"3 layers x 2 KV heads.*2 layers x 8 KV heads"):
         read_pattern(duo, kv_heads=[8, 8])
     path = wu(tmp_path, {"0-0": [1], "0-1": [1]})
-    with pytest.raises(OptionError, match=r"1 layers x 2 query heads.*1 layers x 4 KV heads"):
+    with pytest.raises(OptionError, match=r"1 layer x 2 query heads.*1 layer x 4 KV heads"):
         read_pattern(path, kv_heads=[4])
 
 

@@ -191,7 +191,7 @@ def test_memory_is_for_each_device_or_one_value_for_each() -> None:
             assert 0 < plans[1].resident_tokens < plans[0].resident_tokens
     with pytest.raises(OptionError, match=r"has 3 values, .* lie on 2 devices; give one value"):
         headinfer.attach(model, simulated_device=devices, device_memory="3MiB,4MiB,4MiB", **options)
-    with pytest.raises(OptionError, match=r"has 2 values, .* lie on one device"):
+    with pytest.raises(OptionError, match=r"has 2 values, .* lie on 1 device"):
         headinfer.attach(model, device_memory="3MiB,4MiB", **options)
     with pytest.raises(
         MemoryPlanError, match=r"^device 2 of 2, 2 layers: the device memory of 100"
@@ -260,7 +260,7 @@ def test_residents_grow_with_the_conversation() -> None:
 
 
 def test_there_must_be_a_device_for_each_layer() -> None:
-    with pytest.raises(OptionError, match="2 simulated devices, but the model has 3 layers"):
+    with pytest.raises(OptionError, match=r"2 simulated devices.* 3 attention layers"):
         headinfer.attach(shared_model("llama3"), device="simulated", simulated_device=spread(0, 1))
 
 

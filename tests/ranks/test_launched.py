@@ -30,7 +30,7 @@ def test_a_process_that_is_no_rank_is_refused(monkeypatch, size, said) -> None:
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    with pytest.raises(OptionError, match="2 ranks on this host are more than its GPUs, 1"):
+    with pytest.raises(OptionError, match="this host has 2 ranks and 1 GPU; start"):
         Launched.of(PLACE).join("cuda")
 
 

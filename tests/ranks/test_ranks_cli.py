@@ -72,7 +72,7 @@ def test_ranks_that_cannot_share_the_heads_say_so_once(tmp_path) -> None:
     assert done.returncode != 0
     assert "exitcode  : 2" in done.stderr
     (line,) = lines_of_ours(done.stderr)
-    assert "has 1 KV heads in a layer, which 2 ranks cannot share evenly" in line
+    assert "has 1 KV head in a layer, which 2 ranks cannot share evenly" in line
     assert done.stdout == ""
 
 

@@ -269,6 +269,6 @@ def test_files_of_ranks_have_no_names(got) -> None:
 def test_fewer_kv_heads_than_ranks_are_refused_by_name(got) -> None:
     for rank in got:
         assert rank["one head"] == (
-            "UnsupportedModelError: LlamaForCausalLM has 1 KV heads in a layer, which 2 ranks "
+            "UnsupportedModelError: LlamaForCausalLM has 1 KV head in a layer, which 2 ranks "
             "cannot share evenly; start a number of ranks that divides 1"
         )

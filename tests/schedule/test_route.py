@@ -283,7 +283,7 @@ def test_a_schedule_does_not_grow_with_tokens_or_layers_that_are_alike() -> None
         "  keep the new tokens in the page\n"
         "  ask the host about tokens 524288 to 1048576\n"
         "  fetch tokens 0 to 524288 in 16384 tiles of 1 head x 256 tokens\n"
-        "  attend by 8 x 1 heads: the page, the tiles\n"
+        "  attend by 8 x 1 head: the page, the tiles\n"
         "  merge the host's answer"
     )
 
@@ -298,7 +298,7 @@ def test_layers_that_differ_are_named() -> None:
         "  attend by 2 heads: the window\n"
         "layers 1, 4:\n"
         "  fetch tokens 40 to 90 in 8 tiles of 1 head x 16 tokens\n"
-        "  attend by 2 x 1 heads: the new tokens, the residents, the tiles\n"
+        "  attend by 2 x 1 head: the new tokens, the residents, the tiles\n"
         "  keep the new tokens in a chunk page\n"
         "  send tokens 90 to 97 home"
     )

@@ -106,7 +106,7 @@ def test_the_queue_tells_places_and_is_bounded() -> None:
         assert begin.wait(PATIENCE_S)
         heard = [Heard(), Heard()]
         tickets = [desk.submit(ask(tokens(20, seed=3)), one) for one in heard]
-        with pytest.raises(QueueFullError, match="1 requests run and 2 wait"):
+        with pytest.raises(QueueFullError, match="with 1 request running and 2 waiting"):
             desk.submit(ask(tokens(20)), Heard())
         states = [(slot.state, slot.position) for slot in desk.slots()]
         assert states == [("running", None), ("waiting", 0), ("waiting", 1)]

@@ -88,7 +88,7 @@ def test_many_clients_of_whom_a_third_hang_up(name: str, tmp_path: Path) -> None
         shelf = desk._served.prefixes._shelf
         shelf._tidy()
         assert shelf.kept_bytes <= bound
-        assert desk._served.prefixes._running == []
+        assert desk._served.prefixes._lent == []
         assert all(each.state in ("kept", "saved") for each in desk.slots())
         engines = [each for each in desk._served.session._engines if not each.closed]
         assert len(engines) == len(shelf.kept), "some cache is held by nobody"

@@ -15,6 +15,7 @@ from headinfer.estimate.methods import (
     ROUNDED,
     STANDARD,
 )
+from headinfer.units import counted
 
 REFERENCE_METHOD = STANDARD
 """The method all others are checked against and compared with."""
@@ -89,10 +90,9 @@ def chunked(size: str) -> str:
 
 
 def _head_wise(heads: int) -> MethodInfo:
-    plural = "" if heads == 1 else "s"
     return MethodInfo(
         name=f"{HEAD_WISE}-{heads}",
-        description=f"the paper's head={heads}: tiles of {heads} KV head{plural} x all tokens",
+        description=f"the paper's head={heads}: tiles of {counted(heads, 'KV head')} x all tokens",
     )
 
 

@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from headinfer.bench.bound import Rates
-from headinfer.bench.files import check_continues, joined, load_results, replace_json
+from headinfer.bench.files import ResultFile, check_continues, joined
 from headinfer.bench.gate import Verdict
 from headinfer.bench.held import HeldPart
 from headinfer.bench.launch import Machine
@@ -35,7 +35,7 @@ _MAY_DIFFER = ("methods", "kv_caches", "contexts", "time_limit_s")
 
 
 @dataclass(slots=True, kw_only=True)
-class Results:
+class Results(ResultFile):
     """A run and what it has found so far.
 
     Attributes:
@@ -46,6 +46,9 @@ class Results:
         checks: those before timing, by the names of variants.
         unfinished: trials of rows that are not finished.
     """
+
+    version: ClassVar[int] = FORMAT
+    verb: ClassVar[str] = "bench"
 
     spec: BenchSpec
     machine: Machine
@@ -93,25 +96,9 @@ class Results:
         values: dict[str, Any] = json_values(parts)
         return values
 
-    def save(self, path: str) -> None:
-        """Replace a file by these results.
-
-        Raises:
-            OptionError: it cannot be written; the old file stays.
-        """
-        replace_json(path, self.to_json(), remedy="make room, then go on with --resume")
-
     @classmethod
-    def load(cls, path: str) -> "Results":
-        """Return what a file holds.
-
-        Raises:
-            OptionError: it cannot be read, or is no result file of this format.
-        """
-        return load_results(path, FORMAT, "bench", cls._from_json)
-
-    @classmethod
-    def _from_json(cls, values: Mapping[str, Any]) -> "Results":
+    def from_json(cls, values: Mapping[str, Any]) -> "Results":
+        """Return the results that `to_json` gave."""
         head = values["header"]
         spec = BenchSpec.from_json(head["spec"])
         return cls(

@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping, Set
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -10,7 +11,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 from headinfer.errors import OptionError
 from headinfer.scratch import scratch_folder
 
-Results = TypeVar("Results")
+Results = TypeVar("Results", bound="ResultFile")
 
 
 class Asked(Protocol):
@@ -30,34 +31,58 @@ class Asked(Protocol):
 Spec = TypeVar("Spec", bound=Asked)
 
 
-def load_results(
-    path: str, version: int, verb: str, from_json: Callable[[dict[str, Any]], Results]
-) -> Results:
-    """Return what a file holds.
+class ResultFile(ABC):
+    """A record of results that a JSON file holds.
 
-    Args:
-        path: of the file.
-        version: the `format` in the header that is read.
+    Attributes:
+        version: the `format` in the header that is read and written.
         verb: of the command line that writes such files.
-        from_json: makes the results from the content.
-
-    Raises:
-        OptionError: it cannot be read, or is no result file of this format.
     """
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or "it is not JSON"
-        raise OptionError(f"results {path!r} cannot be read: {reason}") from error
-    try:
-        found = values["header"]["format"]
-        if found != version:
-            raise OptionError(
-                f"results {path!r} have format {found}, and {version} is read; measure them again"
-            )
-        return from_json(values)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise OptionError(f"{path!r} holds no results of `headinfer {verb}`") from error
+
+    __slots__ = ()
+
+    version: ClassVar[int]
+    verb: ClassVar[str]
+
+    @abstractmethod
+    def to_json(self) -> dict[str, Any]:
+        """Return the content of a result file."""
+
+    @classmethod
+    @abstractmethod
+    def from_json(cls: type[Results], values: Mapping[str, Any]) -> Results:
+        """Return the results that `to_json` gave."""
+
+    def save(self, path: str) -> None:
+        """Replace a file by these results.
+
+        Raises:
+            OptionError: it cannot be written; the old file stays.
+        """
+        replace_json(path, self.to_json(), remedy="make room, then go on with --resume")
+
+    @classmethod
+    def load(cls: type[Results], path: str) -> Results:
+        """Return what a file holds.
+
+        Raises:
+            OptionError: it cannot be read, or is no result file of this format.
+        """
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            reason = getattr(error, "strerror", None) or "it is not JSON"
+            raise OptionError(f"results {path!r} cannot be read: {reason}") from error
+        try:
+            found = values["header"]["format"]
+            if found != cls.version:
+                raise OptionError(
+                    f"results {path!r} have format {found}, and {cls.version} is read; measure "
+                    "them again"
+                )
+            return cls.from_json(values)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise OptionError(f"{path!r} holds no results of `headinfer {cls.verb}`") from error
 
 
 _MACHINE = ("cpu", "gpu", "host_memory_bytes")
@@ -136,7 +161,7 @@ def replace_json(path: str, values: Mapping[str, Any], *, remedy: str) -> None:
 
 
 def check_replaceable(path: str) -> None:
-    """Check that `Results.save` can write a file, as far as that can be known before.
+    """Check that `ResultFile.save` can write a file, as far as that can be known before.
 
     Raises:
         OptionError: it is a device or a pipe, or nothing can be written beside it.

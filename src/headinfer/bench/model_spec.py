@@ -9,6 +9,7 @@ from headinfer.errors import OptionError
 from headinfer.plan.format import Format
 from headinfer.plan.predict import active_parameters
 from headinfer.plan.shape import LayerKind, LayerShape, ModelShape
+from headinfer.units import counted
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 """Bytes of one element of each dtype a benchmark can use."""
@@ -78,10 +79,9 @@ class ModelSpec:
     @property
     def description(self) -> str:
         """The model in words."""
-        layers = "1 layer" if self.layers == 1 else f"{self.layers} layers"
         return (
-            f"Llama, random weights: {layers}, hidden {self.hidden_size}, "
-            f"{self.heads} query and {self.kv_heads} KV heads of {self.head_dim}"
+            f"Llama, random weights: {counted(self.layers, 'layer')}, hidden {self.hidden_size}, "
+            f"{self.heads} query and {counted(self.kv_heads, 'KV head')} of {self.head_dim}"
         )
 
     def kv_bytes(self, tokens: int, dtype: str) -> int:
@@ -165,7 +165,8 @@ class NamedModel:
         weights = "random weights" if self.location is None else "its own weights"
         if self.load_in is not None:
             weights += f" in {self.load_in}"
-        return f"{self.name}, {weights}: {self.layers} layers, {self.planned.kv_heads} KV heads"
+        layers, heads = counted(self.layers, "layer"), counted(self.planned.kv_heads, "KV head")
+        return f"{self.name}, {weights}: {layers}, {heads}"
 
     def kv_bytes(self, tokens: int, dtype: str) -> int:
         """Bytes of keys and values that `tokens` tokens leave in all layers."""

@@ -24,6 +24,7 @@ from headinfer.plan.below_host import disk_read_bytes
 from headinfer.plan.options import DECLARATIONS
 from headinfer.plan.plan import Plan
 from headinfer.plan.streaming import PAPERS_SPARSITY, RANDOM, STREAMING_OPTIONS
+from headinfer.units import counted
 
 _CPU_TILE_TOKENS = "16K"
 """Tile of `bounded` on the CPU, where tiles need no memory and so have no limit of their own."""
@@ -297,10 +298,10 @@ def _streaming(
     is_random = head_pattern.partition(":")[0] == RANDOM
     pattern = "a random pattern" if is_random else Path(head_pattern).name
     told = [f"approximate: {sparsity:.0%} of KV heads stream, by {pattern}"]
-    if sink_tokens != "auto":
-        told.append(f"{sink_tokens} sinks")
-    if recent_tokens != "auto":
-        told.append(f"{recent_tokens} newest tokens")
+    if isinstance(sink_tokens, int):
+        told.append(counted(sink_tokens, "sink"))
+    if isinstance(recent_tokens, int):
+        told.append(counted(recent_tokens, "newest token"))
     return ", ".join(told)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from headinfer.errors import OptionError
 from headinfer.folders import describe
 from headinfer.generation.pace import MOST_DRAFTED
+from headinfer.units import counted
 
 _DRAFTER = "itself"
 
@@ -41,10 +42,12 @@ class Replay:
     def note(self) -> str:
         """What a reader of numbers by it must know."""
         if not self.models:
-            return f"acceptance stated, not measured: {self.mean:g} of {self.drafts} drafts"
+            return (
+                f"acceptance stated, not measured: {self.mean:g} of {counted(self.drafts, 'draft')}"
+            )
         return (
-            f"acceptance replayed: {self.mean:.1f} of {self.drafts} drafts in "
-            f"{len(self.accepted)} verifications of {', '.join(self.models)}"
+            f"acceptance replayed: {self.mean:.1f} of {counted(self.drafts, 'draft')} in "
+            f"{counted(len(self.accepted), 'verification')} of {', '.join(self.models)}"
         )
 
     @classmethod

@@ -12,7 +12,7 @@ from headinfer.bench.result import Status
 from headinfer.bench.rows import Row
 from headinfer.bench.spec import Command, Fill
 from headinfer.bench.table import conditions, notes
-from headinfer.units import exact_bytes, format_bytes, format_seconds, format_tokens
+from headinfer.units import exact_bytes, format_bytes, format_seconds, format_tokens, plural
 
 _INTRO = """\
 # Benchmarks
@@ -137,7 +137,7 @@ def _title(quantity: Quantity, results: Results) -> str:
     contexts, memory = results.spec.contexts, results.spec.settings.device_memory_bytes
     ends = dict.fromkeys(map(format_tokens, (min(contexts), max(contexts))))
     held = "" if memory is None else f" in {exact_bytes(memory)}"
-    return f"{quantity.title} at {' to '.join(ends)} tokens{held}"
+    return f"{quantity.title} at {' to '.join(ends)} {plural(max(contexts), 'token')}{held}"
 
 
 def _section(name: str, results: Results, plots: str) -> Iterator[str]:

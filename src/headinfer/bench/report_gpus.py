@@ -11,7 +11,7 @@ from headinfer.bench.rows import Row
 from headinfer.bench.spec import Command
 from headinfer.bench.table import conditions, notes
 from headinfer.bench.variant import Variant
-from headinfer.units import exact_bytes, format_seconds, format_tokens
+from headinfer.units import counted, exact_bytes, format_seconds, format_tokens
 
 _NOT_MEASURED = "not measured"
 
@@ -231,7 +231,8 @@ def title(results: Results) -> str:
     chunks = "" if tokens == "auto" else f", chunks of {format_tokens(tokens)}"
     memory = spec.settings.device_memory_bytes
     held = "" if memory is None else f" held to {exact_bytes(memory)}"
-    return f"{spec.model.description.split(',')[0]} on {spec.gpus} GPUs{held}, {what}{chunks}"
+    name, gpus = spec.model.description.split(",")[0], counted(spec.gpus, "GPU")
+    return f"{name} on {gpus}{held}, {what}{chunks}"
 
 
 def _made(results: Results) -> str:

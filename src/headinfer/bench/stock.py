@@ -19,7 +19,7 @@ from headinfer.errors import HeadInferError, UnsupportedModelError, reason_of
 from headinfer.integration.calls import cache_argument, last_logits
 from headinfer.plan.choices import chunk_sizes
 from headinfer.plan.options import Options
-from headinfer.units import format_tokens
+from headinfer.units import counted_tokens
 
 _REHEARSED_STEPS = 4
 """Steps taken before any is timed. The first one compiles, and the second one again where windows
@@ -82,7 +82,7 @@ class ChunkedPrefill(Standard):
         given = spec.settings.chunk_tokens
         default = chunk_sizes(Options(), "cuda", None)[0]
         self._chunk_tokens = default if given == "auto" else given
-        self.note = f"chunks of {format_tokens(self._chunk_tokens)} tokens"
+        self.note = f"chunks of {counted_tokens(self._chunk_tokens)}"
 
     def pass_tokens(self, context_tokens: int) -> int:
         """Return the tokens of a chunk."""

@@ -21,7 +21,7 @@ from headinfer.bench.spec import BenchSpec, Fill, TrialSpec
 from headinfer.bench.unfinished import Ended, Unfinished
 from headinfer.bench.variant import REFERENCE, Variant
 from headinfer.errors import ModelLoadError
-from headinfer.units import format_seconds, format_tokens
+from headinfer.units import counted_tokens, format_seconds, format_tokens
 
 GATE_TOKENS = 4133
 """Prompt of the check before timing: several chunks, and no multiple of any tile."""
@@ -108,7 +108,7 @@ class Suite:
                     yield from [(variant.name, context_tokens)] * (self._spec.repeats - ended)
 
     def _trial(self, what: str, variant: Variant, spec: TrialSpec) -> Outcome:
-        name = f"{what}: {self._spec.name_of(variant)}, {format_tokens(spec.context_tokens)} tokens"
+        name = f"{what}: {self._spec.name_of(variant)}, {counted_tokens(spec.context_tokens)}"
         self._progress.started(name, self._forecast.left_s())
         start_s = time.monotonic()
         outcome = self._launcher.trial(spec, self._spec.time_limit_s)

@@ -12,7 +12,7 @@ from headinfer.bench.launch import Machine
 from headinfer.bench.result import Status
 from headinfer.bench.rows import NOISY_CPU_SHARE, Row
 from headinfer.bench.spec import BenchSpec, Command, Fill
-from headinfer.units import exact_bytes, format_bytes, format_seconds, format_tokens
+from headinfer.units import counted, exact_bytes, format_bytes, format_seconds, format_tokens
 
 _NOTHING = "-"
 
@@ -107,7 +107,8 @@ def conditions(spec: BenchSpec, machine: Machine) -> Iterable[str]:
     rates, hardware = machine.rates, machine.hardware
     yield f"{spec.model.description}, {spec.dtype}"
     cards = f"{spec.gpus} x " if spec.gpus > 1 and hardware["gpu"] else ""
-    yield f"{cards}{hardware['gpu'] or hardware['cpu']}, {hardware['torch_threads']} CPU threads"
+    threads = counted(hardware["torch_threads"], "CPU thread")
+    yield f"{cards}{hardware['gpu'] or hardware['cpu']}, {threads}"
     parts = [
         f"CPU memory {rates.host_bytes_per_s / 1e9:.1f} GB/s",
         f"matmul {rates.matmul_flops_per_s / 1e9:.0f} GFLOP/s",
@@ -130,8 +131,8 @@ def conditions(spec: BenchSpec, machine: Machine) -> Iterable[str]:
         Fill.RECORDED: "at random with real models' exponents, without a prefill",
     }[spec.fill]
     yield (
-        f"medians of {spec.repeats} fresh process{'es' * (spec.repeats > 1)} a method, "
-        f"{spec.new_tokens} decode step{'s' * (spec.new_tokens > 1)} each; cache filled {filled}"
+        f"medians of {counted(spec.repeats, 'fresh process')} a method, "
+        f"{counted(spec.new_tokens, 'decode step')} each; cache filled {filled}"
     )
     if (held := spec.settings.device_memory_bytes) is not None:
         each = " on each GPU" if spec.gpus > 1 else ""

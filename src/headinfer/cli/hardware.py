@@ -9,6 +9,7 @@ from headinfer.device.identity import identity
 from headinfer.errors import OptionError
 from headinfer.estimate.machines import HARDWARE, preset_hardware
 from headinfer.plan.hardware import THIS, Hardware
+from headinfer.units import counted
 
 HardwareName = Annotated[
     str,
@@ -51,6 +52,6 @@ def measured_hardware() -> tuple[Hardware | None, str]:
     if not replace(identity("cpu"), gpu=None).matches(measured_on):
         return None, (
             f"not measured yet: the last measurement is of another machine, with "
-            f"{measured_on.cpu} and {measured_on.cpu_threads} threads"
+            f"{measured_on.cpu} and {counted(measured_on.cpu_threads, 'thread')}"
         )
     return measurement.hardware, "as `headinfer probe` measured it"

@@ -32,7 +32,7 @@ from headinfer.heads.formats import write_pattern
 from headinfer.heads.pattern import HeadPattern, shape_text
 from headinfer.plan.options import Options
 from headinfer.plot.files import check_plot
-from headinfer.units import parse_tokens
+from headinfer.units import counted, parse_tokens
 
 _TOLD_HEADS = 5
 
@@ -199,4 +199,7 @@ def _tell(pattern: HeadPattern, layers: Collection[int], output: str) -> None:
     typer.echo(f"{output}: {shape_text(pattern.kv_heads)}, {pattern.made}")
     for score, layer, head in ranked[:_TOLD_HEADS]:
         typer.echo(f"  layer {layer}, KV head {head}: {score:.3f}")
-    typer.echo(f"{low} of {len(ranked)} KV heads score less than a tenth of the highest")
+    typer.echo(
+        f"{low} of {counted(len(ranked), 'KV head')} {'scores' if low == 1 else 'score'} less than "
+        "a tenth of the highest"
+    )

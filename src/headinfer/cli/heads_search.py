@@ -9,7 +9,7 @@ from headinfer.cli.load import NamedSource, max_positions
 from headinfer.cli.run_progress import RunProgress
 from headinfer.errors import OptionError
 from headinfer.heads.pattern import HeadPattern
-from headinfer.units import format_tokens
+from headinfer.units import counted, format_tokens
 
 if TYPE_CHECKING:
     from headinfer.finding.search import SearchSpec
@@ -53,8 +53,9 @@ def prepare(
     least = sink_tokens + recent_tokens
     if tokens <= least:
         raise OptionError(
-            f"a text of {tokens} tokens has none beyond {sink_tokens} sinks and {recent_tokens} "
-            "recent tokens; give more --tokens, or a smaller --recent-tokens"
+            f"a text of {counted(tokens, 'token')} has none beyond {counted(sink_tokens, 'sink')} "
+            f"and {counted(recent_tokens, 'recent token')}; give more --tokens, or a smaller "
+            "--recent-tokens"
         )
     tokenizer = load_tokenizer(source)
     texts: Texts = (

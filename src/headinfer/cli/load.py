@@ -12,7 +12,7 @@ from headinfer.errors import OptionError
 from headinfer.estimate.presets import PRESETS
 from headinfer.generation.model import ModelSource, load_config
 from headinfer.gguf_models.folder import check_packaged, is_gguf_model
-from headinfer.units import format_tokens
+from headinfer.units import counted_tokens
 
 DEMO_MODEL = "demo"
 
@@ -134,5 +134,5 @@ def beyond_positions(config: Any, tokens: int) -> str:
     """Return a note for the user where a context is longer than a model was made for; else ""."""
     positions = max_positions(config)
     if positions and tokens > positions:
-        return f"the model was made for {format_tokens(positions)} positions"
+        return f"the model was made for {counted_tokens(positions, 'position')}"
     return ""

@@ -28,7 +28,7 @@ from headinfer.estimate.situation import Situation
 from headinfer.estimate.split_plan import SplitPlan
 from headinfer.generation.gpus import Gpus
 from headinfer.plan.options import Options
-from headinfer.units import format_bytes, format_seconds, format_tokens
+from headinfer.units import counted, counted_tokens, format_bytes, format_seconds
 
 _ON_DISK = "KV on\ndisk"
 """The column that is left out without a disk."""
@@ -98,8 +98,8 @@ def _print(
     batch = f", {situation.batch} rows" if situation.batch > 1 else ""
     each = ", ".join(dict.fromkeys(format_bytes(size) for size in memory_bytes))
     console.print(
-        f"[bold]{escape(situation.shape.name)}[/], {format_tokens(situation.context_tokens)} "
-        f"tokens{batch}, on {len(memory_bytes)} x [bold]{situation.hardware.name}[/] "
+        f"[bold]{escape(situation.shape.name)}[/], {counted_tokens(situation.context_tokens)}"
+        f"{batch}, on {len(memory_bytes)} x [bold]{situation.hardware.name}[/] "
         f"({escape(said)}): {each} of each GPU's memory, "
         f"{format_bytes(situation.host_memory_bytes)} of CPU memory{free_below(situation)}"
     )
@@ -122,7 +122,7 @@ def _print_choice(console: Console, choice: SplitChoice) -> None:
     if choice.plan is None:
         console.print("[bold red]Nothing fits.[/]")
     else:
-        gpus = "1 GPU" if choice.plan.gpus == 1 else f"{choice.plan.gpus} GPUs"
+        gpus = counted(choice.plan.gpus, "GPU")
         split = "" if choice.plan.gpus == 1 else f", split by {choice.plan.split.value}"
         console.print(f"Chosen: [bold green]{gpus}{split}[/]")
     print_lines(console, choice.why)

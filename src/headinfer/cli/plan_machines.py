@@ -24,7 +24,7 @@ from headinfer.estimate.situation import Situation
 from headinfer.estimate.split_plan import Split
 from headinfer.generation.gpus import Gpus
 from headinfer.plan.options import Options
-from headinfer.units import format_seconds, format_tokens
+from headinfer.units import counted_tokens, format_seconds
 
 _BROUGHT = "weights\noff GPU"
 """The column that is left out where the GPUs hold all weights."""
@@ -105,8 +105,8 @@ def _print(asked: Sequence[Asked], rows: Sequence[MachineRow], best: MachineRow 
     situation = asked[0][0]
     batch = f", {situation.batch} rows" if situation.batch > 1 else ""
     console.print(
-        f"[bold]{escape(situation.shape.name)}[/], {format_tokens(situation.context_tokens)} "
-        f"tokens{batch}, by the best method of each machine{free_below(situation)}"
+        f"[bold]{escape(situation.shape.name)}[/], {counted_tokens(situation.context_tokens)}"
+        f"{batch}, by the best method of each machine{free_below(situation)}"
     )
     for note in dict.fromkeys(note for _, (_, note) in asked if note is not None):
         console.print(f"[yellow]{escape(note)}[/]")

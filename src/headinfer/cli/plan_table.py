@@ -12,7 +12,7 @@ from headinfer.estimate.choose import Change, Choice
 from headinfer.estimate.methods import APPROXIMATE
 from headinfer.estimate.situation import MethodPlan, Situation
 from headinfer.plan.memory import runtime_parts
-from headinfer.units import format_bytes, format_seconds, format_tokens
+from headinfer.units import counted_tokens, format_bytes, format_seconds, format_tokens
 
 EXIT_NOTHING_FITS = 1
 """The exit code of plans by which nothing fits."""
@@ -62,8 +62,8 @@ def print_plans(
     hardware, batch = situation.hardware, situation.batch
     rows = f", {batch} rows" if batch > 1 else ""
     console.print(
-        f"[bold]{escape(situation.shape.name)}[/], {format_tokens(situation.context_tokens)} "
-        f"tokens{rows}, on [bold]{hardware.name}[/] ({escape(which)}): "
+        f"[bold]{escape(situation.shape.name)}[/], {counted_tokens(situation.context_tokens)}"
+        f"{rows}, on [bold]{hardware.name}[/] ({escape(which)}): "
         f"{_memory(situation)}"
     )
     if note is not None:
@@ -106,11 +106,11 @@ def print_steps(situation: Situation, choice: Choice) -> None:
         chunk = min(plan.chunk_tokens or context, context)
         passes = (
             ("A decode step", context, 1),
-            (f"The last chunk of {format_tokens(chunk)} tokens", context - chunk, chunk),
+            (f"The last chunk of {counted_tokens(chunk)}", context - chunk, chunk),
         )
         lines = []
         for name, past, new in passes:
-            lines += ["", f"{name}, behind {format_tokens(past)} tokens:"]
+            lines += ["", f"{name}, behind {counted_tokens(past)}:"]
             lines += pass_schedule(situation, plan, past, new).lines()
             lines += filter(None, [disk_line(situation, plan, past)])
     console = wrapping_console()

@@ -25,7 +25,7 @@ from headinfer.plan.measurement import Measurement, Quantity, Rate
 from headinfer.probe import keep
 from headinfer.probe.caches import beyond_caches
 from headinfer.schedule.route import MAX_ASKED_TOKENS
-from headinfer.units import format_bytes, format_tokens
+from headinfer.units import counted, format_bytes, format_tokens
 
 if TYPE_CHECKING:
     from headinfer.device.base import Device
@@ -217,7 +217,7 @@ def _print(console: Console, measurement: Measurement, disk: str | None) -> None
 
 def _conditions(measurement: Measurement) -> Iterator[str]:
     identity = measurement.identity
-    host = f"{identity.cpu}, {measurement.torch_threads} threads"
+    host = f"{identity.cpu}, {counted(measurement.torch_threads, 'thread')}"
     memory = f"{format_bytes(measurement.host_memory_bytes)} of memory"
     yield f"{host}, {memory}, {format_bytes(measurement.host_free_bytes)} free"
     if measurement.has_device:

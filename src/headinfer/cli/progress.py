@@ -7,7 +7,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from headinfer.units import plural
+from headinfer.units import counted
 
 
 def seconds_left(points: list[tuple[int, float]], all_tokens: int) -> float | None:
@@ -95,7 +95,7 @@ class PrefillBar:
         )
 
     def _count(self, done_tokens: int) -> str:
-        return f"{done_tokens:,} of {self._all_tokens:,} {plural(self._all_tokens, 'token')}"
+        return f"{done_tokens:,} of {counted(self._all_tokens, 'token')}"
 
     @property
     def done(self) -> tuple[int, float]:
@@ -115,7 +115,7 @@ class PrefillBar:
             self._task,
             completed=done_tokens,
             tokens=self._count(done_tokens),
-            speed=f"{speed:,} {plural(speed, 'token')}/s",
+            speed=f"{counted(speed, 'token')}/s",
             left=f"in {format_duration(elapsed_s)}"
             if finished
             else f"{format_duration(left_s)} left",

@@ -8,7 +8,7 @@ from typing import Any
 
 from headinfer.errors import OptionError
 from headinfer.generation.prompt import TemplateRefusalError, check_text, encode_prompt
-from headinfer.units import format_tokens
+from headinfer.units import counted, counted_tokens
 
 STDIN = "-"
 
@@ -146,13 +146,13 @@ def check_length(
         return None
     if prompt_tokens > max_positions:
         raise OptionError(
-            f"the prompt has {prompt_tokens:,} tokens, but the model was made for "
-            f"{format_tokens(max_positions)} positions; shorten it, or run it all the same with "
+            f"the prompt has {counted(prompt_tokens, 'token')}, but the model was made for "
+            f"{counted_tokens(max_positions, 'position')}; shorten it, or run it all the same with "
             "--allow-long-prompt"
         )
     if prompt_tokens + max_new_tokens > max_positions:
         return (
             f"prompt and answer may reach {prompt_tokens + max_new_tokens:,} tokens; the model was "
-            f"made for {format_tokens(max_positions)} positions"
+            f"made for {counted_tokens(max_positions, 'position')}"
         )
     return None

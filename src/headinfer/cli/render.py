@@ -10,7 +10,7 @@ from rich.markup import escape
 from headinfer.engine.stats import Stats
 from headinfer.plan.choices import ALL_TOKENS
 from headinfer.plan.plan import Plan
-from headinfer.units import format_bytes, format_seconds, plural
+from headinfer.units import counted, format_bytes, format_seconds
 
 _LABEL_WIDTH = 18
 
@@ -44,8 +44,8 @@ def summary_rows(stats: Stats, plan: Plan) -> Iterator[tuple[str, str]]:
         yield "approximate", plan.approximation
     yield (
         "prefill",
-        f"{_tokens(stats.prefill_tokens)} in {_duration(stats.prefill_s)}, "
-        f"{_tokens(round(stats.prefill_tokens_per_s))}/s",
+        f"{counted(stats.prefill_tokens, 'token')} in {_duration(stats.prefill_s)}, "
+        f"{counted(round(stats.prefill_tokens_per_s), 'token')}/s",
     )
     if stats.device_prefill_s:
         shares = ", ".join(f"{share:.0%}" for share in stats.device_busy)
@@ -53,7 +53,7 @@ def summary_rows(stats: Stats, plan: Plan) -> Iterator[tuple[str, str]]:
     if stats.decode_tokens:
         yield (
             "decode",
-            f"{_tokens(stats.decode_tokens)} in {_duration(stats.decode_s)}, "
+            f"{counted(stats.decode_tokens, 'token')} in {_duration(stats.decode_s)}, "
             f"{stats.decode_tokens_per_s:,.1f} tokens/s",
         )
     if stats.verifications:
@@ -68,7 +68,7 @@ def summary_rows(stats: Stats, plan: Plan) -> Iterator[tuple[str, str]]:
     if stats.capture_s:
         yield (
             "captures",
-            f"{stats.captures} decode {plural(stats.captures, 'step')} in "
+            f"{counted(stats.captures, 'decode step')} in "
             f"{_duration(stats.capture_s)}, not in decode",
         )
     if plan.device != "cpu":  # which copies nothing: it attends where the cache lies
@@ -96,10 +96,6 @@ def _device_rows(stats: Stats) -> Iterator[tuple[str, str]]:
             yield "KV in GPU memory", f"{of} {format_bytes(standard)} of standard inference"
         else:
             yield "KV in GPU memory", _reserved(peak, standard)
-
-
-def _tokens(count: int) -> str:
-    return f"{count:,} {plural(count, 'token')}"
 
 
 def _duration(seconds: float) -> str:

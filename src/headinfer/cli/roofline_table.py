@@ -18,7 +18,7 @@ from headinfer.estimate.roofline import (
 from headinfer.estimate.roofline_paper import Cell, Column, Reason
 from headinfer.plan.hardware import Hardware
 from headinfer.plan.shape import ModelShape
-from headinfer.units import format_si, format_tokens
+from headinfer.units import counted, format_si, format_tokens
 
 _SHORT = {Operator.FLASH_ATTENTION: "flash", Operator.HEAD_WISE: "head-wise"}
 _FIGURES = ("bytes", "FLOP/B", "FLOP/s", "bound")
@@ -81,8 +81,9 @@ def _conditions(shape: ModelShape, hardware: Hardware) -> Iterator[Text]:
     if layer.value_dim != layer.key_dim:
         dims = f"{layer.key_dim} (keys) and {layer.value_dim} (values)"
     yield Text(
-        f"one layer: {shape.query_heads} query heads on {layer.kv_heads} KV heads of {dims}, "
-        f"{shape.kv_itemsize} bytes an element"
+        f"one layer: {counted(shape.query_heads, 'query head')} on "
+        f"{counted(layer.kv_heads, 'KV head')} of {dims}, "
+        f"{counted(shape.kv_itemsize, 'byte')} an element"
     )
     source = "measured" if hardware.measured else "data sheet"
     yield Text(f"ceilings ({source}): {format_rates(hardware)}")
@@ -144,7 +145,7 @@ def _findings(shape: ModelShape, hardware: Hardware) -> Iterator[str]:
         yield "There is no link: the CPU attends where the cache lies, and nothing is copied."
         return
     ratio = hardware.device_bytes_per_s / hardware.link_bytes_per_s
-    yield f"Prefill in chunks of {tokens:,} tokens or more hides the link behind compute."
+    yield f"Prefill in chunks of {counted(tokens, 'token')} or more hides the link behind compute."
     yield f"Decode reads keys and values {ratio:.0f} times slower over the link than in GPU memory."
 
 

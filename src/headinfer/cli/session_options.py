@@ -11,7 +11,7 @@ from rich.console import Console
 from headinfer.cli.options import OUTPUT_PANEL, PROMPT_PANEL
 from headinfer.cli.stages import Stages
 from headinfer.errors import HeadInferError, OptionError, SessionFileError, SessionRoomError
-from headinfer.units import format_bytes, plural
+from headinfer.units import counted, format_bytes
 
 if TYPE_CHECKING:
     from headinfer.integration.cache import OffloadedCache
@@ -139,7 +139,7 @@ def open_cache(
     told = f"{kept:,} of the prompt's {len(ids):,} need not be read again"
     if not kept:
         told = "none of them is used: the prompt begins otherwise, or the model cannot go back"
-    told = f"session {session}: {held:,} {plural(held, 'token')}; {told}"
+    told = f"session {session}: {counted(held, 'token')}; {told}"
     console.print(told, markup=False)
     return cache, kept
 
@@ -189,8 +189,8 @@ def save_at_the_end(
         if saved is None:
             raise
         raise SessionRoomError(
-            f"{error}; the first {saved.tokens:,} of its {held:,} tokens were saved, and --session "
-            "goes on from there"
+            f"{error}; the first {saved.tokens:,} of its {counted(held, 'token')} were saved, and "
+            "--session goes on from there"
         ) from error
 
 
@@ -211,7 +211,7 @@ def _save_less(
 def _tell_saved(console: Console, session: str, saved: "SavedSession") -> None:
     rate = saved.num_bytes / max(saved.seconds, 1e-9)
     console.print(
-        f"session: {saved.tokens:,} {plural(saved.tokens, 'token')} saved to "
+        f"session: {counted(saved.tokens, 'token')} saved to "
         f"{os.path.normpath(session)}, "
         f"{format_bytes(saved.num_bytes)} at {rate / 1e9:.1f} GB/s",
         markup=False,

@@ -13,6 +13,7 @@ from headinfer.errors import OptionError
 from headinfer.plan.hardware import Hardware
 from headinfer.plan.measured import load_measured
 from headinfer.plan.options import Options
+from headinfer.units import counted
 
 if TYPE_CHECKING:
     from headinfer.device.simulated import SimulatedDevice
@@ -86,8 +87,8 @@ def make_devices(
         devices = [given] * len(layers) if isinstance(given, SimulatedDevice) else list(each_given)
         if len(devices) != len(layers):
             raise OptionError(
-                f"there are {len(devices)} simulated devices, but the model has {len(layers)} "
-                "layers that attend; give one device, or one for each layer"
+                f"device has {counted(len(devices), 'simulated device')}, but the model has "
+                f"{counted(len(layers), 'attention layer')}; give one device, or one for each layer"
             )
         return list[Device](devices)
     if name == "cuda":

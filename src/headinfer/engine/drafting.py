@@ -15,6 +15,7 @@ from headinfer.errors import CacheStateError
 from headinfer.kv.extent import Extent
 from headinfer.kv.ledger import Ledger
 from headinfer.plan.memory import MOST_DRAFTED
+from headinfer.units import counted
 
 
 class DraftableTokens(ReadyTokens):
@@ -39,7 +40,7 @@ class DraftableTokens(ReadyTokens):
             return "its plan has no copies of tokens for drafts to attend"
         least, tokens = self.plan.draft_tokens + MOST_DRAFTED, self._full[0].tokens
         if tokens < least:
-            return f"it has {tokens} tokens, and drafts are worth it from {least} on"
+            return f"it has {counted(tokens, 'token')}, and drafts are worth it from {least} on"
         return None
 
     def begin_drafts(self) -> None:

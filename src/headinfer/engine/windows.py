@@ -17,7 +17,7 @@ from headinfer.kv.extent import Extent, Piece, Tile, copy_rows
 from headinfer.kv.ledger import Ledger
 from headinfer.kv.pair import KV, Geometry
 from headinfer.plan.memory import SPARE_TOKENS, window_capacity
-from headinfer.units import plural
+from headinfer.units import counted
 
 
 class WindowKeeper:
@@ -91,10 +91,11 @@ class WindowKeeper:
         if tokens < ledger.tokens and not ledger.can_crop(tokens):
             what, have = ("streaming heads", "have") if streams else ("a layer", "has")
             removed = ledger.tokens - tokens
+            window = counted(ledger.past_tokens + 1, "token")
             raise CacheStateError(
-                f"{removed} {plural(removed, 'token')} cannot be taken back: {what} with a window "
-                f"of {ledger.track.window_tokens} tokens {have} dropped those before them; take "
-                f"back {SPARE_TOKENS} at most, or use a new cache"
+                f"{counted(removed, 'token')} cannot be taken back: {what} with a window of "
+                f"{window} {have} dropped those before them; "
+                f"take back {SPARE_TOKENS} at most, or use a new cache"
             )
 
     def select(self, ledger: Ledger, rows: Sequence[int]) -> None:

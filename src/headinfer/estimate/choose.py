@@ -7,7 +7,7 @@ from headinfer.estimate.methods import APPROXIMATE, CHUNKED, MAX_CONTEXT_TOKENS
 from headinfer.estimate.situation import MethodPlan, Situation
 from headinfer.estimate.spread import by_layers
 from headinfer.plan.host_room import machine_bytes_for
-from headinfer.units import format_bytes, format_seconds, format_tokens
+from headinfer.units import counted, counted_tokens, format_bytes, format_seconds, format_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,20 +111,20 @@ def _reasons(situation: Situation, plans: Sequence[MethodPlan], plan: MethodPlan
 
 
 def _tile_reason(plan: MethodPlan) -> str:
-    heads = f"{plan.tile_heads} KV head{'' if plan.tile_heads == 1 else 's'}"
-    tokens = "all" if plan.tile_tokens is None else format_tokens(plan.tile_tokens)
+    heads = counted(plan.tile_heads or 0, "KV head")
+    tokens = "all tokens" if plan.tile_tokens is None else counted_tokens(plan.tile_tokens)
     parts = plan.decode_parts
     share = parts.start_s / max(parts.link_s, 1e-9)
     return (
         f"The other {format_bytes(plan.streamed_bytes)} cross the link in tiles of {heads} x "
-        f"{tokens} tokens, whatever the context: starting them takes {share:.0%} of that time, "
+        f"{tokens}, whatever the context: starting them takes {share:.0%} of that time, "
         "ahead of the copies."
     )
 
 
 def _chunk_reason(situation: Situation, plan: MethodPlan) -> str:
-    chunk = format_tokens(plan.chunk_tokens or 0)
-    taken = f"chunks of {chunk} tokens take {format_bytes(plan.activation_bytes)} of activations"
+    chunk = counted_tokens(plan.chunk_tokens or 0)
+    taken = f"chunks of {chunk} take {format_bytes(plan.activation_bytes)} of activations"
     if situation.chunk_tokens:
         return f"Prefill {taken}, as was asked for."
     if plan.streamed_bytes:
@@ -150,8 +150,8 @@ def position_warning(situation: Situation) -> Iterator[str]:
     made_for = situation.shape.max_positions
     if made_for and situation.context_tokens > made_for:
         yield (
-            f"{situation.shape.name} was made for {format_tokens(made_for)} positions: beyond them "
-            "its answers need another rotary scaling, not another plan."
+            f"{situation.shape.name} was made for {counted_tokens(made_for, 'position')}: beyond "
+            "them its answers need another rotary scaling, not another plan."
         )
 
 
@@ -169,7 +169,7 @@ def _shortfalls(situation: Situation, plan: MethodPlan) -> Iterator[str]:
     if plan.host_short_bytes:
         yield (
             f"CPU memory is {format_bytes(plan.host_short_bytes)} short: the KV cache of "
-            f"{format_tokens(situation.context_tokens)} tokens takes "
+            f"{counted_tokens(situation.context_tokens)} takes "
             f"{format_bytes(plan.kv_host_bytes)} there{_kept_back(situation, plan)}."
         )
 

@@ -12,7 +12,7 @@ from headinfer.estimate.split_changes import split_changes
 from headinfer.estimate.split_plan import Split, SplitPlan
 from headinfer.plan.hardware import DISK_BYTES_PER_S
 from headinfer.plan.predict import ANSWER_TOKENS
-from headinfer.units import format_bytes, format_seconds, format_tokens
+from headinfer.units import counted_tokens, format_bytes, format_seconds, format_tokens
 
 _ALL_ON_GPUS = "--load-in keeps no weights in CPU memory: the GPUs must hold all of them."
 _PART_OF_EACH = "transformers lets them take nine tenths of what several GPUs have for weights."
@@ -106,7 +106,7 @@ def _own_reasons(situation: Situation, plan: SplitPlan) -> Iterator[str]:
         else:
             shares = ", ".join(f"{use.busy:.0%}" for use in plan.uses)
             yield (
-                f"Chunks of {format_tokens(plan.chunk_tokens or 0)} tokens follow each other "
+                f"Chunks of {counted_tokens(plan.chunk_tokens or 0)} follow each other "
                 f"through them: they work {shares} of the prefill."
             )
         if plan.streamed_bytes:

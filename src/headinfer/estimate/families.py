@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from headinfer.errors import ModelLoadError, UnsupportedModelError
 from headinfer.estimate.text_config import TextConfig
+from headinfer.units import counted
 
 FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
 """Types of layers, as configs call them."""
@@ -109,8 +110,8 @@ class Family:
         ]
         if len(types) != num_layers:
             raise ModelLoadError(
-                f"the config of {config.name!r} lists {len(types)} layer_types for {num_layers} "
-                "layers"
+                f"the config of {config.name!r} lists {len(types)} layer_types for "
+                f"{counted(num_layers, 'layer')}"
             )
         for layer_type in types:
             if layer_type not in (FULL, SLIDING, LINEAR):

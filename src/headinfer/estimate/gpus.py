@@ -21,6 +21,7 @@ from headinfer.plan.host_room import HostRoom, machine_bytes_for
 from headinfer.plan.plan import Plan
 from headinfer.plan.shape import ModelShape
 from headinfer.plan.step_time import Placement
+from headinfer.units import counted
 
 _WHOLE = "--load-in quantises whole matrices, which ranks do not have"
 
@@ -47,8 +48,8 @@ def split_plans(
     shape, gpus = situation.shape, len(memory_bytes)
     if gpus > len(shape.layers):
         raise OptionError(
-            f"there are {gpus} GPUs, and {shape.name} has {len(shape.layers)} layers; give at most "
-            "as many GPUs"
+            f"there are {gpus} GPUs, and {shape.name} has {counted(len(shape.layers), 'layer')}; "
+            "give at most as many GPUs"
         )
     one = memory_bytes[:1]
     plans = _methods(situation, Split.NONE, _in_layers(situation, one, quantising=quantising))

@@ -10,6 +10,7 @@ from headinfer.estimate.methods import APPROXIMATE, RESIDENT, method_plans
 from headinfer.estimate.situation import Situation
 from headinfer.estimate.split_plan import Split, SplitPlan
 from headinfer.plan.predict import ANSWER_TOKENS
+from headinfer.units import counted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +85,9 @@ def gpus_row(
     gpus, layers = len(memory_bytes), len(situation.shape.layers)
     none = MachineRow(situation=situation, gpus=gpus, memory_bytes=tuple(memory_bytes))
     if gpus > layers:
-        return replace(none, lacking=f"The model has {layers} layers, and each GPU needs one.")
+        return replace(
+            none, lacking=f"The model has {counted(layers, 'layer')}, and each GPU needs one."
+        )
     plans = [
         plan
         for plan in split_plans(situation, memory_bytes, quantising=quantising)

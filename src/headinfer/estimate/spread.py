@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from headinfer.plan.even_layers import even_layers
 from headinfer.plan.memory import memory_for_weights_bytes, weights_room_bytes
 from headinfer.plan.shape import LayerKind, LayerShape, ModelShape
+from headinfer.units import counted
 
 _MORE = 1.25
 """What transformers lets a GPU take beyond an equal part, in sizes of the largest module."""
@@ -244,5 +245,5 @@ def heads_obstacle(shape: ModelShape, ranks: int) -> str | None:
     heads = {layer.kv_heads for layer in shape.layers if layer.kind is not LayerKind.STATE}
     odd = next((count for count in sorted(heads) if count % ranks), None)
     if odd is not None:
-        return f"{ranks} ranks cannot share {odd} KV heads evenly"
+        return f"{ranks} ranks cannot share {counted(odd, 'KV head')} evenly"
     return None

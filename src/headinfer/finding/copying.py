@@ -15,6 +15,7 @@ from headinfer.finding.attention import LayerCall, attending_by
 from headinfer.finding.repetition import CHUNK_TOKENS
 from headinfer.finding.shape import HeadShape, Rows
 from headinfer.finding.texts import Copied, Texts
+from headinfer.units import counted
 
 _SHARE_OF_MEAN = 1e-3
 """Weight of the mean attention beside the share, for most heads have a share of 0."""
@@ -39,8 +40,9 @@ def copying_scores(
     copied = example.beyond(heads.sink_tokens, heads.recent_tokens)
     if not copied:
         raise OptionError(
-            f"a text of {tokens} tokens hides nothing beyond {heads.sink_tokens} sinks and "
-            f"{heads.recent_tokens} recent tokens; give more with --tokens"
+            f"a text of {counted(tokens, 'token')} hides nothing beyond "
+            f"{counted(heads.sink_tokens, 'sink')} and "
+            f"{counted(heads.recent_tokens, 'recent token')}; give more with --tokens"
         )
     # The token before the first copied one predicts it, and so looks for it.
     start = copied[0].at - 1

@@ -15,6 +15,7 @@ from headinfer.finding.attention import LayerCall, attending_by
 from headinfer.integration.model_shape import model_shape
 from headinfer.integration.support import check_architecture
 from headinfer.plan.shape import LayerKind
+from headinfer.units import counted
 
 
 @contextmanager
@@ -80,7 +81,7 @@ def _check(
     layers = model_shape(model).layers
     if len(streaming) != len(layers):
         raise OptionError(
-            f"streaming heads are given for {len(streaming)} layers, but the model has "
+            f"streaming heads are given for {counted(len(streaming), 'layer')}, but the model has "
             f"{len(layers)}"
         )
     for number, (heads, layer) in enumerate(zip(streaming, layers, strict=True)):
@@ -90,7 +91,9 @@ def _check(
             )
         for head in heads:
             if not 0 <= head < layer.kv_heads:
-                raise OptionError(f"layer {number} has {layer.kv_heads} KV heads, and no {head}")
+                raise OptionError(
+                    f"layer {number} has {counted(layer.kv_heads, 'KV head')}, and no {head}"
+                )
     if sink_tokens < 0 or recent_tokens < 1:
         raise OptionError(
             "sink_tokens must be at least 0 and recent_tokens at least 1, not "

@@ -20,6 +20,7 @@ from headinfer.finding.shape import HeadShape, Rows
 from headinfer.finding.texts import Texts
 from headinfer.heads.pattern import HeadPattern
 from headinfer.scratch import scratch_folder
+from headinfer.units import counted
 
 REPETITION, COPY, GATES = "repetition", "copy", "gates"
 
@@ -54,12 +55,16 @@ class SearchSpec:
     def made(self) -> str:
         """How the pattern is made, for people."""
         ways = {
-            REPETITION: "largest attention to {units} texts from their repetition",
-            COPY: "share of copied tokens that are looked at, in {units} texts",
-            GATES: "gates trained in {units} steps",
+            REPETITION: "largest attention to {texts} from their repetition",
+            COPY: "share of copied tokens that are looked at, in {texts}",
+            GATES: "gates trained in {steps}",
         }
-        way = ways[self.method].format(units=self.units)
-        return f"{way}, {self.tokens} tokens, {self.texts}, {self.dtype}, seed {self.seed}"
+        way = ways[self.method].format(
+            texts=counted(self.units, "text"), steps=counted(self.units, "step")
+        )
+        return (
+            f"{way}, {counted(self.tokens, 'token')}, {self.texts}, {self.dtype}, seed {self.seed}"
+        )
 
 
 class Work(Protocol):

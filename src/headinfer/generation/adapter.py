@@ -11,6 +11,7 @@ from typing import Any
 
 from headinfer.errors import ModelLoadError, is_out_of_memory
 from headinfer.generation.hub import check_reachable
+from headinfer.units import counted
 
 _NAMED = "default"
 
@@ -81,7 +82,8 @@ class AdapterSource:
             if keys:
                 first = keys[0].removeprefix("base_model.model.")
                 raise ModelLoadError(
-                    f"adapter {self.name!r} {fits}: {told} {len(keys)} weights, such as {first}"
+                    f"adapter {self.name!r} {fits}: {told} {counted(len(keys), 'weight')}, such as "
+                    f"{first}"
                 )
 
     def _location(self) -> str:
@@ -105,4 +107,5 @@ def adapter_of(model: Any) -> str | None:
     if not layers:
         return None
     ranks = {rank for layer in layers for rank in layer.r.values()}
-    return f"LoRA of rank {', '.join(map(str, sorted(ranks)))} on {len(layers)} matrices"
+    matrices = "matrix" if len(layers) == 1 else "matrices"
+    return f"LoRA of rank {', '.join(map(str, sorted(ranks)))} on {len(layers)} {matrices}"

@@ -12,6 +12,7 @@ from headinfer.integration.cache import OffloadedCache
 from headinfer.integration.calls import last_logits
 from headinfer.plan.assistant import READ_TOKENS
 from headinfer.session import Session
+from headinfer.units import counted
 
 _SAME_SCORES = 1024
 """Scores by which two models with one tokenizer may differ: their vocabularies are padded."""
@@ -120,8 +121,8 @@ class Assistant:
         own = model.config.get_text_config(decoder=True).vocab_size
         if abs(own - vocabulary) > _SAME_SCORES:
             raise OptionError(
-                f"the assistant knows {own:,} tokens and the model {vocabulary:,}: they have not "
-                "the same tokenizer; give an assistant of the model's own family"
+                f"the assistant knows {counted(own, 'token')} and the model {vocabulary:,}: they "
+                "have not the same tokenizer; give an assistant of the model's own family"
             )
         self._model = model
         self._vocabulary = vocabulary

@@ -8,6 +8,7 @@ from headinfer.errors import OptionError
 from headinfer.plan.host_room import HostRoom
 from headinfer.plan.memory import weights_room_bytes
 from headinfer.plan.options import Options
+from headinfer.units import counted
 
 _MOST = 2**16
 
@@ -42,8 +43,8 @@ class Gpus:
         each = options.device_memory_each
         if each and len(each) != count:
             raise OptionError(
-                f"device_memory has {len(each)} values, but gpus is {count}; give one value, or "
-                "one for each"
+                f"device_memory has {counted(len(each), 'value')}, but gpus is {count}; give one "
+                "value, or one for each"
             )
         most = tuple(own.device_memory_bytes for own in options.of_devices(count))
         return cls(count, most, options.host_memory_bytes or 0)
@@ -71,7 +72,7 @@ class Gpus:
 
         there = torch.cuda.device_count()
         if self.count > there:
-            seen = "1 GPU" if there == 1 else f"{there} GPUs"
+            seen = counted(there, "GPU")
             raise OptionError(
                 f"gpus is {self.count}, but CUDA shows {seen} here; give at most {there}"
             )

@@ -1,12 +1,10 @@
-"""The model hub: whether it can be reached, and which of our names a user may have meant.
+"""The model hub: whether it can be reached.
 
 Its library tries a file that is not there six times, with pauses of 23 seconds in all. For whoever
 has no network, or mistyped a name, that is long.
 """
 
-import difflib
 import time
-from collections.abc import Iterable
 
 _PAUSE_S = 1.0
 """Before the hub is asked again: the name of a host may be found late."""
@@ -52,9 +50,3 @@ def check_reachable(name: str, file: str = "config.json") -> None:
             last = error
         time.sleep(pause_s)
     raise ConnectionError("the model hub cannot be connected to") from last
-
-
-def hint(name: str, known: Iterable[str]) -> str:
-    """Return the end of a message that asks whether another name was meant; "" for none."""
-    meant = difflib.get_close_matches(name, list(known), 1)
-    return f"; did you mean {meant[0]!r}?" if meant else ""

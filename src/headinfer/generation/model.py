@@ -16,7 +16,8 @@ from headinfer.errors import (
 )
 from headinfer.generation.adapter import AdapterSource
 from headinfer.generation.gpus import Gpus
-from headinfer.generation.hub import check_reachable, hint
+from headinfer.generation.hub import check_reachable
+from headinfer.generation.meant import did_you_mean
 from headinfer.generation.quantised import (
     check_installed,
     check_library,
@@ -276,10 +277,11 @@ def _load_error(source: ModelSource, what: str, error: Exception) -> HeadInferEr
     location = source.location()
     folder = Path(location).is_dir()
     check_files(source.name, location)
-    reason, meant = reason_of(error), ""
+    reason, asked = reason_of(error), ""
     offline = source.local_files_only or os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", "")
     if isinstance(error, OSError) and not folder:
-        meant = hint(source.name, source.known_names())
+        question = did_you_mean(source.name, source.known_names())
+        asked = f"; {question}" if question else ""
         if offline:
             reason = "it is not among the local files; give a folder, or allow downloads"
         elif "connect" in reason:
@@ -296,4 +298,4 @@ def _load_error(source: ModelSource, what: str, error: Exception) -> HeadInferEr
             f"transformers {transformers.__version__} stops with {reason}; correct its config.json "
             "and tokenizer files, or fetch them again"
         )
-    return ModelLoadError(f"{what} {source.name!r} cannot be loaded: {reason}{meant}")
+    return ModelLoadError(f"{what} {source.name!r} cannot be loaded: {reason}{asked}")

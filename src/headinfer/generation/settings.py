@@ -4,7 +4,6 @@ Settings that transformers honours with our cache and a streamer hold as they ar
 hold here, and the user is told.
 """
 
-import difflib
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -13,6 +12,7 @@ from typing import Any
 
 from headinfer.errors import OptionError
 from headinfer.generation.config_check import SETTINGS
+from headinfer.generation.meant import did_you_mean
 from headinfer.generation.sampling import check_sampling, with_sampling_on
 
 DEFAULT_NEW_TOKENS = 256
@@ -148,9 +148,8 @@ def _is_right(name: str, value: Any) -> bool:
 def _unknown(name: str, known: set[str]) -> str:
     """Return what is said of an option that is none, with what may have been meant."""
     takes = "it takes those of attach, and the fields of transformers' GenerationConfig"
-    near = difflib.get_close_matches(name, known, 1)
-    meant = _ELSEWHERE.get(name) or (f"did you mean {near[0]!r}?" if near else takes)
-    return f"generate has no option {name!r}: {meant}"
+    told = _ELSEWHERE.get(name) or did_you_mean(name, known) or takes
+    return f"generate has no option {name!r}: {told}"
 
 
 def settle(given: Mapping[str, Any], own: Any, prompt_tokens: int) -> Settings:

@@ -13,6 +13,7 @@ from typing import Any
 from headinfer.errors import OptionError
 from headinfer.heads.pattern import HeadPattern, shape_text
 from headinfer.scratch import scratch_folder
+from headinfer.units import counted
 
 FORMAT = "headinfer-heads-1"
 """Value of `format` in our own files."""
@@ -205,8 +206,8 @@ def _highest_of_groups(rows: Scores, kv_heads: Sequence[int]) -> Scores:
     heads = len(rows[0])
     if len(rows) != len(kv_heads) or any(kv and heads % kv for kv in kv_heads):
         raise OptionError(
-            f"it has {len(rows)} layers x {heads} query heads, but the model has "
-            f"{shape_text(kv_heads)}; give a pattern of this model"
+            f"it has {counted(len(rows), 'layer')} x {counted(heads, 'query head')}, but the model "
+            f"has {shape_text(kv_heads)}; give a pattern of this model"
         )
     return tuple(
         tuple(max(row[head * heads // kv : (head + 1) * heads // kv]) for head in range(kv))

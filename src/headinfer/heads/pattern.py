@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from decimal import ROUND_HALF_DOWN, Decimal
 
 from headinfer.errors import OptionError
+from headinfer.units import counted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +78,7 @@ class HeadPattern:
                 for layer, pair in enumerate(zip(self.kv_heads, kv_heads, strict=True))
                 if pair[0] != pair[1]
             )
-            mine, its = f"{here} KV heads in layer {layer}", f"{there} there"
+            mine, its = f"{counted(here, 'KV head')} in layer {layer}", f"{there} there"
         raise OptionError(
             f"the head pattern{of} has {mine}, but the model has {its}; give one of this model"
         )
@@ -102,7 +103,9 @@ class HeadPattern:
             raise OptionError(f"sparsity must be from 0 to 1, not {sparsity!r}")
         for layer in layers:
             if not 0 <= layer < len(self.scores):
-                raise OptionError(f"the head pattern has {len(self.scores)} layers, and no {layer}")
+                raise OptionError(
+                    f"the head pattern has {counted(len(self.scores), 'layer')}, and no {layer}"
+                )
         ranked = sorted(
             (score, head, layer)
             for layer in set(layers)
@@ -119,5 +122,5 @@ class HeadPattern:
 def shape_text(kv_heads: Sequence[int]) -> str:
     """Return layers and heads for people: "32 layers x 8 KV heads"."""
     least, most = min(kv_heads, default=0), max(kv_heads, default=0)
-    heads = f"{most}" if least == most else f"{least} to {most}"
-    return f"{len(kv_heads)} layers x {heads} KV heads"
+    heads = counted(most, "KV head") if least == most else f"{least} to {most} KV heads"
+    return f"{counted(len(kv_heads), 'layer')} x {heads}"

@@ -59,14 +59,12 @@ class OffloadedCache(DraftableCache):
         watchers: told of the model's calls with it.
         saved: what of it is on the disk, and where; None for nothing.
         rounded: the form in which tokens that were loaded had been rounded; None for none.
-        lengths_before: tokens of each layer before the call that is under way; None between calls.
     """
 
     def __init__(self, model: PreTrainedModel, host: CacheHost, max_tokens: int | None) -> None:
         super().__init__(model.config)
         self._config = model.config
         self._name = cache_name(model)
-        self.lengths_before: list[int] | None = None
         self.state = OffloadedState(host, max_tokens)
         self.stats = Stats()
         self.drafted_tokens = 0
@@ -94,40 +92,6 @@ class OffloadedCache(DraftableCache):
         `past_key_values` before, which 5.24 takes with a warning.
         """
         return {self._name: self}
-
-    def _lengths(self) -> list[int]:
-        """Return the tokens of each layer that keeps any."""
-        return self.state.lengths() or [0] * self._attention_layers
-
-    def begin_call(self) -> None:
-        """Note the state before a model call.
-
-        Raises:
-            CacheStateError: the call before was interrupted half-way, so that some layers hold
-                tokens which others lack.
-        """
-        self.lengths_before = self.check_whole()
-
-    def check_whole(self) -> list[int]:
-        """Return the tokens of each layer.
-
-        Raises:
-            CacheStateError: its last call stopped half-way.
-        """
-        lengths = self._lengths()
-        if self.lengths_before is None:
-            return lengths
-        stateful = len(lengths) < len(self.layers)  # linear attention: nothing tells it advanced
-        if stateful or self.lengths_before != lengths:
-            raise CacheStateError(
-                "a call of the model with this cache was interrupted, so its layers no longer hold "
-                "the same tokens; call reset() on it or use a new cache"
-            )
-        return lengths
-
-    def end_call(self) -> None:
-        """Note that the call went through all layers."""
-        self.lengths_before = None
 
     @in_turn
     def reset(self) -> None:

@@ -20,7 +20,7 @@ from headinfer.plan.plan import Plan
 from headinfer.plan.resolve import least_plan
 from headinfer.plan.shape import ModelShape
 from headinfer.ranks.group import Ranks
-from headinfer.units import format_bytes
+from headinfer.units import counted, format_bytes
 
 _Result = TypeVar("_Result")
 
@@ -198,9 +198,10 @@ class DiskBelow:
         below_bytes = plan.disk_bytes(tokens)
         if below_bytes > free:
             raise MemoryPlanError(
-                f"prompt and answer of {tokens:,} tokens need {format_bytes(below_bytes)} below "
-                f"CPU memory, and disk_cache {self._folder!r} has room for {format_bytes(free)}; "
-                "shorten the prompt, ask for fewer new tokens, free space or give more host_memory"
+                f"prompt and answer of {counted(tokens, 'token')} need {format_bytes(below_bytes)} "
+                f"below CPU memory, and disk_cache {self._folder!r} has room for "
+                f"{format_bytes(free)}; shorten the prompt, ask for fewer new tokens, free space "
+                "or give more host_memory"
             )
 
     def close(self) -> None:

@@ -17,11 +17,8 @@ class DraftableCache(ParkableCache):
     """A cache behind whose tokens others can be drafted; see `OffloadedCache`.
 
     Attributes:
-        lengths_before: tokens of each layer before the call that is under way; None between calls.
         verifies: whether calls of several tokens are said to verify drafts.
     """
-
-    lengths_before: list[int] | None
 
     def __init__(self, config: Any) -> None:
         super().__init__(config=config)
@@ -84,10 +81,6 @@ class DraftableCache(ParkableCache):
             yield
         finally:
             self.verifies = before
-
-    def check_whole(self) -> list[int]:
-        """Return the tokens of each layer, or refuse where the last call stopped half-way."""
-        raise NotImplementedError
 
     def _begin_drafts(self, engine: CacheEngine) -> None:
         self._drafter = threading.get_ident()

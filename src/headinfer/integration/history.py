@@ -7,6 +7,7 @@ import torch
 
 from headinfer.errors import CacheStateError
 from headinfer.integration.token_history import common_prefix
+from headinfer.units import counted
 
 if TYPE_CHECKING:
     from headinfer.integration.cache import OffloadedCache
@@ -28,7 +29,7 @@ def check_history(arguments: dict[str, Any], past_tokens: int, new_tokens: int) 
     Raises:
         CacheStateError: says how many tokens each has.
     """
-    held = f"the cache holds {past_tokens:,} tokens"
+    held = f"the cache holds {counted(past_tokens, 'token')}"
     if new_tokens == 0:
         raise CacheStateError(
             f"{held}, and the call brings no new ones: pass the whole conversation that the cache "

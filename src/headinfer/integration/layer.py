@@ -10,6 +10,7 @@ from headinfer.errors import CacheStateError
 from headinfer.integration.rows import chosen_rows
 from headinfer.integration.state import OffloadedState
 from headinfer.integration.turns import in_turn
+from headinfer.units import counted
 
 
 class OffloadedLayer(CacheLayerMixin):
@@ -158,8 +159,8 @@ class OffloadedLayer(CacheLayerMixin):
         rows = chosen_rows(indices, batch).tolist()
         if len(rows) != batch:
             raise CacheStateError(
-                f"an offloaded layer of {batch} rows cannot become one of {len(rows)} by itself; "
-                "call the cache's own method"
+                f"an offloaded layer of {counted(batch, 'row')} cannot become one of {len(rows)} "
+                "by itself; call the cache's own method"
             )
         self.select(rows)
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from headinfer.integration.room import held_host_bytes
-from headinfer.units import format_bytes
+from headinfer.units import counted, format_bytes
 
 if TYPE_CHECKING:
     from headinfer.integration.cache import OffloadedCache
@@ -38,12 +38,12 @@ def described(cache: "OffloadedCache") -> str:
     if cache.state.closed or (engine is not None and engine.closed):
         return "closed"
     if engine is None:
-        return f"no tokens, {len(cache.layers)} layers"
+        return f"no tokens, {counted(len(cache.layers), 'layer')}"
     rows = engine.plan.batch
     of_rows = "" if rows == 1 else f" in each of {rows} rows"
     on_gpu = f", {format_bytes(held.device_bytes)} of GPU memory" if held.device_bytes else ""
     return (
-        f"{held.tokens} tokens{of_rows}, {len(cache.layers)} layers, "
+        f"{counted(held.tokens, 'token')}{of_rows}, {counted(len(cache.layers), 'layer')}, "
         f"{format_bytes(held.host_bytes)} of CPU memory{on_gpu}"
     )
 

@@ -2,25 +2,17 @@
 
 from typing import TYPE_CHECKING, Any, cast
 
-from transformers.cache_utils import DynamicCache
-
 from headinfer.integration.copying import copied
 from headinfer.integration.layer import OffloadedLayer
-from headinfer.integration.state import OffloadedState
 from headinfer.integration.turns import Turns, in_turn
+from headinfer.integration.whole import WholeCache
 
 if TYPE_CHECKING:
     from headinfer.integration.cache import OffloadedCache
 
 
-class ParkableCache(DynamicCache):
-    """A cache that can be parked and forked; see `OffloadedCache`.
-
-    Attributes:
-        state: what is behind its layers.
-    """
-
-    state: OffloadedState
+class ParkableCache(WholeCache):
+    """A cache that can be parked and forked; see `OffloadedCache`."""
 
     @property
     def turns(self) -> Turns:

@@ -30,6 +30,7 @@ from headinfer.saved.layout import Layout, Spec
 from headinfer.saved.reader import DamagedFileError, read_files
 from headinfer.saved.tokens import TOKEN_IDS
 from headinfer.saved.writer import SessionWriter, writing
+from headinfer.units import counted
 
 if TYPE_CHECKING:
     from headinfer.integration.cache import OffloadedCache
@@ -220,8 +221,8 @@ def _check_tracks(engine: SavableTokens, index: Index, name: str) -> None:
 
     there, here = streaming(index.tracks), streaming(engine.described_tracks)
     raise SessionFileError(
-        f"session {name!r} was saved with {there} streaming heads and here there are {here}, or "
-        "others; give the same sparsity, head pattern, sinks and recent tokens"
+        f"session {name!r} was saved with {counted(there, 'streaming head')} and here there are "
+        f"{here}, or others; give the same sparsity, head pattern, sinks and recent tokens"
     )
 
 
@@ -282,10 +283,10 @@ def _damage(error: DamagedFileError, index: Index, kept: _Kept) -> str:
     if index.states is not None:
         kept.tokens = 0
         return (
-            f"{error}; none of the {index.tokens:,} tokens can be used, as this model's windows "
-            "or states are there for the last one alone"
+            f"{error}; none of the {counted(index.tokens, 'token')} can be used, as this model's "
+            "windows or states are there for the last one alone"
         )
-    return f"{error}; the {kept.tokens:,} of {index.tokens:,} tokens before it can be used"
+    return f"{error}; the {kept.tokens:,} of {counted(index.tokens, 'token')} before it can be used"
 
 
 def _take_page(

@@ -18,6 +18,7 @@ from headinfer.errors import UnsupportedModelError
 from headinfer.integration.support import attention_modules, layer_index
 from headinfer.plan.shape import LayerShape, ModelShape
 from headinfer.ranks.group import ALONE, Ranks
+from headinfer.units import counted
 
 _logger = logging.getLogger(__name__)
 
@@ -56,8 +57,8 @@ def ranks_of(model: PreTrainedModel) -> Ranks:
 def _other_split(model: PreTrainedModel, mesh: Any, how: str) -> str:
     """Say that a model is split in a way that is not served."""
     return (
-        f"{type(model).__name__} is split over {mesh.size()} processes by {how}; only tensor "
-        "parallelism is served, as by from_pretrained(..., tp_plan='auto')"
+        f"{type(model).__name__} is split over {counted(mesh.size(), 'process')} by {how}; only "
+        "tensor parallelism is served, as by from_pretrained(..., tp_plan='auto')"
     )
 
 
@@ -114,8 +115,8 @@ def _own_layer(
 def refusal(name: str, kv_heads: int, ranks: int) -> str:
     """Say that ranks cannot share the KV heads of a model."""
     return (
-        f"{name} has {kv_heads} KV heads in a layer, which {ranks} ranks cannot share evenly; "
-        f"start a number of ranks that divides {kv_heads}"
+        f"{name} has {counted(kv_heads, 'KV head')} in a layer, which {ranks} ranks cannot share "
+        f"evenly; start a number of ranks that divides {kv_heads}"
     )
 
 

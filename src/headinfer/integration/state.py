@@ -14,13 +14,14 @@ from headinfer.integration.pending import Pending
 from headinfer.integration.turns import in_turn
 from headinfer.plan.growing import outgrows, with_growth
 from headinfer.plan.plan import Plan
-from headinfer.units import format_bytes, format_tokens
+from headinfer.units import counted, counted_tokens, format_bytes
 
 
 def _unlike(engine: CacheEngine, batch: int, dtype: torch.dtype) -> str:
     """Say what a call asks for that a cache with tokens in it is not for."""
     if engine.plan.batch != batch:
-        return f"this cache holds {engine.plan.batch} rows and was given {batch}; use a new cache"
+        held = counted(engine.plan.batch, "row")
+        return f"this cache holds {held} and was given {batch}; use a new cache"
     return (
         f"this cache was begun in {engine.dtype} and cannot go on in {dtype}; call the model under "
         "the same torch.autocast as before, or use a new cache"
@@ -176,7 +177,7 @@ class OffloadedState:
         self.host.check_host_room(
             plan.kv_host_bytes(tokens),
             plan.arena_bytes + plan.activation_bytes + plan.assistant.working_bytes,
-            f"{what} of {format_tokens(tokens)} tokens",
+            f"{what} of {counted_tokens(tokens)}",
         )
         self.host.disk.check_space(plan, tokens)
         engine = self.host.make_engine(plan, dtype)
@@ -187,7 +188,7 @@ class OffloadedState:
         """Refuse what host memory has no room for, under the plan of an engine that is there."""
         self.host.check_host_room(
             *(needed_bytes, plan.activation_bytes),
-            f"the KV cache of {format_tokens(tokens)} tokens",
+            f"the KV cache of {counted_tokens(tokens)}",
         )
 
     def update(
@@ -225,9 +226,9 @@ class OffloadedState:
         needed_bytes = 2 * self.engine.read_bytes(layer_idx, part)
         left = self.host.tensor_bytes_left(layer_idx)
         if needed_bytes > left:
-            tokens = format_tokens(self.tokens(layer_idx))
+            tokens = counted_tokens(self.tokens(layer_idx))
             raise MemoryPlanError(
-                f"the {part} of {tokens} tokens in offloaded layer {layer_idx}, handed out and "
+                f"the {part} of {tokens} in offloaded layer {layer_idx}, handed out and "
                 f"copied once, need {format_bytes(needed_bytes)}, and {format_bytes(left)} can be "
                 "had; free memory or read a shorter cache"
             )

@@ -17,6 +17,7 @@ from transformers.masking_utils import causal_mask_function
 from headinfer.attend.masks import Padding
 from headinfer.errors import UnsupportedModelError
 from headinfer.integration.pending import Pending
+from headinfer.units import counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +99,9 @@ def visible(
     if attention_mask is not None:
         if attention_mask.ndim != 2 or attention_mask.shape[1] < kv_offset + kv_length:
             raise UnsupportedModelError(
-                f"the attention mask must be 2-D with at least {kv_offset + kv_length} columns, "
-                f"one for each token, not of shape {tuple(attention_mask.shape)}"
+                "the attention mask must be 2-D with at least "
+                f"{counted(kv_offset + kv_length, 'column')}, one for each token, not of shape "
+                f"{tuple(attention_mask.shape)}"
             )
         padding = Padding.of(attention_mask[:, kv_offset : kv_offset + kv_length].bool())
     fault = _fault(q_length, kv_length, q_offset, kv_offset, window_tokens)
@@ -176,19 +178,20 @@ def check_visible(
         held = pending.engine.tokens(pending.layer_idx)
         if held >= pending.window_tokens:  # until then its cache layer has all of them
             raise UnsupportedModelError(
-                f"the mask of {name} shows all of {held} tokens, but its cache layer keeps "
-                f"{pending.window_tokens - 1}: not served"
+                f"the mask of {name} shows all of {counted(held, 'token')}, but its cache layer "
+                f"keeps {pending.window_tokens - 1}: not served"
             )
     if visible is None:
         return
     if pending is not None and window is not None and window != pending.window_tokens:
         raise UnsupportedModelError(
-            f"the mask of {name} shows {window} tokens, but its cache layer is for "
+            f"the mask of {name} shows {counted(window, 'token')}, but its cache layer is for "
             f"{pending.window_tokens or 'all'}: not served"
         )
     q_len, kv_len = query.shape[2], visible.kv_len if pending is not None else keys.shape[2]
     if (q_len, kv_len) != (visible.q_len, visible.kv_len):
+        queries = "query" if q_len == 1 else "queries"
         raise UnsupportedModelError(
-            f"{name} attends {kv_len} keys with {q_len} queries, but its mask is for "
+            f"{name} attends {counted(kv_len, 'key')} with {q_len} {queries}, but its mask is for "
             f"{visible.kv_len} and {visible.q_len}: not served"
         )

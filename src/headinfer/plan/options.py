@@ -29,7 +29,7 @@ from headinfer.plan.option_values import (
     token_count,
     token_count_or_none,
 )
-from headinfer.units import exact_bytes, parse_bytes
+from headinfer.units import counted, exact_bytes, parse_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -265,10 +265,10 @@ class Options:
         if not each:
             return (self,) * count
         if len(each) != count:
-            where = "one device" if count == 1 else f"{count} devices"
+            where = counted(count, "device")
             raise OptionError(
-                f"device_memory has {len(each)} values, but the layers of the model lie on "
-                f"{where}; give one value, or one for each"
+                f"device_memory has {counted(len(each), 'value')}, but the layers of the model lie "
+                f"on {where}; give one value, or one for each"
             )
         return tuple(replace(self, device_memory_bytes=own, device_memory_each=()) for own in each)
 

@@ -10,7 +10,7 @@ from headinfer.plan.raw_room import RawRoom, begun_page_bytes, raw_room
 from headinfer.plan.shape import LayerKind, ModelShape
 from headinfer.plan.step_time import Placement, tokens_below
 from headinfer.schedule.route import MAX_ASKED_TOKENS, Sizes
-from headinfer.units import counted_tokens, format_bytes, format_tokens, plural
+from headinfer.units import counted, counted_tokens, format_bytes, format_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -233,21 +233,21 @@ class Plan:
             )
             if below := self.disk_tokens(self.context_tokens):
                 size = format_bytes(self.disk_bytes(self.context_tokens))
-                yield f"the oldest {format_tokens(below)} tokens on disk: {size}"
+                yield f"the oldest {counted_tokens(below)} on disk: {size}"
 
     def _sizes_lines(self) -> Iterator[str]:
         """Yield what passes at once."""
         all_at_once = self.tile_tokens >= ALL_TOKENS
         tokens = "all tokens" if all_at_once else counted_tokens(self.tile_tokens)
-        heads = plural(self.tile_heads, "head")
+        heads = counted(self.tile_heads, "KV head")
         how = "copies overlap attention" if self.overlap else "synchronous copies"
         chunks = f"chunks of {counted_tokens(self.chunk_tokens)}"
         if self.device == "cpu":  # attends the cache where it lies: tiles and copies say nothing
             yield f"prompts pass in {chunks}"
         else:
-            yield f"tiles of {self.tile_heads} KV {heads} x {tokens}, {chunks}; {how}"
+            yield f"tiles of {heads} x {tokens}, {chunks}; {how}"
         if self.whole_tokens:
-            yield f"up to {format_tokens(self.whole_tokens)} tokens that cannot pass in chunks"
+            yield f"up to {counted_tokens(self.whole_tokens)} that cannot pass in chunks"
         if self.shape.ranks > 1:
             own_heads = max((layer.kv_heads for layer in self.shape.layers), default=0)
             yield f"one of {self.shape.ranks} ranks, with KV heads of a layer: {own_heads}"
@@ -278,12 +278,13 @@ class Plan:
             )
         if self.resident_tokens:
             yield (
-                f"the oldest {format_tokens(self.resident_tokens)} tokens stay in GPU memory: "
+                f"the oldest {counted_tokens(self.resident_tokens)} "
+                f"{'stays' if self.resident_tokens == 1 else 'stay'} in GPU memory: "
                 f"{format_bytes(self.resident_bytes)}"
             )
         if self.draft_tokens:
             yield (
-                f"drafts attend {format_tokens(self.draft_tokens)} tokens of each layer, copied: "
+                f"drafts attend {counted_tokens(self.draft_tokens)} of each layer, copied: "
                 f"{format_bytes(self.draft_bytes)}"
             )
         if self.host_share:
@@ -316,8 +317,8 @@ class Plan:
         full = [layer.kv_heads for layer in self.shape.layers if layer.kind is LayerKind.FULL]
         sinks, recent = streaming[0].sink_tokens, streaming[0].recent_tokens
         return (
-            f"{heads} of {sum(full)} KV heads see the first {format_tokens(sinks)} and the newest "
-            f"{format_tokens(recent)} tokens alone"
+            f"{heads} of {counted(sum(full), 'KV head')} see the first {format_tokens(sinks)} and "
+            f"the newest {counted_tokens(recent)} alone"
         )
 
     def __str__(self) -> str:

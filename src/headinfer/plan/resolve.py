@@ -21,7 +21,7 @@ from headinfer.plan.plan import Plan
 from headinfer.plan.predict import Predictor, balanced_host_share
 from headinfer.plan.shape import ModelShape
 from headinfer.schedule.route import MAX_ASKED_TOKENS
-from headinfer.units import format_bytes
+from headinfer.units import counted, format_bytes
 
 PAGE_TOKENS = 64
 """Tokens of one decode-tail page: 32 layers of Llama-3-8B then send 8 MiB home at a time."""
@@ -61,8 +61,8 @@ def resolve(
     kv_heads = shape.exact.kv_heads
     if isinstance(options.tile_heads, int) and 0 < kv_heads < options.tile_heads:
         raise OptionError(
-            f"tile_heads is {options.tile_heads}, but {shape.name} has {kv_heads} KV heads; "
-            f"use a number from 1 to {kv_heads}, or 'all'"
+            f"tile_heads is {options.tile_heads}, but {shape.name} has "
+            f"{counted(kv_heads, 'KV head')}; use a number from 1 to {kv_heads}, or 'all'"
         )
     if options.tile_tokens == "all" and device != "cpu" and context_tokens is None:
         context_tokens = shape.max_positions or None

@@ -9,6 +9,7 @@ from headinfer.heads.formats import read_pattern
 from headinfer.heads.pattern import HeadPattern
 from headinfer.plan.options import Options
 from headinfer.plan.shape import LayerKind, ModelShape, StreamingHeads
+from headinfer.units import counted
 
 SINK_TOKENS = 128
 RECENT_TOKENS = 256
@@ -140,7 +141,7 @@ def with_pattern(shape: ModelShape, options: Options) -> ModelShape:
     if streaming.exact is streaming:
         heads = sum(layer.kv_heads for layer in shape.full_layers)
         raise OptionError(
-            f"sparsity {options.sparsity:g} of the {heads} KV heads that see all tokens is none of "
-            "them; give a larger share, or 0 for none"
+            f"sparsity {options.sparsity:g} of the {counted(heads, 'KV head')} with all tokens in "
+            "view is none of them; give a larger share, or 0 for none"
         )
     return streaming

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from headinfer.errors import OptionError, RanksError, reason_of
+from headinfer.units import counted
 
 _STARTED = "torchrun --nproc-per-node N -m headinfer generate --tensor-parallel"
 
@@ -92,8 +93,8 @@ class Launched:
             gpus = torch.cuda.device_count()
             if self.on_host > gpus:
                 raise OptionError(
-                    f"{self.on_host} ranks on this host are more than its GPUs, {gpus}; start as "
-                    "many ranks as there are GPUs, or give device=cpu"
+                    f"this host has {counted(self.on_host, 'rank')} and {counted(gpus, 'GPU')}; "
+                    "start as many ranks as there are GPUs, or give device=cpu"
                 )
             place = torch.device("cuda", self.local_rank)
             torch.cuda.set_device(place)

@@ -12,7 +12,7 @@ from pathlib import Path
 from headinfer.errors import SessionBusyError, SessionFileError, SessionRoomError
 from headinfer.folders import describe
 from headinfer.saved.index import INDEX_NAME, Index, is_page_name, parse_index
-from headinfer.units import format_bytes, plural
+from headinfer.units import counted, format_bytes
 
 if sys.platform != "win32":
     import fcntl
@@ -150,7 +150,7 @@ def check_room(path: str | os.PathLike[str], num_bytes: int, tokens: int | None 
     if num_bytes <= free:
         return
     beside = ", beside the one that is there" if there and os.listdir(folder) else ""
-    of = "" if tokens is None else f" of {tokens:,} {plural(tokens, 'token')}"
+    of = "" if tokens is None else f" of {counted(tokens, 'token')}"
     raise SessionRoomError(
         f"the session{of} needs {format_bytes(num_bytes)} on disk{beside}, and "
         f"{format_bytes(free)} are free where {name!r} is; free some, or choose another place"

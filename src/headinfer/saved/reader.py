@@ -14,6 +14,7 @@ from headinfer.folders import describe
 from headinfer.saved.folder import session_name
 from headinfer.saved.index import FileEntry
 from headinfer.saved.layout import tensors_in
+from headinfer.units import counted
 
 _BUFFERS = 2
 """While what is in one is used the other is filled."""
@@ -82,7 +83,8 @@ def _checked(
     if read_bytes != entry.num_bytes:
         told = "cut off" if read_bytes < entry.num_bytes else "too long"
         raise DamagedFileError(
-            f"{entry.file} of session {name!r} is {told}: it should have {entry.num_bytes:,} bytes"
+            f"{entry.file} of session {name!r} is {told}: it should have "
+            f"{counted(entry.num_bytes, 'byte')}"
             + (f" and has {read_bytes:,}" if told == "cut off" else "")
         )
     if zlib.crc32(data.numpy().data) != entry.crc32:

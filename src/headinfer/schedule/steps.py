@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from headinfer.units import plural
+from headinfer.units import counted, plural
 
 
 class Where(enum.Enum):
@@ -104,10 +104,9 @@ class Fetch:
 
     def __str__(self) -> str:
         """Say it in a line."""
-        tokens = plural(self.tile_tokens, "token")
-        tile = f"{self.heads} {plural(self.heads, 'head')} x {self.tile_tokens} {tokens}"
-        tiles = f"{self.tiles} {plural(self.tiles, 'tile')}"
-        return f"fetch tokens {self.start} to {self.end} in {tiles} of {tile}"
+        tokens = f"{self.tile_tokens} {plural(self.tile_tokens, 'token')}"
+        tiles, each = f"{self.tiles} {plural(self.tiles, 'tile')}", counted(self.heads, "head")
+        return f"fetch tokens {self.start} to {self.end} in {tiles} of {each} x {tokens}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,9 +179,9 @@ class Attend:
 
     def __str__(self) -> str:
         """Say it in a line."""
-        each = f"{self.heads} {plural(self.heads, 'head')}"
+        each = counted(self.heads, "head")
         if self.groups > 1:
-            each = f"{self.groups} x {self.heads} heads"
+            each = f"{self.groups} x {each}"
         return f"attend by {each}: {', '.join(map(str, self.parts))}"
 
 

@@ -6,7 +6,7 @@ from headinfer.errors import ContextLengthError, MemoryPlanError
 from headinfer.generation.settings import DEFAULT_NEW_TOKENS
 from headinfer.serving.ask import Ask
 from headinfer.session import Session
-from headinfer.units import format_bytes, format_tokens
+from headinfer.units import counted, counted_tokens, format_bytes
 
 
 @dataclass(slots=True, kw_only=True)
@@ -47,9 +47,9 @@ class Admission:
         if self.allow_long or not most or wanted <= most:
             return
         room = most - prompt_tokens
-        told = f"at most {room:,} new tokens fit" if room > 0 else "shorten the prompt"
+        told = f"at most {counted(room, 'new token')} fit" if room > 0 else "shorten the prompt"
         raise ContextLengthError(
-            f"the prompt has {prompt_tokens:,} tokens and the answer may have "
+            f"the prompt has {counted(prompt_tokens, 'token')} and the answer may have "
             f"{wanted - prompt_tokens:,}, {wanted:,} together, and the model was made for "
             f"{most:,}; {told}"
         )
@@ -67,10 +67,10 @@ class Admission:
         raw_bytes, page = plan.raw_page_bytes, plan.shape.host_format.row_tokens
         page_bytes = max(plan.kv_host_bytes(page) - raw_bytes, 1)  # of what grows with the tokens
         fitting = max(there - raw_bytes, 0) // page_bytes * page
+        fit = f"{counted_tokens(fitting)} {'fits' if fitting == 1 else 'fit'}"
         raise MemoryPlanError(
-            f"prompt and answer of {tokens:,} tokens need {format_bytes(needed)} of CPU memory for "
-            f"the KV cache, and {format_bytes(there)} can be had once all else has ended: "
-            f"{format_tokens(fitting)} tokens fit. GPU memory would take "
-            f"{format_bytes(plan.total_device_bytes)}. Shorten the prompt, ask for fewer new "
-            "tokens, or free CPU memory"
+            f"prompt and answer of {counted(tokens, 'token')} need {format_bytes(needed)} of CPU "
+            f"memory for the KV cache, and {format_bytes(there)} can be had once all else has "
+            f"ended: {fit}. GPU memory would take {format_bytes(plan.total_device_bytes)}. Shorten "
+            "the prompt, ask for fewer new tokens, or free CPU memory"
         )

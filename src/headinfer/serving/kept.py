@@ -1,10 +1,9 @@
-"""Kept prefixes: what each holds, and which serves a prompt best."""
+"""Caches that are kept, and those that requests have: what each holds, and spares a prompt."""
 
 import itertools
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 
@@ -118,24 +117,6 @@ class Lent:
         if held_tokens in self.marks or held_tokens == len(self.ids):
             return new > 0
         return new >= max(len(self.ids) // _SNAPSHOTS, LEAST_TOKENS)
-
-
-class Choice(NamedTuple):
-    """A choice of what a prompt begins with: a cache in memory, a running request's, or the disk.
-
-    Attributes:
-        tokens: of the prompt that it spares.
-        source: what has them.
-        whole: whether it may be taken over, as the prompt goes on where it ends.
-    """
-
-    tokens: int
-    source: Kept | Lent | SavedPrefix
-    whole: bool
-
-    def rank(self) -> tuple[int, bool]:
-        """Return what makes it better than another one, where that is larger."""
-        return self.tokens, self.whole
 
 
 def usable(held: torch.Tensor, prompt: torch.Tensor, earliest_crop: int) -> int:

@@ -13,20 +13,15 @@ from headinfer.errors import HeadInferError, MemoryPlanError
 from headinfer.integration.cache import OffloadedCache
 from headinfer.integration.memory_held import held_by, held_together
 from headinfer.integration.token_history import common_prefix
-from headinfer.serving.kept import LEAST_TOKENS, Choice, Kept, Lent, as_ids, next_tick, usable
-from headinfer.serving.prefix_folder import PrefixFolder, SavedPrefix
+from headinfer.serving.choosing import LOOK_S, Chooser
+from headinfer.serving.kept import LEAST_TOKENS, Kept, Lent, as_ids
+from headinfer.serving.prefix_folder import PrefixFolder
 from headinfer.serving.sessions import Sessions
 from headinfer.serving.shelf import Shelf
 from headinfer.serving.slots import SlotState
 from headinfer.session import Session
 
 _logger = logging.getLogger(__name__)
-
-_LOOK_S = 0.2
-"""How often one that waits for memory looks whether somebody still waits for it."""
-
-_DISK_DIVISOR = 8
-"""What the disk has is loaded where that spares one in so many tokens more than memory does."""
 
 
 class Prefixes:
@@ -62,8 +57,7 @@ class Prefixes:
         folder_bytes: int | None = None,
     ) -> None:
         self._session = session
-        self._running: list[Lent] = []  # changed with the shelf's mutex
-        self._returning: list[Lent] = []  # so, too: those that run, and those not kept yet
+        self._lent: list[Lent] = []  # until they are kept; changed with the shelf's mutex
         self._reuses = session.goes_on_alike()
         self._goes_back = session.goes_back
         self._grow_bytes = grow_bytes
@@ -74,6 +68,7 @@ class Prefixes:
         self.sessions = None if folder is None else Sessions(session, self._shelf, folder)
         self._entering = threading.Lock()  # so that two do not count on the same memory
         self._changed = threading.Condition(self._shelf.mutex)
+        self._chooser = Chooser(self._shelf, self._lent, self._changed, goes_back=self._goes_back)
         if not self._reuses:
             _logger.warning(
                 "no prefixes are kept: this model gives other results for a prompt that is read in "
@@ -102,7 +97,7 @@ class Prefixes:
             HeadInferError: the model was detached.
         """
         prompt, most = as_ids(ids), len(ids) + new_tokens
-        lent = self._found(prompt, given_up) if self._reuses else None
+        lent = self._chooser.find(prompt, given_up) if self._reuses else None
         if lent is None:
             lent = Lent(cache=self._session.new_cache(), ids=prompt)
         cache, lent.given_up = lent.cache, given_up
@@ -118,6 +113,11 @@ class Prefixes:
             raise
         return lent
 
+    @property
+    def _running(self) -> list[Lent]:
+        """The caches of requests that have not ended."""
+        return [each for each in self._lent if not each.ended]
+
     def _wait_for_room(self, lent: Lent, tokens: int, given_up: Callable[[], bool]) -> None:
         """Wait for CPU memory: kept prefixes yield it at once, and running requests at their end.
 
@@ -127,133 +127,21 @@ class Prefixes:
             with self._entering:
                 if given_up() or self._has_room(lent.cache, tokens):
                     with self._changed:
-                        self._running.append(lent)
-                        self._returning.append(lent)
+                        self._lent.append(lent)
                     return
             with self._changed:
-                self._changed.wait(_LOOK_S)
+                self._changed.wait(LOOK_S)
 
     def _has_room(self, cache: OffloadedCache, tokens: int) -> bool:
         """Have kept prefixes yield for a cache; return whether there is room, or none will come."""
         missing = self._session.missing_host_bytes
         with self._changed:
-            if self._session.disk.file and not all(each.begun for each in self._running):
+            running = self._running
+            if self._session.disk.file and not all(each.begun for each in running):
                 return False  # above a disk each takes all that is left
-            promised = [
-                missing(run.cache, run.cache.state.max_tokens or 0) for run in self._running
-            ]
+            promised = [missing(run.cache, run.cache.state.max_tokens or 0) for run in running]
         lacking = self._shelf.make_room(missing(cache, tokens) + sum(promised))
         return not (lacking and self._running)
-
-    def _found(self, prompt: torch.Tensor, given_up: Callable[[], bool]) -> Lent | None:
-        """Return the longest beginning of a prompt that any cache holds, for one request alone."""
-        tried: list[Kept | Lent | SavedPrefix] = []
-        while True:
-            with self._shelf.mutex:
-                choice = self._choose(prompt, tried)
-                most = 0 if choice is None else choice.tokens
-                if not given_up() and any(e.will_leave(prompt) > most for e in self._returning):
-                    self._changed.wait(_LOOK_S)
-                    continue
-                if choice is None:
-                    return None
-                self._claim(choice)
-            lent = None
-            try:
-                lent = self._lent_of(choice, prompt)
-            except HeadInferError as error:  # as of a running request that has just failed
-                _logger.warning("a prefix is not used: %s", error)
-            finally:
-                self._unclaim(choice, used=lent is not None)
-            if lent is not None:
-                return lent
-            tried.append(choice.source)
-
-    def _choose(self, prompt: torch.Tensor, tried: Sequence[object]) -> Choice | None:
-        """Return what spares a prompt the most tokens; memory comes before the disk."""
-        in_memory: list[Choice] = []
-        on_disk: list[Choice] = []
-        for kept in self._shelf.kept:
-            tokens = kept.serves(prompt)
-            whole = tokens == len(kept.ids) and not (kept.busy or kept.snapshot)
-            in_memory.append(Choice(tokens, kept, whole))
-        if self._goes_back:  # else what was read is there as snapshots
-            for lent in self._running:
-                tokens = usable(lent.ids[: lent.read_tokens], prompt, 0)
-                in_memory.append(Choice(tokens, lent, whole=False))
-        for saved in self._shelf.saved:
-            tokens = usable(saved.ids, prompt, saved.earliest_crop)
-            # Where caches cannot go back, others may need it just as it is.
-            taken = saved.owned or saved.named
-            whole = self._goes_back and tokens == len(saved.ids) and not taken
-            on_disk.append(Choice(tokens, saved, whole))
-        best, other = (
-            max(
-                (each for each in choices if each.source not in tried),
-                key=Choice.rank,
-                default=None,
-            )
-            for choices in (in_memory, on_disk)
-        )
-        most = 0 if best is None else best.tokens
-        if other is not None and (other.tokens - most) * _DISK_DIVISOR > other.tokens:
-            best = other
-        return best if best is not None and best.tokens else None
-
-    def _claim(self, choice: Choice) -> None:
-        """Keep others from what was chosen."""
-        source = choice.source
-        if isinstance(source, Lent):
-            return
-        source.used = next_tick()
-        if isinstance(source, SavedPrefix):
-            source.owned = source.owned or choice.whole
-        elif choice.whole:
-            self._shelf.kept.remove(source)
-        else:
-            source.busy += 1
-
-    def _unclaim(self, choice: Choice, *, used: bool) -> None:
-        """Let others have what was not taken over."""
-        source = choice.source
-        with self._shelf.mutex:
-            if isinstance(source, Kept) and not choice.whole:
-                source.busy -= 1
-            elif isinstance(source, SavedPrefix) and choice.whole and not used:
-                source.owned = False
-
-    def _lent_of(self, choice: Choice, prompt: torch.Tensor) -> Lent | None:
-        """Return what was chosen, for a request alone; None where it gives nothing after all."""
-        source = choice.source
-        if isinstance(source, Kept) and choice.whole:
-            return Lent(
-                cache=source.cache, ids=prompt, cached_tokens=choice.tokens, home=source.home
-            )
-        if not isinstance(source, SavedPrefix):
-            return self._cut(source.cache.fork(), prompt, None)
-        cache = self._shelf.load(source)
-        lent = None
-        if cache is not None:
-            lent = self._cut(cache, prompt, source if choice.whole else None)
-        if lent is None:  # it may go back less far than was thought
-            source.earliest_crop = len(source.ids)
-        return lent
-
-    def _cut(
-        self, cache: OffloadedCache, prompt: torch.Tensor, home: SavedPrefix | None
-    ) -> Lent | None:
-        """Return a cache of nobody else with what a prompt shares with it; None for too little."""
-        try:
-            tokens = cache.keep_common_prefix(prompt)
-            if tokens >= LEAST_TOKENS:
-                cache.park()
-                cache.compact()
-                return Lent(cache=cache, ids=prompt, cached_tokens=tokens, home=home)
-        except BaseException:
-            cache.close()
-            raise
-        cache.close()
-        return None
 
     def _parting(self, prompt: torch.Tensor) -> list[int]:
         """Return where a kept prefix parts from a prompt: the next prompt may part there, too."""
@@ -303,7 +191,6 @@ class Prefixes:
             keep: whether what it holds is sound.
         """
         with self._changed:
-            self._running.remove(lent)
             lent.ended = True
         try:
             if keep and self._reuses and lent.cache.state.engine is not None:
@@ -317,7 +204,7 @@ class Prefixes:
             _logger.warning("what a request has read is not kept: %s", error)
         finally:
             with self._changed:
-                self._returning.remove(lent)
+                self._lent.remove(lent)
                 self._changed.notify_all()
         self._put_back(lent)
 

@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Callable
 
 from headinfer.errors import DeskClosedError, QueueFullError
+from headinfer.units import counted
 
 
 class Line:
@@ -36,8 +37,8 @@ class Line:
             full = len(self._running) + len(self._waiting)
             if full >= self._most_running + self._most_waiting:
                 raise QueueFullError(
-                    f"{len(self._running)} requests run and {len(self._waiting)} wait, which is "
-                    "the limit of the queue; try again later"
+                    f"the queue is full, with {counted(len(self._running), 'request')} running and "
+                    f"{len(self._waiting)} waiting; try again later"
                 )
             self._waiting.append(request)
             self._begin_next()

@@ -15,6 +15,7 @@ from headinfer.serving.kept import Kept
 from headinfer.serving.prefix_folder import PrefixFolder, changed_s, is_own_name, is_prefix_name
 from headinfer.serving.shelf import Shelf
 from headinfer.session import Session
+from headinfer.units import counted
 
 _MOST_CHARS = 100
 
@@ -110,8 +111,8 @@ class Sessions:
         index = read_index(path)
         if index.rows != 1 or not index.with_ids:
             raise SessionFileError(
-                f"session {name!r} has {index.rows} rows, or no token ids; those of one prompt can "
-                "be restored"
+                f"session {name!r} has {counted(index.rows, 'row')}, or no token ids; those of one "
+                "prompt can be restored"
             )
         messages = Messages.read(os.fspath(path))
         self._shelf.make_room(self._session.host_bytes_for(index.tokens))

@@ -11,7 +11,7 @@ from headinfer.cli.render import print_rows, summary_rows
 from headinfer.cli.talk.conversation import Conversation
 from headinfer.errors import OptionError
 from headinfer.plan.plan import Plan
-from headinfer.units import plural
+from headinfer.units import counted
 
 MARK = "/"
 
@@ -82,7 +82,7 @@ class Commands:
         text = read_text(path if path != "-" else "./-", "file", "a path")
         self._conversation.files.append((path, text))
         come = "comes" if len(text) == 1 else "come"
-        self._say(f"{path}: {_counted(len(text), 'character')} {come} before your next message")
+        self._say(f"{path}: {counted(len(text), 'character')} {come} before your next message")
 
     def save(self, path: str) -> None:
         """Save cache and messages."""
@@ -94,11 +94,11 @@ class Commands:
         conversation.load(path)
         messages = len(conversation.messages.said)
         told = (
-            _counted(messages, "message")
+            counted(messages, "message")
             if messages
             else "no messages, so it serves what begins alike"
         )
-        self._say(f"session {path}: {_counted(conversation.held_tokens, 'token')}, {told}")
+        self._say(f"session {path}: {counted(conversation.held_tokens, 'token')}, {told}")
 
     def system(self, text: str) -> None:
         """Show what the system says, or have it say something."""
@@ -124,15 +124,15 @@ class Commands:
         """Show what is held, and what the last answer took."""
         conversation, last = self._conversation, self._conversation.last
         messages = len(conversation.messages.said)
-        tokens = _counted(conversation.held_tokens, "token")
-        held = f"{_counted(messages, 'message')}, {tokens} in the cache"
+        tokens = counted(conversation.held_tokens, "token")
+        held = f"{counted(messages, 'message')}, {tokens} in the cache"
         print_rows(self._console, [("conversation", held)])
         if last is None:
             return
-        read = f"{last.read_tokens:,} of {_counted(last.prompt_tokens, 'token')}"
+        read = f"{last.read_tokens:,} of {counted(last.prompt_tokens, 'token')}"
         rows = [
             ("last prompt", f"{read} were read, the cache had {last.kept_tokens:,}"),
-            ("last answer", _counted(last.new_tokens, "token")),
+            ("last answer", counted(last.new_tokens, "token")),
         ]
         if last.stats.prefill_tokens or last.stats.decode_tokens:
             rows += summary_rows(last.stats, self._plan)
@@ -141,11 +141,6 @@ class Commands:
     def exit(self, _rest: str) -> None:
         """Leave."""
         raise Leave
-
-
-def _counted(number: int, one: str) -> str:
-    """Return a number with what is counted."""
-    return f"{number:,} {plural(number, one)}"
 
 
 def _unquoted(path: str) -> str:

@@ -16,7 +16,7 @@ from headinfer.cli.talk.messages import check_template, encode_messages
 from headinfer.errors import CacheStateError, OptionError, SessionRoomError
 from headinfer.generation.settings import Settings, settle
 from headinfer.saved.messages import Messages
-from headinfer.units import format_tokens, plural
+from headinfer.units import counted, counted_tokens
 
 if TYPE_CHECKING:
     from headinfer.engine.stats import Stats
@@ -192,7 +192,7 @@ class Conversation:
                 told = "stopped before an answer; send it again to go on where the reading was"
             console.print(told)
         elif answer.stopped is None and answer.finish_reason == "length":
-            tokens = f"{answer.new_tokens} {plural(answer.new_tokens, 'token')}"
+            tokens = counted(answer.new_tokens, "token")
             console.print(f"the answer ends at its {tokens} (--max-new-tokens)")
 
     def _check_positions(self, tokens: int) -> None:
@@ -200,7 +200,7 @@ class Conversation:
         if most and tokens > most and not self._talker.request.allow_long:
             raise OptionError(
                 f"the conversation would have {tokens:,} tokens, but the model was made for "
-                f"{format_tokens(most)} positions; /clear begins anew, and --allow-long-prompt "
+                f"{counted_tokens(most, 'position')}; /clear begins anew, and --allow-long-prompt "
                 "goes beyond"
             )
 

@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PreTrainedModel
 
 from headinfer.bench.document import model_values, provenance
-from headinfer.bench.files import check_continues, joined, load_results, replace_json
+from headinfer.bench.files import ResultFile, check_continues, joined
 from headinfer.bench.machine import hardware
 from headinfer.bench.result import Status
 from headinfer.bench.spec import json_values
@@ -22,7 +22,7 @@ FORMAT = 2
 
 
 @dataclass(slots=True, kw_only=True)
-class AgreementResults:
+class AgreementResults(ResultFile):
     """A run and what it has found so far.
 
     Attributes:
@@ -30,6 +30,9 @@ class AgreementResults:
         header: what the rows share.
         rows: the finished ones.
     """
+
+    version: ClassVar[int] = FORMAT
+    verb: ClassVar[str] = "evaluate agreement"
 
     spec: AgreementSpec
     header: dict[str, Any]
@@ -55,25 +58,9 @@ class AgreementResults:
             (row.method, row.context_tokens) for row in self.rows if row.status is not Status.FAILED
         }
 
-    def save(self, path: str) -> None:
-        """Replace a file by these results.
-
-        Raises:
-            OptionError: it cannot be written; the old file stays.
-        """
-        replace_json(path, self.to_json(), remedy="make room, then go on with --resume")
-
     @classmethod
-    def load(cls, path: str) -> "AgreementResults":
-        """Return what a file holds.
-
-        Raises:
-            OptionError: it cannot be read, or is no result file of this format.
-        """
-        return load_results(path, FORMAT, "evaluate agreement", cls._from_json)
-
-    @classmethod
-    def _from_json(cls, values: Mapping[str, Any]) -> "AgreementResults":
+    def from_json(cls, values: Mapping[str, Any]) -> "AgreementResults":
+        """Return the results that `to_json` gave."""
         head = values["header"]
         rows = [AgreementRow(**(row | {"status": Status(row["status"])})) for row in values["rows"]]
         return cls(spec=AgreementSpec.from_json(head["spec"]), header=head, rows=rows)

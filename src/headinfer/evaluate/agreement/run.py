@@ -22,7 +22,7 @@ from headinfer.evaluate.agreement.spec import AgreementSpec
 from headinfer.evaluate.divergence import Tally
 from headinfer.evaluate.pace import Pace, Progress
 from headinfer.evaluate.reading import aligned, check_text, most_tokens, read, sharing_weights
-from headinfer.units import format_tokens
+from headinfer.units import counted, counted_tokens, format_tokens
 
 EXACT_KL = 1e-6
 """Nats that an exact method may be from stock at any position in float32.
@@ -125,7 +125,7 @@ class Agreement:
         ]
         pace = Pace([context for _, context in missing])
         for method, context in missing:
-            what = f"{method} over {format_tokens(context)} tokens"
+            what = f"{method} over {counted_tokens(context)}"
             self._progress.started(what, pace.left_s())
             row = self._row(method, context, self._mover(what, pace))
             pace.finish(context, ran=row.positions is not None)
@@ -161,7 +161,11 @@ class Agreement:
         with closing(METHODS[name](self._other, self._spec.trial(name, context))) as method:
             wanted = method.pass_tokens(context)
             pass_tokens = min(wanted, stock_tokens)
-            capped = "" if pass_tokens == wanted else f"read in passes of {pass_tokens:,} tokens"
+            capped = (
+                ""
+                if pass_tokens == wanted
+                else f"read in passes of {counted(pass_tokens, 'token')}"
+            )
             readings = [_read_stock(self._stock, tokens, stock_tokens)]
             if self._precise is not None:
                 readings.append(_read_stock(self._precise, tokens, stock_tokens))

@@ -8,6 +8,7 @@ from headinfer.bench.model_spec import Model, model_from_json
 from headinfer.bench.spec import TrialSpec, check_lists, json_values
 from headinfer.errors import OptionError
 from headinfer.plan.options import Options
+from headinfer.units import counted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,8 +54,8 @@ class AgreementSpec:
         """
         if text_tokens < max(self.contexts):
             raise OptionError(
-                f"the text has {text_tokens:,} tokens, and contexts go to {max(self.contexts):,}; "
-                "give a longer text or smaller --contexts"
+                f"the text has {counted(text_tokens, 'token')}, and contexts go to "
+                f"{max(self.contexts):,}; give a longer text or smaller --contexts"
             )
 
     def trial(self, method: str, context_tokens: int) -> TrialSpec:

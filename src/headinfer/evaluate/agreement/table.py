@@ -11,7 +11,7 @@ from headinfer.bench.result import Status
 from headinfer.bench.table import meaning
 from headinfer.evaluate.agreement.document import AgreementResults
 from headinfer.evaluate.agreement.run import AgreementRow
-from headinfer.units import format_bytes, format_tokens
+from headinfer.units import counted, format_bytes, format_tokens
 
 _NOTHING = "-"
 
@@ -76,7 +76,8 @@ def conditions(results: AgreementResults) -> Iterable[str]:
     yield f"{head['hardware']['gpu'] or head['hardware']['cpu']}, text {head['text']['name']}"
     yield f"stock: {head['stock_attention']} attention, `DynamicCache`; KL from stock in nats"
     most = format_bytes(head["logits_bytes_of_a_pass"])
-    yield f"logits of one pass at a time, of at most {most} and {head['most_pass_tokens']:,} tokens"
+    tokens = counted(head["most_pass_tokens"], "token")
+    yield f"logits of one pass at a time, of at most {most} and {tokens}"
 
 
 def notes(rows: Sequence[AgreementRow]) -> list[str]:

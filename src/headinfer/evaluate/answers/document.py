@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from headinfer.bench.document import model_values, provenance, version_of
-from headinfer.bench.files import check_continues, joined, load_results, replace_json
+from headinfer.bench.files import ResultFile, check_continues, joined
 from headinfer.bench.spec import json_values
 from headinfer.evaluate.answers.job import AnswersSpec
 from headinfer.evaluate.answers.run import AnswersRow
@@ -15,7 +15,7 @@ FORMAT = 1
 
 
 @dataclass(slots=True, kw_only=True)
-class Answers:
+class Answers(ResultFile):
     """A run of questions and what it has found so far.
 
     Attributes:
@@ -23,6 +23,9 @@ class Answers:
         header: what the rows share.
         rows: by method and context.
     """
+
+    version: ClassVar[int] = FORMAT
+    verb: ClassVar[str] = "evaluate"
 
     spec: AnswersSpec
     header: dict[str, Any]
@@ -50,25 +53,9 @@ class Answers:
         values: dict[str, Any] = json_values({"header": self.header, "rows": rows})
         return values
 
-    def save(self, path: str) -> None:
-        """Replace a file by these results.
-
-        Raises:
-            OptionError: it cannot be written; the old file stays.
-        """
-        replace_json(path, self.to_json(), remedy="make room, then go on with --resume")
-
     @classmethod
-    def load(cls, path: str) -> "Answers":
-        """Return what a file holds.
-
-        Raises:
-            OptionError: it cannot be read, or is no result file of this format.
-        """
-        return load_results(path, FORMAT, "evaluate", cls._from_json)
-
-    @classmethod
-    def _from_json(cls, values: Mapping[str, Any]) -> "Answers":
+    def from_json(cls, values: Mapping[str, Any]) -> "Answers":
+        """Return the results that `to_json` gave."""
         head = values["header"]
         rows = [AnswersRow.from_json(row) for row in values["rows"]]
         return cls(

@@ -17,7 +17,7 @@ from headinfer.evaluate.answers.job import AnswersSpec
 from headinfer.evaluate.answers.launch import Launcher
 from headinfer.evaluate.answers.record import Record, likeness, mean_score
 from headinfer.evaluate.pace import Pace, Progress
-from headinfer.units import format_tokens
+from headinfer.units import counted, counted_tokens
 
 _FIRST_TOKENS = 1024
 """The first context of the search for the most that a method holds."""
@@ -152,7 +152,7 @@ class AnswersRun:
                     yield self._ended(row, None)
 
     def _answered(self, row: AnswersRow) -> Iterator[AnswersRow]:
-        what = f"{row.method} at {format_tokens(row.context_tokens)} tokens"
+        what = f"{row.method} at {counted_tokens(row.context_tokens)}"
         self._progress.started(what, self._pace.left_s())
         row = replace(row, limit_tokens=self._limit_of(row), is_finished=False)
         cuts = 0
@@ -258,7 +258,7 @@ class AnswersRun:
     def _tried(self, method: str, tokens: int) -> Outcome:
         """Try whether a method holds so many tokens."""
         self._progress.moved(
-            f"{method}: does it hold {format_tokens(tokens)} tokens?", self._pace.left_s()
+            f"{method}: does it hold {counted_tokens(tokens)}?", self._pace.left_s()
         )
         trial = self._spec.job(method, tokens, None, ()).trial()
         return self._launcher.trial(trial)
@@ -268,4 +268,4 @@ def said(row: AnswersRow) -> str:
     """Return a row's result in a few words."""
     if row.score is None:
         return "no answers"
-    return f"{len(row.records)} answers, score {row.score:.0%}"
+    return f"{counted(len(row.records), 'answer')}, score {row.score:.0%}"

@@ -19,6 +19,7 @@ from headinfer.evaluate.answers.record import Record
 from headinfer.evaluate.figure7.sentences import SENTENCES
 from headinfer.evaluate.needle.hiding import Hidden, Hiding
 from headinfer.evaluate.prompts.haystack import PROSE_PACKAGE, Haystack, prose
+from headinfer.units import counted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +64,7 @@ class Figure7(Hiding):
         if not records:
             return []
         lost = [record for record in records if not record.score]
-        told = f"found {len(records) - len(lost)} of {len(records)} sentences"
+        told = f"found {len(records) - len(lost)} of {counted(len(records), 'sentence')}"
         if lost:
             first = lost[0]
             asked, said = first.labels["asked"], first.answer.text.strip()

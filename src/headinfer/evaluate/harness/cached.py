@@ -26,6 +26,7 @@ from headinfer.errors import OptionError
 from headinfer.evaluate.harness.scoring import Score, score_after, score_batch
 from headinfer.integration.calls import cache_argument
 from headinfer.integration.rotary import rotary_modules_by_length
+from headinfer.units import counted
 
 _logger = logging.getLogger(__name__)
 
@@ -210,8 +211,8 @@ class CachedLM(TemplateLM):
             raise OptionError("a continuation without tokens cannot be scored")
         if len(continuation) > self.max_length:
             raise OptionError(
-                f"a continuation of {len(continuation):,} tokens is longer than max_length "
-                f"{self.max_length:,}"
+                f"a continuation of {counted(len(continuation), 'token')} is longer than "
+                f"max_length {self.max_length:,}"
             )
         room = self.max_length + 1 - len(continuation)
         return tuple(context[-room:]), tuple(continuation)
@@ -316,8 +317,9 @@ class CachedLM(TemplateLM):
         room = self.max_length - new_tokens
         if room < 1:
             raise OptionError(
-                f"answers of {new_tokens:,} tokens leave no room for a prompt within max_length "
-                f"{self.max_length:,}; give a larger max_length, or a smaller max_gen_toks"
+                f"answers of {counted(new_tokens, 'token')} leave no room for a prompt within "
+                f"max_length {self.max_length:,}; give a larger max_length, or a smaller "
+                "max_gen_toks"
             )
         return room
 

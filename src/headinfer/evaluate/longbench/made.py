@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from headinfer.errors import OptionError
 from headinfer.evaluate.prompts.examples import Example
 from headinfer.evaluate.prompts.haystack import Haystack, prose
-from headinfer.units import format_tokens
+from headinfer.units import counted_tokens
 
 if TYPE_CHECKING:
     from headinfer.evaluate.longbench.task import LongBenchV2
@@ -44,7 +44,7 @@ def made_example(task: "LongBenchV2", number: int, context_tokens: int, tokenize
     room = context_tokens - _SPARE_TOKENS - len(task.prompt(whole, tokenizer)[0])
     if room < 0:
         raise OptionError(
-            f"a prompt of {format_tokens(context_tokens)} tokens is too short for the facts and "
+            f"a prompt of {counted_tokens(context_tokens)} is too short for the facts and "
             f"the question; give at least {context_tokens - room:,} with --contexts"
         )
     haystack = Haystack(prose(task.text), tokenizer)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from headinfer.errors import OptionError
 from headinfer.evaluate.answers.record import Labels, Record, scores_by
 from headinfer.evaluate.prompts.haystack import Haystack, frame
-from headinfer.units import format_tokens
+from headinfer.units import counted_tokens
 
 if TYPE_CHECKING:
     from headinfer.evaluate.answers.answering import Answerer
@@ -127,7 +127,7 @@ class Hiding(ABC):
         room = context_tokens - around.tokens - len(fact)
         if room < 0:
             raise OptionError(
-                f"a prompt of {format_tokens(context_tokens)} tokens is too short for the fact and "
+                f"a prompt of {counted_tokens(context_tokens)} is too short for the fact and "
                 f"the question; give at least {context_tokens - room:,} with --contexts"
             )
         return around.around(sentences.around(fact, room))

@@ -11,6 +11,7 @@ from headinfer.errors import OptionError
 from headinfer.evaluate.needle.task import made_up_name
 from headinfer.evaluate.prompts.haystack import Haystack, frame
 from headinfer.finding.texts import Copied, Example
+from headinfer.units import counted
 
 _MESSAGE = (
     "Somewhere in the following text there are passkeys. Keep them in mind.\n\n",
@@ -60,9 +61,11 @@ class PlantedTexts:
         around = frame(self._tokenizer, _MESSAGE, _BEGUN, raw=self._raw)
         room = tokens - around.tokens - 2 * sum(len(said) + len(key) for said, key in facts)
         if room < 0:
+            whose = "its" if count == 1 else "their"
             raise OptionError(
-                f"a text of {tokens} tokens is too short for {count} passkeys and their question; "
-                f"give at least {tokens - room} with --tokens"
+                f"a text of {counted(tokens, 'token')} is too short for "
+                f"{counted(count, 'passkey')} and {whose} question; give at least {tokens - room} "
+                "with --tokens"
             )
         sentences = self._haystack.sentences(drawn.randrange(len(self._haystack)), room)
         places = sorted(drawn.randrange(len(sentences) + 1) for _ in facts)

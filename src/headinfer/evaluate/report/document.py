@@ -14,7 +14,7 @@ from headinfer.evaluate.answers.run import AnswersRow
 from headinfer.evaluate.answers.table import compared, conditions, notes, percent, seen
 from headinfer.evaluate.report import paper
 from headinfer.plan.streaming import RANDOM
-from headinfer.units import exact_bytes, format_tokens
+from headinfer.units import counted, exact_bytes, format_tokens
 
 Results = Answers | AgreementResults
 
@@ -154,7 +154,7 @@ def _cell(results: Answers, row: AnswersRow | None) -> str:
     if any(record.answer.is_cut for record in row.records):
         told.append(f"saw {seen(row)}")
     if len(row.records) < results.spec.task.questions(row.context_tokens):
-        told.append(f"{len(row.records)} answers alone")
+        told.append(f"{counted(len(row.records), 'answer')} alone")
     like = compared(results, row)
     if like is not None:
         told.append(f"{like.same} of {like.compared} as stock")

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from headinfer.errors import OptionError
+from headinfer.units import counted
 
 _GROWTH = 8
 """How many times longer the next try may be where nothing too long was seen yet."""
@@ -33,7 +34,8 @@ def most_units(
     first_tokens = tokens_of(first)
     if first_tokens > most_tokens:
         raise OptionError(
-            f"a sample has at least {first_tokens:,} tokens, and {most_tokens:,} are allowed"
+            f"a sample has at least {counted(first_tokens, 'token')}, and {most_tokens:,} are "
+            "allowed"
         )
     low, low_tokens = first, first_tokens
     high = None if last is None else last // step * step + step
@@ -56,8 +58,8 @@ def most_units(
             low, low_tokens = units, tokens
             if low > most_tokens:
                 raise OptionError(
-                    f"{low:,} parts of a text have {tokens:,} tokens, by a tokenizer that counts "
-                    "less than one for each"
+                    f"{low:,} parts of a text have {counted(tokens, 'token')}, by a tokenizer that "
+                    "counts less than one for each"
                 )
         else:
             high, high_tokens = units, tokens

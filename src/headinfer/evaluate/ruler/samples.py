@@ -13,7 +13,7 @@ from headinfer.evaluate.ruler.fit import most_units
 from headinfer.evaluate.ruler.kinds import KINDS
 from headinfer.evaluate.ruler.needles import FORMS, hide
 from headinfer.evaluate.ruler.seeds import seeded
-from headinfer.units import format_tokens
+from headinfer.units import counted_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ class Maker:
                 self._draw = make(self)
             except OptionError as error:
                 raise OptionError(
-                    f"{kind} does not fit into {format_tokens(context_tokens)} tokens: {error}; "
+                    f"{kind} does not fit into {counted_tokens(context_tokens)}: {error}; "
                     "give larger --contexts"
                 ) from error
 
@@ -100,7 +100,7 @@ class Maker:
             if self.tokens(text) <= self.room:
                 return sample
         raise OptionError(
-            f"{self._kind} does not fit into {format_tokens(self._context_tokens)} tokens; give "
+            f"{self._kind} does not fit into {counted_tokens(self._context_tokens)}; give "
             "larger --contexts"
         )
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from headinfer.errors import OptionError
 from headinfer.evaluate.answers.record import Record, scores_by, with_average
 from headinfer.evaluate.ruler.kinds import KINDS, check_kinds
+from headinfer.units import counted
 
 if TYPE_CHECKING:
     from headinfer.evaluate.answers.answering import Answerer
@@ -91,7 +92,10 @@ class Ruler:
 
     def told(self) -> list[str]:
         """Return whose prompts, settings and measures these are."""
-        return [f"prompts and measures of lm-evaluation-harness, {self.samples} samples a task"]
+        return [
+            f"prompts and measures of lm-evaluation-harness, {counted(self.samples, 'sample')} a "
+            "task"
+        ]
 
     def scores(self, records: Sequence[Record]) -> dict[str, float | None]:
         """Return the mean over the tasks, and the mean score of each, as RULER tells them."""

@@ -15,7 +15,7 @@ from typing import Any
 from headinfer.errors import OptionError
 from headinfer.evaluate.prompts.examples import Example
 from headinfer.evaluate.scbench.prompts import of_turns
-from headinfer.units import format_tokens
+from headinfer.units import counted, format_tokens
 
 _TURNS = 5
 _ENDS = 4
@@ -51,7 +51,7 @@ def fitted(task: str, seed: str, context_tokens: int, tokenizer: Any, *, raw: bo
     fewest = _FEWEST[task]
     if (least := tokens(fewest)) > context_tokens:
         raise OptionError(
-            f"{task}: the smallest example has {least:,} tokens, and a prompt at most "
+            f"{task}: the smallest example has {counted(least, 'token')}, and a prompt at most "
             f"{format_tokens(context_tokens)}; give more with --contexts"
         )
     fits, too_many = fewest, 2 * fewest

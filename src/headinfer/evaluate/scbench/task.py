@@ -17,6 +17,7 @@ from headinfer.evaluate.scbench import data as scbench_data
 from headinfer.evaluate.scbench import prompts as scbench_prompts
 from headinfer.evaluate.scbench import scores as scbench_scores
 from headinfer.evaluate.scbench.functions import Function
+from headinfer.units import counted
 
 if TYPE_CHECKING:
     from headinfer.evaluate.answers.answering import Answerer
@@ -195,7 +196,8 @@ class SCBench:
         read = sum(record.answer.read_tokens + record.answer.kept_tokens for record in records)
         saved_s = sum(record.measures["saved_s"] for record in records)
         return [
-            f"{kept:,} of {read:,} prompt tokens not computed again, about {saved_s:.1f} s saved"
+            f"{kept:,} of {counted(read, 'prompt token')} not computed again, about {saved_s:.1f} "
+            "s saved"
         ]
 
     def to_json(self) -> dict[str, Any]:
