@@ -3,8 +3,8 @@
 import json
 
 import pytest
+from answers_parts import answering
 from benchmark_parts import Letters
-from test_sharing import in_force
 
 from headinfer.errors import OptionError
 from headinfer.evaluate.answers.record import Record
@@ -272,7 +272,7 @@ def worded(number: int) -> dict:
 
 
 def records_of(task: SCBench, done=(), name="headinfer") -> list[Record]:
-    closed, answerer = in_force(shared_model("llama3"), name)
+    closed, answerer = answering(shared_model("llama3"), name, context_tokens=600)
     with closed:
         return list(task.records(128, answerer, done))
 
