@@ -170,7 +170,8 @@ def test_16_bits_are_held_against_float32(monkeypatch: pytest.MonkeyPatch) -> No
     assert standard.kl_to_float32 == standard.stock_kl_to_float32 > 0
     assert ours.status is Status.OK
     assert ours.kl_max > 0
-    assert ours.stock_kl_to_float32 == standard.stock_kl_to_float32
+    # Summed over the passes of each method, so that last bits may differ.
+    assert ours.stock_kl_to_float32 == pytest.approx(standard.stock_kl_to_float32, rel=1e-9)
     # Ours rounds elsewhere than stock, and no more.
     assert ours.kl_to_float32 < 1.5 * standard.kl_to_float32 < rounded.kl_to_float32
     assert ours.ties <= ours.differing < rounded.differing

@@ -43,7 +43,7 @@ def run(*arguments: str, given: bytes | None = None):
 def test_rows_are_written_with_a_header(model, text, tmp_path):
     path = tmp_path / "out.json"
     result = run(
-        *("--model", model, "--file", text, "--contexts", "100,7", "--dtype", "float32"),
+        *("--model", model, "--file", text, "--contexts", "100,8", "--dtype", "float32"),
         *("--methods", "standard,kv-4bit,headinfer", "--device", "simulated"),
         *("--tile-tokens", "16", "--resident-tokens", "32", "--json", str(path)),
     )
@@ -62,12 +62,12 @@ def test_rows_are_written_with_a_header(model, text, tmp_path):
     assert spec["settings"]["resident_tokens"] == 32
     assert head["text"]["name"] == text
     assert head["text"]["tokens"] == 180
-    assert spec["contexts"] == [7, 100]
+    assert spec["contexts"] == [8, 100]
     assert spec["methods"] == ["standard", "kv-4bit", "headinfer"]
     assert head["stock_attention"] == "sdpa"
     assert {"date", "commit", "hardware", "most_pass_tokens"} <= set(head)
     assert [(row["method"], row["context_tokens"]) for row in rows] == [
-        (method, context) for context in (7, 100) for method in spec["methods"]
+        (method, context) for context in (8, 100) for method in spec["methods"]
     ]
     assert all(set(row) == {each.name for each in fields(AgreementRow)} for row in rows)
     ours = rows[-1]
