@@ -97,7 +97,7 @@ class OffloadedLayer(CacheLayerMixin):
         if not in_turn:
             self._state.functions.warn_of_bypass()
         taken = self._state.update(
-            self._layer_idx, key_states, value_states, self._window_tokens, in_turn=in_turn
+            self._layer_idx, key_states, value_states, self._window_tokens, in_turn
         )
         if not self._initialized:
             self.device, self.dtype = key_states.device, key_states.dtype

@@ -196,7 +196,6 @@ class OffloadedState:
         keys: torch.Tensor,
         values: torch.Tensor,
         window_tokens: int | None,
-        *,
         in_turn: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Take new tokens and hand them back for the attention call that follows."""
