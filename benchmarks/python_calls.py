@@ -2,8 +2,9 @@
 
 Counts calls of functions in the package's own files, on the simulated device, for four layers of
 four KV heads: decode steps after 1000 tokens, and a prompt as long that passes in one chunk and is
-resident. The simulated device's own work, which no GPU needs, is left out. Prints JSON: calls a
-layer and step, and the frames between the attention function and a kernel.
+resident. The prompt's host memory comes ahead of need, as beside a GPU. The simulated device's own
+work, which no GPU needs, is left out. Prints JSON: calls a layer and step, and the frames between
+the attention function and a kernel.
 
     python benchmarks/python_calls.py [--top 20]
 """
@@ -21,12 +22,14 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import headinfer
+from headinfer.device.simulated import SimulatedDevice
 from headinfer.integration.attention import AttentionFunctions
 from headinfer.integration.layer import OffloadedLayer
 
 _ROOT = str(Path(headinfer.__file__).parent)
 _SIMULATOR = (f"{_ROOT}/device/simulated", f"{_ROOT}/device/hazards.py")
 _LAYERS, _STEPS, _PROMPT_TOKENS = 4, 10, 1000
+_HOST_PIECE_BYTES = 2**28
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "resident": {"resident_tokens": "all"},
@@ -123,7 +126,9 @@ def count(llama: LlamaForCausalLM, **options: Any) -> Counter:
 def count_prompt(llama: LlamaForCausalLM, **options: Any) -> Counter:
     """Return what the update and the attention of a prompt's layers call, in a second cache."""
     prompt, counter = torch.randint(0, 97, (1, _PROMPT_TOKENS)), Counter()
-    with headinfer.attach(llama, device="simulated", **options) as offload, torch.no_grad():
+    device = SimulatedDevice(host_piece_bytes=_HOST_PIECE_BYTES)
+    options = {"device": "simulated", "simulated_device": device, **options}
+    with headinfer.attach(llama, **options) as offload, torch.no_grad():
         for profile in (None, counter.in_layers):
             cache = offload.new_cache()
             sys.setprofile(profile)

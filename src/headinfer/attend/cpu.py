@@ -10,7 +10,13 @@ import functools
 
 import torch
 
-from headinfer.attend.fused_call import attend_grouped, attend_shared, attend_split, operator
+from headinfer.attend.fused_call import (
+    FusedCall,
+    attend_grouped,
+    attend_shared,
+    attend_split,
+    operator,
+)
 from headinfer.attend.partial import Partial
 from headinfer.attend.work import Work
 
@@ -33,6 +39,10 @@ class CpuKernel:
     def serves(self, work: Work) -> bool:
         """Whether it can attend a work: always."""
         return True
+
+    def square(self, work: Work) -> FusedCall | None:
+        """Return torch's causal operator, unless queries are converted for it."""
+        return None if work.query.dtype == torch.float16 else _SQUARE
 
     def attend(self, work: Work) -> None:
         """Attend in one fused call where masks and lengths allow; see `Kernel.attend`."""

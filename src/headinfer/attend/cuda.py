@@ -115,7 +115,7 @@ class CudaKernel:
     ) -> None:
         self.name = name
         self._tile, self._square, self._small = tile, square, small or tile
-        self._attend_square = attend_shared if knows_groups else attend_grouped
+        self._knows_groups = knows_groups
         self._torch_device = torch_device
         self._least_pairs = least_pairs
         self._works = None if least_pairs else True  # None is not known yet
@@ -149,6 +149,10 @@ class CudaKernel:
         fewer = _FEWER_IN_CHUNKS if _is_of_a_chunk(q_len) else 1
         return group * q_len * tokens >= self._least_pairs // fewer
 
+    def square(self, work: Work) -> FusedCall | None:
+        """Return its causal operator, where that takes all heads as they are."""
+        return self._square if self._knows_groups else None
+
     def attend(self, work: Work) -> None:
         """Attend each tile in one fused call; see `Kernel.attend`."""
         query, scale, into = work.query, work.scale, work.into
@@ -160,7 +164,8 @@ class CudaKernel:
                 alike = folded_queries(query, into).unflatten(2, (group, q_len))
                 into.add(attend_recurring_square(square, alike, kv, scale))
             else:
-                into.add(self._attend_square(square, query, *kv, scale))
+                attend_square = attend_shared if self._knows_groups else attend_grouped
+                into.add(attend_square(square, query, *kv, scale))
             return
         folded, rows = folded_queries(query, into), group * q_len
         few = rows <= _FEW_ROWS

@@ -110,6 +110,9 @@ class TritonChunks:
         """Whether it can attend a work: wherever there are queries."""
         return work.query.shape[3] > 0
 
+    def square(self, _work: Work) -> None:
+        """Return None: it is no operator of torch's."""
+
     def attend(self, work: Work) -> None:
         """Attend each tile; see `Kernel.attend`."""
         assert work.into is not None

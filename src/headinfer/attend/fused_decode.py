@@ -94,6 +94,9 @@ class TritonDecode:
             return False
         return work.mask is None or work.mask.shape[1] == 1
 
+    def square(self, _work: Work) -> None:
+        """Return None: it is no operator of torch's."""
+
     def attend(self, work: Work) -> None:
         """Attend each tile; see `Kernel.attend`."""
         into, mask = work.into, work.mask

@@ -29,6 +29,9 @@ class ReferenceKernel:
         """Whether it can attend a work: always."""
         return True
 
+    def square(self, _work: Work) -> None:
+        """Return None: it is no operator of torch's."""
+
     def attend(self, work: Work) -> None:
         """Attend in blocks of queries and keys; see `Kernel.attend`."""
         assert work.into is not None

@@ -6,6 +6,7 @@ from typing import Protocol
 
 import torch
 
+from headinfer.attend.fused_call import FusedCall
 from headinfer.attend.partial import Partial
 from headinfer.kv.extent import Piece, Tile
 from headinfer.kv.pair import ALL_HEADS, KV
@@ -115,6 +116,14 @@ class Kernel(Protocol):
 
         All is enqueued on the stream that is current. A tile's memory may be overwritten by what is
         ordered after that.
+        """
+
+    def square(self, work: Work) -> FusedCall | None:
+        """Return the operator that attends a causal work which it serves, as one call.
+
+        It takes fewer heads of keys than of queries, and its output has the queries' dtype. None
+        where there is no such operator. The answer depends on the shape and dtype of the queries
+        alone.
         """
 
 

@@ -53,15 +53,22 @@ def attend_groups(tokens: Tokens, step: Attend) -> None:
         tokens: the chunk, and what it attends.
         step: which parts, by which groups of heads.
     """
+    chunk, parts = tokens.chunk, step.parts
+    # What is new is in new memory, and can be the result as it is.
+    lone = step.groups == 1 and len(parts) == 1 and isinstance(parts[0], Own)
+    lone = lone and chunk.result is None and chunk.sinks is None
     with attention_mark():
-        _attend_groups(tokens, step)
+        if lone and chunk.padding is None:
+            chunk.result = chunk.kernels.attend_square(chunk.query, chunk.new, chunk.scale)
+            if chunk.result is not None:
+                return
+        _attend_groups(tokens, step, lone=lone)
 
 
-def _attend_groups(tokens: Tokens, step: Attend) -> None:
+def _attend_groups(tokens: Tokens, step: Attend, *, lone: bool) -> None:
     chunk, parts = tokens.chunk, step.parts
     kernels, kv_heads, whole = chunk.kernels, chunk.new.keys.shape[1], step.groups == 1
     near = [tokens.near(part.where) if isinstance(part, Near) else None for part in parts]
-    lone = whole and len(parts) == 1 and isinstance(parts[0], Own)  # what is new is in new memory
     for first in range(0, kv_heads, step.heads):
         # A view of all heads would be the same, and takes time.
         heads = ALL_HEADS if whole else slice(first, min(first + step.heads, kv_heads))

@@ -105,13 +105,13 @@ class Chunk:
     def finish_alone(self, total: Total) -> bool:
         """Have the output of the only partial be the result, where nothing is to be copied.
 
+        The result has no place yet, and there are no sinks.
+
         Args:
             total: of all heads. The partial's memory is nobody else's.
 
         Returns:
             Whether it is.
         """
-        if self.result is None and self.sinks is None:
-            self.result = total.alone(self.query.dtype)
-            return self.result is not None
-        return False
+        self.result = total.alone(self.query.dtype)
+        return self.result is not None

@@ -98,6 +98,9 @@ class Engine(CapturableTokens):
         )
         if padding is not None:  # it ends with the new tokens
             call.padding_start = layer.tokens + q_len - padding.valid.shape[1]
+        if layer.undivided and self._capturing is None:
+            self._attend(layer.tracks[0], call)
+            return call.out if call.result is None else call.result
         chunks = layer.split(call)
         if self._capturing is not None:
             self._attend_captured(layer_idx, chunks)
@@ -125,7 +128,9 @@ class Engine(CapturableTokens):
         try:
             first = 0
             while first < q_len:
-                tokens = _at_once(ledger, min(at_once, q_len - first))
+                tokens = min(at_once, q_len - first)
+                if ledger.track.sink_tokens:
+                    tokens = _at_once(ledger, tokens)
                 chunk = executor.chunk = call if q_len == tokens else call.part(first, tokens)
                 chunk.past_tokens = past = ledger.tokens
                 if past < ledger.track.sink_tokens:
@@ -139,7 +144,8 @@ class Engine(CapturableTokens):
                 first += tokens
         finally:
             executor.release()
-        self._end_layers(ledger)
+        if not self.sends_late:
+            self._end_layers(ledger)
         if self._host.pending:
             self._host.check()
 
@@ -189,11 +195,12 @@ class Engine(CapturableTokens):
                 first += tokens
         finally:
             executor.release()
-        self._end_layers(ledger)
+        if not self.sends_late:
+            self._end_layers(ledger)
 
     def _end_layers(self, ledger: Ledger) -> None:
-        """Send home what layers have left to the last of them, unless more is launched behind."""
-        if self._full and ledger is self._full[-1] and not self.sends_late:
+        """Send home what layers have left to the last of them."""
+        if self._full and ledger is self._full[-1]:
             self._executor.send_late()
 
     def send_late(self) -> None:
@@ -207,6 +214,5 @@ class Engine(CapturableTokens):
 
 def _at_once(ledger: Ledger, new_tokens: int) -> int:
     """Return how many of some new tokens pass at once: sinks are a part of their own."""
-    sink_tokens = ledger.track.sink_tokens
-    left = sink_tokens - ledger.tokens if sink_tokens else 0
+    left = ledger.track.sink_tokens - ledger.tokens
     return min(new_tokens, left) if left > 0 else new_tokens

@@ -80,6 +80,9 @@ class LaunchedKernels(Kernels):
         """Return True; see `pick`."""
         return True
 
+    def square(self, _work: Work) -> None:
+        """Return None: all is launched."""
+
     def attend(self, work: Work) -> None:
         """Launch the attention of a work's one tile."""
         total, table = work.into, self._table

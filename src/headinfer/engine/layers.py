@@ -24,6 +24,7 @@ class Layer:
         first_track: index of the first one among all tracks of the cache.
         kv_heads: of all tracks together.
         streams: whether some of its heads stream.
+        undivided: whether one track has all heads, of which none streams.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Layer:
         self.first_track = first_track
         self.kv_heads = shape.kv_heads
         self.streams = shape.streaming is not None
+        self.undivided = len(self.tracks) == 1 and not self.streams
         self._heads: tuple[torch.Tensor, ...] = ()  # of each track, in the model's numbers
         if len(self.tracks) > 1:
             assert shape.streaming is not None

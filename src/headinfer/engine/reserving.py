@@ -28,17 +28,21 @@ class ReservedTokens(CountedTokens):
         Wait for as much of it as is needed when the new tokens are sent home, unless they are kept
         behind residents. These are sent at the end of the pass, which waits then.
         """
+        piece_bytes, resident = self._device.host_piece_bytes, ledger.resident
+        room = 0 if resident is None or ledger.tail is not None else resident.capacity
+        behind = resident is not None and ledger.host_tokens <= resident.tokens <= room - new_tokens
+        if behind and piece_bytes is not None and ledger is not self._full[0]:
+            return  # the first layer has asked for all
         expected, capacity = self._expected_tokens, ledger.capacity_tokens
         if capacity >= expected or self.plan.disk_block_tokens:
             return  # blocks above a disk are taken as tokens are sent home
-        piece_bytes = self._device.host_piece_bytes
         if piece_bytes is None:
             ledger.reserve(expected)
             return
         if capacity + ledger.coming.tokens < expected:
             self._ask_ahead(piece_bytes)
-        resident, tokens = ledger.resident, ledger.tokens + new_tokens
-        if resident is not None and ledger.tail is None and tokens <= resident.capacity:
+        tokens = ledger.tokens + new_tokens
+        if tokens <= room:
             return
         if ledger.tail_tokens + new_tokens >= self.plan.page_tokens:  # else they wait in a page
             ledger.reserve(min(tokens, expected))

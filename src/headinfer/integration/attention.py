@@ -180,15 +180,14 @@ class AttentionFunctions:
                 f"{type(module).__name__} changes its keys between cache and attention, or "
                 "shares them between layers: not served"
             )
-        qkv = in_attended_dtype(type(module).__name__, query, key, value)
-        attended = functools.partial(
-            self._attended,
-            *(module, pending, *qkv, attention_mask, scaling, softcap, s_aux, sliding_window),
-        )
-        if torch.is_autocast_enabled(query.device.type):  # kernels choose their own precision
+        how = attention_mask, scaling, softcap, s_aux, sliding_window
+        autocast = torch.is_autocast_enabled(query.device.type)
+        if autocast or not query.dtype == key.dtype == value.dtype:
+            query, key, value = in_attended_dtype(type(module).__name__, query, key, value)
+        if autocast:  # kernels choose their own precision
             with torch.autocast(query.device.type, enabled=False):
-                return attended(), None
-        return attended(), None
+                return self._attended(module, pending, query, key, value, *how), None
+        return self._attended(module, pending, query, key, value, *how), None
 
     def _attended(
         self,
@@ -237,7 +236,7 @@ class AttentionFunctions:
             out = chunk.out
         else:
             attend: Callable[..., torch.Tensor] = pending.engine.attend
-            if not self.turns.mine:  # a layer that is called by itself
+            if not pending.in_turn:  # a layer that is called by itself
                 attend = functools.partial(self.turns.run, attend)
             asks = q_len <= MAX_ASKED_TOKENS  # more make the host compute instead of read
             out = attend(

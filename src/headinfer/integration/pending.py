@@ -16,6 +16,7 @@ class Pending(NamedTuple):
         keys: of the new tokens, `[batch, kv_heads, q_len, key_dim]`.
         values: of the new tokens, `[batch, kv_heads, q_len, value_dim]`.
         window_tokens: the window that the layer keeps; None where it keeps all.
+        in_turn: whether the thread has its turn at the model.
     """
 
     engine: CacheEngine
@@ -23,3 +24,4 @@ class Pending(NamedTuple):
     keys: torch.Tensor
     values: torch.Tensor
     window_tokens: int | None
+    in_turn: bool

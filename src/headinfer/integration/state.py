@@ -197,6 +197,7 @@ class OffloadedState:
         keys: torch.Tensor,
         values: torch.Tensor,
         window_tokens: int | None,
+        in_turn: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Take new tokens and hand them back for the attention call that follows."""
         if self.engine is None:  # the model was not called through its own forward
@@ -205,7 +206,7 @@ class OffloadedState:
         if keys.dtype != self.engine.dtype and not self.tokens(0):
             self._computed_dtype = keys.dtype  # under autocast it may be just the same
             self.prepare(*self._call)
-        self.functions.expect(Pending(self.engine, layer_idx, keys, values, window_tokens))
+        self.functions.expect(Pending(self.engine, layer_idx, keys, values, window_tokens, in_turn))
         return keys, values
 
     @in_turn

@@ -166,6 +166,9 @@ class NativeKernel:
                 return False
         return mask is None or _visible_spans(mask, query.shape[0]) is not None
 
+    def square(self, _work: Work) -> None:
+        """Return None: it is no operator of torch's."""
+
     def attend(self, work: Work) -> None:
         """Attend; see `Kernel.attend`."""
         query, into, mask, scale = work.query, work.into, work.mask, work.scale
