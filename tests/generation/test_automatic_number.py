@@ -3,40 +3,18 @@
 import bisect
 import itertools
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from transformers.cache_utils import Cache
-
-import headinfer
-from headinfer.integration.calls import CACHE_NAMES
-from saved_models import make_tokenizer
-from tiny_models import VOCAB, random_tokens, tiny_model
+from timed_drafts import Clock, TimedAnswers
 
 RECORD = Path(__file__).parents[2] / "benchmarks/results/drafts-acceptance.json"
-PROMPT = random_tokens(1, 40)[0].tolist()
-TOKENIZER = make_tokenizer(VOCAB)
-
-
-class Clock:
-    """A clock that stands still but where a model runs."""
-
-    def __init__(self) -> None:
-        self.now_s = 0.0
-
-    def __call__(self) -> float:
-        return self.now_s
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(time, "perf_counter", clock)
-    return clock
+    return Clock(monkeypatch)
 
 
 def recorded(model: str, text: str) -> list[bool]:
@@ -51,49 +29,11 @@ def recorded(model: str, text: str) -> list[bool]:
     return right
 
 
-def held(keywords: dict[str, Any]) -> int:
-    """Return how many tokens the cache among a call's arguments has."""
-    cache: Cache = next(keywords[name] for name in CACHE_NAMES if name in keywords)
-    return cache.get_seq_length()
-
-
 def drafted(
     clock: Clock, right: list[bool], pass_s: Callable[[int], float], draft_s: float, tokens: int
 ) -> list[int]:
-    """Return how many tokens were drafted for each pass of an answer.
-
-    Args:
-        clock: tells the time.
-        right: whether the assistant's next draft is, for each token of the answer.
-        pass_s: of a pass of so many tokens.
-        draft_s: of one draft.
-        tokens: of the answer.
-    """
-    model, assistant = tiny_model("llama3"), tiny_model("llama3")
-    assistant.load_state_dict(model.state_dict())
-    settings: dict[str, Any] = {"tokenizer": TOKENIZER, "max_new_tokens": tokens}
-    plain = [record.text for record in headinfer.generate(model, PROMPT, **settings)]
-    numbers: list[int] = []
-
-    def passes(_layer: Any, given: tuple[torch.Tensor], _output: Any) -> None:
-        numbers.append(given[0].shape[1] - 1)
-        clock.now_s += pass_s(given[0].shape[1])
-
-    def drafts(_model: Any, _given: Any, keywords: dict[str, Any], output: Any) -> Any:
-        clock.now_s += draft_s
-        answered = held(keywords) - len(PROMPT)
-        if answered >= 0 and not right[answered]:
-            output.logits = -output.logits
-        return output
-
-    model.get_input_embeddings().register_forward_hook(passes)
-    assistant.register_forward_hook(drafts, with_kwargs=True)
-    records = list(headinfer.generate(model, PROMPT, assistant=assistant, **settings))
-    assert "".join(record.text for record in records) == "".join(plain)
-    last = records[-1]
-    assert last.drafted_tokens == sum(numbers[1:])
-    assert last.verifications == sum(number > 0 for number in numbers[1:])
-    return numbers[1:-1]  # without the prompt, and the end, where fewer are left
+    """Return how many tokens were drafted for each pass of an answer; see `TimedAnswers`."""
+    return TimedAnswers(clock, right, pass_s, draft_s).drafted(tokens)
 
 
 def in_any_case(_tokens: int) -> float:

@@ -6,7 +6,7 @@ import itertools
 import pytest
 
 from headinfer.generation.cheapest import best_number, expected_tokens
-from headinfer.generation.pace import MeasuredPace
+from headinfer.generation.measured_pace import MeasuredPace
 
 
 @pytest.mark.parametrize(

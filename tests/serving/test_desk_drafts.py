@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from desk_helpers import PATIENCE_S, Heard, answer, ask, desk_of, tokens
 
 from headinfer.generation import candidates, drafts
 from headinfer.generation import drafting as loop
 from headinfer.generation.pace import FixedPace
+from tiny_models import shared_model
 
 DRAFTING: dict[str, Any] = {"draft_tokens": 32}
+GREEDY: dict[str, Any] = {"do_sample": False, "repetition_penalty": 1.0}
 
 
 class Drafting:
@@ -32,10 +35,17 @@ class Drafting:
         return logits
 
 
+class AlwaysThree:
+    """Paces that draft three tokens."""
+
+    def begin(self, *_answer: object) -> FixedPace:
+        return FixedPace(3)
+
+
 @pytest.fixture
 def drafting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Drafting]:
     paused = Drafting()
-    monkeypatch.setattr(drafts, "MeasuredPace", lambda most, tried: FixedPace(3))
+    monkeypatch.setattr(drafts, "paces_of", lambda _session: AlwaysThree())
     monkeypatch.setattr(candidates, "last_logits", paused)
     yield paused
     paused.go_on.set()
@@ -112,3 +122,36 @@ def test_a_prompt_begins_as_one_that_drafts(
         going_on.join()
     assert other.ended.usage.cached_tokens == 80
     assert "a prefix is not used" not in caplog.text
+
+
+def test_a_request_begins_at_the_pace_of_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where drafts are cheap and mostly right, by a clock that stands still between passes."""
+    now_s, in_a_draft, passes = [0.0], [False], []
+    monkeypatch.setattr(time, "perf_counter", lambda: now_s[0])
+    last_logits = candidates.last_logits
+
+    def draft(*given: Any) -> Any:
+        in_a_draft[0] = True
+        try:
+            return last_logits(*given)
+        finally:
+            in_a_draft[0] = False
+
+    def note(_layer: Any, given: tuple[torch.Tensor], _output: Any) -> None:
+        now_s[0] += 0.001 if in_a_draft[0] else 0.01
+        if not in_a_draft[0]:
+            passes.append(given[0].shape[1])
+
+    monkeypatch.setattr(candidates, "last_logits", draft)
+    layer = shared_model("llama3").get_input_embeddings()
+    hook = layer.register_forward_hook(note)
+    try:
+        with desk_of("llama3", options={"draft_tokens": 64}) as desk:
+            first, second = tokens(9, seed=1) * 40, tokens(9, seed=1) * 41
+            assert answer(desk, ask(first, 60, given=GREEDY)).ended.usage.drafted_tokens > 0
+            passes.clear()
+            usage = answer(desk, ask(second, 60, given=GREEDY)).ended.usage
+    finally:
+        hook.remove()
+    assert usage.cached_tokens == len(first), "so that one pass takes the rest of the prompt"
+    assert min(passes[1:6]) > 1, "no step without drafts is timed first"

@@ -179,7 +179,7 @@ class Generation:
     def _drafting(self, cache: OffloadedCache) -> Drafting | None:
         """Return the loop of an answer with drafts; None where there are none."""
         session = self._session
-        found = self._drafts.begin(self._model, self._settings, cache, session)
+        found = self._drafts.begin(self._model, self._settings, cache, session, self.prompt_tokens)
         if found is None:
             return None
         drafter, pace = found

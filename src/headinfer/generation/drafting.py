@@ -66,8 +66,24 @@ class Drafting:
         **model_kwargs: Any,
     ) -> torch.Tensor:
         """Return prompt and answer, `[1, tokens]`; transformers says what the arguments are."""
-        own: Any = model
-        choice = Choice(processors=logits_processor, samples=bool(generation_config.do_sample))
+        try:
+            choice = Choice(processors=logits_processor, samples=bool(generation_config.do_sample))
+            return self._answer(
+                model, input_ids, choice, stopping_criteria, generation_config, model_kwargs
+            )
+        finally:
+            self._pace.end()
+
+    def _answer(
+        self,
+        own: Any,
+        input_ids: torch.Tensor,
+        choice: Choice,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+    ) -> torch.Tensor:
+        """Return prompt and answer of a model."""
         output = own._prefill(input_ids, generation_config, model_kwargs)
         answer = _Answer(self, input_ids, choice, stopping_criteria)
         answer.take(output.logits[:, -1:], [])

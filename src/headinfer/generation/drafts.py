@@ -1,12 +1,14 @@
 """What a user says of drafts: how many, and by whom. And whether an answer has any."""
 
 import logging
+import weakref
 from dataclasses import dataclass
 
 from transformers import DynamicCache, PreTrainedModel
 
 from headinfer.generation.candidates import Assistant, Drafter, Itself, Lookup
-from headinfer.generation.pace import MOST_DRAFTED, FixedPace, MeasuredPace, Number, Pace
+from headinfer.generation.kept_paces import paces_of
+from headinfer.generation.pace import MOST_DRAFTED, FixedPace, Number, Pace
 from headinfer.generation.settings import Settings
 from headinfer.integration.cache import OffloadedCache
 from headinfer.integration.rotary import rotary_modules_by_length
@@ -39,7 +41,12 @@ class Drafts:
     assistant: PreTrainedModel | None = None
 
     def begin(
-        self, model: PreTrainedModel, settings: Settings, cache: OffloadedCache, session: Session
+        self,
+        model: PreTrainedModel,
+        settings: Settings,
+        cache: OffloadedCache,
+        session: Session,
+        tokens: int,
     ) -> tuple[Drafter, Pace] | None:
         """Return who drafts for one answer, and at which pace; None where nobody does.
 
@@ -48,6 +55,7 @@ class Drafts:
             settings: of the answer.
             cache: its.
             session: the attachment.
+            tokens: of the prompt.
 
         Raises:
             OptionError: the assistant cannot draft for the model.
@@ -68,7 +76,9 @@ class Drafts:
         if isinstance(self.number, int):
             return drafter, FixedPace(min(self.number, lookup or MOST_DRAFTED))
         if session.ranks.size == 1:
-            return drafter, MeasuredPace(min(most, MOST_DRAFTED), tried)
+            who = type(drafter) if self.assistant is None else weakref.ref(self.assistant)
+            pace = paces_of(session).begin(who, min(most, MOST_DRAFTED), tried, tokens)
+            return drafter, pace
         if lookup is not None:
             return drafter, FixedPace(lookup)
         _say("each of several ranks would go by its own clock; give a number to draft")
