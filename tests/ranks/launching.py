@@ -35,3 +35,12 @@ def torchrun(*command: str, on_gpus: bool = False) -> subprocess.CompletedProces
             os.killpg(process.pid, signal.SIGKILL)
             raise
     return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def said_by_ranks(stderr: str) -> str:
+    """Return what ranks failed with, which torch names the rank in front of; without it, the end.
+
+    Torchrun's own account of a failure is long, and has none of their messages.
+    """
+    lines = [line for line in stderr.splitlines() if line.startswith("[rank")]
+    return "\n".join(lines) or stderr[-4000:]

@@ -217,6 +217,8 @@ def above_disk(folder: Path, got: dict[str, Any]) -> None:
         disk_below.free_bytes = free
     missing = {**below, "disk_cache": (folder, folder / "missing")[rank]}
     got["no folder"] = failure_of(lambda: headinfer.attach(model, **missing))
+    on_cpu = {"device": "cpu", "disk_cache": missing["disk_cache"]}  # which has been measured, too
+    got["no folder on the CPU"] = failure_of(lambda: headinfer.attach(model, **on_cpu))
     got["files"] = [each.name for each in folder.iterdir() if each.is_file()]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from filelock import FileLock
-from launching import torchrun
+from launching import said_by_ranks, torchrun
 from split_models import (
     DEVICES,
     MODELS,
@@ -62,7 +62,7 @@ def folder(models, tmp_path_factory) -> Path:
 def got_by_ranks(folder: Path, *parts: str, on_gpus: bool) -> list[dict[str, Any]]:
     with FileLock(f"{folder}.lock"):
         done = torchrun(str(PROGRAM), str(folder), *parts, on_gpus=on_gpus)
-        assert done.returncode == 0, done.stderr
+        assert done.returncode == 0, said_by_ranks(done.stderr)
         return [torch.load(folder / f"rank{rank}.pt") for rank in range(RANKS)]
 
 
@@ -260,6 +260,12 @@ def test_a_disk_that_one_rank_cannot_use_is_refused_by_all(got) -> None:
         first, second = (rank[asked] for rank in got)
         assert words in first
         assert first.split(": ", 1)[1] == second.split(": ", 1)[1]
+
+
+def test_a_folder_that_one_rank_lacks_is_no_error_before_all_refuse(got) -> None:
+    """Where nothing is simulated, each rank looks for what was measured of its disk."""
+    for rank in got:
+        assert rank["no folder on the CPU"].startswith("OptionError: disk_cache is for a GPU's")
 
 
 def test_files_of_ranks_have_no_names(got) -> None:

@@ -1,5 +1,6 @@
 """The device that an attachment's options ask for, and what is known of it."""
 
+import contextlib
 import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -41,11 +42,15 @@ def measured_hardware(
     Args:
         device: where attention is computed.
         sharing: processes of one model that share the CPU and its memory.
-        disk_cache: a folder on the disk below host memory; None for no disk.
+        disk_cache: a folder on the disk below host memory; None for no disk. Nothing is known of
+            one that is not there.
     """
     if device.name == "simulated":
         return None
-    disk = None if disk_cache is None else mount_of(disk_cache).disk
+    disk = None
+    if disk_cache is not None:
+        with contextlib.suppress(OSError, ValueError):  # ranks refuse such a folder together, later
+            disk = mount_of(disk_cache).disk
     measured = load_measured(identity(device.name), disk)
     return measured if measured is None or sharing == 1 else measured.shared_by(sharing)
 
