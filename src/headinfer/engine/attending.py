@@ -54,8 +54,8 @@ def attend_groups(tokens: Tokens, step: Attend) -> None:
         step: which parts, by which groups of heads.
     """
     chunk, parts = tokens.chunk, step.parts
-    # What is new is in new memory, and can be the result as it is.
-    lone = step.groups == 1 and len(parts) == 1 and isinstance(parts[0], Own)
+    # What is new is in new memory, and can be the result as it is, if no answer is to come.
+    lone = step.write and step.groups == 1 and len(parts) == 1 and isinstance(parts[0], Own)
     lone = lone and chunk.result is None and chunk.sinks is None
     with attention_mark():
         if lone and chunk.padding is None:
