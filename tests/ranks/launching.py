@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-LIMIT_S = 150
+LIMIT_S = 300
 
 
 def torchrun(*command: str, on_gpus: bool = False) -> subprocess.CompletedProcess[str]:
