@@ -25,8 +25,9 @@ _STREAMS_S = 22
 """Seconds after which connections that are still open are cut off."""
 
 _IDLE_S = 75
-"""Seconds that an idle connection stays open: longer than proxies and clients keep theirs, so that
-none sends a request into one that is just closed."""
+"""Seconds that an idle connection stays open.
+
+Proxies and clients keep theirs for less, so none sends a request into one that is just closed."""
 
 _END_S = 28.0
 """Seconds after a signal in which the process has ended, whatever still runs."""
