@@ -252,8 +252,9 @@ class Session:
 
     def make_engine(self, plan: Plan, dtype: torch.dtype, *, parked: bool = False) -> CacheEngine:
         """Return an engine for a cache of keys and values in a dtype."""
+        file = self.disk.file
         engines = [
-            Engine(part.device, own, dtype, self.stats, parked=parked, file=self.disk.file)
+            Engine(part.device, own, dtype, self.stats, part.shares, parked=parked, file=file)
             for part, own in zip(self.parts, plan.of_devices, strict=True)
         ]
         engine: CacheEngine = engines[0]

@@ -2,7 +2,8 @@
 
 import pytest
 
-from headinfer.engine.balance import Balance, Balances
+from headinfer.by_context import ByContext
+from headinfer.engine.balance import Balance, Balances, Settled
 
 
 def run(balance: Balance, host_rate: float, device_rate: float, steps: int = 60) -> float:
@@ -89,9 +90,24 @@ def test_a_share_of_nothing_stays_nothing() -> None:
 
 def test_passes_of_more_new_tokens_have_a_share_of_their_own() -> None:
     """What the host attends at the speed of memory for one token, it computes for sixteen."""
-    balances = Balances(lambda tokens: 0.5 / tokens, fixed=False)
+    balances = Balances(lambda tokens: 0.5 / tokens, fixed=False, kept=ByContext(), who=None)
     assert [balances.at(tokens).share for tokens in (1, 2, 9)] == [0.5, 0.25, 0.5 / 9]
     assert balances.at(16) is balances.at(9)
     assert run(balances.at(16), 0.2, 1.0, steps=400) == pytest.approx(0.2 / 1.2, rel=0.05)
     assert run(balances.at(1), 1.0, 1.0, steps=400) == pytest.approx(0.5, rel=0.05)
     assert balances.at(16).share == pytest.approx(0.2 / 1.2, rel=0.05)
+
+
+def test_a_share_of_another_cache_is_sought_anew_after_as_many_notes_of_both() -> None:
+    """However short the answers are: the load of a machine may have changed."""
+    kept = ByContext[Settled]()
+
+    def answer(host_rate: float, steps: int) -> float:
+        balances = Balances(lambda _: 0.5, fixed=False, kept=kept, who=None)
+        return run(balances.at(1), host_rate, 1.0, steps=steps)
+
+    assert answer(1.5, 100) == pytest.approx(0.6, rel=0.05)
+    for number in range(40):
+        slower = answer(0.5, 6)
+        assert number or slower == pytest.approx(0.6, rel=0.05)
+    assert answer(0.5, 100) == pytest.approx(1 / 3, rel=0.1)

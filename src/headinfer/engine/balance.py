@@ -2,7 +2,10 @@
 
 import contextlib
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+
+from headinfer.by_context import ByContext
 
 _NOTES, _SETTLED_NOTES = 48, 256
 """Layers' attentions by which a share is judged: while it is sought, and once it is settled."""
@@ -48,6 +51,19 @@ _MOST_SHARE = 0.98
 """With all tokens the host would leave nothing to compare its time with."""
 
 
+@dataclass(slots=True)
+class Settled:
+    """A share with which both finish together, as all caches share it that begin with it.
+
+    Attributes:
+        share: of the tokens that are not resident.
+        valid_notes: layers' attentions, of any cache, after which it is sought again.
+    """
+
+    share: float
+    valid_notes: int = _VALID_NOTES
+
+
 class Balance:
     """A share of the tokens that are not resident: the host's, corrected by who finishes first.
 
@@ -69,22 +85,33 @@ class Balance:
     Only the thread that calls the engine may use it.
 
     Args:
-        share: to begin with.
+        share: to begin with; what another cache has settled on is settled here, too.
         fixed: whether it stays.
+        on_settled: called with each share that is found.
 
     Attributes:
         fixed: whether the share stays; then no notes are needed.
         one_launch: whether steps are to come in one launch, once the share is settled.
     """
 
-    def __init__(self, share: float, *, fixed: bool) -> None:
+    def __init__(
+        self,
+        share: float | Settled,
+        *,
+        fixed: bool,
+        on_settled: Callable[[Settled], object] = bool,
+    ) -> None:
         self.fixed = fixed
         self.one_launch = False
-        self._sought = share
+        self._on_settled = on_settled
         self._steady = False
         self._lateness: list[float] = []
         self._untrue = _UNTRUE_NOTES  # notes to come that tell nothing
+        self._settled: Settled | None = None
         self._seek()
+        if isinstance(share, Settled):
+            self._settled, share = share, share.share
+        self._sought = share
 
     @property
     def share(self) -> float:
@@ -96,7 +123,7 @@ class Balance:
     @property
     def settled(self) -> bool:
         """Whether the share changes seldom by now."""
-        return self.fixed or self._settled
+        return self.fixed or self._settled is not None
 
     @contextlib.contextmanager
     def steady(self) -> Iterator[None]:
@@ -120,6 +147,11 @@ class Balance:
         if self._untrue:
             self._untrue -= 1
             return
+        if self._settled is not None:
+            self._settled.valid_notes -= 1
+            if self._settled.valid_notes <= 0:
+                self._lateness.clear()
+                self._seek()
         self._lateness.append(late_s / host_s)
         if len(self._lateness) < (_SETTLED_NOTES if self._settled else _NOTES):
             return
@@ -132,23 +164,26 @@ class Balance:
 
     def _seek(self) -> None:
         """Begin to seek the share anew, from where it is."""
-        self._settled = False
+        self._settled = None
         self._low: float | None = None  # the largest share with which the device was late
         self._high: float | None = None  # the smallest one with which the host was
         self._cut = _FIRST_CUT
-        self._valid = _VALID_NOTES
+
+    def _settle(self) -> None:
+        """Stay with the share there is."""
+        self._settled = Settled(self._sought)
+        self._on_settled(self._settled)
 
     def _watch(self, late: float) -> None:
-        """Seek a settled share anew where the device has become late, or after a long time."""
-        self._valid -= _SETTLED_NOTES
-        if late < -_LEAST_GROWTH or self._valid <= 0:
+        """Seek a settled share anew where the device has become late."""
+        if late < -_LEAST_GROWTH:
             self._seek()
 
     def _try_another(self, late: float) -> None:
         """Set the share by how late the host was with the one there is, over its time."""
         before = self._sought
         if 0 < late < _TOGETHER:
-            self._settled = True
+            self._settle()
             return
         if late > 0:
             self._high = before
@@ -161,9 +196,10 @@ class Balance:
         if self._low is not None and self._high is not None:
             self._sought = (self._low + self._high) / 2
             if self._high <= self._low * (1 + _CLOSE):
-                self._sought, self._settled = self._high, True
+                self._sought = self._high
+                self._settle()
         if self._low == self._sought == _MOST_SHARE:
-            self._settled = True
+            self._settle()
         if self._sought != before:
             self._untrue = _UNTRUE_NOTES
 
@@ -171,20 +207,50 @@ class Balance:
 class Balances:
     """A balance for each number of new tokens, or a few alike: more of them cost the host more.
 
+    Each begins with what another cache has settled on near the same context.
+
     Args:
-        share: what to begin with for a number of new tokens.
+        share: what to begin with for a number of new tokens, where no other cache is known of.
         fixed: whether a share stays.
+        kept: what caches of the same attachment have settled on.
+        who: equal for the caches that attend alike.
+
+    Attributes:
+        tokens: that are attended now.
     """
 
-    def __init__(self, share: Callable[[int], float], *, fixed: bool) -> None:
-        self._share, self._fixed = share, fixed
+    def __init__(
+        self,
+        share: Callable[[int], float],
+        *,
+        fixed: bool,
+        kept: ByContext[Settled],
+        who: Hashable,
+    ) -> None:
+        self.tokens = 0
+        self._share, self._fixed, self._kept, self._who = share, fixed, kept, who
         self._balances: dict[int, Balance] = {}
 
     def at(self, new_tokens: int) -> Balance:
         """Return the balance of passes of so many new tokens."""
-        alike = (new_tokens - 1).bit_length()
+        alike = _alike(new_tokens)
         balance = self._balances.get(alike)
         if balance is None:
-            balance = Balance(self._share(new_tokens), fixed=self._fixed)
+            who = self._who, alike
+            begun = None if self._fixed else self._kept.find(who, self.tokens)
+            balance = Balance(
+                self._share(new_tokens) if begun is None else begun,
+                fixed=self._fixed,
+                on_settled=lambda settled: self._kept.keep(who, self.tokens, settled),
+            )
             self._balances[alike] = balance
         return balance
+
+    def share(self, new_tokens: int) -> float:
+        """Return the share of passes of so many new tokens, also where none came yet."""
+        balance = self._balances.get(_alike(new_tokens))
+        return self._share(new_tokens) if balance is None else balance.share
+
+
+def _alike(new_tokens: int) -> int:
+    return (new_tokens - 1).bit_length()

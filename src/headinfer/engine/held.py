@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from headinfer.by_context import ByContext
 from headinfer.device.base import Device, Edge, Event
 from headinfer.disk.file import SpillFile
-from headinfer.engine.balance import Balance, Balances
+from headinfer.engine.balance import Balances, Settled
 from headinfer.engine.build import build
 from headinfer.engine.ending import settle_at_exit, uninterrupted
 from headinfer.engine.executor import Executor
@@ -36,6 +37,7 @@ class HeldTokens(ReservedTokens):
         plan: sizes; its batch must be the batch of the tokens that come.
         dtype: of keys and values.
         stats: where bytes are counted.
+        shares: of the host, which caches before have settled on; by default of no cache.
         parked: whether to begin parked, for tokens that are copied or loaded.
         file: what lies below host memory; None where nothing does.
 
@@ -55,6 +57,7 @@ class HeldTokens(ReservedTokens):
         plan: Plan,
         dtype: torch.dtype,
         stats: Stats,
+        shares: ByContext[Settled] | None = None,
         *,
         parked: bool = False,
         file: SpillFile | None = None,
@@ -67,6 +70,7 @@ class HeldTokens(ReservedTokens):
         self.drafting = False
         self._device = device
         self._stats = stats
+        self._shares: ByContext[Settled] = ByContext() if shares is None else shares
         self._host_helps = False  # whether the model's attention leaves any to the host
         self._replayed: Event | None = None  # the last step that had all streams in one capture
         self._replaying = False  # whether one may be under way that has no such event
@@ -116,8 +120,10 @@ class HeldTokens(ReservedTokens):
     def _choose_share(self) -> None:
         fixed = not self.plan.host_share_adapts
         if fixed or not hasattr(self, "_balances"):  # else what was learned is kept
-            self._balances = Balances(self.plan.host_share_at, fixed=fixed)
-            self._balance: Balance = self._balances.at(1)
+            who = self.plan.batch, self.dtype
+            self._balances = Balances(
+                self.plan.host_share_at, fixed=fixed, kept=self._shares, who=who
+            )
 
     def _choose_blocks(self, plan: Plan) -> None:
         """Have host memory above a disk be in a plan's blocks."""
@@ -143,7 +149,7 @@ class HeldTokens(ReservedTokens):
     @property
     def host_share(self) -> float:
         """Share of the tokens beside the residents that the host attends, as it is now."""
-        return self._balance.share
+        return self._balances.share(1)
 
     def tokens(self, layer_idx: int) -> int:
         """Return the tokens a layer holds."""

@@ -48,6 +48,7 @@ class ReadyTokens(SavableTokens):
         self._new_tokens = new_tokens
         for ledger in self._full:  # memory that came within a capture would come in each replay
             self._reserve(ledger, new_tokens)
+            self._balances.tokens = ledger.tokens
         self._stepped_tokens += new_tokens if self._streamed_captures.total() else 0
         failed = self._streaming is not None and self._streaming.failed
         if self._ahead is not None and self._ahead[0] == self._state() and not failed:

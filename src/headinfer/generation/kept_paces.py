@@ -1,23 +1,13 @@
-"""Paces that answers have ended at, for the next ones of the same attachment to begin with.
-
-What drafts and passes take is the machine's and the model's, and changes with the context alone.
-So an answer measures it once, and others at about the same context need not.
-"""
+"""Paces that answers have ended at, for the next ones of the same attachment to begin with."""
 
 import functools
 import threading
 import weakref
 from collections.abc import Hashable
 
+from headinfer.by_context import ByContext
 from headinfer.generation.measured_pace import MeasuredPace
 from headinfer.session import Session
-
-_NEAR_DIVISOR, _NEAR_TOKENS = 5, 1024
-"""How far apart two contexts are at the most that have about the same times: a fifth of the longer
-one, or so many tokens. Below some thousand tokens weights are most of what a step reads."""
-
-_MOST_KEPT = 16
-"""Paces of one attachment."""
 
 
 class KeptPaces:
@@ -27,8 +17,7 @@ class KeptPaces:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._kept: list[tuple[Hashable, MeasuredPace]] = []  # the newest first
+        self._paces: ByContext[MeasuredPace] = ByContext()
 
     def begin(self, drafter: Hashable, most: int, tried: int, tokens: int) -> MeasuredPace:
         """Return the pace of an answer, which is kept when the answer ends.
@@ -41,30 +30,13 @@ class KeptPaces:
         """
         who = drafter, most, tried
         keep = functools.partial(self._keep, who)
-        with self._lock:
-            for other, pace in self._kept:
-                if other == who and _are_near(pace.measured_tokens, tokens):
-                    return pace.another(tokens, keep)
-        return MeasuredPace(most, tried, keep)
+        before = self._paces.find(who, tokens)
+        return MeasuredPace(most, tried, keep) if before is None else before.another(tokens, keep)
 
     def _keep(self, who: Hashable, pace: MeasuredPace) -> None:
         """Keep the pace of an answer that has ended, for all that are near."""
-        here = pace.measured_tokens
-        if here is None:
-            return
-        with self._lock:
-            others = [
-                (other, kept)
-                for other, kept in self._kept
-                if other != who or not _are_near(kept.measured_tokens, here)
-            ]
-            self._kept = [(who, pace), *others][:_MOST_KEPT]
-
-
-def _are_near(one: int | None, other: int) -> bool:
-    """Whether passes take about the same with two numbers of tokens before them."""
-    assert one is not None, "a pace that measured nothing is not kept"
-    return abs(one - other) <= max(_NEAR_TOKENS, max(one, other) // _NEAR_DIVISOR)
+        if pace.measured_tokens is not None:
+            self._paces.keep(who, pace.measured_tokens, pace)
 
 
 _making = threading.Lock()

@@ -2,13 +2,15 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
+from headinfer.by_context import ByContext
 from headinfer.device.base import Device
 from headinfer.device.host_memory import available_host_bytes
 from headinfer.device.make import measured_hardware
+from headinfer.engine.balance import Settled
 from headinfer.engine.engine import Engine
 from headinfer.engine.parted import CacheEngine
 from headinfer.errors import MemoryPlanError, UnsupportedModelError
@@ -48,6 +50,7 @@ class ModelPart:
         options: with the memory of this device.
         hardware: what was measured of it; None for nothing.
         label: names the part in messages; empty where it is all of the model.
+        shares: of the CPU, which caches have settled on.
     """
 
     device: Device
@@ -56,6 +59,7 @@ class ModelPart:
     options: Options
     hardware: Hardware | None
     label: str
+    shares: ByContext[Settled] = field(default_factory=ByContext)
 
     def resolve(
         self,
