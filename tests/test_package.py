@@ -61,6 +61,7 @@ ORDER = [
     "disk",
     "saved",
     "units",
+    "by_context",
     "kept",
     "folders",
     "checked_files",
