@@ -118,7 +118,7 @@ def decode_row(model: Any, offload: Any, tokens: int, steps: int, rates: Rates) 
         model(ids, **cache.as_keyword())
         synchronise(device)
         seconds.append(time.perf_counter() - start_s)
-    plan, share = cache.state.engine.plan, cache.state.engine.host_share
+    plan, share = cache.state.engine.plan, cache.state.engine.host_share_at(1)
     least = bound(decode_work(plan, share, tokens), rates)
     row = {
         "context_tokens": tokens,

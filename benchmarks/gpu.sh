@@ -85,7 +85,7 @@ bench drafts-4of7 decode "${llama[@]}" --contexts 100K,200K,400K,800K --fill rec
     --kv-cache dense,packed --new-tokens 60 --methods host-attention,drafts --replay 4/7
 # As many drafts as are chosen by themselves at the most, accepted as in draft-leaves.json.
 bench drafts-9of15 decode "${llama[@]}" --contexts 100K,200K,400K,800K --fill recorded \
-    --new-tokens 60 --methods host-attention,drafts --replay 9/15
+    --new-tokens 100 --methods host-attention,drafts --replay 9/15
 # The exponents of real models, as random ones would flatter what packs them. int8 is approximate.
 forms=(--fill recorded --kv-cache dense,packed,int8)
 bench packed decode "${llama[@]}" "${forms[@]}" --contexts 100K,200K,400K,800K --new-tokens 24 \

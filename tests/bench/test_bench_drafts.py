@@ -12,8 +12,11 @@ from headinfer.bench.replay import Replay
 from headinfer.bench.result import Status, TrialFailure
 from headinfer.bench.spec import Fill, TrialSpec
 from headinfer.bench.trial import attempt, run_trial
+from headinfer.engine.engine import Engine
 from headinfer.errors import OptionError
+from headinfer.integration import parts
 from headinfer.plan.options import Options
+from measurements import WITH_GPU
 
 CONTEXT = 1100  # an eighth of less would be most of it
 REPLAY = Replay(drafts=3, accepted=(2, 0, 3), models=("a", "b"))
@@ -56,6 +59,29 @@ def test_as_many_drafts_are_replayed_as_auto_takes_at_the_most() -> None:
     assert verdict.passed, verdict.reason
     assert verdict.tokens == 20
     assert result.accepted_per_verify == 9.0
+
+
+def test_verifying_passes_are_timed_once_the_cpus_share_has_settled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The passes before leave the cache as it was, so that the logits are the reference's."""
+    monkeypatch.setattr(parts, "measured_hardware", lambda *_args: WITH_GPU.hardware)
+    asked: list[bool] = []
+
+    def has_settled_at(_engine: object, new_tokens: int) -> bool:
+        assert new_tokens == REPLAY.drafts + 1
+        asked.append(len(asked) == 3)
+        return asked[-1]
+
+    monkeypatch.setattr(Engine, "has_settled_at", has_settled_at)
+    reference, result = (run_trial(spec(name)) for name in ("standard", "drafts"))
+    verdict = compare(
+        reference, result, dtype="float32", layers=MODEL.layers, context_tokens=CONTEXT
+    )
+    assert verdict.passed, verdict.reason
+    assert asked == [False, False, False, True]
+    assert result.plan is not None
+    assert 0 < result.plan["verify_host_attended_percent"] < 100
 
 
 def test_drafts_need_a_record() -> None:

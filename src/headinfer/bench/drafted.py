@@ -15,6 +15,9 @@ from headinfer.errors import OptionError
 from headinfer.integration.cache import OffloadedCache
 from headinfer.integration.calls import cache_argument, last_logits
 
+_SETTLING_PASSES = 48
+"""Verifying passes at the most before times are taken: what CPU and device share may not settle."""
+
 
 class Drafted(HeadInfer):
     """A method that drafts some tokens, verifies them in one pass, and takes those accepted.
@@ -63,10 +66,22 @@ class Drafted(HeadInfer):
         began_s = time.perf_counter()
         drafted = self._drafted(token[:, :1], cache)
         drafted_s = time.perf_counter()
-        taken, passed = token.shape[1], self._replay.drafts + 1
+        taken = token.shape[1]
+        logits = self._verified(torch.cat((token, drafted[:, taken - 1 :]), dim=1), taken, cache)
+        self._drafts_s.append(drafted_s - began_s)
+        self._passes_s.append(time.perf_counter() - drafted_s)
+        return logits
+
+    def _verified(self, tokens: torch.Tensor, taken: int, cache: OffloadedCache) -> torch.Tensor:
+        """Pass as many of some tokens `[1, tokens]` as are drafted, and the one before them.
+
+        Returns:
+            Logits `[taken, vocab]` of those that the cache keeps: the first ones.
+        """
+        passed = self._verified_tokens
         with cache.verifying():
             output = self._model(
-                input_ids=torch.cat((token, drafted[:, taken - 1 :]), dim=1)[:, :passed],
+                input_ids=tokens[:, :passed],
                 use_cache=True,
                 logits_to_keep=passed,
                 **cache_argument(self._model, cache),
@@ -74,9 +89,12 @@ class Drafted(HeadInfer):
         if passed > taken:
             cache.crop(taken - passed)
         logits: torch.Tensor = output.logits[0, :taken]
-        self._drafts_s.append(drafted_s - began_s)
-        self._passes_s.append(time.perf_counter() - drafted_s)
         return logits
+
+    @property
+    def _verified_tokens(self) -> int:
+        """Tokens of a verifying pass."""
+        return self._replay.drafts + 1
 
     def _drafted(self, newest: torch.Tensor, cache: OffloadedCache) -> torch.Tensor:
         """Return drafts `[1, drafts]`."""
@@ -97,7 +115,29 @@ class Drafted(HeadInfer):
         """Seconds of a verifying pass, the median; None before any."""
         return statistics.median(self._passes_s) if self._passes_s else None
 
-    def restart(self) -> None:
-        """Forget times, and begin the record anew."""
+    def sizes(self, cache: Cache) -> dict[str, int] | None:
+        """Return the sizes of the plan, and the CPU's share of a verifying pass."""
+        assert isinstance(cache, OffloadedCache)
+        assert cache.state.engine is not None
+        share = cache.state.engine.host_share_at(self._verified_tokens)
+        return {**(super().sizes(cache) or {}), "verify_host_attended_percent": round(100 * share)}
+
+    def make_ready(self, token: torch.Tensor, cache: Cache) -> None:
+        """Begin the record anew, once the CPU's share of verifying passes has settled.
+
+        A new answer begins with the share that those before it have settled on. Here the cache is
+        the first one of its context. So passes come first that are taken back as a whole.
+
+        Args:
+            token: to pass, `[1, 1]`.
+            cache: with a prompt; its tokens stay as they are.
+        """
+        assert isinstance(cache, OffloadedCache)
+        engine, passed = cache.state.engine, self._verified_tokens
+        for _ in range(_SETTLING_PASSES):
+            settled = engine is None or engine.has_settled_at(passed)
+            if settled or cache.can_draft is not None:
+                break
+            self._verified(token.expand(1, passed), 0, cache)
         self._accepted = itertools.cycle(self._replay.accepted)
         self._drafts_s, self._passes_s = [], []

@@ -117,7 +117,7 @@ class HeadInfer:
         plans = self._plan_of(cache).of_devices
         for plan, of_device, worked in zip(plans, engines, busy, strict=True):
             streamed = plan.streamed_bytes(tokens)
-            share = self.host_share if of_device is None else of_device.host_share
+            share = self.host_share if of_device is None else of_device.host_share_at(1)
             in_memory = streamed - disk_read_bytes(plan, tokens)  # the CPU attends nothing else
             attended = min(int(streamed * share), in_memory)
             yield HeldPart(
@@ -171,7 +171,7 @@ class HeadInfer:
         """Return the host's share in a cache's newest step; what was planned may be corrected."""
         assert isinstance(cache, OffloadedCache)
         engine = cache.state.engine
-        return self.host_share if engine is None else engine.host_share
+        return self.host_share if engine is None else engine.host_share_at(1)
 
     def close(self) -> None:
         """Detach."""

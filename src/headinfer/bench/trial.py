@@ -83,6 +83,11 @@ class _Run:
         """Pass a token, or several `[1, tokens]`; return the seconds to the likeliest next ones."""
         return self._timed(lambda: self._method.step(token, cache))
 
+    def make_ready(self, token: torch.Tensor, cache: Cache) -> None:
+        """Make a cache with a prompt ready for steps that are timed, where a method needs it."""
+        if isinstance(self._method, Drafted):
+            self._method.make_ready(token, cache)
+
     def decode(self, tokens: torch.Tensor, cache: Cache) -> tuple[list[float], int]:
         """Pass tokens `[1, tokens]`, one by one or as many at a time as a draft has accepted.
 
@@ -91,8 +96,6 @@ class _Run:
             however many are accepted. So the median step is divided by the tokens of the mean one.
         """
         method, at = self._method, 0
-        if isinstance(method, Drafted):
-            method.restart()
         seconds: list[float] = []
         while at < tokens.shape[1]:
             taken = 1
@@ -223,6 +226,8 @@ def _measure(
     prompt = tokens[:, spec.context_tokens - passed : spec.context_tokens]
     prefill_s = run.prefill(prompt, cache) if passed else None
     link.append(method.link_bytes())
+    run.make_ready(tokens[:, spec.context_tokens :][:, :1], cache)
+    link.append(method.link_bytes())
     decode_s, steps = run.decode(tokens[:, spec.context_tokens :], cache)
     link.append(method.link_bytes())
     held = method.held(cache)
@@ -251,8 +256,8 @@ def _measure(
         plan=method.sizes(cache),
         prefill_bytes_to_device=link[1][0] - link[0][0],
         prefill_bytes_to_host=link[1][1] - link[0][1],
-        decode_bytes_to_device=link[2][0] - link[1][0],
-        decode_bytes_to_host=link[2][1] - link[1][1],
+        decode_bytes_to_device=link[3][0] - link[2][0],
+        decode_bytes_to_host=link[3][1] - link[2][1],
         device_peak_allocated_bytes=memory.most(torch.cuda.max_memory_allocated),
         device_peak_reserved_bytes=memory.most(torch.cuda.max_memory_reserved),
         parts=held.parts if spec.spread is not Spread.ONE else (),

@@ -251,6 +251,11 @@ class Balances:
         balance = self._balances.get(_alike(new_tokens))
         return self._share(new_tokens) if balance is None else balance.share
 
+    def settled(self, new_tokens: int) -> bool:
+        """Return whether the share of passes of so many new tokens changes seldom by now."""
+        balance = self._balances.get(_alike(new_tokens))
+        return self._fixed if balance is None else balance.settled
+
 
 def _alike(new_tokens: int) -> int:
     return (new_tokens - 1).bit_length()

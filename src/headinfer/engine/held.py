@@ -146,10 +146,17 @@ class HeldTokens(ReservedTokens):
         """Return where a layer's tokens are attended."""
         return self._device.torch_device
 
-    @property
-    def host_share(self) -> float:
-        """Share of the tokens beside the residents that the host attends, as it is now."""
-        return self._balances.share(1)
+    def host_share_at(self, new_tokens: int) -> float:
+        """Return the share of the tokens beside the residents that the host attends, as it is now.
+
+        Args:
+            new_tokens: of a pass.
+        """
+        return self._balances.share(new_tokens)
+
+    def has_settled_at(self, new_tokens: int) -> bool:
+        """Return whether the host's share of passes of so many new tokens changes seldom by now."""
+        return self._balances.settled(new_tokens)
 
     def tokens(self, layer_idx: int) -> int:
         """Return the tokens a layer holds."""

@@ -161,11 +161,20 @@ class PartedEngine(CapturableParts):
         """Bytes of those that are still to be taken."""
         return sum(part.awaited_host_bytes for part in self.parts)
 
-    @property
-    def host_share(self) -> float:
-        """Share of the tokens beside the residents that the host attends, over all layers."""
-        weighed = [(part.host_share, part.plan.shape.kv_bytes(1)) for part in self.parts]
+    def host_share_at(self, new_tokens: int) -> float:
+        """Return the share that the host attends of the tokens beside the residents, in all layers.
+
+        Args:
+            new_tokens: of a pass.
+        """
+        weighed = [
+            (part.host_share_at(new_tokens), part.plan.shape.kv_bytes(1)) for part in self.parts
+        ]
         return sum(share * size for share, size in weighed) / (sum(w for _, w in weighed) or 1)
+
+    def has_settled_at(self, new_tokens: int) -> bool:
+        """Return whether the host's shares of passes of so many new tokens change seldom by now."""
+        return all(part.has_settled_at(new_tokens) for part in self.parts)
 
     def torch_device(self, layer_idx: int) -> torch.device:
         """Return where a layer's tokens are attended."""
