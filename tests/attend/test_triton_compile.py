@@ -23,7 +23,7 @@ from headinfer.packed import triton_pages, triton_raw
 
 CONSTANTS = {
     "DIM": 128, "BLOCK_DIM": 128, "BLOCK_ROWS": 16, "BLOCK_TOKENS": 64, "BLOCK_SLOTS": 32,
-    "MASKED": False, "MORE": True, "SINKS": True, "WITH_LSE": True, "SECOND": True, "PLACE": True,
+    "MASKED": False, "MORE": True, "SINKS": True, "WITH_LSE": True, "PLACE": True,
     "APART": True, "COUNTED": True, "LEAST_SPLIT": 256, "QUERY_ROWS": 4, "MERGED_ROWS": 4,
     "CAP": 0.0, "CAUSAL": True, "WINDOW": True,
 }
@@ -31,8 +31,9 @@ OF_CHUNKS = {"BLOCK_ROWS": 128, "MASKED": True}
 OF_PAGES = {"MAX_ESCAPES": 104, "AREA": 320, "BLOCK": 2048, "BLOCK_AREA": 512, "BLOCK_ESCAPES": 128}
 OF_FLAGS = {"FLAG_AT": 12290, "FLAG_MASK": 0xFF00, "FLAG": 0x100, "ADDRESS_AT": 12296}
 IN_PAGES = {"values": "*i16", "pages": "*u8", "raw": "*u8", "taken": "*i64", "first": "i32"}
-TENSORS = "query keys values new_keys new_values out sinks first second".split()
-IN_FLOAT32 = "parts more more_lse lse_out first_lse second_lse out_lse lses".split()
+TENSORS = "query keys values new_keys new_values out sinks first second third fourth".split()
+IN_FLOAT32 = "parts more more_lse lse_out out_lse lses".split()
+IN_FLOAT32 += [f"{which}_lse" for which in ("first", "second", "third", "fourth")]
 OTHERS = {"mask": "*i1", "arrived": "*i32", "place": "*i64", "counted": "*i64", "scale": "fp32"}
 STRIDES = "stride start _batch _head _group _token slot_bytes".split()
 
@@ -65,7 +66,7 @@ dtype, capability = sys.argv[1], int(sys.argv[2])
 wide = {}
 for module, name in (
     (triton_kernels, "attend_tile"), (triton_kernels, "decode_token"),
-    (triton_merge, "merge_slots"), (triton_merge, "merge_two"),
+    (triton_merge, "merge_slots"), (triton_merge, "merge_few"),
     *([(triton_chunk, "attend_chunk")] if dtype != "fp32" else []),
     *([(triton_pages, "unpack_pages")] if dtype == "bf16" else []),
 ):

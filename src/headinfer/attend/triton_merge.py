@@ -153,15 +153,48 @@ def merge_slots(
         tl.store(lse_out + place, _lse_of(weight, highest))
 
 
-@triton.jit(do_not_specialize=["kv_heads", "group", "q_len"])
-def merge_two(
+@triton.jit
+def _merge_block(total, weight, highest, parts, lses, places, tokens, token_stride, both, real):
+    """Merge a block of a partial, of one query head, into sums as `_rebase` has them.
+
+    Args:
+        total: the weighted sums of the outputs, `[BLOCK_TOKENS, BLOCK_DIM]`.
+        weight: of each sum.
+        highest: the LSE that both refer to.
+        parts: the first output of the head; elements are adjacent.
+        lses: of all heads.
+        places: of the LSE that are read.
+        tokens: of the outputs that are read.
+        token_stride: elements from token to token.
+        both: which elements there are.
+        real: which tokens there are.
+
+    Returns:
+        The sums, their weights, and the LSE that both refer to.
+    """
+    dims = tl.arange(0, total.shape[1])
+    lse = tl.load(lses + places, mask=real, other=float("-inf"))
+    highest, factor, base = _rebase(highest, lse)
+    w = tl.exp(lse - base)
+    part = tl.load(parts + tokens[:, None] * token_stride + dims[None, :], mask=both, other=0.0)
+    total = total * factor[:, None] + part.to(tl.float32) * w[:, None]
+    return total, weight * factor + w, highest
+
+
+@triton.jit(do_not_specialize=["partials", "kv_heads", "group", "q_len"])
+def merge_few(
     first,
     first_lse,
     second,
     second_lse,
+    third,
+    third_lse,
+    fourth,
+    fourth_lse,
     sinks,
     out,
     out_lse,
+    partials,
     kv_heads,
     group,
     q_len,
@@ -173,23 +206,30 @@ def merge_two(
     second_head,
     second_group,
     second_token,
+    third_batch,
+    third_head,
+    third_group,
+    third_token,
+    fourth_batch,
+    fourth_head,
+    fourth_group,
+    fourth_token,
     out_batch,
     out_head,
     out_group,
     out_token,
     DIM: tl.constexpr,
-    SECOND: tl.constexpr,
     SINKS: tl.constexpr,
     WITH_LSE: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ):
-    """Merge two partials, or one alone, and attention sinks by LSE.
+    """Merge the first ones of four partials, and attention sinks, by LSE.
 
     Grid: (blocks of tokens, batch * kv_heads * group). Outputs `[batch, kv_heads, group, q_len,
     DIM]` are read and written by their strides; `out`, in its dtype, may be `first`. LSE are
     contiguous, `[batch, kv_heads, group, q_len]`, as is `sinks[kv_heads, group]`; `out_lse` is
-    memory of its own.
+    memory of its own. What lies behind the first `partials` is not read.
     """
     row = tl.program_id(1)
     member = (row % group).to(tl.int64)
@@ -201,28 +241,31 @@ def merge_two(
     both = real[:, None] & (dims < DIM)[None, :]
     places = row.to(tl.int64) * q_len + tokens
 
-    start = batch * first_batch + head * first_head + member * first_group
-    lse = tl.load(first_lse + places, mask=real, other=float("-inf"))
-    part = first + start + tokens[:, None] * first_token + dims[None, :]
-    total = tl.load(part, mask=both, other=0.0).to(tl.float32)
-    highest, _factor, base = _rebase(lse, lse)
-    weight = tl.exp(lse - base)
-    total = total * weight[:, None]
-    if SECOND:
-        start = batch * second_batch + head * second_head + member * second_group
-        part = second + start + tokens[:, None] * second_token + dims[None, :]
-        lse = tl.load(second_lse + places, mask=real, other=float("-inf"))
-        highest, factor, base = _rebase(highest, lse)
-        w = tl.exp(lse - base)
-        weight = weight * factor + w
-        total = total * factor[:, None]
-        total += tl.load(part, mask=both, other=0.0).to(tl.float32) * w[:, None]
+    highest = tl.full([BLOCK_TOKENS], float("-inf"), tl.float32)
+    weight = tl.zeros([BLOCK_TOKENS], tl.float32)
+    total = tl.zeros([BLOCK_TOKENS, BLOCK_DIM], tl.float32)
+    part = first + batch * first_batch + head * first_head + member * first_group
+    total, weight, highest = _merge_block(
+        total, weight, highest, part, first_lse, places, tokens, first_token, both, real
+    )
+    if partials > 1:
+        part = second + batch * second_batch + head * second_head + member * second_group
+        total, weight, highest = _merge_block(
+            total, weight, highest, part, second_lse, places, tokens, second_token, both, real
+        )
+    if partials > 2:
+        part = third + batch * third_batch + head * third_head + member * third_group
+        total, weight, highest = _merge_block(
+            total, weight, highest, part, third_lse, places, tokens, third_token, both, real
+        )
+    if partials > 3:
+        part = fourth + batch * fourth_batch + head * fourth_head + member * fourth_group
+        total, weight, highest = _merge_block(
+            total, weight, highest, part, fourth_lse, places, tokens, fourth_token, both, real
+        )
     if SINKS:
-        sink = tl.load(sinks + head * group + member).to(tl.float32)
-        highest, factor, base = _rebase(highest, sink)
-        w = tl.exp(sink - base)
-        weight = weight * factor + w
-        total = total * factor[:, None]
+        scores = tl.load(sinks + head * group + member).to(tl.float32)
+        total, weight, highest = merge_sinks(scores, total, weight, highest)
     total = total / tl.where(weight == 0.0, 1.0, weight)[:, None]
 
     start = batch * out_batch + head * out_head + member * out_group

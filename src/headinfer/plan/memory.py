@@ -299,9 +299,9 @@ def _merge_bytes(itemsize: int, *, on_cpu: bool) -> int:
     """Bytes for each element of a partial output while it is merged into another one.
 
     On the CPU these are the first partial, its float32 copy, the next partial, which is float32,
-    and its weighted form. On CUDA they are the query laid out anew, three partials and, in float32,
-    what was merged of them. Without Triton they are no more.
+    and its weighted form. On CUDA they are the query laid out anew, five partials and, in float32,
+    what is merged of four. Without Triton they are no more.
     """
     if on_cpu:
         return itemsize + 3 * _FLOAT32_BYTES
-    return 4 * itemsize + _FLOAT32_BYTES
+    return 6 * itemsize + _FLOAT32_BYTES
