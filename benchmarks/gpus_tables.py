@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from marked_tables import between_marks, write
+
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
@@ -18,7 +20,6 @@ from headinfer.bench.report_gpus import targets_table, times_table, title  # noq
 from headinfer.units import format_bytes, format_seconds, format_tokens  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
-BEGIN, END = "<!-- gpus: begin -->", "<!-- gpus: end -->"
 SPLITS = {"several-gpus.md": LAYERS, "tensor-parallel.md": HEADS}
 """The split that each document is about."""
 
@@ -59,13 +60,6 @@ def four_bits(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def between_marks(text: str, tables: str) -> str:
-    """Return a document with other tables between its marks."""
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n{tables}{END}{after}"
-
-
 def of_split(split: str, files: Sequence[Results]) -> str:
     """Return the tables of the document about a split."""
     tables = targets_table(files, (split, with_host(split)))
@@ -79,13 +73,13 @@ def main() -> None:
     files = [Results.load(str(path)) for path in sorted(RESULTS.glob("gpu[248]-*.json"))]
     tables = {name: of_split(split, files) for name, split in SPLITS.items()}
     tables["models.md"] = four_bits(json.loads((RESULTS / "gpu1-70b-4bit.json").read_text()))
-    for name, wanted in tables.items():
-        path = ROOT / "docs" / name
-        text = path.read_text()
-        if "--check" not in sys.argv[1:]:
-            path.write_text(between_marks(text, wanted))
-        elif text != between_marks(text, wanted):
-            sys.exit(f"docs/{name} differs from benchmarks/results")
+    paths = {name: ROOT / "docs" / name for name in tables}
+    write(
+        {
+            path: between_marks(path.read_text(), "gpus", tables[name].rstrip())
+            for name, path in paths.items()
+        }
+    )
 
 
 if __name__ == "__main__":

@@ -4,9 +4,10 @@ Run `python benchmarks/readme_table.py` after a new result; `--check` only compa
 """
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
+
+from marked_tables import between_marks, write
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
@@ -151,21 +152,14 @@ def updated(readme: str) -> str:
         ("gpu table", ("gpu-captured", "gpu-suite-llama-decode-long", "gpu-1M"), gpu_table),
     ):
         documents = [json.loads((RESULTS / f"{file}.json").read_text()) for file in files]
-        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-        if documents and begin in readme:
-            before, rest = readme.split(begin)
-            _, after = rest.split(end)
-            readme = f"{before}{begin}\n{make(documents)}\n{end}{after}"
+        if documents:
+            readme = between_marks(readme, name, make(documents))
     return readme
 
 
 def main() -> None:
     """Rewrite the README, or fail if it is not up to date."""
-    readme = README.read_text()
-    wanted = updated(readme)
-    if "--check" in sys.argv[1:]:
-        sys.exit(None if readme == wanted else "README.md differs from benchmarks/results")
-    README.write_text(wanted)
+    write({README: updated(README.read_text())})
 
 
 if __name__ == "__main__":
