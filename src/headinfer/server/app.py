@@ -177,7 +177,9 @@ def _add_model(app: FastAPI, service: Service, metrics: Metrics) -> None:
 def _parser(served: Served, asks: asking.Request) -> MessageParser:
     """Return a parser for a choice of a conversation's answer."""
     return parser_of(
-        *(served.model, served.tokenizer, asks.asks[0].ids, asks.tools), spelled=asks.spelled
+        *(served.model, served.tokenizer, asks.asks[0].ids, asks.tools),
+        spelled=asks.spelled,
+        one_call=asks.one_call,
     )
 
 

@@ -35,6 +35,19 @@ _UNSERVED = {
 }
 """Fields that would change the answer, and what to do instead."""
 
+_ABSENT = frozenset(
+    {
+        "code_interpreter_call.outputs",
+        "computer_call_output.output.image_url",
+        "file_search_call.results",
+        "message.input_image.image_url",
+        "reasoning.encrypted_content",  # thoughts come as text, which may be sent again
+        "web_search_call.action.sources",
+        "web_search_call.results",
+    }
+)
+"""What a response may be asked to include that no response has here."""
+
 Processors = Callable[[], list[Any]]
 
 
@@ -46,11 +59,13 @@ class Request:
         asks: one for each choice, in their order.
         tools: that the model may call; in the form of chat templates.
         spelled: whether pieces have tokens, which are parsed in the place of their text.
+        one_call: whether an answer calls one tool at most.
     """
 
     asks: tuple[Ask, ...]
     tools: list[dict[str, Any]] | None = None
     spelled: bool = False
+    one_call: bool = False
 
 
 def chat_request(served: Served, body: ChatBody, limits: Limits) -> Request:
@@ -63,6 +78,8 @@ def chat_request(served: Served, body: ChatBody, limits: Limits) -> Request:
     for name, remedy in _UNSERVED.items():
         if getattr(body, name) is not None:
             raise ProblemError(400, f"{name} is not served; {remedy}", param=name)
+    if set(body.modalities or ()) - {"text"}:
+        raise ProblemError(400, "modalities may have text alone; leave it out", param="modalities")
     tools = chat_tools(body.tools, body.tool_choice)
     values = _values(served, body, tools, body.reasoning_effort)
     messages = chat_messages(body.messages)
@@ -77,7 +94,12 @@ def chat_request(served: Served, body: ChatBody, limits: Limits) -> Request:
     guided = _guided(served, schema, ids, wanted_tools(tools, body.tool_choice))
     ask = _ask(served, body, ids, new_tokens, limits, logprobs, guided)
     ask, spelled = _spelled(served, _marked(served, ask, messages, values))
-    return Request(asks=_choices(ask, body.n or 1), tools=tools, spelled=spelled)
+    return Request(
+        asks=_choices(ask, body.n or 1),
+        tools=tools,
+        spelled=spelled,
+        one_call=body.parallel_tool_calls is False,
+    )
 
 
 def completion_request(served: Served, body: CompletionBody, limits: Limits) -> Request:
@@ -112,11 +134,7 @@ def response_request(served: Served, body: ResponseBody, limits: Limits) -> Requ
         HeadInferError: it cannot be had.
         ProblemError: the same.
     """
-    for name in ("previous_response_id", "conversation", "background"):
-        if getattr(body, name):
-            raise ProblemError(
-                400, f"{name} is not served, as nothing is stored; send all items", param=name
-            )
+    _check_response(body)
     tools = response_tools(body.tools, body.tool_choice)
     values = _values(served, body, tools, body.reasoning.effort if body.reasoning else None)
     messages = response_messages(body.input, body.instructions)
@@ -125,7 +143,33 @@ def response_request(served: Served, body: ResponseBody, limits: Limits) -> Requ
     guided = _guided(served, schema, ids, wanted_tools(tools, body.tool_choice))
     ask = _ask(served, body, ids, body.max_output_tokens, limits, None, guided)
     ask, spelled = _spelled(served, _marked(served, ask, messages, values))
-    return Request(asks=(ask,), tools=tools, spelled=spelled)
+    one_call = body.parallel_tool_calls is False
+    return Request(asks=(ask,), tools=tools, spelled=spelled, one_call=one_call)
+
+
+def _check_response(body: ResponseBody) -> None:
+    """Refuse what would change a response and is not served."""
+    for name in ("previous_response_id", "conversation", "background"):
+        if getattr(body, name):
+            raise ProblemError(
+                400, f"{name} is not served, as nothing is stored; send all items", param=name
+            )
+    included = set(body.include or ()) - _ABSENT
+    if body.top_logprobs or included == {"message.output_text.logprobs"}:
+        raise ProblemError(
+            400,
+            "responses have no log probabilities; /v1/chat/completions has them (logprobs)",
+            param="top_logprobs" if body.top_logprobs else "include",
+        )
+    if included:
+        known = ", ".join(sorted(_ABSENT))
+        raise ProblemError(400, f"include may have {known}; leave out others", param="include")
+    if body.truncation == "auto":
+        raise ProblemError(
+            400,
+            "truncation may be disabled: no items are dropped; send items that fit",
+            param="truncation",
+        )
 
 
 def _values(
