@@ -214,7 +214,8 @@ def _prompts(given: str | list[str] | list[int] | list[list[int]]) -> Sequence[P
 
 
 def _encode(served: Served, prompt: Prompt, values: Mapping[str, Any]) -> tuple[int, ...]:
-    return tuple(encode_prompt(served.tokenizer, prompt, values))
+    """Return a prompt's tokens, unless its bytes show that they are too many."""
+    return tuple(encode_prompt(served.tokenizer, prompt, values, served.desk.check_text))
 
 
 def _choices(ask: Ask, count: int) -> tuple[Ask, ...]:
