@@ -20,33 +20,13 @@ from headinfer.server.calls import call_grammar, wanted_tools
 from headinfer.server.messages import chat_messages, chat_tools, response_messages, response_tools
 from headinfer.server.problems import ProblemError
 from headinfer.server.served import DEFAULT_NEW_TOKENS, Limits, Served
+from headinfer.server.unserved import check_chat, check_completion, check_response
 from headinfer.serving.ask import Ask
 
 _MOST_STOPS = 32
 _MOST_CHOICES = 64
 _SETTINGS = ("top_k", "min_p", "repetition_penalty")
 _ANY_OBJECT = {"type": "object"}
-
-_UNSERVED = {
-    "functions": "send them as tools",
-    "function_call": "send tool_choice",
-    "audio": "leave it out",
-    "web_search_options": "leave it out",
-}
-"""Fields that would change the answer, and what to do instead."""
-
-_ABSENT = frozenset(
-    {
-        "code_interpreter_call.outputs",
-        "computer_call_output.output.image_url",
-        "file_search_call.results",
-        "message.input_image.image_url",
-        "reasoning.encrypted_content",  # thoughts come as text, which may be sent again
-        "web_search_call.action.sources",
-        "web_search_call.results",
-    }
-)
-"""What a response may be asked to include that no response has here."""
 
 Processors = Callable[[], list[Any]]
 
@@ -75,11 +55,7 @@ def chat_request(served: Served, body: ChatBody, limits: Limits) -> Request:
         HeadInferError: it cannot be had.
         ProblemError: the same.
     """
-    for name, remedy in _UNSERVED.items():
-        if getattr(body, name) is not None:
-            raise ProblemError(400, f"{name} is not served; {remedy}", param=name)
-    if set(body.modalities or ()) - {"text"}:
-        raise ProblemError(400, "modalities may have text alone; leave it out", param="modalities")
+    check_chat(body)
     tools = chat_tools(body.tools, body.tool_choice)
     values = _values(served, body, tools, body.reasoning_effort)
     messages = chat_messages(body.messages)
@@ -109,9 +85,7 @@ def completion_request(served: Served, body: CompletionBody, limits: Limits) -> 
         HeadInferError: it cannot be had.
         ProblemError: the same.
     """
-    if body.echo or body.suffix or (body.best_of or 1) > (body.n or 1):
-        name = "echo" if body.echo else "suffix" if body.suffix else "best_of"
-        raise ProblemError(400, f"{name} is not served; leave it out", param=name)
+    check_completion(body)
     if body.logprobs is not None:
         served.guide.bytes_of(0, "")  # as above
     asks: list[Ask] = []
@@ -134,7 +108,7 @@ def response_request(served: Served, body: ResponseBody, limits: Limits) -> Requ
         HeadInferError: it cannot be had.
         ProblemError: the same.
     """
-    _check_response(body)
+    check_response(body)
     tools = response_tools(body.tools, body.tool_choice)
     values = _values(served, body, tools, body.reasoning.effort if body.reasoning else None)
     messages = response_messages(body.input, body.instructions)
@@ -145,31 +119,6 @@ def response_request(served: Served, body: ResponseBody, limits: Limits) -> Requ
     ask, spelled = _spelled(served, _marked(served, ask, messages, values))
     one_call = body.parallel_tool_calls is False
     return Request(asks=(ask,), tools=tools, spelled=spelled, one_call=one_call)
-
-
-def _check_response(body: ResponseBody) -> None:
-    """Refuse what would change a response and is not served."""
-    for name in ("previous_response_id", "conversation", "background"):
-        if getattr(body, name):
-            raise ProblemError(
-                400, f"{name} is not served, as nothing is stored; send all items", param=name
-            )
-    included = set(body.include or ()) - _ABSENT
-    if body.top_logprobs or included == {"message.output_text.logprobs"}:
-        raise ProblemError(
-            400,
-            "responses have no log probabilities; /v1/chat/completions has them (logprobs)",
-            param="top_logprobs" if body.top_logprobs else "include",
-        )
-    if included:
-        known = ", ".join(sorted(_ABSENT))
-        raise ProblemError(400, f"include may have {known}; leave out others", param="include")
-    if body.truncation == "auto":
-        raise ProblemError(
-            400,
-            "truncation may be disabled: no items are dropped; send items that fit",
-            param="truncation",
-        )
 
 
 def _values(
