@@ -178,12 +178,21 @@ def test_the_table_fits_100_columns_and_tells_what_did_not_run():
     spec = bench_spec(contexts=(2**20,), dtype="bfloat16")
     launcher = FakeLauncher(lambda s: answer(s) if s.context_tokens > 5000 else trial_result())
     rows = rows_of(spec, launcher)
-    rows[0] = replace(rows[0], peak_rss_growth_bytes=123 * 2**20, decode_x_standard=123.4)
+    sizes = {"peak_rss_growth_bytes": 123 * 2**20, "kv_bytes": 1010 * 2**20}
+    rows[0] = replace(rows[0], decode_x_standard=123.4, **sizes)
     console = Console(width=100, file=io.StringIO())
     console.print(render(spec, MACHINE, rows))
     text = console.file.getvalue()
     assert all(len(line.rstrip()) <= 100 for line in text.splitlines())
-    for part in ("1234", "1260", "123.4", "123M", "1M", "headinfer: cannot run: out of memory"):
+    for part in (
+        "1234",
+        "1260",
+        "123.4",
+        "123M",
+        "1010M",
+        "1M",
+        "headinfer: cannot run: out of memory",
+    ):
         assert part in text
 
 

@@ -35,7 +35,9 @@ def size(size_bytes: int | None) -> str:
     if size_bytes is None:
         return _NOTHING
     figure, unit = format_bytes(size_bytes).split()
-    return f"{float(figure):.3g}{unit.removesuffix('B').removesuffix('i')}"
+    value = float(figure)
+    shown = f"{value:.3g}" if value < 1000 else f"{value:.0f}"  # which .3g writes as 1e+03
+    return shown + unit.removesuffix("B").removesuffix("i")
 
 
 def _ratio(value: float | None) -> str:
