@@ -4,10 +4,13 @@ Run `python benchmarks/sparsity_report.py` after a new result; `--check` only co
 """
 
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from headinfer.units import counted
 
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[1] / "docs"
@@ -34,6 +37,13 @@ def shown(pattern: str) -> str:
     return pattern.rpartition("-")[2].replace(":", ", seed ")
 
 
+def described(recorded: str) -> str:
+    """Return a model's description, which older results have with one of a thing in the plural."""
+    return re.sub(
+        r"\b(\d+) (layer|KV head)s\b", lambda found: counted(int(found[1]), found[2]), recorded
+    )
+
+
 def patterns_of(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Return the patterns that leave a choice of heads, in the order they were tried."""
     names = dict.fromkeys(row["pattern"] for row in rows)
@@ -47,7 +57,7 @@ def section(document: dict[str, Any], plot: str) -> str:
     (stock,) = [row for row in rows if row["pattern"] == STOCK]
     lines = [
         f"## {name}\n",
-        f"- {head['model']['description']}, {head['dtype']}",
+        f"- {described(head['model']['description'])}, {head['dtype']}",
         f"- {head['hardware']['cpu']}, {head['threads']} threads",
         f"- prompts and text of {head['context_tokens'] / 1024:g}K tokens, "
         f"{head['sink_tokens']} sinks, {head['recent_tokens']} newest tokens",

@@ -35,3 +35,9 @@ def test_sentences_are_short_and_begin_with_their_subject(path: Path) -> None:
     long = [sentence for sentence in found if len(sentence.split()) > MOST_WORDS]
     assert long == [], f"more than {MOST_WORDS} words"
     assert [sentence for sentence in found if re.match(r"\W*Of\b", sentence)] == []
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_one_of_anything_in_a_document_is_singular(path: Path) -> None:
+    plural = r"(?<![\d.,-])1 ([A-Za-z-]+ )?(token|head|layer|row|text|step|GPU|needle)s\b"
+    assert [found[0] for found in re.finditer(plural, path.read_text())] == []

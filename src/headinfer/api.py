@@ -10,12 +10,10 @@ from transformers import PreTrainedModel
 
 from headinfer.attend.ahead import begin_preparing
 from headinfer.device.make import make_devices, warn_of_options_for_a_device
-from headinfer.disk.folder import check_folder
 from headinfer.errors import OptionError, UnsupportedModelError
 from headinfer.integration.attachment import owner_of
 from headinfer.integration.cache import PrefillProgress
 from headinfer.integration.placement import placement_of
-from headinfer.integration.shards import ranks_of
 from headinfer.integration.support import check_supported
 from headinfer.offload import Offload
 from headinfer.plan.options import Options
@@ -133,8 +131,6 @@ def attach(
     )
     check_progress(progress)
     check_supported(model)
-    if options.disk_cache is not None and ranks_of(model).size == 1:  # ranks refuse one together
-        check_folder(options.disk_cache)
     if owner_of(model) is not None:
         raise UnsupportedModelError(
             "this model is attached already; detach it first, with headinfer.detach(model) where "

@@ -178,13 +178,42 @@ def test_the_table_fits_100_columns_and_tells_what_did_not_run():
     spec = bench_spec(contexts=(2**20,), dtype="bfloat16")
     launcher = FakeLauncher(lambda s: answer(s) if s.context_tokens > 5000 else trial_result())
     rows = rows_of(spec, launcher)
-    rows[0] = replace(rows[0], peak_rss_growth_bytes=123 * 2**20, decode_x_standard=123.4)
+    sizes = {"peak_rss_growth_bytes": 123 * 2**20, "kv_bytes": 1010 * 2**20}
+    rows[0] = replace(rows[0], decode_x_standard=123.4, **sizes)
     console = Console(width=100, file=io.StringIO())
     console.print(render(spec, MACHINE, rows))
     text = console.file.getvalue()
     assert all(len(line.rstrip()) <= 100 for line in text.splitlines())
-    for part in ("1234", "1260", "123.4", "123M", "1M", "headinfer: cannot run: out of memory"):
+    for part in (
+        "1234",
+        "1260",
+        "123.4",
+        "123M",
+        "1010M",
+        "1M",
+        "headinfer: cannot run: out of memory",
+    ):
         assert part in text
+
+
+@pytest.mark.parametrize("width", [60, 80, 100])
+@pytest.mark.parametrize("command", [each.value for each in Command])
+def test_a_narrow_table_comes_in_parts_and_cuts_no_figure(command: str, width: int):
+    measured = trial_result(prefill_s=1234.5, decode_s=(1.2605,), kv_host_bytes=2**38)
+    methods = ("standard", "transformers-offloaded")
+    spec = bench_spec(contexts=(2**20,), methods=methods, command=Command(command))
+    rows = [row_of(spec, Variant(name), 2**20, [measured], MACHINE.rates, None) for name in methods]
+
+    def figures(columns: int) -> list[str]:
+        console = Console(width=columns, file=io.StringIO())
+        console.print(render(spec, MACHINE, rows))
+        lines = console.file.getvalue().splitlines()
+        assert all(len(line) <= columns for line in lines)
+        found = [line.split() for line in lines if line.startswith(" transformers-offloaded")]
+        assert all(cells[:2] == found[0][:2] for cells in found), "each part has its context"
+        return [*found[0][:2], *(cell for cells in found for cell in cells[2:])]
+
+    assert figures(width) == figures(200)
 
 
 def test_no_longer_context_is_tried_where_memory_ran_out():

@@ -80,4 +80,4 @@ def test_memory_is_told_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 def test_a_folder_that_is_not_there_is_told_before_anything_is_measured(cli) -> None:
     done = cli("probe", "--disk", "/nowhere/at/all")
     assert done.code == 2
-    assert "is not there" in done.err
+    assert "--disk '/nowhere/at/all' is not there" in done.err

@@ -40,6 +40,7 @@ def test_tables_of_80_columns(cli):
     table = [line for line in done.out.splitlines() if line.startswith(("flash  ", "head-wise  "))]
     assert len(table) == 12
     assert max(map(len, table)) <= 80
+    assert [line for line in done.out.splitlines() if line.endswith(" ")] == []
 
 
 def test_other_contexts_in_order_and_once(cli):

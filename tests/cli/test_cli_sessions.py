@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -34,6 +35,7 @@ def test_a_second_question_reads_only_what_is_new(cli, llama, prompt, tmp_path):
     first = cli("generate", "--model", llama, "-p", prompt, *GREEDY, "--save-session", session)
     assert first.code == 0
     assert "tokens saved to" in first.err
+    assert re.search(r" at [1-9][\d.]* [kKMG]?B/s$", first.err, re.MULTILINE), "and not 0.0 GB/s"
     common = ("generate", "--model", llama, "-p", question, *GREEDY, "--session", session)
     again = cli(*common, *SMALL)
     assert again.out == plain.out

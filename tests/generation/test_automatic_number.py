@@ -45,6 +45,11 @@ def launched(tokens: int) -> float:
     return 0.06 if tokens == 1 else 0.12
 
 
+def steep_beyond_eight(tokens: int) -> float:
+    """Seconds of a pass that another kernel serves from nine tokens on."""
+    return 0.1 if tokens <= 8 else 1.6
+
+
 def slow_beyond_eight(tokens: int) -> float:
     return 0.1 + 0.03 * max(tokens - 8, 0)
 
@@ -76,3 +81,10 @@ def test_the_number_stays_where_more_rows_take_longer(clock: Clock) -> None:
     numbers = drafted(clock, right, slow_beyond_eight, 0.002, 160)
     assert numbers[-14:] == [7] * 14
     assert numbers.count(15) <= 5, "which are needed to know"
+
+
+def test_half_of_the_drafts_are_tried_where_all_are_too_slow(clock: Clock) -> None:
+    """By a line from 1 to 15 drafts, 7 would be slow as well."""
+    numbers = drafted(clock, [True] * 300, steep_beyond_eight, 0.002, 240)
+    assert numbers[5:15] == [1] * 5 + [15] * 5, "nothing between is timed"
+    assert numbers[15:] == [7] * len(numbers[15:])

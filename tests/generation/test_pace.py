@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 
-from headinfer.generation.cheapest import best_number, expected_tokens
+from headinfer.generation.cheapest import best_number, expected_tokens, number_to_try
 from headinfer.generation.measured_pace import MeasuredPace
 
 
@@ -66,6 +66,24 @@ def test_longer_passes_go_on_as_those_with_drafts_did() -> None:
     assert best_number(1, {0: 50, 1: 100}, 0.9, range(16)) == 0, "nothing else is known of a draft"
 
 
+@pytest.mark.parametrize("slow_from", [4, 8])
+def test_a_number_that_turns_slow_is_halved_until_it_pays(slow_from: int) -> None:
+    """As where the context has grown so that another kernel serves passes of some rows."""
+    run = Run(MeasuredPace(31, 1), draft_s=1, step_s=100, rate=0.97)
+    run.go(20)
+    assert run.go(1) == [31]
+    run.slow_from = slow_from
+    assert run.go(30)[-1] == slow_from - 1
+
+
+@pytest.mark.parametrize(("acceptance", "expected"), [(0.3, 1), (0.97, 7)])
+def test_a_number_is_halved_only_where_acceptance_would_have_it_pay(
+    acceptance: float, expected: int
+) -> None:
+    known = {0: 100, 1: 100, 15: 900}
+    assert number_to_try(10, known, acceptance, [0, 1, 2, 3, 5, 7, 11, 15], 15) == expected
+
+
 def test_a_captured_step_keeps_no_drafts_from_being_tried() -> None:
     """It is one launch, and passes with drafts take three times as long, however many they have."""
     pace = MeasuredPace(15, 1)
@@ -82,6 +100,7 @@ class Run:
     def __init__(self, pace: MeasuredPace, draft_s: float, step_s: float, rate: float) -> None:
         self.pace, self.draft_s, self.step_s, self.rate = pace, draft_s, step_s, rate
         self.tokens, self.seconds = 1000, 0.0
+        self.slow_from = 10**9  # drafts, whose passes take nine times as long
         self._turn = 0.0
 
     def go(self, verifications: int) -> list[int]:
@@ -91,13 +110,14 @@ class Run:
             numbers.append(drafts)
             if drafts:
                 self.pace.note_draft(drafts, drafts * self.draft_s)
-            self.pace.note_pass(drafts, self.step_s)
+            pass_s = self.step_s * (9 if drafts >= self.slow_from else 1)
+            self.pace.note_pass(drafts, pass_s)
             accepted = 0
             while accepted < drafts and self._accepts():
                 accepted += 1
             if drafts:
                 self.pace.note_accepted(accepted, rejected=accepted < drafts)
-            self.seconds += drafts * self.draft_s + self.step_s
+            self.seconds += drafts * self.draft_s + pass_s
             self.tokens += accepted + 1
         return numbers
 

@@ -64,6 +64,9 @@ class ScriptedDesk:
         if self.refuse is not None:
             raise self.refuse
 
+    def check_text(self, text: str) -> None:
+        pass
+
     def submit(self, ask: Any, on_event: Any) -> ScriptedTicket:
         number = len(self.asks)
         script = self.scripts[min(number, len(self.scripts) - 1)]

@@ -121,6 +121,15 @@ def test_unknown_fields_are_accepted(server) -> None:
     assert response.json()["choices"] == plain["choices"]
 
 
+def test_what_is_so_in_any_case_may_be_asked_for(server) -> None:
+    usual = {"modalities": ["text"], "parallel_tool_calls": False}
+    assert server.post(CHAT, messages=MESSAGES, max_tokens=2, **usual).status_code == 200
+    usual = {"truncation": "disabled", "include": ["reasoning.encrypted_content"]}
+    response = server.post("/v1/responses", input="a", max_output_tokens=2, **usual)
+    assert response.status_code == 200
+    assert response.json()["truncation"] == "disabled"
+
+
 BAD = {
     "no messages": (CHAT, {}),
     "empty messages": (CHAT, {"messages": []}),
@@ -156,6 +165,8 @@ BAD = {
     "functions": (CHAT, {"messages": MESSAGES, "functions": [{"name": "hello-there"}]}),
     "a function's call": (CHAT, {"messages": MESSAGES, "function_call": "auto"}),
     "sound": (CHAT, {"messages": MESSAGES, "audio": {"voice": "hello-there"}}),
+    "answers in sound": (CHAT, {"messages": MESSAGES, "modalities": ["text", "audio"]}),
+    "calls at once": (CHAT, {"messages": MESSAGES, "parallel_tool_calls": "hello-there"}),
     "a search of the web": (CHAT, {"messages": MESSAGES, "web_search_options": {}}),
     "a value of the template": (
         CHAT,
@@ -169,6 +180,13 @@ BAD = {
     "no input": ("/v1/responses", {}),
     "an item": ("/v1/responses", {"input": [{"type": "hello-there"}]}),
     "what was stored": ("/v1/responses", {"input": "a", "previous_response_id": "hello-there"}),
+    "an inclusion": ("/v1/responses", {"input": "a", "include": ["hello-there"]}),
+    "included scores": (
+        "/v1/responses",
+        {"input": "a", "include": ["message.output_text.logprobs"]},
+    ),
+    "scores": ("/v1/responses", {"input": "a", "top_logprobs": 3}),
+    "a cut": ("/v1/responses", {"input": "a", "truncation": "auto"}),
     "a search": ("/v1/responses", {"input": "a", "tools": [{"type": "hello-there"}]}),
 }
 

@@ -138,6 +138,38 @@ def test_what_keeps_a_slot_from_being_saved_has_its_own_status(keeper, place, mo
     assert act(keeper, "restore", 0, "held").status_code == 200
 
 
+@pytest.mark.parametrize("relative", [False, True])
+def test_an_error_names_the_session_and_not_where_the_server_keeps_it(
+    folder, tmp_path, monkeypatch, relative: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    place = tmp_path / "kept"
+    told = []
+    with tiny_server(folder, session_folder="kept" if relative else place) as server:
+        slot = ask(server, MORE)["id_slot"]
+        (place / "other").mkdir()
+        (place / "other" / "letter.txt").write_text("dear")
+        (place / "file").write_text("")
+        assert act(server, "save", slot, "held").status_code == 200
+        (place / "damaged").mkdir()
+        (place / "damaged" / "index.json").write_text("{")
+        with holding(place / "held", alone=True):
+            told += [act(server, action, slot, "held") for action in ("save", "restore")]
+        told += [act(server, "save", slot, name) for name in ("other", "file")]
+        told += [act(server, "restore", 0, name) for name in ("nowhere", "other", "damaged")]
+        with monkeypatch.context() as full:
+            full.setattr("shutil.disk_usage", lambda _path: SimpleNamespace(free=0))
+            told.append(act(server, "save", slot, "held"))
+        place.rename(tmp_path / "away")
+        told.append(act(server, "save", slot, "held"))
+    errors = [answer.json()["error"]["message"] for answer in told]
+    assert not [error for error in errors if str(tmp_path) in error or "kept/" in error]
+    names = ("held", "held", "other", "file", "nowhere", "other", "damaged", "held", "held")
+    for name, error in zip(names, errors, strict=True):
+        assert f"'{name}'" in error
+    assert [answer.status_code for answer in told] == [409, 409, *[400] * 5, 507, 400]
+
+
 def test_a_session_has_one_slot_whatever_others_are_called(keeper) -> None:
     slot = ask(keeper, MORE)["id_slot"]
     for name in ("tale", "tale.hsession"):

@@ -8,6 +8,7 @@ import httpx2
 import pytest
 import torch
 from llguidance import LLMatcher, LLTokenizer
+from openai import OpenAI
 from scripted import ScriptedDesk, serving
 
 from headinfer.demo.tokenizer import build_tokenizer
@@ -68,6 +69,30 @@ def test_an_agent_solves_a_task_with_a_tool() -> None:
     assert calls == [(19, 23)]
     assert len(desk.asks) == 2
     assert all(ask.processors is not None for ask in desk.asks)  # it has calls forced
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_an_answer_has_one_call_where_a_client_takes_no_more(parallel: bool) -> None:
+    calls = [call_of("look", place="attic", hours=hours) for hours in (1, 2)]
+    responses = [{"type": "function", **tool["function"]} for tool in TOOLS]
+    with serving(ScriptedDesk(["I ", "look.", *calls])) as (url, _):
+        client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        asked: Any = {"model": "scripted", "parallel_tool_calls": parallel}
+        chat: Any = asked | {"messages": [{"role": "user", "content": "w1"}], "tools": TOOLS}
+        whole = client.chat.completions.create(**chat)
+        with client.chat.completions.stream(**chat) as stream:
+            streamed = stream.until_done().get_final_completion()
+        response = client.responses.create(input="w1", tools=responses, **asked)
+    wanted = [1, 2] if parallel else [1]
+    for answer in (whole, streamed):
+        (choice,) = answer.choices
+        assert choice.finish_reason == "tool_calls"
+        assert choice.message.content.strip() == "I look."
+        told = [json.loads(call.function.arguments) for call in choice.message.tool_calls]
+        assert [arguments["hours"] for arguments in told] == wanted
+    items = [item for item in response.output if item.type == "function_call"]
+    assert [json.loads(item.arguments)["hours"] for item in items] == wanted
+    assert response.parallel_tool_calls is parallel
 
 
 @pytest.mark.parametrize("form", ["plain", "added", "special"])

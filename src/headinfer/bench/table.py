@@ -1,9 +1,9 @@
-"""Rows as a table for people, 100 columns wide."""
+"""Rows as a table for people, 100 columns wide; in less, it comes in parts."""
 
 from collections.abc import Callable, Iterable, Sequence
 
 from rich import box
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -15,6 +15,7 @@ from headinfer.bench.spec import BenchSpec, Command, Fill
 from headinfer.units import counted, exact_bytes, format_bytes, format_seconds, format_tokens
 
 _NOTHING = "-"
+_ANY_WIDTH = 10_000
 
 Column = tuple[str, Callable[[Row], str]]
 """A heading, and what a row has under it."""
@@ -34,7 +35,9 @@ def size(size_bytes: int | None) -> str:
     if size_bytes is None:
         return _NOTHING
     figure, unit = format_bytes(size_bytes).split()
-    return f"{float(figure):.3g}{unit.removesuffix('B').removesuffix('i')}"
+    value = float(figure)
+    shown = f"{value:.3g}" if value < 1000 else f"{value:.0f}"  # which .3g writes as 1e+03
+    return shown + unit.removesuffix("B").removesuffix("i")
 
 
 def _ratio(value: float | None) -> str:
@@ -92,14 +95,43 @@ def _columns(spec: BenchSpec) -> tuple[Column, ...]:
 
 def render(spec: BenchSpec, machine: Machine, rows: Sequence[Row]) -> RenderableType:
     """Return the table, with the conditions above it and what did not run below it."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("method", no_wrap=True)
-    columns = _columns(spec)
-    for heading, _ in columns:
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(spec.name_of(row.variant), *(cell(row) for _, cell in columns))
+    table = _Parts(spec, rows)
     return Group(*map(Text, conditions(spec, machine)), table, *map(Text, notes(spec, rows)))
+
+
+class _Parts:
+    """A table that is cut between columns where a console is too narrow, and not within figures.
+
+    Args:
+        spec: of the run.
+        rows: that were measured.
+    """
+
+    def __init__(self, spec: BenchSpec, rows: Sequence[Row]) -> None:
+        self._spec, self._rows = spec, rows
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Yield tables of as many columns as fit, each with the methods and the contexts."""
+        first, *others = _columns(self._spec)
+        part: list[Column] = [first]
+        for column in others:
+            wider = self._table([*part, column])
+            needed = console.measure(wider, options=options.update_width(_ANY_WIDTH)).maximum
+            if needed > options.max_width and len(part) > 1:
+                yield self._table(part)
+                part = [first]
+            part.append(column)
+        yield self._table(part)
+
+    def _table(self, columns: Sequence[Column]) -> Table:
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        table.add_column("method", no_wrap=True)
+        for heading, _ in columns:
+            table.add_column(heading, justify="right", no_wrap=True)
+        for row in self._rows:
+            name = self._spec.name_of(row.variant)
+            table.add_row(name, *(cell(row) for _, cell in columns))
+        return table
 
 
 def conditions(spec: BenchSpec, machine: Machine) -> Iterable[str]:

@@ -134,7 +134,7 @@ def probe(
 
 def _measure_disk(folder: str, *, quick: bool) -> DiskRate:
     """Measure a disk first: nothing else is to use it, and a folder may be wrong."""
-    check_folder(folder)
+    check_folder(folder, "--disk")
     with stderr_console().status("measuring the disk"):
         from headinfer.probe.disk import measure_disk
 

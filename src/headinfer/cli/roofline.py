@@ -7,12 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
-from headinfer.cli.console import reporting_errors, stderr_console, stdout_console
+from headinfer.cli.console import reporting_errors, stderr_console
 from headinfer.cli.contexts import parse_contexts
 from headinfer.cli.hardware import HardwareName, hardware_of
 from headinfer.cli.options import NO_VALUE, OUTPUT_PANEL
 from headinfer.cli.output import STDOUT, JsonPath, check_writable, write_json
 from headinfer.cli.roofline_table import render, render_paper
+from headinfer.cli.text import wrapping_console
 from headinfer.errors import OptionError
 from headinfer.estimate.roofline import (
     PAPER_CONTEXTS,
@@ -98,7 +99,7 @@ def roofline(
         if json_path is not None:
             write_json(json_path, _document(shape, machine, rows, causal=causal, paper=paper))
         if json_path != STDOUT:
-            console = stdout_console()
+            console = wrapping_console()
             console.width = max(console.width, _MIN_WIDTH)
             console.print(
                 render_paper(compare(shape))

@@ -25,6 +25,7 @@ from headinfer.generation.gpus import Gpus
 from headinfer.generation.model import choose_device, load_config, load_model, load_tokenizer
 from headinfer.gguf_models import unpacked_dtype
 from headinfer.plan.options import Options
+from headinfer.server.origins import check_origins
 from headinfer.server.requirements import check_installed
 from headinfer.units import format_bytes, parse_bytes
 
@@ -67,6 +68,14 @@ def serve(
             help_text="A key that requests must bring; may be repeated.",
             envvar=_KEYS_VARIABLE,
             show_envvar=True,
+        ),
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None,
+        _server(
+            "--cors-origin",
+            metavar="ORIGIN",
+            help_text="Whose web pages may call it, as https://NAME; may be repeated; *: all.",
         ),
     ] = None,
     alias: Annotated[
@@ -164,6 +173,7 @@ def serve(
         keys = tuple(api_key or ())
         if not all(keys):
             raise OptionError("--api-key is empty; give a key, or leave it out")
+        origins = check_origins(cors_origin or ())
         check_trained(model)
         source = NamedSource(
             name=model,
@@ -201,6 +211,12 @@ def serve(
                 f"warning: everybody who reaches {host} may use this server; give --api-key",
                 markup=False,
             )
+        if not keys and "*" in origins:
+            console.print(
+                "warning: every web page that a browser here shows may use this server; give "
+                "--api-key",
+                markup=False,
+            )
         desk = {
             "running": parallel,
             "waiting": queue,
@@ -213,6 +229,7 @@ def serve(
             address,
             lambda: _load(console, service.name, source, dtype.value, options, desk),
             keys=keys,
+            origins=origins,
             debug=debug_wanted(),
             verbose=verbose,
             on_listening=lambda url: print(url, flush=True),

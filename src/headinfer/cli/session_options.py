@@ -11,7 +11,7 @@ from rich.console import Console
 from headinfer.cli.options import OUTPUT_PANEL, PROMPT_PANEL
 from headinfer.cli.stages import Stages
 from headinfer.errors import HeadInferError, OptionError, SessionFileError, SessionRoomError
-from headinfer.units import counted, format_bytes
+from headinfer.units import counted, format_bytes, format_si
 
 if TYPE_CHECKING:
     from headinfer.integration.cache import OffloadedCache
@@ -213,6 +213,6 @@ def _tell_saved(console: Console, session: str, saved: "SavedSession") -> None:
     console.print(
         f"session: {counted(saved.tokens, 'token')} saved to "
         f"{os.path.normpath(session)}, "
-        f"{format_bytes(saved.num_bytes)} at {rate / 1e9:.1f} GB/s",
+        f"{format_bytes(saved.num_bytes)} at {format_si(rate, 'B/s')}",
         markup=False,
     )

@@ -49,7 +49,7 @@ def measured_hardware(
         return None
     disk = None
     if disk_cache is not None:
-        with contextlib.suppress(OSError, ValueError):  # ranks refuse such a folder together, later
+        with contextlib.suppress(OSError, ValueError):  # it is refused where its file is made
             disk = mount_of(disk_cache).disk
     measured = load_measured(identity(device.name), disk)
     return measured if measured is None or sharing == 1 else measured.shared_by(sharing)

@@ -6,16 +6,17 @@ from headinfer.errors import OptionError
 from headinfer.folders import describe
 
 
-def check_folder(folder: str) -> None:
+def check_folder(folder: str, option: str = "disk_cache") -> None:
     """Refuse a folder that cannot take the file of a disk cache.
 
     Args:
         folder: as the user named it.
+        option: that the user named it with.
 
     Raises:
         OptionError: it is not there, is no folder, cannot be looked at, or may not be written.
     """
-    named = f"disk_cache {folder!r}"
+    named = f"{option} {folder!r}"
     try:
         os.stat(folder)
     except (FileNotFoundError, NotADirectoryError):

@@ -1,5 +1,6 @@
 """How many drafts make a token cheapest, by known times and acceptance. Pure Python."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 _MARGIN = 1.05
@@ -56,11 +57,14 @@ def number_to_try(
     numbers: Sequence[int],
     now: int = 0,
 ) -> int:
-    """Return how many tokens to draft, where a larger number may be tried in hope.
+    """Return how many tokens to draft, where another number may be tried in hope.
 
     The step without drafts may be captured, or attended by other kernels, and passes with drafts
     not. So the time of one number of drafts does not tell what another draft adds. If more drafts
     pay where they add nothing, about twice as many are tried. Then two numbers tell.
+
+    Times need not lie on a line: a pass may be slow only from some rows on. So where a number is
+    too slow and far fewer drafts were timed, half of it is tried before it is given up.
 
     Args:
         draft_s: as for `best_number`, with the others.
@@ -70,11 +74,29 @@ def number_to_try(
         now: how many were drafted last.
     """
     best, known = best_number(draft_s, pass_s, acceptance, numbers, now), max(pass_s)
-    if best > known or sum(number > 0 for number in pass_s) > 1:
+    if best > known:
         return best
+    if sum(number > 0 for number in pass_s) > 1:
+        return _halved(draft_s, pass_s, acceptance, numbers, best)
     flat = {**pass_s, numbers[-1]: pass_s[known]}
     hoped = best_number(draft_s, flat, acceptance, numbers, now)
     return max(number for number in numbers if number <= min(hoped, 2 * known + 1))
+
+
+def _halved(
+    draft_s: float,
+    pass_s: Mapping[int, float],
+    acceptance: float,
+    numbers: Sequence[int],
+    best: int,
+) -> int:
+    """Return half of a number that is too slow, if that pays should it take as long as fewer do."""
+    hoped = dict(pass_s)
+    for low, high in itertools.pairwise(sorted(number for number in pass_s if number)):
+        half = max(number for number in numbers if number <= high // 2)
+        if best < high and low < half:
+            hoped[half] = pass_s[low]
+    return best_number(draft_s, hoped, acceptance, sorted({0, best, *hoped}), best)
 
 
 def _pass_s(known: Mapping[int, float], drafts: int) -> float:

@@ -4,7 +4,7 @@ import bisect
 import inspect
 import operator
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from headinfer.errors import OptionError, is_out_of_memory, reason_of
@@ -35,7 +35,10 @@ class TemplateRefusalError(OptionError):
 
 
 def encode_prompt(
-    tokenizer: Any, prompt: Prompt, template_values: Mapping[str, Any] | None = None
+    tokenizer: Any,
+    prompt: Prompt,
+    template_values: Mapping[str, Any] | None = None,
+    check: Callable[[str], object] | None = None,
 ) -> list[int]:
     """Return a prompt's token ids.
 
@@ -43,19 +46,23 @@ def encode_prompt(
         tokenizer: of transformers; adds its special tokens to text, and none to messages.
         prompt: text, messages or token ids.
         template_values: further values for the chat template, by their names in it.
+        check: called with the text that is to be tokenised; raises to refuse it.
 
     Raises:
         OptionError: the prompt is none of these, the chat template refuses messages or values, or
             nothing is left to run the model on.
     """
+    check = check or (lambda _text: None)
     parts = None if isinstance(prompt, str) else _parts(prompt)
     if parts and all(isinstance(part, Mapping) for part in parts):
         text = _chat(tokenizer, parts, template_values or {})
+        check(text)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     elif template_values:
         raise OptionError("values for the chat template are for messages, which the prompt is not")
     elif isinstance(prompt, str):
         check_text(prompt)
+        check(prompt)
         ids = tokenizer(prompt)["input_ids"]
     else:
         ids = _token_ids(parts or [])

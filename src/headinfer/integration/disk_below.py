@@ -7,6 +7,7 @@ from functools import partial
 from typing import TypeVar
 
 from headinfer.disk.file import SpillFile
+from headinfer.disk.folder import check_folder
 from headinfer.disk.mount import free_bytes, mount_of
 from headinfer.engine.parted import CacheEngine
 from headinfer.errors import DiskError, HeadInferError, MemoryPlanError, OptionError
@@ -56,6 +57,8 @@ class DiskBelow:
         if options.disk_cache is None:
             return
         if parts[0].device.name == "cpu":
+            if ranks.size == 1:  # ranks refuse a folder together, or not at all
+                check_folder(options.disk_cache)
             raise OptionError(
                 "disk_cache is for a GPU's cache; the CPU attends host memory, and has nothing "
                 "below it"

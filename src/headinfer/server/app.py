@@ -22,6 +22,7 @@ from headinfer.server.completions import CompletionReply
 from headinfer.server.gate import Gate
 from headinfer.server.metrics import Metrics
 from headinfer.server.mistakes import mistake_of
+from headinfer.server.origins import open_to
 from headinfer.server.parsing import MessageParser, parser_of
 from headinfer.server.problems import ProblemError, missing_path, problem_of
 from headinfer.server.responses import ResponseReply
@@ -46,12 +47,19 @@ _ANSWERS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def make_app(service: Service, *, keys: Sequence[str] = (), debug: bool = False) -> ASGIApp:
+def make_app(
+    service: Service,
+    *,
+    keys: Sequence[str] = (),
+    origins: Sequence[str] = (),
+    debug: bool = False,
+) -> ASGIApp:
     """Return the application of one model.
 
     Args:
         service: the model, which may be loading.
         keys: of which each request must bring one; none to let all enter.
+        origins: of other web pages that may call it.
         debug: whether stderr has the whole of errors that nobody foresaw.
     """
     metrics = Metrics(service)
@@ -68,7 +76,7 @@ def make_app(service: Service, *, keys: Sequence[str] = (), debug: bool = False)
     _add_operation(app, service, metrics)
     _add_page(app)
     paths = {getattr(route, "path", "") for route in app.routes}
-    return Gate(
+    gate = Gate(
         app,
         keys=keys,
         body_bytes=service.limits.body_bytes,
@@ -77,6 +85,7 @@ def make_app(service: Service, *, keys: Sequence[str] = (), debug: bool = False)
             method, path, status, path in paths
         ),
     )
+    return open_to(gate, origins)  # so that pages can read what the gate refuses
 
 
 def _add_errors(app: FastAPI) -> None:
@@ -177,7 +186,9 @@ def _add_model(app: FastAPI, service: Service, metrics: Metrics) -> None:
 def _parser(served: Served, asks: asking.Request) -> MessageParser:
     """Return a parser for a choice of a conversation's answer."""
     return parser_of(
-        *(served.model, served.tokenizer, asks.asks[0].ids, asks.tools), spelled=asks.spelled
+        *(served.model, served.tokenizer, asks.asks[0].ids, asks.tools),
+        spelled=asks.spelled,
+        one_call=asks.one_call,
     )
 
 

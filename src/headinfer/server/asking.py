@@ -20,20 +20,13 @@ from headinfer.server.calls import call_grammar, wanted_tools
 from headinfer.server.messages import chat_messages, chat_tools, response_messages, response_tools
 from headinfer.server.problems import ProblemError
 from headinfer.server.served import DEFAULT_NEW_TOKENS, Limits, Served
+from headinfer.server.unserved import check_chat, check_completion, check_response
 from headinfer.serving.ask import Ask
 
 _MOST_STOPS = 32
 _MOST_CHOICES = 64
 _SETTINGS = ("top_k", "min_p", "repetition_penalty")
 _ANY_OBJECT = {"type": "object"}
-
-_UNSERVED = {
-    "functions": "send them as tools",
-    "function_call": "send tool_choice",
-    "audio": "leave it out",
-    "web_search_options": "leave it out",
-}
-"""Fields that would change the answer, and what to do instead."""
 
 Processors = Callable[[], list[Any]]
 
@@ -46,11 +39,13 @@ class Request:
         asks: one for each choice, in their order.
         tools: that the model may call; in the form of chat templates.
         spelled: whether pieces have tokens, which are parsed in the place of their text.
+        one_call: whether an answer calls one tool at most.
     """
 
     asks: tuple[Ask, ...]
     tools: list[dict[str, Any]] | None = None
     spelled: bool = False
+    one_call: bool = False
 
 
 def chat_request(served: Served, body: ChatBody, limits: Limits) -> Request:
@@ -60,9 +55,7 @@ def chat_request(served: Served, body: ChatBody, limits: Limits) -> Request:
         HeadInferError: it cannot be had.
         ProblemError: the same.
     """
-    for name, remedy in _UNSERVED.items():
-        if getattr(body, name) is not None:
-            raise ProblemError(400, f"{name} is not served; {remedy}", param=name)
+    check_chat(body)
     tools = chat_tools(body.tools, body.tool_choice)
     values = _values(served, body, tools, body.reasoning_effort)
     messages = chat_messages(body.messages)
@@ -77,7 +70,12 @@ def chat_request(served: Served, body: ChatBody, limits: Limits) -> Request:
     guided = _guided(served, schema, ids, wanted_tools(tools, body.tool_choice))
     ask = _ask(served, body, ids, new_tokens, limits, logprobs, guided)
     ask, spelled = _spelled(served, _marked(served, ask, messages, values))
-    return Request(asks=_choices(ask, body.n or 1), tools=tools, spelled=spelled)
+    return Request(
+        asks=_choices(ask, body.n or 1),
+        tools=tools,
+        spelled=spelled,
+        one_call=body.parallel_tool_calls is False,
+    )
 
 
 def completion_request(served: Served, body: CompletionBody, limits: Limits) -> Request:
@@ -87,9 +85,7 @@ def completion_request(served: Served, body: CompletionBody, limits: Limits) -> 
         HeadInferError: it cannot be had.
         ProblemError: the same.
     """
-    if body.echo or body.suffix or (body.best_of or 1) > (body.n or 1):
-        name = "echo" if body.echo else "suffix" if body.suffix else "best_of"
-        raise ProblemError(400, f"{name} is not served; leave it out", param=name)
+    check_completion(body)
     if body.logprobs is not None:
         served.guide.bytes_of(0, "")  # as above
     asks: list[Ask] = []
@@ -112,11 +108,7 @@ def response_request(served: Served, body: ResponseBody, limits: Limits) -> Requ
         HeadInferError: it cannot be had.
         ProblemError: the same.
     """
-    for name in ("previous_response_id", "conversation", "background"):
-        if getattr(body, name):
-            raise ProblemError(
-                400, f"{name} is not served, as nothing is stored; send all items", param=name
-            )
+    check_response(body)
     tools = response_tools(body.tools, body.tool_choice)
     values = _values(served, body, tools, body.reasoning.effort if body.reasoning else None)
     messages = response_messages(body.input, body.instructions)
@@ -125,7 +117,8 @@ def response_request(served: Served, body: ResponseBody, limits: Limits) -> Requ
     guided = _guided(served, schema, ids, wanted_tools(tools, body.tool_choice))
     ask = _ask(served, body, ids, body.max_output_tokens, limits, None, guided)
     ask, spelled = _spelled(served, _marked(served, ask, messages, values))
-    return Request(asks=(ask,), tools=tools, spelled=spelled)
+    one_call = body.parallel_tool_calls is False
+    return Request(asks=(ask,), tools=tools, spelled=spelled, one_call=one_call)
 
 
 def _values(
@@ -170,7 +163,8 @@ def _prompts(given: str | list[str] | list[int] | list[list[int]]) -> Sequence[P
 
 
 def _encode(served: Served, prompt: Prompt, values: Mapping[str, Any]) -> tuple[int, ...]:
-    return tuple(encode_prompt(served.tokenizer, prompt, values))
+    """Return a prompt's tokens, unless its bytes show that they are too many."""
+    return tuple(encode_prompt(served.tokenizer, prompt, values, served.desk.check_text))
 
 
 def _choices(ask: Ask, count: int) -> tuple[Ask, ...]:

@@ -93,10 +93,13 @@ class MessageParser:
     Args:
         parser: of transformers, or None to take all text as said.
         spelled: a tokenizer, to parse tokens and not the text, which lacks special ones.
+        one_call: whether calls of tools behind the first are left out.
     """
 
-    def __init__(self, parser: Any = None, spelled: Any = None) -> None:
+    def __init__(self, parser: Any = None, spelled: Any = None, *, one_call: bool = False) -> None:
         self._parser = parser
+        self._one_call = one_call
+        self._called = False
         self._spelled = None if spelled is None else _Spelled(spelled)
         self._text = ""
         self._told_chars = 0  # of the text, which have become parts
@@ -104,7 +107,8 @@ class MessageParser:
 
     def take(self, piece: Piece) -> list[Part]:
         """Take a piece of the answer and return what it completes."""
-        return self._feed(self._spelled.add(piece.tokens) if self._spelled else piece.text)
+        text = self._spelled.add(piece.tokens) if self._spelled else piece.text
+        return self._wanted(self._feed(text))
 
     def _feed(self, text: str) -> list[Part]:
         if self._parser is None:
@@ -117,7 +121,17 @@ class MessageParser:
         parts = self._feed(self._spelled.end()) if self._spelled else []
         if self._parser is None:
             return parts
-        return [*parts, *self._parse(lambda: self._parser.finalize()[1])]
+        return self._wanted([*parts, *self._parse(lambda: self._parser.finalize()[1])])
+
+    def _wanted(self, parts: list[Part]) -> list[Part]:
+        """Return parts without the calls that are left out."""
+        wanted: list[Part] = []
+        for part in parts:
+            is_call = isinstance(part, Called)
+            if not (is_call and self._called and self._one_call):
+                wanted.append(part)
+            self._called = self._called or is_call
+        return wanted
 
     def _parse(self, step: Callable[[], list[dict[str, Any]]]) -> list[Part]:
         try:
@@ -194,6 +208,7 @@ def parser_of(
     tools: Sequence[Mapping[str, Any]] | None,
     *,
     spelled: bool = False,
+    one_call: bool = False,
 ) -> MessageParser:
     """Return the parser of an answer.
 
@@ -203,6 +218,7 @@ def parser_of(
         ids: the prompt, which may begin the answer's message.
         tools: that the model may call.
         spelled: whether pieces have tokens, to be parsed in the place of their text.
+        one_call: whether calls behind the first are left out.
     """
     try:
         from transformers.cli.serving.utils import build_response_parser
@@ -216,4 +232,4 @@ def parser_of(
     except (KeyError, TypeError, ValueError) as error:
         _logger.warning("answers are not parsed for tool calls: %s", error)
         parser = None
-    return MessageParser(parser, tokenizer if spelled else None)
+    return MessageParser(parser, tokenizer if spelled else None, one_call=one_call)

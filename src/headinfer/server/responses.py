@@ -133,7 +133,7 @@ class ResponseReply:
             "metadata": body.metadata or {},
             "model": name,
             "output": [],
-            "parallel_tool_calls": True,
+            "parallel_tool_calls": body.parallel_tool_calls is not False,
             "previous_response_id": None,
             "store": False,
             "temperature": body.temperature,

@@ -151,6 +151,7 @@ def serve(
     load: Callable[[], Served],
     *,
     keys: Sequence[str],
+    origins: Sequence[str],
     debug: bool,
     verbose: bool,
     on_listening: Callable[[str], None],
@@ -164,6 +165,7 @@ def serve(
         address: to listen on.
         load: returns the model; called in a thread of its own.
         keys: of which each request must bring one.
+        origins: of other web pages that may call the server.
         debug: whether stderr has the whole of errors that nobody foresaw.
         verbose: whether each request is logged, by its path and status.
         on_listening: told the URL.
@@ -177,7 +179,7 @@ def serve(
     logging = copy.deepcopy(uvicorn.config.LOGGING_CONFIG)
     logging["handlers"]["access"]["stream"] = "ext://sys.stderr"
     config = uvicorn.Config(
-        make_app(service, keys=keys, debug=debug),
+        make_app(service, keys=keys, origins=origins, debug=debug),
         log_config=logging,
         log_level="info" if verbose else "warning",
         access_log=verbose,

@@ -36,10 +36,29 @@ class Admission:
         prompt_tokens, given = len(ask.ids), ask.given.get("max_new_tokens")
         self._check_positions(prompt_tokens, given)
         tokens = prompt_tokens + (DEFAULT_NEW_TOKENS if given is None else int(given))
-        self._check_host(tokens, yielding_bytes)
+        self._check_host(tokens, yielding_bytes, f"prompt and answer of {counted(tokens, 'token')}")
         if tokens > self._planned_tokens:
             self.session.check_device(tokens)
             self._planned_tokens = tokens
+
+    def check_least(self, prompt_tokens: int, yielding_bytes: int) -> None:
+        """Refuse a prompt before it is tokenised.
+
+        Args:
+            prompt_tokens: that it has at least.
+            yielding_bytes: as for `check`.
+
+        Raises:
+            ContextLengthError: the model has no positions for so many tokens.
+            MemoryPlanError: the CPU memory never holds so many.
+        """
+        told, most = counted(prompt_tokens, "token"), self.session.max_positions
+        if not self.allow_long and 0 < most <= prompt_tokens:
+            raise ContextLengthError(
+                f"the prompt has at least {told}, and the model was made for {most:,}; shorten the "
+                "prompt"
+            )
+        self._check_host(prompt_tokens, yielding_bytes, f"a prompt of at least {told}")
 
     def _check_positions(self, prompt_tokens: int, new_tokens: int | None) -> None:
         most = self.session.max_positions
@@ -54,7 +73,7 @@ class Admission:
             f"{most:,}; {told}"
         )
 
-    def _check_host(self, tokens: int, yielding_bytes: int) -> None:
+    def _check_host(self, tokens: int, yielding_bytes: int, what: str) -> None:
         plan = self.session.plan
         needed = plan.kv_host_bytes(tokens)
         room = self.session.host_room(plan.arena_bytes + plan.activation_bytes)
@@ -69,8 +88,8 @@ class Admission:
         fitting = max(there - raw_bytes, 0) // page_bytes * page
         fit = f"{counted_tokens(fitting)} {'fits' if fitting == 1 else 'fit'}"
         raise MemoryPlanError(
-            f"prompt and answer of {counted(tokens, 'token')} need {format_bytes(needed)} of CPU "
-            f"memory for the KV cache, and {format_bytes(there)} can be had once all else has "
-            f"ended: {fit}. GPU memory would take {format_bytes(plan.total_device_bytes)}. Shorten "
-            "the prompt, ask for fewer new tokens, or free CPU memory"
+            f"{what} need {format_bytes(needed)} of CPU memory for the KV cache, and "
+            f"{format_bytes(there)} can be had once all else has ended: {fit}. GPU memory would "
+            f"take {format_bytes(plan.total_device_bytes)}. Shorten the prompt, ask for fewer new "
+            "tokens, or free CPU memory"
         )

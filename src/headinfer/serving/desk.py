@@ -17,6 +17,7 @@ from headinfer.saved.messages import Messages
 from headinfer.serving.admission import Admission
 from headinfer.serving.ask import Ask
 from headinfer.serving.events import Ended, Event
+from headinfer.serving.least_tokens import LeastTokens
 from headinfer.serving.prefix_folder import PrefixFolder
 from headinfer.serving.prefixes import Prefixes
 from headinfer.serving.queueing import Line
@@ -122,6 +123,7 @@ class Desk:
             line=Line(running, waiting),
         )
         self._admission = Admission(session=session, allow_long=allow_long_prompts)
+        self._least_tokens = LeastTokens(tokenizer)
         self._mutex = threading.Lock()
         self._requests: dict[str, Request] = {}
         self._leave_experts = _keep_experts(model)
@@ -142,6 +144,19 @@ class Desk:
         """
         ask.check(self._vocabulary)
         self._admission.check(ask, self._served.prefixes.yielding_bytes)
+
+    def check_text(self, text: str) -> None:
+        """Refuse a prompt whose length in bytes tells that it cannot be answered, whatever it says.
+
+        Args:
+            text: to be tokenised. One that is not refused may still be too long.
+
+        Raises:
+            ContextLengthError: the prompt is too long for the model.
+            MemoryPlanError: the CPU memory is too small, as in `check`.
+        """
+        if tokens := self._least_tokens.of(text):
+            self._admission.check_least(tokens, self._served.prefixes.yielding_bytes)
 
     def submit(self, ask: Ask, on_event: Callable[[Event], None]) -> Ticket:
         """Have a request begin, or wait in the queue.

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,7 +88,7 @@ class Sessions:
             OptionError: it is no name.
             SessionFileError: it cannot be written; what was there is whole.
         """
-        with contextlib.closing(cache):
+        with contextlib.closing(cache), self._unplaced():
             path = self._place(name)
             saved = cache.save(path, messages=messages)
             if messages is None:  # those of a conversation that had the name before
@@ -106,6 +107,10 @@ class Sessions:
             SessionFileError: there is none, it is of another model, or nothing of it can be used.
             MemoryPlanError: it does not fit.
         """
+        with self._unplaced():
+            return self._restored(name)
+
+    def _restored(self, name: str) -> RestoredSession:
         began_s = time.monotonic()
         path = self._place(name)
         index = read_index(path)
@@ -134,6 +139,19 @@ class Sessions:
             seconds=time.monotonic() - began_s,
             messages=messages,
         )
+
+    @contextlib.contextmanager
+    def _unplaced(self) -> Iterator[None]:
+        """Leave the way to the folder out of errors: clients know sessions by their names."""
+        try:
+            yield
+        except SessionFileError as error:
+            told = str(error)
+            for way in (os.path.realpath(self._folder.path), os.fspath(self._folder.path)):
+                told = told.replace(os.path.join(way, ""), "")
+                if os.path.isabs(way):
+                    told = told.replace(way, os.path.basename(way))
+            raise type(error)(told) from error.__cause__
 
     def _note(self, path: Path) -> None:
         """Have prompts go on from a session, where they do after a restart, too: by its name."""
