@@ -36,7 +36,8 @@ class Admission:
         prompt_tokens, given = len(ask.ids), ask.given.get("max_new_tokens")
         self._check_positions(prompt_tokens, given)
         tokens = prompt_tokens + (DEFAULT_NEW_TOKENS if given is None else int(given))
-        self._check_host(tokens, yielding_bytes, f"prompt and answer of {counted(tokens, 'token')}")
+        told = f"prompt and answer of {counted(tokens, 'token')} need"
+        self._check_host(tokens, yielding_bytes, told)
         if tokens > self._planned_tokens:
             self.session.check_device(tokens)
             self._planned_tokens = tokens
@@ -58,7 +59,7 @@ class Admission:
                 f"the prompt has at least {told}, and the model was made for {most:,}; shorten the "
                 "prompt"
             )
-        self._check_host(prompt_tokens, yielding_bytes, f"a prompt of at least {told}")
+        self._check_host(prompt_tokens, yielding_bytes, f"a prompt of at least {told} needs")
 
     def _check_positions(self, prompt_tokens: int, new_tokens: int | None) -> None:
         most = self.session.max_positions
@@ -88,7 +89,7 @@ class Admission:
         fitting = max(there - raw_bytes, 0) // page_bytes * page
         fit = f"{counted_tokens(fitting)} {'fits' if fitting == 1 else 'fit'}"
         raise MemoryPlanError(
-            f"{what} need {format_bytes(needed)} of CPU memory for the KV cache, and "
+            f"{what} {format_bytes(needed)} of CPU memory for the KV cache, and "
             f"{format_bytes(there)} can be had once all else has ended: {fit}. GPU memory would "
             f"take {format_bytes(plan.total_device_bytes)}. Shorten the prompt, ask for fewer new "
             "tokens, or free CPU memory"
