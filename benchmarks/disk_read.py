@@ -4,9 +4,12 @@
 
 A decode step above a disk is bound by the best of the probe's stretches, which last a tenth of a
 second. Two readers read as many bytes as a step of Llama-3-8B at 100K tokens does, over and over.
-`cache` reads tiles by our own file, as many at a time as a step does. `plain` shares no code with
-it: threads, `os.preadv` and O_DIRECT, in blocks of the same size. Where both stay below the best
-stretch, so must a step. Where `plain` alone reaches it, our reading is at fault.
+`cache` reads tiles by our own file, as many at a time as a step does. `plain` reads the same file,
+and shares no code with it: threads, `os.preadv` and O_DIRECT. Its blocks are as large, and it has
+more of them at once, too. Readers take turns, as a shared disk gives now more and now less.
+
+Where both stay below the best stretch, so must a step. Where `plain` alone reaches it, our reading
+is at fault.
 """
 
 import argparse
@@ -17,13 +20,14 @@ import mmap
 import os
 import statistics
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from headinfer.disk.file import DEPTH, PART_BYTES, SpillFile, aligned_empty
 from headinfer.disk.mount import free_bytes, mount_of
@@ -68,8 +72,7 @@ class Clock:
             if read_bytes >= wanted:
                 marks.append((now_s, read_bytes))
                 wanted = read_bytes + STRETCH_BYTES
-        if len(marks) == 1:
-            marks.append(self._came[-1])
+        marks[max(len(marks) - 1, 1) :] = [self._came[-1]]  # the last one has the rest
         per_s = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in itertools.pairwise(marks)]
         seconds, read_bytes = self._came[-1]
         return {
@@ -82,96 +85,65 @@ class Clock:
         }
 
 
-def places(size_bytes: int, tile_bytes: int) -> Iterator[int]:
-    """Yield where tiles begin, in order, and again from the first one behind the last."""
-    return itertools.cycle(range(0, size_bytes, tile_bytes))
-
-
-def read_by_cache(folder: str, size_bytes: int, tile_bytes: int, seconds: float) -> dict[str, Any]:
-    """Read tiles as a cache does, several ahead, and return the rates."""
-    file = SpillFile(folder)
-    try:
-        start = file.allocate(size_bytes)
-        buffers = [aligned_empty(tile_bytes) for _ in range(READS)]
-        for buffer in buffers:
-            buffer.random_(256)
-        under_way: collections.deque[Transfer] = collections.deque()
-        for number, place in enumerate(range(0, size_bytes, tile_bytes)):
-            if len(under_way) == READS:
-                under_way.popleft().wait()
-            under_way.append(file.write(start + place, buffers[number % READS]))
-        while under_way:
+def fill(file: SpillFile, start: int, size_bytes: int, buffers: Sequence[torch.Tensor]) -> None:
+    """Write random bytes, several tiles at a time."""
+    under_way: collections.deque[Transfer] = collections.deque()
+    for buffer in buffers:
+        buffer.random_(256)
+    for place, buffer in zip(
+        range(0, size_bytes, buffers[0].nbytes), itertools.cycle(buffers), strict=False
+    ):
+        if len(under_way) == len(buffers):
             under_way.popleft().wait()
-        clock, going, at = Clock(seconds, size_bytes), True, places(size_bytes, tile_bytes)
+        under_way.append(file.write(start + place, buffer))
+    while under_way:
+        under_way.popleft().wait()
+
+
+def read_by_cache(
+    file: SpillFile, places: Iterator[int], buffers: Sequence[torch.Tensor], clock: Clock
+) -> None:
+    """Read tiles as a cache does: one is waited for while the others are on their way."""
+    under_way: collections.deque[Transfer] = collections.deque()
+    try:
         for buffer in itertools.cycle(buffers):
-            if len(under_way) == READS:
+            if len(under_way) == len(buffers):
                 under_way.popleft().wait()
-                going = clock.done(tile_bytes)
-            if not going:
-                break
-            under_way.append(file.read(start + next(at), buffer))
+                if not clock.done(buffer.nbytes):
+                    return
+            under_way.append(file.read(next(places), buffer))
     finally:
-        file.close()
-    return {"reader": "cache", "direct": file.direct, **clock.rates()}
+        for transfer in under_way:
+            transfer.settle()
 
 
-def read_plainly(folder: str, size_bytes: int, seconds: float) -> dict[str, Any]:
-    """Read blocks by threads of our own, by the system's calls alone, and return the rates."""
-    file, name = tempfile.mkstemp(dir=folder)
+def open_again(fd: int) -> tuple[int, bool]:
+    """Open an open file to be read past the page cache, and return whether that works."""
+    name = f"/proc/self/fd/{fd}"
     try:
-        fd = _open_direct(name)
-        os.unlink(name)  # it goes when the process does
-        _fill(file, size_bytes)
-        direct = fd is not None and _reads(fd)
-        if fd is None or not direct:
-            fd = os.dup(file)
-        try:
-            clock = Clock(seconds, size_bytes)
-            _read_by_threads(fd, direct, places(size_bytes, PART_BYTES), clock)
-        finally:
-            os.close(fd)
-    finally:
-        os.close(file)
-    return {"reader": "plain", "direct": direct, **clock.rates()}
-
-
-def _open_direct(name: str) -> int | None:
-    """Open a file past the page cache; None where the file system refuses that."""
-    try:
-        return os.open(name, os.O_RDONLY | os.O_DIRECT)
+        again = os.open(name, os.O_RDONLY | os.O_DIRECT)
     except OSError:
-        return None
-
-
-def _fill(file: int, size_bytes: int) -> None:
-    """Write random bytes, and have them on the disk alone."""
-    noise = os.urandom(PART_BYTES)
-    for place in range(0, size_bytes, PART_BYTES):
-        os.pwrite(file, noise, place)
-    os.fsync(file)
-    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def _reads(fd: int) -> bool:
-    """Return whether a file can be read as it was opened; some file systems find out only now."""
+        return os.open(name, os.O_RDONLY), False
     with mmap.mmap(-1, PART_BYTES) as block:
         try:
-            return os.preadv(fd, [block], 0) == PART_BYTES
-        except OSError:
-            os.close(fd)
-            return False
+            os.preadv(again, [block], 0)
+        except OSError:  # some file systems find out only now
+            os.close(again)
+            return os.open(name, os.O_RDONLY), False
+    return again, True
 
 
-def _read_by_threads(fd: int, direct: bool, at: Iterator[int], clock: Clock) -> None:
+def read_plainly(fd: int, direct: bool, places: Iterator[int], clock: Clock, depth: int) -> None:
     """Have threads read blocks, each the next one, until the clock says so."""
-    turns, failed = threading.Lock(), []
+    turns = threading.Lock()
+    failed: list[OSError] = []
 
     def read() -> None:
         with mmap.mmap(-1, PART_BYTES) as block:
             going = True
             while going and not failed:
                 with turns:
-                    place = next(at)
+                    place = next(places)
                 try:
                     read_bytes = os.preadv(fd, [block], place)
                 except OSError as error:
@@ -181,7 +153,7 @@ def _read_by_threads(fd: int, direct: bool, at: Iterator[int], clock: Clock) -> 
                     os.posix_fadvise(fd, place, PART_BYTES, os.POSIX_FADV_DONTNEED)
                 going = clock.done(read_bytes)
 
-    threads = [threading.Thread(target=read) for _ in range(DEPTH)]
+    threads = [threading.Thread(target=read) for _ in range(depth)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -190,7 +162,9 @@ def _read_by_threads(fd: int, direct: bool, at: Iterator[int], clock: Clock) -> 
         raise failed[0]
 
 
-def measure(folder: str, size_bytes: int, tile_bytes: int, seconds: float) -> dict[str, Any]:
+def measure(
+    folder: str, size_bytes: int, tile_bytes: int, seconds: float, depths: Sequence[int]
+) -> dict[str, Any]:
     """Return what the probe and both readers find.
 
     Raises:
@@ -204,10 +178,29 @@ def measure(folder: str, size_bytes: int, tile_bytes: int, seconds: float) -> di
             f"disk {folder!r} has {format_bytes(free)} free, and {format_bytes(size_bytes)} are to "
             "be read; free space, name another folder or give a smaller --size"
         )
-    rows = [
-        read_by_cache(folder, size_bytes, tile_bytes, seconds),
-        read_plainly(folder, size_bytes, seconds),
-    ]
+    rows: list[dict[str, Any]] = []
+    file = SpillFile(folder)
+    try:
+        start = file.allocate(size_bytes)
+        buffers = [aligned_empty(tile_bytes) for _ in range(READS)]
+        fill(file, start, size_bytes, buffers)
+        fd, direct = open_again(file._fd)
+        try:
+            for reader, depth in [("cache", DEPTH), *(("plain", each) for each in depths)] * 2:
+                clock, ours = Clock(seconds, size_bytes), reader == "cache"
+                step = tile_bytes if ours else PART_BYTES
+                places = itertools.cycle(range(start, start + size_bytes, step))
+                if ours:
+                    read_by_cache(file, places, buffers, clock)
+                else:
+                    read_plainly(fd, direct, places, clock, depth)
+                past_cache = file.direct if ours else direct
+                row = {"reader": reader, "depth": depth, "direct": past_cache}
+                rows.append(row | clock.rates())
+        finally:
+            os.close(fd)
+    finally:
+        file.close()
     return {
         "disk": mount_of(folder).said,
         "probed": how(rate, folder),
@@ -216,7 +209,6 @@ def measure(folder: str, size_bytes: int, tile_bytes: int, seconds: float) -> di
         "tile_bytes": tile_bytes,
         "tiles_ahead": READS,
         "block_bytes": PART_BYTES,
-        "depth": DEPTH,
         "rows": rows,
     }
 
@@ -227,7 +219,14 @@ def main() -> int:
     parser.add_argument("folder", help="on the disk")
     parser.add_argument("--size", default="9GiB", help="bytes that are read over and over")
     parser.add_argument("--tile", default="16MiB", help="of a tile's keys and values")
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each reader, at least")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of each turn, at least")
+    parser.add_argument(
+        "--depths",
+        type=int,
+        nargs="+",
+        default=[8, 16, 32],
+        help="blocks that `plain` reads at once",
+    )
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     try:
@@ -238,7 +237,9 @@ def main() -> int:
                 f"--tile {arguments.tile} and --size {arguments.size}: give a multiple of "
                 f"{format_bytes(PART_BYTES)}, and no smaller size"
             )
-        document = measure(arguments.folder, size_bytes, tile_bytes, arguments.seconds)
+        document = measure(
+            arguments.folder, size_bytes, tile_bytes, arguments.seconds, arguments.depths
+        )
     except (HeadInferError, OSError) as error:
         said = describe(error) if isinstance(error, OSError) else error
         print(f"disk_read.py {arguments.folder}: {said}", file=sys.stderr)
@@ -251,11 +252,13 @@ def main() -> int:
         f"({document['probed']})"
     )
     for row in document["rows"]:
+        mean, least, most = (
+            row[f"{name}read_bytes_per_s"] / 1e9 for name in ("", "least_", "best_")
+        )
         print(
-            f"{row['reader']:5s}: {row['read_bytes_per_s'] / 1e9:.2f} GB/s over "
-            f"{row['seconds']:.1f} s, stretches {row['least_read_bytes_per_s'] / 1e9:.2f} to "
-            f"{row['best_read_bytes_per_s'] / 1e9:.2f}; the probe's best is "
-            f"{best / row['read_bytes_per_s']:.2f} times the mean"
+            f"{row['reader']}, {row['depth']:2d} at once: {mean:.2f} GB/s over "
+            f"{row['seconds']:.1f} s, stretches {least:.2f} to {most:.2f}; the probe's best is "
+            f"{best / 1e9 / mean:.2f} times the mean"
         )
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(document, indent=1) + "\n")

@@ -104,7 +104,7 @@ fi
 below=(--contexts 100K --fill random --host-memory 4GiB --disk-cache "$disk")
 # What the disk sustains right behind a part, whose bound is the best tenth of a second.
 plain_reads() { # part
-    chosen "$1" && [ -z "${DRY:-}" ] && [ ! -e "$out/gpu-$1-reads.json" ] && [ "$(left)" -gt 45 ] || return
+    chosen "$1" && [ -z "${DRY:-}" ] && [ ! -e "$out/gpu-$1-reads.json" ] && [ "$(left)" -gt 75 ] || return
     timeout --signal=INT "$(left)" "$python" benchmarks/disk_read.py "$disk" \
         --json "$out/gpu-$1-reads.json" 2>&1 | tee -a "$out/gpu.log"
 }

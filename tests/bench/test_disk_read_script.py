@@ -1,7 +1,6 @@
 """`benchmarks/disk_read.py`: what it reads, tells, leaves behind and refuses."""
 
 import json
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -17,34 +16,21 @@ def run(*words: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_disk_that_refuses_direct_reads_is_read_all_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    script = runpy.run_path(str(SCRIPT), run_name="disk_read")
-    read_plainly = script["read_plainly"]
-    row = read_plainly(str(tmp_path), 8 * 2**20, 0.0)
-    assert row["read_bytes"] >= 8 * 2**20
-    monkeypatch.setitem(read_plainly.__globals__, "_open_direct", lambda name: None)
-    cached = read_plainly(str(tmp_path), 8 * 2**20, 0.0)
-    assert not cached["direct"]
-    assert cached["read_bytes"] >= 8 * 2**20
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.slow
 def test_both_readers_read_all_of_it_and_leave_nothing(tmp_path: Path) -> None:
     told = tmp_path / "reads.json"
     folder = tmp_path / "disk"
     folder.mkdir()
-    done = run(folder, "--size", "48MiB", "--tile", "8MiB", "--seconds", 0, "--json", told)
+    sizes = ("--size", "48MiB", "--tile", "8MiB", "--seconds", 0, "--depths", 8, 3)
+    done = run(folder, *sizes, "--json", told)
     assert done.returncode == 0, done.stderr
     document = json.loads(told.read_text())
     assert document["size_bytes"] == 48 * 2**20
-    assert [row["reader"] for row in document["rows"]] == ["cache", "plain"]
+    read = [(row["reader"], row["depth"]) for row in document["rows"]]
+    assert read == [("cache", 8), ("plain", 8), ("plain", 3)] * 2
     for row in document["rows"]:
         assert row["read_bytes"] >= document["size_bytes"]
         assert 0 < row["least_read_bytes_per_s"] <= row["best_read_bytes_per_s"]
-    assert done.stdout.count("GB/s") == 3
+    assert done.stdout.count("GB/s") == 7
     assert list(folder.iterdir()) == []
 
 
