@@ -102,9 +102,17 @@ if chosen kernels && [ -z "${DRY:-}" ] && [ ! -e "$out/gpu-packed-kernel.json" ]
 fi
 # 4 GiB of CPU memory for 12.5 GiB of KV: nothing resident first, then what the GPU has room for.
 below=(--contexts 100K --fill random --host-memory 4GiB --disk-cache "$disk")
+# What the disk sustains right behind a part, whose bound is the best tenth of a second.
+plain_reads() { # part
+    chosen "$1" && [ -z "${DRY:-}" ] && [ ! -e "$out/gpu-$1-reads.json" ] && [ "$(left)" -gt 75 ] || return
+    timeout --signal=INT "$(left)" "$python" benchmarks/disk_read.py "$disk" \
+        --json "$out/gpu-$1-reads.json" 2>&1 | tee -a "$out/gpu.log"
+}
 bench disk decode "${llama[@]}" "${below[@]}" --new-tokens 24 --methods bounded
+plain_reads disk
 bench disk-resident decode "${llama[@]}" "${below[@]}" --new-tokens 24 \
     --methods resident,host-attention
+plain_reads disk-resident
 bench suite-llama-prefill prefill "${llama[@]}" --contexts 1K,10K,40K,100K \
     --methods standard,chunked-prefill,head-wise-1,bounded,headinfer
 # What a user meets first. Methods take turns in this order, three times: 10 minutes. Then 400K and

@@ -66,6 +66,11 @@ class CapturableParts:
         """Whether a step moves tokens; see `ReadyTokens.sends_home`."""
         return any(part.sends_home for part in self.parts)
 
+    @property
+    def reads_disk(self) -> bool:
+        """Whether a step reads tokens from the disk; see `ReadyTokens.reads_disk`."""
+        return any(part.reads_disk for part in self.parts)
+
     def prepare(self, form: Form, *, runs: bool = True) -> None:
         """Make the devices ready for a step; see `CapturableTokens.prepare`."""
         for part, own in self._in_forms(form):

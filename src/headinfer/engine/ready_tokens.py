@@ -89,6 +89,14 @@ class ReadyTokens(SavableTokens):
         """
         return any(isinstance(step, SendHome) for steps in self._next_steps() for step in steps)
 
+    @property
+    def reads_disk(self) -> bool:
+        """Whether a step reads tokens from the disk, which drafts never do."""
+        if self.drafting or not self.disk_tokens:
+            return False
+        resident = self._full[-1].resident
+        return resident is None or resident.tokens < self.disk_tokens
+
     def _next_steps(self) -> list[tuple[Step, ...]]:
         """Return what each track does with the new tokens."""
         executor, new_tokens, host_share = self._executor, self._new_tokens, self._share

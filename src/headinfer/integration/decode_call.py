@@ -94,6 +94,9 @@ class DecodeCalls:
             return None
         if not all(isinstance(layer, OffloadedLayer) for layer in cache.layers):
             raise CaptureError("layers keep states of transformers' own")
+        engine = cache.state.engine
+        if engine is not None and engine.reads_disk:  # which takes longer than to launch a step
+            raise CaptureError("tokens are read from the disk, twice where captures are compared")
         tensors: dict[str, torch.Tensor] = {}
         others: dict[str, Any] = {}
         for name, value in arguments.items():
