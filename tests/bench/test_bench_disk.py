@@ -120,7 +120,7 @@ def test_a_trial_tells_what_its_steps_read(tmp_path: Path, monkeypatch: pytest.M
     bounded = replace(spec, settings=settings, new_tokens=1).trial(spec.variants[1], 1024)
     result = attempt(bounded)
     assert isinstance(result, TrialResult), result
-    assert result.disk_read_bytes == result.kv_disk_bytes > 0
+    assert result.kv_disk_bytes > result.disk_read_bytes > 0  # a new block is not sent home yet
     assert result.kv_host_bytes <= 640 * 2**10
     assert result.streamed_kv_bytes >= result.disk_read_bytes
     assert result.disk_read_bytes_per_s == 7e9

@@ -190,7 +190,7 @@ def test_the_hosts_share_stays_while_a_step_is_compared(monkeypatch: pytest.Monk
     with headinfer.attach(model, device="simulated", **PLACEMENTS["host"]) as offload:
         cache = offload.new_cache()
         model(random_tokens(1, 90), **cache_argument(model, cache))
-        corrected = cache.state.engine._balance
+        corrected = cache.state.engine._balances.at(1)
         corrected.fixed = False  # as where a probe chose the share
         shares = []
         for _ in range(12):

@@ -310,7 +310,7 @@ def test_a_share_that_changes_is_settled_in_pieces_first(monkeypatch: pytest.Mon
     with attached("llama3", "both") as offload:
         cache = offload.new_cache(300)
         model(random_tokens(1, 100), past_key_values=cache)
-        corrected = cache.state.engine._balance
+        corrected = cache.state.engine._balances.at(1)
         corrected.fixed = False  # as where a probe chose the share
         shares = []
         for _ in range(25):

@@ -14,6 +14,7 @@ from headinfer.bench.held import Held, HeldPart
 from headinfer.bench.spec import TrialSpec
 from headinfer.bench.spreading import devices_of_layers
 from headinfer.device.simulated import SimulatedDevice
+from headinfer.engine.engine import Engine
 from headinfer.engine.parted import PartedEngine
 from headinfer.errors import MemoryPlanError, OptionError
 from headinfer.integration.cache import OffloadedCache
@@ -105,14 +106,13 @@ class HeadInfer:
             raw_page_bytes=plan.raw_page_bytes,
             parts=parts,
             disk_bytes=plan.disk_bytes(cache.get_seq_length()),
-            disk_read_bytes=disk_read_bytes(plan, cache.get_seq_length()),
+            disk_read_bytes=sum(map(_disk_read_bytes, _engines(cache))),
         )
 
     def _parts(self, cache: Cache) -> Iterator[HeldPart]:
         """Yield what each device of this process has to do with the KV of a used cache."""
         assert isinstance(cache, OffloadedCache)
-        tokens, engine = cache.get_seq_length(), cache.state.engine
-        engines = engine.parts if isinstance(engine, PartedEngine) else (engine,)
+        tokens, engines = cache.get_seq_length(), _engines(cache) or (None,)
         busy = cache.stats.device_busy or (None,) * len(engines)
         plans = self._plan_of(cache).of_devices
         for plan, of_device, worked in zip(plans, engines, busy, strict=True):
@@ -187,6 +187,25 @@ class HeadInfer:
             self.close()
             raise OptionError(f"{reason}; --device simulated has a device beside the CPU")
         return self
+
+
+def _engines(cache: Cache) -> tuple[Engine, ...]:
+    """Return the engine of each device that a cache has tokens on; none before the first token."""
+    assert isinstance(cache, OffloadedCache)
+    engine = cache.state.engine
+    if engine is None:
+        return ()
+    return tuple(engine.parts) if isinstance(engine, PartedEngine) else (engine,)
+
+
+def _disk_read_bytes(engine: Engine) -> int:
+    """Return what a step reads from the disk, by the tokens that are there now.
+
+    A plan counts the newest ones as sent home, and has a block more until they are.
+    """
+    plan = engine.plan
+    read = max(engine.disk_tokens - plan.resident_tokens, 0)
+    return plan.shape.host_kv_bytes(read, plan.batch)
 
 
 Factory = Callable[[PreTrainedModel, TrialSpec], HeadInfer]

@@ -65,7 +65,11 @@ def share_in_memory(plan: Plan) -> float:
 
 
 def disk_read_bytes(plan: Plan, tokens: int) -> int:
-    """Return the bytes that a decode step behind `tokens` tokens reads from the disk."""
+    """Return the bytes that a decode step behind `tokens` tokens reads from the disk.
+
+    The newest tokens may be in a page on the device still, which goes home as a whole. Until then a
+    block may be missing below, and a step reads as much less.
+    """
     return sum(
         part.shape.host_kv_bytes(
             max(part.disk_tokens(tokens) - part.resident_tokens, 0), part.batch
