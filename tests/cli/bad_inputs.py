@@ -191,6 +191,7 @@ PLAN: list[Row] = [
     )
 ]
 OTHERS: list[Row] = [
+    (("sessions",), ("'sessions'", "--help lists the commands")),
     (("roofline", "--contexts", ""), ("--contexts", "1K")),
     (("roofline", "--contexts", "1K,,2K"), ("--contexts", "comma")),
     (("roofline", "--contexts", "1K,x"), ("--contexts", "'x'")),

@@ -65,7 +65,9 @@ class Verbs(Group):
             # Older typer raises click's exceptions, newer ones its own: both have this method.
             if not hasattr(error, "format_message"):
                 raise
-            print_error(f"{told(error, {})} (--help lists the options)")
+            mistake = told(error, {})
+            listed = "commands" if mistake.startswith("No such command") else "options"
+            print_error(f"{mistake} (--help lists the {listed})")
             sys.exit(getattr(error, "exit_code", EXIT_BAD_INPUT))
         sys.exit(code or 0)
 
