@@ -118,7 +118,8 @@ class Engine(CapturableTokens):
         if ledger.track.window_tokens is not None:
             at_once = max(q_len, 1)
         elif ledger is self._full[0]:  # for all layers alike, because tiles are fetched ahead
-            asks, self._balances.tokens = call.host_kernels is not None, ledger.tokens
+            asks = call.host_kernels is not None
+            self._balances.tokens = ledger.tokens
             executor.source.host_share = self._balances.at(q_len).share if asks else 0.0
         host_share = 0.0 if call.host_kernels is None else executor.source.host_share
         assert call.window_tokens is None or ledger.track.window_tokens is not None
