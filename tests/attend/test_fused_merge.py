@@ -39,7 +39,7 @@ def draw_partial(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Parti
 
 
 @pytest.mark.parametrize("sinks", [False, True], ids=["", "sinks"])
-@pytest.mark.parametrize("partials", [1, 4, 9])  # 4 are merged at once
+@pytest.mark.parametrize("partials", [1, 2, 4, 5, 9])  # 4 are merged at once
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_partials_and_sinks_merge_as_by_tensor_operations(dtype, partials, sinks):
     for shape in [(2, 2, 3, 37, 80), (1, 1, 1, 1, 128), (1, 3, 4, 17, 16)]:
