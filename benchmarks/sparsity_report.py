@@ -5,10 +5,11 @@ Run `python benchmarks/sparsity_report.py` after a new result; `--check` only co
 
 import json
 import re
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from marked_tables import write
 
 from headinfer.units import counted
 
@@ -141,12 +142,9 @@ def main() -> None:
     documents = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
     parts = [section(document, f"{stem}.png") for stem, document in documents.items()]
     text = "\n".join([INTRO, *parts])
-    path = DOCS / "sparsity.md"
-    if "--check" in sys.argv[1:]:
-        sys.exit(None if path.read_text() == text else f"{path} differs from benchmarks/results")
-    path.write_text(text)
-    for stem, document in documents.items():
-        figure(document).savefig(DOCS / "plots" / f"{stem}.png")
+    if write({DOCS / "sparsity.md": text}):
+        for stem, document in documents.items():
+            figure(document).savefig(DOCS / "plots" / f"{stem}.png")
 
 
 if __name__ == "__main__":
