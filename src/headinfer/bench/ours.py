@@ -21,7 +21,7 @@ from headinfer.integration.cache import OffloadedCache
 from headinfer.integration.calls import last_logits
 from headinfer.integration.model_shape import model_shape
 from headinfer.integration.shards import ranks_of
-from headinfer.plan.below_host import disk_read_bytes
+from headinfer.plan.below_host import disk_read_bytes, read_bytes
 from headinfer.plan.options import DECLARATIONS
 from headinfer.plan.plan import Plan
 from headinfer.plan.streaming import PAPERS_SPARSITY, RANDOM, STREAMING_OPTIONS
@@ -106,7 +106,10 @@ class HeadInfer:
             raw_page_bytes=plan.raw_page_bytes,
             parts=parts,
             disk_bytes=plan.disk_bytes(cache.get_seq_length()),
-            disk_read_bytes=sum(map(_disk_read_bytes, _engines(cache))),
+            # A plan counts the newest tokens as sent home, and has a block more until they are.
+            disk_read_bytes=sum(
+                read_bytes(each.plan, each.disk_tokens) for each in _engines(cache)
+            ),
         )
 
     def _parts(self, cache: Cache) -> Iterator[HeldPart]:
@@ -196,16 +199,6 @@ def _engines(cache: Cache) -> tuple[Engine, ...]:
     if engine is None:
         return ()
     return tuple(engine.parts) if isinstance(engine, PartedEngine) else (engine,)
-
-
-def _disk_read_bytes(engine: Engine) -> int:
-    """Return what a step reads from the disk, by the tokens that are there now.
-
-    A plan counts the newest ones as sent home, and has a block more until they are.
-    """
-    plan = engine.plan
-    read = max(engine.disk_tokens - plan.resident_tokens, 0)
-    return plan.shape.host_kv_bytes(read, plan.batch)
 
 
 Factory = Callable[[PreTrainedModel, TrialSpec], HeadInfer]

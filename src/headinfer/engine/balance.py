@@ -99,7 +99,7 @@ class Balance:
         share: float | Settled,
         *,
         fixed: bool,
-        on_settled: Callable[[Settled], object] = bool,
+        on_settled: Callable[[Settled], object] = lambda _settled: None,
     ) -> None:
         self.fixed = fixed
         self.one_launch = False

@@ -48,7 +48,7 @@ class ReadyTokens(SavableTokens):
         self._new_tokens = new_tokens
         for ledger in self._full:  # memory that came within a capture would come in each replay
             self._reserve(ledger, new_tokens)
-            self._balances.tokens = ledger.tokens
+        self._balances.tokens = self._full[0].tokens if self._full else 0
         self._stepped_tokens += new_tokens if self._streamed_captures.total() else 0
         failed = self._streaming is not None and self._streaming.failed
         if self._ahead is not None and self._ahead[0] == self._state() and not failed:
@@ -92,7 +92,7 @@ class ReadyTokens(SavableTokens):
     @property
     def reads_disk(self) -> bool:
         """Whether a step reads tokens from the disk, which drafts never do."""
-        if self.drafting or not self.disk_tokens:
+        if self.drafting or not self.plan.disk_block_tokens or not self.disk_tokens:
             return False
         resident = self._full[-1].resident
         return resident is None or resident.tokens < self.disk_tokens

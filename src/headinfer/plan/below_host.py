@@ -70,9 +70,14 @@ def disk_read_bytes(plan: Plan, tokens: int) -> int:
     The newest tokens may be in a page on the device still, which goes home as a whole. Until then a
     block may be missing below, and a step reads as much less.
     """
-    return sum(
-        part.shape.host_kv_bytes(
-            max(part.disk_tokens(tokens) - part.resident_tokens, 0), part.batch
-        )
-        for part in plan.of_devices
-    )
+    return sum(read_bytes(part, part.disk_tokens(tokens)) for part in plan.of_devices)
+
+
+def read_bytes(plan: Plan, disk_tokens: int) -> int:
+    """Return the bytes that a decode step reads of so many tokens on the disk.
+
+    Args:
+        plan: of one device.
+        disk_tokens: the oldest ones, of which some may be resident.
+    """
+    return plan.shape.host_kv_bytes(max(disk_tokens - plan.resident_tokens, 0), plan.batch)
