@@ -38,7 +38,7 @@ OTHERS = {"mask": "*i1", "arrived": "*i32", "place": "*i64", "counted": "*i64", 
 STRIDES = "stride start _batch _head _group _token slot_bytes".split()
 
 
-def compiled(program, dtype, capability, unaligned, cap=0.0):
+def compiled(program, dtype, capability, unaligned, cap=0.0, in_float32=()):
     signature, constants, attributes = {}, {}, {}
     known = CONSTANTS | {"CAP": cap} | (OF_CHUNKS if program is triton_chunk.attend_chunk else {})
     of_pages = program.fn.__module__ in (triton_pages.__name__, triton_raw.__name__)
@@ -49,7 +49,7 @@ def compiled(program, dtype, capability, unaligned, cap=0.0):
             continue
         signature[name] = OTHERS.get(name, "i32")
         if name in TENSORS or name in IN_FLOAT32:
-            signature[name] = "*fp32" if name in IN_FLOAT32 else f"*{dtype}"
+            signature[name] = "*fp32" if name in (*IN_FLOAT32, *in_float32) else f"*{dtype}"
         signature[name] = IN_PAGES.get(name, signature[name]) if of_pages else signature[name]
         pointer = signature[name].startswith("*")
         special = pointer or name.endswith(tuple(STRIDES))
@@ -78,6 +78,8 @@ for module, name in (
     if "CAP" in getattr(module, name).arg_names:
         capped = compiled(getattr(module, name), dtype, capability, (), cap=50.0)
         assert capped.count("ex2") > ptx.count("ex2")
+# What five partials and more leave: the first is what was merged of the others before.
+compiled(triton_merge.merge_few, dtype, capability, (), in_float32=("first",))
 if dtype == "bf16":
     compiled(triton_pages.pack_pages, dtype, capability, ())
     compiled(triton_raw.keep_raw_pages, dtype, capability, ())

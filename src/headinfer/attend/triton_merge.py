@@ -244,24 +244,24 @@ def merge_few(
     highest = tl.full([BLOCK_TOKENS], float("-inf"), tl.float32)
     weight = tl.zeros([BLOCK_TOKENS], tl.float32)
     total = tl.zeros([BLOCK_TOKENS, BLOCK_DIM], tl.float32)
-    part = first + batch * first_batch + head * first_head + member * first_group
+    first += batch * first_batch + head * first_head + member * first_group
     total, weight, highest = _merge_block(
-        total, weight, highest, part, first_lse, places, tokens, first_token, both, real
+        total, weight, highest, first, first_lse, places, tokens, first_token, both, real
     )
     if partials > 1:
-        part = second + batch * second_batch + head * second_head + member * second_group
+        second += batch * second_batch + head * second_head + member * second_group
         total, weight, highest = _merge_block(
-            total, weight, highest, part, second_lse, places, tokens, second_token, both, real
+            total, weight, highest, second, second_lse, places, tokens, second_token, both, real
         )
     if partials > 2:
-        part = third + batch * third_batch + head * third_head + member * third_group
+        third += batch * third_batch + head * third_head + member * third_group
         total, weight, highest = _merge_block(
-            total, weight, highest, part, third_lse, places, tokens, third_token, both, real
+            total, weight, highest, third, third_lse, places, tokens, third_token, both, real
         )
     if partials > 3:
-        part = fourth + batch * fourth_batch + head * fourth_head + member * fourth_group
+        fourth += batch * fourth_batch + head * fourth_head + member * fourth_group
         total, weight, highest = _merge_block(
-            total, weight, highest, part, fourth_lse, places, tokens, fourth_token, both, real
+            total, weight, highest, fourth, fourth_lse, places, tokens, fourth_token, both, real
         )
     if SINKS:
         scores = tl.load(sinks + head * group + member).to(tl.float32)
