@@ -57,11 +57,12 @@ def requested_bytes(which: str) -> int:
 
 
 @pytest.mark.gpu
-def test_cuda_peak_is_the_same_at_16k_and_64k_tokens() -> None:
+def test_cuda_peak_is_the_same_at_32k_and_128k_tokens() -> None:
+    """At 32K a chunk already has more partials than are merged at once."""
     model = tiny_model("llama3", num_hidden_layers=2, max_position_embeddings=2**17)
     model.to("cuda", torch.bfloat16)
     peaks = []
-    for context_tokens in (2**14, 2**14, 2**16):  # the first also makes cuBLAS's workspaces
+    for context_tokens in (2**15, 2**15, 2**17):  # the first also makes cuBLAS's workspaces
         with headinfer.attach(
             model, chunk_tokens="4K", tile_heads=1, tile_tokens=4096, resident_tokens=0
         ) as offload:

@@ -20,7 +20,11 @@ PLACEMENTS: dict[str, dict[str, Any]] = {
     "host": {"host_attention": 0.99},
     "both": {"resident_tokens": 64, "host_attention": 0.5, "tile_tokens": 64},
 }
-"""Whose tiles end where packed pages do: with others partial results merge in another order."""
+"""Whose tiles end where packed pages do: with others partial results merge in another order.
+
+Tiles also end where pieces of host memory do. Those of 534 tokens, reserved at once for chunks of
+128, have whole pages.
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -38,12 +42,12 @@ def test_packed_tokens_give_the_bits_of_dense_ones(placement: str, head_dim: int
     for kv_cache in ("dense", "packed"):
         options = {"resident_tokens": 0, "host_attention": "off", **PLACEMENTS[placement]}
         with headinfer.attach(
-            model, kv_cache=kv_cache, chunk_tokens=64, fuse="off", **options
+            model, kv_cache=kv_cache, chunk_tokens=128, fuse="off", **options
         ) as offload:
             assert offload.plan.shape.packs == (kv_cache == "packed")
             outputs = []
             for batch in (1, 2):
-                cache = offload.new_cache()
+                cache = offload.new_cache(max_tokens=534)
                 tokens = random_tokens(batch, 384).cuda()
                 outputs.append(generated(model, tokens, cache, max_new_tokens=150))
                 forms = {form for _, form in cache.state.engine.captured}
