@@ -68,7 +68,7 @@ def test_what_a_failed_pass_left_is_sent_by_the_next(failing: int, tokens: int) 
 
 @pytest.mark.parametrize("kv_cache", ["dense", "packed"])
 @pytest.mark.parametrize("devices", [1, 2])
-def test_a_prompt_is_sent_behind_all_of_its_kernels_unless_it_is_packed(
+def test_a_chunk_is_sent_behind_all_of_its_kernels_unless_it_is_packed(
     kv_cache: str, devices: int
 ) -> None:
     model = tiny_model("llama3", num_hidden_layers=4).bfloat16()
@@ -91,15 +91,18 @@ def test_a_prompt_is_sent_behind_all_of_its_kernels_unless_it_is_packed(
         model(random_tokens(1, 256), logits_to_keep=1, **cache_argument(model, cache))
         for hook in hooks:
             hook.remove()
-        whole = offload.stats.bytes_to_host
         assert not cache.state.engine.sends_late
+        left = offload.stats.bytes_to_host
+        model(random_tokens(1, 1), **cache_argument(model, cache))
+        whole = offload.stats.bytes_to_host
     first, second = sent[:4], sent[-5:]
     if kv_cache == "dense":
         assert first == [0] * 4
         assert second == [whole // 2] * 5
+        assert left == whole // 2  # the last chunk's go when the next call begins
     else:
         assert first == [first[0] * number for number in (1, 2, 3, 4)]
-        assert second[-1] == whole
+        assert second[-1] == left == whole
     assert whole > 0
 
 

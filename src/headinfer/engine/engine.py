@@ -25,8 +25,9 @@ class Engine(CapturableTokens):
     says what it is made of.
 
     Attributes:
-        sends_late: whether whoever calls the model sends residents home, by `send_late`, once all
-            of its kernels are launched. Otherwise that is done behind the last layer's attention.
+        sends_late: whether whoever calls the model sends residents home, by `send_late`, when all
+            of its kernels are launched or later. Otherwise that is done behind the last layer's
+            attention.
     """
 
     sends_late = False
