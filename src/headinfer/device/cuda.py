@@ -246,8 +246,12 @@ class CudaDevice:
     def free_bytes(self) -> int | None:
         """Return what the driver has free and what torch's allocator holds unused."""
         free, _total = torch.cuda.mem_get_info(self.torch_device)
-        held = torch.cuda.memory_reserved(self.torch_device)
-        return free + held - torch.cuda.memory_allocated(self.torch_device)
+        # Once: each of torch's functions for a single number gets all of them, and sorts them.
+        stats = torch.cuda.memory_stats_as_nested_dict(self.torch_device)
+        held, used = (
+            stats[name]["all"]["current"] for name in ("reserved_bytes", "allocated_bytes")
+        )
+        return int(free + held - used)
 
     def mark_compute(self) -> Mark:
         """Return a mark in the stream the model runs on."""

@@ -1,6 +1,7 @@
 """How much host memory there is, and how much of it can still be had."""
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -86,28 +87,45 @@ class _Group(NamedTuple):
 
 def _control_groups() -> Iterator[_Group]:
     """Yield the limits on this process: those of its control group and of all that one is in."""
+    for folder, names in _group_folders(_PROC, _CGROUP):
+        if (group := _read_group(folder, names)) is not None:
+            yield group
+
+
+@functools.cache
+def _group_folders(proc: Path, cgroup: Path) -> tuple[tuple[Path, _Names], ...]:
+    """Return where groups that this process is in tell what they use; found once.
+
+    Every new cache asks, and a process that is moved to another group is a rare thing.
+
+    Args:
+        proc: where the system tells of processes.
+        cgroup: where it has control groups.
+    """
     folders: dict[Path, None] = {}
-    for mount, own in _memberships():
+    for mount, own in _memberships(proc, cgroup):
         folders.update(dict.fromkeys((mount / own, *(mount / above for above in own.parents))))
         folders[mount] = None  # a container may see its own group there, under another name
-    for folder in folders:
-        for names in _VERSIONS:
-            if (group := _read_group(folder, names)) is not None:
-                yield group
+    return tuple(
+        (folder, names)
+        for folder in folders
+        for names in _VERSIONS
+        if _is_there(folder / names.used)
+    )
 
 
-def _memberships() -> Iterator[tuple[Path, Path]]:
+def _memberships(proc: Path, cgroup: Path) -> Iterator[tuple[Path, Path]]:
     """Yield where control groups may be mounted, and the path below it of this process's own."""
     lines = []
     with contextlib.suppress(OSError):
-        lines = (_PROC / "self" / "cgroup").read_text().splitlines()
+        lines = (proc / "self" / "cgroup").read_text().splitlines()
     for line in lines or ["0::/", "1:memory:/"]:
         _number, controllers, own = line.split(":", 2)
         path = Path(*(part for part in own.split("/") if part not in ("", "..")))
         if not controllers:
-            yield _CGROUP, path
+            yield cgroup, path
         elif "memory" in controllers.split(","):
-            yield _CGROUP / "memory", path
+            yield cgroup / "memory", path
 
 
 def _read_group(folder: Path, names: _Names) -> _Group | None:
@@ -123,6 +141,12 @@ def _read_group(folder: Path, names: _Names) -> _Group | None:
     files = sum(int(counts.get(name, 0)) for name in names.files)
     late = sum(int(counts.get(name, 0)) for name in names.late)
     return _Group(limit, limit - used + files - min(late, files))
+
+
+def _is_there(path: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return path.exists()
+    return False
 
 
 def _text(path: Path) -> str:
