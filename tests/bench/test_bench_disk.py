@@ -99,6 +99,14 @@ def test_the_fastest_that_a_disk_was_seen_to_read_is_the_bound(tmp_path: Path) -
     assert behind(8e9).bound_fraction == pytest.approx(0.25)
 
 
+def test_no_step_is_faster_than_its_bound(tmp_path: Path) -> None:
+    rows = rows_above(
+        spec_above(tmp_path), lambda spec: replace(measured(spec), decode_s=(0.3, 0.2, 0.25))
+    )
+    assert rows[1].disk_bound_s == pytest.approx(0.2)
+    assert rows[1].bound_fraction == pytest.approx(0.8)
+
+
 def test_a_trial_tells_what_its_steps_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rate = DiskRate(
         disk="",

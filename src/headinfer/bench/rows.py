@@ -200,7 +200,7 @@ def row_of(
 ) -> Row:
     """Return the row of a method that ran, from all of its trials; without ratios."""
     first, last = results[0], results[-1]
-    rates = rates.with_disk(max(result.disk_read_bytes_per_s for result in results))
+    rates = rates.with_disk(max(_read_bytes_per_s(result) for result in results))
     prefills = [result.prefill_s for result in results if result.prefill_s is not None]
     prefill = Percentiles.of(prefills) if prefills else None
     firsts = [r.first_prefill_s for r in results if r.first_prefill_s is not None]
@@ -250,6 +250,12 @@ def row_of(
         prefill_samples_s=tuple(prefills),
         decode_samples_s=tuple(result.decode_s for result in results),
     )
+
+
+def _read_bytes_per_s(result: TrialResult) -> float:
+    """Return the best rate that a trial saw of its disk: behind its steps, or in one of them."""
+    in_steps = [result.disk_read_bytes / seconds for seconds in result.decode_s]
+    return max([result.disk_read_bytes_per_s, *in_steps])
 
 
 def _on_disk(result: TrialResult, rates: Rates) -> dict[str, Any]:
