@@ -96,6 +96,7 @@ def test_host_memory_is_pinned_and_freed() -> None:
     with headinfer.attach(model) as offload:
         cache = offload.new_cache(max_tokens=1000)
         model(random_tokens(1, 400).cuda(), past_key_values=cache, logits_to_keep=1)
+        model(random_tokens(1, 1).cuda(), past_key_values=cache)  # which first sends those home
         planned = cache.state.engine.plan.kv_host_bytes(1000)
         assert cache.state.engine.host_kv_bytes == planned
         ledger = cache.state.engine._ledgers[0]
