@@ -15,7 +15,6 @@ from headinfer.bench.spec import TrialSpec
 from headinfer.bench.spreading import devices_of_layers
 from headinfer.device.simulated import SimulatedDevice
 from headinfer.engine.engine import Engine
-from headinfer.engine.parted import PartedEngine
 from headinfer.errors import MemoryPlanError, OptionError
 from headinfer.integration.cache import OffloadedCache
 from headinfer.integration.calls import last_logits
@@ -196,9 +195,7 @@ def _engines(cache: Cache) -> tuple[Engine, ...]:
     """Return the engine of each device that a cache has tokens on; none before the first token."""
     assert isinstance(cache, OffloadedCache)
     engine = cache.state.engine
-    if engine is None:
-        return ()
-    return tuple(engine.parts) if isinstance(engine, PartedEngine) else (engine,)
+    return () if engine is None else tuple(engine.parts)
 
 
 Factory = Callable[[PreTrainedModel, TrialSpec], HeadInfer]

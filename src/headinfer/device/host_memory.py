@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -110,7 +111,7 @@ def _group_folders(proc: Path, cgroup: Path) -> tuple[tuple[Path, _Names], ...]:
         (folder, names)
         for folder in folders
         for names in _VERSIONS
-        if _is_there(folder / names.used)
+        if os.path.exists(folder / names.used)  # a path's own method raises without permission
     )
 
 
@@ -141,12 +142,6 @@ def _read_group(folder: Path, names: _Names) -> _Group | None:
     files = sum(int(counts.get(name, 0)) for name in names.files)
     late = sum(int(counts.get(name, 0)) for name in names.late)
     return _Group(limit, limit - used + files - min(late, files))
-
-
-def _is_there(path: Path) -> bool:
-    with contextlib.suppress(OSError):
-        return path.exists()
-    return False
 
 
 def _text(path: Path) -> str:

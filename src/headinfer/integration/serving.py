@@ -240,11 +240,6 @@ class ServedCall:
         if self._sending is not None:
             self._sending.sends_late = False
 
-    def _send_late(self) -> None:
-        """Send residents of a chunk home, now that all of its kernels are launched."""
-        if self._sending is not None:
-            self._sending.send_late()
-
     def _note_tokens(self, done_tokens: int) -> None:
         """Have the cache know which tokens it holds, so many of them new ones."""
         ids = self._ids
@@ -255,7 +250,8 @@ class ServedCall:
 
     def _after_chunk(self, done_tokens: int, all_tokens: int) -> None:
         self._owner.busy.pause()
-        self._send_late()
+        if self._sending is not None:  # now that all kernels of the chunk are launched
+            self._sending.send_late()
         self._chunks.append((self._owner.mark_compute(), done_tokens))
         self._note_tokens(done_tokens)
         self._owner.note_memory(self.cache)
