@@ -25,6 +25,6 @@ def test_caches_of_an_attachment_begin_with_the_share_that_is_kept(
             return offload.stats.bytes_attended_on_host - before
 
         first, kept = attended(320), offload.session.parts[0].shares
-        kept.keep(((1, torch.float32), 0), 320, Settled(offload.plan.host_share / 4))
+        kept.keep(((1, torch.float32), 0), 320, Settled(offload.plan.host_share / 4, host_s=1e-3))
         assert attended(320) == pytest.approx(first / 4, rel=0.2)
         assert attended(1600) == pytest.approx(first * 5, rel=0.2)
