@@ -4,11 +4,12 @@
 
 All rates are of the bytes that tokens have unpacked, so that a ratio of two is one of times.
 Exponents are distributed as real models' (`headinfer.bench.recorded`). The CPU attends contexts
-that its caches do not hold, dense ones and packed ones in turn. Where there is a GPU, it packs and
-unpacks tiles, too.
+that its caches do not hold, in turn: dense ones, packed ones, and ones of 8 bits. Where there is a
+GPU, it packs and unpacks tiles, too.
 """
 
 import argparse
+import functools
 import json
 import statistics
 import time
@@ -24,6 +25,7 @@ from headinfer.attend.work import Work
 from headinfer.bench.document import provenance
 from headinfer.bench.recorded import recorded_values
 from headinfer.device.identity import cpu_name
+from headinfer.eight_bits import reference as eight_bits
 from headinfer.kv.extent import Piece, Tile
 from headinfer.kv.pair import KV
 from headinfer.packed.layout import PageLayout, num_pages
@@ -70,28 +72,29 @@ def attention(dim: int, groups: list[int], rounds: int) -> list[dict[str, Any]]:
     tokens = num_bytes // (2 * KV_HEADS * dim * 2) // 64 * 64
     library = pages_library(dim)
     assert library is not None, "no compiler"
-    dense, packed = [], []
+    tiles: dict[Format, list[Tile]] = {form: [] for form in Format}
     for layer in range(CONTEXTS):
         kv = drawn(tokens, dim, layer)
-        pages = KV(*map(pages_for, kv))
-        for values, page in zip(kv, pages, strict=True):
-            pack_native(library, values, page)
-        dense.append(Tile(0, tokens, Piece(kv.keys), kv))
-        packed.append(Tile(0, tokens, Piece(pages.keys), pages, format=Format.PACKED))
+        for form, of_form in tiles.items():
+            stored = kv
+            if form is Format.PACKED:
+                stored = KV(*map(pages_for, kv))
+                for values, page in zip(kv, stored, strict=True):
+                    pack_native(library, values, page)
+            elif form.code is not None:
+                stored = KV(*(eight_bits.pack(form.code, values) for values in kv))
+            of_form.append(Tile(0, tokens, Piece(stored.keys), stored, format=form))
     rows = []
     for group in groups:
         query = torch.randn(1, KV_HEADS, group, 1, dim).bfloat16()
 
-        def attend(tiles: list[Tile], turn: int, query: torch.Tensor = query) -> None:
-            tile = tiles[turn % CONTEXTS]
+        def attend(form: Format, turn: int, query: torch.Tensor = query) -> None:
+            tile = tiles[form][turn % CONTEXTS]
             NativeKernel().attend(Work(query, [tile], dim**-0.5, Accumulator()))
 
-        ways = {
-            "dense": lambda turn, attend=attend: attend(dense, turn),
-            "packed": lambda turn, attend=attend: attend(packed, turn),
-        }
+        ways = {form.value: functools.partial(attend, form) for form in tiles}
         taken_s = in_turn(ways, rounds)
-        whole = dense[0].whole
+        whole = tiles[Format.DENSE][0].whole
         rows.append(row_of("attention", "cpu", dim, sum(part.nbytes for part in whole), taken_s))
         rows[-1]["group"] = group
         print_row(rows[-1])
