@@ -10,6 +10,7 @@ from headinfer.errors import MemoryPlanError
 from headinfer.estimate.machines import HARDWARE
 from headinfer.estimate.presets import preset_shape
 from headinfer.plan.choices import MAX_TILE_TOKENS
+from headinfer.plan.format import Format
 from headinfer.plan.hardware import Hardware
 from headinfer.plan.memory import ALIGNMENT_BYTES, runtime_bytes
 from headinfer.plan.options import Options
@@ -341,6 +342,21 @@ def test_the_host_takes_the_share_that_finishes_with_the_link() -> None:
     assert resolve(LLAMA_3_8B, options, **known, hardware=taken).host_share == 0
     half = Options.parse(device_memory="24GiB", host_attention=0.5)
     assert resolve(LLAMA_3_8B, half, **known).host_share == 0.5
+
+
+@pytest.mark.parametrize(
+    ("form", "attended"), [(Format.PACKED, 0.87), (Format.INT8, 0.6), (Format.FP8, 0.34)]
+)
+def test_the_host_takes_less_of_forms_that_it_attends_more_slowly(
+    form: Format, attended: float
+) -> None:
+    measured = replace(RTX_4090, measured=True)
+    shape, options = LLAMA_3_8B.stored_as(form), Options.parse(device_memory="24GiB")
+    plan = resolve(shape, options, device="cuda", context_tokens=2**20, hardware=measured)
+    rate = 70e9 * attended
+    assert plan.host_share == pytest.approx(rate / (rate + 25e9))
+    step = Predictor(shape, measured).decode(plan.placement, 2**20)
+    assert step.host_s == pytest.approx(plan.host_share * plan.streamed_bytes(2**20) / rate, 1e-4)
 
 
 def test_the_host_takes_less_where_several_tokens_are_verified_at_once() -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+from headinfer.plan.format import Format
 from headinfer.schedule.route import MAX_ASKED_TOKENS
 
 THIS = "this"
@@ -166,13 +167,18 @@ class Hardware:
             host_shared_bytes_per_s=None if shared is None else shared / processes,
         )
 
-    def host_attention_at(self, new_tokens: int) -> float:
+    def host_attention_at(self, new_tokens: int, form: Format = Format.DENSE) -> float:
         """Return the KV bytes that the CPU attends in a second for some new tokens at once.
 
-        Its time for a byte grows evenly with them, from the one measured rate to the other.
+        Its time for a byte grows evenly with them, from the one measured rate to the other. Both
+        were measured of dense tokens.
+
+        Args:
+            new_tokens: that attend at once.
+            form: in which the bytes lie.
         """
         one, most = self.host_attention_bytes_per_s, self.host_verify_bytes_per_s
         if new_tokens == 1 or most is None:
-            return one
+            return one * form.attended
         part = (new_tokens - 1) / (MAX_ASKED_TOKENS - 1)
-        return 1 / ((1 - part) / one + part / most)
+        return form.attended / ((1 - part) / one + part / most)

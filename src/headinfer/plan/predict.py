@@ -9,6 +9,7 @@ import collections
 import math
 from dataclasses import replace
 
+from headinfer.plan.format import Format
 from headinfer.plan.hardware import Hardware
 from headinfer.plan.price import Price
 from headinfer.plan.shape import LayerKind, ModelShape
@@ -62,7 +63,9 @@ _SAMPLED_CHUNKS = 16
 """Chunks of a prefill that are computed; more are represented by these."""
 
 
-def balanced_host_share(hardware: Hardware, new_tokens: int = 1) -> float:
+def balanced_host_share(
+    hardware: Hardware, new_tokens: int = 1, form: Format = Format.DENSE
+) -> float:
     """Return the share with which the host's attention and the link finish together.
 
     Where host memory is the limit of both, they are slowed down alike.
@@ -70,8 +73,9 @@ def balanced_host_share(hardware: Hardware, new_tokens: int = 1) -> float:
     Args:
         hardware: the machine.
         new_tokens: that attend at once.
+        form: of tokens in host memory.
     """
-    link, host = hardware.link_bytes_per_s, hardware.host_attention_at(new_tokens)
+    link, host = hardware.link_bytes_per_s, hardware.host_attention_at(new_tokens, form)
     if not link or _shared_bytes_per_s(hardware) <= link:
         return 0.0  # the link alone takes all that the memory gives
     return host / (host + link)
@@ -277,7 +281,8 @@ class Predictor:
 
     def _host_s(self, streamed: float, asked: float, new_tokens: int) -> float:
         """Return the seconds in which the host attends its bytes, while the link reads the rest."""
-        attended_s = asked / self._hardware.host_attention_at(new_tokens)
+        reached = self._hardware.host_attention_at(new_tokens, self._shape.host_format)
+        attended_s = asked / reached
         return max(attended_s, streamed / _shared_bytes_per_s(self._hardware))
 
     def _parts(

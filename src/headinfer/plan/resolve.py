@@ -216,8 +216,9 @@ def _with_host_share(plan: Plan, options: Options, hardware: Hardware | None) ->
         return replace(plan, host_share=options.host_attention)
     # Data sheets do not say what the CPU reaches, so it is left out until it was measured.
     measured = hardware if hardware is not None and hardware.measured else None
-    share = balanced_host_share(measured) if measured else 0.0
-    verified = balanced_host_share(measured, MAX_ASKED_TOKENS) if measured and share else None
+    form = plan.shape.host_format
+    share = balanced_host_share(measured, form=form) if measured else 0.0
+    verified = balanced_host_share(measured, MAX_ASKED_TOKENS, form) if measured and share else None
     most = share_in_memory(plan)
     return replace(
         plan,
