@@ -24,6 +24,7 @@ _PANELS = {
     "device_memory": MEMORY_PANEL,
     "host_memory": MEMORY_PANEL,
     "disk_cache": MEMORY_PANEL,
+    "kv_cache": MEMORY_PANEL,
     "chunk_tokens": MEMORY_PANEL,
 }
 """Panels of the options that everybody may need; the others are for research."""
