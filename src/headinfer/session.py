@@ -25,6 +25,7 @@ from headinfer.integration.capture import CapturedSteps
 from headinfer.integration.disk_below import DiskBelow
 from headinfer.integration.host_format import with_host_format
 from headinfer.integration.linears import FewRowLinears
+from headinfer.integration.memory_held import described_together
 from headinfer.integration.model_shape import model_shape
 from headinfer.integration.parts import (
     bytes_left,
@@ -141,6 +142,14 @@ class Session:
                 "sessions are saved of models on one device in one process; this one is split"
             )
         return fingerprint(self._model, transformers.__version__)
+
+    def described(self) -> str:
+        """Return the model and what its caches hold in words, without waiting for a call."""
+        if not self._attached:
+            return f"{self._shape.name}, detached"
+        form = self._shape.host_format.value
+        held = described_together(self._engines)
+        return f"{self._shape.name}, attached, {form} KV cache with {held}"
 
     @property
     def goes_back(self) -> bool:
