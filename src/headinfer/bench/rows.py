@@ -93,7 +93,8 @@ class Row:
         format: the form of KV in host memory: "dense", "packed" with every bit the same,
             or "int8" and "fp8", which are not exact.
         bytes_to_device: copied over the link in what the command times, in one trial.
-        bytes_to_host: copied back in it.
+        bytes_to_host: copied back in it. What a prompt sends behind its first token is part of
+            neither prefill nor decode, and nor is its time.
         link_bytes_per_s: both over the seconds of the same trial.
         device_peak_allocated_bytes: the most torch allocated on the device, or on any of several.
         device_peak_reserved_bytes: the most it reserved.
