@@ -15,6 +15,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH=src:tests PYTHONUNBUFFERED=1
+. benchmarks/probed.sh
 python="${PYTHON:-python3}"
 out="${OUT:-benchmarks/results}"
 end=$((SECONDS + ${BUDGET_S:-570}))
@@ -23,13 +24,9 @@ mkdir -p "$out"
 
 left() { echo $((end - SECONDS)); }
 disk="${DISK:-/tmp}"
-probe() { # once on a machine: the CPU's share is chosen by it
-    local probed
-    probed="${TMPDIR:-/tmp}/headinfer-gpu-probed-$(id -u)"
-    [ -e "$probed" ] && return
-    "$python" -m headinfer.cli.main probe --quick --disk "$disk" --json "$out/gpu-probe.json" ||
-        "$python" -m headinfer.cli.main probe --quick --json "$out/gpu-probe.json"
-    touch "$probed"
+probe() { # also the disk, where it can be
+    limit_s=180 probe_once gpu "$out/gpu-probe.json" --disk "$disk" ||
+        probe_once gpu "$out/gpu-probe.json"
 }
 chosen() { # part: whether it is to run
     parts+=("$1")

@@ -12,6 +12,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # Multicast over NVLink is not allowed everywhere.
 export PYTHONPATH="src${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 export NCCL_NVLS_ENABLE=0 TORCH_CPP_LOG_LEVEL=ERROR
+. benchmarks/probed.sh
 python="${PYTHON:-python3}"
 kept=benchmarks/results
 [ -n "${TINY:-}" ] && kept="build/$name-tiny" # never over what was measured
@@ -68,14 +69,6 @@ decode() { # name of the result, contexts, methods, options
         --new-tokens 12
 }
 
-probe() { # once on a machine: the CPU's share is chosen by it
-    local probed
-    probed="${TMPDIR:-/tmp}/headinfer-$name-probed-$(id -u)"
-    [ -n "${TINY:-}${DRY:-}" ] || [ -e "$probed" ] && return
-    timeout 90 "$python" -m headinfer.cli.main probe --quick --json "$folder/probe.json" &&
-        touch "$probed"
-}
-
 summary() { # result files
     "$python" - "$@" <<'P'
 import json
@@ -119,7 +112,7 @@ run_parts() { # parts
         exit 2
     fi
     mkdir -p "$folder" "$out"
-    probe
+    [ -n "${TINY:-}${DRY:-}" ] || probe_once "$name" "$folder/probe.json"
     for part in "$@"; do
         run_part "$part"
         [ -n "${DRY:-}" ] || copy_results

@@ -79,6 +79,10 @@ class Offload:
         most = None if max_tokens is None else parse_tokens(max_tokens, "max_tokens")
         return self.session.load_cache(path, most, partial=partial)
 
+    def __repr__(self) -> str:
+        """Return the model and what its caches hold in one line, without waiting for a call."""
+        return f"{type(self).__name__}({self.session.described()})"
+
     def detach(self) -> None:
         """Leave the model exactly as it was; its caches are closed. May be called again.
 

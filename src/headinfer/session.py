@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import os
-import weakref
 from collections.abc import Sequence
 
 import torch
@@ -13,8 +12,7 @@ from transformers import PreTrainedModel
 from headinfer.device.base import Device, Mark
 from headinfer.device.marks import AllMarks
 from headinfer.engine.busy import BusyTimes
-from headinfer.engine.engine import Engine
-from headinfer.engine.parted import CacheEngine, PartedEngine
+from headinfer.engine.parted import CacheEngine
 from headinfer.engine.stats import Stats
 from headinfer.errors import CacheStateError, MemoryPlanError, UnsupportedModelError
 from headinfer.integration.assistants import Assistants
@@ -22,10 +20,12 @@ from headinfer.integration.attachment import Attachment
 from headinfer.integration.attention import AttentionFunctions
 from headinfer.integration.autocast import attended_dtype
 from headinfer.integration.cache import OffloadedCache, PrefillProgress
+from headinfer.integration.cache_engines import EnginesOfCaches
 from headinfer.integration.capture import CapturedSteps
 from headinfer.integration.disk_below import DiskBelow
-from headinfer.integration.host_format import with_host_format, with_kv_dtype
+from headinfer.integration.host_format import with_host_format
 from headinfer.integration.linears import FewRowLinears
+from headinfer.integration.memory_held import described_together
 from headinfer.integration.model_shape import model_shape
 from headinfer.integration.parts import (
     bytes_left,
@@ -94,7 +94,7 @@ class Session:
         self._room = RoomOfCaches(all_devices, self.ranks, options.host_memory_bytes)
         self.busy = BusyTimes(all_devices)
         self.disk = DiskBelow(options, self._shape, self.parts, self.ranks)
-        self._engines: weakref.WeakSet[CacheEngine] = weakref.WeakSet()
+        self._engines = EnginesOfCaches(self._shape, self.parts, self.stats, self.busy)
         self._attached = False
         self.plan = self._resolve(1, None, [], model.dtype)
         fast = options.fuse == "auto" and model.dtype in _FUSED
@@ -143,6 +143,14 @@ class Session:
             )
         return fingerprint(self._model, transformers.__version__)
 
+    def described(self) -> str:
+        """Return the model and what its caches hold in words, without waiting for a call."""
+        if not self._attached:
+            return f"{self._shape.name}, detached"
+        form = self._shape.host_format.value
+        held = described_together(self._engines)
+        return f"{self._shape.name}, attached, {form} KV cache with {held}"
+
     @property
     def goes_back(self) -> bool:
         """Whether caches can be cropped to any length: no layer has a window or a state."""
@@ -168,8 +176,7 @@ class Session:
         with contextlib.ExitStack() as closing:  # all of them, also where one raises
             closing.callback(self.disk.close)
             closing.callback(self._room.close)
-            for engine in list(self._engines):
-                closing.callback(engine.close)
+            closing.callback(self._engines.close)
 
     def plan_for(
         self,
@@ -252,18 +259,7 @@ class Session:
 
     def make_engine(self, plan: Plan, dtype: torch.dtype, *, parked: bool = False) -> CacheEngine:
         """Return an engine for a cache of keys and values in a dtype."""
-        file = self.disk.file
-        engines = [
-            Engine(part.device, own, dtype, self.stats, part.shares, parked=parked, file=file)
-            for part, own in zip(self.parts, plan.of_devices, strict=True)
-        ]
-        engine: CacheEngine = engines[0]
-        if len(engines) > 1:
-            shape = with_kv_dtype(self._shape, dtype)
-            layers = [part.layers for part in self.parts]
-            engine = PartedEngine(shape, engines, layers, self.busy)
-        self._engines.add(engine)
-        return engine
+        return self._engines.make(plan, dtype, parked=parked, file=self.disk.file)
 
     def host_room(self, working_bytes: int) -> HostRoom:
         """Return what of host memory is left for a cache, beside what a call computes with."""
@@ -328,8 +324,7 @@ class Session:
         """Block until the model's work on the devices is done, and raise what failed in it."""
         for part in self.parts:
             part.device.finish_compute()
-        for engine in list(self._engines):
-            engine.check()
+        self._engines.check()
 
     def report_prefill(self, done_tokens: int, all_tokens: int) -> None:
         """Pass progress on."""
@@ -344,12 +339,4 @@ class Session:
 
     def note_memory(self, cache: OffloadedCache) -> None:
         """Note the memory that all caches hold, and what standard inference takes for one."""
-        device_bytes = host_bytes = standard_bytes = 0
-        for engine in list(self._engines):
-            device_bytes += (device_here := engine.device_kv_bytes)
-            host_bytes += (host_here := engine.host_kv_bytes)
-            if engine is cache.state.engine:
-                tokens = cache.get_seq_length()
-                standard_bytes = self._shape.standard_kv_bytes(tokens, engine.plan.batch)
-                cache.stats.raise_peaks(device_here, host_here, standard_bytes)
-        self.stats.raise_peaks(device_bytes, host_bytes, standard_bytes)
+        self._engines.note_memory(cache)

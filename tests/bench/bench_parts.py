@@ -5,11 +5,12 @@ from array import array
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from headinfer.bench.arranging import arranged
 from headinfer.bench.bound import Rates
 from headinfer.bench.launch import Machine
 from headinfer.bench.model_spec import ModelSpec
 from headinfer.bench.result import TrialFailure, TrialResult
-from headinfer.bench.rows import Row, arranged
+from headinfer.bench.rows import Row
 from headinfer.bench.spec import BenchSpec, Command, Fill, TrialSpec
 from headinfer.bench.suite import Suite
 from headinfer.plan.options import Options

@@ -129,3 +129,29 @@ def test_each_result_of_one_gpu_is_asked_for_as_the_command_line_takes_it(
         "there is no part first-tokens; the parts are: tests kernels trace"
     )
     assert not other.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "options"),
+    [("gpu.sh", "first-token-1K", "--quick --disk {0} "), ("gpu2.sh", "8b-prefill", "--quick ")],
+    ids=["one GPU", "several"],
+)
+def test_a_machine_is_probed_once(tmp_path: Path, name: str, part: str, options: str) -> None:
+    """A stand-in for Python notes what it is asked, and fails at the first probe."""
+    log, python = tmp_path / "log", tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "$*" >> {log}\n[ "$(grep -c probe {log})" != 1 ]\n')
+    python.chmod(0o755)
+    folder = tmp_path / "results"
+    folders = {key: str(folder) for key in ("OUT", "FOLDER")}
+    for _ in range(3):
+        script(
+            *(name, part),
+            **folders,
+            **{"PYTHON": str(python), "DRY": "", "TMPDIR": str(tmp_path), "DISK": str(tmp_path)},
+        )
+    asked_for = log.read_text().splitlines()
+    probes = [line.partition(" probe ")[2] for line in asked_for if " probe " in line]
+    assert len(probes) == 2  # the second one is well
+    assert probes[0].startswith(options.format(tmp_path))
+    assert probes[1].startswith("--quick --json ")
+    assert sum(" bench prefill " in line for line in asked_for) == 3

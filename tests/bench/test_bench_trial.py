@@ -101,6 +101,17 @@ def test_the_simulated_device_counts_bytes_over_the_link():
     assert result.kv_device_bytes > 0
 
 
+@pytest.mark.parametrize(("new_tokens", "sent"), [(3, 0), (70, 64)])  # of which pages go home
+def test_a_decode_counts_no_copies_of_its_prompt(new_tokens, sent):
+    settings = Options.parse(device="simulated", chunk_tokens="128", resident_tokens="512")
+    spec = trial_spec("headinfer", context_tokens=256)
+    spec = replace(spec, settings=settings, new_tokens=new_tokens)
+    result = run_trial(spec)
+    token_bytes = MODEL.kv_bytes(1, "float32")
+    assert result.prefill_bytes_to_host == 128 * token_bytes  # the last chunk's are left to later
+    assert result.decode_bytes_to_host == sent * token_bytes
+
+
 @pytest.mark.parametrize(
     "method",
     [

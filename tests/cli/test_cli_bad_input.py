@@ -14,7 +14,7 @@ from bad_inputs import BY_THE_COMMAND, TABLE
 from bad_models import FILES, MODELS
 from bad_options import BEFORE_THE_MODEL, Row
 
-from saved_models import save_llama, save_tokenizer
+from saved_models import CHAT_TEMPLATE, save_llama, save_tokenizer
 
 
 def check(outcome, *words, code: int = 2) -> None:
@@ -203,6 +203,26 @@ def test_host_memory_too_small_for_the_cache(cli, tmp_path, monkeypatch):
     args = ("--model", model, "-p", "w1 w2", "-n", 10_000, "--host-memory", "1MiB", "--quiet")
     # 2 layers x 2 heads x 2 x 8 elements x 4 bytes = 256 bytes a token
     check(cli("generate", *args), "2.44 MiB", "1.00 MiB")
+
+
+@pytest.mark.parametrize("chat", [False, True], ids=["raw", "chat"])
+def test_a_text_that_cannot_fit_is_not_tokenised(cli, tmp_path, monkeypatch, chat):
+    import transformers
+
+    from headinfer.demo.tokenizer import build_tokenizer
+
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE if chat else None
+    tokenizer.save_pretrained(save_llama(tmp_path, vocab_size=len(tokenizer)))
+    book = tmp_path / "book.txt"
+    book.write_text("The strongbox opens. " * 60_000)
+    args = ("generate", "--model", tmp_path, "--prompt-file", book, "--quiet")
+    with monkeypatch.context() as patched:
+        patched.setattr(transformers.PreTrainedTokenizerBase, "__call__", never)
+        told = ("the prompt has at least 84,00", "512 positions", "--allow-long-prompt")
+        check(cli(*args), *told)
+    book.write_text("The strongbox opens. " * 400)  # may fit, and does not
+    check(cli(*args), "the prompt has ", "512 positions", "--allow-long-prompt")
 
 
 def test_settings_that_transformers_refuses(cli, llama):

@@ -49,6 +49,29 @@ def test_version(cli):
     assert (done.code, done.out) == (0, f"headinfer {headinfer.__version__}\n")
 
 
+@pytest.mark.parametrize("text", [None, "in another language"])  # as libraries may translate it
+@pytest.mark.parametrize(
+    ("written", "listed"),
+    [
+        ("generatee", "commands"),
+        ("bench decodee", "commands"),
+        ("-- generatee", "commands"),
+        ("--nothing", "options"),
+        ("bench --nothing", "options"),
+        ("plan --nothing", "options"),
+    ],
+)
+def test_wrong_usage_is_told_with_what_lists_the_right_words(
+    cli, monkeypatch, written, listed, text
+):
+    if text is not None:
+        monkeypatch.setattr("headinfer.cli.main.told", lambda _error, _given: text)
+    done = cli(*written.split())
+    assert done.code == 2
+    assert f"(--help lists the {listed})" in done.err.replace("\n", " ")
+    assert (text or written.split()[-1]) in done.err
+
+
 def test_bench_has_verbs_of_its_own(cli):
     done = cli("bench", "--help")
     assert done.code == 0

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from above_disk import FAULTS, TOKENS, Failing, attached, exercise, small_model
+from captured import steps
 from headinfer.device.simulated import SimulatedDevice
 from headinfer.errors import CacheStateError, DiskError, MemoryPlanError
 from headinfer.integration.memory_held import held_together
@@ -217,3 +218,18 @@ def test_with_windows_it_refuses_to_go_on(tmp_path: Path, monkeypatch: pytest.Mo
             model(prompt[:, :3], past_key_values=cache)
         cache.reset()
         assert model(prompt[:, :3], past_key_values=cache).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(("second", "reads"), [("600KiB", True), ("800KiB", False)])
+def test_steps_are_captured_unless_any_device_reads_the_disk(
+    model: PreTrainedModel, tmp_path: Path, second: str, reads: bool
+) -> None:
+    """The first device keeps all tokens itself, and the second those on the disk, or fewer."""
+    budgets = {"resident_tokens": "auto", "device_memory": ["64MiB", second]}
+    with attached(model, tmp_path, "700KiB", spread(0, 1, 1), **budgets) as offload:
+        cache = offload.new_cache(TOKENS + 20)
+        model(random_tokens(1, TOKENS), past_key_values=cache)
+        assert cache.state.engine.plan.disk_tokens(TOKENS) > 0
+        steps(model, cache, 6)
+        assert (offload.stats.bytes_from_disk > 0) is reads
+        assert (offload.stats.captured_steps == 0) is reads

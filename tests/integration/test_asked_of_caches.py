@@ -1,5 +1,6 @@
 """What a cache is asked wrongly is told in a line and changes nothing; what it shows is short."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 import headinfer
 from headinfer.errors import OptionError, SessionFileError
-from tiny_models import random_tokens, shared_model
+from tiny_models import random_tokens, shared_model, tiny_model
 
 WRONG = {
     "text": "hello",
@@ -64,3 +65,24 @@ def test_what_a_cache_shows_is_a_line(device: str) -> None:
         cache.close()
         assert repr(cache) == "OffloadedCache(closed)"
     assert repr(rows) == "OffloadedCache(closed)"
+
+
+@pytest.mark.parametrize("device", ["cpu", "simulated"])
+def test_what_an_attachment_shows_is_a_line(device: str) -> None:
+    model = tiny_model("llama3", head_dim=16)
+    form = "dense" if device == "cpu" else "int8"
+    options = {} if device == "cpu" else {"kv_cache": "int8"}
+    start = f"Offload({type(model).__name__}, attached, {form} KV cache with "
+    with headinfer.attach(model, device=device, **options) as offload, torch.no_grad():
+        assert repr(offload) == start + "0 B of CPU memory)"
+        cache = offload.new_cache()
+        model(random_tokens(1, 200), **cache.as_keyword())
+        held = repr(cache).split("layers, ")[1]
+        assert repr(offload) == start + held
+        assert ("of GPU memory" in held) == (device == "simulated")
+        fork = copy.deepcopy(cache)  # refers to the same CPU memory, which counts once
+        assert repr(fork).split("layers, ")[1].split(", ")[0] in repr(offload)
+        cache.close()
+        fork.close()
+        assert repr(offload) == start + "0 B of CPU memory)"
+    assert repr(offload) == f"Offload({type(model).__name__}, detached)"

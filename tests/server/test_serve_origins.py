@@ -7,6 +7,7 @@ from server_parts import running
 from typer.testing import CliRunner
 
 from headinfer.cli.main import app
+from headinfer.server.origins import check_origins
 from saved_models import save_llama
 
 PAGE = "https://page.example"
@@ -56,24 +57,76 @@ def test_other_pages_are_told_nothing(server) -> None:
         assert before.status_code == 400
         headers = {"Origin": origin, "Authorization": "Bearer secret"}
         answer = httpx2.get(server.url + "/v1/models", headers=headers)
+        assert answer.status_code == 403
         assert ALLOWED not in before.headers
         assert ALLOWED not in answer.headers
 
 
 def test_no_page_may_ask_unless_the_server_says_so() -> None:
+    body = {"messages": [{"role": "user", "content": "w1"}]}
     with serving(ScriptedDesk(["w3"])) as (url, _):
-        answer = httpx2.get(f"{url}/v1/models", headers={"Origin": PAGE})
-    assert answer.status_code == 200
+        answer = httpx2.post(url + CHAT, json=body, headers={"Origin": PAGE})
+        own = httpx2.post(url + CHAT, json=body, headers={"Origin": url})
+        none = httpx2.post(url + CHAT, json=body)
+    assert answer.status_code == 403
+    error = answer.json()["error"]
+    assert error["type"] == "permission_error"
+    assert PAGE in error["message"]
+    assert "--cors-origin" in error["message"]
     assert ALLOWED not in answer.headers
+    assert (own.status_code, none.status_code) == (200, 200)
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Host": "localhost"}, 200),
+        ({"Host": "LOCALHOST:9000", "Origin": "http://localhost:9000"}, 200),  # a forwarded port
+        ({"Host": "127.0.0.2:1"}, 200),
+        ({"Host": "[::1]:9000"}, 200),
+        ({"Host": "page.example", "Origin": PAGE}, 200),  # by a proxy
+        ({"Host": "localhost:9000", "Origin": "http://localhost:9001"}, 403),
+        ({"Host": "evil.example", "Origin": "http://evil.example"}, 403),  # rebound
+        ({"Host": "evil.example:8000"}, 403),
+        ({"Host": "127.0.0.1.evil.example"}, 403),
+        ({"Host": "[::1]evil.example"}, 403),
+        ({"Host": "[2001:db8::1]"}, 403),
+    ],
+    ids=lambda value: value if isinstance(value, int) else "-".join(value.values()),
+)
+def test_a_server_of_the_own_machine_is_called_by_no_other_name(
+    server, headers: dict[str, str], status: int
+) -> None:
+    key = {"Authorization": "Bearer secret"}
+    answer = httpx2.get(server.url + "/v1/models", headers=headers | key)
+    assert answer.status_code == status
+    if status == 403:
+        assert headers.get("Origin", headers["Host"]).lower().split("//")[-1] in answer.text
+
+
+def test_a_server_that_other_machines_reach_has_any_name(folder) -> None:
+    with running("--model", folder, "--host", "0.0.0.0") as server:
+        url = server.url + "/v1/models"
+        named = {"Host": "box.example:8000"}
+        own = httpx2.get(url, headers=named | {"Origin": "http://box.example:8000"})
+        other = httpx2.get(url, headers=named | {"Origin": PAGE})
+    assert (own.status_code, other.status_code) == (200, 403)
 
 
 def test_all_pages_may_ask_and_a_warning_says_so(folder) -> None:
     with running("--model", folder, "--cors-origin", "*") as server:
         answer = httpx2.get(f"{server.url}/v1/models", headers={"Origin": PAGE})
+        named = httpx2.get(f"{server.url}/v1/models", headers={"Host": "page.example"})
         _, err = server.end()
+    assert named.status_code == 200
     assert answer.headers[ALLOWED] == "*"
     assert "access-control-allow-credentials" not in answer.headers
     assert "every web page" in err
+
+
+def test_the_pages_of_programs_can_be_named() -> None:
+    given = ("chrome-extension://abc", "tauri://localhost", "app://obsidian.md")
+    assert check_origins(given) == given
 
 
 @pytest.mark.parametrize(

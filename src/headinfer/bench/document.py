@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, ClassVar
 
+from headinfer.bench.arranging import arranged
 from headinfer.bench.bound import Rates
 from headinfer.bench.files import ResultFile, check_continues, joined
 from headinfer.bench.gate import Verdict
@@ -21,7 +22,7 @@ from headinfer.bench.held import HeldPart
 from headinfer.bench.launch import Machine
 from headinfer.bench.model_spec import Model, ModelSpec
 from headinfer.bench.result import Status, TrialFailure, from_json, to_json
-from headinfer.bench.rows import Percentiles, Row, arranged
+from headinfer.bench.rows import Percentiles, Row
 from headinfer.bench.spec import BenchSpec, Fill, json_values
 from headinfer.bench.suite import Check
 from headinfer.bench.unfinished import Ended, Unfinished

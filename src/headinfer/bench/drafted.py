@@ -133,6 +133,7 @@ class Drafted(HeadInfer):
             cache: with a prompt; its tokens stay as they are.
         """
         assert isinstance(cache, OffloadedCache)
+        super().make_ready(token, cache)
         engine, passed = cache.state.engine, self._verified_tokens
         for _ in range(_SETTLING_PASSES):
             settled = engine is None or engine.has_settled_at(passed)

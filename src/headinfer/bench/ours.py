@@ -90,6 +90,17 @@ class HeadInfer:
         """Pass one token through the model."""
         return last_logits(self._model, token, cache)
 
+    def make_ready(self, token: torch.Tensor, cache: Cache) -> None:
+        """Send home what a prompt has left to the next call, which is no part of a decode step.
+
+        Args:
+            token: that is passed next, `[1, 1]`.
+            cache: with the prompt.
+        """
+        for engine in _engines(cache):
+            with engine.in_use():
+                engine.send_late()
+
     def held(self, cache: Cache) -> Held:
         """Return the bytes of store and arena, and what a decode step does with them."""
         stats, plan = self._offload.stats, self._plan_of(cache)

@@ -3,11 +3,10 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby
 from typing import Any
 
 from headinfer.bench.bound import Bound, Rates, bound, decode_work, prefill_work
-from headinfer.bench.catalogue import REFERENCE_METHOD, spread_of
+from headinfer.bench.catalogue import spread_of
 from headinfer.bench.gate import Verdict
 from headinfer.bench.held import DENSE, HeldPart
 from headinfer.bench.result import Status, TrialResult
@@ -94,7 +93,8 @@ class Row:
         format: the form of KV in host memory: "dense", "packed" with every bit the same,
             or "int8" and "fp8", which are not exact.
         bytes_to_device: copied over the link in what the command times, in one trial.
-        bytes_to_host: copied back in it.
+        bytes_to_host: copied back in it. What a prompt sends behind its first token is part of
+            neither prefill nor decode, and nor is its time.
         link_bytes_per_s: both over the seconds of the same trial.
         device_peak_allocated_bytes: the most torch allocated on the device, or on any of several.
         device_peak_reserved_bytes: the most it reserved.
@@ -310,46 +310,3 @@ def _bounds(
         above_disk(spread_prefill_bound(*known, kv_host_bytes=host_bytes), prefill, rates),
         above_disk(spread_decode_bound(*known), decode, rates),
     )
-
-
-def arranged(spec: BenchSpec, rows: Sequence[Row]) -> list[Row]:
-    """Return rows by context and in the order of the variants, with ratios."""
-    order = {variant: place for place, variant in enumerate(spec.variants)}
-    if spec.command.finds_context:
-        return sorted(rows, key=lambda row: order[row.variant])
-    ordered = sorted(rows, key=lambda row: (row.context_tokens, order[row.variant]))
-    return [
-        row
-        for _, of_context in groupby(ordered, key=lambda row: row.context_tokens)
-        for row in with_ratios(list(of_context))
-    ]
-
-
-def with_ratios(rows: Sequence[Row]) -> list[Row]:
-    """Return the rows of one context, compared with the reference's and with dense ones' times."""
-    reference = next((row for row in rows if row.method == REFERENCE_METHOD), None)
-    if reference is not None and reference.status is not Status.OK:
-        reference = None
-    dense = {row.method: row for row in rows if row.kv_cache == DENSE}
-    return [_compared(row, reference, dense.get(row.method)) for row in rows]
-
-
-def _compared(row: Row, reference: Row | None, dense: Row | None) -> Row:
-    """Return a row with how many times as fast it is as others of its context, where there are."""
-    if reference is not None:
-        row = replace(
-            row,
-            prefill_x_standard=_ratio(reference.prefill_s, row.prefill_s),
-            decode_x_standard=_ratio(reference.decode_s_per_token, row.decode_s_per_token),
-        )
-    if dense is not None:
-        row = replace(
-            row,
-            prefill_x_dense=_ratio(dense.prefill_s, row.prefill_s),
-            decode_x_dense=_ratio(dense.decode_s_per_token, row.decode_s_per_token),
-        )
-    return row
-
-
-def _ratio(other_s: float | None, seconds: float | None) -> float | None:
-    return other_s / seconds if other_s and seconds else None

@@ -28,6 +28,7 @@ from headinfer.bench.fill import fill_randomly
 from headinfer.bench.limits import limit_device, limit_host
 from headinfer.bench.methods import METHODS, Method
 from headinfer.bench.neighbours import Neighbours
+from headinfer.bench.ours import HeadInfer
 from headinfer.bench.process_memory import PeakRss
 from headinfer.bench.result import Status, TrialFailure, TrialResult, to_json
 from headinfer.bench.spec import Fill, TrialSpec
@@ -85,7 +86,7 @@ class _Run:
 
     def make_ready(self, token: torch.Tensor, cache: Cache) -> None:
         """Make a cache with a prompt ready for steps that are timed, where a method needs it."""
-        if isinstance(self._method, Drafted):
+        if isinstance(self._method, HeadInfer):
             self._method.make_ready(token, cache)
 
     def decode(self, tokens: torch.Tensor, cache: Cache) -> tuple[list[float], int]:

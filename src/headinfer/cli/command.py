@@ -38,12 +38,36 @@ def _plain_help(option: Any) -> Any:
     return option
 
 
+_NO_VERB = "headinfer.no_verb"
+"""What a context knows of a word that is no verb."""
+
+
 class Group(TyperGroup):
-    """A group of verbs."""
+    """A group of verbs.
+
+    A word that is no verb has an error of its own in newer releases of click, and not in typer.
+    So the context notes it, for `names_no_verb`.
+    """
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Return the verb that arguments begin with, and what is behind it."""
+        if not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
+            ctx.meta[_NO_VERB] = True
+        return super().resolve_command(ctx, args)
 
     def get_help_option(self, ctx: Any) -> Any:
         """Return the option `--help`."""
         return _plain_help(super().get_help_option(ctx))
+
+
+def names_no_verb(error: Exception) -> bool:
+    """Whether wrong usage is a word that is no verb.
+
+    Args:
+        error: of Typer or click.
+    """
+    context = getattr(error, "ctx", None)
+    return context is not None and _NO_VERB in context.meta
 
 
 class OnceCommand(TyperCommand):

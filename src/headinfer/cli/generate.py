@@ -24,7 +24,7 @@ from headinfer.cli.load import (
 )
 from headinfer.cli.output import check_writable
 from headinfer.cli.progress import PrefillBar
-from headinfer.cli.prompt import check_length, encode, read_prompt
+from headinfer.cli.prompt import check_length, check_text_length, encode, read_prompt
 from headinfer.cli.render import print_plan
 from headinfer.cli.sampling import flag
 from headinfer.cli.sampling_options import generation_options, with_sampling
@@ -223,16 +223,19 @@ def _load_and_run(request: Request) -> None:
         tokenizer = load_tokenizer(request.source)
         characters = plural(len(request.text), "character")
         stages.begin(f"tokenising {len(request.text):,} {characters}")
+        positions = max_positions(config)
         ids = encode(
             tokenizer,
             request.text,
             system=request.system,
             template_values=request.template_values,
             raw=request.raw,
+            check=lambda text: check_text_length(
+                tokenizer, text, positions, allow_long=request.allow_long
+            ),
         )
         begin_loading(stages, request.source)
         new_tokens = request.generation.max_new_tokens or DEFAULT_NEW_TOKENS
-        positions = max_positions(config)
         note = check_length(len(ids), new_tokens, positions, allow_long=request.allow_long)
         model, unused = load_model(
             *(request.source, config),

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from headinfer.cli.chat import chat
-from headinfer.cli.command import Group, OnceCommand
+from headinfer.cli.command import Group, OnceCommand, names_no_verb
 from headinfer.cli.console import (
     EXIT_BAD_INPUT,
     EXIT_INTERRUPTED,
@@ -65,9 +65,8 @@ class Verbs(Group):
             # Older typer raises click's exceptions, newer ones its own: both have this method.
             if not hasattr(error, "format_message"):
                 raise
-            mistake = told(error, {})
-            listed = "commands" if mistake.startswith("No such command") else "options"
-            print_error(f"{mistake} (--help lists the {listed})")
+            listed = "commands" if names_no_verb(error) else "options"
+            print_error(f"{told(error, {})} (--help lists the {listed})")
             sys.exit(getattr(error, "exit_code", EXIT_BAD_INPUT))
         sys.exit(code or 0)
 

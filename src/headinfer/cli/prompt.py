@@ -3,10 +3,11 @@
 import os
 import stat
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from headinfer.errors import OptionError
+from headinfer.generation.least_tokens import LeastTokens
 from headinfer.generation.prompt import TemplateRefusalError, check_text, encode_prompt
 from headinfer.units import counted, counted_tokens
 
@@ -85,6 +86,7 @@ def encode(
     system: str | None = None,
     template_values: Mapping[str, Any] | None = None,
     raw: bool,
+    check: Callable[[str], None] | None = None,
 ) -> list[int]:
     """Return the prompt's token ids, in the tokenizer's chat template if it has one.
 
@@ -94,6 +96,7 @@ def encode(
         system: the system's message before it, if any.
         template_values: values for the chat template.
         raw: True to leave the chat template out.
+        check: called with the text that is to be tokenised; raises to refuse it.
 
     Raises:
         OptionError: the template refuses the messages, there is none for what is given, or nothing
@@ -101,11 +104,11 @@ def encode(
     """
     if raw or not tokenizer.chat_template:
         _check_no_template(raw, {"--system": system, "--chat-template-kwargs": template_values})
-        return encode_prompt(tokenizer, text)
+        return encode_prompt(tokenizer, text, check=check)
     user = [{"role": "user", "content": text}]
     messages = user if system is None else [{"role": "system", "content": system}, *user]
     try:
-        return encode_prompt(tokenizer, messages, template_values)
+        return encode_prompt(tokenizer, messages, template_values, check)
     except TemplateRefusalError as error:
         if system is None or not _is_taken(tokenizer, user, template_values):
             raise OptionError(f"{error}; --raw leaves it out") from error
@@ -145,14 +148,36 @@ def check_length(
     if not max_positions or allow_long:
         return None
     if prompt_tokens > max_positions:
-        raise OptionError(
-            f"the prompt has {counted(prompt_tokens, 'token')}, but the model was made for "
-            f"{counted_tokens(max_positions, 'position')}; shorten it, or run it all the same with "
-            "--allow-long-prompt"
-        )
+        raise _too_long(counted(prompt_tokens, "token"), max_positions)
     if prompt_tokens + max_new_tokens > max_positions:
         return (
             f"prompt and answer may reach {prompt_tokens + max_new_tokens:,} tokens; the model was "
             f"made for {counted_tokens(max_positions, 'position')}"
         )
     return None
+
+
+def check_text_length(tokenizer: Any, text: str, max_positions: int, *, allow_long: bool) -> None:
+    """Refuse a text whose bytes show that it is too long, as tokenising it may take minutes.
+
+    Args:
+        tokenizer: of transformers.
+        text: one that is not refused may still be too long.
+        max_positions: that the model was made for; 0 where it does not say.
+        allow_long: whether the text may be longer.
+
+    Raises:
+        OptionError: it is too long.
+    """
+    if not max_positions or allow_long:
+        return
+    if (least := LeastTokens(tokenizer).of(text)) > max_positions:
+        raise _too_long(f"at least {counted(least, 'token')}", max_positions)
+
+
+def _too_long(tokens: str, max_positions: int) -> OptionError:
+    return OptionError(
+        f"the prompt has {tokens}, but the model was made for "
+        f"{counted_tokens(max_positions, 'position')}; shorten it, or run it all the same with "
+        "--allow-long-prompt"
+    )

@@ -1,8 +1,9 @@
-"""What a cache holds, for whoever looks on while another thread uses it."""
+"""What caches hold, for whoever looks on while another thread uses them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from headinfer.engine.parted import CacheEngine
 from headinfer.integration.room import held_host_bytes
 from headinfer.units import counted, format_bytes
 
@@ -41,11 +42,21 @@ def described(cache: "OffloadedCache") -> str:
         return f"no tokens, {counted(len(cache.layers), 'layer')}"
     rows = engine.plan.batch
     of_rows = "" if rows == 1 else f" in each of {rows} rows"
-    on_gpu = f", {format_bytes(held.device_bytes)} of GPU memory" if held.device_bytes else ""
     return (
         f"{counted(held.tokens, 'token')}{of_rows}, {counted(len(cache.layers), 'layer')}, "
-        f"{format_bytes(held.host_bytes)} of CPU memory{on_gpu}"
+        f"{_memory(held.host_bytes, held.device_bytes)}"
     )
+
+
+def described_together(engines: Iterable[CacheEngine]) -> str:
+    """Return the memory that all engines hold in words, without waiting for a call."""
+    held = [engine for engine in engines if not engine.closed]
+    return _memory(held_host_bytes(held), sum(engine.device_kv_bytes for engine in held))
+
+
+def _memory(host_bytes: int, device_bytes: int) -> str:
+    on_gpu = f", {format_bytes(device_bytes)} of GPU memory" if device_bytes else ""
+    return f"{format_bytes(host_bytes)} of CPU memory{on_gpu}"
 
 
 def held_together(caches: "Sequence[OffloadedCache]") -> int:

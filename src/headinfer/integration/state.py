@@ -10,10 +10,10 @@ from headinfer.engine.parted import CacheEngine
 from headinfer.engine.readout import Part
 from headinfer.errors import CacheStateError, MemoryPlanError
 from headinfer.integration.cache_host import CacheHost
+from headinfer.integration.engine_memory import check_room, engine_with_memory, make_room
 from headinfer.integration.pending import Pending
 from headinfer.integration.turns import in_turn
 from headinfer.plan.growing import outgrows, with_growth
-from headinfer.plan.plan import Plan
 from headinfer.units import counted, counted_tokens, format_bytes
 
 
@@ -122,30 +122,18 @@ class OffloadedState:
                 raise CacheStateError(_unlike(engine, batch, dtype))
             self.drop_engine()
         if self.engine is None:
-            self.engine = self._new_engine(batch, wanted, dtype, "the KV cache")
+            self.engine = engine_with_memory(
+                *(self.host, batch, wanted, dtype, "the KV cache"), grows=self.max_tokens is None
+            )
             return
         self._wake(wanted)
         more = self.engine.missing_bytes(wanted)
         if more > 0 or self.engine.plan.ranks_differ:  # all ranks check, or none does
-            self._make_room(self.engine, wanted)
+            make_room(self.host, self.engine, wanted)
             self.engine.expect(wanted)
         if outgrows(self.engine.plan, wanted):
             plan = self.host.plan_for(batch, with_growth(wanted), replacing=self.engine)
             self.engine.replan(plan)
-
-    def _make_room(self, engine: CacheEngine, tokens: int) -> None:
-        """Make sure of host memory for so many tokens; above a disk have fewer blocks, if need be.
-
-        Others may have been planned with what this cache was to take, and had not taken yet.
-        """
-        try:
-            self._check_host(engine.missing_bytes(tokens), tokens, engine.plan)
-        except MemoryPlanError:
-            if self.host.disk.file is None:
-                raise
-            plan = self.host.plan_for(engine.plan.batch, tokens, replacing=engine)
-            self.host.disk.lower_to(engine, plan)
-            self._check_host(engine.missing_bytes(tokens), tokens, engine.plan)
 
     def _wake(self, tokens: int) -> None:
         """Give a parked engine an arena, for so many tokens."""
@@ -162,34 +150,6 @@ class OffloadedState:
         self._check_none_pending()
         if self.engine is not None:
             self.engine.park()
-
-    def _new_engine(
-        self,
-        batch: int,
-        tokens: int,
-        dtype: torch.dtype,
-        what: str,
-        sharing: CacheEngine | None = None,
-    ) -> CacheEngine:
-        """Return an engine that will hold `tokens` tokens, with memory for them."""
-        planned_tokens = with_growth(tokens) if self.max_tokens is None else tokens
-        plan = self.host.plan_for(batch, planned_tokens, sharing=sharing, dtype=dtype)
-        self.host.check_host_room(
-            plan.kv_host_bytes(tokens),
-            plan.arena_bytes + plan.activation_bytes + plan.assistant.working_bytes,
-            f"{what} of {counted_tokens(tokens)}",
-        )
-        self.host.disk.check_space(plan, tokens)
-        engine = self.host.make_engine(plan, dtype)
-        engine.expect(tokens)
-        return engine
-
-    def _check_host(self, needed_bytes: int, tokens: int, plan: Plan) -> None:
-        """Refuse what host memory has no room for, under the plan of an engine that is there."""
-        self.host.check_host_room(
-            *(needed_bytes, plan.activation_bytes),
-            f"the KV cache of {counted_tokens(tokens)}",
-        )
 
     def update(
         self,
@@ -260,8 +220,10 @@ class OffloadedState:
             engine = self.host.make_engine(plan, dtype, parked=True)
         else:
             wanted = max(held, self.max_tokens or 0)
-            engine = self._new_engine(
-                plan.batch, wanted, dtype, "a copy of the KV cache", other.engine
+            engine = engine_with_memory(
+                *(self.host, plan.batch, wanted, dtype, "a copy of the KV cache"),
+                grows=self.max_tokens is None,
+                sharing=other.engine,
             )
         try:
             for part, source in zip(engine.parts, other.engine.parts, strict=True):
@@ -289,7 +251,9 @@ class OffloadedState:
         """
         self.check_open()
         wanted = max(tokens, self.max_tokens or 0)
-        engine = self.engine = self._new_engine(batch, wanted, dtype, "the saved KV cache")
+        engine = self.engine = engine_with_memory(
+            *(self.host, batch, wanted, dtype, "the saved KV cache"), grows=self.max_tokens is None
+        )
         self._computed_dtype = None if computed_dtype is None else getattr(torch, computed_dtype)
         assert isinstance(engine, Engine), "a model that is split has no sessions"
         return engine
@@ -329,7 +293,7 @@ class OffloadedState:
             tokens = max(self.tokens(0), self.max_tokens or 0)
             plan = self.host.plan_for(len(rows), tokens, replacing=self.engine)
             more = plan.kv_host_bytes(tokens) - self.engine.taken_host_bytes
-            self._check_host(more, tokens, self.engine.plan)
+            check_room(self.host, more, tokens, self.engine.plan)
             self.engine.select_all(rows, plan)
 
     @in_turn

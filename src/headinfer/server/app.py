@@ -17,6 +17,7 @@ from headinfer.errors import HeadInferError
 from headinfer.server import asking
 from headinfer.server.answering import Answering
 from headinfer.server.bodies import ChatBody, CompletionBody, ResponseBody, SlotBody
+from headinfer.server.callers import Callers
 from headinfer.server.chat import ChatReply
 from headinfer.server.completions import CompletionReply
 from headinfer.server.gate import Gate
@@ -52,6 +53,7 @@ def make_app(
     *,
     keys: Sequence[str] = (),
     origins: Sequence[str] = (),
+    own_hosts: Sequence[str] | None = None,
     debug: bool = False,
 ) -> ASGIApp:
     """Return the application of one model.
@@ -60,6 +62,7 @@ def make_app(
         service: the model, which may be loading.
         keys: of which each request must bring one; none to let all enter.
         origins: of other web pages that may call it.
+        own_hosts: what it may be called, as `Callers` takes them.
         debug: whether stderr has the whole of errors that nobody foresaw.
     """
     metrics = Metrics(service)
@@ -78,6 +81,7 @@ def make_app(
     paths = {getattr(route, "path", "") for route in app.routes}
     gate = Gate(
         app,
+        callers=Callers(origins, own_hosts),
         keys=keys,
         body_bytes=service.limits.body_bytes,
         debug=debug,

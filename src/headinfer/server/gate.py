@@ -1,4 +1,4 @@
-"""What stands before all requests: keys, the size of bodies, and errors that nobody foresaw."""
+"""What stands before all requests: callers, keys, sizes of bodies, and errors nobody foresaw."""
 
 import hmac
 import logging
@@ -10,6 +10,7 @@ from fastapi import HTTPException
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from headinfer.server.callers import Callers
 from headinfer.server.problems import ProblemError
 from headinfer.units import format_bytes
 
@@ -29,6 +30,7 @@ class Gate:
 
     Args:
         app: of ASGI.
+        callers: tells which web pages' requests are taken.
         keys: of which a request must bring one; none to let all enter.
         body_bytes: the most that a body may have.
         debug: whether stderr has the whole of an error, which may quote requests.
@@ -39,12 +41,14 @@ class Gate:
         self,
         app: ASGIApp,
         *,
+        callers: Callers,
         keys: Sequence[str],
         body_bytes: int,
         debug: bool,
         on_answer: Callable[[str, str, int], None],
     ) -> None:
         self._app = app
+        self._callers = callers
         self._keys = [key.encode() for key in keys]
         self._body_bytes = body_bytes
         self._debug = debug
@@ -79,6 +83,8 @@ class Gate:
 
     def _refused(self, scope: Scope) -> ProblemError | None:
         headers = Headers(scope=scope)
+        if (refusal := self._callers.refusal(headers)) is not None:
+            return refusal
         path = scope["path"]
         free = path in _OPEN or path.startswith(_PAGE)
         if self._keys and not free and not self._knows(_key(headers)):

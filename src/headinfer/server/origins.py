@@ -10,7 +10,7 @@ from headinfer.errors import OptionError
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
-_ORIGIN = re.compile(r"(https?|[a-z][a-z0-9+.-]*-extension)://[^/?#@\s*]+")
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@\s*]+")
 """What browsers send: a scheme, a host, and a port unless it is the scheme's own."""
 
 

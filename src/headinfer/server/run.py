@@ -16,6 +16,7 @@ import uvicorn
 
 from headinfer.errors import OptionError
 from headinfer.server.app import make_app
+from headinfer.server.callers import is_loopback
 from headinfer.server.served import Served, Service
 
 CLOSING_S = 20.0
@@ -33,7 +34,6 @@ _END_S = 28.0
 """Seconds after a signal in which the process has ended, whatever still runs."""
 
 _SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
-_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +51,7 @@ class Address:
     @property
     def is_loopback(self) -> bool:
         """Whether only this machine reaches it."""
-        return self.host in _LOOPBACK or self.host.startswith("127.")
+        return is_loopback(self.host.lower())
 
     def listen(self) -> socket.socket:
         """Return a socket that listens.
@@ -179,7 +179,13 @@ def serve(
     logging = copy.deepcopy(uvicorn.config.LOGGING_CONFIG)
     logging["handlers"]["access"]["stream"] = "ext://sys.stderr"
     config = uvicorn.Config(
-        make_app(service, keys=keys, origins=origins, debug=debug),
+        make_app(
+            service,
+            keys=keys,
+            origins=origins,
+            own_hosts=(address.host,) if is_loopback(listening.getsockname()[0]) else None,
+            debug=debug,
+        ),
         log_config=logging,
         log_level="info" if verbose else "warning",
         access_log=verbose,

@@ -11,13 +11,13 @@ from typing import Any, Protocol
 from transformers import PreTrainedModel
 
 from headinfer.errors import OptionError, UnsupportedModelError
+from headinfer.generation.least_tokens import LeastTokens
 from headinfer.integration.attachment import owner_of
 from headinfer.integration.saving import SavedSession
 from headinfer.saved.messages import Messages
 from headinfer.serving.admission import Admission
 from headinfer.serving.ask import Ask
 from headinfer.serving.events import Ended, Event
-from headinfer.serving.least_tokens import LeastTokens
 from headinfer.serving.prefix_folder import PrefixFolder
 from headinfer.serving.prefixes import Prefixes
 from headinfer.serving.queueing import Line

@@ -10,9 +10,9 @@ from transformers import PreTrainedTokenizerFast
 import headinfer
 from headinfer.demo.tokenizer import build_tokenizer
 from headinfer.errors import ContextLengthError, MemoryPlanError
-from headinfer.serving import least_tokens
+from headinfer.generation import least_tokens
+from headinfer.generation.least_tokens import LeastTokens
 from headinfer.serving.desk import Desk
-from headinfer.serving.least_tokens import LeastTokens
 from saved_models import make_tokenizer
 from tiny_models import shared_model
 
