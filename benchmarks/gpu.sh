@@ -117,7 +117,7 @@ bench suite-llama-prefill prefill "${llama[@]}" --contexts 1K,10K,40K,100K \
 fixed=headinfer-chunk-4K,headinfer-chunk-8K,headinfer-chunk-16K
 bench first-token-1K prefill "${llama[@]}" --contexts 1K --repeats 5 \
     --methods standard,chunked-prefill,bounded,headinfer
-bench first-token prefill "${llama[@]}" --contexts 100K,10K --repeats 3 \
+bench first-token prefill "${llama[@]}" --contexts 10K,100K --repeats 3 \
     --methods "standard,chunked-prefill,bounded,headinfer,$fixed"
 bench first-token-400K prefill "${llama[@]}" --contexts 400K --repeats 1 \
     --methods "headinfer,bounded,$fixed"

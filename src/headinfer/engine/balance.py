@@ -112,8 +112,7 @@ class Balance:
         self.one_launch = False
         self._on_settled = on_settled
         self._steady = False
-        self._lateness: list[float] = []
-        self._host_s: list[float] = []
+        self._notes: list[tuple[float, float]] = []  # the host's lateness over its time, and that
         self._untrue = _UNTRUE_NOTES  # notes to come that tell nothing
         self._settled: Settled | None = None
         self._seek()
@@ -159,23 +158,18 @@ class Balance:
         if self._settled is not None:
             self._settled.valid_notes -= 1
             if self._settled.valid_notes <= 0:
-                self._forget_notes()
+                self._notes.clear()
                 self._seek()
-        self._lateness.append(late_s / host_s)
-        self._host_s.append(host_s)
-        if len(self._lateness) < (_SETTLED_NOTES if self._settled else _NOTES):
+        self._notes.append((late_s / host_s, host_s))
+        if len(self._notes) < (_SETTLED_NOTES if self._settled else _NOTES):
             return
         # Medians, for a step that was interrupted tells nothing.
-        late, typical_s = statistics.median(self._lateness), statistics.median(self._host_s)
-        self._forget_notes()
+        late, typical_s = map(statistics.median, zip(*self._notes, strict=True))
+        self._notes.clear()
         if self._settled:
             self._watch(late)
         else:
             self._try_another(late, typical_s)
-
-    def _forget_notes(self) -> None:
-        self._lateness.clear()
-        self._host_s.clear()
 
     def _seek(self) -> None:
         """Begin to seek the share anew, from where it is."""

@@ -122,9 +122,7 @@ class OffloadedState:
                 raise CacheStateError(_unlike(engine, batch, dtype))
             self.drop_engine()
         if self.engine is None:
-            self.engine = engine_with_memory(
-                *(self.host, batch, wanted, dtype, "the KV cache"), grows=self.max_tokens is None
-            )
+            self.engine = self._new_engine(batch, wanted, dtype, "the KV cache")
             return
         self._wake(wanted)
         more = self.engine.missing_bytes(wanted)
@@ -150,6 +148,20 @@ class OffloadedState:
         self._check_none_pending()
         if self.engine is not None:
             self.engine.park()
+
+    def _new_engine(
+        self,
+        batch: int,
+        tokens: int,
+        dtype: torch.dtype,
+        what: str,
+        sharing: CacheEngine | None = None,
+    ) -> CacheEngine:
+        """Return an engine that will hold `tokens` tokens; see `engine_with_memory`."""
+        grows = self.max_tokens is None
+        return engine_with_memory(
+            self.host, batch, tokens, dtype, what, grows=grows, sharing=sharing
+        )
 
     def update(
         self,
@@ -220,10 +232,8 @@ class OffloadedState:
             engine = self.host.make_engine(plan, dtype, parked=True)
         else:
             wanted = max(held, self.max_tokens or 0)
-            engine = engine_with_memory(
-                *(self.host, plan.batch, wanted, dtype, "a copy of the KV cache"),
-                grows=self.max_tokens is None,
-                sharing=other.engine,
+            engine = self._new_engine(
+                plan.batch, wanted, dtype, "a copy of the KV cache", other.engine
             )
         try:
             for part, source in zip(engine.parts, other.engine.parts, strict=True):
@@ -251,9 +261,7 @@ class OffloadedState:
         """
         self.check_open()
         wanted = max(tokens, self.max_tokens or 0)
-        engine = self.engine = engine_with_memory(
-            *(self.host, batch, wanted, dtype, "the saved KV cache"), grows=self.max_tokens is None
-        )
+        engine = self.engine = self._new_engine(batch, wanted, dtype, "the saved KV cache")
         self._computed_dtype = None if computed_dtype is None else getattr(torch, computed_dtype)
         assert isinstance(engine, Engine), "a model that is split has no sessions"
         return engine
