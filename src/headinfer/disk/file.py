@@ -133,14 +133,16 @@ class SpillFile:
         """
         return self._begin("writing to", self._write_part, offset, memory)
 
-    def read(self, offset: int, into: Tensor) -> Transfer:
+    def read(self, offset: int, into: Tensor, *, after: Transfer | None = None) -> Transfer:
         """Begin to read what was written.
 
         Args:
             offset: in the file, aligned.
             into: memory as that of `write`; not to be used until the transfer is done.
+            after: a write begun before, which threads wait for; None where nothing is awaited.
         """
-        return self._begin("reading from", self._read_part, offset, into)
+        part = partial(self._read_part, after=after)
+        return self._begin("reading from", part, offset, into, after)
 
     def close(self) -> None:
         """End all transfers and give the file up; may be called again."""
@@ -151,7 +153,12 @@ class SpillFile:
         return -(-num_bytes // self.ALIGNMENT) * self.ALIGNMENT
 
     def _begin(
-        self, what: str, part: Callable[[int, memoryview], None], offset: int, memory: Tensor
+        self,
+        what: str,
+        part: Callable[[int, memoryview], None],
+        offset: int,
+        memory: Tensor,
+        after: Transfer | None = None,
     ) -> Transfer:
         assert memory.dtype is torch.uint8, f"bytes are moved, not {memory.dtype}"
         assert memory.dim() == 1, f"{memory.dim()} dimensions"
@@ -167,7 +174,7 @@ class SpillFile:
             ]
         except RuntimeError as error:  # it was closed
             raise refusal(error) from None
-        return Transfer(parts, refusal)
+        return Transfer(parts, refusal, after)
 
     def _write_part(self, offset: int, view: memoryview) -> None:
         def write(at: int) -> int:
@@ -178,7 +185,12 @@ class SpillFile:
             os.fdatasync(self._fd)  # pages that are not on the disk yet cannot be given up
         self._forget(offset, len(view))
 
-    def _read_part(self, offset: int, view: memoryview) -> None:
+    def _read_part(self, offset: int, view: memoryview, *, after: Transfer | None) -> None:
+        if after is not None:  # threads take parts in order: all of that have begun, or were ended
+            after.settle()
+            if after.failed:
+                raise CancelledError
+
         def read(at: int) -> int:
             return os.preadv(self._fd, [view[at:]], offset + at)
 

@@ -64,8 +64,10 @@ class CountedTokens:
 
     @property
     def _disk_buffers_bytes(self) -> int:
-        """Bytes of host memory that tokens on the disk are read to."""
-        return 0 if self.parked or self.closed else self.plan.disk_buffers_bytes
+        """Bytes of host memory that tokens on the disk are read to, and written from."""
+        if self.parked or self.closed:
+            return 0
+        return self.plan.disk_buffers_bytes + self.plan.disk_staging_bytes
 
     @property
     def disk_tokens(self) -> int:
@@ -99,7 +101,7 @@ class CountedTokens:
         }
         pieces: dict[Hashable, int] = {(own, piece): size for piece, size in held.items()}
         pieces.update(self._raw_blocks().items())
-        return pieces | {(id(self), "read from the disk"): self._disk_buffers_bytes}
+        return pieces | {(id(self), "on its way"): self._disk_buffers_bytes}
 
     @property
     def coming_host_bytes(self) -> int:

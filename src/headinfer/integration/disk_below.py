@@ -249,7 +249,7 @@ def _lower_some(engines: Sequence[CacheEngine]) -> bool:
 def _lower_to(engine: CacheEngine, plan: Plan) -> None:
     for part, own in zip(engine.parts, plan.of_devices, strict=True):
         with part.in_use():
-            part.keep_blocks(own.disk_host_blocks)
+            part.keep_blocks(own.disk_host_blocks, own.disk_staging_bytes)
 
 
 def take_back_failed(cache: OffloadedCache) -> None:

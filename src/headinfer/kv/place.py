@@ -1,6 +1,7 @@
 """Places that give memory for tokens: the host, and one arena on the device."""
 
 import collections
+from collections.abc import Sized
 from typing import NamedTuple
 
 import torch
@@ -93,9 +94,24 @@ class HostPlace:
 
     Attributes:
         block_tokens: tokens of a block, where a disk lies below; 0 where none does.
+        under_way: in the background, or failed there; nothing where no disk lies below.
     """
 
     block_tokens = 0
+    under_way: Sized = ()
+
+    def settled(self) -> bool:
+        """Wait for what is under way in the background; return whether all ended well."""
+        return True
+
+    def check(self) -> None:
+        """Raise what failed in the background since the last check."""
+
+    def free(self) -> None:
+        """Free memory beside what is held, with no work in flight."""
+
+    def forget(self) -> None:
+        """Discard what is under way in the background, and free its memory."""
 
     def __init__(self, device: Device) -> None:
         self._device = device

@@ -19,6 +19,12 @@ from headinfer.units import format_bytes
 READS = 8
 """Tiles that are on their way from the disk, or waiting for the link."""
 
+WRITES = 4
+"""Blocks that are on their way to the disk at most, while others take their place."""
+
+_WRITES_PART = 4
+"""Of the host memory beyond the least, one such part at most is for these blocks."""
+
 _MOST_BLOCK_TOKENS = 4096
 """Tokens of a block at most. At 128 KiB of KV a token the blocks of all layers are 512 MiB."""
 
@@ -98,6 +104,7 @@ def _in_blocks(plan: Plan, room_bytes: int, block_tokens: int) -> Plan:
         disk_block_tokens=block_tokens,
         disk_host_blocks=_blocks(plan, block_tokens, room_bytes),
         disk_buffers_bytes=_buffers_bytes(plan, block_tokens),
+        disk_staging_bytes=_staging_bytes(plan, block_tokens, room_bytes),
     )
 
 
@@ -138,12 +145,27 @@ def _unit(layer: LayerShape, shape: ModelShape) -> int:
 def _blocks(plan: Plan, block_tokens: int, room_bytes: int) -> int:
     """Return the blocks of each layer that there is room for beside all else."""
     left = room_bytes - _beside_bytes(plan, block_tokens)
+    left -= _staging_bytes(plan, block_tokens, room_bytes)
     return max(left // blocks_bytes(plan.shape, block_tokens, block_tokens, plan.batch), 0)
 
 
 def _beside_bytes(plan: Plan, block_tokens: int) -> int:
     """Return the host memory beside blocks: buffers, and pages that do not pack."""
     return _buffers_bytes(plan, block_tokens) + plan.raw_page_bytes
+
+
+def _staging_bytes(plan: Plan, block_tokens: int, room_bytes: int) -> int:
+    """Return the bytes of blocks that are being written; 0 where each write is waited for.
+
+    Plans without overlap wait, and those with the least memory.
+    """
+    sizes = [
+        plan.batch * layer.host_bytes(block_tokens, plan.shape.kv_itemsize)
+        for layer in plan.shape.kinds_of_full_layers
+    ]
+    size = block_bytes(max(sizes))
+    beyond = max(room_bytes - _least_bytes(plan, block_tokens), 0)
+    return min(WRITES * plan.overlap, beyond // _WRITES_PART // size) * size
 
 
 def _buffers_bytes(plan: Plan, block_tokens: int) -> int:
