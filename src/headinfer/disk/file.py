@@ -133,16 +133,14 @@ class SpillFile:
         """
         return self._begin("writing to", self._write_part, offset, memory)
 
-    def read(self, offset: int, into: Tensor, *, after: Transfer | None = None) -> Transfer:
+    def read(self, offset: int, into: Tensor) -> Transfer:
         """Begin to read what was written.
 
         Args:
             offset: in the file, aligned.
             into: memory as that of `write`; not to be used until the transfer is done.
-            after: a write begun before, which threads wait for; None where nothing is awaited.
         """
-        part = partial(self._read_part, after=after)
-        return self._begin("reading from", part, offset, into, after)
+        return self._begin("reading from", self._read_part, offset, into)
 
     def close(self) -> None:
         """End all transfers and give the file up; may be called again."""
@@ -153,12 +151,7 @@ class SpillFile:
         return -(-num_bytes // self.ALIGNMENT) * self.ALIGNMENT
 
     def _begin(
-        self,
-        what: str,
-        part: Callable[[int, memoryview], None],
-        offset: int,
-        memory: Tensor,
-        after: Transfer | None = None,
+        self, what: str, part: Callable[[int, memoryview], None], offset: int, memory: Tensor
     ) -> Transfer:
         assert memory.dtype is torch.uint8, f"bytes are moved, not {memory.dtype}"
         assert memory.dim() == 1, f"{memory.dim()} dimensions"
@@ -174,7 +167,7 @@ class SpillFile:
             ]
         except RuntimeError as error:  # it was closed
             raise refusal(error) from None
-        return Transfer(parts, refusal, after)
+        return Transfer(parts, refusal)
 
     def _write_part(self, offset: int, view: memoryview) -> None:
         def write(at: int) -> int:
@@ -185,12 +178,7 @@ class SpillFile:
             os.fdatasync(self._fd)  # pages that are not on the disk yet cannot be given up
         self._forget(offset, len(view))
 
-    def _read_part(self, offset: int, view: memoryview, *, after: Transfer | None) -> None:
-        if after is not None:  # threads take parts in order: all of that have begun, or were ended
-            after.settle()
-            if after.failed:
-                raise CancelledError
-
+    def _read_part(self, offset: int, view: memoryview) -> None:
         def read(at: int) -> int:
             return os.preadv(self._fd, [view[at:]], offset + at)
 

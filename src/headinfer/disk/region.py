@@ -1,5 +1,7 @@
 """Regions of the file below host memory that hold tokens, or will once they are written."""
 
+from collections.abc import Iterator
+
 import torch
 
 from headinfer.disk.file import SpillFile
@@ -9,8 +11,8 @@ from headinfer.disk.transfer import Transfer
 class Region:
     """A region of the file, written once, and never changed.
 
-    What is to be written is kept, as it is, until it has landed. Reads wait for that. A write that
-    failed is begun anew by whoever reads the region or waits for it next.
+    What is to be written is kept, as it is, until it has landed. Until then reads are copies of
+    that. A write that failed can be begun anew.
 
     One thread at a time may use it, and any may free it.
 
@@ -34,7 +36,7 @@ class Region:
         self._offset = file.allocate(self.num_bytes)
 
     def begin(self) -> None:
-        """Begin to write.
+        """Begin to write, or begin anew.
 
         Raises:
             DiskError: the file was closed.
@@ -73,48 +75,29 @@ class Region:
             self._write.settle()
 
     def wait(self) -> None:
-        """Block until it has landed.
+        """Block until its write has ended. Whoever hears of a failure has been told.
 
         Raises:
             DiskError: the disk has no room for it, or failed.
         """
-        if self.landed:
-            return
-        if self.failed and not self.untold:
-            self.begin()
-        write = self._write
-        assert write is not None
-        if self._freed:
-            write.settle()
-        else:
-            write.wait()
+        if self._write is not None:
+            self._write.wait()
 
-    def read(self, offset: int, into: torch.Tensor) -> Transfer:
-        """Begin to read what was written, once it has landed.
+    def read(self, offset: int, into: torch.Tensor) -> Iterator[Transfer]:
+        """Begin to read what was written; copy at once what has not landed.
 
         Args:
             offset: in the region, aligned.
             into: memory as `SpillFile.read` takes it.
+
+        Yields:
+            The transfer, where there is one.
         """
-        if self.failed:
-            self.begin()
-        after = None if self.landed else self._write
-        return self._file.read(self._offset + offset, into, after=after)
-
-    def bring(self, into: torch.Tensor) -> None:
-        """Copy all of it to memory: from the disk, or from where it is kept as its write failed.
-
-        Args:
-            into: memory as `SpillFile.read` takes it.
-
-        Raises:
-            DiskError: it cannot be read.
-        """
-        if self.failed:
-            assert self._memory is not None
-            into.copy_(self._memory)
+        memory = None if self.landed else self._memory
+        if memory is None:
+            yield self._file.read(self._offset + offset, into)
         else:
-            self.read(0, into).wait()
+            into.copy_(memory[offset : offset + into.numel()])
 
     def free(self) -> None:
         """Give it back, with no read under way in it, and discard a write that is.

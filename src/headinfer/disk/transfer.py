@@ -12,7 +12,6 @@ class Transfer:
     Args:
         parts: of it, each in a thread.
         refusal: makes the error for a part that failed.
-        after: a write that all parts wait for; None where there is none.
 
     Attributes:
         told: whether somebody was told that it failed.
@@ -21,14 +20,10 @@ class Transfer:
     told = False
 
     def __init__(
-        self,
-        parts: Sequence[Future[None]],
-        refusal: Callable[[BaseException], DiskError],
-        after: "Transfer | None" = None,
+        self, parts: Sequence[Future[None]], refusal: Callable[[BaseException], DiskError]
     ) -> None:
         self._parts = parts
         self._refusal = refusal
-        self._after = after
 
     def done(self) -> bool:
         """Whether it has ended, well or not."""
@@ -64,15 +59,13 @@ class Transfer:
         Its memory, and its place in the file, are in use no more.
 
         Raises:
-            DiskError: a part failed, or the write before it.
+            DiskError: a part failed.
         """
         try:
             wait(self._running())
         except BaseException:
             self.settle()
             raise
-        if self._after is not None:
-            self._after.wait()
         for part in self._parts:
             try:
                 part.result()

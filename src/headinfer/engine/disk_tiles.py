@@ -228,7 +228,7 @@ def _begin(tile: Tile, memory: torch.Tensor, transfers: list[Transfer]) -> None:
     for part in tile.kv:
         for strip in strips(part, place):
             into = memory[strip.place : strip.place + strip.num_bytes]
-            transfers.append(region.read(strip.offset, into))
+            transfers.extend(region.read(strip.offset, into))
         place += read_bytes(part)
 
 

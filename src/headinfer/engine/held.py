@@ -202,6 +202,7 @@ class HeldTokens(ReservedTokens):
         host = self._host
         if self.closed or host.pending or host.failure is not None or self._place.under_way:
             self._check_open()
+            self._place.go_on()
         layer = self._layers[layer_idx]
         for ledger in layer.tracks:
             if ledger.track.window_tokens is None and not self.drafting:

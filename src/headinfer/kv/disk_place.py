@@ -187,7 +187,8 @@ class DiskPlace(HostPlace):
         block = self.take(geometry, lower.capacity, lower.start)
         memory = block.piece.memory
         self._device.host_access(memory, write=True, purpose="reading a block back from the disk")
-        region.bring(memory)
+        for transfer in region.read(0, memory):
+            transfer.wait()
         self._counts.bytes_from_disk += memory.numel()
         block.piece.refer_to(lower.piece.raw)
         block.tokens = lower.tokens
@@ -205,6 +206,14 @@ class DiskPlace(HostPlace):
             DiskError: it failed. What was to be written is still in memory.
         """
         self.behind.check()
+
+    def go_on(self) -> None:
+        """Write anew what failed before a pass that would go on.
+
+        Raises:
+            DiskError: it fails again, or failed and nobody was told.
+        """
+        self.behind.go_on()
 
     def free(self) -> None:
         """Free the memory of blocks that are on the disk by now, with no work in flight."""

@@ -107,6 +107,9 @@ class HostPlace:
     def check(self) -> None:
         """Raise what failed in the background since the last check."""
 
+    def go_on(self) -> None:
+        """Do anew what failed in the background, before a pass that would go on."""
+
     def free(self) -> None:
         """Free memory beside what is held, with no work in flight."""
 

@@ -5,6 +5,7 @@ other memory meanwhile: that of a block that has landed, or new memory within th
 """
 
 import collections
+import contextlib
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from headinfer.device.base import Device, Edge, Event
 from headinfer.disk.file import SpillFile
 from headinfer.disk.region import Region
+from headinfer.errors import DiskError
 
 
 class Leaving(NamedTuple):
@@ -60,13 +62,10 @@ class WriteBehind:
             num_bytes: of the block, at most `limit_bytes`.
 
         Raises:
-            DiskError: a write failed. Those that somebody was told of are begun anew before.
+            DiskError: a write failed.
             MemoryPlanError: the host memory cannot be had.
         """
-        self.check()
-        for block in self.leaving:
-            if block.region.failed:
-                block.region.begin()
+        self.go_on()
         while True:
             self._collect()
             for position, block in enumerate(self._landed):
@@ -81,7 +80,8 @@ class WriteBehind:
             if self._landed:  # of another size
                 self._free(self._landed.popleft())
             else:
-                self.leaving[0].region.wait()
+                self.leaving[0].region.settle()
+                self.go_on()
 
     @property
     def failed(self) -> bool:
@@ -89,14 +89,33 @@ class WriteBehind:
         return any(block.region.untold for block in self.leaving)
 
     def check(self) -> None:
-        """Raise what a write failed with since the last check.
+        """Raise what writes failed with since the last check: one error for all of them.
 
         Raises:
-            DiskError: the disk has no room, or failed. The block is kept in memory.
+            DiskError: the disk has no room, or failed. The blocks are kept in memory.
         """
-        for block in self.leaving:
-            if block.region.untold:
-                block.region.wait()
+        if not self.failed:
+            return
+        self.settle()  # or the next one would be told soon after
+        untold = [block.region for block in self.leaving if block.region.untold]
+        for region in untold[1:]:
+            with contextlib.suppress(DiskError):
+                region.wait()
+        untold[0].wait()
+
+    def go_on(self) -> None:
+        """Write anew what failed and somebody was told of, and wait for that.
+
+        Raises:
+            DiskError: it fails again, or failed and nobody was told.
+        """
+        self.check()
+        again = [block.region for block in self.leaving if block.region.failed]
+        for region in again:
+            region.begin()
+        for region in again:
+            region.settle()
+        self.check()
 
     def settle(self) -> None:
         """Block until all writes have ended, well or not."""
