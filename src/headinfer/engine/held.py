@@ -76,8 +76,7 @@ class HeldTokens(ReservedTokens):
         self._replaying = False  # whether one may be under way that has no such event
         self._begin()
         # What the place holds must not hold the engine: it is to die with its cache.
-        host = HostPlace(device) if file is None else DiskPlace(device, file, stats)
-        self._place = host
+        self._place = host = HostPlace(device) if file is None else DiskPlace(device, file, stats)
         self._layers: list[Layer] = []
         self._ledgers: list[Ledger] = []  # of all tracks
         for shape in plan.shape.attention_layers:
@@ -92,7 +91,6 @@ class HeldTokens(ReservedTokens):
             self._ledgers += tracks
         self._full = [ledger for ledger in self._ledgers if ledger.track.window_tokens is None]
         self._windows = WindowKeeper(device, plan.page_tokens)
-        self._arena_bytes = 0
         self._choose_share()
         self._choose_blocks(self.plan)
         self._host = HostAttention(self._device, self._stats, self._balances)
@@ -127,10 +125,8 @@ class HeldTokens(ReservedTokens):
 
     def _choose_blocks(self, plan: Plan) -> None:
         """Have host memory above a disk be in a plan's blocks."""
-        place = self._place
-        if isinstance(place, DiskPlace):
-            sizes = plan.disk_block_tokens, plan.disk_host_blocks, plan.disk_staging_bytes
-            place.choose_sizes(*sizes)
+        blocks = plan.disk_block_tokens, plan.disk_host_blocks
+        self._place.choose_sizes(*blocks, plan.disk_staging_bytes)
 
     def in_use(self) -> contextlib.AbstractContextManager[None]:
         """Have the device be this thread's current one in the `with` statement."""

@@ -194,6 +194,11 @@ class DiskPlace(HostPlace):
         block.tokens = lower.tokens
         return block
 
+    @property
+    def beside_bytes(self) -> int:
+        """Bytes of memory of blocks that are being written, or have landed."""
+        return self.behind.num_bytes
+
     def settled(self) -> bool:
         """Wait for the writes in the background; return whether nobody is to be told of any."""
         self.behind.settle()

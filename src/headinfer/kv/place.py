@@ -100,6 +100,14 @@ class HostPlace:
     block_tokens = 0
     under_way: Sized = ()
 
+    @property
+    def beside_bytes(self) -> int:
+        """Bytes of memory that it has beside extents."""
+        return 0
+
+    def choose_sizes(self, block_tokens: int, host_blocks: int, staging_bytes: int) -> None:
+        """Have blocks be of such sizes from now on; there are none here."""
+
     def settled(self) -> bool:
         """Wait for what is under way in the background; return whether all ended well."""
         return True

@@ -74,14 +74,18 @@ class WriteBehind:
                     for event in block.read:
                         self._device.copy_out.wait(event, Edge.BLOCK_READ)
                     return block.memory
-            held = sum(block.memory.numel() for block in (*self.leaving, *self._landed))
-            if held + num_bytes <= self.limit_bytes:
+            if self.num_bytes + num_bytes <= self.limit_bytes:
                 return aligned_host(self._device, num_bytes)
             if self._landed:  # of another size
                 self._free(self._landed.popleft())
             else:
                 self.leaving[0].region.settle()
                 self.go_on()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all its memory."""
+        return sum(block.memory.numel() for block in (*self.leaving, *self._landed))
 
     @property
     def failed(self) -> bool:
@@ -94,6 +98,7 @@ class WriteBehind:
         Raises:
             DiskError: the disk has no room, or failed. The blocks are kept in memory.
         """
+        self._collect()
         if not self.failed:
             return
         self.settle()  # or the next one would be told soon after

@@ -23,7 +23,7 @@ WRITES = 4
 """Blocks that are on their way to the disk at most, while others take their place."""
 
 _WRITES_PART = 4
-"""Of the host memory beyond the least, one such part at most is for these blocks."""
+"""One such part of the host memory beyond the least, at most, is for these blocks."""
 
 _MOST_BLOCK_TOKENS = 4096
 """Tokens of a block at most. At 128 KiB of KV a token the blocks of all layers are 512 MiB."""
