@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("inference")
 LEFT = 450
 """Tokens of which one block of each layer goes to the disk, in the last chunk."""
 
-_PATIENCE_S = 4.0
+_PATIENCE_S = 30.0
 
 
 @pytest.fixture

@@ -243,6 +243,11 @@ class ChangeableTokens(HeldTokens):
             self._choose_blocks(self.plan)
             raise
 
+    def forget_ahead(self) -> None:
+        """Forget what was fetched ahead, as the disk may have failed there, too."""
+        if not (self.parked or self.closed):
+            self._executor.source.drop()
+
     def give_up_residents(self) -> None:
         """Keep no token on the device; costs no copy but the tail's."""
         self.replan(dataclasses.replace(self.plan, resident_tokens=0, resident_bytes=0))

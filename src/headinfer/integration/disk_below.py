@@ -260,6 +260,9 @@ def take_back_failed(cache: OffloadedCache) -> None:
     engine, before = cache.state.engine, cache.lengths_before
     if engine is None or not engine.plan.disk_block_tokens or engine.closed:
         return
+    for part in engine.parts:
+        with part.in_use():
+            part.forget_ahead()
     if before is not None and engine.keeps_all(len(cache.layers)):
         with contextlib.suppress(HeadInferError):  # which would hide what failed first
             engine.take_back(before)

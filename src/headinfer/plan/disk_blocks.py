@@ -87,24 +87,35 @@ def all_with_disk(
             "smaller tiles"
         )
     weights = [plan.shape.host_kv_bytes(_MOST_BLOCK_TOKENS) for plan in plans]
-    shares = [
+    shares = _divided(left_bytes, least, weights)
+    tokens = [
+        (have or _block_tokens(plan, share)) if least_tokens else 0
+        for plan, share, have, least_tokens in zip(plans, shares, given, known, strict=True)
+    ]
+    staging = [_staging_bytes(*each) for each in zip(plans, tokens, shares, strict=True)]
+    left_bytes -= sum(staging)
+    shares = _divided(left_bytes, least, weights)
+    return [_in_blocks(*each) for each in zip(plans, shares, tokens, staging, strict=True)]
+
+
+def _divided(left_bytes: int, least: Sequence[int], weights: Sequence[int]) -> list[int]:
+    """Return what each has at least, and its share by weight of what is left."""
+    return [
         needed + left_bytes * weight // sum(weights)
         for needed, weight in zip(least, weights, strict=True)
     ]
-    return [_in_blocks(*each) for each in zip(plans, shares, given, strict=True)]
 
 
-def _in_blocks(plan: Plan, room_bytes: int, block_tokens: int) -> Plan:
-    """Return a plan in blocks of so many tokens, of a good number for 0; there is room for them."""
-    if not plan.shape.kinds_of_full_layers:
+def _in_blocks(plan: Plan, room_bytes: int, block_tokens: int, staging_bytes: int) -> Plan:
+    """Return a plan in blocks of so many tokens; there is room for them beside the staging."""
+    if not block_tokens:
         return plan
-    block_tokens = block_tokens or _block_tokens(plan, room_bytes)
     return replace(
         plan,
         disk_block_tokens=block_tokens,
         disk_host_blocks=_blocks(plan, block_tokens, room_bytes),
         disk_buffers_bytes=_buffers_bytes(plan, block_tokens),
-        disk_staging_bytes=_staging_bytes(plan, block_tokens, room_bytes),
+        disk_staging_bytes=staging_bytes,
     )
 
 
@@ -145,7 +156,6 @@ def _unit(layer: LayerShape, shape: ModelShape) -> int:
 def _blocks(plan: Plan, block_tokens: int, room_bytes: int) -> int:
     """Return the blocks of each layer that there is room for beside all else."""
     left = room_bytes - _beside_bytes(plan, block_tokens)
-    left -= _staging_bytes(plan, block_tokens, room_bytes)
     return max(left // blocks_bytes(plan.shape, block_tokens, block_tokens, plan.batch), 0)
 
 
@@ -159,6 +169,8 @@ def _staging_bytes(plan: Plan, block_tokens: int, room_bytes: int) -> int:
 
     Plans without overlap wait, and those with the least memory.
     """
+    if not block_tokens:
+        return 0
     sizes = [
         plan.batch * layer.host_bytes(block_tokens, plan.shape.kv_itemsize)
         for layer in plan.shape.kinds_of_full_layers
