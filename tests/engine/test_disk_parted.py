@@ -88,7 +88,7 @@ def test_memory_is_divided_so_that_layers_keep_as_many_tokens(
         model(random_tokens(1, TOKENS), past_key_values=cache)
         plan, engine = cache.state.engine.plan, cache.state.engine
         first, second = plan.parts
-        assert first.disk_host_blocks == second.disk_host_blocks == 10
+        assert first.disk_host_blocks == second.disk_host_blocks == 8
         assert plan.disk_bytes(TOKENS) == first.disk_bytes(TOKENS) + second.disk_bytes(TOKENS)
         assert second.disk_bytes(TOKENS) == 2 * first.disk_bytes(TOKENS) > 0
         assert plan.kv_host_bytes(TOKENS) == engine.host_kv_bytes <= parse_bytes(MEMORY)

@@ -165,10 +165,13 @@ OF_DISK = (Edge.BLOCK_SENT, Edge.BLOCK_READ, Edge.READ_COPIED)
 
 
 def grow(model: PreTrainedModel, folder: Path, device: SimulatedDevice) -> None:
-    """Have blocks go to the disk that were fetched ahead, as pages are sent home before a pass."""
-    with attached(model, folder, device=device) as offload:
+    """Have blocks go to the disk that were fetched ahead, as pages are sent home before a pass.
+
+    There is so little memory that each is waited for, and its memory serves the next one.
+    """
+    with attached(model, folder, "200KiB", device) as offload:
         cache = offload.new_cache()
-        for tokens in (440, *[9] * 14):
+        for tokens in (250, *[9] * 14):
             model(random_tokens(1, tokens), past_key_values=cache)
         assert offload.stats.bytes_to_disk > 0
         cache.close()

@@ -117,7 +117,7 @@ def test_a_step_reads_what_its_plan_says(tmp_path: Path) -> None:
         device="simulated",
         simulated_device=SimulatedDevice(),
         disk_cache=tmp_path,
-        host_memory="400KiB",
+        host_memory="464KiB",
         tile_heads=1,
         tile_tokens=64,
         chunk_tokens=64,

@@ -11,10 +11,10 @@ from headinfer.engine.packing import Packing
 from headinfer.engine.pages import Pages
 from headinfer.engine.raw_pages import RawPages
 from headinfer.engine.stats import Stats
-from headinfer.kv.disk_place import aligned_host
 from headinfer.kv.extent import Piece
 from headinfer.kv.ledger import Ledger
 from headinfer.kv.place import Arena
+from headinfer.kv.write_behind import aligned_host
 from headinfer.plan.disk_blocks import READS
 from headinfer.plan.format import Format
 from headinfer.plan.memory import (

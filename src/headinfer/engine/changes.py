@@ -194,26 +194,39 @@ class ChangeableTokens(HeldTokens):
     def lower_blocks(self) -> bool:
         """Keep half of the blocks above a disk in memory; return whether they could be fewer.
 
+        With the fewest there is no memory for blocks that are being written.
+
         Raises:
             DiskError: the disk has no room for the others.
         """
-        blocks = max(self.plan.disk_host_blocks // 2, LEAST_BLOCKS)
-        if self.closed or self.drafting or blocks >= self.plan.disk_host_blocks:
+        plan = self.plan
+        blocks = max(plan.disk_host_blocks // 2, LEAST_BLOCKS)
+        staging_bytes = plan.disk_staging_bytes if blocks > LEAST_BLOCKS else 0
+        lower = blocks < plan.disk_host_blocks or staging_bytes < plan.disk_staging_bytes
+        if self.closed or self.drafting or not lower:
             return False
-        if self.interrupted or self._host.failure is not None:  # its own next call is told
+        # Its own next call is told of what failed.
+        if self.interrupted or self._host.failure is not None or not self._place.settled():
             return False
-        self.keep_blocks(blocks)
+        self.keep_blocks(min(blocks, plan.disk_host_blocks), staging_bytes)
         return True
 
-    def keep_blocks(self, blocks: int) -> None:
+    def keep_blocks(self, blocks: int, staging_bytes: int) -> None:
         """Have so many blocks above a disk in memory from now on.
+
+        Args:
+            blocks: of each layer.
+            staging_bytes: of memory for those that are being written.
 
         Raises:
             DiskError: the disk has no room for the others.
         """
         self._come_to_rest()
-        plan = dataclasses.replace(self.plan, disk_host_blocks=blocks)
+        plan = dataclasses.replace(
+            self.plan, disk_host_blocks=blocks, disk_staging_bytes=staging_bytes
+        )
         self._lower_to(plan)
+        self._place.free()
         self.plan = plan
 
     def _lower_to(self, plan: Plan) -> None:
@@ -229,6 +242,11 @@ class ChangeableTokens(HeldTokens):
         except DiskError:
             self._choose_blocks(self.plan)
             raise
+
+    def forget_ahead(self) -> None:
+        """Forget what was fetched ahead, as the disk may have failed there, too."""
+        if not (self.parked or self.closed):
+            self._executor.source.drop()
 
     def give_up_residents(self) -> None:
         """Keep no token on the device; costs no copy but the tail's."""

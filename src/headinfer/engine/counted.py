@@ -4,6 +4,7 @@ from collections.abc import Hashable
 
 from headinfer.engine.raw_pages import RawPages
 from headinfer.kv.ledger import Ledger
+from headinfer.kv.place import HostPlace
 from headinfer.plan.memory import block_bytes
 from headinfer.plan.plan import Plan
 
@@ -24,7 +25,8 @@ class CountedTokens:
     drafting: bool
     _ledgers: list[Ledger]
     _full: list[Ledger]
-    _arena_bytes: int
+    _place: HostPlace
+    _arena_bytes = 0
     _expected_tokens = 0
     _raw: RawPages | None = None  # stays when the arena goes: tokens refer to its block
 
@@ -64,8 +66,10 @@ class CountedTokens:
 
     @property
     def _disk_buffers_bytes(self) -> int:
-        """Bytes of host memory that tokens on the disk are read to."""
-        return 0 if self.parked or self.closed else self.plan.disk_buffers_bytes
+        """Bytes of host memory that tokens on the disk are read to, and written from."""
+        if self.parked or self.closed:
+            return 0
+        return self.plan.disk_buffers_bytes + self.plan.disk_staging_bytes
 
     @property
     def disk_tokens(self) -> int:
@@ -99,7 +103,7 @@ class CountedTokens:
         }
         pieces: dict[Hashable, int] = {(own, piece): size for piece, size in held.items()}
         pieces.update(self._raw_blocks().items())
-        return pieces | {(id(self), "read from the disk"): self._disk_buffers_bytes}
+        return pieces | {(id(self), "on its way"): self._disk_buffers_bytes}
 
     @property
     def coming_host_bytes(self) -> int:
@@ -127,13 +131,20 @@ class CountedTokens:
     def awaited_host_bytes(self) -> int:
         """Bytes of those that the system was not asked for yet."""
         if self.plan.disk_block_tokens:
-            return self._coming_blocks_bytes
+            return self._coming_blocks_bytes + self._unstaged_bytes
         return sum(ledger.coming.awaited_bytes for ledger in self._full)
+
+    @property
+    def _unstaged_bytes(self) -> int:
+        """Bytes of those for blocks that are being written which were not taken yet."""
+        if self.parked or self.closed:
+            return 0
+        return max(self.plan.disk_staging_bytes - self._place.beside_bytes, 0)
 
     @property
     def unwritten_host_bytes(self) -> int:
         """Bytes of those that were never written, which the system may not have given yet."""
-        return sum(ledger.unwritten_bytes for ledger in self._full)
+        return sum(ledger.unwritten_bytes for ledger in self._full) + self._unstaged_bytes
 
     def missing_bytes(self, tokens: int) -> int:
         """Return the bytes of host memory to be added for layers to hold `tokens` tokens."""

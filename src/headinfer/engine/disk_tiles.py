@@ -15,10 +15,10 @@ from headinfer.disk.file import aligned_empty
 from headinfer.disk.reading import placed, read_bytes, strips
 from headinfer.disk.transfer import Transfer
 from headinfer.engine.stats import Stats
-from headinfer.kv.disk_place import aligned_host
 from headinfer.kv.extent import Piece, Tile
 from headinfer.kv.ledger import Ledger
 from headinfer.kv.pair import ALL_HEADS, KV
+from headinfer.kv.write_behind import aligned_host
 from headinfer.plan.disk_blocks import READS
 
 
@@ -228,7 +228,7 @@ def _begin(tile: Tile, memory: torch.Tensor, transfers: list[Transfer]) -> None:
     for part in tile.kv:
         for strip in strips(part, place):
             into = memory[strip.place : strip.place + strip.num_bytes]
-            transfers.append(region.file.read(region.offset + strip.offset, into))
+            transfers.extend(region.read(strip.offset, into))
         place += read_bytes(part)
 
 

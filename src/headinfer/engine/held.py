@@ -76,8 +76,7 @@ class HeldTokens(ReservedTokens):
         self._replaying = False  # whether one may be under way that has no such event
         self._begin()
         # What the place holds must not hold the engine: it is to die with its cache.
-        host = HostPlace(device) if file is None else DiskPlace(device, file, stats)
-        self._place = host
+        self._place = host = HostPlace(device) if file is None else DiskPlace(device, file, stats)
         self._layers: list[Layer] = []
         self._ledgers: list[Ledger] = []  # of all tracks
         for shape in plan.shape.attention_layers:
@@ -92,7 +91,6 @@ class HeldTokens(ReservedTokens):
             self._ledgers += tracks
         self._full = [ledger for ledger in self._ledgers if ledger.track.window_tokens is None]
         self._windows = WindowKeeper(device, plan.page_tokens)
-        self._arena_bytes = 0
         self._choose_share()
         self._choose_blocks(self.plan)
         self._host = HostAttention(self._device, self._stats, self._balances)
@@ -127,11 +125,8 @@ class HeldTokens(ReservedTokens):
 
     def _choose_blocks(self, plan: Plan) -> None:
         """Have host memory above a disk be in a plan's blocks."""
-        place = self._place
-        if isinstance(place, DiskPlace):
-            assert place.block_tokens in (0, plan.disk_block_tokens), "blocks stay as large as ever"
-            place.block_tokens = plan.disk_block_tokens
-            place.host_blocks = plan.disk_host_blocks
+        blocks = plan.disk_block_tokens, plan.disk_host_blocks
+        self._place.choose_sizes(*blocks, plan.disk_staging_bytes)
 
     def in_use(self) -> contextlib.AbstractContextManager[None]:
         """Have the device be this thread's current one in the `with` statement."""
@@ -160,7 +155,8 @@ class HeldTokens(ReservedTokens):
 
     def tokens(self, layer_idx: int) -> int:
         """Return the tokens a layer holds."""
-        if self.closed or self._host.pending or self._host.failure is not None:
+        host = self._host
+        if self.closed or host.pending or host.failure is not None or self._place.under_way:
             self._check_open()
         return self._layers[layer_idx].tokens
 
@@ -199,8 +195,10 @@ class HeldTokens(ReservedTokens):
 
     def _layer(self, layer_idx: int, new_tokens: int) -> Layer:
         """Return a layer, with host memory for new tokens."""
-        if self.closed or self._host.pending or self._host.failure is not None:
+        host = self._host
+        if self.closed or host.pending or host.failure is not None or self._place.under_way:
             self._check_open()
+            self._place.go_on()
         layer = self._layers[layer_idx]
         for ledger in layer.tracks:
             if ledger.track.window_tokens is None and not self.drafting:
@@ -236,6 +234,7 @@ class HeldTokens(ReservedTokens):
         if self.closed:
             raise CacheStateError("this cache was closed; make another with offload.new_cache()")
         self._host.check()
+        self._place.check()
 
     def check_no_drafts(self) -> None:
         """Refuse what would read or change the cache between drafts.
@@ -253,7 +252,8 @@ class HeldTokens(ReservedTokens):
         self._check_open()
         self.check_no_drafts()
         self._settle()
-        self._host.check()
+        self._place.settled()
+        self._check_open()
 
     def clear(self) -> None:
         """Forget all tokens and free the host memory; the arena stays.
@@ -272,6 +272,7 @@ class HeldTokens(ReservedTokens):
         self._forget_memory()
         for ledger in self._ledgers:
             ledger.clear()
+        self._place.forget()
         if not self.parked:
             self._executor.forget_late()
         if self._raw is not None:
@@ -298,6 +299,7 @@ class HeldTokens(ReservedTokens):
         if not self.parked:
             del self._executor, self._pages
             self._host.free()
+            self._place.free()
 
     def _abandon(self) -> None:
         """Free what is left, with no copy in flight; the cache is closed after this."""
@@ -308,6 +310,7 @@ class HeldTokens(ReservedTokens):
         for ledger in self._ledgers:
             ledger.clear()
             ledger.drop_device()
+        self._place.forget()
 
     def __del__(self, _is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
         """Wait for the work in flight before the memory it touches goes away."""

@@ -249,7 +249,7 @@ def _lower_some(engines: Sequence[CacheEngine]) -> bool:
 def _lower_to(engine: CacheEngine, plan: Plan) -> None:
     for part, own in zip(engine.parts, plan.of_devices, strict=True):
         with part.in_use():
-            part.keep_blocks(own.disk_host_blocks)
+            part.keep_blocks(own.disk_host_blocks, own.disk_staging_bytes)
 
 
 def take_back_failed(cache: OffloadedCache) -> None:
@@ -260,6 +260,9 @@ def take_back_failed(cache: OffloadedCache) -> None:
     engine, before = cache.state.engine, cache.lengths_before
     if engine is None or not engine.plan.disk_block_tokens or engine.closed:
         return
+    for part in engine.parts:
+        with part.in_use():
+            part.forget_ahead()
     if before is not None and engine.keeps_all(len(cache.layers)):
         with contextlib.suppress(HeadInferError):  # which would hide what failed first
             engine.take_back(before)

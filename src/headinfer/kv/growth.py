@@ -67,10 +67,18 @@ class Growth(HostBytes):
             self._host.append(place.take(self.home, place.block_tokens, start))
             return
         oldest = self._host[lowered]
-        lower = place.lower(oldest, self.home)
-        block = place.reuse(oldest, self.home, start)
-        if block is not None:  # in one statement, as Ctrl-C may come before any
+        if place.leaves_behind(oldest, self.home):
+            block = place.take_beside(self.home, start)
+            lower, leaving = place.on_its_way(oldest, self.home)
+            # In one statement, as Ctrl-C may come before any. Only then its memory is given away.
             self._host[lowered:] = [lower, *self._host[lowered + 1 :], block]
+            self.version += 1
+            place.leave(leaving)
+            return
+        lower = place.lower(oldest, self.home)
+        reused = place.reuse(oldest, self.home, start)
+        if reused is not None:  # in one statement, as Ctrl-C may come before any
+            self._host[lowered:] = [lower, *self._host[lowered + 1 :], reused]
             self.version += 1
         else:
             place.settle(oldest)

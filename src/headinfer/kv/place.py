@@ -1,6 +1,7 @@
 """Places that give memory for tokens: the host, and one arena on the device."""
 
 import collections
+from collections.abc import Sized
 from typing import NamedTuple
 
 import torch
@@ -93,9 +94,35 @@ class HostPlace:
 
     Attributes:
         block_tokens: tokens of a block, where a disk lies below; 0 where none does.
+        under_way: in the background, or failed there; nothing where no disk lies below.
     """
 
     block_tokens = 0
+    under_way: Sized = ()
+
+    @property
+    def beside_bytes(self) -> int:
+        """Bytes of memory that it has beside extents."""
+        return 0
+
+    def choose_sizes(self, block_tokens: int, host_blocks: int, staging_bytes: int) -> None:
+        """Have blocks be of such sizes from now on; there are none here."""
+
+    def settled(self) -> bool:
+        """Wait for what is under way in the background; return whether all ended well."""
+        return True
+
+    def check(self) -> None:
+        """Raise what failed in the background since the last check."""
+
+    def go_on(self) -> None:
+        """Do anew what failed in the background, before a pass that would go on."""
+
+    def free(self) -> None:
+        """Free memory beside what is held, with no work in flight."""
+
+    def forget(self) -> None:
+        """Discard what is under way in the background, and free its memory."""
 
     def __init__(self, device: Device) -> None:
         self._device = device

@@ -19,6 +19,12 @@ from headinfer.units import format_bytes
 READS = 8
 """Tiles that are on their way from the disk, or waiting for the link."""
 
+WRITES = 4
+"""Blocks that are on their way to the disk at most, while others take their place."""
+
+_WRITES_PART = 4
+"""One such part of the host memory beyond the least, at most, is for these blocks."""
+
 _MOST_BLOCK_TOKENS = 4096
 """Tokens of a block at most. At 128 KiB of KV a token the blocks of all layers are 512 MiB."""
 
@@ -81,23 +87,35 @@ def all_with_disk(
             "smaller tiles"
         )
     weights = [plan.shape.host_kv_bytes(_MOST_BLOCK_TOKENS) for plan in plans]
-    shares = [
+    shares = _divided(left_bytes, least, weights)
+    tokens = [
+        (have or _block_tokens(plan, share)) if least_tokens else 0
+        for plan, share, have, least_tokens in zip(plans, shares, given, known, strict=True)
+    ]
+    staging = [_staging_bytes(*each) for each in zip(plans, tokens, shares, strict=True)]
+    left_bytes -= sum(staging)
+    shares = _divided(left_bytes, least, weights)
+    return [_in_blocks(*each) for each in zip(plans, shares, tokens, staging, strict=True)]
+
+
+def _divided(left_bytes: int, least: Sequence[int], weights: Sequence[int]) -> list[int]:
+    """Return what each has at least, and its share by weight of what is left."""
+    return [
         needed + left_bytes * weight // sum(weights)
         for needed, weight in zip(least, weights, strict=True)
     ]
-    return [_in_blocks(*each) for each in zip(plans, shares, given, strict=True)]
 
 
-def _in_blocks(plan: Plan, room_bytes: int, block_tokens: int) -> Plan:
-    """Return a plan in blocks of so many tokens, of a good number for 0; there is room for them."""
-    if not plan.shape.kinds_of_full_layers:
+def _in_blocks(plan: Plan, room_bytes: int, block_tokens: int, staging_bytes: int) -> Plan:
+    """Return a plan in blocks of so many tokens; there is room for them beside the staging."""
+    if not block_tokens:
         return plan
-    block_tokens = block_tokens or _block_tokens(plan, room_bytes)
     return replace(
         plan,
         disk_block_tokens=block_tokens,
         disk_host_blocks=_blocks(plan, block_tokens, room_bytes),
         disk_buffers_bytes=_buffers_bytes(plan, block_tokens),
+        disk_staging_bytes=staging_bytes,
     )
 
 
@@ -144,6 +162,22 @@ def _blocks(plan: Plan, block_tokens: int, room_bytes: int) -> int:
 def _beside_bytes(plan: Plan, block_tokens: int) -> int:
     """Return the host memory beside blocks: buffers, and pages that do not pack."""
     return _buffers_bytes(plan, block_tokens) + plan.raw_page_bytes
+
+
+def _staging_bytes(plan: Plan, block_tokens: int, room_bytes: int) -> int:
+    """Return the bytes of blocks that are being written; 0 where each write is waited for.
+
+    Plans without overlap wait, and those with the least memory.
+    """
+    if not block_tokens:
+        return 0
+    sizes = [
+        plan.batch * layer.host_bytes(block_tokens, plan.shape.kv_itemsize)
+        for layer in plan.shape.kinds_of_full_layers
+    ]
+    size = block_bytes(max(sizes))
+    beyond = max(room_bytes - _least_bytes(plan, block_tokens), 0)
+    return min(WRITES * plan.overlap, beyond // _WRITES_PART // size) * size
 
 
 def _buffers_bytes(plan: Plan, block_tokens: int) -> int:

@@ -58,5 +58,6 @@ def joined(shape: ModelShape, parts: Sequence[Plan]) -> Plan:
         disk_block_tokens=max(blocks, default=0) if all(blocks) else 0,
         disk_host_blocks=max(part.disk_host_blocks for part in parts),
         disk_buffers_bytes=sum(part.disk_buffers_bytes for part in parts),
+        disk_staging_bytes=sum(part.disk_staging_bytes for part in parts),
         whole_tokens=max(part.whole_tokens for part in parts),
     )

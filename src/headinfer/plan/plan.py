@@ -49,6 +49,7 @@ class Plan:
         disk_block_tokens: tokens of a block of host memory above a disk; 0 where there is none.
         disk_host_blocks: blocks of every offloaded layer in host memory; older ones are below.
         disk_buffers_bytes: the host memory that tokens on the disk are read to.
+        disk_staging_bytes: the host memory of blocks that are being written to the disk.
         whole_tokens: tokens of the longest call that cannot pass in chunks; 0 for none.
         parts: the plan of each device where the layers lie on several; see `plan.joining`.
     """
@@ -83,6 +84,7 @@ class Plan:
     disk_block_tokens: int = 0
     disk_host_blocks: int = 0
     disk_buffers_bytes: int = 0
+    disk_staging_bytes: int = 0
     whole_tokens: int = 0
     parts: tuple["Plan", ...] = ()
 
@@ -129,7 +131,8 @@ class Plan:
         if self.disk_block_tokens:
             tokens = min(tokens, self.disk_host_blocks * self.disk_block_tokens)
             held = memory.blocks_bytes(self.shape, tokens, self.disk_block_tokens, self.batch)
-            return held + self.disk_buffers_bytes + self.raw_page_bytes
+            moving = self.disk_buffers_bytes + self.disk_staging_bytes
+            return held + moving + self.raw_page_bytes
         return self.shape.host_kv_bytes(tokens, self.batch) + self.raw_page_bytes
 
     def disk_tokens(self, tokens: int) -> int:

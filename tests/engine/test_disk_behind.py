@@ -1,0 +1,310 @@
+"""Blocks are written to the disk while the model goes on, and nobody meets one half-written."""
+
+import copy
+import errno
+import gc
+import os
+import threading
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from above_disk import MEMORY, attached, small_model
+from headinfer.device.simulated import SimulatedDevice
+from headinfer.disk.file import SpillFile
+from headinfer.disk.transfer import Transfer
+from headinfer.errors import DiskError
+from headinfer.offload import Offload
+from headinfer.units import parse_bytes
+from tiny_models import random_tokens
+
+pytestmark = pytest.mark.usefixtures("inference")
+
+LEFT = 450
+"""Tokens of which one block of each layer goes to the disk, in the last chunk."""
+
+_PATIENCE_S = 30.0
+
+
+@pytest.fixture
+def inference() -> Any:
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return small_model()
+
+
+class SlowDisk:
+    """A disk whose writes end once they are released.
+
+    Attributes:
+        writes: begun so far, each with its bytes.
+        log: of what has ended: "write" or "read", the first byte, and one past the last.
+        error: that writes fail with; None where they go well.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._patch = monkeypatch
+        self._released = threading.Event()
+        self.writes: list[tuple[Transfer, int]] = []
+        self.log: list[tuple[str, int, int]] = []
+        self.error: OSError | None = None
+        write, begin, read = os.pwritev, SpillFile.write, os.preadv
+
+        def slowly(fd: int, views: list[memoryview], at: int) -> int:
+            if not self._released.wait(_PATIENCE_S):
+                raise OSError(errno.ETIMEDOUT, "nobody released the write")
+            if self.error is not None:
+                raise self.error
+            written = write(fd, views, at)
+            self.log.append(("write", at, at + written))
+            return written
+
+        def noted(file: SpillFile, offset: int, memory: torch.Tensor) -> Transfer:
+            transfer = begin(file, offset, memory)
+            self.writes.append((transfer, memory.nbytes))
+            return transfer
+
+        def read_noted(fd: int, views: list[memoryview], at: int) -> int:
+            self.log.append(("read", at, at + len(views[0])))
+            return read(fd, views, at)
+
+        monkeypatch.setattr(SpillFile, "write", noted)
+        monkeypatch.setattr(os, "pwritev", slowly)
+        monkeypatch.setattr(os, "preadv", read_noted)
+
+    @property
+    def under_way(self) -> int:
+        """Bytes that are being written."""
+        return sum(num_bytes for transfer, num_bytes in self.writes if not transfer.done())
+
+    def release(self) -> None:
+        self._released.set()
+
+    def hold(self) -> None:
+        self._released.clear()
+
+    def release_when(self, owner: type, name: str) -> None:
+        """Release all writes as a method is called."""
+        real = getattr(owner, name)
+
+        def released(*args: Any, **kwargs: Any) -> Any:
+            self.release()
+            return real(*args, **kwargs)
+
+        self._patch.setattr(owner, name, released)
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> SlowDisk:
+    return SlowDisk(monkeypatch)
+
+
+def opened(model: PreTrainedModel, folder: Path, slow: SlowDisk, **options: Any) -> Any:
+    """Attach above a disk that is slow from here on: making its file takes a write, too."""
+    slow.release()
+    offload = attached(model, folder, **options)
+    slow.hold()
+    slow.log.clear()
+    return offload
+
+
+def in_memory(model: PreTrainedModel, *calls: torch.Tensor) -> torch.Tensor:
+    """Return the last logits of some calls of stock transformers."""
+    cache = None
+    for tokens in calls:
+        output = model(tokens, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+    return output.logits[:, -1]
+
+
+def test_the_next_layer_is_launched_while_a_block_is_written(
+    model: PreTrainedModel, tmp_path: Path, slow: SlowDisk
+) -> None:
+    prompt, beside = random_tokens(1, 773), []
+
+    def launched(*_: Any) -> None:
+        if slow.writes:
+            beside.append(slow.under_way)
+            slow.release()
+
+    with opened(model, tmp_path, slow) as offload:
+        hook = model.model.layers[1].register_forward_pre_hook(launched)
+        try:
+            cache = offload.new_cache(773)
+            ours = model(prompt, past_key_values=cache).logits[:, -1]
+        finally:
+            hook.remove()
+        assert beside[0] > 0
+        assert offload.stats.bytes_to_disk > 0
+        cache.close()
+    torch.testing.assert_close(ours, in_memory(model, prompt))
+
+
+def test_a_token_is_read_from_the_disk_once_it_was_written(
+    model: PreTrainedModel, tmp_path: Path, slow: SlowDisk
+) -> None:
+    prompt, rest = random_tokens(1, LEFT), random_tokens(1, 5)
+    steps, ours = rest.split(1, 1), []
+    with opened(model, tmp_path, slow) as offload:
+        cache = offload.new_cache(LEFT + len(steps))
+        model(prompt, past_key_values=cache)
+        for step in steps:
+            if step is steps[3]:
+                assert slow.under_way
+                assert not slow.log
+                slow.release()
+                for transfer, _ in slow.writes:
+                    transfer.settle()
+            ours.append(model(step, past_key_values=cache).logits[:, -1])
+        cache.close()
+    for number, logits in enumerate(ours):
+        wanted = in_memory(model, torch.cat([prompt, rest[:, : number + 1]], 1))
+        torch.testing.assert_close(logits, wanted)
+    kinds = [kind for kind, _, _ in slow.log]
+    assert kinds.count("read") > 0
+    assert kinds == sorted(kinds, reverse=True)  # all writes come first
+
+
+@pytest.mark.parametrize(
+    ("number", "told"),
+    [(errno.ENOSPC, "has no room for"), (errno.EIO, "writing to disk_cache .* failed")],
+    ids=["full", "broken"],
+)
+def test_a_write_that_fails_behind_a_call_is_told_to_the_next_ones(
+    model: PreTrainedModel, tmp_path: Path, slow: SlowDisk, number: int, told: str
+) -> None:
+    prompt, step = random_tokens(1, LEFT), random_tokens(1, 1)
+    with opened(model, tmp_path, slow) as offload:
+        cache = offload.new_cache(LEFT + 1)
+        model(prompt, past_key_values=cache)
+        slow.error = OSError(number, os.strerror(number))
+        slow.release()
+        for _ in range(3):  # as long as the disk fails there is no token
+            with pytest.raises(DiskError, match=told) as raised:
+                model(step, past_key_values=cache)
+            assert "\n" not in str(raised.value)
+            assert cache.get_seq_length() == LEFT
+        slow.error = None
+        ours = model(step, past_key_values=cache).logits[:, -1]
+        cache.close()
+    torch.testing.assert_close(ours, in_memory(model, prompt, step))
+
+
+def test_what_is_written_takes_no_more_memory_than_planned(
+    model: PreTrainedModel, tmp_path: Path, slow: SlowDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, prompt = SimulatedDevice(), random_tokens(1, 1337)
+    real, noted, most, live, peak = device.host_empty, SpillFile.write, [0], [0], [0]
+
+    def freed(num_bytes: int) -> None:
+        live[0] -= num_bytes
+
+    def counted(num_bytes: int) -> torch.Tensor:
+        whole = real(num_bytes + SpillFile.ALIGNMENT)  # which locked memory has by itself
+        start = -whole.data_ptr() % SpillFile.ALIGNMENT
+        live[0] += num_bytes
+        peak[0] = max(peak[0], live[0])
+        weakref.finalize(whole.untyped_storage(), freed, num_bytes)
+        return whole[start : start + num_bytes]
+
+    def begun(file: SpillFile, offset: int, memory: torch.Tensor) -> Transfer:
+        transfer = noted(file, offset, memory)
+        most[0] = max(most[0], slow.under_way)
+        return transfer
+
+    with opened(model, tmp_path, slow, device=device) as offload:
+        monkeypatch.setattr(device, "host_empty", counted)
+        monkeypatch.setattr(SpillFile, "write", begun)
+        slow.release_when(Transfer, "settle")
+        cache = offload.new_cache(1337)
+        ours = model(prompt, past_key_values=cache).logits[:, -1]
+        plan = cache.state.engine.plan
+        assert len(slow.writes) > 3 * plan.disk_staging_bytes // slow.writes[0][1]
+        assert 2 * slow.writes[0][1] <= most[0] == plan.disk_staging_bytes
+        assert peak[0] <= parse_bytes(MEMORY, "host_memory")
+        cache.close()
+    torch.testing.assert_close(ours, in_memory(model, prompt))
+
+
+def _crop(_: Offload, cache: Any, folder: Path) -> Any:
+    cache.crop(30 - LEFT)  # into the block that is being written
+    return cache
+
+
+def _reset(_: Offload, cache: Any, folder: Path) -> Any:
+    cache.reset()
+    return cache
+
+
+def _fork(_: Offload, cache: Any, folder: Path) -> Any:
+    return copy.deepcopy(cache)
+
+
+def _fork_and_close(_: Offload, cache: Any, folder: Path) -> Any:
+    forked = copy.deepcopy(cache)
+    cache.close()
+    return forked
+
+
+def _save(offload: Offload, cache: Any, folder: Path) -> Any:
+    cache.save(folder / "saved")
+    cache.close()
+    return offload.load_cache(folder / "saved", max_tokens=LEFT + 217)
+
+
+def _park(_: Offload, cache: Any, folder: Path) -> Any:
+    cache.park()
+    return cache
+
+
+def _another(offload: Offload, cache: Any, folder: Path) -> Any:
+    cache.close()
+    return offload.new_cache(LEFT + 217)  # which writes to what was freed
+
+
+@pytest.mark.parametrize("change", [_crop, _reset, _fork, _fork_and_close, _save, _park, _another])
+def test_changes_meet_a_block_that_is_being_written(
+    model: PreTrainedModel,
+    tmp_path: Path,
+    slow: SlowDisk,
+    change: Callable[[Offload, Any, Path], Any],
+) -> None:
+    prompt, rest = random_tokens(1, LEFT), random_tokens(1, 217)
+    with opened(model, tmp_path, slow) as offload:
+        cache = offload.new_cache(LEFT + 217)
+        model(prompt, past_key_values=cache)
+        slow.release_when(Transfer, "settle")
+        assert slow.under_way
+        changed = change(offload, cache, tmp_path)
+        kept = prompt[:, : changed.get_seq_length()]
+        ours = model(rest, past_key_values=changed).logits[:, -1]
+        changed.close()
+    torch.testing.assert_close(ours, in_memory(model, torch.cat([kept, rest], 1)))
+
+
+def test_a_cache_dropped_beside_its_writes_leaves_their_place_until_they_end(
+    model: PreTrainedModel, tmp_path: Path, slow: SlowDisk
+) -> None:
+    with opened(model, tmp_path, slow) as offload:
+        cache = offload.new_cache(LEFT)
+        model(random_tokens(1, LEFT), past_key_values=cache)
+        file = cache.state.host.disk.file
+        gc.collect()
+        del cache
+        num_bytes = slow.under_way
+        assert 0 < num_bytes <= file.size_bytes
+        assert file.allocate(SpillFile.ALIGNMENT) >= num_bytes
+        slow.release()
+        for transfer, _ in slow.writes:
+            transfer.settle()
+    file.close()
+    assert file.free_bytes >= num_bytes
