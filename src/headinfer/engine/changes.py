@@ -3,6 +3,7 @@
 What changes or frees tokens of the host waits for the work in flight that touches them.
 """
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -12,9 +13,10 @@ import torch
 from headinfer.engine.held import HeldTokens
 from headinfer.engine.packed_here import copy_begun_page
 from headinfer.engine.readout import Part, part_shape, read
-from headinfer.errors import CacheStateError, DiskError
+from headinfer.errors import CacheStateError, DiskError, MemoryPlanError
 from headinfer.kv.ledger import Ledger
 from headinfer.plan.disk_blocks import LEAST_BLOCKS
+from headinfer.plan.narrow import for_prompts, without_residents
 from headinfer.plan.plan import Plan
 
 
@@ -145,6 +147,29 @@ class ChangeableTokens(HeldTokens):
         self._bring_home()
         self._rebuild(plan)
 
+    def begin_answer(self, plan: Plan) -> bool:
+        """Go on under a plan for an answer where the device has its memory, and else as before.
+
+        Returns:
+            Whether the device has it.
+        """
+        before = self.plan
+        try:
+            self._bring_home()
+        except (DiskError, MemoryPlanError):  # for what a step might still do without
+            return False
+        self._rebuild(plan, before, without_residents(before))
+        return self.plan is plan
+
+    def end_answer(self) -> None:
+        """Go back to the plan for prompts, where this one is for an answer.
+
+        Without residents where the device has no memory for these any more.
+        """
+        if self.plan.prompt_plan is not None:
+            self._bring_home()
+            self._rebuild(for_prompts(self.plan), without_residents(self.plan))
+
     def park(self) -> None:
         """Give up the arena and host memory that is not needed; `replan` brings an arena back.
 
@@ -191,6 +216,11 @@ class ChangeableTokens(HeldTokens):
             if ledger.host_bytes > 2 * ledger.home.num_bytes(ledger.host_tokens):
                 ledger.select_host(range(self.plan.batch), anew=True)
 
+    @property
+    def can_change(self) -> bool:
+        """Whether its plan can, on behalf of others: its own next call is told of what failed."""
+        return not (self.closed or self.drafting or self.interrupted) and self._host.failure is None
+
     def lower_blocks(self) -> bool:
         """Keep half of the blocks above a disk in memory; return whether they could be fewer.
 
@@ -203,10 +233,9 @@ class ChangeableTokens(HeldTokens):
         blocks = max(plan.disk_host_blocks // 2, LEAST_BLOCKS)
         staging_bytes = plan.disk_staging_bytes if blocks > LEAST_BLOCKS else 0
         lower = blocks < plan.disk_host_blocks or staging_bytes < plan.disk_staging_bytes
-        if self.closed or self.drafting or not lower:
+        if not lower:
             return False
-        # Its own next call is told of what failed.
-        if self.interrupted or self._host.failure is not None or not self._place.settled():
+        if not self.can_change or not self._place.settled():
             return False
         self.keep_blocks(min(blocks, plan.disk_host_blocks), staging_bytes)
         return True
@@ -250,7 +279,7 @@ class ChangeableTokens(HeldTokens):
 
     def give_up_residents(self) -> None:
         """Keep no token on the device; costs no copy but the tail's."""
-        self.replan(dataclasses.replace(self.plan, resident_tokens=0, resident_bytes=0))
+        self.replan(without_residents(self.plan))
 
     def _bring_home(self) -> None:
         """Have the host hold every token of the layers without a window, at rest."""
@@ -262,8 +291,13 @@ class ChangeableTokens(HeldTokens):
             self._pages.send_home(ledger)
         self._come_to_rest()
 
-    def _rebuild(self, plan: Plan) -> None:
-        """Take the memory of another plan; the host must hold every token, at rest."""
+    def _rebuild(self, plan: Plan, *otherwise: Plan) -> None:
+        """Take the memory of another plan; the host must hold every token, at rest.
+
+        Args:
+            plan: of as many rows.
+            *otherwise: to be tried one after the other where there is no memory for the one before.
+        """
         self._lower_to(plan)
         self.plan = plan
         self._forget_memory()
@@ -272,7 +306,9 @@ class ChangeableTokens(HeldTokens):
             ledger.drop_device()
         try:
             self._leave_arena()
-            self._build()
+            if self._arena_bytes not in (0, plan.arena_bytes):
+                self._device.give_back_unused()  # the old arena, which the new one cannot use
+            self._build_one_of(plan, *otherwise)
         except BaseException:
             self._abandon()
             raise
@@ -282,6 +318,18 @@ class ChangeableTokens(HeldTokens):
                 if ledger.track.window_tokens is not None:
                     self._windows.wake(ledger)
         self._fill_residents()
+
+    def _build_one_of(self, *plans: Plan) -> None:
+        """Take the memory of the first plan that there is memory for."""
+        for plan in plans[:-1]:
+            self.plan = plan
+            with contextlib.suppress(MemoryPlanError):
+                self._build()
+                return
+            for ledger in self._full:  # out of what was had of it
+                ledger.drop_device()
+        self.plan = plans[-1]
+        self._build()
 
     def _fill_residents(self) -> None:
         """Fetch what the plan keeps on the device; the host must hold every token, at rest."""

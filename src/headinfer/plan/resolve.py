@@ -198,14 +198,19 @@ class _Residency:
         tokens = (
             self.wanted if self.context_tokens is None else (min(self.wanted, self.context_tokens))
         )
-        if plan.device_memory_bytes is not None:
-            left = plan.device_memory_bytes - plan.total_device_bytes
-            fitting = memory.resident_tokens(plan.shape, left, batch=plan.batch)
-            if plan.shape.packs:  # tiles behind them then begin where pages do
-                fitting -= fitting % Format.PACKED.row_tokens
-            tokens = min(tokens, fitting)
-        size = memory.resident_bytes(plan.shape, resident_tokens=tokens, batch=plan.batch)
-        return replace(plan, resident_tokens=tokens, resident_bytes=size)
+        return with_residents(plan, tokens)
+
+
+def with_residents(plan: Plan, tokens: int) -> Plan:
+    """Return a plan without resident tokens with so many, or with as many as fit."""
+    if plan.device_memory_bytes is not None:
+        left = plan.device_memory_bytes - plan.total_device_bytes
+        fitting = memory.resident_tokens(plan.shape, left, batch=plan.batch)
+        if plan.shape.packs:  # tiles behind them then begin where pages do
+            fitting -= fitting % Format.PACKED.row_tokens
+        tokens = min(tokens, fitting)
+    size = memory.resident_bytes(plan.shape, resident_tokens=tokens, batch=plan.batch)
+    return replace(plan, resident_tokens=tokens, resident_bytes=size)
 
 
 def _with_host_share(plan: Plan, options: Options, hardware: Hardware | None) -> Plan:
