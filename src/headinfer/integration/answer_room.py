@@ -35,7 +35,7 @@ def is_short(arguments: dict[str, Any], new_tokens: int) -> bool:
 
 
 class AnswerRoom:
-    """The memory of prompts' activations on an attachment's devices, for one cache's answer.
+    """A keeper of the memory that prompts' activations take, for one cache's answer.
 
     Args:
         parts: of the model.

@@ -3,8 +3,8 @@
 While an answer is made, nearly none of the memory is in use that a prompt's activations take. A
 plan for answers has resident tokens there. To change plans is to fetch all resident tokens anew,
 and once more when the next prompt comes. How long an answer gets is not known. So a cache changes
-as soon as its steps have streamed as many bytes in vain as that takes: it never streams more than
-twice what would have been best.
+as soon as its steps have streamed as many bytes in vain as that takes. It never loses more than
+twice what the best choice would have lost.
 """
 
 from dataclasses import dataclass
