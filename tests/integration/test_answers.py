@@ -22,6 +22,7 @@ from headinfer.device.simulated import SimulatedDevice
 from headinfer.errors import MemoryPlanError
 from headinfer.integration.cache import OffloadedCache
 from headinfer.offload import Offload
+from headinfer.plan.memory import CUDA_GRAPHS_BYTES, CUDA_OUTSIDE_BYTES
 from parted import spread
 from tiny_models import random_tokens, tiny_model
 
@@ -67,6 +68,7 @@ def test_an_answer_has_residents_until_the_next_prompt(name: str, capture: bool)
             assert chat.answers == (take == SHORT)
             if chat.answers:
                 chat.take(SHORT, logits_to_keep=0)  # whose logits no answer's plan has room for
+                assert not chat.answers
         assert chat.plan == prompt
         chat.steps(3)
         chat.check()
@@ -98,7 +100,7 @@ def test_plans_change_once_as_many_bytes_were_streamed_in_vain_as_that_takes() -
         assert lost(before) >= cost(last)
         assert lost(before[:-1]) < cost(before[-1])
         chat.take(LONG)
-        for _ in range(2):  # what was lost before a long call counts no more
+        for _ in range(4):  # what was lost before a long call counts no more
             chat.steps(len(before) - 1)
             assert not chat.answers
             chat.take(LONG)
@@ -309,6 +311,15 @@ def test_a_call_without_our_cache_has_the_memory() -> None:
         chat.check()
 
 
+def test_a_call_that_hands_out_more_than_logits_has_the_memory() -> None:
+    model = long_model()
+    with attached(model) as offload:
+        chat = answering(model, offload)
+        chat.take(2, output_hidden_states=True)
+        assert not chat.answers
+        chat.check()
+
+
 @pytest.mark.parametrize("layers", [(0, 0, 1), (0, 1, 0)])
 def test_each_of_several_devices_has_a_plan_of_its_own(layers: tuple[int, ...]) -> None:
     model = long_model(num_hidden_layers=3)
@@ -322,3 +333,22 @@ def test_each_of_several_devices_has_a_plan_of_its_own(layers: tuple[int, ...]) 
             chat.take(take)
             chat.check()
         assert not chat.answers
+
+
+@pytest.mark.gpu
+def test_cuda_answers_are_within_the_memory() -> None:
+    model = long_model(num_key_value_heads=8, head_dim=128, num_hidden_layers=4).to("cuda")
+    torch.cuda.empty_cache()
+    others = torch.cuda.memory_reserved()
+    with attached(model, device="cuda") as offload:
+        chat = Chat(model, offload)
+        chat.take(PROMPT)
+        for take in (SHORT, LONG):
+            chat.steps_to_answer()
+            chat.steps(4)
+            chat.check()
+            chat.take(take)
+            given = chat.plan.total_device_bytes - CUDA_OUTSIDE_BYTES - CUDA_GRAPHS_BYTES
+            assert torch.cuda.memory_reserved() - others <= given
+        assert not chat.answers
+        chat.check()
