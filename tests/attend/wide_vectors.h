@@ -1,6 +1,6 @@
 /*
- * Vectors of 512 bits (AVX-512 F and BW, and its bfloat16), done in plain C: included before a kernel,
- * so that what is written for processors that have them runs on any other. Only what kernels use.
+ * Vectors of 512 bits (AVX-512 F, BW and VBMI, and its bfloat16), done in plain C: included before a
+ * kernel, so that what is written for processors that have them runs on any other. Only what kernels use.
  */
 #include <immintrin.h>
 #include <math.h>
@@ -12,6 +12,7 @@
 #define __AVX512F__ 1 /* behind the header, whose functions would take the processor for one */
 #define __AVX512BW__ 1
 #define __AVX512BF16__ 1
+#define __AVX512VBMI__ 1
 #define WIDE static inline __attribute__((always_inline, unused))
 
 typedef union {
@@ -150,6 +151,11 @@ WIDE __m512 wide_picked(__m512 x, __m512i numbers, __m512 y) {
     wide a = OF(x), b = OF(y), at = OF(numbers);
     MAKE(numbers, floats, 16, (at.bits[i] & 16 ? b : a).floats[at.bits[i] & 15]);
 }
+/* The 64 bytes of x and then those of y, by their numbers. */
+WIDE __m512i wide_picked_bytes(__m512i x, __m512i numbers, __m512i y) {
+    wide a = OF(x), b = OF(y), at = OF(numbers);
+    MAKE(all, bytes, 64, (at.bytes[i] & 64 ? b : a).bytes[at.bytes[i] & 63]);
+}
 EACH(wide_larger, floats, 16, a.floats[i] > b.floats[i] ? a.floats[i] : b.floats[i])
 EACH(wide_sums, bits, 16, a.bits[i] + b.bits[i])
 EACH(wide_differences, floats, 16, a.floats[i] - b.floats[i])
@@ -195,6 +201,7 @@ EACH(wide_high_words, words, 32, FROM_HALVES(words, 8, 1))
     ((__m512)wide_chosen((__m512i)(other), mask, wide_differences((__m512i)(x), (__m512i)(y))))
 #define _mm512_max_ps(x, y) ((__m512)wide_larger((__m512i)(x), (__m512i)(y)))
 #define _mm512_permutex2var_ps(x, numbers, y) wide_picked(x, numbers, y)
+#define _mm512_permutex2var_epi8(x, numbers, y) wide_picked_bytes(x, numbers, y)
 #define _mm512_permutexvar_epi64(numbers, x) wide_quarters(numbers, x)
 #define _mm512_shuffle_epi8 wide_looked_up
 #define _mm512_unpacklo_epi8 wide_low_bytes
