@@ -58,10 +58,14 @@ def build(
         for ledger in ledgers:
             piece = arena.take(ledger.geometry.num_bytes(plan.draft_tokens + MOST_DRAFTED))
             ledger.keep_drafts(piece, plan.draft_tokens, MOST_DRAFTED)
+
+    def tail_pages(ledger: Ledger) -> list[Piece]:
+        return [arena.take(ledger.geometry.num_bytes(page_tokens)) for _ in range(PAGES)]
+
     if device.tiles_are_views:
         pages = Pages(
             device,
-            tails={},
+            tail_pages=tail_pages,
             chunk_pages=[],
             page_tokens=page_tokens,
             chunk_tokens=chunk_tokens,
@@ -71,10 +75,6 @@ def build(
     # What lay there before may still be in use on compute. Copy-out reads what compute wrote later.
     device.copy_in.wait(device.compute.record(), Edge.MEMORY_FREE)
     buffers = [arena.take(plan.staging_bytes // STAGING_BUFFERS) for _ in range(STAGING_BUFFERS)]
-    tails = {
-        ledger: [arena.take(ledger.geometry.num_bytes(page_tokens)) for _ in range(PAGES)]
-        for ledger in ledgers
-    }
     for ledger in ledgers:
         if plan.resident_tokens:
             piece = arena.take(ledger.geometry.num_bytes(plan.resident_tokens))
@@ -84,7 +84,7 @@ def build(
     disk = _disk_tiles(device, plan, stats)
     pages = Pages(
         device,
-        tails=tails,
+        tail_pages=tail_pages,
         chunk_pages=[arena.take(plan.chunk_page_bytes // PAGES) for _ in range(PAGES)],
         page_tokens=page_tokens,
         chunk_tokens=chunk_tokens,
