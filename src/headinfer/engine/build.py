@@ -21,6 +21,7 @@ from headinfer.plan.memory import (
     MOST_DRAFTED,
     PAGES,
     STAGING_BUFFERS,
+    aligned,
 )
 from headinfer.plan.plan import Plan
 from headinfer.schedule.route import Sizes
@@ -59,8 +60,18 @@ def build(
             piece = arena.take(ledger.geometry.num_bytes(plan.draft_tokens + MOST_DRAFTED))
             ledger.keep_drafts(piece, plan.draft_tokens, MOST_DRAFTED)
 
+    tails = arena.take(plan.tail_bytes).memory
+
     def tail_pages(ledger: Ledger) -> list[Piece]:
-        return [arena.take(ledger.geometry.num_bytes(page_tokens)) for _ in range(PAGES)]
+        # Whoever is interrupted and asks again finds them where they were.
+        first = 0
+        for each in ledgers:
+            num_bytes = each.geometry.num_bytes(page_tokens)
+            if each is ledger:
+                break
+            first += PAGES * aligned(num_bytes)
+        starts = [first + page * aligned(num_bytes) for page in range(PAGES)]
+        return [Piece(tails[start : start + num_bytes]) for start in starts]
 
     if device.tiles_are_views:
         pages = Pages(

@@ -28,8 +28,8 @@ class Pages:
 
     Args:
         device: where the pages are.
-        tail_pages: takes two pages of `page_tokens` tokens for a layer. It is called when the first
-            is needed, which may be long after a prompt: not where all is host memory.
+        tail_pages: returns two pages of `page_tokens` tokens for a layer. It is called when the
+            first is needed, which may be long after a prompt: not where all is host memory.
         chunk_pages: two pages of `chunk_tokens` tokens that all layers share; none there, too.
         page_tokens: tokens of a page of a layer.
         chunk_tokens: the most tokens that are taken at once.
