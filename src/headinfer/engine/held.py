@@ -79,14 +79,15 @@ class HeldTokens(ReservedTokens):
         self._place = host = HostPlace(device) if file is None else DiskPlace(device, file, stats)
         self._layers: list[Layer] = []
         self._ledgers: list[Ledger] = []  # of all tracks
+        geometries: dict[tuple[int, int, int], Geometry] = {}  # of layers alike
         for shape in plan.shape.attention_layers:
-            tracks = [
-                Ledger(
-                    Geometry(plan.batch, track.kv_heads, track.key_dim, track.value_dim, dtype),
-                    *(host, track.window_tokens or None, track.sink_tokens, track.host_format),
-                )
-                for track in shape.tracks
-            ]
+            tracks = []
+            for track in shape.tracks:
+                sizes = track.kv_heads, track.key_dim, track.value_dim
+                if sizes not in geometries:
+                    geometries[sizes] = Geometry(plan.batch, *sizes, dtype)
+                place = host, track.window_tokens or None, track.sink_tokens, track.host_format
+                tracks.append(Ledger(geometries[sizes], *place))
             self._layers.append(Layer(shape, tracks, len(self._ledgers), device.torch_device))
             self._ledgers += tracks
         self._full = [ledger for ledger in self._ledgers if ledger.track.window_tokens is None]
@@ -182,9 +183,8 @@ class HeldTokens(ReservedTokens):
     @property
     def interrupted(self) -> bool:
         """Whether a change has begun and not ended, so that only closing is left to do."""
-        if any(layer.uneven for layer in self._layers):
-            return True
-        return self.half_done or any(ledger.half_done for ledger in self._ledgers)
+        uneven = any(len(layer.tracks) > 1 and layer.uneven for layer in self._layers)
+        return uneven or self.half_done or any(ledger.half_done for ledger in self._ledgers)
 
     @contextlib.contextmanager
     def changing(self) -> Iterator[None]:
