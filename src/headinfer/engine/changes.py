@@ -62,6 +62,7 @@ class ChangeableTokens(HeldTokens):
             MemoryPlanError: the host memory cannot be had; close this engine then.
         """
         other._bring_home()
+        other.go_on()  # nobody would do it for the one that stays
         for ledger, source in zip(self._ledgers, other._ledgers, strict=True):
             if source.track.window_tokens is None:
                 ledger.share(source)
@@ -77,6 +78,25 @@ class ChangeableTokens(HeldTokens):
         self._lower_to(self.plan)
         if not self.parked:
             self._fill_residents()
+
+    def settle_writes(self) -> None:
+        """Wait for writes to the disk, before a change that must not stop half-way.
+
+        Raises:
+            DiskError: one failed, and nobody was told. Its tokens are still in memory.
+        """
+        if self._place.under_way:
+            self._place.settled()
+        self._check_open()
+
+    def go_on(self) -> None:
+        """Write to the disk anew what failed, before a call of the model changes anything.
+
+        Raises:
+            DiskError: it fails again, or failed and nobody was told.
+        """
+        if self._place.under_way:
+            self._place.go_on()
 
     def check_crop(self, layer_idx: int, tokens: int) -> None:
         """Refuse to remove so many of a layer's newest tokens if its window has dropped the others.
@@ -205,8 +225,7 @@ class ChangeableTokens(HeldTokens):
         lower = blocks < plan.disk_host_blocks or staging_bytes < plan.disk_staging_bytes
         if self.closed or self.drafting or not lower:
             return False
-        # Its own next call is told of what failed.
-        if self.interrupted or self._host.failure is not None or not self._place.settled():
+        if not self._is_sound():
             return False
         self.keep_blocks(min(blocks, plan.disk_host_blocks), staging_bytes)
         return True
@@ -248,8 +267,15 @@ class ChangeableTokens(HeldTokens):
         if not (self.parked or self.closed):
             self._executor.source.drop()
 
+    def _is_sound(self) -> bool:
+        """Whether another cache's need may change it: its own next call is told of what failed."""
+        sound = not self.interrupted and self._host.failure is None
+        return sound and self._place.settled()
+
     def give_up_residents(self) -> None:
-        """Keep no token on the device; costs no copy but the tail's."""
+        """Keep no token on the device, unless something failed; costs no copy but the tail's."""
+        if not self._is_sound():
+            return
         self.replan(dataclasses.replace(self.plan, resident_tokens=0, resident_bytes=0))
 
     def _bring_home(self) -> None:

@@ -68,9 +68,10 @@ class CountedTokens:
     @property
     def _disk_buffers_bytes(self) -> int:
         """Bytes of host memory that tokens on the disk are read to, and written from."""
+        beside_bytes = self._place.beside_bytes  # of failed writes, also where it is parked
         if self.parked or self.closed:
-            return 0
-        return self.plan.disk_buffers_bytes + self.plan.disk_staging_bytes
+            return beside_bytes
+        return self.plan.disk_buffers_bytes + max(self.plan.disk_staging_bytes, beside_bytes)
 
     @property
     def disk_tokens(self) -> int:

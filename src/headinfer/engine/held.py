@@ -45,8 +45,7 @@ class HeldTokens(ReservedTokens):
         plan: its sizes.
         dtype: of keys and values.
         closed: whether the memory was given back.
-        parked: whether it has no arena: it can be read, cropped, copied and saved, and not attended
-            before it is given a plan.
+        parked: whether it has no arena: all can be done but attending, before it is given a plan.
         half_done: whether a change of all layers has begun and not ended, as after Ctrl-C.
         drafting: whether the tokens that come are drafts.
     """
@@ -195,10 +194,8 @@ class HeldTokens(ReservedTokens):
 
     def _layer(self, layer_idx: int, new_tokens: int) -> Layer:
         """Return a layer, with host memory for new tokens."""
-        host = self._host
-        if self.closed or host.pending or host.failure is not None or self._place.under_way:
-            self._check_open()
-            self._place.go_on()
+        if self.closed or self._host.pending or self._host.failure is not None:
+            self._check_computed()
         layer = self._layers[layer_idx]
         for ledger in layer.tracks:
             if ledger.track.window_tokens is None and not self.drafting:
@@ -230,10 +227,13 @@ class HeldTokens(ReservedTokens):
         """
         self._host.check()
 
-    def _check_open(self) -> None:
+    def _check_computed(self) -> None:
         if self.closed:
             raise CacheStateError("this cache was closed; make another with offload.new_cache()")
         self._host.check()
+
+    def _check_open(self) -> None:
+        self._check_computed()
         self._place.check()
 
     def check_no_drafts(self) -> None:
