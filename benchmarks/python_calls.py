@@ -4,7 +4,8 @@ Counts calls of functions in the package's own files, on the simulated device, f
 four KV heads: decode steps after 1000 tokens, and a prompt as long that passes in one chunk and is
 resident. The prompt's host memory comes ahead of need, as beside a GPU. The simulated device's own
 work, which no GPU needs, is left out. Prints JSON: calls a layer and step, and the frames between
-the attention function and a kernel.
+the attention function and a kernel; and calls that each layer of a new cache adds to its prompt
+beside its update and attention, as its engine is made.
 
     python benchmarks/python_calls.py [--top 20]
 """
@@ -42,14 +43,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def model() -> LlamaForCausalLM:
-    """Return a random model of four layers and four KV heads."""
+def model(layers: int = _LAYERS) -> LlamaForCausalLM:
+    """Return a random model of four KV heads."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=97,
         hidden_size=64,
         intermediate_size=96,
-        num_hidden_layers=_LAYERS,
+        num_hidden_layers=layers,
         num_attention_heads=8,
         num_key_value_heads=4,
         head_dim=16,
@@ -90,9 +91,16 @@ class Counter:
 
     def in_layers(self, frame: FrameType, event: str, argument: object) -> None:
         """Count one event of a layer's update or attention; leave out what is done once a call."""
+        self._count_where(frame, event, argument, within=True)
+
+    def beside_layers(self, frame: FrameType, event: str, argument: object) -> None:
+        """Count one event of what `in_layers` leaves out."""
+        self._count_where(frame, event, argument, within=False)
+
+    def _count_where(self, frame: FrameType, event: str, argument: object, *, within: bool) -> None:
         if self._layer is None and frame.f_code in self._of_layers:
             self._layer = frame
-        if self._layer is not None:
+        if (self._layer is not None) is within:
             self(frame, event, argument)
         if event == "return" and frame is self._layer:
             self._layer = None
@@ -123,18 +131,36 @@ def count(llama: LlamaForCausalLM, **options: Any) -> Counter:
     return counter
 
 
-def count_prompt(llama: LlamaForCausalLM, **options: Any) -> Counter:
-    """Return what the update and the attention of a prompt's layers call, in a second cache."""
+def count_prompt(llama: LlamaForCausalLM, *, beside: bool = False, **options: Any) -> Counter:
+    """Return what a second cache and its prompt call: in its layers' update and attention, or not.
+
+    Args:
+        llama: the model.
+        beside: whether to count what is beside these.
+        **options: of `attach`.
+    """
     prompt, counter = torch.randint(0, 97, (1, _PROMPT_TOKENS)), Counter()
     device = SimulatedDevice(host_piece_bytes=_HOST_PIECE_BYTES)
     options = {"device": "simulated", "simulated_device": device, **options}
     with headinfer.attach(llama, **options) as offload, torch.no_grad():
-        for profile in (None, counter.in_layers):
-            cache = offload.new_cache()
+        for profile in (None, counter.beside_layers if beside else counter.in_layers):
             sys.setprofile(profile)
+            cache = offload.new_cache()
             llama(prompt, **cache.as_keyword(), logits_to_keep=1)
             sys.setprofile(None)
     return counter
+
+
+def count_beside(**options: Any) -> Counter:
+    """Return what each of four layers adds to a prompt beside its update and attention.
+
+    It is the difference of two models. What is done once a call depends on the machine.
+    """
+    few, many = (
+        count_prompt(model(layers), beside=True, **options) for layers in (_LAYERS, 2 * _LAYERS)
+    )
+    many.calls.subtract(few.calls)
+    return many
 
 
 def result(counter: Counter, top: int, each: int) -> dict[str, Any]:
@@ -157,8 +183,9 @@ def main() -> None:
     llama, results = model(), {}
     for name, options in SETTINGS.items():
         results[name] = result(count(llama, **options), top, _STEPS * _LAYERS)
-    prompt = count_prompt(llama, chunk_tokens=1024, resident_tokens=1024)
-    results["a prompt, resident"] = result(prompt, top, _LAYERS)
+    sizes = {"chunk_tokens": 1024, "resident_tokens": 1024}
+    results["a prompt, resident"] = result(count_prompt(llama, **sizes), top, _LAYERS)
+    results["beside its layers"] = result(count_beside(**sizes), top, _LAYERS)
     print(json.dumps(results, indent=2))
 
 

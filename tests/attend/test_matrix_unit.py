@@ -1,4 +1,4 @@
-"""Kernels for a processor's matrix unit, where there is none: compiled for it, and done in C."""
+"""Kernels for AVX-512 and a matrix unit, where there is none: compiled for it, and done in C."""
 
 import platform
 import shutil
@@ -10,19 +10,22 @@ from pathlib import Path
 import pytest
 import torch
 
+import eight_bit_values
+import packed_values
 from attended import attended, native, reference
 from headinfer.attend.native.kernel import NativeKernel, decode_library
 from headinfer.attend.partial import Accumulator
 from headinfer.attend.work import Work
+from headinfer.eight_bits import reference as eight_bits
 from headinfer.kv.extent import Piece, Tile
 from headinfer.kv.pair import KV
 from headinfer.native.build import ELEMENTS
 from headinfer.packed.reference import pack
 from headinfer.plan.format import Format
-from packed_values import drawn
 
 SPANS = [(0, 192), (64, 150), (5, 290)]
 UNIT = Path(__file__).parent / "matrix_unit.h"
+VECTORS = Path(__file__).parent / "wide_vectors.h"
 COMPILER = shutil.which("gcc")
 
 pytestmark = pytest.mark.skipif(
@@ -30,16 +33,29 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture
-def unit_in_c(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """Kernels compiled anew, with a matrix unit in plain C."""
+def _compiled_with(
+    headers: list[Path], monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> Iterator[None]:
+    """Have kernels compiled anew, with what the processor lacks in plain C."""
     if "avx512_bf16" not in Path("/proc/cpuinfo").read_text():
-        pytest.skip("what is around the matrix unit needs AVX-512 with bfloat16")
-    monkeypatch.setenv("CC", f"{COMPILER} -include {UNIT}")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        headers = [VECTORS, *headers]
+    monkeypatch.setenv("CC", " ".join([str(COMPILER), *(f"-include {each}" for each in headers)]))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
     decode_library.cache_clear()
     yield
     decode_library.cache_clear()
+
+
+@pytest.fixture
+def unit_in_c(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """A matrix unit in plain C, and vectors of 512 bits where there are none."""
+    yield from _compiled_with([UNIT], monkeypatch, tmp_path)
+
+
+@pytest.fixture
+def vectors_in_c(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Vectors of 512 bits without a matrix unit, in plain C where there are none."""
+    yield from _compiled_with([], monkeypatch, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -81,20 +97,52 @@ def test_scores_that_grow_and_fall_on_a_matrix_unit_in_c(unit_in_c: None) -> Non
         torch.testing.assert_close(ours.lse.double(), want.lse, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("rows", [4, 17])
-def test_packed_pages_on_a_matrix_unit_in_c(unit_in_c: None, rows: int) -> None:
-    """The same bits as of the same tokens as they are; blocks begin within pages, too."""
-    kv = KV(*(drawn("full", (1, 2, 300, 32), seed) for seed in (0, 1)))
-    pages = KV(*map(pack, kv))
-    query, results = torch.randn(1, 2, rows, 1, 32).bfloat16(), []
-    for whole, form in ((kv, Format.DENSE), (pages, Format.PACKED)):
-        total = Accumulator()
-        piece = Piece(whole.keys)
-        tiles = [Tile(0, tokens, piece, whole, first, format=form) for first, tokens in SPANS]
-        NativeKernel().attend(Work(query, tiles, 0.2, total))
-        results.append(total.result())
-    assert torch.equal(results[0].out, results[1].out)
-    assert torch.equal(results[0].lse, results[1].lse)
+def stored(form: Format, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Return keys or values, the pages that stand for them, and memory that must outlive these."""
+    shape, code = (1, 2, 300, 64), form.code
+    if code is None:
+        values = packed_values.drawn("full", shape, seed)
+        return values, pack(values), None
+    values = eight_bit_values.drawn("outliers", shape, seed)
+    pages = eight_bits.pack(code, values)
+    kept = eight_bit_values.keep_raw(code, pages, values)
+    return eight_bit_values.unpacked(code, pages, values), pages, kept
+
+
+def check_forms(rows: int, *forms: Format) -> None:
+    """Compare pages with what they stand for, to the last bit; blocks begin within pages, too."""
+    generator = torch.Generator().manual_seed(rows)
+    query = torch.randn(1, 2, rows, 1, 64, generator=generator).bfloat16()
+    for form in forms:
+        keys, values = (stored(form, seed) for seed in (0, 1))
+        results = []
+        for whole, lie_as in (
+            (KV(keys[0], values[0]), Format.DENSE),
+            (KV(keys[1], values[1]), form),
+        ):
+            total, piece = Accumulator(), Piece(whole.keys)
+            tiles = [Tile(0, tokens, piece, whole, first, format=lie_as) for first, tokens in SPANS]
+            work = Work(query, tiles, 0.02, total)
+            assert NativeKernel().serves(work)
+            NativeKernel().attend(work)
+            results.append(total.result())
+        assert results[0].lse.isfinite().all()
+        assert torch.equal(results[0].out, results[1].out), form
+        assert torch.equal(results[0].lse, results[1].lse), form
+
+
+@pytest.mark.parametrize(
+    ("rows", "forms"), [(4, [Format.PACKED, Format.INT8]), (17, [Format.PACKED])]
+)
+def test_pages_on_a_matrix_unit_in_c(unit_in_c: None, rows: int, forms: list[Format]) -> None:
+    check_forms(rows, *forms)
+
+
+@pytest.mark.parametrize(
+    ("rows", "forms"), [(1, [Format.PACKED, Format.FP8]), (4, [Format.PACKED, Format.INT8])]
+)
+def test_pages_in_vectors_in_c(vectors_in_c: None, rows: int, forms: list[Format]) -> None:
+    check_forms(rows, *forms)
 
 
 @pytest.mark.parametrize(("source", "rows"), [("decode_tiles.c", 16), ("decode_groups.c", 256)])

@@ -59,7 +59,7 @@ def test_an_interrupt_is_for_the_caller_alone(tmp_path, seconds):
     assert asking.stdout.readline() == "asking\n"
     time.sleep(seconds)
     os.killpg(asking.pid, signal.SIGINT)  # as a terminal does
-    out, err = asking.communicate(timeout=60)
+    out, err = asking.communicate(timeout=180)
     assert (out, err) == ("interrupted\n", "")
 
 

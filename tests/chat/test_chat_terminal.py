@@ -191,7 +191,7 @@ def test_a_terminal_that_is_closed_ends_it(terminal, chat_llama):
     screen = terminal("--model", chat_llama, *SHORT)
     screen.wait_for(ASKED)
     screen.hang_up()
-    assert screen.process.wait(timeout=60) in (0, 129)
+    assert screen.process.wait(timeout=180) in (0, 129)
 
 
 def test_a_terminal_needs_the_extra(monkeypatch, capsys):

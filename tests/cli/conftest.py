@@ -41,7 +41,7 @@ def process(command):
             env=command[1] | environment,
             input=stdin,
             capture_output=True,
-            timeout=60,
+            timeout=180,
         )
         return Outcome(done.returncode, done.stdout.decode(), done.stderr.decode())
 

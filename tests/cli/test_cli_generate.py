@@ -259,7 +259,7 @@ def _interrupted(command, *args) -> tuple[int, str, str]:
     first = os.read(running.stdout.fileno(), 1)
     time.sleep(0.2)
     running.send_signal(signal.SIGINT)
-    out, err = running.communicate(timeout=60)
+    out, err = running.communicate(timeout=180)
     return running.returncode, (first + out).decode(), err.decode()
 
 

@@ -102,7 +102,7 @@ def test_help_and_version_import_no_torch(command):
         "print([name for name in ('torch', 'transformers') if name in sys.modules])\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], env=command[1], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code], env=command[1], capture_output=True, text=True, timeout=180
     )
     assert done.stdout == "[]\n", done.stderr
 
@@ -115,7 +115,7 @@ def test_a_reader_that_goes_away_is_no_error(command, llama, prompt):
         env=command[1],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=180,
     )
     assert done.returncode == 1
     assert done.stderr == ""

@@ -178,6 +178,6 @@ def test_neither_torch_nor_matplotlib_is_imported_for_tables(command):
         "print([n for n in ('torch', 'transformers', 'matplotlib') if n in sys.modules])\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], env=command[1], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code], env=command[1], capture_output=True, text=True, timeout=180
     )
     assert done.stdout == "[]\n", done.stderr

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from headinfer.cli.stages import Stages
 
-DEADLINE_S = 20
+DEADLINE_S = 120
 
 
 def shown(*, terminal: bool) -> tuple[Console, io.StringIO]:

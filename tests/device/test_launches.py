@@ -86,11 +86,12 @@ def test_nobody_waits_long(launches: Launches, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(module, "_LONGEST_S", 0.2)
     with launches.under_way():
         assert ends(waiting(launches))
+    monkeypatch.setattr(module, "_LONGEST_S", 60.0)
     with pytest.raises(RuntimeError, match="failed"), launches.under_way():
         raise RuntimeError("failed")
     began_s = time.monotonic()
     launches.wait()
-    assert time.monotonic() - began_s < 0.1
+    assert time.monotonic() - began_s < 30
 
 
 def test_each_of_two_threads_that_launch_has_pauses_of_its_own(launches: Launches) -> None:

@@ -4,7 +4,6 @@ import copy
 import errno
 import gc
 import os
-import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -14,21 +13,17 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from above_disk import MEMORY, attached, small_model
+from above_disk import MEMORY, small_model
 from headinfer.device.simulated import SimulatedDevice
 from headinfer.disk.file import SpillFile
 from headinfer.disk.transfer import Transfer
 from headinfer.errors import DiskError
 from headinfer.offload import Offload
 from headinfer.units import parse_bytes
+from slow_disk import LEFT, SlowDisk, in_memory, opened
 from tiny_models import random_tokens
 
 pytestmark = pytest.mark.usefixtures("inference")
-
-LEFT = 450
-"""Tokens of which one block of each layer goes to the disk, in the last chunk."""
-
-_PATIENCE_S = 30.0
 
 
 @pytest.fixture
@@ -42,88 +37,9 @@ def model() -> PreTrainedModel:
     return small_model()
 
 
-class SlowDisk:
-    """A disk whose writes end once they are released.
-
-    Attributes:
-        writes: begun so far, each with its bytes.
-        log: of what has ended: "write" or "read", the first byte, and one past the last.
-        error: that writes fail with; None where they go well.
-    """
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._patch = monkeypatch
-        self._released = threading.Event()
-        self.writes: list[tuple[Transfer, int]] = []
-        self.log: list[tuple[str, int, int]] = []
-        self.error: OSError | None = None
-        write, begin, read = os.pwritev, SpillFile.write, os.preadv
-
-        def slowly(fd: int, views: list[memoryview], at: int) -> int:
-            if not self._released.wait(_PATIENCE_S):
-                raise OSError(errno.ETIMEDOUT, "nobody released the write")
-            if self.error is not None:
-                raise self.error
-            written = write(fd, views, at)
-            self.log.append(("write", at, at + written))
-            return written
-
-        def noted(file: SpillFile, offset: int, memory: torch.Tensor) -> Transfer:
-            transfer = begin(file, offset, memory)
-            self.writes.append((transfer, memory.nbytes))
-            return transfer
-
-        def read_noted(fd: int, views: list[memoryview], at: int) -> int:
-            self.log.append(("read", at, at + len(views[0])))
-            return read(fd, views, at)
-
-        monkeypatch.setattr(SpillFile, "write", noted)
-        monkeypatch.setattr(os, "pwritev", slowly)
-        monkeypatch.setattr(os, "preadv", read_noted)
-
-    @property
-    def under_way(self) -> int:
-        """Bytes that are being written."""
-        return sum(num_bytes for transfer, num_bytes in self.writes if not transfer.done())
-
-    def release(self) -> None:
-        self._released.set()
-
-    def hold(self) -> None:
-        self._released.clear()
-
-    def release_when(self, owner: type, name: str) -> None:
-        """Release all writes as a method is called."""
-        real = getattr(owner, name)
-
-        def released(*args: Any, **kwargs: Any) -> Any:
-            self.release()
-            return real(*args, **kwargs)
-
-        self._patch.setattr(owner, name, released)
-
-
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> SlowDisk:
     return SlowDisk(monkeypatch)
-
-
-def opened(model: PreTrainedModel, folder: Path, slow: SlowDisk, **options: Any) -> Any:
-    """Attach above a disk that is slow from here on: making its file takes a write, too."""
-    slow.release()
-    offload = attached(model, folder, **options)
-    slow.hold()
-    slow.log.clear()
-    return offload
-
-
-def in_memory(model: PreTrainedModel, *calls: torch.Tensor) -> torch.Tensor:
-    """Return the last logits of some calls of stock transformers."""
-    cache = None
-    for tokens in calls:
-        output = model(tokens, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
-    return output.logits[:, -1]
 
 
 def test_the_next_layer_is_launched_while_a_block_is_written(

@@ -430,7 +430,7 @@ records = headinfer.generate({str(folder)!r}, "w1 w2", max_new_tokens=900_000)
 print(next(records).tokens)
 """
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=180
     )
     assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
 

@@ -40,7 +40,7 @@ def test_a_page_may_ask_and_read_the_answer(server, origin: str) -> None:
     body = {"messages": [{"role": "user", "content": "w1"}], "max_tokens": 2}
     for key, status in (("secret", 200), ("wrong", 401)):  # what is refused can be read, too
         headers = {"Origin": origin, "Authorization": f"Bearer {key}"}
-        answer = httpx2.post(server.url + CHAT, json=body, headers=headers, timeout=60)
+        answer = httpx2.post(server.url + CHAT, json=body, headers=headers, timeout=180)
         assert answer.status_code == status
         assert answer.headers[ALLOWED] == origin
         assert "access-control-allow-credentials" not in answer.headers

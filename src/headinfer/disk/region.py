@@ -23,9 +23,12 @@ class Region:
 
     Attributes:
         num_bytes: how many there are.
+        lost: whether Ctrl-C came as a write began. Parts that nobody can wait for may be under way.
+            So its bytes of the file are never handed out again, and what was to be written stays in
+            memory.
     """
 
-    __slots__ = ("_file", "_freed", "_memory", "_offset", "_write", "num_bytes")
+    __slots__ = ("_file", "_freed", "_memory", "_offset", "_write", "lost", "num_bytes")
 
     def __init__(self, file: SpillFile, memory: torch.Tensor) -> None:
         self.num_bytes = memory.numel()
@@ -33,25 +36,33 @@ class Region:
         self._memory: torch.Tensor | None = memory
         self._write: Transfer | None = None
         self._freed = False
+        self.lost = False
         self._offset = file.allocate(self.num_bytes)
 
     def begin(self) -> None:
-        """Begin to write, or begin anew.
+        """Begin to write, or begin anew; nothing where it was given back meanwhile.
 
         Raises:
             DiskError: the file was closed.
         """
         assert self._memory is not None
+        if self._freed or self.lost:
+            return
+        self.lost = True
         self._write = self._file.write(self._offset, self._memory)
+        self.lost = False
 
     @property
     def landed(self) -> bool:
         """Whether all is on the disk, or will never be read; its memory is then not needed here."""
+        write, lost = self._write, self.lost  # once: another thread may begin it anew
         if self._memory is None:
             return True
-        if self._write is None:
+        if lost:
+            return False
+        if write is None:
             return self._freed
-        if not self._write.done() or (self._write.failed and not self._freed):
+        if not write.done() or (write.failed and not self._freed):
             return False
         self._memory = None
         return True
@@ -60,7 +71,7 @@ class Region:
     def failed(self) -> bool:
         """Whether its write failed, or was never begun, and it is still wanted."""
         write = self._write
-        if self._freed or self._memory is None:
+        if self._freed or self.lost or self._memory is None:
             return False
         return write is None or write.failed
 
@@ -105,6 +116,8 @@ class Region:
         This never waits. The bytes of the file are handed out again once the write has ended.
         """
         self._freed = True
+        if self.lost:
+            return
         file, offset, num_bytes, write = self._file, self._offset, self.num_bytes, self._write
         if write is None:
             file.free(offset, num_bytes)

@@ -21,6 +21,7 @@ from headinfer.plan.memory import (
     MOST_DRAFTED,
     PAGES,
     STAGING_BUFFERS,
+    aligned,
 )
 from headinfer.plan.plan import Plan
 from headinfer.schedule.route import Sizes
@@ -58,10 +59,24 @@ def build(
         for ledger in ledgers:
             piece = arena.take(ledger.geometry.num_bytes(plan.draft_tokens + MOST_DRAFTED))
             ledger.keep_drafts(piece, plan.draft_tokens, MOST_DRAFTED)
+
+    tails = arena.take(plan.tail_bytes).memory
+
+    def tail_pages(ledger: Ledger) -> list[Piece]:
+        # Whoever is interrupted and asks again finds them where they were.
+        first = 0
+        for each in ledgers:
+            num_bytes = each.geometry.num_bytes(page_tokens)
+            if each is ledger:
+                break
+            first += PAGES * aligned(num_bytes)
+        starts = [first + page * aligned(num_bytes) for page in range(PAGES)]
+        return [Piece(tails[start : start + num_bytes]) for start in starts]
+
     if device.tiles_are_views:
         pages = Pages(
             device,
-            tails={},
+            tail_pages=tail_pages,
             chunk_pages=[],
             page_tokens=page_tokens,
             chunk_tokens=chunk_tokens,
@@ -71,10 +86,6 @@ def build(
     # What lay there before may still be in use on compute. Copy-out reads what compute wrote later.
     device.copy_in.wait(device.compute.record(), Edge.MEMORY_FREE)
     buffers = [arena.take(plan.staging_bytes // STAGING_BUFFERS) for _ in range(STAGING_BUFFERS)]
-    tails = {
-        ledger: [arena.take(ledger.geometry.num_bytes(page_tokens)) for _ in range(PAGES)]
-        for ledger in ledgers
-    }
     for ledger in ledgers:
         if plan.resident_tokens:
             piece = arena.take(ledger.geometry.num_bytes(plan.resident_tokens))
@@ -84,7 +95,7 @@ def build(
     disk = _disk_tiles(device, plan, stats)
     pages = Pages(
         device,
-        tails=tails,
+        tail_pages=tail_pages,
         chunk_pages=[arena.take(plan.chunk_page_bytes // PAGES) for _ in range(PAGES)],
         page_tokens=page_tokens,
         chunk_tokens=chunk_tokens,

@@ -64,6 +64,7 @@ class ChangeableTokens(HeldTokens):
             MemoryPlanError: the host memory cannot be had; close this engine then.
         """
         other._bring_home()
+        other.go_on()  # nobody would do it for the one that stays
         for ledger, source in zip(self._ledgers, other._ledgers, strict=True):
             if source.track.window_tokens is None:
                 ledger.share(source)
@@ -79,6 +80,25 @@ class ChangeableTokens(HeldTokens):
         self._lower_to(self.plan)
         if not self.parked:
             self._fill_residents()
+
+    def settle_writes(self) -> None:
+        """Wait for writes to the disk, before a change that must not stop half-way.
+
+        Raises:
+            DiskError: one failed, and nobody was told. Its tokens are still in memory.
+        """
+        if self._place.under_way:
+            self._place.settled()
+        self._check_open()
+
+    def go_on(self) -> None:
+        """Write to the disk anew what failed, before a call of the model changes anything.
+
+        Raises:
+            DiskError: it fails again, or failed and nobody was told.
+        """
+        if self._place.under_way:
+            self._place.go_on()
 
     def check_crop(self, layer_idx: int, tokens: int) -> None:
         """Refuse to remove so many of a layer's newest tokens if its window has dropped the others.
@@ -278,8 +298,9 @@ class ChangeableTokens(HeldTokens):
             self._executor.source.drop()
 
     def give_up_residents(self) -> None:
-        """Keep no token on the device; costs no copy but the tail's."""
-        self.replan(without_residents(self.plan))
+        """Keep no token on the device, unless something failed; costs no copy but the tail's."""
+        if self.can_change and self._place.settled():
+            self.replan(without_residents(self.plan))
 
     def _bring_home(self) -> None:
         """Have the host hold every token of the layers without a window, at rest."""

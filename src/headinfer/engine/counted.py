@@ -3,6 +3,7 @@
 from collections.abc import Hashable
 
 from headinfer.engine.raw_pages import RawPages
+from headinfer.kv.ahead import missing_tokens
 from headinfer.kv.ledger import Ledger
 from headinfer.kv.place import HostPlace
 from headinfer.plan.memory import block_bytes
@@ -67,9 +68,10 @@ class CountedTokens:
     @property
     def _disk_buffers_bytes(self) -> int:
         """Bytes of host memory that tokens on the disk are read to, and written from."""
+        beside_bytes = self._place.beside_bytes  # of failed writes, also where it is parked
         if self.parked or self.closed:
-            return 0
-        return self.plan.disk_buffers_bytes + self.plan.disk_staging_bytes
+            return beside_bytes
+        return self.plan.disk_buffers_bytes + max(self.plan.disk_staging_bytes, beside_bytes)
 
     @property
     def disk_tokens(self) -> int:
@@ -150,8 +152,10 @@ class CountedTokens:
         """Return the bytes of host memory to be added for layers to hold `tokens` tokens."""
         if self.plan.disk_block_tokens:
             return max(self._blocks_bytes(tokens) - self._coming_blocks_bytes, 0)
-        short = [ledger for ledger in self._full if ledger.promised_tokens < tokens]
-        raw_bytes = max(self.plan.raw_page_bytes - self._raw_page_bytes, 0) if short else 0
+        missing = [missing_tokens(ledger.promised_tokens, tokens) for ledger in self._full]
+        if not any(missing):
+            return 0
+        raw_bytes = max(self.plan.raw_page_bytes - self._raw_page_bytes, 0)
         return raw_bytes + sum(
-            [ledger.home.num_bytes(ledger.missing_tokens(tokens)) for ledger in short]
+            [ledger.home.num_bytes(more) for ledger, more in zip(self._full, missing, strict=True)]
         )

@@ -173,7 +173,7 @@ class Executor:
         extent = self.with_room(step.where)
         tile, sink_tokens = ledger.next_tile(extent), ledger.sink_tokens
         self.pages.state_token(tile)
-        ledger.extend(extent, 1)
+        ledger.lengthen(extent, 1)
         try:
             with attention_mark():
                 chunk.kernels.decode(

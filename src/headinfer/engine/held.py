@@ -45,8 +45,7 @@ class HeldTokens(ReservedTokens):
         plan: its sizes.
         dtype: of keys and values.
         closed: whether the memory was given back.
-        parked: whether it has no arena: it can be read, cropped, copied and saved, and not attended
-            before it is given a plan.
+        parked: whether it has no arena: all can be done but attending, before it is given a plan.
         half_done: whether a change of all layers has begun and not ended, as after Ctrl-C.
         drafting: whether the tokens that come are drafts.
     """
@@ -79,14 +78,15 @@ class HeldTokens(ReservedTokens):
         self._place = host = HostPlace(device) if file is None else DiskPlace(device, file, stats)
         self._layers: list[Layer] = []
         self._ledgers: list[Ledger] = []  # of all tracks
+        geometries: dict[tuple[int, int, int], Geometry] = {}  # of layers alike
         for shape in plan.shape.attention_layers:
-            tracks = [
-                Ledger(
-                    Geometry(plan.batch, track.kv_heads, track.key_dim, track.value_dim, dtype),
-                    *(host, track.window_tokens or None, track.sink_tokens, track.host_format),
-                )
-                for track in shape.tracks
-            ]
+            tracks = []
+            for track in shape.tracks:
+                sizes = track.kv_heads, track.key_dim, track.value_dim
+                if sizes not in geometries:
+                    geometries[sizes] = Geometry(plan.batch, *sizes, dtype)
+                place = host, track.window_tokens or None, track.sink_tokens, track.host_format
+                tracks.append(Ledger(geometries[sizes], *place))
             self._layers.append(Layer(shape, tracks, len(self._ledgers), device.torch_device))
             self._ledgers += tracks
         self._full = [ledger for ledger in self._ledgers if ledger.track.window_tokens is None]
@@ -182,9 +182,8 @@ class HeldTokens(ReservedTokens):
     @property
     def interrupted(self) -> bool:
         """Whether a change has begun and not ended, so that only closing is left to do."""
-        if any(layer.uneven for layer in self._layers):
-            return True
-        return self.half_done or any(ledger.half_done for ledger in self._ledgers)
+        uneven = any(len(layer.tracks) > 1 and layer.uneven for layer in self._layers)
+        return uneven or self.half_done or any(ledger.half_done for ledger in self._ledgers)
 
     @contextlib.contextmanager
     def changing(self) -> Iterator[None]:
@@ -195,10 +194,8 @@ class HeldTokens(ReservedTokens):
 
     def _layer(self, layer_idx: int, new_tokens: int) -> Layer:
         """Return a layer, with host memory for new tokens."""
-        host = self._host
-        if self.closed or host.pending or host.failure is not None or self._place.under_way:
-            self._check_open()
-            self._place.go_on()
+        if self.closed or self._host.pending or self._host.failure is not None:
+            self._check_computed()
         layer = self._layers[layer_idx]
         for ledger in layer.tracks:
             if ledger.track.window_tokens is None and not self.drafting:
@@ -230,10 +227,13 @@ class HeldTokens(ReservedTokens):
         """
         self._host.check()
 
-    def _check_open(self) -> None:
+    def _check_computed(self) -> None:
         if self.closed:
             raise CacheStateError("this cache was closed; make another with offload.new_cache()")
         self._host.check()
+
+    def _check_open(self) -> None:
+        self._check_computed()
         self._place.check()
 
     def check_no_drafts(self) -> None:

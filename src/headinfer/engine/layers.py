@@ -52,7 +52,8 @@ class Layer:
     @property
     def tokens(self) -> int:
         """Tokens the layer holds, drafts included."""
-        return self.tracks[0].tokens + self.tracks[0].drafted_tokens
+        track = self.tracks[0]
+        return track.tokens if track.draft is None else track.tokens + track.drafted_tokens
 
     @property
     def uneven(self) -> bool:

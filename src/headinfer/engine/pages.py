@@ -7,7 +7,7 @@ behind the resident tokens is kept there. Another goes through one of two pages 
 share. Compute fills a page, copy-out empties it, and neither overtakes the other.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -28,7 +28,8 @@ class Pages:
 
     Args:
         device: where the pages are.
-        tails: two pages of `page_tokens` tokens for each layer; none where all is host memory.
+        tail_pages: returns two pages of `page_tokens` tokens for a layer. It is called when the
+            first is needed, which may be long after a prompt: not where all is host memory.
         chunk_pages: two pages of `chunk_tokens` tokens that all layers share; none there, too.
         page_tokens: tokens of a page of a layer.
         chunk_tokens: the most tokens that are taken at once.
@@ -41,7 +42,7 @@ class Pages:
         self,
         device: Device,
         *,
-        tails: dict[Ledger, list[Piece]],
+        tail_pages: Callable[[Ledger], list[Piece]],
         chunk_pages: list[Piece],
         page_tokens: int,
         chunk_tokens: int,
@@ -52,7 +53,8 @@ class Pages:
         self._device = device
         self._disk = disk
         self._packing = packing
-        self._tails = tails
+        self._tail_pages = tail_pages
+        self._tails: dict[Ledger, list[Piece]] = {}
         self._chunk_pages = chunk_pages
         self._page_tokens = page_tokens
         self._chunk_tokens = chunk_tokens
@@ -69,10 +71,7 @@ class Pages:
         if where is Where.HOST:
             self._write_home(ledger, new)
         elif where is Where.PAGE:
-            tail = ledger.tail
-            if tail is None:
-                tail = ledger.begin_tail(self._tails[ledger][0], self._page_tokens)
-            self._write(ledger, tail, new)
+            self._write(ledger, ledger.tail or self._begin_page(ledger), new)
         else:
             if ledger.tail is not None:
                 ledger.end_tail()  # it is empty: its first token never came
@@ -104,7 +103,8 @@ class Pages:
         """State, where that is checked, that compute attends a tile and writes its last place."""
         if self._device.checks_accesses:
             self._device.compute.reads(tile.piece.memory, "attention to tokens kept here")
-            self._state_writes(tile.newest(1))
+            for part in tile.newest(1).kv:
+                self._device.compute.writes(part, "new tokens")
 
     def near(self, ledger: Ledger, where: Where) -> Tile:
         """Return all tokens of the residents or the page, for compute to read."""
@@ -119,10 +119,17 @@ class Pages:
 
     def page_with_room(self, ledger: Ledger) -> Extent:
         """Return the page, for compute to write a token there; one begins where there is none."""
-        tail = ledger.tail or ledger.begin_tail(self._tails[ledger][0], self._page_tokens)
+        tail = ledger.tail or self._begin_page(ledger)
         if tail.piece.ready is not None:
             tail.piece.wait_ready(self._device)
         return tail
+
+    def _begin_page(self, ledger: Ledger) -> Extent:
+        """Have new tokens of a layer go to a page of its own."""
+        pages = self._tails.get(ledger)
+        if pages is None:
+            pages = self._tails[ledger] = self._tail_pages(ledger)
+        return ledger.begin_tail(pages[0], self._page_tokens)
 
     def send_home(self, ledger: Ledger, *, turn: bool = True) -> None:
         """Have the host hold all tokens.
@@ -160,7 +167,7 @@ class Pages:
                 copy_in.copy(place.values, tile.kv.values)
         packed = ledger.home.format is not Format.DENSE
         resident.piece.ready = None if packed else copy_in.record()
-        ledger.extend(resident, tokens)  # not before there is something to wait for
+        ledger.lengthen(resident, tokens)  # not before there is something to wait for
         self._stats.bytes_to_device += ledger.home.num_bytes(resident.tokens)
 
     def select(self, ledger: Ledger, rows: Sequence[int]) -> None:
@@ -182,15 +189,12 @@ class Pages:
             self._device.compute.wait(piece.free, Edge.PAGE_FREE)
             piece.free = None
         first, tokens = extent.tokens, new.keys.shape[2]
-        place = ledger.extend(extent, tokens)
-        if self._device.checks_accesses:
-            self._state_writes(place)
+        ledger.lengthen(extent, tokens)
         for memory, part in zip(extent.whole, new, strict=True):
-            memory.narrow(2, first, tokens).copy_(part)
-
-    def _state_writes(self, place: Tile) -> None:
-        for part in place.kv:
-            self._device.compute.writes(part, "new tokens")
+            place = memory.narrow(2, first, tokens)
+            if self._device.checks_accesses:
+                self._device.compute.writes(place, "new tokens")
+            place.copy_(part)
 
     def _send_page(self, ledger: Ledger, page: Extent) -> None:
         """Send a page home; keep what may be resident on the way."""

@@ -228,6 +228,14 @@ class PartedEngine(CapturableParts):
         with part.in_use():
             return part.read(at, which)
 
+    def settle_writes(self) -> None:
+        """Wait for writes to the disk; see `Engine.settle_writes`."""
+        self._on_all(Engine.settle_writes)
+
+    def go_on(self) -> None:
+        """Write to the disk anew what failed; see `Engine.go_on`."""
+        self._on_all(Engine.go_on)
+
     def check_crop(self, layer_idx: int, tokens: int) -> None:
         """Refuse to remove a layer's newest tokens where its window has dropped the others."""
         part, at = self._places[layer_idx]

@@ -139,6 +139,8 @@ class OffloadedCache(DraftableCache):
         # Those that may refuse come first, so that nothing has changed then.
         for layer in self._offloaded_layers():
             layer.check_crop(tokens_to_remove)
+        if self.state.engine is not None:
+            self.state.engine.settle_writes()
         for layer in self._own_layers():
             layer.crop(tokens_to_remove)
         with self.state.changing():

@@ -71,7 +71,7 @@ class EnginesOfCaches:
             device_bytes += (device_here := engine.device_kv_bytes)
             host_bytes += (host_here := engine.host_kv_bytes)
             if engine is cache.state.engine:
-                tokens = cache.get_seq_length()
+                tokens = engine.parts[0].held_tokens  # which never raises
                 standard_bytes = self._shape.standard_kv_bytes(tokens, engine.plan.batch)
                 cache.stats.raise_peaks(device_here, host_here, standard_bytes)
         self._stats.raise_peaks(device_bytes, host_bytes, standard_bytes)

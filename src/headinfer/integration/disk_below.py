@@ -260,11 +260,11 @@ def take_back_failed(cache: OffloadedCache) -> None:
     engine, before = cache.state.engine, cache.lengths_before
     if engine is None or not engine.plan.disk_block_tokens or engine.closed:
         return
-    for part in engine.parts:
-        with part.in_use():
-            part.forget_ahead()
-    if before is not None and engine.keeps_all(len(cache.layers)):
-        with contextlib.suppress(HeadInferError):  # which would hide what failed first
+    with contextlib.suppress(HeadInferError):  # which would hide what failed first
+        for part in engine.parts:
+            with part.in_use():
+                part.forget_ahead()
+        if before is not None and engine.keeps_all(len(cache.layers)):
             engine.take_back(before)
             if engine.lengths() == before:  # else a change that follows would look like a half call
                 cache.end_call()

@@ -78,7 +78,8 @@ class OffloadedLayer(CacheLayerMixin):
         return read if self.is_initialized else None
 
     def _refuse_to_set(self, name: str, value: torch.Tensor | None) -> None:
-        if value is not None or self.get_seq_length():
+        # Without an engine there are none: transformers sets both as each layer is made.
+        if value is not None or (self._state.engine is not None and self.get_seq_length()):
             raise CacheStateError(
                 f"the {name} of an offloaded layer cannot be set; pass tokens through the model, "
                 "or use crop() or reset()"

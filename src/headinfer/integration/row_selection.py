@@ -40,6 +40,8 @@ def select(cache: "OffloadedCache", rows: torch.Tensor, batch: int) -> None:
     numbers, engine = rows.tolist(), cache.state.engine
     if numbers == list(range(batch)):
         return
+    if engine is not None:
+        engine.settle_writes()  # which may refuse, before anything has changed
     in_place = engine is not None and len(numbers) == batch and not engine.parked
     if not in_place:
         cache.state.select_rows(numbers)

@@ -111,6 +111,7 @@ class OffloadedState:
             CacheStateError: the cache was closed, or holds another number of rows or dtype; or no
                 such tokens can be drafted.
             MemoryPlanError: the device or the host memory is too small.
+            DiskError: what failed to be written to the disk fails again.
         """
         self.check_open()
         if self.engine is not None and self.engine.drafting:
@@ -135,6 +136,7 @@ class OffloadedState:
         if outgrows(self.engine.plan, wanted):
             plan = self.host.plan_for(batch, with_growth(wanted), replacing=self.engine)
             self.engine.replan(plan)
+        self.engine.go_on()
         self._answers.begin_call(self.engine, new_tokens, short=short)
 
     def _wake(self, tokens: int) -> None:

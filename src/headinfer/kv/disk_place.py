@@ -157,7 +157,6 @@ class DiskPlace(HostPlace):
         Raises:
             DiskError: the disk has no room for it, or failed.
         """
-        # Where Ctrl-C comes before there is a write to wait for, the region is never used again.
         region = self._region(extent)
         try:
             region.begin()

@@ -55,7 +55,7 @@ class Piece:
         Making them takes longer than all else that a small tile or a new token needs.
         """
         key, made = (geometry, tokens, heads), self._views
-        views = made.get(key)
+        views = made.get(key) if made else None  # a geometry's hash takes as long as a view
         if views is None:
             if len(made) == _KEPT_VIEWS:
                 del made[next(iter(made))]

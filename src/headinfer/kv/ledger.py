@@ -177,11 +177,15 @@ class Ledger(HostTokens, Drafted):
         assert not self.tail_tokens
         self.resident = self.tail = self.draft = None
 
+    def lengthen(self, extent: Extent, tokens: int) -> None:
+        """Have the tail or the residents hold some tokens more."""
+        extent.tokens += tokens
+        assert extent.tokens <= extent.capacity, "the extent has no memory for them"
+
     def extend(self, extent: Extent, tokens: int) -> Tile:
         """Lengthen the tail or the residents; return where the new tokens must be written."""
         first = extent.tokens
-        extent.tokens += tokens
-        assert extent.tokens <= extent.capacity, "the extent has no memory for them"
+        self.lengthen(extent, tokens)
         return Tile(extent.start + first, tokens, extent.piece, extent.whole, first)
 
     def next_tile(self, extent: Extent) -> Tile:

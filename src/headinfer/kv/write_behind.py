@@ -13,7 +13,7 @@ import torch
 from headinfer.device.base import Device, Edge, Event
 from headinfer.disk.file import SpillFile
 from headinfer.disk.region import Region
-from headinfer.errors import DiskError
+from headinfer.errors import DiskError, MemoryPlanError
 
 
 class Leaving(NamedTuple):
@@ -62,10 +62,9 @@ class WriteBehind:
             num_bytes: of the block, at most `limit_bytes`.
 
         Raises:
-            DiskError: a write failed.
+            DiskError: there is no memory, and a write failed.
             MemoryPlanError: the host memory cannot be had.
         """
-        self.go_on()
         while True:
             self._collect()
             for position, block in enumerate(self._landed):
@@ -75,7 +74,11 @@ class WriteBehind:
                         self._device.copy_out.wait(event, Edge.BLOCK_READ)
                     return block.memory
             if self.num_bytes + num_bytes <= self.limit_bytes:
-                return aligned_host(self._device, num_bytes)
+                try:
+                    return aligned_host(self._device, num_bytes)
+                except MemoryPlanError:
+                    if not self.leaving:
+                        raise  # else that of the oldest will do
             if self._landed:  # of another size
                 self._free(self._landed.popleft())
             else:
@@ -121,6 +124,8 @@ class WriteBehind:
         for region in again:
             region.settle()
         self.check()
+        while self._landed and self.num_bytes > self.limit_bytes:  # which was lowered meanwhile
+            self._free(self._landed.popleft())
 
     def settle(self) -> None:
         """Block until all writes have ended, well or not."""
@@ -145,9 +150,11 @@ class WriteBehind:
         self.free()
 
     def _collect(self) -> None:
-        """Take the memory of blocks that have landed."""
-        while self.leaving and self.leaving[0].region.landed:
+        """Take the memory of blocks that have landed; that of lost ones is theirs for good."""
+        while self.leaving and (self.leaving[0].region.lost or self.leaving[0].region.landed):
             block = self.leaving.popleft()
+            if block.region.lost:
+                continue
             self._device.host_access(block.memory, write=False, purpose="having written it")
             self._landed.append(block)
 

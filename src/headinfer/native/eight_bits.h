@@ -3,6 +3,8 @@
  *
  * By definition at compilation: HEAD_DIM, PAGE_BYTES, and INT8_PAGES or FP8_PAGES.
  */
+#include "bytes.h"
+
 #define PAGE_TOKENS 64
 #define PAGE_VALUES (PAGE_TOKENS * HEAD_DIM)
 #define HALF_PAGE (PAGE_VALUES / 2)
@@ -42,39 +44,64 @@ INLINE element element_of(float number) {
 #endif
 }
 
-#if defined(ELEMENT_IS_BFLOAT16) && defined(__AVX512BF16__) && HEAD_DIM % 32 == 0
-/* What 16 bytes stand for: see `number_of`. */
-INLINE __m512 numbers_of(const uint8_t *codes) {
-    __m128i bytes = _mm_loadu_si128((const __m128i *)codes);
-#ifdef INT8_PAGES
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
-#else
-    __m512i code = _mm512_cvtepu8_epi32(bytes), normal = _mm512_set1_epi32(1 << 23);
-    __m512i bits = _mm512_slli_epi32(_mm512_and_si512(code, _mm512_set1_epi32(0x7f)), 20);
-    __mmask16 small = _mm512_cmplt_epu32_mask(bits, normal);
-    bits = _mm512_add_epi32(bits, _mm512_set1_epi32(120 << 23));
-    __m512 number = (__m512)_mm512_mask_add_epi32(bits, small, bits, normal);
-    number = _mm512_mask_sub_ps(number, small, number, _mm512_set1_ps(0x1p-6f));
-    code = _mm512_slli_epi32(_mm512_and_si512(code, _mm512_set1_epi32(0x80)), 24);
-    return (__m512)_mm512_or_si512((__m512i)number, code);
-#endif
+#if defined(FP8_PAGES) && !defined(ELEMENT_IS_FLOAT32) && defined(__AVX512VBMI__)
+/*
+ * Unpack a page by a table, for it has one scale: the lower and the upper bytes of what the codes stand
+ * for, without their signs.
+ */
+INLINE void put_page(element *to, const uint8_t *page, const uint16_t *halves, const uint8_t *ahead) {
+    uint8_t low[128], high[128];
+    for (int code = 0; code < 128; code++) {
+        element value = element_of(number_of((uint8_t)code) * scale_of(halves[0]));
+        uint16_t bits;
+        memcpy(&bits, &value, sizeof bits);
+        low[code] = (uint8_t)bits, high[code] = (uint8_t)(bits >> 8);
+    }
+    bytes lows[] = {GET_BYTES(low), GET_BYTES(low + 64)}, sign = _mm512_set1_epi8((char)0x80);
+    bytes highs[] = {GET_BYTES(high), GET_BYTES(high + 64)};
+    for (int at = 0; at < PAGE_VALUES; at += AT_ONCE) {
+        if (at % (2 * AT_ONCE) == 0) __builtin_prefetch(ahead + at / 2, 0, 2);
+        bytes codes = spread(GET_BYTES(page + at));
+        put_words((uint16_t *)to + at, _mm512_permutex2var_epi8(lows[0], codes, lows[1]),
+                  EITHER(_mm512_permutex2var_epi8(highs[0], codes, highs[1]), BOTH(codes, sign)));
+    }
 }
-
+#else
+#if defined(INT8_PAGES) && defined(ELEMENT_IS_BFLOAT16) && defined(__AVX512BF16__) && HEAD_DIM % 32 == 0
 /*
  * A token's elements. The processor rounds them, so that this takes less time than reading them; GCC's
  * own vectors took longer than the memory. Numbers too small for a normal bfloat16 become 0, as in all
  * of a thread that flushes them.
  */
+INLINE __m512 scaled(const uint8_t *codes, const float *scales) {
+    __m512i numbers = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)codes));
+    return _mm512_cvtepi32_ps(numbers) * _mm512_loadu_ps(scales);
+}
 INLINE void put_token(element *to, const uint8_t *codes, const float *scales) {
     UNROLL for (int i = 0; i < HEAD_DIM; i += 32) {
-        __m512 early = numbers_of(codes + i) * _mm512_loadu_ps(scales + i);
-        __m512 late = numbers_of(codes + i + 16) * _mm512_loadu_ps(scales + i + 16);
+        __m512 early = scaled(codes + i, scales + i), late = scaled(codes + i + 16, scales + i + 16);
         _mm512_storeu_si512(to + i, (__m512i)_mm512_cvtne2ps_pbh(late, early));
     }
 }
 #else
 INLINE void put_token(element *to, const uint8_t *codes, const float *scales) {
     for (int i = 0; i < HEAD_DIM; i++) to[i] = element_of(number_of(codes[i]) * scales[i]);
+}
+#endif
+INLINE void put_page(element *to, const uint8_t *page, const uint16_t *halves, const uint8_t *ahead) {
+    float scales[HEAD_DIM];
+    for (int i = 0; i < HEAD_DIM; i++) {
+#ifdef INT8_PAGES
+        scales[i] = scale_of(halves[i]);
+#else
+        scales[i] = scale_of(halves[0]);
+#endif
+    }
+    for (int token = 0; token < PAGE_TOKENS; token++) {
+        for (int byte = 0; byte < HEAD_DIM / 2; byte += 64)
+            __builtin_prefetch(ahead + token * (HEAD_DIM / 2) + byte, 0, 2);
+        put_token(to + token * HEAD_DIM, page + token * HEAD_DIM, scales);
+    }
 }
 #endif
 
@@ -84,24 +111,12 @@ INLINE void put_token(element *to, const uint8_t *codes, const float *scales) {
  */
 static inline void unpack_page(const uint8_t *page, element *to, const uint8_t *ahead) {
     uint16_t halves[HEAD_DIM];
-    float scales[HEAD_DIM];
     memcpy(halves, page + PAGE_VALUES, PAGE_BYTES - PAGE_VALUES);
-    if (halves[0] == RAW_SCALE) {
-        uint64_t address;
-        memcpy(&address, page, sizeof address);
-        memcpy(to, (const void *)(uintptr_t)address, PAGE_VALUES * sizeof *to);
+    if (halves[0] != RAW_SCALE) {
+        put_page(to, page, halves, ahead);
         return;
     }
-    for (int i = 0; i < HEAD_DIM; i++) {
-#ifdef INT8_PAGES
-        scales[i] = scale_of(halves[i]);
-#else
-        scales[i] = scale_of(halves[0]);
-#endif
-    }
-    for (int token = 0; token < PAGE_TOKENS; token++, page += HEAD_DIM, to += HEAD_DIM) {
-        for (int byte = 0; byte < HEAD_DIM / 2; byte += 64)
-            __builtin_prefetch(ahead + token * (HEAD_DIM / 2) + byte, 0, 2);
-        put_token(to, page, scales);
-    }
+    uint64_t address;
+    memcpy(&address, page, sizeof address);
+    memcpy(to, (const void *)(uintptr_t)address, PAGE_VALUES * sizeof *to);
 }

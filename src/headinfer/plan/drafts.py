@@ -28,7 +28,7 @@ def with_drafts(plan: Plan, options: Options) -> Plan:
         options: what the user set.
     """
     shape = plan.shape
-    states = any(layer.kind is LayerKind.STATE for layer in shape.layers)
+    states = any(layer.kind is LayerKind.STATE for layer in shape.kinds_of_layers)
     if not options.draft_tokens or plan.batch > 1 or states or not shape.full_layers:
         return plan
     left = None

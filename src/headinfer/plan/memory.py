@@ -151,10 +151,7 @@ def _packed_kinds(shape: ModelShape) -> list[LayerShape]:
 
 def tail_bytes(shape: ModelShape, *, page_tokens: int, batch: int) -> int:
     """Bytes of every offloaded layer's decode tail: `PAGES` pages each."""
-    return PAGES * sum(
-        aligned(batch * page_tokens * layer.elements_per_token * shape.kv_itemsize)
-        for layer in shape.full_layers
-    )
+    return PAGES * resident_bytes(shape, resident_tokens=page_tokens, batch=batch)
 
 
 def chunk_page_bytes(shape: ModelShape, *, chunk_tokens: int, batch: int) -> int:
@@ -193,8 +190,8 @@ def window_bytes(shape: ModelShape, *, chunk_tokens: int, page_tokens: int, batc
 def resident_bytes(shape: ModelShape, *, resident_tokens: int, batch: int) -> int:
     """Bytes of the oldest tokens of every offloaded layer, kept on the device."""
     return sum(
-        aligned(batch * resident_tokens * layer.elements_per_token * shape.kv_itemsize)
-        for layer in shape.full_layers
+        layers * aligned(batch * resident_tokens * elements * shape.kv_itemsize)
+        for elements, layers in shape.elements_of_full_layers.items()
     )
 
 
@@ -258,11 +255,14 @@ def activation_bytes(
         device: "cpu", "cuda" or "simulated"; the last computes as the CPU does.
     """
     item, on_cpu = shape.activation_itemsize, device != "cuda"
-    hidden, head_dim = shape.hidden_size, max((layer.key_dim for layer in shape.layers), default=0)
+    hidden, head_dim = (
+        shape.hidden_size,
+        max((layer.key_dim for layer in shape.kinds_of_layers), default=0),
+    )
     # All phases: the embedded chunk, the layer's input, its normed form, cosines and sines.
     common = (3 * hidden + 2 * head_dim) * item + _POSITION_BYTES
     phases = [(hidden + (shape.mlp_peak_elements or 3 * shape.mlp_width)) * item]
-    for layer in set(shape.layers):
+    for layer in shape.kinds_of_layers:
         if layer.kv_heads:
             query = shape.query_heads * layer.key_dim
             out = shape.query_heads * layer.value_dim

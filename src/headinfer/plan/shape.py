@@ -1,7 +1,9 @@
 """What the planner needs to know of a model: its layers' KV shapes and its widths."""
 
+import collections
 import enum
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from headinfer.plan.format import Format, can_pack
@@ -167,6 +169,16 @@ class ModelShape:
         return tuple(dict.fromkeys(self.full_layers))
 
     @functools.cached_property
+    def kinds_of_layers(self) -> tuple[LayerShape, ...]:
+        """One of each group of layers that are equal."""
+        return tuple(dict.fromkeys(self.layers))
+
+    @functools.cached_property
+    def elements_of_full_layers(self) -> Mapping[int, int]:
+        """How many of `full_layers` have so many elements a token."""
+        return collections.Counter(layer.elements_per_token for layer in self.full_layers)
+
+    @functools.cached_property
     def attention_layers(self) -> tuple[LayerShape, ...]:
         """The layers that keep keys and values, all tokens or a window of them."""
         return tuple(layer for layer in self.layers if layer.kind is not LayerKind.STATE)
@@ -199,7 +211,7 @@ class ModelShape:
     @property
     def kv_heads(self) -> int:
         """The largest number of KV heads of any offloaded layer; 0 when none is."""
-        return max((layer.kv_heads for layer in self.full_layers), default=0)
+        return max((layer.kv_heads for layer in self.kinds_of_full_layers), default=0)
 
     def kv_bytes(self, tokens: int, batch: int = 1) -> int:
         """Bytes of the offloaded layers' KV cache for `tokens` tokens in each of `batch` rows."""
