@@ -3,12 +3,13 @@
 import errno
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from above_disk import Failing
 from headinfer.device.simulated import SimulatedDevice
 from headinfer.disk.file import SpillFile, aligned_empty
 from headinfer.disk.region import Region
@@ -68,7 +69,7 @@ def late(monkeypatch: pytest.MonkeyPatch) -> LateWrites:
     return LateWrites(monkeypatch)
 
 
-def interrupted(work: object, monkeypatch: pytest.MonkeyPatch) -> None:
+def interrupted(work: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
     """Call what begins a write, and have Ctrl-C come before anybody has the transfer."""
     begin = SpillFile.write
 
@@ -76,7 +77,6 @@ def interrupted(work: object, monkeypatch: pytest.MonkeyPatch) -> None:
         begin(file, offset, memory)
         raise KeyboardInterrupt
 
-    assert callable(work)
     with monkeypatch.context() as patch:
         patch.setattr(SpillFile, "write", stopped)
         with pytest.raises(KeyboardInterrupt):
@@ -86,12 +86,9 @@ def interrupted(work: object, monkeypatch: pytest.MonkeyPatch) -> None:
 def failed(file: SpillFile, byte: int, monkeypatch: pytest.MonkeyPatch) -> Region:
     """Return a region whose write failed, and somebody was told."""
 
-    def refuse(*_: object) -> int:
-        raise OSError(errno.EIO, "Input/output error")
-
-    region = Region(file, filled(byte))
+    region, error = Region(file, filled(byte)), OSError(errno.EIO, "Input/output error")
     with monkeypatch.context() as patch:
-        patch.setattr(os, "pwritev", refuse)
+        patch.setattr(os, "pwritev", Failing(os.pwritev, error, 0))
         region.begin()
         with pytest.raises(DiskError):
             region.wait()

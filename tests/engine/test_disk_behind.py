@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from above_disk import MEMORY, small_model
+from above_disk import MEMORY
 from headinfer.device.simulated import SimulatedDevice
 from headinfer.disk.file import SpillFile
 from headinfer.disk.transfer import Transfer
@@ -24,22 +24,6 @@ from slow_disk import LEFT, SlowDisk, in_memory, opened
 from tiny_models import random_tokens
 
 pytestmark = pytest.mark.usefixtures("inference")
-
-
-@pytest.fixture
-def inference() -> Any:
-    with torch.inference_mode():
-        yield
-
-
-@pytest.fixture(scope="module")
-def model() -> PreTrainedModel:
-    return small_model()
-
-
-@pytest.fixture
-def slow(monkeypatch: pytest.MonkeyPatch) -> SlowDisk:
-    return SlowDisk(monkeypatch)
 
 
 def test_the_next_layer_is_launched_while_a_block_is_written(

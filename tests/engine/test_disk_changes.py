@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 import headinfer
-from above_disk import attached, small_model
+from above_disk import attached
 from headinfer.device.simulated import SimulatedDevice
 from headinfer.errors import CacheStateError, DiskError, MemoryPlanError
 from headinfer.integration import disk_below
@@ -20,17 +20,6 @@ from headinfer.units import parse_bytes
 from tiny_models import random_tokens
 
 pytestmark = pytest.mark.usefixtures("inference")
-
-
-@pytest.fixture
-def inference() -> Any:
-    with torch.inference_mode():
-        yield
-
-
-@pytest.fixture(scope="module")
-def model() -> PreTrainedModel:
-    return small_model()
 
 
 @pytest.mark.parametrize("overlap", [True, False], ids=["overlapped", "in-turn"])

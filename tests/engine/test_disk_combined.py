@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 import headinfer
-from above_disk import SETTINGS, small_model
+from above_disk import SETTINGS
 from headinfer.device.simulated import SimulatedDevice
 from headinfer.errors import CacheStateError, DiskError
 from tiny_models import random_tokens, tiny_model
@@ -59,11 +59,6 @@ def test_a_full_disk_beside_windows_and_states(
         cache.reset()
         again = model(prompt, past_key_values=cache, logits_to_keep=1).logits
         assert torch.equal(again, wanted)
-
-
-@pytest.fixture(scope="module")
-def model() -> PreTrainedModel:
-    return small_model()
 
 
 @pytest.mark.parametrize(

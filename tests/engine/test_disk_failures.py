@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 import headinfer
-from above_disk import SETTINGS, small_model
+from above_disk import SETTINGS
 from headinfer.disk.transfer import Transfer
 from headinfer.errors import DiskError
 from slow_disk import LEFT, SlowDisk, in_memory, opened
@@ -19,22 +19,6 @@ from tiny_models import random_tokens, tiny_model
 pytestmark = pytest.mark.usefixtures("inference")
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
-
-
-@pytest.fixture
-def inference() -> Any:
-    with torch.inference_mode():
-        yield
-
-
-@pytest.fixture(scope="module")
-def model() -> PreTrainedModel:
-    return small_model()
-
-
-@pytest.fixture
-def slow(monkeypatch: pytest.MonkeyPatch) -> SlowDisk:
-    return SlowDisk(monkeypatch)
 
 
 def fed_until_one_is_written(model: Any, cache: Any, slow: SlowDisk, rows: int = 1) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 import headinfer
-from above_disk import SETTINGS, small_model
+from above_disk import SETTINGS
 from headinfer.device.simulated import SimulatedDevice
 from headinfer.errors import MemoryPlanError
 from headinfer.integration.memory_held import held_together
@@ -23,11 +23,6 @@ MOST_TOKENS = 900
 HELD_KIB = 1500
 SPREAD_KIB = 1170, 1250, 1700
 """Of two devices, each of which needs some for what it reads: three caches then have the least."""
-
-
-@pytest.fixture(scope="module")
-def model() -> PreTrainedModel:
-    return small_model()
 
 
 class Run:

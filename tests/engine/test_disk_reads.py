@@ -7,15 +7,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from above_disk import TOKENS, attached, small_model
+from above_disk import TOKENS, attached
 from headinfer.device.simulated import SimulatedDevice
 from headinfer.disk.file import SpillFile
 from tiny_models import random_tokens
-
-
-@pytest.fixture(scope="module")
-def model() -> PreTrainedModel:
-    return small_model()
 
 
 @pytest.fixture

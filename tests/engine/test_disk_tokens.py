@@ -18,11 +18,6 @@ from headinfer.units import parse_bytes
 from tiny_models import random_tokens, shared_model
 
 
-@pytest.fixture(scope="module")
-def model() -> PreTrainedModel:
-    return small_model()
-
-
 @pytest.mark.parametrize(
     ("rows", "options"),
     [

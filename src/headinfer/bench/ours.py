@@ -98,9 +98,9 @@ class HeadInfer:
             token: that is passed next, `[1, 1]`.
             cache: with the prompt.
         """
-        for engine in _engines(cache):
-            with engine.in_use():
-                engine.send_late()
+        assert isinstance(cache, OffloadedCache)
+        if cache.state.engine is not None:
+            cache.state.engine.send_late()
 
     def held(self, cache: Cache) -> Held:
         """Return the bytes of store and arena, and what a decode step does with them."""

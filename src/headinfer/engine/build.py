@@ -62,16 +62,17 @@ def build(
 
     tails = arena.take(plan.tail_bytes).memory
 
-    def tail_pages(ledger: Ledger) -> list[Piece]:
+    def tail_pages() -> dict[Ledger, list[Piece]]:
         # Whoever is interrupted and asks again finds them where they were.
-        first = 0
-        for each in ledgers:
-            num_bytes = each.geometry.num_bytes(page_tokens)
-            if each is ledger:
-                break
-            first += PAGES * aligned(num_bytes)
-        starts = [first + page * aligned(num_bytes) for page in range(PAGES)]
-        return [Piece(tails[start : start + num_bytes]) for start in starts]
+        pages: dict[Ledger, list[Piece]] = {}
+        start = 0
+        for ledger in ledgers:
+            num_bytes = ledger.geometry.num_bytes(page_tokens)
+            size = aligned(num_bytes)
+            starts = range(start, start + PAGES * size, size)
+            pages[ledger] = [Piece(tails[at : at + num_bytes]) for at in starts]
+            start += PAGES * size
+        return pages
 
     if device.tiles_are_views:
         pages = Pages(

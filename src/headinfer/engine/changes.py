@@ -87,9 +87,14 @@ class ChangeableTokens(HeldTokens):
         Raises:
             DiskError: one failed, and nobody was told. Its tokens are still in memory.
         """
-        if self._place.under_way:
-            self._place.settled()
+        self._place.settled()
         self._check_open()
+
+    def _come_to_rest(self) -> None:
+        self._check_open()
+        self.check_no_drafts()
+        self._settle()
+        self.settle_writes()
 
     def go_on(self) -> None:
         """Write to the disk anew what failed, before a call of the model changes anything.

@@ -68,10 +68,9 @@ class CountedTokens:
     @property
     def _disk_buffers_bytes(self) -> int:
         """Bytes of host memory that tokens on the disk are read to, and written from."""
-        beside_bytes = self._place.beside_bytes  # of failed writes, also where it is parked
-        if self.parked or self.closed:
-            return beside_bytes
-        return self.plan.disk_buffers_bytes + max(self.plan.disk_staging_bytes, beside_bytes)
+        buffers_bytes = 0 if self.parked or self.closed else self.plan.disk_buffers_bytes
+        # What failed to be written is beside where it is parked, too.
+        return buffers_bytes + self._place.beside_bytes + self._unstaged_bytes
 
     @property
     def disk_tokens(self) -> int:

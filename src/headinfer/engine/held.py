@@ -45,7 +45,8 @@ class HeldTokens(ReservedTokens):
         plan: its sizes.
         dtype: of keys and values.
         closed: whether the memory was given back.
-        parked: whether it has no arena: all can be done but attending, before it is given a plan.
+        parked: whether it has no arena: it can be read, cropped, copied and saved, and not attended
+            before it is given a plan.
         half_done: whether a change of all layers has begun and not ended, as after Ctrl-C.
         drafting: whether the tokens that come are drafts.
     """
@@ -247,13 +248,6 @@ class HeldTokens(ReservedTokens):
                 "this cache has drafts in it, which are no part of its tokens; leave drafting() "
                 "before it is read or changed"
             )
-
-    def _come_to_rest(self) -> None:
-        self._check_open()
-        self.check_no_drafts()
-        self._settle()
-        self._place.settled()
-        self._check_open()
 
     def clear(self) -> None:
         """Forget all tokens and free the host memory; the arena stays.

@@ -28,7 +28,7 @@ class Pages:
 
     Args:
         device: where the pages are.
-        tail_pages: returns two pages of `page_tokens` tokens for a layer. It is called when the
+        tail_pages: returns two pages of `page_tokens` tokens for each layer. It is called when the
             first is needed, which may be long after a prompt: not where all is host memory.
         chunk_pages: two pages of `chunk_tokens` tokens that all layers share; none there, too.
         page_tokens: tokens of a page of a layer.
@@ -42,7 +42,7 @@ class Pages:
         self,
         device: Device,
         *,
-        tail_pages: Callable[[Ledger], list[Piece]],
+        tail_pages: Callable[[], dict[Ledger, list[Piece]]],
         chunk_pages: list[Piece],
         page_tokens: int,
         chunk_tokens: int,
@@ -126,10 +126,9 @@ class Pages:
 
     def _begin_page(self, ledger: Ledger) -> Extent:
         """Have new tokens of a layer go to a page of its own."""
-        pages = self._tails.get(ledger)
-        if pages is None:
-            pages = self._tails[ledger] = self._tail_pages(ledger)
-        return ledger.begin_tail(pages[0], self._page_tokens)
+        if not self._tails:
+            self._tails = self._tail_pages()
+        return ledger.begin_tail(self._tails[ledger][0], self._page_tokens)
 
     def send_home(self, ledger: Ledger, *, turn: bool = True) -> None:
         """Have the host hold all tokens.

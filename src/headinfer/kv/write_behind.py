@@ -153,10 +153,9 @@ class WriteBehind:
         """Take the memory of blocks that have landed; that of lost ones is theirs for good."""
         while self.leaving and (self.leaving[0].region.lost or self.leaving[0].region.landed):
             block = self.leaving.popleft()
-            if block.region.lost:
-                continue
-            self._device.host_access(block.memory, write=False, purpose="having written it")
-            self._landed.append(block)
+            if not block.region.lost:
+                self._device.host_access(block.memory, write=False, purpose="having written it")
+                self._landed.append(block)
 
     def _free(self, block: Leaving) -> None:
         for event in block.read:

@@ -255,10 +255,8 @@ def activation_bytes(
         device: "cpu", "cuda" or "simulated"; the last computes as the CPU does.
     """
     item, on_cpu = shape.activation_itemsize, device != "cuda"
-    hidden, head_dim = (
-        shape.hidden_size,
-        max((layer.key_dim for layer in shape.kinds_of_layers), default=0),
-    )
+    hidden = shape.hidden_size
+    head_dim = max((layer.key_dim for layer in shape.kinds_of_layers), default=0)
     # All phases: the embedded chunk, the layer's input, its normed form, cosines and sines.
     common = (3 * hidden + 2 * head_dim) * item + _POSITION_BYTES
     phases = [(hidden + (shape.mlp_peak_elements or 3 * shape.mlp_width)) * item]
