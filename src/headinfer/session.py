@@ -97,7 +97,7 @@ class Session:
         self.busy = BusyTimes(all_devices)
         self.disk = DiskBelow(options, self._shape, self.parts, self.ranks)
         self._engines = EnginesOfCaches(self._shape, self.parts, self.stats, self.busy)
-        self.answers = AnswerRoom(self.parts, self._engines, self.assistants.on, self.ranks)
+        self.answers = AnswerRoom(self.parts, self._engines, self.assistants.on)
         self._attached = False
         self.plan = self._resolve(1, None, [], model.dtype)
         fast = options.fuse == "auto" and model.dtype in _FUSED

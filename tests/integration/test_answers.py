@@ -106,6 +106,35 @@ def test_plans_change_once_as_many_bytes_were_streamed_in_vain_as_that_takes() -
             chat.take(LONG)
 
 
+def test_an_answer_can_begin_at_once() -> None:
+    model = long_model()
+    with attached(model) as offload:
+        chat = Chat(model, offload)
+        chat.take(PROMPT)
+        prompt = chat.plan
+        chat.cache.state.begin_answer()
+        assert chat.answers
+        chat.steps(3)
+        chat.check()
+        answer = chat.plan
+        chat.cache.state.begin_answer()  # has no effect a second time
+        assert chat.plan is answer
+        chat.take(LONG)
+        assert chat.plan == prompt
+
+
+def test_an_answer_does_not_begin_where_another_cache_may_need_the_memory() -> None:
+    model = long_model()
+    with in_any_chunks(model) as offload:
+        chat = Chat(model, offload)
+        chat.take(PROMPT)
+        Chat(model, offload, 7, chat).take(PROMPT)
+        chat.cache.state.begin_answer()
+        assert not chat.answers
+        chat.steps(2)
+        chat.check()
+
+
 def test_what_crosses_the_link_in_a_step_is_what_the_plan_says() -> None:
     model = long_model()
     with attached(model, capture=False) as offload:

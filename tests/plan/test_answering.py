@@ -5,13 +5,16 @@ from typing import Any
 
 import pytest
 
+from headinfer.estimate.machines import HARDWARE
 from headinfer.estimate.presets import preset_shape
 from headinfer.plan.answering import SHORT_CALL_TOKENS, answering
 from headinfer.plan.memory import activation_bytes, resident_bytes
 from headinfer.plan.narrow import for_prompts, without_residents
 from headinfer.plan.options import Options
 from headinfer.plan.plan import Plan
+from headinfer.plan.predict import Predictor
 from headinfer.plan.resolve import resolve
+from headinfer.plan.shape import ModelShape
 from headinfer.plan.whole import passing_whole
 from shapes import LLAMA_3_8B
 
@@ -95,3 +98,45 @@ def test_the_way_back_keeps_what_changed_above_a_disk() -> None:
     bare = without_residents(lower)
     assert (bare.resident_tokens, bare.resident_bytes, bare.disk_host_blocks) == (0, 0, 7)
     assert bare.prompt_plan is None
+
+
+def chunk_tokens(tokens: int = TOKENS, shape: ModelShape = LLAMA_3_8B, **values: Any) -> int:
+    """Return the tokens of a chunk that are chosen on an H100."""
+    hardware = HARDWARE["h100-80gb"]
+    options = Options.parse(**{"device_memory": "24GiB", **values})
+    plan = resolve(shape, options, device="cuda", context_tokens=tokens, hardware=hardware)
+    return plan.chunk_tokens
+
+
+def test_chunks_of_a_long_prompt_are_large_where_its_answer_has_their_memory() -> None:
+    assert chunk_tokens() == 16384
+    assert chunk_tokens(chunk_tokens="8K") == 8192
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"tokens": 50 * 1024},  # all of which are resident with chunks of 8K
+        {"resident_tokens": 40000},
+        {"resident_tokens": 0},
+        {"draft_tokens": "auto"},
+        {"shape": LLAMA_3_8B.packed},
+        {"shape": replace(LLAMA_3_8B, ranks=2)},
+    ],
+    ids=["all", "given", "none", "drafts", "packed", "ranks"],
+)
+def test_chunks_are_no_larger_where_its_answer_has_not(values: dict[str, Any]) -> None:
+    assert chunk_tokens(**values) <= 8192
+
+
+def test_predicted_decode_steps_are_those_of_the_answer() -> None:
+    plan, options = planned()
+    answer = answering(plan, options)
+    assert answer is not None
+    predictor = Predictor(LLAMA_3_8B, HARDWARE["h100-80gb"])
+    placement = replace(plan.placement, answer_resident_bytes=answer.resident_bytes)
+    answers_s = predictor.decode_s(answer.placement, TOKENS)
+    assert predictor.decode_s(placement, TOKENS) == answers_s
+    assert predictor.decode_s(plan.placement, TOKENS) > answers_s
+    prefill_s = predictor.prefill_s(plan.placement, TOKENS)
+    assert predictor.prefill_s(placement, TOKENS) == prefill_s

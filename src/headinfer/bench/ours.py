@@ -92,7 +92,9 @@ class HeadInfer:
         return last_logits(self._model, token, cache)
 
     def make_ready(self, token: torch.Tensor, cache: Cache) -> None:
-        """Send home what a prompt has left to the next call, which is no part of a decode step.
+        """Do what decode steps of a long answer find done.
+
+        What a prompt has left to the next call is sent home, and the answer has its own plan.
 
         Args:
             token: that is passed next, `[1, 1]`.
@@ -101,6 +103,7 @@ class HeadInfer:
         assert isinstance(cache, OffloadedCache)
         if cache.state.engine is not None:
             cache.state.engine.send_late()
+            cache.state.begin_answer()
 
     def held(self, cache: Cache) -> Held:
         """Return the bytes of store and arena, and what a decode step does with them."""

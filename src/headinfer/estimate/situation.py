@@ -6,6 +6,7 @@ from headinfer.errors import MemoryPlanError
 from headinfer.estimate.accounting import Accounting, AccountingKind
 from headinfer.estimate.below import Disk
 from headinfer.plan import memory
+from headinfer.plan.answering import answering
 from headinfer.plan.below_host import InBlocks
 from headinfer.plan.format import Format
 from headinfer.plan.hardware import Hardware
@@ -14,7 +15,7 @@ from headinfer.plan.options import Options
 from headinfer.plan.plan import Plan
 from headinfer.plan.resolve import least_plan, resolve
 from headinfer.plan.shape import ModelShape
-from headinfer.plan.step_time import Parts
+from headinfer.plan.step_time import Parts, Placement
 from headinfer.plan.streaming import PAPERS_SPARSITY, evenly_streaming
 
 
@@ -206,6 +207,13 @@ class Situation:
             )
         except MemoryPlanError:
             return self.least_plan()
+
+    def placement(self, plan: Plan) -> Placement:
+        """Return what times depend on: that of the plan, and of its answer's where it has one."""
+        answer = answering(plan, self.options)
+        if answer is None:
+            return plan.placement
+        return replace(plan.placement, answer_resident_bytes=answer.resident_bytes)
 
     def least_plan(self) -> Plan:
         """Return the plan that takes the least device memory."""

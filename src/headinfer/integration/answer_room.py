@@ -16,7 +16,6 @@ from headinfer.integration.parts import ModelPart
 from headinfer.plan.answering import SHORT_CALL_TOKENS, answering
 from headinfer.plan.assistant import AssistantBytes
 from headinfer.plan.plan import Plan
-from headinfer.ranks.group import Ranks
 from headinfer.schedule.route import MAX_ASKED_TOKENS
 
 
@@ -41,8 +40,6 @@ class AnswerRoom:
         parts: of the model.
         engines: of all caches.
         assistants: returns what they take of a device.
-        ranks: the processes that compute the model. Several would have to change together, and have
-            no plans for answers.
     """
 
     def __init__(
@@ -50,14 +47,13 @@ class AnswerRoom:
         parts: Sequence[ModelPart],
         engines: Iterable[CacheEngine],
         assistants: Callable[[torch.device], AssistantBytes],
-        ranks: Ranks,
     ) -> None:
         self._parts = {part.device: part for part in parts}
-        self._engines, self._assistants, self._alone = engines, assistants, ranks.size == 1
+        self._engines, self._assistants = engines, assistants
 
     def plan(self, engine: Engine) -> Plan | None:
         """Return the plan for answers of a cache's layers on one device, if it is worth one."""
-        return answering(engine.plan, self._parts[engine.device].options) if self._alone else None
+        return answering(engine.plan, self._parts[engine.device].options)
 
     def is_free(self, cache_engine: CacheEngine, engine: Engine, plan: Plan) -> bool:
         """Whether nobody else may need the memory: no other cache that has an arena, for one.

@@ -85,24 +85,42 @@ class AnswerPlans:
             for number, engine in enumerate(cache_engine.parts):
                 self._count(cache_engine, number, engine, new_tokens)
 
+    def begin(self, cache_engine: CacheEngine) -> None:
+        """Change to the plans for answers now, as steps do after a while, where they are free."""
+        for number, engine in enumerate(cache_engine.parts):
+            if engine.plan.prompt_plan is None:
+                self._begin(cache_engine, engine, self._watch(number, engine).answer)
+
+    def _watch(self, number: int, engine: Engine) -> _Watch:
+        """Return the watch on a device, anew where its plan has changed."""
+        watch = self._watches.get(number)
+        if watch is None or watch.plan is not engine.plan:
+            watch = self._watches[number] = _Watch(engine.plan, self._room.plan(engine))
+        return watch
+
+    def _begin(self, cache_engine: CacheEngine, engine: Engine, answer: Plan | None) -> bool:
+        """Change to a plan for answers; return whether nobody else needs the memory."""
+        if answer is None or self._refused:
+            return False
+        if not self._room.is_free(cache_engine, engine, answer):
+            return False
+        with engine.in_use():
+            self._refused = not engine.begin_answer(answer)
+        return True
+
     def _count(
         self, cache_engine: CacheEngine, number: int, engine: Engine, new_tokens: int
     ) -> None:
         """Count what a call streams in vain on a device; change plans first where that is due."""
-        plan, watch = engine.plan, self._watches.get(number)
-        if plan.prompt_plan is not None:
-            if not self._room.is_assisted_as(engine, plan):
+        if engine.plan.prompt_plan is not None:
+            if not self._room.is_assisted_as(engine, engine.plan):
                 end_answer(engine)
             return
-        if watch is None or watch.plan is not plan:
-            watch = self._watches[number] = _Watch(plan, self._room.plan(engine))
+        watch = self._watch(number, engine)
         if watch.answer is None or self._refused:
             return
         tokens = engine.held_tokens
         loss_bytes = watch.loss_bytes(tokens)
         due = loss_bytes > 0 and watch.cost_bytes(tokens) <= watch.lost_bytes
-        if due and self._room.is_free(cache_engine, engine, watch.answer):
-            with engine.in_use():
-                self._refused = not engine.begin_answer(watch.answer)
-        else:
+        if not (due and self._begin(cache_engine, engine, watch.answer)):
             watch.lost_bytes += loss_bytes * (1 - engine.host_share_at(new_tokens))

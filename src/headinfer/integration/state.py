@@ -139,6 +139,15 @@ class OffloadedState:
         self.engine.go_on()
         self._answers.begin_call(self.engine, new_tokens, short=short)
 
+    @in_turn
+    def begin_answer(self) -> None:
+        """Change to a plan for answers now, as decode steps do by themselves once that pays.
+
+        Nothing changes where there is none, or where others have the memory.
+        """
+        if self.engine is not None and not (self.engine.parked or self.engine.drafting):
+            self._answers.begin(self.engine)
+
     def _wake(self, tokens: int) -> None:
         """Give a parked engine an arena, for so many tokens."""
         engine = self.engine

@@ -5,7 +5,7 @@ from dataclasses import replace
 from headinfer.plan import memory
 from headinfer.plan.options import Options
 from headinfer.plan.plan import Plan
-from headinfer.plan.resolve import with_residents
+from headinfer.plan.residents import may_answer, with_residents
 
 SHORT_CALL_TOKENS = 1024
 """New tokens of each row in the longest call that a plan for answers is for: a short question."""
@@ -18,19 +18,15 @@ def answering(plan: Plan, options: Options) -> Plan | None:
     """Return a plan for short calls behind a prompt; None where it would spare too few bytes.
 
     It differs in the tokens that pass at once, in what these take, and in the resident tokens.
-    None as well where residents are none of ours to choose: on the CPU, without a budget, or where
-    the user gave their number. Plans with copies for drafts have none, because residents cannot
-    change while anything is drafted. Neither have those of packed tokens, whose room for pages
-    that do not pack goes by the tokens of a chunk.
+    None as well where `may_answer` says so.
 
     Args:
         plan: of a cache on one device, under which its prompts pass.
         options: what the user set.
     """
     context, shape = plan.context_tokens, plan.shape
-    if plan.device == "cpu" or plan.device_memory_bytes is None or context is None:
-        return None
-    if isinstance(options.resident_tokens, int) or plan.draft_tokens or shape.packs:
+    given = replace(options, device_memory_bytes=plan.device_memory_bytes)
+    if context is None or not may_answer(shape, given, plan.device):
         return None
     chunk_tokens, batch = min(plan.chunk_tokens, SHORT_CALL_TOKENS), plan.batch
     short = replace(
