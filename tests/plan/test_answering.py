@@ -8,6 +8,7 @@ import pytest
 from headinfer.estimate.machines import HARDWARE
 from headinfer.estimate.presets import preset_shape
 from headinfer.plan.answering import SHORT_CALL_TOKENS, answering
+from headinfer.plan.below_host import InBlocks
 from headinfer.plan.memory import activation_bytes, resident_bytes
 from headinfer.plan.narrow import for_prompts, without_residents
 from headinfer.plan.options import Options
@@ -100,11 +101,22 @@ def test_the_way_back_keeps_what_changed_above_a_disk() -> None:
     assert bare.prompt_plan is None
 
 
-def chunk_tokens(tokens: int = TOKENS, shape: ModelShape = LLAMA_3_8B, **values: Any) -> int:
-    """Return the tokens of a chunk that are chosen on an H100."""
+def chunk_tokens(
+    tokens: int = TOKENS,
+    shape: ModelShape = LLAMA_3_8B,
+    beside: tuple[ModelShape, ...] = (),
+    **values: Any,
+) -> int:
+    """Return the tokens of a chunk that are chosen on an H100, with other layers elsewhere."""
     hardware = HARDWARE["h100-80gb"]
     options = Options.parse(**{"device_memory": "24GiB", **values})
-    plan = resolve(shape, options, device="cuda", context_tokens=tokens, hardware=hardware)
+    plan = resolve(
+        *(shape, options),
+        device="cuda",
+        context_tokens=tokens,
+        hardware=hardware,
+        in_blocks=InBlocks(beside=beside),
+    )
     return plan.chunk_tokens
 
 
@@ -122,8 +134,9 @@ def test_chunks_of_a_long_prompt_are_large_where_its_answer_has_their_memory() -
         {"draft_tokens": "auto"},
         {"shape": LLAMA_3_8B.packed},
         {"shape": replace(LLAMA_3_8B, ranks=2)},
+        {"beside": (LLAMA_3_8B,)},  # where the second device waits for a whole chunk
     ],
-    ids=["all", "given", "none", "drafts", "packed", "ranks"],
+    ids=["all", "given", "none", "drafts", "packed", "ranks", "devices"],
 )
 def test_chunks_are_no_larger_where_its_answer_has_not(values: dict[str, Any]) -> None:
     assert chunk_tokens(**values) <= 8192

@@ -277,7 +277,7 @@ def _with_disk(situation: Situation, method: MethodPlan, plan: Plan) -> MethodPl
     return replace(
         method,
         kv_disk_bytes=below_bytes,
-        disk_read_bytes=disk_read_bytes(plan, tokens),
+        disk_read_bytes=disk_read_bytes(situation.in_answer(plan), tokens),
         disk_short_bytes=max(below_bytes - situation.disk.free_bytes, 0),
         disk_block_tokens=plan.disk_block_tokens,
         disk_host_blocks=plan.disk_host_blocks,

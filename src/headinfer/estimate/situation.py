@@ -203,17 +203,18 @@ class Situation:
                 batch=self.batch,
                 context_tokens=self.context_tokens,
                 hardware=self.hardware,
-                in_blocks=InBlocks(self.host_room_bytes, self.beside) if self.disk else InBlocks(),
+                in_blocks=InBlocks(self.host_room_bytes if self.disk else None, self.beside),
             )
         except MemoryPlanError:
             return self.least_plan()
 
+    def in_answer(self, plan: Plan) -> Plan:
+        """Return the plan for a prompt's answer; the prompt's own where there is no other."""
+        return answering(plan, self.options) or plan
+
     def placement(self, plan: Plan) -> Placement:
-        """Return what times depend on: that of the plan, and of its answer's where it has one."""
-        answer = answering(plan, self.options)
-        if answer is None:
-            return plan.placement
-        return replace(plan.placement, answer_resident_bytes=answer.resident_bytes)
+        """Return what times depend on, with the residents of the answer."""
+        return replace(plan.placement, answer_resident_bytes=self.in_answer(plan).resident_bytes)
 
     def least_plan(self) -> Plan:
         """Return the plan that takes the least device memory."""

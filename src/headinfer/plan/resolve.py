@@ -93,7 +93,9 @@ def resolve(
     if hardware is None or context_tokens is None or fits:
         return _with_host_share(largest, options, hardware)
     fitting = [first, *(plan for plan in candidates if plan.fits)]
-    if options.chunk_tokens == "auto" and may_answer(shape, options, device):
+    # On several devices the last one waits for the first chunk to come through the others.
+    alone = not in_blocks.beside
+    if alone and options.chunk_tokens == "auto" and may_answer(shape, options, device):
         large = replace(options, chunk_tokens=LARGE_CHUNK_TOKENS)
         larger = _candidates(shape, large, device, batch, context_tokens, in_blocks)
         fitting = [*(plan for plan in larger if plan.fits), *fitting]
