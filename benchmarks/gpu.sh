@@ -71,6 +71,9 @@ bench suite-llama-decode decode "${llama[@]}" --contexts 1K,10K,40K --fill rando
 # What users pick where all fits, and decode steps with and without captures.
 bench captured decode "${llama[@]}" --contexts 1K,10K,40K,100K --fill random --new-tokens 48 \
     --methods standard,standard-compiled,resident,resident-eager,resident-unfused,host-attention
+# Residents of an answer in the memory of its prompt's activations, and residents of the prompt alone.
+bench answers decode "${llama[@]}" --contexts 64K,100K --fill random --new-tokens 48 \
+    --methods resident,resident-fixed,host-attention
 # Some steps more: the host's share is judged after 1, 3 and 7 of them.
 bench suite-llama-decode-long decode "${llama[@]}" --contexts 100K,200K,400K,800K --fill random \
     --new-tokens 12 --methods "$methods"

@@ -15,6 +15,7 @@ from headinfer.engine.busy import BusyTimes
 from headinfer.engine.parted import CacheEngine
 from headinfer.engine.stats import Stats
 from headinfer.errors import CacheStateError, MemoryPlanError, UnsupportedModelError
+from headinfer.integration.answer_room import AnswerRoom
 from headinfer.integration.assistants import Assistants
 from headinfer.integration.attachment import Attachment
 from headinfer.integration.attention import AttentionFunctions
@@ -72,6 +73,7 @@ class Session:
         ranks: the processes that compute the model; each has a session of its own.
         assistants: of the answers that are under way, for plans to count.
         disk: below host memory, where one is.
+        answers: memory of prompts' activations, which one cache may have while it answers.
     """
 
     def __init__(
@@ -95,6 +97,7 @@ class Session:
         self.busy = BusyTimes(all_devices)
         self.disk = DiskBelow(options, self._shape, self.parts, self.ranks)
         self._engines = EnginesOfCaches(self._shape, self.parts, self.stats, self.busy)
+        self.answers = AnswerRoom(self.parts, self._engines, self.assistants.on)
         self._attached = False
         self.plan = self._resolve(1, None, [], model.dtype)
         fast = options.fuse == "auto" and model.dtype in _FUSED
@@ -203,6 +206,7 @@ class Session:
             raise CacheStateError("the model was detached; attach it again for a new cache")
         engines = list(self._engines)
         others = [each for each in engines if not (each is replacing or each.closed or each.parked)]
+        self.answers.clear(beside=replacing)
         dtype = dtype or (self.kv_dtype() if replacing is None else replacing.dtype)
         room = functools.partial(self.host_room, self.plan.activation_bytes)
         resolve = functools.partial(self._resolve, batch, context_tokens, others, dtype)

@@ -121,6 +121,7 @@ def test_a_decode_counts_no_copies_of_its_prompt(new_tokens, sent):
         "adaptive",
         "bounded",
         "resident",
+        "resident-fixed",
         "host-attention",
         "synchronous",
         "headinfer",
@@ -128,7 +129,7 @@ def test_a_decode_counts_no_copies_of_its_prompt(new_tokens, sent):
 )
 @pytest.mark.parametrize("fill", [Fill.PREFILL, Fill.RANDOM])
 def test_every_exact_method_agrees_with_the_reference(method, fill):
-    keeps = method in ("resident", "host-attention", "headinfer")
+    keeps = method in ("resident", "resident-fixed", "host-attention", "headinfer")
     settings = Options.parse(
         device="simulated",
         chunk_tokens="128",

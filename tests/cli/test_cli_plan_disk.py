@@ -111,8 +111,10 @@ def test_several_gpus_share_cpu_memory_and_the_disk(cli, tmp_path) -> None:
     for row in ours:
         assert row["kv_host_bytes"] <= 15 * 2**30
         assert row["kv_host_bytes"] + row["kv_disk_bytes"] >= kv_bytes
-        assert 0 < row["disk_read_bytes"] <= row["kv_disk_bytes"]
+        assert row["disk_read_bytes"] <= row["kv_disk_bytes"]
         assert row["decode_s_per_token"] >= row["disk_read_bytes"] / 1e9  # there is one disk
+    # Residents of an answer are all that layers on two GPUs have on the disk.
+    assert [row["disk_read_bytes"] > 0 for row in ours] == [True, False, True]
     outcome = cli(*given, "--context", "4M")
     assert outcome.code == 1
     assert "of the disk are lacking" in outcome.out

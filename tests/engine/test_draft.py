@@ -202,9 +202,7 @@ def test_why_nothing_can_be_drafted() -> None:
     assert draft_obstacle([plain.engine]) == wanted
 
 
-@pytest.mark.parametrize(
-    "change", ["crop", "select", "fork", "replan", "give up", "begin", "clear"]
-)
+@pytest.mark.parametrize("change", ["crop", "select", "fork", "replan", "begin", "clear"])
 def test_nothing_else_is_done_between_drafts(change: str) -> None:
     chat = talk(0)
     chat.step(PROMPT_TOKENS)
@@ -214,6 +212,18 @@ def test_nothing_else_is_done_between_drafts(change: str) -> None:
         apply(chat, change, 1, drafts=True)
     chat.engine.end_drafts()
     assert chat.engine.lengths() == [PROMPT_TOKENS] * LAYERS
+    chat.engine.close()
+
+
+def test_no_other_request_takes_residents_between_drafts() -> None:
+    chat = talk(0)
+    chat.step(PROMPT_TOKENS)
+    chat.engine.begin_drafts()
+    chat.engine.give_up_residents()
+    assert chat.engine.plan.resident_tokens == RESIDENT_TOKENS
+    chat.engine.end_drafts()
+    chat.engine.give_up_residents()
+    assert chat.engine.plan.resident_tokens == 0
     chat.engine.close()
 
 

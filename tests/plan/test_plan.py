@@ -88,7 +88,7 @@ def test_large_chunks_leave_room_for_what_torchs_allocator_cannot_use() -> None:
     }
     tensor, cudas_own = 16 * 1024 * 14336 * 2, 384 * 2**20
     more = activations["16K"] - 4 * activations["4K"]
-    assert 5 * tensor // 4 < more + cudas_own < 3 * tensor // 2
+    assert 3 * tensor // 2 < more + cudas_own < 2 * tensor
 
 
 def test_a_cpu_plan_copies_nothing() -> None:

@@ -421,4 +421,4 @@ def test_where_weights_are_brought_chunks_are_large() -> None:
     known = {"device": "cuda", "hardware": RTX_4090, "context_tokens": 256 * 1024}
     there = resolve(LLAMA_3_8B, options, **known)
     away = resolve(replace(LLAMA_3_8B, brought_bytes=10 * 2**30), options, **known)
-    assert there.chunk_tokens < away.chunk_tokens == 8192
+    assert there.chunk_tokens < away.chunk_tokens == 16384

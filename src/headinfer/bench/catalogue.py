@@ -23,7 +23,7 @@ REFERENCE_METHOD = STANDARD
 OFFLOADED, COMPILED = "transformers-offloaded", "standard-compiled"
 HOST_ATTENTION, SYNCHRONOUS, AUTO = "host-attention", "synchronous", "headinfer"
 DRAFTS = "drafts"
-EAGER, UNFUSED = "resident-eager", "resident-unfused"
+EAGER, UNFUSED, FIXED = "resident-eager", "resident-unfused", "resident-fixed"
 STREAMING_LLM, H2O = "streaming-llm", "h2o"
 
 ONE, LAYERS, HEADS = "one", "layers", "heads"
@@ -181,6 +181,11 @@ CATALOGUE = {
         MethodInfo(name=RESIDENT, description="bounded, the oldest tokens kept where they fit"),
         MethodInfo(name=EAGER, description="resident, decode steps launched kernel by kernel"),
         MethodInfo(name=UNFUSED, description="resident, nothing fused in captured decode steps"),
+        MethodInfo(
+            name=FIXED,
+            description="resident, no more tokens kept in an answer than in its prompt",
+            is_evaluated=False,
+        ),
         MethodInfo(
             name=HOST_ATTENTION, description="resident, the CPU attends a share in decode steps"
         ),

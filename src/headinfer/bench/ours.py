@@ -21,6 +21,7 @@ from headinfer.integration.calls import last_logits
 from headinfer.integration.model_shape import model_shape
 from headinfer.integration.shards import ranks_of
 from headinfer.plan.below_host import disk_read_bytes, read_bytes
+from headinfer.plan.narrow import for_prompts
 from headinfer.plan.options import DECLARATIONS
 from headinfer.plan.plan import Plan
 from headinfer.plan.streaming import PAPERS_SPARSITY, RANDOM, STREAMING_OPTIONS
@@ -91,7 +92,9 @@ class HeadInfer:
         return last_logits(self._model, token, cache)
 
     def make_ready(self, token: torch.Tensor, cache: Cache) -> None:
-        """Send home what a prompt has left to the next call, which is no part of a decode step.
+        """Do what decode steps of a long answer find done.
+
+        What a prompt has left to the next call is sent home, and the answer has its own plan.
 
         Args:
             token: that is passed next, `[1, 1]`.
@@ -100,6 +103,7 @@ class HeadInfer:
         assert isinstance(cache, OffloadedCache)
         if cache.state.engine is not None:
             cache.state.engine.send_late()
+            cache.state.begin_answer()
 
     def held(self, cache: Cache) -> Held:
         """Return the bytes of store and arena, and what a decode step does with them."""
@@ -154,13 +158,13 @@ class HeadInfer:
 
     def planned_activation_bytes(self, cache: Cache) -> int | None:
         """Return the plan's estimate."""
-        return self._plan_of(cache).activation_bytes
+        return for_prompts(self._plan_of(cache)).activation_bytes
 
     def sizes(self, cache: Cache) -> dict[str, int] | None:
         """Return the sizes of the plan; a tile never split has the tokens of the cache."""
         plan = self._plan_of(cache)
         return {
-            "chunk_tokens": plan.chunk_tokens,
+            "chunk_tokens": for_prompts(plan).chunk_tokens,
             "tile_heads": plan.tile_heads,
             "tile_tokens": min(plan.tile_tokens, cache.get_seq_length()),
             "resident_tokens": plan.resident_tokens,
@@ -266,6 +270,15 @@ def resident(model: PreTrainedModel, spec: TrialSpec, **options: Any) -> HeadInf
     """Return bounded tiles, with the oldest tokens kept on the device as far as they fit."""
     method = HeadInfer(model, spec, host_attention="off", **options)
     return method.refuse_on_cpu("nothing needs to be kept: on the CPU all KV is where it is used")
+
+
+def fixed(model: PreTrainedModel, spec: TrialSpec) -> HeadInfer:
+    """Return resident, with no more tokens kept in an answer than in its prompt."""
+    planned = resident(model, spec)
+    plan = planned._offload.session.plan_for(1, spec.all_tokens)
+    planned.close()
+    names = ("chunk_tokens", "tile_heads", "tile_tokens", "resident_tokens")
+    return resident(model, spec, **{name: getattr(plan, name) for name in names})
 
 
 def host_attention(model: PreTrainedModel, spec: TrialSpec, **options: Any) -> HeadInfer:

@@ -263,10 +263,7 @@ class Device(Protocol):
         """Host memory that is kept for the next caches, and that can be had at once."""
 
     def keep_host_memory(self, spare_bytes: int, most_bytes: int | None) -> None:
-        """Keep so much host memory of caches that are gone, where getting it takes time.
-
-        With what is used it is no more than `most_bytes`, unless that is None.
-        """
+        """Keep so much of caches that are gone; with what is used `most_bytes` at most."""
 
     def device_empty(self, num_bytes: int) -> torch.Tensor:
         """Return `num_bytes` of uninitialised device memory as uint8.
@@ -275,6 +272,9 @@ class Device(Protocol):
         enqueued by now. The memory is freed with its last view, and is then compute's at once. It
         must not be freed before compute or the host has waited for every copy that touches it.
         """
+
+    def give_back_unused(self) -> None:
+        """Give back device memory that was freed, and is kept for whoever asks next."""
 
     def mapped(self, memory: torch.Tensor) -> torch.Tensor:
         """Return memory of `host_empty` as a tensor that the device's kernels read where it lies.

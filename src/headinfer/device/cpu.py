@@ -50,6 +50,9 @@ class CpuDevice:
 
     device_empty = host_empty
 
+    def give_back_unused(self) -> None:
+        """Do nothing: none is kept."""
+
     def in_use(self) -> contextlib.AbstractContextManager[None]:
         """Do nothing: there is one."""
         return contextlib.nullcontext()

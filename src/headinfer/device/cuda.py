@@ -166,6 +166,11 @@ class CudaDevice:
                 "smaller device_memory or smaller tiles and chunks"
             ) from error
 
+    def give_back_unused(self) -> None:
+        """Have torch's allocator keep nothing; waits for the device where there is anything."""
+        with _capture_or_synchronize, torch.cuda.device(self.torch_device):
+            torch.cuda.empty_cache()
+
     def mapped(self, memory: torch.Tensor) -> torch.Tensor:
         """Return a view of page-locked memory as the device addresses it."""
         address = memory.data_ptr()

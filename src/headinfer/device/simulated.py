@@ -137,6 +137,9 @@ class SimulatedDevice:
         self.compute.writes(tensor, "what had this memory before")
         return tensor
 
+    def give_back_unused(self) -> None:
+        """Do nothing: memory that is freed is known as such."""
+
     def mapped(self, memory: torch.Tensor) -> torch.Tensor:
         """Return the memory itself; that compute reads it must be stated."""
         return memory

@@ -142,7 +142,7 @@ def _ours(situation: Situation, method: str, split: Split, spread: Spread) -> Sp
         situation,
         (method, split, spread),
         [_use_of_ours(each, plan) for each, plan in zip(here, plans, strict=True)],
-        [plan.placement for plan in plans],
+        [each.placement(plan) for each, plan in zip(here, plans, strict=True)],
         kv_host_bytes=sum(plan.kv_host_bytes(tokens) for plan in plans),
         max_context_tokens=longest if all(each.least_plan().fits for each in here) else 0,
     )

@@ -249,7 +249,7 @@ def _of_plan(situation: Situation, name: str, plan: Plan) -> MethodPlan:
     """Return the method that a plan of ours is, its longest context being set by its KV alone."""
     accounting, tokens = situation.accounting, situation.context_tokens
     footprint = (
-        _paper_footprint(situation, plan) if accounting.is_paper else _footprint(plan, tokens)
+        _paper_footprint(situation, plan) if accounting.is_paper else _footprint(situation, plan)
     )
     kv_bytes = accounting.kv_bytes(tokens)
     # On the CPU all KV lies in the memory that the plan leaves, elsewhere in host memory.
@@ -277,7 +277,7 @@ def _with_disk(situation: Situation, method: MethodPlan, plan: Plan) -> MethodPl
     return replace(
         method,
         kv_disk_bytes=below_bytes,
-        disk_read_bytes=disk_read_bytes(plan, tokens),
+        disk_read_bytes=disk_read_bytes(situation.in_answer(plan), tokens),
         disk_short_bytes=max(below_bytes - situation.disk.free_bytes, 0),
         disk_block_tokens=plan.disk_block_tokens,
         disk_host_blocks=plan.disk_host_blocks,
@@ -301,14 +301,15 @@ def most_tokens(situation: Situation, room_bytes: int, plans: Sequence[Plan]) ->
     return max(room_bytes, 0) // shape.host_kv_bytes(many, situation.batch) * many
 
 
-def _footprint(plan: Plan, tokens: int) -> Footprint:
+def _footprint(situation: Situation, plan: Plan) -> Footprint:
+    tokens = situation.context_tokens
     tile_tokens = min(plan.tile_tokens, plan.disk_block_tokens or plan.tile_tokens)
     return Footprint(
         kv_device_bytes=plan.kv_device_bytes,
         activation_bytes=plan.activation_bytes,
         kv_total_bytes=plan.shape.kv_bytes(tokens, plan.batch),
         kv_host_bytes=plan.kv_host_bytes(tokens),
-        placement=plan.placement,
+        placement=situation.placement(plan),
         tile_tokens=None if tile_tokens >= ALL_TOKENS else tile_tokens,
     )
 

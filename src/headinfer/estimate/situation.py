@@ -6,6 +6,7 @@ from headinfer.errors import MemoryPlanError
 from headinfer.estimate.accounting import Accounting, AccountingKind
 from headinfer.estimate.below import Disk
 from headinfer.plan import memory
+from headinfer.plan.answering import answering
 from headinfer.plan.below_host import InBlocks
 from headinfer.plan.format import Format
 from headinfer.plan.hardware import Hardware
@@ -14,7 +15,7 @@ from headinfer.plan.options import Options
 from headinfer.plan.plan import Plan
 from headinfer.plan.resolve import least_plan, resolve
 from headinfer.plan.shape import ModelShape
-from headinfer.plan.step_time import Parts
+from headinfer.plan.step_time import Parts, Placement
 from headinfer.plan.streaming import PAPERS_SPARSITY, evenly_streaming
 
 
@@ -202,10 +203,18 @@ class Situation:
                 batch=self.batch,
                 context_tokens=self.context_tokens,
                 hardware=self.hardware,
-                in_blocks=InBlocks(self.host_room_bytes, self.beside) if self.disk else InBlocks(),
+                in_blocks=InBlocks(self.host_room_bytes if self.disk else None, self.beside),
             )
         except MemoryPlanError:
             return self.least_plan()
+
+    def in_answer(self, plan: Plan) -> Plan:
+        """Return the plan for a prompt's answer; the prompt's own where there is no other."""
+        return answering(plan, self.options) or plan
+
+    def placement(self, plan: Plan) -> Placement:
+        """Return what times depend on, with the residents of the answer."""
+        return replace(plan.placement, answer_resident_bytes=self.in_answer(plan).resident_bytes)
 
     def least_plan(self) -> Plan:
         """Return the plan that takes the least device memory."""

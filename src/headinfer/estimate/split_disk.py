@@ -52,7 +52,7 @@ def below_host(situation: Situation, plans: Sequence[Plan], processes: int) -> B
     return BelowHost(
         plans=blocks,
         kv_disk_bytes=on_disk,
-        disk_read_bytes=sum(disk_read_bytes(plan, tokens) for plan in blocks),
+        disk_read_bytes=sum(disk_read_bytes(situation.in_answer(plan), tokens) for plan in blocks),
         disk_short_bytes=max(on_disk - free_bytes, 0),
         max_context_tokens=_longest(blocks, free_bytes),
     )

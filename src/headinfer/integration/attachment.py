@@ -177,6 +177,7 @@ class Attachment:
         shape, cache = new_shape(arguments), self._cache_of(arguments)
         try:
             if shape is None or cache is None:
+                self._owner.answers.clear()
                 output = forward(**arguments)
                 self.functions.check_none_pending()
                 return output

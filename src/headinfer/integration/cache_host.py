@@ -12,6 +12,7 @@ from headinfer.ranks.group import Ranks
 from headinfer.saved.fingerprint import Fingerprint
 
 if TYPE_CHECKING:
+    from headinfer.integration.answer_room import AnswerRoom
     from headinfer.integration.disk_below import DiskBelow
 
 
@@ -40,6 +41,10 @@ class CacheHost(Protocol):
         dtype: torch.dtype | None = None,
     ) -> Plan:
         """Return the plan for a cache, in place of the one its engine has, or refuse."""
+
+    @property
+    def answers(self) -> "AnswerRoom":
+        """The memory that an answer may have."""
 
     @property
     def disk(self) -> "DiskBelow":

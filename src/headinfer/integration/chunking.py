@@ -154,12 +154,12 @@ def _obstacle(config: Any, arguments: dict[str, Any], *, multimodal: bool) -> st
     unknown = [
         name
         for name, value in arguments.items()
-        if not _is_understood(name, value, multimodal=multimodal)
+        if not is_understood(name, value, multimodal=multimodal)
     ]
     return f"it was given {', '.join(unknown)}" if unknown else None
 
 
-def _is_understood(name: str, value: Any, *, multimodal: bool) -> bool:
+def is_understood(name: str, value: Any, *, multimodal: bool) -> bool:
     """Whether an argument means for chunks what it means for the whole."""
     if name == "return_dict":
         return value is not False

@@ -14,6 +14,7 @@ from headinfer.engine.busy import BusyTimes
 from headinfer.engine.parted import CacheEngine
 from headinfer.engine.stats import Stats
 from headinfer.errors import CacheStateError
+from headinfer.integration.answer_room import AnswerRoom, is_short
 from headinfer.integration.cache import OffloadedCache
 from headinfer.integration.chunking import Chunking, run_leading_chunks
 from headinfer.integration.decode_call import verifies
@@ -42,6 +43,7 @@ class AttachmentOwner(Protocol):
     stats: Stats
     ranks: Ranks
     busy: BusyTimes
+    answers: AnswerRoom
 
     def new_cache(self) -> OffloadedCache:
         """Return a cache for a call that brings none."""
@@ -129,7 +131,8 @@ class ServedCall:
             sizes = self._rows, self._new_tokens, past_tokens
             ranks.check_same(fingerprint(arguments.get("input_ids"), *sizes))
         check_history(arguments, past_tokens, self._new_tokens)
-        self.cache.state.prepare(self._rows, self._new_tokens)
+        short = is_short(arguments, self._new_tokens)
+        self.cache.state.prepare(self._rows, self._new_tokens, short=short)
         engine = self.cache.state.engine
         if engine is not None and not self._drafting:
             engine.send_late()  # what the call before has left

@@ -9,6 +9,7 @@ from headinfer.engine.engine import Engine
 from headinfer.engine.parted import CacheEngine
 from headinfer.engine.readout import Part
 from headinfer.errors import CacheStateError, MemoryPlanError
+from headinfer.integration.answers import AnswerPlans
 from headinfer.integration.cache_host import CacheHost
 from headinfer.integration.engine_memory import check_room, engine_with_memory, make_room
 from headinfer.integration.pending import Pending
@@ -51,6 +52,7 @@ class OffloadedState:
         self.turns = host.functions.turns
         self.closed = False
         self.max_tokens = max_tokens
+        self._answers = AnswerPlans(host.answers)
         self._call = 1, 0  # rows and new tokens of the call that was last prepared for
         self._computed_dtype: torch.dtype | None = None  # where keys are not of the model's dtype
 
@@ -97,12 +99,13 @@ class OffloadedState:
         return self.engine.plan.chunk_tokens if self.engine else None
 
     @in_turn
-    def prepare(self, batch: int, new_tokens: int) -> None:
+    def prepare(self, batch: int, new_tokens: int, *, short: bool = False) -> None:
         """Make the engine for the first tokens; make sure of host memory for these and the rest.
 
         Args:
             batch: rows.
             new_tokens: tokens to come in each row, in this call of the model.
+            short: whether a plan for answers has the memory for the call.
 
         Raises:
             CacheStateError: the cache was closed, or holds another number of rows or dtype; or no
@@ -134,6 +137,16 @@ class OffloadedState:
             plan = self.host.plan_for(batch, with_growth(wanted), replacing=self.engine)
             self.engine.replan(plan)
         self.engine.go_on()
+        self._answers.begin_call(self.engine, new_tokens, short=short)
+
+    @in_turn
+    def begin_answer(self) -> None:
+        """Change to a plan for answers now, as decode steps do by themselves once that pays.
+
+        Nothing changes where there is none, or where others have the memory.
+        """
+        if self.engine is not None and not (self.engine.parked or self.engine.drafting):
+            self._answers.begin(self.engine)
 
     def _wake(self, tokens: int) -> None:
         """Give a parked engine an arena, for so many tokens."""

@@ -21,9 +21,9 @@ _LEAST_CONTEXT_TOKENS = 8192
 _CHUNK_CHOICES = (8192, 4096, 2048, 1024, 512, 256, MIN_CHUNK_TOKENS)
 _CPU_CHUNK_TOKENS = 512
 
-_WHOLE_PROMPT_TOKENS = 16384
-"""A context of up to so many tokens may pass in one chunk. Longer ones leave the memory for that to
-resident tokens: chunks of 16K are hardly faster than those of 8K."""
+LARGE_CHUNK_TOKENS = 16384
+"""A context of up to so many tokens may pass in one chunk. Longer ones may pass in such chunks
+where residents of the answer have their memory. Elsewhere tokens that are resident need it."""
 
 _TILE_TARGET_BYTES = 64 * 2**20
 """The usual tile, where nothing is known of the machine: 64 MiB take 2.5 ms at 25 GB/s."""
@@ -35,8 +35,8 @@ def chunk_sizes(options: Options, device: str, context_tokens: int | None) -> tu
         return (options.chunk_tokens,)
     if device == "cpu":
         return tuple(choice for choice in _CHUNK_CHOICES if choice <= _CPU_CHUNK_TOKENS)
-    if context_tokens and _CHUNK_CHOICES[0] < context_tokens <= _WHOLE_PROMPT_TOKENS:
-        return _WHOLE_PROMPT_TOKENS, *_CHUNK_CHOICES
+    if context_tokens and _CHUNK_CHOICES[0] < context_tokens <= LARGE_CHUNK_TOKENS:
+        return LARGE_CHUNK_TOKENS, *_CHUNK_CHOICES
     return _CHUNK_CHOICES
 
 

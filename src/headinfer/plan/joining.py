@@ -34,6 +34,7 @@ def joined(shape: ModelShape, parts: Sequence[Plan]) -> Plan:
             brought_bytes=sum(part.shape.brought_bytes for part in parts),
         ),
         parts=tuple(parts),
+        prompt_plan=None,  # each part has its own
         chunk_tokens=min(part.chunk_tokens for part in parts),
         tile_heads=max(part.tile_heads for part in parts),
         tile_tokens=max(part.tile_tokens for part in parts),

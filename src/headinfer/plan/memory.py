@@ -55,7 +55,8 @@ more. They took 285 MiB and 32, and 256 MiB were too few. Larger chunks take mor
 `_fragments_beyond`.
 """
 
-_CUBLAS_BYTES = 32 * 2**20
+_USUAL_TENSOR_BYTES = 224 * 2**20
+"""The MLP's tensor in that prefill."""
 
 _WEIGHTS_SHARE = 0.9
 """Share of the memory beside CUDA itself that weights take of a GPU; KV and activations follow."""
@@ -286,11 +287,11 @@ def activation_bytes(
 def _fragments_beyond(tensor_bytes: int) -> int:
     """Bytes that torch's allocator holds and cannot use, more than what CUDA itself has for them.
 
-    They grow with the MLP's tensors. On an H100 they were 1.27 times such a tensor, 285 MiB, in the
-    prefill that CUDA's own share was measured by. A prompt of 100K tokens in chunks of 16K ran out
-    of memory with no more than that share.
+    They grow with the MLP's tensors, here by twice what one has more than in the prefill that
+    CUDA's own share was measured by. On an H100 they were 1.27 times such a tensor there, and 1.33
+    times with chunks of 16K tokens. With 4/3 of it prompts in chunks of 16.5K ran out of memory.
     """
-    return max(tensor_bytes * 4 // 3 + _CUBLAS_BYTES - _CUDA_FRAGMENTS_BYTES, 0)
+    return 2 * max(tensor_bytes - _USUAL_TENSOR_BYTES, 0)
 
 
 def _merge_bytes(itemsize: int, *, on_cpu: bool) -> int:

@@ -30,6 +30,25 @@ def narrowed(plan: Plan, activation_bytes: int) -> Plan:
     return replace(plan, chunk_tokens=chunk_tokens, activation_bytes=needed)
 
 
+def for_prompts(plan: Plan) -> Plan:
+    """Return the plan to go back to for a prompt, where one is for an answer; else that one.
+
+    Blocks above a disk stay as few as they became meanwhile.
+    """
+    if plan.prompt_plan is None:
+        return plan
+    return replace(
+        plan.prompt_plan,
+        disk_host_blocks=plan.disk_host_blocks,
+        disk_staging_bytes=plan.disk_staging_bytes,
+    )
+
+
+def without_residents(plan: Plan) -> Plan:
+    """Return a plan for prompts that keeps no token resident."""
+    return replace(for_prompts(plan), resident_tokens=0, resident_bytes=0)
+
+
 def with_fewer_residents(plan: Plan, tokens: int) -> Plan:
     """Return a plan that keeps no more than so many tokens resident."""
     if plan.resident_tokens <= tokens:

@@ -52,6 +52,7 @@ class Plan:
         disk_staging_bytes: the host memory of blocks that are being written to the disk.
         whole_tokens: tokens of the longest call that cannot pass in chunks; 0 for none.
         parts: the plan of each device where the layers lie on several; see `plan.joining`.
+        prompt_plan: the plan to go back to for a prompt, if this is for its answer.
     """
 
     shape: ModelShape
@@ -87,6 +88,7 @@ class Plan:
     disk_staging_bytes: int = 0
     whole_tokens: int = 0
     parts: tuple["Plan", ...] = ()
+    prompt_plan: "Plan | None" = None
 
     @property
     def of_devices(self) -> tuple["Plan", ...]:

@@ -225,7 +225,7 @@ class Predictor:
 
     def decode(self, placement: Placement, context_tokens: int) -> Parts:
         """Return the parts of one decode step behind `context_tokens` tokens."""
-        hardware, batch = self._hardware, placement.batch
+        hardware, batch, placement = self._hardware, placement.batch, placement.in_answer
         on_host = self._host_share(placement, context_tokens) * self.streamed_bytes(
             placement, context_tokens
         )

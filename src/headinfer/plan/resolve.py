@@ -7,6 +7,7 @@ from headinfer.errors import MemoryPlanError, OptionError
 from headinfer.plan import memory
 from headinfer.plan.below_host import InBlocks, share_in_memory
 from headinfer.plan.choices import (
+    LARGE_CHUNK_TOKENS,
     MIN_CHUNK_TOKENS,
     MIN_TILE_TOKENS,
     chunk_sizes,
@@ -14,11 +15,11 @@ from headinfer.plan.choices import (
     tile_sizes,
 )
 from headinfer.plan.drafts import with_drafts
-from headinfer.plan.format import Format
 from headinfer.plan.hardware import Hardware
 from headinfer.plan.options import Options
 from headinfer.plan.plan import Plan
 from headinfer.plan.predict import Predictor, balanced_host_share
+from headinfer.plan.residents import may_answer, with_residents
 from headinfer.plan.shape import ModelShape
 from headinfer.schedule.route import MAX_ASKED_TOKENS
 from headinfer.units import counted, format_bytes
@@ -92,6 +93,12 @@ def resolve(
     if hardware is None or context_tokens is None or fits:
         return _with_host_share(largest, options, hardware)
     fitting = [first, *(plan for plan in candidates if plan.fits)]
+    # On several devices the last one waits for the first chunk to come through the others.
+    alone = not in_blocks.beside
+    if alone and options.chunk_tokens == "auto" and may_answer(shape, options, device):
+        large = replace(options, chunk_tokens=LARGE_CHUNK_TOKENS)
+        larger = _candidates(shape, large, device, batch, context_tokens, in_blocks)
+        fitting = [*(plan for plan in larger if plan.fits), *fitting]
     plans = [
         _with_host_share(plan, options, hardware)
         for plan in _fastest_candidates(fitting, options, resident, context_tokens, in_blocks)
@@ -198,14 +205,7 @@ class _Residency:
         tokens = (
             self.wanted if self.context_tokens is None else (min(self.wanted, self.context_tokens))
         )
-        if plan.device_memory_bytes is not None:
-            left = plan.device_memory_bytes - plan.total_device_bytes
-            fitting = memory.resident_tokens(plan.shape, left, batch=plan.batch)
-            if plan.shape.packs:  # tiles behind them then begin where pages do
-                fitting -= fitting % Format.PACKED.row_tokens
-            tokens = min(tokens, fitting)
-        size = memory.resident_bytes(plan.shape, resident_tokens=tokens, batch=plan.batch)
-        return replace(plan, resident_tokens=tokens, resident_bytes=size)
+        return with_residents(plan, tokens)
 
 
 def _with_host_share(plan: Plan, options: Options, hardware: Hardware | None) -> Plan:

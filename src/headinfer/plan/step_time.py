@@ -1,6 +1,6 @@
 """What a pass does with the KV cache as far as time depends on it, and the parts of its time."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 _EXPOSED = 0.1
 """Share of starting that copies do not hide.
@@ -31,6 +31,7 @@ class Placement:
         tile_heads: KV heads of one streamed tile.
         tile_tokens: tokens of one streamed tile; None where nothing is streamed.
         resident_bytes: KV that stays on the device.
+        answer_resident_bytes: as much in decode steps, where it is more; see `plan.answering`.
         kv_share: bytes read of a KV element, over its bytes as computed (less than 1 if quantised).
         host_share: share of what is not resident that the CPU attends in a decode step.
         overlap: whether copies run beside attention.
@@ -43,11 +44,18 @@ class Placement:
     tile_heads: int = 1
     tile_tokens: int | None = None
     resident_bytes: int = 0
+    answer_resident_bytes: int = 0
     kv_share: float = 1.0
     host_share: float = 0.0
     overlap: bool = True
     disk_block_tokens: int = 0
     disk_host_blocks: int = 0
+
+    @property
+    def in_answer(self) -> "Placement":
+        """The placement of decode steps, once an answer has its own plan."""
+        most = max(self.resident_bytes, self.answer_resident_bytes)
+        return replace(self, resident_bytes=most)
 
     def disk_tokens(self, tokens: int) -> int:
         """Tokens of `tokens` in each layer's rows that lie on a disk."""

@@ -1,0 +1,54 @@
+"""Plans for answers: memory of a prompt's activations holds resident tokens until the next one."""
+
+from dataclasses import replace
+
+from headinfer.plan import memory
+from headinfer.plan.options import Options
+from headinfer.plan.plan import Plan
+from headinfer.plan.residents import may_answer, with_residents
+
+SHORT_CALL_TOKENS = 1024
+"""New tokens of each row in the longest call that a plan for answers is for: a short question."""
+
+_LEAST_GAIN = 1 / 32
+"""Share of the streamed bytes that an answer must be spared. Less is not worth another arena."""
+
+
+def answering(plan: Plan, options: Options) -> Plan | None:
+    """Return a plan for short calls behind a prompt; None where it would spare too few bytes.
+
+    It differs in the tokens that pass at once, in what these take, and in the resident tokens.
+    None as well where `may_answer` says so.
+
+    Args:
+        plan: of a cache on one device, under which its prompts pass.
+        options: what the user set.
+    """
+    context, shape = plan.context_tokens, plan.shape
+    given = replace(options, device_memory_bytes=plan.device_memory_bytes)
+    if context is None or not may_answer(shape, given, plan.device):
+        return None
+    chunk_tokens, batch = min(plan.chunk_tokens, SHORT_CALL_TOKENS), plan.batch
+    short = replace(
+        plan,
+        prompt_plan=plan,
+        chunk_tokens=chunk_tokens,
+        whole_tokens=0,
+        resident_tokens=0,
+        resident_bytes=0,
+        chunk_page_bytes=memory.chunk_page_bytes(shape, chunk_tokens=chunk_tokens, batch=batch),
+        window_bytes=memory.window_bytes(
+            shape, chunk_tokens=chunk_tokens, page_tokens=plan.page_tokens, batch=batch
+        ),
+        activation_bytes=memory.activation_bytes(
+            shape,
+            chunk_tokens=chunk_tokens,
+            tile_heads=plan.tile_heads,
+            batch=batch,
+            device=plan.device,
+        ),
+    )
+    short = with_residents(short, context)
+    streamed = plan.streamed_bytes(context)
+    spared = streamed - short.streamed_bytes(context)
+    return short if spared > _LEAST_GAIN * streamed else None

@@ -1,0 +1,383 @@
+"""Caches whose answers have resident tokens where the prompt's activations were."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from answering_caches import (
+    LONG,
+    PROMPT,
+    RESIDENT,
+    SHORT,
+    Chat,
+    attached,
+    device_memory,
+    long_model,
+)
+from headinfer.device.simulated import SimulatedDevice
+from headinfer.errors import MemoryPlanError
+from headinfer.integration.cache import OffloadedCache
+from headinfer.offload import Offload
+from headinfer.plan.memory import CUDA_GRAPHS_BYTES, CUDA_OUTSIDE_BYTES
+from parted import spread
+from tiny_models import random_tokens, tiny_model
+
+MANY = 40
+"""Steps that are enough for any change of plans here."""
+
+
+def answering(model: Any, offload: Any, *beside: Chat, seed: int = 0) -> Chat:
+    """Return a cache under a plan for answers."""
+    chat = Chat(model, offload, seed, *beside)
+    chat.take(PROMPT)
+    chat.steps_to_answer()
+    return chat
+
+
+def in_any_chunks(model: Any) -> Offload:
+    """Attach with chunks that become shorter where there is less memory."""
+    memory = device_memory(model, chunk_tokens=2048)
+    return attached(model, device_memory=memory, chunk_tokens="auto")
+
+
+@pytest.mark.parametrize("capture", [True, False])
+@pytest.mark.parametrize("name", ["llama3", "gemma3"])
+def test_an_answer_has_residents_until_the_next_prompt(name: str, capture: bool) -> None:
+    layers = {"num_hidden_layers": 3} if name == "gemma3" else {}  # some with a window
+    model = long_model(name, **layers)
+    with attached(model, capture=capture) as offload:
+        chat = Chat(model, offload)
+        chat.take(PROMPT)
+        prompt = chat.plan
+        assert prompt.resident_tokens == RESIDENT
+        for take in (SHORT, LONG):
+            chat.steps_to_answer()
+            assert chat.plan.resident_tokens > prompt.resident_tokens
+            assert chat.plan.activation_bytes < prompt.activation_bytes
+            chat.check()
+            chat.take(4, logits_to_keep=0)  # as where drafts are verified
+            chat.steps(4)
+            chat.check()
+            assert chat.answers
+            chat.take(take)
+            chat.check()
+            assert chat.answers == (take == SHORT)
+            if chat.answers:
+                chat.take(SHORT, logits_to_keep=0)  # whose logits no answer's plan has room for
+                assert not chat.answers
+        assert chat.plan == prompt
+        chat.steps(3)
+        chat.check()
+        assert (offload.stats.captured_steps > 0) == capture
+
+
+def test_plans_change_once_as_many_bytes_were_streamed_in_vain_as_that_takes() -> None:
+    model = long_model()
+    with attached(model) as offload:
+        chat = Chat(model, offload)
+        chat.take(PROMPT)
+        prompt, tokens = chat.plan, []
+        while not chat.answers:
+            tokens.append(chat.cache.get_seq_length())
+            chat.steps(1)
+        answer = chat.plan
+
+        def lost(steps: list[int]) -> int:
+            plans = (prompt, answer)
+            before, after = (sum(map(plan.streamed_bytes, steps)) for plan in plans)
+            return before - after
+
+        def cost(held: int) -> int:
+            kept = (min(held, plan.resident_tokens) for plan in (prompt, answer))
+            return sum(map(prompt.shape.kv_bytes, kept))
+
+        *before, last = tokens
+        assert len(before) > 1
+        assert lost(before) >= cost(last)
+        assert lost(before[:-1]) < cost(before[-1])
+        chat.take(LONG)
+        for _ in range(4):  # what was lost before a long call counts no more
+            chat.steps(len(before) - 1)
+            assert not chat.answers
+            chat.take(LONG)
+
+
+def test_an_answer_can_begin_at_once() -> None:
+    model = long_model()
+    with attached(model) as offload:
+        chat = Chat(model, offload)
+        chat.take(PROMPT)
+        prompt = chat.plan
+        chat.cache.state.begin_answer()
+        assert chat.answers
+        chat.steps(3)
+        chat.check()
+        answer = chat.plan
+        chat.cache.state.begin_answer()  # has no effect a second time
+        assert chat.plan is answer
+        chat.take(LONG)
+        assert chat.plan == prompt
+
+
+def test_an_answer_does_not_begin_where_another_cache_may_need_the_memory() -> None:
+    model = long_model()
+    with in_any_chunks(model) as offload:
+        chat = Chat(model, offload)
+        chat.take(PROMPT)
+        Chat(model, offload, 7, chat).take(PROMPT)
+        chat.cache.state.begin_answer()
+        assert not chat.answers
+        chat.steps(2)
+        chat.check()
+
+
+def test_what_crosses_the_link_in_a_step_is_what_the_plan_says() -> None:
+    model = long_model()
+    with attached(model, capture=False) as offload:
+        chat = answering(model, offload)
+        chat.steps(2)
+        plans = chat.plan.prompt_plan, chat.plan
+        for plan in reversed(plans):
+            assert plan is not None
+            if chat.plan != plan:
+                chat.take(LONG)
+            chat.steps(1)
+            before, tokens = offload.stats.bytes_to_device, chat.cache.get_seq_length()
+            chat.steps(1)
+            crossed = offload.stats.bytes_to_device - before
+            tail = plan.shape.kv_bytes(2 * plan.page_tokens)
+            assert 0 <= plan.streamed_bytes(tokens) - crossed <= tail or not crossed
+            assert (crossed == 0) == (tokens <= plan.resident_tokens)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"resident_tokens": RESIDENT}, {"device_memory": None}, {"draft_tokens": 256}],
+    ids=["given", "no-limit", "drafts"],
+)
+def test_what_the_user_set_stays(options: dict[str, Any]) -> None:
+    model = long_model()
+    with attached(model, **options) as offload:
+        chat = Chat(model, offload)
+        chat.take(PROMPT)
+        before = chat.plan
+        for _ in range(MANY):
+            with torch.no_grad():
+                model(random_tokens(1, 1), **chat.cache.as_keyword())
+        assert chat.plan is before
+
+
+def test_another_cache_has_the_memory_first() -> None:
+    model = long_model()
+    with in_any_chunks(model) as offload:
+        first = answering(model, offload)
+        second = Chat(model, offload, 7, first)
+        second.take(PROMPT)
+        assert not first.answers
+        for _ in range(MANY):
+            first.steps(1)
+            second.steps(1)
+        assert not first.answers
+        assert not second.answers
+        first.check()
+        second.check()
+        first.cache.park()
+        second.cache.park()  # it is planned without the other when it goes on
+        second.steps_to_answer()
+        first.take(1)  # which needs an arena
+        assert not second.answers
+        second.steps(2)
+        first.steps(2)
+        first.check()
+        second.check()
+
+
+def forked(chat: Chat) -> OffloadedCache:
+    return chat.cache.fork()
+
+
+def copied(chat: Chat) -> OffloadedCache:
+    return copy.deepcopy(chat.cache)
+
+
+@pytest.mark.parametrize("make", [forked, copied])
+def test_copies_hold_the_same(make: Callable[[Chat], OffloadedCache]) -> None:
+    model = long_model()
+    with in_any_chunks(model) as offload:
+        chat = answering(model, offload)
+        other = Chat(model, offload, 0, chat)
+        other.cache, other.said, other._taken = make(chat), chat.said, chat._taken
+        other.take(3)
+        assert not chat.answers
+        chat.take(2)
+        chat.check()
+        other.check()
+
+
+def parked(chat: Chat, _folder: Path) -> None:
+    chat.cache.park()
+
+
+def cropped(chat: Chat, _folder: Path) -> None:
+    chat.crop(PROMPT - 900)
+
+
+def emptied(chat: Chat, _folder: Path) -> None:
+    chat.cache.reset()
+    chat.said = chat.said[:, :0]
+    chat.take(SHORT)
+
+
+def in_rows(chat: Chat, _folder: Path) -> None:
+    chat.cache.batch_repeat_interleave(2)
+    chat.cache.batch_select_indices(torch.tensor([1]))
+
+
+def saved(chat: Chat, folder: Path) -> None:
+    chat.cache.save(folder / "session")
+    chat.cache.close()
+    chat.cache = chat.offload.load_cache(folder / "session")
+
+
+@pytest.mark.parametrize("change", [parked, cropped, emptied, in_rows, saved])
+def test_changes_of_an_answering_cache(
+    change: Callable[[Chat, Path], None], tmp_path: Path
+) -> None:
+    model = long_model()
+    with in_any_chunks(model) as offload:
+        chat = answering(model, offload)
+        change(chat, tmp_path)
+        for take in (3, SHORT, LONG, 1, 1):
+            chat.take(take)
+            chat.check()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"host_attention": 0.5},
+        {"overlap": False},
+        {"disk_cache": True, "host_memory": "2300KiB"},
+    ],
+    ids=["host", "in-turn", "disk"],
+)
+def test_placements(options: dict[str, Any], tmp_path: Path) -> None:
+    model = long_model()
+    if "disk_cache" in options:
+        options = options | {"disk_cache": tmp_path}
+    with attached(model, **options) as offload:
+        chat = answering(model, offload)
+        assert (chat.plan.disk_tokens(PROMPT) > 0) == ("disk_cache" in options)
+        for take in (1, 5, SHORT, LONG, 1):
+            chat.take(take)
+            chat.check()
+        assert not chat.answers
+
+
+class Full(SimulatedDevice):
+    """A device whose memory others have taken: there is room for so many bytes in one piece."""
+
+    most_bytes = 2**40
+    refused = 0
+
+    def device_empty(self, num_bytes: int) -> torch.Tensor:
+        if num_bytes > self.most_bytes:
+            self.refused += 1
+            raise MemoryPlanError("the device has none left")
+        return super().device_empty(num_bytes)
+
+
+def test_a_device_without_the_memory_is_asked_once() -> None:
+    model, device = long_model(), Full()
+    with attached(model, simulated_device=device) as offload:
+        chat = Chat(model, offload)
+        chat.take(PROMPT)
+        prompt, device.most_bytes = chat.plan, chat.plan.arena_bytes
+        for _ in range(MANY):
+            chat.steps(1)
+            assert chat.plan is prompt
+        assert device.refused == 1
+        chat.check()
+        chat.take(LONG)
+        chat.check()
+
+
+def test_a_device_that_lacks_even_what_it_gave_before_costs_the_residents_alone() -> None:
+    model, device = long_model(), Full()
+    with attached(model, simulated_device=device) as offload:
+        chat = answering(model, offload)
+        prompt = chat.plan.prompt_plan
+        assert prompt is not None
+        device.most_bytes = prompt.arena_bytes - 1
+        chat.take(LONG)
+        assert chat.plan.resident_tokens == 0
+        chat.check()
+
+
+def test_an_assistant_has_its_memory() -> None:
+    model = long_model()
+    with attached(model) as offload:
+        chat = answering(model, offload)
+        with offload.session.assistants.during(tiny_model("llama3"), 100):
+            for _ in range(MANY):
+                chat.steps(1)
+                assert not chat.answers
+        chat.steps_to_answer()
+
+
+def test_a_call_without_our_cache_has_the_memory() -> None:
+    model = long_model()
+    with attached(model) as offload:
+        chat = answering(model, offload)
+        with torch.no_grad():
+            model(random_tokens(1, 9), use_cache=False)
+        assert not chat.answers
+        chat.steps(1)
+        chat.check()
+
+
+def test_a_call_that_hands_out_more_than_logits_has_the_memory() -> None:
+    model = long_model()
+    with attached(model) as offload:
+        chat = answering(model, offload)
+        chat.take(2, output_hidden_states=True)
+        assert not chat.answers
+        chat.check()
+
+
+@pytest.mark.parametrize("layers", [(0, 0, 1), (0, 1, 0)])
+def test_each_of_several_devices_has_a_plan_of_its_own(layers: tuple[int, ...]) -> None:
+    model = long_model(num_hidden_layers=3)
+    with attached(model, simulated_device=spread(*layers)) as offload:
+        chat = Chat(model, offload)
+        chat.take(PROMPT)
+        chat.steps(MANY)
+        assert all(part.prompt_plan is not None for part in chat.plan.parts)
+        chat.check()
+        for take in (SHORT, LONG, 1):
+            chat.take(take)
+            chat.check()
+        assert not chat.answers
+
+
+@pytest.mark.gpu
+def test_cuda_answers_are_within_the_memory() -> None:
+    model = long_model(num_key_value_heads=8, head_dim=128, num_hidden_layers=4).to("cuda")
+    torch.cuda.empty_cache()
+    others = torch.cuda.memory_reserved()
+    with attached(model, device="cuda") as offload:
+        chat = Chat(model, offload)
+        chat.take(PROMPT)
+        for take in (SHORT, LONG):
+            chat.steps_to_answer()
+            chat.steps(4)
+            chat.check()
+            chat.take(take)
+            given = chat.plan.total_device_bytes - CUDA_OUTSIDE_BYTES - CUDA_GRAPHS_BYTES
+            assert torch.cuda.memory_reserved() - others <= given
+        assert not chat.answers
+        chat.check()

@@ -1,0 +1,155 @@
+"""Plans for answers: residents where the activations of a prompt's chunks were."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from headinfer.estimate.machines import HARDWARE
+from headinfer.estimate.presets import preset_shape
+from headinfer.plan.answering import SHORT_CALL_TOKENS, answering
+from headinfer.plan.below_host import InBlocks
+from headinfer.plan.memory import activation_bytes, resident_bytes
+from headinfer.plan.narrow import for_prompts, without_residents
+from headinfer.plan.options import Options
+from headinfer.plan.plan import Plan
+from headinfer.plan.predict import Predictor
+from headinfer.plan.resolve import resolve
+from headinfer.plan.shape import ModelShape
+from headinfer.plan.whole import passing_whole
+from shapes import LLAMA_3_8B
+
+TOKENS = 100 * 1024
+
+
+def planned(
+    shape: Any = LLAMA_3_8B, tokens: int = TOKENS, device: str = "cuda", **values: Any
+) -> tuple[Plan, Options]:
+    options = Options.parse(**{"device_memory": "24GiB", "chunk_tokens": "8K", **values})
+    return resolve(shape, options, device=device, context_tokens=tokens), options
+
+
+@pytest.mark.parametrize(
+    ("shape", "batch"),
+    [(LLAMA_3_8B, 1), (LLAMA_3_8B, 2), (preset_shape("gemma-2-9b"), 1)],
+    ids=["llama", "two-rows", "gemma"],
+)
+def test_all_that_short_calls_leave_holds_residents(shape: Any, batch: int) -> None:
+    options = Options.parse(device_memory="26GiB", chunk_tokens="4K")
+    plan = resolve(shape, options, device="cuda", batch=batch, context_tokens=TOKENS)
+    answer = answering(plan, options)
+    assert answer is not None
+    assert answer.chunk_tokens == SHORT_CALL_TOKENS
+    assert answer.activation_bytes == activation_bytes(
+        shape, chunk_tokens=1024, tile_heads=plan.tile_heads, batch=batch, device="cuda"
+    )
+    left = (plan.device_memory_bytes or 0) - answer.total_device_bytes
+    assert 0 <= left < 2 * resident_bytes(shape, resident_tokens=1, batch=batch)
+    gained = answer.resident_bytes - plan.resident_bytes
+    assert gained > 0.9 * (plan.activation_bytes - answer.activation_bytes)
+    same = ("tile_heads", "tile_tokens", "page_tokens", "staging_bytes", "tail_bytes", "host_share")
+    assert all(getattr(plan, name) == getattr(answer, name) for name in same)
+
+
+def test_an_answer_at_100k_tokens_streams_a_seventh_less() -> None:
+    plan, options = planned()
+    answer = answering(plan, options)
+    assert answer is not None
+    before, after = (each.streamed_bytes(TOKENS) for each in (plan, answer))
+    assert 0.80 < after / before < 0.86
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"device_memory": None},
+        {"device_memory": "48GiB"},  # all is resident
+        {"resident_tokens": 1000},
+        {"resident_tokens": 0},
+        {"draft_tokens": 1024},
+        {"chunk_tokens": "1K"},
+        {"tokens": 2**20},  # a fiftieth would be spared
+        {"device": "cpu", "device_memory": None},
+        {"shape": LLAMA_3_8B.packed},
+    ],
+    ids=["limitless", "all", "given", "none", "drafts", "short", "long", "cpu", "packed"],
+)
+def test_there_is_none_where_it_would_gain_little(values: dict[str, Any]) -> None:
+    plan, options = planned(**values)
+    assert answering(plan, options) is None
+
+
+def test_a_call_that_passed_whole_gives_its_memory_too() -> None:
+    plan, options = planned(chunk_tokens="1K")
+    whole = passing_whole(plan, options, 8192)
+    answer = answering(whole, options)
+    assert answer is not None
+    assert answer.whole_tokens == 0
+    assert answer.resident_tokens > whole.resident_tokens
+    assert for_prompts(answer) == whole
+
+
+def test_the_way_back_keeps_what_changed_above_a_disk() -> None:
+    plan, options = planned()
+    answer = answering(plan, options)
+    assert answer is not None
+    assert for_prompts(plan) is plan
+    lower = replace(answer, disk_host_blocks=7, disk_staging_bytes=9)
+    assert for_prompts(lower) == replace(plan, disk_host_blocks=7, disk_staging_bytes=9)
+    bare = without_residents(lower)
+    assert (bare.resident_tokens, bare.resident_bytes, bare.disk_host_blocks) == (0, 0, 7)
+    assert bare.prompt_plan is None
+
+
+def chunk_tokens(
+    tokens: int = TOKENS,
+    shape: ModelShape = LLAMA_3_8B,
+    beside: tuple[ModelShape, ...] = (),
+    **values: Any,
+) -> int:
+    """Return the tokens of a chunk that are chosen on an H100, with other layers elsewhere."""
+    hardware = HARDWARE["h100-80gb"]
+    options = Options.parse(**{"device_memory": "24GiB", **values})
+    plan = resolve(
+        *(shape, options),
+        device="cuda",
+        context_tokens=tokens,
+        hardware=hardware,
+        in_blocks=InBlocks(beside=beside),
+    )
+    return plan.chunk_tokens
+
+
+def test_chunks_of_a_long_prompt_are_large_where_its_answer_has_their_memory() -> None:
+    assert chunk_tokens() == 16384
+    assert chunk_tokens(chunk_tokens="8K") == 8192
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"tokens": 50 * 1024},  # all of which are resident with chunks of 8K
+        {"resident_tokens": 40000},
+        {"resident_tokens": 0},
+        {"draft_tokens": "auto"},
+        {"shape": LLAMA_3_8B.packed},
+        {"shape": replace(LLAMA_3_8B, ranks=2)},
+        {"beside": (LLAMA_3_8B,)},  # where the second device waits for a whole chunk
+    ],
+    ids=["all", "given", "none", "drafts", "packed", "ranks", "devices"],
+)
+def test_chunks_are_no_larger_where_its_answer_has_not(values: dict[str, Any]) -> None:
+    assert chunk_tokens(**values) <= 8192
+
+
+def test_predicted_decode_steps_are_those_of_the_answer() -> None:
+    plan, options = planned()
+    answer = answering(plan, options)
+    assert answer is not None
+    predictor = Predictor(LLAMA_3_8B, HARDWARE["h100-80gb"])
+    placement = replace(plan.placement, answer_resident_bytes=answer.resident_bytes)
+    answers_s = predictor.decode_s(answer.placement, TOKENS)
+    assert predictor.decode_s(placement, TOKENS) == answers_s
+    assert predictor.decode_s(plan.placement, TOKENS) > answers_s
+    prefill_s = predictor.prefill_s(plan.placement, TOKENS)
+    assert predictor.prefill_s(placement, TOKENS) == prefill_s
