@@ -206,10 +206,11 @@ class Session:
             raise CacheStateError("the model was detached; attach it again for a new cache")
         engines = list(self._engines)
         others = [each for each in engines if not (each is replacing or each.closed or each.parked)]
-        self.answers.clear(beside=replacing)
+        self.answers.clear()
         dtype = dtype or (self.kv_dtype() if replacing is None else replacing.dtype)
         room = functools.partial(self.host_room, self.plan.activation_bytes)
-        resolve = functools.partial(self._resolve, batch, context_tokens, others, dtype)
+        given = batch, context_tokens, others, dtype, replacing
+        resolve = functools.partial(self._resolve, *given)
         try:
             plan = self.disk.chosen(resolve, room, replacing, engines)
         except MemoryPlanError:
@@ -229,6 +230,7 @@ class Session:
         context_tokens: int | None,
         others: list[CacheEngine],
         dtype: torch.dtype,
+        replacing: CacheEngine | None = None,
         disk_room_bytes: int | None = None,
     ) -> Plan:
         """Return a plan that fits; where it fits on some ranks alone, none has one."""
@@ -239,6 +241,7 @@ class Session:
                 dtype,
                 self.assistants.on,
                 disk_room_bytes,
+                replacing.parts if replacing else (),
             )
         )
         # When a cache has outgrown its residents, all ranks plan anew.

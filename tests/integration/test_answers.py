@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+import headinfer
 from answering_caches import (
     LONG,
     PROMPT,
     RESIDENT,
     SHORT,
+    SIZES,
     Chat,
     attached,
     device_memory,
@@ -21,9 +23,16 @@ from answering_caches import (
 from headinfer.device.simulated import SimulatedDevice
 from headinfer.errors import MemoryPlanError
 from headinfer.integration.cache import OffloadedCache
+from headinfer.integration.parts import USED_SHARE
 from headinfer.offload import Offload
-from headinfer.plan.memory import CUDA_GRAPHS_BYTES, CUDA_OUTSIDE_BYTES
+from headinfer.plan.memory import (
+    CUDA_GRAPHS_BYTES,
+    CUDA_OUTSIDE_BYTES,
+    activation_bytes,
+    resident_bytes,
+)
 from parted import spread
+from shared_device import SharedDevice
 from tiny_models import random_tokens, tiny_model
 
 MANY = 40
@@ -276,6 +285,31 @@ def test_placements(options: dict[str, Any], tmp_path: Path) -> None:
             chat.take(take)
             chat.check()
         assert not chat.answers
+
+
+def test_an_answer_that_held_all_tokens_grows_beyond_its_plan() -> None:
+    model, tokens = long_model(), PROMPT + 40
+    sizes = SIZES | {"resident_tokens": 0}
+    with headinfer.attach(model, **sizes) as offload:
+        plan = offload.session.plan_for(1, tokens)
+    short = activation_bytes(
+        plan.shape, chunk_tokens=1024, tile_heads=plan.tile_heads, batch=1, device="simulated"
+    )
+    kept = resident_bytes(plan.shape, resident_tokens=tokens, batch=1)
+    prompts = plan.total_device_bytes - plan.shape.weights_bytes + kept  # all would be resident
+    device = SharedDevice(round((prompts - (plan.activation_bytes - short) / 2) / USED_SHARE))
+    with headinfer.attach(model, **SIZES, simulated_device=device) as offload:
+        chat = Chat(model, offload)
+        chat.cache = offload.new_cache(tokens)
+        chat.take(PROMPT)
+        prompt = chat.plan
+        assert 0 < prompt.resident_tokens < tokens == prompt.context_tokens
+        chat.cache.state.begin_answer()
+        assert chat.plan.resident_tokens == tokens
+        chat.steps(60)
+        chat.check()
+        assert chat.plan.context_tokens > tokens
+        assert chat.plan.device_memory_bytes == prompt.device_memory_bytes
 
 
 class Full(SimulatedDevice):

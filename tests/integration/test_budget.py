@@ -8,6 +8,7 @@ from headinfer.device.simulated import SimulatedDevice
 from headinfer.errors import MemoryPlanError
 from headinfer.plan.memory import activation_bytes, runtime_bytes
 from headinfer.plan.plan import Plan
+from shared_device import SharedDevice
 from tiny_models import random_tokens, shared_model
 
 GIB = 2**30
@@ -70,6 +71,19 @@ def test_a_device_that_is_full_is_refused_in_one_line(asked: str | None) -> None
     assert "CUDA itself 1.25 GiB" in message
     assert "all the device has" in message
     assert ("24.00 GiB" in message) == (asked is not None)
+
+
+def test_a_cache_that_grows_counts_its_own_memory_as_free() -> None:
+    model, tokens = shared_model("llama3"), random_tokens(1, 1600)
+    device = SharedDevice(48 * 2**20)
+    with headinfer.attach(model, device="simulated", simulated_device=device) as offload:
+        cache = offload.new_cache()
+        plans = []
+        for begin in range(0, 1600, 400):
+            model(tokens[:, begin : begin + 400], past_key_values=cache, logits_to_keep=1)
+            plans.append(cache.state.engine.plan)
+        assert len({plan.context_tokens for plan in plans}) > 1
+        assert {plan.device_memory_bytes for plan in plans} == {offload.plan.device_memory_bytes}
 
 
 @pytest.mark.parametrize("mib", [3, 5, 8, 12])

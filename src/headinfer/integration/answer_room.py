@@ -75,13 +75,13 @@ class AnswerRoom:
         """Whether assistants take of a device what a plan counts with."""
         return self._assistants(engine.device.torch_device) == plan.assistant
 
-    def clear(self, beside: CacheEngine | None = None) -> None:
-        """Have all caches but one go back to their plans for prompts.
+    def clear(self) -> None:
+        """Have all caches go back to their plans for prompts.
 
         One that cannot now keeps its plan: its own next call is told why.
         """
         for cache_engine in self._engines:
-            for engine in () if cache_engine is beside else cache_engine.parts:
+            for engine in cache_engine.parts:
                 if engine.can_change and not engine.parked:
                     with contextlib.suppress(DiskError, MemoryPlanError):
                         end_answer(engine)

@@ -70,6 +70,7 @@ class ModelPart:
         assistant: AssistantBytes,
         chunk_tokens: int | None = None,
         in_blocks: InBlocks = _NO_DISK,
+        replaced: Engine | None = None,
     ) -> Plan:
         """Return the plan of a cache's layers here, beside what other caches have on the device.
 
@@ -81,11 +82,13 @@ class ModelPart:
             assistant: what assistants take of this device.
             chunk_tokens: tokens of a chunk that all parts can pass; None for the best here.
             in_blocks: as in `headinfer.plan.resolve.resolve`.
+            replaced: the cache's engine here, if it has one, whose memory goes first.
 
         Raises:
             MemoryPlanError: no plan fits.
         """
-        asked, budget = self.options.device_memory_bytes, self._budget_bytes(others, assistant)
+        asked = self.options.device_memory_bytes
+        budget = self._budget_bytes([*others, replaced] if replaced else others, assistant)
         left = budget
         if budget is not None:
             # What they may come to hold: windows are there only while they have tokens.
@@ -123,7 +126,7 @@ class ModelPart:
             left += assistant.total_bytes
         return dataclasses.replace(plan, assistant=assistant, device_memory_bytes=left)
 
-    def _budget_bytes(self, others: Sequence[Engine], assistant: AssistantBytes) -> int | None:
+    def _budget_bytes(self, engines: Sequence[Engine], assistant: AssistantBytes) -> int | None:
         """Return the device memory for weights, runtime, activations and all caches together.
 
         That is what was asked for as far as the device has it, or most of what is free. Weights
@@ -132,7 +135,7 @@ class ModelPart:
         asked, free = self.options.device_memory_bytes, self.device.free_bytes()
         if free is None:
             return asked
-        free += sum(engine.device_kv_bytes for engine in others)
+        free += sum(engine.device_kv_bytes for engine in engines)
         weights = self.shape.weights_bytes + assistant.weights_bytes
         runtime = memory.runtime_bytes(self.device.name)
         most = weights + runtime + int(free * USED_SHARE)
@@ -151,6 +154,7 @@ def planned_together(
     dtype: torch.dtype,
     assistants: Callable[[torch.device], AssistantBytes],
     disk_room_bytes: int | None = None,
+    replaced: Sequence[Engine] = (),
 ) -> Plan:
     """Return the plan of a cache, whose parts pass chunks of as many tokens.
 
@@ -163,6 +167,7 @@ def planned_together(
         dtype: of the cache's keys and values.
         assistants: returns what they take of a device.
         disk_room_bytes: host memory for all parts, where a disk lies below it; None for no disk.
+        replaced: the cache's engines, one for each part; none where it is new.
 
     Raises:
         MemoryPlanError: no plan fits.
@@ -174,7 +179,8 @@ def planned_together(
         assistant = assistants(part.device.torch_device)
         beside = (each.shape for each in parts if each is not part)
         shapes = tuple(with_kv_dtype(other, dtype) for other in beside)
-        sizes = (chunk_tokens, InBlocks(disk_room_bytes, shapes))
+        own = replaced[number] if replaced else None
+        sizes = (chunk_tokens, InBlocks(disk_room_bytes, shapes), own)
         return part.resolve(batch, context_tokens, here, dtype, assistant, *sizes)
 
     plans = [planned(number) for number in range(len(parts))]
