@@ -75,8 +75,10 @@ def test_a_device_that_is_full_is_refused_in_one_line(asked: str | None) -> None
 
 def test_a_cache_that_grows_counts_its_own_memory_as_free() -> None:
     model, tokens = shared_model("llama3"), random_tokens(1, 1600)
-    device = SharedDevice(48 * 2**20)
-    with headinfer.attach(model, device="simulated", simulated_device=device) as offload:
+    device = SharedDevice(8 * 2**20)
+    with headinfer.attach(
+        model, device="simulated", simulated_device=device, chunk_tokens=256
+    ) as offload:
         cache = offload.new_cache()
         plans = []
         for begin in range(0, 1600, 400):
