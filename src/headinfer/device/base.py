@@ -263,7 +263,7 @@ class Device(Protocol):
         """Host memory that is kept for the next caches, and that can be had at once."""
 
     def keep_host_memory(self, spare_bytes: int, most_bytes: int | None) -> None:
-        """Keep so much of caches that are gone; with what is used `most_bytes` at most."""
+        """Keep so much host memory of gone caches: with what is used, up to any `most_bytes`."""
 
     def device_empty(self, num_bytes: int) -> torch.Tensor:
         """Return `num_bytes` of uninitialised device memory as uint8.
