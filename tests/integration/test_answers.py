@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,18 @@ from answering_caches import (
 )
 from headinfer.device.simulated import SimulatedDevice
 from headinfer.errors import MemoryPlanError
+from headinfer.integration import parts
 from headinfer.integration.cache import OffloadedCache
 from headinfer.integration.parts import USED_SHARE
 from headinfer.offload import Offload
+from headinfer.plan import predict
 from headinfer.plan.memory import (
     CUDA_GRAPHS_BYTES,
     CUDA_OUTSIDE_BYTES,
     activation_bytes,
     resident_bytes,
 )
+from measurements import WITH_GPU
 from parted import spread
 from shared_device import SharedDevice
 from tiny_models import random_tokens, tiny_model
@@ -285,6 +289,41 @@ def test_placements(options: dict[str, Any], tmp_path: Path) -> None:
             chat.take(take)
             chat.check()
         assert not chat.answers
+
+
+@pytest.mark.parametrize("capture", [True, False])
+def test_a_cpu_that_an_answer_left_out_helps_again_behind_the_next_prompt(
+    monkeypatch: pytest.MonkeyPatch, capture: bool
+) -> None:
+    # With half of the bytes the CPU spares a step of a prompt's plan 28 ms, and one of an answer's
+    # 16. To ask it takes 21.
+    slow = replace(
+        WITH_GPU.hardware,
+        link_bytes_per_s=1e8,
+        link_back_bytes_per_s=1e8,
+        host_bytes_per_s=2e8,
+        host_shared_bytes_per_s=2e8,
+        host_attention_bytes_per_s=1e8,
+    )
+    monkeypatch.setattr(predict, "ASKED_LAYER_S", 10.5e-3)
+    monkeypatch.setattr(parts, "measured_hardware", lambda *_args: slow)
+    model = long_model()
+    with attached(model, host_attention="auto", capture=capture) as offload:
+        chat, stats = Chat(model, offload), offload.stats
+        chat.take(PROMPT)
+        assert chat.plan.host_share > 0
+        chat.steps_to_answer()
+        assert chat.plan.host_share == 0
+        attended_s = stats.host_attention_s
+        assert attended_s > 0
+        chat.steps(MANY)
+        chat.check()
+        assert stats.host_attention_s == attended_s
+        chat.take(LONG)
+        chat.steps(3)
+        chat.check()
+        assert not chat.answers
+        assert stats.host_attention_s > attended_s
 
 
 def test_an_answer_that_held_all_tokens_grows_beyond_its_plan() -> None:

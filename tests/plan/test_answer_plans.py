@@ -79,6 +79,36 @@ def test_there_is_none_where_it_would_gain_little(values: dict[str, Any]) -> Non
     assert answering(plan, options) is None
 
 
+@pytest.mark.parametrize(("tokens", "helps"), [(64 * 1024, False), (100 * 1024, True)])
+def test_an_answer_leaves_the_cpu_out_where_the_link_is_sooner(tokens: int, helps: bool) -> None:
+    machine = replace(
+        HARDWARE["h100-80gb"],
+        measured=True,
+        link_bytes_per_s=54e9,
+        host_bytes_per_s=120e9,
+        host_shared_bytes_per_s=150e9,
+        host_attention_bytes_per_s=110e9,
+    )
+    options = Options.parse(device_memory="24GiB", chunk_tokens="16K")
+    plan = resolve(LLAMA_3_8B, options, device="cuda", context_tokens=tokens, hardware=machine)
+    assert plan.host_share > 0.5
+    answer = answering(plan, options, machine)
+    assert answer is not None
+    assert answer.streamed_bytes(tokens) > 0
+    assert (answer.host_share > 0) is answer.host_share_adapts is helps
+    assert (answer.verify_host_share is not None) is helps
+    predictor = Predictor(LLAMA_3_8B, machine)
+    steps_s = [
+        predictor.decode_s(replace(answer.placement, host_share=share), tokens)
+        for share in (0.0, plan.host_share)
+    ]
+    assert steps_s.index(min(steps_s)) == helps
+    half = Options.parse(device_memory="24GiB", chunk_tokens="16K", host_attention=0.5)
+    given = answering(plan, half, machine)
+    assert given is not None
+    assert given.host_share == 0.5  # as the user wants it
+
+
 def test_a_call_that_passed_whole_gives_its_memory_too() -> None:
     plan, options = planned(chunk_tokens="1K")
     whole = passing_whole(plan, options, 8192)
@@ -147,7 +177,7 @@ def test_predicted_decode_steps_are_those_of_the_answer() -> None:
     answer = answering(plan, options)
     assert answer is not None
     predictor = Predictor(LLAMA_3_8B, HARDWARE["h100-80gb"])
-    placement = replace(plan.placement, answer_resident_bytes=answer.resident_bytes)
+    placement = replace(plan.placement, answer=answer.placement)
     answers_s = predictor.decode_s(answer.placement, TOKENS)
     assert predictor.decode_s(placement, TOKENS) == answers_s
     assert predictor.decode_s(plan.placement, TOKENS) > answers_s

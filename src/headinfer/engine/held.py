@@ -71,7 +71,9 @@ class HeldTokens(ReservedTokens):
         self._device = device
         self._stats = stats
         self._shares: ByContext[Settled] = ByContext() if shares is None else shares
-        self._host_helps = False  # whether the model's attention leaves any to the host
+        # Whether the model's attention leaves any to the host; None until a pass tells.
+        self._host_helps: bool | None = None
+        self._fixed_share: bool | None = None  # whether the host's share stays; None at first
         self._replayed: Event | None = None  # the last step that had all streams in one capture
         self._replaying = False  # whether one may be under way that has no such event
         self._begin()
@@ -117,8 +119,10 @@ class HeldTokens(ReservedTokens):
         self._executor = Executor(source, self._pages, self._windows, self._host, sizes)
 
     def _choose_share(self) -> None:
-        fixed = not self.plan.host_share_adapts
-        if fixed or not hasattr(self, "_balances"):  # else what was learned is kept
+        self._host_helps = None if self.plan.host_share else False
+        fixed, before = not self.plan.host_share_adapts, self._fixed_share
+        if fixed or before is not False:  # else what was learned is kept
+            self._fixed_share = fixed
             who = self.plan.batch, self.dtype
             self._balances = Balances(
                 self.plan.host_share_at, fixed=fixed, kept=self._shares, who=who

@@ -150,6 +150,8 @@ class ReadyTokens(SavableTokens):
                 return None
             if not (self._executor.source.lends and stays(ledger.held, steps)):
                 return None
+            if self._host_helps is None:  # nor is it known what the host attends
+                return None
             form = Form.STREAMED
         return form
 

@@ -210,11 +210,12 @@ class Situation:
 
     def in_answer(self, plan: Plan) -> Plan:
         """Return the plan for a prompt's answer; the prompt's own where there is no other."""
-        return answering(plan, self.options) or plan
+        return answering(plan, self.options, self.hardware) or plan
 
     def placement(self, plan: Plan) -> Placement:
-        """Return what times depend on, with the residents of the answer."""
-        return replace(plan.placement, answer_resident_bytes=self.in_answer(plan).resident_bytes)
+        """Return what times depend on, with what is other in the answer."""
+        answer, placement = self.in_answer(plan), plan.placement
+        return placement if answer is plan else replace(placement, answer=answer.placement)
 
     def least_plan(self) -> Plan:
         """Return the plan that takes the least device memory."""

@@ -53,7 +53,8 @@ class AnswerRoom:
 
     def plan(self, engine: Engine) -> Plan | None:
         """Return the plan for answers of a cache's layers on one device, if it is worth one."""
-        return answering(engine.plan, self._parts[engine.device].options)
+        part = self._parts[engine.device]
+        return answering(engine.plan, part.options, part.hardware)
 
     def is_free(self, cache_engine: CacheEngine, engine: Engine, plan: Plan) -> bool:
         """Whether nobody else may need the memory: no other cache that has an arena, for one.

@@ -3,6 +3,8 @@
 from dataclasses import replace
 
 from headinfer.plan import memory
+from headinfer.plan.hardware import Hardware
+from headinfer.plan.host_share import with_host_share
 from headinfer.plan.options import Options
 from headinfer.plan.plan import Plan
 from headinfer.plan.residents import may_answer, with_residents
@@ -14,15 +16,16 @@ _LEAST_GAIN = 1 / 32
 """Share of the streamed bytes that an answer must be spared. Less is not worth another arena."""
 
 
-def answering(plan: Plan, options: Options) -> Plan | None:
+def answering(plan: Plan, options: Options, hardware: Hardware | None = None) -> Plan | None:
     """Return a plan for short calls behind a prompt; None where it would spare too few bytes.
 
-    It differs in the tokens that pass at once, in what these take, and in the resident tokens.
-    None as well where `may_answer` says so.
+    It differs in the tokens that pass at once, in what these take, in the resident tokens, and in
+    the CPU's share of the others. None as well where `may_answer` says so.
 
     Args:
         plan: of a cache on one device, under which its prompts pass.
         options: what the user set.
+        hardware: the machine whose rates predict times.
     """
     context, shape = plan.context_tokens, plan.shape
     given = replace(options, device_memory_bytes=plan.device_memory_bytes)
@@ -48,7 +51,7 @@ def answering(plan: Plan, options: Options) -> Plan | None:
             device=plan.device,
         ),
     )
-    short = with_residents(short, context)
+    short = with_host_share(with_residents(short, context), options, hardware)
     streamed = plan.streamed_bytes(context)
     spared = streamed - short.streamed_bytes(context)
     return short if spared > _LEAST_GAIN * streamed else None

@@ -167,6 +167,11 @@ class Hardware:
             host_shared_bytes_per_s=None if shared is None else shared / processes,
         )
 
+    @property
+    def host_and_link_bytes_per_s(self) -> float:
+        """Bytes that CPU and link read together; the CPU alone where that was not measured."""
+        return self.host_shared_bytes_per_s or self.host_bytes_per_s
+
     def host_attention_at(self, new_tokens: int, form: Format = Format.DENSE) -> float:
         """Return the KV bytes that the CPU attends in a second for some new tokens at once.
 

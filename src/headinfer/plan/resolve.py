@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from headinfer.errors import MemoryPlanError, OptionError
 from headinfer.plan import memory
-from headinfer.plan.below_host import InBlocks, share_in_memory
+from headinfer.plan.below_host import InBlocks
 from headinfer.plan.choices import (
     LARGE_CHUNK_TOKENS,
     MIN_CHUNK_TOKENS,
@@ -16,12 +16,12 @@ from headinfer.plan.choices import (
 )
 from headinfer.plan.drafts import with_drafts
 from headinfer.plan.hardware import Hardware
+from headinfer.plan.host_share import with_host_share
 from headinfer.plan.options import Options
 from headinfer.plan.plan import Plan
-from headinfer.plan.predict import Predictor, balanced_host_share
+from headinfer.plan.predict import Predictor
 from headinfer.plan.residents import may_answer, with_residents
 from headinfer.plan.shape import ModelShape
-from headinfer.schedule.route import MAX_ASKED_TOKENS
 from headinfer.units import counted, format_bytes
 
 PAGE_TOKENS = 64
@@ -91,7 +91,7 @@ def resolve(
     # plan, which would else wait for hundreds of others to be compared.
     fits = context_tokens is not None and 0 < context_tokens <= largest.resident_tokens
     if hardware is None or context_tokens is None or fits:
-        return _with_host_share(largest, options, hardware)
+        return with_host_share(largest, options, hardware)
     fitting = [first, *(plan for plan in candidates if plan.fits)]
     # On several devices the last one waits for the first chunk to come through the others.
     alone = not in_blocks.beside
@@ -100,7 +100,7 @@ def resolve(
         larger = _candidates(shape, large, device, batch, context_tokens, in_blocks)
         fitting = [*(plan for plan in larger if plan.fits), *fitting]
     plans = [
-        _with_host_share(plan, options, hardware)
+        with_host_share(plan, options, hardware)
         for plan in _fastest_candidates(fitting, options, resident, context_tokens, in_blocks)
     ]
     return _fastest(plans, Predictor(shape, hardware), context_tokens)
@@ -206,27 +206,6 @@ class _Residency:
             self.wanted if self.context_tokens is None else (min(self.wanted, self.context_tokens))
         )
         return with_residents(plan, tokens)
-
-
-def _with_host_share(plan: Plan, options: Options, hardware: Hardware | None) -> Plan:
-    """Return a plan with the CPU's share of the tokens that are not resident."""
-    if plan.device == "cpu":
-        return plan
-    if options.host_attention != "auto":
-        return replace(plan, host_share=options.host_attention)
-    # Data sheets do not say what the CPU reaches, so it is left out until it was measured.
-    measured = hardware if hardware is not None and hardware.measured else None
-    form = plan.shape.host_format
-    share = balanced_host_share(measured, form=form) if measured else 0.0
-    verified = balanced_host_share(measured, MAX_ASKED_TOKENS, form) if measured and share else None
-    most = share_in_memory(plan)
-    return replace(
-        plan,
-        host_share=min(share, most),
-        verify_host_share=None if verified is None else min(verified, most),
-        host_share_adapts=share > 0,
-        host_unmeasured=plan.device == "cuda" and hardware is None,
-    )
 
 
 def _replan(plan: Plan, options: Options, tile_tokens: int) -> Plan:

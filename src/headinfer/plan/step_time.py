@@ -1,6 +1,6 @@
 """What a pass does with the KV cache as far as time depends on it, and the parts of its time."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 _EXPOSED = 0.1
 """Share of starting that copies do not hide.
@@ -31,12 +31,12 @@ class Placement:
         tile_heads: KV heads of one streamed tile.
         tile_tokens: tokens of one streamed tile; None where nothing is streamed.
         resident_bytes: KV that stays on the device.
-        answer_resident_bytes: as much in decode steps, where it is more; see `plan.answering`.
         kv_share: bytes read of a KV element, over its bytes as computed (less than 1 if quantised).
         host_share: share of what is not resident that the CPU attends in a decode step.
         overlap: whether copies run beside attention.
         disk_block_tokens: tokens of a block of host memory above a disk; 0 where there is none.
         disk_host_blocks: blocks of a layer that host memory holds.
+        answer: the placement of decode steps, where it is another; see `plan.answering`.
     """
 
     batch: int = 1
@@ -44,18 +44,17 @@ class Placement:
     tile_heads: int = 1
     tile_tokens: int | None = None
     resident_bytes: int = 0
-    answer_resident_bytes: int = 0
     kv_share: float = 1.0
     host_share: float = 0.0
     overlap: bool = True
     disk_block_tokens: int = 0
     disk_host_blocks: int = 0
+    answer: "Placement | None" = None
 
     @property
     def in_answer(self) -> "Placement":
         """The placement of decode steps, once an answer has its own plan."""
-        most = max(self.resident_bytes, self.answer_resident_bytes)
-        return replace(self, resident_bytes=most)
+        return self.answer or self
 
     def disk_tokens(self, tokens: int) -> int:
         """Tokens of `tokens` in each layer's rows that lie on a disk."""
@@ -72,6 +71,7 @@ class Parts:
         link_back_s: new keys and values on their way to the host.
         start_s: the host starting copies and kernels, ahead of the link.
         host_s: the host attending its share.
+        asked_s: what it takes beside that to ask the host, layer by layer, and to have its answers.
         brought_s: weights on their way to the device, which come before they are used.
         disk_s: tokens read from a disk ahead of the link, and those written to it.
     """
@@ -81,16 +81,17 @@ class Parts:
     link_back_s: float = 0.0
     start_s: float = 0.0
     host_s: float = 0.0
+    asked_s: float = 0.0
     brought_s: float = 0.0
     disk_s: float = 0.0
 
     def seconds(self, *, overlap: bool) -> float:
         """Return the time of the step."""
         if not overlap:
-            beside_s = self.link_s + self.link_back_s + self.start_s + self.host_s + self.disk_s
+            beside_s = self.link_s + self.link_back_s + self.start_s + self._asking_s + self.disk_s
             return self.brought_s + self.compute_s + beside_s
         # Threads of their own attend the host's share.
-        slowest_s = max(self.link_s, self.disk_s, self.start_s, self.host_s)
+        slowest_s = max(self.link_s, self.disk_s, self.start_s, self._asking_s)
         streams_s = slowest_s + _EXPOSED * self.start_s
         return self.brought_s + max(self.compute_s, streams_s, self.link_back_s)
 
@@ -102,6 +103,10 @@ class Parts:
             "the link": max(self.link_s, self.link_back_s),
             "the disk": self.disk_s,
             "bringing weights": self.brought_s,
-            "the host" if self.host_s else "starting tiles": max(self.start_s, self.host_s),
+            "the host" if self.host_s else "starting tiles": max(self.start_s, self._asking_s),
         }
         return max(times, key=lambda name: times[name])
+
+    @property
+    def _asking_s(self) -> float:
+        return self.host_s + self.asked_s
