@@ -22,6 +22,7 @@ from answering_caches import (
     long_model,
 )
 from headinfer.device.simulated import SimulatedDevice
+from headinfer.engine.balance import Settled
 from headinfer.errors import MemoryPlanError
 from headinfer.integration import parts
 from headinfer.integration.cache import OffloadedCache
@@ -34,6 +35,7 @@ from headinfer.plan.memory import (
     activation_bytes,
     resident_bytes,
 )
+from headinfer.schedule import route
 from measurements import WITH_GPU
 from parted import spread
 from shared_device import SharedDevice
@@ -292,8 +294,8 @@ def test_placements(options: dict[str, Any], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("capture", [True, False])
-def test_a_cpu_that_an_answer_left_out_helps_again_behind_the_next_prompt(
-    monkeypatch: pytest.MonkeyPatch, capture: bool
+def test_a_cpu_that_an_answer_left_out_helps_again_after_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capture: bool
 ) -> None:
     # With half of the bytes the CPU spares a step of a prompt's plan 28 ms, and one of an answer's
     # 16. To ask it takes 21.
@@ -306,6 +308,9 @@ def test_a_cpu_that_an_answer_left_out_helps_again_behind_the_next_prompt(
         host_attention_bytes_per_s=1e8,
     )
     monkeypatch.setattr(predict, "ASKED_LAYER_S", 10.5e-3)
+    monkeypatch.setattr(route, "_STEADY_FROM", 0)
+    monkeypatch.setattr(route, "STEADY_TOKENS", 48)
+    caplog.set_level("INFO")
     monkeypatch.setattr(parts, "measured_hardware", lambda *_args: slow)
     model = long_model()
     with attached(model, host_attention="auto", capture=capture) as offload:
@@ -319,11 +324,18 @@ def test_a_cpu_that_an_answer_left_out_helps_again_behind_the_next_prompt(
         chat.steps(MANY)
         chat.check()
         assert stats.host_attention_s == attended_s
-        chat.take(LONG)
+        # What both finish with is known, so that steps may be captured at once.
+        settled = Settled(0.4, host_s=1e-3)
+        offload.session.parts[0].shares.keep(((1, torch.float32), 0), PROMPT + MANY, settled)
+        with torch.no_grad():
+            model(random_tokens(1, 9), use_cache=False)
+        captures = stats.captures
         chat.steps(3)
         chat.check()
         assert not chat.answers
         assert stats.host_attention_s > attended_s
+        assert (stats.captures > captures) is capture
+    assert "other bits" not in caplog.text
 
 
 def test_an_answer_that_held_all_tokens_grows_beyond_its_plan() -> None:
