@@ -104,6 +104,7 @@ def test_an_answer_leaves_the_cpu_out_where_the_link_is_sooner(tokens: int, help
     ]
     assert steps_s.index(min(steps_s)) == helps
     half = Options.parse(device_memory="24GiB", chunk_tokens="16K", host_attention=0.5)
+    plan = resolve(LLAMA_3_8B, half, device="cuda", context_tokens=tokens, hardware=machine)
     given = answering(plan, half, machine)
     assert given is not None
     assert given.host_share == 0.5  # as the user wants it

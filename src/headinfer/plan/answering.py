@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from headinfer.plan import memory
 from headinfer.plan.hardware import Hardware
-from headinfer.plan.host_share import with_host_share
+from headinfer.plan.host_share import where_the_host_pays, with_host_share
 from headinfer.plan.options import Options
 from headinfer.plan.plan import Plan
 from headinfer.plan.residents import may_answer, with_residents
@@ -51,7 +51,8 @@ def answering(plan: Plan, options: Options, hardware: Hardware | None = None) ->
             device=plan.device,
         ),
     )
-    short = with_host_share(with_residents(short, context), options, hardware)
+    shared = with_host_share(with_residents(short, context), options, hardware)
+    short = where_the_host_pays(shared, hardware)
     streamed = plan.streamed_bytes(context)
     spared = streamed - short.streamed_bytes(context)
     return short if spared > _LEAST_GAIN * streamed else None

@@ -30,7 +30,7 @@ def balanced_host_share(
 
 
 def with_host_share(plan: Plan, options: Options, hardware: Hardware | None) -> Plan:
-    """Return a plan with the CPU's share of the tokens that are not resident.
+    """Return a plan with the CPU's share of the tokens that are not resident, balanced.
 
     Args:
         plan: with its residents.
@@ -41,28 +41,31 @@ def with_host_share(plan: Plan, options: Options, hardware: Hardware | None) -> 
         return plan
     if options.host_attention != "auto":
         return replace(plan, host_share=options.host_attention)
-    unmeasured = plan.device == "cuda" and hardware is None
-    plan = replace(
-        plan,
-        host_share=0.0,
-        verify_host_share=None,
-        host_share_adapts=False,
-        host_unmeasured=unmeasured,
-    )
     # Data sheets do not say what the CPU reaches, so it is left out until it was measured.
-    if hardware is None or not hardware.measured:
-        return plan
-    form, most = plan.shape.host_format, share_in_memory(plan)
-    share = balanced_host_share(hardware, form=form)
-    if not share:
-        return plan
-    shared = replace(
+    measured = hardware if hardware is not None and hardware.measured else None
+    form = plan.shape.host_format
+    share = balanced_host_share(measured, form=form) if measured else 0.0
+    verified = balanced_host_share(measured, MAX_ASKED_TOKENS, form) if measured and share else None
+    most = share_in_memory(plan)
+    return replace(
         plan,
         host_share=min(share, most),
-        verify_host_share=min(balanced_host_share(hardware, MAX_ASKED_TOKENS, form), most),
-        host_share_adapts=True,
+        verify_host_share=None if verified is None else min(verified, most),
+        host_share_adapts=share > 0,
+        host_unmeasured=plan.device == "cuda" and hardware is None,
     )
+
+
+def where_the_host_pays(plan: Plan, hardware: Hardware | None) -> Plan:
+    """Return a plan without the balanced share where its steps are sooner by the link alone.
+
+    Args:
+        plan: what `with_host_share` returned.
+        hardware: the machine.
+    """
     tokens = plan.context_tokens
-    if tokens and not Predictor(plan.shape, hardware).host_pays(shared.placement, tokens):
+    if hardware is None or not tokens or not plan.host_share_adapts:
         return plan
-    return shared
+    if Predictor(plan.shape, hardware).host_pays(plan.placement, tokens):
+        return plan
+    return replace(plan, host_share=0.0, verify_host_share=None, host_share_adapts=False)

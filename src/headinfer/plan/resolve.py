@@ -16,7 +16,7 @@ from headinfer.plan.choices import (
 )
 from headinfer.plan.drafts import with_drafts
 from headinfer.plan.hardware import Hardware
-from headinfer.plan.host_share import with_host_share
+from headinfer.plan.host_share import where_the_host_pays, with_host_share
 from headinfer.plan.options import Options
 from headinfer.plan.plan import Plan
 from headinfer.plan.predict import Predictor
@@ -91,7 +91,7 @@ def resolve(
     # plan, which would else wait for hundreds of others to be compared.
     fits = context_tokens is not None and 0 < context_tokens <= largest.resident_tokens
     if hardware is None or context_tokens is None or fits:
-        return with_host_share(largest, options, hardware)
+        return where_the_host_pays(with_host_share(largest, options, hardware), hardware)
     fitting = [first, *(plan for plan in candidates if plan.fits)]
     # On several devices the last one waits for the first chunk to come through the others.
     alone = not in_blocks.beside
@@ -103,7 +103,8 @@ def resolve(
         with_host_share(plan, options, hardware)
         for plan in _fastest_candidates(fitting, options, resident, context_tokens, in_blocks)
     ]
-    return _fastest(plans, Predictor(shape, hardware), context_tokens)
+    fastest = _fastest(plans, Predictor(shape, hardware), context_tokens)
+    return where_the_host_pays(fastest, hardware)
 
 
 _LATER = 1.02
