@@ -67,7 +67,7 @@ class Conversation:
             query, new = self.draw(1, 2, 2, tokens, DIM), self.draw(2, 2, tokens, DIM)
             ours = self.engine.attend(
                 layer,
-                query,
+                query.flatten(1, 2),
                 *new[:, None],
                 kernels=self.kernels,
                 scale=0.3,
@@ -77,7 +77,8 @@ class Conversation:
             past = self.kv[layer] if seen is None or window else self.kv[layer][:, :, seen]
             self.kv[layer] = torch.cat((self.kv[layer], new), dim=2)
             keys, values = torch.cat((past, new), dim=2)[:, None]
-            torch.testing.assert_close(ours, by_definition(query, keys, values, window))
+            wanted = by_definition(query, keys, values, window)
+            torch.testing.assert_close(ours, wanted.flatten(2, 3))
             outputs.append(ours)
         return outputs
 

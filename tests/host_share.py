@@ -49,7 +49,7 @@ def decode(
     new = new if tokens > 1 else torch.ones_like(new)
     return engine.attend(
         layer_idx,
-        new.unsqueeze(2).expand(-1, -1, group, -1, -1),
+        new.repeat_interleave(group, dim=1),
         new,
         new,
         kernels=reference(),

@@ -81,7 +81,7 @@ def engine_with(tokens: int, **options: Any) -> Engine:
 
 def a_token(tokens: int = 1) -> Token:
     return [
-        (torch.randn(2, 2, 2, tokens, 8), *(torch.randn(2, 2, tokens, 8) for _ in range(2)))
+        (torch.randn(2, 4, tokens, 8), *(torch.randn(2, 2, tokens, 8) for _ in range(2)))
         for _ in range(2)
     ]
 

@@ -208,7 +208,7 @@ def test_any_sequence_of_changes(
             values = draw(batch, kv_heads, tokens, dims[1])
             ours = engine.attend(
                 layer_idx,
-                query,
+                query.flatten(1, 2),
                 keys,
                 values,
                 kernels=kernels,
@@ -219,7 +219,7 @@ def test_any_sequence_of_changes(
                 host_kernels=None if device_name == "cpu" else kernels,
             )
             wanted = plain.attend(layer_idx, query, keys, values, valid, sinks)
-            torch.testing.assert_close(ours, wanted, rtol=1e-10, atol=1e-10)
+            torch.testing.assert_close(ours, wanted.flatten(2, 3), rtol=1e-10, atol=1e-10)
 
     for kind, amount in sequence:
         if kind == "attend":
@@ -280,7 +280,7 @@ def test_host_memory_is_what_was_planned(expected: int) -> None:
         new = torch.randn(1, 2, 100, 8)
         engine.attend(
             layer_idx,
-            new.unsqueeze(2).expand(1, 2, 2, 100, 8),
+            new.repeat_interleave(2, dim=1),
             new,
             new,
             kernels=kernels,
@@ -292,7 +292,7 @@ def test_host_memory_is_what_was_planned(expected: int) -> None:
         for layer_idx in range(2):
             engine.attend(
                 layer_idx,
-                one.unsqueeze(2).expand(1, 2, 2, 1, 8),
+                one.repeat_interleave(2, dim=1),
                 one,
                 one,
                 kernels=kernels,
@@ -310,7 +310,7 @@ def test_shapes_the_cache_was_not_made_for_are_refused() -> None:
     )
     new = torch.randn(1, 2, 3, 8, dtype=torch.bfloat16)
     with pytest.raises(CacheStateError, match="bfloat16"):
-        engine.attend(0, new.unsqueeze(2), new, new, kernels=reference(), scale=1.0)
+        engine.attend(0, new, new, new, kernels=reference(), scale=1.0)
 
 
 def test_a_plan_whose_memory_cannot_be_had_closes_the_cache(
@@ -320,7 +320,7 @@ def test_a_plan_whose_memory_cannot_be_had_closes_the_cache(
     plan = resolve(model_shape(), Options(chunk_tokens=8, tile_tokens=16), device="simulated")
     engine = Engine(device, plan, torch.float32, Stats())
     new, kernels = torch.randn(1, 2, 9, 8), reference()
-    engine.attend(0, new.unsqueeze(2), new, new, kernels=kernels, scale=1.0)
+    engine.attend(0, new, new, new, kernels=kernels, scale=1.0)
 
     def refuse(_num_bytes: int) -> torch.Tensor:
         raise MemoryPlanError("the device has none left")
@@ -331,7 +331,7 @@ def test_a_plan_whose_memory_cannot_be_had_closes_the_cache(
     assert engine.closed
     assert engine.device_kv_bytes == engine.host_kv_bytes == 0
     with pytest.raises(CacheStateError, match="closed"):
-        engine.attend(0, new.unsqueeze(2), new, new, kernels=kernels, scale=1.0)
+        engine.attend(0, new, new, new, kernels=kernels, scale=1.0)
     engine.close()
 
 
@@ -363,7 +363,7 @@ def test_failures_that_the_caller_keeps_take_nothing_from_the_cache(resident_tok
     kept, kernel = [], Failing()
 
     def attend(layer_idx: int, part: slice) -> torch.Tensor:
-        new = query[:, :, :, part], keys[:, :, part], values[:, :, part]
+        new = query[:, :, :, part].flatten(1, 2), keys[:, :, part], values[:, :, part]
         return engine.attend(layer_idx, *new, kernels=only(kernel), scale=0.3)
 
     for _ in range(5):
@@ -380,4 +380,4 @@ def test_failures_that_the_caller_keeps_take_nothing_from_the_cache(resident_tok
         attend(layer_idx, slice(0, 59))
         ours = attend(layer_idx, slice(59, 60))
         wanted = attended(reference(), query[:, :, :, 59:], keys, values, scale=0.3)
-        torch.testing.assert_close(ours, wanted.out.permute(0, 3, 1, 2, 4))
+        torch.testing.assert_close(ours, wanted.out.permute(0, 3, 1, 2, 4).flatten(2, 3))

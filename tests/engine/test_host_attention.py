@@ -175,7 +175,7 @@ def test_an_attention_that_fails_on_the_device_leaves_the_query_to_the_host() ->
     device = SimulatedDevice()
     engine, broken = engine_with_host_share(device), Failing()
     new = torch.ones(1, 2, 1, DIM)
-    arguments = (0, new.unsqueeze(2), new, new)
+    arguments = (0, new, new, new)
     attend = functools.partial(engine.attend, *arguments, scale=1.0, host_kernels=reference())
     for kernel in (broken, ReferenceKernel()):
         if kernel is broken:

@@ -79,9 +79,11 @@ class Chat:
                 continue
             query = self.draw(1, HEADS, GROUP, tokens, DIM)
             ours = self.engine.attend(
-                at, query, *new, kernels=self.kernels, scale=SCALE, host_kernels=host
+                *(at, query.flatten(1, 2), *new),
+                **{"kernels": self.kernels, "scale": SCALE, "host_kernels": host},
             )
-            torch.testing.assert_close(ours, by_definition(query, *self.kv[at], layer))
+            wanted = by_definition(query, *self.kv[at], layer)
+            torch.testing.assert_close(ours, wanted.flatten(2, 3))
 
     def crop(self, tokens: int) -> None:
         for at in range(len(self.layers)):
@@ -219,8 +221,8 @@ def test_rows_are_rearranged_and_copied(device: str) -> None:
         for at, layer in enumerate(plan.shape.layers):
             new, query = draw(2, 2, HEADS, tokens, DIM), draw(2, HEADS, GROUP, tokens, DIM)
             kv[at] = torch.cat((kv[at], new), dim=3)
-            ours = engine.attend(at, query, *new, kernels=reference(), scale=SCALE)
-            torch.testing.assert_close(ours, by_definition(query, *kv[at], layer))
+            ours = engine.attend(at, query.flatten(1, 2), *new, kernels=reference(), scale=SCALE)
+            torch.testing.assert_close(ours, by_definition(query, *kv[at], layer).flatten(2, 3))
 
     step(engine, 40)
     step(engine, 1)
@@ -248,7 +250,7 @@ def test_a_call_that_ends_between_the_tracks_leaves_a_cache_to_reset() -> None:
     chat.step(20)
     new, query = chat.draw(2, 1, HEADS, 1, DIM), chat.draw(1, HEADS, GROUP, 1, DIM)
     with pytest.raises(KeyboardInterrupt):
-        chat.engine.attend(1, query, *new, kernels=Kernels([Failing()]), scale=SCALE)
+        chat.engine.attend(1, query.flatten(1, 2), *new, kernels=Kernels([Failing()]), scale=SCALE)
     for refused in (chat.engine.lengths, lambda: chat.engine.crop(1, 1)):
         with pytest.raises(CacheStateError, match="was interrupted"):
             refused()

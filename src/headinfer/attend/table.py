@@ -7,7 +7,7 @@ import torch
 from headinfer.attend.band import Band
 from headinfer.attend.fused_call import FusedCall
 from headinfer.attend.partial import Accumulator
-from headinfer.attend.work import Kernel, TokenWork, Total, Work, tile_in_hand
+from headinfer.attend.work import Kernel, TokenWork, Total, Work, by_kv_head, tile_in_hand
 from headinfer.device.base import PlaceError
 from headinfer.kv.extent import Tile
 from headinfer.kv.pair import KV
@@ -32,7 +32,7 @@ class Kernels:
         self.kernels: tuple[Kernel, ...] = (*kernels, *rest)
         self._named = kernels
         # The newest, as all layers of a prompt ask the same. Replaced at once: threads share it.
-        self._square: tuple[tuple[torch.Size, torch.dtype], FusedCall | None] | None = None
+        self._square: tuple[tuple[object, ...], FusedCall | None] | None = None
 
     @property
     def name(self) -> str:
@@ -55,29 +55,27 @@ class Kernels:
                 return kernel
         raise AssertionError("the last kernel of a table serves every work")
 
-    def attend_square(self, query: torch.Tensor, new: KV, scale: float) -> torch.Tensor | None:
+    def attend_square(self, queries: torch.Tensor, new: KV, scale: float) -> torch.Tensor | None:
         """Attend the first tokens of a layer to themselves, where one operator's output will do.
 
         Args:
-            query: `[batch, kv_heads, group, q_len, key_dim]`.
+            queries: `[batch, query_heads, q_len, key_dim]`.
             new: their keys and values, `[batch, kv_heads, q_len, dim]`.
             scale: factor of the scores.
 
         Returns:
-            `[batch, q_len, kv_heads, group, value_dim]`, contiguous, in the query's dtype. None
-            where no kernel has such an operator; nothing was done then.
+            `[batch, q_len, query_heads, value_dim]`, contiguous, in the queries' dtype. None where
+            no kernel has such an operator; nothing was done then.
         """
-        asked, known = (query.shape, query.dtype), self._square
+        asked, known = (queries.shape, new.keys.shape, queries.dtype), self._square
         if known is None or known[0] != asked:
-            work = Work(query, (tile_in_hand(new),), scale, causal=True)
+            work = Work(by_kv_head(queries, new), (tile_in_hand(new),), scale, causal=True)
             known = self._square = asked, self.pick(work).square(work)
         call = known[1]
         if call is None:
             return None
-        out = call(query.flatten(1, 2), new.keys, new.values, scale=scale)[0]
-        # Each operator's output lies so already. Two calls of a view take longer than one check.
-        batch, kv_heads, group, q_len, _ = query.shape
-        return out.transpose(1, 2).reshape(batch, q_len, kv_heads, group, out.shape[3])
+        out = call(queries, new.keys, new.values, scale=scale)[0]
+        return out.transpose(1, 2).contiguous()  # as each operator's output lies already
 
     def attend_counted(self, work: Work) -> None:
         """Attend the one tile of a work, whose `counted` says how many tokens it has.

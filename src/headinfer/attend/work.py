@@ -127,6 +127,12 @@ class Kernel(Protocol):
         """
 
 
+def by_kv_head(queries: torch.Tensor, new: KV) -> torch.Tensor:
+    """Return `[batch, query_heads, q_len, dim]` as `[batch, kv_heads, group, q_len, dim]`."""
+    (batch, query_heads, q_len, dim), kv_heads = queries.shape, new.keys.shape[1]
+    return queries.view(batch, kv_heads, query_heads // kv_heads, q_len, dim)
+
+
 def tile_in_hand(kv: KV, heads: slice = ALL_HEADS) -> Tile:
     """Return all tokens of some heads of keys and values that are in no ledger."""
     return Tile(0, kv.keys.shape[2], Piece(kv.keys), kv, 0, heads)

@@ -59,7 +59,7 @@ def attend_groups(tokens: Tokens, step: Attend) -> None:
     lone = lone and chunk.result is None and chunk.sinks is None
     with attention_mark():
         if lone and chunk.padding is None:
-            chunk.result = chunk.kernels.attend_square(chunk.query, chunk.new, chunk.scale)
+            chunk.result = chunk.kernels.attend_square(chunk.queries, chunk.new, chunk.scale)
             if chunk.result is not None:
                 return
         _attend_groups(tokens, step, lone=lone)

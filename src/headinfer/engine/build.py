@@ -1,5 +1,6 @@
 """What an engine is made of on a device: where tiles come from, where new tokens go, and memory."""
 
+import itertools
 from collections.abc import Sequence
 
 from headinfer.device.base import Device, Edge
@@ -13,6 +14,7 @@ from headinfer.engine.raw_pages import RawPages
 from headinfer.engine.stats import Stats
 from headinfer.kv.extent import Piece
 from headinfer.kv.ledger import Ledger
+from headinfer.kv.pair import KV
 from headinfer.kv.place import Arena
 from headinfer.kv.write_behind import aligned_host
 from headinfer.plan.disk_blocks import READS
@@ -87,10 +89,8 @@ def build(
     # What lay there before may still be in use on compute. Copy-out reads what compute wrote later.
     device.copy_in.wait(device.compute.record(), Edge.MEMORY_FREE)
     buffers = [arena.take(plan.staging_bytes // STAGING_BUFFERS) for _ in range(STAGING_BUFFERS)]
-    for ledger in ledgers:
-        if plan.resident_tokens:
-            piece = arena.take(ledger.geometry.num_bytes(plan.resident_tokens))
-            ledger.keep_residents(piece, plan.resident_tokens)
+    if plan.resident_tokens:
+        _keep_residents(arena, ledgers, plan.resident_tokens)
     raw = _raw_pages(device, plan, raw)
     packing = None if raw is None else _packing(device, plan, arena, ledgers, stats, raw)
     disk = _disk_tiles(device, plan, stats)
@@ -109,6 +109,16 @@ def build(
     else:
         source = SequentialTiles(device, buffers[0], stats, packing, disk)
     return source, pages, arena.num_bytes, raw
+
+
+def _keep_residents(arena: Arena, ledgers: Sequence[Ledger], tokens: int) -> None:
+    """Give layers memory for residents: those alike at once, as a prompt waits for each view."""
+    for geometry, alike in itertools.groupby(ledgers, key=lambda ledger: ledger.geometry):
+        layers = list(alike)
+        memory = arena.take_alike(geometry.num_bytes(tokens), len(layers))
+        keys, values = (part.unbind() for part in geometry.carve(memory, tokens))
+        for ledger, piece, *whole in zip(layers, memory.unbind(), keys, values, strict=True):
+            ledger.keep_residents(Piece(piece), tokens, KV(*whole))
 
 
 def _disk_tiles(device: Device, plan: Plan, stats: Stats) -> DiskTiles | None:

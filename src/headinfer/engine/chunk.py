@@ -7,7 +7,7 @@ import torch
 
 from headinfer.attend.masks import Padding
 from headinfer.attend.table import Kernels
-from headinfer.attend.work import Total
+from headinfer.attend.work import Total, by_kv_head
 from headinfer.kv.pair import KV
 
 
@@ -16,7 +16,7 @@ class Chunk:
     """A layer's new tokens and how they attend.
 
     Attributes:
-        query: `[batch, kv_heads, group, q_len, key_dim]` on the device.
+        queries: `[batch, query_heads, q_len, key_dim]` on the device.
         new: the new tokens' keys and values `[batch, kv_heads, q_len, dim]`.
         kernels: what computes partials on the device.
         scale: factor of the scores.
@@ -28,10 +28,11 @@ class Chunk:
         padding_start: position of the first token that `padding` tells of.
         tokens: number of new tokens.
         waiting: groups of heads whose result waits for the host's answer, each with its total.
-        result: where the result goes, or is; None until there is a place. See `out`.
+        result: where the result goes, or is, `[batch, q_len, query_heads, value_dim]`; None until
+            there is a place. See `out`.
     """
 
-    query: torch.Tensor
+    queries: torch.Tensor
     new: KV
     kernels: Kernels
     scale: float
@@ -44,37 +45,55 @@ class Chunk:
     tokens: int
     waiting: list[tuple[slice, Total]] = field(default_factory=list)
     result: torch.Tensor | None = None
+    _query: torch.Tensor | None = field(default=None, init=False)
 
     @property
-    def out(self) -> torch.Tensor:
-        """Where the result goes, `[batch, q_len, kv_heads, group, value_dim]`; made when needed."""
+    def query(self) -> torch.Tensor:
+        """The queries by KV head, `[batch, kv_heads, group, q_len, key_dim]`.
+
+        They are viewed so when that is asked for: a view takes microseconds.
+        """
+        query = self._query
+        if query is None:
+            query = self._query = by_kv_head(self.queries, self.new)
+        return query
+
+    @property
+    def whole(self) -> torch.Tensor:
+        """The `result`, whose memory is made when it is needed."""
         if self.result is None:
             self.have_place()
         assert self.result is not None
         return self.result
 
+    @property
+    def out(self) -> torch.Tensor:
+        """The `whole` by KV head, `[batch, q_len, kv_heads, group, value_dim]`: a view."""
+        batch, q_len, query_heads, dim = (whole := self.whole).shape
+        kv_heads = self.new.keys.shape[1]
+        return whole.view(batch, q_len, kv_heads, query_heads // kv_heads, dim)
+
     def have_place(self) -> None:
         """Have memory for the result now, for whatever computes it."""
-        batch, kv_heads, group, q_len, _ = self.query.shape
-        self.result = self.query.new_empty(
-            (batch, q_len, kv_heads, group, self.new.values.shape[3])
-        )
+        batch, query_heads, q_len, _ = self.queries.shape
+        shape = batch, q_len, query_heads, self.new.values.shape[3]
+        self.result = self.queries.new_empty(shape)
 
     def part(self, first: int, tokens: int) -> "Chunk":
         """Return at most `tokens` of the tokens as a chunk of their own."""
         part = slice(first, min(first + tokens, self.tokens))
         return dataclasses.replace(
             self,
-            query=self.query[:, :, :, part],
+            queries=self.queries[:, :, part],
             new=self.new.cut(part),
-            result=self.out[:, part],
+            result=self.whole[:, part],
             tokens=part.stop - part.start,
             waiting=[],
         )
 
     def of_heads(
         self,
-        query: torch.Tensor,
+        queries: torch.Tensor,
         new: KV,
         sinks: torch.Tensor | None,
         window_tokens: int | None,
@@ -82,7 +101,7 @@ class Chunk:
         """Return a chunk of some heads, whose result goes to memory of its own."""
         return dataclasses.replace(
             self,
-            query=query,
+            queries=queries,
             new=new,
             result=None,
             sinks=sinks,
@@ -113,5 +132,8 @@ class Chunk:
         Returns:
             Whether it is.
         """
-        self.result = total.alone(self.query.dtype)
-        return self.result is not None
+        alone = total.alone(self.queries.dtype)
+        if alone is None:
+            return False
+        self.result = alone.flatten(2, 3)
+        return True

@@ -57,7 +57,7 @@ class Engine(CapturableTokens):
 
         Args:
             layer_idx: which layer, counted among those that attend.
-            query: `[batch, kv_heads, group, q_len, key_dim]` on the device.
+            query: `[batch, query_heads, q_len, key_dim]` on the device.
             keys: the new tokens' keys `[batch, kv_heads, q_len, key_dim]`.
             values: their values `[batch, kv_heads, q_len, value_dim]`.
             kernels: what computes partials.
@@ -70,8 +70,8 @@ class Engine(CapturableTokens):
             host_kernels: what computes partials on the CPU for a device; None when nothing may.
 
         Returns:
-            `[batch, q_len, kv_heads, group, value_dim]` in the query's dtype, newly allocated,
-            valid on the compute stream.
+            `[batch, q_len, query_heads, value_dim]` in the query's dtype, contiguous and newly
+            allocated, valid on the compute stream.
 
         Raises:
             CacheStateError: the cache was closed, or was made for other shapes; or a draft has
@@ -81,13 +81,13 @@ class Engine(CapturableTokens):
         """
         new = KV(keys, values)
         layer = self._check(layer_idx, new, query)
-        q_len = query.shape[3]
+        q_len = query.shape[2]
         if q_len <= MAX_ASKED_TOKENS:
             self._host_helps = host_kernels is not None
         if q_len > MAX_ASKED_TOKENS or padding is not None:
             host_kernels = None
         call = Chunk(
-            query=query,
+            queries=query,
             new=new,
             kernels=kernels,
             scale=scale,
@@ -101,7 +101,7 @@ class Engine(CapturableTokens):
             call.padding_start = layer.tokens + q_len - padding.valid.shape[1]
         if layer.undivided and self._capturing is None:
             self._attend(layer.tracks[0], call)
-            return call.out if call.result is None else call.result
+            return call.whole if call.result is None else call.result
         chunks = layer.split(call)
         if self._capturing is not None:
             self._attend_captured(layer_idx, chunks)

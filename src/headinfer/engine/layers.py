@@ -69,7 +69,7 @@ class Layer:
             if self.streams:  # all of its heads do
                 call.window_tokens = self.tracks[0].track.window_tokens
             return (call,)
-        query = call.query.index_select(1, self._order)
+        query = call.query.index_select(1, self._order)  # whole groups
         keys, values = (part.index_select(1, self._order) for part in call.new)
         sinks = None if call.sinks is None else call.sinks.index_select(0, self._order)
         chunks, first = [], 0
@@ -78,7 +78,7 @@ class Layer:
             first = heads.stop
             chunks.append(
                 call.of_heads(
-                    query[:, heads],
+                    query[:, heads].flatten(1, 2),
                     KV(keys, values).cut(ALL_HEADS, heads),
                     None if sinks is None else sinks[heads],
                     ledger.track.window_tokens,
@@ -90,7 +90,7 @@ class Layer:
         """Return the result of a call, in the model's order of heads, from those of its tracks."""
         for heads, chunk in zip(self._heads, chunks, strict=True) if self._heads else ():
             call.out.index_copy_(2, heads, chunk.out)
-        return call.out
+        return call.whole
 
     def split_new(self, new: KV) -> tuple[KV, ...]:
         """Return the keys and values of each track."""

@@ -189,11 +189,17 @@ class Pages:
             piece.free = None
         first, tokens = extent.tokens, new.keys.shape[2]
         ledger.lengthen(extent, tokens)
-        for memory, part in zip(extent.whole, new, strict=True):
-            place = memory.narrow(2, first, tokens)
-            if self._device.checks_accesses:
+        both = ledger.geometry.joint(extent.whole, first, tokens)
+        places = (
+            [part.narrow(2, first, tokens) for part in extent.whole] if both is None else [both]
+        )
+        if self._device.checks_accesses:
+            for place in places:
                 self._device.compute.writes(place, "new tokens")
-            place.copy_(part)
+        if both is not None:
+            torch.cat(new, out=both)  # one launch, where two copies are two
+        else:
+            KV(*places).copy_(new)
 
     def _send_page(self, ledger: Ledger, page: Extent) -> None:
         """Send a page home; keep what may be resident on the way."""

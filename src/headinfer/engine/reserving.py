@@ -53,10 +53,12 @@ class ReservedTokens(CountedTokens):
         So each layer has memory for a prompt's first chunk before any has it for the last.
         """
         pieces: dict[tuple[int, int], list[int]] = {}  # of layers alike
-        of_all = []
+        of_all, home, most_tokens = [], None, 0
         for ledger in self._full:
-            missing, home = ledger.missing_tokens(self._expected_tokens), ledger.home
-            most_tokens = piece_bytes * home.format.row_tokens // home.num_bytes(1)
+            missing = ledger.missing_tokens(self._expected_tokens)
+            if ledger.home is not home:  # most layers have that of the one before
+                home = ledger.home
+                most_tokens = piece_bytes * home.format.row_tokens // home.num_bytes(1)
             if (missing, most_tokens) not in pieces:
                 pieces[missing, most_tokens] = [
                     *pieces_ahead(

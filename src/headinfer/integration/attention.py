@@ -203,11 +203,9 @@ class AttentionFunctions:
         sliding_window: int | None,
     ) -> torch.Tensor:
         """Return what `attend` does, of a call that was checked, in one dtype."""
-        batch, query_heads, q_len, key_dim = query.shape
-        kv_heads, value_dim = value.shape[1], value.shape[3]
+        q_len, key_dim = query.shape[2:]
         scale = key_dim**-0.5 if scaling is None else float(scaling)
-        grouped = query.view(batch, kv_heads, query_heads // kv_heads, q_len, key_dim)
-        sinks = None if s_aux is None else s_aux.unflatten(0, (kv_heads, -1))
+        sinks = None if s_aux is None else s_aux.unflatten(0, (value.shape[1], -1))
         window_tokens, padding = None, None
         kept = None if pending is None else pending.window_tokens
         if attention_mask is not None or sliding_window is not None or kept is not None:
@@ -219,13 +217,13 @@ class AttentionFunctions:
                 "rows with padding are not served where heads stream (sparsity), because their "
                 "sinks would be padding; pass rows of one length, or one row at a time"
             )
-        kernels = select_kernels(query.device, query.dtype, key_dim, value_dim, softcap)
+        kernels = select_kernels(query.device, query.dtype, key_dim, value.shape[3], softcap)
         if pending is None:  # a cache that is not ours
             kv = KV(key, value)
             chunk = Chunk(
                 window_tokens=window_tokens,
                 tokens=q_len,
-                query=grouped,
+                queries=query,
                 new=kv.cut(slice(kv.tokens - q_len, None)),
                 kernels=kernels,
                 scale=scale,
@@ -233,25 +231,23 @@ class AttentionFunctions:
                 sinks=sinks,
             )
             attend_in_hand(chunk, kv)
-            out = chunk.out
-        else:
-            attend: Callable[..., torch.Tensor] = pending.engine.attend
-            if not pending.in_turn:  # a layer that is called by itself
-                attend = functools.partial(self.turns.run, attend)
-            asks = q_len <= MAX_ASKED_TOKENS  # more make the host compute instead of read
-            out = attend(
-                pending.layer_idx,
-                grouped,
-                key,
-                value,
-                kernels=kernels,
-                scale=scale,
-                window_tokens=window_tokens,
-                padding=padding,
-                sinks=sinks,
-                host_kernels=_host_kernels(pending, query, softcap) if asks else None,
-            )
-        return out.view(batch, q_len, query_heads, value_dim)
+            return chunk.whole
+        attend: Callable[..., torch.Tensor] = pending.engine.attend
+        if not pending.in_turn:  # a layer that is called by itself
+            attend = functools.partial(self.turns.run, attend)
+        asks = q_len <= MAX_ASKED_TOKENS  # more make the host compute instead of read
+        return attend(
+            pending.layer_idx,
+            query,
+            key,
+            value,
+            kernels=kernels,
+            scale=scale,
+            window_tokens=window_tokens,
+            padding=padding,
+            sinks=sinks,
+            host_kernels=_host_kernels(pending, query, softcap) if asks else None,
+        )
 
 
 def _host_kernels(pending: Pending, query: torch.Tensor, softcap: float | None) -> Kernels | None:

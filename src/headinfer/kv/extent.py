@@ -167,6 +167,7 @@ class Extent:
         geometry: shape of the layer.
         capacity: tokens there is memory for.
         start: position of the first token.
+        whole: the piece's views of so many tokens, where they were made already.
 
     Attributes:
         piece: the memory.
@@ -179,13 +180,20 @@ class Extent:
 
     __slots__ = ("capacity", "format", "piece", "start", "tokens", "whole")
 
-    def __init__(self, piece: Piece, geometry: Geometry, capacity: int, start: int) -> None:
+    def __init__(
+        self,
+        piece: Piece,
+        geometry: Geometry,
+        capacity: int,
+        start: int,
+        whole: KV | None = None,
+    ) -> None:
         self.piece = piece
         self.capacity = capacity
         self.start = start
         self.tokens = 0
         self.format = geometry.format
-        self.whole = piece.views(geometry, capacity, None)
+        self.whole = piece.views(geometry, capacity, None) if whole is None else whole
 
     def share(self, end: int) -> "Extent":
         """Return another extent of the tokens before `end` in the same memory, for another ledger.

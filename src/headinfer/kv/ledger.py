@@ -10,7 +10,7 @@ from dataclasses import replace
 from headinfer.kv.drafts import Drafted
 from headinfer.kv.extent import Extent, Piece, Tile
 from headinfer.kv.host_tokens import HostTokens
-from headinfer.kv.pair import Geometry
+from headinfer.kv.pair import KV, Geometry
 from headinfer.kv.place import HostPlace
 from headinfer.plan.format import Format
 from headinfer.schedule.route import Held
@@ -148,9 +148,15 @@ class Ledger(HostTokens, Drafted):
             target.tokens = self.tail.tokens
         self.geometry, self.tail = geometry, target
 
-    def keep_residents(self, piece: Piece, capacity: int) -> None:
-        """Have device memory for the oldest `capacity` tokens, none of which is there yet."""
-        self.resident = Extent(piece, self.geometry, capacity, 0)
+    def keep_residents(self, piece: Piece, capacity: int, whole: KV | None = None) -> None:
+        """Have device memory for the oldest `capacity` tokens, none of which is there yet.
+
+        Args:
+            piece: the memory.
+            capacity: tokens there is memory for.
+            whole: its views, where they were made already.
+        """
+        self.resident = Extent(piece, self.geometry, capacity, 0, whole)
 
     def begin_tail(self, piece: Piece, capacity: int) -> Extent:
         """Have a page on the device for tokens that follow all others; return it, empty."""

@@ -76,7 +76,8 @@ class Geometry:
         """View a uint8 buffer as contiguous keys and values.
 
         Args:
-            buffer: at least `num_bytes(tokens, heads=heads)` bytes.
+            buffer: at least `num_bytes(tokens, heads=heads)` bytes; or several buffers, `[number,
+                num_bytes]`. Views of all of them have that axis in front.
             tokens: tokens of the views.
             heads: heads of the views; all by default.
 
@@ -96,10 +97,27 @@ class Geometry:
         rows, (key_bytes, value_bytes) = self.format.rows(tokens), self._row_bytes
         key_dim, value_dim = key_bytes // dtype.itemsize, value_bytes // dtype.itemsize
         num_bytes = self.num_bytes(tokens, heads=heads)
-        whole = (buffer if buffer.numel() == num_bytes else buffer[:num_bytes]).view(dtype)
-        first = whole.storage_offset()
-        shape, step = (self.batch, heads, rows), rows * key_dim
-        keys = whole.as_strided((*shape, key_dim), (heads * step, step, key_dim, 1), first)
+        whole = (buffer if buffer.shape[-1] == num_bytes else buffer[..., :num_bytes]).view(dtype)
+        first, pitch = whole.storage_offset(), whole.stride()[:-1]
+        shape, step = (*whole.shape[:-1], self.batch, heads, rows), rows * key_dim
+        keys = whole.as_strided((*shape, key_dim), (*pitch, heads * step, step, key_dim, 1), first)
         first, step = first + self.batch * heads * step, rows * value_dim
-        values = whole.as_strided((*shape, value_dim), (heads * step, step, value_dim, 1), first)
-        return KV(keys, values)
+        steps = (*pitch, heads * step, step, value_dim, 1)
+        return KV(keys, whole.as_strided((*shape, value_dim), steps, first))
+
+    def joint(self, whole: KV, first: int, tokens: int) -> torch.Tensor | None:
+        """View some tokens' keys, and their values behind these, as one tensor.
+
+        Args:
+            whole: views that `carve` made of one buffer, for all heads.
+            first: the first of the tokens.
+            tokens: number of them.
+
+        Returns:
+            `[2 * batch, kv_heads, tokens, dim]`; None where keys and values have other dims.
+        """
+        if self.key_dim != self.value_dim:
+            return None
+        keys, dim = whole.keys, self.key_dim
+        shape = 2 * self.batch, self.kv_heads, tokens, dim
+        return keys.as_strided(shape, keys.stride(), keys.storage_offset() + first * dim)

@@ -184,3 +184,10 @@ class Arena:
         assert end <= self._memory.numel(), "the arena is smaller than its plan"
         self._used = start + aligned(num_bytes)
         return Piece(self._memory[start:end])
+
+    def take_alike(self, num_bytes: int, number: int) -> torch.Tensor:
+        """Return the next `number` times `num_bytes`, `[number, num_bytes]`, as `take` would."""
+        start, size = self._used, aligned(num_bytes)
+        self._used = end = start + number * size
+        assert end <= self._memory.numel(), "the arena is smaller than its plan"
+        return self._memory[start:end].view(number, size)[:, :num_bytes]
