@@ -6,7 +6,7 @@ from headinfer.errors import MemoryPlanError
 from headinfer.estimate.accounting import Accounting, AccountingKind
 from headinfer.estimate.below import Disk
 from headinfer.plan import memory
-from headinfer.plan.answering import answering
+from headinfer.plan.answering import in_answer, with_answer
 from headinfer.plan.below_host import InBlocks
 from headinfer.plan.format import Format
 from headinfer.plan.hardware import Hardware
@@ -210,11 +210,11 @@ class Situation:
 
     def in_answer(self, plan: Plan) -> Plan:
         """Return the plan for a prompt's answer; the prompt's own where there is no other."""
-        return answering(plan, self.options) or plan
+        return in_answer(plan, self.options)
 
     def placement(self, plan: Plan) -> Placement:
         """Return what times depend on, with the residents of the answer."""
-        return replace(plan.placement, answer_resident_bytes=self.in_answer(plan).resident_bytes)
+        return with_answer(plan, self.options)
 
     def least_plan(self) -> Plan:
         """Return the plan that takes the least device memory."""

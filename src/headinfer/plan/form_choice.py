@@ -1,0 +1,67 @@
+"""Whether tokens are packed in host memory, where users leave it open. Pure arithmetic."""
+
+from collections.abc import Callable
+
+from headinfer.errors import MemoryPlanError
+from headinfer.plan.answering import in_answer, with_answer
+from headinfer.plan.format import Format
+from headinfer.plan.hardware import Hardware
+from headinfer.plan.options import Options
+from headinfer.plan.plan import Plan
+from headinfer.plan.predict import Predictor
+from headinfer.plan.shape import ModelShape
+
+_STEP_SHARE = 0.95
+"""Share of a dense decode step's time that a packed one takes at most. Less is not worth it."""
+
+_PROMPT_SHARE = 1.03
+"""The same of a prompt, which users wait for first: dense tokens may pass in larger chunks."""
+
+
+def with_chosen_form(
+    shape: ModelShape,
+    options: Options,
+    hardware: Hardware | None,
+    resolved: Callable[[ModelShape], Plan],
+    works: Callable[[], bool] = lambda: True,
+) -> Plan:
+    """Return the plan of a cache, with packed tokens where its decode steps gain by them.
+
+    Args:
+        shape: of the model, dense where the form is open.
+        options: what the user set. The form is open where `kv_cache` is "auto".
+        hardware: whose rates are known; None where they are not.
+        resolved: returns the plan of a shape.
+        works: whether the device packs tokens right; asked where that is to be done.
+
+    Raises:
+        MemoryPlanError: none fits.
+    """
+    plan, packed = resolved(shape), shape.packed
+    tokens = plan.context_tokens or 0
+    is_open = options.kv_cache == "auto" and shape.host_format is Format.DENSE and packed.packs
+    if not is_open or plan.device == "cpu" or tokens <= plan.resident_tokens:
+        return plan
+    try:
+        other = resolved(packed)
+    except MemoryPlanError:
+        return plan
+    return other if _pays(other, plan, options, hardware) and works() else plan
+
+
+def _pays(packed: Plan, dense: Plan, options: Options, hardware: Hardware | None) -> bool:
+    """Whether a packed plan is faster than a dense one by more than predictions are off.
+
+    Without rates the bytes that are not resident decide, as all of them cross the link.
+    """
+    tokens = dense.context_tokens or 0
+    if hardware is None:
+        here, there = (in_answer(each, options).streamed_bytes(tokens) for each in (packed, dense))
+        return here <= _STEP_SHARE * there
+    steps_s, prompts_s = [], []
+    for plan in (packed, dense):
+        predictor, placement = Predictor(plan.shape, hardware), with_answer(plan, options)
+        steps_s.append(predictor.decode_s(placement, tokens))
+        prompts_s.append(predictor.prefill_s(placement, tokens))
+    late = prompts_s[0] > _PROMPT_SHARE * prompts_s[1]
+    return steps_s[0] <= _STEP_SHARE * steps_s[1] and not late
