@@ -18,7 +18,7 @@ from headinfer.plan.shape import ModelShape
 _logger = logging.getLogger(__name__)
 
 _ADDRESSED_BYTES = 4096
-"""Of host memory whose address on a device is looked at."""
+"""Bytes of host memory whose address on a device is looked at."""
 
 
 def with_host_format(

@@ -6,7 +6,6 @@ from headinfer.plan import memory
 from headinfer.plan.options import Options
 from headinfer.plan.plan import Plan
 from headinfer.plan.residents import may_answer, with_residents
-from headinfer.plan.step_time import Placement
 
 SHORT_CALL_TOKENS = 1024
 """New tokens of each row in the longest call that a plan for answers is for: a short question."""
@@ -58,9 +57,3 @@ def answering(plan: Plan, options: Options) -> Plan | None:
 def in_answer(plan: Plan, options: Options) -> Plan:
     """Return the plan for a prompt's answer; the prompt's own where there is no other."""
     return answering(plan, options) or plan
-
-
-def with_answer(plan: Plan, options: Options) -> Placement:
-    """Return what a plan's times depend on, with the residents of the answer."""
-    residents = in_answer(plan, options).resident_bytes
-    return replace(plan.placement, answer_resident_bytes=residents)

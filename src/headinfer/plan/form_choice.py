@@ -1,9 +1,10 @@
 """Whether tokens are packed in host memory, where users leave it open. Pure arithmetic."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from headinfer.errors import MemoryPlanError
-from headinfer.plan.answering import in_answer, with_answer
+from headinfer.plan.answering import in_answer
 from headinfer.plan.format import Format
 from headinfer.plan.hardware import Hardware
 from headinfer.plan.options import Options
@@ -52,16 +53,22 @@ def with_chosen_form(
 def _pays(packed: Plan, dense: Plan, options: Options, hardware: Hardware | None) -> bool:
     """Whether a packed plan is faster than a dense one by more than predictions are off.
 
-    Without rates the bytes that are not resident decide, as all of them cross the link.
+    Without rates the bytes that are not resident decide, as all of them cross the link. A short
+    cache would take more host memory packed, with its room for pages that do not pack.
     """
     tokens = dense.context_tokens or 0
-    if hardware is None:
-        here, there = (in_answer(each, options).streamed_bytes(tokens) for each in (packed, dense))
-        return here <= _STEP_SHARE * there
-    steps_s, prompts_s = [], []
+    if packed.kv_host_bytes(tokens) > dense.kv_host_bytes(tokens):
+        return False
+    steps: list[float] = []
+    prompts: list[float] = []
     for plan in (packed, dense):
-        predictor, placement = Predictor(plan.shape, hardware), with_answer(plan, options)
-        steps_s.append(predictor.decode_s(placement, tokens))
-        prompts_s.append(predictor.prefill_s(placement, tokens))
-    late = prompts_s[0] > _PROMPT_SHARE * prompts_s[1]
-    return steps_s[0] <= _STEP_SHARE * steps_s[1] and not late
+        answer = in_answer(plan, options)
+        if hardware is None:
+            steps.append(answer.streamed_bytes(tokens))
+            continue
+        predictor = Predictor(plan.shape, hardware)
+        placement = replace(plan.placement, answer_resident_bytes=answer.resident_bytes)
+        steps.append(predictor.decode_s(placement, tokens))
+        prompts.append(predictor.prefill_s(placement, tokens))
+    late = bool(prompts) and prompts[0] > _PROMPT_SHARE * prompts[1]
+    return steps[0] <= _STEP_SHARE * steps[1] and not late
