@@ -154,7 +154,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device-memory")
-    parser.add_argument("--kv-cache", default="auto")
+    parser.add_argument("--kv-cache", default="dense")
     given = parser.parse_args()
     named = named_model(given.model, given.dtype, dummy_weights=True)
     config = dict(named.config or {}) | {"num_hidden_layers": given.layers}

@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("benchmarks/results"))
     arguments = parser.parse_args()
     model_spec = named_model(arguments.model, "bfloat16", dummy_weights=True)
-    settings = Options.parse(device="cuda", device_memory="24GiB")
+    settings = Options.parse(device="cuda", device_memory="24GiB", kv_cache="dense")
     device = torch.device("cuda")
     rates, _ = machine.measure(device, torch.bfloat16)
     limit_device(settings, device)

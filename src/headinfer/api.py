@@ -87,7 +87,8 @@ def attach(
             from run to run; with a number or "off" they repeat.
         kv_cache: how a GPU's KV cache lies in CPU memory. "packed" keeps bfloat16 in three quarters
             of the bytes, with every bit the same. "int8" and "fp8" are approximate: 8 bits a value,
-            and scales. "auto" is "dense" so far.
+            and scales. "auto" is "packed" for each cache whose decode steps gain by that on one
+            GPU, and "dense" for others (docs/packed.md).
         sparsity: share of the KV heads that *stream*: their queries see the first tokens and the
             newest ones alone. Approximate, and 0 by default. Half of the heads take half of the
             CPU memory and of the time of long contexts.

@@ -24,7 +24,7 @@ from headinfer.integration.cache import OffloadedCache, PrefillProgress
 from headinfer.integration.cache_engines import EnginesOfCaches
 from headinfer.integration.capture import CapturedSteps
 from headinfer.integration.disk_below import DiskBelow
-from headinfer.integration.host_format import with_host_format
+from headinfer.integration.host_format import with_host_format, with_open_form
 from headinfer.integration.linears import FewRowLinears
 from headinfer.integration.memory_held import described_together
 from headinfer.integration.model_shape import model_shape
@@ -39,6 +39,7 @@ from headinfer.integration.placement import Placement
 from headinfer.integration.room import RoomOfCaches
 from headinfer.integration.saving import fill_cache
 from headinfer.integration.shards import rank_shape, ranks_of, tell_of_ranks
+from headinfer.plan.format import Format
 from headinfer.plan.host_room import HostRoom
 from headinfer.plan.narrow import with_fewer_residents
 from headinfer.plan.options import Options
@@ -85,10 +86,11 @@ class Session:
         *,
         progress: PrefillProgress | None,
     ) -> None:
-        self._model, self._options, self._progress = model, options, progress
+        self._model, self._progress = model, progress
         self.ranks, self.stats, self.assistants = ranks_of(model), Stats(), Assistants()
         whole = with_pattern(model_shape(model), options)
         shape = rank_shape(whole, model, self.ranks)
+        options = with_open_form(shape, options, devices, model.dtype, self.ranks.size)
         self._shape = with_host_format(shape, options, devices[0], model.dtype)
         self.parts = parts_of(self._shape, placement, devices, options, self.ranks.on_host)
         device = self.device = self.parts[0].device
@@ -150,9 +152,8 @@ class Session:
         """Return the model and what its caches hold in words, without waiting for a call."""
         if not self._attached:
             return f"{self._shape.name}, detached"
-        form = self._shape.host_format.value
-        held = described_together(self._engines)
-        return f"{self._shape.name}, attached, {form} KV cache with {held}"
+        held = described_together(self._engines, self._shape.host_format)
+        return f"{self._shape.name}, attached, {held}"
 
     @property
     def goes_back(self) -> bool:
@@ -209,7 +210,8 @@ class Session:
         self.answers.clear()
         dtype = dtype or (self.kv_dtype() if replacing is None else replacing.dtype)
         room = functools.partial(self.host_room, self.plan.activation_bytes)
-        given = batch, context_tokens, others, dtype, replacing
+        form = before.plan.shape.host_format if (before := replacing or sharing) else None
+        given = batch, context_tokens, others, dtype, replacing, form
         resolve = functools.partial(self._resolve, *given)
         try:
             plan = self.disk.chosen(resolve, room, replacing, engines)
@@ -231,6 +233,7 @@ class Session:
         others: list[CacheEngine],
         dtype: torch.dtype,
         replacing: CacheEngine | None = None,
+        form: Format | None = None,
         disk_room_bytes: int | None = None,
     ) -> Plan:
         """Return a plan that fits; where it fits on some ranks alone, none has one."""
@@ -238,10 +241,8 @@ class Session:
             lambda: planned_together(
                 *(self.parts, self._shape, batch, context_tokens),
                 [engine.parts for engine in others],
-                dtype,
-                self.assistants.on,
-                disk_room_bytes,
-                replacing.parts if replacing else (),
+                *(dtype, self.assistants.on, disk_room_bytes),
+                *(replacing.parts if replacing else (), form),
             )
         )
         # When a cache has outgrown its residents, all ranks plan anew.
@@ -254,7 +255,7 @@ class Session:
 
     def check_device(self, tokens: int) -> None:
         """Refuse, by a `MemoryPlanError`, a cache of one row that the devices alone do not hold."""
-        self._resolve(1, tokens, [], self.kv_dtype())
+        self._resolve(1, tokens, [], self.kv_dtype(), form=self._shape.host_format)
 
     def kv_dtype(self, computed: torch.dtype | None = None) -> torch.dtype:
         """Return the dtype of keys and values under the autocast that is on here.

@@ -114,3 +114,12 @@ def test_forms_are_measured_on_the_simulated_device(monkeypatch):
     dense, packed, int8 = (row["bytes_to_device"] for row in rows)
     assert int8 < packed < dense
     assert [row["status"] for row in rows] == ["ok"] * 3
+
+
+def test_where_no_form_is_named_only_headinfer_is_what_users_get() -> None:
+    spec = bench_spec(methods=("standard", "resident", "headinfer", "headinfer-int8"))
+    asked = [spec.trial(variant, 300).settings.kv_cache for variant in spec.variants]
+    assert asked == ["auto", "dense", "auto", "auto"]  # the last one says it itself
+    named = replace(spec, kv_caches=("packed",))
+    asked = [named.trial(variant, 300).settings.kv_cache for variant in named.variants]
+    assert asked == ["auto", "packed", "packed", "auto"]

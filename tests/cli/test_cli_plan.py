@@ -109,19 +109,20 @@ def test_the_papers_accounting(cli) -> None:
 
 
 def test_where_nothing_fits_it_says_what_would(cli) -> None:
-    outcome = cli("plan", "--context", "16M", "--host-memory", "512GiB")
+    asked = ("plan", "--context", "16M", "--kv-cache", "dense")
+    outcome = cli(*asked, "--host-memory", "512GiB")
     assert outcome.code == 1
     assert "No exact method fits." in outcome.out
     assert "--host-memory 2097.0GiB, 1.55 TiB more" in outcome.out
     assert "--context 3970K, the longest that fits" in outcome.out
-    document = json.loads(cli("plan", "--context", "16M", "--json").out)
+    document = json.loads(cli(*asked, "--json").out)
     assert document["chosen"]["method"] is None
     assert document["chosen"]["changes"][-1]["context_tokens"] == 3970 * 2**10
 
 
 def test_host_memory_is_not_planned_to_the_last_byte(cli) -> None:
     # 122 GiB of locked KV beside 126 GiB of memory ended the process, 116 GiB did not.
-    options = ("--hardware", "rtx-4090", "--host-memory", "126GiB")
+    options = ("--hardware", "rtx-4090", "--host-memory", "126GiB", "--kv-cache", "dense")
     assert cli("plan", "--context", "928K", *options).code == 0
     outcome = cli("plan", "--context", "976K", *options)
     assert outcome.code == 1

@@ -1,6 +1,7 @@
 """`headinfer plan --gpus --kv-cache`: what is said of tokens that are not dense in CPU memory."""
 
 import json
+from typing import Any
 
 QUESTION = ("plan", "--hardware", "h100-80gb", "--context", "400K", "--chunk-tokens", "4K")
 
@@ -30,3 +31,34 @@ def test_rows_of_8_bits_are_marked_and_json_names_the_form(cli) -> None:
     assert document["plans"][document["chosen"]]["method"] == "resident"
     layers = next(plan for plan in document["plans"] if plan["method"] == "headinfer-fp8")
     assert layers["each"][0]["raw_page_bytes"] > 0
+
+
+def planned(cli, *given: str) -> dict[str, Any]:
+    return json.loads(cli("plan", "--hardware", "rtx-4090", *given, "--json").out)
+
+
+def test_auto_is_what_attach_would_choose(cli) -> None:
+    for context, form in (("32K", "dense"), ("128K", "packed")):
+        auto = planned(cli, "--context", context)
+        assert auto == planned(cli, "--context", context, "--kv-cache", form)
+        assert auto["kv_cache"] == form
+    long = ("--context", "128K")
+    one = planned(cli, *long, "--gpus", "1")
+    assert one == planned(cli, *long, "--gpus", "1", "--kv-cache", "packed")
+    assert planned(cli, *long, "--gpus", "2")["kv_cache"] == "dense"
+    assert planned(cli, *long, "--dtype", "float16")["kv_cache"] == "dense"
+    assert planned(cli, *long, "--accounting", "paper")["kv_cache"] == "dense"
+
+
+def test_a_disk_below_leaves_auto_dense(cli, tmp_path) -> None:
+    given = ("--context", "1M", "--host-memory", "64GiB", "--disk-cache", str(tmp_path))
+    assert planned(cli, *given)["kv_cache"] == "dense"
+
+
+def test_each_machine_chooses_its_own_form(cli) -> None:
+    asked = ("plan", "--context", "128K", "--hardware", "rtx-4090,h100-80gb")
+    told = " ".join(cli(*asked).out.split())
+    assert "KV on CPU of rtx-4090: packed in our methods, 0.77 of its bytes" in told
+    document = json.loads(cli(*asked, "--json").out)
+    assert document["kv_cache"] == "auto"
+    assert [row["kv_cache"] for row in document["rows"]] == ["packed", "dense"]

@@ -204,9 +204,6 @@ class BenchSpec:
 
     def trial(self, variant: Variant, context_tokens: int) -> TrialSpec:
         """Return the trial of one method, in one form, at one context."""
-        settings = self.settings
-        if variant.kv_cache is not None:
-            settings = replace(settings, kv_cache=variant.kv_cache)
         return TrialSpec(
             method=variant.method,
             context_tokens=context_tokens,
@@ -214,7 +211,7 @@ class BenchSpec:
             dtype=self.dtype,
             seed=self.seed,
             model=self.model,
-            settings=settings,
+            settings=variant.settings(self.settings),
             fill=self.fill,
             last_pass=self.command.finds_context,
             gpus=self.gpus,

@@ -1,11 +1,12 @@
 """A method together with the form of its KV in CPU memory: what a row is of. Pure Python."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from headinfer.bench.catalogue import CATALOGUE, REFERENCE_METHOD
+from headinfer.bench.catalogue import AUTO, CATALOGUE, REFERENCE_METHOD
 from headinfer.plan.format import Format
 from headinfer.plan.option_values import KVCacheName
+from headinfer.plan.options import Options
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,17 @@ class Variant:
     def name(self) -> str:
         """The method's name, and that of the form where one was asked for."""
         return self.method if self.kv_cache in (None, "auto") else f"{self.method} {self.kv_cache}"
+
+    def settings(self, settings: Options) -> Options:
+        """Return what it is attached with, of a run's settings.
+
+        Where no form was named `headinfer` is what users get. Other methods are dense, so that
+        their numbers differ by what their names say.
+        """
+        if self.kv_cache is None:
+            return settings
+        is_open = self.kv_cache == "auto" and self.method != AUTO
+        return replace(settings, kv_cache="dense" if is_open else self.kv_cache)
 
     @property
     def exact(self) -> bool:

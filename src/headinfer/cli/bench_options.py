@@ -55,7 +55,8 @@ def _size(name: str, help_text: str) -> Any:
     "tile_tokens",
     "kv_cache",
     kv_cache="Forms of a GPU's KV cache in CPU memory, comma-separated: auto, dense, packed, and "
-    "int8 and fp8 (approximate). Each method that leaves the choice is measured with each.",
+    "int8 and fp8 (approximate). Each method that leaves the choice is measured with each. auto is "
+    "dense in all of them but headinfer.",
 )
 def options(
     *,

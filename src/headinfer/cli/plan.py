@@ -54,8 +54,8 @@ _MOST_ROWS = 2**16
     disk_cache="A folder on a fast disk, for the oldest tokens that CPU memory has no room for. "
     "Its free space counts, and its rate as `headinfer probe --disk` measured it.",
     chunk_tokens="Tokens of a prefill chunk, such as 4K, or auto.",
-    kv_cache="How the KV cache lies in CPU memory, in our methods: dense, packed or auto (dense). "
-    "int8 and fp8 are a method more, which is approximate.",
+    kv_cache="How the KV cache lies in CPU memory, in our methods: dense, packed, or auto for the "
+    "one that attach would choose there. int8 and fp8 are a method more, which is approximate.",
     sparsity="Share of KV heads that stream in the row head-wise-sparse; 0 is 0.5, the paper's.",
 )
 def plan(
@@ -168,7 +168,7 @@ def plan(
             batch=batch,
             options=options,
             accounting=accounting,
-            host_format=host_format_of(options, model, dtype, accounting),
+            host_format=host_format_of(options, model, dtype, accounting, counts),
         )
         asked = [(question.on(here), (which, note)) for here, which, note in machines]
         quantising = load_in is not None

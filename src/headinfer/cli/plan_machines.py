@@ -117,8 +117,16 @@ def _print(asked: Sequence[Asked], rows: Sequence[MachineRow], best: MachineRow 
     )
     if any(row.brought_bytes for row in rows):
         console.print("[dim]weights off GPU: in GiB, they cross the link for each token[/]")
-    print_form(console, next((each for each, _ in asked if each.device != "cpu"), situation))
+    _print_form(console, [each for each, _ in asked if each.device != "cpu"])
     _print_choice(console, rows, best)
+
+
+def _print_form(console: Console, situations: Sequence[Situation]) -> None:
+    packing = [each for each in situations if each.of_ours().shape.packs]
+    if packing:
+        some = len(packing) < len(situations)
+        names = ", ".join(each.hardware.name for each in packing)
+        print_form(console, packing[0], f" of {names}" if some else "")
 
 
 def _print_choice(console: Console, rows: Sequence[MachineRow], best: MachineRow | None) -> None:
@@ -183,11 +191,15 @@ def _cells(row: MachineRow) -> list[str]:
 
 
 def _as_json(rows: Sequence[MachineRow], best: MachineRow | None) -> dict[str, Any]:
-    """Return everything as plain values: bytes, tokens and seconds; `fastest` is a row's place."""
+    """Return everything as plain values: bytes, tokens and seconds; `fastest` is a row's place.
+
+    `kv_cache` is "auto" where machines have different forms, which their rows name.
+    """
     situation = rows[0].situation
+    forms = {row.situation.host_format.value for row in rows}
     return {
         "model": situation.shape.name,
-        "kv_cache": situation.host_format.value,
+        "kv_cache": forms.pop() if len(forms) == 1 else "auto",
         "context_tokens": situation.context_tokens,
         "batch": situation.batch,
         "disk": disk_as_json(situation),
@@ -200,6 +212,7 @@ def _row(row: MachineRow) -> dict[str, Any]:
     return {
         "hardware": row.situation.hardware.name,
         "gpus": row.gpus,
+        "kv_cache": row.situation.host_format.value,
         "device_memory_bytes": list(row.memory_bytes),
         "host_memory_bytes": row.situation.host_memory_bytes,
         "fits": row.fits,

@@ -34,7 +34,7 @@ class Question:
         batch: rows.
         options: with the memory to use, and the form of tokens.
         accounting: how bytes are counted.
-        host_format: of tokens in host memory.
+        host_format: of tokens in host memory; None for what `attach` chooses on each machine.
     """
 
     shape: ModelShape
@@ -42,7 +42,7 @@ class Question:
     batch: int
     options: Options
     accounting: AccountingKind
-    host_format: Format
+    host_format: Format | None
 
     def on(self, here: Hardware) -> Situation:
         """Return the situation on a machine.
@@ -56,7 +56,7 @@ class Question:
         one_memory = here.link_bytes_per_s is None
         if one_memory and options.host_memory_bytes is not None:
             raise OptionError("there is one memory on a CPU: use --device-memory")
-        return Situation(
+        situation = Situation(
             shape=self.shape,
             hardware=here,
             context_tokens=self.context_tokens,
@@ -66,43 +66,63 @@ class Question:
             kind=self.accounting,
             chunk_tokens=None if options.chunk_tokens == "auto" else options.chunk_tokens,
             streaming=_streaming(options),
-            host_format=self.host_format,
+            host_format=self.host_format or Format.DENSE,
             disk=disk,
             machine_memory_bytes=here.device_memory_bytes
             if one_memory and options.device_memory_bytes is None
             else None,
         )
+        return situation if self.host_format else situation.in_chosen_format()
 
 
 def host_format_of(
-    options: Options, model: str, dtype: DtypeChoice, accounting: AccountingKind
-) -> Format:
-    """Return the form of tokens in host memory.
+    options: Options,
+    model: str,
+    dtype: DtypeChoice,
+    accounting: AccountingKind,
+    counts: Sequence[int],
+) -> Format | None:
+    """Return the form of tokens in host memory; None where `attach` chooses it on each machine.
+
+    Args:
+        options: what the user set.
+        model: its name.
+        dtype: of it.
+        accounting: how bytes are counted.
+        counts: of GPUs that are planned for; on several of them `attach` leaves tokens dense.
 
     Raises:
         OptionError: the accounting knows dense ones alone; or they are to be packed, and of another
             dtype than bfloat16.
     """
-    form = Format.DENSE if options.kv_cache == "auto" else Format(options.kv_cache)
+    if options.kv_cache == "auto":
+        named = _dtype_name(model, dtype)
+        chooses = named == "bfloat16" and max(counts, default=1) == 1
+        return None if chooses and accounting is AccountingKind.OURS else Format.DENSE
+    form = Format(options.kv_cache)
     if form is not Format.DENSE and accounting is not AccountingKind.OURS:
         raise OptionError(
             f"--accounting {accounting.value} counts dense KV alone; leave out --kv-cache"
         )
-    if form is not Format.PACKED:
+    if form is not Format.PACKED or (named := _dtype_name(model, dtype)) == "bfloat16":
         return form
     if dtype is DtypeChoice.AUTO:
-        from headinfer.cli.shapes import dtype_of
-
-        if (named := dtype_of(model)) != "bfloat16":
-            raise OptionError(
-                f"--kv-cache packed is for bfloat16 alone, and the config of {model!r} names "
-                f"{named}; leave out --kv-cache, or give --dtype bfloat16"
-            )
-    elif dtype is not DtypeChoice.BFLOAT16:
         raise OptionError(
-            f"--kv-cache packed is for bfloat16 alone, not {dtype.value}; leave out one of the two"
+            f"--kv-cache packed is for bfloat16 alone, and the config of {model!r} names {named}; "
+            "leave out --kv-cache, or give --dtype bfloat16"
         )
-    return form
+    raise OptionError(
+        f"--kv-cache packed is for bfloat16 alone, not {named}; leave out one of the two"
+    )
+
+
+def _dtype_name(model: str, dtype: DtypeChoice) -> str:
+    """Return the name of the dtype that a model is planned in."""
+    if dtype is not DtypeChoice.AUTO:
+        return str(dtype.value)
+    from headinfer.cli.shapes import dtype_of
+
+    return dtype_of(model)
 
 
 def _above_disk(

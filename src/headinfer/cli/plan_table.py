@@ -85,14 +85,18 @@ def print_plans(
     _print_choice(console, choice)
 
 
-def print_form(console: Console, situation: Situation) -> None:
-    """Print how tokens of our exact methods lie in CPU memory, where they are not dense."""
+def print_form(console: Console, situation: Situation, where: str = "") -> None:
+    """Print how tokens of our exact methods lie in CPU memory, where they are not dense.
+
+    Args:
+        console: prints.
+        situation: of a machine.
+        where: names those machines that it is so on; empty for all.
+    """
     shape = situation.of_ours().shape
     if shape.packs:
-        console.print(
-            f"[dim]KV on CPU: {shape.host_format.value} in our methods, {shape.packed_share:.2f} "
-            "of its bytes[/]"
-        )
+        form, share = shape.host_format.value, shape.packed_share
+        console.print(f"[dim]KV on CPU{where}: {form} in our methods, {share:.2f} of its bytes[/]")
 
 
 def print_steps(situation: Situation, choice: Choice) -> None:

@@ -80,9 +80,7 @@ class Event(Protocol):
     def seconds_to(self, other: "Event") -> float | None:
         """Seconds from when this was reached to when `other` was; less than 0 if that was first.
 
-        None until both are. Orders nothing.
-
-        Both must have been recorded as `timed`, on whichever streams.
+        None until both are. Orders nothing. Both were recorded as `timed`, on whichever streams.
         """
 
 
@@ -162,9 +160,8 @@ class Stream(Protocol):
 
         It runs in the stream's order, on another thread than the caller's. It must not raise, nor
         use a device, nor wait for anything that does; nor hold the last reference to memory that
-        the device knows.
-
-        A `NativeFunction` is called without Python; its caller keeps it until it ran.
+        the device knows. A `NativeFunction` is called without Python; its caller keeps it until it
+        ran.
         """
 
     def record(self, *, timed: bool = False) -> Event:
@@ -223,6 +220,10 @@ class Device(Protocol):
     @property
     def tiles_are_views(self) -> bool:
         """Whether host memory is device memory."""
+
+    @property
+    def packs_fast(self) -> bool:
+        """Whether it packs and unpacks tokens in less time than their link is spared by that."""
 
     @property
     def checks_accesses(self) -> bool:

@@ -19,6 +19,7 @@ class CpuDevice:
 
     name = "cpu"
     tiles_are_views = True
+    packs_fast = False
     checks_accesses = False
     captures = True
     torch_device = torch.device("cpu")

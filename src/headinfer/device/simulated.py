@@ -44,6 +44,7 @@ class SimulatedDevice:
         seed: of the order in which queued work runs.
         skip: waits to leave out, to show that the checks notice.
         host_piece_bytes: host memory that is got at a time, and as late as may be; None for all.
+        packs_fast: as of other devices; else tokens are packed where that is asked for alone.
 
     Attributes:
         memory: of the host and of the device, with all accesses.
@@ -62,9 +63,14 @@ class SimulatedDevice:
     torch_device = torch.device("cpu")
 
     def __init__(
-        self, *, seed: int = 0, skip: Collection[Edge] = (), host_piece_bytes: int | None = None
+        self,
+        *,
+        seed: int = 0,
+        skip: Collection[Edge] = (),
+        host_piece_bytes: int | None = None,
+        packs_fast: bool = False,
     ) -> None:
-        self.host_piece_bytes = host_piece_bytes
+        self.host_piece_bytes, self.packs_fast = host_piece_bytes, packs_fast
         self.number = next(_numbers)
         self.host_clock: Clock = {}
         self.skipped_edges = frozenset(skip)

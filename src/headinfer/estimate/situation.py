@@ -6,8 +6,9 @@ from headinfer.errors import MemoryPlanError
 from headinfer.estimate.accounting import Accounting, AccountingKind
 from headinfer.estimate.below import Disk
 from headinfer.plan import memory
-from headinfer.plan.answering import answering
+from headinfer.plan.answering import in_answer, placement_with_answer
 from headinfer.plan.below_host import InBlocks
+from headinfer.plan.form_choice import with_chosen_form
 from headinfer.plan.format import Format
 from headinfer.plan.hardware import Hardware
 from headinfer.plan.host_room import HostRoom, machine_bytes_for
@@ -192,30 +193,42 @@ class Situation:
         """The kind of device: without a link the CPU attends tiles where they lie."""
         return "cpu" if self.hardware.link_bytes_per_s is None else "cuda"
 
+    def in_chosen_format(self) -> "Situation":
+        """Return the situation with tokens in the form that `attach` would choose here."""
+        if self.disk is not None or self.accounting.is_paper:
+            return self
+        try:
+            plan = with_chosen_form(self.shape, self.options, self.hardware, self._resolve)
+        except MemoryPlanError:
+            return self
+        return replace(self, host_format=plan.shape.host_format)
+
     def resolve(self, *, keep_resident: bool) -> Plan:
         """Return the plan `attach` would make here; the smallest there is where none fits."""
         options = self.options if keep_resident else replace(self.options, resident_tokens=0)
         try:
-            return resolve(
-                self.shape,
-                options,
-                device=self.device,
-                batch=self.batch,
-                context_tokens=self.context_tokens,
-                hardware=self.hardware,
-                in_blocks=InBlocks(self.host_room_bytes if self.disk else None, self.beside),
-            )
+            return self._resolve(self.shape, options)
         except MemoryPlanError:
             return self.least_plan()
 
+    def _resolve(self, shape: ModelShape, options: Options) -> Plan:
+        return resolve(
+            shape,
+            options,
+            device=self.device,
+            batch=self.batch,
+            context_tokens=self.context_tokens,
+            hardware=self.hardware,
+            in_blocks=InBlocks(self.host_room_bytes if self.disk else None, self.beside),
+        )
+
     def in_answer(self, plan: Plan) -> Plan:
         """Return the plan for a prompt's answer; the prompt's own where there is no other."""
-        return answering(plan, self.options, self.hardware) or plan
+        return in_answer(plan, self.options, self.hardware)
 
     def placement(self, plan: Plan) -> Placement:
         """Return what times depend on, with what is other in the answer."""
-        answer, placement = self.in_answer(plan), plan.placement
-        return placement if answer is plan else replace(placement, answer=answer.placement)
+        return placement_with_answer(plan, self.options, self.hardware)
 
     def least_plan(self) -> Plan:
         """Return the plan that takes the least device memory."""

@@ -1,17 +1,24 @@
 """The form in which a model's tokens lie in host memory: as they are computed, or in pages."""
 
 import dataclasses
+import functools
 import logging
+from collections.abc import Sequence
 
 import torch
 
 from headinfer.device.base import Device
 from headinfer.engine.codecs import codec_of
+from headinfer.engine.raw_pages import addressed
+from headinfer.errors import MemoryPlanError
 from headinfer.plan.format import Format
 from headinfer.plan.options import Options
 from headinfer.plan.shape import ModelShape
 
 _logger = logging.getLogger(__name__)
+
+_ADDRESSED_BYTES = 4096
+"""Bytes of host memory whose address on a device is looked at."""
 
 
 def with_host_format(
@@ -47,6 +54,53 @@ def with_host_format(
         return stored
     _logger.warning("kv_cache=%s has no effect %s", form.value, reason)
     return shape
+
+
+def with_open_form(
+    shape: ModelShape, options: Options, devices: Sequence[Device], dtype: torch.dtype, ranks: int
+) -> Options:
+    """Return options that leave the form to each cache's plan, only where tokens can be packed.
+
+    Otherwise they are dense. Packed tokens above a disk, on several devices or in several ranks
+    must be asked for: they were not timed there.
+
+    Args:
+        shape: of the model, dense.
+        options: what the user set.
+        devices: of each layer that attends.
+        dtype: of keys and values, mostly.
+        ranks: that compute the model.
+    """
+    timed = len(set(devices)) == ranks == 1 and options.disk_cache is None
+    can = devices[0].packs_fast and dtype is torch.bfloat16 and shape.packed.packs
+    if options.kv_cache != "auto" or (timed and can):
+        return options
+    return dataclasses.replace(options, kv_cache="dense")
+
+
+def packing_works(device: Device) -> bool:
+    """Whether tokens are packed on a device as they are to be; the log has what fails.
+
+    It is asked when a plan has packed tokens that nobody asked for, which takes a compiler.
+    """
+    try:
+        addressed(device, device.host_empty(_ADDRESSED_BYTES))
+    except MemoryPlanError as error:
+        _logger.info("the KV cache is dense: %s", error)
+        return False
+    return _is_checked(device.torch_device)
+
+
+@functools.cache
+def _is_checked(where: torch.device) -> bool:
+    try:
+        codec_of(Format.PACKED, where, torch.bfloat16)
+    except torch.OutOfMemoryError:
+        raise  # says nothing about packing, and this answer would last
+    except Exception as error:  # a compiler's own kinds among them
+        _logger.info("the KV cache is dense: %s", error)
+        return False
+    return True
 
 
 def with_kv_dtype(shape: ModelShape, dtype: torch.dtype) -> ModelShape:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from headinfer.engine.parted import CacheEngine
 from headinfer.integration.room import held_host_bytes
+from headinfer.plan.format import Format
 from headinfer.units import counted, format_bytes
 
 if TYPE_CHECKING:
@@ -48,10 +49,17 @@ def described(cache: "OffloadedCache") -> str:
     )
 
 
-def described_together(engines: Iterable[CacheEngine]) -> str:
-    """Return the memory that all engines hold in words, without waiting for a call."""
+def described_together(engines: Iterable[CacheEngine], form: Format) -> str:
+    """Return the forms and the memory of all caches in words, without waiting for a call.
+
+    Args:
+        engines: of the caches.
+        form: where there are none.
+    """
     held = [engine for engine in engines if not engine.closed]
-    return _memory(held_host_bytes(held), sum(engine.device_kv_bytes for engine in held))
+    forms = {engine.plan.shape.host_format.value for engine in held} or {form.value}
+    memory = _memory(held_host_bytes(held), sum(engine.device_kv_bytes for engine in held))
+    return f"{' and '.join(sorted(forms))} KV cache with {memory}"
 
 
 def _memory(host_bytes: int, device_bytes: int) -> str:

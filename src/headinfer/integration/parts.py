@@ -1,6 +1,7 @@
 """The parts of an attached model: the layers that compute on one device, and what it gives them."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -14,11 +15,13 @@ from headinfer.engine.balance import Settled
 from headinfer.engine.engine import Engine
 from headinfer.engine.parted import CacheEngine
 from headinfer.errors import MemoryPlanError, UnsupportedModelError
-from headinfer.integration.host_format import with_kv_dtype
+from headinfer.integration.host_format import packing_works, with_kv_dtype
 from headinfer.integration.placement import Placement
 from headinfer.plan import memory
 from headinfer.plan.assistant import AssistantBytes
 from headinfer.plan.below_host import InBlocks
+from headinfer.plan.form_choice import with_chosen_form
+from headinfer.plan.format import Format
 from headinfer.plan.hardware import Hardware
 from headinfer.plan.joining import joined
 from headinfer.plan.narrow import narrowed, with_fewer_residents
@@ -71,6 +74,7 @@ class ModelPart:
         chunk_tokens: int | None = None,
         in_blocks: InBlocks = _NO_DISK,
         replaced: Engine | None = None,
+        form: Format | None = None,
     ) -> Plan:
         """Return the plan of a cache's layers here, beside what other caches have on the device.
 
@@ -83,6 +87,7 @@ class ModelPart:
             chunk_tokens: tokens of a chunk that all parts can pass; None for the best here.
             in_blocks: as in `headinfer.plan.resolve.resolve`.
             replaced: the cache's engine here, if it has one, whose memory goes first.
+            form: of the tokens that the cache has; None where the plan chooses what is open.
 
         Raises:
             MemoryPlanError: no plan fits.
@@ -103,16 +108,21 @@ class ModelPart:
         options = dataclasses.replace(self.options, device_memory_bytes=left)
         if chunk_tokens is not None:
             options = dataclasses.replace(options, chunk_tokens=chunk_tokens)
+        shape = with_kv_dtype(self.shape, dtype)
+        if form is not None or dtype is not torch.bfloat16:
+            options = dataclasses.replace(options, kv_cache=shape.host_format.value)
+        resolved = functools.partial(
+            resolve,
+            device=self.device.name,
+            batch=batch,
+            context_tokens=context_tokens,
+            hardware=self.hardware,
+            in_blocks=in_blocks,
+        )
         try:
-            plan = resolve(
-                with_kv_dtype(self.shape, dtype),
-                options,
-                device=self.device.name,
-                batch=batch,
-                context_tokens=context_tokens,
-                hardware=self.hardware,
-                in_blocks=in_blocks,
-            )
+            shape = shape.packed if form is Format.PACKED else shape
+            works = functools.partial(packing_works, self.device)
+            plan = with_chosen_form(shape, options, self.hardware, resolved, works)
         except MemoryPlanError as error:
             reason = f"{self.label}{error}"
             if budget != asked:
@@ -155,6 +165,7 @@ def planned_together(
     assistants: Callable[[torch.device], AssistantBytes],
     disk_room_bytes: int | None = None,
     replaced: Sequence[Engine] = (),
+    form: Format | None = None,
 ) -> Plan:
     """Return the plan of a cache, whose parts pass chunks of as many tokens.
 
@@ -168,6 +179,7 @@ def planned_together(
         assistants: returns what they take of a device.
         disk_room_bytes: host memory for all parts, where a disk lies below it; None for no disk.
         replaced: the cache's engines, one for each part; none where it is new.
+        form: as in `ModelPart.resolve`.
 
     Raises:
         MemoryPlanError: no plan fits.
@@ -180,7 +192,7 @@ def planned_together(
         beside = (each.shape for each in parts if each is not part)
         shapes = tuple(with_kv_dtype(other, dtype) for other in beside)
         own = replaced[number] if replaced else None
-        sizes = (chunk_tokens, InBlocks(disk_room_bytes, shapes), own)
+        sizes = (chunk_tokens, InBlocks(disk_room_bytes, shapes), own, form)
         return part.resolve(batch, context_tokens, here, dtype, assistant, *sizes)
 
     plans = [planned(number) for number in range(len(parts))]

@@ -8,6 +8,7 @@ from headinfer.plan.host_share import where_the_host_pays, with_host_share
 from headinfer.plan.options import Options
 from headinfer.plan.plan import Plan
 from headinfer.plan.residents import may_answer, with_residents
+from headinfer.plan.step_time import Placement
 
 SHORT_CALL_TOKENS = 1024
 """New tokens of each row in the longest call that a plan for answers is for: a short question."""
@@ -56,3 +57,14 @@ def answering(plan: Plan, options: Options, hardware: Hardware | None = None) ->
     streamed = plan.streamed_bytes(context)
     spared = streamed - short.streamed_bytes(context)
     return short if spared > _LEAST_GAIN * streamed else None
+
+
+def in_answer(plan: Plan, options: Options, hardware: Hardware | None) -> Plan:
+    """Return the plan for a prompt's answer; the prompt's own where there is no other."""
+    return answering(plan, options, hardware) or plan
+
+
+def placement_with_answer(plan: Plan, options: Options, hardware: Hardware | None) -> Placement:
+    """Return what a plan does with the KV cache, and what the plan for its answer does."""
+    answer, placement = answering(plan, options, hardware), plan.placement
+    return placement if answer is None else replace(placement, answer=answer.placement)

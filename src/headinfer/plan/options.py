@@ -171,7 +171,7 @@ class Options:
             "NAME",
             "How a GPU's KV cache lies in CPU memory: dense, packed (bfloat16 in three "
             "quarters of the bytes, every bit the same), int8 or fp8 (approximate: 8 bits a "
-            "value), or auto, which is dense so far.",
+            "value), or auto: packed where decode steps gain by it, else dense.",
         ),
     )
     overlap: bool = field(

@@ -6,6 +6,7 @@ from typing import Any
 
 from headinfer.bench.model_spec import Model, model_from_json
 from headinfer.bench.spec import TrialSpec, check_lists, json_values
+from headinfer.bench.variant import variant_of
 from headinfer.errors import OptionError
 from headinfer.plan.options import Options
 from headinfer.units import counted
@@ -67,7 +68,7 @@ class AgreementSpec:
             dtype=self.dtype,
             seed=0,
             model=self.model,
-            settings=self.settings,
+            settings=variant_of(method, self.settings.kv_cache).settings(self.settings),
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from headinfer.bench.model_spec import DTYPE_BYTES, Model, model_from_json
 from headinfer.bench.spec import TrialSpec, check_lists, json_values
+from headinfer.bench.variant import variant_of
 from headinfer.errors import OptionError
 from headinfer.evaluate.answers.task import Task, task_from_json
 from headinfer.plan.options import Options
@@ -51,7 +52,7 @@ class JobSpec:
             dtype=self.dtype,
             seed=0,
             model=self.model,
-            settings=self.settings,
+            settings=variant_of(self.method, self.settings.kv_cache).settings(self.settings),
         )
 
     def to_json(self) -> dict[str, Any]:
