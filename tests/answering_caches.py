@@ -126,13 +126,13 @@ class Chat:
         self.cache.crop(tokens - self.said.shape[1])
         self.said = self.said[:, :tokens]
 
-    def check(self) -> None:
+    def check(self, apart: float = 1e-3) -> None:
         """Compare the last logits with what stock gives for all tokens in one call."""
         model = tiny_model_like(self.model)
         with torch.no_grad():
             said, cache = self.said.to(model.device), DynamicCache(config=model.config)
             stock = model(said, past_key_values=cache, logits_to_keep=1).logits
-        torch.testing.assert_close(self.last, stock[:, -1], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(self.last, stock[:, -1], rtol=apart, atol=apart)
 
 
 def tiny_model_like(model: PreTrainedModel) -> PreTrainedModel:

@@ -8,11 +8,15 @@ import torch
 from headinfer.device.base import Device
 from headinfer.device.simulated import SimulatedDevice
 from headinfer.disk.file import SpillFile
+from headinfer.engine.disk_tiles import in_memory
 from headinfer.engine.engine import Engine
 from headinfer.engine.stats import Stats
 from headinfer.kv.pair import KV
 from headinfer.plan.below_host import in_few_blocks
+from headinfer.plan.memory import chunk_page_bytes, packed_bytes
 from headinfer.plan.options import Options
+from headinfer.plan.plan import Plan
+from headinfer.plan.residents import with_residents
 from headinfer.plan.resolve import resolve
 from packed_values import drawn
 from shapes import model_shape
@@ -38,6 +42,39 @@ def packing_engine(
     if file is not None:
         plan = replace(in_few_blocks(plan), disk_host_blocks=2)
     return Engine(device, plan, torch.bfloat16, Stats(), file=file)
+
+
+def answer_plan(plan: Plan, residents: int) -> Plan:
+    """Return a plan for an answer as `answering` makes it, with some resident tokens."""
+    chunk_tokens = plan.page_tokens + 1
+    sizes = {"chunk_tokens": chunk_tokens, "batch": plan.batch}
+    short = replace(
+        plan,
+        prompt_plan=plan,
+        chunk_tokens=chunk_tokens,
+        chunk_page_bytes=chunk_page_bytes(plan.shape, **sizes),
+        packed_bytes=packed_bytes(plan.shape, **sizes),
+    )
+    return with_residents(short, residents)
+
+
+def at_home(engine: Engine) -> list[torch.Tensor]:
+    """Return a copy of the pages of all layers in host memory, and of those that did not pack."""
+    engine.begin_saving()  # the host has all tokens
+    found = []
+    for ledger in engine._full:
+        for tile in map(in_memory, ledger.host_tiles(0, ledger.host_tokens)):
+            found += [*map(torch.clone, tile.kv), *map(torch.clone, tile.piece.raw)]
+    return found
+
+
+def residents_of(engine: Engine) -> KV:
+    """Return the first layer's resident tokens where they lie, once compute may read them."""
+    resident = engine._full[0].resident
+    assert resident is not None
+    resident.piece.wait_ready(engine.device)
+    engine.device.compute.reads(resident.piece.memory, "a test")
+    return resident.tile(0, resident.tokens).kv
 
 
 def new_tokens(kind: str, tokens: int, seed: int, batch: int = 1) -> KV:

@@ -21,6 +21,7 @@ from headinfer.kv.pair import KV
 from headinfer.plan.format import Format
 from headinfer.plan.options import Options
 from headinfer.plan.resolve import resolve
+from packing_engines import answer_plan, at_home, residents_of
 from shapes import model_shape
 
 KEY_DIM, VALUE_DIM, TOKENS = 16, 32, 250
@@ -133,6 +134,27 @@ def test_tokens_go_on_after_a_crop_a_fork_and_a_load(form: Format) -> None:
     loaded.take_page([page])
     loaded.end_loading()
     assert all(map(torch.equal, read(loaded), rounded(form, page)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("form", FORMS)
+def test_an_answer_rounds_nothing_anew(form: Format, dtype: torch.dtype) -> None:
+    """Its residents are what the host has: full pages rounded once, the last one as it is."""
+    kv, engine = tokens_of(TOKENS, dtype), engine_of(form, dtype=dtype, residents=70)
+    append(engine, kv, [100, 70])
+    assert all(map(torch.equal, residents_of(engine), kv.cut(slice(0, 70))))
+    home = at_home(engine)
+    engine.begin_answer(answer_plan(engine.plan, 192))
+    assert all(map(torch.equal, at_home(engine), home))
+    assert all(map(torch.equal, residents_of(engine), rounded(form, kv.cut(slice(0, 170)))))
+    append(engine, kv.cut(slice(170, TOKENS)), [1] * 50)
+    found, home = read(engine), at_home(engine)
+    assert all(map(torch.equal, found, rounded(form, kv.cut(slice(0, 220)))))
+    engine.end_answer()
+    assert all(map(torch.equal, at_home(engine), home))
+    assert all(map(torch.equal, residents_of(engine), found.cut(slice(0, 70))))
+    append(engine, kv.cut(slice(220, TOKENS)), [30])
+    assert all(map(torch.equal, read(engine), rounded(form, kv)))
 
 
 @pytest.mark.parametrize("form", [Format.PACKED, *FORMS])

@@ -19,7 +19,14 @@ from headinfer.engine.engine import Engine
 from headinfer.engine.stats import Stats
 from headinfer.kv.pair import KV
 from packed_values import bits_of
-from packing_engines import LateDevice, new_tokens, packing_engine
+from packing_engines import (
+    LateDevice,
+    answer_plan,
+    at_home,
+    new_tokens,
+    packing_engine,
+    residents_of,
+)
 
 SLOW = pytest.mark.slow
 KINDS = ("normal", "any bits", "special")
@@ -55,6 +62,25 @@ class Plain:
     def replan(self, _tokens: int, _kind: str) -> None:
         self.engine.replan(self.engine.plan)
 
+    def answer(self, tokens: int, _kind: str) -> None:
+        """Go on under a plan for an answer, or for prompts again; the host's pages stay."""
+        engine, before = self.engine, at_home(self.engine)
+        room, slots = engine.plan.raw_room, engine._raw
+        if engine.plan.prompt_plan is None:
+            assert engine.begin_answer(answer_plan(engine.plan, 64 * (1 + tokens // 64)))
+        else:
+            engine.end_answer()
+            assert engine.plan.prompt_plan is None
+        assert engine.plan.raw_room == room
+        assert engine._raw is slots
+        after = at_home(engine)
+        assert len(before) == len(after)
+        assert all(map(torch.equal, before, after))
+        if engine.plan.resident_tokens:
+            kept = self.kv.cut(slice(0, engine.plan.resident_tokens))
+            for there, wanted in zip(residents_of(engine), kept, strict=True):
+                assert torch.equal(bits_of(there.cpu()), bits_of(wanted))
+
     def fork(self, _tokens: int, _kind: str) -> None:
         """Go on with a copy, while whoever shares its host memory goes on as well."""
         before = engine = self.engine
@@ -81,7 +107,7 @@ class Plain:
             assert torch.equal(bits_of(self.engine.read(0, part).cpu()), bits_of(wanted))
 
 
-CHANGES = ("append", "append", "append", "crop", "select", "replan", "fork", "save")
+CHANGES = ("append", "append", "append", "crop", "select", "replan", "fork", "save", "answer")
 changes = st.lists(
     st.tuples(st.sampled_from(CHANGES), st.integers(1, 150), st.sampled_from(KINDS)), max_size=7
 )
@@ -209,7 +235,7 @@ def test_every_bit_comes_back_from_a_gpu() -> None:
             for name, tokens in (("append", 150), ("crop", 30), ("append", 77)):
                 getattr(cache, name)(tokens, kind)
                 cache.check()
-        for name in ("select", "replan", "fork", "save"):
+        for name in ("select", "replan", "answer", "fork", "answer", "save", "answer"):
             getattr(cache, name)(0, "normal")
             cache.check()
             cache.append(70, "any bits")

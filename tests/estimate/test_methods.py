@@ -206,3 +206,11 @@ def test_what_the_cpu_attends_is_told_and_not_counted_as_streamed() -> None:
     assert plan.host_attended_bytes == pytest.approx(plan.host_share * rest)
     assert plan.streamed_bytes + plan.host_attended_bytes == rest
     assert any("In decode steps the CPU attends" in line for line in choice.why)
+
+
+def test_packed_steps_of_an_answer_take_the_packed_share_of_dense_ones() -> None:
+    """With the prompt's residents alone they would take 0.92 of it."""
+    dense = replace(SITUATION, hardware=HARDWARE["h100-80gb"], context_tokens=100 * 2**10)
+    packed = replace(dense, shape=dense.shape.packed)
+    times = [plans_of(each)["resident"].decode_s_per_token for each in (packed, dense)]
+    assert times[0] / times[1] == pytest.approx(packed.shape.packed_share, abs=0.02)

@@ -41,6 +41,9 @@ from parted import spread
 from shared_device import SharedDevice
 from tiny_models import random_tokens, tiny_model
 
+APART = {"dense": 1e-3, "packed": 2**-6}
+"""How far logits may be from those of stock transformers, of float32 and of bfloat16."""
+
 MANY = 40
 """Steps that are enough for any change of plans here."""
 
@@ -53,10 +56,10 @@ def answering(model: Any, offload: Any, *beside: Chat, seed: int = 0) -> Chat:
     return chat
 
 
-def in_any_chunks(model: Any) -> Offload:
+def in_any_chunks(model: Any, kv_cache: str = "dense") -> Offload:
     """Attach with chunks that become shorter where there is less memory."""
-    memory = device_memory(model, chunk_tokens=2048)
-    return attached(model, device_memory=memory, chunk_tokens="auto")
+    memory = device_memory(model, chunk_tokens=2048, kv_cache=kv_cache)
+    return attached(model, device_memory=memory, chunk_tokens="auto", kv_cache=kv_cache)
 
 
 @pytest.mark.parametrize("capture", [True, False])
@@ -90,9 +93,11 @@ def test_an_answer_has_residents_until_the_next_prompt(name: str, capture: bool)
         assert (offload.stats.captured_steps > 0) == capture
 
 
-def test_plans_change_once_as_many_bytes_were_streamed_in_vain_as_that_takes() -> None:
-    model = long_model()
-    with attached(model) as offload:
+@pytest.mark.parametrize("kv_cache", ["dense", "packed"])
+def test_plans_change_once_as_many_bytes_were_streamed_in_vain_as_that_takes(kv_cache: str) -> None:
+    model = long_model(num_hidden_layers=4).bfloat16()
+    memory = device_memory(model, kv_cache=kv_cache)
+    with attached(model, kv_cache=kv_cache, device_memory=memory) as offload:
         chat = Chat(model, offload)
         chat.take(PROMPT)
         prompt, tokens = chat.plan, []
@@ -108,7 +113,7 @@ def test_plans_change_once_as_many_bytes_were_streamed_in_vain_as_that_takes() -
 
         def cost(held: int) -> int:
             kept = (min(held, plan.resident_tokens) for plan in (prompt, answer))
-            return sum(map(prompt.shape.kv_bytes, kept))
+            return sum(map(prompt.shape.host_kv_bytes, kept))
 
         *before, last = tokens
         assert len(before) > 1
@@ -219,18 +224,20 @@ def copied(chat: Chat) -> OffloadedCache:
     return copy.deepcopy(chat.cache)
 
 
+@pytest.mark.parametrize("kv_cache", ["dense", "packed"])
 @pytest.mark.parametrize("make", [forked, copied])
-def test_copies_hold_the_same(make: Callable[[Chat], OffloadedCache]) -> None:
-    model = long_model()
-    with in_any_chunks(model) as offload:
+def test_copies_hold_the_same(make: Callable[[Chat], OffloadedCache], kv_cache: str) -> None:
+    model = long_model() if kv_cache == "dense" else long_model().bfloat16()
+    apart = APART[kv_cache]
+    with in_any_chunks(model, kv_cache) as offload:
         chat = answering(model, offload)
         other = Chat(model, offload, 0, chat)
         other.cache, other.said, other._taken = make(chat), chat.said, chat._taken
         other.take(3)
         assert not chat.answers
         chat.take(2)
-        chat.check()
-        other.check()
+        chat.check(apart)
+        other.check(apart)
 
 
 def parked(chat: Chat, _folder: Path) -> None:
@@ -338,9 +345,11 @@ def test_a_cpu_that_an_answer_left_out_helps_again_after_it(
     assert "other bits" not in caplog.text
 
 
-def test_an_answer_that_held_all_tokens_grows_beyond_its_plan() -> None:
+@pytest.mark.parametrize("kv_cache", ["dense", "packed"])
+def test_an_answer_that_held_all_tokens_grows_beyond_its_plan(kv_cache: str) -> None:
     model, tokens = long_model(), PROMPT + 40
-    sizes = SIZES | {"resident_tokens": 0}
+    model = model.bfloat16() if kv_cache == "packed" else model
+    sizes = SIZES | {"resident_tokens": 0, "kv_cache": kv_cache}
     with headinfer.attach(model, **sizes) as offload:
         plan = offload.session.plan_for(1, tokens)
     short = activation_bytes(
@@ -349,7 +358,8 @@ def test_an_answer_that_held_all_tokens_grows_beyond_its_plan() -> None:
     kept = resident_bytes(plan.shape, resident_tokens=tokens, batch=1)
     prompts = plan.total_device_bytes - plan.shape.weights_bytes + kept  # all would be resident
     device = SharedDevice(round((prompts - (plan.activation_bytes - short) / 2) / USED_SHARE))
-    with headinfer.attach(model, **SIZES, simulated_device=device) as offload:
+    own = SIZES | {"kv_cache": kv_cache, "simulated_device": device}
+    with headinfer.attach(model, **own) as offload:
         chat = Chat(model, offload)
         chat.cache = offload.new_cache(tokens)
         chat.take(PROMPT)
@@ -358,7 +368,7 @@ def test_an_answer_that_held_all_tokens_grows_beyond_its_plan() -> None:
         chat.cache.state.begin_answer()
         assert chat.plan.resident_tokens == tokens
         chat.steps(60)
-        chat.check()
+        chat.check(APART[kv_cache])
         assert chat.plan.context_tokens > tokens
         assert chat.plan.device_memory_bytes == prompt.device_memory_bytes
 

@@ -9,6 +9,7 @@ from headinfer.estimate.machines import HARDWARE
 from headinfer.estimate.presets import preset_shape
 from headinfer.plan.answering import SHORT_CALL_TOKENS, answering
 from headinfer.plan.below_host import InBlocks
+from headinfer.plan.format import Format
 from headinfer.plan.memory import activation_bytes, resident_bytes
 from headinfer.plan.narrow import for_prompts, without_residents
 from headinfer.plan.options import Options
@@ -51,8 +52,27 @@ def test_all_that_short_calls_leave_holds_residents(shape: Any, batch: int) -> N
     assert all(getattr(plan, name) == getattr(answer, name) for name in same)
 
 
-def test_an_answer_at_100k_tokens_streams_a_seventh_less() -> None:
-    plan, options = planned()
+@pytest.mark.parametrize("form", [Format.PACKED, Format.INT8, Format.FP8])
+@pytest.mark.parametrize("chunk_tokens", ["6K", "8K", "16K"])
+def test_an_answer_of_packed_tokens_needs_no_more_of_host_memory(
+    form: Format, chunk_tokens: str
+) -> None:
+    """With the room for chunks of its own there would be a block more, of another size."""
+    plan, options = planned(LLAMA_3_8B.stored_as(form), chunk_tokens=chunk_tokens)
+    answer = answering(plan, options)
+    assert answer is not None
+    assert answer.resident_tokens % 64 == 0
+    assert answer.packed_bytes < plan.packed_bytes
+    assert 0 <= (plan.device_memory_bytes or 0) - answer.total_device_bytes < 2**23
+    assert answer.raw_room == plan.raw_room
+    assert answer.kv_host_bytes(TOKENS) == plan.kv_host_bytes(TOKENS)
+    own = replace(answer, prompt_plan=None)
+    assert own.raw_room != plan.raw_room
+
+
+@pytest.mark.parametrize("shape", [LLAMA_3_8B, LLAMA_3_8B.packed], ids=["dense", "packed"])
+def test_an_answer_at_100k_tokens_streams_a_seventh_less(shape: ModelShape) -> None:
+    plan, options = planned(shape)
     answer = answering(plan, options)
     assert answer is not None
     before, after = (each.streamed_bytes(TOKENS) for each in (plan, answer))
@@ -70,9 +90,9 @@ def test_an_answer_at_100k_tokens_streams_a_seventh_less() -> None:
         {"chunk_tokens": "1K"},
         {"tokens": 2**20},  # a fiftieth would be spared
         {"device": "cpu", "device_memory": None},
-        {"shape": LLAMA_3_8B.packed},
+        {"shape": replace(LLAMA_3_8B, ranks=2)},
     ],
-    ids=["limitless", "all", "given", "none", "drafts", "short", "long", "cpu", "packed"],
+    ids=["limitless", "all", "given", "none", "drafts", "short", "long", "cpu", "ranks"],
 )
 def test_there_is_none_where_it_would_gain_little(values: dict[str, Any]) -> None:
     plan, options = planned(**values)
@@ -154,6 +174,7 @@ def chunk_tokens(
 def test_chunks_of_a_long_prompt_are_large_where_its_answer_has_their_memory() -> None:
     assert chunk_tokens() == 16384
     assert chunk_tokens(chunk_tokens="8K") == 8192
+    assert chunk_tokens(shape=LLAMA_3_8B.packed) == 16384
 
 
 @pytest.mark.parametrize(
@@ -163,21 +184,21 @@ def test_chunks_of_a_long_prompt_are_large_where_its_answer_has_their_memory() -
         {"resident_tokens": 40000},
         {"resident_tokens": 0},
         {"draft_tokens": "auto"},
-        {"shape": LLAMA_3_8B.packed},
         {"shape": replace(LLAMA_3_8B, ranks=2)},
         {"beside": (LLAMA_3_8B,)},  # where the second device waits for a whole chunk
     ],
-    ids=["all", "given", "none", "drafts", "packed", "ranks", "devices"],
+    ids=["all", "given", "none", "drafts", "ranks", "devices"],
 )
 def test_chunks_are_no_larger_where_its_answer_has_not(values: dict[str, Any]) -> None:
     assert chunk_tokens(**values) <= 8192
 
 
-def test_predicted_decode_steps_are_those_of_the_answer() -> None:
-    plan, options = planned()
+@pytest.mark.parametrize("shape", [LLAMA_3_8B, LLAMA_3_8B.packed], ids=["dense", "packed"])
+def test_predicted_decode_steps_are_those_of_the_answer(shape: ModelShape) -> None:
+    plan, options = planned(shape)
     answer = answering(plan, options)
     assert answer is not None
-    predictor = Predictor(LLAMA_3_8B, HARDWARE["h100-80gb"])
+    predictor = Predictor(shape, HARDWARE["h100-80gb"])
     placement = replace(plan.placement, answer=answer.placement)
     answers_s = predictor.decode_s(answer.placement, TOKENS)
     assert predictor.decode_s(placement, TOKENS) == answers_s

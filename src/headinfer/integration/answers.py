@@ -47,7 +47,7 @@ class _Watch:
             tokens: that each row has.
         """
         assert self.answer is not None
-        all_bytes = self.plan.shape.kv_bytes(tokens, self.plan.batch)
+        all_bytes = self.plan.shape.host_kv_bytes(tokens, self.plan.batch)
         streamed = self.plan.streamed_bytes(tokens) + self.answer.streamed_bytes(tokens)
         return 2 * all_bytes - streamed
 

@@ -41,6 +41,7 @@ def answering(plan: Plan, options: Options, hardware: Hardware | None = None) ->
         resident_tokens=0,
         resident_bytes=0,
         chunk_page_bytes=memory.chunk_page_bytes(shape, chunk_tokens=chunk_tokens, batch=batch),
+        packed_bytes=memory.packed_bytes(shape, chunk_tokens=chunk_tokens, batch=batch),
         window_bytes=memory.window_bytes(
             shape, chunk_tokens=chunk_tokens, page_tokens=plan.page_tokens, batch=batch
         ),

@@ -171,10 +171,10 @@ class Plan:
 
     @property
     def raw_room(self) -> RawRoom:
-        """Most of them: for the full pages of chunks, on one device."""
+        """Most of them: for the full pages of a prompt's chunks, on one device."""
         return raw_room(
             self.shape,
-            chunk_tokens=self.chunk_tokens,
+            chunk_tokens=(self.prompt_plan or self).chunk_tokens,  # an answer's need fewer slots
             batch=self.batch,
             context_tokens=self.context_tokens,
         )

@@ -26,8 +26,7 @@ def may_answer(shape: ModelShape, options: Options, device: str) -> bool:
 
     They may not where their number is none of ours to choose: on the CPU, without a budget, or
     where the user gave it. Neither may they beside drafts, because residents cannot change while
-    anything is drafted. Packed tokens have room for pages that do not pack, which goes by the
-    tokens of a chunk. Several ranks would have to change at the same step.
+    anything is drafted. Several ranks would have to change at the same step.
 
     Args:
         shape: the model, as one device has it.
@@ -37,4 +36,4 @@ def may_answer(shape: ModelShape, options: Options, device: str) -> bool:
     if device == "cpu" or options.device_memory_bytes is None or options.draft_tokens:
         return False
     given = isinstance(options.resident_tokens, int)
-    return not (given or shape.packs or shape.ranks > 1)
+    return not given and shape.ranks == 1
