@@ -250,7 +250,7 @@ def go_on(device: SimulatedDevice) -> None:
     engine = packing_engine(device)
     for tokens in (50, 1, 1, 24, 5, 9):
         keys, values = new_tokens("normal", tokens, tokens)
-        engine.attend(0, keys.unsqueeze(2), keys, values, kernels=reference(), scale=1.0)
+        engine.attend(0, keys, keys, values, kernels=reference(), scale=1.0)
     engine.close()
 
 

@@ -93,7 +93,7 @@ class Verifying:
         before = self._stats.bytes_attended_on_host
         for layer in range(LAYERS):
             new = torch.ones(2, 1, 2, tokens, DIM, dtype=torch.float64)
-            query = torch.ones(1, 2, 2, tokens, DIM, dtype=torch.float64)
+            query = torch.ones(1, 4, tokens, DIM, dtype=torch.float64)
             kernels = {"kernels": reference(), "host_kernels": only(self._kernel)}
             self.engine.attend(layer, query, *new, scale=0.3, **kernels)
         return (self._stats.bytes_attended_on_host - before) / (LAYERS * self._layer_bytes)

@@ -25,7 +25,7 @@ def engine_with_window(device: CpuDevice | SimulatedDevice) -> Engine:
 
 def attend(engine: Engine, tokens: int) -> torch.Tensor:
     new = torch.randn(1, 2, tokens, 8)
-    query = new.unsqueeze(2).expand(1, 2, 2, tokens, 8)
+    query = new.repeat_interleave(2, dim=1)
     return engine.attend(0, query, new, new, kernels=reference(), scale=1.0, window_tokens=WINDOW)
 
 

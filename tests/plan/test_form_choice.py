@@ -54,10 +54,10 @@ def test_long_contexts_are_packed_and_what_is_resident_is_dense() -> None:
 
 
 def test_residents_of_an_answer_count() -> None:
-    # At 64K an answer has all but a few of a dense cache's tokens resident. Packed ones have none
-    # of the memory of the prompt's activations.
-    assert form(64 * K) is form(64 * K, None) is Format.DENSE
+    # At 64K an answer has all but a few tokens resident, so that packing would spare little.
+    assert form(64 * K) is Format.DENSE
     assert form(64 * K, resident_tokens=0) is Format.PACKED
+    assert form(80 * K) is Format.PACKED
 
 
 def test_without_rates_the_bytes_that_are_streamed_decide() -> None:
@@ -76,12 +76,25 @@ def test_a_machine_that_gains_little_is_dense() -> None:
     assert form(128 * K, fast) is Format.DENSE
 
 
-def test_a_prompt_that_would_be_late_is_dense() -> None:
-    # Dense tokens pass in chunks of 16K here, and packed ones in chunks of 8K.
-    h100 = preset_hardware("h100-80gb")
-    assert form(128 * K, h100) is Format.DENSE
-    assert form(128 * K, h100, chunk_tokens=8 * K) is Format.PACKED
-    assert form(800 * K, h100) is Format.PACKED
+def test_packed_tokens_pass_in_the_chunks_of_dense_ones() -> None:
+    h100, tokens = preset_hardware("h100-80gb"), 128 * K
+    assert chosen(tokens, h100).chunk_tokens == chosen(tokens, h100, kv_cache="dense").chunk_tokens
+    assert form(tokens, h100) is form(tokens, h100, chunk_tokens=4 * K) is Format.PACKED
+
+
+@pytest.mark.parametrize(("chunk_tokens", "wanted"), [(8, Format.PACKED), (4, Format.DENSE)])
+def test_a_prompt_that_would_be_late_is_dense(chunk_tokens: int, wanted: Format) -> None:
+    """Packed tokens take more device memory, which may leave room for shorter chunks alone."""
+    h100, options = preset_hardware("h100-80gb"), Options(device_memory_bytes=24 * GIB)
+
+    def resolved(shape: ModelShape, given: Options) -> Plan:
+        if shape.packs:
+            if given.chunk_tokens != "auto":
+                raise MemoryPlanError("no room")
+            given = replace(given, chunk_tokens=chunk_tokens * K)
+        return resolve(shape, given, device="cuda", context_tokens=400 * K, hardware=h100)
+
+    assert with_chosen_form(LLAMA, options, h100, resolved).shape.host_format is wanted
 
 
 @pytest.mark.parametrize(
