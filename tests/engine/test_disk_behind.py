@@ -86,8 +86,7 @@ def test_a_write_that_fails_behind_a_call_is_told_to_the_next_ones(
     with opened(model, tmp_path, slow) as offload:
         cache = offload.new_cache(LEFT + 1)
         model(prompt, past_key_values=cache)
-        slow.error = OSError(number, os.strerror(number))
-        slow.release()
+        slow.fail_all(OSError(number, os.strerror(number)))
         for _ in range(3):  # as long as the disk fails there is no token
             with pytest.raises(DiskError, match=told) as raised:
                 model(step, past_key_values=cache)

@@ -6,7 +6,7 @@ from headinfer.errors import MemoryPlanError
 from headinfer.estimate.accounting import Accounting, AccountingKind
 from headinfer.estimate.below import Disk
 from headinfer.plan import memory
-from headinfer.plan.answering import in_answer, placement_with_answer
+from headinfer.plan.answering import in_answer, placement_with
 from headinfer.plan.below_host import InBlocks
 from headinfer.plan.form_choice import with_chosen_form
 from headinfer.plan.format import Format
@@ -228,7 +228,7 @@ class Situation:
 
     def placement(self, plan: Plan) -> Placement:
         """Return what times depend on, with what is other in the answer."""
-        return placement_with_answer(plan, self.options, self.hardware)
+        return placement_with(plan, self.in_answer(plan))
 
     def least_plan(self) -> Plan:
         """Return the plan that takes the least device memory."""

@@ -65,7 +65,7 @@ def in_answer(plan: Plan, options: Options, hardware: Hardware | None) -> Plan:
     return answering(plan, options, hardware) or plan
 
 
-def placement_with_answer(plan: Plan, options: Options, hardware: Hardware | None) -> Placement:
+def placement_with(plan: Plan, answer: Plan) -> Placement:
     """Return what a plan does with the KV cache, and what the plan for its answer does."""
-    answer, placement = answering(plan, options, hardware), plan.placement
-    return placement if answer is None else replace(placement, answer=answer.placement)
+    placement = plan.placement
+    return placement if answer is plan else replace(placement, answer=answer.placement)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from headinfer.errors import MemoryPlanError
-from headinfer.plan.answering import in_answer, placement_with_answer
+from headinfer.plan.answering import in_answer, placement_with
 from headinfer.plan.format import Format
 from headinfer.plan.hardware import Hardware
 from headinfer.plan.options import Options
@@ -78,11 +78,12 @@ def _pays(packed: Plan, dense: Plan, options: Options, hardware: Hardware | None
     steps: list[float] = []
     prompts: list[float] = []
     for plan in (packed, dense):
+        answer = in_answer(plan, options, hardware)
         if hardware is None:
-            steps.append(in_answer(plan, options, None).streamed_bytes(tokens))
+            steps.append(answer.streamed_bytes(tokens))
             continue
         predictor = Predictor(plan.shape, hardware)
-        placement = placement_with_answer(plan, options, hardware)
+        placement = placement_with(plan, answer)
         steps.append(predictor.decode_s(placement, tokens))
         prompts.append(predictor.prefill_s(placement, tokens))
     late = bool(prompts) and prompts[0] > _PROMPT_SHARE * prompts[1]
