@@ -29,6 +29,7 @@ from headinfer.integration.cache import OffloadedCache
 from headinfer.integration.parts import USED_SHARE
 from headinfer.offload import Offload
 from headinfer.plan import predict
+from headinfer.plan.format import Format
 from headinfer.plan.memory import (
     CUDA_GRAPHS_BYTES,
     CUDA_OUTSIDE_BYTES,
@@ -300,25 +301,27 @@ def test_placements(options: dict[str, Any], tmp_path: Path) -> None:
         assert not chat.answers
 
 
+SLOW = replace(
+    WITH_GPU.hardware,
+    link_bytes_per_s=1e8,
+    link_back_bytes_per_s=1e8,
+    host_bytes_per_s=2e8,
+    host_shared_bytes_per_s=2e8,
+    host_attention_bytes_per_s=1e8,
+)
+"""A machine whose CPU and link take half of a step's bytes each."""
+
+
 @pytest.mark.parametrize("capture", [True, False])
 def test_a_cpu_that_an_answer_left_out_helps_again_after_it(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capture: bool
 ) -> None:
-    # With half of the bytes the CPU spares a step of a prompt's plan 28 ms, and one of an answer's
-    # 16. To ask it takes 21.
-    slow = replace(
-        WITH_GPU.hardware,
-        link_bytes_per_s=1e8,
-        link_back_bytes_per_s=1e8,
-        host_bytes_per_s=2e8,
-        host_shared_bytes_per_s=2e8,
-        host_attention_bytes_per_s=1e8,
-    )
+    # The CPU spares a step of a prompt's plan 28 ms, and one of an answer's 16. To ask it takes 21.
     monkeypatch.setattr(predict, "ASKED_LAYER_S", 10.5e-3)
     monkeypatch.setattr(route, "_STEADY_FROM", 0)
     monkeypatch.setattr(route, "STEADY_TOKENS", 48)
     caplog.set_level("INFO")
-    monkeypatch.setattr(parts, "measured_hardware", lambda *_args: slow)
+    monkeypatch.setattr(parts, "measured_hardware", lambda *_args: SLOW)
     model = long_model()
     with attached(model, host_attention="auto", capture=capture) as offload:
         chat, stats = Chat(model, offload), offload.stats
@@ -333,7 +336,9 @@ def test_a_cpu_that_an_answer_left_out_helps_again_after_it(
         assert stats.host_attention_s == attended_s
         # What both finish with is known, so that steps may be captured at once.
         settled = Settled(0.4, host_s=1e-3)
-        offload.session.parts[0].shares.keep(((1, torch.float32), 0), PROMPT + MANY, settled)
+        offload.session.parts[0].shares.keep(
+            ((1, torch.float32, Format.DENSE), 0), PROMPT + MANY, settled
+        )
         with torch.no_grad():
             model(random_tokens(1, 9), use_cache=False)
         captures = stats.captures
@@ -343,6 +348,26 @@ def test_a_cpu_that_an_answer_left_out_helps_again_after_it(
         assert stats.host_attention_s > attended_s
         assert (stats.captures > captures) is capture
     assert "other bits" not in caplog.text
+
+
+def test_a_cpu_that_was_left_out_helps_once_there_are_more_tokens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(predict, "ASKED_LAYER_S", 5e-3)
+    monkeypatch.setattr(parts, "measured_hardware", lambda *_args: SLOW)
+    model = long_model()
+    with attached(model, host_attention="auto") as offload:
+        chat = Chat(model, offload)
+        chat.cache = offload.new_cache()  # how long it gets nobody knows
+        chat.take(PROMPT)
+        chat.steps_to_answer()
+        assert chat.plan.host_share == 0
+        while chat.said.shape[1] < 2 * PROMPT:
+            chat.take(SHORT)
+        chat.steps(MANY)
+        assert chat.answers
+        assert chat.plan.host_share > 0
+        chat.check()
 
 
 @pytest.mark.parametrize("kv_cache", ["dense", "packed"])

@@ -6,6 +6,7 @@ import torch
 import headinfer
 from headinfer.engine.balance import Settled
 from headinfer.integration import parts
+from headinfer.plan.format import Format
 from measurements import WITH_GPU
 from tiny_models import random_tokens, tiny_model
 
@@ -25,6 +26,12 @@ def test_caches_of_an_attachment_begin_with_the_share_that_is_kept(
             return offload.stats.bytes_attended_on_host - before
 
         first, kept = attended(320), offload.session.parts[0].shares
-        kept.keep(((1, torch.float32), 0), 320, Settled(offload.plan.host_share / 4, host_s=1e-3))
+        kept.keep(
+            ((1, torch.float32, Format.DENSE), 0),
+            320,
+            Settled(offload.plan.host_share / 4, host_s=1e-3),
+        )
         assert attended(320) == pytest.approx(first / 4, rel=0.2)
+        kept.keep(((1, torch.float32, Format.PACKED), 0), 320, Settled(1e-3, host_s=1e-3))
+        assert attended(320) == pytest.approx(first / 4, rel=0.2)  # as dense tokens are attended
         assert attended(1600) == pytest.approx(first * 5, rel=0.2)

@@ -334,7 +334,10 @@ def test_a_cache_keeps_its_number_of_rows() -> None:
             model(random_tokens(1, 10), past_key_values=cache)
 
 
-def test_gradients_are_refused() -> None:
-    model = tiny_model("llama3").requires_grad_(True)
+@pytest.mark.parametrize("learning", ["", "q_proj", "k_proj", "v_proj"])
+def test_gradients_are_refused(learning: str) -> None:
+    model = tiny_model("llama3")
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(learning in name)
     with headinfer.attach(model), pytest.raises(HeadInferError, match="gradients are on"):
         model(random_tokens(1, 10))

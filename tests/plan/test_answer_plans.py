@@ -10,6 +10,7 @@ from headinfer.estimate.presets import preset_shape
 from headinfer.plan.answering import SHORT_CALL_TOKENS, answering
 from headinfer.plan.below_host import InBlocks
 from headinfer.plan.format import Format
+from headinfer.plan.growing import outgrows
 from headinfer.plan.memory import activation_bytes, resident_bytes
 from headinfer.plan.narrow import for_prompts, without_residents
 from headinfer.plan.options import Options
@@ -117,6 +118,8 @@ def test_an_answer_leaves_the_cpu_out_where_the_link_is_sooner(tokens: int, help
     assert answer.streamed_bytes(tokens) > 0
     assert (answer.host_share > 0) is answer.host_share_adapts is helps
     assert (answer.verify_host_share is not None) is helps
+    assert not outgrows(answer, tokens)
+    assert outgrows(answer, tokens + 1) is not helps  # beyond that the CPU may be worth asking
     predictor = Predictor(LLAMA_3_8B, machine)
     steps_s = [
         predictor.decode_s(replace(answer.placement, host_share=share), tokens)

@@ -63,6 +63,7 @@ def test_residents_of_an_answer_count() -> None:
 def test_without_rates_the_bytes_that_are_streamed_decide() -> None:
     assert form(128 * K, None) is Format.PACKED
     assert form(32 * K, None) is Format.DENSE
+    assert form(56 * K, None) is Format.DENSE  # an answer has all tokens resident in both forms
 
 
 def test_a_short_cache_takes_no_more_host_memory_than_a_dense_one() -> None:

@@ -123,7 +123,7 @@ class HeldTokens(ReservedTokens):
         fixed, before = not self.plan.host_share_adapts, self._fixed_share
         if fixed or before is not False:  # else what was learned is kept
             self._fixed_share = fixed
-            who = self.plan.batch, self.dtype
+            who = self.plan.batch, self.dtype, self.plan.shape.host_format
             self._balances = Balances(
                 self.plan.host_share_at, fixed=fixed, kept=self._shares, who=who
             )

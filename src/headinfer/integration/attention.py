@@ -174,7 +174,7 @@ class AttentionFunctions:
             `[batch, q_len, query_heads, value_dim]`, contiguous, and None for the weights.
         """
         pending, self._mine.pending = self._mine.pending, None
-        _check_call(module, query, attention_mask, dropout, is_causal, kwargs)
+        _check_call(module, (query, key, value), attention_mask, dropout, is_causal, kwargs)
         if pending is not None and (key is not pending.keys or value is not pending.values):
             raise UnsupportedModelError(
                 f"{type(module).__name__} changes its keys between cache and attention, or "
@@ -267,7 +267,7 @@ def _host_kernels(pending: Pending, query: torch.Tensor, softcap: float | None) 
 
 def _check_call(
     module: torch.nn.Module,
-    query: torch.Tensor,
+    attended: tuple[torch.Tensor, ...],
     attention_mask: object,
     dropout: float,
     is_causal: bool | None,
@@ -292,7 +292,7 @@ def _check_call(
         )
     if dropout:
         raise HeadInferError("attention dropout is on: call model.eval() before generating")
-    if torch.is_grad_enabled() and query.requires_grad:
+    if torch.is_grad_enabled() and any(each.requires_grad for each in attended):
         raise HeadInferError(
             "gradients are on: run an attached model under torch.no_grad() or detach it to train"
         )

@@ -88,7 +88,11 @@ def packing_works(device: Device) -> bool:
     except MemoryPlanError as error:
         _logger.info("the KV cache is dense: %s", error)
         return False
-    return _is_checked(device.torch_device)
+    try:
+        return _is_checked(device.torch_device)
+    except torch.OutOfMemoryError as error:  # which says nothing about the next time
+        _logger.info("the KV cache is dense: %s", error)
+        return False
 
 
 @functools.cache
@@ -96,7 +100,7 @@ def _is_checked(where: torch.device) -> bool:
     try:
         codec_of(Format.PACKED, where, torch.bfloat16)
     except torch.OutOfMemoryError:
-        raise  # says nothing about packing, and this answer would last
+        raise  # an answer would last
     except Exception as error:  # a compiler's own kinds among them
         _logger.info("the KV cache is dense: %s", error)
         return False

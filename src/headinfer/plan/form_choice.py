@@ -87,4 +87,4 @@ def _pays(packed: Plan, dense: Plan, options: Options, hardware: Hardware | None
         steps.append(predictor.decode_s(placement, tokens))
         prompts.append(predictor.prefill_s(placement, tokens))
     late = bool(prompts) and prompts[0] > _PROMPT_SHARE * prompts[1]
-    return steps[0] <= _STEP_SHARE * steps[1] and not late
+    return steps[0] < steps[1] and steps[0] <= _STEP_SHARE * steps[1] and not late

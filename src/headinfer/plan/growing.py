@@ -16,7 +16,15 @@ def with_growth(tokens: int) -> int:
 
 
 def outgrows(plan: Plan, tokens: int) -> bool:
-    """Whether a plan kept all tokens it knew of on a device, and there are more now."""
-    return any(
-        0 < (part.context_tokens or 0) <= part.resident_tokens < tokens for part in plan.of_devices
-    )
+    """Whether there are more tokens than a plan knew of, which then is worth another plan.
+
+    It is where all tokens that it knew of are resident, or the CPU was left out for these. Several
+    ranks plan anew together, and the CPU may be left out on some of them alone.
+    """
+    return any(_is_outgrown(part, tokens) for part in plan.of_devices)
+
+
+def _is_outgrown(part: Plan, tokens: int) -> bool:
+    known = part.context_tokens or 0
+    left_out = part.host_left_out and part.shape.ranks == 1 and known < tokens
+    return known > 0 and (left_out or known <= part.resident_tokens < tokens)

@@ -53,6 +53,7 @@ def with_host_share(plan: Plan, options: Options, hardware: Hardware | None) -> 
         verify_host_share=None if verified is None else min(verified, most),
         host_share_adapts=share > 0,
         host_unmeasured=plan.device == "cuda" and hardware is None,
+        host_left_out=False,
     )
 
 
@@ -68,4 +69,10 @@ def where_the_host_pays(plan: Plan, hardware: Hardware | None) -> Plan:
         return plan
     if Predictor(plan.shape, hardware).host_pays(plan.placement, tokens):
         return plan
-    return replace(plan, host_share=0.0, verify_host_share=None, host_share_adapts=False)
+    return replace(
+        plan,
+        host_share=0.0,
+        verify_host_share=None,
+        host_share_adapts=False,
+        host_left_out=True,
+    )

@@ -56,6 +56,7 @@ def joined(shape: ModelShape, parts: Sequence[Plan]) -> Plan:
         verify_host_share=max(part.verify_host_share or 0.0 for part in parts) or None,
         host_share_adapts=any(part.host_share_adapts for part in parts),
         host_unmeasured=any(part.host_unmeasured for part in parts),
+        host_left_out=any(part.host_left_out for part in parts),
         disk_block_tokens=max(blocks, default=0) if all(blocks) else 0,
         disk_host_blocks=max(part.disk_host_blocks for part in parts),
         disk_buffers_bytes=sum(part.disk_buffers_bytes for part in parts),

@@ -46,6 +46,7 @@ class Plan:
             not known.
         host_share_adapts: whether that is where to begin, to be corrected by what is measured.
         host_unmeasured: whether it is 0 because nobody measured what the CPU reaches.
+        host_left_out: whether it is 0 because steps up to `context_tokens` are sooner without it.
         disk_block_tokens: tokens of a block of host memory above a disk; 0 where there is none.
         disk_host_blocks: blocks of every offloaded layer in host memory; older ones are below.
         disk_buffers_bytes: the host memory that tokens on the disk are read to.
@@ -82,6 +83,7 @@ class Plan:
     verify_host_share: float | None = None
     host_share_adapts: bool = False
     host_unmeasured: bool = False
+    host_left_out: bool = False
     disk_block_tokens: int = 0
     disk_host_blocks: int = 0
     disk_buffers_bytes: int = 0

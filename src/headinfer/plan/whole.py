@@ -39,6 +39,7 @@ def passing_whole(plan: Plan, options: Options, tokens: int) -> Plan:
             verify_host_share=plan.verify_host_share,
             host_share_adapts=plan.host_share_adapts,
             host_unmeasured=plan.host_unmeasured,
+            host_left_out=plan.host_left_out,
         ),
         tokens,
     )
