@@ -226,6 +226,7 @@ class Balances:
 
     Attributes:
         tokens: that are attended now.
+        fixed: whether a share stays.
     """
 
     def __init__(
@@ -237,7 +238,8 @@ class Balances:
         who: Hashable,
     ) -> None:
         self.tokens = 0
-        self._share, self._fixed, self._kept, self._who = share, fixed, kept, who
+        self.fixed = fixed
+        self._share, self._kept, self._who = share, kept, who
         self._balances: dict[int, Balance] = {}
 
     def at(self, new_tokens: int) -> Balance:
@@ -246,10 +248,10 @@ class Balances:
         balance = self._balances.get(alike)
         if balance is None:
             who = self._who, alike
-            begun = None if self._fixed else self._kept.find(who, self.tokens)
+            begun = None if self.fixed else self._kept.find(who, self.tokens)
             balance = Balance(
                 self._share(new_tokens) if begun is None else begun,
-                fixed=self._fixed,
+                fixed=self.fixed,
                 on_settled=lambda settled: self._kept.keep(who, self.tokens, settled),
             )
             self._balances[alike] = balance
@@ -263,7 +265,7 @@ class Balances:
     def settled(self, new_tokens: int) -> bool:
         """Return whether the share of passes of so many new tokens changes seldom by now."""
         balance = self._balances.get(_alike(new_tokens))
-        return self._fixed if balance is None else balance.settled
+        return self.fixed if balance is None else balance.settled
 
 
 def _alike(new_tokens: int) -> int:

@@ -51,6 +51,8 @@ class HeldTokens(ReservedTokens):
         drafting: whether the tokens that come are drafts.
     """
 
+    _balances: Balances
+
     def __init__(
         self,
         device: Device,
@@ -73,7 +75,6 @@ class HeldTokens(ReservedTokens):
         self._shares: ByContext[Settled] = ByContext() if shares is None else shares
         # Whether the model's attention leaves any to the host; None until a pass tells.
         self._host_helps: bool | None = None
-        self._fixed_share: bool | None = None  # whether the host's share stays; None at first
         self._replayed: Event | None = None  # the last step that had all streams in one capture
         self._replaying = False  # whether one may be under way that has no such event
         self._begin()
@@ -120,9 +121,9 @@ class HeldTokens(ReservedTokens):
 
     def _choose_share(self) -> None:
         self._host_helps = None if self.plan.host_share else False
-        fixed, before = not self.plan.host_share_adapts, self._fixed_share
-        if fixed or before is not False:  # else what was learned is kept
-            self._fixed_share = fixed
+        fixed = not self.plan.host_share_adapts
+        # What was learned is kept, where anything was.
+        if fixed or not hasattr(self, "_balances") or self._balances.fixed:
             who = self.plan.batch, self.dtype, self.plan.shape.host_format
             self._balances = Balances(
                 self.plan.host_share_at, fixed=fixed, kept=self._shares, who=who

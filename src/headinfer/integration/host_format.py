@@ -85,12 +85,8 @@ def packing_works(device: Device) -> bool:
     """
     try:
         addressed(device, device.host_empty(_ADDRESSED_BYTES))
-    except MemoryPlanError as error:
-        _logger.info("the KV cache is dense: %s", error)
-        return False
-    try:
         return _is_checked(device.torch_device)
-    except torch.OutOfMemoryError as error:  # which says nothing about the next time
+    except (MemoryPlanError, torch.OutOfMemoryError) as error:  # the next time may be another
         _logger.info("the KV cache is dense: %s", error)
         return False
 

@@ -45,9 +45,9 @@ def with_chosen_form(
     if not is_open or plan.device == "cpu" or tokens <= plan.resident_tokens:
         return plan
     other = _beside(plan, packed, options, resolved)
-    if other is None:
-        return plan
-    return other if _pays(other, plan, options, hardware) and works() else plan
+    if other is not None and _pays(other, plan, options, hardware) and works():
+        return other
+    return plan
 
 
 def _beside(
