@@ -81,8 +81,12 @@ bench suite-llama-decode-long decode "${llama[@]}" --contexts 100K,200K,400K,800
 # replayed, and then a stated one.
 bench drafts decode "${llama[@]}" --contexts 100K,200K,400K,800K --fill random --new-tokens 60 \
     --methods host-attention,drafts --replay benchmarks/results/drafts-acceptance.json
-bench drafts-4of7 decode "${llama[@]}" --contexts 100K,200K,400K,800K --fill recorded \
-    --kv-cache dense,packed --new-tokens 60 --methods host-attention,drafts --replay 4/7
+for form in dense packed; do
+    part=drafts-4of7
+    [ "$form" = dense ] || part+="-$form"
+    bench "$part" decode "${llama[@]}" --contexts 100K,200K,400K,800K --fill recorded \
+        --kv-cache "$form" --new-tokens 60 --methods host-attention,drafts --replay 4/7
+done
 # As many drafts as are chosen by themselves at the most, accepted as in draft-leaves.json.
 bench drafts-9of15 decode "${llama[@]}" --contexts 100K,200K,400K,800K --fill recorded \
     --new-tokens 100 --methods host-attention,drafts --replay 9/15
@@ -90,7 +94,9 @@ bench drafts-9of15 decode "${llama[@]}" --contexts 100K,200K,400K,800K --fill re
 forms=(--fill recorded --kv-cache dense,packed,int8)
 bench packed decode "${llama[@]}" "${forms[@]}" --contexts 100K,200K,400K,800K --new-tokens 24 \
     --methods host-attention
-bench packed-resident decode "${llama[@]}" "${forms[@]}" --contexts 100K,200K,400K,800K \
+bench packed-resident decode "${llama[@]}" "${forms[@]}" --contexts 100K,200K --new-tokens 24 \
+    --methods resident
+bench packed-resident-long decode "${llama[@]}" "${forms[@]}" --contexts 400K,800K \
     --new-tokens 24 --methods resident
 bench packed-prefill prefill "${llama[@]}" --kv-cache dense,packed --contexts 100K --repeats 3 \
     --methods bounded

@@ -1,10 +1,8 @@
-"""The choice of a codec: one that does not give every bit back is refused."""
+"""The choice of a codec: one that does not give every bit back is found."""
 
-import pytest
 import torch
 
-from headinfer.errors import OptionError
-from headinfer.packed.codec import CpuCodec, checked, codec_for
+from headinfer.packed.codec import CpuCodec, codec_for, is_exact
 
 CPU = torch.device("cpu")
 
@@ -26,8 +24,6 @@ class Padding(CpuCodec):
 
 
 def test_a_codec_is_compared_with_the_reference() -> None:
-    codec = codec_for(CPU)
-    assert checked(codec, CPU) is codec_for(CPU) is codec
+    assert is_exact(codec_for(CPU), CPU)
     for wrong in (Forgetful(), Padding()):
-        with pytest.raises(OptionError, match=r"fails its check on cpu.*--kv-cache dense"):
-            checked(wrong, CPU)
+        assert not is_exact(wrong, CPU)

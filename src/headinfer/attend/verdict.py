@@ -19,6 +19,8 @@ from headinfer.device.identity import gpu_driver
 from headinfer.folders import private_folder
 
 _FOLDER = "kernels"
+_CODE = "attend", "eight_bits", "native", "packed"
+"""Folders of this package that kernels are made of."""
 
 
 def agrees_here(
@@ -30,13 +32,27 @@ def agrees_here(
 ) -> bool:
     """Return what `agrees` does; on CUDA it runs only where it never agreed before.
 
-    What it depends on is this package's code, the versions below it, the driver and the GPU.
+    See `kept_here` for what it depends on.
     """
     check = functools.partial(agrees, kernels, torch_device, dtype, head_dim, softcap)
+    return kept_here((kernels.name, str(dtype), head_dim, softcap), torch_device, check)
+
+
+def kept_here(
+    about: tuple[object, ...], torch_device: torch.device, check: Callable[[], bool]
+) -> bool:
+    """Return whether a check of kernels passes; on CUDA it runs only where it never passed before.
+
+    The outcome depends on this package's kernels, the versions below them, the driver and the GPU.
+
+    Args:
+        about: all else that it depends on.
+        torch_device: where the kernels run.
+        check: makes it.
+    """
     if torch_device.type != "cuda":
         return check()
-    about = kernels.name, str(dtype), head_dim, softcap, *_machine(torch_device), *_software()
-    return kept(about, check)
+    return kept((*about, *_machine(torch_device), *_software()), check)
 
 
 def kept(about: tuple[object, ...], check: Callable[[], bool]) -> bool:
@@ -67,12 +83,14 @@ def _machine(torch_device: torch.device) -> tuple[object, ...]:
 
 @functools.cache
 def _software() -> tuple[object, ...]:
-    """Return what tells the code that computes attention: this package's, and versions."""
+    """Return what tells the code of kernels: this package's, and versions."""
     triton = None
     with suppress(importlib.metadata.PackageNotFoundError):
         triton = importlib.metadata.version("triton")
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
+    package = Path(__file__).parents[1]
+    for folder in _CODE:
+        for path in sorted((package / folder).glob("*.py")):
+            digest.update(path.read_bytes())
     cuda, cudnn = torch.version.cuda or torch.version.hip, torch.backends.cudnn.version()
     return torch.__version__, triton, cuda, cudnn, digest.hexdigest()

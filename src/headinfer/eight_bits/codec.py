@@ -1,6 +1,5 @@
 """What rounds to 8 bits and back on a device, and the choice for each kind of device."""
 
-import functools
 from collections.abc import Iterator
 from itertools import product
 
@@ -8,7 +7,7 @@ import torch
 
 from headinfer.eight_bits import reference
 from headinfer.eight_bits.layout import Code, EightBitLayout
-from headinfer.packed.codec import Codec, compared, raw_copies, without_triton
+from headinfer.packed.codec import Codec, gives, raw_copies, without_triton
 from headinfer.packed.layout import PAGE_TOKENS, num_pages
 
 _ONE_THREADS_ELEMENTS = 2**15 - 1
@@ -74,17 +73,11 @@ def _in_pieces(
 _CHECKED_SHAPE = (2, 2, 2 * PAGE_TOKENS, 48)
 
 
-@functools.cache
-def eight_bits_for(code: Code, where: torch.device, dtype: torch.dtype) -> Codec:
-    """Return the codec for tensors on a device, which was seen to give the reference's bits.
-
-    Args:
-        code: of 8 bits.
-        where: the device.
-        dtype: of keys and values.
+def codec_for(code: Code, where: torch.device) -> Codec:
+    """Return the codec of a code for tensors on a device.
 
     Raises:
-        OptionError: there is none, or it does not.
+        OptionError: there is none.
     """
     if where.type == "cpu":
         return CpuEightBits(code)
@@ -92,17 +85,13 @@ def eight_bits_for(code: Code, where: torch.device, dtype: torch.dtype) -> Codec
         from headinfer.eight_bits.fused import TritonEightBits
     except ImportError:
         raise without_triton(code.value, where) from None
-    return checked(code, TritonEightBits(code), where, dtype)
+    return TritonEightBits(code)
 
 
-def checked(code: Code, codec: Codec, where: torch.device, dtype: torch.dtype) -> Codec:
-    """Return a codec that gives the reference's pages there, and its values of them.
-
-    Raises:
-        OptionError: it does not.
-    """
+def agrees(code: Code, codec: Codec, where: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a codec gives the reference's pages on a device, and its values of them."""
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(_CHECKED_SHAPE, generator=generator).to(dtype)
-    wanted, given = reference.pack(code, values), torch.zeros_like(values)
-    reference.unpack(code, wanted, given)
-    return compared(codec, where, values, wanted, given, code.value)
+    wanted, unpacked = reference.pack(code, values), torch.zeros_like(values)
+    reference.unpack(code, wanted, unpacked)
+    return gives(codec, where, values, wanted, unpacked)
