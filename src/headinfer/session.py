@@ -24,8 +24,8 @@ from headinfer.integration.cache import OffloadedCache, PrefillProgress
 from headinfer.integration.cache_engines import EnginesOfCaches
 from headinfer.integration.capture import CapturedSteps
 from headinfer.integration.disk_below import DiskBelow
+from headinfer.integration.faster import faster_parts
 from headinfer.integration.host_format import with_host_format, with_open_form
-from headinfer.integration.linears import FewRowLinears
 from headinfer.integration.memory_held import described_together
 from headinfer.integration.model_shape import model_shape
 from headinfer.integration.parts import (
@@ -110,9 +110,9 @@ class Session:
             obstacle=placement.obstacle,
             ranks=self.ranks,
         )
-        linears = FewRowLinears(model, device.launch, enabled=fast and device.name == "cpu")
+        faster = faster_parts(model, device, enabled=fast)
         padded = whole.exact is whole  # sinks of streaming heads would be padding
-        self._attachment = Attachment(model, self, captures, linears, padded=padded)
+        self._attachment = Attachment(model, self, captures, faster, padded=padded)
         self._attached = True
         tell_of_ranks(self.ranks)
 

@@ -28,8 +28,8 @@ from headinfer.integration.capture import CapturedSteps
 from headinfer.integration.chunking import Chunking
 from headinfer.integration.configs import OwnCacheKind, SwappedConfigs
 from headinfer.integration.disk_below import take_back_failed
+from headinfer.integration.faster import FasterParts
 from headinfer.integration.forward import InstanceForward
-from headinfer.integration.linears import FewRowLinears
 from headinfer.integration.rotary import rotary_modules_by_length
 from headinfer.integration.said import SaidOnce
 from headinfer.integration.serving import AttachmentOwner, ServedCall
@@ -58,7 +58,7 @@ class Attachment:
         model: supported and not attached.
         owner: told of the model's calls.
         captures: of its decode steps.
-        linears: its products in calls of few rows.
+        faster: parts of it that compute faster in some calls.
         padded: whether rows with padding are served.
 
     Attributes:
@@ -71,7 +71,7 @@ class Attachment:
         model: PreTrainedModel,
         owner: AttachmentOwner,
         captures: CapturedSteps,
-        linears: FewRowLinears,
+        faster: FasterParts,
         *,
         padded: bool = True,
     ) -> None:
@@ -82,7 +82,7 @@ class Attachment:
         self._model = model
         self._owner = owner
         self._captures = captures
-        self._linears = linears
+        self._faster = faster
         self._restore: list[Callable[[], object]] = []
         self._calls: list[ServedCall] = []  # under way; more than one where a call makes another
         self._log = SaidOnce(_logger)
@@ -211,10 +211,12 @@ class Attachment:
             is_prompt = (
                 shape[1] > MAX_ASKED_TOKENS
             )  # steps are launched beside whatever else goes on
-            with launches.under_way() if is_prompt else contextlib.nullcontext():
+            with (
+                launches.under_way() if is_prompt else contextlib.nullcontext(),
+                self._faster.on(*shape),
+            ):
                 arguments = call.begin(arguments)
-                with self._linears.on(shape[0] * shape[1]):
-                    output = self._captures.run(forward, cache, arguments, shape[1])
+                output = self._captures.run(forward, cache, arguments, shape[1])
             self.functions.check_none_pending()
             output = call.end(output)
             for watcher in watchers:

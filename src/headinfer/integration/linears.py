@@ -35,13 +35,14 @@ class FewRowLinears:
         self._enabled = enabled
         self._forwards: OwnForwards | None = None
 
-    def on(self, rows: int) -> contextlib.AbstractContextManager[object]:
+    def on(self, batch: int, new_tokens: int) -> contextlib.AbstractContextManager[object]:
         """Have the modules compute so until the `with` statement ends, if the rows are few.
 
         Args:
-            rows: new tokens of all rows of a batch together.
+            batch: rows of the call.
+            new_tokens: of each row. Products have one row for each token of all of them.
         """
-        if not self._enabled or not 0 < rows <= MAX_ROWS:
+        if not self._enabled or not 0 < batch * new_tokens <= MAX_ROWS:
             return contextlib.nullcontext()
         if self._forwards is None:
             self._forwards = OwnForwards(self._found())

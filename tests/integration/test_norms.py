@@ -1,0 +1,141 @@
+"""Norms of prompts beside a GPU: torch's kernel where it rounds as the model does, else stock's."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+import headinfer
+from headinfer.integration.calls import cache_argument
+from headinfer.integration.norms import PromptNorms
+from tiny_models import random_tokens, tiny_model
+
+NORMS = {"input_layernorm", "post_attention_layernorm", "norm"}
+DTYPES = torch.bfloat16, torch.float16
+
+
+def half(name: str = "llama3", dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
+    model = tiny_model(name).to(dtype)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for part, weights in model.named_parameters():
+            if "norm" in part:  # or all were ones
+                weights.copy_(torch.rand(weights.shape, generator=generator))
+    return model
+
+
+def own_forwards(model: PreTrainedModel) -> set[str]:
+    return {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if name and "forward" in vars(module)
+    }
+
+
+def replaced(model: PreTrainedModel) -> set[str]:
+    with PromptNorms(model, enabled=True).on(1, 100):
+        return own_forwards(model)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["llama3", "qwen3"])
+@torch.no_grad()
+def test_a_prompts_logits_are_stocks(name: str, dtype: torch.dtype) -> None:
+    """On the CPU torch has no kernel of its own, and sums in the same order."""
+    model, tokens = half(name, dtype), random_tokens(8, 77)
+    wanted = model(tokens).logits
+    assert replaced(model) >= NORMS
+    with PromptNorms(model, enabled=True).on(1, 77):
+        assert torch.equal(model(tokens).logits, wanted)
+
+
+@torch.no_grad()
+def test_they_are_in_place_during_prompts_alone() -> None:
+    model, seen = half(), []
+    norm = model.model.layers[1].input_layernorm
+    norm.register_forward_pre_hook(lambda module, _given: seen.append("forward" in vars(module)))
+    with headinfer.attach(model, device="simulated", chunk_tokens=32) as offload:
+        cache = cache_argument(model, offload.new_cache())
+        model(random_tokens(8, 77), **cache)
+        assert seen == [True] * 3
+        assert not own_forwards(model)
+        for tokens in (1, 8):
+            model(random_tokens(8, tokens), **cache)
+        assert seen == [True] * 3 + [False] * 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{"device": "cpu"}, {"device": "simulated", "fuse": "off"}])
+def test_elsewhere_they_stay_as_they_are(options: dict[str, Any]) -> None:
+    model, seen = half(), []
+    norm = model.model.layers[1].input_layernorm
+    norm.register_forward_pre_hook(lambda module, _given: seen.append("forward" in vars(module)))
+    with headinfer.attach(model, **options) as offload:
+        model(random_tokens(8, 77), **cache_argument(model, offload.new_cache()))
+    assert seen == [False]
+
+
+def test_norms_of_another_kind_stay_as_they_are() -> None:
+    assert not replaced(half("gemma3"))  # it adds 1 to weights, in float32
+    assert not replaced(tiny_model("llama3"))  # in float32 nothing is won
+    model = half()
+    kind = type(model.model.norm)
+
+    class RoundedOnceNorm(kind):  # type: ignore[misc, valid-type]
+        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            wide = hidden_states.float()
+            spread = wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon
+            return (self.weight.float() * wide * spread.rsqrt()).to(hidden_states.dtype)
+
+    class LargeEpsilonNorm(kind):  # type: ignore[misc, valid-type]
+        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            return super().forward(hidden_states) * (1 - 2**-6)  # type: ignore[no-any-return]
+
+    for layer, other in zip(model.model.layers, (RoundedOnceNorm, LargeEpsilonNorm), strict=False):
+        layer.input_layernorm.__class__ = other
+        with PromptNorms(model, enabled=True).on(1, 100):
+            assert "forward" not in vars(layer.input_layernorm)
+            assert "forward" in vars(layer.post_attention_layernorm)
+
+
+def test_a_norm_with_a_forward_of_its_own_stays_as_it_is() -> None:
+    model = half()
+    norm = model.model.layers[0].input_layernorm
+    own = norm.forward = norm.forward  # as accelerate puts one there
+    with PromptNorms(model, enabled=True).on(1, 100):
+        assert vars(norm)["forward"] is own
+        assert own_forwards(model) == NORMS
+    assert vars(norm)["forward"] is own
+    assert own_forwards(model) == {"input_layernorm"}
+
+
+@pytest.mark.parametrize(
+    "context", [torch.enable_grad(), torch.autocast("cpu", torch.float16)], ids=["grad", "autocast"]
+)
+def test_gradients_and_autocast_are_stocks(context: Any) -> None:
+    norm = half().model.norm
+    states = torch.randn(1, 40, norm.weight.numel(), dtype=torch.bfloat16)
+    with context:
+        wanted = norm(states)
+        with PromptNorms(norm, enabled=True).on(1, 40):
+            given = norm(states)
+    assert given.dtype is wanted.dtype
+    assert torch.equal(given, wanted)
+    assert given.requires_grad == wanted.requires_grad
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [17, 77, 1000])
+@torch.no_grad()
+def test_a_prompts_logits_are_as_near_to_float32_as_stocks(dtype: torch.dtype, tokens: int) -> None:
+    model = half("qwen3", dtype).to("cuda")
+    exact, prompt = copy.deepcopy(model).float(), random_tokens(8, tokens).to("cuda")
+    assert replaced(model) >= NORMS
+    wanted, own = exact(prompt).logits, model(prompt).logits
+    with PromptNorms(model, enabled=True).on(1, tokens):
+        given = model(prompt).logits
+    errors = [(each - wanted).square().mean().sqrt().item() for each in (given, own)]
+    assert errors[0] <= 1.05 * errors[1]
