@@ -94,10 +94,10 @@ bench drafts-9of15 decode "${llama[@]}" --contexts 100K,200K,400K,800K --fill re
 forms=(--fill recorded --kv-cache dense,packed,int8)
 bench packed decode "${llama[@]}" "${forms[@]}" --contexts 100K,200K,400K,800K --new-tokens 24 \
     --methods host-attention
-bench packed-resident decode "${llama[@]}" "${forms[@]}" --contexts 100K,200K --new-tokens 24 \
+bench packed-resident decode "${llama[@]}" "${forms[@]}" --contexts 100K,200K,400K --new-tokens 24 \
     --methods resident
-bench packed-resident-long decode "${llama[@]}" "${forms[@]}" --contexts 400K,800K \
-    --new-tokens 24 --methods resident
+bench packed-resident-800K decode "${llama[@]}" --fill recorded --kv-cache dense,packed \
+    --contexts 800K --new-tokens 12 --methods resident
 bench packed-prefill prefill "${llama[@]}" --kv-cache dense,packed --contexts 100K --repeats 3 \
     --methods bounded
 bench packed-1M decode "${llama[@]}" --fill recorded --kv-cache packed --contexts 1M \
