@@ -123,6 +123,10 @@ bench suite-llama-prefill prefill "${llama[@]}" --contexts 1K,10K,40K,100K \
     --methods standard,chunked-prefill,head-wise-1,bounded,headinfer
 # What a user meets first. Methods take turns in this order, three times: 10 minutes. Then 400K and
 # 800K tokens, once: 9 and 5 minutes.
+if chosen short-prompts && [ -z "${DRY:-}" ] && [ ! -e "$out/gpu-short-prompts.json" ]; then
+    timeout 120 "$python" benchmarks/short_prompts.py --json "$out/gpu-short-prompts.json" 2>&1 |
+        tee -a "$out/gpu.log"
+fi
 fixed=headinfer-chunk-4K,headinfer-chunk-8K,headinfer-chunk-16K
 bench first-token-1K prefill "${llama[@]}" --contexts 1K --repeats 5 \
     --methods standard,chunked-prefill,bounded,headinfer

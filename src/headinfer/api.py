@@ -72,10 +72,10 @@ def attach(
             captured, compared and replayed in one launch. Where that would change too often, or
             the CPU attends much, it is in pieces between one layer's attention and the next one's.
             On the CPU as the device, models of up to 2 GiB are captured.
-        fuse: "auto" for faster parts of decode steps in 16 bits, or "off" for the model's own. On
-            CUDA torch compiles norms and rotary embeddings of captured steps. On the CPU the
-            products of few rows read weights at the speed of memory. Results of the two differ in
-            their last bits.
+        fuse: "auto" for faster parts of models in 16 bits, or "off" for the model's own. On CUDA
+            a prompt's norms are one kernel of torch's and a product, and torch compiles norms and
+            rotary embeddings of captured steps. On the CPU the products of few rows read weights
+            at the speed of memory. Results of the two differ in their last bits.
         resident_tokens: the oldest tokens to keep in GPU memory, where they need not be fetched: a
             count, 0, "all", or "auto" for what fits in `device_memory`.
         draft_tokens: tokens of each layer that drafts attend, in copies in GPU memory. They are the

@@ -270,7 +270,12 @@ def test_results_survive_their_file(tmp_path):
 
 def test_the_repositorys_report_is_generated():
     alone = ("gpu-captured", "gpu-1M", "gpu-disk", "gpu-packed", "gpu-packed-1M")
-    alone += ("gpu-packed-prefill", "gpu-packed-resident", "gpu-answers")
+    alone += (
+        "gpu-packed-prefill",
+        "gpu-packed-resident",
+        "gpu-packed-resident-800K",
+        "gpu-answers",
+    )
     others = [RESULTS / f"{name}.json" for name in alone]
     for name in ("sparse", "longest", "drafts", "first-token"):
         others += RESULTS.glob(f"gpu-{name}*.json")

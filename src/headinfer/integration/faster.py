@@ -11,7 +11,7 @@ from headinfer.integration.norms import PromptNorms
 
 
 class FasterParts(Protocol):
-    """Parts of a model, each with the results of its own code but for what is rounded."""
+    """A set of parts that compute faster, with the results of the model's code but for rounding."""
 
     def on(self, batch: int, new_tokens: int) -> contextlib.AbstractContextManager[object]:
         """Have them compute faster until the `with` statement ends, if that is for such a call.

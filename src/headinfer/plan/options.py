@@ -78,7 +78,7 @@ class Options:
             `int8` and `fp8` are approximate.
         overlap: whether copies run ahead of attention; off is the synchronous twin.
         capture: whether decode steps are captured and replayed, where they can be.
-        fuse: whether decode steps in 16 bits use faster forms of norms, rotations and products.
+        fuse: whether models in 16 bits use faster forms of norms, rotations and products.
         sparsity: share of the KV heads that stream: they see sinks and a window alone. Approximate.
         head_pattern: where the scores are by which these heads are chosen; None for nowhere.
         sink_tokens: the oldest tokens, which streaming heads see; "auto" is the pattern's number.
@@ -189,9 +189,10 @@ class Options:
         metadata=_declared(
             fuse_name,
             "NAME",
-            "Faster parts of decode steps in 16 bits: auto, or off for the model's own. On a GPU "
-            "norms and rotary embeddings are compiled, in seconds the first time on a machine; on "
-            "the CPU products read weights at the speed of memory.",
+            "Faster parts of models in 16 bits: auto, or off for the model's own. On a GPU a "
+            "prompt's norms take two launches, and a decode step's norms and rotary embeddings are "
+            "compiled, in seconds the first time on a machine; on the CPU a decode step's products "
+            "read weights at the speed of memory.",
         ),
     )
     sparsity: float = field(

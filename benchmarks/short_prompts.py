@@ -1,0 +1,121 @@
+"""Short prompts on a GPU: headinfer and stock transformers in turns, in one process.
+
+    python benchmarks/short_prompts.py --json benchmarks/results/gpu-short-prompts.json
+
+Llama-3-8B's shape in bfloat16, random weights that both models share, 24 GiB of GPU memory. Each
+prompt goes into a new cache. Such prompts wait for Python, whose speed changes from minute to
+minute, so that only turns within one process compare. The least possible is the time of the
+products at the rate that the GPU multiplies matrices of 8192 x 8192.
+"""
+
+import argparse
+import copy
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel
+
+import headinfer
+from headinfer.bench.document import provenance
+from headinfer.integration.calls import cache_argument
+from headinfer.units import format_tokens, parse_tokens
+
+PROMPTS = "128,512,1K,2K,4K,10K"
+DEVICE_GIB = 24
+WARM_UP = 4
+"""Turns that are not counted: a length's first ones prepare kernels for it."""
+
+CONFIG = LlamaConfig(
+    vocab_size=128256,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    attn_implementation="sdpa",
+)
+Caching = Callable[[int], Any]
+
+
+def timed_s(model: PreTrainedModel, new_cache: Caching, prompt: torch.Tensor) -> float:
+    """Return the seconds to a prompt's likeliest next token, from a device that is idle."""
+    torch.cuda.synchronize()
+    start_s = time.perf_counter()
+    cache = new_cache(prompt.shape[1] + 1)
+    logits = model(prompt, **cache_argument(model, cache), use_cache=True, logits_to_keep=1).logits
+    logits.argmax().item()
+    return time.perf_counter() - start_s
+
+
+def matmul_flops_per_s() -> float:
+    """Return the rate of products of large matrices."""
+    one = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    one @ one
+    torch.cuda.synchronize()
+    start_s = time.perf_counter()
+    for _ in range(20):
+        one @ one
+    torch.cuda.synchronize()
+    return 20 * 2 * 8192**3 / (time.perf_counter() - start_s)
+
+
+@torch.no_grad()
+def main() -> None:
+    """Measure each length."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--prompts", default=PROMPTS)
+    parser.add_argument("--turns", type=int, default=24, help="of each length, after four more")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("no GPU is here, and these prompts are timed on one")
+    torch.manual_seed(0)
+    total_bytes = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(DEVICE_GIB * 2**30 / total_bytes, 1.0))
+    with torch.device("cuda"):
+        stock = AutoModelForCausalLM.from_config(CONFIG, dtype=torch.bfloat16).eval()
+    ours = copy.deepcopy(stock, {id(each): each for each in stock.parameters()})
+    products = sum(each.numel() for each in stock.model.layers.parameters() if each.ndim == 2)
+    rate, rows = matmul_flops_per_s(), []
+    with headinfer.attach(ours, device_memory=f"{DEVICE_GIB}GiB") as offload:
+        ways: list[tuple[PreTrainedModel, Caching]] = [
+            (stock, lambda _tokens: DynamicCache(config=CONFIG)),
+            (ours, offload.new_cache),
+        ]
+        for tokens in map(parse_tokens, arguments.prompts.split(",")):
+            prompt = torch.randint(CONFIG.vocab_size, (1, tokens), device="cuda")
+            taken_s: list[list[float]] = [[], []]
+            for _ in range(WARM_UP + arguments.turns):
+                for (model, new_cache), times_s in zip(ways, taken_s, strict=True):
+                    times_s.append(timed_s(model, new_cache, prompt))
+            stock_s, ours_s = (statistics.median(times_s[WARM_UP:]) for times_s in taken_s)
+            bound_s = 2 * products * tokens / rate
+            rows.append(
+                {
+                    "tokens": tokens,
+                    "stock_s": stock_s,
+                    "headinfer_s": ours_s,
+                    "ratio": ours_s / stock_s,
+                    "bound_s": bound_s,
+                    "first_stock_s": taken_s[0][0],
+                    "first_headinfer_s": taken_s[1][0],
+                }
+            )
+            print(
+                f"{format_tokens(tokens):>4} tokens: stock {stock_s * 1e3:.1f} ms, headinfer "
+                f"{ours_s * 1e3:.1f}, {ours_s / stock_s:.2f} of it; at least {bound_s * 1e3:.1f}; "
+                f"the first of the length {taken_s[0][0] * 1e3:.0f} and {taken_s[1][0] * 1e3:.0f}",
+                flush=True,
+            )
+            if arguments.json is not None:
+                document = {"gpu": torch.cuda.get_device_name(), **provenance(), "rows": rows}
+                arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
