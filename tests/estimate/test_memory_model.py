@@ -15,8 +15,8 @@ MARK = "<!-- choice: {} -->\n"
 def choices_by_context() -> str:
     """Return the plan chosen at each context, as a table."""
     lines = [
-        "| context | chunk | tile | resident | streamed | prefill | decode, a token |",
-        "|---|---|---|---|---|---|---|",
+        "| context | chunk | tile | resident | in answers | streamed | prefill | decode, a token |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     hardware = HARDWARE["rtx-4090"]
     for context in ("10K", "64K", "128K", "256K", "1M", "4M"):
@@ -34,6 +34,7 @@ def choices_by_context() -> str:
             format_tokens(plan.chunk_tokens or 0),
             tile if plan.streamed_bytes else "-",
             format_bytes(plan.resident_bytes),
+            format_bytes(plan.answer_resident_bytes),
             format_bytes(plan.streamed_bytes) if plan.streamed_bytes else "-",
             format_seconds(plan.prefill_s),
             format_seconds(plan.decode_s_per_token),

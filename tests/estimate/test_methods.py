@@ -208,6 +208,18 @@ def test_what_the_cpu_attends_is_told_and_not_counted_as_streamed() -> None:
     assert any("In decode steps the CPU attends" in line for line in choice.why)
 
 
+def test_a_step_streams_what_its_answers_residents_leave() -> None:
+    here = replace(SITUATION, context_tokens=128 * 1024)
+    choice = choose(here, method_plans(here))
+    plan = choice.plan
+    assert plan is not None
+    assert plan.answer_resident_bytes > plan.resident_bytes > 0
+    assert plan.streamed_bytes == plan.kv_total_bytes - plan.answer_resident_bytes
+    assert plan.streamed_bytes / here.hardware.link_bytes_per_s <= plan.decode_s_per_token
+    told = next(line for line in choice.why if "while it answers" in line)
+    assert f"{plan.answer_resident_bytes / GIB:.2f} GiB of KV stay there" in told
+
+
 def test_packed_steps_of_an_answer_take_the_packed_share_of_dense_ones() -> None:
     """With the prompt's residents alone they would take 0.92 of it."""
     dense = replace(SITUATION, hardware=HARDWARE["h100-80gb"], context_tokens=100 * 2**10)

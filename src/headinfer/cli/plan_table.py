@@ -116,7 +116,7 @@ def print_steps(situation: Situation, choice: Choice) -> None:
         for name, past, new in passes:
             lines += ["", f"{name}, behind {counted_tokens(past)}:"]
             lines += pass_schedule(situation, plan, past, new).lines()
-            lines += filter(None, [disk_line(situation, plan, past)])
+            lines += filter(None, [disk_line(situation, plan, past, new)])
     console = wrapping_console()
     for line in lines:
         console.print(line, markup=False, soft_wrap=True)
@@ -249,6 +249,7 @@ def plan_as_json(
         chosen = _row(choice.plan) | {
             "chunk_tokens": choice.plan.chunk_tokens,
             "resident_bytes": choice.plan.resident_bytes,
+            "answer_resident_bytes": choice.plan.answer_resident_bytes,
             "disk_read_bytes": choice.plan.disk_read_bytes,
             "why": list(choice.why),
         }

@@ -91,6 +91,11 @@ def _reasons(situation: Situation, plans: Sequence[MethodPlan], plan: MethodPlan
                 f"activations, tiles{' and CUDA' if plan.runtime_bytes else ''} leave of "
                 f"{format_bytes(situation.device_memory_bytes)}."
             )
+        if plan.answer_resident_bytes > plan.resident_bytes:
+            yield (
+                f"{format_bytes(plan.answer_resident_bytes)} of KV stay there while it answers: a "
+                "prompt's activations have gone."
+            )
         yield _tile_reason(plan)
         if plan.host_share:
             yield (
@@ -116,8 +121,8 @@ def _tile_reason(plan: MethodPlan) -> str:
     parts = plan.decode_parts
     share = parts.start_s / max(parts.link_s, 1e-9)
     return (
-        f"The other {format_bytes(plan.streamed_bytes)} cross the link in tiles of {heads} x "
-        f"{tokens}, whatever the context: starting them takes {share:.0%} of that time, "
+        f"In a decode step {format_bytes(plan.streamed_bytes)} cross the link in tiles of {heads} "
+        f"x {tokens}, whatever the context: starting them takes {share:.0%} of that time, "
         "ahead of the copies."
     )
 

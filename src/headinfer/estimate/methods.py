@@ -214,6 +214,7 @@ def _plan(
         device_short_bytes=max(total - situation.device_memory_bytes, 0),
         host_short_bytes=situation.host_short_bytes(footprint.kv_host_bytes),
         resident_bytes=placement.resident_bytes,
+        answer_resident_bytes=placement.in_answer.resident_bytes,
         host_share=placement.in_answer.host_share,
         decode_parts=predictor.decode(placement, tokens),
         packed_share=situation.shape.packed_share,

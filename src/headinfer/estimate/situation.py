@@ -41,7 +41,8 @@ class MethodPlan:
         decode_s_per_token: predicted seconds of a decode step behind the whole context.
         device_short_bytes: device memory it lacks here; 0 where it fits.
         host_short_bytes: host memory it lacks here; 0 where it fits.
-        resident_bytes: KV that is never streamed.
+        resident_bytes: KV that is not streamed while a prompt passes.
+        answer_resident_bytes: KV that is not streamed in a decode step, as dense tokens take it.
         host_share: share of the rest that the CPU attends in a decode step.
         decode_parts: what the time of a decode step consists of.
         packed_share: bytes of a token in host memory, over those of it as it is computed.
@@ -68,6 +69,7 @@ class MethodPlan:
     device_short_bytes: int
     host_short_bytes: int
     resident_bytes: int
+    answer_resident_bytes: int
     host_share: float
     decode_parts: Parts
     packed_share: float = 1.0
@@ -95,8 +97,8 @@ class MethodPlan:
 
     @property
     def _beside_bytes(self) -> int:
-        """KV that is not resident, as it lies in host memory."""
-        rest = self.kv_total_bytes - self.resident_bytes if self.tile_heads else 0
+        """KV that is not resident in a decode step, as it lies in host memory."""
+        rest = self.kv_total_bytes - self.answer_resident_bytes if self.tile_heads else 0
         return int(self.packed_share * rest)
 
     @property

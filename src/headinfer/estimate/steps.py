@@ -18,11 +18,11 @@ def pass_schedule(
         situation: the model, and the number of rows.
         plan: of the method; without tiles all its tokens are resident.
         past_tokens: that came before; the host holds all of them, the device the resident ones.
-        new_tokens: of the pass; at most a chunk.
+        new_tokens: of the pass; at most a chunk. One is a decode step's.
     """
     shape = situation.shape
     token_bytes = shape.kv_bytes(1, situation.batch)
-    resident_tokens = plan.resident_bytes // token_bytes if token_bytes else 0
+    resident_tokens = _resident_bytes(plan, new_tokens) // token_bytes if token_bytes else 0
     if plan.tile_heads is None:
         resident_tokens = past_tokens + new_tokens
     below = tokens_below(past_tokens, plan.disk_block_tokens, plan.disk_host_blocks)
@@ -45,11 +45,17 @@ def pass_schedule(
     return route(tracks, Pass.FORWARD, new_tokens, sizes, plan.host_share)
 
 
-def disk_line(situation: Situation, plan: MethodPlan, past_tokens: int) -> str | None:
+def _resident_bytes(plan: MethodPlan, new_tokens: int) -> int:
+    return plan.answer_resident_bytes if new_tokens == 1 else plan.resident_bytes
+
+
+def disk_line(
+    situation: Situation, plan: MethodPlan, past_tokens: int, new_tokens: int
+) -> str | None:
     """Say which tokens a pass reads from the disk; None where it reads none."""
     below = tokens_below(past_tokens, plan.disk_block_tokens, plan.disk_host_blocks)
     token_bytes = situation.shape.kv_bytes(1, situation.batch)
-    first = plan.resident_bytes // token_bytes if token_bytes else 0
+    first = _resident_bytes(plan, new_tokens) // token_bytes if token_bytes else 0
     if below <= first:
         return None
     return f"  tokens {first} to {below} are read from the disk ahead of the link"
