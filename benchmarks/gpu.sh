@@ -105,6 +105,8 @@ bench packed-1M decode "${llama[@]}" --fill recorded --kv-cache packed --context
 if chosen kernels && [ -z "${DRY:-}" ] && [ ! -e "$out/gpu-packed-kernel.json" ]; then
     timeout 60 "$python" benchmarks/packed_kernel.py --dims 128 --groups 1,4,8 \
         --json "$out/gpu-packed-kernel.json" 2>&1 | tee -a "$out/gpu.log"
+    timeout 60 "$python" benchmarks/packed_kernel.py --dims 128 --groups 4 --new-tokens 1,4,8,16 \
+        --json "$out/gpu-packed-kernel-verify.json" 2>&1 | tee -a "$out/gpu.log"
 fi
 # 4 GiB of CPU memory for 12.5 GiB of KV: nothing resident first, then what the GPU has room for.
 below=(--contexts 100K --fill random --host-memory 4GiB --disk-cache "$disk")

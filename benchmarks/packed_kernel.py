@@ -4,12 +4,14 @@
 
 All rates are of the bytes that tokens have unpacked, so that a ratio of two is one of times.
 Exponents are distributed as real models' (`headinfer.bench.recorded`). The CPU attends contexts
-that its caches do not hold, in turn: dense ones, packed ones, and ones of 8 bits. Where there is a
-GPU, it packs and unpacks tiles, too.
+that its caches do not hold, in turn: dense ones, packed ones, and ones of 8 bits. With
+`--new-tokens 1,8` it also attends several query tokens at once, as where drafts are verified. Where
+there is a GPU, it packs and unpacks tiles, too.
 """
 
 import argparse
 import functools
+import itertools
 import json
 import statistics
 import time
@@ -66,8 +68,10 @@ def in_turn(ways: dict[str, Callable[[int], None]], rounds: int) -> dict[str, fl
     return {name: statistics.median(times_s) for name, times_s in taken_s.items()}
 
 
-def attention(dim: int, groups: list[int], rounds: int) -> list[dict[str, Any]]:
-    """Return the rates of the CPU's attention for each group."""
+def attention(
+    dim: int, groups: list[int], new_tokens: list[int], rounds: int
+) -> list[dict[str, Any]]:
+    """Return the rates of the CPU's attention for each group and number of query tokens."""
     num_bytes = beyond_caches(LEAST_BYTES) // CONTEXTS
     tokens = num_bytes // (2 * KV_HEADS * dim * 2) // 64 * 64
     library = pages_library(dim)
@@ -85,8 +89,8 @@ def attention(dim: int, groups: list[int], rounds: int) -> list[dict[str, Any]]:
                 stored = KV(*(eight_bits.pack(form.code, values) for values in kv))
             of_form.append(Tile(0, tokens, Piece(stored.keys), stored, format=form))
     rows = []
-    for group in groups:
-        query = torch.randn(1, KV_HEADS, group, 1, dim).bfloat16()
+    for group, new in itertools.product(groups, new_tokens):
+        query = torch.randn(1, KV_HEADS, group, new, dim).bfloat16()
 
         def attend(form: Format, turn: int, query: torch.Tensor = query) -> None:
             tile = tiles[form][turn % CONTEXTS]
@@ -96,7 +100,7 @@ def attention(dim: int, groups: list[int], rounds: int) -> list[dict[str, Any]]:
         taken_s = in_turn(ways, rounds)
         whole = tiles[Format.DENSE][0].whole
         rows.append(row_of("attention", "cpu", dim, sum(part.nbytes for part in whole), taken_s))
-        rows[-1]["group"] = group
+        rows[-1] |= {"group": group, "new_tokens": new}
         print_row(rows[-1])
     return rows
 
@@ -166,6 +170,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dims", default="64,128")
     parser.add_argument("--groups", default="1,4,8", help="query heads of a KV head")
+    parser.add_argument("--new-tokens", default="1", help="query tokens at once")
     parser.add_argument("--rounds", type=int, default=2 * CONTEXTS)
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--json", type=Path)
@@ -177,13 +182,14 @@ def main() -> None:
         header["gpu"] = torch.cuda.get_device_name()
     rows: list[dict[str, Any]] = []
     groups = [int(group) for group in given.groups.split(",")]
+    new_tokens = [int(tokens) for tokens in given.new_tokens.split(",")]
     for dim in map(int, given.dims.split(",")):
         rows.append(codec_on_cpu(dim, given.rounds))
         print_row(rows[-1])
         if torch.cuda.is_available():
             rows.append(codec_on_cuda(dim, given.rounds))
             print_row(rows[-1])
-        rows += attention(dim, groups, given.rounds)
+        rows += attention(dim, groups, new_tokens, given.rounds)
         if given.json is not None:
             given.json.write_text(json.dumps({"header": header, "rows": rows}, indent=1) + "\n")
 
