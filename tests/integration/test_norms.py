@@ -89,15 +89,19 @@ def test_norms_of_another_kind_stay_as_they_are() -> None:
             spread = wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon
             return (self.weight.float() * wide * spread.rsqrt()).to(hidden_states.dtype)
 
-    class LargeEpsilonNorm(kind):  # type: ignore[misc, valid-type]
+    class ShrinkingNorm(kind):  # type: ignore[misc, valid-type]
         def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
             return super().forward(hidden_states) * (1 - 2**-6)  # type: ignore[no-any-return]
 
-    for layer, other in zip(model.model.layers, (RoundedOnceNorm, LargeEpsilonNorm), strict=False):
+    for layer, other in zip(model.model.layers, (RoundedOnceNorm, ShrinkingNorm), strict=False):
         layer.input_layernorm.__class__ = other
-        with PromptNorms(model, enabled=True).on(1, 100):
-            assert "forward" not in vars(layer.input_layernorm)
-            assert "forward" in vars(layer.post_attention_layernorm)
+        for autocast in (False, True):
+            with (
+                torch.autocast("cpu", torch.float16, enabled=autocast),
+                PromptNorms(model, enabled=True).on(1, 100),
+            ):
+                assert "forward" not in vars(layer.input_layernorm)
+                assert "forward" in vars(layer.post_attention_layernorm)
 
 
 def test_a_norm_with_a_forward_of_its_own_stays_as_it_is() -> None:

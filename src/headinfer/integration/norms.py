@@ -70,6 +70,7 @@ def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     weight = self._parameters.get("weight")
     if (
         weight is None  # hooks compute it
+        or type(hidden_states) is not torch.Tensor  # one in shards, or of a tracer
         or hidden_states.dtype is not weight.dtype
         or torch.is_grad_enabled()
         or torch.is_autocast_enabled(hidden_states.device.type)
@@ -110,7 +111,7 @@ def _is_plain(module: torch.nn.Module) -> bool:
         "Norm" in type(module).__name__
         and not module._modules
         and len(module._parameters) == 1
-        and weight is not None
+        and type(weight) is torch.nn.Parameter
         and weight.ndim == 1
         and weight.dtype in _DTYPES
         and weight.device.type != "meta"
@@ -128,8 +129,8 @@ def _agrees(norm: torch.nn.Module, weight: torch.Tensor) -> bool:
     sizes = 2.0 ** torch.arange(-8, 8).repeat(_TRIED_ROWS // 16)[:, None]
     rows = (torch.randn(_TRIED_ROWS, weight.numel(), generator=generator) * sizes).to(weight)
     try:
-        wanted = type(tried).forward(tried, rows)
-        given = forward(tried, rows)
+        with torch.autocast(weight.device.type, enabled=False):  # or nothing would be tried
+            wanted, given = type(tried).forward(tried, rows), forward(tried, rows)
     except (RuntimeError, TypeError) as error:
         _logger.info("%s computes its own norms: %s", type(norm).__name__, first_line(error))
         return False
