@@ -112,9 +112,9 @@ def main() -> None:
                 f"the first of the length {taken_s[0][0] * 1e3:.0f} and {taken_s[1][0] * 1e3:.0f}",
                 flush=True,
             )
-            if arguments.json is not None:
-                document = {"gpu": torch.cuda.get_device_name(), **provenance(), "rows": rows}
-                arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+    if arguments.json is not None:
+        document = {"gpu": torch.cuda.get_device_name(), **provenance(), "rows": rows}
+        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

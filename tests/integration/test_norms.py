@@ -1,13 +1,17 @@
 """Norms of prompts beside a GPU: torch's kernel where it rounds as the model does, else stock's."""
 
 import copy
+import threading
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import PreTrainedModel
 
 import headinfer
+from families import tiny_family
+from families_expected import SERVED
 from headinfer.integration.calls import cache_argument
 from headinfer.integration.norms import PromptNorms
 from tiny_models import random_tokens, tiny_model
@@ -64,6 +68,85 @@ def test_they_are_in_place_during_prompts_alone() -> None:
         for tokens in (1, 8):
             model(random_tokens(8, tokens), **cache)
         assert seen == [True] * 3 + [False] * 2
+
+
+@torch.no_grad()
+def test_steps_between_a_prompts_chunks_have_the_models_own() -> None:
+    model, seen = half(), []
+    offload = headinfer.attach(model, device="simulated", chunk_tokens=32)
+    other = cache_argument(model, offload.new_cache())
+    model(random_tokens(8, 20), **other)
+    norm = model.model.layers[1].input_layernorm
+    norm.register_forward_pre_hook(
+        lambda module, given: seen.append((given[0].shape[1], "forward" in vars(module)))
+    )
+
+    def answer() -> None:
+        with torch.no_grad():
+            for _ in range(4):
+                model(random_tokens(8, 1), **other)
+
+    with offload:
+        thread = threading.Thread(target=answer)
+        thread.start()
+        model(random_tokens(8, 320), **cache_argument(model, offload.new_cache()))
+        thread.join()
+    assert sorted(set(seen)) == [(1, False), (32, True)]
+
+
+GATED = {"BambaForCausalLM", "GraniteMoeHybridForCausalLM"}
+REST = sorted(set(SERVED.split()) - GATED)
+
+
+@pytest.mark.parametrize(
+    "name", [*sorted(GATED), *(pytest.param(name, marks=pytest.mark.slow) for name in REST)]
+)
+@torch.no_grad()
+def test_prompts_of_families_in_16_bits_are_as_without(name: str) -> None:
+    """Some of their norms are given a gate, and some compute something else."""
+    if not hasattr(transformers, name):
+        pytest.skip("this transformers has no such model")
+    model, tokens = tiny_family(name).to(torch.bfloat16), torch.arange(3, 43)[None]
+    logits = []
+    for fuse in ("off", "auto"):
+        with headinfer.attach(model, device="simulated", fuse=fuse) as offload:
+            logits.append(model(tokens, **cache_argument(model, offload.new_cache())).logits)
+    assert torch.equal(*logits)
+
+
+def test_a_norm_that_cannot_be_tried_stays_as_it_is() -> None:
+    model = half()
+    kind = type(model.model.norm)
+
+    class TupleNorm(kind):  # type: ignore[misc, valid-type]
+        def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor]:
+            return (super().forward(hidden_states),)
+
+    model.model.norm.__class__ = TupleNorm
+    assert replaced(model) == NORMS - {"norm"}
+
+
+@torch.no_grad()
+def test_norms_of_one_class_are_told_apart_by_what_they_are_set_to() -> None:
+    model = half()
+    kind = type(model.model.norm)
+
+    class OffsetNorm(kind):  # type: ignore[misc, valid-type]
+        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            return super().forward(hidden_states) + self.offset  # type: ignore[no-any-return]
+
+    for offset, layer in enumerate(model.model.layers[:2]):
+        layer.input_layernorm.__class__ = OffsetNorm
+        layer.input_layernorm.offset = offset
+    with PromptNorms(model, enabled=True).on(1, 100):
+        assert "forward" in vars(model.model.layers[0].input_layernorm)
+        assert "forward" not in vars(model.model.layers[1].input_layernorm)
+
+
+def test_the_device_new_tensors_have_by_default_does_not_matter() -> None:
+    model = half()
+    with torch.device("meta"):
+        assert replaced(model) == NORMS
 
 
 @torch.no_grad()

@@ -32,27 +32,13 @@ def agrees_here(
 ) -> bool:
     """Return what `agrees` does; on CUDA it runs only where it never agreed before.
 
-    See `kept_here` for what it depends on.
+    What it depends on is this package's code, the versions below it, the driver and the GPU.
     """
     check = functools.partial(agrees, kernels, torch_device, dtype, head_dim, softcap)
-    return kept_here((kernels.name, str(dtype), head_dim, softcap), torch_device, check)
-
-
-def kept_here(
-    about: tuple[object, ...], torch_device: torch.device, check: Callable[[], bool]
-) -> bool:
-    """Return whether a check of kernels passes; on CUDA it runs only where it never passed before.
-
-    The outcome depends on this package's kernels, the versions below them, the driver and the GPU.
-
-    Args:
-        about: all else that it depends on.
-        torch_device: where the kernels run.
-        check: makes it.
-    """
     if torch_device.type != "cuda":
         return check()
-    return kept((*about, *_machine(torch_device), *_software()), check)
+    about = kernels.name, str(dtype), head_dim, softcap, *_machine(torch_device), *_software()
+    return kept(about, check)
 
 
 def kept(about: tuple[object, ...], check: Callable[[], bool]) -> bool:

@@ -90,8 +90,8 @@ def codec_for(code: Code, where: torch.device) -> Codec:
 
 def agrees(code: Code, codec: Codec, where: torch.device, dtype: torch.dtype) -> bool:
     """Whether a codec gives the reference's pages on a device, and its values of them."""
-    generator = torch.Generator().manual_seed(0)
-    values = torch.randn(_CHECKED_SHAPE, generator=generator).to(dtype)
+    generator = torch.Generator("cpu").manual_seed(0)
+    values = torch.randn(_CHECKED_SHAPE, generator=generator, device="cpu").to(dtype)
     wanted, unpacked = reference.pack(code, values), torch.zeros_like(values)
     reference.unpack(code, wanted, unpacked)
     return gives(codec, where, values, wanted, unpacked)

@@ -5,7 +5,6 @@ from collections.abc import Callable
 
 import torch
 
-from headinfer.attend.verdict import kept_here
 from headinfer.eight_bits import codec as eight_bits
 from headinfer.errors import OptionError
 from headinfer.packed import codec as packed
@@ -17,7 +16,7 @@ from headinfer.plan.format import Format
 def codec_of(form: Format, where: torch.device, dtype: torch.dtype) -> Codec:
     """Return what packs and unpacks tokens that are not dense, and was seen to do it right.
 
-    Measured beside an H200: the check of packing on CUDA took 1.5 s, mostly to compile.
+    The check also finds out whether Triton can compile here, so each process makes it.
 
     Args:
         form: in which they lie in host memory.
@@ -35,8 +34,7 @@ def codec_of(form: Format, where: torch.device, dtype: torch.dtype) -> Codec:
     else:
         codec = eight_bits.codec_for(form.code, where)
         check = functools.partial(eight_bits.agrees, form.code, codec, where, dtype)
-    about = "codec", form.value, str(dtype)
-    if where.type == "cuda" and not kept_here(about, where, check):
+    if where.type == "cuda" and not check():
         raise OptionError(
             f"kv_cache={form.value} fails its check on {where}: its pages or values differ from "
             "the reference's; use kv_cache=dense (--kv-cache dense)"

@@ -7,6 +7,7 @@ both.
 """
 
 import contextlib
+import functools
 import itertools
 import logging
 import threading
@@ -200,6 +201,10 @@ class Attachment:
                 "the model was called with a cache that a call under way is using, as from a hook "
                 "or a progress callback; pass another cache"
             )
+        is_prompt = shape[1] > MAX_ASKED_TOKENS  # steps are launched beside whatever else goes on
+        faster = functools.partial(self._faster.on, *shape)
+        if is_prompt:  # other threads' calls have their turns between its chunks
+            forward = _within(faster, forward)
         call = ServedCall(
             self._owner, self._chunking, forward, cache, shape, rotary_modules=self._rotary_modules
         )
@@ -208,15 +213,10 @@ class Attachment:
             watchers = () if cache.state.drafting else tuple(cache.watchers)
             for watcher in watchers:
                 watcher.begin()
-            is_prompt = (
-                shape[1] > MAX_ASKED_TOKENS
-            )  # steps are launched beside whatever else goes on
-            with (
-                launches.under_way() if is_prompt else contextlib.nullcontext(),
-                self._faster.on(*shape),
-            ):
+            with launches.under_way() if is_prompt else contextlib.nullcontext():
                 arguments = call.begin(arguments)
-                output = self._captures.run(forward, cache, arguments, shape[1])
+                with contextlib.nullcontext() if is_prompt else faster():
+                    output = self._captures.run(forward, cache, arguments, shape[1])
             self.functions.check_none_pending()
             output = call.end(output)
             for watcher in watchers:
@@ -283,3 +283,16 @@ class Attachment:
                 "%s all heads see all tokens: they stream in caches of this attachment alone",
                 how,
             )
+
+
+def _within(
+    context: Callable[[], contextlib.AbstractContextManager[object]], forward: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Return a forward that runs within a context, with the same signature."""
+
+    @functools.wraps(forward, updated=())
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with context():
+            return forward(*args, **kwargs)
+
+    return run
