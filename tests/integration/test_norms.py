@@ -43,6 +43,16 @@ def replaced(model: PreTrainedModel) -> set[str]:
         return own_forwards(model)
 
 
+def watched(model: PreTrainedModel) -> list[tuple[int, bool]]:
+    """Return what a norm will note: the tokens of each of its calls, and whether it is replaced."""
+    seen: list[tuple[int, bool]] = []
+    norm = model.model.layers[1].input_layernorm
+    norm.register_forward_pre_hook(
+        lambda module, given: seen.append((given[0].shape[1], "forward" in vars(module)))
+    )
+    return seen
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["llama3", "qwen3"])
 @torch.no_grad()
@@ -57,29 +67,26 @@ def test_a_prompts_logits_are_stocks(name: str, dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 def test_they_are_in_place_during_prompts_alone() -> None:
-    model, seen = half(), []
-    norm = model.model.layers[1].input_layernorm
-    norm.register_forward_pre_hook(lambda module, _given: seen.append("forward" in vars(module)))
+    model = half()
+    seen = watched(model)
     with headinfer.attach(model, device="simulated", chunk_tokens=32) as offload:
         cache = cache_argument(model, offload.new_cache())
         model(random_tokens(8, 77), **cache)
-        assert seen == [True] * 3
+        assert seen == [(32, True), (32, True), (13, True)]
+        seen.clear()
         assert not own_forwards(model)
         for tokens in (1, 8):
             model(random_tokens(8, tokens), **cache)
-        assert seen == [True] * 3 + [False] * 2
+        assert seen == [(1, False), (8, False)]
 
 
 @torch.no_grad()
 def test_steps_between_a_prompts_chunks_have_the_models_own() -> None:
-    model, seen = half(), []
+    model = half()
     offload = headinfer.attach(model, device="simulated", chunk_tokens=32)
     other = cache_argument(model, offload.new_cache())
     model(random_tokens(8, 20), **other)
-    norm = model.model.layers[1].input_layernorm
-    norm.register_forward_pre_hook(
-        lambda module, given: seen.append((given[0].shape[1], "forward" in vars(module)))
-    )
+    seen = watched(model)
 
     def answer() -> None:
         with torch.no_grad():
@@ -152,12 +159,11 @@ def test_the_device_new_tensors_have_by_default_does_not_matter() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("options", [{"device": "cpu"}, {"device": "simulated", "fuse": "off"}])
 def test_elsewhere_they_stay_as_they_are(options: dict[str, Any]) -> None:
-    model, seen = half(), []
-    norm = model.model.layers[1].input_layernorm
-    norm.register_forward_pre_hook(lambda module, _given: seen.append("forward" in vars(module)))
+    model = half()
+    seen = watched(model)
     with headinfer.attach(model, **options) as offload:
         model(random_tokens(8, 77), **cache_argument(model, offload.new_cache()))
-    assert seen == [False]
+    assert seen == [(77, False)]
 
 
 def test_norms_of_another_kind_stay_as_they_are() -> None:

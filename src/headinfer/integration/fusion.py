@@ -22,6 +22,7 @@ from headinfer.device.base import CaptureError
 from headinfer.integration.accelerate_hooks import needless_forwards
 from headinfer.integration.compiler import CompilerImport, begin_import
 from headinfer.integration.forward import OwnForwards
+from headinfer.integration.norms import is_norm
 from headinfer.integration.outputs import are_near
 from headinfer.integration.said import first_line
 
@@ -127,8 +128,7 @@ def _kind(module: torch.nn.Module) -> str:
     """Return what a module is that can be compiled: a norm, or gated, or maybe attention."""
     children = dict(module.named_children())
     if not children:
-        vectors = all(part.ndim == 1 for part in module.parameters(recurse=False))
-        return "norm" if "Norm" in type(module).__name__ and vectors else ""
+        return "norm" if is_norm(module) else ""
     products = [children.pop(name, None) for name in _PROJECTIONS]
     if children.keys() <= {"act_fn"} and all(type(each) is torch.nn.Linear for each in products):
         return "gated"

@@ -110,28 +110,31 @@ def _found(model: torch.nn.Module) -> list[torch.nn.Module]:
     return found
 
 
-def _is_plain(module: torch.nn.Module) -> bool:
-    """Whether a module looks like a norm of one tensor, with a weight in 16 bits for each element.
+def is_norm(module: torch.nn.Module) -> bool:
+    """Whether a module is a norm: by its name, and with nothing but vectors in it."""
+    alone = next(module.children(), None) is None
+    vectors = all(part.ndim == 1 for part in module.parameters(recurse=False))
+    return alone and vectors and "Norm" in type(module).__name__
 
-    Some are given a gate, too.
-    """
+
+def _is_plain(module: torch.nn.Module) -> bool:
+    """Whether a norm has a weight in 16 bits for each element, and nothing else."""
     weight = module._parameters.get("weight")
     return (
-        "Norm" in type(module).__name__
-        and not module._modules
+        is_norm(module)
         and len(module._parameters) == 1
         and type(weight) is torch.nn.Parameter
-        and weight.ndim == 1
         and weight.dtype in _DTYPES
         and weight.device.type != "meta"
         and isinstance(_epsilon(module), float)
-        and len(inspect.signature(type(module).forward).parameters) == 2  # with `self`
     )
 
 
 @torch.no_grad()
 def _agrees(norm: torch.nn.Module, weight: torch.Tensor) -> bool:
     """Whether a norm's class computes the same, with weights that are not all alike."""
+    if len(inspect.signature(type(norm).forward).parameters) != 2:  # with `self`: some take a gate
+        return False
     try:
         with torch.device("cpu"):
             generator = torch.Generator("cpu").manual_seed(0)
