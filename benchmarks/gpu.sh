@@ -102,7 +102,7 @@ bench packed-prefill prefill "${llama[@]}" --kv-cache dense,packed --contexts 10
     --methods bounded
 bench packed-1M decode "${llama[@]}" --fill recorded --kv-cache packed --contexts 1M \
     --new-tokens 12 --methods host-attention
-if chosen kernels && [ -z "${DRY:-}" ] && [ ! -e "$out/gpu-packed-kernel.json" ]; then
+if chosen kernels && [ -z "${DRY:-}" ] && [ ! -e "$out/gpu-packed-kernel-verify.json" ]; then
     timeout 60 "$python" benchmarks/packed_kernel.py --dims 128 --groups 1,4,8 \
         --json "$out/gpu-packed-kernel.json" 2>&1 | tee -a "$out/gpu.log"
     timeout 60 "$python" benchmarks/packed_kernel.py --dims 128 --groups 4 --new-tokens 1,4,8,16 \
@@ -123,7 +123,8 @@ bench disk-resident decode "${llama[@]}" "${below[@]}" --new-tokens 24 \
 plain_reads disk-resident
 bench suite-llama-prefill prefill "${llama[@]}" --contexts 1K,10K,40K,100K \
     --methods standard,chunked-prefill,head-wise-1,bounded,headinfer
-if chosen short-prompts && [ -z "${DRY:-}" ] && [ ! -e "$out/gpu-short-prompts.json" ] && [ "$(left)" -gt 75 ]; then
+if chosen short-prompts && [ -z "${DRY:-}" ] && [ ! -e "$out/gpu-short-prompts.json" ] &&
+    [ "$(left)" -gt 75 ]; then
     timeout "$(left)" "$python" benchmarks/short_prompts.py --json "$out/gpu-short-prompts.json" 2>&1 |
         tee -a "$out/gpu.log"
 fi

@@ -5,7 +5,7 @@
 Llama-3-8B's shape in bfloat16, random weights that both models share, 24 GiB of GPU memory. Each
 prompt goes into a new cache. Such prompts wait for Python, whose speed changes from minute to
 minute, so that only turns within one process compare. The least possible is the time of the
-products at the rate that the GPU multiplies matrices of 8192 x 8192.
+products at the best rate at which the GPU multiplies matrices of 8192 x 8192.
 """
 
 import argparse
@@ -18,27 +18,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 import headinfer
 from headinfer.bench.document import provenance
+from headinfer.bench.limits import limit_device
+from headinfer.estimate.presets import PRESETS
 from headinfer.integration.calls import cache_argument
+from headinfer.plan.options import Options
+from headinfer.probe.operations import matmuls
+from headinfer.probe.timing import fastest
 from headinfer.units import format_tokens, parse_tokens
 
 PROMPTS = "128,512,1K,2K,4K,10K"
-DEVICE_GIB = 24
+DEVICE_MEMORY = "24GiB"
 WARM_UP = 4
 """Turns that are not counted: a length's first ones prepare kernels for it."""
 
-CONFIG = LlamaConfig(
-    vocab_size=128256,
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    attn_implementation="sdpa",
-)
+CONFIG = AutoConfig.for_model(**PRESETS["llama-3-8b"], attn_implementation="sdpa")
 Caching = Callable[[int], Any]
 
 
@@ -52,18 +49,6 @@ def timed_s(model: PreTrainedModel, new_cache: Caching, prompt: torch.Tensor) ->
     return time.perf_counter() - start_s
 
 
-def matmul_flops_per_s() -> float:
-    """Return the rate of products of large matrices."""
-    one = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    one @ one
-    torch.cuda.synchronize()
-    start_s = time.perf_counter()
-    for _ in range(20):
-        one @ one
-    torch.cuda.synchronize()
-    return 20 * 2 * 8192**3 / (time.perf_counter() - start_s)
-
-
 @torch.no_grad()
 def main() -> None:
     """Measure each length."""
@@ -75,20 +60,22 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.error("no GPU is here, and these prompts are timed on one")
     torch.manual_seed(0)
-    total_bytes = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(DEVICE_GIB * 2**30 / total_bytes, 1.0))
-    with torch.device("cuda"):
+    device, rows = torch.device("cuda", torch.cuda.current_device()), []
+    limit_device(Options.parse(device_memory=DEVICE_MEMORY), [device])
+    squares = matmuls(device, torch.bfloat16, [8192])
+    rate = fastest(squares, torch.cuda.synchronize, seconds=0.2)[0].best_per_s
+    del squares  # of the memory that is limited
+    with device:
         stock = AutoModelForCausalLM.from_config(CONFIG, dtype=torch.bfloat16).eval()
     ours = copy.deepcopy(stock, {id(each): each for each in stock.parameters()})
     products = sum(each.numel() for each in stock.model.layers.parameters() if each.ndim == 2)
-    rate, rows = matmul_flops_per_s(), []
-    with headinfer.attach(ours, device_memory=f"{DEVICE_GIB}GiB") as offload:
+    with headinfer.attach(ours, device_memory=DEVICE_MEMORY) as offload:
         ways: list[tuple[PreTrainedModel, Caching]] = [
             (stock, lambda _tokens: DynamicCache(config=CONFIG)),
             (ours, offload.new_cache),
         ]
         for tokens in map(parse_tokens, arguments.prompts.split(",")):
-            prompt = torch.randint(CONFIG.vocab_size, (1, tokens), device="cuda")
+            prompt = torch.randint(CONFIG.vocab_size, (1, tokens), device=device)
             taken_s: list[list[float]] = [[], []]
             for _ in range(WARM_UP + arguments.turns):
                 for (model, new_cache), times_s in zip(ways, taken_s, strict=True):
