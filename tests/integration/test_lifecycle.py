@@ -3,6 +3,7 @@
 import copy
 import gc
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, LlamaForCau
 import headinfer
 from headinfer.attend.cpu import CpuKernel
 from headinfer.attend.native.kernel import NativeKernel
+from headinfer.device import elementwise
 from headinfer.device.simulated import SimulatedDevice
 from headinfer.errors import (
     CacheStateError,
@@ -18,6 +20,7 @@ from headinfer.errors import (
     MemoryPlanError,
     UnsupportedModelError,
 )
+from headinfer.integration.calls import cache_argument
 from tiny_models import random_tokens, shared_model, tiny_model
 
 
@@ -307,6 +310,29 @@ def test_the_device_new_tensors_have_by_default_does_not_matter(device: str) -> 
             model(part, past_key_values=cache).logits for part in tokens.split([38, 1, 1], dim=1)
         ]
     torch.testing.assert_close(torch.cat(ours, dim=1), stock)
+
+
+@pytest.mark.parametrize(
+    "options", [{"device": "cpu"}, {"device": "simulated", "kv_cache": "packed"}], ids=str
+)
+@torch.no_grad()
+def test_that_device_does_not_matter_in_16_bits_from_the_first_step_on(
+    options: dict[str, Any],
+) -> None:
+    model, tokens = tiny_model("llama3").to(torch.bfloat16), random_tokens(2, 140)
+    sizes = {"chunk_tokens": 64, "tile_tokens": 64, "resident_tokens": 0, "host_attention": 0.5}
+    logits = []
+    for default in ("meta", "cpu"):  # what is found out in a process is found out by the first
+        elementwise._lanes.cache_clear()
+        elementwise._table.cache_clear()
+        with headinfer.attach(model, **options, **sizes) as offload, torch.device(default):
+            cache = offload.new_cache()
+            for part in tokens.split([136, 1, 1, 1, 1], dim=1):
+                cache.batch_select_indices([1, 0])
+                logits.append(model(part, **cache_argument(model, cache)).logits[:, -1])
+            cache.batch_repeat_interleave(2)
+            assert cache.get_seq_length() == 140
+    assert torch.equal(torch.stack(logits[:5]), torch.stack(logits[5:]))
 
 
 def test_growing_the_rows_is_refused_where_host_memory_is_too_small() -> None:

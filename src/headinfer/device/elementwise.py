@@ -119,7 +119,7 @@ def _table(
 
     None where that cannot be said, as where it depends on an element's place.
     """
-    values = torch.arange(_VALUES, dtype=torch.int32).to(torch.int16).view(dtype)
+    values = torch.arange(_VALUES, dtype=torch.int32, device="cpu").to(torch.int16).view(dtype)
 
     def computed(some: torch.Tensor) -> torch.Tensor:
         results = [operation(each, **dict(options)) for each in some.split(_PIECE)]
@@ -139,14 +139,14 @@ def _table(
 
 
 def _flushes_tiny() -> bool:
-    return bool(torch.tensor(1e-39) * 1 == 0)
+    return bool(torch.tensor(1e-39, device="cpu") * 1 == 0)
 
 
 def _as_added(given: Any, dtype: torch.dtype) -> Any:
     """Return a number as torch adds it: rounded to the dtype of the sum, unlike a factor."""
     if not isinstance(given, (int, float)):
         return given
-    return torch.tensor(given, dtype=torch.float32).to(dtype).item()
+    return torch.tensor(given, dtype=torch.float32, device="cpu").to(dtype).item()
 
 
 def _joined(
@@ -180,8 +180,10 @@ def _lanes(size: int) -> int:
     library = tape_library(torch.bfloat16)
     if size < _FEWEST_SUMMED or library is None:
         return 0
-    given = torch.randn(_TRIED_ROWS, size, generator=torch.Generator().manual_seed(size))
-    wanted, found = given.mean(-1, keepdim=True), torch.empty(_TRIED_ROWS, 1)
+    generator = torch.Generator("cpu").manual_seed(size)
+    given = torch.randn(_TRIED_ROWS, size, generator=generator, device="cpu")
+    wanted = given.mean(-1, keepdim=True)
+    found = torch.empty_like(wanted)
     for lanes in (8, 16, 4):
         Tape(library, [Elementwise(Kind.MEAN, found, (given, lanes))])()
         if torch.equal(found, wanted):

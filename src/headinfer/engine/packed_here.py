@@ -106,7 +106,7 @@ def unpacked_here(tile: Tile, part: str, like: torch.Tensor) -> torch.Tensor:
         part: "keys" or "values".
         like: of the shape and dtype that they are to have.
     """
-    values = torch.empty(like.shape, dtype=like.dtype)
+    values = torch.empty(like.shape, dtype=like.dtype, device=_CPU)
     unpack_from(codec_of(tile.format, _CPU, like.dtype), getattr(tile.kv, part), tile.first, values)
     return values
 
@@ -147,7 +147,7 @@ def _keep_here(
     parts: Sequence[tuple[torch.Tensor, torch.Tensor]],
 ) -> None:
     device.host_access(slots, write=True, purpose="pages as they are")
-    taken = torch.zeros(1, dtype=torch.int64)
+    taken = torch.zeros(1, dtype=torch.int64, device=_CPU)
     for values, pages in parts:
         codec.keep_raw(values, pages, slots, taken)
     tile.piece.refer_to([slots])
@@ -166,7 +166,7 @@ def copy_begun_page(device: Device, ledger: Ledger, source: Ledger) -> None:
         geometry = source.geometry
         shape = geometry.batch, geometry.kv_heads, tile.tokens
         dims = geometry.key_dim, geometry.value_dim
-        new = KV(*(torch.empty(*shape, dim, dtype=geometry.dtype) for dim in dims))
+        new = KV(*(torch.empty(*shape, dim, dtype=geometry.dtype, device=_CPU) for dim in dims))
         state_access(device, tile, write=False, purpose="a copied cache")
         unpack_here(tile, new)
         (place,) = ledger.extend_host(tile.tokens)

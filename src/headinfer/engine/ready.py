@@ -81,7 +81,7 @@ class StepMemory:
 
     def write(self, ready: Sequence[Ready]) -> None:
         """Write where each track's new tokens go, on compute, for a replay to read."""
-        places = torch.tensor([each.place for each in ready])
+        places = torch.tensor([each.place for each in ready], device="cpu")
         self.places.copy_(places, non_blocking=True)
 
 

@@ -216,7 +216,7 @@ class WindowKeeper:
 
 def _on_host(geometry: Geometry, start: int, kv: KV) -> Extent:
     """Return tokens in plain memory of the CPU."""
-    memory = torch.empty(geometry.num_bytes(kv.tokens), dtype=torch.uint8)
+    memory = torch.empty(geometry.num_bytes(kv.tokens), dtype=torch.uint8, device="cpu")
     extent = Extent(Piece(memory), geometry, kv.tokens, start)
     extent.whole.copy_(kv)
     extent.tokens = kv.tokens

@@ -170,7 +170,7 @@ class OffloadedCache(DraftableCache):
             raise ValueError(f"rows are repeated once or more, not {repeats} times")
         batch = self._batch()
         if batch is not None:
-            select(self, torch.arange(batch).repeat_interleave(repeats), batch)
+            select(self, torch.arange(batch, device="cpu").repeat_interleave(repeats), batch)
 
     @in_turn
     def batch_select_indices(self, indices: Any) -> None:

@@ -22,10 +22,12 @@ def chosen_rows(indices: Any, batch: int) -> torch.Tensor:
     if isinstance(indices, torch.Tensor):
         indices = indices.cpu()
     elif not isinstance(indices, slice):
-        indices = torch.as_tensor(list(indices) if hasattr(indices, "__iter__") else indices)
+        indices = torch.as_tensor(
+            list(indices) if hasattr(indices, "__iter__") else indices, device="cpu"
+        )
         if not indices.numel():
             indices = indices.long()  # an empty list is of floats
-    rows = torch.arange(batch)[indices]
+    rows = torch.arange(batch, device="cpu")[indices]
     if rows.ndim != 1 or not rows.numel():
         raise ValueError(f"a cache keeps one row or more, given as a list, not {indices!r}")
     return rows

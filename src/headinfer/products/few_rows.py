@@ -56,7 +56,7 @@ class Product(NativeFunction):
         bias: torch.Tensor | None,
     ) -> None:
         out, size = weight.shape
-        output = self.output = torch.empty((*x.shape[:-1], out), dtype=x.dtype)
+        output = self.output = torch.empty((*x.shape[:-1], out), dtype=x.dtype, device=x.device)
         self._kept = x, weight, bias
         self._block = _Block(
             *(x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr()),

@@ -48,9 +48,9 @@ class TokenFunction(NativeFunction):
         batch, kv_heads, group, _, dim = query.shape
         heads = batch * kv_heads
         most_splits = stealable_splits(torch.get_num_threads(), heads, _UNLIMITED)
-        rows = torch.empty(heads, group, dim)
-        out, lse = torch.empty_like(rows), torch.empty(heads, group)
-        parts = torch.empty(most_splits * heads * group * (dim + 1))
+        rows = torch.empty(heads, group, dim, device="cpu")
+        out, lse = torch.empty_like(rows), torch.empty(heads, group, device="cpu")
+        parts = torch.empty(most_splits * heads * group * (dim + 1), device="cpu")
         self._kept = query, new, whole, work.out, place, rows, out, lse, parts
         self._block = _Block(
             *(query.data_ptr(), new.keys.data_ptr(), new.values.data_ptr()),
