@@ -4,6 +4,7 @@ import pytest
 
 from headinfer.by_context import ByContext
 from headinfer.engine.balance import Balance, Balances, Settled
+from headinfer.engine.one_launch_share import StepTimes
 
 
 def run(balance: Balance, host_rate: float, device_rate: float, steps: int = 60) -> float:
@@ -72,6 +73,69 @@ def test_what_one_launch_spares_a_layer_is_little_of_a_long_context() -> None:
     """It spares Python's time between layers, however many tokens these have."""
     in_pieces, in_one = (shares_of(9, 60, 0.63, one_launch=one, longer=8) for one in (False, True))
     assert in_one[-1] == pytest.approx((1 + 0.08 / 8) * in_pieces[-1], rel=0.005)
+
+
+def in_one_launch(
+    balance: Balance, host_s: float, link_s: float, steps: int = 60, *, memory_s: float = 0.0
+) -> list[float]:
+    """Let a settled balance have steps of one launch; return the share of each.
+
+    Args:
+        balance: settled.
+        host_s: seconds of the host for a layer, over its share.
+        link_s: seconds of the link for a layer, over the rest.
+        steps: how many.
+        memory_s: seconds that the host takes more for each tenth above a share of a half.
+    """
+    balance.one_launch = True
+    shares = []
+    for number in range(steps):
+        share = balance.share
+        shares.append(share)
+        attended_s = share * host_s + max(share - 0.5, 0.0) * 10 * memory_s
+        waited_s = max((1 - share) * link_s - attended_s, 0.0)
+        noise_s = 5.0 if number % 4 == 0 else 0.0  # a first step behind a capture
+        balance.note_step(StepTimes(attended_s, waited_s + noise_s))
+    return shares
+
+
+def settled_at(share: float) -> Balance:
+    return Balance(Settled(share, 1.0), fixed=False)
+
+
+def test_steps_of_one_launch_have_the_share_with_which_the_host_waits_for_no_link() -> None:
+    balance = settled_at(0.3)
+    shares = in_one_launch(balance, 1.0, 1.2)
+    assert shares[-1] == pytest.approx(1.2 / 2.2, rel=0.03)
+    assert balance.judged
+    assert balance.changes == len(set(shares)) - 1 <= 4
+    assert shares == sorted(shares)
+    balance.one_launch = False
+    assert balance.share == 0.3  # in pieces, as before
+
+
+def test_a_share_that_makes_steps_of_one_launch_slower_is_taken_back() -> None:
+    balance = settled_at(0.45)
+    shares = in_one_launch(balance, 1.0, 1.5, memory_s=1.0)
+    assert max(shares) > 0.5
+    assert shares[-1] == shares[0]
+    assert (balance.judged, balance.changes) == (True, 2)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.7])
+def test_a_share_with_which_the_host_waits_for_nothing_stays_in_one_launch(share: float) -> None:
+    balance = settled_at(share)
+    assert in_one_launch(balance, 1.0, 1.01) == pytest.approx([share] * 60, rel=1e-3)
+    assert (balance.judged, balance.changes) == (True, 0)
+
+
+def test_steps_in_pieces_leave_the_share_of_one_launch_alone() -> None:
+    balance = settled_at(0.3)
+    for _ in range(20):
+        balance.note_step(StepTimes(1.0, 1.0))
+    balance.one_launch = True
+    assert balance.share == pytest.approx(0.3, rel=1e-3)
+    assert not balance.judged
 
 
 def test_a_share_with_which_the_host_is_late_now_and_then_stays() -> None:

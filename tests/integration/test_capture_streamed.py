@@ -25,7 +25,9 @@ from headinfer.device.hazards import HazardError
 from headinfer.device.simulated import SimulatedDevice
 from headinfer.device.simulated_capture import SimulatedCapture
 from headinfer.device.simulated_stream import SimulatedStream
-from headinfer.engine import balance
+from headinfer.engine import balance, flagged
+from headinfer.engine.flagged import FlaggedHost
+from headinfer.engine.one_launch_share import StepTimes
 from headinfer.engine.ready import Form
 from headinfer.engine.streaming_step import StreamingStep
 from headinfer.integration.calls import cache_argument
@@ -305,13 +307,10 @@ def test_without_jobs_a_step_is_in_pieces(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_share_that_changes_is_settled_in_pieces_first(monkeypatch: pytest.MonkeyPatch) -> None:
     model = shared_model("llama3")
-    for notes in ("_NOTES", "_UNTRUE_NOTES"):
-        monkeypatch.setattr(balance, notes, 1)
+    monkeypatch.setattr(FlaggedHost, "times", lambda _host: None)
     with attached("llama3", "both") as offload:
-        cache = offload.new_cache(300)
-        model(random_tokens(1, 100), past_key_values=cache)
-        corrected = cache.state.engine._balances.at(1)
-        corrected.fixed = False  # as where a probe chose the share
+        tokens = random_tokens(1, 100)
+        cache, corrected = with_a_share_to_correct(monkeypatch, offload, model, tokens)
         shares = []
         for _ in range(25):
             step(model, cache)
@@ -325,9 +324,60 @@ def test_a_share_that_changes_is_settled_in_pieces_first(monkeypatch: pytest.Mon
         assert shares[-5:] == [settled] * 5
         captures = offload.stats.captures
         for part, more in ((0.5, 1), (0.25, 1)):  # the second one comes too soon for a capture
-            corrected._sought = part * settled[0]
+            corrected._settled.in_one_launch.share = part * settled[0]
             steps(model, cache, 5)
             assert offload.stats.captures == captures + more
+
+
+@pytest.mark.parametrize("slower", [False, True])
+def test_captured_steps_correct_the_share_by_what_they_take(
+    monkeypatch: pytest.MonkeyPatch, *, slower: bool
+) -> None:
+    """A larger share has another capture and the same tokens; one that costs time is taken back."""
+    model, shares = shared_model("llama3"), []
+
+    def times(host: FlaggedHost) -> StepTimes | None:
+        if (told := measured(host)) is None:
+            return None
+        share = corrected.share
+        shares.append(share)
+        host_s = share if not slower or share == shares[0] else 10 * share
+        return told._replace(host_s=host_s, waited_s=max(0.8 - 2 * share, 0.0))
+
+    measured = FlaggedHost.times
+    monkeypatch.setattr(flagged, "_LEAST_LAYERS", 2)
+    monkeypatch.setattr(FlaggedHost, "times", times)
+    tokens = random_tokens(1, 101)
+    wanted = stock_generated(model, tokens, max_new_tokens=40).sequences
+    with attached("llama3", "both") as offload:
+        cache, corrected = with_a_share_to_correct(monkeypatch, offload, model, tokens[:, :100])
+        corrected._settled = balance.Settled(0.3, host_s=1.0)  # as another cache has found
+        assert torch.equal(generated(model, tokens, cache, max_new_tokens=40).sequences, wanted)
+        found = list(dict.fromkeys(shares))
+        last = corrected.share
+        assert offload.stats.captured_steps > 20
+        assert {Form.STREAMED} <= forms(cache)
+    assert found[1] > 1.03 * found[0]
+    assert last == (found[0] if slower else found[-1])
+    assert shares[-1] == last
+    if not slower:  # the host waits no more
+        assert last == pytest.approx(0.4, rel=0.05)
+
+
+def with_a_share_to_correct(
+    monkeypatch: pytest.MonkeyPatch,
+    offload: Offload,
+    model: Any,
+    tokens: torch.Tensor,
+) -> tuple[Any, Any]:
+    """Return a cache with a prompt, and the balance of its steps, as where a probe chose it."""
+    for notes in ("_NOTES", "_UNTRUE_NOTES"):
+        monkeypatch.setattr(balance, notes, 1)
+    cache = offload.new_cache(300)
+    model(tokens, past_key_values=cache)
+    corrected = cache.state.engine._balances.at(1)
+    corrected.fixed = False
+    return cache, corrected
 
 
 def test_what_a_capture_takes_goes_with_its_cache() -> None:

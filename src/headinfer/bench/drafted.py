@@ -135,10 +135,13 @@ class Drafted(HeadInfer):
         assert isinstance(cache, OffloadedCache)
         super().make_ready(token, cache)
         engine, passed = cache.state.engine, self._verified_tokens
-        for _ in range(_SETTLING_PASSES):
+        for _ in range(_SETTLING_PASSES // 2):
             settled = engine is None or engine.has_settled_at(passed)
             if settled or cache.can_draft is not None:
                 break
-            self._verified(token.expand(1, passed), 0, cache)
+            # A capture serves once it was compared behind another number of tokens.
+            for kept in (1, 0):
+                self._verified(token.expand(1, passed), kept, cache)
+            cache.crop(-1)
         self._accepted = itertools.cycle(self._replay.accepted)
         self._drafts_s, self._passes_s = [], []

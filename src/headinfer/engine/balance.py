@@ -3,9 +3,15 @@
 import contextlib
 import statistics
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from headinfer.by_context import ByContext
+from headinfer.engine.one_launch_share import (
+    MOST_GROWTH,
+    MOST_SHARE,
+    OneLaunchShare,
+    StepTimes,
+)
 
 _NOTES, _SETTLED_NOTES = 48, 256
 """Layers' attentions by which a share is judged: while it is sought, and once it is settled."""
@@ -22,8 +28,8 @@ _VALID_NOTES = 4096
 _FIRST_CUT, _MOST_CUT = 0.06, 0.25
 """Cuts of a share, as a share of it, while the device was never late. Each is 1.5 of the last."""
 
-_LEAST_GROWTH, _MOST_GROWTH = 0.02, 0.3
-"""Growth of a share, as a share of it, while the host was never late."""
+_LEAST_GROWTH = 0.02
+"""Growth of a share, as a share of it, while the host was never late; `MOST_GROWTH` is the most."""
 
 _CLOSE = 0.05
 """How far apart two shares are, as a share of them, of which one is as good as the other."""
@@ -34,27 +40,6 @@ _TOGETHER = 0.5
 A host that is late in each layer is late by all of its time, or nearly so.
 """
 
-_ONE_LAUNCH_S, _MOST_IN_ONE_LAUNCH = 1.1e-4, 0.08
-"""How much more the host attends in a step of one launch: for so many seconds a layer.
-
-The second number is the most that is added, as a share of the share.
-
-Python is off the host's cores then, and the device reaches its questions earlier. Both spare a
-layer some time, however long its context is. The link rests at the end of such a step, so that it
-should not be what bounds the step.
-
-Measured beside an H100, Llama-3-8B at 100K tokens:
-
-- the host's attention: 9% less time in one launch
-- a share of 0.57: 48.9 ms a step, and 46.9 in pieces
-- a share of 0.63: 45.3 ms a step, and 47.6 in pieces
-
-At 800K tokens, packed, a step took 556 to 581 ms in pieces, and 607 to 688 with 8% more.
-"""
-
-_MOST_SHARE = 0.98
-"""With all tokens the host would leave nothing to compare its time with."""
-
 
 @dataclass(slots=True)
 class Settled:
@@ -64,11 +49,16 @@ class Settled:
         share: of the tokens that are not resident.
         host_s: seconds that the host takes for a layer's.
         valid_notes: layers' attentions, of any cache, after which it is sought again.
+        in_one_launch: what steps of one launch have in its place.
     """
 
     share: float
     host_s: float
     valid_notes: int = _VALID_NOTES
+    in_one_launch: OneLaunchShare = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.in_one_launch = OneLaunchShare(self.share, self.host_s)
 
 
 class Balance:
@@ -124,14 +114,20 @@ class Balance:
     def share(self) -> float:
         """Share of the tokens as it is now."""
         if self.one_launch and self._settled is not None:
-            more = min(_ONE_LAUNCH_S / self._settled.host_s, _MOST_IN_ONE_LAUNCH)
-            return min(self._sought * (1 + more), _MOST_SHARE)
+            return self._settled.in_one_launch.share
         return self._sought
 
     @property
     def settled(self) -> bool:
-        """Whether the share changes seldom by now."""
+        """Whether the share in pieces changes seldom by now."""
         return self.fixed or self._settled is not None
+
+    @property
+    def judged(self) -> bool:
+        """Whether also the share of steps in one launch does, where there are any."""
+        if self.fixed or self._settled is None:
+            return self.fixed
+        return self._settled.in_one_launch.judged or not self.one_launch
 
     @contextlib.contextmanager
     def steady(self) -> Iterator[None]:
@@ -171,6 +167,16 @@ class Balance:
         else:
             self._try_another(late, typical_s)
 
+    def note_step(self, times: StepTimes) -> None:
+        """Take in a step of one launch."""
+        if self.one_launch and not self.fixed and self._settled is not None:
+            self._settled.in_one_launch.note(times)
+
+    @property
+    def changes(self) -> int:
+        """How often the share in one launch was changed since it has settled."""
+        return 0 if self._settled is None else self._settled.in_one_launch.changes
+
     def _seek(self) -> None:
         """Begin to seek the share anew, from where it is."""
         self._settled = None
@@ -200,14 +206,14 @@ class Balance:
             self._cut = min(1.5 * self._cut, _MOST_CUT)
         else:
             self._low = before
-            growth = min(max(-late * (1 - before), _LEAST_GROWTH), _MOST_GROWTH)
-            self._sought = min(before * (1 + growth), _MOST_SHARE)
+            growth = min(max(-late * (1 - before), _LEAST_GROWTH), MOST_GROWTH)
+            self._sought = min(before * (1 + growth), MOST_SHARE)
         if self._low is not None and self._high is not None:
             self._sought = (self._low + self._high) / 2
             if self._high <= self._low * (1 + _CLOSE):
                 self._sought = self._high
                 self._settle(host_s)
-        if self._low == self._sought == _MOST_SHARE:
+        if self._low == self._sought == MOST_SHARE:
             self._settle(host_s)
         if self._sought != before:
             self._untrue = _UNTRUE_NOTES
@@ -265,7 +271,7 @@ class Balances:
     def settled(self, new_tokens: int) -> bool:
         """Return whether the share of passes of so many new tokens changes seldom by now."""
         balance = self._balances.get(_alike(new_tokens))
-        return self.fixed if balance is None else balance.settled
+        return self.fixed if balance is None else balance.judged
 
 
 def _alike(new_tokens: int) -> int:

@@ -5,6 +5,8 @@ has two of its own, which are down again when the step ends. What is asked is in
 host's part grows without a new capture.
 """
 
+import itertools
+import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,11 +17,15 @@ from headinfer.attend.partial import Partial
 from headinfer.device.base import Device, Edge, Event, PlaceError
 from headinfer.engine.chunk import Chunk
 from headinfer.engine.host_attention import Exchange, HostAttention, tell_listeners
+from headinfer.engine.one_launch_share import StepTimes
 from headinfer.engine.stats import Stats
 from headinfer.kv.ledger import Ledger
 from headinfer.schedule.steps import Ask
 
 _FLAG_BYTES = torch.int64.itemsize
+
+_LEAST_LAYERS = 4
+"""Layers that ask, at least, so that the least time between two of them tells something."""
 
 
 class _Asked(NamedTuple):
@@ -54,6 +60,7 @@ class FlaggedHost:
             self._flags = device.mapped(memory).view(torch.int64).view(2, count, 1)
         self.server = FlagServer(flags)
         self._asked: list[_Asked | None] = [None] * count
+        self._replayed = False  # whether a step was, whose times nobody was told
         device.serve(self.server)
 
     @property
@@ -137,7 +144,8 @@ class FlaggedHost:
         self._asked[index] = _Asked(exchange, ledger, ledger.version, step, num_bytes)
 
     def count_step(self) -> None:
-        """Count the bytes of a step."""
+        """Count the bytes of a step that was replayed."""
+        self._replayed = True
         self._stats.bytes_attended_on_host += sum(
             asked.num_bytes for asked in self._asked if asked is not None
         )
@@ -150,6 +158,17 @@ class FlaggedHost:
                 task.job.block.finished = 0
                 self._stats.host_attention_s += end_s - start_s
                 tell_listeners(start_s, end_s)
+
+    def times(self) -> StepTimes | None:
+        """Return what the thread measured in a step that was replayed; None where that was told."""
+        jobs = [task.job for task in self.server.tasks if task is not None]
+        ran, self._replayed = self._replayed and all(job.finished for job in jobs), False
+        if not ran or len(jobs) < _LEAST_LAYERS:
+            return None
+        times = [job.times for job in jobs]
+        waits = [start_s - end_s for (_, end_s), (start_s, _) in itertools.pairwise(times)]
+        host_s = statistics.fmean(end_s - start_s for start_s, end_s in times)
+        return StepTimes(host_s, statistics.fmean(waits) - min(waits))
 
     def rest(self) -> None:
         """Sleep until the thread has answered all of the step that was enqueued last."""

@@ -52,14 +52,25 @@ class CapturableParts:
         form = Form.STREAMED if Form.STREAMED in self._forms else Form.ONE_LAUNCH
         return ReadyStep(form, tuple(step.reads for step in steps))
 
+    def judge_step(self, new_tokens: int) -> None:
+        """Correct the host's shares by the last step; see `ReadyTokens.judge_step`."""
+        for part in self.parts:
+            part.judge_step(new_tokens)
+
     @property
-    def may_capture_streamed(self) -> bool:
-        """Whether to capture a streamed step; see `ReadyTokens.may_capture_streamed`."""
-        return all(
-            part.may_capture_streamed
-            for part, form in zip(self.parts, self._forms, strict=True)
-            if form is Form.STREAMED
-        )
+    def share_changes(self) -> int:
+        """How often streamed steps have changed a share of the host's, of any part."""
+        return sum(part.share_changes for part in self._streaming)
+
+    def may_capture_streamed(self, share_changes: int) -> bool:
+        """Return whether to capture a streamed step; see `ReadyTokens.may_capture_streamed`."""
+        return all(part.may_capture_streamed(share_changes) for part in self._streaming)
+
+    @property
+    def _streaming(self) -> list[Engine]:
+        """The parts that stream in the step that is ready."""
+        in_forms = zip(self.parts, self._forms, strict=True)
+        return [part for part, form in in_forms if form is Form.STREAMED]
 
     @property
     def sends_home(self) -> bool:

@@ -62,13 +62,29 @@ class ReadyTokens(SavableTokens):
             balance.one_launch = streamed
         return ready
 
+    def judge_step(self, new_tokens: int) -> None:
+        """Correct the host's share by the last streamed step of so many new tokens, if it is new.
+
+        To be called before `begin_step`. Another share needs another capture.
+        """
+        times = None if self._streaming is None else self._streaming.times(new_tokens)
+        if times is not None:
+            self._balances.at(new_tokens).note_step(times)
+
     @property
-    def may_capture_streamed(self) -> bool:
-        """Whether to capture the streamed step: not for a share that changes, nor often.
+    def share_changes(self) -> int:
+        """How often streamed steps like the last one have changed the host's share."""
+        return self._step_balance.changes
+
+    def may_capture_streamed(self, share_changes: int) -> bool:
+        """Return whether to capture the streamed step: not for a share that changes, nor often.
 
         The second one comes when it will: the first may have been made right before a change.
+
+        Args:
+            share_changes: how often captured steps have changed a share: as many captures more.
         """
-        due = 2 + self._stepped_tokens // route.STEADY_TOKENS
+        due = 2 + self._stepped_tokens // route.STEADY_TOKENS + share_changes
         return self._step_balance.settled and self._streamed_captures[self._new_tokens] < due
 
     @property

@@ -21,6 +21,7 @@ from headinfer.engine.fetch import TileSource, head_groups
 from headinfer.engine.flagged import FlaggedHost
 from headinfer.engine.host_attention import HostAttention
 from headinfer.engine.launched import LaunchedKernels
+from headinfer.engine.one_launch_share import StepTimes
 from headinfer.engine.ring import Streamed, TileRing, fill
 from headinfer.engine.stats import Stats
 from headinfer.kv.extent import Extent, Piece, Tile
@@ -259,6 +260,11 @@ class StreamingStep:
         asking = sum(track.ask is not None for track in tracks)
         host = self._hosts.get(tracks[0].new_tokens) if asking else None
         return not self.failed and (host is None or host.count == asking)
+
+    def times(self, new_tokens: int) -> StepTimes | None:
+        """Return what the host measured in a step of so many new tokens; None for nothing new."""
+        host = self._hosts.get(new_tokens)
+        return None if host is None else host.times()
 
     def rest(self) -> None:
         """Sleep until the host has done its part of the step."""

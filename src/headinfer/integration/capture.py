@@ -228,6 +228,8 @@ class CapturedSteps:
 
         Nothing where all forms are refused.
         """
+        if self._ranks.size == 1:  # each would find other shares, and make all capture for each
+            engine.judge_step(call.new_tokens)
         ready = engine.begin_step(call.new_tokens) or IN_PIECES
         best = self._in_form(call, engine, ready)
         ways = [best]
@@ -238,7 +240,7 @@ class CapturedSteps:
     def _in_form(self, call: DecodeCall, engine: CacheEngine, ready: ReadyStep) -> Way | None:
         """Return a call in the form that is ready, or else in pieces; None where it is refused."""
         call = call.in_form(ready.form)
-        if ready.form is Form.STREAMED and not engine.may_capture_streamed:
+        if ready.form is Form.STREAMED and not engine.may_capture_streamed(engine.share_changes):
             captured = engine.captured.get(call.key)
             if captured is None or captured.reads != ready.reads:
                 call, ready = call.in_form(Form.IN_PIECES), IN_PIECES
