@@ -38,7 +38,7 @@ _LEAST_GROWTH = 0.03
 
 
 class StepTimes(NamedTuple):
-    """What the host measured in a step of one launch: means of its layers.
+    """A measurement by the host of a step in one launch: means of its layers.
 
     Attributes:
         host_s: seconds that the host attended.
@@ -51,7 +51,7 @@ class StepTimes(NamedTuple):
 
 
 class OneLaunchShare:
-    """The host's share in steps of one launch, which begins near the one that is best in pieces.
+    """A share of the host's in steps of one launch, which begins near the best one in pieces.
 
     A step in pieces is late also by the time of Python, which launches it: its best share is too
     small a one. In one launch the device is late where the host waits for some questions longer
