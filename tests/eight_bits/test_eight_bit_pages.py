@@ -83,5 +83,6 @@ def test_a_codec_is_compared_with_the_reference(code: Code) -> None:
             super().unpack(pages, values, first, counted)
             values *= 1.01
 
-    assert agrees(code, codec_for(code, CPU), CPU, torch.float16)
-    assert not agrees(code, Coarse(code), CPU, torch.float16)
+    for dim in (48, 128):
+        assert agrees(code, codec_for(code, CPU), CPU, torch.float16, dim)
+        assert not agrees(code, Coarse(code), CPU, torch.float16, dim)

@@ -127,7 +127,7 @@ def test_a_device_that_packs_wrongly_is_dense_without_a_warning(
 
     model = small_model()
     host_format._is_checked.cache_clear()
-    monkeypatch.setattr(host_format, "codec_of", refuse)
+    monkeypatch.setattr(host_format, "check_codec", refuse)
     caplog.set_level(logging.INFO, "headinfer")
     with attached(model) as offload:
         assert form_of(passed(offload, model)) is Format.DENSE

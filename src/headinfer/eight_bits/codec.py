@@ -70,7 +70,7 @@ def _in_pieces(
         yield part, values[row : row + 1, head : head + 1, first:end]
 
 
-_CHECKED_SHAPE = (2, 2, 2 * PAGE_TOKENS, 48)
+_CHECKED = 2, 2, 2 * PAGE_TOKENS  # rows, heads and tokens
 
 
 def codec_for(code: Code, where: torch.device) -> Codec:
@@ -88,10 +88,18 @@ def codec_for(code: Code, where: torch.device) -> Codec:
     return TritonEightBits(code)
 
 
-def agrees(code: Code, codec: Codec, where: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a codec gives the reference's pages on a device, and its values of them."""
+def agrees(code: Code, codec: Codec, where: torch.device, dtype: torch.dtype, dim: int) -> bool:
+    """Whether a codec gives the reference's pages on a device, and its values of them.
+
+    Args:
+        code: of 8 bits.
+        codec: tried there.
+        where: the device.
+        dtype: of the values.
+        dim: elements of a value.
+    """
     generator = torch.Generator("cpu").manual_seed(0)
-    values = torch.randn(_CHECKED_SHAPE, generator=generator, device="cpu").to(dtype)
+    values = torch.randn(*_CHECKED, dim, generator=generator, device="cpu").to(dtype)
     wanted, unpacked = reference.pack(code, values), torch.zeros_like(values)
     reference.unpack(code, wanted, unpacked)
     return gives(codec, where, values, wanted, unpacked)

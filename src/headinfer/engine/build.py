@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Sequence
 
 from headinfer.device.base import Device, Edge
-from headinfer.engine.codecs import codec_of
+from headinfer.engine.codecs import check_codec, codec_of
 from headinfer.engine.disk_tiles import DiskTiles
 from headinfer.engine.fetch import InPlaceTiles, OverlappedTiles, TileSource
 from headinfer.engine.fetch_in_turn import SequentialTiles
@@ -155,9 +155,11 @@ def _packing(
 ) -> Packing:
     """Return what packs and unpacks tokens, with its memory."""
     home = next(each.home for each in ledgers if each.home.format is not Format.DENSE)
+    for dim in plan.shape.packed_dims:
+        check_codec(home.format, device.torch_device, home.dtype, dim)
     return Packing(
         device,
-        codec_of(home.format, device.torch_device, home.dtype),
+        codec_of(home.format, device.torch_device),
         arena.take(plan.unpacked_bytes),
         [arena.take(plan.packed_bytes // PAGES) for _ in range(PAGES)],
         raw,

@@ -1,7 +1,6 @@
 """The codec of a form of tokens in host memory."""
 
 import functools
-from collections.abc import Callable
 
 import torch
 
@@ -13,30 +12,45 @@ from headinfer.plan.format import Format
 
 
 @functools.cache
-def codec_of(form: Format, where: torch.device, dtype: torch.dtype) -> Codec:
-    """Return what packs and unpacks tokens that are not dense, and was seen to do it right.
+def codec_of(form: Format, where: torch.device) -> Codec:
+    """Return what packs and unpacks tokens that are not dense.
 
-    The check also finds out whether Triton can compile here, so each process makes it.
+    Args:
+        form: in which they lie in host memory.
+        where: the device that packs them.
+
+    Raises:
+        OptionError: nothing does it there.
+    """
+    assert form is not Format.DENSE
+    return packed.codec_for(where) if form.code is None else eight_bits.codec_for(form.code, where)
+
+
+@functools.cache
+def check_codec(form: Format, where: torch.device, dtype: torch.dtype, dim: int) -> None:
+    """See that a GPU packs and unpacks keys or values right.
+
+    Triton compiles for the size of a head. So what is checked is what a model's tokens take, and no
+    prompt waits for it again. Each process checks anew, as Triton may not compile in the next one.
 
     Args:
         form: in which they lie in host memory.
         where: the device that packs them.
         dtype: in which they are computed.
+        dim: elements of a key or of a value.
 
     Raises:
-        OptionError: there is none that does it right.
+        OptionError: nothing packs them there, or not as the reference does.
     """
-    assert form is not Format.DENSE
-    check: Callable[[], bool]
+    if where.type != "cuda":
+        return
+    codec = codec_of(form, where)
     if form.code is None:
-        codec = packed.codec_for(where)
-        check = functools.partial(packed.is_exact, codec, where)
+        right = packed.is_exact(codec, where, dim)
     else:
-        codec = eight_bits.codec_for(form.code, where)
-        check = functools.partial(eight_bits.agrees, form.code, codec, where, dtype)
-    if where.type == "cuda" and not check():
+        right = eight_bits.agrees(form.code, codec, where, dtype, dim)
+    if not right:
         raise OptionError(
             f"kv_cache={form.value} fails its check on {where}: its pages or values differ from "
             "the reference's; use kv_cache=dense (--kv-cache dense)"
         )
-    return codec

@@ -107,7 +107,7 @@ def unpacked_here(tile: Tile, part: str, like: torch.Tensor) -> torch.Tensor:
         like: of the shape and dtype that they are to have.
     """
     values = torch.empty(like.shape, dtype=like.dtype, device=_CPU)
-    unpack_from(codec_of(tile.format, _CPU, like.dtype), getattr(tile.kv, part), tile.first, values)
+    unpack_from(codec_of(tile.format, _CPU), getattr(tile.kv, part), tile.first, values)
     return values
 
 
@@ -120,7 +120,7 @@ def pack_here(device: Device, ledger: Ledger, tile: Tile, new: KV) -> None:
         tile: takes the tokens; those before them in its first page are there.
         new: as many tokens.
     """
-    codec = codec_of(tile.format, _CPU, new.keys.dtype)
+    codec = codec_of(tile.format, _CPU)
     lead = tile.first % tile.format.row_tokens
     before = KV(*(part.new_empty(*part.shape[:2], lead, part.shape[3]) for part in new))
     if lead:
@@ -201,7 +201,7 @@ def unpacked_works(work: Work, value_dim: int) -> Iterator[Work]:
 
 def _unpacked(tile: Tile, dims: tuple[int, int], dtype: torch.dtype) -> Tile:
     """Return a tile of new memory with the tokens of a packed one."""
-    codec, parts = codec_of(tile.format, _CPU, dtype), []
+    codec, parts = codec_of(tile.format, _CPU), []
     for pages, dim in zip(tile.kv, dims, strict=True):
         shape = (*pages.shape[:2], tile.tokens, dim)
         parts.append(torch.empty(shape, dtype=dtype, device=pages.device))

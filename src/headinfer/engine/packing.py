@@ -191,7 +191,7 @@ def bring_part(device: Device, ledger: Ledger, tile: Tile, part: str, values: to
     capacity = tile.whole.keys.shape[2] * tile.format.row_tokens
     whole = ledger.home.carve(device.mapped(tile.piece.memory), capacity)
     pages: torch.Tensor = getattr(tile._replace(whole=whole).kv, part)
-    unpack_from(codec_of(tile.format, device.torch_device, values.dtype), pages, tile.first, values)
+    unpack_from(codec_of(tile.format, device.torch_device), pages, tile.first, values)
     device.copy_out.wait(device.compute.record(), Edge.PAGES_READ)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from headinfer.device.base import Device
-from headinfer.engine.codecs import codec_of
+from headinfer.engine.codecs import check_codec
 from headinfer.engine.raw_pages import addressed
 from headinfer.errors import MemoryPlanError
 from headinfer.plan.format import Format
@@ -50,7 +50,8 @@ def with_host_format(
     elif not stored.packs:
         reason = "on this model: no layer has keys and values of a multiple of 16 elements"
     else:
-        codec_of(form, device.torch_device, dtype)
+        for dim in stored.packed_dims:
+            check_codec(form, device.torch_device, dtype, dim)
         return stored
     _logger.warning("kv_cache=%s has no effect %s", form.value, reason)
     return shape
@@ -78,23 +79,28 @@ def with_open_form(
     return dataclasses.replace(options, kv_cache="dense")
 
 
-def packing_works(device: Device) -> bool:
+def packing_works(device: Device, shape: ModelShape) -> bool:
     """Whether tokens are packed on a device as they are to be; the log has what fails.
 
     It is asked when a plan has packed tokens that nobody asked for, which takes a compiler.
+
+    Args:
+        device: which.
+        shape: of the model, with packed tokens.
     """
     try:
         addressed(device, device.host_empty(_ADDRESSED_BYTES))
-        return _is_checked(device.torch_device)
+        return _is_checked(device.torch_device, shape.packed_dims)
     except (MemoryPlanError, torch.OutOfMemoryError) as error:  # the next time may be another
         _logger.info("the KV cache is dense: %s", error)
         return False
 
 
 @functools.cache
-def _is_checked(where: torch.device) -> bool:
+def _is_checked(where: torch.device, dims: tuple[int, ...]) -> bool:
     try:
-        codec_of(Format.PACKED, where, torch.bfloat16)
+        for dim in dims:
+            check_codec(Format.PACKED, where, torch.bfloat16, dim)
     except torch.OutOfMemoryError:
         raise  # an answer would last
     except Exception as error:  # a compiler's own kinds among them

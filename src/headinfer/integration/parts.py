@@ -121,7 +121,7 @@ class ModelPart:
         )
         try:
             shape = shape.packed if form is Format.PACKED else shape
-            works = functools.partial(packing_works, self.device)
+            works = functools.partial(packing_works, self.device, shape.packed)
             plan = with_chosen_form(shape, options, self.hardware, resolved, works)
         except MemoryPlanError as error:
             reason = f"{self.label}{error}"

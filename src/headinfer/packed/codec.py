@@ -120,7 +120,7 @@ class CpuCodec:
         return reference.overflowed(pages, dim)
 
 
-_CHECKED_SHAPE = (2, 2, 150, 48)
+_CHECKED = 2, 2, 150  # rows, heads and tokens
 
 
 def codec_for(where: torch.device) -> Codec:
@@ -138,10 +138,16 @@ def codec_for(where: torch.device) -> Codec:
     return TritonCodec()
 
 
-def is_exact(codec: Codec, where: torch.device) -> bool:
-    """Whether a codec packs a few values to the bytes of the reference, and unpacks them."""
+def is_exact(codec: Codec, where: torch.device, dim: int) -> bool:
+    """Whether a codec packs a few values to the bytes of the reference, and unpacks them.
+
+    Args:
+        codec: tried there.
+        where: the device.
+        dim: elements of a value.
+    """
     generator = torch.Generator("cpu").manual_seed(0)
-    values = torch.randn(_CHECKED_SHAPE, generator=generator, device="cpu").bfloat16()
+    values = torch.randn(*_CHECKED, dim, generator=generator, device="cpu").bfloat16()
     values[0, 0, 3, :5] *= 2.0**60  # which escape
     return gives(codec, where, values, reference.pack(values), values)
 

@@ -230,6 +230,13 @@ class ModelShape:
         dense = Format.DENSE
         return tuple(layer for layer in self.full_layers if layer.host_format is not dense)
 
+    @functools.cached_property
+    def packed_dims(self) -> tuple[int, ...]:
+        """Elements of a key or value that is packed in host memory: each number once."""
+        return tuple(
+            sorted({dim for each in self.packed_layers for dim in (each.key_dim, each.value_dim)})
+        )
+
     @property
     def packs(self) -> bool:
         """Whether tokens of any layer are packed in host memory."""
