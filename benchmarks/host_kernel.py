@@ -7,6 +7,9 @@ contexts of several times the processor's caches in all, none read twice in a ro
 reading is the best of several plain reads, as `headinfer probe` has it, tried again after each row.
 A second table is of several new tokens at once, as where drafted ones are verified: numbers of them
 take turns, and each rate stands beside one token's.
+
+With `--mib` of keys and values that the caches hold, the rates are what arithmetic allows, and the
+rate of reading is the caches'.
 """
 
 import argparse
@@ -72,11 +75,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--groups", default=GROUPS, help="query heads of a KV head")
     parser.add_argument("--new-tokens", default=NEW_TOKENS, help="query tokens, one first")
+    parser.add_argument("--mib", type=int, help="MiB of keys and values; beyond the caches")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     groups = [int(group) for group in arguments.groups.split(",") if group]
     new_tokens = [int(tokens) for tokens in arguments.new_tokens.split(",") if tokens]
-    num_bytes = beyond_caches(LEAST_BYTES)
+    num_bytes = arguments.mib * 2**20 if arguments.mib else beyond_caches(LEAST_BYTES)
     rows: list[dict[str, Any]] = []
     read = read_rate(num_bytes)
     print(f"{cpu_name()}, {torch.get_num_threads()} threads; reads {read / 1e9:.1f} GB/s")
@@ -87,6 +91,7 @@ def main() -> None:
                 "cpu": cpu_name(),
                 "threads": torch.get_num_threads(),
                 "torch": torch.__version__,
+                "kv_bytes": num_bytes,
                 "read_bytes_per_s": read,
                 "rows": rows,
             }

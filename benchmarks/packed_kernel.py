@@ -6,7 +6,8 @@ All rates are of the bytes that tokens have unpacked, so that a ratio of two is 
 Exponents are distributed as real models' (`headinfer.bench.recorded`). The CPU attends contexts
 that its caches do not hold, in turn: dense ones, packed ones, and ones of 8 bits. With
 `--new-tokens 1,8` it also attends several query tokens at once, as where drafts are verified. Where
-there is a GPU, it packs and unpacks tiles, too.
+there is a GPU, it packs and unpacks tiles, too. With `--mib` of dense keys and values that the
+caches hold, together with their other forms, the rates are what arithmetic allows.
 """
 
 import argparse
@@ -69,11 +70,10 @@ def in_turn(ways: dict[str, Callable[[int], None]], rounds: int) -> dict[str, fl
 
 
 def attention(
-    dim: int, groups: list[int], new_tokens: list[int], rounds: int
+    dim: int, groups: list[int], new_tokens: list[int], rounds: int, num_bytes: int
 ) -> list[dict[str, Any]]:
     """Return the rates of the CPU's attention for each group and number of query tokens."""
-    num_bytes = beyond_caches(LEAST_BYTES) // CONTEXTS
-    tokens = num_bytes // (2 * KV_HEADS * dim * 2) // 64 * 64
+    tokens = num_bytes // CONTEXTS // (2 * KV_HEADS * dim * 2) // 64 * 64
     library = pages_library(dim)
     assert library is not None, "no compiler"
     tiles: dict[Format, list[Tile]] = {form: [] for form in Format}
@@ -173,6 +173,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", default="1", help="query tokens at once")
     parser.add_argument("--rounds", type=int, default=2 * CONTEXTS)
     parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--mib", type=int, help="MiB of dense contexts; beyond the caches")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     if given.threads:
@@ -180,6 +181,8 @@ def main() -> None:
     header = provenance() | {"cpu": cpu_name(), "threads": torch.get_num_threads()}
     if torch.cuda.is_available():
         header["gpu"] = torch.cuda.get_device_name()
+    num_bytes = given.mib * 2**20 if given.mib else beyond_caches(LEAST_BYTES)
+    header["kv_bytes"] = num_bytes
     rows: list[dict[str, Any]] = []
     groups = [int(group) for group in given.groups.split(",")]
     new_tokens = [int(tokens) for tokens in given.new_tokens.split(",")]
@@ -189,7 +192,7 @@ def main() -> None:
         if torch.cuda.is_available():
             rows.append(codec_on_cuda(dim, given.rounds))
             print_row(rows[-1])
-        rows += attention(dim, groups, new_tokens, given.rounds)
+        rows += attention(dim, groups, new_tokens, given.rounds, num_bytes)
         if given.json is not None:
             given.json.write_text(json.dumps({"header": header, "rows": rows}, indent=1) + "\n")
 
