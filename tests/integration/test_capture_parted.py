@@ -12,6 +12,9 @@ import torch
 import headinfer
 from captured import NEW_KIND, few, generated, launched, prompted, steps, stock_generated
 from headinfer.device.simulated import SimulatedDevice
+from headinfer.engine.balance import Settled
+from headinfer.engine.flagged import FlaggedHost
+from headinfer.engine.one_launch_share import StepTimes
 from headinfer.engine.ready import Form
 from headinfer.integration.crossing import Crossings
 from headinfer.integration.placement import Placement
@@ -83,6 +86,34 @@ def test_generate_equals_launched_steps_and_stock(
     eager, ours = results
     assert all(map(torch.equal, eager.logits, ours.logits))
     assert torch.equal(ours.sequences, stock_generated(model, tokens, max_new_tokens=70).sequences)
+
+
+def test_each_device_corrects_the_share_that_its_steps_tell_of(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another capture comes for a change on any of them, though the others have had theirs."""
+    hosts: list[FlaggedHost] = []
+
+    def times(host: FlaggedHost) -> StepTimes | None:
+        ran, host._replayed = host._replayed, False
+        if host not in hosts:
+            hosts.append(host)
+        return StepTimes(1.0, 0.2 if host is hosts[0] else 0.0) if ran else None
+
+    monkeypatch.setattr(FlaggedHost, "times", times)
+    model, tokens = shared_model("llama3"), random_tokens(1, 71)
+    wanted = stock_generated(model, tokens, max_new_tokens=60).sequences
+    with attached(model, 0, 1, 1, **PLACEMENTS["both"][1]) as offload:
+        cache = offload.new_cache(200)
+        model(tokens[:, :70], past_key_values=cache)
+        balances = [part._balances.at(1) for part in cache.state.engine.parts]
+        for each in balances:
+            each.fixed, each._settled = False, Settled(0.3, host_s=1.0)
+        assert torch.equal(generated(model, tokens, cache, max_new_tokens=60).sequences, wanted)
+        assert [each.changes for each in balances] == [4, 0]
+        assert balances[0].share > 1.5 * balances[1].share
+        assert offload.stats.captures >= 5
+        assert launched(offload.stats) < 2 * 5 + few(71, 60)
 
 
 def test_devices_differ_in_what_they_stream() -> None:
