@@ -72,8 +72,12 @@ def test_layers_take_what_an_attachment_over_as_many_devices_takes(
 
 
 @pytest.mark.parametrize("form", [Format.DENSE, Format.PACKED, Format.INT8])
-def test_one_gpu_is_planned_as_without_asking_for_several(form: Format) -> None:
-    here = situation(form)
+@pytest.mark.parametrize("k_chunk_tokens", [4, 16])
+def test_one_gpu_is_planned_as_without_asking_for_several(
+    form: Format, k_chunk_tokens: int
+) -> None:
+    """With chunks of 16K tokens an answer has more resident tokens than its prompt."""
+    here = replace(situation(form), chunk_tokens=k_chunk_tokens * K)
     for split in split_plans(here, [here.device_memory_bytes]):
         alone = next(plan for plan in method_plans(here) if plan.method == split.method)
         assert split.kv_host_bytes == alone.kv_host_bytes

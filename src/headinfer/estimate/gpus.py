@@ -258,6 +258,7 @@ def _use_of_ours(here: Situation, plan: Plan) -> GpuUse:
         _use(here, plan),
         kv_host_bytes=plan.kv_host_bytes(here.context_tokens),
         raw_page_bytes=plan.raw_page_bytes,
+        answer_resident_bytes=here.in_answer(plan).resident_bytes,
     )
 
 

@@ -23,13 +23,14 @@ class GpuUse:
         brought_bytes: weights that are brought to it each time that tokens pass.
         disk_bytes: of these, what is read from a disk.
         kv_device_bytes: KV on it.
-        resident_bytes: of that, what is never streamed.
+        resident_bytes: of that, what is not streamed while a prompt passes.
         activation_bytes: the most that activations take.
         runtime_bytes: what CUDA takes beside all that.
         short_bytes: memory it lacks; 0 where all fits.
         busy: share of the prefill in which it works.
         kv_host_bytes: its KV in host memory, with room for pages that do not pack.
         raw_page_bytes: that room.
+        answer_resident_bytes: KV that is not streamed in a decode step.
     """
 
     layers: int
@@ -45,6 +46,7 @@ class GpuUse:
     busy: float = 1.0
     kv_host_bytes: int = 0
     raw_page_bytes: int = 0
+    answer_resident_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -112,7 +114,7 @@ class SplitPlan:
     @property
     def streamed_bytes(self) -> int:
         """KV that crosses the links in a decode step, unless the CPU attends it; of all GPUs."""
-        beside = self.kv_home_bytes - sum(use.resident_bytes for use in self.uses)
+        beside = self.kv_home_bytes - sum(use.answer_resident_bytes for use in self.uses)
         return int(self.packed_share * beside)
 
     @property
