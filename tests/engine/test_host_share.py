@@ -75,6 +75,10 @@ def test_what_one_launch_spares_a_layer_is_little_of_a_long_context() -> None:
     assert in_one[-1] == pytest.approx((1 + 0.08 / 8) * in_pieces[-1], rel=0.005)
 
 
+DEVICE_S = 0.2
+"""Seconds of what a device computes between two layers' attentions."""
+
+
 def in_one_launch(
     balance: Balance, host_s: float, link_s: float, steps: int = 60, *, memory_s: float = 0.0
 ) -> list[float]:
@@ -95,7 +99,8 @@ def in_one_launch(
         attended_s = share * host_s + max(share - 0.5, 0.0) * 10 * memory_s
         waited_s = max((1 - share) * link_s - attended_s, 0.0)
         noise_s = 5.0 if number % 4 == 0 else 0.0  # a first step behind a capture
-        balance.note_step(StepTimes(attended_s, waited_s + noise_s))
+        times = StepTimes(attended_s, waited_s + noise_s + DEVICE_S, DEVICE_S)
+        balance.note_step(times, 1, 1000)
     return shares
 
 
@@ -129,10 +134,57 @@ def test_a_share_with_which_the_host_waits_for_nothing_stays_in_one_launch(share
     assert (balance.judged, balance.changes) == (True, 0)
 
 
+def test_a_share_of_caches_with_other_contexts_is_judged_by_the_time_of_a_token() -> None:
+    """A longer cache takes longer, and that tells nothing of the share."""
+    balance = settled_at(0.3)
+    balance.one_launch = True
+    for number in range(40):
+        tokens, share = (1000, 1200)[number // 4 % 2], balance.share
+        host_s, link_s = share * tokens, 1.2 * (1 - share) * tokens
+        times = StepTimes(host_s, max(link_s - host_s, 0.0) + DEVICE_S, DEVICE_S)
+        balance.note_step(times, 1, tokens)
+    assert balance.share == pytest.approx(1.2 / 2.2, rel=0.03)
+
+
+def test_a_share_is_judged_by_the_whole_wait_where_each_layer_waits_for_the_link() -> None:
+    """Less is known to be the link's then than is: the share grows all the same."""
+    balance = settled_at(0.3)
+    balance.one_launch = True
+    shares = []
+    for _ in range(40):
+        shares.append(balance.share)
+        waited_s = max(1.2 * (1 - balance.share) - balance.share, 0.0)
+        balance.note_step(StepTimes(balance.share, waited_s, max(waited_s - 0.06, 0.0)), 1, 1000)
+    assert shares == sorted(shares)
+    assert shares[-1] > 1.2 * shares[0]
+
+
+def test_steps_of_several_tokens_are_compared_with_their_like() -> None:
+    """Passes of 5 and of 8 new tokens have one share, and take the host other times."""
+    balance = settled_at(0.3)
+    balance.one_launch = True
+    for number in range(40):
+        new_tokens, share = (5, 8)[number // 4 % 2], balance.share
+        times = StepTimes(new_tokens * share, 0.5 * share, 0.0)
+        balance.note_step(times, new_tokens, 1000)
+    assert balance.changes == 4
+    assert balance.share > 0.33
+
+
+def test_another_search_has_captures_of_its_own() -> None:
+    """Those for the shares before are spent."""
+    balance = settled_at(0.3)
+    in_one_launch(balance, 1.0, 1.2)
+    changes = balance.changes
+    assert changes > 0
+    run(balance, 3.0, 1.0)
+    assert balance.changes > changes
+
+
 def test_steps_in_pieces_leave_the_share_of_one_launch_alone() -> None:
     balance = settled_at(0.3)
     for _ in range(20):
-        balance.note_step(StepTimes(1.0, 1.0))
+        balance.note_step(StepTimes(1.0, 1.0, 0.0), 1, 1000)
     balance.one_launch = True
     assert balance.share == pytest.approx(0.3, rel=1e-3)
     assert not balance.judged

@@ -98,7 +98,7 @@ def test_each_device_corrects_the_share_that_its_steps_tell_of(
         ran, host._replayed = host._replayed, False
         if host not in hosts:
             hosts.append(host)
-        return StepTimes(1.0, 0.2 if host is hosts[0] else 0.0) if ran else None
+        return StepTimes(1.0, 0.2 if host is hosts[0] else 0.0, 0.0) if ran else None
 
     monkeypatch.setattr(FlaggedHost, "times", times)
     model, tokens = shared_model("llama3"), random_tokens(1, 71)

@@ -337,12 +337,12 @@ def test_captured_steps_correct_the_share_by_what_they_take(
     model, shares = shared_model("llama3"), []
 
     def times(host: FlaggedHost) -> StepTimes | None:
-        if (told := measured(host)) is None:
+        if measured(host) is None:
             return None
         share = corrected.share
         shares.append(share)
         host_s = share if not slower or share == shares[0] else 10 * share
-        return told._replace(host_s=host_s, waited_s=max(0.8 - 2 * share, 0.0))
+        return StepTimes(host_s, max(0.8 - 2 * share, 0.0), least_s=0.0)
 
     measured = FlaggedHost.times
     monkeypatch.setattr(flagged, "_LEAST_LAYERS", 2)

@@ -180,10 +180,10 @@ def streamed_in_one_launch(folder: Path, got: dict[str, Any]) -> None:
     for name, late in STREAMED_RUNS:
         calls = iter(range(10**6))
 
-        def settled(engine: Any, calls: Any = calls, late: bool = late) -> bool:
-            return next(calls) >= (30 if late and rank else 0) and own.fget(engine)
+        def settled(engine: Any, share_changes: int, calls: Any = calls, late: bool = late) -> bool:
+            return next(calls) >= (30 if late and rank else 0) and own(engine, share_changes)
 
-        ReadyTokens.may_capture_streamed = property(settled)
+        ReadyTokens.may_capture_streamed = settled
         with headinfer.attach(model, device=device, **STREAMED[name]) as offload:
             cache = offload.new_cache()
             ids = model.generate(

@@ -105,6 +105,7 @@ class Balance:
         self._notes: list[tuple[float, float]] = []  # the host's lateness over its time, and that
         self._untrue = _UNTRUE_NOTES  # notes to come that tell nothing
         self._settled: Settled | None = None
+        self._past_changes = 0  # of shares that were sought anew
         self._seek()
         if isinstance(share, Settled):
             self._settled, share = share, share.share
@@ -167,18 +168,21 @@ class Balance:
         else:
             self._try_another(late, typical_s)
 
-    def note_step(self, times: StepTimes) -> None:
-        """Take in a step of one launch."""
+    def note_step(self, times: StepTimes, new_tokens: int, tokens: int) -> None:
+        """Take in a step of one launch; see `OneLaunchShare.note`."""
         if self.one_launch and not self.fixed and self._settled is not None:
-            self._settled.in_one_launch.note(times)
+            self._settled.in_one_launch.note(times, new_tokens, tokens)
 
     @property
     def changes(self) -> int:
-        """How often the share in one launch was changed since it has settled."""
-        return 0 if self._settled is None else self._settled.in_one_launch.changes
+        """How often the share in one launch was changed, also by having been sought anew."""
+        settled = self._settled
+        return self._past_changes + (0 if settled is None else settled.in_one_launch.changes)
 
     def _seek(self) -> None:
         """Begin to seek the share anew, from where it is."""
+        if self._settled is not None:
+            self._past_changes += self._settled.in_one_launch.changes + 1
         self._settled = None
         self._low: float | None = None  # the largest share with which the device was late
         self._high: float | None = None  # the smallest one with which the host was

@@ -168,7 +168,7 @@ class FlaggedHost:
         times = [job.times for job in jobs]
         waits = [start_s - end_s for (_, end_s), (start_s, _) in itertools.pairwise(times)]
         host_s = statistics.fmean(end_s - start_s for start_s, end_s in times)
-        return StepTimes(host_s, statistics.fmean(waits) - min(waits))
+        return StepTimes(host_s, statistics.fmean(waits), min(waits))
 
     def rest(self) -> None:
         """Sleep until the thread has answered all of the step that was enqueued last."""

@@ -33,6 +33,9 @@ _STEPS = 3
 _MOST_CHANGES = 4
 """Changes of a share: each needs another capture, which takes as long as some steps."""
 
+_WORSE = 1.01
+"""Time of a layer over what it was before, from which on a change of the share is taken back."""
+
 _LEAST_GROWTH = 0.03
 """Growth of a share, as a share of it, that is worth another capture."""
 
@@ -42,12 +45,33 @@ class StepTimes(NamedTuple):
 
     Attributes:
         host_s: seconds that the host attended.
-        waited_s: seconds from one answer to the next question, beyond the least of all layers. What
-            the device computes between two attentions takes that least. The rest is the link's.
+        waited_s: seconds from one answer to the next question.
+        least_s: the least such wait of all layers. What the device computes between two attentions
+            takes that, or less where each layer waits for the link.
     """
 
     host_s: float
     waited_s: float
+    least_s: float
+
+    @property
+    def took_s(self) -> float:
+        """Seconds of a layer."""
+        return self.host_s + self.waited_s
+
+
+class _Judged(NamedTuple):
+    """A share, and what steps with it took.
+
+    Attributes:
+        share: the host's.
+        new_tokens: of each step.
+        took_s: seconds of a layer for each token of the context.
+    """
+
+    share: float
+    new_tokens: int
+    took_s: float
 
 
 class OneLaunchShare:
@@ -79,26 +103,43 @@ class OneLaunchShare:
         more = min(_SPARED_S / host_s, _MOST_SPARED)
         self.share = min(in_pieces * (1 + more), MOST_SHARE)
         self.changes, self.judged = 0, False
-        self._steps: list[StepTimes] = []  # with this share
-        self._before: tuple[float, float] | None = None  # the last share, and a layer's seconds
+        self._steps: list[tuple[float, float]] = []  # with this share: its growth, and `took_s`
+        self._new_tokens = 0  # of these steps
+        self._before: _Judged | None = None  # with the share before
 
-    def note(self, times: StepTimes) -> None:
-        """Take in a step with this share."""
+    def note(self, times: StepTimes, new_tokens: int, tokens: int) -> None:
+        """Take in a step with this share.
+
+        Caches whose contexts are about as long share it. So a step is compared with others by its
+        time for each token, and only with those of as many new ones.
+
+        Args:
+            times: of the step.
+            new_tokens: of the step, in each row.
+            tokens: of the context.
+        """
         if self.judged:
             return
-        self._steps.append(times)
-        if len(self._steps) <= _STEPS:
-            return
-        steps, self._steps = self._steps[1:], []
-        host_s, waited_s = map(statistics.median, zip(*steps, strict=True))
-        took_s, before = host_s + waited_s, self._before
-        growth = min(waited_s / host_s * (1 - self.share), MOST_GROWTH)
+        if new_tokens != self._new_tokens:
+            self._new_tokens, self._steps = new_tokens, []
+        late = (times.waited_s - times.least_s) / times.host_s
+        growth = min(late * (1 - self.share), MOST_GROWTH)
+        self._steps.append((growth, times.took_s / max(tokens, 1)))
+        if len(self._steps) > _STEPS:
+            steps, self._steps = self._steps[1:], []
+            self._judge(*map(statistics.median, zip(*steps, strict=True)))
+
+    def _judge(self, growth: float, took_s: float) -> None:
+        """Let the share grow, take its last growth back, or have it stay."""
+        before, self._before = self._before, None
         grown = min(self.share * (1 + growth), MOST_SHARE)
-        if before is not None and took_s > before[1]:
-            self.share, self.judged = before[0], True
+        comparable = before is not None and before.new_tokens == self._new_tokens
+        if before is not None and comparable and took_s > _WORSE * before.took_s:
+            self.share, self.judged = before.share, True
         elif self.changes == _MOST_CHANGES or grown < self.share * (1 + _LEAST_GROWTH):
             self.judged = True
             return
         else:
-            self.share, self._before = grown, (self.share, took_s)
+            self._before = _Judged(self.share, self._new_tokens, took_s)
+            self.share = grown
         self.changes += 1

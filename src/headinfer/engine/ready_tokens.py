@@ -69,7 +69,7 @@ class ReadyTokens(SavableTokens):
         """
         times = None if self._streaming is None else self._streaming.times(new_tokens)
         if times is not None:
-            self._balances.at(new_tokens).note_step(times)
+            self._balances.at(new_tokens).note_step(times, new_tokens, self._balances.tokens)
 
     @property
     def share_changes(self) -> int:
