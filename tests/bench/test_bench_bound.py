@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+from bench_parts import MACHINE, FakeLauncher, NoProgress, bench_spec, trial_result
 
 from headinfer.bench.bound import (
     Bound,
@@ -14,6 +15,9 @@ from headinfer.bench.bound import (
     prefill_work,
 )
 from headinfer.bench.model_spec import ModelSpec
+from headinfer.bench.result import TrialResult
+from headinfer.bench.spec import TrialSpec
+from headinfer.bench.suite import Suite
 
 # The shape of the speed requirement: 4 layers, hidden 512, 16 query and 4 KV heads of 128.
 MODEL = ModelSpec(
@@ -107,3 +111,35 @@ def test_link_and_cpu_share_the_hosts_memory():
     assert at_once == Bound(seconds=1300 / 110, limited_by="host memory and link")
     assert bound(Work(link_bytes=400), rates) == Bound(seconds=8, limited_by="link")
     assert bound(Work(host_bytes=900), replace(rates, host_shared_bytes_per_s=None)).seconds == 9
+
+
+@pytest.mark.parametrize(
+    ("behind", "attended", "accepted", "rate"),
+    [
+        (0.0, 10**9, None, 6e9),  # a step of 0.25 s reads 0.5 GB and 1 GB
+        (8e9, 10**9, None, 8e9),
+        (8e9, 10**9, 4.0, 8e9),
+        (0.0, 10**9, 4.0, 5e9),  # a step is of several tokens
+        (0.0, 0, None, 5e9),  # the link alone
+    ],
+)
+def test_the_most_that_cpu_and_link_were_seen_to_read_is_the_bound(
+    behind: float, attended: int, accepted: float | None, rate: float
+):
+    def measured(_spec: TrialSpec) -> TrialResult:
+        return replace(
+            trial_result(decode_s=(0.25, 0.2, 0.5), device="cuda"),
+            streamed_kv_bytes=5 * 10**8,
+            host_attended_kv_bytes=attended,
+            host_shared_bytes_per_s=behind,
+            accepted_per_verify=accepted,
+        )
+
+    rates = replace(
+        MACHINE.rates, host_bytes_per_s=1e10, link_bytes_per_s=5e9, host_shared_bytes_per_s=5e9
+    )
+    rates = replace(rates, matmul_flops_per_s=1e15)
+    spec = bench_spec(methods=("resident",))
+    (row,) = Suite(spec, FakeLauncher(measured), rates, NoProgress()).run()
+    assert row.host_shared_bytes_per_s == rate
+    assert row.bound_fraction == pytest.approx((5e8 + attended) / rate / 0.25 if attended else 0.4)

@@ -47,6 +47,15 @@ class Rates:
             self, disk_read_bytes_per_s=max(self.disk_read_bytes_per_s, read_bytes_per_s)
         )
 
+    def with_shared(self, bytes_per_s: float) -> "Rates":
+        """Return these with another measurement of the CPU and all links at once, if it is higher.
+
+        Other tenants of a machine share its memory, too: see `with_disk`.
+        """
+        if not self.host_shared_bytes_per_s:
+            return self
+        return replace(self, host_shared_bytes_per_s=max(self.host_shared_bytes_per_s, bytes_per_s))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:

@@ -94,6 +94,18 @@ def measure(
     return rates, best_by
 
 
+def measure_shared(gpus: int) -> float:
+    """Return the bytes a second of host memory that CPU and links read at once.
+
+    Args:
+        gpus: whose links copy, the first ones.
+    """
+    cards = [CudaDevice(torch.device("cuda", number)) for number in range(gpus)]
+    elements = beyond_caches(_BUFFER_BYTES) // torch.float32.itemsize
+    rate, _ = _best(operations.shared(cards, elements), _synchronizing(gpus))
+    return rate
+
+
 def _synchronizing(gpus: int) -> Callable[[], object]:
     def synchronize() -> None:
         for number in range(gpus):

@@ -81,6 +81,8 @@ class TrialResult:
         kv_disk_bytes: KV bytes on a disk below host memory at the end.
         disk_read_bytes: KV bytes that a decode step reads from it.
         disk_read_bytes_per_s: the rate of its disk right behind the steps; 0 where there is none.
+        host_shared_bytes_per_s: the rate at which CPU and links read host memory at once, behind
+            the steps as well; 0 where the CPU attended nothing of them.
     """
 
     device: str
@@ -115,6 +117,7 @@ class TrialResult:
     kv_disk_bytes: int = 0
     disk_read_bytes: int = 0
     disk_read_bytes_per_s: float = 0.0
+    host_shared_bytes_per_s: float = 0.0
 
 
 def to_json(outcome: TrialResult | TrialFailure) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """From trials to the rows of a result file. Pure Python, never torch."""
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -79,6 +80,8 @@ class Row:
         bound_s: the least possible seconds of what the command times.
         bound_by: what that is limited by.
         bound_fraction: `bound_s` over what was measured; 1 is ideal.
+        host_shared_bytes_per_s: the rate of CPU and links at once that the bound counts with: the
+            highest that was seen; None without a device.
         prefill_bound_s: the bound of the prefill.
         decode_bound_s: the bound of a decode step.
         peak_rss_growth_bytes: the most of any repeat.
@@ -135,6 +138,7 @@ class Row:
     bound_s: float | None = None
     bound_by: str | None = None
     bound_fraction: float | None = None
+    host_shared_bytes_per_s: float | None = None
     prefill_bound_s: float | None = None
     decode_bound_s: float | None = None
     peak_rss_growth_bytes: int | None = None
@@ -201,6 +205,7 @@ def row_of(
     """Return the row of a method that ran, from all of its trials; without ratios."""
     first, last = results[0], results[-1]
     rates = rates.with_disk(max(_read_bytes_per_s(result) for result in results))
+    rates = rates.with_shared(max(map(_shared_bytes_per_s, results)))
     prefills = [result.prefill_s for result in results if result.prefill_s is not None]
     prefill = Percentiles.of(prefills) if prefills else None
     firsts = [r.first_prefill_s for r in results if r.first_prefill_s is not None]
@@ -230,6 +235,7 @@ def row_of(
         bound_s=limit.seconds,
         bound_by=limit.limited_by,
         bound_fraction=limit.seconds / measured_s,
+        host_shared_bytes_per_s=rates.host_shared_bytes_per_s,
         prefill_bound_s=prefill_bound.seconds,
         decode_bound_s=decode_bound.seconds,
         peak_rss_growth_bytes=max(result.peak_rss_growth_bytes for result in results),
@@ -256,6 +262,19 @@ def _read_bytes_per_s(result: TrialResult) -> float:
     """Return the best rate that a trial saw of its disk: behind its steps, or in one of them."""
     in_steps = [result.disk_read_bytes / seconds for seconds in result.decode_s]
     return max([result.disk_read_bytes_per_s, *in_steps])
+
+
+def _shared_bytes_per_s(result: TrialResult) -> float:
+    """Return the best rate that a trial saw of CPU and links at once: behind its steps, or in them.
+
+    A typical step counts, as links work ahead of some. Drafts' steps are of several tokens, so that
+    a token's time is none of a step.
+    """
+    attended = result.host_attended_kv_bytes and result.decode_s
+    if not attended or result.accepted_per_verify is not None:
+        return result.host_shared_bytes_per_s
+    read_bytes = result.streamed_kv_bytes + result.host_attended_kv_bytes
+    return max(result.host_shared_bytes_per_s, read_bytes / statistics.median(result.decode_s))
 
 
 def _on_disk(result: TrialResult, rates: Rates) -> dict[str, Any]:

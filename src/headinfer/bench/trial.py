@@ -26,6 +26,7 @@ from headinfer.bench.catalogue import Spread
 from headinfer.bench.drafted import Drafted
 from headinfer.bench.fill import fill_randomly
 from headinfer.bench.limits import limit_device, limit_host
+from headinfer.bench.machine import measure_shared
 from headinfer.bench.methods import METHODS, Method
 from headinfer.bench.neighbours import Neighbours
 from headinfer.bench.ours import HeadInfer
@@ -198,6 +199,10 @@ def run_trial(spec: TrialSpec) -> TrialResult:
     if folder is not None and result.disk_read_bytes:  # now that the steps' file is gone
         rate = measure_disk(folder, quick=False).best_read_bytes_per_s
         result = replace(result, disk_read_bytes_per_s=rate)
+    alone = spec.spread is not Spread.HEADS  # ranks would measure while others do
+    if result.host_attended_kv_bytes and device.type == "cuda" and alone:
+        with suppress(torch.OutOfMemoryError):  # now that the cache has gone
+            result = replace(result, host_shared_bytes_per_s=measure_shared(len(devices)))
     return replace(
         result,
         note="; ".join(filter(None, (result.note, model_note))),
