@@ -340,13 +340,17 @@ def test_captured_steps_correct_the_share_by_what_they_take(
         if measured(host) is None:
             return None
         share = corrected.share
-        shares.append(share)
         host_s = share if not slower or share == shares[0] else 10 * share
         return StepTimes(host_s, max(0.8 - 2 * share, 0.0), least_s=0.0)
 
-    measured = FlaggedHost.times
+    def count_step(host: FlaggedHost) -> None:
+        shares.append(corrected.share)
+        counted(host)
+
+    measured, counted = FlaggedHost.times, FlaggedHost.count_step
     monkeypatch.setattr(flagged, "_LEAST_LAYERS", 2)
     monkeypatch.setattr(FlaggedHost, "times", times)
+    monkeypatch.setattr(FlaggedHost, "count_step", count_step)
     tokens = random_tokens(1, 101)
     wanted = stock_generated(model, tokens, max_new_tokens=40).sequences
     with attached("llama3", "both") as offload:

@@ -36,25 +36,18 @@ class Rates:
     disk_read_bytes_per_s: float | None = None
     disk_write_bytes_per_s: float | None = None
 
-    def with_disk(self, read_bytes_per_s: float) -> "Rates":
-        """Return these with another measurement of the same disk, if it read faster.
+    def raised_to(self, *, disk_read_bytes_per_s: float, host_shared_bytes_per_s: float) -> "Rates":
+        """Return these with other measurements where they are higher, of what was measured at all.
 
-        A shared disk gives now more and now less. The most that it was seen to give is the bound.
+        A disk and memory that others share give now more and now less. The most that they were seen
+        to give is the bound.
         """
-        if not self.disk_read_bytes_per_s:
-            return self
+        disk, shared = self.disk_read_bytes_per_s, self.host_shared_bytes_per_s
         return replace(
-            self, disk_read_bytes_per_s=max(self.disk_read_bytes_per_s, read_bytes_per_s)
+            self,
+            disk_read_bytes_per_s=disk and max(disk, disk_read_bytes_per_s),
+            host_shared_bytes_per_s=shared and max(shared, host_shared_bytes_per_s),
         )
-
-    def with_shared(self, bytes_per_s: float) -> "Rates":
-        """Return these with another measurement of the CPU and all links at once, if it is higher.
-
-        Other tenants of a machine share its memory, too: see `with_disk`.
-        """
-        if not self.host_shared_bytes_per_s:
-            return self
-        return replace(self, host_shared_bytes_per_s=max(self.host_shared_bytes_per_s, bytes_per_s))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

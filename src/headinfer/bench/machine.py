@@ -79,7 +79,7 @@ def measure(
         synchronize = _synchronizing(gpus)
         copies = operations.link(cards, buffer_bytes, to_device=True)
         links, links_by = _best(copies, synchronize)
-    shared, shared_by = _best(operations.shared(cards, host_elements), synchronize)
+    shared, shared_by = _shared(cards, host_elements)
     best_by |= {"device_bytes_per_s": memory_by, "link_bytes_per_s": link_by}
     best_by |= {"links_bytes_per_s": links_by} if links_by else {}
     best_by["host_shared_bytes_per_s"] = shared_by
@@ -101,9 +101,12 @@ def measure_shared(gpus: int) -> float:
         gpus: whose links copy, the first ones.
     """
     cards = [CudaDevice(torch.device("cuda", number)) for number in range(gpus)]
-    elements = beyond_caches(_BUFFER_BYTES) // torch.float32.itemsize
-    rate, _ = _best(operations.shared(cards, elements), _synchronizing(gpus))
+    rate, _ = _shared(cards, beyond_caches(_BUFFER_BYTES) // torch.float32.itemsize)
     return rate
+
+
+def _shared(cards: Sequence[CudaDevice], elements: int) -> tuple[float, str]:
+    return _best(operations.shared(cards, elements), _synchronizing(len(cards)))
 
 
 def _synchronizing(gpus: int) -> Callable[[], object]:

@@ -204,8 +204,10 @@ def row_of(
 ) -> Row:
     """Return the row of a method that ran, from all of its trials; without ratios."""
     first, last = results[0], results[-1]
-    rates = rates.with_disk(max(_read_bytes_per_s(result) for result in results))
-    rates = rates.with_shared(max(map(_shared_bytes_per_s, results)))
+    rates = rates.raised_to(
+        disk_read_bytes_per_s=max(map(_read_bytes_per_s, results)),
+        host_shared_bytes_per_s=max(map(_shared_bytes_per_s, results)),
+    )
     prefills = [result.prefill_s for result in results if result.prefill_s is not None]
     prefill = Percentiles.of(prefills) if prefills else None
     firsts = [r.first_prefill_s for r in results if r.first_prefill_s is not None]

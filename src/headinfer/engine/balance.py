@@ -170,7 +170,7 @@ class Balance:
 
     def note_step(self, times: StepTimes, new_tokens: int, tokens: int) -> None:
         """Take in a step of one launch; see `OneLaunchShare.note`."""
-        if self.one_launch and not self.fixed and self._settled is not None:
+        if self._settled is not None and not self.judged:
             self._settled.in_one_launch.note(times, new_tokens, tokens)
 
     @property

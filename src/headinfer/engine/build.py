@@ -155,8 +155,7 @@ def _packing(
 ) -> Packing:
     """Return what packs and unpacks tokens, with its memory."""
     home = next(each.home for each in ledgers if each.home.format is not Format.DENSE)
-    for dim in plan.shape.packed_dims:
-        check_codec(home.format, device.torch_device, home.dtype, dim)
+    check_codec(home.format, device.torch_device, home.dtype, plan.shape.packed_dims)
     return Packing(
         device,
         codec_of(home.format, device.torch_device),

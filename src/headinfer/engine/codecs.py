@@ -1,6 +1,7 @@
 """The codec of a form of tokens in host memory."""
 
 import functools
+from collections.abc import Iterable
 
 import torch
 
@@ -26,9 +27,8 @@ def codec_of(form: Format, where: torch.device) -> Codec:
     return packed.codec_for(where) if form.code is None else eight_bits.codec_for(form.code, where)
 
 
-@functools.cache
-def check_codec(form: Format, where: torch.device, dtype: torch.dtype, dim: int) -> None:
-    """See that a GPU packs and unpacks keys or values right.
+def check_codec(form: Format, where: torch.device, dtype: torch.dtype, dims: Iterable[int]) -> None:
+    """See that a GPU packs and unpacks keys and values right.
 
     Triton compiles for the size of a head. So what is checked is what a model's tokens take, and no
     prompt waits for it again. Each process checks anew, as Triton may not compile in the next one.
@@ -37,13 +37,17 @@ def check_codec(form: Format, where: torch.device, dtype: torch.dtype, dim: int)
         form: in which they lie in host memory.
         where: the device that packs them.
         dtype: in which they are computed.
-        dim: elements of a key or of a value.
+        dims: elements of a key and of a value.
 
     Raises:
         OptionError: nothing packs them there, or not as the reference does.
     """
-    if where.type != "cuda":
-        return
+    for dim in dims if where.type == "cuda" else ():
+        _check(form, where, dtype, dim)
+
+
+@functools.cache
+def _check(form: Format, where: torch.device, dtype: torch.dtype, dim: int) -> None:
     codec = codec_of(form, where)
     if form.code is None:
         right = packed.is_exact(codec, where, dim)

@@ -108,7 +108,7 @@ class OneLaunchShare:
         self._before: _Judged | None = None  # with the share before
 
     def note(self, times: StepTimes, new_tokens: int, tokens: int) -> None:
-        """Take in a step with this share.
+        """Take in a step with this share, until it is judged.
 
         Caches whose contexts are about as long share it. So a step is compared with others by its
         time for each token, and only with those of as many new ones.
@@ -118,8 +118,6 @@ class OneLaunchShare:
             new_tokens: of the step, in each row.
             tokens: of the context.
         """
-        if self.judged:
-            return
         if new_tokens != self._new_tokens:
             self._new_tokens, self._steps = new_tokens, []
         late = (times.waited_s - times.least_s) / times.host_s

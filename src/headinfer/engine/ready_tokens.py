@@ -67,7 +67,9 @@ class ReadyTokens(SavableTokens):
 
         To be called before `begin_step`. Another share needs another capture.
         """
-        times = None if self._streaming is None else self._streaming.times(new_tokens)
+        if self._streaming is None or self._balances.settled(new_tokens):
+            return
+        times = self._streaming.times(new_tokens)
         if times is not None:
             self._balances.at(new_tokens).note_step(times, new_tokens, self._balances.tokens)
 

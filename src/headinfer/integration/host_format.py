@@ -50,8 +50,7 @@ def with_host_format(
     elif not stored.packs:
         reason = "on this model: no layer has keys and values of a multiple of 16 elements"
     else:
-        for dim in stored.packed_dims:
-            check_codec(form, device.torch_device, dtype, dim)
+        check_codec(form, device.torch_device, dtype, stored.packed_dims)
         return stored
     _logger.warning("kv_cache=%s has no effect %s", form.value, reason)
     return shape
@@ -99,8 +98,7 @@ def packing_works(device: Device, shape: ModelShape) -> bool:
 @functools.cache
 def _is_checked(where: torch.device, dims: tuple[int, ...]) -> bool:
     try:
-        for dim in dims:
-            check_codec(Format.PACKED, where, torch.bfloat16, dim)
+        check_codec(Format.PACKED, where, torch.bfloat16, dims)
     except torch.OutOfMemoryError:
         raise  # an answer would last
     except Exception as error:  # a compiler's own kinds among them
