@@ -97,24 +97,30 @@ def test_scores_that_grow_and_fall_on_a_matrix_unit_in_c(unit_in_c: None) -> Non
         torch.testing.assert_close(ours.lse.double(), want.lse, rtol=1e-4, atol=1e-4)
 
 
-def stored(form: Format, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Return keys or values, the pages that stand for them, and memory that must outlive these."""
-    shape, code = (1, 2, 300, 64), form.code
+def stored(
+    form: Format, dim: int, seed: int, kind: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return keys or values, the pages that stand for them, and memory that must outlive these.
+
+    Packed pages are of a `kind` of `packed_values`.
+    """
+    shape, code = (1, 2, 300, dim), form.code
     if code is None:
-        values = packed_values.drawn("full", shape, seed)
-        return values, pack(values), None
+        values = packed_values.drawn(kind, shape, seed)
+        pages = pack(values)
+        return values, pages, packed_values.keep_raw(pages, values)
     values = eight_bit_values.drawn("outliers", shape, seed)
     pages = eight_bits.pack(code, values)
     kept = eight_bit_values.keep_raw(code, pages, values)
     return eight_bit_values.unpacked(code, pages, values), pages, kept
 
 
-def check_forms(rows: int, *forms: Format) -> None:
+def check_forms(rows: int, *forms: Format, dim: int = 64, kind: str = "full") -> None:
     """Compare pages with what they stand for, to the last bit; blocks begin within pages, too."""
     generator = torch.Generator().manual_seed(rows)
-    query = torch.randn(1, 2, rows, 1, 64, generator=generator).bfloat16()
+    query = torch.randn(1, 2, rows, 1, dim, generator=generator).bfloat16()
     for form in forms:
-        keys, values = (stored(form, seed) for seed in (0, 1))
+        keys, values = (stored(form, dim, seed, kind) for seed in (0, 1))
         results = []
         for whole, lie_as in (
             (KV(keys[0], values[0]), Format.DENSE),
@@ -132,10 +138,43 @@ def check_forms(rows: int, *forms: Format) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "forms"), [(4, [Format.PACKED, Format.INT8]), (17, [Format.PACKED])]
+    ("rows", "forms", "dim", "kind"),
+    [
+        (4, [Format.PACKED, Format.INT8], 64, "full"),
+        (17, [Format.PACKED, Format.INT8], 64, "full"),
+        (17, [Format.PACKED], 128, "full"),
+        (17, [Format.PACKED], 128, "one too many"),
+        (17, [Format.PACKED], 96, "full"),
+    ],
 )
-def test_pages_on_a_matrix_unit_in_c(unit_in_c: None, rows: int, forms: list[Format]) -> None:
-    check_forms(rows, *forms)
+def test_pages_on_a_matrix_unit_in_c(
+    unit_in_c: None, rows: int, forms: list[Format], dim: int, kind: str
+) -> None:
+    check_forms(rows, *forms, dim=dim, kind=kind)
+
+
+@pytest.mark.parametrize("form", [Format.DENSE, Format.PACKED])
+def test_what_is_not_attended_on_a_matrix_unit_in_c_may_be_anything(
+    unit_in_c: None, form: Format
+) -> None:
+    generator = torch.Generator().manual_seed(3)
+    query = torch.randn(1, 1, 18, 1, 64, generator=generator).bfloat16()
+    for first, end in ((5, 290), (70, 130), (40, 41)):
+        whole = KV(*torch.randn(2, 1, 1, 300, 64, generator=generator).bfloat16())
+        for part in whole:
+            part[:, :, :first] = torch.nan
+            part[:, :, end:] = torch.inf
+        pages = KV(*map(pack, whole))
+        kept = [packed_values.keep_raw(page, part) for page, part in zip(pages, whole, strict=True)]
+        lie_as = whole if form is Format.DENSE else pages
+        total = Accumulator()
+        tile = Tile(0, end - first, Piece(lie_as.keys), lie_as, first, format=form)
+        NativeKernel().attend(Work(query, [tile], 0.2, total))
+        seen = (part[:, :, first:end].double() for part in whole)
+        want = attended(reference(), query.double(), *seen, scale=0.2)
+        torch.testing.assert_close(total.result().out.double(), want.out, rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(total.result().lse.double(), want.lse, rtol=1e-4, atol=1e-4)
+        del kept  # outlived the pages
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
 /*
- * Vectors of 512 bits (AVX-512 F, BW and VBMI, and its bfloat16), done in plain C: included before a
+ * Vectors of 512 bits (AVX-512 F, BW, DQ and VBMI, and its bfloat16), done in plain C: included before a
  * kernel, so that what is written for processors that have them runs on any other. Only what kernels use.
  */
 #include <immintrin.h>
@@ -11,6 +11,7 @@
 
 #define __AVX512F__ 1 /* behind the header, whose functions would take the processor for one */
 #define __AVX512BW__ 1
+#define __AVX512DQ__ 1
 #define __AVX512BF16__ 1
 #define __AVX512VBMI__ 1
 #define WIDE static inline __attribute__((always_inline, unused))
@@ -116,6 +117,14 @@ WIDE __m512 wide_pairs(__m512 to, __m512bh x, __m512bh y) {
                                  wide_number(b.words[2 * i + odd]), sum.floats[i]);
     return sum.numbers;
 }
+WIDE __m512 wide_above_floor(__m512 x) {
+    wide a = OF(x);
+    MAKE(numbers, floats, 16, isinf(a.floats[i]) ? 0 : a.floats[i] - floorf(a.floats[i]));
+}
+WIDE __m512 wide_scaled(__m512 x, __m512 by) {
+    wide a = OF(x), b = OF(by);
+    MAKE(numbers, floats, 16, a.floats[i] * exp2f(floorf(b.floats[i])));
+}
 WIDE float wide_sum(__m512 x) {
     wide a = OF(x);
     for (int apart = 8; apart; apart /= 2)
@@ -146,11 +155,6 @@ WIDE __m512i wide_chosen(__m512i other, wide_mask mask, __m512i x) {
     wide a = OF(x), b = OF(other);
     MAKE(all, bits, 16, mask >> i & 1 ? a.bits[i] : b.bits[i]);
 }
-/* The sixteen lanes of x and then those of y, by their numbers. */
-WIDE __m512 wide_picked(__m512 x, __m512i numbers, __m512 y) {
-    wide a = OF(x), b = OF(y), at = OF(numbers);
-    MAKE(numbers, floats, 16, (at.bits[i] & 16 ? b : a).floats[at.bits[i] & 15]);
-}
 /* The 64 bytes of x and then those of y, by their numbers. */
 WIDE __m512i wide_picked_bytes(__m512i x, __m512i numbers, __m512i y) {
     wide a = OF(x), b = OF(y), at = OF(numbers);
@@ -170,6 +174,7 @@ EACH(wide_low_words, words, 32, FROM_HALVES(words, 8, 0))
 EACH(wide_high_words, words, 32, FROM_HALVES(words, 8, 1))
 
 #undef _mm512_cmp_ps_mask
+#undef _mm512_reduce_ps
 #define _mm512_loadu_si512(from) wide_load(from)
 #define _mm512_loadu_ps(from) ((__m512)wide_load(from))
 #define _mm512_storeu_si512(to, x) wide_store(to, x)
@@ -191,6 +196,8 @@ EACH(wide_high_words, words, 32, FROM_HALVES(words, 8, 1))
 #define _mm512_cvtne2ps_pbh(late, early) wide_both_to_bfloat16(late, early)
 #define _mm512_dpbf16_ps(to, x, y) wide_pairs(to, x, y)
 #define _mm512_reduce_add_ps(x) wide_sum(x)
+#define _mm512_reduce_ps(x, downwards) wide_above_floor(x)
+#define _mm512_scalef_ps(x, by) wide_scaled(x, by)
 #define _mm512_slli_epi32(x, left) wide_shifted(x, left)
 #define _mm512_srli_epi16 wide_words_shifted
 #define _mm512_cmplt_epu32_mask(x, y) wide_less(x, y)
@@ -200,7 +207,6 @@ EACH(wide_high_words, words, 32, FROM_HALVES(words, 8, 1))
 #define _mm512_mask_sub_ps(other, mask, x, y) \
     ((__m512)wide_chosen((__m512i)(other), mask, wide_differences((__m512i)(x), (__m512i)(y))))
 #define _mm512_max_ps(x, y) ((__m512)wide_larger((__m512i)(x), (__m512i)(y)))
-#define _mm512_permutex2var_ps(x, numbers, y) wide_picked(x, numbers, y)
 #define _mm512_permutex2var_epi8(x, numbers, y) wide_picked_bytes(x, numbers, y)
 #define _mm512_permutexvar_epi64(numbers, x) wide_quarters(numbers, x)
 #define _mm512_shuffle_epi8 wide_looked_up

@@ -347,4 +347,4 @@ def test_a_gpus_memory_and_link_are_measured():
     )
     assert rates.device_bytes_per_s > rates.link_bytes_per_s > 1e8
     assert best_by["link_bytes_per_s"] == "pinned copy"
-    assert machine.measure_shared(1) > rates.link_bytes_per_s
+    assert machine.measure_shared(1) > 1e8

@@ -43,12 +43,18 @@ INLINE struct tables tables_of(uint8_t base) {
     };
 }
 
+/* The lower and the upper bytes of values, from their signs and mantissas, and their codes. */
+INLINE bytes lows_of(bytes rest, bytes codes, struct tables t) {
+    return EITHER(BOTH(rest, t.mantissa), DO(shuffle_epi8)(t.low, codes));
+}
+INLINE bytes highs_of(bytes rest, bytes codes, struct tables t) {
+    return EITHER(BUT_NOT(rest, t.mantissa), DO(shuffle_epi8)(t.high, codes));
+}
+
 /* Values from their signs and mantissas, and their codes, which are `spread`. */
 INLINE void put_values(uint16_t *to, const uint8_t *kept, bytes codes, struct tables t) {
     bytes rest = spread(GET_BYTES(kept));
-    bytes low = EITHER(BOTH(rest, t.mantissa), DO(shuffle_epi8)(t.low, codes));
-    bytes high = EITHER(BUT_NOT(rest, t.mantissa), DO(shuffle_epi8)(t.high, codes));
-    put_words(to, low, high);
+    put_words(to, lows_of(rest, codes, t), highs_of(rest, codes, t));
 }
 INLINE void unpack_codes(const uint8_t *page, uint8_t base, uint16_t *to, const uint8_t *ahead) {
     struct tables t = tables_of(base);

@@ -5,7 +5,9 @@
  *   scores [16 tokens][16 rows]: keys [16 tokens][32 dims] x query [32 dims][16 rows], in pairs of dims;
  *   sums [16 rows][16 dims]: weights [16 rows][32 tokens] x values [32 tokens][16 dims], in pairs of
  *   tokens. Values are packed for it once for all rows, a panel at a time, which stays in the nearest
- *   cache.
+ *   cache, see `value_pairs.h`.
+ *
+ * Blocks begin where pages do, so that packed ones give the same bits as others.
  *
  * Compiled for one HEAD_DIM (a multiple of 32) and bfloat16, for any number of rows up to ROWS.
  */
@@ -19,6 +21,7 @@ int prepare(void) { return 0; }
 #define ROWS_OF(rows) (rows)
 #define BLOCK 128 /* tokens whose weights are summed up at once */
 #include "key_tiles.h"
+#include "value_pairs.h"
 #define GROUPS (ROWS / STEP)
 #define SPAN (2 * STEP) /* tokens whose scores are taken at once, and stay in the nearest cache */
 #define SLACK 8 /* weights are 2^SLACK at most */
@@ -27,11 +30,11 @@ int prepare(void) { return 0; }
 struct state {
     uint32_t query[GROUPS][CHUNKS][16][16]; /* pairs of dims by rows */
     float scores[SPAN][2 * STEP];           /* of two groups, by rows */
-    uint16_t weights[GROUPS * STEP][BLOCK];
-    uint32_t values[BLOCK / 2][DIMS];       /* pairs of tokens by dims, see `in_order` */
-    float sum[GROUPS][CHUNKS][2][16][16];   /* rows by dims, see `in_order` */
+    uint16_t weights[GROUPS * STEP][BLOCK]; /* pairs of tokens */
+    uint32_t values[PANEL / COLUMNS][PAIRS][COLUMNS];
+    float sum[GROUPS][HEAD_DIM / COLUMNS][STEP][COLUMNS]; /* rows by dims, see `place_of` */
     vector highest[GROUPS], total[GROUPS];  /* by rows */
-    element room[ROOM][HEAD_DIM];           /* keys or values that are not as they are stored */
+    element room[BLOCK][HEAD_DIM];          /* keys or values that are not as they are stored */
 } __attribute__((aligned(64)));
 
 /*
@@ -58,7 +61,7 @@ INLINE struct ahead ahead_of(const stored *values, const stored *keys, int64_t p
     return (struct ahead){from, from + bytes, (const char *)keys, (2 * bytes + asked - 1) / asked * 64};
 }
 
-/* Scores of SPAN keys for a group, and for the next one where there are `both`. */
+/* Scores of STEP keys and of those APART, for a group, and for the next one where there are `both`. */
 INLINE void score_span(struct state *s, const element *keys, int64_t group, int both, struct ahead *a) {
     _tile_zero(0);
     _tile_zero(1);
@@ -67,15 +70,15 @@ INLINE void score_span(struct state *s, const element *keys, int64_t group, int 
     for (int chunk = 0; chunk < CHUNKS; chunk++) {
         ask(a);
         _tile_loadd(4, keys + chunk * DIMS, HEAD_DIM * 2);
-        _tile_loadd(5, keys + chunk * DIMS + STEP * HEAD_DIM, HEAD_DIM * 2);
         _tile_loadd(6, s->query[group][chunk], TILE_BYTES);
         _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(2, 5, 6);
         if (both) {
             _tile_loadd(7, s->query[group + 1][chunk], TILE_BYTES);
             _tile_dpbf16ps(1, 4, 7);
-            _tile_dpbf16ps(3, 5, 7);
         }
+        _tile_loadd(5, keys + chunk * DIMS + APART * HEAD_DIM, HEAD_DIM * 2);
+        _tile_dpbf16ps(2, 5, 6);
+        if (both) _tile_dpbf16ps(3, 5, 7);
     }
     _tile_stored(0, s->scores[0], 2 * TILE_BYTES);
     _tile_stored(2, s->scores[STEP], 2 * TILE_BYTES);
@@ -93,8 +96,8 @@ static __attribute__((noinline)) void shrink_sums(struct state *s, int64_t group
     s->highest[group] = high;
     s->total[group] *= shrink;
     for (int row = 0; row < STEP; row++) {
-        for (int i = 0; i < CHUNKS * 2; i++) {
-            float *to = s->sum[group][i / 2][i % 2][row];
+        for (int tile = 0; tile < HEAD_DIM / COLUMNS; tile++) {
+            float *to = s->sum[group][tile][row];
             put(to, get(to) * shrink[row]);
         }
         uint16_t *weights = s->weights[group * STEP + row];
@@ -131,8 +134,8 @@ INLINE void weigh_span(struct state *s, int64_t group, int at, int first, float 
     high = s->highest[group];
     ask(a);
     UNROLL for (int pair = 0; pair < 16; pair++) {
-        vector early = exp2_shortly(get(s->scores[2 * pair] + at) * scale - high);
-        vector late = exp2_shortly(get(s->scores[2 * pair + 1] + at) * scale - high);
+        vector early = exp2_shortly(get(s->scores[pair] + at) * scale - high);
+        vector late = exp2_shortly(get(s->scores[STEP + pair] + at) * scale - high);
         total[0] += early;
         total[1] += late;
         pairs[pair] = pairs_of(early, late);
@@ -143,53 +146,57 @@ INLINE void weigh_span(struct state *s, int64_t group, int at, int first, float 
     UNROLL for (int row = 0; row < STEP; row++) put(&s->weights[group * STEP + row][first], pairs[row]);
 }
 
-/* Turn BLOCK keys, of which `count` are there, into weights of a group, or of two. */
-static void weigh_block(struct state *s, const element *keys, int64_t count, int64_t group, int both,
-                        float scale, struct ahead *a) {
-    for (int first = 0; first < BLOCK; first += SPAN) {
-        score_span(s, keys + first * HEAD_DIM, group, both, a);
-        for (int64_t token = count > first ? count - first : 0; token < SPAN; token++)
-            for (int at = 0; at < 2 * STEP; at += STEP) put(s->scores[token] + at, all(-INFINITY));
+/* Return the keys of a page of a block that begins `at` a token, in `room` or where they are. */
+INLINE const element *page_of(const stored *keys, int64_t at, int page, struct window w,
+                              element room[PAGE][HEAD_DIM], const stored *ahead) {
+#ifdef PACKED
+    (void)w;
+    unpack_page(keys + (at / PAGE + page) * PAGE_BYTES, room[0], ahead + page * HALF_PAGE);
+#else
+    (void)ahead;
+    const element *rows = keys + (at + page * PAGE) * HEAD_DIM;
+    if (sees_page(w, page)) return rows;
+    for (int token = 0; token < PAGE; token++) /* the others need not be there */
+        if (sees(w, page * PAGE + token))
+            memcpy(room[token], rows + token * HEAD_DIM, sizeof *room);
+#endif
+    STORED();
+    return room[0];
+}
+
+/* Turn a page's keys into weights of a group, or of two. */
+static void weigh_page(struct state *s, const element *keys, int page, struct window w,
+                       int64_t group, int both, float scale, struct ahead *a) {
+    for (int half = 0; half < 2; half++) {
+        int first = page * PAGE + half * SPAN;
+        score_span(s, keys + half * STEP * HEAD_DIM, group, both, a);
+        for (int token = 0; token < SPAN && !sees_page(w, page); token++)
+            if (!sees(w, page * PAGE + half * STEP + token / STEP * APART + token % STEP))
+                for (int at = 0; at < 2 * STEP; at += STEP) put(s->scores[token] + at, all(-INFINITY));
         weigh_span(s, group, 0, first, scale, a);
         if (both) weigh_span(s, group + 1, STEP, first, scale, a);
     }
 }
 
-/* Pack DIMS of BLOCK values: pairs of tokens. Halves of vectors are taken in turn, see `in_order`. */
-INLINE void pack_values(struct state *s, const element *values) {
-    for (int pair = 0; pair < BLOCK / 2; pair++, values += 2 * HEAD_DIM) {
-        __m512i early = _mm512_loadu_si512(values), late = _mm512_loadu_si512(values + HEAD_DIM);
-        put(s->values[pair], (vector)_mm512_unpacklo_epi16(early, late));
-        put(s->values[pair] + LANES, (vector)_mm512_unpackhi_epi16(early, late));
-    }
-    STORED();
-}
-
-/* Put DIMS sums of a row, divided by `total`, in the order of dims. */
-INLINE void in_order(float *to, const float *lower, const float *upper, vector total) {
-    const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
-    __m512 low = (__m512)get(lower), high = (__m512)get(upper);
-    put(to, (vector)_mm512_permutex2var_ps(low, first, high) / total);
-    put(to + LANES, (vector)_mm512_permutex2var_ps(low, second, high) / total);
-}
-
-/* Add a chunk of the weighted values of a block to the sums of a group, or of two. */
-INLINE void add_chunk(struct state *s, int chunk, int64_t group, int both, struct ahead *a) {
-    float(*one)[16][16] = s->sum[group][chunk], (*other)[16][16] = s->sum[group + both][chunk];
+/* Add the weighted values of `pages` to a chunk of the sums of a group, or of two. */
+INLINE void add_chunk(struct state *s, int chunk, int64_t pages, int64_t group, int both,
+                      struct ahead *a) {
+    float(*one)[STEP][COLUMNS] = s->sum[group] + 2 * chunk;
+    float(*other)[STEP][COLUMNS] = s->sum[group + both] + 2 * chunk;
+    uint32_t(*values)[PAIRS][COLUMNS] = s->values + 2 * chunk % (PANEL / COLUMNS);
     _tile_loadd(0, one[0], TILE_BYTES);
     _tile_loadd(1, one[1], TILE_BYTES);
     _tile_loadd(2, other[0], TILE_BYTES);
     _tile_loadd(3, other[1], TILE_BYTES);
-    for (int first = 0; first < BLOCK; first += DIMS) {
+    for (int64_t first = 0; first < pages * APART; first += STEP) {
         ask(a);
-        _tile_loadd(4, &s->weights[group * STEP][first], BLOCK * 2);
-        _tile_loadd(6, s->values[first / 2], DIMS * 4);
-        _tile_loadd(7, s->values[first / 2] + LANES, DIMS * 4);
+        _tile_loadd(4, &s->weights[group * STEP][2 * first], BLOCK * 2);
+        _tile_loadd(6, values[0][first], TILE_BYTES);
         _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, values[1][first], TILE_BYTES);
         _tile_dpbf16ps(1, 4, 7);
         if (both) {
-            _tile_loadd(5, &s->weights[(group + 1) * STEP][first], BLOCK * 2);
+            _tile_loadd(5, &s->weights[(group + 1) * STEP][2 * first], BLOCK * 2);
             _tile_dpbf16ps(2, 5, 6);
             _tile_dpbf16ps(3, 5, 7);
         }
@@ -203,13 +210,19 @@ INLINE void add_chunk(struct state *s, int chunk, int64_t group, int both, struc
 }
 
 /* Add the weighted values of a block to the sums of all groups; each chunk begins where one ended. */
-static void add_values(struct state *s, const element *values, int64_t groups, struct ahead *a) {
+static void add_values(struct state *s, const packable *values, int64_t pages, struct window w,
+                       int64_t groups, const stored *ahead, struct ahead *a) {
+    const uint8_t *next = (const uint8_t *)ahead;
     int64_t pairs = (groups + 1) / 2;
     for (int chunk = 0; chunk < CHUNKS; chunk++) {
-        pack_values(s, values + chunk * DIMS);
+        if (chunk * DIMS % PANEL == 0) {
+            for (int page = 0; page < pages; page++, next += APART * 64)
+                pack_page(s->values, values, page, chunk * DIMS, w, next);
+            STORED();
+        }
         for (int64_t pair = 0; pair < pairs; pair++) {
             int64_t group = 2 * (chunk % 2 ? pairs - 1 - pair : pair);
-            add_chunk(s, chunk, group, group + 1 < groups, a);
+            add_chunk(s, chunk, pages, group, group + 1 < groups, a);
         }
     }
 }
@@ -240,22 +253,27 @@ static void attend_part(const float *query, const stored *keys, const stored *va
     int64_t groups = (rows + STEP - 1) / STEP;
     struct state s;
     begin(&s, query, rows, groups);
-    for (int64_t start = 0; start < count; start += BLOCK) {
-        int64_t left = count - start, at = first + start;
+    for (int64_t at = first / PAGE * PAGE, end = first + count; at < end; at += BLOCK) {
+        struct window w = {first - at, end - at};
+        int64_t pages = end - at < BLOCK ? (end - at + PAGE - 1) / PAGE : BLOCK / PAGE;
         const stored *these = values + at * ROW, *those = keys + (at + BLOCK) * ROW;
         struct ahead a = ahead_of(these + FETCHED, those + FETCHED, (groups + 1) / 2);
-        const element *k = block_of(keys, at, left, s.room, these);
-        for (int64_t group = 0; group < groups; group += 2)
-            weigh_block(&s, k, left, group, group + 1 < groups, scale * LOG2_E, &a);
-        add_values(&s, block_of(values, at, left, s.room, those), groups, &a);
+        for (int page = 0; page < pages; page++) {
+            const element *k = page_of(keys, at, page, w, s.room, these);
+            for (int64_t group = 0; group < groups; group += 2)
+                weigh_page(&s, k, page, w, group, group + 1 < groups, scale * LOG2_E, &a);
+        }
+        add_values(&s, packable_of(values, at, pages, s.room, those), pages, w, groups, those, &a);
     }
     for (int64_t row = 0; row < rows; row++) {
         int group = row / STEP, lane = row % STEP;
         float total = s.total[group][lane];
         lse[row] = (s.highest[group][lane] + log2f(total)) * LN_2;
-        for (int chunk = 0; chunk < CHUNKS; chunk++)
-            in_order(out + row * HEAD_DIM + chunk * DIMS, s.sum[group][chunk][0][lane],
-                     s.sum[group][chunk][1][lane], all(total));
+        for (int dim = 0; dim < HEAD_DIM; dim += 4) { /* which lie together */
+            const float *four = s.sum[group][place_of(dim) / COLUMNS][lane] + place_of(dim) % COLUMNS;
+            __m128 mean = _mm_div_ps(_mm_load_ps(four), _mm_set1_ps(total));
+            _mm_storeu_ps(out + row * HEAD_DIM + dim, mean);
+        }
     }
 }
 
