@@ -61,7 +61,11 @@ INLINE struct ahead ahead_of(const stored *values, const stored *keys, int64_t p
     return (struct ahead){from, from + bytes, (const char *)keys, (2 * bytes + asked - 1) / asked * 64};
 }
 
-/* Scores of STEP keys and of those APART, for a group, and for the next one where there are `both`. */
+/*
+ * Scores of STEP keys and of those APART, for a group, and for the next one where there are `both`. Each
+ * tile is loaded right before it is needed: a Xeon's core whose other thread is busy has one load of a
+ * tile in flight (25 cycles), and products may run meanwhile.
+ */
 INLINE void score_span(struct state *s, const element *keys, int64_t group, int both, struct ahead *a) {
     _tile_zero(0);
     _tile_zero(1);
