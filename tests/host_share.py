@@ -8,6 +8,7 @@ import torch
 from attended import only, reference
 from headinfer.attend.work import Kernel
 from headinfer.device.simulated import SimulatedDevice
+from headinfer.device.simulated_event import SimulatedEvent
 from headinfer.engine.engine import Engine
 from headinfer.engine.stats import Stats
 from headinfer.plan.options import Options
@@ -56,6 +57,19 @@ def decode(
         scale=1.0,
         host_kernels=only(host_kernel),
     )
+
+
+def launch_a_layer_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have Python ask for each layer before the last one is done, as where a device is slower."""
+    told, asked = SimulatedEvent.seconds_to, set()
+
+    def seconds_to(done: SimulatedEvent, answered: SimulatedEvent) -> float | None:
+        if answered not in asked:
+            asked.add(answered)
+            return None
+        return told(done, answered)
+
+    monkeypatch.setattr(SimulatedEvent, "seconds_to", seconds_to)
 
 
 def grow(engine: Engine) -> None:

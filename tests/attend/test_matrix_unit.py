@@ -24,6 +24,7 @@ from headinfer.packed.reference import pack
 from headinfer.plan.format import Format
 
 SPANS = [(0, 192), (64, 150), (5, 290)]
+TOKENS = 300
 UNIT = Path(__file__).parent / "matrix_unit.h"
 VECTORS = Path(__file__).parent / "wide_vectors.h"
 COMPILER = shutil.which("gcc")
@@ -98,13 +99,13 @@ def test_scores_that_grow_and_fall_on_a_matrix_unit_in_c(unit_in_c: None) -> Non
 
 
 def stored(
-    form: Format, dim: int, seed: int, kind: str
+    form: Format, dim: int, seed: int, kind: str, tokens: int = TOKENS
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return keys or values, the pages that stand for them, and memory that must outlive these.
 
     Packed pages are of a `kind` of `packed_values`.
     """
-    shape, code = (1, 2, 300, dim), form.code
+    shape, code = (1, 2, tokens, dim), form.code
     if code is None:
         values = packed_values.drawn(kind, shape, seed)
         pages = pack(values)
@@ -115,19 +116,26 @@ def stored(
     return eight_bit_values.unpacked(code, pages, values), pages, kept
 
 
-def check_forms(rows: int, *forms: Format, dim: int = 64, kind: str = "full") -> None:
-    """Compare pages with what they stand for, to the last bit; blocks begin within pages, too."""
+def check_forms(
+    rows: int,
+    *forms: Format,
+    dim: int = 64,
+    kind: str = "full",
+    spans: list[tuple[int, int]] = SPANS,
+) -> None:
+    """Compare pages with what they stand for, to the last bit; spans begin within pages, too."""
     generator = torch.Generator().manual_seed(rows)
     query = torch.randn(1, 2, rows, 1, dim, generator=generator).bfloat16()
+    most = max(TOKENS, *(first + tokens for first, tokens in spans))
     for form in forms:
-        keys, values = (stored(form, dim, seed, kind) for seed in (0, 1))
+        keys, values = (stored(form, dim, seed, kind, most) for seed in (0, 1))
         results = []
         for whole, lie_as in (
             (KV(keys[0], values[0]), Format.DENSE),
             (KV(keys[1], values[1]), form),
         ):
             total, piece = Accumulator(), Piece(whole.keys)
-            tiles = [Tile(0, tokens, piece, whole, first, format=lie_as) for first, tokens in SPANS]
+            tiles = [Tile(0, tokens, piece, whole, first, format=lie_as) for first, tokens in spans]
             work = Work(query, tiles, 0.02, total)
             assert NativeKernel().serves(work)
             NativeKernel().attend(work)
@@ -144,7 +152,8 @@ def check_forms(rows: int, *forms: Format, dim: int = 64, kind: str = "full") ->
         (17, [Format.PACKED, Format.INT8], 64, "full"),
         (17, [Format.PACKED], 128, "full"),
         (17, [Format.PACKED], 128, "one too many"),
-        (17, [Format.PACKED], 96, "full"),
+        (35, [Format.PACKED], 96, "full"),
+        (49, [Format.PACKED, Format.FP8], 192, "full"),
     ],
 )
 def test_pages_on_a_matrix_unit_in_c(
@@ -153,17 +162,27 @@ def test_pages_on_a_matrix_unit_in_c(
     check_forms(rows, *forms, dim=dim, kind=kind)
 
 
+def test_pages_on_a_matrix_unit_in_c_in_several_stretches(unit_in_c: None) -> None:
+    torch.set_num_threads(2)
+    try:
+        check_forms(17, Format.PACKED, spans=[(37, 1601)])
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("few", [False, True], ids=["all of them", "few numbers"])
 @pytest.mark.parametrize("form", [Format.DENSE, Format.PACKED])
 def test_what_is_not_attended_on_a_matrix_unit_in_c_may_be_anything(
-    unit_in_c: None, form: Format
+    unit_in_c: None, form: Format, *, few: bool
 ) -> None:
-    generator = torch.Generator().manual_seed(3)
+    """Pages of which few numbers are not finite do not overflow."""
+    generator, some = torch.Generator().manual_seed(3), slice(None, None, 60 if few else None)
     query = torch.randn(1, 1, 18, 1, 64, generator=generator).bfloat16()
     for first, end in ((5, 290), (70, 130), (40, 41)):
         whole = KV(*torch.randn(2, 1, 1, 300, 64, generator=generator).bfloat16())
         for part in whole:
-            part[:, :, :first] = torch.nan
-            part[:, :, end:] = torch.inf
+            part[:, :, :first, some] = torch.nan
+            part[:, :, end:, some] = torch.inf
         pages = KV(*map(pack, whole))
         kept = [packed_values.keep_raw(page, part) for page, part in zip(pages, whole, strict=True)]
         lie_as = whole if form is Format.DENSE else pages

@@ -74,13 +74,10 @@ WIDE __m512i wide_byte(int x) {
 WIDE __m512i wide_integer(int x) {
     MAKE(all, integers, 16, x);
 }
-WIDE __m512 wide_float(float x) {
-    MAKE(numbers, floats, 16, x);
-}
-WIDE __m512i wide_of_bytes(__m128i x, int is_signed) {
-    uint8_t bytes[16];
+WIDE __m512i wide_of_bytes(__m128i x) {
+    int8_t bytes[16];
     memcpy(bytes, &x, sizeof bytes);
-    MAKE(all, integers, 16, is_signed ? (int8_t)bytes[i] : bytes[i]);
+    MAKE(all, integers, 16, bytes[i]);
 }
 WIDE __m512i wide_of_words(__m256i x) {
     uint16_t words[16];
@@ -131,19 +128,9 @@ WIDE float wide_sum(__m512 x) {
         for (int i = 0; i < apart; i++) a.floats[i] += a.floats[i + apart];
     return a.floats[0];
 }
-WIDE __m512i wide_shifted(__m512i x, int left) {
-    wide a = OF(x);
-    MAKE(all, bits, 16, a.bits[i] << left);
-}
 WIDE __m512i wide_words_shifted(__m512i x, int right) {
     wide a = OF(x);
     MAKE(all, words, 32, (uint16_t)(a.words[i] >> right));
-}
-WIDE wide_mask wide_less(__m512i x, __m512i y) {
-    wide a = OF(x), b = OF(y);
-    wide_mask mask = 0;
-    for (int i = 0; i < 16; i++) mask |= (wide_mask)((a.bits[i] < b.bits[i]) << i);
-    return mask;
 }
 WIDE wide_mask wide_greater(__m512 x, __m512 y) {
     wide a = OF(x), b = OF(y);
@@ -151,9 +138,10 @@ WIDE wide_mask wide_greater(__m512 x, __m512 y) {
     for (int i = 0; i < 16; i++) mask |= (wide_mask)((a.floats[i] > b.floats[i]) << i);
     return mask;
 }
-WIDE __m512i wide_chosen(__m512i other, wide_mask mask, __m512i x) {
-    wide a = OF(x), b = OF(other);
-    MAKE(all, bits, 16, mask >> i & 1 ? a.bits[i] : b.bits[i]);
+/* Two lanes of x and two of y, by numbers of two bits. */
+WIDE __m512i wide_lanes_of(__m512i x, __m512i y, int numbers) {
+    wide a = OF(x), b = OF(y);
+    MAKE(all, lanes, 4, (i < 2 ? a : b).lanes[numbers >> 2 * i & 3]);
 }
 /* The 64 bytes of x and then those of y, by their numbers. */
 WIDE __m512i wide_picked_bytes(__m512i x, __m512i numbers, __m512i y) {
@@ -161,8 +149,6 @@ WIDE __m512i wide_picked_bytes(__m512i x, __m512i numbers, __m512i y) {
     MAKE(all, bytes, 64, (at.bytes[i] & 64 ? b : a).bytes[at.bytes[i] & 63]);
 }
 EACH(wide_larger, floats, 16, a.floats[i] > b.floats[i] ? a.floats[i] : b.floats[i])
-EACH(wide_sums, bits, 16, a.bits[i] + b.bits[i])
-EACH(wide_differences, floats, 16, a.floats[i] - b.floats[i])
 EACH(wide_quarters, quarters, 8, b.quarters[a.quarters[i] & 7])
 EACH(wide_looked_up, bytes, 64, b.bytes[i] & 128 ? 0 : a.bytes[i / 16 * 16 + b.bytes[i] % 16])
 /* The lower or upper halves of lanes of 16 bytes, a part of x and one of y in turn. */
@@ -175,20 +161,18 @@ EACH(wide_high_words, words, 32, FROM_HALVES(words, 8, 1))
 
 #undef _mm512_cmp_ps_mask
 #undef _mm512_reduce_ps
+#undef _mm512_shuffle_i64x2
 #define _mm512_loadu_si512(from) wide_load(from)
 #define _mm512_loadu_ps(from) ((__m512)wide_load(from))
 #define _mm512_storeu_si512(to, x) wide_store(to, x)
 #define _mm512_broadcast_i32x4(x) wide_lanes(x)
 #define _mm512_set1_epi8 wide_byte
 #define _mm512_set1_epi32(x) wide_integer(x)
-#define _mm512_set1_ps(x) wide_float(x)
-#define _mm512_setr_epi32(...) ((__m512i)(__v16si){__VA_ARGS__})
 #define _mm512_setr_epi64(...) ((__m512i)(__v8di){__VA_ARGS__})
 #define _mm512_and_si512(x, y) ((__m512i)((x) & (y)))
 #define _mm512_or_si512(x, y) ((__m512i)((x) | (y)))
 #define _mm512_andnot_si512(x, y) ((__m512i)(~(x) & (y)))
-#define _mm512_cvtepi8_epi32(x) wide_of_bytes(x, 1)
-#define _mm512_cvtepu8_epi32(x) wide_of_bytes(x, 0)
+#define _mm512_cvtepi8_epi32(x) wide_of_bytes(x)
 #define _mm512_cvtepu16_epi32(x) wide_of_words(x)
 #define _mm512_cvtph_ps(x) wide_of_halves(x)
 #define _mm512_cvtepi32_ps(x) wide_of_integers(x)
@@ -198,15 +182,10 @@ EACH(wide_high_words, words, 32, FROM_HALVES(words, 8, 1))
 #define _mm512_reduce_add_ps(x) wide_sum(x)
 #define _mm512_reduce_ps(x, downwards) wide_above_floor(x)
 #define _mm512_scalef_ps(x, by) wide_scaled(x, by)
-#define _mm512_slli_epi32(x, left) wide_shifted(x, left)
 #define _mm512_srli_epi16 wide_words_shifted
-#define _mm512_cmplt_epu32_mask(x, y) wide_less(x, y)
 #define _mm512_cmp_ps_mask(x, y, greater) wide_greater(x, y)
-#define _mm512_add_epi32(x, y) wide_sums(x, y)
-#define _mm512_mask_add_epi32(other, mask, x, y) wide_chosen(other, mask, wide_sums(x, y))
-#define _mm512_mask_sub_ps(other, mask, x, y) \
-    ((__m512)wide_chosen((__m512i)(other), mask, wide_differences((__m512i)(x), (__m512i)(y))))
 #define _mm512_max_ps(x, y) ((__m512)wide_larger((__m512i)(x), (__m512i)(y)))
+#define _mm512_shuffle_i64x2(x, y, quarters) wide_lanes_of(x, y, quarters)
 #define _mm512_permutex2var_epi8(x, numbers, y) wide_picked_bytes(x, numbers, y)
 #define _mm512_permutexvar_epi64(numbers, x) wide_quarters(numbers, x)
 #define _mm512_shuffle_epi8 wide_looked_up

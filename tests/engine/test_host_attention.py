@@ -259,11 +259,11 @@ class Judged(Balance):
 
     def __init__(self) -> None:
         super().__init__(1.0, fixed=False)
-        self.notes: list[bool] = []
+        self.notes: list[tuple[bool, bool]] = []
 
-    def note(self, *, late_s: float, host_s: float) -> None:
+    def note(self, *, late_s: float, host_s: float, unasked: bool = False) -> None:
         assert host_s > 0
-        self.notes.append(late_s > 0)
+        self.notes.append((late_s > 0, unasked))
 
 
 def test_who_was_first_is_told_once_it_is_known() -> None:
@@ -277,10 +277,11 @@ def test_who_was_first_is_told_once_it_is_known() -> None:
     device.finish_compute()
     assert not balance.notes
     decode(engine, ReferenceKernel())
-    assert balance.notes == [True, True]  # held back, so later than compute
+    # Held back, so later than compute; and the second one was done before the third was asked for.
+    assert balance.notes == [(True, False), (True, True)]
     engine.crop(0, 30)
     decode(engine, ReferenceKernel())
-    assert balance.notes == [True, True]  # the third was dropped with what was settled
+    assert len(balance.notes) == 2  # the third was dropped with what was settled
     engine.close()
 
 

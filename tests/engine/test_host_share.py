@@ -190,6 +190,29 @@ def test_steps_in_pieces_leave_the_share_of_one_launch_alone() -> None:
     assert not balance.judged
 
 
+def test_a_share_stays_while_steps_wait_for_python() -> None:
+    """The link fetches ahead meanwhile, so that the host is late with any share."""
+    kept: list[Settled] = []
+    balance = Balance(0.55, fixed=False, on_settled=kept.append)
+    for number in range(400):
+        balance.note(late_s=0.9, host_s=1.0, unasked=number % 32 > 2)
+    assert (balance.share, balance.settled) == (0.55, True)
+    balance.one_launch = True
+    assert balance.share == 0.55
+    balance.one_launch = False
+    # Steps are longer than Python takes by now, and the host is the slower one.
+    assert run(balance, 1.0, 3.0) == pytest.approx(0.25, rel=0.05)
+    # Another cache that begins with it seeks it as well.
+    assert run(Balance(kept[0], fixed=False), 1.0, 3.0) == pytest.approx(0.25, rel=0.05)
+
+
+def test_steps_that_wait_for_python_now_and_then_have_their_share_sought() -> None:
+    balance = Balance(0.55, fixed=False)
+    for number in range(300):  # the first layers of a step follow what came between steps
+        balance.note(late_s=0.9, host_s=1.0, unasked=number % 32 < 12)
+    assert balance.share < 0.5
+
+
 def test_a_share_with_which_the_host_is_late_now_and_then_stays() -> None:
     balance = Balance(0.55, fixed=False)
     for number in range(400):

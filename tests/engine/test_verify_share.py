@@ -17,6 +17,7 @@ from headinfer.engine.engine import Engine
 from headinfer.engine.stats import Stats
 from headinfer.plan.options import Options
 from headinfer.plan.resolve import resolve
+from host_share import launch_a_layer_ahead
 from shapes import model_shape
 
 LAYERS, CONTEXT_TOKENS, VERIFIED, DIM = 16, 320, 8, 8
@@ -48,6 +49,7 @@ class Timed(ReferenceKernel):
             return self.host_s if late else self.host_s - self.link_s
 
         monkeypatch.setattr(SimulatedEvent, "seconds_to", late_s)
+        launch_a_layer_ahead(monkeypatch)
         monkeypatch.setattr(time, "perf_counter", lambda: self._now_s)
 
     def attend(self, work: Work) -> None:

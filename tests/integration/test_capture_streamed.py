@@ -33,6 +33,7 @@ from headinfer.engine.streaming_step import StreamingStep
 from headinfer.integration.calls import cache_argument
 from headinfer.offload import Offload
 from headinfer.schedule import route
+from host_share import launch_a_layer_ahead
 from tiny_models import random_tokens, shared_model
 
 PLACEMENTS: dict[str, dict[str, Any]] = {
@@ -308,6 +309,7 @@ def test_without_jobs_a_step_is_in_pieces(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_share_that_changes_is_settled_in_pieces_first(monkeypatch: pytest.MonkeyPatch) -> None:
     model = shared_model("llama3")
     monkeypatch.setattr(FlaggedHost, "times", lambda _host: None)
+    launch_a_layer_ahead(monkeypatch)
     with attached("llama3", "both") as offload:
         tokens = random_tokens(1, 100)
         cache, corrected = with_a_share_to_correct(monkeypatch, offload, model, tokens)

@@ -4,6 +4,7 @@ import contextlib
 import statistics
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from headinfer.by_context import ByContext
 from headinfer.engine.one_launch_share import (
@@ -41,6 +42,20 @@ A host that is late in each layer is late by all of its time, or nearly so.
 """
 
 
+class _Note(NamedTuple):
+    """A layer's attention, as `Balance.note` is told of it.
+
+    Attributes:
+        late: how late the host was, over its time.
+        host_s: seconds that the host took.
+        unasked: whether Python was the last of all.
+    """
+
+    late: float
+    host_s: float
+    unasked: bool
+
+
 @dataclass(slots=True)
 class Settled:
     """A share with which both finish together, as all caches share it that begin with it.
@@ -49,16 +64,18 @@ class Settled:
         share: of the tokens that are not resident.
         host_s: seconds that the host takes for a layer's.
         valid_notes: layers' attentions, of any cache, after which it is sought again.
+        assumed: whether it was not sought, as steps waited for Python.
         in_one_launch: what steps of one launch have in its place.
     """
 
     share: float
     host_s: float
     valid_notes: int = _VALID_NOTES
+    assumed: bool = False
     in_one_launch: OneLaunchShare = field(init=False)
 
     def __post_init__(self) -> None:
-        self.in_one_launch = OneLaunchShare(self.share, self.host_s)
+        self.in_one_launch = OneLaunchShare(self.share, None if self.assumed else self.host_s)
 
 
 class Balance:
@@ -68,6 +85,10 @@ class Balance:
     its lateness over the host's time says how far off the share is (a step of Newton's). Where the
     host is late, nothing says it: meanwhile the link fetches as many tiles as there are buffers. So
     the share is cut until the device is late. Then it is sought between the two, by halves.
+
+    While steps wait for Python, the link fetches ahead, and the host is late with any share. A
+    smaller one would leave the link more to do, and steps in one launch would take longer. So the
+    share stays as it is until they no longer wait.
 
     A share with which both finish together stays, and of two close ones the larger. Beyond the best
     share a step grows with the time of the host's attention. Before it a step grows with the link's
@@ -102,7 +123,7 @@ class Balance:
         self.one_launch = False
         self._on_settled = on_settled
         self._steady = False
-        self._notes: list[tuple[float, float]] = []  # the host's lateness over its time, and that
+        self._notes: list[_Note] = []
         self._untrue = _UNTRUE_NOTES  # notes to come that tell nothing
         self._settled: Settled | None = None
         self._past_changes = 0  # of shares that were sought anew
@@ -139,13 +160,14 @@ class Balance:
         finally:
             self._steady = False
 
-    def note(self, *, late_s: float, host_s: float) -> None:
+    def note(self, *, late_s: float, host_s: float, unasked: bool = False) -> None:
         """Take in a layer's attention.
 
         Args:
             late_s: seconds from when the device had done its part to when the host had; less than 0
                 where the host was first.
             host_s: seconds that the host took.
+            unasked: whether both had done it before Python asked for the next layer's.
         """
         if self._steady or self.fixed or host_s <= 0:
             return
@@ -157,16 +179,18 @@ class Balance:
             if self._settled.valid_notes <= 0:
                 self._notes.clear()
                 self._seek()
-        self._notes.append((late_s / host_s, host_s))
+        self._notes.append(_Note(late_s / host_s, host_s, unasked))
         if len(self._notes) < (_SETTLED_NOTES if self._settled else _NOTES):
             return
         # Medians, for a step that was interrupted tells nothing.
-        late, typical_s = map(statistics.median, zip(*self._notes, strict=True))
+        typical = _Note(*map(statistics.median_low, zip(*self._notes, strict=True)))
         self._notes.clear()
         if self._settled:
-            self._watch(late)
+            self._watch(typical)
+        elif typical.unasked:
+            self._settle(typical.host_s, assumed=True)
         else:
-            self._try_another(late, typical_s)
+            self._try_another(typical.late, typical.host_s)
 
     def note_step(self, times: StepTimes, new_tokens: int, tokens: int) -> None:
         """Take in a step of one launch; see `OneLaunchShare.note`."""
@@ -188,14 +212,18 @@ class Balance:
         self._high: float | None = None  # the smallest one with which the host was
         self._cut = _FIRST_CUT
 
-    def _settle(self, host_s: float) -> None:
+    def _settle(self, host_s: float, *, assumed: bool = False) -> None:
         """Stay with the share there is, with which the host takes so long, or nearly so."""
-        self._settled = Settled(self._sought, host_s)
+        self._settled = Settled(self._sought, host_s, assumed=assumed)
         self._on_settled(self._settled)
 
-    def _watch(self, late: float) -> None:
-        """Seek a settled share anew where the device has become late."""
-        if late < -_LEAST_GROWTH:
+    def _watch(self, typical: "_Note") -> None:
+        """Seek a settled share anew where the device is late, or an assumed one is too large."""
+        assert self._settled is not None
+        if typical.unasked:
+            return
+        host_late = self._settled.assumed and typical.late > _TOGETHER
+        if typical.late < -_LEAST_GROWTH or host_late:
             self._seek()
 
     def _try_another(self, late: float, host_s: float) -> None:

@@ -281,7 +281,8 @@ class HostAttention:
             if took.seconds is None:
                 self._collect()
             self._unjudged.popleft()
-            took.balance.note(late_s=late_s, host_s=took.seconds or 0.0)
+            unasked = not self._unjudged  # also the newest one is done
+            took.balance.note(late_s=late_s, host_s=took.seconds or 0.0, unasked=unasked)
 
     def _collect(self) -> None:
         """Take in the times of what ran since, and let go of what it attended."""

@@ -90,8 +90,8 @@ class OneLaunchShare:
     - a share of 0.58: 198 ms
 
     Args:
-        in_pieces: the share that is best in pieces.
-        host_s: seconds that the host takes for a layer's.
+        in_pieces: the share that is best in pieces, or one that was not sought there.
+        host_s: seconds that the host takes for a layer's; None where the share was not sought.
 
     Attributes:
         share: as it is now.
@@ -99,8 +99,8 @@ class OneLaunchShare:
         judged: whether it stays: its last change cost time, or another one would spare little.
     """
 
-    def __init__(self, in_pieces: float, host_s: float) -> None:
-        more = min(_SPARED_S / host_s, _MOST_SPARED)
+    def __init__(self, in_pieces: float, host_s: float | None) -> None:
+        more = min(_SPARED_S / host_s, _MOST_SPARED) if host_s is not None else 0.0
         self.share = min(in_pieces * (1 + more), MOST_SHARE)
         self.changes, self.judged = 0, False
         self._steps: list[tuple[float, float]] = []  # with this share: its growth, and `took_s`

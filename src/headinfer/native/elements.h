@@ -124,7 +124,8 @@ INLINE vector exp2_of(vector x) {
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
 /*
  * 2 to the power of x, relative error 3e-6: for what is rounded to a bfloat16 next, which has 4e-3. x up
- * to 100; NaN stays. The processor takes numbers apart, and puts them together.
+ * to 100, of -inf and what is too small it is 0; NaN stays. The processor takes numbers apart, and puts
+ * them together.
  */
 INLINE vector exp2_shortly(vector x) {
     vector f = (vector)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);

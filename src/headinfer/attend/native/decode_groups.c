@@ -117,7 +117,7 @@ static __attribute__((noinline)) void shrink_sums(struct state *s, int64_t group
 /* Pairs of bfloat16 nearest to two vectors that are not negative; of two as near, the larger. */
 INLINE vector pairs_of(vector early, vector late) {
     bits32 half = {0}, upper = (bits32)late + (half + 0x8000), lower = (bits32)early + (half + 0x8000);
-    return (vector)(upper & 0xffff0000 | lower >> 16);
+    return (vector)((upper & 0xffff0000) | lower >> 16);
 }
 
 /*
@@ -151,32 +151,35 @@ INLINE void weigh_span(struct state *s, int64_t group, int at, int first, float 
 }
 
 /* Return the keys of a page of a block that begins `at` a token, in `room` or where they are. */
-INLINE const element *page_of(const stored *keys, int64_t at, int page, struct window w,
+INLINE const element *page_of(const stored *keys, int64_t at, int page, struct range seen,
                               element room[PAGE][HEAD_DIM], const stored *ahead) {
 #ifdef PACKED
-    (void)w;
+    (void)seen;
     unpack_page(keys + (at / PAGE + page) * PAGE_BYTES, room[0], ahead + page * HALF_PAGE);
 #else
     (void)ahead;
     const element *rows = keys + (at + page * PAGE) * HEAD_DIM;
-    if (sees_page(w, page)) return rows;
+    if (has_page(seen, page)) return rows;
     for (int token = 0; token < PAGE; token++) /* the others need not be there */
-        if (sees(w, page * PAGE + token))
+        if (has(seen, page * PAGE + token))
             memcpy(room[token], rows + token * HEAD_DIM, sizeof *room);
 #endif
     STORED();
     return room[0];
 }
 
+/* Which token of a page has the score `at` a place of a half of it, see `score_span`. */
+INLINE int token_of(int half, int at) { return half * STEP + at / STEP * APART + at % STEP; }
+
 /* Turn a page's keys into weights of a group, or of two. */
-static void weigh_page(struct state *s, const element *keys, int page, struct window w,
+static void weigh_page(struct state *s, const element *keys, int page, struct range seen,
                        int64_t group, int both, float scale, struct ahead *a) {
     for (int half = 0; half < 2; half++) {
         int first = page * PAGE + half * SPAN;
         score_span(s, keys + half * STEP * HEAD_DIM, group, both, a);
-        for (int token = 0; token < SPAN && !sees_page(w, page); token++)
-            if (!sees(w, page * PAGE + half * STEP + token / STEP * APART + token % STEP))
-                for (int at = 0; at < 2 * STEP; at += STEP) put(s->scores[token] + at, all(-INFINITY));
+        for (int at = 0; at < SPAN && !has_page(seen, page); at++)
+            if (!has(seen, page * PAGE + token_of(half, at)))
+                for (int i = 0; i < 2 * STEP; i += STEP) put(s->scores[at] + i, all(-INFINITY));
         weigh_span(s, group, 0, first, scale, a);
         if (both) weigh_span(s, group + 1, STEP, first, scale, a);
     }
@@ -192,15 +195,15 @@ INLINE void add_chunk(struct state *s, int chunk, int64_t pages, int64_t group, 
     _tile_loadd(1, one[1], TILE_BYTES);
     _tile_loadd(2, other[0], TILE_BYTES);
     _tile_loadd(3, other[1], TILE_BYTES);
-    for (int64_t first = 0; first < pages * APART; first += STEP) {
+    for (int64_t pair = 0; pair < pages * APART; pair += STEP) {
         ask(a);
-        _tile_loadd(4, &s->weights[group * STEP][2 * first], BLOCK * 2);
-        _tile_loadd(6, values[0][first], TILE_BYTES);
+        _tile_loadd(4, &s->weights[group * STEP][2 * pair], BLOCK * 2);
+        _tile_loadd(6, values[0][pair], TILE_BYTES);
         _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, values[1][first], TILE_BYTES);
+        _tile_loadd(7, values[1][pair], TILE_BYTES);
         _tile_dpbf16ps(1, 4, 7);
         if (both) {
-            _tile_loadd(5, &s->weights[(group + 1) * STEP][2 * first], BLOCK * 2);
+            _tile_loadd(5, &s->weights[(group + 1) * STEP][2 * pair], BLOCK * 2);
             _tile_dpbf16ps(2, 5, 6);
             _tile_dpbf16ps(3, 5, 7);
         }
@@ -214,14 +217,14 @@ INLINE void add_chunk(struct state *s, int chunk, int64_t pages, int64_t group, 
 }
 
 /* Add the weighted values of a block to the sums of all groups; each chunk begins where one ended. */
-static void add_values(struct state *s, const packable *values, int64_t pages, struct window w,
+static void add_values(struct state *s, const packable *values, int64_t pages, struct range seen,
                        int64_t groups, const stored *ahead, struct ahead *a) {
     const uint8_t *next = (const uint8_t *)ahead;
     int64_t pairs = (groups + 1) / 2;
     for (int chunk = 0; chunk < CHUNKS; chunk++) {
         if (chunk * DIMS % PANEL == 0) {
             for (int page = 0; page < pages; page++, next += APART * 64)
-                pack_page(s->values, values, page, chunk * DIMS, w, next);
+                pack_page(s->values, values, page, chunk * DIMS, seen, next);
             STORED();
         }
         for (int64_t pair = 0; pair < pairs; pair++) {
@@ -251,23 +254,23 @@ static void begin(struct state *s, const float *query, int64_t rows, int64_t gro
     STORED();
 }
 
-/* Attend queries to `count` keys from `first` on; out [rows][HEAD_DIM], lse [rows]. */
+/* Attend queries to `count` keys from `first` on, scale > 0; out [rows][HEAD_DIM], lse [rows]. */
 static void attend_part(const float *query, const stored *keys, const stored *values, int64_t first,
                         int64_t count, float scale, float *out, float *lse, int64_t rows) {
     int64_t groups = (rows + STEP - 1) / STEP;
     struct state s;
     begin(&s, query, rows, groups);
-    for (int64_t at = first / PAGE * PAGE, end = first + count; at < end; at += BLOCK) {
-        struct window w = {first - at, end - at};
+    for (int64_t at = first / PAGE * PAGE, end = first + count; at < end && count; at += BLOCK) {
+        struct range seen = {first - at, end - at};
         int64_t pages = end - at < BLOCK ? (end - at + PAGE - 1) / PAGE : BLOCK / PAGE;
         const stored *these = values + at * ROW, *those = keys + (at + BLOCK) * ROW;
         struct ahead a = ahead_of(these + FETCHED, those + FETCHED, (groups + 1) / 2);
         for (int page = 0; page < pages; page++) {
-            const element *k = page_of(keys, at, page, w, s.room, these);
+            const element *k = page_of(keys, at, page, seen, s.room, these);
             for (int64_t group = 0; group < groups; group += 2)
-                weigh_page(&s, k, page, w, group, group + 1 < groups, scale * LOG2_E, &a);
+                weigh_page(&s, k, page, seen, group, group + 1 < groups, scale * LOG2_E, &a);
         }
-        add_values(&s, packable_of(values, at, pages, s.room, those), pages, w, groups, those, &a);
+        add_values(&s, packable_of(values, at, pages, s.room, those), pages, seen, groups, those, &a);
     }
     for (int64_t row = 0; row < rows; row++) {
         int group = row / STEP, lane = row % STEP;
@@ -282,4 +285,5 @@ static void attend_part(const float *query, const stored *keys, const stored *va
 }
 
 #include "heads.h"
+_Static_assert(PAGE == PART_TOKENS, "no page is in two stretches");
 #endif

@@ -85,6 +85,22 @@ INLINE const uint16_t *panel_of(struct state *s, const element *from, int tokens
 #endif
 
 /*
+ * Return BLOCK tokens from `first` on, in `room` or where they are; those from `count` on are zeros.
+ */
+INLINE const element *block_of(const stored *from, int64_t first, int64_t count,
+                               element room[ROOM][HEAD_DIM], const stored *ahead) {
+    const element *rows = rows_of(from, first, count < BLOCK ? count : BLOCK, room, ahead);
+    if (count < BLOCK) {
+#ifndef PACKED
+        rows = memcpy(room[0], rows, count * sizeof *room);
+#endif
+        memset((element *)rows + count * HEAD_DIM, 0, (BLOCK - count) * sizeof *room);
+    }
+    STORED();
+    return rows;
+}
+
+/*
  * Ask for one of `parts` equal parts of `count` keys or values. A core has few requests to memory in
  * flight: all at once would keep the next tile waiting, and none would be left to overlap with the
  * arithmetic, so each phase asks for a little all the time. (A core of a Xeon with AMX reads 13 GB/s

@@ -11,19 +11,3 @@
 
 /* GCC does not know that tiles are loaded from memory: without this it may leave out what was stored. */
 #define STORED() __asm__ volatile("" ::: "memory")
-
-/*
- * Return BLOCK tokens from `first` on, in `room` or where they are; those from `count` on are zeros.
- */
-INLINE const element *block_of(const stored *from, int64_t first, int64_t count,
-                               element room[ROOM][HEAD_DIM], const stored *ahead) {
-    const element *rows = rows_of(from, first, count < BLOCK ? count : BLOCK, room, ahead);
-    if (count < BLOCK) {
-#ifndef PACKED
-        rows = memcpy(room[0], rows, count * sizeof *room);
-#endif
-        memset((element *)rows + count * HEAD_DIM, 0, (BLOCK - count) * sizeof *room);
-    }
-    STORED();
-    return rows;
-}
