@@ -8,7 +8,7 @@ import torch
 from attended import only, reference
 from headinfer.attend.work import Kernel
 from headinfer.device.simulated import SimulatedDevice
-from headinfer.device.simulated_event import SimulatedEvent
+from headinfer.engine.balance import Balance
 from headinfer.engine.engine import Engine
 from headinfer.engine.stats import Stats
 from headinfer.plan.options import Options
@@ -60,16 +60,13 @@ def decode(
 
 
 def launch_a_layer_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have Python ask for each layer before the last one is done, as where a device is slower."""
-    told, asked = SimulatedEvent.seconds_to, set()
+    """Have it be as where Python asks for a layer before the one before it is done."""
+    told = Balance.note
 
-    def seconds_to(done: SimulatedEvent, answered: SimulatedEvent) -> float | None:
-        if answered not in asked:
-            asked.add(answered)
-            return None
-        return told(done, answered)
+    def note(self: Balance, *, late_s: float, host_s: float, unasked: bool = False) -> None:
+        told(self, late_s=late_s, host_s=host_s)
 
-    monkeypatch.setattr(SimulatedEvent, "seconds_to", seconds_to)
+    monkeypatch.setattr(Balance, "note", note)
 
 
 def grow(engine: Engine) -> None:

@@ -19,6 +19,7 @@ from headinfer.engine.ready import Form
 from headinfer.integration.calls import cache_argument
 from headinfer.offload import Offload
 from headinfer.schedule import route
+from host_share import launch_a_layer_ahead
 from parted import spread
 from tiny_models import random_tokens, shared_model, tiny_model
 
@@ -249,6 +250,7 @@ def test_passes_wait_for_a_share_that_is_settled(monkeypatch: pytest.MonkeyPatch
     model = shared_model("llama3")
     for notes in ("_NOTES", "_UNTRUE_NOTES"):
         monkeypatch.setattr(balance, notes, 1)
+    launch_a_layer_ahead(monkeypatch)
     with headinfer.attach(model, **SIMULATED | PLACEMENTS["both"]) as offload:
         cache = prompted(offload, model)
         balances = cache.state.engine._balances

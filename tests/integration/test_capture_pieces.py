@@ -23,6 +23,7 @@ from headinfer.device.simulated import SimulatedDevice
 from headinfer.engine import balance
 from headinfer.integration.calls import cache_argument
 from headinfer.offload import Offload
+from host_share import launch_a_layer_ahead
 from tiny_models import random_tokens, shared_model
 
 PLACEMENTS: dict[str, dict[str, Any]] = {
@@ -187,6 +188,7 @@ def test_the_hosts_share_stays_while_a_step_is_compared(monkeypatch: pytest.Monk
         monkeypatch.setattr(balance, notes, 1)
     for far in ("_TOGETHER", "_CLOSE"):  # no share is good enough, however busy this machine is
         monkeypatch.setattr(balance, far, 0.0)
+    launch_a_layer_ahead(monkeypatch)
     with headinfer.attach(model, device="simulated", **PLACEMENTS["host"]) as offload:
         cache = offload.new_cache()
         model(random_tokens(1, 90), **cache_argument(model, cache))
