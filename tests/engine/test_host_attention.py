@@ -281,7 +281,8 @@ def test_who_was_first_is_told_once_it_is_known() -> None:
     assert balance.notes == [(True, False), (True, True)]
     engine.crop(0, 30)
     decode(engine, ReferenceKernel())
-    assert len(balance.notes) == 2  # the third was dropped with what was settled
+    # The third was dropped with what was settled.
+    assert balance.notes == [(True, False), (True, True)]
     engine.close()
 
 

@@ -217,7 +217,7 @@ class Balance:
         self._settled = Settled(self._sought, host_s, assumed=assumed)
         self._on_settled(self._settled)
 
-    def _watch(self, typical: "_Note") -> None:
+    def _watch(self, typical: _Note) -> None:
         """Seek a settled share anew where the device is late, or an assumed one is too large."""
         assert self._settled is not None
         if typical.unasked:

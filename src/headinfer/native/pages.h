@@ -26,6 +26,13 @@ INLINE struct page_header header_of(const uint8_t *page) {
     return header;
 }
 
+/* The values of a page that has overflowed, as they are. */
+INLINE const uint16_t *raw_of(const uint8_t *page) {
+    uint64_t address;
+    memcpy(&address, page + PLACES_AT, sizeof address);
+    return (const uint16_t *)(uintptr_t)address;
+}
+
 #ifdef AT_ONCE
 /* Exponents by their codes, as they go into the lower and the upper byte of a value. */
 struct tables {
@@ -88,9 +95,7 @@ INLINE void unpack_codes(const uint8_t *page, uint8_t base, uint16_t *to, const 
 static inline void unpack_page(const uint8_t *page, uint16_t *to, const uint8_t *ahead) {
     struct page_header header = header_of(page);
     if (header.overflowed) {
-        uint64_t address;
-        memcpy(&address, page + PLACES_AT, sizeof address);
-        memcpy(to, (const void *)(uintptr_t)address, PAGE_VALUES * sizeof *to);
+        memcpy(to, raw_of(page), PAGE_VALUES * sizeof *to);
         return;
     }
     unpack_codes(page, header.base, to, ahead);

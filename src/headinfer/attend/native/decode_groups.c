@@ -153,19 +153,19 @@ INLINE void weigh_span(struct state *s, int64_t group, int at, int first, float 
 /* Return the keys of a page of a block that begins `at` a token, in `room` or where they are. */
 INLINE const element *page_of(const stored *keys, int64_t at, int page, struct range seen,
                               element room[PAGE][HEAD_DIM], const stored *ahead) {
+    const stored *part = ahead + page * PAGE * FETCHED / BLOCK;
+    const element *rows = rows_of(keys, at + page * PAGE, PAGE, room, part);
 #ifdef PACKED
     (void)seen;
-    unpack_page(keys + (at / PAGE + page) * PAGE_BYTES, room[0], ahead + page * HALF_PAGE);
 #else
-    (void)ahead;
-    const element *rows = keys + (at + page * PAGE) * HEAD_DIM;
     if (has_page(seen, page)) return rows;
     for (int token = 0; token < PAGE; token++) /* the others need not be there */
         if (has(seen, page * PAGE + token))
             memcpy(room[token], rows + token * HEAD_DIM, sizeof *room);
+    rows = room[0];
 #endif
     STORED();
-    return room[0];
+    return rows;
 }
 
 /* Which token of a page has the score `at` a place of a half of it, see `score_span`. */

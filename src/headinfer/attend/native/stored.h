@@ -26,11 +26,11 @@ typedef element stored;
 #define REST (ROW - FETCHED / BLOCK)
 
 /*
- * Return `count` tokens from `first` on, in `room` or where they are. If they are unpacked, FETCHED of
- * what lies at `ahead` is fetched meanwhile.
+ * Return `count` tokens from `first` on, in `room` for the pages they lie in, or where they are. If a
+ * block is unpacked, FETCHED of what lies at `ahead` is fetched meanwhile; of fewer tokens, less.
  */
 INLINE const element *rows_of(const stored *from, int64_t first, int64_t count,
-                              element room[ROOM][HEAD_DIM], const stored *ahead) {
+                              element room[][HEAD_DIM], const stored *ahead) {
 #ifdef PACKED
     int64_t page = first / PAGE_TOKENS, end = (first + count + PAGE_TOKENS - 1) / PAGE_TOKENS;
     for (int64_t i = 0; page + i < end; i++)

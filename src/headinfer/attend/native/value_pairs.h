@@ -86,9 +86,7 @@ INLINE void pack_page(panel to, const packable *values, int index, int dim, stru
     const uint8_t *page = values + index * PAGE_BYTES;
     struct page_header header = header_of(page);
     if (header.overflowed) {
-        uint64_t address;
-        memcpy(&address, page + PLACES_AT, sizeof address);
-        pack_raw_pairs(to, (const element *)(uintptr_t)address + dim, index * APART);
+        pack_raw_pairs(to, raw_of(page) + dim, index * APART);
     } else {
         unpack_pairs(to, page + dim, header.base, index * APART, ahead);
         for (int i = 0; i < header.escapes; i++) {
@@ -136,17 +134,10 @@ INLINE void pack_page(panel to, const packable *values, int index, int dim, stru
  */
 INLINE const packable *packable_of(const stored *values, int64_t at, int64_t pages,
                                    element room[BLOCK][HEAD_DIM], const stored *ahead) {
-    (void)pages, (void)room, (void)ahead;
-#ifndef PACKED
-    return values + at * HEAD_DIM;
-#else
-    values += at / PAGE * PAGE_BYTES;
 #if UNPACKS_PAIRS
-    return values;
+    (void)pages, (void)room, (void)ahead;
+    return values + at / PAGE * PAGE_BYTES;
 #else
-    for (int page = 0; page < pages; page++)
-        unpack_page(values + page * PAGE_BYTES, room[page * PAGE], ahead + page * HALF_PAGE);
-    return room[0];
-#endif
+    return rows_of(values, at, pages * PAGE, room, ahead);
 #endif
 }
