@@ -6,7 +6,8 @@
 #   benchmarks/gpu.sh            all of it
 #   benchmarks/gpu.sh PART...    some parts: tests, kernels, trace, or what follows gpu- in the name of
 #                                a result, such as first-token
-# A machine is probed before its first part. DRY=1 prints the benchmarks' commands and runs nothing.
+# A machine is probed before its first part, and its memory written once. DRY=1 prints the
+# benchmarks' commands and runs nothing.
 # Ends itself after BUDGET_S seconds (570); run again with the same OUT it goes on where it was.
 # Results go to OUT.
 # DISK is a folder on the disk that lies below CPU memory in the runs named disk (/tmp). It needs 15 GiB.
