@@ -28,6 +28,7 @@ from headinfer.cli.shapes import shape_of
 from headinfer.device.host_pages import map_host_memory
 from headinfer.errors import MemoryPlanError
 from headinfer.plan.options import Options
+from headinfer.session import Session
 from tiny_models import tiny_model
 
 
@@ -99,6 +100,24 @@ def test_the_simulated_device_counts_bytes_over_the_link():
     assert result.prefill_bytes_to_host > 0
     assert result.decode_bytes_to_device > 0
     assert result.kv_device_bytes > 0
+
+
+def test_what_is_compiled_for_a_long_context_is_not_in_the_prompts_time(monkeypatch):
+    spec, done = trial_spec("headinfer", context_tokens=200), []
+    planned, passed = Session.plan_for, HeadInfer.prefill
+
+    def plan_for(self, batch, tokens, *others, **options):
+        done.append(f"plan {tokens}")
+        return planned(self, batch, tokens, *others, **options)
+
+    def prefill(self, tokens, cache):
+        done.append("prompt")
+        return passed(self, tokens, cache)
+
+    monkeypatch.setattr(Session, "plan_for", plan_for)
+    monkeypatch.setattr(HeadInfer, "prefill", prefill)
+    run_trial(spec)
+    assert done.index(f"plan {spec.all_tokens}") < done.index("prompt")
 
 
 @pytest.mark.parametrize(("new_tokens", "sent"), [(3, 0), (70, 64)])  # of which pages go home

@@ -172,7 +172,7 @@ class HeadInfer:
         }
 
     def check_fits(self, tokens: int) -> None:
-        """Check that a cache of so many tokens can be planned.
+        """Check that a cache of so many tokens can be planned, and packed where its plan packs.
 
         Raises:
             MemoryPlanError: it cannot.

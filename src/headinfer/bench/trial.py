@@ -165,6 +165,8 @@ def _warm_up(spec: TrialSpec, method: Method, run: _Run, tokens: torch.Tensor) -
     Returns:
         The seconds of the prefill, if the prompt was the one that is timed afterwards.
     """
+    if isinstance(method, HeadInfer):  # a long context's form may be one that is compiled for
+        method.check_fits(spec.all_tokens)
     timed = tokens.device.type == "cuda" and spec.fill is Fill.PREFILL
     prompt_tokens = min(_PREPARED_TOKENS if timed else _WARM_UP_TOKENS, spec.context_tokens)
     end = min(prompt_tokens + _WARM_UP_STEPS, spec.all_tokens)
