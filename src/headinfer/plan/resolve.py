@@ -113,7 +113,7 @@ _LATER = 1.01
 Smaller chunks leave room for more resident tokens, which answers profit from. But prompts are what
 users wait for first.
 
-Measured beside an H200, Llama-3-8B held to 24 GiB and 400K tokens (1.5% of a prompt predicted):
+Measured beside an H100, Llama-3-8B held to 24 GiB and 400K tokens (1.5% of a prompt predicted):
 
 - chunks of 8K: 92.6 s, then 613 ms a token
 - chunks of 16K: 90.3 s, then 520 ms a token
