@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Sequence
 
+from headinfer.attend.native.ahead import begin_compiling
 from headinfer.device.base import Device, Edge
 from headinfer.engine.codecs import check_codec, codec_of
 from headinfer.engine.disk_tiles import DiskTiles
@@ -86,6 +87,8 @@ def build(
             stats=stats,
         )
         return InPlaceTiles(plan.tile_tokens), pages, arena.num_bytes, None
+    if plan.host_share:
+        _compile_ahead(plan, ledgers)
     # What lay there before may still be in use on compute. Copy-out reads what compute wrote later.
     device.copy_in.wait(device.compute.record(), Edge.MEMORY_FREE)
     buffers = [arena.take(plan.staging_bytes // STAGING_BUFFERS) for _ in range(STAGING_BUFFERS)]
@@ -109,6 +112,15 @@ def build(
     else:
         source = SequentialTiles(device, buffers[0], stats, packing, disk)
     return source, pages, arena.num_bytes, raw
+
+
+def _compile_ahead(plan: Plan, ledgers: Sequence[Ledger]) -> None:
+    """Have kernels that attend the host's share compiled while the prompt before it is read."""
+    for ledger in ledgers:
+        geometry, form = ledger.geometry, ledger.home.format
+        if geometry.key_dim == geometry.value_dim:  # as its kernels take them
+            rows = plan.shape.query_heads // plan.shape.kv_heads
+            begin_compiling(geometry.dtype, geometry.key_dim, rows, form)
 
 
 def _keep_residents(arena: Arena, ledgers: Sequence[Ledger], tokens: int) -> None:

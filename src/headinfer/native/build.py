@@ -14,6 +14,7 @@ import os
 import platform
 import shutil
 import subprocess
+import threading
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -134,17 +135,22 @@ def _kept_library(recipe: _Recipe) -> ctypes.CDLL:
     return _library_in(temporary_folder(), recipe)
 
 
+_taking: dict[Path, threading.Lock] = {}
+"""Locks, one for each kernel's file. The thread that looks for a file, or compiles it, holds it."""
+
+
 def _library_in(folder: Path, recipe: _Recipe) -> ctypes.CDLL:
     """Load a kernel from a folder in which nobody else can put one; compile it if need be."""
     path = folder / recipe.library
-    try:
-        check_sealed(path)
-    except FileNotFoundError:
-        _compile(recipe, path)
-    except (OSError, DamagedError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        _logger.warning("%s cannot be used (%s): it is compiled anew", path, reason)
-        _compile(recipe, path)
+    with _taking.setdefault(path, threading.Lock()):
+        try:
+            check_sealed(path)
+        except FileNotFoundError:
+            _compile(recipe, path)
+        except (OSError, DamagedError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            _logger.warning("%s cannot be used (%s): it is compiled anew", path, reason)
+            _compile(recipe, path)
     return ctypes.CDLL(str(path))
 
 

@@ -84,7 +84,7 @@ class FlagServer:
         """
         if self._address is not None:
             return
-        library = _library()
+        library = server_library()
         if library is None:
             raise PlaceError("there is no compiled server of flags")
         flags = self.asks.data_ptr(), self.answers.data_ptr()
@@ -100,7 +100,7 @@ class FlagServer:
     def expect(self) -> None:
         """Wake the thread for a step that is about to ask for all tasks, in their order."""
         if self._address is not None:
-            library = _library()
+            library = server_library()
             assert library is not None
             library.expect_flags(self._address)
 
@@ -110,7 +110,7 @@ class FlagServer:
         A thread that waits for the device spins, which slows the attention down.
         """
         if self._address is not None:
-            library = _library()
+            library = server_library()
             assert library is not None
             library.await_rest(self._address, _MOST_REST_S)
 
@@ -123,13 +123,13 @@ class FlagServer:
 
 def _end(process: int, address: int, _kept: object) -> None:
     """End a server's thread, unless it was lost in a fork."""
-    library = _library()
+    library = server_library()
     if library is not None and process == os.getpid():
         library.end_server(address)
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | None:
+def server_library() -> ctypes.CDLL | None:
     """Return `server.c` compiled; None where it cannot be had."""
     if sys.platform != "linux":
         return None
