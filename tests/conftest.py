@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from covering import thin
 from interpreted import patched_once
 
 if not torch.cuda.is_available():
@@ -15,8 +16,10 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest leaves out what is slow
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none."""
+    """Skip what needs a GPU where there is none, and leave many cases to runs of what is slow."""
+    thin(items)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -102,6 +102,7 @@ def check(case: Case, dtype: torch.dtype, rounding: float = 2e-6) -> None:
             torch.testing.assert_close(got, want.float(), rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("lengths", SPANS, ids=str)
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -117,6 +118,7 @@ def test_the_device_new_tensors_have_by_default_does_not_matter() -> None:
     torch.testing.assert_close(case.answer.out, wanted.out, rtol=2e-6, atol=2e-6)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("dim", [64, 96, 128, 256])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dims(dtype: torch.dtype, dim: int) -> None:
@@ -134,6 +136,7 @@ def test_groups_and_query_tokens(dtype: torch.dtype, groups: Sequence[int]) -> N
             check(Case((1, 2, group, q_len, 32), (33, 600), dtype), dtype)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("q_len", [5, 9, 16])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_many_rows(dtype: torch.dtype, q_len: int) -> None:
@@ -142,6 +145,7 @@ def test_many_rows(dtype: torch.dtype, q_len: int) -> None:
         check(Case((batch, 2, group, q_len, dim), (33, 600), dtype), dtype)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("kv_heads", [1, 2, 3])
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -167,6 +171,7 @@ def test_scores_that_differ_much_are_merged() -> None:
     check(case, torch.float32)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("tokens", [640, 630])  # whole blocks of nothing, and a part of one
 @pytest.mark.parametrize("group", [1, 16])
 def test_scores_of_minus_infinity_have_no_weight(group: int, tokens: int) -> None:

@@ -170,6 +170,7 @@ def test_pages_on_a_matrix_unit_in_c_in_several_stretches(unit_in_c: None) -> No
         torch.set_num_threads(1)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("few", [False, True], ids=["all of them", "few numbers"])
 @pytest.mark.parametrize("form", [Format.DENSE, Format.PACKED])
 def test_what_is_not_attended_on_a_matrix_unit_in_c_may_be_anything(

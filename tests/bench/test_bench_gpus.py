@@ -49,6 +49,7 @@ def environment(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES", ""))
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("fill", [Fill.PREFILL, Fill.RANDOM])
 @pytest.mark.parametrize("method", ["one", "one-host", "layers", "layers-host"])
 def test_layers_on_several_devices_agree_with_stock(method, fill):

@@ -128,6 +128,7 @@ VERBS = [
 ]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("columns", ["80", "120"])
 @pytest.mark.parametrize("verb", VERBS, ids=" ".join)
 def test_help_is_whole_and_has_panels_with_names(cli, monkeypatch, verb, columns):

@@ -122,6 +122,7 @@ def test_reports_tell_first_that_there_are_no_results(cli, tmp_path, monkeypatch
     assert "are not there" in line
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("columns", ["80", "130", "", "0", "many"])
 @pytest.mark.parametrize(
     "args",

@@ -126,6 +126,7 @@ def swap_halves(tensor: torch.Tensor) -> None:
     tensor.copy_(tensor.roll(tensor.shape[-2] // 2, dims=-2))
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("layer", [0, 1])
 @pytest.mark.parametrize("kv_head", [0, 1])
 @pytest.mark.parametrize("part", ["keys", "values"])

@@ -183,6 +183,7 @@ def test_a_missing_wait_is_noticed(model: PreTrainedModel, tmp_path: Path, edge:
         go(model, tmp_path, SimulatedDevice(seed=1, skip=[edge]))
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("form", ["dense", "packed"])
 @FAULTS
 def test_a_fault_ends_the_call_and_no_token_is_wrong(

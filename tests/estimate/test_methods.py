@@ -106,6 +106,7 @@ def test_tiles_on_the_device_are_two_in_the_paper_and_three_here(heads: int) -> 
     assert STAGING_BUFFERS * tile < ours < STAGING_BUFFERS * tile + 0.1 * GIB
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("kind", list(AccountingKind))
 @pytest.mark.parametrize("name", NAMES)
 def test_the_longest_context_fits_and_one_token_more_does_not(

@@ -51,6 +51,7 @@ def whole(records: list[Generated]) -> str:
     return "".join(record.text for record in records)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("options", DEVICES, ids=["cpu", "simulated"])
 @pytest.mark.parametrize("name", ["llama3", "mistral-sliding", "gemma2", "qwen3-next", "gpt-oss"])
 def test_an_answer_is_what_stock_transformers_gives(name: str, options: dict[str, Any]) -> None:

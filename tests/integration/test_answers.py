@@ -63,6 +63,7 @@ def in_any_chunks(model: Any, kv_cache: str = "dense") -> Offload:
     return attached(model, device_memory=memory, chunk_tokens="auto", kv_cache=kv_cache)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("capture", [True, False])
 @pytest.mark.parametrize("name", ["llama3", "gemma3"])
 def test_an_answer_has_residents_until_the_next_prompt(name: str, capture: bool) -> None:
@@ -225,6 +226,7 @@ def copied(chat: Chat) -> OffloadedCache:
     return copy.deepcopy(chat.cache)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("kv_cache", ["dense", "packed"])
 @pytest.mark.parametrize("make", [forked, copied])
 def test_copies_hold_the_same(make: Callable[[Chat], OffloadedCache], kv_cache: str) -> None:

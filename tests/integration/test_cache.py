@@ -71,6 +71,7 @@ def assert_same_contents(ours: Any, stock: Any) -> None:
                 torch.testing.assert_close(part, right)
 
 
+@pytest.mark.covering
 @each_device
 @pytest.mark.parametrize("name", ["llama3", "gemma3"])
 def test_a_cache_is_read_out_and_goes_on(name: str, options: dict[str, Any]) -> None:
@@ -246,6 +247,7 @@ def assert_same_answers(ours: Cache, stock: Cache) -> None:
                 assert mine[name] == right, name
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("options", [DEVICES[0], DEVICES[2]], ids=["cpu", "shared"])
 @pytest.mark.parametrize("name", ["llama3", "gemma3", "qwen3-next"])
 def test_every_answer_is_that_of_stock(name: str, options: dict[str, Any]) -> None:
@@ -334,6 +336,7 @@ INDICES: list[Any] = [
 ]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("options", [DEVICES[0], DEVICES[2]], ids=["cpu", "shared"])
 @pytest.mark.parametrize("name", ["llama3", "gemma3"])
 def test_rows_are_chosen_by_whatever_indexes_an_axis(name: str, options: dict[str, Any]) -> None:
@@ -364,6 +367,7 @@ def test_rows_that_are_not_there_are_refused(name: str, indices: Any, error: typ
         assert_same_contents(ours, stock)
 
 
+@pytest.mark.covering
 @each_device
 @pytest.mark.parametrize("rows", [[1, 0], (1, 1), torch.tensor([0, 1]), [1, 0, 0]])
 def test_rows_are_reordered_by_lists_too(rows: Any, options: dict[str, Any]) -> None:
@@ -462,6 +466,7 @@ def test_a_closed_cache_answers_nothing(detach: bool) -> None:
             use()
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("name", ["llama3", "gemma3"])
 @pytest.mark.parametrize(
     "options",

@@ -91,6 +91,7 @@ def test_batches_are_captured_each_for_itself(batch: int) -> None:
     assert_as_stock(ours, stock_generated(model, tokens, max_new_tokens=80))
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(
     "options",
     [

@@ -88,6 +88,7 @@ def test_the_next_cache_launches_fewer_steps(model: Any) -> None:
     assert launched(outcomes(model, use)) == few(40, 9) + few(40, 9, begin=NEW_CACHE)
 
 
+@pytest.mark.covering
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["llama3", "gemma3"])
 @pytest.mark.parametrize(("rows", "reserved", "captures"), [(1, 64, 2), (3, 100, 1), (2, None, 1)])

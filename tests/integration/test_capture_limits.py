@@ -278,6 +278,7 @@ READINGS: dict[str, Callable[[torch.Tensor], Any]] = {
 }
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("reading", READINGS.values(), ids=READINGS)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_a_model_that_reads_back_is_launched(
@@ -315,6 +316,7 @@ class Failing:
             raise self.error
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("number", [2, 3], ids=["prepared", "captured"])
 @pytest.mark.parametrize("error", [ValueError("no\nsecond line"), torch.OutOfMemoryError("much")])
 def test_a_model_that_fails_when_captured_is_launched(
@@ -331,6 +333,7 @@ def test_a_model_that_fails_when_captured_is_launched(
     assert [reason in each for each in warnings(caplog)] == [True]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("placement", [{}, {"resident_tokens": 0}], ids=["one launch", "in pieces"])
 @pytest.mark.parametrize("error", [RuntimeError("no\nsecond line"), torch.OutOfMemoryError("much")])
 @pytest.mark.parametrize("known", [False, True])

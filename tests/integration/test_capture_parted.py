@@ -63,6 +63,7 @@ def attached(model: Any, *layers: int, **options: Any) -> Offload:
     return headinfer.attach(model, device="simulated", simulated_device=spread(*layers), **options)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("layers", [pytest.param((0, 1, 1), marks=pytest.mark.slow), (1, 0, 2)])
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("name", ["llama3", "gemma3"])
@@ -170,6 +171,7 @@ def test_weights_that_were_exchanged_on_another_device_are_seen() -> None:
     assert all(map(torch.equal, *outcomes))
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("placement", ["resident", "both", "in turn"])
 def test_a_capture_that_fails_leaves_all_devices_as_before(

@@ -429,6 +429,7 @@ def test_tokens_that_are_taken_back_and_given_anew_are_counted(placement: str) -
     assert stats.captured_steps > 8
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("way", ["close", "reset", "detach"])
 @pytest.mark.parametrize("placement", ["streamed", "host"])
 def test_an_interrupt_right_behind_a_launch_leaves_its_memory_until_it_ran(

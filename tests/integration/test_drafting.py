@@ -425,6 +425,7 @@ def replace_weights(model: PreTrainedModel, how: str) -> None:
         rotary.inv_freq = rotary.inv_freq * 0.5
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("how", ["parameter", "data", "buffer"])
 @pytest.mark.parametrize("device", ["cpu", "resident"])
 def test_drafts_are_of_the_weights_that_there_are(device: str, how: str) -> None:

@@ -29,6 +29,7 @@ def layers_on(places: dict[str, int] | None) -> list[int]:
     return list(Counter(gpu for name, gpu in places.items() if ".layers." in name).values())
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("gpus", [1, 3])
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
 def test_every_tensor_has_a_place_and_layers_are_even(name: str, gpus: int) -> None:

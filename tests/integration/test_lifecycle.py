@@ -180,6 +180,7 @@ def test_a_cache_filled_in_inference_mode_goes_on_outside_it(device: str) -> Non
     torch.testing.assert_close(ours, stock[:, 30:])
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("prompt", [5, 30, 100])
 @pytest.mark.parametrize("device", ["cpu", "simulated"])
 def test_host_memory_is_what_was_planned(device: str, prompt: int) -> None:
@@ -204,6 +205,7 @@ def test_decoding_without_a_stated_length_grows_in_few_segments() -> None:
     assert torch.equal(ours, stock)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("name", ["llama3", "gemma3", "qwen3-next"])
 @pytest.mark.parametrize("device", ["cpu", "simulated"])
 def test_a_call_interrupted_half_way_is_noticed(name: str, device: str) -> None:

@@ -50,6 +50,7 @@ class Background(SimulatedDevice):
         return self.host_empty(num_bytes)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("tokens", [1, 37, 101])
 @pytest.mark.parametrize("tile_tokens", [5, 64])
 @pytest.mark.parametrize("overlap", [True, False])

@@ -103,6 +103,7 @@ def test_it_has_the_bits_of_the_one_that_went_on(
     assert torch.equal(got, wanted)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("device", ["cpu", "simulated"])
 @pytest.mark.parametrize("tokens", [4, 60, 331])
 def test_streaming_heads_go_on(tokens: int, device: str, tmp_path: Path) -> None:
@@ -178,6 +179,7 @@ def test_what_was_cropped_and_rearranged_is_saved_as_it_is(device: str, tmp_path
         )
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("name", ["llama3", "gemma3", "qwen3-next"])
 @pytest.mark.parametrize("shared", [0, 70, 95, 100, 119])
 def test_of_another_prompt_the_common_beginning_is_kept(name: str, shared: int) -> None:

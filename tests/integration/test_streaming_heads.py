@@ -62,6 +62,7 @@ def assert_same(ours: Any, wanted: Any) -> None:
     assert error < 1e-5
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("device", ["cpu", "simulated"])
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("name", ["llama3", "qwen2", "gemma2", "qwen3-moe"])

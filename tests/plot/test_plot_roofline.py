@@ -38,6 +38,7 @@ def texts_of(figure):
     return [text.get_text() for text in figure.axes[0].texts]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(
     "machine", [RTX_4090, HARDWARE["h200"], CPU], ids=lambda machine: machine.name
 )

@@ -30,6 +30,7 @@ def cached(desk: Desk, name: str, ids: tuple[int, ...]) -> int:
     return heard.ended.usage.cached_tokens
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("device", ["cpu", "simulated"])
 @pytest.mark.parametrize("name", ["llama3", "gemma3", "qwen3-next"])
 def test_a_restart_finds_what_was_kept(name: str, device: str, tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ def cached(heard: Heard) -> int:
     return heard.ended.usage.cached_tokens
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_conversation_reads_only_what_is_new(name: str, device: str) -> None:
@@ -44,6 +45,7 @@ def test_a_conversation_reads_only_what_is_new(name: str, device: str) -> None:
         assert len([each for each in desk.slots() if each.state == "kept"]) >= 1
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", MODELS)
 def test_questions_about_one_text_share_it(name: str, device: str) -> None:
@@ -97,6 +99,7 @@ class Hanging(Heard):
             self._ticket.cancel()
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_cancelled_prompt_goes_on_where_it_was(name: str, device: str) -> None:
