@@ -89,7 +89,11 @@ print(json.dumps(wide))
 
 @pytest.mark.parametrize(
     ("dtype", "capability"),
-    [("fp32", 80), pytest.param("fp16", 90, marks=pytest.mark.slow), ("bf16", 90)],
+    [
+        pytest.param("fp32", 80, marks=pytest.mark.slow),
+        pytest.param("fp16", 90, marks=pytest.mark.slow),
+        ("bf16", 90),
+    ],
 )
 def test_the_programs_compile_and_read_tiles_in_wide_loads(
     dtype: str, capability: int, tmp_path: Path
