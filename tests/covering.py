@@ -29,16 +29,16 @@ def _known(value: object) -> Hashable:
     return type(value), value
 
 
-def selection(cases: Sequence[Sequence[Hashable]]) -> set[int]:
+def selection(cases: Sequence[Sequence[Hashable]], most: int | None = None) -> set[int]:
     """Give which cases have every value among them; each is the one with most that is new.
 
     Between cases with as much that is new the values decide that were chosen least often: values of
-    a short list go round beside those of a long one.
+    a short list go round beside those of a long one. With `most`, there are no more than that.
     """
     wanted = {value for case in cases for value in case}
     seen: Counter[Hashable] = Counter()
     chosen: set[int] = set()
-    while wanted - seen.keys():
+    while wanted - seen.keys() and len(chosen) != most:
         best = min(
             set(range(len(cases))) - chosen,
             key=lambda at: (
@@ -56,15 +56,16 @@ def thin(items: Sequence[pytest.Item]) -> None:
     """Mark as slow what is left of tests with the marker `covering`.
 
     Each entry of each list of parameters is in a case that is kept. A marker with names means the
-    values of these parameters alone, each by itself.
+    values of these parameters alone, each by itself. With `most`, there are no more cases than
+    that: where each takes many seconds, and other tests have what the rest would show in part.
     """
     tests: defaultdict[str, list[pytest.Item]] = defaultdict(list)
     for item in items:
         if item.get_closest_marker("covering") and not item.get_closest_marker("slow"):
             tests[item.nodeid.partition("[")[0]].append(item)
     for cases in tests.values():
-        names = cases[0].get_closest_marker("covering").args
-        kept = selection([_entries(case, names) for case in cases])
+        marker = cases[0].get_closest_marker("covering")
+        kept = selection([_entries(case, marker.args) for case in cases], **marker.kwargs)
         for at, case in enumerate(cases):
             if at not in kept:
                 case.add_marker(pytest.mark.slow)

@@ -126,9 +126,15 @@ def test_dims(dtype: torch.dtype, dim: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "groups", [(1, 4, 7), pytest.param(range(1, 17), marks=pytest.mark.slow)], ids=["some", "all"]
+    ("dtype", "groups"),
+    [
+        (torch.float32, (1,)),
+        (torch.bfloat16, (4, 7)),
+        (torch.float16, (7,)),
+        *(pytest.param(dtype, range(1, 17), marks=pytest.mark.slow) for dtype in DTYPES),
+        *(pytest.param(dtype, (1, 4, 7), marks=pytest.mark.slow) for dtype in DTYPES),
+    ],
 )
-@pytest.mark.parametrize("dtype", DTYPES)
 def test_groups_and_query_tokens(dtype: torch.dtype, groups: Sequence[int]) -> None:
     for group in groups:
         for q_len in (1, 2, 3, 5, 8):

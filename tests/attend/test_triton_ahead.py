@@ -33,6 +33,7 @@ def test_it_is_begun_once() -> None:
     assert begin_preparing() is begin_preparing()
 
 
+@pytest.mark.slow
 def test_without_triton_nothing_fails() -> None:
     printed = run("""
 import sys

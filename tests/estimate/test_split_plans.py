@@ -283,6 +283,7 @@ def test_shares_add_up_to_the_model(gpus: int) -> None:
         )
 
 
+@pytest.mark.slow
 def test_the_longest_context_fits_and_one_token_more_does_not() -> None:
     here = situation(host_gib=100)
     for split in (Split.LAYERS, Split.HEADS):

@@ -112,7 +112,7 @@ def test_windows_that_cannot_take_back_an_answer_are_copied(ask, monkeypatch):
     assert all(measures["reused_tokens"] for _, measures in told[1:])
 
 
-@pytest.mark.covering
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("copies", [0, 1])
 @pytest.mark.parametrize("ask", [turns, requests])
 def test_without_memory_for_a_copy_everything_passes_again(ask, copies, monkeypatch):

@@ -89,6 +89,7 @@ def test_a_cache_is_read_out_and_goes_on(name: str, options: dict[str, Any]) -> 
             torch.testing.assert_close(feed(model, read, more, 1, 2), wanted)
 
 
+@pytest.mark.covering(most=2)
 @each_device
 def test_a_prompt_that_is_kept_in_pieces_is_read_in_order(options: dict[str, Any]) -> None:
     tokens = random_tokens(1, 400)

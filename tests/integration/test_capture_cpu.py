@@ -43,6 +43,7 @@ def outcomes(
     return stats
 
 
+@pytest.mark.covering(most=3)
 @torch.no_grad()
 @pytest.mark.parametrize(
     "dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)]
@@ -126,6 +127,7 @@ def test_many_tokens_are_attended_in_the_parts_of_launched_steps() -> None:
         torch.set_num_threads(threads)
 
 
+@pytest.mark.covering(most=1)
 @torch.no_grad()
 @pytest.mark.parametrize("reserved", [None, 80])
 def test_crops_copies_and_turns(model: Any, reserved: int | None) -> None:

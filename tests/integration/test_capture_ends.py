@@ -149,6 +149,7 @@ def test_ctrl_c_within_a_call_of_the_model(name: str, layer: int, stage: str) ->
         assert offload.stats.captured_steps > 0
 
 
+@pytest.mark.covering(most=5)
 @pytest.mark.parametrize(
     ("owner", "method", "number", "goes_on", "layers"),
     [

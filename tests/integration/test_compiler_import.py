@@ -161,6 +161,7 @@ thread.join()
     assert run(code)[1].split() == ["second", "imported", "inner", "first"]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_imported_is_left_to_who_needs_it() -> None:
     code = FAILING + "import torch\nsys.meta_path.insert(0, Missing())" + BEGUN + "thread.join()"
     assert run(code) == (0, "", "")

@@ -191,6 +191,7 @@ def test_host_memory_is_what_was_planned(device: str, prompt: int) -> None:
         assert offload.stats.host_kv_bytes == offload.plan.kv_host_bytes(prompt + 4)
 
 
+@pytest.mark.slow
 def test_decoding_without_a_stated_length_grows_in_few_segments() -> None:
     model = shared_model("llama3")
     stock = model.generate(random_tokens(1, 20), max_new_tokens=600, do_sample=False)
@@ -314,6 +315,7 @@ def test_the_device_new_tensors_have_by_default_does_not_matter(device: str) -> 
     torch.testing.assert_close(torch.cat(ours, dim=1), stock)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize(
     "options", [{"device": "cpu"}, {"device": "simulated", "kv_cache": "packed"}], ids=str
 )

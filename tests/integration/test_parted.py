@@ -60,7 +60,7 @@ def relative_error(actual: torch.Tensor, wanted: torch.Tensor) -> float:
     return ((actual.double() - wanted.double()).abs().max() / wanted.double().abs().max()).item()
 
 
-@pytest.mark.covering
+@pytest.mark.covering(most=8)
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_generation_equals_the_whole_model_and_stock(name: str, batch: int) -> None:
@@ -85,6 +85,7 @@ def test_generation_equals_the_whole_model_and_stock(name: str, batch: int) -> N
             device.memory.check()
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("layers", [(0, 1, 0), (1, 0, 2), (0, 1, 1)])
 def test_layers_may_lie_in_any_order(layers: tuple[int, ...]) -> None:
     model, tokens = shared_model("llama3"), random_tokens(1, 90)
@@ -98,7 +99,7 @@ def test_layers_may_lie_in_any_order(layers: tuple[int, ...]) -> None:
     assert torch.equal(logits(result), logits(whole))
 
 
-@pytest.mark.covering
+@pytest.mark.covering(most=6)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "Gemma3ForCausalLM"])
 def test_all_ways_of_generating_equal_stock(name: str, mode: str) -> None:

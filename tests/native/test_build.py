@@ -319,6 +319,7 @@ os.seteuid(0)
 """
 
 
+@pytest.mark.slow
 @as_root
 def test_a_read_only_folder_serves_what_is_in_it(monkeypatch):
     with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to others

@@ -317,6 +317,7 @@ with headinfer.attach(model) as offload:
 """
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.skipif(sys.platform == "win32", reason="it has no SIGKILL")
 @pytest.mark.parametrize(("function", "number"), [("fsync", 3), ("replace", 0), ("unlink", 0)])
 def test_a_crash_leaves_one_whole_session(
