@@ -85,7 +85,7 @@ def test_many_rows_by_definition(dtype, kind, shared_bytes):
         check(only(chunks(shape[-1], shared_bytes=shared_bytes)), shape, dtype, kind, DEVICE, CAP)
 
 
-@pytest.mark.covering(most=3)
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize(
     ("batch", "q_len", "kv_len", "window"),
     [(1, 5, 5, 2), (2, 130, 300, 77), (1, 40, 295, 256), (1, 33, 64, 100), (1, 2, 70, 24)],

@@ -17,6 +17,7 @@ def run(code: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_triton_is_identified_once_the_thread_has_ended() -> None:
     printed = run("""
 import sys

@@ -103,7 +103,7 @@ def test_a_result_for_a_file_is_not_lost_with_stdout(command, tmp_path, verb):
     assert json.loads(file.read_text())
 
 
-@pytest.mark.covering(most=1)
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [(), ("--json",)], ids=["text", "json"])
 def test_statistics_are_told_without_a_stdout(command, llama, prompt, flags):
     done = run_closed(command, ">&-", "generate", "-m", llama, "-p", prompt, "-n", 3, *flags)

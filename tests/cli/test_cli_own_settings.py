@@ -48,7 +48,6 @@ NOT_HELD = {
 }
 
 
-@pytest.mark.covering(most=8)
 @pytest.mark.parametrize("name", NOT_HELD)
 def test_what_does_not_hold_is_said_and_changes_nothing(cli, llama, asking, prompt, name):
     plain = cli("generate", "--model", llama, "-p", prompt, *NUMBERS)

@@ -141,7 +141,7 @@ def test_the_papers_tables(cli) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("--model", "llama-9"), "llama-9"),
+        pytest.param(("--model", "llama-9"), "llama-9", marks=pytest.mark.slow),
         (("--context", "long"), "'long' is not a token count"),
         (("--device-memory", "much"), "'much' is not a memory size"),
         (("--hardware", "abacus"), "hardware 'abacus' is not known"),

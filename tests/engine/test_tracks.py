@@ -178,6 +178,7 @@ def test_tokens_that_are_not_attended_are_kept_as_others_are(device: str) -> Non
     chat.step(9)
 
 
+@pytest.mark.slow
 def test_what_no_query_sees_is_neither_kept_nor_sent() -> None:
     stats, kept = [], []
     for heads in [(), (0, 2)]:

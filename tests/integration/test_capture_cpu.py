@@ -147,6 +147,7 @@ def test_crops_copies_and_turns(model: Any, reserved: int | None) -> None:
     assert outcomes(model, use).captured_steps > 5
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize(
     ("rows", "options"),
     [(1, {"num_beams": 3}), (2, {"do_sample": True}), (1, {"prompt_lookup_num_tokens": 3})],

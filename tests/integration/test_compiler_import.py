@@ -36,6 +36,7 @@ def run(code: str) -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_the_compiler_is_there_once_the_thread_has_ended() -> None:
     code = BEGUN + "thread.join(); print(missing, 'torch._inductor.compile_fx' in sys.modules)"
     assert run(code) == (0, "True True\n", "")

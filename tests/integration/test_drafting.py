@@ -260,7 +260,6 @@ def test_why_a_cache_cannot_draft_now() -> None:
             cache.can_draft  # noqa: B018
 
 
-@pytest.mark.covering(most=5)
 @pytest.mark.parametrize(
     "change",
     [

@@ -105,7 +105,7 @@ def test_it_has_the_bits_of_the_one_that_went_on(
     assert torch.equal(got, wanted)
 
 
-@pytest.mark.covering(most=2)
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("device", ["cpu", "simulated"])
 @pytest.mark.parametrize("tokens", [4, 60, 331])
 def test_streaming_heads_go_on(tokens: int, device: str, tmp_path: Path) -> None:
