@@ -315,6 +315,7 @@ def in_a_process(then: str, **environment: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="there is one core")
 def test_threads_run_on_all_cores_where_openmp_binds_its_own() -> None:
     then = """

@@ -114,6 +114,7 @@ def test_every_method_can_be_plotted(method):
     assert method in [text.get_text() for text in figure.axes[0].texts]
 
 
+@pytest.mark.slow
 def test_what_a_stopped_run_did_not_get_to_is_said():
     spec = bench_spec(methods=("standard", "headinfer"), contexts=(1024, 2048))
     results = results_of(spec)

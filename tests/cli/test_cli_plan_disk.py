@@ -21,6 +21,7 @@ def _not_probed(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     monkeypatch.setattr(plan_question, "mount_of", lambda folder: Mount("/dev/x", "ext4"))
 
 
+@pytest.mark.slow
 def test_a_context_beyond_cpu_memory_is_planned_with_a_disk_alone(cli, tmp_path) -> None:
     without = cli(*QUESTION, "--context", "100K")
     assert without.code == 1

@@ -347,6 +347,7 @@ def test_each_gpu_may_give_another_amount() -> None:
     assert resident.uses[0].resident_bytes > 2 * resident.uses[1].resident_bytes
 
 
+@pytest.mark.slow
 def test_ranks_wait_for_the_one_with_the_least_memory() -> None:
     took = []
     for given in ((24, 16), (16, 24), (16, 16)):

@@ -131,6 +131,7 @@ def test_answers_too_short_to_judge_leave_nothing(clock: Clock) -> None:
         assert answers.drafted(60)[:6] == [0] * 5 + [1]
 
 
+@pytest.mark.slow
 def test_a_seed_gives_its_text_at_any_pace(clock: Clock) -> None:
     """The same random number draws a token, however many were drafted with it."""
     answers = TimedAnswers(clock, ALWAYS, in_any_case, 0.01)

@@ -392,6 +392,7 @@ def with_a_share_to_correct(
     return cache, corrected
 
 
+@pytest.mark.slow
 def test_what_a_capture_takes_goes_with_its_cache() -> None:
     model, device = shared_model("llama3"), SimulatedDevice(seed=2)
     with attached("llama3", "both", simulated_device=device) as offload:
