@@ -1,5 +1,6 @@
 """Fresh processes: their answers, and their deaths."""
 
+import multiprocessing.util
 import os
 import signal
 import subprocess
@@ -88,6 +89,7 @@ def test_a_death_beside_a_bar_leaves_no_semaphore(tmp_path):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="its folders have no modes")
 def test_what_is_said_is_not_kept_where_others_can_read_it(tmp_path, monkeypatch):
+    multiprocessing.util.get_temp_dir()  # Python's own, made once in a process: not in ours below
     tmp_path.chmod(0o777)
     monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
     folders._temporary_folder.cache_clear()
