@@ -1,12 +1,15 @@
 import gc
 import importlib.util
 import os
+import shutil
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
+from covering import thin
 from interpreted import patched_once
 
 if not torch.cuda.is_available():
@@ -15,8 +18,10 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest leaves out what is slow
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none."""
+    """Skip what needs a GPU where there is none, and leave many cases to runs of what is slow."""
+    thin(items)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
@@ -29,17 +34,36 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def copy_kernels(source: Path, target: Path) -> None:
+    """Copy what is missing, each by a name of its own first: other processes may do so too."""
+    for file in source.glob("*.so"):
+        if not (target / file.name).exists():
+            part = target / f"{file.name}.{os.getpid()}"
+            shutil.copy(file, part)
+            part.replace(target / file.name)
+
+
 @pytest.fixture(autouse=True, scope="session")
-def _own_folders(tmp_path_factory) -> None:
+def _own_folders(tmp_path_factory, request) -> Iterator[None]:
     """Neither read nor change what the developer's own runs keep, in processes started here too.
 
-    Processes of one run share what they build: kernels in C are compiled once, not by each.
+    Processes of one run share what they build: kernels in C are compiled once, not by each. The
+    next run has them too, as their names tell what they were compiled from.
     """
     base = tmp_path_factory.getbasetemp()
     built = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "built"
-    built.mkdir(mode=0o700, exist_ok=True)
+    native = built / "headinfer" / "native"
+    for folder in (built, native.parent, native):
+        folder.mkdir(mode=0o700, exist_ok=True)
     os.environ["XDG_CACHE_HOME"] = str(built)
     os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
+    if not hasattr(request.config, "cache"):  # pytest was told to keep nothing
+        yield
+        return
+    kept = request.config.cache.mkdir("native")
+    copy_kernels(kept, native)
+    yield
+    copy_kernels(native, kept)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -43,6 +43,7 @@ def triton(other: Kernel | None = None, *, shared_bytes: int = 0) -> Kernels:
     return TritonKernels([other or Refusing()], [], multiprocessors=6, shared_bytes=shared_bytes)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("kind", ["tile", "padding"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_tile_by_definition(dtype, kind):
@@ -51,6 +52,7 @@ def test_a_tile_by_definition(dtype, kind):
             check(triton(), shape, dtype, kind, device=DEVICE)
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize(
     ("shape", "tile_tokens"),
     [
@@ -93,6 +95,7 @@ def test_tiles_partials_and_sinks_merge_like_the_reference(dtype, shape, tile_to
     torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(
     ("shape", "tokens"),
     [
@@ -133,6 +136,7 @@ def test_a_new_token_is_attended_and_kept_by_the_same_launch(dtype, shape, token
             assert torch.equal(ours, wanted)  # the new token is in its place, and nothing else is
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("from_memory", [False, True], ids=["given", "from memory"])
 @pytest.mark.parametrize(("sinks", "first", "tokens"), [(4, 4, 9), (20, 33, 70), (7, 300, 260)])
 def test_sinks_are_attended_wherever_the_window_begins(sinks, first, tokens, from_memory):
@@ -236,6 +240,7 @@ def test_dtypes_without_programs_are_known(dtype):
     assert not serves(torch.bfloat16, 8)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_tiles_are_read_where_they_lie(dtype):
     """Some heads and tokens of memory that holds more: nothing is viewed or copied for a launch."""
@@ -280,6 +285,7 @@ def test_totals_are_those_of_the_rows():
     assert not isinstance(triton().begin(many.to(DEVICE), scale=1.0), Slots)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_place_read_from_memory_gives_the_same_bits_as_one_of_the_launch(dtype):
     """For any number of tokens, wherever the first of them lies: a captured launch serves all."""
@@ -310,6 +316,7 @@ def test_a_place_read_from_memory_gives_the_same_bits_as_one_of_the_launch(dtype
         assert torch.equal(results[1][1].keys[:, :, first + tokens - 1], new[:, :, 0])
 
 
+@pytest.mark.covering(most=6)
 @pytest.mark.parametrize("counted", [0, 1, 63, 64, 255, 256, 300, 511, 700, 1000])
 @pytest.mark.parametrize("rows", [1, 12])
 def test_a_tile_whose_tokens_are_counted_in_memory_gives_the_bits_of_one_as_long(counted, rows):

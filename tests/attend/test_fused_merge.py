@@ -38,6 +38,7 @@ def draw_partial(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Parti
     return Partial(out, lse)
 
 
+@pytest.mark.covering(most=3)
 @pytest.mark.parametrize("sinks", [False, True], ids=["", "sinks"])
 @pytest.mark.parametrize("partials", [1, 2, 4, 5, 9])  # 4 are merged at once
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -102,6 +102,7 @@ def check(case: Case, dtype: torch.dtype, rounding: float = 2e-6) -> None:
             torch.testing.assert_close(got, want.float(), rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("lengths", SPANS, ids=str)
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -117,6 +118,7 @@ def test_the_device_new_tensors_have_by_default_does_not_matter() -> None:
     torch.testing.assert_close(case.answer.out, wanted.out, rtol=2e-6, atol=2e-6)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("dim", [64, 96, 128, 256])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dims(dtype: torch.dtype, dim: int) -> None:
@@ -124,9 +126,15 @@ def test_dims(dtype: torch.dtype, dim: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "groups", [(1, 4, 7), pytest.param(range(1, 17), marks=pytest.mark.slow)], ids=["some", "all"]
+    ("dtype", "groups"),
+    [
+        (torch.float32, (1,)),
+        (torch.bfloat16, (4, 7)),
+        (torch.float16, (7,)),
+        *(pytest.param(dtype, range(1, 17), marks=pytest.mark.slow) for dtype in DTYPES),
+        *(pytest.param(dtype, (1, 4, 7), marks=pytest.mark.slow) for dtype in DTYPES),
+    ],
 )
-@pytest.mark.parametrize("dtype", DTYPES)
 def test_groups_and_query_tokens(dtype: torch.dtype, groups: Sequence[int]) -> None:
     for group in groups:
         for q_len in (1, 2, 3, 5, 8):
@@ -134,6 +142,7 @@ def test_groups_and_query_tokens(dtype: torch.dtype, groups: Sequence[int]) -> N
             check(Case((1, 2, group, q_len, 32), (33, 600), dtype), dtype)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("q_len", [5, 9, 16])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_many_rows(dtype: torch.dtype, q_len: int) -> None:
@@ -142,6 +151,7 @@ def test_many_rows(dtype: torch.dtype, q_len: int) -> None:
         check(Case((batch, 2, group, q_len, dim), (33, 600), dtype), dtype)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("kv_heads", [1, 2, 3])
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -167,6 +177,7 @@ def test_scores_that_differ_much_are_merged() -> None:
     check(case, torch.float32)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("tokens", [640, 630])  # whole blocks of nothing, and a part of one
 @pytest.mark.parametrize("group", [1, 16])
 def test_scores_of_minus_infinity_have_no_weight(group: int, tokens: int) -> None:
@@ -304,6 +315,7 @@ def in_a_process(then: str, **environment: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="there is one core")
 def test_threads_run_on_all_cores_where_openmp_binds_its_own() -> None:
     then = """

@@ -121,6 +121,7 @@ def check(
     )
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("kind", ["tile", "causal", "padding", "mask"])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(
@@ -131,6 +132,7 @@ def test_kernel_on_the_cpu(kernels: Kernels, dtype: torch.dtype, kind: str) -> N
         check(kernels, shape, dtype, kind)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("threads", [2, 3, 8])
 def test_splitting_over_threads_changes_nothing(threads: int, shape: tuple[int, ...]) -> None:
@@ -217,6 +219,7 @@ def test_merged_parts_equal_the_whole(parts: list[int], dtype: torch.dtype) -> N
     )
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("window", [None, 1, 7, 512, 600, 5000])
 @pytest.mark.parametrize(("q_len", "past"), [(1, 0), (1, 30), (30, 11), (1025, 37), (600, 600)])
 def test_bands(window: int | None, q_len: int, past: int) -> None:
@@ -312,6 +315,7 @@ def test_the_native_kernels_of_lesser_processors(
         assert library is not None
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("group", [4, 12, 16])
 @pytest.mark.parametrize("size", [1.0, 6e4, 3e-6])
 def test_float16_is_attended_with_all_its_bits(group: int, size: float) -> None:
@@ -328,6 +332,7 @@ def test_float16_is_attended_with_all_its_bits(group: int, size: float) -> None:
     assert (ours.lse.double() - lse).abs().max() < 1e-5
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("group", "q_len"), [(1, 1), (4, 1), (16, 1), (1, 70), (1, 300)])
 def test_not_a_number_is_not_hidden(group: int, q_len: int, dtype: torch.dtype) -> None:

@@ -145,6 +145,7 @@ def check_forms(
         assert torch.equal(results[0].lse, results[1].lse), form
 
 
+@pytest.mark.covering("rows", "kind", most=2)
 @pytest.mark.parametrize(
     ("rows", "forms", "dim", "kind"),
     [
@@ -162,6 +163,7 @@ def test_pages_on_a_matrix_unit_in_c(
     check_forms(rows, *forms, dim=dim, kind=kind)
 
 
+@pytest.mark.slow
 def test_pages_on_a_matrix_unit_in_c_in_several_stretches(unit_in_c: None) -> None:
     torch.set_num_threads(2)
     try:
@@ -170,6 +172,7 @@ def test_pages_on_a_matrix_unit_in_c_in_several_stretches(unit_in_c: None) -> No
         torch.set_num_threads(1)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("few", [False, True], ids=["all of them", "few numbers"])
 @pytest.mark.parametrize("form", [Format.DENSE, Format.PACKED])
 def test_what_is_not_attended_on_a_matrix_unit_in_c_may_be_anything(
@@ -196,6 +199,7 @@ def test_what_is_not_attended_on_a_matrix_unit_in_c_may_be_anything(
         del kept  # outlived the pages
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize(
     ("rows", "forms"), [(1, [Format.PACKED, Format.FP8]), (4, [Format.PACKED, Format.INT8])]
 )

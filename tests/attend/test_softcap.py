@@ -49,6 +49,7 @@ def capped_reference() -> Kernels:
     return Kernels([ReferenceKernel(CAP)])
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("kind", ["tile", "padding"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_few_rows_by_definition(dtype, kind):
@@ -75,6 +76,7 @@ if ON_GPU:  # which multiplies no rows shorter than 16
     ]
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("shared_bytes", [0, H100_BYTES])
 @pytest.mark.parametrize("kind", ["tile", "causal", "padding", "mask"])
 @pytest.mark.parametrize("dtype", CHUNK_DTYPES)
@@ -83,6 +85,7 @@ def test_many_rows_by_definition(dtype, kind, shared_bytes):
         check(only(chunks(shape[-1], shared_bytes=shared_bytes)), shape, dtype, kind, DEVICE, CAP)
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize(
     ("batch", "q_len", "kv_len", "window"),
     [(1, 5, 5, 2), (2, 130, 300, 77), (1, 40, 295, 256), (1, 33, 64, 100), (1, 2, 70, 24)],
@@ -99,6 +102,7 @@ def test_a_window_without_masks_sees_what_masks_show(dtype, batch, q_len, kv_len
     torch.testing.assert_close(ours.lse.double(), wanted.lse, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("tokens", [1, 64, 700])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_new_token_is_attended_and_kept(dtype, tokens):
@@ -141,6 +145,7 @@ def test_a_tile_whose_tokens_are_counted_in_memory_is_bounded_alike():
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("tokens", [LEAST_SPLIT_TOKENS - 1, 2 * LEAST_SPLIT_TOKENS + 33])
 def test_tokens_are_divided_where_queries_do_not_fill_the_device(tokens):
     """Into parts that merge to the whole, in any kind of total."""
@@ -177,6 +182,7 @@ def test_the_check_feels_a_bound():
     assert not agrees(only(ReferenceKernel()), device, torch.bfloat16, 64, softcap)
 
 
+@pytest.mark.slow
 def test_the_programs_pass_the_check_with_their_bound_and_with_no_other():
     dtype, device = torch.float32, torch.device(DEVICE)
     rest = [ReferenceKernel(CAP)]

@@ -17,6 +17,7 @@ def run(code: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_triton_is_identified_once_the_thread_has_ended() -> None:
     printed = run("""
 import sys
@@ -33,6 +34,7 @@ def test_it_is_begun_once() -> None:
     assert begin_preparing() is begin_preparing()
 
 
+@pytest.mark.slow
 def test_without_triton_nothing_fails() -> None:
     printed = run("""
 import sys

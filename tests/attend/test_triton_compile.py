@@ -89,18 +89,25 @@ print(json.dumps(wide))
 
 @pytest.mark.parametrize(
     ("dtype", "capability"),
-    [("fp32", 80), pytest.param("fp16", 90, marks=pytest.mark.slow), ("bf16", 90)],
+    [
+        pytest.param("fp32", 80, marks=pytest.mark.slow),
+        pytest.param("fp16", 90, marks=pytest.mark.slow),
+        ("bf16", 90),
+    ],
 )
 def test_the_programs_compile_and_read_tiles_in_wide_loads(
-    dtype: str, capability: int, tmp_path: Path
+    dtype: str, capability: int, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """Where a tile begins in its memory is known to be a multiple of 16, as its strides are."""
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
+    # What Triton keeps has a name by all it was compiled from, and takes a minute to make.
+    cache = getattr(request.config, "cache", None)
+    kept = tmp_path if cache is None else cache.mkdir("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", str(program), dtype, str(capability)],
-        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
+        env=environment | {"TRITON_CACHE_DIR": str(kept)},
         capture_output=True,
         text=True,
         timeout=300,

@@ -1,5 +1,6 @@
 """Fresh processes: their answers, and their deaths."""
 
+import multiprocessing.util
 import os
 import signal
 import subprocess
@@ -13,12 +14,14 @@ from headinfer.bench.child import ChildError, ask, ask_for_many
 from headinfer.errors import OptionError
 
 
+@pytest.mark.slow
 def test_a_child_has_the_environment_of_its_caller(monkeypatch):
     for value in ("one", "two"):
         monkeypatch.setenv("HEADINFER_TEST", value)
         assert ask("answering", {"do": "answer"})["environment"] == value
 
 
+@pytest.mark.slow
 def test_a_program_that_does_not_expect_to_be_imported_can_ask(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(
@@ -36,6 +39,7 @@ def test_a_program_that_does_not_expect_to_be_imported_can_ask(tmp_path):
     assert done.stdout == "{'do': 'answer'}\n"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no such signal")
 @pytest.mark.parametrize("seconds", [0.5, 8.0], ids=["while it imports", "while it works"])
 def test_an_interrupt_is_for_the_caller_alone(tmp_path, seconds):
@@ -85,6 +89,7 @@ def test_a_death_beside_a_bar_leaves_no_semaphore(tmp_path):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="its folders have no modes")
 def test_what_is_said_is_not_kept_where_others_can_read_it(tmp_path, monkeypatch):
+    multiprocessing.util.get_temp_dir()  # Python's own, made once in a process: not in ours below
     tmp_path.chmod(0o777)
     monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
     folders._temporary_folder.cache_clear()

@@ -61,6 +61,7 @@ def check_document(text: str, command: str) -> dict:
     return document
 
 
+@pytest.mark.slow
 def test_decode_in_fresh_processes_writes_a_file(tmp_path):
     path = tmp_path / "out.json"
     result = run("decode", "--context", "300", "--new-tokens", "2", "--json", str(path))

@@ -45,12 +45,14 @@ def check_agrees(spec: TrialSpec) -> None:
     assert verdict.tokens == (4 if spec.fill is Fill.PREFILL else 3)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("fill", [Fill.PREFILL, Fill.RANDOM])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_static_cache_agrees_with_the_reference(uncompiled, dtype, fill):
     check_agrees(replace(trial_spec(COMPILED, dtype), fill=fill))
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("fill", [Fill.PREFILL, Fill.RANDOM])
 @pytest.mark.parametrize("name", ["mistral-sliding", "gemma3"])
 def test_so_it_does_past_the_end_of_a_window(uncompiled, tmp_path, name, fill):
@@ -109,6 +111,7 @@ def test_all_methods_are_those_that_are_served():
     )
 
 
+@pytest.mark.slow
 def test_without_a_compiler_the_row_says_so_in_one_line(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     # Set back by torch: monkeypatch would leave no such setting behind.

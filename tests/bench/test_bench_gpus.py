@@ -49,6 +49,7 @@ def environment(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES", ""))
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("fill", [Fill.PREFILL, Fill.RANDOM])
 @pytest.mark.parametrize("method", ["one", "one-host", "layers", "layers-host"])
 def test_layers_on_several_devices_agree_with_stock(method, fill):
@@ -67,6 +68,7 @@ def test_layers_on_several_devices_agree_with_stock(method, fill):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "fill"),
     [pytest.param("heads", Fill.RANDOM, marks=pytest.mark.slow), ("heads-host", Fill.PREFILL)],
@@ -101,6 +103,7 @@ def test_a_model_with_weights_of_its_own_is_spread(environment, tmp_path):
         assert len(result.parts) == 2
 
 
+@pytest.mark.slow
 def test_ranks_that_refuse_give_a_reason(environment):
     result = in_ranks(spec_of("heads", device_memory="100KiB"))
     assert isinstance(result, TrialFailure)

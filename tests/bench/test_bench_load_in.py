@@ -21,6 +21,7 @@ def run(*arguments: str):
     return CliRunner().invoke(bench.app, ["decode", "--context", "150", *arguments])
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("load_in", ["4bit", "8bit"])
 def test_methods_are_compared_in_this_form(load_in, model, monkeypatch):
     pytest.importorskip("bitsandbytes", reason="weights are quantised with bitsandbytes")

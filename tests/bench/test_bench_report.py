@@ -114,6 +114,7 @@ def test_every_method_can_be_plotted(method):
     assert method in [text.get_text() for text in figure.axes[0].texts]
 
 
+@pytest.mark.slow
 def test_what_a_stopped_run_did_not_get_to_is_said():
     spec = bench_spec(methods=("standard", "headinfer"), contexts=(1024, 2048))
     results = results_of(spec)
@@ -123,6 +124,7 @@ def test_what_a_stopped_run_did_not_get_to_is_said():
     assert "- headinfer at 2K: not measured, the run was stopped before\n" in text
 
 
+@pytest.mark.slow
 def test_the_papers_table_4_is_empty_until_a_70b_was_measured_in_its_chunks():
     large = NamedModel(
         name="llama-3-70b", location=None, config=None, planned=preset_shape("llama-3-70b")

@@ -130,6 +130,7 @@ def test_prefills_are_held_against_those_of_one_gpu():
     assert found(text, "heads", "100K", "`one`") == "0.50, reached"
 
 
+@pytest.mark.slow
 def test_what_each_gpu_worked_of_a_prefill_is_told_where_it_was_measured(tmp_path):
     results = results_of({("layers", 100 * K): 7.0, ("heads", 100 * K): 5.0})
     assert "worked" not in report([("gpu2", results)], "plots")

@@ -70,6 +70,7 @@ def asked(
     return dict(zip(runs, specs, strict=True))
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize(("name", "gpus"), [("gpu2.sh", "2"), ("gpu8.sh", "8"), ("gpu8.sh", "1")])
 def test_each_part_asks_for_what_there_is(
     specs: list[BenchSpec], name: str, gpus: str, tmp_path: Path

@@ -196,6 +196,7 @@ def test_the_table_fits_100_columns_and_tells_what_did_not_run():
         assert part in text
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("width", [60, 80, 100])
 @pytest.mark.parametrize("command", [each.value for each in Command])
 def test_a_narrow_table_comes_in_parts_and_cuts_no_figure(command: str, width: int):

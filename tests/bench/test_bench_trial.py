@@ -131,6 +131,7 @@ def test_a_decode_counts_no_copies_of_its_prompt(new_tokens, sent):
     assert result.decode_bytes_to_host == sent * token_bytes
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(
     "method",
     [

@@ -16,6 +16,7 @@ def run(*words: object) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_both_readers_read_all_of_it_and_leave_nothing(tmp_path: Path) -> None:
     told = tmp_path / "reads.json"
     folder = tmp_path / "disk"
@@ -34,6 +35,7 @@ def test_both_readers_read_all_of_it_and_leave_nothing(tmp_path: Path) -> None:
     assert list(folder.iterdir()) == []
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize(
     ("words", "told"),
     [

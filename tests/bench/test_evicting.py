@@ -45,6 +45,7 @@ def one_layer(name: str, **changes):
     return tiny_model(name, num_hidden_layers=1, **changes)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("name", SERVED)
 @pytest.mark.parametrize("kind", KINDS)
 def test_while_everything_fits_answers_are_stocks(kind, name):
@@ -67,6 +68,7 @@ def test_streaming_llm_counts_positions_within_its_cache(name):
         torch.testing.assert_close(row, model(seen).logits[0, -1], rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("name", ["llama3", "gemma2", "gemma3", "gpt-oss"])
 @pytest.mark.parametrize("pass_tokens", [3, 16, 60])
 def test_streaming_llm_does_not_depend_on_the_size_of_passes(name, pass_tokens):

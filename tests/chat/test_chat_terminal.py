@@ -38,6 +38,7 @@ def test_a_conversation_from_hello_to_ctrl_d(terminal, chat_llama, conversed, tm
     assert "Traceback" not in screen.shown
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_the_answer_and_what_was_said_stays(terminal, endless_llama):
     screen = terminal("--model", endless_llama, *ENDLESS)
     screen.say("w9 w3")

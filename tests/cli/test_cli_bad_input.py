@@ -126,6 +126,7 @@ def test_a_mistake_is_one_line_of_the_command(by_the_command, row):
     check(by_the_command[row], *row[1])
 
 
+@pytest.mark.slow
 def test_a_mistake_is_one_line_of_a_process(process, places):
     (row,) = (row for row in BY_THE_COMMAND if "{template-type}" in row[0])
     check(process(*filled(row[0], places)), *row[1])

@@ -5,6 +5,7 @@ import pytest
 from headinfer.cli.demo_parts import excerpt
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("device", ["cpu", "simulated"])
 def test_all_answers_are_right(cli, device):
     done = cli("demo", "--tokens", "2K", "--device", device)

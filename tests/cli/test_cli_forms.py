@@ -136,6 +136,7 @@ def test_without_bitsandbytes(cli, llama, monkeypatch):
     assert "--load-in" in refusal(generate(cli, llama, "--load-in", "3bit"))
 
 
+@pytest.mark.slow
 def test_plans_for_quantised_weights(cli, tmp_path):
     def weights_bytes(*args):
         path = tmp_path / "plan.json"

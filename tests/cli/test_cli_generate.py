@@ -91,6 +91,7 @@ def test_one_is_singular(cli, llama):
     assert " 1 tokens" not in done.err
 
 
+@pytest.mark.slow
 def test_transformers_is_silent(process, llama, prompt):
     done = process("generate", "--model", llama, "-p", prompt, "-n", 3, "--quiet")
     assert done.code == 0
@@ -263,6 +264,7 @@ def _interrupted(command, *args) -> tuple[int, str, str]:
     return running.returncode, (first + out).decode(), err.decode()
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_the_text_so_far(command, endless_llama, prompt):
     args = ("generate", "--model", endless_llama, "-p", prompt, "-n", 100_000, "--no-do-sample")
     code, out, err = _interrupted(command, *args)

@@ -107,6 +107,7 @@ def test_help_and_version_import_no_torch(command):
     assert done.stdout == "[]\n", done.stderr
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_is_no_error(command, llama, prompt):
     script = '"$@" | true; exit "${PIPESTATUS[0]}"'
     args = [*command[0], "generate", "--model", str(llama), "-p", prompt, "-n", "50", "--quiet"]
@@ -128,6 +129,7 @@ VERBS = [
 ]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("columns", ["80", "120"])
 @pytest.mark.parametrize("verb", VERBS, ids=" ".join)
 def test_help_is_whole_and_has_panels_with_names(cli, monkeypatch, verb, columns):
@@ -161,6 +163,7 @@ def test_options_stand_in_the_order_of_who_needs_them(cli):
 FULL = Path("/dev/full")
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.skipif(not FULL.exists(), reason="only Linux has /dev/full")
 @pytest.mark.parametrize(
     "args",

@@ -86,6 +86,7 @@ def test_an_error_for_a_closed_stderr_is_its_exit_code(command):
     assert (done.returncode, done.stdout) == (2, "")
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("args", [("plan",), ("roofline",), ("--version",), ("bench", "methods")])
 def test_what_a_closed_stdout_does_not_show_is_not_silent(command, args):
     done = run_closed(command, ">&-", *args)
@@ -94,6 +95,7 @@ def test_what_a_closed_stdout_does_not_show_is_not_silent(command, args):
     assert line.startswith("headinfer: error: the output cannot be written: Bad file descriptor")
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("verb", ["plan", "roofline"])
 def test_a_result_for_a_file_is_not_lost_with_stdout(command, tmp_path, verb):
     file = tmp_path / "out.json"
@@ -101,6 +103,7 @@ def test_a_result_for_a_file_is_not_lost_with_stdout(command, tmp_path, verb):
     assert json.loads(file.read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [(), ("--json",)], ids=["text", "json"])
 def test_statistics_are_told_without_a_stdout(command, llama, prompt, flags):
     done = run_closed(command, ">&-", "generate", "-m", llama, "-p", prompt, "-n", 3, *flags)
@@ -122,6 +125,7 @@ def test_reports_tell_first_that_there_are_no_results(cli, tmp_path, monkeypatch
     assert "are not there" in line
 
 
+@pytest.mark.covering(most=3)
 @pytest.mark.parametrize("columns", ["80", "130", "", "0", "many"])
 @pytest.mark.parametrize(
     "args",

@@ -120,6 +120,7 @@ def test_where_nothing_fits_it_says_what_would(cli) -> None:
     assert document["chosen"]["changes"][-1]["context_tokens"] == 3970 * 2**10
 
 
+@pytest.mark.slow
 def test_host_memory_is_not_planned_to_the_last_byte(cli) -> None:
     # 122 GiB of locked KV beside 126 GiB of memory ended the process, 116 GiB did not.
     options = ("--hardware", "rtx-4090", "--host-memory", "126GiB", "--kv-cache", "dense")
@@ -141,7 +142,7 @@ def test_the_papers_tables(cli) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("--model", "llama-9"), "llama-9"),
+        pytest.param(("--model", "llama-9"), "llama-9", marks=pytest.mark.slow),
         (("--context", "long"), "'long' is not a token count"),
         (("--device-memory", "much"), "'much' is not a memory size"),
         (("--hardware", "abacus"), "hardware 'abacus' is not known"),

@@ -21,6 +21,7 @@ def _not_probed(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     monkeypatch.setattr(plan_question, "mount_of", lambda folder: Mount("/dev/x", "ext4"))
 
 
+@pytest.mark.slow
 def test_a_context_beyond_cpu_memory_is_planned_with_a_disk_alone(cli, tmp_path) -> None:
     without = cli(*QUESTION, "--context", "100K")
     assert without.code == 1
@@ -36,6 +37,7 @@ def test_a_context_beyond_cpu_memory_is_planned_with_a_disk_alone(cli, tmp_path)
     assert "\n  standard                 -    15.0" in outcome.out
 
 
+@pytest.mark.slow
 def test_a_measured_disk_has_its_own_rate(cli, tmp_path) -> None:
     disk = DiskRate(
         disk=Mount("/dev/x", "ext4").disk,
@@ -78,6 +80,7 @@ def test_what_memory_and_disk_do_not_hold_is_refused_with_the_room(cli, tmp_path
     assert cli(*QUESTION, "--context", longest, "--disk-cache", tmp_path).code == 0
 
 
+@pytest.mark.slow
 def test_packed_tokens_take_less_of_the_disk(cli, tmp_path) -> None:
     given = (*QUESTION, "--context", "100K", "--disk-cache", tmp_path)
     found = []
@@ -90,6 +93,7 @@ def test_packed_tokens_take_less_of_the_disk(cli, tmp_path) -> None:
     assert found[1]["disk_read_bytes"] < found[0]["disk_read_bytes"]
 
 
+@pytest.mark.slow
 def test_several_gpus_share_cpu_memory_and_the_disk(cli, tmp_path) -> None:
     given = ("plan", "--model", "llama-3-8b", "--hardware", "h100-80gb", "--gpus", "2")
     given += ("--device-memory", "18GiB", "--host-memory", "16GiB", "--disk-cache", tmp_path)

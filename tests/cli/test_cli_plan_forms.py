@@ -3,6 +3,8 @@
 import json
 from typing import Any
 
+import pytest
+
 QUESTION = ("plan", "--hardware", "h100-80gb", "--context", "400K", "--chunk-tokens", "4K")
 
 
@@ -37,6 +39,7 @@ def planned(cli, *given: str) -> dict[str, Any]:
     return json.loads(cli("plan", "--hardware", "rtx-4090", *given, "--json").out)
 
 
+@pytest.mark.slow
 def test_auto_is_what_attach_would_choose(cli) -> None:
     for context, form in (("32K", "dense"), ("128K", "packed")):
         auto = planned(cli, "--context", context)
@@ -55,6 +58,7 @@ def test_a_disk_below_leaves_auto_dense(cli, tmp_path) -> None:
     assert planned(cli, *given)["kv_cache"] == "dense"
 
 
+@pytest.mark.slow
 def test_each_machine_chooses_its_own_form(cli) -> None:
     asked = ("plan", "--context", "128K", "--hardware", "rtx-4090,h100-80gb")
     told = " ".join(cli(*asked).out.split())

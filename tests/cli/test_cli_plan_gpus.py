@@ -89,6 +89,7 @@ def test_weights_quantised_while_loaded_are_not_split(cli) -> None:
     assert plans[3]["fits"]
 
 
+@pytest.mark.slow
 def test_quantised_weights_that_gpus_do_not_hold_say_what_is_lacking_and_what_would_do(cli) -> None:
     """35 GiB in 4 bits: bitsandbytes keeps none of them in CPU memory."""
     large = (*CARD, "--load-in", "4bit")

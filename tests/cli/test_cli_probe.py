@@ -39,6 +39,7 @@ def rows(text: str) -> list[str]:
     return [" ".join(line.split()) for line in text.splitlines()]
 
 
+@pytest.mark.slow
 def test_a_quick_probe_of_this_machine(process):
     folder = os.environ["XDG_CACHE_HOME"]
     done = process("probe", "--quick", "--device", "cpu", XDG_CACHE_HOME=folder)

@@ -125,6 +125,7 @@ def test_json_to_a_file_beside_the_tables(cli, tmp_path):
     assert "13 GB/s" in cell["reason"]
 
 
+@pytest.mark.slow
 def test_plot_to_a_file(cli, tmp_path):
     pytest.importorskip("matplotlib")
     path = tmp_path / "roofline.svg"

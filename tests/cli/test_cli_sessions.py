@@ -187,6 +187,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_a_model_is_loaded(
     assert line.endswith("choose a place that you can write to")
 
 
+@pytest.mark.covering(most=1)
 @NO_SIGNALS
 @pytest.mark.parametrize("reading", [True, False], ids=["prompt", "answer"])
 def test_what_was_read_is_saved_when_the_user_stops(

@@ -108,6 +108,7 @@ def test_json_is_printed_during_decode(command, endless_llama, prompt, tmp_path,
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", often("SIGHUP", slow=("SIGTERM", "SIGINT")))
 def test_json_is_printed_during_prefill(command, endless_llama, tmp_path, name):
     book = tmp_path / "book.txt"
@@ -145,6 +146,7 @@ def test_the_part_of_a_prompt_that_was_run_is_told(cli, llama, prompt, monkeypat
     assert f"prefill           {32 * beams} tokens" in done.err
 
 
+@pytest.mark.slow
 def test_a_hangup_that_is_ignored_stays_ignored(command, endless_llama, prompt):
     args = ("--model", endless_llama, "-p", prompt)
     running = Running(command, *args, ignored=(signal.SIGHUP,))
@@ -219,6 +221,7 @@ run()
 """
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize(
     ("args", "code"),
     [(("plan",), 0), (("plan", "--model", "no-such-preset"), 2), (("--version",), 0), (("x",), 2)],
@@ -312,6 +315,7 @@ def run_without_reader(command, *args) -> subprocess.CompletedProcess:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", often(("--json",), slow=((),)), ids=["json", "text"])
 def test_without_a_reader_the_statistics_are_still_told(command, llama, prompt, flags):
     done = run_without_reader(command, "--model", llama, "-p", prompt, *flags)

@@ -24,6 +24,7 @@ def environment(**extra: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **extra}
 
 
+@pytest.mark.slow
 def test_same_bytes_from_another_process(demo_folder, tmp_path):
     again = tmp_path / "again"
     subprocess.run(

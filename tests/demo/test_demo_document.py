@@ -16,6 +16,7 @@ def test_a_seed_gives_one_document():
     assert make_document(4096, 5) != make_document(4096, 6)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("num_tokens", SIZES)
 @pytest.mark.parametrize("cloze", [False, True])
 def test_prompt_is_close_to_the_size_and_never_above(tokenizer, num_tokens, cloze):

@@ -13,6 +13,7 @@ def documents(num_tokens: int, seeds: range):
     return [make_document(num_tokens, seed) for seed in seeds]
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("cloze", [False, True])
 def test_retrieves_at_4k(model, tokenizer, cloze):
     result = evaluate(model, tokenizer, documents(4096, range(7)), cloze=cloze)
@@ -43,6 +44,7 @@ def test_retrieves_at_128k(model, tokenizer, seed):
     assert result.accuracy == 1
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_retrieves_in_half_precision(demo_folder, tokenizer, dtype):
     from transformers import AutoModelForCausalLM
@@ -100,6 +102,7 @@ def test_says_so_when_the_document_does_not_tell(model, tokenizer):
     )
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("gap", [131072, 2**20 - 8192])
 def test_finds_facts_across_any_gap(model, tokenizer, gap):
     """The question's positions start `gap` after the document, as if so much prose lay between."""
@@ -126,6 +129,7 @@ def swap_halves(tensor: torch.Tensor) -> None:
     tensor.copy_(tensor.roll(tensor.shape[-2] // 2, dims=-2))
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("layer", [0, 1])
 @pytest.mark.parametrize("kv_head", [0, 1])
 @pytest.mark.parametrize("part", ["keys", "values"])

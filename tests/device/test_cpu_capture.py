@@ -78,6 +78,7 @@ def bits(result: Any) -> list[torch.Tensor]:
     return [leaf.contiguous().view(torch.uint8).clone() for leaf in leaves]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("shape", [(1, 1, 576), (2, 3, 1539), (1, 5, 6)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("work", WORKS.values(), ids=WORKS)
@@ -102,6 +103,7 @@ def flushed() -> Iterator[None]:
     torch.set_flush_denormal(False)
 
 
+@pytest.mark.covering
 @pytest.mark.usefixtures("flushed")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("activation", [functional.silu, functional.gelu])

@@ -107,6 +107,7 @@ def test_a_failing_disk_is_one_error(
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.slow
 def test_a_file_that_may_not_grow_has_no_room(tmp_path: Path) -> None:
     code = (
         "import resource, sys\n"

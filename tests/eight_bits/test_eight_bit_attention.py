@@ -39,6 +39,7 @@ SHAPES = [
 ]
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize(
     ("code", "dtype", "dim", "group"),
     [pytest.param(*shape, marks=[pytest.mark.slow] * (at > 1)) for at, shape in enumerate(SHAPES)],

@@ -21,6 +21,7 @@ SHAPES = [(2, 2, 150, 64), (1, 3, 1, 80), (1, 2, 200, 128), (1, 1, 70, 256), (1,
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("code", Code)
 @pytest.mark.parametrize("shape", SHAPES if ON_GPU else [(1, 2, 150, 48)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -48,10 +48,13 @@ def exercise(device: SimulatedDevice, *, capture: bool = True) -> torch.Tensor:
     return torch.stack(outputs)
 
 
-def test_all_seeds_give_the_same_bits() -> None:
+@pytest.mark.parametrize(
+    "seeds", [range(1), pytest.param(range(1, 4), marks=pytest.mark.slow)], ids=["one", "others"]
+)
+def test_all_seeds_give_the_same_bits(seeds: range) -> None:
     wanted = exercise(SimulatedDevice(), capture=False)
     assert wanted.isfinite().all()
-    for seed in range(4):
+    for seed in seeds:
         device = SimulatedDevice(seed=seed)
         assert torch.equal(exercise(device), wanted)
         assert device.exercised_edges == EDGES

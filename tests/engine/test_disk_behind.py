@@ -170,6 +170,7 @@ def _another(offload: Offload, cache: Any, folder: Path) -> Any:
     return offload.new_cache(LEFT + 217)  # which writes to what was freed
 
 
+@pytest.mark.covering(most=4)
 @pytest.mark.parametrize("change", [_crop, _reset, _fork, _fork_and_close, _save, _park, _another])
 def test_changes_meet_a_block_that_is_being_written(
     model: PreTrainedModel,

@@ -73,6 +73,7 @@ def test_a_parked_copy_stays_whole_when_it_is_compacted(
     assert torch.equal(logits[0], logits[1])
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("crops", [(133,), (133, 70, 64), (5, 1), (0,)])
 def test_the_same_bits_after_crops_into_the_disk(
     model: PreTrainedModel, tmp_path: Path, crops: tuple[int, ...]
@@ -166,6 +167,7 @@ def test_more_rows_take_no_more_than_was_given(model: PreTrainedModel, tmp_path:
         assert held_together([cache]) <= 700 * 1024
 
 
+@pytest.mark.slow
 def test_another_plan_takes_no_more_than_was_given(model: PreTrainedModel, tmp_path: Path) -> None:
     prompt, limit_bytes = random_tokens(1, 1000), parse_bytes("820KiB", "memory")
     with attached(model, tmp_path, "820KiB") as offload:
@@ -180,6 +182,7 @@ def test_another_plan_takes_no_more_than_was_given(model: PreTrainedModel, tmp_p
             assert held_together([cache]) <= limit_bytes
 
 
+@pytest.mark.slow
 def test_copies_that_part_take_no_more_than_was_given(
     model: PreTrainedModel, tmp_path: Path
 ) -> None:

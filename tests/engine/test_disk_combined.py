@@ -21,6 +21,7 @@ def no_room(*_: Any) -> int:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize(
     ("name", "changes", "memory"),
     [
@@ -61,6 +62,7 @@ def test_a_full_disk_beside_windows_and_states(
         assert torch.equal(again, wanted)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize(
     ("rows", "options", "memory"),
     [

@@ -33,6 +33,7 @@ def model() -> PreTrainedModel:
     return small_model(3)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize(
     ("layers", "memory", "options"),
     [
@@ -127,6 +128,7 @@ def test_two_caches_share_one_budget(model: PreTrainedModel, tmp_path: Path) -> 
     assert all(torch.equal(a, b) for a, b in zip(ours, wanted, strict=True))
 
 
+@pytest.mark.covering(most=1)
 @FAULTS
 def test_a_fault_on_any_device_ends_the_call_and_no_token_is_wrong(
     model: PreTrainedModel,
@@ -176,6 +178,7 @@ def test_a_file_cut_short_is_one_error_in_a_step(
         assert torch.equal(model(prompt[:, :1], past_key_values=cache).logits, wanted)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("well", [0, 2, 5])
 def test_a_full_disk_as_plans_change_leaves_the_plans_before(
     model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, well: int

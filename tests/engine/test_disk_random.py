@@ -138,6 +138,7 @@ class Run:
             self.caches.insert(at, loaded)
 
 
+@pytest.mark.covering(most=3)
 @pytest.mark.parametrize(
     "seed", [*range(5), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(5, 100))]
 )

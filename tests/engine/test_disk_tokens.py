@@ -18,6 +18,7 @@ from headinfer.units import parse_bytes
 from tiny_models import random_tokens, shared_model
 
 
+@pytest.mark.covering(most=3)
 @pytest.mark.parametrize(
     ("rows", "options"),
     [
@@ -70,6 +71,7 @@ def forms(form: str, dtype: torch.dtype, folder: Path | None, memory: str) -> to
     return torch.cat(outputs)
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize(
     ("form", "dtype", "memory"),
     [
@@ -86,6 +88,7 @@ def test_other_forms_have_the_same_bits_as_in_memory(
     assert torch.equal(forms(form, dtype, tmp_path, memory), wanted)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("form", ["dense", "packed"])
 def test_drafts_are_verified_above_a_disk(tmp_path: Path, form: str) -> None:
     model, ids, found = small_model().bfloat16(), random_tokens(1, TOKENS), []
@@ -121,6 +124,7 @@ def test_all_seeds_give_the_same_bits(model: PreTrainedModel, tmp_path: Path) ->
         assert torch.equal(exercise(model, tmp_path, SimulatedDevice(seed=seed)), wanted)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("options", [{"resident_tokens": 21}, {"host_attention": 0.7}])
 def test_odd_residents_and_the_host_agree(
     model: PreTrainedModel, tmp_path: Path, options: dict[str, Any]
@@ -173,6 +177,7 @@ def grow(model: PreTrainedModel, folder: Path, device: SimulatedDevice) -> None:
     device.memory.check()
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("edge", OF_DISK)
 def test_a_missing_wait_is_noticed(model: PreTrainedModel, tmp_path: Path, edge: Edge) -> None:
     go = grow if edge is Edge.BLOCK_READ else exercise
@@ -183,6 +188,7 @@ def test_a_missing_wait_is_noticed(model: PreTrainedModel, tmp_path: Path, edge:
         go(model, tmp_path, SimulatedDevice(seed=1, skip=[edge]))
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("form", ["dense", "packed"])
 @FAULTS
 def test_a_fault_ends_the_call_and_no_token_is_wrong(

@@ -1,6 +1,7 @@
 """The engine against plain tensors, over any shapes, tiles and changes of the cache."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
@@ -90,10 +91,7 @@ changes = st.lists(
 )
 
 
-@settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
-)
-@given(
+any_sequence = given(
     device_name=st.sampled_from(["cpu", "simulated", "simulated", "synchronous"]),
     layers=st.integers(1, 3),
     kv_heads=st.integers(1, 5),
@@ -112,6 +110,8 @@ changes = st.lists(
     sequence=changes,
     seed=st.integers(0, 1000),
 )
+
+
 @example(  # a tail that no longer fits behind the resident tokens, and a token that would
     device_name="simulated",
     layers=2,
@@ -131,7 +131,7 @@ changes = st.lists(
     sequence=[("attend", 30), ("attend", 20), ("decode", 2), ("crop", 25), ("decode", 3)],
     seed=0,
 )
-def test_any_sequence_of_changes(
+def check_changes(
     device_name: str,
     layers: int,
     kv_heads: int,
@@ -266,6 +266,20 @@ def test_any_sequence_of_changes(
     if isinstance(device, SimulatedDevice):
         assert device.allocated_bytes == 0
         device.memory.check()
+
+
+def several(most: int) -> Callable[..., None]:
+    settled = settings(
+        max_examples=most,
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow],
+        derandomize=True,
+    )
+    return settled(any_sequence(check_changes))
+
+
+test_any_sequence_of_changes = several(50)
+test_any_of_many_sequences_of_changes = pytest.mark.slow(several(150))
 
 
 @pytest.mark.parametrize("expected", [0, 1000])

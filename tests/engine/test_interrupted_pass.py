@@ -73,6 +73,8 @@ PLANS = {
 }
 FUNCTIONS = {"any": None, "turns": TURNS, "growth": GROWTH}
 BELOW = {"blocks": BLOCKS, "reads": READS}
+REST = {("cpu", "any"), ("reserved", "any"), ("resident", "turns"), ("cpu", "growth")}
+"""What other pairs show in part."""
 LONG = {("disk", "reads"), ("reserved", "turns"), ("host", "turns"), ("host", "any")}
 
 
@@ -82,7 +84,7 @@ LONG = {("disk", "reads"), ("reserved", "turns"), ("host", "turns"), ("host", "a
         pytest.param(
             *(*PLANS[plan], (FUNCTIONS | BELOW)[functions]),
             None if (plan, functions) in LONG else TIMES,
-            marks=[pytest.mark.slow] if (plan, functions) in LONG else [],
+            marks=[pytest.mark.slow] if (plan, functions) in LONG | REST else [],
             id=f"{plan}-{functions}",
         )
         for plan in PLANS
@@ -118,6 +120,7 @@ def test_an_interrupted_pass_is_refused_or_right(
         chat.engine.close()
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize(
     "plan",
     [
@@ -166,6 +169,7 @@ class Failing(ReferenceKernel):
         super().attend(work)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize(("layers", "window"), [(3, 0), (2, 13), (4, 13)])
 def test_a_layer_that_failed_does_not_spoil_what_comes_next(layers: int, window: int) -> None:
     for failing in range(1, 30, 2):

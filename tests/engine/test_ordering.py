@@ -116,6 +116,7 @@ def drafts(model: PreTrainedModel, cache: Any, prompt: torch.Tensor) -> list[tor
     return outputs
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize(
     ("streaming", "seeds"),
     [(False, SEEDS // 12), (True, SEEDS // 12), pytest.param(False, SEEDS, marks=pytest.mark.slow)],
@@ -137,6 +138,7 @@ def test_all_seeds_give_the_same_result_from_packed_tokens() -> None:
         assert torch.equal(exercise(in_pieces(seed=seed), drafting=True, packed=True), wanted)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("streaming", [False, True], ids=["all", "half"])
 def test_all_seeds_give_the_same_drafts(streaming: bool) -> None:
     wanted = exercise(in_pieces(seed=0), overlap=False, streaming=streaming, drafting=True)
@@ -225,6 +227,7 @@ def test_a_missing_wait_behind_the_last_layer_is_noticed(edge: Edge) -> None:
         send_late(in_pieces(seed=1, skip=[edge]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overlap", [True, False])
 def test_layers_on_several_devices_give_the_same_result(overlap: bool) -> None:
     whole = SimulatedDevice(seed=0)
@@ -257,6 +260,7 @@ ON_EACH = [
 ]
 
 
+@pytest.mark.covering("edge", "at", "options")
 @pytest.mark.parametrize(
     ("edge", "at", "options"),
     [

@@ -125,6 +125,7 @@ def patterns(draw: st.DrawFn) -> list[StreamingHeads]:
     return [some(*sorted(heads), sinks=sinks, recent=recent) for heads in chosen]
 
 
+@pytest.mark.covering(most=1)
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 @DEVICES
@@ -147,6 +148,7 @@ def test_every_pattern_reach_chunk_and_tile_is_attended_as_defined(
     chat.engine.close()
 
 
+@pytest.mark.covering(most=1)
 @DEVICES
 def test_decode_steps_go_on_when_the_window_begins_anew(device: str) -> None:
     chat = Chat(planned(device, [some(0, 3), some(), some(0, 1, 2, 3)]))
@@ -176,6 +178,7 @@ def test_tokens_that_are_not_attended_are_kept_as_others_are(device: str) -> Non
     chat.step(9)
 
 
+@pytest.mark.slow
 def test_what_no_query_sees_is_neither_kept_nor_sent() -> None:
     stats, kept = [], []
     for heads in [(), (0, 2)]:

@@ -70,6 +70,7 @@ def test_the_papers_accounting_knows_no_runtime() -> None:
     assert longest == {AccountingKind.PAPER: 8 * 2**20, AccountingKind.OURS: 0}
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("sparsity", [0.25, 0.5, 0.75])
 def test_heads_that_stream_take_their_share_of_memory_and_time(sparsity: float) -> None:
     plans = plans_of(replace(SITUATION, streaming=Options(sparsity=sparsity)))
@@ -106,6 +107,7 @@ def test_tiles_on_the_device_are_two_in_the_paper_and_three_here(heads: int) -> 
     assert STAGING_BUFFERS * tile < ours < STAGING_BUFFERS * tile + 0.1 * GIB
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("kind", list(AccountingKind))
 @pytest.mark.parametrize("name", NAMES)
 def test_the_longest_context_fits_and_one_token_more_does_not(
@@ -148,6 +150,7 @@ def test_what_does_not_fit_is_streamed_beside_what_does() -> None:
     assert any("limited by the link" in line for line in choice.why)
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize(
     "changes",
     [

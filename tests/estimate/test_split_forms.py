@@ -71,6 +71,7 @@ def test_layers_take_what_an_attachment_over_as_many_devices_takes(
         assert planned.kv_host_bytes == offload.plan.kv_host_bytes(tokens)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("form", [Format.DENSE, Format.PACKED, Format.INT8])
 @pytest.mark.parametrize("k_chunk_tokens", [4, 16])
 def test_one_gpu_is_planned_as_without_asking_for_several(

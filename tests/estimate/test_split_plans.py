@@ -283,6 +283,7 @@ def test_shares_add_up_to_the_model(gpus: int) -> None:
         )
 
 
+@pytest.mark.slow
 def test_the_longest_context_fits_and_one_token_more_does_not() -> None:
     here = situation(host_gib=100)
     for split in (Split.LAYERS, Split.HEADS):
@@ -346,6 +347,7 @@ def test_each_gpu_may_give_another_amount() -> None:
     assert resident.uses[0].resident_bytes > 2 * resident.uses[1].resident_bytes
 
 
+@pytest.mark.slow
 def test_ranks_wait_for_the_one_with_the_least_memory() -> None:
     took = []
     for given in ((24, 16), (16, 24), (16, 16)):

@@ -57,6 +57,7 @@ class Forgetful(HeadInfer):
         return cache
 
 
+@pytest.mark.covering(most=3)
 @pytest.mark.parametrize(
     "name", ["llama3", "mistral-sliding", "gemma2", "gemma3", "gpt-oss", "qwen2-moe"]
 )

@@ -24,6 +24,7 @@ def prompt_of(tokens: int, seed: int = 0) -> list[int]:
     return random_tokens(1, tokens, seed=seed)[0].tolist()
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("method", ["standard", "chunked-prefill", "head-wise-1", "headinfer"])
 @pytest.mark.parametrize("tokens", [1, 37, 131])
 def test_an_answer_is_what_stock_generates(model, method, tokens):

@@ -48,6 +48,7 @@ def fakes(monkeypatch):
     return workers
 
 
+@pytest.mark.slow
 def test_answers_are_written_with_a_header(model, text, tmp_path):
     path = tmp_path / "out.json"
     result = run(

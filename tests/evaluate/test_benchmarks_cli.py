@@ -25,6 +25,7 @@ def shown(result) -> str:
     return " ".join(result.stderr.replace("│", " ").split())
 
 
+@pytest.mark.slow
 def test_long_questions_are_answered_and_scored_by_group(model, tmp_path):
     path = tmp_path / "out.json"
     data = written(

@@ -124,6 +124,7 @@ def demo(tmp_path_factory):
     return model, AutoTokenizer.from_pretrained(folder)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("raw", [False, True])
 @torch.no_grad()
 def test_the_embedded_model_loses_what_is_not_among_the_newest_tokens(demo, raw):

@@ -277,6 +277,7 @@ def records_of(task: SCBench, done=(), name="headinfer") -> list[Record]:
         return list(task.records(128, answerer, done))
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("mode", Mode)
 def test_every_turn_of_every_example_has_a_record(mode, tmp_path):
     data = folder(

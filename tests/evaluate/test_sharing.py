@@ -34,6 +34,7 @@ PROMPTS = [words(90, 1), words(7, 2), words(40, 3), words(5, 4)]
 MOST = [6, 9, 4, 7]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("name", METHODS_ALIKE)
 @pytest.mark.parametrize("family", MODELS)
 def test_each_turn_is_answered_as_one_prompt_without_earlier_answers(family, name):
@@ -53,6 +54,7 @@ def test_each_turn_is_answered_as_one_prompt_without_earlier_answers(family, nam
         )
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("name", METHODS_ALIKE)
 @pytest.mark.parametrize("family", MODELS)
 def test_each_request_is_answered_as_if_it_were_the_only_one(family, name):
@@ -110,6 +112,7 @@ def test_windows_that_cannot_take_back_an_answer_are_copied(ask, monkeypatch):
     assert all(measures["reused_tokens"] for _, measures in told[1:])
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("copies", [0, 1])
 @pytest.mark.parametrize("ask", [turns, requests])
 def test_without_memory_for_a_copy_everything_passes_again(ask, copies, monkeypatch):

@@ -88,6 +88,7 @@ def test_streaming_them_keeps_the_answers(model, tokenizer):
     assert share_right(model, tokenizer, NEAR) >= 0.99
 
 
+@pytest.mark.covering(most=5)
 @pytest.mark.parametrize(
     "others", [pair for pair in itertools.combinations(ALL, 2) if not set(pair) & set(NEAR)]
 )

@@ -75,6 +75,7 @@ def by_hand(model, streaming, sinks, recent):
         AttentionMaskInterface._global_mapping.pop("by-hand")
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(("sinks", "recent"), [(0, 1), (3, 5), (2, 1), (25, 2)])
 @pytest.mark.parametrize("block", [1, 40, 2**24])
 def test_a_streaming_head_sees_sinks_and_recent_tokens(monkeypatch, sinks, recent, block):

@@ -52,6 +52,7 @@ def eager_weights(model, ids):
     }
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("block", [100, 2**24])
 @pytest.mark.parametrize("name", MODELS)
 def test_repetition_has_the_largest_attention_beyond_reach(monkeypatch, name, block):

@@ -54,6 +54,7 @@ def slow_beyond_eight(tokens: int) -> float:
     return 0.1 + 0.03 * max(tokens - 8, 0)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("pass_s", [in_any_case, launched])
 def test_cheap_drafts_are_as_many_as_a_pass_takes_at_once(
     clock: Clock, pass_s: Callable[[int], float]

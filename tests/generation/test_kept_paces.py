@@ -48,6 +48,7 @@ def test_an_attachment_begins_with_nothing(clock: Clock) -> None:
             assert answers.drafted(60)[:5] == [0] * 5
 
 
+@pytest.mark.slow
 def test_times_of_another_context_are_not_believed(clock: Clock) -> None:
     """Nor forgotten: both are kept, each for contexts about as long."""
     answers = TimedAnswers(clock, ALWAYS, in_any_case, 0.01)
@@ -60,6 +61,7 @@ def test_times_of_another_context_are_not_believed(clock: Clock) -> None:
         assert answers.drafted(40)[0] == 15
 
 
+@pytest.mark.slow
 def test_another_assistants_times_are_not_believed(clock: Clock) -> None:
     answers = TimedAnswers(clock, ALWAYS, in_any_case, 0.01)
     other = tiny_model("llama3")
@@ -69,6 +71,7 @@ def test_another_assistants_times_are_not_believed(clock: Clock) -> None:
         assert answers.drafted(40)[0] == 15
 
 
+@pytest.mark.slow
 def test_launched_passes_of_a_new_cache_are_left_out(clock: Clock) -> None:
     """As long as those that are captured in time: the first three of each number in an answer."""
     answers = TimedAnswers(clock, ALWAYS, in_any_case, 0.01)
@@ -84,6 +87,7 @@ def test_launched_passes_of_a_new_cache_are_left_out(clock: Clock) -> None:
         assert set(answers.drafted(120)) == {15}
 
 
+@pytest.mark.slow
 def test_an_answer_whose_passes_take_longer_adapts(clock: Clock) -> None:
     """The CPU may be at something else now."""
     answers = TimedAnswers(clock, ALWAYS, in_any_case, 0.01)
@@ -110,6 +114,7 @@ def test_an_answer_whose_drafts_are_wrong_adapts(clock: Clock) -> None:
         assert max(answers.drafted(90)) > 1, "and ends"
 
 
+@pytest.mark.slow
 def test_what_cannot_pay_is_tried_seldom(clock: Clock) -> None:
     """The text is not twice as long in any of them."""
     answers = TimedAnswers(clock, ALWAYS, in_any_case, 0.3)
@@ -126,6 +131,7 @@ def test_answers_too_short_to_judge_leave_nothing(clock: Clock) -> None:
         assert answers.drafted(60)[:6] == [0] * 5 + [1]
 
 
+@pytest.mark.slow
 def test_a_seed_gives_its_text_at_any_pace(clock: Clock) -> None:
     """The same random number draws a token, however many were drafted with it."""
     answers = TimedAnswers(clock, ALWAYS, in_any_case, 0.01)
@@ -136,6 +142,7 @@ def test_a_seed_gives_its_text_at_any_pace(clock: Clock) -> None:
     assert numbers[1][0] > 1
 
 
+@pytest.mark.slow
 def test_a_models_own_drafts_go_on(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = tiny_model("llama3"), random_tokens(1, 9).repeat(1, 40)[0].tolist()
     last_logits, drafts, passes = candidates.last_logits, [0], []

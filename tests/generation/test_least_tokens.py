@@ -89,6 +89,7 @@ def short_texts_count(monkeypatch) -> None:
     monkeypatch.setattr(least_tokens, "_SHORT_CHARS", 0)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("name", [*KEEPING, *LOSING])
 def test_a_text_has_no_fewer_tokens(name: str, text: str) -> None:

@@ -43,6 +43,7 @@ def loaded(folder: Path, load_in: str | None, dtype: str = "float32") -> Any:
     return load_model(source, load_config(source), dtype=dtype, device="cpu")[0]
 
 
+@pytest.mark.covering
 @needs_library
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("load_in", LOAD_IN)
@@ -98,6 +99,7 @@ def test_steps_in_4_bits_are_captured(llama: Path) -> None:
     assert found.sequences.tolist() == expected.sequences.tolist()
 
 
+@pytest.mark.covering
 @needs_library
 @pytest.mark.parametrize("load_in", LOAD_IN)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

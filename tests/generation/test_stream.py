@@ -51,6 +51,7 @@ def whole(records: list[Generated]) -> str:
     return "".join(record.text for record in records)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("options", DEVICES, ids=["cpu", "simulated"])
 @pytest.mark.parametrize("name", ["llama3", "mistral-sliding", "gemma2", "qwen3-next", "gpt-oss"])
 def test_an_answer_is_what_stock_transformers_gives(name: str, options: dict[str, Any]) -> None:
@@ -422,6 +423,7 @@ def test_autocast_holds_in_the_thread_of_the_model() -> None:
     assert whole(records) == tokenizer.decode(expected)
 
 
+@pytest.mark.slow
 def test_an_answer_that_nobody_ends_does_not_hold_up_the_interpreter(tmp_path: Path) -> None:
     folder = save_llama(tmp_path, eos_token_id=None, positions=2**20)
     program = f"""

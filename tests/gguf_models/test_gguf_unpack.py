@@ -45,6 +45,7 @@ def test_a_gemmas_config_is_the_models(tmp_path):
     assert found["query_pre_attn_scalar"] == 16
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("name", WRITE)
 @pytest.mark.parametrize("add_bos", [True, False])
 def test_texts_begin_as_the_file_says(name, add_bos, tmp_path):

@@ -102,6 +102,7 @@ def peak_bytes(run: Callable[[], object], *before: Callable[[], object]) -> int:
     return peak - resting
 
 
+@pytest.mark.covering(most=4)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_chunk_takes_what_was_planned(name: str, dtype: torch.dtype) -> None:
@@ -123,6 +124,7 @@ def test_a_chunk_takes_what_was_planned(name: str, dtype: torch.dtype) -> None:
     assert planned == pytest.approx(measured, rel=0.12 if plan.window_bytes else 0.07)
 
 
+@pytest.mark.slow
 def test_long_tiles_take_no_more() -> None:
     model = random_model("merging", torch.float32)
     with headinfer.attach(

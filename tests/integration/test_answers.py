@@ -63,6 +63,7 @@ def in_any_chunks(model: Any, kv_cache: str = "dense") -> Offload:
     return attached(model, device_memory=memory, chunk_tokens="auto", kv_cache=kv_cache)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("capture", [True, False])
 @pytest.mark.parametrize("name", ["llama3", "gemma3"])
 def test_an_answer_has_residents_until_the_next_prompt(name: str, capture: bool) -> None:
@@ -94,6 +95,7 @@ def test_an_answer_has_residents_until_the_next_prompt(name: str, capture: bool)
         assert (offload.stats.captured_steps > 0) == capture
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("kv_cache", ["dense", "packed"])
 def test_plans_change_once_as_many_bytes_were_streamed_in_vain_as_that_takes(kv_cache: str) -> None:
     model = long_model(num_hidden_layers=4).bfloat16()
@@ -175,6 +177,7 @@ def test_what_crosses_the_link_in_a_step_is_what_the_plan_says() -> None:
             assert (crossed == 0) == (tokens <= plan.resident_tokens)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize(
     "options",
     [{"resident_tokens": RESIDENT}, {"device_memory": None}, {"draft_tokens": 256}],
@@ -225,6 +228,7 @@ def copied(chat: Chat) -> OffloadedCache:
     return copy.deepcopy(chat.cache)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("kv_cache", ["dense", "packed"])
 @pytest.mark.parametrize("make", [forked, copied])
 def test_copies_hold_the_same(make: Callable[[Chat], OffloadedCache], kv_cache: str) -> None:
@@ -266,6 +270,7 @@ def saved(chat: Chat, folder: Path) -> None:
     chat.cache = chat.offload.load_cache(folder / "session")
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("change", [parked, cropped, emptied, in_rows, saved])
 def test_changes_of_an_answering_cache(
     change: Callable[[Chat, Path], None], tmp_path: Path
@@ -279,6 +284,7 @@ def test_changes_of_an_answering_cache(
             chat.check()
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize(
     "options",
     [
@@ -469,6 +475,7 @@ def test_a_call_that_hands_out_more_than_logits_has_the_memory() -> None:
         chat.check()
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("layers", [(0, 0, 1), (0, 1, 0)])
 def test_each_of_several_devices_has_a_plan_of_its_own(layers: tuple[int, ...]) -> None:
     model = long_model(num_hidden_layers=3)

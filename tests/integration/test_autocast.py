@@ -15,6 +15,7 @@ def distance(logits: torch.Tensor, exact: torch.Tensor) -> float:
     return float((logits.float() - exact).norm() / exact.norm())
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("name", ["llama3", "gemma3", "gemma2", "gpt-oss", "qwen3-next"])
 @pytest.mark.parametrize("device", ["cpu", "simulated"])
 def test_autocast_is_as_exact_as_stock(name: str, device: str) -> None:

@@ -71,6 +71,7 @@ def assert_same_contents(ours: Any, stock: Any) -> None:
                 torch.testing.assert_close(part, right)
 
 
+@pytest.mark.covering
 @each_device
 @pytest.mark.parametrize("name", ["llama3", "gemma3"])
 def test_a_cache_is_read_out_and_goes_on(name: str, options: dict[str, Any]) -> None:
@@ -88,6 +89,7 @@ def test_a_cache_is_read_out_and_goes_on(name: str, options: dict[str, Any]) -> 
             torch.testing.assert_close(feed(model, read, more, 1, 2), wanted)
 
 
+@pytest.mark.covering(most=2)
 @each_device
 def test_a_prompt_that_is_kept_in_pieces_is_read_in_order(options: dict[str, Any]) -> None:
     tokens = random_tokens(1, 400)
@@ -246,6 +248,7 @@ def assert_same_answers(ours: Cache, stock: Cache) -> None:
                 assert mine[name] == right, name
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("options", [DEVICES[0], DEVICES[2]], ids=["cpu", "shared"])
 @pytest.mark.parametrize("name", ["llama3", "gemma3", "qwen3-next"])
 def test_every_answer_is_that_of_stock(name: str, options: dict[str, Any]) -> None:
@@ -334,6 +337,7 @@ INDICES: list[Any] = [
 ]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("options", [DEVICES[0], DEVICES[2]], ids=["cpu", "shared"])
 @pytest.mark.parametrize("name", ["llama3", "gemma3"])
 def test_rows_are_chosen_by_whatever_indexes_an_axis(name: str, options: dict[str, Any]) -> None:
@@ -364,6 +368,7 @@ def test_rows_that_are_not_there_are_refused(name: str, indices: Any, error: typ
         assert_same_contents(ours, stock)
 
 
+@pytest.mark.covering
 @each_device
 @pytest.mark.parametrize("rows", [[1, 0], (1, 1), torch.tensor([0, 1]), [1, 0, 0]])
 def test_rows_are_reordered_by_lists_too(rows: Any, options: dict[str, Any]) -> None:
@@ -462,6 +467,7 @@ def test_a_closed_cache_answers_nothing(detach: bool) -> None:
             use()
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("name", ["llama3", "gemma3"])
 @pytest.mark.parametrize(
     "options",

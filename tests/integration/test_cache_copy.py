@@ -43,6 +43,7 @@ def greedy(model: Any, tokens: torch.Tensor, cache: Any) -> torch.Tensor:
     return model.generate(tokens, **cache_argument(model, cache), **options)
 
 
+@pytest.mark.covering
 @each_device
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("name", ["llama3", "gemma3", "qwen3-next"])

@@ -42,6 +42,7 @@ def assert_as_stock(ours: Any, stock: Any) -> None:
     assert compare(*results) == "equal"
 
 
+@pytest.mark.covering(most=4)
 @pytest.mark.parametrize(
     "name",
     [
@@ -67,7 +68,8 @@ def test_generate_equals_stock_and_launches_few_steps(name: str) -> None:
         assert (stats.captures, launched(stats)) == (1, few(70, NEW_TOKENS - 1))
 
 
-@pytest.mark.parametrize("name", ["llama3", "gemma3", "gpt-oss"])
+@pytest.mark.covering(most=1)
+@pytest.mark.parametrize("name", ["gpt-oss", "llama3", "gemma3"])
 def test_bfloat16_is_captured_to_the_last_bit(name: str) -> None:
     model, tokens = tiny_model(name).bfloat16(), random_tokens(1, 70)
 
@@ -79,6 +81,7 @@ def test_bfloat16_is_captured_to_the_last_bit(name: str) -> None:
     assert launched(stats) == few(70, NEW_TOKENS - 1)
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("batch", [1, 2, 3, 5, 8])
 def test_batches_are_captured_each_for_itself(batch: int) -> None:
     model, tokens = shared_model("gemma3"), random_tokens(batch, 30, seed=batch)
@@ -91,6 +94,7 @@ def test_batches_are_captured_each_for_itself(batch: int) -> None:
     assert_as_stock(ours, stock_generated(model, tokens, max_new_tokens=80))
 
 
+@pytest.mark.covering(most=3)
 @pytest.mark.parametrize(
     "options",
     [
@@ -156,6 +160,7 @@ def test_streamers_and_stopping_criteria_hear_of_each_token() -> None:
     assert_as_stock(ours, stock_generated(model, tokens, max_new_tokens=60))
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("name", ["llama3", *WINDOWED])
 def test_the_next_cache_and_the_next_turn_launch_fewer_steps(name: str) -> None:
     model = shared_model(name)
@@ -194,6 +199,7 @@ def test_outputs_stay_as_they_were_handed_out(name: str) -> None:
     assert len({output.data_ptr() for output in outputs}) == 10
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("name", ["llama3", "gemma3"])
 def test_crop_then_going_on(name: str) -> None:
     model = shared_model(name)
@@ -242,6 +248,7 @@ def test_steps_at_the_same_length_alone_make_no_capture_trusted() -> None:
     assert (stats.captures, stats.captured_steps) == (1, 0)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("name", ["llama3", "gemma3"])
 def test_rows_that_change_places_between_steps(name: str) -> None:
     model = shared_model(name)
@@ -296,6 +303,7 @@ def test_reset_and_use_again() -> None:
     assert (stats.captures, launched(stats)) == (3, NEW_KIND + 2 * NEW_CACHE)
 
 
+@pytest.mark.slow
 def test_a_cache_that_outgrows_what_is_resident_goes_on() -> None:
     model = shared_model("llama3")
 

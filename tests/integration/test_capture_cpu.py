@@ -43,6 +43,7 @@ def outcomes(
     return stats
 
 
+@pytest.mark.covering(most=3)
 @torch.no_grad()
 @pytest.mark.parametrize(
     "dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)]
@@ -88,6 +89,7 @@ def test_the_next_cache_launches_fewer_steps(model: Any) -> None:
     assert launched(outcomes(model, use)) == few(40, 9) + few(40, 9, begin=NEW_CACHE)
 
 
+@pytest.mark.covering
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["llama3", "gemma3"])
 @pytest.mark.parametrize(("rows", "reserved", "captures"), [(1, 64, 2), (3, 100, 1), (2, None, 1)])
@@ -125,6 +127,7 @@ def test_many_tokens_are_attended_in_the_parts_of_launched_steps() -> None:
         torch.set_num_threads(threads)
 
 
+@pytest.mark.covering(most=1)
 @torch.no_grad()
 @pytest.mark.parametrize("reserved", [None, 80])
 def test_crops_copies_and_turns(model: Any, reserved: int | None) -> None:
@@ -144,6 +147,7 @@ def test_crops_copies_and_turns(model: Any, reserved: int | None) -> None:
     assert outcomes(model, use).captured_steps > 5
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize(
     ("rows", "options"),
     [(1, {"num_beams": 3}), (2, {"do_sample": True}), (1, {"prompt_lookup_num_tokens": 3})],

@@ -41,6 +41,7 @@ def detach(caches: list[Any]) -> None:
     caches[0].state.host.detach()
 
 
+@pytest.mark.covering
 @pytest.mark.usefixtures("no_collection")
 @pytest.mark.parametrize("end", [drop, close, detach])
 @pytest.mark.parametrize("name", ["llama3", "gemma3"])
@@ -121,6 +122,7 @@ STAGES = {"prepared": (1, 1), "captured": (1, 2), "first by kernel": (1, 3), "co
 """How many steps were served before, and which of the calls within the next one breaks off."""
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("layer", [0, 2])
 @pytest.mark.parametrize("name", ["llama3", "gemma3"])
@@ -147,6 +149,7 @@ def test_ctrl_c_within_a_call_of_the_model(name: str, layer: int, stage: str) ->
         assert offload.stats.captured_steps > 0
 
 
+@pytest.mark.covering(most=5)
 @pytest.mark.parametrize(
     ("owner", "method", "number", "goes_on", "layers"),
     [

@@ -79,6 +79,7 @@ class Capturing(SimulatedDevice):
             return super().capture(work)
 
 
+@pytest.mark.covering(most=5)
 @pytest.mark.parametrize(
     ("name", "device"),
     [

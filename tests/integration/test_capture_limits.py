@@ -278,6 +278,7 @@ READINGS: dict[str, Callable[[torch.Tensor], Any]] = {
 }
 
 
+@pytest.mark.covering(most=3)
 @pytest.mark.parametrize("reading", READINGS.values(), ids=READINGS)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_a_model_that_reads_back_is_launched(
@@ -315,6 +316,7 @@ class Failing:
             raise self.error
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("number", [2, 3], ids=["prepared", "captured"])
 @pytest.mark.parametrize("error", [ValueError("no\nsecond line"), torch.OutOfMemoryError("much")])
 def test_a_model_that_fails_when_captured_is_launched(
@@ -331,6 +333,7 @@ def test_a_model_that_fails_when_captured_is_launched(
     assert [reason in each for each in warnings(caplog)] == [True]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("placement", [{}, {"resident_tokens": 0}], ids=["one launch", "in pieces"])
 @pytest.mark.parametrize("error", [RuntimeError("no\nsecond line"), torch.OutOfMemoryError("much")])
 @pytest.mark.parametrize("known", [False, True])
@@ -429,6 +432,7 @@ REPLACEMENTS: dict[str, Callable[[torch.nn.Module], Any]] = {
 }
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("replace", REPLACEMENTS.values(), ids=REPLACEMENTS)
 def test_what_is_replaced_between_turns_is_captured_anew(
     replace: Callable[[torch.nn.Module], Any], caplog: pytest.LogCaptureFixture
@@ -467,6 +471,7 @@ def test_arguments_that_are_others_in_each_call_are_given_up(
     assert ["others in each call" in each for each in warnings(caplog)] == [True]
 
 
+@pytest.mark.slow
 def test_places_are_noted_anew_where_a_window_began_anew_beside_the_calls() -> None:
     """Layers called by themselves add tokens, which are taken back: as many as before remain."""
     model = tiny_model("gemma3")

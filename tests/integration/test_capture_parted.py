@@ -63,6 +63,7 @@ def attached(model: Any, *layers: int, **options: Any) -> Offload:
     return headinfer.attach(model, device="simulated", simulated_device=spread(*layers), **options)
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("layers", [pytest.param((0, 1, 1), marks=pytest.mark.slow), (1, 0, 2)])
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("name", ["llama3", "gemma3"])
@@ -88,6 +89,7 @@ def test_generate_equals_launched_steps_and_stock(
     assert torch.equal(ours.sequences, stock_generated(model, tokens, max_new_tokens=70).sequences)
 
 
+@pytest.mark.slow
 def test_each_device_corrects_the_share_that_its_steps_tell_of(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -116,6 +118,7 @@ def test_each_device_corrects_the_share_that_its_steps_tell_of(
         assert launched(offload.stats) < 2 * 5 + few(71, 60)
 
 
+@pytest.mark.slow
 def test_devices_differ_in_what_they_stream() -> None:
     """One has all tokens on it, and the other takes as many tiles as are left."""
     model, outcomes = shared_model("llama3"), []
@@ -170,6 +173,7 @@ def test_weights_that_were_exchanged_on_another_device_are_seen() -> None:
     assert all(map(torch.equal, *outcomes))
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("placement", ["resident", "both", "in turn"])
 def test_a_capture_that_fails_leaves_all_devices_as_before(
@@ -209,6 +213,7 @@ def test_a_capture_that_fails_leaves_all_devices_as_before(
         device.memory.check()
 
 
+@pytest.mark.slow
 def test_rows_are_rearranged_between_captured_steps() -> None:
     model, outcomes = shared_model("llama3"), []
     for capture in (False, True):

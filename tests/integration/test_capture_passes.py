@@ -97,6 +97,7 @@ def outcomes(name: str, placement: str, use: Any, **options: Any) -> headinfer.S
     return stats
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize(
     ("name", "placement", "count"),
     [

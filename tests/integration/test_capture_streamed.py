@@ -88,6 +88,7 @@ def outcomes(
     return stats, found[1]
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize(
     ("name", "placement"),
     [
@@ -152,6 +153,7 @@ def test_bytes_are_counted_as_those_of_launched_steps() -> None:
     assert counted[1][0] > 0
 
 
+@pytest.mark.slow
 def test_a_conversation_goes_on_after_turns_crops_and_other_caches() -> None:
     model = shared_model("llama3")
 
@@ -173,6 +175,7 @@ def test_a_conversation_goes_on_after_turns_crops_and_other_caches() -> None:
     assert stats.captured_steps > 20
 
 
+@pytest.mark.slow
 def test_rows_are_rearranged_between_replays() -> None:
     model, tokens = shared_model("llama3"), random_tokens(2, 50)
     options = {"max_new_tokens": 20, "num_beams": 3}
@@ -234,6 +237,7 @@ def test_a_flag_left_up_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     offload.detach()
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_a_step_broken_off_before_its_replay_is_done_again(
     error: type[BaseException], monkeypatch: pytest.MonkeyPatch
@@ -306,6 +310,7 @@ def test_without_jobs_a_step_is_in_pieces(monkeypatch: pytest.MonkeyPatch) -> No
     assert stats.captures == 1
 
 
+@pytest.mark.slow
 def test_a_share_that_changes_is_settled_in_pieces_first(monkeypatch: pytest.MonkeyPatch) -> None:
     model = shared_model("llama3")
     monkeypatch.setattr(FlaggedHost, "times", lambda _host: None)
@@ -331,6 +336,7 @@ def test_a_share_that_changes_is_settled_in_pieces_first(monkeypatch: pytest.Mon
             assert offload.stats.captures == captures + more
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("slower", [False, True])
 def test_captured_steps_correct_the_share_by_what_they_take(
     monkeypatch: pytest.MonkeyPatch, *, slower: bool
@@ -386,6 +392,7 @@ def with_a_share_to_correct(
     return cache, corrected
 
 
+@pytest.mark.slow
 def test_what_a_capture_takes_goes_with_its_cache() -> None:
     model, device = shared_model("llama3"), SimulatedDevice(seed=2)
     with attached("llama3", "both", simulated_device=device) as offload:
@@ -403,7 +410,8 @@ def test_what_a_capture_takes_goes_with_its_cache() -> None:
     assert device.allocated_bytes == 0
 
 
-@pytest.mark.parametrize("placement", ["streamed", "host"])
+@pytest.mark.covering(most=1)
+@pytest.mark.parametrize("placement", ["host", "streamed"])
 def test_tokens_that_are_taken_back_and_given_anew_are_counted(placement: str) -> None:
     """As assisted generation does it, wherever in a page the tokens lie."""
     model = shared_model("llama3")
@@ -429,6 +437,7 @@ def test_tokens_that_are_taken_back_and_given_anew_are_counted(placement: str) -
     assert stats.captured_steps > 8
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("way", ["close", "reset", "detach"])
 @pytest.mark.parametrize("placement", ["streamed", "host"])
 def test_an_interrupt_right_behind_a_launch_leaves_its_memory_until_it_ran(

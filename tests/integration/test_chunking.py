@@ -142,6 +142,7 @@ def said(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in ours]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("given", ["nothing", "mask", "positions"])
 @pytest.mark.parametrize("name", CONTINUING)
 def test_a_state_goes_on_from_chunk_to_chunk(name: str, given: str) -> None:

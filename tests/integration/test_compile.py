@@ -48,6 +48,7 @@ def check(what: str, device: str, *, first: bool, layers: int, **options: Any) -
     torch.testing.assert_close(ours[visible], stock[visible])
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("what", ["forward", "module", "wrapped"])
 def test_a_compiled_model_gives_the_same(what: str) -> None:
     check(what, "simulated", first=False, layers=1, backend="eager")

@@ -36,6 +36,7 @@ def run(code: str) -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_the_compiler_is_there_once_the_thread_has_ended() -> None:
     code = BEGUN + "thread.join(); print(missing, 'torch._inductor.compile_fx' in sys.modules)"
     assert run(code) == (0, "True True\n", "")
@@ -161,6 +162,7 @@ thread.join()
     assert run(code)[1].split() == ["second", "imported", "inner", "first"]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_imported_is_left_to_who_needs_it() -> None:
     code = FAILING + "import torch\nsys.meta_path.insert(0, Missing())" + BEGUN + "thread.join()"
     assert run(code) == (0, "", "")

@@ -87,6 +87,7 @@ def masked(model: PreTrainedModel, past: int, count: int) -> list[torch.Tensor]:
         return [logits(model, cache, 3 + at) for at in range(count)]
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize(
     ("name", "device"),
     [("llama3", "cpu"), ("gemma3", "streamed"), ("gemma3", "resident"), ("gpt-oss", "resident")],
@@ -160,6 +161,7 @@ def changed(model: PreTrainedModel, offload: Offload, cache: Any, change: str, t
     return cache
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("device", ["streamed", "resident"])
 def test_drafts_and_passes_are_captured_beside_each_other(device: str) -> None:
     model = shared_model("gemma3")
@@ -319,6 +321,7 @@ def test_a_new_cache_takes_no_memory_from_drafts_under_way() -> None:
         assert engine.can_give_up
 
 
+@pytest.mark.slow
 def test_streamed_steps_are_replayed_between_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their tiles stay in the buffers meanwhile, and their places in memory."""
     monkeypatch.setattr(route, "STEADY_TOKENS", 24)
@@ -336,6 +339,7 @@ def test_streamed_steps_are_replayed_between_drafts(monkeypatch: pytest.MonkeyPa
     assert forms == {Form.STREAMED, Form.ONE_LAUNCH}
 
 
+@pytest.mark.slow
 def test_a_window_that_was_broken_off_while_it_began_anew_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -425,6 +429,7 @@ def replace_weights(model: PreTrainedModel, how: str) -> None:
         rotary.inv_freq = rotary.inv_freq * 0.5
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("how", ["parameter", "data", "buffer"])
 @pytest.mark.parametrize("device", ["cpu", "resident"])
 def test_drafts_are_of_the_weights_that_there_are(device: str, how: str) -> None:

@@ -56,6 +56,7 @@ def use(model: Any, cache: Any) -> list[torch.Tensor]:
     return outputs
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize(
     ("way", "kv_cache", "dtype"),
     [*FEW, *(pytest.param(*each, marks=pytest.mark.slow) for each in MANY if each not in FEW)],

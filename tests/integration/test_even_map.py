@@ -29,6 +29,7 @@ def layers_on(places: dict[str, int] | None) -> list[int]:
     return list(Counter(gpu for name, gpu in places.items() if ".layers." in name).values())
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("gpus", [1, 3])
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
 def test_every_tensor_has_a_place_and_layers_are_even(name: str, gpus: int) -> None:
@@ -81,6 +82,7 @@ def test_weights_in_4_bits_count_as_stored() -> None:
     assert not hasattr(config, "quantization_config")
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize(("gpus", "layers"), [(2, 3), (8, 9)])
 def test_a_model_that_lies_as_mapped_answers_as_the_whole_one(gpus: int, layers: int) -> None:
     model = tiny_model("llama3", num_hidden_layers=layers)

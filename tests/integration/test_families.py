@@ -121,7 +121,7 @@ LATE_REASONS = {
     "name",
     [
         *(
-            pytest.param(name, marks=[pytest.mark.slow] if number % 3 else [])
+            pytest.param(name, marks=[pytest.mark.slow] if number % 6 else [])
             for number, name in enumerate(SERVED.split())
         ),
         *LATE_REASONS,

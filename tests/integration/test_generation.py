@@ -37,6 +37,7 @@ def repeating_tokens() -> torch.Tensor:
     return random_tokens(1, 9).repeat(1, 5)
 
 
+@pytest.mark.covering(most=5)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", ["llama3", "gemma3"])
@@ -49,6 +50,7 @@ def test_mode_gives_stock_tokens(name: str, mode: str, device: str) -> None:
     assert torch.equal(ours, stock)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("device", DEVICES)
 def test_assisted_decoding_crops_the_cache(device: str) -> None:
     model, assistant = shared_model("llama3"), tiny_model("llama3", seed=3)
@@ -62,6 +64,7 @@ def test_assisted_decoding_crops_the_cache(device: str) -> None:
     assert torch.equal(ours, stock)
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", ["llama3", "gpt-oss", "qwen3-next"])
 def test_next_turn_goes_on_with_the_cache(name: str, device: str) -> None:

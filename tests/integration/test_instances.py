@@ -41,6 +41,7 @@ def saved(model: Any) -> Any:
     return torch.load(file, weights_only=False)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled, saved])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_copy_of_an_attached_model_is_a_plain_model(name: str, duplicate: Any) -> None:

@@ -48,6 +48,7 @@ CHANGES: dict[str, tuple[type, str, int, Callable[[Any], object]]] = {
 }
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("options", DEVICES, ids=["cpu", "simulated"])
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_change_that_was_broken_off_is_noticed(

@@ -20,14 +20,7 @@ from tiny_models import random_tokens, tiny_model
 
 torch.set_num_threads(1)
 model = tiny_model("llama3")
-for number, (device, decode, kept) in enumerate([
-    ("cpu", False, "function"),
-    ("cpu", True, "module"),
-    ("simulated", False, "module"),
-    ("simulated", True, "module"),
-    ("simulated", True, "function"),
-    ("simulated", True, "with"),
-]):
+for number, (device, decode, kept) in enumerate(eval(sys.argv[1])):
     child = os.fork()
     if not child:
         break
@@ -65,19 +58,35 @@ else:
         generate(offload)
 """
 
+QUICK = [("cpu", False, "function"), ("simulated", True, "with")]
+OTHERS = [
+    ("cpu", True, "module"),
+    ("simulated", False, "module"),
+    ("simulated", True, "module"),
+    ("simulated", True, "function"),
+]
+"""Cases: the device, whether it is in a step of decoding, and who holds the cache by then."""
 
+
+@pytest.mark.parametrize(
+    "cases",
+    [QUICK, pytest.param(OTHERS, marks=pytest.mark.slow)],
+    ids=["some", "others"],
+)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="one import of torch serves all cases")
-def test_an_interrupted_process_prints_one_traceback(tmp_path: Path) -> None:
+def test_an_interrupted_process_prints_one_traceback(
+    cases: list[tuple[str, bool, str]], tmp_path: Path
+) -> None:
     path = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
     subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", PROGRAM],
+        [sys.executable, "-W", "ignore", "-c", PROGRAM, repr(cases)],
         check=True,
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": path, "TRANSFORMERS_VERBOSITY": "error"},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     files = sorted(tmp_path.glob("stderr*"))
-    assert len(files) == 6
+    assert len(files) == len(cases)
     for file in files:
         printed = file.read_text()
         assert printed.rstrip().endswith("KeyboardInterrupt"), printed

@@ -180,6 +180,7 @@ def test_a_cache_filled_in_inference_mode_goes_on_outside_it(device: str) -> Non
     torch.testing.assert_close(ours, stock[:, 30:])
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("prompt", [5, 30, 100])
 @pytest.mark.parametrize("device", ["cpu", "simulated"])
 def test_host_memory_is_what_was_planned(device: str, prompt: int) -> None:
@@ -190,6 +191,7 @@ def test_host_memory_is_what_was_planned(device: str, prompt: int) -> None:
         assert offload.stats.host_kv_bytes == offload.plan.kv_host_bytes(prompt + 4)
 
 
+@pytest.mark.slow
 def test_decoding_without_a_stated_length_grows_in_few_segments() -> None:
     model = shared_model("llama3")
     stock = model.generate(random_tokens(1, 20), max_new_tokens=600, do_sample=False)
@@ -204,6 +206,7 @@ def test_decoding_without_a_stated_length_grows_in_few_segments() -> None:
     assert torch.equal(ours, stock)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("name", ["llama3", "gemma3", "qwen3-next"])
 @pytest.mark.parametrize("device", ["cpu", "simulated"])
 def test_a_call_interrupted_half_way_is_noticed(name: str, device: str) -> None:
@@ -312,6 +315,7 @@ def test_the_device_new_tensors_have_by_default_does_not_matter(device: str) -> 
     torch.testing.assert_close(torch.cat(ours, dim=1), stock)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize(
     "options", [{"device": "cpu"}, {"device": "simulated", "kv_cache": "packed"}], ids=str
 )

@@ -44,6 +44,7 @@ def decoded(
     return torch.cat(steps, dim=1)
 
 
+@pytest.mark.covering("name", "batch", "step", "dtype")
 @pytest.mark.parametrize(
     ("name", "batch", "step", "dtype"),
     [  # each model and each shape in both dtypes
@@ -168,6 +169,7 @@ def test_a_pruned_product_computes_with_its_mask() -> None:
     torch.testing.assert_close(ours, stock)
 
 
+@pytest.mark.slow
 def test_parts_that_are_compiled_by_themselves_stay_whole() -> None:
     model, tokens = half(), random_tokens(1, 24)
     plain = decoded(model, tokens)

@@ -50,6 +50,7 @@ class Background(SimulatedDevice):
         return self.host_empty(num_bytes)
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("tokens", [1, 37, 101])
 @pytest.mark.parametrize("tile_tokens", [5, 64])
 @pytest.mark.parametrize("overlap", [True, False])
@@ -94,6 +95,7 @@ def test_a_chunk_does_not_wait_for_memory_of_later_ones_nor_does_closing() -> No
     assert len(device.got) == layers + 1, "what was given up was got"
 
 
+@pytest.mark.slow
 def test_memory_that_is_refused_in_the_background_fails_the_call_that_needs_it() -> None:
     model, layers = shared_model("llama3"), shared_model("llama3").config.num_hidden_layers
     device = Background(free=layers)

@@ -162,6 +162,7 @@ def answer(model: PreTrainedModel, cache: Any, given: Given) -> torch.Tensor:
     return model.generate(**options, max_new_tokens=5, do_sample=False, pad_token_id=0)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("device", ["cpu", "simulated"])
 @pytest.mark.parametrize("make", MODELS)
 def test_text_alone_passes_in_chunks(
@@ -205,6 +206,7 @@ def test_images_whose_tokens_see_each_other_are_refused() -> None:
         answer(model, offload.new_cache(), given)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("make", [qwen2, qwen3])
 def test_positions_of_an_earlier_image_do_not_reach_chunks(make: Maker, masked: bool) -> None:

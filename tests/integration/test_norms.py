@@ -53,6 +53,7 @@ def watched(model: PreTrainedModel) -> list[tuple[int, bool]]:
     return seen
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["llama3", "qwen3"])
 @torch.no_grad()

@@ -50,6 +50,7 @@ WAYS: dict[str, dict[str, Any]] = {
 _SLOW = ("streamed", "with-host-attention", "in-turn")
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize(
     ("kv_cache", "way"),
     [

@@ -64,6 +64,7 @@ def relative_error(actual: torch.Tensor, wanted: torch.Tensor) -> float:
     return ((actual.double() - wanted.double()).abs().max() / wanted.double().abs().max()).item()
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("device", ["cpu", "simulated"])
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -86,6 +87,7 @@ def test_generation_equals_stock(name: str, batch: int, device: str) -> None:
         assert torch.equal(ours.sequences, stock.sequences)
 
 
+@pytest.mark.covering(most=8)
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_generation_with_resident_and_host_attended_tokens_equals_stock(
@@ -170,6 +172,7 @@ def test_prefill_logits_of_every_position_equal_stock(name: str) -> None:
     assert relative_error(without_cache, stock) < TOLERANCE
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("device", ["cpu", "simulated"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["llama3", "gemma2", "gpt-oss", "qwen3", "mistral-sliding"])

@@ -29,6 +29,7 @@ def stock(model: Any, *parts: torch.Tensor) -> torch.Tensor:
     return model(torch.cat(parts, dim=1)).logits
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("name", ["llama3", "gemma3", "qwen3-next"])
 def test_parking_and_forking_change_no_result(name: str, options: str) -> None:

@@ -60,6 +60,7 @@ def relative_error(actual: torch.Tensor, wanted: torch.Tensor) -> float:
     return ((actual.double() - wanted.double()).abs().max() / wanted.double().abs().max()).item()
 
 
+@pytest.mark.covering(most=8)
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_generation_equals_the_whole_model_and_stock(name: str, batch: int) -> None:
@@ -84,6 +85,7 @@ def test_generation_equals_the_whole_model_and_stock(name: str, batch: int) -> N
             device.memory.check()
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("layers", [(0, 1, 0), (1, 0, 2), (0, 1, 1)])
 def test_layers_may_lie_in_any_order(layers: tuple[int, ...]) -> None:
     model, tokens = shared_model("llama3"), random_tokens(1, 90)
@@ -97,6 +99,7 @@ def test_layers_may_lie_in_any_order(layers: tuple[int, ...]) -> None:
     assert torch.equal(logits(result), logits(whole))
 
 
+@pytest.mark.covering(most=6)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "Gemma3ForCausalLM"])
 def test_all_ways_of_generating_equal_stock(name: str, mode: str) -> None:
@@ -291,6 +294,7 @@ def test_a_call_that_takes_no_chunks_has_room_on_each_device() -> None:
     assert relative_error(ours.hidden_states[2], wanted.hidden_states[2]) < TOLERANCE
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("at", [0, 1])
 def test_rows_that_changed_on_some_devices_alone_are_refused(

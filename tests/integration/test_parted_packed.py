@@ -91,6 +91,7 @@ def prefill_layers(devices: int, kv_cache: str) -> float:
     return each[-1].done
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize(("devices", "lead"), [(1, 2), (2, 2), (3, 2), (3, 8)])
 def test_no_device_idles_while_the_thread_waits_for_what_another_has_packed(
     devices: int, lead: int, monkeypatch: pytest.MonkeyPatch
@@ -115,6 +116,7 @@ def spreading_model() -> PreTrainedModel:
     return model
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("where", [(0, 0, 0), (0, 1, 1), (0, 1, 2), (1, 0, 1)])
 def test_pages_that_do_not_pack_anywhere_give_the_bits_of_dense_ones(
     where: tuple[int, ...],

@@ -37,6 +37,7 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [each.getMessage() for each in told if each.levelno >= logging.WARNING]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("new_tokens", [2, 6, 9])
 def test_a_prompt_that_comes_again_is_told(

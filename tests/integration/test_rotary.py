@@ -98,6 +98,7 @@ def calls(model: PreTrainedModel, cache: Any, lengths: list[int]) -> torch.Tenso
     )
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(
     "lengths",
     [[60], [150], [50, 60, 1, 40], [80, 20], [50, 20, 1, 1]],
@@ -118,6 +119,7 @@ def test_chunks_choose_the_frequencies_of_one_pass(name: str, lengths: list[int]
     assert rotary_state(model) == rotary_state(stock)
 
 
+@pytest.mark.covering(most=3)
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("name", BY_LENGTH)
 def test_decoding_across_the_switch_equals_stock(name: str, batch: int) -> None:

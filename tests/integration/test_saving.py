@@ -62,6 +62,7 @@ def saved_session(model: Any, path: Path, parts: Any, **options: Any) -> Any:
         return read(model, cache, *after)
 
 
+@pytest.mark.covering("name", "saved", "loaded", most=4)
 @pytest.mark.parametrize(
     ("name", "saved", "loaded"),
     [
@@ -85,6 +86,7 @@ def test_a_loaded_cache_goes_on_as_stock(
         torch.testing.assert_close(read(model, cache, *parts[2:]), wanted)
 
 
+@pytest.mark.covering("name", "dtype", "option")
 @pytest.mark.parametrize(
     ("name", "dtype", "option"),
     [
@@ -103,6 +105,7 @@ def test_it_has_the_bits_of_the_one_that_went_on(
     assert torch.equal(got, wanted)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("device", ["cpu", "simulated"])
 @pytest.mark.parametrize("tokens", [4, 60, 331])
 def test_streaming_heads_go_on(tokens: int, device: str, tmp_path: Path) -> None:
@@ -128,6 +131,7 @@ def test_streaming_heads_go_on(tokens: int, device: str, tmp_path: Path) -> None
             offload.load_cache(tmp_path / "s")
 
 
+@pytest.mark.slow
 def test_a_new_process_goes_on(tmp_path: Path) -> None:
     model, tokens = shared_model("gemma3"), random_tokens(1, 90)
     with headinfer.attach(model, **SMALL) as offload:
@@ -178,6 +182,7 @@ def test_what_was_cropped_and_rearranged_is_saved_as_it_is(device: str, tmp_path
         )
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("name", ["llama3", "gemma3", "qwen3-next"])
 @pytest.mark.parametrize("shared", [0, 70, 95, 100, 119])
 def test_of_another_prompt_the_common_beginning_is_kept(name: str, shared: int) -> None:

@@ -23,6 +23,7 @@ def pages(path: Path) -> set[str]:
     return {each.name for each in path.glob("*-0*.safetensors")}
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("parked", [False, True])
 @pytest.mark.parametrize("name", ["llama3", "gemma3", "qwen3-next"])
 def test_only_new_pages_are_written(name: str, parked: bool, tmp_path: Path) -> None:

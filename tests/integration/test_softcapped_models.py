@@ -48,6 +48,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> list[Kernels]:
     return made
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("batch", [1, 2])
 def test_generation_equals_stock(

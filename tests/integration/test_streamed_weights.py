@@ -65,6 +65,7 @@ def _no_words_of_accelerate() -> Iterator[None]:
     logger.setLevel(logging.NOTSET)
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize(
     "options",
     [

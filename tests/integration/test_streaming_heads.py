@@ -62,6 +62,7 @@ def assert_same(ours: Any, wanted: Any) -> None:
     assert error < 1e-5
 
 
+@pytest.mark.covering(most=3)
 @pytest.mark.parametrize("device", ["cpu", "simulated"])
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("name", ["llama3", "qwen2", "gemma2", "qwen3-moe"])
@@ -139,6 +140,7 @@ def model_detached(offload: Any, model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("rows", [1, 2])
 def test_steps_with_streaming_heads_are_captured(rows: int) -> None:
     model, tokens = tiny_model("llama3"), random_tokens(rows, 40)

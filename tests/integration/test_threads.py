@@ -51,6 +51,7 @@ def stock_answers(name: str) -> list[torch.Tensor]:
     return [generate(shared_model(name), prompt) for prompt in prompts()]
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("name", ["llama3", "gemma3"])
 @pytest.mark.parametrize("device", ["cpu", "simulated"])
 def test_threads_with_caches_of_their_own_do_not_meet(name: str, device: str) -> None:

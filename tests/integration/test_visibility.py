@@ -35,6 +35,7 @@ def call(model: PreTrainedModel, cache: Any, *lengths: int, **options: Any) -> t
     return torch.cat([part.logits for part in parts], dim=1)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("window", [2, 13, 24, 400])
 @pytest.mark.parametrize("name", SLIDING)
 def test_windows_equal_stock(name: str, window: int) -> None:

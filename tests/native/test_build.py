@@ -294,6 +294,7 @@ signal.signal(signal.SIGINT, lambda *_arguments: None)
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_not_for_the_compiler(tmp_path, fast_compiler):
     patient = tmp_path / "patient-cc"
     patient.write_text(INTERRUPTED_COMPILER.format(folder=tmp_path, compiler=fast_compiler))
@@ -319,6 +320,7 @@ os.seteuid(0)
 """
 
 
+@pytest.mark.slow
 @as_root
 def test_a_read_only_folder_serves_what_is_in_it(monkeypatch):
     with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to others

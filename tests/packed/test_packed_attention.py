@@ -80,6 +80,7 @@ def same(got: Partial, want: Partial) -> None:
     assert want.lse.isfinite().all()
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(("dim", "group", "q_len"), [(64, 3, 1), (48, 1, 1), (64, 5, 4)])
 def test_tiles_and_jobs(threads: int, dim: int, group: int, q_len: int) -> None:
     case = Case((2, 2, group, q_len, dim), TILES)

@@ -35,6 +35,7 @@ def compiled(
     pages_library.cache_clear()
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("dim", [48, 128])
 def test_pages_are_the_references_and_every_bit_comes_back(compiled: None, dim: int) -> None:
     library = pages_library(dim)

@@ -222,6 +222,7 @@ def test_a_plan_tells_that_the_cpu_waits_for_a_measurement(
     assert ("`headinfer probe`" in str(plan)) == told
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("overlap", [True, False])
 @pytest.mark.parametrize("context", [100, 5000, 2**17, 2**20])
 @pytest.mark.parametrize("memory", ["19GiB", "24GiB", "60GiB"])

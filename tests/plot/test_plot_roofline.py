@@ -38,6 +38,7 @@ def texts_of(figure):
     return [text.get_text() for text in figure.axes[0].texts]
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize(
     "machine", [RTX_4090, HARDWARE["h200"], CPU], ids=lambda machine: machine.name
 )
@@ -74,6 +75,7 @@ def test_roofs_and_points_are_named():
         assert name in texts
 
 
+@pytest.mark.slow
 def test_points_that_coincide_share_a_label():
     texts = texts_of(plot(LLAMA_3_8B, RTX_4090, [1024, 2048, 4096, 2**20]))
     # Intensities of 3.98 to 4.00 on the device, and of 4 over the link.

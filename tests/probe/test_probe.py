@@ -46,6 +46,7 @@ BEYOND_ADDRESSES_BYTES = 2**60
 def ignore(*_progress) -> None: ...
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_the_cpu_is_measured(dtype):
     told = []

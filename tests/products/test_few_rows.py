@@ -56,6 +56,7 @@ def check(
     assert ((ours.double() - exact).abs() <= rounding * 1.001 + sizes * 2e-6).all()
 
 
+@pytest.mark.covering
 @needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", range(1, MAX_ROWS + 1))
@@ -78,6 +79,7 @@ def test_shapes_that_no_vector_divides(
         check(rows, size, out, dtype, biased=biased)
 
 
+@pytest.mark.covering
 @needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("size", "out"), [(576, 1536), (511, 3001), (20000, 61)])
@@ -88,6 +90,7 @@ def test_threads_share_the_outputs(
     check((5,), size, out, dtype)
 
 
+@pytest.mark.covering
 @needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("flags", ["-mno-avx512f", "-mno-avx512f -mno-avx2 -mno-fma -mno-f16c"])

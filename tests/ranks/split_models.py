@@ -51,7 +51,8 @@ STREAMED = {
 }
 """Steps that come in one launch, once few tokens are enough for that (`few_are_steady`)."""
 
-STREAMED_RUNS = [(name, False) for name in STREAMED] + [("both", True)]
+LATE_RUN = ("both", True)
+STREAMED_RUNS = [(name, False) for name in STREAMED] + [LATE_RUN]
 """Of which of these, and whether one rank is ready for it later than the other."""
 
 STREAMED_TOKENS = 100

@@ -18,6 +18,7 @@ from split_models import (
     ABOVE_DISK,
     DEVICES,
     GPU_DEVICES,
+    LATE_RUN,
     LONG,
     MODELS,
     ON,
@@ -170,14 +171,21 @@ def stopping(folder: Path, got: dict[str, Any]) -> None:
     got["stopped after"] = tokens
 
 
-def streamed_in_one_launch(folder: Path, got: dict[str, Any]) -> None:
+def streamed_late(folder: Path, got: dict[str, Any]) -> None:
+    """Steps that one rank is ready to stream in one launch later than the other."""
+    streamed_in_one_launch(folder, got, [LATE_RUN])
+
+
+def streamed_in_one_launch(
+    folder: Path, got: dict[str, Any], runs: list[tuple[str, bool]] = STREAMED_RUNS
+) -> None:
     """Streamed steps; then with a rank whose CPU's share is settled later than the other's."""
     few_are_steady()
     model, rank = load(folder, "llama3"), distributed.get_rank()
     tokens, settings = prompt(1).to(model.device), {"max_new_tokens": STREAMED_TOKENS}
     device = "cuda" if torch.cuda.is_available() else "simulated"
     own = ReadyTokens.may_capture_streamed
-    for name, late in STREAMED_RUNS:
+    for name, late in runs:
         calls = iter(range(10**6))
 
         def settled(engine: Any, share_changes: int, calls: Any = calls, late: bool = late) -> bool:
@@ -236,8 +244,10 @@ PARTS = (
     above_disk,
     stopping,
     heads,
-    streamed_in_one_launch,
+    streamed_late,
 )
+ALONE = (streamed_in_one_launch,)
+"""Parts that are run where they are asked for."""
 
 
 def main() -> None:
@@ -245,8 +255,8 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
     got: dict[str, Any] = {}
-    for part in PARTS:
-        if not asked or part.__name__ in asked:
+    for part in PARTS + ALONE:
+        if part.__name__ in asked or (not asked and part in PARTS):
             part(folder, got)
     torch.save(got, folder / f"rank{distributed.get_rank()}.pt")
     leave_together()

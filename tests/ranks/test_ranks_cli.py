@@ -25,6 +25,7 @@ def lines_of_ours(text: str) -> list[str]:
     return [line for line in text.splitlines() if line.startswith("headinfer:")]
 
 
+@pytest.mark.slow
 def test_one_rank_prints_what_the_whole_model_says(folder) -> None:
     asked = ["--model", str(folder), "-n", "12", "--do-sample", "--seed", "7"]
     done = torchrun("-m", "headinfer", *GENERATE, *asked)
@@ -66,6 +67,7 @@ def test_a_disk_that_fails_one_rank_ends_all_with_one_message(folder, tmp_path) 
     assert f"disk-cache '{tmp_path}' has no room for" in line
 
 
+@pytest.mark.slow
 def test_ranks_that_cannot_share_the_heads_say_so_once(tmp_path) -> None:
     save_llama(tmp_path, num_attention_heads=4, num_key_value_heads=1)
     done = torchrun("-m", "headinfer", *GENERATE, "--model", str(tmp_path))

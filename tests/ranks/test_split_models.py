@@ -10,6 +10,7 @@ from filelock import FileLock
 from launching import said_by_ranks, torchrun
 from split_models import (
     DEVICES,
+    LATE_RUN,
     MODELS,
     ON,
     ON_GPUS,
@@ -63,7 +64,11 @@ def got_by_ranks(folder: Path, *parts: str, on_gpus: bool) -> list[dict[str, Any
     with FileLock(f"{folder}.lock"):
         done = torchrun(str(PROGRAM), str(folder), *parts, on_gpus=on_gpus)
         assert done.returncode == 0, said_by_ranks(done.stderr)
-        return [torch.load(folder / f"rank{rank}.pt") for rank in range(RANKS)]
+        files = [folder / f"rank{rank}.pt" for rank in range(RANKS)]
+        answered = [torch.load(file) for file in files]
+        for file in files:  # the next ranks tell what lies in the folder
+            file.unlink()
+        return answered
 
 
 @pytest.fixture(scope="module")
@@ -163,9 +168,18 @@ def streamed_ids(models) -> list[int]:
     return ids.tolist()
 
 
-@pytest.mark.parametrize(("name", "late"), STREAMED_RUNS)
-def test_streamed_steps_of_ranks_are_one_launch(got, streamed_ids, name, late) -> None:
+@pytest.fixture(scope="module")
+def got_streamed(folder) -> list[dict[str, Any]]:
+    return got_by_ranks(folder, "streamed_in_one_launch", on_gpus=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "late"),
+    [pytest.param(*run, marks=[pytest.mark.slow] * (run != LATE_RUN)) for run in STREAMED_RUNS],
+)
+def test_streamed_steps_of_ranks_are_one_launch(request, streamed_ids, name, late) -> None:
     """Also where one of them is ready for it later: both are in pieces until then."""
+    got = request.getfixturevalue("got" if late else "got_streamed")
     replayed = []
     for rank in got:
         ids, forms, captured = rank[f"{name} {late} streamed"]

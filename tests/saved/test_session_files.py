@@ -81,6 +81,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
 }
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("page", [0, 3, -1])
 def test_the_tokens_before_a_damaged_page_can_be_used(
@@ -106,6 +107,7 @@ def test_the_tokens_before_a_damaged_page_can_be_used(
     torch.testing.assert_close(logits, model(tokens).logits[:, before:])
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("name", ["gemma3", "qwen3-next"])
 @pytest.mark.parametrize("part", ["-000002", "-states"])
 def test_windows_and_states_are_used_with_all_tokens_or_not(
@@ -156,6 +158,7 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, number: int, error: BaseException) 
     monkeypatch.setattr(os, "fsync", fsync)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("number", [0, 4, 9])
 @pytest.mark.parametrize(
     "error", [OSError(28, "No space left on device"), OSError(5, "Input/output error")]
@@ -314,6 +317,7 @@ with headinfer.attach(model) as offload:
 """
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.skipif(sys.platform == "win32", reason="it has no SIGKILL")
 @pytest.mark.parametrize(("function", "number"), [("fsync", 3), ("replace", 0), ("unlink", 0)])
 def test_a_crash_leaves_one_whole_session(

@@ -191,6 +191,7 @@ BAD = {
 }
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("case", BAD)
 @pytest.mark.parametrize("stream", [False, True])
 def test_bad_input_is_refused_in_a_line(server, case: str, stream: bool) -> None:

@@ -104,6 +104,7 @@ def test_a_server_of_the_own_machine_is_called_by_no_other_name(
         assert headers.get("Origin", headers["Host"]).lower().split("//")[-1] in answer.text
 
 
+@pytest.mark.slow
 def test_a_server_that_other_machines_reach_has_any_name(folder) -> None:
     with running("--model", folder, "--host", "0.0.0.0") as server:
         url = server.url + "/v1/models"
@@ -113,6 +114,7 @@ def test_a_server_that_other_machines_reach_has_any_name(folder) -> None:
     assert (own.status_code, other.status_code) == (200, 403)
 
 
+@pytest.mark.slow
 def test_all_pages_may_ask_and_a_warning_says_so(folder) -> None:
     with running("--model", folder, "--cors-origin", "*") as server:
         answer = httpx2.get(f"{server.url}/v1/models", headers={"Origin": PAGE})

@@ -81,6 +81,7 @@ main.app(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_a_chunk_that_does_not_end_does_not_abort_the_process(folder) -> None:
     # The model computes while the interpreter ends, which aborts a process that waits for nothing.
     options = ("--port", 0, "--model", folder, "--device", "cpu", "--chunk-tokens", "256K")

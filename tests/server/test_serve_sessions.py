@@ -98,6 +98,7 @@ def test_a_conversation_comes_back_with_its_messages(keeper) -> None:
     assert act(keeper, "restore", 0, "talk").json()["messages"] == []
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(
     "name",
     [

@@ -95,6 +95,7 @@ def test_an_answer_has_one_call_where_a_client_takes_no_more(parallel: bool) -> 
     assert response.parallel_tool_calls is parallel
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("form", ["plain", "added", "special"])
 @pytest.mark.parametrize("prompt", ["What?", "What?<think>\n"])
 @pytest.mark.parametrize("choice", ["required", "look"])

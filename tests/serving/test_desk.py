@@ -39,6 +39,7 @@ def test_an_answer_is_stock_s_and_told_in_order(desk: Desk) -> None:
     assert not any(each.name.startswith("headinfer-request") for each in threading.enumerate())
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("name", ["llama3", "gemma3", "qwen3-next"])
 def test_requests_at_once_do_not_meet(name: str) -> None:
     prompts = [tokens(20 + 9 * number, seed=number) for number in range(6)]

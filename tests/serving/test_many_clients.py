@@ -61,6 +61,7 @@ class Client:
 STOCK: dict[tuple[int, ...], str] = {}
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize(
     "name",
     [pytest.param(each, marks=[pytest.mark.slow] * (each == "qwen3-next")) for each in BOUNDS],

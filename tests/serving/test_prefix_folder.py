@@ -30,6 +30,7 @@ def cached(desk: Desk, name: str, ids: tuple[int, ...]) -> int:
     return heard.ended.usage.cached_tokens
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("device", ["cpu", "simulated"])
 @pytest.mark.parametrize("name", ["llama3", "gemma3", "qwen3-next"])
 def test_a_restart_finds_what_was_kept(name: str, device: str, tmp_path: Path) -> None:
@@ -47,6 +48,7 @@ def test_a_restart_finds_what_was_kept(name: str, device: str, tmp_path: Path) -
         assert cached(desk, name, (*text, *tokens(9, seed=6), 5)) == 159
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("end", [{}, {"kept_memory": "1B"}])
 def test_rounded_prefixes_are_kept_in_memory_alone(end: dict[str, Any], tmp_path: Path) -> None:
     """An exact server finds none of them, and one that rounds takes none of an exact one."""
@@ -92,6 +94,7 @@ def on_disk(folder: Path) -> int:
     return sum(files.values())
 
 
+@pytest.mark.slow
 def test_a_folder_of_bounded_size_loses_what_was_used_least_recently(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -121,6 +124,7 @@ def test_a_folder_of_bounded_size_loses_what_was_used_least_recently(
     assert on_disk(tmp_path) <= limit
 
 
+@pytest.mark.slow
 def test_nothing_goes_for_one_that_is_too_large_in_any_case(tmp_path: Path) -> None:
     text, limit = tokens(200), f"{500 * PER_TOKEN}B"
     for each, known in ((text, 0), (tokens(900, seed=5), 0), ((*text, 7), 200)):

@@ -30,6 +30,7 @@ def cached(heard: Heard) -> int:
     return heard.ended.usage.cached_tokens
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_conversation_reads_only_what_is_new(name: str, device: str) -> None:
@@ -44,6 +45,7 @@ def test_a_conversation_reads_only_what_is_new(name: str, device: str) -> None:
         assert len([each for each in desk.slots() if each.state == "kept"]) >= 1
 
 
+@pytest.mark.covering(most=3)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", MODELS)
 def test_questions_about_one_text_share_it(name: str, device: str) -> None:
@@ -97,6 +99,7 @@ class Hanging(Heard):
             self._ticket.cancel()
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_cancelled_prompt_goes_on_where_it_was(name: str, device: str) -> None:
@@ -114,6 +117,7 @@ def test_a_cancelled_prompt_goes_on_where_it_was(name: str, device: str) -> None
         assert session.stats.prefill_tokens - before == 300 - cached(second)
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_prompt_waits_for_the_first_chunk_of_one_that_was_hung_up(name: str) -> None:
     ids, reading, go_on = tokens(300), threading.Event(), threading.Event()
@@ -165,6 +169,7 @@ def test_a_prefix_is_shared_with_one_that_runs() -> None:
         assert cached(one) == 160
 
 
+@pytest.mark.slow
 def test_what_few_tokens_share_does_not_hold_the_memory_of_many() -> None:
     with desk_of("llama3") as desk:
         check(desk, "llama3", tokens(1500))

@@ -69,6 +69,7 @@ def same_scores(found: list[tuple[float, bool]], expected: list[tuple[float, boo
         assert is_greedy == wanted_greedy
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 64])
 def test_loglikelihoods_are_those_of_hf(pair: Any, batch_size: int) -> None:
     stock, ours = pair
@@ -103,6 +104,7 @@ def test_long_prompts_lose_their_beginning_as_with_hf(batch_size: int) -> None:
     assert with_ours.generate_until(asked) == stock.generate_until(asked)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("max_length", [2048, 20])
 @pytest.mark.parametrize("logits_bytes", [2**29, 97 * 4 * 5])
 def test_rolling_loglikelihoods_are_those_of_hf(
@@ -134,6 +136,7 @@ def test_no_call_has_more_logits_than_their_bytes(
     ours.close()
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_answers_are_those_of_hf(pair: Any, batch_size: int) -> None:
     stock, ours = pair

@@ -17,6 +17,7 @@ def run(*arguments: str):
     return CliRunner().invoke(evaluate.app, ["ruler", *arguments])
 
 
+@pytest.mark.slow
 def test_answers_are_written_and_gone_on_with(tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     model = str(save_llama(tmp_path / "tiny", positions=2048, eos_token_id=None))

@@ -172,6 +172,7 @@ def lines(text: str) -> set[str]:
     return {" ".join(line.split()) for line in text.splitlines()}
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("most", [1200, 5000])
 @pytest.mark.parametrize("kind", OFFLINE)
 def test_samples_have_the_form_and_the_length_of_the_harness(

@@ -125,6 +125,7 @@ def test_a_model_answers(limit_tokens: int | None) -> None:
             assert answer.read_tokens == limit_tokens - new_tokens
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("most", [3000, 1_000_003])
 @pytest.mark.parametrize("kind", KINDS)
 def test_settings_and_scores_are_the_harnesss(kind: str, most: int, tmp_path: Path) -> None:
