@@ -264,7 +264,6 @@ def _interrupted(command, *args) -> tuple[int, str, str]:
     return running.returncode, (first + out).decode(), err.decode()
 
 
-@pytest.mark.slow
 def test_ctrl_c_keeps_the_text_so_far(command, endless_llama, prompt):
     args = ("generate", "--model", endless_llama, "-p", prompt, "-n", 100_000, "--no-do-sample")
     code, out, err = _interrupted(command, *args)

@@ -116,7 +116,6 @@ def drafts(model: PreTrainedModel, cache: Any, prompt: torch.Tensor) -> list[tor
     return outputs
 
 
-@pytest.mark.covering(most=1)
 @pytest.mark.parametrize(
     ("streaming", "seeds"),
     [(False, SEEDS // 12), (True, SEEDS // 12), pytest.param(False, SEEDS, marks=pytest.mark.slow)],

@@ -115,7 +115,6 @@ class Verifying:
         return sum(shares)
 
 
-@pytest.mark.slow
 def test_a_verifying_pass_leaves_the_cpu_less_where_it_takes_longer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
