@@ -67,7 +67,9 @@ def encode_prompt(
     else:
         ids = _token_ids(parts or [])
     if not ids:
-        raise OptionError("the model's tokenizer makes no tokens of this prompt")
+        if parts is not None and not parts:
+            raise OptionError("the prompt is an empty list; give text, messages or token ids")
+        raise OptionError("the model's tokenizer makes no tokens of this prompt; give some text")
     return [int(token_id) for token_id in ids]
 
 
