@@ -329,6 +329,7 @@ def test_what_is_not_set_is_left_to_the_model(body: dict, given: dict) -> None:
         ({**BODY, "stop": ["a", 7]}, "stop.1 must be text"),
         ({**BODY, "stream": "yes"}, "stream must be true or false"),
         ({"messages": [{"role": "user", "content": {}}]}, "messages.0.content must be text or a"),
+        ({"messages": [{"role": "user", "content": [{}]}]}, "messages.0.content.0.type is missing"),
         ({**BODY, "response_format": {"type": "xml"}}, "response_format.type must be one of"),
         ({**BODY, "stream_options": 3}, "stream_options must be an object"),
     ],
