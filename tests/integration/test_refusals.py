@@ -280,6 +280,15 @@ def test_a_call_without_tokens_is_told_so() -> None:
             model(inputs_embeds=embeddings)
 
 
+def test_tokens_without_rows_are_refused_with_what_to_pass() -> None:
+    model = shared_model("llama3")
+    with (
+        headinfer.attach(model),
+        pytest.raises(OptionError, match=r"\(20,\); .*\[batch, tok"),
+    ):
+        model(random_tokens(1, 20)[0])
+
+
 def test_token_types_of_text_alone_say_nothing_to_a_model_that_takes_none() -> None:
     model = shared_model("llama3")
     ids = random_tokens(1, 20)

@@ -27,6 +27,9 @@ _SYSTEM = "what-the-system-says"
 _MOST_ENDS = 8
 """Messages whose ends are told, beside the first: each costs a chunk that ends there."""
 
+_SPEAKING = ("system", "developer", "user")
+"""Roles whose messages say something. An assistant may call a tool instead."""
+
 _NO_PROMPT = "the prompt must be text, messages (mappings with role and content) or token ids"
 
 
@@ -142,6 +145,11 @@ def _chat(tokenizer: Any, messages: list[Any], values: Mapping[str, Any]) -> str
             named = ", ".join(map(repr, message)) or "nothing"
             raise OptionError(
                 f"message {number} of the prompt has no role, such as 'user'; it has {named}"
+            )
+        if message["role"] in _SPEAKING and message.get("content") is None:
+            raise OptionError(
+                f"message {number} of the prompt, of role {message['role']!r}, has no content; "
+                "give it text"
             )
     _check_values(tokenizer, values)
     text = _fill(tokenizer, messages, values)
