@@ -81,6 +81,16 @@ def test_another_models_session_is_refused(cli, llama, prompt, tmp_path):
     assert "num_hidden_layers is 2 and here 3" in line
 
 
+def test_keys_of_another_models_config_are_no_options(cli, llama, prompt, tmp_path):
+    session = tmp_path / "s"
+    cli("generate", "--model", llama, "-p", prompt, *GREEDY, "--save-session", session)
+    other = save_llama(tmp_path / "other", head_dim=32)
+    done = cli("generate", "--model", other, "-p", prompt, "--session", session, "--quiet")
+    assert done.code == 2
+    (line,) = done.error_lines
+    assert "in its config head_dim is 8 and here 32" in line
+
+
 def test_a_damaged_session_costs_only_what_is_behind(cli, llama, prompt, tmp_path):
     session = tmp_path / "s"
     args = ("generate", "--model", llama, "-p", prompt, *GREEDY)

@@ -40,6 +40,16 @@ def test_a_message_has_a_role(message: dict[str, Any]) -> None:
         encoded(ROLES, [USER, message])
 
 
+@pytest.mark.parametrize("message", [{"role": "user"}, {"role": "system", "content": None}])
+def test_what_a_user_or_the_system_says_has_content(message: dict[str, Any]) -> None:
+    role = message["role"]
+    with pytest.raises(
+        OptionError, match=rf"^message 1 of the prompt, of role '{role}', has no con"
+    ):
+        encoded(ROLES, [USER, message])
+    encoded(ROLES, [USER, {"role": "assistant", "content": None}])  # as one that calls a tool
+
+
 def test_values_reach_the_template() -> None:
     assert encoded(ROLES, [USER]) == "<user> w1 w2 <assistant>"
     assert encoded(ROLES, [USER], thinking=False) == "w9 <user> w1 w2 <assistant>"

@@ -377,7 +377,7 @@ def test_options_are_refused_at_once(given: dict[str, Any], words: str) -> None:
     ("prompt", "given", "words"),
     [
         ("", {}, "makes no tokens"),
-        ([], {}, "makes no tokens"),
+        ([], {}, "an empty list"),
         ([{"role": "user", "content": "w1"}], {}, "no chat template"),
         (["w1", "w2"], {}, "must be text, messages"),
         (None, {}, "must be text, messages"),

@@ -104,6 +104,27 @@ def test_two_models_sharing_a_config_do_not_meet() -> None:
                 first(tokens, past_key_values=caches[1])
 
 
+def test_a_cache_given_to_a_model_that_is_not_attached_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    attached, other = tiny_model("llama3"), tiny_model("llama3", seed=1)
+    tokens = random_tokens(1, 20)
+    stock = attached(tokens).logits
+    with headinfer.attach(attached) as offload:
+        cache = offload.new_cache()
+        cached = cache_argument(other, cache)
+        told = r"the model that was called is not the attached one .* offload.new_cache\(\)"
+        with pytest.raises(CacheStateError, match=told):
+            other.generate(tokens, max_new_tokens=2, **cached)
+        with pytest.raises(CacheStateError, match=told):
+            other(tokens, **cached)
+        assert not caplog.records  # which would be of the attached one
+        with headinfer.attach(other), pytest.raises(CacheStateError, match=told):
+            other.model(tokens, **cached)  # which does not ask whose cache it is
+        cache.reset()
+        torch.testing.assert_close(attached(tokens, **cached).logits, stock)
+
+
 def test_two_caches_of_one_model_do_not_meet() -> None:
     model = shared_model("llama3")
     tokens = random_tokens(2, 30)

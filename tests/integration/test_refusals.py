@@ -267,6 +267,28 @@ def test_a_call_for_another_history_is_told_so() -> None:
         assert cache.get_seq_length() == 20
 
 
+def test_a_call_without_tokens_is_told_so() -> None:
+    model = shared_model("llama3")
+    none = random_tokens(1, 20)[:, :0]
+    with headinfer.attach(model) as offload, torch.no_grad():
+        for given in ({}, {cache_name(model): offload.new_cache()}, {"use_cache": False}):
+            for call in (model, model.generate):
+                with pytest.raises(CacheStateError, match=r"no tokens: .*\(1, 0\).* at least one"):
+                    call(input_ids=none, **given)
+        embeddings = model.get_input_embeddings()(none)
+        with pytest.raises(CacheStateError, match=r"no tokens: inputs_embeds "):
+            model(inputs_embeds=embeddings)
+
+
+def test_tokens_without_rows_are_refused_with_what_to_pass() -> None:
+    model = shared_model("llama3")
+    with (
+        headinfer.attach(model),
+        pytest.raises(OptionError, match=r"\(20,\); .*\[batch, tok"),
+    ):
+        model(random_tokens(1, 20)[0])
+
+
 def test_token_types_of_text_alone_say_nothing_to_a_model_that_takes_none() -> None:
     model = shared_model("llama3")
     ids = random_tokens(1, 20)
@@ -294,3 +316,23 @@ def test_a_cache_that_the_generation_config_names_makes_room_and_comes_back() ->
     with headinfer.attach(model):
         model.generation_config.cache_implementation = "dynamic"
     assert model.generation_config.cache_implementation == "dynamic"
+
+
+@pytest.mark.parametrize("named_by", ["call", "config"])
+@pytest.mark.parametrize("kind", ["static", "offloaded_static", "sliding_window"])
+def test_a_static_cache_that_generate_is_to_make_is_refused_by_its_setting(
+    kind: str, named_by: str
+) -> None:
+    model = tiny_model("llama3")
+    ids = random_tokens(1, 20)
+    with headinfer.attach(model):
+        given = {}
+        if named_by == "call":
+            given = {"cache_implementation": kind}
+        else:
+            model.generation_config.cache_implementation = kind
+        with pytest.raises(UnsupportedModelError) as told:
+            model.generate(ids, max_new_tokens=2, **given)
+    for words in ("cache_implementation", "generation_config", "offload.new_cache()"):
+        assert words in str(told.value)
+    assert "\n" not in str(told.value)

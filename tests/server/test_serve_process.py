@@ -9,7 +9,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from server_parts import WAIT_S, Running, command, environment, events, running
+from server_parts import WAIT_S, Running, command, environment, events, running, wait_until
 
 from saved_models import save_llama
 
@@ -103,6 +103,82 @@ def test_a_chunk_that_does_not_end_does_not_abort_the_process(folder) -> None:
     assert code == 0, err
     assert "requests that still run: 1" in err
     assert "terminate" not in err
+
+
+WAITING = """
+import sys
+from headinfer.serving.desk import Desk
+close = Desk.close
+def close_once_told(desk, **limits):
+    sys.stdin.readline()
+    return close(desk, **limits)
+Desk.close = close_once_told
+from headinfer.cli import main
+main.app(sys.argv[1:])
+"""
+
+
+@pytest.fixture
+def waiting(folder):
+    """A server that goes on stopping until it reads a line."""
+    options = ("--port", 0, "--model", folder, "--device", "cpu")
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAITING, "serve", *map(str, options)],
+        env=environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        try:
+            assert process.stdout is not None
+            server = Running(process, process.stdout.readline().strip())
+            server.wait_ready()
+            yield server
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
+def test_a_server_that_stops_says_so_to_who_asks(waiting, number: signal.Signals) -> None:
+    asked = {
+        "/v1/completions": {"prompt": "w1"},
+        "/v1/chat/completions": {"messages": [{"role": "user", "content": "w1"}], "stream": True},
+        "/v1/responses": {"input": "w1"},
+        "/slots/0?action=restore": {"filename": "book"},
+    }
+    with waiting.stream("/v1/completions", prompt="w1", max_tokens=200_000) as response:
+        chunks = events(response)
+        next(chunk for chunk in chunks if chunk["choices"][0]["text"])
+        waiting.process.send_signal(number)
+        wait_until(lambda: waiting.get("/health").status_code == 503)
+        assert waiting.get("/health").json() == {"status": "closing"}
+        answers = [waiting.post(path, **body) for path, body in asked.items()]
+        answers += [waiting.get(path) for path in ("/v1/models", "/slots", "/sessions")]
+        for answer in answers:
+            assert answer.status_code == 503
+            assert answer.headers["Retry-After"] == "5"
+            assert answer.json()["error"] == {
+                "message": "the server is stopping; ask again later",
+                "type": "server_error",
+                "param": None,
+                "code": "closing",
+            }
+        _, err = waiting.process.communicate("end\n", timeout=WAIT_S)
+        *_, last = chunks
+    assert last["error"]["code"] == "closing"
+    assert waiting.process.returncode == 0, err
+    assert "Traceback" not in err
+
+
+def test_a_second_signal_ends_the_process_at_once(waiting) -> None:
+    waiting.process.send_signal(signal.SIGTERM)
+    wait_until(lambda: waiting.get("/health").status_code == 503)
+    waiting.process.send_signal(signal.SIGINT)
+    assert waiting.process.wait(timeout=WAIT_S / 4) == 128 + signal.SIGINT
 
 
 @pytest.mark.slow

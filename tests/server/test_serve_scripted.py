@@ -329,6 +329,7 @@ def test_what_is_not_set_is_left_to_the_model(body: dict, given: dict) -> None:
         ({**BODY, "stop": ["a", 7]}, "stop.1 must be text"),
         ({**BODY, "stream": "yes"}, "stream must be true or false"),
         ({"messages": [{"role": "user", "content": {}}]}, "messages.0.content must be text or a"),
+        ({"messages": [{"role": "user", "content": [{}]}]}, "messages.0.content.0.type is missing"),
         ({**BODY, "response_format": {"type": "xml"}}, "response_format.type must be one of"),
         ({**BODY, "stream_options": 3}, "stream_options must be an object"),
     ],
@@ -338,6 +339,97 @@ def test_mistakes_are_told_in_plain_words(body: dict, told: str) -> None:
         response = httpx2.post(f"{url}/v1/chat/completions", json=body)
     assert response.status_code == 400
     assert response.json()["error"]["message"].startswith(told)
+
+
+CALL_ALONE = {"id": "c1", "type": "function", "function": {"name": "w7", "arguments": "{}"}}
+
+
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [
+        ({"role": "user"}, "content is missing or null; a user message needs text"),
+        ({"role": "user", "content": None}, "content is missing or null"),
+        ({"role": "user", "content": []}, "content has no parts; a user message needs text"),
+        ({"role": "system", "content": None}, "content is missing or null; a system message"),
+        ({"role": "developer"}, "content is missing or null; a developer message"),
+        ({"role": "assistant"}, "content is missing or null; an assistant message needs text or"),
+        ({"role": "assistant", "tool_calls": []}, "content is missing or null"),
+        ({"role": "tool", "tool_call_id": "c1"}, "content is missing or null; a tool message"),
+        ({"role": "user", "content": [{"type": "text"}]}, "content.0.text is missing or null"),
+        ({"role": "user", "content": [{"type": "image_url"}]}, "content.0: only text is served"),
+        ({"role": "wizard", "content": "w1"}, "role must be one of system, developer, user"),
+        ({"role": "assistant", "tool_calls": [{}]}, "tool_calls.0 needs a function with a name"),
+    ],
+)
+def test_a_message_without_content_is_refused_by_its_place(message: dict, told: str) -> None:
+    bodies = {
+        "/v1/chat/completions": {"messages": [*MESSAGES, message]},
+        "/slots/0?action=save": {"filename": "book", "messages": [*MESSAGES, message]},
+    }
+    with serving(ScriptedDesk(["w3"])) as (url, _):
+        for path, body in bodies.items():
+            response = httpx2.post(url + path, json=body)
+            error = response.json()["error"]
+            assert (response.status_code, error["param"]) == (400, "messages")
+            assert error["message"].startswith(f"messages.{len(MESSAGES)}.{told}")
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "user", "content": ""},
+        {"role": "assistant", "content": ""},
+        {"role": "assistant", "tool_calls": [CALL_ALONE]},
+        {"role": "assistant", "content": None, "tool_calls": [CALL_ALONE]},
+        {"role": "assistant", "content": None, "reasoning_content": "w4"},
+        {"role": "assistant", "content": None, "refusal": "w4"},
+        {"role": "tool", "tool_call_id": "c1", "content": ""},
+    ],
+)
+def test_a_message_may_say_nothing_where_its_role_lets_it(message: dict) -> None:
+    with serving(ScriptedDesk(["w3"])) as (url, _):
+        asked = {"messages": [*MESSAGES, message]}
+        assert httpx2.post(f"{url}/v1/chat/completions", json=asked).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("item", "told"),
+    [
+        ({"role": "user"}, "content is missing or null; a user message needs text"),
+        ({"role": "user", "content": 7}, "content must be text or a list"),
+        ({"role": "user", "content": []}, "content has no parts"),
+        ({"role": "user", "content": [{"type": "input_text"}]}, "content.0.text is missing"),
+        ({"role": "wizard", "content": "w1"}, "role must be one of"),
+        ({"type": "function_call"}, "name is missing"),
+        ({"type": "function_call_output"}, "output is missing or no text"),
+        ({"type": "picture"}, "type must be message, reasoning, function_call or"),
+    ],
+)
+def test_an_item_without_content_is_refused_by_its_place(item: dict, told: str) -> None:
+    with serving(ScriptedDesk(["w3"])) as (url, _):
+        asked = {"input": [{"role": "user", "content": "w1"}, item]}
+        response = httpx2.post(f"{url}/v1/responses", json=asked)
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, "input")
+    assert error["message"].startswith(f"input.1.{told}")
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ({"prompt": []}, "prompt is an empty list; give text or token ids"),
+        ({"prompt": ""}, "the model's tokenizer makes no tokens of this prompt; give some text"),
+        ({"prompt": ["w1", ""]}, "prompt.1: the model's tokenizer makes no tokens of this"),
+        ({"prompt": [[3], []]}, "prompt.1: the prompt is an empty list"),
+        ({"prompt": ["w1"] * 33, "n": 2}, "prompt has 33 prompts and n is 2: 66 choices, and 64 "),
+    ],
+)
+def test_a_prompt_that_is_empty_is_told_so(body: dict, told: str) -> None:
+    with serving(ScriptedDesk(["w3"])) as (url, _):
+        response = httpx2.post(f"{url}/v1/completions", json=body)
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, "prompt")
+    assert error["message"].startswith(told)
 
 
 def test_a_server_that_pings_by_the_clock_does_not_wait_for_the_desk() -> None:

@@ -1,5 +1,6 @@
 """The options of the benchmark verbs, and the run that they ask for."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -201,7 +202,7 @@ def _model(given: dict[str, Any]) -> Model:
             raise OptionError("--dummy-weights needs --model; without it weights are random anyway")
         shape = _DEFAULT_SHAPE | sizes
         shape.setdefault("intermediate_size", 4 * shape["hidden_size"])
-        return ModelSpec(**shape)
+        return _spec(shape)
     if sizes:
         flag = f"--{next(iter(sizes)).replace('_', '-')}"
         raise OptionError(f"{flag} is for models without --model; leave one of them out")
@@ -211,6 +212,16 @@ def _model(given: dict[str, Any]) -> Model:
         dummy_weights=given["dummy_weights"],
         load_in=load_in and load_in.value,
     )
+
+
+def _spec(shape: dict[str, int]) -> ModelSpec:
+    """Return a model of a shape, whose sizes are options of this verb and keys of configs else."""
+    try:
+        return ModelSpec(**shape)
+    except OptionError as error:
+        names = rf"\b({'|'.join(shape)})\b"
+        told = re.sub(names, lambda name: f"--{name[0].replace('_', '-')}", str(error))
+        raise OptionError(told) from error
 
 
 def named_model(

@@ -33,9 +33,8 @@ EXIT_INTERRUPTED = 130
 _DEBUG_VARIABLE = "HEADINFER_DEBUG"
 
 _WORDS_OF_ENGLISH = ("device", "overlap", "capture", "fuse")
-_SHAPE = ("kv_heads", "head_dim", "hidden_size", "vocab_size", "intermediate_size")
 _SERVER = ("session_folder_size", "session_folder", "cache_memory", "max_body")
-_OTHERS = (*_SHAPE, *_SERVER, "new_tokens", "time_limit")
+_OTHERS = (*_SERVER, "new_tokens", "time_limit")
 _ALONE = (*DECLARATIONS.keys() - set(_WORDS_OF_ENGLISH), *_OTHERS)
 _FIRST = (*_WORDS_OF_ENGLISH, "layers", "heads", "dtype", "repeats", "gpus")
 

@@ -27,6 +27,9 @@ _SYSTEM = "what-the-system-says"
 _MOST_ENDS = 8
 """Messages whose ends are told, beside the first: each costs a chunk that ends there."""
 
+_SPEAKING = ("system", "developer", "user")
+"""Roles whose messages say something. An assistant may call a tool instead."""
+
 _NO_PROMPT = "the prompt must be text, messages (mappings with role and content) or token ids"
 
 
@@ -67,7 +70,9 @@ def encode_prompt(
     else:
         ids = _token_ids(parts or [])
     if not ids:
-        raise OptionError("the model's tokenizer makes no tokens of this prompt")
+        if parts is not None and not parts:
+            raise OptionError("the prompt is an empty list; give text, messages or token ids")
+        raise OptionError("the model's tokenizer makes no tokens of this prompt; give some text")
     return [int(token_id) for token_id in ids]
 
 
@@ -140,6 +145,11 @@ def _chat(tokenizer: Any, messages: list[Any], values: Mapping[str, Any]) -> str
             named = ", ".join(map(repr, message)) or "nothing"
             raise OptionError(
                 f"message {number} of the prompt has no role, such as 'user'; it has {named}"
+            )
+        if message["role"] in _SPEAKING and message.get("content") is None:
+            raise OptionError(
+                f"message {number} of the prompt, of role {message['role']!r}, has no content; "
+                "give it text"
             )
     _check_values(tokenizer, values)
     text = _fill(tokenizer, messages, values)

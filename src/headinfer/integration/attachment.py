@@ -31,6 +31,7 @@ from headinfer.integration.configs import OwnCacheKind, SwappedConfigs
 from headinfer.integration.disk_below import take_back_failed
 from headinfer.integration.faster import FasterParts
 from headinfer.integration.forward import InstanceForward
+from headinfer.integration.history import check_given
 from headinfer.integration.rotary import rotary_modules_by_length
 from headinfer.integration.said import SaidOnce
 from headinfer.integration.serving import AttachmentOwner, ServedCall
@@ -176,6 +177,8 @@ class Attachment:
         arguments = named_arguments(self._model, args, kwargs)
         self._chunking.drop_empty(arguments)
         shape, cache = new_shape(arguments), self._cache_of(arguments)
+        if shape is not None and not shape[1]:
+            check_given(arguments, arguments.get(cache_name(self._model)))
         try:
             if shape is None or cache is None:
                 self._owner.answers.clear()
@@ -257,7 +260,8 @@ class Attachment:
         if isinstance(cache, OffloadedCache):
             if not self._owner.owns(cache):
                 raise CacheStateError(
-                    "this cache belongs to another attachment; use offload.new_cache() of this one"
+                    "this cache belongs to another attachment, of another model or an earlier one "
+                    "of this model; use offload.new_cache() of this one"
                 )
             return cache
         if not isinstance(cache, Cache) or is_static(cache):

@@ -20,7 +20,7 @@ from headinfer.attend.select import select_kernels
 from headinfer.attend.table import Kernels
 from headinfer.engine.attending import attend_in_hand
 from headinfer.engine.chunk import Chunk
-from headinfer.errors import HeadInferError, UnsupportedModelError
+from headinfer.errors import CacheStateError, HeadInferError, UnsupportedModelError
 from headinfer.integration.autocast import in_attended_dtype
 from headinfer.integration.pending import Pending
 from headinfer.integration.support import HARMLESS_KEYWORDS
@@ -72,13 +72,13 @@ class AttentionFunctions:
         """Remember new tokens.
 
         Raises:
-            UnsupportedModelError: the ones before were never attended.
+            HeadInferError: the ones before were never attended.
         """
         if self._mine.pending is not None:
             self.check_none_pending()
         self._mine.pending = pending
 
-    def warn_of_bypass(self) -> None:
+    def _warn_of_bypass(self) -> None:
         """Say once that tokens come in outside of a call that we serve."""
         if not self._warned:
             self._warned = True
@@ -97,9 +97,19 @@ class AttentionFunctions:
         self._mine.pending = None
 
     def check_none_pending(self) -> None:
-        """Refuse to go on when new tokens were cached and no attention call took them."""
+        """Refuse to go on when new tokens were cached and no attention call took them.
+
+        Raises:
+            CacheStateError: another model than the attached one was called with its cache.
+            UnsupportedModelError: the attached one did not attend.
+        """
         if (pending := self._mine.pending) is not None:
             self._mine.pending = None
+            if not pending.in_turn:
+                raise CacheStateError(
+                    "the model that was called is not the attached one that this cache belongs "
+                    "to; attach it, too, and pass offload.new_cache() of its own attachment"
+                )
             raise UnsupportedModelError(
                 f"offloaded layer {pending.layer_idx} cached its keys without an attention call "
                 "through the registry; this model cannot be served"
@@ -127,8 +137,9 @@ class AttentionFunctions:
         """
         if kv_offset + kv_length > int(q_offset) + q_length:
             raise UnsupportedModelError(
-                "this cache hands out memory beyond its tokens, which only a square mask can hide: "
-                "not served"
+                "this cache hands out memory beyond its tokens, as static ones do, and is not "
+                "served by an attached model; leave cache_implementation out of the call and of "
+                "model.generation_config, and pass offload.new_cache()"
             )
         if use_vmap or not allow_is_causal_skip:
             raise UnsupportedModelError(
@@ -174,6 +185,8 @@ class AttentionFunctions:
             `[batch, q_len, query_heads, value_dim]`, contiguous, and None for the weights.
         """
         pending, self._mine.pending = self._mine.pending, None
+        if pending is not None and not pending.in_turn:
+            self._warn_of_bypass()
         _check_call(module, (query, key, value), attention_mask, dropout, is_causal, kwargs)
         if pending is not None and (key is not pending.keys or value is not pending.values):
             raise UnsupportedModelError(

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import GenerationMixin
 
+from headinfer.errors import OptionError
+
 CACHE_NAMES = ("cache", "past_key_values")
 """What transformers calls the argument a cache is passed as: since 5.24, and before."""
 
@@ -88,9 +90,18 @@ def last_logits(
 
 
 def new_shape(arguments: dict[str, Any]) -> tuple[int, int] | None:
-    """Return (batch, new tokens) of a forward call; None when it has no tokens."""
+    """Return (batch, new tokens) of a forward call; None when it has no tokens.
+
+    Raises:
+        OptionError: the tokens have no rows.
+    """
     for name in ("input_ids", "inputs_embeds"):
         if arguments.get(name) is not None:
-            batch, tokens = arguments[name].shape[:2]
-            return int(batch), int(tokens)
+            shape = arguments[name].shape
+            if len(shape) < 2:
+                raise OptionError(
+                    f"{name} has the shape {tuple(shape)}; it must begin with [batch, tokens], as "
+                    f"{name}[None] does"
+                )
+            return int(shape[0]), int(shape[1])
     return None

@@ -4,6 +4,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import Cache
 
 from headinfer.errors import CacheStateError
 from headinfer.integration.token_history import common_prefix
@@ -16,6 +17,25 @@ _logger = logging.getLogger(__name__)
 
 _LEAST_TOKENS = 16
 """Fewer that are alike are a chat template's."""
+
+
+def check_given(arguments: dict[str, Any], cache: Cache | None) -> None:
+    """Refuse a call without new tokens where none came before, either.
+
+    Args:
+        arguments: of the call, by name.
+        cache: of the call, if any.
+
+    Raises:
+        CacheStateError: names the argument and its shape.
+    """
+    if cache is not None and cache.get_seq_length():
+        return  # tokens that it has already were left out of the call
+    name = "inputs_embeds" if arguments.get("input_ids") is None else "input_ids"
+    raise CacheStateError(
+        f"the call brings no tokens: {name} has the shape {tuple(arguments[name].shape)}; pass at "
+        "least one token"
+    )
 
 
 def check_history(arguments: dict[str, Any], past_tokens: int, new_tokens: int) -> None:

@@ -95,11 +95,8 @@ class OffloadedLayer(CacheLayerMixin):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Take new tokens; returns them alone, for the attention function to find the rest."""
-        in_turn = self.turns.mine
-        if not in_turn:
-            self._state.functions.warn_of_bypass()
         taken = self._state.update(
-            self._layer_idx, key_states, value_states, self._window_tokens, in_turn
+            self._layer_idx, key_states, value_states, self._window_tokens, self.turns.mine
         )
         if not self._initialized:
             self.device, self.dtype = key_states.device, key_states.dtype

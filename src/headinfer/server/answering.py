@@ -16,8 +16,8 @@ from headinfer.server.problems import ProblemError
 from headinfer.server.served import Served, Service
 from headinfer.serving.events import Ended
 
-_FAREWELL_S = 15.0
-"""Seconds in which streams may end by themselves once the server is stopping."""
+_FAREWELL_S = 3.0
+"""Seconds in which streams may end by themselves once the desk is closed."""
 
 _GONE = 499
 """Status of an answer that nobody waits for, which is only counted."""

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from headinfer.errors import HeadInferError
 from headinfer.generation.prompt import Prompt, encode_prompt, knows_value, message_ends
 from headinfer.server.bodies import (
     ChatBody,
@@ -18,10 +19,11 @@ from headinfer.server.bodies import (
 )
 from headinfer.server.calls import call_grammar, wanted_tools
 from headinfer.server.messages import chat_messages, chat_tools, response_messages, response_tools
-from headinfer.server.problems import ProblemError
+from headinfer.server.problems import ProblemError, problem_of
 from headinfer.server.served import DEFAULT_NEW_TOKENS, Limits, Served
 from headinfer.server.unserved import check_chat, check_completion, check_response
 from headinfer.serving.ask import Ask
+from headinfer.units import counted
 
 _MOST_STOPS = 32
 _MOST_CHOICES = 64
@@ -89,15 +91,19 @@ def completion_request(served: Served, body: CompletionBody, limits: Limits) -> 
     if body.logprobs is not None:
         served.guide.bytes_of(0, "")  # as above
     asks: list[Ask] = []
-    for prompt in _prompts(body.prompt):
-        ids = _encode(served, prompt, {})
+    prompts = _prompts(body.prompt, body.n or 1)
+    for idx, prompt in enumerate(prompts):
+        try:
+            ids = _encode(served, prompt, {})
+        except HeadInferError as error:
+            told = problem_of(error)
+            which = f"prompt.{idx}: " if len(prompts) > 1 else ""
+            raise ProblemError(
+                told.status, f"{which}{told.message}", param="prompt", code=told.code
+            ) from error
         guided = _guided(served, _schema(body.response_format), ids, None)
         ask = _ask(served, body, ids, body.max_tokens, limits, body.logprobs, guided)
         asks += _choices(ask, body.n or 1)
-    if not 0 < len(asks) <= _MOST_CHOICES:
-        raise ProblemError(
-            400, f"{len(asks)} choices are asked for; 1 to {_MOST_CHOICES} can be had"
-        )
     return Request(asks=tuple(asks))
 
 
@@ -154,12 +160,22 @@ def _spelled(served: Served, ask: Ask) -> tuple[Ask, bool]:
     return (ask if ask.logprobs is not None else replace(ask, logprobs=0)), True
 
 
-def _prompts(given: str | list[str] | list[int] | list[list[int]]) -> Sequence[Prompt]:
+def _prompts(given: str | list[str] | list[int] | list[list[int]], count: int) -> Sequence[Prompt]:
+    """Return the prompts of a request, unless they have too many choices."""
     if isinstance(given, str):
         return [given]
-    if given and isinstance(given[0], int):
+    if not given:
+        raise ProblemError(400, "prompt is an empty list; give text or token ids", param="prompt")
+    if isinstance(given[0], int):
         return [[int(part) for part in given]]
-    return list(given)  # type: ignore[arg-type]  # several prompts
+    if (choices := len(given) * count) > _MOST_CHOICES:
+        raise ProblemError(
+            400,
+            f"prompt has {counted(len(given), 'prompt')} and n is {count}: {choices} choices, and "
+            f"{_MOST_CHOICES} can be had",
+            param="prompt",
+        )
+    return list(given)  # several prompts
 
 
 def _encode(served: Served, prompt: Prompt, values: Mapping[str, Any]) -> tuple[int, ...]:

@@ -51,13 +51,13 @@ def mistake_of(error: RequestValidationError) -> ProblemError:
         return ProblemError(
             400, "the body must be a JSON object, sent with Content-Type: application/json"
         )
-    if errors[0]["type"] == "missing":
-        return ProblemError(400, f"{'.'.join(place)} is missing", param=place[0])
     # Within a union the member that was meant is the one whose mistake lies deepest.
     place = max(
         (_place(error) for error in errors if _place(error)[: len(place)] == place), key=len
     )
     name = ".".join(place)
+    if any(error["type"] == "missing" for error in errors if _place(error) == place):
+        return ProblemError(400, f"{name} is missing", param=place[0])
     wanted = _wanted(errors, place)
     return ProblemError(400, f"{name} must be {wanted}", param=place[0])
 

@@ -22,8 +22,8 @@ from headinfer.server.served import Served, Service
 CLOSING_S = 20.0
 """Seconds that closing the desk may take."""
 
-_STREAMS_S = 22
-"""Seconds after which connections that are still open are cut off."""
+_STREAMS_S = 5
+"""Seconds after the desk is closed in which connections that are still open are cut off."""
 
 _IDLE_S = 75
 """Seconds that an idle connection stays open.
@@ -97,6 +97,7 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._service = service
         self._on_signal = on_signal
+        self._stops = False
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
@@ -114,27 +115,31 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """End, at a second signal at once."""
-        if self.should_exit:
+        if self._stops:
             os._exit(128 + sig)
-        super().handle_exit(sig, frame)
         late = threading.Timer(_END_S, _end_at_once)
         late.daemon = True
         late.start()
         self.stop(signal.Signals(sig).name)
 
     def stop(self, signal_name: str | None = None) -> None:
-        """End: take no more requests, end those that run, and keep what they read.
+        """End: refuse new requests, end those that run, and keep what they read.
+
+        The address listens until that is done, so that who asks meanwhile is told.
 
         Args:
             signal_name: of the signal that ends it, if one does.
         """
-        self.should_exit = True
+        self._stops = True
         self._service.begin_closing()
 
         def close() -> None:  # in a thread, as no handler of signals may write or wait
-            if signal_name is not None:
-                self._on_signal(signal_name)
-            self._service.close(CLOSING_S)
+            try:
+                if signal_name is not None:
+                    self._on_signal(signal_name)
+                self._service.close(CLOSING_S)
+            finally:
+                self.should_exit = True
 
         threading.Thread(target=close, daemon=True).start()
 

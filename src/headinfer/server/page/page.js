@@ -66,8 +66,9 @@ async function begin() {
       return;
     } catch (error) {
       if (error.status === 401) return wantKey();
-      if (error.status !== 503) showProblem(problemOf(error));
-      $("model").textContent = error.status === 503 ? "The model is loading …" : "no server";
+      const loads = error.status === 503 && error.code !== "closing";
+      if (!loads) showProblem(problemOf(error));
+      $("model").textContent = loads ? "The model is loading …" : "no server";
       await pause(BUSY_MS);
     }
   }

@@ -2,9 +2,10 @@
 
 /** An error that is told to the user as it is. */
 export class Told extends Error {
-  constructor(message, status = 0) {
+  constructor(message, status = 0, code = null) {
     super(message);
     this.status = status;
+    this.code = code;
   }
 }
 
@@ -25,12 +26,13 @@ export async function ask(path, key, options = {}) {
 
 async function problemOf(response) {
   let message = `The server answered with status ${response.status}.`;
+  let code = null;
   try {
-    message = (await response.json()).error.message;
+    ({ message, code } = (await response.json()).error);
   } catch {
     // not in our form, as of a proxy: the status has to do
   }
-  return new Told(String(message), response.status);
+  return new Told(String(message), response.status, code);
 }
 
 /** Post a request, and yield each object of the answer's stream until its end. */
