@@ -18,7 +18,7 @@ from headinfer.units import parse_bytes
 from tiny_models import random_tokens, shared_model
 
 
-@pytest.mark.covering(most=3)
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize(
     ("rows", "options"),
     [
@@ -71,7 +71,7 @@ def forms(form: str, dtype: torch.dtype, folder: Path | None, memory: str) -> to
     return torch.cat(outputs)
 
 
-@pytest.mark.covering(most=2)
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize(
     ("form", "dtype", "memory"),
     [

@@ -78,6 +78,7 @@ REST = {("cpu", "any"), ("reserved", "any"), ("resident", "turns"), ("cpu", "gro
 LONG = {("disk", "reads"), ("reserved", "turns"), ("host", "turns"), ("host", "any")}
 
 
+@pytest.mark.covering(most=4)
 @pytest.mark.parametrize(
     ("plan", "expected", "new", "functions", "times"),
     [

@@ -150,7 +150,7 @@ def test_what_does_not_fit_is_streamed_beside_what_does() -> None:
     assert any("limited by the link" in line for line in choice.why)
 
 
-@pytest.mark.covering(most=2)
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize(
     "changes",
     [

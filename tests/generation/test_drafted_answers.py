@@ -219,6 +219,7 @@ def test_a_cache_holds_what_it_does_without_drafts() -> None:
             assert [token for token, _ in own.top] == [token for token, _ in other.top]
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("device", [{"device": "cpu"}, SMALL])
 def test_a_model_drafts_itself_where_it_is_asked_to(device: dict[str, Any]) -> None:
     model, ids = tiny_model("llama3"), random_tokens(1, 140)[0].tolist()

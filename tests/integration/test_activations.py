@@ -102,7 +102,7 @@ def peak_bytes(run: Callable[[], object], *before: Callable[[], object]) -> int:
     return peak - resting
 
 
-@pytest.mark.covering(most=4)
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_chunk_takes_what_was_planned(name: str, dtype: torch.dtype) -> None:

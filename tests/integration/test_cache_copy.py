@@ -71,6 +71,7 @@ def test_many_questions_are_asked_of_one_prefix(
         assert torch.equal(greedy(model, questions[2], ours), wanted[2])
 
 
+@pytest.mark.covering(most=3)
 @each_device
 def test_a_copy_and_its_original_go_on_by_themselves(options: dict[str, Any]) -> None:
     model = shared_model("llama3")

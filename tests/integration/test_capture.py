@@ -42,7 +42,7 @@ def assert_as_stock(ours: Any, stock: Any) -> None:
     assert compare(*results) == "equal"
 
 
-@pytest.mark.covering(most=4)
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize(
     "name",
     [

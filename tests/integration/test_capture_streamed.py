@@ -88,7 +88,7 @@ def outcomes(
     return stats, found[1]
 
 
-@pytest.mark.covering(most=2)
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize(
     ("name", "placement"),
     [

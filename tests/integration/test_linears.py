@@ -44,7 +44,7 @@ def decoded(
     return torch.cat(steps, dim=1)
 
 
-@pytest.mark.covering("name", "batch", "step", "dtype")
+@pytest.mark.covering("name", "batch", "step", "dtype", most=4)
 @pytest.mark.parametrize(
     ("name", "batch", "step", "dtype"),
     [  # each model and each shape in both dtypes

@@ -60,7 +60,7 @@ def relative_error(actual: torch.Tensor, wanted: torch.Tensor) -> float:
     return ((actual.double() - wanted.double()).abs().max() / wanted.double().abs().max()).item()
 
 
-@pytest.mark.covering(most=8)
+@pytest.mark.covering(most=5)
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_generation_equals_the_whole_model_and_stock(name: str, batch: int) -> None:

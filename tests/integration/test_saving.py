@@ -62,7 +62,7 @@ def saved_session(model: Any, path: Path, parts: Any, **options: Any) -> Any:
         return read(model, cache, *after)
 
 
-@pytest.mark.covering("name", "saved", "loaded", most=4)
+@pytest.mark.covering("name", "saved", "loaded", most=2)
 @pytest.mark.parametrize(
     ("name", "saved", "loaded"),
     [
@@ -86,7 +86,7 @@ def test_a_loaded_cache_goes_on_as_stock(
         torch.testing.assert_close(read(model, cache, *parts[2:]), wanted)
 
 
-@pytest.mark.covering("name", "dtype", "option")
+@pytest.mark.covering("name", "dtype", "option", most=3)
 @pytest.mark.parametrize(
     ("name", "dtype", "option"),
     [

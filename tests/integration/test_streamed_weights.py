@@ -65,7 +65,7 @@ def _no_words_of_accelerate() -> Iterator[None]:
     logger.setLevel(logging.NOTSET)
 
 
-@pytest.mark.covering(most=2)
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize(
     "options",
     [
