@@ -92,13 +92,13 @@ def main() -> None:
     kernels = select_kernels(torch.device("cuda"), torch.bfloat16, DIM, DIM)
     queries = drawn(1, KV_HEADS * GROUP, chunk, DIM)
     new = KV(drawn(1, KV_HEADS, chunk, DIM), drawn(1, KV_HEADS, chunk, DIM))
+    query = by_kv_head(queries, new)
     for context in map(parse_tokens, arguments.contexts.split(",")):
         past = context - chunk
         keys, values = drawn(1, KV_HEADS, past, DIM), drawn(1, KV_HEADS, past, DIM)
 
         def whole(keys: torch.Tensor = keys, values: torch.Tensor = values) -> None:
             for past, causal in ((KV(keys, values), False), (new, True)):
-                query = by_kv_head(queries, new)
                 work = Work(query, [tile_in_hand(past)], DIM**-0.5, Accumulator(), causal=causal)
                 kernels.pick(work).attend(work)
 

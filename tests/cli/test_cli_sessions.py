@@ -70,25 +70,22 @@ def test_of_another_text_nothing_is_used(cli, llama, prompt, tmp_path):
     assert "none of them is used" in done.err
 
 
-def test_another_models_session_is_refused(cli, llama, prompt, tmp_path):
+@pytest.mark.parametrize(
+    ("differs", "told"),
+    [
+        ({"num_hidden_layers": 3}, "num_hidden_layers is 2 and here 3"),
+        ({"head_dim": 32}, "in its config head_dim is 8 and here 32"),  # --head-dim is no option
+    ],
+)
+def test_another_models_session_is_refused(cli, llama, prompt, tmp_path, differs, told):
     session = tmp_path / "s"
     cli("generate", "--model", llama, "-p", prompt, *GREEDY, "--save-session", session)
-    other = save_llama(tmp_path / "other", num_hidden_layers=3)
+    other = save_llama(tmp_path / "other", **differs)
     done = cli("generate", "--model", other, "-p", prompt, "--session", session, "--quiet")
     assert done.code == 2
     (line,) = done.error_lines
     assert "is of another model" in line
-    assert "num_hidden_layers is 2 and here 3" in line
-
-
-def test_keys_of_another_models_config_are_no_options(cli, llama, prompt, tmp_path):
-    session = tmp_path / "s"
-    cli("generate", "--model", llama, "-p", prompt, *GREEDY, "--save-session", session)
-    other = save_llama(tmp_path / "other", head_dim=32)
-    done = cli("generate", "--model", other, "-p", prompt, "--session", session, "--quiet")
-    assert done.code == 2
-    (line,) = done.error_lines
-    assert "in its config head_dim is 8 and here 32" in line
+    assert told in line
 
 
 def test_a_damaged_session_costs_only_what_is_behind(cli, llama, prompt, tmp_path):

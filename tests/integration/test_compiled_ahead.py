@@ -1,6 +1,7 @@
 """Kernels of the CPU are compiled while a prompt is read, before a decode step asks for them."""
 
 import shutil
+import threading
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ def test_a_decode_step_waits_for_no_compiler(kv_cache, tmp_path, monkeypatch):
     ):
         cache = offload.new_cache()
         last_logits(model, ids[:, :70], cache)
-        for thread in build.threading.enumerate():
+        for thread in threading.enumerate():
             if thread.name == "headinfer-compiler":
                 thread.join()
         before = list(compiled)

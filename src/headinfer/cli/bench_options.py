@@ -17,6 +17,7 @@ from headinfer.cli.options import (
     NO_VALUE,
     Methods,
     check_seed,
+    flag_of,
     parse_flags,
     take_flags,
     with_flags,
@@ -204,8 +205,9 @@ def _model(given: dict[str, Any]) -> Model:
         shape.setdefault("intermediate_size", 4 * shape["hidden_size"])
         return _spec(shape)
     if sizes:
-        flag = f"--{next(iter(sizes)).replace('_', '-')}"
-        raise OptionError(f"{flag} is for models without --model; leave one of them out")
+        raise OptionError(
+            f"{flag_of(next(iter(sizes)))} is for models without --model; leave one of them out"
+        )
     return named_model(
         name,
         given["dtype"],
@@ -220,7 +222,7 @@ def _spec(shape: dict[str, int]) -> ModelSpec:
         return ModelSpec(**shape)
     except OptionError as error:
         names = rf"\b({'|'.join(shape)})\b"
-        told = re.sub(names, lambda name: f"--{name[0].replace('_', '-')}", str(error))
+        told = re.sub(names, lambda name: flag_of(name[0]), str(error))
         raise OptionError(told) from error
 
 

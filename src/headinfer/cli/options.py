@@ -69,6 +69,11 @@ _FOR_NONE = ("disk_cache", "head_pattern")
 """Options that are off without a value, which "auto" would not say."""
 
 
+def flag_of(name: str) -> str:
+    """Return the flag of an argument of Python."""
+    return f"--{name.replace('_', '-')}"
+
+
 def _flag(name: str, help_text: str) -> inspect.Parameter:
     """Return the flag of an option as a parameter of a verb."""
     declared = DECLARATIONS[name]
@@ -77,7 +82,7 @@ def _flag(name: str, help_text: str) -> inspect.Parameter:
     if switch:
         name = f"no_{name}"
     flag = typer.Option(
-        f"--{name.replace('_', '-')}",
+        flag_of(name),
         metavar=declared.metavar,  # empty for a switch, as `NO_VALUE`
         help=help_text or declared.help,
         rich_help_panel=panel,

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 
+from headinfer.cli.options import flag_of
 from headinfer.errors import OptionError
 from headinfer.estimate.methods import HEAD_WISE_SPARSE
 from headinfer.plan.options import DECLARATIONS, Options
@@ -25,7 +26,7 @@ def check_streaming_heads(methods: Collection[str], settings: Options, shape: Mo
     ]
     if given and HEAD_WISE_SPARSE not in methods:
         raise OptionError(
-            f"--{given[0].replace('_', '-')} is heeded by the method {HEAD_WISE_SPARSE} alone; "
+            f"{flag_of(given[0])} is heeded by the method {HEAD_WISE_SPARSE} alone; "
             "name it with --methods"
         )
     if settings.head_pattern is not None:

@@ -116,8 +116,7 @@ def build(
 
 def _compile_ahead(plan: Plan, ledgers: Sequence[Ledger]) -> None:
     """Have kernels that attend the host's share compiled while the prompt before it is read."""
-    for ledger in ledgers:
-        geometry, form = ledger.geometry, ledger.home.format
+    for geometry, form in {(ledger.geometry, ledger.home.format) for ledger in ledgers}:
         if geometry.key_dim == geometry.value_dim:  # as its kernels take them
             rows = plan.shape.query_heads // plan.shape.kv_heads
             begin_compiling(geometry.dtype, geometry.key_dim, rows, form)

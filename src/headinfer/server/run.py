@@ -17,7 +17,7 @@ import uvicorn
 from headinfer.errors import OptionError
 from headinfer.server.app import make_app
 from headinfer.server.callers import is_loopback
-from headinfer.server.served import Served, Service
+from headinfer.server.served import Phase, Served, Service
 
 CLOSING_S = 20.0
 """Seconds that closing the desk may take."""
@@ -97,7 +97,6 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._service = service
         self._on_signal = on_signal
-        self._stops = False
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
@@ -115,7 +114,7 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """End, at a second signal at once."""
-        if self._stops:
+        if self._service.phase is Phase.CLOSING:
             os._exit(128 + sig)
         late = threading.Timer(_END_S, _end_at_once)
         late.daemon = True
@@ -130,7 +129,6 @@ class _Server(uvicorn.Server):
         Args:
             signal_name: of the signal that ends it, if one does.
         """
-        self._stops = True
         self._service.begin_closing()
 
         def close() -> None:  # in a thread, as no handler of signals may write or wait
